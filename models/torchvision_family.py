@@ -1,0 +1,36 @@
+"""torchvision's classifiers under `torchvision:NAME`, without pre-trained weights, at the input their weights expect."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torchvision
+
+from ptsim import zoo
+from ptsim.errors import UnknownNameError, UsageError
+
+
+def classifier_names() -> list[str]:
+    """Every classification model that this torchvision registers."""
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _entry(name: str) -> zoo.ModelEntry:
+    if name not in classifier_names():
+        raise UnknownNameError("torchvision model", name, classifier_names())
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    size = weights.transforms().crop_size[0]
+
+    def build(*, num_classes: int, **kwargs: Any) -> Any:
+        try:
+            return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"torchvision:{name} cannot be built: {error}") from error
+
+    if name in ("inception_v3", "googlenet"):  # their own initialisation takes a minute and warns that it does
+        build = functools.partial(build, init_weights=False)
+    return zoo.ModelEntry(f"torchvision:{name}", build, (3, size, size), len(weights.meta["categories"]))
+
+
+zoo.register_family("torchvision", _entry)

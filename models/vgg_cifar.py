@@ -1,0 +1,54 @@
+"""The VGGs of the PruneTrain paper for 32×32 images: convolutions with BatchNorm, 2×2 max-pools, one linear layer.
+
+Five pools halve the image five times, so images must be at least 32×32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ptsim import zoo
+from ptsim.models.resnet_cifar import initialise
+
+WIDTHS: dict[int, tuple[tuple[int, ...], ...]] = {
+    11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    13: ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
+    16: ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3),
+    19: ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4),
+}
+
+
+class CifarVGG(nn.Module):
+    """Stages of 3×3 convolutions, each closed by a max-pool, then one 512→classes linear layer."""
+
+    def __init__(self, stages: tuple[tuple[int, ...], ...], num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for widths in stages:
+            for width in widths:
+                layers += [
+                    nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                ]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, 32, 32) → (N, num_classes)."""
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+def _register(depth: int, stages: tuple[tuple[int, ...], ...]) -> None:
+    @zoo.register(f"vgg{depth}", input_shape=(3, 32, 32), num_classes=10)
+    def build(*, num_classes: int, in_channels: int = 3) -> CifarVGG:
+        return CifarVGG(stages, num_classes, in_channels)
+
+
+for _depth, _stages in WIDTHS.items():
+    _register(_depth, _stages)

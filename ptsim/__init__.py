@@ -1,0 +1,31 @@
+"""What would it cost to train this network on that cluster, dense or with PruneTrain, and how sure are we?
+
+Everything here is loaded when first used; importing ptsim does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ptsim.trace.io import Trace, read_trace
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Trace": "ptsim.trace.io",
+    "read_trace": "ptsim.trace.io",
+}
+
+__all__ = ["Trace", "__version__", "read_trace"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ptsim' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,71 @@
+"""Which errors ptsim raises, and which of them are the user's to mend.
+
+    PtsimError                     one sentence, optionally a remedy in `hint`
+    ├── UsageError                 an argument, option or configuration value is wrong (also a ValueError)
+    │   └── UnknownNameError       a name that nothing is registered under; says which names exist
+    ├── FileFormatError            a file is broken: file, place, found, expected
+    │   └── NewerVersionError      a file written by a newer ptsim
+    ├── UnsupportedModelError      a network that cannot be traced, pruned or counted
+    ├── TrainingError              training stopped: a loss that is not finite, a dead rank, a full disk
+    └── MissingMeasurementError    the asked tier needs a measurement that is not there
+
+The command line prints a `PtsimError` as one sentence and exits 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class PtsimError(Exception):
+    """An error that a user can act on: one sentence, and a remedy where one is known."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(PtsimError, ValueError):
+    """A wrong argument, option or configuration value."""
+
+
+class UnknownNameError(UsageError):
+    """A name that nothing is registered under."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+        """`what` is the kind of thing, singular and lower case ("model", "device")."""
+        names = sorted(known)
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        listed = ", ".join(names if len(names) <= 40 else close or names[:40])
+        hint = f"did you mean {' or '.join(close)}?" if close else None
+        super().__init__(f"unknown {what} {name!r}; known: {listed or 'none'}", hint=hint)
+        self.name = name
+
+
+class FileFormatError(PtsimError):
+    """A broken file: says file, place, what was found and what was expected."""
+
+    def __init__(self, path: str | Path, problem: str, *, line: int | None = None, hint: str | None = None) -> None:
+        place = f"{path}:{line}" if line is not None else str(path)
+        super().__init__(f"{place}: {problem}", hint=hint)
+        self.path = Path(path)
+        self.line = line
+
+
+class NewerVersionError(FileFormatError):
+    """A file whose schema version is newer than this ptsim reads."""
+
+
+class UnsupportedModelError(PtsimError):
+    """A network that cannot be traced, pruned or counted; names the layer and the reason."""
+
+
+class TrainingError(PtsimError):
+    """Training stopped for a reason outside the code: NaN loss, dead rank, full disk."""
+
+
+class MissingMeasurementError(PtsimError):
+    """A measurement that the asked tier needs is not there; never papered over by a worse tier."""

@@ -1,0 +1,1 @@
+"""What GPUs, links and clusters are, as data."""

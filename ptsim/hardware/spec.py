@@ -1,0 +1,76 @@
+"""What GPUs, links and clusters are, as data in SI units; where the numbers come from is part of the data."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ptsim.network import Precision
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One accelerator (or CPU) as its data sheet describes it.
+
+    Attributes:
+        architecture: NVIDIA generation in lower case ("pascal" … "blackwell"), or "cpu".
+        peak_flops_per_s: dense peak by precision (FLOP = 2 per MAC); a precision that is missing is not supported.
+        num_sms: streaming multiprocessors (cores for a CPU).
+        power_w, idle_power_w: board power limit and idle power.
+        sources: field name → where the number is published.
+    """
+
+    name: str
+    architecture: str
+    memory_bytes: int
+    memory_bandwidth_bytes_per_s: float
+    peak_flops_per_s: dict[Precision, float]
+    num_sms: int
+    boost_clock_hz: float
+    l2_bytes: int
+    power_w: float
+    idle_power_w: float
+    sources: dict[str, str]
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A full-duplex connection: bandwidth of one direction as one GPU (intra-node) or one node (inter-node) sees it."""
+
+    name: str
+    bandwidth_bytes_per_s: float
+    latency_s: float
+
+
+class AllReduceTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A measured all-reduce table of this system: times over message sizes for one GPU count and layout."""
+
+    num_gpus: int
+    num_nodes: int
+    size_bytes: tuple[int, ...]
+    seconds: tuple[float, ...]
+    relative_jitter: float
+    source: str
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Equal nodes of equal GPUs.
+
+    Attributes:
+        intra: GPU to GPU inside a node (all of one GPU's NVLinks together, one direction).
+        inter: node to node, all NICs of a node together, one direction; None for a single machine.
+        max_nodes: how many nodes there are; None means as many as asked for.
+        oversubscription: ratio by which the fabric above the nodes is thinner than their NICs (1 = full bisection).
+        tables: measured all-reduce times, preferred over any formula.
+        price_usd_per_gpu_hour: what the user pays; None means that money is not reported.
+    """
+
+    name: str
+    device: str
+    gpus_per_node: int
+    intra: Link
+    inter: Link | None = None
+    nics_per_node: int = 1
+    max_nodes: int | None = None
+    oversubscription: float = 1.0
+    nvswitch: bool = False
+    tables: tuple[AllReduceTable, ...] = ()
+    price_usd_per_gpu_hour: float | None = None
+    sources: dict[str, str] = {}

@@ -1,0 +1,1 @@
+"""What this machine really does: NVML, timers, profiles, calibration."""

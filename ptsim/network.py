@@ -1,0 +1,166 @@
+"""What a network is, as data: layers with shapes, edges between them, parameters in gradient-ready order.
+
+The shared vocabulary of the house: capture makes a `Network` from a live module, the trace stores it, cost and sim
+read it. All shapes are per image, without the mini-batch axis. Counts are for one image unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from enum import StrEnum
+
+import msgspec
+
+
+class LayerKind(StrEnum):
+    """What a layer does, in the terms that costs depend on."""
+
+    CONV = "conv"
+    LINEAR = "linear"
+    BATCH_NORM = "batch_norm"
+    NORM = "norm"  # layer, group, instance and local-response normalisation
+    ACTIVATION = "activation"
+    POOL = "pool"
+    ELEMENTWISE = "elementwise"  # add, multiply and other point-wise arithmetic between tensors
+    CONCAT = "concat"
+    DROPOUT = "dropout"
+    MATMUL = "matmul"  # batched products, scaled dot-product attention
+    RESHAPE = "reshape"  # moves or renames elements: flatten, transpose, chunk, roll, gather, scatter, pad
+    OTHER = "other"
+
+
+class Precision(StrEnum):
+    """Number format of the matrix products; parameters and optimizer state stay fp32."""
+
+    FP32 = "fp32"
+    TF32 = "tf32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of one activation element under autocast."""
+        return 2 if self in (Precision.BF16, Precision.FP16) else 4
+
+
+class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One operator of the forward pass.
+
+    Attributes:
+        name: unique in the network; the module path, or the graph node's name for a functional call.
+        op: the operator's own name in lower case ("conv2d", "relu", "silu", "max_pool2d").
+        in_channels, out_channels: channel counts (features for a linear layer).
+        kernel_size, stride, padding, dilation: (height, width).
+        input_shapes: one shape per tensor input, each without the mini-batch axis.
+        output_shape: without the mini-batch axis.
+        num_parameters: trainable parameters owned by this layer.
+        forward_macs: multiply–accumulates of the forward pass for one image, as fvcore counts them; for operators
+            without products fvcore's element-wise operation count (1 per output element and operation).
+        input_needs_gradient: False where no gradient flows into the input (the first layer), so that the
+            backward pass computes only the weight gradient.
+        inplace: the operator overwrites its input, so its output needs no memory of its own.
+        saved_elements: floating-point elements that autograd newly keeps for backward per image. A tensor that
+            several operators keep is counted once, at the first in execution order; parameters are not counted.
+        saved_other_bytes: bytes of other kinds kept per image (pooling indices, dropout masks).
+        saved_fixed_bytes: bytes kept that do not grow with the mini-batch (BatchNorm's batch statistics).
+    """
+
+    name: str
+    kind: LayerKind
+    op: str
+    in_channels: int
+    out_channels: int
+    input_shapes: tuple[tuple[int, ...], ...]
+    output_shape: tuple[int, ...]
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    bias: bool = False
+    num_parameters: int = 0
+    forward_macs: int = 0
+    input_needs_gradient: bool = True
+    inplace: bool = False
+    saved_elements: int = 0
+    saved_other_bytes: int = 0
+    saved_fixed_bytes: int = 0
+
+    @property
+    def input_elements(self) -> int:
+        """Elements of all inputs for one image."""
+        return sum(math.prod(shape) for shape in self.input_shapes)
+
+    @property
+    def output_elements(self) -> int:
+        """Elements of the output for one image."""
+        return math.prod(self.output_shape)
+
+
+class Parameter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One trainable tensor: what data-parallel training reduces."""
+
+    name: str
+    layer: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+
+class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
+    """A network as data.
+
+    Attributes:
+        name: what the user called it; not part of the identity.
+        input_shape: (channels, height, width) of one image.
+        layers: in execution order of the forward pass.
+        edges: (from layer, to layer), by name; the network's input has no name here.
+        parameters: every trainable tensor, in the order in which its gradient becomes ready in backward.
+    """
+
+    name: str
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    layers: tuple[Layer, ...]
+    edges: tuple[tuple[str, str], ...]
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def id(self) -> str:
+        """Content address: equal networks have equal ids whatever they are called (16 hexadecimal digits)."""
+        return _content_id(self)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters."""
+        return sum(parameter.num_elements for parameter in self.parameters)
+
+    @property
+    def forward_macs(self) -> int:
+        """Multiply–accumulates of convolutions, linear layers and other matrix products, for one image."""
+        products = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
+        return sum(layer.forward_macs for layer in self.layers if layer.kind in products)
+
+    def layer(self, name: str) -> Layer:
+        """The layer called `name`.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return _layers_by_name(self)[name]
+
+
+@functools.lru_cache(maxsize=1024)
+def _content_id(network: Network) -> str:
+    content = msgspec.json.encode(msgspec.structs.replace(network, name=""))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1024)
+def _layers_by_name(network: Network) -> dict[str, Layer]:
+    return {layer.name: layer for layer in network.layers}

@@ -1,0 +1,1 @@
+"""PruneTrain: channel groups, group lasso, reconfiguration."""

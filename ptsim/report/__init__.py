@@ -1,0 +1,1 @@
+"""Tidy frames, figures and the cost-breakdown page."""

@@ -1,0 +1,1 @@
+"""A cluster that trains, simulated with SimPy."""

@@ -1,0 +1,229 @@
+"""How a trace is read and written: JSON Lines, appended and flushed, checked on the way in.
+
+A line that was being written when the run died is dropped with a warning; any other damage is an error that names
+file, line and field.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Self
+
+import msgspec
+
+from ptsim.errors import FileFormatError, NewerVersionError
+from ptsim.network import Network
+from ptsim.trace.schema import (
+    SCHEMA_VERSION,
+    AnyRecord,
+    Architecture,
+    End,
+    Epoch,
+    Profile,
+    Reconfiguration,
+    Run,
+)
+
+_DECODER: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
+_ENCODER = msgspec.json.Encoder()
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole run, read back.
+
+    Attributes:
+        path: where it was read from.
+        networks: architecture id → network, in order of first appearance.
+        truncated: the last line was incomplete and has been dropped.
+    """
+
+    path: Path
+    run: Run
+    networks: dict[str, Network]
+    epochs: tuple[Epoch, ...]
+    reconfigurations: tuple[Reconfiguration, ...]
+    profiles: tuple[Profile, ...]
+    end: End | None
+    truncated: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """The run reached its last planned epoch."""
+        return self.end is not None and self.end.status == "clean"
+
+    def network_of(self, epoch: Epoch) -> Network:
+        """The network that `epoch` trained."""
+        return self.networks[epoch.architecture]
+
+
+def trace_path(path: str | Path) -> Path:
+    """The trace file that `path` means: the file itself, or `trace.jsonl` in a run folder.
+
+    Raises:
+        FileFormatError: there is no such file.
+    """
+    path = Path(path)
+    file = path / "trace.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise FileFormatError(path, "no trace here; expected a trace.jsonl file or a run folder that holds one")
+    return file
+
+
+def read_records(path: str | Path) -> Iterator[tuple[int, AnyRecord]]:
+    """Line numbers and records of a trace, checked one by one; a torn last line is dropped with a `UserWarning`.
+
+    Raises:
+        FileFormatError: a line that is not a record; says line, field, found and expected.
+        NewerVersionError: written by a newer schema version.
+    """
+    file = trace_path(path)
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise FileFormatError(file, f"cannot be read: {error.strerror}") from error
+    torn = lines.pop()  # what follows the last newline: empty in a whole file
+    if not lines:
+        found = "an empty file" if not torn else "no complete line"
+        raise FileFormatError(file, f"found {found}, expected a trace whose first line is a run record")
+    _check_version(file, lines[0])
+    for number, line in enumerate(lines, start=1):
+        yield number, _decode(file, number, line)
+    if torn:
+        warnings.warn(
+            f"{file}:{len(lines) + 1}: dropped an incomplete last line ({len(torn)} bytes); the run was cut off here",
+            stacklevel=2,
+        )
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read and check a whole trace from a file or a run folder.
+
+    Raises:
+        FileFormatError: a broken line, records out of order, or an epoch that names an unknown architecture.
+        NewerVersionError: written by a newer schema version.
+    """
+    file = trace_path(path)
+    run: Run | None = None
+    end: End | None = None
+    networks: dict[str, Network] = {}
+    epochs: list[Epoch] = []
+    reconfigurations: list[Reconfiguration] = []
+    profiles: list[Profile] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        records = list(read_records(file))
+    for warning in caught:
+        warnings.warn(str(warning.message), stacklevel=2)
+    for number, record in records:
+        if (run is None) != isinstance(record, Run):
+            problem = "a second run record" if run else f"the first record is {_tag(record)!r}, expected 'run'"
+            raise FileFormatError(file, problem, line=number)
+        if end is not None:
+            raise FileFormatError(file, f"found {_tag(record)!r} after the end record", line=number)
+        match record:
+            case Run():
+                run = record
+            case Architecture():
+                if record.network.id != record.id:
+                    problem = f"field 'id' is {record.id!r}, but the network's content has the id {record.network.id!r}"
+                    raise FileFormatError(file, problem, line=number)
+                networks[record.id] = record.network
+            case Profile():
+                _check_known(file, number, networks, architecture=record.architecture)
+                profiles.append(record)
+            case Epoch():
+                _check_known(file, number, networks, architecture=record.architecture)
+                if record.epoch != len(epochs):
+                    problem = f"field 'epoch' is {record.epoch}, expected {len(epochs)}"
+                    raise FileFormatError(file, problem, line=number)
+                epochs.append(record)
+            case Reconfiguration():
+                _check_known(file, number, networks, before=record.before, after=record.after)
+                reconfigurations.append(record)
+            case End():
+                end = record
+    assert run is not None  # read_records yields at least one record, and the loop refuses any other first one
+    return Trace(
+        path=file,
+        run=run,
+        networks=networks,
+        epochs=tuple(epochs),
+        reconfigurations=tuple(reconfigurations),
+        profiles=tuple(profiles),
+        end=end,
+        truncated=bool(caught),
+    )
+
+
+class TraceWriter:
+    """Appends records to a trace; each is on disk when `write` returns, so a crash loses at most one line."""
+
+    def __init__(self, path: str | Path, *, append: bool = False) -> None:
+        """Open `path` for a new trace, or with `append` to go on after the last complete line.
+
+        Raises:
+            FileExistsError: a new trace is asked for where one is.
+        """
+        self.path = Path(path)
+        self._file: IO[bytes] = open(self.path, "ab" if append else "xb")  # noqa: SIM115 - owned by the object
+
+    def write(self, record: AnyRecord) -> None:
+        """Append one record as one line and flush it to the disk."""
+        self._file.write(_ENCODER.encode(record) + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; writing afterwards is an error."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _decode(file: Path, number: int, line: bytes) -> AnyRecord:
+    try:
+        return _DECODER.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(file, str(error), line=number) from error
+
+
+class _FirstLine(msgspec.Struct):
+    record: str = ""
+    schema_version: int | None = None
+
+
+def _check_version(file: Path, first_line: bytes) -> None:
+    """Refuse foreign and newer files. The one place where older versions will be converted."""
+    try:
+        first = msgspec.json.decode(first_line, type=_FirstLine)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(file, f"not a ptsim trace: {error}", line=1) from error
+    if first.record != "run" or first.schema_version is None:
+        raise FileFormatError(file, "not a ptsim trace: expected a run record with a schema_version", line=1)
+    if first.schema_version > SCHEMA_VERSION:
+        raise NewerVersionError(
+            file,
+            f"schema version {first.schema_version} is newer than the {SCHEMA_VERSION} that this ptsim reads",
+            line=1,
+            hint="update ptsim",
+        )
+    if first.schema_version < 1:
+        raise FileFormatError(file, f"field 'schema_version' is {first.schema_version}, expected at least 1", line=1)
+
+
+def _check_known(file: Path, number: int, networks: dict[str, Network], **references: str) -> None:
+    for field, architecture in references.items():
+        if architecture not in networks:
+            problem = f"field {field!r} names the architecture {architecture!r}, which no earlier line describes"
+            raise FileFormatError(file, problem, line=number)
+
+
+def _tag(record: AnyRecord) -> str:
+    return str(type(record).__struct_config__.tag)

@@ -1,0 +1,213 @@
+"""What a trace says: the records of one training run, one JSON object a line.
+
+The first line is the `Run`, then architectures, profiles, epochs and reconfigurations in the order in which they
+happened, and an `End`. A crashed run has no `End`. Field names carry their unit; a quantity that this machine could
+not measure is null, never zero. `SCHEMA_VERSION` grows with every change of meaning; `io.py` converts older files.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from ptsim.network import Network, Precision
+
+SCHEMA_VERSION = 1
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="record"):
+    """A line of the trace; `record` names its kind."""
+
+
+class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was trained on. `input_shape` is (channels, height, width) of one image."""
+
+    name: str
+    num_classes: int
+    num_train: int
+    num_validation: int
+    input_shape: tuple[int, int, int]
+
+
+class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The device that ran: as its driver names it."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    memory_bytes: int
+    num_threads: int | None = None
+    max_sm_clock_hz: float | None = None
+    max_memory_clock_hz: float | None = None
+    power_limit_w: float | None = None
+    driver: str | None = None
+
+
+class Run(Record, tag="run"):
+    """The first line: everything that decides the run.
+
+    `hyperparameters` is the whole resolved configuration; its keys are those of the run's TOML file.
+    """
+
+    schema_version: int
+    created: str  # ISO 8601, UTC
+    model: str
+    dataset: Dataset
+    hyperparameters: dict[str, Any]
+    seed: int
+    precision: Precision
+    memory_format: Literal["contiguous", "channels_last"]
+    world_size: int
+    backend: str | None
+    device: DeviceInfo
+    versions: dict[str, str]
+    git_revision: str | None
+
+
+class Architecture(Record, tag="architecture"):
+    """A network that the run trained, written once, before the first record that names its id."""
+
+    id: str
+    network: Network
+
+
+class LayerProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Median time of one layer at the profile's mini-batch; `backward_s` is null where autograd has no node for it."""
+
+    layer: str
+    forward_s: float
+    backward_s: float | None
+
+
+class Profile(Record, tag="profile"):
+    """Per-layer times of one architecture, measured on the run's device.
+
+    `step_s` is the median of whole training steps measured without per-layer timers, `forward_s` and `backward_s`
+    its parts; per-layer times are scaled by nothing and need not add up to them (timers cost time themselves).
+    """
+
+    architecture: str
+    batch: int
+    precision: Precision
+    memory_format: Literal["contiguous", "channels_last"]
+    device: str
+    num_samples: int
+    layers: tuple[LayerProfile, ...]
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    regularizer_s: float
+    step_s: float
+    peak_memory_bytes: int | None = None
+
+
+class EpochTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Seconds of one training epoch on rank 0; `wall_s` is the whole training epoch without validation.
+
+    The parts sum to at most `wall_s`; what is missing is loop overhead. `backward_s` includes the communication
+    that it hides, `exposed_communication_s` is what it could not hide.
+    """
+
+    wall_s: float
+    data_wait_s: float
+    forward_s: float
+    backward_s: float
+    regularizer_s: float
+    optimizer_s: float
+    exposed_communication_s: float
+    validation_s: float
+
+
+class StepDistribution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Spread of the iterations' durations within an epoch (seconds), the source of jitter."""
+
+    median_s: float
+    p10_s: float
+    p90_s: float
+    std_s: float
+
+
+class DeviceUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What NVML saw of one GPU over the epoch (mean values; energy and peak memory are totals)."""
+
+    energy_j: float | None = None
+    power_w: float | None = None
+    sm_clock_hz: float | None = None
+    memory_clock_hz: float | None = None
+    temperature_c: float | None = None
+    utilization: float | None = None  # fraction of time with a kernel running, 0..1
+    peak_memory_bytes: int | None = None
+
+
+class LayerDensity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fractions that are not sparse in one layer of the *current* architecture, threshold 1e-4 (paper, Fig. 12)."""
+
+    layer: str
+    input_channels: float
+    output_channels: float
+    weights: float
+
+
+class Epoch(Record, tag="epoch"):
+    """One trained epoch. `epoch` counts from 0; losses are means over images; accuracies are fractions 0..1.
+
+    `channel_sparsity` and `weight_sparsity` are relative to the *first* architecture of the run: what is removed
+    counts as sparse. `allreduce_bytes` is the gradient payload that every rank reduced over the epoch.
+    """
+
+    epoch: int
+    architecture: str
+    batch_per_gpu: int
+    world_size: int
+    learning_rate: float
+    num_iterations: int
+    num_images: int
+    penalty_coefficient: float
+    train_loss: float
+    penalty: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    channel_sparsity: float
+    weight_sparsity: float
+    time: EpochTime
+    step: StepDistribution
+    allreduce_bytes: int
+    peak_memory_bytes: int | None  # the allocator's
+    device: DeviceUse | None = None
+    densities: tuple[LayerDensity, ...] = ()
+    channel_maxima: dict[str, tuple[float, ...]] | None = None  # per layer, largest |w| per output channel
+
+
+class Reconfiguration(Record, tag="reconfiguration"):
+    """A shrinking of the network after epoch `epoch` (its first new epoch is `epoch + 1`).
+
+    `duration_s` is everything that the run paid for it: decision, surgery, re-wrapping, re-profiling excluded.
+    """
+
+    epoch: int
+    before: str
+    after: str
+    channels_removed: int
+    layers_removed: tuple[str, ...]
+    duration_s: float
+    batch_before: int
+    batch_after: int
+    learning_rate_scale: float = 1.0
+    predicted_memory_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+class End(Record, tag="end"):
+    """The last line of a run that stopped in an orderly way."""
+
+    status: Literal["clean", "interrupted", "failed"]
+    reason: str | None
+    epochs: int
+    final_accuracy: float | None
+    wall_s: float
+    num_iterations: int
+    energy_j: float | None = None
+
+
+AnyRecord = Run | Architecture | Profile | Epoch | Reconfiguration | End

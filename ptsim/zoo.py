@@ -1,0 +1,128 @@
+"""Which networks there are by name, and how one is made: ptsim's own, torchvision's, or a function of a user's file.
+
+This module holds names only; the networks register themselves from `ptsim.models`, which is imported (and torch with
+it) when the first one is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ptsim.errors import UnknownNameError, UsageError
+
+Builder = Callable[..., Any]  # called with num_classes=…, returns a torch.nn.Module
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelEntry:
+    """A network that can be made: its builder, the image it expects and its usual number of classes."""
+
+    name: str
+    build: Builder
+    input_shape: tuple[int, int, int]
+    num_classes: int
+
+
+_ENTRIES: dict[str, ModelEntry] = {}
+_RESOLVERS: dict[str, Callable[[str], ModelEntry]] = {}
+
+
+def register(name: str, *, input_shape: tuple[int, int, int], num_classes: int) -> Callable[[Builder], Builder]:
+    """Decorator: makes `builder(num_classes=…)` available under `name`."""
+
+    def add(builder: Builder) -> Builder:
+        _ENTRIES[name] = ModelEntry(name, builder, input_shape, num_classes)
+        return builder
+
+    return add
+
+
+def register_family(prefix: str, resolve: Callable[[str], ModelEntry]) -> None:
+    """Let `resolve(rest)` answer for every name of the form `prefix:rest`."""
+    _RESOLVERS[prefix] = resolve
+
+
+def names() -> list[str]:
+    """Names of ptsim's own networks (imports torch)."""
+    _load_models()
+    return sorted(_ENTRIES)
+
+
+def find(name: str) -> ModelEntry:
+    """The entry called `name`: a zoo name, `torchvision:NAME` or `path/to/file.py:function` (imports torch).
+
+    Raises:
+        UnknownNameError: no such name; lists those that exist.
+        UsageError: the user's file or function is missing or cannot be loaded.
+    """
+    _load_models()
+    if name in _ENTRIES:
+        return _ENTRIES[name]
+    prefix, colon, rest = name.rpartition(":")
+    if colon and prefix in _RESOLVERS:
+        return _RESOLVERS[prefix](rest)
+    if colon and prefix.endswith(".py"):
+        return _from_file(Path(prefix), rest)
+    raise UnknownNameError(
+        "model", name, [*_ENTRIES, *(f"{prefix}:NAME" for prefix in _RESOLVERS), "path/to/file.py:function"]
+    )
+
+
+def create(name: str, *, num_classes: int | None = None) -> Any:
+    """A freshly initialised network (a `torch.nn.Module`) with `num_classes` outputs, the entry's usual number if None.
+
+    Raises:
+        UnknownNameError, UsageError: see `find`; also when a user's function fails or returns no module.
+    """
+    entry = find(name)
+    return entry.build(num_classes=entry.num_classes if num_classes is None else num_classes)
+
+
+def _load_models() -> None:
+    importlib.import_module("ptsim.models")
+
+
+def _from_file(path: Path, function_name: str) -> ModelEntry:
+    """The function's own attributes `input_shape` and `num_classes`, where it has them, become the entry's."""
+    if not path.is_file():
+        raise UsageError(f"no model file {path}; expected path/to/file.py:function")
+    module_name = f"_ptsim_user_{path.stem}_{abs(hash(path.resolve())):x}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # true for every path that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise UsageError(f"model file {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        functions = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module_name]
+        raise UnknownNameError(f"function in {path}", function_name, functions)
+
+    parameters = inspect.signature(function).parameters.values()
+    takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def build(*, num_classes: int) -> Any:
+        try:
+            model = function(num_classes=num_classes) if takes_classes else function()
+        except Exception as error:
+            raise UsageError(f"{path}:{function_name} failed: {type(error).__name__}: {error}") from error
+        if not hasattr(model, "named_parameters"):
+            raise UsageError(f"{path}:{function_name} returned a {type(model).__name__}, expected a torch.nn.Module")
+        return model
+
+    return ModelEntry(
+        name=f"{path}:{function_name}",
+        build=build,
+        input_shape=tuple(getattr(function, "input_shape", (3, 32, 32))),
+        num_classes=getattr(function, "num_classes", 10),
+    )
