@@ -6,10 +6,10 @@ Five pools halve the image five times, so images must be at least 32×32.
 from __future__ import annotations
 
 import torch
+from ptsim.models.resnet_cifar import initialise
 from torch import Tensor, nn
 
 from ptsim import zoo
-from ptsim.models.resnet_cifar import initialise
 
 WIDTHS: dict[int, tuple[tuple[int, ...], ...]] = {
     11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),

@@ -95,7 +95,8 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
         raise UsageError(f"no model file {path}; expected path/to/file.py:function")
     module_name = f"_ptsim_user_{path.stem}_{abs(hash(path.resolve())):x}"
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None  # true for every path that ends in .py
+    assert spec is not None, "true for every path that ends in .py"
+    assert spec.loader is not None, "the same"
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:

@@ -1,7 +1,7 @@
 """The command line: which subcommands there are, and how errors leave it.
 
-Each subcommand lives in its own file and is imported when it runs, so that `ptsim --help` imports no torch. Data goes to
-stdout, everything else to stderr. A `PtsimError` becomes one sentence (and a `hint:` line) and exit status 2.
+Each subcommand lives in its own file and is imported when it runs, so that `ptsim --help` imports no torch. Data goes
+to stdout, everything else to stderr. A `PtsimError` becomes one sentence (and a `hint:` line) and exit status 2.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def run(tokens: list[str] | None = None) -> int:
     except PtsimError as error:
         return _fail(error.message, error.hint)
     except cyclopts.CycloptsError as error:
-        return _fail(" ".join(str(error).split()), "ptsim --help lists the commands; ptsim COMMAND --help their options")
+        return _fail(
+            " ".join(str(error).split()), "ptsim --help lists the commands; ptsim COMMAND --help their options"
+        )
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -43,7 +43,7 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     driver: str | None = None
 
 
-class Run(Record, tag="run"):
+class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="run"):
     """The first line: everything that decides the run.
 
     `hyperparameters` is the whole resolved configuration; its keys are those of the run's TOML file.
@@ -64,7 +64,7 @@ class Run(Record, tag="run"):
     git_revision: str | None
 
 
-class Architecture(Record, tag="architecture"):
+class Architecture(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="architecture"):
     """A network that the run trained, written once, before the first record that names its id."""
 
     id: str
@@ -79,7 +79,7 @@ class LayerProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     backward_s: float | None
 
 
-class Profile(Record, tag="profile"):
+class Profile(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="profile"):
     """Per-layer times of one architecture, measured on the run's device.
 
     `step_s` is the median of whole training steps measured without per-layer timers, `forward_s` and `backward_s`
@@ -148,7 +148,7 @@ class LayerDensity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weights: float
 
 
-class Epoch(Record, tag="epoch"):
+class Epoch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="epoch"):
     """One trained epoch. `epoch` counts from 0; losses are means over images; accuracies are fractions 0..1.
 
     `channel_sparsity` and `weight_sparsity` are relative to the *first* architecture of the run: what is removed
@@ -179,7 +179,7 @@ class Epoch(Record, tag="epoch"):
     channel_maxima: dict[str, tuple[float, ...]] | None = None  # per layer, largest |w| per output channel
 
 
-class Reconfiguration(Record, tag="reconfiguration"):
+class Reconfiguration(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="reconfiguration"):
     """A shrinking of the network after epoch `epoch` (its first new epoch is `epoch + 1`).
 
     `duration_s` is everything that the run paid for it: decision, surgery, re-wrapping, re-profiling excluded.
@@ -198,7 +198,7 @@ class Reconfiguration(Record, tag="reconfiguration"):
     notes: tuple[str, ...] = ()
 
 
-class End(Record, tag="end"):
+class End(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="end"):
     """The last line of a run that stopped in an orderly way."""
 
     status: Literal["clean", "interrupted", "failed"]

@@ -1,0 +1,81 @@
+"""How a live module becomes a torch.fx graph whose nodes know their shapes.
+
+Capture and pruning both start here, so that they see the same layers under the same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from ptsim.errors import UnsupportedModelError
+
+
+class Tracer(fx.Tracer):
+    """Keeps torch's own modules whole, and every module that says `ptsim_leaf = True` (what pruning puts in)."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        """True for a module that becomes one node."""
+        return getattr(module, "ptsim_leaf", False) or super().is_leaf_module(module, qualified_name)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def trace_graph(model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 2) -> fx.GraphModule:
+    """The model's graph as evaluation mode runs it; `node.meta["tensor_meta"].shape` holds shapes for `batch` images.
+
+    The model is left as it was: no mode, buffer or random state changes.
+
+    Raises:
+        UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
+    """
+    name = type(model).__name__
+    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
+        tracer = Tracer()
+        try:
+            graph = tracer.trace(model)
+        except Exception as error:  # torch.fx lets any error of the traced code through
+            raise UnsupportedModelError(
+                f"torch.fx cannot trace {name}: {_one_line(error)}",
+                hint="a forward without branches on tensor values, as torch.fx's symbolic_trace asks for, can be traced",
+            ) from error
+        module = fx.GraphModule(tracer.root, graph, name)
+        try:
+            ShapeProp(module).propagate(example_input(model, input_shape, batch=batch))
+        except Exception as error:  # the same: the model's own code runs here
+            shape = "×".join(str(n) for n in input_shape)
+            raise UnsupportedModelError(f"{name} fails on an image of {shape}: {_one_line(error)}") from error
+    return module
+
+
+def example_input(model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 2) -> Tensor:
+    """Random images of the model's device and floating-point type, shape (batch, C, H, W), from a seed of their own."""
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((batch, *input_shape), generator=generator)
+    return images.to(device=reference.device, dtype=reference.dtype)
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the model, for passes that need to run it."""
+    return copy.deepcopy(model)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text[:300] or type(error).__name__
