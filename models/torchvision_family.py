@@ -1,4 +1,4 @@
-"""torchvision's classifiers under `torchvision:NAME`, without pre-trained weights, at the input their weights expect."""
+"""torchvision's classifiers as `torchvision:NAME`, without pre-trained weights, at the input their weights expect."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def trace_graph(model: nn.Module, input_shape: tuple[int, int, int], *, batch: i
         except Exception as error:  # torch.fx lets any error of the traced code through
             raise UnsupportedModelError(
                 f"torch.fx cannot trace {name}: {_one_line(error)}",
-                hint="a forward without branches on tensor values, as torch.fx's symbolic_trace asks for, can be traced",
+                hint="symbolic tracing needs a forward without branches on tensor values",
             ) from error
         module = fx.GraphModule(tracer.root, graph, name)
         try:
