@@ -52,10 +52,11 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) → (N, width, H/stride, W/stride)."""
-        out = self.relu(self.bn1(self.conv1(x)))
+        out: Tensor = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out += self.downsample(x)
-        return self.relu(out)
+        out = self.relu(out)
+        return out
 
 
 class Bottleneck(nn.Module):
@@ -78,11 +79,12 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) → (N, 4·width, H/stride, W/stride)."""
-        out = self.relu(self.bn1(self.conv1(x)))
+        out: Tensor = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         out += self.downsample(x)
-        return self.relu(out)
+        out = self.relu(out)
+        return out
 
 
 class CifarResNet(nn.Module):
@@ -112,7 +114,8 @@ class CifarResNet(nn.Module):
         """(N, C, H, W) → (N, num_classes)."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return logits
 
 
 def _register(name: str, block: type[BasicBlock] | type[Bottleneck], blocks_per_stage: int) -> None:

@@ -13,7 +13,8 @@ from ptsim.errors import UnknownNameError, UsageError
 
 def classifier_names() -> list[str]:
     """Every classification model that this torchvision registers."""
-    return torchvision.models.list_models(module=torchvision.models)
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
 
 
 def _entry(name: str) -> zoo.ModelEntry:

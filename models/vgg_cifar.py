@@ -41,7 +41,8 @@ class CifarVGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, 32, 32) → (N, num_classes)."""
-        return self.classifier(torch.flatten(self.features(x), 1))
+        logits: Tensor = self.classifier(torch.flatten(self.features(x), 1))
+        return logits
 
 
 def _register(depth: int, stages: tuple[tuple[int, ...], ...]) -> None:
