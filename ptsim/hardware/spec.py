@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+from typing import Literal
+
 import msgspec
 
 from ptsim.network import Precision
@@ -31,12 +34,30 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sources: dict[str, str]
 
 
+class LinkKind(StrEnum):
+    """What carries the bytes; decides which fitted latencies and efficiencies of the collective library apply."""
+
+    NVLINK = "nvlink"
+    PCIE = "pcie"
+    INFINIBAND = "infiniband"  # RDMA with GPUDirect: InfiniBand, RoCE, Slingshot through libfabric
+    EFA = "efa"  # AWS Elastic Fabric Adapter
+    TCP = "tcp"  # sockets over Ethernet
+    MEASURED = "measured"  # bandwidth and latency are fitted on measurements: taken as they are
+
+
 class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A full-duplex connection: bandwidth of one direction as one GPU (intra-node) or one node (inter-node) sees it."""
+    """A full-duplex connection: bandwidth of one direction as one GPU (intra-node) or one node (inter-node) sees it.
+
+    Attributes:
+        latency_s: of one hop of a small message; None means the collective library's own constant for the kind.
+        efficiency: share of the bandwidth that a large all-reduce reaches; None means the fitted one for the kind.
+    """
 
     name: str
     bandwidth_bytes_per_s: float
-    latency_s: float
+    latency_s: float | None = None
+    kind: LinkKind = LinkKind.MEASURED
+    efficiency: float | None = None
 
 
 class AllReduceTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,6 +78,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         intra: GPU to GPU inside a node (all of one GPU's NVLinks together, one direction).
         inter: node to node, all NICs of a node together, one direction; None for a single machine.
         max_nodes: how many nodes there are; None means as many as asked for.
+        nvswitch: every GPU of a node reaches every other at full bandwidth.
+        library: the collective library; gloo runs on CPUs.
         oversubscription: ratio by which the fabric above the nodes is thinner than their NICs (1 = full bisection).
         tables: measured all-reduce times, preferred over any formula.
         price_usd_per_gpu_hour: what the user pays; None means that money is not reported.
@@ -71,6 +94,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_nodes: int | None = None
     oversubscription: float = 1.0
     nvswitch: bool = False
+    library: Literal["nccl", "gloo"] = "nccl"
     tables: tuple[AllReduceTable, ...] = ()
     price_usd_per_gpu_hour: float | None = None
     sources: dict[str, str] = {}

@@ -1,0 +1,84 @@
+"""The all-reduce formulas against hand arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptsim.costs.collectives import (
+    all_reduce,
+    hierarchical_all_reduce_seconds,
+    ring_all_reduce_seconds,
+    ring_wire_bytes,
+    tree_all_reduce_seconds,
+)
+from ptsim.hardware.spec import AllReduceTable, Cluster, Link, LinkKind
+
+SLOW = Link(name="1 GB/s, 10 µs", bandwidth_bytes_per_s=1e9, latency_s=1e-5)
+FAST = Link(name="10 GB/s, 1 µs", bandwidth_bytes_per_s=1e10, latency_s=1e-6)
+CLUSTER = Cluster(name="two tiers", device="a100", gpus_per_node=4, intra=FAST, inter=SLOW, max_nodes=4)
+
+
+def test_ring_takes_two_p_minus_one_steps_of_one_chunk() -> None:
+    # p = 4, 4 MB: 6 steps of 10 µs + 1 MB / (1 GB/s) = 1.01 ms
+    assert ring_all_reduce_seconds(4_000_000, 4, SLOW) == pytest.approx(6.06e-3)
+
+
+def test_tree_goes_up_and_down_log_p_levels() -> None:
+    # p = 8: 6 hops of 10 µs and 2 x 1 MB / (1 GB/s)
+    assert tree_all_reduce_seconds(1_000_000, 8, SLOW) == pytest.approx(2.06e-3)
+
+
+def test_hierarchical_reduces_inside_the_node_first() -> None:
+    # inside: 6 steps of 1 µs + 1 MB / (10 GB/s); between two nodes: 2 steps of 10 µs + 2 MB / (1 GB/s)
+    expected = 6 * (1e-6 + 1e-4) + 2 * (1e-5 + 2e-3)
+    assert hierarchical_all_reduce_seconds(4_000_000, 4, 2, FAST, SLOW) == pytest.approx(expected)
+
+
+def test_every_gpu_sends_two_p_minus_one_over_p_of_the_message() -> None:
+    assert ring_wire_bytes(1000, 1) == 0
+    assert ring_wire_bytes(1000, 2) == 1000
+    assert ring_wire_bytes(1000, 8) == 1750
+    assert all_reduce(1000, CLUSTER, 8).wire_bytes_per_gpu == 1750
+
+
+def test_one_gpu_needs_no_all_reduce() -> None:
+    assert all_reduce(10**9, CLUSTER, 1).seconds == 0
+
+
+def test_a_measured_table_is_preferred_and_met_at_its_points() -> None:
+    table = AllReduceTable(
+        num_gpus=4, num_nodes=1, size_bytes=(1024, 4096), seconds=(1e-5, 2e-5), relative_jitter=0.02, source="test"
+    )
+    cluster = Cluster(name="t", device="a100", gpus_per_node=4, intra=FAST, tables=(table,))
+    result = all_reduce(4096, cluster, 4)
+    assert result.algorithm == "table"
+    assert result.seconds == pytest.approx(2e-5)
+    assert result.low_s < result.seconds < result.high_s
+
+
+@given(st.integers(0, 2**34), st.integers(1, 16), st.floats(1, 100))
+def test_more_bandwidth_never_costs_time(message_bytes: int, num_gpus: int, factor: float) -> None:
+    for kind in LinkKind:
+        slow, fast = (
+            Cluster(
+                name="c",
+                device="a100",
+                gpus_per_node=4,
+                intra=Link(name="i", bandwidth_bytes_per_s=1e10 * f, kind=kind),
+                inter=Link(name="o", bandwidth_bytes_per_s=1e9 * f, kind=kind),
+            )
+            for f in (1.0, factor)
+        )
+        assert all_reduce(message_bytes, fast, num_gpus).seconds <= all_reduce(
+            message_bytes, slow, num_gpus
+        ).seconds * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("message_bytes", "num_gpus", "says"), [(-1, 4, "negative"), (1, 0, "at least 1"), (1, 17, "16 GPUs")]
+)
+def test_wrong_arguments_are_named(message_bytes: int, num_gpus: int, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        all_reduce(message_bytes, CLUSTER, num_gpus)
