@@ -2,76 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Literal
-
-import msgspec
-
+from ptsim.costs.datasheet import datasheet_step
+from ptsim.costs.times import LayerTime, Measurements, MemoryFormat, StepTime, Tier
+from ptsim.errors import UsageError
 from ptsim.hardware.spec import Device
-from ptsim.network import LayerKind, Network, Precision
-from ptsim.trace.schema import Profile
+from ptsim.network import Network, Precision
 
-MemoryFormat = Literal["contiguous", "channels_last"]
-
-
-class Tier(StrEnum):
-    """Where a time comes from, best first."""
-
-    MEASURED = "measured"  # the trace's own profile: this architecture, mini-batch, precision and device
-    PROFILED = "profiled"  # interpolated in a device profile of `ptsim calibrate gpu`
-    SCALED = "scaled"  # measured on another GPU, times predicted there / predicted here
-    DATASHEET = "datasheet"  # roofline with fitted efficiency curves
-
-
-class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of one layer for the whole mini-batch; backward is weight and input gradient together."""
-
-    layer: str
-    kind: LayerKind
-    forward_s: float
-    backward_s: float
-    tier: Tier
-
-
-class StepTime(msgspec.Struct, frozen=True, kw_only=True):
-    """One training step without communication.
-
-    Attributes:
-        layers: in forward order.
-        overhead_s: what a step costs beyond its layers (loss, host gaps); 0 where the tier folds it into the layers.
-        low_s, high_s: 90 % interval of `compute_s`, from the residuals of the tier.
-        tier: the worst tier that contributed.
-    """
-
-    layers: tuple[LayerTime, ...]
-    optimizer_s: float
-    regularizer_s: float
-    overhead_s: float
-    low_s: float
-    high_s: float
-    tier: Tier
-
-    @property
-    def forward_s(self) -> float:
-        """Seconds of the forward pass."""
-        return sum(layer.forward_s for layer in self.layers)
-
-    @property
-    def backward_s(self) -> float:
-        """Seconds of the backward pass."""
-        return sum(layer.backward_s for layer in self.layers)
-
-    @property
-    def compute_s(self) -> float:
-        """Seconds of the whole step on one device."""
-        return self.forward_s + self.backward_s + self.optimizer_s + self.regularizer_s + self.overhead_s
-
-
-class Measurements(msgspec.Struct, frozen=True, kw_only=True):
-    """What has been measured and may be used: a trace's profiles, and the catalog device they were taken on."""
-
-    profiles: tuple[Profile, ...] = ()
-    source_device: Device | None = None
+__all__ = ["LayerTime", "Measurements", "MemoryFormat", "StepTime", "Tier", "step_time"]
 
 
 def step_time(
@@ -100,4 +37,17 @@ def step_time(
     Raises:
         ValueError: batch is not positive, or the device does not support the precision.
     """
-    raise NotImplementedError
+    if batch < 1:
+        raise UsageError(f"mini-batch {batch} is not positive")
+    if precision not in device.peak_flops_per_s:
+        supported = ", ".join(sorted(device.peak_flops_per_s))
+        raise UsageError(f"{device.name} does not support {precision}; it supports {supported}")
+    return datasheet_step(
+        network,
+        device,
+        batch=batch,
+        precision=precision,
+        memory_format=memory_format,
+        optimizer=optimizer,
+        regularizer=regularizer,
+    )

@@ -1,0 +1,27 @@
+"""What several subcommands share: JSON output and the parsing of shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ptsim.errors import UsageError
+
+
+def print_json(document: Any) -> None:
+    """Print the document (builtins or msgspec structs) as one JSON document on stdout."""
+    print(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
+
+
+def parse_input_shape(text: str) -> tuple[int, int, int]:
+    """The image shape of "3,224,224".
+
+    Raises:
+        UsageError: not three positive whole numbers.
+    """
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"input {text!r} is not CHANNELS,HEIGHT,WIDTH, for example 3,224,224")
+    channels, height, width = (int(part) for part in parts)
+    return channels, height, width

@@ -1,0 +1,74 @@
+"""What a step time is: seconds per layer and part, the tier each came from, and an interval."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+import msgspec
+
+from ptsim.hardware.spec import Device
+from ptsim.network import LayerKind
+from ptsim.trace.schema import Profile
+
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+
+class Tier(StrEnum):
+    """Where a time comes from, best first."""
+
+    MEASURED = "measured"  # the trace's own profile: this architecture, mini-batch, precision and device
+    PROFILED = "profiled"  # interpolated in a device profile of `ptsim calibrate gpu`
+    SCALED = "scaled"  # measured on another GPU, times predicted there / predicted here
+    DATASHEET = "datasheet"  # roofline with fitted efficiency curves
+
+
+class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of one layer for the whole mini-batch; backward is weight and input gradient together."""
+
+    layer: str
+    kind: LayerKind
+    forward_s: float
+    backward_s: float
+    tier: Tier
+
+
+class StepTime(msgspec.Struct, frozen=True, kw_only=True):
+    """One training step without communication.
+
+    Attributes:
+        layers: in forward order.
+        overhead_s: what a step costs beyond its layers (loss, host gaps); 0 where the tier folds it into the layers.
+        low_s, high_s: 90 % interval of `compute_s`, from the residuals of the tier.
+        tier: the worst tier that contributed.
+    """
+
+    layers: tuple[LayerTime, ...]
+    optimizer_s: float
+    regularizer_s: float
+    overhead_s: float
+    low_s: float
+    high_s: float
+    tier: Tier
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds of the forward pass."""
+        return sum(layer.forward_s for layer in self.layers)
+
+    @property
+    def backward_s(self) -> float:
+        """Seconds of the backward pass."""
+        return sum(layer.backward_s for layer in self.layers)
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of the whole step on one device."""
+        return self.forward_s + self.backward_s + self.optimizer_s + self.regularizer_s + self.overhead_s
+
+
+class Measurements(msgspec.Struct, frozen=True, kw_only=True):
+    """What has been measured and may be used: a trace's profiles, and the catalog device they were taken on."""
+
+    profiles: tuple[Profile, ...] = ()
+    source_device: Device | None = None

@@ -1,0 +1,166 @@
+"""The catalog: what NVIDIA publishes is what it says, and a broken file is one clear sentence."""
+
+import pytest
+
+from ptsim.errors import FileFormatError, UnknownNameError, UsageError
+from ptsim.hardware.catalog import (
+    cluster_names,
+    device_aliases,
+    device_names,
+    load_cluster,
+    load_device,
+    match_device,
+    write_cluster,
+)
+from ptsim.network import Precision
+
+ISSUE = [
+    "1080ti", "titanxp", "p100", "v100-16gb", "v100-32gb", "t4", "2080ti", "3090", "4090", "a10", "a100-40gb",
+    "a100-80gb", "a100-pcie", "l4", "l40s", "h100-pcie", "h100-sxm", "h200", "b200",
+]  # fmt: skip
+
+DEVICE = """
+name = "mine"
+architecture = "ampere"
+memory = "40 GiB"
+memory_bandwidth = "1555 GB/s"
+num_sms = 108
+boost_clock = "1410 MHz"
+l2_cache = "40 MiB"
+power = "400 W"
+idle_power = "50 W"
+peak = { fp32 = "19.5 TFLOP/s" }
+sources = { default = "a data sheet" }
+"""
+
+CLUSTER = """
+name = "mine"
+device = "a100"
+gpus_per_node = 8
+intra = { name = "NVLink", bandwidth = "300 GB/s", latency = "2 us" }
+sources = { default = "a data sheet" }
+"""
+
+
+@pytest.mark.parametrize("name", ISSUE)
+def test_every_gpu_that_people_ask_about_is_there(name):
+    assert load_device(name).memory_bytes > 0
+
+
+def test_every_device_has_a_source_for_every_number():
+    for name in device_names():
+        device = load_device(name)
+        assert device.name == name
+        numbers = {"memory", "memory_bandwidth", "num_sms", "boost_clock", "l2_cache", "power", "idle_power", "peak"}
+        assert set(device.sources) == numbers
+        assert all(device.sources.values())
+
+
+def test_no_name_means_two_devices():
+    names = [alias for name in device_names() for alias in (name, *device_aliases(name))]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("name", "cores_per_sm"),
+    [("1080ti", 128), ("p100", 64), ("v100", 64), ("t4", 64), ("3090", 128), ("a100", 64), ("4090", 128)],
+)  # fmt: skip
+def test_fp32_peak_is_two_flops_per_core_and_clock(name, cores_per_sm):
+    device = load_device(name)
+    expected = 2 * cores_per_sm * device.num_sms * device.boost_clock_hz
+    assert device.peak_flops_per_s[Precision.FP32] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("driver_name", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-sxm4-40gb"),
+        ("A100-SXM-80GB", "a100-sxm4-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm5-80gb"),
+        ("Tesla V100-SXM2-16GB", "v100-sxm2-16gb"),
+        ("GeForce RTX 3090", "rtx-3090"),
+        ("NVIDIA GeForce GTX 1080 Ti", "gtx-1080-ti"),
+        ("TITAN Xp", "titan-xp"),
+    ],
+)
+def test_a_driver_name_finds_its_device(driver_name, name):
+    device = match_device(driver_name)
+    assert device is not None
+    assert device.name == name
+
+
+def test_an_unknown_driver_name_matches_nothing():
+    assert match_device("AMD Instinct MI300X") is None
+
+
+def test_an_unknown_device_says_which_exist():
+    with pytest.raises(UnknownNameError, match="a100-sxm4-40gb"):
+        load_device("a100-sxm4-40g")
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UsageError, match=r"nowhere\.toml"):
+        load_device("nowhere.toml")
+
+
+def test_a_device_file_of_ones_own_is_read(tmp_path):
+    (tmp_path / "mine.toml").write_text(DEVICE)
+    assert load_device(tmp_path / "mine.toml").memory_bandwidth_bytes_per_s == 1555e9
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('"1555 GB/s"', '"1555"', "memory_bandwidth.*no unit"),
+        ('"1555 GB/s"', "1555", "memory_bandwidth.*no unit"),
+        ('"1555 GB/s"', '"-1555 GB/s"', "memory_bandwidth.*positive"),
+        ('"1555 GB/s"', '"0 GB/s"', "memory_bandwidth.*positive"),
+        ('"1555 GB/s"', '"1555 W"', "memory_bandwidth.*unit 'W'"),
+        ('"19.5 TFLOP/s"', '"-1 TFLOP/s"', r"peak\.fp32.*positive"),
+        ("fp32", "fp7", r"peak\.fp7 is not a known key"),
+        ("num_sms = 108", "num_sms = 1.5", "num_sms.*whole number"),
+        ("num_sms = 108\n", "", "num_sms is missing"),
+        ("num_sms", "sms", "sms is not a known key"),
+        ('"50 W"', '"500 W"', "idle_power is above power"),
+        ('default = "a data sheet"', 'power = "a data sheet"', r"sources\.memory is missing"),
+        ('"ampere"', '"amperes"', "architecture.*expected one of"),
+        ("name = ", "name ", "is not TOML"),
+    ],
+)
+def test_a_broken_device_file_names_file_and_field(tmp_path, old, new, complaint):
+    path = tmp_path / "mine.toml"
+    path.write_text(DEVICE.replace(old, new, 1))
+    with pytest.raises(FileFormatError, match=rf"mine\.toml: .*{complaint}"):
+        load_device(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('"300 GB/s"', '"300"', r"intra\.bandwidth.*no unit"),
+        ('"300 GB/s"', '"-300 GB/s"', r"intra\.bandwidth.*positive"),
+        ('"2 us"', '"-2 us"', r"intra\.latency.*non-negative"),
+        ('"a100"', '"a1000"', "device unknown device"),
+        ("gpus_per_node = 8", "gpus_per_node = 0", "gpus_per_node.*at least 1"),
+        ("gpus_per_node = 8", 'gpus_per_node = 8\nprice_per_gpu = "4"', "price_per_gpu.*no unit"),
+    ],
+)
+def test_a_broken_cluster_file_names_file_and_field(tmp_path, old, new, complaint):
+    path = tmp_path / "mine.toml"
+    path.write_text(CLUSTER.replace(old, new, 1))
+    with pytest.raises(FileFormatError, match=rf"mine\.toml: .*{complaint}"):
+        load_cluster(path)
+
+
+def test_a_cluster_without_a_network_is_one_machine(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(CLUSTER)
+    assert load_cluster(path).max_nodes == 1
+
+
+@pytest.mark.parametrize("name", cluster_names())
+def test_writing_a_cluster_then_reading_it_changes_nothing(tmp_path, name):
+    cluster = load_cluster(name)
+    write_cluster(cluster, tmp_path / "copy.toml")
+    assert load_cluster(tmp_path / "copy.toml") == cluster
