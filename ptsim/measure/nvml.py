@@ -1,0 +1,264 @@
+"""What is this device, and what did it draw while we used it? NVML on NVIDIA GPUs, a null object elsewhere.
+
+`open_meter` gives the meter of a torch device. A quantity that the driver does not tell (a MIG slice has no power, a
+Pascal board no energy counter) is None, never zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import platform
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import pynvml
+import torch
+
+from ptsim.trace.schema import DeviceInfo, DeviceUse
+
+SAMPLING_INTERVAL_S = 0.1  # the driver renews its power reading every 20 to 100 ms
+
+_T = TypeVar("_T")
+
+
+class Meter(Protocol):
+    """Says what a device is and what it used between `start` and `stop`."""
+
+    def info(self) -> DeviceInfo:
+        """What the device is; static."""
+
+    def start(self) -> None:
+        """Begin a measurement; forgets one that is under way."""
+
+    def stop(self) -> DeviceUse | None:
+        """End the measurement; None where nothing was started or the device has no meter."""
+
+
+def open_meter(device: torch.device | str) -> Meter:
+    """The meter of `device`: NVML for a CUDA device, the null object for a CPU or where NVML is missing (warns)."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return NullMeter(cpu_info())
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = torch.cuda.get_device_properties(index)
+    try:
+        try:
+            return NvmlMeter(uuid=f"GPU-{properties.uuid}")
+        except pynvml.NVMLError_NotFound:
+            return NvmlMeter(uuid=f"MIG-{properties.uuid}")
+    except pynvml.NVMLError as error:
+        warnings.warn(f"no power or energy is recorded: NVML cannot read {properties.name}: {error}", stacklevel=2)
+        return NullMeter(DeviceInfo(name=properties.name, kind="cuda", memory_bytes=properties.total_memory))
+
+
+class NullMeter:
+    """Knows what the device is, measures nothing."""
+
+    def __init__(self, info: DeviceInfo) -> None:
+        self._info = info
+
+    def info(self) -> DeviceInfo:
+        """What the device is."""
+        return self._info
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def stop(self) -> DeviceUse | None:
+        """Nothing was measured."""
+        return None
+
+
+class NvmlMeter:
+    """One GPU through NVML; a thread samples what the driver only tells as of now.
+
+    Energy is the difference of the board's own counter, or where there is none the trapezoidal sum of power samples.
+    """
+
+    def __init__(self, *, uuid: str | None = None, index: int = 0, interval_s: float = SAMPLING_INTERVAL_S) -> None:
+        """The GPU with this UUID ("GPU-…", "MIG-…"), or the `index`-th of the driver's own order.
+
+        Raises:
+            pynvml.NVMLError: no driver, or no such GPU.
+        """
+        pynvml.nvmlInit()
+        try:
+            self._handle = (
+                pynvml.nvmlDeviceGetHandleByUUID(uuid.encode()) if uuid else pynvml.nvmlDeviceGetHandleByIndex(index)
+            )
+            self._info = self._read_info()
+        except pynvml.NVMLError:
+            pynvml.nvmlShutdown()
+            raise
+        self._interval_s = interval_s
+        self._sampler: _Sampler | None = None
+        self._energy_before_j: float | None = None
+
+    def info(self) -> DeviceInfo:
+        """What the driver says of the GPU."""
+        return self._info
+
+    def start(self) -> None:
+        """Note the energy counter and begin to sample."""
+        self._stop_sampling()
+        self._energy_before_j = self._energy_j()
+        self._sampler = _Sampler(self._sample, self._interval_s)
+
+    def stop(self) -> DeviceUse | None:
+        """Means of the samples since `start`, the energy and the largest memory in use."""
+        samples = self._stop_sampling()
+        if samples is None:
+            return None
+        after_j, before_j = self._energy_j(), self._energy_before_j
+        if after_j is not None and before_j is not None and after_j >= before_j:
+            energy_j: float | None = after_j - before_j
+        else:
+            energy_j = _integral([(s.time_s, s.power_w) for s in samples if s.power_w is not None])
+        memory = [s.memory_bytes for s in samples if s.memory_bytes is not None]
+        return DeviceUse(
+            energy_j=energy_j,
+            power_w=_mean([s.power_w for s in samples]),
+            sm_clock_hz=_mean([s.sm_clock_hz for s in samples]),
+            memory_clock_hz=_mean([s.memory_clock_hz for s in samples]),
+            temperature_c=_mean([s.temperature_c for s in samples]),
+            utilization=_mean([s.utilization for s in samples]),
+            peak_memory_bytes=max(memory) if memory else None,
+        )
+
+    def close(self) -> None:
+        """Stop sampling and let the library go."""
+        self._stop_sampling()
+        pynvml.nvmlShutdown()
+
+    def _stop_sampling(self) -> list[_Sample] | None:
+        sampler, self._sampler = self._sampler, None
+        return sampler.finish() if sampler else None
+
+    def _energy_j(self) -> float | None:
+        return _scaled(_told(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)), 1e-3)  # mJ
+
+    def _sample(self) -> _Sample:
+        handle = self._handle
+        utilization = _told(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        return _Sample(
+            time_s=time.perf_counter(),
+            power_w=_scaled(_told(lambda: pynvml.nvmlDeviceGetPowerUsage(handle)), 1e-3),  # mW
+            sm_clock_hz=_scaled(_told(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)), 1e6),
+            memory_clock_hz=_scaled(_told(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)), 1e6),
+            temperature_c=_scaled(
+                _told(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)), 1.0
+            ),
+            utilization=_scaled(utilization, 0.01),  # percent
+            memory_bytes=_told(lambda: int(_memory(handle).used)),
+        )
+
+    def _read_info(self) -> DeviceInfo:
+        handle = self._handle
+        return DeviceInfo(
+            name=_text(pynvml.nvmlDeviceGetName(handle)),
+            kind="cuda",
+            memory_bytes=int(_memory(handle).total),
+            max_sm_clock_hz=_scaled(_told(lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)), 1e6),
+            max_memory_clock_hz=_scaled(
+                _told(lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM)), 1e6
+            ),
+            power_limit_w=_scaled(_told(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)), 1e-3),
+            driver=_told(lambda: _text(pynvml.nvmlSystemGetDriverVersion())),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Sample:
+    """What the driver said at one moment."""
+
+    time_s: float
+    power_w: float | None
+    sm_clock_hz: float | None
+    memory_clock_hz: float | None
+    temperature_c: float | None
+    utilization: float | None
+    memory_bytes: int | None
+
+
+class _Sampler:
+    """Calls `sample` every `interval_s` in a thread, once at the start and once at the end."""
+
+    def __init__(self, sample: Callable[[], _Sample], interval_s: float) -> None:
+        self._sample = sample
+        self._interval_s = interval_s
+        self._samples: list[_Sample] = [sample()]
+        self._enough = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ptsim-nvml", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._enough.wait(self._interval_s):
+            self._samples.append(self._sample())
+
+    def finish(self) -> list[_Sample]:
+        self._enough.set()
+        self._thread.join()
+        self._samples.append(self._sample())
+        return self._samples
+
+
+def cpu_info() -> DeviceInfo:
+    """This machine's processor, its memory and the threads that torch uses."""
+    return DeviceInfo(
+        name=_processor_name(),
+        kind="cpu",
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory(handle: Any) -> Any:
+    """Version 2 leaves out of `used` what the driver keeps for itself; older drivers have only version 1."""
+    try:
+        return pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+    except (pynvml.NVMLError_FunctionNotFound, pynvml.NVMLError_NotSupported):
+        return pynvml.nvmlDeviceGetMemoryInfo(handle)
+
+
+def _told(read: Callable[[], _T]) -> _T | None:
+    """What `read` gives, None where this driver, board or slice does not tell it."""
+    try:
+        return read()
+    except pynvml.NVMLError:
+        return None
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _integral(points: list[tuple[float, float]]) -> float | None:
+    """Trapezoidal sum of (seconds, watts); None with fewer than two points."""
+    if len(points) < 2:
+        return None
+    return sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in itertools.pairwise(points))

@@ -1,0 +1,308 @@
+"""How long does each layer of this very network take here, forward and backward, and a whole step without timers?
+
+Everything runs on a copy: weights, buffers, random state, gradients and optimizer of the caller stay as they are. The
+layers are timed inside one real pass after the other: forward node by node through the torch.fx graph, backward
+between the hooks around every autograd node, which is attributed to the layer whose output first reaches it. So
+in-place operators, autocast's casts and saved tensors behave as in training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.graph import Node
+from torch.nn import functional as F
+
+from ptsim.capture.graph import trace_graph
+from ptsim.costs.step import MemoryFormat
+from ptsim.errors import MissingMeasurementError, UnsupportedModelError
+from ptsim.measure.nvml import open_meter
+from ptsim.measure.timers import cuda_event
+from ptsim.network import Network, Precision
+from ptsim.trace.schema import LayerProfile, Profile
+
+NUM_WARM_UP = 2  # the first step allocates and lets cuDNN choose; the second is the first of the usual kind
+NUM_STEPS = 5
+NUM_LAYERED_STEPS = 3
+
+_AUTOCAST = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+
+
+@contextlib.contextmanager
+def number_format(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Matrix products inside run in `precision`: autocast for the 16-bit ones, CUDA's TF32 switches otherwise."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision is not Precision.FP32
+    try:
+        with torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def profile_network(
+    model: nn.Module,
+    network: Network,
+    *,
+    batch: int,
+    precision: Precision,
+    memory_format: MemoryFormat,
+    optimizer: torch.optim.Optimizer | None = None,
+    regularizer: Callable[[], object] | None = None,
+    device: torch.device | str,
+    num_steps: int = NUM_STEPS,
+    num_layered_steps: int = NUM_LAYERED_STEPS,
+) -> Profile:
+    """Time one architecture on this device: medians per layer and of whole steps, and a step's peak memory on a GPU.
+
+    Costs `NUM_WARM_UP + num_steps + num_layered_steps` training steps on random images. The memory of the copy
+    (weights and optimizer state once more) is needed besides the caller's.
+
+    Args:
+        model: in training, on `device`; only copied.
+        network: the same model captured; the profile's layers are its layers.
+        batch: images per step.
+        precision: of the matrix products.
+        memory_format: layout of the images (the weights have the layout that the caller gave them).
+        optimizer: the model's; None times no update.
+        regularizer: adds the group lasso's gradient, between backward and update. It is copied together with the
+            model, so it must reach the parameters through objects (a method, a `functools.partial`), not a closure.
+        device: where to run.
+        num_steps: whole steps to take the median of.
+        num_layered_steps: steps with a clock around every layer.
+
+    Raises:
+        UnsupportedModelError: `network` does not describe `model`, or torch.fx cannot trace it.
+        MissingMeasurementError: the copy and a step do not fit into the device's memory.
+        ValueError: batch or a number of steps is not positive.
+    """
+    device = torch.device(device)
+    for name, value in (("batch", batch), ("num_steps", num_steps), ("num_layered_steps", num_layered_steps)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+    cuda_devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda_devices), number_format(precision, device):
+        try:
+            before_bytes = torch.cuda.memory_allocated(device) if cuda_devices else 0
+            run = _Run(model, network, batch, memory_format, optimizer, regularizer, device)
+            run.steps(NUM_WARM_UP)
+            if cuda_devices:
+                torch.cuda.reset_peak_memory_stats(device)
+            steps = run.steps(num_steps)
+            peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes if cuda_devices else None
+            layered = [run.layered_step() for _ in range(num_layered_steps)]
+        except torch.OutOfMemoryError as error:
+            raise MissingMeasurementError(
+                f"{network.name} cannot be profiled at mini-batch {batch}: a second copy does not fit into {device}"
+            ) from error
+        finally:
+            run = None  # type: ignore[assignment] # frees the copy before anybody looks at the memory again
+    forward_s, backward_s, regularizer_s, optimizer_s, step_s = (
+        statistics.median(values) for values in zip(*steps, strict=True)
+    )
+    return Profile(
+        architecture=network.id,
+        batch=batch,
+        precision=precision,
+        memory_format=memory_format,
+        device=open_meter(device).info().name,
+        num_samples=num_steps,
+        layers=tuple(_median_layers(network, layered)),
+        forward_s=forward_s,
+        backward_s=backward_s,
+        optimizer_s=optimizer_s,
+        regularizer_s=regularizer_s,
+        step_s=step_s,
+        peak_memory_bytes=peak_bytes,
+    )
+
+
+def match_layers(graph: fx.Graph, network: Network) -> dict[fx.Node, str]:
+    """Which graph node is which layer of `network`.
+
+    A layer is named by its module path at the first call, by the graph node's name otherwise (`Layer.name`).
+
+    Raises:
+        UnsupportedModelError: a layer that no node bears.
+    """
+    unmatched = {layer.name for layer in network.layers}
+    nodes: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        candidates = (str(node.target), node.name) if node.op == "call_module" else (node.name,)
+        name = next((candidate for candidate in candidates if candidate in unmatched), None)
+        if name is not None and node.op.startswith("call_"):
+            unmatched.discard(name)
+            nodes[node] = name
+    if unmatched:
+        raise UnsupportedModelError(
+            f"the description of {network.name} has layers that the model does not have: {', '.join(sorted(unmatched))}"
+        )
+    return nodes
+
+
+LayerSeconds = dict[str, list[float]]  # layer → [forward, backward]; backward NaN where autograd has no node
+
+
+class _Run:
+    """A copy of the model and all that a training step of it needs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        network: Network,
+        batch: int,
+        memory_format: MemoryFormat,
+        optimizer: torch.optim.Optimizer | None,
+        regularizer: Callable[[], object] | None,
+        device: torch.device,
+    ) -> None:
+        # One deepcopy of all three: its memo lets the copies of optimizer and regulariser hold the copy's parameters.
+        self.model, self.optimizer, self.regularizer = copy.deepcopy((model, optimizer, regularizer))
+        self.network = network
+        self.device = device
+        graph_module = trace_graph(self.model, network.input_shape)
+        self.layer_of = match_layers(graph_module.graph, network)
+        self.model.train()
+        graph_module.train()
+        self.interpreter = _TimingInterpreter(graph_module, self)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn((batch, *network.input_shape), generator=generator)
+        layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+        self.images = images.to(device).contiguous(memory_format=layout)
+        self.labels = torch.randint(network.num_classes, (batch,), generator=generator).to(device)
+
+    def instant(self) -> Any:
+        """Now, on the device's own clock."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = cuda_event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def steps(self, count: int) -> list[tuple[float, ...]]:
+        """Seconds of forward, backward, regulariser, optimizer and all together, for `count` steps in a row.
+
+        As in training, the host does not wait for a GPU between steps.
+        """
+        self.wait()
+        marks = [self._step() for _ in range(count)]
+        self.wait()
+        parts = [tuple(itertools.starmap(seconds_between, itertools.pairwise(step))) for step in marks]
+        return [(*step, sum(step)) for step in parts]
+
+    def _step(self) -> list[Any]:
+        """One training step; the instants between its phases."""
+        marks = [self.instant()]
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        loss = F.cross_entropy(self.model(self.images), self.labels)
+        marks.append(self.instant())
+        self._without_autocast(loss.backward)
+        marks.append(self.instant())
+        if self.regularizer is not None:
+            self._without_autocast(self.regularizer)
+        marks.append(self.instant())
+        if self.optimizer is not None:
+            self._without_autocast(self.optimizer.step)
+        marks.append(self.instant())
+        return marks
+
+    def layered_step(self) -> LayerSeconds:
+        """Seconds per layer of one pass with a clock around every operator."""
+        self.wait()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.interpreter.reset()
+        loss = F.cross_entropy(self.interpreter.run(self.images), self.labels)
+        self._without_autocast(loss.backward)
+        self.wait()
+        return self.interpreter.seconds()
+
+    def _without_autocast(self, action: Callable[[], object]) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            action()
+
+
+class _TimingInterpreter(fx.Interpreter):
+    """Runs the graph and notes when each layer's forward and each of its autograd nodes begin and end."""
+
+    def __init__(self, module: fx.GraphModule, run: _Run) -> None:
+        super().__init__(module)
+        self._run = run
+        self.reset()
+
+    def reset(self) -> None:
+        self._forward: list[tuple[str, Any, Any]] = []
+        self._backward: list[tuple[str, list[Any]]] = []
+        self._seen: set[Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        name = self._run.layer_of.get(n)
+        if name is None:
+            return super().run_node(n)
+        begin = self._run.instant()
+        result = super().run_node(n)
+        self._forward.append((name, begin, self._run.instant()))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                self._watch(name, tensor.grad_fn)
+        return result
+
+    def seconds(self) -> LayerSeconds:
+        seconds: LayerSeconds = {layer.name: [0.0, float("nan")] for layer in self._run.network.layers}
+        for name, begin, end in self._forward:
+            seconds[name][0] += seconds_between(begin, end)
+        for name, marks in self._backward:
+            if len(marks) == 2:
+                known = seconds[name][1]
+                seconds[name][1] = seconds_between(*marks) + (0.0 if known != known else known)
+        return seconds
+
+    def _watch(self, name: str, root: Node) -> None:
+        """Put a clock around every autograd node that no earlier layer has reached."""
+        stack: list[Node | None] = [root]
+        while stack:
+            node = stack.pop()
+            if node is None or node in self._seen:
+                continue
+            self._seen.add(node)
+            marks: list[Any] = []
+            self._backward.append((name, marks))
+            node.register_prehook(self._mark(marks))
+            node.register_hook(self._mark(marks))
+            stack.extend(next_node for next_node, _ in node.next_functions)
+
+    def _mark(self, marks: list[Any]) -> Callable[..., None]:
+        instant = self._run.instant
+
+        def mark(*_: object) -> None:
+            marks.append(instant())
+
+        return mark
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Seconds from one instant of `_Run.instant` to another; the device must have passed both."""
+    return float(end - begin) if isinstance(begin, float) else float(begin.elapsed_time(end)) / 1e3
+
+
+def _median_layers(network: Network, runs: list[LayerSeconds]) -> Iterator[LayerProfile]:
+    for layer in network.layers:
+        forward_s = statistics.median(run[layer.name][0] for run in runs)
+        backward_s = statistics.median(run[layer.name][1] for run in runs)
+        yield LayerProfile(
+            layer=layer.name, forward_s=forward_s, backward_s=None if backward_s != backward_s else backward_s
+        )

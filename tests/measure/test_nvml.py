@@ -1,0 +1,105 @@
+"""NVML through the real pynvml binding, against a stand-in library that answers like the driver."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptsim.measure.nvml import NullMeter, open_meter
+
+GPU = "GPU-01234567-89ab-cdef-0123-456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler, so no stand-in for the NVIDIA driver")
+    folder = tmp_path_factory.mktemp("driver")
+    source = Path(__file__).parent / "nvml_stand_in.c"
+    library = folder / "libnvidia-ml.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source], check=True)
+    return folder
+
+
+def run_with(driver, code, lacks=""):
+    """The JSON that `code` prints in a fresh process that finds the stand-in as the driver's library."""
+    program = (
+        "import json, msgspec, time, pynvml\nfrom ptsim.measure.nvml import NvmlMeter\n"
+        "def show(x): print(json.dumps(msgspec.to_builtins(x)))\n" + code
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver), "PTSIM_STAND_IN_LACKS": lacks}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+MEASURE = "m = NvmlMeter(index=0, interval_s=0.005)\nm.start()\ntime.sleep(0.2)\nshow(m.stop())\nm.close()"
+
+
+def test_the_driver_names_the_gpu_its_memory_clocks_and_limit(driver):
+    info = run_with(driver, f"show(NvmlMeter(uuid={GPU!r}).info())")
+    assert info == {
+        "name": "NVIDIA Stand-In 9000",
+        "kind": "cuda",
+        "memory_bytes": 16 * 2**30,
+        "num_threads": None,
+        "max_sm_clock_hz": 1.98e9,
+        "max_memory_clock_hz": 6e9,
+        "power_limit_w": 350.0,
+        "driver": "535.104.05",
+    }
+
+
+def test_energy_is_what_the_board_counted_and_power_the_mean_of_the_samples(driver):
+    use = run_with(driver, MEASURE)
+    assert use["energy_j"] == pytest.approx(5.0)  # the counter grows 5 J between its two readings
+    assert 150 < use["power_w"] < 250  # 100, 200, 300, 200 W in turn: 200 W in the mean of whole rounds
+    assert use["sm_clock_hz"] == pytest.approx(1.41e9)
+    assert use["memory_clock_hz"] == pytest.approx(5e9)
+    assert use["temperature_c"] == 61
+    assert use["utilization"] == pytest.approx(0.8)
+    assert use["peak_memory_bytes"] == 2 * 2**30  # version 2: without what the driver reserves
+
+
+def test_without_an_energy_counter_power_is_integrated_over_time(driver):
+    use = run_with(driver, MEASURE, lacks="energy")
+    assert use["energy_j"] >= 0.2 * 100  # at least 0.2 s at no less than 100 W
+    assert use["power_w"] > 100
+
+
+def test_what_a_slice_does_not_tell_is_none_and_not_zero(driver):
+    use = run_with(driver, MEASURE, lacks="energy,power")
+    assert use["energy_j"] is None
+    assert use["power_w"] is None
+    assert use["temperature_c"] == 61
+
+
+def test_an_older_driver_answers_with_version_1_of_the_memory_record(driver):
+    assert run_with(driver, MEASURE, lacks="memory_v2")["peak_memory_bytes"] == 3 * 2**30
+
+
+def test_an_unknown_gpu_is_an_error_of_the_binding(driver):
+    code = "try: NvmlMeter(uuid='GPU-x')\nexcept pynvml.NVMLError_NotFound as e: show(str(e))"
+    assert run_with(driver, code) == "Not Found"
+
+
+def test_stop_without_start_measured_nothing(driver):
+    assert run_with(driver, "show(NvmlMeter(index=0).stop())") is None
+
+
+def test_a_cpu_says_what_it_is_and_measures_nothing():
+    meter = open_meter(torch.device("cpu"))
+    assert isinstance(meter, NullMeter)
+    info = meter.info()
+    assert info.kind == "cpu"
+    assert info.name
+    assert info.memory_bytes > 2**28
+    assert info.num_threads == torch.get_num_threads()
+    meter.start()
+    assert meter.stop() is None

@@ -1,0 +1,153 @@
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ptsim.capture.graph import trace_graph
+from ptsim.errors import UnsupportedModelError
+from ptsim.measure.profile import number_format, profile_network
+from ptsim.network import Layer, LayerKind, Network, Precision
+
+
+class Small(nn.Module):
+    """Convolution, BatchNorm, an in-place ReLU used twice, a residual sum in place, dropout, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.dropout = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        y = self.conv2(x)
+        y += x
+        return self.fc(self.dropout(self.relu(y).mean((2, 3))))
+
+
+def describe(model, input_shape=(3, 16, 16), extra=()):
+    """A network with the layers' names as `Layer.name` has them; the profile needs no more."""
+    names, seen = [], set()
+    for node in trace_graph(model, input_shape).graph.nodes:
+        if node.op.startswith("call_"):
+            target = str(node.target)
+            names.append(target if node.op == "call_module" and target not in seen else node.name)
+            seen.add(target)
+    layers = tuple(
+        Layer(
+            name=name,
+            kind=LayerKind.OTHER,
+            op="any",
+            in_channels=1,
+            out_channels=1,
+            input_shapes=((1,),),
+            output_shape=(1,),
+        )
+        for name in (*names, *extra)
+    )
+    return Network(name="small", input_shape=input_shape, num_classes=5, layers=layers, edges=(), parameters=())
+
+
+def profile(model, **changes):
+    options = {"batch": 4, "precision": Precision.FP32, "memory_format": "contiguous", "device": "cpu"} | changes
+    return profile_network(model, describe(model), **options)
+
+
+def test_every_layer_of_the_network_has_a_forward_and_where_autograd_works_a_backward_time():
+    model = Small()
+    result = profile(model)
+    layers = {layer.layer: layer for layer in result.layers}
+    assert list(layers) == ["conv1", "bn1", "relu", "conv2", "add", "relu_1", "mean", "dropout", "fc"]
+    assert all(layer.forward_s > 0 for layer in result.layers)
+    assert all(layers[name].backward_s > 0 for name in ("conv1", "bn1", "relu", "conv2", "relu_1", "fc"))
+    assert result.step_s >= result.forward_s
+    assert result.optimizer_s >= 0
+    assert result.num_samples == 5
+    assert result.peak_memory_bytes is None
+    assert result.architecture == describe(model).id
+
+
+def test_a_module_without_an_operation_has_no_backward_time():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5))
+    layers = {layer.layer: layer for layer in profile(model).layers}
+    assert layers["1"].backward_s is None
+    assert layers["0"].backward_s > 0
+
+
+def test_weights_buffers_gradients_optimizer_mode_and_random_state_stay_as_they_were():
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.rand(4, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    model.eval()
+    weights = copy.deepcopy(model.state_dict())
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    state = copy.deepcopy(optimizer.state_dict())
+    random_state = torch.get_rng_state()
+
+    profile(model, optimizer=optimizer, regularizer=functools.partial(_shrink, model))
+
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    for index, entry in optimizer.state_dict()["state"].items():
+        assert torch.equal(entry["momentum_buffer"], state["state"][index]["momentum_buffer"])
+
+
+def _shrink(model):
+    for parameter in model.parameters():
+        parameter.grad.add_(parameter.detach(), alpha=0.1)
+
+
+def test_optimizer_and_regulariser_are_timed_where_there_are_any():
+    model = Small()
+    bare = profile(model)
+    full = profile(
+        model,
+        optimizer=torch.optim.Adam(model.parameters()),
+        regularizer=functools.partial(_shrink, model),
+    )
+    assert full.optimizer_s > bare.optimizer_s
+    assert full.regularizer_s > bare.regularizer_s
+
+
+def test_sixteen_bit_products_run_under_autocast_and_leave_no_switch_behind():
+    before = torch.backends.cuda.matmul.allow_tf32
+    result = profile(Small(), precision=Precision.BF16)
+    assert result.precision is Precision.BF16
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+    with number_format(Precision.BF16, torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+
+
+def test_channels_last_images_are_profiled_too():
+    model = Small().to(memory_format=torch.channels_last)
+    assert math.isfinite(profile(model, memory_format="channels_last").step_s)
+
+
+def test_a_description_of_another_network_is_refused():
+    model = Small()
+    with pytest.raises(UnsupportedModelError, match=r"layers that the model does not have: layer4\.conv9"):
+        profile_network(
+            model,
+            describe(model, extra=("layer4.conv9",)),
+            batch=2,
+            precision=Precision.FP32,
+            memory_format="contiguous",
+            device="cpu",
+        )
+
+
+def test_a_mini_batch_of_zero_is_refused():
+    with pytest.raises(ValueError, match="batch is 0, expected at least 1"):
+        profile(Small(), batch=0)
