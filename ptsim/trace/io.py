@@ -168,11 +168,22 @@ class TraceWriter:
             FileExistsError: a new trace is asked for where one is.
         """
         self.path = Path(path)
+        if append and self.path.exists():
+            _drop_torn_line(self.path)
         self._file: IO[bytes] = open(self.path, "ab" if append else "xb")  # noqa: SIM115 - owned by the object
 
     def write(self, record: AnyRecord) -> None:
-        """Append one record as one line and flush it to the disk."""
-        self._file.write(_ENCODER.encode(record) + b"\n")
+        """Append one record as one line and flush it to the disk.
+
+        Raises:
+            ValueError: the record could not be read back, for instance because a loss is not finite.
+        """
+        line = _ENCODER.encode(record)
+        try:
+            _DECODER.decode(line)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"a {_tag(record)} record that no reader would accept: {error}") from error
+        self._file.write(line + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -185,6 +196,14 @@ class TraceWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _drop_torn_line(file: Path) -> None:
+    """Cut what follows the last newline: a line that a crash left incomplete."""
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
 
 
 def _decode(file: Path, number: int, line: bytes) -> AnyRecord:

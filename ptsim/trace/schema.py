@@ -7,13 +7,17 @@ not measure is null, never zero. `SCHEMA_VERSION` grows with every change of mea
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from ptsim.network import Network, Precision
 
 SCHEMA_VERSION = 1
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="record"):
@@ -24,9 +28,9 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """What was trained on. `input_shape` is (channels, height, width) of one image."""
 
     name: str
-    num_classes: int
-    num_train: int
-    num_validation: int
+    num_classes: Positive
+    num_train: Positive
+    num_validation: Count
     input_shape: tuple[int, int, int]
 
 
@@ -35,7 +39,7 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     name: str
     kind: Literal["cpu", "cuda"]
-    memory_bytes: int
+    memory_bytes: Count
     num_threads: int | None = None
     max_sm_clock_hz: float | None = None
     max_memory_clock_hz: float | None = None
@@ -57,7 +61,7 @@ class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ru
     seed: int
     precision: Precision
     memory_format: Literal["contiguous", "channels_last"]
-    world_size: int
+    world_size: Positive
     backend: str | None
     device: DeviceInfo
     versions: dict[str, str]
@@ -75,8 +79,8 @@ class LayerProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Median time of one layer at the profile's mini-batch; `backward_s` is null where autograd has no node for it."""
 
     layer: str
-    forward_s: float
-    backward_s: float | None
+    forward_s: Seconds
+    backward_s: Seconds | None
 
 
 class Profile(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="profile"):
@@ -87,17 +91,17 @@ class Profile(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
     """
 
     architecture: str
-    batch: int
+    batch: Positive
     precision: Precision
     memory_format: Literal["contiguous", "channels_last"]
     device: str
-    num_samples: int
+    num_samples: Positive
     layers: tuple[LayerProfile, ...]
-    forward_s: float
-    backward_s: float
-    optimizer_s: float
-    regularizer_s: float
-    step_s: float
+    forward_s: Seconds
+    backward_s: Seconds
+    optimizer_s: Seconds
+    regularizer_s: Seconds
+    step_s: Seconds
     peak_memory_bytes: int | None = None
 
 
@@ -108,23 +112,23 @@ class EpochTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     that it hides, `exposed_communication_s` is what it could not hide.
     """
 
-    wall_s: float
-    data_wait_s: float
-    forward_s: float
-    backward_s: float
-    regularizer_s: float
-    optimizer_s: float
+    wall_s: Seconds
+    data_wait_s: Seconds
+    forward_s: Seconds
+    backward_s: Seconds
+    regularizer_s: Seconds
+    optimizer_s: Seconds
     exposed_communication_s: float
-    validation_s: float
+    validation_s: Seconds
 
 
 class StepDistribution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Spread of the iterations' durations within an epoch (seconds), the source of jitter."""
 
-    median_s: float
-    p10_s: float
-    p90_s: float
-    std_s: float
+    median_s: Seconds
+    p10_s: Seconds
+    p90_s: Seconds
+    std_s: Seconds
 
 
 class DeviceUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -155,13 +159,13 @@ class Epoch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
     counts as sparse. `allreduce_bytes` is the gradient payload that every rank reduced over the epoch.
     """
 
-    epoch: int
+    epoch: Count
     architecture: str
-    batch_per_gpu: int
-    world_size: int
+    batch_per_gpu: Positive
+    world_size: Positive
     learning_rate: float
-    num_iterations: int
-    num_images: int
+    num_iterations: Positive
+    num_images: Positive
     penalty_coefficient: float
     train_loss: float
     penalty: float
@@ -172,7 +176,7 @@ class Epoch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
     weight_sparsity: float
     time: EpochTime
     step: StepDistribution
-    allreduce_bytes: int
+    allreduce_bytes: Count
     peak_memory_bytes: int | None  # the allocator's
     device: DeviceUse | None = None
     densities: tuple[LayerDensity, ...] = ()
@@ -185,14 +189,14 @@ class Reconfiguration(Record, frozen=True, kw_only=True, forbid_unknown_fields=T
     `duration_s` is everything that the run paid for it: decision, surgery, re-wrapping, re-profiling excluded.
     """
 
-    epoch: int
+    epoch: Count
     before: str
     after: str
-    channels_removed: int
+    channels_removed: Count
     layers_removed: tuple[str, ...]
-    duration_s: float
-    batch_before: int
-    batch_after: int
+    duration_s: Seconds
+    batch_before: Positive
+    batch_after: Positive
     learning_rate_scale: float = 1.0
     predicted_memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
@@ -203,10 +207,10 @@ class End(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="en
 
     status: Literal["clean", "interrupted", "failed"]
     reason: str | None
-    epochs: int
+    epochs: Count
     final_accuracy: float | None
-    wall_s: float
-    num_iterations: int
+    wall_s: Seconds
+    num_iterations: Count
     energy_j: float | None = None
 
 

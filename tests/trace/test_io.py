@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+
+from ptsim.errors import FileFormatError, NewerVersionError
+from ptsim.trace.io import TraceWriter, read_records, read_trace
+from ptsim.trace.schema import (
+    SCHEMA_VERSION,
+    AnyRecord,
+    Architecture,
+    End,
+    Epoch,
+    Profile,
+    Reconfiguration,
+    Run,
+)
+from tests.strategies import values_of
+from tests.traces import CPU, dense_trace, residual_network, shrinking_records, shrinking_trace, write_trace
+
+
+def broken(path: Path, line: int, edit: Any) -> Path:
+    """A trace whose 1-based `line` was edited: `edit` changes the decoded object, or replaces the text."""
+    file = shrinking_trace(path / "trace.jsonl")
+    lines = file.read_text().splitlines()
+    if callable(edit):
+        record = json.loads(lines[line - 1])
+        edit(record)
+        lines[line - 1] = json.dumps(record)
+    else:
+        lines[line - 1] = edit
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def line_of(kind: type, nth: int = 0) -> int:
+    """1-based line of the nth record of a kind in the default trace."""
+    return [i for i, record in enumerate(shrinking_records(), start=1) if isinstance(record, kind)][nth]
+
+
+class TestRoundTrip:
+    @given(values_of(Run | Architecture | Profile | Epoch | Reconfiguration | End))
+    @settings(max_examples=150, deadline=None)
+    def test_decoding_an_encoded_record_gives_it_back(self, record: AnyRecord) -> None:
+        assert msgspec.json.decode(msgspec.json.encode(record), type=AnyRecord) == record
+
+    def test_reading_gives_the_records_that_were_written(self, tmp_path: Path) -> None:
+        records = shrinking_records()
+        file = write_trace(tmp_path, records)
+        assert [record for _, record in read_records(file)] == records
+        assert [number for number, _ in read_records(file)] == list(range(1, len(records) + 1))
+
+    def test_a_trace_sorts_its_records(self, tmp_path: Path) -> None:
+        records = shrinking_records()
+        trace = read_trace(write_trace(tmp_path, records))
+        assert trace.run == records[0]
+        assert trace.end == records[-1]
+        assert list(trace.epochs) == [r for r in records if isinstance(r, Epoch)]
+        assert list(trace.profiles) == [r for r in records if isinstance(r, Profile)]
+        assert list(trace.reconfigurations) == [r for r in records if isinstance(r, Reconfiguration)]
+        assert list(trace.networks) == [r.id for r in records if isinstance(r, Architecture)]
+        assert trace.network_of(trace.epochs[0]).id == trace.epochs[0].architecture
+        assert trace.complete
+        assert not trace.truncated
+
+    def test_a_run_folder_means_the_trace_inside(self, tmp_path: Path) -> None:
+        file = dense_trace(tmp_path, device=CPU)
+        assert file == tmp_path / "trace.jsonl"
+        assert read_trace(tmp_path).path == file
+
+    def test_ids_survive_reading(self, tmp_path: Path) -> None:
+        trace = read_trace(shrinking_trace(tmp_path))
+        assert all(network.id == key for key, network in trace.networks.items())
+
+
+class TestCrashes:
+    def test_a_torn_last_line_is_dropped_with_a_warning_that_names_file_and_line(self, tmp_path: Path) -> None:
+        file = shrinking_trace(tmp_path, truncated=True)
+        last = len(shrinking_records())
+        with pytest.warns(UserWarning, match=rf"{re.escape(str(file))}:{last}: dropped an incomplete last line"):
+            trace = read_trace(file)
+        assert trace.truncated
+        assert trace.end is None
+        assert not trace.complete
+        assert len(trace.epochs) == 6
+
+    @pytest.mark.parametrize("lost", [1, 2, 17])
+    def test_any_number_of_lost_bytes_loses_one_line_at_most(self, tmp_path: Path, lost: int) -> None:
+        file = shrinking_trace(tmp_path)
+        file.write_bytes(file.read_bytes()[:-lost])
+        with pytest.warns(UserWarning, match="incomplete last line"):
+            assert len(list(read_records(file))) == len(shrinking_records()) - 1
+
+    def test_appending_after_a_crash_replaces_the_torn_line(self, tmp_path: Path) -> None:
+        file = shrinking_trace(tmp_path, truncated=True)
+        records = shrinking_records()
+        with TraceWriter(file, append=True) as writer:
+            writer.write(records[-1])
+        assert [record for _, record in read_records(file)] == records
+
+    def test_appending_to_a_trace_that_is_all_torn_starts_it_again(self, tmp_path: Path) -> None:
+        file = tmp_path / "trace.jsonl"
+        file.write_bytes(b'{"record":"ru')
+        records = shrinking_records()
+        with TraceWriter(file, append=True) as writer:
+            for record in records:
+                writer.write(record)
+        assert [record for _, record in read_records(file)] == records
+
+    def test_a_run_that_was_interrupted_is_not_complete(self, tmp_path: Path) -> None:
+        trace = read_trace(shrinking_trace(tmp_path, status="interrupted", recorded_epochs=3))
+        assert trace.end is not None
+        assert trace.end.status == "interrupted"
+        assert not trace.complete
+
+    def test_a_new_trace_never_overwrites_another(self, tmp_path: Path) -> None:
+        file = shrinking_trace(tmp_path)
+        with pytest.raises(FileExistsError):
+            TraceWriter(file)
+
+    def test_every_record_is_on_disk_when_write_returns(self, tmp_path: Path) -> None:
+        file = tmp_path / "trace.jsonl"
+        writer = TraceWriter(file)
+        for number, record in enumerate(shrinking_records(), start=1):
+            writer.write(record)
+            assert file.read_bytes().count(b"\n") == number
+        writer.close()
+
+    def test_a_record_that_could_not_be_read_back_is_not_written(self, tmp_path: Path) -> None:
+        records = shrinking_records()
+        epoch = next(record for record in records if isinstance(record, Epoch))
+        file = tmp_path / "trace.jsonl"
+        with TraceWriter(file) as writer:
+            writer.write(records[0])
+            with pytest.raises(ValueError, match=r"train_loss"):
+                writer.write(msgspec.structs.replace(epoch, train_loss=float("nan")))
+        assert len(list(read_records(file))) == 1
+
+
+class TestWrongFiles:
+    def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(FileFormatError, match=r"nowhere: no trace here"):
+            read_trace(tmp_path / "nowhere")
+
+    def test_a_folder_without_a_trace_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(FileFormatError, match="no trace here"):
+            read_trace(tmp_path)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"\n",
+            b"epoch,loss\n1,2.3\n",
+            b'{"foo": 1}\n',
+            b"\x80\x04\x95\n\n",
+            b"[1, 2]\n",
+            b'{"record": "epoch", "schema_version": 1}\n',
+            b'{"record": "run"}\n',
+        ],
+    )
+    def test_a_foreign_file_is_refused_in_one_sentence(self, tmp_path: Path, content: bytes) -> None:
+        file = tmp_path / "other.txt"
+        file.write_bytes(content)
+        with pytest.raises(FileFormatError) as caught:
+            read_trace(file)
+        assert str(file) in caught.value.message
+        assert "\n" not in caught.value.message
+
+    def test_a_newer_version_is_refused_and_says_what_to_do(self, tmp_path: Path) -> None:
+        file = broken(tmp_path, 1, lambda record: record.update(schema_version=SCHEMA_VERSION + 1, brand_new_field=1))
+        with pytest.raises(NewerVersionError, match=rf":1: schema version {SCHEMA_VERSION + 1} is newer") as caught:
+            read_trace(file)
+        assert caught.value.hint == "update ptsim"
+
+    def test_a_version_below_one_is_refused(self, tmp_path: Path) -> None:
+        file = broken(tmp_path, 1, lambda record: record.update(schema_version=0))
+        with pytest.raises(FileFormatError, match="'schema_version' is 0"):
+            read_trace(file)
+
+    @pytest.mark.parametrize(
+        ("kind", "edit", "field"),
+        [
+            (Epoch, lambda r: r["time"].update(wall_s="fast"), r"\$\.time\.wall_s"),
+            (Epoch, lambda r: r["time"].update(wall_s=-1.0), r"\$\.time\.wall_s"),
+            (Epoch, lambda r: r.pop("num_iterations"), "num_iterations"),
+            (Epoch, lambda r: r.update(num_iterations=0), r"\$\.num_iterations"),
+            (Epoch, lambda r: r.update(batch_per_gpu=0), r"\$\.batch_per_gpu"),
+            (Epoch, lambda r: r.update(batch_per_gpu=1.5), r"\$\.batch_per_gpu"),
+            (Epoch, lambda r: r.update(surprise=1), "surprise"),
+            (Run, lambda r: r.update(precision="fp8"), r"\$\.precision"),
+            (Run, lambda r: r["device"].update(kind="tpu"), r"\$\.device\.kind"),
+            (Architecture, lambda r: r["network"]["layers"][3].update(kind="wormhole"), r"layers\[.*\]\.kind"),
+            (Profile, lambda r: r["layers"][0].update(forward_s=None), r"layers\[.*\]\.forward_s"),
+            (End, lambda r: r.update(status="meh"), r"\$\.status"),
+            (Epoch, lambda r: r.update(record="eporch"), "eporch"),
+            (Epoch, lambda r: r.update(architecture="0123456789abcdef"), "'architecture'"),
+            (Epoch, lambda r: r.update(epoch=7), "'epoch' is 7, expected 0"),
+            (Architecture, lambda r: r.update(id="0123456789abcdef"), "'id' is '0123456789abcdef'"),
+            (Reconfiguration, lambda r: r.update(after="0123456789abcdef"), "'after'"),
+        ],
+    )
+    def test_a_broken_field_is_named_with_file_and_line(
+        self, tmp_path: Path, kind: type, edit: Any, field: str
+    ) -> None:
+        line = line_of(kind)
+        file = broken(tmp_path, line, edit)
+        with pytest.raises(FileFormatError, match=field) as caught:
+            read_trace(file)
+        assert caught.value.message.startswith(f"{file}:{line}: ")
+        assert caught.value.line == line
+        assert "\n" not in caught.value.message
+
+    @pytest.mark.parametrize(
+        "text", ["", "{", "null", '{"record": "epoch"', "\ud800".encode("utf-8", "replace").decode()]
+    )
+    def test_a_broken_line_in_the_middle_is_an_error_with_its_number(self, tmp_path: Path, text: str) -> None:
+        file = broken(tmp_path, 5, text)
+        with pytest.raises(FileFormatError, match=rf"{re.escape(str(file))}:5: "):
+            read_trace(file)
+
+    def test_two_runs_in_one_file_are_refused(self, tmp_path: Path) -> None:
+        records = shrinking_records()
+        with pytest.raises(FileFormatError, match=":3: a second run record"):
+            read_trace(write_trace(tmp_path, [*records[:2], records[0]]))
+
+    def test_nothing_may_follow_the_end(self, tmp_path: Path) -> None:
+        records = shrinking_records()
+        with pytest.raises(FileFormatError, match="found 'epoch' after the end record"):
+            read_trace(write_trace(tmp_path, [*records, next(r for r in records if isinstance(r, Epoch))]))
+
+
+def test_a_changed_shape_is_noticed_by_the_content_address(tmp_path: Path) -> None:
+    line = line_of(Architecture)
+    file = broken(tmp_path, line, lambda record: record["network"]["layers"][0].update(out_channels=99))
+    with pytest.raises(FileFormatError, match="the network's content has the id .*") as caught:
+        read_trace(file)
+    assert caught.value.line == line
+
+
+def test_a_network_is_written_once_per_architecture() -> None:
+    ids = [record.id for record in shrinking_records() if isinstance(record, Architecture)]
+    assert len(ids) == len(set(ids)) == 3
+    assert residual_network().id == ids[0]
