@@ -239,7 +239,7 @@ class TestWrongFiles:
 def test_a_changed_shape_is_noticed_by_the_content_address(tmp_path: Path) -> None:
     line = line_of(Architecture)
     file = broken(tmp_path, line, lambda record: record["network"]["layers"][0].update(out_channels=99))
-    with pytest.raises(FileFormatError, match="the network.s content has the id") as caught:
+    with pytest.raises(FileFormatError, match="content has the id") as caught:
         read_trace(file)
     assert caught.value.line == line
 
