@@ -1,1 +1,1 @@
-"""Training runs that record themselves."""
+"""Training that prunes while it runs, and records what it did."""

@@ -1,0 +1,315 @@
+"""What decides a training run: one flat record, read from a TOML file, changed by `key=value` overrides, checked here.
+
+Defaults are METHOD.md §4 for CIFAR. Settings that say "auto" or are absent are filled in by `resolve`, so the trace
+holds what really ran. Rules between settings are in `_check`, settings that would do nothing in `_without_effect`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import typing
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import tomli_w
+
+from ptsim.errors import FileFormatError, UnknownNameError, UsageError
+from ptsim.network import Precision
+from ptsim.units import parse_quantity
+
+DatasetName = Literal["digits", "cifar10", "cifar100", "imagefolder", "synthetic"]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A training run.
+
+    Attributes:
+        model: zoo name, `torchvision:NAME` or `path/to/file.py:function`.
+        dataset, data_dir, download: what is trained on, where it lies, whether torchvision may fetch it.
+        train_limit: use only this many training images, drawn with the seed.
+        image_size: side of the images that the network sees; None means the data set's own (the model's for an
+            image tree whose images differ in size, and for synthetic data).
+        augment: "auto" is random crop and flip for photographs, nothing for digits and synthetic data.
+        crop_padding: pixels of zeros around the image from which the random crop is taken.
+        num_workers: decoding processes, for image trees that do not fit in memory.
+        batch: images per iteration over all ranks; what is left over at an epoch's end is left out.
+        lr_milestones: epochs at which the rate is multiplied by `lr_gamma`; below 1 a fraction of the epochs.
+        momentum: None is 0.9 for SGD, 0 for RMSprop; Adam has its own.
+        ema_decay: per iteration; 0 is no average. With one, validation uses the averaged weights.
+        penalty_ratio: r of METHOD.md Eq. 3; 0 is the dense baseline.
+        regularizer: the group lasso as a gradient, or as a proximal step.
+        interval: epochs between reconfigurations.
+        threshold: a channel is sparse when its largest |w| is below.
+        mode: what channels that meet at a sum keep: their union, or each branch its own through gathers (gating).
+        channel_multiple: kept counts are rounded up to a multiple.
+        schedule: "continuous" reconfigures every interval, "one_time" once after `reconfigure_epoch` epochs, "ssl"
+            trains dense for `pretrain_epochs`, then sparsifies, and prunes once at the end of that.
+        finetune_epochs: last epochs without regulariser.
+        dynamic_batch: let the mini-batch grow at reconfigurations as memory allows.
+        memory_budget: per rank, "8 GiB" or bytes; None is the device's memory.
+        batch_granularity: per rank; the mini-batch grows by multiples.
+        max_batch: over all ranks; the mini-batch never grows beyond.
+        lr_rule: how the rate follows the mini-batch.
+        data_memory_bytes: an image tree larger than this when decoded is read from disk in every epoch; None is a
+            quarter of the memory.
+        sync_batch_norm: BatchNorm statistics over all ranks.
+        compile: `torch.compile` the training step's forward, with this backend.
+        profile: measure every new architecture layer by layer.
+        record_channel_maxima: the largest |w| of every output channel goes into the trace (Fig. 4).
+        keep_every: weights of every n-th epoch stay loadable, and of every reconfigured and the last one.
+    """
+
+    model: str = "resnet32"
+    dataset: DatasetName = "cifar10"
+    data_dir: str | None = None
+    download: bool = False
+    train_limit: int | None = None
+    image_size: int | None = None
+    augment: Literal["auto", "crop_flip", "crop", "none"] = "auto"
+    crop_padding: int | None = None
+    num_workers: int = 4
+    seed: int = 0
+
+    epochs: int = 182
+    batch: int = 128
+    lr: float = 0.1
+    lr_milestones: tuple[float, ...] = (0.5, 0.75)
+    lr_gamma: float = 0.1
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    momentum: float | None = None
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    ema_decay: float = 0.0
+
+    penalty_ratio: float = 0.25
+    regularizer: Literal["gradient", "proximal"] = "gradient"
+    interval: int = 10
+    threshold: float = 1e-4
+    mode: Literal["union", "gating"] = "union"
+    channel_multiple: int = 1
+    schedule: Literal["continuous", "one_time", "ssl"] = "continuous"
+    reconfigure_epoch: int | None = None
+    pretrain_epochs: int | None = None
+    finetune_epochs: int = 0
+
+    dynamic_batch: bool = False
+    memory_budget: int | str | None = None
+    batch_granularity: int = 32
+    max_batch: int | None = None
+    lr_rule: Literal["linear", "sqrt"] = "linear"
+
+    device: str = "auto"
+    precision: Precision = Precision.FP32
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    compile: bool = False
+    compile_backend: str = "inductor"
+    sync_batch_norm: bool = False
+    data_memory_bytes: int | None = None
+    profile: bool = True
+    record_channel_maxima: bool = False
+    keep_every: int = 10
+
+    @property
+    def regularized(self) -> bool:
+        """The run prunes; False is the dense baseline."""
+        return self.penalty_ratio > 0
+
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        """The budget in bytes, None where the device's memory decides."""
+        if isinstance(self.memory_budget, str):
+            return int(parse_quantity(self.memory_budget, "bytes"))
+        return self.memory_budget
+
+
+SETTINGS = Config.__struct_fields__
+_CHOICES: dict[str, tuple[str, ...]] = {"precision": tuple(p.value for p in Precision)} | {
+    name: typing.get_args(hint) for name, hint in typing.get_type_hints(Config).items() if "Literal" in str(hint)
+}
+
+
+def make_config(settings: Mapping[str, Any], *, source: str = "configuration") -> Config:
+    """The checked configuration that `settings` ask for; the rest are defaults. Warns of settings without effect.
+
+    Raises:
+        UnknownNameError: a setting or a closed choice that does not exist.
+        UsageError: a value of the wrong type or out of its bounds, or settings that contradict each other.
+    """
+    for name in settings:
+        if name not in SETTINGS:
+            raise UnknownNameError("setting", name, SETTINGS)
+    for name, known in _CHOICES.items():
+        value = settings.get(name, known[0])
+        if isinstance(value, str) and value not in known:
+            raise UnknownNameError("data set" if name == "dataset" else name, value, known)
+    try:
+        config = msgspec.convert(dict(settings), Config)
+    except msgspec.ValidationError as error:
+        problem, _, place = str(error).partition(" - at `$.")
+        raise UsageError(f"{source}: setting {place.rstrip('`')!r}: {problem.replace('`', '')}") from error
+    _check(config)
+    for problem in _without_effect(config, set(settings)):
+        warnings.warn(problem, stacklevel=2)
+    return config
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The settings of a TOML file, unchecked.
+
+    Raises:
+        FileFormatError: no such file, not TOML, or a table where a value is expected.
+    """
+    path = Path(path)
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFormatError(path, f"the configuration cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(path, f"not TOML: {error}") from error
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            raise FileFormatError(path, f"found the table [{name}], expected plain `setting = value` lines")
+    return settings
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key=value` as (key, value); the value is read as TOML, and as plain text where it is none.
+
+    Raises:
+        UsageError: there is no `=`.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"{text!r} is not of the form setting=value")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
+
+
+def to_settings(config: Config) -> dict[str, Any]:
+    """The configuration as plain values that JSON and TOML hold; `make_config` takes it back."""
+    settings: dict[str, Any] = msgspec.to_builtins(config)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as a TOML document; settings that are None are left out, which means the same."""
+    return tomli_w.dumps({name: value for name, value in to_settings(config).items() if value is not None})
+
+
+def from_recorded(settings: Mapping[str, Any]) -> Config:
+    """A configuration that was checked and resolved when it was written (no warnings)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make_config(settings, source="recorded configuration")
+
+
+def resolve(config: Config, *, device: str) -> Config:
+    """Everything that "auto" and None leave open and that does not depend on the data, decided."""
+    photographs = config.dataset in ("cifar10", "cifar100", "imagefolder")
+    augment = config.augment if config.augment != "auto" else "crop_flip" if photographs else "none"
+    momentum = config.momentum
+    if momentum is None and config.optimizer in ("sgd", "rmsprop"):
+        momentum = 0.9 if config.optimizer == "sgd" else 0.0
+    return msgspec.structs.replace(
+        config,
+        augment=augment,
+        momentum=momentum,
+        device=device,
+        memory_budget=config.memory_budget_bytes,
+    )
+
+
+def _check(config: Config) -> None:
+    """Bounds of single settings, then the rules between settings."""
+    at_least_one = (
+        "epochs", "batch", "interval", "channel_multiple", "batch_granularity", "train_limit", "image_size",
+        "max_batch", "keep_every", "reconfigure_epoch", "pretrain_epochs", "data_memory_bytes",
+    )  # fmt: skip
+    for name in at_least_one:
+        value = getattr(config, name)
+        _require(value is None or value >= 1, name, value, "at least 1")
+    for name in ("num_workers", "seed", "finetune_epochs", "crop_padding"):
+        value = getattr(config, name)
+        _require(value is None or value >= 0, name, value, "at least 0")
+    _require(0 <= config.penalty_ratio < 1, "penalty_ratio", config.penalty_ratio, "in [0, 1)")
+    _require(0 < config.lr < float("inf"), "lr", config.lr, "positive")
+    _require(config.threshold > 0, "threshold", config.threshold, "positive")
+    _require(config.lr_gamma > 0, "lr_gamma", config.lr_gamma, "positive")
+    _require(config.weight_decay >= 0, "weight_decay", config.weight_decay, "at least 0")
+    _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "in [0, 1)")
+    _require(config.momentum is None or 0 <= config.momentum < 1, "momentum", config.momentum, "in [0, 1)")
+    _require(
+        all(m > 0 for m in config.lr_milestones) and list(config.lr_milestones) == sorted(config.lr_milestones),
+        "lr_milestones", list(config.lr_milestones), "positive and ascending",
+    )  # fmt: skip
+    try:
+        budget = config.memory_budget_bytes
+    except ValueError as error:
+        raise UsageError(f"setting 'memory_budget': {error}") from error
+    _require(budget is None or budget >= 1, "memory_budget", config.memory_budget, "at least 1 byte")
+
+    if config.nesterov and not (config.optimizer == "sgd" and config.momentum != 0):
+        raise UsageError("setting 'nesterov' needs the optimizer sgd with a momentum")
+    if config.schedule == "one_time" and config.reconfigure_epoch is None:
+        raise UsageError("schedule 'one_time' needs the setting 'reconfigure_epoch'")
+    if config.schedule == "ssl" and config.pretrain_epochs is None:
+        raise UsageError("schedule 'ssl' needs the setting 'pretrain_epochs'")
+    if config.schedule != "continuous" and not config.regularized:
+        raise UsageError(f"schedule {config.schedule!r} needs a penalty_ratio above 0")
+    sparsifying = config.epochs - config.finetune_epochs - (config.pretrain_epochs or 0)
+    if config.regularized and sparsifying < 1:
+        raise UsageError(f"pretrain_epochs and finetune_epochs leave no epoch of {config.epochs} in which to sparsify")
+    if config.reconfigure_epoch is not None and config.reconfigure_epoch > config.epochs - config.finetune_epochs:
+        raise UsageError(
+            f"setting 'reconfigure_epoch' is {config.reconfigure_epoch}, expected at most the "
+            f"{config.epochs - config.finetune_epochs} epochs with a regulariser"
+        )
+    if config.max_batch is not None and config.max_batch < config.batch:
+        raise UsageError(f"setting 'max_batch' is {config.max_batch}, below the mini-batch of {config.batch}")
+    if config.dataset == "imagefolder" and config.data_dir is None:
+        raise UsageError("data set 'imagefolder' needs the setting 'data_dir'")
+    if config.dataset in ("cifar10", "cifar100") and config.data_dir is None:
+        raise UsageError(f"data set {config.dataset!r} needs the setting 'data_dir'", hint="--data-dir data --download")
+
+
+def _require(holds: bool, name: str, value: object, bound: str) -> None:
+    if not holds:
+        raise UsageError(f"setting {name!r} is {value}, expected {bound}")
+
+
+def _without_effect(config: Config, given: set[str]) -> list[str]:
+    """One sentence for every given setting that this run will not use."""
+
+    def unused(names: Sequence[str], because: str) -> list[str]:
+        return [f"setting {name!r} has no effect: {because}" for name in names if name in given]
+
+    problems: list[str] = []
+    if not config.regularized:
+        names = ("regularizer", "interval", "threshold", "mode", "channel_multiple", "finetune_epochs", "dynamic_batch")
+        problems += unused(names, "penalty_ratio is 0 (dense)")
+    if not config.dynamic_batch or not config.regularized:
+        problems += unused(("memory_budget", "batch_granularity", "max_batch", "lr_rule"), "dynamic_batch is off")
+    if config.schedule != "one_time":
+        problems += unused(("reconfigure_epoch",), f"the schedule is {config.schedule}")
+    if config.schedule != "ssl":
+        problems += unused(("pretrain_epochs",), f"the schedule is {config.schedule}")
+    if config.schedule != "continuous" and config.regularized:
+        problems += unused(("interval",), f"the schedule {config.schedule} reconfigures once")
+    if config.optimizer in ("adam", "adamw"):
+        problems += unused(("momentum",), f"{config.optimizer} has its own")
+    if not config.compile:
+        problems += unused(("compile_backend",), "compile is off")
+    if config.dataset in ("digits", "synthetic"):
+        problems += unused(("data_dir", "download"), f"the data set {config.dataset} needs no files")
+    if config.dataset == "imagefolder":
+        problems += unused(("download",), "an image tree is not downloaded")
+    else:
+        problems += unused(("num_workers", "data_memory_bytes"), "only image trees are read in the background")
+    if config.augment == "none" or (config.augment == "auto" and config.dataset in ("digits", "synthetic")):
+        problems += unused(("crop_padding",), "there is no augmentation")
+    return [p for p, value in ((p, getattr(config, p.split("'")[1])) for p in problems) if value not in (None, False)]

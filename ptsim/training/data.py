@@ -1,0 +1,482 @@
+"""Which images a training iteration sees, in which order and form: a function of (seed, epoch), whoever asks.
+
+Images that fit are kept as uint8 on the device and cropped, flipped and normalised there, a mini-batch at a time. An
+image tree that does not fit is decoded by a `DataLoader` in every epoch. Either way the global mini-batch of an
+iteration does not depend on the number of ranks: each rank takes its contiguous share.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from ptsim.errors import UsageError
+from ptsim.trace.schema import Dataset
+from ptsim.training.config import Config
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+_DIGITS_VALIDATION = 360  # one fifth of scikit-learn's 1797 digits
+_SYNTHETIC = (2048, 512, 10)  # training images, validation images, classes
+
+Batch = tuple[Tensor, Tensor]  # (N, C, H, W) normalised float32, (N,) class indices
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """Which part of a global mini-batch this process takes."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, indices: Tensor) -> Tensor:
+        """The contiguous share of `indices`, whose length is a multiple of the world size."""
+        size = len(indices) // self.world_size
+        return indices[self.rank * size : (self.rank + 1) * size]
+
+
+class Normalization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Per-channel mean and standard deviation of the training images, whose values are 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Data(Protocol):
+    """Training and validation images of one run."""
+
+    dataset: Dataset
+    normalization: Normalization
+
+    def training_batches(self, epoch: int, batch: int, share: Share) -> Iterator[Batch]:
+        """This rank's part of every full mini-batch of `batch` images of the epoch."""
+
+    def validation_batches(self, batch: int, share: Share) -> Iterator[Batch]:
+        """This rank's part of the whole validation set, each image on exactly one rank."""
+
+
+def load_data(
+    config: Config, *, input_shape: tuple[int, int, int], any_channels: bool = True, device: torch.device
+) -> Data:
+    """The configured data set on `device`.
+
+    Args:
+        config: the run.
+        input_shape: of the model's registry entry; decides the size of images that have none of their own.
+        any_channels: the model can be built for any number of image channels; otherwise grey images are repeated.
+        device: where the images are to be.
+
+    Raises:
+        UsageError: missing or empty folder, unreadable image, wrong split, or fewer images than one mini-batch.
+    """
+    match config.dataset:
+        case "digits":
+            data = _digits(config, 1 if any_channels else input_shape[0], device)
+        case "cifar10" | "cifar100":
+            data = _cifar(config, device)
+        case "imagefolder":
+            data = _image_tree(config, input_shape, device)
+        case "synthetic":
+            data = _synthetic(config, input_shape, device)
+    if config.batch > data.dataset.num_train:
+        raise UsageError(
+            f"the mini-batch of {config.batch} is larger than the data set {data.dataset.name!r} "
+            f"with its {data.dataset.num_train} training images"
+        )
+    return data
+
+
+def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of the training images in `epoch`."""
+    return torch.randperm(num_images, generator=_generator(seed, epoch, stream=0))
+
+
+def _generator(seed: int, epoch: int, *, stream: int) -> torch.Generator:
+    """Independent random numbers for every (seed, epoch, stream); NumPy's seed sequence mixes the three."""
+    state = np.random.SeedSequence((seed, epoch, stream)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+class ResidentData:
+    """Images in the device's memory.
+
+    Shapes: N images, C channels, H×W pixels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        train: tuple[Tensor, Tensor],
+        validation: tuple[Tensor, Tensor],
+        num_classes: int,
+        config: Config,
+        device: torch.device,
+    ) -> None:
+        """`train` and `validation` are (uint8 images (N, C, H, W), classes (N,)) on the CPU."""
+        images, labels = _limited(*train, config)
+        channels, height, width = images.shape[1:]
+        self._side = config.image_size
+        self.normalization = normalization_of(images)
+        self.dataset = Dataset(
+            name=name,
+            num_classes=num_classes,
+            num_train=len(images),
+            num_validation=len(validation[0]),
+            input_shape=(channels, self._side or height, self._side or width),
+        )
+        self._seed = config.seed
+        self._flip = config.augment == "crop_flip"
+        padding = config.crop_padding if config.crop_padding is not None else max(1, height // 8)  # 4 of 32 pixels
+        self._padding = padding if config.augment in ("crop_flip", "crop") else 0
+        self._images = F.pad(images, (self._padding,) * 4).to(device)  # black, before normalisation
+        self._labels = labels.to(device)
+        self._height, self._width = height, width
+        self._validation = validation[0].to(device), validation[1].to(device)
+        statistics = torch.tensor([self.normalization.mean, self.normalization.std], device=device)
+        mean_C11, std_C11 = statistics.view(2, channels, 1, 1)
+        self._scale, self._shift = 1 / (255 * std_C11), -mean_C11 / std_C11
+        self._device = device
+        self._channels_last = config.memory_format == "channels_last"
+
+    def training_batches(self, epoch: int, batch: int, share: Share) -> Iterator[Batch]:
+        """This rank's part of every full mini-batch; crops and flips belong to (seed, epoch, image)."""
+        num_images = len(self._images)
+        order = epoch_order(num_images, self._seed, epoch)
+        random = _generator(self._seed, epoch, stream=1)
+        offsets = torch.randint(0, 2 * self._padding + 1, (num_images, 2), generator=random).to(self._device)
+        flips = (torch.rand(num_images, generator=random) < 0.5).to(self._device)
+        full_batches = order[: num_images // batch * batch].view(-1, batch)
+        mine = torch.stack([share.of(indices) for indices in full_batches]).to(self._device)
+        for indices in mine:
+            images = self._augmented(indices, offsets, flips) if self._padding or self._flip else self._images[indices]
+            yield self._prepared(images), self._labels[indices]
+
+    def validation_batches(self, batch: int, share: Share) -> Iterator[Batch]:
+        """This rank's part of the whole validation set."""
+        images, labels = self._validation
+        for start in range(share.rank * batch, len(images), share.world_size * batch):
+            yield self._prepared(images[start : start + batch]), labels[start : start + batch]
+
+    def _augmented(self, indices: Tensor, offsets_N2: Tensor, flips_N: Tensor) -> Tensor:
+        """Crops of the padded images, some mirrored, by one gather: column x of a mirrored image is width-1-x."""
+        top, left = offsets_N2[indices].unbind(1)
+        rows_NH = top[:, None] + torch.arange(self._height, device=self._device)
+        columns_W = torch.arange(self._width, device=self._device)
+        columns_NW = columns_W.expand(len(indices), -1)
+        if self._flip:
+            columns_NW = torch.where(flips_N[indices][:, None], columns_W.flip(0), columns_W)
+        columns_NW = columns_NW + left[:, None]
+        # One index per pixel of every image; the channels come along as the middle axis.
+        picked_NHWC = self._images[indices[:, None, None], :, rows_NH[:, :, None], columns_NW[:, None, :]]
+        return picked_NHWC.permute(0, 3, 1, 2)
+
+    def _prepared(self, images_NCHW: Tensor) -> Tensor:
+        memory_format = torch.channels_last if self._channels_last else torch.contiguous_format
+        images = images_NCHW.to(torch.float32, memory_format=memory_format)
+        if self._side is not None and (self._side, self._side) != (self._height, self._width):
+            images = F.interpolate(images, size=(self._side, self._side), mode="bilinear", antialias=True)
+        return images.mul_(self._scale).add_(self._shift)
+
+
+class StreamedData:
+    """An image tree that is decoded anew in every epoch: random resized crop and flip, centre crop for validation."""
+
+    def __init__(
+        self,
+        train: Sequence[tuple[Path, int]],
+        validation: Sequence[tuple[Path, int]],
+        *,
+        num_classes: int,
+        side: int,
+        config: Config,
+        device: torch.device,
+    ) -> None:
+        self._train, self._validation = train, validation
+        # Source: torchvision's ImageNet statistics; one pass over a tree that does not fit would take an epoch.
+        self.normalization = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        self.dataset = Dataset(
+            name="imagefolder",
+            num_classes=num_classes,
+            num_train=len(train),
+            num_validation=len(validation),
+            input_shape=(3, side, side),
+        )
+        self._side = side
+        self._config = config
+        self._device = device
+        statistics = torch.tensor([self.normalization.mean, self.normalization.std], device=device)
+        mean_C11, std_C11 = statistics.view(2, 3, 1, 1)
+        self._scale, self._shift = 1 / (255 * std_C11), -mean_C11 / std_C11
+
+    def training_batches(self, epoch: int, batch: int, share: Share) -> Iterator[Batch]:
+        """This rank's part of every full mini-batch; each image's crop belongs to (seed, epoch, image)."""
+        order = epoch_order(len(self._train), self._config.seed, epoch)
+        full_batches = order[: len(order) // batch * batch].view(-1, batch)
+        mine = [share.of(indices).tolist() for indices in full_batches]
+        augment = None if self._config.augment == "none" else (self._config.seed, epoch)
+        yield from self._batches(_ImageFiles(self._train, self._side, augment), mine)
+
+    def validation_batches(self, batch: int, share: Share) -> Iterator[Batch]:
+        """This rank's part of the whole validation set."""
+        total = len(self._validation)
+        starts = range(share.rank * batch, total, share.world_size * batch)
+        mine = [list(range(start, min(start + batch, total))) for start in starts]
+        yield from self._batches(_ImageFiles(self._validation, self._side, None), mine)
+
+    def _batches(self, files: _ImageFiles, batches: list[list[int]]) -> Iterator[Batch]:
+        on_gpu = self._device.type == "cuda"
+        loader = torch.utils.data.DataLoader(
+            files, batch_sampler=batches, num_workers=self._config.num_workers, pin_memory=on_gpu
+        )
+        channels_last = self._config.memory_format == "channels_last"
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        for images, labels in loader:
+            images = images.to(self._device, non_blocking=True).to(torch.float32, memory_format=memory_format)
+            yield images.mul_(self._scale).add_(self._shift), labels.to(self._device, non_blocking=True)
+
+
+class _ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Decoded, cropped uint8 images; `augment` is (seed, epoch), None for the centre crop."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]], side: int, augment: tuple[int, int] | None) -> None:
+        self._files, self._side, self._augment = files, side, augment
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self._files[index]
+        image = decode(path)
+        if self._augment is None:
+            return resized_to(image, self._side), label
+        random = _generator(*self._augment, stream=2 + index)
+        return _random_resized_crop(image, self._side, random), label
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def normalization_of(images_NCHW: Tensor) -> Normalization:
+    """Mean and standard deviation per channel; a constant channel gets the deviation 1/255, since it divides."""
+    count = images_NCHW.numel() // images_NCHW.shape[1]
+    histograms = [torch.bincount(images_NCHW[:, c].reshape(-1), minlength=256) for c in range(images_NCHW.shape[1])]
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means = [float((h * values).sum() / count) for h in histograms]
+    variances = [float((h * (values - m) ** 2).sum() / count) for h, m in zip(histograms, means, strict=True)]
+    return Normalization(mean=tuple(means), std=tuple(max(math.sqrt(v), 1 / 255) for v in variances))
+
+
+def decode(path: Path) -> Tensor:
+    """The image as uint8 RGB (3, H, W).
+
+    Raises:
+        UsageError: the file is not an image; names it.
+    """
+    try:
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+            rgb: Tensor = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
+            return rgb
+        from PIL import Image  # slower, so only for what torchvision does not decode
+
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (RuntimeError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as an image: {' '.join(str(error).split())[:200]}") from error
+
+
+def resized_to(image_CHW: Tensor, side: int) -> Tensor:
+    """The image scaled so that its shorter side is `side`, then its central square."""
+    height, width = image_CHW.shape[1:]
+    if (height, width) != (side, side):
+        scale = side / min(height, width)
+        size = [max(side, round(height * scale)), max(side, round(width * scale))]
+        image_CHW = F.interpolate(image_CHW[None], size=size, mode="bilinear", antialias=True)[0]
+        top, left = (size[0] - side) // 2, (size[1] - side) // 2
+        image_CHW = image_CHW[:, top : top + side, left : left + side]
+    return image_CHW
+
+
+def _random_resized_crop(image_CHW: Tensor, side: int, random: torch.Generator) -> Tensor:
+    """A crop of 8–100 % of the area and 3:4–4:3 aspect, scaled to `side`, mirrored half of the time.
+
+    Source: Szegedy et al., CVPR 2015; the usual ImageNet augmentation.
+    """
+    height, width = image_CHW.shape[1:]
+    area, aspect, y, x, mirror = torch.rand(5, generator=random).tolist()
+    pixels = height * width * (0.08 + 0.92 * area)
+    ratio = math.exp((2 * aspect - 1) * math.log(4 / 3))
+    crop_height = min(height, max(1, round(math.sqrt(pixels / ratio))))
+    crop_width = min(width, max(1, round(math.sqrt(pixels * ratio))))
+    top, left = int(y * (height - crop_height + 1)), int(x * (width - crop_width + 1))
+    crop = image_CHW[:, top : top + crop_height, left : left + crop_width]
+    crop = F.interpolate(crop[None], size=(side, side), mode="bilinear", antialias=True)[0]
+    return crop.flip(2) if mirror < 0.5 else crop
+
+
+def _limited(images: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    if config.train_limit is None or config.train_limit >= len(images):
+        return images, labels
+    kept = _subset(len(images), config)
+    return images[kept], labels[kept]
+
+
+def _subset(num_images: int, config: Config) -> Tensor:
+    """Which images `train_limit` leaves: drawn with the seed, in their old order."""
+    chosen = torch.randperm(num_images, generator=_generator(config.seed, 0, stream=3))
+    return chosen[: config.train_limit].sort().values
+
+
+def _digits(config: Config, channels: int, device: torch.device) -> Data:
+    """1797 handwritten digits of 8×8 pixels (UCI, from 43 writers), split by class with a fixed seed."""
+    from sklearn.datasets import load_digits  # a second to import, only for this data set
+    from sklearn.model_selection import train_test_split
+
+    pixels, classes = load_digits(return_X_y=True)
+    images = (
+        torch.from_numpy((pixels * (255 / 16)).round().astype(np.uint8)).view(-1, 1, 8, 8).repeat(1, channels, 1, 1)
+    )
+    labels = torch.from_numpy(classes.astype(np.int64))
+    train, validation = train_test_split(
+        np.arange(len(images)), test_size=_DIGITS_VALIDATION, random_state=0, stratify=classes
+    )
+    return ResidentData(
+        "digits",
+        train=(images[train], labels[train]),
+        validation=(images[validation], labels[validation]),
+        num_classes=10,
+        config=config,
+        device=device,
+    )
+
+
+def _cifar(config: Config, device: torch.device) -> Data:
+    assert config.data_dir is not None, "checked with the configuration"
+    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.dataset]
+    splits = []
+    for train in (True, False):
+        try:
+            split = source(config.data_dir, train=train, download=config.download)
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"no {config.dataset} in {config.data_dir}: {reason}",
+                hint="--download fetches it; image files are read with --dataset imagefolder",
+            ) from error
+        images = torch.from_numpy(np.ascontiguousarray(split.data)).permute(0, 3, 1, 2).contiguous()
+        splits.append((images, torch.tensor(split.targets)))
+    return ResidentData(
+        config.dataset,
+        train=splits[0],
+        validation=splits[1],
+        num_classes=10 if config.dataset == "cifar10" else 100,
+        config=config,
+        device=device,
+    )
+
+
+def _synthetic(config: Config, input_shape: tuple[int, int, int], device: torch.device) -> Data:
+    """Coarse random patterns, one per class, under noise: learnable, of any size, without files."""
+    num_train, num_validation, num_classes = _SYNTHETIC
+    num_train = config.train_limit or num_train
+    channels, height, width = input_shape
+    height, width = (config.image_size or height), (config.image_size or width)
+    random = _generator(config.seed, 0, stream=4)
+    coarse = torch.rand((num_classes, channels, 4, 4), generator=random)
+    patterns = F.interpolate(coarse, size=(height, width), mode="bilinear")
+    labels = torch.arange(num_train + num_validation) % num_classes
+    images = torch.empty((len(labels), channels, height, width), dtype=torch.uint8)
+    for start in range(0, len(labels), 256):
+        chunk, chosen = images[start : start + 256], labels[start : start + 256]
+        noise = 0.15 * torch.randn(chunk.shape, generator=random)
+        chunk.copy_(((patterns[chosen] + noise).clamp(0, 1) * 255).round())
+    return ResidentData(
+        "synthetic",
+        train=(images[:num_train], labels[:num_train]),
+        validation=(images[num_train:], labels[num_train:]),
+        num_classes=num_classes,
+        config=config,
+        device=device,
+    )
+
+
+def _image_tree(config: Config, input_shape: tuple[int, int, int], device: torch.device) -> Data:
+    assert config.data_dir is not None, "checked with the configuration"
+    root = Path(config.data_dir)
+    train, classes = _list_images(_split_folder(root, ("train",)))
+    validation, validation_classes = _list_images(_split_folder(root, ("val", "test", "valid", "validation")))
+    if classes != validation_classes:
+        odd = sorted(set(classes) ^ set(validation_classes))
+        raise UsageError(f"{root}: the class folder {odd[0]!r} is in only one of the training and validation splits")
+    if config.train_limit is not None and config.train_limit < len(train):
+        train = [train[index] for index in _subset(len(train), config).tolist()]
+    sizes = {tuple(decode(path).shape[1:]) for path, _ in train[:: max(1, len(train) // 16)]}
+    own_side = next(iter(sizes))[0] if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1 else None
+    side = config.image_size or own_side or input_shape[1]
+    limit_bytes = config.data_memory_bytes or _quarter_of_memory_bytes(device)
+    if (len(train) + len(validation)) * 3 * side * side > limit_bytes:
+        return StreamedData(train, validation, num_classes=len(classes), side=side, config=config, device=device)
+    return ResidentData(
+        "imagefolder",
+        train=_decode_all(train, side),
+        validation=_decode_all(validation, side),
+        num_classes=len(classes),
+        config=msgspec.structs.replace(config, train_limit=None),  # applied above, before decoding
+        device=device,
+    )
+
+
+def _split_folder(root: Path, names: Sequence[str]) -> Path:
+    if not root.is_dir():
+        raise UsageError(f"there is no data folder {root}")
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise UsageError(
+        f"{root} holds no folder {' or '.join(names)}; expected train and val or test with one folder per class"
+    )
+
+
+def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
+    """Every image below `folder/<class>/` with its class index, and the classes' names, in sorted order."""
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise UsageError(f"{folder} holds no class folders")
+    images = []
+    for label, name in enumerate(classes):
+        files = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise UsageError(f"the class folder {folder / name} holds no images")
+        images += [(path, label) for path in files]
+    return images, classes
+
+
+def _decode_all(files: Sequence[tuple[Path, int]], side: int) -> tuple[Tensor, Tensor]:
+    """All images at once; decoding releases the interpreter lock, so threads share it out (4 s for 60,000 of 32×32)."""
+    images = torch.empty((len(files), 3, side, side), dtype=torch.uint8)
+
+    def read(start: int) -> None:
+        for index in range(start, min(start + chunk, len(files))):
+            images[index] = resized_to(decode(files[index][0]), side)
+
+    chunk = 256
+    _in_threads(read, range(0, len(files), chunk))
+    return images, torch.tensor([label for _, label in files])
+
+
+def _in_threads(work: Callable[[int], None], items: range) -> None:
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(work, items):  # raises what a worker raised
+            pass
+
+
+def _quarter_of_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 4
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

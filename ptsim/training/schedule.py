@@ -1,0 +1,61 @@
+"""What happens in which epoch: learning rate, regulariser, reconfiguration. Pure functions of the configuration."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ptsim.training.config import Config
+
+
+class EpochPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One epoch of the plan.
+
+    Attributes:
+        learning_rate: before the factor by which a dynamic mini-batch scales it.
+        regularized: the group lasso acts.
+        reconfigures: the network is pruned after this epoch.
+    """
+
+    epoch: int
+    learning_rate: float
+    regularized: bool
+    reconfigures: bool
+
+
+def plan(config: Config) -> tuple[EpochPlan, ...]:
+    """The plan of every epoch.
+
+    With the schedule "ssl" the learning-rate schedule runs twice, once over the dense pre-training and once over the
+    rest (Wen et al., NeurIPS 2016, sparsify a trained network with a fresh rate). A continuous run also
+    reconfigures when the regulariser ends, so that what it hands over is as small as it can be.
+    """
+    pretrain = (config.pretrain_epochs or 0) if config.schedule == "ssl" else 0
+    finetune = config.finetune_epochs if config.regularized else 0
+    sparse_end = config.epochs - finetune  # the first epoch after the regulariser
+    plans = []
+    for epoch in range(config.epochs):
+        start, length = (0, pretrain) if epoch < pretrain else (pretrain, config.epochs - pretrain)
+        regularized = config.regularized and pretrain <= epoch < sparse_end
+        plans.append(
+            EpochPlan(
+                epoch=epoch,
+                learning_rate=config.lr * config.lr_gamma ** _decays(config, epoch - start, length),
+                regularized=regularized,
+                reconfigures=regularized and _reconfigures_after(config, epoch - pretrain + 1, sparse_end - pretrain),
+            )
+        )
+    return tuple(plans)
+
+
+def _decays(config: Config, epoch: int, length: int) -> int:
+    """How many milestones lie at or before `epoch` of a phase of `length` epochs; fractions round down to epochs."""
+    return sum(epoch >= (int(m * length) if m < 1 else m) for m in config.lr_milestones)
+
+
+def _reconfigures_after(config: Config, done: int, length: int) -> bool:
+    """Whether the network is pruned once `done` of `length` regularised epochs are over."""
+    if config.schedule == "one_time":
+        return done == config.reconfigure_epoch
+    if config.schedule == "ssl":
+        return done == length
+    return done % config.interval == 0 or done == length
