@@ -1,0 +1,150 @@
+"""How long NCCL takes for one all-reduce on a topology nobody has measured.
+
+Three protocols (LL, LL128, Simple) trade latency against bandwidth; rings and trees trade hops against volume. Each
+combination is one line α + bytes / β, and NCCL picks the lowest. The hop latencies have the shape of NCCL's own tuning
+table; their scale, and the share of the data sheet's bandwidth that each protocol reaches, are fitted on published
+nccl-tests runs by `analysis/fit_allreduce.py` and kept in `nccl.toml`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from importlib import resources
+from typing import Literal
+
+import msgspec
+
+from ptsim.hardware.spec import Cluster, Link, LinkKind
+
+Algorithm = Literal["ring", "tree", "hierarchical"]
+Protocol = Literal["LL", "LL128", "Simple"]
+PROTOCOLS: tuple[Protocol, ...] = ("LL", "LL128", "Simple")
+
+# Seconds, (tree, ring). NCCL 2.30.7, src/graph/tuning.cc: baseLat and hwLat. Sockets and EFA have no row of their own
+# there; they start from the network's row.
+_BASE_S: dict[Protocol, tuple[float, float]] = {
+    "LL": (6.8e-6, 6.6e-6),
+    "LL128": (14e-6, 14e-6),
+    "Simple": (8.4e-6, 8.4e-6),
+}
+_NETWORK_HOP_S: dict[Protocol, tuple[float, float]] = {
+    "LL": (5e-6, 2.7e-6),
+    "LL128": (8.5e-6, 4e-6),
+    "Simple": (14e-6, 14e-6),
+}
+_HOP_S: dict[LinkKind, dict[Protocol, tuple[float, float]]] = {
+    LinkKind.NVLINK: {"LL": (0.6e-6, 0.6e-6), "LL128": (1.25e-6, 1.9e-6), "Simple": (4e-6, 3.4e-6)},
+    LinkKind.PCIE: {"LL": (1e-6, 1e-6), "LL128": (1.9e-6, 2.5e-6), "Simple": (4e-6, 5.7e-6)},
+    LinkKind.INFINIBAND: _NETWORK_HOP_S,
+    LinkKind.EFA: _NETWORK_HOP_S,
+    LinkKind.TCP: _NETWORK_HOP_S,
+}
+
+
+class KindFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the fit says about one kind of link.
+
+    Attributes:
+        latency_scale: measured hop latency over NCCL's table.
+        efficiency: share of the data sheet's bandwidth that a large message reaches with the Simple protocol.
+        share: of that, by protocol.
+        cap_bytes_per_s: what one NIC carries at most, whatever its line rate (sockets are bound by CPU threads).
+    """
+
+    latency_scale: float
+    efficiency: float
+    share: dict[Protocol, float]
+    cap_bytes_per_s: float = math.inf
+
+
+class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fitted constants.
+
+    Attributes:
+        base_scale: measured fixed cost of a call over NCCL's table.
+        pcie_crowding: share of a pair's PCIe bandwidth that is left when more than two GPUs cross the host.
+        nvls_share: all-reduced bytes per second of in-switch reduction over the link's bandwidth.
+        residual: standard deviation of ln(measured / predicted) on systems left out of the fit, from 1 MiB up.
+    """
+
+    base_scale: float
+    pcie_crowding: float
+    nvls_share: float
+    residual: float
+    kinds: dict[LinkKind, KindFit]
+
+
+@functools.cache
+def default_fit() -> Fit:
+    """The constants that `analysis/fit_allreduce.py` found."""
+    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("nccl.toml").read_bytes(), type=Fit)
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """One combination of algorithm and protocol: seconds = latency_s + message bytes · seconds_per_byte."""
+
+    algorithm: Algorithm
+    protocol: Protocol
+    latency_s: float
+    seconds_per_byte: float
+
+
+def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = None) -> list[Line]:
+    """Every combination of algorithm and protocol for `num_gpus` ranks that fill `num_nodes` nodes.
+
+    A ring crosses 2(p-1) hops, 2(N-1) of them between nodes, and sends 2(p-1)/p of the message over the slowest link.
+    A tree is a chain inside the node, so a GPU sends up and down (2 messages), and a double binary tree between nodes
+    (1 message each way between two nodes, else 2). The hierarchical form reduces inside the node first.
+    """
+    fit = fit or default_fit()
+    per_node = -(-num_gpus // num_nodes)
+    found = []
+    for protocol in PROTOCOLS:
+        for algorithm in ("tree", "ring", "hierarchical"):
+            ring = int(algorithm != "tree")
+            intra = _effective(cluster.intra, protocol, ring, per_node, 1, cluster.nvswitch, fit)
+            hops_intra, hops_inter, volume_intra, volume_inter = _work(algorithm, num_gpus, num_nodes, per_node)
+            latency = fit.base_scale * _BASE_S[protocol][ring] + hops_intra * intra[0]
+            intra_s = volume_intra / intra[1]
+            if cluster.reduces_in_switch and protocol == "Simple" and algorithm != "ring" and per_node > 2:
+                intra_s = min(intra_s, 1 / (fit.nvls_share * cluster.intra.bandwidth_bytes_per_s))
+            inter_s = 0.0
+            if num_nodes > 1 and cluster.inter is not None:
+                inter = _effective(cluster.inter, protocol, ring, num_nodes, cluster.nics_per_node, True, fit)
+                latency += hops_inter * inter[0]
+                inter_s = volume_inter * cluster.oversubscription / inter[1]
+            total = intra_s + inter_s if algorithm == "hierarchical" else max(intra_s, inter_s)
+            found.append(
+                Line(algorithm=algorithm, protocol=protocol, latency_s=latency, seconds_per_byte=total)  # type: ignore[arg-type]
+            )
+    return found
+
+
+def _work(algorithm: str, gpus: int, nodes: int, per_node: int) -> tuple[float, float, float, float]:
+    """(hops inside, hops between, messages sent per GPU inside, messages sent per node between)."""
+    chain = 0.0 if per_node == 1 else (1.0 if per_node == 2 else 2.0)
+    if algorithm == "tree":
+        between = 0.0 if nodes == 1 else (1.0 if nodes == 2 else 2.0)
+        return 2.0 * (per_node - 1), 2 * math.log2(nodes), chain, between
+    if algorithm == "ring":
+        volume = 2 * (gpus - 1) / gpus
+        return 2.0 * (gpus - nodes), 2.0 * (nodes - 1), volume if per_node > 1 else 0.0, volume
+    return 2.0 * (per_node - 1), 2.0 * (nodes - 1), 2 * (per_node - 1) / per_node, 2 * (nodes - 1) / nodes
+
+
+def _effective(
+    link: Link, protocol: Protocol, ring: int, peers: int, nics: int, switched: bool, fit: Fit
+) -> tuple[float, float]:
+    """(hop seconds, bytes per second) that the protocol gets from the link."""
+    if link.kind is LinkKind.MEASURED:
+        return link.latency_s or 0.0, link.bandwidth_bytes_per_s * (link.efficiency or 1.0)
+    kind, table = fit.kinds[link.kind], _HOP_S[link.kind]
+    scale = kind.latency_scale if link.latency_s is None else link.latency_s / table["LL"][1]
+    efficiency = kind.efficiency if link.efficiency is None else link.efficiency
+    bandwidth = min(link.bandwidth_bytes_per_s * efficiency, kind.cap_bytes_per_s * nics)
+    if link.kind is LinkKind.PCIE and peers > 2:
+        bandwidth *= fit.pcie_crowding
+    if link.kind is LinkKind.NVLINK and not switched:
+        bandwidth *= min(1.0, (peers - 1) / 3)  # links lead to fixed peers: two GPUs of four share a third of them
+    return table[protocol][ring] * scale, bandwidth * kind.share[protocol]
