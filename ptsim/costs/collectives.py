@@ -7,8 +7,9 @@ from typing import Literal
 
 import msgspec
 
+from ptsim.costs import nccl
 from ptsim.errors import UsageError
-from ptsim.hardware.spec import AllReduceTable, Cluster, Link, LinkKind
+from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 
 Algorithm = Literal["ring", "tree", "hierarchical", "table"]
 Choice = Literal["auto", "ring", "tree", "hierarchical"]
@@ -126,10 +127,18 @@ def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm
                     algorithm="table",
                     wire_bytes_per_gpu=wire,
                 )
-    candidates: tuple[Algorithm, ...] = ("ring", "tree") if algorithm == "auto" else (algorithm,)
-    seconds, chosen = min((_topology_seconds(message_bytes, cluster, num_gpus, num_nodes, c), c) for c in candidates)
+    spread = math.exp(1.645 * nccl.default_fit().residual)
+    seconds, chosen = min(
+        (line.latency_s + message_bytes * line.seconds_per_byte, line.algorithm)
+        for line in nccl.lines(cluster, num_gpus, num_nodes)
+        if line.algorithm == algorithm or (algorithm == "auto" and line.algorithm != "hierarchical")
+    )
     return AllReduceTime(
-        seconds=seconds, low_s=seconds / 1.5, high_s=seconds * 1.5, algorithm=chosen, wire_bytes_per_gpu=wire
+        seconds=seconds,
+        low_s=seconds / spread,
+        high_s=seconds * spread,
+        algorithm=chosen,
+        wire_bytes_per_gpu=wire,
     )
 
 
@@ -162,69 +171,3 @@ def _interpolate(table: AllReduceTable, message_bytes: float) -> float:
     i = max(k for k in range(len(sizes) - 1) if sizes[k] <= message_bytes)
     weight = math.log(message_bytes / sizes[i]) / math.log(sizes[i + 1] / sizes[i])
     return math.exp((1 - weight) * math.log(seconds[i]) + weight * math.log(seconds[i + 1]))
-
-
-# Protocol → (base µs of tree, base µs of ring): NCCL 2.30.7 src/graph/tuning.cc.
-_BASE_S = {"LL": (6.8e-6, 6.6e-6), "LL128": (14e-6, 14e-6), "Simple": (8.4e-6, 8.4e-6)}
-# Kind of link → protocol → hop latency (tree, ring), same source; sockets: fitted on Polaris and p3dn TCP runs.
-_HOP_S = {
-    LinkKind.NVLINK: {"LL": (0.6e-6, 0.6e-6), "LL128": (1.25e-6, 1.9e-6), "Simple": (4e-6, 3.4e-6)},
-    LinkKind.PCIE: {"LL": (1e-6, 1e-6), "LL128": (1.9e-6, 2.5e-6), "Simple": (4e-6, 5.7e-6)},
-    LinkKind.INFINIBAND: {"LL": (5e-6, 2.7e-6), "LL128": (8.5e-6, 4e-6), "Simple": (14e-6, 14e-6)},
-    LinkKind.EFA: {"LL": (15e-6, 15e-6), "LL128": (20e-6, 20e-6), "Simple": (30e-6, 30e-6)},
-    LinkKind.TCP: {"LL": (20e-6, 20e-6), "LL128": (25e-6, 25e-6), "Simple": (50e-6, 50e-6)},
-}
-_EFFICIENCY = {
-    LinkKind.NVLINK: 0.79,
-    LinkKind.PCIE: 0.6,
-    LinkKind.INFINIBAND: 0.85,
-    LinkKind.EFA: 0.75,
-    LinkKind.TCP: 0.5,
-    LinkKind.MEASURED: 1.0,
-}
-_SHARE = {"LL": 0.3, "LL128": 0.8, "Simple": 1.0}
-
-
-def _topology_seconds(message_bytes: float, cluster: Cluster, num_gpus: int, num_nodes: int, algorithm: str) -> float:
-    return min(_protocol_seconds(message_bytes, cluster, num_gpus, num_nodes, algorithm, p) for p in _BASE_S)
-
-
-def _protocol_seconds(
-    message_bytes: float, cluster: Cluster, num_gpus: int, num_nodes: int, algorithm: str, protocol: str
-) -> float:
-    ring = int(algorithm != "tree")
-    plain = {link.kind for link in (cluster.intra, cluster.inter) if link is not None} == {LinkKind.MEASURED}
-    base = 0.0 if plain else _BASE_S[protocol][ring]
-    per_node = -(-num_gpus // num_nodes)
-    intra = _effective(cluster.intra, protocol, ring)
-    if num_nodes == 1:
-        formula = ring_all_reduce_seconds if ring else tree_all_reduce_seconds
-        return base + formula(message_bytes, num_gpus, intra)
-    if cluster.inter is None:
-        raise AssertionError("nodes_for lets no second node pass without a link to it")
-    inter = _effective(cluster.inter, protocol, ring)
-    if algorithm == "hierarchical":
-        return base + hierarchical_all_reduce_seconds(message_bytes, per_node, num_nodes, intra, inter)
-    slowest = inter.bandwidth_bytes_per_s / cluster.oversubscription
-    if per_node > 1:
-        slowest = min(slowest, intra.bandwidth_bytes_per_s)
-    intra_s, inter_s = intra.latency_s or 0.0, inter.latency_s or 0.0
-    if ring:
-        latency = 2 * (num_gpus - num_nodes) * intra_s + 2 * (num_nodes - 1) * inter_s
-        return base + latency + ring_wire_bytes(message_bytes, num_gpus) / slowest
-    latency = 2 * ((per_node - 1) * intra_s + math.log2(num_nodes) * inter_s)
-    volume = 1.0 if num_nodes == 2 else 2.0
-    return base + latency + volume * message_bytes / slowest
-
-
-def _effective(link: Link, protocol: str, ring: int) -> Link:
-    if link.kind is LinkKind.MEASURED:
-        return link
-    table = _HOP_S[link.kind]
-    scale = 1.0 if link.latency_s is None else link.latency_s / table["LL"][ring]
-    efficiency = _EFFICIENCY[link.kind] if link.efficiency is None else link.efficiency
-    return Link(
-        name=link.name,
-        bandwidth_bytes_per_s=link.bandwidth_bytes_per_s * efficiency * _SHARE[protocol],
-        latency_s=table[protocol][ring] * scale,
-    )

@@ -99,13 +99,15 @@ def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = Non
     """
     fit = fit or default_fit()
     per_node = -(-num_gpus // num_nodes)
+    as_measured = {link.kind for link in (cluster.intra, cluster.inter) if link} == {LinkKind.MEASURED}
+    base_scale = 0.0 if as_measured else fit.base_scale  # measured latencies hold the call's fixed cost already
     found = []
     for protocol in PROTOCOLS:
         for algorithm in ("tree", "ring", "hierarchical"):
             ring = int(algorithm != "tree")
             intra = _effective(cluster.intra, protocol, ring, per_node, 1, cluster.nvswitch, fit)
             hops_intra, hops_inter, volume_intra, volume_inter = _work(algorithm, num_gpus, num_nodes, per_node)
-            latency = fit.base_scale * _BASE_S[protocol][ring] + hops_intra * intra[0]
+            latency = base_scale * _BASE_S[protocol][ring] + hops_intra * intra[0]
             intra_s = volume_intra / intra[1]
             if cluster.reduces_in_switch and protocol == "Simple" and algorithm != "ring" and per_node > 2:
                 intra_s = min(intra_s, 1 / (fit.nvls_share * cluster.intra.bandwidth_bytes_per_s))
@@ -115,9 +117,7 @@ def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = Non
                 latency += hops_inter * inter[0]
                 inter_s = volume_inter * cluster.oversubscription / inter[1]
             total = intra_s + inter_s if algorithm == "hierarchical" else max(intra_s, inter_s)
-            found.append(
-                Line(algorithm=algorithm, protocol=protocol, latency_s=latency, seconds_per_byte=total)  # type: ignore[arg-type]
-            )
+            found.append(Line(algorithm=algorithm, protocol=protocol, latency_s=latency, seconds_per_byte=total))
     return found
 
 

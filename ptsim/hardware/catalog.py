@@ -33,15 +33,20 @@ A cluster file (see `ptsim.hardware.spec.Cluster` for the meaning of each field)
     nvswitch = true
     price_per_gpu = "4.10 USD/h"                 # optional
 
+    library = "nccl"                             # or "gloo"
+    reduces_in_switch = false                    # NVLink SHARP (H100 and newer behind NVSwitch)
+
     [intra]                                      # one GPU, one direction
     name = "NVLink 3"
+    kind = "nvlink"                              # or pcie, infiniband, efa, tcp; left out: numbers as measured
     bandwidth = "300 GB/s"
-    latency = "2 us"
+    latency = "2 us"                             # one hop; left out: the collective library's own for this kind
+    efficiency = 0.8                             # left out: fitted for this kind
 
     [inter]                                      # one node, all its NICs, one direction; left out: a single machine
     name = "8 x HDR InfiniBand"
+    kind = "infiniband"
     bandwidth = "200 GB/s"
-    latency = "5 us"
 
     [[table]]                                    # measured all-reduces, any number of tables
     num_gpus = 8
@@ -68,7 +73,7 @@ from typing import Any, NoReturn
 import tomli_w
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
-from ptsim.hardware.spec import AllReduceTable, Cluster, Device, Link
+from ptsim.hardware.spec import AllReduceTable, Cluster, Device, Link, LinkKind
 from ptsim.network import Precision
 from ptsim.units import Dimension, parse_quantity
 
@@ -85,7 +90,7 @@ _DEVICE_QUANTITIES: dict[str, tuple[str, Dimension]] = {
 _DEVICE_KEYS = {*_DEVICE_QUANTITIES, "name", "aliases", "driver_names", "architecture", "num_sms", "peak", "sources"}
 _CLUSTER_KEYS = {
     "name", "aliases", "device", "gpus_per_node", "nics_per_node", "max_nodes", "oversubscription", "nvswitch",
-    "price_per_gpu", "intra", "inter", "table", "sources",
+    "library", "reduces_in_switch", "price_per_gpu", "intra", "inter", "table", "sources",
 }  # fmt: skip
 _ARCHITECTURES = ("pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell", "cpu")
 
@@ -195,6 +200,8 @@ def read_cluster(path: Path) -> Cluster:
         max_nodes=table.count("max_nodes") if "max_nodes" in table.raw else (None if "inter" in table.raw else 1),
         oversubscription=table.number("oversubscription", default=1.0, at_least=1.0),
         nvswitch=table.flag("nvswitch", default=False),
+        library="gloo" if table.choice("library", ("nccl", "gloo"), default="nccl") == "gloo" else "nccl",
+        reduces_in_switch=table.flag("reduces_in_switch", default=False),
         tables=tuple(_all_reduce_table(part) for part in table.tables("table")),
         price_usd_per_gpu_hour=table.quantity("price_per_gpu", "usd_per_hour")
         if "price_per_gpu" in table.raw
@@ -212,6 +219,8 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
         "nics_per_node": cluster.nics_per_node,
         "oversubscription": cluster.oversubscription,
         "nvswitch": cluster.nvswitch,
+        "library": cluster.library,
+        "reduces_in_switch": cluster.reduces_in_switch,
     }
     if cluster.max_nodes is not None:
         document["max_nodes"] = cluster.max_nodes
@@ -219,11 +228,13 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
         document["price_per_gpu"] = f"{cluster.price_usd_per_gpu_hour!r} USD/h"
     for key, link in (("intra", cluster.intra), ("inter", cluster.inter)):
         if link is not None:
-            document[key] = {
-                "name": link.name,
-                "bandwidth": f"{link.bandwidth_bytes_per_s!r} B/s",
-                "latency": f"{link.latency_s!r} s",
-            }
+            document[key] = {"name": link.name, "bandwidth": f"{link.bandwidth_bytes_per_s!r} B/s"}
+            if link.kind is not LinkKind.MEASURED:
+                document[key]["kind"] = str(link.kind)
+            if link.latency_s is not None:
+                document[key]["latency"] = f"{link.latency_s!r} s"
+            if link.efficiency is not None:
+                document[key]["efficiency"] = link.efficiency
     document["table"] = [
         {
             "num_gpus": measured.num_gpus,
@@ -240,11 +251,15 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
 
 
 def _link(table: _Table) -> Link:
-    table.refuse_unknown({"name", "bandwidth", "latency"})
+    table.refuse_unknown({"name", "kind", "bandwidth", "latency", "efficiency"})
+    kind = LinkKind(table.choice("kind", tuple(LinkKind), default=LinkKind.MEASURED))
+    needs_latency = kind is LinkKind.MEASURED or "latency" in table.raw
     return Link(
         name=table.text("name"),
         bandwidth_bytes_per_s=table.quantity("bandwidth", "bytes_per_s"),
-        latency_s=table.quantity("latency", "seconds", zero=True),
+        latency_s=table.quantity("latency", "seconds", zero=True) if needs_latency else None,
+        kind=kind,
+        efficiency=table.number("efficiency", default=1.0, at_least=1e-3) if "efficiency" in table.raw else None,
     )
 
 
@@ -290,8 +305,8 @@ class _Table:
             self.fail(key, f"is {value!r}, expected a text")
         return value
 
-    def choice(self, key: str, choices: tuple[str, ...]) -> str:
-        value = self.text(key)
+    def choice(self, key: str, choices: tuple[str, ...], *, default: str | None = None) -> str:
+        value = self.text(key) if default is None or key in self.raw else default
         if value not in choices:
             self.fail(key, f"is {value!r}, expected one of {', '.join(choices)}")
         return value

@@ -79,6 +79,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         inter: node to node, all NICs of a node together, one direction; None for a single machine.
         max_nodes: how many nodes there are; None means as many as asked for.
         nvswitch: every GPU of a node reaches every other at full bandwidth.
+        reduces_in_switch: the node's switch adds up by itself (NVLink SHARP, Hopper and newer behind NVSwitch).
         library: the collective library; gloo runs on CPUs.
         oversubscription: ratio by which the fabric above the nodes is thinner than their NICs (1 = full bisection).
         tables: measured all-reduce times, preferred over any formula.
@@ -94,6 +95,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_nodes: int | None = None
     oversubscription: float = 1.0
     nvswitch: bool = False
+    reduces_in_switch: bool = False
     library: Literal["nccl", "gloo"] = "nccl"
     tables: tuple[AllReduceTable, ...] = ()
     price_usd_per_gpu_hour: float | None = None
