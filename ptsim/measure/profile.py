@@ -122,6 +122,8 @@ def profile_network(
         optimizer_s=optimizer_s,
         regularizer_s=regularizer_s,
         step_s=step_s,
+        step_low_s=min(step[-1] for step in steps),
+        step_high_s=max(step[-1] for step in steps),
         peak_memory_bytes=peak_bytes,
     )
 

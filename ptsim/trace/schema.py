@@ -88,6 +88,7 @@ class Profile(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
 
     `step_s` is the median of whole training steps measured without per-layer timers, `forward_s` and `backward_s`
     its parts; per-layer times are scaled by nothing and need not add up to them (timers cost time themselves).
+    `step_low_s` and `step_high_s` are the fastest and the slowest of the `num_samples` whole steps.
     """
 
     architecture: str
@@ -102,6 +103,8 @@ class Profile(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
     optimizer_s: Seconds
     regularizer_s: Seconds
     step_s: Seconds
+    step_low_s: Seconds | None = None
+    step_high_s: Seconds | None = None
     peak_memory_bytes: int | None = None
 
 

@@ -1,0 +1,63 @@
+import msgspec
+import pytest
+
+from ptsim.costs.measured import find_profile, measured_step
+from ptsim.costs.times import Tier
+from ptsim.errors import MissingMeasurementError
+from ptsim.network import Precision
+from ptsim.trace.schema import LayerProfile
+from tests.traces import device_info, profile_of, residual_network
+
+NETWORK = residual_network()
+PROFILE = profile_of(NETWORK, batch=64, device=device_info())
+
+
+def test_a_profiled_step_takes_what_the_whole_steps_took_and_its_layers_share_it_out():
+    doubled = msgspec.structs.replace(
+        PROFILE,
+        layers=tuple(
+            LayerProfile(layer=p.layer, forward_s=2 * p.forward_s, backward_s=p.backward_s) for p in PROFILE.layers
+        ),
+    )
+    step = measured_step(NETWORK, [doubled], batch=64, precision=Precision.FP32, regularizer=True)
+    assert step.compute_s == pytest.approx(PROFILE.step_s)
+    assert step.forward_s == pytest.approx(PROFILE.forward_s)
+    assert step.backward_s == pytest.approx(PROFILE.backward_s)
+    assert step.layers[0].forward_s == pytest.approx(PROFILE.layers[0].forward_s)
+    assert step.tier is Tier.MEASURED
+    assert {layer.tier for layer in step.layers} == {Tier.MEASURED}
+
+
+def test_without_the_group_lasso_its_measured_time_is_left_out():
+    step = measured_step(NETWORK, [PROFILE], batch=64, precision=Precision.FP32, regularizer=False)
+    assert step.compute_s == pytest.approx(PROFILE.step_s - PROFILE.regularizer_s)
+    assert step.regularizer_s == 0
+
+
+def test_the_interval_is_the_range_of_the_whole_steps():
+    spread = msgspec.structs.replace(PROFILE, step_low_s=0.9 * PROFILE.step_s, step_high_s=1.3 * PROFILE.step_s)
+    step = measured_step(NETWORK, [spread], batch=64, precision=Precision.FP32, regularizer=True)
+    assert (step.low_s, step.high_s) == pytest.approx((0.9 * PROFILE.step_s, 1.3 * PROFILE.step_s))
+
+
+def test_of_two_profiles_of_the_same_the_later_counts():
+    later = msgspec.structs.replace(PROFILE, step_s=7.0)
+    assert (
+        find_profile(NETWORK, [PROFILE, later], batch=64, precision=Precision.FP32, memory_format="contiguous").step_s
+        == 7.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("profiles", "batch", "regularizer", "message"),
+    [
+        ([], 64, True, "there is not one profile in the trace"),
+        ([PROFILE], 32, True, "was profiled at mini-batch 64, fp32, contiguous, not at mini-batch 32"),
+        ([msgspec.structs.replace(PROFILE, architecture="0" * 16)], 64, True, "none of the 1 profiles"),
+        ([msgspec.structs.replace(PROFILE, regularizer_s=0.0)], 64, True, "without the group lasso"),
+        ([msgspec.structs.replace(PROFILE, layers=PROFILE.layers[1:])], 64, True, "lacks conv1"),
+    ],
+)
+def test_what_was_not_measured_is_an_error_that_says_what_was(profiles, batch, regularizer, message):
+    with pytest.raises(MissingMeasurementError, match=message):
+        measured_step(NETWORK, profiles, batch=batch, precision=Precision.FP32, regularizer=regularizer)
