@@ -1,0 +1,254 @@
+"""How the state of a run is stored and found again, so that a kill at any moment loses at most one epoch.
+
+    checkpoints/epoch-0009/checkpoint.json        what the network is and where the run stood
+                           weights.safetensors    the network's parameters and buffers
+                           state.safetensors      optimizer state, weight average; only in the newest two
+
+A checkpoint is written into a folder of another name, synchronised to disk and renamed, so it is there whole or not at
+all. Nothing is pickled. `epoch-0009` holds the state after epoch 9 (counting from 0), reconfiguration included;
+`start` the state before the first epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ptsim.errors import FileFormatError, TrainingError, UsageError
+from ptsim.training.data import Normalization
+from ptsim.training.recipe import Recipe
+
+FORMAT_VERSION = 1
+_WEIGHTS, _STATE, _META = "weights.safetensors", "state.safetensors", "checkpoint.json"
+_RESUMABLE = 2  # how many of the newest checkpoints keep what only resuming needs
+
+
+class Totals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the run has spent so far."""
+
+    wall_s: float = 0.0
+    num_iterations: int = 0
+    energy_j: float | None = None
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything about the state of a run but its tensors.
+
+    Attributes:
+        next_epoch: the epoch to train next.
+        structure: what pruning made of the recipe's network, as `ptsim.prune.structure` describes it.
+        architecture: id of that network in the trace.
+        penalty_coefficient: λ; None before the first mini-batch has decided it.
+        batch: images per iteration over all ranks.
+        learning_rate_scale: by which the mini-batch's growth has changed the plan's rate.
+        validation_accuracy: after the last epoch.
+        initial_channels, initial_weights: what the first network had, for the sparsity.
+        optimizer: entries of the optimizer's state that are no tensors, by parameter and key.
+        trace_bytes: length of the trace when this was written.
+    """
+
+    format_version: int = FORMAT_VERSION
+    recipe: Recipe
+    normalization: Normalization
+    next_epoch: int
+    structure: dict[str, Any]
+    architecture: str
+    penalty_coefficient: float | None
+    batch: int
+    learning_rate_scale: float
+    validation_accuracy: float | None
+    initial_channels: float
+    initial_weights: float
+    optimizer: dict[str, dict[str, Any]]
+    scaler: dict[str, Any]
+    trace_bytes: int
+    totals: Totals
+
+
+class Folder:
+    """The `checkpoints` folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(
+        self, checkpoint: Checkpoint, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], *, keep: bool
+    ) -> None:
+        """Write a checkpoint, then let older ones go: their state, and unless `keep` was said of them, their weights.
+
+        Raises:
+            TrainingError: the disk is full or not writable; older checkpoints are untouched.
+        """
+        target = self.path / _folder_name(checkpoint.next_epoch)
+        unfinished = self.path / f".{target.name}.unfinished"
+        with writing(target):
+            self.path.mkdir(exist_ok=True)
+            _remove(unfinished)
+            unfinished.mkdir()
+            try:
+                _write(unfinished / _WEIGHTS, safetensors.torch.save(_storable(weights)))
+                _write(unfinished / _STATE, safetensors.torch.save(_storable(state)))
+                if keep:
+                    _write(unfinished / "keep", b"")
+                _write(unfinished / _META, msgspec.json.format(msgspec.json.encode(checkpoint)))
+                _sync_folder(unfinished)
+                if target.exists():
+                    _remove(target)
+                unfinished.rename(target)
+            except OSError:
+                shutil.rmtree(unfinished, ignore_errors=True)  # gives the space back; the error goes on
+                raise
+            _sync_folder(self.path)
+            self._forget_old(checkpoint.next_epoch)
+
+    def newest(self) -> Path | None:
+        """The folder of the newest checkpoint that training can go on from."""
+        resumable = [path for _, path in self._stored() if (path / _STATE).exists()]
+        return resumable[-1] if resumable else None
+
+    def of_epoch(self, epoch: int | None) -> Path:
+        """The checkpoint after `epoch`, -1 being the start; the newest for None.
+
+        Raises:
+            UsageError: it is not stored; says which are.
+        """
+        stored = {next_epoch - 1: path for next_epoch, path in self._stored()}
+        if not stored:
+            raise UsageError(f"{self.path} holds no checkpoints")
+        if epoch is None:
+            epoch = max(stored)
+        if epoch not in stored:
+            raise UsageError(
+                f"{self.path} holds no checkpoint of epoch {epoch}; stored: {', '.join(map(str, sorted(stored)))}"
+            )
+        return stored[epoch]
+
+    def _stored(self) -> list[tuple[int, Path]]:
+        """(next epoch, folder) of the whole checkpoints, oldest first."""
+        found = []
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            if path.name == "start":
+                found.append((0, path))
+            elif path.name.startswith("epoch-") and path.name[6:].isdecimal():
+                found.append((int(path.name[6:]) + 1, path))
+        return sorted(found)
+
+    def _forget_old(self, newest: int) -> None:
+        older = [path for next_epoch, path in self._stored() if next_epoch <= newest][: -_RESUMABLE or None]
+        for path in older:
+            if (path / "keep").exists():
+                (path / _STATE).unlink(missing_ok=True)
+            else:
+                _remove(path)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The description in a checkpoint folder.
+
+    Raises:
+        FileFormatError: missing, broken, or of a newer format.
+    """
+    file = folder / _META
+    content = _read(file)
+    try:
+        checkpoint = msgspec.json.decode(content, type=Checkpoint)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(file, f"not a checkpoint description: {error}") from error
+    if checkpoint.format_version != FORMAT_VERSION:
+        raise FileFormatError(
+            file, f"field 'format_version' is {checkpoint.format_version}, this ptsim reads {FORMAT_VERSION}"
+        )
+    return checkpoint
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Parameters and buffers of the stored network, by name."""
+    return parse_tensors(folder / _WEIGHTS, _read(folder / _WEIGHTS))
+
+
+def read_state_bytes(folder: Path) -> tuple[bytes, bytes, bytes]:
+    """The three files of a checkpoint that can be resumed, as they are: description, weights, state."""
+    return _read(folder / _META), _read(folder / _WEIGHTS), _read(folder / _STATE)
+
+
+def parse_tensors(file: Path, content: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FileFormatError: it is something else; a pickle is named as such, and not opened.
+    """
+    if content[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise FileFormatError(file, "found a pickle, expected safetensors; a pickle can run any code and is not opened")
+    try:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise FileFormatError(file, f"not a safetensors file: {error}") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusal to write into a `TrainingError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be written: {error.strerror}",
+            hint="make room, then go on with --resume; the last checkpoint is whole",
+        ) from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file appears under its name only when it is whole and on the disk."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    _write(unfinished, content)
+    unfinished.replace(path)
+    _sync_folder(path.parent)
+
+
+def _folder_name(next_epoch: int) -> str:
+    return "start" if next_epoch == 0 else f"epoch-{next_epoch - 1:04d}"
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU that share no memory, which safetensors asks for."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; renamed first, so that a kill in between leaves no half checkpoint under a valid name."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.doomed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise FileFormatError(file, f"cannot be read: {error.strerror}") from error

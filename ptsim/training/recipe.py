@@ -1,0 +1,69 @@
+"""How a stored network is built again: which model, for how many classes and image channels."""
+
+from __future__ import annotations
+
+import inspect
+
+import msgspec
+import torch
+from torch import nn
+
+from ptsim import zoo
+from ptsim.errors import UsageError
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Builds the dense network that a run began with.
+
+    Attributes:
+        in_channels: given to builders that take it; None for those that do not.
+        input_shape: (channels, height, width) of the images of this run.
+    """
+
+    model: str
+    num_classes: int
+    in_channels: int | None
+    input_shape: tuple[int, int, int]
+
+    def build(self) -> nn.Module:
+        """A freshly initialised network in training mode, on the CPU; draws from torch's random state.
+
+        Raises:
+            UnknownNameError, UsageError: the model's name or file does not exist here, or its function fails.
+        """
+        entry = zoo.find(self.model)
+        more = {} if self.in_channels is None else {"in_channels": self.in_channels}
+        model: nn.Module = entry.build(num_classes=self.num_classes, **more)
+        return model.train()
+
+
+def takes_in_channels(entry: zoo.ModelEntry) -> bool:
+    """Whether the model can be built for any number of image channels."""
+    return "in_channels" in inspect.signature(entry.build).parameters
+
+
+def check_fits(model: nn.Module, recipe: Recipe) -> None:
+    """Run two images through the model in evaluation mode.
+
+    Raises:
+        UsageError: it fails on images of this size, or gives another number of classes than the data has.
+    """
+    channels, height, width = recipe.input_shape
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(torch.zeros(2, channels, height, width))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"model {recipe.model!r} does not take images of {channels}×{height}×{width}: {reason}",
+            hint="--set image_size=… scales the images",
+        ) from error
+    finally:
+        model.train(training)
+    if not isinstance(output, torch.Tensor) or output.shape != (2, recipe.num_classes):
+        found = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise UsageError(
+            f"model {recipe.model!r} gives {found} for an image, but the data set has {recipe.num_classes} classes"
+        )
