@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 import msgspec
 
@@ -161,31 +161,47 @@ def read_trace(path: str | Path) -> Trace:
 class TraceWriter:
     """Appends records to a trace; each is on disk when `write` returns, so a crash loses at most one line."""
 
-    def __init__(self, path: str | Path, *, append: bool = False) -> None:
+    def __init__(self, path: str | Path, *, append: bool = False, keep_bytes: int | None = None) -> None:
         """Open `path` for a new trace, or with `append` to go on after the last complete line.
+
+        Args:
+            path: the file.
+            append: go on with an existing trace.
+            keep_bytes: with `append`, first cut the trace to this length, which a `num_bytes` once told.
 
         Raises:
             FileExistsError: a new trace is asked for where one is.
         """
         self.path = Path(path)
         if append and self.path.exists():
+            if keep_bytes is not None:
+                os.truncate(self.path, keep_bytes)
             _drop_torn_line(self.path)
-        self._file: IO[bytes] = open(self.path, "ab" if append else "xb")  # noqa: SIM115 - owned by the object
+        # Unbuffered: nothing of a failed line may follow later.
+        self._file = open(self.path, "ab" if append else "xb", buffering=0)  # noqa: SIM115 - owned
+        self.num_bytes = os.fstat(self._file.fileno()).st_size
 
     def write(self, record: AnyRecord) -> None:
-        """Append one record as one line and flush it to the disk.
+        """Append one record as one line and flush it to the disk, or leave the file as it was.
 
         Raises:
             ValueError: the record could not be read back, for instance because a loss is not finite.
+            OSError: the disk is full.
         """
         line = _ENCODER.encode(record)
         try:
             _DECODER.decode(line)
         except msgspec.ValidationError as error:
             raise ValueError(f"a {_tag(record)} record that no reader would accept: {error}") from error
-        self._file.write(line + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        rest = memoryview(line + b"\n")
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            os.ftruncate(self._file.fileno(), self.num_bytes)
+            raise
+        self.num_bytes += len(line) + 1
 
     def close(self) -> None:
         """Close the file; writing afterwards is an error."""

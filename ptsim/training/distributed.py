@@ -153,13 +153,13 @@ class CommunicationMeter:
     def __init__(self, model: nn.Module) -> None:
         self._model = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         if self._model is not None:
-            self._model._set_ddp_runtime_logging_sample_rate(1)
+            self._model._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call]
 
     def exposed_s(self, num_iterations: int) -> float:
         """Seconds over `num_iterations`, from the mean over all iterations since the wrapping."""
         if self._model is None:
             return 0.0
-        data: dict[str, Any] = self._model._get_ddp_logging_data()
+        data: dict[str, Any] = self._model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
         communication_ns = data.get("avg_backward_comm_time", 0)
         hidden_ns = data.get("avg_backward_compute_comm_overlap_time", 0)
         return float(max(communication_ns - hidden_ns, 0)) * 1e-9 * num_iterations
