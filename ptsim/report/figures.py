@@ -1,0 +1,418 @@
+"""How the report's tables look as figures: each function takes one tidy frame of `frames` and returns a Figure.
+
+Every figure says at its foot what hardware it is about, which mini-batch, how many observations and what the band
+is. Colours are Okabe and Ito's, chosen for colour-blind readers and told apart by lightness in print; runs also differ
+by dash. Nothing here touches matplotlib's global state.
+"""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+
+from ptsim.units import GIB, format_bytes, format_count
+
+WIDTH_IN = 5.4  # two columns at 1280 px, one at 400 px, and 9 pt text legible in both
+COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ((5, 2), "", (2, 1.5), (6, 2, 1.5, 2), (1, 1), (8, 3), (4, 1, 1, 1))
+
+# In the order in which they are stacked; neighbours differ in lightness.
+PART_COLOURS = {
+    "convolutions and linear layers": "#0072B2",
+    "memory-bound layers": "#8CC8EC",
+    "optimizer and regulariser": "#009E73",
+    "exposed communication": "#D55E00",
+    "input wait": "#F0E442",
+    "reconfiguration": "#222222",
+    "other": "#BBBBBB",
+}
+
+_STYLE = {
+    **sns.axes_style("ticks"),
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib, so a report looks the same everywhere
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.linewidth": 0.7,
+    "axes.edgecolor": "#666666",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.7,
+    "svg.fonttype": "path",
+    "hatch.linewidth": 0.6,
+}
+
+P = ParamSpec("P")
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Decorator: `draw` runs under the report's style and leaves matplotlib's settings as they were."""
+
+    @functools.wraps(draw)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with mpl.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapped
+
+
+def run_style(frame: pd.DataFrame) -> dict[str, tuple[str, object]]:
+    """A colour and a dash for every run of a frame with `run` and `pruned`; dense runs are grey and dashed."""
+    runs = frame.drop_duplicates("run")
+    dense, pruned = runs[~runs.pruned].run, runs[runs.pruned].run
+    style: dict[str, tuple[str, object]] = {}
+    for i, run in enumerate(dense):
+        style[run] = ("#4d4d4d", "#8c8c8c", "#b3b3b3")[i % 3], DASHES[0]
+    for i, run in enumerate(pruned):
+        style[run] = COLOURS[1 + i % (len(COLOURS) - 1)], DASHES[1 + i % (len(DASHES) - 1)]
+    return style
+
+
+@styled
+def accuracy_figure(epochs: pd.DataFrame) -> Figure:
+    """Validation accuracy and channel sparsity over epochs, a line per run. Takes `frames.epochs_frame`."""
+    figure, (top, bottom) = _panels(2, height_in=4.0)
+    for axes, column, label in (
+        (top, "validation_accuracy", "validation accuracy"),
+        (bottom, "channel_sparsity", "channels removed or sparse"),
+    ):
+        _lines(axes, epochs, "epoch", column)
+        axes.set(ylabel=label, xlabel="")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("epoch")
+    _legend_above(top)
+    return _finish(figure, epochs, n="one run per line", band="no band: single runs")
+
+
+@styled
+def shrinking_figure(epochs: pd.DataFrame) -> Figure:
+    """What shrank and what the clock saw: per-image costs of one run relative to its first epoch.
+
+    Takes `frames.costs_frame` rows of a single run.
+    """
+    figure, (axes,) = _panels(1, height_in=3.4)
+    first = epochs.iloc[0]
+    measured = epochs.step_median_seconds / epochs.batch_per_gpu
+    base = first.step_median_seconds / first.batch_per_gpu
+    series = {
+        "training FLOPs": (epochs.training_macs_per_image / first.training_macs_per_image, COLOURS[1], "-"),
+        "BatchNorm traffic": (epochs.bn_bytes_per_image / first.bn_bytes_per_image, COLOURS[3], (0, (6, 2, 1.5, 2))),
+        "measured step time": (measured / base, COLOURS[2], (0, (3, 1.5))),
+    }
+    for name, (values, colour, dash) in series.items():
+        if values.notna().any():
+            axes.plot(epochs.epoch, values, label=name, color=colour, linestyle=dash)
+    low = epochs.step_p10_seconds / epochs.batch_per_gpu / base
+    high = epochs.step_p90_seconds / epochs.batch_per_gpu / base
+    axes.fill_between(epochs.epoch, low, high, color=COLOURS[2], alpha=0.18, linewidth=0)
+    axes.set(xlabel="epoch", ylabel="per image, first epoch = 100 %", ylim=(0, None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_above(axes)
+    low_n, high_n = int(epochs.num_iterations.min()), int(epochs.num_iterations.max())
+    n = f"{low_n} iterations" if low_n == high_n else f"{low_n} to {high_n} iterations"
+    return _finish(figure, epochs, n=f"{n} an epoch", band="10th to 90th percentile of an epoch's iterations")
+
+
+@styled
+def memory_figure(epochs: pd.DataFrame) -> Figure:
+    """Peak memory of an iteration, measured and estimated, and the per-GPU mini-batch. Takes `frames.costs_frame`."""
+    figure, (top, bottom) = _panels(2, height_in=4.2)
+    for run, (colour, dash) in run_style(epochs).items():
+        rows = epochs[epochs.run == run]
+        line = _dash(dash)
+        if rows.peak_memory_bytes.notna().any():
+            top.plot(rows.epoch, rows.peak_memory_bytes / GIB, color=colour, linestyle=line, label=f"{run}, measured")
+        top.plot(
+            rows.epoch,
+            rows.estimated_memory_bytes / GIB,
+            color=colour,
+            linewidth=1.0,
+            linestyle=":",
+            label=f"{run}, estimated",
+        )
+        bottom.step(rows.epoch, rows.batch_per_gpu, where="post", color=colour, linestyle=line, label=run)
+    top.set(ylabel="peak memory per GPU (GiB)", ylim=(0, None))
+    bottom.set(ylabel="mini-batch per GPU (images)", xlabel="epoch", ylim=(0, None))
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_above(top)
+    return _finish(figure, epochs, n="one run per line", band="no band: the peak of each epoch")
+
+
+@styled
+def allreduce_figure(epochs: pd.DataFrame) -> Figure:
+    """Gradient bytes that every GPU all-reduces in an epoch. Takes `frames.costs_frame`."""
+    figure, (axes,) = _panels(1, height_in=3.0)
+    _lines(axes, epochs, "epoch", "allreduce_payload_bytes", drawstyle="steps-post")
+    axes.set(xlabel="epoch", ylabel="gradient bytes per epoch and GPU", ylim=(0, None))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    _legend_above(axes)
+    return _finish(figure, epochs, n="one run per line", band="no band: a count, parameters × 4 B × updates")
+
+
+@styled
+def scaling_figure(projections: pd.DataFrame) -> Figure:
+    """Whole-run time over cluster sizes, a line and a band per run. Takes `frames.projections_frame`."""
+    figure, (axes,) = _panels(1, height_in=3.5)
+    sizes = sorted(projections.gpus.unique())
+    for run, (colour, dash) in run_style(projections).items():
+        rows = projections[projections.run == run].sort_values("gpus")
+        axes.fill_between(rows.gpus, rows.low_seconds / 3600, rows.high_seconds / 3600, color=colour, alpha=0.16, lw=0)
+        axes.plot(
+            rows.gpus, rows.total_seconds / 3600, color=colour, linestyle=_dash(dash), marker="o", ms=4, label=run
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    _plain_log_axes(axes, sizes)
+    axes.set(xlabel="GPUs", ylabel="whole run (hours)")
+    _legend_above(axes)
+    return _finish(figure, projections, n="one recorded run per line", band="90 % interval of the projection")
+
+
+@styled
+def saving_figure(savings: pd.DataFrame) -> Figure:
+    """Share of the dense time that pruning saves, over cluster sizes. Takes `frames.savings_frame`."""
+    figure, (axes,) = _panels(1, height_in=3.2)
+    for run, (colour, dash) in run_style(savings).items():
+        rows = savings[savings.run == run].sort_values("gpus")
+        axes.fill_between(rows.gpus, rows.saved_fraction_low, rows.saved_fraction_high, color=colour, alpha=0.16, lw=0)
+        axes.plot(rows.gpus, rows.saved_fraction, color=colour, linestyle=_dash(dash), marker="o", ms=4, label=run)
+    axes.axhline(0, color="#666666", linewidth=0.7)
+    axes.set_xscale("log", base=2)
+    _plain_log_axes(axes, sorted(savings.gpus.unique()))
+    axes.set(xlabel="GPUs", ylabel="time saved against dense")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _legend_above(axes)
+    return _finish(
+        figure,
+        savings,
+        n="one pair of runs per line",
+        band="90 % interval, errors of the two runs taken as independent",
+    )
+
+
+@styled
+def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
+    """Where the time goes, per run and cluster size, in shares of the first run's time at that size.
+
+    Takes `frames.breakdown_frame`. The first run of the frame is the reference (100 %).
+    """
+    runs = list(dict.fromkeys(breakdown.run))
+    sizes = sorted(breakdown.gpus.unique())
+    figure, (axes,) = _panels(1, height_in=1.5 + 0.34 * len(runs) * len(sizes))
+    totals = breakdown.groupby(["gpus", "run"]).seconds.sum()
+    labels, position = [], 0.0
+    for size in sizes:
+        reference = totals[(size, runs[0])]
+        for run in runs:
+            left = 0.0
+            rows = breakdown[(breakdown.run == run) & (breakdown.gpus == size)].set_index("part").seconds
+            for part, colour in PART_COLOURS.items():
+                share = float(rows.get(part, 0.0)) / reference
+                axes.barh(position, share, left=left, height=0.8, color=colour, edgecolor="white", linewidth=0.5)
+                left += share
+            axes.text(left + 0.01, position, f"{left:.0%}", va="center", fontsize=8, color="#333333")
+            labels.append((position, f"{run}, {_gpus(size)}"))
+            position += 1
+        position += 0.5
+    axes.set_yticks([p for p, _ in labels], [textwrap.fill(text, 26) for _, text in labels])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlabel=f"share of the time of “{runs[0]}” on as many GPUs")
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _part_legend(figure, [part for part in PART_COLOURS if breakdown[breakdown.part == part].seconds.sum() > 0])
+    return _finish(figure, breakdown, n="one recorded run per bar", band="no band: expected values")
+
+
+@styled
+def epoch_breakdown_figure(breakdown: pd.DataFrame) -> Figure:
+    """Where one run's time goes, epoch by epoch. Takes `frames.epoch_breakdown_frame` of one run and cluster size."""
+    figure, (axes,) = _panels(1, height_in=3.6)
+    wide = breakdown.pivot_table(index="epoch", columns="part", values="seconds", aggfunc="sum").fillna(0.0)
+    parts = [part for part in PART_COLOURS if part in wide and wide[part].sum() > 0]
+    scale, unit = _time_scale(float(wide.sum(axis=1).max()))
+    axes.stackplot(
+        wide.index,
+        *(wide[part] / scale for part in parts),
+        colors=[PART_COLOURS[part] for part in parts],
+        step="mid",
+        edgecolor="white",
+        linewidth=0.3,
+    )
+    axes.set(xlabel="epoch", ylabel=f"time per epoch ({unit})", ylim=(0, None), xlim=(wide.index[0], wide.index[-1]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _part_legend(figure, parts)
+    return _finish(figure, breakdown, n="one recorded run", band="no band: expected values")
+
+
+@styled
+def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
+    """The `count` most expensive layers: time of one image in the first and in the last architecture.
+
+    Takes `frames.layers_frame` of one run. A layer that has gone has no second bar.
+    """
+    first, last = layers.epoch.min(), layers.epoch.max()
+    costly = set(layers.groupby("layer").seconds_per_image.max().nlargest(count).index)
+    names = [name for name in dict.fromkeys(layers.layer) if name in costly]  # in forward order
+    figure, (axes,) = _panels(1, height_in=1.5 + 0.3 * len(names))
+    scale, unit = _time_scale(float(layers.seconds_per_image.max()))
+    width = 0.8 if first == last else 0.4
+    for offset, (epoch, colour, hatch) in enumerate(((first, "#9a9a9a", ""), (last, COLOURS[1], "///"))):
+        if offset == 1 and first == last:
+            break
+        rows = layers[layers.epoch == epoch].set_index("layer").seconds_per_image
+        values = [float(rows.get(name, 0.0)) / scale for name in names]
+        positions = [i + (offset - 0.5) * width if first != last else i for i in range(len(names))]
+        axes.barh(
+            positions, values, height=width, color=colour, hatch=hatch, edgecolor="white", label=f"epoch {int(epoch)}"
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlabel=f"forward and backward per image ({unit})")
+    _legend_above(axes)
+    share = layers[layers.layer.isin(names)].seconds_per_image.sum() / layers.seconds_per_image.sum()
+    return _finish(
+        figure,
+        layers,
+        n=f"{len(names)} of {layers.layer.nunique()} layers, {share:.0%} of the layers' time",
+        band="none",
+    )
+
+
+@styled
+def validation_figure(epochs: pd.DataFrame) -> Figure:
+    """Predicted against measured epoch time. Takes a frame with run, epoch, predicted_ and measured_seconds."""
+    figure, (axes,) = _panels(1, height_in=3.2)
+    scale, unit = _time_scale(float(epochs.measured_seconds.max()))
+    for run, (colour, _) in run_style(epochs).items():
+        rows = epochs[epochs.run == run]
+        axes.plot(
+            rows.epoch, rows.measured_seconds / scale, color=colour, label=f"{run}, measured", lw=0, marker="o", ms=3
+        )
+        axes.plot(rows.epoch, rows.predicted_seconds / scale, color=colour, label=f"{run}, predicted")
+        if {"low_seconds", "high_seconds"} <= set(rows):
+            axes.fill_between(
+                rows.epoch, rows.low_seconds / scale, rows.high_seconds / scale, color=colour, alpha=0.16, lw=0
+            )
+    axes.set(xlabel="epoch", ylabel=f"time per epoch ({unit})", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_above(axes)
+    band = "90 % interval of the prediction" if "low_seconds" in epochs else "none"
+    return _finish(figure, epochs, n=f"{len(epochs)} epochs", band=band)
+
+
+def _panels(count: int, *, height_in: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+    return figure, list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+
+
+def _lines(axes: Axes, frame: pd.DataFrame, x: str, y: str, **options: object) -> None:
+    style = run_style(frame)
+    sns.lineplot(
+        frame,
+        x=x,
+        y=y,
+        hue="run",
+        style="run",
+        palette={run: colour for run, (colour, _) in style.items()},
+        dashes={run: dash for run, (_, dash) in style.items()},
+        hue_order=list(style),
+        style_order=list(style),
+        errorbar=None,
+        ax=axes,
+        **options,
+    )
+    axes.legend_ = None
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _dash(dash: object) -> object:
+    return "-" if dash == "" else (0, dash)
+
+
+def _legend_above(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        columns = 1 if max(map(len, labels)) * min(len(labels), 3) > 72 else min(len(labels), 3)
+        columns = 2 if columns == 1 and max(map(len, labels)) < 34 and len(labels) > 1 else columns
+        axes.figure.legend(
+            handles, labels, loc="outside upper left", ncols=columns, handlelength=2.6, borderaxespad=0.2
+        )
+
+
+def _part_legend(figure: Figure, parts: Sequence[str]) -> None:
+    handles = [
+        mpl.patches.Patch(facecolor=PART_COLOURS[part], edgecolor="#888888", lw=0.4, label=part) for part in parts
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, handlelength=1.2, borderaxespad=0.2)
+
+
+def _plain_log_axes(axes: Axes, sizes: Sequence[int]) -> None:
+    shown = list(sizes) if len(sizes) <= 8 else list(sizes)[:: -(-len(sizes) // 8)]
+    axes.set_xticks(shown, [format_count(size) if size >= 10_000 else f"{size:,}" for size in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _time_scale(largest_s: float) -> tuple[float, str]:
+    for factor, unit in ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if largest_s >= 2 * factor:
+            return factor, unit
+    return 1e-9, "ns"
+
+
+def _gpus(count: int) -> str:
+    return f"{count:,} GPU" if count == 1 else f"{count:,} GPUs"
+
+
+def describe_setting(frame: pd.DataFrame) -> str:
+    """Hardware, GPUs and mini-batch that a frame is about, for the foot of a figure and the head of a table."""
+    parts = []
+    if "device" in frame:
+        parts.append(" / ".join(dict.fromkeys(frame.device.dropna())))
+    if "cluster" in frame:
+        parts.append(" / ".join(dict.fromkeys(frame.cluster.dropna())))
+    if "num_gpus" in frame:
+        counts = sorted(frame.num_gpus.dropna().unique())
+        parts.append(_gpus(int(counts[0])) if len(counts) == 1 else f"{counts[0]:,.0f} to {counts[-1]:,.0f} GPUs")
+    if "batch_per_gpu" in frame:
+        low, high = int(frame.batch_per_gpu.min()), int(frame.batch_per_gpu.max())
+        parts.append(f"mini-batch {low} per GPU" if low == high else f"mini-batch {low} to {high} per GPU")
+    if "precision" in frame:
+        parts.append(" / ".join(dict.fromkeys(frame.precision)))
+    return ", ".join(part for part in parts if part)
+
+
+def _finish(figure: Figure, frame: pd.DataFrame, *, n: str, band: str) -> Figure:
+    text = textwrap.fill(f"{describe_setting(frame)}. n: {n}. Band: {band}.", 92)
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="#555555")
+    return figure

@@ -1,0 +1,209 @@
+"""Which numbers a report shows, as tidy tables: one observation a row, every column's unit in its name.
+
+Seconds, bytes, joules and plain counts throughout; a quantity that was not measured is missing (NaN), never zero.
+A row of a run names it by `run`, the label of `pairs.run_labels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from ptsim.network import LayerKind
+from ptsim.report.pairs import is_pruned, penalty_ratio, run_labels
+from ptsim.trace.io import Trace
+
+PRODUCT_KINDS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
+
+
+def run_state(trace: Trace) -> str:
+    """How the run ended: complete, interrupted, failed, or cut off without a last record."""
+    if trace.complete:
+        return "complete"
+    return trace.end.status if trace.end else "cut off"
+
+
+def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """One row per run: what was trained, on what, how it ended and what it took, all as recorded.
+
+    `measured_seconds` sums the training epochs without validation; reconfigurations are counted apart. `final_accuracy`
+    is the end record's, or the last epoch's validation accuracy of an unfinished run.
+    """
+    rows = []
+    for label, trace in zip(run_labels(traces), traces, strict=True):
+        run, epochs = trace.run, trace.epochs
+        first = trace.networks[epochs[0].architecture] if epochs else next(iter(trace.networks.values()), None)
+        last = trace.networks[epochs[-1].architecture] if epochs else first
+        energies = [e.device.energy_j if e.device else None for e in epochs]
+        accuracy = trace.end.final_accuracy if trace.end else None
+        if accuracy is None and epochs:
+            accuracy = epochs[-1].validation_accuracy
+        rows.append(
+            {
+                "run": label,
+                "model": run.model,
+                "dataset": run.dataset.name,
+                "penalty_ratio": penalty_ratio(trace),
+                "pruned": is_pruned(trace),
+                "device": run.device.name,
+                "num_gpus": run.world_size,
+                "precision": str(run.precision),
+                "memory_format": run.memory_format,
+                "seed": run.seed,
+                "state": run_state(trace),
+                "epochs": len(epochs),
+                "final_accuracy": accuracy,
+                "first_batch_per_gpu": epochs[0].batch_per_gpu if epochs else None,
+                "last_batch_per_gpu": epochs[-1].batch_per_gpu if epochs else None,
+                "first_parameters": first.num_parameters if first else None,
+                "last_parameters": last.num_parameters if last else None,
+                "first_inference_macs_per_image": first.forward_macs if first else None,
+                "last_inference_macs_per_image": last.forward_macs if last else None,
+                "measured_seconds": sum(e.time.wall_s for e in epochs) if epochs else None,
+                "energy_joules": sum(e for e in energies if e is not None) if epochs and None not in energies else None,
+                "num_reconfigurations": len(trace.reconfigurations),
+                "reconfiguration_seconds": sum(r.duration_s for r in trace.reconfigurations),
+                "channels_removed": sum(r.channels_removed for r in trace.reconfigurations),
+                "layers_removed": sum(len(r.layers_removed) for r in trace.reconfigurations),
+                "trace": str(trace.path),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """One row per recorded epoch: what it trained, its measured times, memory, bytes and accuracy.
+
+    `reconfiguration_seconds` is what the run paid right after this epoch. `step_*` are quantiles of the epoch's own
+    iterations.
+    """
+    rows = []
+    for label, trace in zip(run_labels(traces), traces, strict=True):
+        paid = {r.epoch: r.duration_s for r in trace.reconfigurations}
+        for epoch in trace.epochs:
+            network, time = trace.network_of(epoch), epoch.time
+            rows.append(
+                {
+                    "run": label,
+                    "pruned": is_pruned(trace),
+                    "device": trace.run.device.name,
+                    "precision": str(trace.run.precision),
+                    "epoch": epoch.epoch,
+                    "architecture": epoch.architecture,
+                    "batch_per_gpu": epoch.batch_per_gpu,
+                    "num_gpus": epoch.world_size,
+                    "num_iterations": epoch.num_iterations,
+                    "learning_rate": epoch.learning_rate,
+                    "train_loss": epoch.train_loss,
+                    "penalty": epoch.penalty,
+                    "validation_accuracy": epoch.validation_accuracy,
+                    "channel_sparsity": epoch.channel_sparsity,
+                    "weight_sparsity": epoch.weight_sparsity,
+                    "parameters": network.num_parameters,
+                    "inference_macs_per_image": network.forward_macs,
+                    "wall_seconds": time.wall_s,
+                    "data_wait_seconds": time.data_wait_s,
+                    "forward_seconds": time.forward_s,
+                    "backward_seconds": time.backward_s,
+                    "regularizer_seconds": time.regularizer_s,
+                    "optimizer_seconds": time.optimizer_s,
+                    "exposed_communication_seconds": time.exposed_communication_s,
+                    "reconfiguration_seconds": paid.get(epoch.epoch, 0.0),
+                    "step_median_seconds": epoch.step.median_s,
+                    "step_p10_seconds": epoch.step.p10_s,
+                    "step_p90_seconds": epoch.step.p90_s,
+                    "allreduce_bytes": epoch.allreduce_bytes,
+                    "peak_memory_bytes": epoch.peak_memory_bytes,
+                    "energy_joules": epoch.device.energy_j if epoch.device else None,
+                    "power_watts": epoch.device.power_w if epoch.device else None,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def reconfigurations_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """One row per reconfiguration: when, what it removed, what it took and what it did to the mini-batch."""
+    rows = []
+    for label, trace in zip(run_labels(traces), traces, strict=True):
+        for record in trace.reconfigurations:
+            before, after = trace.networks[record.before], trace.networks[record.after]
+            rows.append(
+                {
+                    "run": label,
+                    "after_epoch": record.epoch,
+                    "channels_removed": record.channels_removed,
+                    "layers_removed": len(record.layers_removed),
+                    "parameters_before": before.num_parameters,
+                    "parameters_after": after.num_parameters,
+                    "inference_macs_per_image_before": before.forward_macs,
+                    "inference_macs_per_image_after": after.forward_macs,
+                    "batch_before": record.batch_before,
+                    "batch_after": record.batch_after,
+                    "duration_seconds": record.duration_s,
+                    "notes": "; ".join(record.notes),
+                }
+            )
+    columns = ["run", "after_epoch", "channels_removed", "layers_removed", "parameters_before", "parameters_after"]
+    columns += ["inference_macs_per_image_before", "inference_macs_per_image_after", "batch_before", "batch_after"]
+    return pd.DataFrame(rows, columns=[*columns, "duration_seconds", "notes"])
+
+
+def profiles_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """One row per layer of every recorded profile: measured forward and backward seconds of one step's mini-batch.
+
+    A layer without a backward node has a missing `backward_seconds`. `epoch` is the first that trained with this
+    architecture and mini-batch, missing where none did.
+    """
+    rows = []
+    for label, trace in zip(run_labels(traces), traces, strict=True):
+        first_epoch = {(e.architecture, e.batch_per_gpu): e.epoch for e in reversed(trace.epochs)}
+        for profile in trace.profiles:
+            network = trace.networks[profile.architecture]
+            for measured in profile.layers:
+                layer = network.layer(measured.layer)
+                rows.append(
+                    {
+                        "run": label,
+                        "epoch": first_epoch.get((profile.architecture, profile.batch)),
+                        "architecture": profile.architecture,
+                        "batch_per_gpu": profile.batch,
+                        "precision": str(profile.precision),
+                        "device": profile.device,
+                        "num_samples": profile.num_samples,
+                        "layer": layer.name,
+                        "kind": str(layer.kind),
+                        "op": layer.op,
+                        "in_channels": layer.in_channels,
+                        "out_channels": layer.out_channels,
+                        "forward_macs_per_image": layer.forward_macs,
+                        "forward_seconds": measured.forward_s,
+                        "backward_seconds": measured.backward_s,
+                    }
+                )
+    columns = ["run", "epoch", "architecture", "batch_per_gpu", "precision", "device", "num_samples", "layer", "kind"]
+    columns += ["op", "in_channels", "out_channels", "forward_macs_per_image", "forward_seconds", "backward_seconds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def densities_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """One row per epoch and layer: the fractions of channels and weights that are not sparse (paper, Fig. 12).
+
+    `channels` is the paper's channel density, input density times output density.
+    """
+    rows = [
+        {
+            "run": label,
+            "epoch": epoch.epoch,
+            "layer": density.layer,
+            "input_channels": density.input_channels,
+            "output_channels": density.output_channels,
+            "channels": density.input_channels * density.output_channels,
+            "weights": density.weights,
+        }
+        for label, trace in zip(run_labels(traces), traces, strict=True)
+        for epoch in trace.epochs
+        for density in epoch.densities
+    ]
+    columns = ["run", "epoch", "layer", "input_channels", "output_channels", "channels", "weights"]
+    return pd.DataFrame(rows, columns=columns)

@@ -1,0 +1,201 @@
+"""Which recorded runs are compared with which: a pruned run with the dense run of the same network and data.
+
+Where no dense run was recorded, the pruned run's own first architecture, held for as many epochs, stands in for it.
+That baseline was never trained, so it has no accuracy, and everything that shows it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from ptsim.trace.io import Trace
+from ptsim.trace.schema import Epoch
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """A pruned run and what it is measured against, cut to the epochs that both have.
+
+    Attributes:
+        baseline: the dense run, or the pruned run's first architecture held (`trained` is then False).
+        trained: the baseline is a recorded run of its own.
+        notes: what a reader must know about this comparison.
+    """
+
+    label: str
+    pruned: Trace
+    baseline_label: str
+    baseline: Trace
+    trained: bool
+    notes: tuple[str, ...] = ()
+
+
+def is_pruned(trace: Trace) -> bool:
+    """The run was regularised to shrink, whether or not it has shrunk yet."""
+    return bool(trace.reconfigurations) or any(epoch.penalty_coefficient > 0 for epoch in trace.epochs)
+
+
+def penalty_ratio(trace: Trace) -> float | None:
+    """The share of the group lasso in the first loss; 0 for a dense run, None where the configuration does not say."""
+    ratio = trace.run.hyperparameters.get("penalty_ratio")
+    if ratio is None:
+        return None if is_pruned(trace) else 0.0
+    return float(ratio)
+
+
+def run_labels(traces: Sequence[Trace]) -> list[str]:
+    """A short name for every run, unique among them: what was trained and how, then only what tells them apart."""
+    parts: list[tuple[str, ...]] = []
+    for trace in traces:
+        settings = trace.run.hyperparameters
+        parts.append(
+            (
+                trace.run.model,
+                trace.run.dataset.name,
+                _method(trace),
+                "dynamic mini-batch" if settings.get("dynamic_batch") else "fixed mini-batch",
+                str(settings.get("mode", "union")),
+                f"interval {settings.get('interval')}",
+                f"mini-batch {trace.epochs[0].batch_per_gpu}" if trace.epochs else "no epochs",
+                trace.run.device.name,
+                f"seed {trace.run.seed}",
+                trace.path.parent.name if trace.path.name == "trace.jsonl" else trace.path.stem,
+            )
+        )
+    varying = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
+    kept = [index for index in (0, 1) if varying[index]] + [2]
+    for index in range(3, len(varying)):
+        if varying[index] and len({tuple(part[i] for i in kept) for part in parts}) < len(parts):
+            kept.append(index)
+    labels = [", ".join(part[i] for i in kept) for part in parts]
+    return [
+        f"{label} ({labels[:i].count(label) + 1})" if labels.count(label) > 1 else label
+        for i, label in enumerate(labels)
+    ]
+
+
+def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
+    """A comparison for every pruned run with at least one epoch.
+
+    The baseline is the dense run of the same model, data set and image shape; among several, the one on the same device
+    and with the same first mini-batch is preferred, then the same seed.
+    """
+    comparisons = []
+    labels = run_labels(traces)
+    for label, trace in zip(labels, traces, strict=True):
+        if not is_pruned(trace) or not trace.epochs:
+            continue
+        candidates = [
+            (name, t)
+            for name, t in zip(labels, traces, strict=True)
+            if t.epochs and not is_pruned(t) and _task(t) == _task(trace)
+        ]
+        if not candidates:
+            note = "no dense run was recorded: the first architecture, held for every epoch, stands in for it"
+            comparisons.append(
+                Comparison(
+                    label=label,
+                    pruned=trace,
+                    baseline_label=f"dense, held ({label})" if len(traces) > 1 else "dense, held",
+                    baseline=held_dense(trace),
+                    trained=False,
+                    notes=(note,),
+                )
+            )
+            continue
+        baseline_label, baseline = max(candidates, key=lambda named: _closeness(named[1], trace))
+        notes = []
+        length = min(len(trace.epochs), len(baseline.epochs))
+        if len(trace.epochs) != len(baseline.epochs):
+            notes.append(
+                f"the runs have {len(trace.epochs)} and {len(baseline.epochs)} epochs; the first {length} are compared"
+            )
+        if baseline.run.device.name != trace.run.device.name:
+            notes.append(f"recorded on different devices: {trace.run.device.name} and {baseline.run.device.name}")
+        if baseline.epochs[0].batch_per_gpu != trace.epochs[0].batch_per_gpu:
+            notes.append(
+                f"the first mini-batches differ: {trace.epochs[0].batch_per_gpu} and {baseline.epochs[0].batch_per_gpu}"
+            )
+        comparisons.append(
+            Comparison(
+                label=label,
+                pruned=first_epochs(trace, length),
+                baseline_label=baseline_label,
+                baseline=first_epochs(baseline, length),
+                trained=True,
+                notes=tuple(notes),
+            )
+        )
+    return comparisons
+
+
+def first_epochs(trace: Trace, count: int) -> Trace:
+    """The run as if it had ended after `count` epochs; a run that is no longer than that is returned as it is."""
+    if count >= len(trace.epochs):
+        return trace
+    kept = trace.epochs[:count]
+    return msgspec.structs.replace(
+        trace,
+        epochs=kept,
+        reconfigurations=tuple(r for r in trace.reconfigurations if r.epoch + 1 < count),
+        end=None,
+    )
+
+
+def held_dense(trace: Trace) -> Trace:
+    """The run's first architecture and mini-batch, held for all its epochs without regulariser.
+
+    Times of the held epochs are those of the median recorded epoch of that architecture, less its regulariser.
+    """
+    first = trace.epochs[0]
+    same = [e for e in trace.epochs if e.architecture == first.architecture and e.batch_per_gpu == first.batch_per_gpu]
+    typical = sorted(same, key=lambda epoch: epoch.time.wall_s)[len(same) // 2]
+    time = msgspec.structs.replace(
+        typical.time, wall_s=typical.time.wall_s - typical.time.regularizer_s, regularizer_s=0.0
+    )
+
+    def held(epoch: Epoch) -> Epoch:
+        return msgspec.structs.replace(
+            typical,
+            epoch=epoch.epoch,
+            learning_rate=first.learning_rate,
+            penalty_coefficient=0.0,
+            penalty=0.0,
+            channel_sparsity=0.0,
+            weight_sparsity=0.0,
+            time=time,
+            densities=(),
+            channel_maxima=None,
+        )
+
+    return msgspec.structs.replace(
+        trace,
+        networks={first.architecture: trace.networks[first.architecture]},
+        epochs=tuple(held(epoch) for epoch in trace.epochs),
+        reconfigurations=(),
+        profiles=tuple(profile for profile in trace.profiles if profile.architecture == first.architecture),
+    )
+
+
+def _method(trace: Trace) -> str:
+    if not is_pruned(trace):
+        return "dense"
+    schedule = str(trace.run.hyperparameters.get("schedule", "continuous"))
+    name = {"one_time": "one-time pruning", "ssl": "SSL"}.get(schedule, "PruneTrain")
+    ratio = penalty_ratio(trace)
+    return name if ratio is None else f"{name} r={ratio:g}"
+
+
+def _task(trace: Trace) -> tuple[object, ...]:
+    data = trace.run.dataset
+    return trace.run.model, data.name, data.num_classes, data.num_train, data.input_shape
+
+
+def _closeness(candidate: Trace, trace: Trace) -> tuple[bool, bool, bool, int]:
+    return (
+        candidate.run.device.name == trace.run.device.name,
+        candidate.epochs[0].batch_per_gpu == trace.epochs[0].batch_per_gpu,
+        candidate.run.seed == trace.run.seed,
+        min(len(candidate.epochs), len(trace.epochs)),
+    )

@@ -1,0 +1,119 @@
+"""How a tidy frame becomes a table that a person reads: headings in words, one unit per column, sortable cells."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import pandas as pd
+
+# Suffix of a column's name → the units it may be shown in, largest first.
+_SCALES: dict[str, tuple[tuple[str, float], ...]] = {
+    "seconds": (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)),
+    "bytes": (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)),
+    "joules": (("MWh", 3.6e9), ("kWh", 3.6e6), ("kJ", 1e3), ("J", 1.0)),
+    "macs": (("TMAC", 1e12), ("GMAC", 1e9), ("MMAC", 1e6), ("kMAC", 1e3), ("MAC", 1.0)),
+    "parameters": (("million", 1e6), ("thousand", 1e3), ("", 1.0)),
+    "watts": (("W", 1.0),),
+    "usd": (("USD", 1.0),),
+}
+_PERCENT = ("accuracy", "sparsity", "fraction", "error", "channels_density", "weights_density")
+
+
+class Column(msgspec.Struct, frozen=True, kw_only=True):
+    """A heading; `kind` decides how its cells sort."""
+
+    heading: str
+    unit: str
+    kind: str
+    css: str
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True):
+    """What is shown, and the value that it sorts by."""
+
+    text: str
+    sort: str
+    css: str
+    missing: bool
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True):
+    """A table ready for the page; `frame` is what the CSV beside the page holds."""
+
+    name: str
+    title: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    frame: pd.DataFrame
+
+
+def make_table(name: str, frame: pd.DataFrame, headings: Mapping[str, str], *, title: str, caption: str = "") -> Table:
+    """The columns of `headings` that hold anything, in that order, under those headings.
+
+    A column is shown in one unit, chosen by its median so that most cells read as 1 to 9,999.
+    """
+    shown = [column for column in headings if column in frame and frame[column].notna().any()]
+    columns, cells = [], []
+    for position, column in enumerate(shown):
+        values = frame[column]
+        if _is_text(values):
+            columns.append(Column(heading=headings[column], unit="", kind="text", css="text"))
+            long = values.astype(str).str.len().max() > 60
+            cells.append([_text_cell(value, "text long" if long else "text") for value in values])
+            continue
+        unit, factor = _unit(column, values)
+        columns.append(
+            Column(heading=headings[column], unit=unit, kind="number", css="text" if position == 0 else "number")
+        )
+        decimals = _decimals(values / factor, unit)
+        cells.append([_number_cell(value, factor, decimals) for value in values])
+    rows = tuple(zip(*cells, strict=True)) if cells else ()
+    return Table(name=name, title=title, caption=caption, columns=tuple(columns), rows=rows, frame=frame)
+
+
+def _is_text(values: pd.Series) -> bool:
+    return not all(isinstance(v, numbers.Number) and not isinstance(v, bool) for v in values.dropna())
+
+
+def _unit(column: str, values: pd.Series) -> tuple[str, float]:
+    words = column.removesuffix("_per_image").split("_")
+    per = " per image" if column.endswith("_per_image") else ""
+    if any(word in _PERCENT for word in words):
+        return "%", 0.01
+    scales = next((_SCALES[word] for word in reversed(words) if word in _SCALES), None)
+    if scales is None:
+        return "", 1.0
+    typical = values.dropna().abs()
+    size = float(typical[typical > 0].median()) if (typical > 0).any() else 1.0
+    unit, factor = next(((unit, factor) for unit, factor in scales if size >= factor), scales[-1])
+    return unit + per, factor
+
+
+def _decimals(values: pd.Series, unit: str) -> int:
+    """Digits after the point that give the median three significant ones; none for whole numbers."""
+    sizes = values.dropna().abs()
+    sizes = sizes[sizes > 0]
+    if unit == "%":
+        return 1
+    if sizes.empty or (sizes == sizes.round()).all():
+        return 0
+    return min(max(2 - math.floor(math.log10(float(sizes.median()))), 0), 4)
+
+
+def _number_cell(value: Any, factor: float, decimals: int) -> Cell:
+    if value is None or pd.isna(value):
+        return Cell(text="", sort="", css="number", missing=True)
+    number = float(value)
+    text = f"{number / factor:,.{decimals}f}".replace("-", "\u2212")
+    return Cell(text=text, sort=repr(number), css="number", missing=False)
+
+
+def _text_cell(value: object, css: str) -> Cell:
+    missing = value is None or (isinstance(value, float) and math.isnan(value)) or value == ""
+    text = ("yes" if value else "no") if isinstance(value, bool) else str(value)
+    return Cell(text="" if missing else text, sort="" if missing else text, css=css, missing=missing)

@@ -1,0 +1,153 @@
+import html.parser
+import re
+from pathlib import Path
+
+import pytest
+
+from ptsim.cli.main import run
+from ptsim.errors import UsageError
+from ptsim.report.build import write_report
+from tests.traces import CPU, dense_trace, shrinking_trace
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Checker(html.parser.HTMLParser):
+    """Follows the nesting of tags, and collects what a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+                self.targets.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+
+def checked(page: Path) -> Checker:
+    checker = Checker()
+    checker.feed(page.read_text(encoding="utf-8"))
+    checker.close()
+    return checker
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    traces = [dense_trace(folder / "dense.jsonl"), shrinking_trace(folder / "pruned.jsonl")]
+    return write_report(traces, folder / "out")
+
+
+def test_every_tag_of_the_page_is_closed_and_every_id_is_unique(page: Path) -> None:
+    checker = checked(page)
+    assert checker.open == []
+    assert len(checker.ids) == len(set(checker.ids))
+
+
+def test_the_page_fetches_nothing(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert all(target.startswith("#") or target == "data:," for target in checked(page).targets)
+    assert "@import" not in text
+    assert re.findall(r"url\((?!#)[^)]*\)", text) == []
+    assert re.findall(r"https?://", text) == []
+    assert "fetch(" not in text
+
+
+def test_references_inside_the_figures_lead_to_ids_of_the_page(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    ids = set(checked(page).ids)
+    references = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", text))
+    assert references
+    assert all((a or b) in ids for a, b in references)
+
+
+def test_the_same_traces_give_the_same_bytes(page: Path, tmp_path: Path) -> None:
+    again = write_report([page.parent.parent / "dense.jsonl", page.parent.parent / "pruned.jsonl"], tmp_path)
+    assert again.read_bytes() == page.read_bytes()
+
+
+def test_figures_and_tables_lie_beside_the_page(page: Path) -> None:
+    assert {path.suffix for path in (page.parent / "figures").iterdir()} == {".svg"}
+    assert (page.parent / "tables" / "runs.csv").read_text().count("\n") == 3
+
+
+def test_an_interrupted_run_is_marked(tmp_path: Path) -> None:
+    trace = shrinking_trace(tmp_path / "t.jsonl", status="interrupted", recorded_epochs=3)
+    text = write_report([trace], tmp_path / "out").read_text()
+    assert "interrupted after 3 of 6 planned epochs" in text
+
+
+def test_a_torn_trace_is_reported_and_marked(tmp_path: Path) -> None:
+    trace = shrinking_trace(tmp_path / "t.jsonl", truncated=True)
+    with pytest.warns(UserWarning, match="incomplete last line"):
+        text = write_report([trace], tmp_path / "out").read_text()
+    assert "cut off after 6 of 6 planned epochs" in text
+
+
+def test_a_run_without_profiles_energy_or_gpu_is_reported(tmp_path: Path) -> None:
+    trace = shrinking_trace(tmp_path / "t.jsonl", profiles=False, energy=False, device=CPU)
+    text = write_report([trace], tmp_path / "out").read_text()
+    assert "nan" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL).lower().split()
+    assert "Energy" not in text
+
+
+def test_a_run_of_one_epoch_is_reported_and_marked(tmp_path: Path) -> None:
+    trace = shrinking_trace(tmp_path / "t.jsonl", epochs=1)
+    assert "a single epoch" in write_report([trace], tmp_path / "out").read_text()
+
+
+def test_a_run_that_was_cut_off_before_its_first_epoch_is_reported(tmp_path: Path) -> None:
+    trace = shrinking_trace(tmp_path / "t.jsonl", recorded_epochs=0, status="interrupted")
+    assert "interrupted after 0 of 6 planned epochs" in write_report([trace], tmp_path / "out").read_text()
+
+
+def test_a_run_name_with_markup_is_shown_as_text(tmp_path: Path) -> None:
+    trace = dense_trace(tmp_path / "t.jsonl", model="<script>alert(1)</script>")
+    assert "<script>alert" not in write_report([trace], tmp_path / "out").read_text()
+
+
+def test_no_traces_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="at least one trace"):
+        write_report([], tmp_path)
+
+
+def test_a_file_in_the_place_of_the_folder_is_a_usage_error(tmp_path: Path) -> None:
+    trace = dense_trace(tmp_path / "t.jsonl")
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UsageError, match="is a file"):
+        write_report([trace], tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere.jsonl", "-o", "out"], "no trace here"),
+        (["-o", "out"], "at least one trace"),
+        (["broken.jsonl", "-o", "out"], "broken.jsonl:1"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_2(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.jsonl").write_text("{}\n")
+    assert run(["report", *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert not Path("out").exists()
