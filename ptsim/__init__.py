@@ -9,16 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ptsim.report.build import write_report
     from ptsim.trace.io import Trace, read_trace
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "write_report": "ptsim.report.build",
     "Trace": "ptsim.trace.io",
     "read_trace": "ptsim.trace.io",
 }
 
-__all__ = ["Trace", "__version__", "read_trace"]
+__all__ = ["Trace", "__version__", "read_trace", "write_report"]
 
 
 def __getattr__(name: str) -> Any:
