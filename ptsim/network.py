@@ -61,6 +61,8 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         input_needs_gradient: False where no gradient flows into the input (the first layer), so that the
             backward pass computes only the weight gradient.
         inplace: the operator overwrites its input, so its output needs no memory of its own.
+        view: the output is the input's memory under another shape; nothing moves.
+        training_only: evaluation does not run it (an auxiliary head), so it is no part of inference.
         saved_elements: floating-point elements that autograd newly keeps for backward per image. A tensor that
             several operators keep is counted once, at the first in execution order; parameters are not counted.
         saved_other_bytes: bytes of other kinds kept per image (pooling indices, dropout masks).
@@ -84,6 +86,8 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     forward_macs: int = 0
     input_needs_gradient: bool = True
     inplace: bool = False
+    view: bool = False
+    training_only: bool = False
     saved_elements: int = 0
     saved_other_bytes: int = 0
     saved_fixed_bytes: int = 0
@@ -142,9 +146,9 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def forward_macs(self) -> int:
-        """Multiply–accumulates of convolutions, linear layers and other matrix products, for one image."""
+        """Multiply–accumulates of convolutions, linear layers and other matrix products, for one image's inference."""
         products = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
-        return sum(layer.forward_macs for layer in self.layers if layer.kind in products)
+        return sum(layer.forward_macs for layer in self.layers if layer.kind in products and not layer.training_only)
 
     def layer(self, name: str) -> Layer:
         """The layer called `name`.

@@ -36,6 +36,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def symbolic_graph(model: nn.Module) -> fx.GraphModule:
+    """The model's graph in the mode that it is in; it shares its modules and parameters with the model.
+
+    Raises:
+        UnsupportedModelError: torch.fx cannot trace the model.
+    """
+    name = type(model).__name__
+    tracer = Tracer()
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:  # torch.fx lets any error of the traced code through
+        raise UnsupportedModelError(
+            f"torch.fx cannot trace {name}: {_one_line(error)}",
+            hint="symbolic tracing needs a forward without branches on tensor values",
+        ) from error
+    return fx.GraphModule(tracer.root, graph, name)
+
+
 def trace_graph(model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 2) -> fx.GraphModule:
     """The model's graph as evaluation mode runs it; `node.meta["tensor_meta"].shape` holds shapes for `batch` images.
 
@@ -44,23 +62,23 @@ def trace_graph(model: nn.Module, input_shape: tuple[int, int, int], *, batch: i
     Raises:
         UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
     """
-    name = type(model).__name__
     with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
-        tracer = Tracer()
-        try:
-            graph = tracer.trace(model)
-        except Exception as error:  # torch.fx lets any error of the traced code through
-            raise UnsupportedModelError(
-                f"torch.fx cannot trace {name}: {_one_line(error)}",
-                hint="symbolic tracing needs a forward without branches on tensor values",
-            ) from error
-        module = fx.GraphModule(tracer.root, graph, name)
-        try:
+        module = symbolic_graph(model)
+        with naming_the_image(model, input_shape):
             ShapeProp(module).propagate(example_input(model, input_shape, batch=batch))
-        except Exception as error:  # the same: the model's own code runs here
-            shape = "×".join(str(n) for n in input_shape)
-            raise UnsupportedModelError(f"{name} fails on an image of {shape}: {_one_line(error)}") from error
     return module
+
+
+@contextlib.contextmanager
+def naming_the_image(model: nn.Module, input_shape: tuple[int, int, int]) -> Iterator[None]:
+    """What fails inside becomes an `UnsupportedModelError` that names the model and the image it was given."""
+    try:
+        yield
+    except Exception as error:  # the model's own code runs here
+        shape = "×".join(str(n) for n in input_shape)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} fails on an image of {shape}: {_one_line(error)}"
+        ) from error
 
 
 def example_input(model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 2) -> Tensor:

@@ -1,0 +1,124 @@
+"""How many multiply–accumulates does each graph node do in a forward pass? fvcore's counts, one scope per node.
+
+fvcore attributes what it counts to modules; functional calls have none. So every node runs inside a scope module of
+its own, and fvcore's per-module counts are per-node counts that sum to its total. Its gaps (element-wise operators,
+pooling, attention) are filled through its own handles: one per output element, or per input element where an
+operator reduces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ptsim.capture.graph import example_input, symbolic_graph
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # fvcore uses torch.jit.script, which torch deprecates
+    from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import elementwise_flop_counter, get_shape
+
+_ONE_PER_OUTPUT = """
+    add add_ sub sub_ rsub mul mul_ div div_ neg pow square sqrt rsqrt exp log abs maximum minimum where lerp reciprocal
+    addcmul addcdiv masked_fill relu relu_ relu6 relu6_ leaky_relu leaky_relu_ prelu elu elu_ celu selu gelu silu silu_
+    mish sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ softplus softmax
+    log_softmax glu clamp clamp_ threshold threshold_ upsample_nearest2d upsample_bicubic2d"""
+_ONE_PER_INPUT = """
+    mean sum amax amin max_pool2d max_pool2d_with_indices avg_pool2d adaptive_max_pool2d adaptive_avg_pool1d avg_pool1d
+    max_pool1d var std linalg_vector_norm"""
+# Move, make or name elements; fvcore would warn that it does not know them.
+_FREE = """
+    flatten expand expand_as repeat repeat_interleave index_select scatter scatter_ pad unfold movedim bernoulli
+    bernoulli_ dropout_ feature_dropout clone fill_ unflatten size numel new_ones ones_like rand_like rand dropout
+    alpha_dropout index_add index_copy index_copy_ flip detach reshape_as view_as resolve_conj lift_fresh alias
+    native_dropout empty_like feature_dropout_ tile tensor_split stack pixel_shuffle channel_shuffle
+    _shape_as_tensor scalar_tensor eq ne lt gt"""
+
+
+def forward_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, Counter[str]]:
+    """Node of the training graph → operator → operations for one image in evaluation mode (1 MAC = 1).
+
+    Runs one image for real: torch.jit's tracer, which fvcore stands on, does not take tensors without storage.
+    """
+    with torch.no_grad(), torch.random.fork_rng(), _no_fused_attention(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        graph = symbolic_graph(_detached_copy(model).train())
+        analysis = counter(_Scoped(graph.eval()), example_input(model, input_shape, batch=1))
+        by_module = analysis.by_module_and_operator()
+    prefix = "scopes."
+    return {name.removeprefix(prefix): counts for name, counts in by_module.items() if name.startswith(prefix)}
+
+
+def counter(model: nn.Module, images: torch.Tensor) -> FlopCountAnalysis:
+    """The analysis of fvcore for `model` with its gaps filled and its warnings off."""
+    analysis = FlopCountAnalysis(model, images)
+    handles: dict[str, Any] = {f"aten::{op}": elementwise_flop_counter(0, 1) for op in _ONE_PER_OUTPUT.split()}
+    handles |= {f"aten::{op}": elementwise_flop_counter(1, 0) for op in _ONE_PER_INPUT.split()}
+    handles |= {f"aten::{op}": None for op in _FREE.split()}
+    handles["aten::scaled_dot_product_attention"] = _attention_macs
+    analysis.set_op_handle(**handles)
+    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+
+
+def _attention_macs(inputs: list[Any], outputs: list[Any]) -> float:
+    """Q·Kᵀ and its product with V; shapes (…, L, E), (…, S, E), (…, S, E')."""
+    query, key, value = (get_shape(x) for x in inputs[:3])
+    assert query is not None and key is not None and value is not None, "attention takes three tensors"  # noqa: PT018
+    return float(math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
+
+
+def _detached_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters' memory, needs no gradients, and has buffers of its own."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+class _Scope(nn.Module):
+    """A name for fvcore; runs what it is given."""
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+class _Scoped(nn.Module):
+    """The graph with every call inside a scope of the node's name. The graph's own modules are hidden from fvcore."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        calls = [n.name for n in graph.graph.nodes if n.op.startswith("call_")]
+        self.scopes = nn.ModuleDict({name: _Scope() for name in calls})
+        self._interpreter = _ScopedInterpreter(graph, self.scopes)
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self._interpreter.run(images)
+
+
+class _ScopedInterpreter(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule, scopes: nn.ModuleDict) -> None:
+        super().__init__(graph)
+        self._scopes = scopes
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name in self._scopes:
+            return self._scopes[n.name](lambda: super(_ScopedInterpreter, self).run_node(n))
+        return super().run_node(n)
+
+
+@contextlib.contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    """nn.MultiheadAttention as training runs it: evaluation mode would take one fused operator that nobody counts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

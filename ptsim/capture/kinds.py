@@ -1,0 +1,208 @@
+"""What kind of layer is a graph node, and what is its geometry?
+
+Decided by the operator's name, so that a module, a function, a method and a Python operator that do the same are the
+same. A leaf module of its own kind says so with the attributes `ptsim_kind` and `ptsim_op`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx, nn
+
+from ptsim.capture.rehearsal import Shape, Step
+from ptsim.network import LayerKind
+
+_OPS: dict[LayerKind, str] = {
+    LayerKind.CONV: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+    LayerKind.LINEAR: "linear bilinear",
+    LayerKind.BATCH_NORM: "batch_norm sync_batch_norm",
+    LayerKind.NORM: "layer_norm group_norm instance_norm local_response_norm rms_norm normalize",
+    LayerKind.ACTIVATION: """
+        relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish sigmoid logsigmoid tanh hardtanh hardswish
+        hardsigmoid hardshrink softshrink tanhshrink threshold softplus softsign softmax log_softmax softmin glu
+        gumbel_softmax clamp clip erf""",
+    LayerKind.POOL: """
+        avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool1d lp_pool2d lp_pool3d
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+        adaptive_max_pool3d fractional_max_pool2d mean sum amax amin max min var std interpolate upsample""",
+    LayerKind.ELEMENTWISE: """
+        add sub rsub mul div truediv true_divide floordiv neg pos pow square sqrt rsqrt exp log log1p abs maximum
+        minimum where lerp addcmul addcdiv reciprocal sin cos masked_fill type to float half bfloat16 double type_as""",
+    LayerKind.CONCAT: "cat concat concatenate stack hstack vstack dstack",
+    LayerKind.DROPOUT: """
+        dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout stochastic_depth
+        drop_path drop_block2d""",
+    LayerKind.MATMUL: """
+        matmul bmm mm baddbmm addmm addbmm einsum tensordot scaled_dot_product_attention multihead_attention""",
+    LayerKind.RESHAPE: """
+        flatten unflatten view view_as reshape reshape_as transpose t permute movedim moveaxis swapaxes swapdims
+        contiguous clone chunk split tensor_split unbind unsqueeze squeeze expand expand_as repeat tile
+        repeat_interleave roll rot90 flip gather scatter scatter_add index_select index_copy index_add take narrow
+        select getitem pad pixel_shuffle pixel_unshuffle channel_shuffle fold unfold detach broadcast_to
+        constant_pad1d constant_pad2d zero_pad2d reflection_pad2d replication_pad2d circular_pad2d new_zeros
+        zeros_like getattr get_relative_position_bias patch_merging_pad""",
+}
+_KIND_OF = {op: kind for kind, ops in _OPS.items() for op in ops.split()}
+_SPELLING = {
+    "max_pool2d_with_indices": "max_pool2d",
+    "boolean_dispatch": "max_pool2d",
+    "zero_pad": "zero_pad2d",
+    "truediv": "div",
+    "true_divide": "div",
+    "concat": "cat",
+    "concatenate": "cat",
+    "multi_head_attention": "multihead_attention",
+    "re_lu": "relu",
+    "re_lu6": "relu6",
+    "leaky_re_lu": "leaky_relu",
+    "p_re_lu": "prelu",
+    "r_re_lu": "rrelu",
+    "si_lu": "silu",
+}
+"""Spellings of the same operator: the left one becomes the right one."""
+
+_PRODUCTS = {
+    LayerKind.MATMUL: {"matmul", "bmm", "einsum", "scaled_dot_product_attention"},
+    LayerKind.CONV: {"conv", "_convolution"},
+    LayerKind.LINEAR: {"linear", "addmm", "mm"},
+}
+
+_POOL_ARGUMENTS = ("input", "kernel_size", "stride", "padding")
+_CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+
+def kind_and_op(node: fx.Node, graph: fx.GraphModule, counted: Iterable[str] = ()) -> tuple[LayerKind, str]:
+    """The node's kind and its operator's name in lower case.
+
+    `counted` names the operators that run inside it, as fvcore calls them; products among them decide where the
+    node's own name is not a known one.
+    """
+    kind, op = _kind_and_op(node, graph)
+    if kind is LayerKind.OTHER:
+        inside = set(counted)
+        kind = next((kind for kind, ops in _PRODUCTS.items() if inside & ops), kind)
+    return kind, op
+
+
+def _kind_and_op(node: fx.Node, graph: fx.GraphModule) -> tuple[LayerKind, str]:
+    if node.op == "call_module":
+        module = graph.get_submodule(str(node.target))
+        op = getattr(module, "ptsim_op", None) or _op_of_class(type(module))
+        kind = getattr(module, "ptsim_kind", None) or _KIND_OF.get(op, LayerKind.OTHER)
+        return LayerKind(kind), op
+    name = str(node.target) if node.op == "call_method" else _function_name(node)
+    op = name.lower().strip("_")
+    op = _SPELLING.get(op, op)
+    if op not in _KIND_OF and op[1:] in _KIND_OF and op[0] == "i":  # operator.iadd is an addition
+        op = op[1:]
+    return _KIND_OF.get(op, LayerKind.OTHER), op
+
+
+def geometry(
+    node: fx.Node, graph: fx.GraphModule, step: Step, op: str, inputs: tuple[Shape, ...], output: Shape
+) -> dict[str, Any]:
+    """Channels, kernel, stride, padding, dilation, groups and bias, as `Layer` has them.
+
+    `op` is what `kind_and_op` said; `inputs` and `output` are shapes of one image.
+    """
+    channels = {
+        "in_channels": _channels(inputs[0]) if inputs else 0,
+        "out_channels": _channels(output),
+    }
+    if node.op == "call_module":
+        module = graph.get_submodule(str(node.target))
+        return channels | _module_geometry(module)
+    if op.startswith("conv") and len(step.arguments) + len(step.keywords) > 1:
+        names = _TRANSPOSED_ARGUMENTS if "transpose" in op else _CONV_ARGUMENTS
+        given = dict(zip(names, step.arguments, strict=False)) | step.keywords
+        weight = given["weight"]
+        groups = given.get("groups", 1)
+        first, second = weight[0], weight[1] * groups
+        kernel, dilation = _pair(weight[2:]), _pair(given.get("dilation", 1))
+        return {
+            "in_channels": first if "transpose" in op else second,
+            "out_channels": second if "transpose" in op else first,
+            "kernel_size": kernel,
+            "stride": _pair(given.get("stride", 1)),
+            "padding": _padding(given.get("padding", 0), kernel, dilation),
+            "dilation": dilation,
+            "groups": groups,
+            "bias": given.get("bias") is not None,
+        }
+    if op == "linear":
+        given = dict(zip(("input", "weight", "bias"), step.arguments, strict=False)) | step.keywords
+        weight = given["weight"]
+        return {"in_channels": weight[-1], "out_channels": weight[0], "bias": given.get("bias") is not None}
+    if "pool" in op and not op.startswith("adaptive"):
+        given = dict(zip(_POOL_ARGUMENTS, step.arguments, strict=False)) | step.keywords
+        kernel = _pair(given["kernel_size"])
+        stride = given.get("stride")
+        return channels | {
+            "kernel_size": kernel,
+            "stride": kernel if stride in (None, []) else _pair(stride),
+            "padding": _padding(given.get("padding", 0), kernel, (1, 1)),
+        }
+    return channels
+
+
+def _module_geometry(module: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for ours, theirs in (
+        ("in_channels", ("in_channels", "in_features", "num_features", "num_channels", "embed_dim")),
+        ("out_channels", ("out_channels", "out_features", "num_features", "num_channels", "embed_dim")),
+        ("groups", ("groups",)),
+    ):
+        value = next((getattr(module, name) for name in theirs if isinstance(getattr(module, name, None), int)), None)
+        if value is not None:
+            found[ours] = value
+    for name in ("kernel_size", "stride", "dilation"):
+        if isinstance(value := getattr(module, name, None), int | tuple):
+            found[name] = _pair(value)
+    if isinstance(value := getattr(module, "padding", None), int | tuple | str):
+        found["padding"] = _padding(value, found.get("kernel_size", (1, 1)), found.get("dilation", (1, 1)))
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        found |= dict.fromkeys(("in_channels", "out_channels"), module.normalized_shape[-1])
+    found["bias"] = isinstance(getattr(module, "bias", None), nn.Parameter)
+    return found
+
+
+def _function_name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _op_of_class(kind: type[nn.Module]) -> str:
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.__name__).lower()
+    snake = _SPELLING.get(snake, snake)
+    for prefix in ("lazy_",):
+        snake = snake.removeprefix(prefix)
+    if match := re.fullmatch(r"(batch_norm|instance_norm|sync_batch_norm)\dd?", snake):
+        return match[1]
+    return snake
+
+
+def _channels(shape: Shape) -> int:
+    """The channel axis: first for (C, H, W) and (C,), last for tokens (T, C) and windows."""
+    if not shape:
+        return 1
+    return shape[0] if len(shape) in (1, 3) else shape[-1]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """(height, width) of what torch accepts: a number, or one per axis (the last two are taken)."""
+    if isinstance(value, int):
+        return value, value
+    numbers = tuple(value)
+    return (1, numbers[0]) if len(numbers) == 1 else numbers[-2:]
+
+
+def _padding(value: Any, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
+    if isinstance(value, str):
+        if value == "valid":
+            return 0, 0
+        height, width = ((k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
+        return height, width
+    return _pair(value)

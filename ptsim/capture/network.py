@@ -1,0 +1,201 @@
+"""What is this live module, as data? Layers with shapes and counts, edges, and the order in which gradients come.
+
+The network is described as *training* runs it: one step is rehearsed at two mini-batch sizes (see `rehearsal`); what
+grows with the mini-batch is per image, what does not is fixed. The model, its mode, buffers and the random state are
+left alone. Auxiliary heads that only training runs (GoogLeNet, Inception) are layers with `training_only = True`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from ptsim.capture.counts import forward_macs
+from ptsim.capture.graph import evaluation_mode, symbolic_graph
+from ptsim.capture.kinds import geometry, kind_and_op
+from ptsim.capture.rehearsal import Rehearsal, Shape, Step, rehearse
+from ptsim.network import Layer, Network, Parameter
+
+_BATCHES = (2, 3)  # two sizes tell what scales; not 1, which BatchNorm refuses in training
+
+
+def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int, int], num_classes: int) -> Network:
+    """The network that `model` is, for images of `input_shape` (channels, height, width).
+
+    Modules of torch, and those that say `ptsim_leaf = True`, are one layer each; such a module may name its kind and
+    operator by attributes `ptsim_kind` and `ptsim_op`. Parameters that get no gradient come last.
+
+    Raises:
+        UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
+    """
+    small, large = (rehearse(model, input_shape, batch) for batch in _BATCHES)
+    graph = small.graph
+    names = layer_names(graph)
+    nodes = [node for node in graph.graph.nodes if node.name in small.steps and small.steps[node.name].works]
+    auxiliary = _auxiliary(model, graph)
+    owners = _owners(small, nodes)
+    macs = forward_macs(model, input_shape)
+    layers = []
+    for node in nodes:
+        step = small.steps[node.name]
+        counts = macs.get(node.name, Counter())
+        kind, op = kind_and_op(node, graph, counts)
+        inputs, output = _image_shapes(step, large.steps[node.name])
+        elements, fixed_bytes, other_bytes = _saved(step, large.steps[node.name])
+        owned = {small.model.get_parameter(p) for p, at in owners.items() if at is node}
+        layers.append(
+            Layer(
+                name=names[node],
+                kind=kind,
+                op=op,
+                input_shapes=inputs,
+                output_shape=output,
+                **geometry(node, graph, step, op, inputs, output),
+                num_parameters=sum(p.numel() for p in owned if p.requires_grad),
+                forward_macs=round(sum(counts.values())),
+                input_needs_gradient=step.input_needs_gradient,
+                inplace=step.inplace,
+                view=step.view,
+                training_only=node in auxiliary,
+                saved_elements=elements,
+                saved_other_bytes=other_bytes,
+                saved_fixed_bytes=fixed_bytes,
+            )
+        )
+    return Network(
+        name=name,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        layers=tuple(layers),
+        edges=tuple(_edges(nodes, names)),
+        parameters=tuple(
+            Parameter(
+                name=p, layer=names[owners[p]] if p in owners else "", shape=tuple(small.model.get_parameter(p).shape)
+            )
+            for p in small.ready
+        ),
+    )
+
+
+def layer_names(graph: fx.GraphModule) -> dict[fx.Node, str]:
+    """The layer name of every call: the module's path, or the node's name for a functional call.
+
+    The second call of one module is called `path:1`, the third `path:2`.
+    """
+    names: dict[fx.Node, str] = {}
+    taken: set[str] = set()
+    for node in graph.graph.nodes:
+        if node.op.startswith("call_"):
+            name = path = str(node.target) if node.op == "call_module" else node.name
+            count = 0
+            while name in taken:
+                count += 1
+                name = f"{path}:{count}"
+            taken.add(name)
+            names[node] = name
+    return names
+
+
+def training_graph(model: nn.Module) -> fx.GraphModule:
+    """The graph that capture describes: the model's own modules, traced in training mode; modes are left as they were.
+
+    Raises:
+        UnsupportedModelError: torch.fx cannot trace the model.
+    """
+    with evaluation_mode(model):  # restores every module's own mode afterwards
+        model.train()
+        return symbolic_graph(model)
+
+
+def _image_shapes(small: Step, large: Step) -> tuple[tuple[Shape, ...], Shape]:
+    inputs = tuple(_per_image(a, b) for a, b in zip(small.inputs, large.inputs, strict=True))
+    if len(small.outputs) > 1 and small.view:  # chunk, split, unbind: the pieces together are the input
+        return inputs, inputs[0]
+    return inputs, _per_image(small.outputs[0], large.outputs[0])
+
+
+def _per_image(small: Shape, large: Shape) -> Shape:
+    """The shape without its mini-batch axis: the first that grew; one that folds more in (windows) keeps the rest."""
+    for axis, (a, b) in enumerate(zip(small, large, strict=True)):
+        if a != b:
+            rest = a // _BATCHES[0]
+            return (*small[:axis], *((rest,) if rest > 1 else ()), *small[axis + 1 :])
+    return small
+
+
+def _saved(small: Step, large: Step) -> tuple[int, int, int]:
+    """Elements per image, bytes whatever the mini-batch, bytes of other kinds per image."""
+    growth = _BATCHES[1] - _BATCHES[0]
+    elements = (large.saved_elements - small.saved_elements) // growth
+    num_bytes = (large.saved_bytes - small.saved_bytes) // growth
+    other = (large.saved_other_bytes - small.saved_other_bytes) // growth
+    fixed = small.saved_bytes - _BATCHES[0] * num_bytes + small.saved_other_bytes - _BATCHES[0] * other
+    return elements, fixed, other
+
+
+def _owners(rehearsal: Rehearsal, nodes: list[fx.Node]) -> dict[str, fx.Node]:
+    """Parameter name → the first node that uses it."""
+    canonical = {parameter: name for name, parameter in rehearsal.model.named_parameters()}
+    works = set(nodes)
+    owners: dict[str, fx.Node] = {}
+    for node in rehearsal.graph.graph.nodes:
+        if node.op == "call_module":
+            for parameter in rehearsal.graph.get_submodule(str(node.target)).parameters():
+                owners.setdefault(canonical[parameter], node)
+        elif node.op == "get_attr":
+            parent, _, attribute = str(node.target).rpartition(".")
+            value = getattr(rehearsal.graph.get_submodule(parent), attribute)
+            user = next((user for user in _followers(node) if user in works), None)
+            if value in canonical and user is not None:
+                owners.setdefault(canonical[value], user)
+    return {name: node for name, node in owners.items() if node in works}
+
+
+def _followers(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        yield user
+    for user in node.users:
+        yield from _followers(user)
+
+
+def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str]) -> Iterator[tuple[str, str]]:
+    """Producer and consumer layers; nodes that only hand something on are looked through."""
+    works = set(nodes)
+    sources: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for node in nodes[0].graph.nodes if nodes else ():
+        found = dict.fromkeys(s for at in node.all_input_nodes for s in sources[at])
+        if node in works:
+            yield from ((names[source], names[node]) for source in found)
+            sources[node] = (node,)
+        else:
+            sources[node] = tuple(found)
+
+
+def _auxiliary(model: nn.Module, graph: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that only extra outputs of training need: training returns several tensors where evaluation returns one."""
+    outputs = _outputs(graph)
+    if len(outputs) < 2:
+        return set()
+    with evaluation_mode(model):
+        if len(_outputs(symbolic_graph(model))) > 1:
+            return set()
+    needed: set[fx.Node] = set()
+    waiting = [outputs[0]]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += node.all_input_nodes
+    return set(graph.graph.nodes) - needed
+
+
+def _outputs(graph: fx.GraphModule) -> list[fx.Node]:
+    """What the graph returns, in order; a named tuple is a call of its class."""
+    returned = graph.graph.output_node().args
+    (first,) = returned
+    if isinstance(first, fx.Node) and first.op == "call_function" and isinstance(first.target, type):
+        returned = first.args
+    return [node for node in pytree.tree_leaves(returned) if isinstance(node, fx.Node)]

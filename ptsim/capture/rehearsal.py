@@ -1,0 +1,154 @@
+"""What does one training step of this module do, node by node, without doing its arithmetic?
+
+A copy of the model made of fake tensors runs forward and backward: shapes, strides, storages and autograd's formulas
+are the CPU's own, the numbers are not there. What autograd keeps is seen by `saved_tensors_hooks`, the order of the
+gradients by hooks on the parameters. Tests check that a run with real tensors gives the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from ptsim.capture.graph import naming_the_image, symbolic_graph
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Step:
+    """What one node did. Shapes include the mini-batch axis.
+
+    Attributes:
+        arguments, keywords: of the call, with a `torch.Size` in place of every tensor.
+        inputs: shapes of the tensors that other nodes handed over; parameters and buffers are not among them.
+        outputs: shapes of what it returned; empty for a node that returns no tensor.
+        works: False for a node that hands an input on, such as Identity or a tuple's item.
+        saved_elements, saved_bytes: floating-point elements, their bytes, that autograd newly keeps.
+        saved_other_bytes: bytes of other kinds.
+    """
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...] = ()
+    works: bool = False
+    input_needs_gradient: bool = False
+    inplace: bool = False
+    view: bool = False
+    saved_elements: int = 0
+    saved_bytes: int = 0
+    saved_other_bytes: int = 0
+
+
+@dataclasses.dataclass
+class Rehearsal:
+    """One training step: the copy that ran, its graph, what each node did, and parameters as their gradients came."""
+
+    model: nn.Module
+    graph: fx.GraphModule
+    steps: dict[str, Step]
+    ready: tuple[str, ...]
+
+
+def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, fake: bool = True) -> Rehearsal:
+    """Run one training step of a copy of `model` on `batch` images and watch it.
+
+    Args:
+        model: left as it is.
+        input_shape: (channels, height, width).
+        batch: images.
+        fake: without arithmetic and memory; False runs real CPU tensors, which gives the same, slower.
+
+    Raises:
+        UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.random.fork_rng()
+    with warnings.catch_warnings(), mode, torch.device("cpu"), torch.enable_grad():
+        warnings.simplefilter("ignore")  # the model's own: a rehearsal is not the place to repeat them
+        twin = hollow_copy(model) if fake else copy.deepcopy(model).cpu()
+        twin.train()
+        graph = symbolic_graph(twin)
+        watcher = _Watcher(graph, twin)
+        dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+        with naming_the_image(model, input_shape):
+            with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
+                outputs = _tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype)))
+            ready = _gradient_order(twin, outputs)
+    return Rehearsal(twin, graph, watcher.steps, ready)
+
+
+class _Watcher(fx.Interpreter):
+    """Runs the graph and writes down what every node does; a storage that is kept twice counts at the first node."""
+
+    def __init__(self, graph: fx.GraphModule, model: nn.Module) -> None:
+        super().__init__(graph)
+        self.steps: dict[str, Step] = {}
+        self._current: Step | None = None
+        own = [*model.parameters(), *model.buffers()]
+        # Held, so that no address is used twice.
+        self._seen = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in own}
+
+    def run_node(self, n: fx.Node) -> Any:
+        handed = [value for at in n.all_input_nodes if at.op != "get_attr" for value in _tensors(self.env[at])]
+        arguments, keywords = pytree.tree_map_only(Tensor, Tensor.size, self.fetch_args_kwargs_from_env(n))
+        step = Step(arguments, keywords, tuple(tuple(t.shape) for t in handed))
+        step.input_needs_gradient = any(t.requires_grad for t in handed)
+        versions = [t._version for t in handed]
+        storages = {t.untyped_storage()._cdata for t in handed}
+        self._current = step
+        result = super().run_node(n)
+        self._current = None
+        if n.op in ("call_module", "call_function", "call_method"):
+            given = _tensors(result)
+            step.outputs = tuple(tuple(t.shape) for t in given)
+            step.inplace = versions != [t._version for t in handed]
+            step.works = bool(given) and (step.inplace or not all(any(t is h for h in handed) for t in given))
+            step.view = not step.inplace and all(t.untyped_storage()._cdata in storages for t in given)
+            self.steps[n.name] = step
+        return result
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = storage
+            if (step := self._current) is not None:
+                num_bytes = storage.nbytes()
+                if tensor.is_floating_point():
+                    step.saved_elements += num_bytes // tensor.element_size()
+                    step.saved_bytes += num_bytes
+                else:
+                    step.saved_other_bytes += num_bytes
+        return tensor
+
+
+def hollow_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are new, on the default device (a fake or meta one takes no memory)."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        twin = torch.empty(tensor.shape, dtype=tensor.dtype)
+        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+    return copy.deepcopy(model, memo)
+
+
+def _gradient_order(model: nn.Module, outputs: list[Tensor]) -> tuple[str, ...]:
+    """Trainable parameters as their gradients become ready; those that get none come last."""
+    ready: list[str] = []
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trainable.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: ready.append(name))  # type: ignore[no-untyped-call]
+    loss = [output.float().sum() for output in outputs if output.requires_grad]
+    if loss:
+        torch.autograd.backward(loss)
+    return (*ready, *(name for name in trainable if name not in set(ready)))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

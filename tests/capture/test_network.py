@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ptsim import zoo
+from ptsim.capture.network import capture_network
+from ptsim.capture.rehearsal import rehearse
+from ptsim.errors import UnsupportedModelError
+from ptsim.network import LayerKind, Network
+
+
+def capture(name: str) -> tuple[nn.Module, Network]:
+    entry = zoo.find(name)
+    model = entry.build(num_classes=entry.num_classes)
+    network = capture_network(model, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes)
+    return model, network
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet20", "vgg11", "torchvision:shufflenet_v2_x0_5", "torchvision:mobilenet_v3_small"]
+)
+def test_forward_macs_are_half_of_what_torch_counts(name: str) -> None:
+    model, network = capture(name)
+    with FlopCounterMode(display=False) as mode, torch.no_grad():
+        model.eval()(torch.rand(1, *network.input_shape))
+    assert 2 * network.forward_macs == mode.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["resnet20", "torchvision:squeezenet1_1", "torchvision:swin_t"])
+def test_fake_tensors_keep_what_real_ones_keep(name: str) -> None:
+    entry = zoo.find(name)
+    model = entry.build(num_classes=entry.num_classes)
+    fake, real = (rehearse(model, entry.input_shape, 2, fake=fake) for fake in (True, False))
+    assert fake.steps == real.steps
+    assert fake.ready == real.ready
+
+
+def test_a_capture_leaves_the_model_and_the_random_state_alone() -> None:
+    model = zoo.create("resnet20").train()
+    model.layer1.eval()
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    capture_network(model, name="r", input_shape=(3, 32, 32), num_classes=10)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_resnet20_is_described_as_the_paper_describes_it() -> None:
+    _, network = capture("resnet20")
+    assert network.forward_macs == 40_813_184  # 41 MMAC
+    assert network.num_parameters == 272_474
+    kinds = [layer.kind for layer in network.layers]
+    assert kinds.count(LayerKind.CONV) == 21
+    assert kinds.count(LayerKind.BATCH_NORM) == 21
+    assert not network.layer("conv1").input_needs_gradient
+    assert network.layer("layer1.0.conv1").input_needs_gradient
+    assert ("layer1.0.bn2", "add") in network.edges
+    assert network.parameters[0].layer == "fc"
+    assert network.parameters[-1].name == "conv1.weight"
+
+
+def test_auxiliary_heads_train_but_do_not_infer() -> None:
+    _, network = capture("torchvision:googlenet")
+    auxiliary = {layer.name.split(".")[0] for layer in network.layers if layer.training_only}
+    assert {"aux1", "aux2"} <= auxiliary
+    assert abs(network.forward_macs / 1.4983e9 - 1) < 0.01  # torchvision's model card: 1.5 GFLOPS
+    assert network.num_parameters > 6_624_904  # the card's count is without the heads
+
+
+class Branching(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_branch_on_values_is_refused_in_one_sentence() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"torch\.fx cannot trace Branching"):
+        capture_network(Branching(), name="b", input_shape=(3, 8, 8), num_classes=2)
+
+
+def test_an_image_that_does_not_fit_is_named() -> None:
+    with pytest.raises(UnsupportedModelError, match="fails on an image of 4×32×32"):
+        capture_network(zoo.create("resnet20"), name="r", input_shape=(4, 32, 32), num_classes=10)
