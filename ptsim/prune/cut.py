@@ -1,0 +1,144 @@
+"""How is a channel taken out of a live model, its optimizer and its copies?
+
+A `Cut` says by name what to keep of which axis; the same cut applies to the model, to an average of its weights and to
+the optimizer's state. Parameters become new `nn.Parameter`s; the optimizer's groups are pointed at them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ptsim.prune.propagate import BATCH_NORMS, CONVS, INSTANCE_NORMS, AxisKey, tensor_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Indices to keep (ascending) by (tensor name, dimension)."""
+
+    keep: Mapping[AxisKey, Tensor]
+
+    def by_tensor(self) -> dict[str, dict[int, Tensor]]:
+        """Tensor name → dimension → indices."""
+        tensors: dict[str, dict[int, Tensor]] = {}
+        for (name, dim), indices in self.keep.items():
+            tensors.setdefault(name, {})[dim] = indices
+        return tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """A parameter's successor and what of it was kept; `new` is None if the parameter is gone."""
+
+    old: nn.Parameter
+    new: nn.Parameter | None
+    kept: Mapping[int, Tensor]
+
+
+def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
+    """Cut the parameters and buffers of `model` in place and bring its modules' attributes in line."""
+    tensors = cut.by_tensor()
+    names = tensor_names(model)
+    successors: dict[int, nn.Parameter] = {}
+    replacements = []
+    for module in list(model.modules()):
+        touched = False
+        for key, parameter in list(module._parameters.items()):
+            kept = tensors.get(names[id(parameter)]) if parameter is not None else None
+            if parameter is None or kept is None:
+                continue
+            if id(parameter) not in successors:
+                new = nn.Parameter(take(parameter.detach(), kept), requires_grad=parameter.requires_grad)
+                if parameter.grad is not None:
+                    new.grad = take(parameter.grad, kept)
+                successors[id(parameter)] = new
+                replacements.append(Replacement(parameter, new, kept))
+            module._parameters[key] = successors[id(parameter)]
+            touched = True
+        for key, buffer in list(module._buffers.items()):
+            kept = tensors.get(names[id(buffer)]) if buffer is not None else None
+            if buffer is not None and kept is not None:
+                module._buffers[key] = take(buffer, kept)
+                touched = True
+        if touched:
+            sync_attributes(module)
+    return replacements
+
+
+def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """The kept part of a tensor, in the same memory format."""
+    part = tensor
+    for dim, indices in kept.items():
+        part = part.index_select(dim, indices.to(tensor.device))
+    if part is tensor:
+        return tensor.clone()
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return part.contiguous(memory_format=torch.channels_last)
+    return part.contiguous()
+
+
+def sync_attributes(module: nn.Module) -> None:
+    """Bring the channel counts that a module remembers in line with the shapes of its tensors."""
+    if isinstance(module, CONVS):
+        per_group = module.out_channels // module.groups
+        module.out_channels = module.weight.shape[0]
+        module.groups = module.out_channels // per_group if module.groups > 1 else 1
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        module.in_channels, module.out_channels = module.weight.shape[:2]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
+        vectors = (module.weight, module.bias, module.running_mean)
+        module.num_features = next(len(v) for v in vectors if v is not None)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_channels = len(module.weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+
+
+def cut_optimizer(optimizer: torch.optim.Optimizer, replacements: Iterable[Replacement]) -> None:
+    """Point the optimizer's groups at the successors and carry every kept element of its state over.
+
+    A state tensor of the parameter's shape is cut like it; one with length 1 in some axis (factored moments) is cut in
+    the others; a scalar (Adam's step) is kept. Works for every optimizer whose state is of these forms.
+    """
+    successors = {id(r.old): r for r in replacements}
+    for group in optimizer.param_groups:
+        parameters = []
+        for parameter in group["params"]:
+            replacement = successors.get(id(parameter))
+            if replacement is None:
+                parameters.append(parameter)
+            elif replacement.new is not None:
+                parameters.append(replacement.new)
+        group["params"] = parameters
+    for replacement in successors.values():
+        state = optimizer.state.pop(replacement.old, None)
+        if state is None or replacement.new is None:
+            continue
+        optimizer.state[replacement.new] = {key: _cut_state(key, value, replacement) for key, value in state.items()}
+
+
+def _cut_state(key: str, value: object, replacement: Replacement) -> object:
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return value
+    shape = replacement.old.shape
+    if value.ndim != len(shape) or any(n not in (1, m) for n, m in zip(value.shape, shape, strict=True)):
+        warnings.warn(f"optimizer state {key!r} has a shape of its own and starts anew", stacklevel=2)
+        assert replacement.new is not None, "a parameter that is gone keeps no state"
+        return torch.zeros_like(replacement.new) if value.shape == shape else value
+    return take(value, {dim: indices for dim, indices in replacement.kept.items() if value.shape[dim] == shape[dim]})
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside an `AveragedModel` or `DistributedDataParallel`."""
+    while isinstance(
+        model, (torch.optim.swa_utils.AveragedModel, nn.parallel.DistributedDataParallel, nn.DataParallel)
+    ):
+        model = model.module
+    return model

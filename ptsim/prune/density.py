@@ -1,0 +1,80 @@
+"""How much of a network is left, and how much of that is sparse?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
+from ptsim.prune.propagate import CONVS, Weighted
+from ptsim.trace.schema import LayerDensity
+
+THRESHOLD = 1e-4  # largest |w| of a group that counts as zero (METHOD.md §2)
+
+
+def _layers(model: nn.Module) -> list[tuple[str, Tensor, Weighted]]:
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, (*CONVS, nn.Linear, nn.ConvTranspose2d)):
+            groups = getattr(module, "groups", 1)
+            transposed = isinstance(module, nn.ConvTranspose2d)
+            none = torch.empty(0, dtype=torch.int64)
+            layer = Weighted(name, name + ".weight", groups, False, transposed and groups == 1, none, none, ())
+            layers.append((name, module.weight.detach(), layer))
+    return layers
+
+
+@torch.no_grad()
+def layer_densities(model: nn.Module, threshold: float = THRESHOLD) -> tuple[LayerDensity, ...]:
+    """Fractions of input channels, output channels and single weights that reach the threshold, per layer (Fig. 12)."""
+    densities = []
+    for name, weight, layer in _layers(model):
+        W = weight_GOIK(weight.abs(), layer)
+        fractions = torch.stack(
+            [(part >= threshold).double().mean() for part in (W.amax((1, 3)), W.amax((2, 3)), W)]
+        ).tolist()
+        densities.append(
+            LayerDensity(layer=name, input_channels=fractions[0], output_channels=fractions[1], weights=fractions[2])
+        )
+    return tuple(densities)
+
+
+@torch.no_grad()
+def channel_maxima(model: nn.Module) -> dict[str, tuple[float, ...]]:
+    """Largest |w| per output channel of every convolution and linear layer (Fig. 4)."""
+    return {
+        name: tuple(weight_GOIK(weight.abs(), layer).amax((2, 3)).flatten().tolist())
+        for name, weight, layer in _layers(model)
+    }
+
+
+@torch.no_grad()
+def sparsity(model: nn.Module, groups: ChannelGroups, threshold: float = THRESHOLD) -> tuple[float, float]:
+    """(channels, weights) of the current network that are sparse, as fractions.
+
+    Channels: output channels of convolutions and hidden linear layers that pruning could remove now. Weights: single
+    weights of convolutions and linear layers below the threshold.
+    """
+    sparse = groups.prunable & (component_maxima(model, groups) < threshold)
+    channels = gone = 0
+    for layer in groups.layers:
+        channels += len(layer.outputs)
+        gone += int(sparse[layer.outputs].sum())
+    weights = below = 0
+    for _, weight, _ in _layers(model):
+        weights += weight.numel()
+        below += int((weight.abs() < threshold).sum())
+    return gone / max(channels, 1), below / max(weights, 1)
+
+
+def dense_counts(model: nn.Module, threshold: float = THRESHOLD) -> tuple[int, int]:
+    """(output channels, weights) of convolutions and linear layers that reach the threshold.
+
+    Divided by the same counts of a run's first architecture they give its density, with what was removed as sparse.
+    """
+    channels = weights = 0
+    for _, weight, layer in _layers(model):
+        W = weight_GOIK(weight.detach().abs(), layer)
+        channels += int((W.amax((2, 3)) >= threshold).sum())
+        weights += int((threshold <= W).sum())
+    return channels, weights

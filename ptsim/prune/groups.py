@@ -1,0 +1,310 @@
+"""Which channels of a network have to go together, and which cannot go at all?
+
+A *component* is the smallest unit that can be removed: the same channel in every producer, every consumer and every
+tensor between them. It is found by propagating channel labels through the torch.fx graph (`propagate.py`), so there is
+no table of layer names. Components are numbered from 0; nothing here holds a reference to the model's tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, fx, nn
+
+from ptsim.capture.graph import evaluation_mode, trace_graph
+from ptsim.errors import UnsupportedModelError
+from ptsim.prune.cut import Cut, cut_model
+from ptsim.prune.propagate import AxisKey, State, Weighted, propagate, skeleton
+
+NO_DECISION = "no convolution or linear layer with weights of its own decides about it"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Edge:
+    """Channels with the same producers and consumers, as people see a network: the width of one edge.
+
+    `members` are "layer (out)" and "layer (in)"; `reason` says why the edge cannot be pruned, None if it can.
+    """
+
+    name: str
+    width: int
+    members: tuple[str, ...]
+    components: tuple[int, ...]
+    reason: str | None
+
+    @property
+    def prunable(self) -> bool:
+        """True if its channels can be removed."""
+        return self.reason is None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChannelGroups:
+    """The channel components of one network; made by `find_groups`, stale once the network changes.
+
+    Attributes:
+        axes: component of every position of every channel axis, by (tensor name, dimension); dimension −1 stands for
+            the input channels of a grouped convolution, which no single axis of its weight holds.
+        layers: convolutions and linear layers with the component of each input and output channel.
+        prunable: per component.
+        reasons: text; `reason_of` holds an index into it per component, −1 where the component is prunable.
+        sensitive: per component: passes an operator (reshape, chunk, …) whose meaning depends on the channel count.
+    """
+
+    input_shape: tuple[int, int, int]
+    axes: dict[AxisKey, Tensor]
+    layers: tuple[Weighted, ...]
+    prunable: Tensor
+    reasons: tuple[str, ...]
+    reason_of: Tensor
+    sensitive: Tensor
+    graph: fx.GraphModule = dataclasses.field(repr=False)
+
+    @property
+    def num_components(self) -> int:
+        """Components, prunable or not."""
+        return len(self.prunable)
+
+    def penalised(self) -> Iterable[tuple[Weighted, bool, bool]]:
+        """(layer, penalise inputs, penalise outputs) for the group lasso (METHOD.md §1).
+
+        An axis counts if at least one of its channels can be removed: this leaves out the inputs of the first
+        convolution, the outputs of the last linear layer and axes that cannot be pruned. Depthwise layers are left out.
+        """
+        for layer in self.layers:
+            if not layer.depthwise:
+                inputs, outputs = (bool(self.prunable[axis].any()) for axis in (layer.inputs, layer.outputs))
+                if inputs or outputs:
+                    yield layer, inputs, outputs
+
+    def edges(self) -> tuple[Edge, ...]:
+        """The components bundled by equal producers and consumers, in the order of the network."""
+        signatures: list[list[str]] = [[] for _ in range(self.num_components)]
+        first_position: dict[int, int] = {}
+        for layer in self.layers:
+            for axis, role in ((layer.outputs, "out"), (layer.inputs, "in")):
+                for component in sorted(set(axis.tolist())):
+                    signatures[component].append(f"{layer.layer} ({role})")
+        widths = torch.zeros(self.num_components, dtype=torch.int64)
+        for layer in self.layers:
+            for axis in (layer.inputs, layer.outputs):
+                widths = torch.maximum(widths, torch.bincount(axis, minlength=self.num_components))
+        bundles: dict[tuple[tuple[str, ...], int], list[int]] = {}
+        for component, members in enumerate(signatures):
+            if members:
+                key = (tuple(members), int(self.reason_of[component]))
+                first_position.setdefault(component, len(bundles))
+                bundles.setdefault(key, []).append(component)
+        return tuple(
+            Edge(
+                name=next((m.removesuffix(" (out)") for m in members if m.endswith("(out)")), members[0]),
+                width=int(widths[components].sum()),
+                members=members,
+                components=tuple(components),
+                reason=None if reason < 0 else self.reasons[reason],
+            )
+            for (members, reason), components in bundles.items()
+        )
+
+    def cut_for(self, removed: Tensor) -> Cut:
+        """What to keep of every axis once the components of the mask `removed` are gone."""
+        keep = {}
+        for (name, dim), components in self.axes.items():
+            if dim >= 0:
+                gone = removed[components]
+                if bool(gone.any()):
+                    keep[(name, dim)] = torch.nonzero(~gone).flatten()
+        return Cut(keep)
+
+
+def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelGroups:
+    """The channel components of `model` for images of `input_shape` (C, H, W).
+
+    Runs on shapes only (meta tensors) wherever the model's operators allow it; the model itself is not touched.
+
+    Raises:
+        UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
+    """
+    bones = skeleton(model)
+    try:
+        state, graphs = propagate(bones, input_shape)
+    except Exception:  # meta tensors do not support every operator: run on real ones, with the real error message
+        trace_graph(model, input_shape)
+        bones = copy.deepcopy(model)
+        try:
+            with torch.random.fork_rng():
+                state, graphs = propagate(bones, input_shape)
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            raise UnsupportedModelError(
+                f"the channels of {type(model).__name__} cannot be followed in training mode: {text}"
+            ) from error
+    groups = _assemble(state, input_shape, graphs["train"])
+    return _freeze_misaligned(bones, groups)
+
+
+def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphModule) -> ChannelGroups:
+    count = state.num_slots
+    pairs = torch.cat(state.pairs, dim=1).numpy() if state.pairs else np.zeros((2, 0), dtype=np.int64)
+    matrix = coo_matrix((np.ones(pairs.shape[1], dtype=np.int8), (pairs[0], pairs[1])), shape=(count, count))
+    num_components, labels = connected_components(matrix, directed=False) if count else (0, np.zeros(0))
+    component_of = torch.from_numpy(labels.astype(np.int64))
+
+    axes = {key: component_of[slots] for key, slots in state.axes.items()}
+    layers = tuple(
+        dataclasses.replace(layer, inputs=component_of[layer.inputs], outputs=component_of[layer.outputs])
+        for layer in state.layers.values()
+    )
+    reason_of = torch.full((num_components,), -1)
+    for slots, reason in reversed(state.frozen):  # the first reason in the network's order wins
+        reason_of[component_of[slots]] = reason
+    weighted = torch.zeros(num_components, dtype=torch.bool)
+    for layer in layers:
+        if not layer.depthwise:
+            weighted[layer.inputs] = True
+            weighted[layer.outputs] = True
+    reasons = [*state.reasons, NO_DECISION]
+    reason_of[(reason_of < 0) & ~weighted] = len(reasons) - 1
+    sensitive = torch.zeros(num_components, dtype=torch.bool)
+    for slots, _ in state.sensitive_slots:
+        sensitive[component_of[slots]] = True
+    return ChannelGroups(
+        input_shape=input_shape,
+        axes=axes,
+        layers=layers,
+        prunable=reason_of < 0,
+        reasons=tuple(reasons),
+        reason_of=reason_of,
+        sensitive=sensitive,
+        graph=graph,
+    )
+
+
+def misaligned(bones: nn.Module, groups: ChannelGroups, removed: Tensor) -> bool:
+    """True if the network without the components `removed` fails or would mix up the channels that are left."""
+    smaller = copy.deepcopy(bones)
+    seed = {}
+    for key, components in groups.axes.items():
+        kept = components[~removed[components]]
+        seed[key] = torch.where(groups.prunable[kept], kept, torch.full_like(kept, -1))
+    cut_model(smaller, groups.cut_for(removed))
+    try:
+        state, _ = propagate(smaller, groups.input_shape, seed)
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError):  # a shape that no longer fits
+        return True
+    return len(state.misaligned) > 0
+
+
+def _freeze_misaligned(bones: nn.Module, groups: ChannelGroups) -> ChannelGroups:
+    """Refuse the components whose removal a reshape, chunk or index of the model's code would not follow.
+
+    Tried out rather than derived: random halves are removed from the shapes, and the labels of what is left compared.
+    """
+    suspects = groups.sensitive & groups.prunable
+    if not bool(suspects.any()):
+        return groups
+    generator = torch.Generator().manual_seed(0)
+    if not any(misaligned(bones, groups, _random_part(groups, suspects, generator)) for _ in range(2)):
+        return groups
+    reasons = [*groups.reasons, "a reshape, split or index of the model's code would mix up the channels that are left"]
+    reason_of = groups.reason_of.clone()
+    for edge in groups.edges():
+        mask = torch.zeros_like(suspects)
+        mask[list(edge.components)] = True
+        mask &= suspects
+        if bool(mask.any()) and any(misaligned(bones, groups, _random_part(groups, mask, generator)) for _ in range(2)):
+            reason_of[mask] = len(reasons) - 1
+    frozen = dataclasses.replace(groups, reasons=tuple(reasons), reason_of=reason_of, prunable=reason_of < 0)
+    suspects = frozen.sensitive & frozen.prunable
+    if bool(suspects.any()) and misaligned(bones, frozen, _random_part(frozen, suspects, generator)):
+        reason_of = torch.where(suspects, len(reasons) - 1, reason_of)
+        frozen = dataclasses.replace(frozen, reason_of=reason_of, prunable=reason_of < 0)
+    return frozen
+
+
+def _random_part(groups: ChannelGroups, mask: Tensor, generator: torch.Generator) -> Tensor:
+    chosen = mask & (torch.rand(len(mask), generator=generator) < 0.5)
+    return keep_one(groups, chosen, torch.rand(len(mask), generator=generator))[0]
+
+
+def keep_one(groups: ChannelGroups, removed: Tensor, importance: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """`removed` without the most important component of every axis that would end up empty, and their layers' names."""
+    removed = removed.clone()
+    rescued = []
+    for layer in groups.layers:
+        for axis in (layer.outputs, layer.inputs):
+            if bool(removed[axis].all()):
+                best = axis[importance[axis].argmax()]
+                removed[best] = False
+                rescued.append(layer.layer)
+    return removed, tuple(rescued)
+
+
+def round_up(groups: ChannelGroups, removed: Tensor, importance: Tensor, multiple: int) -> Tensor:
+    """`removed` with components taken back until every channel count is a multiple, or is what it was."""
+    removed = removed.clone()
+    if multiple <= 1:
+        return removed
+    changed = True
+    while changed:
+        changed = False
+        for layer in groups.layers:
+            for axis in (layer.outputs, layer.inputs):
+                gone = removed[axis]
+                kept = int((~gone).sum())
+                target = min(math.ceil(kept / multiple) * multiple, len(axis))
+                if not bool(gone.any()) or kept == target:
+                    continue
+                order = torch.argsort(importance[axis], descending=True, stable=True)
+                for component in axis[order].tolist():
+                    if kept >= target and kept % multiple == 0:
+                        break
+                    if bool(removed[component]):
+                        removed[component] = False
+                        kept += int((axis == component).sum())
+                changed = True
+    return removed
+
+
+def weight_GOIK(weight: Tensor, layer: Weighted) -> Tensor:  # noqa: N802 - its name is its shape
+    """The weight of a convolution or linear layer as (groups, out per group, in per group, kernel elements)."""
+    if layer.transposed:
+        weight = weight.transpose(0, 1)
+    return weight.reshape(layer.groups, weight.shape[0] // layer.groups, weight.shape[1], -1)
+
+
+def component_maxima(model: nn.Module, groups: ChannelGroups) -> Tensor:
+    """Largest |w| over all producers' outputs and all consumers' inputs, per component (on the CPU).
+
+    Depthwise convolutions have no say (METHOD.md §1). A weight that is not finite counts as infinite.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    maxima: Tensor | None = None
+    for layer in groups.layers:
+        if layer.depthwise:
+            continue
+        W = weight_GOIK(parameters[layer.weight].detach().abs().nan_to_num(torch.inf), layer)
+        if maxima is None:
+            maxima = torch.zeros(groups.num_components, dtype=W.dtype, device=W.device)
+        for axis, values in ((layer.inputs, W.amax((1, 3))), (layer.outputs, W.amax((2, 3)))):
+            maxima.scatter_reduce_(0, axis.to(W.device), values.flatten().to(maxima.dtype), "amax")
+    return torch.zeros(groups.num_components) if maxima is None else maxima.cpu()
+
+
+__all__ = [
+    "ChannelGroups",
+    "Edge",
+    "component_maxima",
+    "evaluation_mode",
+    "find_groups",
+    "keep_one",
+    "round_up",
+    "weight_GOIK",
+]

@@ -1,0 +1,68 @@
+"""How is a pruned network rebuilt in another process, without pickle?
+
+`structure_of` writes down the shapes of every parameter and buffer and the modules that pruning put in; on a freshly
+built dense network `apply_structure` makes the same shapes. Weights are loaded afterwards, by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptsim.errors import UsageError
+from ptsim.prune.cut import sync_attributes
+
+VERSION = 1
+
+
+def structure_of(model: nn.Module) -> dict[str, Any]:
+    """The shapes of the model as JSON-able data: {"version", "tensors": {name: shape}, "modules": {path: …}}."""
+    tensors = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
+    tensors |= {name: list(tensor.shape) for name, tensor in model.named_buffers()}
+    return {"version": VERSION, "tensors": tensors, "modules": {}}
+
+
+def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
+    """Give a freshly built dense model the shapes of `structure`; its values are whatever was there, cut.
+
+    Raises:
+        UsageError: the structure does not belong to this kind of model.
+    """
+    if structure.get("version") != VERSION:
+        raise UsageError(f"a model structure of version {structure.get('version')!r}; this ptsim reads {VERSION}")
+    shapes = {name: tuple(shape) for name, shape in structure["tensors"].items()}
+    found = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    if found != set(shapes):
+        odd = sorted(found ^ set(shapes))[0]
+        raise UsageError(f"the stored structure is not that of a {type(model).__name__}: {odd} is only in one of them")
+    resized: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        prefix = path + "." if path else ""
+        touched = False
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) in resized:
+                module._parameters[key] = resized[id(parameter)]
+                continue
+            shape = shapes.get(prefix + key)
+            if shape is None or shape == tuple(parameter.shape):
+                continue
+            new = nn.Parameter(_corner(parameter.detach(), shape, prefix + key), requires_grad=parameter.requires_grad)
+            module._parameters[key] = resized[id(parameter)] = new
+            touched = True
+        for key, buffer in list(module._buffers.items()):
+            shape = shapes.get(prefix + key)
+            if buffer is not None and shape is not None and shape != tuple(buffer.shape):
+                module._buffers[key] = _corner(buffer, shape, prefix + key)
+                touched = True
+        if touched:
+            sync_attributes(module)
+
+
+def _corner(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    if len(shape) != tensor.ndim or any(n > m for n, m in zip(shape, tensor.shape, strict=True)):
+        raise UsageError(f"the stored structure has {name} of shape {shape}, the model {tuple(tensor.shape)}")
+    return tensor[tuple(slice(n) for n in shape)].clone()
