@@ -8,8 +8,9 @@ from typing import Literal
 import msgspec
 
 from ptsim.costs import nccl
+from ptsim.costs.allreduce_table import table_seconds
 from ptsim.errors import UsageError
-from ptsim.hardware.spec import AllReduceTable, Cluster, Link
+from ptsim.hardware.spec import Cluster, Link
 
 Algorithm = Literal["ring", "tree", "hierarchical", "table"]
 Choice = Literal["auto", "ring", "tree", "hierarchical"]
@@ -118,7 +119,7 @@ def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm
     if algorithm == "auto":
         for table in cluster.tables:
             if (table.num_gpus, table.num_nodes) == (num_gpus, num_nodes):
-                seconds = _interpolate(table, message_bytes)
+                seconds = table_seconds(table, message_bytes)
                 spread = math.exp(1.645 * math.hypot(table.relative_jitter, 0.05))
                 return AllReduceTime(
                     seconds=seconds,
@@ -160,14 +161,3 @@ def _check(message_bytes: float, num_gpus: int) -> None:
         raise UsageError(f"message of {message_bytes} bytes; it must not be negative")
     if num_gpus < 1:
         raise UsageError(f"{num_gpus} GPUs; at least 1 is needed")
-
-
-def _interpolate(table: AllReduceTable, message_bytes: float) -> float:
-    sizes, seconds = table.size_bytes, table.seconds
-    if message_bytes <= sizes[0]:
-        return seconds[0]
-    if message_bytes >= sizes[-1]:
-        return seconds[-1] * message_bytes / sizes[-1]
-    i = max(k for k in range(len(sizes) - 1) if sizes[k] <= message_bytes)
-    weight = math.log(message_bytes / sizes[i]) / math.log(sizes[i + 1] / sizes[i])
-    return math.exp((1 - weight) * math.log(seconds[i]) + weight * math.log(seconds[i + 1]))

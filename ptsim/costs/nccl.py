@@ -106,9 +106,9 @@ def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = Non
         for algorithm in ("tree", "ring", "hierarchical"):
             ring = int(algorithm != "tree")
             intra = _effective(cluster.intra, protocol, ring, per_node, 1, cluster.nvswitch, fit)
-            hops_intra, hops_inter, volume_intra, volume_inter = _work(algorithm, num_gpus, num_nodes, per_node)
+            hops_intra, hops_inter, volume_intra, volume_inter = _work(cluster, algorithm, num_gpus, num_nodes)
             latency = base_scale * _BASE_S[protocol][ring] + hops_intra * intra[0]
-            intra_s = volume_intra / intra[1]
+            intra_s = volume_intra / intra[1] if per_node > 1 else 0.0
             if cluster.reduces_in_switch and protocol == "Simple" and algorithm != "ring" and per_node > 2:
                 intra_s = min(intra_s, 1 / (fit.nvls_share * cluster.intra.bandwidth_bytes_per_s))
             inter_s = 0.0
@@ -121,11 +121,15 @@ def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = Non
     return found
 
 
-def _work(algorithm: str, gpus: int, nodes: int, per_node: int) -> tuple[float, float, float, float]:
+def _work(cluster: Cluster, algorithm: str, gpus: int, nodes: int) -> tuple[float, float, float, float]:
     """(hops inside, hops between, messages sent per GPU inside, messages sent per node between)."""
+    per_node = -(-gpus // nodes)
     chain = 0.0 if per_node == 1 else (1.0 if per_node == 2 else 2.0)
     if algorithm == "tree":
-        between = 0.0 if nodes == 1 else (1.0 if nodes == 2 else 2.0)
+        # Two nodes exchange one message each way, where every GPU has a NIC. Machines that share NICs show none of that
+        # gain: ABCI and Polaris over InfiniBand, Slingshot and sockets run large messages at the ring's rate.
+        paired = cluster.inter is not None and cluster.inter.kind in (LinkKind.EFA, LinkKind.MEASURED)
+        between = 0.0 if nodes == 1 else (1.0 if nodes == 2 and (paired or cluster.nics_per_node >= per_node) else 2.0)
         return 2.0 * (per_node - 1), 2 * math.log2(nodes), chain, between
     if algorithm == "ring":
         volume = 2 * (gpus - 1) / gpus

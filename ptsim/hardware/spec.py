@@ -60,8 +60,21 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     efficiency: float | None = None
 
 
+class AlphaBeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One segment of time over message size: latency_s + bytes · seconds_per_byte, from `from_bytes` on."""
+
+    from_bytes: int
+    latency_s: float
+    seconds_per_byte: float
+
+
 class AllReduceTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A measured all-reduce table of this system: times over message sizes for one GPU count and layout."""
+    """A measured all-reduce table of this system: times over message sizes for one GPU count and layout.
+
+    Attributes:
+        relative_jitter: standard deviation of repeated measurements over their mean.
+        segments: the α–β lines that the times follow, one per protocol; empty where nobody fitted them.
+    """
 
     num_gpus: int
     num_nodes: int
@@ -69,6 +82,7 @@ class AllReduceTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seconds: tuple[float, ...]
     relative_jitter: float
     source: str
+    segments: tuple[AlphaBeta, ...] = ()
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
