@@ -23,8 +23,8 @@ from ptsim.hardware.spec import Cluster, LinkKind
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = ("LL", "LL128")
-# Left out of the fit. Not what their catalog entry describes: peer access off, PCIe trees that carry 6 GB/s for a reason
-# nobody states, and ABCI A between nodes (36 of 100 GB/s; NCCL_NET_GDR_LEVEL=2 keeps GPUDirect off most GPU–NIC pairs).
+# Left out of the fit. Not what their catalog entry describes: peer access off, PCIe trees that carry 6 GB/s for reasons
+# unstated, and ABCI A between nodes (36 of 100 GB/s; NCCL_NET_GDR_LEVEL=2 keeps GPUDirect off most GPU–NIC pairs).
 ODD = (
     "abci_inter_anode",
     "4090_8card_lc",

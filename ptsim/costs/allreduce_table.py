@@ -60,7 +60,7 @@ def _between(sizes: Sequence[float], seconds: Sequence[float], size: float) -> f
     meeting = min(left, right, max(seconds[i], seconds[i + 1]))
     if meeting <= chord:
         return chord
-    return chord ** (1 - _PULL) * meeting**_PULL
+    return float(chord ** (1 - _PULL) * meeting**_PULL)
 
 
 def _slope(sizes: Sequence[float], seconds: Sequence[float], i: int) -> float:
