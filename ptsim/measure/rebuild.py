@@ -1,0 +1,179 @@
+"""How does a described network or operator become something that runs? From the description alone, without its code.
+
+So a trace can be calibrated on a machine that has neither the model's code nor its weights. The numbers inside are
+random; the shapes, and therefore the work, are those of the description.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator as python
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, fx, nn
+
+from ptsim.capture.graph import trace_graph
+from ptsim.errors import UnsupportedModelError
+from ptsim.hardware.profile import Operator, Setting, operator_of
+from ptsim.network import LayerKind, Network, Precision
+
+_ACTIVATIONS: dict[str, Callable[[bool], nn.Module]] = {
+    "relu": lambda inplace: nn.ReLU(inplace=inplace),
+    "relu6": lambda inplace: nn.ReLU6(inplace=inplace),
+    "leaky_relu": lambda inplace: nn.LeakyReLU(inplace=inplace),
+    "elu": lambda inplace: nn.ELU(inplace=inplace),
+    "silu": lambda inplace: nn.SiLU(inplace=inplace),
+    "mish": lambda inplace: nn.Mish(inplace=inplace),
+    "hardswish": lambda inplace: nn.Hardswish(inplace=inplace),
+    "hardsigmoid": lambda inplace: nn.Hardsigmoid(inplace=inplace),
+    "hardtanh": lambda inplace: nn.Hardtanh(inplace=inplace),
+    "gelu": lambda _: nn.GELU(),
+    "sigmoid": lambda _: nn.Sigmoid(),
+    "tanh": lambda _: nn.Tanh(),
+    "softmax": lambda _: nn.Softmax(dim=1),
+    "log_softmax": lambda _: nn.LogSoftmax(dim=1),
+}
+_ARITHMETIC: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "add": (torch.add, python.iadd),
+    "sub": (torch.sub, python.isub),
+    "mul": (torch.mul, python.imul),
+    "div": (torch.div, python.itruediv),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A function of tensors with its further arguments; `packed` where it takes the tensors as one tuple."""
+
+    function: Callable[..., Tensor]
+    arguments: tuple[Any, ...] = ()
+    packed: bool = False
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """Run it."""
+        return self.function(*self.positional(tensors))
+
+    def positional(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """All arguments, for tensors or graph nodes."""
+        return ((tuple(values),) if self.packed else tuple(values)) + self.arguments
+
+
+def build_operator(operator: Operator) -> nn.Module | Call:
+    """What computes `operator`: a module where it has parameters or torch has one, a function otherwise.
+
+    Raises:
+        UnsupportedModelError: the description does not say enough to run this operator.
+    """
+    source, target = operator.inputs[0] if operator.inputs else (), operator.output
+    match operator.kind:
+        case LayerKind.CONV if operator.op == "conv2d" and len(source) == 3:
+            return nn.Conv2d(
+                source[0],
+                target[0],
+                operator.kernel,
+                operator.stride,
+                operator.padding,
+                operator.dilation,
+                operator.groups,
+                operator.bias,
+            )
+        case LayerKind.LINEAR if operator.op == "linear" and source:
+            return nn.Linear(source[-1], target[-1], operator.bias)
+        case LayerKind.BATCH_NORM:
+            return nn.BatchNorm2d(target[0]) if len(target) == 3 else nn.BatchNorm1d(target[0])
+        case LayerKind.NORM if operator.op == "layer_norm":
+            return nn.LayerNorm(target[-1])
+        case LayerKind.ACTIVATION if operator.op in _ACTIVATIONS:
+            return _ACTIVATIONS[operator.op](operator.inplace)
+        case LayerKind.POOL if len(source) == 3:
+            return _pool(operator)
+        case LayerKind.DROPOUT if operator.op == "dropout":
+            return nn.Dropout(0.5, inplace=operator.inplace)
+        case LayerKind.ELEMENTWISE if operator.op in _ARITHMETIC and len(operator.inputs) == 2:
+            return Call(_ARITHMETIC[operator.op][operator.inplace])
+        case LayerKind.CONCAT if operator.inputs:
+            return Call(torch.cat, (1,), packed=True)
+        case LayerKind.RESHAPE if len(operator.inputs) == 1 and math.prod(source) == math.prod(target):
+            return Call(torch.flatten, (1,)) if len(target) == 1 else Call(torch.reshape, ((-1, *target),))
+    raise UnsupportedModelError(f"operator {operator.op!r} ({operator.kind}) cannot be run from its description alone")
+
+
+def _pool(operator: Operator) -> nn.Module | Call:
+    window = operator.kernel, operator.stride, operator.padding
+    match operator.op:
+        case "max_pool2d":
+            return nn.MaxPool2d(*window, operator.dilation, ceil_mode=_rounds_up(operator))
+        case "avg_pool2d":
+            return nn.AvgPool2d(*window, ceil_mode=_rounds_up(operator))
+        case "adaptive_avg_pool2d":
+            return nn.AdaptiveAvgPool2d(operator.output[1:])
+        case "adaptive_max_pool2d":
+            return nn.AdaptiveMaxPool2d(operator.output[1:])
+        case "mean" if len(operator.output) == 1:
+            return Call(torch.mean, ((2, 3),))
+    raise UnsupportedModelError(f"pooling {operator.op!r} cannot be run from its description alone")
+
+
+def _rounds_up(operator: Operator) -> bool:
+    """Whether the window count is rounded up: the description has the output's size, not torch's flag for it."""
+    size, span = operator.inputs[0][1], operator.dilation[0] * (operator.kernel[0] - 1) + 1
+    return operator.output[1] > (size + 2 * operator.padding[0] - span) // operator.stride[0] + 1
+
+
+def rebuild(network: Network) -> tuple[fx.GraphModule, Network]:
+    """A module with the described layers and connections, and `network` with the names that its layers bear there.
+
+    The layers keep their order, so `zip` maps the renamed ones to the original ones.
+
+    Raises:
+        UnsupportedModelError: a layer that cannot be run from its description, or connections that are not described.
+    """
+    sources: dict[str, list[str]] = {layer.name: [] for layer in network.layers}
+    for begin, end in network.edges:
+        sources[end].append(begin)
+    root, graph = nn.Module(), fx.Graph()
+    image = graph.placeholder("image")
+    nodes: dict[str, fx.Node] = {}
+    setting = Setting(precision=Precision.FP32, memory_format="contiguous")
+    for index, layer in enumerate(network.layers):
+        inputs = [nodes[name] for name in sources[layer.name]]
+        if len(inputs) < len(layer.input_shapes):  # the network's own input has no name among the edges
+            inputs = [image, *inputs]
+        if len(inputs) != len(layer.input_shapes):
+            raise UnsupportedModelError(
+                f"{network.name} cannot be rebuilt: layer {layer.name} has {len(layer.input_shapes)} inputs, "
+                f"{len(inputs)} of them are connected"
+            )
+        operation = build_operator(operator_of(layer, batch=1, setting=setting))
+        if isinstance(operation, Call):
+            nodes[layer.name] = graph.call_function(operation.function, operation.positional(inputs))
+        else:
+            root.add_module(f"layer{index}", operation)
+            nodes[layer.name] = graph.call_module(f"layer{index}", tuple(inputs))
+    used = {begin for begin, _ in network.edges}
+    ends = [layer.name for layer in network.layers if layer.name not in used]
+    if len(ends) != 1:
+        raise UnsupportedModelError(f"{network.name} cannot be rebuilt: it has {len(ends)} outputs, expected one")
+    graph.output(nodes[ends[0]])
+    module = fx.GraphModule(root, graph)
+    module.train()
+    return module, _as_traced(network, module)
+
+
+def _as_traced(network: Network, module: fx.GraphModule) -> Network:
+    traced = [node for node in trace_graph(module, network.input_shape).graph.nodes if node.op.startswith("call_")]
+    names = {
+        layer.name: str(node.target) if node.op == "call_module" else node.name
+        for layer, node in zip(network.layers, traced, strict=True)
+    }
+    replace = msgspec.structs.replace
+    return replace(
+        network,
+        layers=tuple(replace(layer, name=names[layer.name]) for layer in network.layers),
+        edges=tuple((names[begin], names[end]) for begin, end in network.edges),
+        parameters=tuple(replace(p, layer=names[p.layer]) for p in network.parameters),
+    )
