@@ -244,7 +244,7 @@ def write_device_profile(path: str | Path, profile: DeviceProfile) -> None:
     os.replace(beside, path)
 
 
-class _Row(msgspec.Struct, forbid_unknown_fields=True):
+class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     op: str
     kind: LayerKind
     setting: str
@@ -267,7 +267,7 @@ class _Row(msgspec.Struct, forbid_unknown_fields=True):
     context: Context = "alone"
 
 
-class _Step(msgspec.Struct, forbid_unknown_fields=True):
+class _Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     architecture: str
     name: str
     setting: str
@@ -289,21 +289,21 @@ class _Step(msgspec.Struct, forbid_unknown_fields=True):
     peak_memory: str | None = None
 
 
-class _Device(msgspec.Struct, forbid_unknown_fields=True):
+class _Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     kind: Literal["cpu", "cuda"]
     memory: str
     num_threads: int | None = None
 
 
-class _Machine(msgspec.Struct, forbid_unknown_fields=True):
+class _Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     copy_bandwidth: str | None = None
     launch_overhead: str | None = None
     power: str | None = None
     sm_clock: str | None = None
 
 
-class _File(msgspec.Struct, forbid_unknown_fields=True):
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ptsim_device_profile: int
     created: str
     complete: bool

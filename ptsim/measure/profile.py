@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
-from ptsim.capture.graph import trace_graph
+from ptsim.capture.network import layer_names, training_graph
 from ptsim.costs.step import MemoryFormat
 from ptsim.errors import MissingMeasurementError, UnsupportedModelError
 from ptsim.measure.nvml import open_meter
@@ -128,22 +128,15 @@ def profile_network(
     )
 
 
-def match_layers(graph: fx.Graph, network: Network) -> dict[fx.Node, str]:
+def match_layers(graph: fx.GraphModule, network: Network) -> dict[fx.Node, str]:
     """Which graph node is which layer of `network`.
-
-    A layer is named by its module path at the first call, by the graph node's name otherwise (`Layer.name`).
 
     Raises:
         UnsupportedModelError: a layer that no node bears.
     """
-    unmatched = {layer.name for layer in network.layers}
-    nodes: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        candidates = (str(node.target), node.name) if node.op == "call_module" else (node.name,)
-        name = next((candidate for candidate in candidates if candidate in unmatched), None)
-        if name is not None and node.op.startswith("call_"):
-            unmatched.discard(name)
-            nodes[node] = name
+    wanted = {layer.name for layer in network.layers}
+    nodes = {node: name for node, name in layer_names(graph).items() if name in wanted}
+    unmatched = wanted.difference(nodes.values())
     if unmatched:
         raise UnsupportedModelError(
             f"the description of {network.name} has layers that the model does not have: {', '.join(sorted(unmatched))}"
@@ -171,10 +164,9 @@ class _Run:
         self.model, self.optimizer, self.regularizer = copy.deepcopy((model, optimizer, regularizer))
         self.network = network
         self.device = device
-        graph_module = trace_graph(self.model, network.input_shape)
-        self.layer_of = match_layers(graph_module.graph, network)
         self.model.train()
-        graph_module.train()
+        graph_module = training_graph(self.model)
+        self.layer_of = match_layers(graph_module, network)
         self.interpreter = _TimingInterpreter(graph_module, self)
         generator = torch.Generator().manual_seed(0)
         images = torch.randn((batch, *network.input_shape), generator=generator)
@@ -210,7 +202,7 @@ class _Run:
         marks = [self.instant()]
         for parameter in self.model.parameters():
             parameter.grad = None
-        loss = F.cross_entropy(self.model(self.images), self.labels)
+        loss = F.cross_entropy(_logits(self.model(self.images)), self.labels)
         marks.append(self.instant())
         self._without_autocast(loss.backward)
         marks.append(self.instant())
@@ -228,7 +220,7 @@ class _Run:
         for parameter in self.model.parameters():
             parameter.grad = None
         self.interpreter.reset()
-        loss = F.cross_entropy(self.interpreter.run(self.images), self.labels)
+        loss = F.cross_entropy(_logits(self.interpreter.run(self.images)), self.labels)
         self._without_autocast(loss.backward)
         self.wait()
         return self.interpreter.seconds()
@@ -294,6 +286,12 @@ class _TimingInterpreter(fx.Interpreter):
             marks.append(instant())
 
         return mark
+
+
+def _logits(output: Any) -> Tensor:
+    """The main head's output; networks with auxiliary heads return several in training."""
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first
 
 
 def seconds_between(begin: Any, end: Any) -> float:

@@ -16,7 +16,7 @@ import msgspec
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import trace_graph
+from ptsim.capture.network import layer_names, training_graph
 from ptsim.errors import UnsupportedModelError
 from ptsim.hardware.profile import Operator, Setting, operator_of
 from ptsim.network import LayerKind, Network, Precision
@@ -43,6 +43,7 @@ _ARITHMETIC: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "mul": (torch.mul, python.imul),
     "div": (torch.div, python.itruediv),
 }
+_RENAMINGS = ("flatten", "unflatten", "reshape", "view", "squeeze", "unsqueeze")  # no element changes its place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def build_operator(operator: Operator) -> nn.Module | Call:
             return Call(_ARITHMETIC[operator.op][operator.inplace])
         case LayerKind.CONCAT if operator.inputs:
             return Call(torch.cat, (1,), packed=True)
-        case LayerKind.RESHAPE if len(operator.inputs) == 1 and math.prod(source) == math.prod(target):
+        case LayerKind.RESHAPE if operator.op in _RENAMINGS and math.prod(source) == math.prod(target):
             return Call(torch.flatten, (1,)) if len(target) == 1 else Call(torch.reshape, ((-1, *target),))
     raise UnsupportedModelError(f"operator {operator.op!r} ({operator.kind}) cannot be run from its description alone")
 
@@ -165,11 +166,9 @@ def rebuild(network: Network) -> tuple[fx.GraphModule, Network]:
 
 
 def _as_traced(network: Network, module: fx.GraphModule) -> Network:
-    traced = [node for node in trace_graph(module, network.input_shape).graph.nodes if node.op.startswith("call_")]
-    names = {
-        layer.name: str(node.target) if node.op == "call_module" else node.name
-        for layer, node in zip(network.layers, traced, strict=True)
-    }
+    names = dict(
+        zip((layer.name for layer in network.layers), layer_names(training_graph(module)).values(), strict=True)
+    )
     replace = msgspec.structs.replace
     return replace(
         network,

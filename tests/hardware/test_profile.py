@@ -1,0 +1,161 @@
+import re
+
+import msgspec
+import pytest
+
+from ptsim.errors import FileFormatError, MissingMeasurementError, NewerVersionError
+from ptsim.hardware.profile import (
+    DeviceProfile,
+    Operator,
+    OperatorTime,
+    Setting,
+    StepMeasurement,
+    merge_operators,
+    read_device_profile,
+    write_device_profile,
+)
+from ptsim.network import LayerKind, Precision
+
+FP32 = Setting(precision=Precision.FP32, memory_format="contiguous")
+BF16 = Setting(precision=Precision.BF16, memory_format="channels_last")
+CONV = OperatorTime(
+    operator=Operator(
+        kind=LayerKind.CONV,
+        op="conv2d",
+        setting=FP32,
+        batch=128,
+        inputs=((16, 32, 32),),
+        output=(24, 32, 32),
+        kernel=(3, 3),
+        padding=(1, 1),
+    ),
+    forward_s=1.25e-3,
+    backward_s=3.5e-3,
+    weight_gradient_s=2e-3,
+    input_gradient_s=1.5e-3,
+)
+STEP = StepMeasurement(
+    architecture="0123456789abcdef",
+    name="resnet20",
+    setting=FP32,
+    batch=128,
+    optimizer="sgd",
+    num_parameters=272474,
+    num_tensors=65,
+    num_layers=60,
+    num_samples=5,
+    forward_s=0.25,
+    backward_s=0.5,
+    optimizer_s=1e-3,
+    regularizer_s=None,
+    step_s=0.751,
+    step_low_s=0.75,
+    step_high_s=0.8,
+    layers_forward_s=0.26,
+    layers_backward_s=0.55,
+    peak_memory_bytes=12345678,
+)
+PROFILE = DeviceProfile(
+    created="2026-11-22T13:00:00Z",
+    complete=True,
+    device="AMD EPYC",
+    kind="cpu",
+    memory_bytes=8 * 2**30,
+    num_threads=2,
+    software={"torch": "2.15.0"},
+    copy_bandwidth_bytes_per_s=11.5e9,
+    launch_overhead_s=4e-6,
+    power_w=200.0,
+    sm_clock_hz=1.41e9,
+    input_s_per_image={"cifar10": 2e-5},
+    sources=("runs/a/trace.jsonl",),
+    operators=(CONV,),
+    steps=(STEP,),
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "here.toml"
+    write_device_profile(path, PROFILE)
+    return path
+
+
+def broken(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    return file
+
+
+def test_what_is_written_is_read_back_to_six_digits(file, tmp_path):
+    again = read_device_profile(file)
+    assert again.operators[0].operator == CONV.operator
+    assert again.operators[0].weight_gradient_s == pytest.approx(2e-3)
+    assert again.steps[0].step_s == pytest.approx(0.751)
+    assert again.steps[0].regularizer_s is None
+    assert again.steps[0].peak_memory_bytes == 12345678
+    assert again.copy_bandwidth_bytes_per_s == pytest.approx(11.5e9)
+    assert again.input_s_per_image == {"cifar10": pytest.approx(2e-5)}
+    copy = tmp_path / "copy.toml"
+    write_device_profile(copy, again)
+    assert copy.read_text() == file.read_text()
+
+
+def test_a_second_writing_replaces_the_file_and_leaves_nothing_beside_it(file):
+    write_device_profile(file, msgspec.structs.replace(PROFILE, complete=False))
+    assert not read_device_profile(file).complete
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('forward = "1250 us"', 'forward = "1250"', r"operators\[0\] \(conv2d\)\.forward: '1250' has no unit"),
+        ('forward = "1250 us"', 'forward = "1250 GB/s"', "has the unit 'GB/s'; one of"),
+        ('forward = "1250 us"', 'forward = "-3 us"', "'-3 us' is not positive"),
+        ('forward = "1250 us"', "forward = 1250", r"Expected `str`, got `int` - at `operators\[0\]\.forward`"),
+        ('copy_bandwidth = "11.5 GB/s"', 'copy_bandwidth = "-1 GB/s"', "machine.copy_bandwidth: '-1 GB/s'"),
+        ('memory = "8589934592 B"', 'memory = "8"', "device.memory: '8' has no unit"),
+        ('setting = "fp32 contiguous"', 'setting = "fp31 contiguous"', "found 'fp31 contiguous', expected a precision"),
+        ("batch = 128", "batch = 0", "batch is 0, expected at least 1"),
+        ("num_threads = 2", "num_thread = 2", "unknown field `num_thread`"),
+        ('name = "AMD EPYC"', "", "missing required field `name`"),
+        ('fastest = "750000 us"', "", "missing required field `fastest`"),
+        ("ptsim_device_profile = 1", "ptsim_device_profile = 'one'", "not a device profile"),
+        ("ptsim_device_profile = 1", "ptsim_device_profile =", "not a TOML file"),
+    ],
+)
+def test_a_broken_profile_says_file_place_and_what_was_expected(file, old, new, message):
+    with pytest.raises(FileFormatError, match=message) as caught:
+        read_device_profile(broken(file, old, new))
+    assert str(file) in str(caught.value)
+
+
+def test_foreign_missing_and_newer_files_are_refused(file, tmp_path):
+    with pytest.raises(FileFormatError, match="no such file"):
+        read_device_profile(tmp_path / "none.toml")
+    other = tmp_path / "device.toml"
+    other.write_text('name = "a100"\nmemory = "40 GiB"\n')
+    with pytest.raises(FileFormatError, match="not a device profile"):
+        read_device_profile(other)
+    with pytest.raises(NewerVersionError, match="version 2 is newer"):
+        read_device_profile(broken(file, "ptsim_device_profile = 1", "ptsim_device_profile = 2"))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FileFormatError, match="not a TOML file"):
+        read_device_profile(tmp_path / "binary.toml")
+
+
+def test_a_profile_speaks_for_no_other_device_and_no_other_precision():
+    PROFILE.check_device("AMD EPYC")
+    PROFILE.check_setting(FP32)
+    with pytest.raises(MissingMeasurementError, match="measured on 'AMD EPYC', not on 'NVIDIA L4'"):
+        PROFILE.check_device("NVIDIA L4")
+    with pytest.raises(MissingMeasurementError, match=re.escape("holds fp32 contiguous, not bf16 channels_last")):
+        PROFILE.check_setting(BF16)
+
+
+def test_of_two_measurements_of_one_operator_the_new_one_stays():
+    again = msgspec.structs.replace(CONV, forward_s=7.0)
+    inside = msgspec.structs.replace(CONV, context="step")
+    assert merge_operators([CONV, inside], [again]) == (again, inside)
