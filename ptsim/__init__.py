@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptsim.report.build import write_report
+    from ptsim.sim.run import simulate
     from ptsim.trace.io import Trace, read_trace
 
 __version__ = "0.1.0"
@@ -18,9 +19,10 @@ _HOME = {
     "write_report": "ptsim.report.build",
     "Trace": "ptsim.trace.io",
     "read_trace": "ptsim.trace.io",
+    "simulate": "ptsim.sim.run",
 }
 
-__all__ = ["Trace", "__version__", "read_trace", "write_report"]
+__all__ = ["Trace", "__version__", "read_trace", "simulate", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

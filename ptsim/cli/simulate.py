@@ -1,0 +1,199 @@
+"""`ptsim simulate`: replay recorded runs on clusters of any size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ptsim.cli.common import print_json
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import load_cluster
+from ptsim.sim.options import Options
+from ptsim.sim.run import RunProjection, StepCache, change, project, projection_row
+from ptsim.trace.io import read_trace
+from ptsim.units import format_bytes, format_joules, format_seconds
+
+
+def simulate(
+    traces: Annotated[list[Path], Parameter(name="TRACE", negative=())],
+    /,
+    *,
+    cluster: str,
+    gpus: str = "1",
+    scaling: Literal["weak", "strong"] = "weak",
+    minibatch: Literal["recorded", "planned", "fixed"] = "recorded",
+    device: str | None = None,
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None,
+    gradients: Literal["fp32", "fp16", "bf16"] = "fp32",
+    micro_batches: int = 1,
+    bucket_mib: float = 25.0,
+    contention: float | None = None,
+    channel_multiple: int = 1,
+    jitter: str | None = None,
+    input_images_per_s: str | None = None,
+    mtbf_gpu_hours: float | None = None,
+    price: float | None = None,
+    seed: int = 0,
+    option: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    json: bool = False,
+) -> None:
+    """Replay recorded runs on clusters of any size.
+
+    Args:
+        traces: one or more trace.jsonl files or run folders.
+        cluster: catalog name or TOML file.
+        gpus: GPU counts, as in 1,8,64.
+        scaling: weak keeps the recorded mini-batch per GPU, strong the recorded global one.
+        minibatch: recorded, planned (grown to what fits the projected GPU) or fixed (the first epoch's).
+        device: GPU to put in place of the cluster's own.
+        precision: of the matrix products, instead of the recorded one.
+        gradients: number format of the gradients on the wire.
+        micro_batches: gradient accumulation: passes that a mini-batch is split into.
+        bucket_mib: DDP's bucket cap.
+        contention: by which fraction computation and communication each slow down while they overlap.
+        channel_multiple: round pruned channel counts up to a multiple of this.
+        jitter: relative standard deviation of a GPU's step, or "recorded".
+        input_images_per_s: what the input pipeline delivers to one GPU, or "recorded".
+        mtbf_gpu_hours: mean time between failures of one GPU; failures are simulated with checkpoint and restart.
+        price: USD per GPU and hour, instead of the cluster's.
+        seed: of every random draw.
+        option: any further option of ptsim.sim.options.Options as name=value, for example faults.policy=elastic.
+        json: print one JSON document.
+    """
+    counts = parse_gpus(gpus)
+    changes: dict[str, Any] = {
+        "scaling": scaling,
+        "minibatch": minibatch,
+        "device": device,
+        "precision": precision,
+        "gradient_format": gradients,
+        "micro_batches": micro_batches,
+        "bucket_bytes": round(bucket_mib * 2**20),
+        "channel_multiple": channel_multiple,
+        "price_usd_per_gpu_hour": price,
+        "seed": seed,
+    }
+    if contention is not None:
+        changes["contention"] = contention
+    if jitter is not None:
+        changes["jitter"] = _number_or_recorded("jitter", jitter)
+    if input_images_per_s is not None:
+        changes["input_images_per_s"] = _number_or_recorded("input-images-per-s", input_images_per_s)
+    if mtbf_gpu_hours is not None:
+        changes["faults"] = {"mtbf_gpu_hours": mtbf_gpu_hours}
+    for text in option or []:
+        _set(changes, text)
+    options = change(Options(), changes)
+    where = load_cluster(cluster)
+    projections: list[RunProjection] = []
+    for path in traces:
+        trace, cache = read_trace(path), StepCache()
+        projections += [project(trace, where, n, options, cache=cache) for n in counts]
+    if json:
+        print_json([_document(projection) for projection in projections])
+    else:
+        _print_tables(projections)
+
+
+def parse_gpus(text: str) -> list[int]:
+    """The GPU counts of "1,8,64".
+
+    Raises:
+        UsageError: not positive whole numbers between commas.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"gpus {text!r} is not a list of positive whole numbers, for example 1,8,64")
+    return [int(part) for part in parts]
+
+
+def _number_or_recorded(name: str, text: str) -> float | str:
+    if text == "recorded":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f"{name} {text!r} is neither a number nor 'recorded'") from error
+
+
+def _set(changes: dict[str, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--set {text!r} is not name=value")
+    try:
+        parsed: Any = msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        parsed = value
+    target = changes
+    *parents, last = name.replace("-", "_").split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+    target[last] = parsed
+
+
+def _document(projection: RunProjection) -> dict[str, Any]:
+    return {
+        **projection_row(projection),
+        "notes": projection.notes,
+        "epochs": [msgspec.to_builtins(epoch) for epoch in projection.epochs],
+    }
+
+
+def _print_tables(projections: list[RunProjection]) -> None:
+    console = Console()
+    for trace in dict.fromkeys(projection.trace for projection in projections):
+        rows = [projection for projection in projections if projection.trace == trace]
+        first = rows[0]
+        console.print(f"[bold]{first.model}[/bold], {len(first.epochs)} epochs: {trace}", highlight=False)
+        console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling", highlight=False)
+        time = _table("GPUs", "time", "90 % interval", "compute", "exposed", "reconfig.", "speed-up")
+        resources = _table("GPUs", "GPU-hours", "energy", "cost", "all-reduce/GPU", "memory/GPU", "tier")
+        for p in rows:
+            time.add_row(
+                f"{p.gpus:,}",
+                _seconds(p.total_s),
+                f"{_seconds(p.low_s)} – {_seconds(p.high_s)}",
+                _seconds(p.compute_s),
+                _seconds(p.exposed_communication_s),
+                _seconds(p.reconfiguration_s + p.startup_s),
+                f"{first.total_s / p.total_s:.2f}×",
+            )
+            resources.add_row(
+                f"{p.gpus:,}",
+                f"{p.gpu_hours:.3g}",
+                "–" if p.energy_j is None else format_joules(p.energy_j),
+                "–"
+                if p.cost_usd is None
+                else f"{p.cost_usd:,.3g} USD"
+                if p.cost_usd < 10
+                else f"{p.cost_usd:,.0f} USD",
+                format_bytes(p.allreduce_bytes_per_gpu),
+                format_bytes(max(epoch.peak_memory_bytes for epoch in p.epochs)),
+                str(p.tier),
+            )
+        console.print(time, resources)
+        for note in dict.fromkeys(note for p in rows for note in p.notes):
+            console.print(f"note: {note}", highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _usd(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g} USD" if value < 100 else f"{value:,.0f} USD"
+
+
+def _seconds(value: float) -> str:
+    return format_seconds(float(f"{value:.3g}"))

@@ -1,0 +1,166 @@
+"""What PyTorch's DistributedDataParallel does in a training step: which work, which all-reduces, when each is ready.
+
+The durations of the computation come from `costs.step`, those of the collectives from `costs.collectives`; here they
+become a `StepPlan`. Buckets close in gradient-ready order, and a bucket's all-reduce may start when the backward pass
+of its `ready_layer` is done. Regularizer and optimizer run on the reduced gradients, after the last all-reduce.
+
+Source: torch/nn/parallel/distributed.py and torch/csrc/distributed/c10d/reducer.cpp (PyTorch 2.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+
+from ptsim.costs.buckets import Bucket
+from ptsim.costs.collectives import AllReduceTime
+from ptsim.costs.times import StepTime
+from ptsim.network import LayerKind, Network
+from ptsim.sim.step import Collective, StepPlan, Work
+
+AllReduce = Callable[[int], AllReduceTime]
+Bound = Literal["low", "expected", "high"]
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True):
+    """How a gradient travels.
+
+    Attributes:
+        ratio: bytes sent / bytes of the fp32 gradient.
+        conversion_s_per_byte: seconds per fp32 gradient byte that compressing and restoring take.
+    """
+
+    ratio: float = 1.0
+    conversion_s_per_byte: float = 0.0
+
+
+def memory_bound_conversion(ratio: float, memory_bandwidth_bytes_per_s: float) -> Wire:
+    """A compression that reads and writes every element once on either side, at the memory's speed.
+
+    Sending reads the gradient and writes `ratio` of it; receiving reads that and writes the gradient.
+    """
+    if ratio == 1:
+        return Wire()
+    return Wire(ratio=ratio, conversion_s_per_byte=2 * (1 + ratio) / memory_bandwidth_bytes_per_s)
+
+
+def plan_step(
+    step: StepTime,
+    buckets: Sequence[Bucket],
+    all_reduce: AllReduce,
+    *,
+    wire: Wire | None = None,
+    buffer_bytes: int = 0,
+    num_micro_batches: int = 1,
+    overlap: bool = True,
+    bound: Bound = "expected",
+) -> StepPlan:
+    """The plan of one optimizer step.
+
+    Args:
+        step: computation of one micro-batch.
+        buckets: of the gradient, in ready order; none on a single GPU. An empty `ready_layer` is the end of backward.
+        all_reduce: the time of an all-reduce of so many bytes.
+        wire: compression of the gradient.
+        buffer_bytes: broadcast before the forward pass; 0 for none.
+        num_micro_batches: gradient accumulation.
+        overlap: False for the first step after wrapping.
+        bound: whether every duration is the expected one or an end of its 90 % interval.
+
+    Raises:
+        ValueError: a bucket names a layer that the step does not have.
+    """
+    wire = wire or Wire()
+    scale = 1.0
+    if step.compute_s > 0:
+        scale = {"low": step.low_s, "expected": step.compute_s, "high": step.high_s}[bound] / step.compute_s
+    names = {layer.layer for layer in step.layers}
+    ready_after = [bucket.ready_layer or step.layers[0].layer for bucket in buckets]  # "": gradients that never come
+    for layer_name in ready_after:
+        if layer_name not in names:
+            raise ValueError(f"a bucket is ready after layer {layer_name!r}, which the step does not have")
+    forward = [Work(name=layer.layer, seconds=layer.forward_s * scale) for layer in step.layers]
+    if step.overhead_s:
+        forward.append(Work(name="host and loss", seconds=step.overhead_s * scale))
+    backward: list[Work] = []
+    for layer in reversed(step.layers):
+        ready = [i for i, name in enumerate(ready_after) if name == layer.layer]
+        backward.append(
+            Work(name=layer.layer, seconds=layer.backward_s * scale, bucket=ready[0] if ready else None),
+        )
+        backward += [Work(name=layer.layer, seconds=0.0, bucket=bucket) for bucket in ready[1:]]
+    tail = [
+        Work(name=name, seconds=seconds * scale)
+        for name, seconds in (("regularizer", step.regularizer_s), ("optimizer", step.optimizer_s))
+        if seconds
+    ]
+    head: list[Collective] = []
+    if buffer_bytes:
+        time = all_reduce(buffer_bytes)
+        head.append(
+            Collective(
+                name="broadcast buffers",
+                seconds=broadcast_s(time, bound),
+                num_bytes=buffer_bytes,
+                wire_bytes_per_gpu=time.wire_bytes_per_gpu / 2,
+            )
+        )
+    collectives = []
+    for i, bucket in enumerate(buckets):
+        num_bytes = round(bucket.num_bytes * wire.ratio)
+        time = all_reduce(num_bytes)
+        collectives.append(
+            Collective(
+                name=f"all-reduce bucket {i}",
+                seconds=_at(time, bound) + bucket.num_bytes * wire.conversion_s_per_byte,
+                num_bytes=num_bytes,
+                wire_bytes_per_gpu=time.wire_bytes_per_gpu,
+            )
+        )
+    return StepPlan(
+        forward=tuple(forward),
+        backward=tuple(backward),
+        tail=tuple(tail),
+        buckets=tuple(collectives),
+        head=tuple(head),
+        num_micro_batches=num_micro_batches,
+        overlap=overlap,
+    )
+
+
+def single_bucket(network: Network, element_bytes: int = 4) -> tuple[Bucket, ...]:
+    """The one bucket of the first step after wrapping, before DDP knows the order of the gradients."""
+    return (
+        Bucket(
+            parameters=tuple(parameter.name for parameter in network.parameters),
+            num_bytes=element_bytes * network.num_parameters,
+            ready_layer="",
+        ),
+    )
+
+
+def buffer_bytes(network: Network) -> int:
+    """Bytes of the buffers that DDP broadcasts: BatchNorm's running mean and variance, and its step count (int64)."""
+    norms = [layer for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
+    return sum(2 * 4 * layer.out_channels + 8 for layer in norms)
+
+
+def wrapping_s(network: Network, all_reduce: AllReduce) -> float:
+    """Seconds of communication that wrapping a network costs.
+
+    The parameters and buffers are broadcast from rank 0 when it is wrapped, and the new order of the buckets (one
+    int32 per parameter) when they are rebuilt after the first step.
+    """
+    state = broadcast_s(all_reduce(4 * network.num_parameters + buffer_bytes(network)))
+    return state + broadcast_s(all_reduce(4 * len(network.parameters)))
+
+
+def broadcast_s(time: AllReduceTime, bound: Bound = "expected") -> float:
+    """A broadcast moves every byte over every link once, where an all-reduce (reduce, then broadcast) does so twice."""
+    return _at(time, bound) / 2
+
+
+def _at(time: AllReduceTime, bound: Bound) -> float:
+    return {"low": time.low_s, "expected": time.seconds, "high": time.high_s}[bound]

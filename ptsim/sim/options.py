@@ -1,0 +1,161 @@
+"""What may be changed when a recorded run is projected: everything has PyTorch's or the recorded run's own default."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ptsim.costs.collectives import Choice
+from ptsim.errors import UsageError
+from ptsim.units import MIB
+
+Scaling = Literal["weak", "strong"]
+MiniBatch = Literal["recorded", "planned", "fixed"]
+GradientFormat = Literal["fp32", "fp16", "bf16"]
+
+GRADIENT_BYTES: dict[GradientFormat, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Failing GPUs, and what the job does about them.
+
+    Attributes:
+        mtbf_gpu_hours: mean time between failures of one GPU (with its share of the node and network).
+        checkpoint_interval_s: training time between checkpoints.
+        checkpoint_s: for which a checkpoint stops training.
+        restart_s: from a failure until training goes on: detection, scheduling, loading.
+        policy: "restart" waits for a replacement (which `restart_s` includes); "elastic" goes on without the node.
+        repair_s: elastic only: until the node is back.
+        num_runs: simulated repetitions behind the mean and its interval.
+    """
+
+    mtbf_gpu_hours: float
+    checkpoint_interval_s: float = 1800.0
+    checkpoint_s: float = 5.0
+    restart_s: float = 300.0
+    policy: Literal["restart", "elastic"] = "restart"
+    repair_s: float = 4 * 3600.0
+    num_runs: int = 20
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to project a run.
+
+    Attributes:
+        scaling: "weak" keeps the recorded mini-batch per GPU; "strong" keeps the recorded global one.
+        minibatch: "recorded"; "planned": grown at every reconfiguration to what fits the projected device;
+            "fixed": the first epoch's throughout.
+        batch_granularity, max_batch: of a planned per-GPU mini-batch.
+        memory_bytes: of every GPU, instead of the device's own.
+        device: of every GPU, instead of the cluster's own (catalog name or TOML file).
+        mixed_devices: device → number of GPUs per node of that kind; the rest are the cluster's own.
+        precision, memory_format: instead of the recorded ones.
+        micro_batches: gradient accumulation: passes that one mini-batch is split into.
+        first_bucket_bytes, bucket_bytes: DDP's caps.
+        gradient_format: number format on the wire (DDP's fp16 and bf16 compression hooks).
+        compression: bytes sent / bytes of the gradient, on top of the format.
+        broadcast_buffers: DDP's broadcast of BatchNorm statistics before every forward pass.
+        algorithm: of the all-reduce.
+        contention: by which fraction computation and communication each take longer while they overlap.
+        channel_multiple: round pruned channel counts up to a multiple.
+        one_time_epoch: reconfigure once, after this many epochs, and never before or after.
+        surgery_s: of one reconfiguration; None: as recorded.
+        compile_s: recompilation after wrapping (torch.compile).
+        autotune_trials: trial runs of every convolution after wrapping (cuDNN's benchmark mode).
+        warmup_steps: steps after wrapping that train nothing.
+        input_images_per_s: what the input pipeline delivers to one GPU; None: never a limit; "recorded": data wait
+            as the trace says.
+        jitter: relative standard deviation of a GPU's step; "recorded": from the trace's step times.
+        straggler_fraction, straggler_slowdown: share of GPUs that are slow, and by which factor.
+        jobs: equal jobs that share the links.
+        sampled_steps: simulated steps per average where anything is random or shared.
+        faults: failing GPUs.
+        price_usd_per_gpu_hour: instead of the cluster's.
+        seed: of every random draw.
+    """
+
+    scaling: Scaling = "weak"
+    minibatch: MiniBatch = "recorded"
+    batch_granularity: int = 32
+    max_batch: int | None = None
+    memory_bytes: int | None = None
+    device: str | None = None
+    mixed_devices: dict[str, int] = {}
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    memory_format: Literal["contiguous", "channels_last"] | None = None
+    micro_batches: int = 1
+    first_bucket_bytes: int = MIB
+    bucket_bytes: int = 25 * MIB
+    gradient_format: GradientFormat = "fp32"
+    compression: float = 1.0
+    broadcast_buffers: bool = True
+    algorithm: Choice = "auto"
+    # Deviation: no measurement of ours. The middle of the 10–30 % by which published simulators slow both sides
+    # (Proteus uses 0.3 for its data-parallel CNNs); the interval spans all of it.
+    contention: float = 0.2
+    channel_multiple: int = 1
+    one_time_epoch: int | None = None
+    surgery_s: float | None = None
+    compile_s: float = 0.0
+    autotune_trials: int = 0
+    warmup_steps: int = 0
+    input_images_per_s: float | Literal["recorded"] | None = None
+    jitter: float | Literal["recorded"] = 0.0
+    straggler_fraction: float = 0.0
+    straggler_slowdown: float = 1.0
+    jobs: int = 1
+    sampled_steps: int = 20
+    faults: Faults | None = None
+    price_usd_per_gpu_hour: float | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            UsageError: names the option, its value and the bound.
+        """
+        at_least: dict[str, tuple[float, float | None]] = {
+            "batch_granularity": (1, None),
+            "max_batch": (1, None),
+            "memory_bytes": (1, None),
+            "micro_batches": (1, None),
+            "first_bucket_bytes": (1, None),
+            "bucket_bytes": (1, None),
+            "contention": (0, 1),
+            "channel_multiple": (1, None),
+            "one_time_epoch": (0, None),
+            "surgery_s": (0, None),
+            "compile_s": (0, None),
+            "autotune_trials": (0, None),
+            "warmup_steps": (0, None),
+            "jitter": (0, 2),
+            "straggler_fraction": (0, 1),
+            "straggler_slowdown": (1, None),
+            "jobs": (1, None),
+            "sampled_steps": (1, None),
+            "price_usd_per_gpu_hour": (0, None),
+        }
+        for name, (low, high) in at_least.items():
+            value = getattr(self, name)
+            if value is None or isinstance(value, str):
+                continue
+            if not low <= value <= (float("inf") if high is None else high):
+                bound = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+                raise UsageError(f"{name} is {value:g}, expected {bound}")
+        if not 0 < self.compression <= 1:
+            raise UsageError(f"compression is {self.compression:g}, expected more than 0 and at most 1")
+        if isinstance(self.input_images_per_s, int | float) and self.input_images_per_s <= 0:
+            raise UsageError(f"input_images_per_s is {self.input_images_per_s:g}, expected a positive rate")
+        if any(count < 1 for count in self.mixed_devices.values()):
+            raise UsageError(f"mixed_devices is {self.mixed_devices}, expected at least one GPU per node of each kind")
+        if self.faults is not None:
+            for name in ("mtbf_gpu_hours", "checkpoint_interval_s"):
+                if getattr(self.faults, name) <= 0:
+                    raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected a positive number")
+            for name in ("checkpoint_s", "restart_s", "repair_s"):
+                if getattr(self.faults, name) < 0:
+                    raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected at least 0")
+            if self.faults.num_runs < 1:
+                raise UsageError(f"num_runs is {self.faults.num_runs}, expected at least 1")

@@ -1,0 +1,121 @@
+"""What a pruned network would be if its channel counts were rounded up: dead channels that keep tensor cores fed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from ptsim.network import Layer, LayerKind, Network, Parameter
+
+Shape = tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def rounded(network: Network, multiple: int) -> Network:
+    """The network with every channel count rounded up to a multiple of `multiple`.
+
+    The image's own channels and the classifier's outputs stay as they are. Counts (MACs, saved elements) grow in
+    proportion to the channels that they cover. With `multiple` 1 the network is returned unchanged.
+
+    Raises:
+        ValueError: `multiple` is not positive.
+    """
+    if multiple < 1:
+        raise ValueError(f"multiple {multiple}; it must be at least 1")
+    if multiple == 1:
+        return network
+    products = [layer.name for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR)]
+    producers: dict[str, list[str]] = {layer.name: [] for layer in network.layers}
+    for source, target in network.edges:
+        producers[target].append(source)
+    new: dict[str, Layer] = {}
+    for layer in network.layers:
+        sources = producers[layer.name]
+        if len(sources) == len(layer.input_shapes):
+            shapes = [new[source].output_shape for source in sources]
+        else:  # the network's own input, or one tensor used twice
+            shapes = [new[sources[0]].output_shape] * len(layer.input_shapes) if sources else list(layer.input_shapes)
+        is_classifier = layer.name == products[-1] and layer.out_channels == network.num_classes
+        new[layer.name] = _round_layer(layer, shapes, 1 if is_classifier else multiple)
+    parameters = tuple(
+        _round_parameter(parameter, network.layer(parameter.layer), new[parameter.layer])
+        for parameter in network.parameters
+    )
+    return msgspec.structs.replace(network, layers=tuple(new.values()), parameters=parameters)
+
+
+def _round_layer(layer: Layer, inputs: Sequence[Shape], multiple: int) -> Layer:
+    in_ratio = sum(math.prod(shape) for shape in inputs) / max(1, layer.input_elements)
+    in_channels = inputs[0][0] if layer.in_channels == layer.input_shapes[0][0] else layer.in_channels
+    groups = layer.groups
+    match layer.kind:
+        case LayerKind.CONV if layer.groups == layer.in_channels:  # depthwise: follows its input
+            groups = in_channels
+            out_channels = layer.out_channels // layer.in_channels * in_channels
+        case LayerKind.CONV:
+            out_channels = _up(layer.out_channels, math.lcm(multiple, layer.groups))
+        case LayerKind.LINEAR:
+            in_channels = inputs[0][-1]
+            out_channels = _up(layer.out_channels, multiple)
+        case LayerKind.CONCAT:
+            in_channels = out_channels = sum(shape[0] for shape in inputs)
+        case _:
+            out_channels = round(layer.out_channels * in_ratio)
+    output = _output_shape(layer, out_channels, in_ratio)
+    out_ratio = math.prod(output) / max(1, layer.output_elements)
+    if layer.kind in (LayerKind.CONV, LayerKind.LINEAR):
+        per_output = (in_channels / groups) / (layer.in_channels / layer.groups)
+        mac_ratio = per_output * out_ratio
+    else:
+        mac_ratio = in_ratio
+    changed = msgspec.structs.replace(
+        layer,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        groups=groups,
+        input_shapes=tuple(inputs),
+        output_shape=output,
+        forward_macs=round(layer.forward_macs * mac_ratio),
+        saved_elements=round(layer.saved_elements * in_ratio),
+        saved_other_bytes=round(layer.saved_other_bytes * out_ratio),
+        saved_fixed_bytes=round(layer.saved_fixed_bytes * in_ratio),
+    )
+    return msgspec.structs.replace(changed, num_parameters=_num_parameters(layer, changed))
+
+
+def _output_shape(layer: Layer, out_channels: int, in_ratio: float) -> Shape:
+    shape = layer.output_shape
+    if layer.kind is LayerKind.LINEAR:
+        return (*shape[:-1], out_channels)
+    if layer.kind in (LayerKind.RESHAPE, LayerKind.OTHER, LayerKind.MATMUL):
+        return (round(shape[0] * in_ratio), *shape[1:])
+    return (out_channels, *shape[1:])
+
+
+def _round_parameter(parameter: Parameter, old: Layer, new: Layer) -> Parameter:
+    return msgspec.structs.replace(parameter, shape=_parameter_shape(parameter.shape, old, new))
+
+
+def _parameter_shape(shape: Shape, old: Layer, new: Layer) -> Shape:
+    first = new.out_channels if shape[0] == old.out_channels else shape[0]
+    if len(shape) == 1:
+        return (first,)
+    per_group = old.in_channels // old.groups
+    second = new.in_channels // new.groups if shape[1] == per_group else shape[1]
+    return (first, second, *shape[2:])
+
+
+def _num_parameters(old: Layer, new: Layer) -> int:
+    if not old.num_parameters:
+        return 0
+    if old.kind in (LayerKind.CONV, LayerKind.LINEAR):
+        kernel = math.prod(old.kernel_size)
+        return new.out_channels * (new.in_channels // new.groups * kernel + int(old.bias))
+    return round(old.num_parameters * new.out_channels / old.out_channels)
+
+
+def _up(channels: int, multiple: int) -> int:
+    return -(-channels // multiple) * multiple

@@ -1,0 +1,714 @@
+"""What a recorded run would take on another cluster: time, bytes, memory, energy and money, epoch by epoch.
+
+Every distinct (architecture, mini-batch) is simulated once as a data-parallel step and multiplied by the iterations of
+its epochs; reconfigurations, wrapping and failures come on top. An interval follows from simulating the same step
+with every duration at the low and at the high end of its own: the tiers' errors are systematic, so they are taken as
+fully correlated over layers and epochs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ptsim.costs.buckets import Bucket, ddp_buckets
+from ptsim.costs.collectives import AllReduceTime, all_reduce, nodes_for
+from ptsim.costs.memory import iteration_memory, largest_batch
+from ptsim.costs.step import Measurements, StepTime, Tier, step_time
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import load_cluster, load_device, match_device
+from ptsim.hardware.spec import Cluster, Device
+from ptsim.network import LayerKind, Network, Precision
+from ptsim.sim import ddp
+from ptsim.sim.faults import FaultyRun, simulate_faults
+from ptsim.sim.options import GRADIENT_BYTES, Options
+from ptsim.sim.rounding import rounded
+from ptsim.sim.step import Jitter, Job, StepPlan, StepResult, simulate_steps
+from ptsim.trace.io import Trace, read_trace
+from ptsim.trace.schema import Epoch, Reconfiguration
+from ptsim.units import GIB
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_TIER_ORDER = tuple(Tier)
+
+
+class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
+    """One epoch on the projected cluster.
+
+    `total_s`, `low_s`, `high_s` and `energy_j` (of all GPUs) are of the whole epoch, all else is of one step.
+    A step is the sum of forward, backward, regularizer, optimizer, overhead (loss and host gaps), input wait,
+    straggler wait and exposed communication. `communication_s` is what all collectives of the step take by themselves.
+    """
+
+    epoch: int
+    architecture: str
+    batch_per_gpu: int
+    num_iterations: int
+    step_s: float
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    regularizer_s: float
+    overhead_s: float
+    input_wait_s: float
+    straggler_wait_s: float
+    communication_s: float
+    exposed_communication_s: float
+    wire_bytes_per_gpu: float
+    total_s: float
+    low_s: float
+    high_s: float
+    peak_memory_bytes: int
+    energy_j: float | None
+    tier: Tier
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of computation per step."""
+        return self.forward_s + self.backward_s + self.optimizer_s + self.regularizer_s + self.overhead_s
+
+
+class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole run on a cluster.
+
+    Attributes:
+        reconfiguration_s: all reconfigurations with what follows from them (re-wrapping, first step, recompilation).
+        startup_s: the same for the first wrapping.
+        faults_s: by which failures and checkpoints lengthen the run.
+        total_s: training time without validation.
+        low_s, high_s: 90 % interval of `total_s`.
+        allreduce_bytes_per_gpu: what every GPU sends for gradients over the run.
+        energy_j: of all GPUs; None where no power model covers the device.
+        complete: False where the trace is of an interrupted or truncated run: then only what was recorded is projected.
+    """
+
+    trace: str
+    model: str
+    cluster: str
+    device: str
+    gpus: int
+    scaling: str
+    epochs: tuple[EpochProjection, ...]
+    reconfiguration_s: float
+    startup_s: float
+    faults_s: float
+    total_s: float
+    compute_s: float
+    exposed_communication_s: float
+    input_wait_s: float
+    straggler_wait_s: float
+    allreduce_bytes_per_gpu: float
+    energy_j: float | None
+    cost_usd: float | None
+    low_s: float
+    high_s: float
+    tier: Tier
+    complete: bool
+    notes: tuple[str, ...]
+    faults: FaultyRun | None = None
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours times GPUs."""
+        return self.gpus * self.total_s / 3600
+
+
+class StepCache:
+    """Step times that several projections of the same trace share."""
+
+    def __init__(self) -> None:
+        self._steps: dict[tuple[Any, ...], StepTime] = {}
+
+    def get(self, key: tuple[Any, ...], make: Callable[[], StepTime]) -> StepTime:
+        """The step time under `key`, made if it is new."""
+        if key not in self._steps:
+            self._steps[key] = make()
+        return self._steps[key]
+
+
+class _Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """An epoch as it will be projected."""
+
+    epoch: Epoch
+    network: Network
+    batch: int
+    num_iterations: int
+    new: bool  # the network differs from the epoch before, so that the run reconfigures in front of it
+
+
+class _Simulated(msgspec.Struct, frozen=True, kw_only=True):
+    """One simulated step with its bounds and what wrapping its network costs."""
+
+    step: StepTime
+    expected: StepResult
+    low_s: float
+    high_s: float
+    wrap_s: float
+    peak_memory_bytes: int
+
+
+def project(
+    trace: Trace,
+    cluster: Cluster,
+    num_gpus: int,
+    options: Options | None = None,
+    *,
+    device: Device | None = None,
+    cache: StepCache | None = None,
+) -> RunProjection:
+    """The recorded run on `num_gpus` GPUs of a cluster.
+
+    GPUs fill nodes one after the other. The optimisation is the recorded one: an epoch sees the images that it saw,
+    in mini-batches as the scaling and mini-batch options say.
+
+    Args:
+        trace: of a run, complete or not.
+        cluster: where.
+        num_gpus: how many of its GPUs.
+        options: what to change.
+        device: instead of the one that `options.device` or the cluster names.
+        cache: step times to share between projections of this trace.
+
+    Raises:
+        UsageError: no epochs in the trace, an option out of its bounds, more GPUs than the cluster has, a device that
+            does not support the precision, or a mini-batch that has fewer images than micro-batches.
+    """
+    return _Projector(trace, cluster, num_gpus, options or Options(), device, cache or StepCache()).project()
+
+
+def simulate(
+    trace: Trace | str | Path,
+    cluster: Cluster | str | Path,
+    gpus: Sequence[int] = (1,),
+    *,
+    options: Options | None = None,
+    **changes: Any,
+) -> DataFrame:
+    """Project a recorded run onto a cluster, one row per GPU count.
+
+        ptsim.simulate("runs/pruned", "dgx-a100", gpus=[1, 8, 64], scaling="strong")
+
+    Args:
+        trace: a trace, its file or its run folder.
+        cluster: a cluster, a catalog name or a TOML file.
+        gpus: GPU counts.
+        options: see `ptsim.sim.options.Options`.
+        **changes: single options by name, on top of `options`.
+
+    Returns:
+        The columns of `projections_frame`.
+
+    Raises:
+        UsageError: an unknown option, and what `project` raises.
+    """
+    trace = trace if isinstance(trace, Trace) else read_trace(trace)
+    cluster = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
+    options = change(options or Options(), changes)
+    cache = StepCache()
+    return projections_frame([project(trace, cluster, n, options, cache=cache) for n in gpus])
+
+
+def change(options: Options, changes: dict[str, Any]) -> Options:
+    """The options with some replaced, as strictly checked as if they came from a file.
+
+    Raises:
+        UsageError: an unknown option, or a value of a wrong type or out of its bounds.
+    """
+    try:
+        changed = msgspec.convert({**msgspec.to_builtins(options), **msgspec.to_builtins(changes)}, Options)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"options: {error}") from error
+    changed.check()
+    return changed
+
+
+def projections_frame(projections: Iterable[RunProjection]) -> DataFrame:
+    """One row per projection, unit-bearing columns."""
+    import pandas as pd
+
+    return pd.DataFrame([projection_row(projection) for projection in projections])
+
+
+def projection_row(projection: RunProjection) -> dict[str, Any]:
+    """The row of one projection: what `--json`, sweeps and reports show."""
+    p = projection
+    return {
+        "trace": p.trace,
+        "model": p.model,
+        "cluster": p.cluster,
+        "device": p.device,
+        "gpus": p.gpus,
+        "scaling": p.scaling,
+        "total_seconds": p.total_s,
+        "low_seconds": p.low_s,
+        "high_seconds": p.high_s,
+        "compute_seconds": p.compute_s,
+        "exposed_communication_seconds": p.exposed_communication_s,
+        "input_wait_seconds": p.input_wait_s,
+        "straggler_wait_seconds": p.straggler_wait_s,
+        "reconfiguration_seconds": p.reconfiguration_s,
+        "startup_seconds": p.startup_s,
+        "fault_seconds": p.faults_s,
+        "goodput": p.faults.goodput if p.faults else 1.0,
+        "allreduce_bytes_per_gpu": p.allreduce_bytes_per_gpu,
+        "peak_memory_bytes": max(epoch.peak_memory_bytes for epoch in p.epochs),
+        "gpu_hours": p.gpu_hours,
+        "energy_joules": p.energy_j,
+        "low_energy_joules": None if p.energy_j is None else p.energy_j * p.low_s / p.total_s,
+        "high_energy_joules": None if p.energy_j is None else p.energy_j * p.high_s / p.total_s,
+        "cost_usd": p.cost_usd,
+        "low_cost_usd": None if p.cost_usd is None else p.cost_usd * p.low_s / p.total_s,
+        "high_cost_usd": None if p.cost_usd is None else p.cost_usd * p.high_s / p.total_s,
+        "tier": str(p.tier),
+        "num_epochs": len(p.epochs),
+        "complete": p.complete,
+        "notes": "; ".join(p.notes),
+    }
+
+
+def epochs_frame(projection: RunProjection) -> DataFrame:
+    """One row per epoch: the fields of `EpochProjection`, their units spelt out in the column names."""
+    import pandas as pd
+
+    rows = []
+    for epoch in projection.epochs:
+        row: dict[str, Any] = {"trace": projection.trace, "cluster": projection.cluster, "gpus": projection.gpus}
+        for name in EpochProjection.__struct_fields__:
+            column = name.removesuffix("_s") + "_seconds" if name.endswith("_s") else name
+            column = column.removesuffix("_j") + "_joules" if column.endswith("_j") else column
+            row[column] = getattr(epoch, name)
+        row["tier"] = str(epoch.tier)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+class _Projector:
+    """One projection under way: the inputs, resolved, and the notes that accumulate."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        cluster: Cluster,
+        num_gpus: int,
+        options: Options,
+        device: Device | None,
+        cache: StepCache,
+    ) -> None:
+        options.check()
+        if not trace.epochs:
+            raise UsageError(f"{trace.path} has no finished epoch; there is nothing to project")
+        if num_gpus < 1:
+            raise UsageError(f"{num_gpus} GPUs; at least 1 is needed")
+        self.num_nodes = nodes_for(cluster, num_gpus)
+        self.trace, self.cluster, self.num_gpus, self.options, self.cache = trace, cluster, num_gpus, options, cache
+        self.run = trace.run
+        self.device = device or load_device(options.device or cluster.device)
+        self.memory_bytes = options.memory_bytes or self.device.memory_bytes
+        self.precision = Precision(options.precision) if options.precision else self.run.precision
+        self.memory_format = options.memory_format or self.run.memory_format
+        optimizer = self.run.hyperparameters.get("optimizer", "sgd")
+        self.optimizer = optimizer if isinstance(optimizer, str) else "sgd"
+        self.measurements = Measurements(profiles=trace.profiles, source_device=match_device(self.run.device.name))
+        self.notes: list[str] = []
+        self.all_reduces: dict[int, AllReduceTime] = {}
+        self.simulated: dict[tuple[str, int, bool], _Simulated] = {}
+        ratio = GRADIENT_BYTES[options.gradient_format] / 4 * options.compression
+        self.wire = ddp.memory_bound_conversion(ratio, self.device.memory_bandwidth_bytes_per_s)
+
+    def project(self) -> RunProjection:
+        options, trace = self.options, self.trace
+        stages = self._stages()
+        self._note_assumptions(stages)
+        epochs = [self._project_epoch(stage) for stage in stages]
+        first = self._simulate(stages[0])
+        startup_s = first.wrap_s
+        reconfiguration_s = sum(
+            self._reconfiguration_s(stage, self._simulate(stage)) for stage in stages[1:] if stage.new
+        )
+        fixed_s = startup_s + reconfiguration_s
+        training_s = sum(epoch.total_s for epoch in epochs)
+        low_s = sum(epoch.low_s for epoch in epochs) + fixed_s
+        high_s = sum(epoch.high_s for epoch in epochs) + fixed_s
+        total_s = training_s + fixed_s
+        faults = None
+        if options.faults is not None:
+            faults = simulate_faults(
+                total_s, self.num_gpus, self.cluster.gpus_per_node, options.faults, seed=options.seed
+            )
+            low_s, high_s = low_s * faults.low_s / total_s, high_s * faults.high_s / total_s
+        faults_s = max(0.0, faults.total_s - total_s) if faults else 0.0
+        total_s += faults_s
+
+        def over_epochs(seconds: Callable[[EpochProjection], float]) -> float:
+            return math.fsum(epoch.num_iterations * seconds(epoch) for epoch in epochs)
+
+        price = options.price_usd_per_gpu_hour
+        if price is None:
+            price = self.cluster.price_usd_per_gpu_hour
+        energies = [epoch.energy_j for epoch in epochs if epoch.energy_j is not None]
+        return RunProjection(
+            trace=str(trace.path),
+            model=self.run.model,
+            cluster=self.cluster.name,
+            device=self.device.name,
+            gpus=self.num_gpus,
+            scaling=options.scaling,
+            epochs=tuple(epochs),
+            reconfiguration_s=reconfiguration_s,
+            startup_s=startup_s,
+            faults_s=faults_s,
+            total_s=total_s,
+            compute_s=over_epochs(lambda epoch: epoch.compute_s),
+            exposed_communication_s=over_epochs(lambda epoch: epoch.exposed_communication_s),
+            input_wait_s=over_epochs(lambda epoch: epoch.input_wait_s),
+            straggler_wait_s=over_epochs(lambda epoch: epoch.straggler_wait_s),
+            allreduce_bytes_per_gpu=float(over_epochs(lambda epoch: epoch.wire_bytes_per_gpu)),
+            energy_j=sum(energies) if len(energies) == len(epochs) else None,
+            cost_usd=None if price is None else price * self.num_gpus * total_s / 3600,
+            low_s=low_s,
+            high_s=high_s,
+            tier=max((epoch.tier for epoch in epochs), key=_TIER_ORDER.index),
+            complete=trace.complete,
+            notes=tuple(self.notes),
+            faults=faults,
+        )
+
+    # -- what is trained when --------------------------------------------------------------------------------------
+
+    def _stages(self) -> list[_Stage]:
+        options, epochs = self.options, self.trace.epochs
+        dense = epochs[0]
+        chosen: list[Epoch] = list(epochs)
+        if options.one_time_epoch is not None:
+            k = options.one_time_epoch
+            if k >= len(epochs):
+                raise UsageError(f"one_time_epoch is {k}, the trace has {len(epochs)} epochs")
+            chosen = [dense if epoch.epoch < k else epochs[k] for epoch in epochs]
+        stages: list[_Stage] = []
+        batch = 0
+        for epoch, source in zip(epochs, chosen, strict=True):
+            network = rounded(self.trace.network_of(source), options.channel_multiple)
+            new = not stages or network.id != stages[-1].network.id
+            batch = self._batch(source, network, previous=batch, new=new, epoch=epoch.epoch)
+            stages.append(
+                _Stage(
+                    epoch=epoch,
+                    network=network,
+                    batch=batch,
+                    num_iterations=self._num_iterations(epoch, batch),
+                    new=new and bool(stages),
+                )
+            )
+        return stages
+
+    def _batch(self, source: Epoch, network: Network, *, previous: int, new: bool, epoch: int) -> int:
+        """The per-GPU mini-batch of an epoch."""
+        options = self.options
+        recorded = self.trace.epochs[0] if options.minibatch != "recorded" else source
+        per_gpu = recorded.batch_per_gpu
+        if options.scaling == "strong":
+            per_gpu = max(1, -(-recorded.batch_per_gpu * recorded.world_size // self.num_gpus))
+        if options.minibatch != "planned" or (previous and not new):
+            return previous or per_gpu if options.minibatch == "planned" else per_gpu
+        most = largest_batch(
+            network,
+            capacity_bytes=self.memory_bytes,
+            granularity=options.batch_granularity,
+            precision=self.precision,
+            optimizer=self.optimizer,
+            memory_format=self.memory_format,
+            device=self.device,
+        )
+        # one step per epoch is the most that the data set can fill
+        images_per_gpu = source.num_images // self.num_gpus // options.batch_granularity * options.batch_granularity
+        most = min(most, images_per_gpu, options.max_batch or most)
+        if not previous:
+            if most and most < per_gpu:
+                self.notes.append(f"mini-batch {per_gpu} does not fit at first; planned with {most}")
+                return most
+            return per_gpu
+        if most > previous:
+            beyond = (
+                "" if most <= source.batch_per_gpu else f" (recorded: {source.batch_per_gpu}; accuracy not projected)"
+            )
+            self.notes.append(f"mini-batch per GPU {previous} → {most} at epoch {epoch}{beyond}")
+            return most
+        return previous
+
+    def _num_iterations(self, epoch: Epoch, batch: int) -> int:
+        if batch == epoch.batch_per_gpu and self.num_gpus == epoch.world_size:
+            return epoch.num_iterations
+        per_step = batch * self.num_gpus
+        whole = epoch.num_images == epoch.num_iterations * epoch.batch_per_gpu * epoch.world_size
+        # a recorded epoch of whole mini-batches dropped the rest of the data set; otherwise the rest is one more step
+        steps = epoch.num_images / per_step
+        return max(1, math.floor(steps) if whole else math.ceil(steps))
+
+    def _note_assumptions(self, stages: Sequence[_Stage]) -> None:
+        trace, options, epochs = self.trace, self.options, self.trace.epochs
+        note = self.notes.append
+        if not trace.complete:
+            planned = self.run.hyperparameters.get("epochs")
+            of = f" of {planned}" if isinstance(planned, int) else ""
+            why = "interrupted" if trace.end is not None else "truncated or unfinished"
+            note(f"the trace is {why}: only its {len(epochs)}{of} recorded epochs are projected")
+        elif len(epochs) == 1:
+            note("the trace has a single epoch")
+        full, rest = divmod(self.num_gpus, self.cluster.gpus_per_node)
+        if rest and full:
+            note(
+                f"{self.num_gpus} GPUs do not fill nodes of {self.cluster.gpus_per_node}: "
+                f"{full} full and one with {rest} are assumed"
+            )
+        if options.scaling == "strong":
+            uneven = sorted(
+                {
+                    total
+                    for stage in stages
+                    if options.minibatch != "planned"
+                    and (total := stage.epoch.batch_per_gpu * stage.epoch.world_size) % self.num_gpus
+                }
+            )
+            if uneven:
+                note(f"a global mini-batch of {uneven[0]} does not divide by {self.num_gpus} GPUs: rounded up per GPU")
+        if any(stage.num_iterations * stage.batch * self.num_gpus > 2 * stage.epoch.num_images for stage in stages):
+            note("one global mini-batch holds more images than an epoch has: one step per epoch is projected")
+        if any(stage.batch < options.micro_batches for stage in stages):
+            raise UsageError(
+                f"micro_batches is {options.micro_batches}, more than the "
+                f"{min(stage.batch for stage in stages)} images of a GPU's mini-batch"
+            )
+        waited = sum(epoch.time.data_wait_s for epoch in epochs) / max(1e-12, sum(e.time.wall_s for e in epochs))
+        if waited > 0.05 and options.input_images_per_s is None:
+            note(f"the recorded run waited for data {waited:.0%} of the time; projected with input that keeps up")
+        if options.jobs > 1 and self.num_nodes == 1:
+            note("jobs share links between nodes; this job stays inside one")
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _all_reduce(self, num_bytes: int) -> AllReduceTime:
+        if num_bytes not in self.all_reduces:
+            self.all_reduces[num_bytes] = all_reduce(
+                num_bytes, self.cluster, self.num_gpus, algorithm=self.options.algorithm
+            )
+        return self.all_reduces[num_bytes]
+
+    def _step_time(self, stage: _Stage, device: Device) -> StepTime:
+        batch = -(-stage.batch // self.options.micro_batches)
+        regularizer = stage.epoch.penalty_coefficient > 0
+        key = (stage.network.id, batch, device.name, self.precision, self.memory_format, self.optimizer, regularizer)
+        return self.cache.get(
+            key,
+            lambda: step_time(
+                stage.network,
+                device,
+                batch=batch,
+                precision=self.precision,
+                memory_format=self.memory_format,
+                optimizer=self.optimizer,
+                regularizer=regularizer,
+                measurements=self.measurements,
+            ),
+        )
+
+    def _plan(self, stage: _Stage, step: StepTime, bound: ddp.Bound, *, first: bool = False) -> StepPlan:
+        options, network = self.options, stage.network
+        if self.num_gpus == 1:
+            buckets: tuple[Bucket, ...] = ()
+        elif first:
+            buckets = ddp.single_bucket(network)
+        else:
+            buckets = ddp_buckets(
+                network, first_bucket_bytes=options.first_bucket_bytes, bucket_bytes=options.bucket_bytes
+            )
+        return ddp.plan_step(
+            step,
+            buckets,
+            self._all_reduce,
+            wire=self.wire,
+            buffer_bytes=ddp.buffer_bytes(network) if options.broadcast_buffers and self.num_gpus > 1 else 0,
+            num_micro_batches=options.micro_batches,
+            overlap=not first,
+            bound=bound,
+        )
+
+    def _simulate(self, stage: _Stage) -> _Simulated:
+        key = (stage.network.id, stage.batch, stage.epoch.penalty_coefficient > 0)
+        if key not in self.simulated:
+            self.simulated[key] = self._simulate_new(stage)
+        return self.simulated[key]
+
+    def _simulate_new(self, stage: _Stage) -> _Simulated:
+        options = self.options
+        step = self._step_time(stage, self.device)
+        speeds, jitter = self._speeds(stage, step), self._jitter()
+        expected, low, high = (
+            self._run_steps(stage, self._plan(stage, step, bound), speeds, jitter, min(1.0, contention))
+            for bound, contention in _bounds(options.contention)
+        )
+        wrap_s = options.compile_s + options.warmup_steps * expected.step_s + self._autotune_s(stage, step)
+        if self.num_gpus > 1:
+            first = simulate_steps([Job(plan=self._plan(stage, step, "expected", first=True))])[0]
+            steady = simulate_steps([Job(plan=self._plan(stage, step, "expected"))], contention=options.contention)[0]
+            wrap_s += max(0.0, first.step_s - steady.step_s) + ddp.wrapping_s(stage.network, self._all_reduce)
+        need = iteration_memory(
+            stage.network,
+            batch=-(-stage.batch // options.micro_batches),
+            precision=self.precision,
+            optimizer=self.optimizer,
+            memory_format=self.memory_format,
+            device=self.device,
+        )
+        if need.peak_bytes > self.memory_bytes:
+            self.notes.append(
+                f"epoch {stage.epoch.epoch}: a mini-batch of {stage.batch} needs {need.peak_bytes / GIB:.1f} GiB, "
+                f"{self.device.name} has {self.memory_bytes / GIB:.1f} GiB: it would not fit"
+            )
+        return _Simulated(
+            step=step,
+            expected=expected,
+            low_s=min(low.step_s, expected.step_s),
+            high_s=max(high.step_s, expected.step_s),
+            wrap_s=wrap_s,
+            peak_memory_bytes=need.peak_bytes,
+        )
+
+    def _run_steps(
+        self, stage: _Stage, plan: StepPlan, speeds: tuple[float, ...], jitter: Jitter | None, contention: float
+    ) -> StepResult:
+        options = self.options
+        interval = self._input_interval_s(stage)
+        job = Job(plan=plan, speeds=speeds, input_interval_s=interval)
+        jobs = [job]
+        shared = options.jobs if self.num_nodes > 1 else 1
+        if shared > 1:
+            # equal jobs that start evenly spread over a step: neither the worst nor the best of phases
+            lag = plan.compute_s / shared
+            jobs += [msgspec.structs.replace(job, start_s=lag * i) for i in range(1, shared)]
+        # enough steps for a stable mean; among thousands of GPUs the slowest one varies little from step to step
+        num_steps = 1
+        if (jitter is not None and jitter.sigma) or shared > 1:
+            num_steps = max(1, min(options.sampled_steps, 20_000 // len(speeds)))
+        warmup = 2 if shared > 1 else int(interval > 0)
+        return simulate_steps(
+            jobs, contention=contention, jitter=jitter, num_steps=num_steps, num_warmup=warmup, seed=options.seed
+        )[0]
+
+    def _speeds(self, stage: _Stage, step: StepTime) -> tuple[float, ...]:
+        """Duration factors of the GPUs; one entry stands for all where they are equal."""
+        options = self.options
+        unequal = options.jitter != 0 or options.straggler_fraction > 0
+        if not options.mixed_devices:
+            return (1.0,) * (self.num_gpus if unequal else 1)
+        factors: list[float] = []
+        for name, count in options.mixed_devices.items():
+            other = self._step_time(stage, load_device(name))
+            factors += [other.compute_s / step.compute_s] * count
+        own = self.cluster.gpus_per_node - len(factors)
+        if own < 0:
+            raise UsageError(
+                f"mixed_devices names {len(factors)} GPUs per node, "
+                f"{self.cluster.name} has {self.cluster.gpus_per_node}"
+            )
+        node = [1.0] * own + factors
+        speeds = [node[i % len(node)] for i in range(self.num_gpus)]
+        return tuple(speeds) if unequal else tuple(sorted(set(speeds)))
+
+    def _jitter(self) -> Jitter | None:
+        options = self.options
+        sigma = recorded_jitter(self.trace.epochs) if options.jitter == "recorded" else float(options.jitter)
+        if not sigma and not options.straggler_fraction:
+            return None
+        return Jitter(
+            sigma=sigma,
+            straggler_fraction=options.straggler_fraction,
+            straggler_slowdown=options.straggler_slowdown,
+        )
+
+    def _input_interval_s(self, stage: _Stage) -> float:
+        rate = self.options.input_images_per_s
+        if rate is None:
+            return 0.0
+        if rate == "recorded":
+            epoch = stage.epoch
+            images = epoch.num_images / epoch.world_size
+            # a loader that made the run wait was busy all the time; one that did not is no limit
+            if epoch.time.data_wait_s < 0.01 * epoch.time.wall_s:
+                return 0.0
+            return stage.batch * epoch.time.wall_s / images
+        return stage.batch / float(rate)
+
+    def _autotune_s(self, stage: _Stage, step: StepTime) -> float:
+        """Every convolution's forward and backward, so many times (cuDNN tries its algorithms at the first step)."""
+        convolutions = {layer.name for layer in stage.network.layers if layer.kind is LayerKind.CONV}
+        once = sum(layer.forward_s + layer.backward_s for layer in step.layers if layer.layer in convolutions)
+        return self.options.autotune_trials * once
+
+    def _project_epoch(self, stage: _Stage) -> EpochProjection:
+        simulated = self._simulate(stage)
+        step, result, n = simulated.step, simulated.expected, self.options.micro_batches
+        compute = n * (step.forward_s + step.backward_s + step.overhead_s) + step.optimizer_s + step.regularizer_s
+        scale = result.compute_s / compute if compute else 1.0  # mixed devices: the mean over GPUs
+        total_s = stage.num_iterations * result.step_s
+        return EpochProjection(
+            epoch=stage.epoch.epoch,
+            architecture=stage.network.id,
+            batch_per_gpu=stage.batch,
+            num_iterations=stage.num_iterations,
+            step_s=result.step_s,
+            forward_s=n * step.forward_s * scale,
+            backward_s=n * step.backward_s * scale,
+            optimizer_s=step.optimizer_s * scale,
+            regularizer_s=step.regularizer_s * scale,
+            overhead_s=n * step.overhead_s * scale,
+            input_wait_s=result.input_wait_s,
+            straggler_wait_s=result.straggler_wait_s,
+            communication_s=result.communication_s,
+            exposed_communication_s=result.exposed_communication_s,
+            wire_bytes_per_gpu=result.wire_bytes_per_gpu,
+            total_s=total_s,
+            low_s=stage.num_iterations * simulated.low_s,
+            high_s=stage.num_iterations * simulated.high_s,
+            peak_memory_bytes=simulated.peak_memory_bytes,
+            energy_j=None,
+            tier=step.tier,
+        )
+
+    # -- reconfigurations ------------------------------------------------------------------------------------------
+
+    def _reconfiguration_s(self, stage: _Stage, simulated: _Simulated) -> float:
+        surgery = self.options.surgery_s
+        if surgery is None:
+            surgery = _recorded_surgery_s(self.trace.reconfigurations, stage.epoch.epoch)
+        return surgery + simulated.wrap_s
+
+
+def _bounds(contention: float) -> tuple[tuple[ddp.Bound, float], ...]:
+    """The ends of the interval and their contention: 0.1–0.3 around the default of 0.2."""
+    return ("expected", contention), ("low", contention / 2), ("high", contention * 1.5)
+
+
+def recorded_jitter(epochs: Sequence[Epoch]) -> float:
+    """The standard deviation of the logarithm of a step's duration, from the recorded 10th and 90th percentiles.
+
+    Percentiles, not the standard deviation: the first steps after a start would dominate that. The median over epochs.
+    """
+    spreads = sorted(
+        math.log(epoch.step.p90_s / epoch.step.p10_s) / (2 * 1.2816) for epoch in epochs if epoch.step.p10_s > 0
+    )
+    return spreads[len(spreads) // 2] if spreads else 0.0
+
+
+def _recorded_surgery_s(reconfigurations: Sequence[Reconfiguration], epoch: int) -> float:
+    """What the recorded reconfiguration in front of `epoch` took; the median one's time where there was none."""
+    exact = [r.duration_s for r in reconfigurations if r.epoch + 1 == epoch]
+    if exact:
+        return exact[0]
+    durations = sorted(r.duration_s for r in reconfigurations)
+    return durations[len(durations) // 2] if durations else 0.0

@@ -1,0 +1,445 @@
+"""How long data-parallel training steps take when computation and communication overlap, GPU by GPU.
+
+One SimPy process per GPU walks through the step (input, forward, backward, optimizer); one per job is its
+communication stream: NCCL runs a job's collectives one after the other in the order of the buckets, and each starts
+when the last GPU has its gradients ready. While both run, each slows the other down by `Contention`. Jobs on the same
+links share them equally. Equal GPUs behave equally, so that a symmetric job is simulated with a single one.
+
+Nothing here knows about networks or clusters: durations come in with the `StepPlan`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Sequence
+
+import msgspec
+import simpy
+
+from ptsim.sim.clock import WorkClock
+
+Process = Generator[simpy.Event, None, None]
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds on the compute stream. `bucket` is the index of the gradient bucket that is complete afterwards."""
+
+    name: str
+    seconds: float
+    bucket: int | None = None
+
+
+class Collective(msgspec.Struct, frozen=True, kw_only=True):
+    """One collective operation: its undisturbed time and what it carries."""
+
+    name: str
+    seconds: float
+    num_bytes: int
+    wire_bytes_per_gpu: float
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One optimizer step of a GPU at nominal speed.
+
+    Attributes:
+        forward, backward: of one micro-batch, in execution order. `Work.bucket` counts only in the last micro-batch.
+        tail: what needs the reduced gradients: regularizer, optimizer.
+        buckets: their all-reduces, in the order in which they become ready.
+        head: collectives that the forward pass waits for (DDP's broadcast of buffers).
+        num_micro_batches: forward–backward passes per step; only the last one communicates.
+        overlap: False makes every all-reduce wait for the end of backward.
+    """
+
+    forward: tuple[Work, ...]
+    backward: tuple[Work, ...]
+    tail: tuple[Work, ...]
+    buckets: tuple[Collective, ...]
+    head: tuple[Collective, ...] = ()
+    num_micro_batches: int = 1
+    overlap: bool = True
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of computation in the step."""
+        passes = _seconds(self.forward) + _seconds(self.backward)
+        return self.num_micro_batches * passes + _seconds(self.tail)
+
+    @property
+    def communication_s(self) -> float:
+        """Seconds of undisturbed communication in the step."""
+        return sum(c.seconds for c in (*self.head, *self.buckets))
+
+    @property
+    def wire_bytes_per_gpu(self) -> float:
+        """Bytes that a GPU sends for the gradients in one step."""
+        return sum(c.wire_bytes_per_gpu for c in self.buckets)
+
+    def merged(self) -> StepPlan:
+        """The same step with as few pieces of work as the buckets allow: faster to simulate, the same times."""
+        backward: list[Work] = []
+        seconds = 0.0
+        for work in self.backward:
+            seconds += work.seconds
+            if work.bucket is not None:
+                backward.append(Work(name="backward", seconds=seconds, bucket=work.bucket))
+                seconds = 0.0
+        if seconds > 0:
+            backward.append(Work(name="backward", seconds=seconds))
+        return msgspec.structs.replace(
+            self,
+            forward=(Work(name="forward", seconds=_seconds(self.forward)),),
+            backward=tuple(backward),
+            tail=(Work(name="tail", seconds=_seconds(self.tail)),),
+        )
+
+
+class Jitter(msgspec.Struct, frozen=True, kw_only=True):
+    """Random variation of the GPUs' speed.
+
+    Attributes:
+        sigma: standard deviation of log duration, drawn anew for every GPU and step (mean duration unchanged).
+        straggler_fraction: share of GPUs that are slow for the whole run (rounded up; 0 for none).
+        straggler_slowdown: by which their computation takes longer (1.5: half as long again).
+    """
+
+    sigma: float = 0.0
+    straggler_fraction: float = 0.0
+    straggler_slowdown: float = 1.0
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One data-parallel training job.
+
+    Attributes:
+        plan: the step at nominal speed.
+        speeds: duration factor of every simulated GPU (1 = the plan's own time); equal GPUs may be one entry.
+        input_interval_s: seconds that the input pipeline needs for one GPU's mini-batch; 0: never a limit.
+        prefetch: finished mini-batches that the input pipeline may hold.
+        start_s: when the job begins.
+    """
+
+    plan: StepPlan
+    speeds: tuple[float, ...] = (1.0,)
+    input_interval_s: float = 0.0
+    prefetch: int = 2
+    start_s: float = 0.0
+
+
+class Span(msgspec.Struct, frozen=True, kw_only=True):
+    """What one GPU's stream did from `start_s` to `end_s`."""
+
+    job: int
+    gpu: int
+    stream: str
+    name: str
+    step: int
+    start_s: float
+    end_s: float
+    num_bytes: int = 0
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Means over the measured steps of one job.
+
+    `step_s` = `compute_s` + `input_wait_s` + `straggler_wait_s` + `exposed_communication_s`, where `compute_s` is the
+    mean over GPUs and `straggler_wait_s` what the slowest GPU needs beyond it. Exposed communication is everything
+    else: waiting for collectives, and what overlapping them costs the computation.
+    """
+
+    step_s: float
+    compute_s: float
+    input_wait_s: float
+    straggler_wait_s: float
+    exposed_communication_s: float
+    communication_s: float
+    wire_bytes_per_gpu: float
+    spans: tuple[Span, ...] = ()
+
+
+def simulate_steps(
+    jobs: Sequence[Job],
+    *,
+    contention: float = 0.0,
+    jitter: Jitter | None = None,
+    num_steps: int = 1,
+    num_warmup: int = 0,
+    seed: int = 0,
+    record: bool = False,
+) -> tuple[StepResult, ...]:
+    """Simulate jobs side by side and average each one's steps.
+
+    Args:
+        jobs: those that share the links; usually one.
+        contention: by which fraction computation and communication each take longer while both run.
+        jitter: random variation between GPUs and steps.
+        num_steps: measured steps of every job; jobs go on until all have finished theirs.
+        num_warmup: steps before them that are not measured.
+        seed: of every random draw; equal seeds give equal results.
+        record: keep what every stream did, piece by piece.
+
+    Raises:
+        ValueError: no jobs, a job without GPUs, no steps, or a contention outside [0, 1].
+    """
+    if not jobs or any(not job.speeds for job in jobs):
+        raise ValueError("a simulation needs at least one job with at least one GPU")
+    if num_steps < 1:
+        raise ValueError(f"{num_steps} steps; at least 1 is needed")
+    if not 0 <= contention <= 1:
+        raise ValueError(f"contention {contention}; it must lie in [0, 1]")
+    env = simpy.Environment()
+    links = _Links()
+    running = [
+        _RunningJob(
+            env,
+            index,
+            job if record else msgspec.structs.replace(job, plan=job.plan.merged()),
+            links,
+            contention=contention,
+            jitter=jitter or Jitter(),
+            last_measured=num_warmup + num_steps,
+            random=random.Random(f"{seed}/{index}"),
+            record=record,
+        )
+        for index, job in enumerate(jobs)
+    ]
+    env.run(env.all_of([job.measured for job in running]))
+    return tuple(job.result(num_warmup) for job in running)
+
+
+class _Links:
+    """The links that jobs share: every active collective gets an equal part of the bandwidth."""
+
+    def __init__(self) -> None:
+        self._active: set[int] = set()
+        self._changed: list[Callable[[], None]] = []
+
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        self._changed.append(changed)
+
+    def set_active(self, job: int, active: bool) -> None:
+        if active:
+            self._active.add(job)
+        else:
+            self._active.discard(job)
+        for changed in self._changed:
+            changed()
+
+
+class _Step:
+    """What the GPUs of a job wait for and leave behind in one step."""
+
+    def __init__(self, env: simpy.Environment, num_gpus: int, plan: StepPlan) -> None:
+        self.missing = [num_gpus] * (len(plan.head) + len(plan.buckets))
+        self.ready = [env.event() for _ in self.missing]
+        self.head_done = env.event()
+        self.reduced = env.event()
+        self.in_backward = 0
+        self.still_running = num_gpus
+        self.ended_s = 0.0
+        self.compute_s = self.slowest_s = self.input_wait_s = 0.0
+
+    def arrive(self, collective: int) -> None:
+        self.missing[collective] -= 1
+        if not self.missing[collective]:
+            self.ready[collective].succeed()
+
+
+class _RunningJob:
+    """A job in the simulation: its GPUs' processes and its communication stream."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        index: int,
+        job: Job,
+        links: _Links,
+        *,
+        contention: float,
+        jitter: Jitter,
+        last_measured: int,
+        random: random.Random,
+        record: bool,
+    ) -> None:
+        self.env, self.index, self.job, self.plan = env, index, job, job.plan
+        self.links, self.contention, self.jitter, self.random = links, contention, jitter, random
+        self.last_measured = last_measured
+        self.measured = env.event()
+        self.compute = WorkClock(env)
+        self.transfer = WorkClock(env)
+        self.communicating = False
+        self.num_computing = 0  # GPUs in a backward pass that overlaps communication
+        self.spans: list[Span] | None = [] if record else None
+        self.steps: list[_Step] = []
+        self.speeds = self._with_stragglers(job.speeds)
+        links.watch(self._set_transfer_rate)
+        env.process(self._stream())
+        for gpu, speed in enumerate(self.speeds):
+            env.process(self._gpu(gpu, speed))
+
+    def _with_stragglers(self, speeds: tuple[float, ...]) -> tuple[float, ...]:
+        number = -int(-self.jitter.straggler_fraction * len(speeds) // 1)
+        slow = set(self.random.sample(range(len(speeds)), min(number, len(speeds))))
+        return tuple(s * (self.jitter.straggler_slowdown if i in slow else 1.0) for i, s in enumerate(speeds))
+
+    def _step(self, number: int) -> _Step:
+        while len(self.steps) <= number:
+            self.steps.append(_Step(self.env, len(self.speeds), self.plan))
+        return self.steps[number]
+
+    def _draw(self) -> float:
+        sigma = self.jitter.sigma
+        return self.random.lognormvariate(-0.5 * sigma * sigma, sigma) if sigma else 1.0
+
+    def _gpu(self, gpu: int, speed: float) -> Process:
+        plan, env = self.plan, self.env
+        if self.job.start_s:
+            yield env.timeout(self.job.start_s)
+        batches = self._start_input() if self.job.input_interval_s else None
+        number = 0
+        while not self.measured.triggered:
+            step = self._step(number)
+            factor = speed * self._draw()
+            if batches is not None:
+                waited_from = env.now
+                yield batches.get()
+                step.input_wait_s = max(step.input_wait_s, env.now - waited_from)
+            if plan.head:
+                step.arrive(0)
+                yield step.head_done
+            for micro_batch in range(plan.num_micro_batches):
+                last = micro_batch == plan.num_micro_batches - 1
+                yield from self._work(gpu, number, plan.forward, factor)
+                if not last:
+                    yield from self._work(gpu, number, plan.backward, factor)
+                    continue
+                self._enter_backward()
+                for work in plan.backward:
+                    yield from self._work(gpu, number, (work,), factor)
+                    if work.bucket is not None and plan.overlap:
+                        step.arrive(len(plan.head) + work.bucket)
+                self._leave_backward()
+                if not plan.overlap:
+                    for bucket in range(len(plan.buckets)):
+                        step.arrive(len(plan.head) + bucket)
+            if plan.buckets:
+                yield step.reduced
+            yield from self._work(gpu, number, plan.tail, factor)
+            self._finish(number, plan.compute_s * factor)
+            number += 1
+
+    def _start_input(self) -> simpy.Store:
+        batches = simpy.Store(self.env, capacity=self.job.prefetch)
+
+        def load() -> Process:
+            while not self.measured.triggered:
+                yield self.env.timeout(self.job.input_interval_s)
+                yield batches.put(None)
+
+        self.env.process(load())
+        return batches
+
+    def _work(self, gpu: int, step: int, pieces: Sequence[Work], factor: float) -> Process:
+        for work in pieces:
+            start = self.env.now
+            yield self.compute.after(work.seconds * factor)
+            if self.spans is not None and work.seconds:
+                self._record(gpu, "compute", work.name, step, start)
+
+    def _finish(self, number: int, compute_s: float) -> None:
+        step = self.steps[number]
+        step.compute_s += compute_s / len(self.speeds)
+        step.slowest_s = max(step.slowest_s, compute_s)
+        step.still_running -= 1
+        if not step.still_running:
+            step.ended_s = self.env.now
+            if number == self.last_measured - 1:
+                self.measured.succeed()
+
+    def _stream(self) -> Process:
+        number = 0
+        while not self.measured.triggered:
+            step, num_head = self._step(number), len(self.plan.head)
+            collectives = (*self.plan.head, *self.plan.buckets)
+            if not collectives:
+                return
+            for i, collective in enumerate(collectives):
+                if i == 0 or i >= num_head:
+                    if not step.ready[i].triggered:
+                        self._set_communicating(False)
+                    yield step.ready[i]
+                self._set_communicating(True)
+                start = self.env.now
+                yield self.transfer.after(collective.seconds)
+                if self.spans is not None:
+                    for gpu in range(len(self.speeds)):
+                        self._record(gpu, "communication", collective.name, number, start, collective.num_bytes)
+                if i == num_head - 1:
+                    self._set_communicating(False)
+                    step.head_done.succeed()
+            self._set_communicating(False)
+            step.reduced.succeed()
+            number += 1
+
+    def _set_communicating(self, communicating: bool) -> None:
+        if communicating == self.communicating:
+            return
+        self.communicating = communicating
+        self.compute.set_rate(1 / (1 + self.contention) if communicating else 1.0)
+        self.links.set_active(self.index, communicating)
+
+    def _set_transfer_rate(self) -> None:
+        slowdown = 1 + self.contention if self.num_computing else 1.0
+        self.transfer.set_rate(1 / (slowdown * max(1, self.links.num_active)))
+
+    def _enter_backward(self) -> None:
+        self.num_computing += 1
+        if self.num_computing == 1:
+            self._set_transfer_rate()
+
+    def _leave_backward(self) -> None:
+        self.num_computing -= 1
+        if not self.num_computing:
+            self._set_transfer_rate()
+
+    def _record(self, gpu: int, stream: str, name: str, step: int, start: float, num_bytes: int = 0) -> None:
+        assert self.spans is not None
+        self.spans.append(
+            Span(
+                job=self.index,
+                gpu=gpu,
+                stream=stream,
+                name=name,
+                step=step,
+                start_s=start,
+                end_s=self.env.now,
+                num_bytes=num_bytes,
+            )
+        )
+
+    def result(self, num_warmup: int) -> StepResult:
+        """Means over the steps after the warm-up."""
+        measured = self.steps[num_warmup : self.last_measured]
+        begin = self.steps[num_warmup - 1].ended_s if num_warmup else self.job.start_s
+        n = len(measured)
+        step_s = (measured[-1].ended_s - begin) / n
+        compute_s = sum(step.compute_s for step in measured) / n
+        slowest_s = sum(step.slowest_s for step in measured) / n
+        input_wait_s = sum(step.input_wait_s for step in measured) / n
+        return StepResult(
+            step_s=step_s,
+            compute_s=compute_s,
+            input_wait_s=input_wait_s,
+            straggler_wait_s=slowest_s - compute_s,
+            exposed_communication_s=max(0.0, step_s - slowest_s - input_wait_s),
+            communication_s=self.plan.communication_s,
+            wire_bytes_per_gpu=self.plan.wire_bytes_per_gpu,
+            spans=tuple(self.spans or ()),
+        )
+
+
+def _seconds(pieces: Sequence[Work]) -> float:
+    return sum(work.seconds for work in pieces)
