@@ -1,0 +1,84 @@
+"""How much arithmetic is one image, forward and backward, in ptsim's and in the paper's way of counting?
+
+One MAC is one multiply–accumulate, 2 FLOPs. Only products count: convolutions, linear layers, matrix products. What
+the other layers cost is memory traffic (`costs.traffic`). The two conventions are those of METHOD.md §6:
+
+* exact: backward repeats the forward MACs once for the weights' gradient and once for the inputs', where one is needed;
+* paper: the PruneTrain authors' script, which counts the input gradient at padded *input* resolution, for strided
+  layers and for the first layer too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from ptsim.network import Layer, LayerKind, Network
+
+Convention = Literal["exact", "paper"]
+PRODUCTS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
+
+
+class LayerMacs(msgspec.Struct, frozen=True, kw_only=True):
+    """Multiply–accumulates of one layer for one image."""
+
+    forward: int
+    weight_gradient: int
+    input_gradient: int
+
+    @property
+    def backward(self) -> int:
+        """Both gradients."""
+        return self.weight_gradient + self.input_gradient
+
+    @property
+    def training(self) -> int:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+def layer_macs(layer: Layer, convention: Convention = "exact") -> LayerMacs:
+    """What `layer` computes for one image; all 0 for a layer without products.
+
+    Raises:
+        ValueError: the convention is neither "exact" nor "paper".
+    """
+    if convention not in ("exact", "paper"):
+        raise ValueError(f"convention is {convention!r}, expected 'exact' or 'paper'")
+    if layer.kind not in PRODUCTS:
+        return LayerMacs(forward=0, weight_gradient=0, input_gradient=0)
+    forward = layer.forward_macs
+    if convention == "exact":
+        return LayerMacs(
+            forward=forward,
+            weight_gradient=forward if layer.weight_needs_gradient else 0,
+            input_gradient=forward if layer.input_needs_gradient else 0,
+        )
+    return LayerMacs(forward=forward, weight_gradient=forward, input_gradient=_paper_input_gradient(layer))
+
+
+def inference_macs(network: Network, convention: Convention = "exact") -> int:
+    """Forward MACs of one image in evaluation mode; the conventions agree here. Auxiliary heads do not run."""
+    return sum(layer_macs(layer, convention).forward for layer in network.layers if not layer.training_only)
+
+
+def training_macs(network: Network, convention: Convention = "exact") -> int:
+    """Forward and backward MACs of one image in training, auxiliary heads included."""
+    return sum(layer_macs(layer, convention).training for layer in network.layers)
+
+
+def _paper_input_gradient(layer: Layer) -> int:
+    """(H + pad)²·K·R·S·C for a convolution of square images; a linear layer's third K·C."""
+    if layer.kind is not LayerKind.CONV or not layer.input_shapes:
+        return layer.forward_macs
+    kernel = layer.kernel_size
+    if kernel == (1, 1):
+        pad = 0
+    elif kernel == (7, 7) and not layer.input_needs_gradient:  # the stem
+        pad = 3
+    else:
+        pad = 2
+    pixels = math.prod(size + pad for size in layer.input_shapes[0][1:])
+    return pixels * layer.out_channels * math.prod(kernel) * (layer.in_channels // layer.groups)
