@@ -60,12 +60,14 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             without products fvcore's element-wise operation count (1 per output element and operation).
         input_needs_gradient: False where no gradient flows into the input (the first layer), so that the
             backward pass computes only the weight gradient.
+        weight_needs_gradient: False where the layer has weights and all of them are frozen.
         inplace: the operator overwrites its input, so its output needs no memory of its own.
         view: the output is the input's memory under another shape; nothing moves.
         training_only: evaluation does not run it (an auxiliary head), so it is no part of inference.
         saved_elements: floating-point elements that autograd newly keeps for backward per image. A tensor that
             several operators keep is counted once, at the first in execution order; parameters are not counted.
         saved_other_bytes: bytes of other kinds kept per image (pooling indices, dropout masks).
+        output_saved: some layer keeps this layer's output for backward, so that it outlives the forward pass.
         saved_fixed_bytes: bytes kept that do not grow with the mini-batch (BatchNorm's batch statistics).
     """
 
@@ -85,12 +87,14 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     num_parameters: int = 0
     forward_macs: int = 0
     input_needs_gradient: bool = True
+    weight_needs_gradient: bool = True
     inplace: bool = False
     view: bool = False
     training_only: bool = False
     saved_elements: int = 0
     saved_other_bytes: int = 0
     saved_fixed_bytes: int = 0
+    output_saved: bool = False
 
     @property
     def input_elements(self) -> int:

@@ -17,7 +17,7 @@ from ptsim.capture.counts import forward_macs
 from ptsim.capture.graph import evaluation_mode, symbolic_graph
 from ptsim.capture.kinds import geometry, kind_and_op
 from ptsim.capture.rehearsal import Rehearsal, Shape, Step, rehearse
-from ptsim.network import Layer, Network, Parameter
+from ptsim.network import Layer, LayerKind, Network, Parameter
 
 _BATCHES = (2, 3)  # two sizes tell what scales; not 1, which BatchNorm refuses in training
 
@@ -45,6 +45,7 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
         kind, op = kind_and_op(node, graph, counts)
         inputs, output = _image_shapes(step, large.steps[node.name])
         elements, fixed_bytes, other_bytes = _saved(step, large.steps[node.name])
+        takes_weight = kind in (LayerKind.CONV, LayerKind.LINEAR)  # a second input is a weight made by other nodes
         owned = {small.model.get_parameter(p) for p, at in owners.items() if at is node}
         layers.append(
             Layer(
@@ -56,13 +57,16 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
                 **geometry(node, graph, step, op, inputs, output),
                 num_parameters=sum(p.numel() for p in owned if p.requires_grad),
                 forward_macs=round(sum(counts.values())),
-                input_needs_gradient=step.input_needs_gradient,
+                input_needs_gradient=any(step.needs_gradient[:1] if takes_weight else step.needs_gradient),
+                weight_needs_gradient=step.weights_need_gradient is not False
+                or (takes_weight and any(step.needs_gradient[1:])),
                 inplace=step.inplace,
                 view=step.view,
                 training_only=node in auxiliary,
                 saved_elements=elements,
                 saved_other_bytes=other_bytes,
                 saved_fixed_bytes=fixed_bytes,
+                output_saved=step.output_saved,
             )
         )
     return Network(

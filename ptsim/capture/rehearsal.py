@@ -30,22 +30,27 @@ class Step:
         arguments, keywords: of the call, with a `torch.Size` in place of every tensor.
         inputs: shapes of the tensors that other nodes handed over; parameters and buffers are not among them.
         outputs: shapes of what it returned; empty for a node that returns no tensor.
+        needs_gradient: of each input.
+        weights_need_gradient: of the module's parameters, or of those that the call takes; None where there are none.
         works: False for a node that hands an input on, such as Identity or a tuple's item.
         saved_elements, saved_bytes: floating-point elements, their bytes, that autograd newly keeps.
         saved_other_bytes: bytes of other kinds.
+        output_saved: some node keeps what this one returned.
     """
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...] = ()
+    needs_gradient: tuple[bool, ...] = ()
+    weights_need_gradient: bool | None = None
     works: bool = False
-    input_needs_gradient: bool = False
     inplace: bool = False
     view: bool = False
     saved_elements: int = 0
     saved_bytes: int = 0
     saved_other_bytes: int = 0
+    output_saved: bool = False
 
 
 @dataclasses.dataclass
@@ -81,6 +86,7 @@ def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *,
         with naming_the_image(model, input_shape):
             with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
                 outputs = _tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype)))
+            watcher.finish()
             ready = _gradient_order(twin, outputs)
     return Rehearsal(twin, graph, watcher.steps, ready)
 
@@ -93,14 +99,17 @@ class _Watcher(fx.Interpreter):
         self.steps: dict[str, Step] = {}
         self._current: Step | None = None
         own = [*model.parameters(), *model.buffers()]
-        # Held, so that no address is used twice.
+        # Storages are held, so that no address is used twice.
+        self._returned: dict[str, list[torch.UntypedStorage]] = {}
         self._seen = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in own}
 
     def run_node(self, n: fx.Node) -> Any:
         handed = [value for at in n.all_input_nodes if at.op != "get_attr" for value in _tensors(self.env[at])]
         arguments, keywords = pytree.tree_map_only(Tensor, Tensor.size, self.fetch_args_kwargs_from_env(n))
         step = Step(arguments, keywords, tuple(tuple(t.shape) for t in handed))
-        step.input_needs_gradient = any(t.requires_grad for t in handed)
+        step.needs_gradient = tuple(t.requires_grad for t in handed)
+        if weights := self._weights(n):
+            step.weights_need_gradient = any(p.requires_grad for p in weights)
         versions = [t._version for t in handed]
         storages = {t.untyped_storage()._cdata for t in handed}
         self._current = step
@@ -113,7 +122,18 @@ class _Watcher(fx.Interpreter):
             step.works = bool(given) and (step.inplace or not all(any(t is h for h in handed) for t in given))
             step.view = not step.inplace and all(t.untyped_storage()._cdata in storages for t in given)
             self.steps[n.name] = step
+            self._returned[n.name] = [t.untyped_storage() for t in given]
         return result
+
+    def finish(self) -> None:
+        """Once everything has run: which outputs are kept."""
+        for name, storages in self._returned.items():
+            self.steps[name].output_saved = any(s._cdata in self._seen for s in storages)
+
+    def _weights(self, n: fx.Node) -> list[nn.Parameter]:
+        if n.op == "call_module":
+            return list(self.fetch_attr(str(n.target)).parameters())
+        return [p for at in n.all_input_nodes if at.op == "get_attr" and isinstance(p := self.env[at], nn.Parameter)]
 
     def keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -7,7 +7,6 @@ normalise in, out) and 5 backward (x and dy for the reductions; x, dy in, dx out
 
 from __future__ import annotations
 
-
 import msgspec
 
 from ptsim.network import Layer, LayerKind, Network
