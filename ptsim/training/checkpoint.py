@@ -157,8 +157,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         FileFormatError: missing, broken, or of a newer format.
     """
-    file = folder / _META
-    content = _read(file)
+    return parse_checkpoint(folder / _META, _read(folder / _META))
+
+
+def parse_checkpoint(file: Path, content: bytes) -> Checkpoint:
+    """The same from the file's content."""
     try:
         checkpoint = msgspec.json.decode(content, type=Checkpoint)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -1,0 +1,48 @@
+"""How does Ctrl-C reach a training loop? As a wish that the loop grants between two iterations."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Interruption:
+    """Remembers that the user (SIGINT) or the scheduler (SIGTERM) wants the run to end."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+
+    def stop_if_asked(self) -> None:
+        """Raise if the run is to end.
+
+        Raises:
+            KeyboardInterrupt: with the signal's name.
+        """
+        if self.asked is not None:
+            raise KeyboardInterrupt(self.asked)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.asked is not None:  # asked twice: at once
+            raise KeyboardInterrupt(self.asked)
+        self.asked = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Interruption]:
+    """Inside, the first SIGINT or SIGTERM is only noted; the second interrupts at once.
+
+    Python delivers signals to the main thread only; in another thread nothing is changed.
+    """
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
+    before = {number: signal.signal(number, interruption._note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

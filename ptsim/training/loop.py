@@ -1,0 +1,573 @@
+"""How a run goes from its configuration to its trace: start or resume, epochs, reconfigurations, checkpoints, end."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import nn
+
+from ptsim import zoo
+from ptsim.capture.network import capture_network
+from ptsim.errors import FileFormatError, PtsimError, TrainingError, UsageError
+from ptsim.measure.nvml import open_meter
+from ptsim.measure.profile import profile_network
+from ptsim.measure.timers import StepTimer
+from ptsim.network import Network, Precision
+from ptsim.prune.density import channel_maxima, layer_densities
+from ptsim.trace.schema import End, Epoch, LayerDensity, Reconfiguration
+from ptsim.training import checkpoint as store
+from ptsim.training.checkpoint import Checkpoint, Totals
+from ptsim.training.config import Config, from_recorded, make_config, read_config, resolve, to_toml
+from ptsim.training.data import load_data
+from ptsim.training.distributed import CommunicationMeter, Team, join_team, restarted
+from ptsim.training.interruption import Interruption, interruptible
+from ptsim.training.minibatch import grown_batch, learning_rate_scale
+from ptsim.training.progress import Bars, Reporter, Silent
+from ptsim.training.recipe import Recipe, check_fits, takes_in_channels
+from ptsim.training.recorder import Recorder, run_record
+from ptsim.training.schedule import EpochPlan, plan
+from ptsim.training.state import State, load_weights, pruned_network
+from ptsim.training.step import Sums, train_epoch, validate
+from ptsim.training.wrapping import wrap
+
+_VALIDATION_BATCH = 128  # at least; evaluation keeps nothing for backward
+_CONFIG, _TRACE, _CHECKPOINTS = "config.toml", "trace.jsonl", "checkpoints"
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What a finished run leaves behind.
+
+    Attributes:
+        folder: the run folder; `trace` and checkpoints lie in it.
+        final_accuracy: on the whole validation set, of the network as it is handed over.
+        penalty_coefficient: λ; 0 for a dense run.
+    """
+
+    folder: Path
+    trace: Path
+    epochs: int
+    final_accuracy: float
+    penalty_coefficient: float
+
+
+def train(
+    config: Config | Mapping[str, Any] | str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    progress: bool = False,
+) -> Result:
+    """Train a network, dense or with PruneTrain, and record the run.
+
+    Args:
+        config: a configuration, its settings, or the path of a TOML file; None with `resume`.
+        out: the run folder to make; None is `runs/MODEL-DATASET-rRATIO-sSEED`.
+        resume: the run folder to go on with, from its last checkpoint.
+        progress: show bars on stderr.
+
+    Raises:
+        UsageError: a wrong setting, missing data, or an `out` that holds another run.
+        UnsupportedModelError: the model cannot be traced or pruned.
+        TrainingError: the loss became NaN, the disk is full, a rank is lost. The last checkpoint is whole.
+        KeyboardInterrupt: after SIGINT or SIGTERM; the trace ends "interrupted" and the run can be resumed.
+    """
+    if resume is not None:
+        if config is not None or out is not None:
+            raise UsageError("a resumed run takes its configuration and its folder from the run; give nothing else")
+        folder = Path(resume)
+        config = recorded_config(folder)
+    else:
+        if not isinstance(config, Config):
+            settings = read_config(config) if isinstance(config, str | Path) else config or {}
+            config = make_config(settings)
+        folder = Path(out) if out is not None else default_folder(config)
+    with join_team(config.device) as team, interruptible() as interruption:
+        config = resolve(config, device=str(team.device))
+        going_on = resume is not None or team.from_leader(lambda: _goes_on(folder, config)) == b"yes"
+        devices = [team.device] if team.device.type == "cuda" else []
+        reporter: Reporter = Bars() if progress and team.leads else Silent()
+        with torch.random.fork_rng(devices=devices), _device_settings(), reporter:
+            trainer = Trainer(config, folder, team, interruption, reporter)
+            return trainer.run(resume=going_on)
+
+
+def load_model(run: str | Path, epoch: int | None = None) -> nn.Module:
+    """The network that a run had after `epoch` (from 0; None: the last stored one), with its weights, ready to use.
+
+    It is in evaluation mode on the CPU; images must be normalised as `load_normalization` says. Rebuilt from the
+    model's name; only a model from a user's file needs that file.
+
+    Raises:
+        UsageError: no such run, or an epoch that is not stored; lists those that are.
+        FileFormatError: a damaged checkpoint, or a pickle in its place.
+    """
+    path = store.Folder(_run_folder(run) / _CHECKPOINTS).of_epoch(epoch)
+    description = store.read_checkpoint(path)
+    with torch.random.fork_rng(devices=[]):
+        model = pruned_network(description.recipe, description.structure)
+    load_weights(model, store.read_weights(path))
+    return model.eval()
+
+
+def recorded_config(folder: Path) -> Config:
+    """The configuration of the run in `folder`.
+
+    Raises:
+        UsageError: there is no run.
+        FileFormatError: its configuration is damaged.
+    """
+    return from_recorded(read_config(_run_folder(folder) / _CONFIG))
+
+
+def default_folder(config: Config) -> Path:
+    """Where a run goes when nobody says."""
+    model = config.model.replace("/", "_").replace(":", "-")
+    return Path("runs") / f"{model}-{config.dataset}-r{config.penalty_ratio:g}-s{config.seed}"
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(
+        self, config: Config, folder: Path, team: Team, interruption: Interruption, reporter: Reporter
+    ) -> None:
+        """Loads the data and builds the model; nothing is written yet.
+
+        Raises:
+            UsageError, UnsupportedModelError: see `train`.
+        """
+        self.config, self.folder, self.team = config, folder, team
+        self.interruption, self.reporter = interruption, reporter
+        self.checkpoints = store.Folder(folder / _CHECKPOINTS)
+        self.meter = open_meter(team.device)
+        self.plans = plan(config)
+        _check_team(config, team)
+        entry = zoo.find(config.model)
+        any_channels = takes_in_channels(entry)
+        self.data = load_data(config, input_shape=entry.input_shape, any_channels=any_channels, device=team.device)
+        dataset = self.data.dataset
+        self.recipe = Recipe(
+            model=config.model,
+            num_classes=dataset.num_classes,
+            in_channels=dataset.input_shape[0] if any_channels else None,
+            input_shape=dataset.input_shape,
+        )
+        torch.manual_seed(config.seed)
+        model = self.recipe.build()
+        check_fits(model, self.recipe)
+        if config.sync_batch_norm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.state = State(config, self.recipe, model, team.device)
+        self.network = self._captured()
+        self.initial = _extent(self.network, layer_densities(self.state.model, config.threshold), dense=True)
+        self.totals = Totals()
+        self.recorder: Recorder | None = None
+
+    def run(self, *, resume: bool) -> Result:
+        """Train from where the run stands to its last epoch."""
+        with contextlib.ExitStack() as stack:
+            if resume:
+                self._resume()
+            if self.state.next_epoch == len(self.plans) and resume:
+                return self._result()
+            if self.team.leads:
+                if not resume:
+                    make_run_folder(self.folder, self.config)
+                self.recorder = stack.enter_context(self._open_recorder())
+            self._session_start = time.perf_counter()
+            try:
+                self._train()
+            except KeyboardInterrupt as stopped:
+                self._end("interrupted", str(stopped) or "SIGINT")
+                raise
+            except PtsimError as error:
+                self._end("failed", error.message)
+                raise
+        return self._result()
+
+    def _train(self) -> None:
+        if self.state.next_epoch == 0:
+            self._describe_architecture()
+            self._save(keep=False)
+        self._wrap()
+        self.reporter.begin(self.folder.name, len(self.plans), self.state.next_epoch)
+        for epoch_plan in self.plans[self.state.next_epoch :]:
+            self._epoch(epoch_plan)
+        self._end("clean", None)
+
+    def _epoch(self, epoch_plan: EpochPlan) -> None:
+        """Train and validate one epoch, prune if it is time, and store the state."""
+        state, team = self.state, self.team
+        epoch = epoch_plan.epoch
+        # Random numbers of an epoch depend on (seed, epoch, rank) alone, so a checkpoint needs no generator's state.
+        torch.manual_seed((self.config.seed * 1_000_003 + epoch) * 1_000_003 + team.rank + 1)
+        state.set_learning_rate(epoch_plan.learning_rate)
+        if team.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(team.device)
+        communication = CommunicationMeter(self.module)
+        self.meter.start()
+        timer = StepTimer(team.device)
+        num_iterations = self.data.dataset.num_train // state.batch
+        batches = self.data.training_batches(epoch, state.batch, team.share)
+        trained = train_epoch(
+            state,
+            self.module,
+            self.reporter.track(batches, num_iterations),
+            epoch_plan,
+            team=team,
+            timer=timer,
+            stop_if_asked=self.interruption.stop_if_asked,
+        )
+        seconds, steps = timer.finish()
+        use = self.meter.stop()
+        peak_bytes = torch.cuda.max_memory_allocated(team.device) if team.device.type == "cuda" else None
+        team.average_buffers(state.model)
+        state.copy_buffers_to_average()
+        validated, validation_s = self._validated()
+        state.validation_accuracy = validated.accuracy
+        densities = layer_densities(state.model, self.config.threshold)
+        channels, weights = _extent(self.network, densities)
+        gradient_bytes = self.network.num_parameters * 4 if team.world_size > 1 else 0
+        coefficient = (state.penalty_coefficient or 0.0) if epoch_plan.regularized else 0.0
+        record = Epoch(
+            epoch=epoch,
+            architecture=self.network.id,
+            batch_per_gpu=state.batch // team.world_size,
+            world_size=team.world_size,
+            learning_rate=state.optimizer.param_groups[0]["lr"],
+            num_iterations=trained.num_iterations,
+            num_images=trained.num_images,
+            penalty_coefficient=coefficient,
+            train_loss=trained.loss,
+            penalty=coefficient * float(state.lasso.penalty()),
+            train_accuracy=trained.accuracy,
+            validation_loss=validated.loss,
+            validation_accuracy=validated.accuracy,
+            channel_sparsity=1 - channels / self.initial[0],
+            weight_sparsity=1 - weights / self.initial[1],
+            time=msgspec.structs.replace(
+                seconds,
+                validation_s=validation_s,
+                exposed_communication_s=communication.exposed_s(trained.num_iterations),
+            ),
+            step=steps,
+            allreduce_bytes=gradient_bytes * trained.num_iterations,
+            peak_memory_bytes=peak_bytes,
+            device=use,
+            densities=densities,
+            channel_maxima=channel_maxima(state.model) if self.config.record_channel_maxima else None,
+        )
+        self._record(record)
+        self.reporter.epoch(record)
+        energy_j = None if use is None or use.energy_j is None else (self.totals.energy_j or 0.0) + use.energy_j
+        self.totals = Totals(
+            wall_s=self.totals.wall_s,
+            num_iterations=self.totals.num_iterations + trained.num_iterations,
+            energy_j=energy_j,
+        )
+        self.interruption.stop_if_asked()
+        if epoch_plan.reconfigures:
+            self._reconfigure(epoch_plan)
+        state.next_epoch = epoch + 1
+        last = state.next_epoch == len(self.plans)
+        self._save(keep=last or epoch_plan.reconfigures or state.next_epoch % self.config.keep_every == 0)
+
+    def _reconfigure(self, epoch_plan: EpochPlan) -> None:
+        """Prune the network; let the mini-batch grow into the freed memory; describe what came out."""
+        state, team = self.state, self.team
+        before, batch_before = self.network, state.batch // team.world_size
+        start = time.perf_counter()
+        surgery = state.prune()
+        team.agree("what to prune", msgspec.json.encode(state.structure()))
+        predicted_bytes = None
+        if surgery.changed:
+            self.network = self._captured()
+        if self.config.dynamic_batch:
+            growth = grown_batch(
+                self.network,
+                self.config,
+                batch_per_gpu=batch_before,
+                world_size=team.world_size,
+                num_train=self.data.dataset.num_train,
+                capacity_bytes=self._capacity_bytes(),
+            )
+            predicted_bytes = growth.predicted_memory_bytes
+            self._set_batch(growth.batch_per_gpu * team.world_size)
+        if surgery.changed or state.batch != batch_before * team.world_size:
+            self._wrap()
+        if team.device.type == "cuda":
+            torch.cuda.synchronize(team.device)
+        duration_s = time.perf_counter() - start
+        last = epoch_plan.epoch + 1 == len(self.plans)
+        if last and surgery.changed:  # no epoch will judge what is handed over
+            validated, _ = self._validated()
+            state.validation_accuracy = validated.accuracy
+        if self.recorder is not None:
+            self.recorder.architecture(self.network)
+        record = Reconfiguration(
+            epoch=epoch_plan.epoch,
+            before=before.id,
+            after=self.network.id,
+            channels_removed=surgery.channels_removed,
+            layers_removed=tuple(surgery.layers_removed),
+            duration_s=duration_s,
+            batch_before=batch_before,
+            batch_after=state.batch // team.world_size,
+            learning_rate_scale=state.learning_rate_scale,
+            predicted_memory_bytes=predicted_bytes,
+            notes=tuple(surgery.notes),
+        )
+        self._record(record)
+        self.reporter.reconfigured(record)
+        if surgery.changed and not last:
+            self._profile()
+
+    def _validated(self) -> tuple[Sums, float]:
+        start = time.perf_counter()
+        batch = max(_VALIDATION_BATCH, self.state.batch // self.team.world_size)
+        sums = validate(self.state, self.data.validation_batches(batch, self.team.share), team=self.team)
+        return sums, time.perf_counter() - start
+
+    def _describe_architecture(self) -> None:
+        """The first architecture and its profile."""
+        if self.recorder is not None and self.recorder.architecture(self.network):
+            self._profile()
+
+    def _profile(self) -> None:
+        """Measure the present architecture layer by layer, on rank 0."""
+        if self.recorder is None or not self.config.profile:
+            return
+        state = self.state
+        coefficient = state.penalty_coefficient or 0.0
+        profile = profile_network(
+            state.model,
+            self.network,
+            batch=state.batch // self.team.world_size,
+            precision=self.config.precision,
+            memory_format=self.config.memory_format,
+            optimizer=state.optimizer,
+            regularizer=functools.partial(state.lasso.add_gradient, coefficient) if self.config.regularized else None,
+            device=self.team.device,
+        )
+        self._record(profile)
+
+    def _captured(self) -> Network:
+        return capture_network(
+            self.state.model,
+            name=self.config.model,
+            input_shape=self.recipe.input_shape,
+            num_classes=self.recipe.num_classes,
+        )
+
+    def _wrap(self) -> None:
+        self.module = wrap(self.state.model, self.config, self.team)
+
+    def _set_batch(self, batch: int) -> None:
+        self.state.batch = batch
+        self.state.learning_rate_scale = learning_rate_scale(self.config.batch, batch, self.config.lr_rule)
+
+    def _capacity_bytes(self) -> int:
+        return self.config.memory_budget_bytes or self.meter.info().memory_bytes
+
+    def _record(self, record: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.write(record)
+
+    def _save(self, *, keep: bool) -> None:
+        """Store the state; the loop's own random numbers need no place in it."""
+        if self.recorder is None:
+            return
+        state = self.state
+        now = time.perf_counter()
+        self.totals = msgspec.structs.replace(self.totals, wall_s=self.totals.wall_s + now - self._session_start)
+        self._session_start = now
+        description = Checkpoint(
+            recipe=self.recipe,
+            normalization=self.data.normalization,
+            next_epoch=state.next_epoch,
+            structure=state.structure(),
+            architecture=self.network.id,
+            penalty_coefficient=state.penalty_coefficient,
+            batch=state.batch,
+            learning_rate_scale=state.learning_rate_scale,
+            validation_accuracy=state.validation_accuracy,
+            initial_channels=self.initial[0],
+            initial_weights=self.initial[1],
+            optimizer=state.optimizer_scalars(),
+            scaler=state.scaler.state_dict(),
+            trace_bytes=self.recorder.num_bytes,
+            totals=self.totals,
+        )
+        self.checkpoints.save(description, state.weights(), state.more_tensors(), keep=keep)
+
+    def _resume(self) -> None:
+        """Take over the newest checkpoint; without one the run begins anew in its folder."""
+        content = self.team.from_leader(self._newest_checkpoint)
+        if not content:
+            return
+        description_json, weights, more = msgspec.msgpack.decode(content, type=tuple[bytes, bytes, bytes])
+        place = self.checkpoints.path
+        stored = store.parse_checkpoint(place, description_json)
+        model = pruned_network(stored.recipe, stored.structure)
+        if self.config.sync_batch_norm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.state = state = State(self.config, self.recipe, model, self.team.device)
+        state.load(
+            store.parse_tensors(place, weights), store.parse_tensors(place, more), stored.optimizer, stored.scaler
+        )
+        state.next_epoch = stored.next_epoch
+        state.penalty_coefficient = stored.penalty_coefficient
+        state.batch, state.learning_rate_scale = stored.batch, stored.learning_rate_scale
+        state.validation_accuracy = stored.validation_accuracy
+        self.initial = stored.initial_channels, stored.initial_weights
+        self.totals = stored.totals
+        self.network = self._captured()
+        if self.network.id != stored.architecture:
+            raise FileFormatError(
+                place, f"the restored network is {self.network.id}, the checkpoint is of {stored.architecture}"
+            )
+        self._resumed_from: Checkpoint | None = stored
+
+    def _newest_checkpoint(self) -> bytes:
+        newest = self.checkpoints.newest()
+        return b"" if newest is None else msgspec.msgpack.encode(store.read_state_bytes(newest))
+
+    _resumed_from: Checkpoint | None = None
+
+    def _open_recorder(self) -> Recorder:
+        path = self.folder / _TRACE
+        if self._resumed_from is not None:
+            return Recorder(path, keep_bytes=self._resumed_from.trace_bytes)
+        recorder = Recorder(path)
+        recorder.write(
+            run_record(
+                self.config,
+                dataset=self.data.dataset,
+                device=self.meter.info(),
+                world_size=self.team.world_size,
+                backend=self.team.backend,
+            )
+        )
+        return recorder
+
+    def _end(self, status: Literal["clean", "interrupted", "failed"], reason: str | None) -> None:
+        if self.recorder is None:
+            return
+        record = End(
+            status=status,
+            reason=reason,
+            epochs=self.state.next_epoch,
+            final_accuracy=self.state.validation_accuracy,
+            wall_s=self.totals.wall_s + time.perf_counter() - self._session_start,
+            num_iterations=self.totals.num_iterations,
+            energy_j=self.totals.energy_j,
+        )
+        if status == "clean":
+            self.recorder.write(record)
+        else:
+            self.recorder.fail(record)
+
+    def _result(self) -> Result:
+        assert self.state.validation_accuracy is not None, "a run has at least one epoch"
+        return Result(
+            folder=self.folder,
+            trace=self.folder / _TRACE,
+            epochs=self.state.next_epoch,
+            final_accuracy=self.state.validation_accuracy,
+            penalty_coefficient=self.state.penalty_coefficient or 0.0,
+        )
+
+
+def make_run_folder(folder: Path, config: Config) -> None:
+    """Make the run folder with its configuration, in one step.
+
+    Raises:
+        UsageError: there is something in it already.
+        TrainingError: it cannot be written.
+    """
+    refuse_used_folder(folder)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    with store.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        store.write_atomically(unfinished / _CONFIG, to_toml(config).encode())
+        unfinished.replace(folder)
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """Make sure that `folder` is empty or not there.
+
+    Raises:
+        UsageError: it holds another run or other files.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        if (folder / _CONFIG).exists() or (folder / _TRACE).exists():
+            raise UsageError(f"the output folder {folder} holds another run", hint=f"--resume {folder} goes on with it")
+        raise UsageError(f"the output folder {folder} is not empty")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"the output folder {folder} is a file")
+
+
+def _goes_on(folder: Path, config: Config) -> bytes:
+    """Whether torchrun has restarted the very run in `folder`; otherwise the folder must be unused."""
+    if restarted() and (folder / _CONFIG).exists() and recorded_config(folder) == config:
+        return b"yes"
+    refuse_used_folder(folder)
+    return b"no"
+
+
+def _run_folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.is_file():
+        raise FileFormatError(folder, "found a file, expected a run folder")
+    if not (folder / _CONFIG).is_file():
+        raise UsageError(f"{folder} holds no run (no {_CONFIG})")
+    return folder
+
+
+def _check_team(config: Config, team: Team) -> None:
+    """Rules that the number and kind of devices decide.
+
+    Raises:
+        UsageError: the mini-batch cannot be shared equally, or BatchNorm cannot be synchronised here.
+    """
+    if config.batch % team.world_size:
+        raise UsageError(f"the mini-batch of {config.batch} cannot be shared equally by {team.world_size} ranks")
+    if config.sync_batch_norm and team.device.type != "cuda":
+        raise UsageError("setting 'sync_batch_norm' needs CUDA GPUs: torch has no synchronised BatchNorm for CPUs")
+    if config.precision is Precision.TF32 and team.device.type != "cuda":
+        warnings.warn("setting 'precision' has no effect: a CPU has no tf32, fp32 is used", stacklevel=2)
+    if config.sync_batch_norm and team.world_size == 1:
+        warnings.warn("setting 'sync_batch_norm' has no effect: there is one rank", stacklevel=2)
+
+
+def _extent(network: Network, densities: tuple[LayerDensity, ...], *, dense: bool = False) -> tuple[float, float]:
+    """(output channels, weights) of the pruned layers of `network` that are not sparse; all of them if `dense`."""
+    channels = weights = 0.0
+    for density in densities:
+        layer = network.layer(density.layer)
+        num_weights = layer.num_parameters - (layer.out_channels if layer.bias else 0)
+        channels += layer.out_channels * (1 if dense else density.output_channels)
+        weights += num_weights * (1 if dense else density.weights)
+    return channels, weights
+
+
+@contextlib.contextmanager
+def _device_settings() -> Iterator[None]:
+    """CuDNN may try its algorithms: shapes change only at reconfigurations."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

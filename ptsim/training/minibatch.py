@@ -1,0 +1,60 @@
+"""How far may the mini-batch grow once the network has shrunk (METHOD.md §3)?"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from ptsim.costs.memory import iteration_memory, largest_batch
+from ptsim.network import Network
+from ptsim.training.config import Config
+
+
+class Growth(msgspec.Struct, frozen=True, kw_only=True):
+    """A mini-batch per rank, and the memory that one iteration with it is predicted to need."""
+
+    batch_per_gpu: int
+    predicted_memory_bytes: int
+
+
+def grown_batch(
+    network: Network, config: Config, *, batch_per_gpu: int, world_size: int, num_train: int, capacity_bytes: int
+) -> Growth:
+    """The largest mini-batch per rank that fits: the present one plus whole multiples of the granularity.
+
+    It never shrinks, and never exceeds `max_batch` or the data set.
+    """
+    fits = largest_batch(
+        network,
+        capacity_bytes=capacity_bytes,
+        precision=config.precision,
+        optimizer=config.optimizer,
+        memory_format=config.memory_format,
+    )
+    limit = min(fits, (config.max_batch or num_train) // world_size, num_train // world_size)
+    steps = max(0, limit - batch_per_gpu) // config.batch_granularity
+    grown = batch_per_gpu + steps * config.batch_granularity
+    return Growth(batch_per_gpu=grown, predicted_memory_bytes=predicted_bytes(network, config, grown))
+
+
+def predicted_bytes(network: Network, config: Config, batch_per_gpu: int) -> int:
+    """Peak memory of one iteration as the cost model sees it."""
+    need = iteration_memory(
+        network,
+        batch=batch_per_gpu,
+        precision=config.precision,
+        optimizer=config.optimizer,
+        memory_format=config.memory_format,
+    )
+    return need.peak_bytes
+
+
+def learning_rate_scale(first_batch: int, batch: int, rule: Literal["linear", "sqrt"]) -> float:
+    """The factor on the planned learning rate for a mini-batch that has grown from `first_batch`.
+
+    Source: Goyal et al., arXiv 1706.02677 (linear); Krizhevsky, arXiv 1404.5997 (square root).
+    """
+    ratio = batch / first_batch
+    return ratio if rule == "linear" else math.sqrt(ratio)

@@ -1,0 +1,119 @@
+"""What a person sees on stderr while a run trains; data never goes here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Protocol, Self, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ptsim.trace.schema import Epoch, Reconfiguration
+
+_T = TypeVar("_T")
+
+
+class Reporter(Protocol):
+    """Is told how a run goes."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def begin(self, label: str, num_epochs: int, done: int) -> None:
+        """A run begins, or goes on after `done` epochs."""
+
+    def track(self, batches: Iterable[_T], num_iterations: int) -> Iterator[_T]:
+        """The same batches."""
+
+    def epoch(self, record: Epoch) -> None:
+        """An epoch is over."""
+
+    def reconfigured(self, record: Reconfiguration) -> None:
+        """The network has been pruned."""
+
+
+class Silent:
+    """Says nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self, label: str, num_epochs: int, done: int) -> None:
+        """Nothing."""
+
+    def track(self, batches: Iterable[_T], num_iterations: int) -> Iterator[_T]:
+        """The same batches."""
+        yield from batches
+
+    def epoch(self, record: Epoch) -> None:
+        """Nothing."""
+
+    def reconfigured(self, record: Reconfiguration) -> None:
+        """Nothing."""
+
+
+class Bars:
+    """Progress bars on a terminal; in a file or pipe one line per epoch."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._iterations = self._progress.add_task("iterations", state="", visible=False)
+        self._num_epochs = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, label: str, num_epochs: int, done: int) -> None:
+        """A bar of epochs."""
+        self._num_epochs = num_epochs
+        self._epochs = self._progress.add_task(label, total=num_epochs, completed=done, state="")
+        if not self._console.is_terminal:
+            print(f"{label}: {num_epochs} epochs" + (f", {done} done" if done else ""), file=sys.stderr)
+
+    def track(self, batches: Iterable[_T], num_iterations: int) -> Iterator[_T]:
+        """The same batches; the bar of iterations moves in fiftieths."""
+        stride = max(1, num_iterations // 50)
+        self._progress.reset(self._iterations, total=num_iterations, visible=True)
+        for index, batch in enumerate(batches, start=1):
+            yield batch
+            if index % stride == 0:
+                self._progress.update(self._iterations, completed=index)
+
+    def epoch(self, record: Epoch) -> None:
+        """Advance, and say how well it goes."""
+        state = (
+            f"loss {record.train_loss:.4f}  validation {record.validation_accuracy:.2%}  "
+            f"sparse {record.channel_sparsity:.0%}  {record.time.wall_s:.2f} s"
+        )
+        self._progress.update(self._epochs, completed=record.epoch + 1, state=state)
+        if not self._console.is_terminal:
+            print(f"epoch {record.epoch + 1}/{self._num_epochs}  {state}", file=sys.stderr)
+
+    def reconfigured(self, record: Reconfiguration) -> None:
+        """Say what went."""
+        layers = f", {len(record.layers_removed)} layers" if record.layers_removed else ""
+        batch = f", mini-batch {record.batch_after} per rank" if record.batch_after != record.batch_before else ""
+        text = f"pruned {record.channels_removed} channels{layers} in {record.duration_s:.2f} s{batch}"
+        if self._console.is_terminal:
+            self._console.print(f"epoch {record.epoch + 1}: {text}")
+        else:
+            print(f"  {text}", file=sys.stderr)

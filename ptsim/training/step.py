@@ -1,0 +1,141 @@
+"""One epoch of training and one pass of validation: the loops that must be fast and read as the algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptsim.errors import TrainingError
+from ptsim.measure.profile import number_format
+from ptsim.measure.timers import StepTimer
+from ptsim.prune.lasso import penalty_coefficient
+from ptsim.training.data import Batch
+from ptsim.training.distributed import Team
+from ptsim.training.schedule import EpochPlan
+from ptsim.training.state import State
+
+_CHECK_EVERY = 64  # iterations between looks at the device's not-finite flag; each look waits for the device
+
+
+class Sums(msgspec.Struct, frozen=True, kw_only=True):
+    """Over all ranks: losses and hits as means over `num_images`."""
+
+    loss: float
+    accuracy: float
+    num_images: int
+    num_iterations: int
+
+
+class _Tally:
+    """Loss, hits and the first iteration whose loss is not finite, kept on the device until somebody asks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss and hits over images
+        self._never = torch.iinfo(torch.int64).max
+        self._first_bad = torch.full((), self._never, dtype=torch.int64, device=device)
+        self._num_images = 0
+
+    def add(self, iteration: int, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        hits = (logits.argmax(1) == labels).sum()
+        self._sums += torch.stack((loss.double() * len(labels), hits.double()))
+        self._first_bad = torch.where(loss.isfinite(), self._first_bad, self._first_bad.clamp(max=iteration))
+        self._num_images += len(labels)
+
+    def stop_if_bad(self, epoch: int) -> None:
+        """Wait for the device and raise if a loss was not finite."""
+        first = int(self._first_bad)
+        if first != self._never:
+            raise TrainingError(
+                f"the loss is not a finite number since iteration {first} of epoch {epoch} (both count from 0)",
+                hint="a smaller lr or penalty_ratio; the last checkpoint is from before this epoch",
+            )
+
+    def total(self, team: Team, num_iterations: int) -> Sums:
+        counts = torch.tensor([float(self._num_images)], dtype=torch.float64, device=self._sums.device)
+        loss, hits, images = team.sum(torch.cat((self._sums, counts))).tolist()
+        return Sums(loss=loss / images, accuracy=hits / images, num_images=int(images), num_iterations=num_iterations)
+
+
+def train_epoch(
+    state: State,
+    module: nn.Module,
+    batches: Iterable[Batch],
+    plan: EpochPlan,
+    *,
+    team: Team,
+    timer: StepTimer,
+    stop_if_asked: Callable[[], None],
+) -> Sums:
+    """Train one epoch.
+
+    Args:
+        state: the learner.
+        module: its network as wrapped for this team: forward gives logits, backward leaves reduced gradients.
+        batches: this rank's part of every mini-batch.
+        plan: of this epoch; its learning rate is already set.
+        team: the ranks.
+        timer: of this epoch.
+        stop_if_asked: raises if the user wants the run to end.
+
+    Raises:
+        TrainingError: a loss was not finite; says in which iteration.
+    """
+    config, optimizer, scaler = state.config, state.optimizer, state.scaler
+    tally = _Tally(state.device)
+    module.train()
+    iteration = -1
+    for iteration, (images, labels) in enumerate(timer.data(batches)):
+        stop_if_asked()
+        optimizer.zero_grad(set_to_none=True)
+        with timer.phase("forward"), number_format(config.precision, state.device):
+            logits = module(images)
+            loss = F.cross_entropy(logits, labels)
+        with timer.phase("backward"):
+            scaler.scale(loss).backward()
+        if plan.regularized:
+            with timer.phase("regularizer"):  # after the all-reduce and after unscaling: METHOD.md §1
+                if state.penalty_coefficient is None:
+                    state.penalty_coefficient = _penalty_coefficient(state, loss.detach(), team)
+                if config.regularizer == "gradient":
+                    scaler.unscale_(optimizer)
+                    state.lasso.add_gradient(state.penalty_coefficient)
+        with timer.phase("optimizer"):
+            scaler.step(optimizer)
+            scaler.update()
+        if plan.regularized and config.regularizer == "proximal":
+            with timer.phase("regularizer"):
+                state.lasso.proximal_step(proximal_strength(state))
+        state.update_average()
+        tally.add(iteration, loss.detach(), logits.detach(), labels)
+        timer.end_step()
+        if iteration % _CHECK_EVERY == _CHECK_EVERY - 1:
+            tally.stop_if_bad(plan.epoch)
+    tally.stop_if_bad(plan.epoch)
+    return tally.total(team, iteration + 1)
+
+
+@torch.no_grad()
+def validate(state: State, batches: Iterable[Batch], *, team: Team) -> Sums:
+    """Loss and accuracy over the whole validation set, in evaluation mode."""
+    model = state.judged
+    tally = _Tally(state.device)
+    training = model.training
+    model.eval()
+    iteration = -1
+    for iteration, (images, labels) in enumerate(batches):
+        with number_format(state.config.precision, state.device):
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+        tally.add(iteration, loss, logits, labels)
+    model.train(training)
+    return tally.total(team, iteration + 1)
+
+
+def _penalty_coefficient(state: State, first_loss: Tensor, team: Team) -> float:
+    """λ by METHOD.md Eq. 3, from the global mini-batch's cross-entropy before the first regularised update."""
+    cross_entropy = float(team.sum(first_loss.double())) / team.world_size
+    return penalty_coefficient(cross_entropy, float(state.lasso.penalty()), state.config.penalty_ratio)

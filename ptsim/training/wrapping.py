@@ -1,0 +1,73 @@
+"""What stands between the bare network and the training loop: one compilation per architecture, DDP per team."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from ptsim.errors import TrainingError, UnsupportedModelError
+from ptsim.training.config import Config
+from ptsim.training.distributed import Team
+
+
+def wrap(model: nn.Module, config: Config, team: Team) -> nn.Module:
+    """The network as the loop calls it; made anew after every reconfiguration.
+
+    Compilation is inside DDP, so that a compiled step still reduces its gradients; they all become ready at its end
+    and the all-reduce hides behind nothing.
+    """
+    module = model
+    if config.compile:
+        module = CompiledOnce(module, backend=config.compile_backend)
+    if team.world_size > 1:
+        module = nn.parallel.DistributedDataParallel(
+            module,
+            device_ids=[team.device] if team.device.type == "cuda" else None,
+            broadcast_buffers=False,  # running statistics are averaged at the epoch's end, not copied every iteration
+            gradient_as_bucket_view=True,
+        )
+    return module
+
+
+class CompiledOnce(nn.Module):
+    """`torch.compile` that either is one graph, compiled once, or an error.
+
+    torch itself splits what it cannot capture, and after eight recompilations goes on without the compiler, silently.
+    """
+
+    def __init__(self, model: nn.Module, *, backend: str) -> None:
+        """Forgets what was compiled before: those networks are gone."""
+        super().__init__()
+        torch._dynamo.reset()
+        self.num_compilations = 0
+        self._name = type(model).__name__
+        self._compiled: Any = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As the model's own forward.
+
+        Raises:
+            UnsupportedModelError: the compiler cannot take the model as one graph.
+            TrainingError: it would have to compile this architecture a second time.
+        """
+        if self.num_compilations == 0:
+            before = counters["stats"]["unique_graphs"]
+            try:
+                logits: Tensor = self._compiled(images)
+            except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason = " ".join(str(error).split())[:300]
+                raise UnsupportedModelError(f"torch.compile cannot take {self._name} as one graph: {reason}") from error
+            self.num_compilations = counters["stats"]["unique_graphs"] - before
+            return logits
+        with torch.compiler.set_stance("fail_on_recompile"):
+            try:
+                return self._compiled(images)  # type: ignore[no-any-return]
+            except RuntimeError as error:
+                if "recompile" not in str(error):
+                    raise
+                raise TrainingError(f"{self._name} would be compiled a second time: {str(error)[:300]}") from error
