@@ -12,17 +12,20 @@ if TYPE_CHECKING:
     from ptsim.report.build import write_report
     from ptsim.sim.run import simulate
     from ptsim.trace.io import Trace, read_trace
+    from ptsim.training.loop import load_model, train
 
 __version__ = "0.1.0"
 
 _HOME = {
     "write_report": "ptsim.report.build",
     "Trace": "ptsim.trace.io",
+    "load_model": "ptsim.training.loop",
     "read_trace": "ptsim.trace.io",
     "simulate": "ptsim.sim.run",
+    "train": "ptsim.training.loop",
 }
 
-__all__ = ["Trace", "__version__", "read_trace", "simulate", "write_report"]
+__all__ = ["Trace", "__version__", "load_model", "read_trace", "simulate", "train", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -66,8 +66,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     batch: int
     learning_rate_scale: float
     validation_accuracy: float | None
-    initial_channels: float
-    initial_weights: float
+    initial_channels: int
+    initial_weights: int
     optimizer: dict[str, dict[str, Any]]
     scaler: dict[str, Any]
     trace_bytes: int

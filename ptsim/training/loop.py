@@ -17,13 +17,13 @@ from torch import nn
 
 from ptsim import zoo
 from ptsim.capture.network import capture_network
-from ptsim.errors import FileFormatError, PtsimError, TrainingError, UsageError
+from ptsim.errors import FileFormatError, PtsimError, UsageError
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import profile_network
 from ptsim.measure.timers import StepTimer
 from ptsim.network import Network, Precision
-from ptsim.prune.density import channel_maxima, layer_densities
-from ptsim.trace.schema import End, Epoch, LayerDensity, Reconfiguration
+from ptsim.prune.density import channel_maxima, dense_counts, layer_densities
+from ptsim.trace.schema import End, Epoch, Reconfiguration
 from ptsim.training import checkpoint as store
 from ptsim.training.checkpoint import Checkpoint, Totals
 from ptsim.training.config import Config, from_recorded, make_config, read_config, resolve, to_toml
@@ -165,10 +165,10 @@ class Trainer:
         model = self.recipe.build()
         check_fits(model, self.recipe)
         if config.sync_batch_norm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self.state = State(config, self.recipe, model, team.device)
         self.network = self._captured()
-        self.initial = _extent(self.network, layer_densities(self.state.model, config.threshold), dense=True)
+        self.initial = dense_counts(self.state.model, 0.0)  # all of them
         self.totals = Totals()
         self.recorder: Recorder | None = None
 
@@ -234,8 +234,7 @@ class Trainer:
         state.copy_buffers_to_average()
         validated, validation_s = self._validated()
         state.validation_accuracy = validated.accuracy
-        densities = layer_densities(state.model, self.config.threshold)
-        channels, weights = _extent(self.network, densities)
+        channels, weights = dense_counts(state.model, self.config.threshold)
         gradient_bytes = self.network.num_parameters * 4 if team.world_size > 1 else 0
         coefficient = (state.penalty_coefficient or 0.0) if epoch_plan.regularized else 0.0
         record = Epoch(
@@ -248,7 +247,7 @@ class Trainer:
             num_images=trained.num_images,
             penalty_coefficient=coefficient,
             train_loss=trained.loss,
-            penalty=coefficient * float(state.lasso.penalty()),
+            penalty=coefficient * float(state.lasso.value()),
             train_accuracy=trained.accuracy,
             validation_loss=validated.loss,
             validation_accuracy=validated.accuracy,
@@ -263,7 +262,7 @@ class Trainer:
             allreduce_bytes=gradient_bytes * trained.num_iterations,
             peak_memory_bytes=peak_bytes,
             device=use,
-            densities=densities,
+            densities=layer_densities(state.model, self.config.threshold),
             channel_maxima=channel_maxima(state.model) if self.config.record_channel_maxima else None,
         )
         self._record(record)
@@ -419,7 +418,7 @@ class Trainer:
         stored = store.parse_checkpoint(place, description_json)
         model = pruned_network(stored.recipe, stored.structure)
         if self.config.sync_batch_norm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self.state = state = State(self.config, self.recipe, model, self.team.device)
         state.load(
             store.parse_tensors(place, weights), store.parse_tensors(place, more), stored.optimizer, stored.scaler
@@ -549,17 +548,6 @@ def _check_team(config: Config, team: Team) -> None:
         warnings.warn("setting 'precision' has no effect: a CPU has no tf32, fp32 is used", stacklevel=2)
     if config.sync_batch_norm and team.world_size == 1:
         warnings.warn("setting 'sync_batch_norm' has no effect: there is one rank", stacklevel=2)
-
-
-def _extent(network: Network, densities: tuple[LayerDensity, ...], *, dense: bool = False) -> tuple[float, float]:
-    """(output channels, weights) of the pruned layers of `network` that are not sparse; all of them if `dense`."""
-    channels = weights = 0.0
-    for density in densities:
-        layer = network.layer(density.layer)
-        num_weights = layer.num_parameters - (layer.out_channels if layer.bias else 0)
-        channels += layer.out_channels * (1 if dense else density.output_channels)
-        weights += num_weights * (1 if dense else density.weights)
-    return channels, weights
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Protocol, Self, TypeVar
 
@@ -61,7 +60,7 @@ class Bars:
     """Progress bars on a terminal; in a file or pipe one line per epoch."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -87,7 +86,7 @@ class Bars:
         self._num_epochs = num_epochs
         self._epochs = self._progress.add_task(label, total=num_epochs, completed=done, state="")
         if not self._console.is_terminal:
-            print(f"{label}: {num_epochs} epochs" + (f", {done} done" if done else ""), file=sys.stderr)
+            self._console.print(f"{label}: {num_epochs} epochs" + (f", {done} done" if done else ""))
 
     def track(self, batches: Iterable[_T], num_iterations: int) -> Iterator[_T]:
         """The same batches; the bar of iterations moves in fiftieths."""
@@ -106,14 +105,11 @@ class Bars:
         )
         self._progress.update(self._epochs, completed=record.epoch + 1, state=state)
         if not self._console.is_terminal:
-            print(f"epoch {record.epoch + 1}/{self._num_epochs}  {state}", file=sys.stderr)
+            self._console.print(f"epoch {record.epoch + 1}/{self._num_epochs}  {state}", soft_wrap=True)
 
     def reconfigured(self, record: Reconfiguration) -> None:
         """Say what went."""
         layers = f", {len(record.layers_removed)} layers" if record.layers_removed else ""
         batch = f", mini-batch {record.batch_after} per rank" if record.batch_after != record.batch_before else ""
         text = f"pruned {record.channels_removed} channels{layers} in {record.duration_s:.2f} s{batch}"
-        if self._console.is_terminal:
-            self._console.print(f"epoch {record.epoch + 1}: {text}")
-        else:
-            print(f"  {text}", file=sys.stderr)
+        self._console.print(f"epoch {record.epoch + 1}: {text}", soft_wrap=True)

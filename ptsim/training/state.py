@@ -53,7 +53,7 @@ class State:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """average ← decay · average + (1 - decay) · weights, in two kernels; nothing without an average."""
+        """Average ← decay · average + (1 - decay) · weights, in two kernels; nothing without an average."""
         if self.average is not None:
             torch._foreach_lerp_(self._averages, self._weights, 1 - self.config.ema_decay)
 
@@ -77,9 +77,7 @@ class State:
         )
         if surgery.changed:
             self._placed(self.model)
-            # Found again instead of taken from the surgery: a resumed run has only the pruned network to look at,
-            # and both must sum the groups in the same order.
-            self.groups = find_groups(self.model, self.recipe.input_shape)
+            self.groups = surgery.groups
             self.lasso = GroupLasso(self.model, self.groups)
             self._refresh()
         return surgery
@@ -150,8 +148,8 @@ class State:
 
     def _refresh(self) -> None:
         """Look up again what surgery may have replaced."""
-        self._weights = list(self.model.parameters())
-        self._averages = [] if self.average is None else list(self.average.parameters())
+        self._weights: list[Tensor] = list(self.model.parameters())
+        self._averages: list[Tensor] = [] if self.average is None else list(self.average.parameters())
 
 
 def pruned_network(recipe: Recipe, structure: Mapping[str, Any]) -> nn.Module:

@@ -95,7 +95,7 @@ def train_epoch(
             logits = module(images)
             loss = F.cross_entropy(logits, labels)
         with timer.phase("backward"):
-            scaler.scale(loss).backward()
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if plan.regularized:
             with timer.phase("regularizer"):  # after the all-reduce and after unscaling: METHOD.md §1
                 if state.penalty_coefficient is None:
@@ -108,7 +108,7 @@ def train_epoch(
             scaler.update()
         if plan.regularized and config.regularizer == "proximal":
             with timer.phase("regularizer"):
-                state.lasso.proximal_step(proximal_strength(state))
+                state.lasso.proximal_step(_shrinkage(state))
         state.update_average()
         tally.add(iteration, loss.detach(), logits.detach(), labels)
         timer.end_step()
@@ -138,4 +138,11 @@ def validate(state: State, batches: Iterable[Batch], *, team: Team) -> Sums:
 def _penalty_coefficient(state: State, first_loss: Tensor, team: Team) -> float:
     """λ by METHOD.md Eq. 3, from the global mini-batch's cross-entropy before the first regularised update."""
     cross_entropy = float(team.sum(first_loss.double())) / team.world_size
-    return penalty_coefficient(cross_entropy, float(state.lasso.penalty()), state.config.penalty_ratio)
+    return penalty_coefficient(cross_entropy, float(state.lasso.value()), state.config.penalty_ratio)
+
+
+def _shrinkage(state: State) -> float:
+    """What a proximal step takes from every norm, matched to what the gradient route does through momentum."""
+    assert state.penalty_coefficient is not None, "decided before the first update"
+    learning_rate = float(state.optimizer.param_groups[0]["lr"])
+    return learning_rate * state.penalty_coefficient / (1 - (state.config.momentum or 0.0))

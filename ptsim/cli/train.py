@@ -1,0 +1,114 @@
+"""`ptsim train`: a run from a TOML file and the everyday overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from ptsim.cli.common import print_json
+from ptsim.errors import UsageError
+
+
+def train(
+    config: Path | None = None,
+    /,
+    *,
+    model: str | None = None,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    epochs: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    penalty_ratio: float | None = None,
+    interval: int | None = None,
+    seed: int | None = None,
+    train_limit: int | None = None,
+    download: bool | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    set_: Annotated[list[str], Parameter(name="--set")] = [],  # noqa: B006 - cyclopts reads the default, nobody writes
+    json: bool = False,
+) -> None:
+    """Train a network, dense or with PruneTrain, and record the run.
+
+    Parameters
+    ----------
+    config:
+        TOML file with settings; options here and --set override it.
+    model:
+        Zoo name, torchvision:NAME or path/to/file.py:function.
+    dataset:
+        digits, cifar10, cifar100, imagefolder or synthetic.
+    data_dir:
+        Where the data set lies.
+    epochs:
+        Epochs to train.
+    batch:
+        Images per iteration, over all ranks.
+    lr:
+        Initial learning rate.
+    penalty_ratio:
+        Share of the group lasso in the first loss; 0 is the dense baseline.
+    interval:
+        Epochs between reconfigurations.
+    seed:
+        Decides weights, order and augmentation.
+    train_limit:
+        Use only this many training images.
+    download:
+        Let torchvision fetch CIFAR.
+    out:
+        The run folder to make.
+    resume:
+        The run folder to go on with.
+    set_:
+        Any other setting, as key=value; can be given several times.
+    json:
+        Print the result as JSON.
+    """
+    from ptsim.training.config import parse_override, read_config
+    from ptsim.training.loop import train as run_training
+
+    overrides: dict[str, Any] = dict(parse_override(text) for text in set_)
+    options = {
+        "model": model,
+        "dataset": dataset,
+        "data_dir": data_dir,
+        "epochs": epochs,
+        "batch": batch,
+        "lr": lr,
+        "penalty_ratio": penalty_ratio,
+        "interval": interval,
+        "seed": seed,
+        "train_limit": train_limit,
+        "download": download,
+    }
+    overrides |= {name: value for name, value in options.items() if value is not None}
+    if resume is not None:
+        if overrides or config is not None or out is not None:
+            raise UsageError("--resume takes everything from the run; give it alone")
+        result = run_training(resume=resume, progress=True)
+    else:
+        settings = read_config(config) if config is not None else {}
+        result = run_training(settings | overrides, out=out, progress=True)
+    if json:
+        print_json(
+            {
+                "run": str(result.folder),
+                "trace": str(result.trace),
+                "epochs": result.epochs,
+                "final_accuracy": result.final_accuracy,
+                "penalty_coefficient": result.penalty_coefficient,
+            }
+        )
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("run", str(result.folder))
+    table.add_row("trace", str(result.trace))
+    table.add_row("accuracy", f"{result.final_accuracy:.2%}")
+    table.add_row("λ", f"{result.penalty_coefficient:.3g}")
+    Console().print(table)
