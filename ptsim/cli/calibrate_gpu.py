@@ -1,0 +1,79 @@
+"""`ptsim calibrate gpu`: measure this machine's GPU or CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import cyclopts
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ptsim.cli.main import progress_console
+from ptsim.errors import UsageError
+from ptsim.network import Precision
+
+
+def gpu(
+    *,
+    out: Path,
+    trace: Annotated[list[Path] | None, cyclopts.Parameter(negative="")] = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    minutes: float = 10.0,
+    precision: Precision | None = None,
+    memory_format: Literal["contiguous", "channels_last"] | None = None,
+    grid: bool = True,
+    resume: bool = False,
+) -> None:
+    """Measure operator and step times of this GPU or CPU into a device profile.
+
+    Args:
+        out: the TOML file to write; it is valid all the time, also after an interruption.
+        trace: measure exactly the architectures of these runs first, at their mini-batches.
+        device: where to measure; auto is the GPU where there is one.
+        minutes: how long at most.
+        precision: of what is not a trace's; all that the device has if left out.
+        memory_format: layout of what is not a trace's; both on a GPU if left out.
+        grid: also measure single operators over many channel counts, as time allows.
+        resume: go on with a file that is there.
+    """
+    import torch
+
+    from ptsim.hardware.profile import Setting
+    from ptsim.measure.calibrate import calibrate_gpu
+    from ptsim.trace.io import read_trace
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("there is no CUDA device here", hint="--device cpu measures the processor")
+    chosen = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    settings: tuple[Setting, ...] = ()
+    if precision is not None or memory_format is not None:
+        settings = (Setting(precision=precision or Precision.FP32, memory_format=memory_format or "contiguous"),)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=progress_console(), transient=True) as bar:
+        task = bar.add_task("calibrating", total=1.0)
+        profile = calibrate_gpu(
+            out,
+            device=chosen,
+            minutes=minutes,
+            traces=[read_trace(path) for path in trace or ()],
+            settings=settings,
+            make_regularizer=group_lasso_of,
+            resume=resume,
+            grid=grid,
+            progress=lambda what, fraction: bar.update(task, description=what, completed=fraction),
+        )
+    state = "complete" if profile.complete else "cut off by the time limit; --resume goes on"
+    progress_console().print(
+        f"{profile.device}: {len(profile.steps)} networks, {len(profile.operators)} operators; {state}"
+    )
+    print(out)
+
+
+def group_lasso_of(model: Any, input_shape: tuple[int, int, int]) -> Callable[[], object]:
+    """What adds the group lasso's gradient of `model`; the coefficient does not change the time."""
+    from ptsim.prune.groups import find_groups
+    from ptsim.prune.lasso import GroupLasso
+
+    return functools.partial(GroupLasso(model, find_groups(model, input_shape)).add_gradient, 1e-4)

@@ -1,0 +1,456 @@
+"""What does a device profile need, in which order, and when is it enough?
+
+A calibration is a queue of measurements, most useful first: the machine's constants, whole training steps (of a
+trace's networks, or of a few of the zoo), then single convolutions over channel counts, odd ones and stairs included,
+with the BatchNorm, activation and sum that follow them. It stops at its time limit wherever it is; what was measured
+is in the file all along, and a resumed calibration goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import nn
+
+from ptsim import zoo
+from ptsim.capture.network import capture_network
+from ptsim.errors import FileFormatError, MissingMeasurementError, UnsupportedModelError, UsageError
+from ptsim.hardware.profile import (
+    DeviceProfile,
+    MemoryFormat,
+    Operator,
+    OperatorTime,
+    Setting,
+    StepMeasurement,
+    merge_operators,
+    operator_of,
+    read_device_profile,
+    write_device_profile,
+)
+from ptsim.measure.nvml import open_meter
+from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s, time_operator
+from ptsim.measure.profile import profile_network
+from ptsim.measure.rebuild import rebuild
+from ptsim.network import LayerKind, Network, Precision
+from ptsim.trace.io import Trace
+from ptsim.trace.schema import Epoch
+
+MakeRegularizer = Callable[[nn.Module, tuple[int, int, int]], Callable[[], object]]
+Progress = Callable[[str, float], None]  # what is being measured, fraction of the time that has passed
+
+_SAVE_EVERY_S = 5.0
+_NUM_STEPS = 7
+_ZOO_STEPS = {
+    "cpu": (("resnet20", 32), ("vgg11", 32), ("resnet50", 16)),
+    "cuda": (
+        ("resnet20", 128),
+        ("resnet50", 128),
+        ("vgg11", 128),
+        ("torchvision:resnet50", 64),
+        ("torchvision:mobilenet_v2", 64),
+    ),
+}
+_GRID_BATCHES = {"cpu": (16, 32, 64, 128), "cuda": (32, 64, 128, 256)}
+# (image side, kernel, stride, largest channel count) as CIFAR and ImageNet networks have them.
+_GRID_FORMS = (
+    (32, 3, 1, 128),
+    (16, 3, 1, 256),
+    (8, 3, 1, 512),
+    (32, 1, 1, 256),
+    (16, 1, 1, 512),
+    (8, 1, 1, 1024),
+    (32, 3, 2, 128),
+    (16, 3, 2, 256),
+    (32, 1, 2, 128),
+    (4, 3, 1, 512),
+    (56, 3, 1, 256),
+    (28, 3, 1, 512),
+    (14, 3, 1, 512),
+    (56, 1, 1, 512),
+    (14, 1, 1, 2048),
+    (7, 1, 1, 2048),
+)
+_CHANNELS = (
+    1, 2, 3, 5, 8, 11, 12, 16, 17, 20, 24, 29, 31, 32, 33, 40, 47, 48, 56, 61, 64, 65, 72, 80, 96, 97, 112, 127, 128,
+    129, 144, 160, 176, 192, 200, 224, 256, 257, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048,
+)  # fmt: skip
+
+
+def calibrate_gpu(
+    out: Path,
+    *,
+    device: torch.device,
+    minutes: float = 10.0,
+    traces: Sequence[Trace] = (),
+    settings: Sequence[Setting] = (),
+    make_regularizer: MakeRegularizer | None = None,
+    resume: bool = False,
+    grid: bool = True,
+    progress: Progress = lambda _what, _fraction: None,
+) -> DeviceProfile:
+    """Measure `device` for at most about `minutes` and write what is known to `out`, again and again.
+
+    Args:
+        out: the profile's TOML file.
+        device: CPU or CUDA device.
+        minutes: the limit; a measurement that has begun is finished.
+        traces: measure the whole steps and operators of exactly these runs' architectures first, at their mini-batches.
+        settings: precisions and memory formats of what is not a trace's; the device's usual ones if empty.
+        make_regularizer: gives, for a model and its input shape, what adds the group lasso's gradient.
+        resume: go on with the file that is there.
+        grid: also measure single operators over channel counts, as time allows.
+        progress: called with what is being measured.
+
+    Raises:
+        UsageError: a file is there and `resume` is False, or minutes is not positive.
+        FileFormatError: the file to resume is broken.
+        MissingMeasurementError: the file to resume is of another device.
+    """
+    if not minutes > 0:
+        raise UsageError(f"minutes is {minutes}, expected more than 0")
+    calibration = _Calibration(out, device, _begin(out, device, traces, resume), make_regularizer)
+    limit_s = 60.0 * minutes
+    settings = settings or (_usual_settings(device) if not traces else ())
+    queue: Iterator[_Measurement] = itertools.chain(
+        calibration.machine(),
+        *(calibration.of_trace(trace) for trace in traces),
+        *([calibration.of_zoo(settings)] if settings else []),
+        calibration.of_grid(settings or tuple(sorted({setting_of(trace) for trace in traces}))) if grid else (),
+    )
+    meter = open_meter(device)
+    meter.start()
+    begin_s = saved_s = time.perf_counter()
+    finished = True
+    for what, measure in queue:
+        passed_s = time.perf_counter() - begin_s
+        if passed_s >= limit_s:
+            finished = grid and what.startswith(_GRID)  # the grid has no end; all that was asked for is there
+            break
+        progress(what, passed_s / limit_s)
+        measure()
+        if time.perf_counter() - saved_s > _SAVE_EVERY_S:
+            calibration.save(complete=False)
+            saved_s = time.perf_counter()
+    use = meter.stop()
+    if use is not None:
+        calibration.update(power_w=use.power_w, sm_clock_hz=use.sm_clock_hz)
+    calibration.save(complete=finished)
+    return calibration.profile
+
+
+def setting_of(trace: Trace) -> Setting:
+    """The precision and memory format that the run trained in."""
+    return Setting(precision=trace.run.precision, memory_format=trace.run.memory_format)
+
+
+def input_s_per_image(trace: Trace) -> float | None:
+    """What the run's epochs took beyond their training steps, per image of rank 0: the median; None without epochs.
+
+    Waiting for data, metrics and the loop itself. The first epoch is left out where there are others: it warms up.
+    """
+    epochs = trace.epochs[1:] or trace.epochs
+    values = [beyond_steps_s(epoch) / (epoch.num_images / epoch.world_size) for epoch in epochs if epoch.num_images]
+    return statistics.median(values) if values else None
+
+
+def beyond_steps_s(epoch: Epoch) -> float:
+    """Seconds of an epoch's wall time in none of the phases of a training step."""
+    t = epoch.time
+    return max(t.wall_s - t.forward_s - t.backward_s - t.regularizer_s - t.optimizer_s - t.exposed_communication_s, 0.0)
+
+
+_GRID = "alone: "
+_Measurement = tuple[str, Callable[[], None]]
+
+
+def _usual_settings(device: torch.device) -> tuple[Setting, ...]:
+    if device.type == "cpu":
+        return (Setting(precision=Precision.FP32, memory_format="contiguous"),)
+    precisions = [Precision.FP32, Precision.FP16]
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        precisions[1:1] = [Precision.TF32, Precision.BF16]
+    formats: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
+    return tuple(Setting(precision=p, memory_format=f) for p, f in itertools.product(precisions, formats))
+
+
+def _begin(out: Path, device: torch.device, traces: Sequence[Trace], resume: bool) -> DeviceProfile:
+    info = open_meter(device).info()
+    sources = tuple(str(trace.path) for trace in traces)
+    if out.exists():
+        if not resume:
+            raise UsageError(f"{out} exists", hint="--resume goes on with it; or choose another file")
+        known = read_device_profile(out)
+        known.check_device(info.name)
+        if known.num_threads != info.num_threads:
+            raise MissingMeasurementError(
+                f"{out} was measured with {known.num_threads} threads, this process uses {info.num_threads}"
+            )
+        return msgspec.structs.replace(known, sources=tuple(dict.fromkeys((*known.sources, *sources))))
+    if not out.resolve().parent.is_dir():
+        raise FileFormatError(out, "its folder does not exist")
+    software = {"torch": str(torch.__version__)}
+    if device.type == "cuda":
+        software |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
+        software |= {"driver": info.driver} if info.driver else {}
+    return DeviceProfile(
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        complete=False,
+        device=info.name,
+        kind=info.kind,
+        memory_bytes=info.memory_bytes,
+        num_threads=info.num_threads,
+        software=software,
+        sources=sources,
+    )
+
+
+class _Calibration:
+    """The profile as it grows, and the measurements that make it grow."""
+
+    def __init__(
+        self, out: Path, device: torch.device, profile: DeviceProfile, make_regularizer: MakeRegularizer | None
+    ) -> None:
+        self.profile = profile
+        self._out = out
+        self._device = device
+        self._make_regularizer = make_regularizer
+
+    def save(self, *, complete: bool) -> None:
+        self.update(complete=complete)
+        write_device_profile(self._out, self.profile)
+
+    def update(self, **changes: object) -> None:
+        self.profile = msgspec.structs.replace(self.profile, **changes)
+
+    def machine(self) -> Iterator[_Measurement]:
+        if self.profile.copy_bandwidth_bytes_per_s is None:
+
+            def measure() -> None:
+                self.update(
+                    copy_bandwidth_bytes_per_s=copy_bandwidth_bytes_per_s(self._device),
+                    launch_overhead_s=launch_overhead_s(self._device),
+                )
+
+            yield "copies and launches", measure
+
+    def of_trace(self, trace: Trace) -> Iterator[_Measurement]:
+        """Every architecture at every mini-batch of the run: the first, the last, then the middles between."""
+        if trace.run.device.name == self.profile.device:
+            seconds = input_s_per_image(trace)
+            if seconds is not None:
+                self.update(input_s_per_image={**self.profile.input_s_per_image, trace.run.dataset.name: seconds})
+        setting = setting_of(trace)
+        optimizer = trace.run.hyperparameters.get("optimizer", "sgd")
+        pairs = list(dict.fromkeys((epoch.architecture, epoch.batch_per_gpu) for epoch in trace.epochs))
+        for index in _outside_in(len(pairs)):
+            architecture, batch = pairs[index]
+            yield from self._step(trace.networks[architecture], setting, batch, str(optimizer))
+
+    def of_zoo(self, settings: Sequence[Setting]) -> Iterator[_Measurement]:
+        for (name, batch), setting in itertools.product(_ZOO_STEPS[self.profile.kind], settings):
+            entry = zoo.find(name)
+            network = capture_network(
+                zoo.create(name), name=name, input_shape=entry.input_shape, num_classes=entry.num_classes
+            )
+            yield from self._step(network, setting, batch, "sgd")
+
+    def of_grid(self, settings: Sequence[Setting]) -> Iterator[_Measurement]:
+        """Without an end: forms, batches and settings in turn, channel counts drawn evenly in their logarithm."""
+        known = {(time.operator, time.context) for time in self.profile.operators}
+        for operator in itertools.chain.from_iterable(
+            _block(*draw) for draw in _grid(settings, _GRID_BATCHES[self.profile.kind])
+        ):
+            if (operator, "alone") in known:
+                continue
+            known.add((operator, "alone"))
+            text = f"{operator.op} {operator.inputs[0]} → {operator.output}, mini-batch {operator.batch}"
+            yield f"{_GRID}{text}, {operator.setting}", lambda operator=operator: self._alone(operator)  # type: ignore[misc]
+
+    def _step(self, network: Network, setting: Setting, batch: int, optimizer: str) -> Iterator[_Measurement]:
+        done = {(step.architecture, step.setting, step.batch) for step in self.profile.steps}
+        if (network.id, setting, batch) not in done:
+            yield (
+                f"steps of {network.name} ({network.id}), mini-batch {batch}, {setting}",
+                lambda: self._measure_step(network, setting, batch, optimizer),
+            )
+
+    def _measure_step(self, network: Network, setting: Setting, batch: int, optimizer: str) -> None:
+        try:
+            module, renamed = rebuild(network)
+        except UnsupportedModelError:  # an operator that the description does not fully tell: the others alone
+            for operator in dict.fromkeys(operator_of(l, batch=batch, setting=setting) for l in network.layers):  # noqa: E741
+                self._alone(operator)
+            return
+        layout = torch.channels_last if setting.memory_format == "channels_last" else torch.contiguous_format
+        module.to(self._device).to(memory_format=layout)
+        regularizer = None
+        if self._make_regularizer is not None:
+            regularizer = self._make_regularizer(module, network.input_shape)
+        try:
+            profile = profile_network(
+                module,
+                renamed,
+                batch=batch,
+                precision=setting.precision,
+                memory_format=setting.memory_format,
+                optimizer=make_optimizer(optimizer, module.parameters()),
+                regularizer=regularizer,
+                device=self._device,
+                num_steps=_NUM_STEPS,
+            )
+        except MissingMeasurementError:  # larger than this device's memory
+            return
+        times = [
+            OperatorTime(
+                operator=operator_of(layer, batch=batch, setting=setting),
+                forward_s=measured.forward_s,
+                backward_s=measured.backward_s,
+                context="step",
+            )
+            for layer, measured in zip(network.layers, profile.layers, strict=True)
+        ]
+        step = StepMeasurement(
+            architecture=network.id,
+            name=network.name,
+            setting=setting,
+            batch=batch,
+            optimizer=optimizer,
+            num_parameters=network.num_parameters,
+            num_tensors=len(network.parameters),
+            num_layers=len(network.layers),
+            num_samples=profile.num_samples,
+            forward_s=profile.forward_s,
+            backward_s=profile.backward_s,
+            optimizer_s=profile.optimizer_s,
+            regularizer_s=profile.regularizer_s if regularizer is not None else None,
+            step_s=profile.step_s,
+            step_low_s=profile.step_low_s or profile.step_s,
+            step_high_s=profile.step_high_s or profile.step_s,
+            layers_forward_s=sum(layer.forward_s for layer in profile.layers),
+            layers_backward_s=sum(layer.backward_s or 0.0 for layer in profile.layers),
+            peak_memory_bytes=profile.peak_memory_bytes,
+        )
+        self.update(operators=merge_operators(self.profile.operators, _means(times)), steps=(*self.profile.steps, step))
+
+    def _alone(self, operator: Operator) -> None:
+        try:
+            measured = time_operator(operator, self._device)
+        except (UnsupportedModelError, torch.OutOfMemoryError):
+            return  # the profile has no time for it, and whoever asks for one is told so
+        self.update(operators=merge_operators(self.profile.operators, [measured]))
+
+
+def make_optimizer(name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer with the state that training has: SGD and RMSprop with momentum.
+
+    Raises:
+        UsageError: a name that ptsim does not train with.
+    """
+    match name:
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4)
+        case "adam":
+            return torch.optim.Adam(parameters, lr=1e-4)
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=1e-4)
+        case "rmsprop":
+            return torch.optim.RMSprop(parameters, lr=1e-4, momentum=0.9)
+    raise UsageError(f"optimizer {name!r} cannot be timed; known: sgd, adam, adamw, rmsprop")
+
+
+def _means(times: Iterable[OperatorTime]) -> Iterator[OperatorTime]:
+    """One time for each operator: the mean of the layers that are the same operator."""
+    by_operator: dict[Operator, list[OperatorTime]] = {}
+    for measured in times:
+        by_operator.setdefault(measured.operator, []).append(measured)
+    for group in by_operator.values():
+        backward = [measured.backward_s for measured in group if measured.backward_s is not None]
+        yield msgspec.structs.replace(
+            group[0],
+            forward_s=statistics.fmean(measured.forward_s for measured in group),
+            backward_s=statistics.fmean(backward) if backward else None,
+        )
+
+
+def _outside_in(count: int) -> list[int]:
+    """First, last, then the middles: whatever prefix is measured, the rest lies between what is known."""
+    order: list[int] = []
+    spans = [(0, count - 1)]
+    while spans:
+        low, high = spans.pop(0)
+        order += [index for index in (low, high) if 0 <= index < count]
+        middle = (low + high) // 2
+        if high - low > 1:
+            spans += [(low, middle), (middle, high)]
+    return list(dict.fromkeys(order))
+
+
+def _grid(
+    settings: Sequence[Setting], batches: Sequence[int]
+) -> Iterator[tuple[Setting, int, tuple[int, int, int, int], int, int]]:
+    """Draws of setting, batch, form, input and output channels; the same sequence on every machine."""
+    draw = random.Random(0)  # the same on resuming
+    for stair in range(57, 74):  # one whole stair of 16 and its neighbours, at every count
+        for setting in settings:
+            yield setting, batches[-1], (14, 3, 1, 512), 64, stair
+    for number in itertools.count():
+        form = _GRID_FORMS[number % len(_GRID_FORMS)]
+        allowed = [channels for channels in _CHANNELS if channels <= form[3]]
+        inputs, outputs = draw.choice(allowed), draw.choice(allowed)
+        batch = draw.choice(list(batches))
+        for setting in settings:
+            yield setting, batch, form, inputs, outputs
+
+
+def _block(
+    setting: Setting, batch: int, form: tuple[int, int, int, int], in_channels: int, out_channels: int
+) -> Iterator[Operator]:
+    """A convolution and what follows it in a residual network."""
+    side, kernel, stride, _ = form
+    out = (out_channels, -(-side // stride), -(-side // stride))
+    yield Operator(
+        kind=LayerKind.CONV,
+        op="conv2d",
+        setting=setting,
+        batch=batch,
+        inputs=((in_channels, side, side),),
+        output=out,
+        kernel=(kernel, kernel),
+        stride=(stride, stride),
+        padding=(kernel // 2, kernel // 2),
+    )
+    after = {"setting": setting, "batch": batch, "output": out}
+    yield Operator(kind=LayerKind.BATCH_NORM, op="batch_norm", inputs=(out,), **after)  # type: ignore[arg-type]
+    yield Operator(kind=LayerKind.ACTIVATION, op="relu", inplace=True, inputs=(out,), **after)  # type: ignore[arg-type]
+    yield Operator(kind=LayerKind.ELEMENTWISE, op="add", inputs=(out, out), **after)  # type: ignore[arg-type]
+    yield Operator(
+        kind=LayerKind.LINEAR,
+        op="linear",
+        setting=setting,
+        batch=batch,
+        inputs=((in_channels,),),
+        output=(out_channels,),
+        bias=True,
+    )
+    if side % 2 == 0:
+        half = (out_channels, out[1] // 2, out[2] // 2)
+        pool = Operator(
+            kind=LayerKind.POOL,
+            op="max_pool2d",
+            setting=setting,
+            batch=batch,
+            inputs=(out,),
+            output=half,
+            kernel=(2, 2),
+            stride=(2, 2),
+        )
+        if out[1] % 2 == 0:
+            yield pool

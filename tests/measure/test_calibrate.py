@@ -1,0 +1,121 @@
+import msgspec
+import pytest
+import torch
+
+from ptsim.errors import FileFormatError, MissingMeasurementError, UsageError
+from ptsim.hardware.profile import Setting, operator_of, read_device_profile, write_device_profile
+from ptsim.measure import calibrate
+from ptsim.measure.calibrate import beyond_steps_s, calibrate_gpu, input_s_per_image
+from ptsim.measure.nvml import cpu_info
+from ptsim.network import Precision
+from ptsim.trace.io import read_trace
+from tests.traces import shrinking_trace
+
+CPU = torch.device("cpu")
+FP32 = Setting(precision=Precision.FP32, memory_format="contiguous")
+SMALL = {
+    "widths": (4, 6, 8),
+    "blocks": (1, 1, 1),
+    "input_shape": (3, 8, 8),
+    "batch": 4,
+    "batch_step": 0,
+    "num_train": 40,
+    "epochs": 4,
+    "remove_layers": False,
+}
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    return read_trace(shrinking_trace(tmp_path_factory.mktemp("run"), device=cpu_info().name, **SMALL))
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory, trace):
+    out = tmp_path_factory.mktemp("profile") / "here.toml"
+    written = calibrate_gpu(out, device=CPU, traces=[trace], grid=False, minutes=2)
+    assert read_device_profile(out).steps[0].architecture == written.steps[0].architecture
+    return written
+
+
+def test_a_trace_is_calibrated_with_exactly_its_architectures_and_operators(profile, trace):
+    assert profile.complete
+    assert profile.device == cpu_info().name
+    assert {step.architecture for step in profile.steps} == set(trace.networks)
+    known = {time.operator for time in profile.operators}
+    for network in trace.networks.values():
+        assert {operator_of(layer, batch=4, setting=FP32) for layer in network.layers} <= known
+    step = profile.steps[0]
+    assert step.step_low_s <= step.step_s <= step.step_high_s
+    assert step.optimizer_s > 0
+    assert step.regularizer_s is None  # nobody gave one
+
+
+def test_the_loop_around_the_steps_is_the_traces_own(profile, trace):
+    epoch = trace.epochs[1]
+    images = epoch.num_images
+    t = epoch.time
+    outside = t.wall_s - t.forward_s - t.backward_s - t.regularizer_s - t.optimizer_s
+    assert beyond_steps_s(epoch) == pytest.approx(outside)
+    assert input_s_per_image(trace) == pytest.approx(outside / images, rel=0.5)
+    assert profile.input_s_per_image.keys() == {"cifar10"}
+
+
+def test_a_resumed_calibration_measures_only_what_is_missing(tmp_path, trace, profile):
+    out = tmp_path / "half.toml"
+    write_device_profile(out, msgspec.structs.replace(profile, steps=profile.steps[:1]))
+    asked = []
+    again = calibrate_gpu(
+        out, device=CPU, traces=[trace], grid=False, resume=True, progress=lambda what, _: asked.append(what)
+    )
+    assert len(asked) == len(trace.networks) - 1
+    assert len(again.steps) == len(trace.networks)
+    assert again.steps[0].step_s == pytest.approx(profile.steps[0].step_s)
+
+
+def test_time_that_has_run_out_leaves_a_valid_file_that_says_it_is_not_complete(tmp_path, trace):
+    out = tmp_path / "short.toml"
+    assert not calibrate_gpu(out, device=CPU, traces=[trace], grid=False, minutes=1e-9).complete
+    assert not read_device_profile(out).complete
+
+
+def test_the_grid_measures_single_operators_at_odd_channel_counts_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "_ZOO_STEPS", {"cpu": ()})
+    monkeypatch.setattr(calibrate, "_GRID_BATCHES", {"cpu": (2,)})
+    out = tmp_path / "grid.toml"
+    first = calibrate_gpu(out, device=CPU, settings=[FP32], minutes=0.05)
+    assert first.complete  # the grid has no end: what was asked for is there
+    channels = {time.operator.output[0] for time in first.operators if time.operator.op == "conv2d"}
+    assert 57 in channels
+    assert all(time.context == "alone" for time in first.operators)
+    second = calibrate_gpu(out, device=CPU, settings=[FP32], minutes=0.05, resume=True)
+    assert len(second.operators) > len(first.operators)
+    assert len({time.operator for time in second.operators}) == len(second.operators)
+
+
+def test_wrong_requests_are_refused_before_anything_is_measured(tmp_path, profile):
+    out = tmp_path / "other.toml"
+    with pytest.raises(UsageError, match="minutes is 0"):
+        calibrate_gpu(out, device=CPU, minutes=0)
+    with pytest.raises(FileFormatError, match="its folder does not exist"):
+        calibrate_gpu(tmp_path / "none" / "x.toml", device=CPU)
+    write_device_profile(out, profile)
+    with pytest.raises(UsageError, match="exists"):
+        calibrate_gpu(out, device=CPU)
+    write_device_profile(out, msgspec.structs.replace(profile, device="NVIDIA L4"))
+    with pytest.raises(MissingMeasurementError, match="measured on 'NVIDIA L4'"):
+        calibrate_gpu(out, device=CPU, resume=True)
+    write_device_profile(out, msgspec.structs.replace(profile, num_threads=77))
+    with pytest.raises(MissingMeasurementError, match="with 77 threads"):
+        calibrate_gpu(out, device=CPU, resume=True)
+
+
+def test_the_order_of_architectures_is_from_the_outside_to_the_inside():
+    assert calibrate._outside_in(0) == []
+    assert calibrate._outside_in(1) == [0]
+    assert calibrate._outside_in(5) == [0, 4, 2, 1, 3]
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(UsageError, match="sgd, adam, adamw, rmsprop"):
+        calibrate.make_optimizer("lion", [])
