@@ -1,16 +1,62 @@
-"""How much memory one training iteration needs, and which mini-batch fits."""
+"""How much device memory does one training iteration need, does it fit, and what is the largest mini-batch that does?
+
+The peak is found by walking one iteration over the network: forward, where every layer adds what autograd newly keeps
+for backward and outputs live until their last reader; backward in reverse, where kept tensors go, gradients of
+activations come and go, and gradients of parameters stay; the optimizer's update. zero_grad(set_to_none=True) is
+assumed before forward, so parameter gradients exist from backward to the update.
+
+On a GPU the walk adds what libraries take: layout copies around convolutions, cuBLAS's workspace, half-precision
+copies of the weights under autocast, and the caching allocator's rounding. `peak_bytes` is meant to match
+torch.cuda.max_memory_allocated(). `device_bytes` is what must be free for the iteration to run, and errs upwards: it
+adds segment rounding, fragmentation and the CUDA context.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
 import msgspec
 
-from ptsim.costs.times import MemoryFormat
 from ptsim.hardware.spec import Device
-from ptsim.network import Network, Precision
+from ptsim.network import Layer, LayerKind, Network, Precision
+from ptsim.units import MIB
+
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+# fp32 state per parameter, and whole-model temporaries of torch's "foreach" update on a GPU (a gradient with weight
+# decay added for SGD and RMSprop, the denominator for Adam).
+_OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2, "rmsprop": 1}
+_UPDATE_COPIES = 1
+# c10/cuda/CUDACachingAllocator.h: kMinBlockSize, kSmallBuffer, kLargeBuffer, kMinLargeAlloc, kSmallSize.
+_BLOCK, _SMALL_SEGMENT, _LARGE_SEGMENT = 512, 2 * MIB, 20 * MIB
+# aten/src/ATen/cuda/CublasHandlePool.cpp: 32 MiB on Hopper and newer, else 4096·2 + 16·8 KiB.
+_CUBLAS_WORKSPACE = {"hopper": 32 * MIB, "blackwell": 32 * MIB}
+_CUBLAS_WORKSPACE_OTHER = (4096 * 2 + 16 * 8) * 1024
+# Margins of `device_bytes`, chosen to err upwards: a process's CUDA context with cuDNN and cuBLAS loaded (measured on
+# data-center GPUs: 0.3 to 0.7 GiB), and blocks that the allocator cannot reuse.
+CONTEXT_BYTES = 800 * MIB
+FRAGMENTATION = 0.08
+
+_FP32_NORMS = (LayerKind.NORM,)  # autocast's fp32 list; BatchNorm runs in the type of its input
+_FP32_OPS = frozenset({"softmax", "log_softmax", "softmin", "softplus", "pow", "exp", "log", "sum", "normalize"})
+_HALF_KINDS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
+_PASSING_OPS = frozenset({"add", "sub"})  # their gradient is the gradient they get
 
 
 class MemoryNeed(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of one training iteration by purpose."""
+    """Bytes on each device for one training iteration.
+
+    Attributes:
+        activation_bytes: all that autograd keeps at the end of the forward pass, the input images included.
+        parameter_bytes: weights, their half-precision copies under autocast, and buffers.
+        gradient_bytes: one fp32 gradient per parameter.
+        optimizer_bytes: the optimizer's state.
+        workspace_bytes: what libraries take at most beside tensors.
+        peak_bytes: the largest sum that is alive at one moment; less than the sum of the parts, which do not all meet.
+        device_bytes: what must be free on the device, an upper estimate; equal to `peak_bytes` without a GPU.
+    """
 
     activation_bytes: int
     parameter_bytes: int
@@ -18,29 +64,57 @@ class MemoryNeed(msgspec.Struct, frozen=True, kw_only=True):
     optimizer_bytes: int
     workspace_bytes: int
     peak_bytes: int
+    device_bytes: int
 
 
 def iteration_memory(
     network: Network,
     *,
     batch: int,
-    precision: Precision,
+    precision: Precision = Precision.FP32,
     optimizer: str = "sgd",
     memory_format: MemoryFormat = "contiguous",
     device: Device | None = None,
 ) -> MemoryNeed:
-    """The memory of one training iteration of `batch` images."""
-    element = precision.activation_bytes
-    saved = sum(layer.saved_elements * element + layer.saved_other_bytes for layer in network.layers) * batch
-    parameters = 4 * network.num_parameters
-    states = (2 if optimizer.startswith("adam") else 1) * parameters
+    """What one iteration of `batch` images needs.
+
+    Args:
+        network: what is trained.
+        batch: images per device.
+        precision: of the matrix products; half precision means autocast with fp32 weights.
+        optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop".
+        memory_format: channels_last spares the layout copies around tensor-core convolutions.
+        device: a GPU adds workspaces and rounding; None and a CPU are tensors alone.
+
+    Raises:
+        ValueError: batch is not positive, or the optimizer is unknown.
+    """
+    if batch <= 0:
+        raise ValueError(f"batch is {batch}, expected a positive number of images")
+    if optimizer not in _OPTIMIZER_STATES:
+        raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(_OPTIMIZER_STATES)}")
+    gpu = device is not None and device.architecture != "cpu"
+    block = _BLOCK if gpu else 1
+    precision_widths = _Widths(network, precision, gpu=gpu)
+    weights = _round_each((4 * p.num_elements for p in network.parameters), block)
+    buffers = _round_each(_buffer_sizes(network), block)
+    copies = sum(precision_widths.weight_copy(layer) for layer in network.layers)
+    states = _OPTIMIZER_STATES[optimizer] * weights
+    library = _library_workspace(network, device) if device is not None and gpu else 0
+    walk = _Walk(network, batch, precision_widths, block, gpu=gpu, memory_format=memory_format)
+    persistent = weights + buffers + states + library + walk.images
+    update = weights + (
+        _UPDATE_COPIES * weights if gpu else 4 * max((p.num_elements for p in network.parameters), default=0)
+    )
+    peak = persistent + max(walk.peak, update)
     return MemoryNeed(
-        activation_bytes=saved,
-        parameter_bytes=parameters,
-        gradient_bytes=parameters,
+        activation_bytes=sum(precision_widths.saved(layer, batch) for layer in network.layers),
+        parameter_bytes=weights + buffers + copies,
+        gradient_bytes=weights,
         optimizer_bytes=states,
-        workspace_bytes=0,
-        peak_bytes=saved + 2 * parameters + states,
+        workspace_bytes=library + walk.workspace,
+        peak_bytes=peak,
+        device_bytes=_device_bytes(peak, persistent) if gpu else peak,
     )
 
 
@@ -49,12 +123,276 @@ def largest_batch(
     *,
     capacity_bytes: int,
     granularity: int = 1,
-    precision: Precision,
+    limit: int = 2**20,
+    precision: Precision = Precision.FP32,
     optimizer: str = "sgd",
     memory_format: MemoryFormat = "contiguous",
     device: Device | None = None,
 ) -> int:
-    """The largest mini-batch, a multiple of `granularity`, whose iteration fits; 0 if none does."""
-    one = iteration_memory(network, batch=1, precision=precision, optimizer=optimizer)
-    fixed = one.peak_bytes - one.activation_bytes
-    return max(0, int((capacity_bytes - fixed) // one.activation_bytes) // granularity * granularity)
+    """The largest multiple of `granularity` images, up to `limit`, whose iteration fits; 0 where not even one does.
+
+    `MemoryNeed.device_bytes` is compared with `capacity_bytes`, the memory of the device. The PruneTrain paper's
+    granularity is 32. The other arguments are those of `iteration_memory`.
+
+    Raises:
+        ValueError: granularity is not positive, or as for `iteration_memory`.
+    """
+    if granularity <= 0:
+        raise ValueError(f"granularity is {granularity}, expected a positive number of images")
+
+    def fits(steps: int) -> bool:
+        need = iteration_memory(
+            network,
+            batch=steps * granularity,
+            precision=precision,
+            optimizer=optimizer,
+            memory_format=memory_format,
+            device=device,
+        )
+        return need.device_bytes <= capacity_bytes
+
+    most = limit // granularity
+    if most == 0 or not fits(1):
+        return 0
+    fitting, failing = 1, 2
+    while failing <= most and fits(failing):
+        fitting, failing = failing, 2 * failing
+    failing = min(failing, most + 1)
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        fitting, failing = (middle, failing) if fits(middle) else (fitting, middle)
+    return fitting * granularity
+
+
+class _Widths:
+    """Bytes per element of what each layer returns and keeps, as autocast's rules decide."""
+
+    def __init__(self, network: Network, precision: Precision, *, gpu: bool) -> None:
+        self._gpu = gpu
+        self._half = precision.activation_bytes == 2
+        self.output: dict[str, int] = {}
+        sources = sources_of(network)
+        for layer in network.layers:
+            given = max((self.output[s] for s in sources[layer.name]), default=4)
+            self.output[layer.name] = self._output(layer, given)
+        self._input = {
+            layer.name: max((self.output[s] for s in sources[layer.name]), default=4) for layer in network.layers
+        }
+
+    def saved(self, layer: Layer, batch: int) -> int:
+        """Bytes that autograd newly keeps at this layer for the whole mini-batch, weight copies left out."""
+        if self._gpu and layer.kind is LayerKind.DROPOUT and layer.saved_elements >= layer.output_elements:
+            return batch * (layer.output_elements + layer.saved_other_bytes)  # CUDA keeps a boolean mask
+        width = 4
+        if self._half:
+            width = 2 if layer.kind in _HALF_KINDS else max(self._input[layer.name], self.output[layer.name])
+        return batch * (layer.saved_elements * width + layer.saved_other_bytes) + layer.saved_fixed_bytes
+
+    def weight_copy(self, layer: Layer) -> int:
+        """Bytes of the half-precision copy of the layer's weights that lives from forward to backward."""
+        return 2 * layer.num_parameters if self._half and layer.kind in _HALF_KINDS else 0
+
+    def _output(self, layer: Layer, given: int) -> int:
+        if not self._half:
+            return 4
+        if layer.kind in _HALF_KINDS:
+            return 2
+        if layer.kind in _FP32_NORMS or layer.op in _FP32_OPS:
+            return 4
+        if layer.kind is LayerKind.ELEMENTWISE and layer.num_parameters:
+            return 4  # a product with an fp32 parameter is promoted
+        return given
+
+
+class _Walk:
+    """One iteration's high-water mark beyond weights, optimizer state and images.
+
+    Attributes:
+        peak: bytes.
+        workspace: the largest workspace of one layer.
+        images: bytes of the mini-batch itself, alive all the time.
+    """
+
+    def __init__(
+        self, network: Network, batch: int, widths: _Widths, block: int, *, gpu: bool, memory_format: MemoryFormat
+    ) -> None:
+        self._network, self._batch, self._widths, self._block = network, batch, widths, block
+        self._workspace = {
+            layer.name: _layer_workspace(layer, batch, widths.output[layer.name], memory_format) if gpu else 0
+            for layer in network.layers
+        }
+        self._sources = sources_of(network)
+        self.workspace = max(self._workspace.values(), default=0)
+        self.images = self._rounded(batch * (4 * math.prod(network.input_shape) + 8))  # 8: the label
+        self._kept = {layer.name: self._kept_bytes(layer) for layer in network.layers}
+        self.peak = 0
+        at_end = self._forward()
+        self._backward(at_end)
+
+    def _rounded(self, num_bytes: int) -> int:
+        return -(-num_bytes // self._block) * self._block
+
+    def _kept_bytes(self, layer: Layer) -> int:
+        """Newly kept by this layer, without the fp32 images, which are counted for themselves."""
+        kept = self._widths.saved(layer, self._batch) + self._widths.weight_copy(layer)
+        image = math.prod(self._network.input_shape)
+        if not self._sources[layer.name] and layer.saved_elements >= image:
+            half = self._widths.weight_copy(layer) > 0
+            kept -= 0 if half else self._batch * image * 4
+        return self._rounded(kept)
+
+    def _output_bytes(self, layer: Layer) -> int:
+        return self._rounded(self._batch * layer.output_elements * self._widths.output[layer.name])
+
+    def _forward(self) -> int:
+        """Walk the forward pass and return what is alive at its end."""
+        storage: dict[str, str | None] = {}  # layer → the layer that made the memory its output lives in
+        readers: dict[str, list[int]] = {}
+        layers = self._network.layers
+        for index, layer in enumerate(layers):
+            made_by = [storage[s] for s in self._sources[layer.name]]
+            for maker in made_by:
+                if maker is not None:
+                    readers.setdefault(maker, []).append(index)
+            borrowed = layer.view or layer.inplace
+            storage[layer.name] = (made_by[0] if made_by else None) if borrowed else layer.name
+        saved_somewhere = {storage[layer.name] for layer in layers if layer.output_saved}
+        ends: dict[int, list[str]] = {}
+        for layer in layers:
+            if storage[layer.name] == layer.name and (read := readers.get(layer.name)):
+                counted_when_read = layer.name in saved_somewhere
+                ends.setdefault(read[0] if counted_when_read else read[-1], []).append(layer.name)
+
+        kept = 0
+        live: dict[str, int] = {}
+        for index, layer in enumerate(layers):
+            for name in ends.get(index, ()):
+                if name in saved_somewhere:  # from here on it is among the kept
+                    live.pop(name, None)
+            kept += self._kept[layer.name]
+            if storage[layer.name] == layer.name and not self._keeps_own_output(index, layer, readers, saved_somewhere):
+                live[layer.name] = self._output_bytes(layer)
+            self._see(kept + sum(live.values()) + self._workspace[layer.name])
+            for name in ends.get(index, ()):
+                live.pop(name, None)
+        loss = 2 * self._rounded(4 * self._batch * self._network.num_classes)  # log-probabilities and their source
+        self._see(kept + sum(live.values()) + loss)
+        return kept + loss
+
+    def _keeps_own_output(
+        self, index: int, layer: Layer, readers: Mapping[str, list[int]], saved: Iterable[str | None]
+    ) -> bool:
+        """The output is already counted at this layer: it is kept, and its first reader keeps nothing of its size."""
+        if layer.name not in set(saved) or layer.saved_elements < layer.output_elements:
+            return False
+        read = readers.get(layer.name)
+        return not read or self._network.layers[read[0]].saved_elements < layer.output_elements
+
+    def _backward(self, kept: int) -> None:
+        """Walk the backward pass; gradients of activations are shared where an operator hands its own on."""
+        # layer → buffers whose sum is its output's gradient, each with how much of it is this layer's
+        gradients: dict[str, list[tuple[int, int]]] = {}
+        size: dict[int, int] = {}
+        shared: dict[int, int] = {}
+        total = kept
+        by_name = {layer.name: layer for layer in self._network.layers}
+        read = {s for sources in self._sources.values() for s in sources}
+
+        def allocate(num_bytes: int) -> int:
+            nonlocal total
+            buffer = len(size)
+            size[buffer], shared[buffer] = num_bytes, 1
+            total += num_bytes
+            return buffer
+
+        def release(buffer: int) -> None:
+            nonlocal total
+            shared[buffer] -= 1
+            if shared[buffer] == 0:
+                total -= size[buffer]
+
+        for layer in reversed(self._network.layers):
+            if layer.name not in read:
+                gradients[layer.name] = [(allocate(self._output_bytes(layer)), self._output_bytes(layer))]
+            given = gradients.pop(layer.name, [])
+            if given:
+                own = self._rounded(4 * layer.num_parameters) if layer.weight_needs_gradient else 0
+                total += own
+                sources = self._sources[layer.name] if layer.input_needs_gradient else []
+                for index, source in enumerate(sources):
+                    matching = len(layer.input_shapes) == len(sources)
+                    elements = math.prod(layer.input_shapes[index]) if matching else by_name[source].output_elements
+                    num_bytes = self._rounded(self._batch * elements * self._widths.output[source])
+                    if _hands_on(layer):
+                        buffer = given[0][0]
+                        shared[buffer] += 1
+                    else:
+                        buffer = allocate(num_bytes)
+                    gradients.setdefault(source, []).append((buffer, num_bytes))
+                self._see(total + self._widths.weight_copy(layer) + self._workspace[layer.name])
+                for buffer, _ in given:
+                    release(buffer)
+                for source in sources:
+                    if len(parts := gradients[source]) > 1:  # the branches' gradients are added where they meet
+                        first, num_bytes = parts[0]
+                        total_buffer = first
+                        if shared[first] > 1:
+                            total_buffer = allocate(num_bytes)
+                            self._see(total)
+                            release(first)
+                        for buffer, _ in parts[1:]:
+                            release(buffer)
+                        gradients[source] = [(total_buffer, num_bytes)]
+            total -= self._kept[layer.name]
+
+    def _see(self, num_bytes: int) -> None:
+        self.peak = max(self.peak, num_bytes)
+
+
+def sources_of(network: Network) -> dict[str, list[str]]:
+    """Layer → the layers it reads, in the edges' order."""
+    sources: dict[str, list[str]] = {layer.name: [] for layer in network.layers}
+    for source, target in network.edges:
+        sources[target].append(source)
+    return sources
+
+
+def _hands_on(layer: Layer) -> bool:
+    """The gradient of the input is the gradient of the output: sums, views, and the slices of a concatenation."""
+    same = all(math.prod(shape) == layer.output_elements for shape in layer.input_shapes)
+    return layer.view or layer.kind is LayerKind.CONCAT or (layer.op in _PASSING_OPS and same)
+
+
+def _buffer_sizes(network: Network) -> Iterable[int]:
+    """Running statistics of BatchNorm, and weights that are frozen and therefore no `Parameter`."""
+    for layer in network.layers:
+        if layer.kind is LayerKind.BATCH_NORM:
+            yield from (4 * layer.out_channels, 4 * layer.out_channels, 8)
+        if not layer.weight_needs_gradient and layer.kind in (LayerKind.CONV, LayerKind.LINEAR):
+            yield 4 * math.prod(layer.kernel_size) * layer.in_channels // layer.groups * layer.out_channels
+
+
+def _round_each(sizes: Iterable[int], block: int) -> int:
+    return sum(-(-size // block) * block for size in sizes)
+
+
+def _library_workspace(network: Network, device: Device) -> int:
+    if not any(layer.kind in (LayerKind.LINEAR, LayerKind.MATMUL) for layer in network.layers):
+        return 0
+    return _CUBLAS_WORKSPACE.get(device.architecture, _CUBLAS_WORKSPACE_OTHER)
+
+
+def _layer_workspace(layer: Layer, batch: int, width: int, memory_format: MemoryFormat) -> int:
+    """cuDNN's: contiguous tensors are copied to channels-last and back around a kernel; split sums of the weights."""
+    if layer.kind is not LayerKind.CONV:
+        return 0
+    weights = 2 * 4 * layer.num_parameters
+    if memory_format == "channels_last" or layer.groups == layer.in_channels > 1:
+        return weights
+    return batch * (layer.input_elements + layer.output_elements) * width + weights
+
+
+def _device_bytes(peak: int, persistent: int) -> int:
+    """What the allocator reserves for a peak, and the context beside it."""
+    reserved = peak + round(FRAGMENTATION * (peak - persistent)) + _SMALL_SEGMENT + _LARGE_SEGMENT
+    return -(-reserved // _SMALL_SEGMENT) * _SMALL_SEGMENT + CONTEXT_BYTES
