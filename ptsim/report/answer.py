@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import msgspec
 import pandas as pd
 
-from ptsim.units import format_bytes, format_count, format_joules, format_seconds
+from ptsim import units
 
 
 class Tile(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,29 +42,6 @@ TIER_WORDS = {
 }
 
 
-def ratio_interval(
-    value: float, low: float, high: float, base: float, base_low: float, base_high: float
-) -> tuple[float, float]:
-    """Interval of `value / base` from the intervals of both, errors taken as independent and relative.
-
-    Logarithmic half-widths add in quadrature. Errors that both share cancel in the ratio, so this is on the safe side.
-    """
-    down = math.hypot(math.log(value / low), math.log(base_high / base))
-    up = math.hypot(math.log(high / value), math.log(base / base_low))
-    return value / base * math.exp(-down), value / base * math.exp(up)
-
-
-def difference_interval(
-    value: float, low: float, high: float, base: float, base_low: float, base_high: float
-) -> tuple[float, float]:
-    """Interval of `base - value` from the intervals of both, errors taken as independent."""
-    saved = base - value
-    return (
-        saved - math.hypot(high - value, base - base_low),
-        saved + math.hypot(value - low, base_high - base),
-    )
-
-
 def projected_answer(savings: pd.DataFrame, runs: pd.DataFrame, gpus: int, notices: Sequence[str]) -> Answer:
     """The answer for `gpus` GPUs from `frames.savings_frame`: the pruned run that takes the least time there."""
     rows = savings[savings.gpus == gpus]
@@ -74,23 +50,24 @@ def projected_answer(savings: pd.DataFrame, runs: pd.DataFrame, gpus: int, notic
     machine = f"{gpus:,} × {best.device} ({best.cluster})"
     dense, pruned = format_seconds(best.dense_seconds), format_seconds(best.pruned_seconds)
     before = f"On {machine}, PruneTrain trains {run.model} on {run.dataset} in "
-    after = f" — {_percent(best.pruned_seconds / best.dense_seconds)} of the dense time."
+    after = f", {_percent(best.pruned_seconds / best.dense_seconds)} of the dense time."
     if best.saved_fraction < 0:
-        after = f" — {_percent(-best.saved_fraction)} longer than dense."
+        after = f": {_percent(-best.saved_fraction)} longer than dense."
     low, high = best.saved_fraction_low, best.saved_fraction_high
     certainty = (
-        f"The 90 % interval of the saving is {_percent(low)} to {_percent(high)} of the dense time"
-        + (", so it may be no saving at all" if low <= 0 < best.saved_fraction else "")
-        + f"; {TIER_WORDS.get(best.tier, best.tier)}. "
-        + "The interval covers the model's error and the steps' jitter; "
-        + ("each setting was trained once, so it does not cover the spread between seeds.")
+        f"The 90 % interval of the saving is {_percent(low)} to {_percent(high)} of the dense time if the two "
+        f"projections err independently, {_percent(best.saved_fraction_alike_low)} to "
+        f"{_percent(best.saved_fraction_alike_high)} if they err alike"
+        + ("; it may be no saving at all. " if low <= 0 < best.saved_fraction else ". ")
+        + TIER_WORDS.get(best.tier, best.tier).capitalize()
+        + ". Each setting was trained once, so the spread between seeds is not covered."
     )
     tiles = [
         Tile(
             name="Time saved" if best.saved_seconds >= 0 else "Time lost",
             value=format_seconds(abs(best.saved_seconds)),
             detail=f"{_percent(abs(best.saved_fraction))} of {dense}; 90 % interval "
-            f"{_signed_seconds(best.saved_seconds_low)} to {_signed_seconds(best.saved_seconds_high)}",
+            f"{format_seconds(best.saved_seconds_low)} to {format_seconds(best.saved_seconds_high)}",
         )
     ]
     if pd.notna(best.get("saved_usd")):
@@ -116,8 +93,8 @@ def projected_answer(savings: pd.DataFrame, runs: pd.DataFrame, gpus: int, notic
         tiles.append(
             Tile(
                 name="All-reduced bytes per GPU",
-                value=f"{_percent(share)} of dense",
-                detail=f"{format_bytes(best.pruned_allreduce_bytes_per_gpu)} instead of "
+                value=_percent(share),
+                detail=f"of dense: {format_bytes(best.pruned_allreduce_bytes_per_gpu)} instead of "
                 f"{format_bytes(best.dense_allreduce_bytes_per_gpu)} over the run",
             )
         )
@@ -195,21 +172,41 @@ def _quality_tiles(run: pd.Series, best: pd.Series) -> list[Tile]:
     tiles.append(
         Tile(
             name="Inference cost of the result",
-            value=f"{_percent(run.last_inference_macs_per_image / run.first_inference_macs_per_image)} of dense",
-            detail=f"{format_count(run.last_inference_macs_per_image, 'MAC')} instead of "
+            value=_percent(run.last_inference_macs_per_image / run.first_inference_macs_per_image),
+            detail=f"of dense: {format_count(run.last_inference_macs_per_image, 'MAC')} instead of "
             f"{format_count(run.first_inference_macs_per_image, 'MAC')} per image",
         )
     )
     return tiles
 
 
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def format_seconds(value: float) -> str:
+    """Three significant digits: what a projection can bear."""
+    return units.format_seconds(_rounded(value)).replace("-", "\u2212")
+
+
+def format_bytes(value: float) -> str:
+    """Three significant digits."""
+    return units.format_bytes(_rounded(value))
+
+
+def format_joules(value: float) -> str:
+    """Three significant digits."""
+    return units.format_joules(_rounded(value))
+
+
+def format_count(value: float, unit: str) -> str:
+    """Three significant digits."""
+    return units.format_count(_rounded(value), unit)
+
+
 def _percent(fraction: float) -> str:
     text = f"{100 * fraction:.1f} %" if abs(fraction) < 0.0995 else f"{100 * fraction:.0f} %"
     return text.replace("-", "\u2212")
-
-
-def _signed_seconds(seconds: float) -> str:
-    return format_seconds(seconds).replace("-", "\u2212")
 
 
 def _money(usd: float) -> str:

@@ -2,46 +2,168 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
+import pandas as pd
 
 from ptsim.errors import UsageError
-from ptsim.report import figures, frames, page
-from ptsim.report.answer import Answer, recorded_answer
-from ptsim.report.page import Section, ShownFigure
-from ptsim.report.pairs import compare_runs, run_labels
-from ptsim.report.tables import make_table
+from ptsim.hardware.catalog import cluster_names, load_cluster, match_device
+from ptsim.hardware.spec import Cluster
+from ptsim.report import answer, frames, page, projected, sections
+from ptsim.report.answer import Answer
+from ptsim.report.page import Section
+from ptsim.report.pairs import Comparison, compare_runs, run_labels
+from ptsim.report.projected import LabelledRun, Projector
+from ptsim.sim.options import Options
 from ptsim.trace.io import Trace, read_trace
 
+FALLBACK_CLUSTER = "dgx-a100"  # where nothing is known about the recording device
 
-def write_report(traces: Sequence[str | Path | Trace], out: str | Path) -> Path:
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """A report before it is written: the answer, its tables, and the parts of the page."""
+
+    title: str
+    byline: str
+    answer: Answer
+    runs: pd.DataFrame
+    projections: pd.DataFrame
+    savings: pd.DataFrame
+    sections: tuple[Section, ...]
+
+
+def write_report(
+    traces: Sequence[str | Path | Trace],
+    out: str | Path,
+    *,
+    cluster: str | Path | Cluster | None = None,
+    gpus: Sequence[int] | None = None,
+    price_usd_per_gpu_hour: float | None = None,
+) -> Path:
     """Write the report of recorded runs into the folder `out` and return the page.
+
+        ptsim.write_report(["runs/dense", "runs/pruned"], "report", cluster="dgx-a100", gpus=[1, 8, 64])
 
     Args:
         traces: recorded runs; dense and pruned ones of the same network and data are compared.
         out: the folder for `index.html`, `figures/` and `tables/`.
+        cluster: what the runs are projected onto; None means a catalog cluster of the recording device.
+        gpus: cluster sizes; None means powers of two from one GPU to eight nodes.
+        price_usd_per_gpu_hour: None means the cluster's; without one, no money is reported.
 
     Raises:
-        UsageError: no traces, or a folder that cannot be written.
-        FileFormatError: a broken trace.
+        UsageError: no traces, a size that the cluster does not have, or a folder that cannot be written.
+        FileFormatError: a broken trace or cluster file.
+        UnknownNameError: no such cluster.
     """
+    report = make_report(traces, cluster=cluster, gpus=gpus, price_usd_per_gpu_hour=price_usd_per_gpu_hour)
+    return write(report, out)
+
+
+def write(report: Report, out: str | Path) -> Path:
+    """Write the page, its figures and its tables into the folder `out`; returns the page.
+
+    Raises:
+        UsageError: see `write_report`.
+    """
+    html = page.render(
+        title=report.title,
+        byline=report.byline,
+        answer=report.answer,
+        sections=report.sections,
+        num_traces=len(report.runs),
+    )
+    return page.write(html, report.sections, Path(out))
+
+
+def make_report(
+    traces: Sequence[str | Path | Trace],
+    *,
+    cluster: str | Path | Cluster | None = None,
+    gpus: Sequence[int] | None = None,
+    price_usd_per_gpu_hour: float | None = None,
+) -> Report:
+    """Everything that the page shows; see `write_report`."""
     if not traces:
         raise UsageError("a report needs at least one trace")
+    if price_usd_per_gpu_hour is not None and not 0 <= price_usd_per_gpu_hour < math.inf:
+        raise UsageError(f"price is {price_usd_per_gpu_hour:g} USD per GPU-hour, expected a number from 0 on")
     runs = [trace if isinstance(trace, Trace) else read_trace(trace) for trace in traces]
-    notices = _notices(runs)
-    sections = _recorded_sections(runs)
-    html = page.render(
+    if len({trace.path.resolve() for trace in runs}) < len(runs):
+        raise UsageError("the same trace is given twice")
+    comparisons = compare_runs(runs)
+    notices = _notices(runs, comparisons)
+    recorded = frames.runs_frame(runs)
+    labelled = projected.labelled_runs(runs, comparisons)
+    if not labelled:
+        return Report(
+            title=_title(runs),
+            byline=_byline(runs),
+            answer=answer.recorded_answer(recorded, notices),
+            runs=recorded,
+            projections=pd.DataFrame(),
+            savings=pd.DataFrame(),
+            sections=(sections.runs_section(runs), sections.methods_section(runs)),
+        )
+    where = cluster if isinstance(cluster, Cluster) else load_cluster(cluster or default_cluster(runs))
+    sizes = _sizes(where, gpus)
+    focus = min(sizes, key=lambda size: abs(math.log(size / where.gpus_per_node)))
+    projector = Projector(where, Options(price_usd_per_gpu_hour=price_usd_per_gpu_hour))
+    projections = projected.projections_frame(labelled, projector, sizes)
+    savings = projected.savings_frame(comparisons, projector, sizes)
+    if savings.empty:
+        head = answer.dense_answer(projections, recorded, focus, notices)
+    else:
+        head = answer.projected_answer(savings, recorded, focus, notices)
+    shown = _shown_run(labelled, savings, focus)
+    return Report(
         title=_title(runs),
-        byline=_byline(runs),
-        answer=_answer(runs, notices),
-        sections=sections,
-        num_traces=len(runs),
+        byline=_byline(runs)
+        + f" Projected onto {where.name}"
+        + (", for want of a named cluster." if cluster is None else "."),
+        answer=head,
+        runs=recorded,
+        projections=projections,
+        savings=savings,
+        sections=(
+            sections.time_section(labelled, projector, sizes, focus),
+            sections.scaling_section(projections, savings),
+            sections.layers_section(shown, projector),
+            sections.costs_section(runs),
+            sections.runs_section(runs),
+            sections.assumptions_section(labelled, projector, focus),
+            sections.methods_section(runs),
+        ),
     )
-    return page.write(html, sections, Path(out))
 
 
-def _answer(runs: Sequence[Trace], notices: Sequence[str]) -> Answer:
-    return recorded_answer(frames.runs_frame(runs), notices)
+def default_cluster(runs: Sequence[Trace]) -> str:
+    """A catalog cluster whose GPUs are those of a recorded run, NVIDIA's own first; a DGX A100 where there is none."""
+    devices = {device.name for trace in runs if (device := match_device(trace.run.device.name)) is not None}
+    names = sorted(cluster_names(), key=lambda name: (not name.startswith("dgx-"), name))
+    return next((name for name in names if load_cluster(name).device in devices), FALLBACK_CLUSTER)
+
+
+def _sizes(cluster: Cluster, gpus: Sequence[int] | None) -> list[int]:
+    """The asked sizes, sorted; or powers of two up to eight nodes, as far as the cluster goes."""
+    if gpus is not None:
+        if not gpus or min(gpus) < 1:
+            raise UsageError(f"gpus is {','.join(map(str, gpus)) or 'empty'}, expected counts from 1 on")
+        return sorted(set(gpus))
+    most = cluster.gpus_per_node * min(8, cluster.max_nodes or 8, 8 if cluster.inter else 1)
+    return [2**power for power in range(int(math.log2(most)) + 1)]
+
+
+def _shown_run(labelled: Sequence[LabelledRun], savings: pd.DataFrame, gpus: int) -> LabelledRun:
+    """The run that the page looks into: the pruned one of the headline, or the first."""
+    if savings.empty:
+        return labelled[0]
+    best = savings[savings.gpus == gpus].sort_values("pruned_seconds").run.iloc[0]
+    return next(run for run in labelled if run.label == best)
 
 
 def _title(runs: Sequence[Trace]) -> str:
@@ -57,7 +179,7 @@ def _byline(runs: Sequence[Trace]) -> str:
     return f"From {count} recorded on {devices}, {when}."
 
 
-def _notices(runs: Sequence[Trace]) -> list[str]:
+def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[str]:
     notices = []
     for label, trace in zip(run_labels(runs), runs, strict=True):
         planned = trace.run.hyperparameters.get("epochs")
@@ -67,64 +189,25 @@ def _notices(runs: Sequence[Trace]) -> list[str]:
             notices.append(f"{label}: {state} after {len(trace.epochs)}{of} epochs; everything here covers those only.")
         elif len(trace.epochs) == 1:
             notices.append(f"{label}: a single epoch, so nothing can be said about how costs change.")
-    for comparison in compare_runs(runs):
+    for comparison in comparisons:
         notices += [f"{comparison.label}: {note}." for note in comparison.notes]
     return notices
 
 
-def _recorded_sections(runs: Sequence[Trace]) -> list[Section]:
-    epochs = frames.epochs_frame(runs)
-    shown = []
-    if not epochs.empty:
-        shown.append(
-            ShownFigure(
-                name="accuracy",
-                title="Accuracy and sparsity.",
-                caption="Validation accuracy after every epoch, and the share of the first architecture's channels "
-                "that are removed or sparse.",
-                figure=figures.accuracy_figure(epochs),
-            )
-        )
-    recorded = make_table(
-        "runs",
-        frames.runs_frame(runs),
-        {
-            "run": "run",
-            "model": "network",
-            "dataset": "data",
-            "state": "state",
-            "epochs": "epochs",
-            "final_accuracy": "validation accuracy",
-            "measured_seconds": "measured training time",
-            "energy_joules": "measured energy",
-            "first_parameters": "parameters, first",
-            "last_parameters": "parameters, last",
-            "first_inference_macs_per_image": "inference, first",
-            "last_inference_macs_per_image": "inference, last",
-            "num_reconfigurations": "reconfigu\u00adrations",
-            "reconfiguration_seconds": "time in them",
-        },
-        title="The recorded runs.",
-        caption="Measured on the recording machine; training time is without validation and reconfiguration.",
-    )
-    reconfigurations = make_table(
-        "reconfigurations",
-        frames.reconfigurations_frame(runs),
-        {
-            "run": "run",
-            "after_epoch": "after epoch",
-            "channels_removed": "channels removed",
-            "layers_removed": "layers removed",
-            "parameters_before": "parameters before",
-            "parameters_after": "parameters after",
-            "inference_macs_per_image_after": "inference after",
-            "batch_before": "mini-batch before",
-            "batch_after": "mini-batch after",
-            "duration_seconds": "duration",
-            "notes": "notes",
-        },
-        title="Reconfigurations.",
-        caption="What every shrinking removed, and what it cost.",
-    )
-    tables = [table for table in (recorded, reconfigurations) if table.rows]
-    return [Section(name="runs", title="The recorded runs", figures=tuple(shown), tables=tuple(tables))]
+def summary(report: Report) -> dict[str, Any]:
+    """The answer and its tables as plain values, for `--json`; what is unknown is None."""
+
+    def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+        return [
+            {str(name): None if pd.isna(value) else value for name, value in row.items()}
+            for row in frame.astype(object).to_dict(orient="records")
+        ]
+
+    return {
+        "headline": report.answer.headline,
+        "certainty": report.answer.certainty,
+        "notices": list(report.answer.notices),
+        "runs": records(report.runs),
+        "projections": records(report.projections),
+        "savings": records(report.savings),
+    }

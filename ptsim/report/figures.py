@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from ptsim.units import GIB, format_bytes, format_count
+from ptsim.units import GIB, format_count
 
 WIDTH_IN = 5.4  # two columns at 1280 px, one at 400 px, and 9 pt text legible in both
 COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -105,7 +105,7 @@ def accuracy_figure(epochs: pd.DataFrame) -> Figure:
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("epoch")
     _legend_above(top)
-    return _finish(figure, epochs, n="one run per line", band="no band: single runs")
+    return _finish(figure, epochs, n="1 run per line", band="no band: single runs")
 
 
 @styled
@@ -156,22 +156,23 @@ def memory_figure(epochs: pd.DataFrame) -> Figure:
             label=f"{run}, estimated",
         )
         bottom.step(rows.epoch, rows.batch_per_gpu, where="post", color=colour, linestyle=line, label=run)
-    top.set(ylabel="peak memory per GPU (GiB)", ylim=(0, None))
-    bottom.set(ylabel="mini-batch per GPU (images)", xlabel="epoch", ylim=(0, None))
+    top.set(ylabel="peak memory (GiB)", ylim=(0, None))
+    bottom.set(ylabel="mini-batch (images)", xlabel="epoch", ylim=(0, None))
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_above(top)
-    return _finish(figure, epochs, n="one run per line", band="no band: the peak of each epoch")
+    return _finish(figure, epochs, n="1 run per line", band="no band: the peak of each epoch")
 
 
 @styled
 def allreduce_figure(epochs: pd.DataFrame) -> Figure:
     """Gradient bytes that every GPU all-reduces in an epoch. Takes `frames.costs_frame`."""
     figure, (axes,) = _panels(1, height_in=3.0)
-    _lines(axes, epochs, "epoch", "allreduce_payload_bytes", drawstyle="steps-post")
-    axes.set(xlabel="epoch", ylabel="gradient bytes per epoch and GPU", ylim=(0, None))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    factor, unit = _scale(float(epochs.allreduce_payload_bytes.max()), BYTE_SCALES)
+    scaled = epochs.assign(allreduce_payload_bytes=epochs.allreduce_payload_bytes / factor)
+    _lines(axes, scaled, "epoch", "allreduce_payload_bytes", drawstyle="steps-post")
+    axes.set(xlabel="epoch", ylabel=f"gradients per epoch ({unit})", ylim=(0, None))
     _legend_above(axes)
-    return _finish(figure, epochs, n="one run per line", band="no band: a count, parameters × 4 B × updates")
+    return _finish(figure, epochs, n="1 run per line", band="no band: a count, parameters × 4 B × updates")
 
 
 @styled
@@ -190,7 +191,7 @@ def scaling_figure(projections: pd.DataFrame) -> Figure:
     _plain_log_axes(axes, sizes)
     axes.set(xlabel="GPUs", ylabel="whole run (hours)")
     _legend_above(axes)
-    return _finish(figure, projections, n="one recorded run per line", band="90 % interval of the projection")
+    return _finish(figure, projections, n="1 recorded run per line", band="90 % interval of the projection")
 
 
 @styled
@@ -210,7 +211,7 @@ def saving_figure(savings: pd.DataFrame) -> Figure:
     return _finish(
         figure,
         savings,
-        n="one pair of runs per line",
+        n="1 pair of runs per line",
         band="90 % interval, errors of the two runs taken as independent",
     )
 
@@ -246,8 +247,8 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     axes.set(xlabel=f"share of the time of “{runs[0]}” on as many GPUs")
     axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _part_legend(figure, [part for part in PART_COLOURS if breakdown[breakdown.part == part].seconds.sum() > 0])
-    return _finish(figure, breakdown, n="one recorded run per bar", band="no band: expected values")
+    _part_legend(figure, visible_parts(breakdown))
+    return _finish(figure, breakdown, n="1 recorded run per bar", band="no band: expected values")
 
 
 @styled
@@ -255,8 +256,8 @@ def epoch_breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     """Where one run's time goes, epoch by epoch. Takes `frames.epoch_breakdown_frame` of one run and cluster size."""
     figure, (axes,) = _panels(1, height_in=3.6)
     wide = breakdown.pivot_table(index="epoch", columns="part", values="seconds", aggfunc="sum").fillna(0.0)
-    parts = [part for part in PART_COLOURS if part in wide and wide[part].sum() > 0]
-    scale, unit = _time_scale(float(wide.sum(axis=1).max()))
+    parts = visible_parts(breakdown)
+    scale, unit = _scale(float(wide.sum(axis=1).max()), TIME_SCALES)
     axes.stackplot(
         wide.index,
         *(wide[part] / scale for part in parts),
@@ -268,7 +269,7 @@ def epoch_breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     axes.set(xlabel="epoch", ylabel=f"time per epoch ({unit})", ylim=(0, None), xlim=(wide.index[0], wide.index[-1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _part_legend(figure, parts)
-    return _finish(figure, breakdown, n="one recorded run", band="no band: expected values")
+    return _finish(figure, breakdown, n="1 recorded run", band="no band: expected values")
 
 
 @styled
@@ -281,7 +282,7 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
     costly = set(layers.groupby("layer").seconds_per_image.max().nlargest(count).index)
     names = [name for name in dict.fromkeys(layers.layer) if name in costly]  # in forward order
     figure, (axes,) = _panels(1, height_in=1.5 + 0.3 * len(names))
-    scale, unit = _time_scale(float(layers.seconds_per_image.max()))
+    scale, unit = _scale(float(layers.seconds_per_image.max()), TIME_SCALES)
     width = 0.8 if first == last else 0.4
     for offset, (epoch, colour, hatch) in enumerate(((first, "#9a9a9a", ""), (last, COLOURS[1], "///"))):
         if offset == 1 and first == last:
@@ -303,15 +304,47 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
         figure,
         layers,
         n=f"{len(names)} of {layers.layer.nunique()} layers, {share:.0%} of the layers' time",
-        band="none",
+        band="no band: expected values",
     )
+
+
+@styled
+def blocks_figure(layers: pd.DataFrame, *, most: int = 40) -> Figure:
+    """Time per image of every block of layers over epochs, as a map. Takes `frames.layers_frame` of one run.
+
+    A block is what shares a module path: the layers of one residual block, or a single layer at the top. The `most`
+    costliest blocks are shown.
+    """
+    blocks = layers.assign(block=[name.rpartition(".")[0] or name for name in layers.layer])
+    table = blocks.pivot_table(index="block", columns="epoch", values="seconds_per_image", aggfunc="sum", sort=False)
+    kept = set(table.max(axis=1).nlargest(most).index)
+    table = table.loc[[block for block in table.index if block in kept]]
+    figure, (axes,) = _panels(1, height_in=1.2 + 0.19 * len(table))
+    scale, unit = _scale(float(table.max().max()), TIME_SCALES)
+    sns.heatmap(
+        table / scale,
+        ax=axes,
+        cmap="cividis_r",
+        vmin=0,
+        cbar_kws={"label": f"forward and backward per image ({unit})", "shrink": 0.8, "pad": 0.02},
+        linewidths=0.3 if table.shape[1] <= 40 else 0,
+        rasterized=table.size > 2000,
+    )
+    every = -(-table.shape[1] // 8)
+    numbers = [str(epoch) for epoch in table.columns]
+    axes.set_xticks([i + 0.5 for i in range(0, len(numbers), every)], numbers[::every], rotation=0)
+    axes.set_yticks([i + 0.5 for i in range(len(table))], list(table.index), fontsize=7.5, rotation=0)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.set(xlabel="epoch", ylabel="")
+    return _finish(figure, layers, n=f"{len(table)} blocks of one run", band="no band: expected values")
 
 
 @styled
 def validation_figure(epochs: pd.DataFrame) -> Figure:
     """Predicted against measured epoch time. Takes a frame with run, epoch, predicted_ and measured_seconds."""
     figure, (axes,) = _panels(1, height_in=3.2)
-    scale, unit = _time_scale(float(epochs.measured_seconds.max()))
+    scale, unit = _scale(float(epochs.measured_seconds.max()), TIME_SCALES)
     for run, (colour, _) in run_style(epochs).items():
         rows = epochs[epochs.run == run]
         axes.plot(
@@ -325,8 +358,16 @@ def validation_figure(epochs: pd.DataFrame) -> Figure:
     axes.set(xlabel="epoch", ylabel=f"time per epoch ({unit})", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_above(axes)
-    band = "90 % interval of the prediction" if "low_seconds" in epochs else "none"
+    band = "90 % interval of the prediction" if "low_seconds" in epochs else "no band: single predictions"
     return _finish(figure, epochs, n=f"{len(epochs)} epochs", band=band)
+
+
+def visible_parts(breakdown: pd.DataFrame) -> list[str]:
+    """The parts of the time that make up at least a thousandth anywhere, in stacking order."""
+    groups = [name for name in ("run", "gpus", "epoch") if name in breakdown]
+    share = breakdown.seconds / breakdown.groupby(groups).seconds.transform("sum")
+    seen = set(breakdown[share >= 1e-3].part)
+    return [part for part in PART_COLOURS if part in seen]
 
 
 def _panels(count: int, *, height_in: float) -> tuple[Figure, list[Axes]]:
@@ -383,11 +424,13 @@ def _plain_log_axes(axes: Axes, sizes: Sequence[int]) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _time_scale(largest_s: float) -> tuple[float, str]:
-    for factor, unit in ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if largest_s >= 2 * factor:
-            return factor, unit
-    return 1e-9, "ns"
+BYTE_SCALES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
+TIME_SCALES = ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+
+
+def _scale(largest: float, scales: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    """The largest unit in which the largest value is at least 2."""
+    return next((scale for scale in scales if largest >= 2 * scale[0]), scales[-1])
 
 
 def _gpus(count: int) -> str:
@@ -401,11 +444,13 @@ def describe_setting(frame: pd.DataFrame) -> str:
         parts.append(" / ".join(dict.fromkeys(frame.device.dropna())))
     if "cluster" in frame:
         parts.append(" / ".join(dict.fromkeys(frame.cluster.dropna())))
-    if "num_gpus" in frame:
-        counts = sorted(frame.num_gpus.dropna().unique())
-        parts.append(_gpus(int(counts[0])) if len(counts) == 1 else f"{counts[0]:,.0f} to {counts[-1]:,.0f} GPUs")
-    if "batch_per_gpu" in frame:
-        low, high = int(frame.batch_per_gpu.min()), int(frame.batch_per_gpu.max())
+    for column in ("num_gpus", "gpus"):
+        if column in frame:
+            low, high = int(frame[column].min()), int(frame[column].max())
+            parts.append(_gpus(low) if low == high else f"{low:,} to {high:,} GPUs")
+    batches = [name for name in ("batch_per_gpu", "first_batch_per_gpu", "last_batch_per_gpu") if name in frame]
+    if batches:
+        low, high = int(frame[batches].min().min()), int(frame[batches].max().max())
         parts.append(f"mini-batch {low} per GPU" if low == high else f"mini-batch {low} to {high} per GPU")
     if "precision" in frame:
         parts.append(" / ".join(dict.fromkeys(frame.precision)))
@@ -413,6 +458,7 @@ def describe_setting(frame: pd.DataFrame) -> str:
 
 
 def _finish(figure: Figure, frame: pd.DataFrame, *, n: str, band: str) -> Figure:
-    text = textwrap.fill(f"{describe_setting(frame)}. n: {n}. Band: {band}.", 92)
+    band = band.capitalize() if band.startswith("no band") else f"Band: {band}"
+    text = textwrap.fill(f"{describe_setting(frame)}; n = {n}. {band}.", 92)
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="#555555")
     return figure

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ptsim.network import LayerKind
+from ptsim.costs.flops import training_macs
+from ptsim.costs.memory import iteration_memory
+from ptsim.costs.traffic import batch_norm_bytes
+from ptsim.hardware.catalog import match_device
 from ptsim.report.pairs import is_pruned, penalty_ratio, run_labels
 from ptsim.trace.io import Trace
-
-PRODUCT_KINDS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 
 
 def run_state(trace: Trace) -> str:
@@ -120,6 +121,38 @@ def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def costs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """`epochs_frame` with what the cost model counts for every epoch's architecture, in the exact convention.
+
+    `allreduce_payload_bytes` is what each GPU's gradients add up to over the epoch, whether or not the run had several;
+    `estimated_memory_bytes` is the estimated peak of an iteration.
+    """
+    epochs = epochs_frame(traces)
+    rows = []
+    for trace in traces:
+        optimizer = str(trace.run.hyperparameters.get("optimizer", "sgd"))
+        device = match_device(trace.run.device.name)
+        for epoch in trace.epochs:
+            network = trace.network_of(epoch)
+            need = iteration_memory(
+                network,
+                batch=epoch.batch_per_gpu,
+                precision=trace.run.precision,
+                optimizer=optimizer,
+                memory_format=trace.run.memory_format,
+                device=device,
+            )
+            rows.append(
+                {
+                    "training_macs_per_image": training_macs(network, "exact"),
+                    "bn_bytes_per_image": batch_norm_bytes(network, trace.run.precision.activation_bytes),
+                    "estimated_memory_bytes": need.peak_bytes,
+                    "allreduce_payload_bytes": 4 * network.num_parameters * epoch.num_iterations,
+                }
+            )
+    return pd.concat([epochs, pd.DataFrame(rows)], axis=1)
 
 
 def reconfigurations_frame(traces: Sequence[Trace]) -> pd.DataFrame:

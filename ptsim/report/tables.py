@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -42,20 +42,31 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """A table ready for the page; `frame` is what the CSV beside the page holds."""
+    """A table ready for the page; `frame` is what the CSV beside it holds, `folded` shows it only when asked for."""
 
     name: str
     title: str
     caption: str
+    folded: bool
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     frame: pd.DataFrame
 
 
-def make_table(name: str, frame: pd.DataFrame, headings: Mapping[str, str], *, title: str, caption: str = "") -> Table:
+def make_table(
+    name: str,
+    frame: pd.DataFrame,
+    headings: Mapping[str, str],
+    *,
+    title: str,
+    caption: str = "",
+    together: Sequence[Sequence[str]] = (),
+    folded: bool = False,
+) -> Table:
     """The columns of `headings` that hold anything, in that order, under those headings.
 
-    A column is shown in one unit, chosen by its median so that most cells read as 1 to 9,999.
+    A column is shown in one unit, chosen by its median so that most cells read as 1 to 9,999; the columns of a group
+    in `together` share theirs, so that they can be compared at a glance.
     """
     shown = [column for column in headings if column in frame and frame[column].notna().any()]
     columns, cells = [], []
@@ -66,14 +77,16 @@ def make_table(name: str, frame: pd.DataFrame, headings: Mapping[str, str], *, t
             long = values.astype(str).str.len().max() > 60
             cells.append([_text_cell(value, "text long" if long else "text") for value in values])
             continue
-        unit, factor = _unit(column, values)
+        group = next((names for names in together if column in names), [column])
+        shared = pd.concat([frame[name].astype(float) for name in group if name in frame])
+        unit, factor = _unit(column, shared)
         columns.append(
             Column(heading=headings[column], unit=unit, kind="number", css="text" if position == 0 else "number")
         )
-        decimals = _decimals(values / factor, unit)
+        decimals = _decimals(shared / factor, unit)
         cells.append([_number_cell(value, factor, decimals) for value in values])
     rows = tuple(zip(*cells, strict=True)) if cells else ()
-    return Table(name=name, title=title, caption=caption, columns=tuple(columns), rows=rows, frame=frame)
+    return Table(name=name, title=title, caption=caption, folded=folded, columns=tuple(columns), rows=rows, frame=frame)
 
 
 def _is_text(values: pd.Series) -> bool:

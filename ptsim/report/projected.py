@@ -1,0 +1,309 @@
+"""What recorded runs would cost elsewhere, as tidy tables: projections, savings, and where the time goes.
+
+The projections are the simulator's; this module lays dense and pruned runs side by side, splits the layers' time by
+kind of work, and carries the intervals through the differences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import pandas as pd
+
+from ptsim.costs.step import Measurements, StepTime, step_time
+from ptsim.hardware.catalog import load_device, match_device
+from ptsim.hardware.spec import Cluster, Device
+from ptsim.network import LayerKind
+from ptsim.report.pairs import Comparison, is_pruned, run_labels
+from ptsim.sim.options import Options
+from ptsim.sim.run import RunProjection, project
+from ptsim.trace.io import Trace
+from ptsim.trace.schema import Epoch
+
+PRODUCT_KINDS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
+
+
+class LabelledRun(msgspec.Struct, frozen=True, kw_only=True):
+    """A run, what it is called, and whether it was really trained (a held baseline was not)."""
+
+    label: str
+    trace: Trace
+    trained: bool = True
+
+
+class Projector:
+    """Projects runs onto one cluster; every (run, size) is simulated once."""
+
+    def __init__(self, cluster: Cluster, options: Options) -> None:
+        self.cluster = cluster
+        self.options = options
+        self.device = load_device(options.device or cluster.device)
+        self._done: dict[tuple[str, int, bool, int], RunProjection] = {}
+
+    def run(self, trace: Trace, gpus: int) -> RunProjection:
+        """The projection of `trace` onto `gpus` GPUs.
+
+        Raises:
+            UsageError: the cluster has fewer GPUs.
+        """
+        key = str(trace.path), len(trace.epochs), is_pruned(trace), gpus
+        if key not in self._done:
+            self._done[key] = project(trace, self.cluster, gpus, self.options)
+        return self._done[key]
+
+    def step(self, trace: Trace, epoch: Epoch) -> StepTime:
+        """The step that `epoch` trained, layer by layer, on this cluster's device."""
+        return _step(trace, epoch, self.device)
+
+
+def labelled_runs(traces: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[LabelledRun]:
+    """The held baselines of runs that have no dense partner, then every run that has an epoch, dense ones first."""
+    held = [LabelledRun(label=c.baseline_label, trace=c.baseline, trained=False) for c in comparisons if not c.trained]
+    runs = [LabelledRun(label=label, trace=t) for label, t in zip(run_labels(traces), traces, strict=True) if t.epochs]
+    return held + sorted(runs, key=lambda run: is_pruned(run.trace))
+
+
+def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: Sequence[int]) -> pd.DataFrame:
+    """One row per run and cluster size: whole-run time with its 90 % interval, parts, bytes, energy and money."""
+    rows = []
+    for run in runs:
+        for size in gpus:
+            p = projector.run(run.trace, size)
+            rows.append(
+                {
+                    **_setting(run, projector),
+                    "gpus": size,
+                    "epochs": len(p.epochs),
+                    "first_batch_per_gpu": p.epochs[0].batch_per_gpu,
+                    "last_batch_per_gpu": p.epochs[-1].batch_per_gpu,
+                    "total_seconds": p.total_s,
+                    "low_seconds": p.low_s,
+                    "high_seconds": p.high_s,
+                    "compute_seconds": p.compute_s,
+                    "exposed_communication_seconds": p.exposed_communication_s,
+                    "reconfiguration_seconds": p.reconfiguration_s,
+                    "gpu_seconds": p.total_s * size,
+                    "allreduce_bytes_per_gpu": p.allreduce_bytes_per_gpu,
+                    "energy_joules": p.energy_j,
+                    "cost_usd": p.cost_usd,
+                    "tier": str(p.tier),
+                    "complete": run.trace.complete,
+                    "notes": "; ".join(p.notes),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus: Sequence[int]) -> pd.DataFrame:
+    """One row per comparison and cluster size: dense, pruned and the difference of time, energy, bytes and money.
+
+    Intervals are 90 %, the errors of both projections taken as independent: on the safe side, because what they share
+    cancels; `_alike_` columns are the other end, where both projections err in the same way.
+    `accuracy_change` is in fractions, missing where the baseline was not trained.
+    """
+    rows = []
+    for c in comparisons:
+        both_whole = c.trained and c.pruned.complete and c.baseline.complete
+        for size in gpus:
+            dense, pruned = projector.run(c.baseline, size), projector.run(c.pruned, size)
+            low, high = ratio_interval(_estimate(pruned), _estimate(dense))
+            saved_low, saved_high = difference_interval(_estimate(pruned), _estimate(dense))
+            alike = [p / d for p, d in zip(_estimate(pruned), _estimate(dense), strict=True)]
+            rows.append(
+                {
+                    "run": c.label,
+                    "baseline": c.baseline_label,
+                    "pruned": True,
+                    "cluster": projector.cluster.name,
+                    "device": projector.device.name,
+                    "precision": str(c.pruned.run.precision),
+                    "gpus": size,
+                    "epochs": len(c.pruned.epochs),
+                    "first_batch_per_gpu": pruned.epochs[0].batch_per_gpu,
+                    "last_batch_per_gpu": pruned.epochs[-1].batch_per_gpu,
+                    "dense_seconds": dense.total_s,
+                    "pruned_seconds": pruned.total_s,
+                    "saved_seconds": dense.total_s - pruned.total_s,
+                    "saved_seconds_low": saved_low,
+                    "saved_seconds_high": saved_high,
+                    "saved_fraction": 1 - pruned.total_s / dense.total_s,
+                    "saved_fraction_low": 1 - high,
+                    "saved_fraction_high": 1 - low,
+                    "saved_fraction_alike_low": 1 - max(alike),
+                    "saved_fraction_alike_high": 1 - min(alike),
+                    "saved_compute_seconds": dense.compute_s - pruned.compute_s,
+                    "saved_communication_seconds": dense.exposed_communication_s - pruned.exposed_communication_s,
+                    "dense_allreduce_bytes_per_gpu": dense.allreduce_bytes_per_gpu,
+                    "pruned_allreduce_bytes_per_gpu": pruned.allreduce_bytes_per_gpu,
+                    "dense_joules": dense.energy_j,
+                    "pruned_joules": pruned.energy_j,
+                    "saved_joules": _difference(dense.energy_j, pruned.energy_j),
+                    "dense_usd": dense.cost_usd,
+                    "pruned_usd": pruned.cost_usd,
+                    "saved_usd": _difference(dense.cost_usd, pruned.cost_usd),
+                    "price_usd_per_gpu_hour": projector.options.price_usd_per_gpu_hour
+                    or projector.cluster.price_usd_per_gpu_hour,
+                    "pruned_accuracy": c.pruned.epochs[-1].validation_accuracy,
+                    "accuracy_change": c.pruned.epochs[-1].validation_accuracy
+                    - c.baseline.epochs[-1].validation_accuracy
+                    if c.trained
+                    else None,
+                    "whole_runs": both_whole,
+                    "tier": str(max(dense.tier, pruned.tier, key=_rank)),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def epoch_breakdown_frame(run: LabelledRun, projector: Projector, gpus: int) -> pd.DataFrame:
+    """One row per epoch and part of the time (`figures.PART_COLOURS`), in seconds of that epoch.
+
+    The simulated forward and backward time is split between matrix products and memory-bound layers in the proportion
+    of their times on the device alone. "other" is what no part claims, such as gaps between kernels.
+    """
+    projection = projector.run(run.trace, gpus)
+    shares: dict[tuple[str, int], float] = {}
+    rows = []
+    for recorded, e in zip(run.trace.epochs, projection.epochs, strict=True):
+        key = e.architecture, e.batch_per_gpu
+        if key not in shares:
+            network = run.trace.networks[e.architecture]
+            step = _step(run.trace, msgspec.structs.replace(recorded, batch_per_gpu=e.batch_per_gpu), projector.device)
+            kinds = {layer.name: layer.kind for layer in network.layers}
+            times = {layer.layer: layer.forward_s + layer.backward_s for layer in step.layers}
+            products = sum(seconds for name, seconds in times.items() if kinds[name] in PRODUCT_KINDS)
+            shares[key] = products / sum(times.values())
+        layers_s = (e.forward_s + e.backward_s) * e.num_iterations
+        parts = {
+            "convolutions and linear layers": layers_s * shares[key],
+            "memory-bound layers": layers_s * (1 - shares[key]),
+            "optimizer and regulariser": (e.optimizer_s + e.regularizer_s) * e.num_iterations,
+            "exposed communication": e.exposed_communication_s * e.num_iterations,
+            "input wait": e.input_wait_s * e.num_iterations,
+        }
+        parts["other"] = max(e.total_s - sum(parts.values()), 0.0)
+        rows += [
+            {
+                **_setting(run, projector),
+                "gpus": gpus,
+                "epoch": e.epoch,
+                "batch_per_gpu": e.batch_per_gpu,
+                "part": part,
+                "seconds": seconds,
+            }
+            for part, seconds in parts.items()
+        ]
+    return pd.DataFrame(rows)
+
+
+def breakdown_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: Sequence[int]) -> pd.DataFrame:
+    """One row per run, cluster size and part of the time, in seconds of the whole run; the parts add up to it."""
+    frames = []
+    for run in runs:
+        for size in gpus:
+            epochs = epoch_breakdown_frame(run, projector, size)
+            projection = projector.run(run.trace, size)
+            parts = epochs.groupby("part", sort=False).seconds.sum()
+            parts["reconfiguration"] = projection.reconfiguration_s
+            frame = parts.rename("seconds").reset_index()
+            for name, value in {**_setting(run, projector), "gpus": size}.items():
+                frame[name] = value
+            frame["first_batch_per_gpu"] = projection.epochs[0].batch_per_gpu
+            frame["last_batch_per_gpu"] = projection.epochs[-1].batch_per_gpu
+            frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def layers_frame(run: LabelledRun, device: Device) -> pd.DataFrame:
+    """One row per epoch and layer of one run: forward and backward time of one image on `device`, and its tier."""
+    rows = []
+    steps: dict[tuple[str, int], StepTime] = {}
+    for epoch in run.trace.epochs:
+        key = epoch.architecture, epoch.batch_per_gpu
+        if key not in steps:
+            steps[key] = _step(run.trace, epoch, device)
+        network = run.trace.network_of(epoch)
+        for time in steps[key].layers:
+            layer = network.layer(time.layer)
+            rows.append(
+                {
+                    "run": run.label,
+                    "pruned": is_pruned(run.trace),
+                    "device": device.name,
+                    "precision": str(run.trace.run.precision),
+                    "batch_per_gpu": epoch.batch_per_gpu,
+                    "epoch": epoch.epoch,
+                    "layer": time.layer,
+                    "kind": str(time.kind),
+                    "in_channels": layer.in_channels,
+                    "out_channels": layer.out_channels,
+                    "forward_macs_per_image": layer.forward_macs,
+                    "forward_seconds_per_image": time.forward_s / epoch.batch_per_gpu,
+                    "backward_seconds_per_image": time.backward_s / epoch.batch_per_gpu,
+                    "seconds_per_image": (time.forward_s + time.backward_s) / epoch.batch_per_gpu,
+                    "tier": str(time.tier),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _estimate(projection: RunProjection) -> Estimate:
+    return projection.total_s, projection.low_s, projection.high_s
+
+
+Estimate = tuple[float, float, float]  # value, low, high
+
+
+def ratio_interval(value: Estimate, base: Estimate) -> tuple[float, float]:
+    """Interval of `value / base`, errors taken as independent and relative.
+
+    Logarithmic half-widths add in quadrature. Errors that both share cancel in the ratio, so this is on the safe side.
+    """
+    down = math.hypot(math.log(value[0] / value[1]), math.log(base[2] / base[0]))
+    up = math.hypot(math.log(value[2] / value[0]), math.log(base[0] / base[1]))
+    return value[0] / base[0] * math.exp(-down), value[0] / base[0] * math.exp(up)
+
+
+def difference_interval(value: Estimate, base: Estimate) -> tuple[float, float]:
+    """Interval of `base - value`, errors taken as independent: half-widths add in quadrature."""
+    saved = base[0] - value[0]
+    down = math.hypot(value[2] - value[0], base[0] - base[1])
+    return saved - down, saved + math.hypot(value[0] - value[1], base[2] - base[0])
+
+
+def _step(trace: Trace, epoch: Epoch, device: Device) -> StepTime:
+    measurements = Measurements(profiles=trace.profiles, source_device=match_device(trace.run.device.name))
+    return step_time(
+        trace.networks[epoch.architecture],
+        device,
+        batch=epoch.batch_per_gpu,
+        precision=trace.run.precision,
+        memory_format=trace.run.memory_format,
+        optimizer=str(trace.run.hyperparameters.get("optimizer", "sgd")),
+        regularizer=epoch.penalty_coefficient > 0,
+        measurements=measurements,
+    )
+
+
+def _setting(run: LabelledRun, projector: Projector) -> dict[str, str | bool | int]:
+    return {
+        "run": run.label,
+        "pruned": is_pruned(run.trace),
+        "trained": run.trained,
+        "cluster": projector.cluster.name,
+        "device": projector.device.name,
+        "precision": str(run.trace.run.precision),
+    }
+
+
+def _difference(dense: float | None, pruned: float | None) -> float | None:
+    return None if dense is None or pruned is None else dense - pruned
+
+
+_TIERS = ("measured", "profiled", "scaled", "datasheet")
+
+
+def _rank(tier: object) -> int:
+    return _TIERS.index(str(tier))

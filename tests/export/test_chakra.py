@@ -1,0 +1,219 @@
+"""The files are decoded with protobuf's own library and a schema that is written out here from et_def.proto."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from ptsim.errors import UsageError
+from ptsim.export import protobuf
+from ptsim.export.chakra import step_nodes, write_chakra
+from ptsim.trace.io import read_trace
+from tests.traces import NetworkBuilder, dense_trace, shrinking_trace
+
+Field = descriptor_pb2.FieldDescriptorProto
+# message → field → (number, type, repeated, message or enum type); the parts of et_def.proto that ptsim writes.
+SCHEMA: dict[str, dict[str, tuple[int, int, bool, str]]] = {
+    "AttributeProto": {
+        "name": (1, Field.TYPE_STRING, False, ""),
+        "int64_val": (9, Field.TYPE_INT64, False, ""),
+        "uint64_val": (15, Field.TYPE_UINT64, False, ""),
+        "bool_val": (27, Field.TYPE_BOOL, False, ""),
+        "string_val": (29, Field.TYPE_STRING, False, ""),
+    },
+    "GlobalMetadata": {
+        "version": (1, Field.TYPE_STRING, False, ""),
+        "attr": (2, Field.TYPE_MESSAGE, True, "AttributeProto"),
+    },
+    "Node": {
+        "id": (1, Field.TYPE_UINT64, False, ""),
+        "name": (2, Field.TYPE_STRING, False, ""),
+        "type": (3, Field.TYPE_ENUM, False, "NodeType"),
+        "ctrl_deps": (4, Field.TYPE_UINT64, True, ""),
+        "data_deps": (5, Field.TYPE_UINT64, True, ""),
+        "start_time_micros": (6, Field.TYPE_UINT64, False, ""),
+        "duration_micros": (7, Field.TYPE_UINT64, False, ""),
+        "attr": (10, Field.TYPE_MESSAGE, True, "AttributeProto"),
+    },
+}
+NODE_TYPES = ["INVALID", "METADATA", "MEM_LOAD", "MEM_STORE", "COMP", "COMM_SEND", "COMM_RECV", "COMM_COLL"]
+ONEOF = ("int64_val", "uint64_val", "bool_val", "string_val")
+
+
+def message_classes() -> dict[str, Any]:
+    file = descriptor_pb2.FileDescriptorProto(name="et_def.proto", package="ChakraProtoMsg", syntax="proto3")
+    enum = file.enum_type.add(name="NodeType")
+    for number, name in enumerate(NODE_TYPES):
+        enum.value.add(name=f"{name}_NODE", number=number)
+    for message_name, fields in SCHEMA.items():
+        message = file.message_type.add(name=message_name)
+        if message_name == "AttributeProto":
+            message.oneof_decl.add(name="value")
+        for name, (number, kind, repeated, type_name) in fields.items():
+            field = message.field.add(name=name, number=number, type=kind)
+            field.label = Field.LABEL_REPEATED if repeated else Field.LABEL_OPTIONAL
+            if type_name:
+                field.type_name = f".ChakraProtoMsg.{type_name}"
+            if name in ONEOF:
+                field.oneof_index = 0
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"ChakraProtoMsg.{name}")) for name in SCHEMA
+    }
+
+
+CLASSES = message_classes()
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def decode(file: Path) -> tuple[Any, list[Any]]:
+    data, at, blocks = file.read_bytes(), 0, []
+    while at < len(data):
+        length, at = read_varint(data, at)
+        blocks.append(data[at : at + length])
+        at += length
+    assert at == len(data)
+    return CLASSES["GlobalMetadata"].FromString(blocks[0]), [CLASSES["Node"].FromString(b) for b in blocks[1:]]
+
+
+def attributes(message: Any) -> dict[str, Any]:
+    return {attr.name: getattr(attr, attr.WhichOneof("value")) for attr in message.attr}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, list[Path]]:
+    folder = tmp_path_factory.mktemp("chakra")
+    trace = read_trace(shrinking_trace(folder / "t.jsonl", world_size=4, num_train=20_000))
+    return trace, folder / "out", write_chakra(trace, folder / "out")
+
+
+def test_there_is_a_file_per_rank_and_architecture(exported: tuple[Any, Path, list[Path]]) -> None:
+    trace, out, files = exported
+    settings = {(epoch.architecture, epoch.batch_per_gpu) for epoch in trace.epochs}
+    assert len(files) == 4 * len(settings)
+    index = msgspec.json.decode((out / "index.json").read_bytes())
+    assert sorted(n for entry in index for n in entry["epochs"]) == [epoch.epoch for epoch in trace.epochs]
+    assert sum(entry["num_iterations"] for entry in index) == sum(epoch.num_iterations for epoch in trace.epochs)
+
+
+def test_a_file_is_metadata_and_then_nodes_that_nothing_is_lost_from(exported: tuple[Any, Path, list[Path]]) -> None:
+    trace, _, files = exported
+    metadata, nodes = decode(files[0])
+    assert metadata.version == "0.0.4"
+    assert attributes(metadata)["architecture"] == trace.epochs[0].architecture
+    network = trace.networks[trace.epochs[0].architecture]
+    compute = [node for node in nodes if NODE_TYPES[node.type] == "COMP"]
+    assert len(compute) == 2 * len(network.layers) + 1
+    for node in nodes:
+        size = node.ByteSize()
+        node.DiscardUnknownFields()
+        assert node.ByteSize() == size
+
+
+def test_flops_are_twice_the_macs_of_the_mini_batch(exported: tuple[Any, Path, list[Path]]) -> None:
+    trace, _, files = exported
+    _, nodes = decode(files[0])
+    network, batch = trace.networks[trace.epochs[0].architecture], trace.epochs[0].batch_per_gpu
+    by_name = {node.name: attributes(node) for node in nodes}
+    conv = network.layer("layer1.0.conv1")
+    assert by_name["layer1.0.conv1.forward"]["num_ops"] == 2 * conv.forward_macs * batch
+    assert by_name["layer1.0.conv1.backward"]["num_ops"] == 4 * conv.forward_macs * batch
+    assert by_name["conv1.backward"]["num_ops"] == 2 * network.layer("conv1").forward_macs * batch  # no input gradient
+
+
+def test_the_all_reduces_carry_every_gradient_once(exported: tuple[Any, Path, list[Path]]) -> None:
+    trace, _, files = exported
+    _, nodes = decode(files[0])
+    reduces = [attributes(node) for node in nodes if NODE_TYPES[node.type] == "COMM_COLL"]
+    network = trace.networks[trace.epochs[0].architecture]
+    assert sum(node["comm_size"] for node in reduces) == 4 * network.num_parameters
+    assert {node["comm_type"] for node in reduces} == {0}
+    assert not any(node["is_cpu_op"] for node in reduces)
+
+
+def test_every_node_waits_only_for_earlier_ones_and_the_optimizer_for_all_of_them(
+    exported: tuple[Any, Path, list[Path]],
+) -> None:
+    _, nodes = decode(exported[2][0])
+    assert [node.id for node in nodes] == list(range(len(nodes)))
+    assert all(dependency < node.id for node in nodes for dependency in node.data_deps)
+    before: set[int] = set()
+    pending = [nodes[-1].id]
+    while pending:
+        number = pending.pop()
+        before.add(number)
+        pending += [n for n in nodes[number].data_deps if n not in before]
+    assert before == set(range(len(nodes)))
+
+
+def test_durations_are_the_profiles_up_to_a_microsecond_in_all(exported: tuple[Any, Path, list[Path]]) -> None:
+    trace, _, files = exported
+    _, nodes = decode(files[0])
+    profile = trace.profiles[0]
+    expected = sum(layer.forward_s + (layer.backward_s or 0.0) for layer in profile.layers)
+    expected += profile.optimizer_s + profile.regularizer_s
+    assert sum(node.duration_micros for node in nodes) == pytest.approx(expected * 1e6, abs=1)
+
+
+def test_a_chain_by_hand() -> None:
+    net = NetworkBuilder("chain", (3, 4, 4), 2)
+    net.linear("fc", net.flatten("flat", net.relu("relu", net.conv("conv", None, 2))), 2)
+    nodes = step_nodes(net.build(), batch=8, num_gpus=2)
+    names = [node.name for node in nodes]
+    assert names == [
+        "conv.forward", "relu.forward", "flat.forward", "fc.forward",
+        "fc.backward", "flat.backward", "relu.backward", "conv.backward", "all_reduce.0", "optimizer",
+    ]  # fmt: skip
+    by_name = {node.name: node for node in nodes}
+    assert by_name["relu.backward"].data_deps == (1, 5)
+    assert by_name["all_reduce.0"].all_reduce_bytes == 4 * (2 * 3 * 9 + 32 * 2 + 2)
+    assert by_name["all_reduce.0"].data_deps == (4, 7)
+    assert by_name["optimizer"].data_deps == (8,)
+    assert by_name["conv.forward"].num_ops == 2 * (2 * 3 * 9 * 16) * 8
+
+
+def test_one_gpu_reduces_nothing(tmp_path: Path) -> None:
+    trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=1))
+    (file,) = write_chakra(trace, tmp_path / "out", num_gpus=1)
+    assert {NODE_TYPES[node.type] for node in decode(file)[1]} == {"COMP"}
+
+
+def test_a_trace_without_profiles_has_no_durations(tmp_path: Path) -> None:
+    trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=1, profiles=False))
+    files = write_chakra(trace, tmp_path / "out")
+    assert len(files) == 2
+    assert all(node.duration_micros == 0 for node in decode(files[0])[1])
+
+
+def test_a_trace_without_epochs_is_refused(tmp_path: Path) -> None:
+    trace = read_trace(dense_trace(tmp_path / "t.jsonl", recorded_epochs=0))
+    with pytest.raises(UsageError, match="no epoch"):
+        write_chakra(trace, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [0, 1, 127, 128, 300, 2**32, 2**64 - 1])
+def test_varints_are_read_back_by_hand(value: int) -> None:
+    assert read_varint(protobuf.varint(value), 0) == (value, len(protobuf.varint(value)))
+
+
+def test_the_varint_of_the_protobuf_guide() -> None:
+    assert protobuf.varint(150) == b"\x96\x01"
+    assert protobuf.integer(1, 150) == b"\x08\x96\x01"
+    assert protobuf.text(2, "testing") == b"\x12\x07testing"
+
+
+def test_a_number_beyond_64_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match="64-bit"):
+        protobuf.varint(2**64)
