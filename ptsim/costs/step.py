@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from ptsim.costs.datasheet import datasheet_step
+from ptsim.costs.measured import step_of_profile
+from ptsim.costs.profiled import profiled_step
+from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.times import LayerTime, Measurements, MemoryFormat, StepTime, Tier
 from ptsim.errors import UsageError
+from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
 from ptsim.network import Network, Precision
 
@@ -22,7 +28,10 @@ def step_time(
     regularizer: bool = False,
     measurements: Measurements | None = None,
 ) -> StepTime:
-    """The best available estimate of one training step of `batch` images.
+    """The best available estimate of one training step of `batch` images; its tier says which that was.
+
+    Measured where a profile is of this very architecture, mini-batch and device; else interpolated in a device profile
+    of this device; else a profile of another mini-batch or catalog device, scaled; else the data sheet.
 
     Args:
         network: what is trained.
@@ -36,18 +45,44 @@ def step_time(
 
     Raises:
         ValueError: batch is not positive, or the device does not support the precision.
+        MissingMeasurementError: the device profile is of this device, but lacks the precision, format or an operator.
     """
     if batch < 1:
         raise UsageError(f"mini-batch {batch} is not positive")
     if precision not in device.peak_flops_per_s:
         supported = ", ".join(sorted(device.peak_flops_per_s))
         raise UsageError(f"{device.name} does not support {precision}; it supports {supported}")
-    return datasheet_step(
+    predict = functools.partial(
+        datasheet_step,
         network,
-        device,
-        batch=batch,
         precision=precision,
         memory_format=memory_format,
         optimizer=optimizer,
         regularizer=regularizer,
     )
+    known = measurements or Measurements()
+    source, calibrated = known.source_device, known.device_profile
+    nearest = nearest_profile(network, known.profiles, batch=batch, precision=precision, memory_format=memory_format)
+    complete = nearest is not None and (nearest.regularizer_s > 0 or not regularizer)
+    if nearest is not None and complete and source == device and nearest.batch == batch:
+        return step_of_profile(network, nearest, regularizer=regularizer)
+    if calibrated is not None and match_device(calibrated.device) == device:
+        return profiled_step(
+            network,
+            calibrated,
+            batch=batch,
+            precision=precision,
+            memory_format=memory_format,
+            optimizer=optimizer,
+            regularizer=regularizer,
+        )
+    if nearest is not None and source is not None and precision in source.peak_flops_per_s:
+        return scaled_step(
+            network,
+            nearest,
+            predict_here=lambda size: predict(source, batch=size),
+            predict_there=lambda size: predict(device, batch=size),
+            batch=batch,
+            regularizer=regularizer,
+        )
+    return predict(device, batch=batch)

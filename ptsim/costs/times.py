@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Device
 from ptsim.network import LayerKind
 from ptsim.trace.schema import Profile
@@ -68,7 +69,14 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measurements(msgspec.Struct, frozen=True, kw_only=True):
-    """What has been measured and may be used: a trace's profiles, and the catalog device they were taken on."""
+    """What has been measured and may be used instead of the data sheet.
+
+    Attributes:
+        profiles: of a trace.
+        source_device: the catalog's device that they were taken on; None where the catalog does not know it.
+        device_profile: of `ptsim calibrate gpu`; used for the device that it was measured on.
+    """
 
     profiles: tuple[Profile, ...] = ()
     source_device: Device | None = None
+    device_profile: DeviceProfile | None = None

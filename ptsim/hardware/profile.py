@@ -94,7 +94,7 @@ def operator_of(layer: Layer, *, batch: int, setting: Setting) -> Operator:
     )
 
 
-class OperatorTime(msgspec.Struct, frozen=True, kw_only=True):
+class OperatorTime(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """Median seconds of one operator for its whole mini-batch.
 
     Attributes:
@@ -113,7 +113,7 @@ class OperatorTime(msgspec.Struct, frozen=True, kw_only=True):
     context: Context = "alone"
 
 
-class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True):
+class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """Whole training steps of one network, without clocks inside: medians of `num_samples` steps.
 
     `layers_forward_s` and `layers_backward_s` are the sums of its layers' times with a clock around each; the

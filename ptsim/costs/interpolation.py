@@ -1,0 +1,189 @@
+"""How long does an operator take whose neighbours were measured?
+
+Between measured operators of one family (same operator, kernel and stride) the time of a pass is
+
+    t(x) = R(x) · exp( Σ wᵢ·log(tᵢ / R(xᵢ)) / (w₀ + Σ wᵢ) ),   wᵢ = 1 / (dᵢ² + ε²)
+
+R is a physical model fitted to the family itself: products on whole tiles of channels, bytes moved, a constant, each
+with a weight that is not negative. d is the distance in octaves of pixels and channels. R makes the stairs of tile
+quantisation, the neighbours hold what else the device does, and w₀ lets R alone speak where no neighbour is near.
+The tile and ε are those that leave the smallest error when each operator is predicted from the others; that error is
+the estimate's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from ptsim.hardware.profile import Operator, OperatorTime, Setting
+from ptsim.network import LayerKind
+
+Pass = Literal["forward", "backward"]
+Family = tuple[object, ...]
+Floats = NDArray[np.float64]
+
+_TILES = (1, 4, 8, 16, 32, 64)
+_SOFTENING = (0.1, 0.4, 1.5)  # ε in octaves
+_FAR = 3.0  # octaves: a neighbour at this distance counts as much as R alone
+_FEWEST = 3  # of a family; with fewer it is joined with its relatives
+_UNKNOWN_LOG_ERROR = math.log(2.0)  # what is said of a device profile with one operator and nothing to compare it to
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of one pass of one operator; `log_error` is the standard deviation of its logarithm, 0 if measured."""
+
+    seconds: float
+    log_error: float
+    family: Family
+
+
+class Interpolator:
+    """All operators that a profile measured in one setting."""
+
+    def __init__(self, times: Iterable[OperatorTime], setting: Setting) -> None:
+        self._samples: dict[Pass, list[tuple[Operator, float, bool]]] = {"forward": [], "backward": []}
+        self._known: dict[tuple[Pass, Operator], float] = {}
+        self._without_backward: set[Operator] = set()
+        for time in sorted(times, key=lambda time: time.context):  # "step" after "alone": it is the better one
+            if time.operator.setting == setting:
+                self._take(time)
+
+    def estimate(self, operator: Operator, which: Pass) -> Estimate | None:
+        """The pass's time, measured or interpolated; None where nothing of its kind was measured.
+
+        Backward is 0 where autograd was seen to have no node for it.
+        """
+        known = self._known.get((which, operator))
+        if known is not None:
+            return Estimate(seconds=known, log_error=0.0, family=_families(operator, which)[0])
+        if which == "backward" and operator in self._without_backward:
+            return Estimate(seconds=0.0, log_error=0.0, family=())
+        for family in _families(operator, which):
+            curve = self._curve(family, which)
+            if curve is not None:
+                return Estimate(seconds=curve.seconds(operator), log_error=curve.log_error, family=family)
+        return None
+
+    def _take(self, time: OperatorTime) -> None:
+        operator, inside = time.operator, time.context == "step"
+        values: list[tuple[Pass, Operator, float | None]] = [
+            ("forward", operator, time.forward_s),
+            ("backward", operator, time.backward_s),
+        ]
+        if operator.input_needs_gradient:  # a first layer computes the weight gradient alone
+            first = msgspec.structs.replace(operator, input_needs_gradient=False)
+            values.append(("backward", first, time.weight_gradient_s))
+        for which, measured, seconds in values:
+            if seconds is not None and seconds > 0:
+                self._known[which, measured] = seconds
+                self._samples[which].append((measured, seconds, inside))
+        if time.backward_s is None:
+            self._without_backward.add(operator)
+
+    @functools.cache  # noqa: B019 - an interpolator lives as long as its profile
+    def _curve(self, family: Family, which: Pass) -> _Curve | None:
+        samples = [sample for sample in self._samples[which] if family in _families(sample[0], which)]
+        general = len(family) == 1
+        return _Curve(samples) if len(samples) >= (1 if general else _FEWEST) else None
+
+
+class _Curve:
+    """One family's physical model with its residuals."""
+
+    def __init__(self, samples: Sequence[tuple[Operator, float, bool]]) -> None:
+        operators = [operator for operator, _, _ in samples]
+        times = np.array([seconds for _, seconds, _ in samples])
+        inside = np.array([is_inside for _, _, is_inside in samples])
+        self._places = np.array([_place(operator) for operator in operators])
+        distances = ((self._places[:, None, :] - self._places[None, :, :]) ** 2).sum(axis=2)
+        same = np.array([[a == b for b in operators] for a in operators])  # also the operator itself
+        best = math.inf
+        tiles = _TILES if operators[0].kind in (LayerKind.CONV, LayerKind.LINEAR) else (1,)
+        for tile in tiles:
+            features = np.array([_features(operator, tile) for operator in operators])
+            weights, _ = nnls(features / times[:, None], np.ones(len(times)))
+            if not weights.any():
+                continue
+            residuals = np.log(times / (features @ weights))
+            if inside.any() and not inside.all():  # a loop of its own finds warmer caches, or no launch gaps
+                residuals[~inside] -= np.median(residuals[~inside]) - np.median(residuals[inside])
+            for softening in _SOFTENING:
+                pull = np.where(same, 0.0, 1.0 / (distances + softening**2))
+                left_out = residuals - pull @ residuals / (1.0 / _FAR**2 + pull.sum(axis=1))
+                error = float(np.sqrt(np.mean(left_out**2)))
+                if error < best:
+                    best, self._tile, self._weights, self._softening = error, tile, weights, softening
+                    self._residuals = residuals
+        self.log_error = best if len(set(operators)) >= _FEWEST else _UNKNOWN_LOG_ERROR
+
+    def seconds(self, operator: Operator) -> float:
+        """Interpolated between the samples."""
+        pull = 1.0 / (((self._places - _place(operator)) ** 2).sum(axis=1) + self._softening**2)
+        residual = pull @ self._residuals / (1.0 / _FAR**2 + pull.sum())
+        return float(_features(operator, self._tile) @ self._weights * np.exp(residual))
+
+
+def _families(operator: Operator, which: Pass) -> tuple[Family, ...]:
+    """From the narrowest to the widest that may stand for the operator."""
+    kind: object = operator.kind
+    if operator.kind is LayerKind.CONV:
+        depthwise = operator.groups > 1 and operator.groups == operator.inputs[0][0]
+        kind = (operator.kind, operator.op, depthwise or operator.groups > 1)
+        form = operator.kernel, operator.stride, operator.dilation
+    else:
+        form = operator.kernel, operator.stride, (1, 1)
+    if which == "backward" and operator.kind in (LayerKind.CONV, LayerKind.LINEAR):
+        kind = (kind, operator.input_needs_gradient)
+    if operator.kind in (LayerKind.CONV, LayerKind.POOL):
+        return (kind, operator.op, form), (kind,)
+    return (kind, operator.op, operator.inplace), (kind, operator.op), (kind,)
+
+
+def _products(operator: Operator, tile: int) -> float:
+    """Multiply–accumulates when channels are filled up to whole tiles."""
+    if operator.kind is LayerKind.CONV:
+        inputs, outputs = operator.inputs[0][0] // operator.groups, operator.output[0]
+        pixels = math.prod(operator.output[1:]) * math.prod(operator.kernel)
+    elif operator.kind is LayerKind.LINEAR:
+        inputs, outputs = operator.inputs[0][-1], operator.output[-1]
+        pixels = math.prod(operator.output[:-1])
+    else:
+        return 0.0
+    tiled = (-(-inputs // tile)) * (-(-outputs // tile)) * tile**2
+    return float(operator.batch * pixels * tiled)
+
+
+def _features(operator: Operator, tile: int) -> Floats:
+    """What costs time: products, bytes moved, being called at all."""
+    elements = sum(math.prod(shape) for shape in (*operator.inputs, operator.output))
+    weights = 0
+    if operator.kind is LayerKind.CONV:
+        weights = operator.output[0] * operator.inputs[0][0] // operator.groups * math.prod(operator.kernel)
+    elif operator.kind is LayerKind.LINEAR:
+        weights = operator.output[-1] * operator.inputs[0][-1]
+    size = operator.setting.precision.activation_bytes
+    return np.array([_products(operator, tile) * 1e-9, (operator.batch * elements * size + 4 * weights) * 1e-6, 1e-3])
+
+
+def _place(operator: Operator) -> Floats:
+    """Where the operator lies among its family, in octaves: pixels, channels in and out, kernel and stride."""
+    source, target = operator.inputs[0] if operator.inputs else (1,), operator.output or (1,)
+    convolution = len(target) == 3
+    pixels = operator.batch * math.prod(target[1:] if convolution else target[:-1])
+    return np.log2(
+        [
+            max(pixels, 1),
+            max(source[0] if convolution else source[-1], 1),
+            max(target[0] if convolution else target[-1], 1),
+            math.prod(operator.kernel),
+            math.prod(operator.stride),
+        ]
+    )

@@ -1,0 +1,203 @@
+"""How long does a step take on a device that `ptsim calibrate gpu` has measured? Tier 2.
+
+A network that was measured whole is looked up. Any other is the sum of its operators, looked up or interpolated
+(`interpolation`). A step without clocks inside is not that sum exactly: the ratio is learnt from the networks that were
+measured both ways. What updates and group lasso take is fitted over the same networks, to their parameters and tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy.optimize import nnls
+
+from ptsim.costs.interpolation import Estimate, Family, Interpolator
+from ptsim.costs.times import LayerTime, MemoryFormat, StepTime, Tier
+from ptsim.errors import MissingMeasurementError
+from ptsim.hardware.profile import DeviceProfile, OperatorTime, Setting, StepMeasurement, operator_of
+from ptsim.network import LayerKind, Network, Precision
+
+_Z90 = 1.645  # two-sided 90 % of a normal distribution
+_SMALL = (LayerKind.RESHAPE, LayerKind.DROPOUT, LayerKind.OTHER)  # in the whole steps' ratio where nobody timed them
+
+
+def profiled_step(
+    network: Network,
+    profile: DeviceProfile,
+    *,
+    batch: int,
+    precision: Precision,
+    memory_format: MemoryFormat = "contiguous",
+    optimizer: str = "sgd",
+    regularizer: bool = False,
+    whole: bool = True,
+) -> StepTime:
+    """One training step of `batch` images, from what was measured on the profile's device.
+
+    The interval is 90 %: the fastest and slowest step where the network was measured whole. Otherwise it comes from
+    the leave-one-out errors, taken as common to the operators of a family and independent between families, and from
+    the spread of whole steps around the sums of their layers.
+
+    Args:
+        network: what is trained.
+        profile: the device, measured.
+        batch: images per step.
+        precision: of the matrix products.
+        memory_format: layout of the activations.
+        optimizer: whose update is timed.
+        regularizer: whether the group lasso's gradient is computed.
+        whole: False sums operators also where the network was measured whole.
+
+    Raises:
+        MissingMeasurementError: the profile has nothing in this precision and format, nothing like an operator of the
+            network, or no step with this optimizer or with the group lasso.
+    """
+    setting = Setting(precision=precision, memory_format=memory_format)
+    profile.check_setting(setting)
+    device = _device(profile.device, profile.operators, profile.steps, setting)
+    return device.step(network, batch, optimizer, regularizer, whole=whole)
+
+
+@functools.lru_cache(maxsize=8)
+def _device(
+    name: str, operators: tuple[OperatorTime, ...], steps: tuple[StepMeasurement, ...], setting: Setting
+) -> _Device:
+    """Fitting takes a second, and a run asks for dozens of steps of one profile."""
+    return _Device(name, operators, steps, setting)
+
+
+class _Device:
+    """A device profile in one setting, ready to be asked."""
+
+    def __init__(
+        self, name: str, operators: Sequence[OperatorTime], steps: Sequence[StepMeasurement], setting: Setting
+    ) -> None:
+        self._name = name
+        self._setting = setting
+        self._steps = [step for step in steps if step.setting == setting]
+        self._operators = Interpolator(operators, setting)
+        hosts: dict[LayerKind, list[float]] = defaultdict(list)
+        for time in operators:
+            if time.host_s is not None and time.operator.setting == setting:
+                hosts[time.operator.kind].append(time.host_s)
+        self._host_s = {kind: statistics.median(values) for kind, values in hosts.items()}
+
+    def step(self, network: Network, batch: int, optimizer: str, regularizer: bool, *, whole: bool) -> StepTime:
+        """See `profiled_step`."""
+        estimates = [self._layer(network, index, batch) for index in range(len(network.layers))]
+        forward_s = sum(forward.seconds for forward, _ in estimates)
+        backward_s = sum(backward.seconds for _, backward in estimates)
+        optimizer_s = self._fitted(
+            network,
+            lambda step: step.optimizer_s if step.optimizer == optimizer else None,
+            f"no training step with the optimizer {optimizer!r}",
+        )
+        regularizer_s = 0.0
+        if regularizer:
+            regularizer_s = self._fitted(network, lambda step: step.regularizer_s, "no step with the group lasso")
+        measured = self._measured(network, batch) if whole else None
+        if measured is not None:
+            ratios = measured.forward_s / forward_s, measured.backward_s / backward_s
+            low, high = measured.step_low_s / measured.step_s, measured.step_high_s / measured.step_s
+            overhead_s = 0.0
+            optimizer_s = (
+                measured.optimizer_s if measured.optimizer == optimizer and measured.optimizer_s else optimizer_s
+            )
+            regularizer_s = measured.regularizer_s if regularizer and measured.regularizer_s else regularizer_s
+        else:
+            ratios, ratio_error = self._ratios(forward_s + backward_s, len(network.layers))
+            error = math.hypot(_common_error(estimates), ratio_error)
+            low, high = math.exp(-_Z90 * error), math.exp(_Z90 * error)
+            launched_s = sum(self._host_s.get(layer.kind, 0.0) for layer in network.layers)
+            kernels_s = forward_s * ratios[0] + backward_s * ratios[1]
+            overhead_s = 0.0 if self._steps else max(launched_s - kernels_s, 0.0)
+        layers = tuple(
+            LayerTime(
+                layer=layer.name,
+                kind=layer.kind,
+                forward_s=forward.seconds * ratios[0],
+                backward_s=backward.seconds * ratios[1],
+                tier=Tier.PROFILED,
+            )
+            for layer, (forward, backward) in zip(network.layers, estimates, strict=True)
+        )
+        total_s = sum(t.forward_s + t.backward_s for t in layers) + optimizer_s + regularizer_s + overhead_s
+        return StepTime(
+            layers=layers,
+            optimizer_s=optimizer_s,
+            regularizer_s=regularizer_s,
+            overhead_s=overhead_s,
+            low_s=total_s * low,
+            high_s=total_s * high,
+            tier=Tier.PROFILED,
+        )
+
+    def _layer(self, network: Network, index: int, batch: int) -> tuple[Estimate, Estimate]:
+        layer = network.layers[index]
+        operator = operator_of(layer, batch=batch, setting=self._setting)
+        forward = self._operators.estimate(operator, "forward")
+        backward = self._operators.estimate(operator, "backward")
+        nothing = Estimate(seconds=0.0, log_error=0.0, family=())
+        if forward is None and (layer.view or layer.kind in _SMALL):
+            return nothing, nothing
+        if forward is None:
+            raise MissingMeasurementError(
+                f"the device profile of {self._name} has no {layer.kind} in {self._setting}, which layer {layer.name} "
+                f"({layer.op}) of {network.name} needs",
+                hint="`ptsim calibrate gpu --trace` measures the operators of a run",
+            )
+        return forward, backward or nothing
+
+    def _measured(self, network: Network, batch: int) -> StepMeasurement | None:
+        fitting = [step for step in self._steps if (step.architecture, step.batch) == (network.id, batch)]
+        return fitting[-1] if fitting else None
+
+    def _ratios(self, layers_s: float, num_layers: int) -> tuple[tuple[float, float], float]:
+        """Whole steps over sums of layers, forward and backward, and the spread of their logarithm.
+
+        Networks whose layers take as long on average count most: launch gaps weigh on short layers.
+        """
+        if not self._steps:
+            return (1.0, 1.0), 0.0
+        size = math.log2(layers_s / num_layers)
+        forward, backward, weights = [], [], []
+        for step in self._steps:
+            own = math.log2((step.layers_forward_s + step.layers_backward_s) / step.num_layers)
+            weights.append(1.0 / ((size - own) ** 2 + 0.25))
+            forward.append(math.log(step.forward_s / step.layers_forward_s))
+            backward.append(math.log(step.backward_s / step.layers_backward_s))
+        means = float(np.average(forward, weights=weights)), float(np.average(backward, weights=weights))
+        variance = float(np.average((np.array(backward) - means[1]) ** 2, weights=weights))
+        return (math.exp(means[0]), math.exp(means[1])), math.sqrt(variance)
+
+    def _fitted(self, network: Network, seconds_of: Callable[[StepMeasurement], float | None], missing: str) -> float:
+        """What whole steps took for something that grows with parameters and tensors."""
+        known = [(step, value) for step in self._steps if (value := seconds_of(step))]
+        if not known:
+            raise MissingMeasurementError(
+                f"the device profile of {self._name} holds {missing} in {self._setting}",
+                hint="`ptsim calibrate gpu --trace` measures a run with what it trains with",
+            )
+        features = np.array([_update_features(step.num_parameters, step.num_tensors) for step, _ in known])
+        seconds = np.array([took_s for _, took_s in known])
+        weights, _ = nnls(features / seconds[:, None], np.ones(len(known)))
+        return float(_update_features(network.num_parameters, len(network.parameters)) @ weights)
+
+
+def _update_features(num_parameters: int, num_tensors: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return np.array([num_parameters * 1e-6, num_tensors * 1e-3])
+
+
+def _common_error(estimates: Sequence[tuple[Estimate, Estimate]]) -> float:
+    """Relative standard deviation of the sum: errors add up within a family, and by squares between families."""
+    errors: dict[Family, float] = defaultdict(float)
+    total_s = 0.0
+    for estimate in (e for pair in estimates for e in pair):
+        errors[estimate.family] += estimate.seconds * estimate.log_error
+        total_s += estimate.seconds
+    return math.sqrt(sum(error**2 for error in errors.values())) / total_s if total_s else 0.0

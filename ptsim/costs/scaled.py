@@ -1,0 +1,86 @@
+"""How long does a step take on another device, or at another mini-batch, than it was measured at?
+
+Layer by layer `t_measured · predicted_there / predicted_here`: what the prediction gets wrong about a layer on both
+sides cancels out of the ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from ptsim.costs.measured import step_of_profile
+from ptsim.costs.times import LayerTime, MemoryFormat, StepTime, Tier
+from ptsim.network import Network, Precision
+from ptsim.trace.schema import Profile
+
+
+def nearest_profile(
+    network: Network, profiles: Iterable[Profile], *, batch: int, precision: Precision, memory_format: MemoryFormat
+) -> Profile | None:
+    """The profile of this architecture, precision and memory format whose mini-batch is nearest by ratio, or None."""
+    wanted = (network.id, precision, memory_format)
+    fitting = [p for p in profiles if (p.architecture, p.precision, p.memory_format) == wanted]
+    return min(reversed(fitting), key=lambda p: max(p.batch / batch, batch / p.batch), default=None)
+
+
+def scaled_step(
+    network: Network,
+    profile: Profile,
+    *,
+    predict_here: Callable[[int], StepTime],
+    predict_there: Callable[[int], StepTime],
+    batch: int,
+    regularizer: bool,
+) -> StepTime:
+    """The measured step carried over to `batch` images on the device of `predict_there`.
+
+    A group lasso that is asked for and was not measured is the prediction's own. The interval is the prediction's,
+    relative to its value: what the ratio cancels is not known for a device without measurements.
+
+    Args:
+        network: what was profiled.
+        profile: its measurement.
+        predict_here: the prediction for the device of the profile, by mini-batch.
+        predict_there: the prediction for the wanted device, by mini-batch.
+        batch: wanted images per step.
+        regularizer: whether the group lasso's gradient is computed.
+    """
+    measured = step_of_profile(network, profile, regularizer=regularizer and profile.regularizer_s > 0)
+    here, there = predict_here(profile.batch), predict_there(batch)
+    forward, backward = _ratio(there.forward_s, here.forward_s), _ratio(there.backward_s, here.backward_s)
+    layers = tuple(
+        LayerTime(
+            layer=at.layer,
+            kind=at.kind,
+            forward_s=at.forward_s * _ratio(b.forward_s, a.forward_s, forward),
+            backward_s=at.backward_s * _ratio(b.backward_s, a.backward_s, backward),
+            tier=Tier.SCALED,
+        )
+        for at, a, b in zip(measured.layers, here.layers, there.layers, strict=True)
+    )
+    regularizer_s = measured.regularizer_s * _ratio(there.regularizer_s, here.regularizer_s)
+    if regularizer and profile.regularizer_s <= 0:
+        regularizer_s = there.regularizer_s
+    step = StepTime(
+        layers=layers,
+        optimizer_s=measured.optimizer_s * _ratio(there.optimizer_s, here.optimizer_s),
+        regularizer_s=regularizer_s,
+        overhead_s=measured.overhead_s,
+        low_s=0.0,
+        high_s=0.0,
+        tier=Tier.SCALED,
+    )
+    total_s = step.compute_s
+    return StepTime(
+        layers=step.layers,
+        optimizer_s=step.optimizer_s,
+        regularizer_s=step.regularizer_s,
+        overhead_s=step.overhead_s,
+        low_s=total_s * _ratio(there.low_s, there.compute_s),
+        high_s=total_s * _ratio(there.high_s, there.compute_s),
+        tier=Tier.SCALED,
+    )
+
+
+def _ratio(there_s: float, here_s: float, otherwise: float = 1.0) -> float:
+    return there_s / here_s if here_s > 0 and there_s > 0 else otherwise

@@ -1,0 +1,169 @@
+"""Tier 2 against a machine of our own: its times are a formula with stairs, its measurements a few points of it."""
+
+import math
+
+import msgspec
+import pytest
+
+from ptsim.costs.profiled import profiled_step
+from ptsim.costs.times import Tier
+from ptsim.errors import MissingMeasurementError
+from ptsim.hardware.profile import DeviceProfile, OperatorTime, Setting, StepMeasurement, operator_of
+from ptsim.network import LayerKind, Precision
+from tests.traces import residual_network
+
+FP32 = Setting(precision=Precision.FP32, memory_format="contiguous")
+CLOCKED = 1.1  # clocks around layers make them this much longer than in a whole step
+
+
+def machine(operator):
+    """Forward seconds: products on tiles of 16 channels at 100 GMAC/s, plus bytes at 10 GB/s, plus 20 µs."""
+    products = 0.0
+    if operator.kind is LayerKind.CONV:
+        tiled = [16 * math.ceil(c / 16) for c in (operator.inputs[0][0], operator.output[0])]
+        products = math.prod(tiled) * math.prod(operator.output[1:]) * math.prod(operator.kernel) * operator.batch
+    elif operator.kind is LayerKind.LINEAR:
+        products = operator.inputs[0][0] * operator.output[0] * operator.batch
+    elements = sum(math.prod(shape) for shape in (*operator.inputs, operator.output)) * operator.batch
+    return products / 100e9 + 4 * elements / 10e9 + 20e-6
+
+
+def operators_of(network, batch):
+    return [operator_of(layer, batch=batch, setting=FP32) for layer in network.layers]
+
+
+def backward_factor(operator):
+    return 2.0 if operator.input_needs_gradient else 1.0
+
+
+def truth(network, batch):
+    return sum((1 + backward_factor(operator)) * machine(operator) for operator in operators_of(network, batch))
+
+
+def calibrated(*networks, batch=32, steps=True):
+    times = {
+        operator: OperatorTime(
+            operator=operator,
+            forward_s=CLOCKED * machine(operator),
+            backward_s=CLOCKED * backward_factor(operator) * machine(operator),
+            context="step",
+        )
+        for network in networks
+        for operator in operators_of(network, batch)
+    }
+    measured = [
+        StepMeasurement(
+            architecture=network.id,
+            name=network.name,
+            setting=FP32,
+            batch=batch,
+            optimizer="sgd",
+            num_parameters=network.num_parameters,
+            num_tensors=len(network.parameters),
+            num_layers=len(network.layers),
+            num_samples=7,
+            forward_s=sum(machine(o) for o in operators_of(network, batch)),
+            backward_s=sum(backward_factor(o) * machine(o) for o in operators_of(network, batch)),
+            optimizer_s=2e-9 * network.num_parameters + 3e-6 * len(network.parameters),
+            regularizer_s=4e-9 * network.num_parameters + 9e-6 * len(network.parameters),
+            step_s=truth(network, batch),
+            step_low_s=0.95 * truth(network, batch),
+            step_high_s=1.1 * truth(network, batch),
+            layers_forward_s=CLOCKED * sum(machine(o) for o in operators_of(network, batch)),
+            layers_backward_s=CLOCKED * sum(backward_factor(o) * machine(o) for o in operators_of(network, batch)),
+        )
+        for network in (networks if steps else ())
+    ]
+    return DeviceProfile(
+        created="2026-11-22T13:00:00Z",
+        complete=True,
+        device="Formula",
+        kind="cpu",
+        memory_bytes=2**33,
+        num_threads=1,
+        software={},
+        operators=tuple(times.values()),
+        steps=tuple(measured),
+    )
+
+
+WIDTHS = [(16, 32, 64), (13, 30, 50), (9, 22, 41), (16, 27, 33), (7, 12, 20), (5, 17, 57)]
+PROFILE = calibrated(*(residual_network(widths=w) for w in WIDTHS))
+UNSEEN = residual_network(widths=(11, 25, 46), inner=(10, 19, 39))
+
+
+def step(network, profile=PROFILE, *, batch=32, **options):
+    return profiled_step(network, profile, batch=batch, precision=Precision.FP32, **options)
+
+
+def test_a_network_that_was_measured_whole_takes_what_was_measured():
+    network = residual_network(widths=WIDTHS[1])
+    known = PROFILE.steps[1]
+    result = step(network)
+    assert result.forward_s == pytest.approx(known.forward_s)
+    assert result.backward_s == pytest.approx(known.backward_s)
+    assert result.optimizer_s == pytest.approx(known.optimizer_s)
+    assert result.low_s == pytest.approx(0.95 * result.compute_s)
+    assert result.high_s == pytest.approx(1.1 * result.compute_s)
+    assert result.tier is Tier.PROFILED
+    assert {layer.tier for layer in result.layers} == {Tier.PROFILED}
+
+
+def test_a_pruned_network_between_the_measured_ones_is_within_five_percent():
+    result = step(UNSEEN)
+    expected = truth(UNSEEN, 32) + 2e-9 * UNSEEN.num_parameters + 3e-6 * len(UNSEEN.parameters)
+    assert result.compute_s == pytest.approx(expected, rel=0.05)
+    assert result.low_s < expected < result.high_s
+
+
+def test_another_mini_batch_than_the_measured_one_is_within_ten_percent():
+    network = residual_network(widths=WIDTHS[0])
+    assert step(network, batch=48).forward_s == pytest.approx(1.5 * step(network).forward_s, rel=0.1)
+
+
+def test_the_group_lasso_costs_what_it_cost_where_it_was_measured():
+    expected = 4e-9 * UNSEEN.num_parameters + 9e-6 * len(UNSEEN.parameters)
+    assert step(UNSEEN, regularizer=True).regularizer_s == pytest.approx(expected)
+    assert step(UNSEEN).regularizer_s == 0
+
+
+def test_channels_in_the_same_tile_take_about_the_same_and_the_next_tile_more():
+    def conv_seconds(width):
+        network = residual_network(widths=(16, width, 64), inner=(16, width, 64))
+        return next(t.forward_s for t in step(network).layers if t.layer == "layer2.1.conv2")
+
+    assert conv_seconds(31) / conv_seconds(26) < 1.12  # 24 % and more products if they counted one by one
+    assert conv_seconds(33) / conv_seconds(32) > 1.15  # four tiles become nine; the bytes stay
+
+
+def test_without_whole_steps_there_is_no_update_time_and_it_says_so():
+    with pytest.raises(MissingMeasurementError, match="no training step with the optimizer 'sgd'"):
+        step(UNSEEN, calibrated(residual_network(), steps=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adam"}, "no training step with the optimizer 'adam' in fp32"),
+        ({"memory_format": "channels_last"}, "holds fp32 contiguous, not fp32 channels_last"),
+    ],
+)
+def test_what_the_profile_does_not_hold_is_an_error(options, message):
+    with pytest.raises(MissingMeasurementError, match=message):
+        step(UNSEEN, **options)
+
+
+def test_an_operator_of_a_kind_that_nobody_measured_is_an_error_that_names_the_layer():
+    bare = msgspec.structs.replace(
+        PROFILE, operators=tuple(t for t in PROFILE.operators if t.operator.kind is not LayerKind.BATCH_NORM)
+    )
+    with pytest.raises(MissingMeasurementError, match="has no batch_norm in fp32 contiguous, which layer bn1"):
+        step(UNSEEN, bare)
+
+
+def test_no_step_with_the_group_lasso_is_an_error_when_one_is_asked_for():
+    bare = msgspec.structs.replace(
+        PROFILE, steps=tuple(msgspec.structs.replace(s, regularizer_s=None) for s in PROFILE.steps)
+    )
+    with pytest.raises(MissingMeasurementError, match="no step with the group lasso"):
+        step(UNSEEN, bare, regularizer=True)

@@ -1,0 +1,65 @@
+import pytest
+
+from ptsim.costs.datasheet import datasheet_step
+from ptsim.costs.scaled import nearest_profile, scaled_step
+from ptsim.costs.step import Measurements, step_time
+from ptsim.costs.times import Tier
+from ptsim.hardware.catalog import load_device
+from ptsim.network import Precision
+from tests.traces import device_info, profile_of, residual_network
+
+A100 = load_device("a100-sxm4-40gb")
+V100 = load_device("v100-sxm2-32gb")
+NETWORK = residual_network()
+PROFILE = profile_of(NETWORK, batch=64, device=device_info())
+
+
+def predicted(device, batch):
+    return datasheet_step(NETWORK, device, batch=batch, precision=Precision.FP32, regularizer=True)
+
+
+def scaled(here, there, batch=64):
+    return scaled_step(
+        NETWORK,
+        PROFILE,
+        predict_here=lambda size: predicted(here, size),
+        predict_there=lambda size: predicted(there, size),
+        batch=batch,
+        regularizer=True,
+    )
+
+
+def test_on_its_own_device_and_mini_batch_scaling_changes_nothing():
+    step = scaled(A100, A100)
+    assert step.compute_s == pytest.approx(PROFILE.step_s)
+    assert step.tier is Tier.SCALED
+
+
+def test_every_layer_is_scaled_by_the_ratio_of_its_predictions():
+    step = scaled(A100, V100)
+    here, there = predicted(A100, 64).layers[0], predicted(V100, 64).layers[0]
+    share = scaled(A100, A100).layers[0].forward_s
+    assert step.layers[0].forward_s == pytest.approx(share * there.forward_s / here.forward_s)
+    assert step.low_s <= step.compute_s <= step.high_s
+
+
+def test_the_profile_of_the_nearest_mini_batch_is_taken():
+    other = profile_of(NETWORK, batch=512, device=device_info())
+    options = {"precision": Precision.FP32, "memory_format": "contiguous"}
+    assert nearest_profile(NETWORK, [PROFILE, other], batch=128, **options) is PROFILE
+    assert nearest_profile(NETWORK, [PROFILE, other], batch=300, **options) is other
+    assert nearest_profile(NETWORK, [], batch=300, **options) is None
+
+
+def test_a_step_is_measured_here_scaled_elsewhere_and_from_the_data_sheet_without_measurements():
+    def tier(device, batch, measurements):
+        return step_time(
+            NETWORK, device, batch=batch, precision=Precision.FP32, regularizer=True, measurements=measurements
+        ).tier
+
+    known = Measurements(profiles=(PROFILE,), source_device=A100)
+    assert tier(A100, 64, known) is Tier.MEASURED
+    assert tier(A100, 32, known) is Tier.SCALED
+    assert tier(V100, 64, known) is Tier.SCALED
+    assert tier(V100, 64, None) is Tier.DATASHEET
+    assert tier(V100, 64, Measurements(profiles=(PROFILE,))) is Tier.DATASHEET
