@@ -62,12 +62,15 @@ def projected_answer(savings: pd.DataFrame, runs: pd.DataFrame, gpus: int, notic
         + TIER_WORDS.get(best.tier, best.tier).capitalize()
         + ". Each setting was trained once, so the spread between seeds is not covered."
     )
+    interval = best.saved_seconds_low, best.saved_seconds_high
+    if best.saved_seconds < 0:
+        interval = -interval[1], -interval[0]
     tiles = [
         Tile(
             name="Time saved" if best.saved_seconds >= 0 else "Time lost",
             value=format_seconds(abs(best.saved_seconds)),
             detail=f"{_percent(abs(best.saved_fraction))} of {dense}; 90 % interval "
-            f"{format_seconds(best.saved_seconds_low)} to {format_seconds(best.saved_seconds_high)}",
+            f"{format_seconds(interval[0])} to {format_seconds(interval[1])}",
         )
     ]
     if pd.notna(best.get("saved_usd")):

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFo
 
 from ptsim.units import GIB, format_count
 
-WIDTH_IN = 5.4  # two columns at 1280 px, one at 400 px, and 9 pt text legible in both
+WIDTH_IN = 4.7  # two columns at 1280 px, one at 400 px, and 9 pt text legible in both
 COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ((5, 2), "", (2, 1.5), (6, 2, 1.5, 2), (1, 1), (8, 3), (4, 1, 1, 1))
 
@@ -97,7 +97,7 @@ def accuracy_figure(epochs: pd.DataFrame) -> Figure:
     figure, (top, bottom) = _panels(2, height_in=4.0)
     for axes, column, label in (
         (top, "validation_accuracy", "validation accuracy"),
-        (bottom, "channel_sparsity", "channels removed or sparse"),
+        (bottom, "channel_sparsity", "channel sparsity"),
     ):
         _lines(axes, epochs, "epoch", column)
         axes.set(ylabel=label, xlabel="")
@@ -458,7 +458,7 @@ def describe_setting(frame: pd.DataFrame) -> str:
 
 
 def _finish(figure: Figure, frame: pd.DataFrame, *, n: str, band: str) -> Figure:
-    band = band.capitalize() if band.startswith("no band") else f"Band: {band}"
-    text = textwrap.fill(f"{describe_setting(frame)}; n = {n}. {band}.", 92)
+    band = "N" + band[1:] if band.startswith("no band") else f"Band: {band}"
+    text = textwrap.fill(f"{describe_setting(frame)}; n = {n}. {band}.", 82)
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="#555555")
     return figure

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ptsim.costs.flops import training_macs
+from ptsim.costs.flops import layer_macs, training_macs
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.hardware.catalog import match_device
@@ -217,6 +217,36 @@ def profiles_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     columns = ["run", "epoch", "architecture", "batch_per_gpu", "precision", "device", "num_samples", "layer", "kind"]
     columns += ["op", "in_channels", "out_channels", "forward_macs_per_image", "forward_seconds", "backward_seconds"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def architectures_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """One row per layer of every architecture: shapes, parameters and multiply–accumulates of one image."""
+    rows = []
+    for label, trace in zip(run_labels(traces), traces, strict=True):
+        for architecture, network in trace.networks.items():
+            for position, layer in enumerate(network.layers):
+                macs = layer_macs(layer, "exact")
+                rows.append(
+                    {
+                        "run": label,
+                        "architecture": architecture,
+                        "position": position,
+                        "layer": layer.name,
+                        "kind": str(layer.kind),
+                        "op": layer.op,
+                        "in_channels": layer.in_channels,
+                        "out_channels": layer.out_channels,
+                        "kernel_height": layer.kernel_size[0],
+                        "kernel_width": layer.kernel_size[1],
+                        "groups": layer.groups,
+                        "input_elements": layer.input_elements,
+                        "output_elements": layer.output_elements,
+                        "parameters": layer.num_parameters,
+                        "forward_macs_per_image": macs.forward,
+                        "backward_macs_per_image": macs.weight_gradient + macs.input_gradient,
+                    }
+                )
+    return pd.DataFrame(rows)
 
 
 def densities_frame(traces: Sequence[Trace]) -> pd.DataFrame:

@@ -23,8 +23,8 @@ def time_section(runs: Sequence[LabelledRun], projector: Projector, gpus: Sequen
     shown = [
         ShownFigure(
             name="breakdown",
-            title="Where the time goes.",
-            caption=f"Expected time of the whole run by kind of work; 100 % is “{runs[0].label}” on as many GPUs.",
+            title="By kind of work.",
+            caption=f"Expected time of the whole run; 100 % is “{runs[0].label}” on as many GPUs.",
             figure=figures.breakdown_figure(breakdown[breakdown.gpus.isin(sizes)]),
         )
     ]

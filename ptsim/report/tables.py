@@ -95,7 +95,7 @@ def _is_text(values: pd.Series) -> bool:
 
 def _unit(column: str, values: pd.Series) -> tuple[str, float]:
     words = column.removesuffix("_per_image").split("_")
-    per = " per image" if column.endswith("_per_image") else ""
+    per = "/image" if column.endswith("_per_image") else ""
     if any(word in _PERCENT for word in words):
         return "%", 0.01
     scales = next((_SCALES[word] for word in reversed(words) if word in _SCALES), None)

@@ -1,0 +1,65 @@
+"""`ptsim export`: a recorded run in a form that other tools read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from ptsim.cli.common import print_json
+from ptsim.errors import UsageError
+from ptsim.trace.io import read_trace
+
+Format = Literal["chrome", "chakra", "parquet"]
+
+
+def export(
+    trace: Path,
+    *,
+    format: Annotated[Format, Parameter(name=["--format", "-f"])],
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    gpus: int | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Write a recorded run in a form that other tools read.
+
+    chrome: the per-layer profiles as one Chrome/Kineto trace file, for Perfetto or HolisticTraceAnalysis.
+    chakra: one step of every architecture as Chakra execution traces, for ASTRA-sim, in a folder.
+    parquet: every table of the trace, in a folder.
+
+    Args:
+        trace: Trace file or run folder.
+        format: What to write.
+        out: File (chrome) or folder (chakra, parquet).
+        gpus: Ranks of the Chakra traces; left out, as many as were recorded, but at least two.
+        json: Print one JSON document.
+    """
+    if gpus is not None and format != "chakra":
+        raise UsageError(f"--gpus has no effect on --format {format}; it is for chakra")
+    if format in ("chakra", "parquet") and out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; --format {format} writes a folder")
+    if format == "chrome" and out.is_dir():
+        raise UsageError(f"{out} is a folder; --format {format} writes a file")
+    written = _write(trace, format, out, gpus)
+    if json:
+        print_json({"format": format, "files": [str(path) for path in written]})
+        return
+    for path in written if len(written) <= 12 else written[:12]:
+        print(path)
+    if len(written) > 12:
+        print(f"… {len(written)} files in all")
+
+
+def _write(trace: Path, format: Format, out: Path, gpus: int | None) -> list[Path]:
+    if format == "chrome":
+        from ptsim.export.chrome import profile_timeline
+
+        return [profile_timeline(read_trace(trace)).write(out)]
+    if format == "chakra":
+        from ptsim.export.chakra import write_chakra
+
+        return write_chakra(read_trace(trace), out, num_gpus=gpus)
+    from ptsim.export.parquet import write_parquet
+
+    return write_parquet(read_trace(trace), out)

@@ -1,0 +1,157 @@
+"""What happened when, as a Chrome/Kineto trace that Perfetto, chrome://tracing and HolisticTraceAnalysis open.
+
+A process is a GPU (or, for recorded profiles, an architecture on one), a thread is a stream. Times are microseconds
+from the start of a step, kept with nanoseconds. Recorded and simulated steps have the same form, so that they can be
+laid side by side.
+
+Source: the Trace Event Format (Google, 2016) and the fields that PyTorch's Kineto adds to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ptsim.errors import UsageError
+from ptsim.network import Network
+from ptsim.trace.io import Trace
+from ptsim.trace.schema import Profile
+
+COMPUTE_STREAM, COMMUNICATION_STREAM = 7, 20  # the numbers that PyTorch's own traces usually show
+PHASES = 0  # the thread of annotations: steps and phases
+
+
+class Timeline:
+    """Collects events; `document` is the whole trace as builtins."""
+
+    def __init__(self, *, device_name: str, memory_bytes: int | None = None, world_size: int = 1) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._devices: dict[int, dict[str, Any]] = {}
+        self._device = {"name": device_name, **({} if memory_bytes is None else {"totalGlobalMem": memory_bytes})}
+        self._world_size = world_size
+        self._correlation = 0
+
+    def process(self, pid: int, name: str, streams: Sequence[int] = (COMPUTE_STREAM,)) -> None:
+        """Name a process and its streams."""
+        self._devices[pid] = {"id": pid, **self._device}
+        names = {COMPUTE_STREAM: "compute", COMMUNICATION_STREAM: "communication"}
+        self._meta("process_name", pid, 0, name=name)
+        self._meta("process_sort_index", pid, 0, sort_index=pid)
+        self._meta("thread_name", pid, PHASES, name="phases")
+        self._meta("thread_sort_index", pid, PHASES, sort_index=PHASES)
+        for stream in streams:
+            self._meta("thread_name", pid, stream, name=f"stream {stream}: {names.get(stream, 'other')}")
+            self._meta("thread_sort_index", pid, stream, sort_index=stream)
+
+    def annotation(self, name: str, *, pid: int, start_s: float, duration_s: float, **args: Any) -> None:
+        """A step or a phase of one."""
+        self._span(name, "user_annotation", pid, PHASES, start_s, duration_s, args)
+
+    def kernel(
+        self, name: str, *, pid: int, start_s: float, duration_s: float, stream: int = COMPUTE_STREAM, **args: Any
+    ) -> None:
+        """Work on a stream: an operator or a collective."""
+        self._correlation += 1
+        args = {"device": pid, "stream": stream, "correlation": self._correlation, **args}
+        self._span(name, "kernel", pid, stream, start_s, duration_s, args)
+
+    def counter(self, name: str, *, pid: int, time_s: float, **values: float) -> None:
+        """The value of something at an instant; it holds until the next one."""
+        self._events.append({"ph": "C", "name": name, "pid": pid, "ts": _micros(time_s), "args": values})
+
+    def document(self) -> dict[str, Any]:
+        """The trace: what `json.dump` would write."""
+        return {
+            "schemaVersion": 1,
+            "displayTimeUnit": "ms",
+            "distributedInfo": {"backend": "nccl", "rank": 0, "world_size": self._world_size},
+            "deviceProperties": list(self._devices.values()),
+            "traceEvents": self._events,
+        }
+
+    def write(self, path: Path) -> Path:
+        """Write the trace as JSON.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(msgspec.json.encode(self.document()))
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+        return path
+
+    def _span(
+        self, name: str, category: str, pid: int, tid: int, start_s: float, duration_s: float, args: dict[str, Any]
+    ) -> None:
+        event = {"ph": "X", "cat": category, "name": name, "pid": pid, "tid": tid}
+        self._events.append({**event, "ts": _micros(start_s), "dur": _micros(duration_s), "args": args})
+
+    def _meta(self, what: str, pid: int, tid: int, **args: Any) -> None:
+        self._events.append({"ph": "M", "name": what, "pid": pid, "tid": tid, "ts": 0.0, "args": args})
+
+
+def profile_timeline(trace: Trace) -> Timeline:
+    """The recorded per-layer profiles, a process each: forward, backward, regularizer, optimizer.
+
+    Layers follow each other without gaps. The annotation "step" is the whole step as measured without per-layer
+    timers; that it is shorter or longer than its layers is what the timers cost, or what happens between them. The
+    counter is an estimate: what the operators keep for backward.
+
+    Raises:
+        UsageError: the trace has no profile.
+    """
+    if not trace.profiles:
+        raise UsageError(f"{trace.path} holds no per-layer profile, so there is no timeline to export")
+    timeline = Timeline(
+        device_name=trace.run.device.name,
+        memory_bytes=trace.run.device.memory_bytes,
+        world_size=trace.run.world_size,
+    )
+    for pid, profile in enumerate(trace.profiles):
+        epochs = [
+            e.epoch for e in trace.epochs if (e.architecture, e.batch_per_gpu) == (profile.architecture, profile.batch)
+        ]
+        span = f"epochs {epochs[0]} to {epochs[-1]}" if epochs else "not trained"
+        timeline.process(pid, f"{trace.run.model} {profile.architecture}, mini-batch {profile.batch}, {span}")
+        _add_profile(timeline, pid, profile, trace.networks[profile.architecture])
+    return timeline
+
+
+def _add_profile(timeline: Timeline, pid: int, profile: Profile, network: Network) -> None:
+    clock = held = 0.0
+    timeline.annotation("step", pid=pid, start_s=0.0, duration_s=profile.step_s, num_samples=profile.num_samples)
+    timeline.counter("saved for backward", pid=pid, time_s=0.0, bytes=0)
+    element_bytes = profile.precision.activation_bytes
+    for forward in (True, False):
+        for measured in profile.layers if forward else reversed(profile.layers):
+            layer = network.layer(measured.layer)
+            seconds = measured.forward_s if forward else measured.backward_s
+            if seconds is None:
+                continue
+            timeline.kernel(
+                f"{layer.name} {'forward' if forward else 'backward'}",
+                pid=pid,
+                start_s=clock,
+                duration_s=seconds,
+                op=layer.op,
+                kind=str(layer.kind),
+                input_shapes=[[profile.batch, *shape] for shape in layer.input_shapes],
+                output_shape=[profile.batch, *layer.output_shape],
+            )
+            clock += seconds
+            saved = (layer.saved_elements * element_bytes + layer.saved_other_bytes) * profile.batch
+            held += (saved + layer.saved_fixed_bytes) * (1 if forward else -1)
+            timeline.counter("saved for backward", pid=pid, time_s=clock, bytes=held)
+    for name, seconds in (("regularizer", profile.regularizer_s), ("optimizer", profile.optimizer_s)):
+        if seconds > 0:
+            timeline.kernel(name, pid=pid, start_s=clock, duration_s=seconds)
+            clock += seconds
+
+
+def _micros(seconds: float) -> float:
+    return round(seconds * 1e6, 3)

@@ -1,0 +1,36 @@
+"""Every table of a trace as Parquet files, for notebooks and databases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ptsim.errors import UsageError
+from ptsim.report import frames
+from ptsim.trace.io import Trace
+
+TABLES = {
+    "runs": frames.runs_frame,
+    "epochs": frames.costs_frame,
+    "reconfigurations": frames.reconfigurations_frame,
+    "profiles": frames.profiles_frame,
+    "densities": frames.densities_frame,
+    "layers": frames.architectures_frame,
+}
+
+
+def write_parquet(trace: Trace, out: Path) -> list[Path]:
+    """Write `TABLE.parquet` for every table of `TABLES` into the folder `out`; empty tables keep their columns.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    written = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, make in TABLES.items():
+            file = out / f"{name}.parquet"
+            make([trace]).to_parquet(file, index=False)
+            written.append(file)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}") from error
+    return written
