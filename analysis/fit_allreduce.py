@@ -127,7 +127,7 @@ def errors(frame: pd.DataFrame, fit: nccl.Fit, at_least: int = 2**20) -> pd.Data
     for _, group in frame[frame.size_bytes >= at_least].groupby("run"):
         ratio = predict(group.iloc[0], group.size_bytes.to_numpy(float), fit) / group.seconds
         parts.append(group[["run", "system_key", "size_bytes", "odd"]].assign(log_error=np.log(ratio)))
-    return pd.concat(parts)
+    return pd.concat(parts, ignore_index=True)
 
 
 def main() -> None:
@@ -147,9 +147,12 @@ def main() -> None:
             without = fit_constants(used[used.system_key != system], start)
             left_out.append(errors(used[used.system_key == system], without))
             print(f"left out {system}: median error {np.expm1(left_out[-1].log_error.abs().median()):.3f}", flush=True)
-        everything = pd.concat(left_out)
-        per_system = everything.groupby("system_key").log_error.agg(lambda e: e.abs().quantile(0.9))
-        fit = msgspec.structs.replace(fit, residual=round(float(per_system.median() / 1.645), 3))
+        everything = pd.concat(left_out, ignore_index=True)
+        weight = 1 / everything.groupby("system_key").log_error.transform("size")
+        order = everything.log_error.abs().sort_values().index
+        inside = weight.loc[order].cumsum() / weight.sum()
+        ninetieth = everything.log_error.abs().loc[order][inside <= 0.9].max()
+        fit = msgspec.structs.replace(fit, residual=round(float(ninetieth / 1.645), 3))
         print(f"residual (sigma of ln) {fit.residual}")
     document = msgspec.to_builtins(fit)
     for kind in document["kinds"].values():

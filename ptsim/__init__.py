@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ptsim.costs.collectives import allreduce
     from ptsim.report.build import write_report
     from ptsim.sim.run import simulate
     from ptsim.trace.io import Trace, read_trace
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "allreduce": "ptsim.costs.collectives",
     "write_report": "ptsim.report.build",
     "Trace": "ptsim.trace.io",
     "load_model": "ptsim.training.loop",
@@ -25,7 +27,7 @@ _HOME = {
     "train": "ptsim.training.loop",
 }
 
-__all__ = ["Trace", "__version__", "load_model", "read_trace", "simulate", "train", "write_report"]
+__all__ = ["Trace", "__version__", "allreduce", "load_model", "read_trace", "simulate", "train", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

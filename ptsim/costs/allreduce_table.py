@@ -35,6 +35,24 @@ def table_seconds(table: AllReduceTable, message_bytes: float) -> float:
     return time
 
 
+def table_sigma(table: AllReduceTable, message_bytes: float) -> float:
+    """Standard deviation of ln(time): the jitter at a size of the table, and what interpolation adds between sizes."""
+    if message_bytes in table.size_bytes:
+        return table.relative_jitter
+    return math.hypot(table.relative_jitter, _left_out_sigma(table.size_bytes, table.seconds))
+
+
+@functools.lru_cache(maxsize=256)
+def _left_out_sigma(sizes: tuple[int, ...], seconds: tuple[float, ...]) -> float:
+    """What interpolation misses when each inner size is left out, halved because real gaps are half as wide."""
+    misses = []
+    for i in range(1, len(sizes) - 1):
+        rest = [k for k in range(len(sizes)) if k != i]
+        guess = _between([sizes[k] for k in rest], [seconds[k] for k in rest], sizes[i])
+        misses.append(abs(math.log(guess / seconds[i])))
+    return sorted(misses)[round(0.9 * (len(misses) - 1))] / 1.645 / 2 if misses else 0.1
+
+
 @functools.lru_cache(maxsize=256)
 def rising_points(seconds: tuple[float, ...]) -> list[int]:
     """Indices of the longest run of times that rise (3 % forgiven): what is left out are spikes, not the law."""

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from ptsim.costs import nccl
-from ptsim.costs.allreduce_table import table_seconds
+from ptsim.costs.allreduce_table import table_seconds, table_sigma
+from ptsim.costs.times import Tier
 from ptsim.errors import UsageError
-from ptsim.hardware.spec import Cluster, Link
+from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 
 Algorithm = Literal["ring", "tree", "hierarchical", "table"]
 Choice = Literal["auto", "ring", "tree", "hierarchical"]
 
 
 class AllReduceTime(msgspec.Struct, frozen=True, kw_only=True):
-    """One all-reduce: its time, a 90 % interval, the algorithm, and what every GPU puts on the wire."""
+    """One all-reduce: its time, a 90 % interval, the algorithm, and what every GPU puts on the wire.
+
+    Attributes:
+        tier: measured (a table for this GPU count), scaled (a table for another count of the same system, times the
+            ratio that the topology predicts) or datasheet (topology alone).
+        wire_bytes_per_gpu: mean over the GPUs.
+    """
 
     seconds: float
     low_s: float
     high_s: float
     algorithm: Algorithm
     wire_bytes_per_gpu: float
+    tier: Tier
 
 
 def ring_wire_bytes(message_bytes: float, num_gpus: int) -> float:
@@ -106,40 +116,80 @@ def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm
     """The time of one all-reduce of `message_bytes` held by each of `num_gpus` GPUs.
 
     GPUs fill nodes one after the other. With "auto" a measured table for this GPU count is used where the cluster has
-    one, and otherwise the faster of ring and tree, as NCCL chooses.
+    one, else a table for another count, scaled, else the faster of ring and tree, as NCCL chooses.
 
     Raises:
         ValueError: a negative size, no GPUs, or more GPUs than the cluster has.
     """
     _check(message_bytes, num_gpus)
     num_nodes = nodes_for(cluster, num_gpus)
-    wire = ring_wire_bytes(message_bytes, num_gpus)
     if num_gpus == 1:
-        return AllReduceTime(seconds=0.0, low_s=0.0, high_s=0.0, algorithm="ring", wire_bytes_per_gpu=0.0)
-    if algorithm == "auto":
-        for table in cluster.tables:
-            if (table.num_gpus, table.num_nodes) == (num_gpus, num_nodes):
-                seconds = table_seconds(table, message_bytes)
-                spread = math.exp(1.645 * math.hypot(table.relative_jitter, 0.05))
-                return AllReduceTime(
-                    seconds=seconds,
-                    low_s=seconds / spread,
-                    high_s=seconds * spread,
-                    algorithm="table",
-                    wire_bytes_per_gpu=wire,
-                )
-    spread = math.exp(1.645 * nccl.default_fit().residual)
-    seconds, chosen = min(
-        (line.latency_s + message_bytes * line.seconds_per_byte, line.algorithm)
-        for line in nccl.lines(cluster, num_gpus, num_nodes)
-        if line.algorithm == algorithm or (algorithm == "auto" and line.algorithm != "hierarchical")
-    )
+        return AllReduceTime(
+            seconds=0.0, low_s=0.0, high_s=0.0, algorithm="ring", wire_bytes_per_gpu=0.0, tier=Tier.DATASHEET
+        )
+    table = _nearest_table(cluster, num_gpus, num_nodes) if algorithm == "auto" else None
+    if table is not None and (table.num_gpus, table.num_nodes) == (num_gpus, num_nodes):
+        seconds, sigma = table_seconds(table, message_bytes), table_sigma(table, message_bytes)
+        chosen: Algorithm = "table"
+        tier = Tier.MEASURED
+    else:
+        seconds, chosen = _topology(message_bytes, cluster, num_gpus, num_nodes, algorithm)
+        sigma, tier = nccl.default_fit().residual, Tier.DATASHEET
+        if table is not None:
+            there, _ = _topology(message_bytes, cluster, table.num_gpus, table.num_nodes, algorithm)
+            seconds *= table_seconds(table, message_bytes) / there
+            tier = Tier.SCALED
+    spread = math.exp(1.645 * sigma)
     return AllReduceTime(
         seconds=seconds,
         low_s=seconds / spread,
         high_s=seconds * spread,
         algorithm=chosen,
-        wire_bytes_per_gpu=wire,
+        wire_bytes_per_gpu=ring_wire_bytes(message_bytes, num_gpus),
+        tier=tier,
+    )
+
+
+def allreduce(
+    cluster: str | Path | Cluster, gpus: int, message_bytes: int, algorithm: Choice = "auto"
+) -> AllReduceTime:
+    """The time of one all-reduce on a cluster of the catalog or of a TOML file.
+
+    >>> import ptsim
+    >>> ptsim.allreduce("dgx-a100", gpus=8, message_bytes=100_000_000).algorithm
+    'ring'
+
+    Args:
+        cluster: catalog name, TOML file or the cluster itself.
+        gpus: how many GPUs take part; they fill nodes one after the other.
+        message_bytes: gradient bytes that every GPU holds.
+        algorithm: "auto", or one that is asked for.
+
+    Raises:
+        UsageError: unknown cluster, a negative size, no GPUs, or more GPUs than the cluster has.
+    """
+    found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
+    return all_reduce(message_bytes, found, gpus, algorithm=algorithm)
+
+
+def _nearest_table(cluster: Cluster, num_gpus: int, num_nodes: int) -> AllReduceTable | None:
+    """The table closest in GPU count among those that stay inside a node, or that leave it, as this one does."""
+    tables = [table for table in cluster.tables if (table.num_nodes > 1) == (num_nodes > 1)]
+    wanted = (num_gpus, num_nodes)
+    return min(
+        tables,
+        key=lambda t: ((t.num_gpus, t.num_nodes) != wanted, abs(math.log(t.num_gpus / num_gpus))),
+        default=None,
+    )
+
+
+def _topology(
+    message_bytes: float, cluster: Cluster, num_gpus: int, num_nodes: int, algorithm: Choice
+) -> tuple[float, Algorithm]:
+    return min(
+        (line.latency_s + message_bytes * line.seconds_per_byte, line.algorithm)
+        for line in nccl.lines(cluster, num_gpus, num_nodes)
+        if line.algorithm == algorithm or (algorithm == "auto" and line.algorithm != "hierarchical")
     )
 
 

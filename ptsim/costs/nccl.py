@@ -63,7 +63,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     Attributes:
         base_scale: measured fixed cost of a call over NCCL's table.
-        pcie_crowding: share of a pair's PCIe bandwidth that is left when more than two GPUs cross the host.
+        pcie_crowding: share of a pair's PCIe bandwidth that is left at most when more than two GPUs cross the host.
         nvls_share: all-reduced bytes per second of in-switch reduction over the link's bandwidth.
         residual: standard deviation of ln(measured / predicted) on systems left out of the fit, from 1 MiB up.
     """
@@ -128,7 +128,7 @@ def _work(cluster: Cluster, algorithm: str, gpus: int, nodes: int) -> tuple[floa
     if algorithm == "tree":
         # Two nodes exchange one message each way, where every GPU has a NIC. Machines that share NICs show none of that
         # gain: ABCI and Polaris over InfiniBand, Slingshot and sockets run large messages at the ring's rate.
-        paired = cluster.inter is not None and cluster.inter.kind in (LinkKind.EFA, LinkKind.MEASURED)
+        paired = cluster.inter is not None and cluster.inter.kind is LinkKind.EFA
         between = 0.0 if nodes == 1 else (1.0 if nodes == 2 and (paired or cluster.nics_per_node >= per_node) else 2.0)
         return 2.0 * (per_node - 1), 2 * math.log2(nodes), chain, between
     if algorithm == "ring":
@@ -148,7 +148,7 @@ def _effective(
     efficiency = kind.efficiency if link.efficiency is None else link.efficiency
     bandwidth = min(link.bandwidth_bytes_per_s * efficiency, kind.cap_bytes_per_s * nics)
     if link.kind is LinkKind.PCIE and peers > 2:
-        bandwidth *= fit.pcie_crowding
+        bandwidth = min(bandwidth, link.bandwidth_bytes_per_s * kind.efficiency * fit.pcie_crowding)
     if link.kind is LinkKind.NVLINK and not switched:
         bandwidth *= min(1.0, (peers - 1) / 3)  # links lead to fixed peers: two GPUs of four share a third of them
     return table[protocol][ring] * scale, bandwidth * kind.share[protocol]

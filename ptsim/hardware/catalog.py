@@ -25,7 +25,7 @@ A cluster file (see `ptsim.hardware.spec.Cluster` for the meaning of each field)
 
     name = "dgx-a100"
     aliases = []
-    device = "a100-sxm4-40gb"                    # a catalog name, or a device file relative to this one
+    device = "a100-sxm4-40gb"                    # a catalog name, a device file relative to this one, or "unspecified"
     gpus_per_node = 8
     nics_per_node = 8
     max_nodes = 140                              # left out: as many as asked for
@@ -55,6 +55,7 @@ A cluster file (see `ptsim.hardware.spec.Cluster` for the meaning of each field)
     seconds = [2.1e-5, 2.2e-5]
     relative_jitter = 0.03
     source = "nccl-tests 2.13, log file …"
+    segments = []                                # α–β lines {from_bytes, latency, seconds_per_byte}; for readers
 
     [sources]
     default = "…"
@@ -73,9 +74,12 @@ from typing import Any, NoReturn
 import tomli_w
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
-from ptsim.hardware.spec import AllReduceTable, Cluster, Device, Link, LinkKind
+from ptsim.hardware.spec import AllReduceTable, AlphaBeta, Cluster, Device, Link, LinkKind
 from ptsim.network import Precision
 from ptsim.units import Dimension, parse_quantity
+
+# The device of a cluster of which only the network was measured.
+UNSPECIFIED = "unspecified"
 
 _CATALOG = Path(__file__).parent / "catalog"
 
@@ -186,7 +190,8 @@ def read_cluster(path: Path) -> Cluster:
     if device.endswith(".toml"):
         device = str((path.parent / device).resolve())
     try:
-        load_device(device)
+        if device != UNSPECIFIED:
+            load_device(device)
     except UnknownNameError as error:
         table.fail("device", error.message)
     numbers = ["intra", *(key for key in ("inter", "price_per_gpu") if key in table.raw)]
@@ -243,6 +248,14 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
             "seconds": list(measured.seconds),
             "relative_jitter": measured.relative_jitter,
             "source": measured.source,
+            "segments": [
+                {
+                    "from_bytes": line.from_bytes,
+                    "latency": f"{line.latency_s!r} s",
+                    "seconds_per_byte": line.seconds_per_byte,
+                }
+                for line in measured.segments
+            ],
         }
         for measured in cluster.tables
     ]
@@ -264,7 +277,7 @@ def _link(table: _Table) -> Link:
 
 
 def _all_reduce_table(table: _Table) -> AllReduceTable:
-    table.refuse_unknown({"num_gpus", "num_nodes", "size_bytes", "seconds", "relative_jitter", "source"})
+    table.refuse_unknown({"num_gpus", "num_nodes", "size_bytes", "seconds", "relative_jitter", "source", "segments"})
     sizes, seconds = table.numbers("size_bytes"), table.numbers("seconds")
     if len(sizes) != len(seconds) or not sizes:
         table.fail("seconds", f"has {len(seconds)} values for {len(sizes)} sizes, expected one each")
@@ -277,6 +290,14 @@ def _all_reduce_table(table: _Table) -> AllReduceTable:
         seconds=seconds,
         relative_jitter=table.number("relative_jitter", default=0.0, at_least=0.0),
         source=table.text("source"),
+        segments=tuple(
+            AlphaBeta(
+                from_bytes=int(part.number("from_bytes", default=0.0, at_least=0.0)),
+                latency_s=part.quantity("latency", "seconds", zero=True),
+                seconds_per_byte=part.number("seconds_per_byte", default=0.0, at_least=0.0),
+            )
+            for part in table.tables("segments")
+        ),
     )
 
 

@@ -1,0 +1,134 @@
+"""How far off are ptsim's all-reduce times on published nccl-tests runs? Recomputes every figure that the docs state.
+
+    python analysis/check_allreduce.py
+
+1. calibrated: every other size of a run is left out (both halves), the rest makes a table; error from 1 KiB up;
+2. other GPU counts: the table of one run predicts the same system's run at another count; error from 1 MiB up;
+3. catalog: topology alone, no table; error from 1 MiB up (`fit_allreduce.py`: the same, left out of the fit).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pandas as pd
+from fit_allreduce import ROOT, load_runs, predict
+
+from ptsim.costs import nccl
+from ptsim.costs.allreduce_table import table_seconds
+from ptsim.costs.collectives import all_reduce
+from ptsim.hardware.spec import AllReduceTable
+from ptsim.measure.network import calibrated_cluster
+
+
+def table_of(run: pd.DataFrame) -> AllReduceTable:
+    """What calibrate makes of the rows: the geometric mean of out-of-place and in-place times."""
+    first = run.iloc[0]
+    seconds = np.sqrt(run.out_of_place_us * run.in_place_us.fillna(run.out_of_place_us)) * 1e-6
+    return AllReduceTable(
+        num_gpus=int(first.num_gpus),
+        num_nodes=int(first.num_nodes),
+        size_bytes=tuple(int(size) for size in run.size_bytes),
+        seconds=tuple(float(s) for s in seconds),
+        relative_jitter=0.0,
+        source=str(first.run),
+    )
+
+
+def calibrated_errors(frame: pd.DataFrame, at_least: int = 2**10) -> pd.DataFrame:
+    """Median relative error per run and half, with ptsim's interpolation and with plain log-log interpolation."""
+    found = []
+    for name, run in frame.groupby("run", sort=False):
+        run = run.sort_values("size_bytes").reset_index(drop=True)
+        if len(run) < 7:
+            continue
+        for half in (0, 1):
+            kept, left = run[run.index % 2 == half], run[(run.index % 2 != half) & (run.size_bytes >= at_least)]
+            table = table_of(kept)
+            ours = np.array([table_seconds(table, size) for size in left.size_bytes])
+            plain = np.exp(np.interp(np.log(left.size_bytes), np.log(table.size_bytes), np.log(table.seconds)))
+            found.append(
+                {
+                    "run": name,
+                    "system": run.system_key[0],
+                    "half": half,
+                    "sizes": len(left),
+                    "error": float(np.median(np.abs(ours / left.seconds - 1))),
+                    "log_log_error": float(np.median(np.abs(plain / left.seconds - 1))),
+                }
+            )
+    return pd.DataFrame(found)
+
+
+def scaled_errors(frame: pd.DataFrame, at_least: int = 2**20) -> pd.DataFrame:
+    """Median relative error for every ordered pair of GPU counts of one system, on the same tier of links."""
+    found = []
+    groups = [(name, run.sort_values("size_bytes")) for name, run in frame.groupby("run", sort=False)]
+    for name, run in groups:
+        for other_name, other in groups:
+            a, b = run.iloc[0], other.iloc[0]
+            same = (a.system, a.software, a.inter_kind) == (b.system, b.software, b.inter_kind)
+            if not same or a.num_gpus == b.num_gpus or (a.num_nodes > 1) != (b.num_nodes > 1):
+                continue
+            cluster = calibrated_cluster([table_of(run)], name="calibrated", gpus=[a.gpu])
+            if cluster.gpus_per_node < b.num_gpus / b.num_nodes:  # a pair was measured, its node holds more
+                cluster = msgspec.structs.replace(cluster, gpus_per_node=int(b.num_gpus))
+            rows = other[other.size_bytes >= at_least]
+            seconds = [all_reduce(int(size), cluster, int(b.num_gpus)).seconds for size in rows.size_bytes]
+            error = np.abs(np.array(seconds) / rows.seconds - 1)
+            found.append({"calibrated_on": name, "asked_for": other_name, "sizes": len(rows), "error": error.median()})
+    return pd.DataFrame(found)
+
+
+def catalog_errors(frame: pd.DataFrame, at_least: int = 2**20) -> pd.DataFrame:
+    """Median relative error per run of the catalog cluster's topology."""
+    found = []
+    for name, run in frame[frame.size_bytes >= at_least].groupby("run", sort=False):
+        first = run.iloc[0]
+        ratio = predict(first, run.size_bytes.to_numpy(float), nccl.default_fit()) / run.seconds
+        found.append(
+            {
+                "run": name,
+                "cluster": first.system_key,
+                "left_out_of_fit": first.odd,
+                "sizes": len(run),
+                "error": float(np.median(np.abs(ratio - 1))),
+                "bias": float(np.median(ratio - 1)),
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def main() -> None:
+    """Print the three tables and their summaries."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT, help="where traces/public is")
+    frame = load_runs(parser.parse_args().root)
+    pd.options.display.float_format = "{:.3f}".format
+    pd.options.display.width = 150
+    calibrated = calibrated_errors(frame)
+    print("1. calibrated system, every other size left out, from 1 KiB up")
+    print(calibrated.groupby(["system", "run"])[["error", "log_log_error"]].mean().to_string())
+    for column in ("error", "log_log_error"):
+        by_run = calibrated.groupby("run")[column].mean()
+        by_system = calibrated.groupby("system")[column].mean()
+        print(
+            f"{column}: median run {by_run.median():.3f}, median system {by_system.median():.3f}, "
+            f"runs within 5 %: {(by_run <= 0.05).sum()} of {len(by_run)}"
+        )
+    print("\n2. other GPU counts of a calibrated system, from 1 MiB up")
+    scaled = scaled_errors(frame)
+    print(scaled.to_string(index=False))
+    print(f"median {scaled.error.median():.3f}, within 20 %: {(scaled.error <= 0.2).sum()} of {len(scaled)}")
+    print("\n3. catalog systems by topology, from 1 MiB up")
+    catalog = catalog_errors(frame)
+    print(catalog.to_string(index=False))
+    ordinary = catalog[~catalog.left_out_of_fit].groupby("cluster").error.mean()
+    print(f"median system {ordinary.median():.3f}, within 20 %: {(ordinary <= 0.2).sum()} of {len(ordinary)}")
+
+
+if __name__ == "__main__":
+    main()

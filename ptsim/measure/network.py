@@ -1,0 +1,257 @@
+"""How long all-reduces take on this machine, live or from nccl-tests logs, as a cluster that `--cluster` accepts."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from ptsim.costs.allreduce_table import fit_segments, table_seconds
+from ptsim.costs.collectives import all_reduce, ring_wire_bytes
+from ptsim.costs.nccl import default_fit
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import UNSPECIFIED, cluster_names, load_cluster, match_device
+from ptsim.hardware.nccl_log import NcclLog
+from ptsim.hardware.spec import AllReduceTable, Cluster, Link, LinkKind
+
+_PCIE_X16 = (15.75e9, 31.5e9)  # generations 3 and 4: PCI-SIG base specifications
+DEFAULT_SIZES = tuple(2**k for k in range(10, 27))  # 1 KiB to 64 MiB
+
+
+def table_from_log(log: NcclLog) -> AllReduceTable:
+    """The log's times, their α–β lines, and the jitter between out-of-place and in-place times."""
+    sizes = tuple(m.size_bytes for m in log.measurements)
+    seconds = tuple(m.seconds for m in log.measurements)
+    version = f", NCCL {log.version}" if log.version else ""
+    return AllReduceTable(
+        num_gpus=log.num_gpus,
+        num_nodes=log.num_nodes,
+        size_bytes=sizes,
+        seconds=seconds,
+        relative_jitter=log.relative_jitter,
+        source=f"nccl-tests log {Path(log.path).name}{version}",
+        segments=fit_segments(sizes, seconds) if len(sizes) > 1 else (),
+    )
+
+
+def measure_table(
+    *,
+    sizes: Sequence[int] = DEFAULT_SIZES,
+    warmup: int = 5,
+    iterations: int = 20,
+    seconds_per_size: float = 5.0,
+) -> AllReduceTable:
+    """Time all-reduces of float32 in the process group that is initialised, whatever its backend.
+
+    Every rank calls this and gets the same table. An iteration's time is that of its slowest rank, on the device's
+    own clock (CUDA events or the host's); the table has the median. Slow networks do fewer iterations, at least 3.
+
+    Args:
+        sizes: message bytes, multiples of 4, rising.
+        warmup: iterations that are not counted.
+        iterations: iterations per size.
+        seconds_per_size: roughly how long one size may take.
+
+    Raises:
+        UsageError: a size is not a positive multiple of 4, or only one rank takes part.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if any(size < 4 or size % 4 for size in sizes) or list(sizes) != sorted(set(sizes)):
+        raise UsageError(f"sizes {list(sizes)} are not rising multiples of 4 bytes")
+    ranks = dist.get_world_size()
+    if ranks < 2:
+        raise UsageError("a single rank reduces nothing; start at least two, for example with torchrun")
+    on_gpu = "nccl" in dist.get_backend()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    hosts: list[str | None] = [None] * ranks
+    dist.all_gather_object(hosts, os.environ.get("PTSIM_NODE_NAME", socket.gethostname()))
+    medians, jitters = [], []
+    for size in sizes:
+        payload = torch.ones(size // 4, dtype=torch.float32, device=device)
+        first = _timed(payload, max(1, warmup))
+        enough = torch.tensor([seconds_per_size / max(statistics.median(first), 1e-9)], device=device)
+        dist.all_reduce(enough, op=dist.ReduceOp.MIN)
+        times = torch.tensor(_timed(payload, max(3, min(iterations, int(enough.item())))), device=device)
+        dist.all_reduce(times, op=dist.ReduceOp.MAX)
+        slowest = sorted(times.tolist())
+        medians.append(statistics.median(slowest))
+        middle = slowest[: max(2, math.ceil(0.9 * len(slowest)))]  # what other programs on the machine do is not jitter
+        jitters.append(statistics.stdev(middle) / statistics.fmean(middle))
+    return AllReduceTable(
+        num_gpus=ranks,
+        num_nodes=len(set(hosts)),
+        size_bytes=tuple(sizes),
+        seconds=tuple(medians),
+        relative_jitter=statistics.median(jitters),
+        source=f"measured with torch.distributed {dist.get_backend()}, torch {torch.__version__}",
+        segments=fit_segments(sizes, medians) if len(sizes) > 1 else (),
+    )
+
+
+def _timed(payload: object, iterations: int) -> list[float]:
+    """Seconds of each of `iterations` all-reduces; ranks start together."""
+    import torch
+    import torch.distributed as dist
+
+    if not isinstance(payload, torch.Tensor):
+        raise TypeError("payload is a tensor")
+    found = []
+    for _ in range(iterations):
+        dist.barrier()
+        if payload.is_cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            dist.all_reduce(payload)
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) * 1e-3)
+        else:
+            begin = time.perf_counter()
+            dist.all_reduce(payload)
+            found.append(time.perf_counter() - begin)
+        payload.fill_(1.0)
+    return found
+
+
+def link_of(table: AllReduceTable, name: str) -> Link:
+    """The link of a ring that would show the table's smallest and largest messages."""
+    hops = 2 * (table.num_gpus - 1)
+    per_byte = table.segments[-1].seconds_per_byte if table.segments else 0.0
+    if per_byte <= 0:
+        per_byte = table.seconds[-1] / table.size_bytes[-1]
+    return Link(
+        name=name,
+        bandwidth_bytes_per_s=ring_wire_bytes(1.0, table.num_gpus) / per_byte,
+        latency_s=min(table.seconds) / hops,
+    )
+
+
+def calibrated_cluster(
+    tables: Sequence[AllReduceTable],
+    *,
+    name: str,
+    base: Cluster | None = None,
+    gpus: Sequence[str] = (),
+    library: str = "nccl",
+) -> Cluster:
+    """A cluster with measured tables.
+
+    What the tables do not say comes from `base`, or from the catalog's machine with the same GPU and node size; where
+    neither is known, the links are those that the tables imply, and a node is taken to hold 8 GPUs.
+
+    Args:
+        tables: one per GPU count and layout.
+        name: of the cluster.
+        base: what the machine is, where the user says so.
+        gpus: driver names of the GPUs.
+        library: "nccl" or "gloo".
+
+    Raises:
+        UsageError: no tables, two for the same layout, or a layout that `base` cannot have.
+    """
+    layouts = [(table.num_gpus, table.num_nodes) for table in tables]
+    if not layouts:
+        raise UsageError("no all-reduce table to make a cluster of")
+    if len(set(layouts)) < len(layouts):
+        raise UsageError(f"two tables for the same GPU and node count among {layouts}", hint="give one log per layout")
+    per_node = max(-(-num_gpus // num_nodes) for num_gpus, num_nodes in layouts)
+    if base is not None and base.gpus_per_node < per_node:
+        raise UsageError(f"cluster {base.name} has {base.gpus_per_node} GPUs a node, the log has {per_node}")
+    device = next((found.name for gpu in gpus if (found := match_device(gpu))), UNSPECIFIED)
+    like = base or _catalog_machine(device, per_node, tables)
+    between = max((t for t in tables if t.num_nodes > 1), key=lambda t: t.num_gpus, default=None)
+    intra = _intra(like, tables)
+    if base is None and like is not None and between is None:
+        like = msgspec.structs.replace(like, inter=None)  # nobody said that there is a second node
+    if base is None and all(table.num_nodes == 1 for table in tables):
+        per_node = max(per_node, like.gpus_per_node if like else 8)  # a run on part of a node says nothing of the rest
+    if like is not None and (base is not None or like.inter is not None):
+        inter, nics, thinner = like.inter, like.nics_per_node, like.oversubscription
+    else:
+        inter = link_of(between, "between nodes, as measured") if between is not None else None
+        nics, thinner = 1, 1.0
+    sources = {"intra": f"catalog: {like.name}" if like else tables[0].source}
+    if per_node > max(-(-num_gpus // num_nodes) for num_gpus, num_nodes in layouts):
+        sources["intra"] += f"; a node is taken to hold {per_node} GPUs"
+    if inter is not None:
+        sources["inter"] = f"catalog: {like.name}" if like and like.inter else str(between.source if between else "")
+    return Cluster(
+        name=name,
+        device=base.device if base else device,
+        gpus_per_node=base.gpus_per_node if base else per_node,
+        intra=intra,
+        inter=inter,
+        nics_per_node=nics,
+        max_nodes=None if inter is not None else 1,
+        oversubscription=thinner,
+        nvswitch=like.nvswitch if like else False,
+        reduces_in_switch=like.reduces_in_switch if like else False,
+        library="gloo" if library == "gloo" else "nccl",
+        tables=tuple(sorted(tables, key=lambda t: (t.num_nodes, t.num_gpus))),
+        price_usd_per_gpu_hour=base.price_usd_per_gpu_hour if base else None,
+        sources=sources,
+    )
+
+
+def _catalog_machine(device: str, gpus_per_node: int, tables: Sequence[AllReduceTable]) -> Cluster | None:
+    """The catalog's machine with this GPU and at least this node size whose topology comes closest to the tables.
+
+    Its network is kept only where it explains the tables between nodes within 35 %.
+    """
+    if device == UNSPECIFIED:
+        return None
+    best: tuple[bool, float, Cluster] | None = None
+    for candidate in map(load_cluster, cluster_names()):
+        if candidate.device != device or candidate.gpus_per_node < gpus_per_node:
+            continue
+        across = any(table.num_nodes > 1 for table in tables)
+        machine = msgspec.structs.replace(
+            candidate, gpus_per_node=gpus_per_node if across else candidate.gpus_per_node, max_nodes=None
+        )
+        misses = {table.num_nodes > 1: _miss(machine, table) for table in tables}
+        if misses.get(True, 0.0) > math.log(1.35):
+            machine = msgspec.structs.replace(machine, inter=None)
+        rank = (candidate.gpus_per_node != gpus_per_node, sum(misses.values()), machine)
+        if best is None or rank[:2] < best[:2]:
+            best = rank
+    return best[2] if best else None
+
+
+def _miss(cluster: Cluster, table: AllReduceTable) -> float:
+    """Median |ln(topology / table)| from 1 MiB up, or of the largest size."""
+    if table.num_nodes > 1 and cluster.inter is None:
+        return math.inf
+    sizes = [size for size in table.size_bytes if size >= 2**20] or [table.size_bytes[-1]]
+    return statistics.median(
+        abs(math.log(all_reduce(size, cluster, table.num_gpus).seconds / table_seconds(table, size))) for size in sizes
+    )
+
+
+def _intra(like: Cluster | None, tables: Sequence[AllReduceTable]) -> Link:
+    """The link inside a node: the catalog's, or what the tables imply."""
+    inside = max((t for t in tables if t.num_nodes == 1), key=lambda t: t.num_gpus, default=None)
+    if inside is None:
+        return like.intra if like else link_of(tables[0], "inside a node: not measured, taken from between nodes")
+    measured = link_of(inside, "inside a node, as measured")
+    bandwidth = measured.bandwidth_bytes_per_s
+    if like is None:
+        lanes = next((rate for rate in _PCIE_X16 if bandwidth < rate), None)
+        if lanes is None:
+            return measured
+        intra = Link(name="PCIe x16, assumed from its rate", bandwidth_bytes_per_s=lanes, kind=LinkKind.PCIE)
+    else:
+        intra = like.intra
+    fit = default_fit()
+    if intra.kind is LinkKind.PCIE:
+        crowded = intra.bandwidth_bytes_per_s * fit.kinds[LinkKind.PCIE].efficiency * fit.pcie_crowding
+        if bandwidth < 0.85 * crowded:  # slower than crowding explains, so a pair is no faster
+            return msgspec.structs.replace(intra, efficiency=bandwidth / intra.bandwidth_bytes_per_s)
+    return intra

@@ -1,0 +1,168 @@
+"""nccl-tests logs, old and new, text and JSON: what is read and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ptsim.errors import FileFormatError
+from ptsim.hardware.nccl_log import read_nccl_log
+
+OLD_HEAD = """\
+# nThread 1 nGpus 1 minBytes 1024 maxBytes 4194304 step: 64(factor) warmup iters: 5 iters: 9 validation: 1
+#
+# Using devices
+#   Rank  0 Pid 100 on    alpha device  0 [0x27] A100-SXM4-40GB
+#   Rank  1 Pid 101 on    alpha device  1 [0x2a] A100-SXM4-40GB
+#   Rank  2 Pid 102 on     beta device  0 [0x27] A100-SXM4-40GB
+#   Rank  3 Pid 103 on     beta device  1 [0x2a] A100-SXM4-40GB
+#
+#                                                     out-of-place                       in-place
+#       size         count    type   redop     time   algbw   busbw  error     time   algbw   busbw  error
+#        (B)    (elements)                     (us)  (GB/s)  (GB/s)            (us)  (GB/s)  (GB/s)
+"""
+OLD_ROWS = """        1024           256   float     sum    20.00    0.05    0.08  5e-07    21.00    0.05    0.07  5e-07
+       65536         16384   float     sum    40.00    1.64    2.46  5e-07    39.00    1.68    2.52  5e-07
+     4194304       1048576   float     sum    210.0   19.97   29.96  5e-07    208.0   20.16   30.25  5e-07
+"""
+TAIL = """# Out of bounds values : 0 OK
+# Avg bus bandwidth    : 10.8
+#
+"""
+NEW_HEAD = """# nccl-tests version 2.17.8 nccl-headers=22902 nccl-library=22902
+# Collective test starting: all_reduce_perf
+# nThread 1 nGpus 2 minBytes 1024 maxBytes 4194304 step: 64(factor) warmup iters: 5 iters: 20 agg iters: 1 validation: 1
+#
+# Using devices
+#  Rank  0 Group  0 Pid     10 on    alpha device  0 [0000:1b:00] NVIDIA H100 80GB HBM3
+#  Rank  1 Group  0 Pid     10 on    alpha device  1 [0000:43:00] NVIDIA H100 80GB HBM3
+#
+#                                                              out-of-place                       in-place
+#       size         count      type   redop    root     time   algbw   busbw  #wrong     time   algbw   busbw  #wrong
+#        (B)    (elements)                               (us)  (GB/s)  (GB/s)             (us)  (GB/s)  (GB/s)
+"""
+NEW_ROWS = """\
+        1024           256     float     sum      -1    10.00    0.10    0.10       0    10.00    0.10    0.10     N/A
+     4194304       1048576     float     sum      -1    41943    0.10    0.10       0    41943    0.10    0.10       0
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "all_reduce.log"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_old_format_gives_sizes_times_gpus_and_nodes(tmp_path: Path) -> None:
+    log = read_nccl_log(write(tmp_path, "some UCX WARN noise\n" + OLD_HEAD + OLD_ROWS + TAIL))
+    assert (log.num_gpus, log.num_nodes, log.gpus) == (4, 2, ("A100-SXM4-40GB",))
+    assert [m.size_bytes for m in log.measurements] == [1024, 65536, 4194304]
+    assert log.measurements[0].out_of_place_s == pytest.approx(20e-6)
+    assert log.measurements[0].in_place_s == pytest.approx(21e-6)
+    assert log.measurements[0].seconds == pytest.approx((20e-6 * 21e-6) ** 0.5)
+
+
+def test_new_format_with_root_column_whole_microseconds_and_version(tmp_path: Path) -> None:
+    log = read_nccl_log(write(tmp_path, NEW_HEAD + NEW_ROWS + TAIL))
+    assert (log.num_gpus, log.num_nodes, log.version) == (2, 1, "22902")
+    assert log.measurements[1].out_of_place_s == pytest.approx(41943e-6)
+
+
+@pytest.mark.parametrize("prefix", ["[1,0]<stdout>:", "0: ", "    ", "launcher-0: "])
+def test_launcher_prefixes_are_taken_off(tmp_path: Path, prefix: str) -> None:
+    text = "".join(prefix + line + "\n" for line in (OLD_HEAD + OLD_ROWS + TAIL).splitlines())
+    assert len(read_nccl_log(write(tmp_path, text)).measurements) == 3
+
+
+def test_in_place_only_and_time_stamps_are_read(tmp_path: Path) -> None:
+    row = "        1024           256     float     sum      -1    10.00    0.10    0.10       0  2026-01-02 03:04:05\n"
+    log = read_nccl_log(write(tmp_path, NEW_HEAD + row + TAIL))
+    assert log.measurements[0].seconds == pytest.approx(10e-6)
+
+
+def test_all_reduce_is_found_among_other_collectives(tmp_path: Path) -> None:
+    gather = (NEW_HEAD + NEW_ROWS).replace("all_reduce", "all_gather").replace(" sum ", "none ") + TAIL
+    ends = "# Collective test concluded: {}\n"
+    text = gather + ends.format("all_gather_perf") + NEW_HEAD + NEW_ROWS + TAIL + ends.format("all_reduce_perf")
+    assert len(read_nccl_log(write(tmp_path, text)).measurements) == 2
+
+
+def test_number_of_gpus_follows_from_bus_bandwidth_where_no_device_is_listed(tmp_path: Path) -> None:
+    log = read_nccl_log(write(tmp_path, OLD_ROWS + TAIL))
+    assert log.num_gpus == 4  # 29.96 / 19.97 = 1.5 = 2 (n-1) / n
+
+
+def document(**changes: object) -> str:
+    base: dict[str, object] = {
+        "version": 1,
+        "args": ["./all_reduce_perf", "-g", "2"],
+        "nccl_version": 22902,
+        "config": {
+            "nthreads": 1,
+            "ngpus": 2,
+            "devices": [{"rank": 0, "hostname": "alpha", "device_info": "NVIDIA H100 80GB HBM3"}],
+        },
+        "results": [
+            {
+                "size": size,
+                "count": size // 4,
+                "type": "float",
+                "redop": "sum",
+                "root": "    -1",
+                "out_of_place": {"time": time, "alg_bw": 3.0, "bus_bw": 3.0, "nwrong": 0.0},
+                "in_place": {"time": time, "alg_bw": 3.0, "bus_bw": 3.0, "nwrong": None},
+            }
+            for size, time in ((1024, 10.0), (4194304, 90.0))
+        ],
+        "out_of_bounds": {"count": 0, "okay": True},
+        "average_bus_bandwidth": {"bandwidth": 3.0, "okay": "unchecked"},
+    }
+    return json.dumps(base | changes)
+
+
+def test_json_counts_the_gpus_of_one_process(tmp_path: Path) -> None:
+    log = read_nccl_log(write(tmp_path, document()))
+    assert (log.num_gpus, log.num_nodes, log.version) == (2, 1, "22902")
+    assert log.measurements[1].seconds == pytest.approx(90e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("", None, "is empty"),
+        ("hello\nworld\n", None, "no measurement found"),
+        (OLD_HEAD + TAIL, None, "no measurement found"),
+        (OLD_HEAD + OLD_ROWS, 14, "truncated"),
+        (OLD_HEAD + OLD_ROWS[:-60], 14, "truncated"),
+        (NEW_HEAD + NEW_ROWS[:-12], 13, "incomplete"),
+        (OLD_HEAD + OLD_ROWS + OLD_ROWS + TAIL, 15, "mixed"),
+        (OLD_HEAD + OLD_HEAD + OLD_ROWS + TAIL, 12, "mixed"),
+        ((OLD_HEAD + OLD_ROWS + TAIL).replace(" sum ", "none "), 12, "expected all_reduce_perf"),
+        ((NEW_HEAD + NEW_ROWS + TAIL).replace("all_reduce", "all_gather"), 12, "holds all_gather_perf"),
+        ((NEW_HEAD + NEW_ROWS + TAIL).replace(" -1 ", "  0 ").replace("# Coll", "# C"), 12, "holds reduce_perf"),
+        (OLD_HEAD + OLD_ROWS.replace("29.96", "14.98") + TAIL, 12, "holds reduce_scatter_perf"),
+        (OLD_HEAD + OLD_ROWS.replace("29.96", "34.94") + TAIL, 14, "which 8 ranks would give"),
+        (OLD_HEAD + OLD_ROWS + TAIL.replace(": 0 OK", ": 3 FAILED"), 15, "out of bounds"),
+        (NEW_HEAD + NEW_ROWS.replace("     N/A", "       7") + TAIL, 12, "7 wrong results"),
+        ("\n".join(OLD_HEAD.splitlines()[:4]) + "\n" + OLD_ROWS + TAIL, None, "single GPU"),
+        (document(args=["./broadcast_perf"]), None, "holds broadcast_perf"),
+        (document(results=[]), None, "no 'results'"),
+        (document()[:-200], 1, "JSON that stops or breaks"),
+        (document(out_of_bounds={"count": 2, "okay": False}), None, "2 results were out of bounds"),
+    ],
+)
+def test_what_cannot_be_trusted_is_refused_with_file_and_line(
+    tmp_path: Path, text: str, line: int | None, says: str
+) -> None:
+    with pytest.raises(FileFormatError, match=r"all_reduce\.log") as caught:
+        read_nccl_log(write(tmp_path, text))
+    assert says in caught.value.message
+    if line is not None:
+        assert caught.value.line == line
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="not a file"):
+        read_nccl_log(tmp_path / "absent.log")

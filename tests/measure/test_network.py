@@ -1,0 +1,120 @@
+"""Network calibration: logs and live process groups become clusters."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ptsim
+from ptsim.cli.main import run
+from ptsim.costs.times import Tier
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.spec import AllReduceTable
+from ptsim.measure.network import calibrated_cluster
+
+SIZES = tuple(2**k for k in range(10, 28))
+
+
+def ring_table(num_gpus: int, num_nodes: int, bandwidth: float, hop_s: float) -> AllReduceTable:
+    """What a ring of these links would measure: 2(p-1) hops, 2(p-1)/p of the message."""
+    seconds = tuple(2 * (num_gpus - 1) * (hop_s + size / num_gpus / bandwidth) for size in SIZES)
+    return AllReduceTable(
+        num_gpus=num_gpus, num_nodes=num_nodes, size_bytes=SIZES, seconds=seconds, relative_jitter=0.01, source="ring"
+    )
+
+
+def test_other_gpu_counts_of_a_measured_ring_follow_the_formula() -> None:
+    cluster = calibrated_cluster([ring_table(4, 4, 5e9, 20e-6)], name="four nodes")
+    for nodes in (2, 8):
+        expected = 2 * (nodes - 1) * (20e-6 + 2**26 / nodes / 5e9)
+        result = ptsim.allreduce(cluster, gpus=nodes, message_bytes=2**26)
+        assert result.tier is Tier.SCALED
+        assert result.seconds == pytest.approx(expected, rel=0.05)
+
+
+def test_the_catalog_machine_that_explains_the_table_lends_its_links() -> None:
+    measured = ring_table(16, 2, 21e9, 8e-6)
+    cluster = calibrated_cluster([measured], name="c", gpus=["NVIDIA A100-SXM4-40GB"])
+    assert (cluster.device, cluster.gpus_per_node) == ("a100-sxm4-40gb", 8)
+    assert cluster.intra.bandwidth_bytes_per_s == 300e9
+    assert ptsim.allreduce(cluster, gpus=16, message_bytes=2**20).tier is Tier.MEASURED
+    assert ptsim.allreduce(cluster, gpus=8, message_bytes=2**20).tier is Tier.DATASHEET
+
+
+def test_a_base_without_room_for_the_log_is_refused() -> None:
+    with pytest.raises(UsageError, match="4 GPUs a node, the log has 8"):
+        calibrated_cluster([ring_table(8, 1, 1e9, 1e-6)], name="c", base=load_cluster("abci-v"))
+
+
+def test_two_tables_of_one_layout_are_refused() -> None:
+    with pytest.raises(UsageError, match="same GPU and node count"):
+        calibrated_cluster([ring_table(8, 1, 1e9, 1e-6)] * 2, name="c")
+
+
+def test_a_log_becomes_a_file_that_allreduce_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "run.log"
+    rows = "".join(
+        f"{size:12d} {size // 4:12d}   float     sum   {time * 1e6:8.2f}  {size / time / 1e9:7.2f} "
+        f"{size / time / 1e9 * 1.75:7.2f}  1e-07\n"
+        for size, time in zip(SIZES, ring_table(8, 1, 10e9, 3e-6).seconds, strict=True)
+    )
+    log.write_text(rows + "# Out of bounds values : 0 OK\n")
+    out = tmp_path / "mine.toml"
+    assert run(["calibrate", "network", "--nccl-log", str(log), "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert run(["allreduce", "--cluster", str(out), "--gpus", "8", "--bytes", "3MiB", "--json"]) == 0
+    answer = ptsim.allreduce(out, gpus=8, message_bytes=3 * 2**20)
+    assert f'"seconds": {answer.seconds}' in capsys.readouterr().out
+    assert answer.seconds == pytest.approx(14 * (3e-6 + 3 * 2**20 / 8 / 10e9), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gpus", "8", "--bytes", "-5"], "non-negative"),
+        (["--gpus", "8", "--bytes", "5 GHz"], "unit"),
+        (["--gpus", "0", "--bytes", "5"], "at least 1"),
+        (["--gpus", "99", "--bytes", "5", "--cluster", "nowhere"], "unknown cluster"),
+    ],
+)
+def test_wrong_questions_are_one_sentence(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = [] if "--cluster" in arguments else ["--cluster", "dgx-a100"]
+    assert run(["allreduce", *cluster, *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_calibrating_without_log_and_without_processes_says_how(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert run(["calibrate", "network", "--out", str(tmp_path / "c.toml")]) == 2
+    assert "torchrun" in capsys.readouterr().err
+
+
+def test_live_gloo_processes_are_measured(tmp_path: Path) -> None:
+    out = tmp_path / "live.toml"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "ptsim", "calibrate", "network", "--out", str(out)]
+    command += ["--max-bytes", "65536", "--iterations", "3", "--backend", "gloo"]
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for rank in range(2):
+            variables = os.environ | environment | {"RANK": str(rank)}
+            processes.append(stack.enter_context(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE)))
+            stack.callback(processes[-1].kill)
+        for process in processes:
+            _, errors = process.communicate(timeout=90)
+            assert process.returncode == 0, errors.decode()
+    cluster = load_cluster(out)
+    assert (cluster.library, cluster.tables[0].num_gpus, cluster.tables[0].size_bytes[-1]) == ("gloo", 2, 65536)
+    assert ptsim.allreduce(out, gpus=2, message_bytes=65536).seconds > 0
