@@ -27,6 +27,8 @@ def table_seconds(table: AllReduceTable, message_bytes: float) -> float:
     sizes, seconds = table.size_bytes, table.seconds
     kept = rising_points(seconds)
     time = _between([sizes[i] for i in kept], [seconds[i] for i in kept], message_bytes)
+    if message_bytes <= sizes[-1]:
+        time = min(time, max(seconds))  # the last point may be a spike downwards
     for i in set(range(len(sizes))) - set(kept):
         distance = abs(math.log(max(message_bytes, 1.0) / sizes[i]))
         if distance < _SPIKE_REACH:
@@ -60,7 +62,7 @@ def rising_points(seconds: tuple[float, ...]) -> list[int]:
     for i, time in enumerate(seconds):
         before = [chain for j, chain in enumerate(best) if seconds[j] <= time * (1 + _TOLERANCE)]
         best.append([*max(before, key=len, default=[]), i])
-    return max(best, key=len)
+    return max(best, key=lambda chain: (len(chain), -seconds[chain[-1]]))
 
 
 def _between(sizes: Sequence[float], seconds: Sequence[float], size: float) -> float:
