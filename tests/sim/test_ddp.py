@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+
+from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.collectives import AllReduceTime
+from ptsim.costs.times import LayerTime, StepTime, Tier
+from ptsim.network import Network
+from ptsim.sim import ddp
+from tests.traces import residual_network
+
+
+def step_of(network: Network, *, forward: float = 1.0, backward: float = 2.0) -> StepTime:
+    """Every layer takes the same time."""
+    layers = tuple(
+        LayerTime(layer=layer.name, kind=layer.kind, forward_s=forward, backward_s=backward, tier=Tier.DATASHEET)
+        for layer in network.layers
+    )
+    total = len(layers) * (forward + backward) + 0.75
+    return StepTime(
+        layers=layers,
+        optimizer_s=0.5,
+        regularizer_s=0.25,
+        overhead_s=0.0,
+        low_s=total / 2,
+        high_s=total * 2,
+        tier=Tier.DATASHEET,
+    )
+
+
+def all_reduce(num_bytes: int) -> AllReduceTime:
+    """One second a byte, on four GPUs."""
+    return AllReduceTime(
+        seconds=float(num_bytes),
+        low_s=0.5 * num_bytes,
+        high_s=3.0 * num_bytes,
+        algorithm="ring",
+        wire_bytes_per_gpu=1.5 * num_bytes,
+    )
+
+
+def test_buckets_are_those_of_torch() -> None:
+    network = residual_network((64, 128, 256), (3, 4, 3))
+    tensors = [torch.empty(parameter.shape) for parameter in network.parameters]
+    limits = [1 << 20, 25 << 20]
+    indices, _ = torch._C._distributed_c10d._compute_bucket_assignment_by_size(tensors, limits)
+    expected = [tuple(network.parameters[i].name for i in bucket) for bucket in indices]
+    assert [bucket.parameters for bucket in ddp_buckets(network)] == expected
+
+
+def test_a_bucket_is_ready_after_the_backward_pass_of_its_last_gradient() -> None:
+    network = residual_network()
+    buckets = ddp_buckets(network, first_bucket_bytes=50_000, bucket_bytes=100_000)
+    plan = ddp.plan_step(step_of(network), buckets, all_reduce)
+    assert len(buckets) > 3
+    done: set[str] = set()
+    for work in plan.backward:
+        done.add(work.name)
+        if work.bucket is not None:
+            layers = {p.layer for p in network.parameters if p.name in buckets[work.bucket].parameters}
+            assert layers <= done
+            assert buckets[work.bucket].ready_layer == work.name
+    assert [w.bucket for w in plan.backward if w.bucket is not None] == list(range(len(buckets)))
+
+
+def test_backward_visits_the_layers_in_reverse() -> None:
+    network = residual_network()
+    plan = ddp.plan_step(step_of(network), (), all_reduce)
+    assert [w.name for w in plan.backward] == [layer.name for layer in reversed(network.layers)]
+    assert [w.name for w in plan.tail] == ["regularizer", "optimizer"]
+
+
+def test_the_plan_takes_what_the_step_takes() -> None:
+    step = step_of(residual_network())
+    assert ddp.plan_step(step, (), all_reduce).compute_s == pytest.approx(step.compute_s)
+    assert ddp.plan_step(step, (), all_reduce, bound="low").compute_s == pytest.approx(step.low_s)
+    assert ddp.plan_step(step, (), all_reduce, bound="high").compute_s == pytest.approx(step.high_s)
+
+
+def test_the_collectives_follow_the_bound() -> None:
+    network = residual_network()
+    plans = {
+        bound: ddp.plan_step(step_of(network), ddp.single_bucket(network), all_reduce, bound=bound).communication_s
+        for bound in ("low", "expected", "high")
+    }
+    num_bytes = 4 * network.num_parameters
+    assert plans == {"low": 0.5 * num_bytes, "expected": num_bytes, "high": 3.0 * num_bytes}
+
+
+def test_half_precision_gradients_halve_the_message_and_pay_for_the_conversion() -> None:
+    network = residual_network()
+    wire = ddp.memory_bound_conversion(0.5, memory_bandwidth_bytes_per_s=1e6)
+    plan = ddp.plan_step(step_of(network), ddp.single_bucket(network), all_reduce, wire=wire)
+    num_bytes = 4 * network.num_parameters
+    assert plan.buckets[0].num_bytes == num_bytes // 2
+    assert plan.wire_bytes_per_gpu == 1.5 * num_bytes // 2
+    # read fp32 and write fp16 on one side, read fp16 and write fp32 on the other: 12 bytes for every 4
+    assert plan.communication_s == pytest.approx(num_bytes / 2 + 3 * num_bytes / 1e6)
+
+
+def test_uncompressed_gradients_need_no_conversion() -> None:
+    assert ddp.memory_bound_conversion(1.0, 1e12).conversion_s_per_byte == 0.0
+
+
+def test_batch_norms_buffers_are_two_floats_a_channel_and_a_counter() -> None:
+    network = residual_network((16,), (1,), input_shape=(3, 8, 8))  # three norms of 16 channels
+    assert ddp.buffer_bytes(network) == 3 * (2 * 4 * 16 + 8)
+
+
+def test_a_broadcast_is_half_an_all_reduce() -> None:
+    network = residual_network()
+    state = 4 * network.num_parameters + ddp.buffer_bytes(network)
+    assert ddp.wrapping_s(network, all_reduce) == 0.5 * state + 0.5 * 4 * len(network.parameters)
+
+
+def test_the_first_steps_bucket_holds_every_gradient() -> None:
+    network = residual_network()
+    (bucket,) = ddp.single_bucket(network)
+    assert len(bucket.parameters) == len(network.parameters)
+    assert bucket.num_bytes == 4 * network.num_parameters
+
+
+def test_a_gradient_that_never_comes_is_reduced_at_the_end() -> None:
+    network = residual_network()
+    bucket = msgspec.structs.replace(ddp.single_bucket(network)[0], ready_layer="")
+    plan = ddp.plan_step(step_of(network), (bucket,), all_reduce)
+    assert plan.backward[-1].bucket == 0
+
+
+def test_a_bucket_of_another_network_is_refused() -> None:
+    network = residual_network()
+    bucket = msgspec.structs.replace(ddp.single_bucket(network)[0], ready_layer="elsewhere")
+    with pytest.raises(ValueError, match="'elsewhere'"):
+        ddp.plan_step(step_of(network), (bucket,), all_reduce)
