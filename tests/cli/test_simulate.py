@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptsim.cli.main import run
+from tests.traces import shrinking_trace
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> str:
+    return str(shrinking_trace(tmp_path))
+
+
+def test_json_has_a_document_per_gpu_count(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", trace, "--cluster", "dgx-a100", "--gpus", "1,8", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["gpus"] for row in rows] == [1, 8]
+    keys = (
+        "gpus total_seconds compute_seconds exposed_communication_seconds allreduce_bytes_per_gpu energy_joules "
+        "cost_usd low_seconds high_seconds"
+    )
+    assert set(keys.split()) <= set(rows[0])
+    assert len(rows[0]["epochs"]) == 6
+
+
+def test_people_get_tables_and_the_notes(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", trace, "--cluster", "dgx-a100", "--gpus", "1,12", "--price", "2.5"]) == 0
+    out = capsys.readouterr().out
+    assert "90 % interval" in out
+    assert "USD" in out
+    assert "do not fill nodes" in out
+
+
+def test_several_traces_are_projected_one_after_the_other(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", trace, trace, "--cluster", "dgx-a100", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 2
+
+
+def test_equal_seeds_print_equal_bytes(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["simulate", trace, "--cluster", "dgx-a100", "--gpus", "16", "--jitter", "recorded", "--json"]
+    outputs = []
+    for seed in ("1", "1", "2"):
+        assert run([*command, "--seed", seed]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--cluster", "dgx-z9"], "unknown cluster 'dgx-z9'"),
+        (["--cluster", "missing.toml"], "missing.toml"),
+        (["--cluster", "dgx-a100", "--gpus", "0"], "gpus '0'"),
+        (["--cluster", "dgx-a100", "--gpus", "1,,2"], "gpus '1,,2'"),
+        (["--cluster", "dgx-a100", "--scaling", "up"], "scaling"),
+        (["--cluster", "dgx-a100", "--jitter", "much"], "jitter 'much'"),
+        (["--cluster", "dgx-a100", "--set", "nonsense"], "'nonsense' is not name=value"),
+        (["--cluster", "dgx-a100", "--set", "nonsense=1"], "nonsense"),
+        ([], "cluster"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_2(
+    trace: str, arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["simulate", trace, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert problem in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (("gpus_per_node", "gpus_per_nod"), "gpus_per_nod"),
+        (('bandwidth = "', 'bandwidth = "0 B/s" #'), "intra.bandwidth"),
+    ],
+)
+def test_a_broken_cluster_file_names_file_and_key(
+    trace: str, tmp_path: Path, change: tuple[str, str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """
+name = "mine"
+device = "a100-sxm4-40gb"
+gpus_per_node = 4
+[intra]
+name = "NVLink"
+bandwidth = "100 GB/s"
+latency = "2 us"
+[sources]
+default = "measured"
+"""
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    assert run(["simulate", trace, "--cluster", str(file), "--gpus", "4"]) == 0
+    capsys.readouterr()
+    file = tmp_path / "broken.toml"
+    file.write_text(text.replace(*change))
+    assert run(["simulate", trace, "--cluster", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert str(file) in error
+    assert problem in error
+
+
+def test_projecting_imports_no_torch(trace: str) -> None:
+    code = (
+        "import sys; from ptsim.cli.main import run; "
+        f"run(['simulate', {trace!r}, '--cluster', 'dgx-a100', '--gpus', '8']); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import ptsim
+from ptsim.costs.step import Measurements, step_time
+from ptsim.errors import FileFormatError, UnknownNameError, UsageError
+from ptsim.hardware.catalog import load_device, match_device
+from ptsim.network import Precision
+from ptsim.sim.options import Options
+from ptsim.sim.run import (
+    RunProjection,
+    StepCache,
+    change,
+    epochs_frame,
+    project,
+    projections_frame,
+    recorded_jitter,
+)
+from ptsim.trace.io import Trace, read_trace
+from tests.sim.plans import cluster
+from tests.traces import dense_trace, shrinking_trace
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    return read_trace(shrinking_trace(tmp_path_factory.mktemp("run"), num_train=20_000))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    return read_trace(dense_trace(tmp_path_factory.mktemp("run"), num_train=20_000))
+
+
+def run(trace: Trace, gpus: int, where: Any = None, **options: Any) -> RunProjection:
+    return project(trace, where or cluster(), gpus, change(Options(), options))
+
+
+class TestOneGpu:
+    def test_it_needs_no_communication(self, trace: Trace) -> None:
+        projection = run(trace, 1)
+        assert projection.exposed_communication_s == 0.0
+        assert projection.allreduce_bytes_per_gpu == 0.0
+        assert projection.startup_s == 0.0
+        assert all(epoch.communication_s == 0.0 for epoch in projection.epochs)
+
+    def test_it_takes_the_recorded_iterations_times_the_step(self, trace: Trace) -> None:
+        device = load_device("a100-sxm4-40gb")
+        measurements = Measurements(profiles=trace.profiles, source_device=match_device(trace.run.device.name))
+        expected = sum(
+            epoch.num_iterations
+            * step_time(
+                trace.network_of(epoch),
+                device,
+                batch=epoch.batch_per_gpu,
+                precision=Precision.FP32,
+                regularizer=True,
+                measurements=measurements,
+            ).compute_s
+            for epoch in trace.epochs
+        )
+        recorded_surgery = sum(r.duration_s for r in trace.reconfigurations)
+        assert run(trace, 1).total_s == pytest.approx(expected + recorded_surgery, rel=1e-12)
+
+
+class TestManyGpus:
+    @pytest.mark.parametrize("gpus", [2, 8, 12, 64, 1024])
+    def test_bytes_are_those_of_the_ring_formula(self, trace: Trace, gpus: int) -> None:
+        projection = run(trace, gpus)
+        expected = sum(
+            epoch.num_iterations * 2 * (gpus - 1) / gpus * 4 * trace.networks[epoch.architecture].num_parameters
+            for epoch in projection.epochs
+        )
+        assert projection.allreduce_bytes_per_gpu == pytest.approx(expected, rel=1e-9)
+
+    def test_infinite_bandwidth_leaves_the_computation(self, trace: Trace) -> None:
+        ideal = cluster(bandwidth=math.inf, latency=0.0, inter_bandwidth=math.inf, inter_latency=0.0)
+        projection = run(trace, 64, ideal, surgery_s=0.0)
+        assert projection.exposed_communication_s == pytest.approx(0.0, abs=1e-12)
+        assert projection.total_s == pytest.approx(projection.compute_s, rel=1e-12)
+
+    def test_more_bandwidth_never_costs_time(self, trace: Trace) -> None:
+        totals = [run(trace, 64, cluster(inter_bandwidth=b)).total_s for b in (1e8, 1e9, 1e10, 1e11, 1e12)]
+        assert totals == sorted(totals, reverse=True)
+
+    def test_more_latency_never_saves_time(self, trace: Trace) -> None:
+        totals = [run(trace, 64, cluster(inter_latency=s)).total_s for s in (0, 1e-6, 1e-5, 1e-4)]
+        assert totals == sorted(totals)
+
+    def test_weak_scaling_keeps_the_mini_batch_and_shares_the_iterations(self, trace: Trace) -> None:
+        projection = run(trace, 8)
+        for epoch, recorded in zip(projection.epochs, trace.epochs, strict=True):
+            assert epoch.batch_per_gpu == recorded.batch_per_gpu
+            assert epoch.num_iterations == recorded.num_images // (8 * recorded.batch_per_gpu)
+
+    def test_strong_scaling_keeps_the_iterations_and_shares_the_mini_batch(self, trace: Trace) -> None:
+        projection = run(trace, 8, scaling="strong")
+        for epoch, recorded in zip(projection.epochs, trace.epochs, strict=True):
+            assert epoch.batch_per_gpu == recorded.batch_per_gpu // 8
+            assert epoch.num_iterations == recorded.num_iterations
+
+    def test_the_parts_add_up(self, trace: Trace) -> None:
+        p = run(trace, 64, jitter=0.05, input_images_per_s=5000.0)
+        parts = p.compute_s + p.exposed_communication_s + p.input_wait_s + p.straggler_wait_s
+        assert parts + p.reconfiguration_s + p.startup_s == pytest.approx(p.total_s, rel=0.01)
+        assert p.low_s <= p.total_s <= p.high_s
+
+    def test_every_epochs_parts_add_up_to_its_step(self, trace: Trace) -> None:
+        for e in run(trace, 64).epochs:
+            parts = e.compute_s + e.input_wait_s + e.straggler_wait_s + e.exposed_communication_s
+            assert parts == pytest.approx(e.step_s, rel=1e-9)
+            assert e.total_s == pytest.approx(e.num_iterations * e.step_s)
+            assert e.low_s <= e.total_s <= e.high_s
+
+    def test_half_precision_gradients_halve_the_bytes(self, trace: Trace) -> None:
+        full, half = run(trace, 8), run(trace, 8, gradient_format="bf16")
+        assert half.allreduce_bytes_per_gpu == pytest.approx(full.allreduce_bytes_per_gpu / 2)
+
+    def test_money_is_gpus_times_hours_times_the_price(self, trace: Trace) -> None:
+        p = run(trace, 8, price_usd_per_gpu_hour=3.0)
+        assert p.cost_usd == pytest.approx(3.0 * 8 * p.total_s / 3600)
+        assert run(trace, 8).cost_usd is None
+        assert run(trace, 8, cluster(price=2.0)).cost_usd == pytest.approx(2.0 * p.gpu_hours)
+
+    def test_a_shared_network_is_slower(self, trace: Trace) -> None:
+        slow = cluster(inter_bandwidth=1e8)
+        assert run(trace, 64, slow, jobs=4).total_s > run(trace, 64, slow).total_s
+
+    def test_jobs_inside_a_node_share_nothing(self, trace: Trace) -> None:
+        projection = run(trace, 8, jobs=4)
+        assert projection.total_s == run(trace, 8).total_s
+        assert any("stays inside one" in note for note in projection.notes)
+
+    def test_the_slowest_kind_of_gpu_decides(self, trace: Trace) -> None:
+        own, mixed = run(trace, 8), run(trace, 8, mixed_devices={"t4": 2})
+        old = run(trace, 8, cluster(device="t4"))
+        assert own.total_s < mixed.total_s <= old.total_s * 1.001
+        assert mixed.straggler_wait_s > 0
+
+    def test_slow_input_decides_the_pace(self, trace: Trace) -> None:
+        projection = run(trace, 8, input_images_per_s=100.0)
+        for epoch in projection.epochs:
+            assert epoch.step_s == pytest.approx(epoch.batch_per_gpu / 100.0)
+
+    def test_more_jitter_costs_more(self, trace: Trace) -> None:
+        totals = [run(trace, 64, jitter=j).total_s for j in (0.0, 0.02, 0.1)]
+        assert totals == sorted(totals)
+
+    def test_jitter_comes_from_the_recorded_percentiles(self, trace: Trace) -> None:
+        # p10 and p90 at 4 % below and above the median: 1.2816 standard deviations each
+        assert recorded_jitter(trace.epochs) == pytest.approx(math.log(1.04 / 0.96) / 2 / 1.2816)
+
+    def test_failures_lengthen_the_run_and_the_interval(self, trace: Trace) -> None:
+        steady = run(trace, 8)
+        mtbf = 8 * steady.total_s / 3600  # one failure per run on average
+        failing = run(
+            trace,
+            8,
+            faults={
+                "mtbf_gpu_hours": mtbf,
+                "checkpoint_interval_s": steady.total_s / 10,
+                "checkpoint_s": steady.total_s / 1000,
+                "restart_s": 1.0,
+            },
+        )
+        assert failing.faults is not None
+        assert failing.faults_s > 0
+        assert failing.total_s == pytest.approx(steady.total_s + failing.faults_s)
+        assert failing.faults.goodput == pytest.approx(steady.total_s / failing.total_s)
+
+    def test_the_same_seed_gives_identical_bytes(self, trace: Trace) -> None:
+        options = {"jitter": "recorded", "faults": {"mtbf_gpu_hours": 50.0}, "seed": 5}
+        one, same, other = (msgspec.json.encode(run(trace, 16, **{**options, "seed": seed})) for seed in (5, 5, 6))
+        assert one == same
+        assert one != other
+
+
+class TestReconfigurations:
+    def test_they_cost_what_was_recorded(self, trace: Trace) -> None:
+        assert run(trace, 1).reconfiguration_s == sum(r.duration_s for r in trace.reconfigurations)
+
+    def test_on_many_gpus_wrapping_comes_on_top(self, trace: Trace) -> None:
+        assert run(trace, 64).reconfiguration_s > run(trace, 1).reconfiguration_s
+
+    def test_recompilation_and_warm_up_are_paid_each_time(self, trace: Trace) -> None:
+        plain = run(trace, 1, surgery_s=0.0)
+        compiled = run(trace, 1, surgery_s=0.0, compile_s=30.0)
+        assert plain.reconfiguration_s == 0.0
+        assert compiled.reconfiguration_s == 2 * 30.0
+        assert compiled.startup_s == 30.0
+        warm = run(trace, 1, surgery_s=0.0, warmup_steps=10)
+        steps = [trace.epochs[2].epoch, trace.epochs[4].epoch]
+        assert warm.reconfiguration_s == pytest.approx(sum(10 * plain.epochs[e].step_s for e in steps))
+
+    def test_a_dense_run_has_none(self, dense: Trace) -> None:
+        assert run(dense, 64).reconfiguration_s == 0.0
+
+    def test_one_time_reconfiguration_holds_the_first_architecture_until_then(self, trace: Trace) -> None:
+        projection = run(trace, 1, one_time_epoch=4)
+        first, last = trace.epochs[0].architecture, trace.epochs[4].architecture
+        assert [e.architecture for e in projection.epochs] == [first] * 4 + [last] * 2
+        assert projection.reconfiguration_s == pytest.approx(0.25)
+
+    def test_channels_can_be_rounded_up(self, trace: Trace) -> None:
+        rounded = run(trace, 8, channel_multiple=8)
+        assert rounded.allreduce_bytes_per_gpu > run(trace, 8).allreduce_bytes_per_gpu
+        assert rounded.epochs[0].architecture == trace.epochs[0].architecture
+
+
+class TestMiniBatch:
+    def test_the_fixed_one_is_the_first_epochs(self, trace: Trace) -> None:
+        assert {e.batch_per_gpu for e in run(trace, 1, minibatch="fixed").epochs} == {64}
+
+    def test_the_planned_one_grows_at_reconfigurations_to_what_fits(self, trace: Trace) -> None:
+        dense_need = run(trace, 1).epochs[0].peak_memory_bytes
+        projection = run(trace, 1, minibatch="planned", memory_bytes=dense_need, batch_granularity=8)
+        batches = [e.batch_per_gpu for e in projection.epochs]
+        assert batches[0] == batches[1] == 64
+        assert batches == sorted(batches)
+        assert batches[2] > 64
+        assert all(batch % 8 == 0 for batch in batches)
+        assert all(e.peak_memory_bytes <= dense_need for e in projection.epochs)
+        assert any(f"64 → {batches[2]} at epoch 2" in note for note in projection.notes)
+
+    def test_more_memory_never_means_a_smaller_one(self, trace: Trace) -> None:
+        sizes = [
+            run(trace, 1, minibatch="planned", memory_bytes=m << 30).epochs[-1].batch_per_gpu for m in (1, 2, 4, 8)
+        ]
+        assert sizes == sorted(sizes)
+
+    def test_it_stops_at_the_given_maximum(self, trace: Trace) -> None:
+        assert run(trace, 1, minibatch="planned", max_batch=96).epochs[-1].batch_per_gpu == 96
+
+    def test_one_that_does_not_fit_is_marked(self, trace: Trace) -> None:
+        notes = run(trace, 1, memory_bytes=1 << 20).notes
+        assert any("would not fit" in note for note in notes)
+
+    def test_accumulation_needs_less_memory(self, trace: Trace) -> None:
+        whole, parts = run(trace, 1), run(trace, 1, micro_batches=4)
+        assert parts.epochs[0].peak_memory_bytes < whole.epochs[0].peak_memory_bytes
+
+
+class TestMarkedResults:
+    def test_an_interrupted_run_is_projected_from_what_is_there(self, tmp_path: Path) -> None:
+        trace = read_trace(shrinking_trace(tmp_path, epochs=8, recorded_epochs=3, status="interrupted"))
+        projection = run(trace, 8)
+        assert len(projection.epochs) == 3
+        assert not projection.complete
+        assert any("interrupted" in note and "3 of 8" in note for note in projection.notes)
+
+    def test_a_crashed_run_too(self, tmp_path: Path) -> None:
+        trace = read_trace(shrinking_trace(tmp_path, epochs=8, recorded_epochs=5, status=None))
+        assert not run(trace, 8).complete
+
+    def test_a_single_epoch_is_marked(self, tmp_path: Path) -> None:
+        projection = run(read_trace(shrinking_trace(tmp_path, epochs=1)), 8)
+        assert projection.complete
+        assert any("single epoch" in note for note in projection.notes)
+
+    def test_nodes_that_are_not_filled_are_said(self, trace: Trace) -> None:
+        assert any("1 full and one with 4" in note for note in run(trace, 12).notes)
+        assert not any("fill" in note for note in run(trace, 16).notes)
+
+    def test_uneven_global_mini_batches_are_said(self, trace: Trace) -> None:
+        assert any("does not divide" in note for note in run(trace, 12, scaling="strong").notes)
+
+
+class TestWrongInput:
+    def test_no_epoch_at_all(self, tmp_path: Path) -> None:
+        trace = read_trace(shrinking_trace(tmp_path, recorded_epochs=0))
+        with pytest.raises(UsageError, match="no finished epoch"):
+            run(trace, 8)
+
+    def test_no_gpus(self, trace: Trace) -> None:
+        with pytest.raises(UsageError, match="0 GPUs"):
+            run(trace, 0)
+
+    def test_more_gpus_than_there_are(self, trace: Trace) -> None:
+        single = msgspec.structs.replace(cluster(), inter=None)
+        with pytest.raises(UsageError, match="has 8 GPUs, 16 were asked for"):
+            run(trace, 16, single)
+
+    @pytest.mark.parametrize(
+        ("options", "problem"),
+        [
+            ({"scaling": "sideways"}, "scaling"),
+            ({"bucket_size": 3}, "bucket_size"),
+            ({"contention": 2.0}, "contention is 2"),
+            ({"micro_batches": 0}, "micro_batches is 0"),
+            ({"micro_batches": 1000}, "more than the 64 images"),
+            ({"compression": 0.0}, "compression is 0"),
+            ({"jitter": "a lot"}, "jitter"),
+            ({"input_images_per_s": -5.0}, "input_images_per_s is -5"),
+            ({"one_time_epoch": 99}, "one_time_epoch is 99, the trace has 6 epochs"),
+            ({"mixed_devices": {"t4": 9}}, "9 GPUs per node"),
+            ({"mixed_devices": {"t4": 0}}, "at least one GPU"),
+            ({"faults": {"mtbf_gpu_hours": 0.0}}, "mtbf_gpu_hours is 0"),
+            ({"faults": {"mtbf_gpu_hours": 1.0, "policy": "pray"}}, "policy"),
+            ({"precision": "fp8"}, "precision"),
+        ],
+    )
+    def test_options_are_named(self, trace: Trace, options: dict[str, Any], problem: str) -> None:
+        with pytest.raises(UsageError, match=problem):
+            run(trace, 8, **options)
+
+    def test_an_unknown_device(self, trace: Trace) -> None:
+        with pytest.raises(UnknownNameError, match="gpu9000"):
+            run(trace, 8, device="gpu9000")
+
+
+class TestFrames:
+    def test_simulate_gives_a_row_per_gpu_count(self, trace: Trace) -> None:
+        frame = ptsim.simulate(trace, "dgx-a100", gpus=[1, 8, 64], scaling="strong")
+        assert list(frame["gpus"]) == [1, 8, 64]
+        needed = {
+            "total_seconds", "compute_seconds", "exposed_communication_seconds", "allreduce_bytes_per_gpu",
+            "energy_joules", "cost_usd", "low_seconds", "high_seconds", "tier",
+        }  # fmt: skip
+        assert needed <= set(frame.columns)
+        assert (frame["low_seconds"] <= frame["total_seconds"]).all()
+
+    def test_simulate_reads_files(self, tmp_path: Path) -> None:
+        shrinking_trace(tmp_path)
+        assert len(ptsim.simulate(tmp_path, "dgx-a100")) == 1
+        with pytest.raises(FileFormatError):
+            ptsim.simulate(tmp_path / "nowhere", "dgx-a100")
+
+    def test_a_cache_changes_nothing(self, trace: Trace) -> None:
+        cache = StepCache()
+        for gpus in (8, 64):
+            assert project(trace, cluster(), gpus, cache=cache) == project(trace, cluster(), gpus)
+
+    def test_epochs_have_a_row_each_with_units_in_the_names(self, trace: Trace) -> None:
+        frame = epochs_frame(run(trace, 8))
+        assert len(frame) == 6
+        assert {"step_seconds", "exposed_communication_seconds", "total_seconds", "energy_joules"} <= set(frame.columns)
+
+    def test_the_frame_of_projections_agrees_with_them(self, trace: Trace) -> None:
+        projection = run(trace, 8)
+        row = projections_frame([projection]).iloc[0]
+        assert row["total_seconds"] == projection.total_s
+        assert row["gpu_hours"] == pytest.approx(8 * projection.total_s / 3600)
