@@ -29,7 +29,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         model: zoo name, `torchvision:NAME` or `path/to/file.py:function`.
         dataset, data_dir, download: what is trained on, where it lies, whether torchvision may fetch it.
-        train_limit: use only this many training images, drawn with the seed.
+        train_limit, validation_limit: use only this many images, drawn with the seed.
         image_size: side of the images that the network sees; None means the data set's own (the model's for an
             image tree whose images differ in size, and for synthetic data).
         augment: "auto" is random crop and flip for photographs, nothing for digits and synthetic data.
@@ -67,6 +67,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     data_dir: str | None = None
     download: bool = False
     train_limit: int | None = None
+    validation_limit: int | None = None
     image_size: int | None = None
     augment: Literal["auto", "crop_flip", "crop", "none"] = "auto"
     crop_padding: int | None = None
@@ -228,7 +229,7 @@ def _check(config: Config) -> None:
     """Bounds of single settings, then the rules between settings."""
     at_least_one = (
         "epochs", "batch", "interval", "channel_multiple", "batch_granularity", "train_limit", "image_size",
-        "max_batch", "keep_every", "reconfigure_epoch", "pretrain_epochs", "data_memory_bytes",
+        "validation_limit", "max_batch", "keep_every", "reconfigure_epoch", "pretrain_epochs", "data_memory_bytes",
     )  # fmt: skip
     for name in at_least_one:
         value = getattr(config, name)

@@ -123,7 +123,8 @@ class ResidentData:
         device: torch.device,
     ) -> None:
         """`train` and `validation` are (uint8 images (N, C, H, W), classes (N,)) on the CPU."""
-        images, labels = _limited(*train, config)
+        images, labels = _limited(*train, config.train_limit, config.seed)
+        validation = _limited(*validation, config.validation_limit, config.seed)
         channels, height, width = images.shape[1:]
         self._side = config.image_size
         self.normalization = normalization_of(images)
@@ -320,17 +321,17 @@ def _random_resized_crop(image_CHW: Tensor, side: int, random: torch.Generator) 
     return crop.flip(2) if mirror < 0.5 else crop
 
 
-def _limited(images: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    if config.train_limit is None or config.train_limit >= len(images):
-        return images, labels
-    kept = _subset(len(images), config)
-    return images[kept], labels[kept]
+def _limited(images: Tensor, labels: Tensor, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    kept = _subset(len(images), limit, seed)
+    return (images, labels) if kept is None else (images[kept], labels[kept])
 
 
-def _subset(num_images: int, config: Config) -> Tensor:
-    """Which images `train_limit` leaves: drawn with the seed, in their old order."""
-    chosen = torch.randperm(num_images, generator=_generator(config.seed, 0, stream=3))
-    return chosen[: config.train_limit].sort().values
+def _subset(num_images: int, limit: int | None, seed: int) -> Tensor | None:
+    """Which images a limit leaves: drawn with the seed, in their old order; None for all of them."""
+    if limit is None or limit >= num_images:
+        return None
+    chosen = torch.randperm(num_images, generator=_generator(seed, 0, stream=3))
+    return chosen[:limit].sort().values
 
 
 def _digits(config: Config, channels: int, device: torch.device) -> Data:
@@ -414,8 +415,8 @@ def _image_tree(config: Config, input_shape: tuple[int, int, int], device: torch
     if classes != validation_classes:
         odd = sorted(set(classes) ^ set(validation_classes))
         raise UsageError(f"{root}: the class folder {odd[0]!r} is in only one of the training and validation splits")
-    if config.train_limit is not None and config.train_limit < len(train):
-        train = [train[index] for index in _subset(len(train), config).tolist()]
+    train = _some(train, config.train_limit, config.seed)
+    validation = _some(validation, config.validation_limit, config.seed)
     sizes = {tuple(decode(path).shape[1:]) for path, _ in train[:: max(1, len(train) // 16)]}
     own_side = next(iter(sizes))[0] if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1 else None
     side = config.image_size or own_side or input_shape[1]
@@ -427,9 +428,16 @@ def _image_tree(config: Config, input_shape: tuple[int, int, int], device: torch
         train=_decode_all(train, side),
         validation=_decode_all(validation, side),
         num_classes=len(classes),
-        config=msgspec.structs.replace(config, train_limit=None),  # applied above, before decoding
+        config=msgspec.structs.replace(
+            config, train_limit=None, validation_limit=None
+        ),  # applied above, before decoding
         device=device,
     )
+
+
+def _some(files: list[tuple[Path, int]], limit: int | None, seed: int) -> list[tuple[Path, int]]:
+    kept = _subset(len(files), limit, seed)
+    return files if kept is None else [files[index] for index in kept.tolist()]
 
 
 def _split_folder(root: Path, names: Sequence[str]) -> Path:
