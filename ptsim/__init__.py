@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ptsim.sim.run import simulate
     from ptsim.trace.io import Trace, read_trace
     from ptsim.training.loop import load_model, train
+    from ptsim.validation import validate
 
 __version__ = "0.1.0"
 
@@ -25,9 +26,20 @@ _HOME = {
     "read_trace": "ptsim.trace.io",
     "simulate": "ptsim.sim.run",
     "train": "ptsim.training.loop",
+    "validate": "ptsim.validation",
 }
 
-__all__ = ["Trace", "__version__", "allreduce", "load_model", "read_trace", "simulate", "train", "write_report"]
+__all__ = [
+    "Trace",
+    "__version__",
+    "allreduce",
+    "load_model",
+    "read_trace",
+    "simulate",
+    "train",
+    "validate",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:

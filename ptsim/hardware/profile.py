@@ -150,7 +150,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         copy_bandwidth_bytes_per_s: bytes read plus bytes written of a large copy, per second.
         launch_overhead_s: shortest time from one small operator to the next.
         power_w, sm_clock_hz: means under load while calibrating.
-        input_s_per_image: what a training process waits for one image of a trace's data set; per data set name.
+        input_s_per_image: what an epoch takes beyond its training steps, per image of a process; by data set.
+        reconfiguration_s: median seconds of one reconfiguration in the calibrated traces.
         sources: traces that the steps come from.
     """
 
@@ -165,6 +166,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
     launch_overhead_s: float | None = None
     power_w: float | None = None
     sm_clock_hz: float | None = None
+    reconfiguration_s: float | None = None
     input_s_per_image: dict[str, float] = {}
     sources: tuple[str, ...] = ()
     operators: tuple[OperatorTime, ...] = ()
@@ -301,6 +303,7 @@ class _Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     launch_overhead: str | None = None
     power: str | None = None
     sm_clock: str | None = None
+    reconfiguration: str | None = None
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -387,6 +390,7 @@ def _from_file(path: Path, file: _File) -> DeviceProfile:
         launch_overhead_s=maybe("machine.launch_overhead", machine.launch_overhead, "seconds"),
         power_w=maybe("machine.power", machine.power, "watts"),
         sm_clock_hz=maybe("machine.sm_clock", machine.sm_clock, "hertz"),
+        reconfiguration_s=maybe("machine.reconfiguration", machine.reconfiguration, "seconds"),
         input_s_per_image={
             name: number(f"input_per_image.{name}", text, "seconds") for name, text in file.input_per_image.items()
         },
@@ -434,6 +438,7 @@ def _text(profile: DeviceProfile) -> str:
             {
                 "copy_bandwidth": None if bandwidth is None else f"{bandwidth / 1e9:.6g} GB/s",
                 "launch_overhead": _seconds(profile.launch_overhead_s),
+                "reconfiguration": _seconds(profile.reconfiguration_s),
                 "power": None if power is None else f"{power:.6g} W",
                 "sm_clock": None if clock is None else f"{clock / 1e6:.6g} MHz",
             }

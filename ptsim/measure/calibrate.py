@@ -41,7 +41,7 @@ from ptsim.measure.profile import profile_network
 from ptsim.measure.rebuild import rebuild
 from ptsim.network import LayerKind, Network, Precision
 from ptsim.trace.io import Trace
-from ptsim.trace.schema import Epoch
+from ptsim.trace.pace import input_s_per_image, reconfiguration_s
 
 MakeRegularizer = Callable[[nn.Module, tuple[int, int, int]], Callable[[], object]]
 Progress = Callable[[str, float], None]  # what is being measured, fraction of the time that has passed
@@ -151,22 +151,6 @@ def setting_of(trace: Trace) -> Setting:
     return Setting(precision=trace.run.precision, memory_format=trace.run.memory_format)
 
 
-def input_s_per_image(trace: Trace) -> float | None:
-    """What the run's epochs took beyond their training steps, per image of rank 0: the median; None without epochs.
-
-    Waiting for data, metrics and the loop itself. The first epoch is left out where there are others: it warms up.
-    """
-    epochs = trace.epochs[1:] or trace.epochs
-    values = [beyond_steps_s(epoch) / (epoch.num_images / epoch.world_size) for epoch in epochs if epoch.num_images]
-    return statistics.median(values) if values else None
-
-
-def beyond_steps_s(epoch: Epoch) -> float:
-    """Seconds of an epoch's wall time in none of the phases of a training step."""
-    t = epoch.time
-    return max(t.wall_s - t.forward_s - t.backward_s - t.regularizer_s - t.optimizer_s - t.exposed_communication_s, 0.0)
-
-
 _GRID = "alone: "
 _Measurement = tuple[str, Callable[[], None]]
 
@@ -247,6 +231,8 @@ class _Calibration:
             seconds = input_s_per_image(trace)
             if seconds is not None:
                 self.update(input_s_per_image={**self.profile.input_s_per_image, trace.run.dataset.name: seconds})
+            if trace.reconfigurations:
+                self.update(reconfiguration_s=reconfiguration_s(trace))
         setting = setting_of(trace)
         optimizer = trace.run.hyperparameters.get("optimizer", "sgd")
         pairs = list(dict.fromkeys((epoch.architecture, epoch.batch_per_gpu) for epoch in trace.epochs))

@@ -5,10 +5,11 @@ import torch
 from ptsim.errors import FileFormatError, MissingMeasurementError, UsageError
 from ptsim.hardware.profile import Setting, operator_of, read_device_profile, write_device_profile
 from ptsim.measure import calibrate
-from ptsim.measure.calibrate import beyond_steps_s, calibrate_gpu, input_s_per_image
+from ptsim.measure.calibrate import calibrate_gpu
 from ptsim.measure.nvml import cpu_info
 from ptsim.network import Precision
 from ptsim.trace.io import read_trace
+from ptsim.trace.pace import beyond_steps_s, input_s_per_image
 from tests.traces import shrinking_trace
 
 CPU = torch.device("cpu")
@@ -59,6 +60,7 @@ def test_the_loop_around_the_steps_is_the_traces_own(profile, trace):
     assert beyond_steps_s(epoch) == pytest.approx(outside)
     assert input_s_per_image(trace) == pytest.approx(outside / images, rel=0.5)
     assert profile.input_s_per_image.keys() == {"cifar10"}
+    assert profile.reconfiguration_s == pytest.approx(0.25)
 
 
 def test_a_resumed_calibration_measures_only_what_is_missing(tmp_path, trace, profile):

@@ -1,0 +1,109 @@
+"""`ptsim validate`: predicted against measured, for recorded runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ptsim.cli.common import print_json
+from ptsim.units import format_bytes, format_joules, format_seconds
+from ptsim.validation import RunCheck, Validation
+from ptsim.validation import validate as compare
+
+
+def validate(
+    traces: Annotated[list[Path], Parameter(name="TRACE", negative=())],
+    /,
+    *,
+    profile: Path | None = None,
+    holdout: bool = False,
+    json: bool = False,
+) -> None:
+    """Predicted against measured, for recorded runs: time, saving, memory and energy.
+
+    Errors are fractions of what was measured (0.05 is 5 %), saving errors are percentage points. By default a run is
+    predicted from its own profiles of each architecture, and its first epoch's input.
+
+    Args:
+        traces: one or more trace.jsonl files or run folders; a dense run beside a pruned one gives the saving.
+        profile: predict from this device profile of `ptsim calibrate gpu` alone.
+        holdout: predict from nothing that the run itself measured: from a profile that was not calibrated on it, or
+            without one from the other runs.
+        json: print one JSON document.
+    """
+    result = compare(traces, profile, holdout=holdout)
+    if json:
+        print_json(result)
+        return
+    console = Console()
+    for run in result.runs:
+        console.print(_run_table(run))
+        for note in run.notes:
+            console.print(f"note: {note}")
+    console.print(_summary(result))
+
+
+def _run_table(run: RunCheck) -> Table:
+    table = Table(
+        title=f"{run.model} on {run.dataset}, {'dense' if run.dense else 'pruned'} ({run.trace})",
+        box=SIMPLE_HEAD,
+        title_justify="left",
+    )
+    for name in ("epoch", "architecture", "measured", "predicted", "90 % interval", "error", "memory", "predicted"):
+        table.add_column(name, justify="left" if name == "architecture" else "right")
+    for epoch in run.epochs:
+        memory = epoch.measured_memory_bytes
+        table.add_row(
+            str(epoch.epoch),
+            epoch.architecture[:8],
+            format_seconds(epoch.measured_seconds),
+            format_seconds(epoch.predicted_seconds),
+            f"{format_seconds(epoch.low_seconds)} – {format_seconds(epoch.high_seconds)}",
+            f"{epoch.error:+.1%}",
+            "–" if memory is None else format_bytes(memory),
+            format_bytes(epoch.predicted_memory_bytes),
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        "",
+        format_seconds(run.measured_seconds),
+        format_seconds(run.predicted_seconds),
+        f"{format_seconds(run.low_seconds)} – {format_seconds(run.high_seconds)}",
+        f"{run.error:+.1%}",
+    )
+    return table
+
+
+def _summary(result: Validation) -> Table:
+    table = Table(title=f"predicted from: {result.source}", box=SIMPLE_HEAD, title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_column("remark")
+    rows: list[tuple[str, str, float | None, str]] = [
+        ("largest error of a whole run", "whole_run_error", result.whole_run_error, "{:.2%}"),
+        ("mean error of an epoch", "epoch_mape", result.epoch_mape, "{:.2%}"),
+        ("mean error of the peak memory", "memory_mape", result.memory_mape, "{:.2%}"),
+        ("largest error of a saving", "saving_error_points", result.saving_error_points, "{:.2f} points"),
+        ("largest error of a run's energy", "energy_error", result.energy_error, "{:.2%}"),
+        ("epochs inside their 90 % interval", "interval_coverage", result.interval_coverage, "{:.0%}"),
+    ]
+    for label, key, value, form in rows:
+        table.add_row(label, "–" if value is None else form.format(value), result.reasons.get(key, ""))
+    for saving in result.savings:
+        table.add_row(
+            "saving of pruning per epoch",
+            f"{saving.measured_saving:.1%}",
+            f"predicted {saving.predicted_saving:.1%}: {saving.pruned} beside {saving.dense}",
+        )
+    for run in result.runs:
+        if run.measured_energy_joules is not None and run.predicted_energy_joules is not None:
+            predicted = format_joules(run.predicted_energy_joules)
+            table.add_row("energy", format_joules(run.measured_energy_joules), f"predicted {predicted}: {run.trace}")
+    table.add_row("tiers", ", ".join(result.tiers), "")
+    return table

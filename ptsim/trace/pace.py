@@ -1,0 +1,31 @@
+"""What does a run take beside its training steps? Input, loop and reconfigurations, as its trace recorded them."""
+
+from __future__ import annotations
+
+import statistics
+
+from ptsim.trace.io import Trace
+from ptsim.trace.schema import Epoch
+
+
+def beyond_steps_s(epoch: Epoch) -> float:
+    """Seconds of an epoch's wall time in none of the phases of a training step: waiting for data, metrics, the loop."""
+    t = epoch.time
+    steps_s = t.forward_s + t.backward_s + t.regularizer_s + t.optimizer_s + t.exposed_communication_s
+    return max(t.wall_s - steps_s, 0.0)
+
+
+def input_s_per_image(trace: Trace) -> float | None:
+    """`beyond_steps_s` per image of a rank: the median over epochs; None without epochs.
+
+    The first epoch is left out where there are others: it warms up.
+    """
+    epochs = trace.epochs[1:] or trace.epochs
+    values = [beyond_steps_s(epoch) * epoch.world_size / epoch.num_images for epoch in epochs if epoch.num_images]
+    return statistics.median(values) if values else None
+
+
+def reconfiguration_s(trace: Trace) -> float | None:
+    """Median seconds of one reconfiguration; None where there was none."""
+    values = [event.duration_s for event in trace.reconfigurations]
+    return statistics.median(values) if values else None

@@ -1,0 +1,436 @@
+"""How far are predictions from what was measured? The same runs, predicted from less than they recorded.
+
+What a run *did* is given: which architecture each epoch trained, its mini-batch, its number of iterations. What that
+*took* is predicted:
+
+* from the profiles (default): an epoch is its iterations times the profiled step of its architecture, plus input and
+  loop as the run's **first** epoch had them per image; reconfigurations take what the first one took. No other
+  epoch's time is looked at.
+* from a device profile (`profile`): steps, input and reconfigurations come from the calibration file only. With
+  `holdout` the file may not have been calibrated on any of the runs.
+* from the other runs (`holdout` without a file): every run is predicted from what the profiles of the *other* runs
+  measured, operator by operator, with the others' input and reconfiguration times.
+
+Communication of data-parallel runs is not predicted here: what they measured as exposed is taken as it was, and noted.
+A whole run is its training epochs and reconfigurations; validation passes, profiling and checkpoints are left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ptsim.costs.measured import measured_step
+from ptsim.costs.memory import iteration_memory
+from ptsim.costs.profiled import profiled_step
+from ptsim.costs.times import StepTime, Tier
+from ptsim.errors import MissingMeasurementError, UsageError
+from ptsim.hardware.catalog import match_device
+from ptsim.hardware.profile import (
+    DeviceProfile,
+    OperatorTime,
+    Setting,
+    StepMeasurement,
+    merge_operators,
+    operator_of,
+    read_device_profile,
+)
+from ptsim.hardware.spec import Device
+from ptsim.trace.io import Trace, read_trace
+from ptsim.trace.pace import beyond_steps_s, input_s_per_image, reconfiguration_s
+from ptsim.trace.schema import Epoch
+
+Source = Literal["own profiles", "device profile", "other runs"]
+
+
+class EpochCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """One epoch; errors are (predicted - measured) / measured. The interval is 90 %."""
+
+    epoch: int
+    architecture: str
+    batch_per_gpu: int
+    tier: Tier
+    measured_seconds: float
+    predicted_seconds: float
+    low_seconds: float
+    high_seconds: float
+    error: float
+    measured_memory_bytes: int | None
+    predicted_memory_bytes: int
+    measured_energy_joules: float | None
+    predicted_energy_joules: float | None
+
+
+class RunCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """One run: training epochs and reconfigurations."""
+
+    trace: str
+    model: str
+    dataset: str
+    device: str
+    dense: bool
+    measured_seconds: float
+    predicted_seconds: float
+    low_seconds: float
+    high_seconds: float
+    error: float
+    measured_reconfiguration_seconds: float
+    predicted_reconfiguration_seconds: float
+    measured_energy_joules: float | None
+    predicted_energy_joules: float | None
+    epochs: tuple[EpochCheck, ...]
+    notes: tuple[str, ...]
+
+
+class SavingCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """A pruned run beside a dense one: the fraction of time per epoch that pruning saved, and the error in points."""
+
+    dense: str
+    pruned: str
+    measured_saving: float
+    predicted_saving: float
+    error_points: float
+
+
+class Validation(msgspec.Struct, frozen=True, kw_only=True):
+    """Predicted against measured.
+
+    Attributes:
+        whole_run_error: the largest absolute relative error of a run's time (0.05 is 5 %).
+        epoch_mape: mean absolute relative error over all epochs of all runs, a fraction.
+        memory_mape: the same for the allocator's peak memory; None where none was measured.
+        saving_error_points: the largest error of a saving, in percentage points; None without a pair of runs.
+        energy_error: the largest absolute relative error of a run's energy; None where none was measured.
+        interval_coverage: fraction of the epochs whose time lies in its 90 % interval.
+        source: what the predictions were made from.
+        tiers: that contributed.
+        reasons: for every key that is null, why.
+    """
+
+    whole_run_error: float
+    epoch_mape: float
+    memory_mape: float | None
+    saving_error_points: float | None
+    energy_error: float | None
+    interval_coverage: float
+    source: Source
+    tiers: tuple[Tier, ...]
+    reasons: dict[str, str]
+    runs: tuple[RunCheck, ...]
+    savings: tuple[SavingCheck, ...]
+
+
+def validate(
+    traces: Sequence[Trace | str | Path],
+    profile: DeviceProfile | str | Path | None = None,
+    *,
+    holdout: bool = False,
+) -> Validation:
+    """Predict every run again and compare with what it recorded; what may be seen is said at the top of this module.
+
+    Args:
+        traces: runs, or the paths of their traces.
+        profile: of `ptsim calibrate gpu`; None predicts from profiles inside the traces.
+        holdout: predict from nothing that the run itself measured.
+
+    Raises:
+        UsageError: no trace, a run without a whole epoch, or a hold-out that is none.
+        MissingMeasurementError: a trace without profiles, or a device profile of another device, precision or data.
+        FileFormatError: a broken trace or profile.
+    """
+    if not traces:
+        raise UsageError("no run to validate")
+    runs = [trace if isinstance(trace, Trace) else read_trace(trace) for trace in traces]
+    for trace in runs:
+        if not trace.epochs:
+            raise UsageError(f"{trace.path} has no whole epoch to compare with")
+    if isinstance(profile, str | Path):
+        profile = read_device_profile(profile)
+    checks = [_check_run(trace, *_source(trace, runs, profile, holdout=holdout)) for trace in runs]
+    epochs = [epoch for check in checks for epoch in check.epochs]
+    savings = tuple(
+        _check_saving(dense, pruned)
+        for dense, pruned in itertools.product(checks, checks)
+        if dense.dense and not pruned.dense and _comparable(dense, pruned)
+    )
+    memory = [
+        abs(epoch.predicted_memory_bytes / epoch.measured_memory_bytes - 1)
+        for epoch in epochs
+        if epoch.measured_memory_bytes
+    ]
+    energy = [
+        abs(check.predicted_energy_joules / check.measured_energy_joules - 1)
+        for check in checks
+        if check.predicted_energy_joules is not None and check.measured_energy_joules
+    ]
+    reasons = {}
+    if not memory:
+        reasons["memory_mape"] = "no epoch recorded a peak memory (only GPUs have an allocator that tells)"
+    if not savings:
+        reasons["saving_error_points"] = "there is no dense run beside a pruned one of the same model, data and device"
+    if not energy:
+        reasons["energy_error"] = "no run recorded the energy of more than one epoch (NVML, on a GPU)"
+    inside = [epoch.low_seconds <= epoch.measured_seconds <= epoch.high_seconds for epoch in epochs]
+    return Validation(
+        whole_run_error=max(abs(check.error) for check in checks),
+        epoch_mape=statistics.fmean(abs(epoch.error) for epoch in epochs),
+        memory_mape=statistics.fmean(memory) if memory else None,
+        saving_error_points=max((abs(saving.error_points) for saving in savings), default=None),
+        energy_error=max(energy, default=None),
+        interval_coverage=sum(inside) / len(inside),
+        source="device profile" if profile is not None else "other runs" if holdout else "own profiles",
+        tiers=tuple(sorted({epoch.tier for epoch in epochs}, key=list(Tier).index)),
+        reasons=reasons,
+        runs=tuple(checks),
+        savings=savings,
+    )
+
+
+def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
+    """What the profiles inside some runs measured, as a device profile: operators and whole steps.
+
+    Raises:
+        MissingMeasurementError: no profiles, or runs of different devices.
+    """
+    with_profiles = [trace for trace in traces if trace.profiles]
+    if not with_profiles:
+        raise MissingMeasurementError("none of the other runs has profiles to predict from")
+    devices = {trace.run.device.name: trace.run.device for trace in with_profiles}
+    if len(devices) > 1:
+        raise MissingMeasurementError(f"the other runs were made on different devices: {', '.join(devices)}")
+    operators: tuple[OperatorTime, ...] = ()
+    steps = []
+    for trace in with_profiles:
+        for profile in trace.profiles:
+            network = trace.networks[profile.architecture]
+            setting = Setting(precision=profile.precision, memory_format=profile.memory_format)
+            layers = {layer.layer: layer for layer in profile.layers}
+            operators = merge_operators(
+                operators,
+                [
+                    OperatorTime(
+                        operator=operator_of(layer, batch=profile.batch, setting=setting),
+                        forward_s=layers[layer.name].forward_s,
+                        backward_s=layers[layer.name].backward_s,
+                        context="step",
+                    )
+                    for layer in network.layers
+                    if layer.name in layers
+                ],
+            )
+            steps.append(
+                StepMeasurement(
+                    architecture=network.id,
+                    name=network.name,
+                    setting=setting,
+                    batch=profile.batch,
+                    optimizer=str(trace.run.hyperparameters.get("optimizer", "sgd")),
+                    num_parameters=network.num_parameters,
+                    num_tensors=len(network.parameters),
+                    num_layers=len(network.layers),
+                    num_samples=profile.num_samples,
+                    forward_s=profile.forward_s,
+                    backward_s=profile.backward_s,
+                    optimizer_s=profile.optimizer_s,
+                    regularizer_s=profile.regularizer_s or None,
+                    step_s=profile.step_s,
+                    step_low_s=profile.step_low_s or profile.step_s,
+                    step_high_s=profile.step_high_s or profile.step_s,
+                    layers_forward_s=sum(layer.forward_s for layer in profile.layers),
+                    layers_backward_s=sum(layer.backward_s or 0.0 for layer in profile.layers),
+                    peak_memory_bytes=profile.peak_memory_bytes,
+                )
+            )
+    inputs = {trace.run.dataset.name: input_s_per_image(trace) for trace in with_profiles}
+    reconfigurations = [value for trace in with_profiles if (value := reconfiguration_s(trace)) is not None]
+    info = with_profiles[0].run.device
+    return DeviceProfile(
+        created=with_profiles[0].run.created,
+        complete=True,
+        device=info.name,
+        kind=info.kind,
+        memory_bytes=info.memory_bytes,
+        num_threads=info.num_threads,
+        software=with_profiles[0].run.versions,
+        reconfiguration_s=statistics.median(reconfigurations) if reconfigurations else None,
+        input_s_per_image={name: value for name, value in inputs.items() if value is not None},
+        sources=tuple(str(trace.path) for trace in with_profiles),
+        operators=operators,
+        steps=tuple(steps),
+    )
+
+
+class _Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run takes beside its steps, as far as it may be seen; None where nobody measured it."""
+
+    input_s_per_image: float | None
+    reconfiguration_s: float | None
+
+
+_StepOf = Callable[[Epoch], StepTime]
+
+
+def _source(
+    trace: Trace, runs: Sequence[Trace], profile: DeviceProfile | None, *, holdout: bool
+) -> tuple[_StepOf, _Pace]:
+    """Where the steps of `trace` and its pace come from."""
+    run = trace.run
+    optimizer = str(run.hyperparameters.get("optimizer", "sgd"))
+    if profile is None and not holdout:
+        if not trace.profiles:
+            raise MissingMeasurementError(
+                f"{trace.path} has no profiles to predict from",
+                hint="train with profiles, or give a device profile with --profile",
+            )
+        first = trace.epochs[0]
+
+        def measured(epoch: Epoch) -> StepTime:
+            step = measured_step(
+                trace.network_of(epoch),
+                trace.profiles,
+                batch=epoch.batch_per_gpu,
+                precision=run.precision,
+                memory_format=run.memory_format,
+                regularizer=epoch.penalty_coefficient > 0,
+            )
+            return msgspec.structs.replace(step, overhead_s=0.0)  # what is between the phases is in the pace
+
+        return measured, _Pace(
+            input_s_per_image=beyond_steps_s(first) * first.world_size / first.num_images if first.num_images else None,
+            reconfiguration_s=trace.reconfigurations[0].duration_s if trace.reconfigurations else None,
+        )
+    if profile is None:
+        others = [other for other in runs if other.path != trace.path]
+        if not others:
+            raise UsageError("a hold-out needs a device profile or a second run to predict from")
+        profile = device_profile_of(others)
+    elif holdout and str(trace.path) in profile.sources:
+        raise UsageError(f"the device profile was calibrated on {trace.path}: that is no hold-out")
+    known = profile
+    known.check_device(run.device.name)
+    if run.device.num_threads != known.num_threads:
+        raise MissingMeasurementError(
+            f"{trace.path} ran with {run.device.num_threads} threads, the device profile with {known.num_threads}"
+        )
+
+    def profiled(epoch: Epoch) -> StepTime:
+        return profiled_step(
+            trace.network_of(epoch),
+            known,
+            batch=epoch.batch_per_gpu,
+            precision=run.precision,
+            memory_format=run.memory_format,
+            optimizer=optimizer,
+            regularizer=epoch.penalty_coefficient > 0,
+        )
+
+    return profiled, _Pace(
+        input_s_per_image=known.input_s_per_image.get(run.dataset.name), reconfiguration_s=known.reconfiguration_s
+    )
+
+
+def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace) -> RunCheck:
+    run = trace.run
+    notes = []
+    if pace.input_s_per_image is None:
+        notes.append(f"nobody measured the input of {run.dataset.name}: it counts as no time")
+    if pace.reconfiguration_s is None and trace.reconfigurations:
+        notes.append("nobody measured a reconfiguration: they count as no time")
+    if run.world_size > 1:
+        notes.append("exposed communication is as measured; `ptsim simulate` predicts it")
+    device = match_device(run.device.name)
+    epochs = [_check_epoch(trace, epoch, step_of(epoch), pace, device) for epoch in trace.epochs]
+    measured_s = sum(epoch.measured_seconds for epoch in epochs)
+    predicted_s = sum(epoch.predicted_seconds for epoch in epochs)
+    events_s = sum(event.duration_s for event in trace.reconfigurations)
+    predicted_events_s = (pace.reconfiguration_s or 0.0) * len(trace.reconfigurations)
+    energies = [epoch.measured_energy_joules for epoch in epochs if epoch.measured_energy_joules is not None]
+    predicted_energies = [e.predicted_energy_joules for e in epochs if e.predicted_energy_joules is not None]
+    whole_energy = len(energies) == len(epochs) == len(predicted_energies)
+    return RunCheck(
+        trace=str(trace.path),
+        model=run.model,
+        dataset=run.dataset.name,
+        device=run.device.name,
+        dense=_is_dense(trace),
+        measured_seconds=measured_s + events_s,
+        predicted_seconds=predicted_s + predicted_events_s,
+        low_seconds=sum(epoch.low_seconds for epoch in epochs) + predicted_events_s,
+        high_seconds=sum(epoch.high_seconds for epoch in epochs) + predicted_events_s,
+        error=(predicted_s + predicted_events_s) / (measured_s + events_s) - 1,
+        measured_reconfiguration_seconds=events_s,
+        predicted_reconfiguration_seconds=predicted_events_s,
+        measured_energy_joules=sum(energies) if whole_energy else None,
+        predicted_energy_joules=sum(predicted_energies) if whole_energy else None,
+        epochs=tuple(epochs),
+        notes=tuple(notes),
+    )
+
+
+def _check_epoch(trace: Trace, epoch: Epoch, step: StepTime, pace: _Pace, device: Device | None) -> EpochCheck:
+    network, run = trace.network_of(epoch), trace.run
+    images = epoch.num_images / epoch.world_size
+    beside_s = (pace.input_s_per_image or 0.0) * images + epoch.time.exposed_communication_s
+    predicted_s = epoch.num_iterations * step.compute_s + beside_s
+    memory = iteration_memory(
+        network,
+        batch=epoch.batch_per_gpu,
+        precision=run.precision,
+        optimizer=str(run.hyperparameters.get("optimizer", "sgd")),
+        memory_format=run.memory_format,
+        device=device,
+    )
+    power_w = _first_power_w(trace)
+    return EpochCheck(
+        epoch=epoch.epoch,
+        architecture=epoch.architecture,
+        batch_per_gpu=epoch.batch_per_gpu,
+        tier=step.tier,
+        measured_seconds=epoch.time.wall_s,
+        predicted_seconds=predicted_s,
+        low_seconds=epoch.num_iterations * step.low_s + beside_s,
+        high_seconds=epoch.num_iterations * step.high_s + beside_s,
+        error=predicted_s / epoch.time.wall_s - 1,
+        measured_memory_bytes=epoch.peak_memory_bytes,
+        predicted_memory_bytes=memory.peak_bytes,
+        measured_energy_joules=epoch.device.energy_j if epoch.device else None,
+        predicted_energy_joules=None if power_w is None else power_w * predicted_s,
+    )
+
+
+def _first_power_w(trace: Trace) -> float | None:
+    """Mean power of the first epoch: all that a prediction of the later epochs' energy may see."""
+    first = trace.epochs[0]
+    if len(trace.epochs) < 2 or first.device is None or first.device.energy_j is None:
+        return None
+    return first.device.energy_j / first.time.wall_s
+
+
+def _is_dense(trace: Trace) -> bool:
+    ratio = trace.run.hyperparameters.get("penalty_ratio")
+    return not trace.reconfigurations and (ratio is None or ratio == 0)
+
+
+def _comparable(a: RunCheck, b: RunCheck) -> bool:
+    return (a.model, a.dataset, a.device) == (b.model, b.dataset, b.device)
+
+
+def _check_saving(dense: RunCheck, pruned: RunCheck) -> SavingCheck:
+    """Per epoch, so that runs of different lengths can be compared."""
+
+    def saving(seconds: Callable[[RunCheck], float]) -> float:
+        return 1 - (seconds(pruned) / len(pruned.epochs)) / (seconds(dense) / len(dense.epochs))
+
+    measured, predicted = saving(lambda run: run.measured_seconds), saving(lambda run: run.predicted_seconds)
+    return SavingCheck(
+        dense=dense.trace,
+        pruned=pruned.trace,
+        measured_saving=measured,
+        predicted_saving=predicted,
+        error_points=100 * (predicted - measured),
+    )

@@ -1,0 +1,168 @@
+import json
+
+import msgspec
+import pytest
+
+import ptsim
+from ptsim.cli.main import run
+from ptsim.errors import MissingMeasurementError, UsageError
+from ptsim.hardware.profile import write_device_profile
+from ptsim.network import Precision
+from ptsim.trace.schema import Epoch, Profile
+from ptsim.validation import device_profile_of, validate
+from tests.traces import dense_trace, shrinking_records, shrinking_trace, write_trace
+
+LONG = {"num_train": 50000, "batch_step": 0}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return shrinking_trace(folder / "pruned.jsonl", **LONG), dense_trace(folder / "dense.jsonl", **LONG)
+
+
+def slower(path, factor, only=lambda epoch: True, **options):
+    """The same run with epochs that took `factor` times as long as its profiles say."""
+
+    def changed(record):
+        if isinstance(record, Epoch) and only(record):
+            t = record.time
+            return msgspec.structs.replace(record, time=msgspec.structs.replace(t, wall_s=factor * t.wall_s))
+        return record
+
+    return write_trace(path, [changed(record) for record in shrinking_records(**LONG, **options)])
+
+
+def test_runs_that_go_as_their_profiles_say_have_almost_no_error(runs):
+    result = validate(runs)
+    assert result.whole_run_error < 0.02
+    assert result.epoch_mape < 0.02
+    assert abs(result.saving_error_points) < 1
+    assert result.tiers == ("measured",)
+    assert result.source == "own profiles"
+    assert result.savings[0].measured_saving > 0.05
+    assert result.reasons == {}  # everything was measured here
+
+
+def test_an_epoch_that_took_a_fifth_longer_than_profiled_has_a_sixth_of_error(tmp_path):
+    path = slower(tmp_path / "t.jsonl", 1.2, only=lambda epoch: epoch.epoch == 5)
+    errors = [epoch.error for epoch in validate([path]).runs[0].epochs]
+    assert errors[5] == pytest.approx(1 / 1.2 - 1, abs=0.03)
+    assert max(map(abs, errors[:5])) < 0.03
+
+
+def test_later_epochs_are_predicted_without_a_look_at_them(tmp_path):
+    """All epochs but the first take twice as long: the prediction may not change."""
+    path = slower(tmp_path / "t.jsonl", 2.0, only=lambda epoch: epoch.epoch > 0)
+    plain = shrinking_trace(tmp_path / "plain.jsonl", **LONG)
+    assert validate([path]).runs[0].predicted_seconds == pytest.approx(validate([plain]).runs[0].predicted_seconds)
+    assert validate([path]).runs[0].error == pytest.approx(-0.5, abs=0.1)
+
+
+def test_the_saving_is_in_percentage_points_of_time_per_epoch(tmp_path, runs):
+    pruned, _ = runs
+    dense = dense_trace(tmp_path / "dense.jsonl", epochs=3, **LONG)
+    saving = validate([pruned, dense]).savings[0]
+    per_epoch = [check.measured_seconds / len(check.epochs) for check in validate(runs).runs]
+    assert saving.measured_saving == pytest.approx(1 - per_epoch[0] / per_epoch[1], abs=0.01)
+    assert saving.error_points == pytest.approx(100 * (saving.predicted_saving - saving.measured_saving))
+
+
+def test_what_was_not_measured_is_null_with_a_reason(tmp_path):
+    records = [
+        msgspec.structs.replace(record, peak_memory_bytes=None) if isinstance(record, Epoch) else record
+        for record in shrinking_records(energy=False)
+    ]
+    result = validate([write_trace(tmp_path / "t.jsonl", records)])
+    assert result.memory_mape is None
+    assert result.saving_error_points is None
+    assert result.energy_error is None
+    assert set(result.reasons) == {"memory_mape", "saving_error_points", "energy_error"}
+
+
+def test_energy_is_the_first_epochs_power_times_the_predicted_time(runs):
+    result = validate(runs)
+    assert result.energy_error < 0.03  # the synthetic GPU draws 300 W all the time
+
+
+def test_a_hold_out_predicts_a_run_from_the_other_runs_profiles(tmp_path):
+    seen = [
+        shrinking_trace(tmp_path / f"seen{keep}.jsonl", keep=keep, remove_layers=False, batch_step=0)
+        for keep in (0.9, 0.7, 0.55)
+    ]
+    unseen = shrinking_trace(tmp_path / "unseen.jsonl", keep=0.8, remove_layers=False, batch_step=0)
+    result = validate([unseen, *seen], holdout=True)
+    assert result.source == "other runs"
+    assert result.tiers == ("profiled",)
+    assert abs(result.runs[0].error) < 0.05
+
+
+def test_a_device_profile_stands_in_for_the_runs_own(tmp_path, runs):
+    seen = shrinking_trace(tmp_path / "seen.jsonl", keep=0.7, **LONG)
+    file = tmp_path / "device.toml"
+    profile = device_profile_of([ptsim.read_trace(path) for path in (seen, *runs)])
+    write_device_profile(file, profile)
+    result = validate(runs, file)
+    assert result.source == "device profile"
+    assert result.whole_run_error < 0.02
+    with pytest.raises(UsageError, match="was calibrated on"):
+        validate(runs, file, holdout=True)
+
+
+def test_a_profile_of_another_device_threads_or_precision_is_refused(tmp_path, runs):
+    profile = device_profile_of([ptsim.read_trace(path) for path in runs])
+    with pytest.raises(MissingMeasurementError, match="measured on 'NVIDIA L4', not on 'NVIDIA A100"):
+        validate(runs, msgspec.structs.replace(profile, device="NVIDIA L4"))
+    with pytest.raises(MissingMeasurementError, match="ran with None threads, the device profile with 4"):
+        validate(runs, msgspec.structs.replace(profile, num_threads=4))
+    half = shrinking_trace(tmp_path / "half.jsonl", precision=Precision.BF16)
+    with pytest.raises(MissingMeasurementError, match="holds fp32 contiguous, not bf16 contiguous"):
+        validate([half], profile)
+
+
+def test_without_a_time_for_input_or_reconfigurations_the_output_says_so(runs):
+    profile = device_profile_of([ptsim.read_trace(path) for path in runs])
+    result = validate(runs, msgspec.structs.replace(profile, input_s_per_image={}, reconfiguration_s=None))
+    assert "nobody measured the input of cifar10: it counts as no time" in result.runs[0].notes
+    assert "nobody measured a reconfiguration: they count as no time" in result.runs[0].notes
+
+
+@pytest.mark.parametrize("arguments", [[], ["--holdout"]])
+def test_a_trace_without_profiles_is_one_sentence_and_exit_2(tmp_path, capsys, arguments):
+    path = shrinking_trace(tmp_path / "bare.jsonl", profiles=False)
+    other = shrinking_trace(tmp_path / "other.jsonl", profiles=False)
+    assert run(["validate", str(path), str(other), *arguments]) == 2
+    assert "profiles to predict from" in capsys.readouterr().err
+
+
+def test_one_run_alone_is_no_hold_out(runs):
+    with pytest.raises(UsageError, match="a second run"):
+        validate(runs[:1], holdout=True)
+
+
+def test_a_profile_that_lacks_an_epochs_mini_batch_is_named(tmp_path):
+    records = shrinking_records()
+    kept = [r for r in records if not (isinstance(r, Profile) and r.batch != 64)]
+    with pytest.raises(MissingMeasurementError, match="none of the 1 profiles is of the architecture"):
+        validate([write_trace(tmp_path / "t.jsonl", kept)])
+
+
+def test_the_command_prints_one_json_document_with_the_promised_keys(runs, capsys):
+    assert run(["validate", *map(str, runs), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {"whole_run_error", "epoch_mape", "memory_mape", "saving_error_points", "tiers", "runs"} <= set(document)
+    assert document["runs"][0]["epochs"][0]["tier"] == "measured"
+
+
+def test_the_command_prints_a_table_for_people(runs, capsys):
+    assert run(["validate", *map(str, runs)]) == 0
+    out = capsys.readouterr().out
+    assert "largest error of a whole run" in out
+    assert "predicted from: own profiles" in out
+
+
+def test_a_broken_profile_file_is_one_sentence(runs, tmp_path, capsys):
+    file = tmp_path / "x.toml"
+    file.write_text("name = 'a100'\n")
+    assert run(["validate", str(runs[0]), "--profile", str(file)]) == 2
+    assert "not a device profile" in capsys.readouterr().err
