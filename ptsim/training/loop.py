@@ -161,23 +161,18 @@ class Trainer:
             in_channels=dataset.input_shape[0] if any_channels else None,
             input_shape=dataset.input_shape,
         )
-        torch.manual_seed(config.seed)
-        model = self.recipe.build()
-        check_fits(model, self.recipe)
-        if config.sync_batch_norm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        self.state = State(config, self.recipe, model, team.device)
-        self.network = self._captured()
-        self.initial = dense_counts(self.state.model, 0.0)  # all of them
         self.totals = Totals()
         self.recorder: Recorder | None = None
+        self._trace_bytes: int | None = None  # where a resumed trace goes on
+        self.state: State
+        self.network: Network
 
     def run(self, *, resume: bool) -> Result:
         """Train from where the run stands to its last epoch."""
         with contextlib.ExitStack() as stack:
-            if resume:
-                self._resume()
-            if self.state.next_epoch == len(self.plans) and resume:
+            if not (resume and self._resume()):
+                self._begin()
+            elif self.state.next_epoch == len(self.plans):
                 return self._result()
             if self.team.leads:
                 if not resume:
@@ -287,25 +282,14 @@ class Trainer:
         start = time.perf_counter()
         surgery = state.prune()
         team.agree("what to prune", msgspec.json.encode(state.structure()))
-        predicted_bytes = None
         if surgery.changed:
-            self.network = self._captured()
-        if self.config.dynamic_batch:
-            growth = grown_batch(
-                self.network,
-                self.config,
-                batch_per_gpu=batch_before,
-                world_size=team.world_size,
-                num_train=self.data.dataset.num_train,
-                capacity_bytes=self._capacity_bytes(),
-            )
-            predicted_bytes = growth.predicted_memory_bytes
-            self._set_batch(growth.batch_per_gpu * team.world_size)
-        if surgery.changed or state.batch != batch_before * team.world_size:
             self._wrap()
         if team.device.type == "cuda":
             torch.cuda.synchronize(team.device)
         duration_s = time.perf_counter() - start
+        if surgery.changed:
+            self.network = self._captured()
+        predicted_bytes = self._grow_batch() if self.config.dynamic_batch else None
         last = epoch_plan.epoch + 1 == len(self.plans)
         if last and surgery.changed:  # no epoch will judge what is handed over
             validated, _ = self._validated()
@@ -329,6 +313,20 @@ class Trainer:
         self.reporter.reconfigured(record)
         if surgery.changed and not last:
             self._profile()
+
+    def _grow_batch(self) -> int:
+        """Let the mini-batch fill the memory that pruning has freed; the bytes that one iteration then should need."""
+        state, world_size = self.state, self.team.world_size
+        growth = grown_batch(
+            self.network,
+            self.config,
+            batch_per_gpu=state.batch // world_size,
+            world_size=world_size,
+            num_train=self.data.dataset.num_train,
+            capacity_bytes=self._capacity_bytes(),
+        )
+        self._set_batch(growth.batch_per_gpu * world_size)
+        return growth.predicted_memory_bytes
 
     def _validated(self) -> tuple[Sums, float]:
         start = time.perf_counter()
@@ -408,18 +406,32 @@ class Trainer:
         )
         self.checkpoints.save(description, state.weights(), state.more_tensors(), keep=keep)
 
-    def _resume(self) -> None:
-        """Take over the newest checkpoint; without one the run begins anew in its folder."""
+    def _begin(self) -> None:
+        """Make the learner of a new run."""
+        torch.manual_seed(self.config.seed)
+        model = self.recipe.build()
+        check_fits(model, self.recipe)
+        self._take(model)
+        self.initial = dense_counts(self.state.model, 0.0)  # all of them
+
+    def _resume(self) -> bool:
+        """Take over the newest checkpoint; False if there is none, so that the run begins anew in its folder.
+
+        Raises:
+            FileFormatError: the checkpoint is damaged.
+        """
         content = self.team.from_leader(self._newest_checkpoint)
         if not content:
-            return
+            return False
         description_json, weights, more = msgspec.msgpack.decode(content, type=tuple[bytes, bytes, bytes])
         place = self.checkpoints.path
         stored = store.parse_checkpoint(place, description_json)
-        model = pruned_network(stored.recipe, stored.structure)
-        if self.config.sync_batch_norm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        self.state = state = State(self.config, self.recipe, model, self.team.device)
+        self._take(pruned_network(stored.recipe, stored.structure))
+        if self.network.id != stored.architecture:
+            raise FileFormatError(
+                place, f"the restored network is {self.network.id}, the checkpoint is of {stored.architecture}"
+            )
+        state = self.state
         state.load(
             store.parse_tensors(place, weights), store.parse_tensors(place, more), stored.optimizer, stored.scaler
         )
@@ -429,23 +441,23 @@ class Trainer:
         state.validation_accuracy = stored.validation_accuracy
         self.initial = stored.initial_channels, stored.initial_weights
         self.totals = stored.totals
+        self._trace_bytes = stored.trace_bytes
+        return True
+
+    def _take(self, model: nn.Module) -> None:
+        if self.config.sync_batch_norm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        self.state = State(self.config, self.recipe, model, self.team.device)
         self.network = self._captured()
-        if self.network.id != stored.architecture:
-            raise FileFormatError(
-                place, f"the restored network is {self.network.id}, the checkpoint is of {stored.architecture}"
-            )
-        self._resumed_from: Checkpoint | None = stored
 
     def _newest_checkpoint(self) -> bytes:
         newest = self.checkpoints.newest()
         return b"" if newest is None else msgspec.msgpack.encode(store.read_state_bytes(newest))
 
-    _resumed_from: Checkpoint | None = None
-
     def _open_recorder(self) -> Recorder:
         path = self.folder / _TRACE
-        if self._resumed_from is not None:
-            return Recorder(path, keep_bytes=self._resumed_from.trace_bytes)
+        if self._trace_bytes is not None:
+            return Recorder(path, keep_bytes=self._trace_bytes)
         recorder = Recorder(path)
         recorder.write(
             run_record(
