@@ -1,0 +1,195 @@
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from ptsim.errors import UsageError
+from ptsim.training.config import make_config, resolve
+from ptsim.training.data import Share, StreamedData, load_data, normalization_of
+
+CPU = torch.device("cpu")
+
+
+def loaded(**settings):
+    shape = settings.pop("input_shape", (3, 8, 8))
+    any_channels = settings.pop("any_channels", True)
+    settings.setdefault("batch", 8)
+    config = resolve(make_config(settings), device="cpu")
+    return load_data(config, input_shape=shape, any_channels=any_channels, device=CPU)
+
+
+def epoch_of(data, epoch=0, batch=16, share=None):
+    return list(data.training_batches(epoch, batch, share or Share()))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Three classes of 12×12 photographs of noise, each tinted; 10 for training, 4 for validation."""
+    root = tmp_path_factory.mktemp("tree")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 4)):
+        for label, name in enumerate(("ant", "bee", "cow")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 200, (12, 12, 3), dtype=np.uint8)
+                pixels[..., label] += 55
+                Image.fromarray(pixels).save(folder / f"{index:03}.png")
+    return root
+
+
+def test_digits_are_the_1797_of_scikit_learn_split_by_class():
+    data = loaded(dataset="digits")
+    assert (data.dataset.num_train, data.dataset.num_validation) == (1437, 360)
+    assert data.dataset.input_shape == (1, 8, 8)
+    labels = torch.cat([labels for _, labels in data.validation_batches(100, Share())])
+    assert torch.bincount(labels).tolist() == pytest.approx([36] * 10, abs=1)
+
+
+def test_digits_have_three_equal_channels_for_a_model_that_needs_three():
+    data = loaded(dataset="digits", any_channels=False)
+    images, _ = epoch_of(data)[0]
+    assert images.shape[1:] == (3, 8, 8)
+    assert torch.equal(images[:, 0], images[:, 2])
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch():
+    settings = {"dataset": "synthetic", "train_limit": 64, "augment": "crop_flip"}
+    first, again = loaded(**settings), loaded(**settings)
+    for (images, labels), (same_images, same_labels) in zip(epoch_of(first, 3), epoch_of(again, 3), strict=True):
+        assert torch.equal(images, same_images)
+        assert torch.equal(labels, same_labels)
+    assert not torch.equal(epoch_of(first, 3)[0][0], epoch_of(first, 4)[0][0])
+    assert not torch.equal(epoch_of(first, 3)[0][0], epoch_of(loaded(seed=1, **settings), 3)[0][0])
+
+
+def test_ranks_share_every_mini_batch_and_the_whole_validation_set():
+    data = loaded(dataset="synthetic", train_limit=70, augment="crop_flip")
+    whole = epoch_of(data, batch=16)
+    shares = [epoch_of(data, batch=16, share=Share(rank=rank, world_size=4)) for rank in range(4)]
+    assert len(whole) == 4  # 70 images are four full mini-batches
+    for index, (images, labels) in enumerate(whole):
+        assert torch.equal(torch.cat([share[index][0] for share in shares]), images)
+        assert torch.equal(torch.cat([share[index][1] for share in shares]), labels)
+    counts = [sum(len(y) for _, y in data.validation_batches(50, Share(rank=rank, world_size=3))) for rank in range(3)]
+    assert sum(counts) == 512
+
+
+def test_crops_and_flips_are_those_of_torchvision():
+    """Every augmented image is a crop of torchvision's zero-padded image, mirrored or not."""
+    data = loaded(dataset="synthetic", train_limit=16, augment="crop_flip", crop_padding=2)
+    plain = loaded(dataset="synthetic", train_limit=16)
+    originals = plain._images.float()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.normalization.mean, data.normalization.std))
+    order = torch.cat([labels for _, labels in epoch_of(data)])  # 16 images, labels 0..9 repeat
+    padded = torchvision.transforms.functional.pad(originals, [2, 2, 2, 2])
+    mirrored = 0
+    for image, label in zip(epoch_of(data)[0][0], order, strict=True):
+        pixels = (image * std + mean) * 255
+        candidates = [
+            (flip, (crop.flip(-1) if flip else crop))
+            for source in padded[int(label) :: 10]
+            for top in range(5)
+            for left in range(5)
+            for flip in (False, True)
+            for crop in (source[:, top : top + 8, left : left + 8],)
+        ]
+        matches = [flip for flip, crop in candidates if torch.allclose(crop, pixels, atol=1e-2)]
+        assert matches
+        mirrored += matches[0]
+    assert 2 <= mirrored <= 14
+
+
+def test_the_normalised_training_set_has_mean_0_and_deviation_1():
+    data = loaded(dataset="synthetic", train_limit=256)
+    images = torch.cat([images for images, _ in epoch_of(data, batch=256)])
+    assert images.mean((0, 2, 3)).tolist() == pytest.approx([0, 0, 0], abs=1e-5)
+    assert images.std((0, 2, 3), correction=0).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+
+
+def test_normalisation_of_a_constant_channel_divides_by_something():
+    images = torch.zeros(2, 2, 3, 3, dtype=torch.uint8)
+    images[:, 1] = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1)
+    statistics = normalization_of(images)
+    assert statistics.mean == (0.0, 0.5)
+    assert statistics.std == (1 / 255, 0.5)
+
+
+def test_an_image_tree_is_read_with_its_classes_in_order(tree):
+    data = loaded(dataset="imagefolder", data_dir=str(tree), augment="none", batch=8)
+    assert data.dataset.num_classes == 3
+    assert data.dataset.input_shape == (3, 12, 12)
+    assert (data.dataset.num_train, data.dataset.num_validation) == (30, 12)
+    for images, labels in data.validation_batches(4, Share()):
+        assert torch.equal(images.mean((2, 3)).argmax(1), labels)  # the tint is the class
+
+
+def test_an_image_tree_that_does_not_fit_is_streamed_with_the_same_order(tree):
+    settings = {"dataset": "imagefolder", "data_dir": str(tree), "augment": "none", "batch": 8, "num_workers": 0}
+    resident, streamed = loaded(**settings), loaded(**settings, data_memory_bytes=1000)
+    assert isinstance(streamed, StreamedData)
+    for (_, labels), (_, same) in zip(epoch_of(resident, batch=8), epoch_of(streamed, batch=8), strict=True):
+        assert torch.equal(labels, same)
+    again = loaded(**settings | {"augment": "crop_flip"}, data_memory_bytes=1000)
+    first, second = (epoch_of(again, epoch=2, batch=8)[0][0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == (8, 3, 12, 12)
+    assert sum(len(y) for _, y in streamed.validation_batches(5, Share())) == 12
+
+
+def test_images_are_scaled_to_the_asked_size(tree):
+    data = loaded(dataset="imagefolder", data_dir=str(tree), image_size=20, batch=8)
+    assert data.dataset.input_shape == (3, 20, 20)
+    assert epoch_of(data, batch=8)[0][0].shape == (8, 3, 20, 20)
+
+
+def test_train_limit_draws_with_the_seed(tree):
+    data = loaded(dataset="imagefolder", data_dir=str(tree), train_limit=12, batch=4)
+    assert data.dataset.num_train == 12
+    digits = [loaded(dataset="digits", train_limit=100, seed=seed)._labels for seed in (0, 0, 1)]
+    assert torch.equal(digits[0], digits[1])
+    assert not torch.equal(digits[0], digits[2])
+
+
+@pytest.mark.parametrize("make", ["nothing", "empty", "no validation", "empty class", "other classes", "not an image"])
+def test_a_wrong_image_tree_is_one_sentence(tree, tmp_path, make):
+    root = tmp_path / "data"
+    image = (tree / "train" / "ant" / "000.png").read_bytes()
+    classes = {"train": ["a", "b"], "val": ["a", "b"]}
+    expected = {
+        "nothing": "there is no data folder",
+        "empty": "holds no folder train",
+        "no validation": "holds no folder val or test",
+        "empty class": "class folder .* holds no images",
+        "other classes": "'c' is in only one of",
+        "not an image": "cannot be read as an image",
+    }[make]
+    if make != "nothing":
+        root.mkdir()
+    if make in ("nothing", "empty"):
+        classes = {}
+    if make == "no validation":
+        del classes["val"]
+    if make == "other classes":
+        classes["val"].append("c")
+    for split, names in classes.items():
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / "0.png").write_bytes(image if make != "not an image" else b"no image")
+    if make == "empty class":
+        (root / "train" / "b" / "0.png").unlink()
+    with pytest.raises(UsageError, match=expected):
+        loaded(dataset="imagefolder", data_dir=str(root), batch=1)
+
+
+def test_cifar_that_is_not_there_says_how_to_get_it(tmp_path):
+    with pytest.raises(UsageError, match="no cifar10 in") as caught:
+        loaded(dataset="cifar10", data_dir=str(tmp_path))
+    assert caught.value.hint is not None
+    assert "--download" in caught.value.hint
+
+
+def test_a_mini_batch_larger_than_the_data_set_is_refused():
+    with pytest.raises(UsageError, match="mini-batch of 128 is larger than the data set 'digits' with its 100"):
+        loaded(dataset="digits", train_limit=100, batch=128)

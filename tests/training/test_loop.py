@@ -1,0 +1,377 @@
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ptsim
+from ptsim.cli.main import run as command
+from ptsim.errors import FileFormatError, TrainingError, UnknownNameError, UnsupportedModelError, UsageError
+from ptsim.prune.groups import find_groups
+from ptsim.prune.lasso import GroupLasso
+from ptsim.training import loop
+from tests.training.runs import NETS, settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pruned_run(tmp_path_factory):
+    """A run of six epochs with three reconfigurations."""
+    folder = tmp_path_factory.mktemp("runs") / "pruned"
+    return ptsim.train(settings(record_channel_maxima=True), out=folder)
+
+
+def test_a_run_leaves_a_trace_that_is_whole_and_consistent(pruned_run):
+    trace = ptsim.read_trace(pruned_run.trace)
+    assert trace.complete
+    assert [epoch.epoch for epoch in trace.epochs] == list(range(6))
+    assert trace.end.final_accuracy == pruned_run.final_accuracy
+    assert trace.end.num_iterations == 36  # 96 images in mini-batches of 16, six times
+    assert trace.run.hyperparameters["penalty_ratio"] == 0.5
+    assert [r.epoch for r in trace.reconfigurations] == [1, 3, 5]
+    for epoch in trace.epochs:
+        parts = epoch.time
+        named = parts.data_wait_s + parts.forward_s + parts.backward_s + parts.regularizer_s + parts.optimizer_s
+        assert 0 < named <= parts.wall_s
+        assert epoch.channel_maxima is not None
+
+
+def test_channels_really_go_and_every_new_architecture_is_described_and_profiled_once(pruned_run):
+    trace = ptsim.read_trace(pruned_run.trace)
+    assert sum(r.channels_removed for r in trace.reconfigurations) > 0
+    sizes = [trace.network_of(epoch).num_parameters for epoch in trace.epochs]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0]
+    profiled = [profile.architecture for profile in trace.profiles]
+    trained = {epoch.architecture for epoch in trace.epochs}
+    assert len(profiled) == len(set(profiled))
+    assert set(profiled) == trained
+
+
+def test_sparsity_counts_what_is_removed(pruned_run):
+    trace = ptsim.read_trace(pruned_run.trace)
+    last = trace.epochs[-1]
+    network = trace.network_of(last)
+    dense = sum(d.output_channels * network.layer(d.layer).out_channels for d in last.densities)
+    first = trace.network_of(trace.epochs[0])
+    total = sum(first.layer(d.layer).out_channels for d in trace.epochs[0].densities)
+    assert last.channel_sparsity == pytest.approx(1 - dense / total)
+
+
+def test_the_penalty_coefficient_is_equation_3_at_the_first_mini_batch(tmp_path):
+    """r = λR/(ℓ₀ + λR), with R and ℓ₀ computed here from the same seed."""
+    made = settings(epochs=1, penalty_ratio=0.3, profile=False)
+    result = ptsim.train(made, out=tmp_path / "run")
+    torch.manual_seed(0)
+    model = ptsim.zoo.create(made["model"], num_classes=10)
+    config = loop.resolve(loop.make_config(made), device="cpu")
+    data = loop.load_data(config, input_shape=(3, 32, 32), device=torch.device("cpu"))
+    images, labels = next(data.training_batches(0, 16, loop.Team(device=torch.device("cpu")).share))
+    loss = F.cross_entropy(model.train()(images), labels).item()
+    penalty = result.penalty_coefficient * GroupLasso(model, find_groups(model, (3, 8, 8))).value().item()
+    assert penalty / (loss + penalty) == pytest.approx(0.3, rel=1e-5)
+
+
+def test_a_dense_run_changes_no_shape_and_has_no_penalty(tmp_path):
+    changes = {"penalty_ratio": 0.0, "epochs": 2}
+    made = {k: v for k, v in settings(**changes).items() if k not in ("interval", "threshold")}
+    result = ptsim.train(made, out=tmp_path / "run")
+    trace = ptsim.read_trace(result.trace)
+    assert result.penalty_coefficient == 0.0
+    assert (len(trace.networks), trace.reconfigurations) == (1, ())
+
+
+def test_a_run_equals_a_training_loop_written_out_by_hand(tmp_path):
+    """SGD with momentum and weight decay plus autograd's gradient of λ times the penalty, for three epochs."""
+    made = settings(epochs=3, interval=100, threshold=1e-12, profile=False, model=f"{NETS}:plain", lr_milestones=[2])
+    result = ptsim.train(made, out=tmp_path / "run")
+    torch.manual_seed(0)
+    model = ptsim.zoo.create(made["model"], num_classes=10)
+    config = loop.resolve(loop.make_config(made), device="cpu")
+    data = loop.load_data(config, input_shape=(3, 32, 32), device=torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    lasso = GroupLasso(model, find_groups(model, (3, 8, 8)))
+    losses = []
+    for epoch in range(3):
+        optimizer.param_groups[0]["lr"] = 0.05 if epoch < 2 else 0.005
+        for images, labels in data.training_batches(epoch, 16, loop.Team(device=torch.device("cpu")).share):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            (loss + result.penalty_coefficient * lasso.penalty()).backward()
+            optimizer.step()
+            losses.append(loss.item())
+    trained = ptsim.load_model(result.folder)
+    for (name, ours), theirs in zip(trained.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6, msg=name)
+    recorded = ptsim.read_trace(result.trace).epochs[0].train_loss
+    assert recorded == pytest.approx(sum(losses[:6]) / 6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adam", "lr": 0.01, "ema_decay": 0.9},
+        {"optimizer": "adamw", "lr": 0.01},
+        {"optimizer": "rmsprop", "lr": 0.001, "momentum": 0.5},
+        {"nesterov": True, "regularizer": "proximal"},
+        {"schedule": "one_time", "reconfigure_epoch": 2},
+        {"schedule": "ssl", "pretrain_epochs": 1, "finetune_epochs": 1},
+        {"precision": "bf16", "memory_format": "channels_last"},
+        {"channel_multiple": 4},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_every_way_to_train_prunes_and_ends_clean(tmp_path, changes):
+    made = settings(epochs=4, profile=False) | changes
+    if made.get("schedule") in ("one_time", "ssl"):
+        del made["interval"]
+    result = ptsim.train(made, out=tmp_path / "run")
+    trace = ptsim.read_trace(result.trace)
+    assert trace.complete
+    assert all(math.isfinite(epoch.train_loss) for epoch in trace.epochs)
+    assert len(trace.reconfigurations) == (1 if "schedule" in made else 2)
+    assert sum(r.channels_removed for r in trace.reconfigurations) > 0
+    assert ptsim.load_model(result.folder)(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
+
+
+def test_with_an_average_of_the_weights_validation_judges_the_average(tmp_path):
+    made = settings(epochs=1, ema_decay=0.999999, profile=False, penalty_ratio=0.0)
+    del made["interval"], made["threshold"]
+    trace = ptsim.read_trace(ptsim.train(made, out=tmp_path / "run").trace)
+    assert trace.epochs[0].validation_loss == pytest.approx(math.log(10), abs=0.6)  # as at the start
+    assert trace.epochs[0].train_loss < trace.epochs[0].validation_loss + 1
+
+
+def test_a_compiled_network_is_compiled_once_per_architecture(tmp_path):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    made = settings(compile=True, compile_backend="aot_eager", profile=False)
+    trace = ptsim.read_trace(ptsim.train(made, out=tmp_path / "run").trace)
+    trained = {epoch.architecture for epoch in trace.epochs}
+    assert len(trained) > 1
+    assert counters["stats"]["unique_graphs"] == len(trained)
+
+
+def test_the_mini_batch_grows_into_the_freed_memory_and_the_rate_with_it(tmp_path):
+    made = settings(dynamic_batch=True, memory_budget=1, batch_granularity=8, max_batch=32, profile=False)
+    stays = ptsim.read_trace(ptsim.train(made, out=tmp_path / "small").trace)
+    assert {epoch.batch_per_gpu for epoch in stays.epochs} == {16}  # never below what it began with
+    grows = ptsim.read_trace(ptsim.train(made | {"memory_budget": "1 GiB"}, out=tmp_path / "large").trace)
+    assert [epoch.batch_per_gpu for epoch in grows.epochs] == [16, 16, 32, 32, 32, 32]
+    assert [epoch.num_iterations for epoch in grows.epochs] == [6, 6, 3, 3, 3, 3]
+    assert grows.epochs[2].learning_rate == pytest.approx(2 * 0.05)
+    first = grows.reconfigurations[0]
+    assert (first.batch_before, first.batch_after, first.learning_rate_scale) == (16, 32, 2.0)
+    assert first.predicted_memory_bytes > 0
+    rooted = ptsim.read_trace(
+        ptsim.train(made | {"memory_budget": "1 GiB", "lr_rule": "sqrt"}, out=tmp_path / "root").trace
+    )
+    assert rooted.epochs[2].learning_rate == pytest.approx(math.sqrt(2) * 0.05)
+
+
+# What is stored
+
+
+def test_any_stored_epoch_is_rebuilt_in_a_fresh_process_with_its_weights(pruned_run):
+    """Validation accuracy of the loaded networks equals what the trace says."""
+    script = f"""
+import torch, ptsim
+from ptsim.training import loop
+config = loop.recorded_config(loop.Path({str(pruned_run.folder)!r}))
+data = loop.load_data(config, input_shape=(3, 32, 32), device=torch.device("cpu"))
+for epoch in (2, 4, None):
+    model = ptsim.load_model({str(pruned_run.folder)!r}, epoch)
+    batches = data.validation_batches(64, loop.Team(device="cpu").share)
+    print(sum((model(x).argmax(1) == y).sum().item() for x, y in batches) / 512)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    trace = ptsim.read_trace(pruned_run.trace)
+    expected = [trace.epochs[2].validation_accuracy, trace.epochs[4].validation_accuracy, pruned_run.final_accuracy]
+    assert [float(line) for line in done.stdout.split()] == expected
+
+
+def test_an_epoch_that_is_not_stored_lists_those_that_are(pruned_run):
+    with pytest.raises(UsageError, match=r"no checkpoint of epoch 77; stored: .*5"):
+        ptsim.load_model(pruned_run.folder, 77)
+    with pytest.raises(UsageError, match="holds no run"):
+        ptsim.load_model(pruned_run.folder / "checkpoints")
+
+
+def test_nothing_in_a_run_folder_is_a_pickle(pruned_run):
+    files = [path for path in pruned_run.folder.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        assert path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
+
+
+def test_torchvision_models_train_and_load(tmp_path):
+    made = settings(model="torchvision:mobilenet_v3_small", epochs=1, profile=False, image_size=32)
+    result = ptsim.train(made, out=tmp_path / "run")
+    assert ptsim.load_model(result.folder)(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+# Wrong input
+
+
+def no_files(folder):
+    return not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": "resnet21"}, UnknownNameError, "unknown model 'resnet21'"),
+        ({"dataset": "mnist"}, UnknownNameError, "unknown data set 'mnist'"),
+        ({"device": "tpu"}, UsageError, "unknown device 'tpu'"),
+        ({"dataset": "imagefolder", "data_dir": "nowhere"}, UsageError, "there is no data folder nowhere"),
+        ({"model": f"{NETS}:nothing"}, UnknownNameError, "unknown function"),
+        ({"model": f"{NETS}:untraceable"}, UnsupportedModelError, "torch.fx cannot trace Branching"),
+        ({"model": "vgg11"}, UsageError, "'vgg11' does not take images of 3×8×8"),
+        ({"penalty_ratio": 1.5}, UsageError, "penalty_ratio"),
+        ({"interval": 0}, UsageError, "interval"),
+        ({"batch": 97}, UsageError, "mini-batch of 97 is larger than the data set"),
+        ({"sync_batch_norm": True}, UsageError, "needs CUDA"),
+        ({"no_such": 1}, UnknownNameError, "unknown setting"),
+    ],
+    ids=lambda value: str(next(iter(value.items()))) if isinstance(value, dict) else "",
+)
+def test_wrong_input_is_one_sentence_and_writes_nothing(tmp_path, changes, error, message):
+    folder = tmp_path / "run"
+    with pytest.raises(error, match=message) as caught:
+        ptsim.train(settings(**changes), out=folder)
+    assert "\n" not in caught.value.message
+    assert no_files(folder)
+
+
+def test_a_class_count_that_does_not_fit_is_said(tmp_path):
+    file = tmp_path / "net.py"
+    file.write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten())\n")
+    with pytest.raises(UsageError, match=r"gives \(4,\) for an image, but the data set has 10 classes"):
+        ptsim.train(settings(model=f"{file}:net"), out=tmp_path / "run")
+    assert no_files(tmp_path / "run")
+
+
+def test_an_output_folder_that_holds_another_run_is_refused_and_left_alone(pruned_run):
+    before = pruned_run.trace.read_bytes()
+    with pytest.raises(UsageError, match="holds another run") as caught:
+        ptsim.train(settings(), out=pruned_run.folder)
+    assert "--resume" in caught.value.hint
+    assert pruned_run.trace.read_bytes() == before
+
+
+def test_a_loss_that_becomes_nan_stops_the_run_says_when_and_keeps_the_last_good_state(tmp_path):
+    # Six iterations an epoch: the ninth iteration of the run is iteration 2 of epoch 1.
+    made = settings(model=f"{NETS}:exploding", profile=False)
+    changed = NETS.read_text().replace("NAN_AT = 5", "NAN_AT = 8")
+    (tmp_path / "nets.py").write_text(changed)
+    made["model"] = f"{tmp_path / 'nets.py'}:exploding"
+    with pytest.raises(TrainingError, match="not a finite number since iteration 2 of epoch 1"):
+        ptsim.train(made, out=tmp_path / "run")
+    trace = ptsim.read_trace(tmp_path / "run")
+    assert (trace.end.status, trace.end.epochs) == ("failed", 1)
+    assert "iteration 2 of epoch 1" in trace.end.reason
+    good = ptsim.load_model(tmp_path / "run", 0)
+    assert all(parameter.isfinite().all() for parameter in good.parameters())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_trace_interrupted_and_the_run_can_go_on(tmp_path, number):
+    made = settings(epochs=400, profile=False, interval=200)
+    folder = tmp_path / "run"
+
+    def interrupt():
+        while not (folder / "checkpoints" / "epoch-0001").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        ptsim.train(made, out=folder)
+    thread.join()
+    trace = ptsim.read_trace(folder)
+    assert (trace.end.status, trace.end.reason) == ("interrupted", number.name)
+    assert 2 <= trace.end.epochs < 400
+    text = (folder / "config.toml").read_text().replace("epochs = 400", f"epochs = {trace.end.epochs + 2}")
+    (folder / "config.toml").write_text(text.replace("interval = 200", "interval = 1"))
+    result = ptsim.train(resume=folder)
+    assert result.epochs == trace.end.epochs + 2
+    assert ptsim.read_trace(folder).complete
+
+
+# The command line
+
+
+def test_the_command_prints_one_json_document_and_exits_0(tmp_path, capsys):
+    options = [f"--{name.replace('_', '-')}={settings()[name]}" for name in ("model", "dataset", "batch", "lr")]
+    more = [f"--set={k}={v}" for k, v in {"image_size": 8, "profile": "false", "train_limit": 96}.items()]
+    status = command(["train", *options, *more, "--epochs=2", "--interval=1", f"--out={tmp_path / 'run'}", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert status == 0
+    assert document["trace"] == str(tmp_path / "run" / "trace.jsonl")
+    assert 0 <= document["final_accuracy"] <= 1
+    assert document["penalty_coefficient"] > 0
+    assert command(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert command(["train", f"--resume={tmp_path / 'run'}", "--epochs=3"]) == 2
+
+
+def test_the_command_line_overrides_the_file(tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text("dataset = 'digits'\nepochs = 7\nbatch = 5000")
+    assert command(["train", str(file), "--set", "batch=6000", "--out", str(tmp_path / "run")]) == 2
+    assert "mini-batch of 6000" in capsys.readouterr().err
+    assert no_files(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model=nothing", "--dataset=digits"],
+        ["--dataset=nothing"],
+        ["--set=nothing=1", "--dataset=digits"],
+        ["--set=mode=maybe", "--dataset=digits"],
+        ["--interval=0", "--dataset=digits"],
+        ["nowhere.toml"],
+        ["--resume=nowhere"],
+        ["--epochs=many"],
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence_and_exit_2(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert command(["train", *arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert "Traceback" not in output.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_named(pruned_run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(pruned_run.folder, folder)
+    weights = folder / "checkpoints" / "epoch-0005" / "weights.safetensors"
+    torch.save({"a": torch.zeros(1)}, weights)
+    with pytest.raises(FileFormatError, match="found a pickle, expected safetensors"):
+        ptsim.load_model(folder)
+    weights.write_bytes(b"nonsense")
+    with pytest.raises(FileFormatError, match="not a safetensors file"):
+        ptsim.load_model(folder)
+    (folder / "checkpoints" / "epoch-0005" / "checkpoint.json").write_text('{"format_version": 1}')
+    with pytest.raises(FileFormatError, match=r"checkpoint\.json: not a checkpoint description"):
+        ptsim.load_model(folder)

@@ -1,0 +1,59 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptsim.training.config import make_config
+from ptsim.training.schedule import plan
+
+
+def planned(**changes):
+    return plan(make_config({"dataset": "digits"} | changes))
+
+
+def reconfigured(epochs):
+    return [p.epoch for p in epochs if p.reconfigures]
+
+
+def test_the_papers_cifar_run_decays_at_91_and_136():
+    rates = [p.learning_rate for p in planned(epochs=182)]
+    assert rates[90] == 0.1
+    assert rates[91] == pytest.approx(0.01)
+    assert rates[135] == pytest.approx(0.01)
+    assert rates[136] == pytest.approx(0.001)
+
+
+def test_milestones_of_one_or_more_are_epochs():
+    rates = [p.learning_rate for p in planned(epochs=90, lr_milestones=[41, 61, 81])]
+    assert [rates[40], rates[41], rates[61], rates[81]] == pytest.approx([0.1, 0.01, 1e-3, 1e-4])
+
+
+def test_the_papers_cifar_run_reconfigures_18_times_and_at_the_end():
+    assert reconfigured(planned(epochs=182)) == [*range(9, 180, 10), 181]
+
+
+def test_a_dense_run_never_reconfigures():
+    epochs = planned(epochs=20, penalty_ratio=0.0)
+    assert reconfigured(epochs) == []
+    assert not any(p.regularized for p in epochs)
+
+
+def test_fine_tuning_is_without_regulariser_and_comes_after_a_last_reconfiguration():
+    epochs = planned(epochs=10, interval=3, finetune_epochs=3)
+    assert reconfigured(epochs) == [2, 5, 6]
+    assert [p.regularized for p in epochs] == [True] * 7 + [False] * 3
+
+
+def test_one_time_reconfigures_once():
+    assert reconfigured(planned(epochs=12, schedule="one_time", reconfigure_epoch=5)) == [4]
+
+
+def test_ssl_trains_dense_then_sparsifies_with_a_fresh_rate_and_prunes_at_the_end():
+    epochs = planned(epochs=20, schedule="ssl", pretrain_epochs=8, finetune_epochs=2, lr_milestones=[0.5])
+    assert [p.regularized for p in epochs] == [False] * 8 + [True] * 10 + [False] * 2
+    assert reconfigured(epochs) == [17]
+    assert [epochs[e].learning_rate for e in (3, 4, 8, 14)] == pytest.approx([0.1, 0.01, 0.1, 0.01])
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_the_last_regularised_epoch_always_reconfigures(epochs, interval):
+    assert planned(epochs=epochs, interval=interval)[-1].reconfigures
