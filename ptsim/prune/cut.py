@@ -83,6 +83,9 @@ def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 
 def sync_attributes(module: nn.Module) -> None:
     """Bring the channel counts that a module remembers in line with the shapes of its tensors."""
+    sync = getattr(module, "ptsim_sync", None)
+    if sync is not None:
+        sync()
     if isinstance(module, CONVS):
         per_group = module.out_channels // module.groups
         module.out_channels = module.weight.shape[0]

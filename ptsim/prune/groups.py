@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.propagate import AxisKey, State, Weighted, propagate, skeleton
 
+SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError)
 NO_DECISION = "no convolution or linear layer with weights of its own decides about it"
 
 
@@ -66,6 +67,7 @@ class ChannelGroups:
     reason_of: Tensor
     sensitive: Tensor
     graph: fx.GraphModule = dataclasses.field(repr=False)
+    shapes_only: bool = True
 
     @property
     def num_components(self) -> int:
@@ -83,6 +85,10 @@ class ChannelGroups:
                 inputs, outputs = (bool(self.prunable[axis].any()) for axis in (layer.inputs, layer.outputs))
                 if inputs or outputs:
                     yield layer, inputs, outputs
+
+    def rehearsal_copy(self, model: nn.Module) -> nn.Module:
+        """A copy of the model to try an operation on: without storage where its operators allow it."""
+        return skeleton(model) if self.shapes_only else copy.deepcopy(model)
 
     def edges(self) -> tuple[Edge, ...]:
         """The components bundled by equal producers and consumers, in the order of the network."""
@@ -133,11 +139,12 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
         UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
     """
     bones = skeleton(model)
+    shapes_only = True
     try:
         state, graphs = propagate(bones, input_shape)
     except Exception:  # meta tensors do not support every operator: run on real ones, with the real error message
         trace_graph(model, input_shape)
-        bones = copy.deepcopy(model)
+        bones, shapes_only = copy.deepcopy(model), False
         try:
             with torch.random.fork_rng():
                 state, graphs = propagate(bones, input_shape)
@@ -146,7 +153,7 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
             raise UnsupportedModelError(
                 f"the channels of {type(model).__name__} cannot be followed in training mode: {text}"
             ) from error
-    groups = _assemble(state, input_shape, graphs["train"])
+    groups = dataclasses.replace(_assemble(state, input_shape, graphs["train"]), shapes_only=shapes_only)
     return _freeze_misaligned(bones, groups)
 
 
@@ -187,17 +194,25 @@ def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphMo
     )
 
 
-def misaligned(bones: nn.Module, groups: ChannelGroups, removed: Tensor) -> bool:
-    """True if the network without the components `removed` fails or would mix up the channels that are left."""
+def misaligned(
+    bones: nn.Module, groups: ChannelGroups, removed: Tensor, operation: Callable[[nn.Module], object] | None = None
+) -> bool:
+    """True if the network without the components `removed` fails or would mix up the channels that are left.
+
+    `operation` takes them out of a copy; by default a plain cut.
+    """
     smaller = copy.deepcopy(bones)
     seed = {}
     for key, components in groups.axes.items():
         kept = components[~removed[components]]
         seed[key] = torch.where(groups.prunable[kept], kept, torch.full_like(kept, -1))
-    cut_model(smaller, groups.cut_for(removed))
     try:
+        if operation is None:
+            cut_model(smaller, groups.cut_for(removed))
+        else:
+            operation(smaller)
         state, _ = propagate(smaller, groups.input_shape, seed)
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError):  # a shape that no longer fits
+    except SHAPE_ERRORS:
         return True
     return len(state.misaligned) > 0
 
@@ -234,11 +249,18 @@ def _random_part(groups: ChannelGroups, mask: Tensor, generator: torch.Generator
     return keep_one(groups, chosen, torch.rand(len(mask), generator=generator))[0]
 
 
-def keep_one(groups: ChannelGroups, removed: Tensor, importance: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-    """`removed` without the most important component of every axis that would end up empty, and their layers' names."""
+def keep_one(
+    groups: ChannelGroups, removed: Tensor, importance: Tensor, skip: Collection[str] = ()
+) -> tuple[Tensor, tuple[str, ...]]:
+    """`removed` without the most important component of every axis that would end up empty, and their layers' names.
+
+    The layers in `skip` may end up empty.
+    """
     removed = removed.clone()
     rescued = []
     for layer in groups.layers:
+        if layer.layer in skip:
+            continue
         for axis in (layer.outputs, layer.inputs):
             if bool(removed[axis].all()):
                 best = axis[importance[axis].argmax()]
@@ -247,7 +269,9 @@ def keep_one(groups: ChannelGroups, removed: Tensor, importance: Tensor) -> tupl
     return removed, tuple(rescued)
 
 
-def round_up(groups: ChannelGroups, removed: Tensor, importance: Tensor, multiple: int) -> Tensor:
+def round_up(
+    groups: ChannelGroups, removed: Tensor, importance: Tensor, multiple: int, skip: Collection[str] = ()
+) -> Tensor:
     """`removed` with components taken back until every channel count is a multiple, or is what it was."""
     removed = removed.clone()
     if multiple <= 1:
@@ -256,6 +280,8 @@ def round_up(groups: ChannelGroups, removed: Tensor, importance: Tensor, multipl
     while changed:
         changed = False
         for layer in groups.layers:
+            if layer.layer in skip:
+                continue
             for axis in (layer.outputs, layer.inputs):
                 gone = removed[axis]
                 kept = int((~gone).sum())

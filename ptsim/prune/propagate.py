@@ -116,8 +116,11 @@ def skeleton(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(
             torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
         )
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for name, buffer in model.named_buffers():
+        if (
+            not name.endswith((".mask", ".index")) or buffer.is_floating_point()
+        ):  # which channels are gated is structure
+            memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(model, memo)
 
 

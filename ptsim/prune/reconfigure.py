@@ -13,10 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ptsim.errors import UsageError
+from ptsim.capture.graph import example_input
+from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.prune.cut import cut_model, cut_optimizer, unwrap
 from ptsim.prune.density import THRESHOLD
+from ptsim.prune.gating import apply_gate, find_gates
 from ptsim.prune.groups import (
+    SHAPE_ERRORS,
     ChannelGroups,
     component_maxima,
     find_groups,
@@ -24,7 +27,7 @@ from ptsim.prune.groups import (
     misaligned,
     round_up,
 )
-from ptsim.prune.propagate import skeleton
+from ptsim.prune.removal import Removal, find_removals, remove_branch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,37 +81,125 @@ def reconfigure(
         raise UsageError(f"unknown reconfiguration mode {mode!r}; known: union, gating")
     importance = component_maxima(model, groups)
     sparse = groups.prunable & (importance < threshold)
-    removed, rescued = keep_one(groups, sparse, importance)
-    removed = round_up(groups, removed, importance, channel_multiple)
-    notes = [f"{layer}: every channel is sparse; one is kept" for layer in rescued]
-    if bool((removed & groups.sensitive).any()) and misaligned(skeleton(model), groups, removed):
-        removed &= ~groups.sensitive
-        notes.append("channels that pass a reshape or split are kept: what is left would be mixed up")
-    if not bool(removed.any()):
-        return Surgery(changed=False, channels_removed=0, layers_removed=(), notes=tuple(notes), groups=groups)
-    channels_removed = sum(int(removed[layer.outputs].sum()) for layer in groups.layers)
-    remove_components(model, groups, removed, optimizer=optimizer, shadows=shadows)
+    plan, notes = _plan(model, groups, sparse, importance, channel_multiple)
+    try:
+        bones = groups.rehearsal_copy(model)
+        operate(bones, groups, plan)
+        if plan.removals and not runs(bones, groups):  # an in-place sum needs the constant at full size
+            full = tuple(dataclasses.replace(removal, full=True) for removal in plan.removals)
+            plan = dataclasses.replace(plan, removals=full)
+            bones = groups.rehearsal_copy(model)
+            operate(bones, groups, plan)
+        after = find_groups(bones, groups.input_shape) if plan.changes else groups
+    except (UnsupportedModelError, *SHAPE_ERRORS) as error:
+        if not plan.removals:
+            raise
+        notes = [f"residual branches without inner channels keep one: {str(error).splitlines()[0][:120]}"]
+        plan, more = _plan(model, groups, sparse, importance, channel_multiple, removals=())
+        notes += more
+        bones = groups.rehearsal_copy(model)
+        operate(bones, groups, plan)
+        after = find_groups(bones, groups.input_shape)
+    channels_removed = sum(int(plan.removed[layer.outputs].sum()) for layer in groups.layers)
+    if plan.changes:
+        operate(model, groups, plan, optimizer=optimizer, shadows=shadows)
+    notes += [f"{r.constant}: the residual branch is removed, its constant stays" for r in plan.removals]
+    gates = find_gates(model, after, threshold) if mode == "gating" else ()
+    for gate in gates:
+        for copy in (bones, *map(unwrap, shadows)):
+            apply_gate(copy, gate)
+        replacements = apply_gate(model, gate)
+        if optimizer is not None:
+            cut_optimizer(optimizer, replacements)
+    if gates:
+        notes.append(f"{len(gates)} layers read or write only their own channels of a residual stream")
+        after = find_groups(bones, groups.input_shape)
     return Surgery(
-        changed=True,
+        changed=plan.changes or bool(gates),
         channels_removed=channels_removed,
-        layers_removed=(),
+        layers_removed=tuple(name for removal in plan.removals for name in weighted_layers(groups, removal)),
         notes=tuple(notes),
-        groups=find_groups(model, groups.input_shape),
+        groups=after,
     )
 
 
-def remove_components(
+def runs(model: nn.Module, groups: ChannelGroups) -> bool:
+    """True if the model's own code, not only its graph (which has no in-place sums), runs in training mode."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.train()(example_input(model, groups.input_shape))
+    except SHAPE_ERRORS:
+        return False
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which components go (a mask), and which residual branches."""
+
+    removed: Tensor
+    removals: tuple[Removal, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """True if anything goes."""
+        return bool(self.removed.any()) or bool(self.removals)
+
+
+def _plan(
     model: nn.Module,
     groups: ChannelGroups,
-    removed: Tensor,
+    sparse: Tensor,
+    importance: Tensor,
+    multiple: int,
+    removals: tuple[Removal, ...] | None = None,
+) -> tuple[Plan, list[str]]:
+    if removals is None:
+        removals = find_removals(groups, sparse)
+    dead = {name for removal in removals for name in weighted_layers(groups, removal)}
+    sparse = sparse | only_in(groups, dead)
+    removed, rescued = keep_one(groups, sparse, importance, skip=dead)
+    removed = round_up(groups, removed, importance, multiple, skip=dead)
+    notes = [f"{layer}: every channel is sparse; one is kept" for layer in rescued]
+    plan = Plan(removed=removed, removals=removals)
+    if bool((removed & groups.sensitive).any()):
+        bones = groups.rehearsal_copy(model)
+        if misaligned(bones, groups, removed, lambda smaller: operate(smaller, groups, plan)):
+            plan = Plan(removed=removed & ~groups.sensitive)
+            notes.append("channels that pass a reshape or split are kept: what is left would be mixed up")
+    return plan, notes
+
+
+def weighted_layers(groups: ChannelGroups, removal: Removal) -> tuple[str, ...]:
+    """The convolutions and linear layers that go with a branch."""
+    gone = {*removal.dead, removal.constant}
+    return tuple(layer.layer for layer in groups.layers if layer.layer in gone)
+
+
+def only_in(groups: ChannelGroups, layers: set[str]) -> Tensor:
+    """The prunable components that no layer but `layers` touches, as a mask."""
+    inside, outside = torch.zeros_like(groups.prunable), torch.zeros_like(groups.prunable)
+    for layer in groups.layers:
+        for axis in (layer.inputs, layer.outputs):
+            (inside if layer.layer in layers else outside)[axis] = True
+    return inside & ~outside & groups.prunable
+
+
+def operate(
+    model: nn.Module,
+    groups: ChannelGroups,
+    plan: Plan,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     shadows: Sequence[nn.Module] = (),
 ) -> None:
-    """Take the components of the mask `removed` out of the model, its optimizer and its copies."""
-    cut = groups.cut_for(removed)
-    replacements = cut_model(model, cut)
-    if optimizer is not None:
-        cut_optimizer(optimizer, replacements)
-    for shadow in shadows:
-        cut_model(unwrap(shadow), cut)
+    """Carry the plan out on the model, its optimizer and its copies."""
+    cut = groups.cut_for(plan.removed)
+    for network in (model, *map(unwrap, shadows)):
+        steps = [cut_model(network, cut), *(remove_branch(network, removal) for removal in plan.removals)]
+        if optimizer is not None and network is model:
+            for replacements in steps:
+                cut_optimizer(optimizer, replacements)

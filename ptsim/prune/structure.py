@@ -13,6 +13,8 @@ from torch import nn
 
 from ptsim.errors import UsageError
 from ptsim.prune.cut import sync_attributes
+from ptsim.prune.modules import KINDS, ConstantChannels, Gathered, Placeholder, Scattered
+from ptsim.prune.removal import set_module
 
 VERSION = 1
 
@@ -21,7 +23,13 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
     """The shapes of the model as JSON-able data: {"version", "tensors": {name: shape}, "modules": {path: …}}."""
     tensors = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
     tensors |= {name: list(tensor.shape) for name, tensor in model.named_buffers()}
-    return {"version": VERSION, "tensors": tensors, "modules": {}}
+    kinds = {kind: name for name, kind in KINDS.items()}
+    modules = {
+        path: {"kind": kinds[type(module)], **module.config()}
+        for path, module in model.named_modules()
+        if isinstance(module, (Placeholder, ConstantChannels, Gathered, Scattered))
+    }
+    return {"version": VERSION, "tensors": tensors, "modules": modules}
 
 
 def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
@@ -32,6 +40,8 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
     """
     if structure.get("version") != VERSION:
         raise UsageError(f"a model structure of version {structure.get('version')!r}; this ptsim reads {VERSION}")
+    for path, config in sorted(structure["modules"].items(), key=lambda item: item[0].count(".")):
+        _insert(model, path, dict(config))
     shapes = {name: tuple(shape) for name, shape in structure["tensors"].items()}
     found = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     if found != set(shapes):
@@ -60,6 +70,26 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
                 touched = True
         if touched:
             sync_attributes(module)
+
+
+def _insert(model: nn.Module, path: str, config: dict[str, Any]) -> None:
+    kind = KINDS.get(config.pop("kind", ""))
+    try:
+        old = model.get_submodule(path)
+    except AttributeError as error:
+        raise UsageError(f"the stored structure is not that of a {type(model).__name__}: no module {path}") from error
+    if kind in (Placeholder, ConstantChannels):
+        new: nn.Module = kind(**config)
+    elif kind is Gathered:
+        new = Gathered(old, config["mask"])
+    elif kind is Scattered and isinstance(old, nn.BatchNorm2d):
+        new = Scattered(old, config["mask"])
+    else:
+        raise UsageError(f"the stored structure puts something unknown at {path}")
+    reference = next(old.parameters(), None)
+    if reference is not None:
+        new.to(dtype=reference.dtype, device=reference.device)
+    set_module(model, path, new.train(old.training))
 
 
 def _corner(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:

@@ -1,0 +1,296 @@
+"""Is pruning this network exact? A numerical proof in float64, for any network.
+
+Random channel components are zeroed in every producer and consumer, the same ones are pruned, and the two networks are
+compared: outputs in evaluation mode, and outputs, gradients and BatchNorm statistics of a training step.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ptsim import zoo
+from ptsim.errors import UnsupportedModelError, UsageError
+from ptsim.prune.cut import take
+from ptsim.prune.groups import ChannelGroups, find_groups, keep_one
+from ptsim.prune.propagate import BATCH_NORMS
+from ptsim.prune.reconfigure import Plan, operate
+
+TOLERANCE = 1e-9
+SMALL_SIDES = (64, 96, 128)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupReport:
+    """One edge of the network: who writes and reads its channels, and whether they can be removed."""
+
+    name: str
+    width: int
+    members: tuple[str, ...]
+    prunable: bool
+    reason: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What `ptsim inspect` found.
+
+    Attributes:
+        prunable_channels: channel components that can be removed; a grouped convolution's group counts as one.
+        refused_channels: those that cannot; `groups` says why. The network's inputs and outputs are among them.
+        channels_removed: components that the proof removed.
+        proof_input: the image on which the proof ran; smaller than `input_shape` where the groups are the same.
+        max_rel_error_eval, max_rel_error_train: largest |pruned − zeroed| of a tensor over that tensor's largest
+            |zeroed|; training includes outputs, gradients and running statistics. A gradient's scale is at least
+            1e-6 of the network's largest gradient (a bias in front of a BatchNorm has the exact gradient 0).
+        exact: something could be removed and both errors are at most 1e-9.
+    """
+
+    model: str
+    input_shape: tuple[int, int, int]
+    proof_input: tuple[int, int, int]
+    groups: tuple[GroupReport, ...]
+    prunable_channels: int
+    refused_channels: int
+    channels_removed: int
+    max_rel_error_eval: float
+    max_rel_error_train: float
+    exact: bool
+    seconds: float
+
+
+class WithoutRandomness(TorchFunctionMode):
+    """Dropout of any kind passes its input on; stochastic depth keeps every branch (and still divides by its rate).
+
+    So both networks of a comparison, whose tensors differ in size, see the same (absent) noise.
+    """
+
+    _DROPOUTS = frozenset(
+        (
+            torch.dropout,
+            torch.dropout_,
+            torch.feature_dropout,
+            torch.feature_dropout_,
+            torch.alpha_dropout,
+            torch.alpha_dropout_,
+            torch.feature_alpha_dropout,
+            torch.feature_alpha_dropout_,
+            torch.nn.functional.dropout,
+            torch.nn.functional.dropout1d,
+            torch.nn.functional.dropout2d,
+            torch.nn.functional.dropout3d,
+            torch.nn.functional.alpha_dropout,
+            torch.nn.functional.feature_alpha_dropout,
+        )
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Intercept the random operators."""
+        if func in self._DROPOUTS:
+            return args[0] if args else (kwargs or {})["input"]
+        if func is torch.Tensor.bernoulli_:
+            return args[0].fill_(1.0)
+        return func(*args, **(kwargs or {}))
+
+
+def inspect(
+    model: str | nn.Module,
+    *,
+    input_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    fraction: float = 0.4,
+    seed: int = 0,
+) -> Inspection:
+    """Channel groups of a network, and a numerical proof that pruning them is exact.
+
+    Args:
+        model: a name that `ptsim.zoo` knows, or a module (which is copied and left as it is).
+        input_shape: (C, H, W); the entry's own for a name, (3, 224, 224) for a module.
+        num_classes: for a name; the entry's own if None.
+        fraction: of the prunable components is zeroed and pruned.
+        seed: of the weights (for a name), of the choice and of the images.
+
+    Raises:
+        UnsupportedModelError: torch.fx cannot trace it, or it does not run on such an image.
+        UsageError: a fraction out of (0, 1], a shape with numbers that are not positive; see `zoo.find` as well.
+    """
+    start = time.perf_counter()
+    if not 0 < fraction <= 1:
+        raise UsageError(f"the fraction to remove is {fraction}; it has to be in (0, 1]")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(model, str):
+            entry = zoo.find(model)
+            name, shape = entry.name, input_shape or entry.input_shape
+            _check_shape(shape)
+            network = entry.build(num_classes=num_classes or entry.num_classes)
+        else:
+            name, shape = type(model).__name__, input_shape or (3, 224, 224)
+            _check_shape(shape)
+            network = copy.deepcopy(model).cpu()
+        groups = find_groups(network, shape)
+        proof_shape = _smallest_equivalent(network, groups)
+        network.double()
+        _liven(network)
+        removed, eval_error, train_error = _compare(network, groups, proof_shape, fraction, seed)
+    return Inspection(
+        model=name,
+        input_shape=shape,
+        proof_input=proof_shape,
+        groups=tuple(
+            GroupReport(name=e.name, width=e.width, members=e.members, prunable=e.prunable, reason=e.reason)
+            for e in groups.edges()
+        ),
+        prunable_channels=int(groups.prunable.sum()),
+        refused_channels=sum(len(e.components) for e in groups.edges() if not e.prunable),
+        channels_removed=removed,
+        max_rel_error_eval=eval_error,
+        max_rel_error_train=train_error,
+        exact=removed > 0 and max(eval_error, train_error) <= TOLERANCE,
+        seconds=time.perf_counter() - start,
+    )
+
+
+@torch.no_grad()
+def zero_components(model: nn.Module, groups: ChannelGroups, mask: Tensor) -> None:
+    """Set the weights of the components in `mask` to zero in all producers' outputs and all consumers' inputs.
+
+    Depthwise convolutions, biases and BatchNorms keep theirs: nothing reads them any more.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for layer in groups.layers:
+        if layer.depthwise:
+            continue
+        weight = parameters[layer.weight]
+        outputs, inputs = (
+            torch.nonzero(mask[axis]).flatten().to(weight.device) for axis in (layer.outputs, layer.inputs)
+        )
+        weight.index_fill_(1 if layer.transposed else 0, outputs, 0.0)
+        if layer.groups == 1:
+            weight.index_fill_(0 if layer.transposed else 1, inputs, 0.0)
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if len(shape) != 3 or any(n < 1 for n in shape):
+        raise UsageError(f"the input shape is {shape}; expected channels, height, width, all positive")
+
+
+def _smallest_equivalent(network: nn.Module, groups: ChannelGroups) -> tuple[int, int, int]:
+    channels, height, width = groups.input_shape
+    for side in SMALL_SIDES:
+        if side < min(height, width):
+            try:
+                smaller = find_groups(network, (channels, side, side))
+            except UnsupportedModelError:
+                continue
+            same = smaller.axes.keys() == groups.axes.keys() and all(
+                torch.equal(smaller.axes[key], components) for key, components in groups.axes.items()
+            )
+            if same and torch.equal(smaller.prunable, groups.prunable):
+                return (channels, side, side)
+    return groups.input_shape
+
+
+@torch.no_grad()
+def _liven(network: nn.Module) -> None:
+    """Give parameters and statistics that are initially 0, 1 or another constant values as a trained network has them.
+
+    Otherwise a lost bias or a branch behind a vanishing scale would go unnoticed.
+    """
+    for module in network.modules():
+        if isinstance(module, BATCH_NORMS):
+            for tensor, centre in (
+                (module.weight, 1.0),
+                (module.running_var, 1.0),
+                (module.bias, 0.0),
+                (module.running_mean, 0.0),
+            ):
+                if tensor is not None:
+                    tensor.uniform_(centre - 0.3, centre + 0.3)
+        else:
+            for parameter in module.parameters(recurse=False):
+                if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+                    scale = 0.3 if parameter.ndim < 2 else 1 / parameter[0].numel() ** 0.5
+                    parameter.uniform_(-scale, scale)
+
+
+def _compare(
+    network: nn.Module, groups: ChannelGroups, shape: tuple[int, int, int], fraction: float, seed: int
+) -> tuple[int, float, float]:
+    generator = torch.Generator().manual_seed(seed)
+    mask = groups.prunable & (torch.rand(groups.num_components, generator=generator) < fraction)
+    mask, _ = keep_one(groups, mask, torch.rand(groups.num_components, generator=generator))
+    zero_components(network, groups, mask)
+    has_batch_norm = any(isinstance(module, BATCH_NORMS) for module in network.modules())
+    images = torch.rand(
+        (4 if has_batch_norm and shape[-1] < 200 else 2, *shape), dtype=torch.float64, generator=generator
+    )
+    kept = groups.cut_for(mask).by_tensor()
+    statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
+
+    eval_outputs, train_outputs, gradients, after = _run(network, images, seed)
+    expected_gradients = {name: take(g, kept.get(name, {})) for name, g in gradients}
+    expected_after = {name: take(buffer, kept.get(name, {})) for name, buffer in after.items()}
+    for name, buffer in network.named_buffers():
+        buffer.copy_(statistics[name])
+    operate(network, groups, Plan(removed=mask))
+
+    outputs, outputs_train, gradients, after = _run(network, images, seed)
+    eval_error = max(map(_relative_error, outputs, eval_outputs))
+    train_error = max(map(_relative_error, outputs_train, train_outputs))
+    largest = max((float(g.abs().max()) for g in expected_gradients.values() if g.numel()), default=0.0)
+    for name, gradient in gradients:
+        train_error = max(train_error, _relative_error(gradient, expected_gradients.pop(name), 1e-6 * largest))
+    for name, buffer in after.items():
+        train_error = max(train_error, _relative_error(buffer, expected_after[name]))
+    return int(mask.sum()), eval_error, train_error
+
+
+def _run(
+    network: nn.Module, images: Tensor, seed: int
+) -> tuple[list[Tensor], list[Tensor], Iterator[tuple[str, Tensor]], dict[str, Tensor]]:
+    """Outputs in evaluation mode; outputs, gradients (handed out one by one and dropped) and buffers after training."""
+    with WithoutRandomness():
+        with torch.no_grad():
+            eval_outputs = list(_tensors(network.eval()(images)))
+        train_outputs = list(_tensors(network.train()(images)))
+        generator = torch.Generator().manual_seed(seed + 1)
+        loss = sum((out * torch.rand(out.shape, dtype=out.dtype, generator=generator)).sum() for out in train_outputs)
+        assert isinstance(loss, Tensor), "a network has an output"
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def gradients() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in network.named_parameters():
+            if parameter.grad is not None:
+                gradient, parameter.grad = parameter.grad, None
+                yield name, gradient
+
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers() if buffer.is_floating_point()}
+    return eval_outputs, [out.detach() for out in train_outputs], gradients(), buffers
+
+
+def _tensors(output: Any) -> Iterable[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for part in output.values():
+            yield from _tensors(part)
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from _tensors(part)
+
+
+def _relative_error(found: Tensor, expected: Tensor, least_scale: float = 0.0) -> float:
+    if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    difference, scale = float((found - expected).abs().max()), max(float(expected.abs().max()), least_scale)
+    return difference / scale if scale > 0 else difference

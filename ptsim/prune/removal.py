@@ -1,0 +1,171 @@
+"""Which residual branches are left without an inner channel, and how do they go without changing the function?
+
+A convolution none of whose inputs is left gives a constant. If everything that follows from it is constant as well
+until a sum with a live tensor, the branch has nothing left to compute: the last BatchNorm (or convolution) in front of
+the sum becomes `ConstantChannels`, all layers that only led there become `Placeholder`s. Found in the graph, whatever
+the block is called. A method of the model's code that cannot bear a tensor without channels is noticed by running the
+result on shapes; then a channel stays instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ptsim.prune.cut import Replacement
+from ptsim.prune.groups import ChannelGroups
+from ptsim.prune.modules import ConstantChannels, Placeholder
+from ptsim.prune.propagate import _POOLS, BATCH_NORMS, CONVS, ELEMENTWISE
+
+_SUMS = ("add", "iadd", "add_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Removal:
+    """One branch: the layers that go, the one whose constant stays, and the layer in front of that one (its bias).
+
+    `full`: the constant has to be written out at the branch's size.
+    """
+
+    dead: tuple[str, ...]
+    constant: str
+    before: str | None
+    full: bool
+
+
+def find_removals(groups: ChannelGroups, sparse: Tensor) -> tuple[Removal, ...]:
+    """The branches that are left without an inner channel once the components of the mask `sparse` are gone."""
+    graph = groups.graph
+    nodes = {node.name: node for node in graph.graph.nodes}
+    calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+    found: list[Removal] = []
+    for layer in groups.layers:
+        if layer.depthwise or len(layer.inputs) == 0 or not bool(sparse[layer.inputs].all()) or len(layer.nodes) != 1:
+            continue
+        node = nodes.get(layer.nodes[0])
+        if node is None or node.op != "call_module":
+            continue
+        removal = _branch(graph, node, calls)
+        if removal is not None and removal not in found:
+            found.append(removal)
+    outer = {path for removal in found for path in removal.dead}
+    return tuple(removal for removal in found if removal.constant not in outer)
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node computes with, but for parameters used directly."""
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor) and n.op != "get_attr"]
+
+
+def _branch(graph: fx.GraphModule, start: fx.Node, calls: Counter[str]) -> Removal | None:
+    constant = {start}
+    exits = []
+    after = False
+    for node in graph.graph.nodes:
+        after = after or node is start
+        if not after or node is start:
+            continue
+        inputs = _inputs(node)
+        if any(n in constant for n in inputs):
+            if node.op != "output" and all(n in constant for n in inputs):
+                constant.add(node)
+            else:
+                exits.append(node)
+    if len(exits) != 1:
+        return None
+    end = exits[0]
+    name = end.target if isinstance(end.target, str) else getattr(end.target, "__name__", "")
+    ends = [n for n in _inputs(end) if n in constant]
+    if name not in _SUMS or len(ends) != 1 or len(_inputs(end)) != 2:
+        return None
+    last, pointwise = ends[0], False
+    while not _is_affine(graph, last):
+        sources = _inputs(last)
+        if not _is_pointwise(graph, last) or len(sources) != 1 or len(sources[0].users) != 1:
+            return None
+        last, pointwise = sources[0], True
+    path = str(last.target)
+    if calls[path] != 1 or (len(last.users) != 1):
+        return None
+    dead = _only_for(graph, last)
+    dead_calls = Counter(str(node.target) for node in dead if node.op == "call_module")
+    paths = tuple(
+        target
+        for target, count in dead_calls.items()
+        if calls[target] == count
+        and not isinstance(_module(graph, target), _KEPT)
+        and not _is_activation(graph, target)
+    )
+    if str(start.target) not in (*paths, path):
+        return None
+    inner = _inputs(last)
+    before = None
+    if isinstance(_module(graph, path), BATCH_NORMS) and inner and inner[0].op == "call_module":
+        source = _module(graph, str(inner[0].target))
+        if isinstance(source, (*CONVS, nn.Linear)):
+            before = str(inner[0].target)
+    return Removal(dead=paths, constant=path, before=before, full=pointwise)
+
+
+_KEPT = (nn.modules.dropout._DropoutNd, nn.Identity, nn.Flatten)
+
+
+def _only_for(graph: fx.GraphModule, last: fx.Node) -> set[fx.Node]:
+    """Nodes whose results only lead to `last`."""
+    dead: set[fx.Node] = set()
+    for node in reversed(list(graph.graph.nodes)):
+        if node.op in ("placeholder", "get_attr", "output") or node is last or not node.users:
+            continue
+        if all(user in dead or user is last for user in node.users):
+            dead.add(node)
+    return dead
+
+
+def _module(graph: fx.GraphModule, path: str) -> nn.Module:
+    return graph.get_submodule(path)
+
+
+def _is_affine(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(_module(graph, str(node.target)), (*BATCH_NORMS, *CONVS, nn.Linear))
+
+
+def _is_activation(graph: fx.GraphModule, path: str) -> bool:
+    return type(_module(graph, path)).__module__ == "torch.nn.modules.activation"
+
+
+def _is_pointwise(graph: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = _module(graph, str(node.target))
+        return isinstance(module, _KEPT[:2]) or _is_activation(graph, str(node.target))
+    name: Any = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.rstrip("_") in ELEMENTWISE
+
+
+def remove_branch(model: nn.Module, removal: Removal) -> list[Replacement]:
+    """Take the branch out of `model`; the parameters that are gone come back as replacements by nothing."""
+    before = None if removal.before is None else model.get_submodule(removal.before)
+    last = model.get_submodule(removal.constant)
+    constant = ConstantChannels.of(last, before, full=removal.full)
+    staying = {id(parameter) for parameter in constant.parameters()}
+    gone = []
+    for path in removal.dead:
+        old = model.get_submodule(path)
+        gone += [p for p in old.parameters() if id(p) not in staying]
+        spatial = isinstance(old, (*CONVS, nn.Linear, *_POOLS))
+        set_module(model, path, Placeholder.of(old) if spatial or _has_tensors(old) else nn.Identity())
+    gone += [p for p in last.parameters() if id(p) not in staying]
+    set_module(model, removal.constant, constant)
+    return [Replacement(parameter, None, {}) for parameter in gone]
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` points."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
