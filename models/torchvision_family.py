@@ -22,6 +22,8 @@ def _entry(name: str) -> zoo.ModelEntry:
         raise UnknownNameError("torchvision model", name, classifier_names())
     weights = torchvision.models.get_model_weights(name).DEFAULT
     size = weights.transforms().crop_size[0]
+    if name.startswith("vit_"):  # their images have one size, the constructor's; vit_h_14's newest weights are for 518
+        size = 224
 
     def build(*, num_classes: int, **kwargs: Any) -> Any:
         try:

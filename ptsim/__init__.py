@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptsim.costs.collectives import allreduce
+    from ptsim.prune.proof import inspect
     from ptsim.report.build import write_report
     from ptsim.sim.run import simulate
     from ptsim.trace.io import Trace, read_trace
@@ -22,6 +23,7 @@ _HOME = {
     "allreduce": "ptsim.costs.collectives",
     "write_report": "ptsim.report.build",
     "Trace": "ptsim.trace.io",
+    "inspect": "ptsim.prune.proof",
     "load_model": "ptsim.training.loop",
     "read_trace": "ptsim.trace.io",
     "simulate": "ptsim.sim.run",
@@ -33,6 +35,7 @@ __all__ = [
     "Trace",
     "__version__",
     "allreduce",
+    "inspect",
     "load_model",
     "read_trace",
     "simulate",

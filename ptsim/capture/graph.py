@@ -95,5 +95,5 @@ def structural_copy(model: nn.Module) -> nn.Module:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).partition("While executing")[0].split())
     return text[:300] or type(error).__name__

@@ -59,5 +59,6 @@ def _show(found: Inspection) -> None:
         f"{found.prunable_channels} channels can be pruned, {found.refused_channels} cannot. "
         f"Proof: {found.channels_removed} zeroed and pruned on images of {proof} in float64, dropout and stochastic "
         f"depth switched off; largest relative error {found.max_rel_error_eval:.1e} in evaluation, "
-        f"{found.max_rel_error_train:.1e} in training: {'exact' if found.exact else 'NOT exact'} ({found.seconds:.0f} s)."
+        f"{found.max_rel_error_train:.1e} in training: {'exact' if found.exact else 'NOT exact'} "
+        f"({found.seconds:.0f} s)."
     )

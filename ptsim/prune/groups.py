@@ -18,7 +18,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import evaluation_mode, trace_graph
+from ptsim.capture.graph import example_input, naming_the_image
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.propagate import AxisKey, State, Weighted, propagate, skeleton
@@ -142,17 +142,13 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
     shapes_only = True
     try:
         state, graphs = propagate(bones, input_shape)
-    except Exception:  # meta tensors do not support every operator: run on real ones, with the real error message
-        trace_graph(model, input_shape)
+    except UnsupportedModelError:
+        raise
+    except Exception:  # meta tensors do not support every operator, or the model does not run on such an image
         bones, shapes_only = copy.deepcopy(model), False
-        try:
-            with torch.random.fork_rng():
-                state, graphs = propagate(bones, input_shape)
-        except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            raise UnsupportedModelError(
-                f"the channels of {type(model).__name__} cannot be followed in training mode: {text}"
-            ) from error
+        with naming_the_image(model, input_shape), torch.no_grad(), torch.random.fork_rng():
+            bones.eval()(example_input(bones, input_shape))
+            state, graphs = propagate(bones.train(model.training), input_shape)
     groups = dataclasses.replace(_assemble(state, input_shape, graphs["train"]), shapes_only=shapes_only)
     return _freeze_misaligned(bones, groups)
 
@@ -322,15 +318,3 @@ def component_maxima(model: nn.Module, groups: ChannelGroups) -> Tensor:
         for axis, values in ((layer.inputs, W.amax((1, 3))), (layer.outputs, W.amax((2, 3)))):
             maxima.scatter_reduce_(0, axis.to(W.device), values.flatten().to(maxima.dtype), "amax")
     return torch.zeros(groups.num_components) if maxima is None else maxima.cpu()
-
-
-__all__ = [
-    "ChannelGroups",
-    "Edge",
-    "component_maxima",
-    "evaluation_mode",
-    "find_groups",
-    "keep_one",
-    "round_up",
-    "weight_GOIK",
-]

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import Tracer, example_input
+from ptsim.capture.graph import example_input, symbolic_graph
 
 AxisKey: TypeAlias = tuple[str, int]  # tensor's qualified name, dimension
 
@@ -708,9 +708,7 @@ def propagate(
     for mode in ("train", "eval"):
         for module in model.modules():
             module.training = mode == "train"
-        tracer = Tracer()
-        graph = tracer.trace(model)
-        traced = fx.GraphModule(tracer.root, graph, type(model).__name__)
+        traced = symbolic_graph(model)
         if mode == "eval" and traced.code == graphs["train"].code:
             break
         traced.train(mode == "train")
