@@ -225,8 +225,9 @@ def _compare(
     network: nn.Module, groups: ChannelGroups, shape: tuple[int, int, int], fraction: float, seed: int
 ) -> tuple[int, float, float]:
     generator = torch.Generator().manual_seed(seed)
-    mask = groups.prunable & (torch.rand(groups.num_components, generator=generator) < fraction)
-    mask, _ = keep_one(groups, mask, torch.rand(groups.num_components, generator=generator))
+    chance = torch.rand(groups.num_components, generator=generator)
+    limit = max(fraction, float(chance[groups.prunable].min())) if bool(groups.prunable.any()) else fraction
+    mask, _ = keep_one(groups, groups.prunable & (chance <= limit), torch.rand(len(chance), generator=generator))
     zero_components(network, groups, mask)
     has_batch_norm = any(isinstance(module, BATCH_NORMS) for module in network.modules())
     images = torch.rand(
