@@ -95,7 +95,8 @@ def hierarchical_all_reduce_seconds(
 ) -> float:
     """Time of reduce-scatter inside the nodes, all-reduce of the shards between them, all-gather inside.
 
-    The shards' all-reduces of one node run at the same time and share its NICs.
+    The g shards' rings of one node run at the same time and share its NICs: a step takes as long as g chunks on the
+    NICs, or as one chunk and the latency, whichever is longer.
 
     Args:
         message_bytes: gradient bytes that every GPU holds.
@@ -109,7 +110,12 @@ def hierarchical_all_reduce_seconds(
     """
     _check(message_bytes, gpus_per_node)
     inside = ring_all_reduce_seconds(message_bytes, gpus_per_node, intra)
-    return inside + ring_all_reduce_seconds(message_bytes, num_nodes, inter)
+    if num_nodes == 1:
+        return inside
+    latency, chunk = inter.latency_s or 0.0, message_bytes / gpus_per_node / num_nodes / inter.bandwidth_bytes_per_s
+    rounds = 2 * (num_nodes - 1)
+    between = (rounds - 1) * max(gpus_per_node * chunk, latency + chunk) + gpus_per_node * chunk + latency
+    return inside + between
 
 
 def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm: Choice = "auto") -> AllReduceTime:
