@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,7 @@ def simulate(
     input_images_per_s: str | None = None,
     mtbf_gpu_hours: float | None = None,
     price: float | None = None,
+    timeline: Path | None = None,
     seed: int = 0,
     option: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
     json: bool = False,
@@ -62,6 +64,8 @@ def simulate(
         input_images_per_s: what the input pipeline delivers to one GPU, or "recorded".
         mtbf_gpu_hours: mean time between failures of one GPU; failures are simulated with checkpoint and restart.
         price: USD per GPU and hour, instead of the cluster's.
+        timeline: write what the simulated GPUs do, of the first trace at the largest GPU count, as a Chrome trace: a
+            .json file for Perfetto, or a folder with a file per GPU for HolisticTraceAnalysis.
         seed: of every random draw.
         option: any further option of ptsim.sim.options.Options as name=value, for example faults.policy=elastic.
         json: print one JSON document.
@@ -92,9 +96,14 @@ def simulate(
     options = change(Options(), changes)
     where = load_cluster(cluster)
     projections: list[RunProjection] = []
-    for path in traces:
+    for number, path in enumerate(traces):
         trace, cache = read_trace(path), StepCache()
         projections += [project(trace, where, n, options, cache=cache) for n in counts]
+        if timeline is not None and number == 0:
+            from ptsim.export.timeline import write_timeline
+
+            for file in write_timeline(timeline, trace, where, max(counts), options):
+                print(f"timeline: {file}", file=sys.stderr)
     if json:
         print_json([_document(projection) for projection in projections])
     else:

@@ -182,6 +182,29 @@ def project(
     return _Projector(trace, cluster, num_gpus, options or Options(), device, cache or StepCache()).project()
 
 
+class RecordedSteps(msgspec.Struct, frozen=True, kw_only=True):
+    """Simulated steps of one architecture and mini-batch, piece by piece. `epoch` is the first that it trains."""
+
+    epoch: int
+    network: Network
+    batch: int
+    precision: Precision
+    device: Device
+    optimizer: str
+    result: StepResult
+
+
+def record_steps(
+    trace: Trace, cluster: Cluster, num_gpus: int, options: Options | None = None, *, num_steps: int = 2, shown: int = 8
+) -> tuple[RecordedSteps, ...]:
+    """What the streams of the first `shown` GPUs do in `num_steps` steps of every architecture of the run.
+
+    Raises:
+        UsageError: what `project` raises.
+    """
+    return _Projector(trace, cluster, num_gpus, options or Options(), None, StepCache()).record(num_steps, shown)
+
+
 def simulate(
     trace: Trace | str | Path,
     cluster: Cluster | str | Path,
@@ -378,6 +401,36 @@ class _Projector:
             notes=tuple(self.notes),
             faults=faults,
         )
+
+    def record(self, num_steps: int, shown: int) -> tuple[RecordedSteps, ...]:
+        recorded: dict[tuple[str, int], RecordedSteps] = {}
+        for stage in self._stages():
+            key = (stage.network.id, stage.batch)
+            if key in recorded:
+                continue
+            step = self._step_time(stage, self.device)
+            speeds = self._speeds(stage, step)
+            if len(set(speeds)) == 1 and self._jitter() is None:  # equal GPUs: simulate only what is shown
+                speeds = speeds[:1] * min(shown, self.num_gpus)
+            result = self._run_steps(
+                stage,
+                self._plan(stage, step, "expected"),
+                speeds,
+                self._jitter(),
+                self.options.contention,
+                num_steps=num_steps,
+                record_gpus=shown,
+            )
+            recorded[key] = RecordedSteps(
+                epoch=stage.epoch.epoch,
+                network=stage.network,
+                batch=stage.batch,
+                precision=self.precision,
+                device=self.device,
+                optimizer=self.optimizer,
+                result=result,
+            )
+        return tuple(recorded.values())
 
     # -- what is trained when --------------------------------------------------------------------------------------
 
@@ -580,7 +633,15 @@ class _Projector:
         )
 
     def _run_steps(
-        self, stage: _Stage, plan: StepPlan, speeds: tuple[float, ...], jitter: Jitter | None, contention: float
+        self,
+        stage: _Stage,
+        plan: StepPlan,
+        speeds: tuple[float, ...],
+        jitter: Jitter | None,
+        contention: float,
+        *,
+        num_steps: int | None = None,
+        record_gpus: int = 0,
     ) -> StepResult:
         options = self.options
         interval = self._input_interval_s(stage)
@@ -592,12 +653,17 @@ class _Projector:
             lag = plan.compute_s / shared
             jobs += [msgspec.structs.replace(job, start_s=lag * i) for i in range(1, shared)]
         # enough steps for a stable mean; among thousands of GPUs the slowest one varies little from step to step
-        num_steps = 1
-        if (jitter is not None and jitter.sigma) or shared > 1:
-            num_steps = max(1, min(options.sampled_steps, 20_000 // len(speeds)))
-        warmup = 2 if shared > 1 else int(interval > 0)
+        if num_steps is None:
+            is_random = (jitter is not None and jitter.sigma > 0) or shared > 1
+            num_steps = max(1, min(options.sampled_steps, 20_000 // len(speeds))) if is_random else 1
         return simulate_steps(
-            jobs, contention=contention, jitter=jitter, num_steps=num_steps, num_warmup=warmup, seed=options.seed
+            jobs,
+            contention=contention,
+            jitter=jitter,
+            num_steps=num_steps,
+            num_warmup=2 if shared > 1 else int(interval > 0),
+            seed=options.seed,
+            record_gpus=record_gpus,
         )[0]
 
     def _speeds(self, stage: _Stage, step: StepTime) -> tuple[float, ...]:

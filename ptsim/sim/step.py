@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Sequence
+from typing import Literal
 
 import msgspec
 import simpy
@@ -19,6 +20,8 @@ import simpy
 from ptsim.sim.clock import WorkClock
 
 Process = Generator[simpy.Event, None, None]
+Stream = Literal["compute", "communication"]
+Phase = Literal["forward", "backward", "update", "collective"]
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +133,8 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
 
     job: int
     gpu: int
-    stream: str
+    stream: Stream
+    phase: Phase
     name: str
     step: int
     start_s: float
@@ -164,7 +168,7 @@ def simulate_steps(
     num_steps: int = 1,
     num_warmup: int = 0,
     seed: int = 0,
-    record: bool = False,
+    record_gpus: int = 0,
 ) -> tuple[StepResult, ...]:
     """Simulate jobs side by side and average each one's steps.
 
@@ -175,7 +179,7 @@ def simulate_steps(
         num_steps: measured steps of every job; jobs go on until all have finished theirs.
         num_warmup: steps before them that are not measured.
         seed: of every random draw; equal seeds give equal results.
-        record: keep what every stream did, piece by piece.
+        record_gpus: of how many GPUs of every job to keep what their streams did, piece by piece.
 
     Raises:
         ValueError: no jobs, a job without GPUs, no steps, or a contention outside [0, 1].
@@ -192,13 +196,13 @@ def simulate_steps(
         _RunningJob(
             env,
             index,
-            job if record else msgspec.structs.replace(job, plan=job.plan.merged()),
+            job if record_gpus else msgspec.structs.replace(job, plan=job.plan.merged()),
             links,
             contention=contention,
             jitter=jitter or Jitter(),
             last_measured=num_warmup + num_steps,
             random=random.Random(f"{seed}/{index}"),
-            record=record,
+            record_gpus=record_gpus,
         )
         for index, job in enumerate(jobs)
     ]
@@ -262,7 +266,7 @@ class _RunningJob:
         jitter: Jitter,
         last_measured: int,
         random: random.Random,
-        record: bool,
+        record_gpus: int,
     ) -> None:
         self.env, self.index, self.job, self.plan = env, index, job, job.plan
         self.links, self.contention, self.jitter, self.random = links, contention, jitter, random
@@ -272,7 +276,8 @@ class _RunningJob:
         self.transfer = WorkClock(env)
         self.communicating = False
         self.num_computing = 0  # GPUs in a backward pass that overlaps communication
-        self.spans: list[Span] | None = [] if record else None
+        self.spans: list[Span] = []
+        self.record_gpus = min(record_gpus, len(job.speeds))
         self.steps: list[_Step] = []
         self.speeds = self._with_stragglers(job.speeds)
         links.watch(self._set_transfer_rate)
@@ -312,13 +317,13 @@ class _RunningJob:
                 yield step.head_done
             for micro_batch in range(plan.num_micro_batches):
                 last = micro_batch == plan.num_micro_batches - 1
-                yield from self._work(gpu, number, plan.forward, factor)
+                yield from self._work(gpu, number, "forward", plan.forward, factor)
                 if not last:
-                    yield from self._work(gpu, number, plan.backward, factor)
+                    yield from self._work(gpu, number, "backward", plan.backward, factor)
                     continue
                 self._enter_backward()
                 for work in plan.backward:
-                    yield from self._work(gpu, number, (work,), factor)
+                    yield from self._work(gpu, number, "backward", (work,), factor)
                     if work.bucket is not None and plan.overlap:
                         step.arrive(len(plan.head) + work.bucket)
                 self._leave_backward()
@@ -327,7 +332,7 @@ class _RunningJob:
                         step.arrive(len(plan.head) + bucket)
             if plan.buckets:
                 yield step.reduced
-            yield from self._work(gpu, number, plan.tail, factor)
+            yield from self._work(gpu, number, "update", plan.tail, factor)
             self._finish(number, plan.compute_s * factor)
             number += 1
 
@@ -342,12 +347,12 @@ class _RunningJob:
         self.env.process(load())
         return batches
 
-    def _work(self, gpu: int, step: int, pieces: Sequence[Work], factor: float) -> Process:
+    def _work(self, gpu: int, step: int, phase: Phase, pieces: Sequence[Work], factor: float) -> Process:
         for work in pieces:
             start = self.env.now
             yield self.compute.after(work.seconds * factor)
-            if self.spans is not None and work.seconds:
-                self._record(gpu, "compute", work.name, step, start)
+            if gpu < self.record_gpus and work.seconds:
+                self._record(gpu, "compute", phase, work.name, step, start)
 
     def _finish(self, number: int, compute_s: float) -> None:
         step = self.steps[number]
@@ -374,9 +379,10 @@ class _RunningJob:
                 self._set_communicating(True)
                 start = self.env.now
                 yield self.transfer.after(collective.seconds)
-                if self.spans is not None:
-                    for gpu in range(len(self.speeds)):
-                        self._record(gpu, "communication", collective.name, number, start, collective.num_bytes)
+                for gpu in range(self.record_gpus):
+                    self._record(
+                        gpu, "communication", "collective", collective.name, number, start, collective.num_bytes
+                    )
                 if i == num_head - 1:
                     self._set_communicating(False)
                     step.head_done.succeed()
@@ -405,13 +411,15 @@ class _RunningJob:
         if not self.num_computing:
             self._set_transfer_rate()
 
-    def _record(self, gpu: int, stream: str, name: str, step: int, start: float, num_bytes: int = 0) -> None:
-        assert self.spans is not None
+    def _record(
+        self, gpu: int, stream: Stream, phase: Phase, name: str, step: int, start: float, num_bytes: int = 0
+    ) -> None:
         self.spans.append(
             Span(
                 job=self.index,
                 gpu=gpu,
                 stream=stream,
+                phase=phase,
                 name=name,
                 step=step,
                 start_s=start,
@@ -437,7 +445,7 @@ class _RunningJob:
             exposed_communication_s=max(0.0, step_s - slowest_s - input_wait_s),
             communication_s=self.plan.communication_s,
             wire_bytes_per_gpu=self.plan.wire_bytes_per_gpu,
-            spans=tuple(self.spans or ()),
+            spans=tuple(self.spans),
         )
 
 

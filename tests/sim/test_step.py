@@ -164,7 +164,7 @@ class TestLaws:
     @some_plans
     def test_merging_work_changes_no_time(self, work: StepPlan, contention: float) -> None:
         merged = simulate_steps([Job(plan=work)], contention=contention)[0]
-        single = simulate_steps([Job(plan=work)], contention=contention, record=True)[0]
+        single = simulate_steps([Job(plan=work)], contention=contention, record_gpus=16)[0]
         assert merged.step_s == pytest.approx(single.step_s, rel=1e-9, abs=1e-12)
 
     @given(plans(), st.floats(0, 1))
@@ -203,7 +203,7 @@ class TestRandomness:
     def test_the_same_seed_gives_identical_results(self) -> None:
         job = Job(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * 16)
         jitter = Jitter(sigma=0.1, straggler_fraction=0.1, straggler_slowdown=1.5)
-        one, same = (simulate_steps([job], jitter=jitter, num_steps=5, seed=3, record=True) for _ in range(2))
+        one, same = (simulate_steps([job], jitter=jitter, num_steps=5, seed=3, record_gpus=16) for _ in range(2))
         assert msgspec.json.encode(one) == msgspec.json.encode(same)
 
     def test_another_seed_gives_another_result(self) -> None:
@@ -229,7 +229,7 @@ class TestRandomness:
 class TestRecord:
     def test_every_stream_is_busy_with_one_thing_at_a_time(self) -> None:
         spans = simulate_steps(
-            [Job(plan=plan([1, 2, 1], [2, 1], ready=[1, 2]), speeds=(1.0, 1.1))], contention=0.2, record=True
+            [Job(plan=plan([1, 2, 1], [2, 1], ready=[1, 2]), speeds=(1.0, 1.1))], contention=0.2, record_gpus=16
         )[0].spans
         for gpu in (0, 1):
             for stream in ("compute", "communication"):
@@ -238,7 +238,7 @@ class TestRecord:
                 assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(mine))
 
     def test_a_collective_ends_at_the_same_time_everywhere(self) -> None:
-        spans = simulate_steps([Job(plan=plan([1, 2], [2, 1]), speeds=(1.0, 1.5, 0.5))], record=True)[0].spans
+        spans = simulate_steps([Job(plan=plan([1, 2], [2, 1]), speeds=(1.0, 1.5, 0.5))], record_gpus=16)[0].spans
         ends = {s.end_s for s in spans if s.name == "bucket 0"}
         assert len(ends) == 1
 

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptsim.cli.main import run
+from ptsim.errors import UsageError
+from ptsim.export.timeline import write_timeline
+from ptsim.sim.options import Options
+from ptsim.sim.run import project
+from ptsim.trace.io import read_trace
+from tests.sim.plans import cluster
+from tests.traces import shrinking_trace
+
+Events = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> Events:
+    folder = tmp_path_factory.mktemp("timeline")
+    trace = read_trace(shrinking_trace(folder))
+    options = Options(first_bucket_bytes=20_000, bucket_bytes=100_000, jitter=0.05)
+    (file,) = write_timeline(folder / "steps.json", trace, cluster(), 4, options)
+    events: Events = json.loads(file.read_text())["traceEvents"]
+    return events
+
+
+def complete(events: Events, category: str) -> Events:
+    return [event for event in events if event["ph"] == "X" and event["cat"] == category]
+
+
+def test_every_event_has_the_keys_of_its_phase(events: Events) -> None:
+    needed = {
+        "X": {"name", "cat", "ts", "dur", "pid", "tid", "args"},
+        "M": {"name", "pid", "args"},
+        "C": {"name", "pid", "ts", "args"},
+        "s": {"name", "cat", "id", "pid", "tid", "ts"},
+        "f": {"name", "cat", "id", "pid", "tid", "ts", "bp"},
+    }
+    for event in events:
+        assert needed[event["ph"]] <= set(event)
+        assert event.get("dur", 0) >= 0
+        assert event.get("ts", 0) >= 0
+
+
+def test_a_process_is_a_gpu_with_two_streams(events: Events) -> None:
+    kernels = complete(events, "kernel")
+    assert {event["pid"] for event in kernels} == {0, 1, 2, 3}
+    assert {event["args"]["stream"] for event in kernels} == {7, 20}
+    named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
+    assert {(e["pid"], e["tid"]) for e in kernels} <= named
+
+
+def test_a_stream_does_one_thing_at_a_time(events: Events) -> None:
+    streams: dict[tuple[int, int], Events] = {}
+    for event in complete(events, "kernel"):
+        streams.setdefault((event["pid"], event["tid"]), []).append(event)
+    for kernels in streams.values():
+        kernels.sort(key=lambda event: event["ts"])
+        for one, other in itertools.pairwise(kernels):
+            assert one["ts"] + one["dur"] <= other["ts"] + 0.002  # rounded to nanoseconds
+
+
+def test_every_kernel_was_launched(events: Events) -> None:
+    launches = [event["args"]["correlation"] for event in complete(events, "cuda_runtime")]
+    kernels = [event["args"]["correlation"] for event in complete(events, "kernel")]
+    assert sorted(launches) == sorted(kernels)
+    assert len(set(kernels)) == len(kernels)
+
+
+def test_arrows_go_from_a_layer_to_the_all_reduce_that_waited_for_it(events: Events) -> None:
+    starts = {event["id"]: event for event in events if event["ph"] == "s"}
+    ends = {event["id"]: event for event in events if event["ph"] == "f"}
+    assert starts
+    assert starts.keys() == ends.keys()
+    for key, start in starts.items():
+        assert (start["tid"], ends[key]["tid"]) == (7, 20)
+        assert start["ts"] <= ends[key]["ts"]
+
+
+def test_memory_rises_in_forward_and_returns_after_backward(events: Events) -> None:
+    values = [e["args"]["bytes"] for e in events if e["ph"] == "C" and e["pid"] == 0]
+    assert min(values) > 0
+    assert max(values) > 2 * min(values)
+    assert values[-1] == min(values)
+
+
+def test_there_are_two_steps_of_every_architecture(events: Events) -> None:
+    steps = [e for e in complete(events, "user_annotation") if e["pid"] == 0]
+    assert [e["name"] for e in steps] == [f"ProfilerStep#{i}" for i in range(6)]
+    assert len({e["args"]["architecture"] for e in steps}) == 3
+
+
+def test_steps_last_as_long_as_the_projection_says(tmp_path: Path) -> None:
+    trace = read_trace(shrinking_trace(tmp_path))
+    (file,) = write_timeline(tmp_path / "steps.json", trace, cluster(), 64)
+    steps = complete(json.loads(file.read_text())["traceEvents"], "user_annotation")
+    projected = project(trace, cluster(), 64)
+    assert steps[0]["dur"] == pytest.approx(projected.epochs[0].step_s * 1e6, abs=0.01)
+    assert len({e["pid"] for e in steps}) == 8  # of 64 GPUs, the first eight are drawn
+
+
+def test_a_folder_gets_a_file_per_gpu_that_names_its_rank(tmp_path: Path) -> None:
+    trace = read_trace(shrinking_trace(tmp_path))
+    files = write_timeline(tmp_path / "ranks", trace, cluster(), 2)
+    assert [file.name for file in files] == ["rank_0.json", "rank_1.json"]
+    for rank, file in enumerate(files):
+        text = file.read_text()
+        assert re.search(r'"rank":\s+(\d+)', text)[1] == str(rank)  # type: ignore[index] # as HolisticTraceAnalysis looks for it
+        assert json.loads(text)["distributedInfo"] == {"backend": "nccl", "rank": rank, "world_size": 2}
+
+
+def test_the_command_line_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = shrinking_trace(tmp_path)
+    out = tmp_path / "t.json"
+    assert run(["simulate", str(trace), "--cluster", "dgx-a100", "--gpus", "2", "--json", "--timeline", str(out)]) == 0
+    assert json.loads(out.read_text())["traceEvents"]
+    assert json.loads(capsys.readouterr().out)  # stdout holds the document alone
+
+
+def test_a_file_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    trace = read_trace(shrinking_trace(tmp_path))
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UsageError, match="neither a .json file nor a folder"):
+        write_timeline(tmp_path / "taken", trace, cluster(), 2)
