@@ -126,5 +126,5 @@ def test_the_command_line_writes_it(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_file_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     trace = read_trace(shrinking_trace(tmp_path))
     (tmp_path / "taken").write_text("")
-    with pytest.raises(UsageError, match="neither a .json file nor a folder"):
+    with pytest.raises(UsageError, match=r"neither a \.json file nor a folder"):
         write_timeline(tmp_path / "taken", trace, cluster(), 2)
