@@ -4,8 +4,8 @@ What a run *did* is given: which architecture each epoch trained, its mini-batch
 *took* is predicted:
 
 * from the profiles (default): an epoch is its iterations times the profiled step of its architecture, plus input and
-  loop as the run's **first** epoch had them per image; reconfigurations take what the first one took. No other
-  epoch's time is looked at.
+  loop as the run's **first** epoch had them per image; reconfigurations that change the network take what the first
+  such one took. No other epoch's time is looked at.
 * from a device profile (`profile`): steps, input and reconfigurations come from the calibration file only. With
   `holdout` the file may not have been calibrated on any of the runs.
 * from the other runs (`holdout` without a file): every run is predicted from what the profiles of the *other* runs
@@ -42,7 +42,7 @@ from ptsim.hardware.profile import (
 )
 from ptsim.hardware.spec import Device
 from ptsim.trace.io import Trace, read_trace
-from ptsim.trace.pace import beyond_steps_s, input_s_per_image, reconfiguration_s
+from ptsim.trace.pace import beyond_steps_s, changes, input_s_per_image, reconfiguration_s
 from ptsim.trace.schema import Epoch
 
 Source = Literal["own profiles", "device profile", "other runs"]
@@ -302,7 +302,7 @@ def _source(
 
         return measured, _Pace(
             input_s_per_image=beyond_steps_s(first) * first.world_size / first.num_images if first.num_images else None,
-            reconfiguration_s=trace.reconfigurations[0].duration_s if trace.reconfigurations else None,
+            reconfiguration_s=changes(trace)[0].duration_s if changes(trace) else None,
         )
     if profile is None:
         others = [other for other in runs if other.path != trace.path]
@@ -339,7 +339,7 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace) -> RunCheck:
     notes = []
     if pace.input_s_per_image is None:
         notes.append(f"nobody measured the input of {run.dataset.name}: it counts as no time")
-    if pace.reconfiguration_s is None and trace.reconfigurations:
+    if pace.reconfiguration_s is None and changes(trace):
         notes.append("nobody measured a reconfiguration: they count as no time")
     if run.world_size > 1:
         notes.append("exposed communication is as measured; `ptsim simulate` predicts it")
@@ -348,7 +348,7 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace) -> RunCheck:
     measured_s = sum(epoch.measured_seconds for epoch in epochs)
     predicted_s = sum(epoch.predicted_seconds for epoch in epochs)
     events_s = sum(event.duration_s for event in trace.reconfigurations)
-    predicted_events_s = (pace.reconfiguration_s or 0.0) * len(trace.reconfigurations)
+    predicted_events_s = (pace.reconfiguration_s or 0.0) * len(changes(trace))
     energies = [epoch.measured_energy_joules for epoch in epochs if epoch.measured_energy_joules is not None]
     predicted_energies = [e.predicted_energy_joules for e in epochs if e.predicted_energy_joules is not None]
     whole_energy = len(energies) == len(epochs) == len(predicted_energies)

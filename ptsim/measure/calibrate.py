@@ -41,13 +41,14 @@ from ptsim.measure.profile import profile_network
 from ptsim.measure.rebuild import rebuild
 from ptsim.network import LayerKind, Network, Precision
 from ptsim.trace.io import Trace
-from ptsim.trace.pace import input_s_per_image, reconfiguration_s
+from ptsim.trace.pace import changes, input_s_per_image, reconfiguration_s
 
 MakeRegularizer = Callable[[nn.Module, tuple[int, int, int]], Callable[[], object]]
 Progress = Callable[[str, float], None]  # what is being measured, fraction of the time that has passed
 
 _SAVE_EVERY_S = 5.0
 _NUM_STEPS = 7
+_MIN_STEPS_S = 2.0  # of whole steps: small networks take milliseconds, and a machine is rarely still
 _ZOO_STEPS = {
     "cpu": (("resnet20", 32), ("vgg11", 32), ("resnet50", 16)),
     "cuda": (
@@ -231,7 +232,7 @@ class _Calibration:
             seconds = input_s_per_image(trace)
             if seconds is not None:
                 self.update(input_s_per_image={**self.profile.input_s_per_image, trace.run.dataset.name: seconds})
-            if trace.reconfigurations:
+            if changes(trace):
                 self.update(reconfiguration_s=reconfiguration_s(trace))
         setting = setting_of(trace)
         optimizer = trace.run.hyperparameters.get("optimizer", "sgd")
@@ -291,6 +292,7 @@ class _Calibration:
                 regularizer=regularizer,
                 device=self._device,
                 num_steps=_NUM_STEPS,
+                min_seconds=_MIN_STEPS_S,
             )
         except MissingMeasurementError:  # larger than this device's memory
             return

@@ -61,6 +61,7 @@ def profile_network(
     device: torch.device | str,
     num_steps: int = NUM_STEPS,
     num_layered_steps: int = NUM_LAYERED_STEPS,
+    min_seconds: float = 0.0,
 ) -> Profile:
     """Time one architecture on this device: medians per layer and of whole steps, and a step's peak memory on a GPU.
 
@@ -79,6 +80,7 @@ def profile_network(
         device: where to run.
         num_steps: whole steps to take the median of.
         num_layered_steps: steps with a clock around every layer.
+        min_seconds: take whole steps for at least as long, and a quarter as many with clocks around the layers.
 
     Raises:
         UnsupportedModelError: `network` does not describe `model`, or torch.fx cannot trace it.
@@ -98,7 +100,11 @@ def profile_network(
             if cuda_devices:
                 torch.cuda.reset_peak_memory_stats(device)
             steps = run.steps(num_steps)
+            while sum(step[-1] for step in steps) < min_seconds:
+                steps += run.steps(num_steps)
             peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes if cuda_devices else None
+            if len(steps) > num_steps:
+                num_layered_steps = max(num_layered_steps, len(steps) // 4)
             layered = [run.layered_step() for _ in range(num_layered_steps)]
         except torch.OutOfMemoryError as error:
             raise MissingMeasurementError(
@@ -115,15 +121,15 @@ def profile_network(
         precision=precision,
         memory_format=memory_format,
         device=open_meter(device).info().name,
-        num_samples=num_steps,
+        num_samples=len(steps),
         layers=tuple(_median_layers(network, layered)),
         forward_s=forward_s,
         backward_s=backward_s,
         optimizer_s=optimizer_s,
         regularizer_s=regularizer_s,
         step_s=step_s,
-        step_low_s=min(step[-1] for step in steps),
-        step_high_s=max(step[-1] for step in steps),
+        step_low_s=_rank(steps, 0.05),
+        step_high_s=_rank(steps, 0.95),
         peak_memory_bytes=peak_bytes,
     )
 
@@ -142,6 +148,12 @@ def match_layers(graph: fx.GraphModule, network: Network) -> dict[fx.Node, str]:
             f"the description of {network.name} has layers that the model does not have: {', '.join(sorted(unmatched))}"
         )
     return nodes
+
+
+def _rank(steps: list[tuple[float, ...]], fraction: float) -> float:
+    """That quantile of the steps' seconds; of fewer than twenty the fastest and the slowest."""
+    ordered = sorted(step[-1] for step in steps)
+    return ordered[round(fraction * (len(ordered) - 1))]
 
 
 LayerSeconds = dict[str, list[float]]  # layer → [forward, backward]; backward NaN where autograd has no node

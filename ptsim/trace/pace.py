@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from ptsim.trace.io import Trace
-from ptsim.trace.schema import Epoch
+from ptsim.trace.schema import Epoch, Reconfiguration
 
 
 def beyond_steps_s(epoch: Epoch) -> float:
@@ -25,7 +25,12 @@ def input_s_per_image(trace: Trace) -> float | None:
     return statistics.median(values) if values else None
 
 
+def changes(trace: Trace) -> tuple[Reconfiguration, ...]:
+    """The reconfigurations that changed the network; one that finds nothing to prune takes next to no time."""
+    return tuple(event for event in trace.reconfigurations if event.before != event.after)
+
+
 def reconfiguration_s(trace: Trace) -> float | None:
-    """Median seconds of one reconfiguration; None where there was none."""
-    values = [event.duration_s for event in trace.reconfigurations]
+    """Median seconds of a reconfiguration that changed the network; None where there was none."""
+    values = [event.duration_s for event in changes(trace)]
     return statistics.median(values) if values else None

@@ -88,7 +88,8 @@ class Profile(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
 
     `step_s` is the median of whole training steps measured without per-layer timers, `forward_s` and `backward_s`
     its parts; per-layer times are scaled by nothing and need not add up to them (timers cost time themselves).
-    `step_low_s` and `step_high_s` are the fastest and the slowest of the `num_samples` whole steps.
+    `step_low_s` and `step_high_s` are the fastest and the slowest of the `num_samples` whole steps (of twenty or more
+    the 5th and 95th percentile).
     """
 
     architecture: str
