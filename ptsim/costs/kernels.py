@@ -1,0 +1,275 @@
+"""Which kernels a training step runs, as columns: matrix products with their shapes, and bytes that stream.
+
+Every layer becomes a few kernels (forward; gradient of the input; gradient of the weights). A matrix product is
+described as the implicit GEMM that cuDNN runs, m×n×k per group; everything else is the bytes it moves. The columns
+depend on network, mini-batch, number format and layout only; what a device makes of them is `costs.datasheet`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ptsim.costs.times import MemoryFormat
+from ptsim.network import Layer, LayerKind, Network, Precision
+
+Floats = npt.NDArray[np.float64]
+
+
+class Work(IntEnum):
+    """What decides a kernel's time."""
+
+    PRODUCT = 0  # GEMM or convolution as implicit GEMM
+    DEPTHWISE = 1  # convolution with one channel per group: no reuse, a direct kernel
+    NORM = 2  # two-pass reductions over a tensor
+    STREAM = 3  # element-wise: reads and writes once
+
+
+class Pass(IntEnum):
+    """Part of the step that the kernel belongs to."""
+
+    FORWARD = 0
+    INPUT_GRADIENT = 1
+    WEIGHT_GRADIENT = 2
+
+
+class Kernel(msgspec.Struct, frozen=True, kw_only=True):
+    """One kernel of one layer, for the whole mini-batch.
+
+    Attributes:
+        layer: position in `network.layers`.
+        m, n, k, groups: shape of the product; multiply–accumulates are m·n·k·groups.
+        winograd: a 3×3 convolution with stride 1, for which fp32 kernels exist that multiply less.
+        strided: the gradient of a strided convolution's input, whose output pixels differ in work.
+        moved_bytes: every operand read once, every result written once.
+        layout_bytes: what conversions between NCHW and NHWC around the kernel move.
+        footprint_bytes: distinct bytes touched, to tell what stays in the L2 cache.
+        launches: how often the host launches something for it.
+    """
+
+    layer: int
+    work: Work
+    step: Pass
+    moved_bytes: float
+    footprint_bytes: float
+    m: float = 0.0
+    n: float = 0.0
+    k: float = 0.0
+    groups: float = 0.0
+    element_bytes: float = 4.0
+    winograd: bool = False
+    strided: bool = False
+    layout_bytes: float = 0.0
+    launches: float = 1.0
+
+
+class Kernels(msgspec.Struct, frozen=True, kw_only=True):
+    """Kernels as columns; `Kernel` says what each is."""
+
+    layer: npt.NDArray[np.intp]
+    work: npt.NDArray[np.intp]
+    step: npt.NDArray[np.intp]
+    m: Floats
+    n: Floats
+    k: Floats
+    groups: Floats
+    element_bytes: Floats
+    winograd: npt.NDArray[np.bool_]
+    strided: npt.NDArray[np.bool_]
+    moved_bytes: Floats
+    layout_bytes: Floats
+    footprint_bytes: Floats
+    launches: Floats
+
+    @classmethod
+    def of(cls, kernels: Iterable[Kernel]) -> Kernels:
+        """The columns of these kernels."""
+        rows = list(kernels)
+        integers = {"layer": np.intp, "work": np.intp, "step": np.intp, "winograd": np.bool_, "strided": np.bool_}
+        return cls(
+            **{
+                name: np.array([getattr(row, name) for row in rows], dtype=integers.get(name, np.float64))
+                for name in cls.__struct_fields__
+            }
+        )
+
+
+# Operators that only rename elements; the others of kind RESHAPE copy.
+_VIEWS = frozenset(
+    "flatten unflatten view view_as reshape reshape_as transpose t permute movedim moveaxis swapaxes swapdims chunk split "
+    "tensor_split unbind unsqueeze squeeze expand expand_as narrow select getitem detach broadcast_to getattr".split()
+)
+
+
+def network_kernels(
+    network: Network, *, batch: int, precision: Precision, memory_format: MemoryFormat, tensor_cores: bool
+) -> Kernels:
+    """The kernels of forward and backward of `batch` images.
+
+    Args:
+        network: what is trained.
+        batch: images.
+        precision: of the products; under fp16 and bf16 (autocast) activations take two bytes.
+        memory_format: layout of the activations.
+        tensor_cores: the device multiplies this precision on tensor cores, whose half-precision kernels want NHWC.
+    """
+    element = precision.activation_bytes
+    halves = tensor_cores and element == 2
+    # Tensor-core half-precision kernels are NHWC; the fp32 ones of older cores are NCHW.
+    foreign = halves if memory_format == "contiguous" else (not tensor_cores)
+    consumers: dict[str, int] = {}
+    for source, _ in network.edges:
+        consumers[source] = consumers.get(source, 0) + 1
+    rows: list[Kernel] = []
+    for index, layer in enumerate(network.layers):
+        rows.extend(_layer_kernels(index, layer, batch, element, foreign=foreign, halves=halves))
+        if (extra := consumers.get(layer.name, 1) - 1) > 0:  # gradients of the branches are added up
+            size = float(layer.output_elements * batch * element)
+            rows.append(_stream(index, Pass.INPUT_GRADIENT, 3 * extra * size, 3 * size, launches=extra))
+    return Kernels.of(rows)
+
+
+def convolution_kernels(
+    layer: Layer, *, batch: int, element: int, foreign: bool = False, halves: bool = False, index: int = 0
+) -> Iterator[Kernel]:
+    """Forward, input gradient (where one is needed) and weight gradient of a convolution.
+
+    Args:
+        layer: the convolution.
+        batch: images.
+        element: bytes of one element.
+        foreign: the kernel wants another memory layout than the tensors have.
+        halves: it runs on tensor cores in half precision.
+        index: position in the network.
+    """
+    channels_in, channels_out = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    area = math.prod(layer.kernel_size)
+    height, width = layer.input_shapes[0][-2:]
+    pixels_in, pixels_out = batch * height * width, batch * math.prod(layer.output_shape[-2:])
+    stride = math.prod(layer.stride)
+    x = float(batch * math.prod(layer.input_shapes[0]) * element)
+    y = float(batch * layer.output_elements * element)
+    w = float(layer.out_channels * channels_in * area * element)
+    depthwise = channels_in == 1 and layer.groups > 1
+    # Half-precision tensor-core kernels load 16 bytes at once; other channel counts are padded by a copy. Kernels for
+    # images of three or four channels exist.
+    ragged = halves and any(count % 8 for count in (channels_in, channels_out) if count > 4)
+    shapes = {
+        Pass.FORWARD: (pixels_out, channels_out, channels_in * area),
+        Pass.INPUT_GRADIENT: (pixels_in, channels_in, channels_out * area / stride),
+        Pass.WEIGHT_GRADIENT: (channels_out, channels_in * area, pixels_out),
+    }
+    for step, (m, n, k) in shapes.items():
+        if step is Pass.INPUT_GRADIENT and not layer.input_needs_gradient:
+            continue
+        yield Kernel(
+            layer=index,
+            work=Work.DEPTHWISE if depthwise else Work.PRODUCT,
+            step=step,
+            m=m,
+            n=n,
+            k=k,
+            groups=layer.groups,
+            element_bytes=element,
+            winograd=layer.kernel_size == (3, 3) and stride == 1 and layer.groups == 1 and layer.dilation == (1, 1),
+            strided=step is Pass.INPUT_GRADIENT and stride > 1,
+            moved_bytes=x + y + w,
+            layout_bytes=2 * (x + y) if (foreign or ragged) and not depthwise else 0.0,
+            footprint_bytes=x + y + w,
+            launches=1 + layer.bias,
+        )
+
+
+def product_kernels(
+    m: float, n: float, k: float, *, element: int, groups: float = 1, needs_input_gradient: bool = True, index: int = 0
+) -> Iterator[Kernel]:
+    """The three products of y[m,n] = x[m,k]·w[k,n], `groups` times."""
+    size = float(groups * (m * n + m * k + n * k) * element)
+    for step, shape in (
+        (Pass.FORWARD, (m, n, k)),
+        (Pass.INPUT_GRADIENT, (m, k, n)),
+        (Pass.WEIGHT_GRADIENT, (n, k, m)),
+    ):
+        if step is Pass.INPUT_GRADIENT and not needs_input_gradient:
+            continue
+        yield Kernel(
+            layer=index,
+            work=Work.PRODUCT,
+            step=step,
+            m=shape[0],
+            n=shape[1],
+            k=shape[2],
+            groups=groups,
+            element_bytes=element,
+            moved_bytes=size,
+            footprint_bytes=size,
+        )
+
+
+def _layer_kernels(index: int, layer: Layer, batch: int, element: int, *, foreign: bool, halves: bool) -> Iterator[Kernel]:
+    x = float(layer.input_elements * batch * element)
+    y = float(layer.output_elements * batch * element)
+    forward, backward = Pass.FORWARD, Pass.INPUT_GRADIENT
+    match layer.kind:
+        case LayerKind.CONV:
+            yield from convolution_kernels(
+                layer, batch=batch, element=element, foreign=foreign, halves=halves, index=index
+            )
+        case LayerKind.LINEAR if layer.in_channels and layer.out_channels:
+            rows = batch * layer.output_elements / layer.out_channels
+            yield from product_kernels(
+                rows, layer.out_channels, layer.in_channels, element=element, index=index,
+                needs_input_gradient=layer.input_needs_gradient,
+            )  # fmt: skip
+        case LayerKind.LINEAR | LayerKind.MATMUL:
+            # Only the count is known: taken as one square-ish product per image over the output's last axis.
+            n = float(layer.output_shape[-1]) if layer.output_shape else 1.0
+            m = max(layer.output_elements / n, 1.0)
+            k = max(layer.forward_macs / max(layer.output_elements, 1), 1.0)
+            yield from product_kernels(m, n, k, groups=batch, element=element, index=index)
+        case LayerKind.BATCH_NORM:  # METHOD.md, section 6: three accesses forward, five backward
+            yield _norm(index, forward, 3 * x, x)
+            yield _norm(index, backward, 5 * x, 2 * x)
+        case LayerKind.NORM:
+            yield _norm(index, forward, 2 * x, x)
+            yield _norm(index, backward, 4 * x, 2 * x)
+        case LayerKind.ACTIVATION:
+            yield _stream(index, forward, x + y, x)
+            yield _stream(index, backward, 3 * x, 2 * x)
+        case LayerKind.ELEMENTWISE:
+            yield _stream(index, forward, x + y, x + y)
+            if layer.op not in ("add", "sub", "rsub"):  # a sum hands its gradient on as it is
+                yield _stream(index, backward, 2 * x + y, x + y)
+        case LayerKind.POOL:
+            largest = 8.0 * layer.output_elements * batch if "max" in layer.op else 0.0  # 64-bit positions
+            yield _stream(index, forward, x + y + largest, x + y)
+            yield _stream(index, backward, x + y + largest, x + y)
+        case LayerKind.CONCAT:
+            yield _stream(index, forward, 2 * y, 2 * y)
+            yield _stream(index, backward, 2 * y, 2 * y, launches=len(layer.input_shapes))
+        case LayerKind.DROPOUT:
+            mask = float(layer.output_elements * batch)
+            yield _stream(index, forward, x + y + mask, x + y)
+            yield _stream(index, backward, x + y + mask, x + y)
+        case LayerKind.RESHAPE:
+            if layer.op not in _VIEWS:
+                yield _stream(index, forward, 2 * y, 2 * y)
+                yield _stream(index, backward, 2 * y, 2 * y)
+        case _:
+            yield _stream(index, forward, x + y, x + y)
+            yield _stream(index, backward, x + y, x + y)
+
+
+def _stream(index: int, step: Pass, moved: float, footprint: float, launches: float = 1.0) -> Kernel:
+    return Kernel(
+        layer=index, work=Work.STREAM, step=step, moved_bytes=moved, footprint_bytes=footprint, launches=launches
+    )
+
+
+def _norm(index: int, step: Pass, moved: float, footprint: float) -> Kernel:
+    return Kernel(layer=index, work=Work.NORM, step=step, moved_bytes=moved, footprint_bytes=footprint)
