@@ -1,6 +1,6 @@
 """The networks of the published measurements, captured once so that fitting needs no torch.
 
-    python analysis/capture_public.py        # writes traces/public/networks.json.gz
+python analysis/capture_public.py        # writes traces/public/networks.json.gz
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ def main() -> None:
     for name in sorted(names):
         entry = zoo.find(name)
         model = entry.build(num_classes=entry.num_classes)
-        networks[name] = capture_network(
-            model, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes
-        )
+        networks[name] = capture_network(model, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes)
         print(name, len(networks[name].layers), networks[name].forward_macs)
     with gzip.GzipFile(PUBLIC / "networks.json.gz", "wb", mtime=0) as file:
         file.write(msgspec.json.encode(networks))

@@ -93,7 +93,11 @@ def layer_cases() -> list[Case]:
         padding = (row.k - 1) // 2 if row.pad_mode == "SAME" else 0
         layer = _convolution(row.in_c, row.out_c, (row.k, row.k), (row.stride, row.stride), (padding, padding),
                              (row.in_hw, row.in_hw), (row.out_hw, row.out_hw))  # fmt: skip
-        kernel = next(k for k in convolution_kernels(layer, batch=int(row.batch), element=4, foreign=True) if k.step is Pass.FORWARD)
+        kernel = next(
+            k
+            for k in convolution_kernels(layer, batch=int(row.batch), element=4, foreign=True)
+            if k.step is Pass.FORWARD
+        )
         cases.append(_layer_case(kernel, row, row.device, Precision.FP32))
     return cases
 
@@ -103,10 +107,7 @@ def stack(cases: list[Case]) -> tuple[Kernels, Chip, Floats]:
     sizes = [len(case.kernels.layer) for case in cases]
     owner = np.repeat(np.arange(len(cases)), sizes)
     kernels = Kernels(
-        **{
-            name: np.concatenate([getattr(case.kernels, name) for case in cases])
-            for name in Kernels.__struct_fields__
-        }
+        **{name: np.concatenate([getattr(case.kernels, name) for case in cases]) for name in Kernels.__struct_fields__}
     )
     chip = Chip(
         **{name: np.array([getattr(case.chip, name) for case in cases])[owner] for name in Chip.__struct_fields__}

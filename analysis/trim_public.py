@@ -41,9 +41,10 @@ def training(folder: Path) -> pd.DataFrame:
     rows = rows.assign(
         device=rows.gpu_model.map(DEVICES),
         framework=rows.framework.str.split().str[0],
-        precision=rows.precision.str[:4].map({"FP16": "fp16", "AMP-": "fp16"}).fillna("fp32").where(
-            ~(rows.precision.str.startswith("FP32") & ampere), "tf32"
-        ),
+        precision=rows.precision.str[:4]
+        .map({"FP16": "fp16", "AMP-": "fp16"})
+        .fillna("fp32")
+        .where(~(rows.precision.str.startswith("FP32") & ampere), "tf32"),
         whole_model_fp16=rows.precision.str.startswith("FP16"),
         memory_format=rows.layout.map({"NCHW": "contiguous", "NHWC": "channels_last"}),
         model=rows.model.str.lower().str.replace("resnet-", "resnet").str.split().str[0],
@@ -53,8 +54,8 @@ def training(folder: Path) -> pd.DataFrame:
         software=rows.software.str.split("; driver").str[0],
         batch=rows.per_gpu_batch.astype(int),
     )
-    keys = ["device", "framework", "torch", "software", "precision", "whole_model_fp16", "memory_format", "model", "batch",
-            "with_optimizer", "host_copy"]  # fmt: skip
+    keys = ["device", "framework", "torch", "software", "precision", "whole_model_fp16", "memory_format", "model",
+            "batch", "with_optimizer", "host_copy"]  # fmt: skip
     grouped = rows.groupby(keys, dropna=False, sort=True)
     table = grouped.agg(
         images_per_s=("images_per_sec", "median"),
@@ -73,8 +74,8 @@ def layers(folder: Path) -> pd.DataFrame:
         precision=rows.precision.map({"FP32": "fp32", "Psuedo FP16": "fp16", "FP16 ip, Mixed math": "fp16"}),
         seconds=rows.time_ms / 1e3,
     )
-    columns = ["device", "precision", "op", "phase", "batch", "in_c", "in_h", "in_w", "out_c", "kh", "kw", "stride_h", "stride_w",
-               "pad_h", "pad_w", "m", "n", "k", "seconds", "algo", *SOURCE]  # fmt: skip
+    columns = ["device", "precision", "op", "phase", "batch", "in_c", "in_h", "in_w", "out_c", "kh", "kw", "stride_h",
+               "stride_w", "pad_h", "pad_w", "m", "n", "k", "seconds", "algo", *SOURCE]  # fmt: skip
     return rows[rows.device.notna()][columns]
 
 

@@ -3,7 +3,7 @@
 A matrix product runs in tiles. Its blocks are dealt to the SMs in whole waves; a block multiplies at the peak rate
 times `simt` or `tensor`, and waits for its operands, which reach an SM at `feed_bytes_per_clock`: the term that keeps
 fast tensor cores far from their peak and that grows for small tiles, so that odd and small channel counts make stairs.
-Everything else is bytes over memory bandwidth. The eighteen numbers of `Efficiency` are the same for all GPUs; what
+Everything else is bytes over memory bandwidth. The numbers of `Efficiency` are the same for all GPUs; what
 differs between GPUs is in the catalog. `analysis/fit_efficiency.py` fits them; `efficiency.toml` holds the result.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
 from ptsim.costs.times import LayerTime, MemoryFormat, StepTime, Tier
+from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
 from ptsim.network import Network, Precision
 
@@ -29,23 +30,28 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         simt, tensor: share of the peak that the inner loop of a product sustains, on CUDA cores and tensor cores.
         feed_bytes_per_clock: operand bytes that one SM takes in per clock.
         ramp: extra depth k that a tile's start and end cost.
+        latency: blocks' worth of time that an SM idles before its first result.
         winograd: by how much 3×3 kernels on CUDA cores multiply less in effect.
         input_gradient, weight_gradient, strided: rate of these passes relative to the forward pass.
         product_bandwidth, stream_bandwidth, norm_bandwidth, layout_bandwidth: share of the memory bandwidth that
             products, element-wise kernels, normalisations and layout conversions reach.
+        pascal_bandwidth: bandwidth that the Pascal memory controllers deliver relative to their successors' share; the
+            Volta white paper says 1.5 × in all for V100 over P100, whose stated bandwidths differ 1.23 ×: 0.82.
         depthwise_bandwidth, depthwise_rate: shares of bandwidth and of the fp32 peak of depthwise convolutions.
         hiding: exponent p of (multiply^p + feed^p)^(1/p), clocks per FLOP inside a block.
         overlap: exponent p of (compute^p + memory^p)^(1/p); large means that the smaller one hides.
-        launch_s: least time of a kernel on the GPU.
+        launch_s, product_s: least time of a kernel on the GPU; a product is several kernels (transforms, zero fills).
         cache: bandwidth of the L2 cache relative to the memory's.
         throttle: exponent of the clock in the power that a board has per SM and boost clock, relative to the board of
             its generation that has most.
+        boost: clock of consumer boards relative to the stated boost clock.
     """
 
     simt: float
     tensor: float
     feed_bytes_per_clock: float
     ramp: float
+    latency: float
     winograd: float
     input_gradient: float
     weight_gradient: float
@@ -54,13 +60,16 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stream_bandwidth: float
     norm_bandwidth: float
     layout_bandwidth: float
+    pascal_bandwidth: float
     depthwise_bandwidth: float
     depthwise_rate: float
     hiding: float
     overlap: float
     launch_s: float
+    product_s: float
     cache: float
     throttle: float
+    boost: float
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,11 +88,11 @@ class Residuals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `efficiency.toml` holds: the fit, its GPUs, and its residuals on GPUs in it and outside it."""
+    """What `efficiency.toml` holds: the fit, its GPUs' own factors of time, residuals on these GPUs and on others."""
 
     efficiency: Efficiency
     host: Host
-    devices: tuple[str, ...]
+    devices: dict[str, float]
     known_device: Residuals
     new_device: Residuals
 
@@ -93,6 +102,8 @@ class Chip(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         tensor: the products run on tensor cores.
+        boosts: 1 where the board clocks beyond its stated boost clock.
+        pascal: 1 for that generation's memory controller.
         power_ratio: power per SM and clock relative to the generation's best-fed board, at most 1.
     """
 
@@ -104,15 +115,26 @@ class Chip(msgspec.Struct, frozen=True, kw_only=True):
     bandwidth_bytes_per_s: Floats | float
     l2_bytes: Floats | float
     power_ratio: Floats | float
+    boosts: Floats | float
+    pascal: Floats | float
 
 
 # Watts per SM and GHz of the board of each generation that holds its boost clock best, from the catalog: GTX 1080 Ti
 # (128 cores per SM), V100 SXM2, RTX 2080 Ti, A100 SXM4, RTX 4090, H100 SXM5, B200.
-_FULL_POWER = {"pascal": 3.6, "volta": 2.45, "turing": 2.38, "ampere": 2.52, "ada": 1.39, "hopper": 2.9, "blackwell": 3.4}
+_FULL_POWER = {
+    "pascal": 3.6,
+    "volta": 2.45,
+    "turing": 2.38,
+    "ampere": 2.52,
+    "ada": 1.39,
+    "hopper": 2.9,
+    "blackwell": 3.4,
+}
 _TENSOR_SINCE = {Precision.FP16: "volta", Precision.BF16: "ampere", Precision.TF32: "ampere"}
 _GENERATIONS = ("cpu", "pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell")
 _TILES = ((256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 128), (64, 32), (32, 32))
-_SPLIT_DEPTH = 256  # least depth k of a slice when the depth is split over blocks
+_SPLIT_DEPTH = 256  # least depth k of a slice when the depth is split over blocks …
+_SPLIT_BLOCKS = 4  # … and how many of them an SM gets
 
 # Reads and writes of 4 bytes per parameter by torch's optimizers: SGD weight decay (3), momentum (5), step (3), …
 _UPDATE_ACCESSES = {"sgd": 11, "rmsprop": 15, "adam": 19, "adamw": 19}
@@ -127,15 +149,19 @@ def uses_tensor_cores(device: Device, precision: Precision) -> bool:
 
 def chip_of(device: Device, precision: Precision) -> Chip:
     """The device in the model's terms for products of this precision."""
+    # Autocast on cores without tensor units keeps half-precision tensors and multiplies in fp32.
+    products = Precision.FP32 if precision is Precision.FP16 and not uses_tensor_cores(device, precision) else precision
     power = device.power_w / (device.num_sms * device.boost_clock_hz / 1e9)
     return Chip(
-        peak_flops_per_s=device.peak_flops_per_s[precision],
+        peak_flops_per_s=device.peak_flops_per_s[products],
         simt_flops_per_s=device.peak_flops_per_s[Precision.FP32],
         tensor=float(uses_tensor_cores(device, precision)),
         num_sms=float(device.num_sms),
         clock_hz=device.boost_clock_hz,
         bandwidth_bytes_per_s=device.memory_bandwidth_bytes_per_s,
         l2_bytes=float(device.l2_bytes),
+        boosts=float(device.boosts_beyond),
+        pascal=float(device.architecture == "pascal"),
         power_ratio=min(1.0, power / _FULL_POWER.get(device.architecture, power)),
     )
 
@@ -144,7 +170,8 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
     """Seconds of every kernel on the device."""
     e = efficiency
     resident = np.minimum(1.0, chip.l2_bytes / np.maximum(kernels.footprint_bytes, 1.0))
-    bandwidth = chip.bandwidth_bytes_per_s * (1 + (e.cache - 1) * resident)
+    controller = 1 + (e.pascal_bandwidth - 1) * np.asarray(chip.pascal)
+    bandwidth = chip.bandwidth_bytes_per_s * controller * (1 + (e.cache - 1) * resident)
     share = np.array([e.product_bandwidth, e.depthwise_bandwidth, e.norm_bandwidth, e.stream_bandwidth])
     memory = kernels.moved_bytes / (share[kernels.work] * bandwidth)
     compute = np.zeros_like(memory)
@@ -154,12 +181,16 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
     compute[is_depthwise] = (2 * macs / (e.depthwise_rate * chip.simt_flops_per_s))[is_depthwise]
     largest = np.maximum(np.maximum(compute, memory), 1e-12)
     both = largest * ((compute / largest) ** e.overlap + (memory / largest) ** e.overlap) ** (1 / e.overlap)
-    return both + kernels.layout_bytes / (e.layout_bandwidth * bandwidth) + e.launch_s * kernels.launches
+    return (
+        both
+        + kernels.layout_bytes / (e.layout_bandwidth * bandwidth)
+        + (e.launch_s * kernels.launches + (e.product_s - e.launch_s) * is_product)
+    )
 
 
 def _product_seconds(kernels: Kernels, chip: Chip, e: Efficiency) -> Floats:
     """The multiplying part of the products: the best tile's whole waves of blocks."""
-    clock = chip.clock_hz * np.asarray(chip.power_ratio) ** e.throttle
+    clock = chip.clock_hz * np.asarray(chip.power_ratio) ** e.throttle * (1 + (e.boost - 1) * np.asarray(chip.boosts))
     rate = chip.peak_flops_per_s / (chip.num_sms * chip.clock_hz)  # FLOP per SM and clock
     tensor = np.asarray(chip.tensor) > 0
     flops_clocks = 1 / (rate * np.where(tensor, e.tensor, e.simt))
@@ -169,18 +200,21 @@ def _product_seconds(kernels: Kernels, chip: Chip, e: Efficiency) -> Floats:
     best = np.full(m.shape, np.inf)
     for rows, columns in _TILES:
         blocks = np.ceil(m / rows) * np.ceil(n / columns) * np.maximum(kernels.groups, 1)
-        split = np.clip(chip.num_sms / blocks, 1, np.maximum(depth / _SPLIT_DEPTH, 1))
+        split = np.clip(_SPLIT_BLOCKS * chip.num_sms / blocks, 1, np.maximum(depth / _SPLIT_DEPTH, 1))
         per_sm = np.ceil(blocks * split / chip.num_sms - 1e-9)
         feed_clocks = kernels.element_bytes * (rows + columns) / (2 * rows * columns) / e.feed_bytes_per_clock
         work = 2.0 * rows * columns * (depth / split + e.ramp)
         clocks = (flops_clocks**e.hiding + feed_clocks**e.hiding) ** (1 / e.hiding)
-        best = np.minimum(best, per_sm * work * clocks / clock)
+        best = np.minimum(best, (per_sm + e.latency) * work * clocks / clock)
     narrow = np.minimum(kernels.n, kernels.k / 9)  # of a forward 3×3 convolution: the fewer of its channels
     narrow = np.where(kernels.step == Pass.WEIGHT_GRADIENT, np.minimum(kernels.m, kernels.n / 9), narrow)
     gain = 1 + (e.winograd - 1) * narrow / (narrow + 32)
     best = np.where(kernels.winograd & ~tensor, best / gain, best)
-    slower = np.array([1.0, e.input_gradient, e.weight_gradient])[kernels.step] * np.where(kernels.strided, e.strided, 1)
-    return best / slower
+    slower = np.array([1.0, e.input_gradient, e.weight_gradient])[kernels.step] * np.where(
+        kernels.strided, e.strided, 1
+    )
+    slowed: Floats = best / slower
+    return slowed
 
 
 @functools.lru_cache(maxsize=1)
@@ -200,20 +234,18 @@ def datasheet_step(
     regularizer: bool = False,
     fit: Fit | None = None,
 ) -> StepTime:
-    """One training step by roofline and fitted efficiencies.
+    """One training step by roofline and fitted efficiencies; the arguments are those of `costs.step.step_time`.
 
-    The host launches every operator; where that takes longer than the GPU, `overhead_s` is what the GPU waits.
-
-    Args:
-        network, device, batch, precision, memory_format, optimizer, regularizer: as `costs.step.step_time`.
-        fit: another fit than the one that ptsim ships.
+    The host launches every operator; where that takes longer than the GPU, `overhead_s` is what the GPU waits. `fit`
+    stands in for the fit that ptsim ships.
     """
     fit = fit or load_fit()
     tensor_cores = uses_tensor_cores(device, precision)
     kernels = network_kernels(
         network, batch=batch, precision=precision, memory_format=memory_format, tensor_cores=tensor_cores
     )
-    seconds = kernel_seconds(kernels, chip_of(device, precision), fit.efficiency)
+    factor, residuals = _device_factor(device, fit)
+    seconds = kernel_seconds(kernels, chip_of(device, precision), fit.efficiency) * factor
     count = len(network.layers)
     is_forward = kernels.step == Pass.FORWARD
     forward = np.bincount(kernels.layer[is_forward], seconds[is_forward], count)
@@ -224,7 +256,6 @@ def datasheet_step(
     gpu_s = float(forward.sum() + backward.sum()) + optimizer_s + regularizer_s
     overhead_s = max(0.0, host_seconds(network, kernels, fit.host) - gpu_s)
     total_s = gpu_s + overhead_s
-    residuals = fit.known_device if device.name in fit.devices else fit.new_device
     return StepTime(
         layers=tuple(
             LayerTime(
@@ -249,6 +280,15 @@ def update_bytes(network: Network, optimizer: str, precision: Precision) -> floa
     """What an update moves; under autocast with the casts of weights and gradients and the scaler's division."""
     casts = 20 if precision.activation_bytes == 2 else 0
     return float(network.num_parameters * (4 * _UPDATE_ACCESSES[optimizer] + casts))
+
+
+def _device_factor(device: Device, fit: Fit) -> tuple[float, Residuals]:
+    """The factor of the fit's GPU with the same chip, and the residuals to expect."""
+    for name, factor in fit.devices.items():
+        known = load_device(name)
+        if (known.architecture, known.num_sms) == (device.architecture, device.num_sms):
+            return factor, fit.known_device
+    return 1.0, fit.new_device
 
 
 def host_seconds(network: Network, kernels: Kernels, host: Host) -> float:

@@ -99,13 +99,6 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-# Operators that only rename elements; the others of kind RESHAPE copy.
-_VIEWS = frozenset(
-    "flatten unflatten view view_as reshape reshape_as transpose t permute movedim moveaxis swapaxes swapdims chunk split "
-    "tensor_split unbind unsqueeze squeeze expand expand_as narrow select getitem detach broadcast_to getattr".split()
-)
-
-
 def network_kernels(
     network: Network, *, batch: int, precision: Precision, memory_format: MemoryFormat, tensor_cores: bool
 ) -> Kernels:
@@ -181,8 +174,10 @@ def convolution_kernels(
             moved_bytes=x + y + w,
             layout_bytes=2 * (x + y) if (foreign or ragged) and not depthwise else 0.0,
             footprint_bytes=x + y + w,
-            launches=1 + layer.bias,
         )
+    if layer.bias:  # added by a kernel of its own; its gradient is a sum over the output's gradient
+        yield _stream(index, Pass.FORWARD, 2 * y, y)
+        yield _stream(index, Pass.WEIGHT_GRADIENT, y, y)
 
 
 def product_kernels(
@@ -211,7 +206,9 @@ def product_kernels(
         )
 
 
-def _layer_kernels(index: int, layer: Layer, batch: int, element: int, *, foreign: bool, halves: bool) -> Iterator[Kernel]:
+def _layer_kernels(
+    index: int, layer: Layer, batch: int, element: int, *, foreign: bool, halves: bool
+) -> Iterator[Kernel]:
     x = float(layer.input_elements * batch * element)
     y = float(layer.output_elements * batch * element)
     forward, backward = Pass.FORWARD, Pass.INPUT_GRADIENT
@@ -256,10 +253,11 @@ def _layer_kernels(index: int, layer: Layer, batch: int, element: int, *, foreig
             mask = float(layer.output_elements * batch)
             yield _stream(index, forward, x + y + mask, x + y)
             yield _stream(index, backward, x + y + mask, x + y)
+        case LayerKind.RESHAPE if layer.view:
+            return
         case LayerKind.RESHAPE:
-            if layer.op not in _VIEWS:
-                yield _stream(index, forward, 2 * y, 2 * y)
-                yield _stream(index, backward, 2 * y, 2 * y)
+            yield _stream(index, forward, 2 * y, 2 * y)
+            yield _stream(index, backward, 2 * y, 2 * y)
         case _:
             yield _stream(index, forward, x + y, x + y)
             yield _stream(index, backward, x + y, x + y)

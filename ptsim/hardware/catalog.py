@@ -10,6 +10,7 @@ A device file:
     memory_bandwidth = "1555 GB/s"
     num_sms = 108
     boost_clock = "1410 MHz"
+    boosts_beyond = false                        # GeForce and TITAN boards clock higher while power allows
     l2_cache = "40 MiB"
     power = "400 W"
     idle_power = "50 W"
@@ -91,7 +92,17 @@ _DEVICE_QUANTITIES: dict[str, tuple[str, Dimension]] = {
     "power": ("power_w", "watts"),
     "idle_power": ("idle_power_w", "watts"),
 }
-_DEVICE_KEYS = {*_DEVICE_QUANTITIES, "name", "aliases", "driver_names", "architecture", "num_sms", "peak", "sources"}
+_DEVICE_KEYS = {
+    *_DEVICE_QUANTITIES,
+    "name",
+    "aliases",
+    "driver_names",
+    "architecture",
+    "num_sms",
+    "boosts_beyond",
+    "peak",
+    "sources",
+}
 _CLUSTER_KEYS = {
     "name", "aliases", "device", "gpus_per_node", "nics_per_node", "max_nodes", "oversubscription", "nvswitch",
     "library", "reduces_in_switch", "price_per_gpu", "intra", "inter", "table", "sources",
@@ -169,6 +180,7 @@ def read_device(path: Path) -> Device:
         memory_bandwidth_bytes_per_s=quantities["memory_bandwidth_bytes_per_s"],
         peak_flops_per_s={Precision(key): peaks.quantity(key, "flops_per_s") for key in peaks.raw},
         num_sms=table.count("num_sms"),
+        boosts_beyond=table.flag("boosts_beyond", default=False),
         boost_clock_hz=quantities["boost_clock_hz"],
         l2_bytes=round(quantities["l2_bytes"]),
         power_w=quantities["power_w"],

@@ -17,6 +17,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         architecture: NVIDIA generation in lower case ("pascal" … "blackwell"), or "cpu".
         peak_flops_per_s: dense peak by precision (FLOP = 2 per MAC); a precision that is missing is not supported.
         num_sms: streaming multiprocessors (cores for a CPU).
+        boosts_beyond: the board clocks above `boost_clock_hz` while power and temperature allow (GeForce, TITAN).
         power_w, idle_power_w: board power limit and idle power.
         sources: field name → where the number is published.
     """
@@ -32,6 +33,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     power_w: float
     idle_power_w: float
     sources: dict[str, str]
+    boosts_beyond: bool = False
 
 
 class LinkKind(StrEnum):
