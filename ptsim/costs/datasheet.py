@@ -181,11 +181,8 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
     compute[is_depthwise] = (2 * macs / (e.depthwise_rate * chip.simt_flops_per_s))[is_depthwise]
     largest = np.maximum(np.maximum(compute, memory), 1e-12)
     both = largest * ((compute / largest) ** e.overlap + (memory / largest) ** e.overlap) ** (1 / e.overlap)
-    return (
-        both
-        + kernels.layout_bytes / (e.layout_bandwidth * bandwidth)
-        + (e.launch_s * kernels.launches + (e.product_s - e.launch_s) * is_product)
-    )
+    total: Floats = both + kernels.layout_bytes / (e.layout_bandwidth * bandwidth)
+    return total + e.launch_s * kernels.launches + (e.product_s - e.launch_s) * is_product
 
 
 def _product_seconds(kernels: Kernels, chip: Chip, e: Efficiency) -> Floats:
