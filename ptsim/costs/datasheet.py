@@ -182,7 +182,8 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
     largest = np.maximum(np.maximum(compute, memory), 1e-12)
     both = largest * ((compute / largest) ** e.overlap + (memory / largest) ** e.overlap) ** (1 / e.overlap)
     total: Floats = both + kernels.layout_bytes / (e.layout_bandwidth * bandwidth)
-    return total + e.launch_s * kernels.launches + (e.product_s - e.launch_s) * is_product
+    total = total + e.launch_s * kernels.launches + (e.product_s - e.launch_s) * is_product
+    return total
 
 
 def _product_seconds(kernels: Kernels, chip: Chip, e: Efficiency) -> Floats:
