@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptsim.costs.collectives import allreduce
     from ptsim.prune.proof import inspect
+    from ptsim.costing import CostReport, cost
     from ptsim.report.build import write_report
     from ptsim.sim.run import simulate
     from ptsim.trace.io import Trace, read_trace
@@ -24,6 +25,8 @@ _HOME = {
     "write_report": "ptsim.report.build",
     "Trace": "ptsim.trace.io",
     "inspect": "ptsim.prune.proof",
+    "CostReport": "ptsim.costing",
+    "cost": "ptsim.costing",
     "load_model": "ptsim.training.loop",
     "read_trace": "ptsim.trace.io",
     "simulate": "ptsim.sim.run",
@@ -32,9 +35,11 @@ _HOME = {
 }
 
 __all__ = [
+    "CostReport",
     "Trace",
     "__version__",
     "allreduce",
+    "cost",
     "inspect",
     "load_model",
     "read_trace",

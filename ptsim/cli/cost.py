@@ -1,0 +1,186 @@
+"""`ptsim cost`: FLOPs, memory traffic, memory and all-reduce bytes of a trace or a network."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ptsim.cli.common import parse_input_shape, print_json
+from ptsim.costing import CostReport
+from ptsim.costing import cost as costs_of
+from ptsim.units import format_bytes, format_count
+
+
+def cost(
+    trace_or_model: str,
+    /,
+    *,
+    input: str | None = None,
+    classes: int | None = None,
+    batch: int | None = None,
+    gpu: str | None = None,
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "amp"] | None = None,
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] | None = None,
+    memory_format: Literal["contiguous", "channels_last"] | None = None,
+    convention: Literal["exact", "paper"] = "exact",
+    layers: bool = False,
+    json: bool = False,
+) -> None:
+    """FLOPs, memory traffic, memory and all-reduce bytes of a trace or a network.
+
+    Args:
+        trace_or_model: trace.jsonl, run folder, zoo name, torchvision:NAME or path/to/file.py:function.
+        input: image shape, as in 3,224,224.
+        classes: number of outputs.
+        batch: images per device; a trace's own, else 32.
+        gpu: does it fit this device (catalog name or TOML file), and what is the largest mini-batch that does?
+        precision: of the matrix products; amp is fp16.
+        optimizer: decides state and update traffic.
+        memory_format: layout of the activations.
+        convention: exact, or paper for the way the PruneTrain authors count.
+        layers: one row for every layer.
+        json: print one JSON document.
+    """
+    report = costs_of(
+        trace_or_model,
+        input_shape=None if input is None else parse_input_shape(input),
+        num_classes=classes,
+        batch=batch,
+        gpu=gpu,
+        precision=precision,
+        optimizer=optimizer,
+        memory_format=memory_format,
+        convention=convention,
+    )
+    if json:
+        print_json(document(report, layers=layers))
+    else:
+        _print(report, layers=layers)
+
+
+def document(report: CostReport, *, layers: bool) -> dict[str, Any]:
+    """The JSON document: every figure of the report; rows for layers only where asked for."""
+    content: dict[str, Any] = msgspec.to_builtins(report)
+    if not layers:
+        del content["layers"]
+    content["kinds"] = report.kinds_frame().to_dict(orient="records")
+    return content
+
+
+def _print(report: CostReport, *, layers: bool) -> None:
+    console = Console()
+    console.print(_summary(report))
+    console.print(_kinds(report))
+    if layers:
+        console.print(_layers(report))
+    if report.epochs:
+        console.print(_epochs(report))
+
+
+def _summary(report: CostReport) -> Table:
+    table = Table(title=f"{report.name}: cost of training", box=SIMPLE_HEAD, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    need = report.memory
+    rows = [
+        ("parameters", format_count(report.parameters)),
+        ("inference", f"{format_count(report.inference_macs_per_image, 'MAC')} per image"),
+        (
+            "training",
+            f"{format_count(report.training_macs_per_image, 'MAC')} per image, {report.convention} convention",
+        ),
+        ("BatchNorm traffic", f"{format_bytes(report.bn_bytes_per_image)} per image"),
+        (
+            "peak memory",
+            f"{format_bytes(report.peak_memory_bytes)} at mini-batch {report.batch}, {report.precision.value}, "
+            f"{report.optimizer}",
+        ),
+        (
+            "  of which",
+            f"kept activations {format_bytes(need.activation_bytes)}, weights {format_bytes(need.parameter_bytes)}, "
+            f"gradients {format_bytes(need.gradient_bytes)}, optimizer {format_bytes(need.optimizer_bytes)}, "
+            f"workspace {format_bytes(need.workspace_bytes)} (they do not all meet)",
+        ),
+        ("all-reduce", f"{format_bytes(report.allreduce_bytes)} per update in {report.num_buckets} buckets"),
+        ("update traffic", format_bytes(report.update_bytes)),
+    ]
+    if report.gpu is not None:
+        verdict = "fits" if report.fits else "does not fit"
+        rows.append(
+            (report.gpu, f"mini-batch {report.batch} {verdict}; the largest that fits is {report.largest_batch}")
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _kinds(report: CostReport) -> Table:
+    table = Table(title="by kind of layer", box=SIMPLE_HEAD, title_justify="left")
+    for name in ("kind", "layers", "weights", "MACs", "training", "forward", "backward", "kept"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for row in report.kinds_frame().to_dict(orient="records"):
+        table.add_row(
+            row["kind"],
+            str(row["layers"]),
+            format_count(row["parameters"]),
+            format_count(row["forward_macs"]),
+            format_count(row["training_macs"]),
+            format_bytes(row["forward_bytes"]),
+            format_bytes(row["backward_bytes"]),
+            format_bytes(row["saved_bytes"]),
+        )
+    table.caption = f"MACs per image, inference and training; bytes moved and kept by a mini-batch of {report.batch}"
+    return table
+
+
+def _layers(report: CostReport) -> Table:
+    table = Table(title="by layer", box=SIMPLE_HEAD, title_justify="left")
+    for name in ("layer", "op", "output", "weights", "MACs", "backward", "forward", "backward"):
+        table.add_column(name, justify="left" if name in ("layer", "op") else "right")
+    for row in report.layers:
+        table.add_row(
+            row.layer,
+            row.op,
+            "×".join(str(size) for size in row.output_shape),
+            format_count(row.parameters),
+            format_count(row.forward_macs),
+            format_count(row.weight_gradient_macs + row.input_gradient_macs),
+            format_bytes(row.forward_bytes),
+            format_bytes(row.backward_bytes),
+        )
+    return table
+
+
+def _epochs(report: CostReport) -> Table:
+    """Consecutive epochs of one architecture and mini-batch share a row."""
+    table = Table(title="by epoch", box=SIMPLE_HEAD, title_justify="left")
+    names = ("epochs", "mini-batch", "parameters", "inference MACs", "training MACs/epoch", "BN bytes/epoch", "memory")
+    for name in (*names, "gradients/epoch"):
+        table.add_column(name, justify="right")
+    start = report.epochs[0]
+    for epoch, following in zip(report.epochs, (*report.epochs[1:], None), strict=True):
+        same = following and (following.architecture, following.batch_per_gpu) == (
+            start.architecture,
+            start.batch_per_gpu,
+        )
+        if not same:
+            table.add_row(
+                f"{start.epoch}–{epoch.epoch}" if epoch is not start else str(epoch.epoch),
+                str(epoch.batch_per_gpu),
+                format_count(epoch.parameters),
+                format_count(epoch.inference_macs_per_image),
+                format_count(epoch.training_macs),
+                format_bytes(epoch.bn_bytes),
+                format_bytes(epoch.peak_memory_bytes),
+                format_bytes(epoch.gradient_bytes),
+            )
+            if following:
+                start = following
+    first, total = report.epochs[0], sum(epoch.training_macs for epoch in report.epochs)
+    dense = first.training_macs_per_image * sum(epoch.num_images for epoch in report.epochs)
+    table.caption = f"all epochs: {format_count(total, 'MAC')}, {total / dense:.1%} of the first architecture's"
+    return table

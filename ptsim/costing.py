@@ -1,0 +1,291 @@
+"""What does training this network, or this recorded run, cost: arithmetic, traffic, memory, communication?
+
+The entry point of `ptsim.cost` and `ptsim cost`. A trace is enough on its own; torch is imported only when a live
+network has to be described.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.flops import Convention, inference_macs, layer_macs, training_macs
+from ptsim.costs.memory import MemoryFormat, MemoryNeed, iteration_memory, largest_batch, usable_bytes
+from ptsim.costs.run import EpochCost, recorded_device, recorded_optimizer, run_cost
+from ptsim.costs.traffic import batch_norm_bytes, layer_traffic, regularizer_traffic, update_traffic
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import load_device
+from ptsim.hardware.spec import Device
+from ptsim.network import LayerKind, Network, Precision
+from ptsim.trace.io import Trace, read_trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+DEFAULT_BATCH = 32
+
+
+class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer: MACs per image, and bytes of the whole mini-batch."""
+
+    layer: str
+    kind: LayerKind
+    op: str
+    output_shape: tuple[int, ...]
+    parameters: int
+    forward_macs: int
+    weight_gradient_macs: int
+    input_gradient_macs: int
+    forward_bytes: int
+    backward_bytes: int
+    saved_bytes: int
+
+
+class CostReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a network costs, and for a trace what every epoch did. MACs are per image; 1 MAC is 2 FLOPs.
+
+    For a trace, everything but `epochs` is of the network that the run ended with.
+
+    Attributes:
+        batch: images per device that memory and traffic are of.
+        peak_memory_bytes: of one iteration on each device; `memory` has the parts.
+        gpu: the device that was asked about; None for none.
+        fits: whether the mini-batch fits it, with the margins of `costs.memory`; None without a device.
+        largest_batch: the largest mini-batch that fits it, 0 where none does; None without a device.
+        allreduce_bytes: gradients that one update reduces, on each device.
+        num_buckets: all-reduces that DistributedDataParallel makes of them.
+        update_bytes, regularizer_bytes: memory traffic of one update and of the group lasso's gradient.
+    """
+
+    name: str
+    architecture: str
+    convention: Convention
+    batch: int
+    precision: Precision
+    optimizer: str
+    memory_format: MemoryFormat
+    inference_macs_per_image: int
+    training_macs_per_image: int
+    bn_bytes_per_image: int
+    parameters: int
+    peak_memory_bytes: int
+    memory: MemoryNeed
+    gpu: str | None
+    fits: bool | None
+    largest_batch: int | None
+    allreduce_bytes: int
+    num_buckets: int
+    update_bytes: int
+    regularizer_bytes: int
+    layers: tuple[LayerCost, ...]
+    epochs: tuple[EpochCost, ...] = ()
+
+    def layers_frame(self) -> pd.DataFrame:
+        """A row a layer, in forward order; columns as `LayerCost`."""
+        return _frame(self.layers)
+
+    def kinds_frame(self) -> pd.DataFrame:
+        """A row a kind of layer, costliest first: how many, their MACs per image and their bytes per mini-batch."""
+        frame = self.layers_frame()
+        frame["training_macs"] = frame[["forward_macs", "weight_gradient_macs", "input_gradient_macs"]].sum(axis=1)
+        summed = ["parameters", "forward_macs", "training_macs", "forward_bytes", "backward_bytes", "saved_bytes"]
+        kinds = frame.groupby("kind", sort=False)[summed].sum()
+        kinds.insert(0, "layers", frame.groupby("kind", sort=False).size())
+        return kinds.reset_index().sort_values(["training_macs", "forward_bytes"], ascending=False, ignore_index=True)
+
+    def epochs_frame(self) -> pd.DataFrame:
+        """A row an epoch of the trace; columns as `EpochCost`; empty for a model."""
+        return _frame(self.epochs)
+
+
+def cost(
+    subject: str | Path | Trace | Network | nn.Module,
+    *,
+    input_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    batch: int | None = None,
+    gpu: str | Path | Device | None = None,
+    precision: Precision | str | None = None,
+    optimizer: str | None = None,
+    memory_format: MemoryFormat | None = None,
+    convention: Convention = "exact",
+) -> CostReport:
+    """What `subject` costs to train.
+
+    Args:
+        subject: a trace or its path, or a network: a name that `ptsim.zoo` knows, a live module, a `Network`.
+        input_shape: (channels, height, width); needed for a live module, else the model's usual one.
+        num_classes: outputs; the model's usual number.
+        batch: images per device; a trace's last one, else 32.
+        gpu: a device of the catalog, by name, file or object.
+        precision: of the matrix products; a trace's own, else fp32.
+        optimizer: a trace's own, else sgd.
+        memory_format: a trace's own, else contiguous.
+        convention: "exact", or "paper" for the way the PruneTrain authors count.
+
+    Raises:
+        UsageError: an option that is wrong, or that a trace already decides.
+        UnsupportedModelError: the network cannot be traced.
+        FileFormatError: the trace is broken.
+    """
+    if convention not in ("exact", "paper"):
+        raise UsageError(f"convention is {convention!r}, expected 'exact' or 'paper'")
+    if batch is not None and batch <= 0:
+        raise UsageError(f"batch is {batch}, expected a positive number of images")
+    epochs: tuple[EpochCost, ...] = ()
+    device = gpu if gpu is None or isinstance(gpu, Device) else load_device(gpu)
+    runs_on = device
+    trace = _trace(subject)
+    if trace is not None:
+        if input_shape is not None or num_classes is not None:
+            raise UsageError("a trace says itself what its network's input and classes are; leave the options out")
+        network = _last_network(trace)
+        epochs = run_cost(trace, convention)
+        batch = batch or (epochs[-1].batch_per_gpu if epochs else None)
+        precision = precision or trace.run.precision
+        optimizer = optimizer or recorded_optimizer(trace)
+        memory_format = memory_format or trace.run.memory_format
+        runs_on = device or recorded_device(trace)
+    else:
+        network = _network(subject, input_shape, num_classes)
+    batch = batch or DEFAULT_BATCH
+    number_format = parse_precision(precision or "fp32")
+    optimizer = optimizer or "sgd"
+    memory_format = memory_format or "contiguous"
+    if device is not None and number_format not in device.peak_flops_per_s:
+        known = ", ".join(device.peak_flops_per_s)
+        raise UsageError(f"{device.name} has no {number_format.value}; it has {known}")
+    try:
+        need = iteration_memory(
+            network,
+            batch=batch,
+            precision=number_format,
+            optimizer=optimizer,
+            memory_format=memory_format,
+            device=runs_on,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    fits = largest = None
+    if device is not None:
+        fits = need.device_bytes <= usable_bytes(device)
+        largest = largest_batch(
+            network,
+            capacity_bytes=usable_bytes(device),
+            precision=number_format,
+            optimizer=optimizer,
+            memory_format=memory_format,
+            device=device,
+        )
+    element_bytes = number_format.activation_bytes
+    return CostReport(
+        name=network.name,
+        architecture=network.id,
+        convention=convention,
+        batch=batch,
+        precision=number_format,
+        optimizer=optimizer,
+        memory_format=memory_format,
+        inference_macs_per_image=inference_macs(network, convention),
+        training_macs_per_image=training_macs(network, convention),
+        bn_bytes_per_image=batch_norm_bytes(network, element_bytes),
+        parameters=network.num_parameters,
+        peak_memory_bytes=need.peak_bytes,
+        memory=need,
+        gpu=None if device is None else device.name,
+        fits=fits,
+        largest_batch=largest,
+        allreduce_bytes=4 * network.num_parameters,
+        num_buckets=len(ddp_buckets(network)),
+        update_bytes=update_traffic(network, optimizer),
+        regularizer_bytes=regularizer_traffic(network),
+        layers=layer_costs(network, convention, batch=batch, element_bytes=element_bytes),
+        epochs=epochs,
+    )
+
+
+def layer_costs(network: Network, convention: Convention, *, batch: int, element_bytes: int) -> tuple[LayerCost, ...]:
+    """A row for every layer, in forward order."""
+    rows = []
+    for layer in network.layers:
+        macs = layer_macs(layer, convention)
+        traffic = layer_traffic(layer, batch=batch, element_bytes=element_bytes)
+        rows.append(
+            LayerCost(
+                layer=layer.name,
+                kind=layer.kind,
+                op=layer.op,
+                output_shape=layer.output_shape,
+                parameters=layer.num_parameters,
+                forward_macs=macs.forward,
+                weight_gradient_macs=macs.weight_gradient,
+                input_gradient_macs=macs.input_gradient,
+                forward_bytes=traffic.forward_bytes,
+                backward_bytes=traffic.backward_bytes,
+                saved_bytes=batch * (layer.saved_elements * element_bytes + layer.saved_other_bytes)
+                + layer.saved_fixed_bytes,
+            )
+        )
+    return tuple(rows)
+
+
+def parse_precision(text: str) -> Precision:
+    """The precision called `text`; "amp" is fp16 autocast.
+
+    Raises:
+        UsageError: no such precision.
+    """
+    if text == "amp":
+        return Precision.FP16
+    try:
+        return Precision(text)
+    except ValueError as error:
+        known = ", ".join(precision.value for precision in Precision)
+        raise UsageError(f"precision is {text!r}, expected one of {known}, amp") from error
+
+
+def _trace(subject: Any) -> Trace | None:
+    """The trace that `subject` is or names; None for a network. A name is a trace's if it is a file or folder."""
+    if isinstance(subject, Trace):
+        return subject
+    if isinstance(subject, Path) or (
+        isinstance(subject, str) and (subject.endswith(".jsonl") or Path(subject).exists())
+    ):
+        return read_trace(subject)
+    return None
+
+
+def _last_network(trace: Trace) -> Network:
+    if trace.epochs:
+        return trace.network_of(trace.epochs[-1])
+    if not trace.networks:
+        raise UsageError(f"{trace.path} has no architecture yet: the run stopped before its first epoch")
+    return list(trace.networks.values())[-1]
+
+
+def _network(subject: Any, input_shape: tuple[int, int, int] | None, num_classes: int | None) -> Network:
+    if isinstance(subject, Network):
+        return subject
+    from ptsim import zoo
+    from ptsim.capture.network import capture_network
+
+    if isinstance(subject, str):
+        entry = zoo.find(subject)
+        classes = entry.num_classes if num_classes is None else num_classes
+        if classes <= 0:
+            raise UsageError(f"classes is {classes}, expected a positive number")
+        shape = input_shape or entry.input_shape
+        return capture_network(entry.build(num_classes=classes), name=subject, input_shape=shape, num_classes=classes)
+    if input_shape is None:
+        raise UsageError("a live module does not say what it is fed; give input_shape=(channels, height, width)")
+    return capture_network(subject, name=type(subject).__name__, input_shape=input_shape, num_classes=num_classes or 0)
+
+
+def _frame(rows: tuple[msgspec.Struct, ...]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame([msgspec.to_builtins(row) for row in rows])

@@ -1,0 +1,106 @@
+"""What did every epoch of a recorded run cost: arithmetic, BatchNorm traffic, memory, communication?
+
+A run's cost is the sum over epochs of what that epoch's architecture costs, times its images or iterations
+(METHOD.md §6). Nothing here is a time.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ptsim.costs.flops import Convention, inference_macs, training_macs
+from ptsim.costs.memory import iteration_memory
+from ptsim.costs.traffic import batch_norm_bytes
+from ptsim.hardware.catalog import match_device
+from ptsim.hardware.spec import Device
+from ptsim.trace.io import Trace
+
+
+class EpochCost(msgspec.Struct, frozen=True, kw_only=True):
+    """One epoch. Without "per_image", figures are of the whole epoch and of all devices together, but for memory.
+
+    Attributes:
+        peak_memory_bytes: modelled, on each device.
+        measured_peak_memory_bytes: the allocator's, as recorded.
+        gradient_bytes: what each device hands to the all-reduce over the epoch: 4 bytes per parameter and iteration.
+        allreduce_bytes_per_gpu: what each device then sends in a ring, 2(p-1)/p of it; 0 on one device.
+    """
+
+    epoch: int
+    architecture: str
+    batch_per_gpu: int
+    world_size: int
+    num_iterations: int
+    num_images: int
+    parameters: int
+    inference_macs_per_image: int
+    training_macs_per_image: int
+    training_macs: int
+    bn_bytes_per_image: int
+    bn_bytes: int
+    peak_memory_bytes: int
+    measured_peak_memory_bytes: int | None
+    gradient_bytes: int
+    allreduce_bytes_per_gpu: int
+
+
+def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int | None = None) -> tuple[EpochCost, ...]:
+    """The cost of every epoch that `trace` has, in order.
+
+    Args:
+        trace: a recorded run, whole or cut off.
+        convention: how MACs are counted.
+        world_size: count communication for so many devices instead of the recorded ones.
+
+    Raises:
+        ValueError: the convention is unknown or the world size not positive.
+    """
+    if world_size is not None and world_size <= 0:
+        raise ValueError(f"world_size is {world_size}, expected a positive number of devices")
+    device = recorded_device(trace)
+    costs = []
+    for epoch in trace.epochs:
+        network = trace.network_of(epoch)
+        size = world_size or epoch.world_size
+        per_image = training_macs(network, convention)
+        bn_bytes = batch_norm_bytes(network, trace.run.precision.activation_bytes)
+        need = iteration_memory(
+            network,
+            batch=epoch.batch_per_gpu,
+            precision=trace.run.precision,
+            optimizer=recorded_optimizer(trace),
+            memory_format=trace.run.memory_format,
+            device=device,
+        )
+        gradient_bytes = 4 * network.num_parameters * epoch.num_iterations
+        costs.append(
+            EpochCost(
+                epoch=epoch.epoch,
+                architecture=epoch.architecture,
+                batch_per_gpu=epoch.batch_per_gpu,
+                world_size=size,
+                num_iterations=epoch.num_iterations,
+                num_images=epoch.num_images,
+                parameters=network.num_parameters,
+                inference_macs_per_image=inference_macs(network, convention),
+                training_macs_per_image=per_image,
+                training_macs=per_image * epoch.num_images,
+                bn_bytes_per_image=bn_bytes,
+                bn_bytes=bn_bytes * epoch.num_images,
+                peak_memory_bytes=need.peak_bytes,
+                measured_peak_memory_bytes=epoch.peak_memory_bytes,
+                gradient_bytes=gradient_bytes,
+                allreduce_bytes_per_gpu=round(2 * (size - 1) / size * gradient_bytes),
+            )
+        )
+    return tuple(costs)
+
+
+def recorded_device(trace: Trace) -> Device | None:
+    """The catalog's device that the run used; None for a CPU or a GPU that the catalog does not have."""
+    return match_device(trace.run.device.name) if trace.run.device.kind == "cuda" else None
+
+
+def recorded_optimizer(trace: Trace) -> str:
+    """The run's optimizer; SGD where the record does not say."""
+    return str(trace.run.hyperparameters.get("optimizer", "sgd"))
