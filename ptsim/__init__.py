@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ptsim.costing import CostReport, cost
     from ptsim.costs.collectives import allreduce
     from ptsim.prune.proof import inspect
-    from ptsim.costing import CostReport, cost
     from ptsim.report.build import write_report
     from ptsim.sim.run import simulate
     from ptsim.trace.io import Trace, read_trace
