@@ -92,7 +92,7 @@ def test_a_run_killed_at_more_than_twenty_moments_ends_bit_for_bit_like_one_that
     for path in stored:
         assert (folder / path).read_bytes() == (whole_run / path).read_bytes(), path
     assert _records(folder) == _records(whole_run)
-    assert not [path for path in folder.rglob(".*")]  # no remains of what was cut off
+    assert not list(folder.rglob(".*"))  # no remains of what was cut off
 
 
 def test_resuming_a_finished_run_changes_nothing(whole_run):
