@@ -15,6 +15,7 @@ from rich.table import Table
 from ptsim.cli.common import print_json
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.profile import read_device_profile
 from ptsim.sim.options import Options
 from ptsim.sim.run import RunProjection, StepCache, change, project, projection_row
 from ptsim.trace.io import read_trace
@@ -40,6 +41,7 @@ def simulate(
     input_images_per_s: str | None = None,
     mtbf_gpu_hours: float | None = None,
     price: float | None = None,
+    profile: Path | None = None,
     timeline: Path | None = None,
     seed: int = 0,
     option: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
@@ -64,6 +66,7 @@ def simulate(
         input_images_per_s: what the input pipeline delivers to one GPU, or "recorded".
         mtbf_gpu_hours: mean time between failures of one GPU; failures are simulated with checkpoint and restart.
         price: USD per GPU and hour, instead of the cluster's.
+        profile: of the projected GPU, from ptsim calibrate gpu.
         timeline: write what the simulated GPUs do, of the first trace at the largest GPU count, as a Chrome trace: a
             .json file for Perfetto, or a folder with a file per GPU for HolisticTraceAnalysis.
         seed: of every random draw.
@@ -95,14 +98,15 @@ def simulate(
         _set(changes, text)
     options = change(Options(), changes)
     where = load_cluster(cluster)
+    measured = None if profile is None else read_device_profile(profile)
     projections: list[RunProjection] = []
     for number, path in enumerate(traces):
         trace, cache = read_trace(path), StepCache()
-        projections += [project(trace, where, n, options, cache=cache) for n in counts]
+        projections += [project(trace, where, n, options, device_profile=measured, cache=cache) for n in counts]
         if timeline is not None and number == 0:
             from ptsim.export.timeline import write_timeline
 
-            for file in write_timeline(timeline, trace, where, max(counts), options):
+            for file in write_timeline(timeline, trace, where, max(counts), options, device_profile=measured):
                 print(f"timeline: {file}", file=sys.stderr)
     if json:
         print_json([_document(projection) for projection in projections])

@@ -13,6 +13,7 @@ from typing import Any
 from ptsim.costs.memory import iteration_memory
 from ptsim.errors import UsageError
 from ptsim.export.chrome import COMMUNICATION_STREAM, COMPUTE_STREAM, Timeline
+from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster
 from ptsim.network import Layer
 from ptsim.sim.options import Options
@@ -25,7 +26,14 @@ GAP_S = 1e-3  # between architectures, so that the eye finds them
 
 
 def write_timeline(
-    path: Path, trace: Trace, cluster: Cluster, num_gpus: int, options: Options | None = None, *, shown: int = 8
+    path: Path,
+    trace: Trace,
+    cluster: Cluster,
+    num_gpus: int,
+    options: Options | None = None,
+    *,
+    device_profile: DeviceProfile | None = None,
+    shown: int = 8,
 ) -> list[Path]:
     """Simulate steps of every architecture and write what the first `shown` GPUs do.
 
@@ -35,6 +43,7 @@ def write_timeline(
         cluster: where it is projected.
         num_gpus: how many GPUs train; at most `shown` of them are drawn.
         options: of the simulation.
+        device_profile: of `ptsim calibrate gpu`, used where it is of the projected device.
         shown: how many GPUs to draw.
 
     Returns:
@@ -43,7 +52,9 @@ def write_timeline(
     Raises:
         UsageError: a file cannot be written, and what `project` raises.
     """
-    recorded = record_steps(trace, cluster, num_gpus, options, num_steps=NUM_STEPS, shown=shown)
+    recorded = record_steps(
+        trace, cluster, num_gpus, options, device_profile=device_profile, num_steps=NUM_STEPS, shown=shown
+    )
     drawn = min(shown, num_gpus)
     if path.suffix == ".json":
         timeline = _timeline(trace, recorded, num_gpus, 0)
@@ -115,7 +126,7 @@ def _add_step(timeline: Timeline, steps: RecordedSteps, spans: list[Span], gpu: 
         if span.stream != "communication":
             continue
         timeline.kernel(
-            f"ncclDevKernel {span.name}",  # by this prefix tools tell communication from computation
+            f"ncclDevKernel_{span.name}",  # by this prefix tools tell communication from computation
             pid=gpu,
             start_s=offset + span.start_s,
             duration_s=span.end_s - span.start_s,

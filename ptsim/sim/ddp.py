@@ -54,54 +54,83 @@ def plan_step(
     wire: Wire | None = None,
     buffer_bytes: int = 0,
     num_micro_batches: int = 1,
-    overlap: bool = True,
     bound: Bound = "expected",
 ) -> StepPlan:
-    """The plan of one optimizer step.
+    """The plan of one optimizer step: `compute_plan` with its `with_communication`."""
+    computation = compute_plan(step, buckets, num_micro_batches=num_micro_batches)
+    return with_communication(computation, step, buckets, all_reduce, wire=wire, buffer_bytes=buffer_bytes, bound=bound)
+
+
+def compute_plan(step: StepTime, buckets: Sequence[Bucket], *, num_micro_batches: int = 1) -> StepPlan:
+    """What the GPU computes in one optimizer step, and when its buckets are ready.
 
     Args:
         step: computation of one micro-batch.
         buckets: of the gradient, in ready order; none on a single GPU. An empty `ready_layer` is the end of backward.
-        all_reduce: the time of an all-reduce of so many bytes.
-        wire: compression of the gradient.
-        buffer_bytes: broadcast before the forward pass; 0 for none.
         num_micro_batches: gradient accumulation.
-        overlap: False for the first step after wrapping.
-        bound: whether every duration is the expected one or an end of its 90 % interval.
 
     Raises:
         ValueError: a bucket names a layer that the step does not have.
     """
-    wire = wire or Wire()
-    scale = 1.0
-    if step.compute_s > 0:
-        scale = {"low": step.low_s, "expected": step.compute_s, "high": step.high_s}[bound] / step.compute_s
-    names = {layer.layer for layer in step.layers}
-    ready_after = [bucket.ready_layer or step.layers[0].layer for bucket in buckets]  # "": gradients that never come
-    for layer_name in ready_after:
-        if layer_name not in names:
-            raise ValueError(f"a bucket is ready after layer {layer_name!r}, which the step does not have")
-    forward = [Work(name=layer.layer, seconds=layer.forward_s * scale) for layer in step.layers]
+    ready_after: dict[str, list[int]] = {layer.layer: [] for layer in step.layers}
+    for i, bucket in enumerate(buckets):
+        name = bucket.ready_layer or step.layers[0].layer  # "": gradients that never come
+        if name not in ready_after:
+            raise ValueError(f"a bucket is ready after layer {name!r}, which the step does not have")
+        ready_after[name].append(i)
+    forward = [Work(name=layer.layer, seconds=layer.forward_s) for layer in step.layers]
     if step.overhead_s:
-        forward.append(Work(name="host and loss", seconds=step.overhead_s * scale))
+        forward.append(Work(name="host and loss", seconds=step.overhead_s))
     backward: list[Work] = []
     for layer in reversed(step.layers):
-        ready = [i for i, name in enumerate(ready_after) if name == layer.layer]
-        backward.append(
-            Work(name=layer.layer, seconds=layer.backward_s * scale, bucket=ready[0] if ready else None),
-        )
+        ready = ready_after[layer.layer]
+        backward.append(Work(name=layer.layer, seconds=layer.backward_s, bucket=ready[0] if ready else None))
         backward += [Work(name=layer.layer, seconds=0.0, bucket=bucket) for bucket in ready[1:]]
     tail = [
-        Work(name=name, seconds=seconds * scale)
+        Work(name=name, seconds=seconds)
         for name, seconds in (("regularizer", step.regularizer_s), ("optimizer", step.optimizer_s))
         if seconds
     ]
+    return StepPlan(
+        forward=tuple(forward),
+        backward=tuple(backward),
+        tail=tuple(tail),
+        buckets=(),
+        num_micro_batches=num_micro_batches,
+    )
+
+
+def with_communication(
+    computation: StepPlan,
+    step: StepTime,
+    buckets: Sequence[Bucket],
+    all_reduce: AllReduce,
+    *,
+    wire: Wire | None = None,
+    buffer_bytes: int = 0,
+    bound: Bound = "expected",
+) -> StepPlan:
+    """The plan with its collectives, every duration scaled to the expected one or to an end of its 90 % interval.
+
+    Args:
+        computation: `compute_plan` of this step and these buckets, whole or merged.
+        step: gives the interval of the computation.
+        buckets: of the gradient.
+        all_reduce: the time of an all-reduce of so many bytes, with its interval.
+        wire: compression of the gradient.
+        buffer_bytes: broadcast before the forward pass; 0 for none.
+        bound: which duration.
+    """
+    wire = wire or Wire()
+    scale = 1.0
+    if bound != "expected" and step.compute_s > 0:
+        scale = (step.low_s if bound == "low" else step.high_s) / step.compute_s
     head: list[Collective] = []
     if buffer_bytes:
         time = all_reduce(buffer_bytes)
         head.append(
             Collective(
-                name="broadcast buffers",
+                name="Broadcast of buffers",
                 seconds=broadcast_s(time, bound),
                 num_bytes=buffer_bytes,
                 wire_bytes_per_gpu=time.wire_bytes_per_gpu / 2,
@@ -113,32 +142,26 @@ def plan_step(
         time = all_reduce(num_bytes)
         collectives.append(
             Collective(
-                name=f"all-reduce bucket {i}",
+                name=f"AllReduce of bucket {i}",
                 seconds=_at(time, bound) + bucket.num_bytes * wire.conversion_s_per_byte,
                 num_bytes=num_bytes,
                 wire_bytes_per_gpu=time.wire_bytes_per_gpu,
             )
         )
     return StepPlan(
-        forward=tuple(forward),
-        backward=tuple(backward),
-        tail=tuple(tail),
+        forward=_scaled(computation.forward, scale),
+        backward=_scaled(computation.backward, scale),
+        tail=_scaled(computation.tail, scale),
         buckets=tuple(collectives),
         head=tuple(head),
-        num_micro_batches=num_micro_batches,
-        overlap=overlap,
+        num_micro_batches=computation.num_micro_batches,
     )
 
 
-def single_bucket(network: Network, element_bytes: int = 4) -> tuple[Bucket, ...]:
-    """The one bucket of the first step after wrapping, before DDP knows the order of the gradients."""
-    return (
-        Bucket(
-            parameters=tuple(parameter.name for parameter in network.parameters),
-            num_bytes=element_bytes * network.num_parameters,
-            ready_layer="",
-        ),
-    )
+def _scaled(pieces: tuple[Work, ...], scale: float) -> tuple[Work, ...]:
+    if scale == 1:
+        return pieces
+    return tuple(Work(name=work.name, seconds=work.seconds * scale, bucket=work.bucket) for work in pieces)
 
 
 def buffer_bytes(network: Network) -> int:
@@ -147,8 +170,19 @@ def buffer_bytes(network: Network) -> int:
     return sum(2 * 4 * layer.out_channels + 8 for layer in norms)
 
 
+def first_step_s(network: Network, plan: StepPlan, all_reduce: AllReduce, wire: Wire | None = None) -> float:
+    """Seconds of communication that the first step after wrapping does not hide.
+
+    DDP does not know the order of the gradients yet: they travel in a single bucket, after backward.
+    """
+    wire = wire or Wire()
+    num_bytes = 4 * network.num_parameters
+    reduced_s = all_reduce(round(num_bytes * wire.ratio)).seconds + num_bytes * wire.conversion_s_per_byte
+    return reduced_s + sum(collective.seconds for collective in plan.head)
+
+
 def wrapping_s(network: Network, all_reduce: AllReduce) -> float:
-    """Seconds of communication that wrapping a network costs.
+    """Seconds of communication that wrapping a network costs besides its first step.
 
     The parameters and buffers are broadcast from rank 0 when it is wrapped, and the new order of the buckets (one
     int32 per parameter) when they are rebuilt after the first step.

@@ -9,18 +9,19 @@ fully correlated over layers and epochs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.collectives import AllReduceTime, all_reduce, nodes_for
-from ptsim.costs.memory import iteration_memory, largest_batch
+from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch
 from ptsim.costs.step import Measurements, StepTime, Tier, step_time
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster, load_device, match_device
+from ptsim.hardware.profile import DeviceProfile, read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind, Network, Precision
 from ptsim.sim import ddp
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _TIER_ORDER = tuple(Tier)
+T = TypeVar("T")
 
 
 class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +86,8 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
         total_s: training time without validation.
         low_s, high_s: 90 % interval of `total_s`.
         allreduce_bytes_per_gpu: what every GPU sends for gradients over the run.
+        tier: the worst that a step time comes from.
+        network_tier: the worst that an all-reduce time comes from; None on a single GPU.
         energy_j: of all GPUs; None where no power model covers the device.
         complete: False where the trace is of an interrupted or truncated run: then only what was recorded is projected.
     """
@@ -109,6 +113,7 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     low_s: float
     high_s: float
     tier: Tier
+    network_tier: Tier | None
     complete: bool
     notes: tuple[str, ...]
     faults: FaultyRun | None = None
@@ -120,16 +125,20 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepCache:
-    """Step times that several projections of the same trace share."""
+    """What several projections of the same trace share: step times, memory needs, plans without communication.
+
+    A cache belongs to one trace and one device profile.
+    """
 
     def __init__(self) -> None:
-        self._steps: dict[tuple[Any, ...], StepTime] = {}
+        self._known: dict[Hashable, Any] = {}
 
-    def get(self, key: tuple[Any, ...], make: Callable[[], StepTime]) -> StepTime:
-        """The step time under `key`, made if it is new."""
-        if key not in self._steps:
-            self._steps[key] = make()
-        return self._steps[key]
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is under `key`, made if it is new. A key always stands for the same type."""
+        if key not in self._known:
+            self._known[key] = make()
+        known: T = self._known[key]
+        return known
 
 
 class _Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +146,7 @@ class _Stage(msgspec.Struct, frozen=True, kw_only=True):
 
     epoch: Epoch
     network: Network
+    id: str  # the network's
     batch: int
     num_iterations: int
     new: bool  # the network differs from the epoch before, so that the run reconfigures in front of it
@@ -146,7 +156,10 @@ class _Simulated(msgspec.Struct, frozen=True, kw_only=True):
     """One simulated step with its bounds and what wrapping its network costs."""
 
     step: StepTime
-    expected: StepResult
+    result: StepResult
+    scale: float  # mean computation of all GPUs / that of the step; not 1 where devices are mixed or jitter
+    forward_s: float
+    backward_s: float
     low_s: float
     high_s: float
     wrap_s: float
@@ -160,6 +173,7 @@ def project(
     options: Options | None = None,
     *,
     device: Device | None = None,
+    device_profile: DeviceProfile | None = None,
     cache: StepCache | None = None,
 ) -> RunProjection:
     """The recorded run on `num_gpus` GPUs of a cluster.
@@ -173,13 +187,16 @@ def project(
         num_gpus: how many of its GPUs.
         options: what to change.
         device: instead of the one that `options.device` or the cluster names.
+        device_profile: of `ptsim calibrate gpu`, used where it is of the projected device.
         cache: step times to share between projections of this trace.
 
     Raises:
         UsageError: no epochs in the trace, an option out of its bounds, more GPUs than the cluster has, a device that
             does not support the precision, or a mini-batch that has fewer images than micro-batches.
     """
-    return _Projector(trace, cluster, num_gpus, options or Options(), device, cache or StepCache()).project()
+    return _Projector(
+        trace, cluster, num_gpus, options or Options(), device, device_profile, cache or StepCache()
+    ).project()
 
 
 class RecordedSteps(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,14 +212,22 @@ class RecordedSteps(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def record_steps(
-    trace: Trace, cluster: Cluster, num_gpus: int, options: Options | None = None, *, num_steps: int = 2, shown: int = 8
+    trace: Trace,
+    cluster: Cluster,
+    num_gpus: int,
+    options: Options | None = None,
+    *,
+    device_profile: DeviceProfile | None = None,
+    num_steps: int = 2,
+    shown: int = 8,
 ) -> tuple[RecordedSteps, ...]:
     """What the streams of the first `shown` GPUs do in `num_steps` steps of every architecture of the run.
 
     Raises:
         UsageError: what `project` raises.
     """
-    return _Projector(trace, cluster, num_gpus, options or Options(), None, StepCache()).record(num_steps, shown)
+    projector = _Projector(trace, cluster, num_gpus, options or Options(), None, device_profile, StepCache())
+    return projector.record(num_steps, shown)
 
 
 def simulate(
@@ -211,6 +236,7 @@ def simulate(
     gpus: Sequence[int] = (1,),
     *,
     options: Options | None = None,
+    profile: str | Path | DeviceProfile | None = None,
     **changes: Any,
 ) -> DataFrame:
     """Project a recorded run onto a cluster, one row per GPU count.
@@ -222,6 +248,7 @@ def simulate(
         cluster: a cluster, a catalog name or a TOML file.
         gpus: GPU counts.
         options: see `ptsim.sim.options.Options`.
+        profile: of `ptsim calibrate gpu`, or its file.
         **changes: single options by name, on top of `options`.
 
     Returns:
@@ -233,8 +260,10 @@ def simulate(
     trace = trace if isinstance(trace, Trace) else read_trace(trace)
     cluster = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
     options = change(options or Options(), changes)
+    if isinstance(profile, str | Path):
+        profile = read_device_profile(profile)
     cache = StepCache()
-    return projections_frame([project(trace, cluster, n, options, cache=cache) for n in gpus])
+    return projections_frame([project(trace, cluster, n, options, device_profile=profile, cache=cache) for n in gpus])
 
 
 def change(options: Options, changes: dict[str, Any]) -> Options:
@@ -289,6 +318,7 @@ def projection_row(projection: RunProjection) -> dict[str, Any]:
         "low_cost_usd": None if p.cost_usd is None else p.cost_usd * p.low_s / p.total_s,
         "high_cost_usd": None if p.cost_usd is None else p.cost_usd * p.high_s / p.total_s,
         "tier": str(p.tier),
+        "network_tier": None if p.network_tier is None else str(p.network_tier),
         "num_epochs": len(p.epochs),
         "complete": p.complete,
         "notes": "; ".join(p.notes),
@@ -321,6 +351,7 @@ class _Projector:
         num_gpus: int,
         options: Options,
         device: Device | None,
+        device_profile: DeviceProfile | None,
         cache: StepCache,
     ) -> None:
         options.check()
@@ -332,6 +363,7 @@ class _Projector:
         self.trace, self.cluster, self.num_gpus, self.options, self.cache = trace, cluster, num_gpus, options, cache
         self.run = trace.run
         self.device = device or load_device(options.device or cluster.device)
+        self.device_key = msgspec.json.encode(self.device)
         self.memory_bytes = options.memory_bytes or self.device.memory_bytes
         self.precision = Precision(options.precision) if options.precision else self.run.precision
         self.memory_format = options.memory_format or self.run.memory_format
@@ -397,6 +429,7 @@ class _Projector:
             low_s=low_s,
             high_s=high_s,
             tier=max((epoch.tier for epoch in epochs), key=_TIER_ORDER.index),
+            network_tier=max((time.tier for time in self.all_reduces.values()), key=_TIER_ORDER.index, default=None),
             complete=trace.complete,
             notes=tuple(self.notes),
             faults=faults,
@@ -405,16 +438,16 @@ class _Projector:
     def record(self, num_steps: int, shown: int) -> tuple[RecordedSteps, ...]:
         recorded: dict[tuple[str, int], RecordedSteps] = {}
         for stage in self._stages():
-            key = (stage.network.id, stage.batch)
+            key = (stage.id, stage.batch)
             if key in recorded:
                 continue
-            step = self._step_time(stage, self.device)
+            step = self._step_time(stage, self.device, self.device_key)
             speeds = self._speeds(stage, step)
             if len(set(speeds)) == 1 and self._jitter() is None:  # equal GPUs: simulate only what is shown
                 speeds = speeds[:1] * min(shown, self.num_gpus)
             result = self._run_steps(
                 stage,
-                self._plan(stage, step, "expected"),
+                self._plan(stage, step, "expected", merged=False),
                 speeds,
                 self._jitter(),
                 self.options.contention,
@@ -446,13 +479,14 @@ class _Projector:
         stages: list[_Stage] = []
         batch = 0
         for epoch, source in zip(epochs, chosen, strict=True):
-            network = rounded(self.trace.network_of(source), options.channel_multiple)
-            new = not stages or network.id != stages[-1].network.id
-            batch = self._batch(source, network, previous=batch, new=new, epoch=epoch.epoch)
+            network, identity = self._network(source)
+            new = not stages or identity != stages[-1].id
+            batch = self._batch(source, network, identity, previous=batch, new=new, epoch=epoch.epoch)
             stages.append(
                 _Stage(
                     epoch=epoch,
                     network=network,
+                    id=identity,
                     batch=batch,
                     num_iterations=self._num_iterations(epoch, batch),
                     new=new and bool(stages),
@@ -460,7 +494,18 @@ class _Projector:
             )
         return stages
 
-    def _batch(self, source: Epoch, network: Network, *, previous: int, new: bool, epoch: int) -> int:
+    def _network(self, epoch: Epoch) -> tuple[Network, str]:
+        multiple = self.options.channel_multiple
+        if multiple == 1:
+            return self.trace.network_of(epoch), epoch.architecture
+
+        def make() -> tuple[Network, str]:
+            network = rounded(self.trace.network_of(epoch), multiple)
+            return network, network.id
+
+        return self.cache.get(("rounded", epoch.architecture, multiple), make)
+
+    def _batch(self, source: Epoch, network: Network, identity: str, *, previous: int, new: bool, epoch: int) -> int:
         """The per-GPU mini-batch of an epoch."""
         options = self.options
         recorded = self.trace.epochs[0] if options.minibatch != "recorded" else source
@@ -469,18 +514,32 @@ class _Projector:
             per_gpu = max(1, -(-recorded.batch_per_gpu * recorded.world_size // self.num_gpus))
         if options.minibatch != "planned" or (previous and not new):
             return previous or per_gpu if options.minibatch == "planned" else per_gpu
-        most = largest_batch(
-            network,
-            capacity_bytes=self.memory_bytes,
-            granularity=options.batch_granularity,
-            precision=self.precision,
-            optimizer=self.optimizer,
-            memory_format=self.memory_format,
-            device=self.device,
+        limit = source.num_images // self.num_gpus  # one step per epoch is the most that the data set can fill
+        limit = min(limit, options.max_batch or limit)
+        # gradient accumulation needs the memory of one micro-batch
+        most = options.micro_batches * self.cache.get(
+            (
+                "batch",
+                identity,
+                limit,
+                self.memory_bytes,
+                self.device_key,
+                self.precision,
+                self.memory_format,
+                options.micro_batches,
+                options.batch_granularity,
+            ),
+            lambda: largest_batch(
+                network,
+                capacity_bytes=self.memory_bytes,
+                granularity=options.batch_granularity,
+                limit=limit // options.micro_batches,
+                precision=self.precision,
+                optimizer=self.optimizer,
+                memory_format=self.memory_format,
+                device=self.device,
+            ),
         )
-        # one step per epoch is the most that the data set can fill
-        images_per_gpu = source.num_images // self.num_gpus // options.batch_granularity * options.batch_granularity
-        most = min(most, images_per_gpu, options.max_batch or most)
         if not previous:
             if most and most < per_gpu:
                 self.notes.append(f"mini-batch {per_gpu} does not fit at first; planned with {most}")
@@ -552,80 +611,102 @@ class _Projector:
             )
         return self.all_reduces[num_bytes]
 
-    def _step_time(self, stage: _Stage, device: Device) -> StepTime:
+    def _key(self, stage: _Stage, device_key: bytes) -> tuple[Hashable, ...]:
+        """Everything that the computation of a step depends on."""
         batch = -(-stage.batch // self.options.micro_batches)
         regularizer = stage.epoch.penalty_coefficient > 0
-        key = (stage.network.id, batch, device.name, self.precision, self.memory_format, self.optimizer, regularizer)
+        return (stage.id, batch, device_key, self.precision, self.memory_format, self.optimizer, regularizer)
+
+    def _step_time(self, stage: _Stage, device: Device, device_key: bytes) -> StepTime:
         return self.cache.get(
-            key,
+            ("step", *self._key(stage, device_key)),
             lambda: step_time(
                 stage.network,
                 device,
-                batch=batch,
+                batch=-(-stage.batch // self.options.micro_batches),
                 precision=self.precision,
                 memory_format=self.memory_format,
                 optimizer=self.optimizer,
-                regularizer=regularizer,
+                regularizer=stage.epoch.penalty_coefficient > 0,
                 measurements=self.measurements,
             ),
         )
 
-    def _plan(self, stage: _Stage, step: StepTime, bound: ddp.Bound, *, first: bool = False) -> StepPlan:
-        options, network = self.options, stage.network
+    def _memory(self, stage: _Stage) -> MemoryNeed:
+        return self.cache.get(
+            ("memory", *self._key(stage, self.device_key)),
+            lambda: iteration_memory(
+                stage.network,
+                batch=-(-stage.batch // self.options.micro_batches),
+                precision=self.precision,
+                optimizer=self.optimizer,
+                memory_format=self.memory_format,
+                device=self.device,
+            ),
+        )
+
+    def _buckets(self, stage: _Stage) -> tuple[Bucket, ...]:
         if self.num_gpus == 1:
-            buckets: tuple[Bucket, ...] = ()
-        elif first:
-            buckets = ddp.single_bucket(network)
-        else:
-            buckets = ddp_buckets(
-                network, first_bucket_bytes=options.first_bucket_bytes, bucket_bytes=options.bucket_bytes
-            )
-        return ddp.plan_step(
+            return ()
+        first, others = self.options.first_bucket_bytes, self.options.bucket_bytes
+        return self.cache.get(
+            ("buckets", stage.id, first, others),
+            lambda: ddp_buckets(stage.network, first_bucket_bytes=first, bucket_bytes=others),
+        )
+
+    def _plan(self, stage: _Stage, step: StepTime, bound: ddp.Bound, *, merged: bool = True) -> StepPlan:
+        options, buckets = self.options, self._buckets(stage)
+
+        def compute() -> StepPlan:
+            plan = ddp.compute_plan(step, buckets, num_micro_batches=options.micro_batches)
+            return plan.merged() if merged else plan
+
+        ready = tuple(bucket.ready_layer for bucket in buckets)
+        return ddp.with_communication(
+            self.cache.get(("plan", merged, ready, options.micro_batches, *self._key(stage, self.device_key)), compute),
             step,
             buckets,
             self._all_reduce,
             wire=self.wire,
-            buffer_bytes=ddp.buffer_bytes(network) if options.broadcast_buffers and self.num_gpus > 1 else 0,
-            num_micro_batches=options.micro_batches,
-            overlap=not first,
+            buffer_bytes=ddp.buffer_bytes(stage.network) if options.broadcast_buffers and self.num_gpus > 1 else 0,
             bound=bound,
         )
 
     def _simulate(self, stage: _Stage) -> _Simulated:
-        key = (stage.network.id, stage.batch, stage.epoch.penalty_coefficient > 0)
+        key = (stage.id, stage.batch, stage.epoch.penalty_coefficient > 0)
         if key not in self.simulated:
             self.simulated[key] = self._simulate_new(stage)
         return self.simulated[key]
 
     def _simulate_new(self, stage: _Stage) -> _Simulated:
-        options = self.options
-        step = self._step_time(stage, self.device)
+        options, network = self.options, stage.network
+        step = self._step_time(stage, self.device, self.device_key)
         speeds, jitter = self._speeds(stage, step), self._jitter()
-        expected, low, high = (
-            self._run_steps(stage, self._plan(stage, step, bound), speeds, jitter, min(1.0, contention))
-            for bound, contention in _bounds(options.contention)
+        plan = self._plan(stage, step, "expected")
+        expected = self._run_steps(stage, plan, speeds, jitter, options.contention)
+        low, high = (
+            self._run_steps(stage, self._plan(stage, step, bound), speeds, jitter, contention)
+            for bound, contention in _ends(options.contention)
         )
         wrap_s = options.compile_s + options.warmup_steps * expected.step_s + self._autotune_s(stage, step)
         if self.num_gpus > 1:
-            first = simulate_steps([Job(plan=self._plan(stage, step, "expected", first=True))])[0]
-            steady = simulate_steps([Job(plan=self._plan(stage, step, "expected"))], contention=options.contention)[0]
-            wrap_s += max(0.0, first.step_s - steady.step_s) + ddp.wrapping_s(stage.network, self._all_reduce)
-        need = iteration_memory(
-            stage.network,
-            batch=-(-stage.batch // options.micro_batches),
-            precision=self.precision,
-            optimizer=self.optimizer,
-            memory_format=self.memory_format,
-            device=self.device,
-        )
-        if need.peak_bytes > self.memory_bytes:
+            shown_s = ddp.first_step_s(network, plan, self._all_reduce, self.wire)
+            wrap_s += max(0.0, shown_s - expected.exposed_communication_s)
+            wrap_s += ddp.wrapping_s(network, self._all_reduce)
+        need = self._memory(stage)
+        if need.device_bytes > self.memory_bytes:
             self.notes.append(
-                f"epoch {stage.epoch.epoch}: a mini-batch of {stage.batch} needs {need.peak_bytes / GIB:.1f} GiB, "
+                f"epoch {stage.epoch.epoch}: a mini-batch of {stage.batch} needs {need.device_bytes / GIB:.1f} GiB, "
                 f"{self.device.name} has {self.memory_bytes / GIB:.1f} GiB: it would not fit"
             )
+        n = options.micro_batches
+        compute_s = n * (step.forward_s + step.backward_s + step.overhead_s) + step.optimizer_s + step.regularizer_s
         return _Simulated(
             step=step,
-            expected=expected,
+            result=expected,
+            scale=expected.compute_s / compute_s if compute_s else 1.0,
+            forward_s=n * step.forward_s,
+            backward_s=n * step.backward_s,
             low_s=min(low.step_s, expected.step_s),
             high_s=max(high.step_s, expected.step_s),
             wrap_s=wrap_s,
@@ -674,7 +755,8 @@ class _Projector:
             return (1.0,) * (self.num_gpus if unequal else 1)
         factors: list[float] = []
         for name, count in options.mixed_devices.items():
-            other = self._step_time(stage, load_device(name))
+            device = load_device(name)
+            other = self._step_time(stage, device, msgspec.json.encode(device))
             factors += [other.compute_s / step.compute_s] * count
         own = self.cluster.gpus_per_node - len(factors)
         if own < 0:
@@ -718,18 +800,17 @@ class _Projector:
 
     def _project_epoch(self, stage: _Stage) -> EpochProjection:
         simulated = self._simulate(stage)
-        step, result, n = simulated.step, simulated.expected, self.options.micro_batches
-        compute = n * (step.forward_s + step.backward_s + step.overhead_s) + step.optimizer_s + step.regularizer_s
-        scale = result.compute_s / compute if compute else 1.0  # mixed devices: the mean over GPUs
+        step, result, scale = simulated.step, simulated.result, simulated.scale
+        n = self.options.micro_batches
         total_s = stage.num_iterations * result.step_s
         return EpochProjection(
             epoch=stage.epoch.epoch,
-            architecture=stage.network.id,
+            architecture=stage.id,
             batch_per_gpu=stage.batch,
             num_iterations=stage.num_iterations,
             step_s=result.step_s,
-            forward_s=n * step.forward_s * scale,
-            backward_s=n * step.backward_s * scale,
+            forward_s=simulated.forward_s * scale,
+            backward_s=simulated.backward_s * scale,
             optimizer_s=step.optimizer_s * scale,
             regularizer_s=step.regularizer_s * scale,
             overhead_s=n * step.overhead_s * scale,
@@ -755,9 +836,9 @@ class _Projector:
         return surgery + simulated.wrap_s
 
 
-def _bounds(contention: float) -> tuple[tuple[ddp.Bound, float], ...]:
+def _ends(contention: float) -> tuple[tuple[ddp.Bound, float], ...]:
     """The ends of the interval and their contention: 0.1–0.3 around the default of 0.2."""
-    return ("expected", contention), ("low", contention / 2), ("high", contention * 1.5)
+    return ("low", contention / 2), ("high", min(1.0, contention * 1.5))
 
 
 def recorded_jitter(epochs: Sequence[Epoch]) -> float:

@@ -4,11 +4,12 @@ import msgspec
 import pytest
 import torch
 
-from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.collectives import AllReduceTime
 from ptsim.costs.times import LayerTime, StepTime, Tier
 from ptsim.network import Network
 from ptsim.sim import ddp
+from ptsim.sim.step import Job, simulate_steps
 from tests.traces import residual_network
 
 
@@ -38,7 +39,12 @@ def all_reduce(num_bytes: int) -> AllReduceTime:
         high_s=3.0 * num_bytes,
         algorithm="ring",
         wire_bytes_per_gpu=1.5 * num_bytes,
+        tier=Tier.DATASHEET,
     )
+
+
+def one_bucket(network: Network) -> tuple[Bucket, ...]:
+    return ddp_buckets(network, first_bucket_bytes=1 << 40)
 
 
 def test_buckets_are_those_of_torch() -> None:
@@ -82,7 +88,7 @@ def test_the_plan_takes_what_the_step_takes() -> None:
 def test_the_collectives_follow_the_bound() -> None:
     network = residual_network()
     plans = {
-        bound: ddp.plan_step(step_of(network), ddp.single_bucket(network), all_reduce, bound=bound).communication_s
+        bound: ddp.plan_step(step_of(network), one_bucket(network), all_reduce, bound=bound).communication_s
         for bound in ("low", "expected", "high")
     }
     num_bytes = 4 * network.num_parameters
@@ -92,7 +98,7 @@ def test_the_collectives_follow_the_bound() -> None:
 def test_half_precision_gradients_halve_the_message_and_pay_for_the_conversion() -> None:
     network = residual_network()
     wire = ddp.memory_bound_conversion(0.5, memory_bandwidth_bytes_per_s=1e6)
-    plan = ddp.plan_step(step_of(network), ddp.single_bucket(network), all_reduce, wire=wire)
+    plan = ddp.plan_step(step_of(network), one_bucket(network), all_reduce, wire=wire)
     num_bytes = 4 * network.num_parameters
     assert plan.buckets[0].num_bytes == num_bytes // 2
     assert plan.wire_bytes_per_gpu == 1.5 * num_bytes // 2
@@ -115,22 +121,24 @@ def test_a_broadcast_is_half_an_all_reduce() -> None:
     assert ddp.wrapping_s(network, all_reduce) == 0.5 * state + 0.5 * 4 * len(network.parameters)
 
 
-def test_the_first_steps_bucket_holds_every_gradient() -> None:
+def test_the_first_step_reduces_every_gradient_after_backward() -> None:
     network = residual_network()
-    (bucket,) = ddp.single_bucket(network)
-    assert len(bucket.parameters) == len(network.parameters)
-    assert bucket.num_bytes == 4 * network.num_parameters
+    plan = ddp.plan_step(step_of(network), ddp_buckets(network), all_reduce, buffer_bytes=100)
+    assert ddp.first_step_s(network, plan, all_reduce) == 4 * network.num_parameters + 100 / 2
+    single = ddp.plan_step(step_of(network), one_bucket(network), all_reduce, buffer_bytes=100)
+    unhidden = simulate_steps([Job(plan=msgspec.structs.replace(single, overlap=False))])[0]
+    assert unhidden.exposed_communication_s == pytest.approx(ddp.first_step_s(network, plan, all_reduce))
 
 
 def test_a_gradient_that_never_comes_is_reduced_at_the_end() -> None:
     network = residual_network()
-    bucket = msgspec.structs.replace(ddp.single_bucket(network)[0], ready_layer="")
+    bucket = msgspec.structs.replace(one_bucket(network)[0], ready_layer="")
     plan = ddp.plan_step(step_of(network), (bucket,), all_reduce)
     assert plan.backward[-1].bucket == 0
 
 
 def test_a_bucket_of_another_network_is_refused() -> None:
     network = residual_network()
-    bucket = msgspec.structs.replace(ddp.single_bucket(network)[0], ready_layer="elsewhere")
+    bucket = msgspec.structs.replace(one_bucket(network)[0], ready_layer="elsewhere")
     with pytest.raises(ValueError, match="'elsewhere'"):
         ddp.plan_step(step_of(network), (bucket,), all_reduce)

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 import ptsim
+from ptsim.costs.memory import iteration_memory
 from ptsim.costs.step import Measurements, step_time
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device, match_device
@@ -217,7 +218,9 @@ class TestMiniBatch:
         assert {e.batch_per_gpu for e in run(trace, 1, minibatch="fixed").epochs} == {64}
 
     def test_the_planned_one_grows_at_reconfigurations_to_what_fits(self, trace: Trace) -> None:
-        dense_need = run(trace, 1).epochs[0].peak_memory_bytes
+        dense_need = iteration_memory(
+            trace.network_of(trace.epochs[0]), batch=64, device=load_device("a100-sxm4-40gb")
+        ).device_bytes
         projection = run(trace, 1, minibatch="planned", memory_bytes=dense_need, batch_granularity=8)
         batches = [e.batch_per_gpu for e in projection.epochs]
         assert batches[0] == batches[1] == 64
