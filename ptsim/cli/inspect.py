@@ -13,6 +13,7 @@ from ptsim.cli.common import parse_input_shape, print_json
 from ptsim.errors import UsageError
 from ptsim.prune.proof import Inspection
 from ptsim.prune.proof import inspect as inspect_model
+from ptsim.units import format_count
 
 
 def inspect(
@@ -54,11 +55,11 @@ def _show(found: Inspection) -> None:
         )
         table.add_row(group.name, str(group.width), members, "yes" if group.prunable else f"no: {group.reason}")
     console.print(table)
-    proof = "×".join(map(str, found.proof_input))
+    image = "×".join(map(str, found.proof_input))
     console.print(
-        f"{found.prunable_channels} channels can be pruned, {found.refused_channels} cannot. "
-        f"Proof: {found.channels_removed} zeroed and pruned on images of {proof} in float64, dropout and stochastic "
-        f"depth switched off; largest relative error {found.max_rel_error_eval:.1e} in evaluation, "
-        f"{found.max_rel_error_train:.1e} in training: {'exact' if found.exact else 'NOT exact'} "
-        f"({found.seconds:.0f} s)."
+        f"{found.prunable_channels} channels can be pruned, {found.refused_channels} cannot. Proof: "
+        f"{found.channels_removed} zeroed and pruned in {format_count(found.proof_parameters)} parameters, images of "
+        f"{image}, float64, dropout and stochastic depth switched off; largest relative error "
+        f"{found.max_rel_error_eval:.1e} in evaluation, {found.max_rel_error_train:.1e} in training: "
+        f"{'exact' if found.exact else 'NOT exact'} ({found.seconds:.0f} s)."
     )

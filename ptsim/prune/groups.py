@@ -56,7 +56,8 @@ class ChannelGroups:
         layers: convolutions and linear layers with the component of each input and output channel.
         prunable: per component.
         reasons: text; `reason_of` holds an index into it per component, −1 where the component is prunable.
-        sensitive: per component: passes an operator (reshape, chunk, …) whose meaning depends on the channel count.
+        sensitive: per component: passes an operator (reshape, chunk, …) whose meaning depends on the channel count;
+            `sensitive_sets` are the components that pass one of them together.
     """
 
     input_shape: tuple[int, int, int]
@@ -66,6 +67,7 @@ class ChannelGroups:
     reasons: tuple[str, ...]
     reason_of: Tensor
     sensitive: Tensor
+    sensitive_sets: tuple[Tensor, ...]
     graph: fx.GraphModule = dataclasses.field(repr=False)
     shapes_only: bool = True
 
@@ -153,6 +155,15 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
     return _freeze_misaligned(bones, groups)
 
 
+def axes_for(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[AxisKey, Tensor]:
+    """The components of every axis as images of `input_shape` would find them; empty if the model cannot take them."""
+    try:
+        state, graphs = propagate(skeleton(model), input_shape)
+    except (UnsupportedModelError, *SHAPE_ERRORS):
+        return {}
+    return _assemble(state, input_shape, graphs["train"]).axes
+
+
 def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphModule) -> ChannelGroups:
     count = state.num_slots
     pairs = torch.cat(state.pairs, dim=1).numpy() if state.pairs else np.zeros((2, 0), dtype=np.int64)
@@ -176,8 +187,9 @@ def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphMo
     reasons = [*state.reasons, NO_DECISION]
     reason_of[(reason_of < 0) & ~weighted] = len(reasons) - 1
     sensitive = torch.zeros(num_components, dtype=torch.bool)
-    for slots, _ in state.sensitive_slots:
-        sensitive[component_of[slots]] = True
+    sensitive_sets = tuple(component_of[slots] for slots in state.sensitive_slots)
+    for members in sensitive_sets:
+        sensitive[members] = True
     return ChannelGroups(
         input_shape=input_shape,
         axes=axes,
@@ -186,14 +198,15 @@ def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphMo
         reasons=tuple(reasons),
         reason_of=reason_of,
         sensitive=sensitive,
+        sensitive_sets=sensitive_sets,
         graph=graph,
     )
 
 
 def misaligned(
     bones: nn.Module, groups: ChannelGroups, removed: Tensor, operation: Callable[[nn.Module], object] | None = None
-) -> bool:
-    """True if the network without the components `removed` fails or would mix up the channels that are left.
+) -> Tensor | None:
+    """The components that would be mixed up if those in the mask `removed` were gone; None if the network would fail.
 
     `operation` takes them out of a copy; by default a plain cut.
     """
@@ -209,35 +222,67 @@ def misaligned(
             operation(smaller)
         state, _ = propagate(smaller, groups.input_shape, seed)
     except SHAPE_ERRORS:
-        return True
-    return len(state.misaligned) > 0
+        return None
+    return state.misaligned
 
 
 def _freeze_misaligned(bones: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     """Refuse the components whose removal a reshape, chunk or index of the model's code would not follow.
 
     Tried out rather than derived: random halves are removed from the shapes, and the labels of what is left compared.
+    Whatever passes an operator together with a component that gets mixed up is refused with it.
     """
-    suspects = groups.sensitive & groups.prunable
-    if not bool(suspects.any()):
-        return groups
+    reasons = (*groups.reasons, "a reshape, split or index of the model's code would mix up the channels that are left")
     generator = torch.Generator().manual_seed(0)
-    if not any(misaligned(bones, groups, _random_part(groups, suspects, generator)) for _ in range(2)):
-        return groups
-    reasons = [*groups.reasons, "a reshape, split or index of the model's code would mix up the channels that are left"]
-    reason_of = groups.reason_of.clone()
-    for edge in groups.edges():
+    successes = 0
+    while successes < 2:
+        suspects = groups.sensitive & groups.prunable
+        if not bool(suspects.any()):
+            break
+        wrong = misaligned(bones, groups, _random_part(groups, suspects, generator))
+        if wrong is not None and len(wrong) == 0:
+            successes += 1
+            continue
+        refused = _refused(bones, groups, suspects, wrong, generator)
+        reason_of = torch.where(refused, len(reasons) - 1, groups.reason_of)
+        groups = dataclasses.replace(groups, reasons=reasons, reason_of=reason_of, prunable=reason_of < 0)
+        successes = 0
+    return groups
+
+
+def _refused(
+    bones: nn.Module, groups: ChannelGroups, suspects: Tensor, wrong: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    """A mask of some suspects, never empty."""
+    refused = torch.zeros_like(suspects)
+    if wrong is None:  # the network fails without saying where: try what hangs together
+        for mask in _clusters(groups, suspects):
+            if misaligned(bones, groups, _random_part(groups, mask, generator)) is None:
+                refused |= mask
+    else:
+        mixed = torch.zeros_like(suspects)
+        mixed[wrong[wrong >= 0]] = True
+        for members in groups.sensitive_sets:
+            if bool(mixed[members].any()):
+                refused[members] = True
+        refused &= suspects
+    return refused if bool(refused.any()) else suspects
+
+
+def _clusters(groups: ChannelGroups, suspects: Tensor) -> list[Tensor]:
+    """The suspects as masks, those that pass an operator together in one."""
+    clusters: list[Tensor] = []
+    for members in groups.sensitive_sets:
         mask = torch.zeros_like(suspects)
-        mask[list(edge.components)] = True
+        mask[members] = True
         mask &= suspects
-        if bool(mask.any()) and any(misaligned(bones, groups, _random_part(groups, mask, generator)) for _ in range(2)):
-            reason_of[mask] = len(reasons) - 1
-    frozen = dataclasses.replace(groups, reasons=tuple(reasons), reason_of=reason_of, prunable=reason_of < 0)
-    suspects = frozen.sensitive & frozen.prunable
-    if bool(suspects.any()) and misaligned(bones, frozen, _random_part(frozen, suspects, generator)):
-        reason_of = torch.where(suspects, len(reasons) - 1, reason_of)
-        frozen = dataclasses.replace(frozen, reason_of=reason_of, prunable=reason_of < 0)
-    return frozen
+        touching = [cluster for cluster in clusters if bool((cluster & mask).any())]
+        clusters = [cluster for cluster in clusters if not bool((cluster & mask).any())]
+        for cluster in touching:
+            mask |= cluster
+        if bool(mask.any()):
+            clusters.append(mask)
+    return clusters
 
 
 def _random_part(groups: ChannelGroups, mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ptsim import zoo
-from ptsim.errors import UnsupportedModelError, UsageError
+from ptsim.errors import UsageError
 from ptsim.prune.cut import take
-from ptsim.prune.groups import ChannelGroups, find_groups, keep_one
+from ptsim.prune.groups import ChannelGroups, axes_for, find_groups, keep_one
 from ptsim.prune.propagate import BATCH_NORMS
 from ptsim.prune.reconfigure import Plan, operate
 
 TOLERANCE = 1e-9
+LARGE, THIN = 32_000_000, 1 / 8
 SMALL_SIDES = (64, 96, 128)
 
 
@@ -47,6 +48,8 @@ class Inspection:
         refused_channels: those that cannot; `groups` says why. The network's inputs and outputs are among them.
         channels_removed: components that the proof removed.
         proof_input: the image on which the proof ran; smaller than `input_shape` where the groups are the same.
+        proof_parameters: of the network on which the proof ran. One of more than 32 million parameters is first thinned
+            to an eighth of its prunable channels: the same graph and rules, less arithmetic.
         max_rel_error_eval, max_rel_error_train: largest |pruned − zeroed| of a tensor over that tensor's largest
             |zeroed|; training includes outputs, gradients and running statistics. A gradient's scale is at least
             1e-6 of the network's largest gradient (a bias in front of a BatchNorm has the exact gradient 0).
@@ -56,6 +59,7 @@ class Inspection:
     model: str
     input_shape: tuple[int, int, int]
     proof_input: tuple[int, int, int]
+    proof_parameters: int
     groups: tuple[GroupReport, ...]
     prunable_channels: int
     refused_channels: int
@@ -135,7 +139,13 @@ def inspect(
             name, shape = type(model).__name__, input_shape or (3, 224, 224)
             _check_shape(shape)
             network = copy.deepcopy(model).cpu()
-        groups = find_groups(network, shape)
+        groups = report = find_groups(network, shape)
+        if sum(parameter.numel() for parameter in network.parameters()) > LARGE:
+            thin = groups.prunable & (torch.rand(groups.num_components) < 1 - THIN)
+            thin, _ = keep_one(groups, thin, torch.rand(groups.num_components))
+            operate(network, groups, Plan(removed=thin))
+            groups = find_groups(network, shape)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
         proof_shape = _smallest_equivalent(network, groups)
         network.double()
         _liven(network)
@@ -144,12 +154,13 @@ def inspect(
         model=name,
         input_shape=shape,
         proof_input=proof_shape,
+        proof_parameters=parameters,
         groups=tuple(
             GroupReport(name=e.name, width=e.width, members=e.members, prunable=e.prunable, reason=e.reason)
-            for e in groups.edges()
+            for e in report.edges()
         ),
-        prunable_channels=int(groups.prunable.sum()),
-        refused_channels=sum(len(e.components) for e in groups.edges() if not e.prunable),
+        prunable_channels=int(report.prunable.sum()),
+        refused_channels=sum(len(e.components) for e in report.edges() if not e.prunable),
         channels_removed=removed,
         max_rel_error_eval=eval_error,
         max_rel_error_train=train_error,
@@ -186,14 +197,8 @@ def _smallest_equivalent(network: nn.Module, groups: ChannelGroups) -> tuple[int
     channels, height, width = groups.input_shape
     for side in SMALL_SIDES:
         if side < min(height, width):
-            try:
-                smaller = find_groups(network, (channels, side, side))
-            except UnsupportedModelError:
-                continue
-            same = smaller.axes.keys() == groups.axes.keys() and all(
-                torch.equal(smaller.axes[key], components) for key, components in groups.axes.items()
-            )
-            if same and torch.equal(smaller.prunable, groups.prunable):
+            axes = axes_for(network, (channels, side, side))
+            if axes.keys() == groups.axes.keys() and all(torch.equal(axes[key], groups.axes[key]) for key in axes):
                 return (channels, side, side)
     return groups.input_shape
 

@@ -148,6 +148,15 @@ class Propagation(fx.Interpreter):
         self.labels[n] = self._rule(n, value)
         return value
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module; a BatchNorm on meta tensors only checks and hands on the shape (its decomposition is slow)."""
+        module = self.fetch_attr(target)
+        if type(module).__name__ in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d") and args and args[0].is_meta:
+            if args[0].shape[1] != module.num_features:
+                raise RuntimeError(f"{target} expects {module.num_features} channels, got {args[0].shape[1]}")
+            return torch.empty_like(args[0])
+        return super().call_module(target, args, kwargs)
+
     # ------------------------------------------------------------------ dispatch
 
     def _rule(self, node: fx.Node, value: Any) -> Label:
@@ -398,7 +407,7 @@ class Propagation(fx.Interpreter):
             halves = self._expanded(first, node.all_input_nodes[0]).chunk(
                 2, keywords.get("dim", arguments[1] if len(arguments) > 1 else -1)
             )
-            self.state.sensitive(first, self.op)
+            self.state.sensitive(first)
             return self._elementwise([(half, value) for half in halves], value)
         return self._opaque(node, value, f"{self.op} mixes channels in a way that has no rule")
 
@@ -484,7 +493,7 @@ class Propagation(fx.Interpreter):
             for n in inputs:
                 label = self.labels[n]
                 assert isinstance(label, Tensor), "tuples and facets are handled before"
-                self.state.sensitive(label, self.op)
+                self.state.sensitive(label)
         labels = {n: self.labels[n] for n in inputs}
         return self._moved(node, target, labels)
 
@@ -541,7 +550,7 @@ class Propagation(fx.Interpreter):
         padding = [width if x.shape[-1 - index // 2] > 1 else 0 for index, width in enumerate(widths)]
         padded = nn.functional.pad(x, padding, value=stays)
         assert list(padded.shape) == sizes, "padding of the channel axis"
-        self.state.sensitive(x, self.op)
+        self.state.sensitive(x)
         return padded
 
     def _reduce(self, node: fx.Node, x: Tensor, value: Any, arguments: list[Any]) -> Label:
@@ -575,7 +584,7 @@ class State:
         self.frozen: list[tuple[Tensor, int]] = []
         self.reasons: list[str] = []
         self.layers: dict[str, Weighted] = {}
-        self.sensitive_slots: list[tuple[Tensor, str]] = []
+        self.sensitive_slots: list[Tensor] = []
 
     def axis(self, name: str, dim: int, size: int) -> Tensor:
         """The slots of one axis (dim −1: the input channels of a grouped convolution), made at the first call."""
@@ -647,11 +656,11 @@ class State:
         """The negative label that stands for `reason`."""
         return torch.tensor(-1 - self._reason(reason))
 
-    def sensitive(self, label: Tensor, op: str) -> None:
+    def sensitive(self, label: Tensor) -> None:
         """These channels pass an operator whose result depends on how many they are."""
         if label.numel() > 1:
             slots = label.flatten()
-            self.sensitive_slots.append((_distinct(slots[slots >= 0]), op))
+            self.sensitive_slots.append(_distinct(slots[slots >= 0]))
 
     @property
     def misaligned(self) -> Tensor:

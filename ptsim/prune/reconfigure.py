@@ -167,7 +167,8 @@ def _plan(
     plan = Plan(removed=removed, removals=removals)
     if bool((removed & groups.sensitive).any()):
         bones = groups.rehearsal_copy(model)
-        if misaligned(bones, groups, removed, lambda smaller: operate(smaller, groups, plan)):
+        wrong = misaligned(bones, groups, removed, lambda smaller: operate(smaller, groups, plan))
+        if wrong is None or len(wrong):
             plan = Plan(removed=removed & ~groups.sensitive)
             notes.append("channels that pass a reshape or split are kept: what is left would be mixed up")
     return plan, notes
