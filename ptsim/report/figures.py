@@ -94,18 +94,18 @@ def run_style(frame: pd.DataFrame) -> dict[str, tuple[str, object]]:
 @styled
 def accuracy_figure(epochs: pd.DataFrame) -> Figure:
     """Validation accuracy and channel sparsity over epochs, a line per run. Takes `frames.epochs_frame`."""
-    figure, (top, bottom) = _panels(2, height_in=4.0)
+    figure, (top, bottom) = panels(2, height_in=4.0)
     for axes, column, label in (
         (top, "validation_accuracy", "validation accuracy"),
         (bottom, "channel_sparsity", "channel sparsity"),
     ):
-        _lines(axes, epochs, "epoch", column)
+        lines(axes, epochs, "epoch", column)
         axes.set(ylabel=label, xlabel="")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("epoch")
-    _legend_above(top)
-    return _finish(figure, epochs, n="1 run per line", band="no band: single runs")
+    legend_above(top)
+    return finish(figure, epochs, n="1 run per line", band="no band: single runs")
 
 
 @styled
@@ -114,7 +114,7 @@ def shrinking_figure(epochs: pd.DataFrame) -> Figure:
 
     Takes `frames.costs_frame` rows of a single run.
     """
-    figure, (axes,) = _panels(1, height_in=3.4)
+    figure, (axes,) = panels(1, height_in=3.4)
     first = epochs.iloc[0]
     measured = epochs.step_median_seconds / epochs.batch_per_gpu
     base = first.step_median_seconds / first.batch_per_gpu
@@ -132,16 +132,16 @@ def shrinking_figure(epochs: pd.DataFrame) -> Figure:
     axes.set(xlabel="epoch", ylabel="per image, first epoch = 100 %", ylim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_above(axes)
+    legend_above(axes)
     low_n, high_n = int(epochs.num_iterations.min()), int(epochs.num_iterations.max())
     n = f"{low_n} iterations" if low_n == high_n else f"{low_n} to {high_n} iterations"
-    return _finish(figure, epochs, n=f"{n} an epoch", band="10th to 90th percentile of an epoch's iterations")
+    return finish(figure, epochs, n=f"{n} an epoch", band="10th to 90th percentile of an epoch's iterations")
 
 
 @styled
 def memory_figure(epochs: pd.DataFrame) -> Figure:
     """Peak memory of an iteration, measured and estimated, and the per-GPU mini-batch. Takes `frames.costs_frame`."""
-    figure, (top, bottom) = _panels(2, height_in=4.2)
+    figure, (top, bottom) = panels(2, height_in=4.2)
     for run, (colour, dash) in run_style(epochs).items():
         rows = epochs[epochs.run == run]
         line = _dash(dash)
@@ -159,26 +159,26 @@ def memory_figure(epochs: pd.DataFrame) -> Figure:
     top.set(ylabel="peak memory (GiB)", ylim=(0, None))
     bottom.set(ylabel="mini-batch (images)", xlabel="epoch", ylim=(0, None))
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_above(top)
-    return _finish(figure, epochs, n="1 run per line", band="no band: the peak of each epoch")
+    legend_above(top)
+    return finish(figure, epochs, n="1 run per line", band="no band: the peak of each epoch")
 
 
 @styled
 def allreduce_figure(epochs: pd.DataFrame) -> Figure:
     """Gradient bytes that every GPU all-reduces in an epoch. Takes `frames.costs_frame`."""
-    figure, (axes,) = _panels(1, height_in=3.0)
+    figure, (axes,) = panels(1, height_in=3.0)
     factor, unit = _scale(float(epochs.allreduce_payload_bytes.max()), BYTE_SCALES)
     scaled = epochs.assign(allreduce_payload_bytes=epochs.allreduce_payload_bytes / factor)
-    _lines(axes, scaled, "epoch", "allreduce_payload_bytes", drawstyle="steps-post")
+    lines(axes, scaled, "epoch", "allreduce_payload_bytes", drawstyle="steps-post")
     axes.set(xlabel="epoch", ylabel=f"gradients per epoch ({unit})", ylim=(0, None))
-    _legend_above(axes)
-    return _finish(figure, epochs, n="1 run per line", band="no band: a count, parameters × 4 B × updates")
+    legend_above(axes)
+    return finish(figure, epochs, n="1 run per line", band="no band: a count, parameters × 4 B × updates")
 
 
 @styled
 def scaling_figure(projections: pd.DataFrame) -> Figure:
     """Whole-run time over cluster sizes, a line and a band per run. Takes `frames.projections_frame`."""
-    figure, (axes,) = _panels(1, height_in=3.5)
+    figure, (axes,) = panels(1, height_in=3.5)
     sizes = sorted(projections.gpus.unique())
     for run, (colour, dash) in run_style(projections).items():
         rows = projections[projections.run == run].sort_values("gpus")
@@ -190,14 +190,14 @@ def scaling_figure(projections: pd.DataFrame) -> Figure:
     axes.set_yscale("log")
     _plain_log_axes(axes, sizes)
     axes.set(xlabel="GPUs", ylabel="whole run (hours)")
-    _legend_above(axes)
-    return _finish(figure, projections, n="1 recorded run per line", band="90 % interval of the projection")
+    legend_above(axes)
+    return finish(figure, projections, n="1 recorded run per line", band="90 % interval of the projection")
 
 
 @styled
 def saving_figure(savings: pd.DataFrame) -> Figure:
     """Share of the dense time that pruning saves, over cluster sizes. Takes `frames.savings_frame`."""
-    figure, (axes,) = _panels(1, height_in=3.2)
+    figure, (axes,) = panels(1, height_in=3.2)
     for run, (colour, dash) in run_style(savings).items():
         rows = savings[savings.run == run].sort_values("gpus")
         axes.fill_between(rows.gpus, rows.saved_fraction_low, rows.saved_fraction_high, color=colour, alpha=0.16, lw=0)
@@ -207,8 +207,8 @@ def saving_figure(savings: pd.DataFrame) -> Figure:
     _plain_log_axes(axes, sorted(savings.gpus.unique()))
     axes.set(xlabel="GPUs", ylabel="time saved against dense")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _legend_above(axes)
-    return _finish(
+    legend_above(axes)
+    return finish(
         figure,
         savings,
         n="1 pair of runs per line",
@@ -224,7 +224,7 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     """
     runs = list(dict.fromkeys(breakdown.run))
     sizes = sorted(breakdown.gpus.unique())
-    figure, (axes,) = _panels(1, height_in=1.5 + 0.34 * len(runs) * len(sizes))
+    figure, (axes,) = panels(1, height_in=1.5 + 0.34 * len(runs) * len(sizes))
     totals = breakdown.groupby(["gpus", "run"]).seconds.sum()
     labels, position = [], 0.0
     for size in sizes:
@@ -248,13 +248,13 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _part_legend(figure, visible_parts(breakdown))
-    return _finish(figure, breakdown, n="1 recorded run per bar", band="no band: expected values")
+    return finish(figure, breakdown, n="1 recorded run per bar", band="no band: expected values")
 
 
 @styled
 def epoch_breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     """Where one run's time goes, epoch by epoch. Takes `frames.epoch_breakdown_frame` of one run and cluster size."""
-    figure, (axes,) = _panels(1, height_in=3.6)
+    figure, (axes,) = panels(1, height_in=3.6)
     wide = breakdown.pivot_table(index="epoch", columns="part", values="seconds", aggfunc="sum").fillna(0.0)
     parts = visible_parts(breakdown)
     scale, unit = _scale(float(wide.sum(axis=1).max()), TIME_SCALES)
@@ -269,7 +269,7 @@ def epoch_breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     axes.set(xlabel="epoch", ylabel=f"time per epoch ({unit})", ylim=(0, None), xlim=(wide.index[0], wide.index[-1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _part_legend(figure, parts)
-    return _finish(figure, breakdown, n="1 recorded run", band="no band: expected values")
+    return finish(figure, breakdown, n="1 recorded run", band="no band: expected values")
 
 
 @styled
@@ -281,7 +281,7 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
     first, last = layers.epoch.min(), layers.epoch.max()
     costly = set(layers.groupby("layer").seconds_per_image.max().nlargest(count).index)
     names = [name for name in dict.fromkeys(layers.layer) if name in costly]  # in forward order
-    figure, (axes,) = _panels(1, height_in=1.5 + 0.3 * len(names))
+    figure, (axes,) = panels(1, height_in=1.5 + 0.3 * len(names))
     scale, unit = _scale(float(layers.seconds_per_image.max()), TIME_SCALES)
     width = 0.8 if first == last else 0.4
     for offset, (epoch, colour, hatch) in enumerate(((first, "#9a9a9a", ""), (last, COLOURS[1], "///"))):
@@ -298,9 +298,9 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.set(xlabel=f"forward and backward per image ({unit})")
-    _legend_above(axes)
+    legend_above(axes)
     share = layers[layers.layer.isin(names)].seconds_per_image.sum() / layers.seconds_per_image.sum()
-    return _finish(
+    return finish(
         figure,
         layers,
         n=f"{len(names)} of {layers.layer.nunique()} layers, {share:.0%} of the layers' time",
@@ -319,7 +319,7 @@ def blocks_figure(layers: pd.DataFrame, *, most: int = 40) -> Figure:
     table = blocks.pivot_table(index="block", columns="epoch", values="seconds_per_image", aggfunc="sum", sort=False)
     kept = set(table.max(axis=1).nlargest(most).index)
     table = table.loc[[block for block in table.index if block in kept]]
-    figure, (axes,) = _panels(1, height_in=1.2 + 0.19 * len(table))
+    figure, (axes,) = panels(1, height_in=1.2 + 0.19 * len(table))
     scale, unit = _scale(float(table.max().max()), TIME_SCALES)
     sns.heatmap(
         table / scale,
@@ -337,13 +337,13 @@ def blocks_figure(layers: pd.DataFrame, *, most: int = 40) -> Figure:
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.set(xlabel="epoch", ylabel="")
-    return _finish(figure, layers, n=f"{len(table)} blocks of one run", band="no band: expected values")
+    return finish(figure, layers, n=f"{len(table)} blocks of one run", band="no band: expected values")
 
 
 @styled
 def validation_figure(epochs: pd.DataFrame) -> Figure:
     """Predicted against measured epoch time. Takes a frame with run, epoch, predicted_ and measured_seconds."""
-    figure, (axes,) = _panels(1, height_in=3.2)
+    figure, (axes,) = panels(1, height_in=3.2)
     scale, unit = _scale(float(epochs.measured_seconds.max()), TIME_SCALES)
     for run, (colour, _) in run_style(epochs).items():
         rows = epochs[epochs.run == run]
@@ -357,9 +357,9 @@ def validation_figure(epochs: pd.DataFrame) -> Figure:
             )
     axes.set(xlabel="epoch", ylabel=f"time per epoch ({unit})", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_above(axes)
+    legend_above(axes)
     band = "90 % interval of the prediction" if "low_seconds" in epochs else "no band: single predictions"
-    return _finish(figure, epochs, n=f"{len(epochs)} epochs", band=band)
+    return finish(figure, epochs, n=f"{len(epochs)} epochs", band=band)
 
 
 def visible_parts(breakdown: pd.DataFrame) -> list[str]:
@@ -370,12 +370,14 @@ def visible_parts(breakdown: pd.DataFrame) -> list[str]:
     return [part for part in PART_COLOURS if part in seen]
 
 
-def _panels(count: int, *, height_in: float) -> tuple[Figure, list[Axes]]:
+def panels(count: int, *, height_in: float) -> tuple[Figure, list[Axes]]:
+    """A figure of the report's width with panels above each other that share their horizontal axis."""
     figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
     return figure, list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
 
 
-def _lines(axes: Axes, frame: pd.DataFrame, x: str, y: str, **options: object) -> None:
+def lines(axes: Axes, frame: pd.DataFrame, x: str, y: str, **options: object) -> None:
+    """A line per `run` of the frame, in the run's colour and dash; the legend is left to `legend_above`."""
     style = run_style(frame)
     sns.lineplot(
         frame,
@@ -399,7 +401,8 @@ def _dash(dash: object) -> object:
     return "-" if dash == "" else (0, dash)
 
 
-def _legend_above(axes: Axes) -> None:
+def legend_above(axes: Axes) -> None:
+    """What is labelled in `axes`, in a legend above the whole figure."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         columns = 1 if max(map(len, labels)) * min(len(labels), 3) > 72 else min(len(labels), 3)
@@ -457,7 +460,8 @@ def describe_setting(frame: pd.DataFrame) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _finish(figure: Figure, frame: pd.DataFrame, *, n: str, band: str) -> Figure:
+def finish(figure: Figure, frame: pd.DataFrame, *, n: str, band: str) -> Figure:
+    """Put the foot under a figure: the frame's setting, how many observations, and what the band is."""
     band = "N" + band[1:] if band.startswith("no band") else f"Band: {band}"
     text = textwrap.fill(f"{describe_setting(frame)}; n = {n}. {band}.", 82)
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="#555555")

@@ -46,29 +46,25 @@ def penalty_ratio(trace: Trace) -> float | None:
 
 def run_labels(traces: Sequence[Trace]) -> list[str]:
     """A short name for every run, unique among them: what was trained and how, then only what tells them apart."""
-    parts: list[tuple[str, ...]] = []
-    for trace in traces:
-        settings = trace.run.hyperparameters
-        parts.append(
-            (
-                trace.run.model,
-                trace.run.dataset.name,
-                _method(trace),
-                "dynamic mini-batch" if settings.get("dynamic_batch") else "fixed mini-batch",
-                str(settings.get("mode", "union")),
-                f"interval {settings.get('interval')}",
-                f"mini-batch {trace.epochs[0].batch_per_gpu}" if trace.epochs else "no epochs",
-                trace.run.device.name,
-                f"seed {trace.run.seed}",
-                trace.path.parent.name if trace.path.name == "trace.jsonl" else trace.path.stem,
-            )
+    parts = [
+        (
+            trace.run.model,
+            trace.run.dataset.name,
+            _method(trace),
+            *_pruning_settings(trace),
+            f"mini-batch {trace.epochs[0].batch_per_gpu}" if trace.epochs else "no epochs",
+            trace.run.device.name,
+            f"seed {trace.run.seed}",
+            trace.path.parent.name if trace.path.name == "trace.jsonl" else trace.path.stem,
         )
+        for trace in traces
+    ]
     varying = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
     kept = [index for index in (0, 1) if varying[index]] + [2]
     for index in range(3, len(varying)):
         if varying[index] and len({tuple(part[i] for i in kept) for part in parts}) < len(parts):
             kept.append(index)
-    labels = [", ".join(part[i] for i in kept) for part in parts]
+    labels = [", ".join(part[i] for i in kept if part[i]) for part in parts]
     return [
         f"{label} ({labels[:i].count(label) + 1})" if labels.count(label) > 1 else label
         for i, label in enumerate(labels)
@@ -185,6 +181,14 @@ def _method(trace: Trace) -> str:
     name = {"one_time": "one-time pruning", "ssl": "SSL"}.get(schedule, "PruneTrain")
     ratio = penalty_ratio(trace)
     return name if ratio is None else f"{name} r={ratio:g}"
+
+
+def _pruning_settings(trace: Trace) -> tuple[str, str, str]:
+    if not is_pruned(trace):
+        return "", "", ""
+    settings = trace.run.hyperparameters
+    batch = "dynamic mini-batch" if settings.get("dynamic_batch") else "fixed mini-batch"
+    return batch, str(settings.get("mode", "union")), f"interval {settings.get('interval')}"
 
 
 def _task(trace: Trace) -> tuple[object, ...]:

@@ -1,0 +1,141 @@
+"""What the studies of this folder share: finding traces, the paper's numbers, and writing a table and a figure.
+
+Every study is a script `python analysis/NAME.py [TRACE…] [--out DIR]`; without traces it takes all that lie under
+`traces/`. It prints its table, and with `--out` writes it as CSV and its figure as SVG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+import ptsim
+from ptsim.costs.flops import training_macs
+from ptsim.errors import PtsimError, UsageError
+from ptsim.report.pairs import is_pruned, penalty_ratio, run_labels
+from ptsim.trace.schema import Epoch
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = ROOT / "traces" / "public" / "prunetrain_paper.csv"
+
+TableMaker = Callable[[Sequence[ptsim.Trace]], pd.DataFrame]
+FigureMaker = Callable[[pd.DataFrame], Figure]
+
+
+def main(
+    file: str,
+    document: str,
+    table: TableMaker,
+    figure: FigureMaker | None = None,
+    *,
+    needs: str,
+    argv: list[str] | None = None,
+) -> int:
+    """Run one study: read traces, print its table, write it and its figure where asked. Returns the exit status.
+
+    Args:
+        file: the script's `__file__`.
+        document: its docstring.
+        table: the study itself.
+        figure: from the table.
+        needs: which traces the study needs, said when none of those given will do.
+        argv: the command line without the program's name.
+    """
+    parser = argparse.ArgumentParser(description=document.splitlines()[0])
+    parser.add_argument(
+        "traces", nargs="*", type=Path, default=[ROOT / "traces"], help="trace files, run folders, or folders of them"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the table (CSV) and the figure (SVG)")
+    arguments = parser.parse_args(argv)
+    name = Path(file).stem
+    try:
+        frame = table([ptsim.read_trace(path) for path in find_traces(arguments.traces)])
+        if frame.empty:
+            raise UsageError(f"no trace answers this: {needs}")
+    except PtsimError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(document.splitlines()[0], end="\n\n")
+    print(
+        frame.to_string(
+            index=False, max_colwidth=48, max_rows=40, float_format=lambda value: f"{value:.4g}", na_rep="–"
+        )
+    )
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(arguments.out / f"{name}.csv", index=False)
+        if figure:
+            figure(frame).savefig(arguments.out / f"{name}.svg")
+    return 0
+
+
+def find_traces(paths: Sequence[Path]) -> list[Path]:
+    """The traces that the paths mean: files, run folders, or all run folders and trace files somewhere below.
+
+    Raises:
+        UsageError: nothing there.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir() and not (path / "trace.jsonl").is_file():
+            found += sorted(path.rglob("*.jsonl"))
+        else:
+            found.append(path)
+    if not found:
+        raise UsageError(f"no traces in {', '.join(map(str, paths))}")
+    return found
+
+
+def paper(where: str, **equal: object) -> pd.DataFrame:
+    """The paper's rows of a table or figure ("Table 1", "Fig. 9"), narrowed to columns that equal the given values."""
+    rows = pd.read_csv(PAPER)
+    rows = rows[rows["where"].str.startswith(where)]
+    for column, value in equal.items():
+        rows = rows[rows[column] == value]
+    return rows
+
+
+def paper_names(trace: ptsim.Trace) -> tuple[str, str]:
+    """Data set and network as the paper calls them, so that its numbers can be laid beside the run's."""
+    data, model = trace.run.dataset, trace.run.model.rpartition(":")[2].lower()
+    sizes = {(10, 32): "CIFAR10", (100, 32): "CIFAR100", (1000, 224): "ImageNet"}
+    dataset = sizes.get((data.num_classes, data.input_shape[1]), data.name)
+    for prefix, name in (("resnet", "ResNet"), ("vgg", "VGG")):
+        if model.startswith(prefix):
+            model = name + model.removeprefix(prefix).removesuffix("_bn")
+    return dataset, model
+
+
+def setting(trace: ptsim.Trace, label: str) -> dict[str, object]:
+    """The columns that say which run a row is about."""
+    dataset, model = paper_names(trace)
+    return {
+        "run": label,
+        "pruned": is_pruned(trace),
+        "dataset": dataset,
+        "model": model,
+        "penalty_ratio": penalty_ratio(trace),
+        "device": trace.run.device.name,
+        "num_gpus": trace.run.world_size,
+        "precision": str(trace.run.precision),
+    }
+
+
+def labelled(traces: Sequence[ptsim.Trace]) -> list[tuple[str, ptsim.Trace]]:
+    """Every trace that has an epoch, with its label."""
+    return [(label, t) for label, t in zip(run_labels(traces), traces, strict=True) if t.epochs]
+
+
+def epoch_flops(trace: ptsim.Trace, epoch: Epoch) -> float:
+    """Training FLOPs of one epoch as the paper counts them (METHOD: its script's convention), 2 a MAC."""
+    return 2.0 * training_macs(trace.network_of(epoch), "paper") * epoch.num_images
+
+
+def first_flops(trace: ptsim.Trace) -> float:
+    """The same for the dense network: the run's first epoch."""
+    return epoch_flops(trace, trace.epochs[0])

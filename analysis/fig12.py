@@ -1,0 +1,64 @@
+"""Fig. 12: density of channels and of weights in every layer of the trained network.
+
+Channel density is input times output density of what the last architecture still has; the paper finds about half of
+the weights inside the remaining channels near zero.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import _common
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+import ptsim
+from ptsim.report import figures
+
+
+def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
+    """One row per pruned run and layer, after the last epoch that recorded densities."""
+    rows = []
+    for label, trace in _common.labelled(traces):
+        recorded = [epoch for epoch in trace.epochs if epoch.densities]
+        names = _common.setting(trace, label)
+        if not recorded or not names["pruned"]:
+            continue
+        rows += [
+            {
+                **names,
+                "batch_per_gpu": recorded[-1].batch_per_gpu,
+                "epoch": recorded[-1].epoch,
+                "layer": density.layer,
+                "channel_density": density.input_channels * density.output_channels,
+                "weight_density": density.weights,
+                "paper_weight_density": 0.5,
+            }
+            for density in recorded[-1].densities
+        ]
+    return pd.DataFrame(rows)
+
+
+def figure(frame: pd.DataFrame) -> Figure:
+    """Both densities by layer, of the first run."""
+    return _figure(frame[frame.run == frame.run.iloc[0]])
+
+
+@figures.styled
+def _figure(frame: pd.DataFrame) -> Figure:
+    fig, (axes,) = figures.panels(1, height_in=1.4 + 0.2 * len(frame))
+    positions = range(len(frame))
+    axes.barh(positions, frame.channel_density, height=0.7, color="#c9c9c9", label="channels")
+    axes.barh(positions, frame.weight_density, height=0.34, color=figures.COLOURS[1], label="weights")
+    axes.set_yticks(positions, list(frame.layer), fontsize=7.5)
+    axes.invert_yaxis()
+    axes.set(xlabel="share that is not sparse")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figures.legend_above(axes)
+    return figures.finish(fig, frame, n=f"{len(frame)} layers of 1 run", band="no band: a count")
+
+
+if __name__ == "__main__":
+    sys.exit(_common.main(__file__, str(__doc__), table, figure, needs="a pruned run that recorded densities"))

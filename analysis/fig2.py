@@ -1,0 +1,81 @@
+"""Fig. 2: training FLOPs over epochs, when they are pruned, and one-time against continuous reconfiguration.
+
+The one-time run is the paper's optimistic one: it knows the best epoch, stays dense before it, and keeps what the
+recorded run had there afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import _common
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+import ptsim
+from ptsim.report import figures
+
+PHASES = 3
+
+
+def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
+    """One row per pruned run and epoch: FLOPs of an image relative to the first epoch, and the run's summary."""
+    rows = []
+    for label, trace in _common.labelled(traces):
+        names = _common.setting(trace, label)
+        if not names["pruned"]:
+            continue
+        per_image = [_common.epoch_flops(trace, e) / e.num_images for e in trace.epochs]
+        relative = [flops / per_image[0] for flops in per_image]
+        summary = one_time_summary(relative)
+        rows += [
+            {
+                **names,
+                "batch_per_gpu": epoch.batch_per_gpu,
+                "epoch": epoch.epoch,
+                "flops_fraction": fraction,
+                "phase": min(PHASES * epoch.epoch // len(trace.epochs), PHASES - 1) + 1,
+                "pruned_in_epoch_fraction": relative[max(i - 1, 0)] - fraction,
+                **summary,
+                "paper_one_time_extra_fraction_at_least": 0.25,
+            }
+            for i, (epoch, fraction) in enumerate(zip(trace.epochs, relative, strict=True))
+        ]
+    return pd.DataFrame(rows)
+
+
+def one_time_summary(relative: Sequence[float]) -> dict[str, float]:
+    """The best single reconfiguration: after which epoch, its FLOPs and what it costs above continuous pruning.
+
+    Both as fractions of the dense run's FLOPs; `one_time_extra_fraction` is relative to the continuous run.
+    """
+    epochs = len(relative)
+    totals = [k + relative[k] * (epochs - k) for k in range(epochs)]
+    best = min(range(epochs), key=totals.__getitem__)
+    return {
+        "continuous_fraction": sum(relative) / epochs,
+        "one_time_best_epoch": best,
+        "one_time_fraction": totals[best] / epochs,
+        "one_time_extra_fraction": totals[best] / sum(relative) - 1,
+    }
+
+
+def figure(frame: pd.DataFrame) -> Figure:
+    """FLOPs of an image over epochs, a line per run."""
+    return _figure(frame)
+
+
+@figures.styled
+def _figure(frame: pd.DataFrame) -> Figure:
+    fig, (axes,) = figures.panels(1, height_in=3.2)
+    figures.lines(axes, frame, "epoch", "flops_fraction", drawstyle="steps-post")
+    axes.set(xlabel="epoch", ylabel="training FLOPs per image, dense = 100 %", ylim=(0, None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figures.legend_above(axes)
+    return figures.finish(fig, frame, n="1 run per line", band="no band: a count")
+
+
+if __name__ == "__main__":
+    sys.exit(_common.main(__file__, str(__doc__), table, figure, needs="a run with a penalty ratio above 0"))

@@ -1,0 +1,79 @@
+"""Fig. 4: the largest |weight| of every output channel of a few layers, epoch by epoch.
+
+Channels fall below the threshold (1e-4) and stay there: that they do not revive is what PruneTrain rests on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import _common
+import pandas as pd
+from matplotlib.figure import Figure
+
+import ptsim
+from ptsim.report import figures
+
+THRESHOLD = 1e-4
+LAYERS = 3
+
+
+def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
+    """One row per run, layer, epoch and channel that the network still has, for three layers spread over the depth."""
+    rows = []
+    for label, trace in _common.labelled(traces):
+        recorded = [epoch for epoch in trace.epochs if epoch.channel_maxima]
+        if not recorded:
+            continue
+        names = list(recorded[0].channel_maxima or {})
+        chosen = [names[round(i * (len(names) - 1) / max(LAYERS - 1, 1))] for i in range(LAYERS)]
+        for epoch in recorded:
+            for layer in dict.fromkeys(chosen):
+                maxima = (epoch.channel_maxima or {}).get(layer, ())
+                rows += [
+                    {
+                        **_common.setting(trace, label),
+                        "batch_per_gpu": epoch.batch_per_gpu,
+                        "layer": layer,
+                        "epoch": epoch.epoch,
+                        "channel": channel,
+                        "largest_weight": value,
+                        "sparse": value < THRESHOLD,
+                    }
+                    for channel, value in enumerate(maxima)
+                ]
+    return pd.DataFrame(rows)
+
+
+def figure(frame: pd.DataFrame) -> Figure:
+    """A panel per layer of the first run: every channel's largest weight, logarithmic."""
+    return _figure(frame[frame.run == frame.run.iloc[0]])
+
+
+@figures.styled
+def _figure(frame: pd.DataFrame) -> Figure:
+    layers = list(dict.fromkeys(frame.layer))
+    fig, panels = figures.panels(len(layers), height_in=0.8 + 1.6 * len(layers))
+    for axes, layer in zip(panels, layers, strict=True):
+        rows = frame[frame.layer == layer]
+        axes.plot(
+            rows.epoch,
+            rows.largest_weight.clip(lower=1e-12),
+            ".",
+            ms=2.5,
+            color=figures.COLOURS[1],
+            alpha=0.5,
+            rasterized=True,
+        )
+        axes.axhline(THRESHOLD, color=figures.COLOURS[2], linewidth=1, linestyle="--", label="threshold")
+        axes.set(yscale="log", title=layer, ylabel="largest |w|")
+    panels[-1].set_xlabel("epoch")
+    figures.legend_above(panels[0])
+    return figures.finish(fig, frame, n="1 dot per output channel and epoch", band="no band: single values")
+
+
+if __name__ == "__main__":
+    sys.exit(
+        _common.main(__file__, str(__doc__), table, figure, needs="a run trained with record_channel_maxima = true")
+    )

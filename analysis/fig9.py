@@ -1,0 +1,47 @@
+"""Fig. 9: memory of a training iteration and the per-GPU mini-batch over epochs.
+
+The paper: ImageNet on 11 GB, 64 to 96 at epoch 10 to 128 at epoch 30; CIFAR-100 from 128 to 320.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import _common
+import pandas as pd
+from matplotlib.figure import Figure
+
+import ptsim
+from ptsim.report import figures, frames
+
+
+def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
+    """One row per run and epoch: measured and estimated peak, at the recorded and at the first mini-batch."""
+    runs = [trace for _, trace in _common.labelled(traces)]
+    if not runs:
+        return pd.DataFrame()
+    frame = frames.costs_frame(runs)
+    keep = ["run", "pruned", "device", "precision", "num_gpus", "epoch", "batch_per_gpu"]
+    frame = frame[[*keep, "peak_memory_bytes", "estimated_memory_bytes"]].copy()
+    names = {label: _common.paper_names(trace) for label, trace in _common.labelled(runs)}
+    published = _common.paper("Fig. 9").assign(start=lambda rows: rows.epochs.str.extract(r"^(\d+)-").astype(float))
+    frame["paper_batch_per_gpu"] = [
+        _paper_batch(published, *names[run], epoch) for run, epoch in zip(frame.run, frame.epoch, strict=True)
+    ]
+    return frame
+
+
+def _paper_batch(published: pd.DataFrame, dataset: str, model: str, epoch: int) -> float | None:
+    """The paper's per-GPU mini-batch at that epoch; it gives CIFAR-100's only at the end of training."""
+    rows = published[(published.dataset == dataset) & (published.model == model) & (published.start <= epoch)]
+    return None if rows.empty else float(rows.sort_values("start").value.iloc[-1])
+
+
+def figure(frame: pd.DataFrame) -> Figure:
+    """Memory above, mini-batch below."""
+    return figures.memory_figure(frame)
+
+
+if __name__ == "__main__":
+    sys.exit(_common.main(__file__, str(__doc__), table, figure, needs="a run with an epoch"))

@@ -1,0 +1,51 @@
+"""Table 4: what the dynamic mini-batch adds to the time saved, and what it does to accuracy and inference cost."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import _common
+import pandas as pd
+from table1 import table as table1
+
+import ptsim
+
+
+def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
+    """One row per pruned run, with a fixed ("naive") or a growing ("adjusted") mini-batch."""
+    growth = {label: (t.epochs[0].batch_per_gpu, t.epochs[-1].batch_per_gpu) for label, t in _common.labelled(traces)}
+    dynamic = {label: bool(t.run.hyperparameters.get("dynamic_batch")) for label, t in _common.labelled(traces)}
+    rows = []
+    for row in table1(traces).itertuples():
+        first, last = growth[row.run]
+        adjusted = dynamic[row.run] or last > first
+        published = _common.paper("Table 4", dataset=row.dataset, model=row.model)
+        published = published[published.setting.str.startswith("Adjusted" if adjusted else "Naive")]
+        published = published[~published.hardware.fillna("").str.contains("V100")]
+
+        def value(metric: str, rows: pd.DataFrame = published) -> float | None:
+            return next(iter(rows[rows.metric.str.startswith(metric)].value), None)
+
+        rows.append(
+            {
+                "run": row.run,
+                "dataset": row.dataset,
+                "model": row.model,
+                "device": row.device,
+                "setting": "adjusted" if adjusted else "naive",
+                "first_batch_per_gpu": first,
+                "last_batch_per_gpu": last,
+                "time_saved_fraction": 1 - row.time_fraction,
+                "inference_flops_fraction": row.inference_flops_fraction,
+                "accuracy_change_points": row.accuracy_change_points,
+                "paper_time_saved_fraction": value("training time reduction"),
+                "paper_inference_flops_fraction": value("inference FLOPs"),
+                "paper_accuracy_change_points": value("validation accuracy"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(_common.main(__file__, str(__doc__), table, needs="a run with a penalty ratio above 0"))

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+import ptsim
+from ptsim.report.pairs import compare_runs, first_epochs, held_dense, is_pruned, run_labels
+from tests.traces import CPU, dense_trace, shrinking_trace
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def read(*paths: Path) -> list[ptsim.Trace]:
+    return [ptsim.read_trace(path) for path in paths]
+
+
+def test_runs_are_named_by_what_tells_them_apart_and_no_more(folder: Path) -> None:
+    runs = read(
+        dense_trace(folder / "a.jsonl"),
+        shrinking_trace(folder / "b.jsonl", penalty_ratio=0.2),
+        shrinking_trace(folder / "c.jsonl", penalty_ratio=0.3),
+    )
+    assert run_labels(runs) == ["dense", "PruneTrain r=0.2", "PruneTrain r=0.3"]
+
+
+def test_repeats_are_told_apart_by_seed_and_copies_by_number(folder: Path) -> None:
+    runs = read(*(shrinking_trace(folder / f"{i}" / "trace.jsonl", seed=i) for i in range(2)))
+    assert run_labels(runs) == ["PruneTrain r=0.2, seed 0", "PruneTrain r=0.2, seed 1"]
+    assert run_labels([runs[0], runs[0]]) == ["PruneTrain r=0.2", "PruneTrain r=0.2 (2)"]
+
+
+def test_a_network_with_dense_in_its_name_is_not_a_dense_run(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl", model="densenet"))
+    assert is_pruned(run)
+
+
+def test_a_pruned_run_is_compared_with_the_dense_run_of_its_network_and_data(folder: Path) -> None:
+    runs = read(
+        dense_trace(folder / "other.jsonl", model="vgg11"),
+        dense_trace(folder / "cpu.jsonl", device=CPU),
+        dense_trace(folder / "dense.jsonl"),
+        shrinking_trace(folder / "pruned.jsonl"),
+    )
+    (comparison,) = compare_runs(runs)
+    assert comparison.baseline.path.name == "dense.jsonl"  # the same device is preferred
+    assert comparison.trained
+    assert comparison.notes == ()
+
+
+def test_runs_of_different_lengths_are_compared_over_what_both_have(folder: Path) -> None:
+    runs = read(
+        dense_trace(folder / "dense.jsonl"),
+        shrinking_trace(folder / "pruned.jsonl", recorded_epochs=3, status="interrupted"),
+    )
+    (comparison,) = compare_runs(runs)
+    assert (len(comparison.baseline.epochs), len(comparison.pruned.epochs)) == (3, 3)
+    assert "6" in comparison.notes[0]
+    assert "3 are compared" in comparison.notes[0]
+
+
+def test_a_cut_run_keeps_only_the_reconfigurations_that_its_epochs_saw(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "t.jsonl", epochs=6, interval=2))
+    cut = first_epochs(run, 4)
+    assert [record.epoch for record in cut.reconfigurations] == [1]
+    assert not cut.complete
+    assert first_epochs(run, 6) is run
+
+
+def test_without_a_dense_run_the_first_architecture_is_held(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "t.jsonl"))
+    (comparison,) = compare_runs([run])
+    assert not comparison.trained
+    held = held_dense(run)
+    assert {epoch.architecture for epoch in held.epochs} == {run.epochs[0].architecture}
+    assert {epoch.batch_per_gpu for epoch in held.epochs} == {run.epochs[0].batch_per_gpu}
+    assert [epoch.epoch for epoch in held.epochs] == [epoch.epoch for epoch in run.epochs]
+    assert not is_pruned(held)
+    first = run.epochs[0].time
+    assert held.epochs[-1].time.wall_s == pytest.approx(first.wall_s - first.regularizer_s)
+
+
+def test_dense_runs_alone_have_nothing_to_be_compared_with(folder: Path) -> None:
+    assert compare_runs(read(dense_trace(folder / "a.jsonl"), dense_trace(folder / "b.jsonl", seed=1))) == []

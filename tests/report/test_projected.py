@@ -1,0 +1,86 @@
+import math
+
+import pytest
+
+import ptsim
+from ptsim.hardware.catalog import load_cluster
+from ptsim.report import projected
+from ptsim.report.pairs import compare_runs
+from ptsim.report.projected import Projector, difference_interval, labelled_runs, ratio_interval
+from ptsim.sim.options import Options
+from tests.traces import dense_trace, shrinking_trace
+
+GPUS = [1, 8]
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> list[ptsim.Trace]:
+    folder = tmp_path_factory.mktemp("traces")
+    paths = [dense_trace(folder / "dense.jsonl"), shrinking_trace(folder / "pruned.jsonl")]
+    return [ptsim.read_trace(path) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def projector() -> Projector:
+    return Projector(load_cluster("dgx-a100"), Options(price_usd_per_gpu_hour=2.0))
+
+
+def test_projections_are_the_simulators(traces: list[ptsim.Trace], projector: Projector) -> None:
+    frame = projected.projections_frame(labelled_runs(traces, []), projector, GPUS)
+    simulated = ptsim.simulate(traces[1], "dgx-a100", GPUS)
+    ours = frame[frame.pruned].reset_index(drop=True)
+    assert list(ours.total_seconds) == list(simulated.total_seconds)
+    assert list(ours.cost_usd) == pytest.approx(
+        [2.0 * s * g / 3600 for s, g in zip(ours.total_seconds, GPUS, strict=True)]
+    )
+
+
+def test_a_saving_is_dense_less_pruned(traces: list[ptsim.Trace], projector: Projector) -> None:
+    savings = projected.savings_frame(compare_runs(traces), projector, GPUS)
+    for row in savings.itertuples():
+        dense, pruned = (projector.run(trace, row.gpus) for trace in traces)
+        assert row.saved_seconds == dense.total_s - pruned.total_s
+        assert row.saved_usd == pytest.approx(2.0 * row.gpus * row.saved_seconds / 3600)
+        assert row.saved_fraction_low <= row.saved_fraction <= row.saved_fraction_high
+        assert row.saved_seconds_low <= row.saved_seconds <= row.saved_seconds_high
+        assert row.saved_fraction_low <= row.saved_fraction_alike_low <= row.saved_fraction_alike_high
+
+
+def test_the_parts_of_the_time_add_up_to_it(traces: list[ptsim.Trace], projector: Projector) -> None:
+    runs = labelled_runs(traces, [])
+    parts = projected.breakdown_frame(runs, projector, GPUS).groupby(["run", "gpus"]).seconds.sum()
+    totals = projected.projections_frame(runs, projector, GPUS).set_index(["run", "gpus"]).total_seconds
+    for key, seconds in totals.items():
+        assert parts[key] == pytest.approx(seconds, rel=1e-9)
+
+
+def test_one_gpu_communicates_nothing(traces: list[ptsim.Trace], projector: Projector) -> None:
+    frame = projected.breakdown_frame(labelled_runs(traces, []), projector, [1])
+    assert frame[frame.part == "exposed communication"].seconds.sum() == 0
+
+
+def test_layers_that_are_gone_have_no_time_afterwards(traces: list[ptsim.Trace], projector: Projector) -> None:
+    run = next(run for run in labelled_runs(traces, []) if run.trace.reconfigurations)
+    layers = projected.layers_frame(run, projector.device)
+    gone = {name for record in run.trace.reconfigurations for name in record.layers_removed}
+    last = set(layers[layers.epoch == layers.epoch.max()].layer)
+    assert gone
+    assert not gone & last
+    assert gone <= set(layers[layers.epoch == 0].layer)
+
+
+def test_a_held_baseline_is_projected_but_was_not_trained(traces: list[ptsim.Trace], projector: Projector) -> None:
+    comparisons = compare_runs(traces[1:])
+    runs = labelled_runs(traces[1:], comparisons)
+    assert [run.trained for run in runs] == [False, True]
+    savings = projected.savings_frame(comparisons, projector, [1])
+    assert savings.accuracy_change.isna().all()
+    assert savings.dense_seconds[0] > savings.pruned_seconds[0] - projector.run(traces[1], 1).reconfiguration_s
+
+
+def test_intervals_of_ratio_and_difference_by_hand() -> None:
+    # a twofold error down on one side and none on the other stays twofold; equal ones add in quadrature
+    assert ratio_interval((2.0, 1.0, 4.0), (4.0, 4.0, 4.0)) == pytest.approx((0.25, 1.0))
+    low, high = ratio_interval((2.0, 1.0, 4.0), (4.0, 2.0, 8.0))
+    assert (low, high) == pytest.approx((0.5 / 2 ** math.sqrt(2), 0.5 * 2 ** math.sqrt(2)))
+    assert difference_interval((5.0, 2.0, 9.0), (10.0, 7.0, 14.0)) == pytest.approx((0.0, 10.0))
