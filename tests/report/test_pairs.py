@@ -28,7 +28,7 @@ def test_runs_are_named_by_what_tells_them_apart_and_no_more(folder: Path) -> No
 def test_repeats_are_told_apart_by_seed_and_copies_by_number(folder: Path) -> None:
     runs = read(*(shrinking_trace(folder / f"{i}" / "trace.jsonl", seed=i) for i in range(2)))
     assert run_labels(runs) == ["PruneTrain r=0.2, seed 0", "PruneTrain r=0.2, seed 1"]
-    assert run_labels([runs[0], runs[0]]) == ["PruneTrain r=0.2", "PruneTrain r=0.2 (2)"]
+    assert run_labels([runs[0], runs[0]]) == ["PruneTrain r=0.2 (1)", "PruneTrain r=0.2 (2)"]
 
 
 def test_a_network_with_dense_in_its_name_is_not_a_dense_run(folder: Path) -> None:
