@@ -7,7 +7,7 @@ same. A leaf module of its own kind says so with the attributes `ptsim_kind` and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -100,6 +100,12 @@ def _kind_and_op(node: fx.Node, graph: fx.GraphModule) -> tuple[LayerKind, str]:
     if op not in _KIND_OF and op[1:] in _KIND_OF and op[0] == "i":  # operator.iadd is an addition
         op = op[1:]
     return _KIND_OF.get(op, LayerKind.OTHER), op
+
+
+def operations(kind: LayerKind, counted: Mapping[str, float]) -> int:
+    """What counts as the layer's operations: its products where it is made of them, everything elsewhere."""
+    products = sum(count for op, count in counted.items() if any(op in ops for ops in _PRODUCTS.values()))
+    return round(products if kind in _PRODUCTS and products else sum(counted.values()))
 
 
 def geometry(

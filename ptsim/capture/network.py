@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ptsim.capture.counts import forward_macs
 from ptsim.capture.graph import evaluation_mode, symbolic_graph
-from ptsim.capture.kinds import geometry, kind_and_op
+from ptsim.capture.kinds import geometry, kind_and_op, operations
 from ptsim.capture.rehearsal import Rehearsal, Shape, Step, rehearse
 from ptsim.network import Layer, LayerKind, Network, Parameter
 
@@ -56,7 +56,7 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
                 output_shape=output,
                 **geometry(node, graph, step, op, inputs, output),
                 num_parameters=sum(p.numel() for p in owned if p.requires_grad),
-                forward_macs=round(sum(counts.values())),
+                forward_macs=operations(kind, counts),
                 input_needs_gradient=any(step.needs_gradient[:1] if takes_weight else step.needs_gradient),
                 weight_needs_gradient=step.weights_need_gradient is not False
                 or (takes_weight and any(step.needs_gradient[1:])),

@@ -21,9 +21,7 @@ def capture(name: str) -> tuple[nn.Module, Network]:
     return model, network
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet20", "vgg11", "torchvision:shufflenet_v2_x0_5", "torchvision:mobilenet_v3_small"]
-)
+@pytest.mark.parametrize("name", ["vgg11", "torchvision:shufflenet_v2_x0_5"])
 def test_forward_macs_are_half_of_what_torch_counts(name: str) -> None:
     model, network = capture(name)
     with FlopCounterMode(display=False) as mode, torch.no_grad():

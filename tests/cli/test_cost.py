@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptsim.cli.main import run
+from tests.traces import shrinking_trace
+
+
+def test_json_has_the_keys_that_scripts_rely_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["cost", "vgg11", "--batch", "4", "--gpu", "t4", "--precision", "amp", "--json", "--layers"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["inference_macs_per_image"] == 152_769_536  # by hand: 3·64·9·32² + 64·128·9·16² + … + 512·10
+    assert document["parameters"] == 9_228_362
+    assert document["peak_memory_bytes"] > 0
+    assert document["bn_bytes_per_image"] > 0
+    assert document["fits"] is True
+    assert document["largest_batch"] >= 4
+    assert document["precision"] == "fp16"
+    assert len(document["layers"]) == 31
+    assert document["epochs"] == []
+
+
+def test_people_get_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = shrinking_trace(tmp_path / "trace.jsonl")
+    assert run(["cost", str(trace), "--layers", "--gpu", "a100"]) == 0
+    out = capsys.readouterr().out
+    assert "by kind of layer" in out
+    assert "by epoch" in out
+    assert "the largest that fits is" in " ".join(out.split())
+
+
+def test_a_trace_needs_no_torch(tmp_path: Path) -> None:
+    trace = shrinking_trace(tmp_path / "trace.jsonl")
+    code = (
+        "import sys; from ptsim.cli.main import run; "
+        f"status = run(['cost', {str(trace)!r}, '--json']); "
+        "sys.exit(status or ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["epochs"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-model"], "unknown model"),
+        (["resnet20", "--gpu", "abacus"], "unknown device"),
+        (["resnet20", "--input", "3,32"], "CHANNELS,HEIGHT,WIDTH"),
+        (["resnet20", "--batch", "0"], "batch is 0"),
+        (["missing.jsonl"], "no trace here"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["cost", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error

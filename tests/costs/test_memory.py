@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from analysis.check_counts import compare, kept_bytes, torch_macs
+from ptsim import zoo
+from ptsim.capture.network import capture_network
+from ptsim.costs.flops import inference_macs, training_macs
+from ptsim.costs.memory import iteration_memory, largest_batch, usable_bytes
+from ptsim.hardware.catalog import load_device
+from ptsim.network import Network, Precision
+from tests.traces import residual_network
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Network:
+    entry = zoo.find("resnet20")
+    return capture_network(entry.build(num_classes=10), name="resnet20", input_shape=(3, 32, 32), num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "peaks"),
+    [("resnet20", 7, True), ("vgg11", 4, True), ("torchvision:mobilenet_v3_small", 2, False)],
+)
+def test_counts_kept_bytes_and_peak_agree_with_torch_on_real_tensors(name: str, batch: int, peaks: bool) -> None:
+    row = compare(name, batch=batch, peaks=peaks)
+    assert row.inference_macs == row.inference_macs_torch
+    assert row.training_macs == row.training_macs_torch
+    assert abs(row.kept_bytes / row.kept_bytes_torch - 1) <= 0.02
+    if row.peak_bytes and row.peak_bytes_torch:
+        assert abs(row.peak_bytes / row.peak_bytes_torch - 1) <= 0.05
+
+
+class Convolutions(nn.Module):
+    """Dense, grouped, depthwise and strided, the last with weights that another node makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Conv2d(3, 8, 5, stride=2, padding=2)
+        self.grouped = nn.Conv2d(8, 12, 3, groups=4, dilation=2)
+        self.depthwise = nn.Conv2d(12, 24, 3, groups=12, stride=(2, 1), bias=False)
+        self.weight = nn.Parameter(torch.rand(4, 24, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.depthwise(self.grouped(self.dense(x)).relu())
+        return F.conv2d(x, self.weight * 2).mean((2, 3))
+
+
+def test_every_kind_of_convolution_is_counted_as_torch_counts_it() -> None:
+    model, images = Convolutions(), torch.rand(2, 3, 33, 29)
+    network = capture_network(model, name="c", input_shape=(3, 33, 29), num_classes=4)
+    assert (inference_macs(network), training_macs(network)) == torch_macs(model, images)
+    assert iteration_memory(network, batch=2).activation_bytes == kept_bytes(model, images)
+
+
+def test_fixed_parts_are_bytes_per_parameter(resnet: Network) -> None:
+    need = iteration_memory(resnet, batch=1)
+    running_statistics = 2 * 4 * 784 + 21 * 8  # 21 BatchNorms with 784 channels together: 7·16, 7·32 and 7·64 channels
+    assert need.parameter_bytes == 4 * 272_474 + running_statistics
+    assert need.gradient_bytes == need.optimizer_bytes == 4 * 272_474
+    assert iteration_memory(resnet, batch=1, optimizer="adamw").optimizer_bytes == 2 * 4 * 272_474
+
+
+def test_activations_grow_in_proportion_and_halve_under_autocast(resnet: Network) -> None:
+    one, nine = (iteration_memory(resnet, batch=batch).activation_bytes for batch in (100, 900))
+    assert nine / one == pytest.approx(9, rel=1e-3)
+    half = iteration_memory(resnet, batch=100, precision=Precision.BF16).activation_bytes
+    assert half / one == pytest.approx(0.5, rel=0.01)
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(resnet: Network) -> None:
+    device = load_device("v100")
+    capacity = usable_bytes(device)
+    best = largest_batch(resnet, capacity_bytes=capacity, device=device)
+    assert iteration_memory(resnet, batch=best, device=device).device_bytes <= capacity
+    assert iteration_memory(resnet, batch=best + 1, device=device).device_bytes > capacity
+    coarse = largest_batch(resnet, capacity_bytes=capacity, device=device, granularity=32)
+    assert coarse == best // 32 * 32
+    assert largest_batch(resnet, capacity_bytes=10**6) == 0
+    assert largest_batch(resnet, capacity_bytes=capacity, device=device, limit=100) == 100
+
+
+def test_a_device_is_asked_for_more_than_the_allocator_shows(resnet: Network) -> None:
+    need = iteration_memory(resnet, batch=128, device=load_device("a100"))
+    assert need.device_bytes > need.peak_bytes > need.activation_bytes
+    assert usable_bytes(load_device("t4")) <= 14.75 * 2**30  # what a T4 shows of its 16 GiB
+
+
+def test_a_smaller_network_needs_less() -> None:
+    wide, narrow = residual_network(), residual_network(widths=(4, 8, 16))
+    assert iteration_memory(narrow, batch=8).peak_bytes < iteration_memory(wide, batch=8).peak_bytes
+
+
+def test_wrong_arguments_are_named(resnet: Network) -> None:
+    with pytest.raises(ValueError, match="batch is 0"):
+        iteration_memory(resnet, batch=0)
+    with pytest.raises(ValueError, match="'lion', expected one of sgd"):
+        iteration_memory(resnet, batch=1, optimizer="lion")
+    with pytest.raises(ValueError, match="granularity is 0"):
+        largest_batch(resnet, capacity_bytes=1, granularity=0)

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ptsim.costs.flops import training_macs
+from ptsim.costs.run import run_cost
+from ptsim.trace.io import read_trace
+from tests.traces import shrinking_trace
+
+
+def test_an_epoch_costs_its_own_architecture_times_its_images(tmp_path: Path) -> None:
+    trace = read_trace(shrinking_trace(tmp_path / "trace.jsonl"))
+    costs = run_cost(trace)
+    assert len(costs) == len(trace.epochs)
+    for cost, epoch in zip(costs, trace.epochs, strict=True):
+        assert cost.training_macs == training_macs(trace.network_of(epoch)) * epoch.num_images
+        assert cost.gradient_bytes == 4 * trace.network_of(epoch).num_parameters * epoch.num_iterations
+    assert costs[-1].training_macs_per_image < costs[0].training_macs_per_image
+
+
+def test_a_ring_sends_two_times_p_minus_one_over_p(tmp_path: Path) -> None:
+    trace = read_trace(shrinking_trace(tmp_path / "trace.jsonl"))
+    alone, four = run_cost(trace, world_size=1)[0], run_cost(trace, world_size=4)[0]
+    assert alone.allreduce_bytes_per_gpu == 0
+    assert four.allreduce_bytes_per_gpu == pytest.approx(1.5 * four.gradient_bytes)
+    with pytest.raises(ValueError, match="world_size is 0"):
+        run_cost(trace, world_size=0)

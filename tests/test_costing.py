@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import ptsim
+from ptsim import zoo
+from ptsim.capture.network import capture_network
+from ptsim.errors import UnknownNameError, UsageError
+from tests.traces import residual_network, shrinking_records, shrinking_trace, write_trace
+
+
+def test_resnet50_for_cifar_infers_230_million_flops() -> None:
+    """The paper's figure is in FLOPs, two per MAC."""
+    model = zoo.create("resnet50")
+    network = capture_network(model, name="resnet50", input_shape=(3, 32, 32), num_classes=10)
+    report = ptsim.cost(network)
+    assert 2 * report.inference_macs_per_image == pytest.approx(230e6, rel=0.01)
+    paper = ptsim.cost(network, convention="paper")
+    assert paper.inference_macs_per_image == report.inference_macs_per_image
+    assert paper.training_macs_per_image > report.training_macs_per_image
+
+
+def test_a_trace_and_the_live_network_cost_the_same(tmp_path: Path) -> None:
+    model = zoo.create("resnet20")
+    network = capture_network(model, name="resnet20", input_shape=(3, 32, 32), num_classes=10)
+    records = list(shrinking_records(epochs=1))
+    replaced = []
+    for record in records:
+        if isinstance(record, ptsim.trace.schema.Architecture):
+            record = msgspec.structs.replace(record, id=network.id, network=network)
+        elif isinstance(record, ptsim.trace.schema.Epoch):
+            record = msgspec.structs.replace(record, architecture=network.id, densities=())
+        elif isinstance(record, ptsim.trace.schema.Profile | ptsim.trace.schema.Reconfiguration):
+            continue
+        replaced.append(record)
+    path = tmp_path / "trace.jsonl"
+    write_trace(path, replaced)
+    recorded = ptsim.cost(path, batch=8, precision="fp32")
+    live = ptsim.cost(model, input_shape=(3, 32, 32), num_classes=10, batch=8)
+    for name in ("inference_macs_per_image", "training_macs_per_image", "bn_bytes_per_image", "parameters", "layers"):
+        assert getattr(recorded, name) == getattr(live, name)
+
+
+def test_frames_have_a_row_a_layer_a_kind_and_an_epoch(tmp_path: Path) -> None:
+    report = ptsim.cost(shrinking_trace(tmp_path / "trace.jsonl"))
+    assert len(report.layers_frame()) == len(report.layers)
+    assert report.kinds_frame()["training_macs"].sum() == report.training_macs_per_image
+    assert list(report.epochs_frame()["epoch"]) == list(range(len(report.epochs)))
+    assert report.parameters == report.epochs[-1].parameters < report.epochs[0].parameters
+
+
+def test_a_device_answers_whether_the_mini_batch_fits() -> None:
+    network = residual_network()
+    small = ptsim.cost(network, batch=64, gpu="gtx-1080-ti")
+    assert small.fits
+    assert small.largest_batch is not None
+    assert small.largest_batch >= 64
+    assert not ptsim.cost(network, batch=small.largest_batch + 1, gpu="gtx-1080-ti").fits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"convention": "rough"}, "'exact' or 'paper'"),
+        ({"precision": "fp12"}, "fp12"),
+        ({"optimizer": "lion"}, "lion"),
+        ({"num_classes": 0}, "classes is 0"),
+        ({"gpu": "gtx-1080-ti", "precision": "tf32"}, "gtx-1080-ti has no tf32"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ptsim.cost("resnet20", **arguments)
+
+
+def test_an_unknown_model_or_device_says_which_exist() -> None:
+    with pytest.raises(UnknownNameError, match="resnet20"):
+        ptsim.cost("resnet21")
+    with pytest.raises(UnknownNameError, match="a100"):
+        ptsim.cost("resnet20", gpu="a1000")
