@@ -3,7 +3,7 @@
 Every distinct (architecture, mini-batch) is simulated once as a data-parallel step and multiplied by the iterations of
 its epochs; reconfigurations, wrapping and failures come on top. An interval follows from simulating the same step
 with every duration at the low and at the high end of its own: the tiers' errors are systematic, so they are taken as
-fully correlated over layers and epochs.
+fully correlated over layers and epochs. The recorded spread of the steps comes on top, independent of that.
 """
 
 from __future__ import annotations
@@ -370,6 +370,7 @@ class _Projector:
         optimizer = self.run.hyperparameters.get("optimizer", "sgd")
         self.optimizer = optimizer if isinstance(optimizer, str) else "sgd"
         self.measurements = Measurements(profiles=trace.profiles, source_device=match_device(self.run.device.name))
+        self.spread = recorded_jitter(trace.epochs)
         self.notes: list[str] = []
         self.all_reduces: dict[int, AllReduceTime] = {}
         self.simulated: dict[tuple[str, int, bool], _Simulated] = {}
@@ -707,8 +708,8 @@ class _Projector:
             scale=expected.compute_s / compute_s if compute_s else 1.0,
             forward_s=n * step.forward_s,
             backward_s=n * step.backward_s,
-            low_s=min(low.step_s, expected.step_s),
-            high_s=max(high.step_s, expected.step_s),
+            low_s=expected.step_s / _widened(expected.step_s / min(low.step_s, expected.step_s), self.spread),
+            high_s=expected.step_s * _widened(max(high.step_s, expected.step_s) / expected.step_s, self.spread),
             wrap_s=wrap_s,
             peak_memory_bytes=need.peak_bytes,
         )
@@ -834,6 +835,11 @@ class _Projector:
         if surgery is None:
             surgery = _recorded_surgery_s(self.trace.reconfigurations, stage.epoch.epoch)
         return surgery + simulated.wrap_s
+
+
+def _widened(ratio: float, sigma: float) -> float:
+    """The end of a 90 % interval (as a ratio to the middle) with a log-normal spread on top, independent of it."""
+    return math.exp(math.hypot(math.log(ratio), 1.645 * sigma))
 
 
 def _ends(contention: float) -> tuple[tuple[ddp.Bound, float], ...]:

@@ -1,0 +1,134 @@
+"""`ptsim sweep`: many projections in parallel, from a study file."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from ptsim.cli.common import print_json
+from ptsim.errors import UsageError
+from ptsim.sweep import MANY, Progress, read_study, run_study
+from ptsim.units import format_seconds
+
+SHOWN = 200  # rows of the table; all are in the file
+
+
+def sweep(
+    study: Path,
+    /,
+    *,
+    out: Path | None = None,
+    workers: int | None = None,
+    dask: str | None = None,
+    fresh: bool = False,
+    yes: bool = False,
+    json: bool = False,
+) -> int:
+    """Many projections in parallel, from a study file.
+
+    A study that is started again computes only what is missing or has failed.
+
+    Args:
+        study: TOML file: traces, clusters, gpus, what_ifs, options, grid.
+        out: JSON Lines file for the results, written as they come; by default STUDY.results.jsonl beside the study.
+        workers: processes on this machine; by default one per core.
+        dask: address of a Dask scheduler (tcp://host:port) to run on, or "local" for a cluster on this machine.
+        fresh: forget earlier results of this study.
+        yes: go on without asking where the study expands to very many configurations.
+        json: print the rows as one JSON document.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers is {workers}, expected at least 1")
+    read = read_study(study)
+    total = read.num_configurations
+    if total > MANY and not yes:
+        raise UsageError(f"{study} expands to {total:,} configurations", hint="--yes runs them all the same")
+    results = out or study.with_suffix(".results.jsonl")
+    if fresh:
+        results.unlink(missing_ok=True)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console) as bar, _executor(workers, dask) as executor:
+        task = bar.add_task(study.name, total=total)
+
+        def show(progress: Progress) -> None:
+            failed = f", {progress.failed} failed" if progress.failed else ""
+            bar.update(task, completed=progress.done, description=f"{study.name}{failed}")
+
+        rows = run_study(read, executor, results, progress=show)
+        bar.update(task, completed=len(rows))
+    failures = [row for row in rows if row["status"] == "failed"]
+    for row in failures[:10]:
+        message = f"failed: {row['what_if']}, {row['trace']}, {row['cluster']}, {row['gpus']} GPUs: {row['error']}"
+        print(message, file=sys.stderr)
+    if len(failures) > 10:
+        print(f"failed: {len(failures) - 10} more", file=sys.stderr)
+    print(f"{len(rows) - len(failures)} of {len(rows)} configurations: {results}", file=sys.stderr)
+    if json:
+        print_json(rows)
+    else:
+        _print_table([row for row in rows if row["status"] == "ok"])
+    return 1 if failures and len(failures) == len(rows) else 0
+
+
+@contextmanager
+def _executor(workers: int | None, dask: str | None) -> Iterator[Executor]:
+    """Processes on this machine, or a Dask cluster."""
+    if dask is None:
+        # "spawn": a worker starts clean and does not inherit this process's threads
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+            yield pool
+        return
+    try:
+        distributed: Any = importlib.import_module("distributed")  # an extra, and untyped
+    except ImportError as error:
+        raise UsageError("dask needs the package distributed", hint="pip install 'ptsim[dask]'") from error
+    try:
+        if dask == "local":
+            client = distributed.Client(n_workers=workers or os.cpu_count(), threads_per_worker=1)
+        else:
+            client = distributed.Client(dask, timeout="10s")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no Dask scheduler at {dask!r}: {error}") from error
+    with client:
+        yield client.get_executor()
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    console = Console()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("what if", "trace", "cluster"):
+        table.add_column(column, overflow="fold")
+    for column in ("GPUs", "time", "90 % interval", "tier"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows[:SHOWN]:
+        table.add_row(
+            row["what_if"],
+            Path(row["trace"]).parent.name or row["trace"],
+            row["cluster"],
+            f"{row['gpus']:,}",
+            _seconds(row["total_seconds"]),
+            f"{_seconds(row['low_seconds'])} – {_seconds(row['high_seconds'])}",
+            row["tier"],
+        )
+    console.print(table)
+    if len(rows) > SHOWN:
+        console.print(f"… and {len(rows) - SHOWN} more rows in the file")
+
+
+def _seconds(value: float) -> str:
+    return format_seconds(float(f"{value:.3g}"))

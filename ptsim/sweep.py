@@ -1,0 +1,426 @@
+"""Many projections at once: a study file is expanded into configurations, and these run on an executor.
+
+A study file:
+
+    traces = ["runs/pruned", "runs/dense"]          # files, run folders or patterns, relative to the study file
+    clusters = ["dgx-a100", "my-cluster.toml"]
+    gpus = [1, 8, 64]
+    what_ifs = ["as-recorded", "gpu=h100-sxm5-80gb", "channels-rounded-to=8 + bf16-gradients", "wider"]
+
+    [options]                                       # of every configuration: ptsim.sim.options.Options
+    scaling = "strong"
+
+    [grid]                                          # options with several values: all combinations
+    contention = [0.1, 0.2, 0.3]
+
+    [what_if.wider]                                 # a what-if of one's own: options that it changes,
+    bucket_bytes = 52428800
+    trace = "runs/ratio-0.3"                        # and a trace that takes the place of every trace of the study
+
+Results are appended to a JSON Lines file as they come, each under a key that is a digest of everything it depends on;
+a study that is started again computes only what is missing or has failed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import math
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import ptsim
+from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
+from ptsim.hardware.catalog import load_cluster, load_device
+from ptsim.hardware.spec import Cluster
+from ptsim.sim.options import Options
+from ptsim.sim.run import StepCache, change, project, projection_row
+from ptsim.trace.io import Trace, read_trace, trace_path
+from ptsim.units import parse_quantity
+
+MANY = 100_000  # configurations from which on a study asks first
+_CHUNK = 32  # configurations per task: a task costs about a millisecond, a configuration several
+
+
+def _bytes(text: str) -> int:
+    return round(parse_quantity(text, "bytes"))
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(f"{text} is negative")
+    return number
+
+
+# name → the options that it sets; `=value` is parsed by the function where there is one
+_WHAT_IFS: dict[str, tuple[Callable[[str], Any] | None, Callable[[Any], dict[str, Any]]]] = {
+    "as-recorded": (None, lambda _: {}),
+    "gpu": (str, lambda name: {"device": name}),
+    "memory": (_bytes, lambda size: {"memory_bytes": size, "minibatch": "planned"}),
+    "no-dynamic-minibatch": (None, lambda _: {"minibatch": "fixed"}),
+    "planned-minibatch": (None, lambda _: {"minibatch": "planned"}),
+    "max-minibatch": (_whole, lambda most: {"max_batch": most, "minibatch": "planned"}),
+    "bucket": (_bytes, lambda size: {"bucket_bytes": size}),
+    "channels-rounded-to": (_whole, lambda multiple: {"channel_multiple": multiple}),
+    "one-time-reconfiguration": (_whole, lambda epoch: {"one_time_epoch": epoch}),
+    "fp16-gradients": (None, lambda _: {"gradient_format": "fp16"}),
+    "bf16-gradients": (None, lambda _: {"gradient_format": "bf16"}),
+    "compressed-gradients": (float, lambda ratio: {"compression": ratio}),
+    "precision": (str, lambda precision: {"precision": precision}),
+    "micro-batches": (_whole, lambda number: {"micro_batches": number}),
+    "strong-scaling": (None, lambda _: {"scaling": "strong"}),
+    "weak-scaling": (None, lambda _: {"scaling": "weak"}),
+    "recorded-jitter": (None, lambda _: {"jitter": "recorded"}),
+    "shared-links": (_whole, lambda jobs: {"jobs": jobs}),
+    "slow-input": (float, lambda rate: {"input_images_per_s": rate}),
+    "failures": (float, lambda hours: {"faults": {"mtbf_gpu_hours": hours}}),
+    # another interval or penalty ratio is another run: its trace takes the place of the study's
+    "interval": (str, lambda trace: {"trace": trace}),
+    "penalty-ratio": (str, lambda trace: {"trace": trace}),
+    "trace": (str, lambda trace: {"trace": trace}),
+}
+
+
+class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
+    """A named change: options, and perhaps another trace."""
+
+    name: str
+    options: dict[str, Any]
+    trace: Path | None = None
+
+
+class Configuration(msgspec.Struct, frozen=True, kw_only=True):
+    """One projection to compute.
+
+    Attributes:
+        index: its place in the study.
+        key: digest of everything that the result depends on.
+        labels: what tells it from its neighbours: the what-if and the grid's values.
+    """
+
+    index: int
+    key: str
+    trace: Path
+    trace_digest: str
+    cluster: Cluster
+    gpus: int
+    options: Options
+    labels: dict[str, Any]
+
+
+class Study(msgspec.Struct, frozen=True, kw_only=True):
+    """A study, checked, with every name resolved."""
+
+    path: Path
+    traces: tuple[Path, ...]
+    clusters: tuple[Cluster, ...]
+    gpus: tuple[int, ...]
+    what_ifs: tuple[WhatIf, ...]
+    grid: dict[str, tuple[Any, ...]]
+    options: Options
+
+    @property
+    def num_configurations(self) -> int:
+        """How many projections the study is."""
+        return math.prod(
+            [
+                len(self.clusters),
+                len(self.gpus),
+                *(len(values) for values in self.grid.values()),
+                sum(len(self.traces) if what_if.trace is None else 1 for what_if in self.what_ifs),
+            ]
+        )
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The study file as it is written."""
+
+    traces: list[str]
+    clusters: list[str]
+    gpus: list[int]
+    what_ifs: list[str] | None = None
+    options: dict[str, Any] = {}
+    grid: dict[str, list[Any]] = {}
+    what_if: dict[str, dict[str, Any]] = {}
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a study is."""
+
+    done: int
+    failed: int
+    total: int
+
+
+def read_study(path: str | Path) -> Study:
+    """Read and check a study file; every trace, cluster, option and what-if must exist.
+
+    Raises:
+        FileFormatError: not TOML, an unknown key, a value of a wrong type, or nothing to compute.
+        UnknownNameError: a what-if, cluster or device that does not exist.
+        UsageError: an option out of its bounds.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFormatError(path, f"cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(path, f"is not TOML: {error}") from error
+    try:
+        file = msgspec.convert(raw, _File)
+    except msgspec.ValidationError as error:
+        raise FileFormatError(path, str(error)) from error
+    for key in ("traces", "clusters", "gpus"):
+        if not getattr(file, key):
+            raise FileFormatError(path, f"{key} is empty, expected at least one")
+    for count in file.gpus:
+        if count < 1:
+            raise FileFormatError(path, f"gpus holds {count}, expected positive numbers")
+    for key, values in file.grid.items():
+        if not values:
+            raise FileFormatError(path, f"grid.{key} is empty, expected at least one value")
+    if "trace" in file.options or "trace" in file.grid:
+        raise FileFormatError(path, "trace is no option; a what-if may name one")
+    names = file.what_ifs if file.what_ifs is not None else ["as-recorded", *file.what_if]
+    options = change(Options(), file.options)
+    what_ifs = tuple(_what_if(name, file.what_if, path) for name in names)
+    for changes in (
+        *(what_if.options for what_if in what_ifs),
+        *({key: value} for key, choices in file.grid.items() for value in choices),
+    ):
+        changed = change(options, changes)
+        for name in (changed.device, *changed.mixed_devices):
+            if name is not None:
+                load_device(name)
+    return Study(
+        path=path,
+        traces=tuple(itertools.chain.from_iterable(_trace_paths(pattern, path) for pattern in file.traces)),
+        clusters=tuple(load_cluster(_near(name, path)) for name in file.clusters),
+        gpus=tuple(file.gpus),
+        what_ifs=what_ifs,
+        grid={key: tuple(values) for key, values in file.grid.items()},
+        options=options,
+    )
+
+
+def configurations(study: Study) -> Iterator[Configuration]:
+    """The study's configurations, one after the other: what-ifs vary slowest, GPU counts fastest.
+
+    Raises:
+        UsageError: an option of the grid out of its bounds.
+    """
+    digest = functools.lru_cache(maxsize=None)(_digest)
+    index = 0
+    for what_if in study.what_ifs:
+        for values in itertools.product(*study.grid.values()):
+            grid = dict(zip(study.grid, values, strict=True))
+            options = change(study.options, {**grid, **what_if.options})
+            labels = {"what_if": what_if.name, **grid}
+            for trace in (what_if.trace,) if what_if.trace is not None else study.traces:
+                for cluster in study.clusters:
+                    for gpus in study.gpus:
+                        content = (ptsim.__version__, digest(trace), cluster, gpus, options)
+                        yield Configuration(
+                            index=index,
+                            key=hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:24],
+                            trace=trace,
+                            trace_digest=digest(trace),
+                            cluster=cluster,
+                            gpus=gpus,
+                            options=options,
+                            labels=labels,
+                        )
+                        index += 1
+
+
+def run_study(
+    study: Study,
+    executor: Executor,
+    out: Path,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    window: int = 64,
+) -> list[dict[str, Any]]:
+    """Compute what is missing, and give all rows in the study's order.
+
+    A row is that of `ptsim.sim.run.projection_row` with `index`, `key`, `what_if`, the grid's options, and `status`:
+    "ok", or "failed" with the reason under `error`. Lines of `out` that belong to other studies stay and are ignored.
+
+    Args:
+        study: what to compute.
+        executor: any `concurrent.futures` executor; a Dask client has one (`client.get_executor()`).
+        out: the JSON Lines file that results are appended to.
+        progress: called after every task.
+        window: tasks that wait in the executor at a time.
+
+    Raises:
+        FileFormatError: `out` is not such a file.
+        UsageError: `out` cannot be written.
+    """
+    known = _known_rows(out)
+    rows: dict[int, dict[str, Any]] = {}
+    total, failed = study.num_configurations, 0
+
+    def missing() -> Iterator[Configuration]:
+        for configuration in configurations(study):
+            row = known.get(configuration.key)
+            if row is None:
+                yield configuration
+            else:
+                rows[configuration.index] = {**row, **_identity(configuration)}
+
+    todo = _chunks(missing())
+    running: dict[Future[list[dict[str, Any]]], tuple[Configuration, ...]] = {}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("ab") as file:
+            _end_line(out)
+            while True:
+                for chunk in itertools.islice(todo, window - len(running)):
+                    running[executor.submit(project_all, chunk)] = chunk
+                if not running:
+                    break
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    chunk = running.pop(future)
+                    error = future.exception()
+                    if error is not None and len(chunk) > 1:  # one of them is to blame: find it
+                        for configuration in chunk:
+                            running[executor.submit(project_all, (configuration,))] = (configuration,)
+                        continue
+                    if error is not None:
+                        computed = [_failure(chunk[0], f"{type(error).__name__}: {error}")]
+                    else:
+                        computed = future.result()
+                    for row in computed:
+                        rows[row["index"]] = row
+                        failed += row["status"] == "failed"
+                        file.write(msgspec.json.encode(row) + b"\n")
+                    file.flush()
+                if progress is not None:
+                    progress(Progress(done=len(rows), failed=failed, total=total))
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}") from error
+    finally:
+        for future in running:
+            future.cancel()
+    return [rows[index] for index in sorted(rows)]
+
+
+def project_all(chunk: Sequence[Configuration]) -> list[dict[str, Any]]:
+    """What a worker does: the rows of some configurations. What the user can mend becomes a failed row."""
+    rows = []
+    for configuration in chunk:
+        try:
+            trace, cache = _worker_trace(configuration.trace, configuration.trace_digest)
+            projection = project(trace, configuration.cluster, configuration.gpus, configuration.options, cache=cache)
+            rows.append({**_identity(configuration), "status": "ok", **projection_row(projection)})
+        except (PtsimError, ValueError) as error:
+            rows.append(_failure(configuration, str(error)))
+    return rows
+
+
+@functools.lru_cache(maxsize=8)
+def _worker_trace(path: Path, digest: str) -> tuple[Trace, StepCache]:
+    """A trace with its cache, kept for the next configuration of the same worker; `digest` tells versions apart."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a torn last line: the row says `complete: false`
+        return read_trace(path), StepCache()
+
+
+def _identity(configuration: Configuration) -> dict[str, Any]:
+    return {"index": configuration.index, "key": configuration.key, **configuration.labels}
+
+
+def _failure(configuration: Configuration, error: str) -> dict[str, Any]:
+    return {
+        **_identity(configuration),
+        "status": "failed",
+        "error": error,
+        "trace": str(configuration.trace),
+        "cluster": configuration.cluster.name,
+        "gpus": configuration.gpus,
+    }
+
+
+def _chunks(stream: Iterator[Configuration]) -> Iterator[tuple[Configuration, ...]]:
+    while chunk := tuple(itertools.islice(stream, _CHUNK)):
+        yield chunk
+
+
+def _known_rows(out: Path) -> dict[str, dict[str, Any]]:
+    """Rows that earlier runs computed, by key; failed ones are tried again."""
+    if not out.exists():
+        return {}
+    *lines, _torn = out.read_bytes().split(b"\n")
+    known = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = msgspec.json.decode(line, type=dict[str, Any])
+            key, status = row["key"], row["status"]
+        except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
+            raise FileFormatError(out, "not a line of sweep results", line=number) from error
+        if status == "ok":
+            known[key] = row
+    return known
+
+
+def _end_line(out: Path) -> None:
+    """Cut a last line that an interruption has torn."""
+    content = out.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with out.open("r+b") as file:
+            file.truncate(whole)
+
+
+def _what_if(text: str, own: Mapping[str, Mapping[str, Any]], study: Path) -> WhatIf:
+    """The what-if called `text`: one of the study's own, a built-in, or several joined by " + "."""
+    options: dict[str, Any] = {}
+    for part in text.split(" + "):
+        name, equals, value = part.strip().partition("=")
+        name, value = name.strip(), value.strip()
+        if name in own and not equals:
+            options |= own[name]
+            continue
+        if name not in _WHAT_IFS:
+            raise UnknownNameError("what-if", name, [*_WHAT_IFS, *own])
+        parse, made = _WHAT_IFS[name]
+        if (parse is not None) != bool(value):
+            needed = "needs a value, as in name=value" if parse is not None else "takes no value"
+            raise FileFormatError(study, f"the what-if {name!r} {needed}")
+        try:
+            options |= made(parse(value) if parse is not None else None)
+        except ValueError as error:
+            raise FileFormatError(study, f"the what-if {part.strip()!r}: {error}") from error
+    trace = options.pop("trace", None)
+    return WhatIf(name=text, options=options, trace=None if trace is None else _trace_paths(str(trace), study)[0])
+
+
+def _trace_paths(pattern: str, study: Path) -> list[Path]:
+    """Trace files that a path or pattern means, relative to the study file."""
+    if any(sign in pattern for sign in "*?["):
+        base = Path(pattern) if Path(pattern).is_absolute() else study.parent / pattern
+        anchor = Path(base.anchor)
+        found = sorted(anchor.glob(str(base.relative_to(anchor)))) if base.anchor else sorted(Path().glob(str(base)))
+        if not found:
+            raise FileFormatError(study, f"traces: nothing matches {pattern!r}")
+        return [trace_path(path).resolve() for path in found]
+    return [trace_path(study.parent / pattern).resolve()]
+
+
+def _near(name: str, study: Path) -> str:
+    return str(study.parent / name) if name.endswith(".toml") else name
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from ptsim.cli.main import run
+from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
+from ptsim.hardware.catalog import load_cluster
+from ptsim.sim.options import Options
+from ptsim.sim.run import change, project, projection_row
+from ptsim.sweep import Configuration, Progress, configurations, project_all, read_study, run_study
+from ptsim.trace.io import read_trace
+from tests.traces import dense_trace, shrinking_trace
+
+STUDY = """
+traces = ["pruned", "dense"]
+clusters = ["dgx-a100"]
+gpus = [1, 8]
+what_ifs = ["as-recorded", "gpu=v100-sxm2-16gb", "channels-rounded-to=8 + bf16-gradients", "tiny buckets"]
+
+[options]
+scaling = "strong"
+
+[what_if."tiny buckets"]
+bucket_bytes = 65536
+"""
+
+
+class InProcess(Executor):
+    """Runs a task when it is submitted, and counts."""
+
+    def __init__(self) -> None:
+        self.num_tasks = self.num_configurations = 0
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.num_tasks += 1
+        self.num_configurations += len(args[0])
+        future: Future[Any] = Future()
+        try:
+            future.set_result(task(*args, **kwargs))
+        except RuntimeError as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    for name in ("pruned", "dense"):
+        (folder / name).mkdir()
+    shrinking_trace(folder / "pruned", num_train=20_000)
+    dense_trace(folder / "dense", num_train=20_000)
+    return folder
+
+
+def study(folder: Path, text: str = STUDY, name: str = "study.toml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+class TestExpansion:
+    def test_every_combination_is_there_once(self, folder: Path) -> None:
+        read = read_study(study(folder))
+        expanded = list(configurations(read))
+        assert len(expanded) == read.num_configurations == 4 * 2 * 1 * 2
+        assert [c.index for c in expanded] == list(range(16))
+        assert len({c.key for c in expanded}) == 16
+
+    def test_what_ifs_change_their_options_only(self, folder: Path) -> None:
+        options = {c.labels["what_if"]: c.options for c in configurations(read_study(study(folder)))}
+        recorded = Options(scaling="strong")
+        assert options["as-recorded"] == recorded
+        assert options["gpu=v100-sxm2-16gb"] == msgspec.structs.replace(recorded, device="v100-sxm2-16gb")
+        assert options["tiny buckets"] == msgspec.structs.replace(recorded, bucket_bytes=65536)
+        joined = msgspec.structs.replace(recorded, channel_multiple=8, gradient_format="bf16")
+        assert options["channels-rounded-to=8 + bf16-gradients"] == joined
+
+    @pytest.mark.parametrize(
+        ("name", "changed"),
+        [
+            ("memory=80 GiB", {"memory_bytes": 80 * 2**30, "minibatch": "planned"}),
+            ("no-dynamic-minibatch", {"minibatch": "fixed"}),
+            ("bucket=50 MiB", {"bucket_bytes": 50 * 2**20}),
+            ("one-time-reconfiguration=3", {"one_time_epoch": 3}),
+            ("slow-input=2500", {"input_images_per_s": 2500.0}),
+            ("failures=50000", {"faults": {"mtbf_gpu_hours": 50000.0}}),
+        ],
+    )
+    def test_built_in_what_ifs(self, folder: Path, name: str, changed: dict[str, Any]) -> None:
+        text = f'traces = ["dense"]\nclusters = ["dgx-a100"]\ngpus = [8]\nwhat_ifs = ["{name}"]\n'
+        (only,) = configurations(read_study(study(folder, text)))
+        assert only.options == change(Options(), changed)
+
+    @pytest.mark.parametrize("name", ["interval", "penalty-ratio"])
+    def test_another_interval_or_ratio_is_another_trace(self, folder: Path, name: str) -> None:
+        text = f'traces = ["pruned"]\nclusters = ["dgx-a100"]\ngpus = [8]\nwhat_ifs = ["as-recorded", "{name}=dense"]\n'
+        recorded, other = configurations(read_study(study(folder, text)))
+        assert (recorded.trace.parent.name, other.trace.parent.name) == ("pruned", "dense")
+
+    def test_patterns_find_traces(self, folder: Path) -> None:
+        text = 'traces = ["*/trace.jsonl"]\nclusters = ["dgx-a100"]\ngpus = [8]\n'
+        assert len(read_study(study(folder, text)).traces) == 2
+
+    def test_a_grid_is_multiplied_out(self, folder: Path) -> None:
+        text = STUDY + "[grid]\ncontention = [0.0, 0.2]\nmicro_batches = [1, 2, 4]\n"
+        expanded = list(configurations(read_study(study(folder, text))))
+        assert len(expanded) == 16 * 6
+        assert {(c.labels["contention"], c.labels["micro_batches"]) for c in expanded} == {
+            (c, m) for c in (0.0, 0.2) for m in (1, 2, 4)
+        }
+
+    def test_the_key_depends_on_the_traces_content(self, folder: Path, tmp_path: Path) -> None:
+        keys = []
+        for train in (5000, 6000):
+            (tmp_path / "trace.jsonl").unlink(missing_ok=True)
+            shrinking_trace(tmp_path, num_train=train)
+            text = 'traces = ["trace.jsonl"]\nclusters = ["dgx-a100"]\ngpus = [8]\n'
+            (only,) = configurations(read_study(study(tmp_path, text)))
+            keys.append(only.key)
+        assert keys[0] != keys[1]
+
+
+class TestRunning:
+    def test_rows_are_those_of_single_projections(self, folder: Path, tmp_path: Path) -> None:
+        rows = run_study(read_study(study(folder)), InProcess(), tmp_path / "out.jsonl")
+        assert [row["index"] for row in rows] == list(range(16))
+        trace = read_trace(folder / "pruned")
+        expected = projection_row(project(trace, load_cluster("dgx-a100"), 8, Options(scaling="strong")))
+        assert rows[1].items() >= {k: v for k, v in expected.items() if k != "trace"}.items()
+
+    def test_processes_give_the_same_rows(self, folder: Path, tmp_path: Path) -> None:
+        read = read_study(study(folder))
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            parallel = run_study(read, pool, tmp_path / "parallel.jsonl")
+        assert parallel == run_study(read, InProcess(), tmp_path / "serial.jsonl")
+
+    def test_a_dask_cluster_gives_the_same_rows(self, folder: Path, tmp_path: Path) -> None:
+        distributed = pytest.importorskip("distributed")
+        read = read_study(study(folder))
+        with (
+            distributed.LocalCluster(
+                n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None
+            ) as local,
+            distributed.Client(local) as client,
+        ):
+            rows = run_study(read, client.get_executor(), tmp_path / "dask.jsonl")
+        assert rows == run_study(read, InProcess(), tmp_path / "serial.jsonl")
+
+    def test_a_second_run_computes_nothing(self, folder: Path, tmp_path: Path) -> None:
+        read, out = read_study(study(folder)), tmp_path / "out.jsonl"
+        first = run_study(read, InProcess(), out)
+        content, executor = out.read_bytes(), InProcess()
+        assert run_study(read, executor, out) == first
+        assert executor.num_configurations == 0
+        assert out.read_bytes() == content
+
+    def test_an_interrupted_study_goes_on_where_it_was(self, folder: Path, tmp_path: Path) -> None:
+        read, out = read_study(study(folder)), tmp_path / "out.jsonl"
+        rows = run_study(read, InProcess(), out)
+        lines = out.read_bytes().splitlines(keepends=True)
+        out.write_bytes(b"".join(lines[:5]) + lines[5][:20])  # torn while the sixth line was written
+        executor = InProcess()
+        assert run_study(read, executor, out) == rows
+        assert executor.num_configurations == 11
+        assert sorted(out.read_bytes().splitlines()) == sorted(line.rstrip() for line in lines)
+
+    def test_a_configuration_that_fails_is_reported_and_the_others_go_on(self, folder: Path, tmp_path: Path) -> None:
+        text = STUDY.replace('"tiny buckets"]', '"micro-batches=1000"]')
+        seen: list[Progress] = []
+        rows = run_study(read_study(study(folder, text)), InProcess(), tmp_path / "out.jsonl", progress=seen.append)
+        failed = [row for row in rows if row["status"] == "failed"]
+        assert {row["what_if"] for row in failed} == {"micro-batches=1000"}
+        assert all("micro_batches is 1000" in row["error"] for row in failed)
+        assert len(rows) - len(failed) == 12
+        assert (seen[-1].done, seen[-1].failed, seen[-1].total) == (16, 4, 16)
+
+    def test_failures_are_tried_again(self, folder: Path, tmp_path: Path) -> None:
+        text = STUDY.replace('"tiny buckets"]', '"micro-batches=1000"]')
+        read, out = read_study(study(folder, text)), tmp_path / "out.jsonl"
+        run_study(read, InProcess(), out)
+        executor = InProcess()
+        run_study(read, executor, out)
+        assert executor.num_configurations == 4
+
+    def test_a_crash_in_one_configuration_costs_only_that_one(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def crash_once(chunk: tuple[Configuration, ...]) -> list[dict[str, Any]]:
+            if any(configuration.index == 3 for configuration in chunk):
+                raise RuntimeError("a bug")
+            return project_all(chunk)
+
+        monkeypatch.setattr("ptsim.sweep.project_all", crash_once)
+        rows = run_study(read_study(study(folder)), InProcess(), tmp_path / "out.jsonl")
+        assert [row["index"] for row in rows if row["status"] == "failed"] == [3]
+        assert rows[3]["error"] == "RuntimeError: a bug"
+
+    def test_results_come_as_they_are_computed(self, folder: Path, tmp_path: Path) -> None:
+        out, lines = tmp_path / "out.jsonl", []
+        text = STUDY + "[grid]\ncontention = [0.0, 0.05, 0.1, 0.15, 0.2]\n"
+        run_study(
+            read_study(study(folder, text)),
+            InProcess(),
+            out,
+            progress=lambda _: lines.append(out.read_bytes().count(b"\n")),
+            window=1,
+        )
+        assert lines == [32, 64, 80]
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize(
+        ("change_", "error", "problem"),
+        [
+            (("gpus = [1, 8]", "gpu = [1, 8]"), FileFormatError, "gpu"),
+            (("gpus = [1, 8]", "gpus = []"), FileFormatError, "gpus is empty"),
+            (("gpus = [1, 8]", "gpus = [0]"), FileFormatError, "gpus holds 0"),
+            (("gpus = [1, 8]", 'gpus = ["many"]'), FileFormatError, "gpus"),
+            (('"dense"]', '"nowhere"]'), FileFormatError, "nowhere"),
+            (('"dense"]', '"no*where"]'), FileFormatError, "nothing matches"),
+            (("dgx-a100", "dgx-z9"), UnknownNameError, "unknown cluster 'dgx-z9'"),
+            (("as-recorded", "as-recordet"), UnknownNameError, "unknown what-if 'as-recordet'"),
+            (("as-recorded", "as-recorded=5"), FileFormatError, "takes no value"),
+            (("gpu=v100-sxm2-16gb", "gpu"), FileFormatError, "needs a value"),
+            (("gpu=v100-sxm2-16gb", "gpu=gpu9000"), UnknownNameError, "gpu9000"),
+            (("gpu=v100-sxm2-16gb", "memory=80"), FileFormatError, "no unit"),
+            (("gpu=v100-sxm2-16gb", "bucket=huge"), FileFormatError, "bucket=huge"),
+            (('scaling = "strong"', 'scaling = "strongish"'), UsageError, "scaling"),
+            (("bucket_bytes = 65536", "bucket_bites = 65536"), UsageError, "bucket_bites"),
+            (("[options]", "[options"), FileFormatError, "not TOML"),
+        ],
+    )
+    def test_a_broken_study_says_what_is_wrong(
+        self, folder: Path, change_: tuple[str, str], error: type[PtsimError], problem: str
+    ) -> None:
+        assert change_[0] in STUDY
+        with pytest.raises(error, match=problem) as caught:
+            read_study(study(folder, STUDY.replace(*change_), "broken.toml"))
+        assert "\n" not in caught.value.message
+
+    def test_a_missing_study_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(FileFormatError, match=r"none\.toml: cannot be read"):
+            read_study(tmp_path / "none.toml")
+
+    def test_a_result_file_that_is_none_is_left_alone(self, folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "precious.txt"
+        out.write_text("my thesis\n")
+        with pytest.raises(FileFormatError, match=":1: not a line of sweep results"):
+            run_study(read_study(study(folder)), InProcess(), out)
+        assert out.read_text() == "my thesis\n"
+
+
+class TestCommand:
+    def test_it_prints_rows_and_keeps_them(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = study(folder, STUDY, "command.toml")
+        assert run(["sweep", str(path), "--workers", "1", "--json"]) == 0
+        captured = capsys.readouterr()
+        rows = json.loads(captured.out)
+        assert len(rows) == 16
+        assert rows[0]["total_seconds"] > 0
+        assert len((folder / "command.results.jsonl").read_text().splitlines()) == 16
+        assert "16 of 16 configurations" in captured.err
+
+    def test_millions_are_counted_and_asked_for(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        values = ", ".join(str(i) for i in range(1, 1001))
+        text = STUDY + f"[grid]\nseed = [{values}]\nmicro_batches = [{values}]\n"
+        path = study(folder, text, "huge.toml")
+        assert run(["sweep", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert "16,000,000 configurations" in error
+        assert "--yes" in error
+        assert not (folder / "huge.results.jsonl").exists()
+
+    def test_no_workers_are_refused(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(["sweep", str(study(folder)), "--workers", "0"]) == 2
+        assert "workers is 0" in capsys.readouterr().err
