@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptsim.costing import CostReport, cost
     from ptsim.costs.collectives import allreduce
+    from ptsim.prediction import predict
     from ptsim.prune.proof import inspect
     from ptsim.report.build import write_report
     from ptsim.sim.run import simulate
@@ -28,6 +29,7 @@ _HOME = {
     "CostReport": "ptsim.costing",
     "cost": "ptsim.costing",
     "load_model": "ptsim.training.loop",
+    "predict": "ptsim.prediction",
     "read_trace": "ptsim.trace.io",
     "simulate": "ptsim.sim.run",
     "train": "ptsim.training.loop",
@@ -42,6 +44,7 @@ __all__ = [
     "cost",
     "inspect",
     "load_model",
+    "predict",
     "read_trace",
     "simulate",
     "train",

@@ -1,0 +1,96 @@
+"""`ptsim predict`: the time and throughput of a training step on a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ptsim.cli.common import parse_input_shape, print_json
+from ptsim.prediction import Prediction
+from ptsim.prediction import predict as predict_step
+from ptsim.units import format_bytes, format_joules, format_seconds
+
+
+def predict(
+    model: Annotated[str, Parameter(name="MODEL")],
+    /,
+    *,
+    batch: int,
+    gpu: str | None = None,
+    precision: Literal["fp32", "tf32", "amp", "fp16", "bf16"] = "fp32",
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous",
+    cluster: str | None = None,
+    gpus: int | None = None,
+    input: Annotated[str | None, Parameter(name="--input")] = None,
+    classes: int | None = None,
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd",
+    profile: Path | None = None,
+    json: bool = False,
+) -> None:
+    """The time and throughput of a training step on a device, alone or data-parallel.
+
+    Args:
+        model: zoo name, torchvision:NAME, path/to/file.py:function, or a trace (its last architecture, without torch).
+        batch: images per GPU.
+        gpu: catalog name or TOML file; with --cluster the cluster's own if left out.
+        precision: of the matrix products; amp is fp16 autocast. PyTorch on Ampere and newer multiplies convolutions in
+            tf32 unless told otherwise.
+        memory_format: layout of the activations.
+        cluster: catalog name or TOML file for data-parallel training.
+        gpus: of the cluster; one node's if left out.
+        input: CHANNELS,HEIGHT,WIDTH of an image, for example 3,224,224.
+        classes: outputs of the network.
+        optimizer: whose update is counted.
+        profile: device profile from `ptsim calibrate gpu`.
+        json: print one JSON document; low and high are the 90 % interval of step_seconds.
+    """
+    prediction = predict_step(
+        model,
+        gpu=gpu,
+        batch=batch,
+        precision=precision,
+        memory_format=memory_format,
+        cluster=cluster,
+        gpus=gpus,
+        input_shape=None if input is None else parse_input_shape(input),
+        num_classes=classes,
+        optimizer=optimizer,
+        profile=profile,
+    )
+    if json:
+        print_json(prediction)
+        return
+    _print(prediction)
+
+
+def _print(p: Prediction) -> None:
+    console = Console(highlight=False)
+    where = f"{p.gpus} × {p.device}" + (f" of {p.cluster}" if p.cluster else "")
+    console.print(f"{p.model} on {where}: mini-batch {p.batch} per GPU, {p.precision}, {p.memory_format}")
+    console.print(
+        f"[bold]{p.images_per_second:.4g} images/s[/bold] "
+        f"({p.low_images_per_second:.4g}–{p.high_images_per_second:.4g}, 90 %), "
+        f"{format_seconds(p.step_seconds)} per step ({format_seconds(p.low)}–{format_seconds(p.high)}); tier: {p.tier}"
+    )
+    table = Table("part", "time", "share", box=SIMPLE_HEAD)
+    parts = [
+        *((f"{t.kind}", t.forward_seconds + t.backward_seconds) for t in p.by_kind),
+        ("optimizer", p.optimizer_seconds),
+        ("waiting for the host", p.overhead_seconds),
+        ("exposed communication", p.exposed_communication_seconds),
+    ]
+    for name, seconds in parts:
+        if seconds > 0:
+            table.add_row(name, format_seconds(seconds), f"{seconds / p.step_seconds:.1%}")
+    console.print(table)
+    fits = "fits" if p.fits else "does not fit"
+    console.print(
+        f"peak memory {format_bytes(p.peak_memory_bytes)}: {fits} {format_bytes(p.memory_bytes)}; "
+        f"energy {format_joules(p.energy_joules)} per step "
+        f"({format_joules(p.low_energy_joules)}–{format_joules(p.high_energy_joules)})"
+    )
