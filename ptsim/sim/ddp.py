@@ -9,6 +9,7 @@ Source: torch/nn/parallel/distributed.py and torch/csrc/distributed/c10d/reducer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -58,7 +59,23 @@ def plan_step(
 ) -> StepPlan:
     """The plan of one optimizer step: `compute_plan` with its `with_communication`."""
     computation = compute_plan(step, buckets, num_micro_batches=num_micro_batches)
-    return with_communication(computation, step, buckets, all_reduce, wire=wire, buffer_bytes=buffer_bytes, bound=bound)
+    return with_communication(
+        computation,
+        buckets,
+        all_reduce,
+        wire=wire,
+        buffer_bytes=buffer_bytes,
+        bound=bound,
+        scale=computation_scale(step, bound),
+    )
+
+
+def computation_scale(step: StepTime, bound: Bound) -> float:
+    """The bound of the step's computation as a multiple of the expected one."""
+    compute_s = step.compute_s
+    if bound == "expected" or not compute_s:
+        return 1.0
+    return (step.low_s if bound == "low" else step.high_s) / compute_s
 
 
 def compute_plan(step: StepTime, buckets: Sequence[Bucket], *, num_micro_batches: int = 1) -> StepPlan:
@@ -102,29 +119,26 @@ def compute_plan(step: StepTime, buckets: Sequence[Bucket], *, num_micro_batches
 
 def with_communication(
     computation: StepPlan,
-    step: StepTime,
     buckets: Sequence[Bucket],
     all_reduce: AllReduce,
     *,
     wire: Wire | None = None,
     buffer_bytes: int = 0,
     bound: Bound = "expected",
+    scale: float = 1.0,
 ) -> StepPlan:
-    """The plan with its collectives, every duration scaled to the expected one or to an end of its 90 % interval.
+    """The plan with its collectives.
 
     Args:
         computation: `compute_plan` of this step and these buckets, whole or merged.
-        step: gives the interval of the computation.
         buckets: of the gradient.
         all_reduce: the time of an all-reduce of so many bytes, with its interval.
         wire: compression of the gradient.
         buffer_bytes: broadcast before the forward pass; 0 for none.
-        bound: which duration.
+        bound: whether a collective takes its expected time or that at an end of its 90 % interval.
+        scale: of all computation.
     """
     wire = wire or Wire()
-    scale = 1.0
-    if bound != "expected" and step.compute_s > 0:
-        scale = (step.low_s if bound == "low" else step.high_s) / step.compute_s
     head: list[Collective] = []
     if buffer_bytes:
         time = all_reduce(buffer_bytes)
@@ -164,6 +178,13 @@ def _scaled(pieces: tuple[Work, ...], scale: float) -> tuple[Work, ...]:
     return tuple(Work(name=work.name, seconds=work.seconds * scale, bucket=work.bucket) for work in pieces)
 
 
+@functools.lru_cache(maxsize=1024)
+def gradient_bytes(network: Network) -> int:
+    """Bytes of the gradient in fp32."""
+    return 4 * network.num_parameters
+
+
+@functools.lru_cache(maxsize=1024)
 def buffer_bytes(network: Network) -> int:
     """Bytes of the buffers that DDP broadcasts: BatchNorm's running mean and variance, and its step count (int64)."""
     norms = [layer for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
@@ -176,7 +197,7 @@ def first_step_s(network: Network, plan: StepPlan, all_reduce: AllReduce, wire: 
     DDP does not know the order of the gradients yet: they travel in a single bucket, after backward.
     """
     wire = wire or Wire()
-    num_bytes = 4 * network.num_parameters
+    num_bytes = gradient_bytes(network)
     reduced_s = all_reduce(round(num_bytes * wire.ratio)).seconds + num_bytes * wire.conversion_s_per_byte
     return reduced_s + sum(collective.seconds for collective in plan.head)
 
@@ -187,7 +208,7 @@ def wrapping_s(network: Network, all_reduce: AllReduce) -> float:
     The parameters and buffers are broadcast from rank 0 when it is wrapped, and the new order of the buckets (one
     int32 per parameter) when they are rebuilt after the first step.
     """
-    state = broadcast_s(all_reduce(4 * network.num_parameters + buffer_bytes(network)))
+    state = broadcast_s(all_reduce(gradient_bytes(network) + buffer_bytes(network)))
     return state + broadcast_s(all_reduce(4 * len(network.parameters)))
 
 

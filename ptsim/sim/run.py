@@ -662,15 +662,16 @@ class _Projector:
             plan = ddp.compute_plan(step, buckets, num_micro_batches=options.micro_batches)
             return plan.merged() if merged else plan
 
+        key = self._key(stage, self.device_key)
         ready = tuple(bucket.ready_layer for bucket in buckets)
         return ddp.with_communication(
-            self.cache.get(("plan", merged, ready, options.micro_batches, *self._key(stage, self.device_key)), compute),
-            step,
+            self.cache.get(("plan", merged, ready, options.micro_batches, *key), compute),
             buckets,
             self._all_reduce,
             wire=self.wire,
             buffer_bytes=ddp.buffer_bytes(stage.network) if options.broadcast_buffers and self.num_gpus > 1 else 0,
             bound=bound,
+            scale=self.cache.get(("scale", bound, *key), lambda: ddp.computation_scale(step, bound)),
         )
 
     def _simulate(self, stage: _Stage) -> _Simulated:
@@ -701,13 +702,16 @@ class _Projector:
                 f"{self.device.name} has {self.memory_bytes / GIB:.1f} GiB: it would not fit"
             )
         n = options.micro_batches
-        compute_s = n * (step.forward_s + step.backward_s + step.overhead_s) + step.optimizer_s + step.regularizer_s
+        forward_s, backward_s = self.cache.get(
+            ("passes", *self._key(stage, self.device_key)), lambda: (step.forward_s, step.backward_s)
+        )
+        compute_s = n * (forward_s + backward_s + step.overhead_s) + step.optimizer_s + step.regularizer_s
         return _Simulated(
             step=step,
             result=expected,
             scale=expected.compute_s / compute_s if compute_s else 1.0,
-            forward_s=n * step.forward_s,
-            backward_s=n * step.backward_s,
+            forward_s=n * forward_s,
+            backward_s=n * backward_s,
             low_s=expected.step_s / _widened(expected.step_s / min(low.step_s, expected.step_s), self.spread),
             high_s=expected.step_s * _widened(max(high.step_s, expected.step_s) / expected.step_s, self.spread),
             wrap_s=wrap_s,
@@ -795,6 +799,8 @@ class _Projector:
 
     def _autotune_s(self, stage: _Stage, step: StepTime) -> float:
         """Every convolution's forward and backward, so many times (cuDNN tries its algorithms at the first step)."""
+        if not self.options.autotune_trials:
+            return 0.0
         convolutions = {layer.name for layer in stage.network.layers if layer.kind is LayerKind.CONV}
         once = sum(layer.forward_s + layer.backward_s for layer in step.layers if layer.layer in convolutions)
         return self.options.autotune_trials * once

@@ -10,6 +10,7 @@ Nothing here knows about networks or clusters: durations come in with the `StepP
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Generator, Sequence
 from typing import Literal
@@ -186,12 +187,14 @@ def simulate_steps(
     """
     if not jobs or any(not job.speeds for job in jobs):
         raise ValueError("a simulation needs at least one job with at least one GPU")
+    if len(jobs) > 1 and any(job.plan.compute_s + job.plan.communication_s == 0 for job in jobs):
+        raise ValueError("a job whose steps take no time would run forever beside another")
     if num_steps < 1:
         raise ValueError(f"{num_steps} steps; at least 1 is needed")
     if not 0 <= contention <= 1:
         raise ValueError(f"contention {contention}; it must lie in [0, 1]")
     env = simpy.Environment()
-    links = _Links()
+    links = _Links(len(jobs))
     running = [
         _RunningJob(
             env,
@@ -199,21 +202,23 @@ def simulate_steps(
             job if record_gpus else msgspec.structs.replace(job, plan=job.plan.merged()),
             links,
             contention=contention,
-            jitter=jitter or Jitter(),
+            jitter=jitter,
             last_measured=num_warmup + num_steps,
-            random=random.Random(f"{seed}/{index}"),
+            seed=seed,
             record_gpus=record_gpus,
         )
         for index, job in enumerate(jobs)
     ]
-    env.run(env.all_of([job.measured for job in running]))
+    for job in running:  # in any order: all go on until the last has finished its steps
+        env.run(job.measured)
     return tuple(job.result(num_warmup) for job in running)
 
 
 class _Links:
     """The links that jobs share: every active collective gets an equal part of the bandwidth."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_jobs: int) -> None:
+        self.num_unfinished = num_jobs  # jobs whose measured steps are not over: all go on until none is left
         self._active: set[int] = set()
         self._changed: list[Callable[[], None]] = []
 
@@ -263,13 +268,14 @@ class _RunningJob:
         links: _Links,
         *,
         contention: float,
-        jitter: Jitter,
+        jitter: Jitter | None,
         last_measured: int,
-        random: random.Random,
+        seed: int,
         record_gpus: int,
     ) -> None:
         self.env, self.index, self.job, self.plan = env, index, job, job.plan
-        self.links, self.contention, self.jitter, self.random = links, contention, jitter, random
+        self.links, self.contention, self.jitter = links, contention, jitter
+        self.random = random.Random(f"{seed}/{index}") if jitter is not None else None
         self.last_measured = last_measured
         self.measured = env.event()
         self.compute = WorkClock(env)
@@ -286,9 +292,12 @@ class _RunningJob:
             env.process(self._gpu(gpu, speed))
 
     def _with_stragglers(self, speeds: tuple[float, ...]) -> tuple[float, ...]:
-        number = -int(-self.jitter.straggler_fraction * len(speeds) // 1)
+        if self.jitter is None or self.random is None:
+            return speeds
+        slowdown = self.jitter.straggler_slowdown
+        number = math.ceil(self.jitter.straggler_fraction * len(speeds))
         slow = set(self.random.sample(range(len(speeds)), min(number, len(speeds))))
-        return tuple(s * (self.jitter.straggler_slowdown if i in slow else 1.0) for i, s in enumerate(speeds))
+        return tuple(s * (slowdown if i in slow else 1.0) for i, s in enumerate(speeds))
 
     def _step(self, number: int) -> _Step:
         while len(self.steps) <= number:
@@ -296,8 +305,10 @@ class _RunningJob:
         return self.steps[number]
 
     def _draw(self) -> float:
+        if self.jitter is None or self.random is None or not self.jitter.sigma:
+            return 1.0
         sigma = self.jitter.sigma
-        return self.random.lognormvariate(-0.5 * sigma * sigma, sigma) if sigma else 1.0
+        return self.random.lognormvariate(-0.5 * sigma * sigma, sigma)
 
     def _gpu(self, gpu: int, speed: float) -> Process:
         plan, env = self.plan, self.env
@@ -305,7 +316,7 @@ class _RunningJob:
             yield env.timeout(self.job.start_s)
         batches = self._start_input() if self.job.input_interval_s else None
         number = 0
-        while not self.measured.triggered:
+        while self.links.num_unfinished:
             step = self._step(number)
             factor = speed * self._draw()
             if batches is not None:
@@ -340,7 +351,7 @@ class _RunningJob:
         batches = simpy.Store(self.env, capacity=self.job.prefetch)
 
         def load() -> Process:
-            while not self.measured.triggered:
+            while self.links.num_unfinished:
                 yield self.env.timeout(self.job.input_interval_s)
                 yield batches.put(None)
 
@@ -363,10 +374,11 @@ class _RunningJob:
             step.ended_s = self.env.now
             if number == self.last_measured - 1:
                 self.measured.succeed()
+                self.links.num_unfinished -= 1
 
     def _stream(self) -> Process:
         number = 0
-        while not self.measured.triggered:
+        while self.links.num_unfinished:
             step, num_head = self._step(number), len(self.plan.head)
             collectives = (*self.plan.head, *self.plan.buckets)
             if not collectives:

@@ -252,6 +252,7 @@ class TestRecord:
         ({"jobs": []}, "at least one job"),
         ({"jobs": [Job(plan=plan([1], [1]), speeds=())]}, "at least one GPU"),
         ({"jobs": [Job(plan=plan([1], [1]))], "num_steps": 0}, "0 steps"),
+        ({"jobs": [Job(plan=plan([1], [1])), Job(plan=plan([0], [0], forward=0, tail=0))]}, "run forever"),
         ({"jobs": [Job(plan=plan([1], [1]))], "contention": 1.5}, "contention 1.5"),
     ],
 )

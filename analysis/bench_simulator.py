@@ -1,0 +1,126 @@
+"""How fast is the simulator? Ratios and absolute figures for one trace on this machine.
+
+    python analysis/bench_simulator.py TRACE [--cluster dgx-a100] [--configurations 10000] [--workers 4]
+
+Prints: a whole run projected onto symmetric clusters of growing size; one step of unequal GPUs, simulated GPU by GPU;
+time and peak memory of 16,384 unequal GPUs in a process of their own; a sweep, serial and on processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from ptsim.hardware.catalog import load_cluster
+from ptsim.sim.options import Options
+from ptsim.sim.run import change, project
+from ptsim.sweep import read_study, run_study
+from ptsim.trace.io import read_trace
+
+
+def main() -> None:
+    """Run all benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--cluster", default="dgx-a100")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 64, 1024, 16384], help="of symmetric clusters")
+    parser.add_argument("--unequal", type=int, nargs="+", default=[256, 1024, 4096], help="GPUs simulated one by one")
+    parser.add_argument("--most", type=int, default=16384, help="GPUs of the memory benchmark")
+    parser.add_argument("--configurations", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}")
+    whole_runs(arguments.trace, arguments.cluster, arguments.gpus)
+    unequal_steps(arguments.trace, arguments.cluster, arguments.unequal)
+    memory(arguments.trace, arguments.cluster, arguments.most)
+    sweep(arguments.trace, arguments.cluster, arguments.configurations, arguments.workers)
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def whole_runs(path: Path, cluster: str, counts: list[int]) -> None:
+    """Project the whole trace, nothing cached, by number of GPUs."""
+    trace, where = read_trace(path), load_cluster(cluster)
+    project(trace, where, 1)  # imports and catalog
+    print(f"\nwhole run of {len(trace.epochs)} epochs and {len(trace.networks)} architectures, symmetric cluster")
+    times = {count: seconds(lambda count=count: project(trace, where, count)) for count in counts}  # type: ignore[misc]
+    for count, duration in times.items():
+        print(f"  {count:>6} GPUs {duration:8.3f} s  {duration / times[counts[0]]:5.2f} × {counts[0]} GPUs")
+
+
+def unequal_steps(path: Path, cluster: str, counts: list[int]) -> None:
+    """Project one epoch, whose one step is simulated GPU by GPU (three times: expected, low, high)."""
+    print("\none step of unequal GPUs, simulated GPU by GPU")
+    base = None
+    for count in counts:
+        duration = seconds(lambda count=count: _unequal(path, cluster, count)) / 3  # type: ignore[misc]
+        base = base or duration / count
+        print(f"  {count:>6} GPUs {duration:8.3f} s  {duration / count / base:5.2f} × the first per GPU")
+
+
+def _unequal(path: Path, cluster: str, count: int) -> float:
+    import msgspec
+
+    trace = read_trace(path)
+    one_epoch = msgspec.structs.replace(trace, epochs=trace.epochs[:1], reconfigurations=())
+    options = change(Options(), {"jitter": 0.05, "sampled_steps": 1})
+    project(one_epoch, load_cluster(cluster), count, options)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+
+
+def memory(path: Path, cluster: str, count: int) -> None:
+    """Peak memory of a fresh process that simulates this many unequal GPUs."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        start = time.perf_counter()
+        peak_gib = pool.submit(_unequal, path, cluster, count).result()
+        duration = time.perf_counter() - start
+    print(
+        f"\n{count} unequal GPUs in a fresh process: peak memory {peak_gib:.2f} GiB, {duration:.1f} s for three steps"
+    )
+
+
+def sweep(path: Path, cluster: str, configurations: int, workers: int) -> None:
+    """The same study on one process and on several; both pools are started and warm before the clock runs."""
+    single, single_count = _sweep(path, cluster, max(1, configurations // workers), 1)
+    several, several_count = _sweep(path, cluster, configurations, workers)
+    rate, all_rate = single_count / single, several_count / several
+    print("\nsweep (per configuration: the whole run on one cluster size)")
+    print(
+        f"  1 process    {single_count:>6} configurations {single:8.2f} s  {1e3 * single / single_count:7.2f} ms each"
+    )
+    print(f"  {workers} processes  {several_count:>6} configurations {several:8.2f} s  {all_rate:7.0f} a second")
+    print(f"  speed-up {all_rate / rate:.2f} of {workers}: {all_rate / rate / workers:.1%} of perfect scaling")
+
+
+def _sweep(path: Path, cluster: str, configurations: int, workers: int) -> tuple[float, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "study.toml"
+        counts = ", ".join(str(count) for count in range(2, 2 + configurations))
+        text = f'traces = ["{path.resolve()}"]\nclusters = ["{cluster}"]\n'
+        warm_up = Path(folder) / "warm.toml"
+        # distinct contentions, so that no configuration is known from the warm-up
+        warm_up.write_text(f"{text}gpus = [{counts[:200].rpartition(',')[0] or 2}]\n[options]\ncontention = 0.1\n")
+        file.write_text(f"{text}gpus = [{counts}]\n")
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for number in range(workers):
+                run_study(read_study(warm_up), pool, Path(folder) / f"warm{number}.jsonl")
+            study = read_study(file)
+            duration = seconds(lambda: run_study(study, pool, Path(folder) / "results.jsonl"))
+    return duration, configurations
+
+
+if __name__ == "__main__":
+    main()
