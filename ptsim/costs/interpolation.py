@@ -2,18 +2,19 @@
 
 Between measured operators of one family (same operator, kernel and stride) the time of a pass is
 
-    t(x) = R(x) · exp( Σ wᵢ·log(tᵢ / R(xᵢ)) / (w₀ + Σ wᵢ) ),   wᵢ = 1 / (dᵢ² + ε²)
+    log t(x) = log R(x) + g(x)
 
 R is a physical model fitted to the family itself: products on whole tiles of channels, bytes moved, a constant, each
-with a weight that is not negative. d is the distance in octaves of pixels and channels. R makes the stairs of tile
-quantisation, the neighbours hold what else the device does, and w₀ lets R alone speak where no neighbour is near.
-The tile and ε are those that leave the smallest error when each operator is predicted from the others; that error is
-the estimate's own.
+with a weight that is not negative; it makes the stairs of tile quantisation. g is a Gaussian process over the octaves
+of pixels, channels and kernel (exponential covariance): near measured operators it holds what else the device does,
+far from them it says nothing, and it knows how little it knows. The tile, the reach of g and the share of noise are
+those under which each operator, predicted from the others, is most likely (Rasmussen & Williams, 2006, §5.4.2).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -31,9 +32,10 @@ Family = tuple[object, ...]
 Floats = NDArray[np.float64]
 
 _TILES = (1, 4, 8, 16, 32, 64)
-_SOFTENING = (0.1, 0.4, 1.5)  # ε in octaves
-_FAR = 3.0  # octaves: a neighbour at this distance counts as much as R alone
-_FEWEST = 3  # of a family; with fewer it is joined with its relatives
+_REACHES = (0.7, 2.0, 6.0, 20.0)  # octaves over which what R leaves over is alike
+_NOISES = (0.01, 0.1, 0.5)  # variance of a repetition, as a fraction of that between operators
+_FEWEST = 24  # of a family; with fewer it is joined with its relatives
+_FREEDOMS = 4  # that the physical model and the hyper-parameters take from the samples
 _UNKNOWN_LOG_ERROR = math.log(2.0)  # what is said of a device profile with one operator and nothing to compare it to
 
 
@@ -69,7 +71,8 @@ class Interpolator:
         for family in _families(operator, which):
             curve = self._curve(family, which)
             if curve is not None:
-                return Estimate(seconds=curve.seconds(operator), log_error=curve.log_error, family=family)
+                seconds, log_error = curve.estimate(operator)
+                return Estimate(seconds=seconds, log_error=log_error, family=family)
         return None
 
     def _take(self, time: OperatorTime) -> None:
@@ -96,16 +99,15 @@ class Interpolator:
 
 
 class _Curve:
-    """One family's physical model with its residuals."""
+    """One family's physical model, and a Gaussian process for what it leaves over."""
 
     def __init__(self, samples: Sequence[tuple[Operator, float, bool]]) -> None:
         operators = [operator for operator, _, _ in samples]
         times = np.array([seconds for _, seconds, _ in samples])
         inside = np.array([is_inside for _, _, is_inside in samples])
         self._places = np.array([_place(operator) for operator in operators])
-        distances = ((self._places[:, None, :] - self._places[None, :, :]) ** 2).sum(axis=2)
-        same = np.array([[a == b for b in operators] for a in operators])  # also the operator itself
-        best = math.inf
+        distances = _distances(self._places, self._places)
+        best = -math.inf
         tiles = _TILES if operators[0].kind in (LayerKind.CONV, LayerKind.LINEAR) else (1,)
         for tile in tiles:
             features = np.array([_features(operator, tile) for operator in operators])
@@ -115,20 +117,35 @@ class _Curve:
             residuals = np.log(times / (features @ weights))
             if inside.any() and not inside.all():  # a loop of its own finds warmer caches, or no launch gaps
                 residuals[~inside] -= np.median(residuals[~inside]) - np.median(residuals[inside])
-            for softening in _SOFTENING:
-                pull = np.where(same, 0.0, 1.0 / (distances + softening**2))
-                left_out = residuals - pull @ residuals / (1.0 / _FAR**2 + pull.sum(axis=1))
-                error = float(np.sqrt(np.mean(left_out**2)))
-                if error < best:
-                    best, self._tile, self._weights, self._softening = error, tile, weights, softening
-                    self._residuals = residuals
-        self.log_error = best if len(set(operators)) >= _FEWEST else _UNKNOWN_LOG_ERROR
+            for reach, noise in itertools.product(_REACHES, _NOISES):
+                covariance = np.exp(-distances / reach) + noise * np.eye(len(times))
+                inverse = np.linalg.inv(covariance)
+                weighted = inverse @ residuals
+                precision = np.diag(inverse)
+                left_out = weighted / precision  # each residual minus its prediction from the others
+                variance = float(np.mean(left_out**2 * precision))
+                fit = -0.5 * len(times) * math.log(max(variance, 1e-12)) + 0.5 * float(np.log(precision).sum())
+                if fit > best:
+                    best, self._tile, self._weights, self._reach = fit, tile, weights, reach
+                    self._inverse, self._pull, self._variance, self._noise = inverse, weighted, variance, noise
+        distinct = len(set(operators))
+        self._few = distinct <= _FREEDOMS
+        self._variance *= distinct / max(distinct - _FREEDOMS, 1)
 
-    def seconds(self, operator: Operator) -> float:
-        """Interpolated between the samples."""
-        pull = 1.0 / (((self._places - _place(operator)) ** 2).sum(axis=1) + self._softening**2)
-        residual = pull @ self._residuals / (1.0 / _FAR**2 + pull.sum())
-        return float(_features(operator, self._tile) @ self._weights * np.exp(residual))
+    def estimate(self, operator: Operator) -> tuple[float, float]:
+        """Seconds, and the standard deviation of their logarithm."""
+        near = np.exp(-_distances(_place(operator)[None, :], self._places)[0] / self._reach)
+        seconds = float(_features(operator, self._tile) @ self._weights * np.exp(near @ self._pull))
+        if self._few:
+            return seconds, _UNKNOWN_LOG_ERROR
+        unknown = 1.0 + self._noise - float(near @ self._inverse @ near)
+        return seconds, math.sqrt(self._variance * max(unknown, 0.0))
+
+
+def _distances(a: Floats, b: Floats) -> Floats:
+    """Euclidean, in octaves, between all places of `a` and all of `b`."""
+    distances: Floats = np.sqrt(((a[:, None, :] - b[None, :, :]) ** 2).sum(axis=2))
+    return distances
 
 
 def _families(operator: Operator, which: Pass) -> tuple[Family, ...]:
