@@ -45,7 +45,7 @@ VISIBLE_SHARE = 0.92
 # (`analysis/check_counts.py --peaks` measures it anew).
 CPU_MARGIN = 0.05
 
-_FP32_NORMS = (LayerKind.NORM,)  # autocast's fp32 list; BatchNorm runs in the type of its input
+# Autocast's fp32 list, with LayerKind.NORM; BatchNorm runs in the type of its input.
 _FP32_OPS = frozenset({"softmax", "log_softmax", "softmin", "softplus", "pow", "exp", "log", "sum", "normalize"})
 _HALF_KINDS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 _PASSING_OPS = frozenset({"add", "sub"})  # their gradient is the gradient they get
@@ -196,7 +196,7 @@ class _Widths:
             return batch * (layer.output_elements + layer.saved_other_bytes)  # CUDA keeps a boolean mask
         width = 4
         if self._half:
-            width = 2 if layer.kind in _HALF_KINDS else max(self._input[layer.name], self.output[layer.name])
+            width = 2 if layer.kind in _HALF_KINDS else 4 if _runs_in_fp32(layer) else self._input[layer.name]
         return batch * (layer.saved_elements * width + layer.saved_other_bytes) + layer.saved_fixed_bytes
 
     def weight_copy(self, layer: Layer) -> int:
@@ -208,7 +208,7 @@ class _Widths:
             return 4
         if layer.kind in _HALF_KINDS:
             return 2
-        if layer.kind in _FP32_NORMS or layer.op in _FP32_OPS:
+        if _runs_in_fp32(layer):
             return 4
         if layer.kind is LayerKind.ELEMENTWISE and layer.num_parameters:
             return 4  # a product with an fp32 parameter is promoted
@@ -366,6 +366,10 @@ def sources_of(network: Network) -> dict[str, list[str]]:
     for source, target in network.edges:
         sources[target].append(source)
     return sources
+
+
+def _runs_in_fp32(layer: Layer) -> bool:
+    return layer.kind is LayerKind.NORM or layer.op in _FP32_OPS
 
 
 def _hands_on(layer: Layer) -> bool:

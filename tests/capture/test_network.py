@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from analysis.check_counts import kept_bytes
 from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.capture.rehearsal import rehearse
+from ptsim.costs.flops import layer_macs, training_macs
+from ptsim.costs.memory import iteration_memory
 from ptsim.errors import UnsupportedModelError
 from ptsim.network import LayerKind, Network
+from ptsim.prune.groups import find_groups
+from ptsim.prune.reconfigure import reconfigure
 
 
 def capture(name: str) -> tuple[nn.Module, Network]:
@@ -71,6 +77,41 @@ def test_auxiliary_heads_train_but_do_not_infer() -> None:
     assert {"aux1", "aux2"} <= auxiliary
     assert abs(network.forward_macs / 1.4983e9 - 1) < 0.01  # torchvision's model card: 1.5 GFLOPS
     assert network.num_parameters > 6_624_904  # the card's count is without the heads
+
+
+@pytest.mark.parametrize("mode", ["union", "gating"])
+def test_a_pruned_network_is_described_as_it_now_is(mode: Literal["union", "gating"]) -> None:
+    model = zoo.create("resnet20")
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[3:9].zero_()
+        model.layer2[1].conv1.weight.zero_()
+        for block in (model.layer1[0], model.layer2[1]):
+            block.conv2.weight[:, (block.conv1.weight == 0).all((1, 2, 3))] = 0
+        model.layer2[1].conv2.weight.zero_()
+        model.layer3[0].conv2.weight[10:20].zero_()
+    surgery = reconfigure(model, find_groups(model, (3, 32, 32)), mode=mode)
+    assert surgery.changed
+    network = capture_network(model, name="pruned", input_shape=(3, 32, 32), num_classes=10)
+    images = torch.rand(3, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        model.train()(images).sum().backward()
+    assert 2 * 3 * training_macs(network) == counter.get_total_flops()
+    assert iteration_memory(network, batch=3).activation_bytes == kept_bytes(model, images)
+    assert network.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert "layer2.1.conv2" not in {layer.name for layer in network.layers if layer.kind is LayerKind.CONV}
+
+
+def test_shared_and_frozen_layers_keep_their_backward_work() -> None:
+    shared = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+    frozen = nn.Conv2d(3, 4, 1).requires_grad_(False)
+    model = nn.Sequential(shared, shared, nn.ReLU(), frozen, nn.Flatten(), nn.Linear(4 * 64, 2))
+    network = capture_network(model, name="s", input_shape=(3, 8, 8), num_classes=2)
+    assert [layer.name for layer in network.layers[:2]] == ["0", "0:1"]
+    assert [layer.num_parameters for layer in network.layers[:2]] == [81, 0]
+    assert layer_macs(network.layers[1]).training == 3 * 81 * 64
+    assert layer_macs(network.layer("3")).weight_gradient == 0
+    assert layer_macs(network.layer("3")).input_gradient == 3 * 4 * 64
+    assert [parameter.name for parameter in network.parameters] == ["5.bias", "5.weight", "0.weight"]
 
 
 class Branching(nn.Module):

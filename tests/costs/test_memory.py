@@ -56,6 +56,17 @@ def test_every_kind_of_convolution_is_counted_as_torch_counts_it() -> None:
     assert iteration_memory(network, batch=2).activation_bytes == kept_bytes(model, images)
 
 
+def test_under_autocast_kept_bytes_are_activations_and_copies_of_the_weights(resnet: Network) -> None:
+    model, images = zoo.create("resnet20"), torch.rand(4, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = kept_bytes(model, images)
+    need = iteration_memory(resnet, batch=4, precision=Precision.BF16)
+    fp32 = iteration_memory(resnet, batch=4)
+    copies = need.parameter_bytes - fp32.parameter_bytes
+    assert copies == 2 * (270_256 + 650)
+    assert (need.activation_bytes + copies) / kept == pytest.approx(1, rel=0.01)
+
+
 def test_fixed_parts_are_bytes_per_parameter(resnet: Network) -> None:
     need = iteration_memory(resnet, batch=1)
     running_statistics = 2 * 4 * 784 + 21 * 8  # 21 BatchNorms with 784 channels together: 7·16, 7·32 and 7·64 channels
