@@ -55,6 +55,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         lr_rule: how the rate follows the mini-batch.
         data_memory_bytes: an image tree larger than this when decoded is read from disk in every epoch; None is a
             quarter of the memory.
+        num_threads: of a CPU; None is torch's choice. Sums, and so the last bits of a run, depend on it; small networks
+            are fastest with 1.
         sync_batch_norm: BatchNorm statistics over all ranks.
         compile: `torch.compile` the training step's forward, with this backend.
         profile: measure every new architecture layer by layer.
@@ -103,6 +105,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lr_rule: Literal["linear", "sqrt"] = "linear"
 
     device: str = "auto"
+    num_threads: int | None = None
     precision: Precision = Precision.FP32
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     compile: bool = False
@@ -230,6 +233,7 @@ def _check(config: Config) -> None:
     at_least_one = (
         "epochs", "batch", "interval", "channel_multiple", "batch_granularity", "train_limit", "image_size",
         "validation_limit", "max_batch", "keep_every", "reconfigure_epoch", "pretrain_epochs", "data_memory_bytes",
+        "num_threads",
     )  # fmt: skip
     for name in at_least_one:
         value = getattr(config, name)

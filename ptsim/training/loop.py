@@ -95,7 +95,7 @@ def train(
         going_on = resume is not None or team.from_leader(lambda: _goes_on(folder, config)) == b"yes"
         devices = [team.device] if team.device.type == "cuda" else []
         reporter: Reporter = Bars() if progress and team.leads else Silent()
-        with torch.random.fork_rng(devices=devices), _device_settings(), reporter:
+        with torch.random.fork_rng(devices=devices), _device_settings(config), reporter:
             trainer = Trainer(config, folder, team, interruption, reporter)
             return trainer.run(resume=going_on)
 
@@ -563,11 +563,14 @@ def _check_team(config: Config, team: Team) -> None:
 
 
 @contextlib.contextmanager
-def _device_settings() -> Iterator[None]:
-    """CuDNN may try its algorithms: shapes change only at reconfigurations."""
-    before = torch.backends.cudnn.benchmark
+def _device_settings(config: Config) -> Iterator[None]:
+    """The run's number of threads; and cuDNN may try its algorithms, since shapes change only at reconfigurations."""
+    benchmark, num_threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
     torch.backends.cudnn.benchmark = True
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch.backends.cudnn.benchmark = benchmark
+        torch.set_num_threads(num_threads)

@@ -1,0 +1,175 @@
+"""`ptsim demo`: the whole path on real data, in minutes: train dense and PruneTrain, project both, write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ptsim.cli.common import print_json
+from ptsim.costs.flops import inference_macs, training_macs
+from ptsim.costs.memory import iteration_memory
+from ptsim.costs.traffic import batch_norm_bytes
+from ptsim.errors import UsageError
+from ptsim.network import LayerKind, Network
+from ptsim.trace.io import Trace, read_trace
+from ptsim.trace.schema import Epoch
+from ptsim.units import format_bytes, format_count, format_seconds
+
+CLUSTER, GPUS = "dgx-a100", (1, 2, 4, 8, 16, 32, 64)
+
+# ResNet-20 on 1437 handwritten digits of 8×8 pixels. The mini-batch is small because the data set is.
+SETTINGS: dict[str, Any] = {
+    "model": "resnet20",
+    "dataset": "digits",
+    "epochs": 60,
+    "batch": 16,
+    "lr": 0.2,
+    "num_threads": 1,  # operators of some microseconds each: a second thread would only wait for the first
+}
+PRUNING: dict[str, Any] = {"penalty_ratio": 0.4, "interval": 5}
+
+
+def demo(*, out: Path = Path("demo"), epochs: int = SETTINGS["epochs"], seed: int = 0, json: bool = False) -> None:
+    """Train dense and PruneTrain on real digits, project both onto a cluster, write the report.
+
+    Parameters
+    ----------
+    out:
+        Folder for both runs and the report.
+    epochs:
+        Epochs of each run; fewer than the default show less pruning.
+    seed:
+        Decides weights and order of the images.
+    json:
+        Print one JSON document instead of tables.
+    """
+    from ptsim.report.build import write_report
+    from ptsim.sim.run import simulate
+    from ptsim.training.loop import refuse_used_folder, train
+
+    if epochs < 1:
+        raise UsageError(f"epochs is {epochs}, expected at least 1")
+    refuse_used_folder(out)
+    common = SETTINGS | {"epochs": epochs, "seed": seed}
+    dense = read_trace(train(common | {"penalty_ratio": 0.0}, out=out / "dense", progress=True).trace)
+    pruned = read_trace(train(common | PRUNING, out=out / "prunetrain", progress=True).trace)
+    projections = {name: simulate(run, CLUSTER, GPUS) for name, run in (("dense", dense), ("prunetrain", pruned))}
+    page = write_report([dense, pruned], out / "report", cluster=CLUSTER, gpus=GPUS)
+    if json:
+        print_json(
+            {
+                "runs": {"dense": summary(dense), "prunetrain": summary(pruned)},
+                "cluster": CLUSTER,
+                "projections": {name: frame.to_dict("records") for name, frame in projections.items()},
+                "traces": [str(dense.path), str(pruned.path)],
+                "report": str(page),
+            }
+        )
+        return
+    console = Console()
+    console.print(_course(pruned), _comparison(dense, pruned), _projection(projections))
+    console.print(f"Runs    {dense.path}\n        {pruned.path}\nReport  {page}", soft_wrap=True, highlight=False)
+
+
+def summary(run: Trace) -> dict[str, Any]:
+    """What a run cost and gave, measured (accuracy, seconds) and counted from its trace (the rest)."""
+    network = run.networks[run.reconfigurations[-1].after] if run.reconfigurations else run.network_of(run.epochs[0])
+    assert run.end is not None, "the run has just ended"
+    return {
+        "accuracy": run.end.final_accuracy,
+        "output_channels": output_channels(network),
+        "layers_removed": sum(len(r.layers_removed) for r in run.reconfigurations),
+        "parameters": network.num_parameters,
+        "inference_macs_per_image": inference_macs(network, "exact"),
+        "training_macs": sum(training_macs(run.network_of(e), "exact") * e.num_images for e in run.epochs),
+        "bn_bytes": sum(batch_norm_bytes(run.network_of(e)) * e.num_images for e in run.epochs),
+        "peak_memory_bytes": memory_bytes(run, run.epochs[-1]),
+        "first_epoch_seconds": typical_seconds(run.epochs[:5]),
+        "last_epoch_seconds": typical_seconds(run.epochs[-5:]),
+        "training_seconds": sum(e.time.wall_s for e in run.epochs) + sum(r.duration_s for r in run.reconfigurations),
+    }
+
+
+def output_channels(network: Network) -> int:
+    """Output channels of all convolutions."""
+    return sum(layer.out_channels for layer in network.layers if layer.kind is LayerKind.CONV)
+
+
+def memory_bytes(run: Trace, epoch: Epoch) -> int:
+    """What one iteration of that epoch needs, as the cost model counts it."""
+    network = run.network_of(epoch)
+    return iteration_memory(network, batch=epoch.batch_per_gpu, precision=run.run.precision).peak_bytes
+
+
+def typical_seconds(epochs: tuple[Epoch, ...]) -> float:
+    """The middle one of the epochs' measured training times."""
+    return sorted(epoch.time.wall_s for epoch in epochs)[len(epochs) // 2]
+
+
+def _course(run: Trace) -> Table:
+    """PruneTrain at work: one row per architecture that was trained."""
+    table = Table(title="PruneTrain, epoch by epoch (accuracy and seconds measured, the rest counted)")
+    for heading in (
+        "epoch",
+        "accuracy",
+        "channels",
+        "layers",
+        "FLOPs/epoch",
+        "BatchNorm/epoch",
+        "memory",
+        "epoch",
+    ):
+        table.add_column(heading, justify="right")
+    seen: dict[str, list[Epoch]] = {}
+    for epoch in run.epochs:
+        seen.setdefault(epoch.architecture, []).append(epoch)
+    for epochs in seen.values():
+        first, network = epochs[0], run.network_of(epochs[0])
+        table.add_row(
+            str(first.epoch + 1),
+            f"{epochs[-1].validation_accuracy:.1%}",
+            str(output_channels(network)),
+            str(sum(layer.kind is LayerKind.CONV for layer in network.layers)),
+            format_count(2 * training_macs(network, "exact") * first.num_images, "FLOP"),
+            format_bytes(batch_norm_bytes(network) * first.num_images),
+            format_bytes(memory_bytes(run, first)),
+            format_seconds(typical_seconds(tuple(epochs))),
+        )
+    return table
+
+
+def _comparison(dense: Trace, pruned: Trace) -> Table:
+    table = Table(title="Dense against PruneTrain")
+    for heading in ("", "dense", "PruneTrain", "of dense"):
+        table.add_column(heading, justify="right" if heading else "left")
+    ours, theirs = summary(pruned), summary(dense)
+    rows: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "accuracy": ("accuracy", lambda value: f"{value:.1%}"),
+        "output channels left": ("output_channels", str),
+        "layers removed": ("layers_removed", str),
+        "parameters": ("parameters", format_count),
+        "inference MACs per image": ("inference_macs_per_image", format_count),
+        "training MACs": ("training_macs", format_count),
+        "BatchNorm bytes": ("bn_bytes", format_bytes),
+        "memory of the last epochs": ("peak_memory_bytes", format_bytes),
+        "last epochs, each": ("last_epoch_seconds", format_seconds),
+        "training time": ("training_seconds", format_seconds),
+    }
+    for label, (key, form) in rows.items():
+        share = f"{ours[key] / theirs[key]:.0%}" if theirs[key] and key != "accuracy" else ""
+        table.add_row(label, form(theirs[key]), form(ours[key]), share)
+    return table
+
+
+def _projection(projections: dict[str, Any]) -> Table:
+    table = Table(title=f"Projected onto {CLUSTER}, whole run, mini-batch per GPU as recorded")
+    for heading in ("GPUs", "dense", "PruneTrain", "speed-up"):
+        table.add_column(heading, justify="right")
+    dense, pruned = projections["dense"], projections["prunetrain"]
+    for gpus, before_s, after_s in zip(dense["gpus"], dense["total_seconds"], pruned["total_seconds"], strict=True):
+        table.add_row(str(gpus), format_seconds(before_s), format_seconds(after_s), f"{before_s / after_s:.2f}×")
+    return table

@@ -1,0 +1,32 @@
+import json
+
+import pytest
+
+import ptsim
+from ptsim.cli.main import run as command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo") / "out"
+
+
+def test_the_demo_trains_both_projects_to_64_gpus_and_writes_the_report(folder, capsys):
+    assert command(["demo", f"--out={folder}", "--epochs=2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["gpus"] for row in document["projections"]["prunetrain"]] == [1, 2, 4, 8, 16, 32, 64]
+    page = (folder / "report" / "index.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") or page.startswith("<!doctype html>")
+    for name in ("dense", "prunetrain"):
+        trace = ptsim.read_trace(folder / name)
+        assert trace.complete
+        assert trace.run.dataset.name == "digits"
+        assert document["runs"][name]["accuracy"] == trace.end.final_accuracy > 0.5
+
+
+def test_the_demo_refuses_a_used_folder(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert command(["demo", f"--out={tmp_path}"]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert command(["demo", f"--out={tmp_path / 'new'}", "--epochs=0"]) == 2
+    assert not (tmp_path / "new").exists()
