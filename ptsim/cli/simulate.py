@@ -166,15 +166,15 @@ def _print_tables(projections: list[RunProjection]) -> None:
         console.print(f"[bold]{first.model}[/bold], {len(first.epochs)} epochs: {trace}", highlight=False)
         console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling", highlight=False)
         time = _table("GPUs", "time", "90 % interval", "compute", "exposed", "reconfig.", "speed-up")
-        resources = _table("GPUs", "GPU-hours", "energy", "cost", "all-reduce/GPU", "memory/GPU", "tier")
+        resources = _table("GPUs", "GPU-hours", "energy", "cost", "all-reduced", "memory", "tier")
         for p in rows:
             time.add_row(
                 f"{p.gpus:,}",
-                _seconds(p.total_s),
-                f"{_seconds(p.low_s)} – {_seconds(p.high_s)}",
-                _seconds(p.compute_s),
-                _seconds(p.exposed_communication_s),
-                _seconds(p.reconfiguration_s + p.startup_s),
+                seconds(p.total_s),
+                interval(p.low_s, p.high_s),
+                seconds(p.compute_s),
+                seconds(p.exposed_communication_s),
+                seconds(p.reconfiguration_s + p.startup_s),
                 f"{first.total_s / p.total_s:.2f}×",
             )
             resources.add_row(
@@ -208,5 +208,14 @@ def _usd(value: float | None) -> str:
     return f"{value:.3g} USD" if value < 100 else f"{value:,.0f} USD"
 
 
-def _seconds(value: float) -> str:
-    return format_seconds(float(f"{value:.3g}"))
+def seconds(value: float) -> str:
+    """A duration with three digits."""
+    number, unit = format_seconds(value).split(" ")
+    return f"{float(number):.3g} {unit}"
+
+
+def interval(low_s: float, high_s: float) -> str:
+    """ "6.72 – 7.43 min": the unit once where it is the same."""
+    low, high = seconds(low_s), seconds(high_s)
+    number, unit = low.split(" ")
+    return f"{number} – {high}" if high.endswith(f" {unit}") else f"{low} – {high}"

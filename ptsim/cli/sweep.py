@@ -19,9 +19,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ptsim.cli.common import print_json
+from ptsim.cli.simulate import interval, seconds
 from ptsim.errors import UsageError
 from ptsim.sweep import MANY, Progress, read_study, run_study
-from ptsim.units import format_seconds
 
 SHOWN = 200  # rows of the table; all are in the file
 
@@ -121,14 +121,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             Path(row["trace"]).parent.name or row["trace"],
             row["cluster"],
             f"{row['gpus']:,}",
-            _seconds(row["total_seconds"]),
-            f"{_seconds(row['low_seconds'])} – {_seconds(row['high_seconds'])}",
+            seconds(row["total_seconds"]),
+            interval(row["low_seconds"], row["high_seconds"]),
             row["tier"],
         )
     console.print(table)
     if len(rows) > SHOWN:
         console.print(f"… and {len(rows) - SHOWN} more rows in the file")
-
-
-def _seconds(value: float) -> str:
-    return format_seconds(float(f"{value:.3g}"))

@@ -17,6 +17,7 @@ import msgspec
 
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.collectives import AllReduceTime, all_reduce, nodes_for
+from ptsim.costs.energy import PowerModel, PowerSample, fit_power, published_power, step_energy
 from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch
 from ptsim.costs.step import Measurements, StepTime, Tier, step_time
 from ptsim.errors import UsageError
@@ -88,7 +89,7 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
         allreduce_bytes_per_gpu: what every GPU sends for gradients over the run.
         tier: the worst that a step time comes from.
         network_tier: the worst that an all-reduce time comes from; None on a single GPU.
-        energy_j: of all GPUs; None where no power model covers the device.
+        energy_j: of all GPUs (the boards, without host and cooling); None where the device's power is not known.
         complete: False where the trace is of an interrupted or truncated run: then only what was recorded is projected.
     """
 
@@ -109,6 +110,8 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     straggler_wait_s: float
     allreduce_bytes_per_gpu: float
     energy_j: float | None
+    energy_low_j: float | None
+    energy_high_j: float | None
     cost_usd: float | None
     low_s: float
     high_s: float
@@ -164,6 +167,7 @@ class _Simulated(msgspec.Struct, frozen=True, kw_only=True):
     high_s: float
     wrap_s: float
     peak_memory_bytes: int
+    energy_j: float | None  # of one step on one GPU
 
 
 def project(
@@ -312,8 +316,8 @@ def projection_row(projection: RunProjection) -> dict[str, Any]:
         "peak_memory_bytes": max(epoch.peak_memory_bytes for epoch in p.epochs),
         "gpu_hours": p.gpu_hours,
         "energy_joules": p.energy_j,
-        "low_energy_joules": None if p.energy_j is None else p.energy_j * p.low_s / p.total_s,
-        "high_energy_joules": None if p.energy_j is None else p.energy_j * p.high_s / p.total_s,
+        "low_energy_joules": p.energy_low_j,
+        "high_energy_joules": p.energy_high_j,
         "cost_usd": p.cost_usd,
         "low_cost_usd": None if p.cost_usd is None else p.cost_usd * p.low_s / p.total_s,
         "high_cost_usd": None if p.cost_usd is None else p.cost_usd * p.high_s / p.total_s,
@@ -372,6 +376,7 @@ class _Projector:
         self.measurements = Measurements(profiles=trace.profiles, source_device=match_device(self.run.device.name))
         self.spread = recorded_jitter(trace.epochs)
         self.notes: list[str] = []
+        self._power: PowerModel | None = None
         self.all_reduces: dict[int, AllReduceTime] = {}
         self.simulated: dict[tuple[str, int, bool], _Simulated] = {}
         ratio = GRADIENT_BYTES[options.gradient_format] / 4 * options.compression
@@ -407,7 +412,9 @@ class _Projector:
         price = options.price_usd_per_gpu_hour
         if price is None:
             price = self.cluster.price_usd_per_gpu_hour
-        energies = [epoch.energy_j for epoch in epochs if epoch.energy_j is not None]
+        energy_j, energy_error = self._run_energy_j(epochs, fixed_s, faults_s), 0.0
+        if self._power is not None:
+            energy_error = self._power.relative_error
         return RunProjection(
             trace=str(trace.path),
             model=self.run.model,
@@ -425,7 +432,10 @@ class _Projector:
             input_wait_s=over_epochs(lambda epoch: epoch.input_wait_s),
             straggler_wait_s=over_epochs(lambda epoch: epoch.straggler_wait_s),
             allreduce_bytes_per_gpu=float(over_epochs(lambda epoch: epoch.wire_bytes_per_gpu)),
-            energy_j=sum(energies) if len(energies) == len(epochs) else None,
+            energy_j=energy_j,
+            # time and power err independently
+            energy_low_j=None if energy_j is None else energy_j * (1 - math.hypot(1 - low_s / total_s, energy_error)),
+            energy_high_j=None if energy_j is None else energy_j * (1 + math.hypot(high_s / total_s - 1, energy_error)),
             cost_usd=None if price is None else price * self.num_gpus * total_s / 3600,
             low_s=low_s,
             high_s=high_s,
@@ -465,6 +475,16 @@ class _Projector:
                 result=result,
             )
         return tuple(recorded.values())
+
+    def _run_energy_j(self, epochs: Sequence[EpochProjection], fixed_s: float, faults_s: float) -> float | None:
+        """Joules of all GPUs over the run; they wait while it reconfigures, and work at their mean power in faults."""
+        model = self._power_model()
+        energies = [epoch.energy_j for epoch in epochs if epoch.energy_j is not None]
+        if model is None or len(energies) < len(epochs):
+            return None
+        training_j, training_s = math.fsum(energies), math.fsum(epoch.total_s for epoch in epochs)
+        lost = faults_s / training_s if training_s else 0.0
+        return training_j * (1 + lost) + self.num_gpus * fixed_s * model.waiting_w
 
     # -- what is trained when --------------------------------------------------------------------------------------
 
@@ -716,6 +736,60 @@ class _Projector:
             high_s=expected.step_s * _widened(max(high.step_s, expected.step_s) / expected.step_s, self.spread),
             wrap_s=wrap_s,
             peak_memory_bytes=need.peak_bytes,
+            energy_j=self._energy_j(stage, step, expected),
+        )
+
+    def _energy_j(self, stage: _Stage, step: StepTime, result: StepResult) -> float | None:
+        """Joules of one step on one GPU: what it computes, and the time for which it waits."""
+        model = self._power_model()
+        if model is None:
+            return None
+        key = ("energy", model, *self._key(stage, self.device_key))
+        computing_j = self.cache.get(key, lambda: step_energy(step, self.device, model=model).joules)
+        n = self.options.micro_batches
+        updates_j = (step.optimizer_s + step.regularizer_s) * model.stream_w  # once per step, not per micro-batch
+        waiting_s = result.step_s - result.compute_s
+        return n * computing_j - (n - 1) * updates_j + max(0.0, waiting_s) * model.waiting_w
+
+    def _power_model(self) -> PowerModel | None:
+        """From the recorded powers where the run was on this kind of GPU, else from its data sheet."""
+        if self._power is None and self.device.power_w > self.device.idle_power_w:
+            self._power = self.cache.get(("power", self.device_key), self._fit_power)
+        return self._power
+
+    def _fit_power(self) -> PowerModel:
+        samples = []
+        if self.measurements.source_device == self.device:
+            for epoch in self.trace.epochs:
+                if epoch.device is None or epoch.device.power_w is None:
+                    continue
+                stage = _Stage(
+                    epoch=epoch,
+                    network=self.trace.network_of(epoch),
+                    id=epoch.architecture,
+                    batch=epoch.batch_per_gpu,
+                    num_iterations=epoch.num_iterations,
+                    new=False,
+                )
+                step = self._recorded_step_time(stage)
+                waiting_s = max(0.0, epoch.time.wall_s / epoch.num_iterations - step.compute_s)
+                samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=epoch.device.power_w))
+        return fit_power(self.device, samples) if samples else published_power(self.device)
+
+    def _recorded_step_time(self, stage: _Stage) -> StepTime:
+        regularizer = stage.epoch.penalty_coefficient > 0
+        return self.cache.get(
+            ("recorded step", stage.id, stage.batch, regularizer, self.device_key),
+            lambda: step_time(
+                stage.network,
+                self.device,
+                batch=stage.batch,
+                precision=self.run.precision,
+                memory_format=self.run.memory_format,
+                optimizer=self.optimizer,
+                regularizer=regularizer,
+                measurements=self.measurements,
+            ),
         )
 
     def _run_steps(
@@ -830,7 +904,7 @@ class _Projector:
             low_s=stage.num_iterations * simulated.low_s,
             high_s=stage.num_iterations * simulated.high_s,
             peak_memory_bytes=simulated.peak_memory_bytes,
-            energy_j=None,
+            energy_j=None if simulated.energy_j is None else self.num_gpus * stage.num_iterations * simulated.energy_j,
             tier=step.tier,
         )
 

@@ -128,6 +128,23 @@ class TestManyGpus:
         assert run(trace, 8).cost_usd is None
         assert run(trace, 8, cluster(price=2.0)).cost_usd == pytest.approx(2.0 * p.gpu_hours)
 
+    def test_energy_follows_the_recorded_power_on_the_recorded_gpu(self, trace: Trace) -> None:
+        # every epoch was recorded at 300 W; the run also waits for its reconfigurations
+        p = run(trace, 1, surgery_s=0.0, input_images_per_s="recorded")
+        assert p.energy_j is not None
+        assert p.energy_low_j is not None
+        assert p.energy_high_j is not None
+        assert p.energy_j == pytest.approx(300.0 * p.total_s, rel=0.05)
+        assert p.energy_low_j < p.energy_j < p.energy_high_j
+
+    def test_power_stays_within_the_boards_limits(self, trace: Trace) -> None:
+        for name in ("v100-sxm2-16gb", "h100-sxm5-80gb"):
+            device = load_device(name)
+            p = run(trace, 8, device=name)
+            assert p.energy_j is not None
+            assert 8 * device.idle_power_w * p.total_s < p.energy_j < 8 * device.power_w * p.total_s
+            assert p.energy_j > 0.9 * sum(epoch.energy_j or 0.0 for epoch in p.epochs)
+
     def test_a_shared_network_is_slower(self, trace: Trace) -> None:
         slow = cluster(inter_bandwidth=1e8)
         assert run(trace, 64, slow, jobs=4).total_s > run(trace, 64, slow).total_s
