@@ -215,7 +215,7 @@ def seconds(value: float) -> str:
 
 
 def interval(low_s: float, high_s: float) -> str:
-    """ "6.72 – 7.43 min": the unit once where it is the same."""
+    """Both ends, the unit once where it is the same: "6.72 – 7.43 min"."""
     low, high = seconds(low_s), seconds(high_s)
     number, unit = low.split(" ")
     return f"{number} – {high}" if high.endswith(f" {unit}") else f"{low} – {high}"
