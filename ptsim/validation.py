@@ -11,6 +11,8 @@ What a run *did* is given: which architecture each epoch trained, its mini-batch
 * from the other runs (`holdout` without a file): every run is predicted from what the profiles of the *other* runs
   measured, operator by operator, with the others' input and reconfiguration times.
 
+Energy is the predicted time under the power that NVML saw in the run's first epoch.
+
 Communication of data-parallel runs is not predicted here: what they measured as exposed is taken as it was, and noted.
 A whole run is its training epochs and reconfigurations; validation passes, profiling and checkpoints are left out.
 """
@@ -25,7 +27,8 @@ from typing import Literal
 
 import msgspec
 
-from ptsim.costs.measured import measured_step
+from ptsim.costs.energy import PowerModel, PowerSample, fit_power, step_energy
+from ptsim.costs.measured import find_profile, measured_step, step_of_profile
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.profiled import profiled_step
 from ptsim.costs.times import StepTime, Tier
@@ -344,7 +347,8 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace) -> RunCheck:
     if run.world_size > 1:
         notes.append("exposed communication is as measured; `ptsim simulate` predicts it")
     device = match_device(run.device.name)
-    epochs = [_check_epoch(trace, epoch, step_of(epoch), pace, device) for epoch in trace.epochs]
+    energy = _Energy(trace, device)
+    epochs = [_check_epoch(trace, epoch, step_of(epoch), pace, device, energy) for epoch in trace.epochs]
     measured_s = sum(epoch.measured_seconds for epoch in epochs)
     predicted_s = sum(epoch.predicted_seconds for epoch in epochs)
     events_s = sum(event.duration_s for event in trace.reconfigurations)
@@ -372,7 +376,9 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace) -> RunCheck:
     )
 
 
-def _check_epoch(trace: Trace, epoch: Epoch, step: StepTime, pace: _Pace, device: Device | None) -> EpochCheck:
+def _check_epoch(
+    trace: Trace, epoch: Epoch, step: StepTime, pace: _Pace, device: Device | None, energy: _Energy
+) -> EpochCheck:
     network, run = trace.network_of(epoch), trace.run
     images = epoch.num_images / epoch.world_size
     beside_s = (pace.input_s_per_image or 0.0) * images + epoch.time.exposed_communication_s
@@ -385,7 +391,6 @@ def _check_epoch(trace: Trace, epoch: Epoch, step: StepTime, pace: _Pace, device
         memory_format=run.memory_format,
         device=device,
     )
-    power_w = _first_power_w(trace)
     return EpochCheck(
         epoch=epoch.epoch,
         architecture=epoch.architecture,
@@ -399,16 +404,58 @@ def _check_epoch(trace: Trace, epoch: Epoch, step: StepTime, pace: _Pace, device
         measured_memory_bytes=epoch.peak_memory_bytes,
         predicted_memory_bytes=memory.peak_bytes,
         measured_energy_joules=epoch.device.energy_j if epoch.device else None,
-        predicted_energy_joules=None if power_w is None else power_w * predicted_s,
+        predicted_energy_joules=energy.joules(step, epoch.num_iterations, predicted_s),
     )
 
 
-def _first_power_w(trace: Trace) -> float | None:
-    """Mean power of the first epoch: all that a prediction of the later epochs' energy may see."""
-    first = trace.epochs[0]
-    if len(trace.epochs) < 2 or first.device is None or first.device.energy_j is None:
+def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel | None:
+    """The run's GPU's power model, fitted to what NVML sampled in its (first `num_epochs`) epochs.
+
+    None where nothing was sampled, no epoch was profiled, or the catalog does not know the GPU's limits.
+    """
+    device = match_device(trace.run.device.name)
+    if device is None:
         return None
-    return first.device.energy_j / first.time.wall_s
+    samples = []
+    for epoch in trace.epochs[:num_epochs]:
+        profile = find_profile(
+            trace.network_of(epoch),
+            trace.profiles,
+            batch=epoch.batch_per_gpu,
+            precision=trace.run.precision,
+            memory_format=trace.run.memory_format,
+        )
+        power_w = _mean_power_w(epoch)
+        if profile is not None and power_w is not None:
+            step = step_of_profile(trace.network_of(epoch), profile, regularizer=epoch.penalty_coefficient > 0)
+            waiting_s = max(epoch.time.wall_s / epoch.num_iterations - step.compute_s, 0.0)
+            samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=power_w))
+    return fit_power(device, samples) if samples else None
+
+
+def _mean_power_w(epoch: Epoch) -> float | None:
+    if epoch.device is None or epoch.device.energy_j is None:
+        return None
+    return epoch.device.energy_j / epoch.time.wall_s
+
+
+class _Energy:
+    """The joules of an epoch, from the power of the first epoch: all that a prediction of the later ones may see.
+
+    By its power model, which knows what a step is made of; where the catalog does not know the GPU, by its mean.
+    """
+
+    def __init__(self, trace: Trace, device: Device | None) -> None:
+        several = len(trace.epochs) > 1
+        self._power_w = _mean_power_w(trace.epochs[0]) if several else None
+        self._model = fit_power_model(trace, 1) if several else None
+        self._device = device
+
+    def joules(self, step: StepTime, num_iterations: int, predicted_s: float) -> float | None:
+        if self._model is not None and self._device is not None:
+            waiting_s = max(predicted_s / num_iterations - step.compute_s, 0.0)
+            return num_iterations * step_energy(step, self._device, waiting_s=waiting_s, model=self._model).joules
+        return None if self._power_w is None else self._power_w * predicted_s
 
 
 def _is_dense(trace: Trace) -> bool:

@@ -9,7 +9,7 @@ from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.profile import write_device_profile
 from ptsim.network import Precision
 from ptsim.trace.schema import Epoch, Profile
-from ptsim.validation import device_profile_of, validate
+from ptsim.validation import device_profile_of, fit_power_model, validate
 from tests.traces import dense_trace, shrinking_records, shrinking_trace, write_trace
 
 LONG = {"num_train": 50000, "batch_step": 0}
@@ -83,6 +83,14 @@ def test_what_was_not_measured_is_null_with_a_reason(tmp_path):
 def test_energy_is_the_first_epochs_power_times_the_predicted_time(runs):
     result = validate(runs)
     assert result.energy_error < 0.03  # the synthetic GPU draws 300 W all the time
+
+
+def test_the_power_model_is_fitted_to_what_nvml_sampled(tmp_path, runs):
+    model = fit_power_model(ptsim.read_trace(runs[0]))
+    assert model.source == "NVML samples"
+    assert model.waiting_w < 300 < model.product_w  # 300 W is the mean of epochs that multiply, stream and wait
+    silent = shrinking_trace(tmp_path / "silent.jsonl", energy=False)
+    assert fit_power_model(ptsim.read_trace(silent)) is None
 
 
 def test_a_hold_out_predicts_a_run_from_the_other_runs_profiles(tmp_path):
