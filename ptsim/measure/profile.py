@@ -65,9 +65,9 @@ def profile_network(
 ) -> Profile:
     """Time one architecture on this device: medians per layer and of whole steps, and a step's peak memory on a GPU.
 
-    Costs `NUM_WARM_UP + num_steps + num_layered_steps` training steps on random images and the copy: measured, ResNet-20
-    at mini-batch 128 on a CPU, 11.4 times a step, or 2.9 % of a CIFAR epoch of 390, once per architecture. The memory
-    of the copy (weights and optimizer state once more) is needed besides the caller's.
+    Costs `NUM_WARM_UP + num_steps + num_layered_steps` training steps on random images and the copy: measured for
+    ResNet-20 at mini-batch 128 on a CPU, 11.4 times a step, which is 2.9 % of a CIFAR epoch of 390, once per
+    architecture. The memory of the copy (weights and optimizer state once more) is needed besides the caller's.
 
     Args:
         model: in training, on `device`; only copied.
