@@ -192,6 +192,8 @@ def _nearest_table(cluster: Cluster, num_gpus: int, num_nodes: int) -> AllReduce
 def _topology(
     message_bytes: float, cluster: Cluster, num_gpus: int, num_nodes: int, algorithm: Choice
 ) -> tuple[float, Algorithm]:
+    if cluster.library == "gloo" and algorithm == "tree":
+        raise UsageError(f"cluster {cluster.name} runs gloo, which has no tree all-reduce")
     return min(
         (line.latency_s + message_bytes * line.seconds_per_byte, line.algorithm)
         for line in nccl.lines(cluster, num_gpus, num_nodes)

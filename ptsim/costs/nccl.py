@@ -95,7 +95,8 @@ def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = Non
 
     A ring crosses 2(p-1) hops, 2(N-1) of them between nodes, and sends 2(p-1)/p of the message over the slowest link.
     A tree is a chain inside the node, so a GPU sends up and down (2 messages), and a double binary tree between nodes
-    (1 message each way between two nodes, else 2). The hierarchical form reduces inside the node first.
+    (1 message each way between two nodes, else 2). The hierarchical form reduces inside the node first. Gloo has
+    rings only.
     """
     fit = fit or default_fit()
     per_node = -(-num_gpus // num_nodes)
@@ -103,7 +104,7 @@ def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = Non
     base_scale = 0.0 if as_measured else fit.base_scale  # measured latencies hold the call's fixed cost already
     found = []
     for protocol in PROTOCOLS:
-        for algorithm in ("tree", "ring", "hierarchical"):
+        for algorithm in ("tree", "ring", "hierarchical") if cluster.library == "nccl" else ("ring", "hierarchical"):
             ring = int(algorithm != "tree")
             intra = _effective(cluster.intra, protocol, ring, per_node, 1, cluster.nvswitch, fit)
             hops_intra, hops_inter, volume_intra, volume_inter = _work(cluster, algorithm, num_gpus, num_nodes)
