@@ -11,8 +11,8 @@ limited with `tc tbf`. Then, over gloo:
 3. measurement: the same, read off the processes and the interfaces, compared in `comparison.csv` and on stdout.
 
 Bytes are compared after TCP/IP overhead: the 66 bytes of Ethernet, IP and TCP headers of each packet that the interface
-counts are taken off. Nothing leaves the namespaces, and they are removed whatever happens. Needs root, iproute2 and network namespaces; exits 3 and says
-why where it has not got them.
+counts are taken off. Nothing leaves the namespaces, and they are removed whatever happens. Needs root, iproute2 and
+network namespaces; exits 3 and says why where it has not got them.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from ptsim.trace.io import read_trace
 
 HEADERS = 14 + 20 + 32  # bytes of Ethernet, IPv4 and TCP with time stamps
 FRAME = 1514 / (1514 - HEADERS)  # bytes on the wire per byte of payload in a full packet
+GLOO_HEADER = 48  # bytes; counted on two ranks at 1 KiB: 576 more than the payload, 12 messages
+GLOO_SEGMENT = 2**20
 SIZES = (2**10, 2**16, 2**19, 2**22)
 NETWORKS = ("dense", "pruned")
 
@@ -233,6 +235,16 @@ def calibrate(raw: pd.DataFrame, mbit: float, num_ranks: int) -> tuple[float, fl
     return float(step_s), max(0.0, float(per_byte))
 
 
+def gloo_bytes(message_bytes: int, num_ranks: int) -> float:
+    """Payload of one gloo all-reduce as a rank sends it: the ring's, and its messages' headers.
+
+    A ring step moves a rank's share in at least two segments of at most 1 MiB, and each segment is announced, granted
+    and sent: three messages.
+    """
+    segments = max(2, -(-message_bytes // num_ranks // GLOO_SEGMENT))
+    return ring_wire_bytes(message_bytes, num_ranks) + 3 * segments * 2 * (num_ranks - 1) * GLOO_HEADER
+
+
 def pruned_resnet20(num_classes: int = 10) -> Any:
     """ResNet-20 with a random 60 % of its prunable channels removed, the same on every rank."""
     import torch
@@ -283,8 +295,9 @@ def predicted_step(run: Path, compute_s: float, cluster: Cluster, num_ranks: int
         regularizer_s=step.regularizer_s * scale,
         overhead_s=step.overhead_s * scale,
     )
-    plan = plan_step(step, ddp_buckets(network), lambda size: all_reduce(size, cluster, num_ranks))
-    return simulate_steps([Job(plan=plan)])[0].step_s, plan.wire_bytes_per_gpu
+    buckets = ddp_buckets(network)
+    plan = plan_step(step, buckets, lambda size: all_reduce(size, cluster, num_ranks))
+    return simulate_steps([Job(plan=plan)])[0].step_s, sum(gloo_bytes(b.num_bytes, num_ranks) for b in buckets)
 
 
 def train_and_count(lab: Lab, command: list[str], run: Path, log: Path, epochs: int) -> tuple[float, float]:
@@ -311,7 +324,6 @@ def experiment(options: argparse.Namespace, folder: Path) -> pd.DataFrame:
     predictions: dict[str, Any] = {}
     with Lab(ranks) as lab:
         lab.limit(options.calibration_rate)
-        raw_all_reduces(lab, folder, sizes[:2], 2)  # the first contact of the hosts
         raw = raw_all_reduces(lab, folder, sizes, options.iterations)
         step_s, per_byte = calibrate(raw, options.calibration_rate, ranks)
         print(f"calibrated at {options.calibration_rate} Mbit/s: {step_s * 1e6:.0f} us a ring step, "
@@ -327,8 +339,8 @@ def experiment(options: argparse.Namespace, folder: Path) -> pd.DataFrame:
         for rate in options.rates:
             cluster = cluster_at(rate, ranks, step_s, per_byte)
             for size in sizes:
-                time_s = all_reduce(size, cluster, ranks)
-                predictions[f"all-reduce {size}/{rate}"] = (time_s.seconds, time_s.wire_bytes_per_gpu)
+                time_s = all_reduce(size, cluster, ranks).seconds
+                predictions[f"all-reduce {size}/{rate}"] = (time_s, gloo_bytes(size, ranks))
             for network, (run, seconds) in compute.items():
                 predictions[f"step {network}/{rate}"] = predicted_step(run, seconds, cluster, ranks)
         (folder / "predictions.json").write_text(json.dumps(predictions, indent=1))
