@@ -249,14 +249,19 @@ def parse_precision(text: str) -> Precision:
 
 
 def _trace(subject: Any) -> Trace | None:
-    """The trace that `subject` is or names; None for a network. A name is a trace's if it is a file or folder."""
+    """The trace that `subject` is or names; None for a network.
+
+    Text is a trace's if it looks like a path or is a file or a run folder; a model of a user's file has its colon.
+    """
     if isinstance(subject, Trace):
         return subject
-    if isinstance(subject, Path) or (
-        isinstance(subject, str) and (subject.endswith(".jsonl") or Path(subject).exists())
-    ):
-        return read_trace(subject)
-    return None
+    if isinstance(subject, str) and ".py:" in subject:
+        return None
+    if isinstance(subject, str):
+        path = Path(subject)
+        is_one = path.is_file() or (path / "trace.jsonl").is_file() or len(path.parts) > 1 or path.suffix == ".jsonl"
+        return read_trace(path) if is_one else None
+    return read_trace(subject) if isinstance(subject, Path) else None
 
 
 def _last_network(trace: Trace) -> Network:

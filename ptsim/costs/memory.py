@@ -81,6 +81,7 @@ def iteration_memory(
     optimizer: str = "sgd",
     memory_format: MemoryFormat = "contiguous",
     device: Device | None = None,
+    data_parallel: bool = False,
 ) -> MemoryNeed:
     """What one iteration of `batch` images needs.
 
@@ -91,6 +92,7 @@ def iteration_memory(
         optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop".
         memory_format: channels_last spares the layout copies around tensor-core convolutions.
         device: a GPU adds workspaces and rounding; None and a CPU are tensors alone.
+        data_parallel: DistributedDataParallel's buckets hold the gradients all the time (gradient_as_bucket_view).
 
     Raises:
         ValueError: batch is not positive, or the optimizer is unknown.
@@ -107,11 +109,13 @@ def iteration_memory(
     copies = sum(precision_widths.weight_copy(layer) for layer in network.layers)
     states = _OPTIMIZER_STATES[optimizer] * weights
     library = _library_workspace(network, device) if device is not None and gpu else 0
-    walk = _Walk(network, batch, precision_widths, block, gpu=gpu, memory_format=memory_format)
-    persistent = weights + buffers + states + library + walk.images
-    update = weights + (
+    walk = _Walk(network, batch, precision_widths, block, memory_format=memory_format, stay=data_parallel)
+    gradients = weights if data_parallel else 0
+    persistent = weights + buffers + states + library + walk.images + gradients
+    copies_of_update = (
         _UPDATE_COPIES * weights if gpu else 4 * max((p.num_elements for p in network.parameters), default=0)
     )
+    update = weights - gradients + copies_of_update
     peak = persistent + max(walk.peak, update)
     return MemoryNeed(
         activation_bytes=sum(precision_widths.saved(layer, batch) for layer in network.layers),
@@ -134,6 +138,7 @@ def largest_batch(
     optimizer: str = "sgd",
     memory_format: MemoryFormat = "contiguous",
     device: Device | None = None,
+    data_parallel: bool = False,
 ) -> int:
     """The largest multiple of `granularity` images, up to `limit`, whose iteration fits; 0 where not even one does.
 
@@ -154,6 +159,7 @@ def largest_batch(
             optimizer=optimizer,
             memory_format=memory_format,
             device=device,
+            data_parallel=data_parallel,
         )
         return need.device_bytes <= capacity_bytes
 
@@ -225,8 +231,17 @@ class _Walk:
     """
 
     def __init__(
-        self, network: Network, batch: int, widths: _Widths, block: int, *, gpu: bool, memory_format: MemoryFormat
+        self,
+        network: Network,
+        batch: int,
+        widths: _Widths,
+        block: int,
+        *,
+        memory_format: MemoryFormat,
+        stay: bool,
     ) -> None:
+        """`stay`: gradients of parameters are copied into buckets that are there already."""
+        self._stay = stay
         self._network, self._batch, self._widths, self._block = network, batch, widths, block
         self._workspace = {
             layer.name: _layer_workspace(layer, batch, widths.output[layer.name], memory_format)
@@ -354,6 +369,8 @@ class _Walk:
                         for buffer, _ in parts[1:]:
                             release(buffer)
                         gradients[source] = [(total_buffer, num_bytes)]
+                if self._stay:
+                    total -= own
             total -= self._kept[layer.name]
 
     def _see(self, num_bytes: int) -> None:

@@ -71,6 +71,7 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
             optimizer=recorded_optimizer(trace),
             memory_format=trace.run.memory_format,
             device=device,
+            data_parallel=epoch.world_size > 1,
         )
         gradient_bytes = 4 * network.num_parameters * epoch.num_iterations
         costs.append(

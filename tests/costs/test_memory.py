@@ -105,6 +105,13 @@ def test_a_smaller_network_needs_less() -> None:
     assert iteration_memory(narrow, batch=8).peak_bytes < iteration_memory(wide, batch=8).peak_bytes
 
 
+def test_buckets_keep_the_gradients_through_the_forward_pass() -> None:
+    """With little activation memory and much weight, forward peaks then come with a gradient for every weight."""
+    network = residual_network()
+    alone, together = (iteration_memory(network, batch=64, data_parallel=parallel) for parallel in (False, True))
+    assert 0 < together.peak_bytes - alone.peak_bytes <= 4 * network.num_parameters
+
+
 def test_wrong_arguments_are_named(resnet: Network) -> None:
     with pytest.raises(ValueError, match="batch is 0"):
         iteration_memory(resnet, batch=0)
