@@ -6,21 +6,19 @@ python analysis/capture_public.py        # writes traces/public/networks.json.gz
 from __future__ import annotations
 
 import gzip
-from pathlib import Path
 
 import msgspec
-import pandas as pd
+from public_rows import PUBLIC, training_table
 
 from ptsim import zoo
 from ptsim.capture.network import capture_network
 
-PUBLIC = Path(__file__).parent.parent / "traces" / "public"
 PAPER = ("resnet32", "resnet50", "vgg11", "vgg13")  # the paper's CIFAR networks
 
 
 def main() -> None:
     """Capture every network that a row names, and the paper's."""
-    names = {f"torchvision:{name}" for name in pd.read_csv(PUBLIC / "training.csv").model} | set(PAPER)
+    names = {f"torchvision:{name}" for name in training_table().model} | set(PAPER)
     networks = {}
     for name in sorted(names):
         entry = zoo.find(name)

@@ -25,8 +25,18 @@ from ptsim.network import Layer, LayerKind, Network, Precision
 
 PUBLIC = Path(__file__).parent.parent / "traces" / "public"
 RELEASED = {"gtx-1080-ti": 2017.2, "titan-xp": 2017.3, "p100-sxm2-16gb": 2016.4, "v100-sxm2-16gb": 2017.5,
+            "v100-sxm2-32gb": 2017.5,
             "a100-sxm4-80gb": 2020.9, "rtx-3090": 2020.7, "h100-sxm5-80gb": 2022.8}  # fmt: skip
-TORCH_RELEASED = {1.04: 2020.0, 1.07: 2020.8, 1.09: 2021.5, 1.12: 2022.5, 1.13: 2022.8, 2.03: 2024.2, 2.05: 2024.8}
+TORCH_RELEASED = {
+    1.04: 2020.0,
+    1.07: 2020.8,
+    1.08: 2021.1,
+    1.09: 2021.5,
+    1.12: 2022.5,
+    1.13: 2022.8,
+    2.03: 2024.2,
+    2.05: 2024.8,
+}
 PAGEABLE_BYTES_PER_S = 6e9  # host to device copy of pageable memory over PCIe 3; nuisance of 14 rows
 
 
@@ -51,10 +61,15 @@ def networks() -> dict[str, Network]:
     return msgspec.json.decode(gzip.decompress((PUBLIC / "networks.json.gz").read_bytes()), type=dict[str, Network])
 
 
+def training_table() -> pd.DataFrame:
+    """The trimmed collection, and rows of a network with depthwise convolutions, of which it has none."""
+    return pd.concat([pd.read_csv(PUBLIC / f"{name}.csv") for name in ("training", "training_depthwise")])
+
+
 def training_cases() -> list[Case]:
-    """One case per row of training.csv, TensorFlow's too."""
+    """One case per training row, TensorFlow's too."""
     cases = []
-    for _, row in pd.read_csv(PUBLIC / "training.csv").iterrows():
+    for _, row in training_table().iterrows():
         device, precision = load_device(row.device), Precision(row.precision)
         network = networks()[f"torchvision:{row.model}"]
         kernels = network_kernels(

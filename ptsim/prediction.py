@@ -46,7 +46,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         exposed_communication_seconds: what the all-reduces add to the step; 0 on one GPU.
         peak_memory_bytes: of one GPU, as the framework's allocator counts; `fits` compares what the process needs on
             the device with the device's memory.
-        energy_joules: of one step on all GPUs.
+        energy_joules: of one step on all GPUs; None for a CPU.
     """
 
     model: str
@@ -73,9 +73,9 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     peak_memory_bytes: int
     memory_bytes: int
     fits: bool
-    energy_joules: float
-    low_energy_joules: float
-    high_energy_joules: float
+    energy_joules: float | None
+    low_energy_joules: float | None
+    high_energy_joules: float | None
     by_kind: tuple[KindTime, ...]
 
 
@@ -142,7 +142,9 @@ def predict(
     need = iteration_memory(
         network, batch=batch, precision=numbers, optimizer=optimizer, memory_format=memory_format, device=device
     )
-    energy = step_energy(step, device, waiting_s=max(0.0, step_s - step.compute_s))
+    energy = None
+    if device.architecture != "cpu":
+        energy = step_energy(step, device, waiting_s=max(0.0, step_s - step.compute_s))
     return Prediction(
         model=network.name,
         device=device.name,
@@ -168,9 +170,9 @@ def predict(
         peak_memory_bytes=need.peak_bytes,
         memory_bytes=device.memory_bytes,
         fits=need.device_bytes <= device.memory_bytes,
-        energy_joules=count * energy.joules,
-        low_energy_joules=count * energy.low_j,
-        high_energy_joules=count * energy.high_j,
+        energy_joules=None if energy is None else count * energy.joules,
+        low_energy_joules=None if energy is None else count * energy.low_j,
+        high_energy_joules=None if energy is None else count * energy.high_j,
         by_kind=_by_kind(step),
     )
 

@@ -89,8 +89,7 @@ def _print(p: Prediction) -> None:
             table.add_row(name, format_seconds(seconds), f"{seconds / p.step_seconds:.1%}")
     console.print(table)
     fits = "fits" if p.fits else "does not fit"
-    console.print(
-        f"peak memory {format_bytes(p.peak_memory_bytes)}: {fits} {format_bytes(p.memory_bytes)}; "
-        f"energy {format_joules(p.energy_joules)} per step "
-        f"({format_joules(p.low_energy_joules)}–{format_joules(p.high_energy_joules)})"
-    )
+    console.print(f"peak memory {format_bytes(p.peak_memory_bytes)}: {fits} {format_bytes(p.memory_bytes)}")
+    if p.energy_joules is not None and p.low_energy_joules is not None and p.high_energy_joules is not None:
+        low, high = format_joules(p.low_energy_joules), format_joules(p.high_energy_joules)
+        console.print(f"energy {format_joules(p.energy_joules)} per step ({low}–{high}, 90 %)")
