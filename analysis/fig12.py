@@ -55,7 +55,7 @@ def _figure(frame: pd.DataFrame) -> Figure:
     axes.set_yticks(positions, list(frame.layer), fontsize=7.5)
     axes.invert_yaxis()
     axes.set(xlabel="share that is not sparse")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     figures.legend_above(axes)
     return figures.finish(fig, frame, n=f"{len(frame)} layers of 1 run", band="no band: a count")
 

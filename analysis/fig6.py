@@ -65,7 +65,7 @@ def _figure(frame: pd.DataFrame) -> Figure:
         )
     axes.set_xticks(range(len(groups)), groups)
     axes.set(ylabel="inference FLOPs, dense = 100 %")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     figures.legend_above(axes)
     return figures.finish(fig, frame, n="1 run per bar, or their mean", band="no band: a count")
 

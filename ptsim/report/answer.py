@@ -8,6 +8,7 @@ import msgspec
 import pandas as pd
 
 from ptsim import units
+from ptsim.validation import Validation
 
 
 class Tile(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +43,20 @@ TIER_WORDS = {
 }
 
 
-def projected_answer(savings: pd.DataFrame, runs: pd.DataFrame, gpus: int, notices: Sequence[str]) -> Answer:
+def checked(validation: Validation | None) -> str:
+    """What the validation of the runs themselves adds to how sure a projection is."""
+    if validation is None:
+        return " Predictions could not be checked on these runs."
+    points = validation.saving_error_points
+    return (
+        f" Checked on the recording machine, epochs are predicted within {_percent(validation.epoch_mape)} on average"
+        + (f" and the saving within {points:.1f} points." if points is not None else ".")
+    )
+
+
+def projected_answer(
+    savings: pd.DataFrame, runs: pd.DataFrame, gpus: int, validation: Validation | None, notices: Sequence[str]
+) -> Answer:
     """The answer for `gpus` GPUs from `frames.savings_frame`: the pruned run that takes the least time there."""
     rows = savings[savings.gpus == gpus]
     best = rows.sort_values("pruned_seconds").iloc[0]
@@ -51,16 +65,19 @@ def projected_answer(savings: pd.DataFrame, runs: pd.DataFrame, gpus: int, notic
     dense, pruned = format_seconds(best.dense_seconds), format_seconds(best.pruned_seconds)
     before = f"On {machine}, PruneTrain trains {run.model} on {run.dataset} in "
     after = f", {_percent(best.pruned_seconds / best.dense_seconds)} of the dense time."
-    if best.saved_fraction < 0:
+    if abs(best.saved_fraction) < 0.0005:
+        after = ": no difference."
+    elif best.saved_fraction < 0:
         after = f": {_percent(-best.saved_fraction)} longer than dense."
     low, high = best.saved_fraction_low, best.saved_fraction_high
     certainty = (
-        f"The 90 % interval of the saving is {_percent(low)} to {_percent(high)} of the dense time if the two "
-        f"projections err independently, {_percent(best.saved_fraction_alike_low)} to "
-        f"{_percent(best.saved_fraction_alike_high)} if they err alike"
+        f"The 90 % interval of the saving is {_range(low, high)} of the dense time if the two projections err "
+        f"independently, {_range(best.saved_fraction_alike_low, best.saved_fraction_alike_high)} if they err alike"
         + ("; it may be no saving at all. " if low <= 0 < best.saved_fraction else ". ")
         + TIER_WORDS.get(best.tier, best.tier).capitalize()
-        + ". Each setting was trained once, so the spread between seeds is not covered."
+        + "."
+        + checked(validation)
+        + " Each setting was trained once, so the spread between seeds is not covered."
     )
     interval = best.saved_seconds_low, best.saved_seconds_high
     if best.saved_seconds < 0:
@@ -111,7 +128,9 @@ def projected_answer(savings: pd.DataFrame, runs: pd.DataFrame, gpus: int, notic
     )
 
 
-def dense_answer(projections: pd.DataFrame, runs: pd.DataFrame, gpus: int, notices: Sequence[str]) -> Answer:
+def dense_answer(
+    projections: pd.DataFrame, runs: pd.DataFrame, gpus: int, validation: Validation | None, notices: Sequence[str]
+) -> Answer:
     """The answer where nothing was pruned: what training takes on `gpus` GPUs."""
     rows = projections[projections.gpus == gpus]
     row = rows.sort_values("total_seconds").iloc[0]
@@ -135,7 +154,7 @@ def dense_answer(projections: pd.DataFrame, runs: pd.DataFrame, gpus: int, notic
         after=". No pruned run was given, so there is no saving to report.",
         tiles=tuple(tiles),
         certainty=f"90 % interval {format_seconds(row.low_seconds)} to {format_seconds(row.high_seconds)}; "
-        f"{TIER_WORDS.get(row.tier, row.tier)}.",
+        f"{TIER_WORDS.get(row.tier, row.tier)}." + checked(validation),
         notices=tuple(notices),
     )
 
@@ -188,7 +207,8 @@ def _rounded(value: float) -> float:
 
 
 def format_seconds(value: float) -> str:
-    """Three significant digits: what a projection can bear."""
+    """Three significant digits: what a projection can bear. Less than a nanosecond is rounding: 0 s."""
+    value = value if abs(value) >= 1e-9 else 0.0
     return units.format_seconds(_rounded(value)).replace("-", "\u2212")
 
 
@@ -210,6 +230,11 @@ def format_count(value: float, unit: str) -> str:
 def _percent(fraction: float) -> str:
     text = f"{100 * fraction:.1f} %" if abs(fraction) < 0.0995 else f"{100 * fraction:.0f} %"
     return text.replace("-", "\u2212")
+
+
+def _range(low: float, high: float) -> str:
+    digits = 0 if high - low >= 0.03 else 1
+    return f"{100 * low:.{digits}f} % to {100 * high:.{digits}f} %".replace("-", "\u2212")
 
 
 def _money(usd: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pandas as pd
 
-from ptsim.errors import UsageError
+from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import cluster_names, load_cluster, match_device
 from ptsim.hardware.spec import Cluster
 from ptsim.report import answer, frames, page, projected, sections
@@ -20,6 +20,7 @@ from ptsim.report.pairs import Comparison, compare_runs, run_labels
 from ptsim.report.projected import LabelledRun, Projector
 from ptsim.sim.options import Options
 from ptsim.trace.io import Trace, read_trace
+from ptsim.validation import Validation, validate
 
 FALLBACK_CLUSTER = "dgx-a100"  # where nothing is known about the recording device
 
@@ -115,10 +116,11 @@ def make_report(
     projector = Projector(where, Options(price_usd_per_gpu_hour=price_usd_per_gpu_hour))
     projections = projected.projections_frame(labelled, projector, sizes)
     savings = projected.savings_frame(comparisons, projector, sizes)
+    validation, reason = _validation([run.trace for run in labelled if run.trained])
     if savings.empty:
-        head = answer.dense_answer(projections, recorded, focus, notices)
+        head = answer.dense_answer(projections, recorded, focus, validation, notices)
     else:
-        head = answer.projected_answer(savings, recorded, focus, notices)
+        head = answer.projected_answer(savings, recorded, focus, validation, notices)
     shown = _shown_run(labelled, savings, focus)
     return Report(
         title=_title(runs),
@@ -135,6 +137,7 @@ def make_report(
             sections.layers_section(shown, projector),
             sections.costs_section(runs),
             sections.runs_section(runs),
+            sections.validation_section([run.trace for run in labelled if run.trained], validation, reason),
             sections.assumptions_section(labelled, projector, focus),
             sections.methods_section(runs),
         ),
@@ -146,6 +149,14 @@ def default_cluster(runs: Sequence[Trace]) -> str:
     devices = {device.name for trace in runs if (device := match_device(trace.run.device.name)) is not None}
     names = sorted(cluster_names(), key=lambda name: (not name.startswith("dgx-"), name))
     return next((name for name in names if load_cluster(name).device in devices), FALLBACK_CLUSTER)
+
+
+def _validation(runs: Sequence[Trace]) -> tuple[Validation | None, str]:
+    """The runs predicted again from their own profiles, or why that cannot be."""
+    try:
+        return validate(runs), ""
+    except MissingMeasurementError as error:
+        return None, f"Not possible here: {error.message}."
 
 
 def _sizes(cluster: Cluster, gpus: Sequence[int] | None) -> list[int]:

@@ -32,8 +32,9 @@ PART_COLOURS = {
     "optimizer and regulariser": "#009E73",
     "exposed communication": "#D55E00",
     "input wait": "#F0E442",
-    "reconfiguration": "#222222",
-    "other": "#BBBBBB",
+    "start and reconfiguration": "#222222",
+    "loss and host gaps": "#BBBBBB",
+    "other": "#E6E6E6",
 }
 
 _STYLE = {
@@ -101,7 +102,7 @@ def accuracy_figure(epochs: pd.DataFrame) -> Figure:
     ):
         lines(axes, epochs, "epoch", column)
         axes.set(ylabel=label, xlabel="")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("epoch")
     legend_above(top)
@@ -130,7 +131,7 @@ def shrinking_figure(epochs: pd.DataFrame) -> Figure:
     high = epochs.step_p90_seconds / epochs.batch_per_gpu / base
     axes.fill_between(epochs.epoch, low, high, color=COLOURS[2], alpha=0.18, linewidth=0)
     axes.set(xlabel="epoch", ylabel="per image, first epoch = 100 %", ylim=(0, None))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(axes)
     low_n, high_n = int(epochs.num_iterations.min()), int(epochs.num_iterations.max())
@@ -180,16 +181,19 @@ def scaling_figure(projections: pd.DataFrame) -> Figure:
     """Whole-run time over cluster sizes, a line and a band per run. Takes `frames.projections_frame`."""
     figure, (axes,) = panels(1, height_in=3.5)
     sizes = sorted(projections.gpus.unique())
+    factor, unit = _scale(float(projections.total_seconds.median()), TIME_SCALES)
     for run, (colour, dash) in run_style(projections).items():
         rows = projections[projections.run == run].sort_values("gpus")
-        axes.fill_between(rows.gpus, rows.low_seconds / 3600, rows.high_seconds / 3600, color=colour, alpha=0.16, lw=0)
+        axes.fill_between(
+            rows.gpus, rows.low_seconds / factor, rows.high_seconds / factor, color=colour, alpha=0.16, lw=0
+        )
         axes.plot(
             rows.gpus, rows.total_seconds / 3600, color=colour, linestyle=_dash(dash), marker="o", ms=4, label=run
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     _plain_log_axes(axes, sizes)
-    axes.set(xlabel="GPUs", ylabel="whole run (hours)")
+    axes.set(xlabel="GPUs", ylabel=f"whole run ({unit})")
     legend_above(axes)
     return finish(figure, projections, n="1 recorded run per line", band="90 % interval of the projection")
 
@@ -206,7 +210,7 @@ def saving_figure(savings: pd.DataFrame) -> Figure:
     axes.set_xscale("log", base=2)
     _plain_log_axes(axes, sorted(savings.gpus.unique()))
     axes.set(xlabel="GPUs", ylabel="time saved against dense")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     legend_above(axes)
     return finish(
         figure,
@@ -236,7 +240,7 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
                 share = float(rows.get(part, 0.0)) / reference
                 axes.barh(position, share, left=left, height=0.8, color=colour, edgecolor="white", linewidth=0.5)
                 left += share
-            axes.text(left + 0.01, position, f"{left:.0%}", va="center", fontsize=8, color="#333333")
+            axes.text(left + 0.01, position, f"{100 * left:.0f} %", va="center", fontsize=8, color="#333333")
             labels.append((position, f"{run}, {_gpus(size)}"))
             position += 1
         position += 0.5
@@ -246,7 +250,7 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.set(xlabel=f"share of the time of “{runs[0]}” on as many GPUs")
     axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     _part_legend(figure, visible_parts(breakdown))
     return finish(figure, breakdown, n="1 recorded run per bar", band="no band: expected values")
 
@@ -303,7 +307,7 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
     return finish(
         figure,
         layers,
-        n=f"{len(names)} of {layers.layer.nunique()} layers, {share:.0%} of the layers' time",
+        n=f"{len(names)} of {layers.layer.nunique()} layers, {100 * share:.0f} % of the layers' time",
         band="no band: expected values",
     )
 
@@ -447,14 +451,15 @@ def describe_setting(frame: pd.DataFrame) -> str:
         parts.append(" / ".join(dict.fromkeys(frame.device.dropna())))
     if "cluster" in frame:
         parts.append(" / ".join(dict.fromkeys(frame.cluster.dropna())))
+    worker = "process" if "device_kind" in frame and set(frame.device_kind) == {"cpu"} else "GPU"
     for column in ("num_gpus", "gpus"):
-        if column in frame:
+        if column in frame and worker == "GPU":
             low, high = int(frame[column].min()), int(frame[column].max())
             parts.append(_gpus(low) if low == high else f"{low:,} to {high:,} GPUs")
     batches = [name for name in ("batch_per_gpu", "first_batch_per_gpu", "last_batch_per_gpu") if name in frame]
     if batches:
         low, high = int(frame[batches].min().min()), int(frame[batches].max().max())
-        parts.append(f"mini-batch {low} per GPU" if low == high else f"mini-batch {low} to {high} per GPU")
+        parts.append(f"mini-batch {low} per {worker}" if low == high else f"mini-batch {low} to {high} per {worker}")
     if "precision" in frame:
         parts.append(" / ".join(dict.fromkeys(frame.precision)))
     return ", ".join(part for part in parts if part)

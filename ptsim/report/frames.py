@@ -16,6 +16,7 @@ from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.hardware.catalog import match_device
 from ptsim.report.pairs import is_pruned, penalty_ratio, run_labels
 from ptsim.trace.io import Trace
+from ptsim.validation import Validation
 
 
 def run_state(trace: Trace) -> str:
@@ -89,6 +90,7 @@ def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                     "run": label,
                     "pruned": is_pruned(trace),
                     "device": trace.run.device.name,
+                    "device_kind": trace.run.device.kind,
                     "precision": str(trace.run.precision),
                     "epoch": epoch.epoch,
                     "architecture": epoch.architecture,
@@ -153,6 +155,34 @@ def costs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                 }
             )
     return pd.concat([epochs, pd.DataFrame(rows)], axis=1)
+
+
+def validation_frame(traces: Sequence[Trace], validation: Validation) -> pd.DataFrame:
+    """One row per epoch that `ptsim.validate` predicted again: measured and predicted time with its 90 % interval."""
+    rows = []
+    for label, trace, check in zip(run_labels(traces), traces, validation.runs, strict=True):
+        rows += [
+            {
+                "run": label,
+                "pruned": is_pruned(trace),
+                "device": trace.run.device.name,
+                "device_kind": trace.run.device.kind,
+                "precision": str(trace.run.precision),
+                "num_gpus": trace.run.world_size,
+                "batch_per_gpu": epoch.batch_per_gpu,
+                "epoch": epoch.epoch,
+                "measured_seconds": epoch.measured_seconds,
+                "predicted_seconds": epoch.predicted_seconds,
+                "low_seconds": epoch.low_seconds,
+                "high_seconds": epoch.high_seconds,
+                "epoch_error": epoch.error,
+                "measured_memory_bytes": epoch.measured_memory_bytes,
+                "predicted_memory_bytes": epoch.predicted_memory_bytes,
+                "tier": str(epoch.tier),
+            }
+            for epoch in check.epochs
+        ]
+    return pd.DataFrame(rows)
 
 
 def reconfigurations_frame(traces: Sequence[Trace]) -> pd.DataFrame:

@@ -49,7 +49,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def empty(self) -> bool:
         """There is nothing to show."""
-        return not (self.figures or self.tables or self.facts)
+        return not (self.paragraphs or self.figures or self.tables or self.facts)
 
 
 def render(*, title: str, byline: str, answer: Answer, sections: Sequence[Section], num_traces: int) -> str:

@@ -18,7 +18,7 @@ from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind
 from ptsim.report.pairs import Comparison, is_pruned, run_labels
 from ptsim.sim.options import Options
-from ptsim.sim.run import RunProjection, project
+from ptsim.sim.run import RunProjection, StepCache, project
 from ptsim.trace.io import Trace
 from ptsim.trace.schema import Epoch
 
@@ -40,7 +40,8 @@ class Projector:
         self.cluster = cluster
         self.options = options
         self.device = load_device(options.device or cluster.device)
-        self._done: dict[tuple[str, int, bool, int], RunProjection] = {}
+        self._caches: dict[tuple[str, int, bool], StepCache] = {}
+        self._done: dict[tuple[tuple[str, int, bool], int], RunProjection] = {}
 
     def run(self, trace: Trace, gpus: int) -> RunProjection:
         """The projection of `trace` onto `gpus` GPUs.
@@ -48,10 +49,11 @@ class Projector:
         Raises:
             UsageError: the cluster has fewer GPUs.
         """
-        key = str(trace.path), len(trace.epochs), is_pruned(trace), gpus
-        if key not in self._done:
-            self._done[key] = project(trace, self.cluster, gpus, self.options)
-        return self._done[key]
+        key = str(trace.path), len(trace.epochs), is_pruned(trace)  # a held baseline has its run's path
+        if (key, gpus) not in self._done:
+            cache = self._caches.setdefault(key, StepCache())
+            self._done[key, gpus] = project(trace, self.cluster, gpus, self.options, cache=cache)
+        return self._done[key, gpus]
 
     def step(self, trace: Trace, epoch: Epoch) -> StepTime:
         """The step that `epoch` trained, layer by layer, on this cluster's device."""
@@ -161,7 +163,7 @@ def epoch_breakdown_frame(run: LabelledRun, projector: Projector, gpus: int) -> 
     """One row per epoch and part of the time (`figures.PART_COLOURS`), in seconds of that epoch.
 
     The simulated forward and backward time is split between matrix products and memory-bound layers in the proportion
-    of their times on the device alone. "other" is what no part claims, such as gaps between kernels.
+    of their times on the device alone. "other" is what no part claims, such as waiting for stragglers.
     """
     projection = projector.run(run.trace, gpus)
     shares: dict[tuple[str, int], float] = {}
@@ -182,6 +184,7 @@ def epoch_breakdown_frame(run: LabelledRun, projector: Projector, gpus: int) -> 
             "optimizer and regulariser": (e.optimizer_s + e.regularizer_s) * e.num_iterations,
             "exposed communication": e.exposed_communication_s * e.num_iterations,
             "input wait": e.input_wait_s * e.num_iterations,
+            "loss and host gaps": e.overhead_s * e.num_iterations,
         }
         parts["other"] = max(e.total_s - sum(parts.values()), 0.0)
         rows += [
@@ -206,7 +209,7 @@ def breakdown_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: Seq
             epochs = epoch_breakdown_frame(run, projector, size)
             projection = projector.run(run.trace, size)
             parts = epochs.groupby("part", sort=False).seconds.sum()
-            parts["reconfiguration"] = projection.reconfiguration_s
+            parts["start and reconfiguration"] = projection.startup_s + projection.reconfiguration_s
             frame = parts.rename("seconds").reset_index()
             for name, value in {**_setting(run, projector), "gpus": size}.items():
                 frame[name] = value

@@ -14,6 +14,7 @@ from ptsim.report.projected import LabelledRun, Projector
 from ptsim.report.tables import make_table
 from ptsim.trace.io import Trace
 from ptsim.units import format_bytes, format_seconds
+from ptsim.validation import Validation
 
 
 def time_section(runs: Sequence[LabelledRun], projector: Projector, gpus: Sequence[int], focus: int) -> Section:
@@ -274,13 +275,14 @@ def runs_section(runs: Sequence[Trace]) -> Section:
                 figure=figures.accuracy_figure(epochs),
             )
         )
+    table = frames.runs_frame(runs)
+    several = {"model": "network", "dataset": "data"} if len(table[["model", "dataset"]].drop_duplicates()) > 1 else {}
     recorded = make_table(
         "runs",
-        frames.runs_frame(runs),
+        table,
         {
             "run": "run",
-            "model": "network",
-            "dataset": "data",
+            **several,
             "state": "state",
             "epochs": "epochs",
             "final_accuracy": "validation accuracy",
@@ -325,6 +327,60 @@ def runs_section(runs: Sequence[Trace]) -> Section:
     return Section(name="runs", title="The recorded runs", figures=tuple(shown), tables=tables)
 
 
+def validation_section(runs: Sequence[Trace], validation: Validation | None, reason: str) -> Section:
+    """Predicted against measured, for the recorded runs themselves; `reason` says why there is no validation."""
+    if validation is None:
+        return Section(name="validation", title="Predicted against measured", paragraphs=(reason,))
+    frame = frames.validation_frame(runs, validation)
+    table = make_table(
+        "validation",
+        pd.DataFrame(
+            {
+                "run": run_labels(runs),
+                "measured_seconds": [check.measured_seconds for check in validation.runs],
+                "predicted_seconds": [check.predicted_seconds for check in validation.runs],
+                "low_seconds": [check.low_seconds for check in validation.runs],
+                "high_seconds": [check.high_seconds for check in validation.runs],
+                "error": [check.error for check in validation.runs],
+                "epoch_error": [
+                    sum(abs(epoch.error) for epoch in check.epochs) / len(check.epochs) for check in validation.runs
+                ],
+                "notes": ["; ".join(check.notes) for check in validation.runs],
+            }
+        ),
+        {
+            "run": "run",
+            "measured_seconds": "measured",
+            "predicted_seconds": "predicted",
+            "low_seconds": "90 % from",
+            "high_seconds": "to",
+            "error": "error of the run",
+            "epoch_error": "mean error of an epoch",
+            "notes": "notes",
+        },
+        title="Whole runs on the recording machine.",
+        caption="Training epochs and reconfigurations.",
+        together=[["measured_seconds", "predicted_seconds", "low_seconds", "high_seconds"]],
+    )
+    shown = ShownFigure(
+        name="validation",
+        title="Epoch times, predicted and measured.",
+        caption=f"Predicted from: {validation.source}; input and loop as in the first epoch. "
+        f"{100 * validation.interval_coverage:.0f} % of the epochs lie in their 90 % interval.",
+        figure=figures.validation_figure(frame),
+    )
+    return Section(
+        name="validation",
+        title="Predicted against measured",
+        paragraphs=(
+            "This checks the prediction on the machine that recorded the runs. It says nothing about how well times "
+            "carry over to another GPU, or about the network.",
+        ),
+        figures=(shown,),
+        tables=(table,),
+    )
+
+
 def assumptions_section(runs: Sequence[LabelledRun], projector: Projector, gpus: int) -> Section:
     """What every projected number rests on: the tier of each time, and the source of each constant."""
     rows = []
@@ -358,7 +414,7 @@ def assumptions_section(runs: Sequence[LabelledRun], projector: Projector, gpus:
     rows += [
         {
             "what": f"all-reduce on {_gpus(measured.num_gpus)}",
-            "value": f"measured table, {len(measured.size_bytes)} sizes, jitter {measured.relative_jitter:.0%}",
+            "value": f"measured table, {len(measured.size_bytes)} sizes, jitter {100 * measured.relative_jitter:.0f} %",
             "source": measured.source,
         }
         for measured in cluster.tables
@@ -367,19 +423,19 @@ def assumptions_section(runs: Sequence[LabelledRun], projector: Projector, gpus:
         {
             "what": f"{device.name}: memory",
             "value": format_bytes(device.memory_bytes),
-            "source": _source(device.sources, "memory_bytes"),
+            "source": _source(device.sources, "memory"),
         },
         {
             "what": f"{device.name}: memory bandwidth",
             "value": f"{device.memory_bandwidth_bytes_per_s / 1e9:,.0f} GB/s",
-            "source": _source(device.sources, "memory_bandwidth_bytes_per_s"),
+            "source": _source(device.sources, "memory_bandwidth"),
         },
     ]
     rows += [
         {
             "what": f"{device.name}: {precision} peak",
             "value": f"{peak / 1e12:.4g} TFLOP/s",
-            "source": _source(device.sources, "peak_flops_per_s"),
+            "source": _source(device.sources, "peak"),
         }
         for precision, peak in device.peak_flops_per_s.items()
         if precision in {run.trace.run.precision for run in runs}
@@ -394,13 +450,13 @@ def assumptions_section(runs: Sequence[LabelledRun], projector: Projector, gpus:
             else "none",
             "source": "given by the user"
             if price is not None
-            else _source(cluster.sources, "price_usd_per_gpu_hour")
+            else _source(cluster.sources, "price_per_gpu")
             if cluster.price_usd_per_gpu_hour is not None
             else "no price, so no money is reported",
         },
         {
             "what": "overlap",
-            "value": f"{options.contention:.0%} slower",
+            "value": f"{100 * options.contention:.0f} % slower",
             "source": "computation and communication slow each other while both run; the interval covers half to one "
             "and a half times that",
         },
