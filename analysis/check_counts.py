@@ -82,11 +82,9 @@ def compare(name: str, *, batch: int = 2, peaks: bool = False) -> Agreement:
 def _convolution_backward(
     gradient: list[int], x: list[int], weight: list[int], *rest: object, out_shape: object, **_: object
 ) -> int:
-    """FLOPs of both gradients: each pairs every element of the gradient with a filter's worth of inputs."""
-    transposed, groups, mask = rest[4], rest[6], rest[7]
-    assert not transposed, "no network here has one"
-    per_gradient = 2 * math.prod(gradient) * math.prod(weight[1:])
-    assert weight[1] * groups == x[1]  # type: ignore[operator]
+    """FLOPs of both gradients: each pairs every element of the output (or transposed: input) with a filter."""
+    transposed, mask = rest[4], rest[7]
+    per_gradient = 2 * math.prod(x if transposed else gradient) * math.prod(weight[1:])
     return per_gradient * (mask[0] + mask[1])  # type: ignore[index]
 
 

@@ -24,7 +24,7 @@ from ptsim.capture.graph import example_input, symbolic_graph
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # fvcore uses torch.jit.script, which torch deprecates
     from fvcore.nn import FlopCountAnalysis
-    from fvcore.nn.jit_handles import elementwise_flop_counter, get_shape
+    from fvcore.nn.jit_handles import bmm_flop_jit, conv_flop_count, elementwise_flop_counter, get_shape
 
 _ONE_PER_OUTPUT = """
     add add_ sub sub_ rsub mul mul_ div div_ neg pow square sqrt rsqrt exp log abs maximum minimum where lerp reciprocal
@@ -64,6 +64,8 @@ def counter(model: nn.Module, images: torch.Tensor) -> FlopCountAnalysis:
     handles |= {f"aten::{op}": elementwise_flop_counter(1, 0) for op in _ONE_PER_INPUT.split()}
     handles |= {f"aten::{op}": None for op in _FREE.split()}
     handles["aten::scaled_dot_product_attention"] = _attention_macs
+    handles["aten::_convolution_mode"] = _named_padding_macs
+    handles["aten::baddbmm"] = lambda inputs, outputs: bmm_flop_jit(inputs[1:], outputs)
     analysis.set_op_handle(**handles)
     return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
 
@@ -79,6 +81,12 @@ def _detached_copy(model: nn.Module) -> nn.Module:
     """A copy that shares the parameters' memory, needs no gradients, and has buffers of its own."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, memo)
+
+
+def _named_padding_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """A convolution whose padding is a word ("same")."""
+    x, weight, out = get_shape(inputs[0]), get_shape(inputs[1]), get_shape(outputs[0])
+    return Counter(conv=conv_flop_count(x, weight, out))
 
 
 class _Scope(nn.Module):

@@ -35,17 +35,20 @@ def test_counts_kept_bytes_and_peak_agree_with_torch_on_real_tensors(name: str, 
 
 
 class Convolutions(nn.Module):
-    """Dense, grouped, depthwise and strided, the last with weights that another node makes."""
+    """Dense, grouped, depthwise, strided, transposed, with padding in words, and with weights that a node makes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Conv2d(3, 8, 5, stride=2, padding=2)
         self.grouped = nn.Conv2d(8, 12, 3, groups=4, dilation=2)
         self.depthwise = nn.Conv2d(12, 24, 3, groups=12, stride=(2, 1), bias=False)
+        self.same = nn.Conv2d(24, 24, (1, 5), padding="same")
+        self.transposed = nn.ConvTranspose2d(24, 24, 2, stride=2, groups=3)
         self.weight = nn.Parameter(torch.rand(4, 24, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.depthwise(self.grouped(self.dense(x)).relu())
+        x = self.transposed(self.same(x))
         return F.conv2d(x, self.weight * 2).mean((2, 3))
 
 
