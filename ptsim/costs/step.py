@@ -9,7 +9,7 @@ from ptsim.costs.measured import step_of_profile
 from ptsim.costs.profiled import profiled_step
 from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.times import LayerTime, Measurements, MemoryFormat, StepTime, Tier
-from ptsim.errors import UsageError
+from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
 from ptsim.network import Network, Precision
@@ -45,7 +45,7 @@ def step_time(
 
     Raises:
         ValueError: batch is not positive, or the device does not support the precision.
-        MissingMeasurementError: the device profile is of this device, but lacks the precision, format or an operator.
+        MissingMeasurementError: the device profile is of another device, or lacks the precision, format or an operator.
     """
     if batch < 1:
         raise UsageError(f"mini-batch {batch} is not positive")
@@ -62,11 +62,16 @@ def step_time(
     )
     known = measurements or Measurements()
     source, calibrated = known.source_device, known.device_profile
+    if calibrated is not None and match_device(calibrated.device) != device:
+        raise MissingMeasurementError(
+            f"the device profile was measured on {calibrated.device!r}, which is not the {device.name}",
+            hint="leave the profile out to predict from the data sheet, or calibrate on that device",
+        )
     nearest = nearest_profile(network, known.profiles, batch=batch, precision=precision, memory_format=memory_format)
     complete = nearest is not None and (nearest.regularizer_s > 0 or not regularizer)
     if nearest is not None and complete and source == device and nearest.batch == batch:
         return step_of_profile(network, nearest, regularizer=regularizer)
-    if calibrated is not None and match_device(calibrated.device) == device:
+    if calibrated is not None:
         return profiled_step(
             network,
             calibrated,

@@ -1,11 +1,14 @@
+import msgspec
 import pytest
 
 from ptsim.costs.datasheet import datasheet_step
 from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.step import Measurements, step_time
 from ptsim.costs.times import Tier
+from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Precision
+from tests.costs.test_profiled import calibrated
 from tests.traces import device_info, profile_of, residual_network
 
 A100 = load_device("a100-sxm4-40gb")
@@ -63,3 +66,17 @@ def test_a_step_is_measured_here_scaled_elsewhere_and_from_the_data_sheet_withou
     assert tier(V100, 64, known) is Tier.SCALED
     assert tier(V100, 64, None) is Tier.DATASHEET
     assert tier(V100, 64, Measurements(profiles=(PROFILE,))) is Tier.DATASHEET
+
+
+def test_a_device_profile_of_another_device_is_an_error_and_no_silent_data_sheet():
+    foreign = Measurements(device_profile=calibrated(NETWORK))
+    with pytest.raises(MissingMeasurementError, match="measured on 'Formula', which is not the v100-sxm2-32gb"):
+        step_time(NETWORK, V100, batch=32, precision=Precision.FP32, measurements=foreign)
+
+
+def test_a_device_profile_of_this_device_is_used_for_what_the_trace_did_not_measure():
+    own = msgspec.structs.replace(calibrated(NETWORK), device="Tesla V100-SXM2-32GB")
+    step = step_time(NETWORK, V100, batch=32, precision=Precision.FP32, measurements=Measurements(device_profile=own))
+    assert step.tier is Tier.PROFILED
+    with pytest.raises(MissingMeasurementError, match="holds fp32 contiguous, not fp16 contiguous"):
+        step_time(NETWORK, V100, batch=32, precision=Precision.FP16, measurements=Measurements(device_profile=own))
