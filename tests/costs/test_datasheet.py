@@ -1,0 +1,132 @@
+"""The data-sheet tier: limits that physics sets, and orders that every measurement shows."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ptsim.costs.datasheet import chip_of, datasheet_step, kernel_seconds, load_fit, uses_tensor_cores
+from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels
+from ptsim.costs.step import Tier, step_time
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import device_names, load_device
+from ptsim.network import Precision
+from tests.costs.test_kernels import convolution
+from tests.traces import residual_network
+
+NETWORK = residual_network((16, 32, 64))
+WIDE = residual_network((256, 512, 1024))
+
+
+def seconds(layer, device="a100", batch=64, precision=Precision.TF32):
+    kernels = Kernels.of(convolution_kernels(layer, batch=batch, element=precision.activation_bytes))
+    return kernel_seconds(kernels, chip_of(load_device(device), precision), load_fit().efficiency)
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_no_device_beats_its_data_sheet(name):
+    device = load_device(name)
+    for precision, peak in device.peak_flops_per_s.items():
+        layer = convolution(in_channels=512, out_channels=512, kernel=1, size=28)
+        kernels = Kernels.of(convolution_kernels(layer, batch=64, element=precision.activation_bytes))
+        took = kernel_seconds(kernels, chip_of(device, precision), load_fit().efficiency)
+        boost = 1.15 if device.boosts_beyond else 1.0
+        assert took[0] > 2 * 64 * layer.forward_macs / (peak * boost)
+
+
+def test_bytes_of_a_large_tensor_move_at_most_at_the_memory_bandwidth():
+    step = datasheet_step(WIDE, load_device("v100"), batch=256, precision=Precision.FP32)
+    for time, layer in zip(step.layers, WIDE.layers, strict=True):
+        if layer.kind == "batch_norm":
+            assert time.forward_s >= 3 * 4 * 256 * layer.input_elements / 900e9
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch=st.integers(1, 512), precision=st.sampled_from([Precision.FP32, Precision.TF32, Precision.FP16]))
+def test_a_larger_mini_batch_never_takes_less_time(batch, precision):
+    device = load_device("a100")
+    small = datasheet_step(NETWORK, device, batch=batch, precision=precision)
+    large = datasheet_step(NETWORK, device, batch=2 * batch, precision=precision)
+    assert large.compute_s >= small.compute_s * 0.999
+
+
+def test_channel_counts_make_stairs():
+    took = [float(seconds(convolution(in_channels=256, out_channels=n, size=28))[0]) for n in range(97, 161)]
+    assert np.all(np.diff(took) >= -1e-12)
+    rises = np.diff(took) / took[:-1]
+    assert np.count_nonzero(rises > 0.01) <= 2  # at the edges of tiles
+    assert rises[128 - 97] > 0.1
+
+
+def test_odd_channels_under_autocast_can_be_slower_than_more_even_ones():
+    def half(channels):
+        layer = convolution(in_channels=256, out_channels=channels, size=28)
+        kernels = Kernels.of(convolution_kernels(layer, batch=64, element=2, halves=True))
+        return kernel_seconds(kernels, chip_of(load_device("a100"), Precision.FP16), load_fit().efficiency).sum()
+
+    assert half(121) > half(128)
+
+
+def test_channels_last_is_faster_under_autocast_on_tensor_cores_and_slower_without():
+    def step(device, precision, memory_format):
+        return datasheet_step(
+            WIDE, load_device(device), batch=64, precision=precision, memory_format=memory_format
+        ).compute_s
+
+    assert step("3090", Precision.FP16, "channels_last") < step("3090", Precision.FP16, "contiguous")
+    assert step("1080ti", Precision.FP32, "channels_last") > step("1080ti", Precision.FP32, "contiguous")
+
+
+def test_tensor_cores_by_generation():
+    assert uses_tensor_cores(load_device("v100"), Precision.FP16)
+    assert not uses_tensor_cores(load_device("p100"), Precision.FP16)
+    assert uses_tensor_cores(load_device("a100"), Precision.TF32)
+    assert not uses_tensor_cores(load_device("a100"), Precision.FP32)
+
+
+def test_the_step_is_the_sum_of_its_parts_inside_its_interval():
+    step = step_time(NETWORK, load_device("t4"), batch=32, precision=Precision.FP16)
+    parts = step.forward_s + step.backward_s + step.optimizer_s + step.regularizer_s + step.overhead_s
+    assert step.compute_s == pytest.approx(parts)
+    assert step.low_s < step.compute_s < step.high_s
+    assert step.tier is Tier.DATASHEET
+
+
+def test_a_small_network_waits_for_the_host():
+    tiny = datasheet_step(NETWORK, load_device("h100"), batch=1, precision=Precision.FP32)
+    large = datasheet_step(WIDE, load_device("t4"), batch=256, precision=Precision.FP32)
+    assert tiny.overhead_s > tiny.forward_s
+    assert large.overhead_s == 0
+
+
+def test_the_group_lasso_and_heavier_optimizers_cost_extra():
+    device = load_device("a100")
+    plain = datasheet_step(WIDE, device, batch=8, precision=Precision.TF32)
+    lasso = datasheet_step(WIDE, device, batch=8, precision=Precision.TF32, regularizer=True)
+    adam = datasheet_step(WIDE, device, batch=8, precision=Precision.TF32, optimizer="adam")
+    assert lasso.regularizer_s > 0 == plain.regularizer_s
+    assert adam.optimizer_s > plain.optimizer_s
+
+
+def test_an_unknown_chip_gets_the_wider_interval():
+    known = datasheet_step(NETWORK, load_device("a100-pcie"), batch=32, precision=Precision.TF32)
+    unknown = datasheet_step(NETWORK, load_device("l40s"), batch=32, precision=Precision.TF32)
+    assert known.high_s / known.low_s < unknown.high_s / unknown.low_s
+
+
+def test_a_precision_that_the_device_lacks_is_refused():
+    with pytest.raises(UsageError, match=r"v100.* does not support tf32; it supports fp16, fp32"):
+        step_time(NETWORK, load_device("v100"), batch=1, precision=Precision.TF32)
+
+
+def test_a_mini_batch_that_is_not_positive_is_refused():
+    with pytest.raises(UsageError, match="mini-batch 0 is not positive"):
+        step_time(NETWORK, load_device("v100"), batch=0, precision=Precision.FP32)
+
+
+def test_kernels_keep_their_columns():
+    kernels = Kernels.of(convolution_kernels(convolution(), batch=1, element=4))
+    assert kernels.work.tolist() == [Work.PRODUCT] * 3
+    assert kernels.step.tolist() == list(Pass)
+    assert msgspec.structs.asdict(kernels)["m"].dtype == np.float64

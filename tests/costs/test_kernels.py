@@ -1,0 +1,102 @@
+"""Kernels of a training step: counts by hand."""
+
+import numpy as np
+import pytest
+
+from ptsim.costs.kernels import Pass, Work, convolution_kernels, network_kernels
+from ptsim.network import Layer, LayerKind, Precision
+from tests.traces import residual_network
+
+
+def convolution(in_channels=64, out_channels=128, kernel=3, stride=1, size=8, groups=1, **changes):
+    out = size // stride
+    return Layer(
+        name="conv",
+        kind=LayerKind.CONV,
+        op="conv2d",
+        in_channels=in_channels,
+        out_channels=out_channels,
+        kernel_size=(kernel, kernel),
+        stride=(stride, stride),
+        padding=(kernel // 2, kernel // 2),
+        groups=groups,
+        input_shapes=((in_channels, size, size),),
+        output_shape=(out_channels, out, out),
+        forward_macs=in_channels // groups * out_channels * kernel**2 * out**2,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(("kernel", "stride", "groups"), [(1, 1, 1), (3, 1, 1), (3, 2, 1), (7, 2, 1), (3, 1, 8)])
+def test_every_pass_of_a_convolution_multiplies_as_often_as_the_forward_pass(kernel, stride, groups):
+    layer = convolution(kernel=kernel, stride=stride, groups=groups)
+    for product in convolution_kernels(layer, batch=5, element=4):
+        assert product.m * product.n * product.k * product.groups == pytest.approx(5 * layer.forward_macs)
+
+
+def test_the_first_layer_has_no_gradient_of_its_input():
+    layer = convolution(input_needs_gradient=False)
+    assert {k.step for k in convolution_kernels(layer, batch=1, element=4)} == {Pass.FORWARD, Pass.WEIGHT_GRADIENT}
+
+
+def test_a_bias_is_added_and_summed_by_kernels_of_its_own():
+    plain = list(convolution_kernels(convolution(), batch=2, element=4))
+    biased = list(convolution_kernels(convolution(bias=True), batch=2, element=4))
+    output_bytes = 2 * 128 * 8 * 8 * 4
+    assert sum(k.moved_bytes for k in biased) - sum(k.moved_bytes for k in plain) == 3 * output_bytes
+
+
+def test_one_channel_per_group_is_a_depthwise_convolution():
+    layer = convolution(in_channels=32, out_channels=32, groups=32)
+    assert {k.work for k in convolution_kernels(layer, batch=2, element=4)} == {Work.DEPTHWISE}
+
+
+def layout_bytes(memory_format, tensor_cores, precision=Precision.FP16):
+    kernels = network_kernels(
+        residual_network((16, 32, 64)),
+        batch=4,
+        precision=precision,
+        memory_format=memory_format,
+        tensor_cores=tensor_cores,
+    )
+    return float(kernels.layout_bytes.sum())
+
+
+def test_half_precision_tensor_cores_pay_for_the_contiguous_layout():
+    assert layout_bytes("contiguous", tensor_cores=True) > 0
+    assert layout_bytes("channels_last", tensor_cores=True) == 0
+    assert layout_bytes("contiguous", tensor_cores=False) == 0
+    assert layout_bytes("contiguous", tensor_cores=True, precision=Precision.TF32) == 0
+
+
+def test_odd_channel_counts_are_padded_by_a_copy_in_half_precision():
+    def copied(channels):
+        layer = convolution(out_channels=channels)
+        return sum(k.layout_bytes for k in convolution_kernels(layer, batch=1, element=2, halves=True))
+
+    assert copied(128) == 0
+    assert copied(127) > 0
+
+
+def test_batch_norm_moves_eight_times_its_input():
+    network = residual_network((16, 32, 64))
+    kernels = network_kernels(
+        network, batch=3, precision=Precision.FP32, memory_format="contiguous", tensor_cores=False
+    )
+    elements = sum(layer.input_elements for layer in network.layers if layer.kind is LayerKind.BATCH_NORM)
+    assert kernels.moved_bytes[kernels.work == Work.NORM].sum() == 8 * 4 * 3 * elements
+
+
+def test_work_grows_in_proportion_to_the_mini_batch():
+    def moved(batch):
+        return network_kernels(
+            residual_network((16, 32, 64)),
+            batch=batch,
+            precision=Precision.FP32,
+            memory_format="contiguous",
+            tensor_cores=False,
+        )
+
+    one, two = moved(8), moved(16)
+    stream = one.work == Work.STREAM
+    np.testing.assert_allclose(two.moved_bytes[stream], 2 * one.moved_bytes[stream])

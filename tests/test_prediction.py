@@ -1,0 +1,113 @@
+"""`ptsim predict`: alone and on a cluster, from a model and from a trace; wrong input in one sentence."""
+
+import json
+
+import pytest
+
+import ptsim
+from ptsim.cli.main import run
+from ptsim.costs.memory import iteration_memory
+from ptsim.network import Precision
+from tests.traces import dense_trace, residual_network, shrinking_trace
+
+NETWORK = residual_network((16, 32, 64))
+
+
+def test_throughput_and_step_time_agree():
+    prediction = ptsim.predict(NETWORK, gpu="v100", batch=128, precision="amp")
+    assert prediction.images_per_second == pytest.approx(128 / prediction.step_seconds)
+    assert prediction.low < prediction.step_seconds < prediction.high
+    assert prediction.low_images_per_second == pytest.approx(128 / prediction.high)
+    assert prediction.tier == "datasheet"
+    assert prediction.precision is Precision.FP16
+
+
+def test_peak_memory_is_that_of_the_memory_model():
+    prediction = ptsim.predict(NETWORK, gpu="t4", batch=64)
+    assert prediction.peak_memory_bytes > iteration_memory(NETWORK, batch=64).activation_bytes
+    assert prediction.fits
+
+
+def test_a_mini_batch_that_is_too_large_does_not_fit():
+    assert not ptsim.predict(NETWORK, gpu="1080ti", batch=200_000).fits
+
+
+def test_one_gpu_of_a_cluster_needs_no_communication():
+    alone = ptsim.predict(NETWORK, gpu="a100", batch=64)
+    one = ptsim.predict(NETWORK, cluster="dgx-a100", gpus=1, gpu="a100", batch=64)
+    assert one.step_seconds == alone.step_seconds
+    assert one.exposed_communication_seconds == 0
+
+
+def test_a_cluster_adds_what_communication_is_exposed():
+    alone = ptsim.predict(NETWORK, gpu="a100", batch=64)
+    sixteen = ptsim.predict(NETWORK, cluster="dgx-a100", gpus=16, gpu="a100", batch=64)
+    assert sixteen.gpus == 16
+    assert sixteen.step_seconds >= alone.step_seconds + 0.99 * sixteen.exposed_communication_seconds
+    assert sixteen.images_per_second == pytest.approx(16 * 64 / sixteen.step_seconds)
+    assert sixteen.allreduce_bytes_per_gpu > 0
+
+
+def test_a_trace_is_predicted_by_its_last_architecture_and_scaled_from_its_profile(tmp_path):
+    trace = shrinking_trace(tmp_path / "trace.jsonl")
+    last = ptsim.read_trace(trace).epochs[-1]
+    here = ptsim.predict(trace, gpu="a100", batch=last.batch_per_gpu)
+    there = ptsim.predict(trace, gpu="v100", batch=last.batch_per_gpu)
+    assert here.tier == "measured"
+    assert there.tier == "scaled"
+
+
+def test_json_has_the_keys_that_scripts_rely_on(tmp_path, capsys):
+    trace = dense_trace(tmp_path / "trace.jsonl")
+    assert run(["predict", str(trace), "--gpu", "h100", "--batch", "32", "--precision", "tf32", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {"step_seconds", "images_per_second", "tier", "low", "high", "peak_memory_bytes"} <= set(document)
+
+
+def test_the_table_says_throughput_tier_and_memory(tmp_path, capsys):
+    trace = dense_trace(tmp_path / "trace.jsonl")
+    assert run(["predict", str(trace), "--cluster", "dgx-a100", "--batch", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "images/s" in out
+    assert "tier" in out
+    assert "peak memory" in out
+
+
+def test_a_zoo_model_is_captured(capsys):
+    assert run(["predict", "resnet20", "--gpu", "3090", "--batch", "128", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "resnet20"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--gpu", "a1000", "--batch", "8"], "unknown device 'a1000'"),
+        (["--gpu", "a100", "--batch", "0"], "mini-batch 0 is not positive"),
+        (["--gpu", "v100", "--batch", "8", "--precision", "tf32"], "does not support tf32"),
+        (["--gpu", "v100", "--batch", "8", "--gpus", "8"], "without a cluster"),
+        (["--batch", "8"], "neither a device nor a cluster"),
+        (["--gpu", "v100", "--batch", "8", "--input", "3,32"], "not CHANNELS,HEIGHT,WIDTH"),
+        (["--gpu", "v100", "--batch", "8", "--input", "3,32,32"], "leave both out"),
+        (["--cluster", "nowhere", "--batch", "8"], "unknown cluster 'nowhere'"),
+        (["--gpu", "v100", "--batch", "eight"], "eight"),
+    ],
+)
+def test_a_wrong_input_is_one_sentence_and_status_2(tmp_path, capsys, options, complaint):
+    trace = dense_trace(tmp_path / "trace.jsonl")
+    assert run(["predict", str(trace), *options]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_model_is_one_sentence(capsys):
+    assert run(["predict", "resnet999", "--gpu", "v100", "--batch", "8"]) == 2
+    assert "unknown model 'resnet999'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["devices", "clusters"])
+def test_the_catalog_is_listed(capsys, command):
+    assert run([command]) == 0
+    assert "a100" in capsys.readouterr().out
+    assert run([command, "--json"]) == 0
+    assert all(entry["sources"] for entry in json.loads(capsys.readouterr().out))
