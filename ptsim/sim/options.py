@@ -55,14 +55,17 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         first_bucket_bytes, bucket_bytes: DDP's caps.
         gradient_format: number format on the wire (DDP's fp16 and bf16 compression hooks).
         compression: bytes sent / bytes of the gradient, on top of the format.
-        broadcast_buffers: DDP's broadcast of BatchNorm statistics before every forward pass.
+        broadcast_buffers: DDP's broadcast of BatchNorm statistics before every forward pass (its default; `ptsim train`
+            turns it off and averages them once per epoch).
+        overlap: whether all-reduces start during backward; None: as in the recorded run, which a compiled step does
+            not let them (its gradients all become ready at its end).
         algorithm: of the all-reduce.
         contention: by which fraction computation and communication each take longer while they overlap.
         channel_multiple: round pruned channel counts up to a multiple.
         one_time_epoch: reconfigure once, after this many epochs, and never before or after.
         surgery_s: of one reconfiguration; None: as recorded.
         compile_s: recompilation after wrapping (torch.compile).
-        autotune_trials: trial runs of every convolution after wrapping (cuDNN's benchmark mode).
+        autotune_trials: trial runs of every convolution after wrapping, on a GPU (cuDNN's benchmark mode).
         warmup_steps: steps after wrapping that train nothing.
         input_images_per_s: what the input pipeline delivers to one GPU; None: never a limit; "recorded": data wait
             as the trace says.
@@ -89,7 +92,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     bucket_bytes: int = 25 * MIB
     gradient_format: GradientFormat = "fp32"
     compression: float = 1.0
-    broadcast_buffers: bool = True
+    broadcast_buffers: bool = False
+    overlap: bool | None = None
     algorithm: Choice = "auto"
     # Deviation: no measurement of ours. The middle of the 10–30 % by which published simulators slow both sides
     # (Proteus uses 0.3 for its data-parallel CNNs); the interval spans all of it.
@@ -98,7 +102,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     one_time_epoch: int | None = None
     surgery_s: float | None = None
     compile_s: float = 0.0
-    autotune_trials: int = 0
+    autotune_trials: int = 10  # torch.backends.cudnn.benchmark_limit
     warmup_steps: int = 0
     input_images_per_s: float | Literal["recorded"] | None = None
     jitter: float | Literal["recorded"] = 0.0

@@ -374,6 +374,8 @@ class _Projector:
         optimizer = self.run.hyperparameters.get("optimizer", "sgd")
         self.optimizer = optimizer if isinstance(optimizer, str) else "sgd"
         self.measurements = Measurements(profiles=trace.profiles, source_device=match_device(self.run.device.name))
+        compiled = self.run.hyperparameters.get("compile") is True
+        self.overlap = not compiled if options.overlap is None else options.overlap
         self.spread = recorded_jitter(trace.epochs)
         self.notes: list[str] = []
         self._power: PowerModel | None = None
@@ -620,6 +622,8 @@ class _Projector:
         waited = sum(epoch.time.data_wait_s for epoch in epochs) / max(1e-12, sum(e.time.wall_s for e in epochs))
         if waited > 0.05 and options.input_images_per_s is None:
             note(f"the recorded run waited for data {waited:.0%} of the time; projected with input that keeps up")
+        if not self.overlap and options.overlap is None and self.num_gpus > 1:
+            note("the recorded step was compiled: its gradients become ready together, so nothing hides all-reduces")
         if options.jobs > 1 and self.num_nodes == 1:
             note("jobs share links between nodes; this job stays inside one")
 
@@ -684,7 +688,7 @@ class _Projector:
 
         key = self._key(stage, self.device_key)
         ready = tuple(bucket.ready_layer for bucket in buckets)
-        return ddp.with_communication(
+        plan = ddp.with_communication(
             self.cache.get(("plan", merged, ready, options.micro_batches, *key), compute),
             buckets,
             self._all_reduce,
@@ -693,6 +697,7 @@ class _Projector:
             bound=bound,
             scale=self.cache.get(("scale", bound, *key), lambda: ddp.computation_scale(step, bound)),
         )
+        return plan if self.overlap else msgspec.structs.replace(plan, overlap=False)
 
     def _simulate(self, stage: _Stage) -> _Simulated:
         key = (stage.id, stage.batch, stage.epoch.penalty_coefficient > 0)
@@ -873,7 +878,7 @@ class _Projector:
 
     def _autotune_s(self, stage: _Stage, step: StepTime) -> float:
         """Every convolution's forward and backward, so many times (cuDNN tries its algorithms at the first step)."""
-        if not self.options.autotune_trials:
+        if not self.options.autotune_trials or self.device.architecture == "cpu":
             return 0.0
         convolutions = {layer.name for layer in stage.network.layers if layer.kind is LayerKind.CONV}
         once = sum(layer.forward_s + layer.backward_s for layer in step.layers if layer.layer in convolutions)

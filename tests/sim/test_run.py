@@ -12,7 +12,7 @@ from ptsim.costs.memory import iteration_memory
 from ptsim.costs.step import Measurements, step_time
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device, match_device
-from ptsim.network import Precision
+from ptsim.network import LayerKind, Precision
 from ptsim.sim.options import Options
 from ptsim.sim.run import (
     RunProjection,
@@ -47,7 +47,6 @@ class TestOneGpu:
         projection = run(trace, 1)
         assert projection.exposed_communication_s == 0.0
         assert projection.allreduce_bytes_per_gpu == 0.0
-        assert projection.startup_s == 0.0
         assert all(epoch.communication_s == 0.0 for epoch in projection.epochs)
 
     def test_it_takes_the_recorded_iterations_times_the_step(self, trace: Trace) -> None:
@@ -66,7 +65,7 @@ class TestOneGpu:
             for epoch in trace.epochs
         )
         recorded_surgery = sum(r.duration_s for r in trace.reconfigurations)
-        assert run(trace, 1).total_s == pytest.approx(expected + recorded_surgery, rel=1e-12)
+        assert run(trace, 1, autotune_trials=0).total_s == pytest.approx(expected + recorded_surgery, rel=1e-12)
 
 
 class TestManyGpus:
@@ -81,7 +80,7 @@ class TestManyGpus:
 
     def test_infinite_bandwidth_leaves_the_computation(self, trace: Trace) -> None:
         ideal = cluster(bandwidth=math.inf, latency=0.0, inter_bandwidth=math.inf, inter_latency=0.0)
-        projection = run(trace, 64, ideal, surgery_s=0.0)
+        projection = run(trace, 64, ideal, surgery_s=0.0, autotune_trials=0)
         assert projection.exposed_communication_s == pytest.approx(0.0, abs=1e-12)
         assert projection.total_s == pytest.approx(projection.compute_s, rel=1e-12)
 
@@ -200,26 +199,45 @@ class TestManyGpus:
 
 class TestReconfigurations:
     def test_they_cost_what_was_recorded(self, trace: Trace) -> None:
-        assert run(trace, 1).reconfiguration_s == sum(r.duration_s for r in trace.reconfigurations)
+        assert run(trace, 1, autotune_trials=0).reconfiguration_s == sum(r.duration_s for r in trace.reconfigurations)
 
     def test_on_many_gpus_wrapping_comes_on_top(self, trace: Trace) -> None:
         assert run(trace, 64).reconfiguration_s > run(trace, 1).reconfiguration_s
 
     def test_recompilation_and_warm_up_are_paid_each_time(self, trace: Trace) -> None:
-        plain = run(trace, 1, surgery_s=0.0)
-        compiled = run(trace, 1, surgery_s=0.0, compile_s=30.0)
+        plain = run(trace, 1, surgery_s=0.0, autotune_trials=0)
+        compiled = run(trace, 1, surgery_s=0.0, autotune_trials=0, compile_s=30.0)
         assert plain.reconfiguration_s == 0.0
         assert compiled.reconfiguration_s == 2 * 30.0
         assert compiled.startup_s == 30.0
-        warm = run(trace, 1, surgery_s=0.0, warmup_steps=10)
+        warm = run(trace, 1, surgery_s=0.0, autotune_trials=0, warmup_steps=10)
         steps = [trace.epochs[2].epoch, trace.epochs[4].epoch]
         assert warm.reconfiguration_s == pytest.approx(sum(10 * plain.epochs[e].step_s for e in steps))
+
+    def test_autotuning_runs_every_convolution_so_many_times(self, trace: Trace) -> None:
+        dense = trace.networks[trace.epochs[0].architecture]
+        (profile, *_) = trace.profiles
+        kinds = {layer.name: layer.kind for layer in dense.layers}
+        once = sum(t.forward_s + (t.backward_s or 0) for t in profile.layers if kinds[t.layer] is LayerKind.CONV)
+        assert run(trace, 1, autotune_trials=3).startup_s == pytest.approx(3 * once, rel=0.1)  # profile: with overhead
+        assert run(trace, 1, autotune_trials=0).startup_s == 0.0
+
+    def test_a_compiled_step_hides_no_all_reduce(self, trace: Trace) -> None:
+        settings = {**trace.run.hyperparameters, "compile": True}
+        record = msgspec.structs.replace(trace.run, hyperparameters=settings)
+        compiled = run(msgspec.structs.replace(trace, run=record), 8)
+        for epoch in compiled.epochs:
+            assert epoch.exposed_communication_s == pytest.approx(epoch.communication_s)
+        assert any("compiled" in note for note in compiled.notes)
+
+    def test_broadcasting_buffers_costs_latency_before_every_step(self, trace: Trace) -> None:
+        assert run(trace, 8, broadcast_buffers=True).total_s > run(trace, 8).total_s
 
     def test_a_dense_run_has_none(self, dense: Trace) -> None:
         assert run(dense, 64).reconfiguration_s == 0.0
 
     def test_one_time_reconfiguration_holds_the_first_architecture_until_then(self, trace: Trace) -> None:
-        projection = run(trace, 1, one_time_epoch=4)
+        projection = run(trace, 1, one_time_epoch=4, autotune_trials=0)
         first, last = trace.epochs[0].architecture, trace.epochs[4].architecture
         assert [e.architecture for e in projection.epochs] == [first] * 4 + [last] * 2
         assert projection.reconfiguration_s == pytest.approx(0.25)
