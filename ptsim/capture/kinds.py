@@ -46,10 +46,9 @@ _OPS: dict[LayerKind, str] = {
         zeros_like getattr get_relative_position_bias patch_merging_pad""",
 }
 _KIND_OF = {op: kind for kind, ops in _OPS.items() for op in ops.split()}
+# Spellings of one operator: the left one becomes the right one.
 _SPELLING = {
     "max_pool2d_with_indices": "max_pool2d",
-    "boolean_dispatch": "max_pool2d",
-    "zero_pad": "zero_pad2d",
     "truediv": "div",
     "true_divide": "div",
     "concat": "cat",
@@ -61,11 +60,15 @@ _SPELLING = {
     "p_re_lu": "prelu",
     "r_re_lu": "rrelu",
     "si_lu": "silu",
+    "log_sigmoid": "logsigmoid",
+    "softmax2d": "softmax",
+    "cross_map_lrn2d": "local_response_norm",
+    "upsampling_nearest2d": "upsample",
+    "upsampling_bilinear2d": "upsample",
 }
-"""Spellings of the same operator: the left one becomes the right one."""
 
 _PRODUCTS = {
-    LayerKind.MATMUL: {"matmul", "bmm", "einsum", "scaled_dot_product_attention"},
+    LayerKind.MATMUL: {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"},
     LayerKind.CONV: {"conv", "_convolution"},
     LayerKind.LINEAR: {"linear", "addmm", "mm"},
 }
@@ -183,8 +186,6 @@ def _function_name(node: fx.Node) -> str:
 def _op_of_class(kind: type[nn.Module]) -> str:
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.__name__).lower()
     snake = _SPELLING.get(snake, snake)
-    for prefix in ("lazy_",):
-        snake = snake.removeprefix(prefix)
     if match := re.fullmatch(r"(batch_norm|instance_norm|sync_batch_norm)\dd?", snake):
         return match[1]
     return snake
