@@ -18,6 +18,7 @@ from torch import nn
 from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.errors import FileFormatError, PtsimError, UsageError
+from ptsim.hardware.catalog import match_device
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import profile_network
 from ptsim.measure.timers import StepTimer
@@ -316,7 +317,7 @@ class Trainer:
 
     def _grow_batch(self) -> int:
         """Let the mini-batch fill the memory that pruning has freed; the bytes that one iteration then should need."""
-        state, world_size = self.state, self.team.world_size
+        state, world_size, info = self.state, self.team.world_size, self.meter.info()
         growth = grown_batch(
             self.network,
             self.config,
@@ -324,6 +325,7 @@ class Trainer:
             world_size=world_size,
             num_train=self.data.dataset.num_train,
             capacity_bytes=self._capacity_bytes(),
+            device=match_device(info.name) if info.kind == "cuda" else None,
         )
         self._set_batch(growth.batch_per_gpu * world_size)
         return growth.predicted_memory_bytes

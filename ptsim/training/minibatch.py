@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from ptsim.costs.memory import iteration_memory, largest_batch
+from ptsim.hardware.spec import Device
 from ptsim.network import Network
 from ptsim.training.config import Config
 
@@ -20,11 +21,19 @@ class Growth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def grown_batch(
-    network: Network, config: Config, *, batch_per_gpu: int, world_size: int, num_train: int, capacity_bytes: int
+    network: Network,
+    config: Config,
+    *,
+    batch_per_gpu: int,
+    world_size: int,
+    num_train: int,
+    capacity_bytes: int,
+    device: Device | None = None,
 ) -> Growth:
     """The largest mini-batch per rank that fits: the present one plus whole multiples of the granularity.
 
-    It never shrinks, and never exceeds `max_batch` or the data set.
+    It never shrinks, and never exceeds `max_batch` or the data set. `device` is the catalog's GPU that runs: with it
+    the estimate has the libraries' workspaces and the allocator's margins.
     """
     fits = largest_batch(
         network,
@@ -32,14 +41,16 @@ def grown_batch(
         precision=config.precision,
         optimizer=config.optimizer,
         memory_format=config.memory_format,
+        device=device,
+        data_parallel=world_size > 1,
     )
     limit = min(fits, (config.max_batch or num_train) // world_size, num_train // world_size)
     steps = max(0, limit - batch_per_gpu) // config.batch_granularity
     grown = batch_per_gpu + steps * config.batch_granularity
-    return Growth(batch_per_gpu=grown, predicted_memory_bytes=predicted_bytes(network, config, grown))
+    return Growth(batch_per_gpu=grown, predicted_memory_bytes=predicted_bytes(network, config, grown, device))
 
 
-def predicted_bytes(network: Network, config: Config, batch_per_gpu: int) -> int:
+def predicted_bytes(network: Network, config: Config, batch_per_gpu: int, device: Device | None = None) -> int:
     """Peak memory of one iteration as the cost model sees it."""
     need = iteration_memory(
         network,
@@ -47,6 +58,7 @@ def predicted_bytes(network: Network, config: Config, batch_per_gpu: int) -> int
         precision=config.precision,
         optimizer=config.optimizer,
         memory_format=config.memory_format,
+        device=device,
     )
     return need.peak_bytes
 
