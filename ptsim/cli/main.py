@@ -15,7 +15,7 @@ import cyclopts
 from rich.console import Console
 
 import ptsim
-from ptsim.errors import PtsimError
+from ptsim.errors import PtsimError, UnknownNameError
 
 app = cyclopts.App(
     name="ptsim",
@@ -53,6 +53,9 @@ def run(tokens: list[str] | None = None) -> int:
         result: Any = app(tokens, exit_on_error=False, print_error=False)
     except PtsimError as error:
         return _fail(error.message, error.hint)
+    except cyclopts.UnknownCommandError as error:  # its own text would import every command to look for close names
+        unknown = UnknownNameError("command", (error.unused_tokens or ["?"])[0], COMMANDS)
+        return _fail(unknown.message, unknown.hint)
     except cyclopts.CycloptsError as error:
         return _fail(
             " ".join(str(error).split()), "ptsim --help lists the commands; ptsim COMMAND --help their options"

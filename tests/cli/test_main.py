@@ -1,0 +1,54 @@
+"""The frame of the command line: help without torch, errors in one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from ptsim.cli import main
+
+
+def test_help_and_the_package_import_no_torch() -> None:
+    program = (
+        "import sys, ptsim, ptsim.cli.main as m\n"
+        "assert m.run(['--help']) == 0\n"
+        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in main.COMMANDS)
+
+
+@pytest.mark.parametrize("target", [target for target, _ in main.COMMANDS.values()])
+def test_every_listed_command_exists(target: str) -> None:
+    module, name = target.split(":")
+    assert callable(getattr(importlib.import_module(f"ptsim.cli.{module}"), name))
+
+
+def test_an_unknown_command_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["simulat"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: unknown command 'simulat'; known: ")
+    assert "did you mean simulate" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "tokens", [["simulate"], ["allreduce", "--gpus", "many"], ["cost", "--no-such-option", "3"], ["devices", "extra"]]
+)
+def test_a_wrong_option_is_one_sentence(tokens: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(tokens) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_every_public_name_is_there() -> None:
+    import ptsim
+
+    for name in ptsim.__all__:
+        assert getattr(ptsim, name) is not None
