@@ -5,8 +5,9 @@ where they meet. Between two sizes of the table the time is the chord in linear 
 towards the lower of the two neighbouring lines where those meet above the chord. Beyond the last size the last line
 goes on; below the first, time is constant.
 
-Chosen on the runs of traces/public with every other size left out (`analysis/check_allreduce.py` prints the figures):
-log-log interpolation 3.6 % median of medians, straight chords 2.0 %, this 1.7 %; the full pull 2.9 %.
+Chosen on the runs of traces/public with every other size left out. Median run: log-log interpolation 6.3 % off, chords
+2.8 %, this 2.9 %, the full pull 3.5 %; mean over systems: chords 3.7 %, this 3.3 %, the full pull 4.3 %
+(`analysis/check_allreduce.py`).
 """
 
 from __future__ import annotations
