@@ -166,7 +166,7 @@ def _print_tables(projections: list[RunProjection]) -> None:
         console.print(f"[bold]{first.model}[/bold], {len(first.epochs)} epochs: {trace}", highlight=False)
         console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling", highlight=False)
         time = _table("GPUs", "time", "90 % interval", "compute", "exposed", "reconfig.", "speed-up")
-        resources = _table("GPUs", "GPU-hours", "energy", "cost", "all-reduced", "memory", "tier")
+        resources = _table("GPUs", "GPU-hours", "energy", "USD", "all-reduced", "memory", "tier")
         for p in rows:
             time.add_row(
                 f"{p.gpus:,}",
@@ -205,7 +205,7 @@ def _table(*columns: str) -> Table:
 def _usd(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.3g} USD" if value < 100 else f"{value:,.0f} USD"
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def seconds(value: float) -> str:

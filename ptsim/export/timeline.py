@@ -109,6 +109,9 @@ def _add_step(timeline: Timeline, steps: RecordedSteps, spans: list[Span], gpu: 
     timeline.counter("memory", pid=gpu, time_s=offset + spans[0].start_s, bytes=held)
     for span in computed:
         layer = layers.get(span.name)
+        if layer is None and span.phase == "forward":  # the host's: the GPU has nothing to do
+            timeline.annotation(span.name, pid=gpu, start_s=offset + span.start_s, duration_s=span.end_s - span.start_s)
+            continue
         forward = span.phase == "forward"
         suffix = f" {span.phase}" if layer else ""
         timeline.kernel(

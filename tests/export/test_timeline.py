@@ -90,8 +90,13 @@ def test_memory_rises_in_forward_and_returns_after_backward(events: Events) -> N
     assert values[-1] == min(values)
 
 
+def test_what_the_host_does_is_no_work_of_the_gpu(events: Events) -> None:
+    assert any(e["name"] == "host and loss" for e in complete(events, "user_annotation"))
+    assert not any(e["name"] == "host and loss" for e in complete(events, "kernel"))
+
+
 def test_there_are_two_steps_of_every_architecture(events: Events) -> None:
-    steps = [e for e in complete(events, "user_annotation") if e["pid"] == 0]
+    steps = [e for e in complete(events, "user_annotation") if e["pid"] == 0 and "architecture" in e["args"]]
     assert [e["name"] for e in steps] == [f"ProfilerStep#{i}" for i in range(6)]
     assert len({e["args"]["architecture"] for e in steps}) == 3
 
@@ -99,7 +104,8 @@ def test_there_are_two_steps_of_every_architecture(events: Events) -> None:
 def test_steps_last_as_long_as_the_projection_says(tmp_path: Path) -> None:
     trace = read_trace(shrinking_trace(tmp_path))
     (file,) = write_timeline(tmp_path / "steps.json", trace, cluster(), 64)
-    steps = complete(json.loads(file.read_text())["traceEvents"], "user_annotation")
+    annotations = complete(json.loads(file.read_text())["traceEvents"], "user_annotation")
+    steps = [e for e in annotations if e["name"].startswith("ProfilerStep")]
     projected = project(trace, cluster(), 64)
     assert steps[0]["dur"] == pytest.approx(projected.epochs[0].step_s * 1e6, abs=0.01)
     assert len({e["pid"] for e in steps}) == 8  # of 64 GPUs, the first eight are drawn

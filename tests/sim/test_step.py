@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ptsim.sim.step import Jitter, Job, StepPlan, StepResult, simulate_steps
 from tests.sim.plans import plan, plans
 
-some_plans = settings(max_examples=150, deadline=None)
+some_plans = settings(max_examples=60, deadline=None)
 
 
 def step(work: StepPlan, contention: float = 0.0) -> StepResult:
@@ -180,7 +180,7 @@ class TestLaws:
         st.floats(0, 5),
         st.floats(0, 3),
     )
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=60, deadline=None)
     def test_unequal_everything_never_deadlocks(
         self, works: list[StepPlan], speeds: list[float], interval: float, start: float
     ) -> None:

@@ -46,7 +46,7 @@ def line_of(kind: type, nth: int = 0) -> int:
 
 class TestRoundTrip:
     @given(values_of(Run | Architecture | Profile | Epoch | Reconfiguration | End))
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     def test_decoding_an_encoded_record_gives_it_back(self, record: AnyRecord) -> None:
         assert msgspec.json.decode(msgspec.json.encode(record), type=AnyRecord) == record
 
