@@ -25,6 +25,7 @@ class Placeholder(nn.Module):
 
     ptsim_leaf = True
     ptsim_kind = "reshape"
+    ptsim_op = "placeholder"
 
     def __init__(self, *, channel_dim: int, window: Sequence[Sequence[int]] = ()) -> None:
         """`window` has (kernel, stride, padding, dilation) per spatial axis; none if the layer keeps the size."""
@@ -84,6 +85,7 @@ class ConstantChannels(nn.Module):
 
     ptsim_leaf = True
     ptsim_kind = "reshape"
+    ptsim_op = "branch_constant"
 
     def __init__(
         self,
@@ -259,6 +261,7 @@ class ChannelGather(_Masked):
 
     ptsim_leaf = True
     ptsim_kind = "reshape"
+    ptsim_op = "gather"
 
     def __init__(self, mask: Sequence[bool] | Tensor) -> None:
         super().__init__()
@@ -283,6 +286,7 @@ class PartialBatchNorm(nn.BatchNorm2d, _Masked):
 
     ptsim_leaf = True
     ptsim_kind = "batch_norm"
+    ptsim_op = "batch_norm"
 
     def __init__(self, norm: nn.BatchNorm2d, mask: Sequence[bool] | Tensor) -> None:
         """Takes over the parameters and buffers of `norm`."""
@@ -329,6 +333,7 @@ class ChannelScatter(nn.Module):
 
     ptsim_leaf = True
     ptsim_kind = "reshape"
+    ptsim_op = "scatter"
 
     def __init__(self, norm: PartialBatchNorm) -> None:
         super().__init__()

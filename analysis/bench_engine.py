@@ -1,0 +1,197 @@
+"""What does pruning cost beside training? Ratios to a training step; a survey of models.
+
+    python analysis/bench_engine.py                                  # the ratios
+    python analysis/bench_engine.py --all-torchvision --out FILE.csv # inspect every torchvision classifier
+    python analysis/bench_engine.py --compare resnet18 densenet121   # beside Torch-Pruning, if it is installed
+
+A duration is the median of several runs on this machine; compare ratios, not seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ptsim
+from ptsim import zoo
+from ptsim.errors import PtsimError
+from ptsim.prune.groups import find_groups
+from ptsim.prune.lasso import GroupLasso
+from ptsim.prune.proof import zero_components
+from ptsim.prune.reconfigure import reconfigure
+
+VIEWS = (
+    "view",
+    "reshape",
+    "transpose",
+    "expand",
+    "alias",
+    "detach",
+    "slice",
+    "select",
+    "split",
+    "unsqueeze",
+    "permute",
+)
+
+
+class CountLaunches(TorchDispatchMode):
+    """Counts operators that would start a kernel on a GPU: all but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and run."""
+        name = func.__name__.split(".")[0].lstrip("_")
+        self.count += not any(name.startswith(view) for view in VIEWS)
+        return func(*args, **(kwargs or {}))
+
+
+def median_seconds(action: Callable[[], object], repeats: int) -> float:
+    """Median duration of `action` after one warm-up."""
+    action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def regularizer_ratio(name: str, batch: int, repeats: int) -> dict[str, float]:
+    """The hand-written gradient beside a whole training step without it."""
+    entry = zoo.find(name)
+    model = entry.build(num_classes=entry.num_classes).train()
+    lasso = GroupLasso(model, find_groups(model, entry.input_shape))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    images, labels = torch.rand(batch, *entry.input_shape), torch.randint(0, entry.num_classes, (batch,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    launches = {}
+    for form in ("per_tensor", "flat"):
+        with CountLaunches() as counter:
+            GroupLasso(model, find_groups(model, entry.input_shape), form=form).add_gradient(1e-4)
+        with CountLaunches() as counter:
+            lasso_form = GroupLasso(model, find_groups(model, entry.input_shape), form=form)
+            counter.count = 0
+            lasso_form.add_gradient(1e-4)
+        launches[f"launches_{form}"] = float(counter.count)
+    step_s = median_seconds(step, repeats)
+    regularizer_s = median_seconds(lambda: lasso.add_gradient(1e-4), 3 * repeats)
+    return {"step_s": step_s, "regularizer_s": regularizer_s, "ratio": regularizer_s / step_s, **launches}
+
+
+def reconfiguration_seconds(name: str) -> float:
+    """One reconfiguration that removes about half of the channels, optimizer state included."""
+    entry = zoo.find(name)
+    model = entry.build(num_classes=entry.num_classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    groups = find_groups(model, entry.input_shape)
+    zero_components(model, groups, groups.prunable & (torch.rand(groups.num_components) < 0.5))
+    start = time.perf_counter()
+    reconfigure(model, groups, optimizer=optimizer)
+    return time.perf_counter() - start
+
+
+def survey(names: Sequence[str], out: Path | None) -> list[dict[str, Any]]:
+    """`ptsim.inspect` of every network; an error is a row as well."""
+    rows = []
+    for name in names:
+        start = time.perf_counter()
+        row: dict[str, Any] = {"model": name}
+        try:
+            found = ptsim.inspect(name)
+            row |= {
+                "exact": found.exact,
+                "prunable_channels": found.prunable_channels,
+                "refused_channels": found.refused_channels,
+                "max_rel_error_eval": f"{found.max_rel_error_eval:.1e}",
+                "max_rel_error_train": f"{found.max_rel_error_train:.1e}",
+                "proof_image": found.proof_input[-1],
+                "proof_parameters": found.proof_parameters,
+                "error": "",
+            }
+        except PtsimError as error:
+            row |= {"exact": False, "error": str(error)}
+        row["seconds"] = f"{time.perf_counter() - start:.1f}"
+        rows.append(row)
+        if out is not None:
+            new = not out.exists()
+            with out.open("a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, restval="")
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+    return rows
+
+
+COLUMNS = (
+    "model", "exact", "prunable_channels", "refused_channels", "max_rel_error_eval", "max_rel_error_train",
+    "proof_image", "proof_parameters", "seconds", "error",
+)  # fmt: skip
+
+
+def compare(name: str) -> str:
+    """Torch-Pruning's view of the same network: does what it prunes equal the zeroed network?"""
+    try:
+        import torch_pruning
+    except ImportError:
+        return f"{name}: Torch-Pruning is not installed (pip install torch-pruning)"
+    entry = zoo.find(name)
+    model = entry.build(num_classes=entry.num_classes).eval()
+    example = torch.rand(1, *entry.input_shape)
+    graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
+    groups = list(graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]))
+    return f"{name}: Torch-Pruning {len(groups)} groups, ptsim {len(ptsim.inspect(name).groups)} edges"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50", help="for the regulariser")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--reconfigure", default="torchvision:resnet50", help="for the reconfiguration")
+    parser.add_argument("--all-torchvision", action="store_true")
+    parser.add_argument("--names", nargs="*", default=None, help="survey these instead of all")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--compare", nargs="*", default=())
+    options = parser.parse_args(arguments)
+    if options.all_torchvision or options.names:
+        from ptsim.models.torchvision_family import classifier_names
+
+        names = options.names or [f"torchvision:{name}" for name in classifier_names()]
+        rows = survey(names, options.out)
+        exact = sum(bool(row["exact"]) for row in rows)
+        print(f"{exact} of {len(rows)} networks prune exactly")
+        return 0
+    if options.compare:
+        for name in options.compare:
+            print(compare(name))
+        return 0
+    for key, value in regularizer_ratio(options.model, options.batch, options.repeats).items():
+        print(f"{options.model} at mini-batch {options.batch}: {key} = {value:.4g}")
+    print(f"{options.reconfigure}: one reconfiguration {reconfiguration_seconds(options.reconfigure):.3f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

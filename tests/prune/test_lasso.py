@@ -1,0 +1,102 @@
+"""The group lasso: its value, its gradient in both forms, its proximal step and λ."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ptsim import zoo
+from ptsim.errors import UsageError
+from ptsim.prune.groups import find_groups
+from ptsim.prune.lasso import GroupLasso, penalty_coefficient
+from tests.prune.helpers import SMALL_IMAGE, small_resnet
+
+
+def grouped_network() -> nn.Module:
+    """Grouped, depthwise and transposed convolutions and a hidden linear layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1, groups=4), nn.ReLU(),
+        nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.ReLU(),
+        nn.ConvTranspose2d(12, 5, 2, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, 7), nn.ReLU(), nn.Linear(7, 5),
+    ).double()  # fmt: skip
+
+
+def test_the_penalty_is_the_sum_of_all_norms_but_the_images_and_the_classes() -> None:
+    model = zoo.create("resnet20").double().requires_grad_(False)
+    expected = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        if name != "conv1.weight":
+            expected += sum(float(parameter[:, c].square().sum() + 1e-8) ** 0.5 for c in range(parameter.shape[1]))
+        if name != "fc.weight":
+            expected += sum(float(parameter[k].square().sum() + 1e-8) ** 0.5 for k in range(parameter.shape[0]))
+    lasso = GroupLasso(model, find_groups(model, (3, 32, 32)))
+    assert float(lasso.value()) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("form", ["per_tensor", "flat"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("build", [small_resnet, grouped_network])
+def test_the_hand_written_gradient_is_autograds(form: str, layout: torch.memory_format, build: object) -> None:
+    model = build().to(memory_format=layout)  # type: ignore[operator]
+    lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE), form=form)  # type: ignore[arg-type]
+    (0.3 * lasso.penalty()).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert expected
+    model.zero_grad()
+    lasso.add_gradient(0.1)
+    lasso.add_gradient(0.2)  # it adds
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-13, atol=1e-13)
+        else:
+            assert parameter.grad is None
+
+
+def test_depthwise_convolutions_biases_and_batch_norms_are_not_penalised() -> None:
+    model = grouped_network()
+    lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE))
+    lasso.add_gradient(1.0)
+    touched = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert touched == {"0.weight", "3.weight", "7.weight", "11.weight", "13.weight"}
+
+
+def test_the_gradient_of_zero_weights_is_zero() -> None:
+    model = small_resnet()
+    nn.init.zeros_(model.get_parameter("blocks.0.a.weight"))
+    GroupLasso(model, find_groups(model, SMALL_IMAGE)).add_gradient(1.0)
+    assert not model.get_parameter("blocks.0.a.weight").grad.any()
+
+
+def test_the_proximal_step_shrinks_a_single_group_by_its_amount_and_gives_exact_zeros() -> None:
+    """Two 1×1 convolutions of one channel in between: out-group and in-group of each are known by hand."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU(), nn.Conv2d(1, 2, 1, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.fill_(0.5)
+        model[2].weight.copy_(torch.tensor([3.0, 4.0]).view(2, 1, 1, 1))
+    lasso = GroupLasso(model, find_groups(model, (1, 4, 4)))
+    lasso.proximal_step(0.1)
+    assert float(model[0].weight.detach()) == pytest.approx(0.4)
+    assert model[2].weight.flatten().tolist() == pytest.approx([3 * 4.9 / 5, 4 * 4.9 / 5])
+    lasso.proximal_step(0.4)
+    assert float(model[0].weight.detach()) == 0.0
+
+
+def test_the_coefficient_gives_the_ratio() -> None:
+    coefficient = penalty_coefficient(math.log(10), 1975.6, 0.25)
+    assert coefficient * 1975.6 / (math.log(10) + coefficient * 1975.6) == pytest.approx(0.25)
+    assert penalty_coefficient(2.3, 100.0, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("cross_entropy", "penalty", "ratio"),
+    [(2.3, 10.0, 1.0), (2.3, 10.0, -0.1), (math.nan, 10.0, 0.2), (2.3, 0.0, 0.2), (2.3, math.inf, 0.2)],
+)
+def test_impossible_ratios_are_refused(cross_entropy: float, penalty: float, ratio: float) -> None:
+    with pytest.raises(UsageError):
+        penalty_coefficient(cross_entropy, penalty, ratio)
