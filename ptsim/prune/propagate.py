@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from ptsim.capture.graph import example_input, symbolic_graph
 
+UNKNOWN = -(2**40)  # the label of an axis that an earlier network did not have
 AxisKey: TypeAlias = tuple[str, int]  # tensor's qualified name, dimension
 
 
@@ -591,7 +592,7 @@ class State:
         key = (name, dim)
         if key not in self.axes:
             if self.seed is not None:
-                self.axes[key] = self.seed[key] if key in self.seed else torch.full((size,), -1)
+                self.axes[key] = self.seed[key] if key in self.seed else torch.full((size,), UNKNOWN)
             else:
                 self.axes[key] = torch.arange(self.num_slots, self.num_slots + size)
                 self.num_slots += size
@@ -628,6 +629,8 @@ class State:
         """Positions that meet are one channel; a position that stays freezes the other one."""
         a, b = _broadcast(a, b)
         a, b = a.flatten(), b.flatten()
+        known = (a != UNKNOWN) & (b != UNKNOWN)
+        a, b = a[known], b[known]
         both = (a >= 0) & (b >= 0)
         self.pairs.append(torch.stack([a[both], b[both]]))
         for slots, other in ((a, b), (b, a)):

@@ -81,25 +81,7 @@ def reconfigure(
         raise UsageError(f"unknown reconfiguration mode {mode!r}; known: union, gating")
     importance = component_maxima(model, groups)
     sparse = groups.prunable & (importance < threshold)
-    plan, notes = _plan(model, groups, sparse, importance, channel_multiple)
-    try:
-        bones = groups.rehearsal_copy(model)
-        operate(bones, groups, plan)
-        if plan.removals and not runs(bones, groups):  # an in-place sum needs the constant at full size
-            full = tuple(dataclasses.replace(removal, full=True) for removal in plan.removals)
-            plan = dataclasses.replace(plan, removals=full)
-            bones = groups.rehearsal_copy(model)
-            operate(bones, groups, plan)
-        after = find_groups(bones, groups.input_shape) if plan.changes else groups
-    except (UnsupportedModelError, *SHAPE_ERRORS) as error:
-        if not plan.removals:
-            raise
-        notes = [f"residual branches without inner channels keep one: {str(error).splitlines()[0][:120]}"]
-        plan, more = _plan(model, groups, sparse, importance, channel_multiple, removals=())
-        notes += more
-        bones = groups.rehearsal_copy(model)
-        operate(bones, groups, plan)
-        after = find_groups(bones, groups.input_shape)
+    plan, after, bones, notes = _decide(model, groups, sparse, importance, channel_multiple)
     channels_removed = sum(int(plan.removed[layer.outputs].sum()) for layer in groups.layers)
     if plan.changes:
         operate(model, groups, plan, optimizer=optimizer, shadows=shadows)
@@ -149,29 +131,65 @@ class Plan:
         return bool(self.removed.any()) or bool(self.removals)
 
 
+def _decide(
+    model: nn.Module, groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int
+) -> tuple[Plan, ChannelGroups, nn.Module, list[str]]:
+    """The plan that goes furthest and works, the groups after it, the rehearsal copy, and notes.
+
+    Every plan is carried out on shapes first; a branch whose code cannot bear a tensor without channels keeps one.
+    """
+    removals = find_removals(groups, sparse)
+    plan, notes = _plan(groups, sparse, importance, multiple, removals)
+    found = _rehearse(model, groups, plan)
+    if found is None and removals:
+        working = tuple(
+            r for r in removals if _rehearse(model, groups, _plan(groups, sparse, importance, multiple, (r,))[0])
+        )
+        notes = [f"{r.constant}: the branch keeps a channel, its code needs one" for r in removals if r not in working]
+        for kept in (working, ()):
+            if found is None:
+                plan, more = _plan(groups, sparse, importance, multiple, kept)
+                found = _rehearse(model, groups, plan)
+        notes += more
+    if found is None:
+        plan, notes = _plan(groups, sparse & ~groups.sensitive, importance, multiple, ())
+        notes.append("channels that pass a reshape or split are kept: what is left would be mixed up")
+        found = _rehearse(model, groups, plan)
+    if found is None:
+        raise UnsupportedModelError(f"{type(model).__name__} does not run with the channels that would be left")
+    return *found, notes
+
+
 def _plan(
-    model: nn.Module,
-    groups: ChannelGroups,
-    sparse: Tensor,
-    importance: Tensor,
-    multiple: int,
-    removals: tuple[Removal, ...] | None = None,
+    groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int, removals: tuple[Removal, ...]
 ) -> tuple[Plan, list[str]]:
-    if removals is None:
-        removals = find_removals(groups, sparse)
     dead = {name for removal in removals for name in weighted_layers(groups, removal)}
-    sparse = sparse | only_in(groups, dead)
-    removed, rescued = keep_one(groups, sparse, importance, skip=dead)
+    removed, rescued = keep_one(groups, sparse | only_in(groups, dead), importance, skip=dead)
     removed = round_up(groups, removed, importance, multiple, skip=dead)
     notes = [f"{layer}: every channel is sparse; one is kept" for layer in rescued]
-    plan = Plan(removed=removed, removals=removals)
-    if bool((removed & groups.sensitive).any()):
-        bones = groups.rehearsal_copy(model)
-        wrong = misaligned(bones, groups, removed, lambda smaller: operate(smaller, groups, plan))
-        if wrong is None or len(wrong):
-            plan = Plan(removed=removed & ~groups.sensitive)
-            notes.append("channels that pass a reshape or split are kept: what is left would be mixed up")
-    return plan, notes
+    return Plan(removed=removed, removals=removals), notes
+
+
+def _rehearse(model: nn.Module, groups: ChannelGroups, plan: Plan) -> tuple[Plan, ChannelGroups, nn.Module] | None:
+    """Carry the plan out on a copy; None if the copy fails or would mix channels up."""
+    bones = groups.rehearsal_copy(model)
+    if not plan.changes:
+        return plan, groups, bones
+    try:
+        operate(bones, groups, plan)
+        if plan.removals and not runs(bones, groups):  # an in-place sum needs the constant at full size
+            plan = dataclasses.replace(plan, removals=tuple(dataclasses.replace(r, full=True) for r in plan.removals))
+            bones = groups.rehearsal_copy(model)
+            operate(bones, groups, plan)
+            if not runs(bones, groups):
+                return None
+        if bool((plan.removed & groups.sensitive).any()):
+            wrong = misaligned(groups.rehearsal_copy(model), groups, plan.removed, lambda m: operate(m, groups, plan))
+            if wrong is None or len(wrong):
+                return None
+        return plan, find_groups(bones, groups.input_shape), bones
+    except (UnsupportedModelError, *SHAPE_ERRORS):
+        return None
 
 
 def weighted_layers(groups: ChannelGroups, removal: Removal) -> tuple[str, ...]:
