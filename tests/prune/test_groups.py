@@ -1,0 +1,207 @@
+"""What is found prunable, what is refused and why, and the proof behind `ptsim inspect`."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ptsim
+from ptsim import zoo
+from ptsim.capture.network import capture_network
+from ptsim.errors import UnsupportedModelError, UsageError
+from ptsim.network import LayerKind
+from ptsim.prune.groups import find_groups
+from ptsim.prune.reconfigure import reconfigure
+from ptsim.prune.structure import apply_structure, structure_of
+from tests.prune.helpers import SMALL_IMAGE, same_function, small_resnet
+
+
+def test_a_cifar_resnet_has_one_edge_per_stage_and_one_per_block() -> None:
+    edges = {edge.name: edge for edge in find_groups(zoo.create("resnet20"), (3, 32, 32)).edges()}
+    assert edges["conv1"].width == 16
+    assert set(edges["conv1"].members) >= {"conv1 (out)", "layer1.2.conv2 (out)", "layer2.0.downsample.0 (in)"}
+    assert edges["layer1.0.conv1"].members == ("layer1.0.conv1 (out)", "layer1.0.conv2 (in)")
+    assert sum(edge.prunable for edge in edges.values()) == 3 + 9
+    assert edges["fc"].reason == "it is the network's output"
+
+
+def test_layer_norm_over_channels_is_refused_by_name_and_the_hidden_layer_is_not() -> None:
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.norm = nn.Conv2d(3, 8, 2, 2), nn.LayerNorm(8)
+            self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patch(x).flatten(2).transpose(1, 2)
+            return self.head((x + self.down(nn.functional.gelu(self.up(self.norm(x))))).mean(1))
+
+    edges = {edge.name: edge for edge in find_groups(Mlp(), (3, 8, 8)).edges()}
+    assert edges["up"].prunable
+    assert not edges["patch"].prunable
+    assert "norm (LayerNorm) normalises over these channels" in str(edges["patch"].reason)
+
+
+def test_an_operator_without_a_rule_freezes_only_what_flows_into_it() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.a(x))
+            return self.head(torch.fft.fft(self.b(x).mean((2, 3))).real)
+
+    edges = {edge.name: edge for edge in find_groups(Odd(), (3, 4, 4)).edges()}
+    assert edges["a"].prunable
+    assert "fft" in str(edges["b"].reason)
+
+
+def test_layers_that_are_called_twice_share_their_channels() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.again, self.head = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 1), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.again(self.again(self.stem(x))).mean((2, 3)))
+
+    model = Twice().double()
+    groups = find_groups(model, (3, 4, 4))
+    assert int(groups.prunable.sum()) == 5
+    with torch.no_grad():
+        for weight in (model.stem.weight[1], model.again.weight[1], model.again.weight[:, 1], model.head.weight[:, 1]):
+            weight.zero_()
+    zeroed = copy.deepcopy(model)
+    assert reconfigure(model, groups).changed
+    same_function(model, zeroed, (3, 4, 4))
+
+
+@pytest.mark.parametrize("layers", [["stem"], ["stem", "blocks.0.b", "blocks.1.b", "blocks.2.b"], ["blocks.0.a"]])
+def test_empty_stems_stages_and_layers_do_not_crash(layers: list[str]) -> None:
+    model = small_resnet()
+    for name in layers:
+        nn.init.zeros_(model.get_parameter(f"{name}.weight"))
+    for name in ("blocks.0.a", "blocks.1.a", "blocks.2.a", "head"):
+        nn.init.zeros_(model.get_parameter(f"{name}.weight"))
+    surgery = reconfigure(model, find_groups(model, SMALL_IMAGE))
+    assert model(torch.rand(2, *SMALL_IMAGE, dtype=torch.float64)).shape == (2, 5)
+    if len(layers) > 1:
+        assert any("one is kept" in note for note in surgery.notes)
+
+
+def test_several_reconfigurations_removals_and_gates_rebuild_in_a_fresh_process(tmp_path: Path) -> None:
+    model = zoo.create("resnet20").double()
+    with torch.no_grad():
+        for name in ("layer1.1.conv1", "layer1.1.conv2"):
+            model.get_parameter(f"{name}.weight").zero_()
+        surgery = reconfigure(model, find_groups(model, (3, 32, 32)))
+        assert surgery.layers_removed == ("layer1.1.conv1", "layer1.1.conv2")
+        model.get_parameter("layer2.1.conv1.weight")[:, 3:9] = 0
+        model.get_parameter("layer2.1.conv2.weight")[10:14] = 0
+        surgery = reconfigure(model, surgery.groups, mode="gating")
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 4 and "layer3.2.conv1" in name:
+                parameter[5:20] = 0
+            if parameter.ndim == 4 and "layer3.2.conv2" in name:
+                parameter[:, 5:20] = 0
+        reconfigure(model, surgery.groups, mode="gating")
+    network = capture_network(model, name="pruned", input_shape=(3, 32, 32), num_classes=10)
+    ops = [layer.op for layer in network.layers if layer.kind is LayerKind.RESHAPE]
+    assert "gather" in ops
+    assert "scatter" in ops
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    torch.save({"weights": model.state_dict(), "images": images, "out": model.eval()(images)}, tmp_path / "test.pt")
+    (tmp_path / "structure.json").write_text(json.dumps(structure_of(model)))
+    code = (
+        "import json, sys, torch\n"
+        "from ptsim import zoo\n"
+        "from ptsim.prune.structure import apply_structure\n"
+        "stored = torch.load(sys.argv[1] + '/test.pt')\n"
+        "model = zoo.create('resnet20').double()\n"
+        "apply_structure(model, json.load(open(sys.argv[1] + '/structure.json')))\n"
+        "model.load_state_dict(stored['weights'])\n"
+        "assert torch.equal(model.eval()(stored['images']), stored['out'])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_a_structure_with_an_unknown_part_is_refused() -> None:
+    structure = structure_of(zoo.create("resnet20"))
+    structure["modules"]["layer1.0.conv1"] = {"kind": "pickle"}
+    with pytest.raises(UsageError, match=r"something unknown at layer1\.0\.conv1"):
+        apply_structure(zoo.create("resnet20"), structure)
+
+
+def test_channel_counts_are_rounded_up_with_dead_channels() -> None:
+    model = zoo.create("resnet20").double()
+    with torch.no_grad():
+        model.get_parameter("layer3.0.conv1.weight")[:41] = 0
+        model.get_parameter("layer3.0.conv2.weight")[:, :41] = 0
+    zeroed = copy.deepcopy(model)
+    surgery = reconfigure(model, find_groups(model, (3, 32, 32)), channel_multiple=8)
+    assert model.get_submodule("layer3.0.conv1").out_channels == 24  # 64 - 41 = 23
+    same_function(model, zeroed, (3, 32, 32), batch=2)
+    assert not reconfigure(model, surgery.groups, channel_multiple=8).changed
+
+
+def test_the_threshold_is_strict_and_of_the_magnitude() -> None:
+    model = small_resnet()
+    with torch.no_grad():
+        for channel, value in ((0, 1e-4), (1, -1e-4), (2, 0.99e-4), (3, -0.99e-4)):
+            model.get_parameter("blocks.0.a.weight")[channel] = value
+            model.get_parameter("blocks.0.b.weight")[:, channel] = value
+    reconfigure(model, find_groups(model, SMALL_IMAGE), threshold=1e-4)
+    assert model.get_submodule("blocks.0.a").out_channels == 8 - 2
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [("torchvision:mobilenet_v3_small", 64), ("torchvision:squeezenet1_1", 64), ("torchvision:regnet_x_400mf", 64)],
+)
+def test_torchvision_networks_prune_exactly(name: str, image: int) -> None:
+    found = ptsim.inspect(name, input_shape=(3, image, image), num_classes=10)
+    assert found.exact
+    assert found.max_rel_error_eval <= 1e-9
+    assert found.max_rel_error_train <= 1e-9
+
+
+def test_inspecting_a_module_leaves_it_as_it_was() -> None:
+    model = small_resnet()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert ptsim.inspect(model, input_shape=SMALL_IMAGE).exact
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_proof_finds_a_network_that_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the rule for softmax broken on purpose, channels would be pruned that must not be."""
+    from ptsim.prune import propagate
+
+    monkeypatch.setattr(propagate, "ELEMENTWISE", propagate.ELEMENTWISE | {"softmax"})
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), Softmax(), nn.Flatten(), nn.Linear(8 * 16, 3))
+    assert not ptsim.inspect(model, input_shape=(3, 4, 4)).exact
+
+
+class Softmax(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x, 1)
+
+
+def test_wrong_input_is_one_sentence() -> None:
+    class Branchy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(UnsupportedModelError, match=r"torch\.fx cannot trace Branchy"):
+        ptsim.inspect(Branchy(), input_shape=(3, 4, 4))
+    with pytest.raises(UnsupportedModelError, match="fails on an image of 1×4×4"):
+        ptsim.inspect(small_resnet(), input_shape=(1, 4, 4))
+    with pytest.raises(UsageError, match="all positive"):
+        ptsim.inspect(small_resnet(), input_shape=(3, 0, 4))
+    with pytest.raises(UsageError, match="threshold"):
+        reconfigure(small_resnet(), find_groups(small_resnet(), SMALL_IMAGE), threshold=0.0)
