@@ -42,6 +42,9 @@ _HOP_S: dict[LinkKind, dict[Protocol, tuple[float, float]]] = {
 }
 
 
+_NVLS_S = 25e-6  # in-switch reduction: one latency for the node, however many GPUs; same source, hwLat of NVLS
+
+
 class KindFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the fit says about one kind of link.
 
@@ -145,6 +148,9 @@ def _lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit) -> tuple[L
             intra_s = volume_intra / intra[1] if per_node > 1 else 0.0
             if cluster.reduces_in_switch and protocol == "Simple" and algorithm != "ring" and per_node > 2:
                 intra_s = min(intra_s, 1 / (fit.nvls_share * cluster.intra.bandwidth_bytes_per_s))
+                if not as_measured:
+                    scale = fit.kinds[cluster.intra.kind].latency_scale if cluster.intra.kind in fit.kinds else 1.0
+                    latency += scale * _NVLS_S - hops_intra * intra[0]
             inter_s = 0.0
             if num_nodes > 1 and cluster.inter is not None:
                 inter = _effective(cluster.inter, protocol, ring, num_nodes, cluster.nics_per_node, True, fit)
