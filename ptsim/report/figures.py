@@ -188,7 +188,7 @@ def scaling_figure(projections: pd.DataFrame) -> Figure:
             rows.gpus, rows.low_seconds / factor, rows.high_seconds / factor, color=colour, alpha=0.16, lw=0
         )
         axes.plot(
-            rows.gpus, rows.total_seconds / 3600, color=colour, linestyle=_dash(dash), marker="o", ms=4, label=run
+            rows.gpus, rows.total_seconds / factor, color=colour, linestyle=_dash(dash), marker="o", ms=4, label=run
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -16,6 +16,12 @@ from ptsim.trace.io import Trace
 from ptsim.units import format_bytes, format_seconds
 from ptsim.validation import Validation
 
+NETWORK_TIER_WORDS = {
+    "measured": "interpolated in all-reduce times that were measured on this cluster",
+    "profiled": "interpolated in all-reduce times that were measured on this cluster",
+    "datasheet": "from the links' published bandwidths and fitted latencies; none was measured on this cluster",
+}
+
 
 def time_section(runs: Sequence[LabelledRun], projector: Projector, gpus: Sequence[int], focus: int) -> Section:
     """Where the time goes: by kind of work, by cluster size and by epoch."""
@@ -397,6 +403,14 @@ def assumptions_section(runs: Sequence[LabelledRun], projector: Projector, gpus:
                     else f"step time, {run.label}, epoch {epochs[0]}",
                     "value": tier,
                     "source": TIER_WORDS.get(tier, tier),
+                }
+            )
+        if projection.network_tier is not None:
+            rows.append(
+                {
+                    "what": f"all-reduce times, {run.label}, {_gpus(gpus)}",
+                    "value": str(projection.network_tier),
+                    "source": NETWORK_TIER_WORDS.get(str(projection.network_tier), str(projection.network_tier)),
                 }
             )
         rows += [{"what": f"{run.label}", "value": "note", "source": note} for note in projection.notes]
