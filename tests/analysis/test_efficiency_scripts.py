@@ -79,6 +79,7 @@ def test_the_accuracy_page_states_errors_and_coverage(script):
                 "predicted_images_per_s": 100.0,
                 "log_ratio": float(i),
                 "device_known": way == "network",
+                "operators_known": True,
             }
             for way in ("network", "gpu", "both")
             for i in range(3)
