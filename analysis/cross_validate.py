@@ -149,7 +149,8 @@ The error is |measured / predicted - 1| of the throughput. *Network left out*: n
 BatchNorm) on any GPU was in the fit, but rows of other networks on the same GPU were. *GPU left out*: no row of that
 GPU, and no single layer measured on that chip. The interval of a row is made of the residuals of the other groups.
 Every group counts the same, however many rows it has. A network whose kind of operator no other row has is a line of
-its own and not part of the intervals: its operators were priors, which they are not in the fit that ships. Targets: 10 %, 15 %, and a coverage of 85 to 95 %.
+its own and not part of the intervals: its operators were priors, which they are not in the fit that ships.
+Targets: 10 %, 15 %, and a coverage of 85 to 95 %.
 
 Median error in % per GPU:
 
