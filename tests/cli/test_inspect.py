@@ -1,0 +1,57 @@
+"""`ptsim inspect` on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ptsim.cli.main import run
+
+MODEL = """
+from torch import nn
+
+def small():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "user.py").write_text(MODEL)
+    return f"{tmp_path / 'user.py'}:small"
+
+
+def test_json_has_the_keys_that_scripts_rely_on(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", model, "--input", "3,8,8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["exact"] is True
+    assert found["prunable_channels"] == 12
+    assert found["max_rel_error_eval"] <= 1e-9
+    assert found["max_rel_error_train"] <= 1e-9
+    assert [group["width"] for group in found["groups"] if group["prunable"]] == [8, 4]
+
+
+def test_people_get_a_table(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", model, "--input", "3,8,8"]) == 0
+    assert "12 channels can be pruned" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet19"], "unknown model 'resnet19'"),
+        (["resnet20", "--input", "3,32"], "is not CHANNELS,HEIGHT,WIDTH"),
+        (["resnet20", "--input", "1,32,32"], "fails on an image of 1×32×32"),
+        (["resnet20", "--classes", "0"], "at least 1"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not captured.out
