@@ -5,6 +5,7 @@ A study file:
     traces = ["runs/pruned", "runs/dense"]          # files, run folders or patterns, relative to the study file
     clusters = ["dgx-a100", "my-cluster.toml"]
     gpus = [1, 8, 64]
+    profile = "a100.toml"                           # optional: of ptsim calibrate gpu
     what_ifs = ["as-recorded", "gpu=h100-sxm5-80gb", "channels-rounded-to=8 + bf16-gradients", "wider"]
 
     [options]                                       # of every configuration: ptsim.sim.options.Options
@@ -38,7 +39,8 @@ import msgspec
 
 import ptsim
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
-from ptsim.hardware.catalog import load_cluster, load_device
+from ptsim.hardware.catalog import load_cluster, load_device, match_device
+from ptsim.hardware.profile import DeviceProfile, read_device_profile
 from ptsim.hardware.spec import Cluster
 from ptsim.sim.options import Options
 from ptsim.sim.run import StepCache, change, project, projection_row
@@ -114,6 +116,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     gpus: int
     options: Options
     labels: dict[str, Any]
+    profile: tuple[Path, str] | None = None  # file and digest
 
 
 class Study(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +129,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     what_ifs: tuple[WhatIf, ...]
     grid: dict[str, tuple[Any, ...]]
     options: Options
+    profile: Path | None = None
 
     @property
     def num_configurations(self) -> int:
@@ -146,6 +150,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     traces: list[str]
     clusters: list[str]
     gpus: list[int]
+    profile: str | None = None
     what_ifs: list[str] | None = None
     options: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
@@ -209,7 +214,16 @@ def read_study(path: str | Path) -> Study:
         what_ifs=what_ifs,
         grid={key: tuple(values) for key, values in file.grid.items()},
         options=options,
+        profile=_checked_profile(file.profile, path),
     )
+
+
+def _checked_profile(name: str | None, study: Path) -> Path | None:
+    if name is None:
+        return None
+    path = (study.parent / name).resolve()
+    read_device_profile(path)
+    return path
 
 
 def configurations(study: Study) -> Iterator[Configuration]:
@@ -219,6 +233,7 @@ def configurations(study: Study) -> Iterator[Configuration]:
         UsageError: an option of the grid out of its bounds.
     """
     digest = functools.lru_cache(maxsize=None)(_digest)
+    profile = None if study.profile is None else (study.profile, digest(study.profile))
     index = 0
     for what_if in study.what_ifs:
         for values in itertools.product(*study.grid.values()):
@@ -228,7 +243,7 @@ def configurations(study: Study) -> Iterator[Configuration]:
             for trace in (what_if.trace,) if what_if.trace is not None else study.traces:
                 for cluster in study.clusters:
                     for gpus in study.gpus:
-                        content = (ptsim.__version__, digest(trace), cluster, gpus, options)
+                        content = (ptsim.__version__, digest(trace), profile and profile[1], cluster, gpus, options)
                         yield Configuration(
                             index=index,
                             key=hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:24],
@@ -238,6 +253,7 @@ def configurations(study: Study) -> Iterator[Configuration]:
                             gpus=gpus,
                             options=options,
                             labels=labels,
+                            profile=profile,
                         )
                         index += 1
 
@@ -321,8 +337,16 @@ def project_all(chunk: Sequence[Configuration]) -> list[dict[str, Any]]:
     rows = []
     for configuration in chunk:
         try:
-            trace, cache = _worker_trace(configuration.trace, configuration.trace_digest)
-            projection = project(trace, configuration.cluster, configuration.gpus, configuration.options, cache=cache)
+            profile = configuration.profile
+            trace, cache = _worker_trace(configuration.trace, configuration.trace_digest, profile)
+            projection = project(
+                trace,
+                configuration.cluster,
+                configuration.gpus,
+                configuration.options,
+                device_profile=None if profile is None else _profile_for(configuration, profile),
+                cache=cache,
+            )
             rows.append({**_identity(configuration), "status": "ok", **projection_row(projection)})
         except (PtsimError, ValueError) as error:
             rows.append(_failure(configuration, str(error)))
@@ -330,11 +354,23 @@ def project_all(chunk: Sequence[Configuration]) -> list[dict[str, Any]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _worker_trace(path: Path, digest: str) -> tuple[Trace, StepCache]:
-    """A trace with its cache, kept for the next configuration of the same worker; `digest` tells versions apart."""
+def _worker_trace(path: Path, digest: str, profile: tuple[Path, str] | None) -> tuple[Trace, StepCache]:
+    """A trace with its cache, kept for the next configuration of the same worker; the digests tell versions apart."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a torn last line: the row says `complete: false`
         return read_trace(path), StepCache()
+
+
+def _profile_for(configuration: Configuration, profile: tuple[Path, str]) -> DeviceProfile | None:
+    """The study's device profile where it is of the configuration's device: what-ifs may name others."""
+    read = _worker_profile(*profile)
+    device = load_device(configuration.options.device or configuration.cluster.device)
+    return read if match_device(read.device) == device else None
+
+
+@functools.lru_cache(maxsize=8)
+def _worker_profile(path: Path, digest: str) -> DeviceProfile:
+    return read_device_profile(path)
 
 
 def _identity(configuration: Configuration) -> dict[str, Any]:

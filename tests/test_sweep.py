@@ -13,10 +13,12 @@ import pytest
 from ptsim.cli.main import run
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.profile import write_device_profile
 from ptsim.sim.options import Options
 from ptsim.sim.run import change, project, projection_row
 from ptsim.sweep import Configuration, Progress, configurations, project_all, read_study, run_study
 from ptsim.trace.io import read_trace
+from ptsim.validation import device_profile_of
 from tests.traces import dense_trace, shrinking_trace
 
 STUDY = """
@@ -215,6 +217,23 @@ class TestRunning:
         )
         assert lines == [32, 64, 80]
 
+    def test_a_device_profile_is_used_where_the_trace_measured_nothing(self, folder: Path, tmp_path: Path) -> None:
+        profile = device_profile_of([read_trace(folder / "pruned"), read_trace(folder / "dense")])
+        write_device_profile(folder / "a100.toml", profile)
+        text = 'traces = ["dense"]\nclusters = ["dgx-a100"]\ngpus = [8]\nwhat_ifs = ["micro-batches=2"]\n'
+        without, with_it = (
+            run_study(read_study(study(folder, head + text)), InProcess(), tmp_path / "out.jsonl")
+            for head in ("", 'profile = "a100.toml"\n')
+        )
+        assert without[0]["key"] != with_it[0]["key"]
+        assert (without[0]["tier"], with_it[0]["tier"]) == ("scaled", "profiled")
+
+    def test_a_device_profile_is_left_out_for_other_devices(self, folder: Path, tmp_path: Path) -> None:
+        write_device_profile(folder / "a100.toml", device_profile_of([read_trace(folder / "dense")]))
+        text = 'traces = ["dense"]\nclusters = ["dgx-a100"]\ngpus = [8]\nwhat_ifs = ["gpu=t4"]\nprofile = "a100.toml"\n'
+        (row,) = run_study(read_study(study(folder, text)), InProcess(), tmp_path / "out.jsonl")
+        assert (row["status"], row["device"], row["tier"]) == ("ok", "t4", "scaled")
+
 
 class TestWrongInput:
     @pytest.mark.parametrize(
@@ -226,6 +245,7 @@ class TestWrongInput:
             (("gpus = [1, 8]", 'gpus = ["many"]'), FileFormatError, "gpus"),
             (('"dense"]', '"nowhere"]'), FileFormatError, "nowhere"),
             (('"dense"]', '"no*where"]'), FileFormatError, "nothing matches"),
+            (("[options]", 'profile = "none.toml"\n[options]'), PtsimError, "none.toml"),
             (("dgx-a100", "dgx-z9"), UnknownNameError, "unknown cluster 'dgx-z9'"),
             (("as-recorded", "as-recordet"), UnknownNameError, "unknown what-if 'as-recordet'"),
             (("as-recorded", "as-recorded=5"), FileFormatError, "takes no value"),

@@ -43,7 +43,7 @@ def write_timeline(
         cluster: where it is projected.
         num_gpus: how many GPUs train; at most `shown` of them are drawn.
         options: of the simulation.
-        device_profile: of `ptsim calibrate gpu`, used where it is of the projected device.
+        device_profile: of the projected device, from `ptsim calibrate gpu`.
         shown: how many GPUs to draw.
 
     Returns:

@@ -191,7 +191,7 @@ def project(
         num_gpus: how many of its GPUs.
         options: what to change.
         device: instead of the one that `options.device` or the cluster names.
-        device_profile: of `ptsim calibrate gpu`, used where it is of the projected device.
+        device_profile: of the projected device, from `ptsim calibrate gpu`.
         cache: step times to share between projections of this trace.
 
     Raises:
@@ -373,7 +373,11 @@ class _Projector:
         self.memory_format = options.memory_format or self.run.memory_format
         optimizer = self.run.hyperparameters.get("optimizer", "sgd")
         self.optimizer = optimizer if isinstance(optimizer, str) else "sgd"
-        self.measurements = Measurements(profiles=trace.profiles, source_device=match_device(self.run.device.name))
+        self.measurements = Measurements(
+            profiles=trace.profiles,
+            source_device=match_device(self.run.device.name),
+            device_profile=device_profile,
+        )
         compiled = self.run.hyperparameters.get("compile") is True
         self.overlap = not compiled if options.overlap is None else options.overlap
         self.spread = recorded_jitter(trace.epochs)
@@ -642,7 +646,9 @@ class _Projector:
         regularizer = stage.epoch.penalty_coefficient > 0
         return (stage.id, batch, device_key, self.precision, self.memory_format, self.optimizer, regularizer)
 
-    def _step_time(self, stage: _Stage, device: Device, device_key: bytes) -> StepTime:
+    def _step_time(
+        self, stage: _Stage, device: Device, device_key: bytes, measurements: Measurements | None = None
+    ) -> StepTime:
         return self.cache.get(
             ("step", *self._key(stage, device_key)),
             lambda: step_time(
@@ -653,7 +659,7 @@ class _Projector:
                 memory_format=self.memory_format,
                 optimizer=self.optimizer,
                 regularizer=stage.epoch.penalty_coefficient > 0,
-                measurements=self.measurements,
+                measurements=measurements or self.measurements,
             ),
         )
 
@@ -840,7 +846,8 @@ class _Projector:
         factors: list[float] = []
         for name, count in options.mixed_devices.items():
             device = load_device(name)
-            other = self._step_time(stage, device, msgspec.json.encode(device))
+            known = msgspec.structs.replace(self.measurements, device_profile=None)  # that is of the cluster's device
+            other = self._step_time(stage, device, msgspec.json.encode(device), known)
             factors += [other.compute_s / step.compute_s] * count
         own = self.cluster.gpus_per_node - len(factors)
         if own < 0:
