@@ -6,7 +6,8 @@ Builds one network namespace per rank (2 to 8), joined by a bridge in a namespac
 limited with `tc tbf`. Then, over gloo:
 
 1. calibration: all-reduces at a rate that is not tested give the latency of a ring step and the seconds per byte that
-   CPUs add to the wire; training on as many processes at once, but without communication, gives the compute;
+   CPUs add to the wire; training on as many processes at once, but without communication, gives the compute; data-
+   parallel training of the dense network at that rate gives what DDP's host work adds to every step;
 2. prediction: all-reduce times, step times and bytes at every rate, written to `predictions.json`;
 3. measurement: the same, read off the processes and the interfaces, compared in `comparison.csv` and on stdout.
 
@@ -38,6 +39,7 @@ from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce, ring_wire_bytes
 from ptsim.costs.measured import step_of_profile
 from ptsim.hardware.spec import Cluster, Link
+from ptsim.network import LayerKind
 from ptsim.sim.ddp import plan_step
 from ptsim.sim.step import Job, simulate_steps
 from ptsim.trace.io import read_trace
@@ -300,7 +302,10 @@ def predicted_step(run: Path, compute_s: float, cluster: Cluster, num_ranks: int
     )
     buckets = ddp_buckets(network)
     plan = plan_step(step, buckets, lambda size: all_reduce(size, cluster, num_ranks))
-    return simulate_steps([Job(plan=plan)])[0].step_s, sum(gloo_bytes(b.num_bytes, num_ranks) for b in buckets)
+    norms = [layer.out_channels for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
+    epoch_end = sum(2 * gloo_bytes(4 * channels, num_ranks) for channels in norms)  # mean and variance, averaged
+    payload = sum(gloo_bytes(bucket.num_bytes, num_ranks) for bucket in buckets)
+    return simulate_steps([Job(plan=plan)])[0].step_s, payload + epoch_end / trace.epochs[-1].num_iterations
 
 
 def train_and_count(lab: Lab, command: list[str], run: Path, log: Path, epochs: int) -> tuple[float, float]:
@@ -339,13 +344,22 @@ def experiment(options: argparse.Namespace, folder: Path) -> pd.DataFrame:
             runs = [folder / f"alone-{network}-{rank}" for rank in range(ranks)]
             compute[network] = runs[0], statistics.median(median_step_s(run) for run in runs)
             print(f"{network}: {compute[network][1] * 1e3:.1f} ms of compute a step, {ranks} processes at once")
+        host_s = 0.0
+        if networks:
+            run, seconds = compute[networks[0]]
+            said, _ = predicted_step(run, seconds, cluster_at(options.calibration_rate, ranks, step_s, per_byte), ranks)
+            run = folder / "team-calibration"
+            command = train_command(networks[0], images * ranks, per_rank * ranks, epochs, str(run))
+            host_s = train_and_count(lab, command, run, folder / "team-calibration.log", epochs)[0] - said
+            print(f"{networks[0]} over DDP: {host_s * 1e3:.1f} ms a step beyond the simulation")
         for rate in options.rates:
             cluster = cluster_at(rate, ranks, step_s, per_byte)
             for size in sizes:
                 time_s = all_reduce(size, cluster, ranks).seconds
                 predictions[f"all-reduce {size}/{rate}"] = (time_s, gloo_bytes(size, ranks))
             for network, (run, seconds) in compute.items():
-                predictions[f"step {network}/{rate}"] = predicted_step(run, seconds, cluster, ranks)
+                time_s, payload = predicted_step(run, seconds, cluster, ranks)
+                predictions[f"step {network}/{rate}"] = (time_s + host_s, payload)
         (folder / "predictions.json").write_text(json.dumps(predictions, indent=1))
         rows = []
         for rate in options.rates:
