@@ -102,6 +102,11 @@ def sweep(path: Path, cluster: str, configurations: int, workers: int) -> None:
         f"  1 process    {single_count:>6} configurations {single:8.2f} s  {1e3 * single / single_count:7.2f} ms each"
     )
     print(f"  {workers} processes  {several_count:>6} configurations {several:8.2f} s  {all_rate:7.0f} a second")
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    worker_cpu = children.ru_utime + children.ru_stime
+    print(
+        f"  processor time: workers {worker_cpu:.1f} s (all of this script's), this process {time.process_time():.1f} s"
+    )
     print(f"  speed-up {all_rate / rate:.2f} of {workers}: {all_rate / rate / workers:.1%} of perfect scaling")
 
 
