@@ -7,7 +7,7 @@ limited with `tc tbf`. Then, over gloo:
 
 1. calibration: all-reduces at a rate that is not tested give the latency of a ring step and the seconds per byte that
    CPUs add to the wire; training on as many processes at once, but without communication, gives the compute; data-
-   parallel training of the dense network at that rate gives what DDP's host work adds to every step;
+   parallel training at that rate gives what DDP's host work adds to every step of a network;
 2. prediction: all-reduce times, step times and bytes at every rate, written to `predictions.json`;
 3. measurement: the same, read off the processes and the interfaces, compared in `comparison.csv` and on stdout.
 
@@ -344,14 +344,14 @@ def experiment(options: argparse.Namespace, folder: Path) -> pd.DataFrame:
             runs = [folder / f"alone-{network}-{rank}" for rank in range(ranks)]
             compute[network] = runs[0], statistics.median(median_step_s(run) for run in runs)
             print(f"{network}: {compute[network][1] * 1e3:.1f} ms of compute a step, {ranks} processes at once")
-        host_s = 0.0
-        if networks:
-            run, seconds = compute[networks[0]]
+        host: dict[str, float] = {}
+        for network, (run, seconds) in compute.items():
             said, _ = predicted_step(run, seconds, cluster_at(options.calibration_rate, ranks, step_s, per_byte), ranks)
-            run = folder / "team-calibration"
-            command = train_command(networks[0], images * ranks, per_rank * ranks, epochs, str(run))
-            host_s = train_and_count(lab, command, run, folder / "team-calibration.log", epochs)[0] - said
-            print(f"{networks[0]} over DDP: {host_s * 1e3:.1f} ms a step beyond the simulation")
+            run = folder / f"team-{network}-calibration"
+            command = train_command(network, images * ranks, per_rank * ranks, epochs, str(run))
+            log = folder / f"team-{network}-calibration.log"
+            host[network] = train_and_count(lab, command, run, log, epochs)[0] - said
+            print(f"{network} over DDP: {host[network] * 1e3:.1f} ms a step beyond the simulation")
         for rate in options.rates:
             cluster = cluster_at(rate, ranks, step_s, per_byte)
             for size in sizes:
@@ -359,7 +359,7 @@ def experiment(options: argparse.Namespace, folder: Path) -> pd.DataFrame:
                 predictions[f"all-reduce {size}/{rate}"] = (time_s, gloo_bytes(size, ranks))
             for network, (run, seconds) in compute.items():
                 time_s, payload = predicted_step(run, seconds, cluster, ranks)
-                predictions[f"step {network}/{rate}"] = (time_s + host_s, payload)
+                predictions[f"step {network}/{rate}"] = (time_s + host[network], payload)
         (folder / "predictions.json").write_text(json.dumps(predictions, indent=1))
         rows = []
         for rate in options.rates:
