@@ -39,6 +39,23 @@ class Team:
         """This rank's part of every mini-batch."""
         return Share(rank=self.rank, world_size=self.world_size)
 
+    @contextlib.contextmanager
+    def working_together(self) -> Iterator[None]:
+        """Turns the backend's complaint about a rank that is gone into a sentence.
+
+        Raises:
+            TrainingError: another rank has died or left.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size == 1 or isinstance(error, torch.OutOfMemoryError) or not _lost_peer(error):
+                raise
+            raise TrainingError(
+                f"rank {self.rank} lost contact with the other ranks: {_one_line(error)}",
+                hint="torchrun --max-restarts N restarts all ranks, and they go on from the last checkpoint",
+            ) from error
+
     def sum(self, values: Tensor) -> Tensor:
         """The element-wise sum over the ranks."""
         if self.world_size > 1:
@@ -111,7 +128,7 @@ def join_team(device_name: str) -> Iterator[Team]:
 
     Raises:
         UsageError: no such device here.
-        TrainingError: the other ranks cannot be reached, or one is lost while they work together.
+        TrainingError: the other ranks cannot be reached.
     """
     environment = os.environ
     world_size = int(environment.get("WORLD_SIZE", "1"))
@@ -127,13 +144,6 @@ def join_team(device_name: str) -> Iterator[Team]:
         raise TrainingError(f"rank {rank} cannot join the {world_size} ranks: {_one_line(error)}") from error
     try:
         yield Team(rank=rank, world_size=world_size, backend=backend, device=device)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or not _lost_peer(error):
-            raise
-        raise TrainingError(
-            f"rank {rank} lost contact with the other ranks: {_one_line(error)}",
-            hint="torchrun --max-restarts N restarts all ranks, and they go on from the last checkpoint",
-        ) from error
     finally:
         dist.destroy_process_group()
 

@@ -181,7 +181,8 @@ class Trainer:
                 self.recorder = stack.enter_context(self._open_recorder())
             self._session_start = time.perf_counter()
             try:
-                self._train()
+                with self.team.working_together():
+                    self._train()
             except KeyboardInterrupt as stopped:
                 self._end("interrupted", str(stopped) or "SIGINT")
                 raise

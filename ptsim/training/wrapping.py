@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from torch._dynamo.utils import counters
 from ptsim.errors import TrainingError, UnsupportedModelError
 from ptsim.training.config import Config
 from ptsim.training.distributed import Team
+
+# Running statistics are averaged at the epoch's end, not copied in every iteration. torch renamed the setting.
+_DDP_SETTINGS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+_WITHOUT_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_SETTINGS else "broadcast_buffers": False
+}
 
 
 def wrap(model: nn.Module, config: Config, team: Team) -> nn.Module:
@@ -26,8 +33,8 @@ def wrap(model: nn.Module, config: Config, team: Team) -> nn.Module:
         module = nn.parallel.DistributedDataParallel(
             module,
             device_ids=[team.device] if team.device.type == "cuda" else None,
-            broadcast_buffers=False,  # running statistics are averaged at the epoch's end, not copied every iteration
             gradient_as_bucket_view=True,
+            **_WITHOUT_BUFFERS,
         )
     return module
 

@@ -68,3 +68,42 @@ class _Killer:
             self.left -= 1
             if self.left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: dict[str, Any], fault: str) -> None:
+    """One rank of a gloo team. Exit status 3 and the message in `folder`.rank if training fails.
+
+    `fault` happens on rank 1: "dies" in the first reconfiguration, "drifts" changes its weights before it.
+    """
+    import torch
+
+    from ptsim.errors import PtsimError
+    from ptsim.training import loop, state
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    if fault and rank == 1:
+        original = state.State.prune
+
+        def prune(self: Any) -> Any:
+            if fault == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            for parameter in self.model.parameters():
+                parameter.data.zero_()
+            return original(self)
+
+        state.State.prune = prune  # type: ignore[method-assign]
+    try:
+        if (folder / "config.toml").exists():
+            loop.train(resume=folder)
+        else:
+            loop.train(settings(**changes), out=folder)
+    except PtsimError as error:
+        folder.with_suffix(f".rank{rank}").write_text(error.message)
+        sys.exit(3)

@@ -1,0 +1,127 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import ptsim
+from tests.training.runs import NETS, servant, settings, train_as_rank
+
+PLAIN = f"{NETS}:plain"  # no BatchNorm: a split mini-batch then gives the same gradient
+
+
+def run_team(world_size, folder, fault="", **changes):
+    """Exit statuses of the ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    team = [
+        servant().Process(target=train_as_rank, args=(rank, world_size, port, folder, changes, fault))
+        for rank in range(world_size)
+    ]
+    for process in team:
+        process.start()
+    for process in team:
+        process.join(timeout=120)
+    return [process.exitcode for process in team]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return ptsim.read_trace(ptsim.train(settings(model=PLAIN, profile=False, num_threads=1), out=folder).trace)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_team_has_the_loss_curve_of_one_process_with_the_same_global_mini_batch(tmp_path, alone, world_size):
+    assert run_team(world_size, tmp_path / "run", model=PLAIN, profile=False) == [0] * world_size
+    trace = ptsim.read_trace(tmp_path / "run")
+    assert trace.run.world_size == world_size
+    assert trace.run.backend == "gloo"
+    assert trace.complete
+    assert sum(r.channels_removed for r in trace.reconfigurations) > 0
+    assert [r.after for r in trace.reconfigurations] == [r.after for r in alone.reconfigurations]
+    for ours, theirs in zip(trace.epochs, alone.epochs, strict=True):
+        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=2e-5)
+        assert ours.validation_loss == pytest.approx(theirs.validation_loss, rel=2e-5)
+        assert ours.penalty == pytest.approx(theirs.penalty, rel=2e-5)
+        assert ours.validation_accuracy == pytest.approx(theirs.validation_accuracy, abs=1.5 / 512)
+        assert (ours.num_images, ours.batch_per_gpu) == (96, 16 // world_size)
+        assert ours.allreduce_bytes == 4 * trace.network_of(ours).num_parameters * ours.num_iterations
+        assert 0 <= ours.time.exposed_communication_s <= ours.time.backward_s
+    assert any(epoch.time.exposed_communication_s > 0 for epoch in trace.epochs)
+
+
+def test_with_batch_norm_a_team_learns_and_stores_a_network_that_all_ranks_agree_on(tmp_path):
+    assert run_team(2, tmp_path / "run", profile=False, ema_decay=0.9) == [0, 0]
+    trace = ptsim.read_trace(tmp_path / "run")
+    assert trace.epochs[-1].train_loss < trace.epochs[0].train_loss
+    assert sum(r.channels_removed for r in trace.reconfigurations) > 0
+    ptsim.load_model(tmp_path / "run")
+
+
+def test_ranks_that_would_prune_differently_stop(tmp_path):
+    assert run_team(2, tmp_path / "run", fault="drifts", model=PLAIN, profile=False) == [3, 3]
+    message = (tmp_path / "run.rank0").read_text()
+    assert message == "the ranks disagree about what to prune: rank 1 differs from rank 0"
+    assert ptsim.read_trace(tmp_path / "run").end.status == "failed"
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_clear_error_and_the_run_goes_on(tmp_path, alone):
+    folder = tmp_path / "run"
+    assert run_team(2, folder, fault="dies", model=PLAIN, profile=False) == [3, -signal.SIGKILL]
+    assert (tmp_path / "run.rank0").read_text().startswith("rank 0 lost contact with the other ranks")
+    stopped = ptsim.read_trace(folder)
+    assert (stopped.end.status, len(stopped.epochs)) == ("failed", 2)
+    assert run_team(2, folder) == [0, 0]
+    assert ptsim.read_trace(folder).epochs[-1].train_loss == pytest.approx(alone.epochs[-1].train_loss, rel=2e-5)
+
+
+def test_a_mini_batch_that_cannot_be_shared_is_refused_on_every_rank(tmp_path):
+    assert run_team(2, tmp_path / "run", batch=15) == [3, 3]
+    assert "mini-batch of 15 cannot be shared equally by 2 ranks" in (tmp_path / "run.rank1").read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_input_that_only_rank_0_can_see_is_raised_on_every_rank(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").write_text("mine")
+    assert run_team(2, tmp_path / "run") == [3, 3]
+    assert "is not empty" in (tmp_path / "run.rank1").read_text()
+
+
+def test_torchrun_restarts_a_team_that_lost_a_rank_and_it_resumes(tmp_path):
+    """`train.py` kills rank 1 in its first life, in the second epoch."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from ptsim.training import loop\n"
+        "if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    original = loop.train_epoch\n"
+        "    def train_epoch(state, *arguments, **options):\n"
+        "        if state.next_epoch == 2:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return original(state, *arguments, **options)\n"
+        "    loop.train_epoch = train_epoch\n"
+        "from ptsim.cli.main import main\n"
+        "main()\n"
+    )
+    options = [f"--set={key}={str(value).lower() if value is False else value}" for key, value in settings(
+        model=PLAIN, profile=False, epochs=3
+    ).items()]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [*command, str(script), "train", *options, f"--out={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    trace = ptsim.read_trace(tmp_path / "run")
+    assert trace.complete
+    assert [epoch.epoch for epoch in trace.epochs] == [0, 1, 2]
+    assert trace.run.world_size == 2
