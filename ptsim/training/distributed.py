@@ -16,6 +16,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ptsim.errors import PtsimError, TrainingError, UsageError
 from ptsim.training.data import Share
@@ -139,7 +141,11 @@ def join_team(device_name: str) -> Iterator[Team]:
     rank = int(environment["RANK"])
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
+        # A torchrun that restarts its ranks keeps its store: without a name of their own, the new ranks would find the
+        # addresses of the dead ones (torch 2.15, --standalone).
+        store = PrefixStore(f"ptsim/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"rank {rank} cannot join the {world_size} ranks: {_one_line(error)}") from error
     try:

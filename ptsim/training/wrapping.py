@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 from ptsim.errors import TrainingError, UnsupportedModelError
 from ptsim.training.config import Config
@@ -48,7 +47,10 @@ class CompiledOnce(nn.Module):
     def __init__(self, model: nn.Module, *, backend: str) -> None:
         """Forgets what was compiled before: those networks are gone."""
         super().__init__()
+        from torch._dynamo.utils import counters  # seconds to import, only for those who compile
+
         torch._dynamo.reset()
+        self._counted = counters["stats"]
         self.num_compilations = 0
         self._name = type(model).__name__
         self._compiled: Any = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
@@ -61,7 +63,7 @@ class CompiledOnce(nn.Module):
             TrainingError: it would have to compile this architecture a second time.
         """
         if self.num_compilations == 0:
-            before = counters["stats"]["unique_graphs"]
+            before = self._counted["unique_graphs"]
             try:
                 logits: Tensor = self._compiled(images)
             except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
@@ -69,7 +71,7 @@ class CompiledOnce(nn.Module):
                     raise
                 reason = " ".join(str(error).split())[:300]
                 raise UnsupportedModelError(f"torch.compile cannot take {self._name} as one graph: {reason}") from error
-            self.num_compilations = counters["stats"]["unique_graphs"] - before
+            self.num_compilations = self._counted["unique_graphs"] - before
             return logits
         with torch.compiler.set_stance("fail_on_recompile"):
             try:
