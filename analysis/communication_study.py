@@ -51,7 +51,8 @@ def table(
 ) -> pd.DataFrame:
     """One row per comparison, bandwidth and size: seconds saved by computing and by communicating less.
 
-    `communication_share` is communication's part of what both save, missing where neither saves. `crossover_gpus` is
+    `communication_share` is communication's part of what both save, missing where pruning exposes more communication
+    than it saves, because less computation is left to hide it. `crossover_gpus` is
     the smallest size at that bandwidth from which on communication saves more, missing where there is none.
     """
     base = load_cluster(cluster)
@@ -98,7 +99,7 @@ def table(
 
 
 def figure(frame: pd.DataFrame) -> Figure:
-    """A map of communication's share over size and bandwidth, of the first comparison."""
+    """A map of communication's share over size and bandwidth, of the first comparison; white where it has none."""
     return _figure(frame[frame.run == frame.run.iloc[0]])
 
 

@@ -68,7 +68,7 @@ def _figure(frame: pd.DataFrame) -> Figure:
                 ls=":",
                 label=f"{run}, fixed mini-batch",
             )
-    axes.set(xlabel="epoch", ylabel="all-reduced bytes, dense = 100 %", ylim=(0, None))
+    axes.set(xlabel="epoch", ylabel="bytes, dense = 100 %", ylim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     figures.legend_above(axes)
     return figures.finish(fig, frame, n="1 run per line", band="no band: a count")

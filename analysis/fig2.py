@@ -71,7 +71,7 @@ def figure(frame: pd.DataFrame) -> Figure:
 def _figure(frame: pd.DataFrame) -> Figure:
     fig, (axes,) = figures.panels(1, height_in=3.2)
     figures.lines(axes, frame, "epoch", "flops_fraction", drawstyle="steps-post")
-    axes.set(xlabel="epoch", ylabel="training FLOPs per image, dense = 100 %", ylim=(0, None))
+    axes.set(xlabel="epoch", ylabel="FLOPs per image, dense = 100 %", ylim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     figures.legend_above(axes)
     return figures.finish(fig, frame, n="1 run per line", band="no band: a count")

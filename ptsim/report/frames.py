@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ptsim.costs.flops import layer_macs, training_macs
-from ptsim.costs.memory import iteration_memory
+from ptsim.costs.memory import MemoryNeed, iteration_memory
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.hardware.catalog import match_device
 from ptsim.report.pairs import is_pruned, penalty_ratio, run_labels
@@ -136,21 +136,24 @@ def costs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     for trace in traces:
         optimizer = str(trace.run.hyperparameters.get("optimizer", "sgd"))
         device = match_device(trace.run.device.name)
+        needs: dict[tuple[str, int], MemoryNeed] = {}
         for epoch in trace.epochs:
             network = trace.network_of(epoch)
-            need = iteration_memory(
-                network,
-                batch=epoch.batch_per_gpu,
-                precision=trace.run.precision,
-                optimizer=optimizer,
-                memory_format=trace.run.memory_format,
-                device=device,
-            )
+            key = epoch.architecture, epoch.batch_per_gpu
+            if key not in needs:
+                needs[key] = iteration_memory(
+                    network,
+                    batch=epoch.batch_per_gpu,
+                    precision=trace.run.precision,
+                    optimizer=optimizer,
+                    memory_format=trace.run.memory_format,
+                    device=device,
+                )
             rows.append(
                 {
                     "training_macs_per_image": training_macs(network, "exact"),
                     "bn_bytes_per_image": batch_norm_bytes(network, trace.run.precision.activation_bytes),
-                    "estimated_memory_bytes": need.peak_bytes,
+                    "estimated_memory_bytes": needs[key].peak_bytes,
                     "allreduce_payload_bytes": 4 * network.num_parameters * epoch.num_iterations,
                 }
             )

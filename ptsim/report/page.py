@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import io
 import re
@@ -22,7 +23,7 @@ from ptsim.report.tables import Table
 PAGE = "index.html"
 
 
-class ShownFigure(msgspec.Struct, frozen=True, kw_only=True):
+class ShownFigure(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A figure with what it says, in words."""
 
     name: str
@@ -30,10 +31,15 @@ class ShownFigure(msgspec.Struct, frozen=True, kw_only=True):
     caption: str
     figure: Figure
 
+    @functools.cached_property
+    def document(self) -> str:
+        """The figure as an SVG document; drawn once, for the page and for its own file."""
+        return svg_text(self.figure, self.name)
+
     @property
     def svg(self) -> Markup:
         """The figure as an inline SVG element with a text alternative."""
-        return Markup(inline_svg(self.figure, self.name, f"{self.title} {self.caption}"))
+        return Markup(inline_svg(self.document, self.name, f"{self.title} {self.caption}"))
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +96,7 @@ def write(html: str, sections: Sequence[Section], out: Path) -> Path:
             (out / folder).mkdir(parents=True, exist_ok=True)
         for section in sections:
             for shown in section.figures:
-                (out / "figures" / f"{shown.name}.svg").write_text(svg_text(shown.figure, shown.name), encoding="utf-8")
+                (out / "figures" / f"{shown.name}.svg").write_text(shown.document, encoding="utf-8")
             for table in section.tables:
                 table.frame.to_csv(out / "tables" / f"{table.name}.csv", index=False)
         page = out / PAGE
@@ -108,10 +114,9 @@ def svg_text(figure: Figure, name: str) -> str:
     return buffer.getvalue()
 
 
-def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an SVG element for HTML: no prolog, no size of its own, and a label for those who cannot see it."""
-    text = svg_text(figure, name)
-    text = text[text.index("<svg") :].strip()
+def inline_svg(document: str, name: str, description: str) -> str:
+    """An SVG document as an HTML element: no prolog, no size of its own, and a label for those who cannot see it."""
+    text = document[document.index("<svg") :].strip()
     head, body = text.split(">", 1)
     head = re.sub(r'\s(?:width|height|version|xmlns(?::\w+)?)="[^"]*"', "", head)
     # Ids of different figures must not meet on one page; everything that has an id is referred to as #id.

@@ -59,7 +59,7 @@ def run_labels(traces: Sequence[Trace]) -> list[str]:
         )
         for trace in traces
     ]
-    varying = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
+    varying = [len({value for value in column if value}) > 1 for column in zip(*parts, strict=True)]
     kept = [index for index in (0, 1) if varying[index]] + [2]
     for index in range(3, len(varying)):
         if varying[index] and len({tuple(part[i] for i in kept) for part in parts}) < len(parts):

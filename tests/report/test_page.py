@@ -1,4 +1,5 @@
 import html.parser
+import json
 import re
 from pathlib import Path
 
@@ -140,6 +141,11 @@ def test_a_file_in_the_place_of_the_folder_is_a_usage_error(tmp_path: Path) -> N
         (["nowhere.jsonl", "-o", "out"], "no trace here"),
         (["-o", "out"], "at least one trace"),
         (["broken.jsonl", "-o", "out"], "broken.jsonl:1"),
+        (["good.jsonl", "good.jsonl", "-o", "out"], "given twice"),
+        (["good.jsonl", "-o", "out", "--cluster", "dgx-b52"], "unknown cluster 'dgx-b52'"),
+        (["good.jsonl", "-o", "out", "--gpus", "0"], "positive whole numbers"),
+        (["good.jsonl", "-o", "out", "--cluster", "titan-xp-x4", "--gpus", "64"], "titan-xp-x4"),
+        (["good.jsonl", "-o", "out", "--price", "-1"], "price is -1"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_2(
@@ -147,6 +153,51 @@ def test_wrong_input_is_one_sentence_and_exit_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.jsonl").write_text("{}\n")
+    dense_trace(Path("good.jsonl"), epochs=1)
     assert run(["report", *arguments]) == 2
     assert says in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_the_command_prints_one_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traces = [str(dense_trace(tmp_path / "dense.jsonl")), str(shrinking_trace(tmp_path / "pruned.jsonl"))]
+    options = ["--cluster", "dgx-a100", "--gpus", "1,8", "--price", "2", "--json"]
+    assert run(["report", *traces, "-o", str(tmp_path / "out"), *options]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert Path(document["report"]).is_file()
+    assert [row["gpus"] for row in document["savings"]] == [1, 8]
+    assert len(document["projections"]) == 4
+    row = document["savings"][1]
+    assert row["saved_usd"] == pytest.approx(2 * 8 * row["saved_seconds"] / 3600)
+    assert row["saved_seconds_low"] <= row["saved_seconds"] <= row["saved_seconds_high"]
+
+
+def test_runs_of_several_networks_share_a_page(tmp_path: Path) -> None:
+    traces = [
+        dense_trace(tmp_path / "a.jsonl", epochs=3, model="resnet14"),
+        shrinking_trace(tmp_path / "b.jsonl", epochs=3, model="resnet14"),
+        shrinking_trace(tmp_path / "c.jsonl", epochs=3, model="other", penalty_ratio=0.3),
+    ]
+    text = write_report(traces, tmp_path / "out", cluster="dgx-a100", gpus=[8]).read_text()
+    assert "2 networks" in text
+    assert "resnet14, PruneTrain" in text
+    assert "no dense run was recorded" in text  # for the other one
+
+
+def test_money_is_reported_only_with_a_price(tmp_path: Path) -> None:
+    trace = shrinking_trace(tmp_path / "t.jsonl", epochs=3)
+    without = write_report([trace], tmp_path / "a", cluster="dgx-a100", gpus=[8]).read_text()
+    priced = write_report([trace], tmp_path / "b", cluster="dgx-a100", gpus=[8], price_usd_per_gpu_hour=2.0).read_text()
+    assert "Money" not in without
+    assert "Money" in priced
+
+
+def test_a_report_replaces_its_own_files_and_no_others(tmp_path: Path) -> None:
+    trace = dense_trace(tmp_path / "t.jsonl", epochs=1)
+    out = tmp_path / "out"
+    (out / "figures").mkdir(parents=True)
+    (out / "figures" / "old.svg").write_text("old")
+    (out / "notes.txt").write_text("mine")
+    write_report([trace], out, gpus=[1])
+    assert not (out / "figures" / "old.svg").exists()
+    assert (out / "notes.txt").read_text() == "mine"

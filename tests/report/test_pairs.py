@@ -31,6 +31,15 @@ def test_repeats_are_told_apart_by_seed_and_copies_by_number(folder: Path) -> No
     assert run_labels([runs[0], runs[0]]) == ["PruneTrain r=0.2 (1)", "PruneTrain r=0.2 (2)"]
 
 
+def test_a_setting_that_all_pruned_runs_share_is_not_named(folder: Path) -> None:
+    runs = read(
+        dense_trace(folder / "a.jsonl"),
+        shrinking_trace(folder / "b.jsonl", interval=1),
+        shrinking_trace(folder / "c.jsonl", interval=2),
+    )
+    assert run_labels(runs) == ["dense", "PruneTrain r=0.2, interval 1", "PruneTrain r=0.2, interval 2"]
+
+
 def test_a_network_with_dense_in_its_name_is_not_a_dense_run(folder: Path) -> None:
     (run,) = read(shrinking_trace(folder / "a.jsonl", model="densenet"))
     assert is_pruned(run)
