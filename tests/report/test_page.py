@@ -144,7 +144,7 @@ def test_a_file_in_the_place_of_the_folder_is_a_usage_error(tmp_path: Path) -> N
         (["good.jsonl", "good.jsonl", "-o", "out"], "given twice"),
         (["good.jsonl", "-o", "out", "--cluster", "dgx-b52"], "unknown cluster 'dgx-b52'"),
         (["good.jsonl", "-o", "out", "--gpus", "0"], "positive whole numbers"),
-        (["good.jsonl", "-o", "out", "--cluster", "titan-xp-x4", "--gpus", "64"], "titan-xp-x4"),
+        (["good.jsonl", "-o", "out", "--cluster", "abci-a", "--gpus", "1000000"], "abci-a"),
         (["good.jsonl", "-o", "out", "--price", "-1"], "price is -1"),
     ],
 )
