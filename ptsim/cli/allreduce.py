@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
-from ptsim.cli.common import print_json
+from ptsim.cli.common import print_json, stdout_console
 from ptsim.costs.collectives import Choice, all_reduce, nodes_for
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
@@ -46,7 +45,7 @@ def allreduce(
             }
         )
         return
-    console = Console()
+    console = stdout_console()
     console.print(
         f"{format_seconds(result.seconds)} ({format_seconds(result.low_s)} to {format_seconds(result.high_s)}) "
         f"for {format_bytes(size)} over {gpus} GPUs on {nodes_for(place, gpus)} node(s) of {place.name}"

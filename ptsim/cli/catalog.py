@@ -7,10 +7,9 @@ from typing import Annotated
 import msgspec
 from cyclopts import Parameter
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from ptsim.cli.common import print_json
+from ptsim.cli.common import print_json, stdout_console
 from ptsim.hardware.catalog import cluster_names, device_aliases, device_names, load_cluster, load_device
 from ptsim.network import Precision
 from ptsim.units import GIB
@@ -39,7 +38,7 @@ def devices(*, json: Annotated[bool, Parameter(help="One JSON document with ever
             ", ".join(device_aliases(entry.name)),
         )
     table.caption = "peaks in TFLOP/s, dense; --json adds the sources"
-    Console().print(table)
+    stdout_console().print(table)
 
 
 def clusters(*, json: Annotated[bool, Parameter(help="One JSON document with every number's source.")] = False) -> None:
@@ -61,7 +60,7 @@ def clusters(*, json: Annotated[bool, Parameter(help="One JSON document with eve
             f"{inter.bandwidth_bytes_per_s * 8e-9:.4g}" if inter else "–",
         )
     table.caption = "GPUs and Gbit/s per node; bandwidth of one direction; --json adds the sources"
-    Console().print(table)
+    stdout_console().print(table)
 
 
 def _table(*columns: str) -> Table:

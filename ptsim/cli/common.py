@@ -1,10 +1,12 @@
-"""What several subcommands share: JSON output and the parsing of shapes."""
+"""What several subcommands share: JSON output, the console for tables and the parsing of shapes."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import msgspec
+from rich.console import Console
 
 from ptsim.errors import UsageError
 
@@ -12,6 +14,14 @@ from ptsim.errors import UsageError
 def print_json(document: Any) -> None:
     """Print the document (builtins or msgspec structs) as one JSON document on stdout."""
     print(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
+
+
+def stdout_console(*, highlight: bool = True) -> Console:
+    """The console for tables that people read; a file or a pipe, which has no width of its own, gets 120 columns."""
+    console = Console(highlight=highlight)
+    if not sys.stdout.isatty():
+        console.width = max(console.width, 120)
+    return console
 
 
 def parse_input_shape(text: str) -> tuple[int, int, int]:

@@ -6,10 +6,9 @@ from typing import Any, Literal
 
 import msgspec
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from ptsim.cli.common import parse_input_shape, print_json
+from ptsim.cli.common import parse_input_shape, print_json, stdout_console
 from ptsim.costing import CostReport
 from ptsim.costing import cost as costs_of
 from ptsim.units import format_bytes, format_count
@@ -72,7 +71,7 @@ def document(report: CostReport, *, layers: bool) -> dict[str, Any]:
 
 
 def _print(report: CostReport, *, layers: bool) -> None:
-    console = Console()
+    console = stdout_console()
     console.print(_summary(report))
     console.print(_kinds(report))
     if layers:

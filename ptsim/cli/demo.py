@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from ptsim.cli.common import print_json
+from ptsim.cli.common import print_json, stdout_console
 from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import batch_norm_bytes
@@ -70,7 +69,7 @@ def demo(*, out: Path = Path("demo"), epochs: int = SETTINGS["epochs"], seed: in
             }
         )
         return
-    console = Console()
+    console = stdout_console()
     console.print(_course(pruned), _comparison(dense, pruned), _projection(projections))
     console.print(f"Runs    {dense.path}\n        {pruned.path}\nReport  {page}", soft_wrap=True, highlight=False)
 

@@ -6,10 +6,9 @@ import dataclasses
 from typing import Annotated
 
 import cyclopts
-from rich.console import Console
 from rich.table import Table
 
-from ptsim.cli.common import parse_input_shape, print_json
+from ptsim.cli.common import parse_input_shape, print_json, stdout_console
 from ptsim.errors import UsageError
 from ptsim.prune.proof import Inspection
 from ptsim.prune.proof import inspect as inspect_model
@@ -45,7 +44,7 @@ def inspect(
 
 
 def _show(found: Inspection) -> None:
-    console = Console()
+    console = stdout_console()
     table = Table(title=f"{found.model}: channel groups at {'×'.join(map(str, found.input_shape))}")
     for column in ("group", "channels", "written and read by", "prunable"):
         table.add_column(column, justify="right" if column == "channels" else "left", overflow="fold")

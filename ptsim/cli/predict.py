@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from ptsim.cli.common import parse_input_shape, print_json
+from ptsim.cli.common import parse_input_shape, print_json, stdout_console
 from ptsim.prediction import Prediction
 from ptsim.prediction import predict as predict_step
 from ptsim.units import format_bytes, format_joules, format_seconds
@@ -69,7 +68,7 @@ def predict(
 
 
 def _print(p: Prediction) -> None:
-    console = Console(highlight=False)
+    console = stdout_console(highlight=False)
     where = f"{p.gpus} × {p.device}" + (f" of {p.cluster}" if p.cluster else "")
     console.print(f"{p.model} on {where}: mini-batch {p.batch} per GPU, {p.precision}, {p.memory_format}")
     console.print(

@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from ptsim.cli.common import print_json
+from ptsim.cli.common import print_json, stdout_console
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile import read_device_profile
@@ -159,7 +158,7 @@ def _document(projection: RunProjection) -> dict[str, Any]:
 
 
 def _print_tables(projections: list[RunProjection]) -> None:
-    console = Console()
+    console = stdout_console()
     for trace in dict.fromkeys(projection.trace for projection in projections):
         rows = [projection for projection in projections if projection.trace == trace]
         first = rows[0]

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from ptsim.cli.common import print_json
+from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.simulate import interval, seconds
 from ptsim.errors import UsageError
 from ptsim.sweep import MANY, Progress, read_study, run_study
@@ -109,7 +109,7 @@ def _executor(workers: int | None, dask: str | None) -> Iterator[Executor]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    console = Console()
+    console = stdout_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("what if", "trace", "cluster"):
         table.add_column(column, overflow="fold")

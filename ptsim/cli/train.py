@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 
-from ptsim.cli.common import print_json
+from ptsim.cli.common import print_json, stdout_console
 from ptsim.errors import UsageError
 
 
@@ -111,4 +110,4 @@ def train(
     table.add_row("trace", str(result.trace))
     table.add_row("accuracy", f"{result.final_accuracy:.2%}")
     table.add_row("λ", f"{result.penalty_coefficient:.3g}")
-    Console().print(table)
+    stdout_console().print(table)

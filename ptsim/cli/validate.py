@@ -7,10 +7,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from ptsim.cli.common import print_json
+from ptsim.cli.common import print_json, stdout_console
 from ptsim.units import format_bytes, format_joules, format_seconds
 from ptsim.validation import RunCheck, Validation
 from ptsim.validation import validate as compare
@@ -40,7 +39,7 @@ def validate(
     if json:
         print_json(result)
         return
-    console = Console()
+    console = stdout_console()
     for run in result.runs:
         console.print(_run_table(run))
         for note in run.notes:
