@@ -138,7 +138,7 @@ def cost(
         raise UsageError(f"batch is {batch}, expected a positive number of images")
     epochs: tuple[EpochCost, ...] = ()
     device = gpu if gpu is None or isinstance(gpu, Device) else load_device(gpu)
-    runs_on = device
+    runs_on, data_parallel = device, False
     trace = _trace(subject)
     if trace is not None:
         if input_shape is not None or num_classes is not None:
@@ -150,6 +150,7 @@ def cost(
         optimizer = optimizer or recorded_optimizer(trace)
         memory_format = memory_format or trace.run.memory_format
         runs_on = device or recorded_device(trace)
+        data_parallel = trace.run.world_size > 1
     else:
         network = _network(subject, input_shape, num_classes)
     batch = batch or DEFAULT_BATCH
@@ -167,6 +168,7 @@ def cost(
             optimizer=optimizer,
             memory_format=memory_format,
             device=runs_on,
+            data_parallel=data_parallel,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -180,6 +182,7 @@ def cost(
             optimizer=optimizer,
             memory_format=memory_format,
             device=device,
+            data_parallel=data_parallel,
         )
     element_bytes = number_format.activation_bytes
     return CostReport(

@@ -12,7 +12,7 @@ from ptsim import zoo
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import step_energy
-from ptsim.costs.memory import iteration_memory
+from ptsim.costs.memory import iteration_memory, usable_bytes
 from ptsim.costs.step import Measurements, MemoryFormat, StepTime, Tier, step_time
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster, load_device, match_device
@@ -43,9 +43,10 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         step_seconds: of the whole step; on a cluster with the communication that computation does not hide.
         low, high: 90 % interval of `step_seconds`, in seconds.
         images_per_second: of all GPUs together; `low_images_per_second` goes with `high`, and the other way round.
+        tier: the worst that the computation comes from; `network_tier` that of the all-reduces, None on one GPU.
         exposed_communication_seconds: what the all-reduces add to the step; 0 on one GPU.
         peak_memory_bytes: of one GPU, as the framework's allocator counts; `fits` compares what the process needs on
-            the device with the device's memory.
+            the device with what it can have of the device's memory.
         energy_joules: of one step on all GPUs; None for a CPU.
     """
 
@@ -63,6 +64,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     low_images_per_second: float
     high_images_per_second: float
     tier: Tier
+    network_tier: Tier | None
     forward_seconds: float
     backward_seconds: float
     optimizer_seconds: float
@@ -135,12 +137,18 @@ def predict(
         measurements=measurements,
     )
     expected: StepResult | None = None
-    low_s, high_s = step.low_s, step.high_s
+    low_s, high_s, network_tier = step.low_s, step.high_s, None
     if machine is not None and count > 1:
-        expected, low_s, high_s = _data_parallel(network, step, machine, count)
+        expected, low_s, high_s, network_tier = _data_parallel(network, step, machine, count)
     step_s = step.compute_s if expected is None else expected.step_s
     need = iteration_memory(
-        network, batch=batch, precision=numbers, optimizer=optimizer, memory_format=memory_format, device=device
+        network,
+        batch=batch,
+        precision=numbers,
+        optimizer=optimizer,
+        memory_format=memory_format,
+        device=device,
+        data_parallel=count > 1,
     )
     energy = None
     if device.architecture != "cpu":
@@ -160,6 +168,7 @@ def predict(
         low_images_per_second=count * batch / high_s,
         high_images_per_second=count * batch / low_s,
         tier=step.tier,
+        network_tier=network_tier,
         forward_seconds=step.forward_s,
         backward_seconds=step.backward_s,
         optimizer_seconds=step.optimizer_s,
@@ -169,7 +178,7 @@ def predict(
         allreduce_bytes_per_gpu=0.0 if expected is None else expected.wire_bytes_per_gpu,
         peak_memory_bytes=need.peak_bytes,
         memory_bytes=device.memory_bytes,
-        fits=need.device_bytes <= device.memory_bytes,
+        fits=need.device_bytes <= usable_bytes(device),
         energy_joules=None if energy is None else count * energy.joules,
         low_energy_joules=None if energy is None else count * energy.low_j,
         high_energy_joules=None if energy is None else count * energy.high_j,
@@ -203,9 +212,10 @@ def _network(
 
 def _data_parallel(
     network: Network, step: StepTime, cluster: Cluster, num_gpus: int
-) -> tuple[StepResult, float, float]:
-    """The simulated step with DDP's buckets, and the ends of its interval."""
+) -> tuple[StepResult, float, float, Tier | None]:
+    """The simulated step with DDP's buckets and its default broadcast, its interval, and the all-reduces' tier."""
     times = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, num_gpus))
+    buckets = ddp_buckets(network)
     contention = Options().contention
     results = []
     bounds: tuple[tuple[ddp.Bound, float], ...] = (
@@ -214,10 +224,12 @@ def _data_parallel(
         ("high", contention * 1.5),
     )
     for bound, slowdown in bounds:
-        plan = ddp.plan_step(step, ddp_buckets(network), times, buffer_bytes=ddp.buffer_bytes(network), bound=bound)
+        plan = ddp.plan_step(step, buckets, times, buffer_bytes=ddp.buffer_bytes(network), bound=bound)
         results.append(simulate_steps([Job(plan=plan)], contention=slowdown)[0])
     expected, low, high = results
-    return expected, min(low.step_s, expected.step_s), max(high.step_s, expected.step_s)
+    tiers = {times(bucket.num_bytes).tier for bucket in buckets}
+    worst = max(tiers, key=list(Tier).index, default=None)
+    return expected, min(low.step_s, expected.step_s), max(high.step_s, expected.step_s), worst
 
 
 def _by_kind(step: StepTime) -> tuple[KindTime, ...]:

@@ -390,6 +390,7 @@ def _check_epoch(
         optimizer=str(run.hyperparameters.get("optimizer", "sgd")),
         memory_format=run.memory_format,
         device=device,
+        data_parallel=epoch.world_size > 1,
     )
     return EpochCheck(
         epoch=epoch.epoch,

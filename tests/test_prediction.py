@@ -32,6 +32,22 @@ def test_a_mini_batch_that_is_too_large_does_not_fit():
     assert not ptsim.predict(NETWORK, gpu="1080ti", batch=200_000).fits
 
 
+def test_predict_and_cost_agree_on_what_fits():
+    largest = ptsim.cost(NETWORK, gpu="1080ti").largest_batch
+    assert ptsim.predict(NETWORK, gpu="1080ti", batch=largest).fits
+    assert not ptsim.predict(NETWORK, gpu="1080ti", batch=largest + 1).fits
+
+
+def test_the_buckets_of_several_gpus_need_memory():
+    alone = ptsim.predict(NETWORK, cluster="dgx-a100", gpus=1, batch=8)
+    assert ptsim.predict(NETWORK, cluster="dgx-a100", gpus=2, batch=8).peak_memory_bytes > alone.peak_memory_bytes
+
+
+def test_a_cluster_says_where_the_all_reduce_time_comes_from():
+    assert ptsim.predict(NETWORK, gpu="a100", batch=8).network_tier is None
+    assert ptsim.predict(NETWORK, cluster="dgx-a100", gpus=2, batch=8).network_tier == "datasheet"
+
+
 def test_one_gpu_of_a_cluster_needs_no_communication():
     alone = ptsim.predict(NETWORK, gpu="a100", batch=64)
     one = ptsim.predict(NETWORK, cluster="dgx-a100", gpus=1, gpu="a100", batch=64)

@@ -75,6 +75,7 @@ def _print(p: Prediction) -> None:
         f"[bold]{p.images_per_second:.4g} images/s[/bold] "
         f"({p.low_images_per_second:.4g}–{p.high_images_per_second:.4g}, 90 %), "
         f"{format_seconds(p.step_seconds)} per step ({format_seconds(p.low)}–{format_seconds(p.high)}); tier: {p.tier}"
+        + (f", network: {p.network_tier}" if p.network_tier else "")
     )
     table = Table("part", "time", "share", box=SIMPLE_HEAD)
     parts = [

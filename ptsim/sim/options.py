@@ -47,7 +47,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         minibatch: "recorded"; "planned": grown at every reconfiguration to what fits the projected device;
             "fixed": the first epoch's throughout.
         batch_granularity, max_batch: of a planned per-GPU mini-batch.
-        memory_bytes: of every GPU, instead of the device's own.
+        memory_bytes: of every GPU as a data sheet names it, instead of the device's own.
         device: of every GPU, instead of the cluster's own (catalog name or TOML file).
         mixed_devices: device → number of GPUs per node of that kind; the rest are the cluster's own.
         precision, memory_format: instead of the recorded ones.

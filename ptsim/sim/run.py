@@ -18,7 +18,7 @@ import msgspec
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.collectives import AllReduceTime, all_reduce, nodes_for
 from ptsim.costs.energy import PowerModel, PowerSample, fit_power, published_power, step_energy
-from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch
+from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
 from ptsim.costs.step import Measurements, StepTime, Tier, step_time
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster, load_device, match_device
@@ -368,7 +368,8 @@ class _Projector:
         self.run = trace.run
         self.device = device or load_device(options.device or cluster.device)
         self.device_key = msgspec.json.encode(self.device)
-        self.memory_bytes = options.memory_bytes or self.device.memory_bytes
+        nominal = options.memory_bytes or self.device.memory_bytes
+        self.memory_bytes = usable_bytes(msgspec.structs.replace(self.device, memory_bytes=nominal))
         self.precision = Precision(options.precision) if options.precision else self.run.precision
         self.memory_format = options.memory_format or self.run.memory_format
         optimizer = self.run.hyperparameters.get("optimizer", "sgd")
@@ -555,6 +556,7 @@ class _Projector:
                 self.memory_format,
                 options.micro_batches,
                 options.batch_granularity,
+                self.num_gpus > 1,
             ),
             lambda: largest_batch(
                 network,
@@ -565,6 +567,7 @@ class _Projector:
                 optimizer=self.optimizer,
                 memory_format=self.memory_format,
                 device=self.device,
+                data_parallel=self.num_gpus > 1,
             ),
         )
         if not previous:
@@ -665,7 +668,7 @@ class _Projector:
 
     def _memory(self, stage: _Stage) -> MemoryNeed:
         return self.cache.get(
-            ("memory", *self._key(stage, self.device_key)),
+            ("memory", self.num_gpus > 1, *self._key(stage, self.device_key)),
             lambda: iteration_memory(
                 stage.network,
                 batch=-(-stage.batch // self.options.micro_batches),
@@ -673,6 +676,7 @@ class _Projector:
                 optimizer=self.optimizer,
                 memory_format=self.memory_format,
                 device=self.device,
+                data_parallel=self.num_gpus > 1,
             ),
         )
 
@@ -730,7 +734,7 @@ class _Projector:
         if need.device_bytes > self.memory_bytes:
             self.notes.append(
                 f"epoch {stage.epoch.epoch}: a mini-batch of {stage.batch} needs {need.device_bytes / GIB:.1f} GiB, "
-                f"{self.device.name} has {self.memory_bytes / GIB:.1f} GiB: it would not fit"
+                f"a process on the {self.device.name} can have {self.memory_bytes / GIB:.1f} GiB: it would not fit"
             )
         n = options.micro_batches
         forward_s, backward_s = self.cache.get(

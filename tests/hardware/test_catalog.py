@@ -47,6 +47,15 @@ def test_every_gpu_that_people_ask_about_is_there(name):
     assert load_device(name).memory_bytes > 0
 
 
+# What the drivers report as total memory (MiB, nvidia-smi): a little less than the sheet's size in binary units.
+@pytest.mark.parametrize(
+    ("name", "driver_mib"),
+    [("h200", 143_771), ("b200", 183_359), ("h100", 81_559), ("a100-80gb", 81_920), ("v100-32gb", 32_768)],
+)
+def test_memory_is_the_drivers_within_two_percent(name, driver_mib):
+    assert load_device(name).memory_bytes == pytest.approx(driver_mib * 2**20, rel=0.02)
+
+
 def test_every_device_has_a_source_for_every_number():
     for name in device_names():
         device = load_device(name)
