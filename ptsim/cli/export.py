@@ -11,7 +11,7 @@ from ptsim.cli.common import print_json
 from ptsim.errors import UsageError
 from ptsim.trace.io import read_trace
 
-Format = Literal["chrome", "chakra", "parquet"]
+Format = Literal["chrome", "chakra", "parquet", "onnx"]
 
 
 def export(
@@ -20,6 +20,7 @@ def export(
     format: Annotated[Format, Parameter(name=["--format", "-f"])],
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
     gpus: int | None = None,
+    epoch: int | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Write a recorded run in a form that other tools read.
@@ -27,21 +28,25 @@ def export(
     chrome: the per-layer profiles as one Chrome/Kineto trace file, for Perfetto or HolisticTraceAnalysis.
     chakra: one step of every architecture as Chakra execution traces, for ASTRA-sim, in a folder.
     parquet: every table of the trace, in a folder.
+    onnx: the trained network of a run folder as one ONNX file, compared with torch's outputs.
 
     Args:
         trace: Trace file or run folder.
         format: What to write.
-        out: File (chrome) or folder (chakra, parquet).
+        out: File (chrome, onnx) or folder (chakra, parquet).
         gpus: Ranks of the Chakra traces; left out, as many as were recorded, but at least two.
+        epoch: Which stored epoch's network the ONNX file holds; left out, the last.
         json: Print one JSON document.
     """
+    if epoch is not None and format != "onnx":
+        raise UsageError(f"--epoch has no effect on --format {format}; it is for onnx")
     if gpus is not None and format != "chakra":
         raise UsageError(f"--gpus has no effect on --format {format}; it is for chakra")
     if format in ("chakra", "parquet") and out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; --format {format} writes a folder")
-    if format == "chrome" and out.is_dir():
+    if format in ("chrome", "onnx") and out.is_dir():
         raise UsageError(f"{out} is a folder; --format {format} writes a file")
-    written = _write(trace, format, out, gpus)
+    written = _write(trace, format, out, gpus, epoch)
     if json:
         print_json({"format": format, "files": [str(path) for path in written]})
         return
@@ -51,7 +56,14 @@ def export(
         print(f"… {len(written)} files in all")
 
 
-def _write(trace: Path, format: Format, out: Path, gpus: int | None) -> list[Path]:
+def _write(trace: Path, format: Format, out: Path, gpus: int | None, epoch: int | None) -> list[Path]:
+    if format == "onnx":
+        from ptsim.export.onnx import export_onnx
+        from ptsim.training.loop import load_model, load_recipe
+
+        folder = trace if trace.is_dir() else trace.parent
+        export_onnx(load_model(folder, epoch), load_recipe(folder, epoch).input_shape, out)
+        return [out]
     if format == "chrome":
         from ptsim.export.chrome import profile_timeline
 

@@ -119,6 +119,15 @@ def load_model(run: str | Path, epoch: int | None = None) -> nn.Module:
     return model.eval()
 
 
+def load_recipe(run: str | Path, epoch: int | None = None) -> Recipe:
+    """How the network of a stored epoch was built: model, classes, image shape.
+
+    Raises:
+        UsageError, FileFormatError: see `load_model`.
+    """
+    return store.read_checkpoint(store.Folder(_run_folder(run) / _CHECKPOINTS).of_epoch(epoch)).recipe
+
+
 def recorded_config(folder: Path) -> Config:
     """The configuration of the run in `folder`.
 

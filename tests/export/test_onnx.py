@@ -1,0 +1,46 @@
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import ptsim
+from ptsim import zoo
+from ptsim.cli.main import run as command
+from ptsim.errors import UsageError
+from ptsim.export.onnx import export_onnx
+from tests.training.runs import settings
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx") / "run"
+    return ptsim.train(settings(profile=False), out=folder).folder
+
+
+def test_the_exported_network_gives_the_pruned_networks_outputs_in_onnxruntime(run, tmp_path, capsys):
+    assert command(["export", str(run), "--format=onnx", f"--out={tmp_path / 'net.onnx'}", "--epoch=5"]) == 0
+    model = ptsim.load_model(run, 5)
+    assert (
+        sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in ptsim.load_model(run, 2).parameters()) + 1
+    )
+    images = torch.randn(7, 3, 8, 8)
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"images": images.numpy()})
+    np.testing.assert_allclose(found, model(images).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_the_zoos_networks_export(tmp_path):
+    torch.manual_seed(0)
+    assert export_onnx(zoo.create("resnet20"), (3, 32, 32), tmp_path / "net.onnx") <= 1e-4
+
+
+def test_a_wrong_export_is_one_sentence(run, tmp_path, capsys):
+    assert command(["export", str(run), "--format=onnx", f"--out={tmp_path}"]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert command(["export", str(run), "--format=onnx", "--epoch=99", f"--out={tmp_path / 'a.onnx'}"]) == 2
+    assert "no checkpoint of epoch 99" in capsys.readouterr().err
+    assert command(["export", str(run), "--format=parquet", "--epoch=1", f"--out={tmp_path / 'a'}"]) == 2
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        export_onnx(zoo.create("resnet20"), (3, 32, 32), tmp_path / "file" / "net.onnx")
