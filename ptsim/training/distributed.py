@@ -126,7 +126,8 @@ def join_team(device_name: str) -> Iterator[Team]:
     """The team that torchrun's environment describes, joined on entry and left on exit.
 
     Args:
-        device_name: "auto", "cpu", "cuda" or "cuda:N"; under torchrun every local rank takes its own GPU.
+        device_name: "auto", "cpu", "cuda" or "cuda:N"; under torchrun every local rank takes its own GPU, whatever N
+            (a resumed run has recorded that of rank 0).
 
     Raises:
         UsageError: no such device here.
@@ -168,11 +169,12 @@ class CommunicationMeter:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        if self._model is not None:
+        if self._model is not None and next(self._model.parameters()).device.type == "cpu":
+            # On GPUs every sample waits for the iteration before: torch's own rate (the first 10, then every 100th).
             self._model._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call]
 
     def exposed_s(self, num_iterations: int) -> float:
-        """Seconds over `num_iterations`, from the mean over all iterations since the wrapping."""
+        """Seconds over `num_iterations`, from the mean over the sampled iterations since the wrapping."""
         if self._model is None:
             return 0.0
         data: dict[str, Any] = self._model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
@@ -192,7 +194,7 @@ def _device(name: str, local_rank: int | None) -> torch.device:
         return torch.device("cpu")
     if not available:
         raise UsageError(f"device {name!r} is not available: torch finds no CUDA GPU")
-    number = int(index) if index else (local_rank or 0)
+    number = local_rank if local_rank is not None else int(index or 0)
     if number >= torch.cuda.device_count():
         raise UsageError(f"device cuda:{number} does not exist: there are {torch.cuda.device_count()}")
     device = torch.device("cuda", number)
