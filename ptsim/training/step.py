@@ -96,13 +96,12 @@ def train_epoch(
             loss = F.cross_entropy(logits, labels)
         with timer.phase("backward"):
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if plan.regularized:
+        if state.penalty_coefficient is None:  # the run's first mini-batch, also where dense pre-training comes first
+            state.penalty_coefficient = _penalty_coefficient(state, loss.detach(), team)
+        if plan.regularized and config.regularizer == "gradient":
             with timer.phase("regularizer"):  # after the all-reduce and after unscaling: METHOD.md §1
-                if state.penalty_coefficient is None:
-                    state.penalty_coefficient = _penalty_coefficient(state, loss.detach(), team)
-                if config.regularizer == "gradient":
-                    scaler.unscale_(optimizer)
-                    state.lasso.add_gradient(state.penalty_coefficient)
+                scaler.unscale_(optimizer)
+                state.lasso.add_gradient(state.penalty_coefficient)
         with timer.phase("optimizer"):
             scaler.step(optimizer)
             scaler.update()
@@ -136,7 +135,7 @@ def validate(state: State, batches: Iterable[Batch], *, team: Team) -> Sums:
 
 
 def _penalty_coefficient(state: State, first_loss: Tensor, team: Team) -> float:
-    """λ by METHOD.md Eq. 3, from the global mini-batch's cross-entropy before the first regularised update."""
+    """λ by METHOD.md Eq. 3, from the global mini-batch's cross-entropy before the run's first update."""
     cross_entropy = float(team.sum(first_loss.double())) / team.world_size
     return penalty_coefficient(cross_entropy, float(state.lasso.value()), state.config.penalty_ratio)
 
