@@ -1,8 +1,8 @@
 """How the state of a run is stored and found again, so that a kill at any moment loses at most one epoch.
 
     checkpoints/epoch-0009/checkpoint.json        what the network is and where the run stood
-                           weights.safetensors    the network's parameters and buffers
-                           state.safetensors      optimizer state, weight average; only in the newest two
+                           weights.safetensors    parameters and buffers of the network, averaged if the run averages
+                           state.safetensors      optimizer state, weights not averaged; only in the newest two
 
 A checkpoint is written into a folder of another name, synchronised to disk and renamed, so it is there whole or not at
 all. Nothing is pickled. `epoch-0009` holds the state after epoch 9 (counting from 0), reconfiguration included;

@@ -87,18 +87,18 @@ class State:
         return structure_of(self.model)
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the network, by name."""
-        return dict(self.model.state_dict())
+        """Parameters and buffers of the network that is handed over (the average where there is one), by name."""
+        return dict(self.judged.state_dict())
 
     def more_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's tensors and the weight average, by name."""
+        """The optimizer's tensors, and the network's own where `weights` gives the average, by name."""
         tensors = {
             f"optimizer/{name}/{key}": value
             for name, key, value in self._optimizer_entries()
             if isinstance(value, Tensor)
         }
         if self.average is not None:
-            tensors |= {f"average/{name}": value for name, value in self.average.state_dict().items()}
+            tensors |= {f"trained/{name}": value for name, value in self.model.state_dict().items()}
         return tensors
 
     def optimizer_scalars(self) -> dict[str, dict[str, Any]]:
@@ -121,19 +121,20 @@ class State:
         Raises:
             FileFormatError: names or shapes do not match.
         """
-        _load_weights(self.model, weights)
+        _load_weights(self.judged, weights)
         if self.average is not None:
-            prefix = "average/"
-            _load_weights(self.average, {n[len(prefix) :]: t for n, t in more.items() if n.startswith(prefix)})
+            prefix = "trained/"
+            _load_weights(self.model, {n[len(prefix) :]: t for n, t in more.items() if n.startswith(prefix)})
         parameters = dict(self.model.named_parameters())
         for name, tensor in more.items():
             if name.startswith("optimizer/"):
-                parameter, key = name.removeprefix("optimizer/").rsplit("/", 1)
-                # An optimizer keeps scalars such as Adam's step on the CPU; only what is shaped like a weight moves.
-                placed = tensor.to(self.device) if tensor.dim() else tensor
-                self.optimizer.state[parameters[parameter]][key] = placed.clone()
-        for parameter, entries in scalars.items():
-            self.optimizer.state[parameters[parameter]].update(entries)
+                path, key = name.removeprefix("optimizer/").rsplit("/", 1)
+                parameter = parameters[path]
+                # An optimizer keeps scalars such as Adam's step on the CPU; what is shaped like a weight lies like it.
+                like = parameter if tensor.shape == parameter.shape and tensor.dim() else tensor
+                self.optimizer.state[parameter][key] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+        for path, entries in scalars.items():
+            self.optimizer.state[parameters[path]].update(entries)
         if scaler:
             self.scaler.load_state_dict(dict(scaler))
 
