@@ -216,9 +216,10 @@ def resolve(config: Config, *, device: str) -> Config:
     """Everything that "auto" and None leave open and that does not depend on the data, decided."""
     photographs = config.dataset in ("cifar10", "cifar100", "imagefolder")
     augment = config.augment if config.augment != "auto" else "crop_flip" if photographs else "none"
-    momentum = config.momentum
-    if momentum is None and config.optimizer in ("sgd", "rmsprop"):
-        momentum = 0.9 if config.optimizer == "sgd" else 0.0
+    defaults = {"sgd": 0.9, "rmsprop": 0.0}  # Adam has its own
+    momentum = config.momentum if config.momentum is not None and config.optimizer in defaults else None
+    if momentum is None:
+        momentum = defaults.get(config.optimizer)
     return msgspec.structs.replace(
         config,
         augment=augment,
@@ -241,6 +242,7 @@ def _check(config: Config) -> None:
     for name in ("num_workers", "seed", "finetune_epochs", "crop_padding"):
         value = getattr(config, name)
         _require(value is None or value >= 0, name, value, "at least 0")
+    _require(config.seed < 2**63, "seed", config.seed, "below 2**63")
     _require(0 <= config.penalty_ratio < 1, "penalty_ratio", config.penalty_ratio, "in [0, 1)")
     _require(0 < config.lr < float("inf"), "lr", config.lr, "positive")
     _require(config.threshold > 0, "threshold", config.threshold, "positive")

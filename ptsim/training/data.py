@@ -103,8 +103,12 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
 
 def _generator(seed: int, epoch: int, *, stream: int) -> torch.Generator:
     """Independent random numbers for every (seed, epoch, stream); NumPy's seed sequence mixes the three."""
-    state = np.random.SeedSequence((seed, epoch, stream)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
+    return torch.Generator().manual_seed(mixed_seed(seed, epoch, stream))
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed of 64 bits from several numbers of any size, none negative."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class ResidentData:

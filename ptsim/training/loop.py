@@ -17,18 +17,19 @@ from torch import nn
 
 from ptsim import zoo
 from ptsim.capture.network import capture_network
-from ptsim.errors import FileFormatError, PtsimError, UsageError
+from ptsim.errors import FileFormatError, MissingMeasurementError, PtsimError, UsageError
 from ptsim.hardware.catalog import match_device
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import profile_network
 from ptsim.measure.timers import StepTimer
 from ptsim.network import Network, Precision
 from ptsim.prune.density import channel_maxima, dense_counts, layer_densities
+from ptsim.trace.io import read_trace
 from ptsim.trace.schema import End, Epoch, Reconfiguration
 from ptsim.training import checkpoint as store
 from ptsim.training.checkpoint import Checkpoint, Totals
 from ptsim.training.config import Config, from_recorded, make_config, read_config, resolve, to_toml
-from ptsim.training.data import load_data
+from ptsim.training.data import load_data, mixed_seed
 from ptsim.training.distributed import CommunicationMeter, Team, join_team, restarted
 from ptsim.training.interruption import Interruption, interruptible
 from ptsim.training.minibatch import grown_batch, learning_rate_scale
@@ -104,8 +105,9 @@ def train(
 def load_model(run: str | Path, epoch: int | None = None) -> nn.Module:
     """The network that a run had after `epoch` (from 0; None: the last stored one), with its weights, ready to use.
 
-    It is in evaluation mode on the CPU; images must be normalised as `load_normalization` says. Rebuilt from the
-    model's name; only a model from a user's file needs that file.
+    It is in evaluation mode on the CPU; images must be normalised as its `checkpoint.json` says. Of a run with a
+    weight average it is the average, as validated. Rebuilt from the model's name; only a model from a user's file needs
+    that file.
 
     Raises:
         UsageError: no such run, or an epoch that is not stored; lists those that are.
@@ -182,7 +184,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if not (resume and self._resume()):
                 self._begin()
-            elif self.state.next_epoch == len(self.plans):
+            elif self.state.next_epoch == len(self.plans) and self._ended_clean():
                 return self._result()
             if self.team.leads:
                 if not resume:
@@ -200,6 +202,10 @@ class Trainer:
                 raise
         return self._result()
 
+    def _ended_clean(self) -> bool:
+        """Whether the trace of a run that has stored its last epoch has its end: a kill may have come in between."""
+        return self.team.from_leader(lambda: b"yes" if read_trace(self.folder / _TRACE).complete else b"") == b"yes"
+
     def _train(self) -> None:
         if self.state.next_epoch == 0:
             self._describe_architecture()
@@ -215,7 +221,7 @@ class Trainer:
         state, team = self.state, self.team
         epoch = epoch_plan.epoch
         # Random numbers of an epoch depend on (seed, epoch, rank) alone, so a checkpoint needs no generator's state.
-        torch.manual_seed((self.config.seed * 1_000_003 + epoch) * 1_000_003 + team.rank + 1)
+        torch.manual_seed(mixed_seed(self.config.seed, epoch, team.rank))
         state.set_learning_rate(epoch_plan.learning_rate)
         if team.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(team.device)
@@ -301,6 +307,9 @@ class Trainer:
         if surgery.changed:
             self.network = self._captured()
         predicted_bytes = self._grow_batch() if self.config.dynamic_batch else None
+        team.agree("the mini-batch", str(state.batch).encode())
+        if not surgery.changed and state.batch // team.world_size != batch_before:
+            self._wrap()  # what was compiled for the smaller mini-batch is of no use
         last = epoch_plan.epoch + 1 == len(self.plans)
         if last and surgery.changed:  # no epoch will judge what is handed over
             validated, _ = self._validated()
@@ -357,16 +366,21 @@ class Trainer:
             return
         state = self.state
         coefficient = state.penalty_coefficient or 0.0
-        profile = profile_network(
-            state.model,
-            self.network,
-            batch=state.batch // self.team.world_size,
-            precision=self.config.precision,
-            memory_format=self.config.memory_format,
-            optimizer=state.optimizer,
-            regularizer=functools.partial(state.lasso.add_gradient, coefficient) if self.config.regularized else None,
-            device=self.team.device,
-        )
+        add_gradient = functools.partial(state.lasso.add_gradient, coefficient)
+        try:
+            profile = profile_network(
+                state.model,
+                self.network,
+                batch=state.batch // self.team.world_size,
+                precision=self.config.precision,
+                memory_format=self.config.memory_format,
+                optimizer=state.optimizer,
+                regularizer=add_gradient if self.config.regularized else None,
+                device=self.team.device,
+            )
+        except MissingMeasurementError as error:  # the copy does not fit beside what trains; the run itself does
+            warnings.warn(f"no profile of the architecture {self.network.id}: {error.message}", stacklevel=2)
+            return
         self._record(profile)
 
     def _captured(self) -> Network:

@@ -66,3 +66,16 @@ class Exploding(nn.Module):
 
 def exploding(num_classes):
     return Exploding(num_classes)
+
+
+class Failing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 10, 3)
+
+    def forward(self, x):
+        raise TypeError("a tensor is no list")
+
+
+def failing(num_classes):
+    return Failing()

@@ -14,7 +14,14 @@ import torch.nn.functional as F
 
 import ptsim
 from ptsim.cli.main import run as command
-from ptsim.errors import FileFormatError, TrainingError, UnknownNameError, UnsupportedModelError, UsageError
+from ptsim.errors import (
+    FileFormatError,
+    MissingMeasurementError,
+    TrainingError,
+    UnknownNameError,
+    UnsupportedModelError,
+    UsageError,
+)
 from ptsim.prune.groups import find_groups
 from ptsim.prune.lasso import GroupLasso
 from ptsim.training import loop
@@ -87,6 +94,14 @@ def test_the_penalty_coefficient_is_equation_3_at_the_first_mini_batch(tmp_path)
     assert penalty / (loss + penalty) == pytest.approx(0.3, rel=1e-5)
 
 
+def test_the_penalty_coefficient_is_that_of_the_first_mini_batch_also_after_dense_pre_training(tmp_path):
+    made = settings(epochs=2, profile=False, schedule="ssl", pretrain_epochs=1)
+    del made["interval"]
+    after_training = ptsim.train(made, out=tmp_path / "ssl").penalty_coefficient
+    at_once = ptsim.train(settings(epochs=1, profile=False), out=tmp_path / "continuous").penalty_coefficient
+    assert after_training == at_once > 0
+
+
 def test_a_dense_run_changes_no_shape_and_has_no_penalty(tmp_path):
     changes = {"penalty_ratio": 0.0, "epochs": 2}
     made = {k: v for k, v in settings(**changes).items() if k not in ("interval", "threshold")}
@@ -155,6 +170,28 @@ def test_with_an_average_of_the_weights_validation_judges_the_average(tmp_path):
     trace = ptsim.read_trace(ptsim.train(made, out=tmp_path / "run").trace)
     assert trace.epochs[0].validation_loss == pytest.approx(math.log(10), abs=0.6)  # as at the start
     assert trace.epochs[0].train_loss < trace.epochs[0].validation_loss + 1
+    model = ptsim.load_model(tmp_path / "run")  # and hands it over: it has hardly moved
+    torch.manual_seed(0)
+    initial = ptsim.zoo.create(made["model"], num_classes=10)
+    for ours, theirs in zip(model.parameters(), initial.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_where_nothing_fits_beside_training_the_profile_is_left_out_with_a_warning(tmp_path, monkeypatch):
+    def no_room(*_, **__):
+        raise MissingMeasurementError("a second copy does not fit")
+
+    monkeypatch.setattr(loop, "profile_network", no_room)
+    with pytest.warns(UserWarning, match="no profile of the architecture .*: a second copy does not fit"):
+        result = ptsim.train(settings(epochs=1), out=tmp_path / "run")
+    trace = ptsim.read_trace(result.trace)
+    assert trace.complete
+    assert trace.profiles == ()
+
+
+@pytest.mark.parametrize("seed", [20_261_122, 2**63 - 1])
+def test_large_seeds_are_seeds(tmp_path, seed):
+    assert ptsim.train(settings(epochs=1, profile=False, seed=seed), out=tmp_path / "run").epochs == 1
 
 
 def test_a_compiled_network_is_compiled_once_per_architecture(tmp_path):
@@ -166,6 +203,14 @@ def test_a_compiled_network_is_compiled_once_per_architecture(tmp_path):
     trained = {epoch.architecture for epoch in trace.epochs}
     assert len(trained) > 1
     assert counters["stats"]["unique_graphs"] == len(trained)
+
+
+def test_a_mini_batch_that_grows_without_pruning_is_compiled_anew(tmp_path):
+    made = settings(compile=True, compile_backend="aot_eager", profile=False, epochs=4, threshold=1e-12)
+    growth = {"dynamic_batch": True, "memory_budget": "1 GiB", "batch_granularity": 16, "max_batch": 32}
+    trace = ptsim.read_trace(ptsim.train(made | growth, out=tmp_path / "run").trace)
+    assert [epoch.batch_per_gpu for epoch in trace.epochs] == [16, 16, 32, 32]
+    assert len(trace.networks) == 1
 
 
 def test_the_mini_batch_grows_into_the_freed_memory_and_the_rate_with_it(tmp_path):
@@ -248,6 +293,8 @@ def no_files(folder):
         ({"batch": 97}, UsageError, "mini-batch of 97 is larger than the data set"),
         ({"sync_batch_norm": True}, UsageError, "needs CUDA"),
         ({"no_such": 1}, UnknownNameError, "unknown setting"),
+        ({"seed": 2**63}, UsageError, "seed"),
+        ({"model": f"{NETS}:failing"}, UsageError, "does not take images of 3×8×8: a tensor is no list"),
     ],
     ids=lambda value: str(next(iter(value.items()))) if isinstance(value, dict) else "",
 )

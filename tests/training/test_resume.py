@@ -95,6 +95,14 @@ def test_a_run_killed_at_more_than_twenty_moments_ends_bit_for_bit_like_one_that
     assert not list(folder.rglob(".*"))  # no remains of what was cut off
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_its_last_record_still_gets_its_end(tmp_path, whole_run):
+    folder = tmp_path / "run"
+    assert _run(folder, ("_end", 1)) == -signal.SIGKILL
+    assert not ptsim.read_trace(folder).complete
+    assert _run(folder, None) == 0
+    assert _records(folder) == _records(whole_run)
+
+
 def test_resuming_a_finished_run_changes_nothing(whole_run):
     before = (whole_run / "trace.jsonl").read_bytes()
     result = ptsim.train(resume=whole_run)
