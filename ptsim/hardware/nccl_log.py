@@ -11,7 +11,6 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -25,7 +24,6 @@ _RANK = re.compile(r"#\s+Rank\s+(\d+)\s+(?:Group\s+\d+\s+)?Pid\s+\d+\s+on\s+(\S+
 _HEADER = re.compile(r"#\s*nThread\s+(\d+)\s+nGpus\s+(\d+)\s+minBytes\s+(\d+)\s+maxBytes\s+(\d+)")
 _TEST = re.compile(r"#\s*Collective test (starting|concluded):\s*(\S+)")
 _TRAILER = re.compile(r"#\s*(?:Out of bounds values|Avg bus bandwidth)\s*:\s*(\S+)")
-_COLUMNS = re.compile(r"#\s+size\s+count\s+type")
 _ROW = re.compile(r"\s*(\d+)\s+(\d+)\s+([a-z][a-z0-9_]*)\s+(.*\S)")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _REDUCTIONS = ("sum", "prod", "max", "min", "avg", "mulsum", "all")
@@ -176,7 +174,7 @@ def _sections(path: Path, text: str) -> list[_Section]:
             if "bounds" in line and trailer[1] != "0":
                 raise FileFormatError(path, f"{trailer[1]} results were out of bounds: the run is wrong", line=number)
         elif not line.lstrip().startswith("#") and (row := _row(path, number, line)):
-            if current.ended and not _COLUMNS.search(line) and current.rows:
+            if current.ended and current.rows:
                 sections.append(_Section(number, name))
                 current = sections[-1]
             current.rows.append(row)
@@ -303,66 +301,106 @@ def _measurement(row: _Row) -> NcclMeasurement:
     )
 
 
+class _JsonTimes(msgspec.Struct):
+    time: float | None = None
+    cpu_time: float | None = None
+    alg_bw: float = 0.0
+    bus_bw: float = 0.0
+    nwrong: float | str | None = None  # null or "N/A" where nothing was checked
+
+
+class _JsonResult(msgspec.Struct):
+    size: int
+    redop: str = "sum"
+    root: int | str = -1
+    out_of_place: _JsonTimes | None = None
+    in_place: _JsonTimes | None = None
+
+
+class _JsonDevice(msgspec.Struct):
+    rank: int | None = None
+    hostname: str = "?"
+    device_info: str = "?"
+
+
+class _JsonConfig(msgspec.Struct):
+    nthreads: int = 1
+    ngpus: int = 1
+    devices: list[_JsonDevice] = []
+
+
+class _JsonBounds(msgspec.Struct):
+    count: int | None = None
+    okay: bool | str = True  # "unchecked"
+
+
+class _JsonRun(msgspec.Struct):
+    """What `all_reduce_perf -J FILE` writes, as far as it is read here."""
+
+    args: list[str] = []
+    nccl_version: int | str | None = None
+    config: _JsonConfig | None = None
+    devices: list[_JsonDevice] = []
+    results: list[_JsonResult] = []
+    out_of_bounds: _JsonBounds | None = None
+
+
 def _read_json(path: Path, text: str) -> NcclLog:
     """The JSON that `all_reduce_perf -J FILE` writes (nccl-tests 2.17 and newer)."""
     try:
-        document = json.loads(text)
+        run = msgspec.convert(json.loads(text), _JsonRun)
     except json.JSONDecodeError as error:
         raise FileFormatError(path, f"is JSON that stops or breaks: {error.msg}", line=error.lineno) from error
-    results = document.get("results")
-    if not isinstance(results, list) or not results:
+    except msgspec.ValidationError as error:
+        raise FileFormatError(path, f"is not the JSON output of nccl-tests: {error}") from error
+    if not run.results:
         raise FileFormatError(path, "has no 'results', expected the JSON output of nccl-tests' all_reduce_perf")
-    args = document.get("args") or [""]
-    program = Path(str(args[0])).name
+    program = Path(run.args[0]).name if run.args else ""
     if "_perf" in program and "all_reduce" not in program:
         raise FileFormatError(path, f"holds {program}, expected all_reduce_perf")
-    if "out_of_bounds" not in document:
+    if run.out_of_bounds is None:
         raise FileFormatError(path, "has no 'out_of_bounds': the run did not end")
-    if not document["out_of_bounds"].get("okay", True) or document["out_of_bounds"].get("count"):
-        raise FileFormatError(path, f"{document['out_of_bounds'].get('count')} results were out of bounds")
-    config = document.get("config") or {}
-    devices = config.get("devices") or document.get("devices") or []
+    if not run.out_of_bounds.okay or run.out_of_bounds.count:
+        raise FileFormatError(path, f"{run.out_of_bounds.count} results were out of bounds")
+    config = run.config or _JsonConfig()
     section = _Section(1, "all_reduce_perf" if program else None)
     section.ended = True
-    for i, device in enumerate(devices):
-        host = str(device.get("hostname", "?"))
-        section.ranks[int(device.get("rank", i))] = (host, str(device.get("device_info", "?")))
-    for i, result in enumerate(results):
-        section.rows.append(_json_row(path, i, result))
+    for i, device in enumerate(config.devices or run.devices):
+        section.ranks[i if device.rank is None else device.rank] = (device.hostname, device.device_info)
+    section.rows = [_json_row(path, i, result) for i, result in enumerate(run.results)]
     if section.name is None and "all_reduce" not in (name := _collective(section)):
         raise FileFormatError(path, f"holds {name}, expected all_reduce_perf")
     _check_section(path, section)
-    threads = int(config.get("nthreads", 1)) * int(config.get("ngpus", 1))
+    threads = config.nthreads * config.ngpus
     if len(section.ranks) == 1 and threads > 1:  # without MPI the JSON names only the first device
-        only = section.ranks[0]
+        (only,) = section.ranks.values()
         section.ranks = dict.fromkeys(range(threads), only)
     num_gpus, nodes = _ranks(path, section)
-    version = document.get("nccl_version")
     return NcclLog(
         path=str(path),
         num_gpus=num_gpus,
         num_nodes=nodes,
         gpus=tuple(sorted({gpu for _, gpu in section.ranks.values()})),
-        version=None if version is None else str(version),
+        version=None if run.nccl_version is None else str(run.nccl_version),
         measurements=tuple(_measurement(row) for row in section.rows if row.size > 0),
     )
 
 
-def _json_row(path: Path, index: int, result: Any) -> _Row:
+def _json_row(path: Path, index: int, result: _JsonResult) -> _Row:
     where = f"results[{index}]"
-    if not isinstance(result, dict) or not isinstance(result.get("size"), int):
-        raise FileFormatError(path, f"{where} has no 'size'")
     times, wrong = [], 0
-    for key in ("out_of_place", "in_place"):
-        body = result.get(key)
+    for key, body in (("out_of_place", result.out_of_place), ("in_place", result.in_place)):
         if body is None:
             continue
-        if "time" not in body:
-            found = "CPU time" if "cpu_time" in body else "no 'time'"
+        if body.time is None:
+            found = "no 'time'" if body.cpu_time is None else "CPU time"
             raise FileFormatError(path, f"{where}.{key} has {found}, expected the time of the collective")
-        times.append((float(body["time"]), float(body.get("alg_bw", 0)), float(body.get("bus_bw", 0))))
-        wrong += int(body.get("nwrong") or 0)
+        times.append((body.time, body.alg_bw, body.bus_bw))
+        wrong += int(body.nwrong or 0) if not isinstance(body.nwrong, str) else 0
     if not times:
         raise FileFormatError(path, f"{where} has neither an out-of-place nor an in-place time")
-    root = str(result.get("root", "-1")).strip()
-    return _Row(index + 1, result["size"], str(result.get("redop", "sum")), int(root), tuple(times), wrong)
+    try:
+        root = int(result.root)
+    except ValueError as error:
+        raise FileFormatError(path, f"{where}.root is {result.root!r}, expected a rank") from error
+    return _Row(index + 1, result.size, result.redop, root, tuple(times), wrong)

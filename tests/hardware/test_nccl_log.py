@@ -151,6 +151,11 @@ def test_json_counts_the_gpus_of_one_process(tmp_path: Path) -> None:
         (document(results=[]), None, "no 'results'"),
         (document()[:-200], 1, "JSON that stops or breaks"),
         (document(out_of_bounds={"count": 2, "okay": False}), None, "2 results were out of bounds"),
+        (document(out_of_bounds=0), None, "$.out_of_bounds"),
+        (document(config=[]), None, "$.config"),
+        (document(results=[{"size": 8, "out_of_place": {"time": "N/A"}}]), None, "$.results[0].out_of_place.time"),
+        (document(results=[{"size": 8, "out_of_place": {"cpu_time": 3.0}}]), None, "has CPU time"),
+        (document(results=[{"size": 8}]), None, "neither an out-of-place nor an in-place time"),
     ],
 )
 def test_what_cannot_be_trusted_is_refused_with_file_and_line(
