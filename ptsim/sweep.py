@@ -31,7 +31,7 @@ import math
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,7 @@ def run_study(
     Raises:
         FileFormatError: `out` is not such a file.
         UsageError: `out` cannot be written.
+        PtsimError: the executor broke; what was computed is in `out`.
     """
     known = _known_rows(out)
     rows: dict[int, dict[str, Any]] = {}
@@ -301,7 +302,7 @@ def run_study(
         with out.open("ab") as file:
             _end_line(out)
             while True:
-                for chunk in itertools.islice(todo, window - len(running)):
+                for chunk in itertools.islice(todo, max(0, window - len(running))):
                     running[executor.submit(project_all, chunk)] = chunk
                 if not running:
                     break
@@ -309,6 +310,8 @@ def run_study(
                 for future in finished:
                     chunk = running.pop(future)
                     error = future.exception()
+                    if isinstance(error, BrokenExecutor):
+                        raise error
                     if error is not None and len(chunk) > 1:  # one of them is to blame: find it
                         for configuration in chunk:
                             running[executor.submit(project_all, (configuration,))] = (configuration,)
@@ -324,6 +327,11 @@ def run_study(
                     file.flush()
                 if progress is not None:
                     progress(Progress(done=len(rows), failed=failed, total=total))
+    except BrokenExecutor as error:
+        raise PtsimError(
+            f"a worker process died (out of memory?); {len(rows)} of {total} configurations are in {out}",
+            hint="start the study again: it goes on from there; fewer --workers need less memory",
+        ) from error
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error
     finally:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -201,9 +202,19 @@ class TestRunning:
             return project_all(chunk)
 
         monkeypatch.setattr("ptsim.sweep.project_all", crash_once)
-        rows = run_study(read_study(study(folder)), InProcess(), tmp_path / "out.jsonl")
+        rows = run_study(read_study(study(folder)), InProcess(), tmp_path / "out.jsonl", window=1)
         assert [row["index"] for row in rows if row["status"] == "failed"] == [3]
         assert rows[3]["error"] == "RuntimeError: a bug"
+
+    def test_a_worker_that_dies_is_one_sentence(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def die(chunk: tuple[Configuration, ...]) -> list[dict[str, Any]]:
+            raise BrokenProcessPool("a process was terminated abruptly")
+
+        monkeypatch.setattr("ptsim.sweep.project_all", die)
+        with pytest.raises(PtsimError, match="a worker process died"):
+            run_study(read_study(study(folder)), InProcess(), tmp_path / "out.jsonl")
 
     def test_results_come_as_they_are_computed(self, folder: Path, tmp_path: Path) -> None:
         out, lines = tmp_path / "out.jsonl", []
