@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -61,6 +62,6 @@ def _parse_bytes(text: str) -> int:
         size = float(text) if text.replace(".", "", 1).lstrip("-").isdigit() else parse_quantity(text, "bytes")
     except ValueError as error:
         raise UsageError(f"--bytes {error}") from error
-    if size < 0 or size != int(size):
+    if not math.isfinite(size) or size < 0 or size != int(size):
         raise UsageError(f"--bytes {text}: a message is a whole, non-negative number of bytes")
     return int(size)

@@ -142,11 +142,16 @@ def _set(changes: dict[str, Any], text: str) -> None:
         parsed: Any = msgspec.json.decode(value)
     except msgspec.DecodeError:
         parsed = value
-    target = changes
-    *parents, last = name.replace("-", "_").split(".")
-    for parent in parents:
-        target = target.setdefault(parent, {})
-    target[last] = parsed
+    option, *inner = name.split(".", 1)
+    option = option.replace("-", "_")
+    if not inner:
+        changes[option] = parsed
+        return
+    part = changes.setdefault(option, {})
+    if not isinstance(part, dict):
+        raise UsageError(f"--set {text!r}: {option} has no parts")
+    # what is inside mixed_devices are names of devices
+    part[inner[0] if option == "mixed_devices" else inner[0].replace("-", "_")] = parsed
 
 
 def _document(projection: RunProjection) -> dict[str, Any]:
@@ -165,7 +170,7 @@ def _print_tables(projections: list[RunProjection]) -> None:
         console.print(f"[bold]{first.model}[/bold], {len(first.epochs)} epochs: {trace}", highlight=False)
         console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling", highlight=False)
         time = _table("GPUs", "time", "90 % interval", "compute", "exposed", "reconfig.", "speed-up")
-        resources = _table("GPUs", "GPU-hours", "energy", "USD", "all-reduced", "memory", "tier")
+        resources = _table("GPUs", "GPU-hours", "energy", "USD", "all-reduced", "memory", "tier", "network")
         for p in rows:
             time.add_row(
                 f"{p.gpus:,}",
@@ -180,14 +185,11 @@ def _print_tables(projections: list[RunProjection]) -> None:
                 f"{p.gpus:,}",
                 f"{p.gpu_hours:.3g}",
                 "–" if p.energy_j is None else format_joules(p.energy_j),
-                "–"
-                if p.cost_usd is None
-                else f"{p.cost_usd:,.3g} USD"
-                if p.cost_usd < 10
-                else f"{p.cost_usd:,.0f} USD",
+                _usd(p.cost_usd),
                 format_bytes(p.allreduce_bytes_per_gpu),
                 format_bytes(max(epoch.peak_memory_bytes for epoch in p.epochs)),
                 str(p.tier),
+                str(p.network_tier or "–"),
             )
         console.print(time, resources)
         for note in dict.fromkeys(note for p in rows for note in p.notes):

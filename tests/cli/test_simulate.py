@@ -61,6 +61,8 @@ def test_equal_seeds_print_equal_bytes(trace: str, capsys: pytest.CaptureFixture
         (["--cluster", "dgx-a100", "--jitter", "much"], "jitter 'much'"),
         (["--cluster", "dgx-a100", "--set", "nonsense"], "'nonsense' is not name=value"),
         (["--cluster", "dgx-a100", "--set", "nonsense=1"], "nonsense"),
+        (["--cluster", "dgx-a100", "--set", "seed.x=1"], "seed has no parts"),
+        (["--cluster", "dgx-a100", "--set", "mixed-devices.rtx-9090=1"], "unknown device 'rtx-9090'"),
         ([], "cluster"),
     ],
 )
