@@ -7,6 +7,7 @@ import pytest
 import ptsim
 from ptsim.cli.main import run
 from ptsim.costs.memory import iteration_memory
+from ptsim.errors import UsageError
 from ptsim.network import Precision
 from tests.traces import dense_trace, residual_network, shrinking_trace
 
@@ -46,6 +47,11 @@ def test_the_buckets_of_several_gpus_need_memory():
 def test_a_cluster_says_where_the_all_reduce_time_comes_from():
     assert ptsim.predict(NETWORK, gpu="a100", batch=8).network_tier is None
     assert ptsim.predict(NETWORK, cluster="dgx-a100", gpus=2, batch=8).network_tier == "datasheet"
+
+
+def test_an_unknown_optimizer_says_which_exist():
+    with pytest.raises(UsageError, match="optimizer is 'lion', expected one of sgd"):
+        ptsim.predict(NETWORK, gpu="a100", batch=8, optimizer="lion")
 
 
 def test_one_gpu_of_a_cluster_needs_no_communication():

@@ -18,6 +18,7 @@ import numpy as np
 
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
 from ptsim.costs.times import LayerTime, MemoryFormat, StepTime, Tier
+from ptsim.costs.traffic import regularizer_traffic, update_traffic
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
 from ptsim.network import Network, Precision
@@ -136,10 +137,6 @@ _TILES = ((256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32
 _SPLIT_DEPTH = 256  # least depth k of a slice when the depth is split over blocks …
 _SPLIT_BLOCKS = 4  # … and how many of them an SM gets
 
-# Reads and writes of 4 bytes per parameter by torch's optimizers: SGD weight decay (3), momentum (5), step (3), …
-_UPDATE_ACCESSES = {"sgd": 11, "rmsprop": 15, "adam": 19, "adamw": 19}
-_REGULARIZER_ACCESSES = 5  # the norms read the weights once or twice, the gradient is read and written
-
 
 def uses_tensor_cores(device: Device, precision: Precision) -> bool:
     """Whether products of this precision run on tensor cores there."""
@@ -250,7 +247,7 @@ def datasheet_step(
     backward = np.bincount(kernels.layer[~is_forward], seconds[~is_forward], count)
     streaming = fit.efficiency.stream_bandwidth * device.memory_bandwidth_bytes_per_s
     optimizer_s = update_bytes(network, optimizer, precision) / streaming
-    regularizer_s = 4 * _REGULARIZER_ACCESSES * network.num_parameters / streaming if regularizer else 0.0
+    regularizer_s = regularizer_traffic(network) / streaming if regularizer else 0.0
     gpu_s = float(forward.sum() + backward.sum()) + optimizer_s + regularizer_s
     overhead_s = max(0.0, host_seconds(network, kernels, fit.host) - gpu_s)
     total_s = gpu_s + overhead_s
@@ -277,7 +274,7 @@ def datasheet_step(
 def update_bytes(network: Network, optimizer: str, precision: Precision) -> float:
     """What an update moves; under autocast with the casts of weights and gradients and the scaler's division."""
     casts = 20 if precision.activation_bytes == 2 else 0
-    return float(network.num_parameters * (4 * _UPDATE_ACCESSES[optimizer] + casts))
+    return float(update_traffic(network, optimizer) + casts * network.num_parameters)
 
 
 def _device_factor(device: Device, fit: Fit) -> tuple[float, Residuals]:

@@ -187,7 +187,7 @@ def _effective(
     scale = kind.latency_scale if link.latency_s is None else link.latency_s / table["LL"][1]
     efficiency = kind.efficiency if link.efficiency is None else link.efficiency
     bandwidth = min(link.bandwidth_bytes_per_s * efficiency, kind.cap_bytes_per_s * nics)
-    if link.kind is LinkKind.PCIE and peers > 2:
+    if link.kind is LinkKind.PCIE and peers > 2 and link.efficiency is None:
         bandwidth = min(bandwidth, link.bandwidth_bytes_per_s * kind.efficiency * fit.pcie_crowding)
     if link.kind is LinkKind.NVLINK and not switched:
         bandwidth *= min(1.0, (peers - 1) / 3)  # links lead to fixed peers: two GPUs of four share a third of them

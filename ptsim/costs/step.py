@@ -9,6 +9,7 @@ from ptsim.costs.measured import step_of_profile
 from ptsim.costs.profiled import profiled_step
 from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.times import LayerTime, Measurements, MemoryFormat, StepTime, Tier
+from ptsim.costs.traffic import OPTIMIZERS
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
@@ -44,7 +45,7 @@ def step_time(
         measurements: what may be used instead of the data sheet.
 
     Raises:
-        ValueError: batch is not positive, or the device does not support the precision.
+        UsageError: batch is not positive, the device does not support the precision, or an unknown optimizer.
         MissingMeasurementError: the device profile is of another device, or lacks the precision, format or an operator.
     """
     if batch < 1:
@@ -52,6 +53,8 @@ def step_time(
     if precision not in device.peak_flops_per_s:
         supported = ", ".join(sorted(device.peak_flops_per_s))
         raise UsageError(f"{device.name} does not support {precision}; it supports {supported}")
+    if optimizer not in OPTIMIZERS:
+        raise UsageError(f"optimizer is {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
     predict = functools.partial(
         datasheet_step,
         network,

@@ -17,7 +17,7 @@ import msgspec
 
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.collectives import AllReduceTime, all_reduce, nodes_for
-from ptsim.costs.energy import PowerModel, PowerSample, fit_power, published_power, step_energy
+from ptsim.costs.energy import PowerModel, PowerSample, fit_power, price_usd, published_power, step_energy
 from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
 from ptsim.costs.step import Measurements, StepTime, Tier, step_time
 from ptsim.errors import UsageError
@@ -441,9 +441,11 @@ class _Projector:
             allreduce_bytes_per_gpu=float(over_epochs(lambda epoch: epoch.wire_bytes_per_gpu)),
             energy_j=energy_j,
             # time and power err independently
-            energy_low_j=None if energy_j is None else energy_j * (1 - math.hypot(1 - low_s / total_s, energy_error)),
+            energy_low_j=None
+            if energy_j is None
+            else energy_j * (1 - min(1.0, math.hypot(1 - low_s / total_s, energy_error))),
             energy_high_j=None if energy_j is None else energy_j * (1 + math.hypot(high_s / total_s - 1, energy_error)),
-            cost_usd=None if price is None else price * self.num_gpus * total_s / 3600,
+            cost_usd=None if price is None else price_usd(total_s, self.num_gpus, price),
             low_s=low_s,
             high_s=high_s,
             tier=max((epoch.tier for epoch in epochs), key=_TIER_ORDER.index),
@@ -879,12 +881,14 @@ class _Projector:
         if rate is None:
             return 0.0
         if rate == "recorded":
-            epoch = stage.epoch
-            images = epoch.num_images / epoch.world_size
-            # a loader that made the run wait was busy all the time; one that did not is no limit
-            if epoch.time.data_wait_s < 0.01 * epoch.time.wall_s:
-                return 0.0
-            return stage.batch * epoch.time.wall_s / images
+            # a loader that made the run wait was busy all the time, and can do what it did in the fastest such epoch;
+            # one that never did is no limit
+            paces = [
+                epoch.time.wall_s * epoch.world_size / epoch.num_images
+                for epoch in self.trace.epochs
+                if epoch.time.data_wait_s >= 0.01 * epoch.time.wall_s and epoch.num_images
+            ]
+            return stage.batch * min(paces, default=0.0)
         return stage.batch / float(rate)
 
     def _autotune_s(self, stage: _Stage, step: StepTime) -> float:

@@ -30,6 +30,13 @@ def test_tree_goes_up_and_down_log_p_levels() -> None:
     assert tree_all_reduce_seconds(1_000_000, 8, SLOW) == pytest.approx(2.06e-3)
 
 
+def test_an_efficiency_that_the_user_states_is_taken_as_it_is() -> None:
+    pcie = Link(name="half of 10 GB/s", bandwidth_bytes_per_s=1e10, kind=LinkKind.PCIE, efficiency=0.5)
+    box = Cluster(name="a box", device="a100", gpus_per_node=8, intra=pcie)
+    # 2 x 7/8 x 100 GB at 5 GB/s; latencies are microseconds
+    assert all_reduce(10**11, box, 8, algorithm="ring").seconds == pytest.approx(35.0, rel=1e-3)
+
+
 def test_hierarchical_reduces_inside_the_node_first() -> None:
     # inside: 6 steps of 1 µs + 1 MB / (10 GB/s); between two nodes: 2 steps of 4 x 0.5 MB / (1 GB/s), the last one's
     # 10 µs of latency; those of the first step are hidden behind the other three shards

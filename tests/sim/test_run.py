@@ -121,6 +121,21 @@ class TestManyGpus:
         full, half = run(trace, 8), run(trace, 8, gradient_format="bf16")
         assert half.allreduce_bytes_per_gpu == pytest.approx(full.allreduce_bytes_per_gpu / 2)
 
+    def test_recorded_input_is_what_the_loader_did_in_its_fastest_epoch(self, dense: Trace) -> None:
+        pace = dense.epochs[0].time.wall_s / dense.epochs[0].num_images
+        slowness = [9.0, *(3.0 for _ in dense.epochs[1:])]  # the first epoch waited for a cold disk
+        epochs = [
+            msgspec.structs.replace(
+                epoch,
+                time=msgspec.structs.replace(
+                    epoch.time, wall_s=slow * pace * epoch.num_images, data_wait_s=pace * epoch.num_images
+                ),
+            )
+            for epoch, slow in zip(dense.epochs, slowness, strict=True)
+        ]
+        p = run(msgspec.structs.replace(dense, epochs=tuple(epochs)), 1, input_images_per_s="recorded")
+        assert [e.step_s for e in p.epochs] == pytest.approx([3 * pace * e.batch_per_gpu for e in p.epochs], rel=0.05)
+
     def test_money_is_gpus_times_hours_times_the_price(self, trace: Trace) -> None:
         p = run(trace, 8, price_usd_per_gpu_hour=3.0)
         assert p.cost_usd == pytest.approx(3.0 * 8 * p.total_s / 3600)
