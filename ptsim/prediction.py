@@ -15,9 +15,9 @@ from ptsim.costs.energy import step_energy
 from ptsim.costs.memory import iteration_memory, usable_bytes
 from ptsim.costs.step import Measurements, MemoryFormat, StepTime, Tier, step_time
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import load_cluster, load_device, match_device
+from ptsim.hardware.catalog import load_cluster, load_device, measured_device
 from ptsim.hardware.profile import read_device_profile
-from ptsim.hardware.spec import Cluster
+from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind, Network, Precision
 from ptsim.sim import ddp
 from ptsim.sim.options import Options
@@ -123,7 +123,7 @@ def predict(
     device = load_device(gpu if gpu is not None else machine.device)  # type: ignore[union-attr]
     count = 1 if machine is None else (machine.gpus_per_node if gpus is None else gpus)
     numbers = Precision.FP16 if precision == "amp" else Precision(precision)
-    network, measurements = _network(model, input_shape, num_classes)
+    network, measurements = _network(model, device, input_shape, num_classes)
     if profile is not None:
         calibrated = read_device_profile(Path(profile))
         measurements = msgspec.structs.replace(measurements, device_profile=calibrated)
@@ -187,7 +187,7 @@ def predict(
 
 
 def _network(
-    model: str | Path | Network, input_shape: tuple[int, int, int] | None, num_classes: int | None
+    model: str | Path | Network, device: Device, input_shape: tuple[int, int, int] | None, num_classes: int | None
 ) -> tuple[Network, Measurements]:
     """The network that `model` means, and what its trace measured."""
     if isinstance(model, Network):
@@ -200,7 +200,8 @@ def _network(
         if input_shape is not None or num_classes is not None:
             raise UsageError("a trace's architecture has its own input shape and classes; leave both out")
         network = trace.networks[trace.epochs[-1].architecture] if trace.epochs else [*trace.networks.values()][-1]
-        return network, Measurements(profiles=trace.profiles, source_device=match_device(trace.run.device.name))
+        source = measured_device(trace.run.device.name, device)
+        return network, Measurements(profiles=trace.profiles, source_device=source)
     from ptsim.capture.network import capture_network  # imports torch, which a trace does not need
 
     entry = zoo.find(str(model))

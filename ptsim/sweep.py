@@ -39,7 +39,7 @@ import msgspec
 
 import ptsim
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
-from ptsim.hardware.catalog import load_cluster, load_device, match_device
+from ptsim.hardware.catalog import is_called, load_cluster, load_device
 from ptsim.hardware.profile import DeviceProfile, read_device_profile
 from ptsim.hardware.spec import Cluster
 from ptsim.sim.options import Options
@@ -373,7 +373,7 @@ def _profile_for(configuration: Configuration, profile: tuple[Path, str]) -> Dev
     """The study's device profile where it is of the configuration's device: what-ifs may name others."""
     read = _worker_profile(*profile)
     device = load_device(configuration.options.device or configuration.cluster.device)
-    return read if match_device(read.device) == device else None
+    return read if is_called(device, read.device) else None
 
 
 @functools.lru_cache(maxsize=8)

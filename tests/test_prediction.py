@@ -79,6 +79,32 @@ def test_a_trace_is_predicted_by_its_last_architecture_and_scaled_from_its_profi
     assert there.tier == "scaled"
 
 
+@pytest.mark.parametrize(
+    ("driver_names", "tier"), [("", "scaled"), ('driver_names = ["NVIDIA A100-SXM4-40GB"]', "measured")]
+)
+def test_a_device_file_of_ones_own_says_whose_measurements_count(tmp_path, driver_names, tier):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        f"""
+name = "mine"
+{driver_names}
+architecture = "ampere"
+memory = "40 GiB"
+memory_bandwidth = "1500 GB/s"
+num_sms = 100
+boost_clock = "1410 MHz"
+l2_cache = "40 MiB"
+power = "400 W"
+idle_power = "50 W"
+peak = {{ fp32 = "19.5 TFLOP/s" }}
+sources = {{ default = "a data sheet" }}
+"""
+    )
+    trace = shrinking_trace(tmp_path / "trace.jsonl")
+    batch = ptsim.read_trace(trace).epochs[-1].batch_per_gpu
+    assert ptsim.predict(trace, gpu=str(file), batch=batch).tier == tier
+
+
 def test_json_has_the_keys_that_scripts_rely_on(tmp_path, capsys):
     trace = dense_trace(tmp_path / "trace.jsonl")
     assert run(["predict", str(trace), "--gpu", "h100", "--batch", "32", "--precision", "tf32", "--json"]) == 0

@@ -11,7 +11,7 @@ from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.times import LayerTime, Measurements, MemoryFormat, StepTime, Tier
 from ptsim.costs.traffic import OPTIMIZERS
 from ptsim.errors import MissingMeasurementError, UsageError
-from ptsim.hardware.catalog import match_device
+from ptsim.hardware.catalog import is_called
 from ptsim.hardware.spec import Device
 from ptsim.network import Network, Precision
 
@@ -65,10 +65,11 @@ def step_time(
     )
     known = measurements or Measurements()
     source, calibrated = known.source_device, known.device_profile
-    if calibrated is not None and match_device(calibrated.device) != device:
+    if calibrated is not None and not is_called(device, calibrated.device):
         raise MissingMeasurementError(
             f"the device profile was measured on {calibrated.device!r}, which is not the {device.name}",
-            hint="leave the profile out to predict from the data sheet, or calibrate on that device",
+            hint="leave the profile out to predict from the data sheet, or calibrate on that device; "
+            "a device file of your own says with driver_names what the driver calls it",
         )
     nearest = nearest_profile(network, known.profiles, batch=batch, precision=precision, memory_format=memory_format)
     complete = nearest is not None and (nearest.regularizer_s > 0 or not regularizer)

@@ -4,7 +4,7 @@ A device file:
 
     name = "a100-sxm4-40gb"
     aliases = ["a100"]                           # other names that users type
-    driver_names = ["NVIDIA A100-SXM4-40GB"]     # what NVML and the CUDA driver call it
+    driver_names = ["NVIDIA A100-SXM4-40GB"]     # what NVML and the CUDA driver call it: tells whose measurements count
     architecture = "ampere"
     memory = "40 GiB"
     memory_bandwidth = "1555 GB/s"
@@ -150,11 +150,18 @@ def load_cluster(name: str | Path) -> Cluster:
 
 def match_device(driver_name: str) -> Device | None:
     """The catalog's device that the driver calls `driver_name` ("NVIDIA A100-SXM4-40GB"); None where there is none."""
-    wanted = _plain(driver_name)
-    for path in _files("devices").values():
-        if wanted in (_plain(name) for name in _read(path).get("driver_names", [])):
-            return read_device(path)
-    return None
+    devices = (read_device(path) for path in _files("devices").values())
+    return next((device for device in devices if is_called(device, driver_name)), None)
+
+
+def is_called(device: Device, driver_name: str) -> bool:
+    """Whether that is what the driver calls the device."""
+    return _plain(driver_name) in map(_plain, device.driver_names)
+
+
+def measured_device(driver_name: str, projected: Device) -> Device | None:
+    """What a trace was recorded on: the projected device, which a user's file may describe, else the catalog's."""
+    return projected if is_called(projected, driver_name) else match_device(driver_name)
 
 
 def device_aliases(name: str) -> tuple[str, ...]:
@@ -173,8 +180,8 @@ def read_device(path: Path) -> Device:
     table.refuse_unknown(_DEVICE_KEYS)
     peaks = table.table("peak")
     peaks.refuse_unknown(set(Precision))
-    if not peaks.raw:
-        peaks.fail("", "is empty, expected at least fp32")
+    if Precision.FP32 not in peaks.raw:
+        peaks.fail("fp32", "is missing")
     quantities = {field: table.quantity(key, unit) for key, (field, unit) in _DEVICE_QUANTITIES.items()}
     if quantities["idle_power_w"] > quantities["power_w"]:
         table.fail("idle_power", "is above power")
@@ -191,6 +198,7 @@ def read_device(path: Path) -> Device:
         l2_bytes=round(quantities["l2_bytes"]),
         power_w=quantities["power_w"],
         idle_power_w=quantities["idle_power_w"],
+        driver_names=table.texts("driver_names"),
         sources=sources,
     )
 
@@ -343,6 +351,12 @@ class _Table:
         if not isinstance(value, str) or not value.strip():
             self.fail(key, f"is {value!r}, expected a text")
         return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self.raw.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            self.fail(key, f"is {value!r}, expected a list of texts")
+        return tuple(value)
 
     def choice(self, key: str, choices: tuple[str, ...], *, default: str | None = None) -> str:
         value = self.text(key) if default is None or key in self.raw else default

@@ -19,6 +19,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         num_sms: streaming multiprocessors (cores for a CPU).
         boosts_beyond: the board clocks above `boost_clock_hz` while power and temperature allow (GeForce, TITAN).
         power_w, idle_power_w: board power limit and idle power.
+        driver_names: what NVML and the CUDA driver call it; tells measurements of this device from others.
         sources: field name → where the number is published.
     """
 
@@ -34,6 +35,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     idle_power_w: float
     sources: dict[str, str]
     boosts_beyond: bool = False
+    driver_names: tuple[str, ...] = ()
 
 
 class LinkKind(StrEnum):

@@ -13,7 +13,7 @@ import msgspec
 import pandas as pd
 
 from ptsim.costs.step import Measurements, StepTime, step_time
-from ptsim.hardware.catalog import load_device, match_device
+from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind
 from ptsim.report.pairs import Comparison, is_pruned, run_labels
@@ -277,7 +277,7 @@ def difference_interval(value: Estimate, base: Estimate) -> tuple[float, float]:
 
 
 def _step(trace: Trace, epoch: Epoch, device: Device) -> StepTime:
-    measurements = Measurements(profiles=trace.profiles, source_device=match_device(trace.run.device.name))
+    measurements = Measurements(profiles=trace.profiles, source_device=measured_device(trace.run.device.name, device))
     return step_time(
         trace.networks[epoch.architecture],
         device,

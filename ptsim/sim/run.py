@@ -21,7 +21,7 @@ from ptsim.costs.energy import PowerModel, PowerSample, fit_power, price_usd, pu
 from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
 from ptsim.costs.step import Measurements, StepTime, Tier, step_time
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import load_cluster, load_device, match_device
+from ptsim.hardware.catalog import load_cluster, load_device, measured_device
 from ptsim.hardware.profile import DeviceProfile, read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind, Network, Precision
@@ -376,7 +376,7 @@ class _Projector:
         self.optimizer = optimizer if isinstance(optimizer, str) else "sgd"
         self.measurements = Measurements(
             profiles=trace.profiles,
-            source_device=match_device(self.run.device.name),
+            source_device=measured_device(self.run.device.name, self.device),
             device_profile=device_profile,
         )
         compiled = self.run.hyperparameters.get("compile") is True

@@ -128,6 +128,8 @@ def test_a_device_file_of_ones_own_is_read(tmp_path):
         ('"1555 GB/s"', '"1555 W"', "memory_bandwidth.*unit 'W'"),
         ('"19.5 TFLOP/s"', '"-1 TFLOP/s"', r"peak\.fp32.*positive"),
         ("fp32", "fp7", r"peak\.fp7 is not a known key"),
+        ("fp32", "fp16", r"peak\.fp32 is missing"),
+        ("num_sms = 108", 'num_sms = 108\ndriver_names = "A100"', "driver_names.*list of texts"),
         ("num_sms = 108", "num_sms = 1.5", "num_sms.*whole number"),
         ("num_sms = 108\n", "", "num_sms is missing"),
         ("num_sms", "sms", "sms is not a known key"),
