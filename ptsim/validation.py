@@ -301,7 +301,8 @@ def _source(
                 memory_format=run.memory_format,
                 regularizer=epoch.penalty_coefficient > 0,
             )
-            return msgspec.structs.replace(step, overhead_s=0.0)  # what is between the phases is in the pace
+            share = 1.0 - step.overhead_s / step.compute_s  # what is between the phases is in the pace
+            return msgspec.structs.replace(step, overhead_s=0.0, low_s=step.low_s * share, high_s=step.high_s * share)
 
         return measured, _Pace(
             input_s_per_image=beyond_steps_s(first) * first.world_size / first.num_images if first.num_images else None,
