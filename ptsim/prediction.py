@@ -118,6 +118,8 @@ def predict(
     machine = load_cluster(cluster) if cluster is not None else None
     if gpus is not None and machine is None:
         raise UsageError(f"{gpus} GPUs were asked for without a cluster", hint="name one with --cluster")
+    if gpus is not None and gpus < 1:
+        raise UsageError(f"{gpus} GPUs; at least 1 is needed")
     if gpu is None and machine is None:
         raise UsageError("neither a device nor a cluster was named", hint="ptsim devices lists the catalog")
     device = load_device(gpu if gpu is not None else machine.device)  # type: ignore[union-attr]

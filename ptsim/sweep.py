@@ -49,6 +49,7 @@ from ptsim.units import parse_quantity
 
 MANY = 100_000  # configurations from which on a study asks first
 _CHUNK = 32  # configurations per task: a task costs about a millisecond, a configuration several
+_ROW = b'{"index":'  # how every line of results begins
 
 
 def _bytes(text: str) -> int:
@@ -405,7 +406,9 @@ def _known_rows(out: Path) -> dict[str, dict[str, Any]]:
     """Rows that earlier runs computed, by key; failed ones are tried again."""
     if not out.exists():
         return {}
-    *lines, _torn = out.read_bytes().split(b"\n")
+    *lines, torn = out.read_bytes().split(b"\n")
+    if not torn.startswith(_ROW[: len(torn)]):
+        raise FileFormatError(out, "not a line of sweep results", line=len(lines) + 1)
     known = {}
     for number, line in enumerate(lines, start=1):
         try:
@@ -416,6 +419,20 @@ def _known_rows(out: Path) -> dict[str, dict[str, Any]]:
         if status == "ok":
             known[key] = row
     return known
+
+
+def forget(out: Path) -> None:
+    """Delete earlier results.
+
+    Raises:
+        FileFormatError: `out` holds something else.
+        UsageError: `out` cannot be read or deleted.
+    """
+    try:
+        _known_rows(out)
+        out.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be replaced: {error.strerror}") from error
 
 
 def _end_line(out: Path) -> None:

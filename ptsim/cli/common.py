@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,6 +25,22 @@ def stdout_console(*, highlight: bool = True) -> Console:
     return console
 
 
+def is_count(text: str) -> bool:
+    """Whether the text is a positive whole number."""
+    return text.strip().isdecimal() and int(text) > 0
+
+
+def refuse_input_as_output(out: Path, *inputs: Path) -> None:
+    """Keep a command from writing over what it reads.
+
+    Raises:
+        UsageError: `out` is one of the inputs.
+    """
+    for path in inputs:
+        if out.resolve() in (path.resolve(), (path / "trace.jsonl").resolve()) and out.is_file():
+            raise UsageError(f"{out} is what is read; choose another file to write")
+
+
 def parse_input_shape(text: str) -> tuple[int, int, int]:
     """The image shape of "3,224,224".
 
@@ -31,7 +48,7 @@ def parse_input_shape(text: str) -> tuple[int, int, int]:
         UsageError: not three positive whole numbers.
     """
     parts = text.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 3 or not all(is_count(part) for part in parts):
         raise UsageError(f"input {text!r} is not CHANNELS,HEIGHT,WIDTH, for example 3,224,224")
     channels, height, width = (int(part) for part in parts)
     return channels, height, width

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from ptsim.cli.common import print_json
+from ptsim.cli.common import print_json, refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.trace.io import read_trace
 
@@ -46,6 +46,7 @@ def export(
         raise UsageError(f"{out} is a file; --format {format} writes a folder")
     if format in ("chrome", "onnx") and out.is_dir():
         raise UsageError(f"{out} is a folder; --format {format} writes a file")
+    refuse_input_as_output(out, trace)
     written = _write(trace, format, out, gpus, epoch)
     if json:
         print_json({"format": format, "files": [str(path) for path in written]})

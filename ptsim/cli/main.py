@@ -42,6 +42,8 @@ COMMANDS = {
     "clusters": ("catalog:clusters", "List the catalog's clusters."),
 }
 
+_HELP = "ptsim --help lists the commands; ptsim COMMAND --help their options"
+
 for _name, (_target, _help) in COMMANDS.items():
     app.command(f"ptsim.cli.{_target}", name=_name, help=_help)
 
@@ -56,10 +58,10 @@ def run(tokens: list[str] | None = None) -> int:
     except cyclopts.UnknownCommandError as error:  # its own text would import every command to look for close names
         unknown = UnknownNameError("command", (error.unused_tokens or ["?"])[0], COMMANDS)
         return _fail(unknown.message, unknown.hint)
+    except cyclopts.UnusedCliTokensError as error:
+        return _fail(f"unexpected argument {(error.unused_tokens or ['?'])[0]!r}", _HELP)
     except cyclopts.CycloptsError as error:
-        return _fail(
-            " ".join(str(error).split()), "ptsim --help lists the commands; ptsim COMMAND --help their options"
-        )
+        return _fail(" ".join(str(error).split()), _HELP)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.common import is_count, print_json, refuse_input_as_output, stdout_console
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile import read_device_profile
@@ -73,6 +74,10 @@ def simulate(
         json: print one JSON document.
     """
     counts = parse_gpus(gpus)
+    if not (math.isfinite(bucket_mib) and bucket_mib > 0):
+        raise UsageError(f"bucket-mib is {bucket_mib:g}, expected a positive number")
+    if timeline is not None:
+        refuse_input_as_output(timeline, *traces)
     changes: dict[str, Any] = {
         "scaling": scaling,
         "minibatch": minibatch,
@@ -120,7 +125,7 @@ def parse_gpus(text: str) -> list[int]:
         UsageError: not positive whole numbers between commas.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not all(is_count(part) for part in parts):
         raise UsageError(f"gpus {text!r} is not a list of positive whole numbers, for example 1,8,64")
     return [int(part) for part in parts]
 

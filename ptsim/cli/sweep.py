@@ -21,7 +21,7 @@ from rich.table import Table
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.simulate import interval, seconds
 from ptsim.errors import UsageError
-from ptsim.sweep import MANY, Progress, read_study, run_study
+from ptsim.sweep import MANY, Progress, forget, read_study, run_study
 
 SHOWN = 200  # rows of the table; all are in the file
 
@@ -58,7 +58,7 @@ def sweep(
         raise UsageError(f"{study} expands to {total:,} configurations", hint="--yes runs them all the same")
     results = out or study.with_suffix(".results.jsonl")
     if fresh:
-        results.unlink(missing_ok=True)
+        forget(results)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console) as bar, _executor(workers, dask) as executor:
