@@ -249,11 +249,14 @@ def _compare(
     operate(network, groups, Plan(removed=mask))
 
     outputs, outputs_train, gradients, after = _run(network, images, seed)
-    eval_error = max(map(_relative_error, outputs, eval_outputs))
-    train_error = max(map(_relative_error, outputs_train, train_outputs))
+    eval_error = max(_relative_error(*pair) for pair in zip(outputs, eval_outputs, strict=True))
+    train_error = max(_relative_error(*pair) for pair in zip(outputs_train, train_outputs, strict=True))
     largest = max((float(g.abs().max()) for g in expected_gradients.values() if g.numel()), default=0.0)
     for name, gradient in gradients:
-        train_error = max(train_error, _relative_error(gradient, expected_gradients.pop(name), 1e-6 * largest))
+        expected = expected_gradients.pop(name, torch.zeros(()))  # of another shape: a gradient that should not be
+        train_error = max(train_error, _relative_error(gradient, expected, 1e-6 * largest))
+    if any(bool(lost.any()) for lost in expected_gradients.values()):
+        train_error = float("inf")
     for name, buffer in after.items():
         train_error = max(train_error, _relative_error(buffer, expected_after[name]))
     return int(mask.sum()), eval_error, train_error
@@ -294,7 +297,7 @@ def _tensors(output: Any) -> Iterable[Tensor]:
 
 
 def _relative_error(found: Tensor, expected: Tensor, least_scale: float = 0.0) -> float:
-    if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
+    if found.shape != expected.shape or not bool((torch.isfinite(found) & torch.isfinite(expected)).all()):
         return float("inf")
     if not expected.numel():
         return 0.0
