@@ -262,6 +262,10 @@ def _check(config: Config) -> None:
 
     if config.nesterov and not (config.optimizer == "sgd" and config.momentum != 0):
         raise UsageError("setting 'nesterov' needs the optimizer sgd with a momentum")
+    if config.sync_batch_norm and config.mode == "gating":
+        raise UsageError(
+            "setting 'sync_batch_norm' does not go with the mode gating, whose BatchNorms see few channels"
+        )
     if config.schedule == "one_time" and config.reconfigure_epoch is None:
         raise UsageError("schedule 'one_time' needs the setting 'reconfigure_epoch'")
     if config.schedule == "ssl" and config.pretrain_epochs is None:

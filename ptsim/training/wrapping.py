@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -25,7 +26,7 @@ def wrap(model: nn.Module, config: Config, team: Team) -> nn.Module:
     Compilation is inside DDP, so that a compiled step still reduces its gradients; they all become ready at its end
     and the all-reduce hides behind nothing.
     """
-    module = model
+    module = synchronised(model) if config.sync_batch_norm and team.world_size > 1 else model
     if config.compile:
         module = CompiledOnce(module, backend=config.compile_backend)
     if team.world_size > 1:
@@ -36,6 +37,16 @@ def wrap(model: nn.Module, config: Config, team: Team) -> nn.Module:
             **_WITHOUT_BUFFERS,
         )
     return module
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """A twin with BatchNorm statistics over all ranks that shares every parameter and buffer with `model`.
+
+    The model itself stays as it is: what captures, prunes or profiles it runs on one rank or without a GPU, where a
+    synchronised BatchNorm would wait for the others or refuse.
+    """
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    return nn.SyncBatchNorm.convert_sync_batchnorm(twin)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class CompiledOnce(nn.Module):
