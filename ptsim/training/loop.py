@@ -17,7 +17,7 @@ from torch import nn
 
 from ptsim import zoo
 from ptsim.capture.network import capture_network
-from ptsim.errors import FileFormatError, MissingMeasurementError, PtsimError, UsageError
+from ptsim.errors import FileFormatError, MissingMeasurementError, PtsimError, TrainingError, UsageError
 from ptsim.hardware.catalog import match_device
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import profile_network
@@ -32,13 +32,13 @@ from ptsim.training.config import Config, from_recorded, make_config, read_confi
 from ptsim.training.data import load_data, mixed_seed
 from ptsim.training.distributed import CommunicationMeter, Team, join_team, restarted
 from ptsim.training.interruption import Interruption, interruptible
-from ptsim.training.minibatch import grown_batch, learning_rate_scale
+from ptsim.training.minibatch import grown_batch, learning_rate_scale, predicted_bytes
 from ptsim.training.progress import Bars, Reporter, Silent
 from ptsim.training.recipe import Recipe, check_fits, takes_in_channels
 from ptsim.training.recorder import Recorder, run_record
 from ptsim.training.schedule import EpochPlan, plan
 from ptsim.training.state import State, load_weights, pruned_network
-from ptsim.training.step import Sums, train_epoch, validate
+from ptsim.training.step import Sums, fits, train_epoch, validate
 from ptsim.training.wrapping import wrap
 
 _VALIDATION_BATCH = 128  # at least; evaluation keeps nothing for backward
@@ -200,6 +200,10 @@ class Trainer:
             except PtsimError as error:
                 self._end("failed", error.message)
                 raise
+            except torch.OutOfMemoryError as error:
+                problem = f"a mini-batch of {self.state.batch} needs more memory than {self.team.device} has left"
+                self._end("failed", problem)
+                raise TrainingError(problem, hint="a smaller batch, or with dynamic_batch a max_batch") from error
         return self._result()
 
     def _ended_clean(self) -> bool:
@@ -307,7 +311,6 @@ class Trainer:
         if surgery.changed:
             self.network = self._captured()
         predicted_bytes = self._grow_batch() if self.config.dynamic_batch else None
-        team.agree("the mini-batch", str(state.batch).encode())
         if not surgery.changed and state.batch // team.world_size != batch_before:
             self._wrap()  # what was compiled for the smaller mini-batch is of no use
         last = epoch_plan.epoch + 1 == len(self.plans)
@@ -337,17 +340,27 @@ class Trainer:
     def _grow_batch(self) -> int:
         """Let the mini-batch fill the memory that pruning has freed; the bytes that one iteration then should need."""
         state, world_size, info = self.state, self.team.world_size, self.meter.info()
-        growth = grown_batch(
+        device = match_device(info.name) if info.kind == "cuda" else None
+        present = state.batch // world_size
+        batch = grown_batch(
             self.network,
             self.config,
-            batch_per_gpu=state.batch // world_size,
+            batch_per_gpu=present,
             world_size=world_size,
             num_train=self.data.dataset.num_train,
             capacity_bytes=self._capacity_bytes(),
-            device=match_device(info.name) if info.kind == "cuda" else None,
+            device=device,
         )
-        self._set_batch(growth.batch_per_gpu * world_size)
-        return growth.predicted_memory_bytes
+        self.team.agree("the mini-batch", str(batch).encode())
+        while batch > present and not self._fits(batch):  # the prediction was too low: step back
+            batch -= self.config.batch_granularity
+        self._set_batch(batch * world_size)
+        return predicted_bytes(self.network, self.config, batch, device=device, data_parallel=world_size > 1)
+
+    def _fits(self, batch_per_gpu: int) -> bool:
+        """Whether a step with that mini-batch runs on every rank."""
+        misfits = torch.tensor(float(not fits(self.state, batch_per_gpu)), device=self.team.device)
+        return float(self.team.sum(misfits)) == 0
 
     def _validated(self) -> tuple[Sums, float]:
         start = time.perf_counter()
@@ -471,8 +484,6 @@ class Trainer:
         return True
 
     def _take(self, model: nn.Module) -> None:
-        if self.config.sync_batch_norm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self.state = State(self.config, self.recipe, model, self.team.device)
         self.network = self._captured()
 

@@ -5,19 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import msgspec
-
 from ptsim.costs.memory import iteration_memory, largest_batch
 from ptsim.hardware.spec import Device
 from ptsim.network import Network
 from ptsim.training.config import Config
-
-
-class Growth(msgspec.Struct, frozen=True, kw_only=True):
-    """A mini-batch per rank, and the memory that one iteration with it is predicted to need."""
-
-    batch_per_gpu: int
-    predicted_memory_bytes: int
 
 
 def grown_batch(
@@ -29,7 +20,7 @@ def grown_batch(
     num_train: int,
     capacity_bytes: int,
     device: Device | None = None,
-) -> Growth:
+) -> int:
     """The largest mini-batch per rank that fits: the present one plus whole multiples of the granularity.
 
     It never shrinks, and never exceeds `max_batch` or the data set. `device` is the catalog's GPU that runs: with it
@@ -47,10 +38,17 @@ def grown_batch(
     limit = min(fits, (config.max_batch or num_train) // world_size, num_train // world_size)
     steps = max(0, limit - batch_per_gpu) // config.batch_granularity
     grown = batch_per_gpu + steps * config.batch_granularity
-    return Growth(batch_per_gpu=grown, predicted_memory_bytes=predicted_bytes(network, config, grown, device))
+    return grown
 
 
-def predicted_bytes(network: Network, config: Config, batch_per_gpu: int, device: Device | None = None) -> int:
+def predicted_bytes(
+    network: Network,
+    config: Config,
+    batch_per_gpu: int,
+    *,
+    device: Device | None = None,
+    data_parallel: bool = False,
+) -> int:
     """Peak memory of one iteration as the cost model sees it."""
     need = iteration_memory(
         network,
@@ -59,6 +57,7 @@ def predicted_bytes(network: Network, config: Config, batch_per_gpu: int, device
         optimizer=config.optimizer,
         memory_format=config.memory_format,
         device=device,
+        data_parallel=data_parallel,
     )
     return need.peak_bytes
 

@@ -134,6 +134,30 @@ def validate(state: State, batches: Iterable[Batch], *, team: Team) -> Sums:
     return tally.total(team, iteration + 1)
 
 
+def fits(state: State, batch: int) -> bool:
+    """Whether one step with `batch` images fits into the device's memory: tried out, without a trace in the learner."""
+    model, device = state.model, state.device
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        try:
+            images = torch.zeros((batch, *state.recipe.input_shape), device=device)
+            labels = torch.zeros(batch, dtype=torch.int64, device=device)
+            with number_format(state.config.precision, device):
+                loss = F.cross_entropy(model.train()(images), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            state.lasso.add_gradient(0.0)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+            for buffer, before in buffers:
+                buffer.detach().copy_(before)
+            if on_gpu:
+                torch.cuda.empty_cache()
+    return True
+
+
 def _penalty_coefficient(state: State, first_loss: Tensor, team: Team) -> float:
     """λ by METHOD.md Eq. 3, from the global mini-batch's cross-entropy before the run's first update."""
     cross_entropy = float(team.sum(first_loss.double())) / team.world_size

@@ -79,3 +79,15 @@ class Failing(nn.Module):
 
 def failing(num_classes):
     return Failing()
+
+
+def _refuse_many(module, images):
+    if module.training and len(images[0]) > 24:
+        raise torch.OutOfMemoryError("no room")
+
+
+def hungry(num_classes, in_channels=3):
+    """Bears at most 24 images in training."""
+    model = small(num_classes, in_channels)
+    model.fc.register_forward_pre_hook(_refuse_many)
+    return model

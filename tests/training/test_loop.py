@@ -230,6 +230,25 @@ def test_the_mini_batch_grows_into_the_freed_memory_and_the_rate_with_it(tmp_pat
     assert rooted.epochs[2].learning_rate == pytest.approx(math.sqrt(2) * 0.05)
 
 
+def test_a_mini_batch_that_does_not_fit_steps_back_and_the_run_is_as_if_it_had_never_been_tried(tmp_path):
+    made = settings(model=f"{NETS}:hungry", dynamic_batch=True, memory_budget="1 GiB", batch_granularity=4, epochs=4)
+    tried = ptsim.train(made | {"max_batch": 32, "profile": False}, out=tmp_path / "tried")  # more than 24 do not fit
+    limited = ptsim.train(made | {"max_batch": 24, "profile": False}, out=tmp_path / "limited")
+    traces = [ptsim.read_trace(run.trace) for run in (tried, limited)]
+    assert [epoch.batch_per_gpu for epoch in traces[0].epochs] == [16, 16, 24, 24]
+    assert [e.train_loss for e in traces[0].epochs] == [e.train_loss for e in traces[1].epochs]
+    stored = [
+        (run.folder / "checkpoints" / "epoch-0003" / "state.safetensors").read_bytes() for run in (tried, limited)
+    ]
+    assert stored[0] == stored[1]
+
+
+def test_a_first_mini_batch_that_does_not_fit_is_said_and_ends_the_trace(tmp_path):
+    with pytest.raises(TrainingError, match="a mini-batch of 32 needs more memory than cpu has left"):
+        ptsim.train(settings(model=f"{NETS}:hungry", batch=32, profile=False), out=tmp_path / "run")
+    assert ptsim.read_trace(tmp_path / "run").end.status == "failed"
+
+
 # What is stored
 
 
