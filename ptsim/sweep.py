@@ -43,7 +43,8 @@ from ptsim.hardware.catalog import is_called, load_cluster, load_device
 from ptsim.hardware.profile import DeviceProfile, read_device_profile
 from ptsim.hardware.spec import Cluster
 from ptsim.sim.options import Options
-from ptsim.sim.run import StepCache, change, project, projection_row
+from ptsim.sim.projection import projection_row
+from ptsim.sim.run import StepCache, change, project
 from ptsim.trace.io import Trace, read_trace, trace_path
 from ptsim.units import parse_quantity
 
@@ -269,8 +270,9 @@ def run_study(
 ) -> list[dict[str, Any]]:
     """Compute what is missing, and give all rows in the study's order.
 
-    A row is that of `ptsim.sim.run.projection_row` with `index`, `key`, `what_if`, the grid's options, and `status`:
-    "ok", or "failed" with the reason under `error`. Lines of `out` that belong to other studies stay and are ignored.
+    A row is that of `ptsim.sim.projection.projection_row` with `index`, `key`, `what_if`, the grid's options, and
+    `status`: "ok", or "failed" with the reason under `error`. Lines of `out` that belong to other studies stay and are
+    ignored.
 
     Args:
         study: what to compute.

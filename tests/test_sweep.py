@@ -16,7 +16,8 @@ from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageErr
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile import write_device_profile
 from ptsim.sim.options import Options
-from ptsim.sim.run import change, project, projection_row
+from ptsim.sim.projection import projection_row
+from ptsim.sim.run import change, project
 from ptsim.sweep import Configuration, Progress, configurations, project_all, read_study, run_study
 from ptsim.trace.io import read_trace
 from ptsim.validation import device_profile_of

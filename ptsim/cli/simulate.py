@@ -17,7 +17,8 @@ from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile import read_device_profile
 from ptsim.sim.options import Options
-from ptsim.sim.run import RunProjection, StepCache, change, project, projection_row
+from ptsim.sim.projection import RunProjection, projection_row
+from ptsim.sim.run import StepCache, change, project
 from ptsim.trace.io import read_trace
 from ptsim.units import format_bytes, format_joules, format_seconds
 

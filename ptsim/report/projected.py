@@ -18,7 +18,8 @@ from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind
 from ptsim.report.pairs import Comparison, is_pruned, run_labels
 from ptsim.sim.options import Options
-from ptsim.sim.run import RunProjection, StepCache, project
+from ptsim.sim.projection import RunProjection
+from ptsim.sim.run import StepCache, project
 from ptsim.trace.io import Trace
 from ptsim.trace.schema import Epoch
 

@@ -14,15 +14,8 @@ from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device, match_device
 from ptsim.network import LayerKind, Precision
 from ptsim.sim.options import Options
-from ptsim.sim.run import (
-    RunProjection,
-    StepCache,
-    change,
-    epochs_frame,
-    project,
-    projections_frame,
-    recorded_jitter,
-)
+from ptsim.sim.projection import RunProjection, epochs_frame, projections_frame
+from ptsim.sim.run import StepCache, change, project, recorded_jitter
 from ptsim.trace.io import Trace, read_trace
 from tests.sim.plans import cluster
 from tests.traces import dense_trace, shrinking_trace

@@ -1,0 +1,161 @@
+"""What a projected run is: seconds, bytes, joules and money, epoch by epoch, and as rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ptsim.costs.times import Tier
+from ptsim.sim.faults import FaultyRun
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
+    """One epoch on the projected cluster.
+
+    `total_s`, `low_s`, `high_s` and `energy_j` (of all GPUs) are of the whole epoch, all else is of one step.
+    A step is the sum of forward, backward, regularizer, optimizer, overhead (loss and host gaps), input wait,
+    straggler wait and exposed communication. `communication_s` is what all collectives of the step take by themselves.
+    """
+
+    epoch: int
+    architecture: str
+    batch_per_gpu: int
+    num_iterations: int
+    step_s: float
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    regularizer_s: float
+    overhead_s: float
+    input_wait_s: float
+    straggler_wait_s: float
+    communication_s: float
+    exposed_communication_s: float
+    wire_bytes_per_gpu: float
+    total_s: float
+    low_s: float
+    high_s: float
+    peak_memory_bytes: int
+    energy_j: float | None
+    tier: Tier
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of computation per step."""
+        return self.forward_s + self.backward_s + self.optimizer_s + self.regularizer_s + self.overhead_s
+
+
+class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole run on a cluster.
+
+    Attributes:
+        reconfiguration_s: all reconfigurations with what follows from them (re-wrapping, first step, recompilation).
+        startup_s: the same for the first wrapping.
+        faults_s: by which failures and checkpoints lengthen the run.
+        total_s: training time without validation.
+        low_s, high_s: 90 % interval of `total_s`.
+        allreduce_bytes_per_gpu: what every GPU sends for gradients over the run.
+        tier: the worst that a step time comes from.
+        network_tier: the worst that an all-reduce time comes from; None on a single GPU.
+        energy_j: of all GPUs (the boards, without host and cooling); None where the device's power is not known.
+        complete: False where the trace is of an interrupted or truncated run: then only what was recorded is projected.
+    """
+
+    trace: str
+    model: str
+    cluster: str
+    device: str
+    gpus: int
+    scaling: str
+    epochs: tuple[EpochProjection, ...]
+    reconfiguration_s: float
+    startup_s: float
+    faults_s: float
+    total_s: float
+    compute_s: float
+    exposed_communication_s: float
+    input_wait_s: float
+    straggler_wait_s: float
+    allreduce_bytes_per_gpu: float
+    energy_j: float | None
+    energy_low_j: float | None
+    energy_high_j: float | None
+    cost_usd: float | None
+    low_s: float
+    high_s: float
+    tier: Tier
+    network_tier: Tier | None
+    complete: bool
+    notes: tuple[str, ...]
+    faults: FaultyRun | None = None
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours times GPUs."""
+        return self.gpus * self.total_s / 3600
+
+
+def projections_frame(projections: Iterable[RunProjection]) -> DataFrame:
+    """One row per projection, unit-bearing columns."""
+    import pandas as pd
+
+    return pd.DataFrame([projection_row(projection) for projection in projections])
+
+
+def projection_row(projection: RunProjection) -> dict[str, Any]:
+    """The row of one projection: what `--json`, sweeps and reports show."""
+    p = projection
+    return {
+        "trace": p.trace,
+        "model": p.model,
+        "cluster": p.cluster,
+        "device": p.device,
+        "gpus": p.gpus,
+        "scaling": p.scaling,
+        "total_seconds": p.total_s,
+        "low_seconds": p.low_s,
+        "high_seconds": p.high_s,
+        "compute_seconds": p.compute_s,
+        "exposed_communication_seconds": p.exposed_communication_s,
+        "input_wait_seconds": p.input_wait_s,
+        "straggler_wait_seconds": p.straggler_wait_s,
+        "reconfiguration_seconds": p.reconfiguration_s,
+        "startup_seconds": p.startup_s,
+        "fault_seconds": p.faults_s,
+        "goodput": p.faults.goodput if p.faults else 1.0,
+        "allreduce_bytes_per_gpu": p.allreduce_bytes_per_gpu,
+        "peak_memory_bytes": max(epoch.peak_memory_bytes for epoch in p.epochs),
+        "gpu_hours": p.gpu_hours,
+        "energy_joules": p.energy_j,
+        "low_energy_joules": p.energy_low_j,
+        "high_energy_joules": p.energy_high_j,
+        "cost_usd": p.cost_usd,
+        "low_cost_usd": None if p.cost_usd is None else p.cost_usd * p.low_s / p.total_s,
+        "high_cost_usd": None if p.cost_usd is None else p.cost_usd * p.high_s / p.total_s,
+        "tier": str(p.tier),
+        "network_tier": None if p.network_tier is None else str(p.network_tier),
+        "num_epochs": len(p.epochs),
+        "complete": p.complete,
+        "notes": "; ".join(p.notes),
+    }
+
+
+def epochs_frame(projection: RunProjection) -> DataFrame:
+    """One row per epoch: the fields of `EpochProjection`, their units spelt out in the column names."""
+    import pandas as pd
+
+    rows = []
+    for epoch in projection.epochs:
+        row: dict[str, Any] = {"trace": projection.trace, "cluster": projection.cluster, "gpus": projection.gpus}
+        for name in EpochProjection.__struct_fields__:
+            column = name.removesuffix("_s") + "_seconds" if name.endswith("_s") else name
+            column = column.removesuffix("_j") + "_joules" if column.endswith("_j") else column
+            row[column] = getattr(epoch, name)
+        row["tier"] = str(epoch.tier)
+        rows.append(row)
+    return pd.DataFrame(rows)
