@@ -246,9 +246,12 @@ class StreamedData:
         )
         channels_last = self._config.memory_format == "channels_last"
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        for images, labels in loader:
-            images = images.to(self._device, non_blocking=True).to(torch.float32, memory_format=memory_format)
-            yield images.mul_(self._scale).add_(self._shift), labels.to(self._device, non_blocking=True)
+        try:
+            for images, labels in loader:
+                images = images.to(self._device, non_blocking=True).to(torch.float32, memory_format=memory_format)
+                yield images.mul_(self._scale).add_(self._shift), labels.to(self._device, non_blocking=True)
+        except UsageError as error:  # a worker's comes with its traceback as text in front
+            raise UsageError(error.message.strip().rpartition("UsageError: ")[2]) from error
 
 
 class _ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -288,7 +291,7 @@ def decode(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
         raise UsageError(f"{path} cannot be read as an image: {' '.join(str(error).split())[:200]}") from error
 
 

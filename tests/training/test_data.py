@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -181,6 +183,19 @@ def test_a_wrong_image_tree_is_one_sentence(tree, tmp_path, make):
         (root / "train" / "b" / "0.png").unlink()
     with pytest.raises(UsageError, match=expected):
         loaded(dataset="imagefolder", data_dir=str(root), batch=1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_breaks_while_streaming_is_one_sentence_whoever_decodes_it(tree, tmp_path, num_workers):
+    root = tmp_path / "data"
+    shutil.copytree(tree, root)
+    broken = root / "val" / "bee" / "001.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    data = loaded(dataset="imagefolder", data_dir=str(root), data_memory_bytes=1000, num_workers=num_workers)
+    with pytest.raises(UsageError) as caught:
+        list(data.validation_batches(8, Share()))
+    assert caught.value.message.startswith(f"{broken} cannot be read as an image")
+    assert "\n" not in caught.value.message
 
 
 def test_cifar_that_is_not_there_says_how_to_get_it(tmp_path):
