@@ -39,12 +39,22 @@ _AUTOCAST = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 @contextlib.contextmanager
 def number_format(precision: Precision, device: torch.device) -> Iterator[None]:
     """Matrix products inside run in `precision`: autocast for the 16-bit ones, CUDA's TF32 switches otherwise."""
+    autocast = torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST)
+    with tf32_allowed(precision), autocast:
+        yield
+
+
+@contextlib.contextmanager
+def tf32_allowed(precision: Precision) -> Iterator[None]:
+    """CUDA's TF32 switches as `precision` wants them; the part of `number_format` that backward needs as well.
+
+    torch's own defaults would run the backward of fp32 convolutions in TF32.
+    """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = precision is not Precision.FP32
     try:
-        with torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
-            yield
+        yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 

@@ -20,7 +20,7 @@ from ptsim.capture.network import capture_network
 from ptsim.errors import FileFormatError, MissingMeasurementError, PtsimError, TrainingError, UsageError
 from ptsim.hardware.catalog import match_device
 from ptsim.measure.nvml import open_meter
-from ptsim.measure.profile import profile_network
+from ptsim.measure.profile import profile_network, tf32_allowed
 from ptsim.measure.timers import StepTimer
 from ptsim.network import Network, Precision
 from ptsim.prune.density import channel_maxima, dense_counts, layer_densities
@@ -601,13 +601,17 @@ def _check_team(config: Config, team: Team) -> None:
 
 @contextlib.contextmanager
 def _device_settings(config: Config) -> Iterator[None]:
-    """The run's number of threads; and cuDNN may try its algorithms, since shapes change only at reconfigurations."""
+    """The run's number of threads and TF32 switches (backward included).
+
+    cuDNN may try its algorithms, since shapes change only at reconfigurations.
+    """
     benchmark, num_threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
     torch.backends.cudnn.benchmark = True
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     try:
-        yield
+        with tf32_allowed(config.precision):
+            yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
         torch.set_num_threads(num_threads)

@@ -249,6 +249,22 @@ def test_a_first_mini_batch_that_does_not_fit_is_said_and_ends_the_trace(tmp_pat
     assert ptsim.read_trace(tmp_path / "run").end.status == "failed"
 
 
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("bf16", True)])
+def test_backward_runs_with_the_tf32_switches_of_the_precision(tmp_path, monkeypatch, precision, allowed):
+    seen = set()
+    original = torch.Tensor.backward
+
+    def backward(self, *arguments, **options):
+        seen.add((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        original(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    ptsim.train(settings(epochs=1, precision=precision, profile=False), out=tmp_path / "run")
+    assert seen == {(allowed, allowed)}
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
 # What is stored
 
 
