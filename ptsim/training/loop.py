@@ -216,8 +216,12 @@ class Trainer:
             self._save(keep=False)
         self._wrap()
         self.reporter.begin(self.folder.name, len(self.plans), self.state.next_epoch)
-        for epoch_plan in self.plans[self.state.next_epoch :]:
-            self._epoch(epoch_plan)
+        while self.state.next_epoch < len(self.plans):
+            try:
+                self._epoch(self.plans[self.state.next_epoch])
+            except torch.OutOfMemoryError:
+                if not self._step_back():
+                    raise
         self._end("clean", None)
 
     def _epoch(self, epoch_plan: EpochPlan) -> None:
@@ -361,6 +365,35 @@ class Trainer:
         """Whether a step with that mini-batch runs on every rank."""
         misfits = torch.tensor(float(not fits(self.state, batch_per_gpu)), device=self.team.device)
         return float(self.team.sum(misfits)) == 0
+
+    def _step_back(self) -> bool:
+        """After an epoch that ran out of memory: the state before it, with a smaller mini-batch.
+
+        False where the mini-batch has not grown, or where other ranks are in the middle of the step.
+        """
+        world_size = self.team.world_size
+        failed = self.state.batch // world_size
+        if failed <= self.config.batch // world_size or world_size > 1 or not self._resume():
+            return False
+        smaller = max(self.config.batch // world_size, failed - self.config.batch_granularity)
+        self._set_batch(smaller * world_size)
+        self._record(
+            Reconfiguration(
+                epoch=max(0, self.state.next_epoch - 1),
+                before=self.network.id,
+                after=self.network.id,
+                channels_removed=0,
+                layers_removed=(),
+                duration_s=0.0,
+                batch_before=failed,
+                batch_after=smaller,
+                learning_rate_scale=self.state.learning_rate_scale,
+                notes=(f"out of memory with {failed} images: the epoch begins again with {smaller}",),
+            )
+        )
+        self._wrap()
+        self._save(keep=True)
+        return True
 
     def _validated(self) -> tuple[Sums, float]:
         start = time.perf_counter()

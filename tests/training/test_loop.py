@@ -243,6 +243,29 @@ def test_a_mini_batch_that_does_not_fit_steps_back_and_the_run_is_as_if_it_had_n
     assert stored[0] == stored[1]
 
 
+def test_running_out_of_memory_in_an_epoch_begins_it_again_with_a_smaller_mini_batch(tmp_path, monkeypatch):
+    """An out-of-memory error that a CPU cannot have, raised in the third iteration of every epoch with 32 images."""
+    original = loop.train_epoch
+
+    def train_epoch(state, module, batches, *arguments, **options):
+        def limited():
+            for index, batch in enumerate(batches):
+                if index == 2 and len(batch[1]) > 24:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                yield batch
+
+        return original(state, module, limited(), *arguments, **options)
+
+    monkeypatch.setattr(loop, "train_epoch", train_epoch)
+    made = settings(dynamic_batch=True, memory_budget="1 GiB", batch_granularity=8, max_batch=32, profile=False)
+    trace = ptsim.read_trace(ptsim.train(made | {"epochs": 3}, out=tmp_path / "run").trace)
+    assert trace.complete
+    assert [epoch.batch_per_gpu for epoch in trace.epochs] == [16, 16, 24]
+    back = trace.reconfigurations[1]
+    assert (back.batch_before, back.batch_after, back.learning_rate_scale) == (32, 24, 1.5)
+    assert "out of memory with 32 images" in back.notes[0]
+
+
 def test_a_first_mini_batch_that_does_not_fit_is_said_and_ends_the_trace(tmp_path):
     with pytest.raises(TrainingError, match="a mini-batch of 32 needs more memory than cpu has left"):
         ptsim.train(settings(model=f"{NETS}:hungry", batch=32, profile=False), out=tmp_path / "run")
