@@ -70,24 +70,32 @@ def projected_answer(
     elif best.saved_fraction < 0:
         after = f": {_percent(-best.saved_fraction)} longer than dense."
     low, high = best.saved_fraction_low, best.saved_fraction_high
+    open_question = low <= 0 <= high and abs(best.saved_fraction) >= 0.0005
+    if open_question:
+        after = f"{after[:-1]}, which the 90 % interval does not tell from no difference."
     certainty = (
         f"The 90 % interval of the saving is {_range(low, high)} of the dense time if the two projections err "
         f"independently, {_range(best.saved_fraction_alike_low, best.saved_fraction_alike_high)} if they err alike"
-        + ("; it may be no saving at all. " if low <= 0 < best.saved_fraction else ". ")
+        + (f"; it may be no {'saving' if best.saved_fraction > 0 else 'loss'} at all. " if open_question else ". ")
         + TIER_WORDS.get(best.tier, best.tier).capitalize()
         + "."
         + checked(validation)
         + " Each setting was trained once, so the spread between seeds is not covered."
+        + _batch_caveat(run, gpus, int(best.first_batch_per_gpu))
     )
     interval = best.saved_seconds_low, best.saved_seconds_high
     if best.saved_seconds < 0:
         interval = -interval[1], -interval[0]
+    changing = best.saved_reconfiguration_seconds
+    surgery = ""
+    if abs(changing) > 0.1 * abs(best.saved_seconds):
+        surgery = f"; reconfigurations {'cost' if changing < 0 else 'save'} {format_seconds(abs(changing))}"
     tiles = [
         Tile(
             name="Time saved" if best.saved_seconds >= 0 else "Time lost",
             value=format_seconds(abs(best.saved_seconds)),
             detail=f"{_percent(abs(best.saved_fraction))} of {dense}; 90 % interval "
-            f"{format_seconds(interval[0])} to {format_seconds(interval[1])}",
+            f"{format_seconds(interval[0])} to {format_seconds(interval[1])}" + surgery,
         )
     ]
     if pd.notna(best.get("saved_usd")):
@@ -170,6 +178,17 @@ def recorded_answer(runs: pd.DataFrame, notices: Sequence[str]) -> Answer:
         tiles=(),
         certainty="",
         notices=tuple(notices),
+    )
+
+
+def _batch_caveat(run: pd.Series, gpus: int, batch_per_gpu: int) -> str:
+    """What the recorded accuracy does not cover: updates of another size."""
+    recorded, here = int(run.num_gpus * run.first_batch_per_gpu), gpus * batch_per_gpu
+    if recorded == here:
+        return ""
+    return (
+        f" The accuracy is that of the recorded run, whose updates took {recorded:,} images at first; here they take "
+        f"{here:,}, and nobody has trained that."
     )
 
 

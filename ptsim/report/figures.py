@@ -409,8 +409,8 @@ def legend_above(axes: Axes) -> None:
     """What is labelled in `axes`, in a legend above the whole figure."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        columns = 1 if max(map(len, labels)) * min(len(labels), 3) > 72 else min(len(labels), 3)
-        columns = 2 if columns == 1 and max(map(len, labels)) < 34 and len(labels) > 1 else columns
+        column_in = 0.6 + 0.075 * max(map(len, labels))  # the line and its gaps, and letters of 8.5 points
+        columns = max(1, min(len(labels), 3, int(WIDTH_IN / column_in)))
         axes.figure.legend(
             handles, labels, loc="outside upper left", ncols=columns, handlelength=2.6, borderaxespad=0.2
         )

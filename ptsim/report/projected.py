@@ -138,6 +138,10 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     "saved_fraction_alike_high": 1 - min(alike),
                     "saved_compute_seconds": dense.compute_s - pruned.compute_s,
                     "saved_communication_seconds": dense.exposed_communication_s - pruned.exposed_communication_s,
+                    "saved_reconfiguration_seconds": dense.reconfiguration_s
+                    + dense.startup_s
+                    - pruned.reconfiguration_s
+                    - pruned.startup_s,
                     "dense_allreduce_bytes_per_gpu": dense.allreduce_bytes_per_gpu,
                     "pruned_allreduce_bytes_per_gpu": pruned.allreduce_bytes_per_gpu,
                     "dense_joules": dense.energy_j,

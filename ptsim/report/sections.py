@@ -122,7 +122,8 @@ def scaling_section(projections: pd.DataFrame, savings: pd.DataFrame) -> Section
                     "saved_seconds_high": "to",
                     "saved_fraction": "saved share",
                     "saved_compute_seconds": "of that, computing",
-                    "saved_communication_seconds": "and communi\u00adcating",
+                    "saved_communication_seconds": "communi\u00adcating",
+                    "saved_reconfiguration_seconds": "start and reconfi\u00adguring",
                     "saved_joules": "energy saved",
                     "saved_usd": "money saved",
                 },
@@ -130,7 +131,7 @@ def scaling_section(projections: pd.DataFrame, savings: pd.DataFrame) -> Section
                 caption="Differences of the projections; negative numbers are losses.",
                 together=[
                     ["dense_seconds", "pruned_seconds", "saved_seconds", "saved_seconds_low", "saved_seconds_high"],
-                    ["saved_compute_seconds", "saved_communication_seconds"],
+                    [f"saved_{part}_seconds" for part in ("compute", "communication", "reconfiguration")],
                 ],
             )
         )
@@ -205,6 +206,7 @@ def layers_section(run: LabelledRun, projector: Projector) -> Section:
 def costs_section(runs: Sequence[Trace]) -> Section:
     """What shrank: FLOPs, traffic, memory, all-reduced bytes, and the clock beside them."""
     epochs = frames.costs_frame(runs)
+    measured = "measured on the recording machine and as " if epochs.peak_memory_bytes.notna().any() else ""
     shown = []
     for number, run in enumerate(epochs[epochs.pruned].run.unique()[:2]):
         shown.append(
@@ -219,8 +221,7 @@ def costs_section(runs: Sequence[Trace]) -> Section:
         ShownFigure(
             name="memory",
             title="Memory and mini-batch.",
-            caption="Peak memory of an iteration as measured on the recording machine and as estimated, and the "
-            "mini-batch that it belongs to.",
+            caption=f"Peak memory of an iteration as {measured}estimated, and the mini-batch that it belongs to.",
             figure=figures.memory_figure(epochs),
         ),
         ShownFigure(
@@ -256,7 +257,7 @@ def costs_section(runs: Sequence[Trace]) -> Section:
             "training_macs_per_image": "training",
             "bn_bytes_per_image": "BatchNorm traffic",
             "peak_memory_bytes": "peak memory, measured",
-            "estimated_memory_bytes": "estimated",
+            "estimated_memory_bytes": "peak memory, estimated",
             "epoch_allreduce_bytes": "gradients per epoch",
             "epoch_seconds": "measured epoch (median)",
         },
@@ -503,7 +504,11 @@ def methods_section(runs: Sequence[Trace]) -> Section:
         run = trace.run
         data, device = run.dataset, run.device
         shape = " × ".join(map(str, data.input_shape))
-        settings = {name: value for name, value in run.hyperparameters.items() if value is not None and value != ""}
+        settings = {
+            name: value
+            for name, value in run.hyperparameters.items()
+            if value is not None and value != "" and name != "data_dir"  # a place on somebody's disk
+        }
         facts += [
             (
                 label,
