@@ -208,6 +208,8 @@ def _network(
 
     entry = zoo.find(str(model))
     classes = entry.num_classes if num_classes is None else num_classes
+    if classes < 1:
+        raise UsageError(f"classes is {classes}, expected a positive number")
     built = zoo.create(str(model), num_classes=classes)
     network = capture_network(built, name=str(model), input_shape=input_shape or entry.input_shape, num_classes=classes)
     return network, Measurements()

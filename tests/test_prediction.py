@@ -148,6 +148,12 @@ def test_a_wrong_input_is_one_sentence_and_status_2(tmp_path, capsys, options, c
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("classes", ["0", "-3"])
+def test_a_network_without_classes_is_one_sentence(capsys, classes):
+    assert run(["predict", "resnet20", "--gpu", "v100", "--batch", "8", "--classes", classes]) == 2
+    assert f"classes is {classes}, expected a positive number" in capsys.readouterr().err
+
+
 def test_an_unknown_model_is_one_sentence(capsys):
     assert run(["predict", "resnet999", "--gpu", "v100", "--batch", "8"]) == 2
     assert "unknown model 'resnet999'" in capsys.readouterr().err

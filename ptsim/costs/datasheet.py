@@ -278,12 +278,12 @@ def update_bytes(network: Network, optimizer: str, precision: Precision) -> floa
 
 
 def _device_factor(device: Device, fit: Fit) -> tuple[float, Residuals]:
-    """The factor of the fit's GPU with the same chip, and the residuals to expect."""
-    for name, factor in fit.devices.items():
-        known = load_device(name)
-        if (known.architecture, known.num_sms) == (device.architecture, device.num_sms):
-            return factor, fit.known_device
-    return 1.0, fit.new_device
+    """The factor of the fit's GPU with the same chip (its own where it is there), and the residuals to expect."""
+    chips = {name: load_device(name) for name in fit.devices}
+    same = [n for n, c in chips.items() if (c.architecture, c.num_sms) == (device.architecture, device.num_sms)]
+    if not same:
+        return 1.0, fit.new_device
+    return fit.devices[device.name if device.name in same else same[0]], fit.known_device
 
 
 def host_seconds(network: Network, kernels: Kernels, host: Host) -> float:

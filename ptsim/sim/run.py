@@ -236,6 +236,7 @@ class _Projector:
         compiled = self.run.hyperparameters.get("compile") is True
         self.overlap = not compiled if options.overlap is None else options.overlap
         self.spread = recorded_jitter(trace.epochs)
+        self.mixed_tiers: set[Tier] = set()
         self.notes: list[str] = []
         self._power: PowerModel | None = None
         self.all_reduces: dict[int, AllReduceTime] = {}
@@ -302,7 +303,7 @@ class _Projector:
             cost_usd=None if price is None else price_usd(total_s, self.num_gpus, price),
             low_s=low_s,
             high_s=high_s,
-            tier=max((epoch.tier for epoch in epochs), key=_TIER_ORDER.index),
+            tier=max((*(epoch.tier for epoch in epochs), *self.mixed_tiers), key=_TIER_ORDER.index),
             network_tier=max((time.tier for time in self.all_reduces.values()), key=_TIER_ORDER.index, default=None),
             complete=trace.complete,
             notes=tuple(self.notes),
@@ -474,7 +475,13 @@ class _Projector:
                 }
             )
             if uneven:
-                note(f"a global mini-batch of {uneven[0]} does not divide by {self.num_gpus} GPUs: rounded up per GPU")
+                per_gpu = -(-uneven[0] // self.num_gpus)
+                note(
+                    f"a global mini-batch of {uneven[0]} does not divide by {self.num_gpus} GPUs: "
+                    f"rounded up to {per_gpu} per GPU, {per_gpu * self.num_gpus:,} in all"
+                )
+        if options.mixed_devices:
+            note(f"devices are mixed: memory and energy are those of the {self.device.name} alone")
         if any(stage.num_iterations * stage.batch * self.num_gpus > 2 * stage.epoch.num_images for stage in stages):
             note("one global mini-batch holds more images than an epoch has: one step per epoch is projected")
         if any(stage.batch < options.micro_batches for stage in stages):
@@ -709,6 +716,7 @@ class _Projector:
             known = msgspec.structs.replace(self.measurements, device_profile=None)  # that is of the cluster's device
             other = self._step_time(stage, device, msgspec.json.encode(device), known)
             factors += [other.compute_s / step.compute_s] * count
+            self.mixed_tiers.add(other.tier)
         own = self.cluster.gpus_per_node - len(factors)
         if own < 0:
             raise UsageError(

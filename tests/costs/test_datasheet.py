@@ -109,6 +109,13 @@ def test_the_group_lasso_and_heavier_optimizers_cost_extra():
     assert adam.optimizer_s > plain.optimizer_s
 
 
+def test_every_gpu_of_the_fit_gets_its_own_factor():
+    factors = load_fit().devices
+    small, large = "v100-sxm2-16gb", "v100-sxm2-32gb"  # the same chip twice
+    took = {name: datasheet_step(WIDE, load_device(name), batch=64, precision=Precision.FP32) for name in factors}
+    assert took[small].forward_s / took[large].forward_s == pytest.approx(factors[small] / factors[large])
+
+
 def test_an_unknown_chip_gets_the_wider_interval():
     known = datasheet_step(NETWORK, load_device("a100-pcie"), batch=32, precision=Precision.TF32)
     unknown = datasheet_step(NETWORK, load_device("l40s"), batch=32, precision=Precision.TF32)

@@ -166,6 +166,8 @@ class TestManyGpus:
         old = run(trace, 8, cluster(device="t4"))
         assert own.total_s < mixed.total_s <= old.total_s * 1.001
         assert mixed.straggler_wait_s > 0
+        assert (own.tier, mixed.tier) == ("measured", "scaled")  # the trace has no measurement of a T4
+        assert any("devices are mixed" in note for note in mixed.notes)
 
     def test_slow_input_decides_the_pace(self, trace: Trace) -> None:
         projection = run(trace, 8, input_images_per_s=100.0)
@@ -325,7 +327,8 @@ class TestMarkedResults:
         assert not any("fill" in note for note in run(trace, 16).notes)
 
     def test_uneven_global_mini_batches_are_said(self, trace: Trace) -> None:
-        assert any("does not divide" in note for note in run(trace, 12, scaling="strong").notes)
+        # 64 images over 12 GPUs: 6 each
+        assert any("up to 6 per GPU, 72 in all" in note for note in run(trace, 12, scaling="strong").notes)
 
 
 class TestWrongInput:
