@@ -130,7 +130,7 @@ def network_kernels(
 def convolution_kernels(
     layer: Layer, *, batch: int, element: int, foreign: bool = False, halves: bool = False, index: int = 0
 ) -> Iterator[Kernel]:
-    """Forward, input gradient (where one is needed) and weight gradient of a convolution.
+    """Forward, and the gradients of input and weights that are needed, of a convolution.
 
     Args:
         layer: the convolution.
@@ -160,6 +160,8 @@ def convolution_kernels(
     for step, (m, n, k) in shapes.items():
         if step is Pass.INPUT_GRADIENT and not layer.input_needs_gradient:
             continue
+        if step is Pass.WEIGHT_GRADIENT and not layer.weight_needs_gradient:
+            continue
         yield Kernel(
             layer=index,
             work=Work.DEPTHWISE if depthwise else Work.PRODUCT,
@@ -177,13 +179,22 @@ def convolution_kernels(
         )
     if layer.bias:  # added by a kernel of its own; its gradient is a sum over the output's gradient
         yield _stream(index, Pass.FORWARD, 2 * y, y)
-        yield _stream(index, Pass.WEIGHT_GRADIENT, y, y)
+        if layer.weight_needs_gradient:
+            yield _stream(index, Pass.WEIGHT_GRADIENT, y, y)
 
 
 def product_kernels(
-    m: float, n: float, k: float, *, element: int, groups: float = 1, needs_input_gradient: bool = True, index: int = 0
+    m: float,
+    n: float,
+    k: float,
+    *,
+    element: int,
+    groups: float = 1,
+    needs_input_gradient: bool = True,
+    needs_weight_gradient: bool = True,
+    index: int = 0,
 ) -> Iterator[Kernel]:
-    """The three products of y[m,n] = x[m,k]·w[k,n], `groups` times."""
+    """The products of y[m,n] = x[m,k]·w[k,n] and of the gradients that are needed, `groups` times."""
     size = float(groups * (m * n + m * k + n * k) * element)
     for step, shape in (
         (Pass.FORWARD, (m, n, k)),
@@ -191,6 +202,8 @@ def product_kernels(
         (Pass.WEIGHT_GRADIENT, (n, k, m)),
     ):
         if step is Pass.INPUT_GRADIENT and not needs_input_gradient:
+            continue
+        if step is Pass.WEIGHT_GRADIENT and not needs_weight_gradient:
             continue
         yield Kernel(
             layer=index,
@@ -221,7 +234,7 @@ def _layer_kernels(
             rows = batch * layer.output_elements / layer.out_channels
             yield from product_kernels(
                 rows, layer.out_channels, layer.in_channels, element=element, index=index,
-                needs_input_gradient=layer.input_needs_gradient,
+                needs_input_gradient=layer.input_needs_gradient, needs_weight_gradient=layer.weight_needs_gradient,
             )  # fmt: skip
         case LayerKind.LINEAR | LayerKind.MATMUL:
             # Only the count is known: taken as one square-ish product per image over the output's last axis.

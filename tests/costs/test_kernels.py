@@ -39,6 +39,11 @@ def test_the_first_layer_has_no_gradient_of_its_input():
     assert {k.step for k in convolution_kernels(layer, batch=1, element=4)} == {Pass.FORWARD, Pass.WEIGHT_GRADIENT}
 
 
+def test_frozen_weights_have_no_gradient():
+    layer = convolution(bias=True, weight_needs_gradient=False)
+    assert {k.step for k in convolution_kernels(layer, batch=1, element=4)} == {Pass.FORWARD, Pass.INPUT_GRADIENT}
+
+
 def test_a_bias_is_added_and_summed_by_kernels_of_its_own():
     plain = list(convolution_kernels(convolution(), batch=2, element=4))
     biased = list(convolution_kernels(convolution(bias=True), batch=2, element=4))
