@@ -62,6 +62,14 @@ def test_with_batch_norm_a_team_learns_and_stores_a_network_that_all_ranks_agree
     ptsim.load_model(tmp_path / "run")
 
 
+def test_a_team_lets_its_mini_batch_grow_as_one(tmp_path):
+    growth = {"dynamic_batch": True, "memory_budget": "1 GiB", "batch_granularity": 4, "max_batch": 32}
+    assert run_team(2, tmp_path / "run", profile=False, epochs=4, **growth) == [0, 0]
+    trace = ptsim.read_trace(tmp_path / "run")
+    assert [epoch.batch_per_gpu for epoch in trace.epochs] == [8, 8, 16, 16]
+    assert [epoch.num_iterations for epoch in trace.epochs] == [6, 6, 3, 3]
+
+
 def test_ranks_that_would_prune_differently_stop(tmp_path):
     assert run_team(2, tmp_path / "run", fault="drifts", model=PLAIN, profile=False) == [3, 3]
     message = (tmp_path / "run.rank0").read_text()
