@@ -257,6 +257,8 @@ class Trainer:
         channels, weights = dense_counts(state.model, self.config.threshold)
         gradient_bytes = self.network.num_parameters * 4 if team.world_size > 1 else 0
         coefficient = (state.penalty_coefficient or 0.0) if epoch_plan.regularized else 0.0
+        # The timer's backward ends when the last all-reduce does: what was exposed of it is taken out.
+        exposed_s = min(communication.exposed_s(trained.num_iterations), seconds.backward_s)
         record = Epoch(
             epoch=epoch,
             architecture=self.network.id,
@@ -275,8 +277,9 @@ class Trainer:
             weight_sparsity=1 - weights / self.initial[1],
             time=msgspec.structs.replace(
                 seconds,
+                backward_s=seconds.backward_s - exposed_s,
                 validation_s=validation_s,
-                exposed_communication_s=communication.exposed_s(trained.num_iterations),
+                exposed_communication_s=exposed_s,
             ),
             step=steps,
             allreduce_bytes=gradient_bytes * trained.num_iterations,
