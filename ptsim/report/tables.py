@@ -122,7 +122,7 @@ def _number_cell(value: Any, factor: float, decimals: int) -> Cell:
     if value is None or pd.isna(value):
         return Cell(text="", sort="", css="number", missing=True)
     number = float(value)
-    text = f"{number / factor:,.{decimals}f}".replace("-", "\u2212")
+    text = f"{number / factor:z,.{decimals}f}".replace("-", "\u2212")  # z: no minus before a rounded zero
     return Cell(text=text, sort=repr(number), css="number", missing=False)
 
 

@@ -1,0 +1,164 @@
+"""Every wrong input is one sentence on stderr and exit status 2, and leaves the disk as it was."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ptsim.cli.main import run
+from tests.traces import shrinking_trace
+
+SIMULATE = "simulate pruned --cluster dgx-a100"
+REPORT = "report pruned -o new"
+TRAIN = "train --model resnet20 --dataset digits"
+
+# A command line → a part of its sentence.
+WRONG = {
+    "cost": "requires an argument",
+    "cost nosuch": "unknown model 'nosuch'; known: ",
+    "cost ''": "unknown model ''",
+    "cost empty": "found an empty file",
+    "cost text": "text:1: not a ptsim trace",
+    "cost missing/trace.jsonl": "no trace here",
+    "cost nosuch.py:make": "no model file nosuch.py",
+    "cost torchvision:nosuch": "unknown torchvision model",
+    "cost resnet20 --input 3,0,32": "CHANNELS,HEIGHT,WIDTH",
+    "cost resnet20 --input ³,8,8": "CHANNELS,HEIGHT,WIDTH",
+    "cost resnet20 --classes -3": "classes is -3",
+    "cost resnet20 --batch 0": "batch is 0",
+    "cost resnet20 --gpu nosuch": "unknown device 'nosuch'; known: ",
+    "cost resnet20 --convention rough": '"exact", "paper"',
+    "cost pruned --input 3,8,8": "a trace says itself",
+    "simulate --cluster dgx-a100": "requires an argument",
+    "simulate pruned": "--cluster",
+    "simulate folder --cluster dgx-a100": "folder: no trace here",
+    "simulate missing --cluster dgx-a100": "missing: no trace here",
+    "simulate text --cluster dgx-a100": "text:1: not a ptsim trace",
+    "simulate pruned --cluster nosuch": "unknown cluster 'nosuch'; known: ",
+    "simulate pruned --cluster missing.toml": "no cluster file missing.toml",
+    f"{SIMULATE} --gpus 1,x": "gpus '1,x' is not a list of positive whole numbers",
+    f"{SIMULATE} --gpus ''": "gpus '' is not",
+    f"{SIMULATE} --gpus 0": "gpus '0' is not",
+    f"{SIMULATE} --gpus -1": "gpus '-1' is not",
+    f"{SIMULATE} --gpus 8²": "gpus '8²' is not",
+    f"{SIMULATE} --price abc": '"abc"',
+    f"{SIMULATE} --price -2": "expected at least 0",
+    f"{SIMULATE} --price nan": "is nan",
+    f"{SIMULATE} --bucket-mib nan": "bucket-mib is nan",
+    f"{SIMULATE} --bucket-mib -1": "bucket-mib is -1",
+    f"{SIMULATE} --micro-batches 0": "micro_batches is 0",
+    f"{SIMULATE} --contention -1": "contention is -1",
+    f"{SIMULATE} --jitter some": "neither a number nor 'recorded'",
+    f"{SIMULATE} --input-images-per-s 0": "expected a positive rate",
+    f"{SIMULATE} --mtbf-gpu-hours 0": "mtbf_gpu_hours is 0",
+    f"{SIMULATE} --set nosuch": "is not name=value",
+    f"{SIMULATE} --set nosuch=1": "unknown field `nosuch`",
+    f"{SIMULATE} --set scaling.x=1": "scaling",
+    f"{SIMULATE} --scaling huge": '"weak", "strong"',
+    f"{SIMULATE} --device nosuch": "unknown device",
+    f"{SIMULATE} --profile missing.toml": "missing.toml: no such file",
+    f"{SIMULATE} --timeline text/t.json": "cannot be written",
+    f"{SIMULATE} --timeline pruned/trace.jsonl": "pruned/trace.jsonl",
+    "validate": "requires an argument",
+    "validate missing": "missing: no trace here",
+    "validate pruned --profile empty": "not a device profile",
+    "validate pruned --holdout": "second run",
+    "allreduce --cluster dgx-a100 --gpus 0 --bytes 1": "0 GPUs",
+    "allreduce --cluster dgx-a100 --gpus many --bytes 1": '"many"',
+    "allreduce --cluster dgx-a100 --gpus 8 --bytes -1": "non-negative",
+    "allreduce --cluster dgx-a100 --gpus 8 --bytes ''": "is not a number with a unit",
+    "allreduce --cluster dgx-a100 --gpus 8 --bytes 1e400MiB": "whole, non-negative number",
+    "predict resnet20 --batch 8": "neither a device nor a cluster",
+    "predict resnet20 --batch 0 --gpu v100": "mini-batch 0",
+    "predict resnet20 --batch 8 --gpu v100 --precision tf32": "does not support tf32",
+    "predict resnet20 --batch 8 --gpu v100 --gpus 8": "without a cluster",
+    "predict resnet20 --batch 8 --cluster dgx-a100 --gpus 0": "0 GPUs",
+    "inspect nosuch": "unknown model",
+    "inspect resnet20 --input 1,2": "CHANNELS,HEIGHT,WIDTH",
+    "inspect resnet20 --classes 0": "0 classes",
+    "sweep missing.toml": "missing.toml: cannot be read",
+    "sweep folder": "folder: cannot be read",
+    "sweep text": "text: is not TOML",
+    "sweep study.toml --out study.toml --fresh": "not a line of sweep results",
+    "sweep study.toml --out pruned/trace.jsonl": "not a line of sweep results",
+    "sweep study.toml --workers 0": "workers is 0",
+    "report -o new": "at least one trace",
+    "report missing -o new": "missing: no trace here",
+    "report pruned -o text": "text is a file",
+    "report pruned -o text/new": "cannot be written",
+    f"{REPORT} --gpus 1,x": "gpus '1,x' is not",
+    f"{REPORT} --price abc": '"abc"',
+    f"{REPORT} --price -1": "price is -1",
+    f"{REPORT} --cluster nosuch": "unknown cluster",
+    "export missing --format chrome -o new": "missing: no trace here",
+    "export pruned --format word -o new": '"word"',
+    "export pruned --format chrome": "--out",
+    "export pruned --format chrome -o folder": "folder is a folder",
+    "export pruned --format chrome -o text/new": "cannot be written",
+    "export pruned --format chrome -o pruned/trace.jsonl": "pruned/trace.jsonl is what is read",
+    "export pruned --format parquet -o text": "text is a file",
+    "export pruned --format chakra -o new --gpus 0": "gpus is 0",
+    "calibrate network --nccl-log missing --out new.toml": "missing: ",
+    "calibrate network --nccl-log empty --out new.toml": "empty: is empty",
+    "calibrate network --nccl-log text --out new.toml": "text: no measurement found",
+    "calibrate network --out new.toml": "needs --nccl-log",
+    "calibrate gpu --out new.toml --minutes -1": "minutes is -1",
+    "calibrate gpu --out text/new.toml": "text/new.toml",
+    "devices extra": "unexpected argument 'extra'",
+    "clusters --nosuch": "--nosuch",
+    "train --model nosuch --dataset digits --out new": "unknown model 'nosuch'",
+    "train --model resnet20 --dataset nosuch --out new": "unknown data set 'nosuch'",
+    f"{TRAIN} --batch 5000 --out new": "larger than the data set",
+    f"{TRAIN} --epochs 0 --out new": "'epochs' is 0",
+    f"{TRAIN} --lr nan --out new": "'lr' is nan",
+    f"{TRAIN} --penalty-ratio 1 --out new": "'penalty_ratio' is 1",
+    f"{TRAIN} --interval 0 --out new": "'interval' is 0",
+    f"{TRAIN} --set nosuch=1 --out new": "unknown setting 'nosuch'",
+    f"{TRAIN} --set device=tpu --out new": "unknown device 'tpu'",
+    f"{TRAIN} --out pruned": "holds another run",
+    f"{TRAIN} --out text": "text is a file",
+    "train --model resnet20 --dataset imagefolder --out new": "data_dir",
+    "train --model resnet20 --dataset imagefolder --data-dir missing --out new": "no data folder missing",
+    "train --model resnet20 --dataset imagefolder --data-dir folder --out new": "no folder train",
+    "train missing.toml --out new": "missing.toml: ",
+    "train text --out new": "text: not TOML",
+    "train --resume missing": "missing holds no run",
+    "train --resume text": "found a file",
+    "demo --epochs 0 --out new": "epochs is 0",
+    "demo --out text": "text is a file",
+    "demo --out pruned": "holds another run",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "pruned").mkdir()
+    shrinking_trace(folder / "pruned/trace.jsonl")
+    (folder / "folder").mkdir()
+    (folder / "empty").touch()
+    (folder / "text").write_text("hello\n")
+    (folder / "study.toml").write_text('traces = ["pruned"]\nclusters = ["dgx-a100"]\ngpus = [1]\n')
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_input_is_one_sentence_and_changes_nothing(
+    line: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    before = contents(place)
+    assert run(shlex.split(line)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    errors = [text for text in captured.err.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1
+    assert WRONG[line] in errors[0]
+    assert "Traceback" not in captured.err
+    assert contents(place) == before
