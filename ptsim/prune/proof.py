@@ -51,8 +51,9 @@ class Inspection:
         proof_parameters: of the network on which the proof ran. One of more than 32 million parameters is first thinned
             to an eighth of its prunable channels: the same graph and rules, less arithmetic.
         max_rel_error_eval, max_rel_error_train: largest |pruned − zeroed| of a tensor over that tensor's largest
-            |zeroed|; training includes outputs, gradients and running statistics. A gradient's scale is at least
-            1e-6 of the network's largest gradient (a bias in front of a BatchNorm has the exact gradient 0).
+            |zeroed|; training includes outputs, gradients and running statistics. The gradients of one layer share
+            a scale, at least 1e-6 of the network's largest: a bias in front of a BatchNorm has the exact gradient 0,
+            and what is computed for it is the rounding of sums as large as those of the layer's weight.
         exact: something could be removed and both errors are at most 1e-9.
     """
 
@@ -251,10 +252,15 @@ def _compare(
     outputs, outputs_train, gradients, after = _run(network, images, seed)
     eval_error = max(_relative_error(*pair) for pair in zip(outputs, eval_outputs, strict=True))
     train_error = max(_relative_error(*pair) for pair in zip(outputs_train, train_outputs, strict=True))
-    largest = max((float(g.abs().max()) for g in expected_gradients.values() if g.numel()), default=0.0)
+    scales: dict[str, float] = {}
+    for name, expected in expected_gradients.items():
+        layer = name.rpartition(".")[0]
+        scales[layer] = max(scales.get(layer, 0.0), float(expected.abs().max()) if expected.numel() else 0.0)
+    least = 1e-6 * max(scales.values(), default=0.0)
     for name, gradient in gradients:
         expected = expected_gradients.pop(name, torch.zeros(()))  # of another shape: a gradient that should not be
-        train_error = max(train_error, _relative_error(gradient, expected, 1e-6 * largest))
+        scale = max(scales.get(name.rpartition(".")[0], 0.0), least)
+        train_error = max(train_error, _relative_error(gradient, expected, scale))
     if any(bool(lost.any()) for lost in expected_gradients.values()):
         train_error = float("inf")
     for name, buffer in after.items():
