@@ -85,7 +85,7 @@ def _convolution_backward(
     """FLOPs of both gradients: each pairs every element of the output (or transposed: input) with a filter."""
     transposed, mask = rest[4], rest[7]
     per_gradient = 2 * math.prod(x if transposed else gradient) * math.prod(weight[1:])
-    return per_gradient * (mask[0] + mask[1])  # type: ignore[index]
+    return per_gradient * (mask[0] + mask[1])  # type: ignore[index] # a pair here
 
 
 def _attention(query: list[int], key: list[int], value: list[int], *_: object, **__: object) -> int:

@@ -455,7 +455,7 @@ def shrinking_trace(path: Path, *, truncated: bool = False, **options: object) -
 
     With `truncated`, the last line is torn in the middle, as by a crash while it was written.
     """
-    return write_trace(path, shrinking_records(**options), truncated=truncated)  # type: ignore[arg-type]
+    return write_trace(path, shrinking_records(**options), truncated=truncated)  # type: ignore[arg-type] # any option
 
 
 def dense_trace(path: Path, *, truncated: bool = False, **options: object) -> Path:

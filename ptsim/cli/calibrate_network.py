@@ -60,7 +60,7 @@ def network(
     console.print(f"wrote {out}")
 
 
-def _live(backend: str | None, max_bytes: int, iterations: int):  # type: ignore[no-untyped-def]
+def _live(backend: str | None, max_bytes: int, iterations: int):  # type: ignore[no-untyped-def] # its types need torch
     import torch
     import torch.distributed as dist
 

@@ -279,7 +279,7 @@ def _run(
         generator = torch.Generator().manual_seed(seed + 1)
         loss = sum((out * torch.rand(out.shape, dtype=out.dtype, generator=generator)).sum() for out in train_outputs)
         assert isinstance(loss, Tensor), "a network has an output"
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call] # torch's gap
 
     def gradients() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in network.named_parameters():

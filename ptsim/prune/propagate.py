@@ -346,7 +346,7 @@ class Propagation(fx.Interpreter):
         elif isinstance(module, nn.LocalResponseNorm):
             dims = [1]
         else:
-            dims = range(-len(module.normalized_shape), 0)  # type: ignore[arg-type]
+            dims = range(-len(module.normalized_shape), 0)  # type: ignore[arg-type] # always a tuple
         return self._constant_along(node, dims, x, value, verb="normalises over")
 
     def _constant_along(
@@ -684,7 +684,7 @@ def _spatial_dims(rank: int) -> range:
 
 
 def _broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call] # torch's gap
     return a.expand(shape), b.expand(shape)
 
 

@@ -171,13 +171,13 @@ class CommunicationMeter:
         self._model = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         if self._model is not None and next(self._model.parameters()).device.type == "cpu":
             # On GPUs every sample waits for the iteration before: torch's own rate (the first 10, then every 100th).
-            self._model._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call]
+            self._model._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call] # torch's gap
 
     def exposed_s(self, num_iterations: int) -> float:
         """Seconds over `num_iterations`, from the mean over the sampled iterations since the wrapping."""
         if self._model is None:
             return 0.0
-        data: dict[str, Any] = self._model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+        data: dict[str, Any] = self._model._get_ddp_logging_data()  # type: ignore[no-untyped-call] # torch's gap
         communication_ns = data.get("avg_backward_comm_time", 0)
         hidden_ns = data.get("avg_backward_compute_comm_overlap_time", 0)
         return float(max(communication_ns - hidden_ns, 0)) * 1e-9 * num_iterations

@@ -95,7 +95,7 @@ def train_epoch(
             logits = module(images)
             loss = F.cross_entropy(logits, labels)
         with timer.phase("backward"):
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # torch's gap
         if state.penalty_coefficient is None:  # the run's first mini-batch, also where dense pre-training comes first
             state.penalty_coefficient = _penalty_coefficient(state, loss.detach(), team)
         if plan.regularized and config.regularizer == "gradient":
@@ -145,7 +145,7 @@ def fits(state: State, batch: int) -> bool:
             labels = torch.zeros(batch, dtype=torch.int64, device=device)
             with number_format(state.config.precision, device):
                 loss = F.cross_entropy(model.train()(images), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call] # torch's gap
             state.lasso.add_gradient(0.0)
         except torch.OutOfMemoryError:
             return False

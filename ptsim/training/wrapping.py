@@ -86,7 +86,7 @@ class CompiledOnce(nn.Module):
             return logits
         with torch.compiler.set_stance("fail_on_recompile"):
             try:
-                return self._compiled(images)  # type: ignore[no-any-return]
+                return self._compiled(images)  # type: ignore[no-any-return] # torch's gap
             except RuntimeError as error:
                 if "recompile" not in str(error):
                     raise

@@ -22,7 +22,7 @@ def conv(**changes: object) -> Layer:
         "output_shape": (128, 16, 16),
         "forward_macs": 128 * 64 * 9 * 16 * 16,
     }
-    return Layer(**(fields | changes))  # type: ignore[arg-type]
+    return Layer(**(fields | changes))  # type: ignore[arg-type] # any field
 
 
 def test_exact_backward_is_two_forwards_and_one_for_the_first_layer() -> None:
@@ -70,4 +70,4 @@ def test_auxiliary_heads_are_trained_and_not_inferred() -> None:
 
 def test_an_unknown_convention_is_refused() -> None:
     with pytest.raises(ValueError, match="'exact' or 'paper'"):
-        layer_macs(conv(), "rough")  # type: ignore[arg-type]
+        layer_macs(conv(), "rough")  # type: ignore[arg-type] # any field

@@ -16,7 +16,7 @@ def layer(kind: LayerKind, op: str, inputs: int = 1, **changes: object) -> Layer
         "input_shapes": ((16, 8, 8),) * inputs,
         "output_shape": (16, 8, 8),
     }
-    return Layer(**(fields | changes))  # type: ignore[arg-type]
+    return Layer(**(fields | changes))  # type: ignore[arg-type] # any field
 
 
 ELEMENTS = 16 * 8 * 8

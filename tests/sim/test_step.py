@@ -258,4 +258,4 @@ class TestRecord:
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        simulate_steps(**arguments)  # type: ignore[arg-type]
+        simulate_steps(**arguments)  # type: ignore[arg-type] # a dict of its fields

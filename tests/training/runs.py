@@ -98,7 +98,7 @@ def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: 
                 parameter.data.zero_()
             return original(self)
 
-        state.State.prune = prune  # type: ignore[method-assign]
+        state.State.prune = prune  # type: ignore[method-assign] # the stand-in
     try:
         if (folder / "config.toml").exists():
             loop.train(resume=folder)
