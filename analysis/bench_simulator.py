@@ -56,7 +56,7 @@ def whole_runs(path: Path, cluster: str, counts: list[int]) -> None:
     trace, where = read_trace(path), load_cluster(cluster)
     project(trace, where, 1)  # imports and catalog
     print(f"\nwhole run of {len(trace.epochs)} epochs and {len(trace.networks)} architectures, symmetric cluster")
-    times = {count: seconds(lambda count=count: project(trace, where, count)) for count in counts}  # type: ignore[misc]
+    times = {count: seconds(lambda count=count: project(trace, where, count)) for count in counts}  # type: ignore[misc] # mypy types no default of a lambda
     for count, duration in times.items():
         print(f"  {count:>6} GPUs {duration:8.3f} s  {duration / times[counts[0]]:5.2f} × {counts[0]} GPUs")
 
@@ -66,7 +66,7 @@ def unequal_steps(path: Path, cluster: str, counts: list[int]) -> None:
     print("\none step of unequal GPUs, simulated GPU by GPU")
     base = None
     for count in counts:
-        duration = seconds(lambda count=count: _unequal(path, cluster, count)) / 3  # type: ignore[misc]
+        duration = seconds(lambda count=count: _unequal(path, cluster, count)) / 3  # type: ignore[misc] # mypy types no default of a lambda
         base = base or duration / count
         print(f"  {count:>6} GPUs {duration:8.3f} s  {duration / count / base:5.2f} × the first per GPU")
 

@@ -122,7 +122,7 @@ def predict(
         raise UsageError(f"{gpus} GPUs; at least 1 is needed")
     if gpu is None and machine is None:
         raise UsageError("neither a device nor a cluster was named", hint="ptsim devices lists the catalog")
-    device = load_device(gpu if gpu is not None else machine.device)  # type: ignore[union-attr]
+    device = load_device(gpu if gpu is not None else machine.device)  # type: ignore[union-attr] # one of the two is there
     count = 1 if machine is None else (machine.gpus_per_node if gpus is None else gpus)
     numbers = Precision.FP16 if precision == "amp" else Precision(precision)
     network, measurements = _network(model, device, input_shape, num_classes)

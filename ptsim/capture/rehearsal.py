@@ -163,7 +163,7 @@ def _gradient_order(model: nn.Module, outputs: list[Tensor]) -> tuple[str, ...]:
     ready: list[str] = []
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trainable.items():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: ready.append(name))  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: ready.append(name))  # type: ignore[no-untyped-call] # torch's gap
     loss = [output.float().sum() for output in outputs if output.requires_grad]
     if loss:
         torch.autograd.backward(loss)

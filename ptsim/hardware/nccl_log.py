@@ -215,7 +215,7 @@ def _row(path: Path, number: int, line: str) -> _Row | None:
         times.append((group[0], group[1], group[2]))
         if len(group) == 4 and group[3] is not None and root is not None:
             wrong += int(group[3])  # the old format's last column is a rounding error, not a count
-    return _Row(number, int(match[1]), redop, root, tuple(times), wrong)  # type: ignore[arg-type]
+    return _Row(number, int(match[1]), redop, root, tuple(times), wrong)  # type: ignore[arg-type] # as many times as a row has
 
 
 def _collective(section: _Section) -> str:

@@ -183,7 +183,7 @@ def _begin(out: Path, device: torch.device, traces: Sequence[Trace], resume: boo
         raise FileFormatError(out, "its folder does not exist")
     software = {"torch": str(torch.__version__)}
     if device.type == "cuda":
-        software |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
+        software |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call] # torch's gap
         software |= {"driver": info.driver} if info.driver else {}
     return DeviceProfile(
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -259,7 +259,7 @@ class _Calibration:
                 continue
             known.add((operator, "alone"))
             text = f"{operator.op} {operator.inputs[0]} → {operator.output}, mini-batch {operator.batch}"
-            yield f"{_GRID}{text}, {operator.setting}", lambda operator=operator: self._alone(operator)  # type: ignore[misc]
+            yield f"{_GRID}{text}, {operator.setting}", lambda operator=operator: self._alone(operator)  # type: ignore[misc] # mypy types no default of a lambda
 
     def _step(self, network: Network, setting: Setting, batch: int, optimizer: str) -> Iterator[_Measurement]:
         done = {(step.architecture, step.setting, step.batch) for step in self.profile.steps}
@@ -416,9 +416,9 @@ def _block(
         padding=(kernel // 2, kernel // 2),
     )
     after = {"setting": setting, "batch": batch, "output": out}
-    yield Operator(kind=LayerKind.BATCH_NORM, op="batch_norm", inputs=(out,), **after)  # type: ignore[arg-type]
-    yield Operator(kind=LayerKind.ACTIVATION, op="relu", inplace=True, inputs=(out,), **after)  # type: ignore[arg-type]
-    yield Operator(kind=LayerKind.ELEMENTWISE, op="add", inputs=(out, out), **after)  # type: ignore[arg-type]
+    yield Operator(kind=LayerKind.BATCH_NORM, op="batch_norm", inputs=(out,), **after)  # type: ignore[arg-type] # a dict of its fields
+    yield Operator(kind=LayerKind.ACTIVATION, op="relu", inplace=True, inputs=(out,), **after)  # type: ignore[arg-type] # a dict of its fields
+    yield Operator(kind=LayerKind.ELEMENTWISE, op="add", inputs=(out, out), **after)  # type: ignore[arg-type] # a dict of its fields
     yield Operator(
         kind=LayerKind.LINEAR,
         op="linear",

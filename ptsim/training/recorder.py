@@ -98,7 +98,7 @@ def library_versions(names: Iterable[str]) -> dict[str, str]:
     versions = {"python": platform.python_version(), "ptsim": ptsim.__version__}
     versions |= {name: importlib.metadata.version(name) for name in names}
     if torch.version.cuda and torch.cuda.is_available():
-        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
+        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call] # torch's gap
     return versions
 
 

@@ -44,7 +44,7 @@ def test_the_penalty_is_the_sum_of_all_norms_but_the_images_and_the_classes() ->
 @pytest.mark.parametrize("build", [small_resnet, grouped_network])
 def test_the_hand_written_gradient_is_autograds(form: str, layout: torch.memory_format, build: object) -> None:
     model = build().to(memory_format=layout)  # type: ignore[operator] # a parameter of the test
-    lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE), form=form)  # type: ignore[arg-type]
+    lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE), form=form)  # type: ignore[arg-type] # a parameter of the test
     (0.3 * lasso.penalty()).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert expected

@@ -219,7 +219,7 @@ def test_negating_all_weights_changes_no_decision(architecture: Any, mode: str) 
         for parameter in negated.parameters():
             parameter.neg_()
     for network in (model, negated):
-        reconfigure(network, find_groups(network, IMAGE), mode=mode)  # type: ignore[arg-type]
+        reconfigure(network, find_groups(network, IMAGE), mode=mode)  # type: ignore[arg-type] # a parameter of the test
     assert widths(model) == widths(negated)
 
 

@@ -39,12 +39,12 @@ def test_the_time_is_accounted_for() -> None:
 
 def test_elastic_continuation_is_slower_while_the_node_is_away_and_beats_a_long_wait() -> None:
     common = {"mtbf_gpu_hours": 500.0, "checkpoint_interval_s": 600.0, "checkpoint_s": 5.0, "num_runs": 100}
-    waiting = simulate_faults(24 * HOUR, 64, 8, Faults(**common, restart_s=2 * HOUR))  # type: ignore[arg-type]
+    waiting = simulate_faults(24 * HOUR, 64, 8, Faults(**common, restart_s=2 * HOUR))  # type: ignore[arg-type] # a dict of its fields
     elastic = simulate_faults(
         24 * HOUR,
         64,
         8,
-        Faults(**common, policy="elastic", restart_s=60.0, repair_s=2 * HOUR),  # type: ignore[arg-type]
+        Faults(**common, policy="elastic", restart_s=60.0, repair_s=2 * HOUR),  # type: ignore[arg-type] # a dict of its fields
     )
     assert elastic.slow_s > 0
     assert elastic.total_s < waiting.total_s
