@@ -3,7 +3,7 @@
 One command: train a short PruneTrain run to know which shapes pruning makes, calibrate on its architectures, then
 train dense and PruneTrain runs of other seeds and predict them from the calibration alone.
 
-    OMP_NUM_THREADS=1 python analysis/validate_cpu.py --folder /tmp/validate_cpu --repeats 3
+    OMP_NUM_THREADS=1 python analysis/validate_cpu.py --folder validate_cpu --repeats 3
 
 The calibration has seen the dense network and the pruned ones of its own seed, never those of the runs that are
 predicted. A machine that does other things meanwhile, or shares its cores with other machines, changes its speed

@@ -273,7 +273,7 @@ class _Calibration:
         try:
             module, renamed = rebuild(network)
         except UnsupportedModelError:  # an operator that the description does not fully tell: the others alone
-            for operator in dict.fromkeys(operator_of(l, batch=batch, setting=setting) for l in network.layers):  # noqa: E741
+            for operator in dict.fromkeys(operator_of(l, batch=batch, setting=setting) for l in network.layers):  # noqa: E741 - l is a layer
                 self._alone(operator)
             return
         layout = torch.channels_last if setting.memory_format == "channels_last" else torch.contiguous_format
