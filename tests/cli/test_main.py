@@ -52,3 +52,10 @@ def test_every_public_name_is_there() -> None:
 
     for name in ptsim.__all__:
         assert getattr(ptsim, name) is not None
+
+
+def test_a_table_in_a_pipe_has_room_for_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["clusters"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 80 < max(map(len, lines)) <= 120
+    assert any("NVLink 3 over NVSwitch" in line for line in lines)
