@@ -24,12 +24,13 @@ CLUSTER, GPUS = "dgx-a100", (1, 2, 4, 8, 16, 32, 64)
 SETTINGS: dict[str, Any] = {
     "model": "resnet20",
     "dataset": "digits",
-    "epochs": 60,
+    "epochs": 50,
     "batch": 16,
     "lr": 0.2,
+    "lr_milestones": (0.6, 0.85),
     "num_threads": 1,  # operators of some microseconds each: a second thread would only wait for the first
 }
-PRUNING: dict[str, Any] = {"penalty_ratio": 0.4, "interval": 5}
+PRUNING: dict[str, Any] = {"penalty_ratio": 0.5, "interval": 5}
 
 
 def demo(*, out: Path = Path("demo"), epochs: int = SETTINGS["epochs"], seed: int = 0, json: bool = False) -> None:
