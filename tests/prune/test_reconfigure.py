@@ -4,33 +4,13 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from ptsim import zoo
 from ptsim.errors import UsageError
-from ptsim.prune.groups import ChannelGroups, find_groups
+from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.structure import apply_structure, structure_of
-
-
-def zero_some(model: nn.Module, groups: ChannelGroups, fraction: float = 0.4, seed: int = 0) -> torch.Tensor:
-    """Zero random components in every producer and consumer; the test's own arithmetic, not the library's."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = groups.prunable & (torch.rand(groups.num_components, generator=generator) < fraction)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for layer in groups.layers:
-            if layer.depthwise:
-                continue
-            weight = parameters[layer.weight]
-            for index, component in enumerate(layer.outputs.tolist()):
-                if chosen[component]:
-                    weight[index] = 0
-            if layer.groups == 1:
-                for index, component in enumerate(layer.inputs.tolist()):
-                    if chosen[component]:
-                        weight[:, index] = 0
-    return chosen
+from tests.prune.helpers import zero_some
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vgg11"])
