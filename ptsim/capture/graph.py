@@ -6,7 +6,6 @@ Capture and pruning both start here, so that they see the same layers under the 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -87,11 +86,6 @@ def example_input(model: nn.Module, input_shape: tuple[int, int, int], *, batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((batch, *input_shape), generator=generator)
     return images.to(device=reference.device, dtype=reference.dtype)
-
-
-def structural_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the model, for passes that need to run it."""
-    return copy.deepcopy(model)
 
 
 def _one_line(error: Exception) -> str:
