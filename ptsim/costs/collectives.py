@@ -67,27 +67,35 @@ def ring_all_reduce_seconds(message_bytes: float, num_gpus: int, link: Link) -> 
     return steps * ((link.latency_s or 0.0) + message_bytes / num_gpus / link.bandwidth_bytes_per_s)
 
 
-def tree_all_reduce_seconds(message_bytes: float, num_gpus: int, link: Link) -> float:
+def tree_all_reduce_seconds(message_bytes: float, num_gpus: int, link: Link, *, num_chunks: int | None = None) -> float:
     """Time of one pipelined double-binary-tree all-reduce.
 
-    Half of the message is reduced up and broadcast down each of two trees. A rank that is inner in one tree is a leaf
-    in the other, so the busiest rank sends 2 messages; the depth is log₂ p hops each way.
+    Half of the message is reduced up and broadcast down each of two trees, in chunks. A rank that has two children in
+    one tree is a leaf in the other: at most 4 connections each way (one to the parent, two to children, one to the
+    other tree's parent; 2 of two ranks, 3 of three) have equal parts of its link. So a stage of the pipeline takes
+    4 chunks' time, the first chunk comes through 2 ⌈log₂ p⌉ stages and hops, and the others follow at that pace.
 
     Args:
         message_bytes: gradient bytes that every GPU holds.
         num_gpus: number of ranks p; with p = 1 the result is 0.
         link: the link of every rank.
+        num_chunks: into how many chunks each half is cut; None for the limit of many, where filling the pipeline costs
+            latency only.
 
     Raises:
-        ValueError: message_bytes is negative or num_gpus is not positive.
+        ValueError: message_bytes is negative, or num_gpus or num_chunks is not positive.
 
     Source: Sanders, Speck, Träff, Parallel Computing 35 (2009).
     """
     _check(message_bytes, num_gpus)
+    if num_chunks is not None and num_chunks < 1:
+        raise UsageError(f"{num_chunks} chunks; at least 1 is needed")
     if num_gpus == 1:
         return 0.0
-    volume = min(2.0, 2.0 * math.log2(num_gpus)) if num_gpus > 2 else 1.0  # two ranks exchange halves both ways
-    return 2 * math.log2(num_gpus) * (link.latency_s or 0.0) + volume * message_bytes / link.bandwidth_bytes_per_s
+    hops = 2 * (num_gpus - 1).bit_length()  # ⌈log₂ p⌉ up and as many down
+    whole = min(num_gpus, 4) * message_bytes / 2 / link.bandwidth_bytes_per_s
+    filling = 0.0 if num_chunks is None else (hops - 1) * whole / num_chunks
+    return hops * (link.latency_s or 0.0) + whole + filling
 
 
 def hierarchical_all_reduce_seconds(
@@ -95,8 +103,8 @@ def hierarchical_all_reduce_seconds(
 ) -> float:
     """Time of reduce-scatter inside the nodes, all-reduce of the shards between them, all-gather inside.
 
-    The g shards' rings of one node run at the same time and share its NICs: a step takes as long as g chunks on the
-    NICs, or as one chunk and the latency, whichever is longer.
+    The g shards' rings of one node run at the same time and share its NICs equally: a step carries g chunks, all of
+    which arrive one latency after they have left.
 
     Args:
         message_bytes: gradient bytes that every GPU holds.
@@ -110,12 +118,7 @@ def hierarchical_all_reduce_seconds(
     """
     _check(message_bytes, gpus_per_node)
     inside = ring_all_reduce_seconds(message_bytes, gpus_per_node, intra)
-    if num_nodes == 1:
-        return inside
-    latency, chunk = inter.latency_s or 0.0, message_bytes / gpus_per_node / num_nodes / inter.bandwidth_bytes_per_s
-    rounds = 2 * (num_nodes - 1)
-    between = (rounds - 1) * max(gpus_per_node * chunk, latency + chunk) + gpus_per_node * chunk + latency
-    return inside + between
+    return inside + ring_all_reduce_seconds(message_bytes, num_nodes, inter)
 
 
 def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm: Choice = "auto") -> AllReduceTime:

@@ -161,6 +161,27 @@ def _lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit) -> tuple[L
     return tuple(found)
 
 
+def effective_cluster(cluster: Cluster, num_gpus: int, num_nodes: int, line: Line) -> tuple[Cluster, float]:
+    """The cluster with links as `line`'s protocol sees them, exact numbers of kind MEASURED, and a call's fixed cost.
+
+    For a simulation that sends the same chunks link by link.
+    """
+    fit = default_fit()
+    ring = int(line.algorithm != "tree")
+    per_node = -(-num_gpus // num_nodes)
+
+    def seen(link: Link, peers: int, nics: int, switched: bool) -> Link:
+        latency, bandwidth = _effective(link, line.protocol, ring, peers, nics, switched, fit)
+        return Link(name=link.name, bandwidth_bytes_per_s=bandwidth, latency_s=latency)
+
+    inter = None if cluster.inter is None else seen(cluster.inter, num_nodes, cluster.nics_per_node, True)
+    # a single GPU per node has no peer inside: its port is as fast as with one
+    intra = seen(cluster.intra, max(2, per_node), 1, cluster.nvswitch)
+    as_measured = {link.kind for link in (cluster.intra, cluster.inter) if link} == {LinkKind.MEASURED}
+    base_s = 0.0 if as_measured else fit.base_scale * _BASE_S[line.protocol][ring]
+    return msgspec.structs.replace(cluster, intra=intra, inter=inter, tables=()), base_s
+
+
 def _work(cluster: Cluster, algorithm: str, gpus: int, nodes: int) -> tuple[float, float, float, float]:
     """(hops inside, hops between, messages sent per GPU inside, messages sent per node between)."""
     per_node = -(-gpus // nodes)

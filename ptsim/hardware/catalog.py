@@ -31,6 +31,7 @@ A cluster file (see `ptsim.hardware.spec.Cluster` for the meaning of each field)
     nics_per_node = 8
     max_nodes = 140                              # left out: as many as asked for
     oversubscription = 1.0
+    nodes_per_leaf = 16                          # under one switch; counts where links are simulated one by one
     nvswitch = true
     price_per_gpu = "4.10 USD/h"                 # optional
 
@@ -104,8 +105,8 @@ _DEVICE_KEYS = {
     "sources",
 }
 _CLUSTER_KEYS = {
-    "name", "aliases", "device", "gpus_per_node", "nics_per_node", "max_nodes", "oversubscription", "nvswitch",
-    "library", "reduces_in_switch", "price_per_gpu", "intra", "inter", "table", "sources",
+    "name", "aliases", "device", "gpus_per_node", "nics_per_node", "max_nodes", "oversubscription", "nodes_per_leaf",
+    "nvswitch", "library", "reduces_in_switch", "price_per_gpu", "intra", "inter", "table", "sources",
 }  # fmt: skip
 _ARCHITECTURES = ("pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell", "cpu")
 
@@ -230,6 +231,7 @@ def read_cluster(path: Path) -> Cluster:
         nics_per_node=table.count("nics_per_node", default=1),
         max_nodes=table.count("max_nodes") if "max_nodes" in table.raw else (None if "inter" in table.raw else 1),
         oversubscription=table.number("oversubscription", default=1.0, at_least=1.0),
+        nodes_per_leaf=table.count("nodes_per_leaf", default=16),
         nvswitch=table.flag("nvswitch", default=False),
         library="gloo" if table.choice("library", ("nccl", "gloo"), default="nccl") == "gloo" else "nccl",
         reduces_in_switch=table.flag("reduces_in_switch", default=False),
@@ -249,6 +251,7 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
         "gpus_per_node": cluster.gpus_per_node,
         "nics_per_node": cluster.nics_per_node,
         "oversubscription": cluster.oversubscription,
+        "nodes_per_leaf": cluster.nodes_per_leaf,
         "nvswitch": cluster.nvswitch,
         "library": cluster.library,
         "reduces_in_switch": cluster.reduces_in_switch,

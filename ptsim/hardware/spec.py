@@ -100,6 +100,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         reduces_in_switch: the node's switch adds up by itself (NVLink SHARP, Hopper and newer behind NVSwitch).
         library: the collective library; gloo runs on CPUs.
         oversubscription: ratio by which the fabric above the nodes is thinner than their NICs (1 = full bisection).
+        nodes_per_leaf: nodes under one leaf switch; counts where an oversubscribed fabric is simulated link by link.
         tables: measured all-reduce times, preferred over any formula.
         price_usd_per_gpu_hour: what the user pays; None means that money is not reported.
     """
@@ -112,6 +113,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     nics_per_node: int = 1
     max_nodes: int | None = None
     oversubscription: float = 1.0
+    nodes_per_leaf: int = 16
     nvswitch: bool = False
     reduces_in_switch: bool = False
     library: Literal["nccl", "gloo"] = "nccl"

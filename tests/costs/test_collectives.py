@@ -37,10 +37,18 @@ def test_an_efficiency_that_the_user_states_is_taken_as_it_is() -> None:
     assert all_reduce(10**11, box, 8, algorithm="ring").seconds == pytest.approx(35.0, rel=1e-3)
 
 
+def test_a_tree_in_chunks_fills_its_pipeline_first() -> None:
+    # p = 8, 1 MB in halves of 10 chunks: a stage takes 4 x 50 kB / (1 GB/s) = 0.2 ms, 6 stages and 9 more chunks
+    assert tree_all_reduce_seconds(1_000_000, 8, SLOW, num_chunks=10) == pytest.approx(6 * 1e-5 + 15 * 2e-4)
+    # two ranks exchange their halves, three have three connections each way; 5 ranks are 3 levels deep
+    assert tree_all_reduce_seconds(1_000_000, 2, SLOW) == pytest.approx(2 * 1e-5 + 1e-3)
+    assert tree_all_reduce_seconds(1_000_000, 3, SLOW) == pytest.approx(4 * 1e-5 + 1.5e-3)
+    assert tree_all_reduce_seconds(1_000_000, 5, SLOW) == pytest.approx(6 * 1e-5 + 2e-3)
+
+
 def test_hierarchical_reduces_inside_the_node_first() -> None:
-    # inside: 6 steps of 1 µs + 1 MB / (10 GB/s); between two nodes: 2 steps of 4 x 0.5 MB / (1 GB/s), the last one's
-    # 10 µs of latency; those of the first step are hidden behind the other three shards
-    expected = 6 * (1e-6 + 1e-4) + 2 * 2e-3 + 1e-5
+    # inside: 6 steps of 1 µs + 1 MB / (10 GB/s); between two nodes: 2 steps of 10 µs + 4 x 0.5 MB / (1 GB/s)
+    expected = 6 * (1e-6 + 1e-4) + 2 * (1e-5 + 2e-3)
     assert hierarchical_all_reduce_seconds(4_000_000, 4, 2, FAST, SLOW) == pytest.approx(expected)
 
 
