@@ -36,7 +36,7 @@ import ptsim
 from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.costs.memory import iteration_memory
-from ptsim.costs.step import step_time
+from ptsim.costs.step import StepSetting, step_time
 from ptsim.errors import MissingMeasurementError, PtsimError
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.profile import MemoryFormat, read_device_profile
@@ -161,7 +161,8 @@ class Campaign:
             )
             row |= {"predicted_peak_bytes": need.peak_bytes, "predicted_device_bytes": need.device_bytes}
             if known is not None:
-                step = step_time(network, known, batch=batch, precision=precision, memory_format=memory_format)
+                setting = StepSetting(batch=batch, precision=precision, memory_format=memory_format)
+                step = step_time(network, known, setting)
                 row |= {"predicted_step_s": step.compute_s, "low_s": step.low_s, "high_s": step.high_s}
                 row["tier"] = step.tier
             meter.start()

@@ -13,7 +13,7 @@ import _common
 import pandas as pd
 
 import ptsim
-from ptsim.costs.step import step_time
+from ptsim.costs.step import StepSetting, step_time
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Precision
 
@@ -31,7 +31,8 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
         names = _common.setting(trace, label)
         first, last = (trace.network_of(trace.epochs[i]) for i in (0, -1))
         for batch in BATCHES:
-            steps = [step_time(network, device, batch=batch, precision=Precision.FP32) for network in (first, last)]
+            setting = StepSetting(batch=batch, precision=Precision.FP32)
+            steps = [step_time(network, device, setting) for network in (first, last)]
             published = _common.paper(
                 "Table 2", dataset=names["dataset"], model=names["model"], per_gpu_batch=batch
             ).dropna(subset="ratio_vs_baseline")

@@ -13,7 +13,7 @@ from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import step_energy
 from ptsim.costs.memory import iteration_memory, usable_bytes
-from ptsim.costs.step import Measurements, MemoryFormat, StepTime, Tier, step_time
+from ptsim.costs.step import Measurements, MemoryFormat, StepSetting, StepTime, Tier, step_time
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster, load_device, measured_device
 from ptsim.hardware.profile import read_device_profile
@@ -132,10 +132,7 @@ def predict(
     step = step_time(
         network,
         device,
-        batch=batch,
-        precision=numbers,
-        memory_format=memory_format,
-        optimizer=optimizer,
+        StepSetting(batch=batch, precision=numbers, memory_format=memory_format, optimizer=optimizer),
         measurements=measurements,
     )
     expected: StepResult | None = None

@@ -31,6 +31,7 @@ from ptsim.costs.energy import PowerModel, PowerSample, fit_power, step_energy
 from ptsim.costs.measured import find_profile, measured_step, step_of_profile
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.profiled import profiled_step
+from ptsim.costs.run import recorded_setting
 from ptsim.costs.times import StepTime, Tier
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import match_device
@@ -283,7 +284,6 @@ def _source(
 ) -> tuple[_StepOf, _Pace]:
     """Where the steps of `trace` and its pace come from."""
     run = trace.run
-    optimizer = str(run.hyperparameters.get("optimizer", "sgd"))
     if profile is None and not holdout:
         if not trace.profiles:
             raise MissingMeasurementError(
@@ -293,14 +293,7 @@ def _source(
         first = trace.epochs[0]
 
         def measured(epoch: Epoch) -> StepTime:
-            step = measured_step(
-                trace.network_of(epoch),
-                trace.profiles,
-                batch=epoch.batch_per_gpu,
-                precision=run.precision,
-                memory_format=run.memory_format,
-                regularizer=epoch.penalty_coefficient > 0,
-            )
+            step = measured_step(trace.network_of(epoch), trace.profiles, recorded_setting(trace, epoch))
             share = 1.0 - step.overhead_s / step.compute_s  # what is between the phases is in the pace
             return msgspec.structs.replace(step, overhead_s=0.0, low_s=step.low_s * share, high_s=step.high_s * share)
 
@@ -323,15 +316,7 @@ def _source(
         )
 
     def profiled(epoch: Epoch) -> StepTime:
-        return profiled_step(
-            trace.network_of(epoch),
-            known,
-            batch=epoch.batch_per_gpu,
-            precision=run.precision,
-            memory_format=run.memory_format,
-            optimizer=optimizer,
-            regularizer=epoch.penalty_coefficient > 0,
-        )
+        return profiled_step(trace.network_of(epoch), known, recorded_setting(trace, epoch))
 
     return profiled, _Pace(
         input_s_per_image=known.input_s_per_image.get(run.dataset.name), reconfiguration_s=known.reconfiguration_s
@@ -420,13 +405,7 @@ def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel |
         return None
     samples = []
     for epoch in trace.epochs[:num_epochs]:
-        profile = find_profile(
-            trace.network_of(epoch),
-            trace.profiles,
-            batch=epoch.batch_per_gpu,
-            precision=trace.run.precision,
-            memory_format=trace.run.memory_format,
-        )
+        profile = find_profile(trace.network_of(epoch), trace.profiles, recorded_setting(trace, epoch))
         power_w = _mean_power_w(epoch)
         if profile is not None and power_w is not None:
             step = step_of_profile(trace.network_of(epoch), profile, regularizer=epoch.penalty_coefficient > 0)

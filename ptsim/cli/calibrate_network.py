@@ -17,7 +17,8 @@ def network(
     *,
     out: Annotated[Path, Parameter(help="The cluster file to write; --cluster takes it.")],
     nccl_log: Annotated[
-        list[Path] | None, Parameter(help="nccl-tests output, text or JSON; repeat it for other GPU counts.")
+        list[Path] | None,
+        Parameter(help="nccl-tests output, text or JSON; repeat it for other GPU counts or further runs."),
     ] = None,
     base: Annotated[
         str | None, Parameter(help="Cluster of the catalog (or file) that says what was not measured.")
@@ -28,16 +29,17 @@ def network(
     iterations: Annotated[int, Parameter(help="Live: all-reduces per size.")] = 20,
 ) -> None:
     """All-reduce times from nccl-tests logs, or live from torch.distributed under torchrun, as a cluster file."""
-    from ptsim.hardware.catalog import load_cluster, write_cluster
-    from ptsim.hardware.nccl_log import read_nccl_log
-    from ptsim.measure.network import calibrated_cluster, table_from_log
+    from ptsim.hardware.catalog import check_file_name, load_cluster, write_cluster
+    from ptsim.hardware.nccl_log import read_nccl_logs
+    from ptsim.measure.network import calibrated_cluster, tables_from_logs
 
+    check_file_name("cluster", out)
     origin = load_cluster(base) if base else None
     name = name or out.stem
     if nccl_log:
-        logs = [read_nccl_log(path) for path in nccl_log]
+        logs = [log for path in nccl_log for log in read_nccl_logs(path)]
         gpus = sorted({gpu for log in logs for gpu in log.gpus})
-        cluster = calibrated_cluster([table_from_log(log) for log in logs], name=name, base=origin, gpus=gpus)
+        cluster = calibrated_cluster(tables_from_logs(logs), name=name, base=origin, gpus=gpus)
     else:
         measured = _live(backend, max_bytes, iterations)
         if measured is None:

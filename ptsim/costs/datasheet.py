@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
-from ptsim.costs.times import LayerTime, MemoryFormat, StepTime, Tier
+from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
 from ptsim.costs.traffic import regularizer_traffic, update_traffic
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
@@ -218,26 +218,20 @@ def load_fit() -> Fit:
     return msgspec.convert(tomllib.loads((Path(__file__).parent / "efficiency.toml").read_text("utf-8")), Fit)
 
 
-def datasheet_step(
-    network: Network,
-    device: Device,
-    *,
-    batch: int,
-    precision: Precision,
-    memory_format: MemoryFormat = "contiguous",
-    optimizer: str = "sgd",
-    regularizer: bool = False,
-    fit: Fit | None = None,
-) -> StepTime:
-    """One training step by roofline and fitted efficiencies; the arguments are those of `costs.step.step_time`.
+def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fit: Fit | None = None) -> StepTime:
+    """One training step by roofline and fitted efficiencies.
 
     The host launches every operator; where that takes longer than the GPU, `overhead_s` is what the GPU waits. `fit`
     stands in for the fit that ptsim ships.
     """
     fit = fit or load_fit()
-    tensor_cores = uses_tensor_cores(device, precision)
+    precision = setting.precision
     kernels = network_kernels(
-        network, batch=batch, precision=precision, memory_format=memory_format, tensor_cores=tensor_cores
+        network,
+        batch=setting.batch,
+        precision=precision,
+        memory_format=setting.memory_format,
+        tensor_cores=uses_tensor_cores(device, precision),
     )
     factor, residuals = _device_factor(device, fit)
     seconds = kernel_seconds(kernels, chip_of(device, precision), fit.efficiency) * factor
@@ -246,8 +240,8 @@ def datasheet_step(
     forward = np.bincount(kernels.layer[is_forward], seconds[is_forward], count)
     backward = np.bincount(kernels.layer[~is_forward], seconds[~is_forward], count)
     streaming = fit.efficiency.stream_bandwidth * device.memory_bandwidth_bytes_per_s
-    optimizer_s = update_bytes(network, optimizer, precision) / streaming
-    regularizer_s = regularizer_traffic(network) / streaming if regularizer else 0.0
+    optimizer_s = update_bytes(network, setting.optimizer, precision) / streaming
+    regularizer_s = regularizer_traffic(network) / streaming if setting.regularizer else 0.0
     gpu_s = float(forward.sum() + backward.sum()) + optimizer_s + regularizer_s
     overhead_s = max(0.0, host_seconds(network, kernels, fit.host) - gpu_s)
     total_s = gpu_s + overhead_s

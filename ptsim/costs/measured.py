@@ -8,43 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ptsim.costs.times import LayerTime, MemoryFormat, StepTime, Tier
+from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
 from ptsim.errors import MissingMeasurementError
-from ptsim.network import Network, Precision
+from ptsim.network import Network
 from ptsim.trace.schema import Profile
 
 
-def find_profile(
-    network: Network,
-    profiles: Iterable[Profile],
-    *,
-    batch: int,
-    precision: Precision,
-    memory_format: MemoryFormat,
-) -> Profile | None:
+def find_profile(network: Network, profiles: Iterable[Profile], setting: StepSetting) -> Profile | None:
     """The last profile of exactly this architecture, mini-batch, precision and memory format; None where none is."""
+    wanted = (network.id, setting.batch, setting.precision, setting.memory_format)
     found = None
     for profile in profiles:
-        if (profile.architecture, profile.batch, profile.precision, profile.memory_format) == (
-            network.id,
-            batch,
-            precision,
-            memory_format,
-        ):
+        if (profile.architecture, profile.batch, profile.precision, profile.memory_format) == wanted:
             found = profile
     return found
 
 
-def measured_step(
-    network: Network,
-    profiles: Iterable[Profile],
-    *,
-    batch: int,
-    precision: Precision,
-    memory_format: MemoryFormat = "contiguous",
-    regularizer: bool = False,
-) -> StepTime:
-    """One training step of `batch` images as a profile measured it.
+def measured_step(network: Network, profiles: Iterable[Profile], setting: StepSetting) -> StepTime:
+    """One training step as a profile measured it.
 
     The interval reaches from the fastest to the slowest whole step; with five steps it covers the true median with
     probability 1 - 2/2⁵ = 94 % whatever their distribution. Profiles without that spread get the difference between
@@ -55,14 +36,14 @@ def measured_step(
             group lasso is asked for and was not measured.
     """
     profiles = tuple(profiles)
-    profile = find_profile(network, profiles, batch=batch, precision=precision, memory_format=memory_format)
+    profile = find_profile(network, profiles, setting)
     if profile is None:
-        raise MissingMeasurementError(_what_is_missing(network, profiles, batch, precision, memory_format))
-    if regularizer and profile.regularizer_s <= 0:
+        raise MissingMeasurementError(_what_is_missing(network, profiles, setting))
+    if setting.regularizer and profile.regularizer_s <= 0:
         raise MissingMeasurementError(
             f"the profile of {network.name} ({network.id}) was taken without the group lasso, which is asked for"
         )
-    return step_of_profile(network, profile, regularizer=regularizer)
+    return step_of_profile(network, profile, regularizer=setting.regularizer)
 
 
 def step_of_profile(network: Network, profile: Profile, *, regularizer: bool) -> StepTime:
@@ -109,10 +90,8 @@ def step_of_profile(network: Network, profile: Profile, *, regularizer: bool) ->
     )
 
 
-def _what_is_missing(
-    network: Network, profiles: tuple[Profile, ...], batch: int, precision: Precision, memory_format: MemoryFormat
-) -> str:
-    wanted = f"mini-batch {batch}, {precision}, {memory_format}"
+def _what_is_missing(network: Network, profiles: tuple[Profile, ...], setting: StepSetting) -> str:
+    wanted = f"mini-batch {setting.batch}, {setting.precision}, {setting.memory_format}"
     same = [profile for profile in profiles if profile.architecture == network.id]
     if not profiles:
         return f"no layer times of {network.name} were measured: there is not one profile in the trace"

@@ -17,27 +17,17 @@ import numpy as np
 from scipy.optimize import nnls
 
 from ptsim.costs.interpolation import Estimate, Family, Interpolator
-from ptsim.costs.times import LayerTime, MemoryFormat, StepTime, Tier
+from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.profile import DeviceProfile, OperatorTime, Setting, StepMeasurement, operator_of
-from ptsim.network import LayerKind, Network, Precision
+from ptsim.network import LayerKind, Network
 
 _Z90 = 1.645  # two-sided 90 % of a normal distribution
 _SMALL = (LayerKind.RESHAPE, LayerKind.DROPOUT, LayerKind.OTHER)  # in the whole steps' ratio where nobody timed them
 
 
-def profiled_step(
-    network: Network,
-    profile: DeviceProfile,
-    *,
-    batch: int,
-    precision: Precision,
-    memory_format: MemoryFormat = "contiguous",
-    optimizer: str = "sgd",
-    regularizer: bool = False,
-    whole: bool = True,
-) -> StepTime:
-    """One training step of `batch` images, from what was measured on the profile's device.
+def profiled_step(network: Network, profile: DeviceProfile, setting: StepSetting) -> StepTime:
+    """One training step, from what was measured on the profile's device.
 
     The interval is 90 %: the fastest and slowest step where the network was measured whole. Otherwise it comes from
     the leave-one-out errors, taken as common to the operators of a family and independent between families, and from
@@ -46,21 +36,16 @@ def profiled_step(
     Args:
         network: what is trained.
         profile: the device, measured.
-        batch: images per step.
-        precision: of the matrix products.
-        memory_format: layout of the activations.
-        optimizer: whose update is timed.
-        regularizer: whether the group lasso's gradient is computed.
-        whole: False sums operators also where the network was measured whole.
+        setting: mini-batch, precision and the like.
 
     Raises:
         MissingMeasurementError: the profile has nothing in this precision and format, nothing like an operator of the
             network, or no step with this optimizer or with the group lasso.
     """
-    setting = Setting(precision=precision, memory_format=memory_format)
-    profile.check_setting(setting)
-    device = _device(profile.device, profile.operators, profile.steps, setting)
-    return device.step(network, batch, optimizer, regularizer, whole=whole)
+    measured = Setting(precision=setting.precision, memory_format=setting.memory_format)
+    profile.check_setting(measured)
+    device = _device(profile.device, profile.operators, profile.steps, measured)
+    return device.step(network, setting)
 
 
 @functools.lru_cache(maxsize=8)
@@ -87,8 +72,9 @@ class _Device:
                 hosts[time.operator.kind].append(time.host_s)
         self._host_s = {kind: statistics.median(values) for kind, values in hosts.items()}
 
-    def step(self, network: Network, batch: int, optimizer: str, regularizer: bool, *, whole: bool) -> StepTime:
+    def step(self, network: Network, setting: StepSetting) -> StepTime:
         """See `profiled_step`."""
+        batch, optimizer, regularizer = setting.batch, setting.optimizer, setting.regularizer
         estimates = [self._layer(network, index, batch) for index in range(len(network.layers))]
         forward_s = sum(forward.seconds for forward, _ in estimates)
         backward_s = sum(backward.seconds for _, backward in estimates)
@@ -100,7 +86,7 @@ class _Device:
         regularizer_s = 0.0
         if regularizer:
             regularizer_s = self._fitted(network, lambda step: step.regularizer_s, "no step with the group lasso")
-        measured = self._measured(network, batch) if whole else None
+        measured = self._measured(network, batch)
         if measured is not None:
             ratios = measured.forward_s / forward_s, measured.backward_s / backward_s
             low, high = measured.step_low_s / measured.step_s, measured.step_high_s / measured.step_s

@@ -10,10 +10,12 @@ import msgspec
 
 from ptsim.costs.flops import Convention, inference_macs, training_macs
 from ptsim.costs.memory import iteration_memory
+from ptsim.costs.times import StepSetting
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
 from ptsim.trace.io import Trace
+from ptsim.trace.schema import Epoch
 
 
 class EpochCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,3 +107,14 @@ def recorded_device(trace: Trace) -> Device | None:
 def recorded_optimizer(trace: Trace) -> str:
     """The run's optimizer; SGD where the record does not say."""
     return str(trace.run.hyperparameters.get("optimizer", "sgd"))
+
+
+def recorded_setting(trace: Trace, epoch: Epoch) -> StepSetting:
+    """How the training steps of a recorded epoch were run."""
+    return StepSetting(
+        batch=epoch.batch_per_gpu,
+        precision=trace.run.precision,
+        memory_format=trace.run.memory_format,
+        optimizer=recorded_optimizer(trace),
+        regularizer=epoch.penalty_coefficient > 0,
+    )

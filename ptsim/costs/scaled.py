@@ -6,33 +6,23 @@ sides cancels out of the ratio.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from ptsim.costs.measured import step_of_profile
-from ptsim.costs.times import LayerTime, MemoryFormat, StepTime, Tier
-from ptsim.network import Network, Precision
+from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
+from ptsim.network import Network
 from ptsim.trace.schema import Profile
 
 
-def nearest_profile(
-    network: Network, profiles: Iterable[Profile], *, batch: int, precision: Precision, memory_format: MemoryFormat
-) -> Profile | None:
+def nearest_profile(network: Network, profiles: Iterable[Profile], setting: StepSetting) -> Profile | None:
     """The profile of this architecture, precision and memory format whose mini-batch is nearest by ratio, or None."""
-    wanted = (network.id, precision, memory_format)
+    wanted, batch = (network.id, setting.precision, setting.memory_format), setting.batch
     fitting = [p for p in profiles if (p.architecture, p.precision, p.memory_format) == wanted]
     return min(reversed(fitting), key=lambda p: max(p.batch / batch, batch / p.batch), default=None)
 
 
-def scaled_step(
-    network: Network,
-    profile: Profile,
-    *,
-    predict_here: Callable[[int], StepTime],
-    predict_there: Callable[[int], StepTime],
-    batch: int,
-    regularizer: bool,
-) -> StepTime:
-    """The measured step carried over to `batch` images on the device of `predict_there`.
+def scaled_step(network: Network, profile: Profile, *, here: StepTime, there: StepTime, regularizer: bool) -> StepTime:
+    """The measured step carried over to the device and mini-batch of `there`.
 
     A group lasso that is asked for and was not measured is the prediction's own. The interval is the prediction's,
     relative to its value: what the ratio cancels is not known for a device without measurements.
@@ -40,13 +30,11 @@ def scaled_step(
     Args:
         network: what was profiled.
         profile: its measurement.
-        predict_here: the prediction for the device of the profile, by mini-batch.
-        predict_there: the prediction for the wanted device, by mini-batch.
-        batch: wanted images per step.
+        here: the prediction for the device and mini-batch of the profile.
+        there: the prediction for the wanted device and mini-batch.
         regularizer: whether the group lasso's gradient is computed.
     """
     measured = step_of_profile(network, profile, regularizer=regularizer and profile.regularizer_s > 0)
-    here, there = predict_here(profile.batch), predict_there(batch)
     forward, backward = _ratio(there.forward_s, here.forward_s), _ratio(there.backward_s, here.backward_s)
     layers = tuple(
         LayerTime(

@@ -425,6 +425,17 @@ class _Table:
         return {key: sources.get(key) or sources["default"] for key in numbers}
 
 
+def check_file_name(kind: str, path: Path) -> None:
+    """Refuse to write a device or cluster file under a name that would mean the catalog's.
+
+    Raises:
+        UsageError: the catalog has that name, so that the file would never be found under it.
+    """
+    names = {name for stem, file in _files(f"{kind}s").items() for name in (stem, *_read(file).get("aliases", ()))}
+    if str(path).lower() in names:
+        raise UsageError(f"{path} is a {kind} of the catalog", hint=f"call the file {path}.toml")
+
+
 def _files(folder: str) -> dict[str, Path]:
     return {path.stem: path for path in (_CATALOG / folder).glob("*.toml")}
 
@@ -438,7 +449,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _locate(kind: str, name: str | Path) -> Path:
-    """The file that `name` means: a path that ends in .toml, a catalog name or one of its aliases."""
+    """The file that `name` means: a path that ends in .toml, a catalog name or one of its aliases, any other file."""
     if str(name).endswith(".toml") or isinstance(name, Path):
         path = Path(name)
         if not path.is_file():
@@ -451,6 +462,8 @@ def _locate(kind: str, name: str | Path) -> Path:
     for path in files.values():
         if wanted in _read(path).get("aliases", ()):
             return path
+    if Path(name).is_file():
+        return Path(name).resolve()
     raise UnknownNameError(kind, str(name), files)
 
 

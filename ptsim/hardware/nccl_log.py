@@ -1,7 +1,8 @@
 """What an nccl-tests log says: message sizes, times, how many GPUs on how many nodes; old and new text, and JSON.
 
-A log may hold other collectives, launcher noise and rank prefixes ("[1,0]<stdout>:", "0: "); the all-reduces are taken.
-What cannot be trusted is refused: output that stops in the middle, output of several ranks mixed, wrong results.
+A log may hold several runs, other collectives, launcher noise, colours and prefixes ("[1,0]<stdout>:", "0: ", time
+stamps); the all-reduces are taken. Of several data types or reductions the float sum counts. What cannot be trusted is
+refused: output that stops in the middle, output of several ranks mixed, wrong results.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import msgspec
 
 from ptsim.errors import FileFormatError
 
-_PREFIX = re.compile(
-    r"^(?:\x1b\[[0-9;]*m)*\s*(?:\[\d+,\d+\]<std(?:out|err)>:\s?|\[[\w.:-]+\]:?\s+(?=[#\d])|\d+:\s+(?=[#\d])"
-    r"|[\w.-]*[A-Za-z][\w.-]*:\s+(?=[#\d]))"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_RANK = re.compile(
+    r"#\s+Rank\s+(\d+)\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+\d+\s+\[[^\]]*\]\s+(.*\S)"
 )
-_RANK = re.compile(r"#\s+Rank\s+(\d+)\s+(?:Group\s+\d+\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device\s+\d+\s+\[[^\]]*\]\s+(.*\S)")
 _HEADER = re.compile(r"#\s*nThread\s+(\d+)\s+nGpus\s+(\d+)\s+minBytes\s+(\d+)\s+maxBytes\s+(\d+)")
 _TEST = re.compile(r"#\s*Collective test (starting|concluded):\s*(\S+)")
 _TRAILER = re.compile(r"#\s*(?:Out of bounds values|Avg bus bandwidth)\s*:\s*(\S+)")
-_ROW = re.compile(r"\s*(\d+)\s+(\d+)\s+([a-z][a-z0-9_]*)\s+(.*\S)")
+_COLUMNS = re.compile(r"#\s*(size|bytes)\s+(?:count|N)\s+type\s.*busbw")
+_TYPES = (
+    "u?int(?:8|32|64)?|char|half|float(?:16|32|64)?|double|bfloat16|bf16|fp8_e4m3|fp8_e5m2|f8e4m3|f8e5m2|fp8|"
+    "float8_e4m3|float8_e5m2"
+)
+_ROW = re.compile(rf"(?:^|.*[\s>:\]])(\d+)\s+(\d+)\s+({_TYPES})\s+(.*\S)")  # whatever a launcher puts in front
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _REDUCTIONS = ("sum", "prod", "max", "min", "avg", "mulsum", "all")
 
@@ -49,7 +54,7 @@ class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     num_gpus: int
     num_nodes: int
-    gpus: tuple[str, ...]
+    gpus: tuple[str, ...]  # driver names
     version: str | None
     measurements: tuple[NcclMeasurement, ...]
 
@@ -67,8 +72,8 @@ class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
         return ratios[len(ratios) // 2] / 0.954 if ratios else 0.0
 
 
-def read_nccl_log(path: str | Path) -> NcclLog:
-    """The all-reduces in the nccl-tests log at `path`.
+def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
+    """The all-reduce runs in the nccl-tests log at `path`, in its order; at least one.
 
     Raises:
         FileFormatError: not an nccl-tests log, another collective, truncated, mixed output of several ranks, wrong
@@ -76,14 +81,26 @@ def read_nccl_log(path: str | Path) -> NcclLog:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileFormatError(path, "is not a file that can be read") from error
     if not text.strip():
         raise FileFormatError(path, "is empty, expected the output of nccl-tests' all_reduce_perf")
     if text.lstrip()[0] == "{":
-        return _read_json(path, text)
-    return _read_text(path, text)
+        return (_read_json(path, text),)
+    return _read_text(path, _COLOUR.sub("", text))
+
+
+def read_nccl_log(path: str | Path) -> NcclLog:
+    """The one all-reduce run in the nccl-tests log at `path`.
+
+    Raises:
+        FileFormatError: as `read_nccl_logs`, or several runs.
+    """
+    logs = read_nccl_logs(path)
+    if len(logs) > 1:
+        raise FileFormatError(Path(path), f"holds {len(logs)} all-reduce runs, expected one")
+    return logs[0]
 
 
 class _Section:
@@ -91,7 +108,9 @@ class _Section:
 
     def __init__(self, line: int, name: str | None) -> None:
         self.line, self.name = line, name
-        self.ranks: dict[int, tuple[str, str]] = {}
+        self.ranks: dict[int, tuple[str, str]] = {}  # host and device
+        self.groups: set[str] = set()
+        self.unit_s = 1e-6
         self.rows: list[_Row] = []
         self.header: re.Match[str] | None = None
         self.ended = False
@@ -101,13 +120,28 @@ class _Section:
 class _Row(msgspec.Struct, frozen=True):
     line: int
     size: int
+    type: str
     redop: str
     root: int | None
-    times: tuple[tuple[float, float, float], ...]  # (µs, algbw, busbw) out of place, in place
+    out_of_place: _Times | None
+    in_place: _Times | None
     wrong: int
 
+    @property
+    def times(self) -> _Times:
+        """Of what was measured the first; one of both was."""
+        found = self.out_of_place or self.in_place
+        assert found is not None, "a row without times is refused where it is read"
+        return found
 
-def _read_text(path: Path, text: str) -> NcclLog:
+
+class _Times(msgspec.Struct, frozen=True):
+    time: float  # in the unit of its section
+    algbw: float
+    busbw: float
+
+
+def _read_text(path: Path, text: str) -> tuple[NcclLog, ...]:
     sections = _sections(path, text)
     if not any(section.rows for section in sections):
         expected = "rows of nccl-tests' all_reduce_perf ('size count type redop … time algbw busbw')"
@@ -121,33 +155,37 @@ def _read_text(path: Path, text: str) -> NcclLog:
     if not wanted:
         section, name = others[0]
         raise FileFormatError(path, f"holds {name}, expected all_reduce_perf", line=section.rows[0].line)
-    if len(wanted) > 1:
-        raise FileFormatError(
-            path,
-            f"holds {len(wanted)} all-reduce runs, the second from here on; expected one",
-            line=wanted[1][0].line,
-            hint="split the file, one run each",
-        )
-    section = wanted[0][0]
+    found = re.search(r"nccl-library=(\d+)|NCCL version (\S+)|compiled with NCCL (\S+)", text)
+    version = next((name for name in found.groups() if name), None) if found else None
+    return tuple(_log(path, section, version) for section, _ in wanted)
+
+
+def _log(path: Path, section: _Section, version: str | None) -> NcclLog:
+    section.rows = _of_one_type(section.rows)
     _check_section(path, section)
-    rows = section.rows
-    num_gpus, hosts = _ranks(path, section)
-    version = re.search(r"nccl-library=(\d+)|NCCL version (\S+)", text)
+    num_gpus, num_nodes = _ranks(path, section)
     return NcclLog(
         path=str(path),
         num_gpus=num_gpus,
-        num_nodes=hosts,
+        num_nodes=num_nodes,
         gpus=tuple(sorted({gpu for _, gpu in section.ranks.values()})),
-        version=next((found for found in version.groups() if found), None) if version else None,
-        measurements=tuple(_measurement(row) for row in rows if row.size > 0),
+        version=version,
+        measurements=tuple(_measurement(row, section.unit_s) for row in section.rows if row.size > 0),
     )
+
+
+def _of_one_type(rows: list[_Row]) -> list[_Row]:
+    """The rows of one data type and reduction, by rising size: the float sum where there are several."""
+    kinds = dict.fromkeys((row.type, row.redop) for row in rows)
+    chosen = min(kinds, key=lambda kind: (kind[0] not in ("float", "float32"), kind[1] != "sum"))
+    return sorted((row for row in rows if (row.type, row.redop) == chosen), key=lambda row: row.size)
 
 
 def _sections(path: Path, text: str) -> list[_Section]:
     sections = [_Section(1, None)]
     name: str | None = None
     for number, raw in enumerate(text.splitlines(), start=1):
-        line = _PREFIX.sub("", raw, count=1)
+        line = raw.rstrip()
         current = sections[-1]
         if test := _TEST.search(line):
             name = test[2] if test[1] == "starting" else None
@@ -168,12 +206,17 @@ def _sections(path: Path, text: str) -> list[_Section]:
                 current = sections[-1]
             current.header = header
         elif rank := _RANK.search(line):
-            current.ranks[int(rank[1])] = (rank[2], rank[3])
+            current.ranks[int(rank[1])] = (rank[3], rank[4])
+            current.groups.add(rank[2] or "0")
+        elif columns := _COLUMNS.search(line):
+            if "cputime" in line:
+                raise FileFormatError(path, "has CPU times, expected the times of the collective", line=number)
+            current.unit_s = 1e-3 if columns[1] == "bytes" else 1e-6  # before version 2: milliseconds
         elif trailer := _TRAILER.search(line):
             current.ended = True
             if "bounds" in line and trailer[1] != "0":
                 raise FileFormatError(path, f"{trailer[1]} results were out of bounds: the run is wrong", line=number)
-        elif not line.lstrip().startswith("#") and (row := _row(path, number, line)):
+        elif row := _row(path, number, line):
             if current.ended and current.rows:
                 sections.append(_Section(number, name))
                 current = sections[-1]
@@ -198,24 +241,28 @@ def _row(path: Path, number: int, line: str) -> _Row | None:
         else:
             break  # a time stamp ends the row
     root = None
-    if values and (len(values) in (5, 9) or words[0] == "-1"):
+    if values and (len(values) % 4 == 1 or words[0] == "-1"):
         root = int(float(values.pop(0) or 0))
-    if len(values) not in (3, 4, 8):
+    if len(values) not in (3, 4, 8, 16):
         raise FileFormatError(
             path,
             f"row of {match[1]} bytes is incomplete, expected time, algbw, busbw and errors once or twice: "
             "the log is truncated or several outputs are mixed",
             line=number,
         )
-    times, wrong = [], 0
-    for i in range(0, len(values), 4):
-        group = values[i : i + 4]
-        if any(value is None for value in group[:3]):
-            raise FileFormatError(path, f"row of {match[1]} bytes has no time", line=number)
-        times.append((group[0], group[1], group[2]))
-        if len(group) == 4 and group[3] is not None and root is not None:
+    width = 8 if len(values) == 16 else 4  # with the times of single iterations behind each time
+    times: list[_Times | None] = []
+    wrong = 0
+    for group in (values[i : i + width] for i in range(0, len(values), width)):
+        taken, algbw, busbw = group[:3]
+        measured = taken is not None and algbw is not None and busbw is not None
+        times.append(_Times(taken, algbw, busbw) if measured else None)  # type: ignore[arg-type] # none is None
+        if len(group) > 3 and group[3] is not None and root is not None:
             wrong += int(group[3])  # the old format's last column is a rounding error, not a count
-    return _Row(number, int(match[1]), redop, root, tuple(times), wrong)  # type: ignore[arg-type] # as many times as a row has
+    if not any(times):
+        raise FileFormatError(path, f"row of {match[1]} bytes has no time", line=number)
+    first, second = (*times, None)[:2]
+    return _Row(number, int(match[1]), match[3], redop, root, first, second, wrong)
 
 
 def _collective(section: _Section) -> str:
@@ -225,7 +272,7 @@ def _collective(section: _Section) -> str:
         return "a collective without reduction (broadcast, all_gather or all_to_all)"
     if row.root is not None and row.root >= 0:
         return "reduce_perf"
-    _, algbw, busbw = row.times[0]
+    algbw, busbw = row.times.algbw, row.times.busbw
     num = len(section.ranks)
     if num > 2 and algbw > 1 and abs(busbw / algbw / ((num - 1) / num) - 1) < 0.02:
         return "reduce_scatter_perf"
@@ -235,33 +282,41 @@ def _collective(section: _Section) -> str:
 def _check_section(path: Path, section: _Section) -> None:
     rows = section.rows
     for before, row in itertools.pairwise(rows):
-        if row.size <= before.size:
+        if row.size == before.size:
             raise FileFormatError(
                 path,
-                f"{row.size} bytes follow {before.size} bytes: the output of several ranks or runs is mixed",
-                line=row.line,
+                f"{row.size} bytes are there twice: the output of several ranks or runs is mixed",
+                line=max(row.line, before.line),
                 hint="keep rank 0's output of one run",
             )
     for row in rows:
         if row.wrong:
             raise FileFormatError(path, f"{row.wrong} wrong results at {row.size} bytes", line=row.line)
-        if any(time <= 0 for time, _, _ in row.times):
-            raise FileFormatError(path, f"time of {row.size} bytes is not positive", line=row.line)
+        for times in (row.out_of_place, row.in_place):
+            if times is not None and times.time <= 0:
+                raise FileFormatError(path, f"time of {row.size} bytes is not positive", line=row.line)
     if not section.ended:
+        last = max(rows, key=lambda row: row.line).size
         most = f" of {section.header[4]}" if section.header else ""
         raise FileFormatError(
             path,
-            f"the log ends after {rows[-1].size}{most} bytes without '# Out of bounds values': it is truncated",
+            f"the log ends after {last}{most} bytes without '# Out of bounds values': it is truncated",
             line=section.last_line,
         )
 
 
 def _ranks(path: Path, section: _Section) -> tuple[int, int]:
     """(GPUs, nodes) of the run; without a device list the count follows from busbw / algbw = 2(n-1)/n."""
-    row = max(section.rows, key=lambda row: row.times[0][1])
-    _, algbw, busbw = row.times[0]
+    row = max(section.rows, key=lambda row: row.times.algbw)
+    algbw, busbw = row.times.algbw, row.times.busbw
     implied = _implied_ranks(algbw, busbw)
     listed = len(section.ranks)
+    if len(section.groups) > 1:
+        raise FileFormatError(
+            path,
+            f"holds all-reduces in {len(section.groups)} groups of GPUs at the same time, expected one over all",
+            line=section.line,
+        )
     if listed == 1 or (implied == 1 and not listed):
         raise FileFormatError(
             path,
@@ -270,9 +325,10 @@ def _ranks(path: Path, section: _Section) -> tuple[int, int]:
             hint="with one process per GPU, nccl-tests must be built with MPI=1",
         )
     if listed and max(section.ranks) + 1 != listed:
-        raise FileFormatError(
-            path, f"lists {listed} ranks but numbers them up to {max(section.ranks)}", line=section.line
-        )
+        if implied != max(section.ranks) + 1:
+            problem = f"lists {listed} ranks but numbers them up to {max(section.ranks)}"
+            raise FileFormatError(path, problem, line=section.line)
+        listed = implied  # nccl-tests cuts long lists short, people too; the bus bandwidth knows
     if listed and implied and abs(2 * (listed - 1) / listed - busbw / algbw) > 0.03:
         raise FileFormatError(
             path,
@@ -294,16 +350,18 @@ def _implied_ranks(algbw: float, busbw: float) -> int | None:
     return round(2 / (2 - ratio)) if ratio < 1.97 else None
 
 
-def _measurement(row: _Row) -> NcclMeasurement:
-    seconds = [time * 1e-6 for time, _, _ in row.times]
+def _measurement(row: _Row, unit_s: float) -> NcclMeasurement:
+    out_of_place, in_place = row.out_of_place, row.in_place
     return NcclMeasurement(
-        size_bytes=row.size, out_of_place_s=seconds[0], in_place_s=seconds[1] if len(seconds) > 1 else None
+        size_bytes=row.size,
+        out_of_place_s=None if out_of_place is None else out_of_place.time * unit_s,
+        in_place_s=None if in_place is None else in_place.time * unit_s,
     )
 
 
 class _JsonTimes(msgspec.Struct):
     time: float | None = None
-    cpu_time: float | None = None
+    cpu_time: float | str | None = None
     alg_bw: float = 0.0
     bus_bw: float = 0.0
     nwrong: float | str | None = None  # null or "N/A" where nothing was checked
@@ -311,6 +369,7 @@ class _JsonTimes(msgspec.Struct):
 
 class _JsonResult(msgspec.Struct):
     size: int
+    type: str = "float"
     redop: str = "sum"
     root: int | str = -1
     out_of_place: _JsonTimes | None = None
@@ -319,6 +378,7 @@ class _JsonResult(msgspec.Struct):
 
 class _JsonDevice(msgspec.Struct):
     rank: int | None = None
+    group: int = 0
     hostname: str = "?"
     device_info: str = "?"
 
@@ -360,42 +420,35 @@ def _read_json(path: Path, text: str) -> NcclLog:
         raise FileFormatError(path, f"holds {program}, expected all_reduce_perf")
     if run.out_of_bounds is None:
         raise FileFormatError(path, "has no 'out_of_bounds': the run did not end")
-    if not run.out_of_bounds.okay or run.out_of_bounds.count:
+    if run.out_of_bounds.count or str(run.out_of_bounds.okay).lower() == "false":  # nccl-tests quotes it
         raise FileFormatError(path, f"{run.out_of_bounds.count} results were out of bounds")
     config = run.config or _JsonConfig()
     section = _Section(1, "all_reduce_perf" if program else None)
     section.ended = True
     for i, device in enumerate(config.devices or run.devices):
         section.ranks[i if device.rank is None else device.rank] = (device.hostname, device.device_info)
+        section.groups.add(str(device.group))
+    threads = config.nthreads * config.ngpus
+    if threads > 1 and sorted(section.ranks) == [threads * i for i in range(len(section.ranks))]:
+        # the JSON names only the first device of each process
+        section.ranks = {first + i: device for first, device in section.ranks.items() for i in range(threads)}
     section.rows = [_json_row(path, i, result) for i, result in enumerate(run.results)]
     if section.name is None and "all_reduce" not in (name := _collective(section)):
         raise FileFormatError(path, f"holds {name}, expected all_reduce_perf")
-    _check_section(path, section)
-    threads = config.nthreads * config.ngpus
-    if len(section.ranks) == 1 and threads > 1:  # without MPI the JSON names only the first device
-        (only,) = section.ranks.values()
-        section.ranks = dict.fromkeys(range(threads), only)
-    num_gpus, nodes = _ranks(path, section)
-    return NcclLog(
-        path=str(path),
-        num_gpus=num_gpus,
-        num_nodes=nodes,
-        gpus=tuple(sorted({gpu for _, gpu in section.ranks.values()})),
-        version=None if run.nccl_version is None else str(run.nccl_version),
-        measurements=tuple(_measurement(row) for row in section.rows if row.size > 0),
-    )
+    return _log(path, section, None if run.nccl_version is None else str(run.nccl_version))
 
 
 def _json_row(path: Path, index: int, result: _JsonResult) -> _Row:
     where = f"results[{index}]"
-    times, wrong = [], 0
+    times: dict[str, _Times] = {}
+    wrong = 0
     for key, body in (("out_of_place", result.out_of_place), ("in_place", result.in_place)):
         if body is None:
             continue
         if body.time is None:
             found = "no 'time'" if body.cpu_time is None else "CPU time"
             raise FileFormatError(path, f"{where}.{key} has {found}, expected the time of the collective")
-        times.append((body.time, body.alg_bw, body.bus_bw))
+        times[key] = _Times(body.time, body.alg_bw, body.bus_bw)
         wrong += int(body.nwrong or 0) if not isinstance(body.nwrong, str) else 0
     if not times:
         raise FileFormatError(path, f"{where} has neither an out-of-place nor an in-place time")
@@ -403,4 +456,5 @@ def _json_row(path: Path, index: int, result: _JsonResult) -> _Row:
         root = int(result.root)
     except ValueError as error:
         raise FileFormatError(path, f"{where}.root is {result.root!r}, expected a rank") from error
-    return _Row(index + 1, result.size, result.redop, root, tuple(times), wrong)
+    out_of_place, in_place = times.get("out_of_place"), times.get("in_place")
+    return _Row(index + 1, result.size, result.type, result.redop, root, out_of_place, in_place, wrong)

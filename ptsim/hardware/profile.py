@@ -55,12 +55,11 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, order=True):
         return f"{self.precision} {self.memory_format}"
 
 
-class Operator(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
-    """All that decides an operator's time on a given device: what `Layer` says without names and counts."""
+class OperatorShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator computes, by what `Layer` says without names and counts."""
 
-    kind: LayerKind
     op: str
-    setting: Setting
+    kind: LayerKind
     batch: int
     inputs: tuple[tuple[int, ...], ...]
     output: tuple[int, ...]
@@ -72,6 +71,12 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     bias: bool = False
     inplace: bool = False
     input_needs_gradient: bool = True
+
+
+class Operator(OperatorShape, frozen=True, kw_only=True, cache_hash=True):
+    """All that decides an operator's time on a given device."""
+
+    setting: Setting
 
 
 def operator_of(layer: Layer, *, batch: int, setting: Setting) -> Operator:
@@ -246,22 +251,9 @@ def write_device_profile(path: str | Path, profile: DeviceProfile) -> None:
     os.replace(beside, path)
 
 
-class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    op: str
-    kind: LayerKind
+class _Row(OperatorShape, frozen=True, kw_only=True, forbid_unknown_fields=True):
     setting: str
-    batch: int
-    inputs: tuple[tuple[int, ...], ...]
-    output: tuple[int, ...]
     forward: str
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    bias: bool = False
-    inplace: bool = False
-    input_needs_gradient: bool = True
     backward: str | None = None
     weight_gradient: str | None = None
     input_gradient: str | None = None
@@ -349,7 +341,7 @@ def _from_file(path: Path, file: _File) -> DeviceProfile:
             OperatorTime(
                 operator=Operator(
                     setting=setting(f"{place}.setting", row.setting),
-                    **{field: getattr(row, field) for field in _OPERATOR_FIELDS},
+                    **{field: getattr(row, field) for field in OperatorShape.__struct_fields__},
                 ),
                 forward_s=number(f"{place}.forward", row.forward, "seconds"),
                 backward_s=maybe(f"{place}.backward", row.backward, "seconds"),
@@ -400,10 +392,6 @@ def _from_file(path: Path, file: _File) -> DeviceProfile:
     )
 
 
-_OPERATOR_FIELDS = (
-    "kind", "op", "batch", "inputs", "output", "kernel", "stride", "padding", "dilation", "groups", "bias", "inplace",
-    "input_needs_gradient",
-)  # fmt: skip
 _STEP_FIELDS = ("architecture", "name", "batch", "num_parameters", "num_tensors", "num_layers", "num_samples")
 _STEP_SECONDS = ("forward", "backward", "step", "layers_forward", "layers_backward")
 _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(_Row)}
@@ -453,12 +441,9 @@ def _text(profile: DeviceProfile) -> str:
 
 def _row(time: OperatorTime) -> dict[str, Any]:
     operator = time.operator
-    fields = {field: getattr(operator, field) for field in _OPERATOR_FIELDS}
     row = {
-        "op": fields.pop("op"),
-        "kind": fields.pop("kind"),
+        **{field: getattr(operator, field) for field in OperatorShape.__struct_fields__},
         "setting": str(operator.setting),
-        **fields,
         "forward": _seconds(time.forward_s),
         "backward": _seconds(time.backward_s),
         "weight_gradient": _seconds(time.weight_gradient_s),

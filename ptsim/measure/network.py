@@ -24,18 +24,31 @@ _PCIE_X16 = (15.75e9, 31.5e9)  # generations 3 and 4: PCI-SIG base specification
 DEFAULT_SIZES = tuple(2**k for k in range(10, 27))  # 1 KiB to 64 MiB
 
 
-def table_from_log(log: NcclLog) -> AllReduceTable:
-    """The log's times, their α–β lines, and the jitter between out-of-place and in-place times."""
-    sizes = tuple(m.size_bytes for m in log.measurements)
-    seconds = tuple(m.seconds for m in log.measurements)
-    version = f", NCCL {log.version}" if log.version else ""
+def tables_from_logs(logs: Sequence[NcclLog]) -> list[AllReduceTable]:
+    """A table per GPU and node count, with its α–β lines and the jitter; several runs of one layout are averaged."""
+    layouts = dict.fromkeys((log.num_gpus, log.num_nodes) for log in logs)
+    return [_table([log for log in logs if (log.num_gpus, log.num_nodes) == layout]) for layout in layouts]
+
+
+def _table(runs: Sequence[NcclLog]) -> AllReduceTable:
+    """Geometric means of the runs' times; the jitter within runs, and between them if that is more."""
+    taken: dict[int, list[float]] = {}
+    for run in runs:
+        for measurement in run.measurements:
+            taken.setdefault(measurement.size_bytes, []).append(measurement.seconds)
+    sizes = tuple(sorted(taken))
+    seconds = tuple(statistics.geometric_mean(taken[size]) for size in sizes)
+    between = [statistics.stdev(map(math.log, times)) for times in taken.values() if len(times) > 1]
+    jitter = max(statistics.median(run.relative_jitter for run in runs), statistics.median(between or [0.0]))
+    versions = sorted({run.version for run in runs if run.version})
+    names = ", ".join(dict.fromkeys(Path(run.path).name for run in runs))
     return AllReduceTable(
-        num_gpus=log.num_gpus,
-        num_nodes=log.num_nodes,
+        num_gpus=runs[0].num_gpus,
+        num_nodes=runs[0].num_nodes,
         size_bytes=sizes,
         seconds=seconds,
-        relative_jitter=log.relative_jitter,
-        source=f"nccl-tests log {Path(log.path).name}{version}",
+        relative_jitter=jitter,
+        source=f"nccl-tests log {names}" + (f", NCCL {', '.join(versions)}" if versions else ""),
         segments=fit_segments(sizes, seconds) if len(sizes) > 1 else (),
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 import pandas as pd
 
+from ptsim.costs.run import recorded_setting
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Cluster, Device
@@ -286,11 +287,7 @@ def _step(trace: Trace, epoch: Epoch, device: Device) -> StepTime:
     return step_time(
         trace.networks[epoch.architecture],
         device,
-        batch=epoch.batch_per_gpu,
-        precision=trace.run.precision,
-        memory_format=trace.run.memory_format,
-        optimizer=str(trace.run.hyperparameters.get("optimizer", "sgd")),
-        regularizer=epoch.penalty_coefficient > 0,
+        recorded_setting(trace, epoch),
         measurements=measurements,
     )
 

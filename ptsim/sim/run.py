@@ -19,7 +19,7 @@ from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.collectives import AllReduceTime, all_reduce, nodes_for
 from ptsim.costs.energy import PowerModel, PowerSample, fit_power, price_usd, published_power, step_energy
 from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
-from ptsim.costs.step import Measurements, StepTime, Tier, step_time
+from ptsim.costs.step import Measurements, StepSetting, StepTime, Tier, step_time
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster, load_device, measured_device
 from ptsim.hardware.profile import DeviceProfile, read_device_profile
@@ -520,11 +520,13 @@ class _Projector:
             lambda: step_time(
                 stage.network,
                 device,
-                batch=-(-stage.batch // self.options.micro_batches),
-                precision=self.precision,
-                memory_format=self.memory_format,
-                optimizer=self.optimizer,
-                regularizer=stage.epoch.penalty_coefficient > 0,
+                StepSetting(
+                    batch=-(-stage.batch // self.options.micro_batches),
+                    precision=self.precision,
+                    memory_format=self.memory_format,
+                    optimizer=self.optimizer,
+                    regularizer=stage.epoch.penalty_coefficient > 0,
+                ),
                 measurements=measurements or self.measurements,
             ),
         )
@@ -661,11 +663,13 @@ class _Projector:
             lambda: step_time(
                 stage.network,
                 self.device,
-                batch=stage.batch,
-                precision=self.run.precision,
-                memory_format=self.run.memory_format,
-                optimizer=self.optimizer,
-                regularizer=regularizer,
+                StepSetting(
+                    batch=stage.batch,
+                    precision=self.run.precision,
+                    memory_format=self.run.memory_format,
+                    optimizer=self.optimizer,
+                    regularizer=regularizer,
+                ),
                 measurements=self.measurements,
             ),
         )

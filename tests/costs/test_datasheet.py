@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ptsim.costs.datasheet import chip_of, datasheet_step, kernel_seconds, load_fit, uses_tensor_cores
 from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels
-from ptsim.costs.step import Tier, step_time
+from ptsim.costs.step import StepSetting, Tier, step_time
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import device_names, load_device
 from ptsim.network import Precision
@@ -36,7 +36,7 @@ def test_no_device_beats_its_data_sheet(name):
 
 
 def test_bytes_of_a_large_tensor_move_at_most_at_the_memory_bandwidth():
-    step = datasheet_step(WIDE, load_device("v100"), batch=256, precision=Precision.FP32)
+    step = datasheet_step(WIDE, load_device("v100"), StepSetting(batch=256, precision=Precision.FP32))
     for time, layer in zip(step.layers, WIDE.layers, strict=True):
         if layer.kind == "batch_norm":
             assert time.forward_s >= 3 * 4 * 256 * layer.input_elements / 900e9
@@ -46,8 +46,8 @@ def test_bytes_of_a_large_tensor_move_at_most_at_the_memory_bandwidth():
 @given(batch=st.integers(1, 512), precision=st.sampled_from([Precision.FP32, Precision.TF32, Precision.FP16]))
 def test_a_larger_mini_batch_never_takes_less_time(batch, precision):
     device = load_device("a100")
-    small = datasheet_step(NETWORK, device, batch=batch, precision=precision)
-    large = datasheet_step(NETWORK, device, batch=2 * batch, precision=precision)
+    small = datasheet_step(NETWORK, device, StepSetting(batch=batch, precision=precision))
+    large = datasheet_step(NETWORK, device, StepSetting(batch=2 * batch, precision=precision))
     assert large.compute_s >= small.compute_s * 0.999
 
 
@@ -70,9 +70,8 @@ def test_odd_channels_under_autocast_can_be_slower_than_more_even_ones():
 
 def test_channels_last_is_faster_under_autocast_on_tensor_cores_and_slower_without():
     def step(device, precision, memory_format):
-        return datasheet_step(
-            WIDE, load_device(device), batch=64, precision=precision, memory_format=memory_format
-        ).compute_s
+        setting = StepSetting(batch=64, precision=precision, memory_format=memory_format)
+        return datasheet_step(WIDE, load_device(device), setting).compute_s
 
     assert step("3090", Precision.FP16, "channels_last") < step("3090", Precision.FP16, "contiguous")
     assert step("1080ti", Precision.FP32, "channels_last") > step("1080ti", Precision.FP32, "contiguous")
@@ -86,7 +85,7 @@ def test_tensor_cores_by_generation():
 
 
 def test_the_step_is_the_sum_of_its_parts_inside_its_interval():
-    step = step_time(NETWORK, load_device("t4"), batch=32, precision=Precision.FP16)
+    step = step_time(NETWORK, load_device("t4"), StepSetting(batch=32, precision=Precision.FP16))
     parts = step.forward_s + step.backward_s + step.optimizer_s + step.regularizer_s + step.overhead_s
     assert step.compute_s == pytest.approx(parts)
     assert step.low_s < step.compute_s < step.high_s
@@ -94,17 +93,17 @@ def test_the_step_is_the_sum_of_its_parts_inside_its_interval():
 
 
 def test_a_small_network_waits_for_the_host():
-    tiny = datasheet_step(NETWORK, load_device("h100"), batch=1, precision=Precision.FP32)
-    large = datasheet_step(WIDE, load_device("t4"), batch=256, precision=Precision.FP32)
+    tiny = datasheet_step(NETWORK, load_device("h100"), StepSetting(batch=1, precision=Precision.FP32))
+    large = datasheet_step(WIDE, load_device("t4"), StepSetting(batch=256, precision=Precision.FP32))
     assert tiny.overhead_s > tiny.forward_s
     assert large.overhead_s == 0
 
 
 def test_the_group_lasso_and_heavier_optimizers_cost_extra():
     device = load_device("a100")
-    plain = datasheet_step(WIDE, device, batch=8, precision=Precision.TF32)
-    lasso = datasheet_step(WIDE, device, batch=8, precision=Precision.TF32, regularizer=True)
-    adam = datasheet_step(WIDE, device, batch=8, precision=Precision.TF32, optimizer="adam")
+    plain = datasheet_step(WIDE, device, StepSetting(batch=8, precision=Precision.TF32))
+    lasso = datasheet_step(WIDE, device, StepSetting(batch=8, precision=Precision.TF32, regularizer=True))
+    adam = datasheet_step(WIDE, device, StepSetting(batch=8, precision=Precision.TF32, optimizer="adam"))
     assert lasso.regularizer_s > 0 == plain.regularizer_s
     assert adam.optimizer_s > plain.optimizer_s
 
@@ -112,24 +111,25 @@ def test_the_group_lasso_and_heavier_optimizers_cost_extra():
 def test_every_gpu_of_the_fit_gets_its_own_factor():
     factors = load_fit().devices
     small, large = "v100-sxm2-16gb", "v100-sxm2-32gb"  # the same chip twice
-    took = {name: datasheet_step(WIDE, load_device(name), batch=64, precision=Precision.FP32) for name in factors}
+    setting = StepSetting(batch=64, precision=Precision.FP32)
+    took = {name: datasheet_step(WIDE, load_device(name), setting) for name in factors}
     assert took[small].forward_s / took[large].forward_s == pytest.approx(factors[small] / factors[large])
 
 
 def test_an_unknown_chip_gets_the_wider_interval():
-    known = datasheet_step(NETWORK, load_device("a100-pcie"), batch=32, precision=Precision.TF32)
-    unknown = datasheet_step(NETWORK, load_device("l40s"), batch=32, precision=Precision.TF32)
+    known = datasheet_step(NETWORK, load_device("a100-pcie"), StepSetting(batch=32, precision=Precision.TF32))
+    unknown = datasheet_step(NETWORK, load_device("l40s"), StepSetting(batch=32, precision=Precision.TF32))
     assert known.high_s / known.low_s < unknown.high_s / unknown.low_s
 
 
 def test_a_precision_that_the_device_lacks_is_refused():
     with pytest.raises(UsageError, match=r"v100.* does not support tf32; it supports fp16, fp32"):
-        step_time(NETWORK, load_device("v100"), batch=1, precision=Precision.TF32)
+        step_time(NETWORK, load_device("v100"), StepSetting(batch=1, precision=Precision.TF32))
 
 
 def test_a_mini_batch_that_is_not_positive_is_refused():
     with pytest.raises(UsageError, match="mini-batch 0 is not positive"):
-        step_time(NETWORK, load_device("v100"), batch=0, precision=Precision.FP32)
+        step_time(NETWORK, load_device("v100"), StepSetting(batch=0, precision=Precision.FP32))
 
 
 def test_kernels_keep_their_columns():

@@ -2,7 +2,7 @@ import msgspec
 import pytest
 
 from ptsim.costs.measured import find_profile, measured_step
-from ptsim.costs.times import Tier
+from ptsim.costs.times import StepSetting, Tier
 from ptsim.errors import MissingMeasurementError
 from ptsim.network import Precision
 from ptsim.trace.schema import LayerProfile
@@ -12,6 +12,10 @@ NETWORK = residual_network()
 PROFILE = profile_of(NETWORK, batch=64, device=device_info())
 
 
+def fp32(batch, *, regularizer=False):
+    return StepSetting(batch=batch, precision=Precision.FP32, regularizer=regularizer)
+
+
 def test_a_profiled_step_takes_what_the_whole_steps_took_and_its_layers_share_it_out():
     doubled = msgspec.structs.replace(
         PROFILE,
@@ -19,7 +23,7 @@ def test_a_profiled_step_takes_what_the_whole_steps_took_and_its_layers_share_it
             LayerProfile(layer=p.layer, forward_s=2 * p.forward_s, backward_s=p.backward_s) for p in PROFILE.layers
         ),
     )
-    step = measured_step(NETWORK, [doubled], batch=64, precision=Precision.FP32, regularizer=True)
+    step = measured_step(NETWORK, [doubled], fp32(64, regularizer=True))
     assert step.compute_s == pytest.approx(PROFILE.step_s)
     assert step.forward_s == pytest.approx(PROFILE.forward_s)
     assert step.backward_s == pytest.approx(PROFILE.backward_s)
@@ -29,23 +33,20 @@ def test_a_profiled_step_takes_what_the_whole_steps_took_and_its_layers_share_it
 
 
 def test_without_the_group_lasso_its_measured_time_is_left_out():
-    step = measured_step(NETWORK, [PROFILE], batch=64, precision=Precision.FP32, regularizer=False)
+    step = measured_step(NETWORK, [PROFILE], fp32(64))
     assert step.compute_s == pytest.approx(PROFILE.step_s - PROFILE.regularizer_s)
     assert step.regularizer_s == 0
 
 
 def test_the_interval_is_the_range_of_the_whole_steps():
     spread = msgspec.structs.replace(PROFILE, step_low_s=0.9 * PROFILE.step_s, step_high_s=1.3 * PROFILE.step_s)
-    step = measured_step(NETWORK, [spread], batch=64, precision=Precision.FP32, regularizer=True)
+    step = measured_step(NETWORK, [spread], fp32(64, regularizer=True))
     assert (step.low_s, step.high_s) == pytest.approx((0.9 * PROFILE.step_s, 1.3 * PROFILE.step_s))
 
 
 def test_of_two_profiles_of_the_same_the_later_counts():
     later = msgspec.structs.replace(PROFILE, step_s=7.0)
-    assert (
-        find_profile(NETWORK, [PROFILE, later], batch=64, precision=Precision.FP32, memory_format="contiguous").step_s
-        == 7.0
-    )
+    assert find_profile(NETWORK, [PROFILE, later], fp32(64)).step_s == 7.0
 
 
 @pytest.mark.parametrize(
@@ -60,4 +61,4 @@ def test_of_two_profiles_of_the_same_the_later_counts():
 )
 def test_what_was_not_measured_is_an_error_that_says_what_was(profiles, batch, regularizer, message):
     with pytest.raises(MissingMeasurementError, match=message):
-        measured_step(NETWORK, profiles, batch=batch, precision=Precision.FP32, regularizer=regularizer)
+        measured_step(NETWORK, profiles, fp32(batch, regularizer=regularizer))

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from ptsim.costs.profiled import profiled_step
-from ptsim.costs.times import Tier
+from ptsim.costs.times import StepSetting, Tier
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.profile import DeviceProfile, OperatorTime, Setting, StepMeasurement, operator_of
 from ptsim.network import LayerKind, Precision
@@ -93,7 +93,7 @@ UNSEEN = residual_network(widths=(11, 25, 46), inner=(10, 19, 39))
 
 
 def step(network, profile=PROFILE, *, batch=32, **options):
-    return profiled_step(network, profile, batch=batch, precision=Precision.FP32, **options)
+    return profiled_step(network, profile, StepSetting(batch=batch, precision=Precision.FP32, **options))
 
 
 def test_a_network_that_was_measured_whole_takes_what_was_measured():

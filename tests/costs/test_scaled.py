@@ -4,7 +4,7 @@ import pytest
 from ptsim.costs.datasheet import datasheet_step
 from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.step import Measurements, step_time
-from ptsim.costs.times import Tier
+from ptsim.costs.times import StepSetting, Tier
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Precision
@@ -17,17 +17,20 @@ NETWORK = residual_network()
 PROFILE = profile_of(NETWORK, batch=64, device=device_info())
 
 
+def fp32(batch, *, regularizer=False):
+    return StepSetting(batch=batch, precision=Precision.FP32, regularizer=regularizer)
+
+
 def predicted(device, batch):
-    return datasheet_step(NETWORK, device, batch=batch, precision=Precision.FP32, regularizer=True)
+    return datasheet_step(NETWORK, device, fp32(batch, regularizer=True))
 
 
 def scaled(here, there, batch=64):
     return scaled_step(
         NETWORK,
         PROFILE,
-        predict_here=lambda size: predicted(here, size),
-        predict_there=lambda size: predicted(there, size),
-        batch=batch,
+        here=predicted(here, PROFILE.batch),
+        there=predicted(there, batch),
         regularizer=True,
     )
 
@@ -48,17 +51,14 @@ def test_every_layer_is_scaled_by_the_ratio_of_its_predictions():
 
 def test_the_profile_of_the_nearest_mini_batch_is_taken():
     other = profile_of(NETWORK, batch=512, device=device_info())
-    options = {"precision": Precision.FP32, "memory_format": "contiguous"}
-    assert nearest_profile(NETWORK, [PROFILE, other], batch=128, **options) is PROFILE
-    assert nearest_profile(NETWORK, [PROFILE, other], batch=300, **options) is other
-    assert nearest_profile(NETWORK, [], batch=300, **options) is None
+    assert nearest_profile(NETWORK, [PROFILE, other], fp32(128)) is PROFILE
+    assert nearest_profile(NETWORK, [PROFILE, other], fp32(300)) is other
+    assert nearest_profile(NETWORK, [], fp32(300)) is None
 
 
 def test_a_step_is_measured_here_scaled_elsewhere_and_from_the_data_sheet_without_measurements():
     def tier(device, batch, measurements):
-        return step_time(
-            NETWORK, device, batch=batch, precision=Precision.FP32, regularizer=True, measurements=measurements
-        ).tier
+        return step_time(NETWORK, device, fp32(batch, regularizer=True), measurements=measurements).tier
 
     known = Measurements(profiles=(PROFILE,), source_device=A100)
     assert tier(A100, 64, known) is Tier.MEASURED
@@ -71,12 +71,13 @@ def test_a_step_is_measured_here_scaled_elsewhere_and_from_the_data_sheet_withou
 def test_a_device_profile_of_another_device_is_an_error_and_no_silent_data_sheet():
     foreign = Measurements(device_profile=calibrated(NETWORK))
     with pytest.raises(MissingMeasurementError, match="measured on 'Formula', which is not the v100-sxm2-32gb"):
-        step_time(NETWORK, V100, batch=32, precision=Precision.FP32, measurements=foreign)
+        step_time(NETWORK, V100, fp32(32), measurements=foreign)
 
 
 def test_a_device_profile_of_this_device_is_used_for_what_the_trace_did_not_measure():
     own = msgspec.structs.replace(calibrated(NETWORK), device="Tesla V100-SXM2-32GB")
-    step = step_time(NETWORK, V100, batch=32, precision=Precision.FP32, measurements=Measurements(device_profile=own))
+    step = step_time(NETWORK, V100, fp32(32), measurements=Measurements(device_profile=own))
     assert step.tier is Tier.PROFILED
+    half = StepSetting(batch=32, precision=Precision.FP16)
     with pytest.raises(MissingMeasurementError, match="holds fp32 contiguous, not fp16 contiguous"):
-        step_time(NETWORK, V100, batch=32, precision=Precision.FP16, measurements=Measurements(device_profile=own))
+        step_time(NETWORK, V100, half, measurements=Measurements(device_profile=own))

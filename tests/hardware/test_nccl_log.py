@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptsim.errors import FileFormatError
-from ptsim.hardware.nccl_log import read_nccl_log
+from ptsim.hardware.nccl_log import read_nccl_log, read_nccl_logs
 
 OLD_HEAD = """\
 # nThread 1 nGpus 1 minBytes 1024 maxBytes 4194304 step: 64(factor) warmup iters: 5 iters: 9 validation: 1
@@ -70,7 +70,11 @@ def test_new_format_with_root_column_whole_microseconds_and_version(tmp_path: Pa
     assert log.measurements[1].out_of_place_s == pytest.approx(41943e-6)
 
 
-@pytest.mark.parametrize("prefix", ["[1,0]<stdout>:", "0: ", "    ", "launcher-0: "])
+@pytest.mark.parametrize(
+    "prefix",
+    ["[1,0]<stdout>:", "[1,0]<stdout> ", "0: ", "    ", "launcher-0: ", "\x1b[36m[pod-7]\x1b[0m ",
+     "2026-01-02T03:04:05.678Z stdout F "],
+)  # fmt: skip
 def test_launcher_prefixes_are_taken_off(tmp_path: Path, prefix: str) -> None:
     text = "".join(prefix + line + "\n" for line in (OLD_HEAD + OLD_ROWS + TAIL).splitlines())
     assert len(read_nccl_log(write(tmp_path, text)).measurements) == 3
@@ -80,6 +84,86 @@ def test_in_place_only_and_time_stamps_are_read(tmp_path: Path) -> None:
     row = "        1024           256     float     sum      -1    10.00    0.10    0.10       0  2026-01-02 03:04:05\n"
     log = read_nccl_log(write(tmp_path, NEW_HEAD + row + TAIL))
     assert log.measurements[0].seconds == pytest.approx(10e-6)
+
+
+def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path) -> None:
+    text = "\ufeff" + (OLD_HEAD + OLD_ROWS + TAIL).replace("\n", "\r\n")
+    assert len(read_nccl_log(write(tmp_path, text)).measurements) == 3
+
+
+def test_per_iteration_columns_are_passed_over(tmp_path: Path) -> None:
+    # nccl-tests 2.18, writePerIterReport: i_min, i_max, i_p99, i_cv% behind either half
+    row = "1024  256  float  sum  -1  10.0  0.1  0.1  0  9.0 12.0 11.9 5.0  14.4  0.1  0.1  0  9.5 15.0 14.9 6.0\n"
+    log = read_nccl_log(write(tmp_path, NEW_HEAD + row + TAIL))
+    assert log.measurements[0].seconds == pytest.approx(12e-6)
+
+
+def test_an_in_place_only_row_counts_and_one_without_a_time_does_not(tmp_path: Path) -> None:
+    row = "1024  256  float  sum  -1  N/A  N/A  N/A  N/A  12.0  0.1  0.1  0\n"
+    measured = read_nccl_log(write(tmp_path, NEW_HEAD + row + TAIL)).measurements[0]
+    assert (measured.out_of_place_s, measured.in_place_s) == (None, pytest.approx(12e-6))
+    with pytest.raises(FileFormatError, match="has no time"):
+        read_nccl_log(write(tmp_path, NEW_HEAD + row.replace("12.0  0.1  0.1", "N/A  N/A  N/A") + TAIL))
+
+
+def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
+    rows = "".join(reversed(OLD_ROWS.splitlines(keepends=True)))
+    log = read_nccl_log(write(tmp_path, OLD_HEAD + rows + TAIL))
+    assert [m.size_bytes for m in log.measurements] == [1024, 65536, 4194304]
+
+
+def test_of_several_data_types_and_reductions_the_float_sum_counts(tmp_path: Path) -> None:
+    halves = OLD_ROWS.replace("float", " half").replace("  20.00", "  99.00")
+    products = OLD_ROWS.replace(" sum", "prod").replace("  20.00", "  77.00")
+    log = read_nccl_log(write(tmp_path, OLD_HEAD + halves + products + OLD_ROWS + TAIL))
+    assert log.measurements[0].out_of_place_s == pytest.approx(20e-6)
+
+
+def test_a_thousand_ranks_are_counted_and_a_list_cut_short_is_completed(tmp_path: Path) -> None:
+    def listing(ranks: range) -> str:
+        return "".join(
+            f"#  Rank {r:2d} Group  0 Pid {r:6d} on node{r // 8:03d} device {r % 8:2d} [0000:1b:00] NVIDIA H100\n"
+            for r in ranks
+        )
+
+    row = "  1073741824     268435456     float     sum      -1    11000   97.61  {}       0\n"
+    many = listing(range(1024)) + row.format(round(97.61 * 2 * 1023 / 1024, 2)) + TAIL
+    log = read_nccl_log(write(tmp_path, many))
+    assert (log.num_gpus, log.num_nodes) == (1024, 128)
+    few = listing(range(0, 16, 5)) + row.format(round(97.61 * 2 * 15 / 16, 2)) + TAIL
+    assert read_nccl_log(write(tmp_path, few)).num_gpus == 16
+
+
+def test_times_before_version_2_are_milliseconds(tmp_path: Path) -> None:
+    text = """# nThread 1 nGpus 2 minBytes 1 maxBytes 1048576 step: 2(factor) warmup iters: 5 iters: 20 validation: 0
+# NCCL Tests compiled with NCCL 2.4
+# Using devices
+#   Rank  0 on       ncrh device  0 [0x05] GeForce RTX 2080 Ti
+#   Rank  1 on       ncrh device  1 [0x06] GeForce RTX 2080 Ti
+
+#                                                 out-of-place                    in-place
+#      bytes             N    type      op     time  algbw  busbw      res     time  algbw  busbw      res
+     1048576        262144   float     sum    0.210   4.99   4.99       N/A    0.210   4.99   4.99      N/A
+# Out of bounds values : 0 OK
+# Avg bus bandwidth    : 4.99
+"""
+    log = read_nccl_log(write(tmp_path, text))
+    assert (log.num_gpus, log.version) == (2, "2.4")
+    assert log.measurements[0].seconds == pytest.approx(210e-6)
+
+
+def test_several_runs_of_a_file_are_all_read(tmp_path: Path) -> None:
+    path = write(tmp_path, OLD_HEAD + OLD_ROWS + TAIL + NEW_HEAD + NEW_ROWS + TAIL)
+    assert [log.num_gpus for log in read_nccl_logs(path)] == [4, 2]
+    with pytest.raises(FileFormatError, match="holds 2 all-reduce runs, expected one"):
+        read_nccl_log(path)
+
+
+def test_cpu_times_and_simultaneous_groups_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="CPU times"):
+        read_nccl_log(write(tmp_path, NEW_HEAD.replace("     time ", "  cputime ") + NEW_ROWS + TAIL))
+    with pytest.raises(FileFormatError, match="2 groups of GPUs at the same time"):
+        read_nccl_log(write(tmp_path, NEW_HEAD.replace("Rank  1 Group  0", "Rank  1 Group  1") + NEW_ROWS + TAIL))
 
 
 def test_all_reduce_is_found_among_other_collectives(tmp_path: Path) -> None:
@@ -128,6 +212,20 @@ def test_json_counts_the_gpus_of_one_process(tmp_path: Path) -> None:
     assert log.measurements[1].seconds == pytest.approx(90e-6)
 
 
+def test_json_of_several_processes_names_the_first_device_of_each(tmp_path: Path) -> None:
+    devices = [
+        {"rank": 4 * i, "group": 0, "hostname": f"n{i}", "device_info": "NVIDIA H100 80GB HBM3"} for i in range(2)
+    ]
+    results = [
+        {"size": 4194304, "type": "float", "redop": "sum", "root": "    -1", "out_of_place": None,
+         "in_place": {"time": 90.0, "alg_bw": 46.6, "bus_bw": 81.55, "nwrong": 0.0},
+         "in_place_per_iter": {"min_us": 80.0, "times_us": [80.0, 100.0]}}
+    ]  # fmt: skip
+    text = document(config={"nthreads": 1, "ngpus": 4, "devices": devices}, results=results)
+    log = read_nccl_log(write(tmp_path, text))
+    assert (log.num_gpus, log.num_nodes) == (8, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [
@@ -151,6 +249,7 @@ def test_json_counts_the_gpus_of_one_process(tmp_path: Path) -> None:
         (document(results=[]), None, "no 'results'"),
         (document()[:-200], 1, "JSON that stops or breaks"),
         (document(out_of_bounds={"count": 2, "okay": False}), None, "2 results were out of bounds"),
+        (document(out_of_bounds={"count": 0, "okay": "false"}), None, "results were out of bounds"),
         (document(out_of_bounds=0), None, "$.out_of_bounds"),
         (document(config=[]), None, "$.config"),
         (document(results=[{"size": 8, "out_of_place": {"time": "N/A"}}]), None, "$.results[0].out_of_place.time"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import subprocess
@@ -16,8 +17,9 @@ from ptsim.cli.main import run
 from ptsim.costs.times import Tier
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.nccl_log import read_nccl_log
 from ptsim.hardware.spec import AllReduceTable
-from ptsim.measure.network import calibrated_cluster
+from ptsim.measure.network import calibrated_cluster, tables_from_logs
 
 SIZES = tuple(2**k for k in range(10, 28))
 
@@ -58,21 +60,48 @@ def test_two_tables_of_one_layout_are_refused() -> None:
         calibrated_cluster([ring_table(8, 1, 1e9, 1e-6)] * 2, name="c")
 
 
-def test_a_log_becomes_a_file_that_allreduce_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = tmp_path / "run.log"
+def write_log(path: Path, slower: float = 1.0) -> Path:
+    """The output of eight GPUs in a ring of 10 GB/s and 3 µs."""
+    seconds = [slower * time for time in ring_table(8, 1, 10e9, 3e-6).seconds]
     rows = "".join(
         f"{size:12d} {size // 4:12d}   float     sum   {time * 1e6:8.2f}  {size / time / 1e9:7.2f} "
         f"{size / time / 1e9 * 1.75:7.2f}  1e-07\n"
-        for size, time in zip(SIZES, ring_table(8, 1, 10e9, 3e-6).seconds, strict=True)
+        for size, time in zip(SIZES, seconds, strict=True)
     )
-    log.write_text(rows + "# Out of bounds values : 0 OK\n")
-    out = tmp_path / "mine.toml"
+    path.write_text(rows + "# Out of bounds values : 0 OK\n")
+    return path
+
+
+@pytest.mark.parametrize("name", ["mine.toml", "mine"])
+def test_a_log_becomes_a_file_that_allreduce_takes(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = write_log(tmp_path / "run.log")
+    out = tmp_path / name
     assert run(["calibrate", "network", "--nccl-log", str(log), "--out", str(out)]) == 0
     capsys.readouterr()
     assert run(["allreduce", "--cluster", str(out), "--gpus", "8", "--bytes", "3MiB", "--json"]) == 0
-    answer = ptsim.allreduce(out, gpus=8, message_bytes=3 * 2**20)
+    answer = ptsim.allreduce(str(out), gpus=8, message_bytes=3 * 2**20)
     assert f'"seconds": {answer.seconds}' in capsys.readouterr().out
     assert answer.seconds == pytest.approx(14 * (3e-6 + 3 * 2**20 / 8 / 10e9), rel=0.01)
+
+
+def test_a_file_that_would_hide_behind_the_catalog_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = write_log(tmp_path / "run.log")
+    assert run(["calibrate", "network", "--nccl-log", str(log), "--out", "dgx-a100"]) == 2
+    assert "dgx-a100 is a cluster of the catalog" in capsys.readouterr().err
+    assert not (tmp_path / "dgx-a100").exists()
+
+
+def test_runs_of_one_layout_are_averaged_and_their_spread_is_jitter(tmp_path: Path) -> None:
+    logs = [read_nccl_log(write_log(tmp_path / f"{slower}.log", slower)) for slower in (1.0, 1.21)]
+    (table,) = tables_from_logs(logs)
+    alone = tables_from_logs(logs[:1])[0]
+    assert table.seconds[-1] == pytest.approx(1.1 * alone.seconds[-1], rel=0.01)
+    assert table.relative_jitter == pytest.approx(math.log(1.21) / math.sqrt(2), rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 import ptsim
 from ptsim.costs.memory import VISIBLE_SHARE, iteration_memory
-from ptsim.costs.step import Measurements, step_time
+from ptsim.costs.step import Measurements, StepSetting, step_time
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device, match_device
 from ptsim.network import LayerKind, Precision
@@ -50,9 +50,7 @@ class TestOneGpu:
             * step_time(
                 trace.network_of(epoch),
                 device,
-                batch=epoch.batch_per_gpu,
-                precision=Precision.FP32,
-                regularizer=True,
+                StepSetting(batch=epoch.batch_per_gpu, precision=Precision.FP32, regularizer=True),
                 measurements=measurements,
             ).compute_s
             for epoch in trace.epochs
