@@ -5,8 +5,9 @@ gradients are there, and the optimizer. Operators carry their FLOPs and bytes, f
 their measured durations where the trace has a profile, for one that replays.
 
 Source: schema/protobuf/et_def.proto of https://github.com/mlcommons/chakra (`GlobalMetadata`, then `Node`s, each
-after its length as a varint), and the attributes that its feeder reads: is_cpu_op, num_ops, tensor_size, comm_type,
-comm_size.
+after its length as a varint), and the attributes that its feeder and ASTRA-sim's read, each from the field of the type
+that they look at: is_cpu_op (bool), num_ops, comm_type, comm_size (int64), tensor_size (uint64). What is left out has
+the meaning wanted here: no pg_name is all ranks, no involved_dim is every dimension of the network.
 """
 
 from __future__ import annotations
@@ -27,10 +28,15 @@ from ptsim.trace.schema import Profile
 SCHEMA = "0.0.4"
 _COMP_NODE, _COMM_COLL_NODE = 4, 7
 _ALL_REDUCE = 0
+_INT64, _UINT64, _BOOL, _STRING = 9, 13, 27, 29  # fields of AttributeProto
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """One operator or collective of a step; `data_deps` are ids of nodes that must be done before."""
+    """One operator or collective of a step; `data_deps` are ids of nodes that must be done before.
+
+    `num_ops` are FLOPs; an operator without products counts one per element that it moves, because ASTRA-sim's
+    roofline takes num_ops / performance for the time, which is the memory's for any number but 0.
+    """
 
     id: int
     name: str
@@ -74,7 +80,7 @@ def step_nodes(
                 name=name,
                 data_deps=tuple(sorted(deps)),
                 duration_micros=clock.advance(seconds),
-                num_ops=2 * macs * batch,
+                num_ops=2 * macs * batch or num_bytes // element_bytes,
                 tensor_bytes=num_bytes,
             )
         )
@@ -124,7 +130,7 @@ def step_nodes(
 def encode_trace(nodes: tuple[Node, ...], description: dict[str, str]) -> bytes:
     """The bytes of one rank's file: metadata with `description` as string attributes, then the nodes."""
     metadata = protobuf.text(1, SCHEMA) + b"".join(
-        protobuf.block(2, protobuf.text(1, name) + protobuf.text(29, value)) for name, value in description.items()
+        protobuf.block(2, protobuf.text(1, name) + protobuf.text(_STRING, value)) for name, value in description.items()
     )
     messages = [metadata, *map(_encode_node, nodes)]
     return b"".join(protobuf.varint(len(message)) + message for message in messages)
@@ -213,13 +219,13 @@ class _MicrosecondClock:
 
 def _encode_node(node: Node) -> bytes:
     communicates = node.all_reduce_bytes is not None
-    attributes = [protobuf.text(1, "is_cpu_op") + protobuf.integer(27, 0)]
+    attributes = [protobuf.text(1, "is_cpu_op") + protobuf.integer(_BOOL, 0)]
     if node.all_reduce_bytes is not None:
-        attributes.append(protobuf.text(1, "comm_type") + protobuf.integer(9, _ALL_REDUCE))
-        attributes.append(protobuf.text(1, "comm_size") + protobuf.integer(9, node.all_reduce_bytes))
+        attributes.append(protobuf.text(1, "comm_type") + protobuf.integer(_INT64, _ALL_REDUCE))
+        attributes.append(protobuf.text(1, "comm_size") + protobuf.integer(_INT64, node.all_reduce_bytes))
     else:
-        attributes.append(protobuf.text(1, "num_ops") + protobuf.integer(9, node.num_ops))
-        attributes.append(protobuf.text(1, "tensor_size") + protobuf.integer(15, node.tensor_bytes))
+        attributes.append(protobuf.text(1, "num_ops") + protobuf.integer(_INT64, node.num_ops))
+        attributes.append(protobuf.text(1, "tensor_size") + protobuf.integer(_UINT64, node.tensor_bytes))
     return b"".join(
         [
             protobuf.integer(1, node.id),

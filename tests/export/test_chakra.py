@@ -14,18 +14,50 @@ from ptsim.trace.io import read_trace
 from tests.traces import NetworkBuilder, dense_trace, shrinking_trace
 
 Field = descriptor_pb2.FieldDescriptorProto
-# message → field → (number, type, repeated, message or enum type); the parts of et_def.proto that ptsim writes.
+# AttributeProto's oneof: for every scalar type a value and a list of it, numbered from 3 in this order.
+SCALARS = [
+    "double",
+    "float",
+    "int32",
+    "int64",
+    "uint32",
+    "uint64",
+    "sint32",
+    "sint64",
+    "fixed32",
+    "fixed64",
+    "sfixed32",
+    "sfixed64",
+    "bool",
+    "string",
+    "bytes",
+]
+# message → field → (number, type, repeated, message or enum type); all of et_def.proto that a trace of steps can hold.
 SCHEMA: dict[str, dict[str, tuple[int, int, bool, str]]] = {
+    **{
+        f"{scalar.capitalize()}List": {"values": (1, getattr(Field, f"TYPE_{scalar.upper()}"), True, "")}
+        for scalar in SCALARS
+    },
     "AttributeProto": {
         "name": (1, Field.TYPE_STRING, False, ""),
-        "int64_val": (9, Field.TYPE_INT64, False, ""),
-        "uint64_val": (15, Field.TYPE_UINT64, False, ""),
-        "bool_val": (27, Field.TYPE_BOOL, False, ""),
-        "string_val": (29, Field.TYPE_STRING, False, ""),
+        "doc_string": (2, Field.TYPE_STRING, False, ""),
+        **{
+            f"{scalar}_val": (3 + 2 * i, getattr(Field, f"TYPE_{scalar.upper()}"), False, "")
+            for i, scalar in enumerate(SCALARS)
+        },
+        **{
+            f"{scalar}_list": (4 + 2 * i, Field.TYPE_MESSAGE, False, f"{scalar.capitalize()}List")
+            for i, scalar in enumerate(SCALARS)
+        },
     },
     "GlobalMetadata": {
         "version": (1, Field.TYPE_STRING, False, ""),
         "attr": (2, Field.TYPE_MESSAGE, True, "AttributeProto"),
+    },
+    "IOInfo": {
+        "values": (1, Field.TYPE_STRING, False, ""),
+        "shapes": (2, Field.TYPE_STRING, False, ""),
+        "types": (3, Field.TYPE_STRING, False, ""),
     },
     "Node": {
         "id": (1, Field.TYPE_UINT64, False, ""),
@@ -35,11 +67,20 @@ SCHEMA: dict[str, dict[str, tuple[int, int, bool, str]]] = {
         "data_deps": (5, Field.TYPE_UINT64, True, ""),
         "start_time_micros": (6, Field.TYPE_UINT64, False, ""),
         "duration_micros": (7, Field.TYPE_UINT64, False, ""),
+        "inputs": (8, Field.TYPE_MESSAGE, False, "IOInfo"),
+        "outputs": (9, Field.TYPE_MESSAGE, False, "IOInfo"),
         "attr": (10, Field.TYPE_MESSAGE, True, "AttributeProto"),
     },
 }
 NODE_TYPES = ["INVALID", "METADATA", "MEM_LOAD", "MEM_STORE", "COMP", "COMM_SEND", "COMM_RECV", "COMM_COLL"]
-ONEOF = ("int64_val", "uint64_val", "bool_val", "string_val")
+# The field of AttributeProto that et_feeder_node.cpp takes each attribute from; any other one it would read as 0.
+FEEDER = {
+    "is_cpu_op": "bool_val",
+    "num_ops": "int64_val",
+    "tensor_size": "uint64_val",
+    "comm_type": "int64_val",
+    "comm_size": "int64_val",
+}
 
 
 def message_classes() -> dict[str, Any]:
@@ -56,7 +97,7 @@ def message_classes() -> dict[str, Any]:
             field.label = Field.LABEL_REPEATED if repeated else Field.LABEL_OPTIONAL
             if type_name:
                 field.type_name = f".ChakraProtoMsg.{type_name}"
-            if name in ONEOF:
+            if message_name == "AttributeProto" and number > 2:
                 field.oneof_index = 0
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
@@ -120,6 +161,34 @@ def test_a_file_is_metadata_and_then_nodes_that_nothing_is_lost_from(exported: t
         size = node.ByteSize()
         node.DiscardUnknownFields()
         assert node.ByteSize() == size
+
+
+def test_every_attribute_lies_in_the_field_that_the_feeder_reads(exported: tuple[Any, Path, list[Path]]) -> None:
+    _, nodes = decode(exported[2][0])
+    for node in nodes:
+        names = {attr.name: attr.WhichOneof("value") for attr in node.attr}
+        assert names.items() <= FEEDER.items()
+        communicates = NODE_TYPES[node.type] == "COMM_COLL"
+        assert names.keys() == {
+            "is_cpu_op",
+            *(("comm_type", "comm_size") if communicates else ("num_ops", "tensor_size")),
+        }
+
+
+def test_bytes_are_those_of_the_layers_traffic(exported: tuple[Any, Path, list[Path]]) -> None:
+    trace, _, files = exported
+    _, nodes = decode(files[0])
+    network, batch = trace.networks[trace.epochs[0].architecture], trace.epochs[0].batch_per_gpu
+    relu = next(layer for layer in network.layers if layer.kind == "activation")
+    by_name = {node.name: attributes(node) for node in nodes}
+    assert by_name[f"{relu.name}.forward"]["tensor_size"] == 4 * batch * (relu.input_elements + relu.output_elements)
+
+
+def test_a_roofline_finds_work_wherever_bytes_are_moved(exported: tuple[Any, Path, list[Path]]) -> None:
+    """ASTRA-sim's time is num_ops / min(peak, bandwidth * num_ops / tensor_size), and 0 / 0 for no operations."""
+    _, nodes = decode(exported[2][0])
+    computing = [attributes(node) for node in nodes if NODE_TYPES[node.type] == "COMP"]
+    assert all((node["num_ops"] > 0) == (node["tensor_size"] > 0) for node in computing)
 
 
 def test_flops_are_twice_the_macs_of_the_mini_batch(exported: tuple[Any, Path, list[Path]]) -> None:
