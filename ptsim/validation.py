@@ -13,12 +13,16 @@ What a run *did* is given: which architecture each epoch trained, its mini-batch
 
 Energy is the predicted time under the power that NVML saw in the run's first epoch.
 
-Communication of data-parallel runs is not predicted here: what they measured as exposed is taken as it was, and noted.
+Exposed communication of a data-parallel run is predicted where its cluster is given (`cluster`): its steps are
+simulated with DDP's buckets and the cluster's all-reduces, the first one after each wrapping without overlap. Without a
+cluster it is taken as measured, and that is noted: the run's error then leaves communication out.
+
 A whole run is its training epochs and reconfigurations; validation passes, profiling and checkpoints are left out.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
@@ -27,24 +31,22 @@ from typing import Literal
 
 import msgspec
 
+from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.costs.energy import PowerModel, PowerSample, fit_power, step_energy
-from ptsim.costs.measured import find_profile, measured_step, step_of_profile
+from ptsim.costs.measured import find_profile, measured_step, of_profile, step_of_profile
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.profiled import profiled_step
 from ptsim.costs.run import recorded_setting
 from ptsim.costs.times import StepTime, Tier
 from ptsim.errors import MissingMeasurementError, UsageError
-from ptsim.hardware.catalog import match_device
-from ptsim.hardware.profile import (
-    DeviceProfile,
-    OperatorTime,
-    Setting,
-    StepMeasurement,
-    merge_operators,
-    operator_of,
-    read_device_profile,
-)
-from ptsim.hardware.spec import Device
+from ptsim.hardware.catalog import load_cluster, match_device
+from ptsim.hardware.profile import DeviceProfile, OperatorTime, merge_operators, read_device_profile
+from ptsim.hardware.spec import Cluster, Device
+from ptsim.network import Network
+from ptsim.sim import ddp
+from ptsim.sim.options import Options
+from ptsim.sim.step import Job, simulate_steps
 from ptsim.trace.io import Trace, read_trace
 from ptsim.trace.pace import beyond_steps_s, changes, input_s_per_image, reconfiguration_s
 from ptsim.trace.schema import Epoch
@@ -68,6 +70,8 @@ class EpochCheck(msgspec.Struct, frozen=True, kw_only=True):
     predicted_memory_bytes: int
     measured_energy_joules: float | None
     predicted_energy_joules: float | None
+    measured_exposed_communication_seconds: float
+    predicted_exposed_communication_seconds: float | None
 
 
 class RunCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +91,8 @@ class RunCheck(msgspec.Struct, frozen=True, kw_only=True):
     predicted_reconfiguration_seconds: float
     measured_energy_joules: float | None
     predicted_energy_joules: float | None
+    measured_exposed_communication_seconds: float
+    predicted_exposed_communication_seconds: float | None
     epochs: tuple[EpochCheck, ...]
     notes: tuple[str, ...]
 
@@ -110,6 +116,8 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
         memory_mape: the same for the allocator's peak memory; None where none was measured.
         saving_error_points: the largest error of a saving, in percentage points; None without a pair of runs.
         energy_error: the largest absolute relative error of a run's energy; None where none was measured.
+        communication_error: the largest error of a run's exposed communication, as a fraction of the run's time; None
+            where none was predicted.
         interval_coverage: fraction of the epochs whose time lies in its 90 % interval.
         source: what the predictions were made from.
         tiers: that contributed.
@@ -121,6 +129,7 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     memory_mape: float | None
     saving_error_points: float | None
     energy_error: float | None
+    communication_error: float | None
     interval_coverage: float
     source: Source
     tiers: tuple[Tier, ...]
@@ -134,6 +143,7 @@ def validate(
     profile: DeviceProfile | str | Path | None = None,
     *,
     holdout: bool = False,
+    cluster: Cluster | str | Path | None = None,
 ) -> Validation:
     """Predict every run again and compare with what it recorded; what may be seen is said at the top of this module.
 
@@ -141,9 +151,11 @@ def validate(
         traces: runs, or the paths of their traces.
         profile: of `ptsim calibrate gpu`; None predicts from profiles inside the traces.
         holdout: predict from nothing that the run itself measured.
+        cluster: that data-parallel runs ran on, a name or a file: their exposed communication is predicted too.
 
     Raises:
-        UsageError: no trace, a run without a whole epoch, or a hold-out that is none.
+        UsageError: no trace, a run without a whole epoch, a hold-out that is none, a cluster without a data-parallel
+            run, or one that has fewer GPUs than the run.
         MissingMeasurementError: a trace without profiles, or a device profile of another device, precision or data.
         FileFormatError: a broken trace or profile.
     """
@@ -155,7 +167,11 @@ def validate(
             raise UsageError(f"{trace.path} has no whole epoch to compare with")
     if isinstance(profile, str | Path):
         profile = read_device_profile(profile)
-    checks = [_check_run(trace, *_source(trace, runs, profile, holdout=holdout)) for trace in runs]
+    if isinstance(cluster, str | Path):
+        cluster = load_cluster(cluster)
+    if cluster is not None and all(trace.run.world_size == 1 for trace in runs):
+        raise UsageError("a cluster is given, but every run had one rank and so no communication")
+    checks = [_check_run(trace, *_source(trace, runs, profile, holdout=holdout), cluster) for trace in runs]
     epochs = [epoch for check in checks for epoch in check.epochs]
     savings = tuple(
         _check_saving(dense, pruned)
@@ -172,7 +188,20 @@ def validate(
         for check in checks
         if check.predicted_energy_joules is not None and check.measured_energy_joules
     ]
+    communication = [
+        abs(check.predicted_exposed_communication_seconds - check.measured_exposed_communication_seconds)
+        / check.measured_seconds
+        for check in checks
+        if check.predicted_exposed_communication_seconds is not None
+    ]
     reasons = {}
+    if not communication:
+        parallel = any(trace.run.world_size > 1 for trace in runs)
+        reasons["communication_error"] = (
+            "exposed communication was taken as measured; --cluster predicts it"
+            if parallel
+            else "every run had one rank and so no communication"
+        )
     if not memory:
         reasons["memory_mape"] = "no epoch recorded a peak memory (only GPUs have an allocator that tells)"
     if not savings:
@@ -186,6 +215,7 @@ def validate(
         memory_mape=statistics.fmean(memory) if memory else None,
         saving_error_points=max((abs(saving.error_points) for saving in savings), default=None),
         energy_error=max(energy, default=None),
+        communication_error=max(communication, default=None),
         interval_coverage=sum(inside) / len(inside),
         source="device profile" if profile is not None else "other runs" if holdout else "own profiles",
         tiers=tuple(sorted({epoch.tier for epoch in epochs}, key=list(Tier).index)),
@@ -210,46 +240,13 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
     operators: tuple[OperatorTime, ...] = ()
     steps = []
     for trace in with_profiles:
+        optimizer = str(trace.run.hyperparameters.get("optimizer", "sgd"))
         for profile in trace.profiles:
-            network = trace.networks[profile.architecture]
-            setting = Setting(precision=profile.precision, memory_format=profile.memory_format)
-            layers = {layer.layer: layer for layer in profile.layers}
-            operators = merge_operators(
-                operators,
-                [
-                    OperatorTime(
-                        operator=operator_of(layer, batch=profile.batch, setting=setting),
-                        forward_s=layers[layer.name].forward_s,
-                        backward_s=layers[layer.name].backward_s,
-                        context="step",
-                    )
-                    for layer in network.layers
-                    if layer.name in layers
-                ],
-            )
-            steps.append(
-                StepMeasurement(
-                    architecture=network.id,
-                    name=network.name,
-                    setting=setting,
-                    batch=profile.batch,
-                    optimizer=str(trace.run.hyperparameters.get("optimizer", "sgd")),
-                    num_parameters=network.num_parameters,
-                    num_tensors=len(network.parameters),
-                    num_layers=len(network.layers),
-                    num_samples=profile.num_samples,
-                    forward_s=profile.forward_s,
-                    backward_s=profile.backward_s,
-                    optimizer_s=profile.optimizer_s,
-                    regularizer_s=profile.regularizer_s or None,
-                    step_s=profile.step_s,
-                    step_low_s=profile.step_low_s or profile.step_s,
-                    step_high_s=profile.step_high_s or profile.step_s,
-                    layers_forward_s=sum(layer.forward_s for layer in profile.layers),
-                    layers_backward_s=sum(layer.backward_s or 0.0 for layer in profile.layers),
-                    peak_memory_bytes=profile.peak_memory_bytes,
-                )
-            )
+            if trace.run.hyperparameters.get("penalty_ratio") == 0:  # older traces: microseconds between two clocks
+                profile = msgspec.structs.replace(profile, regularizer_s=0.0)
+            step, times = of_profile(trace.networks[profile.architecture], profile, optimizer=optimizer)
+            operators = merge_operators(operators, times)
+            steps.append(step)
     inputs = {trace.run.dataset.name: input_s_per_image(trace) for trace in with_profiles}
     reconfigurations = [value for trace in with_profiles if (value := reconfiguration_s(trace)) is not None]
     info = with_profiles[0].run.device
@@ -323,18 +320,68 @@ def _source(
     )
 
 
-def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace) -> RunCheck:
+class _Exposed(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds that a step waits for its all-reduces, with a 90 % interval; `first_s` after a wrapping."""
+
+    seconds: float
+    low_s: float
+    high_s: float
+    first_s: float
+
+
+class _Communication:
+    """The exposed communication of one data-parallel run's steps, simulated on its cluster."""
+
+    def __init__(self, cluster: Cluster, num_gpus: int) -> None:
+        self._all_reduce = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, num_gpus))
+        self._known: dict[tuple[str, int, bool], _Exposed] = {}
+        nodes_for(cluster, num_gpus)  # raises where it has not so many
+
+    def of(self, network: Network, step: StepTime, epoch: Epoch) -> _Exposed:
+        key = (network.id, epoch.batch_per_gpu, epoch.penalty_coefficient > 0)
+        if key not in self._known:
+            self._known[key] = self._simulated(network, step)
+        return self._known[key]
+
+    def _simulated(self, network: Network, step: StepTime) -> _Exposed:
+        buckets, contention = ddp_buckets(network), Options().contention
+        ends: tuple[tuple[ddp.Bound, float], ...] = (
+            ("expected", contention),
+            ("low", contention / 2),
+            ("high", 1.5 * contention),
+        )
+        plans = [ddp.plan_step(step, buckets, self._all_reduce, bound=bound) for bound, _ in ends]
+        expected, low, high = (
+            simulate_steps([Job(plan=plan)], contention=slowdown)[0].exposed_communication_s
+            for plan, (_, slowdown) in zip(plans, ends, strict=True)
+        )
+        first_s = ddp.first_step_s(network, plans[0], self._all_reduce)
+        return _Exposed(
+            seconds=expected, low_s=min(low, expected), high_s=max(high, expected), first_s=max(first_s, expected)
+        )
+
+
+def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | None) -> RunCheck:
     run = trace.run
     notes = []
     if pace.input_s_per_image is None:
         notes.append(f"nobody measured the input of {run.dataset.name}: it counts as no time")
     if pace.reconfiguration_s is None and changes(trace):
         notes.append("nobody measured a reconfiguration: they count as no time")
-    if run.world_size > 1:
-        notes.append("exposed communication is as measured; `ptsim simulate` predicts it")
+    communication = None
+    if run.world_size > 1 and cluster is not None:
+        communication = _Communication(cluster, run.world_size)
+    elif run.world_size > 1:
+        notes.append("exposed communication is as measured, no part of the errors; --cluster predicts it")
     device = match_device(run.device.name)
     energy = _Energy(trace, device)
-    epochs = [_check_epoch(trace, epoch, step_of(epoch), pace, device, energy) for epoch in trace.epochs]
+    wrapped = {trace.epochs[0].epoch, *(event.epoch + 1 for event in changes(trace))}  # in front of these epochs
+    epochs = []
+    for epoch in trace.epochs:
+        step, exposed = step_of(epoch), None
+        if communication is not None:
+            exposed = communication.of(trace.network_of(epoch), step, epoch)
+        epochs.append(_check_epoch(trace, epoch, step, pace, device, energy, exposed, epoch.epoch in wrapped))
     measured_s = sum(epoch.measured_seconds for epoch in epochs)
     predicted_s = sum(epoch.predicted_seconds for epoch in epochs)
     events_s = sum(event.duration_s for event in trace.reconfigurations)
@@ -357,18 +404,33 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace) -> RunCheck:
         predicted_reconfiguration_seconds=predicted_events_s,
         measured_energy_joules=sum(energies) if whole_energy else None,
         predicted_energy_joules=sum(predicted_energies) if whole_energy else None,
+        measured_exposed_communication_seconds=sum(e.measured_exposed_communication_seconds for e in epochs),
+        predicted_exposed_communication_seconds=None
+        if communication is None
+        else sum(e.predicted_exposed_communication_seconds or 0.0 for e in epochs),
         epochs=tuple(epochs),
         notes=tuple(notes),
     )
 
 
 def _check_epoch(
-    trace: Trace, epoch: Epoch, step: StepTime, pace: _Pace, device: Device | None, energy: _Energy
+    trace: Trace,
+    epoch: Epoch,
+    step: StepTime,
+    pace: _Pace,
+    device: Device | None,
+    energy: _Energy,
+    exposed: _Exposed | None,
+    wrapped: bool,
 ) -> EpochCheck:
-    network, run = trace.network_of(epoch), trace.run
+    network, run, n = trace.network_of(epoch), trace.run, epoch.num_iterations
     images = epoch.num_images / epoch.world_size
-    beside_s = (pace.input_s_per_image or 0.0) * images + epoch.time.exposed_communication_s
-    predicted_s = epoch.num_iterations * step.compute_s + beside_s
+    waits: tuple[float, ...] = (epoch.time.exposed_communication_s,) * 3
+    if exposed is not None:
+        first_s = exposed.first_s - exposed.seconds if wrapped else 0.0
+        waits = tuple(n * wait_s + first_s for wait_s in (exposed.seconds, exposed.low_s, exposed.high_s))
+    input_s = (pace.input_s_per_image or 0.0) * images
+    predicted_s = n * step.compute_s + input_s + waits[0]
     memory = iteration_memory(
         network,
         batch=epoch.batch_per_gpu,
@@ -385,13 +447,15 @@ def _check_epoch(
         tier=step.tier,
         measured_seconds=epoch.time.wall_s,
         predicted_seconds=predicted_s,
-        low_seconds=epoch.num_iterations * step.low_s + beside_s,
-        high_seconds=epoch.num_iterations * step.high_s + beside_s,
+        low_seconds=n * step.low_s + input_s + waits[1],
+        high_seconds=n * step.high_s + input_s + waits[2],
         error=predicted_s / epoch.time.wall_s - 1,
         measured_memory_bytes=epoch.peak_memory_bytes,
         predicted_memory_bytes=memory.peak_bytes,
         measured_energy_joules=epoch.device.energy_j if epoch.device else None,
-        predicted_energy_joules=energy.joules(step, epoch.num_iterations, predicted_s),
+        predicted_energy_joules=energy.joules(step, n, predicted_s),
+        measured_exposed_communication_seconds=epoch.time.exposed_communication_s,
+        predicted_exposed_communication_seconds=None if exposed is None else waits[0],
     )
 
 

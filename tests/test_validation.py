@@ -7,6 +7,7 @@ import ptsim
 from ptsim.cli.main import run
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.profile import write_device_profile
+from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 from ptsim.network import Precision
 from ptsim.trace.schema import Epoch, Profile
 from ptsim.validation import device_profile_of, fit_power_model, validate
@@ -41,7 +42,7 @@ def test_runs_that_go_as_their_profiles_say_have_almost_no_error(runs):
     assert result.tiers == ("measured",)
     assert result.source == "own profiles"
     assert result.savings[0].measured_saving > 0.05
-    assert result.reasons == {}  # everything was measured here
+    assert list(result.reasons) == ["communication_error"]  # one rank; all else was measured here
 
 
 def test_an_epoch_that_took_a_fifth_longer_than_profiled_has_a_sixth_of_error(tmp_path):
@@ -77,7 +78,7 @@ def test_what_was_not_measured_is_null_with_a_reason(tmp_path):
     assert result.memory_mape is None
     assert result.saving_error_points is None
     assert result.energy_error is None
-    assert set(result.reasons) == {"memory_mape", "saving_error_points", "energy_error"}
+    assert set(result.reasons) == {"memory_mape", "saving_error_points", "energy_error", "communication_error"}
 
 
 def test_energy_is_the_first_epochs_power_times_the_predicted_time(runs):
@@ -174,3 +175,49 @@ def test_a_broken_profile_file_is_one_sentence(runs, tmp_path, capsys):
     file.write_text("name = 'a100'\n")
     assert run(["validate", str(runs[0]), "--profile", str(file)]) == 2
     assert "not a device profile" in capsys.readouterr().err
+
+
+def constant_all_reduces(seconds, num_gpus=4):
+    """A node of four GPUs whose all-reduces were measured: so many seconds at every size."""
+    table = AllReduceTable(
+        num_gpus=num_gpus,
+        num_nodes=1,
+        size_bytes=(4, 2**30),
+        seconds=(seconds, seconds),
+        relative_jitter=0.0,
+        source="t",
+    )
+    link = Link(name="l", bandwidth_bytes_per_s=1e10)
+    return Cluster(name="t", device="a100", gpus_per_node=num_gpus, intra=link, tables=(table,))
+
+
+def test_communication_of_several_ranks_is_predicted_on_their_cluster(tmp_path):
+    """One bucket, ready when backward ends, is waited for as long as its all-reduce takes."""
+    run = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", world_size=4, **LONG))
+    assert 4 * run.network_of(run.epochs[0]).num_parameters < 2**20
+    result = validate([run], cluster=constant_all_reduces(0.25))
+    for check, epoch in zip(result.runs[0].epochs, run.epochs, strict=True):
+        assert check.predicted_exposed_communication_seconds == pytest.approx(0.25 * epoch.num_iterations)
+        assert check.measured_exposed_communication_seconds == epoch.time.exposed_communication_s
+    measured_s = sum(epoch.time.exposed_communication_s for epoch in run.epochs)
+    off_s = 0.25 * sum(epoch.num_iterations for epoch in run.epochs) - measured_s
+    assert result.communication_error == pytest.approx(off_s / result.runs[0].measured_seconds)
+
+
+def test_without_a_cluster_exposed_communication_is_as_measured_and_said_so(tmp_path):
+    path = dense_trace(tmp_path / "t.jsonl", world_size=4, **LONG)
+    result = validate([path])
+    assert result.communication_error is None
+    assert "taken as measured" in result.reasons["communication_error"]
+    assert "exposed communication is as measured" in result.runs[0].notes[0]
+    assert result.runs[0].predicted_exposed_communication_seconds is None
+
+
+def test_a_cluster_that_no_run_can_have_used_is_refused(tmp_path, runs, capsys):
+    with pytest.raises(UsageError, match="every run had one rank"):
+        validate(runs, cluster=constant_all_reduces(0.25))
+    path = dense_trace(tmp_path / "t.jsonl", world_size=4)
+    with pytest.raises(UsageError, match="2"):
+        validate([path], cluster=constant_all_reduces(0.25, num_gpus=2))
+    assert run(["validate", str(path), "--cluster", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err

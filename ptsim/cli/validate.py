@@ -21,6 +21,7 @@ def validate(
     *,
     profile: Path | None = None,
     holdout: bool = False,
+    cluster: str | None = None,
     json: bool = False,
 ) -> None:
     """Predicted against measured, for recorded runs: time, saving, memory and energy.
@@ -33,9 +34,11 @@ def validate(
         profile: predict from this device profile of `ptsim calibrate gpu` alone.
         holdout: predict from nothing that the run itself measured: from a profile that was not calibrated on it, or
             without one from the other runs.
+        cluster: where data-parallel runs ran: a name of the catalog or a TOML file, such as that of calibrate network.
+            Their exposed communication is then predicted too; without it, it is taken as measured.
         json: print one JSON document.
     """
-    result = compare(traces, profile, holdout=holdout)
+    result = compare(traces, profile, holdout=holdout, cluster=cluster)
     if json:
         print_json(result)
         return
@@ -90,6 +93,12 @@ def _summary(result: Validation) -> Table:
         ("mean error of the peak memory", "memory_mape", result.memory_mape, "{:.2%}"),
         ("largest error of a saving", "saving_error_points", result.saving_error_points, "{:.2f} points"),
         ("largest error of a run's energy", "energy_error", result.energy_error, "{:.2%}"),
+        (
+            "largest error of exposed communication",
+            "communication_error",
+            result.communication_error,
+            "{:.2%} of the run",
+        ),
         ("epochs inside their 90 % interval", "interval_coverage", result.interval_coverage, "{:.0%}"),
     ]
     for label, key, value, form in rows:

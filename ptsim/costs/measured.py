@@ -6,12 +6,14 @@ the layers' times only how the sums are shared out.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 
 from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
 from ptsim.errors import MissingMeasurementError
+from ptsim.hardware.profile import Operator, OperatorTime, Setting, StepMeasurement, operator_of
 from ptsim.network import Network
-from ptsim.trace.schema import Profile
+from ptsim.trace.schema import LayerProfile, Profile
 
 
 def find_profile(network: Network, profiles: Iterable[Profile], setting: StepSetting) -> Profile | None:
@@ -88,6 +90,59 @@ def step_of_profile(network: Network, profile: Profile, *, regularizer: bool) ->
         high_s=total_s * max(high, 1.0),
         tier=Tier.MEASURED,
     )
+
+
+def of_profile(
+    network: Network, profile: Profile, *, optimizer: str | None
+) -> tuple[StepMeasurement, tuple[OperatorTime, ...]]:
+    """What a device profile keeps of one profiled network: its whole step, and each of its operators once.
+
+    Layers that are the same operator count with their mean; layers that nobody timed are left out.
+
+    Args:
+        network: what was profiled.
+        profile: its measurement.
+        optimizer: whose update was timed.
+    """
+    setting = Setting(precision=profile.precision, memory_format=profile.memory_format)
+    layers = {layer.layer: layer for layer in profile.layers}
+    same: dict[Operator, list[LayerProfile]] = {}
+    for layer in network.layers:
+        if layer.name in layers:
+            same.setdefault(operator_of(layer, batch=profile.batch, setting=setting), []).append(layers[layer.name])
+    times = []
+    for operator, group in same.items():
+        backward = [layer.backward_s for layer in group if layer.backward_s is not None]
+        times.append(
+            OperatorTime(
+                operator=operator,
+                forward_s=statistics.fmean(layer.forward_s for layer in group),
+                backward_s=statistics.fmean(backward) if backward else None,
+                context="step",
+            )
+        )
+    step = StepMeasurement(
+        architecture=network.id,
+        name=network.name,
+        setting=setting,
+        batch=profile.batch,
+        optimizer=optimizer,
+        num_parameters=network.num_parameters,
+        num_tensors=len(network.parameters),
+        num_layers=len(network.layers),
+        num_samples=profile.num_samples,
+        forward_s=profile.forward_s,
+        backward_s=profile.backward_s,
+        optimizer_s=profile.optimizer_s,
+        regularizer_s=profile.regularizer_s or None,
+        step_s=profile.step_s,
+        step_low_s=profile.step_low_s or profile.step_s,
+        step_high_s=profile.step_high_s or profile.step_s,
+        layers_forward_s=sum(layer.forward_s for layer in profile.layers),
+        layers_backward_s=sum(layer.backward_s or 0.0 for layer in profile.layers),
+        peak_memory_bytes=profile.peak_memory_bytes,
+    )
+    return step, tuple(times)
 
 
 def _what_is_missing(network: Network, profiles: tuple[Profile, ...], setting: StepSetting) -> str:

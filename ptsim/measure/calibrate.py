@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import itertools
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,14 +21,13 @@ from torch import nn
 
 from ptsim import zoo
 from ptsim.capture.network import capture_network
+from ptsim.costs.measured import of_profile
 from ptsim.errors import FileFormatError, MissingMeasurementError, UnsupportedModelError, UsageError
 from ptsim.hardware.profile import (
     DeviceProfile,
     MemoryFormat,
     Operator,
-    OperatorTime,
     Setting,
-    StepMeasurement,
     merge_operators,
     operator_of,
     read_device_profile,
@@ -296,37 +294,11 @@ class _Calibration:
             )
         except MissingMeasurementError:  # larger than this device's memory
             return
-        times = [
-            OperatorTime(
-                operator=operator_of(layer, batch=batch, setting=setting),
-                forward_s=measured.forward_s,
-                backward_s=measured.backward_s,
-                context="step",
-            )
-            for layer, measured in zip(network.layers, profile.layers, strict=True)
+        named = [
+            msgspec.structs.replace(m, layer=own.name) for own, m in zip(network.layers, profile.layers, strict=True)
         ]
-        step = StepMeasurement(
-            architecture=network.id,
-            name=network.name,
-            setting=setting,
-            batch=batch,
-            optimizer=optimizer,
-            num_parameters=network.num_parameters,
-            num_tensors=len(network.parameters),
-            num_layers=len(network.layers),
-            num_samples=profile.num_samples,
-            forward_s=profile.forward_s,
-            backward_s=profile.backward_s,
-            optimizer_s=profile.optimizer_s,
-            regularizer_s=profile.regularizer_s if regularizer is not None else None,
-            step_s=profile.step_s,
-            step_low_s=profile.step_low_s or profile.step_s,
-            step_high_s=profile.step_high_s or profile.step_s,
-            layers_forward_s=sum(layer.forward_s for layer in profile.layers),
-            layers_backward_s=sum(layer.backward_s or 0.0 for layer in profile.layers),
-            peak_memory_bytes=profile.peak_memory_bytes,
-        )
-        self.update(operators=merge_operators(self.profile.operators, _means(times)), steps=(*self.profile.steps, step))
+        step, times = of_profile(network, msgspec.structs.replace(profile, layers=tuple(named)), optimizer=optimizer)
+        self.update(operators=merge_operators(self.profile.operators, times), steps=(*self.profile.steps, step))
 
     def _alone(self, operator: Operator) -> None:
         try:
@@ -352,20 +324,6 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter]) -> torch.optim
         case "rmsprop":
             return torch.optim.RMSprop(parameters, lr=1e-4, momentum=0.9)
     raise UsageError(f"optimizer {name!r} cannot be timed; known: sgd, adam, adamw, rmsprop")
-
-
-def _means(times: Iterable[OperatorTime]) -> Iterator[OperatorTime]:
-    """One time for each operator: the mean of the layers that are the same operator."""
-    by_operator: dict[Operator, list[OperatorTime]] = {}
-    for measured in times:
-        by_operator.setdefault(measured.operator, []).append(measured)
-    for group in by_operator.values():
-        backward = [measured.backward_s for measured in group if measured.backward_s is not None]
-        yield msgspec.structs.replace(
-            group[0],
-            forward_s=statistics.fmean(measured.forward_s for measured in group),
-            backward_s=statistics.fmean(backward) if backward else None,
-        )
 
 
 def _outside_in(count: int) -> list[int]:

@@ -136,8 +136,8 @@ def profile_network(
         layers=tuple(_median_layers(network, layered)),
         forward_s=forward_s,
         backward_s=backward_s,
-        optimizer_s=optimizer_s,
-        regularizer_s=regularizer_s,
+        optimizer_s=optimizer_s if optimizer is not None else 0.0,  # not the microseconds between two clocks
+        regularizer_s=regularizer_s if regularizer is not None else 0.0,
         step_s=step_s,
         step_low_s=_rank(steps, 0.05),
         step_high_s=_rank(steps, 0.95),
