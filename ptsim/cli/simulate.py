@@ -22,6 +22,8 @@ from ptsim.sim.run import StepCache, change, project
 from ptsim.trace.io import read_trace
 from ptsim.units import format_bytes, format_joules, format_seconds
 
+_NAMED = ("mixed_devices", "link_bandwidth", "link_latency_s")  # options whose parts are names of devices or links
+
 
 def simulate(
     traces: Annotated[list[Path], Parameter(name="TRACE", negative=())],
@@ -36,6 +38,7 @@ def simulate(
     gradients: Literal["fp32", "fp16", "bf16"] = "fp32",
     micro_batches: int = 1,
     bucket_mib: float = 25.0,
+    network: Literal["formula", "links"] = "formula",
     contention: float | None = None,
     channel_multiple: int = 1,
     jitter: str | None = None,
@@ -61,6 +64,8 @@ def simulate(
         gradients: number format of the gradients on the wire.
         micro_batches: gradient accumulation: passes that a mini-batch is split into.
         bucket_mib: DDP's bucket cap.
+        network: formula takes all links of a kind for equal; links sends all-reduces over the cluster's NICs and leaf
+            switches one by one, with link_bandwidth, link_latency_s and placement of --set.
         contention: by which fraction computation and communication each slow down while they overlap.
         channel_multiple: round pruned channel counts up to a multiple of this.
         jitter: relative standard deviation of a GPU's step, or "recorded".
@@ -87,6 +92,7 @@ def simulate(
         "gradient_format": gradients,
         "micro_batches": micro_batches,
         "bucket_bytes": round(bucket_mib * 2**20),
+        "network": network,
         "channel_multiple": channel_multiple,
         "price_usd_per_gpu_hour": price,
         "seed": seed,
@@ -156,8 +162,7 @@ def _set(changes: dict[str, Any], text: str) -> None:
     part = changes.setdefault(option, {})
     if not isinstance(part, dict):
         raise UsageError(f"--set {text!r}: {option} has no parts")
-    # what is inside mixed_devices are names of devices
-    part[inner[0] if option == "mixed_devices" else inner[0].replace("-", "_")] = parsed
+    part[inner[0] if option in _NAMED else inner[0].replace("-", "_")] = parsed
 
 
 def _document(projection: RunProjection) -> dict[str, Any]:

@@ -3,7 +3,11 @@
 torch fills buckets in gradient-ready order. The cap is soft: a bucket closes after the tensor that reaches it. The
 first bucket is small so that communication starts early.
 
-Source: torch/csrc/distributed/c10d/reducer.cpp, `compute_bucket_assignment_by_size`.
+With `find_unused_parameters` DDP never rebuilds its first buckets: those are filled from the other end, so that the
+small one comes last.
+
+Source: torch/csrc/distributed/c10d/reducer.cpp, `compute_bucket_assignment_by_size` and `should_rebuild_buckets`;
+torch/nn/parallel/distributed.py, `_ddp_init_helper`.
 """
 
 from __future__ import annotations
@@ -29,15 +33,22 @@ class Bucket(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def ddp_buckets(
-    network: Network, *, first_bucket_bytes: int = MIB, bucket_bytes: int = 25 * MIB, element_bytes: int = 4
+    network: Network,
+    *,
+    first_bucket_bytes: int = MIB,
+    bucket_bytes: int = 25 * MIB,
+    element_bytes: int = 4,
+    rebuilt: bool = True,
 ) -> tuple[Bucket, ...]:
-    """The buckets of `network` after DDP has rebuilt them, in the order in which they become ready.
+    """The buckets of `network`, in the order in which they become ready.
 
     Args:
         network: its parameters are in gradient-ready order.
         first_bucket_bytes: cap of the first bucket (torch: 1 MiB).
         bucket_bytes: cap of all others (torch's `bucket_cap_mb`).
         element_bytes: of a gradient.
+        rebuilt: after the first step; False gives the buckets that find_unused_parameters keeps, where parameters are
+            defined in the reverse of gradient-ready order.
 
     Raises:
         ValueError: a cap or the element size is not positive.
@@ -53,18 +64,20 @@ def ddp_buckets(
     filling: list[Parameter] = []
     size = 0
     cap = first_bucket_bytes
-    for parameter in network.parameters:
+    for parameter in network.parameters if rebuilt else reversed(network.parameters):
         filling.append(parameter)
         size += parameter.num_elements * element_bytes
         if size >= cap:
-            buckets.append(_bucket(filling, size))
+            buckets.append(_bucket(filling, size, rebuilt))
             filling, size, cap = [], 0, bucket_bytes
     if filling:
-        buckets.append(_bucket(filling, size))
-    return tuple(buckets)
+        buckets.append(_bucket(filling, size, rebuilt))
+    return tuple(buckets if rebuilt else reversed(buckets))
 
 
-def _bucket(parameters: list[Parameter], num_bytes: int) -> Bucket:
+def _bucket(parameters: list[Parameter], num_bytes: int, in_ready_order: bool) -> Bucket:
+    if not in_ready_order:
+        parameters = parameters[::-1]
     used = [parameter.layer for parameter in parameters if parameter.layer]  # "" where no gradient ever comes
     return Bucket(
         parameters=tuple(parameter.name for parameter in parameters),

@@ -195,13 +195,8 @@ def _nearest_table(cluster: Cluster, num_gpus: int, num_nodes: int) -> AllReduce
 def _topology(
     message_bytes: float, cluster: Cluster, num_gpus: int, num_nodes: int, algorithm: Choice
 ) -> tuple[float, Algorithm]:
-    if cluster.library == "gloo" and algorithm == "tree":
-        raise UsageError(f"cluster {cluster.name} runs gloo, which has no tree all-reduce")
-    return min(
-        (line.latency_s + message_bytes * line.seconds_per_byte, line.algorithm)
-        for line in nccl.lines(cluster, num_gpus, num_nodes)
-        if line.algorithm == algorithm or (algorithm == "auto" and line.algorithm != "hierarchical")
-    )
+    line = nccl.fastest_line(cluster, num_gpus, num_nodes, message_bytes, algorithm)
+    return line.latency_s + message_bytes * line.seconds_per_byte, line.algorithm
 
 
 def nodes_for(cluster: Cluster, num_gpus: int) -> int:

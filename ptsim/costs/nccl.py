@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster, Link, LinkKind
 
 Algorithm = Literal["ring", "tree", "hierarchical"]
@@ -159,6 +160,26 @@ def _lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit) -> tuple[L
             total = intra_s + inter_s if algorithm == "hierarchical" else max(intra_s, inter_s)
             found.append(Line(algorithm=algorithm, protocol=protocol, latency_s=latency, seconds_per_byte=total))
     return tuple(found)
+
+
+def fastest_line(
+    cluster: Cluster, num_gpus: int, num_nodes: int, message_bytes: float, algorithm: Literal["auto"] | Algorithm
+) -> Line:
+    """The combination that takes least; "auto" chooses between ring and tree, as NCCL does.
+
+    Raises:
+        UsageError: a tree on a cluster that runs gloo.
+    """
+    if cluster.library == "gloo" and algorithm == "tree":
+        raise UsageError(f"cluster {cluster.name} runs gloo, which has no tree all-reduce")
+    return min(
+        (
+            line
+            for line in lines(cluster, num_gpus, num_nodes)
+            if line.algorithm == algorithm or (algorithm == "auto" and line.algorithm != "hierarchical")
+        ),
+        key=lambda line: (line.latency_s + message_bytes * line.seconds_per_byte, line.algorithm),
+    )
 
 
 def effective_cluster(cluster: Cluster, num_gpus: int, num_nodes: int, line: Line) -> tuple[Cluster, float]:

@@ -2,7 +2,11 @@
 
 The durations of the computation come from `costs.step`, those of the collectives from `costs.collectives`; here they
 become a `StepPlan`. Buckets close in gradient-ready order, and a bucket's all-reduce may start when the backward pass
-of its `ready_layer` is done. Regularizer and optimizer run on the reduced gradients, after the last all-reduce.
+of its `ready_layer` is done. Regularizer and optimizer run on the reduced gradients, after the last all-reduce. With
+gradient accumulation all but the last micro-batch run under `no_sync`. Gradients are views of the buckets
+(`gradient_as_bucket_view`), as in `ptsim train`: nothing is copied out of them.
+
+`Deviation:` that every gradient is copied into its bucket (a read and a write) is not counted.
 
 Source: torch/nn/parallel/distributed.py and torch/csrc/distributed/c10d/reducer.cpp (PyTorch 2.8).
 """
@@ -38,13 +42,16 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def memory_bound_conversion(ratio: float, memory_bandwidth_bytes_per_s: float) -> Wire:
-    """A compression that reads and writes every element once on either side, at the memory's speed.
+    """A compression as DDP's fp16 and bf16 hooks do it, at the memory's speed.
 
-    Sending reads the gradient and writes `ratio` of it; receiving reads that and writes the gradient.
+    Sending reads the gradient and writes `ratio` of it, divides that by the number of GPUs in place (reads and writes
+    it), and receiving reads it and writes the gradient.
+
+    Source: torch/distributed/algorithms/ddp_comm_hooks/default_hooks.py, `_compress_hook`.
     """
     if ratio == 1:
         return Wire()
-    return Wire(ratio=ratio, conversion_s_per_byte=2 * (1 + ratio) / memory_bandwidth_bytes_per_s)
+    return Wire(ratio=ratio, conversion_s_per_byte=(2 * (1 + ratio) + 2 * ratio) / memory_bandwidth_bytes_per_s)
 
 
 def plan_step(
@@ -124,6 +131,7 @@ def with_communication(
     *,
     wire: Wire | None = None,
     buffer_bytes: int = 0,
+    used_bytes: int = 0,
     bound: Bound = "expected",
     scale: float = 1.0,
 ) -> StepPlan:
@@ -135,6 +143,7 @@ def with_communication(
         all_reduce: the time of an all-reduce of so many bytes, with its interval.
         wire: compression of the gradient.
         buffer_bytes: broadcast before the forward pass; 0 for none.
+        used_bytes: of the map of used parameters, reduced after the last bucket (find_unused_parameters); 0 for none.
         bound: whether a collective takes its expected time or that at an end of its 90 % interval.
         scale: of all computation.
     """
@@ -162,9 +171,21 @@ def with_communication(
                 wire_bytes_per_gpu=time.wire_bytes_per_gpu,
             )
         )
+    backward = computation.backward
+    if used_bytes and buckets:
+        time = all_reduce(used_bytes)
+        collectives.append(
+            Collective(
+                name="AllReduce of used parameters",
+                seconds=_at(time, bound),
+                num_bytes=used_bytes,
+                wire_bytes_per_gpu=time.wire_bytes_per_gpu,
+            )
+        )
+        backward = (*backward, Work(name="used parameters", seconds=0.0, bucket=len(buckets)))
     return StepPlan(
         forward=_scaled(computation.forward, scale),
-        backward=_scaled(computation.backward, scale),
+        backward=_scaled(backward, scale),
         tail=_scaled(computation.tail, scale),
         buckets=tuple(collectives),
         head=tuple(head),
@@ -191,25 +212,27 @@ def buffer_bytes(network: Network) -> int:
     return sum(2 * 4 * layer.out_channels + 8 for layer in norms)
 
 
-def first_step_s(network: Network, plan: StepPlan, all_reduce: AllReduce, wire: Wire | None = None) -> float:
+def first_step_s(
+    network: Network, plan: StepPlan, all_reduce: AllReduce, wire: Wire | None = None, bound: Bound = "expected"
+) -> float:
     """Seconds of communication that the first step after wrapping does not hide.
 
     DDP does not know the order of the gradients yet: they travel in a single bucket, after backward.
     """
     wire = wire or Wire()
     num_bytes = gradient_bytes(network)
-    reduced_s = all_reduce(round(num_bytes * wire.ratio)).seconds + num_bytes * wire.conversion_s_per_byte
+    reduced_s = _at(all_reduce(round(num_bytes * wire.ratio)), bound) + num_bytes * wire.conversion_s_per_byte
     return reduced_s + sum(collective.seconds for collective in plan.head)
 
 
-def wrapping_s(network: Network, all_reduce: AllReduce) -> float:
+def wrapping_s(network: Network, all_reduce: AllReduce, bound: Bound = "expected", *, rebuilds: bool = True) -> float:
     """Seconds of communication that wrapping a network costs besides its first step.
 
     The parameters and buffers are broadcast from rank 0 when it is wrapped, and the new order of the buckets (one
     int32 per parameter) when they are rebuilt after the first step.
     """
-    state = broadcast_s(all_reduce(gradient_bytes(network) + buffer_bytes(network)))
-    return state + broadcast_s(all_reduce(4 * len(network.parameters)))
+    state = broadcast_s(all_reduce(gradient_bytes(network) + buffer_bytes(network)), bound)
+    return state + (broadcast_s(all_reduce(4 * len(network.parameters)), bound) if rebuilds else 0.0)
 
 
 def broadcast_s(time: AllReduceTime, bound: Bound = "expected") -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import sys
 from typing import Literal
 
 import msgspec
@@ -13,6 +16,8 @@ from ptsim.units import MIB
 Scaling = Literal["weak", "strong"]
 MiniBatch = Literal["recorded", "planned", "fixed"]
 GradientFormat = Literal["fp32", "fp16", "bf16"]
+
+_LINK = re.compile(r"(gpu|node|leaf)( \d+( (in|out|up|down)( nic \d+)?)?)?")
 
 GRADIENT_BYTES: dict[GradientFormat, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -59,7 +64,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             turns it off and averages them once per epoch).
         overlap: whether all-reduces start during backward; None: as in the recorded run, which a compiled step does
             not let them (its gradients all become ready at its end).
+        find_unused_parameters: DDP's option: it never rebuilds its buckets then, and reduces which were used.
         algorithm: of the all-reduce.
+        network: "formula" takes all links of a kind for equal; "links" sends chunks over the cluster's links one by
+            one: NICs, oversubscribed leaf switches, and what the next three options say.
+        link_bandwidth: link → factor on its bandwidth: {"node 3 out nic 1": 0.5}, {"gpu 5": 0.8}, {"leaf 0 up": 2}.
+        link_latency_s: link → latency on top.
+        placement: of several jobs: "packed" one after the other, or "striped": every node has GPUs of all of them.
         contention: by which fraction computation and communication each take longer while they overlap.
         channel_multiple: round pruned channel counts up to a multiple.
         one_time_epoch: reconfigure once, after this many epochs, and never before or after.
@@ -71,7 +82,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             as the trace says.
         jitter: relative standard deviation of a GPU's step; "recorded": from the trace's step times.
         straggler_fraction, straggler_slowdown: share of GPUs that are slow, and by which factor.
-        jobs: equal jobs that share the links.
+        jobs: equal jobs side by side; by formula they share the links between nodes equally.
         sampled_steps: simulated steps per average where anything is random or shared.
         faults: failing GPUs.
         price_usd_per_gpu_hour: instead of the cluster's.
@@ -94,7 +105,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     compression: float = 1.0
     broadcast_buffers: bool = False
     overlap: bool | None = None
+    find_unused_parameters: bool = False
     algorithm: Choice = "auto"
+    network: Literal["formula", "links"] = "formula"
+    link_bandwidth: dict[str, float] = {}
+    link_latency_s: dict[str, float] = {}
+    placement: Literal["packed", "striped"] = "packed"
     # Deviation: no measurement of ours. The middle of the 10–30 % by which published simulators slow both sides
     # (Proteus uses 0.3 for its data-parallel CNNs); the interval spans all of it.
     contention: float = 0.2
@@ -145,21 +161,38 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             value = getattr(self, name)
             if value is None or isinstance(value, str):
                 continue
-            if not low <= value <= (float("inf") if high is None else high):
+            if not low <= value <= (sys.float_info.max if high is None else high):
                 bound = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
                 raise UsageError(f"{name} is {value:g}, expected {bound}")
         if not 0 < self.compression <= 1:
             raise UsageError(f"compression is {self.compression:g}, expected more than 0 and at most 1")
-        if isinstance(self.input_images_per_s, int | float) and self.input_images_per_s <= 0:
+        if isinstance(self.input_images_per_s, int | float) and not self.input_images_per_s > 0:
             raise UsageError(f"input_images_per_s is {self.input_images_per_s:g}, expected a positive rate")
         if any(count < 1 for count in self.mixed_devices.values()):
             raise UsageError(f"mixed_devices is {self.mixed_devices}, expected at least one GPU per node of each kind")
         if self.faults is not None:
             for name in ("mtbf_gpu_hours", "checkpoint_interval_s"):
-                if getattr(self.faults, name) <= 0:
+                if not getattr(self.faults, name) > 0:
                     raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected a positive number")
             for name in ("checkpoint_s", "restart_s", "repair_s"):
-                if getattr(self.faults, name) < 0:
+                if not getattr(self.faults, name) >= 0:
                     raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected at least 0")
             if self.faults.num_runs < 1:
                 raise UsageError(f"num_runs is {self.faults.num_runs}, expected at least 1")
+        self._check_links()
+
+    def _check_links(self) -> None:
+        for option, bound in (("link_bandwidth", "a positive factor"), ("link_latency_s", "seconds of at least 0")):
+            for name, value in getattr(self, option).items():
+                if not _LINK.fullmatch(name):
+                    raise UsageError(
+                        f"{option} names {name!r}, which is no link",
+                        hint="links are called 'gpu 3 out', 'node 1 in', 'node 1 out nic 2', 'leaf 0 up', "
+                        "or by the first words of that",
+                    )
+                if not (value > 0 or (value == 0 and option == "link_latency_s")) or math.isinf(value):
+                    raise UsageError(f"{option} of {name!r} is {value:g}, expected {bound}")
+        if self.network == "formula":
+            for option, neutral in (("link_bandwidth", {}), ("link_latency_s", {}), ("placement", "packed")):
+                if getattr(self, option) != neutral:
+                    raise UsageError(f'{option} needs network = "links"; a formula takes all links for equal')

@@ -54,7 +54,8 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     """A whole run on a cluster.
 
     Attributes:
-        reconfiguration_s: all reconfigurations with what follows from them (re-wrapping, first step, recompilation).
+        reconfiguration_s: all reconfigurations with what follows from them (re-wrapping, first step, recompilation);
+            its ends from the recorded ones' spread and the tiers of what follows.
         startup_s: the same for the first wrapping.
         faults_s: by which failures and checkpoints lengthen the run.
         total_s: training time without validation.
@@ -74,6 +75,8 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     scaling: str
     epochs: tuple[EpochProjection, ...]
     reconfiguration_s: float
+    reconfiguration_low_s: float
+    reconfiguration_high_s: float
     startup_s: float
     faults_s: float
     total_s: float
@@ -125,6 +128,8 @@ def projection_row(projection: RunProjection) -> dict[str, Any]:
         "input_wait_seconds": p.input_wait_s,
         "straggler_wait_seconds": p.straggler_wait_s,
         "reconfiguration_seconds": p.reconfiguration_s,
+        "low_reconfiguration_seconds": p.reconfiguration_low_s,
+        "high_reconfiguration_seconds": p.reconfiguration_high_s,
         "startup_seconds": p.startup_s,
         "fault_seconds": p.faults_s,
         "goodput": p.faults.goodput if p.faults else 1.0,

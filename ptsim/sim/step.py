@@ -2,8 +2,9 @@
 
 One SimPy process per GPU walks through the step (input, forward, backward, optimizer); one per job is its
 communication stream: NCCL runs a job's collectives one after the other in the order of the buckets, and each starts
-when the last GPU has its gradients ready. While both run, each slows the other down by `Contention`. Jobs on the same
-links share them equally. Equal GPUs behave equally, so that a symmetric job is simulated with a single one.
+when the last GPU has its gradients ready. While both run, each slows the other down by `contention`. Jobs on the same
+links slow each other down while both communicate. Equal GPUs behave equally, so that a symmetric job is simulated with
+a single one.
 
 Nothing here knows about networks or clusters: durations come in with the `StepPlan`.
 """
@@ -117,6 +118,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         plan: the step at nominal speed.
         speeds: duration factor of every simulated GPU (1 = the plan's own time); equal GPUs may be one entry.
+        counts: how many GPUs each entry stands for; empty for one each.
         input_interval_s: seconds that the input pipeline needs for one GPU's mini-batch; 0: never a limit.
         prefetch: finished mini-batches that the input pipeline may hold.
         start_s: when the job begins.
@@ -124,6 +126,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     plan: StepPlan
     speeds: tuple[float, ...] = (1.0,)
+    counts: tuple[int, ...] = ()
     input_interval_s: float = 0.0
     prefetch: int = 2
     start_s: float = 0.0
@@ -165,6 +168,7 @@ def simulate_steps(
     jobs: Sequence[Job],
     *,
     contention: float = 0.0,
+    sharing: Sequence[float] | None = None,
     jitter: Jitter | None = None,
     num_steps: int = 1,
     num_warmup: int = 0,
@@ -176,6 +180,8 @@ def simulate_steps(
     Args:
         jobs: those that share the links; usually one.
         contention: by which fraction computation and communication each take longer while both run.
+        sharing: how many times as long a collective takes while 1, 2, … jobs communicate; by default 1, 2, …: equal
+            parts of the links.
         jitter: random variation between GPUs and steps.
         num_steps: measured steps of every job; jobs go on until all have finished theirs.
         num_warmup: steps before them that are not measured.
@@ -183,18 +189,23 @@ def simulate_steps(
         record_gpus: of how many GPUs of every job to keep what their streams did, piece by piece.
 
     Raises:
-        ValueError: no jobs, a job without GPUs, no steps, or a contention outside [0, 1].
+        ValueError: no jobs, a job without GPUs, no steps, a contention outside [0, 1], or not a factor for every job.
     """
     if not jobs or any(not job.speeds for job in jobs):
         raise ValueError("a simulation needs at least one job with at least one GPU")
+    if any(job.counts and (len(job.counts) != len(job.speeds) or min(job.counts) < 1) for job in jobs):
+        raise ValueError("counts need a positive number for every one of the speeds")
     if len(jobs) > 1 and any(job.plan.compute_s + job.plan.communication_s == 0 for job in jobs):
         raise ValueError("a job whose steps take no time would run forever beside another")
     if num_steps < 1:
         raise ValueError(f"{num_steps} steps; at least 1 is needed")
     if not 0 <= contention <= 1:
         raise ValueError(f"contention {contention}; it must lie in [0, 1]")
+    factors = tuple(range(1, len(jobs) + 1)) if sharing is None else tuple(sharing)
+    if len(factors) < len(jobs) or min(factors) < 1:
+        raise ValueError(f"sharing {factors}; a factor of at least 1 is needed for every one of {len(jobs)} jobs")
     env = simpy.Environment()
-    links = _Links(len(jobs))
+    links = _Links(len(jobs), factors)
     running = [
         _RunningJob(
             env,
@@ -215,16 +226,17 @@ def simulate_steps(
 
 
 class _Links:
-    """The links that jobs share: every active collective gets an equal part of the bandwidth."""
+    """The links that jobs share: the more of them communicate, the longer each one's collective takes."""
 
-    def __init__(self, num_jobs: int) -> None:
+    def __init__(self, num_jobs: int, factors: Sequence[float]) -> None:
         self.num_unfinished = num_jobs  # jobs whose measured steps are not over: all go on until none is left
+        self._factors = factors
         self._active: set[int] = set()
         self._changed: list[Callable[[], None]] = []
 
     @property
-    def num_active(self) -> int:
-        return len(self._active)
+    def slowdown(self) -> float:
+        return self._factors[max(1, len(self._active)) - 1]
 
     def watch(self, changed: Callable[[], None]) -> None:
         self._changed.append(changed)
@@ -286,6 +298,8 @@ class _RunningJob:
         self.record_gpus = min(record_gpus, len(job.speeds))
         self.steps: list[_Step] = []
         self.speeds = self._with_stragglers(job.speeds)
+        counts = job.counts or (1,) * len(job.speeds)
+        self.weights = [count / sum(counts) for count in counts]
         links.watch(self._set_transfer_rate)
         env.process(self._stream())
         for gpu, speed in enumerate(self.speeds):
@@ -344,7 +358,7 @@ class _RunningJob:
             if plan.buckets:
                 yield step.reduced
             yield from self._work(gpu, number, "update", plan.tail, factor)
-            self._finish(number, plan.compute_s * factor)
+            self._finish(number, gpu, plan.compute_s * factor)
             number += 1
 
     def _start_input(self) -> simpy.Store:
@@ -365,9 +379,9 @@ class _RunningJob:
             if gpu < self.record_gpus and work.seconds:
                 self._record(gpu, "compute", phase, work.name, step, start)
 
-    def _finish(self, number: int, compute_s: float) -> None:
+    def _finish(self, number: int, gpu: int, compute_s: float) -> None:
         step = self.steps[number]
-        step.compute_s += compute_s / len(self.speeds)
+        step.compute_s += compute_s * self.weights[gpu]
         step.slowest_s = max(step.slowest_s, compute_s)
         step.still_running -= 1
         if not step.still_running:
@@ -411,7 +425,7 @@ class _RunningJob:
 
     def _set_transfer_rate(self) -> None:
         slowdown = 1 + self.contention if self.num_computing else 1.0
-        self.transfer.set_rate(1 / (slowdown * max(1, self.links.num_active)))
+        self.transfer.set_rate(1 / (slowdown * self.links.slowdown))
 
     def _enter_backward(self) -> None:
         self.num_computing += 1

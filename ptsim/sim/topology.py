@@ -164,8 +164,12 @@ class Fabric:
     def _nic(self, node: int, way: str, rail: int) -> str:
         return f"node {node} {way}" if self.num_rails == 1 else f"node {node} {way} nic {rail}"
 
+    def named(self, name: str) -> list[str]:
+        """The pipes that a name, or its first words, stands for."""
+        return [pipe for pipe in self.rates if pipe == name or pipe.startswith(f"{name} ")]
+
     def _named(self, name: str) -> list[str]:
-        found = [pipe for pipe in self.rates if pipe == name or pipe.startswith(f"{name} ")]
+        found = self.named(name)
         if not found:
             kinds: dict[str, str] = {}
             for pipe in self.rates:

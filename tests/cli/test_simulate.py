@@ -50,9 +50,19 @@ def test_equal_seeds_print_equal_bytes(trace: str, capsys: pytest.CaptureFixture
     assert outputs[0] == outputs[1] != outputs[2]
 
 
+def test_links_are_named_with_their_blanks(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["simulate", trace, "--cluster", "dgx-a100", "--gpus", "64", "--json", "--network", "links"]
+    assert run(command) == 0
+    (whole,) = json.loads(capsys.readouterr().out)
+    assert run([*command, "--set", "link-bandwidth.node 3 out nic 1=0.01"]) == 0
+    (slow,) = json.loads(capsys.readouterr().out)
+    assert slow["exposed_communication_seconds"] > 2 * whole["exposed_communication_seconds"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
+        (["--cluster", "dgx-a100", "--network", "links", "--set", "link_bandwidth.wire 1=2"], "'wire 1'"),
         (["--cluster", "dgx-z9"], "unknown cluster 'dgx-z9'"),
         (["--cluster", "missing.toml"], "missing.toml"),
         (["--cluster", "dgx-a100", "--gpus", "0"], "gpus '0'"),

@@ -3,11 +3,13 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.collectives import AllReduceTime
 from ptsim.costs.times import LayerTime, StepTime, Tier
-from ptsim.network import Network
+from ptsim.network import Network, Parameter
 from ptsim.sim import ddp
 from ptsim.sim.step import Job, simulate_steps
 from tests.traces import residual_network
@@ -47,13 +49,54 @@ def one_bucket(network: Network) -> tuple[Bucket, ...]:
     return ddp_buckets(network, first_bucket_bytes=1 << 40)
 
 
+def torch_buckets(shapes: list[tuple[int, ...]], limits: list[int]) -> list[list[int]]:
+    tensors = [torch.empty(shape, device="meta") for shape in shapes]
+    indices, _ = torch._C._distributed_c10d._compute_bucket_assignment_by_size(tensors, limits)
+    return [list(bucket) for bucket in indices]
+
+
+def network_of(shapes: list[tuple[int, ...]]) -> Network:
+    """A network of nothing but parameters, in gradient-ready order."""
+    parameters = tuple(Parameter(name=f"p{i}", shape=shape, layer="") for i, shape in enumerate(shapes))
+    return msgspec.structs.replace(residual_network(), parameters=parameters)
+
+
 def test_buckets_are_those_of_torch() -> None:
     network = residual_network((64, 128, 256), (3, 4, 3))
-    tensors = [torch.empty(parameter.shape) for parameter in network.parameters]
-    limits = [1 << 20, 25 << 20]
-    indices, _ = torch._C._distributed_c10d._compute_bucket_assignment_by_size(tensors, limits)
-    expected = [tuple(network.parameters[i].name for i in bucket) for bucket in indices]
-    assert [bucket.parameters for bucket in ddp_buckets(network)] == expected
+    expected = torch_buckets([parameter.shape for parameter in network.parameters], [1 << 20, 25 << 20])
+    assert [bucket.parameters for bucket in ddp_buckets(network)] == [
+        tuple(network.parameters[i].name for i in bucket) for bucket in expected
+    ]
+
+
+_SHAPES = st.lists(
+    st.one_of(st.tuples(st.integers(1, 5000)), st.tuples(st.integers(1, 3000), st.integers(1, 3000))),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(_SHAPES, st.integers(1, 2 << 20), st.integers(1, 30 << 20))
+@settings(max_examples=100, deadline=None)
+def test_buckets_of_any_parameters_and_caps_are_those_of_torch(
+    shapes: list[tuple[int, ...]], first: int, others: int
+) -> None:
+    found = ddp_buckets(network_of(shapes), first_bucket_bytes=first, bucket_bytes=others)
+    assert [[int(name[1:]) for name in bucket.parameters] for bucket in found] == torch_buckets(shapes, [first, others])
+
+
+@given(_SHAPES)
+@settings(max_examples=50, deadline=None)
+def test_buckets_that_are_never_rebuilt_are_those_of_torch(shapes: list[tuple[int, ...]]) -> None:
+    """`_ddp_init_helper` assigns in the order of definition, and reverses the list of buckets."""
+    found = ddp_buckets(network_of(shapes), rebuilt=False)
+    defined = shapes[::-1]  # gradients come in reverse
+    expected = torch_buckets(defined, [1 << 20, 25 << 20])[::-1]
+    last = len(shapes) - 1
+    assert [sorted(int(name[1:]) for name in bucket.parameters) for bucket in found] == [
+        sorted(last - i for i in bucket) for bucket in expected
+    ]
+    assert [name for bucket in found for name in bucket.parameters] == [f"p{i}" for i in range(len(shapes))]
 
 
 def test_a_bucket_is_ready_after_the_backward_pass_of_its_last_gradient() -> None:
@@ -102,8 +145,8 @@ def test_half_precision_gradients_halve_the_message_and_pay_for_the_conversion()
     num_bytes = 4 * network.num_parameters
     assert plan.buckets[0].num_bytes == num_bytes // 2
     assert plan.wire_bytes_per_gpu == 1.5 * num_bytes // 2
-    # read fp32 and write fp16 on one side, read fp16 and write fp32 on the other: 12 bytes for every 4
-    assert plan.communication_s == pytest.approx(num_bytes / 2 + 3 * num_bytes / 1e6)
+    # read fp32 and write fp16, divide that in place, read fp16 and write fp32: 16 bytes for every 4
+    assert plan.communication_s - num_bytes / 2 == pytest.approx(4 * num_bytes / 1e6)
 
 
 def test_uncompressed_gradients_need_no_conversion() -> None:
@@ -142,3 +185,39 @@ def test_a_bucket_of_another_network_is_refused() -> None:
     bucket = msgspec.structs.replace(one_bucket(network)[0], ready_layer="elsewhere")
     with pytest.raises(ValueError, match="'elsewhere'"):
         ddp.plan_step(step_of(network), (bucket,), all_reduce)
+
+
+def test_accumulation_reduces_in_the_last_micro_batch_only() -> None:
+    network = residual_network()
+    buckets = ddp_buckets(network, first_bucket_bytes=50_000, bucket_bytes=100_000)
+    plans = [ddp.plan_step(step_of(network), buckets, all_reduce, num_micro_batches=n) for n in (1, 4)]
+    assert plans[0].wire_bytes_per_gpu == plans[1].wire_bytes_per_gpu == 1.5 * 4 * network.num_parameters
+    spans = simulate_steps([Job(plan=plans[1])], record_gpus=1)[0].spans
+    reduced = [span.start_s for span in spans if span.stream == "communication"]
+    one_pass = sum(work.seconds for work in (*plans[1].forward, *plans[1].backward))
+    assert len(reduced) == len(buckets)
+    assert min(reduced) >= 3 * one_pass
+
+
+def test_the_map_of_used_parameters_is_reduced_after_the_last_bucket() -> None:
+    network = residual_network()
+    step, buckets = step_of(network), ddp_buckets(network, rebuilt=False)
+    plan = ddp.with_communication(
+        ddp.compute_plan(step, buckets), buckets, all_reduce, used_bytes=4 * len(network.parameters)
+    )
+    assert plan.buckets[-1].num_bytes == 4 * len(network.parameters)
+    assert plan.communication_s == 4 * network.num_parameters + 4 * len(network.parameters)
+    assert [w.bucket for w in plan.backward if w.bucket is not None] == list(range(len(buckets) + 1))
+
+
+def test_buckets_that_are_never_rebuilt_need_no_new_order() -> None:
+    network = residual_network()
+    assert ddp.wrapping_s(network, all_reduce) - ddp.wrapping_s(network, all_reduce, rebuilds=False) == pytest.approx(
+        0.5 * 4 * len(network.parameters)
+    )
+
+
+def test_wrapping_has_an_interval() -> None:
+    network = residual_network()
+    low, expected, high = (ddp.wrapping_s(network, all_reduce, bound) for bound in ("low", "expected", "high"))
+    assert (low, high) == (0.5 * expected, 3 * expected)

@@ -15,7 +15,8 @@ from ptsim.hardware.catalog import load_device, match_device
 from ptsim.network import LayerKind, Precision
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection, epochs_frame, projections_frame
-from ptsim.sim.run import StepCache, change, project, recorded_jitter
+from ptsim.sim.run import StepCache, change, project
+from ptsim.sim.scenario import recorded_jitter
 from ptsim.trace.io import Trace, read_trace
 from tests.sim.plans import cluster
 from tests.traces import dense_trace, shrinking_trace
@@ -154,6 +155,34 @@ class TestManyGpus:
         slow = cluster(inter_bandwidth=1e8)
         assert run(trace, 64, slow, jobs=4).total_s > run(trace, 64, slow).total_s
 
+    def test_link_by_link_is_the_formula_on_equal_links(self, trace: Trace) -> None:
+        for gpus in (1, 8, 64):
+            by_links, by_formula = run(trace, gpus, network="links"), run(trace, gpus)
+            assert by_links == by_formula
+
+    def test_one_slow_nic_costs_the_whole_job(self, trace: Trace) -> None:
+        rails = msgspec.structs.replace(cluster(inter_bandwidth=1e9), nics_per_node=8)
+        whole = run(trace, 64, rails, network="links")
+        slow = run(trace, 64, rails, network="links", link_bandwidth={"node 5 out nic 2": 0.1})
+        assert slow.exposed_communication_s > 3 * whole.exposed_communication_s
+        assert slow.compute_s == whole.compute_s
+
+    def test_jobs_share_what_their_placement_says(self, trace: Trace) -> None:
+        slow = cluster(inter_bandwidth=1e8)
+        alone = run(trace, 16, slow, network="links")
+        packed, striped = (run(trace, 16, slow, network="links", jobs=2, placement=p) for p in ("packed", "striped"))
+        assert packed.total_s == alone.total_s
+        assert any("share no link" in note for note in packed.notes)
+        assert striped.total_s > alone.total_s
+
+    def test_unused_parameters_are_asked_for_every_step(self, trace: Trace) -> None:
+        plain, asked = run(trace, 8, autotune_trials=0), run(trace, 8, autotune_trials=0, find_unused_parameters=True)
+        added = asked.allreduce_bytes_per_gpu - plain.allreduce_bytes_per_gpu
+        expected = sum(
+            e.num_iterations * 2 * 7 / 8 * 4 * len(trace.networks[e.architecture].parameters) for e in plain.epochs
+        )
+        assert added == pytest.approx(expected)
+
     def test_jobs_inside_a_node_share_nothing(self, trace: Trace) -> None:
         projection = run(trace, 8, jobs=4)
         assert projection.total_s == run(trace, 8).total_s
@@ -165,7 +194,19 @@ class TestManyGpus:
         assert own.total_s < mixed.total_s <= old.total_s * 1.001
         assert mixed.straggler_wait_s > 0
         assert (own.tier, mixed.tier) == ("measured", "scaled")  # the trace has no measurement of a T4
+        assert {epoch.tier for epoch in mixed.epochs} == {"scaled"}
         assert any("devices are mixed" in note for note in mixed.notes)
+
+    def test_mixed_gpus_compute_their_mean_and_wait_for_the_slowest(self, trace: Trace) -> None:
+        own, old = run(trace, 8), run(trace, 8, device="t4")
+        mixed = run(trace, 8, mixed_devices={"t4": 2})
+        assert mixed.compute_s == pytest.approx((6 * own.compute_s + 2 * old.compute_s) / 8)
+        assert mixed.compute_s + mixed.straggler_wait_s == pytest.approx(old.compute_s)
+
+    def test_mixed_gpus_have_the_interval_of_the_slowest(self, trace: Trace) -> None:
+        old, mixed = run(trace, 8, device="t4"), run(trace, 8, mixed_devices={"t4": 2})
+        assert mixed.high_s / mixed.total_s == pytest.approx(old.high_s / old.total_s, rel=0.02)
+        assert mixed.low_s / mixed.total_s == pytest.approx(old.low_s / old.total_s, rel=0.02)
 
     def test_slow_input_decides_the_pace(self, trace: Trace) -> None:
         projection = run(trace, 8, input_images_per_s=100.0)
@@ -208,6 +249,23 @@ class TestManyGpus:
 class TestReconfigurations:
     def test_they_cost_what_was_recorded(self, trace: Trace) -> None:
         assert run(trace, 1, autotune_trials=0).reconfiguration_s == sum(r.duration_s for r in trace.reconfigurations)
+
+    def test_their_interval_is_the_recorded_ones_spread(self, trace: Trace) -> None:
+        (first, second) = trace.reconfigurations
+        slower = msgspec.structs.replace(second, duration_s=2 * first.duration_s)
+        changed = msgspec.structs.replace(trace, reconfigurations=(first, slower))
+        p = run(changed, 1, autotune_trials=0)
+        # two durations a factor of 2 apart: a standard deviation of ln 2 / sqrt 2
+        width = 2 ** (1.645 / math.sqrt(2))
+        assert p.reconfiguration_high_s == pytest.approx(width * p.reconfiguration_s)
+        assert p.reconfiguration_low_s == pytest.approx(p.reconfiguration_s / width)
+        assert p.high_s - sum(e.high_s for e in p.epochs) == pytest.approx(p.reconfiguration_high_s)
+        told = run(changed, 1, autotune_trials=0, surgery_s=2.0)
+        assert told.reconfiguration_low_s == told.reconfiguration_high_s == 4.0
+
+    def test_what_follows_from_them_has_the_interval_of_its_tier(self, dense: Trace, trace: Trace) -> None:
+        p = run(trace, 64, surgery_s=0.0, device="v100-sxm2-16gb")
+        assert p.reconfiguration_low_s < p.reconfiguration_s < p.reconfiguration_high_s
 
     def test_on_many_gpus_wrapping_comes_on_top(self, trace: Trace) -> None:
         assert run(trace, 64).reconfiguration_s > run(trace, 1).reconfiguration_s

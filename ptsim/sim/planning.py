@@ -1,0 +1,205 @@
+"""What is trained when: the epochs of a projection, each with its network, mini-batch and number of steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from ptsim.costs.memory import largest_batch
+from ptsim.errors import UsageError
+from ptsim.network import Network
+from ptsim.sim.rounding import rounded
+from ptsim.sim.scenario import Scenario
+from ptsim.trace.schema import Epoch
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """An epoch as it will be projected."""
+
+    epoch: Epoch
+    network: Network
+    id: str  # the network's
+    batch: int
+    num_iterations: int
+    new: bool  # the network differs from the epoch before, so that the run reconfigures in front of it
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """All epochs, and what was assumed."""
+
+    stages: tuple[Stage, ...]
+    notes: tuple[str, ...]
+
+
+def plan_run(scenario: Scenario) -> Plan:
+    """The epochs that the options ask for.
+
+    Raises:
+        UsageError: a one-time reconfiguration after the last epoch, or a mini-batch with fewer images than
+            micro-batches.
+    """
+    planner = _Planner(scenario)
+    stages = planner.stages()
+    planner.note_assumptions(stages)
+    return Plan(stages=tuple(stages), notes=tuple(planner.notes))
+
+
+class _Planner:
+    """A plan under way, and the notes that accumulate."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario, self.options, self.num_gpus = scenario, scenario.options, scenario.num_gpus
+        self.epochs = scenario.trace.epochs
+        self.notes: list[str] = []
+
+    def stages(self) -> list[Stage]:
+        options, epochs = self.options, self.epochs
+        dense = epochs[0]
+        chosen: list[Epoch] = list(epochs)
+        if options.one_time_epoch is not None:
+            k = options.one_time_epoch
+            if k >= len(epochs):
+                raise UsageError(f"one_time_epoch is {k}, the trace has {len(epochs)} epochs")
+            chosen = [dense if epoch.epoch < k else epochs[k] for epoch in epochs]
+        stages: list[Stage] = []
+        batch = 0
+        for epoch, source in zip(epochs, chosen, strict=True):
+            network, identity = self._network(source)
+            new = not stages or identity != stages[-1].id
+            batch = self._batch(source, network, identity, previous=batch, new=new, epoch=epoch.epoch)
+            stages.append(
+                Stage(
+                    epoch=epoch,
+                    network=network,
+                    id=identity,
+                    batch=batch,
+                    num_iterations=self._num_iterations(epoch, batch),
+                    new=new and bool(stages),
+                )
+            )
+        return stages
+
+    def _network(self, epoch: Epoch) -> tuple[Network, str]:
+        network = self.scenario.trace.network_of(epoch)
+        multiple = self.options.channel_multiple
+        if multiple == 1:
+            return network, epoch.architecture
+
+        def make() -> tuple[Network, str]:
+            changed = rounded(network, multiple)
+            return changed, changed.id
+
+        return self.scenario.cache.get(("rounded", epoch.architecture, multiple), make)
+
+    def _batch(self, source: Epoch, network: Network, identity: str, *, previous: int, new: bool, epoch: int) -> int:
+        """The per-GPU mini-batch of an epoch."""
+        options = self.options
+        recorded = self.epochs[0] if options.minibatch != "recorded" else source
+        per_gpu = recorded.batch_per_gpu
+        if options.scaling == "strong":
+            per_gpu = max(1, -(-recorded.batch_per_gpu * recorded.world_size // self.num_gpus))
+        if options.minibatch != "planned" or (previous and not new):
+            return previous or per_gpu if options.minibatch == "planned" else per_gpu
+        most = self._largest_batch(source, network, identity)
+        if not previous:
+            if most and most < per_gpu:
+                self.notes.append(f"mini-batch {per_gpu} does not fit at first; planned with {most}")
+                return most
+            return per_gpu
+        if most > previous:
+            beyond = (
+                "" if most <= source.batch_per_gpu else f" (recorded: {source.batch_per_gpu}; accuracy not projected)"
+            )
+            self.notes.append(f"mini-batch per GPU {previous} → {most} at epoch {epoch}{beyond}")
+            return most
+        return previous
+
+    def _largest_batch(self, source: Epoch, network: Network, identity: str) -> int:
+        """The largest mini-batch per GPU that fits; gradient accumulation needs the memory of one micro-batch."""
+        scenario, options = self.scenario, self.options
+        limit = source.num_images // self.num_gpus  # one step per epoch is the most that the data set can fill
+        limit = min(limit, options.max_batch or limit)
+        key = (
+            "batch",
+            identity,
+            limit,
+            scenario.memory_bytes,
+            scenario.device_key,
+            scenario.precision,
+            scenario.memory_format,
+            options.micro_batches,
+            options.batch_granularity,
+            self.num_gpus > 1,
+        )
+        return options.micro_batches * scenario.cache.get(
+            key,
+            lambda: largest_batch(
+                network,
+                capacity_bytes=scenario.memory_bytes,
+                granularity=options.batch_granularity,
+                limit=limit // options.micro_batches,
+                precision=scenario.precision,
+                optimizer=scenario.optimizer,
+                memory_format=scenario.memory_format,
+                device=scenario.device,
+                data_parallel=self.num_gpus > 1,
+            ),
+        )
+
+    def _num_iterations(self, epoch: Epoch, batch: int) -> int:
+        if batch == epoch.batch_per_gpu and self.num_gpus == epoch.world_size:
+            return epoch.num_iterations
+        per_step = batch * self.num_gpus
+        whole = epoch.num_images == epoch.num_iterations * epoch.batch_per_gpu * epoch.world_size
+        # a recorded epoch of whole mini-batches dropped the rest of the data set; otherwise the rest is one more step
+        steps = epoch.num_images / per_step
+        return max(1, math.floor(steps) if whole else math.ceil(steps))
+
+    def note_assumptions(self, stages: Sequence[Stage]) -> None:
+        trace, options, epochs = self.scenario.trace, self.options, self.epochs
+        note = self.notes.append
+        if not trace.complete:
+            planned = trace.run.hyperparameters.get("epochs")
+            of = f" of {planned}" if isinstance(planned, int) else ""
+            why = "interrupted" if trace.end is not None else "truncated or unfinished"
+            note(f"the trace is {why}: only its {len(epochs)}{of} recorded epochs are projected")
+        elif len(epochs) == 1:
+            note("the trace has a single epoch")
+        per_node = self.scenario.cluster.gpus_per_node
+        full, rest = divmod(self.num_gpus, per_node)
+        if rest and full:
+            note(f"{self.num_gpus} GPUs do not fill nodes of {per_node}: {full} full and one with {rest} are assumed")
+        if options.scaling == "strong":
+            self._note_uneven(stages)
+        if options.mixed_devices:
+            note(f"devices are mixed: memory and energy are those of the {self.scenario.device.name} alone")
+        if any(stage.num_iterations * stage.batch * self.num_gpus > 2 * stage.epoch.num_images for stage in stages):
+            note("one global mini-batch holds more images than an epoch has: one step per epoch is projected")
+        if any(stage.batch < options.micro_batches for stage in stages):
+            raise UsageError(
+                f"micro_batches is {options.micro_batches}, more than the "
+                f"{min(stage.batch for stage in stages)} images of a GPU's mini-batch"
+            )
+        waited = sum(epoch.time.data_wait_s for epoch in epochs) / max(1e-12, sum(e.time.wall_s for e in epochs))
+        if waited > 0.05 and options.input_images_per_s is None:
+            note(f"the recorded run waited for data {waited:.0%} of the time; projected with input that keeps up")
+        if not self.scenario.overlap and options.overlap is None and self.num_gpus > 1:
+            note("the recorded step was compiled: its gradients become ready together, so nothing hides all-reduces")
+
+    def _note_uneven(self, stages: Sequence[Stage]) -> None:
+        uneven = sorted(
+            {
+                total
+                for stage in stages
+                if self.options.minibatch != "planned"
+                and (total := stage.epoch.batch_per_gpu * stage.epoch.world_size) % self.num_gpus
+            }
+        )
+        if uneven:
+            per_gpu = -(-uneven[0] // self.num_gpus)
+            self.notes.append(
+                f"a global mini-batch of {uneven[0]} does not divide by {self.num_gpus} GPUs: "
+                f"rounded up to {per_gpu} per GPU, {per_gpu * self.num_gpus:,} in all"
+            )

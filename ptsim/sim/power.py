@@ -1,0 +1,78 @@
+"""How many joules a projected run takes: GPUs that compute, and GPUs that wait."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ptsim.costs.energy import PowerModel, PowerSample, fit_power, published_power, step_energy
+from ptsim.costs.step import StepSetting, StepTime, step_time
+from ptsim.sim.planning import Stage
+from ptsim.sim.projection import EpochProjection
+from ptsim.sim.scenario import Scenario
+from ptsim.sim.step import StepResult
+from ptsim.trace.schema import Epoch
+
+
+class Power:
+    """The watts of a scenario's device, from the recorded powers where the run was on it, else its data sheet."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.model: PowerModel | None = None
+        if scenario.device.power_w > scenario.device.idle_power_w:
+            self.model = scenario.cache.get(("power", scenario.device_key), self._fit)
+
+    @property
+    def relative_error(self) -> float:
+        """Half-width of the 90 % interval of the model's watts."""
+        return 0.0 if self.model is None else self.model.relative_error
+
+    def step_j(self, stage: Stage, step: StepTime, result: StepResult) -> float | None:
+        """Joules of one step on one GPU: what it computes, and the time for which it waits."""
+        model, scenario = self.model, self.scenario
+        if model is None:
+            return None
+        key = ("energy", model, stage.id, scenario.device_key, scenario.setting(stage.batch, stage.epoch))
+        computing_j = scenario.cache.get(key, lambda: step_energy(step, scenario.device, model=model).joules)
+        n = scenario.options.micro_batches
+        updates_j = (step.optimizer_s + step.regularizer_s) * model.stream_w  # once per step, not per micro-batch
+        waiting_s = result.step_s - result.compute_s
+        return n * computing_j - (n - 1) * updates_j + max(0.0, waiting_s) * model.waiting_w
+
+    def run_j(self, epochs: Sequence[EpochProjection], fixed_s: float, faults_s: float) -> float | None:
+        """Joules of all GPUs over the run; they wait while it reconfigures, and work at their mean power in faults."""
+        energies = [epoch.energy_j for epoch in epochs if epoch.energy_j is not None]
+        if self.model is None or len(energies) < len(epochs):
+            return None
+        training_j, training_s = math.fsum(energies), math.fsum(epoch.total_s for epoch in epochs)
+        lost = faults_s / training_s if training_s else 0.0
+        return training_j * (1 + lost) + self.scenario.num_gpus * fixed_s * self.model.waiting_w
+
+    def _fit(self) -> PowerModel:
+        scenario = self.scenario
+        samples = []
+        if scenario.measurements.source_device == scenario.device:
+            for epoch in scenario.trace.epochs:
+                if epoch.device is None or epoch.device.power_w is None:
+                    continue
+                step = self._recorded_step_time(epoch)
+                waiting_s = max(0.0, epoch.time.wall_s / epoch.num_iterations - step.compute_s)
+                samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=epoch.device.power_w))
+        return fit_power(scenario.device, samples) if samples else published_power(scenario.device)
+
+    def _recorded_step_time(self, epoch: Epoch) -> StepTime:
+        scenario, run = self.scenario, self.scenario.trace.run
+        setting = StepSetting(
+            batch=epoch.batch_per_gpu,
+            precision=run.precision,
+            memory_format=run.memory_format,
+            optimizer=scenario.optimizer,
+            regularizer=epoch.penalty_coefficient > 0,
+        )
+        return scenario.cache.get(
+            ("step", epoch.architecture, scenario.device_key, setting),
+            lambda: step_time(
+                scenario.trace.network_of(epoch), scenario.device, setting, measurements=scenario.measurements
+            ),
+        )

@@ -1,0 +1,391 @@
+"""What one step of a planned epoch takes on the projected GPUs, and what wrapping its network costs; with bounds.
+
+Every distinct (architecture, mini-batch) is simulated once, three times over: with every duration at its expected
+value and at the low and the high end of its own interval. The tiers' errors are systematic, so they are taken as fully
+correlated over layers. The recorded spread of the steps comes on top, independent of that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import msgspec
+
+from ptsim.costs.buckets import Bucket, ddp_buckets
+from ptsim.costs.memory import MemoryNeed, iteration_memory
+from ptsim.costs.step import StepTime, Tier, step_time
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import load_device
+from ptsim.hardware.spec import Device
+from ptsim.network import LayerKind, Network, Precision
+from ptsim.sim import ddp
+from ptsim.sim.network import Network as Links
+from ptsim.sim.options import GRADIENT_BYTES
+from ptsim.sim.planning import Stage
+from ptsim.sim.power import Power
+from ptsim.sim.scenario import Scenario
+from ptsim.sim.step import Jitter, Job, StepPlan, StepResult, simulate_steps
+from ptsim.trace.schema import Reconfiguration
+from ptsim.units import GIB
+
+TIERS = tuple(Tier)
+_BOUNDS: tuple[ddp.Bound, ...] = ("low", "expected", "high")
+
+
+class Interval(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds with the ends of their 90 % interval."""
+
+    low_s: float
+    expected_s: float
+    high_s: float
+
+
+class StepPrice(msgspec.Struct, frozen=True, kw_only=True):
+    """One simulated step with its bounds and what wrapping its network costs."""
+
+    step: StepTime
+    result: StepResult
+    scale: float  # mean computation of all GPUs / that of the step; not 1 where devices are mixed or jitter
+    forward_s: float
+    backward_s: float
+    low_s: float
+    high_s: float
+    wrapping: Interval
+    peak_memory_bytes: int
+    energy_j: float | None  # of one step on one GPU
+    tier: Tier  # the worst of all devices
+
+
+class RecordedSteps(msgspec.Struct, frozen=True, kw_only=True):
+    """Simulated steps of one architecture and mini-batch, piece by piece. `epoch` is the first that it trains."""
+
+    epoch: int
+    network: Network
+    batch: int
+    precision: Precision
+    device: Device
+    optimizer: str
+    result: StepResult
+
+
+class Pricer:
+    """Prices the stages of one scenario; every distinct step once. `notes` accumulate."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        """Place the job on the cluster.
+
+        Raises:
+            UsageError: more GPUs than the cluster has.
+        """
+        self.scenario, self.options = scenario, scenario.options
+        self.links = Links(scenario.cluster, scenario.num_gpus, scenario.options)
+        self.power = Power(scenario)
+        self.notes = self.links.notes
+        self._prices: dict[tuple[Hashable, ...], StepPrice] = {}
+        ratio = GRADIENT_BYTES[self.options.gradient_format] / 4 * self.options.compression
+        self._wire = ddp.memory_bound_conversion(ratio, scenario.device.memory_bandwidth_bytes_per_s)
+
+    def price(self, stage: Stage) -> StepPrice:
+        """The stage's step."""
+        key = (stage.id, stage.batch, stage.epoch.penalty_coefficient > 0)
+        if key not in self._prices:
+            self._prices[key] = self._price(stage)
+        return self._prices[key]
+
+    def reconfiguration(self, stage: Stage) -> Interval:
+        """What it costs to begin a stage whose network is new: surgery, and all that follows from wrapping it."""
+        wrapping = self.price(stage).wrapping
+        if self.options.surgery_s is not None:
+            surgery = Interval(
+                low_s=self.options.surgery_s, expected_s=self.options.surgery_s, high_s=self.options.surgery_s
+            )
+        else:
+            surgery = recorded_surgery(self.scenario.trace.reconfigurations, stage.epoch.epoch)
+        return Interval(
+            low_s=surgery.low_s + wrapping.low_s,
+            expected_s=surgery.expected_s + wrapping.expected_s,
+            high_s=surgery.high_s + wrapping.high_s,
+        )
+
+    def record(self, stage: Stage, num_steps: int, shown: int) -> RecordedSteps:
+        """What the streams of the first `shown` GPUs do in `num_steps` steps of the stage."""
+        scenario = self.scenario
+        step = self._step_time(stage)
+        speeds, _ = self._speeds(stage, step, "expected")
+        if self._jitter() is None:  # simulate only what is shown, and one of every kind
+            rest = sorted(set(speeds[shown:]))
+            speeds = (*speeds[:shown], *rest)
+        plan = self._plan(stage, step, "expected", merged=False)
+        return RecordedSteps(
+            epoch=stage.epoch.epoch,
+            network=stage.network,
+            batch=stage.batch,
+            precision=scenario.precision,
+            device=scenario.device,
+            optimizer=scenario.optimizer,
+            result=self._simulate(stage, plan, speeds, self.options.contention, num_steps=num_steps, record_gpus=shown),
+        )
+
+    def _price(self, stage: Stage) -> StepPrice:
+        options, scenario = self.options, self.scenario
+        step = self._step_time(stage)
+        results: dict[ddp.Bound, StepResult] = {}
+        plans: dict[ddp.Bound, StepPlan] = {}
+        tier = step.tier
+        for bound, contention in zip(_BOUNDS, _contentions(options.contention), strict=True):
+            speeds, tier = self._speeds(stage, step, bound)
+            plans[bound] = self._plan(stage, step, bound)
+            results[bound] = self._simulate(stage, plans[bound], speeds, contention)
+        expected = results["expected"]
+        need = self._memory(stage)
+        most = scenario.memory_bytes
+        if need.device_bytes > most:
+            self.notes.append(
+                f"epoch {stage.epoch.epoch}: a mini-batch of {stage.batch} needs {need.device_bytes / GIB:.1f} GiB, "
+                f"a process on the {scenario.device.name} can have {most / GIB:.1f} GiB: it would not fit"
+            )
+        n = options.micro_batches
+        forward_s, backward_s = scenario.cache.get(
+            ("passes", *self._key(stage)), lambda: (step.forward_s, step.backward_s)
+        )
+        compute_s = n * (forward_s + backward_s + step.overhead_s) + step.optimizer_s + step.regularizer_s
+        low_s, high_s = results["low"].step_s, results["high"].step_s
+        wrapping = {bound: self._wrapping_s(stage, step, plans[bound], results[bound], bound) for bound in _BOUNDS}
+        return StepPrice(
+            step=step,
+            result=expected,
+            scale=expected.compute_s / compute_s if compute_s else 1.0,
+            forward_s=n * forward_s,
+            backward_s=n * backward_s,
+            low_s=expected.step_s / _widened(expected.step_s / min(low_s, expected.step_s), scenario.spread),
+            high_s=expected.step_s * _widened(max(high_s, expected.step_s) / expected.step_s, scenario.spread),
+            wrapping=Interval(
+                low_s=min(wrapping["low"], wrapping["expected"]),
+                expected_s=wrapping["expected"],
+                high_s=max(wrapping["high"], wrapping["expected"]),
+            ),
+            peak_memory_bytes=need.peak_bytes,
+            energy_j=self.power.step_j(stage, step, expected),
+            tier=tier,
+        )
+
+    def _wrapping_s(self, stage: Stage, step: StepTime, plan: StepPlan, result: StepResult, bound: ddp.Bound) -> float:
+        """Compiling, tuning, warming up, and DDP's first messages and step."""
+        options, network = self.options, stage.network
+        tuning_s = self._autotune_s(stage, step) * ddp.computation_scale(step, bound)
+        seconds = options.compile_s + options.warmup_steps * result.step_s + tuning_s
+        if self.scenario.num_gpus == 1:
+            return seconds
+        rebuilds = not options.find_unused_parameters
+        if rebuilds:
+            shown_s = ddp.first_step_s(network, plan, self.links.all_reduce, self._wire, bound)
+            seconds += max(0.0, shown_s - result.exposed_communication_s)
+        return seconds + ddp.wrapping_s(network, self.links.all_reduce, bound, rebuilds=rebuilds)
+
+    def _key(self, stage: Stage, device: bytes | None = None) -> tuple[Hashable, ...]:
+        """Everything that the computation of a step depends on."""
+        return (stage.id, device or self.scenario.device_key, self.scenario.setting(stage.batch, stage.epoch))
+
+    def _step_time(self, stage: Stage, other: Device | None = None) -> StepTime:
+        """Of the projected device, or of another one that is mixed in."""
+        scenario = self.scenario
+        measurements, key = scenario.measurements, None
+        if other is not None:
+            measurements = msgspec.structs.replace(measurements, device_profile=None)  # that is of the projected device
+            key = msgspec.json.encode(other)
+        return scenario.cache.get(
+            ("step", *self._key(stage, key)),
+            lambda: step_time(
+                stage.network,
+                other or scenario.device,
+                scenario.setting(stage.batch, stage.epoch),
+                measurements=measurements,
+            ),
+        )
+
+    def _memory(self, stage: Stage) -> MemoryNeed:
+        scenario = self.scenario
+        together = scenario.num_gpus > 1
+        return scenario.cache.get(
+            ("memory", together, *self._key(stage)),
+            lambda: iteration_memory(
+                stage.network,
+                batch=scenario.micro_batch(stage.batch),
+                precision=scenario.precision,
+                optimizer=scenario.optimizer,
+                memory_format=scenario.memory_format,
+                device=scenario.device,
+                data_parallel=together,
+            ),
+        )
+
+    def _buckets(self, stage: Stage) -> tuple[Bucket, ...]:
+        if self.scenario.num_gpus == 1:
+            return ()
+        first, others = self.options.first_bucket_bytes, self.options.bucket_bytes
+        rebuilt = not self.options.find_unused_parameters
+        return self.scenario.cache.get(
+            ("buckets", stage.id, first, others, rebuilt),
+            lambda: ddp_buckets(stage.network, first_bucket_bytes=first, bucket_bytes=others, rebuilt=rebuilt),
+        )
+
+    def _plan(self, stage: Stage, step: StepTime, bound: ddp.Bound, *, merged: bool = True) -> StepPlan:
+        options, scenario, buckets = self.options, self.scenario, self._buckets(stage)
+
+        def compute() -> StepPlan:
+            plan = ddp.compute_plan(step, buckets, num_micro_batches=options.micro_batches)
+            return plan.merged() if merged else plan
+
+        key = self._key(stage)
+        ready = tuple(bucket.ready_layer for bucket in buckets)
+        together = scenario.num_gpus > 1
+        plan = ddp.with_communication(
+            scenario.cache.get(("plan", merged, ready, options.micro_batches, *key), compute),
+            buckets,
+            self.links.all_reduce,
+            wire=self._wire,
+            buffer_bytes=ddp.buffer_bytes(stage.network) if options.broadcast_buffers and together else 0,
+            used_bytes=4 * len(stage.network.parameters) if options.find_unused_parameters else 0,
+            bound=bound,
+            scale=scenario.cache.get(("scale", bound, *key), lambda: ddp.computation_scale(step, bound)),
+        )
+        return plan if scenario.overlap else msgspec.structs.replace(plan, overlap=False)
+
+    def _simulate(
+        self,
+        stage: Stage,
+        plan: StepPlan,
+        speeds: tuple[float, ...],
+        contention: float,
+        *,
+        num_steps: int | None = None,
+        record_gpus: int = 0,
+    ) -> StepResult:
+        options, jitter = self.options, self._jitter()
+        interval = self._input_interval_s(stage)
+        job = Job(plan=plan, speeds=speeds, input_interval_s=interval)
+        if jitter is None and not record_gpus:  # GPUs of equal speed do the same
+            kinds = Counter(speeds) if options.mixed_devices else {1.0: len(speeds)}
+            job = msgspec.structs.replace(job, speeds=tuple(kinds), counts=tuple(kinds.values()))
+        jobs = [job]
+        sharing = self._sharing(plan)
+        if sharing[-1] > 1:
+            # equal jobs that start evenly spread over a step: neither the worst nor the best of phases
+            lag = plan.compute_s / len(sharing)
+            jobs += [msgspec.structs.replace(job, start_s=lag * i) for i in range(1, len(sharing))]
+        # enough steps for a stable mean; among thousands of GPUs the slowest one varies little from step to step
+        if num_steps is None:
+            is_random = (jitter is not None and jitter.sigma > 0) or len(jobs) > 1
+            num_steps = max(1, min(options.sampled_steps, 20_000 // len(job.speeds))) if is_random else 1
+        return simulate_steps(
+            jobs,
+            contention=contention,
+            sharing=sharing,
+            jitter=jitter,
+            num_steps=num_steps,
+            num_warmup=2 if len(jobs) > 1 else int(interval > 0),
+            seed=options.seed,
+            record_gpus=record_gpus,
+        )[0]
+
+    def _sharing(self, plan: StepPlan) -> tuple[float, ...]:
+        """By how much 1, 2, … communicating jobs slow each other down, for the largest message."""
+        if self.options.jobs == 1:
+            return (1.0,)
+        if not plan.buckets:
+            return (1.0,) * self.options.jobs
+        sharing = self.links.sharing(max(bucket.num_bytes for bucket in plan.buckets))
+        if sharing[-1] == 1:
+            note = "the jobs share no link that slows this one down"
+            if self.links.num_nodes == 1:
+                note = "jobs share links between nodes; this job stays inside one"
+            if note not in self.notes:
+                self.notes.append(note)
+        return sharing
+
+    def _speeds(self, stage: Stage, step: StepTime, bound: ddp.Bound) -> tuple[tuple[float, ...], Tier]:
+        """Duration factor of every GPU, and the worst of their tiers."""
+        options, num_gpus = self.options, self.scenario.num_gpus
+        if not options.mixed_devices:
+            return (1.0,) * num_gpus, step.tier
+        factors: list[float] = []
+        tier = step.tier
+        own_scale = ddp.computation_scale(step, bound)
+        for name, count in options.mixed_devices.items():
+            other = self._step_time(stage, load_device(name))
+            factor = other.compute_s * ddp.computation_scale(other, bound) / (step.compute_s * own_scale)
+            factors += [factor] * count
+            tier = max(tier, other.tier, key=TIERS.index)
+        cluster = self.scenario.cluster
+        own = cluster.gpus_per_node - len(factors)
+        if own < 0:
+            raise UsageError(
+                f"mixed_devices names {len(factors)} GPUs per node, {cluster.name} has {cluster.gpus_per_node}"
+            )
+        node = [1.0] * own + factors
+        return tuple(node[i % len(node)] for i in range(num_gpus)), tier
+
+    def _jitter(self) -> Jitter | None:
+        options = self.options
+        sigma = self.scenario.spread if options.jitter == "recorded" else float(options.jitter)
+        if not sigma and not options.straggler_fraction:
+            return None
+        return Jitter(
+            sigma=sigma,
+            straggler_fraction=options.straggler_fraction,
+            straggler_slowdown=options.straggler_slowdown,
+        )
+
+    def _input_interval_s(self, stage: Stage) -> float:
+        rate = self.options.input_images_per_s
+        if rate is None:
+            return 0.0
+        if rate == "recorded":
+            # a loader that made the run wait was busy all the time, and can do what it did in the fastest such epoch;
+            # one that never did is no limit
+            paces = [
+                epoch.time.wall_s * epoch.world_size / epoch.num_images
+                for epoch in self.scenario.trace.epochs
+                if epoch.time.data_wait_s >= 0.01 * epoch.time.wall_s and epoch.num_images
+            ]
+            return stage.batch * min(paces, default=0.0)
+        return stage.batch / float(rate)
+
+    def _autotune_s(self, stage: Stage, step: StepTime) -> float:
+        """Every convolution's forward and backward, so many times (cuDNN tries its algorithms at the first step)."""
+        if not self.options.autotune_trials or self.scenario.device.architecture == "cpu":
+            return 0.0
+        convolutions = {layer.name for layer in stage.network.layers if layer.kind is LayerKind.CONV}
+        once = sum(layer.forward_s + layer.backward_s for layer in step.layers if layer.layer in convolutions)
+        return self.options.autotune_trials * once
+
+
+def recorded_surgery(reconfigurations: Sequence[Reconfiguration], epoch: int) -> Interval:
+    """What the recorded reconfiguration in front of `epoch` took; the median one's time where there was none.
+
+    The interval is the recorded reconfigurations' spread. With fewer than two it has no width.
+    """
+    durations = sorted(r.duration_s for r in reconfigurations)
+    if not durations:
+        return Interval(low_s=0.0, expected_s=0.0, high_s=0.0)
+    exact = [r.duration_s for r in reconfigurations if r.epoch + 1 == epoch]
+    expected = exact[0] if exact else durations[len(durations) // 2]
+    logs = [math.log(seconds) for seconds in durations if seconds > 0]
+    sigma = 0.0
+    if len(logs) > 1:
+        mean = math.fsum(logs) / len(logs)
+        sigma = math.sqrt(math.fsum((value - mean) ** 2 for value in logs) / (len(logs) - 1))
+    width = math.exp(1.645 * sigma)
+    return Interval(low_s=expected / width, expected_s=expected, high_s=expected * width)
+
+
+def _widened(ratio: float, sigma: float) -> float:
+    """The end of a 90 % interval (as a ratio to the middle) with a log-normal spread on top, independent of it."""
+    return math.exp(math.hypot(math.log(ratio), 1.645 * sigma))
+
+
+def _contentions(contention: float) -> tuple[float, float, float]:
+    """The contention of the low end, the middle and the high end: 0.1–0.3 around the default of 0.2."""
+    return contention / 2, contention, min(1.0, contention * 1.5)

@@ -1,0 +1,109 @@
+"""Which run is projected onto what: the inputs of a projection, resolved once and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from ptsim.costs.memory import usable_bytes
+from ptsim.costs.step import Measurements, StepSetting
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import load_device, measured_device
+from ptsim.hardware.profile import DeviceProfile
+from ptsim.hardware.spec import Cluster, Device
+from ptsim.network import Precision
+from ptsim.sim.options import Options
+from ptsim.trace.io import Trace
+from ptsim.trace.schema import Epoch
+
+T = TypeVar("T")
+
+
+class StepCache:
+    """What several projections of the same trace share: step times, memory needs, plans without communication.
+
+    A cache belongs to one trace and one device profile.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is under `key`, made if it is new. A key always stands for the same type."""
+        if key not in self._known:
+            self._known[key] = make()
+        known: T = self._known[key]
+        return known
+
+
+class Scenario:
+    """One projection's inputs: the recorded run, the cluster, and every option with its default filled in."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        cluster: Cluster,
+        num_gpus: int,
+        options: Options,
+        *,
+        device: Device | None = None,
+        device_profile: DeviceProfile | None = None,
+        cache: StepCache | None = None,
+    ) -> None:
+        """Resolve names and defaults.
+
+        Raises:
+            UsageError: no epochs in the trace, no GPUs, an option out of its bounds, or an unknown device.
+        """
+        options.check()
+        if not trace.epochs:
+            raise UsageError(f"{trace.path} has no finished epoch; there is nothing to project")
+        if num_gpus < 1:
+            raise UsageError(f"{num_gpus} GPUs; at least 1 is needed")
+        self.trace, self.cluster, self.num_gpus, self.options = trace, cluster, num_gpus, options
+        self.cache = cache or StepCache()
+        run = trace.run
+        self.device = device or load_device(options.device or cluster.device)
+        self.device_key = msgspec.json.encode(self.device)
+        nominal = options.memory_bytes or self.device.memory_bytes
+        self.memory_bytes = usable_bytes(msgspec.structs.replace(self.device, memory_bytes=nominal))
+        self.precision = Precision(options.precision) if options.precision else run.precision
+        self.memory_format = options.memory_format or run.memory_format
+        optimizer = run.hyperparameters.get("optimizer", "sgd")
+        self.optimizer = optimizer if isinstance(optimizer, str) else "sgd"
+        self.measurements = Measurements(
+            profiles=trace.profiles,
+            source_device=measured_device(run.device.name, self.device),
+            device_profile=device_profile,
+        )
+        compiled = run.hyperparameters.get("compile") is True
+        self.overlap = not compiled if options.overlap is None else options.overlap
+        self.spread = recorded_jitter(trace.epochs)
+
+    def micro_batch(self, batch: int) -> int:
+        """Images of one forward and backward pass of a mini-batch."""
+        return -(-batch // self.options.micro_batches)
+
+    def setting(self, batch: int, epoch: Epoch) -> StepSetting:
+        """How a pass of a mini-batch is run, with the regularizer where the epoch has one."""
+        return StepSetting(
+            batch=self.micro_batch(batch),
+            precision=self.precision,
+            memory_format=self.memory_format,
+            optimizer=self.optimizer,
+            regularizer=epoch.penalty_coefficient > 0,
+        )
+
+
+def recorded_jitter(epochs: Sequence[Epoch]) -> float:
+    """The standard deviation of the logarithm of a step's duration, from the recorded 10th and 90th percentiles.
+
+    Percentiles, not the standard deviation: the first steps after a start would dominate that. The median over epochs.
+    """
+    spreads = sorted(
+        math.log(epoch.step.p90_s / epoch.step.p10_s) / (2 * 1.2816) for epoch in epochs if epoch.step.p10_s > 0
+    )
+    return spreads[len(spreads) // 2] if spreads else 0.0
