@@ -1,8 +1,12 @@
 """Do ptsim's counts agree with torch's own? Recomputes the agreement, network by network.
 
-    python analysis/check_counts.py                    # the zoo and a list of torchvision models
-    python analysis/check_counts.py --all              # and all of torchvision's classifiers (slow)
+    python analysis/check_counts.py                                      # the zoo and a list of torchvision models
+    python analysis/check_counts.py --all --csv traces/public/counts.csv  # and torchvision's classifiers (long)
     python analysis/check_counts.py resnet20 torchvision:resnet18 --batch 2 --peaks
+
+Every network is checked as it is and pruned (a random 40 % of its prunable channels zeroed and removed by ptsim's own
+reconfiguration), in fp32 and under bf16 autocast. With `--csv` every row is written as soon as it is known, and rows
+that the file already has are not computed again: a run that was stopped goes on.
 
 Columns: MACs against `torch.utils.flop_counter.FlopCounterMode`, forward in evaluation mode and a whole training step
 (exact convention); kept bytes against `torch.autograd.graph.saved_tensors_hooks` with real tensors; with --peaks the
@@ -16,11 +20,16 @@ recomputation.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import math
 import os
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -33,49 +42,118 @@ from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.memory import iteration_memory
-from ptsim.network import Network
+from ptsim.errors import PtsimError
+from ptsim.network import Network, Precision
+from ptsim.prune.groups import find_groups, keep_one
+from ptsim.prune.proof import zero_components
+from ptsim.prune.reconfigure import reconfigure
 
 CHOSEN = (
     "alexnet vgg11_bn resnet18 resnet50 resnext50_32x4d densenet121 squeezenet1_1 googlenet inception_v3 mobilenet_v2 "
     "mobilenet_v3_small shufflenet_v2_x1_0 mnasnet0_5 efficientnet_b0 regnet_y_400mf convnext_tiny swin_t vit_b_32"
 )
+PRUNED_FRACTION = 0.4
+
+Form = Literal["dense", "pruned"]
+FORMS: tuple[Form, ...] = ("dense", "pruned")
+PRECISIONS = (Precision.FP32, Precision.BF16)
+KEY = ["model", "form", "precision", "batch"]
+COUNTS = ("inference_macs", "training_macs", "kept_bytes", "peak_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """One network: what ptsim says and what torch says, in MACs per image and bytes per mini-batch."""
+    """One network: what ptsim says and what torch says, in MACs per image and bytes per mini-batch.
+
+    MACs do not depend on the number format; they are counted in fp32 only.
+    """
 
     model: str
+    form: Form
+    precision: str
     batch: int
-    inference_macs: int
-    inference_macs_torch: int
-    training_macs: int
-    training_macs_torch: int
+    parameters: int
     kept_bytes: int
     kept_bytes_torch: int
+    inference_macs: int | None = None
+    inference_macs_torch: int | None = None
+    training_macs: int | None = None
+    training_macs_torch: int | None = None
     peak_bytes: int | None = None
     peak_bytes_torch: int | None = None
 
 
-def compare(name: str, *, batch: int = 2, peaks: bool = False) -> Agreement:
-    """Capture the network called `name` and count the same with torch's own tools on real tensors."""
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A live network and what ptsim captured of it."""
+
+    name: str
+    form: Form
+    model: nn.Module
+    network: Network
+
+
+def subject(name: str, form: Form = "dense") -> Subject:
+    """Build the network called `name`, prune it where asked, and capture it."""
     entry = zoo.find(name)
+    torch.manual_seed(0)
     model = entry.build(num_classes=entry.num_classes)
+    if form == "pruned":
+        prune(model, entry.input_shape)
     network = capture_network(model, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes)
-    images = torch.rand(batch, *entry.input_shape)
-    need = iteration_memory(network, batch=batch)
-    inference, training = torch_macs(model, images)
+    return Subject(name, form, model, network)
+
+
+def prune(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
+    """Zero a random part of the prunable channels in every layer that touches them, and reconfigure, in place."""
+    groups = find_groups(model, input_shape)
+    generator = torch.Generator().manual_seed(0)
+    chance = torch.rand(groups.num_components, generator=generator)
+    mask, _ = keep_one(groups, groups.prunable & (chance < PRUNED_FRACTION), chance)
+    zero_components(model, groups, mask)
+    reconfigure(model, groups)
+
+
+def compare(
+    name: str,
+    *,
+    form: Form = "dense",
+    precision: Precision = Precision.FP32,
+    batch: int = 2,
+    peaks: bool = False,
+) -> Agreement:
+    """Capture the network called `name` and count the same with torch's own tools on real tensors."""
+    return agreement(subject(name, form), precision=precision, batch=batch, peaks=peaks)
+
+
+def agreement(
+    about: Subject, *, precision: Precision = Precision.FP32, batch: int = 2, peaks: bool = False
+) -> Agreement:
+    """One row of the table."""
+    model, network = about.model, about.network
+    images = torch.rand(batch, *network.input_shape)
+    need = iteration_memory(network, batch=batch, precision=precision)
+    copies = need.parameter_bytes - iteration_memory(network, batch=batch).parameter_bytes  # autocast keeps them too
+    macs: dict[str, int] = {}
+    if precision is Precision.FP32:
+        inference, training = torch_macs(model, images)
+        macs = {
+            "inference_macs": inference_macs(network),
+            "inference_macs_torch": inference,
+            "training_macs": training_macs(network),
+            "training_macs_torch": training,
+        }
     return Agreement(
-        model=name,
+        model=about.name,
+        form=about.form,
+        precision=str(precision),
         batch=batch,
-        inference_macs=inference_macs(network),
-        inference_macs_torch=inference,
-        training_macs=training_macs(network),
-        training_macs_torch=training,
-        kept_bytes=need.activation_bytes,
-        kept_bytes_torch=kept_bytes(model, images),
+        parameters=network.num_parameters,
+        kept_bytes=need.activation_bytes + copies,
+        kept_bytes_torch=kept_bytes(model, images, precision),
         peak_bytes=need.peak_bytes if peaks else None,
-        peak_bytes_torch=peak_bytes(model, images, network) if peaks else None,
+        peak_bytes_torch=peak_bytes(model, images, network, precision) if peaks else None,
+        **macs,
     )
 
 
@@ -120,7 +198,7 @@ def torch_macs(model: nn.Module, images: Tensor) -> tuple[int, int]:
     return forward.get_total_flops() // 2 // batch, step.get_total_flops() // 2 // batch
 
 
-def kept_bytes(model: nn.Module, images: Tensor) -> int:
+def kept_bytes(model: nn.Module, images: Tensor, precision: Precision = Precision.FP32) -> int:
     """Bytes that autograd keeps at the end of a forward pass, every storage once, without parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Tensor] = {}
@@ -129,27 +207,33 @@ def kept_bytes(model: nn.Module, images: Tensor) -> int:
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _number_format(precision):
         outputs = model.train()(images)
     num_bytes = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
     del outputs
     return num_bytes
 
 
-def peak_bytes(model: nn.Module, images: Tensor, network: Network) -> int:
+def peak_bytes(model: nn.Module, images: Tensor, network: Network, precision: Precision = Precision.FP32) -> int:
     """High-water mark of a second SGD step: what was there before, and the allocator's log from then on."""
     labels = torch.randint(network.num_classes, (len(images),))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+
+    def forward() -> Tensor:
+        with _number_format(precision):
+            return _loss(model(images), labels)
+
     model.train()
-    _loss(model(images), labels).backward()
+    forward().backward()
     optimizer.step()
     optimizer.zero_grad()
     state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
     before = sum(t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers(), *state, images, labels])
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        _loss(model(images), labels).backward()
+        forward().backward()
         optimizer.step()
+    optimizer.zero_grad()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -158,17 +242,81 @@ def peak_bytes(model: nn.Module, images: Tensor, network: Network) -> int:
     return before + most
 
 
-def table(rows: Iterable[Agreement]) -> pd.DataFrame:
-    """A row a network with its relative errors."""
-    frame = pd.DataFrame([dataclasses.asdict(row) for row in rows])
-    for name in ("inference_macs", "training_macs", "kept_bytes", "peak_bytes"):
-        frame[f"{name}_error"] = frame[name].astype(float) / frame[f"{name}_torch"].astype(float) - 1
-    return frame
+def _number_format(precision: Precision) -> contextlib.AbstractContextManager[object]:
+    half = precision is Precision.BF16
+    return torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
 
 
 def _loss(outputs: object, labels: Tensor | None = None) -> Tensor:
     logits = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return torch.stack([x.sum() if labels is None else F.cross_entropy(x, labels) for x in logits]).sum()
+
+
+def table(rows: Iterable[Agreement]) -> pd.DataFrame:
+    """A row a network with its relative errors."""
+    return with_errors(pd.DataFrame([dataclasses.asdict(row) for row in rows]))
+
+
+def with_errors(frame: pd.DataFrame) -> pd.DataFrame:
+    """The counts with `…_error` columns beside them."""
+    return frame.assign(
+        **{f"{name}_error": frame[name].astype(float) / frame[f"{name}_torch"].astype(float) - 1 for name in COUNTS}
+    )
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """For every form and precision: networks, and the lowest and highest error of every count, in percent."""
+    rows = []
+    for (form, precision), part in with_errors(frame).groupby(["form", "precision"]):
+        row: dict[str, object] = {"form": form, "precision": precision, "networks": part.model.nunique()}
+        for name in COUNTS:
+            errors = 100 * part[f"{name}_error"].dropna()
+            if len(errors):
+                row[f"{name} %"] = f"{errors.min():+.2f} to {errors.max():+.2f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def missing(
+    names: Sequence[str], done: pd.DataFrame, *, batch: int, peaks: bool, forms: Sequence[Form] = FORMS
+) -> list[tuple[str, Form, list[Precision]]]:
+    """What is not among the `done` rows yet: network, form, and the precisions that it lacks."""
+    if peaks and not done.empty:
+        done = done[done.peak_bytes.notna()]
+    known = set(done[KEY].itertuples(index=False, name=None)) if not done.empty else set()
+    wanted = []
+    for name, form in itertools.product(names, forms):
+        lacking = [precision for precision in PRECISIONS if (name, form, str(precision), batch) not in known]
+        if lacking:
+            wanted.append((name, form, lacking))
+    return wanted
+
+
+def record(
+    names: Sequence[str], file: Path | None, *, batch: int = 2, peaks: bool = False, forms: Sequence[Form] = FORMS
+) -> pd.DataFrame:
+    """Compare every network, print each row and keep it in `file`; returns all rows, those of the file included."""
+    frame = pd.read_csv(file) if file is not None and file.is_file() else pd.DataFrame()
+    for name, form, precisions in missing(names, frame, batch=batch, peaks=peaks, forms=forms):
+        try:
+            about = subject(name, form)
+        except PtsimError as error:
+            print(f"{name:34} {form:6} {error}", file=sys.stderr)
+            continue
+        for precision in precisions:
+            row = pd.DataFrame([dataclasses.asdict(agreement(about, precision=precision, batch=batch, peaks=peaks))])
+            frame = pd.concat([frame, row], ignore_index=True).drop_duplicates(KEY, keep="last")
+            last = with_errors(row).iloc[0]
+            errors = "  ".join(
+                f"{count} {last[f'{count}_error']:+.2%}" for count in COUNTS if pd.notna(last[f"{count}_error"])
+            )
+            print(f"{name:34} {form:6} {precision:4} {errors}", flush=True)
+            if file is not None:
+                frame.sort_values(KEY).astype(_INTEGERS, errors="ignore").to_csv(file, index=False)
+    return frame
+
+
+_INTEGERS = {name: "Int64" for count in COUNTS for name in (count, f"{count}_torch")}
 
 
 def main() -> None:
@@ -180,6 +328,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="all of torchvision's classifiers")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--peaks", action="store_true", help="also the peak of a whole training step")
+    parser.add_argument("--form", choices=FORMS, action="append", help="only dense or only pruned networks")
+    parser.add_argument("--csv", type=Path, help="keep the rows in this file and go on where it ends")
     options = parser.parse_args()
     names = options.models or [*zoo.names(), *(f"torchvision:{name}" for name in CHOSEN.split())]
     if options.all:
@@ -188,20 +338,9 @@ def main() -> None:
         names = [*zoo.names(), *(f"torchvision:{name}" for name in models.list_models(module=models))]
     warnings.simplefilter("ignore")  # the networks' own deprecations
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
-    rows = []
-    for name in names:
-        rows.append(compare(name, batch=options.batch, peaks=options.peaks))
-        last = table(rows[-1:]).iloc[0]
-        errors = "  ".join(
-            f"{column.removesuffix('_error')} {last[column]:+.2%}"
-            for column in last.index
-            if column.endswith("_error") and pd.notna(last[column])
-        )
-        print(f"{name:34} {errors}", flush=True)
-    frame = table(rows)
-    errors_only = frame[[column for column in frame if column.endswith("_error")]].dropna(axis=1).abs()
-    print(f"\nlargest error of {len(frame)} networks at mini-batch {options.batch}:")
-    print(errors_only.max().map("{:.2%}".format).to_string())
+    frame = record(names, options.csv, batch=options.batch, peaks=options.peaks, forms=options.form or FORMS)
+    print(f"\nerrors at mini-batch {options.batch}, ptsim / torch − 1:")
+    print(summary(frame[frame.batch == options.batch]).to_string(index=False))
 
 
 if __name__ == "__main__":

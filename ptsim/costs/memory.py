@@ -45,8 +45,14 @@ VISIBLE_SHARE = 0.92
 # (`analysis/check_counts.py --peaks` measures it anew).
 CPU_MARGIN = 0.05
 
-# Autocast's fp32 list, with LayerKind.NORM; BatchNorm runs in the type of its input.
-_FP32_OPS = frozenset({"softmax", "log_softmax", "softmin", "softplus", "pow", "exp", "log", "sum", "normalize"})
+# What autocast runs in fp32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and its CPU sister, without losses): on a
+# GPU most reductions, exponentials and normalisations, on a CPU next to nothing. BatchNorm and instance normalisation
+# run in the type of their input on both.
+_FP32_OPS_GPU = frozenset(
+    {"softmax", "log_softmax", "softmin", "gumbel_softmax", "softplus", "pow", "exp", "log", "log1p", "reciprocal"}
+    | {"rsqrt", "sum", "normalize", "interpolate", "upsample", "layer_norm", "group_norm", "local_response_norm"}
+)
+_FP32_OPS_CPU = frozenset({"avg_pool3d", "grid_sampler", "prod"})
 _HALF_KINDS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 _PASSING_OPS = frozenset({"add", "sub"})  # their gradient is the gradient they get
 
@@ -187,23 +193,33 @@ class _Widths:
     def __init__(self, network: Network, precision: Precision, *, gpu: bool) -> None:
         self._gpu = gpu
         self._half = precision.activation_bytes == 2
+        self._fp32_ops = _FP32_OPS_GPU if gpu else _FP32_OPS_CPU
         self.output: dict[str, int] = {}
+        self._inputs: dict[str, tuple[int, ...]] = {}
         sources = sources_of(network)
         for layer in network.layers:
-            given = max((self.output[s] for s in sources[layer.name]), default=4)
-            self.output[layer.name] = self._output(layer, given)
-        self._input = {
-            layer.name: max((self.output[s] for s in sources[layer.name]), default=4) for layer in network.layers
-        }
+            given = tuple(self.output[source] for source in sources[layer.name]) or (4,)  # the images are fp32
+            self._inputs[layer.name] = given
+            self.output[layer.name] = self._output(layer, max(given))
 
     def saved(self, layer: Layer, batch: int) -> int:
-        """Bytes that autograd newly keeps at this layer for the whole mini-batch, weight copies left out."""
+        """Bytes that autograd newly keeps at this layer for the whole mini-batch, weight copies left out.
+
+        Where autocast converts an operand, the copy is what is kept, whether or not the original was kept before.
+        """
         if self._gpu and layer.kind is LayerKind.DROPOUT and layer.saved_elements >= layer.output_elements:
             return batch * (layer.output_elements + layer.saved_other_bytes)  # CUDA keeps a boolean mask
-        width = 4
-        if self._half:
-            width = 2 if layer.kind in _HALF_KINDS else 4 if _runs_in_fp32(layer) else self._input[layer.name]
-        return batch * (layer.saved_elements * width + layer.saved_other_bytes) + layer.saved_fixed_bytes
+        elements, width, given = layer.saved_elements, 4, self._inputs[layer.name]
+        if self._half and layer.kind in _HALF_KINDS:
+            width = 2
+            if min(given) == 4 and (layer.weight_needs_gradient or layer.kind is LayerKind.MATMUL):
+                elements = max(elements, layer.input_elements)
+        elif self._half and layer.op in self._fp32_ops:
+            if max(given) == 2 and layer.kind is LayerKind.NORM:
+                elements = max(elements, layer.input_elements)
+        elif self._half:
+            width = max(given)
+        return batch * (elements * width + layer.saved_other_bytes) + layer.saved_fixed_bytes
 
     def weight_copy(self, layer: Layer) -> int:
         """Bytes of the half-precision copy of the layer's weights that lives from forward to backward."""
@@ -214,10 +230,10 @@ class _Widths:
             return 4
         if layer.kind in _HALF_KINDS:
             return 2
-        if _runs_in_fp32(layer):
+        if layer.op in self._fp32_ops:
             return 4
-        if layer.kind is LayerKind.ELEMENTWISE and layer.num_parameters:
-            return 4  # a product with an fp32 parameter is promoted
+        if layer.kind in (LayerKind.ELEMENTWISE, LayerKind.CONCAT) and layer.num_parameters:
+            return 4  # with an fp32 parameter among the operands the result is fp32
         return given
 
 
@@ -383,10 +399,6 @@ def sources_of(network: Network) -> dict[str, list[str]]:
     for source, target in network.edges:
         sources[target].append(source)
     return sources
-
-
-def _runs_in_fp32(layer: Layer) -> bool:
-    return layer.kind is LayerKind.NORM or layer.op in _FP32_OPS
 
 
 def _hands_on(layer: Layer) -> bool:

@@ -60,21 +60,24 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
     if world_size is not None and world_size <= 0:
         raise ValueError(f"world_size is {world_size}, expected a positive number of devices")
     device = recorded_device(trace)
+    needs: dict[tuple[str, int, int], int] = {}  # one iteration's peak; most epochs repeat the one before
     costs = []
     for epoch in trace.epochs:
         network = trace.network_of(epoch)
         size = world_size or epoch.world_size
         per_image = training_macs(network, convention)
         bn_bytes = batch_norm_bytes(network, trace.run.precision.activation_bytes)
-        need = iteration_memory(
-            network,
-            batch=epoch.batch_per_gpu,
-            precision=trace.run.precision,
-            optimizer=recorded_optimizer(trace),
-            memory_format=trace.run.memory_format,
-            device=device,
-            data_parallel=epoch.world_size > 1,
-        )
+        setting = epoch.architecture, epoch.batch_per_gpu, epoch.world_size
+        if setting not in needs:
+            needs[setting] = iteration_memory(
+                network,
+                batch=epoch.batch_per_gpu,
+                precision=trace.run.precision,
+                optimizer=recorded_optimizer(trace),
+                memory_format=trace.run.memory_format,
+                device=device,
+                data_parallel=epoch.world_size > 1,
+            ).peak_bytes
         gradient_bytes = 4 * network.num_parameters * epoch.num_iterations
         costs.append(
             EpochCost(
@@ -90,7 +93,7 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
                 training_macs=per_image * epoch.num_images,
                 bn_bytes_per_image=bn_bytes,
                 bn_bytes=bn_bytes * epoch.num_images,
-                peak_memory_bytes=need.peak_bytes,
+                peak_memory_bytes=needs[setting],
                 measured_peak_memory_bytes=epoch.peak_memory_bytes,
                 gradient_bytes=gradient_bytes,
                 allreduce_bytes_per_gpu=round(2 * (size - 1) / size * gradient_bytes),

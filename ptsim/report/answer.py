@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import pandas as pd
 
 from ptsim import units
+from ptsim.report.frames import averaged
+from ptsim.report.pairs import PACE_TOLERANCE
 from ptsim.validation import Validation
 
 
 class Tile(msgspec.Struct, frozen=True, kw_only=True):
-    """One number with a name above it and its reading below."""
+    """One number with a name above it, its reading below, and where it comes from."""
 
     name: str
     value: str
     detail: str
+    origin: str
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """The head of the page. `emphasis` is the part of the headline that is set in bold."""
+    """The head of the page. `emphasis` is the part of the headline that is set in bold; `why` explains the saving."""
 
     before: str
     emphasis: str
@@ -28,6 +31,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     tiles: tuple[Tile, ...]
     certainty: str
     notices: tuple[str, ...]
+    why: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -55,34 +59,101 @@ def checked(validation: Validation | None) -> str:
 
 
 def projected_answer(
-    savings: pd.DataFrame, runs: pd.DataFrame, gpus: int, validation: Validation | None, notices: Sequence[str]
+    savings: pd.DataFrame,
+    runs: pd.DataFrame,
+    gpus: int,
+    validation: Validation | None,
+    notices: Sequence[str],
+    *,
+    measured: pd.DataFrame,
+    excess: pd.DataFrame,
 ) -> Answer:
-    """The answer for `gpus` GPUs from `frames.savings_frame`: the pruned run that takes the least time there."""
-    rows = savings[savings.gpus == gpus]
-    best = rows.sort_values("pruned_seconds").iloc[0]
+    """The answer for `gpus` GPUs: the pruned setting that takes the least time there.
+
+    Args:
+        savings: `projected.savings_frame`; repeats of a setting are averaged.
+        runs: `frames.runs_frame`.
+        gpus: one of the sizes in `savings`.
+        validation: of the runs themselves.
+        notices: what a reader must know first.
+        measured: `frames.measured_savings_frame`.
+        excess: `projected.excess_frame` of that setting.
+    """
+    best = fastest(savings, gpus)
     run = runs[runs.run == best.run].iloc[0]
-    machine = f"{gpus:,} × {best.device} ({best.cluster})"
-    dense, pruned = format_seconds(best.dense_seconds), format_seconds(best.pruned_seconds)
-    before = f"On {machine}, PruneTrain trains {run.model} on {run.dataset} in "
-    after = f", {_percent(best.pruned_seconds / best.dense_seconds)} of the dense time."
-    if abs(best.saved_fraction) < 0.0005:
-        after = ": no difference."
-    elif best.saved_fraction < 0:
-        after = f": {_percent(-best.saved_fraction)} longer than dense."
-    low, high = best.saved_fraction_low, best.saved_fraction_high
-    open_question = low <= 0 <= high and abs(best.saved_fraction) >= 0.0005
-    if open_question:
-        after = f"{after[:-1]}, which the 90 % interval does not tell from no difference."
-    certainty = (
-        f"The 90 % interval of the saving is {_range(low, high)} of the dense time if the two projections err "
-        f"independently, {_range(best.saved_fraction_alike_low, best.saved_fraction_alike_high)} if they err alike"
-        + (f"; it may be no {'saving' if best.saved_fraction > 0 else 'loss'} at all. " if open_question else ". ")
+    origin = f"projected, tier: {best.tier}"
+    tiles = [
+        _time_tile(best, origin),
+        *_money_and_energy_tiles(best, origin),
+        *_measured_tiles(measured, best.setting),
+        *_quality_tiles(run, best),
+        *_bytes_tiles(best, gpus),
+    ]
+    return Answer(
+        before=f"On {gpus:,} × {best.device} ({best.cluster}), PruneTrain trains {run.model} on {run.dataset} in ",
+        emphasis=f"{format_seconds(best.pruned_seconds)} instead of {format_seconds(best.dense_seconds)}",
+        after=_verdict(best) + _price_in_accuracy(best),
+        tiles=tuple(tiles),
+        certainty=_certainty(best, savings, gpus)
+        + checked(validation)
+        + _repeats(best)
+        + _batch_caveat(run, gpus, int(best.first_batch_per_gpu)),
+        notices=tuple(notices),
+        why=tuple(why(excess)) if not excess.empty else (),
+    )
+
+
+def fastest(savings: pd.DataFrame, gpus: int) -> pd.Series:
+    """The pruned setting that takes the least time on `gpus` GPUs, its repeats averaged."""
+    settings = averaged(savings[savings.gpus == gpus], ["setting"])
+    return settings.sort_values("pruned_seconds").iloc[0]
+
+
+_OPEN = 0.0005  # shares of the dense time that are no difference on the page
+
+
+def _is_open(best: pd.Series) -> bool:
+    return bool(best.saved_fraction_low <= 0 <= best.saved_fraction_high and abs(best.saved_fraction) >= _OPEN)
+
+
+def _verdict(best: pd.Series) -> str:
+    if abs(best.saved_fraction) < _OPEN:
+        return ": no difference."
+    text = f", {_percent(best.pruned_seconds / best.dense_seconds)} of the dense time"
+    if best.saved_fraction < 0:
+        text = f": {_percent(-best.saved_fraction)} longer than dense"
+    return text + (", which the 90 % interval does not tell from no difference." if _is_open(best) else ".")
+
+
+def _price_in_accuracy(best: pd.Series) -> str:
+    if pd.isna(best.get("accuracy_change")):
+        return ""
+    return (
+        f" Its validation accuracy is {100 * best.pruned_accuracy:.1f} % where dense has "
+        f"{100 * best.dense_accuracy:.1f} %."
+    )
+
+
+def _certainty(best: pd.Series, savings: pd.DataFrame, gpus: int) -> str:
+    settings = savings[savings.gpus == gpus].setting.nunique()
+    return (
+        f"The 90 % interval of the saving is {_range(best.saved_fraction_low, best.saved_fraction_high)} of the dense "
+        "time if the two projections err independently, "
+        f"{_range(best.saved_fraction_alike_low, best.saved_fraction_alike_high)} if they err alike"
+        + (f"; it may be no {'saving' if best.saved_fraction > 0 else 'loss'} at all. " if _is_open(best) else ". ")
         + TIER_WORDS.get(best.tier, best.tier).capitalize()
         + "."
-        + checked(validation)
-        + " Each setting was trained once, so the spread between seeds is not covered."
-        + _batch_caveat(run, gpus, int(best.first_batch_per_gpu))
+        + (f" Of {settings} pruned settings, this is the fastest there: {best.setting}." if settings > 1 else "")
     )
+
+
+def _repeats(best: pd.Series) -> str:
+    if best.num_runs > 1:
+        return f" Means of {best.num_runs} runs of this setting; the intervals are the widest of them."
+    return " This setting was trained once, so the spread between seeds is not covered."
+
+
+def _time_tile(best: pd.Series, origin: str) -> Tile:
     interval = best.saved_seconds_low, best.saved_seconds_high
     if best.saved_seconds < 0:
         interval = -interval[1], -interval[0]
@@ -90,72 +161,157 @@ def projected_answer(
     surgery = ""
     if abs(changing) > 0.1 * abs(best.saved_seconds):
         surgery = f"; reconfigurations {'cost' if changing < 0 else 'save'} {format_seconds(abs(changing))}"
-    tiles = [
-        Tile(
-            name="Time saved" if best.saved_seconds >= 0 else "Time lost",
-            value=format_seconds(abs(best.saved_seconds)),
-            detail=f"{_percent(abs(best.saved_fraction))} of {dense}; 90 % interval "
-            f"{format_seconds(interval[0])} to {format_seconds(interval[1])}" + surgery,
-        )
-    ]
+    return Tile(
+        name="Time saved" if best.saved_seconds >= 0 else "Time lost",
+        value=format_seconds(abs(best.saved_seconds)),
+        detail=f"{_percent(abs(best.saved_fraction))} of {format_seconds(best.dense_seconds)}; 90 % interval "
+        f"{format_seconds(interval[0])} to {format_seconds(interval[1])}" + surgery,
+        origin=origin,
+    )
+
+
+def _money_and_energy_tiles(best: pd.Series, origin: str) -> Iterator[Tile]:
     if pd.notna(best.get("saved_usd")):
-        tiles.append(
-            Tile(
-                name="Money saved" if best.saved_usd >= 0 else "Money lost",
-                value=_money(abs(best.saved_usd)),
-                detail=f"{_money(best.dense_usd)} dense, {_money(best.pruned_usd)} pruned, at "
-                f"{best.price_usd_per_gpu_hour:.2f} USD per GPU-hour",
-            )
+        yield Tile(
+            name="Money saved" if best.saved_usd >= 0 else "Money lost",
+            value=_money(abs(best.saved_usd)),
+            detail=f"{_money(best.dense_usd)} dense, {_money(best.pruned_usd)} pruned, at "
+            f"{best.price_usd_per_gpu_hour:.2f} USD per GPU-hour"
+            + _interval(_money, best.saved_usd, best.saved_usd_low, best.saved_usd_high),
+            origin=origin,
         )
     if pd.notna(best.get("saved_joules")):
-        tiles.append(
-            Tile(
-                name="Energy saved" if best.saved_joules >= 0 else "Energy lost",
-                value=format_joules(abs(best.saved_joules)),
-                detail=f"{format_joules(best.dense_joules)} dense, {format_joules(best.pruned_joules)} pruned",
-            )
+        yield Tile(
+            name="Energy saved" if best.saved_joules >= 0 else "Energy lost",
+            value=format_joules(abs(best.saved_joules)),
+            detail=f"{format_joules(best.dense_joules)} dense, {format_joules(best.pruned_joules)} pruned, GPU boards"
+            + _interval(format_joules, best.saved_joules, best.saved_joules_low, best.saved_joules_high),
+            origin=origin,
         )
-    tiles += _quality_tiles(run, best)
-    if gpus > 1 and best.dense_allreduce_bytes_per_gpu > 0:
-        share = best.pruned_allreduce_bytes_per_gpu / best.dense_allreduce_bytes_per_gpu
-        tiles.append(
-            Tile(
-                name="All-reduced bytes per GPU",
-                value=_percent(share),
-                detail=f"of dense: {format_bytes(best.pruned_allreduce_bytes_per_gpu)} instead of "
-                f"{format_bytes(best.dense_allreduce_bytes_per_gpu)} over the run",
-            )
-        )
-    return Answer(
-        before=before,
-        emphasis=f"{pruned} instead of {dense}",
-        after=after,
-        tiles=tuple(tiles),
-        certainty=certainty,
-        notices=tuple(notices),
+
+
+def _interval(show: Callable[[float], str], value: float, low: float, high: float) -> str:
+    """The 90 % interval of a saving, or of a loss, in words; or that there is none."""
+    if pd.isna(low) or pd.isna(high):
+        return "; no interval"
+    if value < 0:
+        low, high = -high, -low
+    return f"; 90 % interval {show(low)} to {show(high)}"
+
+
+def _measured_tiles(measured: pd.DataFrame, setting: str) -> Iterator[Tile]:
+    rows = measured[measured.setting == setting] if not measured.empty else measured
+    if rows.empty:
+        return
+    row = averaged(rows, ["setting"]).iloc[0]
+    detail = (
+        f"of the dense time on {row.device}: {format_seconds(row.pruned_seconds)} instead of "
+        f"{format_seconds(row.dense_seconds)}, reconfigurations included"
     )
+    if abs(row.time_fraction - row.own_pace_fraction) > PACE_TOLERANCE / 2:
+        detail += f"; {_percent(row.own_pace_fraction)} of its own unpruned pace"
+    yield Tile(
+        name="Time where it was recorded",
+        value=_percent(row.time_fraction),
+        detail=detail,
+        origin=f"measured, {row.num_runs} {'pair' if row.num_runs == 1 else 'pairs'} of runs; no interval",
+    )
+
+
+def _bytes_tiles(best: pd.Series, gpus: int) -> Iterator[Tile]:
+    if gpus > 1 and best.dense_allreduce_bytes_per_gpu > 0:
+        yield Tile(
+            name="All-reduced bytes per GPU",
+            value=_percent(best.pruned_allreduce_bytes_per_gpu / best.dense_allreduce_bytes_per_gpu),
+            detail=f"of dense: {format_bytes(best.pruned_allreduce_bytes_per_gpu)} instead of "
+            f"{format_bytes(best.dense_allreduce_bytes_per_gpu)} over the run",
+            origin="counted",
+        )
+
+
+_LEAST_GAP, _LEAST_SHARE, _FLOOR = 0.03, 0.15, 0.3
+
+
+def why(excess: pd.DataFrame) -> Iterator[str]:
+    """Why time does not shrink as FLOPs do, the weightiest reasons first. Takes `projected.excess_frame`."""
+    flops = float(excess.flops_fraction.iloc[0])
+    pruned_s, dense_s = excess.pruned_seconds.sum(), excess.dense_seconds.sum()
+    lead = f"Pruning leaves {_percent(flops)} of the training FLOPs and {_percent(pruned_s / dense_s)} of the time"
+    if pruned_s / dense_s - flops < _LEAST_GAP:
+        yield f"{lead}: here time follows the FLOPs."
+        return
+    yield f"{lead}."
+    total = excess.excess_seconds.clip(lower=0).sum()
+    for row in excess.sort_values("excess_seconds", ascending=False).to_dict("records"):
+        if row["excess_seconds"] < _LEAST_SHARE * total:
+            break
+        left = _percent(row["pruned_seconds"] / row["dense_seconds"]) if row["dense_seconds"] > 0 else "more than all"
+        yield _REASONS[row["part"]].format(share=_percent(row["pruned_seconds"] / pruned_s), left=left)
+    floor = float(excess.floor_fraction.iloc[0])
+    if floor >= _FLOOR:
+        yield (
+            f"Launch-bound: a pruned step on a single image would take {_percent(min(floor, 1.0))} of the time of "
+            "the whole mini-batch. That much is launches and the least times of kernels, which no pruning shortens."
+        )
+
+
+# What keeps a part of the time from shrinking with the FLOPs. {share}: of the pruned run; {left}: of its dense time.
+_REASONS = {
+    "loss and host gaps": "Host-bound: for {share} of the pruned run the GPU waits for the host, which needs as long to "
+    "launch a narrow layer as a wide one. A larger mini-batch, CUDA graphs or compilation shorten that; pruning "
+    "does not.",
+    "convolutions and linear layers": "Convolutions and linear layers take {left} of their dense time: with few "
+    "channels, tiles and waves of the GPU's multipliers stay partly empty.",
+    "memory-bound layers": "Memory-bound layers (BatchNorm, activations, sums) take {left} of their dense time: they "
+    "move bytes, and bytes shrink with the channels, not with their square.",
+    "optimizer and regulariser": "The group lasso's gradient and the update take {share} of the pruned run.",
+    "exposed communication": "Exposed communication takes {left} of its dense time: small messages cost latency, not "
+    "bandwidth.",
+    "input wait": "Waiting for input takes {share} of the pruned run: data arrive no faster for a smaller network.",
+    "start and reconfiguration": "Starting and reconfiguring take {share} of the pruned run; a dense run starts once.",
+    "other": "Waiting for stragglers takes {share} of the pruned run.",
+}
 
 
 def dense_answer(
     projections: pd.DataFrame, runs: pd.DataFrame, gpus: int, validation: Validation | None, notices: Sequence[str]
 ) -> Answer:
     """The answer where nothing was pruned: what training takes on `gpus` GPUs."""
-    rows = projections[projections.gpus == gpus]
-    row = rows.sort_values("total_seconds").iloc[0]
+    row = averaged(projections[projections.gpus == gpus], ["setting"]).sort_values("total_seconds").iloc[0]
     run = runs[runs.run == row.run].iloc[0]
+    origin = f"projected, tier: {row.tier}"
     tiles = [
         Tile(
             name="GPU time",
             value=f"{row.total_seconds * gpus / 3600:,.4g} GPU-h",
             detail=f"{gpus:,} GPUs for {format_seconds(row.total_seconds)}" if gpus > 1 else "one GPU",
+            origin=origin,
         )
     ]
     if pd.notna(row.cost_usd):
-        tiles.append(Tile(name="Money", value=_money(row.cost_usd), detail="for the whole run"))
+        interval = _interval(_money, row.cost_usd, row.low_cost_usd, row.high_cost_usd)
+        tiles.append(
+            Tile(name="Money", value=_money(row.cost_usd), detail=f"for the whole run{interval}", origin=origin)
+        )
     if pd.notna(row.energy_joules):
-        tiles.append(Tile(name="Energy", value=format_joules(row.energy_joules), detail="all GPUs, whole run"))
+        interval = _interval(format_joules, row.energy_joules, row.low_energy_joules, row.high_energy_joules)
+        tiles.append(
+            Tile(
+                name="Energy",
+                value=format_joules(row.energy_joules),
+                detail=f"all GPU boards, whole run{interval}",
+                origin=origin,
+            )
+        )
     if pd.notna(run.final_accuracy):
-        tiles.append(Tile(name="Validation accuracy", value=f"{run.final_accuracy:.1%}", detail="as recorded"))
+        tiles.append(
+            Tile(
+                name="Validation accuracy",
+                value=f"{100 * run.final_accuracy:.1f} %",
+                detail="of the recorded run",
+                origin="measured, 1 run",
+            )
+        )
     return Answer(
         before=f"On {gpus:,} × {row.device} ({row.cluster}), training {run.model} on {run.dataset} takes ",
         emphasis=format_seconds(row.total_seconds),
@@ -192,33 +348,29 @@ def _batch_caveat(run: pd.Series, gpus: int, batch_per_gpu: int) -> str:
     )
 
 
-def _quality_tiles(run: pd.Series, best: pd.Series) -> list[Tile]:
-    tiles = []
+def _quality_tiles(run: pd.Series, best: pd.Series) -> Iterator[Tile]:
+    runs = f"measured, {best.num_runs} {'run' if best.num_runs == 1 else 'runs'}"
     if pd.notna(best.get("accuracy_change")):
-        tiles.append(
-            Tile(
-                name="Validation accuracy",
-                value=f"{100 * best.pruned_accuracy:.1f} %",
-                detail=f"{100 * best.accuracy_change:+.1f} points against dense, one run each".replace("-", "\u2212"),
-            )
+        yield Tile(
+            name="Validation accuracy",
+            value=f"{100 * best.pruned_accuracy:.1f} %",
+            detail=f"{100 * best.accuracy_change:+.1f} points against dense".replace("-", "\u2212"),
+            origin=runs,
         )
     elif pd.notna(run.final_accuracy):
-        tiles.append(
-            Tile(
-                name="Validation accuracy",
-                value=f"{100 * run.final_accuracy:.1f} %",
-                detail="no dense run was recorded to compare with",
-            )
+        yield Tile(
+            name="Validation accuracy",
+            value=f"{100 * run.final_accuracy:.1f} %",
+            detail="no dense run was recorded to compare with",
+            origin=runs,
         )
-    tiles.append(
-        Tile(
-            name="Inference cost of the result",
-            value=_percent(run.last_inference_macs_per_image / run.first_inference_macs_per_image),
-            detail=f"of dense: {format_count(run.last_inference_macs_per_image, 'MAC')} instead of "
-            f"{format_count(run.first_inference_macs_per_image, 'MAC')} per image",
-        )
+    yield Tile(
+        name="Inference cost of the result",
+        value=_percent(run.last_inference_macs_per_image / run.first_inference_macs_per_image),
+        detail=f"of dense: {format_count(run.last_inference_macs_per_image, 'MAC')} instead of "
+        f"{format_count(run.first_inference_macs_per_image, 'MAC')} per image",
+        origin="counted",
     )
-    return tiles
 
 
 def _rounded(value: float) -> float:
@@ -238,7 +390,7 @@ def format_bytes(value: float) -> str:
 
 def format_joules(value: float) -> str:
     """Three significant digits."""
-    return units.format_joules(_rounded(value))
+    return units.format_joules(_rounded(value)).replace("-", "\u2212")
 
 
 def format_count(value: float, unit: str) -> str:
@@ -257,6 +409,10 @@ def _range(low: float, high: float) -> str:
 
 
 def _money(usd: float) -> str:
+    return _dollars(usd).replace("-", "\u2212")
+
+
+def _dollars(usd: float) -> str:
     if abs(usd) >= 100:
         return f"{usd:,.0f} USD"
     return f"{usd:,.2f} USD" if abs(usd) >= 0.01 or usd == 0 else f"{usd:.2g} USD"

@@ -13,10 +13,10 @@ import pandas as pd
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import cluster_names, load_cluster, match_device
 from ptsim.hardware.spec import Cluster
-from ptsim.report import answer, frames, page, projected, sections
+from ptsim.report import answer, frames, methods, page, projected, sections
 from ptsim.report.answer import Answer
 from ptsim.report.page import Section
-from ptsim.report.pairs import Comparison, compare_runs, run_labels
+from ptsim.report.pairs import PACE_TOLERANCE, Comparison, compare_runs, data_name, pace, run_labels
 from ptsim.report.projected import LabelledRun, Projector
 from ptsim.sim.options import Options
 from ptsim.trace.io import Trace, read_trace
@@ -108,7 +108,7 @@ def make_report(
             runs=recorded,
             projections=pd.DataFrame(),
             savings=pd.DataFrame(),
-            sections=(sections.runs_section(runs), sections.methods_section(runs)),
+            sections=(sections.runs_section(runs), methods.methods_section(runs)),
         )
     where = cluster if isinstance(cluster, Cluster) else load_cluster(cluster or default_cluster(runs))
     sizes = _sizes(where, gpus)
@@ -117,11 +117,20 @@ def make_report(
     projections = projected.projections_frame(labelled, projector, sizes)
     savings = projected.savings_frame(comparisons, projector, sizes)
     validation, reason = _validation([run.trace for run in labelled if run.trained])
+    shown = _shown_run(labelled, savings, focus)
     if savings.empty:
         head = answer.dense_answer(projections, recorded, focus, validation, notices)
     else:
-        head = answer.projected_answer(savings, recorded, focus, validation, notices)
-    shown = _shown_run(labelled, savings, focus)
+        comparison = next(c for c in comparisons if c.label == shown.label)
+        head = answer.projected_answer(
+            savings,
+            recorded,
+            focus,
+            validation,
+            notices,
+            measured=frames.measured_savings_frame(comparisons),
+            excess=projected.excess_frame(comparison, projector, focus),
+        )
     return Report(
         title=_title(runs),
         byline=_byline(runs)
@@ -136,10 +145,10 @@ def make_report(
             sections.scaling_section(projections, savings),
             sections.layers_section(shown, projector),
             sections.costs_section(runs),
-            sections.runs_section(runs),
+            sections.runs_section(runs, comparisons),
             sections.validation_section([run.trace for run in labelled if run.trained], validation, reason),
-            sections.assumptions_section(labelled, projector, focus),
-            sections.methods_section(runs),
+            methods.assumptions_section(labelled, projector, focus),
+            methods.methods_section(runs),
         ),
     )
 
@@ -173,12 +182,12 @@ def _shown_run(labelled: Sequence[LabelledRun], savings: pd.DataFrame, gpus: int
     """The run that the page looks into: the pruned one of the headline, or the first."""
     if savings.empty:
         return labelled[0]
-    best = savings[savings.gpus == gpus].sort_values("pruned_seconds").run.iloc[0]
+    best = answer.fastest(savings, gpus).run
     return next(run for run in labelled if run.label == best)
 
 
 def _title(runs: Sequence[Trace]) -> str:
-    tasks = list(dict.fromkeys(f"{trace.run.model} on {trace.run.dataset.name}" for trace in runs))
+    tasks = list(dict.fromkeys(f"{trace.run.model} on {data_name(trace)}" for trace in runs))
     return f"What it costs to train {tasks[0] if len(tasks) == 1 else f'{len(tasks)} networks'}"
 
 
@@ -202,6 +211,13 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
             notices.append(f"{label}: a single epoch, so nothing can be said about how costs change.")
     for comparison in comparisons:
         notices += [f"{comparison.label}: {note}." for note in comparison.notes]
+        speed = pace(comparison)
+        if speed is not None and abs(speed - 1) > PACE_TOLERANCE:
+            notices.append(
+                f"{comparison.label}: the same unpruned network took {100 * abs(speed - 1):.0f} % "
+                f"{'less' if speed < 1 else 'more'} time in this run than in {comparison.baseline_label}, so the "
+                "machine ran at another speed: their measured times do not compare."
+            )
     return notices
 
 

@@ -81,15 +81,29 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def run_style(frame: pd.DataFrame) -> dict[str, tuple[str, object]]:
-    """A colour and a dash for every run of a frame with `run` and `pruned`; dense runs are grey and dashed."""
-    runs = frame.drop_duplicates("run")
-    dense, pruned = runs[~runs.pruned].run, runs[runs.pruned].run
+    """A colour and a dash for every setting of a frame with `setting` and `pruned`; dense ones are grey and dashed."""
+    settings = frame.drop_duplicates("setting")
+    dense, pruned = settings[~settings.pruned].setting, settings[settings.pruned].setting
     style: dict[str, tuple[str, object]] = {}
-    for i, run in enumerate(dense):
-        style[run] = ("#4d4d4d", "#8c8c8c", "#b3b3b3")[i % 3], DASHES[0]
-    for i, run in enumerate(pruned):
-        style[run] = COLOURS[1 + i % (len(COLOURS) - 1)], DASHES[1 + i % (len(DASHES) - 1)]
+    for i, name in enumerate(dense):
+        style[name] = ("#4d4d4d", "#8c8c8c", "#b3b3b3")[i % 3], DASHES[0]
+    for i, name in enumerate(pruned):
+        style[name] = COLOURS[1 + i % (len(COLOURS) - 1)], DASHES[1 + i % (len(DASHES) - 1)]
     return style
+
+
+def repeats(frame: pd.DataFrame) -> str:
+    """How many runs are behind a line of a frame with `run` and `setting`, or with `num_runs`."""
+    runs = frame.num_runs if "num_runs" in frame else frame.groupby("setting").run.nunique()
+    low, high = int(runs.min()), int(runs.max())
+    if high == 1:
+        return "1 run per line"
+    return f"{low} runs per line, mean" if low == high else f"{low} to {high} runs per line, mean"
+
+
+def spread(frame: pd.DataFrame, *, otherwise: str = "no band: single runs") -> str:
+    """What the band of `lines` is: the repeats' range where there are any."""
+    return "lowest to highest of the repeats" if frame.groupby("setting").run.nunique().max() > 1 else otherwise
 
 
 @styled
@@ -106,7 +120,7 @@ def accuracy_figure(epochs: pd.DataFrame) -> Figure:
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("epoch")
     legend_above(top)
-    return finish(figure, epochs, n="1 run per line", band="no band: single runs")
+    return finish(figure, epochs, n=repeats(epochs), band=spread(epochs))
 
 
 @styled
@@ -143,25 +157,26 @@ def shrinking_figure(epochs: pd.DataFrame) -> Figure:
 def memory_figure(epochs: pd.DataFrame) -> Figure:
     """Peak memory of an iteration, measured and estimated, and the per-GPU mini-batch. Takes `frames.costs_frame`."""
     figure, (top, bottom) = panels(2, height_in=4.2)
-    for run, (colour, dash) in run_style(epochs).items():
-        rows = epochs[epochs.run == run]
+    for setting, (colour, dash) in run_style(epochs).items():
+        rows = epochs[epochs.setting == setting].groupby("epoch", as_index=False).mean(numeric_only=True)
         line = _dash(dash)
         if rows.peak_memory_bytes.notna().any():
-            top.plot(rows.epoch, rows.peak_memory_bytes / GIB, color=colour, linestyle=line, label=f"{run}, measured")
+            label = f"{setting}, measured"
+            top.plot(rows.epoch, rows.peak_memory_bytes / GIB, color=colour, linestyle=line, label=label)
         top.plot(
             rows.epoch,
             rows.estimated_memory_bytes / GIB,
             color=colour,
             linewidth=1.0,
             linestyle=":",
-            label=f"{run}, estimated",
+            label=f"{setting}, estimated",
         )
-        bottom.step(rows.epoch, rows.batch_per_gpu, where="post", color=colour, linestyle=line, label=run)
+        bottom.step(rows.epoch, rows.batch_per_gpu, where="post", color=colour, linestyle=line, label=setting)
     top.set(ylabel="peak memory (GiB)", ylim=(0, None))
     bottom.set(ylabel="mini-batch (images)", xlabel="epoch", ylim=(0, None))
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(top)
-    return finish(figure, epochs, n="1 run per line", band="no band: the peak of each epoch")
+    return finish(figure, epochs, n=repeats(epochs), band="no band: the peak of each epoch")
 
 
 @styled
@@ -173,39 +188,46 @@ def allreduce_figure(epochs: pd.DataFrame) -> Figure:
     lines(axes, scaled, "epoch", "allreduce_payload_bytes", drawstyle="steps-post")
     axes.set(xlabel="epoch", ylabel=f"gradients per epoch ({unit})", ylim=(0, None))
     legend_above(axes)
-    return finish(figure, epochs, n="1 run per line", band="no band: a count, parameters × 4 B × updates")
+    band = spread(epochs, otherwise="no band: a count, parameters × 4 B × updates")
+    return finish(figure, epochs, n=repeats(epochs), band=band)
 
 
 @styled
 def scaling_figure(projections: pd.DataFrame) -> Figure:
-    """Whole-run time over cluster sizes, a line and a band per run. Takes `frames.projections_frame`."""
+    """Whole-run time over cluster sizes, a line and a band per setting.
+
+    Takes `projected.projections_frame`, averaged over repeats.
+    """
     figure, (axes,) = panels(1, height_in=3.5)
     sizes = sorted(projections.gpus.unique())
     factor, unit = _scale(float(projections.total_seconds.median()), TIME_SCALES)
-    for run, (colour, dash) in run_style(projections).items():
-        rows = projections[projections.run == run].sort_values("gpus")
+    for setting, (colour, dash) in run_style(projections).items():
+        rows = projections[projections.setting == setting].sort_values("gpus")
         axes.fill_between(
             rows.gpus, rows.low_seconds / factor, rows.high_seconds / factor, color=colour, alpha=0.16, lw=0
         )
         axes.plot(
-            rows.gpus, rows.total_seconds / factor, color=colour, linestyle=_dash(dash), marker="o", ms=4, label=run
+            rows.gpus, rows.total_seconds / factor, color=colour, linestyle=_dash(dash), marker="o", ms=4, label=setting
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     _plain_log_axes(axes, sizes)
     axes.set(xlabel="GPUs", ylabel=f"whole run ({unit})")
     legend_above(axes)
-    return finish(figure, projections, n="1 recorded run per line", band="90 % interval of the projection")
+    return finish(figure, projections, n=repeats(projections), band="90 % interval of the projection")
 
 
 @styled
 def saving_figure(savings: pd.DataFrame) -> Figure:
-    """Share of the dense time that pruning saves, over cluster sizes. Takes `frames.savings_frame`."""
+    """Share of the dense time that pruning saves, over cluster sizes.
+
+    Takes `projected.savings_frame`, averaged over repeats.
+    """
     figure, (axes,) = panels(1, height_in=3.2)
-    for run, (colour, dash) in run_style(savings).items():
-        rows = savings[savings.run == run].sort_values("gpus")
+    for setting, (colour, dash) in run_style(savings).items():
+        rows = savings[savings.setting == setting].sort_values("gpus")
         axes.fill_between(rows.gpus, rows.saved_fraction_low, rows.saved_fraction_high, color=colour, alpha=0.16, lw=0)
-        axes.plot(rows.gpus, rows.saved_fraction, color=colour, linestyle=_dash(dash), marker="o", ms=4, label=run)
+        axes.plot(rows.gpus, rows.saved_fraction, color=colour, linestyle=_dash(dash), marker="o", ms=4, label=setting)
     axes.axhline(0, color="#666666", linewidth=0.7)
     axes.set_xscale("log", base=2)
     _plain_log_axes(axes, sorted(savings.gpus.unique()))
@@ -215,44 +237,45 @@ def saving_figure(savings: pd.DataFrame) -> Figure:
     return finish(
         figure,
         savings,
-        n="1 pair of runs per line",
+        n=repeats(savings).replace("run", "pair"),
         band="90 % interval, errors of the two runs taken as independent",
     )
 
 
 @styled
 def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
-    """Where the time goes, per run and cluster size, in shares of the first run's time at that size.
+    """Where the time goes, per setting and cluster size, in shares of the first setting's time at that size.
 
-    Takes `frames.breakdown_frame`. The first run of the frame is the reference (100 %).
+    Takes `projected.breakdown_frame`, averaged over repeats. The first setting of the frame is the reference (100 %).
     """
-    runs = list(dict.fromkeys(breakdown.run))
+    settings = list(dict.fromkeys(breakdown.setting))
     sizes = sorted(breakdown.gpus.unique())
-    figure, (axes,) = panels(1, height_in=1.5 + 0.34 * len(runs) * len(sizes))
-    totals = breakdown.groupby(["gpus", "run"]).seconds.sum()
+    figure, (axes,) = panels(1, height_in=1.5 + 0.34 * len(settings) * len(sizes))
+    totals = breakdown.groupby(["gpus", "setting"]).seconds.sum()
     labels, position = [], 0.0
     for size in sizes:
-        reference = totals[(size, runs[0])]
-        for run in runs:
+        reference = totals[(size, settings[0])]
+        for setting in settings:
             left = 0.0
-            rows = breakdown[(breakdown.run == run) & (breakdown.gpus == size)].set_index("part").seconds
+            rows = breakdown[(breakdown.setting == setting) & (breakdown.gpus == size)].set_index("part").seconds
             for part, colour in PART_COLOURS.items():
                 share = float(rows.get(part, 0.0)) / reference
                 axes.barh(position, share, left=left, height=0.8, color=colour, edgecolor="white", linewidth=0.5)
                 left += share
             axes.text(left + 0.01, position, f"{100 * left:.0f} %", va="center", fontsize=8, color="#333333")
-            labels.append((position, f"{run}, {_gpus(size)}"))
+            labels.append((position, f"{setting}, {gpus(size)}"))
             position += 1
         position += 0.5
     axes.set_yticks([p for p, _ in labels], [textwrap.fill(text, 26) for _, text in labels])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
-    axes.set(xlabel=f"share of the time of “{runs[0]}” on as many GPUs")
+    axes.set(xlabel=f"share of the time of “{settings[0]}” on as many GPUs")
     axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     _part_legend(figure, visible_parts(breakdown))
-    return finish(figure, breakdown, n="1 recorded run per bar", band="no band: expected values")
+    n = repeats(breakdown).replace("line", "bar")
+    return finish(figure, breakdown, n=n, band="no band: expected values")
 
 
 @styled
@@ -349,21 +372,41 @@ def validation_figure(epochs: pd.DataFrame) -> Figure:
     """Predicted against measured epoch time. Takes a frame with run, epoch, predicted_ and measured_seconds."""
     figure, (axes,) = panels(1, height_in=3.2)
     scale, unit = _scale(float(epochs.measured_seconds.max()), TIME_SCALES)
-    for run, (colour, _) in run_style(epochs).items():
-        rows = epochs[epochs.run == run]
-        axes.plot(
-            rows.epoch, rows.measured_seconds / scale, color=colour, label=f"{run}, measured", lw=0, marker="o", ms=3
-        )
-        axes.plot(rows.epoch, rows.predicted_seconds / scale, color=colour, label=f"{run}, predicted")
-        if {"low_seconds", "high_seconds"} <= set(rows):
-            axes.fill_between(
-                rows.epoch, rows.low_seconds / scale, rows.high_seconds / scale, color=colour, alpha=0.16, lw=0
-            )
+    for setting, (colour, _) in run_style(epochs).items():
+        group = epochs[epochs.setting == setting]
+        label = f"{setting}, measured"
+        axes.plot(group.epoch, group.measured_seconds / scale, color=colour, label=label, lw=0, marker="o", ms=3)
+        for number, (_, rows) in enumerate(group.groupby("run", sort=False)):
+            label = "" if number else f"{setting}, predicted"
+            axes.plot(rows.epoch, rows.predicted_seconds / scale, color=colour, label=label)
+            low, high = rows.low_seconds / scale, rows.high_seconds / scale
+            axes.fill_between(rows.epoch, low, high, color=colour, alpha=0.16, lw=0)
     axes.set(xlabel="epoch", ylabel=f"time per epoch ({unit})", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(axes)
-    band = "90 % interval of the prediction" if "low_seconds" in epochs else "no band: single predictions"
-    return finish(figure, epochs, n=f"{len(epochs)} epochs", band=band)
+    return finish(figure, epochs, n=f"{len(epochs)} epochs", band="90 % interval of the prediction")
+
+
+@styled
+def tradeoff_figure(savings: pd.DataFrame) -> Figure:
+    """What pruning costs in accuracy and leaves of time and FLOPs. Takes `frames.measured_savings_frame`.
+
+    A point per run; the time is at the run's own pace, so that a machine that changed its speed between the dense and
+    the pruned run does not shift it.
+    """
+    figure, (axes,) = panels(1, height_in=3.4)
+    for setting, (colour, _) in run_style(savings).items():
+        rows = savings[savings.setting == setting]
+        change = 100 * rows.accuracy_change
+        axes.plot(100 * rows.own_pace_fraction, change, "o", ms=6, color=colour, label=f"{setting}, time")
+        axes.plot(
+            100 * rows.training_flops_fraction, change, "o", ms=6, mfc="white", color=colour, label=f"{setting}, FLOPs"
+        )
+    axes.axhline(0, color="#666666", linewidth=0.7)
+    axes.axvline(100, color="#666666", linewidth=0.7)
+    axes.set(xlabel="left of dense (%)", ylabel="accuracy change (points)")
+    legend_above(axes)
+    return finish(figure, savings, n="1 run per point", band="no band: single runs")
 
 
 def visible_parts(breakdown: pd.DataFrame) -> list[str]:
@@ -381,19 +424,23 @@ def panels(count: int, *, height_in: float) -> tuple[Figure, list[Axes]]:
 
 
 def lines(axes: Axes, frame: pd.DataFrame, x: str, y: str, **options: object) -> None:
-    """A line per `run` of the frame, in the run's colour and dash; the legend is left to `legend_above`."""
+    """A line per setting: the mean of its runs, and their range where there are several.
+
+    The legend is left to `legend_above`.
+    """
     style = run_style(frame)
+    several = frame.groupby("setting").run.nunique().max() > 1
     sns.lineplot(
         frame,
         x=x,
         y=y,
-        hue="run",
-        style="run",
-        palette={run: colour for run, (colour, _) in style.items()},
-        dashes={run: dash for run, (_, dash) in style.items()},
+        hue="setting",
+        style="setting",
+        palette={name: colour for name, (colour, _) in style.items()},
+        dashes={name: dash for name, (_, dash) in style.items()},
         hue_order=list(style),
         style_order=list(style),
-        errorbar=None,
+        errorbar=("pi", 100) if several else None,
         ax=axes,
         **options,
     )
@@ -440,7 +487,8 @@ def _scale(largest: float, scales: Sequence[tuple[float, str]]) -> tuple[float, 
     return next((scale for scale in scales if largest >= 2 * scale[0]), scales[-1])
 
 
-def _gpus(count: int) -> str:
+def gpus(count: int) -> str:
+    """1 → "1 GPU", 8 → "8 GPUs"."""
     return f"{count:,} GPU" if count == 1 else f"{count:,} GPUs"
 
 
@@ -455,7 +503,7 @@ def describe_setting(frame: pd.DataFrame) -> str:
     for column in ("num_gpus", "gpus"):
         if column in frame and worker == "GPU":
             low, high = int(frame[column].min()), int(frame[column].max())
-            parts.append(_gpus(low) if low == high else f"{low:,} to {high:,} GPUs")
+            parts.append(gpus(low) if low == high else f"{low:,} to {high:,} GPUs")
     batches = [name for name in ("batch_per_gpu", "first_batch_per_gpu", "last_batch_per_gpu") if name in frame]
     if batches:
         low, high = int(frame[batches].min().min()), int(frame[batches].max().max())

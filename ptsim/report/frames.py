@@ -1,20 +1,28 @@
 """Which numbers a report shows, as tidy tables: one observation a row, every column's unit in its name.
 
 Seconds, bytes, joules and plain counts throughout; a quantity that was not measured is missing (NaN), never zero.
-A row of a run names it by `run`, the label of `pairs.run_labels`.
+A row of a run names it by `run`, the label of `pairs.run_labels`, and by `setting`, which repeats with other seeds
+share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from ptsim.costs.flops import layer_macs, training_macs
-from ptsim.costs.memory import MemoryNeed, iteration_memory
-from ptsim.costs.traffic import batch_norm_bytes
-from ptsim.hardware.catalog import match_device
-from ptsim.report.pairs import is_pruned, penalty_ratio, run_labels
+from ptsim.costs.flops import layer_macs
+from ptsim.costs.run import run_cost
+from ptsim.report.pairs import (
+    Comparison,
+    data_name,
+    held_dense,
+    is_pruned,
+    pace,
+    penalty_ratio,
+    run_labels,
+    setting_labels,
+)
 from ptsim.trace.io import Trace
 from ptsim.validation import Validation
 
@@ -33,7 +41,7 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     is the end record's, or the last epoch's validation accuracy of an unfinished run.
     """
     rows = []
-    for label, trace in zip(run_labels(traces), traces, strict=True):
+    for label, setting, trace in _named(traces):
         run, epochs = trace.run, trace.epochs
         first = trace.networks[epochs[0].architecture] if epochs else next(iter(trace.networks.values()), None)
         last = trace.networks[epochs[-1].architecture] if epochs else first
@@ -44,8 +52,9 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
         rows.append(
             {
                 "run": label,
+                "setting": setting,
                 "model": run.model,
-                "dataset": run.dataset.name,
+                "dataset": data_name(trace),
                 "penalty_ratio": penalty_ratio(trace),
                 "pruned": is_pruned(trace),
                 "device": run.device.name,
@@ -81,13 +90,14 @@ def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     iterations.
     """
     rows = []
-    for label, trace in zip(run_labels(traces), traces, strict=True):
+    for label, setting, trace in _named(traces):
         paid = {r.epoch: r.duration_s for r in trace.reconfigurations}
         for epoch in trace.epochs:
             network, time = trace.network_of(epoch), epoch.time
             rows.append(
                 {
                     "run": label,
+                    "setting": setting,
                     "pruned": is_pruned(trace),
                     "device": trace.run.device.name,
                     "device_kind": trace.run.device.kind,
@@ -131,42 +141,102 @@ def costs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     `allreduce_payload_bytes` is what each GPU's gradients add up to over the epoch, whether or not the run had several;
     `estimated_memory_bytes` is the estimated peak of an iteration.
     """
-    epochs = epochs_frame(traces)
+    rows = [
+        {
+            "training_macs_per_image": cost.training_macs_per_image,
+            "training_macs": cost.training_macs,
+            "bn_bytes_per_image": cost.bn_bytes_per_image,
+            "estimated_memory_bytes": cost.peak_memory_bytes,
+            "allreduce_payload_bytes": cost.gradient_bytes,
+        }
+        for trace in traces
+        for cost in run_cost(trace)
+    ]
+    return pd.concat([epochs_frame(traces), pd.DataFrame(rows)], axis=1)
+
+
+def trained_architectures(epochs: pd.DataFrame) -> pd.DataFrame:
+    """One row per run, architecture and mini-batch of `costs_frame`: from which epoch to which, and what they cost."""
+    grouped = epochs.groupby(["run", "architecture", "batch_per_gpu"], sort=False)
+    return grouped.agg(
+        first_epoch=("epoch", "min"),
+        last_epoch=("epoch", "max"),
+        parameters=("parameters", "first"),
+        inference_macs_per_image=("inference_macs_per_image", "first"),
+        training_macs_per_image=("training_macs_per_image", "first"),
+        bn_bytes_per_image=("bn_bytes_per_image", "first"),
+        peak_memory_bytes=("peak_memory_bytes", "max"),
+        estimated_memory_bytes=("estimated_memory_bytes", "first"),
+        epoch_allreduce_bytes=("allreduce_payload_bytes", "first"),
+        epoch_seconds=("wall_seconds", "median"),
+    ).reset_index()
+
+
+def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """One row per pruned run with a recorded dense partner: what pruning saved on the recording machine, measured.
+
+    `pace_fraction` is the time of the same, unpruned network in the pruned run over that in the dense run;
+    `own_pace_fraction` is the pruned run's time over that of its own first architecture held for as many epochs, which
+    a machine whose speed drifts between runs does not distort. Times are without validation, with reconfigurations.
+    """
     rows = []
-    for trace in traces:
-        optimizer = str(trace.run.hyperparameters.get("optimizer", "sgd"))
-        device = match_device(trace.run.device.name)
-        needs: dict[tuple[str, int], MemoryNeed] = {}
-        for epoch in trace.epochs:
-            network = trace.network_of(epoch)
-            key = epoch.architecture, epoch.batch_per_gpu
-            if key not in needs:
-                needs[key] = iteration_memory(
-                    network,
-                    batch=epoch.batch_per_gpu,
-                    precision=trace.run.precision,
-                    optimizer=optimizer,
-                    memory_format=trace.run.memory_format,
-                    device=device,
-                )
-            rows.append(
-                {
-                    "training_macs_per_image": training_macs(network, "exact"),
-                    "bn_bytes_per_image": batch_norm_bytes(network, trace.run.precision.activation_bytes),
-                    "estimated_memory_bytes": needs[key].peak_bytes,
-                    "allreduce_payload_bytes": 4 * network.num_parameters * epoch.num_iterations,
-                }
-            )
-    return pd.concat([epochs, pd.DataFrame(rows)], axis=1)
+    for c in comparisons:
+        if not c.trained or c.pruned.run.device.name != c.baseline.run.device.name:
+            continue
+        paid_s = sum(record.duration_s for record in c.pruned.reconfigurations)
+        dense_s, pruned_s, held_s = (
+            sum(epoch.time.wall_s for epoch in trace.epochs) for trace in (c.baseline, c.pruned, held_dense(c.pruned))
+        )
+        dense_accuracy, pruned_accuracy = (t.epochs[-1].validation_accuracy for t in (c.baseline, c.pruned))
+        rows.append(
+            {
+                "run": c.label,
+                "setting": c.setting,
+                "pruned": True,
+                "baseline": c.baseline_label,
+                "device": c.pruned.run.device.name,
+                "epochs": len(c.pruned.epochs),
+                "dense_seconds": dense_s,
+                "pruned_seconds": pruned_s + paid_s,
+                "reconfiguration_seconds": paid_s,
+                "time_fraction": (pruned_s + paid_s) / dense_s,
+                "own_pace_fraction": (pruned_s + paid_s) / held_s,
+                "pace_fraction": pace(c),
+                "training_flops_fraction": sum(e.training_macs for e in run_cost(c.pruned))
+                / sum(e.training_macs for e in run_cost(c.baseline)),
+                "dense_accuracy": dense_accuracy,
+                "pruned_accuracy": pruned_accuracy,
+                "accuracy_change": pruned_accuracy - dense_accuracy,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def averaged(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Repeats as one row per group of `by`: means, lowest lows, highest highs, the first text, and `num_runs`."""
+    grouped = frame.groupby(list(by), sort=False, dropna=False)
+    columns: dict[str, pd.Series] = {"num_runs": grouped.size()}
+    for name in frame.columns.difference([*by, "num_runs"], sort=False):
+        words = name.split("_")
+        numeric = pd.api.types.is_numeric_dtype(frame[name]) and not pd.api.types.is_bool_dtype(frame[name])
+        how = "min" if "low" in words else "max" if "high" in words else "mean"
+        columns[name] = grouped[name].agg(how if numeric else "first")
+    return pd.DataFrame(columns).reset_index()
+
+
+def _named(traces: Sequence[Trace]) -> Iterator[tuple[str, str, Trace]]:
+    """Every run with its label and its setting's."""
+    return zip(run_labels(traces), setting_labels(traces), traces, strict=True)
 
 
 def validation_frame(traces: Sequence[Trace], validation: Validation) -> pd.DataFrame:
     """One row per epoch that `ptsim.validate` predicted again: measured and predicted time with its 90 % interval."""
     rows = []
-    for label, trace, check in zip(run_labels(traces), traces, validation.runs, strict=True):
+    for (label, setting, trace), check in zip(_named(traces), validation.runs, strict=True):
         rows += [
             {
                 "run": label,
+                "setting": setting,
                 "pruned": is_pruned(trace),
                 "device": trace.run.device.name,
                 "device_kind": trace.run.device.kind,

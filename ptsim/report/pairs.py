@@ -6,7 +6,10 @@ That baseline was never trained, so it has no accuracy, and everything that show
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Sequence
+from pathlib import PurePath
 
 import msgspec
 
@@ -18,12 +21,14 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """A pruned run and what it is measured against, cut to the epochs that both have.
 
     Attributes:
+        label, setting: the pruned run's, as `run_labels` and `setting_labels` say.
         baseline: the dense run, or the pruned run's first architecture held (`trained` is then False).
         trained: the baseline is a recorded run of its own.
         notes: what a reader must know about this comparison.
     """
 
     label: str
+    setting: str
     pruned: Trace
     baseline_label: str
     baseline: Trace
@@ -44,12 +49,26 @@ def penalty_ratio(trace: Trace) -> float | None:
     return float(ratio)
 
 
+# Settings that do not change what is trained: runs that differ in nothing else are repeats of one another.
+_WITHOUT_EFFECT = frozenset(
+    {"seed", "data_dir", "download", "num_workers", "num_threads", "device", "profile", "keep_every"}
+    | {"record_channel_maxima"}
+)
+
+
+def data_name(trace: Trace) -> str:
+    """What the data is called: a folder of images by the folder's name, everything else by its own."""
+    name = trace.run.dataset.name
+    folder = str(trace.run.hyperparameters.get("data_dir") or "")
+    return (PurePath(folder).name or name) if name == "imagefolder" else name
+
+
 def run_labels(traces: Sequence[Trace]) -> list[str]:
     """A short name for every run, unique among them: what was trained and how, then only what tells them apart."""
     parts = [
         (
             trace.run.model,
-            trace.run.dataset.name,
+            data_name(trace),
             _method(trace),
             *_pruning_settings(trace),
             f"mini-batch {trace.epochs[0].batch_per_gpu}" if trace.epochs else "no epochs",
@@ -71,6 +90,16 @@ def run_labels(traces: Sequence[Trace]) -> list[str]:
     ]
 
 
+def setting_labels(traces: Sequence[Trace]) -> list[str]:
+    """A name for every run's setting: runs that differ by seed only share theirs, so that they can be averaged."""
+    keys = [_setting_key(trace) for trace in traces]
+    first: dict[str, Trace] = {}
+    for key, trace in zip(keys, traces, strict=True):
+        first.setdefault(key, trace)
+    names = dict(zip(first, run_labels(list(first.values())), strict=True))
+    return [names[key] for key in keys]
+
+
 def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
     """A comparison for every pruned run with at least one epoch.
 
@@ -79,19 +108,17 @@ def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
     """
     comparisons = []
     labels = run_labels(traces)
-    for label, trace in zip(labels, traces, strict=True):
+    dense = [(label, t) for label, t in zip(labels, traces, strict=True) if t.epochs and not is_pruned(t)]
+    for label, setting, trace in zip(labels, setting_labels(traces), traces, strict=True):
         if not is_pruned(trace) or not trace.epochs:
             continue
-        candidates = [
-            (name, t)
-            for name, t in zip(labels, traces, strict=True)
-            if t.epochs and not is_pruned(t) and _task(t) == _task(trace)
-        ]
+        candidates = [(name, t) for name, t in dense if _task(t) == _task(trace)]
         if not candidates:
             note = "no dense run was recorded: the first architecture, held for every epoch, stands in for it"
             comparisons.append(
                 Comparison(
                     label=label,
+                    setting=setting,
                     pruned=trace,
                     baseline_label=f"dense, held ({label})" if len(traces) > 1 else "dense, held",
                     baseline=held_dense(trace),
@@ -101,29 +128,60 @@ def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
             )
             continue
         baseline_label, baseline = max(candidates, key=lambda named: _closeness(named[1], trace))
-        notes = []
         length = min(len(trace.epochs), len(baseline.epochs))
-        if len(trace.epochs) != len(baseline.epochs):
-            notes.append(
-                f"the runs have {len(trace.epochs)} and {len(baseline.epochs)} epochs; the first {length} are compared"
-            )
-        if baseline.run.device.name != trace.run.device.name:
-            notes.append(f"recorded on different devices: {trace.run.device.name} and {baseline.run.device.name}")
-        if baseline.epochs[0].batch_per_gpu != trace.epochs[0].batch_per_gpu:
-            notes.append(
-                f"the first mini-batches differ: {trace.epochs[0].batch_per_gpu} and {baseline.epochs[0].batch_per_gpu}"
-            )
         comparisons.append(
             Comparison(
                 label=label,
+                setting=setting,
                 pruned=first_epochs(trace, length),
                 baseline_label=baseline_label,
                 baseline=first_epochs(baseline, length),
                 trained=True,
-                notes=tuple(notes),
+                notes=tuple(_differences(trace, baseline, length)),
             )
         )
     return comparisons
+
+
+PACE_TOLERANCE = 0.05
+
+
+def pace(comparison: Comparison) -> float | None:
+    """Time of the unpruned network in the pruned run over its time in the dense run, without the regulariser.
+
+    The same network with the same mini-batch on the same device should take the same time in both; where it does not,
+    the machine ran at another speed, and the ratio of the two runs' measured times is not pruning's alone. Medians over
+    epochs. None where the two runs share no such network.
+    """
+    first = comparison.pruned.epochs[0]
+    pruned, dense = (
+        [
+            (epoch.time.wall_s - epoch.time.regularizer_s) / epoch.num_images
+            for epoch in trace.epochs
+            if (epoch.architecture, epoch.batch_per_gpu) == (first.architecture, first.batch_per_gpu)
+        ]
+        for trace in (comparison.pruned, comparison.baseline)
+    )
+    same_device = comparison.pruned.run.device.name == comparison.baseline.run.device.name
+    if not comparison.trained or not dense or not same_device:
+        return None
+    return statistics.median(pruned) / statistics.median(dense)
+
+
+def _differences(trace: Trace, baseline: Trace, length: int) -> list[str]:
+    """In what, other than pruning, the two runs differ."""
+    notes = []
+    if len(trace.epochs) != len(baseline.epochs):
+        notes.append(
+            f"the runs have {len(trace.epochs)} and {len(baseline.epochs)} epochs; the first {length} are compared"
+        )
+    if baseline.run.device.name != trace.run.device.name:
+        notes.append(f"recorded on different devices: {trace.run.device.name} and {baseline.run.device.name}")
+    if baseline.epochs[0].batch_per_gpu != trace.epochs[0].batch_per_gpu:
+        notes.append(
+            f"the first mini-batches differ: {trace.epochs[0].batch_per_gpu} and {baseline.epochs[0].batch_per_gpu}"
+        )
+    return notes
 
 
 def first_epochs(trace: Trace, count: int) -> Trace:
@@ -189,6 +247,13 @@ def _pruning_settings(trace: Trace) -> tuple[str, str, str]:
     settings = trace.run.hyperparameters
     batch = "dynamic mini-batch" if settings.get("dynamic_batch") else "fixed mini-batch"
     return batch, str(settings.get("mode", "union")), f"interval {settings.get('interval')}"
+
+
+def _setting_key(trace: Trace) -> str:
+    run = trace.run
+    decisive = {name: value for name, value in run.hyperparameters.items() if name not in _WITHOUT_EFFECT}
+    where = run.device.name, run.world_size, run.precision, run.memory_format
+    return json.dumps([run.model, data_name(trace), *_task(trace), *where, decisive], sort_keys=True, default=str)
 
 
 def _task(trace: Trace) -> tuple[object, ...]:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import msgspec
 import pandas as pd
 
-from ptsim.costs.run import recorded_setting
+from ptsim.costs.run import recorded_setting, run_cost
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind
-from ptsim.report.pairs import Comparison, is_pruned, run_labels
+from ptsim.report.pairs import Comparison, is_pruned, run_labels, setting_labels
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection
 from ptsim.sim.run import StepCache, project
@@ -28,9 +28,10 @@ PRODUCT_KINDS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 
 
 class LabelledRun(msgspec.Struct, frozen=True, kw_only=True):
-    """A run, what it is called, and whether it was really trained (a held baseline was not)."""
+    """A run, what it and its setting are called, and whether it was really trained (a held baseline was not)."""
 
     label: str
+    setting: str
     trace: Trace
     trained: bool = True
 
@@ -64,8 +65,16 @@ class Projector:
 
 def labelled_runs(traces: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[LabelledRun]:
     """The held baselines of runs that have no dense partner, then every run that has an epoch, dense ones first."""
-    held = [LabelledRun(label=c.baseline_label, trace=c.baseline, trained=False) for c in comparisons if not c.trained]
-    runs = [LabelledRun(label=label, trace=t) for label, t in zip(run_labels(traces), traces, strict=True) if t.epochs]
+    held = [
+        LabelledRun(label=c.baseline_label, setting=c.baseline_label, trace=c.baseline, trained=False)
+        for c in comparisons
+        if not c.trained
+    ]
+    runs = [
+        LabelledRun(label=label, setting=setting, trace=trace)
+        for label, setting, trace in zip(run_labels(traces), setting_labels(traces), traces, strict=True)
+        if trace.epochs
+    ]
     return held + sorted(runs, key=lambda run: is_pruned(run.trace))
 
 
@@ -91,7 +100,11 @@ def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: S
                     "gpu_seconds": p.total_s * size,
                     "allreduce_bytes_per_gpu": p.allreduce_bytes_per_gpu,
                     "energy_joules": p.energy_j,
+                    "low_energy_joules": p.energy_low_j,
+                    "high_energy_joules": p.energy_high_j,
                     "cost_usd": p.cost_usd,
+                    "low_cost_usd": None if (usd := _cost(p)) is None else usd[1],
+                    "high_cost_usd": None if usd is None else usd[2],
                     "tier": str(p.tier),
                     "complete": run.trace.complete,
                     "notes": "; ".join(p.notes),
@@ -115,9 +128,12 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
             low, high = ratio_interval(_estimate(pruned), _estimate(dense))
             saved_low, saved_high = difference_interval(_estimate(pruned), _estimate(dense))
             alike = [p / d for p, d in zip(_estimate(pruned), _estimate(dense), strict=True)]
+            joules = _saved(_energy(dense), _energy(pruned))
+            usd = _saved(_cost(dense), _cost(pruned))
             rows.append(
                 {
                     "run": c.label,
+                    "setting": c.setting,
                     "baseline": c.baseline_label,
                     "pruned": True,
                     "cluster": projector.cluster.name,
@@ -147,13 +163,18 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     "pruned_allreduce_bytes_per_gpu": pruned.allreduce_bytes_per_gpu,
                     "dense_joules": dense.energy_j,
                     "pruned_joules": pruned.energy_j,
-                    "saved_joules": _difference(dense.energy_j, pruned.energy_j),
+                    "saved_joules": joules[0],
+                    "saved_joules_low": joules[1],
+                    "saved_joules_high": joules[2],
                     "dense_usd": dense.cost_usd,
                     "pruned_usd": pruned.cost_usd,
-                    "saved_usd": _difference(dense.cost_usd, pruned.cost_usd),
+                    "saved_usd": usd[0],
+                    "saved_usd_low": usd[1],
+                    "saved_usd_high": usd[2],
                     "price_usd_per_gpu_hour": projector.options.price_usd_per_gpu_hour
                     or projector.cluster.price_usd_per_gpu_hour,
                     "pruned_accuracy": c.pruned.epochs[-1].validation_accuracy,
+                    "dense_accuracy": c.baseline.epochs[-1].validation_accuracy if c.trained else None,
                     "accuracy_change": c.pruned.epochs[-1].validation_accuracy
                     - c.baseline.epochs[-1].validation_accuracy
                     if c.trained
@@ -221,6 +242,7 @@ def breakdown_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: Seq
                 frame[name] = value
             frame["first_batch_per_gpu"] = projection.epochs[0].batch_per_gpu
             frame["last_batch_per_gpu"] = projection.epochs[-1].batch_per_gpu
+            frame["tier"] = str(projection.tier)
             frames.append(frame)
     return pd.concat(frames, ignore_index=True)
 
@@ -239,6 +261,7 @@ def layers_frame(run: LabelledRun, device: Device) -> pd.DataFrame:
             rows.append(
                 {
                     "run": run.label,
+                    "setting": run.setting,
                     "pruned": is_pruned(run.trace),
                     "device": device.name,
                     "precision": str(run.trace.run.precision),
@@ -258,11 +281,91 @@ def layers_frame(run: LabelledRun, device: Device) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def first_and_last_layers(layers: pd.DataFrame) -> pd.DataFrame:
+    """One row per layer of the first epoch in `layers_frame`, with what is left of it in the last epoch."""
+    before = layers[layers.epoch == layers.epoch.min()].set_index("layer")
+    after = layers[layers.epoch == layers.epoch.max()].set_index("layer")
+    channels = [frame.in_channels.astype(str) + " → " + frame.out_channels.astype(str) for frame in (before, after)]
+    last_seconds = after.seconds_per_image.reindex(before.index)
+    return pd.DataFrame(
+        {
+            "layer": before.index,
+            "kind": before.kind.str.replace("_", " "),
+            "first_channels": channels[0],
+            "last_channels": channels[1].reindex(before.index).fillna("removed"),
+            "first_macs_per_image": before.forward_macs_per_image,
+            "last_macs_per_image": after.forward_macs_per_image.reindex(before.index),
+            "first_seconds_per_image": before.seconds_per_image,
+            "last_seconds_per_image": last_seconds,
+            "last_fraction": last_seconds.fillna(0.0) / before.seconds_per_image,
+            "tier": before.tier,
+        }
+    ).reset_index(drop=True)
+
+
+def excess_frame(comparison: Comparison, projector: Projector, gpus: int) -> pd.DataFrame:
+    """One row per part of the time: what the pruned run spends there beyond the FLOPs that it has left.
+
+    If time followed FLOPs, every part would shrink by `flops_fraction`, the pruned run's training FLOPs over the dense
+    run's; `excess_seconds` is what a part takes above that. `floor_fraction` is the share of the pruned run's steps
+    that a mini-batch of one image would take as well: launches and least times of kernels, which no pruning shortens.
+    """
+    dense, pruned = (
+        breakdown_frame([LabelledRun(label="", setting="", trace=trace)], projector, [gpus]).set_index("part").seconds
+        for trace in (comparison.baseline, comparison.pruned)
+    )
+    flops = [sum(cost.training_macs for cost in run_cost(t)) for t in (comparison.pruned, comparison.baseline)]
+    fraction = flops[0] / flops[1]
+    return pd.DataFrame(
+        {
+            "part": pruned.index,
+            "dense_seconds": dense.reindex(pruned.index).to_numpy(),
+            "pruned_seconds": pruned.to_numpy(),
+            "excess_seconds": (pruned - fraction * dense.reindex(pruned.index)).to_numpy(),
+            "flops_fraction": fraction,
+            "floor_fraction": _floor_fraction(comparison.pruned, projector),
+        }
+    )
+
+
+def _floor_fraction(trace: Trace, projector: Projector) -> float:
+    """Time of all the run's steps with one image each over their time with their own mini-batches."""
+    times: dict[tuple[str, int], tuple[float, float]] = {}
+    one = whole = 0.0
+    for epoch in trace.epochs:
+        key = epoch.architecture, epoch.batch_per_gpu
+        if key not in times:
+            single = msgspec.structs.replace(epoch, batch_per_gpu=1)
+            times[key] = projector.step(trace, single).compute_s, projector.step(trace, epoch).compute_s
+        one += times[key][0] * epoch.num_iterations
+        whole += times[key][1] * epoch.num_iterations
+    return one / whole
+
+
+Estimate = tuple[float, float, float]  # value, low, high
+
+
 def _estimate(projection: RunProjection) -> Estimate:
     return projection.total_s, projection.low_s, projection.high_s
 
 
-Estimate = tuple[float, float, float]  # value, low, high
+def _energy(p: RunProjection) -> Estimate | None:
+    if p.energy_j is None or p.energy_low_j is None or p.energy_high_j is None:
+        return None
+    return p.energy_j, p.energy_low_j, p.energy_high_j
+
+
+def _cost(p: RunProjection) -> Estimate | None:
+    """The price is a given, so money is as uncertain as time."""
+    if p.cost_usd is None:
+        return None
+    return p.cost_usd, p.cost_usd * p.low_s / p.total_s, p.cost_usd * p.high_s / p.total_s
+
+
+def _saved(dense: Estimate | None, pruned: Estimate | None) -> tuple[float | None, float | None, float | None]:
+    if dense is None or pruned is None:
+        return None, None, None
+    return dense[0] - pruned[0], *difference_interval(pruned, dense)
 
 
 def ratio_interval(value: Estimate, base: Estimate) -> tuple[float, float]:
@@ -295,16 +398,13 @@ def _step(trace: Trace, epoch: Epoch, device: Device) -> StepTime:
 def _setting(run: LabelledRun, projector: Projector) -> dict[str, str | bool | int]:
     return {
         "run": run.label,
+        "setting": run.setting,
         "pruned": is_pruned(run.trace),
         "trained": run.trained,
         "cluster": projector.cluster.name,
         "device": projector.device.name,
         "precision": str(run.trace.run.precision),
     }
-
-
-def _difference(dense: float | None, pruned: float | None) -> float | None:
-    return None if dense is None or pruned is None else dense - pruned
 
 
 _TIERS = ("measured", "profiled", "scaled", "datasheet")

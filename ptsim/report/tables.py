@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -53,21 +52,32 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     frame: pd.DataFrame
 
 
-def make_table(
-    name: str,
-    frame: pd.DataFrame,
-    headings: Mapping[str, str],
-    *,
-    title: str,
-    caption: str = "",
-    together: Sequence[Sequence[str]] = (),
-    folded: bool = False,
-) -> Table:
-    """The columns of `headings` that hold anything, in that order, under those headings.
+class TableSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a table shows of a frame.
 
-    A column is shown in one unit, chosen by its median so that most cells read as 1 to 9,999; the columns of a group
-    in `together` share theirs, so that they can be compared at a glance.
+    Attributes:
+        headings: column of the frame → what it is called, in the order in which they are shown.
+        together: groups of columns that share a unit, so that they can be compared at a glance.
+        folded: shown only when asked for.
     """
+
+    name: str
+    title: str
+    headings: dict[str, str]
+    caption: str = ""
+    together: tuple[tuple[str, ...], ...] = ()
+    folded: bool = False
+
+
+def make_table(
+    spec: TableSpec, frame: pd.DataFrame, *, caption: str | None = None, folded: bool | None = None
+) -> Table:
+    """The columns of `spec.headings` that hold anything, in that order, under those headings.
+
+    A column is shown in one unit, chosen by its median so that most cells read as 1 to 9,999. `caption` and `folded`
+    stand in for the specification's own.
+    """
+    headings, together = spec.headings, spec.together
     shown = [column for column in headings if column in frame and frame[column].notna().any()]
     columns, cells = [], []
     for position, column in enumerate(shown):
@@ -86,7 +96,15 @@ def make_table(
         decimals = _decimals(shared / factor, unit)
         cells.append([_number_cell(value, factor, decimals) for value in values])
     rows = tuple(zip(*cells, strict=True)) if cells else ()
-    return Table(name=name, title=title, caption=caption, folded=folded, columns=tuple(columns), rows=rows, frame=frame)
+    return Table(
+        name=spec.name,
+        title=spec.title,
+        caption=spec.caption if caption is None else caption,
+        folded=spec.folded if folded is None else folded,
+        columns=tuple(columns),
+        rows=rows,
+        frame=frame,
+    )
 
 
 def _is_text(values: pd.Series) -> bool:

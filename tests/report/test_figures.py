@@ -90,7 +90,7 @@ def test_drawing_leaves_matplotlibs_settings_alone(traces: list[ptsim.Trace]) ->
 
 
 def test_dense_runs_are_grey_and_pruned_ones_coloured() -> None:
-    style = figures.run_style(pd.DataFrame({"run": ["p", "d", "p"], "pruned": [True, False, True]}))
+    style = figures.run_style(pd.DataFrame({"setting": ["p", "d", "p"], "pruned": [True, False, True]}))
     assert style["d"][0] in ("#4d4d4d",)
     assert style["p"][0] in figures.COLOURS[1:]
     assert style["d"][1] != style["p"][1]  # by dash too, for print

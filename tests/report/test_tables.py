@@ -1,11 +1,15 @@
 import pandas as pd
 
-from ptsim.report.tables import make_table
+from ptsim.report.tables import Table, TableSpec, make_table
+
+
+def shown(frame: pd.DataFrame, headings: dict[str, str], *together: tuple[str, ...]) -> Table:
+    return make_table(TableSpec(name="t", title="T", headings=headings, together=together), frame)
 
 
 def test_a_column_has_one_unit_and_cells_sort_by_their_si_value() -> None:
     frame = pd.DataFrame({"run": ["a", "b"], "total_seconds": [5400.0, 7200.0]})
-    table = make_table("t", frame, {"run": "run", "total_seconds": "time"}, title="T")
+    table = shown(frame, {"run": "run", "total_seconds": "time"})
     assert (table.columns[1].heading, table.columns[1].unit, table.columns[1].kind) == ("time", "h", "number")
     assert [row[1].text for row in table.rows] == ["1.50", "2.00"]
     assert [row[1].sort for row in table.rows] == ["5400.0", "7200.0"]
@@ -14,13 +18,13 @@ def test_a_column_has_one_unit_and_cells_sort_by_their_si_value() -> None:
 def test_columns_that_belong_together_share_their_unit() -> None:
     frame = pd.DataFrame({"low_seconds": [1800.0], "high_seconds": [10800.0], "step_seconds": [0.002]})
     headings = {"low_seconds": "low", "high_seconds": "high", "step_seconds": "step"}
-    table = make_table("t", frame, headings, title="T", together=[["low_seconds", "high_seconds"]])
+    table = shown(frame, headings, ("low_seconds", "high_seconds"))
     assert [column.unit for column in table.columns] == ["h", "h", "ms"]
 
 
 def test_what_is_missing_shows_as_missing_and_an_empty_column_not_at_all() -> None:
     frame = pd.DataFrame({"run": ["a", "b"], "energy_joules": [None, 7.2e6], "cost_usd": [None, None]})
-    table = make_table("t", frame, {"run": "run", "energy_joules": "energy", "cost_usd": "cost"}, title="T")
+    table = shown(frame, {"run": "run", "energy_joules": "energy", "cost_usd": "cost"})
     assert [column.heading for column in table.columns] == ["run", "energy"]
     assert [row[1].missing for row in table.rows] == [True, False]
     assert table.rows[1][1].text == "2"
@@ -29,7 +33,7 @@ def test_what_is_missing_shows_as_missing_and_an_empty_column_not_at_all() -> No
 
 def test_fractions_are_shown_in_percent_and_negative_numbers_with_a_minus_sign() -> None:
     frame = pd.DataFrame({"saved_fraction": [-0.125], "num_gpus": [12_000]})
-    table = make_table("t", frame, {"saved_fraction": "saved", "num_gpus": "GPUs"}, title="T")
+    table = shown(frame, {"saved_fraction": "saved", "num_gpus": "GPUs"})
     assert table.rows[0][0].text == "\u221212.5"
     assert table.columns[0].unit == "%"
     assert table.rows[0][1].text == "12,000"
@@ -37,5 +41,5 @@ def test_fractions_are_shown_in_percent_and_negative_numbers_with_a_minus_sign()
 
 def test_counts_per_image_say_so() -> None:
     frame = pd.DataFrame({"training_macs_per_image": [122e6], "bn_bytes_per_image": [2 * 2**20]})
-    table = make_table("t", frame, {name: name for name in frame}, title="T")
+    table = shown(frame, {name: name for name in frame})
     assert [column.unit for column in table.columns] == ["MMAC/image", "MiB/image"]

@@ -1,0 +1,182 @@
+"""What a report's numbers rest on: the tier of every time, the source of every constant, and how runs were made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+
+from ptsim.hardware.spec import Cluster, Device
+from ptsim.report import specs
+from ptsim.report.answer import TIER_WORDS
+from ptsim.report.figures import gpus as format_gpus
+from ptsim.report.page import Section
+from ptsim.report.pairs import data_name, run_labels
+from ptsim.report.projected import LabelledRun, Projector
+from ptsim.report.tables import make_table
+from ptsim.sim.options import Options
+from ptsim.trace.io import Trace
+from ptsim.units import format_bytes, format_seconds
+
+NETWORK_TIER_WORDS = {
+    "measured": "interpolated in all-reduce times that were measured on this cluster",
+    "profiled": "interpolated in all-reduce times that were measured on this cluster",
+    "datasheet": "from the links' published bandwidths and fitted latencies; none was measured on this cluster",
+}
+
+COUNTING = (
+    (
+        "FLOPs",
+        "Multiply–accumulates are fvcore's count of the live network's forward pass; 1 MAC is 2 FLOPs. Training adds "
+        "the weight gradient and, where one flows, the input gradient.",
+    ),
+    (
+        "all-reduce bytes",
+        "Of the gradients, 4 bytes a parameter, once per update; what a GPU sends on the wire is 2(p−1)/p of that for "
+        "p GPUs.",
+    ),
+    (
+        "projection",
+        "Each distinct architecture and mini-batch is simulated once as a step of PyTorch's DistributedDataParallel "
+        "(buckets, overlap with the backward pass) and multiplied by its iterations; reconfigurations are added with "
+        "their recorded surgery and the cost of wrapping anew.",
+    ),
+    (
+        "energy",
+        "Of the GPU boards, without hosts, switches and cooling; power by what a GPU is doing, within the board's "
+        "limits.",
+    ),
+    (
+        "intervals",
+        "90 %, from the residuals of the tier that made the times, taken as common to all layers and epochs of a run; "
+        "for differences between runs, as independent. Repeats with other seeds are drawn as their mean, with the "
+        "widest interval of the repeats.",
+    ),
+)
+
+Row = dict[str, str]
+
+
+def assumptions_section(runs: Sequence[LabelledRun], projector: Projector, gpus: int) -> Section:
+    """What every projected number rests on: the tier of each time, and the source of each constant."""
+    rows = [
+        *(row for run in runs for row in _tier_rows(run, projector, gpus)),
+        *_network_rows(projector.cluster),
+        *_device_rows(projector.device, {str(run.trace.run.precision) for run in runs}),
+        *_option_rows(projector.options, projector.cluster),
+    ]
+    table = make_table(specs.ASSUMPTIONS, pd.DataFrame(rows))
+    return Section(name="assumptions", title="What the numbers rest on", tables=(table,))
+
+
+def methods_section(runs: Sequence[Trace]) -> Section:
+    """How the runs were made, from their own first records."""
+    facts = [fact for label, trace in zip(run_labels(runs), runs, strict=True) for fact in _run_facts(label, trace)]
+    return Section(name="methods", title="Methods", facts=(*facts, *COUNTING))
+
+
+def _tier_rows(run: LabelledRun, projector: Projector, gpus: int) -> Iterator[Row]:
+    projection = projector.run(run.trace, gpus)
+    tiers: dict[str, list[int]] = {}
+    for epoch in projection.epochs:
+        tiers.setdefault(str(epoch.tier), []).append(epoch.epoch)
+    for tier, epochs in tiers.items():
+        which = f"epochs {epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else f"epoch {epochs[0]}"
+        yield _row(f"step time, {run.label}, {which}", tier, TIER_WORDS.get(tier, tier))
+    if projection.network_tier is not None:
+        tier = str(projection.network_tier)
+        where = f"all-reduce times, {run.label}, {format_gpus(gpus)}"
+        yield _row(where, tier, NETWORK_TIER_WORDS.get(tier, tier))
+    for note in projection.notes:
+        yield _row(run.label, "note", note)
+
+
+def _network_rows(cluster: Cluster) -> Iterator[Row]:
+    for field, name, link in (
+        ("intra", "GPU to GPU, one direction", cluster.intra),
+        ("inter", "node to node, one direction", cluster.inter),
+    ):
+        if link is not None:
+            latency = f", {format_seconds(link.latency_s)}" if link.latency_s is not None else ""
+            value = f"{link.name}, {link.bandwidth_bytes_per_s / 1e9:.4g} GB/s{latency}"
+            yield _row(name, value, _source(cluster.sources, field))
+    for measured in cluster.tables:
+        jitter = f"{100 * measured.relative_jitter:.0f} %"
+        value = f"measured table, {len(measured.size_bytes)} sizes, jitter {jitter}"
+        yield _row(f"all-reduce on {format_gpus(measured.num_gpus)}", value, measured.source)
+
+
+def _device_rows(device: Device, precisions: set[str]) -> Iterator[Row]:
+    yield _row(f"{device.name}: memory", format_bytes(device.memory_bytes), _source(device.sources, "memory"))
+    bandwidth = f"{device.memory_bandwidth_bytes_per_s / 1e9:,.0f} GB/s"
+    yield _row(f"{device.name}: memory bandwidth", bandwidth, _source(device.sources, "memory_bandwidth"))
+    for precision, peak in device.peak_flops_per_s.items():
+        if str(precision) in precisions:
+            value = f"{peak / 1e12:.4g} TFLOP/s"
+            yield _row(f"{device.name}: {precision} peak", value, _source(device.sources, "peak"))
+
+
+def _option_rows(options: Options, cluster: Cluster) -> Iterator[Row]:
+    if options.price_usd_per_gpu_hour is not None:
+        yield _row("price of a GPU-hour", f"{options.price_usd_per_gpu_hour:.2f} USD", "given by the user")
+    elif cluster.price_usd_per_gpu_hour is not None:
+        price = f"{cluster.price_usd_per_gpu_hour:.2f} USD"
+        yield _row("price of a GPU-hour", price, _source(cluster.sources, "price_per_gpu"))
+    else:
+        yield _row("price of a GPU-hour", "none", "no price, so no money is reported")
+    yield _row(
+        "overlap",
+        f"{100 * options.contention:.0f} % slower",
+        "computation and communication slow each other while both run; the interval covers half to one and a half "
+        "times that",
+    )
+    yield _row(
+        "input pipeline",
+        "keeps up" if options.input_images_per_s is None else f"{options.input_images_per_s} images/s",
+        "an assumption: the cluster's storage and decoding are not modelled",
+    )
+    yield _row(
+        "mini-batch",
+        f"{options.scaling} scaling",
+        "every GPU keeps the recorded mini-batch"
+        if options.scaling == "weak"
+        else "the recorded global mini-batch is split over the GPUs",
+    )
+
+
+def _run_facts(label: str, trace: Trace) -> Iterator[tuple[str, str]]:
+    run = trace.run
+    data, device = run.dataset, run.device
+    shape = " × ".join(map(str, data.input_shape))
+    where = format_gpus(run.world_size) if device.kind == "cuda" else device.kind.upper()
+    yield (
+        label,
+        f"{run.model} on {data_name(trace)}: {data.num_train:,} training and {data.num_validation:,} validation images "
+        f"of {shape}, {data.num_classes} classes; {run.precision}, {run.memory_format.replace('_', ' ')}, "
+        f"seed {run.seed}; {where} {device.name}"
+        + (f", driver {device.driver}" if device.driver else "")
+        + f"; started {run.created}"
+        + (f"; revision {run.git_revision[:12]}" if run.git_revision else "")
+        + ".",
+    )
+    settings = [
+        f"{name} {_plain(value)}"
+        for name, value in run.hyperparameters.items()
+        if value is not None and value != "" and name != "data_dir"  # a place on somebody's disk
+    ]
+    yield "configuration", ", ".join(settings) or "not recorded"
+    yield "software", ", ".join(f"{name} {version}" for name, version in run.versions.items()) or "not recorded"
+
+
+def _row(what: str, value: str, source: str) -> Row:
+    return {"what": what, "value": value, "source": source}
+
+
+def _source(sources: dict[str, str], field: str) -> str:
+    return sources.get(field) or sources.get("default") or "not stated"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value}"

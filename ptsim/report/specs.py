@@ -1,0 +1,204 @@
+"""What the report's tables show: columns of the tidy frames under headings in words, and which of them share a unit."""
+
+from __future__ import annotations
+
+from ptsim.report.tables import TableSpec
+
+PROJECTIONS = TableSpec(
+    name="projections",
+    title="Whole runs.",
+    caption="Projected: training without validation; energy and cost of all GPUs. Intervals are 90 %; energy and cost "
+    "of a device whose power or price is not known are left out.",
+    headings={
+        "run": "run",
+        "gpus": "GPUs",
+        "total_seconds": "time",
+        "low_seconds": "90 % from",
+        "high_seconds": "to",
+        "compute_seconds": "computing",
+        "exposed_communication_seconds": "exposed communi\u00adcation",
+        "gpu_seconds": "GPU time",
+        "allreduce_bytes_per_gpu": "all-reduced per GPU",
+        "energy_joules": "energy",
+        "low_energy_joules": "90 % from",
+        "high_energy_joules": "to",
+        "cost_usd": "cost",
+        "low_cost_usd": "90 % from",
+        "high_cost_usd": "to",
+        "tier": "tier",
+    },
+    together=(
+        ("total_seconds", "low_seconds", "high_seconds", "compute_seconds"),
+        ("energy_joules", "low_energy_joules", "high_energy_joules"),
+    ),
+)
+
+SAVINGS = TableSpec(
+    name="savings",
+    title="What pruning saves.",
+    caption="Differences of the projections; negative numbers are losses. Intervals are 90 %, the errors of the two "
+    "projections taken as independent; parts of the saving have none.",
+    headings={
+        "run": "run",
+        "baseline": "against",
+        "gpus": "GPUs",
+        "dense_seconds": "dense",
+        "pruned_seconds": "pruned",
+        "saved_seconds": "saved",
+        "saved_seconds_low": "90 % from",
+        "saved_seconds_high": "to",
+        "saved_fraction": "saved share",
+        "saved_compute_seconds": "of that, computing",
+        "saved_communication_seconds": "communi\u00adcating",
+        "saved_reconfiguration_seconds": "start and reconfi\u00adguring",
+        "saved_joules": "energy saved",
+        "saved_joules_low": "90 % from",
+        "saved_joules_high": "to",
+        "saved_usd": "money saved",
+        "saved_usd_low": "90 % from",
+        "saved_usd_high": "to",
+        "accuracy_change": "accuracy change",
+        "tier": "tier",
+    },
+    together=(
+        ("dense_seconds", "pruned_seconds", "saved_seconds", "saved_seconds_low", "saved_seconds_high"),
+        ("saved_compute_seconds", "saved_communication_seconds", "saved_reconfiguration_seconds"),
+        ("saved_joules", "saved_joules_low", "saved_joules_high"),
+    ),
+)
+
+MEASURED_SAVINGS = TableSpec(
+    name="measured_savings",
+    title="What pruning saved where it was recorded.",
+    caption="Measured, no projection: training epochs and reconfigurations, without validation; one machine, so no "
+    "interval. “At its own pace” compares the pruned run with its own unpruned epochs, which a machine whose speed "
+    "drifted between two runs does not distort; “pace” is how long the same unpruned network took in the pruned run, "
+    "relative to the dense run: 100 % means that the two runs can be compared.",
+    headings={
+        "run": "run",
+        "baseline": "against",
+        "device": "on",
+        "epochs": "epochs",
+        "training_flops_fraction": "training FLOPs",
+        "dense_seconds": "dense",
+        "pruned_seconds": "pruned",
+        "time_fraction": "time",
+        "own_pace_fraction": "time at its own pace",
+        "pace_fraction": "pace",
+        "dense_accuracy": "accuracy, dense",
+        "pruned_accuracy": "accuracy, pruned",
+    },
+    together=(("dense_seconds", "pruned_seconds"),),
+)
+
+LAYERS = TableSpec(
+    name="layers",
+    title="Every layer.",
+    headings={
+        "layer": "layer",
+        "kind": "kind",
+        "first_channels": "channels, first",
+        "last_channels": "channels, last",
+        "first_macs_per_image": "forward, first",
+        "last_macs_per_image": "forward, last",
+        "first_seconds_per_image": "time, first",
+        "last_seconds_per_image": "time, last",
+        "last_fraction": "last / first",
+        "tier": "tier",
+    },
+    together=(
+        ("first_macs_per_image", "last_macs_per_image"),
+        ("first_seconds_per_image", "last_seconds_per_image"),
+    ),
+    folded=True,
+)
+
+ARCHITECTURES = TableSpec(
+    name="architectures",
+    title="Every architecture that was trained.",
+    headings={
+        "run": "run",
+        "first_epoch": "from epoch",
+        "last_epoch": "to epoch",
+        "batch_per_gpu": "mini-batch per GPU",
+        "parameters": "parameters",
+        "inference_macs_per_image": "inference",
+        "training_macs_per_image": "training",
+        "bn_bytes_per_image": "BatchNorm traffic",
+        "peak_memory_bytes": "peak memory, measured",
+        "estimated_memory_bytes": "peak memory, estimated",
+        "epoch_allreduce_bytes": "gradients per epoch",
+        "epoch_seconds": "measured epoch (median)",
+    },
+    together=(("peak_memory_bytes", "estimated_memory_bytes"),),
+)
+
+RUNS = TableSpec(
+    name="runs",
+    title="The recorded runs.",
+    caption="Measured on the recording machine; training time is without validation and reconfiguration.",
+    headings={
+        "run": "run",
+        "model": "network",
+        "dataset": "data",
+        "seed": "seed",
+        "state": "state",
+        "epochs": "epochs",
+        "final_accuracy": "validation accuracy",
+        "measured_seconds": "measured training time",
+        "energy_joules": "measured energy",
+        "first_parameters": "parameters, first",
+        "last_parameters": "parameters, last",
+        "first_inference_macs_per_image": "inference, first",
+        "last_inference_macs_per_image": "inference, last",
+        "num_reconfigurations": "reconfigu\u00adrations",
+        "reconfiguration_seconds": "time in them",
+    },
+    together=(
+        ("first_parameters", "last_parameters"),
+        ("first_inference_macs_per_image", "last_inference_macs_per_image"),
+    ),
+)
+
+RECONFIGURATIONS = TableSpec(
+    name="reconfigurations",
+    title="Reconfigurations.",
+    caption="What every shrinking removed, and what it cost; measured.",
+    headings={
+        "run": "run",
+        "after_epoch": "after epoch",
+        "channels_removed": "channels removed",
+        "layers_removed": "layers removed",
+        "parameters_before": "parameters before",
+        "parameters_after": "parameters after",
+        "inference_macs_per_image_after": "inference after",
+        "batch_before": "mini-batch before",
+        "batch_after": "mini-batch after",
+        "duration_seconds": "duration",
+        "notes": "notes",
+    },
+    together=(("parameters_before", "parameters_after"),),
+)
+
+VALIDATION = TableSpec(
+    name="validation",
+    title="Whole runs on the recording machine.",
+    caption="Training epochs and reconfigurations.",
+    headings={
+        "run": "run",
+        "measured_seconds": "measured",
+        "predicted_seconds": "predicted",
+        "low_seconds": "90 % from",
+        "high_seconds": "to",
+        "error": "error of the run",
+        "epoch_error": "mean error of an epoch",
+        "notes": "notes",
+    },
+    together=(("measured_seconds", "predicted_seconds", "low_seconds", "high_seconds"),),
+)
+
+ASSUMPTIONS = TableSpec(
+    name="assumptions",
+    title="Assumptions and tiers.",
+    headings={"what": "what", "value": "value", "source": "where it comes from"},
+)
