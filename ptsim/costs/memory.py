@@ -212,14 +212,21 @@ class _Widths:
         elements, width, given = layer.saved_elements, 4, self._inputs[layer.name]
         if self._half and layer.kind in _HALF_KINDS:
             width = 2
-            if min(given) == 4 and (layer.weight_needs_gradient or layer.kind is LayerKind.MATMUL):
-                elements = max(elements, layer.input_elements)
+            if layer.weight_needs_gradient or layer.kind is LayerKind.MATMUL:
+                elements = min(elements + self._cast_elements(layer), max(elements, layer.input_elements))
         elif self._half and layer.op in self._fp32_ops:
             if max(given) == 2 and layer.kind is LayerKind.NORM:
                 elements = max(elements, layer.input_elements)
         elif self._half:
             width = max(given)
         return batch * (elements * width + layer.saved_other_bytes) + layer.saved_fixed_bytes
+
+    def _cast_elements(self, layer: Layer) -> int:
+        """Elements of the inputs that autocast converts to half precision."""
+        given = self._inputs[layer.name]
+        if len(given) != len(layer.input_shapes):
+            return layer.input_elements if min(given) == 4 else 0
+        return sum(math.prod(shape) for shape, width in zip(layer.input_shapes, given, strict=True) if width == 4)
 
     def weight_copy(self, layer: Layer) -> int:
         """Bytes of the half-precision copy of the layer's weights that lives from forward to backward."""

@@ -119,9 +119,10 @@ def _is_open(best: pd.Series) -> bool:
 def _verdict(best: pd.Series) -> str:
     if abs(best.saved_fraction) < _OPEN:
         return ": no difference."
-    text = f", {_percent(best.pruned_seconds / best.dense_seconds)} of the dense time"
     if best.saved_fraction < 0:
         text = f": {_percent(-best.saved_fraction)} longer than dense"
+    else:
+        text = f", {_percent(best.pruned_seconds / best.dense_seconds)} of the dense time"
     return text + (", which the 90 % interval does not tell from no difference." if _is_open(best) else ".")
 
 
@@ -141,7 +142,7 @@ def _certainty(best: pd.Series, savings: pd.DataFrame, gpus: int) -> str:
         "time if the two projections err independently, "
         f"{_range(best.saved_fraction_alike_low, best.saved_fraction_alike_high)} if they err alike"
         + (f"; it may be no {'saving' if best.saved_fraction > 0 else 'loss'} at all. " if _is_open(best) else ". ")
-        + TIER_WORDS.get(best.tier, best.tier).capitalize()
+        + TIER_WORDS[best.tier].capitalize()
         + "."
         + (f" Of {settings} pruned settings, this is the fastest there: {best.setting}." if settings > 1 else "")
     )
@@ -257,8 +258,8 @@ def why(excess: pd.DataFrame) -> Iterator[str]:
 
 # What keeps a part of the time from shrinking with the FLOPs. {share}: of the pruned run; {left}: of its dense time.
 _REASONS = {
-    "loss and host gaps": "Host-bound: for {share} of the pruned run the GPU waits for the host, which needs as long to "
-    "launch a narrow layer as a wide one. A larger mini-batch, CUDA graphs or compilation shorten that; pruning "
+    "loss and host gaps": "Host-bound: for {share} of the pruned run the GPU waits for the host, which launches a "
+    "narrow layer no faster than a wide one. A larger mini-batch, CUDA graphs or compilation shorten that; pruning "
     "does not.",
     "convolutions and linear layers": "Convolutions and linear layers take {left} of their dense time: with few "
     "channels, tiles and waves of the GPU's multipliers stay partly empty.",
@@ -373,29 +374,30 @@ def _quality_tiles(run: pd.Series, best: pd.Series) -> Iterator[Tile]:
     )
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
+def _three_digits(text: str) -> str:
+    """A quantity as `ptsim.units` shows it, with three significant digits, which is what a projection can bear."""
+    number, _, unit = text.partition(" ")
+    return f"{float(f'{float(number):.3g}'):,.10g} {unit}".strip().replace("-", "\u2212")
 
 
 def format_seconds(value: float) -> str:
-    """Three significant digits: what a projection can bear. Less than a nanosecond is rounding: 0 s."""
-    value = value if abs(value) >= 1e-9 else 0.0
-    return units.format_seconds(_rounded(value)).replace("-", "\u2212")
+    """Three significant digits. Less than a nanosecond is rounding: 0 s."""
+    return _three_digits(units.format_seconds(value if abs(value) >= 1e-9 else 0.0))
 
 
 def format_bytes(value: float) -> str:
     """Three significant digits."""
-    return units.format_bytes(_rounded(value))
+    return _three_digits(units.format_bytes(value))
 
 
 def format_joules(value: float) -> str:
     """Three significant digits."""
-    return units.format_joules(_rounded(value)).replace("-", "\u2212")
+    return _three_digits(units.format_joules(value))
 
 
 def format_count(value: float, unit: str) -> str:
     """Three significant digits."""
-    return units.format_count(_rounded(value), unit)
+    return _three_digits(units.format_count(value, unit))
 
 
 def _percent(fraction: float) -> str:
@@ -409,10 +411,10 @@ def _range(low: float, high: float) -> str:
 
 
 def _money(usd: float) -> str:
-    return _dollars(usd).replace("-", "\u2212")
-
-
-def _dollars(usd: float) -> str:
     if abs(usd) >= 100:
-        return f"{usd:,.0f} USD"
-    return f"{usd:,.2f} USD" if abs(usd) >= 0.01 or usd == 0 else f"{usd:.2g} USD"
+        text = f"{usd:,.0f}"
+    elif abs(usd) >= 1 or usd == 0:
+        text = f"{usd:,.2f}"
+    else:
+        text = f"{usd:.2g}"
+    return f"{text} USD".replace("-", "\u2212")

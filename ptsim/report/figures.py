@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from ptsim.units import GIB, format_count
+from ptsim.units import format_count
 
 WIDTH_IN = 4.7  # two columns at 1280 px, one at 400 px, and 9 pt text legible in both
 COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -157,22 +157,25 @@ def shrinking_figure(epochs: pd.DataFrame) -> Figure:
 def memory_figure(epochs: pd.DataFrame) -> Figure:
     """Peak memory of an iteration, measured and estimated, and the per-GPU mini-batch. Takes `frames.costs_frame`."""
     figure, (top, bottom) = panels(2, height_in=4.2)
+    columns = ["peak_memory_bytes", "estimated_memory_bytes"]
+    factor, unit = _scale(float(epochs[columns].max().max()), BYTE_SCALES)
     for setting, (colour, dash) in run_style(epochs).items():
         rows = epochs[epochs.setting == setting].groupby("epoch", as_index=False).mean(numeric_only=True)
         line = _dash(dash)
-        if rows.peak_memory_bytes.notna().any():
+        measured = rows.peak_memory_bytes.notna().any()
+        if measured:
             label = f"{setting}, measured"
-            top.plot(rows.epoch, rows.peak_memory_bytes / GIB, color=colour, linestyle=line, label=label)
+            top.plot(rows.epoch, rows.peak_memory_bytes / factor, color=colour, linestyle=line, label=label)
         top.plot(
             rows.epoch,
-            rows.estimated_memory_bytes / GIB,
+            rows.estimated_memory_bytes / factor,
             color=colour,
-            linewidth=1.0,
-            linestyle=":",
+            linewidth=1.0 if measured else 1.7,
+            linestyle=":" if measured else line,
             label=f"{setting}, estimated",
         )
         bottom.step(rows.epoch, rows.batch_per_gpu, where="post", color=colour, linestyle=line, label=setting)
-    top.set(ylabel="peak memory (GiB)", ylim=(0, None))
+    top.set(ylabel=f"peak memory ({unit})", ylim=(0, None))
     bottom.set(ylabel="mini-batch (images)", xlabel="epoch", ylim=(0, None))
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(top)

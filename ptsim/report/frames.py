@@ -7,6 +7,7 @@ share.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
@@ -80,7 +81,7 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                 "trace": str(trace.path),
             }
         )
-    return pd.DataFrame(rows)
+    return numeric(pd.DataFrame(rows))
 
 
 def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
@@ -132,7 +133,7 @@ def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                     "power_watts": epoch.device.power_w if epoch.device else None,
                 }
             )
-    return pd.DataFrame(rows)
+    return numeric(pd.DataFrame(rows))
 
 
 def costs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
@@ -209,7 +210,16 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
                 "accuracy_change": pruned_accuracy - dense_accuracy,
             }
         )
-    return pd.DataFrame(rows)
+    return numeric(pd.DataFrame(rows))
+
+
+def numeric(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with columns of optional numbers, which None would make objects, as floats; missing ones are NaN."""
+    for name in frame.select_dtypes("object").columns:
+        values = frame[name].dropna()
+        if all(isinstance(value, numbers.Number) and not isinstance(value, bool) for value in values):
+            frame[name] = frame[name].astype(float)
+    return frame
 
 
 def averaged(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -255,7 +265,7 @@ def validation_frame(traces: Sequence[Trace], validation: Validation) -> pd.Data
             }
             for epoch in check.epochs
         ]
-    return pd.DataFrame(rows)
+    return numeric(pd.DataFrame(rows))
 
 
 def reconfigurations_frame(traces: Sequence[Trace]) -> pd.DataFrame:
@@ -349,7 +359,7 @@ def architectures_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                         "backward_macs_per_image": macs.weight_gradient + macs.input_gradient,
                     }
                 )
-    return pd.DataFrame(rows)
+    return numeric(pd.DataFrame(rows))
 
 
 def densities_frame(traces: Sequence[Trace]) -> pd.DataFrame:

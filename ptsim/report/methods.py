@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
@@ -60,7 +60,7 @@ Row = dict[str, str]
 def assumptions_section(runs: Sequence[LabelledRun], projector: Projector, gpus: int) -> Section:
     """What every projected number rests on: the tier of each time, and the source of each constant."""
     rows = [
-        *(row for run in runs for row in _tier_rows(run, projector, gpus)),
+        *_tier_rows(runs, projector, gpus),
         *_network_rows(projector.cluster),
         *_device_rows(projector.device, {str(run.trace.run.precision) for run in runs}),
         *_option_rows(projector.options, projector.cluster),
@@ -71,24 +71,36 @@ def assumptions_section(runs: Sequence[LabelledRun], projector: Projector, gpus:
 
 def methods_section(runs: Sequence[Trace]) -> Section:
     """How the runs were made, from their own first records."""
-    facts = [fact for label, trace in zip(run_labels(runs), runs, strict=True) for fact in _run_facts(label, trace)]
-    return Section(name="methods", title="Methods", facts=(*facts, *COUNTING))
+    shared = _shared_settings(runs)
+    facts = [
+        fact
+        for label, trace in zip(run_labels(runs), runs, strict=True)
+        for fact in _run_facts(label, trace, shared if len(runs) > 1 else {})
+    ]
+    if len(runs) > 1:
+        facts.append(("configuration of all", ", ".join(f"{name} {_plain(value)}" for name, value in shared.items())))
+    return Section(name="methods", title="Methods", facts=(*facts, ("software", _software(runs)), *COUNTING))
 
 
-def _tier_rows(run: LabelledRun, projector: Projector, gpus: int) -> Iterator[Row]:
-    projection = projector.run(run.trace, gpus)
-    tiers: dict[str, list[int]] = {}
-    for epoch in projection.epochs:
-        tiers.setdefault(str(epoch.tier), []).append(epoch.epoch)
-    for tier, epochs in tiers.items():
-        which = f"epochs {epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else f"epoch {epochs[0]}"
-        yield _row(f"step time, {run.label}, {which}", tier, TIER_WORDS.get(tier, tier))
-    if projection.network_tier is not None:
-        tier = str(projection.network_tier)
-        where = f"all-reduce times, {run.label}, {format_gpus(gpus)}"
-        yield _row(where, tier, NETWORK_TIER_WORDS.get(tier, tier))
-    for note in projection.notes:
-        yield _row(run.label, "note", note)
+def _tier_rows(runs: Sequence[LabelledRun], projector: Projector, gpus: int) -> Iterator[Row]:
+    """Which runs and epochs a tier made the times of; what is said of several runs is said once."""
+    said: dict[tuple[str, str, str], list[str]] = {}
+    for run in runs:
+        projection = projector.run(run.trace, gpus)
+        tiers: dict[str, list[int]] = {}
+        for epoch in projection.epochs:
+            tiers.setdefault(str(epoch.tier), []).append(epoch.epoch)
+        for tier, epochs in tiers.items():
+            which = f"epochs {epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else f"epoch {epochs[0]}"
+            said.setdefault((f"step time, {which}", tier, TIER_WORDS.get(tier, tier)), []).append(run.label)
+        if tier := str(projection.network_tier or ""):
+            words = NETWORK_TIER_WORDS.get(tier, tier)
+            said.setdefault((f"all-reduce times, {format_gpus(gpus)}", tier, words), []).append(run.label)
+        for note in projection.notes:
+            said.setdefault(("", "note", note), []).append(run.label)
+    for (what, value, source), labels in said.items():
+        who = "all runs" if len(labels) == len(runs) else "; ".join(labels)
+        yield _row(f"{what}: {who}" if what else who, value, source)
 
 
 def _network_rows(cluster: Cluster) -> Iterator[Row]:
@@ -144,7 +156,7 @@ def _option_rows(options: Options, cluster: Cluster) -> Iterator[Row]:
     )
 
 
-def _run_facts(label: str, trace: Trace) -> Iterator[tuple[str, str]]:
+def _run_facts(label: str, trace: Trace, shared: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     run = trace.run
     data, device = run.dataset, run.device
     shape = " × ".join(map(str, data.input_shape))
@@ -159,13 +171,25 @@ def _run_facts(label: str, trace: Trace) -> Iterator[tuple[str, str]]:
         + (f"; revision {run.git_revision[:12]}" if run.git_revision else "")
         + ".",
     )
-    settings = [
-        f"{name} {_plain(value)}"
-        for name, value in run.hyperparameters.items()
-        if value is not None and value != "" and name != "data_dir"  # a place on somebody's disk
-    ]
-    yield "configuration", ", ".join(settings) or "not recorded"
-    yield "software", ", ".join(f"{name} {version}" for name, version in run.versions.items()) or "not recorded"
+    own = [f"{name} {_plain(value)}" for name, value in _settings(trace).items() if name not in shared]
+    if own:
+        yield f"{label}: configuration", ", ".join(own)
+
+
+def _settings(trace: Trace) -> dict[str, object]:
+    """The run's configuration without what was not set, and without the data's place on somebody's disk."""
+    values = trace.run.hyperparameters.items()
+    return {name: value for name, value in values if value is not None and value != "" and name != "data_dir"}
+
+
+def _shared_settings(runs: Sequence[Trace]) -> dict[str, object]:
+    first, *others = [_settings(trace) for trace in runs]
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+
+
+def _software(runs: Sequence[Trace]) -> str:
+    used = dict.fromkeys(", ".join(f"{name} {version}" for name, version in t.run.versions.items()) for t in runs)
+    return "; ".join(text for text in used if text) or "not recorded"
 
 
 def _row(what: str, value: str, source: str) -> Row:

@@ -17,6 +17,7 @@ from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind
+from ptsim.report.frames import numeric
 from ptsim.report.pairs import Comparison, is_pruned, run_labels, setting_labels
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection
@@ -110,7 +111,7 @@ def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: S
                     "notes": "; ".join(p.notes),
                 }
             )
-    return pd.DataFrame(rows)
+    return numeric(pd.DataFrame(rows))
 
 
 def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus: Sequence[int]) -> pd.DataFrame:
@@ -183,7 +184,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     "tier": str(max(dense.tier, pruned.tier, key=_rank)),
                 }
             )
-    return pd.DataFrame(rows)
+    return numeric(pd.DataFrame(rows))
 
 
 def epoch_breakdown_frame(run: LabelledRun, projector: Projector, gpus: int) -> pd.DataFrame:

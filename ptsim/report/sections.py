@@ -83,6 +83,10 @@ def scaling_section(projections: pd.DataFrame, savings: pd.DataFrame) -> Section
     tables = [make_table(specs.PROJECTIONS, projections)]
     if not savings.empty:
         tables.append(make_table(specs.SAVINGS, savings))
+    if projections[["energy_joules", "cost_usd"]].notna().any(axis=None):
+        tables.append(make_table(specs.ENERGY, projections))
+        if not savings.empty:
+            tables.append(make_table(specs.SAVED_ENERGY, savings))
     return Section(name="scaling", title="Over cluster sizes", figures=tuple(shown), tables=tuple(tables))
 
 
