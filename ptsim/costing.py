@@ -16,11 +16,11 @@ from ptsim.costs.flops import Convention, inference_macs, layer_macs, training_m
 from ptsim.costs.memory import MemoryFormat, MemoryNeed, iteration_memory, largest_batch, usable_bytes
 from ptsim.costs.run import EpochCost, recorded_device, recorded_optimizer, run_cost
 from ptsim.costs.traffic import batch_norm_bytes, layer_traffic, regularizer_traffic, update_traffic
-from ptsim.errors import UsageError
+from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
 from ptsim.network import LayerKind, Network, Precision
-from ptsim.trace.io import Trace, read_trace
+from ptsim.trace.io import Trace, read_trace, trace_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -282,7 +282,12 @@ def _network(subject: Any, input_shape: tuple[int, int, int] | None, num_classes
     from ptsim.capture.network import capture_network
 
     if isinstance(subject, str):
-        entry = zoo.find(subject)
+        try:
+            entry = zoo.find(subject)
+        except UnknownNameError:
+            if subject and Path(subject).is_dir():  # meant as a run folder
+                trace_path(subject)
+            raise
         classes = entry.num_classes if num_classes is None else num_classes
         if classes <= 0:
             raise UsageError(f"classes is {classes}, expected a positive number")

@@ -183,12 +183,16 @@ def read_study(path: str | Path) -> Study:
         raise FileFormatError(path, f"cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FileFormatError(path, f"is not TOML: {error}") from error
+    for key in raw:
+        if key not in _File.__struct_fields__:
+            unknown = UnknownNameError("key", key, _File.__struct_fields__)
+            raise FileFormatError(path, unknown.message, hint=unknown.hint)
     try:
         file = msgspec.convert(raw, _File)
     except msgspec.ValidationError as error:
         raise FileFormatError(path, str(error)) from error
-    for key in ("traces", "clusters", "gpus"):
-        if not getattr(file, key):
+    for key in ("traces", "clusters", "gpus", "what_ifs"):
+        if getattr(file, key) is not None and not getattr(file, key):
             raise FileFormatError(path, f"{key} is empty, expected at least one")
     for count in file.gpus:
         if count < 1:
@@ -213,7 +217,7 @@ def read_study(path: str | Path) -> Study:
         path=path,
         traces=tuple(itertools.chain.from_iterable(_trace_paths(pattern, path) for pattern in file.traces)),
         clusters=tuple(load_cluster(_near(name, path)) for name in file.clusters),
-        gpus=tuple(file.gpus),
+        gpus=tuple(dict.fromkeys(file.gpus)),
         what_ifs=what_ifs,
         grid={key: tuple(values) for key, values in file.grid.items()},
         options=options,

@@ -126,7 +126,7 @@ def simulate(
 
 
 def parse_gpus(text: str) -> list[int]:
-    """The GPU counts of "1,8,64".
+    """The GPU counts of "1,8,64", each once.
 
     Raises:
         UsageError: not positive whole numbers between commas.
@@ -134,7 +134,7 @@ def parse_gpus(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(is_count(part) for part in parts):
         raise UsageError(f"gpus {text!r} is not a list of positive whole numbers, for example 1,8,64")
-    return [int(part) for part in parts]
+    return list(dict.fromkeys(int(part) for part in parts))
 
 
 def _number_or_recorded(name: str, text: str) -> float | str:

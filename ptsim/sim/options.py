@@ -163,19 +163,21 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 continue
             if not low <= value <= (sys.float_info.max if high is None else high):
                 bound = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+                if math.isinf(value):
+                    bound = "a finite number"
                 raise UsageError(f"{name} is {value:g}, expected {bound}")
         if not 0 < self.compression <= 1:
             raise UsageError(f"compression is {self.compression:g}, expected more than 0 and at most 1")
-        if isinstance(self.input_images_per_s, int | float) and not self.input_images_per_s > 0:
+        if isinstance(self.input_images_per_s, int | float) and not (0 < self.input_images_per_s < math.inf):
             raise UsageError(f"input_images_per_s is {self.input_images_per_s:g}, expected a positive rate")
         if any(count < 1 for count in self.mixed_devices.values()):
             raise UsageError(f"mixed_devices is {self.mixed_devices}, expected at least one GPU per node of each kind")
         if self.faults is not None:
             for name in ("mtbf_gpu_hours", "checkpoint_interval_s"):
-                if not getattr(self.faults, name) > 0:
+                if not 0 < getattr(self.faults, name) < math.inf:
                     raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected a positive number")
             for name in ("checkpoint_s", "restart_s", "repair_s"):
-                if not getattr(self.faults, name) >= 0:
+                if not 0 <= getattr(self.faults, name) < math.inf:
                     raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected at least 0")
             if self.faults.num_runs < 1:
                 raise UsageError(f"num_runs is {self.faults.num_runs}, expected at least 1")

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ptsim.costs.energy import price_usd
-from ptsim.errors import UsageError
+from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile import DeviceProfile, read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.sim.faults import simulate_faults
-from ptsim.sim.options import Options
+from ptsim.sim.options import Faults, Options
 from ptsim.sim.planning import Stage, plan_run
 from ptsim.sim.pricing import TIERS, Pricer, RecordedSteps
 from ptsim.sim.projection import EpochProjection, RunProjection, projections_frame
@@ -217,11 +217,21 @@ def change(options: Options, changes: dict[str, Any]) -> Options:
     """The options with some replaced, as strictly checked as if they came from a file.
 
     Raises:
-        UsageError: an unknown option, or a value of a wrong type or out of its bounds.
+        UnknownNameError: an option that does not exist.
+        UsageError: a value of a wrong type or out of its bounds.
     """
+    inside = changes.get("faults")
+    for what, names, known in (
+        ("option", changes, Options.__struct_fields__),
+        ("option of faults", inside if isinstance(inside, dict) else {}, Faults.__struct_fields__),
+    ):
+        for name in names:
+            if name not in known:
+                raise UnknownNameError(what, str(name), known)
     try:
         changed = msgspec.convert({**msgspec.to_builtins(options), **msgspec.to_builtins(changes)}, Options)
     except msgspec.ValidationError as error:
-        raise UsageError(f"options: {error}") from error
+        problem, _, place = str(error).partition(" - at ")
+        raise UsageError(f"option {place.strip('`').removeprefix('$.')}: {problem}") from error
     changed.check()
     return changed

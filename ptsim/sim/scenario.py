@@ -20,6 +20,7 @@ from ptsim.trace.io import Trace
 from ptsim.trace.schema import Epoch
 
 T = TypeVar("T")
+_MOST_GPUS = 1_000_000
 
 
 class StepCache:
@@ -63,10 +64,12 @@ class Scenario:
             raise UsageError(f"{trace.path} has no finished epoch; there is nothing to project")
         if num_gpus < 1:
             raise UsageError(f"{num_gpus} GPUs; at least 1 is needed")
+        if num_gpus > _MOST_GPUS:
+            raise UsageError(f"{num_gpus:,} GPUs; at most {_MOST_GPUS:,} are simulated")
         self.trace, self.cluster, self.num_gpus, self.options = trace, cluster, num_gpus, options
         self.cache = cache or StepCache()
         run = trace.run
-        self.device = device or load_device(options.device or cluster.device)
+        self.device = device or load_device(cluster.device if options.device is None else options.device)
         self.device_key = msgspec.json.encode(self.device)
         nominal = options.memory_bytes or self.device.memory_bytes
         self.memory_bytes = usable_bytes(msgspec.structs.replace(self.device, memory_bytes=nominal))

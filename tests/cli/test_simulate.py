@@ -36,6 +36,11 @@ def test_people_get_tables_and_the_notes(trace: str, capsys: pytest.CaptureFixtu
     assert "do not fill nodes" in out
 
 
+def test_a_gpu_count_that_is_named_twice_is_projected_once(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", trace, "--cluster", "dgx-a100", "--gpus", "8,1,8", "--json"]) == 0
+    assert [row["gpus"] for row in json.loads(capsys.readouterr().out)] == [8, 1]
+
+
 def test_several_traces_are_projected_one_after_the_other(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", trace, trace, "--cluster", "dgx-a100", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 2

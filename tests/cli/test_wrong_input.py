@@ -19,6 +19,7 @@ WRONG = {
     "cost": "requires an argument",
     "cost nosuch": "unknown model 'nosuch'; known: ",
     "cost ''": "unknown model ''",
+    "cost folder": "folder: no trace here",
     "cost empty": "found an empty file",
     "cost text": "text:1: not a ptsim trace",
     "cost missing/trace.jsonl": "no trace here",
@@ -54,8 +55,25 @@ WRONG = {
     f"{SIMULATE} --input-images-per-s 0": "expected a positive rate",
     f"{SIMULATE} --mtbf-gpu-hours 0": "mtbf_gpu_hours is 0",
     f"{SIMULATE} --set nosuch": "is not name=value",
-    f"{SIMULATE} --set nosuch=1": "unknown field `nosuch`",
+    f"{SIMULATE} --mtbf-gpu-hours inf": "mtbf_gpu_hours is inf",
+    f"{SIMULATE} --input-images-per-s inf": "input_images_per_s is inf",
+    f"{SIMULATE} --gpus 1000000000000": "at most 1,000,000",
+    f"{SIMULATE} --device ''": "unknown device ''",
+    f"{SIMULATE} --set surgery_sec=1": "unknown option 'surgery_sec'; known: ",
+    f"{SIMULATE} --price inf": "expected a finite number",
+    f"{SIMULATE} --set faults.policy=elastic": "option faults: Object missing required field `mtbf_gpu_hours`",
+    f"{SIMULATE} --set faults.mtbf=3": "unknown option of faults 'mtbf'",
+    f"{SIMULATE} --set jobs=2.5": "option jobs: Expected `int`, got `float`",
+    f"{SIMULATE} --set nosuch=1": "unknown option 'nosuch'",
     f"{SIMULATE} --set scaling.x=1": "scaling",
+    f"{SIMULATE} --network nosuch": '"formula", "links"',
+    f"{SIMULATE} --set link_latency_s.gpu=1": 'needs network = "links"',
+    "simulate pruned --gpus 3 --cluster zero.toml": "zero.toml: inter.bandwidth is 0 GB/s",
+    "simulate pruned --gpus 3 --cluster negative.toml": "negative.toml: inter.bandwidth is -1 GB/s",
+    "simulate pruned --gpus 3 --cluster nan.toml": "nan.toml: inter.bandwidth: 'nan GB/s' is not a number",
+    "simulate pruned --gpus 3 --cluster key.toml": "key.toml: inter.speed is not a known key",
+    "simulate pruned --gpus 9 --cluster two.toml": "has 8 GPUs, 9 were asked for",
+    "simulate stopped --cluster dgx-a100": "no finished epoch",
     f"{SIMULATE} --scaling huge": '"weak", "strong"',
     f"{SIMULATE} --device nosuch": "unknown device",
     f"{SIMULATE} --profile missing.toml": "missing.toml: no such file",
@@ -84,6 +102,12 @@ WRONG = {
     "sweep study.toml --out study.toml --fresh": "not a line of sweep results",
     "sweep study.toml --out pruned/trace.jsonl": "not a line of sweep results",
     "sweep study.toml --workers 0": "workers is 0",
+    "sweep huge.toml": "expands to 2,000,000 configurations",
+    "sweep near.toml": "unknown what-if 'bf16-gradient'; known: ",
+    "sweep none.toml": "what_ifs is empty",
+    "sweep key.study.toml": "unknown key 'gpu'; known: ",
+    "sweep option.toml": "unknown option 'contentoin'",
+    "sweep nan.study.toml": "contention is nan",
     "report -o new": "at least one trace",
     "report missing -o new": "missing: no trace here",
     "report pruned -o text": "text is a file",
@@ -131,6 +155,32 @@ WRONG = {
     "demo --out pruned": "holds another run",
 }
 
+STUDY = 'traces = ["pruned"]\nclusters = ["dgx-a100"]\ngpus = [1]\n'
+STUDIES = {
+    "huge.toml": f"[grid]\ncontention = {[i / 2000 for i in range(2000)]}\nseed = {list(range(1000))}\n",
+    "near.toml": 'what_ifs = ["bf16-gradient"]\n',
+    "none.toml": "what_ifs = []\n",
+    "key.study.toml": "gpu = [1]\n",
+    "option.toml": "[grid]\ncontentoin = [0.1]\n",
+    "nan.study.toml": "[grid]\ncontention = [0.1, nan]\n",
+}
+CLUSTER = """
+name = "mine"
+device = "a100-sxm4-40gb"
+gpus_per_node = 4
+max_nodes = 2
+intra = {name = "NVLink", bandwidth = "100 GB/s", latency = "2 us"}
+inter = {name = "network", bandwidth = "10 GB/s", latency = "5 us"}
+sources = {default = "made up"}
+"""
+CLUSTERS = {
+    "two.toml": ("", ""),
+    "zero.toml": ("10 GB/s", "0 GB/s"),
+    "negative.toml": ("10 GB/s", "-1 GB/s"),
+    "nan.toml": ("10 GB/s", "nan GB/s"),
+    "key.toml": ('latency = "5 us"', 'latency = "5 us", speed = "1 GB/s"'),
+}
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -140,7 +190,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "folder").mkdir()
     (folder / "empty").touch()
     (folder / "text").write_text("hello\n")
-    (folder / "study.toml").write_text('traces = ["pruned"]\nclusters = ["dgx-a100"]\ngpus = [1]\n')
+    (folder / "stopped").mkdir()
+    shrinking_trace(folder / "stopped/trace.jsonl", recorded_epochs=0)
+    (folder / "study.toml").write_text(STUDY)
+    for name, added in STUDIES.items():
+        (folder / name).write_text(STUDY + added)
+    for name, (found, changed) in CLUSTERS.items():
+        (folder / name).write_text(CLUSTER.replace(found, changed))
     return folder
 
 
