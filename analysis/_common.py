@@ -1,7 +1,7 @@
 """What the studies of this folder share: finding traces, the paper's numbers, and writing a table and a figure.
 
-Every study is a script `python analysis/NAME.py [TRACE…] [--out DIR]`; without traces it takes all that lie under
-`traces/`. It prints its table, and with `--out` writes it as CSV and its figure as SVG.
+Every study is a script `python analysis/NAME.py [TRACE…] [--out DIR] [--format svg|png|pdf]`; without traces it takes
+all that lie under `traces/`. It prints what it is about and its table, and with `--out` writes both and its figure.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 import ptsim
 from ptsim.costs.flops import training_macs
 from ptsim.errors import PtsimError, UsageError
-from ptsim.report.pairs import is_pruned, penalty_ratio, run_labels
+from ptsim.report.pairs import data_name, is_pruned, penalty_ratio, run_labels, setting_labels
 from ptsim.trace.schema import Epoch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,8 @@ def main(
     parser.add_argument(
         "traces", nargs="*", type=Path, default=[ROOT / "traces"], help="trace files, run folders, or folders of them"
     )
-    parser.add_argument("--out", type=Path, help="folder for the table (CSV) and the figure (SVG)")
+    parser.add_argument("--out", type=Path, help="folder for the table (CSV) and the figure")
+    parser.add_argument("--format", choices=("svg", "png", "pdf"), default="svg", help="of the figure")
     arguments = parser.parse_args(argv)
     name = Path(file).stem
     try:
@@ -60,7 +62,7 @@ def main(
     except PtsimError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(document.splitlines()[0], end="\n\n")
+    print(document.strip(), end="\n\n")
     print(
         frame.to_string(
             index=False, max_colwidth=48, max_rows=40, float_format=lambda value: f"{value:.4g}", na_rep="–"
@@ -70,7 +72,7 @@ def main(
         arguments.out.mkdir(parents=True, exist_ok=True)
         frame.to_csv(arguments.out / f"{name}.csv", index=False)
         if figure:
-            figure(frame).savefig(arguments.out / f"{name}.svg")
+            figure(frame).savefig(arguments.out / f"{name}.{arguments.format}", dpi=150)
     return 0
 
 
@@ -100,35 +102,87 @@ def paper(where: str, **equal: object) -> pd.DataFrame:
     return rows
 
 
+def nearest_paper(where: str, dataset: str, model: str, **equal: object) -> tuple[pd.DataFrame, str | None]:
+    """The paper's rows of the network nearest to `model`, and which that is ("CIFAR100 ResNet32"); None where none is.
+
+    Only networks of the same family on data of the same size count: the same data first, then the nearest depth.
+    """
+    rows = paper(where, **equal).dropna(subset=["dataset", "model"])
+    family, depth = _family(model)
+    near = {
+        (other != dataset, abs(_family(name)[1] - depth)): (other, name)
+        for other, name in zip(rows.dataset, rows.model, strict=True)
+        if other.rstrip("0123456789") == dataset.rstrip("0123456789") and _family(name)[0] == family
+    }
+    if not near:
+        return rows[:0], None
+    data, name = near[min(near)]
+    return rows[(rows.dataset == data) & (rows.model == name)], f"{data} {name}"
+
+
+def _family(model: str) -> tuple[str, int]:
+    name = model.rstrip("0123456789")
+    return name, int(model[len(name) :] or 0)
+
+
 def paper_names(trace: ptsim.Trace) -> tuple[str, str]:
     """Data set and network as the paper calls them, so that its numbers can be laid beside the run's."""
     data, model = trace.run.dataset, trace.run.model.rpartition(":")[2].lower()
-    sizes = {(10, 32): "CIFAR10", (100, 32): "CIFAR100", (1000, 224): "ImageNet"}
-    dataset = sizes.get((data.num_classes, data.input_shape[1]), data.name)
+    dataset = data_name(trace)
+    sizes = {(10, 32, "cifar"): "CIFAR10", (100, 32, "cifar"): "CIFAR100", (1000, 224, ""): "ImageNet"}
+    for (classes, side, part), name in sizes.items():
+        if (data.num_classes, data.input_shape[1]) == (classes, side) and part in dataset.lower():
+            dataset = name
     for prefix, name in (("resnet", "ResNet"), ("vgg", "VGG")):
         if model.startswith(prefix):
             model = name + model.removeprefix(prefix).removesuffix("_bn")
     return dataset, model
 
 
-def setting(trace: ptsim.Trace, label: str) -> dict[str, object]:
-    """The columns that say which run a row is about."""
+def labelled(traces: Sequence[ptsim.Trace]) -> list[tuple[dict[str, Any], ptsim.Trace]]:
+    """Every trace that has an epoch, with the columns that say which run a row is about."""
+    return [
+        (_columns(trace, label, setting), trace)
+        for label, setting, trace in zip(run_labels(traces), setting_labels(traces), traces, strict=True)
+        if trace.epochs
+    ]
+
+
+def _columns(trace: ptsim.Trace, label: str, setting: str) -> dict[str, Any]:
     dataset, model = paper_names(trace)
     return {
         "run": label,
+        "setting": setting,
         "pruned": is_pruned(trace),
         "dataset": dataset,
         "model": model,
         "penalty_ratio": penalty_ratio(trace),
         "device": trace.run.device.name,
+        "device_kind": trace.run.device.kind,
         "num_gpus": trace.run.world_size,
         "precision": str(trace.run.precision),
+        "batch_per_gpu": trace.epochs[0].batch_per_gpu,
     }
 
 
-def labelled(traces: Sequence[ptsim.Trace]) -> list[tuple[str, ptsim.Trace]]:
-    """Every trace that has an epoch, with its label."""
-    return [(label, t) for label, t in zip(run_labels(traces), traces, strict=True) if t.epochs]
+def modes(traces: Sequence[ptsim.Trace]) -> list[tuple[dict[str, Any], ptsim.Trace]]:
+    """The pruned runs of `labelled` whose settings, but for union or gating, were recorded in both modes.
+
+    Their columns have `mode`, and `pair`: a name for the settings that the runs share.
+    """
+    found = []
+    for names, trace in labelled(traces):
+        settings = trace.run.hyperparameters
+        pair = f"{names['model']}, r={names['penalty_ratio']:g}" if names["penalty_ratio"] else names["model"]
+        key = names["dataset"], settings.get("interval"), settings.get("schedule", "continuous"), len(trace.epochs)
+        if names["pruned"]:
+            found.append((key, names | {"mode": settings.get("mode", "union"), "pair": pair}, trace))
+    both = {
+        (key, names["pair"])
+        for key, names, _ in found
+        if {other["mode"] for k, other, _ in found if (k, other["pair"]) == (key, names["pair"])} == {"union", "gating"}
+    }
+    return [(names, trace) for key, names, trace in found if (key, names["pair"]) in both]
 
 
 def epoch_flops(trace: ptsim.Trace, epoch: Epoch) -> float:

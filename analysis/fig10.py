@@ -14,22 +14,28 @@ from matplotlib.figure import Figure
 
 import ptsim
 from ptsim.report import figures
+from ptsim.report.frames import numeric
+
+PAPER_INTERVALS = {
+    str(row["dataset"]): float(row["value"])
+    for row in _common.paper("Fig. 10", metric="reconfiguration interval used").to_dict(orient="records")
+}
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
-    """One row per pruned run, sorted by interval."""
+    """One row per continuously pruned run with channel union, sorted by interval."""
     rows = []
-    for label, trace in _common.labelled(traces):
-        names = _common.setting(trace, label)
+    for names, trace in _common.labelled(traces):
         interval = trace.run.hyperparameters.get("interval")
-        if not names["pruned"] or interval is None:
+        schedule = trace.run.hyperparameters.get("schedule", "continuous")
+        mode = trace.run.hyperparameters.get("mode", "union")
+        if not names["pruned"] or interval is None or (schedule, mode) != ("continuous", "union"):
             continue
         training_s = sum(epoch.time.wall_s for epoch in trace.epochs)
         paid_s = sum(record.duration_s for record in trace.reconfigurations)
         rows.append(
             {
                 **names,
-                "batch_per_gpu": trace.epochs[0].batch_per_gpu,
                 "interval_epochs": interval,
                 "epochs": len(trace.epochs),
                 "validation_accuracy": trace.epochs[-1].validation_accuracy,
@@ -37,35 +43,37 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
                 / (len(trace.epochs) * _common.first_flops(trace) / trace.epochs[0].num_images),
                 "inference_flops_fraction": trace.network_of(trace.epochs[-1]).forward_macs
                 / trace.network_of(trace.epochs[0]).forward_macs,
+                "paper_interval_epochs": PAPER_INTERVALS.get(names["dataset"].rstrip("0")),
                 "num_reconfigurations": len(trace.reconfigurations),
                 "reconfiguration_seconds": paid_s,
                 "reconfiguration_fraction": paid_s / (training_s + paid_s),
             }
         )
-    frame = pd.DataFrame(rows)
+    frame = numeric(pd.DataFrame(rows))
     return frame.sort_values(["model", "penalty_ratio", "interval_epochs"]) if rows else frame
 
 
 def figure(frame: pd.DataFrame) -> Figure:
-    """Accuracy against training FLOPs, a point per run, labelled with its interval."""
+    """Accuracy against training FLOPs, a line per penalty ratio; points are labelled with their interval."""
     return _figure(frame)
 
 
 @figures.styled
 def _figure(frame: pd.DataFrame) -> Figure:
     fig, (axes,) = figures.panels(1, height_in=3.2)
-    for number, (interval, rows) in enumerate(frame.groupby("interval_epochs")):
-        axes.plot(
-            100 * rows.training_flops_fraction,
-            100 * rows.validation_accuracy,
-            linestyle="-" if len(rows) > 1 else "",
-            marker="osD^vPX"[number % 7],
-            color=figures.COLOURS[(number + 1) % len(figures.COLOURS)],
-            label=f"every {interval} epochs",
-        )
+    for number, (ratio, rows) in enumerate(frame.groupby("penalty_ratio", sort=False)):
+        points = rows.groupby("interval_epochs", as_index=False).mean(numeric_only=True)
+        colour, accuracy = figures.COLOURS[1 + number % 6], 100 * rows.validation_accuracy
+        axes.plot(100 * rows.training_flops_fraction, accuracy, "o", ms=4, color=colour, alpha=0.5)
+        at = 100 * points.training_flops_fraction, 100 * points.validation_accuracy
+        axes.plot(*at, color=colour, marker="osD^v"[number % 5], label=f"r={ratio:g}")
+        for x, y, interval in zip(*at, points.interval_epochs, strict=True):
+            axes.annotate(f"{interval:g}", (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
     axes.set(xlabel="training FLOPs (% of dense)", ylabel="validation accuracy (%)")
+    axes.margins(0.12)
     figures.legend_above(axes)
-    return figures.finish(fig, frame, n="1 run per point", band="no band: single runs")
+    n = f"{len(frame)} runs, one per dot; lines join the means, numbers are epochs between reconfigurations"
+    return figures.finish(fig, frame, n=n, band="no band: single runs")
 
 
 if __name__ == "__main__":

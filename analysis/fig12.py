@@ -21,9 +21,8 @@ from ptsim.report import figures
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
     """One row per pruned run and layer, after the last epoch that recorded densities."""
     rows = []
-    for label, trace in _common.labelled(traces):
+    for names, trace in _common.labelled(traces):
         recorded = [epoch for epoch in trace.epochs if epoch.densities]
-        names = _common.setting(trace, label)
         if not recorded or not names["pruned"]:
             continue
         rows += [
@@ -42,8 +41,8 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
 
 
 def figure(frame: pd.DataFrame) -> Figure:
-    """Both densities by layer, of the first run."""
-    return _figure(frame[frame.run == frame.run.iloc[0]])
+    """Both densities by layer, of the run with the sparsest weights."""
+    return _figure(frame[frame.run == frame.groupby("run", sort=False).weight_density.mean().idxmin()])
 
 
 @figures.styled
@@ -57,7 +56,7 @@ def _figure(frame: pd.DataFrame) -> Figure:
     axes.set(xlabel="share that is not sparse")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     figures.legend_above(axes)
-    return figures.finish(fig, frame, n=f"{len(frame)} layers of 1 run", band="no band: a count")
+    return figures.finish(fig, frame, n=f"{len(frame)} layers of “{frame.run.iloc[0]}”", band="no band: a count")
 
 
 if __name__ == "__main__":

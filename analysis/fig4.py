@@ -22,18 +22,18 @@ LAYERS = 3
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
     """One row per run, layer, epoch and channel that the network still has, for three layers spread over the depth."""
     rows = []
-    for label, trace in _common.labelled(traces):
+    for names, trace in _common.labelled(traces):
         recorded = [epoch for epoch in trace.epochs if epoch.channel_maxima]
         if not recorded:
             continue
-        names = list(recorded[0].channel_maxima or {})
-        chosen = [names[round(i * (len(names) - 1) / max(LAYERS - 1, 1))] for i in range(LAYERS)]
+        layers = list(recorded[0].channel_maxima or {})
+        chosen = [layers[round(i * (len(layers) - 1) / max(LAYERS - 1, 1))] for i in range(LAYERS)]
         for epoch in recorded:
             for layer in dict.fromkeys(chosen):
                 maxima = (epoch.channel_maxima or {}).get(layer, ())
                 rows += [
                     {
-                        **_common.setting(trace, label),
+                        **names,
                         "batch_per_gpu": epoch.batch_per_gpu,
                         "layer": layer,
                         "epoch": epoch.epoch,
@@ -47,8 +47,8 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
 
 
 def figure(frame: pd.DataFrame) -> Figure:
-    """A panel per layer of the first run: every channel's largest weight, logarithmic."""
-    return _figure(frame[frame.run == frame.run.iloc[0]])
+    """A panel per layer of the run with most sparse channels: every channel's largest weight, logarithmic."""
+    return _figure(frame[frame.run == frame.groupby("run", sort=False).sparse.mean().idxmax()])
 
 
 @figures.styled
@@ -70,7 +70,9 @@ def _figure(frame: pd.DataFrame) -> Figure:
         axes.set(yscale="log", title=layer, ylabel="largest |w|")
     panels[-1].set_xlabel("epoch")
     figures.legend_above(panels[0])
-    return figures.finish(fig, frame, n="1 dot per output channel and epoch", band="no band: single values")
+    return figures.finish(
+        fig, frame, n=f"1 dot per output channel and epoch of “{frame.run.iloc[0]}”", band="no band: single values"
+    )
 
 
 if __name__ == "__main__":

@@ -18,28 +18,17 @@ from ptsim.report import figures
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
-    """One row per pruned run: what its last network costs, by mode; union minus gating where both were recorded."""
+    """One row per run of a pair recorded in both modes: what its last network costs, and union minus gating."""
     rows = []
-    for label, trace in _common.labelled(traces):
-        names = _common.setting(trace, label)
-        if not names["pruned"]:
-            continue
+    for names, trace in _common.modes(traces):
         first, last = (trace.network_of(trace.epochs[i]) for i in (0, -1))
-        rows.append(
-            {
-                **names,
-                "batch_per_gpu": trace.epochs[0].batch_per_gpu,
-                "mode": trace.run.hyperparameters.get("mode", "union"),
-                "inference_flops_fraction": last.forward_macs / first.forward_macs,
-            }
-        )
-    frame = pd.DataFrame(rows)
-    if frame.empty or frame["mode"].nunique() < 2:
+        rows.append({**names, "inference_flops_fraction": last.forward_macs / first.forward_macs})
+    if not rows:
         return pd.DataFrame()
-    key = ["dataset", "model", "penalty_ratio"]
-    modes = frame.pivot_table(index=key, columns="mode", values="inference_flops_fraction", aggfunc="mean")
-    difference = (modes["union"] - modes["gating"]).rename("union_minus_gating_fraction").reset_index()
-    return frame.merge(difference, on=key, how="left").assign(paper_difference="0.01 to 0.06")
+    frame = pd.DataFrame(rows)
+    means = frame.pivot_table(index="pair", columns="mode", values="inference_flops_fraction", aggfunc="mean")
+    difference = (means["union"] - means["gating"]).rename("union_minus_gating_fraction").reset_index()
+    return frame.merge(difference, on="pair", how="left").assign(paper_difference="0.01 to 0.06")
 
 
 def figure(frame: pd.DataFrame) -> Figure:
@@ -50,10 +39,9 @@ def figure(frame: pd.DataFrame) -> Figure:
 @figures.styled
 def _figure(frame: pd.DataFrame) -> Figure:
     fig, (axes,) = figures.panels(1, height_in=3.2)
-    names = frame.model + ", r=" + frame.penalty_ratio.map("{:g}".format)
-    groups = list(dict.fromkeys(names))
+    groups = list(dict.fromkeys(frame.pair))
     for offset, mode, colour, hatch in ((-0.2, "union", figures.COLOURS[1], ""), (0.2, "gating", "#8CC8EC", "///")):
-        means = frame[frame["mode"] == mode].groupby(names).inference_flops_fraction.mean()
+        means = frame[frame["mode"] == mode].groupby("pair").inference_flops_fraction.mean()
         axes.bar(
             [i + offset for i in range(len(groups))],
             [float(means.get(group, float("nan"))) for group in groups],

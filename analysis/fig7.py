@@ -1,6 +1,8 @@
 """Fig. 7: measured time of every residual block under channel union and channel gating.
 
-Gating computes less but gathers and scatters channels around every branch; the paper finds it slower on a V100.
+Gating computes less but gathers and scatters channels around every branch; the paper finds it slower on a V100 (bars
+only, no numbers). Layer times are the trace's own last profile, on the device that recorded it: gathers on a CPU cost
+otherwise than on a GPU.
 """
 
 from __future__ import annotations
@@ -13,42 +15,39 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import ptsim
+from ptsim.network import LayerKind
 from ptsim.report import figures
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
     """One row per run and block: forward and backward time of an image in the last recorded profile."""
     rows = []
-    for label, trace in _common.labelled(traces):
-        names = _common.setting(trace, label)
-        if not names["pruned"] or not trace.profiles:
+    for names, trace in _common.modes(traces):
+        if not trace.profiles:
             continue
         profile = trace.profiles[-1]
         kinds = {layer.name: layer.kind for layer in trace.networks[profile.architecture].layers}
-        blocks: dict[str, list[float]] = {}
         for layer in profile.layers:
-            total, reshaping = blocks.setdefault(layer.layer.rpartition(".")[0] or layer.layer, [0.0, 0.0])
             seconds = (layer.forward_s + (layer.backward_s or 0.0)) / profile.batch
-            moved = seconds if kinds[layer.layer] == "reshape" else 0.0
-            blocks[layer.layer.rpartition(".")[0] or layer.layer] = [total + seconds, reshaping + moved]
-        rows += [
-            {
-                **names,
-                "batch_per_gpu": profile.batch,
-                "mode": trace.run.hyperparameters.get("mode", "union"),
-                "block": block,
-                "seconds_per_image": total,
-                "reshaping_seconds_per_image": reshaping,
-            }
-            for block, (total, reshaping) in blocks.items()
-        ]
+            rows.append(
+                {
+                    **names,
+                    "batch_per_gpu": profile.batch,
+                    "block": layer.layer.rpartition(".")[0] or layer.layer,
+                    "seconds_per_image": seconds,
+                    "reshaping_seconds_per_image": seconds if kinds[layer.layer] == LayerKind.RESHAPE else 0.0,
+                }
+            )
+    if not rows or len({row["mode"] for row in rows}) < 2:
+        return pd.DataFrame()
     frame = pd.DataFrame(rows)
-    return frame if not frame.empty and frame["mode"].nunique() == 2 else pd.DataFrame()
+    seconds = ["seconds_per_image", "reshaping_seconds_per_image"]
+    return frame.groupby([c for c in frame if c not in seconds], sort=False, dropna=False)[seconds].sum().reset_index()
 
 
 def figure(frame: pd.DataFrame) -> Figure:
-    """A pair of bars per block."""
-    return _figure(frame)
+    """A pair of bars per block, of the first pair of runs."""
+    return _figure(frame[frame.pair == frame.pair.iloc[0]])
 
 
 @figures.styled
@@ -70,7 +69,12 @@ def _figure(frame: pd.DataFrame) -> Figure:
     axes.invert_yaxis()
     axes.set(xlabel="forward and backward per image (µs)")
     figures.legend_above(axes)
-    return figures.finish(fig, frame, n="1 profile per mode, or their mean", band="no band: medians of a profile")
+    return figures.finish(
+        fig,
+        frame,
+        n=f"1 profile per mode, or their mean, of {frame.pair.iloc[0]}",
+        band="no band: medians of a profile",
+    )
 
 
 if __name__ == "__main__":

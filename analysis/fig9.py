@@ -1,5 +1,6 @@
 """Fig. 9: memory of a training iteration and the per-GPU mini-batch over epochs.
 
+The peak is the allocator's where a GPU recorded the run; the estimate is ptsim's, and on a CPU the only one there is.
 The paper: ImageNet on 11 GB, 64 to 96 at epoch 10 to 128 at epoch 30; CIFAR-100 from 128 to 320.
 """
 
@@ -18,13 +19,14 @@ from ptsim.report import figures, frames
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
     """One row per run and epoch: measured and estimated peak, at the recorded and at the first mini-batch."""
-    runs = [trace for _, trace in _common.labelled(traces)]
-    if not runs:
+    labelled = _common.labelled(traces)
+    if not labelled:
         return pd.DataFrame()
+    runs = [trace for _, trace in labelled]
     frame = frames.costs_frame(runs)
-    keep = ["run", "pruned", "device", "precision", "num_gpus", "epoch", "batch_per_gpu"]
+    keep = ["run", "setting", "pruned", "device", "device_kind", "precision", "num_gpus", "epoch", "batch_per_gpu"]
     frame = frame[[*keep, "peak_memory_bytes", "estimated_memory_bytes"]].copy()
-    names = {label: _common.paper_names(trace) for label, trace in _common.labelled(runs)}
+    names = {names["run"]: (names["dataset"], names["model"]) for names, _ in labelled}
     published = _common.paper("Fig. 9").assign(start=lambda rows: rows.epochs.str.extract(r"^(\d+)-").astype(float))
     frame["paper_batch_per_gpu"] = [
         _paper_batch(published, *names[run], epoch) for run, epoch in zip(frame.run, frame.epoch, strict=True)

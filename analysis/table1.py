@@ -1,6 +1,10 @@
 """Table 1: accuracy, training FLOPs, training time and inference FLOPs of PruneTrain, relative to dense.
 
-Time is measured, without validation; the paper leaves reconfiguration out, so it has a column with and one without.
+One row a setting: the mean of its runs (`num_runs`), with the lowest and highest change of accuracy. Time is measured,
+without validation; the paper leaves reconfiguration out, so there is a column with and one without. `own_pace` compares
+a run with its own unpruned epochs, which a machine whose speed drifted between the dense and the pruned run does not
+distort; `pace` is the time of the same unpruned network in the pruned run, relative to the dense run (1: they compare).
+`paper_of` says which of the paper's networks its numbers are of: the nearest one.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ import _common
 import pandas as pd
 
 import ptsim
-from ptsim.report.pairs import compare_runs
+from ptsim.report.frames import averaged, numeric
+from ptsim.report.pairs import compare_runs, held_dense, pace
 
 METRICS = {
     "validation accuracy change vs dense": "paper_accuracy_change_points",
@@ -23,41 +28,59 @@ METRICS = {
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
-    """One row per pruned run, the paper's numbers for that data set and network beside it where it has them."""
+    """One row per pruned setting, the paper's numbers for that data set and network beside it where it has them."""
+    frame = runs(traces)
+    return frame if frame.empty else averaged(frame, ["setting"]).drop(columns="run")
+
+
+def runs(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
+    """One row per pruned run."""
+    columns = {names["run"]: names for names, _ in _common.labelled(traces)}
     rows = []
     for comparison in compare_runs(traces):
         dense, pruned = comparison.baseline, comparison.pruned
-        dense_s, pruned_s = (sum(e.time.wall_s for e in t.epochs) for t in (dense, pruned))
+        dense_s, pruned_s, held_s = (sum(e.time.wall_s for e in t.epochs) for t in (dense, pruned, held_dense(pruned)))
         paid_s = sum(r.duration_s for r in pruned.reconfigurations)
         last, first = pruned.network_of(pruned.epochs[-1]), dense.network_of(dense.epochs[0])
-        change = pruned.epochs[-1].validation_accuracy - dense.epochs[-1].validation_accuracy
-        names = _common.setting(pruned, comparison.label)
+        change = None
+        if comparison.trained:
+            change = 100 * (pruned.epochs[-1].validation_accuracy - dense.epochs[-1].validation_accuracy)
+        names = columns[comparison.label]
         rows.append(
             {
                 **names,
                 "baseline": comparison.baseline_label,
                 "epochs": len(pruned.epochs),
-                "accuracy_change_points": 100 * change if comparison.trained else None,
+                "accuracy_change_points": change,
+                "accuracy_change_points_low": change,
+                "accuracy_change_points_high": change,
                 "training_flops_fraction": sum(_common.epoch_flops(pruned, e) for e in pruned.epochs)
                 / sum(_common.epoch_flops(dense, e) for e in dense.epochs),
                 "time_fraction": pruned_s / dense_s,
                 "time_with_reconfiguration_fraction": (pruned_s + paid_s) / dense_s,
+                "own_pace_time_fraction": pruned_s / held_s,
+                "pace_fraction": pace(comparison),
                 "inference_flops_fraction": last.forward_macs / first.forward_macs,
-                **paper_row(str(names["dataset"]), str(names["model"]), names["penalty_ratio"]),
+                **paper_row(names["dataset"], names["model"], names["penalty_ratio"]),
             }
         )
-    return pd.DataFrame(rows)
+    return numeric(pd.DataFrame(rows))
 
 
-def paper_row(dataset: str, model: str, ratio: object) -> dict[str, float]:
-    """The paper's four numbers; for ImageNet those of the nearest penalty ratio, on its 1080 Ti."""
-    rows = _common.paper("Table 1", dataset=dataset, model=model)
+def paper_row(dataset: str, model: str, ratio: object) -> dict[str, float | str]:
+    """The paper's four numbers of the nearest network, for ImageNet of the nearest penalty ratio on its 1080 Ti."""
+    rows, of = _common.nearest_paper("Table 1", dataset, model)
+    if of is None:
+        return {}
     rows = rows[~rows.setting.str.contains("fine-tuning") & ~rows.hardware.fillna("").str.contains("V100")]
     strength = rows.setting.str.extract(r"penalty ratio ([\d.]+)", expand=False).astype(float)
     if strength.notna().any():
         wanted = float(ratio) if isinstance(ratio, int | float) else 0.25
         rows = rows[(strength - wanted).abs() == (strength - wanted).abs().min()]
-    return {column: float(value) for metric, column in METRICS.items() for value in rows[rows.metric == metric].value}
+    numbers = {
+        column: float(value) for metric, column in METRICS.items() for value in rows[rows.metric == metric].value
+    }
+    return numbers | {"paper_of": of}
 
 
 if __name__ == "__main__":

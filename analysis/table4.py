@@ -1,4 +1,8 @@
-"""Table 4: what the dynamic mini-batch adds to the time saved, and what it does to accuracy and inference cost."""
+"""Table 4: what the dynamic mini-batch adds to the time saved, and what it does to accuracy and inference cost.
+
+Measured, one row a pruned run: "naive" with a fixed mini-batch, "adjusted" with a growing one. `paper_of` says
+which of the paper's networks its numbers are of: the nearest one, and for CIFAR of CIFAR-100.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,20 @@ from collections.abc import Sequence
 
 import _common
 import pandas as pd
-from table1 import table as table1
+import table1
 
 import ptsim
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
-    """One row per pruned run, with a fixed ("naive") or a growing ("adjusted") mini-batch."""
-    growth = {label: (t.epochs[0].batch_per_gpu, t.epochs[-1].batch_per_gpu) for label, t in _common.labelled(traces)}
-    dynamic = {label: bool(t.run.hyperparameters.get("dynamic_batch")) for label, t in _common.labelled(traces)}
+    """One row per pruned run."""
+    growth = {n["run"]: (t.epochs[0].batch_per_gpu, t.epochs[-1].batch_per_gpu) for n, t in _common.labelled(traces)}
+    dynamic = {n["run"]: bool(t.run.hyperparameters.get("dynamic_batch")) for n, t in _common.labelled(traces)}
     rows = []
-    for row in table1(traces).itertuples():
-        first, last = growth[row.run]
-        adjusted = dynamic[row.run] or last > first
-        published = _common.paper("Table 4", dataset=row.dataset, model=row.model)
+    for row in table1.runs(traces).to_dict(orient="records"):
+        first, last = growth[row["run"]]
+        adjusted = dynamic[row["run"]] or last > first
+        published, of = _common.nearest_paper("Table 4", row["dataset"], row["model"])
         published = published[published.setting.str.startswith("Adjusted" if adjusted else "Naive")]
         published = published[~published.hardware.fillna("").str.contains("V100")]
 
@@ -29,16 +33,17 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
 
         rows.append(
             {
-                "run": row.run,
-                "dataset": row.dataset,
-                "model": row.model,
-                "device": row.device,
-                "setting": "adjusted" if adjusted else "naive",
+                "run": row["run"],
+                "dataset": row["dataset"],
+                "model": row["model"],
+                "device": row["device"],
+                "mini_batch": "adjusted" if adjusted else "naive",
                 "first_batch_per_gpu": first,
                 "last_batch_per_gpu": last,
-                "time_saved_fraction": 1 - row.time_fraction,
-                "inference_flops_fraction": row.inference_flops_fraction,
-                "accuracy_change_points": row.accuracy_change_points,
+                "time_saved_fraction": 1 - row["time_fraction"],
+                "inference_flops_fraction": row["inference_flops_fraction"],
+                "accuracy_change_points": row["accuracy_change_points"],
+                "paper_of": of,
                 "paper_time_saved_fraction": value("training time reduction"),
                 "paper_inference_flops_fraction": value("inference FLOPs"),
                 "paper_accuracy_change_points": value("validation accuracy"),

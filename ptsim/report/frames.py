@@ -215,7 +215,7 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
 
 def numeric(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with columns of optional numbers, which None would make objects, as floats; missing ones are NaN."""
-    for name in frame.select_dtypes("object").columns:
+    for name in (name for name in frame if pd.api.types.is_object_dtype(frame[name])):
         values = frame[name].dropna()
         if all(isinstance(value, numbers.Number) and not isinstance(value, bool) for value in values):
             frame[name] = frame[name].astype(float)

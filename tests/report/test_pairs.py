@@ -1,9 +1,19 @@
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import ptsim
-from ptsim.report.pairs import compare_runs, first_epochs, held_dense, is_pruned, run_labels
+from ptsim.report.pairs import (
+    compare_runs,
+    data_name,
+    first_epochs,
+    held_dense,
+    is_pruned,
+    pace,
+    run_labels,
+    setting_labels,
+)
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 
@@ -92,3 +102,35 @@ def test_without_a_dense_run_the_first_architecture_is_held(folder: Path) -> Non
 
 def test_dense_runs_alone_have_nothing_to_be_compared_with(folder: Path) -> None:
     assert compare_runs(read(dense_trace(folder / "a.jsonl"), dense_trace(folder / "b.jsonl", seed=1))) == []
+
+
+def test_repeats_with_other_seeds_share_a_setting_and_other_settings_do_not(folder: Path) -> None:
+    runs = read(
+        dense_trace(folder / "d.jsonl"),
+        *(shrinking_trace(folder / f"{seed}.jsonl", seed=seed) for seed in (1, 2)),
+        shrinking_trace(folder / "other.jsonl", penalty_ratio=0.4),
+    )
+    assert setting_labels(runs) == ["dense", "PruneTrain r=0.2", "PruneTrain r=0.2", "PruneTrain r=0.4"]
+
+
+def test_a_folder_of_images_is_called_by_its_name(folder: Path) -> None:
+    (run,) = read(dense_trace(folder / "a.jsonl"))
+    assert data_name(run) == run.run.dataset.name
+    dataset = msgspec.structs.replace(run.run.dataset, name="imagefolder")
+    changed = msgspec.structs.replace(run.run, dataset=dataset, hyperparameters={"data_dir": "somewhere/leaves"})
+    assert data_name(msgspec.structs.replace(run, run=changed)) == "leaves"
+
+
+def test_the_pace_is_how_fast_the_machine_ran_the_same_network(folder: Path) -> None:
+    runs = read(dense_trace(folder / "dense.jsonl"), shrinking_trace(folder / "pruned.jsonl"))
+    (comparison,) = compare_runs(runs)
+    assert pace(comparison) == pytest.approx(1.0, rel=0.01)
+    slow = [
+        msgspec.structs.replace(
+            e,
+            time=msgspec.structs.replace(e.time, wall_s=1.25 * (e.time.wall_s - e.time.regularizer_s), regularizer_s=0),
+        )
+        for e in runs[1].epochs
+    ]
+    (slowed,) = compare_runs([runs[0], msgspec.structs.replace(runs[1], epochs=tuple(slow))])
+    assert pace(slowed) == pytest.approx(1.25)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ptsim.report import answer
+from ptsim.report.build import make_report
+from ptsim.report.frames import averaged
+from tests.traces import CPU, dense_trace, shrinking_trace
+
+
+def excess(**pruned_seconds: float) -> pd.DataFrame:
+    """Parts of a dense run of 10 s each beside a pruned run's; half of the FLOPs are left."""
+    names = {"host": "loss and host gaps", "products": "convolutions and linear layers", "moved": "memory-bound layers"}
+    rows = [
+        {"part": names[key], "dense_seconds": 10.0, "pruned_seconds": seconds, "excess_seconds": seconds - 5.0}
+        for key, seconds in pruned_seconds.items()
+    ]
+    return pd.DataFrame(rows).assign(flops_fraction=0.5, floor_fraction=0.1)
+
+
+def test_a_run_that_waits_for_its_host_is_called_host_bound() -> None:
+    lead, *reasons = answer.why(excess(host=10.0, products=5.0, moved=6.0))
+    assert "50 % of the training FLOPs and 70 % of the time" in lead
+    assert len(reasons) == 2  # of 6 s in excess, 5 are the host's and 1 is the memory's
+    assert reasons[0].startswith("Host-bound: for 48 % of the pruned run")
+    assert reasons[1].startswith("Memory-bound layers")
+
+
+def test_where_time_follows_flops_there_is_nothing_to_explain() -> None:
+    (only,) = answer.why(excess(products=5.0, moved=5.1))
+    assert "time follows the FLOPs" in only
+
+
+def test_steps_that_one_image_would_take_as_well_are_called_launch_bound() -> None:
+    *_, last = answer.why(excess(products=9.0).assign(floor_fraction=0.8))
+    assert last.startswith("Launch-bound: a pruned step on a single image would take 80 %")
+
+
+def test_repeats_are_one_row_of_means_with_the_widest_interval() -> None:
+    frame = pd.DataFrame(
+        {
+            "setting": ["a", "a", "b"],
+            "run": ["a, seed 1", "a, seed 2", "b"],
+            "saved_seconds": [1.0, 3.0, 5.0],
+            "saved_seconds_low": [0.5, 2.0, 4.0],
+            "saved_seconds_high": [1.5, 4.0, 6.0],
+        }
+    )
+    rows = averaged(frame, ["setting"]).set_index("setting")
+    assert list(rows.num_runs) == [2, 1]
+    assert tuple(rows.loc["a", ["saved_seconds", "saved_seconds_low", "saved_seconds_high"]]) == (2.0, 0.5, 4.0)
+    assert rows.loc["a", "run"] == "a, seed 1"
+
+
+def test_every_number_of_the_head_says_where_it_comes_from_and_how_sure_it_is(tmp_path: Path) -> None:
+    traces = [dense_trace(tmp_path / "d.jsonl"), shrinking_trace(tmp_path / "p.jsonl")]
+    head = make_report(traces, cluster="dgx-a100", gpus=[1, 8], price_usd_per_gpu_hour=2.0).answer
+    assert all(tile.origin.startswith(("projected, tier: ", "measured, ", "counted")) for tile in head.tiles)
+    for tile in head.tiles:
+        if tile.origin.startswith("projected"):
+            assert "90 % interval" in tile.detail
+    assert "measured, 1 pair of runs; no interval" in {tile.origin for tile in head.tiles}
+    assert "validation accuracy" in head.headline
+    assert head.why
+
+
+def test_seeds_are_one_line_and_one_answer(tmp_path: Path) -> None:
+    traces = [dense_trace(tmp_path / "d.jsonl")]
+    traces += [shrinking_trace(tmp_path / f"p{seed}.jsonl", seed=seed) for seed in (1, 2)]
+    report = make_report(traces, cluster="dgx-a100", gpus=[1, 8])
+    assert "Means of 2 runs of this setting" in report.answer.certainty
+    figures = {shown.name: shown.figure for section in report.sections for shown in section.figures}
+    labels = [text.get_text() for text in figures["scaling"].legends[0].get_texts()]
+    assert labels == ["dense", "PruneTrain r=0.2"]
+    assert "2 runs per line" in " ".join(figures["accuracy"].get_supxlabel().split())
+
+
+def test_runs_at_another_pace_are_named_as_such(tmp_path: Path) -> None:
+    traces = [dense_trace(tmp_path / "d.jsonl"), shrinking_trace(tmp_path / "p.jsonl", device=CPU)]
+    notices = make_report(traces, cluster="dgx-a100", gpus=[1]).answer.notices
+    assert any("different devices" in notice for notice in notices)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(430.02, "7.17 min"), (3.2051, "3.21 s"), (4.5e6, "1,250 h"), (1e-12, "0 s"), (-0.685, "−685 ms")],
+)
+def test_a_projection_has_three_digits(value: float, text: str) -> None:
+    assert answer.format_seconds(value) == text
