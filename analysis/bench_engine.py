@@ -1,7 +1,7 @@
 """What does pruning cost beside training? Ratios to a training step; a survey of models.
 
     python analysis/bench_engine.py                                  # the ratios
-    python analysis/bench_engine.py --all-torchvision --out FILE.csv # inspect every torchvision classifier
+    python analysis/bench_engine.py --all-torchvision --out FILE.csv # inspect those that the file has no row of yet
     python analysis/bench_engine.py --compare resnet18 densenet121   # beside Torch-Pruning, if it is installed
 
 A duration is the median of several runs on this machine; compare ratios, not seconds.
@@ -112,9 +112,13 @@ def reconfiguration_seconds(name: str) -> float:
 
 
 def survey(names: Sequence[str], out: Path | None) -> list[dict[str, Any]]:
-    """`ptsim.inspect` of every network; an error is a row as well."""
+    """`ptsim.inspect` of every network; an error is a row as well. Rows that are in the file already stay."""
     rows = []
-    for name in names:
+    if out is not None and out.exists():
+        with out.open(newline="") as file:
+            rows = [dict(row, exact=row["exact"] == "True") for row in csv.DictReader(file) if row["model"] in names]
+    known = {row["model"] for row in rows}
+    for name in (name for name in names if name not in known):
         start = time.perf_counter()
         row: dict[str, Any] = {"model": name}
         try:

@@ -50,7 +50,7 @@ def forward_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[st
     """
     with torch.no_grad(), torch.random.fork_rng(), _no_fused_attention(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
-        graph = symbolic_graph(_detached_copy(model).train())
+        graph = symbolic_graph(_detached_copy(model).train(), (1, *input_shape))
         analysis = counter(_Scoped(graph.eval()), example_input(model, input_shape, batch=1))
         by_module = analysis.by_module_and_operator()
     prefix = "scopes."

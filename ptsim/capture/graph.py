@@ -6,7 +6,10 @@ Capture and pruning both start here, so that they see the same layers under the 
 from __future__ import annotations
 
 import contextlib
+import copy
+import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +25,129 @@ class Tracer(fx.Tracer):
         """True for a module that becomes one node."""
         return getattr(module, "ptsim_leaf", False) or super().is_leaf_module(module, qualified_name)
 
+    def create_proxy(self, kind: str, target: Any, args: Any, *rest: Any, **more: Any) -> Any:
+        """A node of the graph; a further argument of `forward` keeps its default: the model is called with images."""
+        if kind == "placeholder" and args and any(node.op == "placeholder" for node in self.graph.nodes):
+            return args[0]
+        return super().create_proxy(kind, target, args, *rest, **more)
+
+
+class ShapedTracer(Tracer):
+    """Knows the shapes while it traces, so that Python may look at them: `assert x.shape[1] == 64`, `len`, `range`.
+
+    What was looked at stands in `looked`: node name → whether as a truth value or as a number. The graph holds for
+    networks and images where these are the same.
+    """
+
+    def __init__(self, model: nn.Module, images_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self._twin = hollow_copy(model)
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+            self._images = torch.empty(images_shape, dtype=dtype)
+        self._values: dict[fx.Node, Any] = {}
+        self._evaluating = False
+        self.looked: dict[str, str] = {}
+
+    def create_proxy(self, kind: str, target: Any, args: Any, *rest: Any, **more: Any) -> Any:
+        """A node, and its value on tensors without storage."""
+        made = super().create_proxy(kind, target, args, *rest, **more)
+        if isinstance(made, fx.Proxy):
+            self._evaluating = True
+            try:
+                with torch.no_grad():
+                    self._values[made.node] = self._value(made.node)
+            finally:
+                self._evaluating = False
+        return made
+
+    def _value(self, node: fx.Node) -> Any:
+        args: Any = fx.map_arg(node.args, self._values.__getitem__)
+        kwargs: Any = fx.map_arg(node.kwargs, self._values.__getitem__)
+        match node.op:
+            case "placeholder":
+                return self._images
+            case "get_attr":
+                parent, _, name = str(node.target).rpartition(".")
+                return getattr(self._twin.get_submodule(parent), name)
+            case "call_module":
+                return self._twin.get_submodule(str(node.target))(*args, **kwargs)
+            case "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            case "call_function":
+                return node.target(*args, **kwargs)  # type: ignore[operator] # of a call, a function
+        return None
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Trace into it or make it a node; while values are computed it just runs."""
+        return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """An attribute of a module, a parameter as a node of the graph."""
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What the model's code sees in place of a value."""
+        return _Shaped(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """A condition on shapes holds as it does for these images."""
+        return bool(self.look(obj.node, "condition"))
+
+    def look(self, node: fx.Node, purpose: str) -> Any:
+        """The value, if it is known without arithmetic on tensors."""
+        value = self._values[node]
+        if isinstance(value, Tensor):
+            raise fx.proxy.TraceError("the code looks at the values of a tensor")
+        if self.looked.get(node.name) != "number":
+            self.looked[node.name] = purpose
+        return value
+
+
+class _Looks:
+    """Stands for a value; numbers and tuples of numbers can be looked at."""
+
+    tracer: Any
+    node: fx.Node
+
+    def __int__(self) -> int:
+        return int(self.tracer.look(self.node, "number"))
+
+    def __index__(self) -> int:
+        return int(self.tracer.look(self.node, "number"))
+
+    def __float__(self) -> float:
+        return float(self.tracer.look(self.node, "number"))
+
+    def __len__(self) -> int:
+        value = self.tracer._values[self.node]
+        return len(value) if isinstance(value, Tensor) else len(self.tracer.look(self.node, "condition"))
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.tracer._values[self.node]
+        return iter([operator.getitem(self, index) for index in range(len(value))])  # type: ignore[call-overload] # fx's
+
+
+class _Shaped(_Looks, fx.Proxy):
+    def __getattr__(self, name: str) -> Any:
+        return _ShapedAttribute(self, name)
+
+
+class _ShapedAttribute(_Looks, fx.proxy.Attribute):
+    """`x.shape`, or `x.view` before it is called."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _ShapedAttribute(self, name)
+
+
+def hollow_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are new, on the default device (a fake or meta one takes no memory)."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        twin = torch.empty(tensor.shape, dtype=tensor.dtype)
+        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+    return copy.deepcopy(model, memo)
+
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
@@ -35,8 +161,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def symbolic_graph(model: nn.Module) -> fx.GraphModule:
+def symbolic_graph(model: nn.Module, images_shape: tuple[int, ...] | None = None) -> fx.GraphModule:
     """The model's graph in the mode that it is in; it shares its modules and parameters with the model.
+
+    With `images_shape` (N, C, H, W) the model's code may also look at shapes; `meta["looked"]` then says at which.
 
     Raises:
         UnsupportedModelError: torch.fx cannot trace the model.
@@ -46,11 +174,19 @@ def symbolic_graph(model: nn.Module) -> fx.GraphModule:
     try:
         graph = tracer.trace(model)
     except Exception as error:  # torch.fx lets any error of the traced code through
-        raise UnsupportedModelError(
-            f"torch.fx cannot trace {name}: {_one_line(error)}",
-            hint="symbolic tracing needs a forward without branches on tensor values",
-        ) from error
-    return fx.GraphModule(tracer.root, graph, name)
+        try:
+            if images_shape is None:
+                raise
+            tracer = shaped = ShapedTracer(model, images_shape)
+            graph = shaped.trace(model)
+        except Exception as last:
+            raise UnsupportedModelError(
+                f"torch.fx cannot trace {name}: {_one_line(last)}",
+                hint="symbolic tracing needs a forward without branches on tensor values",
+            ) from error
+    module = fx.GraphModule(tracer.root, graph, name)
+    module.meta["looked"] = tracer.looked if isinstance(tracer, ShapedTracer) else {}
+    return module
 
 
 def trace_graph(model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 2) -> fx.GraphModule:
@@ -62,7 +198,7 @@ def trace_graph(model: nn.Module, input_shape: tuple[int, int, int], *, batch: i
         UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
     """
     with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
-        module = symbolic_graph(model)
+        module = symbolic_graph(model, (batch, *input_shape))
         with naming_the_image(model, input_shape):
             ShapeProp(module).propagate(example_input(model, input_shape, batch=batch))
     return module

@@ -35,7 +35,7 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
     graph = small.graph
     names = layer_names(graph)
     nodes = [node for node in graph.graph.nodes if node.name in small.steps and small.steps[node.name].works]
-    auxiliary = _auxiliary(model, graph)
+    auxiliary = _auxiliary(model, graph, input_shape)
     owners = _owners(small, nodes)
     macs = forward_macs(model, input_shape)
     layers = []
@@ -103,7 +103,7 @@ def layer_names(graph: fx.GraphModule) -> dict[fx.Node, str]:
     return names
 
 
-def training_graph(model: nn.Module) -> fx.GraphModule:
+def training_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
     """The graph that capture describes: the model's own modules, traced in training mode; modes are left as they were.
 
     Raises:
@@ -111,7 +111,7 @@ def training_graph(model: nn.Module) -> fx.GraphModule:
     """
     with evaluation_mode(model):  # restores every module's own mode afterwards
         model.train()
-        return symbolic_graph(model)
+        return symbolic_graph(model, (_BATCHES[0], *input_shape))
 
 
 def _image_shapes(small: Step, large: Step) -> tuple[tuple[Shape, ...], Shape]:
@@ -178,13 +178,13 @@ def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str]) -> Iterator[tuple
             sources[node] = tuple(found)
 
 
-def _auxiliary(model: nn.Module, graph: fx.GraphModule) -> set[fx.Node]:
+def _auxiliary(model: nn.Module, graph: fx.GraphModule, input_shape: tuple[int, int, int]) -> set[fx.Node]:
     """Nodes that only extra outputs of training need: training returns several tensors where evaluation returns one."""
     outputs = _outputs(graph)
     if len(outputs) < 2:
         return set()
     with evaluation_mode(model):
-        if len(_outputs(symbolic_graph(model))) > 1:
+        if len(_outputs(symbolic_graph(model, (_BATCHES[0], *input_shape)))) > 1:
             return set()
     needed: set[fx.Node] = set()
     waiting = [outputs[0]]

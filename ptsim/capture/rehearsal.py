@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ptsim.capture.graph import naming_the_image, symbolic_graph
+from ptsim.capture.graph import hollow_copy, naming_the_image, symbolic_graph
 
 Shape = tuple[int, ...]
 
@@ -80,7 +80,7 @@ def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *,
         warnings.simplefilter("ignore")  # the model's own: a rehearsal is not the place to repeat them
         twin = hollow_copy(model) if fake else copy.deepcopy(model).cpu()
         twin.train()
-        graph = symbolic_graph(twin)
+        graph = symbolic_graph(twin, (batch, *input_shape))
         watcher = _Watcher(graph, twin)
         dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
         with naming_the_image(model, input_shape):
@@ -147,15 +147,6 @@ class _Watcher(fx.Interpreter):
                 else:
                     step.saved_other_bytes += num_bytes
         return tensor
-
-
-def hollow_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters and buffers are new, on the default device (a fake or meta one takes no memory)."""
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        twin = torch.empty(tensor.shape, dtype=tensor.dtype)
-        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    return copy.deepcopy(model, memo)
 
 
 def _gradient_order(model: nn.Module, outputs: list[Tensor]) -> tuple[str, ...]:

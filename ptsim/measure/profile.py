@@ -188,7 +188,7 @@ class _Run:
         self.network = network
         self.device = device
         self.model.train()
-        graph_module = training_graph(self.model)
+        graph_module = training_graph(self.model, self.network.input_shape)
         self.layer_of = match_layers(graph_module, network)
         self.interpreter = _TimingInterpreter(graph_module, self)
         generator = torch.Generator().manual_seed(0)

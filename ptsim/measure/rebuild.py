@@ -167,7 +167,11 @@ def rebuild(network: Network) -> tuple[fx.GraphModule, Network]:
 
 def _as_traced(network: Network, module: fx.GraphModule) -> Network:
     names = dict(
-        zip((layer.name for layer in network.layers), layer_names(training_graph(module)).values(), strict=True)
+        zip(
+            (layer.name for layer in network.layers),
+            layer_names(training_graph(module, network.input_shape)).values(),
+            strict=True,
+        )
     )
     replace = msgspec.structs.replace
     return replace(

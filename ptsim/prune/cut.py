@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ptsim.prune.propagate import BATCH_NORMS, CONVS, INSTANCE_NORMS, AxisKey, tensor_names
+from ptsim.prune.propagate import BATCH_NORMS, CONVS, INSTANCE_NORMS, WIDTH, AxisKey, tensor_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,34 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
                 touched = True
         if touched:
             sync_attributes(module)
+    for path, module in norms_without_tensors(model):
+        kept = tensors.get(f"{path}.{WIDTH}")
+        if kept is not None:
+            set_width(module, len(kept[0]))
     return replacements
+
+
+def norms_without_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The normalisations per channel whose width is an attribute alone: no scale, shift or statistics."""
+    for path, module in model.named_modules():
+        per_channel = isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)) or (
+            isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels
+        )
+        if per_channel and next(module.parameters(), None) is None and next(module.buffers(), None) is None:
+            yield path, module
+
+
+def width(module: nn.Module) -> int:
+    """The channels that a normalisation remembers."""
+    return int(module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features)  # type: ignore[arg-type] # an int
+
+
+def set_width(module: nn.Module, channels: int) -> None:
+    """Make a normalisation remember another number of channels."""
+    if isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_channels = channels
+    else:
+        module.num_features = channels  # type: ignore[assignment] # an int
 
 
 def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:

@@ -23,7 +23,9 @@ from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.propagate import AxisKey, State, Weighted, propagate, skeleton
 
-SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError)
+SHAPE_ERRORS = (
+    RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError, UnsupportedModelError
+)  # fmt: skip
 NO_DECISION = "no convolution or linear layer with weights of its own decides about it"
 
 
@@ -140,7 +142,19 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
     Raises:
         UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
     """
-    bones = skeleton(model)
+    if any(
+        isinstance(p, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer))
+        for p in (*model.parameters(), *model.buffers())
+    ):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has lazy layers without shapes", hint="call it on an image once before"
+        )
+    try:
+        bones = skeleton(model)
+    except Exception as error:  # a deep copy runs code of the model's parts
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied: {' '.join(str(error).split())}"
+        ) from error
     shapes_only = True
     try:
         state, graphs = propagate(bones, input_shape)
@@ -159,7 +173,7 @@ def axes_for(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[AxisKe
     """The components of every axis as images of `input_shape` would find them; empty if the model cannot take them."""
     try:
         state, graphs = propagate(skeleton(model), input_shape)
-    except (UnsupportedModelError, *SHAPE_ERRORS):
+    except SHAPE_ERRORS:
         return {}
     return _assemble(state, input_shape, graphs["train"]).axes
 
@@ -235,9 +249,10 @@ def _freeze_misaligned(bones: nn.Module, groups: ChannelGroups) -> ChannelGroups
     reasons = (*groups.reasons, "a reshape, split or index of the model's code would mix up the channels that are left")
     generator = torch.Generator().manual_seed(0)
     successes = 0
-    while successes < 2:
+    while True:
         suspects = groups.sensitive & groups.prunable
-        if not bool(suspects.any()):
+        # Parts of equal size may pass by chance: in small networks, where a try is quick, more of them are made.
+        if not bool(suspects.any()) or successes == (2 if int(suspects.sum()) > 512 else 6):
             break
         wrong = misaligned(bones, groups, _random_part(groups, suspects, generator))
         if wrong is not None and len(wrong) == 0:

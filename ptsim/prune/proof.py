@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ptsim import zoo
-from ptsim.errors import UsageError
+from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.prune.cut import take
-from ptsim.prune.groups import ChannelGroups, axes_for, find_groups, keep_one
+from ptsim.prune.groups import SHAPE_ERRORS, ChannelGroups, axes_for, find_groups, keep_one
 from ptsim.prune.propagate import BATCH_NORMS
 from ptsim.prune.reconfigure import Plan, operate
 
@@ -236,9 +236,11 @@ def _compare(
     mask, _ = keep_one(groups, groups.prunable & (chance <= limit), torch.rand(len(chance), generator=generator))
     zero_components(network, groups, mask)
     has_batch_norm = any(isinstance(module, BATCH_NORMS) for module in network.modules())
-    images = torch.rand(
-        (4 if has_batch_norm and shape[-1] < 200 else 2, *shape), dtype=torch.float64, generator=generator
-    )
+    if has_batch_norm:
+        num_images = 4 if shape[-1] < 200 else 2
+    else:  # no image has a say in what becomes of another
+        num_images = 1 if sum(parameter.numel() for parameter in network.parameters()) > LARGE else 2
+    images = torch.rand((num_images, *shape), dtype=torch.float64, generator=generator)
     kept = groups.cut_for(mask).by_tensor()
     statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
 
@@ -247,9 +249,13 @@ def _compare(
     expected_after = {name: take(buffer, kept.get(name, {})) for name, buffer in after.items()}
     for name, buffer in network.named_buffers():
         buffer.copy_(statistics[name])
-    operate(network, groups, Plan(removed=mask))
-
-    outputs, outputs_train, gradients, after = _run(network, images, seed)
+    try:
+        operate(network, groups, Plan(removed=mask))
+        outputs, outputs_train, gradients, after = _run(network, images, seed)
+    except SHAPE_ERRORS as error:
+        raise UnsupportedModelError(
+            f"{type(network).__name__} does not run with the channels left: {' '.join(str(error).split())[:300]}"
+        ) from error
     eval_error = max(_relative_error(*pair) for pair in zip(outputs, eval_outputs, strict=True))
     train_error = max(_relative_error(*pair) for pair in zip(outputs_train, train_outputs, strict=True))
     scales: dict[str, float] = {}
@@ -272,13 +278,15 @@ def _run(
     network: nn.Module, images: Tensor, seed: int
 ) -> tuple[list[Tensor], list[Tensor], Iterator[tuple[str, Tensor]], dict[str, Tensor]]:
     """Outputs in evaluation mode; outputs, gradients (handed out one by one and dropped) and buffers after training."""
+    torch.manual_seed(seed)  # noise of the model's own: the same for both networks
     with WithoutRandomness():
         with torch.no_grad():
             eval_outputs = list(_tensors(network.eval()(images)))
         train_outputs = list(_tensors(network.train()(images)))
         generator = torch.Generator().manual_seed(seed + 1)
         loss = sum((out * torch.rand(out.shape, dtype=out.dtype, generator=generator)).sum() for out in train_outputs)
-        assert isinstance(loss, Tensor), "a network has an output"
+        if not isinstance(loss, Tensor):
+            raise UnsupportedModelError(f"{type(network).__name__} returns no tensor")
         loss.backward()  # type: ignore[no-untyped-call] # torch's gap
 
     def gradients() -> Iterator[tuple[str, Tensor]]:
@@ -300,6 +308,9 @@ def _tensors(output: Any) -> Iterable[Tensor]:
     elif isinstance(output, (tuple, list)):
         for part in output:
             yield from _tensors(part)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))
 
 
 def _relative_error(found: Tensor, expected: Tensor, least_scale: float = 0.0) -> float:

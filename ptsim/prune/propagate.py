@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -22,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from ptsim.capture.graph import example_input, symbolic_graph
 
+WIDTH = "width"  # stands for a tensor of a normalisation that has none
 UNKNOWN = -(2**40)  # the label of an axis that an earlier network did not have
 AxisKey: TypeAlias = tuple[str, int]  # tensor's qualified name, dimension
 
@@ -46,8 +48,12 @@ ELEMENTWISE = _words(
     softsign logsigmoid tanhshrink hardshrink softshrink threshold rrelu dropout alpha_dropout feature_dropout
     dropout1d dropout2d dropout3d feature_alpha_dropout stochastic_depth contiguous clone detach float double
     half bfloat16 to abs neg exp log sqrt rsqrt square clamp clip pow erf sign cos sin floor round reciprocal
-    add sub mul div truediv iadd isub imul itruediv maximum minimum multiply divide subtract rsub addcmul lerp
+    add sub mul div truediv iadd isub imul itruediv maximum minimum multiply divide subtract rsub addcmul addcdiv lerp
+    true_divide floor_divide floordiv remainder fmod mod ipow float_power atan2 hypot copysign
     where identity drop_path masked_fill nan_to_num requires_grad
+    tan sinh cosh asin acos atan asinh acosh atanh exp2 expm1 log1p log2 log10 erfc ceil trunc frac sgn logit pos
+    clamp_min clamp_max zeros_like ones_like full_like empty_like type type_as bool int long short
+    eq ne lt gt le ge isnan isinf isfinite logical_and logical_or logical_xor logical_not and or xor invert
     """
 )
 MOVEMENT_SAFE = _words(
@@ -69,7 +75,7 @@ REDUCTION = _words(
 )
 ALONG = _words(
     """
-    softmax log_softmax softmin cumsum normalize sort
+    softmax log_softmax softmin cumsum normalize
     """
 )
 SPATIAL = _words(
@@ -79,11 +85,12 @@ SPATIAL = _words(
     interpolate upsample upsample_nearest upsample_bilinear
     """
 )
-NO_TENSOR = _words(
-    """
-    size dim shape numel getattr is_floating_point _assert eq ne lt gt le ge floordiv
-    """
-)
+EXTREMES = _words("max min median mode topk sort kthvalue")
+CONSTANTS = _words(
+    "new_zeros new_ones new_full new_empty new_tensor"
+)  # of the tensor they are called on, only its type
+POSITIONS = {"normalize": 2, "norm": 2, "topk": 2, "kthvalue": 2}  # of the argument `dim`; 1 for the others
+OURS_TO_READ = ("torch", "torchvision", "_operator", "operator", "math", "builtins")  # functions known by their names
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
@@ -138,8 +145,10 @@ class Propagation(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, state: State) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.looked: dict[str, str] = module.meta["looked"]
         self.state = state
         self.labels: dict[fx.Node, Label] = {}
+        self.counts: dict[fx.Node, Any] = {}  # what a number or shape says about: slots, or slots per axis
         self.op = ""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -147,7 +156,56 @@ class Propagation(fx.Interpreter):
         value = super().run_node(n)
         n.meta["value"] = value
         self.labels[n] = self._rule(n, value)
+        if n.op.startswith("call"):
+            self._count(n, value)
+            for slots in _flat(self.counts.get(n)) if n.name in self.looked else ():
+                if self.looked[n.name] == "number":
+                    self.state.freeze(slots, f"the model's code computes with the number of these channels ({n.name})")
+                else:
+                    self.state.sensitive(slots)
         return value
+
+    def _count(self, node: fx.Node, value: Any) -> None:
+        """Follow numbers that say how many channels there are; freeze the channels where one enters the arithmetic.
+
+        Shapes that a reshape or a slice is given may change with the network: they are tried out later.
+        """
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        name, arguments = _name(node), node.args
+        if isinstance(value, (Tensor, nn.Module)) or self.labels.get(node) is not None:
+            if name not in MOVEMENT:
+                for n in node.all_input_nodes:
+                    for slots in _flat(self.counts.get(n)):
+                        self.state.freeze(slots, f"{self.op} computes with the number of these channels")
+            return
+        if source is None:
+            return
+        known = self.counts.get(source)
+        if isinstance(source.meta["value"], Tensor):
+            axes = self._axes(source)
+            dim = self._argument(node, 1, "dim") if name == "size" else None
+            if isinstance(dim, int):
+                self.counts[node] = axes[dim]
+            elif name in ("size", "getattr"):
+                self.counts[node] = tuple(axes) if isinstance(value, tuple) else None
+            elif name != "dim":
+                self.counts[node] = torch.cat([*axes, _NO_SLOTS])
+        elif name == "getitem" and isinstance(known, tuple) and isinstance(arguments[1], (int, slice)):
+            self.counts[node] = known[arguments[1]]
+        else:
+            parts = [slots for n in node.all_input_nodes for slots in _flat(self.counts.get(n))]
+            self.counts[node] = torch.cat([*parts, _NO_SLOTS])
+
+    def _axes(self, node: fx.Node) -> list[Tensor]:
+        """Per axis of a tensor the slots of the channels along it."""
+        label, rank = self.labels.get(node), node.meta["value"].ndim
+        labels = label.labels if isinstance(label, Facets) else [label] if isinstance(label, Tensor) else []
+        axes = []
+        for dim in range(rank):
+            along = [part.flatten() for part in labels if part.ndim == rank and part.shape[dim] > 1]
+            slots = torch.cat([*along, _NO_SLOTS])
+            axes.append(slots[slots >= 0])
+        return axes
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module; a BatchNorm on meta tensors only checks and hands on the shape (its decomposition is slow)."""
@@ -174,9 +232,11 @@ class Propagation(fx.Interpreter):
             module = self.fetch_attr(str(node.target))
             self.op = f"{node.target} ({type(module).__name__})"
             return self._module(node, module, value)
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        name = _name(node)
         self.op = f"{name} at {node.name}"
-        return self._function(node, name.rstrip("_") or name, value)
+        if callable(node.target) and not (getattr(node.target, "__module__", "") or "torch").startswith(OURS_TO_READ):
+            return self._opaque(node, value, f"{self.op}, a function that is not traced, has no rule")
+        return self._function(node, name, value)
 
     def _attribute(self, value: Any) -> Label:
         if not isinstance(value, Tensor):
@@ -259,11 +319,11 @@ class Propagation(fx.Interpreter):
             return self._constant_along(node, [dim if dim is not None else 1], x, value)
         if isinstance(module, (nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle)):
             return self._movement(node, module, value, safe=isinstance(module, nn.Flatten))
+        if isinstance(module, nn.GLU):
+            return self._halves(node, module.dim, x, value)
         if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
             return x
-        if type(module).__module__ == "torch.nn.modules.activation" and not isinstance(
-            module, (nn.MultiheadAttention, nn.GLU)
-        ):
+        if type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention):
             return x
         return self._opaque(node, value, f"{self.op} mixes channels in a way that has no rule")
 
@@ -335,9 +395,12 @@ class Propagation(fx.Interpreter):
         vector = self._vector(node, x, dim, value.shape[dim])
         if vector is None:
             return self._opaque(node, value, f"{self.op} meets channels that lie along several axes")
-        for tensor in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False)):
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        for tensor in tensors:
             if tensor.ndim == 1 and tensor.shape[0] == value.shape[dim]:
                 self.state.bind(tensor, vector)
+        if not tensors:  # its width stands in an attribute alone
+            self.state.unite(self.state.axis(f"{path}.{WIDTH}", 0, value.shape[dim]), vector)
         return x
 
     def _normalisation(self, node: fx.Node, module: nn.Module, x: Tensor, value: Any) -> Label:
@@ -364,67 +427,108 @@ class Propagation(fx.Interpreter):
     def _function(self, node: fx.Node, name: str, value: Any) -> Label:
         if isinstance(value, (tuple, list)) and not any(isinstance(part, Tensor) for part in value):
             return None
-        if not isinstance(value, (Tensor, tuple, list)) or name in NO_TENSOR:
-            return self._stays(value, f"{self.op} has no rule")
+        if not isinstance(value, (Tensor, tuple, list)):
+            return None
         sources = [n for n in node.all_input_nodes if self.labels.get(n) is not None]
         first = self.labels.get(sources[0]) if sources else None
-        if not sources:
+        if not sources or name in CONSTANTS:
             return self._stays(value, f"{self.op} makes a constant tensor")
-        if name == "getitem" and isinstance(first, tuple):
-            return first[node.args[1]] if isinstance(node.args[1], (int, slice)) else None
+        if name == "getattr":
+            return self._attribute_of(node, first, value)
+        if name == "getitem" and isinstance(first, tuple) and isinstance(node.args[1], (int, slice)):
+            return first[node.args[1]]
+        if name in ("cat", "concat", "concatenate", "stack") and isinstance(value, Tensor):
+            return self._concatenate(node, value, stack=name == "stack")
         if any(isinstance(self.labels[n], tuple) for n in sources):
             return self._opaque(node, value, f"{self.op} has no rule")
+        if name in ("to", "type_as"):
+            return first
         if name in ELEMENTWISE and isinstance(value, Tensor):
             return self._elementwise([(self.labels[n], n.meta["value"]) for n in sources], value)
         if name in ("max", "min") and isinstance(value, Tensor) and len(sources) == 2:
             return self._elementwise([(self.labels[n], n.meta["value"]) for n in sources], value)
-        if name in MOVEMENT:
+        if name in MOVEMENT and not (name == "unfold" and node.op == "call_function"):
             target = node.target if callable(node.target) else name
             return self._movement(node, target, value, safe=name in MOVEMENT_SAFE)
-        if name in ("cat", "concat", "concatenate") and isinstance(value, Tensor):
-            return self._concatenate(node, value)
         if isinstance(first, Facets):
             return self._opaque(node, value, f"{self.op} has no rule")
         assert isinstance(first, Tensor), "facets and tuples are handled above"
-        arguments, keywords = self._bound(node), dict[str, Any](node.kwargs)
-        if name in ("conv1d", "conv2d", "conv3d", "linear"):
-            return self._functional_layer(node, name, first, value, arguments)
+        if name in ("conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+            return self._functional_layer(node, name, first, value)
+        if name in ("batch_norm", "instance_norm", "prelu"):
+            return self._functional_per_channel(node, first, value)
         if name == "layer_norm":
-            dims: Iterable[int] = range(-len(arguments[1]), 0)
+            dims: Iterable[int] = range(-len(self._argument(node, 1, "normalized_shape")), 0)
             return self._constant_along(node, dims, first, value, verb="normalises over")
+        if name in ("group_norm", "local_response_norm"):
+            return self._constant_along(node, [1], first, value, verb="normalises over")
         if name in SPATIAL:
             return self._constant_along(node, _spatial_dims(first.ndim), first, value)
         if name == "pad" and isinstance(value, Tensor):
-            widths = arguments[1]
-            dims = [-1 - index // 2 for index, width in enumerate(widths) if width]
-            return self._pad(node, dims, widths, first, value)
-        if name in REDUCTION:
-            return self._reduce(node, first, value, arguments)
+            widths = self._argument(node, 1, "pad")
+            return self._pad(
+                node, [-1 - index // 2 for index, width in enumerate(widths) if width], widths, first, value
+            )
+        if name in REDUCTION or name in EXTREMES:
+            return self._reduce(node, name, first, value)
         if name in ALONG:
-            dim = keywords.get("dim", arguments[1] if len(arguments) > 1 else 1 if name == "normalize" else None)
+            dim = self._argument(node, POSITIONS.get(name, 1), "dim", 1 if name == "normalize" else None)
             if isinstance(dim, int):
                 return self._constant_along(node, [dim], first, value)
         if name == "glu" and isinstance(value, Tensor):
-            halves = self._expanded(first, node.all_input_nodes[0]).chunk(
-                2, keywords.get("dim", arguments[1] if len(arguments) > 1 else -1)
-            )
-            self.state.sensitive(first)
-            return self._elementwise([(half, value) for half in halves], value)
+            return self._halves(node, self._argument(node, 1, "dim", -1), first, value)
         return self._opaque(node, value, f"{self.op} mixes channels in a way that has no rule")
 
-    def _bound(self, node: fx.Node) -> list[Any]:
-        """Positional arguments as values, keyword ones appended in the order of the call."""
-        args = self.fetch_args_kwargs_from_env(node)
-        return [*args[0], *args[1].values()]
-
-    def _functional_layer(self, node: fx.Node, name: str, x: Tensor, value: Any, arguments: list[Any]) -> Label:
+    def _argument(self, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+        """The value of one argument of a call."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        weight = args[1] if len(args) > 1 else kwargs["weight"]
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        if name == "dim" and "axis" in kwargs:
+            name = "axis"
+        return kwargs[name] if name in kwargs else args[position] if len(args) > position else default
+
+    def _attribute_of(self, node: fx.Node, label: Label, value: Any) -> Label:
+        """An attribute that is a tensor: the transposed one, or a field of a named tuple."""
+        attribute = str(node.args[1])
+        if isinstance(label, tuple):
+            field: Label = label[1 if attribute == "indices" else 0]
+            return field
+        if attribute == "data":
+            return label
+        if attribute in ("T", "mT", "H", "mH"):
+            return self._movement(node, _FirstAttribute(attribute), value, safe=True)
+        return self._opaque(node, value, f"{self.op} has no rule")
+
+    def _functional_layer(self, node: fx.Node, name: str, x: Tensor, value: Any) -> Label:
+        weight, bias = self._argument(node, 1, "weight"), self._argument(node, 2, "bias")
+        groups = 1 if name == "linear" else self._argument(node, 6, "groups", 1)
+        if any(t is not None and id(t) not in self.state.names for t in (weight, bias)):
+            return self._opaque(node, value, f"{self.op} computes its weight")
         if name == "linear":
             return self._linear(node, node.name, weight, bias, x, value)
-        groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-        return self._conv(node, node.name, weight, bias, groups, tuple(weight.shape[2:]), x, value)
+        transposed = name.startswith("conv_transpose")
+        size = tuple(weight.shape[2:])
+        label = self._conv(node, node.name, weight, bias, groups, size, x, value, transposed=transposed)
+        if groups > 1:  # their number stands in the model's code
+            self.state.sensitive(x)
+            self.state.sensitive(label)
+        return label
+
+    def _functional_per_channel(self, node: fx.Node, x: Tensor, value: Any) -> Label:
+        """A normalisation or PReLU whose vectors are parameters or buffers of the model."""
+        vector = self._vector(node, x, 1, value.shape[1])
+        vectors = [n.meta["value"] for n in node.all_input_nodes[1:] if isinstance(n.meta["value"], Tensor)]
+        vectors = [v for v in vectors if v.numel() > 1 or value.shape[1] == 1]
+        if vector is None or any(id(v) not in self.state.names or v.shape != vector.shape for v in vectors):
+            return self._opaque(node, value, f"{self.op} meets channels in a way that has no rule")
+        for tensor in vectors:
+            self.state.bind(tensor, vector)
+        return x
+
+    def _halves(self, node: fx.Node, dim: int, x: Tensor, value: Tensor) -> Label:
+        """A gated linear unit: the two halves meet."""
+        self.state.sensitive(x)
+        halves = self._expanded(x, node.all_input_nodes[0]).chunk(2, dim)
+        return self._elementwise([(compress(half), value) for half in halves], value)
 
     def _elementwise(self, operands: list[tuple[Label, Tensor]], value: Tensor) -> Label:
         """Operands broadcast against each other: positions that meet are the same channel."""
@@ -434,11 +538,13 @@ class Propagation(fx.Interpreter):
         for label, operand in operands:
             shape = [1] * (rank - operand.ndim) + list(operand.shape)
             if isinstance(label, Facets):
-                facets.append((label, shape))
+                if label.labels or len(operands) == 1:  # a parameter of one element meets every channel alike
+                    facets.append((label, shape))
             elif isinstance(label, Tensor):
                 tensors.append((label.view([1] * (rank - label.ndim) + list(label.shape)), shape))
         if not tensors:
-            return facets[0][0] if len(facets) == 1 else state.stays(value, f"{self.op} computes a parameter")
+            whole = len(facets) == 1 and math.prod(facets[0][1]) == value.numel()
+            return facets[0][0] if whole else state.stays(value, f"{self.op} computes a parameter")
         for facet, shape in facets:
             tensors.append((self._facet(facet, shape, tensors), shape))
         result, result_shape = tensors[0]
@@ -489,19 +595,28 @@ class Propagation(fx.Interpreter):
             moved = [self._moved(node, target, {inputs[0]: label}) for label in first.labels]
             if any(not isinstance(label, Tensor) for label in moved):
                 return self._stays(value, f"{self.op} takes a parameter apart")
+            if not safe:
+                for axis in first.labels:
+                    self.state.sensitive(axis)
             return Facets([label for label in moved if isinstance(label, Tensor)])
+        if any(not isinstance(self.labels[n], Tensor) for n in inputs):
+            return self._opaque(node, value, f"{self.op} has no rule")
         if not safe:
             for n in inputs:
                 label = self.labels[n]
-                assert isinstance(label, Tensor), "tuples and facets are handled before"
+                assert isinstance(label, Tensor), "the others are handled above"
                 self.state.sensitive(label)
-        labels = {n: self.labels[n] for n in inputs}
-        return self._moved(node, target, labels)
+        try:
+            return self._moved(node, target, {n: self.labels[n] for n in inputs})
+        except (RuntimeError, TypeError):  # it does not move whole numbers
+            return self._opaque(node, value, f"{self.op} has no rule")
 
     def _moved(self, node: fx.Node, target: Any, labels: Mapping[fx.Node, Any]) -> Label:
         def argument(n: fx.Node) -> Any:
             return self._expanded(labels[n], n) if n in labels else self.env[n]
 
+        if isinstance(target, _FirstAttribute):
+            return compress(target(argument(node.all_input_nodes[0])))
         args: Any = fx.map_arg(node.args, argument)
         kwargs: Any = fx.map_arg(node.kwargs, argument)
         if target == "view":  # labels may be laid out differently
@@ -509,18 +624,28 @@ class Propagation(fx.Interpreter):
         result = getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
         return tuple(compress(part) for part in result) if isinstance(result, (tuple, list)) else compress(result)
 
-    def _concatenate(self, node: fx.Node, value: Tensor) -> Label:
-        arguments, keywords = self._bound(node), dict[str, Any](node.kwargs)
-        dim = keywords.get("dim", keywords.get("axis", arguments[1] if len(arguments) > 1 else 0)) % value.ndim
-        parts: Any = node.args[0] if node.args else keywords["tensors"]
+    def _concatenate(self, node: fx.Node, value: Tensor, *, stack: bool) -> Label:
+        dim = self._argument(node, 1, "dim", 0) % value.ndim
+        parts: Any = node.args[0] if node.args else node.kwargs["tensors"]
+        if isinstance(parts, fx.Node):  # the pieces of a chunk, or all that a module returned
+            given, values = self.labels.get(parts), parts.meta["value"]
+            labels: list[Label] = list(given) if isinstance(given, tuple) else [None]
+        else:
+            labels, values = [self.labels.get(part) for part in parts], [part.meta["value"] for part in parts]
         pieces: list[tuple[Tensor, list[int]]] = []
         facets: list[tuple[int, Facets, list[int]]] = []
-        for index, part in enumerate(parts):
-            label, shape = self.labels.get(part), list(part.meta["value"].shape)
-            if isinstance(label, Facets):
+        for index, (label, part) in enumerate(zip(labels, values, strict=True)):
+            shape = list(part.shape)
+            if stack:
+                shape.insert(dim, 1)
+                if isinstance(label, Tensor):
+                    label = label.unsqueeze(dim)
+            if isinstance(label, Facets) and not stack:
                 facets.append((index, label, shape))
             elif isinstance(label, Tensor):
                 pieces.append((label, shape))
+            else:
+                return self._opaque(node, value, f"{self.op} joins what has no rule")
         if facets or not pieces:
             if not pieces:
                 return self._opaque(node, value, f"{self.op} joins parameters")
@@ -554,19 +679,19 @@ class Propagation(fx.Interpreter):
         self.state.sensitive(x)
         return padded
 
-    def _reduce(self, node: fx.Node, x: Tensor, value: Any, arguments: list[Any]) -> Label:
-        keywords = dict[str, Any](node.kwargs)
-        dims = keywords.get("dim", keywords.get("axis", arguments[1] if len(arguments) > 1 else None))
-        if isinstance(dims, int):
+    def _reduce(self, node: fx.Node, name: str, x: Tensor, value: Any) -> Label:
+        dims = self._argument(node, POSITIONS.get(name, 1), "dim", -1 if name in ("topk", "sort", "mode") else None)
+        if isinstance(dims, int) and not isinstance(dims, bool):
             dims = [dims]
-        if not isinstance(value, Tensor) or not isinstance(dims, (list, tuple)):
+        results = value if isinstance(value, (tuple, list)) else [value]
+        if not isinstance(dims, (list, tuple)) or not dims or not all(isinstance(part, Tensor) for part in results):
             return self._opaque(node, value, f"{self.op} combines these channels")
         if any(x.shape[dim] > 1 for dim in dims):
             return self._constant_along(node, dims, x, value)
-        if value.ndim == x.ndim:
-            return x
-        gone = {dim % x.ndim for dim in dims}
-        return x.view([length for d, length in enumerate(x.shape) if d not in gone])
+        if results[0].ndim < x.ndim:
+            gone = {dim % x.ndim for dim in dims}
+            x = x.view([length for d, length in enumerate(x.shape) if d not in gone])
+        return x if isinstance(value, Tensor) else tuple(x for _ in results)
 
 
 class State:
@@ -678,6 +803,35 @@ class State:
         return self.reasons.index(reason)
 
 
+_NO_SLOTS = torch.empty(0, dtype=torch.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FirstAttribute:
+    """`x.T` as a function of x."""
+
+    name: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = getattr(x, self.name)
+        return result
+
+
+def _name(node: fx.Node) -> str:
+    """What a call is called: without the underscore of an in-place form; empty for a module."""
+    if node.op == "call_module":
+        return ""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return name.rstrip("_") or name
+
+
+def _flat(counts: Any) -> list[Tensor]:
+    """The slots behind a number or a shape."""
+    if counts is None:
+        return []
+    return [part for part in counts if isinstance(part, Tensor)] if isinstance(counts, tuple) else [counts]
+
+
 def _spatial_dims(rank: int) -> range:
     """Axes that pooling and padding work on: all after (N, C); the last one of a rank-3 tensor."""
     return range(2, rank) if rank > 2 else range(rank - 1, rank)
@@ -720,7 +874,7 @@ def propagate(
     for mode in ("train", "eval"):
         for module in model.modules():
             module.training = mode == "train"
-        traced = symbolic_graph(model)
+        traced = symbolic_graph(model, tuple(images.shape))
         if mode == "eval" and traced.code == graphs["train"].code:
             break
         traced.train(mode == "train")

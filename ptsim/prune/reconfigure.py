@@ -188,7 +188,7 @@ def _rehearse(model: nn.Module, groups: ChannelGroups, plan: Plan) -> tuple[Plan
             if wrong is None or len(wrong):
                 return None
         return plan, find_groups(bones, groups.input_shape), bones
-    except (UnsupportedModelError, *SHAPE_ERRORS):
+    except SHAPE_ERRORS:
         return None
 
 

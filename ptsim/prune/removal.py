@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ptsim.prune.cut import Replacement
 from ptsim.prune.groups import ChannelGroups
-from ptsim.prune.modules import ConstantChannels, Placeholder
+from ptsim.prune.modules import ConstantChannels, Gathered, Placeholder, Scattered
 from ptsim.prune.propagate import _POOLS, BATCH_NORMS, CONVS, ELEMENTWISE
 
 _SUMS = ("add", "iadd", "add_")
@@ -150,15 +150,23 @@ def remove_branch(model: nn.Module, removal: Removal) -> list[Replacement]:
     last = model.get_submodule(removal.constant)
     constant = ConstantChannels.of(last, before, full=removal.full)
     staying = {id(parameter) for parameter in constant.parameters()}
-    gone = []
-    for path in removal.dead:
-        old = model.get_submodule(path)
-        gone += [p for p in old.parameters() if id(p) not in staying]
-        spatial = isinstance(old, (*CONVS, nn.Linear, *_POOLS))
-        set_module(model, path, Placeholder.of(old) if spatial or _has_tensors(old) else nn.Identity())
-    gone += [p for p in last.parameters() if id(p) not in staying]
-    set_module(model, removal.constant, constant)
+    gone = [p for p in last.parameters() if id(p) not in staying]
+    end = _with_gates(model, removal.constant)
+    for path in dict.fromkeys(_with_gates(model, path) for path in removal.dead):
+        if path != end:
+            old = model.get_submodule(path)
+            gone += [p for p in old.parameters() if id(p) not in staying]
+            old = old.layer if isinstance(old, Gathered) else old.norm if isinstance(old, Scattered) else old
+            spatial = isinstance(old, (*CONVS, nn.Linear, *_POOLS))
+            set_module(model, path, Placeholder.of(old) if spatial or _has_tensors(old) else nn.Identity())
+    set_module(model, end, constant)
     return [Replacement(parameter, None, {}) for parameter in gone]
+
+
+def _with_gates(model: nn.Module, path: str) -> str:
+    """The path of the layer together with the gather or scatter that gating has put around it."""
+    parent = path.rpartition(".")[0]
+    return parent if isinstance(model.get_submodule(parent), (Gathered, Scattered)) else path
 
 
 def _has_tensors(module: nn.Module) -> bool:
@@ -166,6 +174,8 @@ def _has_tensors(module: nn.Module) -> bool:
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where `path` points."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    """Put `module` where `path` points, and wherever else the model holds the module that is there now."""
+    old = model.get_submodule(path)
+    places = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is old]
+    for parent, name in places:
+        setattr(parent, name, module)

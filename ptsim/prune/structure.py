@@ -6,21 +6,37 @@ built dense network `apply_structure` makes the same shapes. Weights are loaded 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import nn
 
 from ptsim.errors import UsageError
-from ptsim.prune.cut import sync_attributes
+from ptsim.prune.cut import norms_without_tensors, set_width, sync_attributes, width
 from ptsim.prune.modules import KINDS, ConstantChannels, Gathered, Placeholder, Scattered
 from ptsim.prune.removal import set_module
 
 VERSION = 1
 
 
+class Structure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `structure_of` writes down, checked.
+
+    Attributes:
+        tensors: shape of every parameter and buffer, by name.
+        modules: kind and constructor arguments of what pruning put in, by path.
+        widths: channels of the normalisations that have no tensors, by path.
+    """
+
+    version: int
+    tensors: dict[str, tuple[Annotated[int, msgspec.Meta(ge=0)], ...]]
+    modules: dict[str, dict[str, Any]]
+    widths: dict[str, Annotated[int, msgspec.Meta(ge=1)]] = {}
+
+
 def structure_of(model: nn.Module) -> dict[str, Any]:
-    """The shapes of the model as JSON-able data: {"version", "tensors": {name: shape}, "modules": {path: …}}."""
+    """The shapes of the model as JSON-able data, in the form of `Structure`."""
     tensors = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
     tensors |= {name: list(tensor.shape) for name, tensor in model.named_buffers()}
     kinds = {kind: name for name, kind in KINDS.items()}
@@ -29,7 +45,8 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
         for path, module in model.named_modules()
         if isinstance(module, (Placeholder, ConstantChannels, Gathered, Scattered))
     }
-    return {"version": VERSION, "tensors": tensors, "modules": modules}
+    widths = {path: width(module) for path, module in norms_without_tensors(model)}
+    return {"version": VERSION, "tensors": tensors, "modules": modules, "widths": widths}
 
 
 def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
@@ -40,9 +57,15 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
     """
     if structure.get("version") != VERSION:
         raise UsageError(f"a model structure of version {structure.get('version')!r}; this ptsim reads {VERSION}")
-    for path, config in sorted(structure["modules"].items(), key=lambda item: item[0].count(".")):
+    try:
+        stored = msgspec.convert(structure, Structure)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"not a model structure: {error}") from error
+    for path, config in sorted(stored.modules.items(), key=lambda item: item[0].count(".")):
         _insert(model, path, dict(config))
-    shapes = {name: tuple(shape) for name, shape in structure["tensors"].items()}
+    for path, module in norms_without_tensors(model):
+        set_width(module, stored.widths.get(path, width(module)))
+    shapes = stored.tensors
     found = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     if found != set(shapes):
         odd = sorted(found ^ set(shapes))[0]
@@ -73,19 +96,22 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
 
 
 def _insert(model: nn.Module, path: str, config: dict[str, Any]) -> None:
-    kind = KINDS.get(config.pop("kind", ""))
+    kind = KINDS.get(str(config.pop("kind", "")))
     try:
         old = model.get_submodule(path)
     except AttributeError as error:
         raise UsageError(f"the stored structure is not that of a {type(model).__name__}: no module {path}") from error
-    if kind in (Placeholder, ConstantChannels):
-        new: nn.Module = kind(**config)
-    elif kind is Gathered:
-        new = Gathered(old, config["mask"])
-    elif kind is Scattered and isinstance(old, nn.BatchNorm2d):
-        new = Scattered(old, config["mask"])
-    else:
-        raise UsageError(f"the stored structure puts something unknown at {path}")
+    try:
+        if kind in (Placeholder, ConstantChannels):
+            new: nn.Module = kind(**config)
+        elif kind is Gathered:
+            new = Gathered(old, config["mask"])
+        elif kind is Scattered and isinstance(old, nn.BatchNorm2d):
+            new = Scattered(old, config["mask"])
+        else:
+            raise UsageError(f"the stored structure puts something unknown at {path}")
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(f"the stored structure describes {path} wrongly: {error}") from error
     reference = next(old.parameters(), None)
     if reference is not None:
         new.to(dtype=reference.dtype, device=reference.device)

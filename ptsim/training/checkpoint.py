@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import safetensors
@@ -25,19 +25,23 @@ from torch import Tensor
 
 from ptsim.errors import FileFormatError, TrainingError, UsageError
 from ptsim.training.data import Normalization
-from ptsim.training.recipe import Recipe
+from ptsim.training.recipe import Count, Recipe
 
 FORMAT_VERSION = 1
 _WEIGHTS, _STATE, _META = "weights.safetensors", "state.safetensors", "checkpoint.json"
 _RESUMABLE = 2  # how many of the newest checkpoints keep what only resuming needs
 
 
+Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
+
+
 class Totals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the run has spent so far."""
 
-    wall_s: float = 0.0
-    num_iterations: int = 0
-    energy_j: float | None = None
+    wall_s: NotNegative = 0.0
+    num_iterations: Whole = 0
+    energy_j: NotNegative | None = None
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,18 +63,18 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     format_version: int = FORMAT_VERSION
     recipe: Recipe
     normalization: Normalization
-    next_epoch: int
+    next_epoch: Whole
     structure: dict[str, Any]
     architecture: str
-    penalty_coefficient: float | None
-    batch: int
-    learning_rate_scale: float
-    validation_accuracy: float | None
-    initial_channels: int
-    initial_weights: int
+    penalty_coefficient: NotNegative | None
+    batch: Count
+    learning_rate_scale: NotNegative
+    validation_accuracy: NotNegative | None
+    initial_channels: Count
+    initial_weights: Count
     optimizer: dict[str, dict[str, Any]]
     scaler: dict[str, Any]
-    trace_bytes: int
+    trace_bytes: Whole
     totals: Totals
 
 

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,20 +17,35 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import GradBucket, PrefixStore, Store
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.rendezvous import rendezvous
 
 from ptsim.errors import PtsimError, TrainingError, UsageError
 from ptsim.training.data import Share
 
 _TIMEOUT = datetime.timedelta(minutes=10)
+_FAREWELL_S = 5.0
+_CAUSE, _HEARD = "cause", "heard"
 
 
 class Team:
     """The ranks of one run. With one rank every method returns at once."""
 
-    def __init__(self, *, rank: int = 0, world_size: int = 1, backend: str | None = None, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        backend: str | None = None,
+        device: torch.device,
+        store: Store | None = None,
+        flags: dist.ProcessGroup | None = None,
+    ) -> None:
+        """`store` holds the cause of a failure; `flags` is a group that exchanges numbers on the CPU."""
         self.rank, self.world_size, self.backend, self.device = rank, world_size, backend, device
+        self._store, self._flags = store, flags
+        self._reported = False
 
     @property
     def leads(self) -> bool:
@@ -43,20 +59,78 @@ class Team:
 
     @contextlib.contextmanager
     def working_together(self) -> Iterator[None]:
-        """Turns the backend's complaint about a rank that is gone into a sentence.
+        """Lets the other ranks know why this one stops, and turns their silence into a sentence.
 
         Raises:
-            TrainingError: another rank has died or left.
+            TrainingError: another rank has stopped, for a reason that it gave, or died.
         """
         try:
             yield
-        except RuntimeError as error:
-            if self.world_size == 1 or isinstance(error, torch.OutOfMemoryError) or not _lost_peer(error):
+        except BaseException as error:
+            if self.world_size == 1:
                 raise
+            if (
+                isinstance(error, torch.OutOfMemoryError)
+                or not isinstance(error, RuntimeError)
+                or not _lost_peer(error)
+            ):
+                self._report(error)
+                raise
+            cause = self._cause()
             raise TrainingError(
-                f"rank {self.rank} lost contact with the other ranks: {_one_line(error)}",
+                f"rank {self.rank} lost contact with the other ranks: {cause or _one_line(error)}",
                 hint="torchrun --max-restarts N restarts all ranks, and they go on from the last checkpoint",
             ) from error
+
+    def _report(self, error: BaseException) -> None:
+        """Leave the cause where the other ranks find it once they miss this one; the first cause stays."""
+        told = error.message if isinstance(error, PtsimError) else _one_line(error)
+        if isinstance(error, KeyboardInterrupt):
+            told = f"interrupted ({told})"
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # the store went down with rank 0
+                self._store.compare_set(_CAUSE, "", f"rank {self.rank} stopped: {told}")
+                self._reported = True
+
+    def _cause(self) -> str | None:
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set_timeout(datetime.timedelta(seconds=5))
+                if self._store.check([_CAUSE]):
+                    cause: str = self._store.get(_CAUSE).decode()
+                    self._store.add(_HEARD, 1)
+                    return cause
+        return None
+
+    def stay_until_heard(self) -> None:
+        """Rank 0 holds what the ranks tell each other: it waits a moment until they have read why it stops."""
+        if self._store is None or not self._reported or not self.leads:
+            return
+        deadline = time.monotonic() + _FAREWELL_S
+        with contextlib.suppress(RuntimeError):
+            while self._store.add(_HEARD, 0) < self.world_size - 1 and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    def consult(self, signal_number: int, out_of_memory: bool) -> tuple[int, int, int]:
+        """What the ranks have noticed: (a signal's number, the rank that got it, the rank without memory or -1)."""
+        if self.world_size == 1:
+            return signal_number, self.rank, self.rank if out_of_memory else -1
+        mine = (
+            signal_number * self.world_size + self.rank if signal_number else -1,
+            self.rank if out_of_memory else -1,
+        )
+        found = torch.tensor(mine)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._flags)
+        asked, without = found.tolist()
+        number, rank = divmod(asked, self.world_size) if asked >= 0 else (0, 0)
+        return number, rank, without
+
+    def least(self, value: Tensor) -> Tensor:
+        """The smallest value over the ranks."""
+        if self.world_size > 1:
+            value = value.clone()
+            dist.all_reduce(value, dist.ReduceOp.MIN)
+        return value
 
     def sum(self, values: Tensor) -> Tensor:
         """The element-wise sum over the ranks."""
@@ -147,17 +221,63 @@ def join_team(device_name: str) -> Iterator[Team]:
         # addresses of the dead ones (torch 2.15, --standalone).
         store = PrefixStore(f"ptsim/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+        flags: Any = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"rank {rank} cannot join the {world_size} ranks: {_one_line(error)}") from error
+    team = Team(rank=rank, world_size=world_size, backend=backend, device=device, store=store, flags=flags)
     try:
-        yield Team(rank=rank, world_size=world_size, backend=backend, device=device)
+        yield team
     finally:
         dist.destroy_process_group()
+        team.stay_until_heard()
 
 
 def restarted() -> bool:
     """Torchrun has started these ranks again after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+class CountedBuckets:
+    """How many of DDP's buckets have begun their all-reduce in this backward pass; DDP's default, counted."""
+
+    def __init__(self, module: nn.parallel.DistributedDataParallel) -> None:
+        self.begun = 0
+        module.register_comm_hook(self, _counted_all_reduce)
+        module.counted_buckets = self  # type: ignore[assignment] # a note for `Reduction`
+
+
+def _counted_all_reduce(buckets: CountedBuckets, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    buckets.begun += 1
+    return default_hooks.allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type] # the group of all
+
+
+_counted_all_reduce.__annotations__.clear()  # DDP compares them with types, not with their names
+
+
+class Reduction:
+    """The all-reduces of one backward pass: a rank that fails in it can still take its part, so that nobody waits."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._buckets: CountedBuckets | None = getattr(module, "counted_buckets", None)
+
+    @property
+    def can_be_finished(self) -> bool:
+        """The module counts its buckets."""
+        return self._buckets is not None
+
+    def begin(self) -> None:
+        """Before every iteration."""
+        if self._buckets is not None:
+            self._buckets.begun = 0
+
+    def finish(self) -> None:
+        """Give zeros to the buckets that are left; the gradients are of no use afterwards."""
+        assert self._buckets is not None, "asked before"
+        reducer: Any = self._module.reducer
+        left = reducer._get_zeros_like_grad_buckets()[self._buckets.begun :]
+        for work in [reducer._run_comm_hook(bucket) for bucket in left]:
+            work.wait()
 
 
 class CommunicationMeter:
@@ -210,5 +330,5 @@ def _lost_peer(error: RuntimeError) -> bool:
     return any(word in text for word in ("gloo", "connection closed", "connection reset", "nccl", "timed out"))
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__

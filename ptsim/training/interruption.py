@@ -13,21 +13,12 @@ class Interruption:
     """Remembers that the user (SIGINT) or the scheduler (SIGTERM) wants the run to end."""
 
     def __init__(self) -> None:
-        self.asked: str | None = None
-
-    def stop_if_asked(self) -> None:
-        """Raise if the run is to end.
-
-        Raises:
-            KeyboardInterrupt: with the signal's name.
-        """
-        if self.asked is not None:
-            raise KeyboardInterrupt(self.asked)
+        self.asked: signal.Signals | None = None
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.asked is not None:  # asked twice: at once
-            raise KeyboardInterrupt(self.asked)
-        self.asked = signal.Signals(number).name
+            raise KeyboardInterrupt(self.asked.name)
+        self.asked = signal.Signals(number)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -42,7 +43,16 @@ from ptsim.training.step import Sums, fits, train_epoch, validate
 from ptsim.training.wrapping import wrap
 
 _VALIDATION_BATCH = 128  # at least; evaluation keeps nothing for backward
+_CONSULT_EVERY = 16  # iterations between exchanges of the ranks: one takes as long as a tiny all-reduce
 _CONFIG, _TRACE, _CHECKPOINTS = "config.toml", "trace.jsonl", "checkpoints"
+
+
+class RankOutOfMemoryError(torch.OutOfMemoryError):
+    """A rank ran out of memory, and all of them know."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"rank {rank} has no memory left")
+        self.rank = rank
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,7 +211,8 @@ class Trainer:
                 self._end("failed", error.message)
                 raise
             except torch.OutOfMemoryError as error:
-                problem = f"a mini-batch of {self.state.batch} needs more memory than {self.team.device} has left"
+                where = f"rank {error.rank}" if isinstance(error, RankOutOfMemoryError) else str(self.team.device)
+                problem = f"a mini-batch of {self.state.batch} needs more memory than {where} has left"
                 self._end("failed", problem)
                 raise TrainingError(problem, hint="a smaller batch, or with dynamic_batch a max_batch") from error
         return self._result()
@@ -219,8 +230,9 @@ class Trainer:
         while self.state.next_epoch < len(self.plans):
             try:
                 self._epoch(self.plans[self.state.next_epoch])
-            except torch.OutOfMemoryError:
-                if not self._step_back():
+            except torch.OutOfMemoryError as error:
+                known = self.team.world_size == 1 or isinstance(error, RankOutOfMemoryError)
+                if not (known and self._step_back()):
                     raise
         self._end("clean", None)
 
@@ -245,7 +257,7 @@ class Trainer:
             epoch_plan,
             team=team,
             timer=timer,
-            stop_if_asked=self.interruption.stop_if_asked,
+            consult=self._consult,
         )
         seconds, steps = timer.finish()
         use = self.meter.stop()
@@ -296,12 +308,31 @@ class Trainer:
             num_iterations=self.totals.num_iterations + trained.num_iterations,
             energy_j=energy_j,
         )
-        self.interruption.stop_if_asked()
+        self._consult(None, False)
         if epoch_plan.reconfigures:
             self._reconfigure(epoch_plan)
         state.next_epoch = epoch + 1
         last = state.next_epoch == len(self.plans)
         self._save(keep=last or epoch_plan.reconfigures or state.next_epoch % self.config.keep_every == 0)
+
+    def _consult(self, iteration: int | None, out_of_memory: bool) -> None:
+        """Stop, all ranks together, if one was interrupted or has no memory left.
+
+        Ranks exchange this where the mini-batch may have outgrown one of them in every iteration, else now and then.
+
+        Raises:
+            KeyboardInterrupt: with the signal's name, and the rank's if it was another one.
+            RankOutOfMemoryError: names the rank.
+        """
+        often = self.team.world_size == 1 or self.config.dynamic_batch
+        if not (often or iteration is None or iteration % _CONSULT_EVERY == _CONSULT_EVERY - 1):
+            return
+        number, rank, without = self.team.consult(self.interruption.asked or 0, out_of_memory)
+        if without >= 0:
+            raise RankOutOfMemoryError(without)
+        if number:
+            name = signal.Signals(number).name
+            raise KeyboardInterrupt(name if rank == self.team.rank else f"{name} on rank {rank}")
 
     def _reconfigure(self, epoch_plan: EpochPlan) -> None:
         """Prune the network; let the mini-batch grow into the freed memory; describe what came out."""
@@ -370,13 +401,13 @@ class Trainer:
         return float(self.team.sum(misfits)) == 0
 
     def _step_back(self) -> bool:
-        """After an epoch that ran out of memory: the state before it, with a smaller mini-batch.
+        """After an epoch that ran out of memory: the state before it, with a smaller mini-batch, on all ranks.
 
-        False where the mini-batch has not grown, or where other ranks are in the middle of the step.
+        False where the mini-batch has not grown.
         """
         world_size = self.team.world_size
         failed = self.state.batch // world_size
-        if failed <= self.config.batch // world_size or world_size > 1 or not self._resume():
+        if failed <= self.config.batch // world_size or not self._resume():
             return False
         smaller = max(self.config.batch // world_size, failed - self.config.batch_granularity)
         self._set_batch(smaller * world_size)
@@ -501,6 +532,9 @@ class Trainer:
         description_json, weights, more = msgspec.msgpack.decode(content, type=tuple[bytes, bytes, bytes])
         place = self.checkpoints.path
         stored = store.parse_checkpoint(place, description_json)
+        problem = self._unfit(stored)
+        if problem is not None:
+            raise FileFormatError(place, f"the newest checkpoint {problem}")
         self._take(pruned_network(stored.recipe, stored.structure))
         if self.network.id != stored.architecture:
             raise FileFormatError(
@@ -519,6 +553,18 @@ class Trainer:
         self._trace_bytes = stored.trace_bytes
         return True
 
+    def _unfit(self, stored: Checkpoint) -> str | None:
+        """Why a whole checkpoint is none of this run."""
+        if stored.recipe != self.recipe:
+            return f"is of {stored.recipe}, this run trains {self.recipe}"
+        if stored.next_epoch > len(self.plans):
+            return f"is from before epoch {stored.next_epoch}, the run has {len(self.plans)}"
+        if stored.batch % self.team.world_size or stored.batch > self.data.dataset.num_train:
+            return f"has a mini-batch of {stored.batch}, which {self.team.world_size} ranks cannot take"
+        if stored.penalty_coefficient is None and stored.next_epoch > 0:
+            return "has no penalty_coefficient, which the first mini-batch has decided"
+        return None
+
     def _take(self, model: nn.Module) -> None:
         self.state = State(self.config, self.recipe, model, self.team.device)
         self.network = self._captured()
@@ -530,6 +576,8 @@ class Trainer:
     def _open_recorder(self) -> Recorder:
         path = self.folder / _TRACE
         if self._trace_bytes is not None:
+            if not path.is_file() or path.stat().st_size < self._trace_bytes:
+                raise FileFormatError(path, f"shorter than the {self._trace_bytes} bytes that the checkpoint tells of")
             return Recorder(path, keep_bytes=self._trace_bytes)
         recorder = Recorder(path)
         recorder.write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Annotated
 
 import msgspec
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 from ptsim import zoo
 from ptsim.errors import UsageError
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -21,9 +24,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     model: str
-    num_classes: int
-    in_channels: int | None
-    input_shape: tuple[int, int, int]
+    num_classes: Count
+    in_channels: Count | None
+    input_shape: tuple[Count, Count, Count]
 
     def build(self) -> nn.Module:
         """A freshly initialised network in training mode, on the CPU; draws from torch's random state.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptsim.errors import FileFormatError
+from ptsim.errors import FileFormatError, UsageError
 from ptsim.network import Precision
 from ptsim.prune.groups import find_groups
 from ptsim.prune.lasso import GroupLasso
@@ -119,7 +119,7 @@ class State:
         """Take over what a checkpoint of a network of this very structure holds.
 
         Raises:
-            FileFormatError: names or shapes do not match.
+            FileFormatError: names, shapes or entries do not match.
         """
         _load_weights(self.judged, weights)
         if self.average is not None:
@@ -128,14 +128,23 @@ class State:
         parameters = dict(self.model.named_parameters())
         for name, tensor in more.items():
             if name.startswith("optimizer/"):
-                path, key = name.removeprefix("optimizer/").rsplit("/", 1)
-                parameter = parameters[path]
+                path, _, key = name.removeprefix("optimizer/").rpartition("/")
+                parameter = parameters.get(path)
+                if parameter is None or (tensor.numel() > 1 and tensor.shape != parameter.shape):
+                    raise FileFormatError("checkpoint", f"the optimizer's state {name!r} does not fit the network")
                 # An optimizer keeps scalars such as Adam's step on the CPU; what is shaped like a weight lies like it.
                 like = parameter if tensor.shape == parameter.shape and tensor.dim() else tensor
                 self.optimizer.state[parameter][key] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
         for path, entries in scalars.items():
+            if path not in parameters:
+                raise FileFormatError("checkpoint", f"the optimizer has no parameter {path!r}")
             self.optimizer.state[parameters[path]].update(entries)
-        if scaler:
+        if self.scaler.is_enabled():
+            known = self.scaler.state_dict()
+            if scaler.keys() != known.keys() or any(isinstance(v, bool | str) or not v >= 0 for v in scaler.values()):
+                raise FileFormatError(
+                    "checkpoint", f"the scaler's state is {dict(scaler)}; expected numbers {[*known]}"
+                )
             self.scaler.load_state_dict(dict(scaler))
 
     def _optimizer_entries(self) -> Iterator[tuple[str, str, Any]]:
@@ -154,9 +163,16 @@ class State:
 
 
 def pruned_network(recipe: Recipe, structure: Mapping[str, Any]) -> nn.Module:
-    """The recipe's network in the shape that `structure` describes, its weights yet to be loaded."""
+    """The recipe's network in the shape that `structure` describes, its weights yet to be loaded.
+
+    Raises:
+        FileFormatError: the structure is broken, or of another network.
+    """
     model = recipe.build()
-    apply_structure(model, dict(structure))
+    try:
+        apply_structure(model, dict(structure))
+    except UsageError as error:
+        raise FileFormatError("checkpoint", error.message) from error
     return model
 
 

@@ -14,7 +14,7 @@ from ptsim.measure.profile import number_format
 from ptsim.measure.timers import StepTimer
 from ptsim.prune.lasso import penalty_coefficient
 from ptsim.training.data import Batch
-from ptsim.training.distributed import Team
+from ptsim.training.distributed import Reduction, Team
 from ptsim.training.schedule import EpochPlan
 from ptsim.training.state import State
 
@@ -45,9 +45,9 @@ class _Tally:
         self._first_bad = torch.where(loss.isfinite(), self._first_bad, self._first_bad.clamp(max=iteration))
         self._num_images += len(labels)
 
-    def stop_if_bad(self, epoch: int) -> None:
-        """Wait for the device and raise if a loss was not finite."""
-        first = int(self._first_bad)
+    def stop_if_bad(self, epoch: int, team: Team) -> None:
+        """Wait for the device and raise, on all ranks alike, if a loss was not finite on one of them."""
+        first = int(team.least(self._first_bad))
         if first != self._never:
             raise TrainingError(
                 f"the loss is not a finite number since iteration {first} of epoch {epoch} (both count from 0)",
@@ -68,7 +68,7 @@ def train_epoch(
     *,
     team: Team,
     timer: StepTimer,
-    stop_if_asked: Callable[[], None],
+    consult: Callable[[int, bool], None],
 ) -> Sums:
     """Train one epoch.
 
@@ -79,41 +79,53 @@ def train_epoch(
         plan: of this epoch; its learning rate is already set.
         team: the ranks.
         timer: of this epoch.
-        stop_if_asked: raises if the user wants the run to end.
+        consult: called after every iteration with its number and whether it ran out of memory here; raises on all
+            ranks alike if the user wants the run to end or a rank is out of memory.
 
     Raises:
         TrainingError: a loss was not finite; says in which iteration.
+        torch.OutOfMemoryError: a rank has no memory left.
     """
     config, optimizer, scaler = state.config, state.optimizer, state.scaler
     tally = _Tally(state.device)
     module.train()
     iteration = -1
+    reduction, out_of_memory = Reduction(module), False
     for iteration, (images, labels) in enumerate(timer.data(batches)):
-        stop_if_asked()
-        optimizer.zero_grad(set_to_none=True)
-        with timer.phase("forward"), number_format(config.precision, state.device):
-            logits = module(images)
-            loss = F.cross_entropy(logits, labels)
-        with timer.phase("backward"):
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # torch's gap
-        if state.penalty_coefficient is None:  # the run's first mini-batch, also where dense pre-training comes first
-            state.penalty_coefficient = _penalty_coefficient(state, loss.detach(), team)
-        if plan.regularized and config.regularizer == "gradient":
-            with timer.phase("regularizer"):  # after the all-reduce and after unscaling: METHOD.md §1
-                scaler.unscale_(optimizer)
-                state.lasso.add_gradient(state.penalty_coefficient)
-        with timer.phase("optimizer"):
-            scaler.step(optimizer)
-            scaler.update()
-        if plan.regularized and config.regularizer == "proximal":
-            with timer.phase("regularizer"):
-                state.lasso.proximal_step(_shrinkage(state))
-        state.update_average()
-        tally.add(iteration, loss.detach(), logits.detach(), labels)
+        reduction.begin()
+        try:
+            optimizer.zero_grad(set_to_none=True)
+            with timer.phase("forward"), number_format(config.precision, state.device):
+                logits = module(images)
+                loss = F.cross_entropy(logits, labels)
+            with timer.phase("backward"):
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # torch's gap
+            if state.penalty_coefficient is None:  # the run's first mini-batch, also with dense pre-training
+                state.penalty_coefficient = _penalty_coefficient(state, loss.detach(), team)
+            if plan.regularized and config.regularizer == "gradient":
+                with timer.phase("regularizer"):  # after the all-reduce and after unscaling: METHOD.md §1
+                    scaler.unscale_(optimizer)
+                    state.lasso.add_gradient(state.penalty_coefficient)
+            with timer.phase("optimizer"):
+                scaler.step(optimizer)
+                scaler.update()
+            if plan.regularized and config.regularizer == "proximal":
+                with timer.phase("regularizer"):
+                    state.lasso.proximal_step(_shrinkage(state))
+            state.update_average()
+            tally.add(iteration, loss.detach(), logits.detach(), labels)
+        except torch.OutOfMemoryError:
+            if not reduction.can_be_finished or state.penalty_coefficient is None:
+                raise
+            out_of_memory = True
+        if out_of_memory:  # out of the handler: it would hold what the failed pass has allocated
+            logits = loss = None  # type: ignore[assignment] # the same
+            reduction.finish()  # the other ranks wait for it
+        consult(iteration, out_of_memory)
         timer.end_step()
         if iteration % _CHECK_EVERY == _CHECK_EVERY - 1:
-            tally.stop_if_bad(plan.epoch)
-    tally.stop_if_bad(plan.epoch)
+            tally.stop_if_bad(plan.epoch, team)
+    tally.stop_if_bad(plan.epoch, team)
     return tally.total(team, iteration + 1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ptsim.errors import TrainingError, UnsupportedModelError
 from ptsim.training.config import Config
-from ptsim.training.distributed import Team
+from ptsim.training.distributed import CountedBuckets, Team
 
 # Running statistics are averaged at the epoch's end, not copied in every iteration. torch renamed the setting.
 _DDP_SETTINGS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -36,6 +36,8 @@ def wrap(model: nn.Module, config: Config, team: Team) -> nn.Module:
             gradient_as_bucket_view=True,
             **_WITHOUT_BUFFERS,
         )
+        if config.dynamic_batch:  # one rank may run out of memory
+            CountedBuckets(module)
     return module
 
 

@@ -31,6 +31,8 @@ def zero_some(model: nn.Module, groups: ChannelGroups, fraction: float = 0.4, se
             if layer.depthwise:
                 continue
             weight = parameters[layer.weight]
+            if layer.transposed:
+                weight = weight.transpose(0, 1)
             for index, component in enumerate(layer.outputs.tolist()):
                 if chosen[component]:
                     weight[index] = 0

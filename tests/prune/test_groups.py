@@ -210,3 +210,22 @@ def test_wrong_input_is_one_sentence() -> None:
         ptsim.inspect(small_resnet(), input_shape=(3, 0, 4))
     with pytest.raises(UsageError, match="threshold"):
         reconfigure(small_resnet(), find_groups(small_resnet(), SMALL_IMAGE), threshold=0.0)
+
+
+def test_a_branch_whose_layers_are_gated_can_go_and_be_rebuilt() -> None:
+    model = small_resnet()
+    with torch.no_grad():
+        model.get_parameter("blocks.0.a.weight")[:, 2:7] = 0
+        model.get_parameter("blocks.0.b.weight")[4:9] = 0
+    surgery = reconfigure(model, find_groups(model, SMALL_IMAGE), mode="gating")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("blocks.0") and parameter.ndim == 4:
+                parameter.zero_()
+    zeroed = copy.deepcopy(model)
+    surgery = reconfigure(model, surgery.groups, mode="gating")
+    same_function(model, zeroed, SMALL_IMAGE)
+    fresh = small_resnet(seed=1)
+    apply_structure(fresh, structure_of(model))
+    fresh.load_state_dict(model.state_dict())
+    same_function(fresh, model, SMALL_IMAGE)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 NETS = Path(__file__).with_name("nets.py")
@@ -71,14 +73,16 @@ class _Killer:
 
 
 def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: dict[str, Any], fault: str) -> None:
-    """One rank of a gloo team. Exit status 3 and the message in `folder`.rank if training fails.
+    """One rank of a gloo team. Exit status 3 (130 if interrupted) and the message in `folder`.rank if training fails.
 
-    `fault` happens on rank 1: "dies" in the first reconfiguration, "drifts" changes its weights before it.
+    `fault` happens on rank 1: "dies" in the first reconfiguration, "fails" there, "drifts" changes its weights before
+    it; "no memory in the forward | backward pass" of the second iteration with 16 images; "nan" and "SIGINT" in the
+    third iteration. "0 fails" is the same on rank 0.
     """
     import torch
 
-    from ptsim.errors import PtsimError
-    from ptsim.training import loop, state
+    from ptsim.errors import PtsimError, TrainingError
+    from ptsim.training import loop, state, step
 
     os.environ |= {
         "RANK": str(rank),
@@ -88,17 +92,24 @@ def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: 
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    if fault and rank == 1:
+    if fault.startswith("no memory"):  # several buckets of gradients, as large networks have
+        make = torch.nn.parallel.DistributedDataParallel.__init__
+        torch.nn.parallel.DistributedDataParallel.__init__ = functools.partialmethod(make, bucket_cap_mb=1e-4)  # type: ignore[assignment] # the stand-in
+    if fault in ("dies", "fails", "drifts", "0 fails") and rank == (fault != "0 fails"):
         original = state.State.prune
 
         def prune(self: Any) -> Any:
             if fault == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if "fails" in fault:
+                raise TrainingError("the moon is full")
             for parameter in self.model.parameters():
                 parameter.data.zero_()
             return original(self)
 
         state.State.prune = prune  # type: ignore[method-assign] # the stand-in
+    elif fault and rank == 1:
+        step.F = SimpleNamespace(cross_entropy=_Faulty(fault))  # type: ignore[attr-defined] # the stand-in
     try:
         if (folder / "config.toml").exists():
             loop.train(resume=folder)
@@ -107,3 +118,40 @@ def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: 
     except PtsimError as error:
         folder.with_suffix(f".rank{rank}").write_text(error.message)
         sys.exit(3)
+    except KeyboardInterrupt as stopped:
+        folder.with_suffix(f".rank{rank}").write_text(str(stopped))
+        sys.exit(130)
+
+
+class _Faulty:
+    """A cross-entropy that something happens in."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault, self.calls = fault, 0
+
+    def __call__(self, logits: Any, labels: Any) -> Any:
+        import torch
+
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        if not loss.requires_grad:
+            return loss
+        counts = self.fault in ("nan", "SIGINT") or len(labels) == 16
+        self.calls += counts
+        if not counts or self.calls != 3:  # with 16 images the first is the trial
+            return loss
+        if self.fault == "SIGINT":
+            os.kill(os.getpid(), signal.SIGINT)
+        if "forward" in self.fault:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if "backward" in self.fault:
+            first = loss.grad_fn
+            while first.next_functions and first.next_functions[0][0] is not None and "Conv" not in first.name():
+                first = first.next_functions[0][0]
+            first.register_prehook(_raise_out_of_memory)
+        return loss * torch.nan if self.fault == "nan" else loss
+
+
+def _raise_out_of_memory(*_: Any) -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory")

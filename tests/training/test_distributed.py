@@ -73,6 +73,47 @@ def test_a_team_lets_its_mini_batch_grow_as_one(tmp_path):
     assert [epoch.num_iterations for epoch in trace.epochs] == [6, 6, 3, 3]
 
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_rank_without_memory_makes_the_whole_team_step_back(tmp_path, where):
+    growth = {"dynamic_batch": True, "memory_budget": "1 GiB", "batch_granularity": 4, "max_batch": 32}
+    fault = f"no memory in the {where} pass"
+    assert run_team(2, tmp_path / "run", fault=fault, profile=False, epochs=4, **growth) == [0, 0]
+    trace = ptsim.read_trace(tmp_path / "run")
+    assert trace.complete
+    assert [epoch.batch_per_gpu for epoch in trace.epochs] == [8, 8, 12, 12]
+    assert trace.reconfigurations[1].notes == ("out of memory with 16 images: the epoch begins again with 12",)
+
+
+def test_a_mini_batch_that_has_not_grown_ends_the_run_with_the_same_words_on_every_rank(tmp_path):
+    fault = "no memory in the forward pass"
+    assert run_team(2, tmp_path / "run", fault=fault, profile=False, dynamic_batch=True, batch=32) == [3, 3]
+    for rank in range(2):
+        message = (tmp_path / f"run.rank{rank}").read_text()
+        assert message == "a mini-batch of 32 needs more memory than rank 1 has left"
+
+
+def test_a_loss_that_is_nan_on_one_rank_is_said_on_every_rank(tmp_path):
+    assert run_team(2, tmp_path / "run", fault="nan", profile=False) == [3, 3]
+    for rank in range(2):
+        message = (tmp_path / f"run.rank{rank}").read_text()
+        assert message.startswith("the loss is not a finite number since iteration 2 of epoch 0")
+
+
+def test_ctrl_c_on_one_rank_ends_the_run_on_every_rank_and_names_it(tmp_path):
+    assert run_team(2, tmp_path / "run", fault="SIGINT", profile=False) == [130, 130]
+    assert [(tmp_path / f"run.rank{rank}").read_text() for rank in range(2)] == ["SIGINT on rank 1", "SIGINT"]
+    end = ptsim.read_trace(tmp_path / "run").end
+    assert (end.status, end.reason) == ("interrupted", "SIGINT on rank 1")
+
+
+@pytest.mark.parametrize(("fault", "failing"), [("fails", 1), ("0 fails", 0)])
+def test_what_stops_one_rank_is_said_by_the_others(tmp_path, fault, failing):
+    assert run_team(2, tmp_path / "run", fault=fault, profile=False) == [3, 3]
+    assert (tmp_path / f"run.rank{failing}").read_text() == "the moon is full"
+    other = (tmp_path / f"run.rank{1 - failing}").read_text()
+    assert other.endswith(f"lost contact with the other ranks: rank {failing} stopped: the moon is full")
+
+
 def test_ranks_that_would_prune_differently_stop(tmp_path):
     assert run_team(2, tmp_path / "run", fault="drifts", model=PLAIN, profile=False) == [3, 3]
     message = (tmp_path / "run.rank0").read_text()

@@ -1,0 +1,429 @@
+"""Networks as users write them: what is pruned stays exact, what cannot be is refused with the reason, nothing crashes.
+
+Every model says which layers can be pruned in part (`prunable`) and which not at all, with words of the reason.
+"""
+
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ptsim
+from ptsim.errors import UnsupportedModelError
+from ptsim.prune.groups import find_groups
+from ptsim.prune.reconfigure import reconfigure
+from ptsim.prune.structure import apply_structure, structure_of
+from tests.prune.helpers import enliven, same_function, zero_some
+
+IMAGE = (3, 8, 8)
+
+
+class User(nn.Module):
+    """Three convolutions and a head; what happens between `a`, `b` and `c` is the model's own `mix`."""
+
+    def __init__(
+        self, mix: Callable[..., Tensor], *, width: int = 8, second: int | None = None, **extra: nn.Module | Tensor
+    ) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(3, second or width, 3, padding=1)
+        for name, part in extra.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+        self.mix = mix
+        with torch.no_grad():
+            self.c = nn.Conv2d(mix(self, self.a(torch.zeros(2, *IMAGE)), self.b(torch.zeros(2, *IMAGE))).shape[1], 6, 1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(self, torch.relu(self.a(x)), self.b(x))
+        return self.head(self.c(y).mean((2, 3)))
+
+
+def shuffle(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return (x + y).view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, -1, h, w)
+
+
+def unequal(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    first, second = torch.split(x + y, [3, 5], dim=1)
+    return torch.cat([m.narrow(first), second], 1)
+
+
+def squeeze(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    gate = torch.sigmoid(m.up(F.relu(m.down(F.adaptive_avg_pool2d(x, 1).flatten(1)))))
+    return torch.mul(x, gate[:, :, None, None]) + y
+
+
+def cbam(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    seen = torch.cat([x.mean(1, keepdim=True), torch.max(x, dim=1, keepdim=True)[0]], dim=1)
+    return x * torch.sigmoid(m.look(seen)) + m.own(y)
+
+
+def in_place(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    y = y * 2
+    y += x
+    y.mul_(m.gate.sigmoid().view(1, -1, 1, 1))
+    return y.clamp_(min=-3)
+
+
+def extremes(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    peak, _ = x.flatten(2).max(dim=-1)
+    low = torch.min(y.flatten(2), 2).values
+    top = y.flatten(2).topk(3, -1)[0].mean(-1)
+    return (peak + low + top)[..., None, None]
+
+
+def attention(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    weight = F.softmax(m.one(x).flatten(2), dim=-1)
+    return m.own(y) * weight.view(weight.shape[0], 1, *x.shape[2:])
+
+
+def shortcut(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Option A of the CIFAR ResNets: zeros for the new channels."""
+    return y + F.pad(x, (0, 0, 0, 0, 2, 2))
+
+
+def new_zeros(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return y + torch.cat((x, x.new_zeros(x.shape[0], 4, x.shape[2], x.shape[3])), dim=1)
+
+
+def means(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x + y - y.mean([2, 3], keepdim=True) + y.std(dim=(-2, -1), keepdim=True)
+
+
+def functional(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    x = F.batch_norm(x, m.norm.running_mean, m.norm.running_var, m.norm.weight, m.norm.bias, m.training)
+    x = F.leaky_relu(F.conv2d(x, m.conv.weight, m.conv.bias, padding=1), 0.1)
+    return F.max_pool2d(F.prelu(x, m.slope) + y, 2)
+
+
+def looks_at_shapes(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    assert x.dim() == 4
+    assert x.shape == y.shape, f"{x.shape} is not {y.shape}"
+    if x.shape[-1] > 4:
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    _, _, height, width = x.size()
+    assert height == width
+    return torch.stack([*(x + y).split(4, dim=0)]).sum(0) if len(x.shape) == 5 else x + y
+
+
+def asserts_width(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    assert x.shape[1] == 8
+    return m.own(x) + y
+
+
+def divides_by_width(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x / x.shape[1] + m.own(y)
+
+
+def bakes_width(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x * float(x.shape[1]) ** -0.5 + m.own(y)
+
+
+def masks(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return m.own(y) * (x > 0).float() + (m.own(y) * (x > 0.1))
+
+
+def drop_path(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """As timm writes it."""
+    if not m.training:
+        return x + y
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    return x / 0.9 * x.new_empty(shape).bernoulli_(0.9) + y
+
+
+def transposed_attribute(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return m.linear((x + y).flatten(2).mT).mT.unsqueeze(-1)
+
+
+def blur(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    kernel = m.kernel.expand(x.shape[1], 1, 3, 3)
+    return F.conv2d(x, kernel, padding=1, groups=x.shape[1]) + m.own(y)
+
+
+def hyper(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The weight of a convolution is another layer's output."""
+    weight = m.make(y.mean((0, 2, 3))).view(8, 8, 1, 1)
+    return F.conv2d(x, weight) + m.own(y)
+
+
+def grouped_by_code(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.conv2d(x, m.grouped, padding=1, groups=4) + y
+
+
+def norms(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.normalize(x, 2, 1) + F.normalize(m.own(y), 2, 2) + x.norm(2, 1, keepdim=True)
+
+
+def stacked(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    both = torch.stack([x, y, x * y], dim=1)
+    weight = torch.softmax(m.mixing, 0)
+    return both.mean(1) + weight[0] * x + weight[1] * y
+
+
+def interleaved(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return torch.stack((x, y), dim=2).flatten(1, 2)
+
+
+def unfolds(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.unfold(x, 3, padding=1).view(x.shape[0], -1, *x.shape[2:])
+
+
+def parameter_view(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x * m.scale.view(1, 8, 1, 1) + m.own(y)
+
+
+def sliced(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([x[:, :3] + y, x[:, 3:]], 1)
+
+
+def halves(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.glu(x, dim=1) + m.gated(y)
+
+
+def upsampled(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    small = m.up(F.adaptive_max_pool2d(x, 4))
+    return F.interpolate(small, size=y.shape[2:], mode="bilinear") + y
+
+
+@torch.fx.wrap
+def mean(x: Tensor) -> Tensor:
+    """A user's function that fx does not look into, called like one of torch's."""
+    return x - x.amax(1, keepdim=True)
+
+
+def wrapped(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return mean(x) + m.own(y)
+
+
+def own() -> nn.Module:
+    """A convolution between `y` and the sum, so that `b` is not bound to `a`."""
+    return nn.Conv2d(8, 8, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    model: Callable[[], nn.Module]
+    prunable: str = ""
+    refused: str = ""
+    because: str = ""
+
+
+CASES = {
+    "sum and shuffle": Case(lambda: User(shuffle), "c", "a b", "would mix up the channels"),
+    "nn.ChannelShuffle": Case(lambda: User(lambda m, x, y: m.mixed(x + y), mixed=nn.ChannelShuffle(2)), "c"),
+    "split in unequal parts": Case(
+        lambda: User(unequal, narrow=nn.Conv2d(3, 2, 1)), "narrow c", "a b", "would mix up the channels"
+    ),
+    "slices of fixed length": Case(lambda: User(sliced, second=3), "c", "a", "would mix up the channels"),
+    "slice to half": Case(
+        lambda: User(lambda m, x, y: torch.cat([x[:, : x.shape[1] // 2], y], 1)), "b c"
+    ),
+    "chunks swapped": Case(lambda: User(lambda m, x, y: torch.cat((x + y).chunk(2, 1)[::-1], 1)), "c"),
+    "cat of sums": Case(lambda: User(lambda m, x, y: torch.cat((x + y, torch.add(x, y, alpha=2), x), dim=1)), "a b c"),
+    "squeeze and excite": Case(lambda: User(squeeze, down=nn.Linear(8, 4), up=nn.Linear(4, 8)), "a b c down"),
+    "spatial attention": Case(
+        lambda: User(cbam, look=nn.Conv2d(2, 1, 3, padding=1), own=own()), "b c", "a", "combines these channels"
+    ),
+    "in place": Case(lambda: User(in_place, gate=torch.randn(8)), "a b c"),
+    "extremes over space": Case(lambda: User(extremes), "a b c"),
+    "attention over space": Case(lambda: User(attention, one=nn.Conv2d(8, 1, 1), own=own()), "a b c own"),
+    "padded short-cut": Case(lambda: User(shortcut, second=12), "c"),
+    "zeros joined": Case(lambda: User(new_zeros, second=12), "a b c"),
+    "means over space": Case(lambda: User(means), "a b c"),
+    "functional forms": Case(
+        lambda: User(functional, norm=nn.BatchNorm2d(8), conv=nn.Conv2d(8, 8, 3), slope=torch.rand(8)), "a b c"
+    ),
+    "looks at shapes": Case(lambda: User(looks_at_shapes), "a b c"),
+    "asserts a width": Case(lambda: User(asserts_width, own=own()), "b c own", "a", "would mix up"),
+    "divides by the width": Case(lambda: User(divides_by_width, own=own()), "b c", "a", "the number of these channels"),
+    "computes with the width": Case(lambda: User(bakes_width, own=own()), "b c", "a", "the number of these channels"),
+    "masks": Case(lambda: User(masks, own=own()), "a b c own"),
+    "stochastic depth by hand": Case(lambda: User(drop_path), "a b c"),
+    "x.mT": Case(lambda: User(transposed_attribute, linear=nn.Linear(8, 5)), "a b c linear"),
+    "blur": Case(lambda: User(blur, kernel=torch.ones(1, 1, 3, 3) / 9, own=own()), "b c", "a", "computes its weight"),
+    "a weight that is computed": Case(
+        lambda: User(hyper, make=nn.Linear(8, 64), own=own()), "b c", "a make", "computes its weight"
+    ),
+    "groups in the code": Case(
+        lambda: User(grouped_by_code, grouped=torch.randn(8, 2, 3, 3)), "c", "a", "would mix up the channels"
+    ),
+    "normalised": Case(lambda: User(norms, own=own()), "b c", "a", "combines these channels"),
+    "stacked": Case(lambda: User(stacked, mixing=torch.zeros(2)), "a b c"),
+    "stacked and interleaved": Case(lambda: User(interleaved), "a b c"),
+    "F.unfold": Case(lambda: User(unfolds), "c", "a", "has no rule"),
+    "a fixed view of a parameter": Case(
+        lambda: User(parameter_view, scale=torch.rand(8), own=own()), "b c", "a", "would mix up"
+    ),
+    "gated linear units": Case(lambda: User(halves, gated=nn.GLU(1)), "a b c"),
+    "upsampled": Case(lambda: User(upsampled, up=nn.Upsample(scale_factor=2)), "a b c"),
+    "nn.PixelUnshuffle": Case(lambda: User(lambda m, x, y: m.down(x), down=nn.PixelUnshuffle(2)), "a c"),
+    "F.pixel_shuffle": Case(
+        lambda: User(lambda m, x, y: F.pixel_shuffle(x, 2)), "c", "a", "lie along several axes"
+    ),
+    "a function that is not traced": Case(lambda: User(wrapped, own=own()), "b c", "a", "is not traced"),
+    "random noise": Case(lambda: User(lambda m, x, y: x + torch.randn_like(x)), "c", "a", "randn_like"),
+    "ConvTranspose2d": Case(
+        lambda: User(lambda m, x, y: m.up(x) + F.conv_transpose2d(y, m.w, stride=2), up=nn.ConvTranspose2d(8, 8, 2, 2),
+                     w=torch.randn(8, 8, 2, 2)), "a b c up"
+    ),
+    "a channel's scale, NHWC": Case(
+        lambda: User(lambda m, x, y: ((x + y).permute(0, 2, 3, 1) * m.scale).permute(0, 3, 1, 2), scale=torch.rand(8)),
+        "a b c",
+    ),
+    "a matrix of the model's own": Case(
+        lambda: User(lambda m, x, y: (x.flatten(2).transpose(1, 2) @ m.w).transpose(1, 2).unsqueeze(-1),
+                     w=torch.randn(8, 5)), "c", "a", "matmul"
+    ),
+    "GroupNorm": Case(
+        lambda: User(lambda m, x, y: m.group(x) + m.each(y), group=nn.GroupNorm(2, 8), each=nn.GroupNorm(8, 8)),
+        "c", "a", r"group (GroupNorm) normalises over",
+    ),
+    "normalisations without parameters": Case(
+        lambda: User(lambda m, x, y: m.n3(m.n2(m.n1(x))) + m.n4(y), n1=nn.GroupNorm(8, 8, affine=False),
+                     n2=nn.InstanceNorm2d(8), n3=nn.BatchNorm2d(8, affine=False, track_running_stats=False),
+                     n4=nn.BatchNorm2d(8, affine=False)), "a b c"
+    ),
+    "PReLU with a slope per channel": Case(lambda: User(lambda m, x, y: m.act(x + y), act=nn.PReLU(8)), "a b c"),
+    "LayerNorm over space": Case(lambda: User(lambda m, x, y: m.norm(x), norm=nn.LayerNorm((8, 8))), "a c"),
+    "LayerNorm over everything": Case(
+        lambda: User(lambda m, x, y: m.norm(x), norm=nn.LayerNorm((8, 8, 8))), "c", "a", "norm (LayerNorm)"
+    ),
+    "softmax over channels": Case(lambda: User(lambda m, x, y: x.softmax(1)), "c", "a", "combines these channels"),
+    "shared modules": Case(
+        lambda: User(lambda m, x, y: m.again(m.norm(m.again(m.norm(x)))), again=own(), norm=nn.BatchNorm2d(8)), "a c"
+    ),
+    "grouped and depthwise": Case(
+        lambda: User(lambda m, x, y: m.depth(m.grouped(x)), grouped=nn.Conv2d(8, 12, 3, groups=4),
+                     depth=nn.Conv2d(12, 24, 3, groups=12)), "a c grouped"
+    ),
+}  # fmt: skip
+
+
+def edges_of(groups: Any) -> dict[str, list[tuple[bool, str]]]:
+    """Layer → (prunable, reason) of every edge that it writes."""
+    found: dict[str, list[tuple[bool, str]]] = {}
+    for edge in groups.edges():
+        for member in edge.members:
+            if member.endswith(" (out)"):
+                found.setdefault(member.removesuffix(" (out)"), []).append((edge.prunable, str(edge.reason)))
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_users_network_is_pruned_exactly_or_refused_with_the_reason(name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    model = case.model()
+    found = ptsim.inspect(model, input_shape=IMAGE)
+    assert found.exact, (found.max_rel_error_eval, found.max_rel_error_train)
+    edges = edges_of(find_groups(model, IMAGE))
+    for layer in case.prunable.split():
+        assert any(prunable for prunable, _ in edges[layer]), (layer, edges[layer])
+    for layer in case.refused.split():
+        assert not any(prunable for prunable, _ in edges[layer]), layer
+        assert any(case.because in reason for _, reason in edges[layer]), (layer, edges[layer])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_users_network_is_reconfigured_again_and_again_and_rebuilt(name: str) -> None:
+    torch.manual_seed(0)
+    model = CASES[name].model().double()
+    enliven(model)
+    for seed in range(2):
+        groups = find_groups(model, IMAGE)
+        zero_some(model, groups, 0.4, seed)
+        surgery = reconfigure(model, groups)
+        assert not reconfigure(model, surgery.groups).changed
+    fresh = CASES[name].model().double()
+    apply_structure(fresh, structure_of(model))
+    fresh.load_state_dict(model.state_dict())
+    if name not in ("random noise", "stochastic depth by hand"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a normalisation would warn of a width that it does not have
+            same_function(fresh, model, IMAGE)
+
+
+class Flagged(nn.Module):
+    """Arguments with defaults; several outputs, as a dict of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8 * 16, 5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, features: bool = True) -> dict[str, Any]:
+        x = F.relu(self.a(x))
+        if mask is not None:
+            x = x * mask
+        y = self.b(x)
+        return {"logits": self.head(torch.flatten(y, 1)), "features": [y] if features else []}
+
+
+def test_arguments_keep_their_defaults_and_every_output_stays_whole() -> None:
+    found = ptsim.inspect(Flagged(), input_shape=IMAGE)
+    assert found.exact
+    edges = edges_of(find_groups(Flagged(), IMAGE))
+    assert edges["a"] == [(True, "None")]
+    assert edges["b"] == [(False, "it is the network's output")]
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+    pair: tuple[Tensor, ...]
+
+
+class Structured(Flagged):
+    def forward(self, x: Tensor) -> Output:  # type: ignore[override] # another network
+        x = F.relu(self.a(x))
+        return Output(self.head(self.b(x).flatten(1)), (x.mean(),))
+
+
+def test_a_module_registered_twice_and_removed_is_gone_everywhere() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.branch = nn.Sequential(self.one, self.two)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head((x + self.branch(x)).mean((2, 3)))
+
+    model = Twice().double()
+    with torch.no_grad():
+        for parameter in (model.one.weight, model.two.weight):
+            parameter.zero_()
+    before = model(torch.ones(1, *IMAGE, dtype=torch.float64))
+    surgery = reconfigure(model, find_groups(model, IMAGE))
+    assert surgery.layers_removed == ("one", "two")
+    torch.testing.assert_close(model(torch.ones(1, *IMAGE, dtype=torch.float64)), before)
+
+
+class Branchy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        for value in itertools.repeat(x.sum(), 1):
+            if value > 0:
+                return x
+        return -x
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), "lazy layers"),
+        (Branchy, r"torch\.fx cannot trace Branchy"),
+    ],
+)
+def test_what_cannot_be_inspected_is_one_sentence(model: Callable[[], nn.Module], words: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that lazy modules are new
+        made = model()
+    with pytest.raises(UnsupportedModelError, match=words):
+        ptsim.inspect(made, input_shape=IMAGE)

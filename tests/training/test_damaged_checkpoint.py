@@ -1,0 +1,86 @@
+"""A checkpoint that somebody has edited is named in one sentence, whatever is wrong with it; nothing is a traceback."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ptsim
+from ptsim.cli.main import run as command
+from ptsim.errors import PtsimError
+from tests.training.runs import settings
+
+WRONG: tuple[Any, ...] = ("wrong", -1, None, [], {"wrong": 1})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gated run with all sorts of entries in its last checkpoint, to which a further epoch is then added."""
+    folder = tmp_path_factory.mktemp("damaged") / "run"
+    ptsim.train(settings(epochs=4, optimizer="adam", momentum=None, profile=False, mode="gating"), out=folder)
+    text = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(text.replace("epochs = 4", "epochs = 5"))
+    return folder
+
+
+def places(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Paths to what can be damaged: every field, and the first entry of every table of names."""
+    found = []
+    for index, (key, inner) in enumerate(value.items()):
+        if path and path[0] in ("structure", "optimizer") and len(path) > 1 and index > 0:
+            break
+        found.append((*path, key))
+        if isinstance(inner, dict):
+            found += places(inner, (*path, key))
+    return found
+
+
+def test_every_field_that_is_missing_or_of_another_type_is_one_sentence(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    file = folder / "checkpoints" / "epoch-0003" / "checkpoint.json"
+    whole = json.loads(file.read_text())
+    trace = (folder / "trace.jsonl").read_bytes()
+    refused = 0
+    for place in places(whole):
+        for wrong in (..., *WRONG):
+            damaged = copy.deepcopy(whole)
+            table = damaged
+            for key in place[:-1]:
+                table = table[key]
+            if wrong is ...:
+                del table[place[-1]]
+            else:
+                table[place[-1]] = wrong
+            file.write_text(json.dumps(damaged))
+            for act in (lambda: ptsim.load_model(folder), lambda: ptsim.train(resume=folder)):
+                message = None
+                try:
+                    act()
+                except PtsimError as error:
+                    message = error.message
+                if message is None:  # the field may be left out, or what was put there is as good
+                    shutil.rmtree(folder)
+                    shutil.copytree(finished, folder)
+                    continue
+                refused += 1
+                assert "\n" not in message, place
+                assert (folder / "trace.jsonl").read_bytes() == trace, place
+    assert refused > 150
+
+
+def test_on_the_command_line_it_is_exit_2(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    file = folder / "checkpoints" / "epoch-0003" / "checkpoint.json"
+    description = json.loads(file.read_text())
+    del description["structure"]["tensors"]
+    file.write_text(json.dumps(description))
+    assert command(["train", f"--resume={folder}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert "tensors" in captured.err
+    assert "Traceback" not in captured.err
