@@ -106,8 +106,10 @@ class Timeline:
     def _span(
         self, name: str, category: str, pid: int, tid: int, start_s: float, duration_s: float, args: dict[str, Any]
     ) -> None:
+        # both ends are rounded, not the duration: what follows without a gap must not begin before
+        begin, end = round(start_s * 1e9), round((start_s + duration_s) * 1e9)
         event = {"ph": "X", "cat": category, "name": name, "pid": pid, "tid": tid}
-        self._events.append({**event, "ts": _micros(start_s), "dur": _micros(duration_s), "args": args})
+        self._events.append({**event, "ts": begin / 1e3, "dur": (end - begin) / 1e3, "args": args})
 
     def _meta(self, what: str, pid: int, tid: int, **args: Any) -> None:
         self._events.append({"ph": "M", "name": what, "pid": pid, "tid": tid, "ts": 0.0, "args": args})

@@ -107,6 +107,8 @@ class Network:
             msgspec.structs.replace(job, ranks=self._ranks(number), max_chunks=_SHARED_CHUNKS) for number in range(jobs)
         ]
         alone_s = base_s + self._seconds(cluster, placed[:1])
+        if not alone_s:
+            return (1.0,) * jobs
         factors = [1.0]
         for number in range(2, jobs + 1):
             factors.append(max(factors[-1], (base_s + self._seconds(cluster, placed[:number])) / alone_s))
@@ -127,7 +129,8 @@ class Network:
             )
             alone = msgspec.structs.replace(job, ranks=tuple(range(self.num_gpus)))
             equal_s = simulate_all_reduces(equal, [alone]).seconds[0]
-            self._ratios[num_bytes] = (base_s + self._seconds(cluster, [job])) / (base_s + equal_s)
+            seconds, equal_s = base_s + self._seconds(cluster, [job]), base_s + equal_s
+            self._ratios[num_bytes] = seconds / equal_s if equal_s else 1.0  # links that take no time
         return self._ratios[num_bytes]
 
     def _as_simulated(self, num_bytes: int) -> tuple[Cluster, float, Job]:

@@ -467,7 +467,7 @@ class _RunningJob:
             step_s=step_s,
             compute_s=compute_s,
             input_wait_s=input_wait_s,
-            straggler_wait_s=slowest_s - compute_s,
+            straggler_wait_s=max(0.0, slowest_s - compute_s),
             exposed_communication_s=max(0.0, step_s - slowest_s - input_wait_s),
             communication_s=self.plan.communication_s,
             wire_bytes_per_gpu=self.plan.wire_bytes_per_gpu,

@@ -7,6 +7,7 @@ import pytest
 from ptsim.errors import UsageError
 from ptsim.export.chrome import COMPUTE_STREAM, profile_timeline
 from ptsim.trace.io import Trace, read_trace
+from tests.export import trace_events
 from tests.traces import dense_trace, shrinking_trace
 
 
@@ -58,6 +59,7 @@ def test_what_is_kept_for_backward_is_all_given_back(trace: Trace) -> None:
 def test_the_file_is_json_that_says_which_device(trace: Trace, tmp_path: Path) -> None:
     file = profile_timeline(trace).write(tmp_path / "new" / "trace.json")
     document = msgspec.json.decode(file.read_bytes())
+    trace_events.check(document)
     assert document["deviceProperties"][0]["name"] == trace.run.device.name
     assert {event["ph"] for event in document["traceEvents"]} == {"M", "X", "C"}
 
