@@ -19,7 +19,16 @@ from ptsim.costs.datasheet import (
     update_bytes,
     uses_tensor_cores,
 )
-from ptsim.costs.kernels import Floats, Kernel, Kernels, Pass, convolution_kernels, network_kernels, product_kernels
+from ptsim.costs.kernels import (
+    Floats,
+    Kernel,
+    Kernels,
+    Pass,
+    Work,
+    convolution_kernels,
+    network_kernels,
+    product_kernels,
+)
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Layer, LayerKind, Network, Precision
 
@@ -47,6 +56,7 @@ class Case:
     kernels: Kernels
     chip: Chip
     update_bytes: float
+    num_tensors: int
     extra_s: float
     seconds: float
     device: str
@@ -85,6 +95,7 @@ def training_cases() -> list[Case]:
                 kernels=kernels,
                 chip=chip_of(device, precision),
                 update_bytes=update_bytes(network, "sgd", precision) if row.with_optimizer else 0.0,
+                num_tensors=len(network.parameters) if row.with_optimizer else 0,
                 extra_s=4 * images / PAGEABLE_BYTES_PER_S if row.host_copy else 0.0,
                 seconds=row.batch / row.images_per_s,
                 device=row.device,
@@ -115,6 +126,11 @@ def layer_cases() -> list[Case]:
         )
         cases.append(_layer_case(kernel, row, row.device, Precision.FP32))
     return cases
+
+
+def is_depthwise(case: Case) -> bool:
+    """Whether the network has depthwise convolutions."""
+    return bool((case.kernels.work == Work.DEPTHWISE).any())
 
 
 def stack(cases: list[Case]) -> tuple[Kernels, Chip, Floats]:
@@ -153,6 +169,7 @@ def _layer_case(kernel: Kernel, row: pd.Series, device: str, precision: Precisio
         kernels=Kernels.of([kernel]),
         chip=chip_of(load_device(device), precision),
         update_bytes=0.0,
+        num_tensors=0,
         extra_s=0.0,
         seconds=row.seconds,
         device=device,

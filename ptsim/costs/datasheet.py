@@ -5,13 +5,16 @@ times `simt` or `tensor`, and waits for its operands, which reach an SM at `feed
 fast tensor cores far from their peak and that grows for small tiles, so that odd and small channel counts make stairs.
 Everything else is bytes over memory bandwidth. The numbers of `Efficiency` are the same for all GPUs; what
 differs between GPUs is in the catalog. `analysis/fit_efficiency.py` fits them; `efficiency.toml` holds the result.
+
+The interval is what cross-validation found (`analysis/cross_validate.py`, `residuals.toml`): residuals on networks and
+GPUs left out of the fit, in units of a spread that grows with the share of the step that the fit's rows say little of.
 """
 
 from __future__ import annotations
 
 import functools
-import tomllib
-from pathlib import Path
+import math
+from importlib import resources
 
 import msgspec
 import numpy as np
@@ -38,7 +41,9 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             products, element-wise kernels, normalisations and layout conversions reach.
         pascal_bandwidth: bandwidth that the Pascal memory controllers deliver relative to their successors' share; the
             Volta white paper says 1.5 × in all for V100 over P100, whose stated bandwidths differ 1.23 ×: 0.82.
-        depthwise_bandwidth, depthwise_rate: shares of bandwidth and of the fp32 peak of depthwise convolutions.
+        depthwise_bandwidth, depthwise_rate: shares of the bandwidth, and of the rate at which instructions issue, of
+            depthwise convolutions: a filter tap is a multiply-add among several instructions that compute addresses.
+        depthwise_halves: by how much the kernels for half precision do more per instruction.
         hiding: exponent p of (multiply^p + feed^p)^(1/p), clocks per FLOP inside a block.
         overlap: exponent p of (compute^p + memory^p)^(1/p); large means that the smaller one hides.
         launch_s, product_s: least time of a kernel on the GPU; a product is several kernels (transforms, zero fills).
@@ -64,6 +69,7 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     pascal_bandwidth: float
     depthwise_bandwidth: float
     depthwise_rate: float
+    depthwise_halves: float
     hiding: float
     overlap: float
     launch_s: float
@@ -81,35 +87,52 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     update_s: float
 
 
-class Residuals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """5 % and 95 % quantiles of log(measured / predicted) on rows left out of the fit."""
-
-    low: float
-    high: float
-
-
 class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `efficiency.toml` holds: the fit, its GPUs' own factors of time, residuals on these GPUs and on others."""
+    """What `efficiency.toml` holds: the fit, and its GPUs' own factors of time."""
 
     efficiency: Efficiency
     host: Host
     devices: dict[str, float]
-    known_device: Residuals
-    new_device: Residuals
+
+
+class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """90 % of log(measured / predicted) of rows left out of the fit lies between low and high, in units of a spread.
+
+    The spread of a step is √(base² + unsureness²).
+    """
+
+    base: float
+    low: float
+    high: float
+
+    def around(self, seconds: float, unsureness: float) -> tuple[float, float]:
+        """The interval around a predicted time."""
+        spread = math.hypot(self.base, unsureness)
+        return seconds * math.exp(self.low * spread), seconds * math.exp(self.high * spread)
+
+
+class Intervals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `residuals.toml` holds: intervals for GPUs of the fit, whose networks were left out, and for other GPUs."""
+
+    known_device: Interval
+    new_device: Interval
 
 
 class Chip(msgspec.Struct, frozen=True, kw_only=True):
     """A device as the model sees it; every field may be a column, one value per kernel.
 
     Attributes:
+        issue_flops_per_s: the FLOP/s if every instruction that issues were a multiply-add.
         tensor: the products run on tensor cores.
         boosts: 1 where the board clocks beyond its stated boost clock.
         pascal: 1 for that generation's memory controller.
+        free: 1 where products may run on CUDA cores too: tf32 is allowed, not demanded, and the faster kernel is taken.
         power_ratio: power per SM and clock relative to the generation's best-fed board, at most 1.
     """
 
     peak_flops_per_s: Floats | float
     simt_flops_per_s: Floats | float
+    issue_flops_per_s: Floats | float
     tensor: Floats | float
     num_sms: Floats | float
     clock_hz: Floats | float
@@ -118,6 +141,7 @@ class Chip(msgspec.Struct, frozen=True, kw_only=True):
     power_ratio: Floats | float
     boosts: Floats | float
     pascal: Floats | float
+    free: Floats | float
 
 
 # Watts per SM and GHz of the board of each generation that holds its boost clock best, from the catalog: GTX 1080 Ti
@@ -128,12 +152,18 @@ _FULL_POWER = {
     "turing": 2.38,
     "ampere": 2.52,
     "ada": 1.39,
-    "hopper": 2.9,
+    "hopper": 2.68,
     "blackwell": 3.4,
 }
 _TENSOR_SINCE = {Precision.FP16: "volta", Precision.BF16: "ampere", Precision.TF32: "ampere"}
 _GENERATIONS = ("cpu", "pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell")
+_ISSUE = 128  # threads per clock and SM whose instruction issues, from Volta on: four schedulers of a warp
 _TILES = ((256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 128), (64, 32), (32, 32))
+# Standard deviation of the logarithm of time of what the rows of the fit hold little or nothing of. Depthwise
+# convolutions: of one network only, whose rows scatter by ±0.2 with half of their time in them. The others are assumed:
+# grouped convolutions (no row); half-precision kernels over padded channels (no row); kernels that take the least that
+# a kernel takes, and hosts, which differ by a factor of two.
+_UNSURE = {"depthwise": 0.4, "grouped": 0.4, "padded": 0.2, "least": 0.3, "host": 0.4}
 _SPLIT_DEPTH = 256  # least depth k of a slice when the depth is split over blocks …
 _SPLIT_BLOCKS = 4  # … and how many of them an SM gets
 
@@ -148,17 +178,20 @@ def chip_of(device: Device, precision: Precision) -> Chip:
     """The device in the model's terms for products of this precision."""
     # Autocast on cores without tensor units keeps half-precision tensors and multiplies in fp32.
     products = Precision.FP32 if precision is Precision.FP16 and not uses_tensor_cores(device, precision) else precision
-    power = device.power_w / (device.num_sms * device.boost_clock_hz / 1e9)
+    simt, num_sms, clock_hz = device.peak_flops_per_s[Precision.FP32], float(device.num_sms), device.boost_clock_hz
+    power = device.power_w / (num_sms * clock_hz / 1e9)
     return Chip(
         peak_flops_per_s=device.peak_flops_per_s[products],
-        simt_flops_per_s=device.peak_flops_per_s[Precision.FP32],
+        simt_flops_per_s=simt,
+        issue_flops_per_s=simt if device.architecture in ("cpu", "pascal") else 2 * _ISSUE * num_sms * clock_hz,
         tensor=float(uses_tensor_cores(device, precision)),
-        num_sms=float(device.num_sms),
-        clock_hz=device.boost_clock_hz,
+        num_sms=num_sms,
+        clock_hz=clock_hz,
         bandwidth_bytes_per_s=device.memory_bandwidth_bytes_per_s,
         l2_bytes=float(device.l2_bytes),
         boosts=float(device.boosts_beyond),
         pascal=float(device.architecture == "pascal"),
+        free=float(precision is Precision.TF32),
         power_ratio=min(1.0, power / _FULL_POWER.get(device.architecture, power)),
     )
 
@@ -173,9 +206,16 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
     memory = kernels.moved_bytes / (share[kernels.work] * bandwidth)
     compute = np.zeros_like(memory)
     is_product, is_depthwise = kernels.work == Work.PRODUCT, kernels.work == Work.DEPTHWISE
-    compute[is_product] = _product_seconds(kernels, chip, e)[is_product]
+    product = _product_seconds(kernels, chip, e)
+    free = np.asarray(chip.free) > 0
+    if np.any(free):
+        simt = msgspec.structs.replace(chip, tensor=0.0 * free, peak_flops_per_s=chip.simt_flops_per_s)
+        product = np.where(free, np.minimum(product, _product_seconds(kernels, simt, e)), product)
+    compute[is_product] = product[is_product]
     macs = kernels.m * kernels.n * kernels.k * kernels.groups
-    compute[is_depthwise] = (2 * macs / (e.depthwise_rate * chip.simt_flops_per_s))[is_depthwise]
+    per_tap = np.where(kernels.element_bytes < 4, e.depthwise_halves, 1.0)
+    taps = 2 * macs / (e.depthwise_rate * per_tap * chip.issue_flops_per_s)
+    compute[is_depthwise] = taps[is_depthwise]
     largest = np.maximum(np.maximum(compute, memory), 1e-12)
     both = largest * ((compute / largest) ** e.overlap + (memory / largest) ** e.overlap) ** (1 / e.overlap)
     total: Floats = both + kernels.layout_bytes / (e.layout_bandwidth * bandwidth)
@@ -212,10 +252,38 @@ def _product_seconds(kernels: Kernels, chip: Chip, e: Efficiency) -> Floats:
     return slowed
 
 
+def unsureness(kernels: Kernels, seconds: Floats, host_s: float, efficiency: Efficiency) -> float:
+    """Standard deviation that log(time) of a whole step has from the parts that the fit's rows say little of.
+
+    Args:
+        kernels: of the step.
+        seconds: of every kernel.
+        host_s: what the host needs to launch them.
+        efficiency: says what a kernel takes at least.
+    """
+    total_s = float(seconds.sum())
+    product = kernels.work == Work.PRODUCT
+    least = efficiency.launch_s * kernels.launches + (efficiency.product_s - efficiency.launch_s) * product
+    shares = {
+        "depthwise": float(seconds[kernels.work == Work.DEPTHWISE].sum()) / total_s,
+        "grouped": float(seconds[product & (kernels.groups > 1)].sum()) / total_s,
+        "padded": float(seconds[kernels.padded].sum()) / total_s,
+        "least": min(float(least.sum()) / total_s, 1.0),
+        "host": min(host_s / total_s, 1.0) ** 4,  # of no weight until it is nearly as long as the GPU's work
+    }
+    return math.sqrt(sum((_UNSURE[part] * share) ** 2 for part, share in shares.items()))
+
+
 @functools.lru_cache(maxsize=1)
 def load_fit() -> Fit:
     """The fitted efficiencies that ptsim ships."""
-    return msgspec.convert(tomllib.loads((Path(__file__).parent / "efficiency.toml").read_text("utf-8")), Fit)
+    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("efficiency.toml").read_bytes(), type=Fit)
+
+
+@functools.lru_cache(maxsize=1)
+def load_intervals() -> Intervals:
+    """The intervals that ptsim ships."""
+    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("residuals.toml").read_bytes(), type=Intervals)
 
 
 def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fit: Fit | None = None) -> StepTime:
@@ -233,8 +301,8 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
         memory_format=setting.memory_format,
         tensor_cores=uses_tensor_cores(device, precision),
     )
-    factor, residuals = _device_factor(device, fit)
-    seconds = kernel_seconds(kernels, chip_of(device, precision), fit.efficiency) * factor
+    factor = _device_factor(device, fit)
+    seconds = kernel_seconds(kernels, chip_of(device, precision), fit.efficiency) * (factor or 1.0)
     count = len(network.layers)
     is_forward = kernels.step == Pass.FORWARD
     forward = np.bincount(kernels.layer[is_forward], seconds[is_forward], count)
@@ -243,8 +311,10 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     optimizer_s = update_bytes(network, setting.optimizer, precision) / streaming
     regularizer_s = regularizer_traffic(network) / streaming if setting.regularizer else 0.0
     gpu_s = float(forward.sum() + backward.sum()) + optimizer_s + regularizer_s
-    overhead_s = max(0.0, host_seconds(network, kernels, fit.host) - gpu_s)
-    total_s = gpu_s + overhead_s
+    host_s = host_seconds(kernels, len(network.parameters), fit.host)
+    overhead_s = max(0.0, host_s - gpu_s)
+    interval = load_intervals().new_device if factor is None else load_intervals().known_device
+    low_s, high_s = interval.around(gpu_s + overhead_s, unsureness(kernels, seconds, host_s, fit.efficiency))
     return StepTime(
         layers=tuple(
             LayerTime(
@@ -259,8 +329,8 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
         optimizer_s=optimizer_s,
         regularizer_s=regularizer_s,
         overhead_s=overhead_s,
-        low_s=total_s * float(np.exp(residuals.low)),
-        high_s=total_s * float(np.exp(residuals.high)),
+        low_s=low_s,
+        high_s=high_s,
         tier=Tier.DATASHEET,
     )
 
@@ -271,21 +341,21 @@ def update_bytes(network: Network, optimizer: str, precision: Precision) -> floa
     return float(update_traffic(network, optimizer) + casts * network.num_parameters)
 
 
-def _device_factor(device: Device, fit: Fit) -> tuple[float, Residuals]:
-    """The factor of the fit's GPU with the same chip (its own where it is there), and the residuals to expect."""
+def _device_factor(device: Device, fit: Fit) -> float | None:
+    """The factor of the fit's GPU with the same chip (its own where it is there); None where none has it."""
     chips = {name: load_device(name) for name in fit.devices}
     same = [n for n, c in chips.items() if (c.architecture, c.num_sms) == (device.architecture, device.num_sms)]
     if not same:
-        return 1.0, fit.new_device
-    return fit.devices[device.name if device.name in same else same[0]], fit.known_device
+        return None
+    return fit.devices[device.name if device.name in same else same[0]]
 
 
-def host_seconds(network: Network, kernels: Kernels, host: Host) -> float:
-    """Seconds that the host needs to launch forward, backward and update."""
+def host_seconds(kernels: Kernels, num_tensors: int, host: Host) -> float:
+    """Seconds that the host needs to launch forward, backward and the update of `num_tensors` parameters."""
     is_forward = kernels.step == Pass.FORWARD
     launches = kernels.launches
     return (
         float(launches[is_forward].sum()) * host.forward_s
         + float(launches[~is_forward].sum()) * host.backward_s
-        + len(network.parameters) * host.update_s
+        + num_tensors * host.update_s
     )

@@ -46,6 +46,7 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
         m, n, k, groups: shape of the product; multiply–accumulates are m·n·k·groups.
         winograd: a 3×3 convolution with stride 1, for which fp32 kernels exist that multiply less.
         strided: the gradient of a strided convolution's input, whose output pixels differ in work.
+        padded: channels are filled up to whole loads by a copy.
         moved_bytes: every operand read once, every result written once.
         layout_bytes: what conversions between NCHW and NHWC around the kernel move.
         footprint_bytes: distinct bytes touched, to tell what stays in the L2 cache.
@@ -64,6 +65,7 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     element_bytes: float = 4.0
     winograd: bool = False
     strided: bool = False
+    padded: bool = False
     layout_bytes: float = 0.0
     launches: float = 1.0
 
@@ -81,6 +83,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     element_bytes: Floats
     winograd: npt.NDArray[np.bool_]
     strided: npt.NDArray[np.bool_]
+    padded: npt.NDArray[np.bool_]
     moved_bytes: Floats
     layout_bytes: Floats
     footprint_bytes: Floats
@@ -90,7 +93,8 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, kernels: Iterable[Kernel]) -> Kernels:
         """The columns of these kernels."""
         rows = list(kernels)
-        integers = {"layer": np.intp, "work": np.intp, "step": np.intp, "winograd": np.bool_, "strided": np.bool_}
+        flags = {"winograd": np.bool_, "strided": np.bool_, "padded": np.bool_}
+        integers = {"layer": np.intp, "work": np.intp, "step": np.intp, **flags}
         return cls(
             **{
                 name: np.array([getattr(row, name) for row in rows], dtype=integers.get(name, np.float64))
@@ -173,6 +177,7 @@ def convolution_kernels(
             element_bytes=element,
             winograd=layer.kernel_size == (3, 3) and stride == 1 and layer.groups == 1 and layer.dilation == (1, 1),
             strided=step is Pass.INPUT_GRADIENT and stride > 1,
+            padded=ragged and not depthwise,
             moved_bytes=x + y + w,
             layout_bytes=2 * (x + y) if (foreign or ragged) and not depthwise else 0.0,
             footprint_bytes=x + y + w,
@@ -253,7 +258,11 @@ def _layer_kernels(
             yield _stream(index, backward, 3 * x, 2 * x)
         case LayerKind.ELEMENTWISE:
             yield _stream(index, forward, x + y, x + y)
-            if layer.op not in ("add", "sub", "rsub"):  # a sum hands its gradient on as it is
+            if layer.op == "mul" and len(layer.input_shapes) > 1:
+                # Either gradient is a product over the whole output; where a factor was broadcast, it is summed after.
+                broadcast = sum(math.prod(shape) < layer.output_elements for shape in layer.input_shapes)
+                yield _stream(index, backward, (6 - broadcast) * y + broadcast * y, x + y, launches=2 + broadcast)
+            elif layer.op not in ("add", "sub", "rsub"):  # a sum hands its gradient on as it is
                 yield _stream(index, backward, 2 * x + y, x + y)
         case LayerKind.POOL:
             largest = 8.0 * layer.output_elements * batch if "max" in layer.op else 0.0  # 64-bit positions

@@ -59,32 +59,64 @@ def test_a_fit_follows_slower_rows_as_far_as_its_priors_let_it(script):
     assert 1.1 < np.median(ratio) < 1.21
 
 
-def test_quantiles_count_every_group_the_same(script):
+def rows_of(way, group, log_ratios, *, device_known=False, unsureness=0.0):
+    return pd.DataFrame(
+        [
+            {
+                "way": way,
+                "device": f"gpu {group}",
+                "network": f"network {group}",
+                "model": "resnet50",
+                "measured_images_per_s": 110.0,
+                "predicted_images_per_s": 100.0,
+                "log_ratio": ratio,
+                "unsureness": unsureness,
+                "device_known": device_known,
+                "operators_known": True,
+            }
+            for ratio in log_ratios
+        ]
+    )
+
+
+def test_intervals_of_normal_residuals_hold_ninety_percent_of_one_more_gpu(script):
     validate = script("cross_validate")
-    many = pd.DataFrame({"way": "gpu", "group": "many", "log_ratio": np.zeros(1000)})
-    few = pd.DataFrame({"way": "gpu", "group": "few", "log_ratio": [1.0]})
-    assert validate.quantiles(pd.concat([many, few]))["high"] == pytest.approx(1.0, abs=0.01)
+    random = np.random.default_rng(0)
+    held = []
+    for _ in range(200):
+        per_gpu = random.normal(0.05, 0.15, 9)
+        rows = pd.concat([rows_of("gpu", g, per_gpu[g] + random.normal(0, 0.02, 5)) for g in range(8)])
+        made = validate.interval(rows, "new_device")
+        low, high = made.around(1.0, 0.0)
+        held.append(low <= np.exp(per_gpu[8]) <= high)
+    assert 0.83 < np.mean(held) < 0.97
+
+
+def test_a_gpu_with_many_rows_counts_no_more_than_one_with_few(script):
+    validate = script("cross_validate")
+    few = pd.concat([rows_of("gpu", g, [g / 10]) for g in range(5)])
+    many = pd.concat([rows_of("gpu", g, [g / 10] * (1000 if g == 0 else 1)) for g in range(5)])
+    assert validate.interval(many, "new_device").high == pytest.approx(
+        validate.interval(few, "new_device").high, abs=0.15
+    )
+
+
+def test_a_row_is_not_asked_of_an_interval_that_its_own_gpu_made(script):
+    validate = script("cross_validate")
+    calm = pd.concat([rows_of("gpu", g, [0.0, 0.01, -0.01]) for g in range(6)])
+    wild = rows_of("gpu", "wild", [3.0])
+    held = validate.covered(pd.concat([calm, wild]), wild)
+    assert not held.inside.any()
 
 
 def test_the_accuracy_page_states_errors_and_coverage(script):
     validate = script("cross_validate")
-    rows = pd.DataFrame(
+    rows = pd.concat(
         [
-            {
-                "way": way,
-                "group": f"{way}{i}",
-                "device": f"gpu{i}",
-                "model": "resnet50",
-                "measured_images_per_s": 110.0,
-                "predicted_images_per_s": 100.0,
-                "log_ratio": float(i),
-                "device_known": way == "network",
-                "operators_known": True,
-            }
+            rows_of(way, g, [float(g)], device_known=way == "network")
             for way in ("network", "gpu", "both")
-            for i in range(3)
+            for g in range(3)
         ]
     )
     text = validate.page(rows)
     assert "| GPU left out | 3 | 10.0 |" in text
-    assert "| 33.3 |" in text  # of three equal groups only the middle one lies between the others

@@ -1,12 +1,14 @@
 """The data-sheet tier: limits that physics sets, and orders that every measurement shows."""
 
+import itertools
+
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptsim.costs.datasheet import chip_of, datasheet_step, kernel_seconds, load_fit, uses_tensor_cores
+from ptsim.costs.datasheet import Interval, chip_of, datasheet_step, kernel_seconds, load_fit, uses_tensor_cores
 from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels
 from ptsim.costs.step import StepSetting, Tier, step_time
 from ptsim.errors import UsageError
@@ -49,6 +51,71 @@ def test_a_larger_mini_batch_never_takes_less_time(batch, precision):
     small = datasheet_step(NETWORK, device, StepSetting(batch=batch, precision=precision))
     large = datasheet_step(NETWORK, device, StepSetting(batch=2 * batch, precision=precision))
     assert large.compute_s >= small.compute_s * 0.999
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_on_no_device_is_a_larger_mini_batch_faster_or_costlier_per_image(name):
+    device = load_device(name)
+    for precision in device.peak_flops_per_s:
+        batches = [1, 2, 8, 32, 128, 512]
+        took = [datasheet_step(WIDE, device, StepSetting(batch=b, precision=precision)).compute_s for b in batches]
+        assert all(after >= before * (1 - 1e-9) for before, after in itertools.pairwise(took)), precision
+        per_image = [t / b for t, b in zip(took, batches, strict=True)]
+        assert all(after <= before * 1.05 for before, after in itertools.pairwise(per_image)), precision
+
+
+@pytest.mark.parametrize("name", device_names())
+@pytest.mark.parametrize("field", ["memory_bandwidth_bytes_per_s", "l2_bytes", "boost_clock_hz"])
+def test_a_better_device_is_never_slower(name, field):
+    device = load_device(name)
+    better = {field: type(getattr(device, field))(1.25 * getattr(device, field))}
+    if field == "boost_clock_hz":  # the peaks come with the clock, and the watts
+        better["peak_flops_per_s"] = {key: 1.25 * peak for key, peak in device.peak_flops_per_s.items()}
+        better["power_w"] = 1.25 * device.power_w
+    for precision in device.peak_flops_per_s:
+        setting = StepSetting(batch=64, precision=precision)
+        took = datasheet_step(WIDE, device, setting).compute_s
+        assert datasheet_step(WIDE, msgspec.structs.replace(device, **better), setting).compute_s <= took * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("slower", "faster"),
+    [
+        ("p100-pcie", "p100-sxm2"), ("p100", "v100"), ("v100-pcie", "v100"), ("t4", "2080ti"), ("t4", "a10"),
+        ("l4", "a10"), ("l4", "l40s"), ("a10", "3090"), ("2080ti", "3090"), ("3090", "4090"), ("v100", "a100"),
+        ("a100-pcie", "a100"), ("a100-40gb", "a100-80gb"), ("a100-80gb", "h100-pcie"), ("h100-pcie", "h100"),
+        ("h100", "h200"), ("h200", "b200"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_devices_come_in_the_order_that_their_sheets_say(slower, faster, precision):
+    setting = StepSetting(batch=256, precision=precision, memory_format="channels_last")
+    times = [datasheet_step(WIDE, load_device(name), setting).compute_s for name in (slower, faster)]
+    assert times[1] < times[0]
+
+
+def test_tf32_is_allowed_and_not_demanded():
+    # GA102's CUDA cores multiply as fast as its tensor cores in tf32, and 3x3 kernels on them multiply less.
+    for name in ("3090", "4090", "a100"):
+        layer = convolution(in_channels=256, out_channels=256, size=28)
+        assert np.all(seconds(layer, name, precision=Precision.TF32) <= seconds(layer, name, precision=Precision.FP32))
+
+
+def test_the_interval_widens_with_what_the_fit_knows_little_of():
+    def width(network, batch, precision):
+        step = datasheet_step(network, load_device("v100"), StepSetting(batch=batch, precision=precision))
+        return step.high_s / step.low_s
+
+    usual = width(WIDE, 256, Precision.FP16)
+    odd = residual_network(tuple(c + 1 for c in (256, 512, 1024)))
+    assert width(odd, 256, Precision.FP16) > usual
+    assert width(odd, 256, Precision.FP32) == pytest.approx(width(WIDE, 256, Precision.FP32), rel=0.02)
+    assert width(NETWORK, 1, Precision.FP16) > 1.3 * usual
+
+
+def test_an_interval_is_a_factor_either_way():
+    made = Interval(base=0.3, low=-1.0, high=2.0)
+    assert made.around(10.0, 0.4) == pytest.approx((10 * np.exp(-0.5), 10 * np.exp(1.0)))
 
 
 def test_channel_counts_make_stairs():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ptsim.costs.kernels import Pass, Work, convolution_kernels, network_kernels
-from ptsim.network import Layer, LayerKind, Precision
+from ptsim.network import Layer, LayerKind, Network, Precision
 from tests.traces import residual_network
 
 
@@ -32,6 +32,25 @@ def test_every_pass_of_a_convolution_multiplies_as_often_as_the_forward_pass(ker
     layer = convolution(kernel=kernel, stride=stride, groups=groups)
     for product in convolution_kernels(layer, batch=5, element=4):
         assert product.m * product.n * product.k * product.groups == pytest.approx(5 * layer.forward_macs)
+
+
+def test_the_gradient_of_a_product_that_was_broadcast_is_a_product_and_a_sum():
+    # y = s · x of a squeeze-and-excitation block: dx = s · dy reads dy and writes dx; ds = Σ x · dy reads both, writes
+    # their product and reads it again.
+    layer = Layer(
+        name="mul",
+        kind=LayerKind.ELEMENTWISE,
+        op="mul",
+        in_channels=16,
+        out_channels=16,
+        input_shapes=((16, 1, 1), (16, 8, 8)),
+        output_shape=(16, 8, 8),
+    )
+    network = Network(name="n", input_shape=(16, 8, 8), num_classes=1, layers=(layer,), edges=(), parameters=())
+    kernels = network_kernels(
+        network, batch=2, precision=Precision.FP32, memory_format="contiguous", tensor_cores=False
+    )
+    assert kernels.moved_bytes[kernels.step != Pass.FORWARD].sum() == 6 * 4 * 2 * 16 * 8 * 8
 
 
 def test_the_first_layer_has_no_gradient_of_its_input():

@@ -1,5 +1,7 @@
 """The catalog: what NVIDIA publishes is what it says, and a broken file is one clear sentence."""
 
+import re
+
 import pytest
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
@@ -70,14 +72,69 @@ def test_no_name_means_two_devices():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize(
-    ("name", "cores_per_sm"),
-    [("1080ti", 128), ("p100", 64), ("v100", 64), ("t4", 64), ("3090", 128), ("a100", 64), ("4090", 128)],
-)  # fmt: skip
-def test_fp32_peak_is_two_flops_per_core_and_clock(name, cores_per_sm):
+# Cores per SM, and FLOP per SM and clock of the tensor cores with fp32 accumulation (white papers of the generations);
+# consumer boards have half of it. H100 multiplies tensors at another clock than its boost clock.
+CORES = {"pascal": 128, "volta": 64, "turing": 64, "ampere": 128, "ada": 128, "hopper": 128, "blackwell": 128}
+HALF_PER_SM = {"volta": 1024, "turing": 1024, "ampere": 1024, "ada": 1024, "hopper": 4096, "blackwell": 8192}
+TENSOR_CLOCK = {"h100-sxm5-80gb": 1830e6, "h200-sxm5-141gb": 1830e6, "h100-pcie-80gb": 1620e6, "b200-sxm-180gb": 1856e6}
+A100_LIKE, CONSUMER = ("a100-", "p100-"), ("rtx-",)
+# Bits of the bus, and transfers per second and pin.
+MEMORY = {
+    "gtx-1080-ti": (352, 11e9), "titan-xp": (384, 11.41e9), "p100-pcie-16gb": (4096, 1.43e9),
+    "p100-sxm2-16gb": (4096, 1.43e9), "v100-pcie-16gb": (4096, 1.754e9), "v100-pcie-32gb": (4096, 1.754e9),
+    "v100-sxm2-16gb": (4096, 1.754e9), "v100-sxm2-32gb": (4096, 1.754e9), "t4": (256, 10e9),
+    "rtx-2080-ti": (352, 14e9), "rtx-3090": (384, 19.5e9), "rtx-4090": (384, 21e9), "a10": (384, 12.5e9),
+    "a100-pcie-40gb": (5120, 2.43e9), "a100-sxm4-40gb": (5120, 2.43e9), "a100-pcie-80gb": (5120, 3.024e9),
+    "a100-sxm4-80gb": (5120, 3.186e9), "l4": (192, 12.5e9), "l40s": (384, 18e9), "h100-pcie-80gb": (5120, 3.186e9),
+    "h100-sxm5-80gb": (5120, 5.238e9), "h200-sxm5-141gb": (6144, 6.25e9), "b200-sxm-180gb": (7680, 7.992e9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_fp32_peak_is_two_flops_per_core_and_clock(name):
     device = load_device(name)
-    expected = 2 * cores_per_sm * device.num_sms * device.boost_clock_hz
-    assert device.peak_flops_per_s[Precision.FP32] == pytest.approx(expected, rel=0.01)
+    cores = 64 if name.startswith(A100_LIKE) else CORES[device.architecture]
+    expected = 2 * cores * device.num_sms * device.boost_clock_hz
+    assert device.peak_flops_per_s[Precision.FP32] == pytest.approx(expected, rel=0.015)
+
+
+@pytest.mark.parametrize("name", [name for name in device_names() if load_device(name).architecture != "pascal"])
+def test_tensor_peaks_are_flops_per_sm_and_clock_and_tf32_is_half_of_fp16(name):
+    device = load_device(name)
+    per_sm = 2048 if name.startswith("a100-") else HALF_PER_SM[device.architecture]
+    clock = TENSOR_CLOCK.get(name, device.boost_clock_hz)
+    expected = per_sm * device.num_sms * clock * (0.5 if name.startswith(CONSUMER) else 1.0)
+    peaks = device.peak_flops_per_s
+    assert peaks[Precision.FP16] == pytest.approx(expected, rel=0.015)
+    if Precision.TF32 in peaks:
+        assert peaks[Precision.TF32] == pytest.approx(peaks[Precision.FP16] / 2, rel=0.015)
+        assert peaks[Precision.BF16] == peaks[Precision.FP16]
+    assert (Precision.TF32 in peaks) == (device.architecture not in ("volta", "turing"))
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_memory_bandwidth_is_the_bus_times_its_rate(name):
+    bits, rate = MEMORY[name]
+    assert load_device(name).memory_bandwidth_bytes_per_s == pytest.approx(bits / 8 * rate, rel=0.005)
+
+
+@pytest.mark.parametrize("name", cluster_names())
+def test_a_link_has_the_bandwidth_of_its_name(name):
+    cluster = load_cluster(name)
+    lanes = {"1.0": 20, "1": 20, "2": 25, "3": 25, "4": 25, "5": 50}  # NVLink: GB/s each way
+    links = {"1": 4, "2": 6, "3": 12, "4": 18, "5": 18}
+    pcie = {"3.0": 15.75e9, "4.0": 31.5e9, "5.0": 63e9}  # 16 lanes after coding
+    words = cluster.intra.name.split()
+    if words[0] == "NVLink":
+        generation = words[1].rstrip(",")
+        assert cluster.intra.bandwidth_bytes_per_s == links[generation] * lanes[generation] * 1e9
+    else:
+        assert words[0] == "PCIe"
+        assert cluster.intra.bandwidth_bytes_per_s == pcie[words[1]]
+    if cluster.inter is not None and (found := re.search(r"(?:(\d+) x )?.*?(\d+) Gbit/s", cluster.inter.name)):
+        stated = int(found[1] or 1) * int(found[2]) * 1e9 / 8
+        assert cluster.inter.bandwidth_bytes_per_s == pytest.approx(stated, rel=0.03)
+        assert cluster.nics_per_node == int(found[1] or 1)
 
 
 @pytest.mark.parametrize(
