@@ -30,6 +30,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
                 **names,
                 "batch_per_gpu": recorded[-1].batch_per_gpu,
                 "epoch": recorded[-1].epoch,
+                "removed_channels": recorded[-1].architecture != trace.epochs[0].architecture,
                 "layer": density.layer,
                 "channel_density": density.input_channels * density.output_channels,
                 "weight_density": density.weights,
@@ -41,8 +42,9 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
 
 
 def figure(frame: pd.DataFrame) -> Figure:
-    """Both densities by layer, of the run with the sparsest weights."""
-    return _figure(frame[frame.run == frame.groupby("run", sort=False).weight_density.mean().idxmin()])
+    """Both densities by layer, of the run with the sparsest weights among those that removed channels in training."""
+    running = frame[frame.removed_channels] if frame.removed_channels.any() else frame
+    return _figure(running[running.run == running.groupby("run", sort=False).weight_density.mean().idxmin()])
 
 
 @figures.styled

@@ -77,16 +77,8 @@ def _figure(frame: pd.DataFrame) -> Figure:
     figures.lines(axes, frame, "epoch", "flops_fraction", drawstyle="steps-post")
     for setting, (colour, _) in figures.run_style(frame).items():
         rows = frame[frame.setting == setting].groupby("epoch", as_index=False).one_time_flops_fraction.mean()
-        if rows.one_time_flops_fraction.notna().any():
-            axes.step(
-                rows.epoch,
-                rows.one_time_flops_fraction.astype(float),
-                where="post",
-                color=colour,
-                lw=1,
-                ls=":",
-                label=f"{setting}, once at the best epoch (calculated)",
-            )
+        axes.step(rows.epoch, rows.one_time_flops_fraction, where="post", color=colour, lw=1, ls=":")
+    axes.plot([], [], color="#333333", lw=1, ls=":", label="dotted: once, at the best epoch (calculated)")
     axes.set(xlabel="epoch", ylabel="FLOPs per image, dense = 100 %", ylim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     figures.legend_above(axes)

@@ -8,7 +8,7 @@ otherwise than on a GPU.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import _common
 import pandas as pd
@@ -26,6 +26,8 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
         if not trace.profiles:
             continue
         profile = trace.profiles[-1]
+        unpruned = [layer.name for layer in trace.network_of(trace.epochs[0]).layers]
+        blocks = {name.rpartition(".")[0] or name for name in unpruned}
         kinds = {layer.name: layer.kind for layer in trace.networks[profile.architecture].layers}
         for layer in profile.layers:
             seconds = (layer.forward_s + (layer.backward_s or 0.0)) / profile.batch
@@ -33,7 +35,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
                 {
                     **names,
                     "batch_per_gpu": profile.batch,
-                    "block": layer.layer.rpartition(".")[0] or layer.layer,
+                    "block": _block(layer.layer, blocks),
                     "seconds_per_image": seconds,
                     "reshaping_seconds_per_image": seconds if kinds[layer.layer] == LayerKind.RESHAPE else 0.0,
                 }
@@ -43,6 +45,14 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     seconds = ["seconds_per_image", "reshaping_seconds_per_image"]
     return frame.groupby([c for c in frame if c not in seconds], sort=False, dropna=False)[seconds].sum().reset_index()
+
+
+def _block(layer: str, blocks: Set[str]) -> str:
+    """The block of the unpruned network that a layer belongs to: gating puts gathers and scatters into its modules."""
+    path = layer
+    while path not in blocks and "." in path:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def figure(frame: pd.DataFrame) -> Figure:

@@ -17,16 +17,18 @@ import ptsim
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.report import figures
 from ptsim.report.frames import averaged, numeric
+from ptsim.report.pairs import final_network
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
     """One row per run: accuracy, inference FLOPs of its last network, training FLOPs and BatchNorm traffic in all."""
     rows = []
     for names, trace in _common.labelled(traces):
-        schedule = trace.run.hyperparameters.get("schedule", "continuous")
-        method = (
-            "dense" if not names["pruned"] else {"ssl": "SSL", "one_time": "one-time"}.get(str(schedule), "PruneTrain")
-        )
+        settings = trace.run.hyperparameters
+        schedule = str(settings.get("schedule", "continuous"))
+        method = {"ssl": "SSL", "one_time": "one-time"}.get(schedule, "PruneTrain") if names["pruned"] else "dense"
+        if names["pruned"] and settings.get("mode") == "gating":
+            method += ", gating"
         element_bytes = trace.run.precision.activation_bytes
         rows.append(
             {
@@ -34,7 +36,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
                 "method": method,
                 "epochs": len(trace.epochs),
                 "validation_accuracy": trace.epochs[-1].validation_accuracy,
-                "inference_flops_per_image": 2.0 * trace.network_of(trace.epochs[-1]).forward_macs,
+                "inference_flops_per_image": 2.0 * final_network(trace).forward_macs,
                 "paper_best_inference_macs_per_image": _paper_best(names["dataset"], names["model"]),
                 "training_flops": sum(_common.epoch_flops(trace, epoch) for epoch in trace.epochs),
                 "bn_traffic_bytes": float(
@@ -62,10 +64,11 @@ def _figure(frame: pd.DataFrame) -> Figure:
     panels = fig.subplots(2, 1)
     spread = frame.assign(accuracy_low=frame.validation_accuracy, accuracy_high=frame.validation_accuracy)
     means = averaged(spread, ["setting", "model", "method"])
+    unit_flops, unit = (1e15, "PFLOP") if frame.training_flops.max() >= 1e15 else (1e12, "TFLOP")
     markers = {"dense": "^", "PruneTrain": "o", "SSL": "s", "one-time": "D"}
     for axes, column, label, factor in (
         (panels[0], "inference_flops_per_image", "inference (MFLOP per image)", 1e6),
-        (panels[1], "training_flops", "whole training (PFLOP)", 1e15),
+        (panels[1], "training_flops", f"whole training ({unit})", unit_flops),
     ):
         for number, ((model, method), rows) in enumerate(means.groupby(["model", "method"], sort=False)):
             rows = rows.sort_values(column)
@@ -74,7 +77,7 @@ def _figure(frame: pd.DataFrame) -> Figure:
                 rows[column] / factor,
                 accuracy,
                 yerr=[accuracy - 100 * rows.accuracy_low, 100 * rows.accuracy_high - accuracy],
-                marker=markers.get(method, "o"),
+                marker=markers.get(method, "v"),
                 linestyle="-" if method != "dense" else "",
                 color=figures.COLOURS[number % len(figures.COLOURS)],
                 elinewidth=1,

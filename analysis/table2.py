@@ -1,7 +1,7 @@
 """Table 2: inference throughput of the dense and the pruned network at mini-batches of 10 and 100: a prediction.
 
 The paper measured a TITAN Xp; no trace holds inference measurements, so ours are predictions for that device from its
-data sheet (tier in the table): forward time of the first and the last architecture. Compare the ratios.
+data sheet (tier in the table): forward time of the first and the final architecture. Compare the ratios.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import ptsim
 from ptsim.costs.step import StepSetting, step_time
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Precision
+from ptsim.report.pairs import final_network
 
 DEVICE = "titan-xp"
 BATCHES = (10, 100)
@@ -28,7 +29,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
     for names, trace in _common.labelled(traces):
         if not trace.reconfigurations:
             continue
-        first, last = (trace.network_of(trace.epochs[i]) for i in (0, -1))
+        first, last = trace.network_of(trace.epochs[0]), final_network(trace)
         for batch in BATCHES:
             setting = StepSetting(batch=batch, precision=Precision.FP32)
             steps = [step_time(network, device, setting) for network in (first, last)]

@@ -17,6 +17,7 @@ from ptsim.costs.run import run_cost
 from ptsim.report.pairs import (
     Comparison,
     data_name,
+    final_network,
     held_dense,
     is_pruned,
     pace,
@@ -38,14 +39,15 @@ def run_state(trace: Trace) -> str:
 def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     """One row per run: what was trained, on what, how it ended and what it took, all as recorded.
 
-    `measured_seconds` sums the training epochs without validation; reconfigurations are counted apart. `final_accuracy`
-    is the end record's, or the last epoch's validation accuracy of an unfinished run.
+    `measured_seconds` sums the training epochs without validation; reconfigurations are counted apart. `last_*` are
+    of the network that the run ended with, a reconfiguration after the last epoch included. `final_accuracy` is the end
+    record's, or the last epoch's validation accuracy of an unfinished run.
     """
     rows = []
     for label, setting, trace in _named(traces):
         run, epochs = trace.run, trace.epochs
         first = trace.networks[epochs[0].architecture] if epochs else next(iter(trace.networks.values()), None)
-        last = trace.networks[epochs[-1].architecture] if epochs else first
+        last = final_network(trace) if epochs else first
         energies = [e.device.energy_j if e.device else None for e in epochs]
         accuracy = trace.end.final_accuracy if trace.end else None
         if accuracy is None and epochs:

@@ -13,6 +13,7 @@ from pathlib import PurePath
 
 import msgspec
 
+from ptsim.network import Network
 from ptsim.trace.io import Trace
 from ptsim.trace.schema import Epoch
 
@@ -54,6 +55,17 @@ _WITHOUT_EFFECT = frozenset(
     {"seed", "data_dir", "download", "num_workers", "num_threads", "device", "profile", "keep_every"}
     | {"record_channel_maxima"}
 )
+
+
+def final_network(trace: Trace) -> Network:
+    """What the run ends with: the last epoch's network, or what a reconfiguration after it left.
+
+    Raises:
+        IndexError: the run has no epoch.
+    """
+    last = trace.epochs[-1]
+    after = [record.after for record in trace.reconfigurations if record.epoch >= last.epoch]
+    return trace.networks[after[-1]] if after else trace.network_of(last)
 
 
 def data_name(trace: Trace) -> str:
