@@ -462,10 +462,10 @@ def legend_above(axes: Axes) -> None:
         column_in = 0.6 + 0.075 * max(map(len, labels))  # the line and its gaps, and letters of 8.5 points
         columns = max(1, min(len(labels), 3, int(WIDTH_IN / column_in)))
         rows = -(-len(labels) // columns)
-        axes.figure.set_figheight(axes.figure.get_figheight() + 0.19 * max(0, rows - 2))  # figures have room for two
-        axes.figure.legend(
-            handles, labels, loc="outside upper left", ncols=columns, handlelength=2.6, borderaxespad=0.2
-        )
+        figure = axes.get_figure(root=True)
+        assert figure is not None, "axes are drawn on a figure"
+        figure.set_figheight(figure.get_figheight() + 0.19 * max(0, rows - 2))  # figures have room for two
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=2.6, borderaxespad=0.2)
 
 
 def _part_legend(figure: Figure, parts: Sequence[str]) -> None:
