@@ -1,6 +1,9 @@
 """How fast is the simulator? Ratios and absolute figures for one trace on this machine.
 
-    python analysis/bench_simulator.py TRACE [--cluster dgx-a100] [--configurations 10000] [--workers 4]
+    python analysis/bench_simulator.py TRACE [--cluster dgx-a100] [--epochs 182] [--configurations 10000] [--workers 4]
+
+With --epochs the recorded run is made as long as that first: every 10 epochs the next of its architectures, with a
+mini-batch that is larger by 8, so that every stretch is a step of its own to simulate.
 
 Prints: a whole run projected onto symmetric clusters of growing size; one step of unequal GPUs, simulated GPU by GPU;
 time and peak memory of 16,384 unequal GPUs in a process of their own; a sweep, serial and on processes.
@@ -19,11 +22,14 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import msgspec
+
 from ptsim.hardware.catalog import load_cluster
 from ptsim.sim.options import Options
 from ptsim.sim.run import change, project
 from ptsim.sweep import read_study, run_study
-from ptsim.trace.io import read_trace
+from ptsim.trace.io import TraceWriter, read_trace
+from ptsim.trace.schema import Architecture, Epoch
 
 
 def main() -> None:
@@ -36,12 +42,42 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=16384, help="GPUs of the memory benchmark")
     parser.add_argument("--configurations", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--epochs", type=int, help="length of the run; by default as recorded")
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}")
-    whole_runs(arguments.trace, arguments.cluster, arguments.gpus)
-    unequal_steps(arguments.trace, arguments.cluster, arguments.unequal)
-    memory(arguments.trace, arguments.cluster, arguments.most)
-    sweep(arguments.trace, arguments.cluster, arguments.configurations, arguments.workers)
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.trace
+        if arguments.epochs is not None:
+            path = lengthened(path, arguments.epochs, Path(folder) / "trace.jsonl")
+        whole_runs(path, arguments.cluster, arguments.gpus)
+        link_by_link(path, arguments.cluster, arguments.gpus[:3])
+        unequal_steps(path, arguments.cluster, arguments.unequal)
+        memory(path, arguments.cluster, arguments.most)
+        sweep(path, arguments.cluster, arguments.configurations, arguments.workers)
+
+
+def lengthened(path: Path, num_epochs: int, out: Path) -> Path:
+    """The recorded run with `num_epochs` epochs, a new setting every 10 of them."""
+    trace = read_trace(path)
+    first: dict[str, Epoch] = {}
+    for epoch in trace.epochs:
+        first.setdefault(epoch.architecture, epoch)
+    architectures = list(first.values())
+    with TraceWriter(out) as writer:
+        writer.write(trace.run)
+        for name, network in trace.networks.items():
+            writer.write(Architecture(id=name, network=network))
+        for number in range(num_epochs):
+            stretch = number // 10
+            source = architectures[min(stretch, len(architectures) - 1)]
+            batch = trace.epochs[0].batch_per_gpu + 8 * stretch
+            steps = source.num_images // (batch * source.world_size)
+            changed = {"epoch": number, "batch_per_gpu": batch, "num_iterations": steps}
+            images = steps * batch * source.world_size
+            writer.write(msgspec.structs.replace(source, **changed, num_images=images))
+        for profile in trace.profiles:
+            writer.write(profile)
+    return out
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -61,6 +97,16 @@ def whole_runs(path: Path, cluster: str, counts: list[int]) -> None:
         print(f"  {count:>6} GPUs {duration:8.3f} s  {duration / times[counts[0]]:5.2f} × {counts[0]} GPUs")
 
 
+def link_by_link(path: Path, cluster: str, counts: list[int]) -> None:
+    """The same, with every all-reduce also sent over the cluster's links, of which one NIC is slow."""
+    trace, where = read_trace(path), load_cluster(cluster)
+    options = change(Options(), {"network": "links", "link_bandwidth": {"node 0 out": 0.5}})
+    print("\nthe same link by link")
+    for count in counts:
+        duration = seconds(lambda count=count: project(trace, where, count, options))  # type: ignore[misc] # mypy types no default of a lambda
+        print(f"  {count:>6} GPUs {duration:8.3f} s")
+
+
 def unequal_steps(path: Path, cluster: str, counts: list[int]) -> None:
     """Project one epoch, whose one step is simulated GPU by GPU (three times: expected, low, high)."""
     print("\none step of unequal GPUs, simulated GPU by GPU")
@@ -72,8 +118,6 @@ def unequal_steps(path: Path, cluster: str, counts: list[int]) -> None:
 
 
 def _unequal(path: Path, cluster: str, count: int) -> float:
-    import msgspec
-
     trace = read_trace(path)
     one_epoch = msgspec.structs.replace(trace, epochs=trace.epochs[:1], reconfigurations=())
     options = change(Options(), {"jitter": 0.05, "sampled_steps": 1})

@@ -10,6 +10,7 @@ and one of equal links that the job has to itself; where they are the same, so a
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import msgspec
 
@@ -19,7 +20,7 @@ from ptsim.costs.times import Tier
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster
 from ptsim.sim.options import Options
-from ptsim.sim.topology import Fabric, Job, simulate_all_reduces
+from ptsim.sim.topology import Fabric, Job, RoutedPhase, simulate_all_reduces
 
 _TREE_CHUNKS = 16  # of each half of a message; the ratio hardly depends on it
 _SHARED_CHUNKS = 16  # of a connection, after which a ring beside other jobs has found its pace
@@ -51,6 +52,7 @@ class Network:
         self.num_nodes = nodes_for(self._equal, num_gpus)
         self._times: dict[int, AllReduceTime] = {}
         self._ratios: dict[int, float] = {}
+        self._ways: dict[tuple[Hashable, ...], tuple[RoutedPhase, ...]] = {}
         self.notes: list[str] = []
         self._bandwidth: dict[str, float] = {}
         self._latency: dict[str, float] = {}
@@ -128,10 +130,27 @@ class Network:
                 cluster, gpus_per_node=self._equal.gpus_per_node, oversubscription=self._equal.oversubscription
             )
             alone = msgspec.structs.replace(job, ranks=tuple(range(self.num_gpus)))
-            equal_s = simulate_all_reduces(equal, [alone]).seconds[0]
-            seconds, equal_s = base_s + self._seconds(cluster, [job]), base_s + equal_s
-            self._ratios[num_bytes] = seconds / equal_s if equal_s else 1.0  # links that take no time
+            equal_s = base_s + self._alone_s(equal, alone, num_bytes, named=False)
+            own_s = base_s + self._alone_s(cluster, job, num_bytes, named=True)
+            self._ratios[num_bytes] = own_s / equal_s if equal_s else 1.0  # links that take no time
         return self._ratios[num_bytes]
+
+    def _alone_s(self, cluster: Cluster, job: Job, num_bytes: int, *, named: bool) -> float:
+        """One all-reduce with nobody else, on links as the options name them or on equal ones.
+
+        The way of a single byte is found once, and serves messages of every size.
+        """
+        key = (named, job.algorithm, cluster.intra, cluster.inter)
+        if key not in self._ways:
+            factors = (self._bandwidth, self._latency) if named else (None, None)
+            fabric = Fabric(
+                cluster,
+                self._num_placed if named else self.num_gpus,
+                bandwidth_factor=factors[0],
+                extra_latency_s=factors[1],
+            )
+            self._ways[key] = fabric.phases(msgspec.structs.replace(job, message_bytes=1.0))
+        return math.fsum(phase.seconds(num_bytes) for phase in self._ways[key])
 
     def _as_simulated(self, num_bytes: int) -> tuple[Cluster, float, Job]:
         """The cluster with links as the protocol sees them, a call's fixed cost, and the first job's all-reduce."""

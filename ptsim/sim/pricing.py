@@ -152,7 +152,15 @@ class Pricer:
         )
         compute_s = n * (forward_s + backward_s + step.overhead_s) + step.optimizer_s + step.regularizer_s
         low_s, high_s = results["low"].step_s, results["high"].step_s
-        wrapping = {bound: self._wrapping_s(stage, step, plans[bound], results[bound], bound) for bound in _BOUNDS}
+        tuning_s = scenario.cache.get(
+            ("tuning", options.autotune_trials, *self._key(stage)), lambda: self._autotune_s(stage, step)
+        )
+        wrapping = {
+            bound: self._wrapping_s(
+                stage, tuning_s * ddp.computation_scale(step, bound), plans[bound], results[bound], bound
+            )
+            for bound in _BOUNDS
+        }
         return StepPrice(
             step=step,
             result=expected,
@@ -171,10 +179,9 @@ class Pricer:
             tier=tier,
         )
 
-    def _wrapping_s(self, stage: Stage, step: StepTime, plan: StepPlan, result: StepResult, bound: ddp.Bound) -> float:
+    def _wrapping_s(self, stage: Stage, tuning_s: float, plan: StepPlan, result: StepResult, bound: ddp.Bound) -> float:
         """Compiling, tuning, warming up, and DDP's first messages and step."""
         options, network = self.options, stage.network
-        tuning_s = self._autotune_s(stage, step) * ddp.computation_scale(step, bound)
         seconds = options.compile_s + options.warmup_steps * result.step_s + tuning_s
         if self.scenario.num_gpus == 1:
             return seconds

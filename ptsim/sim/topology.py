@@ -180,7 +180,7 @@ class Fabric:
             )
         return found
 
-    def phases(self, job: Job) -> tuple[_Routed, ...]:
+    def phases(self, job: Job) -> tuple[RoutedPhase, ...]:
         """The job's schedule on this fabric."""
         plan = schedule(
             job.algorithm,
@@ -192,7 +192,7 @@ class Fabric:
         )
         return tuple(self._route(phase, job.max_chunks) for phase in plan)
 
-    def _route(self, phase: Phase, max_chunks: int | None) -> _Routed:
+    def _route(self, phase: Phase, max_chunks: int | None) -> RoutedPhase:
         paths = [self.path(connection.source, connection.target) for connection in phase.connections]
         users = Counter(pipe for pipes, _ in paths for pipe in pipes)
         # Every port of a kind serves its connections alike, so that no stage of a pipeline is faster than the others;
@@ -202,7 +202,7 @@ class Fabric:
             kind = pipe.split(" ", 1)[0]
             most[kind] = max(most.get(kind, 0), number)
         shares = {p: n if p.startswith("leaf") else most[p.split(" ", 1)[0]] for p, n in users.items()}
-        return _Routed(
+        return RoutedPhase(
             connections=phase.connections,
             pipes=tuple(pipes for pipes, _ in paths),
             latencies_s=np.array([latency for _, latency in paths]),
@@ -210,18 +210,39 @@ class Fabric:
                 [max(phase.chunk_bytes * shares[p] / self.rates[p] for p in pipes) for pipes, _ in paths]
             ),
             shares=shares,
+            levels=() if phase.lag else _levels(phase.connections),
             num_chunks=phase.num_chunks if max_chunks is None else min(max_chunks, phase.num_chunks),
             chunk_bytes=phase.chunk_bytes,
             lag=phase.lag,
         )
 
 
-class _Routed(msgspec.Struct, frozen=True, kw_only=True):
+def _levels(connections: Sequence[Connection]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """By depth: indices of connections, and of what each waits for, filled up with the index beyond the last."""
+    depths: list[int] = []
+    for connection in connections:
+        depths.append(1 + max((depths[i] for i in connection.after), default=-1))
+    widest = max(1, *(len(connection.after) for connection in connections))
+    nothing = len(connections)
+    members: list[list[int]] = [[] for _ in range(1 + max(depths))]
+    for i, depth in enumerate(depths):
+        members[depth].append(i)
+    return tuple(
+        (
+            np.array(level),
+            np.array([[*connections[i].after, *[nothing] * (widest - len(connections[i].after))] for i in level]),
+        )
+        for level in members
+    )
+
+
+class RoutedPhase(msgspec.Struct, frozen=True, kw_only=True):
     """A phase on its way: the pipes of every connection, and what a chunk takes over them.
 
     Attributes:
         durations_s: for which a connection is busy with one chunk.
         shares: into how many parts a pipe is divided.
+        levels: connections that wait for none of the same level, and those that each of them waits for.
     """
 
     connections: tuple[Connection, ...]
@@ -229,34 +250,40 @@ class _Routed(msgspec.Struct, frozen=True, kw_only=True):
     latencies_s: np.ndarray
     durations_s: np.ndarray
     shares: dict[str, int]
+    levels: tuple[tuple[np.ndarray, np.ndarray], ...]
     num_chunks: int
     chunk_bytes: float
     lag: int
 
-    def seconds(self) -> float:
-        """From the start of the phase to the arrival of its last chunk, with nobody else on the fabric."""
-        return self._lagging_seconds() if self.lag else self._flowing_seconds()
+    def seconds(self, times: float = 1.0) -> float:
+        """From the start of the phase to the arrival of its last chunk, with nobody else on the fabric.
 
-    def _lagging_seconds(self) -> float:
+        Args:
+            times: how much larger the message is than the one that the phase was made for.
+        """
+        durations_s = self.durations_s * times
+        return self._lagging_seconds(durations_s) if self.lag else self._flowing_seconds(durations_s)
+
+    def _lagging_seconds(self, durations_s: np.ndarray) -> float:
         """Rings: every connection waits for the one before, a chunk earlier; all connections at a time."""
         after = np.array([connection.after[0] for connection in self.connections])
         left = arrived = np.zeros(len(after))
         for chunk in range(self.num_chunks):
-            left = (np.maximum(left, arrived[after]) if chunk else left) + self.durations_s
+            left = (np.maximum(left, arrived[after]) if chunk else left) + durations_s
             arrived = left + self.latencies_s
         return float(arrived.max())
 
-    def _flowing_seconds(self) -> float:
-        """Trees: a connection waits for earlier ones of the list, the same chunk; all chunks at a time."""
+    def _flowing_seconds(self, durations_s: np.ndarray) -> float:
+        """Trees: a connection waits for those of the level below, the same chunk; a level and all chunks at a time."""
         number = np.arange(self.num_chunks)
-        arrived: list[np.ndarray] = []
-        for connection, duration, latency in zip(self.connections, self.durations_s, self.latencies_s, strict=True):
-            ready = np.zeros(self.num_chunks)
-            for i in connection.after:
-                ready = np.maximum(ready, arrived[i])
-            # chunk j leaves at the latest of ready[i] + (j - i + 1) durations over i ≤ j
-            arrived.append(np.maximum.accumulate(ready - number * duration) + (number + 1) * duration + latency)
-        return float(max(times[-1] for times in arrived))
+        arrived = np.zeros((len(self.connections) + 1, self.num_chunks))  # the last row is what is there at once
+        for level, after in self.levels:
+            ready = arrived[after].max(axis=1)
+            duration, latency = durations_s[level, None], self.latencies_s[level, None]
+            # chunk j has left at the latest of ready[i] + (j - i + 1) durations over i ≤ j
+            left = np.maximum.accumulate(ready - number * duration, axis=1) + (number + 1) * duration
+            arrived[level] = left + latency
+        return float(arrived[:, -1].max())
 
 
 def simulate_all_reduces(
@@ -312,7 +339,7 @@ def simulate_all_reduces(
 class _Traffic:
     """Jobs side by side on a fabric, chunk by chunk."""
 
-    def __init__(self, fabric: Fabric, routed: Sequence[Sequence[_Routed]]) -> None:
+    def __init__(self, fabric: Fabric, routed: Sequence[Sequence[RoutedPhase]]) -> None:
         self.env, self.fabric, self.routed = simpy.Environment(), fabric, routed
         parts: dict[str, int] = {}  # of which a pipe is made, so that every job's share is a whole number of them
         for phase in (phase for phases in routed for phase in phases):
@@ -337,14 +364,14 @@ class _Traffic:
                 yield self.env.all_of([arrived[-1] for arrived in events])
         found[index] = self.env.now - job.start_s
 
-    def _connection(self, phase: _Routed, number: int, arrived: list[list[simpy.Event]]) -> Process:
+    def _connection(self, phase: RoutedPhase, number: int, arrived: list[list[simpy.Event]]) -> Process:
         for chunk in range(phase.num_chunks):
             for before in phase.connections[number].after:
                 if chunk >= phase.lag:
                     yield arrived[before][chunk - phase.lag]
             yield from self._send(phase, number, arrived[number][chunk])
 
-    def _send(self, phase: _Routed, number: int, arrived: simpy.Event) -> Process:
+    def _send(self, phase: RoutedPhase, number: int, arrived: simpy.Event) -> Process:
         """Carry one chunk; ends when the next one may be sent, `arrived` follows after the latency."""
         env, end = self.env, 0.0
         for pipe in phase.pipes[number]:
