@@ -263,6 +263,14 @@ class TestReconfigurations:
         told = run(changed, 1, autotune_trials=0, surgery_s=2.0)
         assert told.reconfiguration_low_s == told.reconfiguration_high_s == 4.0
 
+    def test_a_single_one_has_no_spread_and_says_so(self, trace: Trace) -> None:
+        for number, problem in ((1, "the interval holds none for its surgery"), (0, "surgery counts as 0 s")):
+            fewer = msgspec.structs.replace(trace, reconfigurations=trace.reconfigurations[:number])
+            p = run(fewer, 1, autotune_trials=0)
+            assert p.reconfiguration_low_s == p.reconfiguration_s == p.reconfiguration_high_s
+            assert any(problem in note for note in p.notes)
+        assert not any("surgery" in note for note in run(trace, 1).notes)
+
     def test_what_follows_from_them_has_the_interval_of_its_tier(self, dense: Trace, trace: Trace) -> None:
         p = run(trace, 64, surgery_s=0.0, device="v100-sxm2-16gb")
         assert p.reconfiguration_low_s < p.reconfiguration_s < p.reconfiguration_high_s

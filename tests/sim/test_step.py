@@ -95,6 +95,19 @@ class TestByHand:
         first, second = simulate_steps([Job(plan=plan([2, 2], [1, 1]))] * 2)
         assert first.step_s == second.step_s == 8.5
 
+    def test_jobs_share_as_they_are_told(self) -> None:
+        # 1.5 times as long together: 4→5.5, then 6→7.5
+        first, second = simulate_steps([Job(plan=plan([2, 2], [1, 1]))] * 2, sharing=(1.0, 1.5))
+        assert first.step_s == second.step_s == 8.0
+        alone, beside = simulate_steps([Job(plan=plan([2, 2], [1, 1]))] * 2, sharing=(1.0, 1.0))
+        assert alone.step_s == beside.step_s == 7.5
+
+    def test_one_entry_may_stand_for_several_gpus(self) -> None:
+        many = Job(plan=plan([2, 2], [1, 1]), speeds=(1.0, 1.0, 1.0, 2.0))
+        few = msgspec.structs.replace(many, speeds=(1.0, 2.0), counts=(3, 1))
+        one, other = (simulate_steps([job])[0] for job in (many, few))
+        assert (one.step_s, one.compute_s) == (other.step_s, other.compute_s) == (14.0, 6.5 * 1.25)
+
     def test_jobs_that_do_not_meet_do_not_slow_each_other(self) -> None:
         job = Job(plan=plan([1, 1], [0, 1], forward=10.0))
         apart = msgspec.structs.replace(job, start_s=5.0)
@@ -254,6 +267,9 @@ class TestRecord:
         ({"jobs": [Job(plan=plan([1], [1]))], "num_steps": 0}, "0 steps"),
         ({"jobs": [Job(plan=plan([1], [1])), Job(plan=plan([0], [0], forward=0, tail=0))]}, "run forever"),
         ({"jobs": [Job(plan=plan([1], [1]))], "contention": 1.5}, "contention 1.5"),
+        ({"jobs": [Job(plan=plan([1], [1]))] * 2, "sharing": (1.0,)}, "a factor of at least 1 is needed for every one"),
+        ({"jobs": [Job(plan=plan([1], [1]))], "sharing": (0.5,)}, "a factor of at least 1"),
+        ({"jobs": [Job(plan=plan([1], [1]), counts=(1, 2))]}, "counts need a positive number"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], problem: str) -> None:
