@@ -5,11 +5,13 @@
 Builds one network namespace per rank (2 to 8), joined by a bridge in a namespace of its own; every rank's cable is rate
 limited with `tc tbf`. Then, over gloo:
 
-1. calibration: all-reduces at a rate that is not tested give the latency of a ring step and the seconds per byte that
-   CPUs add to the wire; training on as many processes at once, but without communication, gives the compute; data-
-   parallel training at that rate gives what DDP's host work adds to every step of a network;
-2. prediction: all-reduce times, step times and bytes at every rate, written to `predictions.json`;
-3. measurement: the same, read off the processes and the interfaces, compared in `comparison.csv` and on stdout.
+1. calibration, at a rate that is not tested: all-reduces give the latency of a ring step, the bytes on the wire per
+   byte sent and the seconds that CPUs add to each; data-parallel training gives what DDP's host work adds to a step;
+2. for every rate, first all-reduces of several sizes and then a training run: the prediction is written to
+   `predictions.json` before the run starts. Before each training run its network is trained without communication by as
+   many processes at once as there are ranks: ranks that share cores slow each other down, and the machine may have
+   become faster or slower since the last time; a prediction takes the median of what it has so far;
+3. comparison in `comparison.csv` and on stdout.
 
 Bytes are compared after TCP/IP overhead: the 66 bytes of Ethernet, IP and TCP headers of each packet that the interface
 counts are taken off. Nothing leaves the namespaces, and they are removed whatever happens. Needs root, iproute2 and
@@ -36,11 +38,11 @@ import numpy as np
 import pandas as pd
 
 from ptsim.costs.buckets import ddp_buckets
-from ptsim.costs.collectives import all_reduce, ring_wire_bytes
+from ptsim.costs.collectives import AllReduceTime, all_reduce, ring_wire_bytes
 from ptsim.costs.measured import step_of_profile
 from ptsim.hardware.spec import Cluster, Link
-from ptsim.network import LayerKind
-from ptsim.sim.ddp import plan_step
+from ptsim.network import LayerKind, Network
+from ptsim.sim.ddp import compute_plan, with_communication
 from ptsim.sim.step import Job, simulate_steps
 from ptsim.trace.io import read_trace
 
@@ -111,18 +113,8 @@ class Lab:
 
     def limit(self, mbit: float) -> None:
         """Let every rank send at most `mbit` Mbit/s."""
-        burst = max(3200, round(mbit * 1e6 / 8 * 250e-6))
         for host in self.hosts:
-            _run(f"tc -n {host} qdisc replace dev eth0 root tbf rate {mbit}mbit burst {burst} limit 16mb")
-
-    def sent(self) -> list[tuple[int, int]]:
-        """(payload bytes, packets) that every rank has sent so far."""
-        shown = subprocess.run(
-            ["ip", "-n", self.switch, "-s", "-j", "link"], capture_output=True, text=True, check=True
-        ).stdout
-        ports = {link["ifname"]: link["stats64"]["rx"] for link in json.loads(shown)}
-        counts = [ports[f"port{rank}"] for rank in range(self.num_ranks)]
-        return [(count["bytes"] - HEADERS * count["packets"], count["packets"]) for count in counts]
+            _run(f"tc -n {host} qdisc replace dev eth0 root tbf rate {mbit}mbit burst {burst_bytes(mbit)} limit 16mb")
 
     def start(self, command: list[str], *, team: bool, log: Path) -> list[subprocess.Popen[bytes]]:
         """The command in every namespace: as ranks of one team, or each on its own."""
@@ -140,6 +132,21 @@ class Lab:
                     subprocess.Popen(["ip", "netns", "exec", host, *words], env=variables, stderr=errors, stdout=errors)
                 )
         return processes
+
+
+def burst_bytes(mbit: float) -> int:
+    """What a cable that has been idle lets through at once: 250 us of its rate, at least two packets."""
+    return max(3200, round(mbit * 1e6 / 8 * 250e-6))
+
+
+def sent_bytes(process: str | int = "self") -> tuple[int, int]:
+    """(bytes on the wire, payload bytes) that the host of a process has sent so far, as its interface counts."""
+    for line in Path(f"/proc/{process}/net/dev").read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == "eth0":
+            wire, packets = (int(number) for number in counts.split()[8:10])
+            return wire, wire - HEADERS * packets
+    raise OSError(f"process {process} has no eth0")
 
 
 def _run(command: str) -> None:
@@ -162,13 +169,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], log: Path, timeout_s: float 
 
 
 def worker(sizes: list[int], iterations: int, out: Path) -> None:
-    """One rank's part of the raw all-reduces: seconds of each, and payload bytes sent while they ran back to back."""
+    """One rank's part of the raw all-reduces: seconds of each, and bytes sent while they ran back to back."""
     import torch
     import torch.distributed as dist
-
-    def sent() -> int:
-        folder = Path("/sys/class/net/eth0/statistics")
-        return int((folder / "tx_bytes").read_text()) - HEADERS * int((folder / "tx_packets").read_text())
 
     dist.init_process_group("gloo")
     found = []
@@ -184,19 +187,20 @@ def worker(sizes: list[int], iterations: int, out: Path) -> None:
             payload.fill_(1.0)
         dist.barrier()
         time.sleep(0.05)  # what the barrier sends last is not an all-reduce's
-        before = sent()
+        before = sent_bytes()
         for _ in range(iterations):
             dist.all_reduce(payload)
             payload.fill_(1.0)
         time.sleep(0.05)
-        found.append({"bytes": size, "seconds": seconds, "payload": (sent() - before) / iterations})
+        wire, sent = (now - then for now, then in zip(sent_bytes(), before, strict=True))
+        found.append({"bytes": size, "seconds": seconds, "wire": wire / iterations, "payload": sent / iterations})
         dist.barrier()
     out.write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 def raw_all_reduces(lab: Lab, folder: Path, sizes: tuple[int, ...], iterations: int) -> pd.DataFrame:
-    """One row per size: seconds of the slowest rank, mean payload bytes a rank sent.
+    """One row per size: seconds of the slowest rank, mean bytes that a rank put on the wire and payload in them.
 
     The lower quartile of the iterations: slower ones are what other programs on this machine do.
     """
@@ -207,16 +211,30 @@ def raw_all_reduces(lab: Lab, folder: Path, sizes: tuple[int, ...], iterations: 
     rows = []
     for i, size in enumerate(sizes):
         slowest = [max(times) for times in zip(*(rank[i]["seconds"] for rank in ranks), strict=True)]
-        payload = statistics.fmean(rank[i]["payload"] for rank in ranks)
-        rows.append({"bytes": size, "seconds": float(np.percentile(slowest, 25)), "payload": payload})
+        sent = {what: statistics.fmean(rank[i][what] for rank in ranks) for what in ("wire", "payload")}
+        rows.append({"bytes": size, "seconds": float(np.percentile(slowest, 25)), **sent})
     return pd.DataFrame(rows)
 
 
-def cluster_at(mbit: float, num_ranks: int, step_s: float, cpu_s_per_byte: float) -> Cluster:
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rate says about all rates.
+
+    Attributes:
+        step_s: latency of a ring step.
+        cpu_s_per_byte: what CPUs add to every payload byte sent.
+        frame: bytes on the wire per payload byte of a large message: headers, and acknowledgements of what comes in.
+    """
+
+    step_s: float
+    cpu_s_per_byte: float
+    frame: float
+
+
+def cluster_at(mbit: float, num_ranks: int, known: Calibration) -> Cluster:
     """The lab as a ptsim cluster: one rank a node, the cable's payload rate and what CPUs add to every byte sent."""
-    per_byte = FRAME / (mbit * 1e6 / 8) + cpu_s_per_byte
+    per_byte = known.frame / (mbit * 1e6 / 8) + known.cpu_s_per_byte
     inside = Link(name="none", bandwidth_bytes_per_s=1e12, latency_s=0.0)
-    cable = Link(name=f"{mbit} Mbit/s veth", bandwidth_bytes_per_s=1 / per_byte, latency_s=step_s)
+    cable = Link(name=f"{mbit} Mbit/s veth", bandwidth_bytes_per_s=1 / per_byte, latency_s=known.step_s)
     return Cluster(
         name=f"lab at {mbit} Mbit/s",
         device="unspecified",
@@ -229,15 +247,32 @@ def cluster_at(mbit: float, num_ranks: int, step_s: float, cpu_s_per_byte: float
     )
 
 
-def calibrate(raw: pd.DataFrame, mbit: float, num_ranks: int) -> tuple[float, float]:
-    """(seconds per ring step, CPU seconds per byte sent) that explain the all-reduces at the calibration rate."""
-    wire = np.array([ring_wire_bytes(size, num_ranks) for size in raw.bytes])
-    rest = raw.seconds.to_numpy() - wire * FRAME / (mbit * 1e6 / 8)
-    system = np.stack([np.full(len(raw), 2.0 * (num_ranks - 1)), wire], axis=1) / raw.seconds.to_numpy()[:, None]
+def lab_all_reduce(message_bytes: int, mbit: float, num_ranks: int, known: Calibration) -> AllReduceTime:
+    """An all-reduce as ptsim predicts it here, less what the burst of an idle cable lets through at once."""
+    time = all_reduce(message_bytes, cluster_at(mbit, num_ranks, known), num_ranks)
+    saved_s = _burst_s(time.wire_bytes_per_gpu * known.frame, mbit)
+    return msgspec.structs.replace(
+        time, seconds=time.seconds - saved_s, low_s=time.low_s - saved_s, high_s=time.high_s - saved_s
+    )
+
+
+def _burst_s(wire_bytes: float, mbit: float) -> float:
+    return min(wire_bytes, burst_bytes(mbit)) / (mbit * 1e6 / 8)
+
+
+def calibrate(raw: pd.DataFrame, mbit: float, num_ranks: int) -> Calibration:
+    """What explains the all-reduces at the calibration rate."""
+    rate = mbit * 1e6 / 8
+    largest = raw.loc[raw.bytes.idxmax()]
+    frame = max(FRAME, float(largest.wire / largest.payload))  # the kernel counts packets that it splits later as one
+    sent = np.array([ring_wire_bytes(size, num_ranks) for size in raw.bytes])
+    saved_s = np.array([_burst_s(size * frame, mbit) for size in sent])
+    rest = raw.seconds.to_numpy() + saved_s - sent * frame / rate
+    system = np.stack([np.full(len(raw), 2.0 * (num_ranks - 1)), sent], axis=1) / raw.seconds.to_numpy()[:, None]
     (step_s, per_byte), *_ = np.linalg.lstsq(system, rest / raw.seconds.to_numpy(), rcond=None)
     if step_s < 0:
-        step_s, per_byte = 0.0, float(np.mean(rest / wire))
-    return float(step_s), max(0.0, float(per_byte))
+        step_s, per_byte = 0.0, float(np.mean(rest / sent))
+    return Calibration(step_s=float(step_s), cpu_s_per_byte=max(0.0, float(per_byte)), frame=frame)
 
 
 def gloo_bytes(message_bytes: int, num_ranks: int) -> float:
@@ -270,10 +305,10 @@ def pruned_resnet20(num_classes: int = 10) -> Any:
     return model
 
 
-def train_command(network: str, images: int, batch: int, epochs: int, run: str) -> list[str]:
-    """The ptsim command line that trains on the embedded digits."""
+def train_command(network: str, data: str, images: int, batch: int, epochs: int, run: str) -> list[str]:
+    """The ptsim command line that trains on data which needs no file."""
     model = "resnet20" if network == "dense" else f"{Path(__file__).resolve()}:pruned_resnet20"
-    command = [sys.executable, "-m", "ptsim", "train", "--model", model, "--dataset", "digits", "--epochs", str(epochs)]
+    command = [sys.executable, "-m", "ptsim", "train", "--model", model, "--dataset", data, "--epochs", str(epochs)]
     command += ["--batch", str(batch), "--train-limit", str(images), "--penalty-ratio", "0", "--out", run]
     return [*command, "--set", "device=cpu", "--set", "validation_limit=32"]
 
@@ -283,101 +318,146 @@ def median_step_s(run: Path) -> float:
     return statistics.median(epoch.step.median_s for epoch in read_trace(run / "trace.jsonl").epochs[1:])
 
 
-def predicted_step(run: Path, compute_s: float, cluster: Cluster, num_ranks: int) -> tuple[float, float]:
-    """(step seconds, payload bytes a rank sends per step) of data-parallel training, simulated."""
+def predicted_step(run: Path, compute_s: float, mbit: float, num_ranks: int, known: Calibration) -> tuple[float, float]:
+    """(step seconds, payload bytes a rank sends per step) of data-parallel training, simulated.
+
+    Args:
+        run: of the same network without communication; its profile says how a step's time is shared out.
+        compute_s: a step's computation.
+        mbit: of the cables.
+        num_ranks: that train.
+        known: of the lab.
+    """
     trace = read_trace(run / "trace.jsonl")
     network = trace.network_of(trace.epochs[-1])
     profile = next(p for p in trace.profiles if p.architecture == network.id)
     step = step_of_profile(network, profile, regularizer=False)
-    scale = compute_s / step.compute_s  # the profile's shares, the pace of the contended processes
-    step = msgspec.structs.replace(
-        step,
-        layers=tuple(
-            msgspec.structs.replace(layer, forward_s=layer.forward_s * scale, backward_s=layer.backward_s * scale)
-            for layer in step.layers
-        ),
-        optimizer_s=step.optimizer_s * scale,
-        regularizer_s=step.regularizer_s * scale,
-        overhead_s=step.overhead_s * scale,
-    )
     buckets = ddp_buckets(network)
-    plan = plan_step(step, buckets, lambda size: all_reduce(size, cluster, num_ranks))
-    norms = [layer.out_channels for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
-    epoch_end = sum(2 * gloo_bytes(4 * channels, num_ranks) for channels in norms)  # mean and variance, averaged
+    computation = compute_plan(step, buckets)
+    plan = with_communication(
+        computation,
+        buckets,
+        lambda size: lab_all_reduce(size, mbit, num_ranks, known),
+        scale=compute_s / computation.compute_s,
+    )
     payload = sum(gloo_bytes(bucket.num_bytes, num_ranks) for bucket in buckets)
-    return simulate_steps([Job(plan=plan)])[0].step_s, payload + epoch_end / trace.epochs[-1].num_iterations
+    return simulate_steps([Job(plan=plan)])[0].step_s, payload + epoch_end_bytes(network, num_ranks) / (
+        trace.epochs[-1].num_iterations
+    )
+
+
+def epoch_end_bytes(network: Network, num_ranks: int) -> float:
+    """Payload that a rank sends on average when an epoch ends: BatchNorm's buffers, and the sums of the validation.
+
+    Means and variances are averaged by all-reduces; the step counts (8 bytes) are broadcast: one message, announced and
+    granted, to every other rank.
+    """
+    norms = [layer.out_channels for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
+    averages = sum(2 * gloo_bytes(4 * channels, num_ranks) for channels in norms)
+    broadcasts = len(norms) * (num_ranks - 1) / num_ranks * (8 + 3 * GLOO_HEADER)
+    return averages + broadcasts + gloo_bytes(3 * 8, num_ranks)
 
 
 def train_and_count(lab: Lab, command: list[str], run: Path, log: Path, epochs: int) -> tuple[float, float]:
     """(median step seconds, payload bytes a rank sent per step) of a run; bytes between first and last epoch's end."""
     processes = lab.start(command, team=True, log=log)
     counts: dict[int, float] = {}
-    trace = run / "trace.jsonl"
-    while any(process.poll() is None for process in processes) and len(counts) < epochs:
-        written = trace.read_text().count('"record":"epoch"') if trace.exists() else 0
-        if written and written not in counts:
-            counts[written] = statistics.fmean(payload for payload, _ in lab.sent())
-        time.sleep(0.01)
-    _wait(processes, log)
+    trace, size = run / "trace.jsonl", 0
+    try:
+        while len(counts) < epochs and all(process.poll() is None for process in processes):
+            time.sleep(0.001)  # the next epoch's first all-reduce is a forward and a backward pass away
+            if trace.exists() and trace.stat().st_size > size:
+                size = trace.stat().st_size
+                written = trace.read_text().count('"record":"epoch"')
+                if written and written not in counts:
+                    counts[written] = statistics.fmean(sent_bytes(process.pid)[1] for process in processes)
+    finally:
+        _wait(processes, log)
     iterations = sum(epoch.num_iterations for epoch in read_trace(trace).epochs[1:])
     return median_step_s(run), (counts[epochs] - counts[1]) / iterations
 
 
-def experiment(options: argparse.Namespace, folder: Path) -> pd.DataFrame:
-    """Calibrate, predict, then measure; one row per quantity."""
-    ranks, per_rank, iterations, epochs = options.ranks, 32, 10, 3 if options.short else 4
-    sizes = SIZES[:3] if options.short else SIZES
-    networks = [] if options.no_train else (NETWORKS[:1] if options.short else NETWORKS)
-    images = per_rank * iterations
-    predictions: dict[str, Any] = {}
-    with Lab(ranks) as lab:
-        lab.limit(options.calibration_rate)
-        raw = raw_all_reduces(lab, folder, sizes, options.iterations)
-        step_s, per_byte = calibrate(raw, options.calibration_rate, ranks)
-        print(f"calibrated at {options.calibration_rate} Mbit/s: {step_s * 1e6:.0f} us a ring step, "
-              f"{per_byte * 1e9:.3f} ns of CPU per byte sent")  # fmt: skip
-        compute: dict[str, tuple[Path, float]] = {}
-        for network in networks:
-            command = train_command(network, images, per_rank, epochs, str(folder / f"alone-{network}-{{rank}}"))
-            log = folder / f"alone-{network}.log"
-            _wait(lab.start(command, team=False, log=log), log)
-            runs = [folder / f"alone-{network}-{rank}" for rank in range(ranks)]
-            compute[network] = runs[0], statistics.median(median_step_s(run) for run in runs)
-            print(f"{network}: {compute[network][1] * 1e3:.1f} ms of compute a step, {ranks} processes at once")
-        host: dict[str, float] = {}
-        for network, (run, seconds) in compute.items():
-            said, _ = predicted_step(run, seconds, cluster_at(options.calibration_rate, ranks, step_s, per_byte), ranks)
-            run = folder / f"team-{network}-calibration"
-            command = train_command(network, images * ranks, per_rank * ranks, epochs, str(run))
-            log = folder / f"team-{network}-calibration.log"
-            host[network] = train_and_count(lab, command, run, log, epochs)[0] - said
-            print(f"{network} over DDP: {host[network] * 1e3:.1f} ms a step beyond the simulation")
-        for rate in options.rates:
-            cluster = cluster_at(rate, ranks, step_s, per_byte)
-            for size in sizes:
-                time_s = all_reduce(size, cluster, ranks).seconds
-                predictions[f"all-reduce {size}/{rate}"] = (time_s, gloo_bytes(size, ranks))
-            for network, (run, seconds) in compute.items():
-                time_s, payload = predicted_step(run, seconds, cluster, ranks)
-                predictions[f"step {network}/{rate}"] = (time_s + host[network], payload)
-        (folder / "predictions.json").write_text(json.dumps(predictions, indent=1))
-        rows = []
-        for rate in options.rates:
-            lab.limit(rate)
-            measured = raw_all_reduces(lab, folder, sizes, options.iterations)
-            rows += [(f"all-reduce {row.bytes}", rate, row.seconds, row.payload) for row in measured.itertuples()]
-            for network in networks:
-                run = folder / f"team-{network}-{rate}"
-                command = train_command(network, images * ranks, per_rank * ranks, epochs, str(run))
-                found = train_and_count(lab, command, run, folder / f"team-{network}-{rate}.log", epochs)
-                rows.append((f"step {network}", rate, *found))
-    frame = pd.DataFrame(rows, columns=["what", "mbit_per_s", "measured_s", "measured_bytes"])
-    said = [predictions[f"{row.what}/{row.mbit_per_s}"] for row in frame.itertuples()]
-    frame["predicted_s"], frame["predicted_bytes"] = zip(*said, strict=True)
-    frame["time_error"] = frame.predicted_s / frame.measured_s - 1
-    frame["bytes_error"] = frame.predicted_bytes / frame.measured_bytes - 1
-    frame.to_csv(folder / "comparison.csv", index=False)
-    return frame
+class Experiment:
+    """Calibrate; then predict and measure, rate by rate."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, lab: Lab) -> None:
+        self.options, self.folder, self.lab = options, folder, lab
+        self.ranks, self.epochs = options.ranks, 3
+        self.data, self.per_rank, self.iterations = (
+            ("digits", 16, 5) if options.short else ("synthetic", 16, 2048 // 16 // max(4, self.ranks) - 2)
+        )
+        self.sizes = SIZES[:3] if options.short else SIZES
+        self.networks = () if options.no_train else (NETWORKS[:1] if options.short else NETWORKS)
+        self.compute: dict[str, list[float]] = {network: [] for network in self.networks}
+        self.host = dict.fromkeys(self.networks, 0.0)
+        self.predictions: dict[str, tuple[float, float]] = {}
+
+    def calibrate(self) -> None:
+        """At the calibration rate: cables and CPUs, then DDP's host work."""
+        rate = self.options.calibration_rate
+        self.lab.limit(rate)
+        raw = raw_all_reduces(self.lab, self.folder, self.sizes, self.options.iterations)
+        self.known = calibrate(raw, rate, self.ranks)
+        print(f"calibrated at {rate} Mbit/s: {self.known.step_s * 1e6:.0f} us a ring step, "
+              f"{self.known.cpu_s_per_byte * 1e9:.3f} ns of CPU per byte sent, {self.known.frame:.4f} bytes on the "
+              f"wire for each", flush=True)  # fmt: skip
+        for network in self.networks if not self.options.short else ():
+            beyond: list[float] = []
+            for _ in range(2):
+                said, _ = self.simulated(network, rate)
+                beyond.append(self.team(network, rate, f"calibration{len(beyond)}")[0] - said)
+            self.host[network] = statistics.fmean(beyond)
+            print(f"{network}: {self.compute[network][-1] * 1e3:.1f} ms of compute a step, {self.ranks} processes at "
+                  f"once; {self.host[network] * 1e3:.1f} ms beyond the simulation over DDP", flush=True)  # fmt: skip
+
+    def simulated(self, network: str, mbit: float) -> tuple[float, float]:
+        """(seconds, payload) of a step, after one more look at how fast this machine computes."""
+        images = self.per_rank * self.iterations
+        name = f"alone-{network}-{len(self.compute[network])}"
+        command = train_command(
+            network, self.data, images, self.per_rank, self.epochs, str(self.folder / f"{name}-{{rank}}")
+        )
+        log = self.folder / f"{name}.log"
+        _wait(self.lab.start(command, team=False, log=log), log)
+        runs = [self.folder / f"{name}-{rank}" for rank in range(self.ranks)]
+        self.compute[network].append(statistics.median(median_step_s(run) for run in runs))
+        return predicted_step(runs[0], statistics.median(self.compute[network]), mbit, self.ranks, self.known)
+
+    def team(self, network: str, mbit: float, name: str) -> tuple[float, float]:
+        """(seconds, payload) of a step of data-parallel training, measured."""
+        self.lab.limit(mbit)
+        run = self.folder / f"team-{network}-{name}"
+        batch = self.per_rank * self.ranks
+        command = train_command(network, self.data, batch * self.iterations, batch, self.epochs, str(run))
+        return train_and_count(self.lab, command, run, Path(f"{run}.log"), self.epochs)
+
+    def predict(self, what: str, mbit: float, seconds: float, payload: float) -> None:
+        """Write down a prediction."""
+        self.predictions[f"{what}/{mbit}"] = seconds, payload
+        (self.folder / "predictions.json").write_text(json.dumps(self.predictions, indent=1))
+
+    def run(self) -> pd.DataFrame:
+        """One row per quantity and rate."""
+        self.calibrate()
+        rows: list[tuple[str, float, float, float]] = []
+        for rate in self.options.rates:
+            self.lab.limit(rate)
+            for size in self.sizes:
+                seconds = lab_all_reduce(size, rate, self.ranks, self.known).seconds
+                self.predict(f"all-reduce {size}", rate, seconds, gloo_bytes(size, self.ranks))
+            raw = raw_all_reduces(self.lab, self.folder, self.sizes, self.options.iterations)
+            rows += [(f"all-reduce {row.bytes}", rate, row.seconds, row.payload) for row in raw.itertuples()]
+            for network in self.networks:
+                seconds, payload = self.simulated(network, rate)
+                self.predict(f"step {network}", rate, seconds + self.host[network], payload)
+                rows.append((f"step {network}", rate, *self.team(network, rate, str(rate))))
+        frame = pd.DataFrame(rows, columns=["what", "mbit_per_s", "measured_s", "measured_bytes"])
+        said = [self.predictions[f"{row.what}/{row.mbit_per_s}"] for row in frame.itertuples()]
+        frame["predicted_s"], frame["predicted_bytes"] = zip(*said, strict=True)
+        frame["time_error"] = frame.predicted_s / frame.measured_s - 1
+        frame["bytes_error"] = frame.predicted_bytes / frame.measured_bytes - 1
+        frame.to_csv(self.folder / "comparison.csv", index=False)
+        return frame
 
 
 def main() -> int:
@@ -389,7 +469,7 @@ def main() -> int:
     )
     parser.add_argument("--calibration-rate", type=float, default=300)
     parser.add_argument("--iterations", type=int, default=7)
-    parser.add_argument("--short", action="store_true", help="fewer sizes, only the dense network")
+    parser.add_argument("--short", action="store_true", help="fewer sizes, only the dense network, uncalibrated")
     parser.add_argument("--no-train", action="store_true", help="raw all-reduces only")
     parser.add_argument("--out", type=Path, help="where results go; a temporary folder otherwise")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -404,7 +484,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         folder = options.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        frame = experiment(options, folder)
+        frame = Experiment(options, folder, stack.enter_context(Lab(options.ranks))).run()
     pd.options.display.width = 160
     print(frame.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     for kind in ("all-reduce", "step"):

@@ -24,6 +24,7 @@ def gpu(
     precision: Precision | None = None,
     memory_format: Literal["contiguous", "channels_last"] | None = None,
     grid: bool = True,
+    rounds: int = 3,
     resume: bool = False,
 ) -> None:
     """Measure operator and step times of this GPU or CPU into a device profile.
@@ -36,6 +37,7 @@ def gpu(
         precision: of what is not a trace's; all that the device has if left out.
         memory_format: layout of what is not a trace's; both on a GPU if left out.
         grid: also measure single operators over many channel counts, as time allows.
+        rounds: how often whole steps of each network are measured, in turn: a machine's speed drifts.
         resume: go on with a file that is there.
     """
     import torch
@@ -62,6 +64,7 @@ def gpu(
             make_regularizer=group_lasso_of,
             resume=resume,
             grid=grid,
+            rounds=rounds,
             progress=lambda what, fraction: bar.update(task, description=what, completed=fraction),
         )
     state = "complete" if profile.complete else "cut off by the time limit; --resume goes on"

@@ -6,14 +6,13 @@ the layers' times only how the sums are shared out.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable
 
 from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
 from ptsim.errors import MissingMeasurementError
-from ptsim.hardware.profile import Operator, OperatorTime, Setting, StepMeasurement, operator_of
+from ptsim.hardware.profile import Operator, OperatorTime, Setting, StepMeasurement, mean_time, operator_of
 from ptsim.network import Network
-from ptsim.trace.schema import LayerProfile, Profile
+from ptsim.trace.schema import Profile
 
 
 def find_profile(network: Network, profiles: Iterable[Profile], setting: StepSetting) -> Profile | None:
@@ -106,21 +105,12 @@ def of_profile(
     """
     setting = Setting(precision=profile.precision, memory_format=profile.memory_format)
     layers = {layer.layer: layer for layer in profile.layers}
-    same: dict[Operator, list[LayerProfile]] = {}
+    same: dict[Operator, list[OperatorTime]] = {}
     for layer in network.layers:
-        if layer.name in layers:
-            same.setdefault(operator_of(layer, batch=profile.batch, setting=setting), []).append(layers[layer.name])
-    times = []
-    for operator, group in same.items():
-        backward = [layer.backward_s for layer in group if layer.backward_s is not None]
-        times.append(
-            OperatorTime(
-                operator=operator,
-                forward_s=statistics.fmean(layer.forward_s for layer in group),
-                backward_s=statistics.fmean(backward) if backward else None,
-                context="step",
-            )
-        )
+        if (took := layers.get(layer.name)) is not None:
+            operator = operator_of(layer, batch=profile.batch, setting=setting)
+            time = OperatorTime(operator=operator, forward_s=took.forward_s, backward_s=took.backward_s, context="step")
+            same.setdefault(operator, []).append(time)
     step = StepMeasurement(
         architecture=network.id,
         name=network.name,
@@ -142,7 +132,7 @@ def of_profile(
         layers_backward_s=sum(layer.backward_s or 0.0 for layer in profile.layers),
         peak_memory_bytes=profile.peak_memory_bytes,
     )
-    return step, tuple(times)
+    return step, tuple(map(mean_time, same.values()))
 
 
 def _what_is_missing(network: Network, profiles: tuple[Profile, ...], setting: StepSetting) -> str:

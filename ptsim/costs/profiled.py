@@ -3,6 +3,9 @@
 A network that was measured whole is looked up. Any other is the sum of its operators, looked up or interpolated
 (`interpolation`). A step without clocks inside is not that sum exactly: the ratio is learnt from the networks that were
 measured both ways. What updates and group lasso take is fitted over the same networks, to their parameters and tensors.
+
+An operator of a kind that nobody timed takes no time where it moves nothing (a view) or next to nothing of what the
+network moves, and the time of a copy as large where it only moves; any other is an error, never a guess.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ from scipy.optimize import nnls
 
 from ptsim.costs.interpolation import Estimate, Family, Interpolator
 from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
+from ptsim.costs.traffic import layer_traffic
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.profile import DeviceProfile, OperatorTime, Setting, StepMeasurement, operator_of
-from ptsim.network import LayerKind, Network
+from ptsim.network import Layer, LayerKind, Network
 
 _Z90 = 1.645  # two-sided 90 % of a normal distribution
-_SMALL = (LayerKind.RESHAPE, LayerKind.DROPOUT, LayerKind.OTHER)  # in the whole steps' ratio where nobody timed them
+_MOVES = (LayerKind.RESHAPE, LayerKind.DROPOUT, LayerKind.CONCAT)  # as fast as a copy where nobody timed them
+_NEGLIGIBLE = 0.005  # of the bytes that all layers move
+_NOTHING = Estimate(seconds=0.0, log_error=0.0, family=())
 
 
 def profiled_step(network: Network, profile: DeviceProfile, setting: StepSetting) -> StepTime:
@@ -44,25 +50,35 @@ def profiled_step(network: Network, profile: DeviceProfile, setting: StepSetting
     """
     measured = Setting(precision=setting.precision, memory_format=setting.memory_format)
     profile.check_setting(measured)
-    device = _device(profile.device, profile.operators, profile.steps, measured)
+    device = _device(profile.device, profile.operators, profile.steps, measured, profile.copy_bandwidth_bytes_per_s)
     return device.step(network, setting)
 
 
 @functools.lru_cache(maxsize=8)
 def _device(
-    name: str, operators: tuple[OperatorTime, ...], steps: tuple[StepMeasurement, ...], setting: Setting
+    name: str,
+    operators: tuple[OperatorTime, ...],
+    steps: tuple[StepMeasurement, ...],
+    setting: Setting,
+    copy_bandwidth_bytes_per_s: float | None,
 ) -> _Device:
     """Fitting takes a second, and a run asks for dozens of steps of one profile."""
-    return _Device(name, operators, steps, setting)
+    return _Device(name, operators, steps, setting, copy_bandwidth_bytes_per_s)
 
 
 class _Device:
     """A device profile in one setting, ready to be asked."""
 
     def __init__(
-        self, name: str, operators: Sequence[OperatorTime], steps: Sequence[StepMeasurement], setting: Setting
+        self,
+        name: str,
+        operators: Sequence[OperatorTime],
+        steps: Sequence[StepMeasurement],
+        setting: Setting,
+        copy_bandwidth_bytes_per_s: float | None,
     ) -> None:
         self._name = name
+        self._copy_bandwidth_bytes_per_s = copy_bandwidth_bytes_per_s
         self._setting = setting
         self._steps = [step for step in steps if step.setting == setting]
         self._operators = Interpolator(operators, setting)
@@ -128,16 +144,34 @@ class _Device:
         operator = operator_of(layer, batch=batch, setting=self._setting)
         forward = self._operators.estimate(operator, "forward")
         backward = self._operators.estimate(operator, "backward")
-        nothing = Estimate(seconds=0.0, log_error=0.0, family=())
-        if forward is None and (layer.view or layer.kind in _SMALL):
-            return nothing, nothing
         if forward is None:
-            raise MissingMeasurementError(
-                f"the device profile of {self._name} has no {layer.kind} in {self._setting}, which layer {layer.name} "
-                f"({layer.op}) of {network.name} needs",
-                hint="`ptsim calibrate gpu --trace` measures the operators of a run",
+            return self._unmeasured(network, layer, batch)
+        return forward, backward or _NOTHING
+
+    def _unmeasured(self, network: Network, layer: Layer, batch: int) -> tuple[Estimate, Estimate]:
+        """What a layer takes of whose kind nobody timed any.
+
+        Raises:
+            MissingMeasurementError: that cannot be known.
+        """
+        size = self._setting.precision.activation_bytes
+        moved = {each.name: layer_traffic(each, batch=batch, element_bytes=size) for each in network.layers}
+        own = moved[layer.name]
+        all_bytes = sum(one.forward_bytes + one.backward_bytes for one in moved.values())
+        if layer.view or own.forward_bytes + own.backward_bytes <= _NEGLIGIBLE * all_bytes:
+            return _NOTHING, _NOTHING
+        if layer.kind in _MOVES and self._copy_bandwidth_bytes_per_s is not None:
+            rate = self._copy_bandwidth_bytes_per_s
+            forward, backward = (
+                Estimate(seconds=num_bytes / rate, log_error=math.log(2.0), family=(layer.kind,))
+                for num_bytes in (own.forward_bytes, own.backward_bytes)
             )
-        return forward, backward or nothing
+            return forward, backward
+        raise MissingMeasurementError(
+            f"the device profile of {self._name} has no {layer.kind} in {self._setting}, which layer {layer.name} "
+            f"({layer.op}) of {network.name} needs",
+            hint="`ptsim calibrate gpu --trace` measures the operators of a run",
+        )
 
     def _measured(self, network: Network, batch: int) -> StepMeasurement | None:
         fitting = [step for step in self._steps if (step.architecture, step.batch) == (network.id, batch)]

@@ -27,8 +27,9 @@ The file is TOML, one operator a line, every quantity with its unit, so that peo
 from __future__ import annotations
 
 import os
+import statistics
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,10 +120,10 @@ class OperatorTime(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
 
 
 class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
-    """Whole training steps of one network, without clocks inside: medians of `num_samples` steps.
+    """Whole training steps of one network, without clocks inside: medians of steps, means over `num_rounds`.
 
-    `layers_forward_s` and `layers_backward_s` are the sums of its layers' times with a clock around each; the
-    regulariser's time is None where it was not measured.
+    `num_samples` steps were taken in all rounds together. `layers_forward_s` and `layers_backward_s` are the sums of
+    its layers' times with a clock around each; the regulariser's time is None where it was not measured.
     """
 
     architecture: str
@@ -144,6 +145,7 @@ class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True
     layers_forward_s: float
     layers_backward_s: float
     peak_memory_bytes: int | None = None
+    num_rounds: int = 1
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -277,6 +279,7 @@ class _Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slowest: str
     layers_forward: str
     layers_backward: str
+    num_rounds: int = 1
     optimizer_name: str | None = None
     optimizer: str | None = None
     regularizer: str | None = None
@@ -392,7 +395,9 @@ def _from_file(path: Path, file: _File) -> DeviceProfile:
     )
 
 
-_STEP_FIELDS = ("architecture", "name", "batch", "num_parameters", "num_tensors", "num_layers", "num_samples")
+_STEP_FIELDS = (
+    "architecture", "name", "batch", "num_parameters", "num_tensors", "num_layers", "num_samples", "num_rounds",
+)  # fmt: skip
 _STEP_SECONDS = ("forward", "backward", "step", "layers_forward", "layers_backward")
 _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(_Row)}
 
@@ -487,3 +492,44 @@ def merge_operators(known: Iterable[OperatorTime], new: Iterable[OperatorTime]) 
     merged = {(time.operator, time.context): time for time in known}
     merged |= {(time.operator, time.context): time for time in new}
     return tuple(merged.values())
+
+
+def mean_time(times: Sequence[OperatorTime]) -> OperatorTime:
+    """The mean of measurements of one operator in one context; a pass that some of them lack is that of the others."""
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
+
+    return msgspec.structs.replace(
+        times[0],
+        forward_s=statistics.fmean(time.forward_s for time in times),
+        backward_s=mean(time.backward_s for time in times),
+        weight_gradient_s=mean(time.weight_gradient_s for time in times),
+        input_gradient_s=mean(time.input_gradient_s for time in times),
+        host_s=mean(time.host_s for time in times),
+    )
+
+
+def with_round(steps: Sequence[StepMeasurement], new: StepMeasurement) -> tuple[StepMeasurement, ...]:
+    """The steps with one more round of one network: all its times become the means over its rounds."""
+    key = (new.architecture, new.setting, new.batch, new.optimizer)
+    old = next((step for step in steps if (step.architecture, step.setting, step.batch, step.optimizer) == key), None)
+    if old is None:
+        return (*steps, new)
+    num_rounds = old.num_rounds + new.num_rounds
+
+    def mean(field: str) -> float | None:
+        before, after = getattr(old, field), getattr(new, field)
+        if before is None or after is None:
+            return before if after is None else after  # type: ignore[no-any-return] # getattr's
+        return (old.num_rounds * before + new.num_rounds * after) / num_rounds  # type: ignore[no-any-return] # getattr's
+
+    joined = msgspec.structs.replace(
+        new,
+        num_samples=old.num_samples + new.num_samples,
+        num_rounds=num_rounds,
+        peak_memory_bytes=max(filter(None, (old.peak_memory_bytes, new.peak_memory_bytes)), default=None),
+        **{field: mean(field) for field in StepMeasurement.__struct_fields__ if field.endswith("_s")},
+    )
+    return tuple(joined if step is old else step for step in steps)

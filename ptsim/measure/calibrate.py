@@ -4,16 +4,23 @@ A calibration is a queue of measurements, most useful first: the machine's const
 trace's networks, or of a few of the zoo), then single convolutions over channel counts, odd ones and stairs included,
 with the BatchNorm, activation and sum that follow them. It stops at its time limit wherever it is; what was measured
 is in the file all along, and a resumed calibration goes on with the rest.
+
+Networks are measured in rounds: each of them shortly, then each of them again. A machine's speed drifts (a virtual
+one's by 10 % within a minute, a GPU's with its temperature), and of two networks that are measured one after the other
+the one that had the slow minute would look too slow.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -27,10 +34,13 @@ from ptsim.hardware.profile import (
     DeviceProfile,
     MemoryFormat,
     Operator,
+    OperatorTime,
     Setting,
+    mean_time,
     merge_operators,
     operator_of,
     read_device_profile,
+    with_round,
     write_device_profile,
 )
 from ptsim.measure.nvml import open_meter
@@ -46,7 +56,7 @@ Progress = Callable[[str, float], None]  # what is being measured, fraction of t
 
 _SAVE_EVERY_S = 5.0
 _NUM_STEPS = 7
-_MIN_STEPS_S = 2.0  # of whole steps: small networks take milliseconds, and a machine is rarely still
+_MIN_STEPS_S = 2.0  # of whole steps, in all rounds: small networks take milliseconds, and a machine is rarely still
 _ZOO_STEPS = {
     "cpu": (("resnet20", 32), ("vgg11", 32), ("resnet50", 16)),
     "cuda": (
@@ -93,6 +103,7 @@ def calibrate_gpu(
     make_regularizer: MakeRegularizer | None = None,
     resume: bool = False,
     grid: bool = True,
+    rounds: int = 3,
     progress: Progress = lambda _what, _fraction: None,
 ) -> DeviceProfile:
     """Measure `device` for at most about `minutes` and write what is known to `out`, again and again.
@@ -106,22 +117,26 @@ def calibrate_gpu(
         make_regularizer: gives, for a model and its input shape, what adds the group lasso's gradient.
         resume: go on with the file that is there.
         grid: also measure single operators over channel counts, as time allows.
-        progress: called with what is being measured.
+        rounds: how often each network's whole steps are measured; the profile has the means over the rounds.
+        progress: called with what is about to be measured.
 
     Raises:
-        UsageError: a file is there and `resume` is False, or minutes is not positive.
+        UsageError: a file is there and `resume` is False, or minutes or rounds is not positive.
         FileFormatError: the file to resume is broken.
         MissingMeasurementError: the file to resume is of another device.
     """
     if not minutes > 0:
         raise UsageError(f"minutes is {minutes}, expected more than 0")
+    if rounds < 1:
+        raise UsageError(f"rounds is {rounds}, expected at least 1")
     calibration = _Calibration(out, device, _begin(out, device, traces, resume), make_regularizer)
     limit_s = 60.0 * minutes
     settings = settings or (_usual_settings(device) if not traces else ())
+    networks = [*itertools.chain.from_iterable(calibration.of_trace(trace) for trace in traces)]
+    networks += calibration.of_zoo(settings)
     queue: Iterator[_Measurement] = itertools.chain(
         calibration.machine(),
-        *(calibration.of_trace(trace) for trace in traces),
-        *([calibration.of_zoo(settings)] if settings else []),
+        calibration.steps(networks, rounds),
         calibration.of_grid(settings or tuple(sorted({setting_of(trace) for trace in traces}))) if grid else (),
     )
     meter = open_meter(device)
@@ -148,6 +163,15 @@ def calibrate_gpu(
 def setting_of(trace: Trace) -> Setting:
     """The precision and memory format that the run trained in."""
     return Setting(precision=trace.run.precision, memory_format=trace.run.memory_format)
+
+
+class _Trained(NamedTuple):
+    """A network whose training steps are to be measured."""
+
+    network: Network
+    setting: Setting
+    batch: int
+    optimizer: str
 
 
 _GRID = "alone: "
@@ -205,6 +229,7 @@ class _Calibration:
         self._out = out
         self._device = device
         self._make_regularizer = make_regularizer
+        self._repeated: dict[Operator, list[OperatorTime]] = defaultdict(list)  # in whole steps, of this session
 
     def save(self, *, complete: bool) -> None:
         self.update(complete=complete)
@@ -224,7 +249,7 @@ class _Calibration:
 
             yield "copies and launches", measure
 
-    def of_trace(self, trace: Trace) -> Iterator[_Measurement]:
+    def of_trace(self, trace: Trace) -> Iterator[_Trained]:
         """Every architecture at every mini-batch of the run: the first, the last, then the middles between."""
         if trace.run.device.name == self.profile.device:
             seconds = input_s_per_image(trace)
@@ -232,20 +257,31 @@ class _Calibration:
                 self.update(input_s_per_image={**self.profile.input_s_per_image, trace.run.dataset.name: seconds})
             if changes(trace):
                 self.update(reconfiguration_s=reconfiguration_s(trace))
-        setting = setting_of(trace)
-        optimizer = trace.run.hyperparameters.get("optimizer", "sgd")
+        optimizer = str(trace.run.hyperparameters.get("optimizer", "sgd"))
         pairs = list(dict.fromkeys((epoch.architecture, epoch.batch_per_gpu) for epoch in trace.epochs))
         for index in _outside_in(len(pairs)):
             architecture, batch = pairs[index]
-            yield from self._step(trace.networks[architecture], setting, batch, str(optimizer))
+            yield _Trained(trace.networks[architecture], setting_of(trace), batch, optimizer)
 
-    def of_zoo(self, settings: Sequence[Setting]) -> Iterator[_Measurement]:
-        for (name, batch), setting in itertools.product(_ZOO_STEPS[self.profile.kind], settings):
+    def of_zoo(self, settings: Sequence[Setting]) -> Iterator[_Trained]:
+        """A few networks of the zoo in every setting."""
+        for name, batch in _ZOO_STEPS[self.profile.kind] if settings else ():
             entry = zoo.find(name)
             network = capture_network(
                 zoo.create(name), name=name, input_shape=entry.input_shape, num_classes=entry.num_classes
             )
-            yield from self._step(network, setting, batch, "sgd")
+            for setting in settings:
+                yield _Trained(network, setting, batch, "sgd")
+
+    def steps(self, networks: Sequence[_Trained], rounds: int) -> Iterator[_Measurement]:
+        """Whole steps of every network, in rounds; a resumed calibration makes up for the rounds that are missing."""
+        networks = list({(one.network.id, one.setting, one.batch): one for one in reversed(networks)}.values())[::-1]
+        done = {(step.architecture, step.setting, step.batch): step.num_rounds for step in self.profile.steps}
+        for number in range(1, rounds + 1):
+            for one in networks:
+                if done.get((one.network.id, one.setting, one.batch), 0) < number:
+                    what = f"steps of {one.network.name} ({one.network.id}), mini-batch {one.batch}, {one.setting}"
+                    yield f"{what}, round {number}", functools.partial(self._measure_step, one, _MIN_STEPS_S / rounds)
 
     def of_grid(self, settings: Sequence[Setting]) -> Iterator[_Measurement]:
         """Without an end: forms, batches and settings in turn, channel counts drawn evenly in their logarithm."""
@@ -259,15 +295,8 @@ class _Calibration:
             text = f"{operator.op} {operator.inputs[0]} → {operator.output}, mini-batch {operator.batch}"
             yield f"{_GRID}{text}, {operator.setting}", lambda operator=operator: self._alone(operator)  # type: ignore[misc] # mypy types no default of a lambda
 
-    def _step(self, network: Network, setting: Setting, batch: int, optimizer: str) -> Iterator[_Measurement]:
-        done = {(step.architecture, step.setting, step.batch) for step in self.profile.steps}
-        if (network.id, setting, batch) not in done:
-            yield (
-                f"steps of {network.name} ({network.id}), mini-batch {batch}, {setting}",
-                lambda: self._measure_step(network, setting, batch, optimizer),
-            )
-
-    def _measure_step(self, network: Network, setting: Setting, batch: int, optimizer: str) -> None:
+    def _measure_step(self, one: _Trained, min_seconds: float) -> None:
+        network, setting, batch = one.network, one.setting, one.batch
         try:
             module, renamed = rebuild(network)
         except UnsupportedModelError:  # an operator that the description does not fully tell: the others alone
@@ -286,19 +315,26 @@ class _Calibration:
                 batch=batch,
                 precision=setting.precision,
                 memory_format=setting.memory_format,
-                optimizer=make_optimizer(optimizer, module.parameters()),
+                optimizer=make_optimizer(one.optimizer, module.parameters()),
                 regularizer=regularizer,
                 device=self._device,
                 num_steps=_NUM_STEPS,
-                min_seconds=_MIN_STEPS_S,
+                min_seconds=min_seconds,
             )
         except MissingMeasurementError:  # larger than this device's memory
             return
-        named = [
+        layers = [
             msgspec.structs.replace(m, layer=own.name) for own, m in zip(network.layers, profile.layers, strict=True)
         ]
-        step, times = of_profile(network, msgspec.structs.replace(profile, layers=tuple(named)), optimizer=optimizer)
-        self.update(operators=merge_operators(self.profile.operators, times), steps=(*self.profile.steps, step))
+        step, times = of_profile(
+            network, msgspec.structs.replace(profile, layers=tuple(layers)), optimizer=one.optimizer
+        )
+        for measured in times:
+            self._repeated[measured.operator].append(measured)
+        means = [mean_time(self._repeated[measured.operator]) for measured in times]
+        self.update(
+            operators=merge_operators(self.profile.operators, means), steps=with_round(self.profile.steps, step)
+        )
 
     def _alone(self, operator: Operator) -> None:
         try:

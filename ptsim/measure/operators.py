@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.hardware.profile import Operator, OperatorTime
+from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.profile import number_format
 from ptsim.measure.rebuild import build_operator
 from ptsim.measure.timers import cuda_event
@@ -34,6 +35,8 @@ def time_operator(operator: Operator, device: torch.device) -> OperatorTime:
         UnsupportedModelError: the operator cannot be run from its description.
         torch.OutOfMemoryError: its tensors do not fit on the device.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         bench = _Bench(operator, device)

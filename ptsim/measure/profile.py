@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from ptsim.capture.network import layer_names, training_graph
 from ptsim.costs.step import MemoryFormat
 from ptsim.errors import MissingMeasurementError, UnsupportedModelError
+from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.timers import cuda_event
 from ptsim.network import Network, Precision
@@ -103,6 +104,8 @@ def profile_network(
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
     cuda_devices = [device] if device.type == "cuda" else []
+    if device.type == "cpu":
+        keep_freed_memory()
     with torch.random.fork_rng(devices=cuda_devices), number_format(precision, device):
         try:
             before_bytes = torch.cuda.memory_allocated(device) if cuda_devices else 0

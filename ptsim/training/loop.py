@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.errors import FileFormatError, MissingMeasurementError, PtsimError, TrainingError, UsageError
 from ptsim.hardware.catalog import match_device
+from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import profile_network, tf32_allowed
 from ptsim.measure.timers import StepTimer
@@ -77,6 +78,7 @@ def train(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     progress: bool = False,
+    on_epoch: Callable[[Epoch], object] | None = None,
 ) -> Result:
     """Train a network, dense or with PruneTrain, and record the run.
 
@@ -85,6 +87,8 @@ def train(
         out: the run folder to make; None is `runs/MODEL-DATASET-rRATIO-sSEED`.
         resume: the run folder to go on with, from its last checkpoint.
         progress: show bars on stderr.
+        on_epoch: called on every rank with each finished epoch, when it is recorded and stored; no epoch's time
+            includes it.
 
     Raises:
         UsageError: a wrong setting, missing data, or an `out` that holds another run.
@@ -106,9 +110,11 @@ def train(
         config = resolve(config, device=str(team.device))
         going_on = resume is not None or team.from_leader(lambda: _goes_on(folder, config)) == b"yes"
         devices = [team.device] if team.device.type == "cuda" else []
+        if team.device.type == "cpu":
+            keep_freed_memory()
         reporter: Reporter = Bars() if progress and team.leads else Silent()
         with torch.random.fork_rng(devices=devices), _device_settings(config), reporter:
-            trainer = Trainer(config, folder, team, interruption, reporter)
+            trainer = Trainer(config, folder, team, interruption, reporter, on_epoch)
             return trainer.run(resume=going_on)
 
 
@@ -160,7 +166,13 @@ class Trainer:
     """One run on one rank."""
 
     def __init__(
-        self, config: Config, folder: Path, team: Team, interruption: Interruption, reporter: Reporter
+        self,
+        config: Config,
+        folder: Path,
+        team: Team,
+        interruption: Interruption,
+        reporter: Reporter,
+        on_epoch: Callable[[Epoch], object] | None = None,
     ) -> None:
         """Loads the data and builds the model; nothing is written yet.
 
@@ -168,7 +180,7 @@ class Trainer:
             UsageError, UnsupportedModelError: see `train`.
         """
         self.config, self.folder, self.team = config, folder, team
-        self.interruption, self.reporter = interruption, reporter
+        self.interruption, self.reporter, self.on_epoch = interruption, reporter, on_epoch
         self.checkpoints = store.Folder(folder / _CHECKPOINTS)
         self.meter = open_meter(team.device)
         self.plans = plan(config)
@@ -314,6 +326,8 @@ class Trainer:
         state.next_epoch = epoch + 1
         last = state.next_epoch == len(self.plans)
         self._save(keep=last or epoch_plan.reconfigures or state.next_epoch % self.config.keep_every == 0)
+        if self.on_epoch is not None:
+            self.on_epoch(record)
 
     def _consult(self, iteration: int | None, out_of_memory: bool) -> None:
         """Stop, all ranks together, if one was interrupted or has no memory left.

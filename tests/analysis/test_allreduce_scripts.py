@@ -52,12 +52,13 @@ def test_the_cluster_lab_moves_the_bytes_that_were_predicted(tmp_path: Path) -> 
     lab = load("cluster_lab")
     if reason := lab.missing():
         pytest.skip(f"the cluster lab cannot run here: {reason}")
-    command = [sys.executable, str(ANALYSIS / "cluster_lab.py"), "--short", "--no-train", "--ranks", "2"]
+    command = [sys.executable, str(ANALYSIS / "cluster_lab.py"), "--short", "--ranks", "2"]
     command += ["--rates", "200", "--iterations", "3", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert "median time error" in done.stdout
+    assert "step: median time error" in done.stdout
     frame = pd.read_csv(tmp_path / "comparison.csv")
+    assert [*frame.what] == ["all-reduce 1024", "all-reduce 65536", "all-reduce 524288", "step dense"]
     assert frame.bytes_error.abs().max() < 0.01
     assert frame.predicted_s.gt(0).all()
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
@@ -72,14 +73,15 @@ def test_the_lab_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_calibration_recovers_step_latency_and_cpu_cost() -> None:
     lab = load("cluster_lab")
-    sizes = [2**10, 2**16, 2**20]
-    rate = 300.0
-    seconds = [
-        6 * 2e-4 + 1.5 * size * (lab.FRAME / (rate * 1e6 / 8) + 3e-9)
-        for size in sizes  # 4 ranks
-    ]
-    step_s, per_byte = lab.calibrate(pd.DataFrame({"bytes": sizes, "seconds": seconds}), rate, 4)
-    assert step_s == pytest.approx(2e-4)
-    assert per_byte == pytest.approx(3e-9)
-    cluster = lab.cluster_at(rate, 4, step_s, per_byte)
-    assert lab.all_reduce(2**20, cluster, 4).seconds == pytest.approx(seconds[-1])
+    rate = 300.0  # Mbit/s, of which an idle cable sends 9375 bytes at once
+    rows = []
+    for size in [2**10, 2**16, 2**20]:
+        sent = 1.5 * size  # 4 ranks
+        wire = 1.06 * sent
+        seconds = 6 * 2e-4 + 3e-9 * sent + (wire - min(wire, 9375)) / (rate * 1e6 / 8)
+        rows.append({"bytes": size, "seconds": seconds, "wire": wire, "payload": sent})
+    known = lab.calibrate(pd.DataFrame(rows), rate, 4)
+    assert known.step_s == pytest.approx(2e-4)
+    assert known.cpu_s_per_byte == pytest.approx(3e-9)
+    assert known.frame == pytest.approx(1.06)
+    assert lab.lab_all_reduce(2**20, rate, 4, known).seconds == pytest.approx(rows[-1]["seconds"])

@@ -167,3 +167,40 @@ def test_no_step_with_the_group_lasso_is_an_error_when_one_is_asked_for():
     )
     with pytest.raises(MissingMeasurementError, match="no step with the group lasso"):
         step(UNSEEN, bare, regularizer=True)
+
+
+def rolled(network, name):
+    """The network with layer `name` replaced by one that moves every element to another place."""
+    layers = tuple(
+        msgspec.structs.replace(layer, kind=LayerKind.RESHAPE, op="roll", inplace=False, view=False)
+        if layer.name == name
+        else layer
+        for layer in network.layers
+    )
+    return msgspec.structs.replace(network, layers=layers)
+
+
+def test_an_operator_that_only_moves_elements_takes_a_copys_time_where_nobody_timed_it():
+    name = next(layer.name for layer in UNSEEN.layers if layer.kind is LayerKind.ACTIVATION)
+    bare = msgspec.structs.replace(
+        PROFILE, operators=tuple(t for t in PROFILE.operators if t.operator.kind is not LayerKind.RESHAPE)
+    )
+
+    def roll_s(bandwidth):
+        profile = msgspec.structs.replace(bare, copy_bandwidth_bytes_per_s=bandwidth)
+        return next(t.forward_s for t in step(rolled(UNSEEN, name), profile).layers if t.layer == name)
+
+    elements = next(layer for layer in UNSEEN.layers if layer.name == name).output_elements
+    assert roll_s(1e9) == pytest.approx(2 * 4 * 32 * elements / 1e9, rel=0.25)  # whole steps are faster than their sum
+    assert roll_s(1e9) == pytest.approx(2 * roll_s(2e9))
+    with pytest.raises(MissingMeasurementError, match=f"has no reshape in fp32 contiguous, which layer {name}"):
+        step(rolled(UNSEEN, name), bare)
+
+
+def test_an_operator_that_moves_next_to_nothing_may_be_unmeasured():
+    bare = msgspec.structs.replace(
+        PROFILE, operators=tuple(t for t in PROFILE.operators if t.operator.kind is not LayerKind.LINEAR)
+    )
+    linear = next(layer for layer in UNSEEN.layers if layer.kind is LayerKind.LINEAR)
+    assert linear.input_elements < 0.001 * sum(layer.output_elements for layer in UNSEEN.layers)
+    assert next(t.forward_s for t in step(UNSEEN, bare).layers if t.layer == linear.name) == 0
