@@ -36,8 +36,11 @@ class ShapedTracer(Tracer):
     """Knows the shapes while it traces, so that Python may look at them: `assert x.shape[1] == 64`, `len`, `range`.
 
     What was looked at stands in `looked`: node name → whether as a truth value or as a number. The graph holds for
-    networks and images where these are the same.
+    networks and images where these are the same. Buffers become nodes as parameters do, so that methods of theirs can
+    be given shapes.
     """
+
+    proxy_buffer_attributes = True
 
     def __init__(self, model: nn.Module, images_shape: tuple[int, ...]) -> None:
         super().__init__()

@@ -360,7 +360,8 @@ class Propagation(fx.Interpreter):
             return state.opaque(x, value, f"{self.op} is a grouped transposed convolution")
         outputs = state.axis(name, 1 if transposed else 0, out_channels)
         if groups == 1:
-            inputs = state.axis(name, 0 if transposed else 1, in_channels)
+            was_grouped = state.seed is not None and (name, -1) in state.seed  # and one group is left
+            inputs = state.axis(name, -1 if was_grouped else 0 if transposed else 1, in_channels)
         else:  # whole groups go together
             inputs = state.axis(name, -1, in_channels)
             state.unite(inputs.view(groups, -1)[:, :1], inputs.view(groups, -1))

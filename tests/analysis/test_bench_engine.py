@@ -24,4 +24,8 @@ def test_it_prints_ratios_and_the_flat_regulariser_needs_at_most_20_launches(
 def test_the_survey_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_engine.main(["--names", "resnet20", "resnet19", "--out", str(tmp_path / "survey.csv")]) == 0
     assert "1 of 2 networks prune exactly" in capsys.readouterr().out
-    assert len((tmp_path / "survey.csv").read_text().splitlines()) == 3
+    written = (tmp_path / "survey.csv").read_text()
+    assert len(written.splitlines()) == 3
+    assert bench_engine.main(["--names", "resnet20", "resnet19", "--out", str(tmp_path / "survey.csv")]) == 0
+    assert "1 of 2 networks prune exactly" in capsys.readouterr().out
+    assert (tmp_path / "survey.csv").read_text() == written

@@ -201,6 +201,32 @@ def wrapped(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return mean(x) + m.own(y)
 
 
+class SamePadding(nn.Conv2d):
+    """A convolution of the user's own, which fx looks into."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, _ = x.size()[-2:]
+        pad = self.kernel_size[0] // 2
+        x = F.pad(x, [pad, pad, pad, pad]) if height > pad else x
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Places(nn.Module):
+    """Coordinates as a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid: Tensor
+        self.register_buffer("grid", torch.stack(torch.meshgrid(torch.rand(8), torch.rand(8), indexing="ij"))[None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.grid.expand(x.shape[0], -1, -1, -1)], dim=1)
+
+
+def coordinates(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return m.places(x * y)
+
+
 def own() -> nn.Module:
     """A convolution between `y` and the sum, so that `b` is not bound to `a`."""
     return nn.Conv2d(8, 8, 1)
@@ -253,6 +279,10 @@ CASES = {
     "groups in the code": Case(
         lambda: User(grouped_by_code, grouped=torch.randn(8, 2, 3, 3)), "c", "a", "would mix up the channels"
     ),
+    "groups of a convolution that is traced": Case(
+        lambda: User(lambda m, x, y: m.same(x) + y, same=SamePadding(8, 8, 3, groups=4)), "a b c"
+    ),
+    "coordinates joined": Case(lambda: User(coordinates, places=Places()), "a b c"),
     "normalised": Case(lambda: User(norms, own=own()), "b c", "a", "combines these channels"),
     "stacked": Case(lambda: User(stacked, mixing=torch.zeros(2)), "a b c"),
     "stacked and interleaved": Case(lambda: User(interleaved), "a b c"),

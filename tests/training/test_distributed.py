@@ -57,8 +57,9 @@ def test_a_team_has_the_loss_curve_of_one_process_with_the_same_global_mini_batc
     assert any(epoch.time.exposed_communication_s > 0 for epoch in trace.epochs)
 
 
-def test_with_batch_norm_a_team_learns_and_stores_a_network_that_all_ranks_agree_on(tmp_path):
-    assert run_team(2, tmp_path / "run", profile=False, ema_decay=0.9) == [0, 0]
+@pytest.mark.parametrize("compiled", [{}, {"compile": True, "compile_backend": "aot_eager"}])
+def test_with_batch_norm_a_team_learns_and_stores_a_network_that_all_ranks_agree_on(tmp_path, compiled):
+    assert run_team(2, tmp_path / "run", profile=False, ema_decay=0.9, **compiled) == [0, 0]
     trace = ptsim.read_trace(tmp_path / "run")
     assert trace.epochs[-1].train_loss < trace.epochs[0].train_loss
     assert sum(r.channels_removed for r in trace.reconfigurations) > 0
