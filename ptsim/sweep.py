@@ -54,7 +54,10 @@ _ROW = b'{"index":'  # how every line of results begins
 
 
 def _bytes(text: str) -> int:
-    return round(parse_quantity(text, "bytes"))
+    number = parse_quantity(text, "bytes")
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return round(number)
 
 
 def _whole(text: str) -> int:
@@ -413,6 +416,8 @@ def _known_rows(out: Path) -> dict[str, dict[str, Any]]:
     """Rows that earlier runs computed, by key; failed ones are tried again."""
     if not out.exists():
         return {}
+    if not out.is_file():
+        raise FileFormatError(out, "is no file; results are lines of a file")
     *lines, torn = out.read_bytes().split(b"\n")
     if not torn.startswith(_ROW[: len(torn)]):
         raise FileFormatError(out, "not a line of sweep results", line=len(lines) + 1)

@@ -26,6 +26,7 @@ from ptsim.trace.io import Trace
 from ptsim.trace.schema import Profile
 
 SCHEMA = "0.0.4"
+_MOST_RANKS = 16_384
 _COMP_NODE, _COMM_COLL_NODE = 4, 7
 _ALL_REDUCE = 0
 _INT64, _UINT64, _BOOL, _STRING = 9, 13, 27, 29  # fields of AttributeProto
@@ -148,11 +149,11 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
         num_gpus: ranks; None means as many as were recorded, but at least two, because a single one reduces nothing.
 
     Raises:
-        UsageError: no epochs, no GPUs, or a folder that cannot be written.
+        UsageError: no epochs, no GPUs or too many, or a folder that cannot be written.
     """
     ranks = max(trace.run.world_size, 2) if num_gpus is None else num_gpus
-    if ranks < 1:
-        raise UsageError(f"gpus is {ranks}, expected at least 1")
+    if not 1 <= ranks <= _MOST_RANKS:
+        raise UsageError(f"gpus is {ranks:,}, expected 1 to {_MOST_RANKS:,}: every rank is a file per architecture")
     if not trace.epochs:
         raise UsageError(f"{trace.path} holds no epoch, so there is no step to export")
     profiles = {(profile.architecture, profile.batch): profile for profile in trace.profiles}
