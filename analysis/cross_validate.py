@@ -218,7 +218,7 @@ convolutions are known from one network only, grouped ones from none. What the h
 visible in these rows: it is assumed, and the interval of steps that wait for the host is wider by that assumption.
 
 The form of the model, its priors and the weights of the rows were chosen while looking at these same cross-validation
-errors, over about sixteen versions, so they are somewhat optimistic for rows from elsewhere. So was the interval's
+errors, over about seventeen versions, so they are somewhat optimistic for rows from elsewhere. So was the interval's
 scale, of four: with the variance of all residuals, which two odd rows decide, it covered 96 % where networks or GPUs
 are left out; with plain quantiles 86 and 71 %; with the middle 68 % of the residuals 96 and 91 %. The EfficientNet rows
 were added by us, from two public sources, after the first versions predicted such networks 1.4 to 1.6 times too fast;

@@ -29,6 +29,9 @@ OUT = Path(__file__).parent.parent / "ptsim" / "costs" / "efficiency.toml"
 PRIORS = {
     "simt": (0.9, 0.1),  # hand-written sgemm sustains nine tenths of the peak
     "tensor": (0.9, 0.1),
+    # cuBLAS in fp32: 24 TFLOP/s on RTX 3090, 53 to 55 on RTX 4090, 18.9 of 19.5 on A100 (github.com:
+    # mli/transformers-benchmarks issue 3, zzc0721/torch-performance-test-data issue 78, Yinghan-Li/YHs_Sample issue 4).
+    "wide": (0.7, 0.07),
     "feed_bytes_per_clock": (
         16,
         0.7,

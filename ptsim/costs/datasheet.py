@@ -32,6 +32,8 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     Attributes:
         simt, tensor: share of the peak that the inner loop of a product sustains, on CUDA cores and tensor cores.
+        wide: rate of products on the CUDA cores of SMs with 128 of them (from GA102 on), which share the registers' and
+            the shared memory's bandwidth of 64, relative to what they promise.
         feed_bytes_per_clock: operand bytes that one SM takes in per clock.
         ramp: extra depth k that a tile's start and end cost.
         latency: blocks' worth of time that an SM idles before its first result.
@@ -55,6 +57,7 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     simt: float
     tensor: float
+    wide: float
     feed_bytes_per_clock: float
     ramp: float
     latency: float
@@ -126,6 +129,7 @@ class Chip(msgspec.Struct, frozen=True, kw_only=True):
         tensor: the products run on tensor cores.
         boosts: 1 where the board clocks beyond its stated boost clock.
         pascal: 1 for that generation's memory controller.
+        wide: 1 where an SM has 128 fp32 lanes behind the operand paths of 64.
         free: 1 where products may run on CUDA cores too: tf32 is allowed, not demanded, and the faster kernel is taken.
         power_ratio: power per SM and clock relative to the generation's best-fed board, at most 1.
     """
@@ -141,6 +145,7 @@ class Chip(msgspec.Struct, frozen=True, kw_only=True):
     power_ratio: Floats | float
     boosts: Floats | float
     pascal: Floats | float
+    wide: Floats | float
     free: Floats | float
 
 
@@ -158,6 +163,7 @@ _FULL_POWER = {
 _TENSOR_SINCE = {Precision.FP16: "volta", Precision.BF16: "ampere", Precision.TF32: "ampere"}
 _GENERATIONS = ("cpu", "pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell")
 _ISSUE = 128  # threads per clock and SM whose instruction issues, from Volta on: four schedulers of a warp
+_SINCE_AMPERE = ("ampere", "ada", "hopper", "blackwell")
 _TILES = ((256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 128), (64, 32), (32, 32))
 # Standard deviation of the logarithm of time of what the rows of the fit hold little or nothing of. Depthwise
 # convolutions: of one network only, whose rows scatter by ±0.2 with half of their time in them. The others are assumed:
@@ -191,6 +197,7 @@ def chip_of(device: Device, precision: Precision) -> Chip:
         l2_bytes=float(device.l2_bytes),
         boosts=float(device.boosts_beyond),
         pascal=float(device.architecture == "pascal"),
+        wide=float(device.architecture in _SINCE_AMPERE and simt > 200 * num_sms * clock_hz),
         free=float(precision is Precision.TF32),
         power_ratio=min(1.0, power / _FULL_POWER.get(device.architecture, power)),
     )
@@ -228,7 +235,8 @@ def _product_seconds(kernels: Kernels, chip: Chip, e: Efficiency) -> Floats:
     clock = chip.clock_hz * np.asarray(chip.power_ratio) ** e.throttle * (1 + (e.boost - 1) * np.asarray(chip.boosts))
     rate = chip.peak_flops_per_s / (chip.num_sms * chip.clock_hz)  # FLOP per SM and clock
     tensor = np.asarray(chip.tensor) > 0
-    flops_clocks = 1 / (rate * np.where(tensor, e.tensor, e.simt))
+    lanes = e.simt * (1 + (e.wide - 1) * np.asarray(chip.wide))
+    flops_clocks = 1 / (rate * np.where(tensor, e.tensor, lanes))
     m, n, k = np.maximum(kernels.m, 1), np.maximum(kernels.n, 1), np.maximum(kernels.k, 1)
     grain = np.where(tensor, 16 / kernels.element_bytes, 1)  # tensor cores load 16 bytes of depth at once
     depth = np.ceil(k / grain) * grain

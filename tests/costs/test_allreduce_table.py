@@ -26,9 +26,14 @@ POWERS = [2**k for k in range(6, 27)]
 
 def test_one_protocol_is_met_exactly_between_and_beyond() -> None:
     line = table([1000, 4000, 64000], [11e-6, 14e-6, 74e-6])
-    for size in (2000, 30000, 640000):
+    for size in (1, 500, 2000, 30000, 640000):
         assert table_seconds(line, size) == pytest.approx(10e-6 + size / 1e9)
-    assert table_seconds(line, 1) == pytest.approx(11e-6)
+
+
+def test_below_a_table_of_large_messages_time_goes_on_falling_and_is_less_sure() -> None:
+    large = table([2**25, 2**26], [180e-6, 400e-6])  # 40 µs less than nothing at 0 bytes
+    assert table_seconds(large, 2**24) == pytest.approx(90e-6)
+    assert table_sigma(large, 2**20) > table_sigma(large, 2**24) > table_sigma(large, 2**25)
 
 
 def test_every_other_size_is_recovered_across_a_protocol_switch() -> None:
@@ -73,5 +78,5 @@ def test_any_table_gives_a_positive_time_within_its_range(times: list[float], si
     sizes = [2 ** (10 + 2 * k) for k in range(len(times))]
     seconds = table_seconds(table(sizes, times), size)
     assert seconds > 0
-    if size <= sizes[-1]:
+    if sizes[0] <= size <= sizes[-1]:
         assert min(times) * 0.999 <= seconds <= max(times) * 1.001

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptsim.costs.datasheet import Interval, chip_of, datasheet_step, kernel_seconds, load_fit, uses_tensor_cores
-from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels
+from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels, product_kernels
 from ptsim.costs.step import StepSetting, Tier, step_time
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import device_names, load_device
@@ -92,6 +92,23 @@ def test_devices_come_in_the_order_that_their_sheets_say(slower, faster, precisi
     setting = StepSetting(batch=256, precision=precision, memory_format="channels_last")
     times = [datasheet_step(WIDE, load_device(name), setting).compute_s for name in (slower, faster)]
     assert times[1] < times[0]
+
+
+# cuBLAS, square products of 8192: github.com/mli/transformers-benchmarks issue 3 and, for the RTX 4090,
+# github.com/zzc0721/torch-performance-test-data issue 78.
+@pytest.mark.parametrize(
+    ("name", "precision", "measured_flops_per_s"),
+    [
+        ("3090", Precision.FP32, 24e12),
+        ("4090", Precision.FP32, 53.4e12),
+        ("4090", Precision.TF32, 85.7e12),
+        ("4090", Precision.FP16, 155.5e12),
+    ],
+)
+def test_large_products_reach_on_consumer_boards_what_cublas_was_seen_to_reach(name, precision, measured_flops_per_s):
+    product = next(product_kernels(8192, 8192, 8192, element=precision.activation_bytes))
+    took = kernel_seconds(Kernels.of([product]), chip_of(load_device(name), precision), load_fit().efficiency)[0]
+    assert 2 * 8192**3 / took == pytest.approx(measured_flops_per_s, rel=0.15)
 
 
 def test_tf32_is_allowed_and_not_demanded():
