@@ -60,6 +60,9 @@ class ChannelGroups:
         reasons: text; `reason_of` holds an index into it per component, −1 where the component is prunable.
         sensitive: per component: passes an operator (reshape, chunk, …) whose meaning depends on the channel count;
             `sensitive_sets` are the components that pass one of them together.
+        folds: components as an operator folds them (`State.fold`).
+        parts: `axes` before channels were tied to each other so that a fold stays in order.
+        part_of: component of every part.
     """
 
     input_shape: tuple[int, int, int]
@@ -70,6 +73,9 @@ class ChannelGroups:
     reason_of: Tensor
     sensitive: Tensor
     sensitive_sets: tuple[Tensor, ...]
+    folds: tuple[Tensor, ...]
+    parts: dict[AxisKey, Tensor]
+    part_of: Tensor
     graph: fx.GraphModule = dataclasses.field(repr=False)
     shapes_only: bool = True
 
@@ -213,6 +219,9 @@ def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphMo
         reason_of=reason_of,
         sensitive=sensitive,
         sensitive_sets=sensitive_sets,
+        folds=tuple(component_of[slots] for slots in state.folds),
+        parts=axes,
+        part_of=torch.arange(num_components),
         graph=graph,
     )
 
@@ -220,15 +229,15 @@ def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphMo
 def misaligned(
     bones: nn.Module, groups: ChannelGroups, removed: Tensor, operation: Callable[[nn.Module], object] | None = None
 ) -> Tensor | None:
-    """The components that would be mixed up if those in the mask `removed` were gone; None if the network would fail.
+    """The parts that would be mixed up if the components of the mask `removed` were gone; None if the network fails.
 
     `operation` takes them out of a copy; by default a plain cut.
     """
     smaller = copy.deepcopy(bones)
     seed = {}
     for key, components in groups.axes.items():
-        kept = components[~removed[components]]
-        seed[key] = torch.where(groups.prunable[kept], kept, torch.full_like(kept, -1))
+        kept = ~removed[components]
+        seed[key] = torch.where(groups.prunable[components], groups.parts[key], -1)[kept]
     try:
         if operation is None:
             cut_model(smaller, groups.cut_for(removed))
@@ -240,15 +249,21 @@ def misaligned(
     return state.misaligned
 
 
-def _freeze_misaligned(bones: nn.Module, groups: ChannelGroups) -> ChannelGroups:
-    """Refuse the components whose removal a reshape, chunk or index of the model's code would not follow.
+MIXED_UP = "a reshape, split or index of the model's code would mix up the channels that are left"
+ALL_OR_NONE = "a reshape, split or index of the model's code lets these channels go only all together"
+
+
+def _freeze_misaligned(bones: nn.Module, base: ChannelGroups) -> ChannelGroups:
+    """Tie or refuse the components whose removal a reshape, chunk or index of the model's code would not follow.
 
     Tried out rather than derived: random halves are removed from the shapes, and the labels of what is left compared.
-    Whatever passes an operator together with a component that gets mixed up is refused with it.
+    Channels that get mixed up are tied to each other along one axis of the fold they pass; if no axis helps, whatever
+    passes an operator together with them is refused.
     """
-    reasons = (*groups.reasons, "a reshape, split or index of the model's code would mix up the channels that are left")
+    base = dataclasses.replace(base, reasons=(*base.reasons, MIXED_UP, ALL_OR_NONE))
     generator = torch.Generator().manual_seed(0)
-    successes = 0
+    ties: dict[int, int] = {}  # fold → the axis along which channels may go
+    groups, successes = base, 0
     while True:
         suspects = groups.sensitive & groups.prunable
         # Parts of equal size may pass by chance: in small networks, where a try is quick, more of them are made.
@@ -258,25 +273,74 @@ def _freeze_misaligned(bones: nn.Module, groups: ChannelGroups) -> ChannelGroups
         if wrong is not None and len(wrong) == 0:
             successes += 1
             continue
-        refused = _refused(bones, groups, suspects, wrong, generator)
-        reason_of = torch.where(refused, len(reasons) - 1, groups.reason_of)
-        groups = dataclasses.replace(groups, reasons=reasons, reason_of=reason_of, prunable=reason_of < 0)
-        successes = 0
-    return groups
+        mixed = suspects.clone()
+        if wrong is not None:
+            mixed[:] = False
+            mixed[groups.part_of[wrong[wrong >= 0]]] = True
+        untried = [i for i, fold in enumerate(groups.folds) if ties.get(i, fold.ndim) > 0 and bool(mixed[fold].any())]
+        if untried:
+            ties |= {i: ties.get(i, base.folds[i].ndim) - 1 for i in untried}
+        else:
+            refused = _refused(bones, groups, suspects, None if wrong is None else mixed, generator)
+            base = _without(base, refused[groups.part_of], MIXED_UP)
+        groups, successes = _tied(base, ties), 0
+    if not ties:
+        return groups
+    together = torch.zeros_like(groups.prunable)
+    for layer in groups.layers:
+        for axis in (layer.inputs, layer.outputs):
+            if len(axis) > 1 and bool((axis == axis[0]).all()):
+                together[axis[0]] = True
+    return _without(groups, together & groups.prunable, ALL_OR_NONE)
+
+
+def _without(groups: ChannelGroups, refused: Tensor, reason: str) -> ChannelGroups:
+    reason_of = torch.where(refused & (groups.reason_of < 0), groups.reasons.index(reason), groups.reason_of)
+    return dataclasses.replace(groups, reason_of=reason_of, prunable=reason_of < 0)
+
+
+def _tied(base: ChannelGroups, ties: dict[int, int]) -> ChannelGroups:
+    """The groups with all channels of one index along the chosen axis of every fold tied to each other."""
+    if not ties:
+        return base
+    pairs = []
+    for index, axis in ties.items():
+        rows = base.folds[index].movedim(axis, 0).flatten(1)
+        pairs.append(torch.stack([rows[:, :1].expand_as(rows).flatten(), rows.flatten()]))
+    first, second = torch.cat(pairs, dim=1).numpy()
+    count = base.num_components
+    matrix = coo_matrix((np.ones(len(first), dtype=np.int8), (first, second)), shape=(count, count))
+    number, labels = connected_components(matrix, directed=False)
+    part_of = torch.from_numpy(labels.astype(np.int64))
+    reason_of = torch.full((number,), -1).scatter_reduce(0, part_of, base.reason_of, "amax")
+    sensitive = torch.zeros(number, dtype=torch.bool)
+    sensitive[part_of[base.sensitive]] = True
+    return dataclasses.replace(
+        base,
+        axes={key: part_of[axis] for key, axis in base.axes.items()},
+        layers=tuple(
+            dataclasses.replace(layer, inputs=part_of[layer.inputs], outputs=part_of[layer.outputs])
+            for layer in base.layers
+        ),
+        prunable=reason_of < 0,
+        reason_of=reason_of,
+        sensitive=sensitive,
+        sensitive_sets=tuple(part_of[members] for members in base.sensitive_sets),
+        folds=tuple(part_of[fold] for fold in base.folds),
+        part_of=part_of,
+    )
 
 
 def _refused(
-    bones: nn.Module, groups: ChannelGroups, suspects: Tensor, wrong: Tensor | None, generator: torch.Generator
+    bones: nn.Module, groups: ChannelGroups, suspects: Tensor, mixed: Tensor | None, generator: torch.Generator
 ) -> Tensor:
     """A mask of some suspects, never empty."""
     refused = torch.zeros_like(suspects)
-    if wrong is None:  # the network fails without saying where: try what hangs together
+    if mixed is None:  # the network fails without saying where: try what hangs together
         for mask in _clusters(groups, suspects):
             if misaligned(bones, groups, _random_part(groups, mask, generator)) is None:
                 refused |= mask
     else:
-        mixed = torch.zeros_like(suspects)
-        mixed[wrong[wrong >= 0]] = True
         for members in groups.sensitive_sets:
             if bool(mixed[members].any()):
                 refused[members] = True

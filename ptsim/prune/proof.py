@@ -199,7 +199,7 @@ def _smallest_equivalent(network: nn.Module, groups: ChannelGroups) -> tuple[int
     for side in SMALL_SIDES:
         if side < min(height, width):
             axes = axes_for(network, (channels, side, side))
-            if axes.keys() == groups.axes.keys() and all(torch.equal(axes[key], groups.axes[key]) for key in axes):
+            if axes.keys() == groups.parts.keys() and all(torch.equal(axes[key], groups.parts[key]) for key in axes):
                 return (channels, side, side)
     return groups.input_shape
 

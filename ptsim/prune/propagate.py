@@ -608,9 +608,15 @@ class Propagation(fx.Interpreter):
                 assert isinstance(label, Tensor), "the others are handled above"
                 self.state.sensitive(label)
         try:
-            return self._moved(node, target, {n: self.labels[n] for n in inputs})
+            moved_label = self._moved(node, target, {n: self.labels[n] for n in inputs})
         except (RuntimeError, TypeError):  # it does not move whole numbers
             return self._opaque(node, value, f"{self.op} has no rule")
+        if not safe and isinstance(first, Tensor):
+            groups = getattr(target, "groups", None)  # of a module that shuffles
+            if _name(node) == "channel_shuffle":
+                groups = self._argument(node, 1, "groups")
+            self.state.fold(first, moved_label, groups)
+        return moved_label
 
     def _moved(self, node: fx.Node, target: Any, labels: Mapping[fx.Node, Any]) -> Label:
         def argument(n: fx.Node) -> Any:
@@ -712,6 +718,7 @@ class State:
         self.reasons: list[str] = []
         self.layers: dict[str, Weighted] = {}
         self.sensitive_slots: list[Tensor] = []
+        self.folds: list[Tensor] = []
 
     def axis(self, name: str, dim: int, size: int) -> Tensor:
         """The slots of one axis (dim −1: the input channels of a grouped convolution), made at the first call."""
@@ -790,6 +797,28 @@ class State:
         if label.numel() > 1:
             slots = label.flatten()
             self.sensitive_slots.append(_distinct(slots[slots >= 0]))
+
+    def fold(self, before: Tensor, after: Label, groups: int | None) -> None:
+        """Note how an operator folds one axis of channels into several, or cuts it into equal parts.
+
+        If channels go in step (all with one index along one of the folded axes), the operator's result stays in order.
+        """
+        size = before.numel()
+        folded: Tensor | None = None
+        if size < 2 or max(before.shape) < size or bool((before < 0).any()):
+            return
+        if groups is not None and size % groups == 0:
+            folded = before.reshape(groups, -1)
+        elif isinstance(after, Tensor):
+            folded = after.reshape([n for n in after.shape if n > 1])
+            if folded.ndim < 2 and size % max(1, after.numel()) == 0:  # a slice
+                folded = before.reshape(-1, max(1, after.numel()))
+        elif isinstance(after, tuple):
+            parts = [part.flatten() for part in after if isinstance(part, Tensor)]
+            if len({len(part) for part in parts}) == 1:
+                folded = torch.stack(parts)
+        if folded is not None and folded.ndim > 1 and min(folded.shape) > 1 and bool((folded >= 0).all()):
+            self.folds.append(folded)
 
     @property
     def misaligned(self) -> Tensor:

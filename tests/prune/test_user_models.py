@@ -241,16 +241,16 @@ class Case:
 
 
 CASES = {
-    "sum and shuffle": Case(lambda: User(shuffle), "c", "a b", "would mix up the channels"),
-    "nn.ChannelShuffle": Case(lambda: User(lambda m, x, y: m.mixed(x + y), mixed=nn.ChannelShuffle(2)), "c"),
+    "sum and shuffle": Case(lambda: User(shuffle), "a b c"),
+    "nn.ChannelShuffle": Case(lambda: User(lambda m, x, y: m.mixed(x + y), mixed=nn.ChannelShuffle(2)), "a b c"),
     "split in unequal parts": Case(
         lambda: User(unequal, narrow=nn.Conv2d(3, 2, 1)), "narrow c", "a b", "would mix up the channels"
     ),
     "slices of fixed length": Case(lambda: User(sliced, second=3), "c", "a", "would mix up the channels"),
     "slice to half": Case(
-        lambda: User(lambda m, x, y: torch.cat([x[:, : x.shape[1] // 2], y], 1)), "b c"
+        lambda: User(lambda m, x, y: torch.cat([x[:, : x.shape[1] // 2], y], 1)), "a b c"
     ),
-    "chunks swapped": Case(lambda: User(lambda m, x, y: torch.cat((x + y).chunk(2, 1)[::-1], 1)), "c"),
+    "chunks swapped": Case(lambda: User(lambda m, x, y: torch.cat((x + y).chunk(2, 1)[::-1], 1)), "a b c"),
     "cat of sums": Case(lambda: User(lambda m, x, y: torch.cat((x + y, torch.add(x, y, alpha=2), x), dim=1)), "a b c"),
     "squeeze and excite": Case(lambda: User(squeeze, down=nn.Linear(8, 4), up=nn.Linear(4, 8)), "a b c down"),
     "spatial attention": Case(
@@ -377,6 +377,16 @@ def test_a_users_network_is_reconfigured_again_and_again_and_rebuilt(name: str) 
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a normalisation would warn of a width that it does not have
             same_function(fresh, model, IMAGE)
+
+
+def test_the_channels_of_a_shuffle_are_tied_in_pairs() -> None:
+    """Eight channels in two groups of four: channel i of the one becomes the neighbour of channel i of the other."""
+    groups = find_groups(User(shuffle), IMAGE)
+    written = next(layer.outputs.tolist() for layer in groups.layers if layer.layer == "a")
+    assert written[:4] == written[4:]
+    assert len(set(written)) == 4
+    read = next(layer.inputs.tolist() for layer in groups.layers if layer.layer == "c")
+    assert read == [written[i] for i in (0, 0, 1, 1, 2, 2, 3, 3)]
 
 
 class Flagged(nn.Module):
