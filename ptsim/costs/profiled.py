@@ -36,8 +36,8 @@ def profiled_step(network: Network, profile: DeviceProfile, setting: StepSetting
     """One training step, from what was measured on the profile's device.
 
     The interval is 90 %: the fastest and slowest step where the network was measured whole. Otherwise it comes from
-    the leave-one-out errors, taken as common to the operators of a family and independent between families, and from
-    the spread of whole steps around the sums of their layers.
+    the leave-one-out errors, taken as common to the operators of a family and independent between families, from
+    the spread of whole steps around the sums of their layers, and from that of the steps of one network.
 
     Args:
         network: what is trained.
@@ -113,7 +113,7 @@ class _Device:
             regularizer_s = measured.regularizer_s if regularizer and measured.regularizer_s else regularizer_s
         else:
             ratios, ratio_error = self._ratios(forward_s + backward_s, len(network.layers))
-            error = math.hypot(_common_error(estimates), ratio_error)
+            error = math.hypot(_common_error(estimates), ratio_error, self._jitter())
             low, high = math.exp(-_Z90 * error), math.exp(_Z90 * error)
             launched_s = sum(self._host_s.get(layer.kind, 0.0) for layer in network.layers)
             kernels_s = forward_s * ratios[0] + backward_s * ratios[1]
@@ -194,6 +194,11 @@ class _Device:
         means = float(np.average(forward, weights=weights)), float(np.average(backward, weights=weights))
         variance = float(np.average((np.array(backward) - means[1]) ** 2, weights=weights))
         return (math.exp(means[0]), math.exp(means[1])), math.sqrt(variance)
+
+    def _jitter(self) -> float:
+        """Standard deviation of the logarithm of whole steps, from the ranges in which 90 % of them lay; the median."""
+        spreads = [math.log(step.step_high_s / step.step_low_s) / (2 * _Z90) for step in self._steps]
+        return statistics.median(spreads) if spreads else 0.0
 
     def _fitted(self, network: Network, seconds_of: Callable[[StepMeasurement], float | None], missing: str) -> float:
         """What whole steps took for something that grows with parameters and tensors."""

@@ -512,7 +512,10 @@ def mean_time(times: Sequence[OperatorTime]) -> OperatorTime:
 
 
 def with_round(steps: Sequence[StepMeasurement], new: StepMeasurement) -> tuple[StepMeasurement, ...]:
-    """The steps with one more round of one network: all its times become the means over its rounds."""
+    """The steps with one more round of one network: all its times become the means over its rounds.
+
+    The range of its steps becomes that of all rounds together, so that it holds what the device's speed drifted.
+    """
     key = (new.architecture, new.setting, new.batch, new.optimizer)
     old = next((step for step in steps if (step.architecture, step.setting, step.batch, step.optimizer) == key), None)
     if old is None:
@@ -531,5 +534,10 @@ def with_round(steps: Sequence[StepMeasurement], new: StepMeasurement) -> tuple[
         num_rounds=num_rounds,
         peak_memory_bytes=max(filter(None, (old.peak_memory_bytes, new.peak_memory_bytes)), default=None),
         **{field: mean(field) for field in StepMeasurement.__struct_fields__ if field.endswith("_s")},
+    )
+    joined = msgspec.structs.replace(
+        joined,
+        step_low_s=min(old.step_low_s, new.step_low_s),
+        step_high_s=max(old.step_high_s, new.step_high_s),
     )
     return tuple(joined if step is old else step for step in steps)

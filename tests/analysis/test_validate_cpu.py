@@ -4,11 +4,10 @@ from analysis.validate_cpu import TakingTurns, main
 from ptsim.measure import calibrate
 
 
-@pytest.mark.parametrize("order", [[], ["--in-order"]])
-def test_calibrating_training_and_predicting_is_one_command(tmp_path, monkeypatch, capsys, order):
+def test_calibrating_training_and_predicting_is_one_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "_MIN_STEPS_S", 0.0)
     small = ["--dataset", "digits", "--batch", "16", "--epochs", "2", "--interval", "1", "--train-limit", "48"]
-    (result,) = main(["--folder", str(tmp_path), *small, *order])
+    (result,) = main(["--folder", str(tmp_path), *small])
     assert result.source == "device profile"
     assert result.tiers == ("profiled",)
     assert [run.dense for run in result.runs] == [True, False]

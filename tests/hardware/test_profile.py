@@ -10,8 +10,10 @@ from ptsim.hardware.profile import (
     OperatorTime,
     Setting,
     StepMeasurement,
+    mean_time,
     merge_operators,
     read_device_profile,
+    with_round,
     write_device_profile,
 )
 from ptsim.network import LayerKind, Precision
@@ -159,3 +161,24 @@ def test_of_two_measurements_of_one_operator_the_new_one_stays():
     again = msgspec.structs.replace(CONV, forward_s=7.0)
     inside = msgspec.structs.replace(CONV, context="step")
     assert merge_operators([CONV, inside], [again]) == (again, inside)
+
+
+def test_a_further_round_makes_means_and_widens_the_range_of_the_steps():
+    slower = msgspec.structs.replace(
+        STEP, forward_s=4 * STEP.forward_s, step_low_s=2 * STEP.step_low_s, step_high_s=2 * STEP.step_high_s
+    )
+    (twice,) = with_round((STEP,), slower)
+    (thrice,) = with_round((twice,), slower)
+    assert thrice.forward_s == pytest.approx(3 * STEP.forward_s)  # (1 + 4 + 4) / 3
+    assert thrice.backward_s == pytest.approx(STEP.backward_s)
+    assert (thrice.num_rounds, thrice.num_samples) == (3, 3 * STEP.num_samples)
+    assert (thrice.step_low_s, thrice.step_high_s) == (STEP.step_low_s, 2 * STEP.step_high_s)
+    other = msgspec.structs.replace(STEP, architecture="another")
+    assert with_round((STEP,), other) == (STEP, other)
+
+
+def test_repeated_measurements_of_an_operator_become_their_mean():
+    time = OperatorTime(operator=CONV.operator, forward_s=1.0, backward_s=None, host_s=0.5)
+    again = msgspec.structs.replace(time, forward_s=3.0, backward_s=2.0, host_s=None)
+    mean = mean_time([time, again])
+    assert (mean.forward_s, mean.backward_s, mean.host_s) == (2.0, 2.0, 0.5)
