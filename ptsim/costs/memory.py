@@ -54,6 +54,7 @@ _FP32_OPS_GPU = frozenset(
 )
 _FP32_OPS_CPU = frozenset({"avg_pool3d", "grid_sampler", "prod"})
 _HALF_KINDS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
+_SWIN_OP, _SWIN_HEAD_CHANNELS = "shifted_window_attention", 32  # in all of torchvision's Swin transformers
 _PASSING_OPS = frozenset({"add", "sub"})  # their gradient is the gradient they get
 
 
@@ -219,7 +220,8 @@ class _Widths:
                 elements = max(elements, layer.input_elements)
         elif self._half:
             width = max(given)
-        return batch * (elements * width + layer.saved_other_bytes) + layer.saved_fixed_bytes
+        softmax = 4 * _swin_scores(layer) if self._half and layer.op == _SWIN_OP else 0
+        return batch * (elements * width + softmax + layer.saved_other_bytes) + layer.saved_fixed_bytes
 
     def _cast_elements(self, layer: Layer) -> int:
         """Elements of the inputs that autocast converts to half precision."""
@@ -398,6 +400,18 @@ class _Walk:
 
     def _see(self, num_bytes: int) -> None:
         self.peak = max(self.peak, num_bytes)
+
+
+def _swin_scores(layer: Layer) -> int:
+    """Attention scores of one image in torchvision's window attention, which is one operator of the graph.
+
+    Its bias is fp32, so under autocast the softmax is too: 4 bytes are kept, and a copy in half precision for the
+    product, 4 more than the 2 that the operator's other tensors take. A score costs two products over a head's
+    channels; what is left of the operator's MACs are the four projections.
+    """
+    channels = layer.output_shape[-1]
+    projections = 4 * channels * layer.output_elements
+    return max(0, layer.forward_macs - projections) // (2 * _SWIN_HEAD_CHANNELS)
 
 
 def sources_of(network: Network) -> dict[str, list[str]]:

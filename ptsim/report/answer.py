@@ -81,6 +81,11 @@ def projected_answer(
     """
     best = fastest(savings, gpus)
     run = runs[runs.run == best.run].iloc[0]
+    settings = averaged(savings[savings.gpus == gpus], ["setting"])
+    name = best.setting if len(settings) > 1 else "PruneTrain"
+    none_saves = ""
+    if len(settings) > 1 and (settings.saved_fraction < _OPEN).all():
+        none_saves = f" None of the {len(settings)} pruned settings saves time there; this one comes nearest."
     origin = f"projected, tier: {best.tier}"
     tiles = [
         _time_tile(best, origin),
@@ -90,9 +95,9 @@ def projected_answer(
         *_bytes_tiles(best, gpus),
     ]
     return Answer(
-        before=f"On {gpus:,} × {best.device} ({best.cluster}), PruneTrain trains {run.model} on {run.dataset} in ",
+        before=f"On {gpus:,} × {best.device} ({best.cluster}), {name} trains {run.model} on {run.dataset} in ",
         emphasis=f"{format_seconds(best.pruned_seconds)} instead of {format_seconds(best.dense_seconds)}",
-        after=_verdict(best) + _price_in_accuracy(best),
+        after=_verdict(best) + _price_in_accuracy(best) + none_saves,
         tiles=tuple(tiles),
         certainty=_certainty(best, savings, gpus)
         + checked(validation)
@@ -104,8 +109,12 @@ def projected_answer(
 
 
 def fastest(savings: pd.DataFrame, gpus: int) -> pd.Series:
-    """The pruned setting that takes the least time on `gpus` GPUs, its repeats averaged."""
-    settings = averaged(savings[savings.gpus == gpus], ["setting"])
+    """The pruned setting that takes the least time on `gpus` GPUs, its repeats averaged.
+
+    Among those that shrank while they trained, if any did: a run that is pruned at its end can only save at inference.
+    """
+    rows = savings[savings.gpus == gpus]
+    settings = averaged(rows[rows.shrank] if rows.shrank.any() else rows, ["setting"])
     return settings.sort_values("pruned_seconds").iloc[0]
 
 
@@ -144,7 +153,7 @@ def _certainty(best: pd.Series, savings: pd.DataFrame, gpus: int) -> str:
         + (f"; it may be no {'saving' if best.saved_fraction > 0 else 'loss'} at all. " if _is_open(best) else ". ")
         + TIER_WORDS[best.tier].capitalize()
         + "."
-        + (f" Of {settings} pruned settings, this is the fastest there: {best.setting}." if settings > 1 else "")
+        + (f" Of {settings} pruned settings, the fastest there is shown: {best.setting}." if settings > 1 else "")
     )
 
 

@@ -141,10 +141,10 @@ def make_report(
         projections=projections,
         savings=savings,
         sections=(
-            sections.time_section(labelled, projector, sizes, focus),
+            sections.time_section(labelled, projector, sizes, focus, shown),
             sections.scaling_section(projections, savings),
             sections.layers_section(shown, projector),
-            sections.costs_section(runs),
+            sections.costs_section(runs, shown),
             sections.runs_section(runs, comparisons),
             sections.validation_section([run.trace for run in labelled if run.trained], validation, reason),
             methods.assumptions_section(labelled, projector, focus),

@@ -459,7 +459,7 @@ def legend_above(axes: Axes) -> None:
     """What is labelled in `axes`, in a legend above the whole figure."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        column_in = 0.6 + 0.075 * max(map(len, labels))  # the line and its gaps, and letters of 8.5 points
+        column_in = 0.6 + 0.072 * max(map(len, labels))  # the line and its gaps, and letters of 8.5 points
         columns = max(1, min(len(labels), 3, int(WIDTH_IN / column_in)))
         rows = -(-len(labels) // columns)
         figure = axes.get_figure(root=True)

@@ -181,6 +181,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     if c.trained
                     else None,
                     "whole_runs": both_whole,
+                    "shrank": len({epoch.architecture for epoch in c.pruned.epochs}) > 1,
                     "tier": str(max(dense.tier, pruned.tier, key=_rank)),
                 }
             )

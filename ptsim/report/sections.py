@@ -15,9 +15,12 @@ from ptsim.trace.io import Trace
 from ptsim.validation import Validation
 
 
-def time_section(runs: Sequence[LabelledRun], projector: Projector, gpus: Sequence[int], focus: int) -> Section:
-    """Where the time goes: by kind of work, by cluster size and by epoch."""
-    sizes = sorted({gpus[0], focus, gpus[-1]})
+def time_section(
+    runs: Sequence[LabelledRun], projector: Projector, gpus: Sequence[int], focus: int, run: LabelledRun
+) -> Section:
+    """Where the time goes: by kind of work and by cluster size of all runs, by epoch of one `run`."""
+    few = len({run.setting for run in runs}) <= 3
+    sizes = sorted({gpus[0], focus, gpus[-1]}) if few else [focus]
     breakdown = projected.breakdown_frame(runs, projector, gpus)
     shown = [
         ShownFigure(
@@ -29,18 +32,16 @@ def time_section(runs: Sequence[LabelledRun], projector: Projector, gpus: Sequen
             ),
         )
     ]
-    shrinking = [run for run in runs if is_pruned(run.trace)] or runs
-    for number, run in enumerate(shrinking[:2]):
-        if len(run.trace.epochs) > 1:
-            epochs = projected.epoch_breakdown_frame(run, projector, focus)
-            shown.append(
-                ShownFigure(
-                    name=f"epochs-{number}",
-                    title="Epoch by epoch.",
-                    caption=f"The same for “{run.label}” on {figures.gpus(focus)}, without what reconfigurations cost.",
-                    figure=figures.epoch_breakdown_figure(epochs),
-                )
+    if len(run.trace.epochs) > 1:
+        epochs = projected.epoch_breakdown_frame(run, projector, focus)
+        shown.append(
+            ShownFigure(
+                name="epochs",
+                title="Epoch by epoch.",
+                caption=f"The same for “{run.label}” on {figures.gpus(focus)}, without what reconfigurations cost.",
+                figure=figures.epoch_breakdown_figure(epochs),
             )
+        )
     wide = breakdown.pivot_table(
         index=["run", "gpus", "tier"], columns="part", values="seconds", sort=False
     ).reset_index()
@@ -115,18 +116,19 @@ def layers_section(run: LabelledRun, projector: Projector) -> Section:
     return Section(name="layers", title="By layer and epoch", figures=tuple(shown), tables=(table,))
 
 
-def costs_section(runs: Sequence[Trace]) -> Section:
-    """What shrank: FLOPs, traffic, memory, all-reduced bytes, and the clock beside them."""
+def costs_section(runs: Sequence[Trace], run: LabelledRun) -> Section:
+    """What shrank: memory and all-reduced bytes of all runs; FLOPs, traffic and the clock beside them of one `run`."""
     epochs = frames.costs_frame(runs)
     measured = "measured on the recording machine and as " if epochs.peak_memory_bytes.notna().any() else ""
     shown = []
-    for number, run in enumerate(epochs[epochs.pruned].run.unique()[:2]):
+    if is_pruned(run.trace):
         shown.append(
             ShownFigure(
-                name=f"shrinking-{number}",
+                name="shrinking",
                 title="What shrank, and what the clock saw.",
-                caption=f"Cost of an image in “{run}”, relative to its first epoch: the count and the measurement.",
-                figure=figures.shrinking_figure(epochs[epochs.run == run]),
+                caption=f"Cost of an image in “{run.label}”, relative to its first epoch: the count and the "
+                "measurement.",
+                figure=figures.shrinking_figure(epochs[epochs.run == run.label]),
             )
         )
     shown += [

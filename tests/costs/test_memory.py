@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from analysis.check_counts import compare, kept_bytes, torch_macs
+from analysis.check_counts import Subject, agreement, compare, kept_bytes, torch_macs
 from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.costs.flops import inference_macs, training_macs
@@ -68,6 +68,38 @@ def test_under_autocast_kept_bytes_are_activations_and_copies_of_the_weights(res
     copies = need.parameter_bytes - fp32.parameter_bytes
     assert copies == 2 * (270_256 + 650)
     assert (need.activation_bytes + copies) / kept == pytest.approx(1, rel=0.01)
+
+
+class MixedWidths(nn.Module):
+    """What autocast runs in both widths: LayerNorm, a scale and a score bias in fp32, softmax behind it."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 4, stride=4)
+        self.norm = nn.LayerNorm(width)
+        self.inner, self.outer = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.scale = nn.Parameter(torch.full((width,), 0.1))
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.bias = nn.Parameter(torch.zeros(64, 64))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.scale * self.outer(F.gelu(self.inner(self.norm(x))))
+        scores = torch.matmul(self.query(x), self.key(x).transpose(1, 2)) + self.bias
+        return self.head(torch.matmul(scores.softmax(-1), self.value(x)).mean(1))
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+def test_operators_of_both_widths_keep_what_torch_keeps(precision: Precision) -> None:
+    model = MixedWidths()
+    network = capture_network(model, name="m", input_shape=(3, 32, 32), num_classes=5)
+    row = agreement(Subject("m", "dense", model, network), precision=precision, batch=4)
+    assert row.kept_bytes / row.kept_bytes_torch == pytest.approx(1, abs=0.02)
+    half = precision is Precision.BF16
+    gpu = iteration_memory(network, batch=4, precision=precision, device=load_device("a100")).activation_bytes
+    cpu = iteration_memory(network, batch=4, precision=precision).activation_bytes
+    assert (gpu > cpu) == half  # a GPU's autocast normalises and exponentiates in fp32
 
 
 def test_fixed_parts_are_bytes_per_parameter(resnet: Network) -> None:
