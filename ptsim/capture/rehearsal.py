@@ -7,9 +7,12 @@ gradients by hooks on the parameters. Tests check that a run with real tensors g
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,8 +21,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ptsim.capture.graph import hollow_copy, naming_the_image, symbolic_graph
+from ptsim.errors import UnsupportedModelError
 
 Shape = tuple[int, ...]
+_FAKE_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 @dataclasses.dataclass
@@ -73,8 +78,14 @@ def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *,
         fake: without arithmetic and memory; False runs real CPU tensors, which gives the same, slower.
 
     Raises:
-        UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
+        UnsupportedModelError: torch.fx cannot trace the model, its forward fails on such an image, or a parameter has
+            no shape yet.
     """
+    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in (*model.parameters(), *model.buffers())):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has lazy modules, whose parameters have no shape yet",
+            hint="run one image through the model before it is handed over",
+        )
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.random.fork_rng()
     with warnings.catch_warnings(), mode, torch.device("cpu"), torch.enable_grad():
         warnings.simplefilter("ignore")  # the model's own: a rehearsal is not the place to repeat them
@@ -83,12 +94,23 @@ def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *,
         graph = symbolic_graph(twin, (batch, *input_shape))
         watcher = _Watcher(graph, twin)
         dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
-        with naming_the_image(model, input_shape):
+        with naming_the_image(model, input_shape), _quiet(_FAKE_LOGGER):
             with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
                 outputs = _tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype)))
             watcher.finish()
             ready = _gradient_order(twin, outputs)
     return Rehearsal(twin, graph, watcher.steps, ready)
+
+
+@contextlib.contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """What fails is raised; torch's fake tensors would log its traceback as well."""
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Watcher(fx.Interpreter):

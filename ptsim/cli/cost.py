@@ -11,6 +11,7 @@ from rich.table import Table
 from ptsim.cli.common import parse_input_shape, print_json, stdout_console
 from ptsim.costing import CostReport
 from ptsim.costing import cost as costs_of
+from ptsim.costs.memory import MOST_IMAGES
 from ptsim.units import format_bytes, format_count
 
 
@@ -109,9 +110,8 @@ def _summary(report: CostReport) -> Table:
     ]
     if report.gpu is not None:
         verdict = "fits" if report.fits else "does not fit"
-        rows.append(
-            (report.gpu, f"mini-batch {report.batch} {verdict}; the largest that fits is {report.largest_batch}")
-        )
+        most = f"{report.largest_batch:,}" + (" or more" if report.largest_batch == MOST_IMAGES else "")
+        rows.append((report.gpu, f"mini-batch {report.batch:,} {verdict}; the largest that fits is {most}"))
     for row in rows:
         table.add_row(*row)
     return table

@@ -44,6 +44,7 @@ VISIBLE_SHARE = 0.92
 # Without a GPU the walk was between 2.7 % too low and 1.2 % too high against the CPU allocator's log
 # (`analysis/check_counts.py --peaks` measures it anew).
 CPU_MARGIN = 0.05
+MOST_IMAGES = 2**20  # of a mini-batch that anybody asks for: the search for the largest ends there
 
 # What autocast runs in fp32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and its CPU sister, without losses): on a
 # GPU most reductions, exponentials and normalisations, on a CPU next to nothing. BatchNorm and instance normalisation
@@ -140,7 +141,7 @@ def largest_batch(
     *,
     capacity_bytes: int,
     granularity: int = 1,
-    limit: int = 2**20,
+    limit: int = MOST_IMAGES,
     precision: Precision = Precision.FP32,
     optimizer: str = "sgd",
     memory_format: MemoryFormat = "contiguous",

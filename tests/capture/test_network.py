@@ -127,3 +127,8 @@ def test_a_branch_on_values_is_refused_in_one_sentence() -> None:
 def test_an_image_that_does_not_fit_is_named() -> None:
     with pytest.raises(UnsupportedModelError, match="fails on an image of 4×32×32"):
         capture_network(zoo.create("resnet20"), name="r", input_shape=(4, 32, 32), num_classes=10)
+
+
+def test_lazy_modules_are_refused_in_one_sentence() -> None:
+    with pytest.raises(UnsupportedModelError, match="Sequential has lazy modules, whose parameters have no shape yet"):
+        capture_network(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), name="l", input_shape=(3, 8, 8), num_classes=3)

@@ -63,3 +63,20 @@ def test_wrong_input_is_one_sentence_and_exit_2(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_wrong_image_is_one_sentence_without_torchs_log(tmp_path: Path) -> None:
+    model = tmp_path / "m.py"
+    model.write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))\n")
+    command = [sys.executable, "-m", "ptsim", "cost", f"{model}:net", "--input", "3,8,8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Sequential fails on an image of 3×8×8")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_search_that_ends_at_its_limit_says_or_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "m.py"
+    model.write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))\n")
+    assert run(["cost", f"{model}:net", "--input", "3,2,2", "--gpu", "a100"]) == 0
+    assert "1,048,576 or more" in " ".join(capsys.readouterr().out.split())
