@@ -81,11 +81,12 @@ def projected_answer(
     """
     best = fastest(savings, gpus)
     run = runs[runs.run == best.run].iloc[0]
-    settings = averaged(savings[savings.gpus == gpus], ["setting"])
-    name = best.setting if len(settings) > 1 else "PruneTrain"
+    rows = candidates(savings, gpus)
+    count = rows.setting.nunique()
+    name = best.setting if savings.setting.nunique() > 1 else "PruneTrain"
     none_saves = ""
-    if len(settings) > 1 and (settings.saved_fraction < _OPEN).all():
-        none_saves = f" None of the {len(settings)} pruned settings saves time there; this one comes nearest."
+    if count > 1 and (averaged(rows, ["setting"]).saved_fraction < _OPEN).all():
+        none_saves = f" None of the {count} settings that shrink while they train saves time there."
     origin = f"projected, tier: {best.tier}"
     tiles = [
         _time_tile(best, origin),
@@ -108,14 +109,18 @@ def projected_answer(
     )
 
 
-def fastest(savings: pd.DataFrame, gpus: int) -> pd.Series:
-    """The pruned setting that takes the least time on `gpus` GPUs, its repeats averaged.
+def candidates(savings: pd.DataFrame, gpus: int) -> pd.DataFrame:
+    """The comparisons that the head chooses from on `gpus` GPUs: those that shrank while they trained, if any did.
 
-    Among those that shrank while they trained, if any did: a run that is pruned at its end can only save at inference.
+    A run that is pruned at its end can only save at inference.
     """
     rows = savings[savings.gpus == gpus]
-    settings = averaged(rows[rows.shrank] if rows.shrank.any() else rows, ["setting"])
-    return settings.sort_values("pruned_seconds").iloc[0]
+    return rows[rows.shrank] if rows.shrank.any() else rows
+
+
+def fastest(savings: pd.DataFrame, gpus: int) -> pd.Series:
+    """The pruned setting that takes the least time on `gpus` GPUs, its repeats averaged."""
+    return averaged(candidates(savings, gpus), ["setting"]).sort_values("pruned_seconds").iloc[0]
 
 
 _OPEN = 0.0005  # shares of the dense time that are no difference on the page
@@ -145,7 +150,7 @@ def _price_in_accuracy(best: pd.Series) -> str:
 
 
 def _certainty(best: pd.Series, savings: pd.DataFrame, gpus: int) -> str:
-    settings = savings[savings.gpus == gpus].setting.nunique()
+    settings = candidates(savings, gpus).setting.nunique()
     return (
         f"The 90 % interval of the saving is {_range(best.saved_fraction_low, best.saved_fraction_high)} of the dense "
         "time if the two projections err independently, "
@@ -153,7 +158,11 @@ def _certainty(best: pd.Series, savings: pd.DataFrame, gpus: int) -> str:
         + (f"; it may be no {'saving' if best.saved_fraction > 0 else 'loss'} at all. " if _is_open(best) else ". ")
         + TIER_WORDS[best.tier].capitalize()
         + "."
-        + (f" Of {settings} pruned settings, the fastest there is shown: {best.setting}." if settings > 1 else "")
+        + (
+            f" Of {settings} settings that shrink in training, the fastest there is shown: {best.setting}."
+            if settings > 1
+            else ""
+        )
     )
 
 
