@@ -81,7 +81,7 @@ def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *,
         UnsupportedModelError: torch.fx cannot trace the model, its forward fails on such an image, or a parameter has
             no shape yet.
     """
-    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in (*model.parameters(), *model.buffers())):
+    if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise UnsupportedModelError(
             f"{type(model).__name__} has lazy modules, whose parameters have no shape yet",
             hint="run one image through the model before it is handed over",
