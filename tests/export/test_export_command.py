@@ -45,7 +45,7 @@ def test_tables_without_rows_keep_their_columns(tmp_path: Path) -> None:
         (["t.jsonl", "--format", "chakra", "--out", "t.jsonl"], "is a file"),
         (["t.jsonl", "--format", "parquet", "--out", "t.jsonl"], "is a file"),
         (["t.jsonl", "--format", "chrome", "--out", "x.json", "--gpus", "4"], "no effect"),
-        (["t.jsonl", "--format", "chakra", "--out", "x", "--gpus", "0"], "at least 1"),
+        (["t.jsonl", "--format", "chakra", "--out", "x", "--gpus", "0"], "gpus is 0, expected 1 to"),
         (["t.jsonl", "--format", "gif", "--out", "x"], "chrome"),
         (["nowhere", "--format", "chrome", "--out", "x.json"], "no trace here"),
         (["t.jsonl", "--format", "chrome"], "--out"),
