@@ -2,7 +2,8 @@
 
 Gating computes less but gathers and scatters channels around every branch; the paper finds it slower on a V100 (bars
 only, no numbers). Layer times are the trace's own last profile, on the device that recorded it: gathers on a CPU cost
-otherwise than on a GPU.
+otherwise than on a GPU. `dense_seconds_per_image` is the whole network's time in the run's first profile: where it
+differs between the two modes, the machine ran at another speed and the bars do not compare.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
                 {
                     **names,
                     "batch_per_gpu": profile.batch,
+                    "dense_seconds_per_image": (trace.profiles[0].forward_s + trace.profiles[0].backward_s)
+                    / trace.profiles[0].batch,
                     "block": _block(layer.layer, blocks),
                     "seconds_per_image": seconds,
                     "reshaping_seconds_per_image": seconds if kinds[layer.layer] == LayerKind.RESHAPE else 0.0,
