@@ -12,6 +12,7 @@ from ptsim.errors import UsageError
 from ptsim.network import Network
 from ptsim.sim.rounding import rounded
 from ptsim.sim.scenario import Scenario
+from ptsim.trace.pace import changes
 from ptsim.trace.schema import Epoch
 
 
@@ -173,13 +174,15 @@ class _Planner:
             note(f"{self.num_gpus} GPUs do not fill nodes of {per_node}: {full} full and one with {rest} are assumed")
         if options.scaling == "strong":
             self._note_uneven(stages)
-        num_recorded = len(trace.reconfigurations)
+        num_recorded = len(changes(trace))
         if num_recorded < 2 and options.surgery_s is None and any(stage.new for stage in stages):
             note(
                 "one reconfiguration was recorded: the interval holds none for its surgery"
                 if num_recorded
                 else "no reconfiguration was recorded: surgery counts as 0 s"
             )
+        if options.one_time_epoch is not None and changes(trace) and not any(stage.new for stage in stages):
+            note(f"the network of epoch {options.one_time_epoch} is still the first one: nothing is reconfigured")
         if options.mixed_devices:
             note(f"devices are mixed: memory and energy are those of the {self.scenario.device.name} alone")
         if any(stage.num_iterations * stage.batch * self.num_gpus > 2 * stage.epoch.num_images for stage in stages):

@@ -27,6 +27,7 @@ from ptsim.sim.planning import Stage
 from ptsim.sim.power import Power
 from ptsim.sim.scenario import Scenario
 from ptsim.sim.step import Jitter, Job, StepPlan, StepResult, simulate_steps
+from ptsim.trace.pace import changes
 from ptsim.trace.schema import Reconfiguration
 from ptsim.units import GIB
 
@@ -102,7 +103,7 @@ class Pricer:
                 low_s=self.options.surgery_s, expected_s=self.options.surgery_s, high_s=self.options.surgery_s
             )
         else:
-            surgery = recorded_surgery(self.scenario.trace.reconfigurations, stage.epoch.epoch)
+            surgery = recorded_surgery(changes(self.scenario.trace), stage.epoch.epoch)
         return Interval(
             low_s=surgery.low_s + wrapping.low_s,
             expected_s=surgery.expected_s + wrapping.expected_s,
@@ -372,7 +373,8 @@ class Pricer:
 def recorded_surgery(reconfigurations: Sequence[Reconfiguration], epoch: int) -> Interval:
     """What the recorded reconfiguration in front of `epoch` took; the median one's time where there was none.
 
-    The interval is the recorded reconfigurations' spread. With fewer than two it has no width.
+    Those that changed nothing took next to no time and say nothing of surgery: `reconfigurations` are the others. The
+    interval is their spread. With fewer than two it has no width.
     """
     durations = sorted(r.duration_s for r in reconfigurations)
     if not durations:

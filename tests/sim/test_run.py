@@ -263,6 +263,19 @@ class TestReconfigurations:
         told = run(changed, 1, autotune_trials=0, surgery_s=2.0)
         assert told.reconfiguration_low_s == told.reconfiguration_high_s == 4.0
 
+    def test_one_that_changed_nothing_says_nothing_of_surgery(self, trace: Trace) -> None:
+        first = trace.reconfigurations[0]
+        idle = [
+            msgspec.structs.replace(first, epoch=epoch, before=first.before, after=first.before, duration_s=1e-3)
+            for epoch in (0, 2, 4)
+        ]
+        p = run(msgspec.structs.replace(trace, reconfigurations=(*idle, *trace.reconfigurations)), 1)
+        assert p.reconfiguration_s == run(trace, 1).reconfiguration_s
+        assert p.reconfiguration_low_s == run(trace, 1).reconfiguration_low_s
+        assert p.reconfiguration_high_s == run(trace, 1).reconfiguration_high_s
+        alone = run(msgspec.structs.replace(trace, reconfigurations=tuple(idle)), 1)
+        assert any("surgery counts as 0 s" in note for note in alone.notes)
+
     def test_a_single_one_has_no_spread_and_says_so(self, trace: Trace) -> None:
         for number, problem in ((1, "the interval holds none for its surgery"), (0, "surgery counts as 0 s")):
             fewer = msgspec.structs.replace(trace, reconfigurations=trace.reconfigurations[:number])
@@ -315,6 +328,12 @@ class TestReconfigurations:
         first, last = trace.epochs[0].architecture, trace.epochs[4].architecture
         assert [e.architecture for e in projection.epochs] == [first] * 4 + [last] * 2
         assert projection.reconfiguration_s == pytest.approx(0.25)
+        assert not any("nothing is reconfigured" in note for note in projection.notes)
+
+    def test_a_one_time_reconfiguration_before_the_first_recorded_one_says_that_it_is_none(self, trace: Trace) -> None:
+        projection = run(trace, 1, one_time_epoch=1)
+        assert {e.architecture for e in projection.epochs} == {trace.epochs[0].architecture}
+        assert "the network of epoch 1 is still the first one: nothing is reconfigured" in projection.notes
 
     def test_channels_can_be_rounded_up(self, trace: Trace) -> None:
         rounded = run(trace, 8, channel_multiple=8)
