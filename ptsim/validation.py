@@ -332,7 +332,8 @@ class _Exposed(msgspec.Struct, frozen=True, kw_only=True):
 class _Communication:
     """The exposed communication of one data-parallel run's steps, simulated on its cluster."""
 
-    def __init__(self, cluster: Cluster, num_gpus: int) -> None:
+    def __init__(self, cluster: Cluster, num_gpus: int, *, overlap: bool) -> None:
+        self._overlap = overlap
         self._all_reduce = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, num_gpus))
         self._known: dict[tuple[str, int, bool], _Exposed] = {}
         nodes_for(cluster, num_gpus)  # raises where it has not so many
@@ -350,7 +351,10 @@ class _Communication:
             ("low", contention / 2),
             ("high", 1.5 * contention),
         )
-        plans = [ddp.plan_step(step, buckets, self._all_reduce, bound=bound) for bound, _ in ends]
+        plans = [
+            msgspec.structs.replace(ddp.plan_step(step, buckets, self._all_reduce, bound=bound), overlap=self._overlap)
+            for bound, _ in ends
+        ]
         expected, low, high = (
             simulate_steps([Job(plan=plan)], contention=slowdown)[0].exposed_communication_s
             for plan, (_, slowdown) in zip(plans, ends, strict=True)
@@ -370,7 +374,8 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | N
         notes.append("nobody measured a reconfiguration: they count as no time")
     communication = None
     if run.world_size > 1 and cluster is not None:
-        communication = _Communication(cluster, run.world_size)
+        # a compiled step's gradients become ready together, at its end
+        communication = _Communication(cluster, run.world_size, overlap=run.hyperparameters.get("compile") is not True)
     elif run.world_size > 1:
         notes.append("exposed communication is as measured, no part of the errors; --cluster predicts it")
     device = match_device(run.device.name)

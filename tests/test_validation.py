@@ -5,6 +5,7 @@ import pytest
 
 import ptsim
 from ptsim.cli.main import run
+from ptsim.costs.buckets import ddp_buckets
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.profile import write_device_profile
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link
@@ -202,6 +203,22 @@ def test_communication_of_several_ranks_is_predicted_on_their_cluster(tmp_path):
     measured_s = sum(epoch.time.exposed_communication_s for epoch in run.epochs)
     off_s = 0.25 * sum(epoch.num_iterations for epoch in run.epochs) - measured_s
     assert result.communication_error == pytest.approx(off_s / result.runs[0].measured_seconds)
+
+
+def test_a_compiled_step_hides_no_communication(tmp_path):
+    """Its gradients become ready together, at its end: every bucket is waited for."""
+    eager = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", world_size=4, widths=(64, 128, 256), **LONG))
+    settings = {**eager.run.hyperparameters, "compile": True}
+    compiled = msgspec.structs.replace(eager, run=msgspec.structs.replace(eager.run, hyperparameters=settings))
+    num_buckets = len(ddp_buckets(eager.network_of(eager.epochs[0])))
+    assert num_buckets > 1
+    num_steps = sum(epoch.num_iterations for epoch in eager.epochs)
+    waits = [
+        validate([trace], cluster=constant_all_reduces(1e-4)).runs[0].predicted_exposed_communication_seconds
+        for trace in (eager, compiled)
+    ]
+    assert waits[1] == pytest.approx(num_buckets * 1e-4 * num_steps)
+    assert waits[0] < 0.8 * waits[1]
 
 
 def test_without_a_cluster_exposed_communication_is_as_measured_and_said_so(tmp_path):

@@ -63,7 +63,7 @@ def simulate(
         precision: of the matrix products, instead of the recorded one.
         gradients: number format of the gradients on the wire.
         micro_batches: gradient accumulation: passes that a mini-batch is split into.
-        bucket_mib: DDP's bucket cap.
+        bucket_mib: DDP's bucket cap. Other than 25 it is the first bucket's too, which is 1 MiB by default.
         network: formula takes all links of a kind for equal; links sends all-reduces over the cluster's NICs and leaf
             switches one by one, with link_bandwidth, link_latency_s and placement of --set.
         contention: by which fraction computation and communication each slow down while they overlap.

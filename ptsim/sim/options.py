@@ -19,6 +19,7 @@ GradientFormat = Literal["fp32", "fp16", "bf16"]
 
 _LINK = re.compile(r"(gpu|node|leaf)( \d+( (in|out|up|down)( nic \d+)?)?)?")
 
+_TORCH_BUCKET_BYTES = 25 * MIB
 GRADIENT_BYTES: dict[GradientFormat, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -57,7 +58,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         mixed_devices: device → number of GPUs per node of that kind; the rest are the cluster's own.
         precision, memory_format: instead of the recorded ones.
         micro_batches: gradient accumulation: passes that one mini-batch is split into.
-        first_bucket_bytes, bucket_bytes: DDP's caps.
+        bucket_bytes: DDP's cap (`bucket_cap_mb`).
+        first_bucket_bytes: cap of the first bucket; None: as torch, 1 MiB beside its own cap of 25 MiB, and
+            `bucket_bytes` itself where that is another.
         gradient_format: number format on the wire (DDP's fp16 and bf16 compression hooks).
         compression: bytes sent / bytes of the gradient, on top of the format.
         broadcast_buffers: DDP's broadcast of BatchNorm statistics before every forward pass (its default; `ptsim train`
@@ -99,8 +102,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
     memory_format: Literal["contiguous", "channels_last"] | None = None
     micro_batches: int = 1
-    first_bucket_bytes: int = MIB
-    bucket_bytes: int = 25 * MIB
+    first_bucket_bytes: int | None = None
+    bucket_bytes: int = _TORCH_BUCKET_BYTES
     gradient_format: GradientFormat = "fp32"
     compression: float = 1.0
     broadcast_buffers: bool = False
@@ -129,6 +132,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     faults: Faults | None = None
     price_usd_per_gpu_hour: float | None = None
     seed: int = 0
+
+    @property
+    def first_cap_bytes(self) -> int:
+        """Cap of the first bucket.
+
+        Source: torch/nn/parallel/distributed.py: `_DEFAULT_FIRST_BUCKET_BYTES` counts only where no cap was given.
+        """
+        if self.first_bucket_bytes is not None:
+            return self.first_bucket_bytes
+        return MIB if self.bucket_bytes == _TORCH_BUCKET_BYTES else self.bucket_bytes
 
     def check(self) -> None:
         """Refuse what makes no sense.

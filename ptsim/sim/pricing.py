@@ -232,7 +232,7 @@ class Pricer:
     def _buckets(self, stage: Stage) -> tuple[Bucket, ...]:
         if self.scenario.num_gpus == 1:
             return ()
-        first, others = self.options.first_bucket_bytes, self.options.bucket_bytes
+        first, others = self.options.first_cap_bytes, self.options.bucket_bytes
         rebuilt = not self.options.find_unused_parameters
         return self.scenario.cache.get(
             ("buckets", stage.id, first, others, rebuilt),

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 import ptsim
+from ptsim.costs.collectives import all_reduce
 from ptsim.costs.memory import VISIBLE_SHARE, iteration_memory
 from ptsim.costs.step import Measurements, StepSetting, step_time
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
@@ -69,6 +70,19 @@ class TestManyGpus:
             for epoch in projection.epochs
         )
         assert projection.allreduce_bytes_per_gpu == pytest.approx(expected, rel=1e-9)
+
+    def test_a_cap_of_the_users_holds_for_the_first_bucket_too(self, trace: Trace) -> None:
+        """As in torch: its small first bucket is part of the defaults only."""
+        tensors = len(trace.networks[trace.epochs[0].architecture].parameters)
+        one, each = (run(trace, 8, bucket_bytes=cap).epochs[0] for cap in (1 << 40, 1))
+        assert run(trace, 8).epochs[0].communication_s == one.communication_s  # the network has less than 1 MiB
+        latency_s = all_reduce(0, cluster(), 8).seconds
+        assert each.communication_s > one.communication_s + 0.9 * (tensors - 1) * latency_s
+        assert (
+            run(trace, 8, bucket_bytes=1, first_bucket_bytes=1 << 20).epochs[0].communication_s == one.communication_s
+        )
+        assert Options(bucket_bytes=4 << 20).first_cap_bytes == 4 << 20
+        assert Options().first_cap_bytes == 1 << 20
 
     def test_infinite_bandwidth_leaves_the_computation(self, trace: Trace) -> None:
         ideal = cluster(bandwidth=math.inf, latency=0.0, inter_bandwidth=math.inf, inter_latency=0.0)
