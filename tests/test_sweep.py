@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -291,6 +292,18 @@ class TestWrongInput:
 
 
 class TestCommand:
+    def test_its_table_tells_runs_apart_that_lie_in_one_folder(
+        self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "runs").mkdir()
+        for name in ("gentle", "harsh"):
+            shutil.copy(folder / "pruned" / "trace.jsonl", tmp_path / "runs" / f"{name}.jsonl")
+        text = f'traces = ["runs/*.jsonl", "{folder / "dense"}"]\nclusters = ["dgx-a100"]\ngpus = [1]\n'
+        (tmp_path / "s.toml").write_text(text)
+        assert run(["sweep", str(tmp_path / "s.toml"), "--workers", "1"]) == 0
+        table = capsys.readouterr().out
+        assert [table.count(f" {name} ") for name in ("gentle", "harsh", "dense", "runs")] == [1, 1, 1, 0]
+
     def test_it_prints_rows_and_keeps_them(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = study(folder, STUDY, "command.toml")
         assert run(["sweep", str(path), "--workers", "1", "--json"]) == 0

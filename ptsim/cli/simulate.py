@@ -180,7 +180,7 @@ def _print_tables(projections: list[RunProjection]) -> None:
         first = rows[0]
         console.print(f"[bold]{first.model}[/bold], {len(first.epochs)} epochs: {trace}", highlight=False)
         console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling", highlight=False)
-        time = _table("GPUs", "time", "90 % interval", "compute", "exposed", "reconfig.", "speed-up")
+        time = _table("GPUs", "time", "90 % interval", "compute", "exposed", "start, reconfig.", "speed-up")
         resources = _table("GPUs", "GPU-hours", "energy", "USD", "all-reduced", "memory", "tier", "network")
         for p in rows:
             time.add_row(

@@ -22,6 +22,7 @@ from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.simulate import interval, seconds
 from ptsim.errors import UsageError
 from ptsim.sweep import MANY, Progress, forget, read_study, run_study
+from ptsim.trace.io import trace_name
 
 SHOWN = 200  # rows of the table; all are in the file
 
@@ -118,7 +119,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows[:SHOWN]:
         table.add_row(
             row["what_if"],
-            Path(row["trace"]).parent.name or row["trace"],
+            trace_name(row["trace"]),
             row["cluster"],
             f"{row['gpus']:,}",
             seconds(row["total_seconds"]),

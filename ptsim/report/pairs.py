@@ -14,7 +14,7 @@ from pathlib import PurePath
 import msgspec
 
 from ptsim.network import Network
-from ptsim.trace.io import Trace
+from ptsim.trace.io import Trace, trace_name
 from ptsim.trace.schema import Epoch
 
 
@@ -86,7 +86,7 @@ def run_labels(traces: Sequence[Trace]) -> list[str]:
             f"mini-batch {trace.epochs[0].batch_per_gpu}" if trace.epochs else "no epochs",
             trace.run.device.name,
             f"seed {trace.run.seed}",
-            trace.path.parent.name if trace.path.name == "trace.jsonl" else trace.path.stem,
+            trace_name(trace.path),
         )
         for trace in traces
     ]

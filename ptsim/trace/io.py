@@ -72,6 +72,12 @@ def trace_path(path: str | Path) -> Path:
     return file
 
 
+def trace_name(path: str | Path) -> str:
+    """What to call the run of a trace file: its folder's name where the file is a run's trace.jsonl, else its own."""
+    path = Path(path)
+    return path.parent.name or str(path) if path.name == "trace.jsonl" else path.stem
+
+
 def read_records(path: str | Path) -> Iterator[tuple[int, AnyRecord]]:
     """Line numbers and records of a trace, checked one by one; a torn last line is dropped with a `UserWarning`.
 
