@@ -45,7 +45,8 @@ class ShapedTracer(Tracer):
     def __init__(self, model: nn.Module, images_shape: tuple[int, ...]) -> None:
         super().__init__()
         with torch.device("meta"):
-            self._twin = hollow_copy(model)
+            # Shapes are the same in both modes; in training a BatchNorm refuses a single value per channel.
+            self._twin = hollow_copy(model).eval()
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
             self._images = torch.empty(images_shape, dtype=dtype)
         self._values: dict[fx.Node, Any] = {}

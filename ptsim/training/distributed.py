@@ -91,6 +91,8 @@ class Team:
             with contextlib.suppress(RuntimeError):  # the store went down with rank 0
                 self._store.compare_set(_CAUSE, "", f"rank {self.rank} stopped: {told}")
                 self._reported = True
+                if not self.leads:  # who stops by itself, as all do together, reads nothing
+                    self._store.add(_HEARD, 1)
 
     def _cause(self) -> str | None:
         if self._store is not None:

@@ -242,10 +242,12 @@ class Trainer:
         while self.state.next_epoch < len(self.plans):
             try:
                 self._epoch(self.plans[self.state.next_epoch])
+                continue
             except torch.OutOfMemoryError as error:
                 known = self.team.world_size == 1 or isinstance(error, RankOutOfMemoryError)
-                if not (known and self._step_back()):
+                if not (known and self._has_grown()):
                     raise
+            self._step_back()  # out of the handler: its traceback would hold what the failed pass has allocated
         self._end("clean", None)
 
     def _epoch(self, epoch_plan: EpochPlan) -> None:
@@ -414,15 +416,16 @@ class Trainer:
         misfits = torch.tensor(float(not fits(self.state, batch_per_gpu)), device=self.team.device)
         return float(self.team.sum(misfits)) == 0
 
-    def _step_back(self) -> bool:
-        """After an epoch that ran out of memory: the state before it, with a smaller mini-batch, on all ranks.
+    def _has_grown(self) -> bool:
+        """Whether the mini-batch is larger than the run's first, so that a smaller one can be tried."""
+        return self.state.batch > self.config.batch
 
-        False where the mini-batch has not grown.
-        """
+    def _step_back(self) -> None:
+        """After an epoch that ran out of memory: the state before it, with a smaller mini-batch, on all ranks."""
         world_size = self.team.world_size
         failed = self.state.batch // world_size
-        if failed <= self.config.batch // world_size or not self._resume():
-            return False
+        if not self._resume():
+            raise TrainingError(f"no checkpoint in {self.checkpoints.path} to go back to")
         smaller = max(self.config.batch // world_size, failed - self.config.batch_granularity)
         self._set_batch(smaller * world_size)
         self._record(
@@ -441,7 +444,6 @@ class Trainer:
         )
         self._wrap()
         self._save(keep=True)
-        return True
 
     def _validated(self) -> tuple[Sums, float]:
         start = time.perf_counter()

@@ -141,7 +141,9 @@ class State:
             self.optimizer.state[parameters[path]].update(entries)
         if self.scaler.is_enabled():
             known = self.scaler.state_dict()
-            if scaler.keys() != known.keys() or any(isinstance(v, bool | str) or not v >= 0 for v in scaler.values()):
+            if scaler.keys() != known.keys() or any(
+                isinstance(v, bool) or not isinstance(v, int | float) or not v >= 0 for v in scaler.values()
+            ):
                 raise FileFormatError(
                     "checkpoint", f"the scaler's state is {dict(scaler)}; expected numbers {[*known]}"
                 )

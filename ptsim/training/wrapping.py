@@ -36,7 +36,8 @@ def wrap(model: nn.Module, config: Config, team: Team) -> nn.Module:
             gradient_as_bucket_view=True,
             **_WITHOUT_BUFFERS,
         )
-        if config.dynamic_batch:  # one rank may run out of memory
+        # One rank may run out of memory. With synchronised statistics it would owe the others those exchanges, too.
+        if config.dynamic_batch and not config.sync_batch_norm:
             CountedBuckets(module)
     return module
 

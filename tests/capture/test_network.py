@@ -132,3 +132,23 @@ def test_an_image_that_does_not_fit_is_named() -> None:
 def test_lazy_modules_are_refused_in_one_sentence() -> None:
     with pytest.raises(UnsupportedModelError, match="Sequential has lazy modules, whose parameters have no shape yet"):
         capture_network(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), name="l", input_shape=(3, 8, 8), num_classes=3)
+
+
+class _Asserting(nn.Module):
+    """Looks at a shape, and normalises vectors: a training mini-batch of one would be refused by BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear, self.norm, self.head = (
+            nn.Conv2d(3, 8, 3), nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
+        )  # fmt: skip
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.shape[1] == 3
+        logits: torch.Tensor = self.head(self.norm(self.linear(self.conv(images).mean((2, 3)))))
+        return logits
+
+
+def test_a_network_that_looks_at_shapes_may_normalise_vectors():
+    network = capture_network(_Asserting(), name="asserting", input_shape=(3, 8, 8), num_classes=10)
+    assert sum(layer_macs(layer).forward for layer in network.layers) == 3 * 9 * 8 * 36 + 8 * 16 + 16 * 10

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from ptsim.errors import (
 )
 from ptsim.prune.groups import find_groups
 from ptsim.prune.lasso import GroupLasso
-from ptsim.training import loop
+from ptsim.training import loop, step
 from tests.training.runs import NETS, settings
 
 
@@ -264,6 +266,31 @@ def test_running_out_of_memory_in_an_epoch_begins_it_again_with_a_smaller_mini_b
     back = trace.reconfigurations[1]
     assert (back.batch_before, back.batch_after, back.learning_rate_scale) == (32, 24, 1.5)
     assert "out of memory with 32 images" in back.notes[0]
+
+
+def test_stepping_back_holds_nothing_of_the_pass_that_ran_out_of_memory(tmp_path, monkeypatch):
+    """What a failed pass has allocated is the memory that the state before it needs."""
+    trial, activations, alive = [], [], []
+    cross_entropy, resume = torch.nn.functional.cross_entropy, loop.Trainer._resume
+
+    def failing(logits, labels):
+        if logits.requires_grad and len(labels) == 32 and not activations:
+            trial.append(None)
+            if len(trial) == 2:  # the first is the trial at the reconfiguration
+                activations.append(weakref.ref(logits))
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return cross_entropy(logits, labels)
+
+    def resumed(trainer):
+        alive.append(activations[0]() is not None)
+        return resume(trainer)
+
+    monkeypatch.setattr(step, "F", SimpleNamespace(cross_entropy=failing))
+    monkeypatch.setattr(loop.Trainer, "_resume", resumed)
+    made = settings(dynamic_batch=True, memory_budget="1 GiB", batch_granularity=8, max_batch=32, profile=False)
+    trace = ptsim.read_trace(ptsim.train(made | {"epochs": 3}, out=tmp_path / "run").trace)
+    assert [epoch.batch_per_gpu for epoch in trace.epochs] == [16, 16, 24]
+    assert alive == [False]
 
 
 def test_a_first_mini_batch_that_does_not_fit_is_said_and_ends_the_trace(tmp_path):

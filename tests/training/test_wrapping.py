@@ -6,8 +6,12 @@ import torch
 from torch import nn
 
 from ptsim.errors import TrainingError
-from ptsim.training.wrapping import CompiledOnce, synchronised
+from ptsim.training import wrapping
+from ptsim.training.config import make_config
+from ptsim.training.distributed import Reduction, Team
+from ptsim.training.wrapping import CompiledOnce, synchronised, wrap
 from tests.training.nets import small
+from tests.training.runs import settings
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler for a CPU")
@@ -48,3 +52,18 @@ def test_the_synchronised_twin_shares_parameters_and_statistics_and_leaves_the_m
     for ours, theirs in zip(model.buffers(), alone.buffers(), strict=True):
         assert torch.equal(ours, theirs)
     assert model.stem[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_rank_without_memory_only_finishes_a_pass_whose_exchanges_are_the_gradients_alone(
+    tmp_path, monkeypatch, alike
+):
+    """Synchronised statistics are exchanged in forward and backward: zeros for gradients would meet those."""
+    monkeypatch.setattr(wrapping, "synchronised", lambda model: model)  # DDP takes a synchronised twin on GPUs only
+    config = make_config(settings(dynamic_batch=True, sync_batch_norm=alike))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module = wrap(small(10), config, Team(rank=0, world_size=2, backend="gloo", device=torch.device("cpu")))
+        assert Reduction(module).can_be_finished is not alike
+    finally:
+        torch.distributed.destroy_process_group()
