@@ -426,6 +426,8 @@ class Trainer:
         failed = self.state.batch // world_size
         if not self._resume():
             raise TrainingError(f"no checkpoint in {self.checkpoints.path} to go back to")
+        if self.recorder is not None and self._trace_bytes is not None:
+            self.recorder.rewind(self._trace_bytes)  # the epoch may be in it, if pruning ran out of memory
         smaller = max(self.config.batch // world_size, failed - self.config.batch_granularity)
         self._set_batch(smaller * world_size)
         self._record(

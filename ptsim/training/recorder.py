@@ -41,6 +41,13 @@ class Recorder:
         """The trace's length so far."""
         return self._writer.num_bytes
 
+    def rewind(self, num_bytes: int) -> None:
+        """Go on from where the trace was `num_bytes` long: what came later is recorded anew."""
+        self._writer.close()
+        with writing(self.path):
+            self._writer = TraceWriter(self.path, append=True, keep_bytes=num_bytes)
+        self._known = set(read_trace(self.path).networks)
+
     def write(self, record: AnyRecord) -> None:
         """Append a record.
 

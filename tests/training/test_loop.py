@@ -293,6 +293,23 @@ def test_stepping_back_holds_nothing_of_the_pass_that_ran_out_of_memory(tmp_path
     assert alive == [False]
 
 
+def test_pruning_that_runs_out_of_memory_leaves_every_epoch_once_in_the_trace(tmp_path, monkeypatch):
+    prune, calls = loop.State.prune, []
+
+    def failing(state):
+        calls.append(state.batch)
+        if len(calls) == 2:  # the mini-batch has grown, and the epoch is recorded already
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prune(state)
+
+    monkeypatch.setattr(loop.State, "prune", failing)
+    made = settings(dynamic_batch=True, memory_budget="1 GiB", batch_granularity=8, max_batch=32, profile=False)
+    trace = ptsim.read_trace(ptsim.train(made, out=tmp_path / "run").trace)
+    assert trace.complete
+    assert [epoch.epoch for epoch in trace.epochs] == [0, 1, 2, 3, 4, 5]
+    assert any("out of memory" in note for r in trace.reconfigurations for note in r.notes)
+
+
 def test_a_first_mini_batch_that_does_not_fit_is_said_and_ends_the_trace(tmp_path):
     with pytest.raises(TrainingError, match="a mini-batch of 32 needs more memory than cpu has left"):
         ptsim.train(settings(model=f"{NETS}:hungry", batch=32, profile=False), out=tmp_path / "run")
