@@ -39,11 +39,11 @@ from ptsim.costs.memory import iteration_memory
 from ptsim.costs.step import StepSetting, step_time
 from ptsim.errors import MissingMeasurementError, PtsimError
 from ptsim.hardware.catalog import match_device
-from ptsim.hardware.profile import MemoryFormat, read_device_profile
+from ptsim.hardware.profile import read_device_profile
 from ptsim.measure.calibrate import make_optimizer
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import profile_network
-from ptsim.network import Precision
+from ptsim.network import MemoryFormat, Precision
 
 MAX_FILE_BYTES = 16 * 2**20
 Combination = tuple[str, int, str, MemoryFormat]

@@ -13,13 +13,13 @@ import msgspec
 
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.flops import Convention, inference_macs, layer_macs, training_macs
-from ptsim.costs.memory import MemoryFormat, MemoryNeed, iteration_memory, largest_batch, usable_bytes
+from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
 from ptsim.costs.run import EpochCost, recorded_device, recorded_optimizer, run_cost
 from ptsim.costs.traffic import batch_norm_bytes, layer_traffic, regularizer_traffic, update_traffic
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
-from ptsim.network import LayerKind, Network, Precision
+from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.trace.io import Trace, read_trace, trace_path
 
 if TYPE_CHECKING:

@@ -10,8 +10,11 @@ import functools
 import hashlib
 import math
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
+
+MemoryFormat = Literal["contiguous", "channels_last"]  # how activations lie in memory: NCHW or NHWC
 
 
 class LayerKind(StrEnum):

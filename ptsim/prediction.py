@@ -13,12 +13,12 @@ from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import step_energy
 from ptsim.costs.memory import iteration_memory, usable_bytes
-from ptsim.costs.step import Measurements, MemoryFormat, StepSetting, StepTime, Tier, step_time
+from ptsim.costs.step import Measurements, StepSetting, StepTime, Tier, step_time
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster, load_device, measured_device
 from ptsim.hardware.profile import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
-from ptsim.network import LayerKind, Network, Precision
+from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.sim import ddp
 from ptsim.sim.options import Options
 from ptsim.sim.step import Job, StepResult, simulate_steps

@@ -12,7 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ptsim.cli.main import progress_console
 from ptsim.errors import UsageError
-from ptsim.network import Precision
+from ptsim.network import MemoryFormat, Precision
 
 
 def gpu(
@@ -22,7 +22,7 @@ def gpu(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     minutes: float = 10.0,
     precision: Precision | None = None,
-    memory_format: Literal["contiguous", "channels_last"] | None = None,
+    memory_format: MemoryFormat | None = None,
     grid: bool = True,
     rounds: int = 3,
     resume: bool = False,

@@ -12,6 +12,7 @@ from ptsim.cli.common import parse_input_shape, print_json, stdout_console
 from ptsim.costing import CostReport
 from ptsim.costing import cost as costs_of
 from ptsim.costs.memory import MOST_IMAGES
+from ptsim.network import MemoryFormat
 from ptsim.units import format_bytes, format_count
 
 
@@ -25,7 +26,7 @@ def cost(
     gpu: str | None = None,
     precision: Literal["fp32", "tf32", "bf16", "fp16", "amp"] | None = None,
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] | None = None,
-    memory_format: Literal["contiguous", "channels_last"] | None = None,
+    memory_format: MemoryFormat | None = None,
     convention: Literal["exact", "paper"] = "exact",
     layers: bool = False,
     json: bool = False,

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ptsim.cli.common import parse_input_shape, print_json, stdout_console
+from ptsim.network import MemoryFormat
 from ptsim.prediction import Prediction
 from ptsim.prediction import predict as predict_step
 from ptsim.units import format_bytes, format_joules, format_seconds
@@ -22,7 +23,7 @@ def predict(
     batch: int,
     gpu: str | None = None,
     precision: Literal["fp32", "tf32", "amp", "fp16", "bf16"] = "fp32",
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous",
+    memory_format: MemoryFormat = "contiguous",
     cluster: str | None = None,
     gpus: int | None = None,
     input: Annotated[str | None, Parameter(name="--input")] = None,

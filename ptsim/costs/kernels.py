@@ -15,8 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ptsim.costs.times import MemoryFormat
-from ptsim.network import Layer, LayerKind, Network, Precision
+from ptsim.network import Layer, LayerKind, MemoryFormat, Network, Precision
 
 Floats = npt.NDArray[np.float64]
 
@@ -261,7 +260,7 @@ def _layer_kernels(
             if layer.op == "mul" and len(layer.input_shapes) > 1:
                 # Either gradient is a product over the whole output; where a factor was broadcast, it is summed after.
                 broadcast = sum(math.prod(shape) < layer.output_elements for shape in layer.input_shapes)
-                yield _stream(index, backward, (6 - broadcast) * y + broadcast * y, x + y, launches=2 + broadcast)
+                yield _stream(index, backward, 6 * y, x + y, launches=2 + broadcast)
             elif layer.op not in ("add", "sub", "rsub"):  # a sum hands its gradient on as it is
                 yield _stream(index, backward, 2 * x + y, x + y)
         case LayerKind.POOL:

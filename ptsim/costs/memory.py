@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import msgspec
 
 from ptsim.hardware.spec import Device
-from ptsim.network import Layer, LayerKind, Network, Precision
+from ptsim.network import Layer, LayerKind, MemoryFormat, Network, Precision
 from ptsim.units import MIB
-
-MemoryFormat = Literal["contiguous", "channels_last"]
 
 # fp32 state per parameter, and whole-model temporaries of torch's "foreach" update on a GPU (a gradient with weight
 # decay added for SGD and RMSprop, the denominator for Adam).

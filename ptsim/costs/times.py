@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
 
 import msgspec
 
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Device
-from ptsim.network import LayerKind, Precision
+from ptsim.network import LayerKind, MemoryFormat, Precision
 from ptsim.trace.schema import Profile
-
-MemoryFormat = Literal["contiguous", "channels_last"]
 
 
 class Tier(StrEnum):

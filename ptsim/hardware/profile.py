@@ -37,12 +37,11 @@ import msgspec
 import tomli_w
 
 from ptsim.errors import FileFormatError, MissingMeasurementError, NewerVersionError
-from ptsim.network import Layer, LayerKind, Precision
+from ptsim.network import Layer, LayerKind, MemoryFormat, Precision
 from ptsim.units import Dimension, parse_quantity
 
 PROFILE_VERSION = 1
 
-MemoryFormat = Literal["contiguous", "channels_last"]
 Context = Literal["step", "alone"]
 
 

@@ -32,7 +32,6 @@ from ptsim.costs.measured import of_profile
 from ptsim.errors import FileFormatError, MissingMeasurementError, UnsupportedModelError, UsageError
 from ptsim.hardware.profile import (
     DeviceProfile,
-    MemoryFormat,
     Operator,
     OperatorTime,
     Setting,
@@ -47,7 +46,7 @@ from ptsim.measure.nvml import open_meter
 from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s, time_operator
 from ptsim.measure.profile import profile_network
 from ptsim.measure.rebuild import rebuild
-from ptsim.network import LayerKind, Network, Precision
+from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.trace.io import Trace
 from ptsim.trace.pace import changes, input_s_per_image, reconfiguration_s
 

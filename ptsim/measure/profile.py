@@ -22,12 +22,11 @@ from torch.autograd.graph import Node
 from torch.nn import functional as F
 
 from ptsim.capture.network import layer_names, training_graph
-from ptsim.costs.step import MemoryFormat
 from ptsim.errors import MissingMeasurementError, UnsupportedModelError
 from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.timers import cuda_event
-from ptsim.network import Network, Precision
+from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.trace.schema import LayerProfile, Profile
 
 NUM_WARM_UP = 2  # the first step allocates and lets cuDNN choose; the second is the first of the usual kind

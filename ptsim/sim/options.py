@@ -11,6 +11,7 @@ import msgspec
 
 from ptsim.costs.collectives import Choice
 from ptsim.errors import UsageError
+from ptsim.network import MemoryFormat
 from ptsim.units import MIB
 
 Scaling = Literal["weak", "strong"]
@@ -100,7 +101,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     device: str | None = None
     mixed_devices: dict[str, int] = {}
     precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
-    memory_format: Literal["contiguous", "channels_last"] | None = None
+    memory_format: MemoryFormat | None = None
     micro_batches: int = 1
     first_bucket_bytes: int | None = None
     bucket_bytes: int = _TORCH_BUCKET_BYTES

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from ptsim.network import Network, Precision
+from ptsim.network import MemoryFormat, Network, Precision
 
 SCHEMA_VERSION = 1
 
@@ -60,7 +60,7 @@ class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ru
     hyperparameters: dict[str, Any]
     seed: int
     precision: Precision
-    memory_format: Literal["contiguous", "channels_last"]
+    memory_format: MemoryFormat
     world_size: Positive
     backend: str | None
     device: DeviceInfo
@@ -95,7 +95,7 @@ class Profile(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
     architecture: str
     batch: Positive
     precision: Precision
-    memory_format: Literal["contiguous", "channels_last"]
+    memory_format: MemoryFormat
     device: str
     num_samples: Positive
     layers: tuple[LayerProfile, ...]

@@ -17,7 +17,7 @@ import msgspec
 import tomli_w
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
-from ptsim.network import Precision
+from ptsim.network import MemoryFormat, Precision
 from ptsim.units import parse_quantity
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "imagefolder", "synthetic"]
@@ -107,7 +107,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     device: str = "auto"
     num_threads: int | None = None
     precision: Precision = Precision.FP32
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    memory_format: MemoryFormat = "contiguous"
     compile: bool = False
     compile_backend: str = "inductor"
     sync_batch_norm: bool = False
