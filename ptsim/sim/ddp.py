@@ -148,47 +148,44 @@ def with_communication(
         scale: of all computation.
     """
     wire = wire or Wire()
-    head: list[Collective] = []
-    if buffer_bytes:
-        time = all_reduce(buffer_bytes)
-        head.append(
-            Collective(
-                name="Broadcast of buffers",
-                seconds=broadcast_s(time, bound),
-                num_bytes=buffer_bytes,
-                wire_bytes_per_gpu=time.wire_bytes_per_gpu / 2,
-            )
-        )
-    collectives = []
-    for i, bucket in enumerate(buckets):
-        num_bytes = round(bucket.num_bytes * wire.ratio)
+
+    def reduced(name: str, num_bytes: int, conversion_s: float = 0.0) -> Collective:
         time = all_reduce(num_bytes)
-        collectives.append(
-            Collective(
-                name=f"AllReduce of bucket {i}",
-                seconds=_at(time, bound) + bucket.num_bytes * wire.conversion_s_per_byte,
-                num_bytes=num_bytes,
-                wire_bytes_per_gpu=time.wire_bytes_per_gpu,
-            )
+        return Collective(
+            name=name,
+            seconds=_at(time, bound) + conversion_s,
+            num_bytes=num_bytes,
+            wire_bytes_per_gpu=time.wire_bytes_per_gpu,
         )
+
+    collectives = [
+        reduced(
+            f"AllReduce of bucket {i}",
+            round(bucket.num_bytes * wire.ratio),
+            bucket.num_bytes * wire.conversion_s_per_byte,
+        )
+        for i, bucket in enumerate(buckets)
+    ]
     backward = computation.backward
     if used_bytes and buckets:
-        time = all_reduce(used_bytes)
-        collectives.append(
-            Collective(
-                name="AllReduce of used parameters",
-                seconds=_at(time, bound),
-                num_bytes=used_bytes,
-                wire_bytes_per_gpu=time.wire_bytes_per_gpu,
-            )
-        )
+        collectives.append(reduced("AllReduce of used parameters", used_bytes))
         backward = (*backward, Work(name="used parameters", seconds=0.0, bucket=len(buckets)))
+    head: tuple[Collective, ...] = ()
+    if buffer_bytes:
+        time = all_reduce(buffer_bytes)
+        broadcast = Collective(
+            name="Broadcast of buffers",
+            seconds=broadcast_s(time, bound),
+            num_bytes=buffer_bytes,
+            wire_bytes_per_gpu=time.wire_bytes_per_gpu / 2,
+        )
+        head = (broadcast,)
     return StepPlan(
         forward=_scaled(computation.forward, scale),
         backward=_scaled(backward, scale),
         tail=_scaled(computation.tail, scale),
         buckets=tuple(collectives),
-        head=tuple(head),
+        head=head,
         num_micro_batches=computation.num_micro_batches,
     )
 
