@@ -5,11 +5,14 @@
 1. calibrated: every other size of a run is left out (both halves), the rest makes a table; error from 1 KiB up;
 2. other GPU counts: the table of one run predicts the same system's run at another count; error from 1 MiB up;
 3. catalog: topology alone, no table; error from 1 MiB up (`fit_allreduce.py`: the same, left out of the fit).
+
+Each for the runs that were there first and for those that came later (`part` in allreduce_runs.csv).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import msgspec
@@ -54,6 +57,7 @@ def calibrated_errors(frame: pd.DataFrame, at_least: int = 2**10) -> pd.DataFram
                 {
                     "run": name,
                     "system": run.system_key[0],
+                    "part": run.part[0],
                     "half": half,
                     "sizes": len(left),
                     "error": float(np.median(np.abs(ours / left.seconds - 1))),
@@ -84,15 +88,16 @@ def scaled_errors(frame: pd.DataFrame, at_least: int = 2**20) -> pd.DataFrame:
 
 
 def catalog_errors(frame: pd.DataFrame, at_least: int = 2**20) -> pd.DataFrame:
-    """Median relative error per run of the catalog cluster's topology."""
+    """Median relative error per run of the catalog cluster's topology, of runs whose cluster the catalog has."""
     found = []
-    for name, run in frame[frame.size_bytes >= at_least].groupby("run", sort=False):
+    for name, run in frame[(frame.size_bytes >= at_least) & (frame.cluster != "")].groupby("run", sort=False):
         first = run.iloc[0]
         ratio = predict(first, run.size_bytes.to_numpy(float), nccl.default_fit()) / run.seconds
         found.append(
             {
                 "run": name,
                 "cluster": first.system_key,
+                "part": first.part,
                 "left_out_of_fit": first.odd,
                 "sizes": len(run),
                 "error": float(np.median(np.abs(ratio - 1))),
@@ -112,11 +117,11 @@ def main() -> None:
     calibrated = calibrated_errors(frame)
     print("1. calibrated system, every other size left out, from 1 KiB up")
     print(calibrated.groupby(["system", "run"])[["error", "log_log_error"]].mean().to_string())
-    for column in ("error", "log_log_error"):
-        by_run = calibrated.groupby("run")[column].mean()
-        by_system = calibrated.groupby("system")[column].mean()
+    for part, column in itertools.product(("first", "later"), ("error", "log_log_error")):
+        of_part = calibrated[calibrated.part == part]
+        by_run, by_system = of_part.groupby("run")[column].mean(), of_part.groupby("system")[column].mean()
         print(
-            f"{column}: median run {by_run.median():.3f}, median system {by_system.median():.3f}, "
+            f"{part}: {column}: median run {by_run.median():.3f}, median system {by_system.median():.3f}, "
             f"runs within 5 %: {(by_run <= 0.05).sum()} of {len(by_run)}"
         )
     print("\n2. other GPU counts of a calibrated system, from 1 MiB up")
@@ -126,8 +131,10 @@ def main() -> None:
     print("\n3. catalog systems by topology, from 1 MiB up")
     catalog = catalog_errors(frame)
     print(catalog.to_string(index=False))
-    ordinary = catalog[~catalog.left_out_of_fit].groupby("cluster").error.mean()
-    print(f"median system {ordinary.median():.3f}, within 20 %: {(ordinary <= 0.2).sum()} of {len(ordinary)}")
+    for part in ("first", "later"):
+        ordinary = catalog[~catalog.left_out_of_fit & (catalog.part == part)].groupby("cluster").error.mean()
+        within = f"within 20 %: {(ordinary <= 0.2).sum()} of {len(ordinary)}"
+        print(f"{part}: median system {ordinary.median():.3f}, {within}")
 
 
 if __name__ == "__main__":
