@@ -187,7 +187,8 @@ def modes(traces: Sequence[ptsim.Trace]) -> list[tuple[dict[str, Any], ptsim.Tra
 
 def epoch_flops(trace: ptsim.Trace, epoch: Epoch) -> float:
     """Training FLOPs of one epoch as the paper counts them (METHOD: its script's convention), 2 a MAC."""
-    return 2.0 * training_macs(trace.network_of(epoch), "paper") * epoch.num_images
+    mini_batches = epoch.num_iterations * epoch.world_size
+    return 2.0 * training_macs(trace.network_of(epoch), "paper", images=epoch.num_images, mini_batches=mini_batches)
 
 
 def first_flops(trace: ptsim.Trace) -> float:

@@ -138,9 +138,9 @@ def agreement(
     if precision is Precision.FP32:
         inference, training = torch_macs(model, images)
         macs = {
-            "inference_macs": inference_macs(network),
+            "inference_macs": inference_macs(network, images=batch) // batch,
             "inference_macs_torch": inference,
-            "training_macs": training_macs(network),
+            "training_macs": training_macs(network, images=batch) // batch,
             "training_macs_torch": training,
         }
     return Agreement(

@@ -30,7 +30,7 @@ DEFAULT_BATCH = 32
 
 
 class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
-    """One layer: MACs per image, and bytes of the whole mini-batch."""
+    """One layer: MACs per image (its share, where the layer runs once a mini-batch), and bytes of the mini-batch."""
 
     layer: str
     kind: LayerKind
@@ -47,6 +47,8 @@ class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
 
 class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a network costs, and for a trace what every epoch did. MACs are per image; 1 MAC is 2 FLOPs.
+
+    An image's share of what runs once a mini-batch depends on the mini-batch: it is `batch` here.
 
     For a trace, everything but `epochs` is of the network that the run ended with.
 
@@ -193,8 +195,8 @@ def cost(
         precision=number_format,
         optimizer=optimizer,
         memory_format=memory_format,
-        inference_macs_per_image=inference_macs(network, convention),
-        training_macs_per_image=training_macs(network, convention),
+        inference_macs_per_image=inference_macs(network, convention, images=batch) // batch,
+        training_macs_per_image=training_macs(network, convention, images=batch) // batch,
         bn_bytes_per_image=batch_norm_bytes(network, element_bytes),
         parameters=network.num_parameters,
         peak_memory_bytes=need.peak_bytes,
@@ -215,7 +217,7 @@ def layer_costs(network: Network, convention: Convention, *, batch: int, element
     """A row for every layer, in forward order."""
     rows = []
     for layer in network.layers:
-        macs = layer_macs(layer, convention)
+        macs, times = layer_macs(layer, convention), layer.repeats(batch)
         traffic = layer_traffic(layer, batch=batch, element_bytes=element_bytes)
         rows.append(
             LayerCost(
@@ -224,13 +226,12 @@ def layer_costs(network: Network, convention: Convention, *, batch: int, element
                 op=layer.op,
                 output_shape=layer.output_shape,
                 parameters=layer.num_parameters,
-                forward_macs=macs.forward,
-                weight_gradient_macs=macs.weight_gradient,
-                input_gradient_macs=macs.input_gradient,
+                forward_macs=macs.forward * times // batch,
+                weight_gradient_macs=macs.weight_gradient * times // batch,
+                input_gradient_macs=macs.input_gradient * times // batch,
                 forward_bytes=traffic.forward_bytes,
                 backward_bytes=traffic.backward_bytes,
-                saved_bytes=batch * (layer.saved_elements * element_bytes + layer.saved_other_bytes)
-                + layer.saved_fixed_bytes,
+                saved_bytes=layer.saved_bytes(batch, element_bytes),
             )
         )
     return tuple(rows)

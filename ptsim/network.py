@@ -1,7 +1,8 @@
 """What a network is, as data: layers with shapes, edges between them, parameters in gradient-ready order.
 
 The shared vocabulary of the house: capture makes a `Network` from a live module, the trace stores it, cost and sim
-read it. All shapes are per image, without the mini-batch axis. Counts are for one image unless a name says otherwise.
+read it. All shapes are per image, without the mini-batch axis. Counts are for one image unless a name says otherwise,
+or unless the layer runs `once` a mini-batch.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         inplace: the operator overwrites its input, so its output needs no memory of its own.
         view: the output is the input's memory under another shape; nothing moves.
         training_only: evaluation does not run it (an auxiliary head), so it is no part of inference.
+        once: no tensor of it has a mini-batch axis (weights being standardised, a bias being looked up), so that it
+            runs once a mini-batch whatever its size; its shapes are whole, its counts those of the one run.
+        shared_inputs: positions among `input_shapes` of tensors without a mini-batch axis, which all images share.
         saved_elements: floating-point elements that autograd newly keeps for backward per image. A tensor that
             several operators keep is counted once, at the first in execution order; parameters are not counted.
         saved_other_bytes: bytes of other kinds kept per image (pooling indices, dropout masks).
@@ -94,6 +98,8 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     inplace: bool = False
     view: bool = False
     training_only: bool = False
+    once: bool = False
+    shared_inputs: tuple[int, ...] = ()
     saved_elements: int = 0
     saved_other_bytes: int = 0
     saved_fixed_bytes: int = 0
@@ -108,6 +114,22 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def output_elements(self) -> int:
         """Elements of the output for one image."""
         return math.prod(self.output_shape)
+
+    def repeats(self, batch: int) -> int:
+        """How often the layer's counts occur in a mini-batch of `batch` images: once each, or once for all."""
+        return 1 if self.once else batch
+
+    def saved_bytes(self, batch: int, element_bytes: int) -> int:
+        """Bytes newly kept for backward by a mini-batch whose activations take `element_bytes` each."""
+        growing = self.saved_elements * element_bytes + self.saved_other_bytes
+        return self.repeats(batch) * growing + self.saved_fixed_bytes
+
+    def input_sizes(self, batch: int) -> tuple[int, ...]:
+        """Elements of every input for a mini-batch of `batch` images."""
+        return tuple(
+            math.prod(shape) * (1 if index in self.shared_inputs else batch)
+            for index, shape in enumerate(self.input_shapes)
+        )
 
 
 class Parameter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -153,7 +175,10 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def forward_macs(self) -> int:
-        """Multiply–accumulates of convolutions, linear layers and other matrix products, for one image's inference."""
+        """Multiply–accumulates of convolutions, linear layers and other matrix products, for one image's inference.
+
+        What runs `once` a mini-batch is part of it, whole.
+        """
         products = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
         return sum(layer.forward_macs for layer in self.layers if layer.kind in products and not layer.training_only)
 

@@ -13,7 +13,7 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ def counter(model: nn.Module, images: torch.Tensor) -> FlopCountAnalysis:
     handles |= {f"aten::{op}": None for op in _FREE.split()}
     handles["aten::scaled_dot_product_attention"] = _attention_macs
     handles["aten::_convolution_mode"] = _named_padding_macs
+    handles["aten::einsum"] = _einsum_macs
     handles["aten::baddbmm"] = lambda inputs, outputs: bmm_flop_jit(inputs[1:], outputs)
     analysis.set_op_handle(**handles)
     return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -75,6 +76,39 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> float:
     query, key, value = (get_shape(x) for x in inputs[:3])
     assert query is not None and key is not None and value is not None, "attention takes three tensors"  # noqa: PT018 - one fact
     return float(math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
+
+
+def _einsum_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Operands are contracted from left to right, as torch does; fvcore's own handle rounds to four digits."""
+    shapes = [get_shape(operand) for operand in inputs[1].node().inputs()]
+    return Counter(einsum=einsum_macs(inputs[0].toIValue(), [tuple(shape) for shape in shapes if shape is not None]))
+
+
+def einsum_macs(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Multiply–accumulates of the pairwise products; sums of one operand and outer products have none."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    spelled = []
+    for term, shape in zip(terms, shapes, strict=True):
+        missing = len(shape) - len(term.replace("...", ""))
+        spelled.append(term.replace("...", "".join(chr(0x100 + missing - i) for i in range(missing))))
+    if not arrow:
+        result = "..." + "".join(label for label in left if label.isalpha() and left.count(label) == 1)
+    kept = set(result) | {label for term in spelled for label in term if ord(label) >= 0x100}
+    sizes: dict[str, int] = {}
+    for term, shape in zip(spelled, shapes, strict=True):
+        for label, size in zip(term, shape, strict=True):
+            sizes[label] = max(size, sizes.get(label, 1))
+    total, current = 0, set(spelled[0])
+    for index, term in enumerate(spelled[1:], start=1):
+        later = kept.union(*spelled[index + 1 :])
+        # A label that nothing else has is summed away before the product.
+        current = {label for label in current if label in term or label in later}
+        other = {label for label in term if label in current or label in later}
+        if not current | other <= later:  # else nothing is summed: an element-wise product
+            total += math.prod(sizes[label] for label in current | other)
+        current = (current | other) & later
+    return total
 
 
 def _detached_copy(model: nn.Module) -> nn.Module:

@@ -43,8 +43,10 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
         step = small.steps[node.name]
         counts = macs.get(node.name, Counter())
         kind, op = kind_and_op(node, graph, counts)
-        inputs, output = _image_shapes(step, large.steps[node.name])
-        elements, fixed_bytes, other_bytes = _saved(step, large.steps[node.name])
+        grown = large.steps[node.name]
+        inputs, output = _image_shapes(step, grown)
+        once = (step.inputs, step.outputs) == (grown.inputs, grown.outputs)
+        elements, fixed_bytes, other_bytes = _saved(step, grown, once=once)
         takes_weight = kind in (LayerKind.CONV, LayerKind.LINEAR)  # a second input is a weight made by other nodes
         owned = {small.model.get_parameter(p) for p, at in owners.items() if at is node}
         layers.append(
@@ -63,6 +65,10 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
                 inplace=step.inplace,
                 view=step.view,
                 training_only=node in auxiliary,
+                once=once,
+                shared_inputs=tuple(
+                    i for i, (a, b) in enumerate(zip(step.inputs, grown.inputs, strict=True)) if a == b
+                ),
                 saved_elements=elements,
                 saved_other_bytes=other_bytes,
                 saved_fixed_bytes=fixed_bytes,
@@ -130,8 +136,10 @@ def _per_image(small: Shape, large: Shape) -> Shape:
     return small
 
 
-def _saved(small: Step, large: Step) -> tuple[int, int, int]:
-    """Elements per image, bytes whatever the mini-batch, bytes of other kinds per image."""
+def _saved(small: Step, large: Step, *, once: bool) -> tuple[int, int, int]:
+    """Elements per image, bytes whatever the mini-batch, bytes of other kinds per image; all where it runs once."""
+    if once:
+        return small.saved_elements, 0, small.saved_other_bytes
     growth = _BATCHES[1] - _BATCHES[0]
     elements = (large.saved_elements - small.saved_elements) // growth
     num_bytes = (large.saved_bytes - small.saved_bytes) // growth

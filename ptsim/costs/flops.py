@@ -22,7 +22,7 @@ PRODUCTS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 
 
 class LayerMacs(msgspec.Struct, frozen=True, kw_only=True):
-    """Multiply–accumulates of one layer for one image."""
+    """Multiply–accumulates of one layer for one image, or for one mini-batch where it runs `once`."""
 
     forward: int
     weight_gradient: int
@@ -59,14 +59,29 @@ def layer_macs(layer: Layer, convention: Convention = "exact") -> LayerMacs:
     return LayerMacs(forward=forward, weight_gradient=forward, input_gradient=_paper_input_gradient(layer))
 
 
-def inference_macs(network: Network, convention: Convention = "exact") -> int:
-    """Forward MACs of one image in evaluation mode; the conventions agree here. Auxiliary heads do not run."""
-    return sum(layer_macs(layer, convention).forward for layer in network.layers if not layer.training_only)
+def inference_macs(
+    network: Network, convention: Convention = "exact", *, images: int = 1, mini_batches: int = 1
+) -> int:
+    """Forward MACs in evaluation mode; the conventions agree here. Auxiliary heads do not run.
+
+    Args:
+        network: what is computed.
+        convention: how MACs are counted.
+        images: all together.
+        mini_batches: in how many, which is how often layers that run `once` do.
+    """
+    return sum(
+        layer_macs(layer, convention).forward * (mini_batches if layer.once else images)
+        for layer in network.layers
+        if not layer.training_only
+    )
 
 
-def training_macs(network: Network, convention: Convention = "exact") -> int:
-    """Forward and backward MACs of one image in training, auxiliary heads included."""
-    return sum(layer_macs(layer, convention).training for layer in network.layers)
+def training_macs(network: Network, convention: Convention = "exact", *, images: int = 1, mini_batches: int = 1) -> int:
+    """Forward and backward MACs in training, auxiliary heads included; arguments as for `inference_macs`."""
+    return sum(
+        layer_macs(layer, convention).training * (mini_batches if layer.once else images) for layer in network.layers
+    )
 
 
 def _paper_input_gradient(layer: Layer) -> int:

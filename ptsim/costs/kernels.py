@@ -123,9 +123,10 @@ def network_kernels(
         consumers[source] = consumers.get(source, 0) + 1
     rows: list[Kernel] = []
     for index, layer in enumerate(network.layers):
-        rows.extend(_layer_kernels(index, layer, batch, element, foreign=foreign, halves=halves))
+        images = layer.repeats(batch)
+        rows.extend(_layer_kernels(index, layer, images, element, foreign=foreign, halves=halves))
         if (extra := consumers.get(layer.name, 1) - 1) > 0:  # gradients of the branches are added up
-            size = float(layer.output_elements * batch * element)
+            size = float(layer.output_elements * images * element)
             rows.append(_stream(index, Pass.INPUT_GRADIENT, 3 * extra * size, 3 * size, launches=extra))
     return Kernels.of(rows)
 

@@ -14,7 +14,7 @@ adds segment rounding, fragmentation and the CUDA context.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -206,27 +206,23 @@ class _Widths:
 
         Where autocast converts an operand, the copy is what is kept, whether or not the original was kept before.
         """
+        times = layer.repeats(batch)
+        other = times * layer.saved_other_bytes + layer.saved_fixed_bytes
         if self._gpu and layer.kind is LayerKind.DROPOUT and layer.saved_elements >= layer.output_elements:
-            return batch * (layer.output_elements + layer.saved_other_bytes)  # CUDA keeps a boolean mask
-        elements, width, given = layer.saved_elements, 4, self._inputs[layer.name]
+            return times * layer.output_elements + other  # CUDA keeps a boolean mask
+        elements, width, given = times * layer.saved_elements, 4, self._inputs[layer.name]
+        inputs = layer.input_sizes(batch)
         if self._half and layer.kind in _HALF_KINDS:
             width = 2
             if layer.weight_needs_gradient or layer.kind is LayerKind.MATMUL:
-                elements = min(elements + self._cast_elements(layer), max(elements, layer.input_elements))
+                elements = min(elements + _cast_elements(inputs, given), max(elements, sum(inputs)))
         elif self._half and layer.op in self._fp32_ops:
             if max(given) == 2 and layer.kind is LayerKind.NORM:
-                elements = max(elements, layer.input_elements)
+                elements = max(elements, sum(inputs))
         elif self._half:
             width = max(given)
-        softmax = 4 * _swin_scores(layer) if self._half and layer.op == _SWIN_OP else 0
-        return batch * (elements * width + softmax + layer.saved_other_bytes) + layer.saved_fixed_bytes
-
-    def _cast_elements(self, layer: Layer) -> int:
-        """Elements of the inputs that autocast converts to half precision."""
-        given = self._inputs[layer.name]
-        if len(given) != len(layer.input_shapes):
-            return layer.input_elements if min(given) == 4 else 0
-        return sum(math.prod(shape) for shape, width in zip(layer.input_shapes, given, strict=True) if width == 4)
+        softmax = 4 * batch * _swin_scores(layer) if self._half and layer.op == _SWIN_OP else 0
+        return elements * width + softmax + other
 
     def weight_copy(self, layer: Layer) -> int:
         """Bytes of the half-precision copy of the layer's weights that lives from forward to backward."""
@@ -291,7 +287,7 @@ class _Walk:
         return self._rounded(kept)
 
     def _output_bytes(self, layer: Layer) -> int:
-        return self._rounded(self._batch * layer.output_elements * self._widths.output[layer.name])
+        return self._rounded(layer.repeats(self._batch) * layer.output_elements * self._widths.output[layer.name])
 
     def _forward(self) -> int:
         """Walk the forward pass and return what is alive at its end."""
@@ -368,10 +364,12 @@ class _Walk:
                 own = self._rounded(4 * layer.num_parameters) if layer.weight_needs_gradient else 0
                 total += own
                 sources = self._sources[layer.name] if layer.input_needs_gradient else []
+                sizes = layer.input_sizes(self._batch)
                 for index, source in enumerate(sources):
-                    matching = len(layer.input_shapes) == len(sources)
-                    elements = math.prod(layer.input_shapes[index]) if matching else by_name[source].output_elements
-                    num_bytes = self._rounded(self._batch * elements * self._widths.output[source])
+                    if len(sizes) == len(sources):
+                        num_bytes = self._rounded(sizes[index] * self._widths.output[source])
+                    else:
+                        num_bytes = self._output_bytes(by_name[source])
                     if _hands_on(layer):
                         buffer = given[0][0]
                         shared[buffer] += 1
@@ -398,6 +396,13 @@ class _Walk:
 
     def _see(self, num_bytes: int) -> None:
         self.peak = max(self.peak, num_bytes)
+
+
+def _cast_elements(inputs: Sequence[int], widths: Sequence[int]) -> int:
+    """Elements of the inputs that autocast converts to half precision."""
+    if len(inputs) != len(widths):
+        return sum(inputs) if min(widths) == 4 else 0
+    return sum(elements for elements, width in zip(inputs, widths, strict=True) if width == 4)
 
 
 def _swin_scores(layer: Layer) -> int:
@@ -454,7 +459,7 @@ def _layer_workspace(layer: Layer, batch: int, width: int, memory_format: Memory
     """
     if layer.kind is not LayerKind.CONV or layer.groups > 1:
         return 0
-    operands = batch * (layer.input_elements + layer.output_elements) * width
+    operands = (sum(layer.input_sizes(batch)) + batch * layer.output_elements) * width
     return max(operands if memory_format == "contiguous" else 0, 4 * layer.num_parameters)
 
 

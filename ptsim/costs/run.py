@@ -64,8 +64,7 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
     costs = []
     for epoch in trace.epochs:
         network = trace.network_of(epoch)
-        size = world_size or epoch.world_size
-        per_image = training_macs(network, convention)
+        size, batch = world_size or epoch.world_size, epoch.batch_per_gpu
         bn_bytes = batch_norm_bytes(network, trace.run.precision.activation_bytes)
         setting = epoch.architecture, epoch.batch_per_gpu, epoch.world_size
         if setting not in needs:
@@ -89,8 +88,10 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
                 num_images=epoch.num_images,
                 parameters=network.num_parameters,
                 inference_macs_per_image=inference_macs(network, convention),
-                training_macs_per_image=per_image,
-                training_macs=per_image * epoch.num_images,
+                training_macs_per_image=training_macs(network, convention, images=batch) // batch,
+                training_macs=training_macs(
+                    network, convention, images=epoch.num_images, mini_batches=epoch.num_iterations * epoch.world_size
+                ),
                 bn_bytes_per_image=bn_bytes,
                 bn_bytes=bn_bytes * epoch.num_images,
                 peak_memory_bytes=needs[setting],

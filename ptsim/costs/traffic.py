@@ -42,9 +42,10 @@ def layer_traffic(layer: Layer, *, batch: int, element_bytes: int) -> LayerTraff
     """
     if batch <= 0 or element_bytes <= 0:
         raise ValueError(f"batch and element_bytes are {batch} and {element_bytes}, expected positive numbers")
-    inputs, output = layer.input_elements, layer.output_elements
+    times = layer.repeats(batch)
+    inputs, output = sum(layer.input_sizes(batch)), times * layer.output_elements
     weights = layer.num_parameters
-    kept = layer.saved_other_bytes * batch  # indices and masks: written forward, read backward
+    kept = layer.saved_other_bytes * times  # indices and masks: written forward, read backward
     dx = inputs if layer.input_needs_gradient else 0
     forward, backward, fixed = inputs + output, output + dx, 0
     match layer.kind:
@@ -57,9 +58,11 @@ def layer_traffic(layer: Layer, *, batch: int, element_bytes: int) -> LayerTraff
         case LayerKind.ACTIVATION:
             backward = 2 * output + dx  # dy and what was kept
         case LayerKind.ELEMENTWISE if layer.op in ("add", "sub"):
-            backward = 3 * output if len(layer.input_shapes) > 1 else 0
+            backward = 3 * output if len(layer.input_shapes) > 1 else output if weights else 0
+            fixed = weights
         case LayerKind.ELEMENTWISE:
             backward = output + inputs + dx
+            fixed = weights
         case LayerKind.DROPOUT if not kept:  # a mask of the activations' type
             forward, backward = forward + output, backward + output
         case _:
@@ -70,16 +73,16 @@ def layer_traffic(layer: Layer, *, batch: int, element_bytes: int) -> LayerTraff
         backward = 0
     num_backward_weights = (layer.weight_needs_gradient + layer.input_needs_gradient) * fixed
     return LayerTraffic(
-        forward_bytes=(forward * batch + fixed) * element_bytes + kept,
-        backward_bytes=(backward * batch + num_backward_weights) * element_bytes + (kept if backward else 0),
+        forward_bytes=(forward + fixed) * element_bytes + kept,
+        backward_bytes=(backward + num_backward_weights) * element_bytes + (kept if backward else 0),
     )
 
 
 def batch_norm_bytes(network: Network, element_bytes: int = 4) -> int:
-    """BatchNorm's traffic of one image in training: 8 accesses per element."""
+    """BatchNorm's traffic of one image in training: 8 accesses per element; of weights that it normalises, none."""
     accesses = BATCH_NORM_FORWARD + BATCH_NORM_BACKWARD
-    elements = sum(layer.output_elements for layer in network.layers if layer.kind is LayerKind.BATCH_NORM)
-    return accesses * elements * element_bytes
+    norms = (layer for layer in network.layers if layer.kind is LayerKind.BATCH_NORM and not layer.once)
+    return accesses * sum(layer.output_elements for layer in norms) * element_bytes
 
 
 def update_traffic(network: Network, optimizer: str = "sgd", *, fused: bool = False) -> int:

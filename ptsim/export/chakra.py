@@ -81,7 +81,7 @@ def step_nodes(
                 name=name,
                 data_deps=tuple(sorted(deps)),
                 duration_micros=clock.advance(seconds),
-                num_ops=2 * macs * batch or num_bytes // element_bytes,
+                num_ops=2 * macs or num_bytes // element_bytes,
                 tensor_bytes=num_bytes,
             )
         )
@@ -95,9 +95,10 @@ def step_nodes(
     forward: dict[str, int] = {}
     for layer in network.layers:
         macs, traffic = layer_macs(layer, "exact"), layer_traffic(layer, batch=batch, element_bytes=element_bytes)
+        times = layer.repeats(batch)
         seconds = measured[layer.name].forward_s if layer.name in measured else 0.0
         deps = {forward[name] for name in producers.get(layer.name, ())}
-        forward[layer.name] = add(f"{layer.name}.forward", deps, seconds, macs.forward, traffic.forward_bytes)
+        forward[layer.name] = add(f"{layer.name}.forward", deps, seconds, times * macs.forward, traffic.forward_bytes)
     backward: dict[str, int] = {}
     buckets = ddp_buckets(network) if num_gpus > 1 else ()
     of_parameter = {parameter.name: parameter.layer for parameter in network.parameters}
@@ -105,10 +106,11 @@ def step_nodes(
     reduced: list[int] = []
     for layer in reversed(network.layers):
         macs, traffic = layer_macs(layer, "exact"), layer_traffic(layer, batch=batch, element_bytes=element_bytes)
+        times = layer.repeats(batch)
         seconds = (measured[layer.name].backward_s or 0.0) if layer.name in measured else 0.0
         deps = {backward[name] for name in consumers.get(layer.name, ())} | {forward[layer.name]}
         backward[layer.name] = add(
-            f"{layer.name}.backward", deps, seconds, macs.weight_gradient + macs.input_gradient, traffic.backward_bytes
+            f"{layer.name}.backward", deps, seconds, times * macs.backward, traffic.backward_bytes
         )
         while waiting and waiting[0][1] <= backward.keys():
             bucket, layers = waiting.pop(0)

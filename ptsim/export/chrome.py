@@ -160,12 +160,14 @@ def _add_profile(timeline: Timeline, pid: int, profile: Profile, network: Networ
                 duration_s=seconds,
                 op=layer.op,
                 kind=str(layer.kind),
-                input_shapes=[[profile.batch, *shape] for shape in layer.input_shapes],
-                output_shape=[profile.batch, *layer.output_shape],
+                input_shapes=[
+                    list(shape) if i in layer.shared_inputs else [profile.batch, *shape]
+                    for i, shape in enumerate(layer.input_shapes)
+                ],
+                output_shape=list(layer.output_shape) if layer.once else [profile.batch, *layer.output_shape],
             )
             clock += seconds
-            saved = (layer.saved_elements * element_bytes + layer.saved_other_bytes) * profile.batch
-            held += (saved + layer.saved_fixed_bytes) * (1 if forward else -1)
+            held += layer.saved_bytes(profile.batch, element_bytes) * (1 if forward else -1)
             timeline.counter("saved for backward", pid=pid, time_s=clock, bytes=held)
     for name, seconds in (("regularizer", profile.regularizer_s), ("optimizer", profile.optimizer_s)):
         if seconds > 0:

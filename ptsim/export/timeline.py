@@ -148,8 +148,7 @@ def _add_step(timeline: Timeline, steps: RecordedSteps, spans: list[Span], gpu: 
 
 
 def _saved_bytes(layer: Layer, steps: RecordedSteps) -> int:
-    per_image = layer.saved_elements * steps.precision.activation_bytes + layer.saved_other_bytes
-    return per_image * steps.batch + layer.saved_fixed_bytes
+    return layer.saved_bytes(steps.batch, steps.precision.activation_bytes)
 
 
 def _described(layer: Layer | None) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def operator_of(layer: Layer, *, batch: int, setting: Setting) -> Operator:
         kind=layer.kind,
         op=layer.op,
         setting=setting,
-        batch=batch,
+        batch=layer.repeats(batch),
         inputs=layer.input_shapes,
         output=layer.output_shape,
         kernel=layer.kernel_size,

@@ -335,7 +335,10 @@ def profiles_frame(traces: Sequence[Trace]) -> pd.DataFrame:
 
 
 def architectures_frame(traces: Sequence[Trace]) -> pd.DataFrame:
-    """One row per layer of every architecture: shapes, parameters and multiply–accumulates of one image."""
+    """One row per layer of every architecture: shapes, parameters and multiply–accumulates of one image.
+
+    Counts of a layer that runs `once` are of a mini-batch.
+    """
     rows = []
     for label, trace in zip(run_labels(traces), traces, strict=True):
         for architecture, network in trace.networks.items():
@@ -354,6 +357,7 @@ def architectures_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                         "kernel_height": layer.kernel_size[0],
                         "kernel_width": layer.kernel_size[1],
                         "groups": layer.groups,
+                        "once": layer.once,
                         "input_elements": layer.input_elements,
                         "output_elements": layer.output_elements,
                         "parameters": layer.num_parameters,

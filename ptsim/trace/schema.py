@@ -13,7 +13,7 @@ import msgspec
 
 from ptsim.network import MemoryFormat, Network, Precision
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: layers that run once a mini-batch, and inputs that images share, are marked
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]

@@ -1,0 +1,74 @@
+"""Counts of networks that no zoo of ours has, against what torch counts when they run for real."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from analysis.check_counts import kept_bytes, torch_macs
+from ptsim.capture.counts import einsum_macs
+from ptsim.capture.network import capture_network
+from ptsim.costs.flops import inference_macs, training_macs
+from ptsim.costs.memory import iteration_memory
+from ptsim.costs.traffic import layer_traffic
+from ptsim.network import LayerKind, Network
+from tests.capture import user_models
+
+IMAGE = (3, 32, 32)
+NAMES = (
+    *("unet", "se", "mobile", "super_resolution", "convnext", "norms", "dilated", "one_dimensional", "volume"),
+    *("encoder", "attention", "biased", "standardised", "shuffle", "pyramid", "bilinear", "parametrised", "dense"),
+    *("gated", "mixer"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_macs_and_kept_bytes_are_torchs_at_every_mini_batch(name: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(user_models, name)()
+    network = capture_network(model, name=name, input_shape=IMAGE, num_classes=10)
+    for batch in (2, 8):
+        images = torch.rand(batch, *IMAGE)
+        forward, step = torch_macs(model, images)
+        assert inference_macs(network, images=batch) // batch == forward
+        assert training_macs(network, images=batch) // batch == step
+        assert iteration_memory(network, batch=batch).activation_bytes == kept_bytes(model, images)
+
+
+def test_what_has_no_mini_batch_axis_is_counted_once_a_mini_batch() -> None:
+    network = capture_network(user_models.biased(), name="b", input_shape=IMAGE, num_classes=10)
+    once = {layer.name: layer for layer in network.layers if layer.once}
+    assert {"mlp.0", "mlp.1", "mlp.2"} <= once.keys()
+    assert once["mlp.0"].forward_macs == 64 * 64 * 2 * 256
+    assert training_macs(network, images=8) - training_macs(network, images=7) == training_macs(
+        network, images=3
+    ) - training_macs(network, images=2)
+    bias_added = [layer for layer in network.layers if layer.op == "add" and layer.shared_inputs == (1,)]
+    assert [layer.input_sizes(8) for layer in bias_added] == [(8 * 4 * 64 * 64, 4 * 64 * 64)] * 2
+    assert msgspec.json.decode(msgspec.json.encode(network), type=Network) == network
+    moved = [layer_traffic(once["mlp.0"], batch=b, element_bytes=4) for b in (1, 64)]
+    assert moved[0] == moved[1]
+
+
+def test_the_norm_of_weights_is_no_batch_norm_traffic() -> None:
+    network = capture_network(user_models.standardised(), name="s", input_shape=IMAGE, num_classes=10)
+    norms = [layer for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
+    assert [layer.once for layer in norms] == [True]
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("bnhd,bmhd->bhnm", [(2, 5, 3, 4), (2, 7, 3, 4)]),
+        ("ij,jk,kl->il", [(3, 4), (4, 5), (5, 6)]),
+        ("...ij,jk", [(2, 7, 3, 4), (4, 5)]),
+        ("bij,bkl->bj", [(2, 3, 4), (2, 5, 6)]),  # i, k and l are sums of one operand
+        ("ii->i", [(4, 4)]),
+    ],
+)
+def test_einsum_multiplies_as_often_as_torchs_products(equation: str, shapes: list[tuple[int, ...]]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        torch.einsum(equation, *(torch.rand(shape) for shape in shapes))
+    assert 2 * einsum_macs(equation, shapes) == counter.get_total_flops()
