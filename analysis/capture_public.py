@@ -6,9 +6,11 @@ python analysis/capture_public.py        # writes traces/public/networks.json.gz
 from __future__ import annotations
 
 import gzip
+from typing import Any
 
 import msgspec
-from public_rows import PUBLIC, training_table
+import torchvision
+from public_rows import PUBLIC, network_name, training_table
 
 from ptsim import zoo
 from ptsim.capture.network import capture_network
@@ -16,15 +18,30 @@ from ptsim.capture.network import capture_network
 PAPER = ("resnet32", "resnet50", "vgg11", "vgg13")  # the paper's CIFAR networks
 
 
+def build(model: str) -> Any:
+    """The network of a row: torchvision's, or one of torchvision's family that it has no name for."""
+    if model == "resnext101_32x4d":
+        block = torchvision.models.resnet.Bottleneck
+        return torchvision.models.ResNet(block, [3, 4, 23, 3], groups=32, width_per_group=4)
+    if model == "inception_v3":  # the rows are of a network without the auxiliary classifier
+        return torchvision.models.inception_v3(aux_logits=False, init_weights=False)
+    return zoo.find(f"torchvision:{model}").build(num_classes=1000)
+
+
 def main() -> None:
-    """Capture every network that a row names, and the paper's."""
-    names = {f"torchvision:{name}" for name in training_table().model} | set(PAPER)
+    """Capture every network that a row names, at the row's image size, and the paper's."""
     networks = {}
-    for name in sorted(names):
+    for name in PAPER:
         entry = zoo.find(name)
-        model = entry.build(num_classes=entry.num_classes)
-        networks[name] = capture_network(model, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes)
-        print(name, len(networks[name].layers), networks[name].forward_macs)
+        module = entry.build(num_classes=entry.num_classes)
+        networks[name] = capture_network(
+            module, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes
+        )
+    rows = {network_name(row): row for _, row in training_table().iterrows()}
+    for name, row in sorted(rows.items()):
+        size = row.image_size
+        networks[name] = capture_network(build(row.model), name=name, input_shape=(3, size, size), num_classes=1000)
+        print(name, len(networks[name].layers), networks[name].num_parameters, networks[name].forward_macs)
     with gzip.GzipFile(PUBLIC / "networks.json.gz", "wb", mtime=0) as file:
         file.write(msgspec.json.encode(networks))
 

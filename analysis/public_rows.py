@@ -33,11 +33,14 @@ from ptsim.hardware.catalog import load_device
 from ptsim.network import Layer, LayerKind, Network, Precision
 
 PUBLIC = Path(__file__).parent.parent / "traces" / "public"
-RELEASED = {"gtx-1080-ti": 2017.2, "titan-xp": 2017.3, "p100-sxm2-16gb": 2016.4, "v100-sxm2-16gb": 2017.5,
-            "v100-sxm2-32gb": 2017.5,
-            "a100-sxm4-80gb": 2020.9, "rtx-3090": 2020.7, "h100-sxm5-80gb": 2022.8}  # fmt: skip
+FIT_FILES = ("training", "training_depthwise")
+FILES = (*FIT_FILES, "training_later")
+# First board of a generation, and PyTorch releases: how old the software was for the chips.
+RELEASED = {"pascal": 2016.4, "volta": 2017.5, "turing": 2018.7, "ampere": 2020.5, "ada": 2022.8, "hopper": 2022.8,
+            "blackwell": 2024.9}  # fmt: skip
 TORCH_RELEASED = {
     1.04: 2020.0,
+    1.06: 2020.6,
     1.07: 2020.8,
     1.08: 2021.1,
     1.09: 2021.5,
@@ -45,6 +48,7 @@ TORCH_RELEASED = {
     1.13: 2022.8,
     2.03: 2024.2,
     2.05: 2024.8,
+    2.07: 2025.3,
 }
 PAGEABLE_BYTES_PER_S = 6e9  # host to device copy of pageable memory over PCIe 3; nuisance of 14 rows
 
@@ -72,16 +76,28 @@ def networks() -> dict[str, Network]:
 
 
 def training_table() -> pd.DataFrame:
-    """The trimmed collection, and rows of a network with depthwise convolutions, of which it has none."""
-    return pd.concat([pd.read_csv(PUBLIC / f"{name}.csv") for name in ("training", "training_depthwise")])
+    """The trimmed collection, rows of a network with depthwise convolutions, of which it has none, and later rows.
+
+    Where a table does not say so, images are of 224 × 224 pixels and the optimizer is SGD with momentum.
+    """
+    files = {name: pd.read_csv(PUBLIC / f"{name}.csv") for name in FILES}
+    table = pd.concat([rows.assign(file=name) for name, rows in files.items()], ignore_index=True)
+    defaults = {"image_size": 224, "optimizer": "sgd"}
+    return table.fillna(defaults).astype({"image_size": int})
 
 
-def training_cases() -> list[Case]:
-    """One case per training row, TensorFlow's too."""
+def network_name(row: pd.Series) -> str:
+    """The key of a row's network in networks.json.gz."""
+    return f"torchvision:{row.model}@{row.image_size}"
+
+
+def training_cases(files: tuple[str, ...] = FIT_FILES) -> list[Case]:
+    """One case per training row of these files, TensorFlow's too."""
     cases = []
-    for _, row in training_table().iterrows():
+    table = training_table()
+    for _, row in table[table.file.isin(files)].iterrows():
         device, precision = load_device(row.device), Precision(row.precision)
-        network = networks()[f"torchvision:{row.model}"]
+        network = networks()[network_name(row)]
         kernels = network_kernels(
             network,
             batch=row.batch,
@@ -94,14 +110,14 @@ def training_cases() -> list[Case]:
             Case(
                 kernels=kernels,
                 chip=chip_of(device, precision),
-                update_bytes=update_bytes(network, "sgd", precision) if row.with_optimizer else 0.0,
+                update_bytes=update_bytes(network, row.optimizer, precision) if row.with_optimizer else 0.0,
                 num_tensors=len(network.parameters) if row.with_optimizer else 0,
                 extra_s=4 * images / PAGEABLE_BYTES_PER_S if row.host_copy else 0.0,
                 seconds=row.batch / row.images_per_s,
                 device=row.device,
                 model=row.model,
                 row=row,
-                age_years=TORCH_RELEASED[row.torch] - RELEASED[row.device] if row.torch == row.torch else None,
+                age_years=TORCH_RELEASED[row.torch] - RELEASED[device.architecture] if row.torch == row.torch else None,
             )
         )
     return cases

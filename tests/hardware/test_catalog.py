@@ -76,8 +76,9 @@ def test_no_name_means_two_devices():
 # consumer boards have half of it. H100 multiplies tensors at another clock than its boost clock.
 CORES = {"pascal": 128, "volta": 64, "turing": 64, "ampere": 128, "ada": 128, "hopper": 128, "blackwell": 128}
 HALF_PER_SM = {"volta": 1024, "turing": 1024, "ampere": 1024, "ada": 1024, "hopper": 4096, "blackwell": 8192}
+GEFORCE = {"rtx-2080-ti", "rtx-3080", "rtx-3090", "rtx-4090", "rtx-5090"}  # the 50 series has the tensor cores of Ada
 TENSOR_CLOCK = {"h100-sxm5-80gb": 1830e6, "h200-sxm5-141gb": 1830e6, "h100-pcie-80gb": 1620e6, "b200-sxm-180gb": 1856e6}
-A100_LIKE, CONSUMER = ("a100-", "p100-"), ("rtx-",)
+A100_LIKE = ("a100-", "p100-")
 # Bits of the bus, and transfers per second and pin.
 MEMORY = {
     "gtx-1080-ti": (352, 11e9), "titan-xp": (384, 11.41e9), "p100-pcie-16gb": (4096, 1.43e9),
@@ -87,6 +88,8 @@ MEMORY = {
     "a100-pcie-40gb": (5120, 2.43e9), "a100-sxm4-40gb": (5120, 2.43e9), "a100-pcie-80gb": (5120, 3.024e9),
     "a100-sxm4-80gb": (5120, 3.186e9), "l4": (192, 12.5e9), "l40s": (384, 18e9), "h100-pcie-80gb": (5120, 3.186e9),
     "h100-sxm5-80gb": (5120, 5.238e9), "h200-sxm5-141gb": (6144, 6.25e9), "b200-sxm-180gb": (7680, 7.992e9),
+    "titan-v": (3072, 1.7e9), "titan-rtx": (384, 14e9), "quadro-rtx-8000": (384, 14e9), "rtx-3080": (320, 19e9),
+    "rtx-a6000": (384, 16e9), "rtx-6000-ada": (384, 20e9), "rtx-5090": (512, 28e9),
 }  # fmt: skip
 
 
@@ -101,9 +104,9 @@ def test_fp32_peak_is_two_flops_per_core_and_clock(name):
 @pytest.mark.parametrize("name", [name for name in device_names() if load_device(name).architecture != "pascal"])
 def test_tensor_peaks_are_flops_per_sm_and_clock_and_tf32_is_half_of_fp16(name):
     device = load_device(name)
-    per_sm = 2048 if name.startswith("a100-") else HALF_PER_SM[device.architecture]
+    per_sm = 2048 if name.startswith("a100-") else HALF_PER_SM["ada" if name in GEFORCE else device.architecture]
     clock = TENSOR_CLOCK.get(name, device.boost_clock_hz)
-    expected = per_sm * device.num_sms * clock * (0.5 if name.startswith(CONSUMER) else 1.0)
+    expected = per_sm * device.num_sms * clock * (0.5 if name in GEFORCE else 1.0)
     peaks = device.peak_flops_per_s
     assert peaks[Precision.FP16] == pytest.approx(expected, rel=0.015)
     if Precision.TF32 in peaks:
