@@ -1,16 +1,17 @@
 """What an nccl-tests log says: message sizes, times, how many GPUs on how many nodes; old and new text, and JSON.
 
 A log may hold several runs, other collectives, launcher noise, colours and prefixes ("[1,0]<stdout>:", "0: ", time
-stamps); the all-reduces are taken. Of several data types or reductions the float sum counts. What cannot be trusted is
+stamps), rows that NCCL's messages cut in two, and the marks that a web page adds or takes away; the all-reduces are
+taken. Of several data types or reductions the float sum counts; run cycles (`-N`) are runs. What cannot be trusted is
 refused: output that stops in the middle, output of several ranks mixed, wrong results.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,19 +19,25 @@ import msgspec
 from ptsim.errors import FileFormatError
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+# "[1,0]<stdout>:" of Open MPI, "[0]" of Hydra: once for each piece that the process wrote, also in the middle of a row
+_LAUNCHER = re.compile(r"\[[^\]\s]*\d+,\d+\]<std(?:out|err)>:?|\[\d+\]")
 _RANK = re.compile(
-    r"#\s+Rank\s+(\d+)\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+\d+\s+\[[^\]]*\]\s+(.*\S)"
+    r"\bRank\s+(\d+)\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+\d+\s+\[[^\]]*\]\s+(.*\S)"
 )
-_HEADER = re.compile(r"#\s*nThread\s+(\d+)\s+nGpus\s+(\d+)\s+minBytes\s+(\d+)\s+maxBytes\s+(\d+)")
-_TEST = re.compile(r"#\s*Collective test (starting|concluded):\s*(\S+)")
-_TRAILER = re.compile(r"#\s*(?:Out of bounds values|Avg bus bandwidth)\s*:\s*(\S+)")
-_COLUMNS = re.compile(r"#\s*(size|bytes)\s+(?:count|N)\s+type\s.*busbw")
-_TYPES = (
-    "u?int(?:8|32|64)?|char|half|float(?:16|32|64)?|double|bfloat16|bf16|fp8_e4m3|fp8_e5m2|f8e4m3|f8e5m2|fp8|"
-    "float8_e4m3|float8_e5m2"
+_HEADER = re.compile(r"\bnThread\s+(\d+)\s+nGpus\s+(\d+)\s+minBytes\s+(\d+)\s+maxBytes\s+(\d+)")
+_TEST = re.compile(r"\bCollective test (starting|concluded):\s*(\S+)")
+_TRAILER = re.compile(r"\b(?:Out of bounds values|Avg bus bandwidth)\s*:\s*(\S+)")
+_COLUMNS = re.compile(r"\b(size|bytes)\s+(?:count|N)\s+type\s.*busbw")
+_ELEMENT_BYTES = (
+    (8, "u?int64|float64|double"),
+    (4, "u?int32|int|float32|float"),
+    (2, "half|float16|bfloat16|bf16"),
+    (1, "u?int8|char|fp8(?:_e4m3|_e5m2)?|f8e4m3|f8e5m2|float8_e4m3|float8_e5m2"),
 )
+_TYPES = "|".join(names for _, names in _ELEMENT_BYTES)
 _ROW = re.compile(rf"(?:^|.*[\s>:\]])(\d+)\s+(\d+)\s+({_TYPES})\s+(.*\S)")  # whatever a launcher puts in front
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_MESSAGE = re.compile(r"[A-Za-z][^\s:]*:\d+:\d+ \[\d+\]|NCCL (?:INFO|WARN|TRACE|version)")
 _REDUCTIONS = ("sum", "prod", "max", "min", "avg", "mulsum", "all")
 
 
@@ -73,7 +80,7 @@ class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
-    """The all-reduce runs in the nccl-tests log at `path`, in its order; at least one.
+    """The all-reduce runs in the nccl-tests log at `path`, in its order, one for each cycle of `-N`; at least one.
 
     Raises:
         FileFormatError: not an nccl-tests log, another collective, truncated, mixed output of several ranks, wrong
@@ -87,7 +94,7 @@ def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
     if not text.strip():
         raise FileFormatError(path, "is empty, expected the output of nccl-tests' all_reduce_perf")
     if text.lstrip()[0] == "{":
-        return (_read_json(path, text),)
+        return _read_json(path, text)
     return _read_text(path, _COLOUR.sub("", text))
 
 
@@ -120,12 +127,14 @@ class _Section:
 class _Row(msgspec.Struct, frozen=True):
     line: int
     size: int
+    count: int | None
     type: str
     redop: str
     root: int | None
     out_of_place: _Times | None
     in_place: _Times | None
     wrong: int
+    num_groups: int  # of columns: out of place and in place, or one of them
 
     @property
     def times(self) -> _Times:
@@ -157,35 +166,79 @@ def _read_text(path: Path, text: str) -> tuple[NcclLog, ...]:
         raise FileFormatError(path, f"holds {name}, expected all_reduce_perf", line=section.rows[0].line)
     found = re.search(r"nccl-library=(\d+)|NCCL version (\S+)|compiled with NCCL (\S+)", text)
     version = next((name for name in found.groups() if name), None) if found else None
-    return tuple(_log(path, section, version) for section, _ in wanted)
+    return tuple(log for section, _ in wanted for log in _logs(path, section, version))
 
 
-def _log(path: Path, section: _Section, version: str | None) -> NcclLog:
+def _logs(path: Path, section: _Section, version: str | None) -> list[NcclLog]:
     section.rows = _of_one_type(section.rows)
+    cycles = _cycles(path, section.rows)
     _check_section(path, section)
     num_gpus, num_nodes = _ranks(path, section)
-    return NcclLog(
-        path=str(path),
-        num_gpus=num_gpus,
-        num_nodes=num_nodes,
-        gpus=tuple(sorted({gpu for _, gpu in section.ranks.values()})),
-        version=version,
-        measurements=tuple(_measurement(row, section.unit_s) for row in section.rows if row.size > 0),
-    )
+    return [
+        NcclLog(
+            path=str(path),
+            num_gpus=num_gpus,
+            num_nodes=num_nodes,
+            gpus=tuple(sorted({gpu for _, gpu in section.ranks.values()})),
+            version=version,
+            measurements=tuple(_measurement(row, section.unit_s) for row in cycle),
+        )
+        for cycle in cycles
+    ]
 
 
 def _of_one_type(rows: list[_Row]) -> list[_Row]:
-    """The rows of one data type and reduction, by rising size: the float sum where there are several."""
+    """The rows of one data type and reduction: the float sum where there are several."""
     kinds = dict.fromkeys((row.type, row.redop) for row in rows)
     chosen = min(kinds, key=lambda kind: (kind[0] not in ("float", "float32"), kind[1] != "sum"))
-    return sorted((row for row in rows if (row.type, row.redop) == chosen), key=lambda row: row.size)
+    return [row for row in rows if (row.type, row.redop) == chosen]
+
+
+def _cycles(path: Path, rows: list[_Row]) -> list[list[_Row]]:
+    """The rows of each run cycle (`-N`), by rising size: the same sizes in the same order again and again."""
+    rows = [row for row in rows if row.size > 0]
+    seen: dict[int, int] = {}
+    again = next((row for row in rows if seen.setdefault(row.size, row.line) != row.line), None)
+    if again is None:
+        return [sorted(rows, key=lambda row: row.size)]
+    period = len(seen)
+    repeated = all(row.size == rows[i % period].size for i, row in enumerate(rows))
+    if not repeated or len(rows) % period or again.root is None:  # before it printed a root it had no cycles
+        raise FileFormatError(
+            path,
+            f"{again.size} bytes are there twice: the output of several ranks or runs is mixed",
+            line=again.line,
+            hint="keep rank 0's output of one run",
+        )
+    return [sorted(rows[i : i + period], key=lambda row: row.size) for i in range(0, len(rows), period)]
+
+
+def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers; a row in whose middle NCCL wrote messages is one line again."""
+    cut: tuple[int, str] | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        message = _MESSAGE.search(line)
+        piece = _LAUNCHER.sub(" ", line[: message.start()] if message else line).rstrip()
+        words = piece.split()
+        if cut and words and all(word == "N/A" or _NUMBER.fullmatch(word) for word in words):
+            cut = (cut[0], f"{cut[1]} {piece}")
+            continue
+        row = _ROW.match(piece)
+        if cut and (row or words):
+            yield cut
+            cut = None
+        if row and message:
+            cut = (number, piece)
+        else:
+            yield number, line if _RANK.search(line) else piece or line
+    if cut:
+        yield cut
 
 
 def _sections(path: Path, text: str) -> list[_Section]:
     sections = [_Section(1, None)]
     name: str | None = None
-    for number, raw in enumerate(text.splitlines(), start=1):
-        line = raw.rstrip()
+    for number, line in _whole_rows(text):
         current = sections[-1]
         if test := _TEST.search(line):
             name = test[2] if test[1] == "starting" else None
@@ -262,7 +315,7 @@ def _row(path: Path, number: int, line: str) -> _Row | None:
     if not any(times):
         raise FileFormatError(path, f"row of {match[1]} bytes has no time", line=number)
     first, second = (*times, None)[:2]
-    return _Row(number, int(match[1]), match[3], redop, root, first, second, wrong)
+    return _Row(number, int(match[1]), int(match[2]), match[3], redop, root, first, second, wrong, len(times))
 
 
 def _collective(section: _Section) -> str:
@@ -273,23 +326,22 @@ def _collective(section: _Section) -> str:
     if row.root is not None and row.root >= 0:
         return "reduce_perf"
     algbw, busbw = row.times.algbw, row.times.busbw
-    num = len(section.ranks)
-    if num > 2 and algbw > 1 and abs(busbw / algbw / ((num - 1) / num) - 1) < 0.02:
-        return "reduce_scatter_perf"
+    element = next(size for size, names in _ELEMENT_BYTES if re.fullmatch(names, row.type))
+    shares = row.size // max((row.count or row.size) * element, 1)  # a reduce-scatter counts what one rank gets
+    for num in (len(section.ranks), shares):
+        if num > 1 and algbw > 1 and abs(busbw / algbw / ((num - 1) / num) - 1) < 0.02:
+            return "reduce_scatter_perf"
     return "all_reduce_perf"
 
 
 def _check_section(path: Path, section: _Section) -> None:
     rows = section.rows
-    for before, row in itertools.pairwise(rows):
-        if row.size == before.size:
-            raise FileFormatError(
-                path,
-                f"{row.size} bytes are there twice: the output of several ranks or runs is mixed",
-                line=max(row.line, before.line),
-                hint="keep rank 0's output of one run",
-            )
+    columns = max(row.num_groups for row in rows)
     for row in rows:
+        if row.num_groups < columns:
+            raise FileFormatError(
+                path, f"row of {row.size} bytes is incomplete: it has no in-place time", line=row.line
+            )
         if row.wrong:
             raise FileFormatError(path, f"{row.wrong} wrong results at {row.size} bytes", line=row.line)
         for times in (row.out_of_place, row.in_place):
@@ -336,6 +388,9 @@ def _ranks(path: Path, section: _Section) -> tuple[int, int]:
             f"which {implied} ranks would give",
             line=row.line,
         )
+    if not listed and implied and abs(2 * (implied - 1) / implied - busbw / algbw) > 0.03:
+        problem = f"has a bus bandwidth of {busbw / algbw:.3g} times the algorithm bandwidth, which no all-reduce has"
+        raise FileFormatError(path, problem, line=row.line)
     num = listed or implied
     if num is None:
         raise FileFormatError(path, "has no device list ('# Rank 0 …'), so the number of GPUs is unknown", line=1)
@@ -369,6 +424,7 @@ class _JsonTimes(msgspec.Struct):
 
 class _JsonResult(msgspec.Struct):
     size: int
+    count: int | None = None
     type: str = "float"
     redop: str = "sum"
     root: int | str = -1
@@ -405,7 +461,7 @@ class _JsonRun(msgspec.Struct):
     out_of_bounds: _JsonBounds | None = None
 
 
-def _read_json(path: Path, text: str) -> NcclLog:
+def _read_json(path: Path, text: str) -> tuple[NcclLog, ...]:
     """The JSON that `all_reduce_perf -J FILE` writes (nccl-tests 2.17 and newer)."""
     try:
         run = msgspec.convert(json.loads(text), _JsonRun)
@@ -435,7 +491,7 @@ def _read_json(path: Path, text: str) -> NcclLog:
     section.rows = [_json_row(path, i, result) for i, result in enumerate(run.results)]
     if section.name is None and "all_reduce" not in (name := _collective(section)):
         raise FileFormatError(path, f"holds {name}, expected all_reduce_perf")
-    return _log(path, section, None if run.nccl_version is None else str(run.nccl_version))
+    return tuple(_logs(path, section, None if run.nccl_version is None else str(run.nccl_version)))
 
 
 def _json_row(path: Path, index: int, result: _JsonResult) -> _Row:
@@ -457,4 +513,5 @@ def _json_row(path: Path, index: int, result: _JsonResult) -> _Row:
     except ValueError as error:
         raise FileFormatError(path, f"{where}.root is {result.root!r}, expected a rank") from error
     out_of_place, in_place = times.get("out_of_place"), times.get("in_place")
-    return _Row(index + 1, result.size, result.type, result.redop, root, out_of_place, in_place, wrong)
+    numbers = (result.size, result.count, result.type, result.redop, root)
+    return _Row(index + 1, *numbers, out_of_place, in_place, wrong, len(times))

@@ -267,6 +267,141 @@ def test_what_cannot_be_trusted_is_refused_with_file_and_line(
         assert caught.value.line == line
 
 
+# What people posted, shortened to the rows that show the form; where from stands beside each.
+POSTED = {
+    # KeitaW/p5-nccl-test-2024-07-19: Open MPI marks every piece that a process writes, not every line
+    "a prefix in the middle of a row": """\
+[1,0]<stdout>:# nThread 1 nGpus 1 minBytes 8 maxBytes 17179869184 step: 2(factor) warmup iters: 5 iters: 100 agg iters: 1
+[1,0]<stdout>:# Using devices
+[1,5]<stdout>:test-nccl-worker-0:32:68 [5] NCCL INFO NET/OFI Using transport protocol RDMA
+[1,0]<stdout>:#       size         count      type   redop    root     time   algbw   busbw #wrong     time   algbw   busbw #wrong
+[1,0]<stdout>:       65536         16384     float     sum      -1[1,0]<stdout>:    107.4    0.61    1.14      0[1,0]<stdout>:    86.01    0.76    1.43      0
+[1,0]<stdout>:    33554432       8388608     float     sum      -1[1,0]<stdout>:    459.2   73.07  137.01      0[1,0]<stdout>:    434.2   77.27  144.89      0
+[1,0]<stdout>:# Out of bounds values : 0 OK
+[1,0]<stdout>:# Avg bus bandwidth    : 124.584
+""",  # noqa: E501
+    # NVIDIA/nccl, issue 1453: Hydra's prefix
+    "a rank in brackets": """\
+[0]      4194304       1048576     float     sum      -1[0]     622.6    6.74   12.91      0[0]     625.8    6.70   12.85      0
+[0]     33554432       8388608     float     sum      -1[0]    2180.1   15.39   29.50      0[0]    2285.2   14.68   28.14      0
+[0] # Out of bounds values : 0 OK
+""",  # noqa: E501
+    # the same issue, with NCCL_DEBUG_SUBSYS=TUNING: messages cut a row in two
+    "a row cut by messages": """\
+[0]       524288        131072     float     sum      -1[0]     366.5    1.43    2.74      0[0]     340.8    1.54    2.95      0
+[0]     33554432       8388608     float     sum      -1h100clust-worker-1:497888:497888 [0] NCCL INFO 33554432 Bytes -> Algo 5 proto 2 time 79.214401
+[0] h100clust-worker-1:497888:497888 [0] NCCL INFO 33554432 Bytes -> Algo 5 proto 2 time 79.214401
+[0]    2180.1   15.39   29.50      0h100clust-worker-1:497888:497888 [0] NCCL INFO 33554432 Bytes -> Algo 5 proto 2 time 79.2
+[0]    2285.2   14.68   28.14      0
+[0] # Out of bounds values : 0 OK
+""",  # noqa: E501
+    # dstackai/dstack, examples/clusters/crusoe: a page that lost its hashes
+    "no hashes": """\
+ nThread 1 nGpus 8 minBytes 8 maxBytes 8589934592 step: 2(factor) warmup iters: 5 iters: 20 validation: 1
+ Using devices
+   Rank  0 Pid 1821213 on AI-A100-Beethoven01 device  0 [0x00] NVIDIA H100 80GB HBM3
+   Rank  1 Pid 1821214 on AI-A100-Beethoven02 device 15 [0x00] NVIDIA H100 80GB HBM3
+ out-of-place                       in-place
+        size         count      type   redop    root     time   algbw   busbw  #wrong     time   algbw   busbw  #wrong
+    33554432       8388608     float     sum      -1   274.23  122.36  122.36       0   276.45  121.38  121.38       0
+  8589934592    2147483648     float     sum      -1  34448.4  249.36  249.36       0  34381.0  249.85  249.85       0
+  Out of bounds values : 0 OK
+  Avg bus bandwidth    : 125.499
+""",
+    # a course page of 2020, quoted
+    "a quotation": """\
+>      1048576        262144   float     sum    615.4    1.70    2.98  2e-07    613.0    1.71    2.99  2e-07
+>    134217728      33554432   float     sum    95470    1.41    2.46  2e-07    95477    1.41    2.46  2e-07
+> # Out of bounds values : 0 OK
+""",
+    # NVIDIA/nccl-tests, pull request 349: -S 1; Kubernetes' own time in front
+    "times of day": """\
+2025-10-14T08:00:01.123456789Z     33554432       8388608     float     sum      -1   274.23  122.36  229.43       0   276.45  121.38  227.58       0  2025-10-14 08:00:01
+2025-10-14T08:00:02.123456789Z # Out of bounds values : 0 OK
+""",  # noqa: E501
+    # srun -l; in-place results unchecked
+    "a rank and a colon": """\
+ 0:   33554432   8388608   bfloat16     avg      -1    274.2  122.36  229.43    N/A    276.4  121.38  227.58    N/A
+ 0: # Out of bounds values : 0 OK
+""",
+    # a page on GKE's a4-highgpu-8g: one group of columns without errors
+    "three columns": """\
+# nThread 1 nGpus 8 minBytes 8388608 maxBytes 17179869184 step: 2(factor)
+#  Rank  0 Group  0 Pid 221599 device  0 [0000:8f:00] NVIDIA B200
+     8388608       2097152     float     sum      -1    80.32  104.44  182.77
+    33554432       8388608     float     sum      -1    172.6  194.36  340.13
+# Avg bus bandwidth    : 300
+""",
+}
+LAST_US = {
+    "a prefix in the middle of a row": (16, 459.2, 434.2),
+    "a rank in brackets": (24, 2180.1, 2285.2),
+    "a row cut by messages": (24, 2180.1, 2285.2),
+    "no hashes": (2, 34448.4, 34381.0),
+    "a quotation": (8, 95470, 95477),
+    "times of day": (16, 274.23, 276.45),
+    "a rank and a colon": (16, 274.2, 276.4),
+    "three columns": (8, 172.6, None),
+}
+
+
+@pytest.mark.parametrize("form", POSTED)
+def test_what_people_post_is_read(form: str, tmp_path: Path) -> None:
+    log = read_nccl_log(write(tmp_path, POSTED[form]))
+    num_gpus, out_of_place, in_place = LAST_US[form]
+    last = log.measurements[-1]
+    assert log.num_gpus == num_gpus
+    assert last.out_of_place_s == pytest.approx(out_of_place * 1e-6)
+    assert last.in_place_s == (None if in_place is None else pytest.approx(in_place * 1e-6))
+
+
+def test_a_row_of_which_messages_swallowed_the_end_is_refused(tmp_path: Path) -> None:
+    text = POSTED["a row cut by messages"].replace("[0]    2285.2   14.68   28.14      0\n", "")
+    with pytest.raises(FileFormatError, match="row of 33554432 bytes is incomplete") as caught:
+        read_nccl_log(write(tmp_path, text.replace("   29.50      0h100", "   29.50      h100")))
+    assert caught.value.line == 2
+
+
+def cycles(num: int) -> str:
+    rows = [
+        f"{size:12d} {size // 4:12d}     float     sum      -1 {10 * (i + 1) + time:8.2f} {algbw:7.2f} {algbw:7.2f}"
+        f"       0 {10 * (i + 1) + time:8.2f} {algbw:7.2f} {algbw:7.2f}       0\n"
+        for i in range(num)
+        for size, time, algbw in ((0, 0.1, 0.0), (1024, 10.0, 0.1), (4194304, 90.0, 46.6))
+    ]
+    return NEW_HEAD + "".join(rows) + TAIL
+
+
+def test_run_cycles_are_runs(tmp_path: Path) -> None:
+    logs = read_nccl_logs(write(tmp_path, cycles(3)))
+    assert [[round(m.seconds * 1e6) for m in log.measurements] for log in logs] == [[20, 100], [30, 110], [40, 120]]
+    assert {log.num_gpus for log in logs} == {2}
+
+
+def test_json_of_run_cycles_is_as_many_runs(tmp_path: Path) -> None:
+    results = json.loads(document())["results"]
+    assert len(read_nccl_logs(write(tmp_path, document(results=results * 3)))) == 3
+    with pytest.raises(FileFormatError, match="1024 bytes are there twice"):
+        read_nccl_logs(write(tmp_path, document(results=results + results[:1])))
+
+
+def test_cycles_that_stop_or_interleave_are_refused(tmp_path: Path) -> None:
+    lines = cycles(2).splitlines(keepends=True)
+    last = next(i for i in reversed(range(len(lines))) if " 4194304 " in lines[i])
+    swapped = [*lines[: last - 4], lines[last - 3], lines[last - 1], lines[last - 4], *lines[last - 2 :]]
+    for broken in (lines[:last] + lines[last + 1 :], swapped):
+        with pytest.raises(FileFormatError, match="there twice: the output of several ranks or runs is mixed"):
+            read_nccl_logs(write(tmp_path, "".join(broken)))
+
+
+def test_a_reduce_scatter_without_name_and_device_list_is_told_by_its_counts(tmp_path: Path) -> None:
+    row = "  33554432       1048576     float     sum      -1    80.28  417.95  365.71       0    79.87  420.13  367.61       0\n"  # noqa: E501
+    with pytest.raises(FileFormatError, match="holds reduce_scatter_perf"):
+        read_nccl_log(write(tmp_path, row + TAIL))
+    with pytest.raises(FileFormatError, match="which no all-reduce has"):
+        read_nccl_log(write(tmp_path, row.replace("  1048576", "  8388608") + TAIL))
+
+
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="not a file"):
         read_nccl_log(tmp_path / "absent.log")
