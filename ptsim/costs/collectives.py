@@ -19,6 +19,9 @@ Algorithm = Literal["ring", "tree", "hierarchical", "table"]
 Choice = Literal["auto", "ring", "tree", "hierarchical"]
 
 
+_SMALL_BYTES = 2**20  # below it a topology says less
+
+
 class AllReduceTime(msgspec.Struct, frozen=True, kw_only=True):
     """One all-reduce: its time, a 90 % interval, the algorithm, and what every GPU puts on the wire.
 
@@ -143,7 +146,8 @@ def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm
         tier = Tier.MEASURED
     else:
         seconds, chosen = _topology(message_bytes, cluster, num_gpus, num_nodes, algorithm)
-        sigma, tier = nccl.default_fit().residual, Tier.DATASHEET
+        fit = nccl.default_fit()
+        sigma, tier = fit.small_residual if message_bytes < _SMALL_BYTES else fit.residual, Tier.DATASHEET
         if table is not None:
             there, _ = _topology(message_bytes, cluster, table.num_gpus, table.num_nodes, algorithm)
             seconds *= table_seconds(table, message_bytes) / there

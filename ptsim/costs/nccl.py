@@ -22,8 +22,8 @@ Algorithm = Literal["ring", "tree", "hierarchical"]
 Protocol = Literal["LL", "LL128", "Simple"]
 PROTOCOLS: tuple[Protocol, ...] = ("LL", "LL128", "Simple")
 
-# Seconds, (tree, ring). NCCL 2.30.7, src/graph/tuning.cc: baseLat and hwLat. Sockets and EFA have no row of their own
-# there; they start from the network's row.
+# Seconds, (tree, ring). NCCL 2.30.7, src/graph/tuning.cc: baseLat and hwLat. Sockets, EFA and TCPX have no row of their
+# own there; they start from the network's row.
 _BASE_S: dict[Protocol, tuple[float, float]] = {
     "LL": (6.8e-6, 6.6e-6),
     "LL128": (14e-6, 14e-6),
@@ -39,6 +39,7 @@ _HOP_S: dict[LinkKind, dict[Protocol, tuple[float, float]]] = {
     LinkKind.PCIE: {"LL": (1e-6, 1e-6), "LL128": (1.9e-6, 2.5e-6), "Simple": (4e-6, 5.7e-6)},
     LinkKind.INFINIBAND: _NETWORK_HOP_S,
     LinkKind.EFA: _NETWORK_HOP_S,
+    LinkKind.TCPX: _NETWORK_HOP_S,
     LinkKind.TCP: _NETWORK_HOP_S,
 }
 
@@ -66,16 +67,21 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """The fitted constants.
 
     Attributes:
-        base_scale: measured fixed cost of a call over NCCL's table.
+        base_scale: measured fixed cost of a call over NCCL's table, by protocol.
+        join: how well the steps inside a node hide behind those between nodes: the time per byte of both together is
+            the `join`-norm of the two (1: one after the other; infinite: the slower one alone).
         pcie_crowding: share of a pair's PCIe bandwidth that is left at most when more than two GPUs cross the host.
         nvls_share: all-reduced bytes per second of in-switch reduction over the link's bandwidth.
         residual: standard deviation of ln(measured / predicted) on systems left out of the fit, from 1 MiB up.
+        small_residual: the same below 1 MiB, where host and software decide.
     """
 
-    base_scale: float
+    base_scale: dict[Protocol, float]
+    join: float
     pcie_crowding: float
     nvls_share: float
     residual: float
+    small_residual: float
     kinds: dict[LinkKind, KindFit]
 
 
@@ -138,13 +144,13 @@ def _default_lines(
 def _lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit) -> tuple[Line, ...]:
     per_node = -(-num_gpus // num_nodes)
     as_measured = {link.kind for link in (cluster.intra, cluster.inter) if link} == {LinkKind.MEASURED}
-    base_scale = 0.0 if as_measured else fit.base_scale  # measured latencies hold the call's fixed cost already
     found = []
     for protocol in PROTOCOLS:
         for algorithm in ("tree", "ring", "hierarchical") if cluster.library == "nccl" else ("ring", "hierarchical"):
             ring = int(algorithm != "tree")
             intra = _effective(cluster.intra, protocol, ring, per_node, 1, cluster.nvswitch, fit)
             hops_intra, hops_inter, volume_intra, volume_inter = _work(cluster, algorithm, num_gpus, num_nodes)
+            base_scale = 0.0 if as_measured else fit.base_scale[protocol]  # measured latencies hold it already
             latency = base_scale * _BASE_S[protocol][ring] + hops_intra * intra[0]
             intra_s = volume_intra / intra[1] if per_node > 1 else 0.0
             if cluster.reduces_in_switch and protocol == "Simple" and algorithm != "ring" and per_node > 2:
@@ -158,6 +164,8 @@ def _lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit) -> tuple[L
                 latency += hops_inter * inter[0]
                 inter_s = volume_inter * cluster.oversubscription / inter[1]
             total = intra_s + inter_s if algorithm == "hierarchical" else max(intra_s, inter_s)
+            if algorithm != "hierarchical" and not as_measured:
+                total *= (1 + (min(intra_s, inter_s) / total) ** fit.join) ** (1 / fit.join)
             found.append(Line(algorithm=algorithm, protocol=protocol, latency_s=latency, seconds_per_byte=total))
     return tuple(found)
 
@@ -199,7 +207,7 @@ def effective_cluster(cluster: Cluster, num_gpus: int, num_nodes: int, line: Lin
     # a single GPU per node has no peer inside: its port is as fast as with one
     intra = seen(cluster.intra, max(2, per_node), 1, cluster.nvswitch)
     as_measured = {link.kind for link in (cluster.intra, cluster.inter) if link} == {LinkKind.MEASURED}
-    base_s = 0.0 if as_measured else fit.base_scale * _BASE_S[line.protocol][ring]
+    base_s = 0.0 if as_measured else fit.base_scale[line.protocol] * _BASE_S[line.protocol][ring]
     return msgspec.structs.replace(cluster, intra=intra, inter=inter, tables=()), base_s
 
 
@@ -210,7 +218,7 @@ def _work(cluster: Cluster, algorithm: str, gpus: int, nodes: int) -> tuple[floa
     if algorithm == "tree":
         # Two nodes exchange one message each way, where every GPU has a NIC. Machines that share NICs show none of that
         # gain: ABCI and Polaris over InfiniBand, Slingshot and sockets run large messages at the ring's rate.
-        paired = cluster.inter is not None and cluster.inter.kind is LinkKind.EFA
+        paired = cluster.inter is not None and cluster.inter.kind in (LinkKind.EFA, LinkKind.TCPX)
         between = 0.0 if nodes == 1 else (1.0 if nodes == 2 and (paired or cluster.nics_per_node >= per_node) else 2.0)
         return 2.0 * (per_node - 1), 2 * math.log2(nodes), chain, between
     if algorithm == "ring":

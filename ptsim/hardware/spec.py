@@ -44,7 +44,8 @@ class LinkKind(StrEnum):
     NVLINK = "nvlink"
     PCIE = "pcie"
     INFINIBAND = "infiniband"  # RDMA with GPUDirect: InfiniBand, RoCE, Slingshot through libfabric
-    EFA = "efa"  # AWS Elastic Fabric Adapter
+    EFA = "efa"  # AWS Elastic Fabric Adapter, with GPUDirect
+    TCPX = "tcpx"  # Google's GPUDirect-TCPX and TCPXO
     TCP = "tcp"  # sockets over Ethernet
     MEASURED = "measured"  # bandwidth and latency are fitted on measurements: taken as they are
 
