@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,10 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from ptsim.errors import UsageError
+from ptsim.hardware.spec import AllReduceTable, Cluster
 from ptsim.units import format_bytes, format_seconds
+
+_LEAST_BYTES, _MOST_BYTES = 2**10, 2**34
 
 
 def network(
@@ -27,6 +31,7 @@ def network(
     backend: Annotated[str | None, Parameter(help="Live: gloo, nccl …; by default nccl with GPUs, else gloo.")] = None,
     max_bytes: Annotated[int, Parameter(help="Live: largest message.")] = 2**26,
     iterations: Annotated[int, Parameter(help="Live: all-reduces per size.")] = 20,
+    resume: Annotated[bool, Parameter(help="Live: go on with a file that is there.")] = False,
 ) -> None:
     """All-reduce times from nccl-tests logs, or live from torch.distributed under torchrun, as a cluster file."""
     from ptsim.hardware.catalog import check_file_name, load_cluster, write_cluster
@@ -41,11 +46,19 @@ def network(
         gpus = sorted({gpu for log in logs for gpu in log.gpus})
         cluster = calibrated_cluster(tables_from_logs(logs), name=name, base=origin, gpus=gpus)
     else:
-        measured = _live(backend, max_bytes, iterations)
+        known = load_cluster(out).tables if resume and out.is_file() else ()
+
+        def cluster_of(table: AllReduceTable, gpus: list[str], library: str) -> Cluster:
+            return calibrated_cluster([table], name=name, base=origin, gpus=gpus, library=library)
+
+        def keep(table: AllReduceTable, gpus: list[str], library: str) -> None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_cluster(cluster_of(table, gpus, library), out)
+
+        measured = _live(backend, max_bytes, iterations, known[0] if known else None, keep)
         if measured is None:
             return  # not rank 0
-        table, gpus, library = measured
-        cluster = calibrated_cluster([table], name=name, base=origin, gpus=gpus, library=library)
+        cluster = cluster_of(*measured)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_cluster(cluster, out)
     console = Console(stderr=True)
@@ -54,7 +67,7 @@ def network(
             f"{found.num_gpus} GPUs on {found.num_nodes} node(s): {len(found.size_bytes)} sizes, "
             f"{format_seconds(found.seconds[0])} for {format_bytes(found.size_bytes[0])} to "
             f"{format_seconds(found.seconds[-1])} for {format_bytes(found.size_bytes[-1])}, "
-            f"jitter {found.relative_jitter:.1%}"
+            f"jitter {found.relative_jitter:.1%}; tier measured"
         )
         for line in found.segments:
             rate = f"{1 / line.seconds_per_byte / 1e9:.4g} GB/s" if line.seconds_per_byte else "no growth"
@@ -62,27 +75,46 @@ def network(
     console.print(f"wrote {out}")
 
 
-def _live(backend: str | None, max_bytes: int, iterations: int):  # type: ignore[no-untyped-def] # its types need torch
+def _live(
+    backend: str | None,
+    max_bytes: int,
+    iterations: int,
+    known: AllReduceTable | None,
+    keep: Callable[[AllReduceTable, list[str], str], None],
+) -> tuple[AllReduceTable, list[str], str] | None:
+    """The table, the GPUs' names and the library; None on ranks other than 0."""
     import torch
     import torch.distributed as dist
 
-    from ptsim.measure.network import DEFAULT_SIZES, measure_table
+    from ptsim.measure.network import measure_table
 
     if "RANK" not in os.environ and not dist.is_initialized():
         raise UsageError(
             "calibrate network needs --nccl-log, or several processes",
             hint="torchrun --nproc-per-node 4 -m ptsim calibrate network --out FILE.toml",
         )
-    if max_bytes < 1024:
-        raise UsageError(f"--max-bytes {max_bytes}; at least 1024 is needed")
+    if not _LEAST_BYTES <= max_bytes <= _MOST_BYTES:
+        raise UsageError(f"--max-bytes {max_bytes}; {_LEAST_BYTES} to {_MOST_BYTES} are possible")
     use = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    for part in use.split(","):  # "cpu:gloo,cuda:nccl"
+        if not dist.is_backend_available(part.rpartition(":")[2]):
+            raise UsageError(f"--backend {use}: this torch has no backend {part.rpartition(':')[2]!r}")
+    library = "nccl" if "nccl" in use else "gloo"
     gpus = []
-    if "nccl" in use:
+    if library == "nccl":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--backend {use} needs GPUs, and there are none here")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         gpus = [torch.cuda.get_device_name()]
-    dist.init_process_group(use)
     try:
-        table = measure_table(sizes=[size for size in DEFAULT_SIZES if size <= max_bytes], iterations=iterations)
-        return (table, gpus, "nccl" if "nccl" in use else "gloo") if dist.get_rank() == 0 else None
+        dist.init_process_group(use)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"--backend {use} does not start: {str(error).splitlines()[0]}") from error
+    try:
+        sizes = [2**k for k in range(_LEAST_BYTES.bit_length() - 1, max_bytes.bit_length())]
+        table = measure_table(
+            sizes=sizes, iterations=iterations, known=known, keep=lambda table: keep(table, gpus, library)
+        )
+        return (table, gpus, library) if dist.get_rank() == 0 else None
     finally:
         dist.destroy_process_group()

@@ -7,7 +7,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,6 +22,7 @@ from ptsim.hardware.spec import AllReduceTable, Cluster, Link, LinkKind
 
 _PCIE_X16 = (15.75e9, 31.5e9)  # generations 3 and 4: PCI-SIG base specifications
 DEFAULT_SIZES = tuple(2**k for k in range(10, 27))  # 1 KiB to 64 MiB
+FEWEST = 3  # iterations of a size, however slow the network is
 
 
 def tables_from_logs(logs: Sequence[NcclLog]) -> list[AllReduceTable]:
@@ -59,6 +60,8 @@ def measure_table(
     warmup: int = 5,
     iterations: int = 20,
     seconds_per_size: float = 5.0,
+    known: AllReduceTable | None = None,
+    keep: Callable[[AllReduceTable], None] | None = None,
 ) -> AllReduceTable:
     """Time all-reduces of float32 in the process group that is initialised, whatever its backend.
 
@@ -70,15 +73,20 @@ def measure_table(
         warmup: iterations that are not counted.
         iterations: iterations per size.
         seconds_per_size: roughly how long one size may take.
+        known: what an interrupted measurement of this layout left, on rank 0; its sizes are not measured again.
+        keep: called on rank 0 with the table so far after each size.
 
     Raises:
-        UsageError: a size is not a positive multiple of 4, or only one rank takes part.
+        UsageError: a size is not a positive multiple of 4, fewer than 3 iterations, only one rank takes part, or
+            `known` is of another layout.
     """
     import torch
     import torch.distributed as dist
 
     if any(size < 4 or size % 4 for size in sizes) or list(sizes) != sorted(set(sizes)):
         raise UsageError(f"sizes {list(sizes)} are not rising multiples of 4 bytes")
+    if iterations < FEWEST:
+        raise UsageError(f"{iterations} iterations; at least {FEWEST} are needed")
     ranks = dist.get_world_size()
     if ranks < 2:
         raise UsageError("a single rank reduces nothing; start at least two, for example with torchrun")
@@ -86,27 +94,55 @@ def measure_table(
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     hosts: list[str | None] = [None] * ranks
     dist.all_gather_object(hosts, os.environ.get("PTSIM_NODE_NAME", socket.gethostname()))
-    medians, jitters = [], []
+    layout = (ranks, len(set(hosts)))
+    found = _left_by(known, layout)
+    source = f"measured with torch.distributed {dist.get_backend()}, torch {torch.__version__}"
+
+    def table() -> AllReduceTable:
+        done = [size for size in sizes if size in found]
+        seconds = tuple(found[size][0] for size in done)
+        return AllReduceTable(
+            num_gpus=layout[0],
+            num_nodes=layout[1],
+            size_bytes=tuple(done),
+            seconds=seconds,
+            relative_jitter=statistics.median(found[size][1] for size in done),
+            source=source if len(done) == len(sizes) else f"{source}, {len(done)} of {len(sizes)} sizes so far",
+            segments=fit_segments(done, seconds) if len(done) > 1 else (),
+        )
+
     for size in sizes:
+        if size in found:
+            continue
         payload = torch.ones(size // 4, dtype=torch.float32, device=device)
         first = _timed(payload, max(1, warmup))
         enough = torch.tensor([seconds_per_size / max(statistics.median(first), 1e-9)], device=device)
         dist.all_reduce(enough, op=dist.ReduceOp.MIN)
-        times = torch.tensor(_timed(payload, max(3, min(iterations, int(enough.item())))), device=device)
+        times = torch.tensor(_timed(payload, max(FEWEST, min(iterations, int(enough.item())))), device=device)
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
         slowest = sorted(times.tolist())
-        medians.append(statistics.median(slowest))
         middle = slowest[: max(2, math.ceil(0.9 * len(slowest)))]  # what other programs on the machine do is not jitter
-        jitters.append(statistics.stdev(middle) / statistics.fmean(middle))
-    return AllReduceTable(
-        num_gpus=ranks,
-        num_nodes=len(set(hosts)),
-        size_bytes=tuple(sizes),
-        seconds=tuple(medians),
-        relative_jitter=statistics.median(jitters),
-        source=f"measured with torch.distributed {dist.get_backend()}, torch {torch.__version__}",
-        segments=fit_segments(sizes, medians) if len(sizes) > 1 else (),
-    )
+        found[size] = statistics.median(slowest), statistics.stdev(middle) / statistics.fmean(middle)
+        if keep is not None and dist.get_rank() == 0:
+            keep(table())
+    return table()
+
+
+def _left_by(known: AllReduceTable | None, layout: tuple[int, int]) -> dict[int, tuple[float, float]]:
+    """Seconds and jitter by size of rank 0's earlier measurement, on every rank."""
+    import torch.distributed as dist
+
+    shared = [known]
+    dist.broadcast_object_list(shared, src=0)
+    known = shared[0]
+    if known is None:
+        return {}
+    if (known.num_gpus, known.num_nodes) != layout:
+        raise UsageError(
+            f"the file to go on with is of {known.num_gpus} ranks on {known.num_nodes} node(s), "
+            f"these are {layout[0]} on {layout[1]}"
+        )
+    return {size: (time, known.relative_jitter) for size, time in zip(known.size_bytes, known.seconds, strict=True)}
 
 
 def _timed(payload: object, iterations: int) -> list[float]:
@@ -181,7 +217,7 @@ def calibrated_cluster(
     device = next((found.name for gpu in gpus if (found := match_device(gpu))), UNSPECIFIED)
     like = base or _catalog_machine(device, per_node, tables)
     between = max((t for t in tables if t.num_nodes > 1), key=lambda t: t.num_gpus, default=None)
-    intra = _intra(like, tables)
+    intra = _intra(like, tables, library)
     if base is None and like is not None and between is None:
         like = msgspec.structs.replace(like, inter=None)  # nobody said that there is a second node
     if base is None and all(table.num_nodes == 1 for table in tables):
@@ -248,7 +284,7 @@ def _miss(cluster: Cluster, table: AllReduceTable) -> float:
     )
 
 
-def _intra(like: Cluster | None, tables: Sequence[AllReduceTable]) -> Link:
+def _intra(like: Cluster | None, tables: Sequence[AllReduceTable], library: str) -> Link:
     """The link inside a node: the catalog's, or what the tables imply."""
     inside = max((t for t in tables if t.num_nodes == 1), key=lambda t: t.num_gpus, default=None)
     if inside is None:
@@ -256,6 +292,8 @@ def _intra(like: Cluster | None, tables: Sequence[AllReduceTable]) -> Link:
     measured = link_of(inside, "inside a node, as measured")
     bandwidth = measured.bandwidth_bytes_per_s
     if like is None:
+        if library == "gloo":  # its ranks share a host's memory
+            return measured
         lanes = next((rate for rate in _PCIE_X16 if bandwidth < rate), None)
         if lanes is None:
             return measured

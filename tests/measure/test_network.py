@@ -18,8 +18,8 @@ from ptsim.costs.times import Tier
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.nccl_log import read_nccl_log
-from ptsim.hardware.spec import AllReduceTable
-from ptsim.measure.network import calibrated_cluster, tables_from_logs
+from ptsim.hardware.spec import AllReduceTable, LinkKind
+from ptsim.measure.network import calibrated_cluster, measure_table, tables_from_logs
 
 SIZES = tuple(2**k for k in range(10, 28))
 
@@ -127,23 +127,61 @@ def test_calibrating_without_log_and_without_processes_says_how(
     assert "torchrun" in capsys.readouterr().err
 
 
-def test_live_gloo_processes_are_measured(tmp_path: Path) -> None:
-    out = tmp_path / "live.toml"
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--backend", "morse"], "this torch has no backend 'morse'"),
+        (["--backend", "cpu:gloo,cuda:morse"], "this torch has no backend 'morse'"),
+        (["--max-bytes", "100"], "1024 to 17179869184"),
+        (["--max-bytes", "99999999999999"], "1024 to 17179869184"),
+    ],
+)
+def test_a_live_measurement_that_cannot_start_is_one_sentence(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert run(["calibrate", "network", "--out", str(tmp_path / "c.toml"), *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_too_few_iterations_are_refused() -> None:
+    with pytest.raises(UsageError, match="0 iterations; at least 3"):
+        measure_table(iterations=0)
+
+
+def live(out: Path, ranks: int, *arguments: str) -> list[tuple[int, str]]:
+    """Exit status and stderr of each of `ranks` gloo processes that calibrate."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "ptsim", "calibrate", "network", "--out", str(out)]
-    command += ["--max-bytes", "65536", "--iterations", "3", "--backend", "gloo"]
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ptsim", "calibrate", "network", "--out", str(out), "--backend", "gloo"]
+    command += ["--iterations", "3", *arguments]
+    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with contextlib.ExitStack() as stack:
         processes = []
-        for rank in range(2):
-            variables = os.environ | environment | {"RANK": str(rank)}
+        for rank in range(ranks):
+            variables = os.environ | environment | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}
             processes.append(stack.enter_context(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE)))
             stack.callback(processes[-1].kill)
-        for process in processes:
-            _, errors = process.communicate(timeout=90)
-            assert process.returncode == 0, errors.decode()
-    cluster = load_cluster(out)
-    assert (cluster.library, cluster.tables[0].num_gpus, cluster.tables[0].size_bytes[-1]) == ("gloo", 2, 65536)
-    assert ptsim.allreduce(out, gpus=2, message_bytes=65536).seconds > 0
+        errors = [process.communicate(timeout=90)[1].decode() for process in processes]
+        return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+def test_live_gloo_processes_are_measured_and_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "live.toml"
+    statuses = live(out, 2, "--max-bytes", "4096")
+    assert [status for status, _ in statuses] == [0, 0], statuses
+    assert "tier measured" in statuses[0][1]
+    first = load_cluster(out)
+    assert (first.library, first.intra.kind) == ("gloo", LinkKind.MEASURED)
+    assert ptsim.allreduce(out, gpus=2, message_bytes=4096).seconds > 0
+    (tmp_path / "more.toml").write_text(out.read_text())
+    statuses = live(tmp_path / "more.toml", 2, "--max-bytes", "65536", "--resume")
+    assert [status for status, _ in statuses] == [0, 0], statuses
+    (more,) = load_cluster(tmp_path / "more.toml").tables
+    assert (more.num_gpus, more.size_bytes[-1]) == (2, 65536)
+    assert more.seconds[:3] == first.tables[0].seconds
