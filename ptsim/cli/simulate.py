@@ -83,6 +83,8 @@ def simulate(
     if not (math.isfinite(bucket_mib) and bucket_mib > 0):
         raise UsageError(f"bucket-mib is {bucket_mib:g}, expected a positive number")
     if timeline is not None:
+        if timeline == Path():  # also what an empty text means
+            raise UsageError("--timeline is the current folder, expected a .json file or a folder of its own")
         refuse_input_as_output(timeline, *traces)
     changes: dict[str, Any] = {
         "scaling": scaling,

@@ -93,7 +93,8 @@ def project(
     energy_j = pricer.power.run_j(epochs, fixed_s, faults_s)
     energy_low_j = energy_high_j = None
     if energy_j is not None:  # time and power err independently
-        energy_low_j = energy_j * (1 - min(1.0, math.hypot(1 - low_s / total_s, pricer.power.relative_error)))
+        idle_j = num_gpus * low_s * scenario.device.idle_power_w  # no board takes less
+        energy_low_j = max(energy_j * (1 - math.hypot(1 - low_s / total_s, pricer.power.relative_error)), idle_j)
         energy_high_j = energy_j * (1 + math.hypot(high_s / total_s - 1, pricer.power.relative_error))
     return RunProjection(
         trace=str(trace.path),

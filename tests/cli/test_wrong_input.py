@@ -79,6 +79,7 @@ WRONG = {
     f"{SIMULATE} --profile missing.toml": "missing.toml: no such file",
     f"{SIMULATE} --timeline text/t.json": "cannot be written",
     f"{SIMULATE} --timeline pruned/trace.jsonl": "pruned/trace.jsonl",
+    f"{SIMULATE} --timeline ''": "--timeline is the current folder",
     "validate": "requires an argument",
     "validate missing": "missing: no trace here",
     "validate pruned --profile empty": "not a device profile",

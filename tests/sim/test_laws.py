@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptsim.costs.collectives import all_reduce
+from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Cluster, Link, LinkKind
 from ptsim.sim import ddp
 from ptsim.sim.options import GRADIENT_BYTES, Options
@@ -203,6 +204,7 @@ def test_memory_and_energy_are_those_of_one_gpu_times_their_number(
     assert p.energy_low_j is not None
     assert p.energy_high_j is not None
     assert p.energy_low_j <= p.energy_j <= p.energy_high_j
+    assert p.energy_low_j >= (1 - 1e-9) * number * p.low_s * load_device(p.device).idle_power_w
     assert 50 * number * p.total_s * 0.1 < p.energy_j < 1000 * number * p.total_s
 
 
