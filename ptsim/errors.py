@@ -38,7 +38,8 @@ class UnknownNameError(UsageError):
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         """`what` is the kind of thing, singular and lower case ("model", "device")."""
         names = sorted(known)
-        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        part_of = [known_name for known_name in names if len(name) > 1 and name.lower() in known_name]
+        close = part_of[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         listed = ", ".join(names if len(names) <= 40 else close or names[:40])
         hint = f"did you mean {' or '.join(close)}?" if close else None
         super().__init__(f"unknown {what} {name!r}; known: {listed or 'none'}", hint=hint)

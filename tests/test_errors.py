@@ -19,6 +19,11 @@ def test_of_many_names_only_the_close_ones_are_listed() -> None:
     assert len(error.message) < 120
 
 
+def test_part_of_a_name_is_guessed_from() -> None:
+    error = UnknownNameError("cluster", "P4d", ["aws-p4d-24xlarge", "aws-p5-48xlarge", "abci-a"])
+    assert error.hint == "did you mean aws-p4d-24xlarge?"
+
+
 def test_nothing_known_says_so() -> None:
     assert UnknownNameError("cluster", "x", []).message == "unknown cluster 'x'; known: none"
 

@@ -220,7 +220,7 @@ def read_cluster(path: Path) -> Cluster:
         if device != UNSPECIFIED:
             load_device(device)
     except UnknownNameError as error:
-        table.fail("device", error.message)
+        raise FileFormatError(path, f"device: {error.message}", hint=error.hint) from error
     numbers = ["intra", *(key for key in ("inter", "price_per_gpu") if key in table.raw)]
     return Cluster(
         name=table.text("name"),

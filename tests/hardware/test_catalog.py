@@ -212,7 +212,7 @@ def test_a_broken_device_file_names_file_and_field(tmp_path, old, new, complaint
         ('"300 GB/s"', '"300"', r"intra\.bandwidth.*no unit"),
         ('"300 GB/s"', '"-300 GB/s"', r"intra\.bandwidth.*positive"),
         ('"2 us"', '"-2 us"', r"intra\.latency.*non-negative"),
-        ('"a100"', '"a1000"', "device unknown device"),
+        ('"a100"', '"a1000"', "device: unknown device"),
         ("gpus_per_node = 8", "gpus_per_node = 0", "gpus_per_node.*at least 1"),
         ("gpus_per_node = 8", 'gpus_per_node = 8\nprice_per_gpu = "4"', "price_per_gpu.*no unit"),
     ],
