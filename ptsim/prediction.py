@@ -15,8 +15,8 @@ from ptsim.costs.energy import step_energy
 from ptsim.costs.memory import iteration_memory, usable_bytes
 from ptsim.costs.step import Measurements, StepSetting, StepTime, Tier, step_time
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import load_cluster, load_device, measured_device
-from ptsim.hardware.profile import read_device_profile
+from ptsim.hardware.catalog import UNSPECIFIED, load_cluster, load_device, measured_device, profiled_device
+from ptsim.hardware.profile import DeviceProfile, read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.sim import ddp
@@ -48,6 +48,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         peak_memory_bytes: of one GPU, as the framework's allocator counts; `fits` compares what the process needs on
             the device with what it can have of the device's memory.
         energy_joules: of one step on all GPUs; None for a CPU.
+        notes: what makes the numbers doubtful: a profile that was not measured on a quiet machine.
     """
 
     model: str
@@ -79,6 +80,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     low_energy_joules: float | None
     high_energy_joules: float | None
     by_kind: tuple[KindTime, ...]
+    notes: tuple[str, ...] = ()
 
 
 def predict(
@@ -100,7 +102,7 @@ def predict(
     Args:
         model: a zoo name, `torchvision:NAME`, `file.py:function` (these import torch), a trace, whose last architecture
             is taken together with its measurements, or a `Network`.
-        gpu: catalog name or TOML file; the cluster's own if None.
+        gpu: catalog name or TOML file; the cluster's own if None, or without a cluster what the profile is of.
         batch: images per GPU.
         precision: of the matrix products; "amp" is fp16 autocast.
         memory_format: layout of the activations.
@@ -120,14 +122,12 @@ def predict(
         raise UsageError(f"{gpus} GPUs were asked for without a cluster", hint="name one with --cluster")
     if gpus is not None and gpus < 1:
         raise UsageError(f"{gpus} GPUs; at least 1 is needed")
-    if gpu is None and machine is None:
-        raise UsageError("neither a device nor a cluster was named", hint="ptsim devices lists the catalog")
-    device = load_device(gpu if gpu is not None else machine.device)  # type: ignore[union-attr] # one of the two is there
+    calibrated = None if profile is None else read_device_profile(Path(profile))
+    device = _device(gpu, machine, calibrated)
     count = 1 if machine is None else (machine.gpus_per_node if gpus is None else gpus)
     numbers = Precision.FP16 if precision == "amp" else Precision(precision)
     network, measurements = _network(model, device, input_shape, num_classes)
-    if profile is not None:
-        calibrated = read_device_profile(Path(profile))
+    if calibrated is not None:
         measurements = msgspec.structs.replace(measurements, device_profile=calibrated)
     step = step_time(
         network,
@@ -182,7 +182,26 @@ def predict(
         low_energy_joules=None if energy is None else count * energy.low_j,
         high_energy_joules=None if energy is None else count * energy.high_j,
         by_kind=_by_kind(step),
+        notes=() if calibrated is None or step.tier is not Tier.PROFILED else calibrated.doubts(),
     )
+
+
+def _device(gpu: str | Path | None, cluster: Cluster | None, calibrated: DeviceProfile | None) -> Device:
+    """What was named, or else what was calibrated: a processor has no other name than in its profile.
+
+    Raises:
+        UsageError: neither device nor cluster nor profile.
+    """
+    if gpu is not None:
+        return load_device(gpu)
+    if cluster is not None and (cluster.device != UNSPECIFIED or calibrated is None):
+        return load_device(cluster.device)
+    if calibrated is None:
+        raise UsageError(
+            "neither a device nor a cluster was named",
+            hint="ptsim devices lists the catalog; --profile stands for the device that it was measured on",
+        )
+    return profiled_device(calibrated)
 
 
 def _network(

@@ -2,13 +2,16 @@
 
 import json
 
+import msgspec
 import pytest
 
 import ptsim
 from ptsim.cli.main import run
 from ptsim.costs.memory import iteration_memory
-from ptsim.errors import UsageError
+from ptsim.errors import MissingMeasurementError, UnknownNameError, UsageError
+from ptsim.hardware.profile import MachineLoad, read_device_profile, write_device_profile
 from ptsim.network import Precision
+from ptsim.validation import device_profile_of
 from tests.traces import dense_trace, residual_network, shrinking_trace
 
 NETWORK = residual_network((16, 32, 64))
@@ -165,3 +168,56 @@ def test_the_catalog_is_listed(capsys, command):
     assert "a100" in capsys.readouterr().out
     assert run([command, "--json"]) == 0
     assert all(entry["sources"] for entry in json.loads(capsys.readouterr().out))
+
+
+@pytest.fixture
+def processor(tmp_path):
+    """A profile of a processor that no catalog knows, made of a run on it."""
+    run = ptsim.read_trace(shrinking_trace(tmp_path / "run.jsonl", device="Test CPU 9"))
+    out = tmp_path / "here.toml"
+    write_device_profile(out, device_profile_of([run]))
+    return out, next(iter(run.networks.values()))
+
+
+def test_a_profile_stands_for_the_processor_that_it_was_measured_on(processor):
+    out, network = processor
+    known = ptsim.predict(network, batch=64, profile=out)
+    assert (known.device, known.tier) == ("Test CPU 9", "profiled")
+    assert known.step_seconds == pytest.approx(read_device_profile(out).steps[0].step_s, rel=0.02)
+    assert known.energy_joules is None
+    assert known.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bf16"}, "holds fp32 contiguous, not bf16 contiguous"),
+        ({"memory_format": "channels_last"}, "holds fp32 contiguous, not fp32 channels_last"),
+        ({"optimizer": "adam"}, "no training step with the optimizer 'adam'"),
+        ({"gpu": "a100"}, "measured on 'Test CPU 9', which is not the a100"),
+    ],
+)
+def test_what_a_profile_does_not_hold_is_an_error_and_no_worse_tier(processor, options, message):
+    out, network = processor
+    with pytest.raises(MissingMeasurementError, match=message):
+        ptsim.predict(network, batch=64, profile=out, **options)
+
+
+def test_a_profile_of_a_gpu_that_the_catalog_does_not_know_needs_a_device_file(processor, tmp_path):
+    out, network = processor
+    gpu = msgspec.structs.replace(read_device_profile(out), device="NVIDIA X9000", kind="cuda")
+    write_device_profile(out, gpu)
+    with pytest.raises(UnknownNameError, match="unknown device 'NVIDIA X9000'"):
+        ptsim.predict(network, batch=64, profile=out)
+
+
+def test_a_prediction_from_a_busy_machine_says_so(processor, capsys):
+    out, network = processor
+    loaded = MachineLoad(num_cores=4, other_cores=3.5)
+    write_device_profile(out, msgspec.structs.replace(read_device_profile(out), load=loaded))
+    notes = ptsim.predict(network, batch=64, profile=out).notes
+    assert notes == (
+        "the device profile was not measured on a quiet machine: other programs kept 3.5 of 4 processor cores busy",
+    )
+    assert run(["predict", str(out.parent / "run.jsonl"), "--batch", "48", "--profile", str(out)]) == 0
+    assert "note: the device profile was not measured on a quiet machine" in " ".join(capsys.readouterr().out.split())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,18 +57,26 @@ def gpu(
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=progress_console(), transient=True) as bar:
         task = bar.add_task("calibrating", total=1.0)
-        profile = calibrate_gpu(
-            out,
-            device=chosen,
-            minutes=minutes,
-            traces=[read_trace(path) for path in trace or ()],
-            settings=settings,
-            make_regularizer=group_lasso_of,
-            resume=resume,
-            grid=grid,
-            rounds=rounds,
-            progress=lambda what, fraction: bar.update(task, description=what, completed=fraction),
-        )
+        try:
+            profile = calibrate_gpu(
+                out,
+                device=chosen,
+                minutes=minutes,
+                traces=[read_trace(path) for path in trace or ()],
+                settings=settings,
+                make_regularizer=group_lasso_of,
+                resume=resume,
+                grid=grid,
+                rounds=rounds,
+                progress=lambda what, fraction: bar.update(task, description=what, completed=fraction),
+            )
+        except KeyboardInterrupt:
+            bar.stop()
+            if out.exists():
+                print(f"{out} holds what was measured so far; --resume goes on", file=sys.stderr)
+            raise
+    if profile.disturbance is not None:
+        warnings.warn(f"{profile.disturbance}; measure again when it is quiet", stacklevel=1)
     state = "complete" if profile.complete else "cut off by the time limit; --resume goes on"
     progress_console().print(
         f"{profile.device}: {len(profile.steps)} networks, {len(profile.operators)} operators; {state}"

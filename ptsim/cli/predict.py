@@ -37,7 +37,7 @@ def predict(
     Args:
         model: zoo name, torchvision:NAME, path/to/file.py:function, or a trace (its last architecture, without torch).
         batch: images per GPU.
-        gpu: catalog name or TOML file; with --cluster the cluster's own if left out.
+        gpu: catalog name or TOML file; if left out the cluster's own, or what --profile was measured on.
         precision: of the matrix products; amp is fp16 autocast. PyTorch on Ampere and newer multiplies convolutions in
             tf32 unless told otherwise.
         memory_format: layout of the activations.
@@ -94,3 +94,5 @@ def _print(p: Prediction) -> None:
     if p.energy_joules is not None and p.low_energy_joules is not None and p.high_energy_joules is not None:
         low, high = format_joules(p.low_energy_joules), format_joules(p.high_energy_joules)
         console.print(f"energy {format_joules(p.energy_joules)} per step ({low}–{high}, 90 %)")
+    for note in p.notes:
+        console.print(f"note: {note}")

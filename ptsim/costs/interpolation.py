@@ -34,8 +34,14 @@ Floats = NDArray[np.float64]
 _TILES = (1, 4, 8, 16, 32, 64)
 _REACHES = (0.7, 2.0, 6.0, 20.0)  # octaves over which what R leaves over is alike
 _NOISES = (0.01, 0.1, 0.5)  # variance of a repetition, as a fraction of that between operators
-_FEWEST = 24  # of a family; with fewer it is joined with its relatives
+_OFFSET, _APARTS = (
+    1.0,
+    (0.1, 0.3, 1.0),
+)  # variance of what an operator alone takes less or more than in a step, likewise
+_FEWEST = 24  # convolutions of a family; with fewer it is joined with its relatives
+_FEWEST_MOVING = 8  # the same of operators whose time follows their bytes alone
 _FREEDOMS = 4  # that the physical model and the hyper-parameters take from the samples
+_MULTIPLIES = (LayerKind.CONV, LayerKind.LINEAR)
 _UNKNOWN_LOG_ERROR = math.log(2.0)  # what is said of a device profile with one operator and nothing to compare it to
 
 
@@ -94,8 +100,8 @@ class Interpolator:
     @functools.cache  # noqa: B019 - an interpolator lives as long as its profile
     def _curve(self, family: Family, which: Pass) -> _Curve | None:
         samples = [sample for sample in self._samples[which] if family in _families(sample[0], which)]
-        general = len(family) == 1
-        return _Curve(samples) if len(samples) >= (1 if general else _FEWEST) else None
+        fewest = _FEWEST if samples and samples[0][0].kind in _MULTIPLIES else _FEWEST_MOVING
+        return _Curve(samples) if len(samples) >= (1 if len(family) == 1 else fewest) else None
 
 
 class _Curve:
@@ -108,17 +114,20 @@ class _Curve:
         self._places = np.array([_place(operator) for operator in operators])
         distances = _distances(self._places, self._places)
         best = -math.inf
-        tiles = _TILES if operators[0].kind in (LayerKind.CONV, LayerKind.LINEAR) else (1,)
+        alone = np.outer(~inside, ~inside).astype(float)
+        aparts = _APARTS if inside.any() and not inside.all() else (0.0,)
+        if not inside.any():  # then there is nothing that they differ from
+            alone[:] = 0.0
+        tiles = _TILES if operators[0].kind in _MULTIPLIES else (1,)
         for tile in tiles:
             features = np.array([_features(operator, tile) for operator in operators])
             weights, _ = nnls(features / times[:, None], np.ones(len(times)))
             if not weights.any():
                 continue
             residuals = np.log(times / (features @ weights))
-            if inside.any() and not inside.all():  # a loop of its own finds warmer caches, or no launch gaps
-                residuals[~inside] -= np.median(residuals[~inside]) - np.median(residuals[inside])
-            for reach, noise in itertools.product(_REACHES, _NOISES):
-                covariance = np.exp(-distances / reach) + noise * np.eye(len(times))
+            for reach, noise, apart in itertools.product(_REACHES, _NOISES, aparts):
+                near = np.exp(-distances / reach)
+                covariance = near + noise * np.eye(len(times)) + alone * (_OFFSET + apart * near)
                 inverse = np.linalg.inv(covariance)
                 weighted = inverse @ residuals
                 precision = np.diag(inverse)
@@ -148,19 +157,27 @@ def _distances(a: Floats, b: Floats) -> Floats:
     return distances
 
 
+def convolution_form(groups: int, in_channels: int) -> Literal["dense", "grouped", "depthwise"]:
+    """How a convolution's channels are connected: kernels of the three have little in common."""
+    if groups == 1:
+        return "dense"
+    return "depthwise" if groups == in_channels else "grouped"
+
+
 def _families(operator: Operator, which: Pass) -> tuple[Family, ...]:
     """From the narrowest to the widest that may stand for the operator."""
     kind: object = operator.kind
     if operator.kind is LayerKind.CONV:
-        depthwise = operator.groups > 1 and operator.groups == operator.inputs[0][0]
-        kind = (operator.kind, operator.op, depthwise or operator.groups > 1)
+        kind = (operator.kind, operator.op, convolution_form(operator.groups, operator.inputs[0][0]))
         form = operator.kernel, operator.stride, operator.dilation
     else:
         form = operator.kernel, operator.stride, (1, 1)
-    if which == "backward" and operator.kind in (LayerKind.CONV, LayerKind.LINEAR):
+    if which == "backward" and operator.kind in _MULTIPLIES:
         kind = (kind, operator.input_needs_gradient)
-    if operator.kind in (LayerKind.CONV, LayerKind.POOL):
+    if operator.kind is LayerKind.CONV:
         return (kind, operator.op, form), (kind,)
+    if operator.kind is LayerKind.POOL:
+        return (kind, operator.op, form), (kind, operator.op), (kind,)
     return (kind, operator.op, operator.inplace), (kind, operator.op), (kind,)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.optimize import nnls
 
-from ptsim.costs.interpolation import Estimate, Family, Interpolator
+from ptsim.costs.interpolation import Estimate, Family, Interpolator, convolution_form
 from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
 from ptsim.costs.traffic import layer_traffic
 from ptsim.errors import MissingMeasurementError
@@ -167,8 +167,11 @@ class _Device:
                 for num_bytes in (own.forward_bytes, own.backward_bytes)
             )
             return forward, backward
+        what = str(layer.kind)
+        if layer.kind is LayerKind.CONV:
+            what = f"{convolution_form(layer.groups, layer.in_channels)} {layer.op}"
         raise MissingMeasurementError(
-            f"the device profile of {self._name} has no {layer.kind} in {self._setting}, which layer {layer.name} "
+            f"the device profile of {self._name} has no {what} in {self._setting}, which layer {layer.name} "
             f"({layer.op}) of {network.name} needs",
             hint="`ptsim calibrate gpu --trace` measures the operators of a run",
         )

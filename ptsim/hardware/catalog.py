@@ -76,6 +76,7 @@ from typing import Any, NoReturn
 import tomli_w
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
+from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import AllReduceTable, AlphaBeta, Cluster, Device, Link, LinkKind
 from ptsim.network import Precision
 from ptsim.units import Dimension, parse_quantity
@@ -158,6 +159,35 @@ def match_device(driver_name: str) -> Device | None:
 def is_called(device: Device, driver_name: str) -> bool:
     """Whether that is what the driver calls the device."""
     return _plain(driver_name) in map(_plain, device.driver_names)
+
+
+def profiled_device(profile: DeviceProfile) -> Device:
+    """What a device profile was measured on: the catalog's device of that name, or the processor itself.
+
+    A processor has no data sheet here: its rates are 0, its times come from the profile alone.
+
+    Raises:
+        UnknownNameError: a GPU that the catalog does not know.
+    """
+    known = match_device(profile.device)
+    if known is not None:
+        return known
+    if profile.kind != "cpu":
+        raise UnknownNameError("device", profile.device, device_names())
+    return Device(
+        name=profile.device,
+        architecture="cpu",
+        memory_bytes=profile.memory_bytes,
+        memory_bandwidth_bytes_per_s=profile.copy_bandwidth_bytes_per_s or 0.0,
+        peak_flops_per_s=dict.fromkeys(Precision, 0.0),
+        num_sms=profile.num_threads or 1,
+        boost_clock_hz=0.0,
+        l2_bytes=0,
+        power_w=0.0,
+        idle_power_w=0.0,
+        sources={},
+        driver_names=(profile.device,),
+    )
 
 
 def measured_device(driver_name: str, projected: Device) -> Device | None:

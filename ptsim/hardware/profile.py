@@ -26,12 +26,13 @@ The file is TOML, one operator a line, every quantity with its unit, so that peo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import tomli_w
@@ -147,6 +148,40 @@ class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True
     num_rounds: int = 1
 
 
+class MachineLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How quiet the machine was while it was measured; None where nothing tells.
+
+    Attributes:
+        num_cores: processors that the machine has.
+        other_cores: how many of them everything but the measurement kept busy, in the mean.
+        waited: fraction of the time for which the measuring thread was ready and got no processor.
+        drift: how much longer the same small kernel took at the slow moments (90th percentile) than at the fast ones.
+    """
+
+    num_cores: Annotated[int, msgspec.Meta(ge=1)]
+    other_cores: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    waited: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    drift: Annotated[float, msgspec.Meta(ge=1)] | None = None
+
+    def disturbance(self, num_threads: int | None) -> str | None:
+        """What disturbed measurements with `num_threads`, as a sentence without its end; None if nothing much did.
+
+        The bounds are where this machine's step times moved by more than the 5 % that a prediction may be off.
+        """
+        said = []
+        free = max(self.num_cores - (num_threads or 1), 1)
+        if self.other_cores is not None and self.other_cores > _OTHERS_MAY_USE * free:
+            said.append(f"other programs kept {self.other_cores:.1f} of {self.num_cores} processor cores busy")
+        if self.waited is not None and self.waited > _MAY_WAIT:
+            said.append(f"the measurement got no processor for {self.waited:.0%} of the time")
+        if self.drift is not None and self.drift > _MAY_DRIFT:
+            said.append(f"the same kernel took up to {self.drift:.2f} times as long from one moment to another")
+        return "; ".join(said) or None
+
+
+_OTHERS_MAY_USE, _MAY_WAIT, _MAY_DRIFT = 0.25, 0.05, 1.15
+
+
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
     """One device, measured.
 
@@ -158,6 +193,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         power_w, sm_clock_hz: means under load while calibrating.
         input_s_per_image: what an epoch takes beyond its training steps, per image of a process; by data set.
         reconfiguration_s: median seconds of one reconfiguration in the calibrated traces.
+        load: how quiet the machine was, None where nobody looked.
         sources: traces that the steps come from.
     """
 
@@ -173,10 +209,29 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
     power_w: float | None = None
     sm_clock_hz: float | None = None
     reconfiguration_s: float | None = None
+    load: MachineLoad | None = None
     input_s_per_image: dict[str, float] = {}
     sources: tuple[str, ...] = ()
     operators: tuple[OperatorTime, ...] = ()
     steps: tuple[StepMeasurement, ...] = ()
+
+    @property
+    def disturbance(self) -> str | None:
+        """What a user must know before trusting its times: the machine was not quiet. None if it was."""
+        said = None if self.load is None else self.load.disturbance(self.num_threads)
+        return None if said is None else f"the device profile was not measured on a quiet machine: {said}"
+
+    def doubts(self, versions: Mapping[str, str] | None = None) -> tuple[str, ...]:
+        """Sentences that belong beside every number made from this profile.
+
+        Args:
+            versions: of the software that the predicted run used; None if the prediction is of no run.
+        """
+        said = [] if self.disturbance is None else [self.disturbance]
+        mine, theirs = self.software.get("torch"), (versions or {}).get("torch")
+        if mine and theirs and _release(mine) != _release(theirs):
+            said.append(f"the device profile was measured with torch {mine}, the run used torch {theirs}")
+        return tuple(said)
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -242,14 +297,29 @@ def read_device_profile(path: str | Path) -> DeviceProfile:
 
 
 def write_device_profile(path: str | Path, profile: DeviceProfile) -> None:
-    """Write `profile` whole or not at all: an interruption leaves the file that was there before."""
+    """Write `profile` whole or not at all: an interruption leaves the file that was there before.
+
+    Raises:
+        FileFormatError: it cannot be written: a full disk, no right to.
+    """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(_text(profile))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside = path.with_name(f".{path.name}.new")  # one name, so that a killed process leaves one file at most
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(_text(profile))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        kept = "; what was saved before is still there" if path.exists() else ""
+        raise FileFormatError(path, f"cannot be written: {error.strerror}{kept}") from error
+
+
+def _release(version: str) -> str:
+    """The version without what it was built for: 2.11.0+cu130 and 2.11.0 are the same code."""
+    return version.partition("+")[0]
 
 
 class _Row(OperatorShape, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -307,6 +377,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: _Device
     operators: tuple[_Row, ...] = ()
     machine: _Machine = _Machine()
+    load: MachineLoad | None = None
     software: dict[str, str] = {}
     input_per_image: dict[str, str] = {}
     sources: tuple[str, ...] = ()
@@ -385,6 +456,7 @@ def _from_file(path: Path, file: _File) -> DeviceProfile:
         power_w=maybe("machine.power", machine.power, "watts"),
         sm_clock_hz=maybe("machine.sm_clock", machine.sm_clock, "hertz"),
         reconfiguration_s=maybe("machine.reconfiguration", machine.reconfiguration, "seconds"),
+        load=file.load,
         input_s_per_image={
             name: number(f"input_per_image.{name}", text, "seconds") for name, text in file.input_per_image.items()
         },
@@ -435,12 +507,18 @@ def _text(profile: DeviceProfile) -> str:
                 "sm_clock": None if clock is None else f"{clock / 1e6:.6g} MHz",
             }
         ),
+        **({} if profile.load is None else {"load": _load(profile.load)}),
         "software": profile.software,
         "input_per_image": {name: _seconds(value) for name, value in profile.input_s_per_image.items()},
         "step": [_step_table(step) for step in profile.steps],
     }
     rows = "".join(f"  {_inline(_row(time))},\n" for time in profile.operators)
     return f"{tomli_w.dumps(head)}\noperators = [\n{rows}]\n\n{tomli_w.dumps(tail)}"
+
+
+def _load(load: MachineLoad) -> dict[str, Any]:
+    known = _known(msgspec.structs.asdict(load))
+    return {key: value if isinstance(value, int) else round(value, 4) for key, value in known.items()}
 
 
 def _row(time: OperatorTime) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import itertools
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ from ptsim.hardware.profile import (
     with_round,
     write_device_profile,
 )
+from ptsim.measure.load import LoadWatch
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s, time_operator
 from ptsim.measure.profile import profile_network
@@ -86,6 +87,10 @@ _GRID_FORMS = (
     (14, 1, 1, 2048),
     (7, 1, 1, 2048),
 )
+_ACTIVATIONS = (
+    ("relu", True), ("relu", False), ("relu6", True), ("silu", True), ("hardswish", True), ("gelu", False),
+)  # fmt: skip
+_POOLS = (("max_pool2d", 2), ("max_pool2d", 3), ("avg_pool2d", 2))
 _CHANNELS = (
     1, 2, 3, 5, 8, 11, 12, 16, 17, 20, 24, 29, 31, 32, 33, 40, 47, 48, 56, 61, 64, 65, 72, 80, 96, 97, 112, 127, 128,
     129, 144, 160, 176, 192, 200, 224, 256, 257, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048,
@@ -122,13 +127,14 @@ def calibrate_gpu(
     Raises:
         UsageError: a file is there and `resume` is False, or minutes or rounds is not positive.
         FileFormatError: the file to resume is broken.
-        MissingMeasurementError: the file to resume is of another device.
+        MissingMeasurementError: the file to resume is of another device, thread count or software version.
     """
     if not minutes > 0:
         raise UsageError(f"minutes is {minutes}, expected more than 0")
     if rounds < 1:
         raise UsageError(f"rounds is {rounds}, expected at least 1")
     calibration = _Calibration(out, device, _begin(out, device, traces, resume), make_regularizer)
+    begin_s = saved_s = time.perf_counter()
     limit_s = 60.0 * minutes
     settings = settings or (_usual_settings(device) if not traces else ())
     networks = [*itertools.chain.from_iterable(calibration.of_trace(trace) for trace in traces)]
@@ -140,21 +146,29 @@ def calibrate_gpu(
     )
     meter = open_meter(device)
     meter.start()
-    begin_s = saved_s = time.perf_counter()
+    watch = LoadWatch(device, calibration.profile.load)
     finished = True
-    for what, measure in queue:
-        passed_s = time.perf_counter() - begin_s
-        if passed_s >= limit_s:
-            finished = grid and what.startswith(_GRID)  # the grid has no end; all that was asked for is there
-            break
-        progress(what, passed_s / limit_s)
-        measure()
-        if time.perf_counter() - saved_s > _SAVE_EVERY_S:
-            calibration.save(complete=False)
-            saved_s = time.perf_counter()
+    try:
+        for what, measure in queue:
+            passed_s = time.perf_counter() - begin_s
+            if passed_s >= limit_s:
+                finished = grid and what.startswith(_GRID)  # the grid has no end; all that was asked for is there
+                break
+            progress(what, passed_s / limit_s)
+            with watch.measuring():
+                measure(limit_s - passed_s)
+            if time.perf_counter() - saved_s > _SAVE_EVERY_S:
+                calibration.update(load=watch.load())
+                calibration.save(complete=False)
+                saved_s = time.perf_counter()
+    except KeyboardInterrupt:
+        calibration.update(load=watch.load())
+        calibration.save(complete=False)
+        raise
     use = meter.stop()
     if use is not None:
         calibration.update(power_w=use.power_w, sm_clock_hz=use.sm_clock_hz)
+    calibration.update(load=watch.load())
     calibration.save(complete=finished)
     return calibration.profile
 
@@ -174,7 +188,7 @@ class _Trained(NamedTuple):
 
 
 _GRID = "alone: "
-_Measurement = tuple[str, Callable[[], None]]
+_Measurement = tuple[str, Callable[[float], None]]  # what it is, and what does it, given the seconds that are left
 
 
 def _usual_settings(device: torch.device) -> tuple[Setting, ...]:
@@ -190,6 +204,10 @@ def _usual_settings(device: torch.device) -> tuple[Setting, ...]:
 def _begin(out: Path, device: torch.device, traces: Sequence[Trace], resume: bool) -> DeviceProfile:
     info = open_meter(device).info()
     sources = tuple(str(trace.path) for trace in traces)
+    software = {"torch": str(torch.__version__)}
+    if device.type == "cuda":
+        software |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call] # torch's gap
+        software |= {"driver": info.driver} if info.driver else {}
     if out.exists():
         if not resume:
             raise UsageError(f"{out} exists", hint="--resume goes on with it; or choose another file")
@@ -199,13 +217,15 @@ def _begin(out: Path, device: torch.device, traces: Sequence[Trace], resume: boo
             raise MissingMeasurementError(
                 f"{out} was measured with {known.num_threads} threads, this process uses {info.num_threads}"
             )
+        if known.software != software:
+            raise MissingMeasurementError(
+                f"{out} was measured with {_versions(known.software)}, here is {_versions(software)}: "
+                "their times do not belong into one file",
+                hint="measure into a new file",
+            )
         return msgspec.structs.replace(known, sources=tuple(dict.fromkeys((*known.sources, *sources))))
     if not out.resolve().parent.is_dir():
         raise FileFormatError(out, "its folder does not exist")
-    software = {"torch": str(torch.__version__)}
-    if device.type == "cuda":
-        software |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call] # torch's gap
-        software |= {"driver": info.driver} if info.driver else {}
     return DeviceProfile(
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         complete=False,
@@ -216,6 +236,10 @@ def _begin(out: Path, device: torch.device, traces: Sequence[Trace], resume: boo
         software=software,
         sources=sources,
     )
+
+
+def _versions(software: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in software.items()) or "unknown software"
 
 
 class _Calibration:
@@ -240,7 +264,7 @@ class _Calibration:
     def machine(self) -> Iterator[_Measurement]:
         if self.profile.copy_bandwidth_bytes_per_s is None:
 
-            def measure() -> None:
+            def measure(_left_s: float) -> None:
                 self.update(
                     copy_bandwidth_bytes_per_s=copy_bandwidth_bytes_per_s(self._device),
                     launch_overhead_s=launch_overhead_s(self._device),
@@ -292,9 +316,9 @@ class _Calibration:
                 continue
             known.add((operator, "alone"))
             text = f"{operator.op} {operator.inputs[0]} → {operator.output}, mini-batch {operator.batch}"
-            yield f"{_GRID}{text}, {operator.setting}", lambda operator=operator: self._alone(operator)  # type: ignore[misc] # mypy types no default of a lambda
+            yield f"{_GRID}{text}, {operator.setting}", lambda _, operator=operator: self._alone(operator)  # type: ignore[misc] # mypy types no default of a lambda
 
-    def _measure_step(self, one: _Trained, min_seconds: float) -> None:
+    def _measure_step(self, one: _Trained, min_seconds: float, left_s: float) -> None:
         network, setting, batch = one.network, one.setting, one.batch
         try:
             module, renamed = rebuild(network)
@@ -319,6 +343,7 @@ class _Calibration:
                 device=self._device,
                 num_steps=_NUM_STEPS,
                 min_seconds=min_seconds,
+                max_seconds=left_s,
             )
         except MissingMeasurementError:  # larger than this device's memory
             return
@@ -376,62 +401,58 @@ def _outside_in(count: int) -> list[int]:
 
 def _grid(
     settings: Sequence[Setting], batches: Sequence[int]
-) -> Iterator[tuple[Setting, int, tuple[int, int, int, int], int, int]]:
-    """Draws of setting, batch, form, input and output channels; the same sequence on every machine."""
+) -> Iterator[tuple[int, Setting, int, tuple[int, int, int, int], int, int]]:
+    """Draws of number, setting, batch, form, input and output channels; the same sequence on every machine."""
     draw = random.Random(0)  # the same on resuming
     for stair in range(57, 74):  # one whole stair of 16 and its neighbours, at every count
         for setting in settings:
-            yield setting, batches[-1], (14, 3, 1, 512), 64, stair
+            yield 0, setting, batches[-1], (14, 3, 1, 512), 64, stair
     for number in itertools.count():
         form = _GRID_FORMS[number % len(_GRID_FORMS)]
         allowed = [channels for channels in _CHANNELS if channels <= form[3]]
         inputs, outputs = draw.choice(allowed), draw.choice(allowed)
         batch = draw.choice(list(batches))
         for setting in settings:
-            yield setting, batch, form, inputs, outputs
+            yield number // len(_GRID_FORMS), setting, batch, form, inputs, outputs
 
 
 def _block(
-    setting: Setting, batch: int, form: tuple[int, int, int, int], in_channels: int, out_channels: int
+    number: int, setting: Setting, batch: int, form: tuple[int, int, int, int], in_channels: int, out_channels: int
 ) -> Iterator[Operator]:
-    """A convolution and what follows it in a residual network."""
+    """A convolution and what follows it; `number` decides which activation, pool and rarer convolution that is."""
     side, kernel, stride, _ = form
     out = (out_channels, -(-side // stride), -(-side // stride))
-    yield Operator(
+    convolution = functools.partial(
+        Operator,
         kind=LayerKind.CONV,
         op="conv2d",
         setting=setting,
         batch=batch,
-        inputs=((in_channels, side, side),),
-        output=out,
         kernel=(kernel, kernel),
         stride=(stride, stride),
         padding=(kernel // 2, kernel // 2),
     )
-    after = {"setting": setting, "batch": batch, "output": out}
-    yield Operator(kind=LayerKind.BATCH_NORM, op="batch_norm", inputs=(out,), **after)  # type: ignore[arg-type] # a dict of its fields
-    yield Operator(kind=LayerKind.ACTIVATION, op="relu", inplace=True, inputs=(out,), **after)  # type: ignore[arg-type] # a dict of its fields
-    yield Operator(kind=LayerKind.ELEMENTWISE, op="add", inputs=(out, out), **after)  # type: ignore[arg-type] # a dict of its fields
-    yield Operator(
-        kind=LayerKind.LINEAR,
-        op="linear",
-        setting=setting,
-        batch=batch,
-        inputs=((in_channels,),),
-        output=(out_channels,),
-        bias=True,
-    )
-    if side % 2 == 0:
-        half = (out_channels, out[1] // 2, out[2] // 2)
-        pool = Operator(
-            kind=LayerKind.POOL,
-            op="max_pool2d",
-            setting=setting,
-            batch=batch,
-            inputs=(out,),
-            output=half,
-            kernel=(2, 2),
-            stride=(2, 2),
-        )
-        if out[1] % 2 == 0:
-            yield pool
+    other = functools.partial(Operator, setting=setting, batch=batch)
+    yield convolution(inputs=((in_channels, side, side),), output=out)
+    if kernel > 1 and number % 2 == 0:
+        yield convolution(inputs=((out_channels, side, side),), output=out, groups=out_channels)  # depthwise
+    elif kernel > 1 and out_channels % 16 == 0:
+        yield convolution(inputs=((out_channels, side, side),), output=out, groups=16)
+    yield other(kind=LayerKind.BATCH_NORM, op="batch_norm", inputs=(out,), output=out, bias=True)
+    activation, inplace = _ACTIVATIONS[number % len(_ACTIVATIONS)]
+    yield other(kind=LayerKind.ACTIVATION, op=activation, inplace=inplace, inputs=(out,), output=out)
+    yield other(kind=LayerKind.ELEMENTWISE, op="add", inplace=bool(number % 2), inputs=(out, out), output=out)
+    yield other(kind=LayerKind.LINEAR, op="linear", inputs=((in_channels,),), output=(out_channels,), bias=True)
+    half = (out_channels, out[1] // 2, out[2] // 2)
+    if out[1] % 2 == 0:
+        pool, size = _POOLS[number % len(_POOLS)]
+        yield other(
+            kind=LayerKind.POOL, op=pool, inputs=(out,), output=half, kernel=(size, size), stride=(2, 2),
+            padding=(size // 3, size // 3),
+        )  # fmt: skip
+    if number % 3 == 0:
+        yield other(
+            kind=LayerKind.POOL, op="adaptive_avg_pool2d", inputs=(out,), output=(out_channels, 1, 1),
+        )  # fmt: skip
+        yield other(kind=LayerKind.DROPOUT, op="dropout", inputs=(out,), output=out)
+        yield other(kind=LayerKind.CONCAT, op="cat", inputs=(out, out), output=(2 * out_channels, *out[1:]))

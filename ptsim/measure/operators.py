@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ptsim.hardware.profile import Operator, OperatorTime
 from ptsim.measure.host_memory import keep_freed_memory
-from ptsim.measure.profile import number_format
+from ptsim.measure.profile import number_format, tuned_convolutions
 from ptsim.measure.rebuild import build_operator
 from ptsim.measure.timers import cuda_event
 from ptsim.network import Precision
@@ -40,7 +40,7 @@ def time_operator(operator: Operator, device: torch.device) -> OperatorTime:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         bench = _Bench(operator, device)
-        with number_format(operator.setting.precision, device):
+        with number_format(operator.setting.precision, device), tuned_convolutions():
             return bench.on_cuda() if device.type == "cuda" else bench.on_cpu()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -59,6 +60,17 @@ def tf32_allowed(precision: Precision) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
+@contextlib.contextmanager
+def tuned_convolutions() -> Iterator[None]:
+    """Let cuDNN try its algorithms for every new shape and keep the fastest, as ptsim's training does."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def profile_network(
     model: nn.Module,
     network: Network,
@@ -72,6 +84,7 @@ def profile_network(
     num_steps: int = NUM_STEPS,
     num_layered_steps: int = NUM_LAYERED_STEPS,
     min_seconds: float = 0.0,
+    max_seconds: float = math.inf,
 ) -> Profile:
     """Time one architecture on this device: medians per layer and of whole steps, and a step's peak memory on a GPU.
 
@@ -92,6 +105,7 @@ def profile_network(
         num_steps: whole steps to take the median of.
         num_layered_steps: steps with a clock around every layer.
         min_seconds: take whole steps for at least as long, and a quarter as many with clocks around the layers.
+        max_seconds: take fewer steps, of each kind at least one, where all of them would take longer.
 
     Raises:
         UnsupportedModelError: `network` does not describe `model`, or torch.fx cannot trace it.
@@ -105,11 +119,20 @@ def profile_network(
     cuda_devices = [device] if device.type == "cuda" else []
     if device.type == "cpu":
         keep_freed_memory()
-    with torch.random.fork_rng(devices=cuda_devices), number_format(precision, device):
+    with torch.random.fork_rng(devices=cuda_devices), number_format(precision, device), tuned_convolutions():
         try:
             before_bytes = torch.cuda.memory_allocated(device) if cuda_devices else 0
-            run = _Run(model, network, batch, memory_format, optimizer, regularizer, device)
-            run.steps(NUM_WARM_UP)
+            scaled = precision is Precision.FP16
+            run = _Run(model, network, batch, memory_format, optimizer, regularizer, device, scaled=scaled)
+            began_s = time.perf_counter()
+            run.steps(1)
+            first_s = time.perf_counter() - began_s
+            affordable = max_seconds / max(first_s, 1e-9) - 1
+            if affordable < NUM_WARM_UP - 1 + num_steps + num_layered_steps:
+                num_layered_steps = min(num_layered_steps, max(1, int(affordable / 4)))
+                num_steps, min_seconds = min(num_steps, max(1, int(affordable / 2))), 0.0
+            if affordable > 2:
+                run.steps(NUM_WARM_UP - 1)
             if cuda_devices:
                 torch.cuda.reset_peak_memory_stats(device)
             steps = run.steps(num_steps)
@@ -184,11 +207,16 @@ class _Run:
         optimizer: torch.optim.Optimizer | None,
         regularizer: Callable[[], object] | None,
         device: torch.device,
+        *,
+        scaled: bool,
     ) -> None:
         # One deepcopy of all three: its memo lets the copies of optimizer and regulariser hold the copy's parameters.
         self.model, self.optimizer, self.regularizer = copy.deepcopy((model, optimizer, regularizer))
         self.network = network
         self.device = device
+        # As training in fp16 does: its updates wait for the device to say whether a gradient overflowed. The scale of 1
+        # stays below any overflow, which would leave the update out.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=scaled)
         self.model.train()
         graph_module = training_graph(self.model, self.network.input_shape)
         self.layer_of = match_layers(graph_module, network)
@@ -229,15 +257,22 @@ class _Run:
             parameter.grad = None
         loss = F.cross_entropy(_logits(self.model(self.images)), self.labels)
         marks.append(self.instant())
-        self._without_autocast(loss.backward)
+        self._without_autocast(self.scaler.scale(loss).backward)
         marks.append(self.instant())
         if self.regularizer is not None:
+            if self.optimizer is not None:
+                self.scaler.unscale_(self.optimizer)
             self._without_autocast(self.regularizer)
         marks.append(self.instant())
         if self.optimizer is not None:
-            self._without_autocast(self.optimizer.step)
+            self._without_autocast(self._update)
         marks.append(self.instant())
         return marks
+
+    def _update(self) -> None:
+        assert self.optimizer is not None, "the caller has looked"
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def layered_step(self) -> LayerSeconds:
         """Seconds per layer of one pass with a clock around every operator."""

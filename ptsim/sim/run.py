@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ptsim.costs.energy import price_usd
+from ptsim.costs.times import Tier
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile import DeviceProfile, read_device_profile
@@ -124,7 +125,7 @@ def project(
         tier=max((epoch.tier for epoch in epochs), key=TIERS.index),
         network_tier=pricer.links.tier,
         complete=trace.complete,
-        notes=(*plan.notes, *pricer.notes),
+        notes=(*plan.notes, *pricer.notes, *_doubts(scenario, epochs)),
         faults=faults,
     )
 
@@ -212,6 +213,14 @@ def simulate(
         profile = read_device_profile(profile)
     cache = StepCache()
     return projections_frame([project(trace, cluster, n, options, device_profile=profile, cache=cache) for n in gpus])
+
+
+def _doubts(scenario: Scenario, epochs: Sequence[EpochProjection]) -> tuple[str, ...]:
+    """What must be known of the device profile, where steps come from it."""
+    profile = scenario.measurements.device_profile
+    if profile is None or all(epoch.tier is not Tier.PROFILED for epoch in epochs):
+        return ()
+    return profile.doubts()
 
 
 def change(options: Options, changes: dict[str, Any]) -> Options:

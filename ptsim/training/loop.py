@@ -22,7 +22,7 @@ from ptsim.errors import FileFormatError, MissingMeasurementError, PtsimError, T
 from ptsim.hardware.catalog import match_device
 from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.nvml import open_meter
-from ptsim.measure.profile import profile_network, tf32_allowed
+from ptsim.measure.profile import profile_network, tf32_allowed, tuned_convolutions
 from ptsim.measure.timers import StepTimer
 from ptsim.network import Network, Precision
 from ptsim.prune.density import channel_maxima, dense_counts, layer_densities
@@ -707,13 +707,11 @@ def _device_settings(config: Config) -> Iterator[None]:
 
     cuDNN may try its algorithms, since shapes change only at reconfigurations.
     """
-    benchmark, num_threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
-    torch.backends.cudnn.benchmark = True
+    num_threads = torch.get_num_threads()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     try:
-        with tf32_allowed(config.precision):
+        with tf32_allowed(config.precision), tuned_convolutions():
             yield
     finally:
-        torch.backends.cudnn.benchmark = benchmark
         torch.set_num_threads(num_threads)

@@ -1,3 +1,5 @@
+import errno
+import os
 import re
 
 import msgspec
@@ -6,6 +8,7 @@ import pytest
 from ptsim.errors import FileFormatError, MissingMeasurementError, NewerVersionError
 from ptsim.hardware.profile import (
     DeviceProfile,
+    MachineLoad,
     Operator,
     OperatorTime,
     Setting,
@@ -182,3 +185,30 @@ def test_repeated_measurements_of_an_operator_become_their_mean():
     again = msgspec.structs.replace(time, forward_s=3.0, backward_s=2.0, host_s=None)
     mean = mean_time([time, again])
     assert (mean.forward_s, mean.backward_s, mean.host_s) == (2.0, 2.0, 0.5)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_file_that_was_there(file, monkeypatch):
+    before = file.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FileFormatError, match=r"cannot be written: No space left on device; what was saved before"):
+        write_device_profile(file, read_device_profile(file))
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_profile_of_a_busy_machine_or_of_other_software_says_so(file, tmp_path):
+    quiet = MachineLoad(num_cores=2, other_cores=0.1, waited=0.0, drift=1.02)
+    busy = MachineLoad(num_cores=2, other_cores=1.25, waited=0.3, drift=1.02)
+    profile = msgspec.structs.replace(read_device_profile(file), software={"torch": "2.11.0+cu130"}, num_threads=1)
+    for load, doubts in ((None, 0), (quiet, 0), (busy, 1)):
+        out = tmp_path / "load.toml"
+        write_device_profile(out, msgspec.structs.replace(profile, load=load))
+        known = read_device_profile(out)
+        assert known.load == load
+        assert len(known.doubts({"torch": "2.11.0"})) == doubts
+    assert "other programs kept 1.2 of 2 processor cores busy" in known.doubts()[0]
+    assert known.doubts({"torch": "2.15.0"})[1].endswith("with torch 2.11.0+cu130, the run used torch 2.15.0")

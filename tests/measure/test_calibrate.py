@@ -1,12 +1,18 @@
+import itertools
+import time
+
 import msgspec
 import pytest
 import torch
 
+from ptsim.costs.interpolation import convolution_form
 from ptsim.errors import FileFormatError, MissingMeasurementError, UsageError
 from ptsim.hardware.profile import Setting, operator_of, read_device_profile, write_device_profile
 from ptsim.measure import calibrate
+from ptsim.measure import profile as profiling
 from ptsim.measure.calibrate import calibrate_gpu
 from ptsim.measure.nvml import cpu_info
+from ptsim.measure.rebuild import build_operator
 from ptsim.network import Precision
 from ptsim.trace.io import read_trace
 from ptsim.trace.pace import beyond_steps_s, input_s_per_image
@@ -101,6 +107,58 @@ def test_the_grid_measures_single_operators_at_odd_channel_counts_and_goes_on_wh
     second = calibrate_gpu(out, device=CPU, settings=[FP32], minutes=0.05, resume=True)
     assert len(second.operators) > len(first.operators)
     assert len({time.operator for time in second.operators}) == len(second.operators)
+
+
+def test_the_grid_has_convolutions_pools_and_activations_of_every_kind():
+    draws = itertools.islice(calibrate._grid([FP32], (8,)), 17, 17 + 6 * 16)
+    operators = [operator for draw in draws for operator in calibrate._block(*draw)]
+    shapes = {convolution_form(o.groups, o.inputs[0][0]) for o in operators if o.op == "conv2d"}
+    assert shapes == {"dense", "depthwise", "grouped"}
+    assert {o.op for o in operators} >= {
+        *("batch_norm", "relu", "relu6", "silu", "hardswish", "gelu", "add", "linear", "dropout", "cat"),
+        *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
+    }
+    for operator in {(o.op, o.groups > 1, o.kernel, o.inplace): o for o in operators}.values():
+        small = msgspec.structs.replace(operator, batch=1)
+        built = build_operator(small)
+        given = [torch.zeros((1, *shape)) for shape in small.inputs]
+        assert tuple(built(*given).shape[1:]) == small.output
+
+
+def test_a_step_too_long_for_the_time_that_is_left_is_taken_once(tmp_path, trace, monkeypatch):
+    slow_steps = []
+    real = profiling._Run._step
+
+    def slow(self):
+        slow_steps.append(self)
+        time.sleep(0.2)
+        return real(self)
+
+    monkeypatch.setattr(profiling._Run, "_step", slow)
+    known = calibrate_gpu(tmp_path / "slow.toml", device=CPU, traces=[trace], grid=False, rounds=1, minutes=0.4 / 60)
+    assert len(slow_steps) <= 4  # a first one, and one to measure, of at most two networks
+    assert not known.complete
+
+
+def test_an_interruption_keeps_what_was_measured(tmp_path, trace):
+    out = tmp_path / "stopped.toml"
+
+    def stop(what, _):
+        if what.endswith("round 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_gpu(out, device=CPU, traces=[trace], grid=False, progress=stop)
+    left = read_device_profile(out)
+    assert not left.complete
+    assert {step.architecture for step in left.steps} == set(trace.networks)
+
+
+def test_a_file_measured_with_other_software_is_not_gone_on_with(tmp_path, trace, profile):
+    out = tmp_path / "old.toml"
+    write_device_profile(out, msgspec.structs.replace(profile, software={"torch": "2.0.1"}))
+    with pytest.raises(MissingMeasurementError, match=r"measured with torch 2\.0\.1, here is torch"):
+        calibrate_gpu(out, device=CPU, traces=[trace], resume=True)
 
 
 def test_wrong_requests_are_refused_before_anything_is_measured(tmp_path, profile):
