@@ -2,68 +2,115 @@
 
     python analysis/gpu_campaign.py --out results --work work --cifar cifar10-jpeg.tar.xz
 
-One call runs the first piece that is not finished, stops before nine minutes are over, and says what is left; call it
-again until nothing is. Pieces go on where they were as long as `--out` is kept; trainings also need `--work`
-(checkpoints, unpacked images). No network is used. What comes out, at most eight files of at most 16 MiB each:
+One call works for at most `--minutes`, piece after piece in the order of their worth, and says what is left; call it
+again until nothing is. Every piece is a process of its own that goes on where it was, so one that fails, or that an
+error of the GPU takes down, costs no other piece anything: it is noted in `campaign.json` and tried again later. Pieces
+go on as long as `--out` is kept; trainings also need `--work` (checkpoints, unpacked images). What comes out, at most
+eight files of at most 16 MiB each:
 
-    device.toml         the device profile: machine constants, whole steps of zoo networks, operators
-    steps.json          steps of many networks: time and peak memory, measured and predicted
+    steps.json          steps of many networks: time, power and peak memory, measured and predicted
     dense.jsonl         trace of a dense run, with profiles of each architecture and NVML
     pruned.jsonl        trace of a PruneTrain run beside it
-    validation.json     both predicted: from their own profiles, from device.toml alone, and from each other
+    memory.json         the largest mini-batch that was said to fit, and whether it did, in a part of the memory
+    device.toml         the device profile: machine constants, whole steps of zoo networks, operators
+    validation.json     both runs predicted: from their own profiles, from device.toml alone, and from each other
+    campaign.json       when which piece ran, for how long, and what stopped it
 
-`--device cpu --tiny` rehearses everything in under a minute.
+It needs no network and no git, but ptsim installed (`ptsim.models` exists only then). For a machine that has torch and
+cannot fetch anything, bring wheels for its Python of what it lacks; fvcore, iopath and yacs have to be built first:
+
+    pip wheel --no-deps -w wheels . fvcore iopath yacs
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 -d wheels msgspec
+    pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=site      # there
+
+`--device cpu --tiny` rehearses everything in about a minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import copy
+import functools
+import gc
+import hashlib
 import itertools
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import ptsim
 from ptsim import zoo
 from ptsim.capture.network import capture_network
-from ptsim.costs.memory import iteration_memory
+from ptsim.costs.energy import step_energy
+from ptsim.costs.memory import iteration_memory, largest_batch
 from ptsim.costs.step import StepSetting, step_time
-from ptsim.errors import MissingMeasurementError, PtsimError
+from ptsim.errors import PtsimError
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.profile import read_device_profile
 from ptsim.measure.calibrate import make_optimizer
 from ptsim.measure.nvml import open_meter
-from ptsim.measure.profile import profile_network
-from ptsim.network import MemoryFormat, Precision
+from ptsim.measure.profile import number_format, profile_network, tf32_allowed, tuned_convolutions
+from ptsim.network import MemoryFormat, Network, Precision
+from ptsim.units import GIB
 
 MAX_FILE_BYTES = 16 * 2**20
+MOST_ATTEMPTS = 3  # of a piece that fails and gets no further
+_SHORTEST_S = 40.0  # what is left must be longer for a piece to begin
+_GRACE_S = 25.0  # after its time a piece may write down what it has
 Combination = tuple[str, int, str, MemoryFormat]
 FORMATS: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
-STEPS: list[Combination] = [
-    *itertools.product(("resnet32", "resnet50", "vgg13"), (128, 512), ("fp32", "tf32", "bf16"), FORMATS),
+FIRST_STEPS: list[Combination] = [
+    *itertools.product(("torchvision:resnet50",), (64,), ("fp32", "tf32", "bf16", "fp16"), FORMATS),
+    *itertools.product(("vgg13", "resnet50", "resnet32"), (128,), ("fp32", "tf32", "bf16"), ("contiguous",)),
     *itertools.product(
-        ("torchvision:resnet50", "torchvision:vgg16_bn", "torchvision:mobilenet_v2", "torchvision:efficientnet_b0"),
-        (32, 128),
-        ("fp32", "tf32", "bf16", "fp16"),
-        FORMATS,
-    ),
-    *itertools.product(
-        ("torchvision:resnet18", "torchvision:densenet121", "torchvision:convnext_tiny", "torchvision:swin_t"),
-        (64,),
+        ("torchvision:vgg16_bn", "torchvision:mobilenet_v2", "torchvision:densenet121"),
+        (32,),
         ("tf32", "bf16"),
         FORMATS,
     ),
 ]
+MORE_STEPS: list[Combination] = [
+    *itertools.product(
+        ("torchvision:resnet18", "torchvision:efficientnet_b0", "torchvision:convnext_tiny", "torchvision:swin_t"),
+        (64,),
+        ("tf32", "bf16"),
+        FORMATS,
+    ),
+    *itertools.product(("torchvision:resnet50", "torchvision:vgg16_bn"), (16, 256), ("fp32", "bf16"), FORMATS),
+    *itertools.product(("torchvision:mobilenet_v2",), (128,), ("fp32", "tf32", "bf16", "fp16"), FORMATS),
+    *itertools.product(("vgg13", "resnet50", "resnet32"), (512,), ("fp32", "tf32", "bf16"), FORMATS),
+]
 TINY_STEPS: list[Combination] = [("resnet20", 4, "fp32", "contiguous"), ("resnet20", 2, "fp32", "channels_last")]
+LIMITED: list[Combination] = [
+    ("torchvision:resnet50", 0, "fp32", "contiguous"),
+    ("torchvision:resnet50", 0, "bf16", "channels_last"),
+    ("torchvision:mobilenet_v2", 0, "bf16", "channels_last"),
+    ("torchvision:vgg16_bn", 0, "fp32", "contiguous"),
+    ("resnet50", 0, "tf32", "contiguous"),
+]
+LIMIT_BYTES = 8 * GIB
+
+
+class Piece(NamedTuple):
+    """Whether it is finished, what works on it, and how long it may take of one call."""
+
+    done: Callable[[], bool]
+    work: Callable[[], None]
+    minutes: float
 
 
 class Campaign:
@@ -75,87 +122,80 @@ class Campaign:
         self.device = torch.device(options.device)
         self.tiny: bool = options.tiny
         self.cifar: Path | None = options.cifar
-        self.table, self.profile = self.out / "steps.json", self.out / "device.toml"
-        self.validation = self.out / "validation.json"
         self.deadline_s = time.monotonic() + 60 * options.minutes
-        self.pieces: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
-            "steps": (self.steps_done, self.steps),
-            "dense": (lambda: self.trained("dense"), lambda: self.train("dense", 0.0)),
-            "pruned": (lambda: self.trained("pruned"), lambda: self.train("pruned", 0.25)),
-            "calibrate": (self.calibrated, self.calibrate),
-            "validate": (self.validation.exists, self.validate),
+        first, more = (TINY_STEPS, TINY_STEPS[:1]) if self.tiny else (FIRST_STEPS, MORE_STEPS)
+        self.pieces: dict[str, Piece] = {
+            "steps": Piece(lambda: self.stepped(first), lambda: self.steps(first), 3.0),
+            "dense": Piece(lambda: self.trained("dense"), lambda: self.train("dense", 0.0), 4.0),
+            "pruned": Piece(lambda: self.trained("pruned"), lambda: self.train("pruned", 0.25), 4.0),
+            "memory": Piece(self.limited, self.limits, 1.5),
+            "calibrate": Piece(self.calibrated, self.calibrate, 8.5),
+            "validate": Piece(self.validated, self.validate, 2.0),
+            "more-steps": Piece(lambda: self.stepped(more), lambda: self.steps(more), 8.5),
         }
+        self._networks: dict[str, tuple[nn.Module, Network]] = {}
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """What ran so far."""
+        return _rows(self.out / "campaign.json")
 
     def left(self) -> list[str]:
-        """Names of the pieces that are not finished."""
-        return [name for name, (done, _) in self.pieces.items() if not done()]
-
-    def run(self, name: str) -> None:
-        """Work on one piece until it is done or time is over."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.pieces[name][1]()
-        for file in self.out.glob("*.*"):
-            if file.stat().st_size > MAX_FILE_BYTES:
-                print(f"{file} is larger than 16 MiB", file=sys.stderr)
+        """Names of the pieces that are not finished and not given up."""
+        failures = collections.Counter(entry["piece"] for entry in self.log if entry["failed"] and not entry["further"])
+        return [
+            name for name, piece in self.pieces.items() if failures[name] < MOST_ATTEMPTS and not _safely(piece.done)
+        ]
 
     def remaining_s(self) -> float:
         """Seconds until this call has to end."""
         return self.deadline_s - time.monotonic()
 
-    def calibrated(self) -> bool:
-        """The queue was finished; a rehearsal is content with a beginning."""
-        return self.profile.exists() and (self.tiny or read_device_profile(self.profile).complete)
+    def note(self, piece: str, seconds: float, failed: str | None, *, further: bool) -> None:
+        """Write down that a piece ran."""
+        entry = {"piece": piece, "seconds": round(seconds, 1), "failed": failed, "further": further}
+        _write(self.out / "campaign.json", [*self.log, entry])
 
-    def calibrate(self) -> None:
-        """Zoo steps first, then operators until time is over."""
-        more = ["--resume"] if self.profile.exists() else []
-        more += ["--precision", "fp32", "--memory-format", "contiguous"] if self.tiny else []
-        minutes = 0.02 if self.tiny else max(self.remaining_s() / 60 - 0.5, 0.1)
-        _ptsim(
-            "calibrate", "gpu", "--device", self.device.type, "--out", str(self.profile), "--minutes", str(minutes),
-            *more,
-        )  # fmt: skip
+    def size(self) -> int:
+        """Bytes of all results: a piece that made it larger got further."""
+        return sum(path.stat().st_size for path in self.out.glob("*.*") if path.name != "campaign.json")
 
-    def steps_done(self) -> bool:
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    def stepped(self, wanted: Iterable[Combination]) -> bool:
         """Every combination has a row."""
-        return len(self.rows()) == len(TINY_STEPS if self.tiny else STEPS)
+        known = {_combination(row) for row in _rows(self.out / "steps.json")}
+        return known.issuperset(wanted)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """What is known so far."""
-        return msgspec.json.decode(self.table.read_bytes()) if self.table.exists() else []
-
-    def steps(self) -> None:
+    def steps(self, wanted: Sequence[Combination]) -> None:
         """One row per network, mini-batch, precision and memory format; a failure is a row with its reason."""
-        rows = self.rows()
-        known = {(row["model"], row["batch"], row["precision"], row["memory_format"]) for row in rows}
-        for combination in TINY_STEPS if self.tiny else STEPS:
-            if combination not in known and self.remaining_s() > 45:
-                rows.append(self.step(*combination))
-                beside = self.table.with_suffix(".new")
-                beside.write_bytes(msgspec.json.format(msgspec.json.encode(rows)))
-                beside.replace(self.table)
+        table = self.out / "steps.json"
+        rows = _rows(table)
+        known = {_combination(row) for row in rows}
+        for combination in wanted:
+            if combination not in known and self.remaining_s() > (0 if self.tiny else 10):
+                row, broken = self.step(*combination)
+                rows.append(row)
+                _write(table, rows)
+                if broken is not None:
+                    raise broken
 
-    def step(self, model_name: str, batch: int, precision_name: str, memory_format: MemoryFormat) -> dict[str, Any]:
-        """Measured and predicted time and memory of one training step."""
+    def step(
+        self, model_name: str, batch: int, precision_name: str, memory_format: MemoryFormat
+    ) -> tuple[dict[str, Any], RuntimeError | None]:
+        """Measured and predicted time and memory of one training step, and an error that may have broken the GPU."""
         precision = Precision(precision_name)
         row: dict[str, Any] = {
             "model": model_name,
             "batch": batch,
             "precision": precision_name,
             "memory_format": memory_format,
+            "torch": str(torch.__version__),
         }
-        entry = zoo.find(model_name)
-        torch.manual_seed(0)
-        model = zoo.create(model_name).to(self.device)
-        layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
-        model.to(memory_format=layout)
-        known = match_device(open_meter(self.device).info().name)
         meter = open_meter(self.device)
+        known = match_device(meter.info().name)
         try:
-            network = capture_network(
-                model, name=model_name, input_shape=entry.input_shape, num_classes=entry.num_classes
-            )
+            model, network = self.network(model_name)
             need = iteration_memory(
                 network, batch=batch, precision=precision, memory_format=memory_format, device=known
             )
@@ -164,25 +204,87 @@ class Campaign:
                 setting = StepSetting(batch=batch, precision=precision, memory_format=memory_format)
                 step = step_time(network, known, setting)
                 row |= {"predicted_step_s": step.compute_s, "low_s": step.low_s, "high_s": step.high_s}
-                row["tier"] = step.tier
+                row |= {"tier": step.tier, "predicted_power_w": step_energy(step, known).mean_power_w}
+            here = copy.deepcopy(model).to(self.device).to(memory_format=_layout(memory_format))
             meter.start()
             profile = profile_network(
-                model,
+                here,
                 network,
                 batch=batch,
                 precision=precision,
                 memory_format=memory_format,
-                optimizer=make_optimizer("sgd", model.parameters()),
+                optimizer=make_optimizer("sgd", here.parameters()),
                 device=self.device,
                 min_seconds=0.0 if self.tiny else 1.0,
+                max_seconds=max(self.remaining_s(), 1.0),
             )
             use = meter.stop()
             row |= {"measured_step_s": profile.step_s, "measured_peak_bytes": profile.peak_memory_bytes}
+            if self.device.type == "cuda":
+                row["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
             row |= {"device": profile.device, "use": None if use is None else msgspec.to_builtins(use)}
             row["profile"] = msgspec.to_builtins(profile)
         except (PtsimError, torch.OutOfMemoryError) as error:
-            row["failed"] = " ".join(str(error).split())[:300]
-        return row
+            row["failed"] = _sentence(error)
+        except RuntimeError as error:  # after an error of CUDA itself nothing works in this process any more
+            row["failed"] = _sentence(error)
+            return row, error
+        finally:
+            _free(self.device)
+        return row, None
+
+    def network(self, name: str) -> tuple[nn.Module, Network]:
+        """The model on the CPU and its description; made once."""
+        if name not in self._networks:
+            entry = zoo.find(name)
+            torch.manual_seed(0)
+            model = zoo.create(name)
+            network = capture_network(model, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes)
+            self._networks[name] = model, network
+        return self._networks[name]
+
+    # ---- memory ------------------------------------------------------------------------------------------------
+
+    def limited(self) -> bool:
+        """Every network was tried; a CPU has no allocator that can be limited."""
+        tried = _rows(self.out / "memory.json")
+        return len(tried) == (1 if self.device.type != "cuda" else len(LIMITED))
+
+    def limits(self) -> None:
+        """In 8 GiB of the memory: does what is said to fit run, and how much more would have run?"""
+        table = self.out / "memory.json"
+        rows = _rows(table)
+        if self.device.type != "cuda":
+            _write(table, [{"failed": "a CPU has no allocator that can be limited"}])
+            return
+        for name, _, precision_name, memory_format in LIMITED[len(rows) :]:
+            precision = Precision(precision_name)
+            row: dict[str, Any] = {"model": name, "precision": precision_name, "memory_format": memory_format}
+            model, network = self.network(name)
+            known = match_device(open_meter(self.device).info().name)
+            said = largest_batch(
+                network,
+                capacity_bytes=LIMIT_BYTES,
+                precision=precision,
+                memory_format=memory_format,
+                device=known,
+            )
+            shape = zoo.find(name).input_shape
+            runs = functools.partial(
+                runs_steps,
+                model,
+                shape,
+                precision=precision,
+                memory_format=memory_format,
+                device=self.device,
+            )
+            with memory_limit(self.device, LIMIT_BYTES):
+                fitted = around_the_limit(runs, said)
+            row |= {"limit_bytes": LIMIT_BYTES, "said_to_fit": said, **fitted}
+            rows.append(row)
+            _write(table, rows)
+
+    # ---- training ----------------------------------------------------------------------------------------------
 
     def trained(self, name: str) -> bool:
         """The run reached its last epoch."""
@@ -200,13 +302,26 @@ class Campaign:
                 "--set", f"device={self.device.type}", *self.data(),
             ]  # fmt: skip
         process = subprocess.Popen([sys.executable, "-m", "ptsim", *arguments])
-        try:
-            process.wait(timeout=max(self.remaining_s() - 30, 1))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-        if (folder / "trace.jsonl").exists():
-            shutil.copyfile(folder / "trace.jsonl", self.out / f"{name}.jsonl")
+        stopped = False
+        while process.poll() is None:
+            try:
+                process.wait(timeout=min(15.0, max(self.remaining_s(), 1.0)))
+            except subprocess.TimeoutExpired:
+                self.keep(name)  # also if this process should not get to its end
+                if self.remaining_s() <= 0 and not stopped:
+                    process.send_signal(signal.SIGINT)
+                    stopped = True
+        self.keep(name)
+        if process.returncode != 0 and not stopped:
+            raise RuntimeError(f"ptsim train ended with status {process.returncode}")
+
+    def keep(self, name: str) -> None:
+        """Copy the trace to the results, unless what is there has got further (the checkpoints were lost)."""
+        there, here = self.out / f"{name}.jsonl", self.work / name / "trace.jsonl"
+        if here.exists() and _num_epochs(here) >= _num_epochs(there):
+            beside = there.with_suffix(".new")
+            shutil.copyfile(here, beside)
+            beside.replace(there)
 
     def data(self) -> list[str]:
         """CIFAR-10 from its JPEG archive; synthetic images of the same size without one."""
@@ -215,7 +330,8 @@ class Campaign:
                 "--model", "resnet20", "--dataset", "digits", "--train-limit", "64", "--batch", "16", "--epochs", "2",
                 "--interval", "1",
             ]  # fmt: skip
-        common = ["--model", "resnet32", "--batch", "128", "--epochs", "30", "--interval", "5", "--lr", "0.1"]
+        # VGG-13 at this mini-batch keeps a large GPU busy; a CIFAR ResNet would measure how fast the host launches.
+        common = ["--model", "vgg13", "--batch", "512", "--epochs", "30", "--interval", "5", "--lr", "0.1"]
         if self.cifar is None:
             return [*common, "--dataset", "synthetic"]
         folder = self.work / "cifar10"
@@ -226,49 +342,237 @@ class Campaign:
         root = next(path.parent for path in sorted(folder.rglob("train")) if path.is_dir())
         return [*common, "--dataset", "imagefolder", "--data-dir", str(root)]
 
+    # ---- calibration and validation ----------------------------------------------------------------------------
+
+    def calibrated(self) -> bool:
+        """The queue was finished; a rehearsal is content with a beginning."""
+        profile = self.out / "device.toml"
+        return profile.exists() and (self.tiny or read_device_profile(profile).complete)
+
+    def calibrate(self) -> None:
+        """Zoo steps first, then operators until time is over."""
+        profile = self.out / "device.toml"
+        more = ["--resume"] if profile.exists() else []
+        more += ["--precision", "fp32", "--memory-format", "contiguous"] if self.tiny else []
+        minutes = 0.02 if self.tiny else max(self.remaining_s() / 60 - 0.2, 0.1)
+        options = ["--device", self.device.type, "--out", str(profile), "--minutes", str(minutes), *more]
+        subprocess.run([sys.executable, "-m", "ptsim", "calibrate", "gpu", *options], check=True)
+
+    def runs(self) -> list[Path]:
+        """Traces with at least one epoch."""
+        return [path for name in ("dense", "pruned") if _num_epochs(path := self.out / f"{name}.jsonl")]
+
+    def inputs(self) -> dict[str, str]:
+        """What a validation is made of; one of other inputs is out of date."""
+        paths = [path for path in (*self.runs(), self.out / "device.toml") if path.exists()]
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+    def validated(self) -> bool:
+        """What is there was made from what is there."""
+        path = self.out / "validation.json"
+        return path.exists() and msgspec.json.decode(path.read_bytes())["inputs"] == self.inputs()
+
     def validate(self) -> None:
-        """The three ways to predict the two runs; one that is not possible says why."""
-        runs = [self.out / "dense.jsonl", self.out / "pruned.jsonl"]
+        """The three ways to predict the runs; one that is not possible says why."""
+        runs, profile = self.runs(), self.out / "device.toml"
         ways: dict[str, Callable[[], Any]] = {
             "own_profiles": lambda: ptsim.validate(runs),
-            "device_profile": lambda: ptsim.validate(runs, self.profile, holdout=True),
+            "device_profile": lambda: ptsim.validate(runs, profile, holdout=True),
             "each_other": lambda: ptsim.validate(runs, holdout=True),
         }
-        results: dict[str, Any] = {}
+        results: dict[str, Any] = {"inputs": self.inputs()}
         for name, way in ways.items():
             try:
                 results[name] = msgspec.to_builtins(way())
-            except MissingMeasurementError as error:
+            except PtsimError as error:
                 results[name] = {"failed": error.message}
-        self.validation.write_bytes(msgspec.json.format(msgspec.json.encode(results)))
+        _write(self.out / "validation.json", results)
+
+
+def around_the_limit(runs: Callable[[int], bool], said: int) -> dict[str, Any]:
+    """Whether the mini-batch that is said to fit runs, and the range in which the largest that runs lies.
+
+    A false "fits" is the grave error: then it looks below, else above.
+    """
+    if said < 1:
+        return {"fits": None, "largest_that_ran": None, "smallest_that_failed": None}
+    fits = runs(said)
+    factors = (1.05, 1.1, 1.2, 1.4, 1.8) if fits else (0.95, 0.9, 0.8, 0.6)
+    ran, failed = (said, None) if fits else (None, said)
+    for factor in factors:
+        batch = max(round(said * factor), 1)
+        if runs(batch):
+            ran = batch
+            if not fits:
+                break
+        else:
+            failed = batch
+            if fits:
+                break
+    return {"fits": fits, "largest_that_ran": ran, "smallest_that_failed": failed}
+
+
+def runs_steps(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    batch: int,
+    precision: Precision,
+    memory_format: MemoryFormat,
+    device: torch.device,
+) -> bool:
+    """Whether two whole training steps of a copy of `model` fit into the memory that the process may have."""
+    optimizer: torch.optim.Optimizer | None = None
+    images = loss = None
+    try:
+        here = copy.deepcopy(model).to(device).to(memory_format=_layout(memory_format))
+        optimizer = make_optimizer("sgd", here.parameters())
+        images = torch.randn((batch, *input_shape), device=device).contiguous(memory_format=_layout(memory_format))
+        labels = torch.zeros(batch, dtype=torch.int64, device=device)
+        with tf32_allowed(precision), tuned_convolutions():
+            for _ in range(2):
+                optimizer.zero_grad(set_to_none=True)
+                with number_format(precision, device):
+                    loss = F.cross_entropy(here(images), labels)
+                loss.backward()  # type: ignore[no-untyped-call] # torch's gap
+                optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        here = optimizer = images = loss = None  # type: ignore[assignment] # or the memory stays taken
+        _free(device)
+    return True
+
+
+@contextlib.contextmanager
+def memory_limit(device: torch.device, limit_bytes: int) -> Iterator[None]:
+    """As on a device with `limit_bytes`: the allocator gets what CUDA's own context leaves of it."""
+    _free(device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    context_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction(max(limit_bytes - context_bytes, 1) / total_bytes, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def work_through(campaign: Campaign, run: Callable[[str, float], str | None]) -> list[str]:
+    """Piece after piece until time is over, each at most once; `run` gets a name and minutes, and gives what failed.
+
+    Returns:
+        Names of the pieces that are left.
+    """
+    tried: set[str] = set()
+    while campaign.remaining_s() > _SHORTEST_S:
+        name = next((name for name in campaign.left() if name not in tried), None)
+        if name is None:
+            break
+        tried.add(name)
+        minutes = min(campaign.pieces[name].minutes, campaign.remaining_s() / 60)
+        before, began_s = campaign.size(), time.monotonic()
+        print(f"piece {name}, at most {minutes:.1f} minutes", flush=True)
+        failed = run(name, minutes)
+        campaign.note(name, time.monotonic() - began_s, failed, further=campaign.size() > before)
+        if failed:
+            print(f"piece {name} failed: {failed}", file=sys.stderr)
+    for file in campaign.out.glob("*.*"):
+        if file.stat().st_size > MAX_FILE_BYTES:
+            print(f"{file} is larger than 16 MiB", file=sys.stderr)
+    return campaign.left()
+
+
+def in_own_process(arguments: Sequence[str], name: str, minutes: float, log: Path) -> str | None:
+    """Run one piece with the command line `arguments` as a process; what failed, None if nothing did."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--piece", name, "--minutes", str(minutes)]
+    with open(log, "w", encoding="utf-8") as errors:
+        process = subprocess.Popen(command, process_group=0, stderr=errors)
+        try:
+            status = process.wait(timeout=60 * minutes + _GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"stopped {_GRACE_S:.0f} s after its time"
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    if status == 0:
+        return None
+    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return f"status {status}: {' '.join(said[-1:])[:300]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one piece; 0 when nothing is left, 3 when there is more to do."""
+    """Work on the pieces; 0 when nothing is left, 3 when there is more to do."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="results; keep it between calls")
     parser.add_argument("--work", type=Path, help="checkpoints and images; OUT/work if left out")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--cifar", type=Path, help="CIFAR-10 as JPEG images in a tar archive")
     parser.add_argument("--minutes", type=float, default=8.5, help="of this call")
-    parser.add_argument("--piece", help="this one instead of the first unfinished")
+    parser.add_argument("--piece", help="this one alone, in this process")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal")
     options = parser.parse_args(arguments)
     campaign = Campaign(options)
     if options.piece is not None and options.piece not in campaign.pieces:
         parser.error(f"unknown piece {options.piece!r}; known: {', '.join(campaign.pieces)}")
-    left = campaign.left()
-    if options.piece or left:
-        name = options.piece or left[0]
-        print(f"piece {name}")
-        campaign.run(name)
-        left = campaign.left()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; --device cpu --tiny rehearses")
+    campaign.out.mkdir(parents=True, exist_ok=True)
+    campaign.work.mkdir(parents=True, exist_ok=True)
+    if options.piece is not None:
+        campaign.pieces[options.piece].work()
+        return 0
+    left = work_through(
+        campaign, lambda name, minutes: in_own_process(arguments, name, minutes, campaign.work / f"{name}.log")
+    )
     print(f"left: {', '.join(left) or 'nothing'}")
     return 3 if left else 0
 
 
-def _ptsim(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "ptsim", *arguments], check=True)
+def _safely(done: Callable[[], bool]) -> bool:
+    """Whether a piece is done; results that cannot be read are not."""
+    try:
+        return done()
+    except (PtsimError, msgspec.MsgspecError, KeyError):
+        return False
+
+
+def _combination(row: dict[str, Any]) -> Combination:
+    return row["model"], row["batch"], row["precision"], row["memory_format"]
+
+
+def _num_epochs(trace: Path) -> int:
+    return len(ptsim.read_trace(trace).epochs) if trace.exists() else 0
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = msgspec.json.decode(path.read_bytes()) if path.exists() else []
+    return rows
+
+
+def _write(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    beside = path.with_suffix(".new")
+    beside.write_bytes(msgspec.json.format(msgspec.json.encode(content)))
+    beside.replace(path)
+
+
+def _layout(memory_format: MemoryFormat) -> torch.memory_format:
+    return torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 if __name__ == "__main__":

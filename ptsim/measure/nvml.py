@@ -6,8 +6,10 @@ Pascal board no energy counter) is None, never zero.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import platform
 import threading
@@ -23,6 +25,9 @@ import torch
 from ptsim.trace.schema import DeviceInfo, DeviceUse
 
 SAMPLING_INTERVAL_S = 0.1  # the driver renews its power reading every 20 to 100 ms
+
+_MOST_OF_LIMIT = 3.0  # power above so many times the board's limit is no reading: peaks of a millisecond reach two
+_COUNTER_LAG_S = 1.0  # by which the board's energy counter may lag behind the clock
 
 _T = TypeVar("_T")
 
@@ -48,13 +53,28 @@ def open_meter(device: torch.device | str) -> Meter:
     index = torch.cuda.current_device() if device.index is None else device.index
     properties = torch.cuda.get_device_properties(index)
     try:
-        try:
-            return NvmlMeter(uuid=f"GPU-{properties.uuid}")
-        except pynvml.NVMLError_NotFound:
-            return NvmlMeter(uuid=f"MIG-{properties.uuid}")
+        return _meter_of(str(properties.uuid), properties.name)
     except pynvml.NVMLError as error:
         warnings.warn(f"no power or energy is recorded: NVML cannot read {properties.name}: {error}", stacklevel=2)
         return NullMeter(DeviceInfo(name=properties.name, kind="cuda", memory_bytes=properties.total_memory))
+
+
+def _meter_of(uuid: str, name: str) -> NvmlMeter:
+    """The meter of the board or MIG slice that CUDA calls `uuid`; CUDA_VISIBLE_DEVICES moves its index.
+
+    Some virtual machines show CUDA another UUID than NVML: a single board of the same name is then the one.
+
+    Raises:
+        pynvml.NVMLError: no driver, or no such GPU.
+    """
+    for prefix in ("GPU", "MIG"):
+        with contextlib.suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
+            return NvmlMeter(uuid=f"{prefix}-{uuid}")
+    meter = NvmlMeter(index=0)
+    if meter.num_boards == 1 and meter.info().name == name:
+        return meter
+    meter.close()
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
 
 
 class NullMeter:
@@ -93,6 +113,7 @@ class NvmlMeter:
                 pynvml.nvmlDeviceGetHandleByUUID(uuid.encode()) if uuid else pynvml.nvmlDeviceGetHandleByIndex(index)
             )
             self._info = self._read_info()
+            self.num_boards = int(pynvml.nvmlDeviceGetCount())
         except pynvml.NVMLError:
             pynvml.nvmlShutdown()
             raise
@@ -116,9 +137,9 @@ class NvmlMeter:
         if samples is None:
             return None
         after_j, before_j = self._energy_j(), self._energy_before_j
-        if after_j is not None and before_j is not None and after_j >= before_j:
-            energy_j: float | None = after_j - before_j
-        else:
+        energy_j = None if after_j is None or before_j is None else after_j - before_j
+        lasted_s = samples[-1].time_s - samples[0].time_s
+        if energy_j is None or energy_j < 0 or energy_j > self._most_w * (lasted_s + _COUNTER_LAG_S):
             energy_j = _integral([(s.time_s, s.power_w) for s in samples if s.power_w is not None])
         memory = [s.memory_bytes for s in samples if s.memory_bytes is not None]
         return DeviceUse(
@@ -148,7 +169,7 @@ class NvmlMeter:
         utilization = _told(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
         return _Sample(
             time_s=time.perf_counter(),
-            power_w=_scaled(_told(lambda: pynvml.nvmlDeviceGetPowerUsage(handle)), 1e-3),  # mW
+            power_w=self._plausible_w(_scaled(_told(lambda: pynvml.nvmlDeviceGetPowerUsage(handle)), 1e-3)),  # mW
             sm_clock_hz=_scaled(_told(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)), 1e6),
             memory_clock_hz=_scaled(_told(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)), 1e6),
             temperature_c=_scaled(
@@ -157,6 +178,14 @@ class NvmlMeter:
             utilization=_scaled(utilization, 0.01),  # percent
             memory_bytes=_told(lambda: int(_memory(handle).used)),
         )
+
+    @property
+    def _most_w(self) -> float:
+        return math.inf if self._info.power_limit_w is None else _MOST_OF_LIMIT * self._info.power_limit_w
+
+    def _plausible_w(self, power_w: float | None) -> float | None:
+        """Drivers now and then answer with a number that no board can draw; that one sample then counts as missing."""
+        return power_w if power_w is not None and power_w <= self._most_w else None
 
     def _read_info(self) -> DeviceInfo:
         handle = self._handle

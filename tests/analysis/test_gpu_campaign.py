@@ -1,34 +1,61 @@
 """The rehearsal of the GPU campaign on a CPU: every piece, in turn, each going on where it was."""
 
+import argparse
+import collections
 import json
+import types
 
 import pytest
+import torch
 
 import ptsim
-from analysis.gpu_campaign import main
+from analysis import gpu_campaign
+from analysis.gpu_campaign import (
+    Campaign,
+    around_the_limit,
+    in_own_process,
+    main,
+    memory_limit,
+    runs_steps,
+    work_through,
+)
+from ptsim import zoo
 from ptsim.hardware.profile import read_device_profile
+from ptsim.network import Precision
+
+
+def campaign_at(folder, minutes=5.0):
+    options = argparse.Namespace(out=folder, work=None, device="cpu", tiny=True, cifar=None, minutes=minutes)
+    folder.mkdir(exist_ok=True)
+    (folder / "work").mkdir(exist_ok=True)
+    return Campaign(options)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("campaign")
-    said = [main(["--out", str(out), "--device", "cpu", "--tiny"]) for _ in range(5)]
-    return out, said
+    campaign = campaign_at(out)
+    left = work_through(campaign, lambda name, _minutes: campaign.pieces[name].work())
+    return out, left, campaign
 
 
-def test_every_call_does_one_piece_and_the_last_one_leaves_nothing(results):
-    _, said = results
-    assert said == [3, 3, 3, 3, 0]
+def test_one_call_does_piece_after_piece_and_leaves_nothing(results):
+    _, left, campaign = results
+    assert left == []
+    assert [entry["piece"] for entry in campaign.log] == ["steps", "dense", "pruned", "memory", "calibrate", "validate"]
+    assert not any(entry["failed"] for entry in campaign.log)
 
 
 def test_there_are_at_most_eight_small_files(results):
-    out, _ = results
+    out, _, _ = results
     files = [path for path in out.iterdir() if path.is_file()]
     assert {path.name for path in files} == {
+        "campaign.json",
         "device.toml",
         "steps.json",
         "dense.jsonl",
         "pruned.jsonl",
+        "memory.json",
         "validation.json",
     }
     assert all(path.stat().st_size <= 16 * 2**20 for path in files)
@@ -52,11 +79,117 @@ def test_both_runs_are_whole_and_have_profiles(results):
 def test_the_profile_can_be_read_and_the_validation_says_what_was_possible(results):
     assert read_device_profile(results[0] / "device.toml").kind == "cpu"
     validation = json.loads((results[0] / "validation.json").read_text())
-    assert set(validation) == {"own_profiles", "device_profile", "each_other"}
+    assert set(validation) == {"inputs", "own_profiles", "device_profile", "each_other"}
     assert validation["own_profiles"]["epoch_mape"] >= 0
+
+
+def test_a_validation_of_older_runs_is_made_again_and_a_damaged_result_too(results, tmp_path):
+    for path in results[0].glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    campaign = campaign_at(tmp_path)
+    assert campaign.left() == []
+    lines = (tmp_path / "dense.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "dense.jsonl").write_text("".join(lines[:-1]))  # as if it had been interrupted at the end
+    (tmp_path / "steps.json").write_text("[{")
+    assert campaign.left() == ["steps", "dense", "validate", "more-steps"]
+
+
+def test_a_trace_that_has_got_further_is_not_overwritten_by_a_run_begun_anew(results, tmp_path):
+    campaign = campaign_at(tmp_path)
+    whole = (results[0] / "dense.jsonl").read_text()
+    (tmp_path / "dense.jsonl").write_text(whole)
+    again = tmp_path / "work" / "dense"
+    again.mkdir(parents=True)
+    (again / "trace.jsonl").write_text("".join(whole.splitlines(keepends=True)[:3]))  # its first lines: no epoch yet
+    campaign.keep("dense")
+    assert (tmp_path / "dense.jsonl").read_text() == whole
+
+
+def test_a_piece_that_fails_costs_the_others_nothing_and_is_given_up_after_three_attempts(tmp_path):
+    campaign = campaign_at(tmp_path)
+    ran = collections.Counter()
+
+    def run(name, _minutes):
+        ran[name] += 1
+        return "the driver has gone" if name == "dense" else None
+
+    for _ in range(4):
+        left = work_through(campaign, run)
+    assert ran["dense"] == 3
+    assert ran["validate"] == 4  # nobody did it, but nobody failed
+    assert "dense" not in left
+    assert [entry["failed"] for entry in campaign.log if entry["piece"] == "dense"] == ["the driver has gone"] * 3
+
+
+def test_no_piece_begins_when_time_is_over(tmp_path):
+    assert "steps" in work_through(campaign_at(tmp_path, minutes=0.5), lambda *_: pytest.fail("began"))
+
+
+def test_a_piece_in_its_own_process_says_what_stopped_it(tmp_path):
+    (tmp_path / "steps.json").write_text("[{")
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--tiny"]
+    failed = in_own_process(arguments, "steps", 1.0, tmp_path / "log")
+    assert failed is not None
+    assert failed.startswith("status 1: msgspec.DecodeError")
+
+
+def test_an_error_of_the_device_is_a_row_and_ends_the_process(tmp_path, monkeypatch):
+    campaign = campaign_at(tmp_path)
+
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+
+    monkeypatch.setattr(gpu_campaign, "profile_network", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        campaign.pieces["steps"].work()
+    rows = json.loads((tmp_path / "steps.json").read_text())
+    assert [row["failed"] for row in rows] == ["CUDA error: an illegal memory access was encountered"]
+    assert "steps" in campaign.left()  # the next process goes on with the other combination
+
+
+@pytest.mark.parametrize(
+    ("capacity", "fits", "ran", "failed"),
+    [
+        (1000, True, 1800, None),
+        (110, True, 110, 120),
+        (100, True, 100, 105),
+        (99, False, 95, 100),
+        (50, False, None, 60),
+    ],
+)
+def test_the_memory_limit_is_looked_for_around_what_was_said_to_fit(capacity, fits, ran, failed):
+    said = 1000 if capacity == 1000 else 100
+    found = around_the_limit(lambda batch: batch <= (10**9 if capacity == 1000 else capacity), said)
+    assert found == {"fits": fits, "largest_that_ran": ran, "smallest_that_failed": failed}
+
+
+def test_the_allocator_gets_what_cudas_context_leaves_of_the_limit(monkeypatch):
+    fractions = []
+    fake = types.SimpleNamespace(
+        mem_get_info=lambda _: (90 * 2**30, 100 * 2**30),
+        memory_reserved=lambda _: 9 * 2**30,  # so 1 GiB is neither free nor the allocator's
+        set_per_process_memory_fraction=lambda fraction, _: fractions.append(fraction),
+        empty_cache=lambda: None,
+        reset_peak_memory_stats=lambda _: None,
+    )
+    monkeypatch.setattr(gpu_campaign.torch, "cuda", fake)
+    with memory_limit(torch.device("cuda"), 8 * 2**30):
+        assert fractions == [pytest.approx(7 / 100)]
+    assert fractions[-1] == 1.0
+
+
+def test_steps_that_do_not_fit_are_told_from_steps_that_run(monkeypatch):
+    model, cpu = zoo.create("resnet20"), torch.device("cpu")
+    assert runs_steps(model, (3, 32, 32), 2, Precision.FP32, "channels_last", cpu)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_campaign.F, "cross_entropy", full)
+    assert not runs_steps(model, (3, 32, 32), 2, Precision.FP32, "contiguous", cpu)
 
 
 def test_an_unknown_piece_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["--out", str(tmp_path), "--piece", "lunch"])
-    assert "known: steps, dense, pruned, calibrate, validate" in capsys.readouterr().err
+        main(["--out", str(tmp_path), "--device", "cpu", "--piece", "lunch"])
+    assert "known: steps, dense, pruned, memory, calibrate, validate, more-steps" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 /* Answers like NVIDIA's libnvidia-ml.so.1 for one made-up board, so that the real pynvml binding can be tested without
    a GPU. Signatures: NVML API reference, nvml.h of driver 535. Power steps 100, 200, 300, 200 W … with every reading;
-   the energy counter grows by 5 J with every reading. */
+   the energy counter grows by 5 J with every reading. PTSIM_STAND_IN_LACKS names what the driver does not tell,
+   PTSIM_STAND_IN_ODD what it tells wrongly: "power" a reading of 4 MW in every fourth place, "energy" a counter that jumps
+   by 4 GJ, "mig" a UUID that is a slice's, "two" a second board. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +19,11 @@ static int has(const char *feature) { /* PTSIM_STAND_IN_LACKS=energy,power … *
     return lacks == NULL || strstr(lacks, feature) == NULL;
 }
 
+static int odd(const char *feature) {
+    const char *list = getenv("PTSIM_STAND_IN_ODD");
+    return list != NULL && strstr(list, feature) != NULL;
+}
+
 nvmlReturn_t nvmlInitWithFlags(unsigned flags) { (void)flags; return SUCCESS; }
 nvmlReturn_t nvmlInit_v2(void) { return SUCCESS; }
 nvmlReturn_t nvmlShutdown(void) { return SUCCESS; }
@@ -28,10 +35,11 @@ nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice_t *device)
     return SUCCESS;
 }
 nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *device) {
-    if (strcmp(uuid, UUID) != 0) return NOT_FOUND;
+    if (strcmp(uuid, odd("mig") ? "MIG-01234567-89ab-cdef-0123-456789abcdef" : UUID) != 0) return NOT_FOUND;
     *device = &board;
     return SUCCESS;
 }
+nvmlReturn_t nvmlDeviceGetCount_v2(unsigned *count) { *count = odd("two") ? 2 : 1; return SUCCESS; }
 nvmlReturn_t nvmlDeviceGetName(nvmlDevice_t device, char *name, unsigned length) {
     if (device != &board) return INVALID_ARGUMENT;
     snprintf(name, length, "NVIDIA Stand-In 9000");
@@ -62,14 +70,15 @@ nvmlReturn_t nvmlDeviceGetPowerUsage(nvmlDevice_t device, unsigned *milliwatts) 
     static unsigned reading;
     (void)device;
     if (!has("power")) return NOT_SUPPORTED;
-    *milliwatts = steps[reading++ % 4];
+    *milliwatts = odd("power") && reading % 4 == 1 ? 4000000000u : steps[reading % 4];
+    reading++;
     return SUCCESS;
 }
 nvmlReturn_t nvmlDeviceGetTotalEnergyConsumption(nvmlDevice_t device, unsigned long long *millijoules) {
     static unsigned long long counter = 1000000;
     (void)device;
     if (!has("energy")) return NOT_SUPPORTED;
-    *millijoules = counter += 5000;
+    *millijoules = counter += odd("energy") ? 4000000000000ull : 5000;
     return SUCCESS;
 }
 nvmlReturn_t nvmlDeviceGetEnforcedPowerLimit(nvmlDevice_t device, unsigned *milliwatts) {

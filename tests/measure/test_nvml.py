@@ -27,13 +27,14 @@ def driver(tmp_path_factory):
     return folder
 
 
-def run_with(driver, code, lacks=""):
+def run_with(driver, code, lacks="", odd=""):
     """The JSON that `code` prints in a fresh process that finds the stand-in as the driver's library."""
     program = (
         "import json, msgspec, time, pynvml\nfrom ptsim.measure.nvml import NvmlMeter\n"
         "def show(x): print(json.dumps(msgspec.to_builtins(x)))\n" + code
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(driver), "PTSIM_STAND_IN_LACKS": lacks}
+    environment["PTSIM_STAND_IN_ODD"] = odd
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -87,6 +88,70 @@ def test_an_older_driver_answers_with_version_1_of_the_memory_record(driver):
 def test_an_unknown_gpu_is_an_error_of_the_binding(driver):
     code = "try: NvmlMeter(uuid='GPU-x')\nexcept pynvml.NVMLError_NotFound as e: show(str(e))"
     assert run_with(driver, code) == "Not Found"
+
+
+def test_a_reading_that_no_board_can_draw_counts_as_missing(driver):
+    use = run_with(driver, MEASURE, odd="power", lacks="energy")
+    assert 150 < use["power_w"] < 250  # 100, –, 300, 200 W in turn, not the megawatt between
+    assert 10 < use["energy_j"] < 350
+
+
+def test_an_energy_counter_that_jumps_is_replaced_by_the_integral_of_the_power(driver):
+    use = run_with(driver, MEASURE, odd="energy")
+    assert 10 < use["energy_j"] < 350  # 0.2 s of 100 to 300 W, not four gigajoules
+
+
+# What torch says of a board; the driver's own order and names are not torch's.
+TORCH = """
+import types, torch, warnings
+from ptsim.measure import nvml
+def torch_sees(uuid, name="NVIDIA Stand-In 9000", boards=1):
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.device_count = lambda: boards
+    torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(uuid=uuid, name=name, total_memory=2**34)
+"""
+
+
+# What the driver tells oddly, the UUID and the name that CUDA knows; one process for all, because importing torch takes
+# seconds.
+HIDDEN, KNOWN = "99999999-0000-0000-0000-000000000000", GPU.removeprefix("GPU-")
+BOARDS = {
+    "among two": ("two", KNOWN, "NVIDIA Stand-In 9000"),
+    "slice": ("mig", KNOWN, "NVIDIA Stand-In 9000"),
+    "hidden": ("", HIDDEN, "NVIDIA Stand-In 9000"),
+    "hidden among two": ("two", HIDDEN, "NVIDIA Stand-In 9000"),
+    "hidden slice": ("", HIDDEN, "NVIDIA Stand-In 9000 MIG 1g.5gb"),
+}
+
+
+@pytest.fixture(scope="module")
+def boards(driver):
+    code = f"""
+import os
+found = {{}}
+for case, (odd, uuid, name) in {BOARDS!r}.items():
+    os.environ["PTSIM_STAND_IN_ODD"] = odd
+    torch_sees(uuid, name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        meter = nvml.open_meter("cuda")
+    info = meter.info()
+    found[case] = [type(meter).__name__, info.name, info.power_limit_w, [str(c.message) for c in caught]]
+show(found)
+"""
+    return run_with(driver, TORCH + code)
+
+
+@pytest.mark.parametrize("case", ["among two", "slice", "hidden"])
+def test_a_board_is_found_by_cudas_uuid_or_by_being_the_only_one_of_its_name(boards, case):
+    assert boards[case] == ["NvmlMeter", "NVIDIA Stand-In 9000", 350.0, []]
+
+
+@pytest.mark.parametrize("case", ["hidden among two", "hidden slice"])
+def test_a_board_that_may_be_another_one_is_not_read(boards, case):
+    kind, name, limit_w, said = boards[case]
+    assert (kind, name, limit_w) == ("NullMeter", BOARDS[case][2], None)
+    assert said[0].startswith("no power or energy is recorded: NVML cannot read")
 
 
 def test_stop_without_start_measured_nothing(driver):
