@@ -170,6 +170,8 @@ def _tell(what: str, result: Validation) -> None:
         for saving in result.savings
     )
     inside = f"{result.interval_coverage:.0%} inside their interval"
+    for note in dict.fromkeys(note for run in result.runs for note in run.notes):
+        print(f"note: {note}")  # above all, whether the machine was quiet
     print(f"{what}: whole runs {errors}; epochs {result.epoch_mape:.1%} on average, {inside}; {savings}", flush=True)
 
 

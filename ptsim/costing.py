@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 DEFAULT_BATCH = 32
 
 
+_PRODUCTS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
+
+
 class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
     """One layer: MACs per image (its share, where the layer runs once a mini-batch), and bytes of the mini-batch."""
 
@@ -61,6 +64,10 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
         allreduce_bytes: gradients that one update reduces, on each device.
         num_buckets: all-reduces that DistributedDataParallel makes of them.
         update_bytes, regularizer_bytes: memory traffic of one update and of the group lasso's gradient.
+        streamed_bytes: the memory-bound half of a dense step: what layers without products move forward and backward
+            (BatchNorm, activations, sums, pools …), and the update.
+        streamed_seconds: the least that this takes at the device's memory bandwidth; None without a device.
+        product_bytes: what convolutions, linear layers and matrix products move.
     """
 
     name: str
@@ -83,6 +90,9 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     num_buckets: int
     update_bytes: int
     regularizer_bytes: int
+    streamed_bytes: int
+    streamed_seconds: float | None
+    product_bytes: int
     layers: tuple[LayerCost, ...]
     epochs: tuple[EpochCost, ...] = ()
 
@@ -187,6 +197,12 @@ def cost(
             data_parallel=data_parallel,
         )
     element_bytes = number_format.activation_bytes
+    layers = layer_costs(network, convention, batch=batch, element_bytes=element_bytes)
+    update_bytes = update_traffic(network, optimizer)
+    moved = dict.fromkeys((True, False), 0)
+    for layer in layers:
+        moved[layer.kind in _PRODUCTS] += layer.forward_bytes + layer.backward_bytes
+    streamed_bytes = moved[False] + update_bytes
     return CostReport(
         name=network.name,
         architecture=network.id,
@@ -206,9 +222,12 @@ def cost(
         largest_batch=largest,
         allreduce_bytes=4 * network.num_parameters,
         num_buckets=len(ddp_buckets(network)),
-        update_bytes=update_traffic(network, optimizer),
+        update_bytes=update_bytes,
         regularizer_bytes=regularizer_traffic(network),
-        layers=layer_costs(network, convention, batch=batch, element_bytes=element_bytes),
+        streamed_bytes=streamed_bytes,
+        streamed_seconds=None if device is None else streamed_bytes / device.memory_bandwidth_bytes_per_s,
+        product_bytes=moved[True],
+        layers=layers,
         epochs=epochs,
     )
 

@@ -30,7 +30,7 @@ import itertools
 import math
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ import msgspec
 
 import ptsim
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
-from ptsim.hardware.catalog import is_called, load_cluster, load_device
+from ptsim.hardware.catalog import UNSPECIFIED, is_called, load_cluster, load_device
 from ptsim.hardware.profile import DeviceProfile, read_device_profile
 from ptsim.hardware.spec import Cluster
 from ptsim.sim.options import Options
@@ -208,6 +208,7 @@ def read_study(path: str | Path) -> Study:
     names = file.what_ifs if file.what_ifs is not None else ["as-recorded", *file.what_if]
     options = change(Options(), file.options)
     what_ifs = tuple(_what_if(name, file.what_if, path) for name in names)
+    devices: set[str | None] = {options.device}
     for changes in (
         *(what_if.options for what_if in what_ifs),
         *({key: value} for key, choices in file.grid.items() for value in choices),
@@ -216,23 +217,30 @@ def read_study(path: str | Path) -> Study:
         for name in (changed.device, *changed.mixed_devices):
             if name is not None:
                 load_device(name)
+        devices.add(changed.device)
+    clusters = tuple(load_cluster(_near(name, path)) for name in file.clusters)
+    devices |= {cluster.device for cluster in clusters}
     return Study(
         path=path,
         traces=tuple(itertools.chain.from_iterable(_trace_paths(pattern, path) for pattern in file.traces)),
-        clusters=tuple(load_cluster(_near(name, path)) for name in file.clusters),
+        clusters=clusters,
         gpus=tuple(dict.fromkeys(file.gpus)),
         what_ifs=what_ifs,
         grid={key: tuple(values) for key, values in file.grid.items()},
         options=options,
-        profile=_checked_profile(file.profile, path),
+        profile=_checked_profile(file.profile, path, devices - {None, UNSPECIFIED}),
     )
 
 
-def _checked_profile(name: str | None, study: Path) -> Path | None:
+def _checked_profile(name: str | None, study: Path, devices: Set[str | None]) -> Path | None:
+    """The profile's path; it must be of a device that the study has, or it would be left out everywhere."""
     if name is None:
         return None
     path = (study.parent / name).resolve()
-    read_device_profile(path)
+    measured = read_device_profile(path).device
+    if not any(is_called(load_device(device), measured) for device in devices if device is not None):
+        known = ", ".join(sorted(filter(None, devices)))
+        raise FileFormatError(study, f"profile {name} is of {measured!r}, the study has {known or 'no device'}")
     return path
 
 

@@ -33,11 +33,11 @@ import msgspec
 
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce, nodes_for
-from ptsim.costs.energy import PowerModel, PowerSample, fit_power, step_energy
+from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible, step_energy
 from ptsim.costs.measured import find_profile, measured_step, of_profile, step_of_profile
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.profiled import profiled_step
-from ptsim.costs.run import recorded_setting
+from ptsim.costs.run import recorded_optimizer, recorded_setting
 from ptsim.costs.times import StepTime, Tier
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import load_cluster, match_device
@@ -173,11 +173,14 @@ def validate(
         raise UsageError("a cluster is given, but every run had one rank and so no communication")
     checks = [_check_run(trace, *_source(trace, runs, profile, holdout=holdout), cluster) for trace in runs]
     epochs = [epoch for check in checks for epoch in check.epochs]
-    savings = tuple(
-        _check_saving(dense, pruned)
-        for dense, pruned in itertools.product(checks, checks)
-        if dense.dense and not pruned.dense and _comparable(dense, pruned)
-    )
+    savings, unlike = [], []
+    for (a, dense), (b, pruned) in itertools.product(zip(runs, checks, strict=True), repeat=2):
+        if dense.dense and not pruned.dense:
+            difference = _difference(a, b)
+            if difference is None:
+                savings.append(_check_saving(dense, pruned))
+            else:
+                unlike.append(f"{pruned.trace} beside {dense.trace} would compare {difference}")
     memory = [
         abs(epoch.predicted_memory_bytes / epoch.measured_memory_bytes - 1)
         for epoch in epochs
@@ -205,7 +208,8 @@ def validate(
     if not memory:
         reasons["memory_mape"] = "no epoch recorded a peak memory (only GPUs have an allocator that tells)"
     if not savings:
-        reasons["saving_error_points"] = "there is no dense run beside a pruned one of the same model, data and device"
+        missing = "there is no dense run beside a pruned one"
+        reasons["saving_error_points"] = f"no pair differs by pruning alone: {'; '.join(unlike)}" if unlike else missing
     if not energy:
         reasons["energy_error"] = "no run recorded the energy of more than one epoch (NVML, on a GPU)"
     inside = [epoch.low_seconds <= epoch.measured_seconds <= epoch.high_seconds for epoch in epochs]
@@ -221,7 +225,7 @@ def validate(
         tiers=tuple(sorted({epoch.tier for epoch in epochs}, key=list(Tier).index)),
         reasons=reasons,
         runs=tuple(checks),
-        savings=savings,
+        savings=tuple(savings),
     )
 
 
@@ -271,6 +275,7 @@ class _Pace(msgspec.Struct, frozen=True, kw_only=True):
 
     input_s_per_image: float | None
     reconfiguration_s: float | None
+    doubts: tuple[str, ...] = ()  # about the profile that the steps come from
 
 
 _StepOf = Callable[[Epoch], StepTime]
@@ -316,7 +321,9 @@ def _source(
         return profiled_step(trace.network_of(epoch), known, recorded_setting(trace, epoch))
 
     return profiled, _Pace(
-        input_s_per_image=known.input_s_per_image.get(run.dataset.name), reconfiguration_s=known.reconfiguration_s
+        input_s_per_image=known.input_s_per_image.get(run.dataset.name),
+        reconfiguration_s=known.reconfiguration_s,
+        doubts=known.doubts(run.versions),
     )
 
 
@@ -367,7 +374,14 @@ class _Communication:
 
 def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | None) -> RunCheck:
     run = trace.run
-    notes = []
+    notes = list(pace.doubts)
+    unsteady = _unsteady(trace)
+    if unsteady is not None:
+        notes.append(unsteady)
+    if not trace.complete:
+        planned = run.hyperparameters.get("epochs")
+        of = f" of {planned}" if isinstance(planned, int) else ""
+        notes.append(f"the run is not whole: {len(trace.epochs)}{of} epochs are compared")
     if pace.input_s_per_image is None:
         notes.append(f"nobody measured the input of {run.dataset.name}: it counts as no time")
     if pace.reconfiguration_s is None and changes(trace):
@@ -381,6 +395,10 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | N
     device = match_device(run.device.name)
     energy = _Energy(trace, device)
     wrapped = {trace.epochs[0].epoch, *(event.epoch + 1 for event in changes(trace))}  # in front of these epochs
+    odd = [epoch.epoch for epoch in trace.epochs if device is not None and not _power_is_plausible(epoch, device)]
+    if odd:
+        which = f"epoch {odd[0]}" if len(odd) == 1 else f"{len(odd)} epochs (the first is {odd[0]})"
+        notes.append(f"no {run.device.name} can have taken the energy of {which}: energy is not compared")
     epochs = []
     for epoch in trace.epochs:
         step, exposed = step_of(epoch), None
@@ -393,7 +411,7 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | N
     predicted_events_s = (pace.reconfiguration_s or 0.0) * len(changes(trace))
     energies = [epoch.measured_energy_joules for epoch in epochs if epoch.measured_energy_joules is not None]
     predicted_energies = [e.predicted_energy_joules for e in epochs if e.predicted_energy_joules is not None]
-    whole_energy = len(energies) == len(epochs) == len(predicted_energies)
+    whole_energy = len(energies) == len(epochs) == len(predicted_energies) and not odd
     return RunCheck(
         trace=str(trace.path),
         model=run.model,
@@ -416,6 +434,28 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | N
         epochs=tuple(epochs),
         notes=tuple(notes),
     )
+
+
+def _unsteady(trace: Trace) -> str | None:
+    """What the run's own measurements say of how well anything could predict them; None where they were steady.
+
+    Epochs of one architecture, mini-batch and regulariser do the same work: what their mean steps differ by is the
+    machine, and no prediction is meant to follow it.
+    """
+    alike: dict[tuple[str, int, bool], list[float]] = {}
+    for epoch in trace.epochs[1:]:  # the first one warms up
+        key = (epoch.architecture, epoch.batch_per_gpu, epoch.penalty_coefficient > 0)
+        alike.setdefault(key, []).append((epoch.time.wall_s - epoch.time.data_wait_s) / epoch.num_iterations)
+    ratio = max((max(steps) / min(steps) for steps in alike.values()), default=1.0)
+    if ratio <= _STEADY:
+        return None
+    return (
+        f"epochs that did the same work took up to {ratio:.2f} times as long as each other: the machine was not quiet, "
+        "or its clock not steady, and errors up to that are its own"
+    )
+
+
+_STEADY = 1.15  # between the slowest and the fastest of epochs that do the same
 
 
 def _check_epoch(
@@ -476,11 +516,16 @@ def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel |
     for epoch in trace.epochs[:num_epochs]:
         profile = find_profile(trace.network_of(epoch), trace.profiles, recorded_setting(trace, epoch))
         power_w = _mean_power_w(epoch)
-        if profile is not None and power_w is not None:
+        if profile is not None and power_w is not None and is_plausible(device, power_w):
             step = step_of_profile(trace.network_of(epoch), profile, regularizer=epoch.penalty_coefficient > 0)
             waiting_s = max(epoch.time.wall_s / epoch.num_iterations - step.compute_s, 0.0)
             samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=power_w))
     return fit_power(device, samples) if samples else None
+
+
+def _power_is_plausible(epoch: Epoch, device: Device) -> bool:
+    power_w = _mean_power_w(epoch)
+    return power_w is None or is_plausible(device, power_w)
 
 
 def _mean_power_w(epoch: Epoch) -> float | None:
@@ -513,8 +558,26 @@ def _is_dense(trace: Trace) -> bool:
     return not trace.reconfigurations and (ratio is None or ratio == 0)
 
 
-def _comparable(a: RunCheck, b: RunCheck) -> bool:
-    return (a.model, a.dataset, a.device) == (b.model, b.dataset, b.device)
+def _difference(dense: Trace, pruned: Trace) -> str | None:
+    """By what but pruning two runs differ that takes time; None where by nothing, so that their times tell a saving."""
+    aspects: dict[str, Callable[[Trace], object]] = {
+        "model": lambda trace: trace.run.model,
+        "data set": lambda trace: trace.run.dataset.name,
+        "training images": lambda trace: trace.run.dataset.num_train,
+        "image shape": lambda trace: trace.run.dataset.input_shape,
+        "device": lambda trace: trace.run.device.name,
+        "threads": lambda trace: trace.run.device.num_threads,
+        "ranks": lambda trace: trace.run.world_size,
+        "mini-batch at the start": lambda trace: trace.epochs[0].batch_per_gpu,
+        "precision": lambda trace: trace.run.precision,
+        "memory format": lambda trace: trace.run.memory_format,
+        "optimizer": recorded_optimizer,
+        "torch": lambda trace: trace.run.versions.get("torch"),
+    }
+    for name, of in aspects.items():
+        if of(dense) != of(pruned):
+            return f"{name} {of(pruned)} with {of(dense)}"
+    return None
 
 
 def _check_saving(dense: RunCheck, pruned: RunCheck) -> SavingCheck:

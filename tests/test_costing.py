@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from torch import nn
 
 import ptsim
 from ptsim import zoo
@@ -50,6 +51,22 @@ def test_frames_have_a_row_a_layer_a_kind_and_an_epoch(tmp_path: Path) -> None:
     assert report.kinds_frame()["training_macs"].sum() == report.training_macs_per_image
     assert list(report.epochs_frame()["epoch"]) == list(range(len(report.epochs)))
     assert report.parameters == report.epochs[-1].parameters < report.epochs[0].parameters
+
+
+def test_the_memory_bound_half_of_a_step_is_a_number() -> None:
+    """By hand, two images of 3×8×8 in fp32; every operand is read and every result written once."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 10),
+    )  # fmt: skip
+    report = ptsim.cost(model, input_shape=(3, 8, 8), num_classes=10, batch=2, gpu="a100")
+    batch_norm, relu, pool = 8 * 256, 2 * 256 + 3 * 256, 2 * (256 + 4)  # elements of an image, forward and backward
+    update = 11 * (108 + 8 + 50)  # read and written elements of SGD with momentum and weight decay
+    assert report.streamed_bytes == 4 * (2 * (batch_norm + relu + pool) + update)
+    assert report.streamed_seconds == pytest.approx(report.streamed_bytes / 1555e9)
+    convolution = 2 * (2 * (192 + 256) + 108)  # forward and weight gradient; images need no gradient
+    linear = 3 * (2 * (4 + 10) + 50)
+    assert report.product_bytes == 4 * (convolution + linear)
 
 
 def test_a_device_answers_whether_the_mini_batch_fits() -> None:

@@ -241,6 +241,14 @@ class TestRunning:
         assert without[0]["key"] != with_it[0]["key"]
         assert (without[0]["tier"], with_it[0]["tier"]) == ("scaled", "profiled")
 
+    def test_a_profile_of_no_device_of_the_study_is_refused(self, folder: Path) -> None:
+        profile = device_profile_of([read_trace(folder / "dense")])
+        write_device_profile(folder / "here.toml", msgspec.structs.replace(profile, device="AMD EPYC"))
+        study = folder / "foreign.toml"
+        study.write_text('traces = ["dense"]\nclusters = ["dgx-a100"]\ngpus = [8]\nprofile = "here.toml"\n')
+        with pytest.raises(FileFormatError, match=r"profile here\.toml is of 'AMD EPYC', the study has a100-sxm4"):
+            read_study(study)
+
     def test_a_device_profile_is_left_out_for_other_devices(self, folder: Path, tmp_path: Path) -> None:
         write_device_profile(folder / "a100.toml", device_profile_of([read_trace(folder / "dense")]))
         text = 'traces = ["dense"]\nclusters = ["dgx-a100"]\ngpus = [8]\nwhat_ifs = ["gpu=t4"]\nprofile = "a100.toml"\n'

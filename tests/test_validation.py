@@ -7,7 +7,7 @@ import ptsim
 from ptsim.cli.main import run
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.errors import MissingMeasurementError, UsageError
-from ptsim.hardware.profile import write_device_profile
+from ptsim.hardware.profile import MachineLoad, write_device_profile
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 from ptsim.network import Precision
 from ptsim.trace.schema import Epoch, Profile
@@ -68,6 +68,59 @@ def test_the_saving_is_in_percentage_points_of_time_per_epoch(tmp_path, runs):
     per_epoch = [check.measured_seconds / len(check.epochs) for check in validate(runs).runs]
     assert saving.measured_saving == pytest.approx(1 - per_epoch[0] / per_epoch[1], abs=0.01)
     assert saving.error_points == pytest.approx(100 * (saving.predicted_saving - saving.measured_saving))
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"batch": 32}, "mini-batch at the start 64 with 32"),
+        ({"num_train": 40000}, "training images 50000 with 40000"),
+        ({"precision": Precision.BF16}, "precision fp32 with bf16"),
+        ({"device": "NVIDIA L4"}, "device NVIDIA A100-SXM4-40GB with NVIDIA L4"),
+    ],
+)
+def test_runs_that_differ_by_more_than_pruning_tell_no_saving(tmp_path, runs, other, difference):
+    dense = dense_trace(tmp_path / "dense.jsonl", **{**LONG, **other})
+    result = validate([runs[0], dense])
+    assert result.saving_error_points is None
+    assert result.reasons["saving_error_points"] == (
+        f"no pair differs by pruning alone: {runs[0]} beside {dense} would compare {difference}"
+    )
+
+
+def test_a_run_that_was_stopped_and_a_machine_that_was_not_steady_are_said(tmp_path, runs):
+    assert validate(runs).runs[0].notes == validate(runs).runs[1].notes == ()
+    cut = shrinking_trace(tmp_path / "cut.jsonl", truncated=True, **LONG)
+    with pytest.warns(UserWarning, match="dropped an incomplete last line"):
+        notes = validate([cut]).runs[0].notes
+    assert notes == ("the run is not whole: 6 of 6 epochs are compared",)  # its end is missing
+    drifting = slower(tmp_path / "drift.jsonl", 1.4, only=lambda epoch: epoch.epoch == 5)
+    assert "did the same work took up to 1.4" in validate([drifting]).runs[0].notes[0]
+
+
+def test_a_profile_of_a_busy_machine_or_other_software_is_said_beside_the_errors(tmp_path, runs):
+    known = device_profile_of([ptsim.read_trace(path) for path in runs])
+    busy = msgspec.structs.replace(
+        known, load=MachineLoad(num_cores=8, other_cores=5.0), software={"torch": "2.0.0"}, sources=()
+    )
+    notes = validate(runs, busy).runs[0].notes
+    assert "other programs kept 5.0 of 8 processor cores busy" in notes[0]
+    assert "measured with torch 2.0.0, the run used torch" in notes[1]
+
+
+@pytest.mark.parametrize("energy_j", [0.0, 1e15])
+def test_an_energy_that_no_such_gpu_can_take_is_said_and_not_compared(tmp_path, energy_j):
+    records = [
+        msgspec.structs.replace(record, device=msgspec.structs.replace(record.device, energy_j=energy_j))
+        if isinstance(record, Epoch) and record.epoch == 3
+        else record
+        for record in shrinking_records(**LONG)
+    ]
+    result = validate([write_trace(tmp_path / "t.jsonl", records)])
+    assert result.energy_error is None
+    assert result.runs[0].notes == (
+        "no NVIDIA A100-SXM4-40GB can have taken the energy of epoch 3: energy is not compared",
+    )
 
 
 def test_what_was_not_measured_is_null_with_a_reason(tmp_path):

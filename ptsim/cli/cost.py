@@ -13,7 +13,7 @@ from ptsim.costing import CostReport
 from ptsim.costing import cost as costs_of
 from ptsim.costs.memory import MOST_IMAGES
 from ptsim.network import MemoryFormat
-from ptsim.units import format_bytes, format_count
+from ptsim.units import format_bytes, format_count, format_seconds
 
 
 def cost(
@@ -107,7 +107,23 @@ def _summary(report: CostReport) -> Table:
             f"workspace {format_bytes(need.workspace_bytes)} (they do not all meet)",
         ),
         ("all-reduce", f"{format_bytes(report.allreduce_bytes)} per update in {report.num_buckets} buckets"),
-        ("update traffic", format_bytes(report.update_bytes)),
+        (
+            "update traffic",
+            f"{format_bytes(report.update_bytes)}; group lasso {format_bytes(report.regularizer_bytes)}",
+        ),
+        (
+            "memory-bound half",
+            f"{format_bytes(report.streamed_bytes)} a step through layers without products and the update"
+            + (
+                ""
+                if report.streamed_seconds is None
+                else f": at least {format_seconds(report.streamed_seconds)} on {report.gpu}"
+            ),
+        ),
+        (
+            "  other half",
+            f"{format_bytes(report.product_bytes)} a step through convolutions, linear layers and products",
+        ),
     ]
     if report.gpu is not None:
         verdict = "fits" if report.fits else "does not fit"

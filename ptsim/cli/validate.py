@@ -107,7 +107,8 @@ def _summary(result: Validation) -> Table:
         table.add_row(
             "saving of pruning per epoch",
             f"{saving.measured_saving:.1%}",
-            f"predicted {saving.predicted_saving:.1%}: {saving.pruned} beside {saving.dense}",
+            f"predicted {saving.predicted_saving:.1%} ({saving.error_points:+.2f} points): "
+            f"{saving.pruned} beside {saving.dense}",
         )
     for run in result.runs:
         if run.measured_energy_joules is not None and run.predicted_energy_joules is not None:

@@ -25,6 +25,9 @@ _PRODUCTS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 # error covers the limit itself on one side. NVML samples replace all three.
 _ASSUMED_SHARES = (0.85, 0.65, 0.25)
 _ASSUMED_ERROR = 0.25
+# A mean power outside is no measurement of this board: below its idle power's half nothing that trains can be, and no
+# board's mean over an epoch is half as much again as its limit.
+_LEAST_OF_IDLE, _MOST_OF_LIMIT = 0.5, 1.5
 _PRIOR_WEIGHT = 0.1  # of the assumed shares in a fit, in samples: enough to settle what the samples leave open
 
 
@@ -70,15 +73,23 @@ def published_power(device: Device) -> PowerModel:
     )
 
 
+def is_plausible(device: Device, power_w: float) -> bool:
+    """Whether `device` can have drawn `power_w` in the mean while it trained; counters jump and sensors err."""
+    return _LEAST_OF_IDLE * device.idle_power_w <= power_w <= _MOST_OF_LIMIT * device.power_w
+
+
 def fit_power(device: Device, samples: Sequence[PowerSample]) -> PowerModel:
     """The shares that explain NVML's mean powers best: bounded least squares, between idle power and board limit.
 
     What the samples leave open (they all have the same composition, say) stays near the assumption. The interval is
-    1.645 standard deviations of the relative residuals, and not less than NVML's own ±5 %.
+    1.645 standard deviations of the relative residuals, and not less than NVML's own ±5 %, nor than the assumption's
+    error shared out over the samples: one explains itself without error and says little of another step. Powers that
+    the board cannot have are left out (`is_plausible`).
 
     Raises:
-        MissingMeasurementError: there is no sample with a power.
+        MissingMeasurementError: there is no sample with a plausible power.
     """
+    samples = [sample for sample in samples if is_plausible(device, sample.power_w)]
     if not samples:
         raise MissingMeasurementError(f"no power was sampled on {device.name}: a power model cannot be fitted")
     span = device.power_w - device.idle_power_w
@@ -95,7 +106,7 @@ def fit_power(device: Device, samples: Sequence[PowerSample]) -> PowerModel:
         product_w=product,
         stream_w=stream,
         waiting_w=waiting,
-        relative_error=max(0.05, spread),
+        relative_error=max(0.05, spread, _ASSUMED_ERROR / (1 + len(samples))),
         source="NVML samples",
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ptsim.costs.energy import PowerModel, PowerSample, fit_power, published_power, step_energy
+from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible, published_power, step_energy
 from ptsim.costs.step import StepSetting, StepTime, step_time
 from ptsim.sim.planning import Stage
 from ptsim.sim.projection import EpochProjection
@@ -55,6 +55,8 @@ class Power:
         if scenario.measurements.source_device == scenario.device:
             for epoch in scenario.trace.epochs:
                 if epoch.device is None or epoch.device.power_w is None:
+                    continue
+                if not is_plausible(scenario.device, epoch.device.power_w):
                     continue
                 step = self._recorded_step_time(epoch)
                 waiting_s = max(0.0, epoch.time.wall_s / epoch.num_iterations - step.compute_s)

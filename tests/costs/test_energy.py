@@ -67,6 +67,20 @@ def test_a_fit_explains_the_mean_power_even_of_a_single_composition():
     assert energy.mean_power_w == pytest.approx(250, rel=0.01)
 
 
+@pytest.mark.parametrize("absurd_w", [0.0, -5.0, 4e6, 3.0])
+def test_a_power_that_the_board_cannot_have_is_no_sample(absurd_w):
+    good = [PowerSample(step=step(), waiting_s=0.1, power_w=250.0)] * 8
+    assert fit_power(A100, [*good, PowerSample(step=step(), waiting_s=0.1, power_w=absurd_w)]) == fit_power(A100, good)
+    with pytest.raises(MissingMeasurementError):
+        fit_power(A100, [PowerSample(step=step(), waiting_s=0.1, power_w=absurd_w)])
+
+
+def test_one_sample_makes_the_model_less_sure_than_many():
+    sample = PowerSample(step=step(), waiting_s=0.1, power_w=250.0)
+    few, many = fit_power(A100, [sample]), fit_power(A100, [sample] * 10)
+    assert published_power(A100).relative_error > few.relative_error > many.relative_error == 0.05
+
+
 def test_without_samples_there_is_no_fit():
     with pytest.raises(MissingMeasurementError, match="no power was sampled on a100-sxm4-40gb"):
         fit_power(A100, [])
