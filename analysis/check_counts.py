@@ -3,6 +3,7 @@
     python analysis/check_counts.py                                      # the zoo and a list of torchvision models
     python analysis/check_counts.py --all --csv traces/public/counts.csv  # and torchvision's classifiers (long)
     python analysis/check_counts.py resnet20 torchvision:resnet18 --batch 2 --peaks
+    python analysis/check_counts.py --recount --csv traces/public/counts.csv     # ptsim's side alone, of all its rows
 
 Every network is checked as it is and pruned (a random 40 % of its prunable channels zeroed and removed by ptsim's own
 reconfiguration), in fp32 and under bf16 autocast. With `--csv` every row is written as soon as it is known, and rows
@@ -132,29 +133,31 @@ def agreement(
     """One row of the table."""
     model, network = about.model, about.network
     images = torch.rand(batch, *network.input_shape)
-    need = iteration_memory(network, batch=batch, precision=precision)
-    copies = need.parameter_bytes - iteration_memory(network, batch=batch).parameter_bytes  # autocast keeps them too
-    macs: dict[str, int] = {}
+    torch_side = {}
     if precision is Precision.FP32:
         inference, training = torch_macs(model, images)
-        macs = {
-            "inference_macs": inference_macs(network, images=batch) // batch,
-            "inference_macs_torch": inference,
-            "training_macs": training_macs(network, images=batch) // batch,
-            "training_macs_torch": training,
-        }
+        torch_side = {"inference_macs_torch": inference, "training_macs_torch": training}
     return Agreement(
         model=about.name,
         form=about.form,
         precision=str(precision),
         batch=batch,
-        parameters=network.num_parameters,
-        kept_bytes=need.activation_bytes + copies,
         kept_bytes_torch=kept_bytes(model, images, precision),
-        peak_bytes=need.peak_bytes if peaks else None,
         peak_bytes_torch=peak_bytes(model, images, network, precision) if peaks else None,
-        **macs,
+        **torch_side,
+        **counted(network, precision=precision, batch=batch, peaks=peaks),
     )
+
+
+def counted(network: Network, *, precision: Precision, batch: int, peaks: bool) -> dict[str, int]:
+    """Ptsim's side of a row."""
+    need = iteration_memory(network, batch=batch, precision=precision)
+    copies = need.parameter_bytes - iteration_memory(network, batch=batch).parameter_bytes  # autograd keeps them too
+    counts = {"parameters": network.num_parameters, "kept_bytes": need.activation_bytes + copies}
+    if precision is Precision.FP32:
+        counts["inference_macs"] = inference_macs(network, images=batch) // batch
+        counts["training_macs"] = training_macs(network, images=batch) // batch
+    return counts | {"peak_bytes": need.peak_bytes} if peaks else counts
 
 
 def _convolution_backward(
@@ -249,7 +252,13 @@ def _number_format(precision: Precision) -> contextlib.AbstractContextManager[ob
 
 def _loss(outputs: object, labels: Tensor | None = None) -> Tensor:
     logits = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return torch.stack([x.sum() if labels is None else F.cross_entropy(x, labels) for x in logits]).sum()
+    return torch.stack([x.sum() if labels is None else _cross_entropy(x, labels) for x in logits]).sum()
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of whole images or, where the outputs are maps, of every pixel."""
+    labels = labels.view(-1, *(1 for _ in logits.shape[2:])).expand(-1, *logits.shape[2:])
+    return F.cross_entropy(logits, labels % logits.shape[1])
 
 
 def table(rows: Iterable[Agreement]) -> pd.DataFrame:
@@ -316,6 +325,23 @@ def record(
     return frame
 
 
+def recount(file: Path, names: Sequence[str] = ()) -> pd.DataFrame:
+    """Ptsim's side of the file's rows anew (of the networks called `names`, or of all); torch's stays as measured."""
+    frame = pd.read_csv(file).astype(_INTEGERS, errors="ignore")
+    for (name, form), rows in frame.groupby(["model", "form"]):
+        if names and name not in names:
+            continue
+        network = subject(name, form).network
+        for index, row in rows.iterrows():
+            counts = counted(
+                network, precision=Precision(row.precision), batch=row.batch, peaks=pd.notna(row.peak_bytes_torch)
+            )
+            frame.loc[index, list(counts)] = list(counts.values())
+        print(f"{name:34} {form:6} counted", flush=True)
+        frame.to_csv(file, index=False)
+    return frame
+
+
 _INTEGERS = {name: "Int64" for count in COUNTS for name in (count, f"{count}_torch")}
 
 
@@ -329,8 +355,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--peaks", action="store_true", help="also the peak of a whole training step")
     parser.add_argument("--form", choices=FORMS, action="append", help="only dense or only pruned networks")
+    parser.add_argument("--recount", action="store_true", help="only ptsim's side, of the rows that --csv has")
     parser.add_argument("--csv", type=Path, help="keep the rows in this file and go on where it ends")
     options = parser.parse_args()
+    if options.recount and options.csv is None:
+        parser.error("--recount wants --csv, the file whose rows are counted again")
     names = options.models or [*zoo.names(), *(f"torchvision:{name}" for name in CHOSEN.split())]
     if options.all:
         from torchvision import models
@@ -338,7 +367,10 @@ def main() -> None:
         names = [*zoo.names(), *(f"torchvision:{name}" for name in models.list_models(module=models))]
     warnings.simplefilter("ignore")  # the networks' own deprecations
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
-    frame = record(names, options.csv, batch=options.batch, peaks=options.peaks, forms=options.form or FORMS)
+    if options.recount:
+        frame = recount(options.csv, options.models)
+    else:
+        frame = record(names, options.csv, batch=options.batch, peaks=options.peaks, forms=options.form or FORMS)
     print(f"\nerrors at mini-batch {options.batch}, ptsim / torch − 1:")
     print(summary(frame[frame.batch == options.batch]).to_string(index=False))
 

@@ -145,7 +145,39 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return math.prod(self.shape)
 
 
-class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
+class Moment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is alive at one moment of an iteration, beyond weights, optimizer state, images and `gradient_bytes`."""
+
+    fixed_bytes: int
+    image_bytes: int
+    gradient_bytes: int  # of parameters whose gradient is there
+
+
+class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Memory of one training iteration's tensors, watched while it ran without arithmetic (`capture.footprint`).
+
+    Attributes:
+        device, half: whose rules: a CPU's or a GPU's, with fp32 activations or under half-precision autocast.
+        kept_fixed_bytes, kept_image_bytes: what autograd keeps at the end of the forward pass, whatever the mini-batch
+            and for every image; weights and buffers left out, their half-precision copies not.
+        weight_copy_bytes: half-precision copies of weights among `kept_fixed_bytes`.
+        buffer_bytes: buffers and frozen weights, there all the time.
+        contiguous, channels_last: the moments that can be the highest, for either memory format of the activations.
+    """
+
+    device: Literal["cpu", "gpu"]
+    half: bool
+    kept_fixed_bytes: int
+    kept_image_bytes: int
+    weight_copy_bytes: int
+    buffer_bytes: int
+    contiguous: tuple[Moment, ...]
+    channels_last: tuple[Moment, ...]
+
+
+class Network(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, cache_hash=True
+):
     """A network as data.
 
     Attributes:
@@ -154,6 +186,8 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         layers: in execution order of the forward pass.
         edges: (from layer, to layer), by name; the network's input has no name here.
         parameters: every trainable tensor, in the order in which its gradient becomes ready in backward.
+        footprints: memory as a watched step took it; not part of the identity. Without them (a network that was not
+            captured, or by an older ptsim) `costs.memory` reckons from the layers.
     """
 
     name: str
@@ -162,6 +196,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     layers: tuple[Layer, ...]
     edges: tuple[tuple[str, str], ...]
     parameters: tuple[Parameter, ...]
+    footprints: tuple[Footprint, ...] = ()
 
     @property
     def id(self) -> str:
@@ -193,7 +228,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 @functools.lru_cache(maxsize=1024)
 def _content_id(network: Network) -> str:
-    content = msgspec.json.encode(msgspec.structs.replace(network, name=""))
+    content = msgspec.json.encode(msgspec.structs.replace(network, name="", footprints=()))
     return hashlib.sha256(content).hexdigest()[:16]
 
 

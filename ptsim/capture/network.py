@@ -7,6 +7,7 @@ left alone. Auxiliary heads that only training runs (GoogLeNet, Inception) are l
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -14,6 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ptsim.capture.counts import forward_macs
+from ptsim.capture.footprint import footprints
 from ptsim.capture.graph import evaluation_mode, symbolic_graph
 from ptsim.capture.kinds import geometry, kind_and_op, operations
 from ptsim.capture.rehearsal import Rehearsal, Shape, Step, rehearse
@@ -75,11 +77,12 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
                 output_saved=step.output_saved,
             )
         )
-    return Network(
+    network = Network(
         name=name,
         input_shape=input_shape,
         num_classes=num_classes,
         layers=tuple(layers),
+        footprints=footprints(model, input_shape),
         edges=tuple(_edges(nodes, names)),
         parameters=tuple(
             Parameter(
@@ -88,6 +91,21 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
             for p in small.ready
         ),
     )
+    _note_recomputation(network)
+    return network
+
+
+def _note_recomputation(network: Network) -> None:
+    """A warning where less is kept than the layers need in backward: the graph looks through `checkpoint`."""
+    listed = sum(layer.saved_bytes(_BATCHES[0], 4) for layer in network.layers)
+    for seen in network.footprints:
+        kept = seen.kept_fixed_bytes + _BATCHES[0] * seen.kept_image_bytes
+        if (seen.device, seen.half) == ("cpu", False) and kept < 0.999 * listed:
+            warnings.warn(
+                f"{network.name} computes activations again in backward (torch.utils.checkpoint): the second time is "
+                "not among its MACs and traffic; its peak memory is that of the step as it runs",
+                stacklevel=3,
+            )
 
 
 def layer_names(graph: fx.GraphModule) -> dict[fx.Node, str]:

@@ -94,7 +94,7 @@ def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *,
         graph = symbolic_graph(twin, (batch, *input_shape))
         watcher = _Watcher(graph, twin)
         dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
-        with naming_the_image(model, input_shape), _quiet(_FAKE_LOGGER):
+        with naming_the_image(model, input_shape), quiet_fakes():
             with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
                 outputs = _tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype)))
             watcher.finish()
@@ -103,14 +103,14 @@ def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *,
 
 
 @contextlib.contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
+def quiet_fakes() -> Iterator[None]:
     """What fails is raised; torch's fake tensors would log its traceback as well."""
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    level = _FAKE_LOGGER.level
+    _FAKE_LOGGER.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        _FAKE_LOGGER.setLevel(level)
 
 
 class _Watcher(fx.Interpreter):

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from ptsim.hardware.spec import Device
-from ptsim.network import Layer, LayerKind, MemoryFormat, Network, Precision
+from ptsim.network import Footprint, Layer, LayerKind, MemoryFormat, Network, Precision
 from ptsim.units import MIB
 
 # fp32 state per parameter, and whole-model temporaries of torch's "foreach" update on a GPU (a gradient with weight
@@ -108,26 +108,38 @@ def iteration_memory(
         raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(_OPTIMIZER_STATES)}")
     gpu = device is not None and device.architecture != "cpu"
     block = _BLOCK if gpu else 1
+    seen = _footprint(network, gpu=gpu, half=precision.activation_bytes == 2)
     precision_widths = _Widths(network, precision, gpu=gpu)
     weights = _round_each((4 * p.num_elements for p in network.parameters), block)
-    buffers = _round_each(_buffer_sizes(network), block)
-    copies = sum(precision_widths.weight_copy(layer) for layer in network.layers)
+    buffers = _round_each(_buffer_sizes(network), block) if seen is None else seen.buffer_bytes
     states = _OPTIMIZER_STATES[optimizer] * weights
     library = _library_workspace(network, device) if device is not None and gpu else 0
-    walk = _Walk(network, batch, precision_widths, block, memory_format=memory_format, stay=data_parallel)
     gradients = weights if data_parallel else 0
-    persistent = weights + buffers + states + library + walk.images + gradients
+    if seen is None:
+        copies = sum(precision_widths.weight_copy(layer) for layer in network.layers)
+        kept = sum(precision_widths.saved(layer, batch) for layer in network.layers)
+        walk = _Walk(network, batch, precision_widths, block, memory_format=memory_format, stay=data_parallel)
+        highest = walk.peak
+    else:
+        copies = seen.weight_copy_bytes
+        kept = seen.kept_fixed_bytes + batch * seen.kept_image_bytes - copies
+        highest = _highest(seen, network, batch, memory_format=memory_format, buckets=data_parallel)
+    images = -(-batch * (4 * math.prod(network.input_shape) + 8) // block) * block  # 8: the label
+    workspace = max(
+        _layer_workspace(layer, batch, precision_widths.output[layer.name], memory_format) for layer in network.layers
+    )
+    persistent = weights + buffers + states + library + images + gradients
     copies_of_update = (
         _UPDATE_COPIES * weights if gpu else 4 * max((p.num_elements for p in network.parameters), default=0)
     )
     update = weights - gradients + copies_of_update
-    peak = persistent + max(walk.peak, update)
+    peak = persistent + max(highest, update)
     return MemoryNeed(
-        activation_bytes=sum(precision_widths.saved(layer, batch) for layer in network.layers),
+        activation_bytes=kept,
         parameter_bytes=weights + buffers + copies,
         gradient_bytes=weights,
         optimizer_bytes=states,
-        workspace_bytes=library + walk.workspace,
+        workspace_bytes=library + workspace,
         peak_bytes=peak,
         device_bytes=_device_bytes(peak, persistent) if gpu else round((1 + CPU_MARGIN) * peak),
     )
@@ -184,6 +196,20 @@ def largest_batch(
 def usable_bytes(device: Device) -> int:
     """What a process can have of a catalog device's memory, a lower estimate, to hold `device_bytes` against."""
     return device.memory_bytes if device.architecture == "cpu" else int(VISIBLE_SHARE * device.memory_bytes)
+
+
+def _footprint(network: Network, *, gpu: bool, half: bool) -> Footprint | None:
+    wanted = ("gpu" if gpu else "cpu", half)
+    return next((seen for seen in network.footprints if (seen.device, seen.half) == wanted), None)
+
+
+def _highest(seen: Footprint, network: Network, batch: int, *, memory_format: MemoryFormat, buckets: bool) -> int:
+    """The high-water mark beyond what is there all the time; with `buckets` gradients of parameters are."""
+    moments = seen.contiguous if memory_format == "contiguous" else seen.channels_last
+    loss = 4 * batch * network.num_classes
+    return loss + max(
+        (m.fixed_bytes + batch * m.image_bytes + (0 if buckets else m.gradient_bytes) for m in moments), default=0
+    )
 
 
 class _Widths:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.check_counts import kept_bytes, torch_macs
+from analysis.check_counts import counted, kept_bytes, peak_bytes, torch_macs
 from ptsim.capture.counts import einsum_macs
 from ptsim.capture.network import capture_network
 from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import layer_traffic
-from ptsim.network import LayerKind, Network
+from ptsim.network import LayerKind, Network, Precision
 from tests.capture import user_models
 
 IMAGE = (3, 32, 32)
@@ -50,6 +50,47 @@ def test_what_has_no_mini_batch_axis_is_counted_once_a_mini_batch() -> None:
     assert msgspec.json.decode(msgspec.json.encode(network), type=Network) == network
     moved = [layer_traffic(once["mlp.0"], batch=b, element_bytes=4) for b in (1, 64)]
     assert moved[0] == moved[1]
+
+
+@pytest.mark.parametrize("name", ["convnext", "encoder", "standardised", "norms", "volume", "gated", "mixer"])
+def test_kept_bytes_under_autocast_are_torchs(name: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(user_models, name)()
+    network = capture_network(model, name=name, input_shape=IMAGE, num_classes=10)
+    counts = counted(network, precision=Precision.BF16, batch=8, peaks=False)
+    torchs = kept_bytes(model, torch.rand(8, *IMAGE), Precision.BF16)
+    assert counts["kept_bytes"] / torchs == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["unet", "se", "super_resolution", "convnext", "encoder", "parametrised", "gated"])
+def test_the_peak_of_a_step_is_what_the_allocator_logged(name: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(user_models, name)()
+    network = capture_network(model, name=name, input_shape=IMAGE, num_classes=10)
+    seen = peak_bytes(model, torch.rand(4, *IMAGE), network)
+    assert iteration_memory(network, batch=4).peak_bytes / seen == pytest.approx(1, abs=0.05)
+
+
+def test_a_checkpointed_step_keeps_less_and_its_second_forward_pass_is_said_not_to_be_counted() -> None:
+    model = user_models.checkpointed()
+    with pytest.warns(UserWarning, match="c computes activations again in backward"):
+        network = capture_network(model, name="c", input_shape=IMAGE, num_classes=10)
+    images = torch.rand(4, *IMAGE)
+    assert iteration_memory(network, batch=4).activation_bytes == kept_bytes(model, images)
+
+
+def test_a_network_that_cannot_run_in_half_precision_has_footprints_of_fp32_alone() -> None:
+    network = capture_network(user_models.bilinear(), name="b", input_shape=IMAGE, num_classes=10)
+    assert {(seen.device, seen.half) for seen in network.footprints} == {("cpu", False), ("gpu", False)}
+    assert network.id == msgspec.structs.replace(network, footprints=()).id
+
+
+def test_what_a_gpu_keeps_differs_by_its_rules_alone() -> None:
+    network = capture_network(user_models.encoder(), name="e", input_shape=IMAGE, num_classes=10)
+    kept = {(seen.device, seen.half): seen.kept_image_bytes for seen in network.footprints}
+    # Two dropouts behind 65 tokens, of 48 and 192 channels: a byte instead of an fp32 mask; attention keeps none.
+    assert kept["cpu", False] - kept["gpu", False] >= 3 * 65 * (48 + 192)
+    assert kept["gpu", True] < kept["gpu", False]
 
 
 def test_the_norm_of_weights_is_no_batch_norm_traffic() -> None:

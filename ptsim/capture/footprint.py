@@ -1,0 +1,300 @@
+"""How much memory do the tensors of one training iteration take, moment by moment, without doing its arithmetic?
+
+A copy of the model made of fake tensors runs forward, loss and backward as Python runs them, and a dispatch mode sees
+every storage come and go: what operators keep, what autocast copies, and what lives only for a moment. Two sizes of the
+mini-batch tell what grows with it. A GPU is stood in for by the CPU's kernels under the GPU's rules: what autocast
+runs in fp32 there, dropout's boolean masks, and fused attention. Tests compare with the CPU allocator's own log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ptsim.capture.graph import hollow_copy
+from ptsim.capture.rehearsal import quiet_fakes
+from ptsim.network import Footprint, Moment
+
+_BATCHES = (2, 3)
+_LARGEST = 2**20  # mini-batches beyond it are nobody's
+# What autocast runs in fp32 on a GPU and not on a CPU (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and
+# AT_FORALL_FP32_SET_OPT_DTYPE, without losses), by the names under which Python calls them.
+_FP32_ON_GPU = frozenset(
+    {"softmax", "log_softmax", "softmin", "gumbel_softmax", "softplus", "layer_norm", "group_norm"}
+    | {"local_response_norm", "normalize", "norm", "vector_norm", "linalg_vector_norm", "matrix_norm"}
+    | {"cosine_similarity", "pairwise_distance", "cdist", "dist", "logsumexp", "sum", "cumsum", "cumprod", "prod"}
+    | {"pow", "__pow__", "__rpow__", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt"}
+    | {"acos", "asin", "cosh", "sinh", "tan", "interpolate", "upsample", "upsample_nearest", "upsample_bilinear"}
+)
+_VECTOR = 16  # channels of oneDNN's blocked layout with AVX-512
+_BLOCK = 512  # c10/cuda/CUDACachingAllocator.h, kMinBlockSize
+
+
+class _Workspaces(NamedTuple):
+    """Bytes that libraries take, by device and memory format."""
+
+    cpu: int = 0
+    gpu: int = 0
+    channels_last: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """Bytes after one operator: alive beside gradients of parameters, these, and a library's workspace in it."""
+
+    alive: int
+    gradients: int
+    num_tensors: int
+    workspaces: _Workspaces
+
+
+def footprints(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[Footprint, ...]:
+    """One for every kind of device and width; none where a step takes another course at another mini-batch.
+
+    Nor are there any of a width in which the model cannot run: some operators know no half precision. The model, which
+    `rehearse` has run already, is left as it is.
+    """
+    found: list[Footprint] = []
+    frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    buffers = sum(tensor.numel() * tensor.element_size() for tensor in (*model.buffers(), *frozen))
+    for half in (False, True):
+        try:
+            gpu = tuple(_watch(model, input_shape, batch, gpu=True, half=half) for batch in _BATCHES)
+            cpu = gpu  # where no operator has rules of its own on a GPU, the iteration is the same one
+            if gpu[0].bent:
+                cpu = tuple(_watch(model, input_shape, batch, gpu=False, half=half) for batch in _BATCHES)
+        except RuntimeError:  # what torch raises of operators and fake tensors; `costs.memory` has rules instead
+            continue
+        for device, (small, large) in (("cpu", cpu), ("gpu", gpu)):
+            if len(small.seen) == len(large.seen) and len(small.kept) == len(large.kept):
+                found.append(_footprint(small, large, device=device, half=half, buffer_bytes=buffers))
+    return tuple(found)
+
+
+def _footprint(small: _Watch, large: _Watch, *, device: str, half: bool, buffer_bytes: int) -> Footprint:
+    fixed, per_image = _line(sum(size for size, _ in small.kept), sum(size for size, _ in large.kept))
+    same = ((few, is_half) for (few, is_half), (many, _) in zip(small.kept, large.kept, strict=True) if few == many)
+    gpu = device == "gpu"
+    return Footprint(
+        device="gpu" if gpu else "cpu",
+        half=half,
+        kept_fixed_bytes=fixed,
+        kept_image_bytes=per_image,
+        weight_copy_bytes=sum(size for size, is_half in same if is_half),
+        buffer_bytes=buffer_bytes,
+        contiguous=_moments(small.seen, large.seen, lambda w: w.gpu if gpu else w.cpu, gpu=gpu),
+        channels_last=_moments(small.seen, large.seen, lambda w: w.channels_last, gpu=gpu),
+    )
+
+
+@dataclasses.dataclass
+class _Watch:
+    """One step: what was seen after every operator, and what autograd kept at the end of the forward pass."""
+
+    seen: list[_Seen]
+    kept: list[tuple[int, bool]]  # bytes of every storage, and whether they are matrices in half precision
+    bent: bool  # a GPU's rule differed from the CPU's somewhere
+
+
+def _watch(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, gpu: bool, half: bool) -> _Watch:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with warnings.catch_warnings(), quiet_fakes(), fake, torch.device("cpu"), torch.enable_grad():
+        warnings.simplefilter("ignore")  # the model's own: `rehearse` was not the place to repeat them either
+        twin = hollow_copy(model).train()
+        dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+        images = torch.rand(batch, *input_shape, dtype=dtype)
+        ledger = _Ledger([*twin.parameters(), *twin.buffers()], images)
+        hooks = torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor)
+        rules = _LikeGpu(half=half)
+        with ledger, rules if gpu else contextlib.nullcontext():
+            with torch.autocast("cpu", torch.bfloat16, enabled=half), hooks:
+                outputs = [leaf for leaf in pytree.tree_leaves(twin(images)) if isinstance(leaf, Tensor)]
+            kept = ledger.kept()
+            for parameter in twin.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(ledger.accumulated)  # type: ignore[no-untyped-call] # torch's gap
+            learnt = [y for y in outputs if y.requires_grad]
+            loss = [y.float().flatten(1 if y.dim() > 1 else 0).log_softmax(-1).sum() for y in learnt]
+            del outputs, learnt
+            if loss:
+                torch.autograd.backward(loss)
+    return _Watch(ledger.seen, kept, rules.bent)
+
+
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
+    """Counts storages from the operator that makes them until nothing holds them."""
+
+    def __init__(self, own: Sequence[Tensor], images: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's gap
+        self.seen: list[_Seen] = []
+        self._own = {tensor.untyped_storage()._cdata for tensor in (*own, images)}
+        self._images = images.untyped_storage()._cdata
+        self._image_bytes = images.untyped_storage().nbytes()
+        self._sizes: dict[int, int] = {}
+        self._watched: dict[int, Any] = {}
+        self._gradients: set[int] = set()
+        self._alive = self._gradient_bytes = 0
+        self._kept: dict[int, tuple[Any, int, bool]] = {}
+        self._keeps_images = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._enter(leaf.untyped_storage())
+        self.seen.append(_Seen(self._alive, self._gradient_bytes, len(self._sizes), _workspaces(func, args)))
+        return result
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._own or key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self._alive += storage.nbytes()
+        self._watched[key] = weakref.ref(storage, lambda _: self._leave(key))
+
+    def _leave(self, key: int) -> None:
+        size = self._sizes.pop(key)
+        del self._watched[key]
+        if key in self._gradients:
+            self._gradients.discard(key)
+            self._gradient_bytes -= size
+        else:
+            self._alive -= size
+
+    def accumulated(self, parameter: Tensor) -> None:
+        """From now on the gradient counts as one."""
+        assert parameter.grad is not None, "the hook runs after accumulation"
+        key = parameter.grad.untyped_storage()._cdata
+        if key in self._sizes and key not in self._gradients:
+            self._gradients.add(key)
+            self._gradient_bytes += self._sizes[key]
+            self._alive -= self._sizes[key]
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Note what autograd keeps."""
+        storage = tensor.untyped_storage()
+        if storage._cdata == self._images:
+            self._keeps_images = True
+        elif storage._cdata not in self._own:
+            half = tensor.dim() > 1 and tensor.dtype in (torch.bfloat16, torch.float16)
+            self._kept[storage._cdata] = weakref.ref(storage), storage.nbytes(), half
+        return tensor
+
+    def kept(self) -> list[tuple[int, bool]]:
+        """What autograd keeps now: bytes of every storage, and whether they are matrices in half precision."""
+        alive = [(size, half) for reference, size, half in self._kept.values() if reference() is not None]
+        return [(self._image_bytes, False), *alive] if self._keeps_images else alive
+
+
+class _LikeGpu(TorchFunctionMode):
+    """The CPU's operators under a GPU's rules."""
+
+    def __init__(self, *, half: bool) -> None:
+        super().__init__()
+        self._half = half
+        self.bent = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if self._half and name in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
+            self.bent = True
+            args, kwargs = pytree.tree_map_only(Tensor, _full_width, (args, kwargs))
+            with torch.autocast("cpu", enabled=False):
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if training and not inplace and p > 0:  # keeps a mask of bytes
+            self.bent = True
+            return torch.native_dropout(input, p, True)[0]
+        return F.dropout(input, p, training, inplace)
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        **more: Any,
+    ) -> Tensor:  # fmt: skip
+        if dropout_p > 0:  # inside the fused kernel: nothing is kept for it
+            self.bent = True
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, **more)
+
+
+def _full_width(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _workspaces(func: Any, args: Any) -> _Workspaces:
+    """What libraries take in a convolution's backward pass beside its results; forward needs less.
+
+    Contiguous operands are copied to the library's own layout, the weights' gradient is made in it (channels-last: in
+    split sums) and copied out. oneDNN's layout pads channels to whole vectors of 16; an image of few channels it takes
+    as it is. Seen in the CPU allocator's log; of cuDNN it is assumed, for dense convolutions.
+    """
+    if func is not torch.ops.aten.convolution_backward.default:
+        return _Workspaces()
+    gradient, x, weight = args[:3]
+    filters = 4 * weight.numel()
+    strided = max(args[4], default=1) > 1  # the gradient of its input takes a copy more
+    cpu = _in_own_layout(x) + max(_in_own_layout(gradient), strided * _in_own_layout(x))
+    gpu = (gradient.numel() + x.numel()) * x.element_size()
+    dense = args[9] == 1
+    return _Workspaces(max(cpu, dense * filters), dense * max(gpu, filters), dense * filters)
+
+
+def _in_own_layout(tensor: Tensor) -> int:
+    """Bytes of a copy whose channels fill whole vectors; 0 for an image that the CPU's kernel reads as it is."""
+    channels = tensor.shape[1]
+    padded = 0 if channels <= 4 else -(-channels // _VECTOR) * _VECTOR
+    return tensor.numel() // channels * padded * tensor.element_size()
+
+
+def _line(small: int, large: int) -> tuple[int, int]:
+    """(fixed, per image) of what takes `small` and `large` bytes at the two mini-batches."""
+    per_image = (large - small) // (_BATCHES[1] - _BATCHES[0])
+    return small - _BATCHES[0] * per_image, per_image
+
+
+def _moments(
+    small: Sequence[_Seen], large: Sequence[_Seen], workspace: Callable[[_Workspaces], int], *, gpu: bool
+) -> tuple[Moment, ...]:
+    """The moments that can be the highest at some mini-batch, with gradients kept in buckets or not."""
+    lines = set()
+    for few, many in zip(small, large, strict=True):
+        fixed, image = _line(few.alive + workspace(few.workspaces), many.alive + workspace(many.workspaces))
+        lines.add((fixed + gpu * _BLOCK * few.num_tensors, image, few.gradients))
+    highest = set(_envelope(lines, lambda line: line[0] + line[2])) | set(_envelope(lines, lambda line: line[0]))
+    return tuple(
+        Moment(fixed_bytes=fixed, image_bytes=image, gradient_bytes=gradients)
+        for fixed, image, gradients in sorted(highest, key=lambda line: line[1])
+    )
+
+
+_Line = tuple[int, int, int]
+
+
+def _envelope(lines: set[_Line], height: Callable[[_Line], int]) -> Iterator[_Line]:
+    """Of lines height + batch·slope those that are the highest somewhere between one image and very many."""
+    batch: float = 1
+    while batch <= _LARGEST:
+        best = max(lines, key=lambda line: (height(line) + batch * line[1], line[1]))
+        yield best
+        crossings = ((height(best) - height(line)) / (line[1] - best[1]) for line in lines if line[1] > best[1])
+        batch = math.nextafter(min((at for at in crossings if at > batch), default=math.inf), math.inf)
