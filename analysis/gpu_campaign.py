@@ -354,7 +354,7 @@ class Campaign:
         profile = self.out / "device.toml"
         more = ["--resume"] if profile.exists() else []
         more += ["--precision", "fp32", "--memory-format", "contiguous"] if self.tiny else []
-        minutes = 0.02 if self.tiny else max(self.remaining_s() / 60 - 0.2, 0.1)
+        minutes = 0.1 if self.tiny else max(self.remaining_s() / 60 - 0.2, 0.1)
         options = ["--device", self.device.type, "--out", str(profile), "--minutes", str(minutes), *more]
         subprocess.run([sys.executable, "-m", "ptsim", "calibrate", "gpu", *options], check=True)
 

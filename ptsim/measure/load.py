@@ -96,7 +96,7 @@ class _Reference:
     """A matrix product and a copy larger than the caches: a few milliseconds of each."""
 
     def __init__(self, device: torch.device) -> None:
-        side, elements = (4096, 2**26) if device.type == "cuda" else (384, 2**22)
+        side, elements = (4096, 2**25) if device.type == "cuda" else (384, 2**22)
         self._device = device
         self._matrix = torch.ones((side, side), device=device)
         self._source = torch.ones(elements, device=device)
