@@ -9,6 +9,7 @@ import gzip
 from typing import Any
 
 import msgspec
+import torch
 import torchvision
 from public_rows import PUBLIC, network_name, training_table
 
@@ -25,7 +26,12 @@ def build(model: str) -> Any:
         return torchvision.models.ResNet(block, [3, 4, 23, 3], groups=32, width_per_group=4)
     if model == "inception_v3":  # the rows are of a network without the auxiliary classifier
         return torchvision.models.inception_v3(aux_logits=False, init_weights=False)
-    return zoo.find(f"torchvision:{model}").build(num_classes=1000)
+    module = zoo.find(f"torchvision:{model}").build(num_classes=1000)
+    for parent in module.modules():  # the sources' default is not to drop paths
+        for name, child in parent.named_children():
+            if isinstance(child, torchvision.ops.StochasticDepth):
+                setattr(parent, name, torch.nn.Identity())
+    return module
 
 
 def main() -> None:

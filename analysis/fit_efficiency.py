@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import tomli_w
-from public_rows import Case, Predictor, is_depthwise, layer_cases, training_cases
-from scipy.optimize import least_squares
+from public_rows import Case, Predictor, layer_cases, training_cases
 
-from ptsim.costs.datasheet import Efficiency
+from ptsim.costs.datasheet import Efficiency, Fit, Host, device_factor
 from ptsim.costs.kernels import Floats
+from ptsim.hardware.catalog import load_device
 
 OUT = Path(__file__).parent.parent / "ptsim" / "costs" / "efficiency.toml"
 
@@ -47,9 +49,11 @@ PRIORS = {
     "norm_bandwidth": (0.75, 0.15),
     "layout_bandwidth": (0.75, 0.2),
     "pascal_bandwidth": (0.82, 0.06),  # the Volta white paper's 1.5 × delivered over 1.23 × stated
-    "depthwise_bandwidth": (0.5, 0.5),  # neighbouring taps find their input in the caches, mostly
+    "depthwise_bandwidth": (0.5, 0.3),  # neighbouring taps find their input in the caches, mostly
     "depthwise_rate": (0.1, 0.5),  # some ten instructions per tap
+    "depthwise_base": (10, 0.7),  # a pixel's own addresses, its load and its store
     "depthwise_halves": (2.0, 0.4),  # two or more values per instruction
+    "odd_groups": (0.2, 0.7),  # a direct kernel on the CUDA cores
     "hiding": (3.0, 0.4),
     "overlap": (3.0, 0.4),
     "launch_s": (3e-6, 0.1),
@@ -64,18 +68,25 @@ NUISANCE = {
     "cudnn6_layers": (1.0, 0.3),
     "cudnn7_layers": (1.0, 0.3),
 }
+# Seconds that eager PyTorch's host needs per forward kernel, per backward kernel, per tensor of the update. The first
+# prior: inference with a mini-batch of 1 on NVIDIA's own servers (DeepLearningExamples) takes 9.33 ms for the 248
+# operators of EfficientNet-B0 (efficientnet/README.md at 0107cf27e71b, A100), 10.37 and 7.12 ms for ResNet-50's 175
+# (resnet50v1.5/README.md at 291f0d02e815 and 3bbe228d3895, V100): 38, 59 and 41 µs. Backward: autograd's engine has no
+# Python in it. The update is not visible in the rows: it is assumed to run on lists of tensors.
+HOST = {"forward_s": (45e-6, 0.3), "backward_s": (25e-6, 0.5)}
+UPDATE_S = 8e-6
+MACHINE_SD = 0.6  # of the logarithm of a host's own factor
 DEVICE_SD = 0.1  # of the logarithm of a GPU's own factor
 TRAINING_SD, LAYER_SD = 0.07, 0.25  # of one measurement of a network, of one layer
-DEPTHWISE_SD = 0.14  # of a network with depthwise convolutions, whose kernels changed between releases
+STEPWISE_SD = 0.25  # of steps that are timed one by one with the copy of the images, the GPU idle between them
+UNUSUAL_SD = (
+    0.2  # times the share of the step in depthwise and grouped convolutions, whose kernels changed between releases
+)
+WAITING_SD = 0.6  # times the share of the step that the GPU waits: hosts are not one number
 GROUP_WEIGHT = 1.0  # a group of layer rows (GPU, precision, operator, pass) counts as so many rows
 TENSORFLOW_WEIGHT = 0.3
+STEP = 1e-3  # of a logarithm, for derivatives
 TENSORFLOW_FLOOR_S = 2e-4  # what a session run costs beyond the layer
-
-# Not observable in the public rows, which are all bound by the GPU: seconds that the host needs per forward operator,
-# per backward kernel and per parameter tensor of the update, for eager PyTorch. Forward: EfficientNet-B0 with a
-# mini-batch of 1 takes 9.33 ms for 248 operators (NVIDIA DeepLearningExamples, efficientnet/README.md at 0107cf27e71b,
-# A100, TF32 inference). The other two are assumed: autograd's engine has no Python in it, updates run on lists.
-HOST = {"forward_s": 37e-6, "backward_s": 25e-6, "update_s": 8e-6}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,63 +94,170 @@ class Fitted:
     """The outcome of one fit."""
 
     efficiency: Efficiency
+    host: Host
     nuisance: dict[str, float]
     device_factor: dict[str, float]
+    machine_factor: dict[str, float]
     cost: float
 
-    def predict(self, cases: list[Case]) -> Floats:
-        """Seconds of training cases, with the software of their time."""
-        factor = np.array([self.device_factor.get(case.device, 1.0) for case in cases])
-        return Predictor(cases)(self.efficiency) * _youth(cases, self.nuisance["young_software"]) * factor
+    def shipped(self, known: Iterable[str]) -> Fit:
+        """What `efficiency.toml` would hold if these were the GPUs with rows."""
+        return Fit(
+            efficiency=self.efficiency,
+            host=self.host,
+            devices={device: self.device_factor[device] for device in known},
+        )
+
+    def predict(self, networks: Predictor, fit: Fit) -> Floats:
+        """Seconds of training cases as `fit` predicts them, with the software of their time."""
+        gpu = np.array([device_factor(load_device(case.device), fit) or 1.0 for case in networks.cases])
+        return networks.steps(
+            networks.kernel_seconds(fit.efficiency),
+            networks.update_seconds(fit.efficiency),
+            fit.host,
+            gpu=gpu * _youth(networks.cases, self.nuisance["young_software"]),
+            hosts=np.ones(len(networks.cases)),
+        )
 
 
-def fit(training: list[Case], layers: list[Case], start: Fitted | None = None) -> Fitted:
-    """The efficiencies that explain these cases best.
+class Problem:
+    """The fit's parameters as a vector of logarithms, and its residuals: rows, then priors."""
 
-    Args:
-        training: whole networks; their GPUs get a factor each.
-        layers: single layers.
-        start: where to start from; the priors if None.
-    """
-    priors = PRIORS | NUISANCE
-    names = list(priors)
-    center = np.log([priors[name][0] for name in names])
-    spread = np.array([priors[name][1] for name in names])
-    devices = sorted({case.device for case in training})
-    device_of = np.array([devices.index(case.device) for case in training])
-    training_weight, layer_weight = _training_weight(training), _layer_weight(layers)
-    training_sd = np.array([DEPTHWISE_SD if is_depthwise(case) else TRAINING_SD for case in training])
-    networks, singles = Predictor(training), Predictor(layers)
-    campaign = [_campaign(case) for case in layers]
-    floor = np.array([TENSORFLOW_FLOOR_S if name == "tensorflow_layers" else 0.0 for name in campaign])
+    def __init__(self, training: list[Case], layers: list[Case]) -> None:
+        self.networks, self.singles = Predictor(training), Predictor(layers)
+        self.named = PRIORS | NUISANCE | HOST
+        self.devices = sorted({case.device for case in training})
+        self.machines = sorted({case.machine for case in training})
+        self.device_of = np.array([self.devices.index(case.device) for case in training], np.intp)
+        self.machine_of = np.array([self.machines.index(case.machine) for case in training], np.intp)
+        campaigns = [_campaign(case) for case in layers]
+        self.campaign_of = np.array([list(NUISANCE).index(name) for name in campaigns], np.intp)
+        self.floor = np.array([TENSORFLOW_FLOOR_S if name == "tensorflow_layers" else 0.0 for name in campaigns])
+        self.center = np.concatenate(
+            [np.log([center for center, _ in self.named.values()]), np.zeros(len(self.devices) + len(self.machines))]
+        )
+        self.spread = np.concatenate(
+            [
+                [sd for _, sd in self.named.values()],
+                np.full(len(self.devices), DEVICE_SD),
+                np.full(len(self.machines), MACHINE_SD),
+            ]
+        )
+        self.sd = np.full(len(training), TRAINING_SD)
+        at_priors = self._kernels(self.center)
+        self.sd = np.array(self._row_sd(at_priors))
 
-    def unpack(x: Floats) -> tuple[Efficiency, dict[str, float]]:
-        values = dict(zip(names, np.exp(x[: len(names)]).tolist(), strict=True))
-        return Efficiency(**{name: values[name] for name in PRIORS}), {name: values[name] for name in NUISANCE}
+    def weights(self, training: npt.NDArray[np.bool_], layers: npt.NDArray[np.bool_]) -> Floats:
+        """Square roots of the weights of rows and priors, where these rows are kept."""
+        parts = [np.zeros(len(training)), np.zeros(len(layers)), np.ones(len(self.center))]
+        kept = [case for case, keep in zip(self.networks.cases, training, strict=True) if keep]
+        parts[0][training] = _training_weight(kept)
+        parts[1][layers] = _layer_weight([case for case, keep in zip(self.singles.cases, layers, strict=True) if keep])
+        return np.concatenate(parts)
 
-    def residuals(x: Floats) -> Floats:
-        efficiency, nuisance = unpack(x)
-        factors = x[len(names) :]
-        step = networks(efficiency) * _youth(training, nuisance["young_software"]) * np.exp(factors[device_of])
-        layer = singles(efficiency) * np.array([nuisance[name] for name in campaign]) + floor
+    def residuals(self, x: Floats, kernels: tuple[Floats, Floats, Floats] | None = None) -> Floats:
+        """Of every row and prior, without their weights; `kernels` may be what `_kernels` gives for this x."""
+        kernel_s, update_s, layer_s = kernels or self._kernels(x)
+        values = np.exp(x)
+        young, layer_nuisance = values[len(PRIORS)], values[len(PRIORS) : len(PRIORS) + len(NUISANCE)]
+        at = len(self.named)
+        host = Host(forward_s=values[at - 2], backward_s=values[at - 1], update_s=UPDATE_S)
+        gpu, hosts = values[at : at + len(self.devices)], values[at + len(self.devices) :]
+        step = self.networks.steps(
+            kernel_s,
+            update_s,
+            host,
+            gpu=gpu[self.device_of] * _youth(self.networks.cases, young),
+            hosts=hosts[self.machine_of],
+        )
+        layer = layer_s * layer_nuisance[self.campaign_of] + self.floor
         return np.concatenate(
             [
-                _robust(np.log(step / networks.seconds) / training_sd) * training_weight,
-                _robust(np.log(layer / singles.seconds) / LAYER_SD) * layer_weight,
-                (x[: len(names)] - center) / spread,
-                factors / DEVICE_SD,
+                _robust(np.log(step / self.networks.seconds) / self.sd),
+                _robust(np.log(layer / self.singles.seconds) / LAYER_SD),
+                (x - self.center) / self.spread,
             ]
         )
 
-    first = center
-    if start is not None:
-        values = {name: getattr(start.efficiency, name) for name in PRIORS} | start.nuisance
-        first = np.log([values[name] for name in names])
-    everything = np.concatenate([first, np.zeros(len(devices))])
-    result = least_squares(residuals, everything, diff_step=1e-3, ftol=1e-4, xtol=1e-4, max_nfev=30)
-    efficiency, nuisance = unpack(result.x)
-    factors = dict(zip(devices, np.exp(result.x[len(names) :]).tolist(), strict=True))
-    return Fitted(efficiency=efficiency, nuisance=nuisance, device_factor=factors, cost=float(result.cost))
+    def jacobian(self, x: Floats) -> npt.NDArray[np.float64]:
+        """Of `residuals`, by differences."""
+        kernels = self._kernels(x)
+        base = self.residuals(x, kernels)
+        columns = []
+        for index in range(len(x)):
+            moved = x.copy()
+            moved[index] += STEP
+            columns.append((self.residuals(moved, None if index < len(PRIORS) else kernels) - base) / STEP)
+        return np.stack(columns, axis=1)
+
+    def solve(self, weights: Floats, start: Floats | None = None, jacobian: Floats | None = None) -> Floats:
+        """The parameters at which the weighted residuals are least.
+
+        With a Jacobian from near by, that one serves throughout, which costs a hundredth and is how rows are left out.
+        """
+        x = self.center if start is None else start
+        best = self.residuals(x) * weights
+        for _ in range(40):
+            matrix = (self.jacobian(x) if jacobian is None else jacobian) * weights[:, None]
+            step = np.linalg.lstsq(matrix, -best, rcond=None)[0]
+            step *= min(1.0, 0.5 / np.abs(step).max())
+            for size in (1.0, 0.5, 0.25, 0.1):
+                moved = self.residuals(x + size * step) * weights
+                if moved @ moved < best @ best:
+                    break
+            else:
+                break
+            gain = 1 - (moved @ moved) / (best @ best)
+            x, best = x + size * step, moved
+            if gain < 1e-4:
+                break
+        return x
+
+    def fitted(self, x: Floats, weights: Floats) -> Fitted:
+        """The parameters by name."""
+        values = np.exp(x).tolist()
+        named = dict(zip(self.named, values[: len(self.named)], strict=True))
+        at = len(self.named)
+        residuals = self.residuals(x) * weights
+        return Fitted(
+            efficiency=Efficiency(**{name: named[name] for name in PRIORS}),
+            host=Host(**{name: named[name] for name in HOST}, update_s=UPDATE_S),
+            nuisance={name: named[name] for name in NUISANCE},
+            device_factor=dict(zip(self.devices, values[at : at + len(self.devices)], strict=True)),
+            machine_factor=dict(zip(self.machines, values[at + len(self.devices) :], strict=True)),
+            cost=float(residuals @ residuals) / 2,
+        )
+
+    def _kernels(self, x: Floats) -> tuple[Floats, Floats, Floats]:
+        efficiency = Efficiency(**dict(zip(PRIORS, np.exp(x[: len(PRIORS)]).tolist(), strict=True)))
+        networks, singles = self.networks, self.singles
+        return networks.kernel_seconds(efficiency), networks.update_seconds(efficiency), singles(efficiency)
+
+    def _row_sd(self, kernels: tuple[Floats, Floats, Floats]) -> Floats:
+        seconds, update_s, _ = kernels
+        networks = self.networks
+        total = np.bincount(networks.owner, seconds, len(networks.cases)) + update_s
+        unusual = (networks.kernels.groups > 1)[networks.alike]
+        share = np.bincount(networks.owner, seconds * unusual, len(networks.cases)) / total
+        ones = np.ones(len(networks.cases))
+        host = Host(forward_s=HOST["forward_s"][0], backward_s=HOST["backward_s"][0], update_s=UPDATE_S)
+        slow = networks.steps(seconds, update_s, host, gpu=ones, hosts=np.exp(MACHINE_SD) * ones)
+        waits = 1 - (total + networks.extra) / slow
+        usual = np.where(networks.extra > 0, STEPWISE_SD, TRAINING_SD)
+        sd: Floats = np.sqrt(usual**2 + (UNUSUAL_SD * share) ** 2 + (WAITING_SD * waits) ** 2)
+        return sd
+
+
+def fit(training: list[Case], layers: list[Case]) -> Fitted:
+    """The efficiencies that explain these cases best.
+
+    Args:
+        training: whole networks; their GPUs, and the machines they were measured on, get a factor each.
+        layers: single layers.
+    """
+    problem = Problem(training, layers)
+    weights = problem.weights(np.ones(len(training), np.bool_), np.ones(len(layers), np.bool_))
+    return problem.fitted(problem.solve(weights), weights)
 
 
 def _youth(cases: list[Case], share: float) -> Floats:
@@ -153,10 +271,13 @@ def _robust(z: Floats) -> Floats:
 
 
 def _training_weight(cases: list[Case]) -> Floats:
-    """Rows of one GPU share weight: many rows of one machine say less than as many machines."""
-    device = pd.Series([case.device for case in cases])
+    """Rows of one GPU, and of one network on it, share weight: many rows of one machine say less than many machines."""
+    device = pd.Series([case.device for case in cases], dtype=object)
+    network = pd.Series([f"{case.device} {case.model}" for case in cases], dtype=object)
     framework = np.array([1.0 if case.row.framework == "PyTorch" else TENSORFLOW_WEIGHT for case in cases])
-    return device.map(device.value_counts()).to_numpy() ** -0.25 * framework
+    shared = device.map(device.value_counts()).to_numpy() * network.map(network.value_counts()).to_numpy()
+    weight: Floats = shared.astype(np.float64) ** -0.25 * framework
+    return weight
 
 
 def _layer_weight(cases: list[Case]) -> Floats:
@@ -177,7 +298,7 @@ def main() -> None:
     fitted = fit(training, layers)
     document = {
         "efficiency": {name: float(f"{getattr(fitted.efficiency, name):.4g}") for name in PRIORS},
-        "host": HOST,
+        "host": {name: float(f"{getattr(fitted.host, name):.3g}") for name in Host.__struct_fields__},
         "devices": {
             device: float(f"{factor:.4g}")
             for device, factor in fitted.device_factor.items()
@@ -190,6 +311,7 @@ def main() -> None:
     OUT.write_text(header + tomli_w.dumps(document), encoding="utf-8")
     print(tomli_w.dumps(document))
     print({name: round(value, 3) for name, value in fitted.nuisance.items()})
+    print({name: round(value, 2) for name, value in fitted.machine_factor.items() if abs(value - 1) > 0.05})
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ import pandas as pd
 from ptsim.costs.datasheet import (
     Chip,
     Efficiency,
+    Host,
     chip_of,
     kernel_seconds,
+    launch_order,
     update_bytes,
     uses_tensor_cores,
 )
@@ -33,8 +35,7 @@ from ptsim.hardware.catalog import load_device
 from ptsim.network import Layer, LayerKind, Network, Precision
 
 PUBLIC = Path(__file__).parent.parent / "traces" / "public"
-FIT_FILES = ("training", "training_depthwise")
-FILES = (*FIT_FILES, "training_later")
+FILES = ("training", "training_depthwise", "training_later")
 # First board of a generation, and PyTorch releases: how old the software was for the chips.
 RELEASED = {"pascal": 2016.4, "volta": 2017.5, "turing": 2018.7, "ampere": 2020.5, "ada": 2022.8, "hopper": 2022.8,
             "blackwell": 2024.9}  # fmt: skip
@@ -65,6 +66,7 @@ class Case:
     seconds: float
     device: str
     model: str
+    machine: str  # whose host launched: source and device
     row: pd.Series
     age_years: float | None  # of the software at the time, counted from the GPU's release
 
@@ -91,11 +93,11 @@ def network_name(row: pd.Series) -> str:
     return f"torchvision:{row.model}@{row.image_size}"
 
 
-def training_cases(files: tuple[str, ...] = FIT_FILES) -> list[Case]:
-    """One case per training row of these files, TensorFlow's too."""
+@functools.lru_cache(maxsize=1)
+def training_cases() -> list[Case]:
+    """One case per training row, TensorFlow's too."""
     cases = []
-    table = training_table()
-    for _, row in table[table.file.isin(files)].iterrows():
+    for _, row in training_table().iterrows():
         device, precision = load_device(row.device), Precision(row.precision)
         network = networks()[network_name(row)]
         kernels = network_kernels(
@@ -116,6 +118,7 @@ def training_cases(files: tuple[str, ...] = FIT_FILES) -> list[Case]:
                 seconds=row.batch / row.images_per_s,
                 device=row.device,
                 model=row.model,
+                machine=f"{row.source} {row.device}",
                 row=row,
                 age_years=TORCH_RELEASED[row.torch] - RELEASED[device.architecture] if row.torch == row.torch else None,
             )
@@ -123,6 +126,7 @@ def training_cases(files: tuple[str, ...] = FIT_FILES) -> list[Case]:
     return cases
 
 
+@functools.lru_cache(maxsize=1)
 def layer_cases() -> list[Case]:
     """DeepBench's convolutions and products, and single convolutions with odd channel counts."""
     cases = []
@@ -149,35 +153,78 @@ def is_depthwise(case: Case) -> bool:
     return bool((case.kernels.work == Work.DEPTHWISE).any())
 
 
-def stack(cases: list[Case]) -> tuple[Kernels, Chip, Floats]:
-    """The kernels of all cases as one table, with the chip as columns, and each kernel's case."""
-    sizes = [len(case.kernels.layer) for case in cases]
-    owner = np.repeat(np.arange(len(cases)), sizes)
-    kernels = Kernels(
-        **{name: np.concatenate([getattr(case.kernels, name) for case in cases]) for name in Kernels.__struct_fields__}
-    )
-    chip = Chip(
-        **{name: np.array([getattr(case.chip, name) for case in cases])[owner] for name in Chip.__struct_fields__}
-    )
-    return kernels, chip, owner
-
-
 class Predictor:
-    """Predicts all cases at once for any efficiencies."""
+    """Predicts all cases at once for any efficiencies; kernels that are alike are evaluated once."""
 
     def __init__(self, cases: list[Case]) -> None:
         self.cases = cases
-        self.kernels, self.chip, self.owner = stack(cases)
+        orders = [launch_order(case.kernels) for case in cases]
+        sizes = np.array([len(order) for order in orders])
+        self.starts = np.concatenate([[0], sizes.cumsum()[:-1]])
+        self.owner = np.repeat(np.arange(len(cases)), sizes)
+        columns = {
+            name: np.concatenate(
+                [getattr(case.kernels, name)[order] for case, order in zip(cases, orders, strict=True)]
+            )
+            for name in Kernels.__struct_fields__
+        }
+        chips = {name: np.array([getattr(case.chip, name) for case in cases]) for name in Chip.__struct_fields__}
+        _, chip_of_case = np.unique(np.stack(list(chips.values())), axis=1, return_inverse=True)
+        relevant = [value for name, value in columns.items() if name != "layer"]
+        table = np.stack([chip_of_case[self.owner].astype(np.float64), *(np.asarray(v, np.float64) for v in relevant)])
+        _, first, self.alike = np.unique(table, axis=1, return_index=True, return_inverse=True)
+        self.kernels = Kernels(**{name: value[first] for name, value in columns.items()})
+        self.chip = Chip(**{name: value[self.owner[first]] for name, value in chips.items()})
+        self.forward, self.backward = (
+            self._cumulated(columns["launches"] * ((columns["step"] == Pass.FORWARD) == forward))
+            for forward in (True, False)
+        )
         self.bandwidth = np.array([case.chip.bandwidth_bytes_per_s for case in cases])
         self.update = np.array([case.update_bytes for case in cases])
+        self.tensors = np.array([case.num_tensors for case in cases])
         self.extra = np.array([case.extra_s for case in cases])
         self.seconds = np.array([case.seconds for case in cases])
 
     def __call__(self, efficiency: Efficiency) -> Floats:
-        """Seconds of every case."""
-        seconds = kernel_seconds(self.kernels, self.chip, efficiency)
+        """Seconds of the GPU's work of every case, without waiting for the host."""
+        total: Floats = np.bincount(self.owner, self.kernel_seconds(efficiency), len(self.cases))
+        return total + self.update_seconds(efficiency) + self.extra
+
+    def kernel_seconds(self, efficiency: Efficiency) -> Floats:
+        """Seconds of every kernel of every case in the order that they are launched."""
+        seconds: Floats = kernel_seconds(self.kernels, self.chip, efficiency)[self.alike]
+        return seconds
+
+    def update_seconds(self, efficiency: Efficiency) -> Floats:
+        """Seconds of every case's update on the GPU."""
+        return self.update / (efficiency.stream_bandwidth * self.bandwidth)
+
+    def steps(self, kernels_s: Floats, update_s: Floats, host: Host, *, gpu: Floats, hosts: Floats) -> Floats:
+        """Seconds of every step, as `ptsim.costs.datasheet.waiting_seconds` has it.
+
+        Args:
+            kernels_s: from `kernel_seconds`.
+            update_s: from `update_seconds`.
+            host: what a host needs.
+            gpu: factors of every case's work on the GPU.
+            hosts: factors of its host's work.
+        """
+        seconds = kernels_s * gpu[self.owner]
+        done = self._cumulated(seconds)
         total = np.bincount(self.owner, seconds, len(self.cases))
-        return total + self.update / (efficiency.stream_bandwidth * self.bandwidth) + self.extra
+        launched = (host.forward_s * self.forward + host.backward_s * self.backward) * hosts[self.owner]
+        first = launched[self.starts]
+        waits = np.maximum.reduceat(launched - done + seconds, self.starts) - first
+        ends = np.concatenate([self.starts[1:], [len(launched)]]) - 1
+        late = launched[ends] - first + self.tensors * host.update_s * hosts - total - update_s * gpu
+        steps: Floats = total + update_s * gpu + np.maximum(np.maximum(waits, late), 0.0) + self.extra
+        return steps
+
+    def _cumulated(self, values: Floats) -> Floats:
+        sums = np.cumsum(values)
+        before: Floats = (sums - values)[self.starts]
+        cumulated: Floats = sums - before[self.owner]
+        return cumulated
 
 
 def _layer_case(kernel: Kernel, row: pd.Series, device: str, precision: Precision) -> Case:
@@ -190,6 +237,7 @@ def _layer_case(kernel: Kernel, row: pd.Series, device: str, precision: Precisio
         seconds=row.seconds,
         device=device,
         model="layer",
+        machine="",
         row=row,
         age_years=None,
     )

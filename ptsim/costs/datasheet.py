@@ -18,6 +18,7 @@ from importlib import resources
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
 from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
@@ -45,7 +46,9 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             Volta white paper says 1.5 × in all for V100 over P100, whose stated bandwidths differ 1.23 ×: 0.82.
         depthwise_bandwidth, depthwise_rate: shares of the bandwidth, and of the rate at which instructions issue, of
             depthwise convolutions: a filter tap is a multiply-add among several instructions that compute addresses.
+        depthwise_base: filter taps that a pixel costs beyond its own.
         depthwise_halves: by how much the kernels for half precision do more per instruction.
+        odd_groups: share of the CUDA cores' peak that grouped convolutions without a tensor-core kernel reach.
         hiding: exponent p of (multiply^p + feed^p)^(1/p), clocks per FLOP inside a block.
         overlap: exponent p of (compute^p + memory^p)^(1/p); large means that the smaller one hides.
         launch_s, product_s: least time of a kernel on the GPU; a product is several kernels (transforms, zero fills).
@@ -72,7 +75,9 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     pascal_bandwidth: float
     depthwise_bandwidth: float
     depthwise_rate: float
+    depthwise_base: float
     depthwise_halves: float
+    odd_groups: float
     hiding: float
     overlap: float
     launch_s: float
@@ -83,11 +88,17 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the host needs to launch things: seconds per forward operator, per backward kernel, per parameter tensor."""
+    """What the host needs to launch things: seconds per forward kernel, per backward kernel, per parameter tensor."""
 
     forward_s: float
     backward_s: float
     update_s: float
+
+    def times(self, factor: float) -> Host:
+        """A host that needs so many times as long."""
+        return Host(
+            forward_s=factor * self.forward_s, backward_s=factor * self.backward_s, update_s=factor * self.update_s
+        )
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,21 +108,25 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     host: Host
     devices: dict[str, float]
 
+    def with_host(self, factor: float) -> Fit:
+        """The fit with a host that needs so many times as long."""
+        return msgspec.structs.replace(self, host=self.host.times(factor))
+
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """90 % of log(measured / predicted) of rows left out of the fit lies between low and high, in units of a spread.
 
-    The spread of a step is √(base² + unsureness²).
+    The spread of a step is √(base² + unsureness²), with what may make it shorter below and longer above.
     """
 
     base: float
     low: float
     high: float
 
-    def around(self, seconds: float, unsureness: float) -> tuple[float, float]:
-        """The interval around a predicted time."""
-        spread = math.hypot(self.base, unsureness)
-        return seconds * math.exp(self.low * spread), seconds * math.exp(self.high * spread)
+    def around(self, seconds: float, below: float, above: float) -> tuple[float, float]:
+        """The interval around a predicted time whose unsureness is `below` and `above`."""
+        low, high = self.low * math.hypot(self.base, below), self.high * math.hypot(self.base, above)
+        return seconds * math.exp(low), seconds * math.exp(high)
 
 
 class Intervals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -160,16 +175,25 @@ _FULL_POWER = {
     "hopper": 2.68,
     "blackwell": 3.4,
 }
+_SMALL_SM_POWER = 1.4  # of Blackwell's boards for graphics, whose tensor cores are those of Ada: RTX 5090
 _TENSOR_SINCE = {Precision.FP16: "volta", Precision.BF16: "ampere", Precision.TF32: "ampere"}
 _GENERATIONS = ("cpu", "pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell")
 _ISSUE = 128  # threads per clock and SM whose instruction issues, from Volta on: four schedulers of a warp
 _SINCE_AMPERE = ("ampere", "ada", "hopper", "blackwell")
 _TILES = ((256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 128), (64, 32), (32, 32))
-# Standard deviation of the logarithm of time of what the rows of the fit hold little or nothing of. Depthwise
-# convolutions: of one network only, whose rows scatter by ±0.2 with half of their time in them. The others are assumed:
-# grouped convolutions (no row); half-precision kernels over padded channels (no row); kernels that take the least that
-# a kernel takes, and hosts, which differ by a factor of two.
-_UNSURE = {"depthwise": 0.4, "grouped": 0.4, "padded": 0.2, "least": 0.3, "host": 0.4}
+# Standard deviation of the logarithm of time of what the rows of the fit scatter in, or hold little of. Half precision
+# scatters more than fp32 and tf32, by software and mini-batch; depthwise and grouped convolutions have rows of a few
+# GPUs, groups without a tensor-core kernel of one; padded channels, and kernels that take the least that a kernel
+# takes, are assumed. Hosts: what the machines of the rows differ by.
+_UNSURE = {
+    "halves": 0.12,
+    "depthwise": 0.15,
+    "grouped": 0.15,
+    "odd_groups": 0.3,
+    "padded": 0.2,
+    "least": 0.3,
+    "host": 0.6,
+}
 _SPLIT_DEPTH = 256  # least depth k of a slice when the depth is split over blocks …
 _SPLIT_BLOCKS = 4  # … and how many of them an SM gets
 
@@ -186,6 +210,9 @@ def chip_of(device: Device, precision: Precision) -> Chip:
     products = Precision.FP32 if precision is Precision.FP16 and not uses_tensor_cores(device, precision) else precision
     simt, num_sms, clock_hz = device.peak_flops_per_s[Precision.FP32], float(device.num_sms), device.boost_clock_hz
     power = device.power_w / (num_sms * clock_hz / 1e9)
+    full_power = _FULL_POWER.get(device.architecture, power)
+    if device.architecture == "blackwell" and device.peak_flops_per_s[Precision.FP16] < 2048 * num_sms * clock_hz:
+        full_power = _SMALL_SM_POWER
     return Chip(
         peak_flops_per_s=device.peak_flops_per_s[products],
         simt_flops_per_s=simt,
@@ -199,7 +226,7 @@ def chip_of(device: Device, precision: Precision) -> Chip:
         pascal=float(device.architecture == "pascal"),
         wide=float(device.architecture in _SINCE_AMPERE and simt > 200 * num_sms * clock_hz),
         free=float(precision is Precision.TF32),
-        power_ratio=min(1.0, power / _FULL_POWER.get(device.architecture, power)),
+        power_ratio=min(1.0, power / full_power),
     )
 
 
@@ -220,8 +247,12 @@ def kernel_seconds(kernels: Kernels, chip: Chip, efficiency: Efficiency) -> Floa
         product = np.where(free, np.minimum(product, _product_seconds(kernels, simt, e)), product)
     compute[is_product] = product[is_product]
     macs = kernels.m * kernels.n * kernels.k * kernels.groups
+    width = np.where(kernels.step == Pass.WEIGHT_GRADIENT, kernels.m, kernels.n)  # channels of a group
+    odd = 2 * macs * (1 + 32 / np.maximum(width, 1)) / (e.odd_groups * chip.simt_flops_per_s)
+    compute = np.where(kernels.odd_groups, odd, compute)
     per_tap = np.where(kernels.element_bytes < 4, e.depthwise_halves, 1.0)
-    taps = 2 * macs / (e.depthwise_rate * per_tap * chip.issue_flops_per_s)
+    pixels = np.where(kernels.step == Pass.WEIGHT_GRADIENT, kernels.k, kernels.m * kernels.n) * kernels.groups
+    taps = 2 * (macs + e.depthwise_base * pixels) / (e.depthwise_rate * per_tap * chip.issue_flops_per_s)
     compute[is_depthwise] = taps[is_depthwise]
     largest = np.maximum(np.maximum(compute, memory), 1e-12)
     both = largest * ((compute / largest) ** e.overlap + (memory / largest) ** e.overlap) ** (1 / e.overlap)
@@ -240,13 +271,16 @@ def _product_seconds(kernels: Kernels, chip: Chip, e: Efficiency) -> Floats:
     m, n, k = np.maximum(kernels.m, 1), np.maximum(kernels.n, 1), np.maximum(kernels.k, 1)
     grain = np.where(tensor, 16 / kernels.element_bytes, 1)  # tensor cores load 16 bytes of depth at once
     depth = np.ceil(k / grain) * grain
+    # Kernels for groups of few channels take several groups at once.
+    several = (kernels.groups > 1) & (kernels.step != Pass.WEIGHT_GRADIENT)
+    ramp = e.ramp * np.where(several, np.minimum(n / _TILES[-1][1], 1), 1)
     best = np.full(m.shape, np.inf)
     for rows, columns in _TILES:
         blocks = np.ceil(m / rows) * np.ceil(n / columns) * np.maximum(kernels.groups, 1)
         split = np.clip(_SPLIT_BLOCKS * chip.num_sms / blocks, 1, np.maximum(depth / _SPLIT_DEPTH, 1))
         per_sm = np.ceil(blocks * split / chip.num_sms - 1e-9)
         feed_clocks = kernels.element_bytes * (rows + columns) / (2 * rows * columns) / e.feed_bytes_per_clock
-        work = 2.0 * rows * columns * (depth / split + e.ramp)
+        work = 2.0 * rows * columns * (depth / split + ramp)
         clocks = (flops_clocks**e.hiding + feed_clocks**e.hiding) ** (1 / e.hiding)
         best = np.minimum(best, (per_sm + e.latency) * work * clocks / clock)
     narrow = np.minimum(kernels.n, kernels.k / 9)  # of a forward 3×3 convolution: the fewer of its channels
@@ -260,26 +294,77 @@ def _product_seconds(kernels: Kernels, chip: Chip, e: Efficiency) -> Floats:
     return slowed
 
 
-def unsureness(kernels: Kernels, seconds: Floats, host_s: float, efficiency: Efficiency) -> float:
-    """Standard deviation that log(time) of a whole step has from the parts that the fit's rows say little of.
+def launch_order(kernels: Kernels) -> npt.NDArray[np.intp]:
+    """Positions of the kernels as the host launches them: forward, then backward through the layers in reverse."""
+    positions = np.arange(len(kernels.layer))
+    is_forward = kernels.step == Pass.FORWARD
+    return np.concatenate([positions[is_forward], positions[~is_forward][::-1]])
+
+
+def waiting_seconds(kernels: Kernels, seconds: Floats, update_s: float, num_tensors: int, host: Host) -> float:
+    """How long the GPU waits in a step for a host that launches kernels one by one into an empty queue.
+
+    A kernel starts when it has been launched and its predecessor is done, so the step ends at the largest of: launch
+    of a kernel, and all work from it on. Steps begin with an empty queue, as where the loss is read after each.
+
+    Args:
+        kernels: of forward and backward.
+        seconds: of every kernel on the GPU.
+        update_s: of the update on the GPU, after them.
+        num_tensors: parameters, which the host updates.
+        host: what it needs to launch.
+    """
+    order = launch_order(kernels)
+    each = np.where(kernels.step == Pass.FORWARD, host.forward_s, host.backward_s) * kernels.launches
+    launched = np.cumsum(each[order])
+    launched -= launched[:1].copy()
+    rest = np.cumsum(seconds[order][::-1])[::-1]
+    done = np.max(launched + rest, initial=0.0)
+    updated = float(launched[-1:].sum()) + num_tensors * host.update_s - update_s
+    return max(float(done), updated) - float(rest[:1].sum())
+
+
+def unsureness(kernels: Kernels, seconds: Floats, efficiency: Efficiency) -> float:
+    """Standard deviation of log(time) on the GPU from the parts that the fit's rows say little of.
 
     Args:
         kernels: of the step.
         seconds: of every kernel.
-        host_s: what the host needs to launch them.
         efficiency: says what a kernel takes at least.
     """
     total_s = float(seconds.sum())
     product = kernels.work == Work.PRODUCT
     least = efficiency.launch_s * kernels.launches + (efficiency.product_s - efficiency.launch_s) * product
     shares = {
+        "halves": float((kernels.element_bytes < 4).any()),
         "depthwise": float(seconds[kernels.work == Work.DEPTHWISE].sum()) / total_s,
-        "grouped": float(seconds[product & (kernels.groups > 1)].sum()) / total_s,
+        "grouped": float(seconds[product & (kernels.groups > 1) & ~kernels.odd_groups].sum()) / total_s,
+        "odd_groups": float(seconds[kernels.odd_groups].sum()) / total_s,
         "padded": float(seconds[kernels.padded].sum()) / total_s,
         "least": min(float(least.sum()) / total_s, 1.0),
-        "host": min(host_s / total_s, 1.0) ** 4,  # of no weight until it is nearly as long as the GPU's work
     }
     return math.sqrt(sum((_UNSURE[part] * share) ** 2 for part, share in shares.items()))
+
+
+def spreads(
+    kernels: Kernels, seconds: Floats, update_s: float, num_tensors: int, fit: Fit
+) -> tuple[float, float, float]:
+    """What the GPU waits for the host, and how far log(time) of the step may be below and above: one deviation each.
+
+    Hosts differ by `_UNSURE["host"]`, which counts as far as a faster or a slower one changes the step.
+    """
+    waiting, faster, slower = (
+        waiting_seconds(kernels, seconds, update_s, num_tensors, fit.host.times(math.exp(sign * _UNSURE["host"])))
+        for sign in (0, -1, 1)
+    )
+    gpu_s = float(seconds.sum()) + update_s
+    gpu = unsureness(kernels, seconds, fit.efficiency)
+    step_s = gpu_s + waiting
+    return (
+        waiting,
+        math.hypot(gpu, math.log(step_s / (gpu_s + faster))),
+        math.hypot(gpu, math.log((gpu_s + slower) / step_s)),
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -297,7 +382,7 @@ def load_intervals() -> Intervals:
 def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fit: Fit | None = None) -> StepTime:
     """One training step by roofline and fitted efficiencies.
 
-    The host launches every operator; where that takes longer than the GPU, `overhead_s` is what the GPU waits. `fit`
+    The host launches every operator; `overhead_s` is what the GPU waits for that. `fit`
     stands in for the fit that ptsim ships.
     """
     fit = fit or load_fit()
@@ -309,7 +394,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
         memory_format=setting.memory_format,
         tensor_cores=uses_tensor_cores(device, precision),
     )
-    factor = _device_factor(device, fit)
+    factor = device_factor(device, fit)
     seconds = kernel_seconds(kernels, chip_of(device, precision), fit.efficiency) * (factor or 1.0)
     count = len(network.layers)
     is_forward = kernels.step == Pass.FORWARD
@@ -319,10 +404,10 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     optimizer_s = update_bytes(network, setting.optimizer, precision) / streaming
     regularizer_s = regularizer_traffic(network) / streaming if setting.regularizer else 0.0
     gpu_s = float(forward.sum() + backward.sum()) + optimizer_s + regularizer_s
-    host_s = host_seconds(kernels, len(network.parameters), fit.host)
-    overhead_s = max(0.0, host_s - gpu_s)
+    update_s = optimizer_s + regularizer_s
+    overhead_s, below, above = spreads(kernels, seconds, update_s, len(network.parameters), fit)
     interval = load_intervals().new_device if factor is None else load_intervals().known_device
-    low_s, high_s = interval.around(gpu_s + overhead_s, unsureness(kernels, seconds, host_s, fit.efficiency))
+    low_s, high_s = interval.around(gpu_s + overhead_s, below, above)
     return StepTime(
         layers=tuple(
             LayerTime(
@@ -349,21 +434,10 @@ def update_bytes(network: Network, optimizer: str, precision: Precision) -> floa
     return float(update_traffic(network, optimizer) + casts * network.num_parameters)
 
 
-def _device_factor(device: Device, fit: Fit) -> float | None:
-    """The factor of the fit's GPU with the same chip (its own where it is there); None where none has it."""
+def device_factor(device: Device, fit: Fit) -> float | None:
+    """The factor of the fit's GPU, or the mean of those with the same chip; None where none has it."""
+    if device.name in fit.devices:
+        return fit.devices[device.name]
     chips = {name: load_device(name) for name in fit.devices}
     same = [n for n, c in chips.items() if (c.architecture, c.num_sms) == (device.architecture, device.num_sms)]
-    if not same:
-        return None
-    return fit.devices[device.name if device.name in same else same[0]]
-
-
-def host_seconds(kernels: Kernels, num_tensors: int, host: Host) -> float:
-    """Seconds that the host needs to launch forward, backward and the update of `num_tensors` parameters."""
-    is_forward = kernels.step == Pass.FORWARD
-    launches = kernels.launches
-    return (
-        float(launches[is_forward].sum()) * host.forward_s
-        + float(launches[~is_forward].sum()) * host.backward_s
-        + num_tensors * host.update_s
-    )
+    return math.exp(sum(math.log(fit.devices[name]) for name in same) / len(same)) if same else None

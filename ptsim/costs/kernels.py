@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ptsim.costs.memory import Widths
 from ptsim.network import Layer, LayerKind, MemoryFormat, Network, Precision
 
 Floats = npt.NDArray[np.float64]
@@ -46,6 +47,7 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
         winograd: a 3×3 convolution with stride 1, for which fp32 kernels exist that multiply less.
         strided: the gradient of a strided convolution's input, whose output pixels differ in work.
         padded: channels are filled up to whole loads by a copy.
+        odd_groups: a grouped convolution in channels_last for which no tensor-core kernel exists.
         moved_bytes: every operand read once, every result written once.
         layout_bytes: what conversions between NCHW and NHWC around the kernel move.
         footprint_bytes: distinct bytes touched, to tell what stays in the L2 cache.
@@ -65,6 +67,7 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     winograd: bool = False
     strided: bool = False
     padded: bool = False
+    odd_groups: bool = False
     layout_bytes: float = 0.0
     launches: float = 1.0
 
@@ -83,6 +86,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     winograd: npt.NDArray[np.bool_]
     strided: npt.NDArray[np.bool_]
     padded: npt.NDArray[np.bool_]
+    odd_groups: npt.NDArray[np.bool_]
     moved_bytes: Floats
     layout_bytes: Floats
     footprint_bytes: Floats
@@ -92,7 +96,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, kernels: Iterable[Kernel]) -> Kernels:
         """The columns of these kernels."""
         rows = list(kernels)
-        flags = {"winograd": np.bool_, "strided": np.bool_, "padded": np.bool_}
+        flags = {"winograd": np.bool_, "strided": np.bool_, "padded": np.bool_, "odd_groups": np.bool_}
         integers = {"layer": np.intp, "work": np.intp, "step": np.intp, **flags}
         return cls(
             **{
@@ -110,7 +114,8 @@ def network_kernels(
     Args:
         network: what is trained.
         batch: images.
-        precision: of the products; under fp16 and bf16 (autocast) activations take two bytes.
+        precision: of the products; under fp16 and bf16 (autocast) activations take two bytes where autocast's rules
+            leave them so, and are converted where an operator wants the other format.
         memory_format: layout of the activations.
         tensor_cores: the device multiplies this precision on tensor cores, whose half-precision kernels want NHWC.
     """
@@ -121,12 +126,14 @@ def network_kernels(
     consumers: dict[str, int] = {}
     for source, _ in network.edges:
         consumers[source] = consumers.get(source, 0) + 1
+    widths = Widths(network, precision, gpu=True)
     rows: list[Kernel] = []
     for index, layer in enumerate(network.layers):
-        images = layer.repeats(batch)
-        rows.extend(_layer_kernels(index, layer, images, element, foreign=foreign, halves=halves))
+        given, width = widths.inputs[layer.name], widths.output[layer.name]
+        rows.extend(_conversions(index, layer, batch, given, width, precision))
+        rows.extend(_layer_kernels(index, layer, batch, max(given), width, element, foreign=foreign, halves=halves))
         if (extra := consumers.get(layer.name, 1) - 1) > 0:  # gradients of the branches are added up
-            size = float(layer.output_elements * images * element)
+            size = float(layer.output_elements * batch * width)
             rows.append(_stream(index, Pass.INPUT_GRADIENT, 3 * extra * size, 3 * size, launches=extra))
     return Kernels.of(rows)
 
@@ -156,6 +163,9 @@ def convolution_kernels(
     # Half-precision tensor-core kernels load 16 bytes at once; other channel counts are padded by a copy. Kernels for
     # images of three or four channels exist.
     ragged = halves and any(count % 8 for count in (channels_in, channels_out) if count > 4)
+    # cuDNN's NHWC kernels for groups want as many channels out as in and whole warps of groups (ResNeXt has 32 or 64).
+    usual = channels_in == channels_out and layer.groups % 32 == 0 and layer.dilation == (1, 1)
+    odd_groups = halves and not foreign and layer.groups > 1 and not depthwise and not usual
     shapes = {
         Pass.FORWARD: (pixels_out, channels_out, channels_in * area),
         Pass.INPUT_GRADIENT: (pixels_in, channels_in, channels_out * area / stride),
@@ -178,6 +188,7 @@ def convolution_kernels(
             winograd=layer.kernel_size == (3, 3) and stride == 1 and layer.groups == 1 and layer.dilation == (1, 1),
             strided=step is Pass.INPUT_GRADIENT and stride > 1,
             padded=ragged and not depthwise,
+            odd_groups=odd_groups,
             moved_bytes=x + y + w,
             layout_bytes=2 * (x + y) if (foreign or ragged) and not depthwise else 0.0,
             footprint_bytes=x + y + w,
@@ -224,11 +235,32 @@ def product_kernels(
         )
 
 
-def _layer_kernels(
-    index: int, layer: Layer, batch: int, element: int, *, foreign: bool, halves: bool
+def _conversions(
+    index: int, layer: Layer, batch: int, given: tuple[int, ...], width: int, precision: Precision
 ) -> Iterator[Kernel]:
-    x = float(layer.input_elements * batch * element)
-    y = float(layer.output_elements * batch * element)
+    """What autocast copies into the other format before a layer, and its gradient after it."""
+    if precision.activation_bytes == 4:
+        return
+    if layer.kind in (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL):
+        wanted = 2
+    elif layer.kind is LayerKind.NORM:
+        wanted = width
+    else:
+        return
+    converted = sum(bytes_ != wanted for bytes_ in given) / len(given)
+    if converted:
+        size = converted * 6.0 * layer.input_elements * batch  # read in one width, written in the other
+        yield _stream(index, Pass.FORWARD, size, size)
+        if layer.input_needs_gradient:
+            yield _stream(index, Pass.INPUT_GRADIENT, size, size)
+
+
+def _layer_kernels(
+    index: int, layer: Layer, batch: int, given: int, width: int, element: int, *, foreign: bool, halves: bool
+) -> Iterator[Kernel]:
+    """The kernels of one layer whose inputs have `given` bytes per element, its output `width`, products `element`."""
+    x = float(layer.input_elements * batch * given)
+    y = float(layer.output_elements * batch * width)
     forward, backward = Pass.FORWARD, Pass.INPUT_GRADIENT
     match layer.kind:
         case LayerKind.CONV:
@@ -250,17 +282,18 @@ def _layer_kernels(
         case LayerKind.BATCH_NORM:  # METHOD.md, section 6: three accesses forward, five backward
             yield _norm(index, forward, 3 * x, x)
             yield _norm(index, backward, 5 * x, 2 * x)
-        case LayerKind.NORM:
-            yield _norm(index, forward, 2 * x, x)
-            yield _norm(index, backward, 4 * x, 2 * x)
+        case LayerKind.NORM:  # autocast normalises layers and groups in fp32: the output's width
+            yield _norm(index, forward, 2 * y, y)
+            yield _norm(index, backward, 4 * y, 2 * y)
         case LayerKind.ACTIVATION:
             yield _stream(index, forward, x + y, x)
             yield _stream(index, backward, 3 * x, 2 * x)
         case LayerKind.ELEMENTWISE:
             yield _stream(index, forward, x + y, x + y)
-            if layer.op == "mul" and len(layer.input_shapes) > 1:
+            if layer.op == "mul" and len(layer.input_shapes) + bool(layer.num_parameters) > 1:
                 # Either gradient is a product over the whole output; where a factor was broadcast, it is summed after.
                 broadcast = sum(math.prod(shape) < layer.output_elements for shape in layer.input_shapes)
+                broadcast += bool(layer.num_parameters)
                 yield _stream(index, backward, 6 * y, x + y, launches=2 + broadcast)
             elif layer.op not in ("add", "sub", "rsub"):  # a sum hands its gradient on as it is
                 yield _stream(index, backward, 2 * x + y, x + y)
@@ -268,9 +301,8 @@ def _layer_kernels(
             largest = 8.0 * layer.output_elements * batch if "max" in layer.op else 0.0  # 64-bit positions
             yield _stream(index, forward, x + y + largest, x + y)
             yield _stream(index, backward, x + y + largest, x + y)
-        case LayerKind.CONCAT:
+        case LayerKind.CONCAT:  # backward hands out slices, which are views
             yield _stream(index, forward, 2 * y, 2 * y)
-            yield _stream(index, backward, 2 * y, 2 * y, launches=len(layer.input_shapes))
         case LayerKind.DROPOUT:
             mask = float(layer.output_elements * batch)
             yield _stream(index, forward, x + y + mask, x + y)

@@ -109,7 +109,7 @@ def iteration_memory(
     gpu = device is not None and device.architecture != "cpu"
     block = _BLOCK if gpu else 1
     seen = _footprint(network, gpu=gpu, half=precision.activation_bytes == 2)
-    precision_widths = _Widths(network, precision, gpu=gpu)
+    precision_widths = Widths(network, precision, gpu=gpu)
     weights = _round_each((4 * p.num_elements for p in network.parameters), block)
     buffers = _round_each(_buffer_sizes(network), block) if seen is None else seen.buffer_bytes
     states = _OPTIMIZER_STATES[optimizer] * weights
@@ -212,7 +212,7 @@ def _highest(seen: Footprint, network: Network, batch: int, *, memory_format: Me
     )
 
 
-class _Widths:
+class Widths:
     """Bytes per element of what each layer returns and keeps, as autocast's rules decide."""
 
     def __init__(self, network: Network, precision: Precision, *, gpu: bool) -> None:
@@ -220,11 +220,11 @@ class _Widths:
         self._half = precision.activation_bytes == 2
         self._fp32_ops = _FP32_OPS_GPU if gpu else _FP32_OPS_CPU
         self.output: dict[str, int] = {}
-        self._inputs: dict[str, tuple[int, ...]] = {}
+        self.inputs: dict[str, tuple[int, ...]] = {}
         sources = sources_of(network)
         for layer in network.layers:
             given = tuple(self.output[source] for source in sources[layer.name]) or (4,)  # the images are fp32
-            self._inputs[layer.name] = given
+            self.inputs[layer.name] = given
             self.output[layer.name] = self._output(layer, max(given))
 
     def saved(self, layer: Layer, batch: int) -> int:
@@ -236,7 +236,7 @@ class _Widths:
         other = times * layer.saved_other_bytes + layer.saved_fixed_bytes
         if self._gpu and layer.kind is LayerKind.DROPOUT and layer.saved_elements >= layer.output_elements:
             return times * layer.output_elements + other  # CUDA keeps a boolean mask
-        elements, width, given = times * layer.saved_elements, 4, self._inputs[layer.name]
+        elements, width, given = times * layer.saved_elements, 4, self.inputs[layer.name]
         inputs = layer.input_sizes(batch)
         if self._half and layer.kind in _HALF_KINDS:
             width = 2
@@ -279,7 +279,7 @@ class _Walk:
         self,
         network: Network,
         batch: int,
-        widths: _Widths,
+        widths: Widths,
         block: int,
         *,
         memory_format: MemoryFormat,

@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptsim.costs.datasheet import Interval, chip_of, datasheet_step, kernel_seconds, load_fit, uses_tensor_cores
+from ptsim.costs.datasheet import (
+    Host,
+    Interval,
+    chip_of,
+    datasheet_step,
+    device_factor,
+    kernel_seconds,
+    launch_order,
+    load_fit,
+    uses_tensor_cores,
+    waiting_seconds,
+)
 from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels, product_kernels
 from ptsim.costs.step import StepSetting, Tier, step_time
 from ptsim.errors import UsageError
@@ -132,7 +143,46 @@ def test_the_interval_widens_with_what_the_fit_knows_little_of():
 
 def test_an_interval_is_a_factor_either_way():
     made = Interval(base=0.3, low=-1.0, high=2.0)
-    assert made.around(10.0, 0.4) == pytest.approx((10 * np.exp(-0.5), 10 * np.exp(1.0)))
+    assert made.around(10.0, 0.4, 0.4) == pytest.approx((10 * np.exp(-0.5), 10 * np.exp(1.0)))
+    assert made.around(10.0, 0.0, 0.4) == pytest.approx((10 * np.exp(-0.3), 10 * np.exp(1.0)))
+
+
+def three_kernels():
+    layers = [convolution(), convolution(input_needs_gradient=False, weight_needs_gradient=False)]
+    kernels = [k for i, layer in enumerate(layers) for k in convolution_kernels(layer, batch=1, element=4, index=i)]
+    return Kernels.of(kernels)  # forward and two gradients of the first layer, forward of the second
+
+
+def test_the_host_launches_forward_and_then_backward_in_reverse():
+    assert launch_order(three_kernels()).tolist() == [0, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "waits"),
+    [
+        ((9.0, 9.0, 9.0, 9.0), 0.0),  # the queue is never empty
+        ((0.5, 0.5, 0.5, 0.5), 3.5),  # launched at 0, 1, 3 and 5, since backward takes 2: done at 5.5 after 2.0 of work
+        ((9.0, 0.5, 0.5, 0.5), 0.0),  # the first is long enough for the host to launch all others
+        ((0.5, 9.0, 0.5, 0.5), 3.5),  # the last that is launched is long: it starts at 5, after 1.5 of work
+    ],
+)
+def test_a_kernel_starts_when_it_is_launched_and_its_predecessor_is_done(seconds, waits):
+    host = Host(forward_s=1.0, backward_s=2.0, update_s=0.0)
+    assert waiting_seconds(three_kernels(), np.array(seconds), 0.0, 0, host) == pytest.approx(waits)
+
+
+def test_the_host_updates_tensor_by_tensor_after_it_has_launched_backward():
+    host = Host(forward_s=1.0, backward_s=2.0, update_s=0.5)
+    work = np.full(4, 0.5)
+    assert waiting_seconds(three_kernels(), work, 1.0, 10, host) == pytest.approx(5 + 10 * 0.5 - (4 * 0.5 + 1.0))
+
+
+def test_a_host_that_is_slower_widens_the_interval_upwards_only_where_it_would_decide():
+    def reach(batch):
+        step = datasheet_step(NETWORK, load_device("v100"), StepSetting(batch=batch, precision=Precision.FP32))
+        return step.high_s / step.compute_s
+
+    assert reach(1) > 2 * reach(4096)
 
 
 def test_channel_counts_make_stairs():
@@ -195,6 +245,8 @@ def test_the_group_lasso_and_heavier_optimizers_cost_extra():
 def test_every_gpu_of_the_fit_gets_its_own_factor():
     factors = load_fit().devices
     small, large = "v100-sxm2-16gb", "v100-sxm2-32gb"  # the same chip twice
+    other = device_factor(load_device("v100-pcie-16gb"), load_fit())  # and on a board that has no rows
+    assert other == pytest.approx(np.cbrt(factors[small] * factors[large] * factors["titan-v"]))
     setting = StepSetting(batch=64, precision=Precision.FP32)
     took = {name: datasheet_step(WIDE, load_device(name), setting) for name in factors}
     assert took[small].forward_s / took[large].forward_s == pytest.approx(factors[small] / factors[large])
@@ -202,7 +254,7 @@ def test_every_gpu_of_the_fit_gets_its_own_factor():
 
 def test_an_unknown_chip_gets_the_wider_interval():
     known = datasheet_step(NETWORK, load_device("a100-pcie"), StepSetting(batch=32, precision=Precision.TF32))
-    unknown = datasheet_step(NETWORK, load_device("l40s"), StepSetting(batch=32, precision=Precision.TF32))
+    unknown = datasheet_step(NETWORK, load_device("l4"), StepSetting(batch=32, precision=Precision.TF32))
     assert known.high_s / known.low_s < unknown.high_s / unknown.low_s
 
 

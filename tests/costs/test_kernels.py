@@ -1,5 +1,8 @@
 """Kernels of a training step: counts by hand."""
 
+import itertools
+
+import msgspec
 import numpy as np
 import pytest
 
@@ -124,3 +127,81 @@ def test_work_grows_in_proportion_to_the_mini_batch():
     one, two = moved(8), moved(16)
     stream = one.work == Work.STREAM
     np.testing.assert_allclose(two.moved_bytes[stream], 2 * one.moved_bytes[stream])
+
+
+def layer_norm(channels=16, size=8):
+    return Layer(
+        name="norm",
+        kind=LayerKind.NORM,
+        op="layer_norm",
+        in_channels=channels,
+        out_channels=channels,
+        input_shapes=((channels, size, size),),
+        output_shape=(channels, size, size),
+        num_parameters=2 * channels,
+    )
+
+
+def chain(*layers):
+    named = [msgspec.structs.replace(layer, name=f"{i}") for i, layer in enumerate(layers)]
+    edges = tuple((a.name, b.name) for a, b in itertools.pairwise(named))
+    return Network(name="n", input_shape=(16, 8, 8), num_classes=1, layers=tuple(named), edges=edges, parameters=())
+
+
+def test_autocast_normalises_layers_in_fp32_and_converts_before_and_after():
+    network = chain(convolution(16, 16), layer_norm(), convolution(16, 16))
+    kernels = network_kernels(
+        network, batch=2, precision=Precision.FP16, memory_format="contiguous", tensor_cores=False
+    )
+    elements = 2 * 16 * 8 * 8
+    norm = kernels.moved_bytes[kernels.work == Work.NORM]
+    assert norm.tolist() == [2 * 4 * elements, 4 * 4 * elements]
+    # Images to half for the first convolution, its output to fp32, the normalised to half; each but for the images' has
+    # a gradient: read in one width and written in the other.
+    conversions = kernels.moved_bytes[(kernels.work == Work.STREAM)]
+    assert conversions.tolist() == [6 * elements] * 6
+
+
+def test_without_autocast_nothing_is_converted():
+    network = chain(convolution(16, 16), layer_norm(), convolution(16, 16))
+    kernels = network_kernels(
+        network, batch=2, precision=Precision.FP32, memory_format="contiguous", tensor_cores=False
+    )
+    assert not np.any(kernels.work == Work.STREAM)
+
+
+@pytest.mark.parametrize(
+    ("groups", "channels", "memory_format", "odd"),
+    [
+        (32, 128, "channels_last", False),  # ResNeXt
+        (4, 128, "channels_last", True),  # RegNet
+        (4, 128, "contiguous", False),
+        (1, 128, "channels_last", False),
+        (128, 128, "channels_last", False),  # depthwise
+    ],
+)
+def test_groups_that_have_no_tensor_core_kernel_in_channels_last(groups, channels, memory_format, odd):
+    kernels = network_kernels(
+        chain(convolution(channels, channels, groups=groups)),
+        batch=2,
+        precision=Precision.FP16,
+        memory_format=memory_format,
+        tensor_cores=True,
+    )
+    assert kernels.odd_groups[kernels.work != Work.STREAM].all() == odd
+
+
+def test_the_gradients_of_a_concatenation_are_slices():
+    layer = Layer(
+        name="cat",
+        kind=LayerKind.CONCAT,
+        op="cat",
+        in_channels=32,
+        out_channels=32,
+        input_shapes=((16, 8, 8), (16, 8, 8)),
+        output_shape=(32, 8, 8),
+    )
+    kernels = network_kernels(
+        chain(layer), batch=2, precision=Precision.FP32, memory_format="contiguous", tensor_cores=False
+    )
+    assert kernels.step.tolist() == [Pass.FORWARD]
