@@ -23,7 +23,7 @@ The box must not be what is measured. What was found to disturb, by tracing the 
 * gloo's IO thread spins while a worker thread holds a connection's lock (`Pair::handleEvents` tries the lock and asks
   epoll again). Where both share a core and the IO thread has pushed the worker off it, the lock is held until the
   scheduler's next tick: 0 to 4 ms per collective at 250 Hz, which a host with a core for each never pays. Threads that
-  communicate run under SCHED_FIFO: they do not preempt each other, and nothing else delays them, neither the network's
+  communicate run under SCHED_RR: they do not preempt each other, and nothing else delays them, neither the network's
   computation on the same core nor other programs. The computation itself stays an ordinary thread, at the highest
   priority of those (nice -20, of the process and of its session's group): beside other work steps took up to twice
   as long.
@@ -75,7 +75,7 @@ GLOO_HEADER = 48  # bytes; counted on two ranks at 1 KiB: 576 more than the payl
 GLOO_SEGMENT = 2**20
 SIZES = (2**10, 2**14, 2**16, 2**19, 2**22, 2**24)
 COMMUNICATING = ("gloo_tcp_loop", "pt_gloo_runloop")  # names of the threads
-REAL_TIME = ["chrt", "--fifo", "1"]
+REAL_TIME = ["chrt", "--rr", "1"]
 FIRST = ["nice", "-n", "-20"]
 NETWORKS = ("dense", "pruned")
 
@@ -93,7 +93,7 @@ def missing() -> str | None:
             return f"`{tool}` of {package} is not installed"
     refused = subprocess.run([*REAL_TIME, "true"], capture_output=True, text=True, check=False)
     if refused.returncode:
-        return f"threads cannot be given SCHED_FIFO: {refused.stderr.strip()}"
+        return f"threads cannot be given SCHED_RR: {refused.stderr.strip()}"
     name = f"ptsim{os.getpid()}probe"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if made.returncode:
@@ -190,11 +190,14 @@ def remove_abandoned() -> None:
 
 
 def give_priority(process: int) -> None:
-    """Let the threads of a rank that communicate run when they can, and never push each other off the core."""
+    """Let the threads of a rank that communicate run when they can, and never push each other off the core.
+
+    Round robin, not FIFO: an IO thread that spins for a lock when it is given priority must let the holder run at last.
+    """
     for thread in Path(f"/proc/{process}/task").iterdir():
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # a thread that has ended needs none
             if (thread / "comm").read_text().strip() in COMMUNICATING:
-                os.sched_setscheduler(int(thread.name), os.SCHED_FIFO, os.sched_param(1))
+                os.sched_setscheduler(int(thread.name), os.SCHED_RR, os.sched_param(1))
 
 
 def burst_bytes(mbit: float) -> int:
