@@ -150,8 +150,9 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """Means over the measured steps of one job.
 
     `step_s` = `compute_s` + `input_wait_s` + `straggler_wait_s` + `exposed_communication_s`, where `compute_s` is the
-    mean over GPUs and `straggler_wait_s` what the slowest GPU needs beyond it. Exposed communication is everything
-    else: waiting for collectives, and what overlapping them costs the computation.
+    mean over GPUs, `straggler_wait_s` what the slowest GPU needs beyond it, and `input_wait_s` how long that one waits
+    for its images. Exposed communication is everything else: waiting for collectives, and what overlapping them costs
+    the computation.
     """
 
     step_s: float
@@ -332,11 +333,10 @@ class _RunningJob:
         number = 0
         while self.links.num_unfinished:
             step = self._step(number)
-            factor = speed * self._draw()
+            factor, waited_from = speed * self._draw(), env.now
             if batches is not None:
-                waited_from = env.now
                 yield batches.get()
-                step.input_wait_s = max(step.input_wait_s, env.now - waited_from)
+            waited_s = env.now - waited_from
             if plan.head:
                 step.arrive(0)
                 yield step.head_done
@@ -358,7 +358,7 @@ class _RunningJob:
             if plan.buckets:
                 yield step.reduced
             yield from self._work(gpu, number, "update", plan.tail, factor)
-            self._finish(number, gpu, plan.compute_s * factor)
+            self._finish(number, gpu, plan.compute_s * factor, waited_s)
             number += 1
 
     def _start_input(self) -> simpy.Store:
@@ -379,10 +379,11 @@ class _RunningJob:
             if gpu < self.record_gpus and work.seconds:
                 self._record(gpu, "compute", phase, work.name, step, start)
 
-    def _finish(self, number: int, gpu: int, compute_s: float) -> None:
+    def _finish(self, number: int, gpu: int, compute_s: float, waited_s: float) -> None:
         step = self.steps[number]
         step.compute_s += compute_s * self.weights[gpu]
-        step.slowest_s = max(step.slowest_s, compute_s)
+        if compute_s >= step.slowest_s:  # a faster one waits longer for its input, in time that is no step's
+            step.slowest_s, step.input_wait_s = compute_s, waited_s
         step.still_running -= 1
         if not step.still_running:
             step.ended_s = self.env.now
