@@ -584,6 +584,8 @@ def main() -> int:
     if reason := missing():
         print(f"the cluster lab cannot run here: {reason}", file=sys.stderr)
         return 3
+    if options.out and options.out.exists() and any(options.out.iterdir()):
+        parser.error(f"{options.out} holds an earlier run: name a new folder")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the lab is taken down
     with contextlib.ExitStack() as stack:
         folder = options.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
