@@ -129,11 +129,11 @@ def network_kernels(
     widths = Widths(network, precision, gpu=True)
     rows: list[Kernel] = []
     for index, layer in enumerate(network.layers):
-        given, width = widths.inputs[layer.name], widths.output[layer.name]
-        rows.extend(_conversions(index, layer, batch, given, width, precision))
-        rows.extend(_layer_kernels(index, layer, batch, max(given), width, element, foreign=foreign, halves=halves))
+        images, given, width = layer.repeats(batch), widths.inputs[layer.name], widths.output[layer.name]
+        rows.extend(_conversions(index, layer, images, given, width, precision))
+        rows.extend(_layer_kernels(index, layer, images, max(given), width, element, foreign=foreign, halves=halves))
         if (extra := consumers.get(layer.name, 1) - 1) > 0:  # gradients of the branches are added up
-            size = float(layer.output_elements * batch * width)
+            size = float(layer.output_elements * images * width)
             rows.append(_stream(index, Pass.INPUT_GRADIENT, 3 * extra * size, 3 * size, launches=extra))
     return Kernels.of(rows)
 

@@ -205,3 +205,17 @@ def test_the_gradients_of_a_concatenation_are_slices():
         chain(layer), batch=2, precision=Precision.FP32, memory_format="contiguous", tensor_cores=False
     )
     assert kernels.step.tolist() == [Pass.FORWARD]
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_what_runs_once_a_mini_batch_takes_the_same_kernels_at_every_mini_batch(precision):
+    layer = convolution(once=True, num_parameters=64 * 128 * 9)
+    network = Network(
+        name="once", input_shape=(64, 8, 8), num_classes=128, layers=(layer,), edges=(), parameters=()
+    )  # fmt: skip
+    one, many = (
+        network_kernels(network, batch=n, precision=precision, memory_format="contiguous", tensor_cores=True)
+        for n in (1, 32)
+    )
+    for field in one.__struct_fields__:
+        assert np.array_equal(getattr(one, field), getattr(many, field)), field
