@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 import ptsim
 from ptsim.costs.flops import training_macs
 from ptsim.errors import PtsimError, UsageError
-from ptsim.report.pairs import data_name, is_pruned, penalty_ratio, run_labels, setting_labels
+from ptsim.trace.pairs import data_name, run_labels, setting_labels
 from ptsim.trace.schema import Epoch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,10 +153,10 @@ def _columns(trace: ptsim.Trace, label: str, setting: str) -> dict[str, Any]:
     return {
         "run": label,
         "setting": setting,
-        "pruned": is_pruned(trace),
+        "pruned": trace.is_pruned,
         "dataset": dataset,
         "model": model,
-        "penalty_ratio": penalty_ratio(trace),
+        "penalty_ratio": trace.penalty_ratio,
         "device": trace.run.device.name,
         "device_kind": trace.run.device.kind,
         "num_gpus": trace.run.world_size,

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import msgspec
 
+from ptsim.answers.sweep import read_study, run_study
 from ptsim.hardware.catalog import load_cluster
 from ptsim.sim.options import Options
 from ptsim.sim.run import change, project
-from ptsim.sweep import read_study, run_study
 from ptsim.trace.io import TraceWriter, read_trace
 from ptsim.trace.schema import Architecture, Epoch
 

@@ -24,7 +24,7 @@ from ptsim.costs import nccl
 from ptsim.costs.allreduce_table import table_seconds
 from ptsim.costs.collectives import all_reduce
 from ptsim.hardware.spec import AllReduceTable
-from ptsim.measure.network import calibrated_cluster
+from ptsim.measure.collectives import calibrated_cluster
 
 
 def table_of(run: pd.DataFrame) -> AllReduceTable:

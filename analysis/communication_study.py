@@ -23,7 +23,7 @@ from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import Cluster
 from ptsim.report import figures
-from ptsim.report.pairs import compare_runs
+from ptsim.trace.pairs import compare_runs
 
 CLUSTER = "dgx-a100"
 NODES = (2, 4, 8, 16, 32, 64, 128)

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 import ptsim
 from ptsim.report import figures
 from ptsim.report.frames import numeric
-from ptsim.report.pairs import final_network
 
 PAPER_INTERVALS = {
     str(row["dataset"]): float(row["value"])
@@ -42,7 +41,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
                 "validation_accuracy": trace.epochs[-1].validation_accuracy,
                 "training_flops_fraction": sum(_common.epoch_flops(trace, e) / e.num_images for e in trace.epochs)
                 / (len(trace.epochs) * _common.first_flops(trace) / trace.epochs[0].num_images),
-                "inference_flops_fraction": final_network(trace).forward_macs
+                "inference_flops_fraction": trace.final_network.forward_macs
                 / trace.network_of(trace.epochs[0]).forward_macs,
                 "paper_interval_epochs": PAPER_INTERVALS.get(names["dataset"].rstrip("0")),
                 "num_reconfigurations": len(trace.reconfigurations),

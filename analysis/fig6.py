@@ -15,14 +15,13 @@ from matplotlib.ticker import PercentFormatter
 
 import ptsim
 from ptsim.report import figures
-from ptsim.report.pairs import final_network
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
     """One row per run of a pair recorded in both modes: what its last network costs, and union minus gating."""
     rows = []
     for names, trace in _common.modes(traces):
-        first, last = trace.network_of(trace.epochs[0]), final_network(trace)
+        first, last = trace.network_of(trace.epochs[0]), trace.final_network
         rows.append({**names, "inference_flops_fraction": last.forward_macs / first.forward_macs})
     if not rows:
         return pd.DataFrame()

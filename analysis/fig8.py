@@ -17,7 +17,6 @@ import ptsim
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.report import figures
 from ptsim.report.frames import averaged, numeric
-from ptsim.report.pairs import final_network
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
@@ -36,7 +35,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
                 "method": method,
                 "epochs": len(trace.epochs),
                 "validation_accuracy": trace.epochs[-1].validation_accuracy,
-                "inference_flops_per_image": 2.0 * final_network(trace).forward_macs,
+                "inference_flops_per_image": 2.0 * trace.final_network.forward_macs,
                 "paper_best_inference_macs_per_image": _paper_best(names["dataset"], names["model"]),
                 "training_flops": sum(_common.epoch_flops(trace, epoch) for epoch in trace.epochs),
                 "bn_traffic_bytes": float(

@@ -57,7 +57,7 @@ from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.costs.energy import step_energy
 from ptsim.costs.memory import iteration_memory, largest_batch
-from ptsim.costs.step import StepSetting, step_time
+from ptsim.costs.step import step_time
 from ptsim.errors import PtsimError
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.profile import read_device_profile
@@ -65,6 +65,7 @@ from ptsim.measure.calibrate import make_optimizer
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import number_format, profile_network, tf32_allowed, tuned_convolutions
 from ptsim.network import MemoryFormat, Network, Precision
+from ptsim.setting import StepSetting
 from ptsim.units import GIB
 
 MAX_FILE_BYTES = 16 * 2**20

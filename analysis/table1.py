@@ -17,7 +17,7 @@ import pandas as pd
 
 import ptsim
 from ptsim.report.frames import averaged, numeric
-from ptsim.report.pairs import compare_runs, final_network, held_dense, pace
+from ptsim.trace.pairs import compare_runs, held_dense, pace
 
 METRICS = {
     "validation accuracy change vs dense": "paper_accuracy_change_points",
@@ -41,7 +41,7 @@ def runs(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
         dense, pruned = comparison.baseline, comparison.pruned
         dense_s, pruned_s, held_s = (sum(e.time.wall_s for e in t.epochs) for t in (dense, pruned, held_dense(pruned)))
         paid_s = sum(r.duration_s for r in pruned.reconfigurations)
-        last, first = final_network(pruned), dense.network_of(dense.epochs[0])
+        last, first = pruned.final_network, dense.network_of(dense.epochs[0])
         change = None
         if comparison.trained:
             change = 100 * (pruned.epochs[-1].validation_accuracy - dense.epochs[-1].validation_accuracy)

@@ -13,10 +13,10 @@ import _common
 import pandas as pd
 
 import ptsim
-from ptsim.costs.step import StepSetting, step_time
+from ptsim.costs.step import step_time
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Precision
-from ptsim.report.pairs import final_network
+from ptsim.setting import StepSetting
 
 DEVICE = "titan-xp"
 BATCHES = (10, 100)
@@ -29,7 +29,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
     for names, trace in _common.labelled(traces):
         if not trace.reconfigurations:
             continue
-        first, last = trace.network_of(trace.epochs[0]), final_network(trace)
+        first, last = trace.network_of(trace.epochs[0]), trace.final_network
         for batch in BATCHES:
             setting = StepSetting(batch=batch, precision=Precision.FP32)
             steps = [step_time(network, device, setting) for network in (first, last)]

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 import ptsim
+from ptsim.answers.validate import Validation
 from ptsim.cli.calibrate_gpu import group_lasso_of
 from ptsim.measure.calibrate import calibrate_gpu
-from ptsim.validation import Validation
 
 
 class TakingTurns:

@@ -9,31 +9,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptsim.costing import CostReport, cost
+    from ptsim.answers.cost import CostReport, cost
+    from ptsim.answers.predict import predict
+    from ptsim.answers.validate import validate
     from ptsim.costs.collectives import allreduce
-    from ptsim.prediction import predict
     from ptsim.prune.proof import inspect
     from ptsim.report.build import write_report
     from ptsim.sim.run import simulate
-    from ptsim.trace.io import Trace, read_trace
+    from ptsim.trace.io import read_trace
+    from ptsim.trace.trace import Trace
     from ptsim.training.loop import load_model, train
-    from ptsim.validation import validate
 
 __version__ = "0.1.0"
 
 _HOME = {
     "allreduce": "ptsim.costs.collectives",
     "write_report": "ptsim.report.build",
-    "Trace": "ptsim.trace.io",
+    "Trace": "ptsim.trace.trace",
     "inspect": "ptsim.prune.proof",
-    "CostReport": "ptsim.costing",
-    "cost": "ptsim.costing",
+    "CostReport": "ptsim.answers.cost",
+    "cost": "ptsim.answers.cost",
     "load_model": "ptsim.training.loop",
-    "predict": "ptsim.prediction",
+    "predict": "ptsim.answers.predict",
     "read_trace": "ptsim.trace.io",
     "simulate": "ptsim.sim.run",
     "train": "ptsim.training.loop",
-    "validate": "ptsim.validation",
+    "validate": "ptsim.answers.validate",
 }
 
 __all__ = [

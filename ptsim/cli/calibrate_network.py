@@ -36,7 +36,7 @@ def network(
     """All-reduce times from nccl-tests logs, or live from torch.distributed under torchrun, as a cluster file."""
     from ptsim.hardware.catalog import check_file_name, load_cluster, write_cluster
     from ptsim.hardware.nccl_log import read_nccl_logs
-    from ptsim.measure.network import calibrated_cluster, tables_from_logs
+    from ptsim.measure.collectives import calibrated_cluster, tables_from_logs
 
     check_file_name("cluster", out)
     origin = load_cluster(base) if base else None
@@ -86,7 +86,7 @@ def _live(
     import torch
     import torch.distributed as dist
 
-    from ptsim.measure.network import measure_table
+    from ptsim.measure.collectives import measure_table
 
     if "RANK" not in os.environ and not dist.is_initialized():
         raise UsageError(

@@ -8,9 +8,9 @@ import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ptsim.answers.cost import CostReport
+from ptsim.answers.cost import cost as costs_of
 from ptsim.cli.common import parse_input_shape, print_json, stdout_console
-from ptsim.costing import CostReport
-from ptsim.costing import cost as costs_of
 from ptsim.costs.memory import MOST_IMAGES
 from ptsim.network import MemoryFormat
 from ptsim.units import format_bytes, format_count, format_seconds

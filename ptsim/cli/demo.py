@@ -14,8 +14,9 @@ from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.errors import UsageError
 from ptsim.network import LayerKind, Network
-from ptsim.trace.io import Trace, read_trace
+from ptsim.trace.io import read_trace
 from ptsim.trace.schema import Epoch
+from ptsim.trace.trace import Trace
 from ptsim.units import format_bytes, format_count, format_seconds
 
 CLUSTER, GPUS = "dgx-a100", (1, 2, 4, 8, 16, 32, 64)

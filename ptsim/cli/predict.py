@@ -9,10 +9,10 @@ from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ptsim.answers.predict import Prediction
+from ptsim.answers.predict import predict as predict_step
 from ptsim.cli.common import parse_input_shape, print_json, stdout_console
 from ptsim.network import MemoryFormat
-from ptsim.prediction import Prediction
-from ptsim.prediction import predict as predict_step
 from ptsim.units import format_bytes, format_joules, format_seconds
 
 

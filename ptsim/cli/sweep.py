@@ -18,10 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from ptsim.answers.sweep import MANY, Progress, forget, read_study, run_study
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.simulate import interval, seconds
 from ptsim.errors import UsageError
-from ptsim.sweep import MANY, Progress, forget, read_study, run_study
 from ptsim.trace.io import trace_name
 
 SHOWN = 200  # rows of the table; all are in the file

@@ -9,10 +9,10 @@ from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ptsim.answers.validate import RunCheck, Validation
+from ptsim.answers.validate import validate as compare
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.units import format_bytes, format_joules, format_seconds
-from ptsim.validation import RunCheck, Validation
-from ptsim.validation import validate as compare
 
 
 def validate(

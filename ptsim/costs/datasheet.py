@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
-from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
+from ptsim.costs.times import LayerTime, StepTime, Tier
 from ptsim.costs.traffic import regularizer_traffic, update_traffic
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
 from ptsim.network import Network, Precision
+from ptsim.setting import StepSetting
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

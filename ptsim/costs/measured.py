@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
+from ptsim.costs.times import LayerTime, StepTime, Tier
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.profile import Operator, OperatorTime, Setting, StepMeasurement, mean_time, operator_of
 from ptsim.network import Network
+from ptsim.setting import StepSetting
 from ptsim.trace.schema import Profile
 
 

@@ -20,11 +20,12 @@ import numpy as np
 from scipy.optimize import nnls
 
 from ptsim.costs.interpolation import Estimate, Family, Interpolator, convolution_form
-from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
+from ptsim.costs.times import LayerTime, StepTime, Tier
 from ptsim.costs.traffic import layer_traffic
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.profile import DeviceProfile, OperatorTime, Setting, StepMeasurement, operator_of
 from ptsim.network import Layer, LayerKind, Network
+from ptsim.setting import StepSetting
 
 _Z90 = 1.645  # two-sided 90 % of a normal distribution
 _MOVES = (LayerKind.RESHAPE, LayerKind.DROPOUT, LayerKind.CONCAT)  # as fast as a copy where nobody timed them

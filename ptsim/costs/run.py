@@ -10,12 +10,10 @@ import msgspec
 
 from ptsim.costs.flops import Convention, inference_macs, training_macs
 from ptsim.costs.memory import iteration_memory
-from ptsim.costs.times import StepSetting
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
-from ptsim.trace.io import Trace
-from ptsim.trace.schema import Epoch
+from ptsim.trace.trace import Trace
 
 
 class EpochCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +70,7 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
                 network,
                 batch=epoch.batch_per_gpu,
                 precision=trace.run.precision,
-                optimizer=recorded_optimizer(trace),
+                optimizer=trace.optimizer,
                 memory_format=trace.run.memory_format,
                 device=device,
                 data_parallel=epoch.world_size > 1,
@@ -106,19 +104,3 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
 def recorded_device(trace: Trace) -> Device | None:
     """The catalog's device that the run used; None for a CPU or a GPU that the catalog does not have."""
     return match_device(trace.run.device.name) if trace.run.device.kind == "cuda" else None
-
-
-def recorded_optimizer(trace: Trace) -> str:
-    """The run's optimizer; SGD where the record does not say."""
-    return str(trace.run.hyperparameters.get("optimizer", "sgd"))
-
-
-def recorded_setting(trace: Trace, epoch: Epoch) -> StepSetting:
-    """How the training steps of a recorded epoch were run."""
-    return StepSetting(
-        batch=epoch.batch_per_gpu,
-        precision=trace.run.precision,
-        memory_format=trace.run.memory_format,
-        optimizer=recorded_optimizer(trace),
-        regularizer=epoch.penalty_coefficient > 0,
-    )

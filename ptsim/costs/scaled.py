@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ptsim.costs.measured import step_of_profile
-from ptsim.costs.times import LayerTime, StepSetting, StepTime, Tier
+from ptsim.costs.times import LayerTime, StepTime, Tier
 from ptsim.network import Network
+from ptsim.setting import StepSetting
 from ptsim.trace.schema import Profile
 
 

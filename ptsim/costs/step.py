@@ -8,14 +8,15 @@ from ptsim.costs.datasheet import datasheet_step
 from ptsim.costs.measured import step_of_profile
 from ptsim.costs.profiled import profiled_step
 from ptsim.costs.scaled import nearest_profile, scaled_step
-from ptsim.costs.times import LayerTime, Measurements, StepSetting, StepTime, Tier
+from ptsim.costs.times import LayerTime, Measurements, StepTime, Tier
 from ptsim.costs.traffic import OPTIMIZERS
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import is_called
 from ptsim.hardware.spec import Device
 from ptsim.network import Network
+from ptsim.setting import StepSetting
 
-__all__ = ["LayerTime", "Measurements", "StepSetting", "StepTime", "Tier", "step_time"]
+__all__ = ["LayerTime", "Measurements", "StepTime", "Tier", "step_time"]
 
 
 def step_time(

@@ -8,7 +8,7 @@ import msgspec
 
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Device
-from ptsim.network import LayerKind, MemoryFormat, Precision
+from ptsim.network import LayerKind
 from ptsim.trace.schema import Profile
 
 
@@ -19,24 +19,6 @@ class Tier(StrEnum):
     PROFILED = "profiled"  # interpolated in a device profile of `ptsim calibrate gpu`
     SCALED = "scaled"  # measured on another GPU, times predicted there / predicted here
     DATASHEET = "datasheet"  # roofline with fitted efficiency curves
-
-
-class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
-    """How a training step is run, whatever the network and the device.
-
-    Attributes:
-        batch: images per device and step.
-        precision: of the matrix products.
-        memory_format: layout of the activations.
-        optimizer: "sgd", "adam", "adamw" or "rmsprop"; decides the update's memory traffic.
-        regularizer: whether the group lasso's gradient is computed.
-    """
-
-    batch: int
-    precision: Precision
-    memory_format: MemoryFormat = "contiguous"
-    optimizer: str = "sgd"
-    regularizer: bool = False
 
 
 class LayerTime(msgspec.Struct, frozen=True, kw_only=True):

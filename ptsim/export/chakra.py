@@ -22,8 +22,8 @@ from ptsim.costs.traffic import layer_traffic, update_traffic
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
 from ptsim.network import Network
-from ptsim.trace.io import Trace
 from ptsim.trace.schema import Profile
+from ptsim.trace.trace import Trace
 
 SCHEMA = "0.0.4"
 _MOST_RANKS = 16_384
@@ -171,7 +171,7 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
             num_gpus=ranks,
             element_bytes=trace.run.precision.activation_bytes,
             profile=profile,
-            optimizer=str(trace.run.hyperparameters.get("optimizer", "sgd")),
+            optimizer=trace.optimizer,
         )
         content = encode_trace(
             nodes,

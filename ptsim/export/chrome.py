@@ -17,8 +17,8 @@ import msgspec
 
 from ptsim.errors import UsageError
 from ptsim.network import Network
-from ptsim.trace.io import Trace
 from ptsim.trace.schema import Profile
+from ptsim.trace.trace import Trace
 
 COMPUTE_STREAM, COMMUNICATION_STREAM = 7, 20  # the numbers that PyTorch's own traces usually show
 PHASES = 0  # the thread of annotations: steps and phases

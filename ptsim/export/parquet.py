@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ptsim.errors import UsageError
 from ptsim.report import frames
-from ptsim.trace.io import Trace
+from ptsim.trace.trace import Trace
 
 TABLES = {
     "runs": frames.runs_frame,

@@ -19,7 +19,7 @@ from ptsim.network import Layer
 from ptsim.sim.options import Options
 from ptsim.sim.run import RecordedSteps, record_steps
 from ptsim.sim.step import Span
-from ptsim.trace.io import Trace
+from ptsim.trace.trace import Trace
 
 NUM_STEPS = 2
 GAP_S = 1e-3  # between architectures, so that the eye finds them

@@ -48,8 +48,8 @@ from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_
 from ptsim.measure.profile import profile_network
 from ptsim.measure.rebuild import rebuild
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
-from ptsim.trace.io import Trace
 from ptsim.trace.pace import changes, input_s_per_image, reconfiguration_s
+from ptsim.trace.trace import Trace
 
 MakeRegularizer = Callable[[nn.Module, tuple[int, int, int]], Callable[[], object]]
 Progress = Callable[[str, float], None]  # what is being measured, fraction of the time that has passed
@@ -280,7 +280,7 @@ class _Calibration:
                 self.update(input_s_per_image={**self.profile.input_s_per_image, trace.run.dataset.name: seconds})
             if changes(trace):
                 self.update(reconfiguration_s=reconfiguration_s(trace))
-        optimizer = str(trace.run.hyperparameters.get("optimizer", "sgd"))
+        optimizer = trace.optimizer
         pairs = list(dict.fromkeys((epoch.architecture, epoch.batch_per_gpu) for epoch in trace.epochs))
         for index in _outside_in(len(pairs)):
             architecture, batch = pairs[index]

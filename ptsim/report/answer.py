@@ -8,9 +8,9 @@ import msgspec
 import pandas as pd
 
 from ptsim import units
+from ptsim.answers.validate import Validation
 from ptsim.report.frames import averaged
-from ptsim.report.pairs import PACE_TOLERANCE
-from ptsim.validation import Validation
+from ptsim.trace.pairs import PACE_TOLERANCE
 
 
 class Tile(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,17 +10,18 @@ from typing import Any
 import msgspec
 import pandas as pd
 
+from ptsim.answers.validate import Validation, validate
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import cluster_names, load_cluster, match_device
 from ptsim.hardware.spec import Cluster
 from ptsim.report import answer, frames, methods, page, projected, sections
 from ptsim.report.answer import Answer
 from ptsim.report.page import Section
-from ptsim.report.pairs import PACE_TOLERANCE, Comparison, compare_runs, data_name, pace, run_labels
 from ptsim.report.projected import LabelledRun, Projector
 from ptsim.sim.options import Options
-from ptsim.trace.io import Trace, read_trace
-from ptsim.validation import Validation, validate
+from ptsim.trace.io import read_trace
+from ptsim.trace.pairs import PACE_TOLERANCE, Comparison, compare_runs, data_name, pace, run_labels
+from ptsim.trace.trace import Trace
 
 FALLBACK_CLUSTER = "dgx-a100"  # where nothing is known about the recording device
 
@@ -202,7 +203,7 @@ def _byline(runs: Sequence[Trace]) -> str:
 def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[str]:
     notices = []
     for label, trace in zip(run_labels(runs), runs, strict=True):
-        planned = trace.run.hyperparameters.get("epochs")
+        planned = trace.planned_epochs
         if not trace.complete:
             of = f" of {planned} planned" if planned else ""
             state = frames.run_state(trace)

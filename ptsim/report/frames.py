@@ -12,21 +12,11 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from ptsim.answers.validate import Validation
 from ptsim.costs.flops import layer_macs
 from ptsim.costs.run import run_cost
-from ptsim.report.pairs import (
-    Comparison,
-    data_name,
-    final_network,
-    held_dense,
-    is_pruned,
-    pace,
-    penalty_ratio,
-    run_labels,
-    setting_labels,
-)
-from ptsim.trace.io import Trace
-from ptsim.validation import Validation
+from ptsim.trace.pairs import Comparison, data_name, held_dense, pace, run_labels, setting_labels
+from ptsim.trace.trace import Trace
 
 
 def run_state(trace: Trace) -> str:
@@ -47,7 +37,7 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     for label, setting, trace in _named(traces):
         run, epochs = trace.run, trace.epochs
         first = trace.networks[epochs[0].architecture] if epochs else next(iter(trace.networks.values()), None)
-        last = final_network(trace) if epochs else first
+        last = trace.final_network if epochs else first
         energies = [e.device.energy_j if e.device else None for e in epochs]
         accuracy = trace.end.final_accuracy if trace.end else None
         if accuracy is None and epochs:
@@ -58,8 +48,8 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                 "setting": setting,
                 "model": run.model,
                 "dataset": data_name(trace),
-                "penalty_ratio": penalty_ratio(trace),
-                "pruned": is_pruned(trace),
+                "penalty_ratio": trace.penalty_ratio,
+                "pruned": trace.is_pruned,
                 "device": run.device.name,
                 "num_gpus": run.world_size,
                 "precision": str(run.precision),
@@ -101,7 +91,7 @@ def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                 {
                     "run": label,
                     "setting": setting,
-                    "pruned": is_pruned(trace),
+                    "pruned": trace.is_pruned,
                     "device": trace.run.device.name,
                     "device_kind": trace.run.device.kind,
                     "precision": str(trace.run.precision),
@@ -249,7 +239,7 @@ def validation_frame(traces: Sequence[Trace], validation: Validation) -> pd.Data
             {
                 "run": label,
                 "setting": setting,
-                "pruned": is_pruned(trace),
+                "pruned": trace.is_pruned,
                 "device": trace.run.device.name,
                 "device_kind": trace.run.device.kind,
                 "precision": str(trace.run.precision),

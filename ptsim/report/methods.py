@@ -11,11 +11,11 @@ from ptsim.report import specs
 from ptsim.report.answer import TIER_WORDS
 from ptsim.report.figures import gpus as format_gpus
 from ptsim.report.page import Section
-from ptsim.report.pairs import data_name, run_labels
 from ptsim.report.projected import LabelledRun, Projector
 from ptsim.report.tables import make_table
 from ptsim.sim.options import Options
-from ptsim.trace.io import Trace
+from ptsim.trace.pairs import data_name, run_labels
+from ptsim.trace.trace import Trace
 from ptsim.units import format_bytes, format_seconds
 
 NETWORK_TIER_WORDS = {

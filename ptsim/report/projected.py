@@ -12,18 +12,18 @@ from collections.abc import Sequence
 import msgspec
 import pandas as pd
 
-from ptsim.costs.run import recorded_setting, run_cost
+from ptsim.costs.run import run_cost
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind
 from ptsim.report.frames import numeric
-from ptsim.report.pairs import Comparison, is_pruned, run_labels, setting_labels
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection
 from ptsim.sim.run import StepCache, project
-from ptsim.trace.io import Trace
+from ptsim.trace.pairs import Comparison, run_labels, setting_labels
 from ptsim.trace.schema import Epoch
+from ptsim.trace.trace import Trace
 
 PRODUCT_KINDS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 
@@ -53,7 +53,7 @@ class Projector:
         Raises:
             UsageError: the cluster has fewer GPUs.
         """
-        key = str(trace.path), len(trace.epochs), is_pruned(trace)  # a held baseline has its run's path
+        key = str(trace.path), len(trace.epochs), trace.is_pruned  # a held baseline has its run's path
         if (key, gpus) not in self._done:
             cache = self._caches.setdefault(key, StepCache())
             self._done[key, gpus] = project(trace, self.cluster, gpus, self.options, cache=cache)
@@ -76,7 +76,7 @@ def labelled_runs(traces: Sequence[Trace], comparisons: Sequence[Comparison]) ->
         for label, setting, trace in zip(run_labels(traces), setting_labels(traces), traces, strict=True)
         if trace.epochs
     ]
-    return held + sorted(runs, key=lambda run: is_pruned(run.trace))
+    return held + sorted(runs, key=lambda run: run.trace.is_pruned)
 
 
 def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: Sequence[int]) -> pd.DataFrame:
@@ -264,7 +264,7 @@ def layers_frame(run: LabelledRun, device: Device) -> pd.DataFrame:
                 {
                     "run": run.label,
                     "setting": run.setting,
-                    "pruned": is_pruned(run.trace),
+                    "pruned": run.trace.is_pruned,
                     "device": device.name,
                     "precision": str(run.trace.run.precision),
                     "batch_per_gpu": epoch.batch_per_gpu,
@@ -392,7 +392,7 @@ def _step(trace: Trace, epoch: Epoch, device: Device) -> StepTime:
     return step_time(
         trace.networks[epoch.architecture],
         device,
-        recorded_setting(trace, epoch),
+        trace.setting_of(epoch),
         measurements=measurements,
     )
 
@@ -401,7 +401,7 @@ def _setting(run: LabelledRun, projector: Projector) -> dict[str, str | bool | i
     return {
         "run": run.label,
         "setting": run.setting,
-        "pruned": is_pruned(run.trace),
+        "pruned": run.trace.is_pruned,
         "trained": run.trained,
         "cluster": projector.cluster.name,
         "device": projector.device.name,

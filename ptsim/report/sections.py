@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from ptsim.answers.validate import Validation
 from ptsim.report import figures, frames, projected, specs
 from ptsim.report.page import Section, ShownFigure
-from ptsim.report.pairs import Comparison, is_pruned, run_labels
 from ptsim.report.projected import LabelledRun, Projector
 from ptsim.report.tables import TableSpec, make_table
-from ptsim.trace.io import Trace
-from ptsim.validation import Validation
+from ptsim.trace.pairs import Comparison, run_labels
+from ptsim.trace.trace import Trace
 
 
 def time_section(
@@ -121,7 +121,7 @@ def costs_section(runs: Sequence[Trace], run: LabelledRun) -> Section:
     epochs = frames.costs_frame(runs)
     measured = "measured on the recording machine and as " if epochs.peak_memory_bytes.notna().any() else ""
     shown = []
-    if is_pruned(run.trace):
+    if run.trace.is_pruned:
         shown.append(
             ShownFigure(
                 name="shrinking",

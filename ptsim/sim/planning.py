@@ -162,8 +162,7 @@ class _Planner:
         trace, options, epochs = self.scenario.trace, self.options, self.epochs
         note = self.notes.append
         if not trace.complete:
-            planned = trace.run.hyperparameters.get("epochs")
-            of = f" of {planned}" if isinstance(planned, int) else ""
+            of = f" of {trace.planned_epochs}" if trace.planned_epochs else ""
             why = "interrupted" if trace.end is not None else "truncated or unfinished"
             note(f"the trace is {why}: only its {len(epochs)}{of} recorded epochs are projected")
         elif len(epochs) == 1:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible, published_power, step_energy
-from ptsim.costs.step import StepSetting, StepTime, step_time
+from ptsim.costs.step import StepTime, step_time
+from ptsim.setting import StepSetting
 from ptsim.sim.planning import Stage
 from ptsim.sim.projection import EpochProjection
 from ptsim.sim.scenario import Scenario

@@ -21,7 +21,7 @@ from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
 from ptsim.network import LayerKind, Network, Precision
 from ptsim.sim import ddp
-from ptsim.sim.network import Network as Links
+from ptsim.sim.communication import Network as Links
 from ptsim.sim.options import GRADIENT_BYTES
 from ptsim.sim.planning import Stage
 from ptsim.sim.power import Power

@@ -27,7 +27,8 @@ from ptsim.sim.planning import Stage, plan_run
 from ptsim.sim.pricing import TIERS, Pricer, RecordedSteps
 from ptsim.sim.projection import EpochProjection, RunProjection, projections_frame
 from ptsim.sim.scenario import Scenario, StepCache
-from ptsim.trace.io import Trace, read_trace
+from ptsim.trace.io import read_trace
+from ptsim.trace.trace import Trace
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 import msgspec
 
 from ptsim.costs.memory import usable_bytes
-from ptsim.costs.step import Measurements, StepSetting
+from ptsim.costs.step import Measurements
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import Precision
+from ptsim.setting import StepSetting
 from ptsim.sim.options import Options
-from ptsim.trace.io import Trace
 from ptsim.trace.schema import Epoch
+from ptsim.trace.trace import Trace
 
 T = TypeVar("T")
 _MOST_GPUS = 1_000_000
@@ -75,15 +76,13 @@ class Scenario:
         self.memory_bytes = usable_bytes(msgspec.structs.replace(self.device, memory_bytes=nominal))
         self.precision = Precision(options.precision) if options.precision else run.precision
         self.memory_format = options.memory_format or run.memory_format
-        optimizer = run.hyperparameters.get("optimizer", "sgd")
-        self.optimizer = optimizer if isinstance(optimizer, str) else "sgd"
+        self.optimizer = trace.optimizer
         self.measurements = Measurements(
             profiles=trace.profiles,
             source_device=measured_device(run.device.name, self.device),
             device_profile=device_profile,
         )
-        compiled = run.hyperparameters.get("compile") is True
-        self.overlap = not compiled if options.overlap is None else options.overlap
+        self.overlap = not trace.compiled if options.overlap is None else options.overlap
         self.spread = recorded_jitter(trace.epochs)
 
     def micro_batch(self, batch: int) -> int:

@@ -16,6 +16,7 @@ import msgspec
 
 from ptsim.errors import FileFormatError, NewerVersionError
 from ptsim.network import Network
+from ptsim.textfile import drop_torn_line, split_lines
 from ptsim.trace.schema import (
     SCHEMA_VERSION,
     AnyRecord,
@@ -26,37 +27,10 @@ from ptsim.trace.schema import (
     Reconfiguration,
     Run,
 )
+from ptsim.trace.trace import Trace
 
 _DECODER: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 _ENCODER = msgspec.json.Encoder()
-
-
-class Trace(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole run, read back.
-
-    Attributes:
-        path: where it was read from.
-        networks: architecture id → network, in order of first appearance.
-        truncated: the last line was incomplete and has been dropped.
-    """
-
-    path: Path
-    run: Run
-    networks: dict[str, Network]
-    epochs: tuple[Epoch, ...]
-    reconfigurations: tuple[Reconfiguration, ...]
-    profiles: tuple[Profile, ...]
-    end: End | None
-    truncated: bool = False
-
-    @property
-    def complete(self) -> bool:
-        """The run reached its last planned epoch."""
-        return self.end is not None and self.end.status == "clean"
-
-    def network_of(self, epoch: Epoch) -> Network:
-        """The network that `epoch` trained."""
-        return self.networks[epoch.architecture]
 
 
 def trace_path(path: str | Path) -> Path:
@@ -87,10 +61,9 @@ def read_records(path: str | Path) -> Iterator[tuple[int, AnyRecord]]:
     """
     file = trace_path(path)
     try:
-        lines = file.read_bytes().split(b"\n")
+        lines, torn = split_lines(file.read_bytes())
     except OSError as error:
         raise FileFormatError(file, f"cannot be read: {error.strerror}") from error
-    torn = lines.pop()  # what follows the last newline: empty in a whole file
     if not lines:
         found = "an empty file" if not torn else "no complete line"
         raise FileFormatError(file, f"found {found}, expected a trace whose first line is a run record")
@@ -182,7 +155,7 @@ class TraceWriter:
         if append and self.path.exists():
             if keep_bytes is not None:
                 os.truncate(self.path, keep_bytes)
-            _drop_torn_line(self.path)
+            drop_torn_line(self.path)
         # Unbuffered: nothing of a failed line may follow later.
         self._file = open(self.path, "ab" if append else "xb", buffering=0)  # noqa: SIM115 - owned
         self.num_bytes = os.fstat(self._file.fileno()).st_size
@@ -218,14 +191,6 @@ class TraceWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _drop_torn_line(file: Path) -> None:
-    """Cut what follows the last newline: a line that a crash left incomplete."""
-    content = file.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(file, whole)
 
 
 def _decode(file: Path, number: int, line: bytes) -> AnyRecord:

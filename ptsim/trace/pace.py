@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from ptsim.trace.io import Trace
 from ptsim.trace.schema import Epoch, Reconfiguration
+from ptsim.trace.trace import Trace
 
 
 def beyond_steps_s(epoch: Epoch) -> float:

@@ -21,10 +21,11 @@ from ptsim.costs.datasheet import (
     waiting_seconds,
 )
 from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels, product_kernels
-from ptsim.costs.step import StepSetting, Tier, step_time
+from ptsim.costs.step import Tier, step_time
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import device_names, load_device
 from ptsim.network import Precision
+from ptsim.setting import StepSetting
 from tests.costs.test_kernels import convolution
 from tests.traces import residual_network
 

@@ -2,9 +2,10 @@ import msgspec
 import pytest
 
 from ptsim.costs.measured import find_profile, measured_step
-from ptsim.costs.times import StepSetting, Tier
+from ptsim.costs.times import Tier
 from ptsim.errors import MissingMeasurementError
 from ptsim.network import Precision
+from ptsim.setting import StepSetting
 from ptsim.trace.schema import LayerProfile
 from tests.traces import device_info, profile_of, residual_network
 

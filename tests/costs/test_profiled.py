@@ -6,10 +6,11 @@ import msgspec
 import pytest
 
 from ptsim.costs.profiled import profiled_step
-from ptsim.costs.times import StepSetting, Tier
+from ptsim.costs.times import Tier
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.profile import DeviceProfile, OperatorTime, Setting, StepMeasurement, operator_of
 from ptsim.network import LayerKind, Precision
+from ptsim.setting import StepSetting
 from tests.traces import residual_network
 
 FP32 = Setting(precision=Precision.FP32, memory_format="contiguous")

@@ -4,10 +4,11 @@ import pytest
 from ptsim.costs.datasheet import datasheet_step
 from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.step import Measurements, step_time
-from ptsim.costs.times import StepSetting, Tier
+from ptsim.costs.times import Tier
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Precision
+from ptsim.setting import StepSetting
 from tests.costs.test_profiled import calibrated
 from tests.traces import device_info, profile_of, residual_network
 

@@ -6,7 +6,8 @@ import pytest
 
 from ptsim.errors import UsageError
 from ptsim.export.chrome import COMPUTE_STREAM, profile_timeline
-from ptsim.trace.io import Trace, read_trace
+from ptsim.trace.io import read_trace
+from ptsim.trace.trace import Trace
 from tests.export import trace_events
 from tests.traces import dense_trace, shrinking_trace
 

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 import ptsim
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report import figures, frames, projected
-from ptsim.report.pairs import compare_runs
 from ptsim.report.projected import Projector, labelled_runs
 from ptsim.sim.options import Options
+from ptsim.trace.pairs import compare_runs
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 GPUS = [1, 8]

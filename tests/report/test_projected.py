@@ -5,9 +5,9 @@ import pytest
 import ptsim
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report import projected
-from ptsim.report.pairs import compare_runs
 from ptsim.report.projected import Projector, difference_interval, labelled_runs, ratio_interval
 from ptsim.sim.options import Options
+from ptsim.trace.pairs import compare_runs
 from tests.traces import dense_trace, shrinking_trace
 
 GPUS = [1, 8]

@@ -20,7 +20,8 @@ from ptsim.sim import ddp
 from ptsim.sim.options import GRADIENT_BYTES, Options
 from ptsim.sim.projection import RunProjection
 from ptsim.sim.run import StepCache, change, project
-from ptsim.trace.io import Trace, read_trace
+from ptsim.trace.io import read_trace
+from ptsim.trace.trace import Trace
 from tests.traces import shrinking_trace
 
 KINDS = (LinkKind.MEASURED, LinkKind.NVLINK, LinkKind.INFINIBAND, LinkKind.TCP)

@@ -10,15 +10,17 @@ import pytest
 import ptsim
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.memory import VISIBLE_SHARE, iteration_memory
-from ptsim.costs.step import Measurements, StepSetting, step_time
+from ptsim.costs.step import Measurements, step_time
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device, match_device
 from ptsim.network import LayerKind, Precision
+from ptsim.setting import StepSetting
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection, epochs_frame, projections_frame
 from ptsim.sim.run import StepCache, change, project
 from ptsim.sim.scenario import recorded_jitter
-from ptsim.trace.io import Trace, read_trace
+from ptsim.trace.io import read_trace
+from ptsim.trace.trace import Trace
 from tests.sim.plans import cluster
 from tests.traces import dense_trace, shrinking_trace
 

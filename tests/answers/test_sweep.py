@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from ptsim.answers.sweep import Configuration, Progress, configurations, project_all, read_study, run_study
+from ptsim.answers.validate import device_profile_of
 from ptsim.cli.main import run
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
@@ -19,9 +21,7 @@ from ptsim.hardware.profile import write_device_profile
 from ptsim.sim.options import Options
 from ptsim.sim.projection import projection_row
 from ptsim.sim.run import change, project
-from ptsim.sweep import Configuration, Progress, configurations, project_all, read_study, run_study
 from ptsim.trace.io import read_trace
-from ptsim.validation import device_profile_of
 from tests.traces import dense_trace, shrinking_trace
 
 STUDY = """
@@ -203,7 +203,7 @@ class TestRunning:
                 raise RuntimeError("a bug")
             return project_all(chunk)
 
-        monkeypatch.setattr("ptsim.sweep.project_all", crash_once)
+        monkeypatch.setattr("ptsim.answers.sweep.project_all", crash_once)
         rows = run_study(read_study(study(folder)), InProcess(), tmp_path / "out.jsonl", window=1)
         assert [row["index"] for row in rows if row["status"] == "failed"] == [3]
         assert rows[3]["error"] == "RuntimeError: a bug"
@@ -214,7 +214,7 @@ class TestRunning:
         def die(chunk: tuple[Configuration, ...]) -> list[dict[str, Any]]:
             raise BrokenProcessPool("a process was terminated abruptly")
 
-        monkeypatch.setattr("ptsim.sweep.project_all", die)
+        monkeypatch.setattr("ptsim.answers.sweep.project_all", die)
         with pytest.raises(PtsimError, match="a worker process died"):
             run_study(read_study(study(folder)), InProcess(), tmp_path / "out.jsonl")
 

@@ -13,9 +13,9 @@ from pathlib import PurePath
 
 import msgspec
 
-from ptsim.network import Network
-from ptsim.trace.io import Trace, trace_name
+from ptsim.trace.io import trace_name
 from ptsim.trace.schema import Epoch
+from ptsim.trace.trace import Trace
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,35 +37,11 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
-def is_pruned(trace: Trace) -> bool:
-    """The run was regularised to shrink, whether or not it has shrunk yet."""
-    return bool(trace.reconfigurations) or any(epoch.penalty_coefficient > 0 for epoch in trace.epochs)
-
-
-def penalty_ratio(trace: Trace) -> float | None:
-    """The share of the group lasso in the first loss; 0 for a dense run, None where the configuration does not say."""
-    ratio = trace.run.hyperparameters.get("penalty_ratio")
-    if ratio is None:
-        return None if is_pruned(trace) else 0.0
-    return float(ratio)
-
-
 # Settings that do not change what is trained: runs that differ in nothing else are repeats of one another.
 _WITHOUT_EFFECT = frozenset(
     {"seed", "data_dir", "download", "num_workers", "num_threads", "device", "profile", "keep_every"}
     | {"record_channel_maxima"}
 )
-
-
-def final_network(trace: Trace) -> Network:
-    """What the run ends with: the last epoch's network, or what a reconfiguration after it left.
-
-    Raises:
-        IndexError: the run has no epoch.
-    """
-    last = trace.epochs[-1]
-    after = [record.after for record in trace.reconfigurations if record.epoch >= last.epoch]
-    return trace.networks[after[-1]] if after else trace.network_of(last)
 
 
 def data_name(trace: Trace) -> str:
@@ -120,9 +96,9 @@ def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
     """
     comparisons = []
     labels = run_labels(traces)
-    dense = [(label, t) for label, t in zip(labels, traces, strict=True) if t.epochs and not is_pruned(t)]
+    dense = [(label, t) for label, t in zip(labels, traces, strict=True) if t.epochs and not t.is_pruned]
     for label, setting, trace in zip(labels, setting_labels(traces), traces, strict=True):
-        if not is_pruned(trace) or not trace.epochs:
+        if not trace.is_pruned or not trace.epochs:
             continue
         candidates = [(name, t) for name, t in dense if _task(t) == _task(trace)]
         if not candidates:
@@ -245,16 +221,16 @@ def held_dense(trace: Trace) -> Trace:
 
 
 def _method(trace: Trace) -> str:
-    if not is_pruned(trace):
+    if not trace.is_pruned:
         return "dense"
     schedule = str(trace.run.hyperparameters.get("schedule", "continuous"))
     name = {"one_time": "one-time pruning", "ssl": "SSL"}.get(schedule, "PruneTrain")
-    ratio = penalty_ratio(trace)
+    ratio = trace.penalty_ratio
     return name if ratio is None else f"{name} r={ratio:g}"
 
 
 def _pruning_settings(trace: Trace) -> tuple[str, str, str]:
-    if not is_pruned(trace):
+    if not trace.is_pruned:
         return "", "", ""
     settings = trace.run.hyperparameters
     batch = "dynamic mini-batch" if settings.get("dynamic_batch") else "fixed mini-batch"

@@ -4,17 +4,7 @@ import msgspec
 import pytest
 
 import ptsim
-from ptsim.report.pairs import (
-    compare_runs,
-    data_name,
-    final_network,
-    first_epochs,
-    held_dense,
-    is_pruned,
-    pace,
-    run_labels,
-    setting_labels,
-)
+from ptsim.trace.pairs import compare_runs, data_name, first_epochs, held_dense, pace, run_labels, setting_labels
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 
@@ -53,7 +43,7 @@ def test_a_setting_that_all_pruned_runs_share_is_not_named(folder: Path) -> None
 
 def test_a_network_with_dense_in_its_name_is_not_a_dense_run(folder: Path) -> None:
     (run,) = read(shrinking_trace(folder / "a.jsonl", model="densenet"))
-    assert is_pruned(run)
+    assert run.is_pruned
 
 
 def test_a_pruned_run_is_compared_with_the_dense_run_of_its_network_and_data(folder: Path) -> None:
@@ -96,7 +86,7 @@ def test_without_a_dense_run_the_first_architecture_is_held(folder: Path) -> Non
     assert {epoch.architecture for epoch in held.epochs} == {run.epochs[0].architecture}
     assert {epoch.batch_per_gpu for epoch in held.epochs} == {run.epochs[0].batch_per_gpu}
     assert [epoch.epoch for epoch in held.epochs] == [epoch.epoch for epoch in run.epochs]
-    assert not is_pruned(held)
+    assert not held.is_pruned
     first = run.epochs[0].time
     assert held.epochs[-1].time.wall_s == pytest.approx(first.wall_s - first.regularizer_s)
 
@@ -142,5 +132,5 @@ def test_a_reconfiguration_after_the_last_epoch_counts_in_what_the_run_ends_with
     last = run.reconfigurations[-1]
     cut = msgspec.structs.replace(run, epochs=tuple(e for e in run.epochs if e.epoch <= last.epoch))
     assert cut.epochs[-1].architecture == last.before != last.after
-    assert final_network(cut) is run.networks[last.after]
-    assert final_network(run) is run.network_of(run.epochs[-1])
+    assert cut.final_network is run.networks[last.after]
+    assert run.final_network is run.network_of(run.epochs[-1])

@@ -6,12 +6,12 @@ import msgspec
 import pytest
 
 import ptsim
+from ptsim.answers.validate import device_profile_of
 from ptsim.cli.main import run
 from ptsim.costs.memory import iteration_memory
 from ptsim.errors import MissingMeasurementError, UnknownNameError, UsageError
 from ptsim.hardware.profile import MachineLoad, read_device_profile, write_device_profile
 from ptsim.network import Precision
-from ptsim.validation import device_profile_of
 from tests.traces import dense_trace, residual_network, shrinking_trace
 
 NETWORK = residual_network((16, 32, 64))

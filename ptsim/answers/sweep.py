@@ -45,7 +45,8 @@ from ptsim.hardware.spec import Cluster
 from ptsim.sim.options import Options
 from ptsim.sim.projection import projection_row
 from ptsim.sim.run import StepCache, change, project
-from ptsim.trace.io import Trace, read_trace, trace_path
+from ptsim.trace.io import read_trace, trace_path
+from ptsim.trace.trace import Trace
 from ptsim.units import parse_quantity
 
 MANY = 100_000  # configurations from which on a study asks first

@@ -13,7 +13,7 @@ from ptsim.costs.collectives import all_reduce
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import cluster_names, load_cluster
 from ptsim.hardware.spec import Cluster
-from ptsim.sim.network import Network
+from ptsim.sim.communication import Network
 from ptsim.sim.options import Options
 from ptsim.sim.run import change
 from tests.sim.plans import cluster as made_up

@@ -14,13 +14,15 @@ import msgspec
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.flops import Convention, inference_macs, layer_macs, training_macs
 from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
-from ptsim.costs.run import EpochCost, recorded_device, recorded_optimizer, run_cost
+from ptsim.costs.run import EpochCost, recorded_device, run_cost
 from ptsim.costs.traffic import batch_norm_bytes, layer_traffic, regularizer_traffic, update_traffic
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
-from ptsim.trace.io import Trace, read_trace, trace_path
+from ptsim.setting import parse_precision
+from ptsim.trace.io import read_trace, trace_path
+from ptsim.trace.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,11 +157,11 @@ def cost(
     if trace is not None:
         if input_shape is not None or num_classes is not None:
             raise UsageError("a trace says itself what its network's input and classes are; leave the options out")
-        network = _last_network(trace)
+        network = trace.final_network
         epochs = run_cost(trace, convention)
         batch = batch or (epochs[-1].batch_per_gpu if epochs else None)
         precision = precision or trace.run.precision
-        optimizer = optimizer or recorded_optimizer(trace)
+        optimizer = optimizer or trace.optimizer
         memory_format = memory_format or trace.run.memory_format
         runs_on = device or recorded_device(trace)
         data_parallel = trace.run.world_size > 1
@@ -256,21 +258,6 @@ def layer_costs(network: Network, convention: Convention, *, batch: int, element
     return tuple(rows)
 
 
-def parse_precision(text: str) -> Precision:
-    """The precision called `text`; "amp" is fp16 autocast.
-
-    Raises:
-        UsageError: no such precision.
-    """
-    if text == "amp":
-        return Precision.FP16
-    try:
-        return Precision(text)
-    except ValueError as error:
-        known = ", ".join(precision.value for precision in Precision)
-        raise UsageError(f"precision is {text!r}, expected one of {known}, amp") from error
-
-
 def _trace(subject: Any) -> Trace | None:
     """The trace that `subject` is or names; None for a network.
 
@@ -285,14 +272,6 @@ def _trace(subject: Any) -> Trace | None:
         is_one = path.is_file() or (path / "trace.jsonl").is_file() or len(path.parts) > 1 or path.suffix == ".jsonl"
         return read_trace(path) if is_one else None
     return read_trace(subject) if isinstance(subject, Path) else None
-
-
-def _last_network(trace: Trace) -> Network:
-    if trace.epochs:
-        return trace.network_of(trace.epochs[-1])
-    if not trace.networks:
-        raise UsageError(f"{trace.path} has no architecture yet: the run stopped before its first epoch")
-    return list(trace.networks.values())[-1]
 
 
 def _network(subject: Any, input_shape: tuple[int, int, int] | None, num_classes: int | None) -> Network:

@@ -13,12 +13,13 @@ from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import step_energy
 from ptsim.costs.memory import iteration_memory, usable_bytes
-from ptsim.costs.step import Measurements, StepSetting, StepTime, Tier, step_time
+from ptsim.costs.step import Measurements, StepTime, Tier, step_time
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import UNSPECIFIED, load_cluster, load_device, measured_device, profiled_device
 from ptsim.hardware.profile import DeviceProfile, read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
+from ptsim.setting import StepSetting, parse_precision
 from ptsim.sim import ddp
 from ptsim.sim.options import Options
 from ptsim.sim.step import Job, StepResult, simulate_steps
@@ -125,7 +126,7 @@ def predict(
     calibrated = None if profile is None else read_device_profile(Path(profile))
     device = _device(gpu, machine, calibrated)
     count = 1 if machine is None else (machine.gpus_per_node if gpus is None else gpus)
-    numbers = Precision.FP16 if precision == "amp" else Precision(precision)
+    numbers = parse_precision(precision)
     network, measurements = _network(model, device, input_shape, num_classes)
     if calibrated is not None:
         measurements = msgspec.structs.replace(measurements, device_profile=calibrated)

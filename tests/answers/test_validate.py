@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 import ptsim
+from ptsim.answers.validate import device_profile_of, fit_power_model, validate
 from ptsim.cli.main import run
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.errors import MissingMeasurementError, UsageError
@@ -11,7 +12,6 @@ from ptsim.hardware.profile import MachineLoad, write_device_profile
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 from ptsim.network import Precision
 from ptsim.trace.schema import Epoch, Profile
-from ptsim.validation import device_profile_of, fit_power_model, validate
 from tests.traces import dense_trace, shrinking_records, shrinking_trace, write_trace
 
 LONG = {"num_train": 50000, "batch_step": 0}

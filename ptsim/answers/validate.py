@@ -37,7 +37,6 @@ from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible,
 from ptsim.costs.measured import find_profile, measured_step, of_profile, step_of_profile
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.profiled import profiled_step
-from ptsim.costs.run import recorded_optimizer, recorded_setting
 from ptsim.costs.times import StepTime, Tier
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import load_cluster, match_device
@@ -47,9 +46,10 @@ from ptsim.network import Network
 from ptsim.sim import ddp
 from ptsim.sim.options import Options
 from ptsim.sim.step import Job, simulate_steps
-from ptsim.trace.io import Trace, read_trace
+from ptsim.trace.io import read_trace
 from ptsim.trace.pace import beyond_steps_s, changes, input_s_per_image, reconfiguration_s
 from ptsim.trace.schema import Epoch
+from ptsim.trace.trace import Trace
 
 Source = Literal["own profiles", "device profile", "other runs"]
 
@@ -244,9 +244,9 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
     operators: tuple[OperatorTime, ...] = ()
     steps = []
     for trace in with_profiles:
-        optimizer = str(trace.run.hyperparameters.get("optimizer", "sgd"))
+        optimizer = trace.optimizer
         for profile in trace.profiles:
-            if trace.run.hyperparameters.get("penalty_ratio") == 0:  # older traces: microseconds between two clocks
+            if trace.penalty_ratio == 0:  # older traces: microseconds between two clocks
                 profile = msgspec.structs.replace(profile, regularizer_s=0.0)
             step, times = of_profile(trace.networks[profile.architecture], profile, optimizer=optimizer)
             operators = merge_operators(operators, times)
@@ -295,7 +295,7 @@ def _source(
         first = trace.epochs[0]
 
         def measured(epoch: Epoch) -> StepTime:
-            step = measured_step(trace.network_of(epoch), trace.profiles, recorded_setting(trace, epoch))
+            step = measured_step(trace.network_of(epoch), trace.profiles, trace.setting_of(epoch))
             share = 1.0 - step.overhead_s / step.compute_s  # what is between the phases is in the pace
             return msgspec.structs.replace(step, overhead_s=0.0, low_s=step.low_s * share, high_s=step.high_s * share)
 
@@ -318,7 +318,7 @@ def _source(
         )
 
     def profiled(epoch: Epoch) -> StepTime:
-        return profiled_step(trace.network_of(epoch), known, recorded_setting(trace, epoch))
+        return profiled_step(trace.network_of(epoch), known, trace.setting_of(epoch))
 
     return profiled, _Pace(
         input_s_per_image=known.input_s_per_image.get(run.dataset.name),
@@ -379,8 +379,7 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | N
     if unsteady is not None:
         notes.append(unsteady)
     if not trace.complete:
-        planned = run.hyperparameters.get("epochs")
-        of = f" of {planned}" if isinstance(planned, int) else ""
+        of = f" of {trace.planned_epochs}" if trace.planned_epochs else ""
         notes.append(f"the run is not whole: {len(trace.epochs)}{of} epochs are compared")
     if pace.input_s_per_image is None:
         notes.append(f"nobody measured the input of {run.dataset.name}: it counts as no time")
@@ -389,7 +388,7 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | N
     communication = None
     if run.world_size > 1 and cluster is not None:
         # a compiled step's gradients become ready together, at its end
-        communication = _Communication(cluster, run.world_size, overlap=run.hyperparameters.get("compile") is not True)
+        communication = _Communication(cluster, run.world_size, overlap=not trace.compiled)
     elif run.world_size > 1:
         notes.append("exposed communication is as measured, no part of the errors; --cluster predicts it")
     device = match_device(run.device.name)
@@ -417,7 +416,7 @@ def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | N
         model=run.model,
         dataset=run.dataset.name,
         device=run.device.name,
-        dense=_is_dense(trace),
+        dense=not trace.is_pruned,
         measured_seconds=measured_s + events_s,
         predicted_seconds=predicted_s + predicted_events_s,
         low_seconds=sum(epoch.low_seconds for epoch in epochs) + predicted_events_s,
@@ -514,7 +513,7 @@ def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel |
         return None
     samples = []
     for epoch in trace.epochs[:num_epochs]:
-        profile = find_profile(trace.network_of(epoch), trace.profiles, recorded_setting(trace, epoch))
+        profile = find_profile(trace.network_of(epoch), trace.profiles, trace.setting_of(epoch))
         power_w = _mean_power_w(epoch)
         if profile is not None and power_w is not None and is_plausible(device, power_w):
             step = step_of_profile(trace.network_of(epoch), profile, regularizer=epoch.penalty_coefficient > 0)
@@ -553,11 +552,6 @@ class _Energy:
         return None if self._power_w is None else self._power_w * predicted_s
 
 
-def _is_dense(trace: Trace) -> bool:
-    ratio = trace.run.hyperparameters.get("penalty_ratio")
-    return not trace.reconfigurations and (ratio is None or ratio == 0)
-
-
 def _difference(dense: Trace, pruned: Trace) -> str | None:
     """By what but pruning two runs differ that takes time; None where by nothing, so that their times tell a saving."""
     aspects: dict[str, Callable[[Trace], object]] = {
@@ -571,7 +565,7 @@ def _difference(dense: Trace, pruned: Trace) -> str | None:
         "mini-batch at the start": lambda trace: trace.epochs[0].batch_per_gpu,
         "precision": lambda trace: trace.run.precision,
         "memory format": lambda trace: trace.run.memory_format,
-        "optimizer": recorded_optimizer,
+        "optimizer": lambda trace: trace.optimizer,
         "torch": lambda trace: trace.run.versions.get("torch"),
     }
     for name, of in aspects.items():

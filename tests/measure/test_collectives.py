@@ -19,7 +19,7 @@ from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.nccl_log import read_nccl_log
 from ptsim.hardware.spec import AllReduceTable, LinkKind
-from ptsim.measure.network import calibrated_cluster, measure_table, tables_from_logs
+from ptsim.measure.collectives import calibrated_cluster, measure_table, tables_from_logs
 
 SIZES = tuple(2**k for k in range(10, 28))
 

@@ -1,0 +1,97 @@
+"""What a whole run is when it is read back, and what it says of itself: final network, optimizer, pruned or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from ptsim.errors import UsageError
+from ptsim.network import Network
+from ptsim.setting import StepSetting
+from ptsim.trace.schema import End, Epoch, Profile, Reconfiguration, Run
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole run, read back.
+
+    Attributes:
+        path: where it was read from.
+        networks: architecture id → network, in order of first appearance.
+        truncated: the last line was incomplete and has been dropped.
+    """
+
+    path: Path
+    run: Run
+    networks: dict[str, Network]
+    epochs: tuple[Epoch, ...]
+    reconfigurations: tuple[Reconfiguration, ...]
+    profiles: tuple[Profile, ...]
+    end: End | None
+    truncated: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """The run reached its last planned epoch."""
+        return self.end is not None and self.end.status == "clean"
+
+    @property
+    def planned_epochs(self) -> int | None:
+        """How many epochs the run's configuration asked for; None where it does not say."""
+        epochs = self.run.hyperparameters.get("epochs")
+        return epochs if isinstance(epochs, int) else None
+
+    @property
+    def final_network(self) -> Network:
+        """What the run ended with: the last epoch's network, or what a reconfiguration after that epoch left.
+
+        Of a run that stopped before its first epoch the network that it would have trained.
+
+        Raises:
+            UsageError: the trace has no architecture yet.
+        """
+        if self.epochs:
+            last = self.epochs[-1]
+            after = [event.after for event in self.reconfigurations if event.epoch >= last.epoch]
+            return self.networks[after[-1]] if after else self.network_of(last)
+        if not self.networks:
+            raise UsageError(f"{self.path} has no architecture yet: the run stopped before its first epoch")
+        return list(self.networks.values())[-1]
+
+    @property
+    def optimizer(self) -> str:
+        """The run's optimizer; SGD where the record does not say."""
+        return str(self.run.hyperparameters.get("optimizer", "sgd"))
+
+    @property
+    def compiled(self) -> bool:
+        """The step ran through torch.compile, so that all gradients became ready together at its end."""
+        return self.run.hyperparameters.get("compile") is True
+
+    @property
+    def penalty_ratio(self) -> float | None:
+        """The penalty's share in the first loss; 0 for a dense run, None where the configuration does not say."""
+        ratio = self.run.hyperparameters.get("penalty_ratio")
+        if isinstance(ratio, int | float):
+            return float(ratio)
+        return None if self.is_pruned else 0.0
+
+    @property
+    def is_pruned(self) -> bool:
+        """The run was regularised to shrink or has shrunk; everything else is a dense run."""
+        return bool(self.reconfigurations) or any(epoch.penalty_coefficient > 0 for epoch in self.epochs)
+
+    def network_of(self, epoch: Epoch) -> Network:
+        """The network that `epoch` trained."""
+        return self.networks[epoch.architecture]
+
+    def setting_of(self, epoch: Epoch) -> StepSetting:
+        """How the training steps of `epoch` were run."""
+        return StepSetting(
+            batch=epoch.batch_per_gpu,
+            precision=self.run.precision,
+            memory_format=self.run.memory_format,
+            optimizer=self.optimizer,
+            regularizer=epoch.penalty_coefficient > 0,
+            num_gpus=epoch.world_size,
+        )
