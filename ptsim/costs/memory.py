@@ -8,8 +8,9 @@ zero_grad(set_to_none=True) is assumed before forward, so parameter gradients ex
 
 On a GPU comes what libraries take: layout copies around convolutions, cuBLAS's workspace, half-precision copies of the
 weights under autocast, and the caching allocator's rounding. `peak_bytes` is meant to match
-torch.cuda.max_memory_allocated(). `device_bytes` is what must be free for the iteration to run, and errs upwards: it
-adds segment rounding, fragmentation and the CUDA context.
+torch.cuda.max_memory_allocated(), and the CPU allocator's log where oneDNN has AVX-512. `device_bytes` is what must be
+free for the iteration to run, and errs upwards: it adds segment rounding, fragmentation and the CUDA context, on a CPU
+the scratch of oneDNN's slower kernels.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ VISIBLE_SHARE = 0.92
 # Against the CPU allocator's log (`analysis/check_counts.py --peaks`) peaks are at most 3.6 % too low in fp32; under
 # bf16 autocast, where oneDNN's products take scratch of their own, 9.4 % on torchvision's networks, 15 % on small ones.
 CPU_MARGIN, CPU_HALF_MARGIN = 0.05, 0.2
+# On a CPU without AVX-512 oneDNN has no blocked kernel for the weights' gradient of a convolution whose output is
+# narrower than its kernel. The matrix product that it falls back to takes scratch of four times the weights a thread,
+# and the unfolded image: seen in the CPU allocator's log (torch 2.14.1, AVX2, 1 and 2 threads; VGG-11's 2×2 maps).
+_FALLBACK_COPIES = 4
 MOST_IMAGES = 2**20  # of a mini-batch that anybody asks for: the search for the largest ends there
 
 # What autocast runs in fp32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and its CPU sister, without losses): on a
@@ -143,7 +148,9 @@ def iteration_memory(
         optimizer_bytes=states,
         workspace_bytes=library + workspace,
         peak_bytes=peak,
-        device_bytes=_device_bytes(peak, persistent) if gpu else round((1 + margin) * peak),
+        device_bytes=_device_bytes(peak, persistent)
+        if gpu
+        else round((1 + margin) * peak) + fallback_scratch(network, 1 if device is None else device.num_sms),
     )
 
 
@@ -489,6 +496,21 @@ def _layer_workspace(layer: Layer, batch: int, width: int, memory_format: Memory
         return 0
     operands = (sum(layer.input_sizes(batch)) + batch * layer.output_elements) * width
     return max(operands if memory_format == "contiguous" else 0, 4 * layer.num_parameters)
+
+
+def fallback_scratch(network: Network, num_threads: int) -> int:
+    """Bytes that a CPU without AVX-512 may take beyond the peak, at most; part of `device_bytes`, not of `peak_bytes`.
+
+    Args:
+        network: what is trained.
+        num_threads: that compute; every one takes its own.
+    """
+    narrow = [
+        layer.num_parameters + math.prod(layer.kernel_size) * layer.in_channels * math.prod(layer.output_shape[-2:])
+        for layer in network.layers
+        if layer.kind is LayerKind.CONV and layer.output_shape[-1] < layer.kernel_size[-1]
+    ]
+    return 4 * _FALLBACK_COPIES * num_threads * max(narrow, default=0)
 
 
 def _device_bytes(peak: int, persistent: int) -> int:
