@@ -48,6 +48,7 @@ from ptsim.sim.options import Options
 from ptsim.sim.step import Job, simulate_steps
 from ptsim.trace.io import read_trace
 from ptsim.trace.pace import beyond_steps_s, changes, input_s_per_image, reconfiguration_s
+from ptsim.trace.pairs import time_differences
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 
@@ -176,11 +177,11 @@ def validate(
     savings, unlike = [], []
     for (a, dense), (b, pruned) in itertools.product(zip(runs, checks, strict=True), repeat=2):
         if dense.dense and not pruned.dense:
-            difference = _difference(a, b)
-            if difference is None:
-                savings.append(_check_saving(dense, pruned))
+            differences = time_differences(b, a)
+            if differences:
+                unlike.append(f"{pruned.trace} beside {dense.trace} would compare {differences[0]}")
             else:
-                unlike.append(f"{pruned.trace} beside {dense.trace} would compare {difference}")
+                savings.append(_check_saving(dense, pruned))
     memory = [
         abs(epoch.predicted_memory_bytes / epoch.measured_memory_bytes - 1)
         for epoch in epochs
@@ -550,28 +551,6 @@ class _Energy:
             waiting_s = max(predicted_s / num_iterations - step.compute_s, 0.0)
             return num_iterations * step_energy(step, self._device, waiting_s=waiting_s, model=self._model).joules
         return None if self._power_w is None else self._power_w * predicted_s
-
-
-def _difference(dense: Trace, pruned: Trace) -> str | None:
-    """By what but pruning two runs differ that takes time; None where by nothing, so that their times tell a saving."""
-    aspects: dict[str, Callable[[Trace], object]] = {
-        "model": lambda trace: trace.run.model,
-        "data set": lambda trace: trace.run.dataset.name,
-        "training images": lambda trace: trace.run.dataset.num_train,
-        "image shape": lambda trace: trace.run.dataset.input_shape,
-        "device": lambda trace: trace.run.device.name,
-        "threads": lambda trace: trace.run.device.num_threads,
-        "ranks": lambda trace: trace.run.world_size,
-        "mini-batch at the start": lambda trace: trace.epochs[0].batch_per_gpu,
-        "precision": lambda trace: trace.run.precision,
-        "memory format": lambda trace: trace.run.memory_format,
-        "optimizer": lambda trace: trace.optimizer,
-        "torch": lambda trace: trace.run.versions.get("torch"),
-    }
-    for name, of in aspects.items():
-        if of(dense) != of(pruned):
-            return f"{name} {of(pruned)} with {of(dense)}"
-    return None
 
 
 def _check_saving(dense: RunCheck, pruned: RunCheck) -> SavingCheck:

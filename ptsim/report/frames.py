@@ -15,7 +15,7 @@ import pandas as pd
 from ptsim.answers.validate import Validation
 from ptsim.costs.flops import layer_macs
 from ptsim.costs.run import run_cost
-from ptsim.trace.pairs import Comparison, data_name, held_dense, pace, run_labels, setting_labels
+from ptsim.trace.pairs import Comparison, data_name, held_dense, pace, run_labels, setting_labels, time_differences
 from ptsim.trace.trace import Trace
 
 
@@ -166,7 +166,7 @@ def trained_architectures(epochs: pd.DataFrame) -> pd.DataFrame:
 
 
 def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
-    """One row per pruned run with a recorded dense partner: what pruning saved on the recording machine, measured.
+    """One row per pruned run whose dense partner differs by pruning alone: what it saved on its machine, measured.
 
     `pace_fraction` is the time of the same, unpruned network in the pruned run over that in the dense run;
     `own_pace_fraction` is the pruned run's time over that of its own first architecture held for as many epochs, which
@@ -174,7 +174,7 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     """
     rows = []
     for c in comparisons:
-        if not c.trained or c.pruned.run.device.name != c.baseline.run.device.name:
+        if not c.trained or time_differences(c.pruned, c.baseline):
             continue
         paid_s = sum(record.duration_s for record in c.pruned.reconfigurations)
         dense_s, pruned_s, held_s = (

@@ -1,4 +1,8 @@
-"""Which recorded runs are compared with which: a pruned run with the dense run of the same network and data.
+"""Which runs can be compared with which: a pruned run with the dense run of the same network and data.
+
+Two runs can be compared when they did the same task (`is_same_task`). Their *measured times* tell what pruning saved
+only where nothing else that takes time differs (`time_differences`). Projections have the cluster in common, whatever
+machines recorded the runs.
 
 Where no dense run was recorded, the pruned run's own first architecture, held for as many epochs, stands in for it.
 That baseline was never trained, so it has no accuracy, and everything that shows it says so.
@@ -8,7 +12,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 
 import msgspec
@@ -49,6 +53,61 @@ def data_name(trace: Trace) -> str:
     name = trace.run.dataset.name
     folder = str(trace.run.hyperparameters.get("data_dir") or "")
     return (PurePath(folder).name or name) if name == "imagefolder" else name
+
+
+# What makes the task of a run. Two runs that differ here are never compared.
+_TASK: Mapping[str, Callable[[Trace], object]] = {
+    "network": lambda trace: trace.run.model,
+    "data set": data_name,
+    "classes": lambda trace: trace.run.dataset.num_classes,
+    "training images": lambda trace: trace.run.dataset.num_train,
+    "image shape": lambda trace: trace.run.dataset.input_shape,
+}
+
+# What else decides how long a run takes, beside pruning.
+_TIME: Mapping[str, Callable[[Trace], object]] = {
+    "device": lambda trace: trace.run.device.name,
+    "threads": lambda trace: trace.run.device.num_threads,
+    "ranks": lambda trace: trace.run.world_size,
+    "mini-batch at the start": lambda trace: trace.epochs[0].batch_per_gpu if trace.epochs else None,
+    "precision": lambda trace: str(trace.run.precision),
+    "memory format": lambda trace: trace.run.memory_format,
+    "optimizer": lambda trace: trace.optimizer,
+    "torch": lambda trace: trace.run.versions.get("torch"),
+}
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing in which a pruned run and a dense run differ."""
+
+    what: str
+    pruned: object
+    dense: object
+
+    def __str__(self) -> str:
+        """As a phrase: "device B100 with A100"."""
+        return f"{self.what} {self.pruned} with {self.dense}"
+
+
+def is_same_task(one: Trace, other: Trace) -> bool:
+    """Both trained the same network on the same data, so that they can be compared at all."""
+    return not _differences(_TASK, one, other)
+
+
+def time_differences(pruned: Trace, dense: Trace) -> list[Difference]:
+    """By what, other than pruning, two runs differ that takes time.
+
+    Empty where the difference of their measured times is pruning's alone.
+    """
+    return _differences({**_TASK, **_TIME}, pruned, dense)
+
+
+def _differences(aspects: Mapping[str, Callable[[Trace], object]], pruned: Trace, dense: Trace) -> list[Difference]:
+    return [
+        Difference(what=what, pruned=of(pruned), dense=of(dense))
+        for what, of in aspects.items()
+        if of(pruned) != of(dense)
+    ]
 
 
 def run_labels(traces: Sequence[Trace]) -> list[str]:
@@ -100,7 +159,7 @@ def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
     for label, setting, trace in zip(labels, setting_labels(traces), traces, strict=True):
         if not trace.is_pruned or not trace.epochs:
             continue
-        candidates = [(name, t) for name, t in dense if _task(t) == _task(trace)]
+        candidates = [(name, t) for name, t in dense if is_same_task(t, trace)]
         if not candidates:
             note = "no dense run was recorded: the first architecture, held for every epoch, stands in for it"
             comparisons.append(
@@ -125,7 +184,7 @@ def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
                 baseline_label=baseline_label,
                 baseline=first_epochs(baseline, length),
                 trained=True,
-                notes=tuple(_differences(trace, baseline, length)),
+                notes=tuple(_notes(trace, baseline, length)),
             )
         )
     return comparisons
@@ -150,25 +209,21 @@ def pace(comparison: Comparison) -> float | None:
         ]
         for trace in (comparison.pruned, comparison.baseline)
     )
-    same_device = comparison.pruned.run.device.name == comparison.baseline.run.device.name
-    if not comparison.trained or not dense or not same_device:
+    if not comparison.trained or not dense or time_differences(comparison.pruned, comparison.baseline):
         return None
     return statistics.median(pruned) / statistics.median(dense)
 
 
-def _differences(trace: Trace, baseline: Trace, length: int) -> list[str]:
+def _notes(trace: Trace, baseline: Trace, length: int) -> list[str]:
     """In what, other than pruning, the two runs differ."""
     notes = []
     if len(trace.epochs) != len(baseline.epochs):
         notes.append(
             f"the runs have {len(trace.epochs)} and {len(baseline.epochs)} epochs; the first {length} are compared"
         )
-    if baseline.run.device.name != trace.run.device.name:
-        notes.append(f"recorded on different devices: {trace.run.device.name} and {baseline.run.device.name}")
-    if baseline.epochs[0].batch_per_gpu != trace.epochs[0].batch_per_gpu:
-        notes.append(
-            f"the first mini-batches differ: {trace.epochs[0].batch_per_gpu} and {baseline.epochs[0].batch_per_gpu}"
-        )
+    notes += [
+        f"the runs differ in the {d.what}: {d.pruned} and {d.dense} (dense)" for d in time_differences(trace, baseline)
+    ]
     return notes
 
 
@@ -241,12 +296,8 @@ def _setting_key(trace: Trace) -> str:
     run = trace.run
     decisive = {name: value for name, value in run.hyperparameters.items() if name not in _WITHOUT_EFFECT}
     where = run.device.name, run.world_size, run.precision, run.memory_format
-    return json.dumps([run.model, data_name(trace), *_task(trace), *where, decisive], sort_keys=True, default=str)
-
-
-def _task(trace: Trace) -> tuple[object, ...]:
-    data = trace.run.dataset
-    return trace.run.model, data.name, data.num_classes, data.num_train, data.input_shape
+    task = [of(trace) for of in _TASK.values()]
+    return json.dumps([*task, *where, decisive], sort_keys=True, default=str)
 
 
 def _closeness(candidate: Trace, trace: Trace) -> tuple[bool, bool, bool, int]:

@@ -81,7 +81,7 @@ def test_seeds_are_one_line_and_one_answer(tmp_path: Path) -> None:
 def test_runs_at_another_pace_are_named_as_such(tmp_path: Path) -> None:
     traces = [dense_trace(tmp_path / "d.jsonl"), shrinking_trace(tmp_path / "p.jsonl", device=CPU)]
     notices = make_report(traces, cluster="dgx-a100", gpus=[1]).answer.notices
-    assert any("different devices" in notice for notice in notices)
+    assert any(f"differ in the device: {CPU} and NVIDIA A100-SXM4-40GB (dense)" in notice for notice in notices)
 
 
 @pytest.mark.parametrize(

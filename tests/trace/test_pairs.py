@@ -4,7 +4,18 @@ import msgspec
 import pytest
 
 import ptsim
-from ptsim.trace.pairs import compare_runs, data_name, first_epochs, held_dense, pace, run_labels, setting_labels
+from ptsim.report.frames import measured_savings_frame
+from ptsim.trace.pairs import (
+    compare_runs,
+    data_name,
+    first_epochs,
+    held_dense,
+    is_same_task,
+    pace,
+    run_labels,
+    setting_labels,
+    time_differences,
+)
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 
@@ -134,3 +145,30 @@ def test_a_reconfiguration_after_the_last_epoch_counts_in_what_the_run_ends_with
     assert cut.epochs[-1].architecture == last.before != last.after
     assert cut.final_network is run.networks[last.after]
     assert run.final_network is run.network_of(run.epochs[-1])
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"batch": 32}, "mini-batch at the start 64 with 32"),
+        ({"device": "NVIDIA L4"}, "device NVIDIA A100-SXM4-40GB with NVIDIA L4"),
+        ({"world_size": 2}, "ranks 1 with 2"),
+    ],
+)
+def test_runs_of_one_task_on_other_machines_are_projected_but_their_times_tell_no_saving(
+    folder: Path, other: dict[str, object], says: str
+) -> None:
+    pruned, dense = read(shrinking_trace(folder / "p.jsonl"), dense_trace(folder / "d.jsonl", **other))
+    assert is_same_task(pruned, dense)
+    assert [str(difference) for difference in time_differences(pruned, dense)] == [says]
+    (comparison,) = compare_runs([dense, pruned])
+    assert comparison.trained
+    assert pace(comparison) is None
+    assert measured_savings_frame([comparison]).empty
+
+
+def test_runs_of_other_data_are_no_pair(folder: Path) -> None:
+    pruned, dense = read(shrinking_trace(folder / "p.jsonl"), dense_trace(folder / "d.jsonl", num_train=4000))
+    assert not is_same_task(pruned, dense)
+    (comparison,) = compare_runs([dense, pruned])
+    assert not comparison.trained
