@@ -10,7 +10,9 @@ from ptsim.cli.main import COMMANDS
 from tests.traces import dense_trace, shrinking_trace
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = sorted({path.stem for path in DOCS.glob("*.md")} - {"library", "accuracy"})  # these two are no command's
+PAGES = sorted(
+    {path.stem for path in DOCS.glob("*.md")} - {"library", "accuracy", "evidence", "cross_validation", "index"}
+)  # no command's
 
 
 def make_help() -> ModuleType:

@@ -1,0 +1,370 @@
+"""Does every figure that the README and the docs state stand in its source?
+
+    python analysis/check_claims.py            # checks all claims of docs/claims.toml and the README's figures
+    python analysis/check_claims.py --write    # also fills the tables of docs/accuracy.md and docs/evidence.md
+
+A claim with a trace or a table as its source is computed again from it; one whose source is a page must find its
+numbers there; one whose source is a test is checked by that test; one without a source cannot be checked here.
+A line of the README that quotes a percentage must link its claim, and all its numbers must stand in that claim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pandas as pd
+
+import ptsim
+from ptsim.costs.flops import training_macs
+from ptsim.costs.traffic import batch_norm_bytes
+from ptsim.textfile import read_toml
+
+ROOT = Path(__file__).resolve().parents[1]
+CLAIMS = ROOT / "docs" / "claims.toml"
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e-\d+)?")
+BLOCK = re.compile(r"(<!-- claims: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Figures = list[str]  # texts that must stand in the claim's value, such as "77 %"
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One figure that README or docs state, with where it comes from; `docs/claims.toml` says what the fields are."""
+
+    id: str
+    area: str
+    claim: str
+    value: str
+    goal: str = ""
+    command: str
+    machine: str
+    date: str
+    source: str = ""
+    seen: str = ""
+
+
+def read_claims(path: Path = CLAIMS) -> tuple[Claim, ...]:
+    """All claims, in the order of the file.
+
+    Raises:
+        ValueError: two claims have one id.
+    """
+    claims = msgspec.convert(read_toml(path)["claim"], tuple[Claim, ...])
+    ids = [claim.id for claim in claims]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"claims of one id: {sorted({name for name in ids if ids.count(name) > 1})}")
+    return claims
+
+
+def recorded(name: str, root: Path) -> dict[str, float]:
+    """FLOPs, BatchNorm traffic and time of a run in `traces/cifar10-resnet20`, relative to its dense run."""
+    dense, run = (ptsim.read_trace(root / "traces/cifar10-resnet20" / f"{n}.jsonl") for n in ("dense", name))
+
+    def totals(trace: ptsim.Trace) -> dict[str, float]:
+        return {
+            "flops": sum(training_macs(trace.network_of(e), images=e.num_images) for e in trace.epochs),
+            "bn": sum(batch_norm_bytes(trace.network_of(e)) * e.num_images for e in trace.epochs),
+            "time": sum(e.time.wall_s for e in trace.epochs) + sum(r.duration_s for r in trace.reconfigurations),
+            "inference": trace.network_of(trace.epochs[-1]).forward_macs,
+        }
+
+    theirs, ours = totals(dense), totals(run)
+    accuracies = {"dense": dense.epochs[-1].validation_accuracy, "accuracy": run.epochs[-1].validation_accuracy}
+    return {key: ours[key] / theirs[key] for key in ours} | accuracies
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """77 % of 0.77, with the minus sign of the text."""
+    return f"{100 * value:.{digits}f} %".replace("-", "−")
+
+
+def recorded_pair(root: Path) -> Figures:
+    """The pair whose times compare."""
+    of = recorded("prunetrain-r0.2", root)
+    return [
+        f"training FLOPs {percent(of['flops'])}, BatchNorm traffic {percent(of['bn'])}, "
+        f"inference FLOPs {percent(of['inference'])}, time {percent(of['time'])} of dense",
+        f"{percent(of['accuracy'], 1)} against {percent(of['dense'], 1)}",
+    ]
+
+
+def recorded_r03(root: Path) -> Figures:
+    """Counted from the trace; its time is relative to its own unpruned epochs, as `table1.py` computes it."""
+    of = recorded("prunetrain-r0.3", root)
+    return [f"training FLOPs {percent(of['flops'])} of dense", f"accuracy {percent(of['accuracy'], 1)}"]
+
+
+def recorded_gating(root: Path) -> Figures:
+    """Inference FLOPs of both modes."""
+    gating, union = recorded("gating-r0.2", root), recorded("prunetrain-r0.2", root)
+    return [f"inference FLOPs {percent(gating['inference'])} where union has {percent(union['inference'])}"]
+
+
+def public(name: str, root: Path) -> pd.DataFrame:
+    """A table of `traces/public`."""
+    return pd.read_csv(root / "traces" / "public" / f"{name}.csv")
+
+
+def macs(root: Path) -> Figures:
+    """Nothing but equal counts may stand in the table."""
+    rows = public("counts", root).dropna(subset=["inference_macs"])
+    same = (rows.inference_macs == rows.inference_macs_torch) & (rows.training_macs == rows.training_macs_torch)
+    return ["all equal" if same.all() else f"{(~same).sum()} of {len(rows)} differ"]
+
+
+def kept_bytes(root: Path) -> Figures:
+    """The largest difference of each precision."""
+    rows = public("counts", root)
+    error = (rows.kept_bytes / rows.kept_bytes_torch - 1).abs().groupby(rows.precision).max()
+    return [
+        f"fp32 {'all equal' if error['fp32'] == 0 else percent(error['fp32'], 1)}",
+        f"bf16 autocast within {percent(error['bf16'], 1)}",
+    ]
+
+
+def peaks(precision: str, root: Path) -> pd.Series[float]:
+    """Errors of the modelled peak."""
+    rows = public("counts", root).dropna(subset=["peak_bytes"])
+    rows = rows[rows.precision == precision]
+    return rows.peak_bytes / rows.peak_bytes_torch - 1
+
+
+def span(errors: pd.Series[float], digits: int = 1) -> str:
+    """From the lowest to the highest, as in "−3.6 to +1.2 %"."""
+    return f"{100 * errors.min():+.{digits}f} to {100 * errors.max():+.{digits}f} %".replace("-", "−")
+
+
+def peak_fp32(root: Path) -> Figures:
+    """Range, and how many are close."""
+    errors = peaks("fp32", root)
+    return [span(errors), f"{(errors.abs() < 0.0125).sum()} of {len(errors)} within 1.2 %"]
+
+
+def peak_bf16(root: Path) -> Figures:
+    """Range, and ConvNeXt's two, which are the worst."""
+    errors = peaks("bf16", root)
+    worst = errors.sort_values()
+    return [span(errors), f"within {percent(worst.iloc[2:].abs().max(), 1)}"]
+
+
+def exact_pruning(root: Path) -> Figures:
+    """The survey of torchvision's classifiers."""
+    rows = public("inspect_torchvision", root)
+    return [
+        f"{rows.exact.sum()} of {len(rows)} exact",
+        f"{rows.max_rel_error_eval.max():.1e}".replace("e-0", "e-"),
+        f"{rows.max_rel_error_train.max():.1e}".replace("e-0", "e-"),
+        f"up to {rows.seconds.max():.0f} s",
+    ]
+
+
+def fits(root: Path) -> Figures:
+    """What ptsim says against what happened."""
+    rows = public("fits", root)
+    ran = rows[rows.ran]
+    said = rows[~rows.ran & rows.fits]
+    return [
+        f"of {(~rows.ran).sum()} that ran out of memory {'none is' if said.empty else len(said)} said to fit",
+        f"of {len(ran)} that ran {ran.fits.sum()} are",
+    ]
+
+
+def left_out(label: str) -> Callable[[Path], Figures]:
+    """A row of the cross-validation's tables, by its first cell."""
+
+    def figures(root: Path) -> Figures:
+        header: list[str] = []
+        for line in (root / "docs" / "cross_validation.md").read_text(encoding="utf-8").splitlines():
+            cells = [cell.strip() for cell in line.strip("| ").split("|")]
+            if "median error %" in cells:
+                header = cells
+            if cells[0] == label:
+                row = dict(zip(header, cells, strict=True))
+                coverage = float(row["coverage %"])
+                return [f"median error {row['median error %']} %", f"{coverage:.0f} % inside the 90 % interval"]
+        raise ValueError(f"docs/cross_validation.md has no row {label!r}")
+
+    return figures
+
+
+def host_bound(root: Path) -> Figures:
+    """Only the error: the interval is as wide as hosts differ."""
+    return left_out("steps that may wait for the host, GPU and network left out")(root)[:1]
+
+
+def lab(ranks: int, root: Path) -> pd.DataFrame:
+    """The lab's rows with the message size in a column of its own."""
+    rows = public("cluster_lab", root)
+    rows = rows[rows.ranks == ranks].copy()
+    rows["size"] = pd.to_numeric(rows.what.str.extract(r"all-reduce (\d+)", expand=False))
+    return rows
+
+
+def lab_allreduce(root: Path) -> Figures:
+    """Two ranks, from 64 KiB."""
+    rows = lab(2, root)
+    return [span(rows[rows["size"] >= 65536].time_error)]
+
+
+def lab_small(root: Path) -> Figures:
+    """Two ranks, 1 and 16 KiB."""
+    rows = lab(2, root)
+    errors = [100 * rows[rows["size"] == size].time_error for size in (1024, 16384)]
+    spans = [f"{e.max():.0f} to {e.min():.0f} %".replace("-", "−") for e in errors]
+    return [f"1 KiB {spans[0]}", f"16 KiB {spans[1]}"]
+
+
+def lab_steps(root: Path) -> Figures:
+    """Every step's error, in the order of the rates."""
+    rows = lab(2, root)
+    found = []
+    for what in ("dense", "pruned"):
+        errors = [f"{100 * error:+.1f}".replace("-", "−") for error in rows[rows.what == f"step {what}"].time_error]
+        found.append(f"{what} {', '.join(errors[:-1])} and {errors[-1]} %")
+    return found
+
+
+def lab_bytes(root: Path) -> Figures:
+    """The largest difference."""
+    return [f"within {percent(lab(2, root).bytes_error.abs().max(), 2)}"]
+
+
+def lab_four(root: Path) -> Figures:
+    """Four ranks: three groups of sizes, and bytes."""
+    rows = lab(4, root)
+    size, error = rows["size"], rows.time_error
+    return [
+        f"from 512 KiB {span(error[size >= 524288])}",
+        f"64 KiB {span(error[size == 65536])}",
+        f"1 KiB and 16 KiB {span(error[size <= 16384], 0)}",
+        f"bytes within {percent(rows.bytes_error.abs().max(), 1)}",
+    ]
+
+
+CHECKS: dict[str, Callable[[Path], Figures]] = {
+    "recorded-pair": recorded_pair,
+    "recorded-r03": recorded_r03,
+    "recorded-gating": recorded_gating,
+    "macs": macs,
+    "kept-bytes": kept_bytes,
+    "peak-fp32": peak_fp32,
+    "peak-bf16": peak_bf16,
+    "exact-pruning": exact_pruning,
+    "fits": fits,
+    "network-left-out": left_out("network left out, GPU in the fit"),
+    "gpu-left-out": left_out("GPU left out"),
+    "both-left-out": left_out("GPU and network left out"),
+    "later-rows": left_out("mini-batches of 16 to 1,280, all"),
+    "host-bound": host_bound,
+    "lab-allreduce": lab_allreduce,
+    "lab-small": lab_small,
+    "lab-steps": lab_steps,
+    "lab-bytes": lab_bytes,
+    "lab-four": lab_four,
+}
+
+
+def how_checked(claim: Claim) -> str:
+    """How a reader, or this script, can check the claim without running its command again."""
+    if claim.id in CHECKS:
+        return "computed again from the source"
+    if claim.source.endswith(".md"):
+        return "the figures stand on the page"
+    if claim.source.endswith(".py"):
+        return "by the test itself"
+    return "only by its command: nothing was kept"
+
+
+def wrong_claims(claims: tuple[Claim, ...], root: Path = ROOT) -> Iterator[str]:
+    """One sentence for every figure that its source does not bear out."""
+    for claim in claims:
+        if claim.source and not (root / claim.source).exists():
+            yield f"{claim.id}: there is no {claim.source}"
+        elif claim.id in CHECKS:
+            for text in CHECKS[claim.id](root):
+                if text not in claim.value:
+                    yield f"{claim.id}: {claim.source} says {text!r}, the claim {claim.value!r}"
+        elif claim.source.endswith(".md"):
+            page = numbers((root / claim.source).read_text(encoding="utf-8"))
+            for number in numbers(claim.value) - page:
+                yield f"{claim.id}: {number} does not stand in {claim.source}"
+
+
+def numbers(text: str) -> set[str]:
+    """Every number in the text, as written, but for its sign."""
+    return {match.group().rstrip(",") for match in NUMBER.finditer(text)}
+
+
+def wrong_quotes(readme: str, claims: tuple[Claim, ...]) -> Iterator[str]:
+    """One sentence for every line of the README that quotes a percentage without a claim, or a number not in it."""
+    known = {claim.id: claim for claim in claims}
+    text = re.sub(r"^```.*?^```", "", readme, flags=re.DOTALL | re.MULTILINE)
+    for block in re.split(r"\n\s*\n|\n(?=[|*-])", text):
+        ids = re.findall(r"accuracy\.md#([\w-]+)", block)
+        if not ids and "%" not in block:
+            continue
+        if not ids:
+            yield f"no claim is linked by: {block.strip()[:100]!r}"
+        elif unknown := [name for name in ids if name not in known]:
+            yield f"no claim is called {unknown[0]!r}"
+        else:
+            said = numbers(" ".join(known[name].claim + " " + known[name].value for name in ids))
+            shown = re.sub(r"\]\([^)]*\)", "]", block)
+            for number in sorted(numbers(shown) - said):
+                yield f"{number} stands in no claim that this links: {block.strip()[:100]!r}"
+
+
+def accuracy_table(claims: tuple[Claim, ...]) -> str:
+    """Claims by area: what was measured, and by which command."""
+    text = ""
+    for area in dict.fromkeys(claim.area for claim in claims):
+        text += f"\n## {area}\n\n| claim | value | goal | command | machine | date |\n|---|---|---|---|---|---|\n"
+        for c in claims:
+            if c.area == area:
+                anchor = f'<a id="{c.id}"></a>{c.claim}'
+                text += f"| {anchor} | {c.value} | {c.goal or '–'} | `{c.command}` | {c.machine} | {c.date} |\n"
+    return text
+
+
+def evidence_table(claims: tuple[Claim, ...]) -> str:
+    """Claims with their sources."""
+    text = "\n| claim | value | source | how it is checked | seen before it was fixed |\n|---|---|---|---|---|\n"
+    for c in claims:
+        source = f"`{c.source}`" if c.source else "–"
+        text += f"| [{c.id}](accuracy.md#{c.id}) | {c.value} | {source} | {how_checked(c)} | {c.seen or 'nothing'} |\n"
+    return text
+
+
+TABLES = {"accuracy": accuracy_table, "evidence": evidence_table}
+
+
+def filled(page: str, claims: tuple[Claim, ...]) -> str:
+    """The page with its table made anew."""
+    return BLOCK.sub(lambda m: f"{m.group(1)}{TABLES[m.group(2)](claims)}\n{m.group(3)}", page)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, and with --write fill the pages; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="fill the tables of docs/accuracy.md and docs/evidence.md")
+    arguments = parser.parse_args(argv)
+    claims = read_claims()
+    wrong = [*wrong_claims(claims), *wrong_quotes((ROOT / "README.md").read_text(encoding="utf-8"), claims)]
+    for name in TABLES:
+        path = ROOT / "docs" / f"{name}.md"
+        page = path.read_text(encoding="utf-8")
+        new = filled(page, claims)
+        if arguments.write:
+            path.write_text(new, encoding="utf-8")
+        elif new != page:
+            wrong.append(f"docs/{name}.md is not what docs/claims.toml says: python analysis/check_claims.py --write")
+    print("\n".join(wrong) if wrong else f"{len(claims)} claims agree with their sources")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
