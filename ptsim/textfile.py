@@ -1,30 +1,196 @@
-"""How text files are read and written: TOML, JSON Lines that may be torn, and files written whole or not at all."""
+"""How files are read and written: within limits, as one sentence where they are broken, whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
+import stat
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ptsim.errors import FileFormatError
+import msgspec
+
+from ptsim.errors import FileFormatError, UsageError
+
+MOST_BYTES = 256 * 2**20  # of any file that is read as a whole
+MOST_TOML_BYTES = 16 * 2**20  # the TOML parser reads about 1 MB/s
+MOST_LEVELS = 32  # of tables and lists inside each other
+_DOTTED = re.compile(r"^[ \t\[]*(?:[^\s.=\[\]{}\"']+[ \t]*\.[ \t]*){32}", re.MULTILINE)  # a.b.c.… = 1
+_LARGEST, _SMALLEST = 1e30, 1e-30  # no quantity in a file that a person writes is beyond
+_LARGEST_INTEGER = 2**63 - 1  # TOML's own bound
+
+T = TypeVar("T")
+
+
+def open_regular(path: str | Path) -> int:
+    """A descriptor of the regular file `path`, open for reading; pipes and devices are never waited for.
+
+    Raises:
+        FileFormatError: there is no such file, it is something else, or may not be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise FileFormatError(path, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:  # the operating system's names end at a NUL character
+        raise FileFormatError(path, f"is not a file name: {error}") from error
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return handle
+    os.close(handle)
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+    raise FileFormatError(path, f"cannot be read: it is {kind}, expected a file")
+
+
+def read_bytes(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+        FileFormatError: it cannot be read, is no regular file, or is larger.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise FileFormatError(path, f"has {size:,} bytes, at most {most:,} are read")
+        try:
+            return file.read()
+        except OSError as error:
+            raise FileFormatError(path, f"cannot be read: {error.strerror}") from error
+
+
+def read_lines(path: str | Path, *, most: int, most_of_line: int) -> Iterator[bytes]:
+    """The lines of a regular file one after the other, as they end in the file: the last one may lack its newline.
+
+    No more than a line is in memory.
+
+    Raises:
+        FileFormatError: as `read_bytes`, or a line is longer than `most_of_line`.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise FileFormatError(path, f"has {size:,} bytes, at most {most:,} are read")
+        number = 0
+        while line := file.readline(most_of_line + 1):
+            number += 1
+            if len(line) > most_of_line:
+                raise FileFormatError(path, f"the line has more than {most_of_line:,} bytes", line=number)
+            yield line
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The content of a TOML file.
+    """The content of a TOML file; a byte order mark is skipped.
 
     Raises:
-        FileFormatError: the file cannot be read, or is not TOML.
+        FileFormatError: the file cannot be read, is larger than 16 MiB, is not TOML, is nested too deep, or holds a
+            number or a text that no setting can have.
     """
-    path = Path(path)
+    content = read_bytes(path, most=MOST_TOML_BYTES)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise FileFormatError(path, f"is not TOML: {error}") from error
+    return parse_toml(path, text.replace("\r\n", "\n"))
+
+
+def parse_toml(path: str | Path, text: str) -> dict[str, Any]:
+    """The same of text; `path` names it in errors."""
+    too_deep = f"is nested more than {MOST_LEVELS} levels deep"
+    if _DOTTED.search(text):
+        raise FileFormatError(path, too_deep)
+    try:
+        document = tomllib.loads(text)
+    except RecursionError as error:
+        raise FileFormatError(path, too_deep) from error
+    except ValueError as error:  # TOMLDecodeError, and integers of more than 4300 digits
+        raise FileFormatError(path, f"is not TOML: {error}") from error
+    open_values: list[tuple[str, Any, int]] = [("", document, 0)]
+    while open_values:
+        place, value, level = open_values.pop()
+        if level > MOST_LEVELS:
+            raise FileFormatError(path, too_deep)
+        if isinstance(value, dict):
+            open_values += [(f"{place}.{key}" if place else key, inner, level + 1) for key, inner in value.items()]
+        elif isinstance(value, list):
+            open_values += [(f"{place}[{index}]", inner, level + 1) for index, inner in enumerate(value)]
+        elif problem := _problem(value):
+            raise FileFormatError(path, f"{place} {problem}")
+    return document
+
+
+def _problem(value: Any) -> str | None:
+    """Why no setting of any file can have this value."""
+    if isinstance(value, str) and "\0" in value:
+        return "is a text with a NUL character"
+    if isinstance(value, int) and not -_LARGEST_INTEGER <= value <= _LARGEST_INTEGER:
+        return "is a whole number of more than 63 bits"
+    if isinstance(value, float) and value and not _SMALLEST <= abs(value) <= _LARGEST:
+        bounds = f"a number between {_SMALLEST:g} and {_LARGEST:g}"
+        return f"is {value!r}, expected {bounds}" if math.isfinite(value) else f"is not finite, expected {bounds}"
+    return None
+
+
+def decode_json(
+    path: str | Path,
+    content: bytes | str,
+    decoder: msgspec.json.Decoder[T],
+    *,
+    line: int | None = None,
+    what: str | None = None,
+) -> T:
+    """The JSON document `content` of the file `path`, checked against the decoder's type.
+
+    Args:
+        path: named in errors.
+        content: the document.
+        decoder: of the type that it must have.
+        line: where in the file it stands, if that is one line of many.
+        what: what it should be, with its article, for the error.
+
+    Raises:
+        FileFormatError: it is not such a document; says what was found and expected, and where.
+    """
+    prefix = f"not {what}: " if what else ""
+    try:
+        return decoder.decode(content)
+    except RecursionError as error:
+        raise FileFormatError(path, f"{prefix}the JSON is nested too deep", line=line) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(path, f"{prefix}{error}", line=line) from error
+
+
+def plain_error(error: Exception) -> str:
+    """What msgspec says of a wrong value in a TOML file, with the place as a user writes it: "`machine.power`"."""
+    return str(error).replace("`$.", "`").replace("`$`", "the top level")
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out before a long computation that its result could not be written.
+
+    Makes the folder where there is none yet.
+
+    Raises:
+        UsageError: `path` is a folder, or its folder cannot be made or written.
+    """
+    if "\0" in str(path):
+        raise UsageError(f"{str(path)!r} is not a file name")
+    target = Path(os.path.realpath(path))
+    if os.path.isdir(target):
+        raise UsageError(f"{path} is a folder, expected a file to write")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(target)  # too long a name
+        handle, beside = tempfile.mkstemp(dir=target.parent)
+        os.close(handle)
+        os.unlink(beside)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -45,6 +211,11 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), _permissions(target))
         os.replace(beside, target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that the new name survives a power cut
+        finally:
+            os.close(folder)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(beside)

@@ -28,12 +28,11 @@ import functools
 import hashlib
 import itertools
 import math
-import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -45,6 +44,7 @@ from ptsim.hardware.spec import Cluster
 from ptsim.sim.options import Options
 from ptsim.sim.projection import projection_row
 from ptsim.sim.run import StepCache, change, project
+from ptsim.textfile import decode_json, drop_torn_line, read_bytes, read_toml, split_lines
 from ptsim.trace.io import read_trace, trace_path
 from ptsim.trace.trace import Trace
 from ptsim.units import parse_quantity
@@ -96,6 +96,10 @@ _WHAT_IFS: dict[str, tuple[Callable[[str], Any] | None, Callable[[Any], dict[str
     "penalty-ratio": (str, lambda trace: {"trace": trace}),
     "trace": (str, lambda trace: {"trace": trace}),
 }
+
+
+Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +168,37 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     what_if: dict[str, dict[str, Any]] = {}
 
 
+class _Stored(msgspec.Struct):
+    """What every line of results has; a grid adds its options."""
+
+    index: Whole
+    key: str
+    what_if: str
+    trace: str
+    cluster: str
+    gpus: Annotated[int, msgspec.Meta(ge=1)]
+    status: Literal["ok", "failed"]
+
+
+class _Result(_Stored):
+    """What is shown of a row of `projection_row`, checked."""
+
+    tier: str
+    total_seconds: NotNegative
+    low_seconds: NotNegative
+    high_seconds: NotNegative
+    compute_seconds: NotNegative
+    exposed_communication_seconds: NotNegative
+    allreduce_bytes_per_gpu: NotNegative
+    peak_memory_bytes: NotNegative
+    gpu_hours: NotNegative
+    energy_joules: NotNegative | None
+    cost_usd: NotNegative | None
+
+
+_STORED, _RESULT = msgspec.json.Decoder(_Stored), msgspec.json.Decoder(_Result)
+
+
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How far a study is."""
 
@@ -181,12 +216,7 @@ def read_study(path: str | Path) -> Study:
         UsageError: an option out of its bounds.
     """
     path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(path, f"is not TOML: {error}") from error
+    raw = read_toml(path)
     for key in raw:
         if key not in _File.__struct_fields__:
             unknown = UnknownNameError("key", key, _File.__struct_fields__)
@@ -320,7 +350,7 @@ def run_study(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("ab") as file:
-            _end_line(out)
+            drop_torn_line(out)
             while True:
                 for chunk in itertools.islice(todo, max(0, window - len(running))):
                     running[executor.submit(project_all, chunk)] = chunk
@@ -427,18 +457,15 @@ def _known_rows(out: Path) -> dict[str, dict[str, Any]]:
         return {}
     if not out.is_file():
         raise FileFormatError(out, "is no file; results are lines of a file")
-    *lines, torn = out.read_bytes().split(b"\n")
+    lines, torn = split_lines(read_bytes(out))
     if not torn.startswith(_ROW[: len(torn)]):
         raise FileFormatError(out, "not a line of sweep results", line=len(lines) + 1)
     known = {}
     for number, line in enumerate(lines, start=1):
-        try:
-            row = msgspec.json.decode(line, type=dict[str, Any])
-            key, status = row["key"], row["status"]
-        except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
-            raise FileFormatError(out, "not a line of sweep results", line=number) from error
-        if status == "ok":
-            known[key] = row
+        stored = decode_json(out, line, _STORED, line=number, what="a line of sweep results")
+        if stored.status == "ok":
+            decode_json(out, line, _RESULT, line=number, what="a line of sweep results")
+            known[stored.key] = msgspec.json.decode(line)
     return known
 
 
@@ -454,15 +481,6 @@ def forget(out: Path) -> None:
         out.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"{out} cannot be replaced: {error.strerror}") from error
-
-
-def _end_line(out: Path) -> None:
-    """Cut a last line that an interruption has torn."""
-    content = out.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with out.open("r+b") as file:
-            file.truncate(whole)
 
 
 def _what_if(text: str, own: Mapping[str, Mapping[str, Any]], study: Path) -> WhatIf:

@@ -15,6 +15,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from ptsim.cli.main import progress_console
 from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat, Precision
+from ptsim.textfile import check_writable
+from ptsim.trace.io import read_trace
 
 
 def gpu(
@@ -42,11 +44,12 @@ def gpu(
         rounds: how often whole steps of each network are measured, in turn: a machine's speed drifts.
         resume: go on with a file that is there.
     """
+    check_writable(out)
+    runs = [read_trace(path) for path in trace or ()]
     import torch
 
     from ptsim.hardware.profile import Setting
     from ptsim.measure.calibrate import calibrate_gpu
-    from ptsim.trace.io import read_trace
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here", hint="--device cpu measures the processor")
@@ -62,7 +65,7 @@ def gpu(
                 out,
                 device=chosen,
                 minutes=minutes,
-                traces=[read_trace(path) for path in trace or ()],
+                traces=runs,
                 settings=settings,
                 make_regularizer=group_lasso_of,
                 resume=resume,

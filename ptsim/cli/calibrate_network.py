@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import AllReduceTable, Cluster
+from ptsim.textfile import check_writable
 from ptsim.units import format_bytes, format_seconds
 
 _LEAST_BYTES, _MOST_BYTES = 2**10, 2**34
@@ -39,6 +40,7 @@ def network(
     from ptsim.measure.collectives import calibrated_cluster, tables_from_logs
 
     check_file_name("cluster", out)
+    check_writable(out)
     origin = load_cluster(base) if base else None
     name = name or out.stem
     if nccl_log:
@@ -52,14 +54,12 @@ def network(
             return calibrated_cluster([table], name=name, base=origin, gpus=gpus, library=library)
 
         def keep(table: AllReduceTable, gpus: list[str], library: str) -> None:
-            out.parent.mkdir(parents=True, exist_ok=True)
             write_cluster(cluster_of(table, gpus, library), out)
 
         measured = _live(backend, max_bytes, iterations, known[0] if known else None, keep)
         if measured is None:
             return  # not rank 0
         cluster = cluster_of(*measured)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_cluster(cluster, out)
     console = Console(stderr=True)
     for found in cluster.tables:

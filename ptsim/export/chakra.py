@@ -22,6 +22,7 @@ from ptsim.costs.traffic import layer_traffic, update_traffic
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
 from ptsim.network import Network
+from ptsim.textfile import write_whole
 from ptsim.trace.schema import Profile
 from ptsim.trace.trace import Trace
 
@@ -188,7 +189,7 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
             folder.mkdir(parents=True, exist_ok=True)
             for rank in range(ranks):
                 file = folder / f"step.{rank}.et"
-                file.write_bytes(content)
+                write_whole(file, content)
                 written.append(file)
         except OSError as error:
             raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
@@ -202,7 +203,7 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
                 "ranks": ranks,
             }
         )
-    (out / "index.json").write_bytes(msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n")
+    write_whole(out / "index.json", msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n")
     return written
 
 

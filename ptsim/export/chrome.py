@@ -17,6 +17,7 @@ import msgspec
 
 from ptsim.errors import UsageError
 from ptsim.network import Network
+from ptsim.textfile import write_whole
 from ptsim.trace.schema import Profile
 from ptsim.trace.trace import Trace
 
@@ -98,7 +99,7 @@ class Timeline:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # with blanks after the colons: HolisticTraceAnalysis looks for the rank by a pattern that wants one
-            path.write_bytes(msgspec.json.format(msgspec.json.encode(self.document()), indent=0))
+            write_whole(path, msgspec.json.format(msgspec.json.encode(self.document()), indent=0))
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}") from error
         return path

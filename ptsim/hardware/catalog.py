@@ -69,7 +69,6 @@ import functools
 import itertools
 import math
 import re
-import tomllib
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,6 +78,7 @@ from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import AllReduceTable, AlphaBeta, Cluster, Device, Link, LinkKind
 from ptsim.network import Precision
+from ptsim.textfile import read_toml, write_whole
 from ptsim.units import Dimension, parse_quantity
 
 # The device of a cluster of which only the network was measured.
@@ -274,7 +274,11 @@ def read_cluster(path: Path) -> Cluster:
 
 
 def write_cluster(cluster: Cluster, path: Path) -> None:
-    """Write the cluster as a TOML file that `load_cluster` reads back."""
+    """Write the cluster as a TOML file that `load_cluster` reads back, whole or not at all.
+
+    Raises:
+        UsageError: it cannot be written: a full disk, no right to.
+    """
     document: dict[str, Any] = {
         "name": cluster.name,
         "device": cluster.device,
@@ -319,7 +323,10 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
         for measured in cluster.tables
     ]
     document["sources"] = cluster.sources
-    path.write_text(tomli_w.dumps(document), encoding="utf-8")
+    try:
+        write_whole(path, tomli_w.dumps(document))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _link(table: _Table) -> Link:
@@ -472,10 +479,7 @@ def _files(folder: str) -> dict[str, Path]:
 
 @functools.lru_cache(maxsize=256)
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(path, f"is not TOML: {error}") from error
+    return read_toml(path)
 
 
 def _locate(kind: str, name: str | Path) -> Path:

@@ -8,7 +8,6 @@ refused: output that stops in the middle, output of several ranks mixed, wrong r
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -17,7 +16,9 @@ from pathlib import Path
 import msgspec
 
 from ptsim.errors import FileFormatError
+from ptsim.textfile import decode_json, read_bytes
 
+_MOST_BYTES = 64 * 2**20
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # "[1,0]<stdout>:" of Open MPI, "[0]" of Hydra: once for each piece that the process wrote, also in the middle of a row
 _LAUNCHER = re.compile(r"\[[^\]\s]*\d+,\d+\]<std(?:out|err)>:?|\[\d+\]")
@@ -87,10 +88,7 @@ def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
             results, a single GPU, or no measurement; says file and line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileFormatError(path, "is not a file that can be read") from error
+    text = read_bytes(path, most=_MOST_BYTES).decode("utf-8-sig", errors="replace")
     if not text.strip():
         raise FileFormatError(path, "is empty, expected the output of nccl-tests' all_reduce_perf")
     if text.lstrip()[0] == "{":
@@ -461,14 +459,12 @@ class _JsonRun(msgspec.Struct):
     out_of_bounds: _JsonBounds | None = None
 
 
+_JSON_DECODER = msgspec.json.Decoder(_JsonRun)
+
+
 def _read_json(path: Path, text: str) -> tuple[NcclLog, ...]:
     """The JSON that `all_reduce_perf -J FILE` writes (nccl-tests 2.17 and newer)."""
-    try:
-        run = msgspec.convert(json.loads(text), _JsonRun)
-    except json.JSONDecodeError as error:
-        raise FileFormatError(path, f"is JSON that stops or breaks: {error.msg}", line=error.lineno) from error
-    except msgspec.ValidationError as error:
-        raise FileFormatError(path, f"is not the JSON output of nccl-tests: {error}") from error
+    run = decode_json(path, text, _JSON_DECODER, what="the JSON output of nccl-tests")
     if not run.results:
         raise FileFormatError(path, "has no 'results', expected the JSON output of nccl-tests' all_reduce_perf")
     program = Path(run.args[0]).name if run.args else ""

@@ -26,10 +26,7 @@ The file is TOML, one operator a line, every quantity with its unit, so that peo
 
 from __future__ import annotations
 
-import contextlib
-import os
 import statistics
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +36,7 @@ import tomli_w
 
 from ptsim.errors import FileFormatError, MissingMeasurementError, NewerVersionError
 from ptsim.network import Layer, LayerKind, MemoryFormat, Precision
+from ptsim.textfile import plain_error, read_toml, write_whole
 from ptsim.units import Dimension, parse_quantity
 
 PROFILE_VERSION = 1
@@ -274,14 +272,7 @@ def read_device_profile(path: str | Path) -> DeviceProfile:
         NewerVersionError: written by a newer ptsim.
     """
     path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileFormatError(path, "no such file; expected a profile of `ptsim calibrate gpu`") from error
-    except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(path, f"not a TOML file: {error}") from error
+    raw = read_toml(path)
     version = raw.get("ptsim_device_profile")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise FileFormatError(
@@ -293,7 +284,7 @@ def read_device_profile(path: str | Path) -> DeviceProfile:
     try:
         return _from_file(path, msgspec.convert(raw, _File))
     except msgspec.ValidationError as error:
-        raise FileFormatError(path, str(error).replace("`$.", "`").replace("`$`", "the top level")) from error
+        raise FileFormatError(path, plain_error(error)) from error
 
 
 def write_device_profile(path: str | Path, profile: DeviceProfile) -> None:
@@ -303,16 +294,9 @@ def write_device_profile(path: str | Path, profile: DeviceProfile) -> None:
         FileFormatError: it cannot be written: a full disk, no right to.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.new")  # one name, so that a killed process leaves one file at most
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(_text(profile))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        write_whole(path, _text(profile))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         kept = "; what was saved before is still there" if path.exists() else ""
         raise FileFormatError(path, f"cannot be written: {error.strerror}{kept}") from error
 

@@ -19,6 +19,7 @@ import ptsim
 from ptsim.errors import UsageError
 from ptsim.report.answer import Answer
 from ptsim.report.tables import Table
+from ptsim.textfile import write_whole
 
 PAGE = "index.html"
 
@@ -100,7 +101,7 @@ def write(html: str, sections: Sequence[Section], out: Path) -> Path:
             for table in section.tables:
                 table.frame.to_csv(out / "tables" / f"{table.name}.csv", index=False)
         page = out / PAGE
-        page.write_text(html, encoding="utf-8")
+        write_whole(page, html)
     except OSError as error:
         raise UsageError(f"the report cannot be written to {out}: {error.strerror}") from error
     return page

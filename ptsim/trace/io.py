@@ -16,7 +16,7 @@ import msgspec
 
 from ptsim.errors import FileFormatError, NewerVersionError
 from ptsim.network import Network
-from ptsim.textfile import drop_torn_line, split_lines
+from ptsim.textfile import decode_json, drop_torn_line, read_lines
 from ptsim.trace.schema import (
     SCHEMA_VERSION,
     AnyRecord,
@@ -31,6 +31,9 @@ from ptsim.trace.trace import Trace
 
 _DECODER: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 _ENCODER = msgspec.json.Encoder()
+MOST_BYTES = 512 * 2**20  # of a trace: 1000 epochs of a network of 40,000 channels
+MOST_LINE_BYTES = 64 * 2**20  # of a record
+_EXPECTED = "expected a trace whose first line is a run record"
 
 
 def trace_path(path: str | Path) -> Path:
@@ -40,8 +43,8 @@ def trace_path(path: str | Path) -> Path:
         FileFormatError: there is no such file.
     """
     path = Path(path)
-    file = path / "trace.jsonl" if path.is_dir() else path
-    if not file.is_file():
+    file = path / "trace.jsonl" if os.path.isdir(path) else path
+    if not os.path.exists(file):
         raise FileFormatError(path, "no trace here; expected a trace.jsonl file or a run folder that holds one")
     return file
 
@@ -55,26 +58,28 @@ def trace_name(path: str | Path) -> str:
 def read_records(path: str | Path) -> Iterator[tuple[int, AnyRecord]]:
     """Line numbers and records of a trace, checked one by one; a torn last line is dropped with a `UserWarning`.
 
+    The file is read line by line; one of more than 512 MiB is refused.
+
     Raises:
-        FileFormatError: a line that is not a record; says line, field, found and expected.
+        FileFormatError: a line that is not a record; says line, field, found and expected. Or too large a file.
         NewerVersionError: written by a newer schema version.
     """
     file = trace_path(path)
-    try:
-        lines, torn = split_lines(file.read_bytes())
-    except OSError as error:
-        raise FileFormatError(file, f"cannot be read: {error.strerror}") from error
-    if not lines:
-        found = "an empty file" if not torn else "no complete line"
-        raise FileFormatError(file, f"found {found}, expected a trace whose first line is a run record")
-    _check_version(file, lines[0])
-    for number, line in enumerate(lines, start=1):
-        yield number, _decode(file, number, line)
-    if torn:
-        warnings.warn(
-            f"{file}:{len(lines) + 1}: dropped an incomplete last line ({len(torn)} bytes); the run was cut off here",
-            stacklevel=2,
-        )
+    number = 0
+    for number, line in enumerate(read_lines(file, most=MOST_BYTES, most_of_line=MOST_LINE_BYTES), start=1):
+        if not line.endswith(b"\n"):
+            if number == 1:
+                raise FileFormatError(file, f"found no complete line, {_EXPECTED}")
+            warnings.warn(
+                f"{file}:{number}: dropped an incomplete last line ({len(line)} bytes); the run was cut off here",
+                stacklevel=2,
+            )
+            return
+        if number == 1:
+            _check_version(file, line)
+        yield number, decode_json(file, line, _DECODER, line=number)
+    if number == 0:
+        raise FileFormatError(file, f"found an empty file, {_EXPECTED}")
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -193,24 +198,17 @@ class TraceWriter:
         self.close()
 
 
-def _decode(file: Path, number: int, line: bytes) -> AnyRecord:
-    try:
-        return _DECODER.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(file, str(error), line=number) from error
-
-
 class _FirstLine(msgspec.Struct):
     record: str = ""
     schema_version: int | None = None
 
 
+_FIRST_DECODER = msgspec.json.Decoder(_FirstLine)
+
+
 def _check_version(file: Path, first_line: bytes) -> None:
     """Refuse foreign and newer files. The one place where older versions will be converted."""
-    try:
-        first = msgspec.json.decode(first_line, type=_FirstLine)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(file, f"not a ptsim trace: {error}", line=1) from error
+    first = decode_json(file, first_line, _FIRST_DECODER, line=1, what="a ptsim trace")
     if first.record != "run" or first.schema_version is None:
         raise FileFormatError(file, "not a ptsim trace: expected a run record with a schema_version", line=1)
     if first.schema_version > SCHEMA_VERSION:

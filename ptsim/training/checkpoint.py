@@ -24,11 +24,13 @@ import safetensors.torch
 from torch import Tensor
 
 from ptsim.errors import FileFormatError, TrainingError, UsageError
+from ptsim.textfile import decode_json, read_bytes
 from ptsim.training.data import Normalization
 from ptsim.training.recipe import Count, Recipe
 
 FORMAT_VERSION = 1
 _WEIGHTS, _STATE, _META = "weights.safetensors", "state.safetensors", "checkpoint.json"
+_MOST_BYTES = 2**40  # of weights or state
 _RESUMABLE = 2  # how many of the newest checkpoints keep what only resuming needs
 
 
@@ -76,6 +78,9 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     scaler: dict[str, Any]
     trace_bytes: Whole
     totals: Totals
+
+
+_DECODER = msgspec.json.Decoder(Checkpoint)
 
 
 class Folder:
@@ -166,10 +171,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def parse_checkpoint(file: Path, content: bytes) -> Checkpoint:
     """The same from the file's content."""
-    try:
-        checkpoint = msgspec.json.decode(content, type=Checkpoint)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(file, f"not a checkpoint description: {error}") from error
+    checkpoint = decode_json(file, content, _DECODER, what="a checkpoint description")
     if checkpoint.format_version != FORMAT_VERSION:
         raise FileFormatError(
             file, f"field 'format_version' is {checkpoint.format_version}, this ptsim reads {FORMAT_VERSION}"
@@ -255,7 +257,4 @@ def _remove(path: Path) -> None:
 
 
 def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise FileFormatError(file, f"cannot be read: {error.strerror}") from error
+    return read_bytes(file, most=_MOST_BYTES)

@@ -6,7 +6,6 @@ holds what really ran. Rules between settings are in `_check`, settings that wou
 
 from __future__ import annotations
 
-import tomllib
 import typing
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import tomli_w
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.network import MemoryFormat, Precision
+from ptsim.textfile import parse_toml, read_toml
 from ptsim.units import parse_quantity
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "imagefolder", "synthetic"]
@@ -167,12 +167,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         FileFormatError: no such file, not TOML, or a table where a value is expected.
     """
     path = Path(path)
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileFormatError(path, f"the configuration cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(path, f"not TOML: {error}") from error
+    settings = read_toml(path)
     for name, value in settings.items():
         if isinstance(value, dict):
             raise FileFormatError(path, f"found the table [{name}], expected plain `setting = value` lines")
@@ -189,8 +184,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not name.strip():
         raise UsageError(f"{text!r} is not of the form setting=value")
     try:
-        return name.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        return name.strip(), parse_toml("--set", f"value = {value}")["value"]
+    except FileFormatError:
         return name.strip(), value.strip()
 
 

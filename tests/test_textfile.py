@@ -1,0 +1,99 @@
+"""Files are read within limits and written whole or not at all; every broken one is a sentence."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+import pytest
+
+from ptsim.errors import FileFormatError, UsageError
+from ptsim.textfile import check_writable, decode_json, drop_torn_line, read_bytes, read_lines, read_toml, write_whole
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("a = " + "[" * 5000, "nested more than 32 levels"),
+        ("a = " + "[" * 40 + "]" * 40, "nested more than 32 levels"),
+        (".".join("a" * 5000) + " = 1", "nested more than 32 levels"),
+        ("a = " + "9" * 5000, "is not TOML"),
+        ("[t]\na = " + "9" * 30, r"t\.a is a whole number of more than 63 bits"),
+        ("a = [1, 1e400]", r"a\[1\] is not finite"),
+        ("a = nan", "a is not finite"),
+        ("a = 1e-320", "expected a number between 1e-30 and 1e"),
+        ('a = "x\\u0000y"', "NUL"),
+        ("a = ", "is not TOML"),
+    ],
+)
+def test_what_no_setting_can_be_is_refused_with_its_place(tmp_path, content, sentence):
+    file = tmp_path / "x.toml"
+    file.write_text(content)
+    with pytest.raises(FileFormatError, match=sentence):
+        read_toml(file)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_bytes(b"\xef\xbb\xbfa = 1\r\nb = 2\r\n")
+    assert read_toml(file) == {"a": 1, "b": 2}
+
+
+def test_pipes_devices_folders_and_strange_names_are_one_sentence(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, sentence in (
+        (tmp_path / "pipe", "a pipe or a device"),
+        ("/dev/zero", "a pipe or a device"),
+        (tmp_path, "a folder"),
+        (tmp_path / ("x" * 5000), "name too long"),
+        (str(tmp_path / "x\0y"), "not a file name"),
+        (tmp_path / "none", "No such file"),
+    ):
+        with pytest.raises(FileFormatError, match=sentence):
+            read_bytes(path)
+
+
+def test_a_file_beyond_the_limit_is_refused_with_the_limit(tmp_path):
+    file = tmp_path / "large"
+    with file.open("wb") as handle:
+        handle.truncate(2**40)  # no block is stored
+    with pytest.raises(FileFormatError, match=r"has 1,099,511,627,776 bytes, at most 16,777,216 are read"):
+        read_toml(file)
+    with pytest.raises(FileFormatError, match=r"large:1: the line has more than 10 bytes"):
+        list(read_lines(file, most=2**41, most_of_line=10))
+
+
+def test_deep_json_is_one_sentence(tmp_path):
+    with pytest.raises(FileFormatError, match=r"f:3: not a thing: the JSON is nested too deep"):
+        decode_json("f", b"[" * 100_000, msgspec.json.Decoder(), line=3, what="a thing")
+
+
+def test_what_cannot_be_written_is_found_out_before(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path, sentence in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "x.toml", "cannot be written"),
+        (tmp_path / ("x" * 300), "cannot be written: File name too long"),
+        (f"{tmp_path}/x\0y", "not a file name"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            check_writable(path)
+    check_writable(tmp_path / "new" / "x.toml")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "new"]
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
+    file = tmp_path / "x"
+    file.write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_whole(file, "new")
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_torn_line_is_cut(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(b"a\nb\nc")
+    drop_torn_line(file)
+    assert file.read_bytes() == b"a\nb\n"
