@@ -427,7 +427,7 @@ def shrinking_records(
                     after=network.id,
                     channels_removed=_channels(before) - _channels(network),
                     layers_removed=removed,
-                    duration_s=0.25,
+                    measured_duration_s=0.25,
                     batch_before=batch,
                     batch_after=new_batch,
                     learning_rate_scale=scale,
@@ -518,7 +518,7 @@ def _epoch(
         validation_accuracy=0.1 + 0.8 * progress,
         channel_sparsity=1 - _channels(network) / _channels(dense),
         weight_sparsity=removed,
-        time=EpochTime(
+        measured_time=EpochTime(
             wall_s=wall,
             data_wait_s=iterations * waited,
             forward_s=iterations * profile.forward_s,
@@ -528,7 +528,7 @@ def _epoch(
             exposed_communication_s=iterations * exposed,
             validation_s=0.1 * wall,
         ),
-        step=StepDistribution(
+        measured_step=StepDistribution(
             median_s=median, p10_s=median * (1 - jitter), p90_s=median * (1 + jitter), std_s=median * jitter / 1.2816
         ),
         allreduce_bytes=4 * network.num_parameters * iterations if world_size > 1 else 0,

@@ -164,6 +164,7 @@ def validate(
         raise UsageError("no run to validate")
     runs = [trace if isinstance(trace, Trace) else read_trace(trace) for trace in traces]
     for trace in runs:
+        trace.require_measured("compare predictions with")
         if not trace.epochs:
             raise UsageError(f"{trace.path} has no whole epoch to compare with")
     if isinstance(profile, str | Path):
@@ -255,12 +256,13 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
     inputs = {trace.run.dataset.name: input_s_per_image(trace) for trace in with_profiles}
     reconfigurations = [value for trace in with_profiles if (value := reconfiguration_s(trace)) is not None]
     info = with_profiles[0].run.device
+    kind, memory_bytes = info.must_exist()
     return DeviceProfile(
         created=with_profiles[0].run.created,
         complete=True,
         device=info.name,
-        kind=info.kind,
-        memory_bytes=info.memory_bytes,
+        kind=kind,
+        memory_bytes=memory_bytes,
         num_threads=info.num_threads,
         software=with_profiles[0].run.versions,
         reconfiguration_s=statistics.median(reconfigurations) if reconfigurations else None,
@@ -347,7 +349,7 @@ class _Communication:
         nodes_for(cluster, num_gpus)  # raises where it has not so many
 
     def of(self, network: Network, step: StepTime, epoch: Epoch) -> _Exposed:
-        key = (network.id, epoch.batch_per_gpu, epoch.penalty_coefficient > 0)
+        key = (network.id, epoch.batch_per_gpu, epoch.regularized)
         if key not in self._known:
             self._known[key] = self._simulated(network, step)
         return self._known[key]
@@ -444,7 +446,7 @@ def _unsteady(trace: Trace) -> str | None:
     """
     alike: dict[tuple[str, int, bool], list[float]] = {}
     for epoch in trace.epochs[1:]:  # the first one warms up
-        key = (epoch.architecture, epoch.batch_per_gpu, epoch.penalty_coefficient > 0)
+        key = (epoch.architecture, epoch.batch_per_gpu, epoch.regularized)
         alike.setdefault(key, []).append((epoch.time.wall_s - epoch.time.data_wait_s) / epoch.num_iterations)
     ratio = max((max(steps) / min(steps) for steps in alike.values()), default=1.0)
     if ratio <= _STEADY:
@@ -517,7 +519,7 @@ def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel |
         profile = find_profile(trace.network_of(epoch), trace.profiles, trace.setting_of(epoch))
         power_w = _mean_power_w(epoch)
         if profile is not None and power_w is not None and is_plausible(device, power_w):
-            step = step_of_profile(trace.network_of(epoch), profile, regularizer=epoch.penalty_coefficient > 0)
+            step = step_of_profile(trace.network_of(epoch), profile, regularizer=epoch.regularized)
             waiting_s = max(epoch.time.wall_s / epoch.num_iterations - step.compute_s, 0.0)
             samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=power_w))
     return fit_power(device, samples) if samples else None

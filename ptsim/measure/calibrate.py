@@ -226,12 +226,13 @@ def _begin(out: Path, device: torch.device, traces: Sequence[Trace], resume: boo
         return msgspec.structs.replace(known, sources=tuple(dict.fromkeys((*known.sources, *sources))))
     if not out.resolve().parent.is_dir():
         raise FileFormatError(out, "its folder does not exist")
+    kind, memory_bytes = info.must_exist()
     return DeviceProfile(
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         complete=False,
         device=info.name,
-        kind=info.kind,
-        memory_bytes=info.memory_bytes,
+        kind=kind,
+        memory_bytes=memory_bytes,
         num_threads=info.num_threads,
         software=software,
         sources=sources,

@@ -163,6 +163,8 @@ def default_cluster(runs: Sequence[Trace]) -> str:
 
 def _validation(runs: Sequence[Trace]) -> tuple[Validation | None, str]:
     """The runs predicted again from their own profiles, or why that cannot be."""
+    if any(trace.is_planned for trace in runs):
+        return None, "Not possible here: a planned run has no measurements."
     try:
         return validate(runs), ""
     except MissingMeasurementError as error:
@@ -197,6 +199,8 @@ def _byline(runs: Sequence[Trace]) -> str:
     dates = sorted(trace.run.created[:10] for trace in runs)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     count = "one run" if len(runs) == 1 else f"{len(runs)} runs"
+    if all(trace.is_planned for trace in runs):
+        return f"From {count} that nobody has trained, planned {when}."
     return f"From {count} recorded on {devices}, {when}."
 
 

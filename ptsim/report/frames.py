@@ -42,10 +42,13 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
         accuracy = trace.end.final_accuracy if trace.end else None
         if accuracy is None and epochs:
             accuracy = epochs[-1].validation_accuracy
+        paid_s = None if trace.is_planned else sum(r.duration_s for r in trace.reconfigurations)
+        measured_s = sum(e.time.wall_s for e in epochs) if epochs and not trace.is_planned else None
         rows.append(
             {
                 "run": label,
                 "setting": setting,
+                "origin": run.origin,
                 "model": run.model,
                 "dataset": data_name(trace),
                 "penalty_ratio": trace.penalty_ratio,
@@ -64,10 +67,10 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                 "last_parameters": last.num_parameters if last else None,
                 "first_inference_macs_per_image": first.forward_macs if first else None,
                 "last_inference_macs_per_image": last.forward_macs if last else None,
-                "measured_seconds": sum(e.time.wall_s for e in epochs) if epochs else None,
+                "measured_seconds": measured_s,
                 "energy_joules": sum(e for e in energies if e is not None) if epochs and None not in energies else None,
                 "num_reconfigurations": len(trace.reconfigurations),
-                "reconfiguration_seconds": sum(r.duration_s for r in trace.reconfigurations),
+                "reconfiguration_seconds": paid_s,
                 "channels_removed": sum(r.channels_removed for r in trace.reconfigurations),
                 "layers_removed": sum(len(r.layers_removed) for r in trace.reconfigurations),
                 "trace": str(trace.path),
@@ -84,9 +87,9 @@ def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     """
     rows = []
     for label, setting, trace in _named(traces):
-        paid = {r.epoch: r.duration_s for r in trace.reconfigurations}
+        paid = {r.epoch: r.measured_duration_s for r in trace.reconfigurations}
         for epoch in trace.epochs:
-            network, time = trace.network_of(epoch), epoch.time
+            network, time, step = trace.network_of(epoch), epoch.measured_time, epoch.measured_step
             rows.append(
                 {
                     "run": label,
@@ -108,17 +111,17 @@ def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                     "weight_sparsity": epoch.weight_sparsity,
                     "parameters": network.num_parameters,
                     "inference_macs_per_image": network.forward_macs,
-                    "wall_seconds": time.wall_s,
-                    "data_wait_seconds": time.data_wait_s,
-                    "forward_seconds": time.forward_s,
-                    "backward_seconds": time.backward_s,
-                    "regularizer_seconds": time.regularizer_s,
-                    "optimizer_seconds": time.optimizer_s,
-                    "exposed_communication_seconds": time.exposed_communication_s,
-                    "reconfiguration_seconds": paid.get(epoch.epoch, 0.0),
-                    "step_median_seconds": epoch.step.median_s,
-                    "step_p10_seconds": epoch.step.p10_s,
-                    "step_p90_seconds": epoch.step.p90_s,
+                    "wall_seconds": time and time.wall_s,
+                    "data_wait_seconds": time and time.data_wait_s,
+                    "forward_seconds": time and time.forward_s,
+                    "backward_seconds": time and time.backward_s,
+                    "regularizer_seconds": time and time.regularizer_s,
+                    "optimizer_seconds": time and time.optimizer_s,
+                    "exposed_communication_seconds": time and time.exposed_communication_s,
+                    "reconfiguration_seconds": paid.get(epoch.epoch, None if trace.is_planned else 0.0),
+                    "step_median_seconds": step and step.median_s,
+                    "step_p10_seconds": step and step.p10_s,
+                    "step_p90_seconds": step and step.p90_s,
                     "allreduce_bytes": epoch.allreduce_bytes,
                     "peak_memory_bytes": epoch.peak_memory_bytes,
                     "energy_joules": epoch.device.energy_j if epoch.device else None,
@@ -176,6 +179,8 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     for c in comparisons:
         if not c.trained or time_differences(c.pruned, c.baseline):
             continue
+        if c.pruned.is_planned or c.baseline.is_planned:
+            continue
         paid_s = sum(record.duration_s for record in c.pruned.reconfigurations)
         dense_s, pruned_s, held_s = (
             sum(epoch.time.wall_s for epoch in trace.epochs) for trace in (c.baseline, c.pruned, held_dense(c.pruned))
@@ -199,7 +204,9 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
                 / sum(e.training_macs for e in run_cost(c.baseline)),
                 "dense_accuracy": dense_accuracy,
                 "pruned_accuracy": pruned_accuracy,
-                "accuracy_change": pruned_accuracy - dense_accuracy,
+                "accuracy_change": None
+                if pruned_accuracy is None or dense_accuracy is None
+                else pruned_accuracy - dense_accuracy,
             }
         )
     return numeric(pd.DataFrame(rows))
@@ -278,7 +285,7 @@ def reconfigurations_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                     "inference_macs_per_image_after": after.forward_macs,
                     "batch_before": record.batch_before,
                     "batch_after": record.batch_after,
-                    "duration_seconds": record.duration_s,
+                    "duration_seconds": record.measured_duration_s,
                     "notes": "; ".join(record.notes),
                 }
             )

@@ -131,6 +131,8 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
             alike = [p / d for p, d in zip(_estimate(pruned), _estimate(dense), strict=True)]
             joules = _saved(_energy(dense), _energy(pruned))
             usd = _saved(_cost(dense), _cost(pruned))
+            accuracy = c.pruned.epochs[-1].validation_accuracy
+            dense_accuracy = c.baseline.epochs[-1].validation_accuracy if c.trained else None
             rows.append(
                 {
                     "run": c.label,
@@ -174,12 +176,11 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     "saved_usd_high": usd[2],
                     "price_usd_per_gpu_hour": projector.options.price_usd_per_gpu_hour
                     or projector.cluster.price_usd_per_gpu_hour,
-                    "pruned_accuracy": c.pruned.epochs[-1].validation_accuracy,
-                    "dense_accuracy": c.baseline.epochs[-1].validation_accuracy if c.trained else None,
-                    "accuracy_change": c.pruned.epochs[-1].validation_accuracy
-                    - c.baseline.epochs[-1].validation_accuracy
-                    if c.trained
-                    else None,
+                    "pruned_accuracy": accuracy,
+                    "dense_accuracy": dense_accuracy,
+                    "accuracy_change": None
+                    if accuracy is None or dense_accuracy is None
+                    else accuracy - dense_accuracy,
                     "whole_runs": both_whole,
                     "shrank": len({epoch.architecture for epoch in c.pruned.epochs}) > 1,
                     "tier": str(max(dense.tier, pruned.tier, key=_rank)),

@@ -55,7 +55,7 @@ class Power:
         samples = []
         if scenario.measurements.source_device == scenario.device:
             for epoch in scenario.trace.epochs:
-                if epoch.device is None or epoch.device.power_w is None:
+                if epoch.device is None or epoch.device.power_w is None or epoch.measured_time is None:
                     continue
                 if not is_plausible(scenario.device, epoch.device.power_w):
                     continue
@@ -71,7 +71,7 @@ class Power:
             precision=run.precision,
             memory_format=run.memory_format,
             optimizer=scenario.optimizer,
-            regularizer=epoch.penalty_coefficient > 0,
+            regularizer=epoch.regularized,
         )
         return scenario.cache.get(
             ("step", epoch.architecture, scenario.device_key, setting),

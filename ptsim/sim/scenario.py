@@ -96,16 +96,18 @@ class Scenario:
             precision=self.precision,
             memory_format=self.memory_format,
             optimizer=self.optimizer,
-            regularizer=epoch.penalty_coefficient > 0,
+            regularizer=epoch.regularized,
         )
 
 
 def recorded_jitter(epochs: Sequence[Epoch]) -> float:
     """The standard deviation of the logarithm of a step's duration, from the recorded 10th and 90th percentiles.
 
-    Percentiles, not the standard deviation: the first steps after a start would dominate that. The median over epochs.
+    Percentiles, not the standard deviation: the first steps after a start would dominate that. The median over epochs;
+    0 where nobody measured steps, as in a planned run.
     """
+    steps = [epoch.measured_step for epoch in epochs]
     spreads = sorted(
-        math.log(epoch.step.p90_s / epoch.step.p10_s) / (2 * 1.2816) for epoch in epochs if epoch.step.p10_s > 0
+        math.log(step.p90_s / step.p10_s) / (2 * 1.2816) for step in steps if step is not None and step.p10_s > 0
     )
     return spreads[len(spreads) // 2] if spreads else 0.0

@@ -6,6 +6,7 @@ file, line and field.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import msgspec
 
 from ptsim.errors import FileFormatError, NewerVersionError
 from ptsim.network import Network
-from ptsim.textfile import decode_json, drop_torn_line, read_lines
+from ptsim.textfile import decode_json, drop_torn_line, read_lines, write_whole
 from ptsim.trace.schema import (
     SCHEMA_VERSION,
     AnyRecord,
@@ -142,6 +143,42 @@ def read_trace(path: str | Path) -> Trace:
     )
 
 
+def records_of(trace: Trace) -> Iterator[AnyRecord]:
+    """The records of a trace in the order of a file: every architecture in front of the first record that names it."""
+    yield trace.run
+    written: set[str] = set()
+
+    def architectures(*names: str) -> Iterator[Architecture]:
+        for name in names:
+            if name not in written:
+                written.add(name)
+                yield Architecture(id=name, network=trace.networks[name])
+
+    events = {event.epoch: event for event in trace.reconfigurations}
+    profiled: set[str] = set()
+    for epoch in trace.epochs:
+        yield from architectures(epoch.architecture)
+        if epoch.architecture not in profiled:
+            profiled.add(epoch.architecture)
+            yield from (profile for profile in trace.profiles if profile.architecture == epoch.architecture)
+        yield epoch
+        event = events.get(epoch.epoch)
+        if event is not None:
+            yield from architectures(event.before, event.after)
+            yield event
+    yield from architectures(*trace.networks)
+    yield from (profile for profile in trace.profiles if profile.architecture not in profiled)
+    if trace.end is not None:
+        yield trace.end
+
+
+def write_trace(path: str | Path, trace: Trace) -> Path:
+    """Write a whole trace as a new file and return its path; a file that is there already is replaced as a whole."""
+    file = Path(path)
+    write_whole(file, b"".join(_ENCODER.encode(record) + b"\n" for record in records_of(trace)))
+    return file
+
+
 class TraceWriter:
     """Appends records to a trace; each is on disk when `write` returns, so a crash loses at most one line."""
 
@@ -177,6 +214,8 @@ class TraceWriter:
             _DECODER.decode(line)
         except msgspec.ValidationError as error:
             raise ValueError(f"a {_tag(record)} record that no reader would accept: {error}") from error
+        for place in _not_finite(msgspec.to_builtins(record)):  # JSON would say null, which means "not measured"
+            raise ValueError(f"a {_tag(record)} record whose {place} is not finite")
         rest = memoryview(line + b"\n")
         try:
             while rest:
@@ -196,6 +235,19 @@ class TraceWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _not_finite(value: object, place: str = "") -> Iterator[str]:
+    """The places of numbers that are NaN or infinite."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            yield place
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _not_finite(part, f"{place}.{name}" if place else str(name))
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from _not_finite(part, f"{place}[{index}]")
 
 
 class _FirstLine(msgspec.Struct):

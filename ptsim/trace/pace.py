@@ -16,11 +16,12 @@ def beyond_steps_s(epoch: Epoch) -> float:
 
 
 def input_s_per_image(trace: Trace) -> float | None:
-    """`beyond_steps_s` per image of a rank: the median over epochs; None without epochs.
+    """`beyond_steps_s` per image of a rank: the median over epochs; None where no epoch was measured.
 
     The first epoch is left out where there are others: it warms up.
     """
-    epochs = trace.epochs[1:] or trace.epochs
+    measured = [epoch for epoch in trace.epochs if epoch.measured_time is not None]
+    epochs = measured[1:] or measured
     values = [beyond_steps_s(epoch) * epoch.world_size / epoch.num_images for epoch in epochs if epoch.num_images]
     return statistics.median(values) if values else None
 
@@ -31,6 +32,6 @@ def changes(trace: Trace) -> tuple[Reconfiguration, ...]:
 
 
 def reconfiguration_s(trace: Trace) -> float | None:
-    """Median seconds of a reconfiguration that changed the network; None where there was none."""
-    values = [event.duration_s for event in changes(trace)]
+    """Median seconds of a reconfiguration that changed the network; None where none was measured."""
+    values = [event.duration_s for event in changes(trace) if event.measured_duration_s is not None]
     return statistics.median(values) if values else None

@@ -205,11 +205,12 @@ def pace(comparison: Comparison) -> float | None:
         [
             (epoch.time.wall_s - epoch.time.regularizer_s) / epoch.num_images
             for epoch in trace.epochs
-            if (epoch.architecture, epoch.batch_per_gpu) == (first.architecture, first.batch_per_gpu)
+            if epoch.measured_time is not None
+            and (epoch.architecture, epoch.batch_per_gpu) == (first.architecture, first.batch_per_gpu)
         ]
         for trace in (comparison.pruned, comparison.baseline)
     )
-    if not comparison.trained or not dense or time_differences(comparison.pruned, comparison.baseline):
+    if not comparison.trained or not dense or not pruned or time_differences(comparison.pruned, comparison.baseline):
         return None
     return statistics.median(pruned) / statistics.median(dense)
 
@@ -247,10 +248,13 @@ def held_dense(trace: Trace) -> Trace:
     """
     first = trace.epochs[0]
     same = [e for e in trace.epochs if e.architecture == first.architecture and e.batch_per_gpu == first.batch_per_gpu]
-    typical = sorted(same, key=lambda epoch: epoch.time.wall_s)[len(same) // 2]
-    time = msgspec.structs.replace(
-        typical.time, wall_s=typical.time.wall_s - typical.time.regularizer_s, regularizer_s=0.0
-    )
+    timed = [epoch for epoch in same if epoch.measured_time is not None]
+    typical, time = first, first.measured_time
+    if timed:
+        typical = sorted(timed, key=lambda epoch: epoch.time.wall_s)[len(timed) // 2]
+        time = msgspec.structs.replace(
+            typical.time, wall_s=typical.time.wall_s - typical.time.regularizer_s, regularizer_s=0.0
+        )
 
     def held(epoch: Epoch) -> Epoch:
         return msgspec.structs.replace(
@@ -261,7 +265,7 @@ def held_dense(trace: Trace) -> Trace:
             penalty=0.0,
             channel_sparsity=0.0,
             weight_sparsity=0.0,
-            time=time,
+            measured_time=time,
             densities=(),
             channel_maxima=None,
         )

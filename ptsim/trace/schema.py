@@ -1,23 +1,29 @@
 """What a trace says: the records of one training run, one JSON object a line.
 
 The first line is the `Run`, then architectures, profiles, epochs and reconfigurations in the order in which they
-happened, and an `End`. A crashed run has no `End`. Field names carry their unit; a quantity that this machine could
-not measure is null, never zero. `SCHEMA_VERSION` grows with every change of meaning; `io.py` converts older files.
+happened, and an `End`. A crashed run has no `End`. Field names carry their unit; a quantity that nobody measured is
+null, never zero. A planned run has no measured quantity at all: reading one of its times raises
+`MissingMeasurementError`. `SCHEMA_VERSION` grows with every change of meaning; `io.py` converts older files.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from ptsim.errors import MissingMeasurementError
 from ptsim.network import MemoryFormat, Network, Precision
 
-SCHEMA_VERSION = 2  # 2: layers that run once a mini-batch, and inputs that images share, are marked
+SCHEMA_VERSION = 3  # 2: layers that run once a mini-batch, and inputs that images share, are marked; 3: `Run.origin`
+
+Origin = Literal["recorded", "planned", "imported"]
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+T = TypeVar("T")
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="record"):
@@ -35,22 +41,46 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The device that ran: as its driver names it."""
+    """The device that ran, as its driver names it; `NO_DEVICE` where nothing ran."""
 
     name: str
-    kind: Literal["cpu", "cuda"]
-    memory_bytes: Count
+    kind: Literal["cpu", "cuda", "none"]
+    memory_bytes: Count | None
     num_threads: int | None = None
     max_sm_clock_hz: float | None = None
     max_memory_clock_hz: float | None = None
     power_limit_w: float | None = None
     driver: str | None = None
 
+    def must_exist(self) -> tuple[Literal["cpu", "cuda"], int]:
+        """Kind and memory of a device that really ran.
+
+        Raises:
+            MissingMeasurementError: it is `NO_DEVICE`.
+        """
+        if self.kind == "none" or self.memory_bytes is None:
+            raise MissingMeasurementError("nothing was measured on any device: the run is planned")
+        return self.kind, self.memory_bytes
+
+
+NO_DEVICE = DeviceInfo(name="no device", kind="none", memory_bytes=None)
+
+
+class Assumption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One thing that a planned or imported run takes for given: what, and from where."""
+
+    what: str
+    source: str
+
 
 class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="run"):
     """The first line: everything that decides the run.
 
-    `hyperparameters` is the whole resolved configuration; its keys are those of the run's TOML file.
+    Attributes:
+        hyperparameters: the whole resolved configuration; its keys are those of the run's TOML file.
+        origin: "recorded" by ptsim while it trained, "planned" (nobody has trained it: nothing in it is measured), or
+            "imported" from measurements of another program.
+        assumed: what a planned or imported run takes for given.
     """
 
     schema_version: int
@@ -66,6 +96,8 @@ class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ru
     device: DeviceInfo
     versions: dict[str, str]
     git_revision: str | None
+    origin: Origin = "recorded"
+    assumed: tuple[Assumption, ...] = ()
 
 
 class Architecture(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="architecture"):
@@ -157,40 +189,70 @@ class LayerDensity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Epoch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="epoch"):
-    """One trained epoch. `epoch` counts from 0; losses are means over images; accuracies are fractions 0..1.
+    """One epoch. `epoch` counts from 0; losses are means over images; accuracies are fractions 0..1.
 
-    `channel_sparsity` and `weight_sparsity` are relative to the *first* architecture of the run: what is removed
-    counts as sparse. `allreduce_bytes` is the gradient payload that every rank reduced over the epoch.
+    Losses and accuracies that nobody measured are null. `channel_sparsity` and `weight_sparsity` are relative to the
+    *first* architecture of the run: what is removed counts as sparse; in a planned run nothing else does.
+    `allreduce_bytes` is the gradient payload that every rank reduced over the epoch.
+
+    Attributes:
+        penalty_coefficient: λ; 0 without the group lasso, null for a group lasso whose λ nobody knows.
+        measured_time, measured_step: `time` and `step` of the file; null where nobody measured them. Who needs them
+            reads `time` and `step`.
     """
 
     epoch: Count
     architecture: str
     batch_per_gpu: Positive
     world_size: Positive
-    learning_rate: float
+    learning_rate: float | None
     num_iterations: Positive
     num_images: Positive
-    penalty_coefficient: float
-    train_loss: float
-    penalty: float
-    train_accuracy: float
-    validation_loss: float
-    validation_accuracy: float
+    penalty_coefficient: float | None
+    train_loss: float | None
+    penalty: float | None
+    train_accuracy: float | None
+    validation_loss: float | None
+    validation_accuracy: float | None
     channel_sparsity: float
     weight_sparsity: float
-    time: EpochTime
-    step: StepDistribution
+    measured_time: EpochTime | None = msgspec.field(name="time")
+    measured_step: StepDistribution | None = msgspec.field(name="step")
     allreduce_bytes: Count
     peak_memory_bytes: int | None  # the allocator's
     device: DeviceUse | None = None
     densities: tuple[LayerDensity, ...] = ()
     channel_maxima: dict[str, tuple[float, ...]] | None = None  # per layer, largest |w| per output channel
 
+    @property
+    def regularized(self) -> bool:
+        """Whether the group lasso's gradient was part of the steps."""
+        return self.penalty_coefficient is None or self.penalty_coefficient > 0
+
+    @property
+    def time(self) -> EpochTime:
+        """The measured seconds.
+
+        Raises:
+            MissingMeasurementError: nobody measured them, as in a planned run.
+        """
+        return _measured(self.measured_time, f"the time of epoch {self.epoch}")
+
+    @property
+    def step(self) -> StepDistribution:
+        """The measured spread of the iterations' durations.
+
+        Raises:
+            MissingMeasurementError: nobody measured it, as in a planned run.
+        """
+        return _measured(self.measured_step, f"the steps of epoch {self.epoch}")
+
 
 class Reconfiguration(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="reconfiguration"):
     """A shrinking of the network after epoch `epoch` (its first new epoch is `epoch + 1`).
 
-    `duration_s` is everything that the run paid for it: decision, surgery, re-wrapping, re-profiling excluded.
+    `duration_s` is everything that the run paid for it: decision, surgery, re-wrapping, re-profiling excluded. It is
+    null in the file (`measured_duration_s`) where nobody measured it.
     """
 
     epoch: Count
@@ -198,12 +260,21 @@ class Reconfiguration(Record, frozen=True, kw_only=True, forbid_unknown_fields=T
     after: str
     channels_removed: Count
     layers_removed: tuple[str, ...]
-    duration_s: Seconds
+    measured_duration_s: Seconds | None = msgspec.field(name="duration_s")
     batch_before: Positive
     batch_after: Positive
     learning_rate_scale: float = 1.0
     predicted_memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def duration_s(self) -> float:
+        """The measured seconds.
+
+        Raises:
+            MissingMeasurementError: nobody measured them, as in a planned run.
+        """
+        return _measured(self.measured_duration_s, f"the reconfiguration after epoch {self.epoch}")
 
 
 class End(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="end"):
@@ -213,9 +284,15 @@ class End(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="en
     reason: str | None
     epochs: Count
     final_accuracy: float | None
-    wall_s: Seconds
+    wall_s: Seconds | None
     num_iterations: Count
     energy_j: float | None = None
+
+
+def _measured(value: T | None, what: str) -> T:
+    if value is None:
+        raise MissingMeasurementError(f"{what} was not measured: the run is planned, or its recorder took no times")
+    return value
 
 
 AnyRecord = Run | Architecture | Profile | Epoch | Reconfiguration | End

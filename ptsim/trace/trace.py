@@ -79,7 +79,24 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_pruned(self) -> bool:
         """The run was regularised to shrink or has shrunk; everything else is a dense run."""
-        return bool(self.reconfigurations) or any(epoch.penalty_coefficient > 0 for epoch in self.epochs)
+        return bool(self.reconfigurations) or any(epoch.regularized for epoch in self.epochs)
+
+    @property
+    def is_planned(self) -> bool:
+        """Nobody has trained the run: it has architectures and iterations, and no measured quantity."""
+        return self.run.origin == "planned"
+
+    def require_measured(self, purpose: str) -> None:
+        """Refuse a planned run where a measured one is needed; `purpose` completes "there is nothing to …".
+
+        Raises:
+            UsageError: the run is planned.
+        """
+        if self.is_planned:
+            raise UsageError(
+                f"{self.path} is a planned run: nobody has trained it and nothing in it is measured, "
+                f"so there is nothing to {purpose}"
+            )
 
     def network_of(self, epoch: Epoch) -> Network:
         """The network that `epoch` trained."""
@@ -92,6 +109,6 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             precision=self.run.precision,
             memory_format=self.run.memory_format,
             optimizer=self.optimizer,
-            regularizer=epoch.penalty_coefficient > 0,
+            regularizer=epoch.regularized,
             num_gpus=epoch.world_size,
         )

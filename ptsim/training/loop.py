@@ -301,13 +301,13 @@ class Trainer:
             validation_accuracy=validated.accuracy,
             channel_sparsity=1 - channels / self.initial[0],
             weight_sparsity=1 - weights / self.initial[1],
-            time=msgspec.structs.replace(
+            measured_time=msgspec.structs.replace(
                 seconds,
                 backward_s=seconds.backward_s - exposed_s,
                 validation_s=validation_s,
                 exposed_communication_s=exposed_s,
             ),
-            step=steps,
+            measured_step=steps,
             allreduce_bytes=gradient_bytes * trained.num_iterations,
             peak_memory_bytes=peak_bytes,
             device=use,
@@ -379,7 +379,7 @@ class Trainer:
             after=self.network.id,
             channels_removed=surgery.channels_removed,
             layers_removed=tuple(surgery.layers_removed),
-            duration_s=duration_s,
+            measured_duration_s=duration_s,
             batch_before=batch_before,
             batch_after=state.batch // team.world_size,
             learning_rate_scale=state.learning_rate_scale,
@@ -437,7 +437,7 @@ class Trainer:
                 after=self.network.id,
                 channels_removed=0,
                 layers_removed=(),
-                duration_s=0.0,
+                measured_duration_s=0.0,
                 batch_before=failed,
                 batch_after=smaller,
                 learning_rate_scale=self.state.learning_rate_scale,
@@ -497,7 +497,7 @@ class Trainer:
         self.state.learning_rate_scale = learning_rate_scale(self.config.batch, batch, self.config.lr_rule)
 
     def _capacity_bytes(self) -> int:
-        return self.config.memory_budget_bytes or self.meter.info().memory_bytes
+        return self.config.memory_budget_bytes or self.meter.info().must_exist()[1]
 
     def _record(self, record: Any) -> None:
         if self.recorder is not None:

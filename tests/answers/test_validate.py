@@ -29,7 +29,7 @@ def slower(path, factor, only=lambda epoch: True, **options):
     def changed(record):
         if isinstance(record, Epoch) and only(record):
             t = record.time
-            return msgspec.structs.replace(record, time=msgspec.structs.replace(t, wall_s=factor * t.wall_s))
+            return msgspec.structs.replace(record, measured_time=msgspec.structs.replace(t, wall_s=factor * t.wall_s))
         return record
 
     return write_trace(path, [changed(record) for record in shrinking_records(**LONG, **options)])

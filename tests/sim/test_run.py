@@ -135,7 +135,7 @@ class TestManyGpus:
         epochs = [
             msgspec.structs.replace(
                 epoch,
-                time=msgspec.structs.replace(
+                measured_time=msgspec.structs.replace(
                     epoch.time, wall_s=slow * pace * epoch.num_images, data_wait_s=pace * epoch.num_images
                 ),
             )
@@ -268,7 +268,7 @@ class TestReconfigurations:
 
     def test_their_interval_is_the_recorded_ones_spread(self, trace: Trace) -> None:
         (first, second) = trace.reconfigurations
-        slower = msgspec.structs.replace(second, duration_s=2 * first.duration_s)
+        slower = msgspec.structs.replace(second, measured_duration_s=2 * first.duration_s)
         changed = msgspec.structs.replace(trace, reconfigurations=(first, slower))
         p = run(changed, 1, autotune_trials=0)
         # two durations a factor of 2 apart: a standard deviation of ln 2 / sqrt 2
@@ -282,7 +282,9 @@ class TestReconfigurations:
     def test_one_that_changed_nothing_says_nothing_of_surgery(self, trace: Trace) -> None:
         first = trace.reconfigurations[0]
         idle = [
-            msgspec.structs.replace(first, epoch=epoch, before=first.before, after=first.before, duration_s=1e-3)
+            msgspec.structs.replace(
+                first, epoch=epoch, before=first.before, after=first.before, measured_duration_s=1e-3
+            )
             for epoch in (0, 2, 4)
         ]
         p = run(msgspec.structs.replace(trace, reconfigurations=(*idle, *trace.reconfigurations)), 1)
@@ -290,14 +292,21 @@ class TestReconfigurations:
         assert p.reconfiguration_low_s == run(trace, 1).reconfiguration_low_s
         assert p.reconfiguration_high_s == run(trace, 1).reconfiguration_high_s
         alone = run(msgspec.structs.replace(trace, reconfigurations=tuple(idle)), 1)
-        assert any("surgery counts as 0 s" in note for note in alone.notes)
+        assert any("surgery counts as 0.21 s" in note for note in alone.notes)
 
     def test_a_single_one_has_no_spread_and_says_so(self, trace: Trace) -> None:
-        for number, problem in ((1, "the interval holds none for its surgery"), (0, "surgery counts as 0 s")):
-            fewer = msgspec.structs.replace(trace, reconfigurations=trace.reconfigurations[:number])
-            p = run(fewer, 1, autotune_trials=0)
-            assert p.reconfiguration_low_s == p.reconfiguration_s == p.reconfiguration_high_s
-            assert any(problem in note for note in p.notes)
+        fewer = msgspec.structs.replace(trace, reconfigurations=trace.reconfigurations[:1])
+        p = run(fewer, 1, autotune_trials=0)
+        assert p.reconfiguration_low_s == p.reconfiguration_s == p.reconfiguration_high_s
+        assert any("the interval holds none for its surgery" in note for note in p.notes)
+
+    def test_without_a_measured_one_surgery_takes_what_a_resnet50_took(self, trace: Trace) -> None:
+        unmeasured = [msgspec.structs.replace(event, measured_duration_s=None) for event in trace.reconfigurations]
+        changed = [event for event in unmeasured if event.before != event.after]
+        p = run(msgspec.structs.replace(trace, reconfigurations=tuple(unmeasured)), 1, autotune_trials=0)
+        assert p.reconfiguration_s == pytest.approx(0.21 * len(changed))
+        assert p.reconfiguration_low_s < p.reconfiguration_s < p.reconfiguration_high_s
+        assert any("surgery counts as 0.21 s" in note for note in p.notes)
         assert not any("surgery" in note for note in run(trace, 1).notes)
 
     def test_what_follows_from_them_has_the_interval_of_its_tier(self, dense: Trace, trace: Trace) -> None:

@@ -69,9 +69,9 @@ def _without_times(record):
         case Epoch():
             times = msgspec.structs.replace(record.time, **dict.fromkeys(record.time.__struct_fields__, 0.0))
             steps = StepDistribution(median_s=0, p10_s=0, p90_s=0, std_s=0)
-            return msgspec.structs.replace(record, time=times, step=steps)
+            return msgspec.structs.replace(record, measured_time=times, measured_step=steps)
         case Reconfiguration():
-            return msgspec.structs.replace(record, duration_s=0)
+            return msgspec.structs.replace(record, measured_duration_s=0)
         case End():
             return msgspec.structs.replace(record, wall_s=0)
     return record
