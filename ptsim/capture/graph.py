@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -226,6 +227,21 @@ def example_input(model: nn.Module, input_shape: tuple[int, int, int], *, batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((batch, *input_shape), generator=generator)
     return images.to(device=reference.device, dtype=reference.dtype)
+
+
+def output_tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returns: a tensor, or dicts, sequences and dataclasses of tensors."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for part in output.values():
+            yield from output_tensors(part)
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from output_tensors(part)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from output_tensors(getattr(output, field.name))
 
 
 def _one_line(error: Exception) -> str:

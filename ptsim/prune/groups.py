@@ -88,10 +88,11 @@ class ChannelGroups:
         """(layer, penalise inputs, penalise outputs) for the group lasso (METHOD.md §1).
 
         An axis counts if at least one of its channels can be removed: this leaves out the inputs of the first
-        convolution, the outputs of the last linear layer and axes that cannot be pruned. Depthwise layers are left out.
+        convolution, the outputs of the last linear layer and axes that cannot be pruned. Depthwise layers and weights
+        that are not trained are left out.
         """
         for layer in self.layers:
-            if not layer.depthwise:
+            if layer.decides:
                 inputs, outputs = (bool(self.prunable[axis].any()) for axis in (layer.inputs, layer.outputs))
                 if inputs or outputs:
                     yield layer, inputs, outputs
@@ -201,7 +202,7 @@ def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphMo
         reason_of[component_of[slots]] = reason
     weighted = torch.zeros(num_components, dtype=torch.bool)
     for layer in layers:
-        if not layer.depthwise:
+        if layer.decides:
             weighted[layer.inputs] = True
             weighted[layer.outputs] = True
     reasons = [*state.reasons, NO_DECISION]
@@ -429,12 +430,12 @@ def weight_GOIK(weight: Tensor, layer: Weighted) -> Tensor:  # noqa: N802 - its 
 def component_maxima(model: nn.Module, groups: ChannelGroups) -> Tensor:
     """Largest |w| over all producers' outputs and all consumers' inputs, per component (on the CPU).
 
-    Depthwise convolutions have no say (METHOD.md §1). A weight that is not finite counts as infinite.
+    Depthwise convolutions (METHOD.md §1) and fixed filters have no say. A weight that is not finite counts as infinite.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     maxima: Tensor | None = None
     for layer in groups.layers:
-        if layer.depthwise:
+        if not layer.decides:
             continue
         W = weight_GOIK(parameters[layer.weight].detach().abs().nan_to_num(torch.inf), layer)
         if maxima is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ptsim import zoo
+from ptsim.capture.graph import output_tensors
 from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.prune.cut import take
 from ptsim.prune.groups import SHAPE_ERRORS, ChannelGroups, axes_for, find_groups, keep_one
@@ -174,11 +175,11 @@ def inspect(
 def zero_components(model: nn.Module, groups: ChannelGroups, mask: Tensor) -> None:
     """Set the weights of the components in `mask` to zero in all producers' outputs and all consumers' inputs.
 
-    Depthwise convolutions, biases and BatchNorms keep theirs: nothing reads them any more.
+    Depthwise convolutions, fixed filters, biases and BatchNorms keep theirs: nothing reads them any more.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for layer in groups.layers:
-        if layer.depthwise:
+        if not layer.decides:
             continue
         weight = parameters[layer.weight]
         outputs, inputs = (
@@ -281,8 +282,8 @@ def _run(
     torch.manual_seed(seed)  # noise of the model's own: the same for both networks
     with WithoutRandomness():
         with torch.no_grad():
-            eval_outputs = list(_tensors(network.eval()(images)))
-        train_outputs = list(_tensors(network.train()(images)))
+            eval_outputs = list(output_tensors(network.eval()(images)))
+        train_outputs = list(output_tensors(network.train()(images)))
         generator = torch.Generator().manual_seed(seed + 1)
         loss = sum((out * torch.rand(out.shape, dtype=out.dtype, generator=generator)).sum() for out in train_outputs)
         if not isinstance(loss, Tensor):
@@ -297,20 +298,6 @@ def _run(
 
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers() if buffer.is_floating_point()}
     return eval_outputs, [out.detach() for out in train_outputs], gradients(), buffers
-
-
-def _tensors(output: Any) -> Iterable[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for part in output.values():
-            yield from _tensors(part)
-    elif isinstance(output, (tuple, list)):
-        for part in output:
-            yield from _tensors(part)
-    elif dataclasses.is_dataclass(output):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))
 
 
 def _relative_error(found: Tensor, expected: Tensor, least_scale: float = 0.0) -> float:

@@ -105,6 +105,7 @@ class Weighted:
     """A convolution or linear layer: where its weight is and the slots of its input and output channels.
 
     `inputs` has one slot per input channel; for a grouped convolution they belong to no axis of the weight alone.
+    `trained` is False for a fixed filter in a buffer and for a frozen parameter beside others that are trained.
     """
 
     layer: str
@@ -115,6 +116,12 @@ class Weighted:
     inputs: Tensor
     outputs: Tensor
     nodes: tuple[str, ...]
+    trained: bool = True
+
+    @property
+    def decides(self) -> bool:
+        """True if its weights say which channels are sparse: depthwise and fixed filters follow their neighbours."""
+        return self.trained and not self.depthwise
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -370,7 +377,7 @@ class Propagation(fx.Interpreter):
             state.freeze(inputs, f"{self.op} meets channels that lie along several axes")
         else:
             state.unite(inputs, vector)
-        state.weighted(layer, name, groups, inputs, outputs, node.name, transposed=transposed)
+        state.weighted(layer, weight, groups, inputs, outputs, node.name, transposed=transposed)
         state.bind(bias, outputs)
         return _along(outputs, dim, value.ndim)
 
@@ -387,7 +394,7 @@ class Propagation(fx.Interpreter):
             state.freeze(inputs, f"{self.op} meets channels that lie along several axes")
         else:
             state.unite(inputs, vector)
-        state.weighted(layer, name, 1, inputs, outputs, node.name)
+        state.weighted(layer, weight, 1, inputs, outputs, node.name)
         state.bind(bias, outputs)
         return _along(outputs, value.ndim - 1, value.ndim)
 
@@ -708,8 +715,9 @@ class State:
     every pair whose components differ is collected in `misaligned`: the smaller model would mix up channels.
     """
 
-    def __init__(self, names: dict[int, str], seed: Mapping[AxisKey, Tensor] | None = None) -> None:
-        self.names = names
+    def __init__(self, model: nn.Module, seed: Mapping[AxisKey, Tensor] | None = None) -> None:
+        self.names = tensor_names(model)
+        self.trains = any(parameter.requires_grad for parameter in model.parameters())
         self.seed = seed
         self.axes: dict[AxisKey, Tensor] = {}
         self.num_slots = 0
@@ -742,7 +750,7 @@ class State:
     def weighted(
         self,
         layer: str,
-        weight: str,
+        weight: Tensor,
         groups: int,
         inputs: Tensor,
         outputs: Tensor,
@@ -750,13 +758,23 @@ class State:
         *,
         transposed: bool = False,
     ) -> None:
-        """Record a convolution or linear layer, once per weight."""
-        known = self.layers.get(weight)
+        """Record a convolution or linear layer, once per weight; what a weight that never changes reads has to stay.
+
+        The outputs of a fixed filter may go once nothing reads them. A frozen parameter keeps its outputs as well. In a
+        network without a single trainable parameter none is called frozen: it is pruned as its weights are.
+        """
+        name = self.names[id(weight)]
+        known = self.layers.get(name)
         nodes = (*known.nodes, node) if known is not None and node not in known.nodes else (node,)
+        layer = known.layer if known is not None else layer
         depthwise = groups > 1 and groups == len(inputs)
-        self.layers[weight] = Weighted(
-            known.layer if known else layer, weight, groups, depthwise, transposed, inputs, outputs, nodes
-        )
+        trained = isinstance(weight, nn.Parameter) and (weight.requires_grad or not self.trains)
+        if not trained and not depthwise:
+            if isinstance(weight, nn.Parameter):
+                self.freeze(torch.cat([inputs, outputs]), f"{layer} is frozen: its weights are not trained")
+            else:
+                self.freeze(inputs, f"{layer} reads them with a fixed filter")
+        self.layers[name] = Weighted(layer, name, groups, depthwise, transposed, inputs, outputs, nodes, trained)
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Positions that meet are one channel; a position that stays freezes the other one."""
@@ -897,7 +915,7 @@ def propagate(
     model: nn.Module, input_shape: tuple[int, int, int], seed: Mapping[AxisKey, Tensor] | None = None
 ) -> tuple[State, dict[Literal["train", "eval"], fx.GraphModule]]:
     """Propagate labels through `model` (usually a `skeleton`) as training and, where it differs, evaluation runs it."""
-    state = State(tensor_names(model), seed)
+    state = State(model, seed)
     graphs: dict[Literal["train", "eval"], fx.GraphModule] = {}
     modes = {module: module.training for module in model.modules()}
     images = example_input(model, input_shape)

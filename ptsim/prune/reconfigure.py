@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import example_input
+from ptsim.capture.graph import example_input, output_tensors
 from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.prune.cut import cut_model, cut_optimizer, unwrap
 from ptsim.prune.density import THRESHOLD
@@ -27,7 +27,12 @@ from ptsim.prune.groups import (
     misaligned,
     round_up,
 )
-from ptsim.prune.removal import Removal, find_removals, remove_branch
+from ptsim.prune.removal import Removal, collapsed_layers, find_removals, remove_branch
+
+COLLAPSED = (
+    "the network has collapsed: its output no longer depends on the image, every weight of {} is below the threshold; "
+    "train again with a lower penalty ratio"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +40,11 @@ class Surgery:
     """What one reconfiguration did.
 
     `channels_removed` counts output channels of convolutions and linear layers; `groups` are those of the network as it
-    is now.
+    is now. `collapsed`: its output no longer depends on the image; the first of the `notes` says so.
     """
 
     changed: bool
+    collapsed: bool
     channels_removed: int
     layers_removed: tuple[str, ...]
     notes: tuple[str, ...]
@@ -81,11 +87,14 @@ def reconfigure(
         raise UsageError(f"unknown reconfiguration mode {mode!r}; known: union, gating")
     importance = component_maxima(model, groups)
     sparse = groups.prunable & (importance < threshold)
+    collapsed = collapsed_layers(model, groups, threshold)
     plan, after, bones, notes = _decide(model, groups, sparse, importance, channel_multiple)
     channels_removed = sum(int(plan.removed[layer.outputs].sum()) for layer in groups.layers)
     if plan.changes:
         operate(model, groups, plan, optimizer=optimizer, shadows=shadows)
     notes += [f"{r.constant}: the residual branch is removed, its constant stays" for r in plan.removals]
+    if collapsed:
+        notes.insert(0, COLLAPSED.format(", ".join(collapsed[:3]) + (" and others" if len(collapsed) > 3 else "")))
     gates = find_gates(model, after, threshold) if mode == "gating" else ()
     for gate in gates:
         for copy in (bones, *map(unwrap, shadows)):
@@ -98,6 +107,7 @@ def reconfigure(
         after = find_groups(bones, groups.input_shape)
     return Surgery(
         changed=plan.changes or bool(gates),
+        collapsed=bool(collapsed),
         channels_removed=channels_removed,
         layers_removed=tuple(name for removal in plan.removals for name in weighted_layers(groups, removal)),
         notes=tuple(notes),
@@ -106,16 +116,20 @@ def reconfigure(
 
 
 def runs(model: nn.Module, groups: ChannelGroups) -> bool:
-    """True if the model's own code, not only its graph (which has no in-place sums), runs in training mode."""
+    """True if the model's own code, not only its graph (which has no in-place sums), runs in training mode.
+
+    Its outputs have to be of the shapes that they had when `groups` was made.
+    """
     training = {module: module.training for module in model.modules()}
     try:
-        model.train()(example_input(model, groups.input_shape))
+        given = model.train()(example_input(model, groups.input_shape))
     except SHAPE_ERRORS:
         return False
     finally:
         for module, mode in training.items():
             module.training = mode
-    return True
+    before = fx.map_arg(groups.graph.graph.output_node().args, lambda node: node.meta["value"])
+    return [tensor.shape for tensor in output_tensors(given)] == [tensor.shape for tensor in output_tensors(before)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

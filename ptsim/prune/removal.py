@@ -13,6 +13,7 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ptsim.prune.cut import Replacement
@@ -37,22 +38,26 @@ class Removal:
 
 
 def find_removals(groups: ChannelGroups, sparse: Tensor) -> tuple[Removal, ...]:
-    """The branches that are left without an inner channel once the components of the mask `sparse` are gone."""
+    """The branches that are left without an inner channel once the components of the mask `sparse` are gone.
+
+    Of the two operands of a sum at most one is among them, so that the sum still has an image's size and mini-batch.
+    """
     graph = groups.graph
     nodes = {node.name: node for node in graph.graph.nodes}
     calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
-    found: list[Removal] = []
+    fixed = {layer.layer for layer in groups.layers if not layer.trained and not layer.depthwise}
+    found: dict[fx.Node, Removal] = {}  # by the sum that the branch leads to
     for layer in groups.layers:
         if layer.depthwise or len(layer.inputs) == 0 or not bool(sparse[layer.inputs].all()) or len(layer.nodes) != 1:
             continue
         node = nodes.get(layer.nodes[0])
         if node is None or node.op != "call_module":
             continue
-        removal = _branch(graph, node, calls)
-        if removal is not None and removal not in found:
-            found.append(removal)
-    outer = {path for removal in found for path in removal.dead}
-    return tuple(removal for removal in found if removal.constant not in outer)
+        ended = _branch(graph, node, calls)
+        if ended is not None and fixed.isdisjoint((*ended[1].dead, ended[1].constant)):
+            found.setdefault(*ended)
+    outer = {path for removal in found.values() for path in removal.dead}
+    return tuple(removal for removal in found.values() if removal.constant not in outer)
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
@@ -60,7 +65,8 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor) and n.op != "get_attr"]
 
 
-def _branch(graph: fx.GraphModule, start: fx.Node, calls: Counter[str]) -> Removal | None:
+def _branch(graph: fx.GraphModule, start: fx.Node, calls: Counter[str]) -> tuple[fx.Node, Removal] | None:
+    """The sum that the branch of `start` leads to, and the branch; None if it does not go as a whole."""
     constant = {start}
     exits = []
     after = False
@@ -80,6 +86,8 @@ def _branch(graph: fx.GraphModule, start: fx.Node, calls: Counter[str]) -> Remov
     name = end.target if isinstance(end.target, str) else getattr(end.target, "__name__", "")
     ends = [n for n in _inputs(end) if n in constant]
     if name not in _SUMS or len(ends) != 1 or len(_inputs(end)) != 2:
+        return None
+    if all(n is ends[0] or _is_spread(graph, n) for n in _inputs(end)):
         return None
     last, pointwise = ends[0], False
     while not _is_affine(graph, last):
@@ -107,7 +115,7 @@ def _branch(graph: fx.GraphModule, start: fx.Node, calls: Counter[str]) -> Remov
         source = _module(graph, str(inner[0].target))
         if isinstance(source, (*CONVS, nn.Linear)):
             before = str(inner[0].target)
-    return Removal(dead=paths, constant=path, before=before, full=pointwise)
+    return end, Removal(dead=paths, constant=path, before=before, full=pointwise)
 
 
 _KEPT = (nn.modules.dropout._DropoutNd, nn.Identity, nn.Flatten)
@@ -126,6 +134,46 @@ def _only_for(graph: fx.GraphModule, last: fx.Node) -> set[fx.Node]:
 
 def _module(graph: fx.GraphModule, path: str) -> nn.Module:
     return graph.get_submodule(path)
+
+
+def _is_spread(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """True for the constant of a branch removed earlier, which has one element per channel and broadcasts."""
+    if node.op == "call_module" and isinstance(module := _module(graph, str(node.target)), ConstantChannels):
+        return not module.full
+    return _is_pointwise(graph, node) and all(_is_spread(graph, n) for n in _inputs(node)) and bool(_inputs(node))
+
+
+def collapsed_layers(model: nn.Module, groups: ChannelGroups, threshold: float) -> tuple[str, ...]:
+    """The layers without a weight that reaches `threshold`, if together they cut the output off from the images.
+
+    Empty while some path from the images to an output leads through live layers only.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    dead = {
+        node: layer.layer
+        for layer in groups.layers
+        if layer.trained
+        and layer.weight in parameters
+        and not bool((parameters[layer.weight].abs() >= threshold).any())
+        for node in layer.nodes
+    }
+    reached: set[fx.Node] = set()
+    cut_off: dict[str, None] = {}
+    for node in groups.graph.graph.nodes:
+        if node.op == "output":
+            return () if any(n in reached for n in node.all_input_nodes) else tuple(cut_off)
+        if node.op == "placeholder":
+            reached.add(node)
+        elif any(n in reached for n in node.all_input_nodes) and "value" in node.meta:
+            if node.name in dead:
+                cut_off[dead[node.name]] = None
+            elif not isinstance(node.meta["value"], int | float | torch.Size) and not _is_constant(groups.graph, node):
+                reached.add(node)
+    return ()
+
+
+def _is_constant(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(_module(graph, str(node.target)), (Placeholder, ConstantChannels))
 
 
 def _is_affine(graph: fx.GraphModule, node: fx.Node) -> bool:

@@ -113,3 +113,5 @@ class Bars:
         batch = f", mini-batch {record.batch_after} per rank" if record.batch_after != record.batch_before else ""
         text = f"pruned {record.channels_removed} channels{layers} in {record.duration_s:.2f} s{batch}"
         self._console.print(f"epoch {record.epoch + 1}: {text}", soft_wrap=True)
+        if record.notes and record.notes[0].startswith("the network has collapsed"):
+            self._console.print(f"epoch {record.epoch + 1}: {record.notes[0]}", soft_wrap=True, markup=False)

@@ -28,7 +28,7 @@ def zero_some(model: nn.Module, groups: ChannelGroups, fraction: float = 0.4, se
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for layer in groups.layers:
-            if layer.depthwise:
+            if not layer.decides:
                 continue
             weight = parameters[layer.weight]
             if layer.transposed:

@@ -188,7 +188,7 @@ def test_what_every_layer_uses_is_kept(architecture: Any) -> None:
     dense = torch.zeros(groups.num_components, dtype=torch.bool)
     parameters = dict(model.named_parameters())
     for layer in groups.layers:
-        if layer.depthwise:
+        if not layer.decides:
             continue
         weight = parameters[layer.weight]
         for index, component in enumerate(layer.outputs.tolist()):
