@@ -115,6 +115,11 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Elements of the output for one image."""
         return math.prod(self.output_shape)
 
+    @property
+    def is_removed(self) -> bool:
+        """Pruning has taken all of it: the output has no elements, so nothing is left to compute."""
+        return self.output_elements == 0
+
     def repeats(self, batch: int) -> int:
         """How often the layer's counts occur in a mini-batch of `batch` images: once each, or once for all."""
         return 1 if self.once else batch

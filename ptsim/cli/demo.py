@@ -115,11 +115,11 @@ def _course(run: Trace) -> Table:
     """PruneTrain at work: one row per architecture that was trained."""
     table = Table(title="PruneTrain, epoch by epoch (accuracy and seconds measured, the rest counted)")
     for heading in (
-        "epoch",
+        "from epoch",
         "accuracy",
         "channels",
         "layers",
-        "FLOPs/epoch",
+        "MACs/epoch",
         "BatchNorm/epoch",
         "memory",
         "epoch",
@@ -131,11 +131,11 @@ def _course(run: Trace) -> Table:
     for epochs in seen.values():
         first, network = epochs[0], run.network_of(epochs[0])
         table.add_row(
-            str(first.epoch + 1),
+            str(first.epoch),
             f"{epochs[-1].validation_accuracy:.1%}",
             str(output_channels(network)),
             str(sum(layer.kind is LayerKind.CONV for layer in network.layers)),
-            format_count(2 * training_macs(network, images=first.num_images), "FLOP"),
+            format_count(training_macs(network, images=first.num_images), "MAC"),
             format_bytes(batch_norm_bytes(network) * first.num_images),
             format_bytes(memory_bytes(run, first)),
             format_seconds(typical_seconds(tuple(epochs))),

@@ -129,6 +129,8 @@ def network_kernels(
     widths = Widths(network, precision, gpu=True)
     rows: list[Kernel] = []
     for index, layer in enumerate(network.layers):
+        if layer.is_removed:  # an operator on a tensor without elements launches no kernel
+            continue
         images, given, width = layer.repeats(batch), widths.inputs[layer.name], widths.output[layer.name]
         rows.extend(_conversions(index, layer, images, given, width, precision))
         rows.extend(_layer_kernels(index, layer, images, max(given), width, element, foreign=foreign, halves=halves))

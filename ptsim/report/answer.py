@@ -9,6 +9,7 @@ import pandas as pd
 
 from ptsim import units
 from ptsim.answers.validate import Validation
+from ptsim.costs.times import Tier
 from ptsim.report.frames import averaged
 from ptsim.trace.pairs import PACE_TOLERANCE
 
@@ -39,22 +40,31 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.before}{self.emphasis}{self.after}"
 
 
-TIER_WORDS = {
-    "measured": "layer times were measured on this very device, architecture and mini-batch",
-    "profiled": "layer times are interpolated in a device profile of this GPU",
-    "scaled": "layer times were measured on another device and carried over by the ratio of times predicted for both",
-    "datasheet": "nothing was measured on this device: times come from its data sheet and fitted efficiency curves",
+TIER_WORDS: dict[Tier, str] = {
+    Tier.MEASURED: "every layer was measured on this very device, network and mini-batch",
+    Tier.PROFILED: "layer times are interpolated between measurements of this GPU (ptsim calibrate gpu)",
+    Tier.SCALED: "times were measured on another device and carried over by the ratio of what is predicted for both",
+    Tier.DATASHEET: "nothing was measured on this device: times come from its data sheet and from efficiencies fitted "
+    "to published measurements",
+}
+
+TIER_NAMES: dict[Tier, str] = {
+    Tier.MEASURED: "measured here",
+    Tier.PROFILED: "interpolated",
+    Tier.SCALED: "carried over",
+    Tier.DATASHEET: "data sheet",
 }
 
 
 def checked(validation: Validation | None) -> str:
-    """What the validation of the runs themselves adds to how sure a projection is."""
+    """What predicting the recorded runs themselves adds to how sure a projection is."""
     if validation is None:
-        return " Predictions could not be checked on these runs."
+        return " The runs have no layer times of their own, so the prediction could not be checked on them."
     points = validation.saving_error_points
     return (
-        f" Checked on the recording machine, epochs are predicted within {_percent(validation.epoch_mape)} on average"
-        + (f" and the saving within {points:.1f} points." if points is not None else ".")
+        " On the machine that recorded the runs, the same method is wrong by "
+        f"{percent(validation.epoch_mape)} per epoch on average"
+        + (f", and by {points:.1f} points for the saving." if points is not None else ".")
     )
 
 
@@ -81,26 +91,23 @@ def projected_answer(
     """
     best = fastest(savings, gpus)
     run = runs[runs.run == best.run].iloc[0]
-    rows = candidates(savings, gpus)
-    count = rows.setting.nunique()
-    name = best.setting if savings.setting.nunique() > 1 else "PruneTrain"
-    none_saves = ""
-    if count > 1 and (averaged(rows, ["setting"]).saved_fraction < _OPEN).all():
-        none_saves = f" None of the {count} settings that shrink while they train saves time there."
-    origin = f"projected, tier: {best.tier}"
+    settings = candidates(savings, gpus).setting.nunique()
+    name = f"PruneTrain ({best.setting})" if settings > 1 else "pruning while training"
+    emphasis, rest = _verdict(best)
+    origin = f"projected; times: {TIER_NAMES[Tier(best.tier)]}"
     tiles = [
         _time_tile(best, origin),
         *_money_and_energy_tiles(best, origin),
-        *_measured_tiles(measured, best.setting),
         *_quality_tiles(run, best),
+        *_measured_tiles(measured, best.setting),
         *_bytes_tiles(best, gpus),
     ]
     return Answer(
-        before=f"On {gpus:,} × {best.device} ({best.cluster}), {name} trains {run.model} on {run.dataset} in ",
-        emphasis=f"{format_seconds(best.pruned_seconds)} instead of {format_seconds(best.dense_seconds)}",
-        after=_verdict(best) + _price_in_accuracy(best) + none_saves,
+        before=f"Training {run.model} on {run.dataset} with {gpus:,} × {best.device} ({best.cluster}): {name} ",
+        emphasis=emphasis,
+        after=rest + _accuracy(best) + ".",
         tiles=tuple(tiles),
-        certainty=_certainty(best, savings, gpus)
+        certainty=_certainty(best, settings)
         + checked(validation)
         + _repeats(best)
         + _batch_caveat(run, gpus, int(best.first_batch_per_gpu)),
@@ -130,33 +137,41 @@ def _is_open(best: pd.Series) -> bool:
     return bool(best.saved_fraction_low <= 0 <= best.saved_fraction_high and abs(best.saved_fraction) >= _OPEN)
 
 
-def _verdict(best: pd.Series) -> str:
+def _verdict(best: pd.Series) -> tuple[str, str]:
+    """What to set in bold, and what follows: time with its interval, then money with its own."""
+    dense = format_seconds(best.dense_seconds)
     if abs(best.saved_fraction) < _OPEN:
-        return ": no difference."
-    if best.saved_fraction < 0:
-        text = f": {_percent(-best.saved_fraction)} longer than dense"
+        return f"takes as long as dense training, {dense}", ""
+    saves = best.saved_fraction > 0
+    share = percent(abs(best.saved_fraction))
+    interval = _between(format_seconds, best.saved_seconds, best.saved_seconds_low, best.saved_seconds_high)
+    if saves:
+        text = f"saves {format_seconds(best.saved_seconds)} of {dense}"
     else:
-        text = f", {_percent(best.pruned_seconds / best.dense_seconds)} of the dense time"
-    return text + (", which the 90 % interval does not tell from no difference." if _is_open(best) else ".")
+        text = f"takes {format_seconds(-best.saved_seconds)} longer than the {dense} of dense training"
+    rest = f" ({share}; {interval})"
+    if pd.notna(best.get("saved_usd")):
+        money = _between(_money, best.saved_usd, best.saved_usd_low, best.saved_usd_high)
+        rest += f" and {'saves' if saves else 'costs'} {_money(abs(best.saved_usd))} "
+        rest += f"{'of' if saves else 'on top of'} {_money(best.dense_usd)} ({money})"
+    return text, rest
 
 
-def _price_in_accuracy(best: pd.Series) -> str:
+def _accuracy(best: pd.Series) -> str:
     if pd.isna(best.get("accuracy_change")):
         return ""
-    return (
-        f" Its validation accuracy is {100 * best.pruned_accuracy:.1f} % where dense has "
-        f"{100 * best.dense_accuracy:.1f} %."
-    )
+    return f"; validation accuracy {100 * best.pruned_accuracy:.1f} % instead of {100 * best.dense_accuracy:.1f} %"
 
 
-def _certainty(best: pd.Series, savings: pd.DataFrame, gpus: int) -> str:
-    settings = candidates(savings, gpus).setting.nunique()
+def _certainty(best: pd.Series, settings: int) -> str:
+    word = "saving" if best.saved_fraction > 0 else "loss"
+    low, high = best.saved_fraction_low, best.saved_fraction_high
+    if best.saved_fraction < 0:
+        low, high = -high, -low
     return (
-        f"The 90 % interval of the saving is {_range(best.saved_fraction_low, best.saved_fraction_high)} of the dense "
-        "time if the two projections err independently, "
-        f"{_range(best.saved_fraction_alike_low, best.saved_fraction_alike_high)} if they err alike"
-        + (f"; it may be no {'saving' if best.saved_fraction > 0 else 'loss'} at all. " if _is_open(best) else ". ")
-        + TIER_WORDS[best.tier].capitalize()
+        f"In 9 of 10 such comparisons the {word} lies between {_range(low, high)} of the dense time"
+        + (f": whether there is a {word} at all is open. " if _is_open(best) else ". ")
+        + upper(TIER_WORDS[Tier(best.tier)])
         + "."
         + (
             f" Of {settings} settings that shrink in training, the fastest there is shown: {best.setting}."
@@ -168,23 +183,21 @@ def _certainty(best: pd.Series, savings: pd.DataFrame, gpus: int) -> str:
 
 def _repeats(best: pd.Series) -> str:
     if best.num_runs > 1:
-        return f" Means of {best.num_runs} runs of this setting; the intervals are the widest of them."
-    return " This setting was trained once, so the spread between seeds is not covered."
+        return f" Means of {best.num_runs} runs of this setting; the interval is the widest of them."
+    return " This setting was trained once: how much another seed would differ is not part of the interval."
 
 
 def _time_tile(best: pd.Series, origin: str) -> Tile:
-    interval = best.saved_seconds_low, best.saved_seconds_high
-    if best.saved_seconds < 0:
-        interval = -interval[1], -interval[0]
     changing = best.saved_reconfiguration_seconds
     surgery = ""
     if abs(changing) > 0.1 * abs(best.saved_seconds):
-        surgery = f"; reconfigurations {'cost' if changing < 0 else 'save'} {format_seconds(abs(changing))}"
+        surgery = f"; starting and reconfiguring {'cost' if changing < 0 else 'save'} {format_seconds(abs(changing))}"
+    interval = _between(format_seconds, best.saved_seconds, best.saved_seconds_low, best.saved_seconds_high)
     return Tile(
         name="Time saved" if best.saved_seconds >= 0 else "Time lost",
         value=format_seconds(abs(best.saved_seconds)),
-        detail=f"{_percent(abs(best.saved_fraction))} of {format_seconds(best.dense_seconds)}; 90 % interval "
-        f"{format_seconds(interval[0])} to {format_seconds(interval[1])}" + surgery,
+        detail=f"{format_seconds(best.pruned_seconds)} instead of {format_seconds(best.dense_seconds)}; {interval}"
+        + surgery,
         origin=origin,
     )
 
@@ -194,28 +207,38 @@ def _money_and_energy_tiles(best: pd.Series, origin: str) -> Iterator[Tile]:
         yield Tile(
             name="Money saved" if best.saved_usd >= 0 else "Money lost",
             value=_money(abs(best.saved_usd)),
-            detail=f"{_money(best.dense_usd)} dense, {_money(best.pruned_usd)} pruned, at "
-            f"{best.price_usd_per_gpu_hour:.2f} USD per GPU-hour"
-            + _interval(_money, best.saved_usd, best.saved_usd_low, best.saved_usd_high),
+            detail=f"{_money(best.pruned_usd)} instead of {_money(best.dense_usd)} at "
+            f"{best.price_usd_per_gpu_hour:.2f} USD per GPU-hour; "
+            + _between(_money, best.saved_usd, best.saved_usd_low, best.saved_usd_high),
             origin=origin,
         )
     if pd.notna(best.get("saved_joules")):
+        interval = _between(format_joules, best.saved_joules, best.saved_joules_low, best.saved_joules_high)
         yield Tile(
             name="Energy saved" if best.saved_joules >= 0 else "Energy lost",
             value=format_joules(abs(best.saved_joules)),
-            detail=f"{format_joules(best.dense_joules)} dense, {format_joules(best.pruned_joules)} pruned, GPU boards"
-            + _interval(format_joules, best.saved_joules, best.saved_joules_low, best.saved_joules_high),
+            detail=f"{format_joules(best.pruned_joules)} instead of {format_joules(best.dense_joules)}, GPU boards; "
+            + interval,
+            origin=origin,
+        )
+    if pd.notna(best.get("saved_co2_grams")):
+        yield Tile(
+            name="CO\u2082 saved" if best.saved_co2_grams >= 0 else "CO\u2082 lost",
+            value=format_grams(abs(best.saved_co2_grams)),
+            detail=f"{format_grams(best.pruned_co2_grams)} instead of {format_grams(best.dense_co2_grams)} at "
+            f"{best.grid_grams_per_kwh:g} g per kWh; "
+            + _between(format_grams, best.saved_co2_grams, best.saved_co2_grams_low, best.saved_co2_grams_high),
             origin=origin,
         )
 
 
-def _interval(show: Callable[[float], str], value: float, low: float, high: float) -> str:
+def _between(show: Callable[[float], str], value: float, low: float, high: float) -> str:
     """The 90 % interval of a saving, or of a loss, in words; or that there is none."""
     if pd.isna(low) or pd.isna(high):
-        return "; no interval"
+        return "no interval"
     if value < 0:
         low, high = -high, -low
-    return f"; 90 % interval {show(low)} to {show(high)}"
+    return f"90 % interval {show(low)} to {show(high)}"
 
 
 def _measured_tiles(measured: pd.DataFrame, setting: str) -> Iterator[Tile]:
@@ -227,11 +250,11 @@ def _measured_tiles(measured: pd.DataFrame, setting: str) -> Iterator[Tile]:
         f"of the dense time on {row.device}: {format_seconds(row.pruned_seconds)} instead of "
         f"{format_seconds(row.dense_seconds)}, reconfigurations included"
     )
-    if abs(row.time_fraction - row.own_pace_fraction) > PACE_TOLERANCE / 2:
-        detail += f"; {_percent(row.own_pace_fraction)} of its own unpruned pace"
+    if abs(row.time_fraction - row.own_start_fraction) > PACE_TOLERANCE / 2:
+        detail += f"; {percent(row.own_start_fraction)} of what it would take at the length of its first epochs"
     yield Tile(
         name="Time where it was recorded",
-        value=_percent(row.time_fraction),
+        value=percent(row.time_fraction),
         detail=detail,
         origin=f"measured, {row.num_runs} {'pair' if row.num_runs == 1 else 'pairs'} of runs; no interval",
     )
@@ -241,7 +264,7 @@ def _bytes_tiles(best: pd.Series, gpus: int) -> Iterator[Tile]:
     if gpus > 1 and best.dense_allreduce_bytes_per_gpu > 0:
         yield Tile(
             name="All-reduced bytes per GPU",
-            value=_percent(best.pruned_allreduce_bytes_per_gpu / best.dense_allreduce_bytes_per_gpu),
+            value=percent(best.pruned_allreduce_bytes_per_gpu / best.dense_allreduce_bytes_per_gpu),
             detail=f"of dense: {format_bytes(best.pruned_allreduce_bytes_per_gpu)} instead of "
             f"{format_bytes(best.dense_allreduce_bytes_per_gpu)} over the run",
             origin="counted",
@@ -252,29 +275,29 @@ _LEAST_GAP, _LEAST_SHARE, _FLOOR = 0.03, 0.15, 0.3
 
 
 def why(excess: pd.DataFrame) -> Iterator[str]:
-    """Why time does not shrink as FLOPs do, the weightiest reasons first. Takes `projected.excess_frame`."""
-    flops = float(excess.flops_fraction.iloc[0])
+    """Why time does not shrink as the MACs do, the weightiest reasons first. Takes `projected.excess_frame`."""
+    macs = float(excess.macs_fraction.iloc[0])
     pruned_s, dense_s = excess.pruned_seconds.sum(), excess.dense_seconds.sum()
-    lead = f"Pruning leaves {_percent(flops)} of the training FLOPs and {_percent(pruned_s / dense_s)} of the time"
-    if pruned_s / dense_s - flops < _LEAST_GAP:
-        yield f"{lead}: here time follows the FLOPs."
+    lead = f"Pruning leaves {percent(macs)} of the training MACs and {percent(pruned_s / dense_s)} of the time"
+    if pruned_s / dense_s - macs < _LEAST_GAP:
+        yield f"{lead}: here time follows the MACs."
         return
     yield f"{lead}."
     total = excess.excess_seconds.clip(lower=0).sum()
     for row in excess.sort_values("excess_seconds", ascending=False).to_dict("records"):
         if row["excess_seconds"] < _LEAST_SHARE * total:
             break
-        left = _percent(row["pruned_seconds"] / row["dense_seconds"]) if row["dense_seconds"] > 0 else "more than all"
-        yield _REASONS[row["part"]].format(share=_percent(row["pruned_seconds"] / pruned_s), left=left)
+        left = percent(row["pruned_seconds"] / row["dense_seconds"]) if row["dense_seconds"] > 0 else "more than all"
+        yield _REASONS[row["part"]].format(share=percent(row["pruned_seconds"] / pruned_s), left=left)
     floor = float(excess.floor_fraction.iloc[0])
     if floor >= _FLOOR:
         yield (
-            f"Launch-bound: a pruned step on a single image would take {_percent(min(floor, 1.0))} of the time of "
+            f"Launch-bound: a pruned step on a single image would take {percent(min(floor, 1.0))} of the time of "
             "the whole mini-batch. That much is launches and the least times of kernels, which no pruning shortens."
         )
 
 
-# What keeps a part of the time from shrinking with the FLOPs. {share}: of the pruned run; {left}: of its dense time.
+# What keeps a part of the time from shrinking with the MACs. {share}: of the pruned run; {left}: of its dense time.
 _REASONS = {
     "loss and host gaps": "Host-bound: for {share} of the pruned run the GPU waits for the host, which launches a "
     "narrow layer no faster than a wide one. A larger mini-batch, CUDA graphs or compilation shorten that; pruning "
@@ -298,7 +321,7 @@ def dense_answer(
     """The answer where nothing was pruned: what training takes on `gpus` GPUs."""
     row = averaged(projections[projections.gpus == gpus], ["setting"]).sort_values("total_seconds").iloc[0]
     run = runs[runs.run == row.run].iloc[0]
-    origin = f"projected, tier: {row.tier}"
+    origin = f"projected; times: {TIER_NAMES[Tier(row.tier)]}"
     tiles = [
         Tile(
             name="GPU time",
@@ -307,21 +330,15 @@ def dense_answer(
             origin=origin,
         )
     ]
-    if pd.notna(row.cost_usd):
-        interval = _interval(_money, row.cost_usd, row.low_cost_usd, row.high_cost_usd)
-        tiles.append(
-            Tile(name="Money", value=_money(row.cost_usd), detail=f"for the whole run{interval}", origin=origin)
-        )
-    if pd.notna(row.energy_joules):
-        interval = _interval(format_joules, row.energy_joules, row.low_energy_joules, row.high_energy_joules)
-        tiles.append(
-            Tile(
-                name="Energy",
-                value=format_joules(row.energy_joules),
-                detail=f"all GPU boards, whole run{interval}",
-                origin=origin,
-            )
-        )
+    quantities: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+        ("Money", "cost_usd", "for the whole run", _money),
+        ("Energy", "energy_joules", "all GPU boards, whole run", format_joules),
+        ("CO\u2082", "co2_grams", "all GPU boards, whole run", format_grams),
+    )
+    for name, column, detail, show in quantities:
+        if pd.notna(row.get(column)):
+            interval = _between(show, row[column], row[f"low_{column}"], row[f"high_{column}"])
+            tiles.append(Tile(name=name, value=show(row[column]), detail=f"{detail}; {interval}", origin=origin))
     if pd.notna(run.final_accuracy):
         tiles.append(
             Tile(
@@ -331,13 +348,14 @@ def dense_answer(
                 origin="measured, 1 run",
             )
         )
+    interval = _between(format_seconds, row.total_seconds, row.low_seconds, row.high_seconds)
     return Answer(
-        before=f"On {gpus:,} × {row.device} ({row.cluster}), training {run.model} on {run.dataset} takes ",
-        emphasis=format_seconds(row.total_seconds),
-        after=". No pruned run was given, so there is no saving to report.",
+        before=f"Training {run.model} on {run.dataset} with {gpus:,} × {row.device} ({row.cluster}) ",
+        emphasis=f"takes {format_seconds(row.total_seconds)}",
+        after=f" ({interval}). No pruned run was given, so there is no saving to report.",
         tiles=tuple(tiles),
-        certainty=f"90 % interval {format_seconds(row.low_seconds)} to {format_seconds(row.high_seconds)}; "
-        f"{TIER_WORDS.get(row.tier, row.tier)}." + checked(validation),
+        certainty=f"In 9 of 10 such projections the time lies in its interval. {upper(TIER_WORDS[Tier(row.tier)])}."
+        + checked(validation),
         notices=tuple(notices),
     )
 
@@ -363,7 +381,7 @@ def _batch_caveat(run: pd.Series, gpus: int, batch_per_gpu: int) -> str:
         return ""
     return (
         f" The accuracy is that of the recorded run, whose updates took {recorded:,} images at first; here they take "
-        f"{here:,}, and nobody has trained that."
+        f"{here:,}, and no run has shown what accuracy that gives."
     )
 
 
@@ -383,11 +401,12 @@ def _quality_tiles(run: pd.Series, best: pd.Series) -> Iterator[Tile]:
             detail="no dense run was recorded to compare with",
             origin=runs,
         )
+    before = "" if run.judged else "; the accuracy is that of the network before its last pruning"
     yield Tile(
         name="Inference cost of the result",
-        value=_percent(run.last_inference_macs_per_image / run.first_inference_macs_per_image),
+        value=percent(run.last_inference_macs_per_image / run.first_inference_macs_per_image),
         detail=f"of dense: {format_count(run.last_inference_macs_per_image, 'MAC')} instead of "
-        f"{format_count(run.first_inference_macs_per_image, 'MAC')} per image",
+        f"{format_count(run.first_inference_macs_per_image, 'MAC')} per image{before}",
         origin="counted",
     )
 
@@ -413,19 +432,33 @@ def format_joules(value: float) -> str:
     return _three_digits(units.format_joules(value))
 
 
+def format_grams(value: float) -> str:
+    """Three significant digits, in g, kg or t."""
+    for unit, factor in (("t", 1e6), ("kg", 1e3), ("g", 1.0)):
+        if abs(value) >= factor or unit == "g":
+            return _three_digits(f"{value / factor:.6g} {unit}")
+    raise AssertionError("grams are the last unit")
+
+
 def format_count(value: float, unit: str) -> str:
     """Three significant digits."""
     return _three_digits(units.format_count(value, unit))
 
 
-def _percent(fraction: float) -> str:
+def upper(sentence: str) -> str:
+    """The sentence with a capital first letter; the rest stays."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def percent(fraction: float) -> str:
+    """A fraction in percent: one digit after the point below 10 %, none above."""
     text = f"{100 * fraction:.1f} %" if abs(fraction) < 0.0995 else f"{100 * fraction:.0f} %"
     return text.replace("-", "\u2212")
 
 
 def _range(low: float, high: float) -> str:
     digits = 0 if high - low >= 0.03 else 1
-    return f"{100 * low:.{digits}f} % to {100 * high:.{digits}f} %".replace("-", "\u2212")
+    return f"{100 * low:.{digits}f} % and {100 * high:.{digits}f} %".replace("-", "\u2212")
 
 
 def _money(usd: float) -> str:

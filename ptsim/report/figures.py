@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
+from ptsim.report.projected import block_of
 from ptsim.units import format_count
 
 WIDTH_IN = 4.7  # two columns at 1280 px, one at 400 px, and 9 pt text legible in both
@@ -134,7 +135,7 @@ def shrinking_figure(epochs: pd.DataFrame) -> Figure:
     measured = epochs.step_median_seconds / epochs.batch_per_gpu
     base = first.step_median_seconds / first.batch_per_gpu
     series = {
-        "training FLOPs": (epochs.training_macs_per_image / first.training_macs_per_image, COLOURS[1], "-"),
+        "training MACs": (epochs.training_macs_per_image / first.training_macs_per_image, COLOURS[1], "-"),
         "BatchNorm traffic": (epochs.bn_bytes_per_image / first.bn_bytes_per_image, COLOURS[3], (0, (6, 2, 1.5, 2))),
         "measured step time": (measured / base, COLOURS[2], (0, (3, 1.5))),
     }
@@ -241,7 +242,7 @@ def saving_figure(savings: pd.DataFrame) -> Figure:
         figure,
         savings,
         n=repeats(savings).replace("run", "pair"),
-        band="90 % interval, errors of the two runs taken as independent",
+        band="90 % interval of the saving",
     )
 
 
@@ -342,10 +343,9 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
 def blocks_figure(layers: pd.DataFrame, *, most: int = 40) -> Figure:
     """Time per image of every block of layers over epochs, as a map. Takes `frames.layers_frame` of one run.
 
-    A block is what shares a module path: the layers of one residual block, or a single layer at the top. The `most`
-    costliest blocks are shown.
+    The `most` costliest blocks (`projected.block_of`) are shown; one that has been removed is left white.
     """
-    blocks = layers.assign(block=[name.rpartition(".")[0] or name for name in layers.layer])
+    blocks = layers.assign(block=layers.layer.map(block_of))
     table = blocks.pivot_table(index="block", columns="epoch", values="seconds_per_image", aggfunc="sum", sort=False)
     kept = set(table.max(axis=1).nlargest(most).index)
     table = table.loc[[block for block in table.index if block in kept]]
@@ -392,18 +392,18 @@ def validation_figure(epochs: pd.DataFrame) -> Figure:
 
 @styled
 def tradeoff_figure(savings: pd.DataFrame) -> Figure:
-    """What pruning costs in accuracy and leaves of time and FLOPs. Takes `frames.measured_savings_frame`.
+    """What pruning costs in accuracy and leaves of time and MACs. Takes `frames.measured_savings_frame`.
 
-    A point per run; the time is at the run's own pace, so that a machine that changed its speed between the dense and
-    the pruned run does not shift it.
+    A point per run; the time is against the run's own first epochs, so that a machine that changed its speed between
+    the dense and the pruned run does not shift it.
     """
     figure, (axes,) = panels(1, height_in=3.4)
     for setting, (colour, _) in run_style(savings).items():
         rows = savings[savings.setting == setting]
         change = 100 * rows.accuracy_change
-        axes.plot(100 * rows.own_pace_fraction, change, "o", ms=6, color=colour, label=f"{setting}, time")
+        axes.plot(100 * rows.own_start_fraction, change, "o", ms=6, color=colour, label=f"{setting}, time")
         axes.plot(
-            100 * rows.training_flops_fraction, change, "o", ms=6, mfc="white", color=colour, label=f"{setting}, FLOPs"
+            100 * rows.training_macs_fraction, change, "o", ms=6, mfc="white", color=colour, label=f"{setting}, MACs"
         )
     axes.axhline(0, color="#666666", linewidth=0.7)
     axes.axvline(100, color="#666666", linewidth=0.7)

@@ -30,8 +30,8 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     """One row per run: what was trained, on what, how it ended and what it took, all as recorded.
 
     `measured_seconds` sums the training epochs without validation; reconfigurations are counted apart. `last_*` are
-    of the network that the run ended with, a reconfiguration after the last epoch included. `final_accuracy` is the end
-    record's, or the last epoch's validation accuracy of an unfinished run.
+    of the network that the run ended with, a reconfiguration after the last epoch included, and so is `final_accuracy`
+    except where `judged` is False: the run stopped between that reconfiguration and its validation.
     """
     rows = []
     for label, setting, trace in _named(traces):
@@ -39,9 +39,6 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
         first = trace.networks[epochs[0].architecture] if epochs else next(iter(trace.networks.values()), None)
         last = trace.final_network if epochs else first
         energies = [e.device.energy_j if e.device else None for e in epochs]
-        accuracy = trace.end.final_accuracy if trace.end else None
-        if accuracy is None and epochs:
-            accuracy = epochs[-1].validation_accuracy
         paid_s = None if trace.is_planned else sum(r.duration_s for r in trace.reconfigurations)
         measured_s = sum(e.time.wall_s for e in epochs) if epochs and not trace.is_planned else None
         rows.append(
@@ -60,7 +57,8 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                 "seed": run.seed,
                 "state": run_state(trace),
                 "epochs": len(epochs),
-                "final_accuracy": accuracy,
+                "final_accuracy": trace.final_accuracy,
+                "judged": not epochs or trace.complete or last is trace.network_of(epochs[-1]),
                 "first_batch_per_gpu": epochs[0].batch_per_gpu if epochs else None,
                 "last_batch_per_gpu": epochs[-1].batch_per_gpu if epochs else None,
                 "first_parameters": first.num_parameters if first else None,
@@ -172,8 +170,9 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     """One row per pruned run whose dense partner differs by pruning alone: what it saved on its machine, measured.
 
     `pace_fraction` is the time of the same, unpruned network in the pruned run over that in the dense run;
-    `own_pace_fraction` is the pruned run's time over that of its own first architecture held for as many epochs, which
-    a machine whose speed drifts between runs does not distort. Times are without validation, with reconfigurations.
+    `own_start_fraction` is the pruned run's time over what it would have taken had all its epochs been as long as its
+    first, unpruned ones: a machine whose speed drifts between runs does not distort that. Times are without validation,
+    with reconfigurations.
     """
     rows = []
     for c in comparisons:
@@ -185,7 +184,6 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
         dense_s, pruned_s, held_s = (
             sum(epoch.time.wall_s for epoch in trace.epochs) for trace in (c.baseline, c.pruned, held_dense(c.pruned))
         )
-        dense_accuracy, pruned_accuracy = (t.epochs[-1].validation_accuracy for t in (c.baseline, c.pruned))
         rows.append(
             {
                 "run": c.label,
@@ -198,18 +196,22 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
                 "pruned_seconds": pruned_s + paid_s,
                 "reconfiguration_seconds": paid_s,
                 "time_fraction": (pruned_s + paid_s) / dense_s,
-                "own_pace_fraction": (pruned_s + paid_s) / held_s,
+                "own_start_fraction": (pruned_s + paid_s) / held_s,
                 "pace_fraction": pace(c),
-                "training_flops_fraction": sum(e.training_macs for e in run_cost(c.pruned))
+                "training_macs_fraction": sum(e.training_macs for e in run_cost(c.pruned))
                 / sum(e.training_macs for e in run_cost(c.baseline)),
-                "dense_accuracy": dense_accuracy,
-                "pruned_accuracy": pruned_accuracy,
-                "accuracy_change": None
-                if pruned_accuracy is None or dense_accuracy is None
-                else pruned_accuracy - dense_accuracy,
+                **accuracies(c),
             }
         )
     return numeric(pd.DataFrame(rows))
+
+
+def accuracies(comparison: Comparison) -> dict[str, float | None]:
+    """Validation accuracy of what both runs handed over, and the change; missing where it was not measured."""
+    pruned = comparison.pruned.final_accuracy
+    dense = comparison.baseline.final_accuracy if comparison.trained else None
+    change = None if pruned is None or dense is None else pruned - dense
+    return {"dense_accuracy": dense, "pruned_accuracy": pruned, "accuracy_change": change}
 
 
 def numeric(frame: pd.DataFrame) -> pd.DataFrame:

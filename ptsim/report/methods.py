@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
+from ptsim.costs.times import Tier
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.report import specs
-from ptsim.report.answer import TIER_WORDS
+from ptsim.report.answer import TIER_NAMES, TIER_WORDS
 from ptsim.report.figures import gpus as format_gpus
 from ptsim.report.page import Section
 from ptsim.report.projected import LabelledRun, Projector
@@ -18,17 +19,23 @@ from ptsim.trace.pairs import data_name, run_labels
 from ptsim.trace.trace import Trace
 from ptsim.units import format_bytes, format_seconds
 
-NETWORK_TIER_WORDS = {
-    "measured": "interpolated in all-reduce times that were measured on this cluster",
-    "profiled": "interpolated in all-reduce times that were measured on this cluster",
-    "datasheet": "from the links' published bandwidths and fitted latencies; none was measured on this cluster",
+NETWORK_TIER_WORDS: dict[Tier, str] = {
+    Tier.MEASURED: "interpolated in all-reduce times that were measured on this cluster",
+    Tier.PROFILED: "interpolated in all-reduce times that were measured on this cluster",
+    Tier.SCALED: "all-reduce times that were measured with another number of GPUs, carried over by the ratio of what "
+    "is predicted for both",
+    Tier.DATASHEET: "from the links' published bandwidths and fitted latencies; none was measured on this cluster",
 }
 
 COUNTING = (
     (
-        "FLOPs",
+        "MACs",
         "Multiply–accumulates are fvcore's count of the live network's forward pass; 1 MAC is 2 FLOPs. Training adds "
         "the weight gradient and, where one flows, the input gradient.",
+    ),
+    (
+        "epochs",
+        "Count from 0, as in the traces: epoch 0 trains the first network, and a run of 90 epochs ends with epoch 89.",
     ),
     (
         "all-reduce bytes",
@@ -48,9 +55,10 @@ COUNTING = (
     ),
     (
         "intervals",
-        "90 %, from the residuals of the tier that made the times, taken as common to all layers and epochs of a run; "
-        "for differences between runs, as independent. Repeats with other seeds are drawn as their mean, with the "
-        "widest interval of the repeats.",
+        "90 %: in 9 of 10 such cases the true value lies inside. Their width is the spread of the errors that the same "
+        "way of predicting made on published measurements, taken as common to all layers and epochs of a run. A saving "
+        "has one interval, that of the ratio of the two runs; seconds, joules and USD follow from it. Repeats with "
+        "other seeds are drawn as their mean, with the widest interval of the repeats.",
     ),
 )
 
@@ -87,15 +95,15 @@ def _tier_rows(runs: Sequence[LabelledRun], projector: Projector, gpus: int) -> 
     said: dict[tuple[str, str, str], list[str]] = {}
     for run in runs:
         projection = projector.run(run.trace, gpus)
-        tiers: dict[str, list[int]] = {}
+        tiers: dict[Tier, list[int]] = {}
         for epoch in projection.epochs:
-            tiers.setdefault(str(epoch.tier), []).append(epoch.epoch)
+            tiers.setdefault(epoch.tier, []).append(epoch.epoch)
         for tier, epochs in tiers.items():
             which = f"epochs {epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else f"epoch {epochs[0]}"
-            said.setdefault((f"step time, {which}", tier, TIER_WORDS.get(tier, tier)), []).append(run.label)
-        if tier := str(projection.network_tier or ""):
-            words = NETWORK_TIER_WORDS.get(tier, tier)
-            said.setdefault((f"all-reduce times, {format_gpus(gpus)}", tier, words), []).append(run.label)
+            said.setdefault((f"step time, {which}", TIER_NAMES[tier], TIER_WORDS[tier]), []).append(run.label)
+        if network := projection.network_tier:
+            words = TIER_NAMES[network], NETWORK_TIER_WORDS[network]
+            said.setdefault((f"all-reduce times, {format_gpus(gpus)}", *words), []).append(run.label)
         for note in projection.notes:
             said.setdefault(("", "note", note), []).append(run.label)
     for (what, value, source), labels in said.items():

@@ -14,10 +14,11 @@ import pandas as pd
 
 from ptsim.costs.run import run_cost
 from ptsim.costs.step import Measurements, StepTime, step_time
+from ptsim.costs.times import Tier
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind
-from ptsim.report.frames import numeric
+from ptsim.report.frames import accuracies, numeric
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection
 from ptsim.sim.run import StepCache, project
@@ -25,6 +26,7 @@ from ptsim.trace.pairs import Comparison, run_labels, setting_labels
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 
+JOULES_PER_KWH = 3.6e6
 PRODUCT_KINDS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 
 
@@ -40,9 +42,11 @@ class LabelledRun(msgspec.Struct, frozen=True, kw_only=True):
 class Projector:
     """Projects runs onto one cluster; every (run, size) is simulated once."""
 
-    def __init__(self, cluster: Cluster, options: Options) -> None:
+    def __init__(self, cluster: Cluster, options: Options, *, grid_grams_per_kwh: float | None = None) -> None:
+        """`grid_grams_per_kwh` is the CO₂ that a kWh causes; without one, no CO₂ is reported."""
         self.cluster = cluster
         self.options = options
+        self.grid_grams_per_kwh = grid_grams_per_kwh
         self.device = load_device(options.device or cluster.device)
         self._caches: dict[tuple[str, int, bool], StepCache] = {}
         self._done: dict[tuple[tuple[str, int, bool], int], RunProjection] = {}
@@ -62,6 +66,12 @@ class Projector:
     def step(self, trace: Trace, epoch: Epoch) -> StepTime:
         """The step that `epoch` trained, layer by layer, on this cluster's device."""
         return _step(trace, epoch, self.device)
+
+    def grams(self, joules: float | None) -> float | None:
+        """The CO₂ of an energy; None where the energy or the grid is not known."""
+        if joules is None or self.grid_grams_per_kwh is None:
+            return None
+        return joules / JOULES_PER_KWH * self.grid_grams_per_kwh
 
 
 def labelled_runs(traces: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[LabelledRun]:
@@ -103,6 +113,9 @@ def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: S
                     "energy_joules": p.energy_j,
                     "low_energy_joules": p.energy_low_j,
                     "high_energy_joules": p.energy_high_j,
+                    "co2_grams": projector.grams(p.energy_j),
+                    "low_co2_grams": projector.grams(p.energy_low_j),
+                    "high_co2_grams": projector.grams(p.energy_high_j),
                     "cost_usd": p.cost_usd,
                     "low_cost_usd": None if (usd := _cost(p)) is None else usd[1],
                     "high_cost_usd": None if usd is None else usd[2],
@@ -117,8 +130,7 @@ def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: S
 def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus: Sequence[int]) -> pd.DataFrame:
     """One row per comparison and cluster size: dense, pruned and the difference of time, energy, bytes and money.
 
-    Intervals are 90 %, the errors of both projections taken as independent: on the safe side, because what they share
-    cancels; `_alike_` columns are the other end, where both projections err in the same way.
+    A saving has one 90 % interval, that of pruned / dense; seconds, joules and USD follow from it.
     `accuracy_change` is in fractions, missing where the baseline was not trained.
     """
     rows = []
@@ -126,13 +138,9 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
         both_whole = c.trained and c.pruned.complete and c.baseline.complete
         for size in gpus:
             dense, pruned = projector.run(c.baseline, size), projector.run(c.pruned, size)
+            ratio = pruned.total_s / dense.total_s
             low, high = ratio_interval(_estimate(pruned), _estimate(dense))
-            saved_low, saved_high = difference_interval(_estimate(pruned), _estimate(dense))
-            alike = [p / d for p, d in zip(_estimate(pruned), _estimate(dense), strict=True)]
-            joules = _saved(_energy(dense), _energy(pruned))
-            usd = _saved(_cost(dense), _cost(pruned))
-            accuracy = c.pruned.epochs[-1].validation_accuracy
-            dense_accuracy = c.baseline.epochs[-1].validation_accuracy if c.trained else None
+            spread = low / ratio, high / ratio
             rows.append(
                 {
                     "run": c.label,
@@ -146,16 +154,10 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     "epochs": len(c.pruned.epochs),
                     "first_batch_per_gpu": pruned.epochs[0].batch_per_gpu,
                     "last_batch_per_gpu": pruned.epochs[-1].batch_per_gpu,
-                    "dense_seconds": dense.total_s,
-                    "pruned_seconds": pruned.total_s,
-                    "saved_seconds": dense.total_s - pruned.total_s,
-                    "saved_seconds_low": saved_low,
-                    "saved_seconds_high": saved_high,
-                    "saved_fraction": 1 - pruned.total_s / dense.total_s,
+                    **_saved("seconds", dense.total_s, pruned.total_s, spread),
+                    "saved_fraction": 1 - ratio,
                     "saved_fraction_low": 1 - high,
                     "saved_fraction_high": 1 - low,
-                    "saved_fraction_alike_low": 1 - max(alike),
-                    "saved_fraction_alike_high": 1 - min(alike),
                     "saved_compute_seconds": dense.compute_s - pruned.compute_s,
                     "saved_communication_seconds": dense.exposed_communication_s - pruned.exposed_communication_s,
                     "saved_reconfiguration_seconds": dense.reconfiguration_s
@@ -164,26 +166,16 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     - pruned.startup_s,
                     "dense_allreduce_bytes_per_gpu": dense.allreduce_bytes_per_gpu,
                     "pruned_allreduce_bytes_per_gpu": pruned.allreduce_bytes_per_gpu,
-                    "dense_joules": dense.energy_j,
-                    "pruned_joules": pruned.energy_j,
-                    "saved_joules": joules[0],
-                    "saved_joules_low": joules[1],
-                    "saved_joules_high": joules[2],
-                    "dense_usd": dense.cost_usd,
-                    "pruned_usd": pruned.cost_usd,
-                    "saved_usd": usd[0],
-                    "saved_usd_low": usd[1],
-                    "saved_usd_high": usd[2],
+                    **_saved("joules", dense.energy_j, pruned.energy_j, spread),
+                    **_saved("co2_grams", projector.grams(dense.energy_j), projector.grams(pruned.energy_j), spread),
+                    "grid_grams_per_kwh": projector.grid_grams_per_kwh,
+                    **_saved("usd", dense.cost_usd, pruned.cost_usd, spread),
                     "price_usd_per_gpu_hour": projector.options.price_usd_per_gpu_hour
                     or projector.cluster.price_usd_per_gpu_hour,
-                    "pruned_accuracy": accuracy,
-                    "dense_accuracy": dense_accuracy,
-                    "accuracy_change": None
-                    if accuracy is None or dense_accuracy is None
-                    else accuracy - dense_accuracy,
+                    **accuracies(c),
                     "whole_runs": both_whole,
                     "shrank": len({epoch.architecture for epoch in c.pruned.epochs}) > 1,
-                    "tier": str(max(dense.tier, pruned.tier, key=_rank)),
+                    "tier": str(max(dense.tier, pruned.tier, key=list(Tier).index)),
                 }
             )
     return numeric(pd.DataFrame(rows))
@@ -251,7 +243,10 @@ def breakdown_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: Seq
 
 
 def layers_frame(run: LabelledRun, device: Device) -> pd.DataFrame:
-    """One row per epoch and layer of one run: forward and backward time of one image on `device`, and its tier."""
+    """One row per epoch and layer of one run: forward and backward time of one image on `device`, and its tier.
+
+    A layer that pruning has removed has no row from then on.
+    """
     rows = []
     steps: dict[tuple[str, int], StepTime] = {}
     for epoch in run.trace.epochs:
@@ -261,6 +256,8 @@ def layers_frame(run: LabelledRun, device: Device) -> pd.DataFrame:
         network = run.trace.network_of(epoch)
         for time in steps[key].layers:
             layer = network.layer(time.layer)
+            if layer.is_removed:
+                continue
             rows.append(
                 {
                     "run": run.label,
@@ -282,6 +279,17 @@ def layers_frame(run: LabelledRun, device: Device) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def block_of(layer: str) -> str:
+    """What shares a module path: the layers of one residual block, or a single layer at the top."""
+    return layer.rpartition(".")[0] or layer
+
+
+def has_removed_blocks(layers: pd.DataFrame) -> bool:
+    """Whether a block of `layers_frame` has no layer left in some epoch."""
+    blocks = layers.layer.map(block_of)
+    return bool(blocks.nunique() * layers.epoch.nunique() > len(set(zip(blocks, layers.epoch, strict=True))))
 
 
 def first_and_last_layers(layers: pd.DataFrame) -> pd.DataFrame:
@@ -309,7 +317,7 @@ def first_and_last_layers(layers: pd.DataFrame) -> pd.DataFrame:
 def excess_frame(comparison: Comparison, projector: Projector, gpus: int) -> pd.DataFrame:
     """One row per part of the time: what the pruned run spends there beyond the FLOPs that it has left.
 
-    If time followed FLOPs, every part would shrink by `flops_fraction`, the pruned run's training FLOPs over the dense
+    If time followed FLOPs, every part would shrink by `macs_fraction`, the pruned run's training FLOPs over the dense
     run's; `excess_seconds` is what a part takes above that. `floor_fraction` is the share of the pruned run's steps
     that a mini-batch of one image would take as well: launches and least times of kernels, which no pruning shortens.
     """
@@ -325,7 +333,7 @@ def excess_frame(comparison: Comparison, projector: Projector, gpus: int) -> pd.
             "dense_seconds": dense.reindex(pruned.index).to_numpy(),
             "pruned_seconds": pruned.to_numpy(),
             "excess_seconds": (pruned - fraction * dense.reindex(pruned.index)).to_numpy(),
-            "flops_fraction": fraction,
+            "macs_fraction": fraction,
             "floor_fraction": _floor_fraction(comparison.pruned, projector),
         }
     )
@@ -352,12 +360,6 @@ def _estimate(projection: RunProjection) -> Estimate:
     return projection.total_s, projection.low_s, projection.high_s
 
 
-def _energy(p: RunProjection) -> Estimate | None:
-    if p.energy_j is None or p.energy_low_j is None or p.energy_high_j is None:
-        return None
-    return p.energy_j, p.energy_low_j, p.energy_high_j
-
-
 def _cost(p: RunProjection) -> Estimate | None:
     """The price is a given, so money is as uncertain as time."""
     if p.cost_usd is None:
@@ -365,10 +367,25 @@ def _cost(p: RunProjection) -> Estimate | None:
     return p.cost_usd, p.cost_usd * p.low_s / p.total_s, p.cost_usd * p.high_s / p.total_s
 
 
-def _saved(dense: Estimate | None, pruned: Estimate | None) -> tuple[float | None, float | None, float | None]:
-    if dense is None or pruned is None:
-        return None, None, None
-    return dense[0] - pruned[0], *difference_interval(pruned, dense)
+def _saved(
+    unit: str, dense: float | None, pruned: float | None, spread: tuple[float, float]
+) -> dict[str, float | None]:
+    """Dense, pruned, saved, and the 90 % interval of what is saved, as columns of `unit`.
+
+    `spread` holds the ends of the interval of pruned / dense, over its middle. Price and power are common to both
+    runs, so that the time's ratio decides the interval of money and energy too. No end can save more than the dense
+    run takes.
+    """
+    low = high = saved = None
+    if dense is not None and pruned is not None:
+        saved, low, high = dense - pruned, dense - pruned * spread[1], dense - pruned * spread[0]
+    return {
+        f"dense_{unit}": dense,
+        f"pruned_{unit}": pruned,
+        f"saved_{unit}": saved,
+        f"saved_{unit}_low": low,
+        f"saved_{unit}_high": high,
+    }
 
 
 def ratio_interval(value: Estimate, base: Estimate) -> tuple[float, float]:
@@ -379,13 +396,6 @@ def ratio_interval(value: Estimate, base: Estimate) -> tuple[float, float]:
     down = math.hypot(math.log(value[0] / value[1]), math.log(base[2] / base[0]))
     up = math.hypot(math.log(value[2] / value[0]), math.log(base[0] / base[1]))
     return value[0] / base[0] * math.exp(-down), value[0] / base[0] * math.exp(up)
-
-
-def difference_interval(value: Estimate, base: Estimate) -> tuple[float, float]:
-    """Interval of `base - value`, errors taken as independent: half-widths add in quadrature."""
-    saved = base[0] - value[0]
-    down = math.hypot(value[2] - value[0], base[0] - base[1])
-    return saved - down, saved + math.hypot(value[0] - value[1], base[2] - base[0])
 
 
 def _step(trace: Trace, epoch: Epoch, device: Device) -> StepTime:
@@ -408,10 +418,3 @@ def _setting(run: LabelledRun, projector: Projector) -> dict[str, str | bool | i
         "device": projector.device.name,
         "precision": str(run.trace.run.precision),
     }
-
-
-_TIERS = ("measured", "profiled", "scaled", "datasheet")
-
-
-def _rank(tier: object) -> int:
-    return _TIERS.index(str(tier))

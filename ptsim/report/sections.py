@@ -53,7 +53,7 @@ def time_section(
         title="Time by kind of work.",
         caption="Expected time of the whole run, without an interval; communication that computation hides is not "
         "counted.",
-        headings={"run": "run", "gpus": "GPUs", **columns, "tier": "tier"},
+        headings={"run": "run", "gpus": "GPUs", **columns, "tier": "times from"},
         together=(tuple(columns),),
         folded=True,
     )
@@ -107,7 +107,8 @@ def layers_section(run: LabelledRun, projector: Projector) -> Section:
             ShownFigure(
                 name="blocks",
                 title="Block by block, epoch by epoch.",
-                caption="Time per image of every block of layers; white where it has been removed.",
+                caption="Time per image of every block of layers"
+                + ("; white where it has been removed." if projected.has_removed_blocks(layers) else "."),
                 figure=figures.blocks_figure(layers),
             )
         )
@@ -117,7 +118,7 @@ def layers_section(run: LabelledRun, projector: Projector) -> Section:
 
 
 def costs_section(runs: Sequence[Trace], run: LabelledRun) -> Section:
-    """What shrank: memory and all-reduced bytes of all runs; FLOPs, traffic and the clock beside them of one `run`."""
+    """What shrank: memory and all-reduced bytes of all runs; MACs, traffic and the clock beside them of one `run`."""
     epochs = frames.costs_frame(runs)
     measured = "measured on the recording machine and as " if epochs.peak_memory_bytes.notna().any() else ""
     shown = []
@@ -171,7 +172,7 @@ def runs_section(runs: Sequence[Trace], comparisons: Sequence[Comparison] = ()) 
                 name="tradeoff",
                 title="Accuracy against time.",
                 caption="Measured where the runs were recorded: what every pruned setting costs in accuracy and how "
-                "much of the training time and of the training FLOPs it leaves.",
+                "much of the training time and of the training MACs it leaves.",
                 figure=figures.tradeoff_figure(savings),
             )
         )

@@ -18,7 +18,7 @@ PROJECTIONS = TableSpec(
         "exposed_communication_seconds": "exposed communi\u00adcation",
         "gpu_seconds": "GPU time",
         "allreduce_bytes_per_gpu": "all-reduced per GPU",
-        "tier": "tier",
+        "tier": "times from",
     },
     together=(("total_seconds", "low_seconds", "high_seconds", "compute_seconds"),),
 )
@@ -33,13 +33,17 @@ ENERGY = TableSpec(
         "energy_joules": "energy",
         "low_energy_joules": "90 % from",
         "high_energy_joules": "to",
+        "co2_grams": "CO₂",
+        "low_co2_grams": "90 % from",
+        "high_co2_grams": "to",
         "cost_usd": "cost",
         "low_cost_usd": "90 % from",
         "high_cost_usd": "to",
-        "tier": "tier",
+        "tier": "times from",
     },
     together=(
         ("energy_joules", "low_energy_joules", "high_energy_joules"),
+        ("co2_grams", "low_co2_grams", "high_co2_grams"),
         ("cost_usd", "low_cost_usd", "high_cost_usd"),
     ),
     folded=True,
@@ -48,8 +52,8 @@ ENERGY = TableSpec(
 SAVINGS = TableSpec(
     name="savings",
     title="What pruning saves.",
-    caption="Differences of the projections; negative numbers are losses. Intervals are 90 %, the errors of the two "
-    "projections taken as independent; parts of the saving have none.",
+    caption="Differences of the projections; negative numbers are losses. Intervals are 90 %; parts of the saving have "
+    "none.",
     headings={
         "run": "run",
         "baseline": "against",
@@ -63,7 +67,7 @@ SAVINGS = TableSpec(
         "saved_compute_seconds": "of that, computing",
         "saved_communication_seconds": "communi\u00adcating",
         "saved_reconfiguration_seconds": "start and reconfi\u00adguring",
-        "tier": "tier",
+        "tier": "times from",
     },
     together=(
         ("dense_seconds", "pruned_seconds", "saved_seconds", "saved_seconds_low", "saved_seconds_high"),
@@ -74,8 +78,7 @@ SAVINGS = TableSpec(
 SAVED_ENERGY = TableSpec(
     name="saved_energy",
     title="Energy and money that pruning saves.",
-    caption="Differences of the projections; negative numbers are losses. Intervals are 90 %, the errors of the two "
-    "projections taken as independent.",
+    caption="Differences of the projections; negative numbers are losses. Intervals are 90 %.",
     headings={
         "run": "run",
         "baseline": "against",
@@ -83,13 +86,17 @@ SAVED_ENERGY = TableSpec(
         "saved_joules": "energy saved",
         "saved_joules_low": "90 % from",
         "saved_joules_high": "to",
+        "saved_co2_grams": "CO₂ saved",
+        "saved_co2_grams_low": "90 % from",
+        "saved_co2_grams_high": "to",
         "saved_usd": "money saved",
         "saved_usd_low": "90 % from",
         "saved_usd_high": "to",
-        "tier": "tier",
+        "tier": "times from",
     },
     together=(
         ("saved_joules", "saved_joules_low", "saved_joules_high"),
+        ("saved_co2_grams", "saved_co2_grams_low", "saved_co2_grams_high"),
         ("saved_usd", "saved_usd_low", "saved_usd_high"),
     ),
     folded=True,
@@ -99,20 +106,21 @@ MEASURED_SAVINGS = TableSpec(
     name="measured_savings",
     title="What pruning saved where it was recorded.",
     caption="Measured, no projection: training epochs and reconfigurations, without validation; one machine, so no "
-    "interval. “At its own pace” compares the pruned run with its own unpruned epochs, which a machine whose speed "
-    "drifted between two runs does not distort; “pace” is how long the same unpruned network took in the pruned run, "
-    "relative to the dense run: 100 % means that the two runs can be compared.",
+    "interval. “Against its first epochs” compares the pruned run with what it would have taken had all its epochs "
+    "been as long as its first, unpruned ones; a machine whose speed drifted between the runs does not distort that. "
+    "“Same network” is the time of the unpruned network in the pruned run over that in the dense run: 100 % means that "
+    "the machine was equally fast in both.",
     headings={
         "run": "run",
         "baseline": "against",
         "device": "on",
         "epochs": "epochs",
-        "training_flops_fraction": "training FLOPs",
+        "training_macs_fraction": "training MACs",
         "dense_seconds": "dense",
         "pruned_seconds": "pruned",
         "time_fraction": "time",
-        "own_pace_fraction": "time at its own pace",
-        "pace_fraction": "pace",
+        "own_start_fraction": "time, against its first epochs",
+        "pace_fraction": "same network",
         "dense_accuracy": "accuracy, dense",
         "pruned_accuracy": "accuracy, pruned",
     },
@@ -132,7 +140,7 @@ LAYERS = TableSpec(
         "first_seconds_per_image": "time, first",
         "last_seconds_per_image": "time, last",
         "last_fraction": "last / first",
-        "tier": "tier",
+        "tier": "times from",
     },
     together=(
         ("first_macs_per_image", "last_macs_per_image"),
@@ -227,6 +235,6 @@ VALIDATION = TableSpec(
 
 ASSUMPTIONS = TableSpec(
     name="assumptions",
-    title="Assumptions and tiers.",
+    title="Assumptions, and where every time comes from.",
     headings={"what": "what", "value": "value", "source": "where it comes from"},
 )

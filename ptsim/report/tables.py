@@ -16,6 +16,7 @@ _SCALES: dict[str, tuple[tuple[str, float], ...]] = {
     "joules": (("MWh", 3.6e9), ("kWh", 3.6e6), ("kJ", 1e3), ("J", 1.0)),
     "macs": (("TMAC", 1e12), ("GMAC", 1e9), ("MMAC", 1e6), ("kMAC", 1e3), ("MAC", 1.0)),
     "parameters": (("million", 1e6), ("thousand", 1e3), ("", 1.0)),
+    "grams": (("t", 1e6), ("kg", 1e3), ("g", 1.0)),
     "watts": (("W", 1.0),),
     "usd": (("USD", 1.0),),
 }

@@ -15,6 +15,8 @@ from ptsim.sim.scenario import Scenario
 from ptsim.trace.pace import changes
 from ptsim.trace.schema import Epoch
 
+_NOTED_ROOM = 0.02  # share of an epoch's steps that are not full, above which a note says so
+
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """An epoch as it will be projected."""
@@ -152,11 +154,8 @@ class _Planner:
     def _num_iterations(self, epoch: Epoch, batch: int) -> int:
         if batch == epoch.batch_per_gpu and self.num_gpus == epoch.world_size:
             return epoch.num_iterations
-        per_step = batch * self.num_gpus
-        whole = epoch.num_images == epoch.num_iterations * epoch.batch_per_gpu * epoch.world_size
-        # a recorded epoch of whole mini-batches dropped the rest of the data set; otherwise the rest is one more step
-        steps = epoch.num_images / per_step
-        return max(1, math.floor(steps) if whole else math.ceil(steps))
+        # every recorded image is trained on, whatever the number of GPUs: what fills no mini-batch is one more step
+        return max(1, math.ceil(epoch.num_images / (batch * self.num_gpus)))
 
     def note_assumptions(self, stages: Sequence[Stage]) -> None:
         trace, options, epochs = self.scenario.trace, self.options, self.epochs
@@ -184,8 +183,14 @@ class _Planner:
             note(f"the network of epoch {options.one_time_epoch} is still the first one: nothing is reconfigured")
         if options.mixed_devices:
             note(f"devices are mixed: memory and energy are those of the {self.scenario.device.name} alone")
-        if any(stage.num_iterations * stage.batch * self.num_gpus > 2 * stage.epoch.num_images for stage in stages):
+        room = [stage.num_iterations * stage.batch * self.num_gpus / stage.epoch.num_images for stage in stages]
+        if max(room) > 2:
             note("one global mini-batch holds more images than an epoch has: one step per epoch is projected")
+        elif max(room) > 1 + _NOTED_ROOM:
+            note(
+                f"the last mini-batch of an epoch is not full and counts as a whole step: up to {max(room) - 1:.0%} "
+                "more than the images need"
+            )
         if any(stage.batch < options.micro_batches for stage in stages):
             raise UsageError(
                 f"micro_batches is {options.micro_batches}, more than the "

@@ -59,6 +59,16 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return list(self.networks.values())[-1]
 
     @property
+    def final_accuracy(self) -> float | None:
+        """Validation accuracy of what the run handed over: the end record's, or the last epoch's of an unfinished run.
+
+        Training validates again after a pruning that follows the last epoch, and the end record holds that accuracy.
+        """
+        if self.end is not None and self.end.final_accuracy is not None:
+            return self.end.final_accuracy
+        return self.epochs[-1].validation_accuracy if self.epochs else None
+
+    @property
     def optimizer(self) -> str:
         """The run's optimizer; SGD where the record does not say."""
         return str(self.run.hyperparameters.get("optimizer", "sgd"))

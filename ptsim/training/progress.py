@@ -105,13 +105,15 @@ class Bars:
         )
         self._progress.update(self._epochs, completed=record.epoch + 1, state=state)
         if not self._console.is_terminal:
-            self._console.print(f"epoch {record.epoch + 1}/{self._num_epochs}  {state}", soft_wrap=True)
+            self._console.print(
+                f"epoch {record.epoch} ({record.epoch + 1} of {self._num_epochs})  {state}", soft_wrap=True
+            )
 
     def reconfigured(self, record: Reconfiguration) -> None:
         """Say what went."""
         layers = f", {len(record.layers_removed)} layers" if record.layers_removed else ""
         batch = f", mini-batch {record.batch_after} per rank" if record.batch_after != record.batch_before else ""
         text = f"pruned {record.channels_removed} channels{layers} in {record.duration_s:.2f} s{batch}"
-        self._console.print(f"epoch {record.epoch + 1}: {text}", soft_wrap=True)
+        self._console.print(f"after epoch {record.epoch}: {text}", soft_wrap=True)
         if record.notes and record.notes[0].startswith("the network has collapsed"):
-            self._console.print(f"epoch {record.epoch + 1}: {record.notes[0]}", soft_wrap=True, markup=False)
+            self._console.print(f"after epoch {record.epoch}: {record.notes[0]}", soft_wrap=True, markup=False)

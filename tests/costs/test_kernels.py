@@ -219,3 +219,20 @@ def test_what_runs_once_a_mini_batch_takes_the_same_kernels_at_every_mini_batch(
     )
     for field in one.__struct_fields__:
         assert np.array_equal(getattr(one, field), getattr(many, field)), field
+
+
+def test_an_operator_on_a_tensor_without_elements_launches_no_kernel() -> None:
+    network = residual_network()
+    index = next(i for i, layer in enumerate(network.layers) if layer.name == "layer1.0.relu1")
+    gone = msgspec.structs.replace(
+        network.layers[index], in_channels=0, out_channels=0, input_shapes=((0, 32, 32),), output_shape=(0, 32, 32)
+    )
+    assert gone.is_removed
+    assert not network.layers[index].is_removed
+    layers = (*network.layers[:index], gone, *network.layers[index + 1 :])
+    changed = msgspec.structs.replace(network, layers=layers)
+    how = {"batch": 8, "precision": Precision.FP32, "memory_format": "contiguous", "tensor_cores": False}
+    before, after = (network_kernels(n, **how) for n in (network, changed))  # type: ignore[arg-type]
+    assert index in before.layer
+    assert index not in after.layer
+    assert len(before.layer) - len(after.layer) == 2  # ReLU's forward and backward

@@ -12,26 +12,26 @@ from tests.traces import CPU, dense_trace, shrinking_trace
 
 
 def excess(**pruned_seconds: float) -> pd.DataFrame:
-    """Parts of a dense run of 10 s each beside a pruned run's; half of the FLOPs are left."""
+    """Parts of a dense run of 10 s each beside a pruned run's; half of the MACs are left."""
     names = {"host": "loss and host gaps", "products": "convolutions and linear layers", "moved": "memory-bound layers"}
     rows = [
         {"part": names[key], "dense_seconds": 10.0, "pruned_seconds": seconds, "excess_seconds": seconds - 5.0}
         for key, seconds in pruned_seconds.items()
     ]
-    return pd.DataFrame(rows).assign(flops_fraction=0.5, floor_fraction=0.1)
+    return pd.DataFrame(rows).assign(macs_fraction=0.5, floor_fraction=0.1)
 
 
 def test_a_run_that_waits_for_its_host_is_called_host_bound() -> None:
     lead, *reasons = answer.why(excess(host=10.0, products=5.0, moved=6.0))
-    assert "50 % of the training FLOPs and 70 % of the time" in lead
+    assert "50 % of the training MACs and 70 % of the time" in lead
     assert len(reasons) == 2  # of 6 s in excess, 5 are the host's and 1 is the memory's
     assert reasons[0].startswith("Host-bound: for 48 % of the pruned run")
     assert reasons[1].startswith("Memory-bound layers")
 
 
-def test_where_time_follows_flops_there_is_nothing_to_explain() -> None:
+def test_where_time_follows_macs_there_is_nothing_to_explain() -> None:
     (only,) = answer.why(excess(products=5.0, moved=5.1))
-    assert "time follows the FLOPs" in only
+    assert "time follows the MACs" in only
 
 
 def test_steps_that_one_image_would_take_as_well_are_called_launch_bound() -> None:
@@ -58,7 +58,7 @@ def test_repeats_are_one_row_of_means_with_the_widest_interval() -> None:
 def test_every_number_of_the_head_says_where_it_comes_from_and_how_sure_it_is(tmp_path: Path) -> None:
     traces = [dense_trace(tmp_path / "d.jsonl"), shrinking_trace(tmp_path / "p.jsonl")]
     head = make_report(traces, cluster="dgx-a100", gpus=[1, 8], price_usd_per_gpu_hour=2.0).answer
-    assert all(tile.origin.startswith(("projected, tier: ", "measured, ", "counted")) for tile in head.tiles)
+    assert all(tile.origin.startswith(("projected; times: ", "measured, ", "counted")) for tile in head.tiles)
     for tile in head.tiles:
         if tile.origin.startswith("projected"):
             assert "90 % interval" in tile.detail

@@ -1,11 +1,12 @@
 import math
 
+import msgspec
 import pytest
 
 import ptsim
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report import projected
-from ptsim.report.projected import Projector, difference_interval, labelled_runs, ratio_interval
+from ptsim.report.projected import Projector, labelled_runs, ratio_interval
 from ptsim.sim.options import Options
 from ptsim.trace.pairs import compare_runs
 from tests.traces import dense_trace, shrinking_trace
@@ -43,7 +44,53 @@ def test_a_saving_is_dense_less_pruned(traces: list[ptsim.Trace], projector: Pro
         assert row.saved_usd == pytest.approx(2.0 * row.gpus * row.saved_seconds / 3600)
         assert row.saved_fraction_low <= row.saved_fraction <= row.saved_fraction_high
         assert row.saved_seconds_low <= row.saved_seconds <= row.saved_seconds_high
-        assert row.saved_fraction_low <= row.saved_fraction_alike_low <= row.saved_fraction_alike_high
+
+
+def test_a_saving_has_one_interval_and_never_saves_more_than_the_dense_run_costs(
+    traces: list[ptsim.Trace], projector: Projector
+) -> None:
+    savings = projected.savings_frame(compare_runs(traces), projector, GPUS)
+    for row in savings.to_dict("records"):
+        for unit in ("seconds", "usd", "joules"):
+            for end in ("low", "high"):
+                assert row[f"saved_{unit}_{end}"] < row[f"dense_{unit}"]
+                # dense - pruned * (1 - s) / (pruned / dense) is dense * s where pruned / dense is the time's ratio
+                share = 1 - row[f"saved_{unit}_{end}"] / row[f"dense_{unit}"]
+                of_time = (1 - row[f"saved_fraction_{end}"]) / (1 - row["saved_fraction"])
+                assert share == pytest.approx(row[f"pruned_{unit}"] / row[f"dense_{unit}"] * of_time)
+
+
+def test_the_accuracy_is_that_of_what_the_run_handed_over(traces: list[ptsim.Trace], projector: Projector) -> None:
+    # the builder's last epoch validates at 0.9; the end record holds what was measured after the last pruning
+    dense, pruned = traces
+    assert pruned.end is not None
+    after = msgspec.structs.replace(pruned, end=msgspec.structs.replace(pruned.end, final_accuracy=0.85))
+    (row,) = projected.savings_frame(compare_runs([dense, after]), projector, [1]).to_dict("records")
+    assert row["pruned_accuracy"] == 0.85
+    assert row["accuracy_change"] == pytest.approx(-0.05)
+
+
+def test_a_layer_without_elements_is_removed_from_table_and_map(
+    traces: list[ptsim.Trace], projector: Projector
+) -> None:
+    run = next(run for run in labelled_runs(traces, []) if run.trace.reconfigurations)
+    epoch = run.trace.epochs[-1]
+    network = run.trace.network_of(epoch)
+    layers = tuple(
+        msgspec.structs.replace(layer, out_channels=0, output_shape=(0, *layer.output_shape[1:]))
+        if layer.name.startswith("layer2.1.")
+        else layer
+        for layer in network.layers
+    )
+    emptied = {**run.trace.networks, epoch.architecture: msgspec.structs.replace(network, layers=layers)}
+    run = msgspec.structs.replace(run, trace=msgspec.structs.replace(run.trace, networks=emptied, profiles=()))
+    frame = projected.layers_frame(run, projector.device)
+    last = frame[frame.epoch == epoch.epoch]
+    assert not last.layer.str.startswith("layer2.1.").any()
+    table = projected.first_and_last_layers(frame).set_index("layer")
+    assert table.loc["layer2.1.conv1", "last_channels"] == "removed"
+    assert table.loc["layer2.1.conv1", "last_fraction"] == 0
+    assert projected.has_removed_blocks(frame)
 
 
 def test_the_parts_of_the_time_add_up_to_it(traces: list[ptsim.Trace], projector: Projector) -> None:
@@ -83,4 +130,3 @@ def test_intervals_of_ratio_and_difference_by_hand() -> None:
     assert ratio_interval((2.0, 1.0, 4.0), (4.0, 4.0, 4.0)) == pytest.approx((0.25, 1.0))
     low, high = ratio_interval((2.0, 1.0, 4.0), (4.0, 2.0, 8.0))
     assert (low, high) == pytest.approx((0.5 / 2 ** math.sqrt(2), 0.5 * 2 ** math.sqrt(2)))
-    assert difference_interval((5.0, 2.0, 9.0), (10.0, 7.0, 14.0)) == pytest.approx((0.0, 10.0))

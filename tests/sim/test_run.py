@@ -104,7 +104,13 @@ class TestManyGpus:
         projection = run(trace, 8)
         for epoch, recorded in zip(projection.epochs, trace.epochs, strict=True):
             assert epoch.batch_per_gpu == recorded.batch_per_gpu
-            assert epoch.num_iterations == recorded.num_images // (8 * recorded.batch_per_gpu)
+            assert epoch.num_iterations == -(-recorded.num_images // (8 * recorded.batch_per_gpu))
+
+    def test_no_number_of_gpus_is_faster_than_linear_and_half_empty_steps_are_noted(self, trace: Trace) -> None:
+        alone, many = run(trace, 1), run(trace, 64)
+        assert many.epochs[0].num_iterations == 5  # of 4,096 images; an epoch has 19,968, which is 4.9 times that
+        assert many.total_s >= alone.total_s / 64
+        assert any("is not full" in note for note in many.notes)
 
     def test_strong_scaling_keeps_the_iterations_and_shares_the_mini_batch(self, trace: Trace) -> None:
         projection = run(trace, 8, scaling="strong")
