@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from ptsim import __version__
 from ptsim.cli.common import print_json, refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.trace.io import read_trace
@@ -28,7 +29,7 @@ def export(
     chrome: the per-layer profiles as one Chrome/Kineto trace file, for Perfetto or HolisticTraceAnalysis.
     chakra: one step of every architecture as Chakra execution traces, for ASTRA-sim, in a folder.
     parquet: every table of the trace, in a folder.
-    onnx: the trained network of a run folder as one ONNX file, compared with torch's outputs.
+    onnx: the trained network of a run folder as one ONNX file, checked against torch's outputs.
 
     Args:
         trace: Trace file or run folder.
@@ -63,7 +64,9 @@ def _write(trace: Path, format: Format, out: Path, gpus: int | None, epoch: int 
         from ptsim.training.loop import load_model, load_recipe
 
         folder = trace if trace.is_dir() else trace.parent
-        export_onnx(load_model(folder, epoch), load_recipe(folder, epoch).input_shape, out)
+        recipe = load_recipe(folder, epoch)
+        metadata = {"model": recipe.model, "classes": str(recipe.num_classes), "producer": f"ptsim {__version__}"}
+        export_onnx(load_model(folder, epoch), recipe.input_shape, out, metadata=metadata)
         return [out]
     if format == "chrome":
         from ptsim.export.chrome import profile_timeline

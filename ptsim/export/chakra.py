@@ -1,8 +1,13 @@
 """What one training step does, as Chakra execution traces: the input of ASTRA-sim, a file per rank.
 
-A step of data-parallel training is forward and backward of every layer, one all-reduce per DDP bucket as soon as its
-gradients are there, and the optimizer. Operators carry their FLOPs and bytes, for a simulator with a roofline, and
-their measured durations where the trace has a profile, for one that replays.
+A step of data-parallel training is forward and backward of every layer with the loss in between, one all-reduce per
+DDP bucket as soon as its gradients are there, and the optimizer. Operators carry their FLOPs and bytes, for a simulator
+with a roofline, and their measured durations where the trace has a profile, for one that replays: the profile's layers
+are scaled to its whole step, which was measured without per-layer timers.
+
+What moves no byte (a view, a layer that pruning has removed) is no node: ASTRA-sim's roofline skips a node whose
+tensor_size is 0 together with all that waits for it, so that the step would never end. Nodes wait for what was in front
+of it, and its measured time goes to the next node.
 
 Source: schema/protobuf/et_def.proto of https://github.com/mlcommons/chakra (`GlobalMetadata`, then `Node`s, each
 after its length as a varint), and the attributes that its feeder and ASTRA-sim's read, each from the field of the type
@@ -12,18 +17,20 @@ the meaning wanted here: no pg_name is all ranks, no involved_dim is every dimen
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.flops import layer_macs
+from ptsim.costs.measured import step_of_profile
+from ptsim.costs.times import StepTime
 from ptsim.costs.traffic import layer_traffic, update_traffic
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
 from ptsim.network import Network
 from ptsim.textfile import write_whole
-from ptsim.trace.schema import Profile
 from ptsim.trace.trace import Trace
 
 SCHEMA = "0.0.4"
@@ -55,7 +62,7 @@ def step_nodes(
     batch: int,
     num_gpus: int,
     element_bytes: int = 4,
-    profile: Profile | None = None,
+    step: StepTime | None = None,
     optimizer: str = "sgd",
 ) -> tuple[Node, ...]:
     """The nodes of one step of `batch` images per GPU, in execution order; ids count from 0.
@@ -68,67 +75,102 @@ def step_nodes(
         batch: images per GPU and step.
         num_gpus: ranks.
         element_bytes: of an activation; gradients are reduced in fp32.
-        profile: where the durations come from; None leaves them 0.
+        step: where the durations come from; None leaves them 0.
         optimizer: decides the update's memory traffic.
     """
-    nodes: list[Node] = []
-    clock = _MicrosecondClock()
-    measured = {} if profile is None else {layer.layer: layer for layer in profile.layers}
+    builder = _StepBuilder(network, batch, element_bytes, step)
+    forward = builder.forward()
+    builder.backward(forward, ddp_buckets(network) if num_gpus > 1 else ())
+    builder.update(optimizer)
+    return tuple(builder.nodes)
 
-    def add(name: str, deps: set[int], seconds: float, macs: int, num_bytes: int) -> int:
-        nodes.append(
+
+class _StepBuilder:
+    """The nodes of a step under way; the parts of a step are added in execution order."""
+
+    def __init__(self, network: Network, batch: int, element_bytes: int, step: StepTime | None) -> None:
+        self.network, self.batch, self.element_bytes, self.step = network, batch, element_bytes, step
+        self.nodes: list[Node] = []
+        self._clock = _MicrosecondClock()
+        self._carried_s = 0.0  # measured time of what is no node
+        self._measured = {} if step is None else {layer.layer: layer for layer in step.layers}
+        self._reduced: list[int] = []
+        self._backward: dict[str, set[int]] = {}
+
+    def forward(self) -> dict[str, set[int]]:
+        """Every layer, then the loss; returns what each layer's output waits for."""
+        producers: dict[str, set[str]] = {}
+        for source, target in self.network.edges:
+            producers.setdefault(target, set()).add(source)
+        done: dict[str, set[int]] = {}
+        for layer in self.network.layers:
+            deps = set().union(*(done[name] for name in producers.get(layer.name, ())))
+            traffic = layer_traffic(layer, batch=self.batch, element_bytes=self.element_bytes)
+            macs = layer.repeats(self.batch) * layer_macs(layer, "exact").forward
+            seconds = self._measured[layer.name].forward_s if layer.name in self._measured else 0.0
+            done[layer.name] = self._add(f"{layer.name}.forward", deps, seconds, macs, traffic.forward_bytes)
+        outputs = done.keys() - {source for source, _ in self.network.edges}
+        deps = set().union(*(done[name] for name in outputs))
+        logits_bytes = 4 * self.batch * self.network.num_classes
+        seconds = self.step.overhead_s if self.step else 0.0
+        self._loss = self._add("loss", deps, seconds, 0, 3 * logits_bytes)  # reads, writes, and writes their gradient
+        return done
+
+    def backward(self, forward: Mapping[str, set[int]], buckets: Sequence[Bucket]) -> None:
+        """Every layer, last to first, and each bucket's all-reduce as soon as its gradients are there."""
+        consumers: dict[str, set[str]] = {}
+        for source, target in self.network.edges:
+            consumers.setdefault(source, set()).add(target)
+        of_parameter = {parameter.name: parameter.layer for parameter in self.network.parameters}
+        waiting = [(bucket, {of_parameter[name] for name in bucket.parameters}) for bucket in buckets]
+        done = self._backward
+        for layer in reversed(self.network.layers):
+            after = [done[name] for name in consumers.get(layer.name, ())] or [self._loss]
+            deps = forward[layer.name].union(*after)
+            traffic = layer_traffic(layer, batch=self.batch, element_bytes=self.element_bytes)
+            macs = layer.repeats(self.batch) * layer_macs(layer, "exact").backward
+            seconds = self._measured[layer.name].backward_s if layer.name in self._measured else 0.0
+            done[layer.name] = self._add(f"{layer.name}.backward", deps, seconds, macs, traffic.backward_bytes)
+            while waiting and waiting[0][1] <= done.keys():
+                bucket, layers = waiting.pop(0)
+                self._reduce(set().union(*(done[name] for name in layers)), bucket.num_bytes)
+        assert not waiting, "every bucket's layers are layers of the network"
+
+    def update(self, optimizer: str) -> None:
+        """The regulariser and the optimizer, which wait for every gradient."""
+        seconds = self.step.optimizer_s + self.step.regularizer_s if self.step else 0.0
+        deps = set(self._reduced) or set().union(*self._backward.values())
+        self._add("optimizer", deps, seconds, 0, update_traffic(self.network, optimizer))
+
+    def _add(self, name: str, deps: set[int], seconds: float, macs: int, num_bytes: int) -> set[int]:
+        """Add an operator; returns what waits for it has to wait for."""
+        self._carried_s += seconds
+        if not num_bytes and not macs:
+            return deps
+        self.nodes.append(
             Node(
-                id=len(nodes),
+                id=len(self.nodes),
                 name=name,
                 data_deps=tuple(sorted(deps)),
-                duration_micros=clock.advance(seconds),
-                num_ops=2 * macs or num_bytes // element_bytes,
+                duration_micros=self._clock.advance(self._carried_s),
+                num_ops=2 * macs or num_bytes // self.element_bytes,
                 tensor_bytes=num_bytes,
             )
         )
-        return len(nodes) - 1
+        self._carried_s = 0.0
+        return {self.nodes[-1].id}
 
-    producers: dict[str, set[str]] = {}
-    consumers: dict[str, set[str]] = {}
-    for source, target in network.edges:
-        producers.setdefault(target, set()).add(source)
-        consumers.setdefault(source, set()).add(target)
-    forward: dict[str, int] = {}
-    for layer in network.layers:
-        macs, traffic = layer_macs(layer, "exact"), layer_traffic(layer, batch=batch, element_bytes=element_bytes)
-        times = layer.repeats(batch)
-        seconds = measured[layer.name].forward_s if layer.name in measured else 0.0
-        deps = {forward[name] for name in producers.get(layer.name, ())}
-        forward[layer.name] = add(f"{layer.name}.forward", deps, seconds, times * macs.forward, traffic.forward_bytes)
-    backward: dict[str, int] = {}
-    buckets = ddp_buckets(network) if num_gpus > 1 else ()
-    of_parameter = {parameter.name: parameter.layer for parameter in network.parameters}
-    waiting = [(bucket, {of_parameter[name] for name in bucket.parameters}) for bucket in buckets]
-    reduced: list[int] = []
-    for layer in reversed(network.layers):
-        macs, traffic = layer_macs(layer, "exact"), layer_traffic(layer, batch=batch, element_bytes=element_bytes)
-        times = layer.repeats(batch)
-        seconds = (measured[layer.name].backward_s or 0.0) if layer.name in measured else 0.0
-        deps = {backward[name] for name in consumers.get(layer.name, ())} | {forward[layer.name]}
-        backward[layer.name] = add(
-            f"{layer.name}.backward", deps, seconds, times * macs.backward, traffic.backward_bytes
-        )
-        while waiting and waiting[0][1] <= backward.keys():
-            bucket, layers = waiting.pop(0)
-            deps = {backward[name] for name in layers} | set(reduced[-1:])  # one stream: buckets in their order
-            nodes.append(
-                Node(
-                    id=len(nodes),
-                    name=f"all_reduce.{len(reduced)}",
-                    data_deps=tuple(sorted(deps)),
-                    all_reduce_bytes=bucket.num_bytes,
-                )
+    def _reduce(self, deps: set[int], num_bytes: int) -> None:
+        """One stream: a bucket's all-reduce also waits for the one before."""
+        self.nodes.append(
+            Node(
+                id=len(self.nodes),
+                name=f"all_reduce.{len(self._reduced)}",
+                data_deps=tuple(sorted(deps | set(self._reduced[-1:]))),
+                all_reduce_bytes=num_bytes,
             )
-            reduced.append(len(nodes) - 1)
-    assert not waiting, "every bucket's layers are layers of the network"
-    seconds = profile.optimizer_s + profile.regularizer_s if profile else 0.0
-    add("optimizer", set(reduced) or set(backward.values()), seconds, 0, update_traffic(network, optimizer))
-    return tuple(nodes)
+        )
+        self._reduced.append(self.nodes[-1].id)
 
 
 def encode_trace(nodes: tuple[Node, ...], description: dict[str, str]) -> bytes:
@@ -165,13 +207,14 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
         settings.setdefault((epoch.architecture, epoch.batch_per_gpu), []).append(epoch.epoch)
     index, written = [], []
     for (architecture, batch), epochs in settings.items():
-        profile = profiles.get((architecture, batch))
+        profile, network = profiles.get((architecture, batch)), trace.networks[architecture]
+        regularized = any(epoch.regularized for epoch in trace.epochs if epoch.epoch in epochs)
         nodes = step_nodes(
-            trace.networks[architecture],
+            network,
             batch=batch,
             num_gpus=ranks,
             element_bytes=trace.run.precision.activation_bytes,
-            profile=profile,
+            step=None if profile is None else step_of_profile(network, profile, regularizer=regularized),
             optimizer=trace.optimizer,
         )
         content = encode_trace(

@@ -1,11 +1,17 @@
-"""How a trained network leaves ptsim: as ONNX, checked in onnxruntime before anybody relies on it."""
+"""How a trained network leaves ptsim: as ONNX, checked by another implementation before anybody relies on it.
+
+The check runs in ONNX's own reference evaluator: NumPy, without telemetry (onnxruntime looks up a foreign host and
+writes into the user's cache).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import io
+import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +19,54 @@ import torch
 from torch import nn
 
 from ptsim.errors import UnsupportedModelError, UsageError
+from ptsim.textfile import write_whole
 
 TOLERANCE = 1e-4  # of the largest output: fp32 sums in another order
 
 
-def export_onnx(model: nn.Module, input_shape: tuple[int, int, int], path: str | Path) -> float:
+def export_onnx(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    path: str | Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> float:
     """Write the network in evaluation mode, for mini-batches of any size; input "images", output "logits".
 
     Args:
         model: on the CPU, for instance from `ptsim.load_model`.
         input_shape: (channels, height, width) of one image.
         path: the file.
+        metadata: name → value, stored among the model's metadata; "model" also becomes the graph's name.
 
     Returns:
-        The largest difference between onnxruntime's outputs and torch's, relative to the largest output.
+        The largest difference between the reference evaluator's outputs and torch's, relative to the largest output.
 
     Raises:
         UsageError: the packages for ONNX are missing, or the file cannot be written.
-        UnsupportedModelError: torch cannot express the network, or onnxruntime computes something else.
+        UnsupportedModelError: torch cannot express the network, or the file computes something else.
     """
     path = Path(path)
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(f"ONNX export needs the package {package}", hint="pip install 'ptsim[onnx]'")
+    missing = [package for package in ("onnx", "onnxscript") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(f"ONNX export needs {' and '.join(missing)}: pip install 'ptsim[onnx]'")
+    import onnx
+
     model = model.eval()
     images = torch.randn((3, *input_shape), generator=torch.Generator().manual_seed(0))
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    with tempfile.TemporaryDirectory() as folder:
+        unchecked = Path(folder) / "network.onnx"
+        _write(model, images, unchecked)
+        content = onnx.load(unchecked)
+    onnx.helper.set_model_props(content, dict(metadata or {}))
+    if metadata and "model" in metadata:
+        content.graph.name = metadata["model"]
+    error = _difference(model, images, content)
+    if not error <= TOLERANCE:
+        raise UnsupportedModelError(f"the exported file computes something else than this network: {error:.1e} apart")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(model, images, unfinished)
-            error = _difference(model, images, unfinished)
-            if not error <= TOLERANCE:
-                raise UnsupportedModelError(f"onnxruntime computes something else for this network: {error:.1e} apart")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, content.SerializeToString())
     except OSError as failure:
         raise UsageError(f"{path} cannot be written: {failure.strerror}") from failure
     return error
@@ -74,15 +92,15 @@ def _write(model: nn.Module, images: torch.Tensor, path: Path) -> None:
         raise UnsupportedModelError(f"torch cannot express this network in ONNX: {reason}") from error
 
 
-def _difference(model: nn.Module, images: torch.Tensor, path: Path) -> float:
-    import onnxruntime
+def _difference(model: nn.Module, images: torch.Tensor, content: Any) -> float:
+    from onnx.reference import ReferenceEvaluator
 
-    session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    evaluator: Any = ReferenceEvaluator(content)
     worst = 0.0
     for batch in (images, images[:1]):  # another size than it was exported with
         with torch.no_grad():
             expected = model(batch)
-        (found,) = session.run(None, {"images": batch.numpy()})
+        (found,) = evaluator.run(None, {"images": batch.numpy()})
         difference = (torch.from_numpy(found) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
         worst = max(worst, float(difference))
     return worst

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from ptsim.errors import UsageError
 from ptsim.report import frames
+from ptsim.textfile import write_whole
 from ptsim.trace.trace import Trace
 
 TABLES = {
@@ -29,7 +31,9 @@ def write_parquet(trace: Trace, out: Path) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         for name, make in TABLES.items():
             file = out / f"{name}.parquet"
-            make([trace]).to_parquet(file, index=False)
+            buffer = io.BytesIO()
+            make([trace]).to_parquet(buffer, index=False)
+            write_whole(file, buffer.getvalue())
             written.append(file)
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error

@@ -19,7 +19,8 @@ class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
 
     `total_s`, `low_s`, `high_s` and `energy_j` (of all GPUs) are of the whole epoch, all else is of one step.
     A step is the sum of forward, backward, regularizer, optimizer, overhead (loss and host gaps), input wait,
-    straggler wait and exposed communication. `communication_s` is what all collectives of the step take by themselves.
+    straggler wait and exposed communication, of which the GPU stands still for `communication_wait_s` and computes more
+    slowly beside collectives for the rest. `communication_s` is what all collectives of the step take by themselves.
     """
 
     epoch: int
@@ -36,6 +37,7 @@ class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
     straggler_wait_s: float
     communication_s: float
     exposed_communication_s: float
+    communication_wait_s: float
     wire_bytes_per_gpu: float
     total_s: float
     low_s: float
@@ -82,6 +84,7 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     total_s: float
     compute_s: float
     exposed_communication_s: float
+    communication_wait_s: float
     input_wait_s: float
     straggler_wait_s: float
     allreduce_bytes_per_gpu: float
@@ -125,6 +128,7 @@ def projection_row(projection: RunProjection) -> dict[str, Any]:
         "high_seconds": p.high_s,
         "compute_seconds": p.compute_s,
         "exposed_communication_seconds": p.exposed_communication_s,
+        "communication_wait_seconds": p.communication_wait_s,
         "input_wait_seconds": p.input_wait_s,
         "straggler_wait_seconds": p.straggler_wait_s,
         "reconfiguration_seconds": p.reconfiguration_s,

@@ -1,4 +1,9 @@
+import importlib.util
+import subprocess
+import sys
+
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -8,6 +13,7 @@ from ptsim import zoo
 from ptsim.cli.main import run as command
 from ptsim.errors import UsageError
 from ptsim.export.onnx import export_onnx
+from ptsim.training.loop import load_recipe
 from tests.training.runs import settings
 
 
@@ -28,6 +34,30 @@ def test_the_exported_network_gives_the_pruned_networks_outputs_in_onnxruntime(r
     (found,) = session.run(["logits"], {"images": images.numpy()})
     np.testing.assert_allclose(found, model(images).detach().numpy(), rtol=1e-4, atol=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+    stored = onnx.load(tmp_path / "net.onnx")
+    properties = {entry.key: entry.value for entry in stored.metadata_props}
+    recipe = load_recipe(run)
+    assert stored.graph.name == properties["model"] == recipe.model
+    assert properties["classes"] == str(recipe.num_classes)
+
+
+def test_without_the_extra_one_sentence_names_it(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name, *rest))
+    with pytest.raises(UsageError, match=r"needs onnx: pip install 'ptsim\[onnx\]'"):
+        export_onnx(zoo.create("resnet20"), (3, 32, 32), tmp_path / "net.onnx")
+
+
+def test_exporting_does_not_load_onnxruntime(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from ptsim.export.onnx import export_onnx\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten())\n"
+        f"export_onnx(model, (3, 4, 4), {str(tmp_path / 'a')!r})\n"
+        "assert 'onnxruntime' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_zoos_networks_export(tmp_path):

@@ -45,7 +45,11 @@ class TestByHand:
 
     def test_overlap_slows_both_sides(self) -> None:
         # bucket 0 takes 1.2 s while backward gets 1 s of its 2 s done: backward ends at 6.2, bucket 1 at 7.2
-        assert step(plan([2, 2], [1, 1]), contention=0.2).step_s == pytest.approx(7.7, rel=1e-12)
+        result = step(plan([2, 2], [1, 1]), contention=0.2)
+        assert result.step_s == pytest.approx(7.7, rel=1e-12)
+        # of the 1.2 s that communication adds, the GPU stands still from 6.2 to 7.2 and is slowed down for the rest
+        assert result.exposed_communication_s == pytest.approx(1.2, rel=1e-12)
+        assert result.communication_wait_s == pytest.approx(1.0, rel=1e-12)
 
     def test_a_collective_speeds_up_when_backward_is_over(self) -> None:
         # bucket 0 ready at 3; 1 s of backward takes 1.5 s with contention 0.5, of 4 s communication 1 s is done by 4.5
