@@ -60,7 +60,7 @@ from ptsim.costs.memory import iteration_memory, largest_batch
 from ptsim.costs.step import step_time
 from ptsim.errors import PtsimError
 from ptsim.hardware.catalog import match_device
-from ptsim.hardware.profile import read_device_profile
+from ptsim.hardware.profile_file import read_device_profile
 from ptsim.measure.calibrate import make_optimizer
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import number_format, profile_network, tf32_allowed, tuned_convolutions

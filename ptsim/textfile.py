@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import os
 import re
 import stat
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import msgspec.inspect
 
 from ptsim.errors import FileFormatError, UsageError
 
@@ -90,16 +92,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         FileFormatError: the file cannot be read, is larger than 16 MiB, is not TOML, is nested too deep, or holds a
             number or a text that no setting can have.
     """
-    content = read_bytes(path, most=MOST_TOML_BYTES)
+    return parse_toml(path, read_bytes(path, most=MOST_TOML_BYTES))
+
+
+def parse_toml(path: str | Path, content: bytes) -> dict[str, Any]:
+    """The same of a file's content; `path` names it in errors."""
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise FileFormatError(path, f"is not TOML: {error}") from error
-    return parse_toml(path, text.replace("\r\n", "\n"))
-
-
-def parse_toml(path: str | Path, text: str) -> dict[str, Any]:
-    """The same of text; `path` names it in errors."""
     too_deep = f"is nested more than {MOST_LEVELS} levels deep"
     if _DOTTED.search(text):
         raise FileFormatError(path, too_deep)
@@ -164,9 +165,79 @@ def decode_json(
         raise FileFormatError(path, f"{prefix}{error}", line=line) from error
 
 
-def plain_error(error: Exception) -> str:
-    """What msgspec says of a wrong value in a TOML file, with the place as a user writes it: "`machine.power`"."""
-    return str(error).replace("`$.", "`").replace("`$`", "the top level")
+def convert_toml(path: str | Path, raw: Any, kind: type[T], *, dec_hook: Callable[[type, Any], Any] | None = None) -> T:
+    """The record that a TOML document is.
+
+    Raises:
+        FileFormatError: an unknown or missing key, or a wrong value; says the place, what was found and expected.
+    """
+    try:
+        return msgspec.convert(raw, kind, dec_hook=dec_hook)
+    except msgspec.ValidationError as error:
+        problem, hint = _explain(str(error), raw, kind)
+        raise FileFormatError(path, problem, hint=hint) from error
+
+
+_PLACED = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$(?P<place>.*)`)?", re.DOTALL)
+_STEPS = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
+_WORDS = {
+    "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "array": "a list",
+    "object": "a table", "null": "nothing",
+}  # fmt: skip
+
+
+def _explain(message: str, raw: Any, kind: Any) -> tuple[str, str | None]:
+    """Msgspec's complaint as a sentence about the file, and a hint where a key was meant that exists."""
+    match = _PLACED.fullmatch(message.replace("[...]", ""))  # some key of a table: the value that is shown tells which
+    assert match is not None, "the pattern takes any text"
+    what, place = match["what"], (match["place"] or "").lstrip(".")
+    inside = f"{place}." if place else ""
+    if found := re.fullmatch(r"Object missing required field `(.*)`", what):
+        return f"{inside}{found[1]} is missing", None
+    value, shape = _at(match["place"] or "", raw, kind)
+    if found := re.fullmatch(r"Object contains unknown field `(.*)`", what):
+        known = [field.encode_name for field in getattr(shape, "fields", ())]
+        close = difflib.get_close_matches(found[1], known, n=1)
+        expected = f", expected one of {', '.join(known)}" if known else ""
+        return f"{inside}{found[1]} is not a known key{expected}", f"did you mean {close[0]}?" if close else None
+    values = getattr(shape, "values", None)  # of a Literal
+    if isinstance(shape, msgspec.inspect.EnumType):
+        values = [member.value for member in shape.cls]
+    shown = value if isinstance(value, bool | int | float) else repr(value)
+    shown = str(shown).lower() if isinstance(value, bool) else str(shown)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    if values:
+        return f"{place} is {shown}, expected one of {', '.join(map(str, values))}", None
+    if found := re.match(r"Expected `([^`]*)`(.*?)(?:, got .*)?$", what):
+        kinds = " or ".join(_WORDS.get(word.strip(), word.strip()) for word in found[1].split("|") if word != " null")
+        bound = found[2].replace(">=", "of at least").replace("<=", "of at most").replace("matching regex", "like")
+        return f"{place or 'the file'} is {shown}, expected {kinds}{bound}", None
+    return f"{place or 'the file'}: {what}", None
+
+
+def _at(place: str, raw: Any, kind: Any) -> tuple[Any, Any]:
+    """The value at `place` of a document and the type that it should have, as far as both can be followed."""
+    value, shape = raw, _one_shape(msgspec.inspect.type_info(kind))
+    for key, index in _STEPS.findall(place):
+        try:
+            value = value[int(index) if index else key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            value = None
+        if isinstance(shape, msgspec.inspect.StructType):
+            shape = next((field.type for field in shape.fields if field.encode_name == key), None)
+        elif isinstance(shape, msgspec.inspect.DictType):
+            shape = shape.value_type
+        else:
+            shape = getattr(shape, "item_type", None)
+        shape = _one_shape(shape)
+    return value, shape
+
+
+def _one_shape(shape: Any) -> Any:
+    """Of "this or nothing" this."""
+    if isinstance(shape, msgspec.inspect.UnionType):
+        shape = next((kind for kind in shape.types if not isinstance(kind, msgspec.inspect.NoneType)), None)
+    return shape
 
 
 def check_writable(path: str | Path) -> None:

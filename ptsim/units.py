@@ -1,13 +1,16 @@
 """How quantities are read and written at the edges; inside the library everything is SI units and bytes.
 
 GB and Gbit are powers of ten, GiB powers of two, as data sheets and operating systems mean them.
+
+A field of a file's record that is typed as a `Quantity` ("900 GB/s" as `BytesPerSecond`) is read with its unit and
+within physical bounds: `msgspec.convert(…, dec_hook=read_quantity)`; `enc_hook=write_quantity` writes it.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 Dimension = Literal["bytes", "bytes_per_s", "flops_per_s", "seconds", "hertz", "watts", "joules", "usd_per_hour"]
 
@@ -48,6 +51,92 @@ def parse_quantity(text: str, dimension: Dimension) -> float:
     if unit not in units:
         raise ValueError(f"{text!r} has the unit {unit!r}; one of {', '.join(units)} is needed")
     return float(number) * units[unit]
+
+
+class Quantity(float):
+    """A number in SI units that files write with its unit; `least` and `most` are what physics allows."""
+
+    dimension: ClassVar[Dimension]
+    unit: ClassVar[str]
+    least: ClassVar[float]
+    most: ClassVar[float]
+    zero: ClassVar[bool] = False  # may it be 0 as well
+
+    @classmethod
+    def parse(cls, text: str) -> Quantity:
+        """The quantity of `text`.
+
+        Raises:
+            ValueError: no unit, a unit of another dimension, or beyond the bounds.
+        """
+        value = parse_quantity(text, cls.dimension)
+        if cls.least <= value <= cls.most or (value == 0 and cls.zero):
+            return cls(value)
+        if value <= 0:
+            raise ValueError(f"{text!r} is {'negative' if cls.zero else 'not positive'}")
+        raise ValueError(f"{text!r} is not between {cls.least:g} and {cls.most:g} {cls.unit}")
+
+
+class Bytes(Quantity):
+    """A size, of memory or of a cache."""
+
+    dimension, unit, least, most = "bytes", "B", 1.0, 1e18
+
+
+class BytesPerSecond(Quantity):
+    """The bandwidth of a memory or a link."""
+
+    dimension, unit, least, most = "bytes_per_s", "B/s", 1.0, 1e15
+
+
+class FlopsPerSecond(Quantity):
+    """A peak."""
+
+    dimension, unit, least, most = "flops_per_s", "FLOP/s", 1.0, 1e21
+
+
+class Hertz(Quantity):
+    """A clock."""
+
+    dimension, unit, least, most = "hertz", "Hz", 1.0, 1e12
+
+
+class Watts(Quantity):
+    """A power."""
+
+    dimension, unit, least, most = "watts", "W", 1e-3, 1e9
+
+
+class Seconds(Quantity):
+    """A duration: nothing, or a femtosecond to a hundred years."""
+
+    dimension, unit, least, most, zero = "seconds", "s", 1e-15, 3.2e9, True
+
+
+class UsdPerHour(Quantity):
+    """A price."""
+
+    dimension, unit, least, most = "usd_per_hour", "USD/h", 1e-9, 1e9
+
+
+def read_quantity(kind: type, value: Any) -> Any:
+    """The `dec_hook` of records with quantities: reads text as the `Quantity` that the field is.
+
+    Raises:
+        ValueError: see `Quantity.parse`.
+    """
+    if not issubclass(kind, Quantity):
+        raise NotImplementedError(f"{kind} is not read from files")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"found {value!r}, expected a number with a unit, one of {', '.join(_UNITS[kind.dimension])}")
+    return kind.parse(str(value))  # a bare number: the complaint is about the unit that is missing
+
+
+def write_quantity(value: Any) -> str:
+    """The `enc_hook` of records with quantities: the number with the SI unit, so that it is read back exactly."""
+    if not isinstance(value, Quantity):
+        raise NotImplementedError(f"{type(value)} is not written into files")
+    return f"{float(value)!r} {value.unit}"
 
 
 def _scaled(value: float, step: float, names: tuple[str, ...]) -> str:

@@ -16,7 +16,8 @@ from ptsim.costs.memory import iteration_memory, usable_bytes
 from ptsim.costs.step import Measurements, StepTime, Tier, step_time
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import UNSPECIFIED, load_cluster, load_device, measured_device, profiled_device
-from ptsim.hardware.profile import DeviceProfile, read_device_profile
+from ptsim.hardware.profile import DeviceProfile
+from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.setting import StepSetting, parse_precision

@@ -39,7 +39,8 @@ import msgspec
 import ptsim
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import UNSPECIFIED, is_called, load_cluster, load_device
-from ptsim.hardware.profile import DeviceProfile, read_device_profile
+from ptsim.hardware.profile import DeviceProfile
+from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster
 from ptsim.sim.options import Options
 from ptsim.sim.projection import projection_row

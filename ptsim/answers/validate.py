@@ -40,7 +40,9 @@ from ptsim.costs.profiled import profiled_step
 from ptsim.costs.times import StepTime, Tier
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import load_cluster, match_device
-from ptsim.hardware.profile import DeviceProfile, OperatorTime, merge_operators, read_device_profile
+from ptsim.hardware.profile import DeviceProfile, OperatorTime
+from ptsim.hardware.profile_file import read_device_profile
+from ptsim.hardware.profile_merge import merge_operators
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import Network
 from ptsim.sim import ddp

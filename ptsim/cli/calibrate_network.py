@@ -35,7 +35,8 @@ def network(
     resume: Annotated[bool, Parameter(help="Live: go on with a file that is there.")] = False,
 ) -> None:
     """All-reduce times from nccl-tests logs, or live from torch.distributed under torchrun, as a cluster file."""
-    from ptsim.hardware.catalog import check_file_name, load_cluster, write_cluster
+    from ptsim.hardware.catalog import check_file_name, load_cluster
+    from ptsim.hardware.forms import write_cluster
     from ptsim.hardware.nccl_log import read_nccl_logs
     from ptsim.measure.collectives import calibrated_cluster, tables_from_logs
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from ptsim.cli.common import is_count, print_json, refuse_input_as_output, stdout_console
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
-from ptsim.hardware.profile import read_device_profile
+from ptsim.hardware.profile_file import read_device_profile
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 from ptsim.costs.times import LayerTime, StepTime, Tier
 from ptsim.errors import MissingMeasurementError
-from ptsim.hardware.profile import Operator, OperatorTime, Setting, StepMeasurement, mean_time, operator_of
+from ptsim.hardware.profile import Operator, OperatorTime, Setting, StepMeasurement, operator_of
+from ptsim.hardware.profile_merge import mean_time
 from ptsim.network import Network
 from ptsim.setting import StepSetting
 from ptsim.trace.schema import Profile

@@ -30,18 +30,9 @@ from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.costs.measured import of_profile
 from ptsim.errors import FileFormatError, MissingMeasurementError, UnsupportedModelError, UsageError
-from ptsim.hardware.profile import (
-    DeviceProfile,
-    Operator,
-    OperatorTime,
-    Setting,
-    mean_time,
-    merge_operators,
-    operator_of,
-    read_device_profile,
-    with_round,
-    write_device_profile,
-)
+from ptsim.hardware.profile import DeviceProfile, Operator, OperatorTime, Setting, operator_of
+from ptsim.hardware.profile_file import read_device_profile, write_device_profile
+from ptsim.hardware.profile_merge import mean_time, merge_operators, with_round
 from ptsim.measure.load import LoadWatch
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s, time_operator

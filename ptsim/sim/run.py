@@ -19,7 +19,8 @@ from ptsim.costs.energy import price_usd
 from ptsim.costs.times import Tier
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
-from ptsim.hardware.profile import DeviceProfile, read_device_profile
+from ptsim.hardware.profile import DeviceProfile
+from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.sim.faults import simulate_faults
 from ptsim.sim.options import Faults, Options

@@ -184,7 +184,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not name.strip():
         raise UsageError(f"{text!r} is not of the form setting=value")
     try:
-        return name.strip(), parse_toml("--set", f"value = {value}")["value"]
+        return name.strip(), parse_toml("--set", f"value = {value}".encode())["value"]
     except FileFormatError:
         return name.strip(), value.strip()
 

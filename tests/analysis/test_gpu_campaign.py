@@ -20,7 +20,7 @@ from analysis.gpu_campaign import (
     work_through,
 )
 from ptsim import zoo
-from ptsim.hardware.profile import read_device_profile
+from ptsim.hardware.profile_file import read_device_profile
 from ptsim.network import Precision
 
 

@@ -10,7 +10,8 @@ from ptsim.answers.validate import device_profile_of
 from ptsim.cli.main import run
 from ptsim.costs.memory import iteration_memory
 from ptsim.errors import MissingMeasurementError, UnknownNameError, UsageError
-from ptsim.hardware.profile import MachineLoad, read_device_profile, write_device_profile
+from ptsim.hardware.profile import MachineLoad
+from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.network import Precision
 from tests.traces import dense_trace, residual_network, shrinking_trace
 

@@ -17,7 +17,7 @@ from ptsim.answers.validate import device_profile_of
 from ptsim.cli.main import run
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
-from ptsim.hardware.profile import write_device_profile
+from ptsim.hardware.profile_file import write_device_profile
 from ptsim.sim.options import Options
 from ptsim.sim.projection import projection_row
 from ptsim.sim.run import change, project

@@ -8,7 +8,8 @@ from ptsim.answers.validate import device_profile_of, fit_power_model, validate
 from ptsim.cli.main import run
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.errors import MissingMeasurementError, UsageError
-from ptsim.hardware.profile import MachineLoad, write_device_profile
+from ptsim.hardware.profile import MachineLoad
+from ptsim.hardware.profile_file import write_device_profile
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 from ptsim.network import Precision
 from ptsim.trace.schema import Epoch, Profile

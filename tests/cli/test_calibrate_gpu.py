@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ptsim.cli.main import run
-from ptsim.hardware.profile import read_device_profile
+from ptsim.hardware.profile_file import read_device_profile
 from ptsim.measure import calibrate
 from ptsim.measure.nvml import cpu_info
 from tests.traces import shrinking_trace

@@ -12,8 +12,8 @@ from ptsim.hardware.catalog import (
     load_cluster,
     load_device,
     match_device,
-    write_cluster,
 )
+from ptsim.hardware.forms import write_cluster
 from ptsim.network import Precision
 
 ISSUE = [
@@ -189,7 +189,7 @@ def test_a_device_file_of_ones_own_is_read(tmp_path):
         ('"19.5 TFLOP/s"', '"-1 TFLOP/s"', r"peak\.fp32.*positive"),
         ("fp32", "fp7", r"peak\.fp7 is not a known key"),
         ("fp32", "fp16", r"peak\.fp32 is missing"),
-        ("num_sms = 108", 'num_sms = 108\ndriver_names = "A100"', "driver_names.*list of texts"),
+        ("num_sms = 108", 'num_sms = 108\ndriver_names = "A100"', "driver_names is .A100., expected a list"),
         ("num_sms = 108", "num_sms = 1.5", "num_sms.*whole number"),
         ("num_sms = 108\n", "", "num_sms is missing"),
         ("num_sms", "sms", "sms is not a known key"),
@@ -209,9 +209,16 @@ def test_a_broken_device_file_names_file_and_field(tmp_path, old, new, complaint
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
+        ('"300 GB/s"', '"1e-320 B/s"', r"intra\.bandwidth.*not between 1 and 1e\+15 B/s"),
+        ('"300 GB/s"', '"1e400 B/s"', r"intra\.bandwidth.*not between"),
+        ('"300 GB/s"', "true", r"intra\.bandwidth: found True, expected a number with a unit"),
+        ("gpus_per_node = 8", "gpus_per_node = true", "gpus_per_node is true, expected a whole number"),
+        ("gpus_per_node = 8", "gpus_per_node = 10000000", "gpus_per_node is 10000000, expected.*at most 1000000"),
+        ("gpus_per_node", "gpus_per_nod", "gpus_per_nod is not a known key"),
+        ('"2 us"', '"2 us", kind = "rope"', "intra.kind is .rope., expected one of nvlink"),
         ('"300 GB/s"', '"300"', r"intra\.bandwidth.*no unit"),
         ('"300 GB/s"', '"-300 GB/s"', r"intra\.bandwidth.*positive"),
-        ('"2 us"', '"-2 us"', r"intra\.latency.*non-negative"),
+        ('"2 us"', '"-2 us"', r"intra\.latency.*is negative"),
         ('"a100"', '"a1000"', "device: unknown device"),
         ("gpus_per_node = 8", "gpus_per_node = 0", "gpus_per_node.*at least 1"),
         ("gpus_per_node = 8", 'gpus_per_node = 8\nprice_per_gpu = "4"', "price_per_gpu.*no unit"),
@@ -235,3 +242,35 @@ def test_writing_a_cluster_then_reading_it_changes_nothing(tmp_path, name):
     cluster = load_cluster(name)
     write_cluster(cluster, tmp_path / "copy.toml")
     assert load_cluster(tmp_path / "copy.toml") == cluster
+
+
+def test_an_edited_file_is_read_again(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(CLUSTER)
+    assert load_cluster(path).intra.bandwidth_bytes_per_s == 300e9
+    path.write_text(CLUSTER.replace("300 GB/s", "900 GB/s"))
+    assert load_cluster(path).intra.bandwidth_bytes_per_s == 900e9
+    path.write_text(DEVICE)
+    assert load_device(path).num_sms == 108
+    path.write_text(DEVICE.replace("num_sms = 108", "num_sms = 109"))
+    assert load_device(path).num_sms == 109
+
+
+def test_a_misspelt_key_gets_the_right_one_as_a_hint(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(CLUSTER.replace("gpus_per_node", "gpu_per_node"))
+    with pytest.raises(FileFormatError) as caught:
+        load_cluster(path)
+    assert caught.value.hint == "did you mean gpus_per_node?"
+
+
+def test_a_driver_name_is_a_device_name():
+    assert load_device("NVIDIA H100 80GB HBM3").name == "h100-sxm5-80gb"
+    assert load_device("Tesla V100-SXM2-16GB").name == "v100-sxm2-16gb"
+
+
+def test_peaks_may_be_given_in_every_precision(tmp_path):
+    path = tmp_path / "mine.toml"
+    peaks = ", ".join(f'{precision} = "1 TFLOP/s"' for precision in Precision)
+    path.write_text(DEVICE.replace('fp32 = "19.5 TFLOP/s"', peaks))
+    assert load_device(path).peak_flops_per_s == dict.fromkeys(Precision, 1e12)

@@ -7,7 +7,8 @@ import torch
 
 from ptsim.costs.interpolation import convolution_form
 from ptsim.errors import FileFormatError, MissingMeasurementError, UsageError
-from ptsim.hardware.profile import Setting, operator_of, read_device_profile, write_device_profile
+from ptsim.hardware.profile import Setting, operator_of
+from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.measure import calibrate
 from ptsim.measure import profile as profiling
 from ptsim.measure.calibrate import calibrate_gpu
