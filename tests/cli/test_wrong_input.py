@@ -69,7 +69,7 @@ WRONG = {
     f"{SIMULATE} --network nosuch": '"formula", "links"',
     f"{SIMULATE} --set link_latency_s.gpu=1": 'needs network = "links"',
     "simulate pruned --gpus 3 --cluster zero.toml": "zero.toml: inter.bandwidth: '0 GB/s' is not positive",
-    "simulate pruned --gpus 3 --cluster negative.toml": "negative.toml: inter.bandwidth is -1 GB/s",
+    "simulate pruned --gpus 3 --cluster negative.toml": "negative.toml: inter.bandwidth: '-1 GB/s' is not positive",
     "simulate pruned --gpus 3 --cluster nan.toml": "nan.toml: inter.bandwidth: 'nan GB/s' is not a number",
     "simulate pruned --gpus 3 --cluster key.toml": "key.toml: inter.speed is not a known key",
     "simulate pruned --gpus 9 --cluster two.toml": "has 8 GPUs, 9 were asked for",
