@@ -1,26 +1,29 @@
-"""What should a machine with one NVIDIA GPU record, if it is lent for minutes at a time?
+r"""What should a machine with one NVIDIA GPU record, if it is lent for minutes at a time?
 
+    python analysis/gpu_campaign.py --plan
     python analysis/gpu_campaign.py --out results --work work --cifar cifar10-jpeg.tar.xz
 
-One call works for at most `--minutes`, piece after piece in the order of their worth, and says what is left; call it
-again until nothing is. Every piece is a process of its own that goes on where it was, so one that fails, or that an
-error of the GPU takes down, costs no other piece anything: it is noted in `campaign.json` and tried again later. Pieces
-go on as long as `--out` is kept; trainings also need `--work` (checkpoints, unpacked images). What comes out, at most
-eight files of at most 16 MiB each:
+`--plan` prints every piece, what it does and how long it may take. One call works for at most `--minutes`, piece after
+piece in the order of their worth, and says what is left; call it again until nothing is. Every piece is a process of
+its own that goes on where it was, so one that fails, or that an error of the GPU takes down, costs no other piece
+anything: it is noted in `campaign.json` and tried again later. Pieces go on as long as `--out` is kept; trainings also
+need `--work` (checkpoints, unpacked images). What comes out, at most eight files of at most 16 MiB each:
 
-    steps.json          steps of many networks: time, power and peak memory, measured and predicted
-    dense.jsonl         trace of a dense run, with profiles of each architecture and NVML
-    pruned.jsonl        trace of a PruneTrain run beside it
-    memory.json         the largest mini-batch that was said to fit, and whether it did, in a part of the memory
+    tests.txt           what the tests marked gpu said
     device.toml         the device profile: machine constants, whole steps of zoo networks, operators
-    validation.json     both runs predicted: from their own profiles, from device.toml alone, and from each other
+    runs.tar            traces of dense and PruneTrain runs, side by side, with profiles of each architecture and NVML
+    steps.json          steps of many networks, dense and pruned: time, power and peak memory, measured and predicted
+    memory.json         the largest mini-batch that was said to fit, and whether it did, in a part of the memory
+    validation.json     the runs predicted: from their own profiles, from device.toml alone, and from each other
     campaign.json       when which piece ran, for how long, and what stopped it
 
-It needs no network and no git, but ptsim installed (`ptsim.models` exists only then). For a machine that has torch and
-cannot fetch anything, bring wheels for its Python of what it lacks; fvcore, iopath and yacs have to be built first:
+It needs no network and no git, but ptsim installed (`ptsim.models` exists only then). For a machine that has torch,
+pandas, scikit-learn and the like and cannot fetch anything, bring wheels for its Python of what it lacks; fvcore,
+iopath and yacs have to be built first. This list was tried with Python 3.12 and torch 2.11, from an empty folder:
 
     pip wheel --no-deps -w wheels . fvcore iopath yacs
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 -d wheels msgspec
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d wheels \
+        msgspec simpy cyclopts docstring-parser rich-rst tomli-w termcolor
     pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=site      # there
 
 `--device cpu --tiny` rehearses everything in about a minute.
@@ -35,15 +38,15 @@ import copy
 import functools
 import gc
 import hashlib
+import io
 import itertools
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +68,10 @@ from ptsim.measure.calibrate import make_optimizer
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import number_format, profile_network, tf32_allowed, tuned_convolutions
 from ptsim.network import MemoryFormat, Network, Precision
+from ptsim.prune.groups import find_groups, weight_GOIK
+from ptsim.prune.reconfigure import reconfigure
 from ptsim.setting import StepSetting
+from ptsim.textfile import write_whole
 from ptsim.units import GIB
 
 MAX_FILE_BYTES = 16 * 2**20
@@ -95,7 +101,25 @@ MORE_STEPS: list[Combination] = [
     *itertools.product(("torchvision:mobilenet_v2",), (128,), ("fp32", "tf32", "bf16", "fp16"), FORMATS),
     *itertools.product(("vgg13", "resnet50", "resnet32"), (512,), ("fp32", "tf32", "bf16"), FORMATS),
 ]
-TINY_STEPS: list[Combination] = [("resnet20", 4, "fp32", "contiguous"), ("resnet20", 2, "fp32", "channels_last")]
+# One step each, for the allocator's peak: 20 networks of 14 families.
+PEAKS: list[Combination] = [
+    (f"torchvision:{name}", 32, "bf16", "channels_last")
+    for name in (
+        "alexnet", "convnext_small", "densenet169", "efficientnet_b3", "efficientnet_v2_s", "googlenet",
+        "inception_v3", "maxvit_t", "mnasnet1_0", "mobilenet_v3_large", "regnet_x_8gf", "regnet_y_3_2gf", "resnet101",
+        "resnext50_32x4d", "shufflenet_v2_x1_0", "squeezenet1_1", "swin_v2_t", "vgg11", "vit_b_16", "wide_resnet50_2",
+    )
+]  # fmt: skip
+# ResNet-50 as pruning leaves it: this share of the prunable channels is gone.
+PRUNED_STEPS: list[Combination] = [
+    *itertools.product(
+        [f"pruned {share} torchvision:resnet50" for share in (0.2, 0.4, 0.6)], (64,), ("fp32", "bf16"), FORMATS[1:]
+    )
+]
+TINY_STEPS: list[Combination] = [
+    ("resnet20", 4, "fp32", "contiguous"),
+    ("pruned 0.5 resnet20", 2, "fp32", "channels_last"),
+]
 LIMITED: list[Combination] = [
     ("torchvision:resnet50", 0, "fp32", "contiguous"),
     ("torchvision:resnet50", 0, "bf16", "channels_last"),
@@ -106,9 +130,22 @@ LIMITED: list[Combination] = [
 LIMIT_BYTES = 8 * GIB
 
 
-class Piece(NamedTuple):
-    """Whether it is finished, what works on it, and how long it may take of one call."""
+class Pair(NamedTuple):
+    """A dense and a PruneTrain run of one network and seed, trained side by side so that both meet the same machine."""
 
+    model: str
+    seed: int
+
+    @property
+    def runs(self) -> dict[str, float]:
+        """Name of each run and its penalty ratio."""
+        return {f"{self.model}-{kind}-s{self.seed}": ratio for kind, ratio in (("dense", 0.0), ("pruned", 0.25))}
+
+
+class Piece(NamedTuple):
+    """What it does, whether it is finished, what works on it, and how long it may take of one call."""
+
+    about: str
     done: Callable[[], bool]
     work: Callable[[], None]
     minutes: float
@@ -125,14 +162,24 @@ class Campaign:
         self.cifar: Path | None = options.cifar
         self.deadline_s = time.monotonic() + 60 * options.minutes
         first, more = (TINY_STEPS, TINY_STEPS[:1]) if self.tiny else (FIRST_STEPS, MORE_STEPS)
+        pruned, peaks = ([], []) if self.tiny else (PRUNED_STEPS, PEAKS)
+        vgg, resnet, seeds = Pair("vgg11", 1), Pair("resnet32", 1), (Pair("vgg11", 2), Pair("vgg11", 3))
+        if self.tiny:
+            vgg, resnet, seeds = Pair("resnet20", 1), Pair("resnet20", 1), ()
+        self.pairs = tuple(dict.fromkeys((vgg, resnet, *seeds)))
+        steps_of = functools.partial(self._steps_piece, minutes=3.0)
         self.pieces: dict[str, Piece] = {
-            "steps": Piece(lambda: self.stepped(first), lambda: self.steps(first), 3.0),
-            "dense": Piece(lambda: self.trained("dense"), lambda: self.train("dense", 0.0), 4.0),
-            "pruned": Piece(lambda: self.trained("pruned"), lambda: self.train("pruned", 0.25), 4.0),
-            "memory": Piece(self.limited, self.limits, 1.5),
-            "calibrate": Piece(self.calibrated, self.calibrate, 8.5),
-            "validate": Piece(self.validated, self.validate, 2.0),
-            "more-steps": Piece(lambda: self.stepped(more), lambda: self.steps(more), 8.5),
+            "tests": Piece("pytest -m gpu: every branch that asks for CUDA", self.tested, self.test, 3.0),
+            "calibrate": Piece("ptsim calibrate gpu: operators and whole steps", self.calibrated, self.calibrate, 8.5),
+            "vgg11": self._pairs_piece((vgg,)),
+            "peaks": steps_of("peak memory and one step of 20 networks", peaks),
+            "pruned-steps": steps_of("ResNet-50 at 224², three pruned stages", pruned),
+            "steps": steps_of("ResNet-50 and others at 224² and CIFAR networks, dense", first),
+            "memory": Piece("largest mini-batch said to fit 8 GiB: does it?", self.limited, self.limits, 1.5),
+            "resnet32": self._pairs_piece((resnet,)),
+            "validate": Piece("the runs predicted in three ways", self.validated, self.validate, 2.0),
+            "seeds": self._pairs_piece(seeds),
+            "more-steps": steps_of("more networks, mini-batches and precisions", more, minutes=8.5),
         }
         self._networks: dict[str, tuple[nn.Module, Network]] = {}
 
@@ -160,6 +207,40 @@ class Campaign:
     def size(self) -> int:
         """Bytes of all results: a piece that made it larger got further."""
         return sum(path.stat().st_size for path in self.out.glob("*.*") if path.name != "campaign.json")
+
+    def _steps_piece(self, about: str, wanted: Sequence[Combination], *, minutes: float) -> Piece:
+        return Piece(
+            f"{about}: time, power and memory", lambda: self.stepped(wanted), lambda: self.steps(wanted), minutes
+        )
+
+    def _pairs_piece(self, pairs: Sequence[Pair]) -> Piece:
+        epochs = "182 epochs of CIFAR-10" if not self.tiny else "two epochs of digits"
+        named = ", ".join(f"{pair.model} seed {pair.seed}" for pair in pairs)
+        runs = {name: (pair, ratio) for pair in pairs for name, ratio in pair.runs.items()}
+        return Piece(
+            f"dense and PruneTrain side by side, {epochs}, NVML energy: {named}",
+            lambda: all(self.trained(name) for name in runs),
+            lambda: self.train(runs),
+            8.5,
+        )
+
+    # ---- tests -------------------------------------------------------------------------------------------------
+
+    def tested(self) -> bool:
+        """The tests marked gpu ran to their end, whatever they said."""
+        report = self.out / "tests.txt"
+        return report.exists() and "pytest ended with status" in report.read_text(encoding="utf-8")
+
+    def test(self) -> None:
+        """Run them in the checkout that this script is in; failures are results, not failures of the piece."""
+        root = Path(__file__).resolve().parent.parent
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(root / "tests")]
+        if self.device.type != "cuda" or not (root / "tests").is_dir():
+            report, status = f"not run: {'no tests beside this script' if self.device.type == 'cuda' else 'a CPU'}", 0
+        else:
+            ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+            report, status = ran.stdout + ran.stderr, ran.returncode
+        (self.out / "tests.txt").write_text(f"{report}\npytest ended with status {status}\n", encoding="utf-8")
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -235,11 +316,15 @@ class Campaign:
         return row, None
 
     def network(self, name: str) -> tuple[nn.Module, Network]:
-        """The model on the CPU and its description; made once."""
+        """The model on the CPU and its description, made once; "pruned SHARE NAME" is NAME without that share."""
         if name not in self._networks:
-            entry = zoo.find(name)
+            pruned, _, share = name.rpartition(" ")[0].partition(" ")
+            base = name.rpartition(" ")[2]
+            entry = zoo.find(base)
             torch.manual_seed(0)
-            model = zoo.create(name)
+            model = zoo.create(base)
+            if pruned:
+                remove_channels(model, entry.input_shape, float(share))
             network = capture_network(model, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes)
             self._networks[name] = model, network
         return self._networks[name]
@@ -289,50 +374,66 @@ class Campaign:
 
     def trained(self, name: str) -> bool:
         """The run reached its last epoch."""
-        trace = self.out / f"{name}.jsonl"
+        trace = self.kept(name)
         return trace.exists() and ptsim.read_trace(trace).complete
 
-    def train(self, name: str, penalty_ratio: float) -> None:
-        """Begin or go on; at the deadline the run is interrupted as by Ctrl-C, and can be resumed."""
+    def kept(self, name: str) -> Path:
+        """Where the trace of a run is kept; unpacked from the results where the work folder was lost."""
+        folder = self.work / "traces"
+        packed = self.out / "runs.tar"
+        if not folder.exists() and packed.exists():
+            with tarfile.open(packed) as archive:
+                archive.extractall(folder, filter="data")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.jsonl"
+
+    def train(self, runs: Mapping[str, tuple[Pair, float]]) -> None:
+        """Begin or go on with all of them at once; at the deadline they are interrupted as by Ctrl-C."""
+        processes = {
+            name: subprocess.Popen([sys.executable, "-m", "ptsim", *self.train_arguments(name, *run)])
+            for name, run in runs.items()
+            if not self.trained(name)
+        }
+        stopped = False
+        while any(process.poll() is None for process in processes.values()):
+            time.sleep(min(5.0, max(self.remaining_s(), 0.5)))
+            self.keep(runs)  # also if this process should not get to its end
+            if self.remaining_s() <= 0 and not stopped:
+                for process in processes.values():
+                    process.send_signal(signal.SIGINT)
+                stopped = True
+        self.keep(runs)
+        failed = [f"{name}: status {process.returncode}" for name, process in processes.items() if process.returncode]
+        if failed and not stopped:
+            raise RuntimeError(f"ptsim train ended badly: {', '.join(failed)}")
+
+    def train_arguments(self, name: str, pair: Pair, penalty_ratio: float) -> list[str]:
+        """The command line that begins the run, or goes on with it."""
         folder = self.work / name
         if (folder / "trace.jsonl").exists():
-            arguments = ["train", "--resume", str(folder)]
-        else:
-            arguments = [
-                "train", "--out", str(folder), "--penalty-ratio", str(penalty_ratio), "--seed", "1",
-                "--set", f"device={self.device.type}", *self.data(),
-            ]  # fmt: skip
-        process = subprocess.Popen([sys.executable, "-m", "ptsim", *arguments])
-        stopped = False
-        while process.poll() is None:
-            try:
-                process.wait(timeout=min(15.0, max(self.remaining_s(), 1.0)))
-            except subprocess.TimeoutExpired:
-                self.keep(name)  # also if this process should not get to its end
-                if self.remaining_s() <= 0 and not stopped:
-                    process.send_signal(signal.SIGINT)
-                    stopped = True
-        self.keep(name)
-        if process.returncode != 0 and not stopped:
-            raise RuntimeError(f"ptsim train ended with status {process.returncode}")
+            return ["train", "--resume", str(folder)]
+        return [
+            "train", "--out", str(folder), "--model", pair.model, "--penalty-ratio", str(penalty_ratio),
+            "--seed", str(pair.seed), "--set", f"device={self.device.type}", *self.data(),
+        ]  # fmt: skip
 
-    def keep(self, name: str) -> None:
-        """Copy the trace to the results, unless what is there has got further (the checkpoints were lost)."""
-        there, here = self.out / f"{name}.jsonl", self.work / name / "trace.jsonl"
-        if here.exists() and _num_epochs(here) >= _num_epochs(there):
-            beside = there.with_suffix(".new")
-            shutil.copyfile(here, beside)
-            beside.replace(there)
+    def keep(self, names: Iterable[str]) -> None:
+        """Put the traces into the results, unless what is there has got further (the checkpoints were lost)."""
+        for name in names:
+            kept, here = self.kept(name), self.work / name / "trace.jsonl"
+            if here.exists() and _num_epochs(here) >= _num_epochs(kept):
+                write_whole(kept, here.read_bytes())
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            for trace in sorted((self.work / "traces").glob("*.jsonl")):
+                archive.add(trace, arcname=trace.name)
+        write_whole(self.out / "runs.tar", packed.getvalue())
 
     def data(self) -> list[str]:
-        """CIFAR-10 from its JPEG archive; synthetic images of the same size without one."""
+        """The paper's schedule on CIFAR-10 from its JPEG archive; on synthetic images of the same size without one."""
         if self.tiny:
-            return [
-                "--model", "resnet20", "--dataset", "digits", "--train-limit", "64", "--batch", "16", "--epochs", "2",
-                "--interval", "1",
-            ]  # fmt: skip
-        # VGG-13 at this mini-batch keeps a large GPU busy; a CIFAR ResNet would measure how fast the host launches.
-        common = ["--model", "vgg13", "--batch", "512", "--epochs", "30", "--interval", "5", "--lr", "0.1"]
+            return ["--dataset", "digits", "--train-limit", "64", "--batch", "16", "--epochs", "2", "--interval", "1"]
+        common = ["--batch", "128", "--epochs", "182", "--interval", "10", "--lr", "0.1"]
         if self.cifar is None:
             return [*common, "--dataset", "synthetic"]
         folder = self.work / "cifar10"
@@ -361,7 +462,8 @@ class Campaign:
 
     def runs(self) -> list[Path]:
         """Traces with at least one epoch."""
-        return [path for name in ("dense", "pruned") if _num_epochs(path := self.out / f"{name}.jsonl")]
+        names = [name for pair in self.pairs for name in pair.runs]
+        return [path for name in names if _num_epochs(path := self.kept(name))]
 
     def inputs(self) -> dict[str, str]:
         """What a validation is made of; one of other inputs is out of date."""
@@ -388,6 +490,21 @@ class Campaign:
             except PtsimError as error:
                 results[name] = {"failed": error.message}
         _write(self.out / "validation.json", results)
+
+
+@torch.no_grad()
+def remove_channels(model: nn.Module, input_shape: tuple[int, int, int], share: float) -> None:
+    """Remove a random share of the prunable channels as a reconfiguration would: zeroed first, then cut."""
+    groups = find_groups(model, input_shape)
+    generator = torch.Generator().manual_seed(0)
+    chosen = groups.prunable & (torch.rand(groups.num_components, generator=generator) < share)
+    parameters = dict(model.named_parameters())
+    for layer in groups.layers:
+        weight_GOIK_ = weight_GOIK(parameters[layer.weight], layer)
+        if layer.decides and layer.groups == 1:
+            weight_GOIK_[:, chosen[layer.outputs]] = 0
+            weight_GOIK_[:, :, chosen[layer.inputs]] = 0
+    reconfigure(model, groups)
 
 
 def around_the_limit(runs: Callable[[int], bool], said: int) -> dict[str, Any]:
@@ -508,17 +625,24 @@ def main(arguments: list[str] | None = None) -> int:
     """Work on the pieces; 0 when nothing is left, 3 when there is more to do."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="results; keep it between calls")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="results; keep it between calls")
     parser.add_argument("--work", type=Path, help="checkpoints and images; OUT/work if left out")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--cifar", type=Path, help="CIFAR-10 as JPEG images in a tar archive")
     parser.add_argument("--minutes", type=float, default=8.5, help="of this call")
     parser.add_argument("--piece", help="this one alone, in this process")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal")
+    parser.add_argument("--plan", action="store_true", help="print the pieces in their order, and do nothing")
     options = parser.parse_args(arguments)
     campaign = Campaign(options)
     if options.piece is not None and options.piece not in campaign.pieces:
         parser.error(f"unknown piece {options.piece!r}; known: {', '.join(campaign.pieces)}")
+    if options.plan:
+        total = 0.0
+        for name, piece in campaign.pieces.items():
+            total += piece.minutes
+            print(f"{name:14} at most {piece.minutes:4.1f} minutes a call ({total:4.1f} so far)  {piece.about}")
+        return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --device cpu --tiny rehearses")
     campaign.out.mkdir(parents=True, exist_ok=True)
@@ -555,10 +679,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    beside = path.with_suffix(".new")
-    beside.write_bytes(msgspec.json.format(msgspec.json.encode(content)))
-    beside.replace(path)
+    write_whole(path, msgspec.json.format(msgspec.json.encode(content)))
 
 
 def _layout(memory_format: MemoryFormat) -> torch.memory_format:

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import json
+import tarfile
 import types
 
 import pytest
@@ -42,7 +43,7 @@ def results(tmp_path_factory):
 def test_one_call_does_piece_after_piece_and_leaves_nothing(results):
     _, left, campaign = results
     assert left == []
-    assert [entry["piece"] for entry in campaign.log] == ["steps", "dense", "pruned", "memory", "calibrate", "validate"]
+    assert [entry["piece"] for entry in campaign.log] == ["tests", "calibrate", "vgg11", "steps", "memory", "validate"]
     assert not any(entry["failed"] for entry in campaign.log)
 
 
@@ -53,8 +54,8 @@ def test_there_are_at_most_eight_small_files(results):
         "campaign.json",
         "device.toml",
         "steps.json",
-        "dense.jsonl",
-        "pruned.jsonl",
+        "runs.tar",
+        "tests.txt",
         "memory.json",
         "validation.json",
     }
@@ -63,14 +64,17 @@ def test_there_are_at_most_eight_small_files(results):
 
 def test_steps_are_measured_beside_their_prediction(results):
     rows = json.loads((results[0] / "steps.json").read_text())
-    assert [row["model"] for row in rows] == ["resnet20", "resnet20"]
+    assert [row["model"] for row in rows] == ["resnet20", "pruned 0.5 resnet20"]
     assert all(row["measured_step_s"] > 0 and row["predicted_peak_bytes"] > 0 for row in rows)
     assert all("failed" not in row for row in rows)
+    assert rows[1]["predicted_peak_bytes"] < rows[0]["predicted_peak_bytes"]
 
 
-def test_both_runs_are_whole_and_have_profiles(results):
-    for name in ("dense", "pruned"):
-        trace = ptsim.read_trace(results[0] / f"{name}.jsonl")
+def test_both_runs_are_whole_and_have_profiles(results, tmp_path):
+    with tarfile.open(results[0] / "runs.tar") as archive:
+        archive.extractall(tmp_path, filter="data")
+    for kind in ("dense", "pruned"):
+        trace = ptsim.read_trace(tmp_path / f"resnet20-{kind}-s1.jsonl")
         assert trace.complete
         assert trace.profiles
     assert trace.run.hyperparameters["penalty_ratio"] == 0.25
@@ -87,22 +91,30 @@ def test_a_validation_of_older_runs_is_made_again_and_a_damaged_result_too(resul
     for path in results[0].glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     campaign = campaign_at(tmp_path)
-    assert campaign.left() == []
-    lines = (tmp_path / "dense.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "dense.jsonl").write_text("".join(lines[:-1]))  # as if it had been interrupted at the end
+    assert campaign.left() == []  # the traces come from runs.tar: the work folder is empty
+    trace = campaign.kept("resnet20-dense-s1")
+    trace.write_text("".join(trace.read_text().splitlines(keepends=True)[:-1]))  # as if interrupted at the end
     (tmp_path / "steps.json").write_text("[{")
-    assert campaign.left() == ["steps", "dense", "validate", "more-steps"]
+    assert campaign.left() == ["vgg11", "steps", "resnet32", "validate", "more-steps"]
 
 
 def test_a_trace_that_has_got_further_is_not_overwritten_by_a_run_begun_anew(results, tmp_path):
+    (tmp_path / "runs.tar").write_bytes((results[0] / "runs.tar").read_bytes())
     campaign = campaign_at(tmp_path)
-    whole = (results[0] / "dense.jsonl").read_text()
-    (tmp_path / "dense.jsonl").write_text(whole)
-    again = tmp_path / "work" / "dense"
+    whole = campaign.kept("resnet20-dense-s1").read_text()
+    again = tmp_path / "work" / "resnet20-dense-s1"
     again.mkdir(parents=True)
     (again / "trace.jsonl").write_text("".join(whole.splitlines(keepends=True)[:3]))  # its first lines: no epoch yet
-    campaign.keep("dense")
-    assert (tmp_path / "dense.jsonl").read_text() == whole
+    campaign.keep(["resnet20-dense-s1"])
+    assert campaign.kept("resnet20-dense-s1").read_text() == whole
+
+
+def test_the_plan_names_every_piece_with_its_minutes(capsys):
+    assert main(["--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines][:3] == ["tests", "calibrate", "vgg11"]
+    assert "182 epochs" in lines[2]
+    assert len(lines) == 11
 
 
 def test_a_piece_that_fails_costs_the_others_nothing_and_is_given_up_after_three_attempts(tmp_path):
@@ -111,14 +123,14 @@ def test_a_piece_that_fails_costs_the_others_nothing_and_is_given_up_after_three
 
     def run(name, _minutes):
         ran[name] += 1
-        return "the driver has gone" if name == "dense" else None
+        return "the driver has gone" if name == "vgg11" else None
 
     for _ in range(4):
         left = work_through(campaign, run)
-    assert ran["dense"] == 3
+    assert ran["vgg11"] == 3
     assert ran["validate"] == 4  # nobody did it, but nobody failed
-    assert "dense" not in left
-    assert [entry["failed"] for entry in campaign.log if entry["piece"] == "dense"] == ["the driver has gone"] * 3
+    assert "vgg11" not in left
+    assert [entry["failed"] for entry in campaign.log if entry["piece"] == "vgg11"] == ["the driver has gone"] * 3
 
 
 def test_no_piece_begins_when_time_is_over(tmp_path):
@@ -192,4 +204,4 @@ def test_steps_that_do_not_fit_are_told_from_steps_that_run(monkeypatch):
 def test_an_unknown_piece_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--device", "cpu", "--piece", "lunch"])
-    assert "known: steps, dense, pruned, memory, calibrate, validate, more-steps" in capsys.readouterr().err
+    assert "known: tests, calibrate, vgg11, peaks, pruned-steps, steps, memory, resnet32" in capsys.readouterr().err
