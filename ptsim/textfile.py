@@ -10,6 +10,7 @@ import re
 import stat
 import tempfile
 import tomllib
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -291,6 +292,23 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """A name from a file or a user as it can be shown anywhere: on one line, without characters that act.
+
+    Control characters, terminal escapes and marks that turn the direction of writing become U+FFFD, white space becomes
+    one blank. `most` letters remain at most; the middle is left out then.
+    """
+    text = " ".join(text.split())
+    text = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in _ACTING else c for c in text)
+    if most is not None and len(text) > most:
+        head = (most - 1) // 2
+        text = f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+    return text
+
+
+_ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, line and paragraph separator
 
 
 def split_lines(content: bytes) -> tuple[list[bytes], bytes]:

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from ptsim.cli.common import print_json
 from ptsim.cli.simulate import parse_gpus
+from ptsim.errors import UsageError
 from ptsim.report.build import make_report, summary, write
 
 
@@ -18,6 +19,7 @@ def report(
     cluster: str | None = None,
     gpus: str | None = None,
     price: float | None = None,
+    grid_intensity: float | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Write the cost-breakdown page of recorded runs: one self-contained HTML file, its figures and its tables.
@@ -27,17 +29,31 @@ def report(
     Args:
         traces: Trace files or run folders.
         out: Folder for index.html, figures/ and tables/.
-        cluster: Catalog name or TOML file; left out, a catalog cluster of the recording device.
-        gpus: Cluster sizes, such as 1,8,64; left out, powers of two up to eight nodes.
-        price: USD per GPU-hour; left out, the cluster's, and no money where that has none.
+        cluster: Catalog name or TOML file, or several with commas: the page is about the first one and compares the
+            others with it. Without it, a catalog cluster of the recording device.
+        gpus: Cluster sizes, such as 1,8,64. Without it, powers of two up to eight nodes.
+        price: USD per GPU-hour. Without it, the cluster's, and no money where that has none.
+        grid_intensity: Grams of CO₂ that a kWh causes. Without it, no CO₂.
         json: Print one JSON document.
     """
+    clusters = None if cluster is None else [name.strip() for name in cluster.split(",")]
+    if clusters is not None and not all(clusters):
+        raise UsageError(f"cluster {cluster!r} has an empty name; expected names or TOML files with commas in between")
     made = make_report(
-        traces, cluster=cluster, gpus=None if gpus is None else parse_gpus(gpus), price_usd_per_gpu_hour=price
+        traces,
+        cluster=clusters,
+        gpus=None if gpus is None else parse_gpus(gpus),
+        price_usd_per_gpu_hour=price,
+        grid_grams_per_kwh=grid_intensity,
     )
     page = write(made, out)
     if json:
         print_json({"report": str(page), **summary(made)})
         return
     print(made.answer.headline)
+    for tile in made.answer.tiles:
+        print(f"{tile.name}: {tile.value} ({tile.detail}; {tile.origin})")
+    print(f"How sure: {made.answer.certainty}")
+    for reason in made.answer.why:
+        print(f"Why: {reason}")
     print(page)

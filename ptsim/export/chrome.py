@@ -17,7 +17,7 @@ import msgspec
 
 from ptsim.errors import UsageError
 from ptsim.network import Network
-from ptsim.textfile import write_whole
+from ptsim.textfile import printable, write_whole
 from ptsim.trace.schema import Profile
 from ptsim.trace.trace import Trace
 
@@ -44,7 +44,7 @@ class Timeline:
         """Name a process and its streams."""
         self._devices[pid] = {"id": pid, **self._device}
         names = {COMPUTE_STREAM: "compute", COMMUNICATION_STREAM: "communication"}
-        self._meta("process_name", pid, 0, name=name)
+        self._meta("process_name", pid, 0, name=printable(name))
         self._meta("process_sort_index", pid, 0, sort_index=pid)
         self._meta("thread_name", pid, PHASES, name="phases")
         self._meta("thread_sort_index", pid, PHASES, sort_index=PHASES)
@@ -109,7 +109,7 @@ class Timeline:
     ) -> None:
         # both ends are rounded, not the duration: what follows without a gap must not begin before
         begin, end = round(start_s * 1e9), round((start_s + duration_s) * 1e9)
-        event = {"ph": "X", "cat": category, "name": name, "pid": pid, "tid": tid}
+        event = {"ph": "X", "cat": category, "name": printable(name), "pid": pid, "tid": tid}
         self._events.append({**event, "ts": begin / 1e3, "dur": (end - begin) / 1e3, "args": args})
 
     def _meta(self, what: str, pid: int, tid: int, **args: Any) -> None:

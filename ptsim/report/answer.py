@@ -40,6 +40,15 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.before}{self.emphasis}{self.after}"
 
 
+def answer_frame(answer: Answer) -> pd.DataFrame:
+    """The numbers of the head as they stand on the page: one row a number, the sentences among them."""
+    rows = [{"name": "headline", "value": answer.headline, "detail": "", "origin": ""}]
+    rows += [{"name": t.name, "value": t.value, "detail": t.detail, "origin": t.origin} for t in answer.tiles]
+    rows.append({"name": "how sure", "value": answer.certainty, "detail": "", "origin": ""})
+    rows += [{"name": "why", "value": reason, "detail": "", "origin": ""} for reason in answer.why]
+    return pd.DataFrame(rows)
+
+
 TIER_WORDS: dict[Tier, str] = {
     Tier.MEASURED: "every layer was measured on this very device, network and mini-batch",
     Tier.PROFILED: "layer times are interpolated between measurements of this GPU (ptsim calibrate gpu)",
@@ -92,7 +101,7 @@ def projected_answer(
     best = fastest(savings, gpus)
     run = runs[runs.run == best.run].iloc[0]
     settings = candidates(savings, gpus).setting.nunique()
-    name = f"PruneTrain ({best.setting})" if settings > 1 else "pruning while training"
+    name = best.setting if settings > 1 else "pruning while training"
     emphasis, rest = _verdict(best)
     origin = f"projected; times: {TIER_NAMES[Tier(best.tier)]}"
     tiles = [

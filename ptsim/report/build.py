@@ -14,13 +14,24 @@ from ptsim.answers.validate import Validation, validate
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import cluster_names, load_cluster, match_device
 from ptsim.hardware.spec import Cluster
-from ptsim.report import answer, frames, methods, page, projected, sections
-from ptsim.report.answer import Answer
+from ptsim.report import answer, frames, page
+from ptsim.report.answer import Answer, answer_frame
+from ptsim.report.facts import Facts
 from ptsim.report.page import Section
-from ptsim.report.projected import LabelledRun, Projector
+from ptsim.report.projected import Projector
+from ptsim.report.sections import make_sections
 from ptsim.sim.options import Options
 from ptsim.trace.io import read_trace
-from ptsim.trace.pairs import PACE_TOLERANCE, Comparison, compare_runs, data_name, pace, run_labels
+from ptsim.trace.pairs import (
+    PACE_TOLERANCE,
+    Comparison,
+    compare_runs,
+    data_name,
+    device_name,
+    model_name,
+    pace,
+    run_labels,
+)
 from ptsim.trace.trace import Trace
 
 FALLBACK_CLUSTER = "dgx-a100"  # where nothing is known about the recording device
@@ -32,9 +43,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     title: str
     byline: str
     answer: Answer
+    planned: bool  # nobody has trained some run of it
     runs: pd.DataFrame
     projections: pd.DataFrame
     savings: pd.DataFrame
+    scenarios: pd.DataFrame
+    break_even: pd.DataFrame
     sections: tuple[Section, ...]
 
 
@@ -42,9 +56,10 @@ def write_report(
     traces: Sequence[str | Path | Trace],
     out: str | Path,
     *,
-    cluster: str | Path | Cluster | None = None,
+    cluster: str | Path | Cluster | Sequence[str | Path | Cluster] | None = None,
     gpus: Sequence[int] | None = None,
     price_usd_per_gpu_hour: float | None = None,
+    grid_grams_per_kwh: float | None = None,
 ) -> Path:
     """Write the report of recorded runs into the folder `out` and return the page.
 
@@ -53,16 +68,24 @@ def write_report(
     Args:
         traces: recorded runs; dense and pruned ones of the same network and data are compared.
         out: the folder for `index.html`, `figures/` and `tables/`.
-        cluster: what the runs are projected onto; None means a catalog cluster of the recording device.
+        cluster: what the runs are projected onto; None means a catalog cluster of the recording device. Of several, the
+            page is about the first one and compares the others with it.
         gpus: cluster sizes; None means powers of two from one GPU to eight nodes.
         price_usd_per_gpu_hour: None means the cluster's; without one, no money is reported.
+        grid_grams_per_kwh: CO₂ that a kWh causes; without it, no CO₂ is reported.
 
     Raises:
         UsageError: no traces, a size that the cluster does not have, or a folder that cannot be written.
         FileFormatError: a broken trace or cluster file.
         UnknownNameError: no such cluster.
     """
-    report = make_report(traces, cluster=cluster, gpus=gpus, price_usd_per_gpu_hour=price_usd_per_gpu_hour)
+    report = make_report(
+        traces,
+        cluster=cluster,
+        gpus=gpus,
+        price_usd_per_gpu_hour=price_usd_per_gpu_hour,
+        grid_grams_per_kwh=grid_grams_per_kwh,
+    )
     return write(report, out)
 
 
@@ -78,16 +101,18 @@ def write(report: Report, out: str | Path) -> Path:
         answer=report.answer,
         sections=report.sections,
         num_traces=len(report.runs),
+        planned=report.planned,
     )
-    return page.write(html, report.sections, Path(out))
+    return page.write(html, report.sections, Path(out), tables={"answer": answer_frame(report.answer)})
 
 
 def make_report(
     traces: Sequence[str | Path | Trace],
     *,
-    cluster: str | Path | Cluster | None = None,
+    cluster: str | Path | Cluster | Sequence[str | Path | Cluster] | None = None,
     gpus: Sequence[int] | None = None,
     price_usd_per_gpu_hour: float | None = None,
+    grid_grams_per_kwh: float | None = None,
 ) -> Report:
     """Everything that the page shows; see `write_report`."""
     if not traces:
@@ -95,62 +120,60 @@ def make_report(
     if price_usd_per_gpu_hour is not None and not 0 <= price_usd_per_gpu_hour < math.inf:
         raise UsageError(f"price is {price_usd_per_gpu_hour:g} USD per GPU-hour, expected a number from 0 on")
     runs = [trace if isinstance(trace, Trace) else read_trace(trace) for trace in traces]
+    if grid_grams_per_kwh is not None and not 0 <= grid_grams_per_kwh < math.inf:
+        raise UsageError(f"grid intensity is {grid_grams_per_kwh:g} g per kWh, expected a number from 0 on")
     if len({trace.path.resolve() for trace in runs}) < len(runs):
         raise UsageError("the same trace is given twice")
     comparisons = compare_runs(runs)
     notices = _notices(runs, comparisons)
-    recorded = frames.runs_frame(runs)
-    labelled = projected.labelled_runs(runs, comparisons)
-    if not labelled:
-        return Report(
-            title=_title(runs),
-            byline=_byline(runs),
-            answer=answer.recorded_answer(recorded, notices),
-            runs=recorded,
-            projections=pd.DataFrame(),
-            savings=pd.DataFrame(),
-            sections=(sections.runs_section(runs), methods.methods_section(runs)),
-        )
-    where = cluster if isinstance(cluster, Cluster) else load_cluster(cluster or default_cluster(runs))
-    sizes = _sizes(where, gpus)
-    focus = min(sizes, key=lambda size: abs(math.log(size / where.gpus_per_node)))
-    projector = Projector(where, Options(price_usd_per_gpu_hour=price_usd_per_gpu_hour))
-    projections = projected.projections_frame(labelled, projector, sizes)
-    savings = projected.savings_frame(comparisons, projector, sizes)
-    validation, reason = _validation([run.trace for run in labelled if run.trained])
-    shown = _shown_run(labelled, savings, focus)
-    if savings.empty:
-        head = answer.dense_answer(projections, recorded, focus, validation, notices)
+    if not any(trace.epochs for trace in runs):
+        facts = Facts(runs, comparisons)
+        return _report(facts, answer.recorded_answer(facts.recorded, notices), "")
+    given = [cluster] if isinstance(cluster, str | Path | Cluster) else list(cluster or [])
+    clusters = [c if isinstance(c, Cluster) else load_cluster(c) for c in given or [default_cluster(runs)]]
+    options = Options(price_usd_per_gpu_hour=price_usd_per_gpu_hour)
+    sizes = _sizes(clusters[0], gpus)
+    checked = [trace for trace in runs if trace.epochs and not trace.is_planned]
+    validation, reason = _validation(checked)
+    facts = Facts(
+        runs,
+        comparisons,
+        projectors=[Projector(c, options, grid_grams_per_kwh=grid_grams_per_kwh) for c in clusters],
+        sizes=sizes,
+        focus=min(sizes, key=lambda size: abs(math.log(size / clusters[0].gpus_per_node))),
+        validation=validation,
+        unchecked=reason,
+    )
+    if facts.savings.empty:
+        head = answer.dense_answer(facts.projections, facts.recorded, facts.focus, validation, notices)
     else:
-        comparison = next(c for c in comparisons if c.label == shown.label)
         head = answer.projected_answer(
-            savings,
-            recorded,
-            focus,
+            facts.savings,
+            facts.recorded,
+            facts.focus,
             validation,
             notices,
-            measured=frames.measured_savings_frame(comparisons),
-            excess=projected.excess_frame(comparison, projector, focus),
+            measured=facts.measured_savings,
+            excess=facts.excess,
         )
+    names = " and ".join(c.name for c in clusters)
+    where = f" Projected onto {names}" + (", because no cluster was named." if not given else ".")
+    return _report(facts, head, where)
+
+
+def _report(facts: Facts, head: Answer, where: str) -> Report:
+    projected_ = facts.is_projected
     return Report(
-        title=_title(runs),
-        byline=_byline(runs)
-        + f" Projected onto {where.name}"
-        + (", for want of a named cluster." if cluster is None else "."),
+        title=_title(facts.traces),
+        byline=_byline(facts.traces) + where,
         answer=head,
-        runs=recorded,
-        projections=projections,
-        savings=savings,
-        sections=(
-            sections.time_section(labelled, projector, sizes, focus, shown),
-            sections.scaling_section(projections, savings),
-            sections.layers_section(shown, projector),
-            sections.costs_section(runs, shown),
-            sections.runs_section(runs, comparisons),
-            sections.validation_section([run.trace for run in labelled if run.trained], validation, reason),
-            methods.assumptions_section(labelled, projector, focus),
-            methods.methods_section(runs),
-        ),
+        planned=any(trace.is_planned for trace in facts.traces),
+        runs=facts.recorded,
+        projections=facts.projections if projected_ else pd.DataFrame(),
+        savings=facts.savings if projected_ else pd.DataFrame(),
+        scenarios=facts.scenarios if projected_ else pd.DataFrame(),
+        break_even=facts.break_even if projected_ else pd.DataFrame(),
+        sections=make_sections(facts),
     )
 
 
@@ -163,8 +186,8 @@ def default_cluster(runs: Sequence[Trace]) -> str:
 
 def _validation(runs: Sequence[Trace]) -> tuple[Validation | None, str]:
     """The runs predicted again from their own profiles, or why that cannot be."""
-    if any(trace.is_planned for trace in runs):
-        return None, "Not possible here: a planned run has no measurements."
+    if not runs:
+        return None, "Nobody has trained these runs, so there is nothing measured to compare with."
     try:
         return validate(runs), ""
     except MissingMeasurementError as error:
@@ -181,32 +204,33 @@ def _sizes(cluster: Cluster, gpus: Sequence[int] | None) -> list[int]:
     return [2**power for power in range(int(math.log2(most)) + 1)]
 
 
-def _shown_run(labelled: Sequence[LabelledRun], savings: pd.DataFrame, gpus: int) -> LabelledRun:
-    """The run that the page looks into: the pruned one of the headline, or the first."""
-    if savings.empty:
-        return labelled[0]
-    best = answer.fastest(savings, gpus).run
-    return next(run for run in labelled if run.label == best)
-
-
 def _title(runs: Sequence[Trace]) -> str:
-    tasks = list(dict.fromkeys(f"{trace.run.model} on {data_name(trace)}" for trace in runs))
+    tasks = list(dict.fromkeys(f"{model_name(trace)} on {data_name(trace)}" for trace in runs))
     return f"What it costs to train {tasks[0] if len(tasks) == 1 else f'{len(tasks)} networks'}"
 
 
 def _byline(runs: Sequence[Trace]) -> str:
-    devices = " and ".join(dict.fromkeys(trace.run.device.name for trace in runs))
+    trained = [trace for trace in runs if not trace.is_planned]
+    devices = " and ".join(dict.fromkeys(device_name(trace) for trace in trained))
     dates = sorted(trace.run.created[:10] for trace in runs)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    count = "one run" if len(runs) == 1 else f"{len(runs)} runs"
-    if all(trace.is_planned for trace in runs):
-        return f"From {count} that nobody has trained, planned {when}."
-    return f"From {count} recorded on {devices}, {when}."
+    parts = [f"{_runs(len(trained))} recorded on {devices}"] if trained else []
+    if len(trained) < len(runs):
+        parts.append(f"{_runs(len(runs) - len(trained))} planned, which nobody has trained")
+    return f"From {' and '.join(parts)}, {when}."
+
+
+def _runs(count: int) -> str:
+    return "one run" if count == 1 else f"{count} runs"
 
 
 def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[str]:
     notices = []
     for label, trace in zip(run_labels(runs), runs, strict=True):
+        if trace.is_planned:
+            notices.append(
+                f"{label}: planned. Nobody has trained it: its accuracy is not known, and its pruning is assumed."
+            )
         planned = trace.planned_epochs
         if not trace.complete:
             of = f" of {planned} planned" if planned else ""
@@ -238,8 +262,12 @@ def summary(report: Report) -> dict[str, Any]:
     return {
         "headline": report.answer.headline,
         "certainty": report.answer.certainty,
+        "why": list(report.answer.why),
         "notices": list(report.answer.notices),
+        "answer": records(answer_frame(report.answer)),
         "runs": records(report.runs),
         "projections": records(report.projections),
         "savings": records(report.savings),
+        "scenarios": records(report.scenarios),
+        "break_even": records(report.break_even),
     }

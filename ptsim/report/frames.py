@@ -15,7 +15,17 @@ import pandas as pd
 from ptsim.answers.validate import Validation
 from ptsim.costs.flops import layer_macs
 from ptsim.costs.run import run_cost
-from ptsim.trace.pairs import Comparison, data_name, held_dense, pace, run_labels, setting_labels, time_differences
+from ptsim.trace.pairs import (
+    Comparison,
+    data_name,
+    device_name,
+    held_dense,
+    model_name,
+    pace,
+    run_labels,
+    setting_labels,
+    time_differences,
+)
 from ptsim.trace.trace import Trace
 
 
@@ -46,11 +56,11 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                 "run": label,
                 "setting": setting,
                 "origin": run.origin,
-                "model": run.model,
+                "model": model_name(trace),
                 "dataset": data_name(trace),
                 "penalty_ratio": trace.penalty_ratio,
                 "pruned": trace.is_pruned,
-                "device": run.device.name,
+                "device": device_name(trace),
                 "num_gpus": run.world_size,
                 "precision": str(run.precision),
                 "memory_format": run.memory_format,
@@ -93,7 +103,7 @@ def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                     "run": label,
                     "setting": setting,
                     "pruned": trace.is_pruned,
-                    "device": trace.run.device.name,
+                    "device": device_name(trace),
                     "device_kind": trace.run.device.kind,
                     "precision": str(trace.run.precision),
                     "epoch": epoch.epoch,
@@ -190,7 +200,7 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
                 "setting": c.setting,
                 "pruned": True,
                 "baseline": c.baseline_label,
-                "device": c.pruned.run.device.name,
+                "device": device_name(c.pruned),
                 "epochs": len(c.pruned.epochs),
                 "dense_seconds": dense_s,
                 "pruned_seconds": pruned_s + paid_s,
@@ -249,7 +259,7 @@ def validation_frame(traces: Sequence[Trace], validation: Validation) -> pd.Data
                 "run": label,
                 "setting": setting,
                 "pruned": trace.is_pruned,
-                "device": trace.run.device.name,
+                "device": device_name(trace),
                 "device_kind": trace.run.device.kind,
                 "precision": str(trace.run.precision),
                 "num_gpus": trace.run.world_size,

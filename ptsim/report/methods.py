@@ -10,12 +10,11 @@ from ptsim.costs.times import Tier
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.report import specs
 from ptsim.report.answer import TIER_NAMES, TIER_WORDS
-from ptsim.report.figures import gpus as format_gpus
-from ptsim.report.page import Section
+from ptsim.report.facts import Facts
+from ptsim.report.figures.style import gpus as format_gpus
 from ptsim.report.projected import LabelledRun, Projector
-from ptsim.report.tables import make_table
-from ptsim.sim.options import Options
-from ptsim.trace.pairs import data_name, run_labels
+from ptsim.report.tables import Table, make_table
+from ptsim.trace.pairs import data_name, device_name, model_name, run_labels
 from ptsim.trace.trace import Trace
 from ptsim.units import format_bytes, format_seconds
 
@@ -65,20 +64,21 @@ COUNTING = (
 Row = dict[str, str]
 
 
-def assumptions_section(runs: Sequence[LabelledRun], projector: Projector, gpus: int) -> Section:
-    """What every projected number rests on: the tier of each time, and the source of each constant."""
+def assumptions_table(facts: Facts) -> Table:
+    """What every projected number rests on: where each time comes from, and the source of each constant."""
+    runs, projector, gpus = facts.labelled, facts.projector, facts.focus
     rows = [
+        *_planned_rows(runs),
         *_tier_rows(runs, projector, gpus),
         *_network_rows(projector.cluster),
         *_device_rows(projector.device, {str(run.trace.run.precision) for run in runs}),
-        *_option_rows(projector.options, projector.cluster),
+        *_option_rows(projector),
     ]
-    table = make_table(specs.ASSUMPTIONS, pd.DataFrame(rows))
-    return Section(name="assumptions", title="What the numbers rest on", tables=(table,))
+    return make_table(specs.ASSUMPTIONS, pd.DataFrame(rows))
 
 
-def methods_section(runs: Sequence[Trace]) -> Section:
-    """How the runs were made, from their own first records."""
+def methods_facts(runs: Sequence[Trace]) -> tuple[tuple[str, str], ...]:
+    """How the runs were made, from their own first records, and how everything is counted."""
     shared = _shared_settings(runs)
     facts = [
         fact
@@ -87,7 +87,14 @@ def methods_section(runs: Sequence[Trace]) -> Section:
     ]
     if len(runs) > 1:
         facts.append(("configuration of all", ", ".join(f"{name} {_plain(value)}" for name, value in shared.items())))
-    return Section(name="methods", title="Methods", facts=(*facts, ("software", _software(runs)), *COUNTING))
+    return (*facts, ("software", _software(runs)), *COUNTING)
+
+
+def _planned_rows(runs: Sequence[LabelledRun]) -> Iterator[Row]:
+    """What planned and imported runs take for given."""
+    for run in runs:
+        for assumption in run.trace.run.assumed:
+            yield _row(f"{run.trace.run.origin}: {run.label}", assumption.what, assumption.source)
 
 
 def _tier_rows(runs: Sequence[LabelledRun], projector: Projector, gpus: int) -> Iterator[Row]:
@@ -136,7 +143,12 @@ def _device_rows(device: Device, precisions: set[str]) -> Iterator[Row]:
             yield _row(f"{device.name}: {precision} peak", value, _source(device.sources, "peak"))
 
 
-def _option_rows(options: Options, cluster: Cluster) -> Iterator[Row]:
+def _option_rows(projector: Projector) -> Iterator[Row]:
+    options, cluster = projector.options, projector.cluster
+    if projector.grid_grams_per_kwh is not None:
+        yield _row(
+            "CO₂ of a kWh", f"{projector.grid_grams_per_kwh:g} g", "given by the user; of the boards' energy only"
+        )
     if options.price_usd_per_gpu_hour is not None:
         yield _row("price of a GPU-hour", f"{options.price_usd_per_gpu_hour:.2f} USD", "given by the user")
     elif cluster.price_usd_per_gpu_hour is not None:
@@ -171,9 +183,10 @@ def _run_facts(label: str, trace: Trace, shared: Mapping[str, object]) -> Iterat
     where = format_gpus(run.world_size) if device.kind == "cuda" else device.kind.upper()
     yield (
         label,
-        f"{run.model} on {data_name(trace)}: {data.num_train:,} training and {data.num_validation:,} validation images "
-        f"of {shape}, {data.num_classes} classes; {run.precision}, {run.memory_format.replace('_', ' ')}, "
-        f"seed {run.seed}; {where} {device.name}"
+        f"{model_name(trace)} on {data_name(trace)}: {data.num_train:,} training and {data.num_validation:,} "
+        f"validation images of {shape}, {data.num_classes} classes; "
+        f"{run.precision}, {run.memory_format.replace('_', ' ')}, "
+        f"seed {run.seed}; {where} {device_name(trace)}"
         + (f", driver {device.driver}" if device.driver else "")
         + f"; started {run.created}"
         + (f"; revision {run.git_revision[:12]}" if run.git_revision else "")

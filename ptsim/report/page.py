@@ -6,12 +6,14 @@ import functools
 import importlib.resources
 import io
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 import matplotlib as mpl
 import msgspec
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -59,8 +61,10 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
         return not (self.paragraphs or self.figures or self.tables or self.facts)
 
 
-def render(*, title: str, byline: str, answer: Answer, sections: Sequence[Section], num_traces: int) -> str:
-    """The whole page as HTML."""
+def render(
+    *, title: str, byline: str, answer: Answer, sections: Sequence[Section], num_traces: int, planned: bool = False
+) -> str:
+    """The whole page as HTML; `planned` marks it as about runs that nobody has trained."""
     templates = importlib.resources.files("ptsim.report") / "templates"
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8")),
@@ -74,43 +78,68 @@ def render(*, title: str, byline: str, answer: Answer, sections: Sequence[Sectio
         answer=answer,
         sections=[section for section in sections if not section.empty],
         num_traces=num_traces,
+        planned=planned,
         version=ptsim.__version__,
         css=Markup((templates / "report.css").read_text(encoding="utf-8")),
         script=Markup((templates / "table.js").read_text(encoding="utf-8")),
     )
 
 
-def write(html: str, sections: Sequence[Section], out: Path) -> Path:
+def write(
+    html: str, sections: Sequence[Section], out: Path, *, tables: Mapping[str, pd.DataFrame] | None = None
+) -> Path:
     """Write the page, its figures (`figures/*.svg`) and its tables (`tables/*.csv`) into the folder `out`.
 
-    A report that is already there is replaced; anything else in the folder is left alone.
+    A report that is already there is replaced, file by file, each whole or not at all, the page last; anything else in
+    the folder is left alone. `tables` are written beside those of the sections.
 
     Raises:
         UsageError: `out` is a file, or cannot be written.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; expected a folder for the report")
+    files = {f"figures/{shown.name}.svg": shown.document for section in sections for shown in section.figures}
+    shown_tables = {table.name: table.frame for section in sections for table in section.tables}
+    for name, frame in {**shown_tables, **(tables or {})}.items():
+        files[f"tables/{name}.csv"] = csv_text(frame)
     try:
+        for folder in ("figures", "tables"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_whole(out / name, content)
+        write_whole(out / PAGE, html)
         for folder, ending in (("figures", ".svg"), ("tables", ".csv")):
             for old in (out / folder).glob(f"*{ending}"):
-                old.unlink()
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        for section in sections:
-            for shown in section.figures:
-                (out / "figures" / f"{shown.name}.svg").write_text(shown.document, encoding="utf-8")
-            for table in section.tables:
-                table.frame.to_csv(out / "tables" / f"{table.name}.csv", index=False)
-        page = out / PAGE
-        write_whole(page, html)
+                if f"{folder}/{old.name}" not in files:
+                    old.unlink()
     except OSError as error:
         raise UsageError(f"the report cannot be written to {out}: {error.strerror}") from error
-    return page
+    return out / PAGE
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """The table as CSV that a spreadsheet takes for what it is.
+
+    A text that a spreadsheet would run as a formula (it begins with = + - @, or with white space) gets an apostrophe in
+    front; numbers stay numbers.
+
+    Source: OWASP, "CSV Injection".
+    """
+
+    def safe(cell: object) -> object:
+        return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
+
+    texts = [name for name in frame if not pd.api.types.is_numeric_dtype(frame[name])]
+    csv: str = frame.assign(**{str(name): frame[name].map(safe) for name in texts}).to_csv(index=False)
+    return csv
 
 
 def svg_text(figure: Figure, name: str) -> str:
     """The figure as an SVG document; equal figures give equal bytes."""
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
+    plain = mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path", "text.parse_math": False})
+    with plain, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in letters that DejaVu lacks: boxes
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return buffer.getvalue()
 

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import msgspec
 import pandas as pd
 
+from ptsim.costs.flops import layer_macs
 from ptsim.costs.run import run_cost
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.times import Tier
+from ptsim.costs.traffic import layer_traffic
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind
@@ -50,6 +52,10 @@ class Projector:
         self.device = load_device(options.device or cluster.device)
         self._caches: dict[tuple[str, int, bool], StepCache] = {}
         self._done: dict[tuple[tuple[str, int, bool], int], RunProjection] = {}
+
+    def changed(self, cluster: Cluster, options: Options) -> Projector:
+        """The same for another cluster or other options."""
+        return Projector(cluster, options, grid_grams_per_kwh=self.grid_grams_per_kwh)
 
     def run(self, trace: Trace, gpus: int) -> RunProjection:
         """The projection of `trace` onto `gpus` GPUs.
@@ -108,6 +114,7 @@ def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: S
                     "compute_seconds": p.compute_s,
                     "exposed_communication_seconds": p.exposed_communication_s,
                     "reconfiguration_seconds": p.reconfiguration_s,
+                    "mfu_fraction": flops_utilization(run.trace, p, projector.device),
                     "gpu_seconds": p.total_s * size,
                     "allreduce_bytes_per_gpu": p.allreduce_bytes_per_gpu,
                     "energy_joules": p.energy_j,
@@ -138,9 +145,6 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
         both_whole = c.trained and c.pruned.complete and c.baseline.complete
         for size in gpus:
             dense, pruned = projector.run(c.baseline, size), projector.run(c.pruned, size)
-            ratio = pruned.total_s / dense.total_s
-            low, high = ratio_interval(_estimate(pruned), _estimate(dense))
-            spread = low / ratio, high / ratio
             rows.append(
                 {
                     "run": c.label,
@@ -154,10 +158,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     "epochs": len(c.pruned.epochs),
                     "first_batch_per_gpu": pruned.epochs[0].batch_per_gpu,
                     "last_batch_per_gpu": pruned.epochs[-1].batch_per_gpu,
-                    **_saved("seconds", dense.total_s, pruned.total_s, spread),
-                    "saved_fraction": 1 - ratio,
-                    "saved_fraction_low": 1 - high,
-                    "saved_fraction_high": 1 - low,
+                    **saved_columns(dense, pruned, projector),
                     "saved_compute_seconds": dense.compute_s - pruned.compute_s,
                     "saved_communication_seconds": dense.exposed_communication_s - pruned.exposed_communication_s,
                     "saved_reconfiguration_seconds": dense.reconfiguration_s
@@ -166,10 +167,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     - pruned.startup_s,
                     "dense_allreduce_bytes_per_gpu": dense.allreduce_bytes_per_gpu,
                     "pruned_allreduce_bytes_per_gpu": pruned.allreduce_bytes_per_gpu,
-                    **_saved("joules", dense.energy_j, pruned.energy_j, spread),
-                    **_saved("co2_grams", projector.grams(dense.energy_j), projector.grams(pruned.energy_j), spread),
                     "grid_grams_per_kwh": projector.grid_grams_per_kwh,
-                    **_saved("usd", dense.cost_usd, pruned.cost_usd, spread),
                     "price_usd_per_gpu_hour": projector.options.price_usd_per_gpu_hour
                     or projector.cluster.price_usd_per_gpu_hour,
                     **accuracies(c),
@@ -179,6 +177,70 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                 }
             )
     return numeric(pd.DataFrame(rows))
+
+
+def saved_columns(dense: RunProjection, pruned: RunProjection, projector: Projector) -> dict[str, float | None]:
+    """What a pruned run saves against a dense one, of time, energy, CO₂ and money, with the 90 % interval of each."""
+    ratio = pruned.total_s / dense.total_s
+    low, high = ratio_interval(_estimate(pruned), _estimate(dense))
+    spread = low / ratio, high / ratio
+    return {
+        **_saved("seconds", dense.total_s, pruned.total_s, spread),
+        "saved_fraction": 1 - ratio,
+        "saved_fraction_low": 1 - high,
+        "saved_fraction_high": 1 - low,
+        **_saved("joules", dense.energy_j, pruned.energy_j, spread),
+        **_saved("co2_grams", projector.grams(dense.energy_j), projector.grams(pruned.energy_j), spread),
+        **_saved("usd", dense.cost_usd, pruned.cost_usd, spread),
+    }
+
+
+def flops_utilization(trace: Trace, projection: RunProjection, device: Device) -> float | None:
+    """Model FLOPs utilisation: the FLOPs of the recorded images over what the GPUs' arithmetic could do in their steps.
+
+    None where the device's peak for the precision is not known.
+
+    Source: Chowdhery et al., PaLM (2022), appendix B; without recomputation, which ptsim does not model.
+    """
+    peak = device.peak_flops_per_s.get(trace.run.precision)
+    if not peak:
+        return None
+    flops = 2 * sum(cost.training_macs for cost in run_cost(trace))
+    return flops / (peak * projection.gpus * sum(epoch.total_s for epoch in projection.epochs))
+
+
+def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
+    """One row per convolution and linear layer of the first and the last epoch: FLOPs per byte, FLOPs per second.
+
+    Forward and backward together; bytes as the traffic model counts them. Empty where the device's peak is not known.
+    """
+    trace, device = run.trace, projector.device
+    peak = device.peak_flops_per_s.get(trace.run.precision)
+    rows = []
+    ends = (trace.epochs[0], *(trace.epochs[-1:] if len(trace.epochs) > 1 else ()))
+    for epoch in ends if peak else ():
+        network, batch = trace.network_of(epoch), epoch.batch_per_gpu
+        times = {time.layer: time.forward_s + time.backward_s for time in projector.step(trace, epoch).layers}
+        for layer in network.layers:
+            macs = layer_macs(layer, "exact")
+            flops = 2 * layer.repeats(batch) * (macs.forward + macs.backward)
+            traffic = layer_traffic(layer, batch=batch, element_bytes=trace.run.precision.activation_bytes)
+            num_bytes = traffic.forward_bytes + traffic.backward_bytes
+            if layer.kind not in PRODUCT_KINDS or not (flops and num_bytes and times[layer.name]):
+                continue
+            rows.append(
+                {
+                    **_setting(run, projector),
+                    "batch_per_gpu": batch,
+                    "epoch": epoch.epoch,
+                    "layer": layer.name,
+                    "flops_per_byte": flops / num_bytes,
+                    "flops_per_second": flops / times[layer.name],
+                    "peak_flops_per_second": peak,
+                    "bandwidth_bytes_per_second": device.memory_bandwidth_bytes_per_s,
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def epoch_breakdown_frame(run: LabelledRun, projector: Projector, gpus: int) -> pd.DataFrame:

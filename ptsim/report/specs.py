@@ -17,6 +17,7 @@ PROJECTIONS = TableSpec(
         "compute_seconds": "computing",
         "exposed_communication_seconds": "exposed communi\u00adcation",
         "gpu_seconds": "GPU time",
+        "mfu_fraction": "MFU",
         "allreduce_bytes_per_gpu": "all-reduced per GPU",
         "tier": "times from",
     },
@@ -46,6 +47,67 @@ ENERGY = TableSpec(
         ("co2_grams", "low_co2_grams", "high_co2_grams"),
         ("cost_usd", "low_cost_usd", "high_cost_usd"),
     ),
+    folded=True,
+)
+
+SCENARIOS = TableSpec(
+    name="scenarios",
+    title="Side by side.",
+    caption="Every run on every cluster, projected; savings are against the dense run on the same cluster. Intervals "
+    "are 90 %. Model FLOPs utilisation (MFU) is the share of the GPUs' peak arithmetic that the training FLOPs use.",
+    headings={
+        "cluster": "cluster",
+        "gpus": "GPUs",
+        "run": "run",
+        "total_seconds": "time",
+        "low_seconds": "90 % from",
+        "high_seconds": "to",
+        "saved_fraction": "time saved",
+        "saved_fraction_low": "90 % from",
+        "saved_fraction_high": "to",
+        "cost_usd": "cost",
+        "saved_usd": "money saved",
+        "energy_joules": "energy",
+        "co2_grams": "CO₂",
+        "mfu_fraction": "MFU",
+        "accuracy": "validation accuracy",
+        "tier": "times from",
+    },
+    together=(("total_seconds", "low_seconds", "high_seconds"), ("cost_usd", "saved_usd")),
+)
+
+BREAK_EVEN = TableSpec(
+    name="break_even",
+    title="From where on pruning pays.",
+    caption="One thing changes at a time; bandwidth in bytes per second of a link, mini-batch per GPU at the start.",
+    headings={
+        "lever": "what changes",
+        "value": "value",
+        "gpus": "GPUs",
+        "dense_seconds": "dense",
+        "pruned_seconds": "pruned",
+        "saved_fraction": "saved",
+        "saved_fraction_low": "90 % from",
+        "saved_fraction_high": "to",
+    },
+    together=(("dense_seconds", "pruned_seconds"),),
+    folded=True,
+)
+
+EXCESS = TableSpec(
+    name="excess",
+    title="What keeps the time from shrinking with the MACs.",
+    caption="Of the run in the headline. If time followed the MACs, every part would shrink to the same share; the "
+    "excess is what a part takes above that.",
+    headings={
+        "part": "part",
+        "dense_seconds": "dense",
+        "pruned_seconds": "pruned",
+        "excess_seconds": "excess",
+        "macs_fraction": "training MACs left",
+        "floor_fraction": "share that one image would take",
+    },
+    together=(("dense_seconds", "pruned_seconds", "excess_seconds"),),
     folded=True,
 )
 

@@ -17,6 +17,7 @@ from pathlib import PurePath
 
 import msgspec
 
+from ptsim.textfile import printable
 from ptsim.trace.io import trace_name
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
@@ -48,11 +49,24 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
+_LONGEST_NAME = 60  # letters of a network's, a data set's or a device's name in a label
+
+
+def model_name(trace: Trace) -> str:
+    """What the network is called, as it can be shown anywhere."""
+    return printable(trace.run.model, _LONGEST_NAME)
+
+
 def data_name(trace: Trace) -> str:
     """What the data is called: a folder of images by the folder's name, everything else by its own."""
     name = trace.run.dataset.name
     folder = str(trace.run.hyperparameters.get("data_dir") or "")
-    return (PurePath(folder).name or name) if name == "imagefolder" else name
+    return printable((PurePath(folder).name or name) if name == "imagefolder" else name, _LONGEST_NAME)
+
+
+def device_name(trace: Trace) -> str:
+    """What the recording device is called."""
+    return printable(trace.run.device.name, _LONGEST_NAME)
 
 
 # What makes the task of a run. Two runs that differ here are never compared.
@@ -114,14 +128,14 @@ def run_labels(traces: Sequence[Trace]) -> list[str]:
     """A short name for every run, unique among them: what was trained and how, then only what tells them apart."""
     parts = [
         (
-            trace.run.model,
+            model_name(trace),
             data_name(trace),
             _method(trace),
             *_pruning_settings(trace),
             f"mini-batch {trace.epochs[0].batch_per_gpu}" if trace.epochs else "no epochs",
-            trace.run.device.name,
+            device_name(trace),
             f"seed {trace.run.seed}",
-            trace_name(trace.path),
+            printable(trace_name(trace.path), _LONGEST_NAME),
         )
         for trace in traces
     ]
@@ -293,7 +307,8 @@ def _pruning_settings(trace: Trace) -> tuple[str, str, str]:
         return "", "", ""
     settings = trace.run.hyperparameters
     batch = "dynamic mini-batch" if settings.get("dynamic_batch") else "fixed mini-batch"
-    return batch, str(settings.get("mode", "union")), f"interval {settings.get('interval')}"
+    mode = printable(str(settings.get("mode", "union")), _LONGEST_NAME)
+    return batch, mode, printable(f"interval {settings.get('interval')}", _LONGEST_NAME)
 
 
 def _setting_key(trace: Trace) -> str:

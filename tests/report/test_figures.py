@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,7 +10,11 @@ from matplotlib.figure import Figure
 import ptsim
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report import figures, frames, projected
+from ptsim.report.facts import Facts
+from ptsim.report.figures import style
+from ptsim.report.figures.registry import FIGURES, ReportFigure, figures_of
 from ptsim.report.projected import Projector, labelled_runs
+from ptsim.report.scenarios import break_even_frame
 from ptsim.sim.options import Options
 from ptsim.trace.pairs import compare_runs
 from tests.traces import CPU, dense_trace, shrinking_trace
@@ -22,6 +27,11 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> list[ptsim.Trace]:
     folder = tmp_path_factory.mktemp("traces")
     paths = [dense_trace(folder / "dense.jsonl"), shrinking_trace(folder / "pruned.jsonl")]
     return [ptsim.read_trace(path) for path in paths]
+
+
+def facts_of(traces: list[ptsim.Trace]) -> Facts:
+    projector = Projector(load_cluster("dgx-a100"), Options())
+    return Facts(traces, compare_runs(traces), projectors=[projector], sizes=GPUS, focus=8)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +51,8 @@ def drawn(traces: list[ptsim.Trace]) -> dict[str, Figure]:
         "breakdown": figures.breakdown_figure(projected.breakdown_frame(runs, projector, GPUS)),
         "epochs": figures.epoch_breakdown_figure(projected.epoch_breakdown_frame(pruned, projector, 8)),
         "layers": figures.layers_figure(layers),
+        "roofline": figures.roofline_figure(projected.roofline_frame(pruned, projector)),
+        "break_even": figures.break_even_figure(break_even_frame(facts_of(traces))),
         "blocks": figures.blocks_figure(layers),
         "validation": figures.validation_figure(frames.validation_frame(traces, ptsim.validate(traces))),
     }
@@ -105,4 +117,71 @@ def test_a_cpu_run_is_not_called_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("largest", "expected"), [(7200.0, "h"), (7199.0, "min"), (1.9, "ms"), (3e-9, "ns")])
 def test_a_unit_is_the_largest_that_leaves_at_least_two(largest: float, expected: str) -> None:
-    assert figures._scale(largest, figures.TIME_SCALES)[1] == expected
+    assert style.scale_for(largest, style.TIME_SCALES)[1] == expected
+
+
+def test_a_figure_from_outside_is_one_row(traces: list[ptsim.Trace]) -> None:
+    def draw(frame: pd.DataFrame) -> Figure:
+        figure = Figure()
+        figure.subplots().plot(frame.epoch, frame.learning_rate)
+        return figure
+
+    row = ReportFigure(
+        section="runs",
+        title="Learning rate.",
+        frame=lambda facts: facts.epochs,
+        draw=draw,
+        caption=lambda facts: f"Of {len(facts.traces)} runs.",
+        needs_projection=False,
+    )
+    FIGURES.add("learning_rate", row)
+    try:
+        facts = Facts(traces, compare_runs(traces))
+        shown = {name: figure.caption(facts) for name, figure, _ in figures_of("runs", facts)}
+    finally:
+        FIGURES.remove("learning_rate")
+    assert shown["learning_rate"] == "Of 2 runs."
+    assert next(iter(shown)) == "accuracy"
+
+
+def test_every_own_figure_is_registered_once(traces: list[ptsim.Trace]) -> None:
+    facts = facts_of(traces)
+    sections = ("time", "scenarios", "scaling", "layers", "costs", "runs")
+    found = [name for section in sections for name, _, _ in figures_of(section, facts)]
+    assert sorted([*found, "validation"]) == FIGURES.names()  # nothing was validated here
+
+
+def test_a_name_is_drawn_as_it_is_and_never_as_a_formula() -> None:
+    name = "$a_$b ^{ " + "x" * 300
+    frame = pd.DataFrame(
+        {
+            "setting": [name],
+            "pruned": [True],
+            "run": [name],
+            "gpus": [8],
+            "total_seconds": [1.0],
+            "low_seconds": [0.9],
+            "high_seconds": [1.1],
+            "device": [name],
+        }
+    )
+    figure = figures.scaling_figure(frame)
+    (label,) = (text.get_text() for text in figure.legends[0].get_texts())
+    assert label.startswith("$a_$b ^{ x")
+    assert len(label) == style.LONGEST_NAME
+    assert not figure.legends[0].get_texts()[0].get_parse_math()
+    figure.savefig(io.BytesIO(), format="svg")
+
+
+def test_the_roofline_by_hand(traces: list[ptsim.Trace]) -> None:
+    projector = Projector(load_cluster("dgx-a100"), Options())
+    run = labelled_runs(traces, [])[0]
+    frame = projected.roofline_frame(run, projector).set_index("layer")
+    layer = run.trace.network_of(run.trace.epochs[0]).layer("layer1.0.conv1")
+    # 16 -> 16 channels, 3x3, 32x32: forward and both gradients; every pass moves input, output and weights, in fp32
+    row = frame.loc["layer1.0.conv1"].iloc[0]
+    step = projector.step(run.trace, run.trace.epochs[0])
+    seconds = next(t.forward_s + t.backward_s for t in step.layers if t.layer == layer.name)
+    assert row.flops_per_second == pytest.approx(2 * 3 * 64 * 16 * 16 * 9 * 32 * 32 / seconds)
+    assert row.peak_flops_per_second == 19.5e12
+    assert row.flops_per_second < min(row.peak_flops_per_second, 10 * row.flops_per_byte * 1.555e12)

@@ -1,0 +1,78 @@
+"""A table of things by name that other packages can add to: a function call, or an entry point of an installed package.
+
+What is in a table is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+from ptsim.errors import UnknownNameError, UsageError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Entries of one kind by name: ptsim's own, those of installed packages, those that were added by hand."""
+
+    def __init__(self, what: str, *, entry_points: str, own: Mapping[str, str]) -> None:
+        """An empty table.
+
+        Args:
+            what: the kind of thing, singular and lower case ("criterion").
+            entry_points: the group of entry points that other packages use.
+            own: "module:attribute" of ptsim's own entries.
+        """
+        self.what, self.entry_points = what, entry_points
+        self._own = dict(own)
+        self._added: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> T:
+        """Make `entry` available under `name`.
+
+        Raises:
+            UsageError: the name is taken.
+        """
+        if name in self._own or self._added.get(name, entry) is not entry:
+            raise UsageError(f"the {self.what} {name!r} exists already")
+        self._added[name] = entry
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Forget an entry that `add` made; nothing if there is none."""
+        self._added.pop(name, None)
+
+    def names(self) -> list[str]:
+        """All names, without importing what they stand for."""
+        return sorted({*self._own, *self._added, *self._foreign()})
+
+    def find(self, name: str) -> T:
+        """The entry called `name`.
+
+        Raises:
+            UnknownNameError: there is none; lists those that exist.
+            UsageError: an installed package offers it, but it cannot be imported.
+        """
+        if name in self._added:
+            return self._added[name]
+        if name in self._own:
+            module, _, attribute = self._own[name].partition(":")
+            return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return] # of kind T
+        foreign = self._foreign()
+        if name not in foreign:
+            raise UnknownNameError(self.what, name, self.names())
+        try:
+            loaded: T = foreign[name].load()
+        except Exception as error:  # a foreign package's code runs here
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"the {self.what} {name!r} of {foreign[name].value} cannot be imported: {reason}"
+            ) from error
+        self._added[name] = loaded
+        return loaded
+
+    def _foreign(self) -> dict[str, Any]:
+        return {point.name: point for point in importlib.metadata.entry_points(group=self.entry_points)}

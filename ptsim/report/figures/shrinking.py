@@ -1,0 +1,129 @@
+"""What shrank: counts beside the clock, memory and mini-batch, gradients to all-reduce."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ptsim.report.facts import Facts
+from ptsim.report.figures.registry import ReportFigure
+from ptsim.report.figures.style import (
+    BYTE_SCALES,
+    COLOURS,
+    dash_style,
+    finish,
+    legend_above,
+    lines,
+    panels,
+    repeats,
+    run_style,
+    scale_for,
+    spread,
+    styled,
+)
+
+
+@styled
+def shrinking_figure(epochs: pd.DataFrame) -> Figure:
+    """What shrank and what the clock saw: per-image costs of one run relative to its first epoch.
+
+    Takes `frames.costs_frame` rows of a single run.
+    """
+    figure, (axes,) = panels(1, height_in=3.4)
+    first = epochs.iloc[0]
+    measured = epochs.step_median_seconds / epochs.batch_per_gpu
+    base = first.step_median_seconds / first.batch_per_gpu
+    series = {
+        "training MACs": (epochs.training_macs_per_image / first.training_macs_per_image, COLOURS[1], "-"),
+        "BatchNorm traffic": (epochs.bn_bytes_per_image / first.bn_bytes_per_image, COLOURS[3], (0, (6, 2, 1.5, 2))),
+        "measured step time": (measured / base, COLOURS[2], (0, (3, 1.5))),
+    }
+    for name, (values, colour, dash) in series.items():
+        if values.notna().any():
+            axes.plot(epochs.epoch, values, label=name, color=colour, linestyle=dash)
+    low = epochs.step_p10_seconds / epochs.batch_per_gpu / base
+    high = epochs.step_p90_seconds / epochs.batch_per_gpu / base
+    axes.fill_between(epochs.epoch, low, high, color=COLOURS[2], alpha=0.18, linewidth=0)
+    axes.set(xlabel="epoch", ylabel="per image, first epoch = 100 %", ylim=(0, None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_above(axes)
+    low_n, high_n = int(epochs.num_iterations.min()), int(epochs.num_iterations.max())
+    n = f"{low_n} iterations" if low_n == high_n else f"{low_n} to {high_n} iterations"
+    return finish(figure, epochs, n=f"{n} an epoch", band="10th to 90th percentile of an epoch's iterations")
+
+
+@styled
+def memory_figure(epochs: pd.DataFrame) -> Figure:
+    """Peak memory of an iteration, measured and estimated, and the per-GPU mini-batch. Takes `frames.costs_frame`."""
+    figure, (top, bottom) = panels(2, height_in=4.2)
+    columns = ["peak_memory_bytes", "estimated_memory_bytes"]
+    factor, unit = scale_for(float(epochs[columns].max().max()), BYTE_SCALES)
+    for setting, (colour, dash) in run_style(epochs).items():
+        rows = epochs[epochs.setting == setting].groupby("epoch", as_index=False).mean(numeric_only=True)
+        line = dash_style(dash)
+        measured = rows.peak_memory_bytes.notna().any()
+        if measured:
+            label = f"{setting}, measured"
+            top.plot(rows.epoch, rows.peak_memory_bytes / factor, color=colour, linestyle=line, label=label)
+        top.plot(
+            rows.epoch,
+            rows.estimated_memory_bytes / factor,
+            color=colour,
+            linewidth=1.0 if measured else 1.7,
+            linestyle=":" if measured else line,
+            label=f"{setting}, estimated",
+        )
+        bottom.step(rows.epoch, rows.batch_per_gpu, where="post", color=colour, linestyle=line, label=setting)
+    top.set(ylabel=f"peak memory ({unit})", ylim=(0, None))
+    bottom.set(ylabel="mini-batch (images)", xlabel="epoch", ylim=(0, None))
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_above(top)
+    return finish(figure, epochs, n=repeats(epochs), band="no band: the peak of each epoch")
+
+
+@styled
+def allreduce_figure(epochs: pd.DataFrame) -> Figure:
+    """Gradient bytes that every GPU all-reduces in an epoch. Takes `frames.costs_frame`."""
+    figure, (axes,) = panels(1, height_in=3.0)
+    factor, unit = scale_for(float(epochs.allreduce_payload_bytes.max()), BYTE_SCALES)
+    scaled = epochs.assign(allreduce_payload_bytes=epochs.allreduce_payload_bytes / factor)
+    lines(axes, scaled, "epoch", "allreduce_payload_bytes", drawstyle="steps-post")
+    axes.set(xlabel="epoch", ylabel=f"gradients per epoch ({unit})", ylim=(0, None))
+    legend_above(axes)
+    band = spread(epochs, otherwise="no band: a count, parameters × 4 B × updates")
+    return finish(figure, epochs, n=repeats(epochs), band=band)
+
+
+def _memory_caption(facts: Facts) -> str:
+    measured = "measured on the recording machine and as " if facts.epochs.peak_memory_bytes.notna().any() else ""
+    return f"Peak memory of an iteration as {measured}estimated, and the mini-batch that it belongs to."
+
+
+SHRINKING = ReportFigure(
+    section="costs",
+    title="What shrank, and what the clock saw.",
+    frame=lambda facts: (
+        facts.epochs[facts.epochs.run == facts.shown.label] if facts.shown.trace.is_pruned else pd.DataFrame()
+    ),
+    draw=shrinking_figure,
+    caption=lambda facts: (
+        f"Cost of an image in “{facts.shown.label}”, relative to its first epoch: the count"
+        + ("." if facts.shown.trace.is_planned else " and the measurement.")
+    ),
+)
+MEMORY = ReportFigure(
+    section="costs",
+    title="Memory and mini-batch.",
+    frame=lambda facts: facts.epochs,
+    draw=memory_figure,
+    caption=_memory_caption,
+)
+ALLREDUCE = ReportFigure(
+    section="costs",
+    title="Gradients to all-reduce.",
+    frame=lambda facts: facts.epochs,
+    draw=allreduce_figure,
+    caption=lambda _: "Bytes of gradients in an epoch: fewer parameters, and fewer updates as the mini-batch grows.",
+)

@@ -1,0 +1,169 @@
+"""What else could one do? Every run on every cluster side by side, and from where on pruning pays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import msgspec
+import pandas as pd
+
+from ptsim.hardware.spec import Cluster
+from ptsim.report import projected
+from ptsim.report.facts import Facts
+from ptsim.report.figures.style import gpus
+from ptsim.report.frames import numeric
+from ptsim.report.projected import LabelledRun, Projector
+from ptsim.trace.pairs import Comparison
+from ptsim.trace.trace import Trace
+
+FACTORS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)  # on a bandwidth
+BATCHES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # on a mini-batch
+
+Lever = Literal["GPUs", "bandwidth", "mini-batch"]
+
+
+def scenarios_frame(facts: Facts) -> pd.DataFrame:
+    """One row per cluster and run at the page's number of GPUs: time, money, energy, and what it saves against dense.
+
+    The shown pruned run comes a second time with a dynamic mini-batch (grown at every reconfiguration to what fits the
+    device), unless it was recorded so. A cluster with fewer GPUs than the page's number is shown with all that it has.
+    """
+    baselines = {c.label: c for c in facts.comparisons}
+    rows = []
+    for projector in facts.projectors:
+        gpus = min(facts.focus, most_gpus(projector.cluster))
+        for run, where, name in _scenarios(facts, projector):
+            (row,) = projected.projections_frame([run], where, [gpus]).to_dict("records")
+            comparison = baselines.get(run.label)
+            if comparison is not None:
+                dense = projector.run(comparison.baseline, gpus)
+                pruned = where.run(comparison.pruned, gpus)
+                row.update(projected.saved_columns(dense, pruned, projector))
+            rows.append({**row, "run": name, "accuracy": run.trace.final_accuracy if run.trained else None})
+    return numeric(pd.DataFrame(rows))
+
+
+def _scenarios(facts: Facts, projector: Projector) -> Iterator[tuple[LabelledRun, Projector, str]]:
+    for run in facts.labelled:
+        yield run, projector, run.label
+        batches = {epoch.batch_per_gpu for epoch in run.trace.epochs}
+        if run.label == facts.shown.label and run.trace.is_pruned and len(batches) == 1:
+            options = msgspec.structs.replace(projector.options, minibatch="planned")
+            yield run, projector.changed(projector.cluster, options), f"{run.label}, dynamic mini-batch"
+
+
+def most_gpus(cluster: Cluster) -> int:
+    """How many GPUs a cluster has; one node's where its nodes are not connected."""
+    nodes = (cluster.max_nodes or 1_000_000) if cluster.inter else 1
+    return cluster.gpus_per_node * nodes
+
+
+def break_even_frame(facts: Facts) -> pd.DataFrame:
+    """What the shown run saves as one thing changes at a time: GPUs, bandwidth or mini-batch (`lever`, `value`).
+
+    The bandwidth is that of the links between nodes (bytes/s), inside the node where all GPUs share one; measured
+    all-reduce tables, which hold for one bandwidth only, are left out there. Mini-batches are per GPU at the start.
+    """
+    comparison = facts.comparison
+    if comparison is None:
+        return pd.DataFrame()
+    rows = [_row(facts, comparison, facts.projector, "GPUs", size, size) for size in facts.sizes]
+    cluster = facts.projector.cluster
+    field = "inter" if facts.focus > cluster.gpus_per_node else "intra"
+    link = getattr(cluster, field)
+    if facts.focus > 1 and link is not None:
+        for factor in FACTORS:
+            bandwidth = link.bandwidth_bytes_per_s * factor
+            slower = msgspec.structs.replace(link, bandwidth_bytes_per_s=bandwidth)
+            changed = msgspec.structs.replace(cluster, tables=(), **{field: slower})
+            where = facts.projector.changed(changed, facts.projector.options)
+            rows.append(_row(facts, comparison, where, "bandwidth", bandwidth, facts.focus))
+    first = comparison.pruned.epochs[0].batch_per_gpu
+    for factor in BATCHES:
+        batch = max(1, round(first * factor))
+        scaled = msgspec.structs.replace(
+            comparison,
+            pruned=with_batch(comparison.pruned, batch / first),
+            baseline=with_batch(comparison.baseline, batch / first),
+        )
+        where = facts.projector.changed(cluster, facts.projector.options)
+        rows.append(_row(facts, scaled, where, "mini-batch", batch, facts.focus))
+    return pd.DataFrame(rows)
+
+
+def _row(
+    facts: Facts, comparison: Comparison, projector: Projector, lever: Lever, value: float, gpus: int
+) -> dict[str, object]:
+    dense, pruned = projector.run(comparison.baseline, gpus), projector.run(comparison.pruned, gpus)
+    saved = projected.saved_columns(dense, pruned, projector)
+    keep = ("dense_seconds", "pruned_seconds", "saved_fraction", "saved_fraction_low", "saved_fraction_high")
+    return {
+        "run": comparison.label,
+        "setting": comparison.setting,
+        "pruned": True,
+        "cluster": projector.cluster.name,
+        "device": projector.device.name,
+        "precision": str(comparison.pruned.run.precision),
+        "lever": lever,
+        "value": float(value),
+        "gpus": gpus,
+        "batch_per_gpu": comparison.pruned.epochs[0].batch_per_gpu,
+        **{name: saved[name] for name in keep},
+    }
+
+
+def with_batch(trace: Trace, factor: float) -> Trace:
+    """The run as if every mini-batch had been `factor` times as large; every image is still trained on."""
+
+    def changed(batch: int) -> int:
+        return max(1, round(batch * factor))
+
+    epochs = tuple(
+        msgspec.structs.replace(
+            epoch,
+            batch_per_gpu=changed(epoch.batch_per_gpu),
+            num_iterations=max(1, math.ceil(epoch.num_images / (changed(epoch.batch_per_gpu) * epoch.world_size))),
+        )
+        for epoch in trace.epochs
+    )
+    return msgspec.structs.replace(trace, epochs=epochs)
+
+
+_WORDS: dict[Lever, tuple[str, str]] = {
+    "GPUs": ("{:,.0f} GPUs", "GPUs"),
+    "bandwidth": ("{:,.4g} Gbit/s", "bandwidth"),
+    "mini-batch": ("a mini-batch of {:,.0f} per GPU", "mini-batch"),
+}
+
+
+def break_even_sentences(frame: pd.DataFrame) -> Iterator[str]:
+    """From where on pruning pays, one sentence per lever. Takes `break_even_frame`."""
+    for lever in _WORDS:
+        points = frame[frame.lever == lever].sort_values("value")
+        if not points.empty:
+            yield _sentence(lever, list(points.value), list(points.saved_fraction))
+
+
+def _sentence(lever: Lever, values: Sequence[float], saved: Sequence[float]) -> str:
+    text, name = _WORDS[lever]
+    scale = 8e-9 if lever == "bandwidth" else 1.0
+    shown = [gpus(round(value)) if lever == "GPUs" else text.format(value * scale) for value in values]
+    if all(share > 0 for share in saved):
+        return f"{upper_first(name)}: pruning pays everywhere from {shown[0]} to {shown[-1]}."
+    if all(share <= 0 for share in saved):
+        return f"{upper_first(name)}: pruning pays nowhere from {shown[0]} to {shown[-1]}."
+    crossings = [i for i in range(1, len(saved)) if (saved[i] > 0) != (saved[i - 1] > 0)]
+    if len(crossings) > 1:
+        paying = ", ".join(place for place, share in zip(shown, saved, strict=True) if share > 0)
+        return f"{upper_first(name)}: pruning pays at {paying}, and at no other that was tried."
+    i = crossings[0]
+    if saved[i] > 0:
+        return f"{upper_first(name)}: pruning pays from {shown[i]} on, and not yet at {shown[i - 1]}."
+    return f"{upper_first(name)}: pruning pays up to {shown[i - 1]}, and no longer at {shown[i]}."
+
+
+def upper_first(text: str) -> str:
+    """The text with a capital first letter; the rest stays."""
+    return text[:1].upper() + text[1:]

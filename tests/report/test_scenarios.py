@@ -1,0 +1,84 @@
+import pytest
+
+import ptsim
+from ptsim.hardware.catalog import load_cluster
+from ptsim.report import scenarios
+from ptsim.report.facts import Facts
+from ptsim.report.projected import Projector, flops_utilization
+from ptsim.sim.options import Options
+from ptsim.trace.pairs import compare_runs
+from tests.traces import dense_trace, shrinking_trace
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    folder = tmp_path_factory.mktemp("traces")
+    paths = [dense_trace(folder / "d.jsonl"), shrinking_trace(folder / "p.jsonl", batch_step=0)]
+    traces = [ptsim.read_trace(path) for path in paths]
+    projectors = [
+        Projector(load_cluster(name), Options(price_usd_per_gpu_hour=2.0), grid_grams_per_kwh=400.0)
+        for name in ("dgx-a100", "ethernet-1g")
+    ]
+    return Facts(traces, compare_runs(traces), projectors=projectors, sizes=[1, 8], focus=8)
+
+
+def test_every_run_is_beside_the_others_on_every_cluster_and_with_a_growing_mini_batch(facts: Facts) -> None:
+    frame = facts.scenarios
+    names = ["dense", "PruneTrain r=0.2", "PruneTrain r=0.2, dynamic mini-batch"]
+    assert list(frame.run) == 2 * names
+    assert list(frame.cluster) == 3 * ["dgx-a100"] + 3 * ["ethernet-1g"]
+    rows = frame.set_index(["cluster", "run"])
+    for cluster in ("dgx-a100", "ethernet-1g"):
+        dense, pruned = rows.loc[(cluster, names[0])], rows.loc[(cluster, names[1])]
+        assert pruned.saved_fraction == pytest.approx(1 - pruned.total_seconds / dense.total_seconds)
+        (simulated,) = ptsim.simulate(facts.traces[1], cluster, [8]).to_dict("records")
+        assert pruned.total_seconds == simulated["total_seconds"]  # to the last digit
+        assert pruned.co2_grams == pytest.approx(pruned.energy_joules / 3.6e6 * 400)
+    growing, fixed = (rows.loc[("dgx-a100", name)] for name in (names[2], names[1]))
+    assert growing.last_batch_per_gpu > fixed.last_batch_per_gpu
+
+
+def test_utilisation_is_the_flops_over_what_the_gpus_could_do(facts: Facts) -> None:
+    trace, projector = facts.traces[0], facts.projector
+    projection = projector.run(trace, 8)
+    epoch = trace.epochs[0]
+    # products forward and backward: twice the forward MACs again, but for the first layer's input gradient
+    network = trace.network_of(epoch)
+    macs = 3 * network.forward_macs - network.layer("conv1").forward_macs
+    images = sum(epoch.num_images for epoch in trace.epochs)
+    steps_s = sum(epoch.total_s for epoch in projection.epochs)
+    expected = 2 * macs * images / (19.5e12 * 8 * steps_s)
+    assert flops_utilization(trace, projection, projector.device) == pytest.approx(expected)
+
+
+def test_break_even_has_the_headlines_point_in_every_lever(facts: Facts) -> None:
+    frame = facts.break_even
+    assert list(dict.fromkeys(frame.lever)) == ["GPUs", "bandwidth", "mini-batch"]
+    headline = facts.savings[facts.savings.gpus == 8].iloc[0].saved_fraction
+    at = {"GPUs": 8.0, "mini-batch": 64.0}
+    for lever, value in at.items():
+        (row,) = frame[(frame.lever == lever) & (frame.value == value)].to_dict("records")
+        assert row["saved_fraction"] == pytest.approx(headline)
+
+
+def test_a_run_with_another_mini_batch_sees_the_same_images(facts: Facts) -> None:
+    trace = facts.traces[0]
+    doubled = scenarios.with_batch(trace, 2.0)
+    for before, after in zip(trace.epochs, doubled.epochs, strict=True):
+        assert after.batch_per_gpu == 2 * before.batch_per_gpu
+        assert after.num_images == before.num_images
+        assert after.num_iterations == -(-before.num_images // (2 * before.batch_per_gpu))
+
+
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        ([0.1, 0.2, 0.3], "GPUs: pruning pays everywhere from 1 GPU to 64 GPUs."),
+        ([-0.1, -0.2, 0.0], "GPUs: pruning pays nowhere from 1 GPU to 64 GPUs."),
+        ([-0.1, 0.2, 0.3], "GPUs: pruning pays from 8 GPUs on, and not yet at 1 GPU."),
+        ([0.1, 0.2, -0.3], "GPUs: pruning pays up to 8 GPUs, and no longer at 64 GPUs."),
+        ([-0.1, 0.2, -0.3], "GPUs: pruning pays at 8 GPUs, and at no other that was tried."),
+    ],
+)
+def test_the_sentence_says_from_where_on_it_pays(saved: list[float], says: str) -> None:
+    assert scenarios._sentence("GPUs", [1.0, 8.0, 64.0], saved) == says
