@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ptsim
 from ptsim import zoo
 from ptsim.errors import PtsimError
+from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
-from ptsim.prune.lasso import GroupLasso
 from ptsim.prune.proof import zero_components
 from ptsim.prune.reconfigure import reconfigure
 

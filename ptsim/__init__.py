@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from ptsim.sim.run import simulate
     from ptsim.trace.io import read_trace
     from ptsim.trace.trace import Trace
-    from ptsim.training.loop import load_model, train
+    from ptsim.training.facts import RunFacts
+    from ptsim.training.loop import train
+    from ptsim.training.pruning import PruneTrain
+    from ptsim.training.recorder import Recorder
+    from ptsim.training.runfolder import load_model
 
 __version__ = "0.1.0"
 
@@ -29,7 +33,10 @@ _HOME = {
     "inspect": "ptsim.prune.proof",
     "CostReport": "ptsim.answers.cost",
     "cost": "ptsim.answers.cost",
-    "load_model": "ptsim.training.loop",
+    "PruneTrain": "ptsim.training.pruning",
+    "Recorder": "ptsim.training.recorder",
+    "RunFacts": "ptsim.training.facts",
+    "load_model": "ptsim.training.runfolder",
     "predict": "ptsim.answers.predict",
     "read_trace": "ptsim.trace.io",
     "simulate": "ptsim.sim.run",
@@ -39,6 +46,9 @@ _HOME = {
 
 __all__ = [
     "CostReport",
+    "PruneTrain",
+    "Recorder",
+    "RunFacts",
     "Trace",
     "__version__",
     "allreduce",

@@ -89,7 +89,7 @@ def gpu(
 
 def group_lasso_of(model: Any, input_shape: tuple[int, int, int]) -> Callable[[], object]:
     """What adds the group lasso's gradient of `model`; the coefficient does not change the time."""
+    from ptsim.prune.criteria.group_lasso import GroupLasso
     from ptsim.prune.groups import find_groups
-    from ptsim.prune.lasso import GroupLasso
 
     return functools.partial(GroupLasso(model, find_groups(model, input_shape)).add_gradient, 1e-4)

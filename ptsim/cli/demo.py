@@ -50,7 +50,8 @@ def demo(*, out: Path = Path("demo"), epochs: int = SETTINGS["epochs"], seed: in
     """
     from ptsim.report.build import write_report
     from ptsim.sim.run import simulate
-    from ptsim.training.loop import refuse_used_folder, train
+    from ptsim.training.loop import train
+    from ptsim.training.runfolder import refuse_used_folder
 
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}, expected at least 1")

@@ -61,7 +61,7 @@ def export(
 def _write(trace: Path, format: Format, out: Path, gpus: int | None, epoch: int | None) -> list[Path]:
     if format == "onnx":
         from ptsim.export.onnx import export_onnx
-        from ptsim.training.loop import load_model, load_recipe
+        from ptsim.training.runfolder import load_model, load_recipe
 
         folder = trace if trace.is_dir() else trace.parent
         recipe = load_recipe(folder, epoch)

@@ -49,7 +49,15 @@ class StepTimer:
         """Everything inside belongs to the phase `name`; phases do not nest."""
         begin = self._clock.mark()
         yield
-        self._phases[name].append((begin, self._clock.mark()))
+        self.add(name, begin, self._clock.mark())
+
+    def mark(self) -> int:
+        """This instant, to be given to `add` later."""
+        return self._clock.mark()
+
+    def add(self, name: Phase, begin: int, end: int) -> None:
+        """The time between two marks belongs to the phase `name`."""
+        self._phases[name].append((begin, end))
 
     def data(self, batches: Iterable[_T]) -> Iterator[_T]:
         """The batches, with the wait for each timed as "data"."""
@@ -71,10 +79,10 @@ class StepTimer:
         """Iterations ended so far."""
         return len(self._step_ends)
 
-    def finish(self, *, validation_s: float = 0.0) -> tuple[EpochTime, StepDistribution]:
+    def finish(self, *, validation_s: float = 0.0, at_last_step: bool = False) -> tuple[EpochTime, StepDistribution]:
         """Wait for the device and give the epoch's parts and the spread of its iterations.
 
-        The wall time ends here: validation belongs before the timer is made or after this call.
+        The wall time ends here, or with `at_last_step` where the last step ended: what came after it is validation.
 
         Raises:
             ValueError: no step has ended.
@@ -87,6 +95,8 @@ class StepTimer:
             phase: sum(instants[end] - instants[begin] for begin, end in spans) for phase, spans in self._phases.items()
         }
         boundaries = [instants[mark] for mark in (self._start, *self._step_ends)]
+        if at_last_step:
+            wall_s = boundaries[-1] - boundaries[0]
         durations = [after - before for before, after in itertools.pairwise(boundaries)]
         parts = EpochTime(
             wall_s=wall_s,

@@ -7,7 +7,7 @@ averaged copies, and remove residual branches that are left without an inner cha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -61,6 +61,7 @@ def reconfigure(
     shadows: Sequence[nn.Module] = (),
     mode: Literal["union", "gating"] = "union",
     channel_multiple: int = 1,
+    importance_of: Callable[[nn.Module, ChannelGroups], Tensor] = component_maxima,
 ) -> Surgery:
     """Remove every channel whose weights are below `threshold` in all its producers and all its consumers, in place.
 
@@ -75,6 +76,7 @@ def reconfigure(
         shadows: averaged copies of the model (`AveragedModel` or plain modules) that are cut alike.
         mode: how channels are handled where branches meet at a sum (METHOD.md §2.3).
         channel_multiple: 8 keeps tensor cores fed.
+        importance_of: gives what is compared with the threshold, per component (a criterion's `importance`).
 
     Raises:
         UsageError: a threshold or multiple out of bounds.
@@ -85,7 +87,7 @@ def reconfigure(
         raise UsageError(f"the channel multiple is {channel_multiple}; it has to be at least 1")
     if mode not in ("union", "gating"):
         raise UsageError(f"unknown reconfiguration mode {mode!r}; known: union, gating")
-    importance = component_maxima(model, groups)
+    importance = importance_of(model, groups)
     sparse = groups.prunable & (importance < threshold)
     collapsed = collapsed_layers(model, groups, threshold)
     plan, after, bones, notes = _decide(model, groups, sparse, importance, channel_multiple)

@@ -6,6 +6,8 @@ file, line and field.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import math
 import os
 import warnings
@@ -182,25 +184,66 @@ def write_trace(path: str | Path, trace: Trace) -> Path:
 class TraceWriter:
     """Appends records to a trace; each is on disk when `write` returns, so a crash loses at most one line."""
 
-    def __init__(self, path: str | Path, *, append: bool = False, keep_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        append: bool = False,
+        keep_bytes: int | None = None,
+        keep_sha256: str | None = None,
+    ) -> None:
         """Open `path` for a new trace, or with `append` to go on after the last complete line.
 
         Args:
             path: the file.
             append: go on with an existing trace.
-            keep_bytes: with `append`, first cut the trace to this length, which a `num_bytes` once told.
+            keep_bytes: with `append`, cut the trace to this length, which a `num_bytes` once told; checked before.
+            keep_sha256: what `sha256` told at that length.
 
         Raises:
             FileExistsError: a new trace is asked for where one is.
+            FileFormatError: the trace to go on with is a link, is too short, or is another run's.
         """
         self.path = Path(path)
-        if append and self.path.exists():
-            if keep_bytes is not None:
-                os.truncate(self.path, keep_bytes)
+        if append and keep_bytes is None and self.path.exists():
             drop_torn_line(self.path)
-        # Unbuffered: nothing of a failed line may follow later.
-        self._file = open(self.path, "ab" if append else "xb", buffering=0)  # noqa: SIM115 - owned
-        self.num_bytes = os.fstat(self._file.fileno()).st_size
+        # In append mode whatever is written goes to the end of the file, also after a cut. Unbuffered: nothing of a
+        # failed line may follow later.
+        flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if keep_bytes is None else 0)
+        try:
+            descriptor = os.open(self.path, flags if append else flags | os.O_EXCL, 0o666)
+        except OSError as error:
+            if append and error.errno in (errno.ELOOP, errno.ENOENT):
+                found = "a link" if error.errno == errno.ELOOP else "nothing"
+                raise FileFormatError(self.path, f"found {found}, expected the trace of this run") from error
+            raise
+        self._file = os.fdopen(descriptor, "ab", buffering=0)
+        content = os.pread(descriptor, os.fstat(descriptor).st_size, 0) if append else b""
+        if keep_bytes is not None:
+            content = self._kept(content, keep_bytes, keep_sha256)
+            os.ftruncate(descriptor, keep_bytes)
+        self.num_bytes = len(content)
+        self._hash = hashlib.sha256(content)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the whole trace so far, in hexadecimal digits."""
+        return self._hash.hexdigest()
+
+    def _kept(self, content: bytes, keep_bytes: int, keep_sha256: str | None) -> bytes:
+        """The part of the trace that stays, checked."""
+        problem = None
+        kept = content[:keep_bytes]
+        if len(content) < keep_bytes:
+            problem = f"shorter than the {keep_bytes} bytes that the checkpoint tells of"
+        elif not kept.endswith(b"\n"):
+            problem = f"no line ends after {keep_bytes} bytes, where the checkpoint says that one does"
+        elif keep_sha256 is not None and hashlib.sha256(kept).hexdigest() != keep_sha256:
+            problem = "this is the trace of another run than the checkpoint's, or it was edited"
+        if problem is not None:
+            self._file.close()
+            raise FileFormatError(self.path, problem)
+        return kept
 
     def write(self, record: AnyRecord) -> None:
         """Append one record as one line and flush it to the disk, or leave the file as it was.
@@ -225,6 +268,7 @@ class TraceWriter:
             os.ftruncate(self._file.fileno(), self.num_bytes)
             raise
         self.num_bytes += len(line) + 1
+        self._hash.update(line + b"\n")
 
     def close(self) -> None:
         """Close the file; writing afterwards is an error."""

@@ -59,7 +59,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         validation_accuracy: after the last epoch.
         initial_channels, initial_weights: what the first network had, for the sparsity.
         optimizer: entries of the optimizer's state that are no tensors, by parameter and key.
-        trace_bytes: length of the trace when this was written.
+        trace_bytes, trace_sha256: length and digest of the trace when this was written; older runs have no digest.
     """
 
     format_version: int = FORMAT_VERSION
@@ -77,6 +77,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     optimizer: dict[str, dict[str, Any]]
     scaler: dict[str, Any]
     trace_bytes: Whole
+    trace_sha256: str | None = None
     totals: Totals
 
 
@@ -213,6 +214,15 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror}",
             hint="make room, then go on with --resume; the last checkpoint is whole",
         ) from error
+
+
+@contextlib.contextmanager
+def belonging_to(path: Path) -> Iterator[None]:
+    """Turns what does not fit a network into a `FileFormatError` that names the checkpoint."""
+    try:
+        yield
+    except UsageError as error:
+        raise FileFormatError(path, error.message) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

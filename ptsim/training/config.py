@@ -40,7 +40,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         momentum: None is 0.9 for SGD, 0 for RMSprop; Adam has its own.
         ema_decay: per iteration; 0 is no average. With one, validation uses the averaged weights.
         penalty_ratio: r of METHOD.md Eq. 3; 0 is the dense baseline.
-        regularizer: the group lasso as a gradient, or as a proximal step.
+        criterion: what pushes channels towards zero: the group lasso, network slimming, or another package's.
+        regularizer: the criterion's penalty as a gradient, or as a proximal step.
         interval: epochs between reconfigurations.
         threshold: a channel is sparse when its largest |w| is below.
         mode: what channels that meet at a sum keep: their union, or each branch its own through gathers (gating).
@@ -88,6 +89,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ema_decay: float = 0.0
 
     penalty_ratio: float = 0.25
+    criterion: str = "group_lasso"
     regularizer: Literal["gradient", "proximal"] = "gradient"
     interval: int = 10
     threshold: float = 1e-4
@@ -296,7 +298,16 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
 
     problems: list[str] = []
     if not config.regularized:
-        names = ("regularizer", "interval", "threshold", "mode", "channel_multiple", "finetune_epochs", "dynamic_batch")
+        names = (
+            "criterion",
+            "regularizer",
+            "interval",
+            "threshold",
+            "mode",
+            "channel_multiple",
+            "finetune_epochs",
+            "dynamic_batch",
+        )
         problems += unused(names, "penalty_ratio is 0 (dense)")
     if not config.dynamic_batch or not config.regularized:
         problems += unused(("memory_budget", "batch_granularity", "max_batch", "lr_rule"), "dynamic_batch is off")

@@ -234,6 +234,13 @@ def join_team(device_name: str) -> Iterator[Team]:
         team.stay_until_heard()
 
 
+def current_team(device: torch.device) -> Team:
+    """The ranks of torch.distributed's default group, or a team of one where there is none."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Team(device=device)
+    return Team(rank=dist.get_rank(), world_size=dist.get_world_size(), backend=str(dist.get_backend()), device=device)
+
+
 def restarted() -> bool:
     """Torchrun has started these ranks again after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
+import torch
 
 from ptsim.costs.memory import iteration_memory, largest_batch
+from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
 from ptsim.network import Network
 from ptsim.training.config import Config
+from ptsim.training.learner import Learner
+from ptsim.training.outcome import Growth
+from ptsim.training.step import fits
 
 
 def grown_batch(
@@ -62,10 +65,40 @@ def predicted_bytes(
     return need.peak_bytes
 
 
-def learning_rate_scale(first_batch: int, batch: int, rule: Literal["linear", "sqrt"]) -> float:
-    """The factor on the planned learning rate for a mini-batch that has grown from `first_batch`.
+class BatchPolicy:
+    """How a run of `ptsim train` lets its mini-batch grow into the memory that pruning has freed."""
 
-    Source: Goyal et al., arXiv 1706.02677 (linear); Krizhevsky, arXiv 1404.5997 (square root).
-    """
-    ratio = batch / first_batch
-    return ratio if rule == "linear" else math.sqrt(ratio)
+    def __init__(self, learner: Learner, num_train: int) -> None:
+        """`num_train`: images in the training set, which no mini-batch exceeds."""
+        self._learner, self._num_train = learner, num_train
+
+    def grow(self) -> Growth:
+        """Grow the learner's mini-batch, as far as a trial step fits on every rank."""
+        learner, config = self._learner, self._learner.config
+        world_size, info = learner.team.world_size, learner.recorder.meter.info()
+        network = learner.recorder.architecture
+        device = match_device(info.name) if info.kind == "cuda" else None
+        present = learner.batch // world_size
+        batch = grown_batch(
+            network,
+            config,
+            batch_per_gpu=present,
+            world_size=world_size,
+            num_train=self._num_train,
+            capacity_bytes=config.memory_budget_bytes or info.must_exist()[1],
+            device=device,
+        )
+        learner.team.agree("the mini-batch", str(batch).encode())
+        while batch > present and not self._fits(batch):  # the prediction was too low: step back
+            batch -= config.batch_granularity
+        learner.set_batch(batch * world_size)
+        needed = predicted_bytes(network, config, batch, device=device, data_parallel=world_size > 1)
+        return Growth(
+            batch_per_gpu=batch, learning_rate_scale=learner.learning_rate_scale, predicted_memory_bytes=needed
+        )
+
+    def _fits(self, batch_per_gpu: int) -> bool:
+        """Whether a step with that mini-batch runs on every rank."""
+        learner = self._learner
+        misfits = torch.tensor(float(not fits(learner, batch_per_gpu)), device=learner.device)
+        return float(learner.team.sum(misfits)) == 0

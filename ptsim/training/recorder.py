@@ -1,126 +1,582 @@
-"""What of a run goes into its trace, and in which order. Only rank 0 has a recorder."""
+"""How does any training loop leave a trace? A recorder watches network and optimizer, and writes what happened.
+
+It prunes nothing: dense runs use it alone, and runs that another library prunes. `PruneTrain` and `ptsim train` record
+through it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
-import platform
-import subprocess
-from collections.abc import Iterable
+import math
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self, TypeVar
 
+import msgspec
 import torch
+from torch import Tensor, nn
 
 import ptsim
-from ptsim.errors import TrainingError
-from ptsim.network import Network
-from ptsim.trace.io import TraceWriter, read_trace
-from ptsim.trace.schema import SCHEMA_VERSION, AnyRecord, Architecture, Dataset, DeviceInfo, End, Run
-from ptsim.training.checkpoint import writing
-from ptsim.training.config import Config, to_settings
+from ptsim.capture.network import capture_network
+from ptsim.errors import MissingMeasurementError, TrainingError, UsageError
+from ptsim.measure.nvml import open_meter
+from ptsim.measure.profile import profile_network
+from ptsim.network import MemoryFormat, Network, Precision
+from ptsim.prune.density import THRESHOLD, channel_maxima, dense_counts, layer_densities
+from ptsim.trace.schema import (
+    SCHEMA_VERSION,
+    AnyRecord,
+    Dataset,
+    DeviceUse,
+    End,
+    Epoch,
+    EpochTime,
+    Reconfiguration,
+    Run,
+    StepDistribution,
+)
+from ptsim.training.checkpoint import Totals
+from ptsim.training.distributed import CommunicationMeter, Team, current_team
+from ptsim.training.facts import RunFacts, check_fraction, checked_shape, num_outputs, seen_settings, shapes_of, widths
+from ptsim.training.tracefile import TraceFile, git_revision, library_versions
+from ptsim.training.watch import Watch
+from ptsim.training.wrapping import bare, called
+
+TRACE = "trace.jsonl"
+_T = TypeVar("_T")
+_FOLD = 256  # losses that are kept one by one before they are summed on the device
+
+
+class Penalty(msgspec.Struct, frozen=True, kw_only=True):
+    """The regulariser in an epoch: λ (0 where it did not act) and λ times the penalty at the epoch's end."""
+
+    coefficient: float = 0.0
+    value: float = 0.0
+
+
+class _Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What clocks and meters say of an epoch."""
+
+    time: EpochTime | None
+    step: StepDistribution | None
+    use: DeviceUse | None
+    peak_bytes: int | None
 
 
 class Recorder:
-    """Writes the trace of one run; describes each architecture once."""
+    """Records a training loop: a trace that `ptsim cost`, `simulate` and `report` read.
 
-    def __init__(self, path: Path, *, keep_bytes: int | None = None) -> None:
-        """A new trace, or with `keep_bytes` the going on with one after that many bytes."""
-        self.path = path
-        self._known: set[str] = set()
-        with writing(path):
-            if keep_bytes is None:
-                path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-            self._writer = TraceWriter(path, append=keep_bytes is not None, keep_bytes=keep_bytes)
-        if keep_bytes is not None:
-            self._known = set(read_trace(path).networks)
+    Example::
+
+        recorder = ptsim.Recorder(model, optimizer, input_shape=(3, 32, 32), record="runs/dense")
+        for epoch in range(90):
+            for images, labels in loader:
+                loss = criterion(model(images), labels)
+                optimizer.zero_grad(); loss.backward(); optimizer.step()
+                recorder.step(loss)                    # optional: the mean loss goes into the trace
+            recorder.end_epoch(validation_accuracy=accuracy)
+        recorder.close()
+
+    Where another library changes the network between two epochs, the new architecture and the change are recorded;
+    after it has made a new optimizer or module, `follow` tells the recorder.
+
+    Attributes:
+        network: the network itself, without what DDP or torch.compile have put around it.
+        epoch: the epoch that is being trained, counting from 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        input_shape: tuple[int, int, int],
+        record: str | Path | None = None,
+        facts: RunFacts | None = None,
+        settings: Mapping[str, Any] | None = None,
+        profile: bool = False,
+        channel_maxima: bool = False,
+        threshold: float = THRESHOLD,
+        team: Team | None = None,
+    ) -> None:
+        """Nothing is written before the first epoch ends, or before `begin_run`.
+
+        Args:
+            model: in training, bare or inside DDP or torch.compile; hooks watch it.
+            optimizer: its optimizer.
+            input_shape: (channels, height, width) of an image.
+            record: the folder for the trace; None records nothing, and `end_epoch` still says what happened.
+            facts: what cannot be seen: names, hyper-parameters, seed.
+            settings: hyper-parameters beside those that can be seen on the optimizer, where `facts` has none.
+            profile: measure every architecture layer by layer; takes a second copy of the network for a moment.
+            channel_maxima: also record the largest |w| of every output channel.
+            threshold: a channel whose largest |w| is below counts as sparse.
+            team: the ranks; None is torch.distributed's default group, if there is one.
+
+        Raises:
+            UnsupportedModelError: the network cannot be traced.
+            UsageError: an `input_shape` that is none.
+        """
+        self.input_shape = checked_shape(input_shape)
+        self.module, self.network, self.optimizer = model, bare(model), optimizer
+        self.facts = facts or RunFacts()
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.team = team or current_team(self.device)
+        self.folder = Path(record) if record is not None else None
+        self.meter = open_meter(self.device)
+        self.watch = Watch(called(model), optimizer, self.device, self._epoch_begins)
+        self.epoch = 0
+        self.totals = Totals()
+        self.final_accuracy: float | None = None
+        self.regularizer: Callable[[], object] | None = None
+        self.profiles = profile
+        self.owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
+        self._channel_maxima, self._threshold, self._settings = channel_maxima, threshold, dict(settings or {})
+        self._trace: TraceFile | None = None
+        self._keep: tuple[int | None, str | None] = (None, None)
+        self._ended = self._begun = False
+        self._losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # Σ loss · images, images
+        self._told: list[tuple[Tensor, int]] = []
+        self._images_told = 0
+        self._num_classes = self.facts.dataset.num_classes if self.facts.dataset else None
+        self._capture()
+        self.initial_counts = dense_counts(self.network, 0.0)  # all of them
+        self._session_start = time.perf_counter()
+
+    @property
+    def architecture(self) -> Network:
+        """The network as it is now, as data."""
+        return self._architecture
 
     @property
     def num_bytes(self) -> int:
-        """The trace's length so far."""
-        return self._writer.num_bytes
+        """Length of the trace so far; 0 where nothing is written."""
+        return self._trace.num_bytes if self._trace is not None else self._keep[0] or 0
 
-    def rewind(self, num_bytes: int) -> None:
-        """Go on from where the trace was `num_bytes` long: what came later is recorded anew."""
-        self._writer.close()
-        with writing(self.path):
-            self._writer = TraceWriter(self.path, append=True, keep_bytes=num_bytes)
-        self._known = set(read_trace(self.path).networks)
+    @property
+    def sha256(self) -> str | None:
+        """Digest of the trace so far; None where nothing is written."""
+        return self._trace.sha256 if self._trace is not None else self._keep[1]
 
-    def write(self, record: AnyRecord) -> None:
-        """Append a record.
+    @property
+    def records(self) -> bool:
+        """This rank writes a trace."""
+        return self.folder is not None and self.team.leads
+
+    # What the loop calls
+
+    def follow(self, module: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Watch another module (the network wrapped again) or another optimizer from now on.
 
         Raises:
-            TrainingError: the disk is full; the trace ends with the last whole record.
+            UsageError: the module holds another network.
         """
-        with writing(self.path):
-            self._writer.write(record)
+        if module is not None:
+            held = {id(p) for p in bare(module).parameters()}
+            if held != {id(p) for p in self.network.parameters()}:
+                raise UsageError("the module holds another network than the one that is recorded")
+            self.module = module
+            self._communication = CommunicationMeter(module)
+        self.optimizer = optimizer or self.optimizer
+        self.watch.follow(called(self.module), self.optimizer)
 
-    def architecture(self, network: Network) -> bool:
-        """Describe `network` unless the trace already does; whether it was new."""
-        if network.id in self._known:
-            return False
-        self.write(Architecture(id=network.id, network=network))
-        self._known.add(network.id)
-        return True
+    def data(self, batches: Iterable[_T]) -> Iterator[_T]:
+        """The batches of a loader, with the wait for each timed exactly (optional)."""
+        return self.watch.data(batches)
 
-    def fail(self, record: End) -> None:
-        """Write the end of a failed run if the disk still takes it; the failure itself is what the user must hear."""
-        with contextlib.suppress(TrainingError):
-            self.write(record)
+    @contextlib.contextmanager
+    def iteration(self) -> Iterator[None]:
+        """One training step, for loops whose network is called inside a compiled graph that hides it (optional)."""
+        if not self.watch.active:
+            self.watch.begin()
+        with self.watch.phase("forward"):
+            yield
 
-    def close(self) -> None:
-        """Close the trace."""
-        self._writer.close()
+    def step(self, loss: Tensor, num_images: int | None = None) -> None:
+        """Tell the loss of a training step (optional): a mean over images; nothing waits for the device.
+
+        Args:
+            loss: a scalar.
+            num_images: of this step; None is what the hooks saw since the last call.
+        """
+        seen = self.watch.num_images - self._images_told
+        self._images_told = self.watch.num_images
+        weight = num_images if num_images is not None else seen or 1
+        if num_images is not None and seen == 0:
+            self.watch.num_images += num_images
+            self._images_told = self.watch.num_images
+            self.watch.batch = max(self.watch.batch or 0, num_images)
+        self._told.append((loss.detach(), weight))
+        if len(self._told) == _FOLD:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Sum the losses that were told, on the device."""
+        if self._told:
+            values = torch.stack([loss.to(self.device).double() for loss, _ in self._told])
+            weights = torch.tensor([weight for _, weight in self._told], dtype=torch.float64, device=self.device)
+            self._losses += torch.stack(((values * weights).sum(), weights.sum()))
+            self._told.clear()
+
+    def end_epoch(
+        self,
+        validation_accuracy: float | None = None,
+        *,
+        validation_loss: float | None = None,
+        train_accuracy: float | None = None,
+    ) -> Epoch:
+        """Record the epoch that has just been trained.
+
+        Args:
+            validation_accuracy: fraction 0..1 of the validation images that the network gets right.
+            validation_loss: mean over the validation images.
+            train_accuracy: fraction 0..1 over the epoch's training images.
+
+        Raises:
+            UsageError: no training step since the last call, or a number that is none.
+            TrainingError: the trace cannot be written, or the loss is not a finite number.
+        """
+        return self.record_epoch(
+            validation_accuracy, validation_loss=validation_loss, train_accuracy=train_accuracy, penalty=Penalty()
+        )
+
+    def close(self, status: Literal["clean", "interrupted", "failed"] = "clean", reason: str | None = None) -> None:
+        """End the run: its last record, and no more watching. Calling it again does nothing.
+
+        A recorder that is never closed ends its trace when it is forgotten or the program ends without an error.
+        """
+        self.watch.release()
+        self._ended = True
+        if self._trace is not None:
+            self._trace.end(self._end(status, reason))
+
+    def abandon(self) -> None:
+        """Stop watching and close the file without an end: another recorder goes on with the trace."""
+        self.watch.release()
+        self._ended = True
+        if self._trace is not None:
+            self._trace.planned_end = None
+            self._trace.close()
+
+    def _end(self, status: Literal["clean", "interrupted", "failed"], reason: str | None) -> End:
+        return End(
+            status=status,
+            reason=reason,
+            epochs=self.epoch,
+            final_accuracy=self.final_accuracy,
+            wall_s=self.totals.wall_s + time.perf_counter() - self._session_start,
+            num_iterations=self.totals.num_iterations,
+            energy_j=self.totals.energy_j,
+        )
+
+    def _plan_end(self) -> None:
+        """What the trace ends with if nobody closes the recorder."""
+        if self._trace is not None:
+            self._trace.planned_end = self._end("clean", None)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            self.close()
+        elif isinstance(error, KeyboardInterrupt):
+            self.close("interrupted", "SIGINT")
+        else:
+            self.close("failed", " ".join(str(error).split())[:300] or type(error).__name__)
 
+    # What PruneTrain and ptsim's own loop call
 
-def run_record(config: Config, *, dataset: Dataset, device: DeviceInfo, world_size: int, backend: str | None) -> Run:
-    """The first line of a trace that begins now on this machine."""
-    return Run(
-        schema_version=SCHEMA_VERSION,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        model=config.model,
-        dataset=dataset,
-        hyperparameters=to_settings(config),
-        seed=config.seed,
-        precision=config.precision,
-        memory_format=config.memory_format,
-        world_size=world_size,
-        backend=backend,
-        device=device,
-        versions=library_versions(("torch", "torchvision", "fvcore", "safetensors")),
-        git_revision=git_revision(Path(ptsim.__file__).parent),
-    )
+    def begin_run(self) -> None:
+        """Write what is known before the first epoch: the run, its first architecture and that one's profile."""
+        if self._begun:
+            return
+        self._begun = True
+        if not self.records:
+            return
+        assert self.folder is not None, "asked by `records`"
+        path = self.folder / TRACE
+        keep_bytes, keep_sha256 = self._keep
+        if keep_bytes is None and not self.owns_folder and path.exists() and path.stat().st_size:
+            raise UsageError(
+                f"{self.folder} holds the trace of another run",
+                hint="another folder, or load_state_dict before the first step to go on with that run",
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._trace = TraceFile(path, keep_bytes=keep_bytes, keep_sha256=keep_sha256)
+        weakref.finalize(self, self._trace.end_as_planned)
+        if keep_bytes is None:
+            self._trace.write(self._run_record())
+        self.describe()
 
+    def continue_trace(self, num_bytes: int, sha256: str | None = None) -> None:
+        """Go on with the trace from where it had this length and digest: what came later is recorded anew."""
+        self._keep = (num_bytes, sha256) if num_bytes else (None, None)
+        self._begun = False
+        if self._trace is not None:
+            self._trace.planned_end = None
+            self._trace.close()
+            self._trace = None
 
-def library_versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of Python, ptsim, the named packages, and CUDA and cuDNN where torch has them."""
-    versions = {"python": platform.python_version(), "ptsim": ptsim.__version__}
-    versions |= {name: importlib.metadata.version(name) for name in names}
-    if torch.version.cuda and torch.cuda.is_available():
-        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call] # torch's gap
-    return versions
+    def describe(self, *, profile: bool = True) -> None:
+        """Write the present architecture, with its profile, unless the trace has it."""
+        if self._trace is not None and self._trace.architecture(self._architecture) and profile:
+            self.profile()
 
+    def write(self, record: AnyRecord) -> None:
+        """Append a record; nothing on ranks that do not record."""
+        if self._trace is not None:
+            self._trace.write(record)
 
-def git_revision(folder: Path) -> str | None:
-    """The commit that `folder` is checked out at, with "+changes" if files differ; None outside a repository."""
+    def refresh(self, module: nn.Module | None = None) -> Network:
+        """Look at the network again after it has changed; the architecture that it had before."""
+        before = self._architecture
+        self._capture()
+        self.follow(module)
+        return before
 
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(folder), *arguments]
+    def record_epoch(
+        self,
+        validation_accuracy: float | None,
+        *,
+        penalty: Penalty,
+        validation_loss: float | None = None,
+        train_loss: float | None = None,
+        train_accuracy: float | None = None,
+    ) -> Epoch:
+        """As `end_epoch`, with the penalty and, where the loop knows it better, the mean loss."""
+        check_fraction("validation_accuracy", validation_accuracy)
+        check_fraction("train_accuracy", train_accuracy)
+        if self._ended:
+            raise UsageError("the recorder is closed: end_epoch belongs before close")
+        iterations, images = self._iterations_and_images()
+        measured = self._measured(iterations)
+        self.begin_run()
+        record = self._epoch_record(iterations, images, penalty, measured)
+        record = msgspec.structs.replace(
+            record,
+            train_loss=train_loss if train_loss is not None else record.train_loss,
+            train_accuracy=train_accuracy,
+            validation_loss=validation_loss,
+            validation_accuracy=validation_accuracy,
+        )
+        for name in ("train_loss", "validation_loss", "penalty"):
+            value = getattr(record, name)
+            if value is not None and not math.isfinite(value):
+                problem = f"the {name.replace('_', ' ')} of epoch {self.epoch} is {value}, not a finite number"
+                raise TrainingError(problem, hint="a smaller learning rate or penalty_ratio")
+        self.write(record)
+        self.final_accuracy = validation_accuracy
+        self._spend(record)
+        self.epoch += 1
+        self._losses.zero_()
+        self._images_told = 0
+        self.watch.reset()
+        self._look_for_changes()
+        self._plan_end()
+        return record
+
+    def profile(self) -> None:
+        """Measure the present architecture layer by layer, on the rank that records."""
+        if self._trace is None or not self.profiles:
+            return
+        batch = self.watch.batch or self.facts.hyperparameters.get("batch", 0) // self.team.world_size
+        if not batch:
+            return
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+            with self.watch.paused():
+                profile = profile_network(
+                    self.network,
+                    self._architecture,
+                    batch=batch,
+                    precision=self.precision,
+                    memory_format=self.memory_format,
+                    optimizer=self.optimizer,
+                    regularizer=self.regularizer,
+                    device=self.device,
+                )
+        except MissingMeasurementError as error:  # the copy does not fit beside what trains; the run itself does
+            warnings.warn(f"no profile of the architecture {self._architecture.id}: {error.message}", stacklevel=2)
+            return
+        self.write(profile)
 
-    revision = git("rev-parse", "HEAD")
-    if revision is None:
-        return None
-    return f"{revision}+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else revision
+    @property
+    def precision(self) -> Precision:
+        """Of the training passes."""
+        return self.facts.precision or self.watch.precision
+
+    @property
+    def memory_format(self) -> MemoryFormat:
+        """Of the images."""
+        return self.facts.memory_format or self.watch.memory_format
+
+    def _epoch_begins(self) -> None:
+        with self.watch.paused():
+            self._look_for_changes()
+        self.meter.start()
+        self._communication = CommunicationMeter(self.module)
+
+    def _iterations_and_images(self) -> tuple[int, int]:
+        watch = self.watch
+        iterations = watch.num_steps or watch.num_backwards
+        if not iterations:
+            raise UsageError(
+                f"end_epoch for epoch {self.epoch} without a training step since the last one",
+                hint="call it once an epoch, after the loop over the mini-batches",
+            )
+        if not watch.num_images:
+            raise UsageError(
+                "no training pass of the network was seen, so nobody knows how many images it was trained on",
+                hint="give the compiled module to the recorder, or the number of images to step()",
+            )
+        if not watch.num_steps:
+            warnings.warn(
+                "the recorder's optimizer has not stepped in this epoch; tell the recorder of the new one by follow()",
+                stacklevel=3,
+            )
+        return iterations, watch.num_images
+
+    def _measured(self, iterations: int) -> _Measured:
+        """Stop the epoch's clocks and meters."""
+        now, last_step_s = time.perf_counter(), self.watch.last_step_s
+        times = self.watch.finish()
+        return _Measured(
+            time=None
+            if times is None
+            else self._without_communication(
+                times[0], iterations, now - last_step_s if last_step_s is not None else 0.0
+            ),
+            step=None if times is None else times[1],
+            use=self.meter.stop(),
+            peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
+        )
+
+    def _epoch_record(self, iterations: int, images: int, penalty: Penalty, measured: _Measured) -> Epoch:
+        watch, team, threshold = self.watch, self.team, self._threshold
+        rate = watch.learning_rate
+        channels, weights = dense_counts(self.network, threshold)
+        gradient_bytes = self._architecture.num_parameters * 4 if team.world_size > 1 else 0
+        self._fold()
+        total, told, all_images = team.sum(
+            torch.cat((self._losses, torch.tensor([float(images)], dtype=torch.float64, device=self.device)))
+        ).tolist()
+        return Epoch(
+            epoch=self.epoch,
+            architecture=self._architecture.id,
+            batch_per_gpu=watch.batch or 1,
+            world_size=team.world_size,
+            learning_rate=rate if rate is not None else float(self.optimizer.param_groups[0]["lr"]),
+            num_iterations=iterations,
+            num_images=int(all_images),
+            penalty_coefficient=penalty.coefficient,
+            train_loss=total / told if told else None,
+            penalty=penalty.value,
+            train_accuracy=None,
+            validation_loss=None,
+            validation_accuracy=None,
+            channel_sparsity=1 - channels / self.initial_counts[0],
+            weight_sparsity=1 - weights / self.initial_counts[1],
+            measured_time=measured.time,
+            measured_step=measured.step,
+            allreduce_bytes=gradient_bytes * iterations,
+            peak_memory_bytes=measured.peak_bytes,
+            device=measured.use,
+            densities=layer_densities(self.network, threshold),
+            channel_maxima=channel_maxima(self.network) if self._channel_maxima else None,
+        )
+
+    def _without_communication(self, seconds: EpochTime, iterations: int, validation_s: float) -> EpochTime:
+        """The watch's backward ends when the last all-reduce does: what was exposed of it is taken out."""
+        exposed_s = min(self._communication.exposed_s(iterations), seconds.backward_s)
+        return msgspec.structs.replace(
+            seconds,
+            backward_s=seconds.backward_s - exposed_s,
+            exposed_communication_s=exposed_s,
+            validation_s=validation_s,
+        )
+
+    def _spend(self, epoch: Epoch) -> None:
+        energy_j = self.totals.energy_j
+        if epoch.device is not None and epoch.device.energy_j is not None:
+            energy_j = (energy_j or 0.0) + epoch.device.energy_j
+        self.totals = msgspec.structs.replace(
+            self.totals, num_iterations=self.totals.num_iterations + epoch.num_iterations, energy_j=energy_j
+        )
+
+    def spend_time(self) -> Totals:
+        """The totals up to now."""
+        now = time.perf_counter()
+        self.totals = msgspec.structs.replace(self.totals, wall_s=self.totals.wall_s + now - self._session_start)
+        self._session_start = now
+        return self.totals
+
+    def _capture(self) -> None:
+        """Describe the network as it is now."""
+        if self._num_classes is None:
+            self._num_classes = num_outputs(self.network, self.input_shape)
+        self._shapes = shapes_of(self.network)
+        self._architecture = capture_network(
+            self.network,
+            name=self.facts.model or type(self.network).__name__,
+            input_shape=self.input_shape,
+            num_classes=self._num_classes,
+        )
+
+    def _look_for_changes(self) -> None:
+        """Record that somebody else has changed the network since the last epoch."""
+        if shapes_of(self.network) == self._shapes:
+            return
+        before = self._architecture
+        self._capture()
+        if self.epoch == 0 and not self._begun:
+            self.initial_counts = dense_counts(self.network, 0.0)
+            return
+        self.describe()
+        batch = self.watch.batch or 1
+        self.write(
+            Reconfiguration(
+                epoch=max(0, self.epoch - 1),
+                before=before.id,
+                after=self._architecture.id,
+                channels_removed=max(0, sum(widths(before).values()) - sum(widths(self._architecture).values())),
+                layers_removed=tuple(name for name in widths(before) if name not in widths(self._architecture)),
+                measured_duration_s=None,
+                batch_before=batch,
+                batch_after=batch,
+                notes=("changed between two epochs by the training program; its time was not measured",),
+            )
+        )
+
+    def _run_record(self) -> Run:
+        facts, watch = self.facts, self.watch
+        dataset = facts.dataset or Dataset(
+            name="unnamed",
+            num_classes=self._num_classes or 1,
+            num_train=max(1, watch.num_images * self.team.world_size),
+            num_validation=0,
+            input_shape=self.input_shape,
+        )
+        return Run(
+            schema_version=SCHEMA_VERSION,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            model=facts.model or type(self.network).__name__,
+            dataset=dataset,
+            hyperparameters=facts.hyperparameters
+            if facts.hyperparameters
+            else seen_settings(
+                self.optimizer, self.module, batch=(watch.batch or 1) * self.team.world_size, rate=watch.learning_rate
+            )
+            | self._settings,
+            seed=facts.seed,
+            precision=self.precision,
+            memory_format=self.memory_format,
+            world_size=self.team.world_size,
+            backend=self.team.backend,
+            device=self.meter.info(),
+            versions=library_versions(("torch", "torchvision", "fvcore", "safetensors")),
+            git_revision=git_revision(Path(ptsim.__file__).parent),
+        )

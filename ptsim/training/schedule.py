@@ -22,7 +22,7 @@ class EpochPlan(msgspec.Struct, frozen=True, kw_only=True):
     reconfigures: bool
 
 
-def plan(config: Config) -> tuple[EpochPlan, ...]:
+def epoch_plans(config: Config) -> tuple[EpochPlan, ...]:
     """The plan of every epoch.
 
     With the schedule "ssl" the learning-rate schedule runs twice, once over the dense pre-training and once over the

@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterable
 import msgspec
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptsim.errors import TrainingError
 from ptsim.measure.profile import number_format
-from ptsim.measure.timers import StepTimer
-from ptsim.prune.lasso import penalty_coefficient
 from ptsim.training.data import Batch
 from ptsim.training.distributed import Reduction, Team
+from ptsim.training.learner import Learner
 from ptsim.training.schedule import EpochPlan
-from ptsim.training.state import State
 
 _CHECK_EVERY = 64  # iterations between looks at the device's not-finite flag; each look waits for the device
 
@@ -61,24 +59,14 @@ class _Tally:
 
 
 def train_epoch(
-    state: State,
-    module: nn.Module,
-    batches: Iterable[Batch],
-    plan: EpochPlan,
-    *,
-    team: Team,
-    timer: StepTimer,
-    consult: Callable[[int, bool], None],
+    learner: Learner, batches: Iterable[Batch], plan: EpochPlan, *, consult: Callable[[int | None, bool], None]
 ) -> Sums:
     """Train one epoch.
 
     Args:
-        state: the learner.
-        module: its network as wrapped for this team: forward gives logits, backward leaves reduced gradients.
+        learner: what is trained: its module gives logits, backward leaves reduced gradients.
         batches: this rank's part of every mini-batch.
         plan: of this epoch; its learning rate is already set.
-        team: the ranks.
-        timer: of this epoch.
         consult: called after every iteration with its number and whether it ran out of memory here; raises on all
             ranks alike if the user wants the run to end or a rank is out of memory.
 
@@ -86,79 +74,72 @@ def train_epoch(
         TrainingError: a loss was not finite; says in which iteration.
         torch.OutOfMemoryError: a rank has no memory left.
     """
-    config, optimizer, scaler = state.config, state.optimizer, state.scaler
-    tally = _Tally(state.device)
-    module.train()
+    config, optimizer, scaler, pruner = learner.config, learner.optimizer, learner.scaler, learner.pruner
+    module = learner.module.train()
+    tally = _Tally(learner.device)
     iteration = -1
     reduction, out_of_memory = Reduction(module), False
-    for iteration, (images, labels) in enumerate(timer.data(batches)):
+    for iteration, (images, labels) in enumerate(learner.recorder.data(batches)):
         reduction.begin()
         try:
             optimizer.zero_grad(set_to_none=True)
-            with timer.phase("forward"), number_format(config.precision, state.device):
+            with number_format(config.precision, learner.device):
                 logits = module(images)
                 loss = F.cross_entropy(logits, labels)
-            with timer.phase("backward"):
-                scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # torch's gap
-            if state.penalty_coefficient is None:  # the run's first mini-batch, also with dense pre-training
-                state.penalty_coefficient = _penalty_coefficient(state, loss.detach(), team)
-            if plan.regularized and config.regularizer == "gradient":
-                with timer.phase("regularizer"):  # after the all-reduce and after unscaling: METHOD.md §1
-                    scaler.unscale_(optimizer)
-                    state.lasso.add_gradient(state.penalty_coefficient)
-            with timer.phase("optimizer"):
-                scaler.step(optimizer)
-                scaler.update()
-            if plan.regularized and config.regularizer == "proximal":
-                with timer.phase("regularizer"):
-                    state.lasso.proximal_step(_shrinkage(state))
-            state.update_average()
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # torch's gap
+            if plan.regularized:  # after the all-reduce and after unscaling: METHOD.md §1
+                scaler.unscale_(optimizer)
+                pruner.step(loss)
+            else:
+                pruner.watch_only(loss)
+            scaler.step(optimizer)
+            scaler.update()
+            learner.update_average()
             tally.add(iteration, loss.detach(), logits.detach(), labels)
         except torch.OutOfMemoryError:
-            if not reduction.can_be_finished or state.penalty_coefficient is None:
+            if not reduction.can_be_finished or pruner.penalty_coefficient is None:
                 raise
             out_of_memory = True
         if out_of_memory:  # out of the handler: it would hold what the failed pass has allocated
             logits = loss = None  # type: ignore[assignment] # the same
             reduction.finish()  # the other ranks wait for it
         consult(iteration, out_of_memory)
-        timer.end_step()
         if iteration % _CHECK_EVERY == _CHECK_EVERY - 1:
-            tally.stop_if_bad(plan.epoch, team)
-    tally.stop_if_bad(plan.epoch, team)
-    return tally.total(team, iteration + 1)
+            tally.stop_if_bad(plan.epoch, learner.team)
+    tally.stop_if_bad(plan.epoch, learner.team)
+    return tally.total(learner.team, iteration + 1)
 
 
 @torch.no_grad()
-def validate(state: State, batches: Iterable[Batch], *, team: Team) -> Sums:
+def validate(learner: Learner, batches: Iterable[Batch]) -> Sums:
     """Loss and accuracy over the whole validation set, in evaluation mode."""
-    model = state.judged
-    tally = _Tally(state.device)
+    model = learner.judged
+    tally = _Tally(learner.device)
     training = model.training
     model.eval()
     iteration = -1
     for iteration, (images, labels) in enumerate(batches):
-        with number_format(state.config.precision, state.device):
+        with number_format(learner.config.precision, learner.device):
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         tally.add(iteration, loss, logits, labels)
     model.train(training)
-    return tally.total(team, iteration + 1)
+    return tally.total(learner.team, iteration + 1)
 
 
-def fits(state: State, batch: int) -> bool:
+def fits(learner: Learner, batch: int) -> bool:
     """Whether one step with `batch` images fits into the device's memory: tried out, without a trace in the learner."""
-    model, device = state.model, state.device
+    model, device = learner.model, learner.device
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         try:
-            images = torch.zeros((batch, *state.recipe.input_shape), device=device)
+            images = torch.zeros((batch, *learner.recipe.input_shape), device=device)
             labels = torch.zeros(batch, dtype=torch.int64, device=device)
-            with number_format(state.config.precision, device):
+            with number_format(learner.config.precision, device):
                 loss = F.cross_entropy(model.train()(images), labels)
             loss.backward()  # type: ignore[no-untyped-call] # torch's gap
-            state.lasso.add_gradient(0.0)
+            learner.pruner.criterion.add_gradient(0.0)
         except torch.OutOfMemoryError:
             return False
         finally:
@@ -168,16 +149,3 @@ def fits(state: State, batch: int) -> bool:
             if on_gpu:
                 torch.cuda.empty_cache()
     return True
-
-
-def _penalty_coefficient(state: State, first_loss: Tensor, team: Team) -> float:
-    """λ by METHOD.md Eq. 3, from the global mini-batch's cross-entropy before the run's first update."""
-    cross_entropy = float(team.sum(first_loss.double())) / team.world_size
-    return penalty_coefficient(cross_entropy, float(state.lasso.value()), state.config.penalty_ratio)
-
-
-def _shrinkage(state: State) -> float:
-    """What a proximal step takes from every norm, matched to what the gradient route does through momentum."""
-    assert state.penalty_coefficient is not None, "decided before the first update"
-    learning_rate = float(state.optimizer.param_groups[0]["lr"])
-    return learning_rate * state.penalty_coefficient / (1 - (state.config.momentum or 0.0))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.errors import TrainingError, UnsupportedModelError
+from ptsim.prune.cut import unwrap
 from ptsim.training.config import Config
 from ptsim.training.distributed import CountedBuckets, Team
 
@@ -42,6 +43,25 @@ def wrap(model: nn.Module, config: Config, team: Team) -> nn.Module:
     return module
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The network inside what torch.compile, data parallelism or a weight average have put around it."""
+    while True:
+        inner = unwrap(module)
+        inner = getattr(inner, "_orig_mod", inner)
+        if isinstance(inner, CompiledOnce):
+            inner = inner.compiled
+        if inner is module:
+            return module
+        module = inner
+
+
+def called(module: nn.Module) -> nn.Module:
+    """What DDP calls, so that hooks on it see every training pass: DDP may be put around it later, or anew."""
+    while isinstance(module, nn.parallel.DistributedDataParallel):
+        module = module.module
+    return module
+
+
 def synchronised(model: nn.Module) -> nn.Module:
     """A twin with BatchNorm statistics over all ranks that shares every parameter and buffer with `model`.
 
@@ -67,7 +87,7 @@ class CompiledOnce(nn.Module):
         self._counted = counters["stats"]
         self.num_compilations = 0
         self._name = type(model).__name__
-        self._compiled: Any = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+        self.compiled: Any = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """As the model's own forward.
@@ -79,7 +99,7 @@ class CompiledOnce(nn.Module):
         if self.num_compilations == 0:
             before = self._counted["unique_graphs"]
             try:
-                logits: Tensor = self._compiled(images)
+                logits: Tensor = self.compiled(images)
             except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -89,7 +109,7 @@ class CompiledOnce(nn.Module):
             return logits
         with torch.compiler.set_stance("fail_on_recompile"):
             try:
-                return self._compiled(images)  # type: ignore[no-any-return] # torch's gap
+                return self.compiled(images)  # type: ignore[no-any-return] # torch's gap
             except RuntimeError as error:
                 if "recompile" not in str(error):
                     raise

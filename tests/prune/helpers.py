@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import ChannelGroups, find_groups
-from ptsim.prune.lasso import GroupLasso
 
 
 def enliven(model: nn.Module, seed: int = 0) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import ptsim
 from ptsim import zoo
+from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
-from ptsim.prune.lasso import GroupLasso
 from ptsim.prune.reconfigure import reconfigure
 from tests.prune.helpers import SMALL_IMAGE, same_function, small_resnet
 

@@ -82,7 +82,7 @@ def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: 
     import torch
 
     from ptsim.errors import PtsimError, TrainingError
-    from ptsim.training import loop, state, step
+    from ptsim.training import loop, pruning, step
 
     os.environ |= {
         "RANK": str(rank),
@@ -96,18 +96,18 @@ def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: 
         make = torch.nn.parallel.DistributedDataParallel.__init__
         torch.nn.parallel.DistributedDataParallel.__init__ = functools.partialmethod(make, bucket_cap_mb=1e-4)  # type: ignore[assignment] # the stand-in
     if fault in ("dies", "fails", "drifts", "0 fails") and rank == (fault != "0 fails"):
-        original = state.State.prune
+        original = pruning.PruneTrain.prune
 
         def prune(self: Any) -> Any:
             if fault == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             if "fails" in fault:
                 raise TrainingError("the moon is full")
-            for parameter in self.model.parameters():
+            for parameter in self.network.parameters():
                 parameter.data.zero_()
             return original(self)
 
-        state.State.prune = prune  # type: ignore[method-assign] # the stand-in
+        pruning.PruneTrain.prune = prune  # type: ignore[method-assign] # the stand-in
     elif fault and rank == 1:
         step.F = SimpleNamespace(cross_entropy=_Faulty(fault))  # type: ignore[attr-defined] # the stand-in
     try:

@@ -24,9 +24,10 @@ from ptsim.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
-from ptsim.prune.lasso import GroupLasso
-from ptsim.training import loop, step
+from ptsim.training import loop, pruning, recorder, step
+from ptsim.training.storing import Storage
 from tests.training.runs import NETS, settings
 
 
@@ -183,7 +184,7 @@ def test_where_nothing_fits_beside_training_the_profile_is_left_out_with_a_warni
     def no_room(*_, **__):
         raise MissingMeasurementError("a second copy does not fit")
 
-    monkeypatch.setattr(loop, "profile_network", no_room)
+    monkeypatch.setattr(recorder, "profile_network", no_room)
     with pytest.warns(UserWarning, match="no profile of the architecture .*: a second copy does not fit"):
         result = ptsim.train(settings(epochs=1), out=tmp_path / "run")
     trace = ptsim.read_trace(result.trace)
@@ -249,14 +250,14 @@ def test_running_out_of_memory_in_an_epoch_begins_it_again_with_a_smaller_mini_b
     """An out-of-memory error that a CPU cannot have, raised in the third iteration of every epoch with 32 images."""
     original = loop.train_epoch
 
-    def train_epoch(state, module, batches, *arguments, **options):
+    def train_epoch(learner, batches, *arguments, **options):
         def limited():
             for index, batch in enumerate(batches):
                 if index == 2 and len(batch[1]) > 24:
                     raise torch.OutOfMemoryError("CUDA out of memory")
                 yield batch
 
-        return original(state, module, limited(), *arguments, **options)
+        return original(learner, limited(), *arguments, **options)
 
     monkeypatch.setattr(loop, "train_epoch", train_epoch)
     made = settings(dynamic_batch=True, memory_budget="1 GiB", batch_granularity=8, max_batch=32, profile=False)
@@ -271,7 +272,7 @@ def test_running_out_of_memory_in_an_epoch_begins_it_again_with_a_smaller_mini_b
 def test_stepping_back_holds_nothing_of_the_pass_that_ran_out_of_memory(tmp_path, monkeypatch):
     """What a failed pass has allocated is the memory that the state before it needs."""
     trial, activations, alive = [], [], []
-    cross_entropy, resume = torch.nn.functional.cross_entropy, loop.Trainer._resume
+    cross_entropy, restore = torch.nn.functional.cross_entropy, Storage.restore
 
     def failing(logits, labels):
         if logits.requires_grad and len(labels) == 32 and not activations:
@@ -281,12 +282,12 @@ def test_stepping_back_holds_nothing_of_the_pass_that_ran_out_of_memory(tmp_path
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return cross_entropy(logits, labels)
 
-    def resumed(trainer):
+    def restored(storage, make):
         alive.append(activations[0]() is not None)
-        return resume(trainer)
+        return restore(storage, make)
 
     monkeypatch.setattr(step, "F", SimpleNamespace(cross_entropy=failing))
-    monkeypatch.setattr(loop.Trainer, "_resume", resumed)
+    monkeypatch.setattr(Storage, "restore", restored)
     made = settings(dynamic_batch=True, memory_budget="1 GiB", batch_granularity=8, max_batch=32, profile=False)
     trace = ptsim.read_trace(ptsim.train(made | {"epochs": 3}, out=tmp_path / "run").trace)
     assert [epoch.batch_per_gpu for epoch in trace.epochs] == [16, 16, 24]
@@ -294,15 +295,15 @@ def test_stepping_back_holds_nothing_of_the_pass_that_ran_out_of_memory(tmp_path
 
 
 def test_pruning_that_runs_out_of_memory_leaves_every_epoch_once_in_the_trace(tmp_path, monkeypatch):
-    prune, calls = loop.State.prune, []
+    prune, calls = pruning.PruneTrain.prune, []
 
-    def failing(state):
-        calls.append(state.batch)
+    def failing(pruner):
+        calls.append(pruner.recorder.epoch)
         if len(calls) == 2:  # the mini-batch has grown, and the epoch is recorded already
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return prune(state)
+        return prune(pruner)
 
-    monkeypatch.setattr(loop.State, "prune", failing)
+    monkeypatch.setattr(pruning.PruneTrain, "prune", failing)
     made = settings(dynamic_batch=True, memory_budget="1 GiB", batch_granularity=8, max_batch=32, profile=False)
     trace = ptsim.read_trace(ptsim.train(made, out=tmp_path / "run").trace)
     assert trace.complete
@@ -339,8 +340,8 @@ def test_any_stored_epoch_is_rebuilt_in_a_fresh_process_with_its_weights(pruned_
     """Validation accuracy of the loaded networks equals what the trace says."""
     script = f"""
 import torch, ptsim
-from ptsim.training import loop
-config = loop.recorded_config(loop.Path({str(pruned_run.folder)!r}))
+from ptsim.training import loop, runfolder
+config = runfolder.recorded_config(loop.Path({str(pruned_run.folder)!r}))
 data = loop.load_data(config, input_shape=(3, 32, 32), device=torch.device("cpu"))
 for epoch in (2, 4, None):
     model = ptsim.load_model({str(pruned_run.folder)!r}, epoch)

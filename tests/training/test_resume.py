@@ -14,7 +14,7 @@ from tests.training.runs import servant, settings, train_until_killed
 KILLS = [
     ("", 40),  # nothing is written yet
     ("write_atomically", 1),
-    ("run_record", 1),
+    ("_run_record", 1),
     ("", 2500),
     ("_write", 1),  # the very first checkpoint
     ("_write", 3),
@@ -35,9 +35,9 @@ KILLS = [
     ("", 9000),
     ("profile_network", 1),
     ("cut_optimizer", 1),
-    ("_save", 1),
+    ("spend_time", 1),
     ("update_average", 9),
-    ("_end", 1),
+    ("close", 1),
 ]
 
 
@@ -97,7 +97,7 @@ def test_a_run_killed_at_more_than_twenty_moments_ends_bit_for_bit_like_one_that
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_last_record_still_gets_its_end(tmp_path, whole_run):
     folder = tmp_path / "run"
-    assert _run(folder, ("_end", 1)) == -signal.SIGKILL
+    assert _run(folder, ("close", 1)) == -signal.SIGKILL
     assert not ptsim.read_trace(folder).complete
     assert _run(folder, None) == 0
     assert _records(folder) == _records(whole_run)

@@ -3,11 +3,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptsim.training.config import make_config
-from ptsim.training.schedule import plan
+from ptsim.training.schedule import epoch_plans
 
 
 def planned(**changes):
-    return plan(make_config({"dataset": "digits"} | changes))
+    return epoch_plans(make_config({"dataset": "digits"} | changes))
 
 
 def reconfigured(epochs):

@@ -8,8 +8,9 @@ from torch import nn
 
 from ptsim import zoo
 from ptsim.errors import UsageError
+from ptsim.prune.criteria.coefficient import penalty_coefficient
+from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
-from ptsim.prune.lasso import GroupLasso, penalty_coefficient
 from tests.prune.helpers import SMALL_IMAGE, small_resnet
 
 

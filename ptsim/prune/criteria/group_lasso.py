@@ -1,4 +1,4 @@
-"""What pushes channels towards zero: PruneTrain's group lasso and its λ.
+"""PruneTrain's group lasso: its value, its gradient and its proximal step.
 
 Eq. 2 of the paper: the penalty is the sum of the Euclidean norms of all input-channel and all output-channel groups,
 one λ for all, no size factor, norms smoothed as √(Σw² + 1e-8). The two groups of a weight overlap on it, so its
@@ -8,13 +8,14 @@ gradient is λ·w·(1/‖w_out‖ + 1/‖w_in‖): written by hand, without an a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ptsim.errors import UsageError
-from ptsim.prune.groups import ChannelGroups, weight_GOIK
+from ptsim.costs.traffic import regularizer_traffic
+from ptsim.network import Network
+from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
 from ptsim.prune.propagate import Weighted
 
 SMOOTHING = 1e-8  # METHOD.md §1
@@ -30,11 +31,14 @@ class GroupLasso:
     (the flat form was 9 times slower there).
     """
 
+    label: ClassVar[str] = "group lasso"
+
     def __init__(
         self, model: nn.Module, groups: ChannelGroups, *, form: Literal["per_tensor", "flat"] | None = None
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.terms = [(layer, parameters[layer.weight], inp, out) for layer, inp, out in groups.penalised()]
+        self.weights: Sequence[nn.Parameter] = [weight for _, weight, _, _ in self.terms]
         if form is None:
             form = "flat" if self.terms and all(weight.is_cuda for _, weight, _, _ in self.terms) else "per_tensor"
         self.form = form
@@ -96,6 +100,16 @@ class GroupLasso:
                     norms = W.square().sum(dims, keepdim=True).sqrt()
                     W = W * (1 - shrinkage / norms.clamp_min(torch.finfo(W.dtype).tiny)).clamp_min(0)
             weight.copy_(_like_weight(W, layer, weight))
+
+    @classmethod
+    def importance(cls, model: nn.Module, groups: ChannelGroups) -> Tensor:
+        """Largest |w| of every component, over all its producers and consumers (METHOD.md §2.2)."""
+        return component_maxima(model, groups)
+
+    @classmethod
+    def traffic(cls, network: Network) -> int:
+        """Bytes that one `add_gradient` reads and writes."""
+        return regularizer_traffic(network)
 
 
 def _like_weight(W_GOIK: Tensor, layer: Weighted, weight: Tensor) -> Tensor:
@@ -172,27 +186,3 @@ def _unstore(vector: Tensor, weight: Tensor) -> Tensor:
         out, inner, height, width = weight.shape
         return vector.view(out, height, width, inner).permute(0, 3, 1, 2)
     return vector.view(weight.shape)
-
-
-def penalty_coefficient(cross_entropy: float, penalty: float, ratio: float) -> float:
-    """λ from the penalty ratio (paper, Eq. 3): r = λR/(ℓ₀ + λR), so λ = r·ℓ₀/((1−r)·R).
-
-    Args:
-        cross_entropy: ℓ₀, of the very first mini-batch before any update.
-        penalty: R(W₀), Σ of the group norms of the initial weights; may be 0 only if the ratio is.
-        ratio: r in [0, 1).
-
-    Raises:
-        UsageError: a value out of its bounds.
-    """
-    if not 0 <= ratio < 1:
-        raise UsageError(f"the penalty ratio is {ratio}; it has to be in [0, 1)")
-    if not 0 <= cross_entropy < float("inf"):
-        raise UsageError(
-            f"the first mini-batch's cross-entropy is {cross_entropy}; it has to be finite and not negative"
-        )
-    if ratio == 0:
-        return 0.0
-    if not 0 < penalty < float("inf"):
-        raise UsageError(f"the penalty of the initial weights is {penalty}; no λ gives the ratio {ratio}")
-    return ratio * cross_entropy / ((1 - ratio) * penalty)

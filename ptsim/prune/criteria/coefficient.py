@@ -1,0 +1,29 @@
+"""How strong is the regulariser? λ from the share that the penalty shall have in the first loss (METHOD.md Eq. 3)."""
+
+from __future__ import annotations
+
+from ptsim.errors import UsageError
+
+
+def penalty_coefficient(cross_entropy: float, penalty: float, ratio: float) -> float:
+    """λ from the penalty ratio (paper, Eq. 3): r = λR/(ℓ₀ + λR), so λ = r·ℓ₀/((1−r)·R).
+
+    Args:
+        cross_entropy: ℓ₀, of the very first mini-batch before any update.
+        penalty: R(W₀), Σ of the group norms of the initial weights; may be 0 only if the ratio is.
+        ratio: r in [0, 1).
+
+    Raises:
+        UsageError: a value out of its bounds.
+    """
+    if not 0 <= ratio < 1:
+        raise UsageError(f"the penalty ratio is {ratio}; it has to be in [0, 1)")
+    if not 0 <= cross_entropy < float("inf"):
+        raise UsageError(
+            f"the first mini-batch's cross-entropy is {cross_entropy}; it has to be finite and not negative"
+        )
+    if ratio == 0:
+        return 0.0
+    if not 0 < penalty < float("inf"):
+        raise UsageError(f"the penalty of the initial weights is {penalty}; no λ gives the ratio {ratio}")
+    return ratio * cross_entropy / ((1 - ratio) * penalty)

@@ -1,0 +1,120 @@
+"""Network slimming: L1 on BatchNorm's scale γ. A channel whose γ and β are zero carries nothing and goes.
+
+Source: Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017. As in the authors'
+code a pruned channel loses γ and β together, so the pruned network equals the network with both set to zero. Only
+channels of which that is true are candidates: all their producers end in a BatchNorm, and with γ = β = 0 nothing but
+zeros reaches any consumer (so no sigmoid lies in between).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ptsim.capture.graph import evaluation_mode, example_input
+from ptsim.network import LayerKind, Network
+from ptsim.prune.groups import ChannelGroups
+
+
+class Slimming:
+    """The penalty Σ|γ| of the BatchNorms whose channels can be pruned. Subgradient λ·sign(γ)."""
+
+    label: ClassVar[str] = "network slimming (L1 on BatchNorm's γ)"
+
+    def __init__(self, model: nn.Module, groups: ChannelGroups) -> None:
+        """Holds references to the model's parameters: make a new one after every reconfiguration."""
+        self.weights: Sequence[nn.Parameter] = [
+            norm.weight for _, norm, components in norms(model, groups) if bool(groups.prunable[components].any())
+        ]
+
+    def penalty(self) -> Tensor:
+        """Σ|γ| (without λ); differentiable."""
+        return sum((weight.abs().sum() for weight in self.weights), torch.zeros(()))
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """The penalty without an autograd graph."""
+        return self.penalty()
+
+    @torch.no_grad()
+    def add_gradient(self, coefficient: float) -> None:
+        """Add λ·sign(γ) to the gradient of every penalised γ; call it after unscaling and all-reduce."""
+        for weight in self.weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad.add_(weight.sign(), alpha=coefficient)
+
+    @torch.no_grad()
+    def proximal_step(self, shrinkage: float) -> None:
+        """Soft threshold: every |γ| shrinks by `shrinkage`, to exactly zero where it was less."""
+        for weight in self.weights:
+            weight.copy_(weight.sign() * (weight.abs() - shrinkage).clamp_min(0))
+
+    @classmethod
+    @torch.no_grad()
+    def importance(cls, model: nn.Module, groups: ChannelGroups) -> Tensor:
+        """Largest |γ| over the BatchNorms of each component; infinite where zeros in γ and β do not silence it."""
+        largest = torch.full((groups.num_components,), -torch.inf)
+        for _, norm, components in norms(model, groups):
+            sizes = norm.weight.detach().abs().nan_to_num(torch.inf).float().cpu()
+            largest.scatter_reduce_(0, components, sizes, "amax")
+        largest[largest == -torch.inf] = torch.inf
+        quiet = groups.prunable & largest.isfinite()
+        largest[_heard(model, groups, quiet)] = torch.inf
+        return largest
+
+    @classmethod
+    def traffic(cls, network: Network) -> int:
+        """Reads γ and its gradient, writes the gradient: 3 accesses of 4 bytes per BatchNorm channel."""
+        return sum(12 * (layer.out_channels or 0) for layer in network.layers if layer.kind is LayerKind.BATCH_NORM)
+
+
+def norms(model: nn.Module, groups: ChannelGroups) -> Iterator[tuple[str, _BatchNorm, Tensor]]:
+    """(path, module, component of each channel) of the BatchNorms with a trained scale."""
+    for path, module in model.named_modules():
+        components = groups.axes.get((f"{path}.weight", 0))
+        if isinstance(module, _BatchNorm) and components is not None and module.weight.requires_grad:
+            yield path, module, components
+
+
+def _heard(model: nn.Module, groups: ChannelGroups, quiet: Tensor) -> Tensor:
+    """Which of the components `quiet` a consumer still hears once their γ and β are zero: tried out on a copy.
+
+    In both modes, since BatchNorm differs in them; activations that are zero at zero stay silent for every image.
+    """
+    silenced = copy.deepcopy(model)
+    for _, norm, components in norms(silenced, groups):
+        gone = quiet[components].to(norm.weight.device)
+        norm.weight[gone] = 0
+        norm.bias[gone] = 0
+    heard = torch.zeros_like(quiet)
+
+    def listen(components: Tensor) -> Any:
+        def hook(consumer: nn.Module, arguments: tuple[Any, ...]) -> None:
+            axis = -1 if isinstance(consumer, nn.Linear) else 1
+            loud = (arguments[0].detach().movedim(axis, 0).flatten(1) != 0).any(1).cpu()
+            if len(loud) == len(components):
+                heard[components[loud]] = True
+            else:
+                heard[components] = True
+
+        return hook
+
+    modules = dict(silenced.named_modules())
+    for layer in groups.layers:
+        consumer = modules.get(layer.layer)
+        if consumer is None:  # a functional call: nobody can listen
+            heard[layer.inputs] = True
+        else:
+            consumer.register_forward_pre_hook(listen(layer.inputs))
+    with torch.random.fork_rng(devices=[]):
+        for training in (True, False):
+            with evaluation_mode(silenced):
+                silenced.train(training)
+                silenced(example_input(silenced, groups.input_shape))
+    return heard & quiet

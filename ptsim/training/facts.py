@@ -1,0 +1,124 @@
+"""What can a trace say of a run that nobody has described? What is seen on network, optimizer and images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ptsim.capture.graph import evaluation_mode, example_input
+from ptsim.errors import UnsupportedModelError, UsageError
+from ptsim.network import LayerKind, MemoryFormat, Network, Precision
+from ptsim.trace.schema import Dataset
+
+# Optimizers that the cost model knows, and which of them moves as much memory as one with n states an element.
+_COSTED = ("sgd", "adam", "adamw", "rmsprop")
+_BY_STATES = {0: "sgd", 1: "rmsprop", 2: "adam"}
+
+
+class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a trace says of a run beside what can be seen; everything that is None is seen or left open.
+
+    Attributes:
+        model: the network's name; None is its class.
+        dataset: None is a data set without a name, as large as the first epoch.
+        hyperparameters: settings of the run, for the reader.
+        seed: of the run's random numbers.
+        precision, memory_format: None is what the training passes of the first epoch use.
+    """
+
+    model: str | None = None
+    dataset: Dataset | None = None
+    hyperparameters: dict[str, Any] = {}
+    seed: int = 0
+    precision: Precision | None = None
+    memory_format: MemoryFormat | None = None
+
+
+def seen_settings(
+    optimizer: torch.optim.Optimizer, module: nn.Module, *, batch: int, rate: float | None
+) -> dict[str, Any]:
+    """Hyper-parameters that can be seen on optimizer and module, under the names of ptsim's settings."""
+    group = optimizer.param_groups[0]
+    settings: dict[str, Any] = {
+        "batch": batch,
+        "lr": rate if rate is not None else float(group["lr"]),
+        "optimizer": costed_optimizer(optimizer),
+        "optimizer_class": type(optimizer).__name__,
+        "compile": hasattr(module, "_orig_mod"),
+        "penalty_ratio": 0.0,
+    }
+    return settings | {
+        name: group[name]
+        for name in ("momentum", "weight_decay", "nesterov")
+        if isinstance(group.get(name), int | float)
+    }
+
+
+def widths(network: Network) -> dict[str, int]:
+    """Output channels of the convolutions and linear layers, by name."""
+    kinds = (LayerKind.CONV, LayerKind.LINEAR)
+    return {layer.name: layer.out_channels or 0 for layer in network.layers if layer.kind in kinds}
+
+
+def costed_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """The optimizer of the cost model that moves as much memory: its own name, or by its states per weight."""
+    name = type(optimizer).__name__.lower()
+    if name in _COSTED:
+        return name
+    states = max(
+        (
+            sum(isinstance(v, Tensor) and v.shape == parameter.shape and v.ndim > 0 for v in entries.values())
+            for parameter, entries in optimizer.state.items()
+        ),
+        default=0,
+    )
+    return _BY_STATES.get(states, "adam")
+
+
+def checked_shape(input_shape: Any) -> tuple[int, int, int]:
+    """The image's shape.
+
+    Raises:
+        UsageError: it is not three positive whole numbers.
+    """
+    shape = tuple(input_shape) if isinstance(input_shape, list | tuple | torch.Size) else ()
+    if len(shape) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
+        raise UsageError(f"input_shape is {input_shape!r}, expected (channels, height, width) of one image")
+    return shape[0], shape[1], shape[2]
+
+
+def check_fraction(name: str, value: float | None) -> None:
+    """Make sure that an accuracy is a fraction.
+
+    Raises:
+        UsageError: it is not; a percentage, perhaps.
+    """
+    if value is not None and not 0 <= float(value) <= 1:
+        raise UsageError(f"{name} is {value}, expected a fraction from 0 to 1")
+
+
+def num_outputs(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """The size of the first output's channel axis: the classes of a classifier.
+
+    Raises:
+        UnsupportedModelError: the network fails on an image of that shape.
+    """
+    with evaluation_mode(network), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            output = network(example_input(network, input_shape))
+        except Exception as error:  # the network's own code runs here
+            shape = "×".join(map(str, input_shape))
+            reason = " ".join(str(error).split())[:300]
+            raise UnsupportedModelError(f"{type(network).__name__} fails on an image of {shape}: {reason}") from error
+    first = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    return int(first.shape[1]) if first is not None and first.ndim > 1 else 1
+
+
+def shapes_of(network: nn.Module) -> tuple[Any, ...]:
+    """What tells whether the network has changed its architecture: names and shapes of all its tensors."""
+    named = (*network.named_parameters(), *network.named_buffers())
+    return tuple((name, tuple(tensor.shape), tensor.requires_grad) for name, tensor in named)

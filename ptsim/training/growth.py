@@ -1,0 +1,41 @@
+"""Which mini-batch does PruneTrain propose once the network has shrunk, and how does the learning rate follow?"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from ptsim.costs.memory import largest_batch
+from ptsim.hardware.catalog import match_device
+from ptsim.training.facts import costed_optimizer
+from ptsim.training.recorder import Recorder
+
+if TYPE_CHECKING:
+    from ptsim.training.prune_settings import PruneSettings
+
+
+def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: int) -> int:
+    """The largest mini-batch per rank that should fit: the present one plus whole multiples of the granularity."""
+    info = recorder.meter.info()
+    network = recorder.architecture
+    fits = largest_batch(
+        network,
+        capacity_bytes=settings.memory_budget_bytes or info.must_exist()[1],
+        precision=recorder.precision,
+        optimizer=costed_optimizer(recorder.optimizer),
+        memory_format=recorder.memory_format,
+        device=match_device(info.name) if info.kind == "cuda" else None,
+        data_parallel=recorder.team.world_size > 1,
+    )
+    limit = fits if settings.max_batch is None else min(fits, settings.max_batch // recorder.team.world_size)
+    steps = max(0, limit - batch_per_gpu) // settings.batch_granularity
+    return batch_per_gpu + steps * settings.batch_granularity
+
+
+def learning_rate_scale(first_batch: int, batch: int, rule: Literal["linear", "sqrt"]) -> float:
+    """The factor on the planned learning rate for a mini-batch that has grown from `first_batch`.
+
+    Source: Goyal et al., arXiv 1706.02677 (linear); Krizhevsky, arXiv 1404.5997 (square root).
+    """
+    ratio = batch / first_batch
+    return ratio if rule == "linear" else math.sqrt(ratio)

@@ -1,0 +1,125 @@
+"""Is PruneTrain called in the right order, with the right optimizer? Each mistake is one sentence, when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ptsim.errors import UsageError
+
+
+class Order:
+    """Watches the order of backward, penalty and update, and that the optimizer holds the network's weights."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None,
+        weights: Sequence[nn.Parameter],
+    ) -> None:
+        """`weights` are the penalised ones.
+
+        Raises:
+            UsageError: the optimizer does not hold them.
+        """
+        self._network, self._optimizer, self._scaler = network, optimizer, scaler
+        self._pruned = False
+        self._held: tuple[int, ...] = ()
+        # A gradient that has the penalty, the weight's version, and what the scaler knows of this iteration.
+        self._added: tuple[Tensor, int, object] | None = None
+        self.renew(weights, pruned=False)
+
+    def renew(self, weights: Sequence[nn.Parameter], *, pruned: bool = True) -> None:
+        """The penalised weights after a change of the network."""
+        self._weights = [weight for weight in weights if weight.requires_grad]
+        self._added, self._held = None, ()
+        self._pruned = self._pruned or pruned
+        self.check_optimizer()
+
+    def check_optimizer(self) -> None:
+        """Make sure that the optimizer still holds every penalised weight.
+
+        Raises:
+            UsageError: it does not.
+        """
+        held = tuple(id(p) for group in self._optimizer.param_groups for p in group["params"])
+        if held == self._held:
+            return
+        missing = {id(weight) for weight in self._weights} - set(held)
+        if missing:
+            name = next((n for n, p in self._network.named_parameters() if id(p) in missing), "a weight")
+            network = type(self._network).__name__
+            if not any(id(p) in set(held) for p in self._network.parameters()):
+                raise UsageError(
+                    f"the optimizer holds none of the parameters of this {network}",
+                    hint="give PruneTrain the optimizer that trains the network, and keep using that one",
+                )
+            raise UsageError(
+                f"the optimizer does not hold {name} of this {network}, which the penalty acts on",
+                hint="freeze what is not to be trained with requires_grad_(False)",
+            )
+        self._held = held
+
+    def before_penalty(self) -> None:
+        """Called by every `step`.
+
+        Raises:
+            UsageError: backward or unscaling has not happened, the penalty is there already, or another optimizer
+                updates the network.
+        """
+        self.check_optimizer()
+        if not self._weights:
+            return
+        if all(weight.grad is None for weight in self._weights):
+            raise UsageError(
+                "step was called before backward: no weight has a gradient",
+                hint="loss.backward(), then pruner.step(loss)",
+            )
+        self._check_unscaled()
+        if self._added is None:
+            return
+        gradient, version, scaled = self._added
+        weight = self._weights[0]
+        if weight._version != version:
+            what = "since the reconfiguration" if self._pruned else "behind PruneTrain's back"
+            raise UsageError(
+                f"another optimizer than PruneTrain's has updated the network {what}",
+                hint="keep using the optimizer that PruneTrain was given; it is changed in place",
+            )
+        if weight.grad is gradient and scaled is self._scaled():  # an update that overflowed was left out
+            raise UsageError(
+                "the penalty's gradient would be added twice before optimizer.step",
+                hint="call pruner.step once per optimizer.step, also when gradients are accumulated",
+            )
+
+    def _check_unscaled(self) -> None:
+        scaler = self._scaler
+        if scaler is None or not scaler.is_enabled():
+            return
+        if not scaler._per_optimizer_states[id(self._optimizer)]["found_inf_per_device"]:
+            raise UsageError(
+                "step was called before scaler.unscale_(optimizer): the penalty would be divided by the loss's scale",
+                hint="scaler.scale(loss).backward(); scaler.unscale_(optimizer); pruner.step(loss)",
+            )
+
+    def _scaled(self) -> object:
+        """What the scaler keeps of this optimizer until its `update`."""
+        scaler = self._scaler
+        return None if scaler is None or not scaler.is_enabled() else scaler._per_optimizer_states[id(self._optimizer)]
+
+    def penalty_is_added(self) -> None:
+        """The gradients have the penalty now."""
+        if self._weights:
+            weight = self._weights[0]
+            gradient = weight.grad
+            if gradient is None:
+                gradient = weight.grad = torch.zeros_like(weight)
+            self._added = gradient, weight._version, self._scaled()
+
+    def updated(self) -> bool:
+        """The optimizer has stepped; whether the penalty was in the step."""
+        added, self._added = self._added is not None, None
+        return added

@@ -1,0 +1,476 @@
+"""PruneTrain as an object for anybody's training loop: penalty, reconfiguration, record. `ptsim train` runs on it, too.
+
+    pruner = ptsim.PruneTrain(model, optimizer, input_shape=(3, 224, 224), penalty_ratio=0.25, interval=5)
+    for epoch in range(90):
+        for images, labels in loader:
+            loss = criterion(model(images), labels)
+            optimizer.zero_grad(); loss.backward()
+            pruner.step(loss)          # λ at the first call; the penalty's gradient at every call
+            optimizer.step()
+        pruner.end_epoch(validation_accuracy=accuracy)
+
+The network and the optimizer are changed in place: parameters that shrink are replaced, the optimizer's groups and
+state follow, and learning-rate schedulers keep working because they hold the optimizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from ptsim.errors import UsageError
+from ptsim.network import Network
+from ptsim.prune.criteria.coefficient import penalty_coefficient
+from ptsim.prune.criteria.registry import CRITERIA, Criterion
+from ptsim.prune.density import dense_counts
+from ptsim.prune.groups import ChannelGroups, find_groups
+from ptsim.prune.reconfigure import Surgery, reconfigure
+from ptsim.prune.structure import structure_of
+from ptsim.trace.schema import Epoch, Reconfiguration
+from ptsim.training import stored
+from ptsim.training.facts import RunFacts, checked_shape
+from ptsim.training.misuse import Order
+from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
+from ptsim.training.prune_settings import make_settings
+from ptsim.training.recorder import Penalty, Recorder
+from ptsim.training.wrapping import bare
+
+_PRUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PruneTrain]] = weakref.WeakKeyDictionary()
+
+
+class PruneTrain:
+    """Prunes a network while somebody's own loop trains it, and records the run.
+
+    Attributes:
+        network: the network itself, without what DDP or torch.compile have put around it.
+        recorder: watches the loop and writes the trace.
+        penalty_coefficient: λ; None before the first `step`.
+        regularized: set it to False for epochs without the penalty, such as a last phase of fine-tuning.
+        needs_rewrap: the network has changed since it was wrapped (DDP, torch.compile): wrap it again, and give the new
+            module to `rewrapped`. Always False where `rewrap` does it, and where nothing is wrapped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        input_shape: tuple[int, int, int],
+        penalty_ratio: float = 0.25,
+        interval: int = 5,
+        record: str | Path | Recorder | None = None,
+        ema: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        rewrap: Callable[[nn.Module], nn.Module] | None = None,
+        facts: RunFacts | None = None,
+        **settings: Any,
+    ) -> None:
+        """Nothing of the network changes before the first `step`.
+
+        Args:
+            model: any network that torch.fx can trace, on its device; bare, or inside DDP or torch.compile.
+            optimizer: any torch optimizer with per-element state; it holds the network's trainable weights.
+            input_shape: (channels, height, width) of an image.
+            penalty_ratio: the penalty's share in the first loss (METHOD.md Eq. 3); 0 prunes nothing.
+            interval: epochs between reconfigurations.
+            record: the folder for the trace, or a `Recorder`; None records nothing.
+            ema: an average of the weights (`torch.optim.swa_utils.AveragedModel` or a copy); it is pruned alike.
+            scaler: the loop's GradScaler; with it a `step` before `scaler.unscale_` is noticed.
+            rewrap: makes from the changed network the module that the loop calls, for instance DDP around it.
+            facts: names and hyper-parameters for the trace.
+            settings: fields of `PruneSettings`.
+
+        Raises:
+            UnsupportedModelError: the network cannot be traced.
+            UsageError: a value out of its bounds, an optimizer of another network, a network that already has a
+                pruner, or nothing that can be pruned.
+        """
+        self.settings = make_settings(settings)
+        self._make_criterion: type[Criterion] = CRITERIA.find(self.settings.criterion)
+        if not 0 <= penalty_ratio < 1:
+            raise UsageError(f"the penalty ratio is {penalty_ratio}; it has to be in [0, 1)")
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise UsageError(f"the interval is {interval!r}; it has to be a whole number of epochs, at least 1")
+        self.network = bare(model)
+        previous = _PRUNERS.get(self.network, lambda: None)()
+        if previous is not None:
+            raise UsageError(
+                f"this {type(self.network).__name__} already has a PruneTrain",
+                hint="close the first one: pruner.close()",
+            )
+        self.penalty_ratio, self.interval = penalty_ratio, interval
+        self.optimizer, self.ema, self.scaler, self.rewrap = optimizer, ema, scaler, rewrap
+        self.regularized = penalty_ratio > 0
+        self.penalty_coefficient: float | None = None if penalty_ratio > 0 else 0.0
+        self.needs_rewrap = False
+        self.grow: Callable[[], Growth] | None = None
+        self.learning_rate_scale = 1.0
+        self._wrapped = model is not self.network
+        self._outdated: weakref.ref[nn.Module] | None = None
+        self._first_batch: int | None = None
+        self._proposed: int | None = None
+        self._num_reconfigurations = 0
+        self._layers_removed: tuple[str, ...] = ()
+        input_shape = checked_shape(input_shape)
+        self._find_groups(find_groups(self.network, input_shape))
+        self._order = Order(self.network, optimizer, scaler, self.criterion.weights)
+        self.recorder = (
+            record if isinstance(record, Recorder) else self._own_recorder(model, input_shape, record, facts)
+        )
+        self._owns_recorder = self.recorder is not record
+        self._first_network = self.recorder.architecture
+        self._hook = optimizer.register_step_post_hook(functools.partial(_after_update, weakref.ref(self)))
+        _PRUNERS[self.network] = weakref.ref(self)
+        self._tell_recorder()
+
+    # What the loop calls
+
+    def step(self, loss: Tensor, num_images: int | None = None) -> None:
+        """Add the penalty's gradient; once per `optimizer.step`, after backward, unscaling and all-reduce.
+
+        The first call decides λ from its loss. Before clipping the penalty is clipped with the rest, after it not.
+
+        Args:
+            loss: the loss of this step without the penalty, unscaled: the mean over the mini-batch.
+            num_images: of this step, for loops whose network calls cannot be seen.
+
+        Raises:
+            UsageError: before backward, twice before `optimizer.step`, before `scaler.unscale_`, or with an optimizer
+                that no longer holds the network's weights.
+        """
+        self._check_wrapping()
+        self._order.before_penalty()
+        if self.penalty_coefficient is None:
+            self.decide_coefficient(loss)
+        self.recorder.step(loss, num_images)
+        if self.regularized and self.penalty_coefficient:
+            self._order.penalty_is_added()
+            if self.settings.regularizer == "gradient":
+                with self.recorder.watch.phase("regularizer"):
+                    self.criterion.add_gradient(self.penalty_coefficient)
+
+    def watch_only(self, loss: Tensor) -> None:
+        """As `step` without the penalty, for epochs that are not regularized; the run's first one decides λ.
+
+        It may be called before unscaling.
+        """
+        if self.penalty_coefficient is None:
+            self.decide_coefficient(loss)
+        self.recorder.step(loss)
+
+    def end_epoch(
+        self,
+        validation_accuracy: float | None = None,
+        *,
+        validation_loss: float | None = None,
+        train_loss: float | None = None,
+        train_accuracy: float | None = None,
+        reconfigure: bool | None = None,
+    ) -> EpochOutcome:
+        """Record the epoch; prune the network if it is time. Once an epoch, after validation.
+
+        Args:
+            validation_accuracy: fraction 0..1 of the validation images that the network gets right.
+            validation_loss: mean over the validation images.
+            train_loss: mean over the training images; None is the mean of what `step` was given.
+            train_accuracy: fraction 0..1 over the training images.
+            reconfigure: whether to prune now; None is after every `interval` epochs while `regularized`.
+
+        Raises:
+            UsageError: no training step since the last call, or a number that is none.
+            TrainingError: the trace cannot be written, or the ranks would prune differently.
+        """
+        self._order.check_optimizer()
+        coefficient = (self.penalty_coefficient or 0.0) if self.regularized else 0.0
+        penalty = Penalty(coefficient=coefficient, value=coefficient * float(self.criterion.value()))
+        record = self.recorder.record_epoch(
+            validation_accuracy,
+            validation_loss=validation_loss,
+            train_loss=train_loss,
+            train_accuracy=train_accuracy,
+            penalty=penalty,
+        )
+        self._first_batch = self._first_batch or self.recorder.watch.batch
+        due = self.regularized and self.recorder.epoch % self.interval == 0
+        if not (due if reconfigure is None else reconfigure):
+            return EpochOutcome(epoch=record, reconfiguration=None, pruned=False)
+        event, changed = self._reconfigure(record)
+        return EpochOutcome(epoch=record, reconfiguration=event, pruned=changed)
+
+    @property
+    def batch(self) -> int | None:
+        """The largest mini-batch per rank that should fit now: a proposal, which the loop may take.
+
+        It is the loop's own mini-batch plus multiples of `batch_granularity`, and never shrinks; None before the first
+        epoch's end. The learning rate should then follow by `learning_rate_scale`.
+        """
+        from ptsim.training.growth import learning_rate_scale, proposed_batch
+
+        present = self._proposed or self.recorder.watch.batch
+        if present is None or self._first_batch is None:
+            return present
+        self._proposed = proposed_batch(self.recorder, self.settings, present)
+        self.learning_rate_scale = learning_rate_scale(self._first_batch, self._proposed, self.settings.lr_rule)
+        return self._proposed
+
+    def rewrapped(self, module: nn.Module) -> None:
+        """Tell that `module` now wraps the changed network.
+
+        Raises:
+            UsageError: it holds another network.
+        """
+        self.recorder.follow(module)
+        self.needs_rewrap, self._wrapped = False, module is not self.network
+
+    def summary(self) -> PruningSummary:
+        """Where the run stands: channels, parameters and operations at the start and now."""
+        now = self.recorder.architecture
+        first = self._first_network
+        return PruningSummary(
+            network=first.name,
+            epochs=self.recorder.epoch,
+            penalty_coefficient=self.penalty_coefficient,
+            reconfigurations=self._num_reconfigurations,
+            channels=(self.recorder.initial_counts[0], dense_counts(self.network, 0.0)[0]),
+            parameters=(first.num_parameters, now.num_parameters),
+            forward_macs=(first.forward_macs, now.forward_macs),
+            layers_removed=self._layers_removed,
+        )
+
+    def close(self) -> None:
+        """End the run: the trace gets its last record, and another pruner may take the network."""
+        self._hook.remove()
+        _PRUNERS.pop(self.network, None)
+        self.recorder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._hook.remove()
+        _PRUNERS.pop(self.network, None)
+        self.recorder.__exit__(kind, error, trace)
+
+    def state_dict(self, *, tensors: bool = True) -> dict[str, Any]:
+        """Everything that a run needs to go on: tensors, and data that JSON holds; nothing has to be pickled.
+
+        Args:
+            tensors: also the weights, the optimizer's state and the average; False for loops that store those anyway.
+        """
+        recorder = self.recorder
+        state: dict[str, Any] = {
+            "version": 1,
+            "structure": structure_of(self.network),
+            "parameters": stored.parameter_names(self.network, self.optimizer),
+            "penalty_coefficient": self.penalty_coefficient,
+            "regularized": self.regularized,
+            "epoch": recorder.epoch,
+            "initial_counts": list(recorder.initial_counts),
+            "first_network": msgspec.to_builtins(self._first_network),
+            "first_batch": self._first_batch,
+            "proposed_batch": self._proposed,
+            "learning_rate_scale": self.learning_rate_scale,
+            "num_reconfigurations": self._num_reconfigurations,
+            "layers_removed": list(self._layers_removed),
+            "trace_bytes": recorder.num_bytes,
+            "trace_sha256": recorder.sha256,
+            "totals": msgspec.to_builtins(recorder.spend_time()),
+        }
+        if tensors:
+            state["optimizer"] = stored.optimizer_scalars(self.network, self.optimizer)
+            state["groups"] = stored.group_settings(self.optimizer)
+            state["tensors"] = {
+                name: tensor.detach().clone()
+                for name, tensor in stored.tensors_of(self.network, self.optimizer, self.ema).items()
+            }
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`: the network, freshly built, gets the pruned shapes, and the optimizer follows.
+
+        Call it before the first step, and before `load_state_dict` of network and optimizer where those are used.
+        What wraps the network has to be made again, as after a reconfiguration.
+
+        Raises:
+            UsageError: not a state of PruneTrain, or of another network.
+        """
+        kept = stored.checked(state)
+        stored.reshape(self.network, self.optimizer, self.ema, kept.structure, kept.parameters)
+        self.penalty_coefficient, self.regularized = kept.penalty_coefficient, kept.regularized
+        if kept.tensors is not None:
+            stored.load_tensors(self.network, self.optimizer, self.ema, kept)
+        recorder = self.recorder
+        self._first_network = msgspec.convert(kept.first_network, Network)
+        self._first_batch, self._proposed = kept.first_batch, kept.proposed_batch
+        self.learning_rate_scale = kept.learning_rate_scale
+        self._num_reconfigurations, self._layers_removed = kept.num_reconfigurations, kept.layers_removed
+        recorder.epoch, recorder.initial_counts, recorder.totals = kept.epoch, kept.initial_counts, kept.totals
+        self._after_change(find_groups(self.network, recorder.input_shape))
+        recorder.continue_trace(kept.trace_bytes, kept.trace_sha256)
+
+    # The parts
+
+    def decide_coefficient(self, loss: Tensor) -> None:
+        """λ by METHOD.md Eq. 3 from the run's first loss, the mean over the ranks; `step` does it at its first call.
+
+        A run that begins without the penalty calls it at its first mini-batch.
+
+        Raises:
+            UsageError: the loss is not a finite number above 0.
+        """
+        team = self.recorder.team
+        mean = float(team.sum(loss.detach().to(self.recorder.device).double())) / team.world_size
+        self.penalty_coefficient = penalty_coefficient(mean, float(self.criterion.value()), self.penalty_ratio)
+
+    def updated(self) -> None:
+        """The optimizer has stepped (a hook calls this): the proximal step, matched to the gradient route, follows."""
+        if self._order.updated() and self.settings.regularizer == "proximal":
+            group = self.optimizer.param_groups[0]
+            momentum = group.get("momentum", 0.0)
+            shrinkage = float(group["lr"]) * (self.penalty_coefficient or 0.0) / (1 - momentum)
+            with self.recorder.watch.phase("regularizer"):
+                self.criterion.proximal_step(shrinkage)
+
+    def prune(self) -> Surgery:
+        """Take out what is sparse: from the network, the optimizer's state and the average."""
+        return reconfigure(
+            self.network,
+            self.groups,
+            threshold=self.settings.threshold,
+            optimizer=self.optimizer,
+            shadows=() if self.ema is None else (self.ema,),
+            mode=self.settings.mode,
+            channel_multiple=self.settings.channel_multiple,
+            importance_of=self._make_criterion.importance,
+        )
+
+    def _reconfigure(self, epoch: Epoch) -> tuple[Reconfiguration, bool]:
+        recorder, team = self.recorder, self.recorder.team
+        batch_before = self.recorder.watch.batch or 1
+        start = time.perf_counter()
+        with recorder.watch.paused():
+            surgery = self.prune()
+        team.agree("what to prune", msgspec.json.encode(structure_of(self.network)))
+        if surgery.changed:
+            self._adopt(surgery.groups)
+        if recorder.device.type == "cuda":
+            torch.cuda.synchronize(recorder.device)
+        duration_s = time.perf_counter() - start
+        before = recorder.refresh() if surgery.changed else recorder.architecture
+        growth = self._grown(batch_before)
+        if growth.batch_per_gpu != batch_before and not surgery.changed:
+            self._wrap_again()  # what was compiled for the smaller mini-batch is of no use
+        self._num_reconfigurations += 1
+        self._layers_removed += tuple(surgery.layers_removed)
+        if surgery.collapsed and self._owns_recorder:
+            warnings.warn(surgery.notes[0], stacklevel=4)
+        recorder.describe(profile=False)
+        event = Reconfiguration(
+            epoch=epoch.epoch,
+            before=before.id,
+            after=recorder.architecture.id,
+            channels_removed=surgery.channels_removed,
+            layers_removed=tuple(surgery.layers_removed),
+            measured_duration_s=duration_s,
+            batch_before=batch_before,
+            batch_after=growth.batch_per_gpu,
+            learning_rate_scale=growth.learning_rate_scale,
+            predicted_memory_bytes=growth.predicted_memory_bytes,
+            notes=tuple(surgery.notes),
+        )
+        recorder.write(event)
+        if surgery.changed:
+            recorder.profile()
+        return event, surgery.changed
+
+    def _grown(self, batch_before: int) -> Growth:
+        """What the loop's own policy makes of the mini-batch; without one it stays, and `batch` only proposes."""
+        if self.grow is None:
+            return Growth(batch_per_gpu=batch_before)
+        with self.recorder.watch.paused():
+            return self.grow()
+
+    def _find_groups(self, groups: ChannelGroups) -> None:
+        self.groups = groups
+        self.criterion = self._make_criterion(self.network, groups)
+        if self.penalty_ratio > 0 and not self.criterion.weights:
+            why = next(iter(groups.reasons), "it has no convolution or linear layer with channels of its own")
+            raise UsageError(f"nothing of this {type(self.network).__name__} can be pruned: {why}")
+
+    def _adopt(self, groups: ChannelGroups) -> None:
+        """Look up again what surgery has replaced, and wrap the network again."""
+        self.groups = groups
+        self.criterion = self._make_criterion(self.network, groups)
+        self._order.renew(self.criterion.weights)
+        self._tell_recorder()
+        self._wrap_again()
+
+    def _tell_recorder(self) -> None:
+        """What a profile of the layers runs as the regulariser; λ does not change its time."""
+        add = functools.partial(self.criterion.add_gradient, self.penalty_coefficient or 0.0)
+        self.recorder.regularizer = add if self.penalty_ratio > 0 else None
+
+    def _after_change(self, groups: ChannelGroups) -> None:
+        self._adopt(groups)
+        self.recorder.refresh()
+
+    def _wrap_again(self) -> None:
+        if self.rewrap is not None:
+            self.recorder.follow(self.rewrap(self.network))
+        elif self._wrapped or self.recorder.watch.data_parallel is not None:
+            caller = self.recorder.watch.data_parallel
+            self.needs_rewrap, self._outdated = True, None if caller is None else weakref.ref(caller)
+            self.recorder.follow(self.network)  # an old DDP that somebody holds would reduce beside the new one
+
+    def _check_wrapping(self) -> None:
+        """After a reconfiguration: the loop must not go on with DDP around what is gone; a new one is adopted."""
+        caller = self.recorder.watch.data_parallel
+        if not self.needs_rewrap or caller is None:
+            return
+        if self._outdated is not None and caller is self._outdated():
+            raise UsageError(
+                "the network was pruned, but the loop still calls the DistributedDataParallel that was made before",
+                hint="where pruner.needs_rewrap: model = DistributedDataParallel(pruner.network)",
+            )
+        self.rewrapped(caller)
+
+    def _own_recorder(
+        self, model: nn.Module, input_shape: tuple[int, int, int], record: str | Path | None, facts: RunFacts | None
+    ) -> Recorder:
+        settings = {
+            "penalty_ratio": self.penalty_ratio,
+            "interval": self.interval,
+            "threshold": self.settings.threshold,
+            "mode": self.settings.mode,
+            "channel_multiple": self.settings.channel_multiple,
+            "regularizer": self.settings.regularizer,
+            "criterion": self.settings.criterion,
+        }
+        recorder = Recorder(
+            model,
+            self.optimizer,
+            input_shape=input_shape,
+            record=record,
+            facts=facts,
+            settings=settings,
+            profile=self.settings.profile,
+            channel_maxima=self.settings.channel_maxima,
+            threshold=self.settings.threshold,
+        )
+        return recorder
+
+
+def _after_update(pruner: weakref.ref[PruneTrain], *_: object) -> None:
+    """The optimizer has stepped: the proximal step follows, and the next penalty may be added."""
+    alive = pruner()
+    if alive is not None:
+        alive.updated()

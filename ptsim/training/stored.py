@@ -1,0 +1,239 @@
+"""How do network, optimizer and weight average come back from tensors and plain data, pruned as they were?
+
+Names of tensors: `network/NAME`, `optimizer/PARAMETER/KEY`, `ema/NAME`. Buffers that a network does not call persistent
+are stored as well: pruning has cut them, so that a freshly built network does not have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from ptsim.errors import UsageError
+from ptsim.prune.cut import unwrap
+from ptsim.prune.structure import apply_structure
+from ptsim.training.checkpoint import Totals
+
+VERSION = 1
+
+
+class StoredState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `PruneTrain.state_dict` gives, checked."""
+
+    version: int
+    structure: dict[str, Any]
+    penalty_coefficient: float | None
+    regularized: bool
+    epoch: int
+    initial_counts: tuple[int, int]
+    first_network: dict[str, Any]
+    first_batch: int | None
+    proposed_batch: int | None
+    learning_rate_scale: float
+    num_reconfigurations: int
+    layers_removed: tuple[str, ...]
+    trace_bytes: int
+    trace_sha256: str | None
+    totals: Totals
+    parameters: tuple[tuple[str, ...], ...]
+    optimizer: dict[str, dict[str, Any]] | None = None
+    groups: list[dict[str, Any]] | None = None
+    tensors: dict[str, Any] | None = None
+
+
+def checked(state: Mapping[str, Any]) -> StoredState:
+    """The state, if it is one.
+
+    Raises:
+        UsageError: it is something else, or of another version.
+    """
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if version != VERSION:
+        raise UsageError(f"not a state of PruneTrain: its version is {version!r}, this ptsim reads {VERSION}")
+    try:
+        return msgspec.convert(dict(state), StoredState)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"not a state of PruneTrain: {error}") from error
+
+
+def full_state(network: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, those included that a `state_dict` leaves out."""
+    return dict(network.named_buffers()) | dict(network.state_dict())
+
+
+def load_full_state(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put stored parameters and buffers into a network of the same structure.
+
+    Raises:
+        UsageError: names or shapes do not match.
+    """
+    buffers = dict(network.named_buffers())
+    persistent = network.state_dict().keys()
+    others = {name: tensor for name, tensor in tensors.items() if name in buffers and name not in persistent}
+    try:
+        network.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in others})
+        for name, tensor in others.items():
+            if tensor.shape != buffers[name].shape:
+                raise RuntimeError(f"{name} has the shape {tuple(tensor.shape)}, expected {tuple(buffers[name].shape)}")
+            buffers[name].copy_(tensor)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"the stored weights do not fit the network: {reason}") from error
+
+
+def tensors_of(network: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Tensor]:
+    """Every tensor of a run by name."""
+    tensors = {f"network/{name}": tensor for name, tensor in full_state(network).items()}
+    if ema is not None:
+        tensors |= {f"ema/{name}": tensor for name, tensor in full_state(ema).items()}
+    return tensors | optimizer_tensors(network, optimizer)
+
+
+def load_tensors(
+    network: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None, state: StoredState
+) -> None:
+    """Take over what `tensors_of` gave of a network of this very structure.
+
+    Raises:
+        UsageError: names, shapes or entries do not match.
+    """
+    assert state.tensors is not None, "the caller has looked"
+    if not all(isinstance(tensor, Tensor) for tensor in state.tensors.values()):
+        raise UsageError("not a state of PruneTrain: 'tensors' holds something else")
+    load_full_state(network, part(state.tensors, "network/"))
+    averaged = part(state.tensors, "ema/")
+    if ema is not None and averaged:
+        load_full_state(ema, averaged)
+    load_optimizer(network, optimizer, state.tensors, state.optimizer or {})
+    for group, settings in zip(optimizer.param_groups, state.groups or [], strict=False):
+        for name, value in settings.items():
+            if isinstance(group.get(name), Tensor):
+                group[name].fill_(value)
+            else:
+                group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins with `prefix`, by the rest of the name."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors, as `optimizer/PARAMETER/KEY`."""
+    return {
+        f"optimizer/{name}/{key}": value
+        for name, key, value in _entries(network, optimizer)
+        if isinstance(value, Tensor)
+    }
+
+
+def optimizer_scalars(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """The optimizer's entries that are no tensors, by parameter and key."""
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, key, value in _entries(network, optimizer):
+        if not isinstance(value, Tensor):
+            scalars.setdefault(name, {})[key] = value
+    return scalars
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The numbers, words and switches of every parameter group: rates, momenta, decays."""
+    plain = (bool, int, float, str, type(None))
+    groups = []
+    for group in optimizer.param_groups:
+        settings: dict[str, Any] = {}
+        for name, value in group.items():
+            if isinstance(value, Tensor) and value.numel() == 1:
+                settings[name] = float(value)
+            elif isinstance(value, plain):
+                settings[name] = value
+            elif isinstance(value, tuple) and all(isinstance(v, plain) for v in value):
+                settings[name] = list(value)
+        groups.append(settings)
+    return groups
+
+
+def load_optimizer(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Take over stored entries; tensors of other names are left alone.
+
+    Raises:
+        UsageError: names or shapes do not match.
+    """
+    parameters = dict(network.named_parameters())
+    for name, tensor in part(tensors, "optimizer/").items():
+        path, _, key = name.rpartition("/")
+        parameter = parameters.get(path)
+        if parameter is None or (tensor.numel() > 1 and not _fits(tensor, parameter)):
+            raise UsageError(f"the optimizer's state {name!r} does not fit the network")
+        # An optimizer keeps scalars such as Adam's step on the CPU; what is shaped like a weight lies like it.
+        like = parameter if tensor.shape == parameter.shape and tensor.dim() else tensor
+        stored = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+        optimizer.state[parameter][key] = stored if tensor.dim() == 0 else stored.to(parameter.device)
+    for path, entries in scalars.items():
+        if path not in parameters:
+            raise UsageError(f"the optimizer has no parameter {path!r}")
+        optimizer.state[parameters[path]].update(entries)
+
+
+def _fits(tensor: Tensor, parameter: Tensor) -> bool:
+    """Of the parameter's shape, or with length 1 in some of its axes (factored moments)."""
+    return tensor.ndim == parameter.ndim and all(
+        n in (1, m) for n, m in zip(tensor.shape, parameter.shape, strict=True)
+    )
+
+
+def parameter_names(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """What each of the optimizer's groups holds, in order; "" for a parameter that is not the network's."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return [[names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def reshape(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: nn.Module | None,
+    structure: Mapping[str, Any],
+    names: Sequence[Sequence[str]],
+) -> None:
+    """Give a freshly built network, its optimizer and its average the shapes of a stored structure.
+
+    Args:
+        network: as the loop builds it, not pruned.
+        optimizer: made for it; its state is forgotten.
+        ema: an average of the weights.
+        structure: as `structure_of` wrote it.
+        names: as `parameter_names` gave them.
+
+    Raises:
+        UsageError: the structure or the groups do not belong to this network or optimizer.
+    """
+    found = len(optimizer.param_groups)
+    if len(names) != found:
+        raise UsageError(f"the optimizer has {found} parameter groups, the state has {len(names)}")
+    own = {id(parameter) for parameter in network.parameters()}
+    apply_structure(network, dict(structure))
+    parameters = dict(network.named_parameters())
+    optimizer.state.clear()
+    for group, held in zip(optimizer.param_groups, names, strict=True):
+        others = iter([parameter for parameter in group["params"] if id(parameter) not in own])
+        try:
+            group["params"] = [parameters[name] if name else next(others) for name in held]
+        except (KeyError, StopIteration) as error:
+            raise UsageError("the state's optimizer holds parameters that this one does not have") from error
+    if ema is not None:
+        apply_structure(unwrap(ema), dict(structure))
+
+
+def _entries(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Any]]:
+    for name, parameter in network.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield name, key, value

@@ -1,0 +1,131 @@
+"""The trace of a run as it is written, and what it says of this machine's software. Only rank 0 has one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+import torch
+
+import ptsim
+from ptsim.errors import TrainingError
+from ptsim.network import Network
+from ptsim.trace.io import TraceWriter, read_trace
+from ptsim.trace.schema import AnyRecord, Architecture, End
+from ptsim.training.checkpoint import writing
+
+
+class TraceFile:
+    """The trace of one run; describes each architecture once."""
+
+    def __init__(self, path: Path, *, keep_bytes: int | None = None, keep_sha256: str | None = None) -> None:
+        """A new trace, or with `keep_bytes` the one that is there, cut to that length if its digest is the given one.
+
+        Raises:
+            FileFormatError: what is there is a link, too short, or another run's trace.
+            TrainingError: it cannot be written.
+        """
+        self.path = path
+        self.planned_end: End | None = None
+        self.ended = False
+        self._known: set[str] = set()
+        with writing(path):
+            if keep_bytes is None:
+                path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+            self._writer = TraceWriter(
+                path, append=keep_bytes is not None, keep_bytes=keep_bytes, keep_sha256=keep_sha256
+            )
+        if keep_bytes is not None:
+            self._known = set(read_trace(path).networks)
+
+    @property
+    def num_bytes(self) -> int:
+        """The trace's length so far."""
+        return self._writer.num_bytes
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the trace so far."""
+        return self._writer.sha256
+
+    def write(self, record: AnyRecord) -> None:
+        """Append a record.
+
+        Raises:
+            TrainingError: the disk is full; the trace ends with the last whole record.
+        """
+        with writing(self.path):
+            self._writer.write(record)
+
+    def architecture(self, network: Network) -> bool:
+        """Describe `network` unless the trace already does; whether it was new."""
+        if network.id in self._known:
+            return False
+        self.write(Architecture(id=network.id, network=network))
+        self._known.add(network.id)
+        return True
+
+    def end(self, record: End) -> None:
+        """Write the last record and close the trace; nothing on a trace that has ended.
+
+        Of a run that failed it is written if the disk still takes it: the failure itself is what the user must hear.
+        """
+        if self.ended:
+            return
+        self.ended = True
+        try:
+            if record.status == "clean":
+                self.write(record)
+            else:
+                with contextlib.suppress(TrainingError):
+                    self.write(record)
+        finally:
+            self.close()
+
+    def end_as_planned(self) -> None:
+        """End the trace of a recorder that nobody has closed; a program that ends by an error leaves it without end."""
+        if self.planned_end is not None and not hasattr(sys, "last_value"):
+            with contextlib.suppress(TrainingError):
+                self.end(self.planned_end)
+
+    def close(self) -> None:
+        """Close the trace."""
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def library_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of Python, ptsim, the named packages, and CUDA and cuDNN where torch has them."""
+    versions = {"python": platform.python_version(), "ptsim": ptsim.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in names}
+    if torch.version.cuda and torch.cuda.is_available():
+        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call] # torch's gap
+    return versions
+
+
+def git_revision(folder: Path) -> str | None:
+    """The commit that `folder` is checked out at, with "+changes" if files differ; None outside a repository."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(folder), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    revision = git("rev-parse", "HEAD")
+    if revision is None:
+        return None
+    return f"{revision}+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else revision

@@ -1,0 +1,261 @@
+"""What do the iterations of a training loop do, seen from outside? Hooks on the network and on its optimizer.
+
+Nobody has to change the loop. The forward phase runs from the call of the network to the start of backward (the loss is
+in it), backward to its end, all-reduce included; the optimizer phase is its `step` and what comes between backward and
+`step` (unscaling, clipping); what lies between two iterations is the wait for data. A hook costs microseconds, and on a
+GPU one event.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ptsim.measure.timers import Phase, StepTimer
+from ptsim.network import MemoryFormat, Precision
+from ptsim.trace.schema import EpochTime, StepDistribution
+
+_T = TypeVar("_T")
+_HALF = {torch.bfloat16: Precision.BF16, torch.float16: Precision.FP16}
+
+
+class Watch:
+    """The iterations of one epoch after the other, as hooks see them.
+
+    Attributes:
+        num_steps: updates by the optimizer in this epoch.
+        num_images: images that the network was trained on in this epoch, on this rank.
+        batch: images of this epoch's largest forward pass; of the last epoch's before the first one.
+        learning_rate: of the first parameter group at this epoch's first update.
+        num_backwards: backward passes in this epoch.
+        last_step_s: when this epoch's last update ended, by `time.perf_counter`; None before the first.
+        precision, memory_format: of the last training pass.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        on_begin: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Nothing is timed before `begin`, or before the first training pass; `on_begin` is called before that."""
+        self._device, self._on_begin = device, on_begin
+        self._timer: StepTimer | None = None
+        self._phase: Phase | None = None
+        self._since = 0
+        self._paused = False
+        self._told_data = False
+        self._in_backward = False
+        self._hooks: list[Any] = []
+        self.batch: int | None = None
+        self._caller: weakref.ref[nn.Module] | None = None
+        self.precision = Precision.FP32
+        self.memory_format: MemoryFormat = "contiguous"
+        self.reset()
+        self.follow(module, optimizer)
+
+    def follow(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Watch this network and this optimizer from now on, and no other."""
+        self.release()
+        self._hooks = [
+            module.register_forward_pre_hook(_Hook(self, "_forward_begins"), with_kwargs=True),
+            module.register_forward_hook(_Hook(self, "_forward_ends")),
+            optimizer.register_step_pre_hook(_Hook(self, "_update_begins")),
+            optimizer.register_step_post_hook(_Hook(self, "_update_ends")),
+        ]
+
+    def release(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside is not part of the training."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @property
+    def data_parallel(self) -> nn.Module | None:
+        """The DistributedDataParallel that called the network last; None where none did, or it is gone."""
+        return None if self._caller is None else self._caller()
+
+    @property
+    def active(self) -> bool:
+        """An epoch is being timed."""
+        return self._timer is not None
+
+    def begin(self) -> None:
+        """The epoch's clock starts now."""
+        self._on_begin()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._timer = StepTimer(self._device)
+        self._phase, self._since = "data", self._timer.mark()
+
+    def data(self, batches: Iterable[_T]) -> Iterator[_T]:
+        """The batches, with the wait for each timed exactly; without it the time between iterations counts as wait."""
+        self._told_data = True
+        if self._timer is None:
+            self.begin()
+        iterator = iter(batches)
+        while True:
+            self._enter("data")
+            batch = next(iterator, _END)
+            if batch is _END:  # the epoch's time ends with its last update
+                self._phase = None
+                return
+            self._enter(None)
+            yield batch
+
+    @contextlib.contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """What runs inside belongs to the phase `name`, wherever in the iteration it is."""
+        before = self._phase
+        self._enter(name, gap="optimizer")
+        try:
+            yield
+        finally:
+            self._enter(before)
+
+    def finish(self) -> tuple[EpochTime, StepDistribution] | None:
+        """Stop the clock: the epoch's times up to its last update; None where nothing was timed."""
+        timer, self._timer = self._timer, None
+        self._phase = None
+        return timer.finish(at_last_step=True) if timer is not None and timer.num_steps else None
+
+    def reset(self) -> None:
+        """Count anew."""
+        self.num_steps = self.num_images = self.num_backwards = self._largest = 0
+        self.learning_rate: float | None = None
+        self.last_step_s: float | None = None
+
+    def _enter(self, phase: Phase | None, gap: Phase | None = None) -> None:
+        """From now on time belongs to `phase`; what has had no name since the last call is `gap`."""
+        if self._timer is None:
+            return
+        now = self._timer.mark()
+        name = self._phase or gap
+        if name is not None:
+            self._timer.add(name, self._since, now)
+        self._phase, self._since = phase, now
+
+    def _ignored(self, module: nn.Module) -> bool:
+        return self._paused or not module.training or not torch.is_grad_enabled()
+
+    def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._ignored(module):
+            return
+        if self._timer is None:
+            self.begin()
+        self._in_backward = False
+        caller = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        self._caller = None if caller is None else weakref.ref(caller)
+        self._enter("forward", gap=None if self._told_data else "data")
+        images = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if images is not None and images.ndim:
+            self.num_images += len(images)
+            self._largest = max(self._largest, len(images))
+            self.batch = self._largest
+            self._note_format(images)
+
+    def _note_format(self, images: Tensor) -> None:
+        kind = self._device.type
+        if torch.is_autocast_enabled(kind):
+            self.precision = _HALF.get(torch.get_autocast_dtype(kind), Precision.FP32)
+        elif images.dtype in _HALF:
+            self.precision = _HALF[images.dtype]
+        elif (
+            kind == "cuda"
+            and torch.backends.cudnn.allow_tf32
+            and torch.cuda.get_device_capability(self._device)[0] >= 8
+        ):
+            self.precision = Precision.TF32
+        else:
+            self.precision = Precision.FP32
+        last = (
+            images.ndim == 4 and not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+        )
+        self.memory_format = "channels_last" if last else "contiguous"
+
+    def _forward_ends(self, module: nn.Module, _: Any, output: Any) -> None:
+        if self._ignored(module):
+            return
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._backward_begins)  # type: ignore[no-untyped-call] # torch's gap
+
+    def _backward_begins(self, _: Tensor) -> None:
+        if self._in_backward or self._paused:
+            return
+        self._in_backward = True
+        self._enter("backward")
+        self.num_backwards += 1
+        engine = torch.autograd.Variable._execution_engine
+        # Called at the end of backward; once more from there, because DDP waits for its all-reduces in such a call.
+        engine.queue_callback(lambda: engine.queue_callback(self._backward_ends))
+
+    def _backward_ends(self) -> None:
+        self._in_backward = False
+        self._enter(None)
+
+    def _update_begins(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._paused:
+            return
+        self._in_backward = False
+        if self.learning_rate is None:
+            self.learning_rate = float(optimizer.param_groups[0]["lr"])
+        self._enter("optimizer", gap="optimizer")
+
+    def _update_ends(self, *_: Any) -> None:
+        if self._paused:
+            return
+        self._enter(None)
+        self.num_steps += 1
+        self.last_step_s = time.perf_counter()
+        if self._timer is not None:
+            self._timer.end_step()
+
+
+_END: Any = object()
+
+
+class _Hook:
+    """Calls a method of a watch that may be gone.
+
+    A copy or a pickle of the hooked network has a hook that does nothing. Inside a compiled graph it does nothing
+    either.
+    """
+
+    def __init__(self, watch: Watch, method: str) -> None:
+        self._watch, self._method = weakref.ref(watch), method
+
+    def __call__(self, *arguments: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        watch = self._watch()
+        if watch is not None:
+            getattr(watch, self._method)(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _no_hook() -> Any:
+    return _nothing

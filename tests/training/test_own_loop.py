@@ -1,0 +1,530 @@
+"""PruneTrain and Recorder in a loop that somebody else has written."""
+
+import copy
+import gc
+
+import msgspec
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ptsim
+from ptsim.errors import UnknownNameError, UnsupportedModelError, UsageError
+from ptsim.training import loop
+from ptsim.training.wrapping import CompiledOnce
+from tests.training.nets import Branching, small
+from tests.training.runs import settings
+from tests.training.test_resume import _without_times
+
+IMAGE = (3, 8, 8)
+# Networks as small as these lose a whole branch soon, with which the image has no way to the output.
+pytestmark = pytest.mark.filterwarnings("ignore:the network has collapsed:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def images_and_labels(num_batches=4, batch=16, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    patterns = torch.rand(10, *IMAGE, generator=random)
+    labels = torch.randint(10, (num_batches, batch), generator=random)
+    return [(patterns[y] + 0.1 * torch.randn(len(y), *IMAGE, generator=random), y) for y in labels]
+
+
+def sgd(model, **more):
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, **more)
+
+
+def fresh(seed=0):
+    torch.manual_seed(seed)
+    return small(10)
+
+
+def train(pruner, model, optimizer, epochs, batches, *, loss_of=F.cross_entropy, accuracy=0.5):
+    outcomes = []
+    for _ in range(epochs):
+        for images, labels in batches:
+            loss = loss_of(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            pruner.step(loss)
+            optimizer.step()
+        outcomes.append(pruner.end_epoch(validation_accuracy=accuracy))
+    return outcomes
+
+
+def made(model, optimizer, **more):
+    options = {"input_shape": IMAGE, "penalty_ratio": 0.5, "interval": 2, "threshold": 0.12} | more
+    return ptsim.PruneTrain(model, optimizer, **options)
+
+
+def test_the_same_run_by_ptsim_train_and_in_an_own_loop_is_the_same_to_the_bit(tmp_path):
+    config = settings(epochs=5, profile=False, finetune_epochs=1, lr_milestones=[3])
+    ours = ptsim.train(config, out=tmp_path / "ours")
+    facts = ptsim.read_trace(ours.trace).run
+    torch.manual_seed(0)
+    resolved = loop.resolve(loop.make_config(config), device="cpu")
+    data = loop.load_data(resolved, input_shape=(3, 32, 32), device=torch.device("cpu"))
+    model = ptsim.zoo.create(config["model"], num_classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3])
+    share = loop.Team(device=torch.device("cpu")).share
+    pruner = made(
+        model, optimizer, record=tmp_path / "theirs", facts=ptsim.RunFacts(
+            model=facts.model, dataset=facts.dataset, hyperparameters=facts.hyperparameters
+        )
+    )  # fmt: skip
+    for epoch in range(5):
+        pruner.regularized = epoch < 4
+        hits = 0
+        for images, labels in data.training_batches(epoch, 16, share):
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            pruner.step(loss)
+            optimizer.step()
+            hits += int((logits.argmax(1) == labels).sum())
+        scheduler.step()
+        model.eval()
+        with torch.no_grad():
+            logits, labels = map(
+                torch.cat, zip(*[(model(x), y) for x, y in data.validation_batches(128, share)], strict=True)
+            )
+        model.train()
+        pruner.end_epoch(
+            int((logits.argmax(1) == labels).sum()) / len(labels),
+            validation_loss=float(
+                sum(
+                    F.cross_entropy(a, b).double() * len(b)
+                    for a, b in zip(logits.split(128), labels.split(128), strict=True)
+                )
+                / len(labels)
+            ),
+            train_accuracy=hits / 96,
+        )
+    pruner.close()
+    theirs = ptsim.read_trace(tmp_path / "theirs")
+    reference = ptsim.load_model(ours.folder)
+    assert len(theirs.networks) > 1
+    for (name, p), (_, q) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    records = [
+        [_without_times(record) for _, record in ptsim.trace.io.read_records(folder)]
+        for folder in (ours.folder, tmp_path / "theirs")
+    ]
+    assert records[0] == records[1]
+
+
+def test_the_readme_loop_prunes_and_its_trace_answers_cost_and_simulate(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, record=tmp_path / "mine")
+    outcomes = train(pruner, model, optimizer, 4, images_and_labels())
+    assert [o.reconfiguration is not None for o in outcomes] == [False, True, False, True]
+    assert any(o.pruned for o in outcomes)
+    assert outcomes[0].epoch.num_images == 64
+    assert outcomes[0].epoch.num_iterations == 4
+    assert outcomes[0].epoch.batch_per_gpu == 16
+    time = outcomes[1].epoch.time
+    assert min(time.forward_s, time.backward_s, time.regularizer_s, time.optimizer_s) > 0
+    named = time.data_wait_s + time.forward_s + time.backward_s + time.regularizer_s + time.optimizer_s
+    assert 0.8 * time.wall_s < named <= time.wall_s  # nothing of a step is left without a name
+    assert "λ" in str(pruner.summary())
+    pruner.close()
+    trace = ptsim.read_trace(tmp_path / "mine")
+    assert trace.complete
+    assert trace.run.hyperparameters["optimizer"] == "sgd"
+    assert ptsim.cost(trace).parameters == sum(p.numel() for p in model.parameters())
+    projection = ptsim.simulate(trace, "aws-p3-16xlarge", [1, 8])
+    assert len(projection) == 2
+
+
+def test_the_coefficient_is_equation_3_of_the_first_loss():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, penalty_ratio=0.25)
+    penalty = float(pruner.criterion.value())
+    images, labels = images_and_labels()[0]
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    pruner.step(loss)
+    share = pruner.penalty_coefficient * penalty
+    assert share / (loss.item() + share) == pytest.approx(0.25)
+
+
+def test_the_step_adds_the_gradient_of_lambda_times_the_penalty():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    images, labels = images_and_labels()[0]
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    alone = {name: p.grad.clone() for name, p in model.named_parameters()}
+    pruner.step(loss)
+    by_autograd = torch.autograd.grad(
+        pruner.penalty_coefficient * pruner.criterion.penalty(), list(model.parameters()), allow_unused=True
+    )
+    for (name, p), extra in zip(model.named_parameters(), by_autograd, strict=True):
+        torch.testing.assert_close(p.grad, alone[name] if extra is None else alone[name] + extra, msg=name)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adam(p, lr=0.01),
+        lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+        lambda p: torch.optim.RMSprop(p, lr=0.001, momentum=0.5, centered=True),
+        lambda p: torch.optim.Adagrad(p, lr=0.01),
+        lambda p: torch.optim.NAdam(p, lr=0.01),
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, foreach=True),
+    ],
+    ids=["adam", "amsgrad", "rmsprop", "adagrad", "nadam", "nesterov"],
+)
+def test_every_per_element_optimizer_goes_on_with_what_is_kept(make):
+    """Its state after the cut has the new shapes; the groups hold the network's parameters and no others."""
+    model = fresh()
+    optimizer = make(model.parameters())
+    pruner = made(model, optimizer)
+    outcomes = train(pruner, model, optimizer, 3, images_and_labels())
+    assert any(o.pruned for o in outcomes)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    for parameter, entries in optimizer.state.items():
+        for value in entries.values():
+            if torch.is_tensor(value) and value.ndim:
+                assert value.shape == parameter.shape
+
+
+def test_parameter_groups_schedulers_clipping_accumulation_and_an_average_go_along():
+    model = fresh()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.SGD([{"params": decayed, "weight_decay": 1e-4}, {"params": others}], lr=0.05, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    pruner = made(model, optimizer, ema=average)
+    batches = images_and_labels()
+    pruned = False
+    for _ in range(4):
+        for first in range(0, len(batches), 2):
+            optimizer.zero_grad()
+            for images, labels in batches[first : first + 2]:
+                loss = F.cross_entropy(model(images), labels)
+                (loss / 2).backward()
+            pruner.step(loss)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            average.update_parameters(model)
+        scheduler.step()
+        outcome = pruner.end_epoch(validation_accuracy=0.1)
+        assert (outcome.epoch.num_iterations, outcome.epoch.num_images) == (2, 64)
+        pruned = pruned or outcome.pruned
+    assert pruned
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [1e-4, 0]
+    assert all(p.ndim > 1 for p in optimizer.param_groups[0]["params"])
+    assert [p.shape for p in average.module.parameters()] == [p.shape for p in model.parameters()]
+    assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0] < 0.05
+
+
+def test_with_a_scaler_a_skipped_update_is_no_mistake():
+    """The loss is infinite once: the scaler leaves that update out, and the loop goes on."""
+    model = fresh()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    pruner = made(model, optimizer, scaler=scaler)
+    for _ in range(2):
+        for index, (images, labels) in enumerate(images_and_labels()):
+            optimizer.zero_grad(set_to_none=index % 2 == 0)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = F.cross_entropy(model(images), labels)
+            if index == 2:
+                loss = loss * torch.inf
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            pruner.step(loss.nan_to_num(posinf=1.0))
+            scaler.step(optimizer)
+            scaler.update()
+        outcome = pruner.end_epoch(validation_accuracy=0.1)
+    assert outcome.reconfiguration is not None
+    assert pruner.recorder.precision is ptsim.network.Precision.BF16
+
+
+class TwoHeads(nn.Module):
+    """Returns a dict; its second output is a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.more = small(10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        logits = self.body(x)
+        return {"logits": logits, "aux": (self.more(logits), logits.sum(1))}
+
+
+def test_networks_that_return_dicts_and_tuples_with_several_losses(tmp_path):
+    torch.manual_seed(0)
+    model = TwoHeads()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, record=tmp_path / "run")
+
+    def loss_of(output, labels):
+        return F.cross_entropy(output["logits"], labels) + 0.3 * F.cross_entropy(output["aux"][0], labels % 3)
+
+    outcomes = train(pruner, model, optimizer, 2, images_and_labels(), loss_of=loss_of)
+    assert outcomes[-1].pruned
+    pruner.close()
+    assert ptsim.read_trace(tmp_path / "run").run.dataset.num_classes == 10
+
+
+def test_frozen_layers_stay_as_they_are():
+    model = fresh()
+    model.stem.requires_grad_(False)
+    before = copy.deepcopy(model.stem[0].weight)
+    optimizer = sgd(nn.ParameterList(p for p in model.parameters() if p.requires_grad))
+    pruner = made(model, optimizer)
+    train(pruner, model, optimizer, 3, images_and_labels())
+    assert torch.equal(model.stem[0].weight, before)
+
+
+def test_a_state_restores_the_pruned_network_its_optimizer_and_the_course(tmp_path):
+    """Stopped after three epochs and restored into fresh objects, the run ends as one that was never stopped."""
+    batches = images_and_labels()
+    model = fresh()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    whole = made(model, optimizer, record=tmp_path / "whole")
+    train(whole, model, optimizer, 5, batches)
+    whole.close()
+
+    first = fresh()
+    optimizer = torch.optim.AdamW(first.parameters(), lr=0.01)
+    pruner = made(first, optimizer, record=tmp_path / "stopped")
+    train(pruner, first, optimizer, 3, batches)
+    torch.save(pruner.state_dict(), tmp_path / "state.pt")
+    train(pruner, first, optimizer, 1, batches)  # what is lost
+
+    second = fresh(seed=1)
+    optimizer = torch.optim.AdamW(second.parameters(), lr=0.3)
+    resumed = made(second, optimizer, record=tmp_path / "stopped")
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [p.shape for p in second.parameters()] != [p.shape for p in fresh().parameters()]
+    train(resumed, second, optimizer, 2, batches)
+    resumed.close()
+    for (name, p), q in zip(model.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    records = [
+        [_without_times(record) for _, record in ptsim.trace.io.read_records(tmp_path / name)]
+        for name in ("whole", "stopped")
+    ]
+    assert records[0] == records[1]
+
+
+def test_a_state_without_tensors_is_json_and_goes_with_the_loops_own_checkpoints():
+    batches = images_and_labels()
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    train(pruner, model, optimizer, 2, batches)
+    state = msgspec.json.decode(msgspec.json.encode(pruner.state_dict(tensors=False)))
+    other = fresh(seed=1)
+    second = sgd(other)
+    made(other, second).load_state_dict(state)
+    other.load_state_dict(model.state_dict())
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    images, labels = batches[0]
+    for network, its_optimizer in ((model, optimizer), (other, second)):
+        its_optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        its_optimizer.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_larger_mini_batch_is_proposed_once_the_network_has_shrunk():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, memory_budget_bytes=2**30, batch_granularity=8, max_batch=40)
+    assert pruner.batch is None
+    train(pruner, model, optimizer, 2, images_and_labels())
+    assert (pruner.batch, pruner.learning_rate_scale) == (40, 2.5)
+
+
+def test_a_compiled_network_says_that_it_has_to_be_wrapped_again_or_does_it():
+    for rewrap in (None, lambda network: CompiledOnce(network, backend="eager")):
+        model = fresh()
+        optimizer = sgd(model)
+        module = CompiledOnce(model, backend="eager")
+        pruner = made(module, optimizer, rewrap=rewrap)
+        assert pruner.network is model
+        outcomes = train(pruner, module, optimizer, 2, images_and_labels())
+        assert outcomes[-1].pruned
+        assert pruner.needs_rewrap is (rewrap is None)
+        if rewrap is None:
+            module = CompiledOnce(pruner.network, backend="eager")
+            pruner.rewrapped(module)
+        else:
+            module = pruner.recorder.module
+        train(pruner, module, optimizer, 1, images_and_labels())
+        assert not pruner.needs_rewrap
+
+
+def test_data_parallel_has_to_be_wrapped_again_and_a_loop_that_forgets_it_is_told(tmp_path):
+    batches = images_and_labels()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for given in ("wrapped", "bare"):
+            network = fresh()
+            module = nn.parallel.DistributedDataParallel(network)
+            optimizer = sgd(network)
+            pruner = made(module if given == "wrapped" else network, optimizer)
+            assert pruner.network is network
+            assert train(pruner, module, optimizer, 2, batches)[-1].pruned
+            assert pruner.needs_rewrap
+            with pytest.raises(UsageError, match="still calls the DistributedDataParallel that was made before"):
+                train(pruner, module, optimizer, 1, batches)
+            del module
+            gc.collect()  # the failed call's frames hold it
+            module = nn.parallel.DistributedDataParallel(pruner.network)
+            optimizer.zero_grad()
+            train(pruner, module, optimizer, 1, batches)
+            assert not pruner.needs_rewrap
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# Misuse
+
+
+def test_a_step_before_backward_is_named():
+    model = fresh()
+    pruner = made(model, sgd(model))
+    with pytest.raises(UsageError, match="before backward"):
+        pruner.step(torch.tensor(2.3))
+
+
+def test_a_penalty_that_is_added_twice_is_named():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    images, labels = images_and_labels()[0]
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    pruner.step(loss)
+    with pytest.raises(UsageError, match=r"added twice before optimizer\.step"):
+        pruner.step(loss)
+
+
+def test_a_step_before_unscaling_is_named():
+    model = fresh()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu")
+    pruner = made(model, optimizer, scaler=scaler)
+    images, labels = images_and_labels()[0]
+    loss = F.cross_entropy(model(images), labels)
+    scaler.scale(loss).backward()
+    with pytest.raises(UsageError, match=r"before scaler\.unscale_"):
+        pruner.step(loss)
+
+
+def test_another_optimizer_is_named_whether_it_was_made_before_or_after_a_reconfiguration():
+    batches = images_and_labels()
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    with pytest.raises(UsageError, match="another optimizer than PruneTrain's has updated the network"):
+        train(pruner, model, sgd(model), 1, batches)
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    train(pruner, model, optimizer, 2, batches)
+    with pytest.raises(UsageError, match="since the reconfiguration"):
+        train(pruner, model, sgd(model), 1, batches)
+
+
+def test_an_optimizer_whose_parameters_somebody_exchanged_is_named():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    optimizer.param_groups[0]["params"] = list(fresh().parameters())
+    with pytest.raises(UsageError, match="holds none of the parameters of this Small"):
+        train(pruner, model, optimizer, 1, images_and_labels())
+
+
+def test_an_optimizer_of_another_network_is_named():
+    with pytest.raises(UsageError, match="holds none of the parameters of this Small"):
+        made(fresh(), sgd(fresh()))
+    model = fresh()
+    with pytest.raises(UsageError, match=r"does not hold inner\.0\.weight of this Small"):
+        made(model, sgd(nn.ParameterList(p for n, p in model.named_parameters() if not n.startswith("inner"))))
+
+
+def test_two_pruners_on_one_network_are_named_and_one_after_the_other_is_fine():
+    model = fresh()
+    optimizer = sgd(model)
+    first = made(model, optimizer)
+    with pytest.raises(UsageError, match="already has a PruneTrain"):
+        made(model, optimizer)
+    first.close()
+    second = made(model, optimizer)
+    del second
+    gc.collect()
+    made(model, optimizer)
+
+
+def test_end_epoch_twice_is_named():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    train(pruner, model, optimizer, 1, images_and_labels())
+    with pytest.raises(UsageError, match="without a training step since the last one"):
+        pruner.end_epoch(validation_accuracy=0.5)
+
+
+def test_a_percentage_is_no_accuracy():
+    model = fresh()
+    optimizer = sgd(model)
+    with pytest.raises(UsageError, match="expected a fraction from 0 to 1"):
+        train(made(model, optimizer), model, optimizer, 1, images_and_labels(), accuracy=71.2)
+
+
+def test_a_network_that_cannot_be_traced_is_named():
+    model = Branching()
+    with pytest.raises(UnsupportedModelError, match=r"torch\.fx cannot trace Branching"):
+        made(model, sgd(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"penalty_ratio": 1.0}, UsageError, "penalty ratio"),
+        ({"interval": 0}, UsageError, "interval"),
+        ({"interval": 2.5}, UsageError, "interval"),
+        ({"input_shape": 224}, UsageError, "input_shape is 224"),
+        ({"input_shape": (3, 8)}, UsageError, "input_shape"),
+        ({"thresold": 1e-3}, UnknownNameError, "unknown setting of PruneTrain 'thresold'"),
+        ({"mode": "both"}, UsageError, "setting 'mode'"),
+        ({"threshold": 0.0}, UsageError, "threshold"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_wrong_settings_are_one_sentence(changes, error, message):
+    model = fresh()
+    with pytest.raises(error, match=message) as caught:
+        made(model, sgd(model), **changes)
+    assert "\n" not in caught.value.message
+
+
+def test_a_folder_that_holds_another_runs_trace_is_refused(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, record=tmp_path / "run")
+    train(pruner, model, optimizer, 1, images_and_labels())
+    pruner.close()
+    with pytest.raises(UsageError, match="holds the trace of another run"):
+        train(made(model, optimizer, record=tmp_path / "run"), model, optimizer, 1, images_and_labels())

@@ -1,0 +1,205 @@
+"""A recorder alone: dense runs, and runs that another library prunes."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+
+import ptsim
+from ptsim.errors import UsageError
+from tests.training.test_own_loop import IMAGE, fresh, images_and_labels, one_thread, sgd  # noqa: F401 # a fixture
+
+
+def train(recorder, model, optimizer, epochs=1, batches=None):
+    for _ in range(epochs):
+        for images, labels in recorder.data(batches or images_and_labels()):
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss)
+        recorder.end_epoch(validation_accuracy=0.25)
+
+
+def test_a_dense_run_leaves_a_whole_trace_that_answers(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    with ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path / "dense") as recorder:
+        train(recorder, model, optimizer, epochs=2)
+    trace = ptsim.read_trace(tmp_path / "dense")
+    assert trace.complete
+    assert not trace.is_pruned
+    assert trace.end.final_accuracy == 0.25
+    assert [epoch.num_images for epoch in trace.epochs] == [64, 64]
+    time = trace.epochs[1].time
+    named = time.data_wait_s + time.forward_s + time.backward_s + time.optimizer_s
+    assert 0 < named <= time.wall_s
+    assert time.regularizer_s == 0
+    assert ptsim.cost(trace).parameters == sum(p.numel() for p in model.parameters())
+    assert len(ptsim.simulate(trace, "aws-p3-16xlarge", [8])) == 1
+
+
+def test_the_mean_loss_weighs_every_image_alike(tmp_path):
+    """Mini-batches of 16 and 4 images: the mean is over images, not over mini-batches."""
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    (large, labels), (small, few) = images_and_labels()[0], images_and_labels(1, 4, seed=1)[0]
+    losses = []
+    for images, y in ((large, labels), (small, few)):
+        loss = F.cross_entropy(model(images), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        recorder.step(loss)
+        losses.append(loss.item())
+    assert recorder.end_epoch().train_loss == pytest.approx((16 * losses[0] + 4 * losses[1]) / 20)
+
+
+def test_validation_and_copies_are_not_part_of_the_training(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    teacher = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    images, labels = images_and_labels()[0]
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    teacher(images).sum().backward()
+    model.eval()
+    model(images)
+    with torch.no_grad():
+        model.train()(images)
+    assert recorder.end_epoch().num_images == 16
+
+
+def test_a_run_that_masks_weights_with_torch_and_removes_the_masks(tmp_path):
+    """torch.nn.utils.prune keeps shapes: the trace has one network, and the zeros show as sparsity."""
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path / "run")
+    train(recorder, model, optimizer)
+    torch_prune.ln_structured(model.inner[0], "weight", amount=0.5, n=2, dim=0)
+    torch_prune.remove(model.inner[0], "weight")
+    optimizer = sgd(model, weight_decay=0.0)
+    recorder.follow(optimizer=optimizer)
+    for images, labels in images_and_labels(1):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        model.inner[0].weight.grad = None  # a frozen mask, as such loops have it
+        optimizer.step()
+    recorder.end_epoch(validation_accuracy=0.5)
+    recorder.close()
+    trace = ptsim.read_trace(tmp_path / "run")
+    density = {d.layer: d for d in trace.epochs[1].densities}["inner.0"]
+    assert density.output_channels == 0.5
+    assert trace.epochs[1].channel_sparsity == pytest.approx(4 / (8 + 8 + 8 + 12 + 10))
+    assert len(trace.networks) == 1
+
+
+def narrowed(model):
+    """By hand what pruning libraries do: four channels of the inner width go, parameters are new objects."""
+    first, norm, last = model.inner[0], model.inner[1], model.inner[3]
+    first.weight, first.out_channels = nn.Parameter(first.weight[:4].detach().clone()), 4
+    model.inner[1] = nn.BatchNorm2d(4)
+    last.weight, last.in_channels = nn.Parameter(last.weight[:, :4].detach().clone()), 4
+    assert norm.num_features == 8
+
+
+def test_a_network_that_somebody_else_has_cut_is_recorded_with_the_change(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path / "run")
+    train(recorder, model, optimizer, epochs=2)
+    narrowed(model)
+    optimizer = sgd(model)
+    recorder.follow(optimizer=optimizer)
+    train(recorder, model, optimizer)
+    recorder.close()
+    trace = ptsim.read_trace(tmp_path / "run")
+    (event,) = trace.reconfigurations
+    assert (event.epoch, event.channels_removed, event.measured_duration_s) == (1, 4, None)
+    assert [e.architecture for e in trace.epochs] == [event.before, event.before, event.after]
+    assert ptsim.cost(trace).parameters == sum(p.numel() for p in model.parameters())
+    assert trace.is_pruned
+
+
+def test_an_optimizer_that_nobody_told_the_recorder_of_is_said(tmp_path):
+    model = fresh()
+    recorder = ptsim.Recorder(model, sgd(model), input_shape=IMAGE)
+    other = sgd(model)
+    for images, labels in images_and_labels():
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        other.step()
+    with pytest.warns(UserWarning, match="the recorder's optimizer has not stepped in this epoch"):
+        record = recorder.end_epoch()
+    assert (record.num_iterations, record.num_images) == (4, 64)
+
+
+def test_torch_pruning_prunes_and_the_recorder_records(tmp_path):
+    tp = pytest.importorskip("torch_pruning", reason="Torch-Pruning is not installed")
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path / "run")
+    train(recorder, model, optimizer)
+    pruner = tp.pruner.MagnitudePruner(
+        model, torch.rand(2, *IMAGE), importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=0.5,
+        ignored_layers=[model.fc],
+    )  # fmt: skip
+    pruner.step()
+    optimizer = sgd(model)
+    recorder.follow(optimizer=optimizer)
+    train(recorder, model, optimizer)
+    recorder.close()
+    trace = ptsim.read_trace(tmp_path / "run")
+    assert len(trace.networks) == 2
+    assert trace.reconfigurations[0].channels_removed == (8 + 8 + 8 + 12) // 2
+    assert ptsim.cost(trace).parameters == sum(p.numel() for p in model.parameters())
+    assert len(ptsim.simulate(trace, "aws-p3-16xlarge", [8])) == 1
+
+
+def test_a_recorder_that_nobody_closes_ends_its_trace_when_the_program_ends(tmp_path):
+    script = tmp_path / "loop.py"
+    script.write_text(
+        "import sys, torch, ptsim\n"
+        "from tests.training.test_own_loop import fresh, sgd, images_and_labels, IMAGE\n"
+        "from tests.training.test_recorder import train\n"
+        "torch.set_num_threads(1)\n"
+        "model = fresh(); optimizer = sgd(model)\n"
+        "recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=sys.argv[1])\n"
+        "train(recorder, model, optimizer)\n"
+        "if sys.argv[2] == 'fails': raise SystemExit(str(1 / 0))\n"
+    )
+    root = Path(__file__).parents[2]
+    for how, complete in (("ends", True), ("fails", False)):
+        folder = tmp_path / how
+        subprocess.run(
+            [sys.executable, str(script), str(folder), how], cwd=root, env={"PYTHONPATH": str(root)}, check=False
+        )
+        trace = ptsim.read_trace(folder)
+        assert (len(trace.epochs), trace.complete) == (1, complete)
+
+
+def test_misuse_is_one_sentence(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path / "run")
+    with pytest.raises(UsageError, match="without a training step since the last one"):
+        recorder.end_epoch()
+    with pytest.raises(UsageError, match="holds another network"):
+        recorder.follow(fresh())
+    train(recorder, model, optimizer)
+    recorder.close()
+    with pytest.raises(UsageError, match="the recorder is closed"):
+        recorder.end_epoch()
+    again = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path / "run")
+    with pytest.raises(UsageError, match="holds the trace of another run"):
+        train(again, model, optimizer)
