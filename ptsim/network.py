@@ -138,7 +138,7 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Parameter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One trainable tensor: what data-parallel training reduces."""
+    """One trainable tensor: what data-parallel training reduces. `layer` is "" where no gradient ever comes."""
 
     name: str
     layer: str

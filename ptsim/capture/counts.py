@@ -9,7 +9,6 @@ operator reduces.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import warnings
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ptsim.capture.graph import example_input, symbolic_graph
+from ptsim.capture.graph import copied, example_input, symbolic_graph
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # fvcore uses torch.jit.script, which torch deprecates
@@ -114,7 +113,7 @@ def einsum_macs(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
 def _detached_copy(model: nn.Module) -> nn.Module:
     """A copy that shares the parameters' memory, needs no gradients, and has buffers of its own."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 def _named_padding_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:

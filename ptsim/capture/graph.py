@@ -145,13 +145,41 @@ class _ShapedAttribute(_Looks, fx.proxy.Attribute):
         return _ShapedAttribute(self, name)
 
 
-def hollow_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters and buffers are new, on the default device (a fake or meta one takes no memory)."""
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of any model, also of one that keeps computed tensors as attributes."""
+    return copy.deepcopy(model, computed_tensors(model) | (memo or {}))
+
+
+def computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for `deepcopy`: the values, without their history, of the computed tensors that modules keep.
+
+    Older normalisations of weights (`torch.nn.utils.weight_norm`, `spectral_norm`) and masks (`torch.nn.utils.prune`)
+    compute a layer's weight before every call and leave it there, and torch does not copy such a tensor. The copy
+    computes its own when it is called.
+    """
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    }
+
+
+def hollow_copy(model: nn.Module, device: str | None = None) -> nn.Module:
+    """A deep copy whose parameters and buffers are new, on `device` (a fake or meta one takes no memory).
+
+    Its BatchNorms average their statistics with a fixed momentum, since an average over all batches (momentum None)
+    reads a counter's value, which is not there.
+    """
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        twin = torch.empty(tensor.shape, dtype=tensor.dtype)
+        twin = torch.empty_like(tensor, device=device) if device else torch.empty(tensor.shape, dtype=tensor.dtype)
         memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    return copy.deepcopy(model, memo)
+    twin_model = copied(model, memo)
+    for module in twin_model.modules():
+        if hasattr(module, "num_batches_tracked") and getattr(module, "momentum", 0.1) is None:
+            module.momentum = 0.1
+    return twin_model
 
 
 @contextlib.contextmanager

@@ -86,7 +86,9 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
         edges=tuple(_edges(nodes, names)),
         parameters=tuple(
             Parameter(
-                name=p, layer=names[owners[p]] if p in owners else "", shape=tuple(small.model.get_parameter(p).shape)
+                name=p,
+                layer=names[owners[p]] if p in owners and p not in small.idle else "",
+                shape=tuple(small.model.get_parameter(p).shape),
             )
             for p in small.ready
         ),

@@ -8,7 +8,6 @@ gradients by hooks on the parameters. Tests check that a run with real tensors g
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import warnings
@@ -20,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ptsim.capture.graph import hollow_copy, naming_the_image, symbolic_graph
+from ptsim.capture.graph import copied, hollow_copy, naming_the_image, symbolic_graph
 from ptsim.errors import UnsupportedModelError
 
 Shape = tuple[int, ...]
@@ -60,12 +59,16 @@ class Step:
 
 @dataclasses.dataclass
 class Rehearsal:
-    """One training step: the copy that ran, its graph, what each node did, and parameters as their gradients came."""
+    """One training step: the copy that ran, its graph, what each node did, and parameters as their gradients came.
+
+    `idle` are the trainable parameters that got no gradient, which come last in `ready`.
+    """
 
     model: nn.Module
     graph: fx.GraphModule
     steps: dict[str, Step]
     ready: tuple[str, ...]
+    idle: frozenset[str]
 
 
 def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, fake: bool = True) -> Rehearsal:
@@ -89,7 +92,7 @@ def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *,
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.random.fork_rng()
     with warnings.catch_warnings(), mode, torch.device("cpu"), torch.enable_grad():
         warnings.simplefilter("ignore")  # the model's own: a rehearsal is not the place to repeat them
-        twin = hollow_copy(model) if fake else copy.deepcopy(model).cpu()
+        twin = hollow_copy(model) if fake else copied(model).cpu()
         twin.train()
         graph = symbolic_graph(twin, (batch, *input_shape))
         watcher = _Watcher(graph, twin)
@@ -98,8 +101,8 @@ def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *,
             with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
                 outputs = _tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype)))
             watcher.finish()
-            ready = _gradient_order(twin, outputs)
-    return Rehearsal(twin, graph, watcher.steps, ready)
+            ready, idle = _gradient_order(twin, outputs)
+    return Rehearsal(twin, graph, watcher.steps, ready, idle)
 
 
 @contextlib.contextmanager
@@ -171,8 +174,8 @@ class _Watcher(fx.Interpreter):
         return tensor
 
 
-def _gradient_order(model: nn.Module, outputs: list[Tensor]) -> tuple[str, ...]:
-    """Trainable parameters as their gradients become ready; those that get none come last."""
+def _gradient_order(model: nn.Module, outputs: list[Tensor]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Trainable parameters as their gradients become ready; those that get none come last, and once more alone."""
     ready: list[str] = []
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trainable.items():
@@ -180,7 +183,8 @@ def _gradient_order(model: nn.Module, outputs: list[Tensor]) -> tuple[str, ...]:
     loss = [output.float().sum() for output in outputs if output.requires_grad]
     if loss:
         torch.autograd.backward(loss)
-    return (*ready, *(name for name in trainable if name not in set(ready)))
+    idle = [name for name in trainable if name not in set(ready)]
+    return (*ready, *idle), frozenset(idle)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
+from ptsim.capture.graph import computed_tensors
 from ptsim.capture.network import layer_names, training_graph
 from ptsim.errors import MissingMeasurementError, UnsupportedModelError
 from ptsim.measure.host_memory import keep_freed_memory
@@ -211,7 +212,9 @@ class _Run:
         scaled: bool,
     ) -> None:
         # One deepcopy of all three: its memo lets the copies of optimizer and regulariser hold the copy's parameters.
-        self.model, self.optimizer, self.regularizer = copy.deepcopy((model, optimizer, regularizer))
+        self.model, self.optimizer, self.regularizer = copy.deepcopy(
+            (model, optimizer, regularizer), computed_tensors(model)
+        )
         self.network = network
         self.device = device
         # As training in fp16 does: its updates wait for the device to say whether a gradient overflowed. The scale of 1

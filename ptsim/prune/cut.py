@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ptsim.prune.propagate import BATCH_NORMS, CONVS, INSTANCE_NORMS, WIDTH, AxisKey, tensor_names
 
+ORIGINS = "_ptsim_origins"  # attribute of a module: where the elements of a buffer that no state dict holds came from
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
@@ -62,6 +64,9 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
         for key, buffer in list(module._buffers.items()):
             kept = tensors.get(names[id(buffer)]) if buffer is not None else None
             if buffer is not None and kept is not None:
+                if key in module._non_persistent_buffers_set:
+                    origins = vars(module).setdefault(ORIGINS, {})
+                    origins[key] = take(origins.get(key, places(buffer)), kept)
                 module._buffers[key] = take(buffer, kept)
                 touched = True
         if touched:
@@ -71,6 +76,11 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
         if kept is not None:
             set_width(module, len(kept[0]))
     return replacements
+
+
+def places(tensor: Tensor) -> Tensor:
+    """The place of every element in the flattened tensor."""
+    return torch.arange(tensor.numel()).view(tensor.shape)
 
 
 def norms_without_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -134,8 +144,9 @@ def sync_attributes(module: nn.Module) -> None:
 def cut_optimizer(optimizer: torch.optim.Optimizer, replacements: Iterable[Replacement]) -> None:
     """Point the optimizer's groups at the successors and carry every kept element of its state over.
 
-    A state tensor of the parameter's shape is cut like it; one with length 1 in some axis (factored moments) is cut in
-    the others; a scalar (Adam's step) is kept. Works for every optimizer whose state is of these forms.
+    A state tensor of the parameter's shape is cut like it, whatever its size; one with length 1 in some axis (factored
+    moments) is cut in the others; another one of one element (Adam's step) is kept. Works for every optimizer whose
+    state is of these forms.
     """
     successors = {id(r.old): r for r in replacements}
     for group in optimizer.param_groups:
@@ -155,9 +166,9 @@ def cut_optimizer(optimizer: torch.optim.Optimizer, replacements: Iterable[Repla
 
 
 def _cut_state(key: str, value: object, replacement: Replacement) -> object:
-    if not isinstance(value, Tensor) or value.numel() == 1:
-        return value
     shape = replacement.old.shape
+    if not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != shape):
+        return value
     if value.ndim != len(shape) or any(n not in (1, m) for n, m in zip(value.shape, shape, strict=True)):
         warnings.warn(f"optimizer state {key!r} has a shape of its own and starts anew", stacklevel=2)
         assert replacement.new is not None, "a parameter that is gone keeps no state"

@@ -7,7 +7,6 @@ no table of layer names. Components are numbered from 0; nothing here holds a re
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable
@@ -18,7 +17,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import example_input, naming_the_image
+from ptsim.capture.graph import copied, example_input, naming_the_image
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.propagate import AxisKey, State, Weighted, propagate, skeleton
@@ -99,7 +98,7 @@ class ChannelGroups:
 
     def rehearsal_copy(self, model: nn.Module) -> nn.Module:
         """A copy of the model to try an operation on: without storage where its operators allow it."""
-        return skeleton(model) if self.shapes_only else copy.deepcopy(model)
+        return skeleton(model) if self.shapes_only else copied(model)
 
     def edges(self) -> tuple[Edge, ...]:
         """The components bundled by equal producers and consumers, in the order of the network."""
@@ -168,7 +167,7 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
     except UnsupportedModelError:
         raise
     except Exception:  # meta tensors do not support every operator, or the model does not run on such an image
-        bones, shapes_only = copy.deepcopy(model), False
+        bones, shapes_only = copied(model), False
         with naming_the_image(model, input_shape), torch.no_grad(), torch.random.fork_rng():
             bones.eval()(example_input(bones, input_shape))
             state, graphs = propagate(bones.train(model.training), input_shape)
@@ -234,7 +233,7 @@ def misaligned(
 
     `operation` takes them out of a copy; by default a plain cut.
     """
-    smaller = copy.deepcopy(bones)
+    smaller = copied(bones)
     seed = {}
     for key, components in groups.axes.items():
         kept = ~removed[components]

@@ -396,3 +396,4 @@ KINDS: dict[str, type[Placeholder | ConstantChannels | Gathered | Scattered]] = 
     "gathered": Gathered,
     "scattered": Scattered,
 }
+OWN = (Placeholder, ConstantChannels, ChannelGather, ChannelScatter, PartialBatchNorm, Gathered, Scattered)

@@ -6,7 +6,6 @@ compared: outputs in evaluation mode, and outputs, gradients and BatchNorm stati
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ptsim import zoo
-from ptsim.capture.graph import output_tensors
+from ptsim.capture.graph import copied, output_tensors
 from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.prune.cut import take
 from ptsim.prune.groups import SHAPE_ERRORS, ChannelGroups, axes_for, find_groups, keep_one
 from ptsim.prune.propagate import BATCH_NORMS
-from ptsim.prune.reconfigure import Plan, operate
+from ptsim.prune.reconfigure import Plan, operate, stays_aligned
 
 TOLERANCE = 1e-9
 LARGE, THIN = 32_000_000, 1 / 8
@@ -140,7 +139,7 @@ def inspect(
         else:
             name, shape = type(model).__name__, input_shape or (3, 224, 224)
             _check_shape(shape)
-            network = copy.deepcopy(model).cpu()
+            network = copied(model).cpu()
         groups = report = find_groups(network, shape)
         if sum(parameter.numel() for parameter in network.parameters()) > LARGE:
             thin = groups.prunable & (torch.rand(groups.num_components) < 1 - THIN)
@@ -234,7 +233,10 @@ def _compare(
     generator = torch.Generator().manual_seed(seed)
     chance = torch.rand(groups.num_components, generator=generator)
     limit = max(fraction, float(chance[groups.prunable].min())) if bool(groups.prunable.any()) else fraction
-    mask, _ = keep_one(groups, groups.prunable & (chance <= limit), torch.rand(len(chance), generator=generator))
+    chosen, importance = groups.prunable & (chance <= limit), torch.rand(len(chance), generator=generator)
+    mask, _ = keep_one(groups, chosen, importance)
+    if not stays_aligned(network, groups, Plan(removed=mask)):  # as `reconfigure` decides
+        mask, _ = keep_one(groups, chosen & ~groups.sensitive, importance)
     zero_components(network, groups, mask)
     has_batch_norm = any(isinstance(module, BATCH_NORMS) for module in network.modules())
     if has_batch_norm:

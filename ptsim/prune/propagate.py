@@ -11,7 +11,6 @@ shuffles, window partitions and flattens need no rule of their own.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import math
@@ -21,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import example_input, symbolic_graph
+from ptsim.capture.graph import example_input, hollow_copy, symbolic_graph
 
 WIDTH = "width"  # stands for a tensor of a normalisation that has none
 UNKNOWN = -(2**40)  # the label of an axis that an earlier network did not have
@@ -126,17 +125,14 @@ class Weighted:
 
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model whose parameters and buffers are on the meta device: shapes without storage."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
-    for name, buffer in model.named_buffers():
+    bones = hollow_copy(model, device="meta")
+    for path, buffer in model.named_buffers():
         if (
-            not name.endswith((".mask", ".index")) or buffer.is_floating_point()
+            path.endswith((".mask", ".index")) and not buffer.is_floating_point()
         ):  # which channels are gated is structure
-            memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+            parent, _, name = path.rpartition(".")
+            bones.get_submodule(parent)._buffers[name] = buffer.clone()
+    return bones
 
 
 def tensor_names(model: nn.Module) -> dict[int, str]:

@@ -199,13 +199,22 @@ def _rehearse(model: nn.Module, groups: ChannelGroups, plan: Plan) -> tuple[Plan
             operate(bones, groups, plan)
             if not runs(bones, groups):
                 return None
-        if bool((plan.removed & groups.sensitive).any()):
-            wrong = misaligned(groups.rehearsal_copy(model), groups, plan.removed, lambda m: operate(m, groups, plan))
-            if wrong is None or len(wrong):
-                return None
+        if not stays_aligned(model, groups, plan):
+            return None
         return plan, find_groups(bones, groups.input_shape), bones
     except SHAPE_ERRORS:
         return None
+
+
+def stays_aligned(model: nn.Module, groups: ChannelGroups, plan: Plan) -> bool:
+    """True if the model's code handles what the plan leaves as it handled the whole.
+
+    A reshape or split could mix up channels, and a condition on shapes could come out differently.
+    """
+    if not bool((plan.removed & groups.sensitive).any()):
+        return True
+    wrong = misaligned(groups.rehearsal_copy(model), groups, plan.removed, lambda m: operate(m, groups, plan))
+    return wrong is not None and len(wrong) == 0
 
 
 def weighted_layers(groups: ChannelGroups, removal: Removal) -> tuple[str, ...]:

@@ -1,20 +1,22 @@
 """How is a pruned network rebuilt in another process, without pickle?
 
 `structure_of` writes down the shapes of every parameter and buffer and the modules that pruning put in; on a freshly
-built dense network `apply_structure` makes the same shapes. Weights are loaded afterwards, by name.
+built dense network `apply_structure` makes the same shapes. Weights are loaded afterwards, by name. A state dict leaves
+out buffers that are not persistent; of those the structure says which elements of the dense network's are left.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptsim.errors import UsageError
-from ptsim.prune.cut import norms_without_tensors, set_width, sync_attributes, width
-from ptsim.prune.modules import KINDS, ConstantChannels, Gathered, Placeholder, Scattered
+from ptsim.prune.cut import ORIGINS, norms_without_tensors, set_width, sync_attributes, width
+from ptsim.prune.modules import KINDS, OWN, ConstantChannels, Gathered, Placeholder, Scattered
 from ptsim.prune.removal import set_module
 
 VERSION = 1
@@ -27,12 +29,14 @@ class Structure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         tensors: shape of every parameter and buffer, by name.
         modules: kind and constructor arguments of what pruning put in, by path.
         widths: channels of the normalisations that have no tensors, by path.
+        origins: of every cut buffer that is not persistent the places of its elements in the flattened dense one.
     """
 
     version: int
     tensors: dict[str, tuple[Annotated[int, msgspec.Meta(ge=0)], ...]]
     modules: dict[str, dict[str, Any]]
     widths: dict[str, Annotated[int, msgspec.Meta(ge=1)]] = {}
+    origins: dict[str, list[Annotated[int, msgspec.Meta(ge=0)]]] = {}
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
@@ -46,7 +50,14 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, (Placeholder, ConstantChannels, Gathered, Scattered))
     }
     widths = {path: width(module) for path, module in norms_without_tensors(model)}
-    return {"version": VERSION, "tensors": tensors, "modules": modules, "widths": widths}
+    origins = {
+        (f"{path}.{key}" if path else key): at.flatten().tolist()
+        for path, module in model.named_modules()
+        for key, at in vars(module).get(ORIGINS, {}).items()
+        if not isinstance(module, OWN)
+    }
+    structure = {"version": VERSION, "tensors": tensors, "modules": modules, "widths": widths}
+    return structure | ({"origins": origins} if origins else {})
 
 
 def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
@@ -89,7 +100,13 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
         for key, buffer in list(module._buffers.items()):
             shape = shapes.get(prefix + key)
             if buffer is not None and shape is not None and shape != tuple(buffer.shape):
-                module._buffers[key] = _corner(buffer, shape, prefix + key)
+                origin = stored.origins.get(prefix + key)
+                if origin is None:
+                    module._buffers[key] = _corner(buffer, shape, prefix + key)
+                else:
+                    at = _checked(origin, shape, buffer, prefix + key)
+                    vars(module).setdefault(ORIGINS, {})[key] = at
+                    module._buffers[key] = buffer.flatten()[at.to(buffer.device)].clone()
                 touched = True
         if touched:
             sync_attributes(module)
@@ -118,7 +135,15 @@ def _insert(model: nn.Module, path: str, config: dict[str, Any]) -> None:
     set_module(model, path, new.train(old.training))
 
 
-def _corner(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
+def _checked(origin: list[int], shape: tuple[int, ...], buffer: Tensor, name: str) -> Tensor:
+    if len(origin) != math.prod(shape) or any(place >= buffer.numel() for place in origin):
+        raise UsageError(
+            f"the stored structure has {len(origin)} elements for {name} of shape {shape}, or wrong places"
+        )
+    return torch.tensor(origin, dtype=torch.int64).view(shape)
+
+
+def _corner(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
     if len(shape) != tensor.ndim or any(n > m for n, m in zip(shape, tensor.shape, strict=True)):
         raise UsageError(f"the stored structure has {name} of shape {shape}, the model {tuple(tensor.shape)}")
     return tensor[tuple(slice(n) for n in shape)].clone()

@@ -6,7 +6,6 @@ Everything here is in the checkpoint, so that a resumed run goes on bit for bit.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptsim.capture.graph import copied
+from ptsim.capture.rehearsal import rehearse
 from ptsim.errors import FileFormatError, UsageError
 from ptsim.network import Precision
 from ptsim.prune.structure import apply_structure
@@ -38,7 +39,7 @@ class Learner:
         """A learner around `model`, at the start of training; the trace will lie in the folder `record`."""
         self.config, self.recipe, self.team, self.device = config, recipe, team, team.device
         self.model = self._placed(model)
-        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
+        self.average = copied(self.model).requires_grad_(False) if config.ema_decay else None
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision is Precision.FP16)
         self.next_epoch = 0
@@ -118,7 +119,8 @@ class Learner:
         """The network as the loop calls it; made anew after every reconfiguration."""
         self._placed(model)
         self._refresh()
-        self.module = wrap(model, self.config, self.team)
+        idle = rehearse(model, self.recipe.input_shape, 2).idle if self.team.world_size > 1 else ()
+        self.module = wrap(model, self.config, self.team, idle)
         return self.module
 
     def weights(self) -> dict[str, Tensor]:

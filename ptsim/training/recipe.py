@@ -46,17 +46,17 @@ def takes_in_channels(entry: zoo.ModelEntry) -> bool:
 
 
 def check_fits(model: nn.Module, recipe: Recipe) -> None:
-    """Run two images through the model in evaluation mode.
+    """Run two images through the model in evaluation and in training mode; it is left as it was.
 
     Raises:
-        UsageError: it fails on images of this size, or gives another number of classes than the data has.
+        UsageError: it fails on images of this size, gives another number of classes than the data has, or in training
+            mode something else than one number per image and class.
     """
     channels, height, width = recipe.input_shape
-    training = model.training
-    model.eval()
+    training, buffers = model.training, [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.no_grad():
-            output = model(torch.zeros(2, channels, height, width))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            outputs = [model.train(mode)(torch.zeros(2, channels, height, width)) for mode in (False, True)]
     except Exception as error:  # the model's own code runs here
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
@@ -65,8 +65,15 @@ def check_fits(model: nn.Module, recipe: Recipe) -> None:
         ) from error
     finally:
         model.train(training)
-    if not isinstance(output, torch.Tensor) or output.shape != (2, recipe.num_classes):
-        found = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise UsageError(
-            f"model {recipe.model!r} gives {found} for an image, but the data set has {recipe.num_classes} classes"
-        )
+        for buffer, before in buffers:
+            buffer.detach().copy_(before)
+    for output, mode in zip(outputs, ("", " in training mode"), strict=True):
+        if not isinstance(output, torch.Tensor) or output.shape != (2, recipe.num_classes):
+            found = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+            raise UsageError(
+                f"model {recipe.model!r} gives {found} for an image{mode}, but the data set has "
+                f"{recipe.num_classes} classes",
+                hint="training takes one tensor; give a function that builds it without auxiliary outputs"
+                if mode
+                else None,
+            )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ptsim.capture.graph import copied
 from ptsim.errors import TrainingError, UnsupportedModelError
 from ptsim.prune.cut import unwrap
 from ptsim.training.config import Config
@@ -21,16 +22,21 @@ _WITHOUT_BUFFERS: dict[str, Any] = {
 }
 
 
-def wrap(model: nn.Module, config: Config, team: Team) -> nn.Module:
+def wrap(model: nn.Module, config: Config, team: Team, idle: Collection[str] = ()) -> nn.Module:
     """The network as the loop calls it; made anew after every reconfiguration.
 
     Compilation is inside DDP, so that a compiled step still reduces its gradients; they all become ready at its end
-    and the all-reduce hides behind nothing.
+    and the all-reduce hides behind nothing. `idle` names parameters that get no gradient: DDP, which would wait for
+    them, leaves them out.
     """
     module = synchronised(model) if config.sync_batch_norm and team.world_size > 1 else model
     if config.compile:
         module = CompiledOnce(module, backend=config.compile_backend)
     if team.world_size > 1:
+        ignored = {id(parameter) for name, parameter in model.named_parameters() if name in idle}
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            module, [name for name, parameter in module.named_parameters() if id(parameter) in ignored]
+        )
         module = nn.parallel.DistributedDataParallel(
             module,
             device_ids=[team.device] if team.device.type == "cuda" else None,
@@ -68,7 +74,7 @@ def synchronised(model: nn.Module) -> nn.Module:
     The model itself stays as it is: what captures, prunes or profiles it runs on one rank or without a GPU, where a
     synchronised BatchNorm would wait for the others or refuse.
     """
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    twin = copied(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     return nn.SyncBatchNorm.convert_sync_batchnorm(twin)  # type: ignore[no-untyped-call,no-any-return]
 
 
