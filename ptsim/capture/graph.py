@@ -8,8 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
+import math
 import operator
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,11 +23,25 @@ from ptsim.errors import UnsupportedModelError
 
 
 class Tracer(fx.Tracer):
-    """Keeps torch's own modules whole, and every module that says `ptsim_leaf = True` (what pruning puts in)."""
+    """Keeps torch's own modules whole, and every module that says `ptsim_leaf = True` (what pruning puts in).
+
+    With `buffers` these become nodes as parameters do, so that what is computed from them is seen. The functions and
+    layers of einops, where the model's file has imported it, become nodes as torch's do.
+    """
+
+    def __init__(self, *, buffers: bool = False) -> None:
+        einops = sys.modules.get("einops")
+        super().__init__(autowrap_modules=(math,) if einops is None else (math, einops))
+        self.proxy_buffer_attributes = buffers
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What the model's code sees in place of a value."""
+        return _Assignable(node, self)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """True for a module that becomes one node."""
-        return getattr(module, "ptsim_leaf", False) or super().is_leaf_module(module, qualified_name)
+        whole = getattr(module, "ptsim_leaf", False) or type(module).__module__ == "einops.layers.torch"
+        return whole or super().is_leaf_module(module, qualified_name)
 
     def create_proxy(self, kind: str, target: Any, args: Any, *rest: Any, **more: Any) -> Any:
         """A node of the graph; a further argument of `forward` keeps its default: the model is called with images."""
@@ -41,10 +58,8 @@ class ShapedTracer(Tracer):
     be given shapes.
     """
 
-    proxy_buffer_attributes = True
-
     def __init__(self, model: nn.Module, images_shape: tuple[int, ...]) -> None:
-        super().__init__()
+        super().__init__(buffers=True)
         with torch.device("meta"):
             # Shapes are the same in both modes; in training a BatchNorm refuses a single value per channel.
             self._twin = hollow_copy(model).eval()
@@ -109,6 +124,13 @@ class ShapedTracer(Tracer):
         return value
 
 
+class _Assignable(fx.Proxy):
+    """Records `x[index] = value`, which torch.fx itself does not."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
 class _Looks:
     """Stands for a value; numbers and tuples of numbers can be looked at."""
 
@@ -133,7 +155,7 @@ class _Looks:
         return iter([operator.getitem(self, index) for index in range(len(value))])  # type: ignore[call-overload] # fx's
 
 
-class _Shaped(_Looks, fx.Proxy):
+class _Shaped(_Looks, _Assignable):
     def __getattr__(self, name: str) -> Any:
         return _ShapedAttribute(self, name)
 
@@ -178,7 +200,7 @@ def hollow_copy(model: nn.Module, device: str | None = None) -> nn.Module:
     twin_model = copied(model, memo)
     for module in twin_model.modules():
         if hasattr(module, "num_batches_tracked") and getattr(module, "momentum", 0.1) is None:
-            module.momentum = 0.1
+            module.momentum = 0.1  # type: ignore[assignment] # a number
     return twin_model
 
 
@@ -194,8 +216,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def symbolic_graph(model: nn.Module, images_shape: tuple[int, ...] | None = None) -> fx.GraphModule:
+def symbolic_graph(
+    model: nn.Module, images_shape: tuple[int, ...] | None = None, *, buffers: bool = False
+) -> fx.GraphModule:
     """The model's graph in the mode that it is in; it shares its modules and parameters with the model.
+
+    With `buffers` what is computed from buffers is part of the graph, unless the code looks at their values.
 
     With `images_shape` (N, C, H, W) the model's code may also look at shapes; `meta["looked"]` then says at which.
 
@@ -203,20 +229,25 @@ def symbolic_graph(model: nn.Module, images_shape: tuple[int, ...] | None = None
         UnsupportedModelError: torch.fx cannot trace the model.
     """
     name = type(model).__name__
-    tracer = Tracer()
-    try:
-        graph = tracer.trace(model)
-    except Exception as error:  # torch.fx lets any error of the traced code through
+    makers: list[Callable[[], Tracer]] = [functools.partial(Tracer, buffers=buffers)]
+    if images_shape is not None:
+        makers.append(functools.partial(ShapedTracer, model, images_shape))
+    if buffers:
+        makers.append(Tracer)
+    errors: list[Exception] = []
+    for make in makers:
         try:
-            if images_shape is None:
-                raise
-            tracer = shaped = ShapedTracer(model, images_shape)
-            graph = shaped.trace(model)
-        except Exception as last:
-            raise UnsupportedModelError(
-                f"torch.fx cannot trace {name}: {_one_line(last)}",
-                hint="symbolic tracing needs a forward without branches on tensor values",
-            ) from error
+            tracer = make()
+            graph = tracer.trace(model)
+            break
+        except Exception as error:  # torch.fx lets any error of the traced code through
+            errors.append(error)
+    else:
+        last = errors[1] if images_shape is not None else errors[0]
+        raise UnsupportedModelError(
+            f"torch.fx cannot trace {name}: {_one_line(last)}",
+            hint="symbolic tracing needs a forward without branches on tensor values",
+        ) from last
     module = fx.GraphModule(tracer.root, graph, name)
     module.meta["looked"] = tracer.looked if isinstance(tracer, ShapedTracer) else {}
     return module

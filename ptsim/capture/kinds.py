@@ -27,7 +27,7 @@ _OPS: dict[LayerKind, str] = {
     LayerKind.POOL: """
         avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool1d lp_pool2d lp_pool3d
         adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-        adaptive_max_pool3d fractional_max_pool2d mean sum amax amin max min var std interpolate upsample""",
+        adaptive_max_pool3d fractional_max_pool2d mean sum amax amin max min reduce var std interpolate upsample""",
     LayerKind.ELEMENTWISE: """
         add sub rsub mul div truediv true_divide floordiv neg pos pow square sqrt rsqrt exp log log1p abs maximum
         minimum where lerp addcmul addcdiv reciprocal sin cos masked_fill type to float half bfloat16 double type_as""",
@@ -42,7 +42,7 @@ _OPS: dict[LayerKind, str] = {
         contiguous clone chunk split tensor_split unbind unsqueeze squeeze expand expand_as repeat tile
         repeat_interleave roll rot90 flip gather scatter scatter_add index_select index_copy index_add take narrow
         select getitem pad pixel_shuffle pixel_unshuffle channel_shuffle fold unfold detach broadcast_to
-        constant_pad1d constant_pad2d zero_pad2d reflection_pad2d replication_pad2d circular_pad2d new_zeros
+        rearrange constant_pad1d constant_pad2d zero_pad2d reflection_pad2d replication_pad2d circular_pad2d new_zeros
         zeros_like getattr get_relative_position_bias patch_merging_pad""",
 }
 _KIND_OF = {op: kind for kind, ops in _OPS.items() for op in ops.split()}

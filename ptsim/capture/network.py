@@ -40,48 +40,15 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
     auxiliary = _auxiliary(model, graph, input_shape)
     owners = _owners(small, nodes)
     macs = forward_macs(model, input_shape)
-    layers = []
-    for node in nodes:
-        step = small.steps[node.name]
-        counts = macs.get(node.name, Counter())
-        kind, op = kind_and_op(node, graph, counts)
-        grown = large.steps[node.name]
-        inputs, output = _image_shapes(step, grown)
-        once = (step.inputs, step.outputs) == (grown.inputs, grown.outputs)
-        elements, fixed_bytes, other_bytes = _saved(step, grown, once=once)
-        takes_weight = kind in (LayerKind.CONV, LayerKind.LINEAR)  # a second input is a weight made by other nodes
-        owned = {small.model.get_parameter(p) for p, at in owners.items() if at is node}
-        layers.append(
-            Layer(
-                name=names[node],
-                kind=kind,
-                op=op,
-                input_shapes=inputs,
-                output_shape=output,
-                **geometry(node, graph, step, op, inputs, output),
-                num_parameters=sum(p.numel() for p in owned if p.requires_grad),
-                forward_macs=operations(kind, counts),
-                input_needs_gradient=any(step.needs_gradient[:1] if takes_weight else step.needs_gradient),
-                weight_needs_gradient=step.weights_need_gradient is not False
-                or (takes_weight and any(step.needs_gradient[1:])),
-                inplace=step.inplace,
-                view=step.view,
-                training_only=node in auxiliary,
-                once=once,
-                shared_inputs=tuple(
-                    i for i, (a, b) in enumerate(zip(step.inputs, grown.inputs, strict=True)) if a == b
-                ),
-                saved_elements=elements,
-                saved_other_bytes=other_bytes,
-                saved_fixed_bytes=fixed_bytes,
-                output_saved=step.output_saved,
-            )
-        )
+    layers = tuple(
+        _layer(node, names[node], small, large.steps[node.name], macs.get(node.name, Counter()), owners, auxiliary)
+        for node in nodes
+    )
     network = Network(
         name=name,
         input_shape=input_shape,
         num_classes=num_classes,
-        layers=tuple(layers),
+        layers=layers,
         footprints=footprints(model, input_shape),
         edges=tuple(_edges(nodes, names)),
         parameters=tuple(
@@ -95,6 +62,47 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
     )
     _note_recomputation(network)
     return network
+
+
+def _layer(
+    node: fx.Node,
+    name: str,
+    small: Rehearsal,
+    grown: Step,
+    counts: Counter[str],
+    owners: Mapping[str, fx.Node],
+    auxiliary: set[fx.Node],
+) -> Layer:
+    """What one node is, from its steps at two mini-batches."""
+    graph, step = small.graph, small.steps[node.name]
+    kind, op = kind_and_op(node, graph, counts)
+    inputs, output = _image_shapes(step, grown)
+    once = (step.inputs, step.outputs) == (grown.inputs, grown.outputs)
+    elements, fixed_bytes, other_bytes = _saved(step, grown, once=once)
+    takes_weight = kind in (LayerKind.CONV, LayerKind.LINEAR)  # a second input is a weight made by other nodes
+    owned = {small.model.get_parameter(p) for p, at in owners.items() if at is node}
+    return Layer(
+        name=name,
+        kind=kind,
+        op=op,
+        input_shapes=inputs,
+        output_shape=output,
+        **geometry(node, graph, step, op, inputs, output),
+        num_parameters=sum(p.numel() for p in owned if p.requires_grad),
+        forward_macs=operations(kind, counts),
+        input_needs_gradient=any(step.needs_gradient[:1] if takes_weight else step.needs_gradient),
+        weight_needs_gradient=step.weights_need_gradient is not False
+        or (takes_weight and any(step.needs_gradient[1:])),
+        inplace=step.inplace,
+        view=step.view,
+        training_only=node in auxiliary,
+        once=once,
+        shared_inputs=tuple(i for i, (a, b) in enumerate(zip(step.inputs, grown.inputs, strict=True)) if a == b),
+        saved_elements=elements,
+        saved_other_bytes=other_bytes,
+        saved_fixed_bytes=fixed_bytes,
+        output_saved=step.output_saved,
+    )
 
 
 def _note_recomputation(network: Network) -> None:

@@ -13,14 +13,18 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ptsim.prune.propagate import BATCH_NORMS, CONVS, INSTANCE_NORMS, WIDTH, AxisKey, tensor_names
+from ptsim.prune.labels import BATCH_NORMS, CONVS, INSTANCE_NORMS, WIDTH, AxisKey, tensor_names
 
 ORIGINS = "_ptsim_origins"  # attribute of a module: where the elements of a buffer that no state dict holds came from
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Indices to keep (ascending) by (tensor name, dimension)."""
+    """Indices to keep (ascending) by (tensor name, dimension).
+
+    Dimension −1 stands for the inputs of a grouped convolution, of which every group keeps others: a matrix with the
+    kept positions along axis 1 for every position along axis 0.
+    """
 
     keep: Mapping[AxisKey, Tensor]
 
@@ -48,7 +52,7 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
     successors: dict[int, nn.Parameter] = {}
     replacements = []
     for module in list(model.modules()):
-        touched = False
+        touched, id_of_weight = False, id(getattr(module, "weight", None))
         for key, parameter in list(module._parameters.items()):
             kept = tensors.get(names[id(parameter)]) if parameter is not None else None
             if parameter is None or kept is None:
@@ -70,12 +74,21 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
                 module._buffers[key] = take(buffer, kept)
                 touched = True
         if touched:
-            sync_attributes(module)
+            sync_attributes(module, _groups_left(module, tensors.get(names.get(id_of_weight, ""), {})))
     for path, module in norms_without_tensors(model):
         kept = tensors.get(f"{path}.{WIDTH}")
         if kept is not None:
             set_width(module, len(kept[0]))
     return replacements
+
+
+def _groups_left(module: nn.Module, kept: Mapping[int, Tensor]) -> int | None:
+    """How many groups of a convolution have an output left; None for other modules."""
+    if not isinstance(module, CONVS):
+        return None
+    if module.groups == 1 or 0 not in kept:
+        return module.groups
+    return len(torch.unique(kept[0] // (module.out_channels // module.groups)))  # type: ignore[no-untyped-call] # torch's gap
 
 
 def places(tensor: Tensor) -> Tensor:
@@ -87,7 +100,7 @@ def norms_without_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The normalisations per channel whose width is an attribute alone: no scale, shift or statistics."""
     for path, module in model.named_modules():
         per_channel = isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)) or (
-            isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels
+            isinstance(module, nn.GroupNorm) and module.num_groups > 1
         )
         if per_channel and next(module.parameters(), None) is None and next(module.buffers(), None) is None:
             yield path, module
@@ -101,7 +114,7 @@ def width(module: nn.Module) -> int:
 def set_width(module: nn.Module, channels: int) -> None:
     """Make a normalisation remember another number of channels."""
     if isinstance(module, nn.GroupNorm):
-        module.num_groups = module.num_channels = channels
+        module.num_groups, module.num_channels = channels * module.num_groups // module.num_channels, channels
     else:
         module.num_features = channels  # type: ignore[assignment] # an int
 
@@ -109,7 +122,10 @@ def set_width(module: nn.Module, channels: int) -> None:
 def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """The kept part of a tensor, in the same memory format."""
     part = tensor
-    for dim, indices in kept.items():
+    for dim, indices in sorted(kept.items()):
+        if dim < 0:
+            part = part.take_along_dim(indices.view(*indices.shape, *[1] * (part.ndim - 2)).to(tensor.device), 1)
+            continue
         part = part.index_select(dim, indices.to(tensor.device))
     if part is tensor:
         return tensor.clone()
@@ -118,15 +134,19 @@ def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     return part.contiguous()
 
 
-def sync_attributes(module: nn.Module) -> None:
-    """Bring the channel counts that a module remembers in line with the shapes of its tensors."""
+def sync_attributes(module: nn.Module, groups: int | None = None) -> None:
+    """Bring the channel counts that a module remembers in line with the shapes of its tensors.
+
+    `groups` of a convolution are not told by a shape; None if only whole ones can have gone.
+    """
     sync = getattr(module, "ptsim_sync", None)
     if sync is not None:
         sync()
     if isinstance(module, CONVS):
         per_group = module.out_channels // module.groups
         module.out_channels = module.weight.shape[0]
-        module.groups = module.out_channels // per_group if module.groups > 1 else 1
+        whole = module.out_channels // per_group if module.groups > 1 else 1
+        module.groups = whole if groups is None else groups
         module.in_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         module.in_channels, module.out_channels = module.weight.shape[:2]
@@ -136,7 +156,7 @@ def sync_attributes(module: nn.Module) -> None:
         vectors = (module.weight, module.bias, module.running_mean)
         module.num_features = next(len(v) for v in vectors if v is not None)
     elif isinstance(module, nn.GroupNorm):
-        module.num_groups = module.num_channels = len(module.weight)
+        set_width(module, len(module.weight))
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
 
@@ -173,7 +193,8 @@ def _cut_state(key: str, value: object, replacement: Replacement) -> object:
         warnings.warn(f"optimizer state {key!r} has a shape of its own and starts anew", stacklevel=2)
         assert replacement.new is not None, "a parameter that is gone keeps no state"
         return torch.zeros_like(replacement.new) if value.shape == shape else value
-    return take(value, {dim: indices for dim, indices in replacement.kept.items() if value.shape[dim] == shape[dim]})
+    whole = {dim for dim in range(value.ndim) if value.shape[dim] == shape[dim]}
+    return take(value, {dim: at for dim, at in replacement.kept.items() if (dim if dim >= 0 else 1) in whole})
 
 
 def unwrap(model: nn.Module) -> nn.Module:

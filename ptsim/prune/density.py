@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
-from ptsim.prune.propagate import CONVS, Weighted
+from ptsim.prune.labels import CONVS, Weighted
 from ptsim.trace.schema import LayerDensity
 
 THRESHOLD = 1e-4  # largest |w| of a group that counts as zero (METHOD.md §2)

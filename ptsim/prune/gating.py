@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ptsim.prune.cut import Replacement, sync_attributes, take
 from ptsim.prune.groups import ChannelGroups, weight_GOIK
+from ptsim.prune.labels import CONVS
 from ptsim.prune.modules import Gathered, Scattered
-from ptsim.prune.propagate import CONVS
 from ptsim.prune.removal import set_module
 
 

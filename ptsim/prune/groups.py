@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from ptsim.capture.graph import copied, example_input, naming_the_image
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import Cut, cut_model
-from ptsim.prune.propagate import AxisKey, State, Weighted, propagate, skeleton
+from ptsim.prune.labels import AxisKey, State, Weighted
+from ptsim.prune.propagate import propagate, skeleton
 
 SHAPE_ERRORS = (
     RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError, UnsupportedModelError
@@ -31,6 +32,8 @@ NO_DECISION = "no convolution or linear layer with weights of its own decides ab
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Edge:
     """Channels with the same producers and consumers, as people see a network: the width of one edge.
+
+    `width` counts the output channels of the layer that writes most of them; inputs where no layer writes them.
 
     `members` are "layer (out)" and "layer (in)"; `reason` says why the edge cannot be pruned, None if it can.
     """
@@ -108,10 +111,11 @@ class ChannelGroups:
             for axis, role in ((layer.outputs, "out"), (layer.inputs, "in")):
                 for component in sorted(set(axis.tolist())):
                     signatures[component].append(f"{layer.layer} ({role})")
-        widths = torch.zeros(self.num_components, dtype=torch.int64)
+        written, read = (torch.zeros(self.num_components, dtype=torch.int64) for _ in range(2))
         for layer in self.layers:
-            for axis in (layer.inputs, layer.outputs):
-                widths = torch.maximum(widths, torch.bincount(axis, minlength=self.num_components))
+            written = torch.maximum(written, torch.bincount(layer.outputs, minlength=self.num_components))
+            read = torch.maximum(read, torch.bincount(layer.inputs, minlength=self.num_components))
+        widths = torch.where(written > 0, written, read)  # a flattened image is read in many places
         bundles: dict[tuple[tuple[str, ...], int], list[int]] = {}
         for component, members in enumerate(signatures):
             if members:
@@ -137,7 +141,19 @@ class ChannelGroups:
                 gone = removed[components]
                 if bool(gone.any()):
                     keep[(name, dim)] = torch.nonzero(~gone).flatten()
+        for layer in self.layers:
+            if layer.groups > 1 and bool(removed[layer.inputs].any()):
+                inside = _inputs_kept(removed[layer.inputs].view(layer.groups, -1))
+                if inside is not None:
+                    rows = len(layer.outputs) // layer.groups
+                    keep[(layer.weight, -1)] = inside.repeat_interleave(rows, 0)
         return Cut(keep)
+
+    @property
+    def num_channels(self) -> tuple[int, int]:
+        """Channels that can be removed and channels that cannot: the widths of the edges."""
+        edges = self.edges()
+        return sum(e.width for e in edges if e.prunable), sum(e.width for e in edges if not e.prunable)
 
 
 def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelGroups:
@@ -173,6 +189,16 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
             state, graphs = propagate(bones.train(model.training), input_shape)
     groups = dataclasses.replace(_assemble(state, input_shape, graphs["train"]), shapes_only=shapes_only)
     return _freeze_misaligned(bones, groups)
+
+
+def _inputs_kept(gone: Tensor) -> Tensor | None:
+    """Of (groups, inputs of a group) the kept inputs of every group; None if only whole groups go."""
+    left = ~gone.all(1)
+    if not bool(gone[left].any()) and bool(left.any()):
+        return None
+    number = int((~gone).sum(1).max())
+    order = torch.argsort(gone.to(torch.int8), dim=1, stable=True)  # the kept ones first
+    return order[:, :number].sort(1).values
 
 
 def axes_for(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[AxisKey, Tensor]:
@@ -284,8 +310,11 @@ def _freeze_misaligned(bones: nn.Module, base: ChannelGroups) -> ChannelGroups:
             refused = _refused(bones, groups, suspects, None if wrong is None else mixed, generator)
             base = _without(base, refused[groups.part_of], MIXED_UP)
         groups, successes = _tied(base, ties), 0
-    if not ties:
-        return groups
+    return _without_all_or_none(groups)
+
+
+def _without_all_or_none(groups: ChannelGroups) -> ChannelGroups:
+    """The groups but for components that are a whole axis of a layer."""
     together = torch.zeros_like(groups.prunable)
     for layer in groups.layers:
         for axis in (layer.inputs, layer.outputs):
@@ -386,7 +415,36 @@ def keep_one(
                 best = axis[importance[axis].argmax()]
                 removed[best] = False
                 rescued.append(layer.layer)
-    return removed, tuple(rescued)
+    return balanced(groups, removed, importance, skip), tuple(rescued)
+
+
+def balanced(groups: ChannelGroups, removed: Tensor, importance: Tensor, skip: Collection[str] = ()) -> Tensor:
+    """`removed` without what would leave the groups of a grouped convolution unequal.
+
+    A group goes as a whole if all its inputs and all its outputs go. Of every other one the same number of inputs goes,
+    and the same number of outputs, the least important ones first; one of each stays.
+    """
+    removed = removed.clone()
+    grouped = [x for x in groups.layers if x.groups > 1 and not x.depthwise and x.layer not in skip]
+    changed = True
+    while changed:
+        changed = False
+        for layer in grouped:
+            axes = [axis.view(layer.groups, -1) for axis in (layer.inputs, layer.outputs)]
+            whole = removed[axes[0]].all(1) & removed[axes[1]].all(1)
+            for axis in axes:
+                rows = axis[~whole]
+                if not len(rows):
+                    continue
+                gone = removed[rows]
+                number = min(int(gone.sum(1).min()), rows.shape[1] - 1)
+                least_first = torch.argsort(torch.where(gone, importance[rows], torch.inf), dim=1, stable=True)
+                goes = torch.zeros_like(gone).scatter_(1, least_first[:, :number], True)
+                back = rows[gone & ~goes]
+                if len(back):
+                    removed[back] = False
+                    changed = True
+    return removed
 
 
 def round_up(
@@ -416,6 +474,8 @@ def round_up(
                         removed[component] = False
                         kept += int((axis == component).sum())
                 changed = True
+        even = balanced(groups, removed, importance, skip)
+        changed, removed = changed or not torch.equal(even, removed), even
     return removed
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptsim.prune.propagate import State
+from ptsim.prune.labels import State
 
 
 class Placeholder(nn.Module):

@@ -19,8 +19,8 @@ from ptsim import zoo
 from ptsim.capture.graph import copied, output_tensors
 from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.prune.cut import take
-from ptsim.prune.groups import SHAPE_ERRORS, ChannelGroups, axes_for, find_groups, keep_one
-from ptsim.prune.propagate import BATCH_NORMS
+from ptsim.prune.groups import SHAPE_ERRORS, ChannelGroups, axes_for, find_groups, keep_one, weight_GOIK
+from ptsim.prune.labels import BATCH_NORMS
 from ptsim.prune.reconfigure import Plan, operate, stays_aligned
 
 TOLERANCE = 1e-9
@@ -44,9 +44,9 @@ class Inspection:
     """What `ptsim inspect` found.
 
     Attributes:
-        prunable_channels: channel components that can be removed; a grouped convolution's group counts as one.
+        prunable_channels: channels that can be removed: the widths of the groups, one for all layers that share it.
         refused_channels: those that cannot; `groups` says why. The network's inputs and outputs are among them.
-        channels_removed: components that the proof removed.
+        channels_removed: sets of channels that go only together that the proof removed.
         proof_input: the image on which the proof ran; smaller than `input_shape` where the groups are the same.
         proof_parameters: of the network on which the proof ran. One of more than 32 million parameters is first thinned
             to an eighth of its prunable channels: the same graph and rules, less arithmetic.
@@ -160,8 +160,8 @@ def inspect(
             GroupReport(name=e.name, width=e.width, members=e.members, prunable=e.prunable, reason=e.reason)
             for e in report.edges()
         ),
-        prunable_channels=int(report.prunable.sum()),
-        refused_channels=sum(len(e.components) for e in report.edges() if not e.prunable),
+        prunable_channels=report.num_channels[0],
+        refused_channels=report.num_channels[1],
         channels_removed=removed,
         max_rel_error_eval=eval_error,
         max_rel_error_train=train_error,
@@ -187,6 +187,9 @@ def zero_components(model: nn.Module, groups: ChannelGroups, mask: Tensor) -> No
         weight.index_fill_(1 if layer.transposed else 0, outputs, 0.0)
         if layer.groups == 1:
             weight.index_fill_(0 if layer.transposed else 1, inputs, 0.0)
+        else:
+            kept = (~mask[layer.inputs]).view(layer.groups, 1, -1, 1).to(weight.device)
+            weight.copy_((weight_GOIK(weight, layer) * kept).view_as(weight))
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:

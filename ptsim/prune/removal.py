@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.prune.cut import Replacement
+from ptsim.prune.function_rules import is_elementwise
 from ptsim.prune.groups import ChannelGroups
+from ptsim.prune.labels import BATCH_NORMS, CONVS, POOLS
 from ptsim.prune.modules import ConstantChannels, Gathered, Placeholder, Scattered
-from ptsim.prune.propagate import _POOLS, BATCH_NORMS, CONVS, ELEMENTWISE
 
 _SUMS = ("add", "iadd", "add_")
 
@@ -189,7 +190,7 @@ def _is_pointwise(graph: fx.GraphModule, node: fx.Node) -> bool:
         module = _module(graph, str(node.target))
         return isinstance(module, _KEPT[:2]) or _is_activation(graph, str(node.target))
     name: Any = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.rstrip("_") in ELEMENTWISE
+    return is_elementwise(name.rstrip("_"))
 
 
 def remove_branch(model: nn.Module, removal: Removal) -> list[Replacement]:
@@ -205,7 +206,7 @@ def remove_branch(model: nn.Module, removal: Removal) -> list[Replacement]:
             old = model.get_submodule(path)
             gone += [p for p in old.parameters() if id(p) not in staying]
             old = old.layer if isinstance(old, Gathered) else old.norm if isinstance(old, Scattered) else old
-            spatial = isinstance(old, (*CONVS, nn.Linear, *_POOLS))
+            spatial = isinstance(old, (*CONVS, nn.Linear, *POOLS))
             set_module(model, path, Placeholder.of(old) if spatial or _has_tensors(old) else nn.Identity())
     set_module(model, end, constant)
     return [Replacement(parameter, None, {}) for parameter in gone]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ptsim.errors import UsageError
 from ptsim.prune.cut import ORIGINS, norms_without_tensors, set_width, sync_attributes, width
+from ptsim.prune.labels import CONVS
 from ptsim.prune.modules import KINDS, OWN, ConstantChannels, Gathered, Placeholder, Scattered
 from ptsim.prune.removal import set_module
 
@@ -29,6 +30,7 @@ class Structure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         tensors: shape of every parameter and buffer, by name.
         modules: kind and constructor arguments of what pruning put in, by path.
         widths: channels of the normalisations that have no tensors, by path.
+        groups: of the convolutions, by path; absent in structures of earlier versions, where only whole groups went.
         origins: of every cut buffer that is not persistent the places of its elements in the flattened dense one.
     """
 
@@ -36,6 +38,7 @@ class Structure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     tensors: dict[str, tuple[Annotated[int, msgspec.Meta(ge=0)], ...]]
     modules: dict[str, dict[str, Any]]
     widths: dict[str, Annotated[int, msgspec.Meta(ge=1)]] = {}
+    groups: dict[str, Annotated[int, msgspec.Meta(ge=1)]] = {}
     origins: dict[str, list[Annotated[int, msgspec.Meta(ge=0)]]] = {}
 
 
@@ -57,7 +60,8 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
         if not isinstance(module, OWN)
     }
     structure = {"version": VERSION, "tensors": tensors, "modules": modules, "widths": widths}
-    return structure | ({"origins": origins} if origins else {})
+    groups = {path: module.groups for path, module in model.named_modules() if isinstance(module, CONVS)}
+    return structure | {"groups": groups} | ({"origins": origins} if origins else {})
 
 
 def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
@@ -109,7 +113,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
                     module._buffers[key] = buffer.flatten()[at.to(buffer.device)].clone()
                 touched = True
         if touched:
-            sync_attributes(module)
+            sync_attributes(module, stored.groups.get(path) if isinstance(module, CONVS) else None)
 
 
 def _insert(model: nn.Module, path: str, config: dict[str, Any]) -> None:

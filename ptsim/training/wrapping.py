@@ -34,7 +34,7 @@ def wrap(model: nn.Module, config: Config, team: Team, idle: Collection[str] = (
         module = CompiledOnce(module, backend=config.compile_backend)
     if team.world_size > 1:
         ignored = {id(parameter) for name, parameter in model.named_parameters() if name in idle}
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call] # torch's gap
             module, [name for name, parameter in module.named_parameters() if id(parameter) in ignored]
         )
         module = nn.parallel.DistributedDataParallel(

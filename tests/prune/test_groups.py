@@ -15,6 +15,7 @@ from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.network import LayerKind
+from ptsim.prune import function_rules, rules
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.structure import apply_structure, structure_of
@@ -185,9 +186,7 @@ def test_inspecting_a_module_leaves_it_as_it_was() -> None:
 
 def test_the_proof_finds_a_network_that_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the rule for softmax broken on purpose, channels would be pruned that must not be."""
-    from ptsim.prune import propagate
-
-    monkeypatch.setattr(propagate, "ELEMENTWISE", propagate.ELEMENTWISE | {"softmax"})
+    monkeypatch.setitem(rules._RULES, "softmax", function_rules.elementwise)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), Softmax(), nn.Flatten(), nn.Linear(8 * 16, 3))
     assert not ptsim.inspect(model, input_shape=(3, 4, 4)).exact
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ptsim.costs.traffic import regularizer_traffic
 from ptsim.network import Network
 from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
-from ptsim.prune.propagate import Weighted
+from ptsim.prune.labels import Weighted
 
 SMOOTHING = 1e-8  # METHOD.md §1
 

@@ -1,0 +1,166 @@
+"""The rules of layers: convolutions, linear layers and normalisations, as modules and as functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ptsim.prune.labels import BATCH_NORMS, CONVS, INSTANCE_NORMS, TRANSPOSED_CONVS, WIDTH, Label, along
+from ptsim.prune.rules import Call, rule
+
+_RMS_NORM = (nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()
+
+
+@rule(*CONVS, *TRANSPOSED_CONVS)
+def conv_module(call: Call) -> Label:
+    """A convolution with its own weight."""
+    module: Any = call.module
+    return _conv(call, call.path, module.weight, module.bias, module.groups)
+
+
+@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", shapes=True)
+def conv_function(call: Call) -> Label:
+    """A convolution with a weight from somewhere in the model; the number of its groups stands in the model's code."""
+    weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
+    groups = call.argument(6, "groups", 1)
+    if any(tensor is not None and id(tensor) not in call.state.names for tensor in (weight, bias)):
+        call.refuse(f"{call.op} computes its weight")
+    label = _conv(call, call.node.name, weight, bias, groups)
+    if groups > 1 and isinstance(label, Tensor):
+        call.state.sensitive(call.x)
+        call.state.sensitive(label)
+    return label
+
+
+def _conv(call: Call, layer: str, weight: Tensor, bias: Tensor | None, groups: int) -> Label:
+    state, value = call.state, call.value
+    transposed = isinstance(call.module, TRANSPOSED_CONVS) or call.name.startswith("conv_transpose")
+    dim = value.ndim - weight.ndim + 1
+    name = state.names.get(id(weight))
+    if name is None or dim < 0:
+        call.refuse(f"{call.op} computes its weight")
+    if transposed and groups > 1:
+        call.refuse(f"{call.op} is a grouped transposed convolution")
+    out_channels = value.shape[dim]
+    in_channels = weight.shape[0] if transposed else weight.shape[1] * groups
+    vector = call.vector(dim, in_channels)
+    outputs = state.axis(name, 1 if transposed else 0, out_channels)
+    if groups == 1:
+        was_grouped = state.seed is not None and (name, -1) in state.seed  # and one group is left
+        inputs = state.axis(name, -1 if was_grouped else 0 if transposed else 1, in_channels)
+    else:
+        inputs = state.axis(name, -1, in_channels)
+        if groups == in_channels or name not in state.regrouped:  # only whole groups can go
+            state.unite(inputs.view(groups, -1)[:, :1], inputs.view(groups, -1))
+            state.unite(inputs.view(groups, -1)[:, :1], outputs.view(groups, -1))
+    if vector is None:
+        state.freeze(inputs, f"{call.op} meets channels that lie along several axes")
+    else:
+        state.unite(inputs, vector)
+    state.weighted(layer, weight, groups, inputs, outputs, call.node.name, transposed=transposed)
+    state.bind(bias, outputs)
+    return along(outputs, dim, value.ndim)
+
+
+@rule(nn.Linear)
+def linear_module(call: Call) -> Label:
+    """A linear layer with its own weight."""
+    module: Any = call.module
+    return _linear(call, call.path, module.weight, module.bias)
+
+
+@rule("linear")
+def linear_function(call: Call) -> Label:
+    """A linear layer with a weight from somewhere in the model."""
+    return _linear(call, call.node.name, call.argument(1, "weight"), call.argument(2, "bias"))
+
+
+def _linear(call: Call, layer: str, weight: Tensor, bias: Tensor | None) -> Label:
+    state = call.state
+    name = state.names.get(id(weight))
+    if name is None or (bias is not None and id(bias) not in state.names):
+        call.refuse(f"{call.op} computes its weight")
+    vector = call.vector(-1, weight.shape[1])
+    inputs, outputs = state.axis(name, 1, weight.shape[1]), state.axis(name, 0, weight.shape[0])
+    if vector is None:
+        state.freeze(inputs, f"{call.op} meets channels that lie along several axes")
+    else:
+        state.unite(inputs, vector)
+    state.weighted(layer, weight, 1, inputs, outputs, call.node.name)
+    state.bind(bias, outputs)
+    return along(outputs, call.value.ndim - 1, call.value.ndim)
+
+
+# ---------------------------------------------------------------------- normalisations
+
+
+@rule(*BATCH_NORMS, *INSTANCE_NORMS)
+def norm_module(call: Call) -> Label:
+    """Every channel by itself, with vectors that run along the channels."""
+    size = call.value.shape[1]
+    vector = call.vector(1, size)
+    if vector is None:
+        call.refuse(f"{call.op} meets channels that lie along several axes")
+    _bind_vectors(call, vector, size)
+    return call.x
+
+
+def _bind_vectors(call: Call, vector: Tensor, size: int) -> None:
+    assert call.module is not None, "of a module"
+    tensors = [*call.module.parameters(recurse=False), *call.module.buffers(recurse=False)]
+    for tensor in tensors:
+        if tensor.ndim == 1 and tensor.shape[0] == size:
+            call.state.bind(tensor, vector)
+    if not tensors:  # its width stands in an attribute alone
+        call.state.unite(call.state.axis(f"{call.path}.{WIDTH}", 0, size), vector)
+
+
+@rule(nn.PReLU)
+def prelu_module(call: Call) -> Label:
+    """One slope for all, or one per channel."""
+    return norm_module(call) if getattr(call.module, "num_parameters", 1) != 1 else call.x
+
+
+@rule("batch_norm instance_norm prelu")
+def norm_function(call: Call) -> Label:
+    """A normalisation or PReLU whose vectors are parameters or buffers of the model."""
+    size = call.value.shape[1]
+    vector = call.vector(1, size)
+    vectors = [n.meta["value"] for n in call.node.all_input_nodes[1:] if isinstance(n.meta["value"], Tensor)]
+    vectors = [v for v in vectors if v.numel() > 1 or size == 1]
+    if vector is None or any(id(v) not in call.state.names or v.shape != vector.shape for v in vectors):
+        call.refuse(f"{call.op} meets channels in a way that has no rule")
+    for tensor in vectors:
+        call.state.bind(tensor, vector)
+    return call.x
+
+
+@rule(nn.GroupNorm)
+def group_norm(call: Call) -> Label:
+    """The channels of one group are normalised together and go together; the groups do not know each other."""
+    module: Any = call.module
+    groups, size = module.num_groups, module.num_channels
+    if groups == 1:
+        return call.along([1], verb="normalises over")
+    vector = call.vector(1, size)
+    if vector is None:
+        call.refuse(f"{call.op} meets channels that lie along several axes")
+    together = vector.reshape(groups, -1)
+    call.state.unite(together[:, :1], together)
+    _bind_vectors(call, vector, size)
+    return call.x
+
+
+@rule("group_norm local_response_norm", nn.LocalResponseNorm)
+def over_channels(call: Call) -> Label:
+    """Over all channels, or in groups whose number stands in the model's code."""
+    return call.along([1], verb="normalises over")
+
+
+@rule("layer_norm rms_norm", nn.LayerNorm, *_RMS_NORM)
+def layer_norm(call: Call) -> Label:
+    """Over the last axes."""
+    module: Any = call.module
+    shape = module.normalized_shape if module is not None else call.argument(1, "normalized_shape")
+    return call.along(range(-len(shape), 0), verb="normalises over")

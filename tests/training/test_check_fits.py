@@ -1,0 +1,41 @@
+"""A model that does not give one tensor of class scores in both modes is refused before a run begins."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptsim.errors import UsageError
+from ptsim.training.recipe import Recipe, check_fits
+
+
+class WithHead(nn.Module):
+    """Gives a second output in training mode, as networks with auxiliary heads do."""
+
+    def __init__(self, auxiliary: bool) -> None:
+        super().__init__()
+        self.norm, self.main, self.second = nn.BatchNorm2d(3), nn.Linear(3, 4), nn.Linear(3, 4)
+        self.auxiliary = auxiliary
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.norm(x).mean((2, 3))
+        return (self.main(x), self.second(x)) if self.auxiliary and self.training else self.main(x)
+
+
+RECIPE = Recipe(model="net.py:build", num_classes=4, in_channels=None, input_shape=(3, 5, 5))
+
+
+def test_a_second_output_in_training_is_refused_in_one_sentence() -> None:
+    with pytest.raises(UsageError, match="gives a tuple for an image in training mode, but the data set has 4 classes"):
+        check_fits(WithHead(auxiliary=True), RECIPE)
+
+
+def test_the_check_leaves_statistics_and_random_numbers_as_they_were() -> None:
+    model = WithHead(auxiliary=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    check_fits(model, RECIPE)
+    assert torch.equal(torch.rand(1), expected)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
