@@ -52,7 +52,7 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
     successors: dict[int, nn.Parameter] = {}
     replacements = []
     for module in list(model.modules()):
-        touched, id_of_weight = False, id(getattr(module, "weight", None))
+        touched, id_of_weight = False, id(module._parameters.get("weight"))
         for key, parameter in list(module._parameters.items()):
             kept = tensors.get(names[id(parameter)]) if parameter is not None else None
             if parameter is None or kept is None:

@@ -83,9 +83,9 @@ class State:
         self.names = tensor_names(model)
         self.trains = any(parameter.requires_grad for parameter in model.parameters())
         self.regrouped = {  # weights of convolutions whose number of groups is an attribute that can change
-            self.names[id(module.weight)]
+            self.names[id(module._parameters["weight"])]
             for module in model.modules()
-            if isinstance(module, CONVS) and module.groups > 1 and id(module.weight) in self.names
+            if isinstance(module, CONVS) and module.groups > 1 and module._parameters.get("weight") is not None
         }
         self.seed = seed
         self.axes: dict[AxisKey, Tensor] = {}

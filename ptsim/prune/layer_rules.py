@@ -51,7 +51,7 @@ def _conv(call: Call, layer: str, weight: Tensor, bias: Tensor | None, groups: i
         inputs = state.axis(name, -1 if was_grouped else 0 if transposed else 1, in_channels)
     else:
         inputs = state.axis(name, -1, in_channels)
-        if groups == in_channels or name not in state.regrouped:  # only whole groups can go
+        if state.seed is None and (groups == in_channels or name not in state.regrouped):  # only whole groups can go
             state.unite(inputs.view(groups, -1)[:, :1], inputs.view(groups, -1))
             state.unite(inputs.view(groups, -1)[:, :1], outputs.view(groups, -1))
     if vector is None:

@@ -236,10 +236,7 @@ def _compare(
     generator = torch.Generator().manual_seed(seed)
     chance = torch.rand(groups.num_components, generator=generator)
     limit = max(fraction, float(chance[groups.prunable].min())) if bool(groups.prunable.any()) else fraction
-    chosen, importance = groups.prunable & (chance <= limit), torch.rand(len(chance), generator=generator)
-    mask, _ = keep_one(groups, chosen, importance)
-    if not stays_aligned(network, groups, Plan(removed=mask)):  # as `reconfigure` decides
-        mask, _ = keep_one(groups, chosen & ~groups.sensitive, importance)
+    mask = _removable(network, groups, chance, limit, torch.rand(len(chance), generator=generator))
     zero_components(network, groups, mask)
     has_batch_norm = any(isinstance(module, BATCH_NORMS) for module in network.modules())
     if has_batch_norm:
@@ -278,6 +275,18 @@ def _compare(
     for name, buffer in after.items():
         train_error = max(train_error, _relative_error(buffer, expected_after[name]))
     return int(mask.sum()), eval_error, train_error
+
+
+def _removable(network: nn.Module, groups: ChannelGroups, chance: Tensor, limit: float, importance: Tensor) -> Tensor:
+    """Components whose `chance` is at most `limit`, fewer where the model's code would not bear them.
+
+    `reconfigure` refuses what it would not bear, too, and then leaves out all that is sensitive.
+    """
+    for part in (limit, limit / 2, limit / 4):
+        mask, _ = keep_one(groups, groups.prunable & (chance <= part), importance)
+        if bool(mask.any()) and stays_aligned(network, groups, Plan(removed=mask)):
+            return mask
+    return keep_one(groups, groups.prunable & (chance <= limit) & ~groups.sensitive, importance)[0]
 
 
 def _run(
