@@ -31,7 +31,8 @@ class Tracer(fx.Tracer):
 
     def __init__(self, *, buffers: bool = False) -> None:
         einops = sys.modules.get("einops")
-        super().__init__(autowrap_modules=(math,) if einops is None else (math, einops))
+        modules: Any = (math,) if einops is None else (math, einops)
+        super().__init__(autowrap_modules=modules)
         self.proxy_buffer_attributes = buffers
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

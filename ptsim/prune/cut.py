@@ -88,7 +88,7 @@ def _groups_left(module: nn.Module, kept: Mapping[int, Tensor]) -> int | None:
         return None
     if module.groups == 1 or 0 not in kept:
         return module.groups
-    return len(torch.unique(kept[0] // (module.out_channels // module.groups)))  # type: ignore[no-untyped-call] # torch's gap
+    return len(torch.unique(kept[0] // (module.out_channels // module.groups)))
 
 
 def places(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ptsim.capture.graph import evaluation_mode
 from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
 from ptsim.prune.labels import CONVS, Weighted
 from ptsim.trace.schema import LayerDensity
@@ -20,7 +21,11 @@ def _layers(model: nn.Module) -> list[tuple[str, Tensor, Weighted]]:
             transposed = isinstance(module, nn.ConvTranspose2d)
             none = torch.empty(0, dtype=torch.int64)
             layer = Weighted(name, name + ".weight", groups, False, transposed and groups == 1, none, none, ())
-            layers.append((name, module.weight.detach(), layer))
+            with evaluation_mode(
+                module
+            ):  # a weight that is computed (spectral_norm) learns from being read in training
+                weight = module.weight.detach()
+            layers.append((name, weight, layer))
     return layers
 
 
