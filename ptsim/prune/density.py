@@ -21,9 +21,7 @@ def _layers(model: nn.Module) -> list[tuple[str, Tensor, Weighted]]:
             transposed = isinstance(module, nn.ConvTranspose2d)
             none = torch.empty(0, dtype=torch.int64)
             layer = Weighted(name, name + ".weight", groups, False, transposed and groups == 1, none, none, ())
-            with evaluation_mode(
-                module
-            ):  # a weight that is computed (spectral_norm) learns from being read in training
+            with evaluation_mode(module):  # in training mode spectral_norm goes on when its weight is read
                 weight = module.weight.detach()
             layers.append((name, weight, layer))
     return layers
