@@ -8,7 +8,6 @@ zeros reaches any consumer (so no sigmoid lies in between).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ptsim.capture.graph import evaluation_mode, example_input
+from ptsim.capture.graph import copied, evaluation_mode, example_input
 from ptsim.network import LayerKind, Network
 from ptsim.prune.groups import ChannelGroups
 
@@ -87,7 +86,7 @@ def _heard(model: nn.Module, groups: ChannelGroups, quiet: Tensor) -> Tensor:
 
     In both modes, since BatchNorm differs in them; activations that are zero at zero stay silent for every image.
     """
-    silenced = copy.deepcopy(model)
+    silenced = copied(model)
     for _, norm, components in norms(silenced, groups):
         gone = quiet[components].to(norm.weight.device)
         norm.weight[gone] = 0
