@@ -11,9 +11,16 @@ import functools
 import hashlib
 import math
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
+
+# Bounds that nothing real exceeds, so that what is read can be multiplied; 0 channels are what pruning has removed.
+Extent: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Step: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+Amount: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**60)]
+Difference: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**60), le=2**60)]  # of two watched sizes
+Shape: TypeAlias = Annotated[tuple[Extent, ...], msgspec.Meta(max_length=16)]
 
 MemoryFormat = Literal["contiguous", "channels_last"]  # how activations lie in memory: NCHW or NHWC
 
@@ -81,28 +88,28 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     name: str
     kind: LayerKind
     op: str
-    in_channels: int
-    out_channels: int
-    input_shapes: tuple[tuple[int, ...], ...]
-    output_shape: tuple[int, ...]
-    kernel_size: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
+    in_channels: Extent
+    out_channels: Extent
+    input_shapes: tuple[Shape, ...]
+    output_shape: Shape
+    kernel_size: tuple[Step, Step] = (1, 1)
+    stride: tuple[Step, Step] = (1, 1)
+    padding: tuple[Extent, Extent] = (0, 0)
+    dilation: tuple[Step, Step] = (1, 1)
+    groups: Step = 1
     bias: bool = False
-    num_parameters: int = 0
-    forward_macs: int = 0
+    num_parameters: Amount = 0
+    forward_macs: Amount = 0
     input_needs_gradient: bool = True
     weight_needs_gradient: bool = True
     inplace: bool = False
     view: bool = False
     training_only: bool = False
     once: bool = False
-    shared_inputs: tuple[int, ...] = ()
-    saved_elements: int = 0
-    saved_other_bytes: int = 0
-    saved_fixed_bytes: int = 0
+    shared_inputs: tuple[Extent, ...] = ()
+    saved_elements: Amount = 0
+    saved_other_bytes: Amount = 0
+    saved_fixed_bytes: Amount = 0
     output_saved: bool = False
 
     @property
@@ -142,7 +149,7 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     name: str
     layer: str
-    shape: tuple[int, ...]
+    shape: Shape
 
     @property
     def num_elements(self) -> int:
@@ -153,9 +160,9 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Moment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is alive at one moment of an iteration, beyond weights, optimizer state, images and `gradient_bytes`."""
 
-    fixed_bytes: int
-    image_bytes: int
-    gradient_bytes: int  # of parameters whose gradient is there
+    fixed_bytes: Difference
+    image_bytes: Difference
+    gradient_bytes: Difference  # of parameters whose gradient is there
 
 
 class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,10 +179,10 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     device: Literal["cpu", "gpu"]
     half: bool
-    kept_fixed_bytes: int
-    kept_image_bytes: int
-    weight_copy_bytes: int
-    buffer_bytes: int
+    kept_fixed_bytes: Difference
+    kept_image_bytes: Difference
+    weight_copy_bytes: Difference
+    buffer_bytes: Difference
     contiguous: tuple[Moment, ...]
     channels_last: tuple[Moment, ...]
 
@@ -196,8 +203,8 @@ class Network(
     """
 
     name: str
-    input_shape: tuple[int, int, int]
-    num_classes: int
+    input_shape: tuple[Extent, Extent, Extent]
+    num_classes: Extent
     layers: tuple[Layer, ...]
     edges: tuple[tuple[str, str], ...]
     parameters: tuple[Parameter, ...]

@@ -28,10 +28,10 @@ def _values(info: inspect.Type) -> st.SearchStrategy[Any]:
             return st.none()
         case inspect.BoolType():
             return st.booleans()
-        case inspect.IntType(ge=low):
-            return st.integers(0 if low is None else low, 2**53)
-        case inspect.FloatType(ge=low):
-            return st.floats(min_value=low, allow_nan=False, allow_infinity=False)
+        case inspect.IntType(ge=low, le=high):
+            return st.integers(0 if low is None else low, 2**53 if high is None else high)
+        case inspect.FloatType(ge=low, le=high):
+            return st.floats(min_value=low, max_value=high, allow_nan=False, allow_infinity=False)
         case inspect.StrType():
             return _TEXT
         case inspect.LiteralType(values=values):

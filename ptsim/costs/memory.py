@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from ptsim.errors import UnknownNameError
 from ptsim.hardware.spec import Device
 from ptsim.network import Footprint, Layer, LayerKind, MemoryFormat, Network, Precision
 from ptsim.units import MIB
@@ -111,7 +112,7 @@ def iteration_memory(
     if batch <= 0:
         raise ValueError(f"batch is {batch}, expected a positive number of images")
     if optimizer not in _OPTIMIZER_STATES:
-        raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(_OPTIMIZER_STATES)}")
+        raise UnknownNameError("optimizer", optimizer, _OPTIMIZER_STATES)
     gpu = device is not None and device.architecture != "cpu"
     block = _BLOCK if gpu else 1
     seen = _footprint(network, gpu=gpu, half=precision.activation_bytes == 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from ptsim.errors import UnknownNameError
 from ptsim.network import Layer, LayerKind, Network
 
 BATCH_NORM_FORWARD, BATCH_NORM_BACKWARD = 3, 5  # accesses per element
@@ -92,7 +93,7 @@ def update_traffic(network: Network, optimizer: str = "sgd", *, fused: bool = Fa
         ValueError: an optimizer that is not counted here.
     """
     if optimizer not in _UPDATE_ACCESSES:
-        raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(_UPDATE_ACCESSES)}")
+        raise UnknownNameError("optimizer", optimizer, _UPDATE_ACCESSES)
     return _UPDATE_ACCESSES[optimizer][fused] * 4 * network.num_parameters
 
 

@@ -20,6 +20,7 @@ import msgspec
 from ptsim.errors import FileFormatError, NewerVersionError
 from ptsim.network import Network
 from ptsim.textfile import decode_json, drop_torn_line, read_lines, write_whole
+from ptsim.trace.checks import record_problem
 from ptsim.trace.schema import (
     SCHEMA_VERSION,
     AnyRecord,
@@ -89,7 +90,7 @@ def read_trace(path: str | Path) -> Trace:
     """Read and check a whole trace from a file or a run folder.
 
     Raises:
-        FileFormatError: a broken line, records out of order, or an epoch that names an unknown architecture.
+        FileFormatError: a broken line, records out of order, or a record that cannot be true (`checks.py`).
         NewerVersionError: written by a newer schema version.
     """
     file = trace_path(path)
@@ -110,25 +111,21 @@ def read_trace(path: str | Path) -> Trace:
             raise FileFormatError(file, problem, line=number)
         if end is not None:
             raise FileFormatError(file, f"found {_tag(record)!r} after the end record", line=number)
+        if (contradiction := record_problem(record, networks)) is not None:
+            raise FileFormatError(file, contradiction, line=number)
         match record:
             case Run():
                 run = record
             case Architecture():
-                if record.network.id != record.id:
-                    problem = f"field 'id' is {record.id!r}, but the network's content has the id {record.network.id!r}"
-                    raise FileFormatError(file, problem, line=number)
                 networks[record.id] = record.network
             case Profile():
-                _check_known(file, number, networks, architecture=record.architecture)
                 profiles.append(record)
             case Epoch():
-                _check_known(file, number, networks, architecture=record.architecture)
                 if record.epoch != len(epochs):
                     problem = f"field 'epoch' is {record.epoch}, expected {len(epochs)}"
                     raise FileFormatError(file, problem, line=number)
                 epochs.append(record)
             case Reconfiguration():
-                _check_known(file, number, networks, before=record.before, after=record.after)
                 reconfigurations.append(record)
             case End():
                 end = record
@@ -316,13 +313,6 @@ def _check_version(file: Path, first_line: bytes) -> None:
         )
     if first.schema_version < 1:
         raise FileFormatError(file, f"field 'schema_version' is {first.schema_version}, expected at least 1", line=1)
-
-
-def _check_known(file: Path, number: int, networks: dict[str, Network], **references: str) -> None:
-    for field, architecture in references.items():
-        if architecture not in networks:
-            problem = f"field {field!r} names the architecture {architecture!r}, which no earlier line describes"
-            raise FileFormatError(file, problem, line=number)
 
 
 def _tag(record: AnyRecord) -> str:

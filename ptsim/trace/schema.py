@@ -19,9 +19,17 @@ SCHEMA_VERSION = 3  # 2: layers that run once a mini-batch, and inputs that imag
 
 Origin = Literal["recorded", "planned", "imported"]
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
+# Bounds that nothing real exceeds, so that what is read can be added and multiplied.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+Ranks = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
+Batch = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=3.2e9)]  # a hundred years
+Difference = Annotated[float, msgspec.Meta(ge=-3.2e9, le=3.2e9)]  # of two measured times
+Fraction = Annotated[float, msgspec.Meta(ge=-1e-6, le=1 + 1e-6)]  # rounding included
+Quantity = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
+Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
 
 T = TypeVar("T")
 
@@ -37,7 +45,7 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     num_classes: Positive
     num_train: Positive
     num_validation: Count
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[Size, Size, Size]
 
 
 class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,10 +54,10 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     name: str
     kind: Literal["cpu", "cuda", "none"]
     memory_bytes: Count | None
-    num_threads: int | None = None
-    max_sm_clock_hz: float | None = None
-    max_memory_clock_hz: float | None = None
-    power_limit_w: float | None = None
+    num_threads: Positive | None = None
+    max_sm_clock_hz: Quantity | None = None
+    max_memory_clock_hz: Quantity | None = None
+    power_limit_w: Quantity | None = None
     driver: str | None = None
 
     def must_exist(self) -> tuple[Literal["cpu", "cuda"], int]:
@@ -91,7 +99,7 @@ class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ru
     seed: int
     precision: Precision
     memory_format: MemoryFormat
-    world_size: Positive
+    world_size: Ranks
     backend: str | None
     device: DeviceInfo
     versions: dict[str, str]
@@ -125,7 +133,7 @@ class Profile(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
     """
 
     architecture: str
-    batch: Positive
+    batch: Batch
     precision: Precision
     memory_format: MemoryFormat
     device: str
@@ -138,7 +146,7 @@ class Profile(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
     step_s: Seconds
     step_low_s: Seconds | None = None
     step_high_s: Seconds | None = None
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: Count | None = None
 
 
 class EpochTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -154,7 +162,7 @@ class EpochTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     backward_s: Seconds
     regularizer_s: Seconds
     optimizer_s: Seconds
-    exposed_communication_s: float
+    exposed_communication_s: Difference
     validation_s: Seconds
 
 
@@ -170,22 +178,22 @@ class StepDistribution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class DeviceUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What NVML saw of one GPU over the epoch (mean values; energy and peak memory are totals)."""
 
-    energy_j: float | None = None
-    power_w: float | None = None
-    sm_clock_hz: float | None = None
-    memory_clock_hz: float | None = None
-    temperature_c: float | None = None
-    utilization: float | None = None  # fraction of time with a kernel running, 0..1
-    peak_memory_bytes: int | None = None
+    energy_j: Quantity | None = None
+    power_w: Quantity | None = None
+    sm_clock_hz: Quantity | None = None
+    memory_clock_hz: Quantity | None = None
+    temperature_c: Annotated[float, msgspec.Meta(ge=-273.15, le=1000)] | None = None
+    utilization: Fraction | None = None  # fraction of time with a kernel running, 0..1
+    peak_memory_bytes: Count | None = None
 
 
 class LayerDensity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Fractions that are not sparse in one layer of the *current* architecture, threshold 1e-4 (paper, Fig. 12)."""
 
     layer: str
-    input_channels: float
-    output_channels: float
-    weights: float
+    input_channels: Fraction
+    output_channels: Fraction
+    weights: Fraction
 
 
 class Epoch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="epoch"):
@@ -203,26 +211,26 @@ class Epoch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
 
     epoch: Count
     architecture: str
-    batch_per_gpu: Positive
-    world_size: Positive
-    learning_rate: float | None
+    batch_per_gpu: Batch
+    world_size: Ranks
+    learning_rate: Quantity | None
     num_iterations: Positive
     num_images: Positive
-    penalty_coefficient: float | None
-    train_loss: float | None
-    penalty: float | None
-    train_accuracy: float | None
-    validation_loss: float | None
-    validation_accuracy: float | None
-    channel_sparsity: float
-    weight_sparsity: float
+    penalty_coefficient: Quantity | None
+    train_loss: Number | None
+    penalty: Number | None
+    train_accuracy: Fraction | None
+    validation_loss: Number | None
+    validation_accuracy: Fraction | None
+    channel_sparsity: Fraction
+    weight_sparsity: Fraction
     measured_time: EpochTime | None = msgspec.field(name="time")
     measured_step: StepDistribution | None = msgspec.field(name="step")
     allreduce_bytes: Count
-    peak_memory_bytes: int | None  # the allocator's
+    peak_memory_bytes: Count | None  # the allocator's
     device: DeviceUse | None = None
     densities: tuple[LayerDensity, ...] = ()
-    channel_maxima: dict[str, tuple[float, ...]] | None = None  # per layer, largest |w| per output channel
+    channel_maxima: dict[str, tuple[Number, ...]] | None = None  # per layer, largest |w| per output channel
 
     @property
     def regularized(self) -> bool:
@@ -261,10 +269,10 @@ class Reconfiguration(Record, frozen=True, kw_only=True, forbid_unknown_fields=T
     channels_removed: Count
     layers_removed: tuple[str, ...]
     measured_duration_s: Seconds | None = msgspec.field(name="duration_s")
-    batch_before: Positive
-    batch_after: Positive
-    learning_rate_scale: float = 1.0
-    predicted_memory_bytes: int | None = None
+    batch_before: Batch
+    batch_after: Batch
+    learning_rate_scale: Quantity = 1.0
+    predicted_memory_bytes: Count | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -283,10 +291,10 @@ class End(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="en
     status: Literal["clean", "interrupted", "failed"]
     reason: str | None
     epochs: Count
-    final_accuracy: float | None
+    final_accuracy: Fraction | None
     wall_s: Seconds | None
     num_iterations: Count
-    energy_j: float | None = None
+    energy_j: Quantity | None = None
 
 
 def _measured(value: T | None, what: str) -> T:

@@ -1,0 +1,91 @@
+"""Which records of a trace cannot be true: fields against each other, names against the networks of earlier lines.
+
+Types and bounds of single fields stand in `schema.py`; msgspec checks them before a record comes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ptsim.consistency import network_problem
+from ptsim.network import Network
+from ptsim.trace.schema import AnyRecord, Architecture, Epoch, Profile, Reconfiguration, Run
+
+_CLOCKS = 2.0  # how far the parts of an epoch, which other clocks measure, may exceed its wall time
+
+
+def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | None:
+    """Why the record cannot be true, as a sentence without its end; None where nothing contradicts itself.
+
+    Args:
+        record: one line, decoded.
+        networks: those that earlier lines describe, by id.
+    """
+    match record:
+        case Run():
+            return _run_problem(record)
+        case Architecture():
+            if record.network.id != record.id:
+                return f"field 'id' is {record.id!r}, but the network's content has the id {record.network.id!r}"
+            return network_problem(record.network)
+        case Profile():
+            return _unknown(networks, architecture=record.architecture) or _profile_problem(
+                record, networks[record.architecture]
+            )
+        case Epoch():
+            return _unknown(networks, architecture=record.architecture) or _epoch_problem(
+                record, networks[record.architecture]
+            )
+        case Reconfiguration():
+            return _unknown(networks, before=record.before, after=record.after)
+        case _:
+            return None
+
+
+def _run_problem(run: Run) -> str | None:
+    for name, kind in (("optimizer", str), ("epochs", int)):
+        value = run.hyperparameters.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            return f"hyperparameters.{name} is {value!r}, expected {'a text' if kind is str else 'a whole number'}"
+    return None
+
+
+def _profile_problem(profile: Profile, network: Network) -> str | None:
+    if (problem := _strangers("layers", (layer.layer for layer in profile.layers), network)) is not None:
+        return problem
+    low = profile.step_s if profile.step_low_s is None else profile.step_low_s
+    high = profile.step_s if profile.step_high_s is None else profile.step_high_s
+    if not low <= profile.step_s <= high:
+        return f"field 'step_s' is {profile.step_s:g}, expected between step_low_s {low:g} and step_high_s {high:g}"
+    return None
+
+
+def _epoch_problem(epoch: Epoch, network: Network) -> str | None:
+    most = epoch.num_iterations * epoch.batch_per_gpu * epoch.world_size
+    if epoch.num_images > most:
+        return f"field 'num_images' is {epoch.num_images}, but the iterations hold {most} at most"
+    if epoch.measured_step is not None:
+        step = epoch.measured_step
+        if not step.p10_s <= step.median_s <= step.p90_s:
+            return f"the step times p10 {step.p10_s:g}, median {step.median_s:g}, p90 {step.p90_s:g} s do not rise"
+    if epoch.measured_time is not None:
+        time = epoch.measured_time
+        parts = time.data_wait_s + time.forward_s + time.backward_s + time.regularizer_s + time.optimizer_s
+        if parts > _CLOCKS * time.wall_s:
+            return f"the parts of the epoch take {parts:g} s, but field 'wall_s' is {time.wall_s:g}"
+    return _strangers("densities", (density.layer for density in epoch.densities), network) or _strangers(
+        "channel_maxima", epoch.channel_maxima or (), network
+    )
+
+
+def _strangers(field: str, names: Iterable[str], network: Network) -> str | None:
+    known = {layer.name for layer in network.layers}
+    name = next((name for name in names if name not in known), None)
+    return None if name is None else f"field {field!r} names the layer {name!r}, which the architecture does not have"
+
+
+def _unknown(networks: Mapping[str, Network], **references: str) -> str | None:
+    for field, architecture in references.items():
+        if architecture not in networks:
+            return f"field {field!r} names the architecture {architecture!r}, which no earlier line describes"
+    return None
