@@ -24,8 +24,8 @@ MOST_BYTES = 256 * 2**20  # of any file that is read as a whole
 MOST_TOML_BYTES = 16 * 2**20  # the TOML parser reads about 1 MB/s
 MOST_LEVELS = 32  # of tables and lists inside each other
 _DOTTED = re.compile(r"^[ \t\[]*(?:[^\s.=\[\]{}\"']+[ \t]*\.[ \t]*){32}", re.MULTILINE)  # a.b.c.… = 1
-_LARGEST, _SMALLEST = 1e30, 1e-30  # no quantity in a file that a person writes is beyond
-_LARGEST_INTEGER = 2**63 - 1  # TOML's own bound
+LARGEST, SMALLEST = 1e30, 1e-30  # no quantity in a file that a person writes is beyond
+LARGEST_INTEGER = 2**63 - 1  # TOML's own bound
 
 T = TypeVar("T")
 
@@ -129,10 +129,10 @@ def _problem(value: Any) -> str | None:
     """Why no setting of any file can have this value."""
     if isinstance(value, str) and "\0" in value:
         return "is a text with a NUL character"
-    if isinstance(value, int) and not -_LARGEST_INTEGER <= value <= _LARGEST_INTEGER:
+    if isinstance(value, int) and not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
         return "is a whole number of more than 63 bits"
-    if isinstance(value, float) and value and not _SMALLEST <= abs(value) <= _LARGEST:
-        bounds = f"a number between {_SMALLEST:g} and {_LARGEST:g}"
+    if isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:
+        bounds = f"a number between {SMALLEST:g} and {LARGEST:g}"
         return f"is {value!r}, expected {bounds}" if math.isfinite(value) else f"is not finite, expected {bounds}"
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 import cyclopts
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ptsim.cli.main import progress_console
+from ptsim.cli.common import print_line, progress_console, say
 from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat, Precision
 from ptsim.textfile import check_writable
@@ -57,7 +56,7 @@ def gpu(
     settings: tuple[Setting, ...] = ()
     if precision is not None or memory_format is not None:
         settings = (Setting(precision=precision or Precision.FP32, memory_format=memory_format or "contiguous"),)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=progress_console(), transient=True) as bar:
         task = bar.add_task("calibrating", total=1.0)
         try:
@@ -76,7 +75,7 @@ def gpu(
         except KeyboardInterrupt:
             bar.stop()
             if out.exists():
-                print(f"{out} holds what was measured so far; --resume goes on", file=sys.stderr)
+                say(f"{out} holds what was measured so far; --resume goes on")
             raise
     if profile.disturbance is not None:
         warnings.warn(f"{profile.disturbance}; measure again when it is quiet", stacklevel=1)
@@ -84,7 +83,7 @@ def gpu(
     progress_console().print(
         f"{profile.device}: {len(profile.steps)} networks, {len(profile.operators)} operators; {state}"
     )
-    print(out)
+    print_line(out)
 
 
 def group_lasso_of(model: Any, input_shape: tuple[int, int, int]) -> Callable[[], object]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
+from ptsim.cli.common import progress_console
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import AllReduceTable, Cluster
 from ptsim.textfile import check_writable
@@ -62,7 +62,7 @@ def network(
             return  # not rank 0
         cluster = cluster_of(*measured)
     write_cluster(cluster, out)
-    console = Console(stderr=True)
+    console = progress_console()
     for found in cluster.tables:
         console.print(
             f"{found.num_gpus} GPUs on {found.num_nodes} node(s): {len(found.size_bytes)} sizes, "

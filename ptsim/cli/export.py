@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from ptsim import __version__
-from ptsim.cli.common import print_json, refuse_input_as_output
+from ptsim.cli.common import print_json, print_line, refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.trace.io import read_trace
 
@@ -53,9 +53,9 @@ def export(
         print_json({"format": format, "files": [str(path) for path in written]})
         return
     for path in written if len(written) <= 12 else written[:12]:
-        print(path)
+        print_line(path)
     if len(written) > 12:
-        print(f"… {len(written)} files in all")
+        print_line(f"… {len(written)} files in all")
 
 
 def _write(trace: Path, format: Format, out: Path, gpus: int | None, epoch: int | None) -> list[Path]:

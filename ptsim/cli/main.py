@@ -1,20 +1,25 @@
 """The command line: which subcommands there are, and how errors leave it.
 
 Each subcommand lives in its own file and is imported when it runs, so that `ptsim --help` imports no torch. Data goes
-to stdout, everything else to stderr. A `PtsimError` becomes one sentence (and a `hint:` line) and exit status 2.
+to stdout, everything else to stderr. A `PtsimError` becomes one sentence (and a `hint:` line) and exit status 2;
+anything else that escapes is kept in a file, and the sentence says where (`crash.py`).
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import threading
+import typing
 import warnings
 from typing import Any
 
 import cyclopts
-from rich.console import Console
 
 import ptsim
+from ptsim.cli import crash
+from ptsim.cli.common import check_number, say
 from ptsim.errors import PtsimError, UnknownNameError
 
 app = cyclopts.App(
@@ -22,6 +27,7 @@ app = cyclopts.App(
     help="What would it cost to train this CNN on that cluster, dense or with PruneTrain, and how sure are we?",
     version=ptsim.__version__,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # an interruption is said, not swallowed
 )
 
 # name → (where, one line of help). The order is the order of `ptsim --help`.
@@ -43,51 +49,124 @@ COMMANDS = {
 }
 
 _HELP = "ptsim --help lists the commands; ptsim COMMAND --help their options"
+# What a command does while one waits; the others show their own progress.
+_WORKS = {
+    "inspect": "tracing the network and proving that pruning it is exact",
+    "cost": "counting the network",
+    "predict": "working out the times of the network's operators",
+    "simulate": "replaying the runs step by step",
+    "validate": "predicting what the runs have measured",
+    "report": "projecting the runs and drawing the figures",
+    "export": "writing the trace in its new form",
+}
+_PATIENCE_S = 2.0
 
 for _name, (_target, _help) in COMMANDS.items():
     app.command(f"ptsim.cli.{_target}", name=_name, help=_help)
+app.register_install_completion_command(help="Install completion for this shell.")
 
 
 def run(tokens: list[str] | None = None) -> int:
-    """Run one command line and return its exit status."""
+    """Run one command line and return its exit status.
+
+    0: done; 2: the input is wrong or the machine refuses (one sentence); 70: a fault of ptsim (kept in a file); 130:
+    interrupted; 141: the reader of the output has left.
+    """
     warnings.showwarning = _show_warning
+    given = sys.argv[1:] if tokens is None else tokens
+    notice = threading.Timer(_PATIENCE_S, _tell_what_it_does, args=[given[:1]])
+    notice.daemon = True
     try:
+        notice.start()
         result: Any = app(tokens, exit_on_error=False, print_error=False)
     except PtsimError as error:
         return _fail(error.message, error.hint)
-    except cyclopts.UnknownCommandError as error:  # its own text would import every command to look for close names
-        unknown = UnknownNameError("command", (error.unused_tokens or ["?"])[0], COMMANDS)
-        return _fail(unknown.message, unknown.hint)
-    except cyclopts.UnusedCliTokensError as error:
-        return _fail(f"unexpected argument {(error.unused_tokens or ['?'])[0]!r}", _HELP)
     except cyclopts.CycloptsError as error:
-        return _fail(" ".join(str(error).split()), _HELP)
+        return _fail_usage(error)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        say("error: interrupted")
         return 130
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except MemoryError:
+        return _fail("the machine has not enough memory for this", "smaller inputs, or another machine")
+    except OSError as error:
+        if error.strerror is None:
+            return _fail_unexpected(error, given)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, None)
+    except Exception as error:
+        return _fail_unexpected(error, given)
+    finally:
+        notice.cancel()
     return result if isinstance(result, int) else 0
 
 
 def main() -> None:
     """Entry point of the `ptsim` script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without × or a file name without an encoding
     sys.exit(run())
 
 
-def progress_console() -> Console:
-    """Where progress and messages go: stderr."""
-    return Console(stderr=True)
+def _refuse_numbers_that_would_be_rounded(
+    _app: cyclopts.App, _commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
+) -> None:
+    """What the user typed is what is done: cyclopts would round 1.6 epochs to 2."""
+    for argument in arguments:
+        kinds = {argument.hint, *typing.get_args(argument.hint)}
+        for token in argument.tokens if kinds & {int, float} else ():
+            check_number(token.keyword or argument.name, token.value, whole=float not in kinds)
+
+
+app.config = (_refuse_numbers_that_would_be_rounded,)
+
+
+def _tell_what_it_does(command: list[str]) -> None:
+    if command and command[0] in _WORKS:
+        say(f"ptsim {command[0]}: {_WORKS[command[0]]} …")
+
+
+def _fail_usage(error: cyclopts.CycloptsError) -> int:
+    if isinstance(error, cyclopts.UnknownCommandError):  # its own text would import every command
+        known: list[str] = list(COMMANDS)
+        chain = error.command_chain or ()
+        if chain:
+            group = app
+            for part in chain:
+                group = group[part]
+            known = [name for name in group if not name.startswith("-")]
+        unknown = UnknownNameError(" ".join([*chain, "command"]), (error.unused_tokens or ["?"])[0], known)
+        return _fail(unknown.message, unknown.hint)
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        return _fail(f"unexpected argument {(error.unused_tokens or ['?'])[0]!r}", _HELP)
+    text = " ".join(str(error).split())
+    return _fail(text, "ptsim clusters lists the catalog" if "--cluster requires" in text else _HELP)
+
+
+def _fail_unexpected(error: BaseException, tokens: list[str]) -> int:
+    """Say where the details of a fault of ptsim are."""
+    where = crash.keep(error, tokens)
+    kept = f"; the details are in {where}" if where else ""
+    _fail(
+        f"ptsim met a fault of its own ({type(error).__name__}: {_shortened(str(error), 200)}){kept}",
+        "please report it with that file: it holds versions, the command line and the traceback" if where else None,
+    )
+    return crash.EXIT_STATUS
 
 
 def _fail(message: str, hint: str | None) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    say("error: " + _shortened(message.replace("\n", "\\n"), 3000))
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        say(f"hint: {hint}")
     return 2
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, UserWarning):  # ours and our users'; deprecations of libraries are not the user's to mend
-        print(f"warning: {message}", file=sys.stderr)
+        say(f"warning: {message}")

@@ -73,7 +73,7 @@ def _print(p: Prediction) -> None:
     where = f"{p.gpus} × {p.device}" + (f" of {p.cluster}" if p.cluster else "")
     console.print(f"{p.model} on {where}: mini-batch {p.batch} per GPU, {p.precision}, {p.memory_format}")
     console.print(
-        f"[bold]{p.images_per_second:.4g} images/s[/bold] "
+        f"{p.images_per_second:.4g} images/s "
         f"({p.low_images_per_second:.4g}–{p.high_images_per_second:.4g}, 90 %), "
         f"{format_seconds(p.step_seconds)} per step ({format_seconds(p.low)}–{format_seconds(p.high)}); tier: {p.tier}"
         + (f", network: {p.network_tier}" if p.network_tier else "")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptsim.cli.common import print_json
+from ptsim.cli.common import print_json, print_line
 from ptsim.cli.simulate import parse_gpus
 from ptsim.errors import UsageError
 from ptsim.report.build import make_report, summary, write
@@ -50,10 +50,10 @@ def report(
     if json:
         print_json({"report": str(page), **summary(made)})
         return
-    print(made.answer.headline)
+    print_line(made.answer.headline)
     for tile in made.answer.tiles:
-        print(f"{tile.name}: {tile.value} ({tile.detail}; {tile.origin})")
-    print(f"How sure: {made.answer.certainty}")
+        print_line(f"{tile.name}: {tile.value} ({tile.detail}; {tile.origin})")
+    print_line(f"How sure: {made.answer.certainty}")
     for reason in made.answer.why:
-        print(f"Why: {reason}")
-    print(page)
+        print_line(f"Why: {reason}")
+    print_line(page)

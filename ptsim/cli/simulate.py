@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ptsim.cli.common import is_count, print_json, refuse_input_as_output, stdout_console
+from ptsim.cli.common import is_count, print_json, refuse_input_as_output, say, stdout_console
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import read_device_profile
@@ -120,7 +119,7 @@ def simulate(
             from ptsim.export.timeline import write_timeline
 
             for file in write_timeline(timeline, trace, where, max(counts), options, device_profile=measured):
-                print(f"timeline: {file}", file=sys.stderr)
+                say(f"timeline: {file}")
     if json:
         print_json([_document(projection) for projection in projections])
     else:
@@ -180,7 +179,7 @@ def _print_tables(projections: list[RunProjection]) -> None:
     for trace in dict.fromkeys(projection.trace for projection in projections):
         rows = [projection for projection in projections if projection.trace == trace]
         first = rows[0]
-        console.print(f"[bold]{first.model}[/bold], {len(first.epochs)} epochs: {trace}", highlight=False)
+        console.print(f"{first.model}, {len(first.epochs)} epochs: {trace}", highlight=False)
         console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling", highlight=False)
         time = _table("GPUs", "time", "90 % interval", "compute", "exposed", "start, reconfig.", "speed-up")
         resources = _table("GPUs", "GPU-hours", "energy", "USD", "all-reduced", "memory", "tier", "network")

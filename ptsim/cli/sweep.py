@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ptsim.answers.sweep import MANY, Progress, forget, read_study, run_study
-from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.common import print_json, progress_console, say, stdout_console
 from ptsim.cli.simulate import interval, seconds
 from ptsim.errors import UsageError
 from ptsim.trace.io import trace_name
@@ -60,8 +58,8 @@ def sweep(
     results = out or study.with_suffix(".results.jsonl")
     if fresh:
         forget(results)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = progress_console()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console) as bar, _executor(workers, dask) as executor:
         task = bar.add_task(study.name, total=total)
 
@@ -74,10 +72,10 @@ def sweep(
     failures = [row for row in rows if row["status"] == "failed"]
     for row in failures[:10]:
         message = f"failed: {row['what_if']}, {row['trace']}, {row['cluster']}, {row['gpus']} GPUs: {row['error']}"
-        print(message, file=sys.stderr)
+        say(message)
     if len(failures) > 10:
-        print(f"failed: {len(failures) - 10} more", file=sys.stderr)
-    print(f"{len(rows) - len(failures)} of {len(rows)} configurations: {results}", file=sys.stderr)
+        say(f"failed: {len(failures) - 10} more")
+    say(f"{len(rows) - len(failures)} of {len(rows)} configurations: {results}")
     if json:
         print_json(rows)
     else:
