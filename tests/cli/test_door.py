@@ -1,0 +1,111 @@
+"""Whatever happens inside a command, the user gets one sentence and an exit status that says whose fault it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ptsim.cli import main
+from ptsim.cli.common import parse_bytes, printable, stdout_console
+from ptsim.errors import UsageError
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def load(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ptsim.cli.allreduce.load_cluster", load)
+
+
+ALLREDUCE = ["allreduce", "--cluster", "dgx-a100", "--gpus", "8", "--bytes", "1M"]
+
+
+@pytest.mark.parametrize("error", [RecursionError("deep"), OverflowError("large"), KeyError("k"), ZeroDivisionError()])
+def test_a_fault_of_ptsim_is_kept_in_a_file_that_the_sentence_names(
+    failing: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, error: Exception
+) -> None:
+    raising(monkeypatch, error)
+    assert main.run(ALLREDUCE) == 70
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    (file,) = tmp_path.glob("ptsim-crash-*.txt")
+    assert str(file) in captured.err
+    assert "report it with that file" in captured.err
+    content = file.read_text()
+    assert "Traceback" in content
+    assert "command: ptsim allreduce --cluster dgx-a100" in content
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (MemoryError(), 2, "error: the machine has not enough memory for this"),
+        (OSError(28, "No space left on device", "x.toml"), 2, "error: x.toml: No space left on device"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    sentence: str,
+) -> None:
+    raising(monkeypatch, error)
+    assert main.run(ALLREDUCE) == status
+    assert capsys.readouterr().err.splitlines()[0] == sentence
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("allreduce --cluster dgx-a100 --gpus 2.6 --bytes 1M", "--gpus is 2.6, expected a whole number"),
+        ("allreduce --cluster dgx-a100 --gpus 1e3 --bytes 1M", "--gpus is 1e3, expected a whole number"),
+        ("predict resnet20 --batch 3.5 --gpu a100", "--batch is 3.5, expected a whole number"),
+        ("train --epochs 1.6", "--epochs is 1.6, expected a whole number"),
+        ("predict resnet20 --batch 99999999999999999999 --gpu a100", "--batch is 1e+20, expected at most"),
+        ("simulate x --cluster dgx-a100 --price 1e-320", "--price is 1e-320, expected 0 or a number between"),
+        ("calibrate gpus", "unknown calibrate command 'gpus'; known: gpu, network"),
+        ("simulate x", "--cluster"),
+    ],
+)
+def test_what_was_typed_wrong_is_named(line: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(line.split()) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_names_are_neither_markup_nor_terminal_sequences(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+
+    names = ["[/b]x", "[red]y", "\x1b[31mz", "a\u202eb", ":smile:", "[", "\udcff"]
+    table = Table("[/i]head", title="[/b]title")
+    for name in names:
+        table.add_row(name)
+    stdout_console().print(table)
+    stdout_console().print(" ".join(names))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    for text in ("[/b]x", "[red]y", "\\x1b[31mz", "a\\u202eb", ":smile:", "\\udcff", "[/i]head", "[/b]title"):
+        assert text in shown
+    assert printable("a\nb\tc é ×") == "a\nb\tc é ×"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("128M", 134217728), ("128MiB", 134217728), ("134217728", 134217728), ("8g", 8589934592), ("1k", 1024), ("0", 0)],
+)
+def test_a_message_size_is_read_as_nccl_tests_and_people_write_it(text: str, size: int) -> None:
+    assert parse_bytes("--bytes", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "1.5", "-1", "nan", "1e400", "1 parsec", "9" * 5000, "128 Q"])
+def test_what_is_no_message_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--bytes"):
+        parse_bytes("--bytes", text)
