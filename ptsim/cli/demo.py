@@ -1,4 +1,4 @@
-"""`ptsim demo`: the whole path on real data, in minutes: train dense and PruneTrain, project both, write the report."""
+"""`ptsim demo`: what pruning is worth, in minutes: measured here, projected where it pays and where it does not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 
 from ptsim.cli.common import print_json, stdout_console
@@ -19,23 +21,26 @@ from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 from ptsim.units import format_bytes, format_count, format_seconds
 
-CLUSTER, GPUS = "dgx-a100", (1, 2, 4, 8, 16, 32, 64)
+# A slow network, where fewer gradients are time saved, and a fast one, where a small network waits for its host.
+CLUSTERS, GPUS = ("ethernet-1g", "dgx-a100"), (1, 2, 4, 8)
 
-# ResNet-20 on 1437 handwritten digits of 8×8 pixels. The mini-batch is small because the data set is.
+# 1437 handwritten digits of 8×8 pixels, doubled: convolutions wide enough that a narrower one takes less time.
 SETTINGS: dict[str, Any] = {
-    "model": "resnet20",
+    "model": "vgg6",
     "dataset": "digits",
-    "epochs": 50,
-    "batch": 16,
+    "image_size": 16,
+    "epochs": 20,
+    "batch": 32,
     "lr": 0.2,
-    "lr_milestones": (0.6, 0.85),
-    "num_threads": 1,  # operators of some microseconds each: a second thread would only wait for the first
+    "lr_milestones": (0.4, 0.8),
+    "num_threads": 1,  # so that two runs side by side on two cores do not disturb each other
 }
-PRUNING: dict[str, Any] = {"penalty_ratio": 0.5, "interval": 5}
+# The proximal step reaches zeros exactly, so that channels go in a quarter of the run; chosen with seed 0 among nine.
+PRUNING: dict[str, Any] = {"penalty_ratio": 0.8, "interval": 2, "regularizer": "proximal"}
 
 
 def demo(*, out: Path = Path("demo"), epochs: int = SETTINGS["epochs"], seed: int = 0, json: bool = False) -> None:
-    """Train dense and PruneTrain on real digits, project both onto a cluster, write the report.
+    """Train dense and PruneTrain on real digits, project both onto two clusters, write the report.
 
     Parameters
     ----------
@@ -49,7 +54,6 @@ def demo(*, out: Path = Path("demo"), epochs: int = SETTINGS["epochs"], seed: in
         Print one JSON document instead of tables.
     """
     from ptsim.report.build import write_report
-    from ptsim.sim.run import simulate
     from ptsim.training.loop import train
     from ptsim.training.runfolder import refuse_used_folder
 
@@ -59,27 +63,42 @@ def demo(*, out: Path = Path("demo"), epochs: int = SETTINGS["epochs"], seed: in
     common = SETTINGS | {"epochs": epochs, "seed": seed}
     dense = read_trace(train(common | {"penalty_ratio": 0.0}, out=out / "dense", progress=True).trace)
     pruned = read_trace(train(common | PRUNING, out=out / "prunetrain", progress=True).trace)
-    projections = {name: simulate(run, CLUSTER, GPUS) for name, run in (("dense", dense), ("prunetrain", pruned))}
-    page = write_report([dense, pruned], out / "report", cluster=CLUSTER, gpus=GPUS)
+    savings = projected_savings(dense, pruned)
+    page = write_report([dense, pruned], out / "report", cluster=CLUSTERS[0], gpus=GPUS)
     if json:
         print_json(
             {
                 "runs": {"dense": summary(dense), "prunetrain": summary(pruned)},
-                "cluster": CLUSTER,
-                "projections": {name: frame.to_dict("records") for name, frame in projections.items()},
+                "clusters": list(CLUSTERS),
+                "savings": savings.astype(object).where(savings.notna(), None).to_dict("records"),
                 "traces": [str(dense.path), str(pruned.path)],
                 "report": str(page),
             }
         )
         return
     console = stdout_console()
-    console.print(_course(pruned), _comparison(dense, pruned), _projection(projections))
-    console.print(f"Runs    {dense.path}\n        {pruned.path}\nReport  {page}", soft_wrap=True, highlight=False)
+    console.print(_course(pruned), _comparison(dense, pruned), _projection(savings))
+    paths = f"Runs    {dense.path}\n        {pruned.path}\nReport  {page}"
+    console.print(paths, soft_wrap=True, highlight=False, markup=False)
+
+
+def projected_savings(dense: Trace, pruned: Trace) -> pd.DataFrame:
+    """`projected.savings_frame` of the two runs on every one of `CLUSTERS`."""
+    from ptsim.hardware.catalog import load_cluster
+    from ptsim.report.projected import Projector, savings_frame
+    from ptsim.sim.options import Options
+    from ptsim.trace.pairs import compare_runs
+
+    comparisons = compare_runs([dense, pruned])
+    if not comparisons:  # too few epochs for a penalty
+        return pd.DataFrame()
+    frames = [savings_frame(comparisons, Projector(load_cluster(name), Options()), GPUS) for name in CLUSTERS]
+    return pd.concat(frames, ignore_index=True)
 
 
 def summary(run: Trace) -> dict[str, Any]:
     """What a run cost and gave, measured (accuracy, seconds) and counted from its trace (the rest)."""
-    network = run.networks[run.reconfigurations[-1].after] if run.reconfigurations else run.network_of(run.epochs[0])
+    network = run.final_network
     assert run.end is not None, "the run has just ended"
     return {
         "accuracy": run.end.final_accuracy,
@@ -167,11 +186,17 @@ def _comparison(dense: Trace, pruned: Trace) -> Table:
     return table
 
 
-def _projection(projections: dict[str, Any]) -> Table:
-    table = Table(title=f"Projected onto {CLUSTER}, whole run, mini-batch per GPU as recorded")
-    for heading in ("GPUs", "dense", "PruneTrain", "speed-up"):
-        table.add_column(heading, justify="right")
-    dense, pruned = projections["dense"], projections["prunetrain"]
-    for gpus, before_s, after_s in zip(dense["gpus"], dense["total_seconds"], pruned["total_seconds"], strict=True):
-        table.add_row(str(gpus), format_seconds(before_s), format_seconds(after_s), f"{before_s / after_s:.2f}×")
+def _projection(savings: pd.DataFrame) -> Table:
+    table = Table(title="Where it pays: both runs projected, every GPU with the recorded mini-batch")
+    for heading in ("cluster", "GPUs", "dense", "PruneTrain", "saved", "90 % interval"):
+        table.add_column(heading, justify="left" if heading == "cluster" else "right")
+    for row in savings.to_dict("records"):
+        table.add_row(
+            escape(row["cluster"]),
+            str(row["gpus"]),
+            format_seconds(row["dense_seconds"]),
+            format_seconds(row["pruned_seconds"]),
+            f"{row['saved_fraction']:.0%}",
+            f"{row['saved_fraction_low']:.0%} to {row['saved_fraction_high']:.0%}",
+        )
     return table
