@@ -23,8 +23,9 @@ def network(
     out: Annotated[Path, Parameter(help="The cluster file to write; --cluster takes it.")],
     nccl_log: Annotated[
         list[Path] | None,
-        Parameter(help="nccl-tests output, text or JSON; repeat it for other GPU counts or further runs."),
+        Parameter(consume_multiple=True, help="nccl-tests output, text or JSON: a file, or several of other sizes."),
     ] = None,
+    nodes: Annotated[int | None, Parameter(help="Nodes of a log that does not say on how many it ran.")] = None,
     base: Annotated[
         str | None, Parameter(help="Cluster of the catalog (or file) that says what was not measured.")
     ] = None,
@@ -37,7 +38,7 @@ def network(
     """All-reduce times from nccl-tests logs, or live from torch.distributed under torchrun, as a cluster file."""
     from ptsim.hardware.catalog import check_file_name, load_cluster
     from ptsim.hardware.forms import write_cluster
-    from ptsim.hardware.nccl_log import read_nccl_logs
+    from ptsim.hardware.nccl_log import read_nccl_logs, with_nodes
     from ptsim.measure.collectives import calibrated_cluster, tables_from_logs
 
     check_file_name("cluster", out)
@@ -45,7 +46,8 @@ def network(
     origin = load_cluster(base) if base else None
     name = name or out.stem
     if nccl_log:
-        logs = [log for path in nccl_log for log in read_nccl_logs(path)]
+        per_node = None if origin is None else origin.gpus_per_node
+        logs = [with_nodes(log, nodes, per_node) for path in nccl_log for log in read_nccl_logs(path)]
         gpus = sorted({gpu for log in logs for gpu in log.gpus})
         cluster = calibrated_cluster(tables_from_logs(logs), name=name, base=origin, gpus=gpus)
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +24,14 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # "[1,0]<stdout>:" of Open MPI, "[0]" of Hydra: once for each piece that the process wrote, also in the middle of a row
 _LAUNCHER = re.compile(r"\[[^\]\s]*\d+,\d+\]<std(?:out|err)>:?|\[\d+\]")
 _RANK = re.compile(
-    r"\bRank\s+(\d+)\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+\d+\s+\[[^\]]*\]\s+(.*\S)"
+    r"\bRank\s+(\d{1,6})\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+\d+\s+\[[^\]]*\]\s+(.*\S)"
 )
-_HEADER = re.compile(r"\bnThread\s+(\d+)\s+nGpus\s+(\d+)\s+minBytes\s+(\d+)\s+maxBytes\s+(\d+)")
+_HEADER = re.compile(
+    r"\bnThread\s+(\d{1,6})\s+nGpus\s+(\d{1,6})\s+minBytes\s+(\d{1,18})\s+maxBytes\s+(\d{1,18})"
+    r"(?:\s+step:\s*(\d{1,18})\((factor|bytes)\))?"
+)
+_PROGRAM = re.compile(r"\b([a-z_]+_perf)\b")  # "The test is sendrecv_perf", or the command that was typed
+_DEVICES = re.compile(r"\bUsing devices\b")
 _TEST = re.compile(r"\bCollective test (starting|concluded):\s*(\S+)")
 _TRAILER = re.compile(r"\b(?:Out of bounds values|Avg bus bandwidth)\s*:\s*(\S+)")
 _COLUMNS = re.compile(r"\b(size|bytes)\s+(?:count|N)\s+type\s.*busbw")
@@ -36,8 +42,23 @@ _ELEMENT_BYTES = (
     (1, "u?int8|char|fp8(?:_e4m3|_e5m2)?|f8e4m3|f8e5m2|float8_e4m3|float8_e5m2"),
 )
 _TYPES = "|".join(names for _, names in _ELEMENT_BYTES)
-_ROW = re.compile(rf"(?:^|.*[\s>:\]])(\d+)\s+(\d+)\s+({_TYPES})\s+(.*\S)")  # whatever a launcher puts in front
+_ROW = re.compile(
+    rf"(?:^|.*[\s>:\]])(\d{{1,18}})\s+(\d{{1,18}})\s+({_TYPES})\s+(.*\S)"
+)  # whatever a launcher puts in front
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_LAUNCH = re.compile(r"\b(?:mpirun|mpiexec|orterun|prun|srun|sbatch|salloc)\b|#SBATCH|\b\d+ nodes?\b|\bppr:\d+:node")
+_NODES = (  # what a launcher's option means; -N is the number of nodes for Slurm, and of ranks on a node for Open MPI
+    (re.compile(r"(?:^|\s)-N\s*(\d{1,6})\b"), "N"),
+    (re.compile(r"(?:^|\s)--nodes[= ](\d{1,6})\b"), "nodes"),
+    (re.compile(r"\b(\d{1,6}) nodes?\b"), "nodes"),
+    (
+        re.compile(r"(?:^|\s)(?:--?npernode|-ppn|--n?tasks-per-node|--map-by ppr:)[= ]?(\d{1,6})"),
+        "ranks",
+    ),
+    (re.compile(r"(?:^|\s)(?:-H|--?hosts?)[= ]([\w.:,-]+)"), "hosts"),
+)
+_LARGEST = 1e18
+_SHORTEST_S, _LONGEST_S = 1e-9, 86400.0  # of one all-reduce
 _MESSAGE = re.compile(r"[A-Za-z][^\s:]*:\d+:\d+ \[\d+\]|NCCL (?:INFO|WARN|TRACE|version)")
 _REDUCTIONS = ("sum", "prod", "max", "min", "avg", "mulsum", "all")
 
@@ -61,7 +82,7 @@ class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str
     num_gpus: int
-    num_nodes: int
+    num_nodes: int | None  # None where the log does not say it
     gpus: tuple[str, ...]  # driver names
     version: str | None
     measurements: tuple[NcclMeasurement, ...]
@@ -83,6 +104,9 @@ class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
 def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
     """The all-reduce runs in the nccl-tests log at `path`, in its order, one for each cycle of `-N`; at least one.
 
+    The number of nodes comes from the list of devices, else from the line that launched the run, and is None where
+    neither is there (`with_nodes`). Rows without anything around them are taken with a `UserWarning`.
+
     Raises:
         FileFormatError: not an nccl-tests log, another collective, truncated, mixed output of several ranks, wrong
             results, a single GPU, or no measurement; says file and line.
@@ -91,9 +115,34 @@ def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
     text = read_bytes(path, most=_MOST_BYTES).decode("utf-8-sig", errors="replace")
     if not text.strip():
         raise FileFormatError(path, "is empty, expected the output of nccl-tests' all_reduce_perf")
-    if text.lstrip()[0] == "{":
-        return _read_json(path, text)
-    return _read_text(path, _COLOUR.sub("", text))
+    return _read_json(path, text) if text.lstrip()[0] == "{" else _read_text(path, _COLOUR.sub("", text))
+
+
+def with_nodes(log: NcclLog, num_nodes: int | None = None, gpus_per_node: int | None = None) -> NcclLog:
+    """The log with its number of nodes, which is the caller's where the log does not say it.
+
+    Args:
+        log: a run.
+        num_nodes: on which it was.
+        gpus_per_node: of the machine, where that is what the caller knows.
+
+    Raises:
+        FileFormatError: nothing tells the number, or there cannot be so many nodes.
+    """
+    if log.num_nodes is not None:
+        return log
+    if num_nodes is None and gpus_per_node is not None:
+        num_nodes = -(-log.num_gpus // gpus_per_node)
+    if num_nodes is None:
+        raise FileFormatError(
+            log.path,
+            f"has neither a list of devices nor the line that launched it, so on how many nodes its {log.num_gpus} "
+            "GPUs were is unknown",
+            hint="--nodes N says it, or --base CLUSTER, whose nodes have a size",
+        )
+    if not 1 <= num_nodes <= log.num_gpus:
+        raise FileFormatError(log.path, f"is a run of {log.num_gpus} GPUs, which cannot be on {num_nodes} nodes")
+    return msgspec.structs.replace(log, num_nodes=num_nodes)
 
 
 def read_nccl_log(path: str | Path) -> NcclLog:
@@ -118,6 +167,7 @@ class _Section:
         self.unit_s = 1e-6
         self.rows: list[_Row] = []
         self.header: re.Match[str] | None = None
+        self.launch = ""  # lines that started it: mpirun, srun, …
         self.ended = False
         self.last_line = line
 
@@ -236,12 +286,25 @@ def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
 def _sections(path: Path, text: str) -> list[_Section]:
     sections = [_Section(1, None)]
     name: str | None = None
+    launch = ""  # of the run to come
+
+    def begin(line: int) -> _Section:
+        nonlocal launch
+        sections.append(_Section(line, name))
+        sections[-1].launch, launch = launch or sections[-2].launch, ""
+        return sections[-1]
+
     for number, line in _whole_rows(text):
         current = sections[-1]
+        if _LAUNCH.search(line) and not _RANK.search(line):
+            if current.ended or current.rows:
+                launch += f"{line}\n"
+            else:
+                current.launch += f"{line}\n"
         if test := _TEST.search(line):
             name = test[2] if test[1] == "starting" else None
             if name and (current.rows or current.ranks):
-                sections.append(_Section(number, name))
+                begin(number)
             else:
                 current.name = name or current.name
         elif header := _HEADER.search(line):
@@ -253,10 +316,13 @@ def _sections(path: Path, text: str) -> list[_Section]:
                     hint="build nccl-tests with MPI=1, so that only rank 0 prints, or keep one rank's output",
                 )
             if current.ended or current.rows:
-                sections.append(_Section(number, name))
-                current = sections[-1]
+                current = begin(number)
             current.header = header
+        elif _DEVICES.search(line) and current.ended:
+            begin(number)  # a second run whose first line was not copied
         elif rank := _RANK.search(line):
+            if current.ended:
+                current = begin(number)
             current.ranks[int(rank[1])] = (rank[3], rank[4])
             current.groups.add(rank[2] or "0")
         elif columns := _COLUMNS.search(line):
@@ -269,9 +335,12 @@ def _sections(path: Path, text: str) -> list[_Section]:
                 raise FileFormatError(path, f"{trailer[1]} results were out of bounds: the run is wrong", line=number)
         elif row := _row(path, number, line):
             if current.ended and current.rows:
-                sections.append(_Section(number, name))
-                current = sections[-1]
+                current = begin(number)
             current.rows.append(row)
+        elif program := _PROGRAM.search(line):
+            name = program[1]
+            if not current.ended and not current.rows:
+                current.name = current.name or name
         if line.strip():
             current.last_line = number
     return sections
@@ -288,7 +357,7 @@ def _row(path: Path, number: int, line: str) -> _Row | None:
         if word == "N/A":
             values.append(None)
         elif _NUMBER.fullmatch(word):
-            values.append(float(word))
+            values.append(_finite(path, number, word))
         else:
             break  # a time stamp ends the row
     root = None
@@ -316,6 +385,13 @@ def _row(path: Path, number: int, line: str) -> _Row | None:
     return _Row(number, int(match[1]), int(match[2]), match[3], redop, root, first, second, wrong, len(times))
 
 
+def _finite(path: Path, line: int, word: str) -> float:
+    value = float(word)
+    if not abs(value) <= _LARGEST:
+        raise FileFormatError(path, f"found the number {word[:20]}, which no time, size or rate has", line=line)
+    return value
+
+
 def _collective(section: _Section) -> str:
     """The collective of a log that does not name it, by its reduction, root and busbw/algbw."""
     row = max(section.rows, key=lambda row: row.size)
@@ -329,6 +405,8 @@ def _collective(section: _Section) -> str:
     for num in (len(section.ranks), shares):
         if num > 1 and algbw > 1 and abs(busbw / algbw / ((num - 1) / num) - 1) < 0.02:
             return "reduce_scatter_perf"
+    if len(section.ranks) > 2 and algbw > 1 and abs(busbw / algbw - 1) < 0.02:
+        return "a test whose bus bandwidth is its algorithm bandwidth (sendrecv, broadcast or reduce)"
     return "all_reduce_perf"
 
 
@@ -343,10 +421,16 @@ def _check_section(path: Path, section: _Section) -> None:
         if row.wrong:
             raise FileFormatError(path, f"{row.wrong} wrong results at {row.size} bytes", line=row.line)
         for times in (row.out_of_place, row.in_place):
-            if times is not None and times.time <= 0:
-                raise FileFormatError(path, f"time of {row.size} bytes is not positive", line=row.line)
-    if not section.ended:
-        last = max(rows, key=lambda row: row.line).size
+            if times is not None and not _SHORTEST_S <= times.time * section.unit_s <= _LONGEST_S:
+                problem = f"time of {row.size} bytes is {times.time:g}, expected a positive one of at most a day"
+                raise FileFormatError(path, problem, line=row.line)
+    last = max(rows, key=lambda row: row.line).size
+    if not section.ended and section.header is None and not section.ranks:
+        warnings.warn(
+            f"{path}: has rows only, without the lines around them: whether the run was complete is unknown",
+            stacklevel=2,
+        )
+    elif not section.ended and not _is_last(section.header, last):
         most = f" of {section.header[4]}" if section.header else ""
         raise FileFormatError(
             path,
@@ -355,8 +439,19 @@ def _check_section(path: Path, section: _Section) -> None:
         )
 
 
-def _ranks(path: Path, section: _Section) -> tuple[int, int]:
-    """(GPUs, nodes) of the run; without a device list the count follows from busbw / algbw = 2(n-1)/n."""
+def _is_last(header: re.Match[str] | None, size: int) -> bool:
+    """Whether the run that the header describes ends with this size; without its step nothing tells."""
+    if header is None or header[5] is None:
+        return False
+    most, step = int(header[4]), int(header[5])
+    return size == most or (size * step if header[6] == "factor" else size + step) > most
+
+
+def _ranks(path: Path, section: _Section) -> tuple[int, int | None]:
+    """(GPUs, nodes) of the run; without a device list the count follows from busbw / algbw = 2(n-1)/n.
+
+    The nodes are None where nothing tells.
+    """
     row = max(section.rows, key=lambda row: row.times.algbw)
     algbw, busbw = row.times.algbw, row.times.busbw
     implied = _implied_ranks(algbw, busbw)
@@ -392,7 +487,27 @@ def _ranks(path: Path, section: _Section) -> tuple[int, int]:
     num = listed or implied
     if num is None:
         raise FileFormatError(path, "has no device list ('# Rank 0 …'), so the number of GPUs is unknown", line=1)
-    return num, len({host for host, _ in section.ranks.values()}) or 1
+    return num, len({host for host, _ in section.ranks.values()}) or _launched_nodes(section, num)
+
+
+def _launched_nodes(section: _Section, num_gpus: int) -> int | None:
+    """Nodes of a run without a device list, from the line that launched it; None where nothing tells."""
+    per_process = int(section.header[1]) * int(section.header[2]) if section.header else 1
+    if per_process == num_gpus:
+        return 1
+    found: set[int] = set()
+    for line in section.launch.splitlines():
+        slurm = re.search(r"\b(?:srun|sbatch|salloc)\b|#SBATCH", line) is not None
+        for pattern, what in _NODES:
+            for match in pattern.finditer(line):
+                if what == "hosts":
+                    found.add(len({host.partition(":")[0] for host in match[1].split(",")}))
+                elif what == "nodes" or (what == "N" and slurm):
+                    found.add(int(match[1]))
+                elif (per_node := int(match[1]) * per_process) and num_gpus % per_node == 0:
+                    found.add(num_gpus // per_node)
+    possible = {nodes for nodes in found if 1 <= nodes <= num_gpus and num_gpus % nodes == 0}
+    return possible.pop() if len(possible) == 1 else None
 
 
 def _implied_ranks(algbw: float, busbw: float) -> int | None:

@@ -7,6 +7,7 @@ import os
 import socket
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,16 +18,18 @@ from ptsim.costs.collectives import all_reduce, ring_wire_bytes
 from ptsim.costs.nccl import default_fit
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import UNSPECIFIED, cluster_names, load_cluster, match_device
-from ptsim.hardware.nccl_log import NcclLog
+from ptsim.hardware.nccl_log import NcclLog, with_nodes
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link, LinkKind
 
 _PCIE_X16 = (15.75e9, 31.5e9)  # generations 3 and 4: PCI-SIG base specifications
 DEFAULT_SIZES = tuple(2**k for k in range(10, 27))  # 1 KiB to 64 MiB
+_ONE_SETTING = 1.5  # by which runs with the same settings differ at most
 FEWEST = 3  # iterations of a size, however slow the network is
 
 
 def tables_from_logs(logs: Sequence[NcclLog]) -> list[AllReduceTable]:
     """A table per GPU and node count, with its α–β lines and the jitter; several runs of one layout are averaged."""
+    logs = [with_nodes(log) for log in logs]
     layouts = dict.fromkeys((log.num_gpus, log.num_nodes) for log in logs)
     return [_table([log for log in logs if (log.num_gpus, log.num_nodes) == layout]) for layout in layouts]
 
@@ -40,12 +43,19 @@ def _table(runs: Sequence[NcclLog]) -> AllReduceTable:
     sizes = tuple(sorted(taken))
     seconds = tuple(statistics.geometric_mean(taken[size]) for size in sizes)
     between = [statistics.stdev(map(math.log, times)) for times in taken.values() if len(times) > 1]
+    apart = max((max(times) / min(times) for times in taken.values()), default=1.0)
+    if apart > _ONE_SETTING:
+        warnings.warn(
+            f"runs of {runs[0].num_gpus} GPUs on {runs[0].num_nodes} node(s) differ by up to {apart:.1f} times: their "
+            "mean is neither of them; were they run with the same settings?",
+            stacklevel=2,
+        )
     jitter = max(statistics.median(run.relative_jitter for run in runs), statistics.median(between or [0.0]))
     versions = sorted({run.version for run in runs if run.version})
     names = ", ".join(dict.fromkeys(Path(run.path).name for run in runs))
     return AllReduceTable(
         num_gpus=runs[0].num_gpus,
-        num_nodes=runs[0].num_nodes,
+        num_nodes=runs[0].num_nodes or 1,
         size_bytes=sizes,
         seconds=seconds,
         relative_jitter=jitter,
