@@ -13,7 +13,7 @@ from ptsim import zoo
 from ptsim.cli.main import run as command
 from ptsim.errors import UsageError
 from ptsim.export.onnx import export_onnx
-from ptsim.training.loop import load_recipe
+from ptsim.training.runfolder import load_recipe
 from tests.training.runs import settings
 
 
