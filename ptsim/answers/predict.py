@@ -12,6 +12,7 @@ from ptsim import zoo
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import step_energy
+from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.memory import iteration_memory, usable_bytes
 from ptsim.costs.step import Measurements, StepTime, Tier, step_time
 from ptsim.errors import UsageError
@@ -49,6 +50,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         exposed_communication_seconds: what the all-reduces add to the step; 0 on one GPU.
         peak_memory_bytes: of one GPU, as the framework's allocator counts; `fits` compares what the process needs on
             the device with what it can have of the device's memory.
+        mfu_fraction: FLOPs of the step over what the GPUs' arithmetic could do meanwhile; None where the device's peak
+            for the precision is not known.
         energy_joules: of one step on all GPUs; None for a CPU.
         notes: what makes the numbers doubtful: a profile that was not measured on a quiet machine.
     """
@@ -66,6 +69,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     images_per_second: float
     low_images_per_second: float
     high_images_per_second: float
+    mfu_fraction: float | None
     tier: Tier
     network_tier: Tier | None
     forward_seconds: float
@@ -168,6 +172,9 @@ def predict(
         images_per_second=count * batch / step_s,
         low_images_per_second=count * batch / high_s,
         high_images_per_second=count * batch / low_s,
+        mfu_fraction=flops_utilization(
+            training_macs(network, images=batch), step_s, device.peak_flops_per_s.get(numbers)
+        ),
         tier=step.tier,
         network_tier=network_tier,
         forward_seconds=step.forward_s,

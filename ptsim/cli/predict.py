@@ -77,6 +77,7 @@ def _print(p: Prediction) -> None:
         f"({p.low_images_per_second:.4g}–{p.high_images_per_second:.4g}, 90 %), "
         f"{format_seconds(p.step_seconds)} per step ({format_seconds(p.low)}–{format_seconds(p.high)}); tier: {p.tier}"
         + (f", network: {p.network_tier}" if p.network_tier else "")
+        + ("" if p.mfu_fraction is None else f"; MFU {p.mfu_fraction:.1%}")
     )
     table = Table("part", "time", "share", box=SIMPLE_HEAD)
     parts = [

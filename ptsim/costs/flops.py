@@ -84,6 +84,19 @@ def training_macs(network: Network, convention: Convention = "exact", *, images:
     )
 
 
+def flops_utilization(macs: float, gpu_seconds: float, peak_flops_per_s: float | None) -> float | None:
+    """Model FLOPs utilisation (MFU): FLOPs of a training step, or of many, over what the GPUs could do in that time.
+
+    Args:
+        macs: of all GPUs together, forward and backward; 1 MAC is 2 FLOPs.
+        gpu_seconds: time of the steps, times the number of GPUs.
+        peak_flops_per_s: of one GPU, dense, for the precision of the products; None gives None.
+
+    Source: Chowdhery et al., PaLM (2022), appendix B; without recomputation, which ptsim does not model.
+    """
+    return 2 * macs / (gpu_seconds * peak_flops_per_s) if peak_flops_per_s else None
+
+
 def _paper_input_gradient(layer: Layer) -> int:
     """(H + pad)²·K·R·S·C for a convolution of square images; a linear layer's third K·C."""
     if layer.kind is not LayerKind.CONV or not layer.input_shapes:

@@ -103,7 +103,7 @@ def projected_answer(
     settings = candidates(savings, gpus).setting.nunique()
     name = best.setting if settings > 1 else "pruning while training"
     emphasis, rest = _verdict(best)
-    origin = f"projected; times: {TIER_NAMES[Tier(best.tier)]}"
+    origin = f"projected{_of_planned(run)}; times: {TIER_NAMES[Tier(best.tier)]}"
     tiles = [
         _time_tile(best, origin),
         *_money_and_energy_tiles(best, origin),
@@ -112,13 +112,14 @@ def projected_answer(
         *_bytes_tiles(best, gpus),
     ]
     return Answer(
-        before=f"Training {run.model} on {run.dataset} with {gpus:,} × {best.device} ({best.cluster}): {name} ",
+        before=f"{_planned(run)}Training {run.model} on {run.dataset} with {gpus:,} × {best.device} ({best.cluster}): "
+        f"{name} ",
         emphasis=emphasis,
         after=rest + _accuracy(best) + ".",
         tiles=tuple(tiles),
         certainty=_certainty(best, settings)
         + checked(validation)
-        + _repeats(best)
+        + _repeats(best, run)
         + _batch_caveat(run, gpus, int(best.first_batch_per_gpu)),
         notices=tuple(notices),
         why=tuple(why(excess)) if not excess.empty else (),
@@ -137,6 +138,14 @@ def candidates(savings: pd.DataFrame, gpus: int) -> pd.DataFrame:
 def fastest(savings: pd.DataFrame, gpus: int) -> pd.Series:
     """The pruned setting that takes the least time on `gpus` GPUs, its repeats averaged."""
     return averaged(candidates(savings, gpus), ["setting"]).sort_values("pruned_seconds").iloc[0]
+
+
+def _planned(run: pd.Series) -> str:
+    return "Planned, not trained. " if run.origin == "planned" else ""
+
+
+def _of_planned(run: pd.Series) -> str:
+    return " from a planned run" if run.origin == "planned" else ""
 
 
 _OPEN = 0.0005  # shares of the dense time that are no difference on the page
@@ -190,9 +199,11 @@ def _certainty(best: pd.Series, settings: int) -> str:
     )
 
 
-def _repeats(best: pd.Series) -> str:
+def _repeats(best: pd.Series, run: pd.Series) -> str:
     if best.num_runs > 1:
         return f" Means of {best.num_runs} runs of this setting; the interval is the widest of them."
+    if run.origin == "planned":
+        return " Nobody has trained this: which channels would go, and with what accuracy, is assumed."
     return " This setting was trained once: how much another seed would differ is not part of the interval."
 
 
@@ -330,7 +341,7 @@ def dense_answer(
     """The answer where nothing was pruned: what training takes on `gpus` GPUs."""
     row = averaged(projections[projections.gpus == gpus], ["setting"]).sort_values("total_seconds").iloc[0]
     run = runs[runs.run == row.run].iloc[0]
-    origin = f"projected; times: {TIER_NAMES[Tier(row.tier)]}"
+    origin = f"projected{_of_planned(run)}; times: {TIER_NAMES[Tier(row.tier)]}"
     tiles = [
         Tile(
             name="GPU time",
@@ -359,7 +370,7 @@ def dense_answer(
         )
     interval = _between(format_seconds, row.total_seconds, row.low_seconds, row.high_seconds)
     return Answer(
-        before=f"Training {run.model} on {run.dataset} with {gpus:,} × {row.device} ({row.cluster}) ",
+        before=f"{_planned(run)}Training {run.model} on {run.dataset} with {gpus:,} × {row.device} ({row.cluster}) ",
         emphasis=f"takes {format_seconds(row.total_seconds)}",
         after=f" ({interval}). No pruned run was given, so there is no saving to report.",
         tiles=tuple(tiles),

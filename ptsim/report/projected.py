@@ -114,7 +114,7 @@ def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: S
                     "compute_seconds": p.compute_s,
                     "exposed_communication_seconds": p.exposed_communication_s,
                     "reconfiguration_seconds": p.reconfiguration_s,
-                    "mfu_fraction": flops_utilization(run.trace, p, projector.device),
+                    "mfu_fraction": p.mfu_fraction,
                     "gpu_seconds": p.total_s * size,
                     "allreduce_bytes_per_gpu": p.allreduce_bytes_per_gpu,
                     "energy_joules": p.energy_j,
@@ -193,20 +193,6 @@ def saved_columns(dense: RunProjection, pruned: RunProjection, projector: Projec
         **_saved("co2_grams", projector.grams(dense.energy_j), projector.grams(pruned.energy_j), spread),
         **_saved("usd", dense.cost_usd, pruned.cost_usd, spread),
     }
-
-
-def flops_utilization(trace: Trace, projection: RunProjection, device: Device) -> float | None:
-    """Model FLOPs utilisation: the FLOPs of the recorded images over what the GPUs' arithmetic could do in their steps.
-
-    None where the device's peak for the precision is not known.
-
-    Source: Chowdhery et al., PaLM (2022), appendix B; without recomputation, which ptsim does not model.
-    """
-    peak = device.peak_flops_per_s.get(trace.run.precision)
-    if not peak:
-        return None
-    flops = 2 * sum(cost.training_macs for cost in run_cost(trace))
-    return flops / (peak * projection.gpus * sum(epoch.total_s for epoch in projection.epochs))
 
 
 def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:

@@ -66,6 +66,8 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
         tier: the worst that a step time comes from.
         network_tier: the worst that an all-reduce time comes from; None on a single GPU.
         energy_j: of all GPUs (the boards, without host and cooling); None where the device's power is not known.
+        mfu_fraction: FLOPs of the recorded images over what the GPUs' arithmetic could do in the time of the steps;
+            None where the device's peak for the precision is not known.
         complete: False where the trace is of an interrupted or truncated run: then only what was recorded is projected.
     """
 
@@ -96,6 +98,7 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     high_s: float
     tier: Tier
     network_tier: Tier | None
+    mfu_fraction: float | None
     complete: bool
     notes: tuple[str, ...]
     faults: FaultyRun | None = None
@@ -127,6 +130,7 @@ def projection_row(projection: RunProjection) -> dict[str, Any]:
         "low_seconds": p.low_s,
         "high_seconds": p.high_s,
         "compute_seconds": p.compute_s,
+        "mfu_fraction": p.mfu_fraction,
         "exposed_communication_seconds": p.exposed_communication_s,
         "communication_wait_seconds": p.communication_wait_s,
         "input_wait_seconds": p.input_wait_s,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ptsim.costs.energy import price_usd
+from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.times import Tier
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
@@ -127,10 +128,22 @@ def project(
         high_s=high_s,
         tier=max((epoch.tier for epoch in epochs), key=TIERS.index),
         network_tier=pricer.links.tier,
+        mfu_fraction=_utilization(scenario, plan.stages, epochs),
         complete=trace.complete,
         notes=(*plan.notes, *pricer.notes, *_doubts(scenario, epochs)),
         faults=faults,
     )
+
+
+def _utilization(scenario: Scenario, stages: Sequence[Stage], epochs: Sequence[EpochProjection]) -> float | None:
+    macs = sum(
+        training_macs(
+            stage.network, images=stage.epoch.num_images, mini_batches=stage.num_iterations * scenario.num_gpus
+        )
+        for stage in stages
+    )
+    gpu_seconds = scenario.num_gpus * math.fsum(epoch.total_s for epoch in epochs)
+    return flops_utilization(macs, gpu_seconds, scenario.device.peak_flops_per_s.get(scenario.precision))
 
 
 def _project_epoch(pricer: Pricer, stage: Stage) -> EpochProjection:

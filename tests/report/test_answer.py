@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pandas as pd
 import pytest
 
 from ptsim.report import answer
 from ptsim.report.build import make_report
 from ptsim.report.frames import averaged
+from ptsim.trace.io import read_trace
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 
@@ -90,3 +92,31 @@ def test_runs_at_another_pace_are_named_as_such(tmp_path: Path) -> None:
 )
 def test_a_projection_has_three_digits(value: float, text: str) -> None:
     assert answer.format_seconds(value) == text
+
+
+def test_a_planned_number_looks_planned(tmp_path: Path) -> None:
+    traces = [dense_trace(tmp_path / "d.jsonl", epochs=3), shrinking_trace(tmp_path / "p.jsonl", epochs=3, interval=1)]
+    planned = []
+    for path in traces:
+        trace = read_trace(path)
+        epochs = tuple(
+            msgspec.structs.replace(
+                epoch,
+                measured_time=None,
+                measured_step=None,
+                validation_accuracy=None,
+                device=None,
+                peak_memory_bytes=None,
+            )
+            for epoch in trace.epochs
+        )
+        run = msgspec.structs.replace(trace.run, origin="planned")
+        end = msgspec.structs.replace(trace.end, final_accuracy=None)
+        planned.append(msgspec.structs.replace(trace, run=run, epochs=epochs, profiles=(), end=end))
+    report = make_report(planned, cluster="dgx-a100", gpus=[8])
+    assert report.planned
+    assert report.answer.headline.startswith("Planned, not trained. Training resnet14 on cifar10 with 8 ×")
+    assert "validation accuracy" not in report.answer.headline
+    assert all("from a planned run" in t.origin for t in report.answer.tiles if t.origin.startswith("projected"))
+    assert not any(t.origin.startswith("measured") for t in report.answer.tiles)
+    assert "2 runs planned, which nobody has trained" in report.byline

@@ -4,7 +4,7 @@ import ptsim
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report import scenarios
 from ptsim.report.facts import Facts
-from ptsim.report.projected import Projector, flops_utilization
+from ptsim.report.projected import Projector
 from ptsim.sim.options import Options
 from ptsim.trace.pairs import compare_runs
 from tests.traces import dense_trace, shrinking_trace
@@ -48,7 +48,7 @@ def test_utilisation_is_the_flops_over_what_the_gpus_could_do(facts: Facts) -> N
     images = sum(epoch.num_images for epoch in trace.epochs)
     steps_s = sum(epoch.total_s for epoch in projection.epochs)
     expected = 2 * macs * images / (19.5e12 * 8 * steps_s)
-    assert flops_utilization(trace, projection, projector.device) == pytest.approx(expected)
+    assert projection.mfu_fraction == pytest.approx(expected)
 
 
 def test_break_even_has_the_headlines_point_in_every_lever(facts: Facts) -> None:
