@@ -53,7 +53,7 @@ def network_problem(network: Network) -> str | None:
             return f"has an edge {source!r} → {target!r} against the order of execution"
     owned: Counter[str] = Counter()
     for parameter in network.parameters:
-        if parameter.layer not in position:
+        if parameter.layer and parameter.layer not in position:  # one that forward never uses is of no layer
             return f"parameter {parameter.name!r} is of the layer {parameter.layer!r}, which does not exist"
         if parameter.num_elements > MOST_ELEMENTS:
             return f"parameter {parameter.name!r} has more than {MOST_ELEMENTS:,} elements"

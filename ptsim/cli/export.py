@@ -22,6 +22,7 @@ def export(
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
     gpus: int | None = None,
     epoch: int | None = None,
+    trust: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Write a recorded run in a form that other tools read.
@@ -37,6 +38,7 @@ def export(
         out: File (chrome, onnx) or folder (chakra, parquet).
         gpus: Ranks of the Chakra traces; left out, as many as were recorded, but at least two.
         epoch: Which stored epoch's network the ONNX file holds; left out, the last.
+        trust: Run the Python file that makes the network, for a model from a user's file (onnx).
         json: Print one JSON document.
     """
     if epoch is not None and format != "onnx":
@@ -48,7 +50,7 @@ def export(
     if format in ("chrome", "onnx") and out.is_dir():
         raise UsageError(f"{out} is a folder; --format {format} writes a file")
     refuse_input_as_output(out, trace)
-    written = _write(trace, format, out, gpus, epoch)
+    written = _write(trace, format, out, gpus, epoch, trust)
     if json:
         print_json({"format": format, "files": [str(path) for path in written]})
         return
@@ -58,7 +60,7 @@ def export(
         print_line(f"… {len(written)} files in all")
 
 
-def _write(trace: Path, format: Format, out: Path, gpus: int | None, epoch: int | None) -> list[Path]:
+def _write(trace: Path, format: Format, out: Path, gpus: int | None, epoch: int | None, trust: bool) -> list[Path]:
     if format == "onnx":
         from ptsim.export.onnx import export_onnx
         from ptsim.training.runfolder import load_model, load_recipe
@@ -66,7 +68,7 @@ def _write(trace: Path, format: Format, out: Path, gpus: int | None, epoch: int 
         folder = trace if trace.is_dir() else trace.parent
         recipe = load_recipe(folder, epoch)
         metadata = {"model": recipe.model, "classes": str(recipe.num_classes), "producer": f"ptsim {__version__}"}
-        export_onnx(load_model(folder, epoch), recipe.input_shape, out, metadata=metadata)
+        export_onnx(load_model(folder, epoch, trust=trust), recipe.input_shape, out, metadata=metadata)
         return [out]
     if format == "chrome":
         from ptsim.export.chrome import profile_timeline

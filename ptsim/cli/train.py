@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.table import Table
 
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.errors import UsageError
+from ptsim.training.config import Config, to_settings
+
+if TYPE_CHECKING:
+    from ptsim.training.loop import Result
 
 
 def train(
@@ -29,6 +36,7 @@ def train(
     download: bool | None = None,
     out: Path | None = None,
     resume: Path | None = None,
+    from_: Annotated[Path | None, Parameter(name="--from")] = None,
     set_: Annotated[list[str], Parameter(name="--set")] = [],  # noqa: B006 - cyclopts reads the default, nobody writes
     json: bool = False,
 ) -> None:
@@ -39,23 +47,23 @@ def train(
     config:
         TOML file with settings; options here and --set override it.
     model:
-        Zoo name, torchvision:NAME or path/to/file.py:function.
+        Zoo name, torchvision:NAME or path/to/file.py:function (default {model}).
     dataset:
-        digits, cifar10, cifar100, imagefolder or synthetic.
+        digits, cifar10, cifar100, imagefolder or synthetic (default {dataset}).
     data_dir:
         Where the data set lies.
     epochs:
-        Epochs to train.
+        Epochs to train (default {epochs}).
     batch:
-        Images per iteration, over all ranks.
+        Images per iteration, over all ranks (default {batch}).
     lr:
-        Initial learning rate.
+        Initial learning rate (default {lr}).
     penalty_ratio:
-        Share of the group lasso in the first loss; 0 is the dense baseline.
+        Share of the group lasso in the first loss; 0 is the dense baseline (default {penalty_ratio}).
     interval:
-        Epochs between reconfigurations.
+        Epochs between reconfigurations (default {interval}).
     seed:
-        Decides weights, order and augmentation.
+        Decides weights, order and augmentation (default {seed}).
     train_limit:
         Use only this many training images.
     download:
@@ -63,7 +71,9 @@ def train(
     out:
         The run folder to make.
     resume:
-        The run folder to go on with.
+        The run folder to go on with; more --epochs, another --set device=… or num_threads=… may be given with it.
+    from_:
+        A run folder whose last network the training starts from.
     set_:
         Any other setting, as key=value; can be given several times.
     json:
@@ -85,15 +95,16 @@ def train(
         "seed": seed,
         "train_limit": train_limit,
         "download": download,
+        "start_from": str(from_) if from_ is not None else None,
     }
     overrides |= {name: value for name, value in options.items() if value is not None}
     if resume is not None:
-        if overrides or config is not None or out is not None:
-            raise UsageError("--resume takes everything from the run; give it alone")
-        result = run_training(resume=resume, progress=True)
+        if config is not None or out is not None:
+            raise UsageError("--resume takes its configuration and its folder from the run; give only what changes")
+        result = _run(lambda: run_training(overrides, resume=resume, progress=True))
     else:
         settings = read_config(config) if config is not None else {}
-        result = run_training(settings | overrides, out=out, progress=True)
+        result = _run(lambda: run_training(settings | overrides, out=out, progress=True))
     if json:
         print_json(
             {
@@ -111,3 +122,19 @@ def train(
     table.add_row("accuracy", f"{result.final_accuracy:.2%}")
     table.add_row("λ", f"{result.penalty_coefficient:.3g}")
     stdout_console().print(table)
+
+
+# The defaults stand in the configuration; the help shows them.
+train.__doc__ = (train.__doc__ or "").format_map(to_settings(Config()))
+
+
+def _run(training: Callable[[], Result]) -> Result:
+    """Train; a run that is interrupted ends the program with one line that says how to go on, and status 130."""
+    from ptsim.training.loop import TrainingInterrupted
+
+    try:
+        return training()
+    except TrainingInterrupted as stopped:
+        text = f"interrupted ({stopped}); go on with: ptsim train --resume {shlex.quote(str(stopped.folder))}"
+        print(text, file=sys.stderr)
+        sys.exit(130)

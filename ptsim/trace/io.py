@@ -7,6 +7,7 @@ file, line and field.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Self
 
 import msgspec
 
-from ptsim.errors import FileFormatError, NewerVersionError
+from ptsim.errors import FileFormatError, NewerVersionError, UsageError
 from ptsim.network import Network
 from ptsim.textfile import decode_json, drop_torn_line, read_lines, write_whole
 from ptsim.trace.checks import record_problem
@@ -200,6 +201,7 @@ class TraceWriter:
         Raises:
             FileExistsError: a new trace is asked for where one is.
             FileFormatError: the trace to go on with is a link, is too short, or is another run's.
+            UsageError: another process writes it.
         """
         self.path = Path(path)
         if append and keep_bytes is None and self.path.exists():
@@ -215,6 +217,13 @@ class TraceWriter:
                 raise FileFormatError(self.path, f"found {found}, expected the trace of this run") from error
             raise
         self._file = os.fdopen(descriptor, "ab", buffering=0)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system takes it from a process that dies
+        except BlockingIOError as error:
+            self._file.close()
+            raise UsageError(
+                f"{self.path} is being written by another process", hint="wait for that run, or end it"
+            ) from error
         content = os.pread(descriptor, os.fstat(descriptor).st_size, 0) if append else b""
         if keep_bytes is not None:
             content = self._kept(content, keep_bytes, keep_sha256)

@@ -12,6 +12,7 @@ all. Nothing is pickled. `epoch-0009` holds the state after epoch 9 (counting fr
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         validation_accuracy: after the last epoch.
         initial_channels, initial_weights: what the first network had, for the sparsity.
         optimizer: entries of the optimizer's state that are no tensors, by parameter and key.
+        weights_sha256, state_sha256: digests of the other two files; older checkpoints have none.
         trace_bytes, trace_sha256: length and digest of the trace when this was written; older runs have no digest.
     """
 
@@ -79,6 +81,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     trace_bytes: Whole
     trace_sha256: str | None = None
     totals: Totals
+    weights_sha256: str | None = None
+    state_sha256: str | None = None
 
 
 _DECODER = msgspec.json.Decoder(Checkpoint)
@@ -100,13 +104,16 @@ class Folder:
         """
         target = self.path / _folder_name(checkpoint.next_epoch)
         unfinished = self.path / f".{target.name}.unfinished"
+        files = {_WEIGHTS: safetensors.torch.save(_storable(weights)), _STATE: safetensors.torch.save(_storable(state))}
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        checkpoint = msgspec.structs.replace(checkpoint, weights_sha256=digests[_WEIGHTS], state_sha256=digests[_STATE])
         with writing(target):
             self.path.mkdir(exist_ok=True)
-            _remove(unfinished)
+            self._sweep()
             unfinished.mkdir()
             try:
-                _write(unfinished / _WEIGHTS, safetensors.torch.save(_storable(weights)))
-                _write(unfinished / _STATE, safetensors.torch.save(_storable(state)))
+                for name, content in files.items():
+                    _write(unfinished / name, content)
                 if keep:
                     _write(unfinished / "keep", b"")
                 _write(unfinished / _META, msgspec.json.format(msgspec.json.encode(checkpoint)))
@@ -152,6 +159,11 @@ class Folder:
                 found.append((int(path.name[6:]) + 1, path))
         return sorted(found)
 
+    def _sweep(self) -> None:
+        """Remove what a killed process has left half written or half removed."""
+        for path in self.path.glob(".*"):
+            shutil.rmtree(path)
+
     def _forget_old(self, newest: int) -> None:
         older = [path for next_epoch, path in self._stored() if next_epoch <= newest][: -_RESUMABLE or None]
         for path in older:
@@ -181,8 +193,16 @@ def parse_checkpoint(file: Path, content: bytes) -> Checkpoint:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Parameters and buffers of the stored network, by name."""
-    return parse_tensors(folder / _WEIGHTS, _read(folder / _WEIGHTS))
+    """Parameters and buffers of the stored network, by name.
+
+    Raises:
+        FileFormatError: the file was changed since it was written, or holds a number that is not finite.
+    """
+    tensors = parse_tensors(folder / _WEIGHTS, _read(folder / _WEIGHTS), read_checkpoint(folder).weights_sha256)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise FileFormatError(folder / _WEIGHTS, f"{name} holds numbers that are not finite")
+    return tensors
 
 
 def read_state_bytes(folder: Path) -> tuple[bytes, bytes, bytes]:
@@ -190,14 +210,16 @@ def read_state_bytes(folder: Path) -> tuple[bytes, bytes, bytes]:
     return _read(folder / _META), _read(folder / _WEIGHTS), _read(folder / _STATE)
 
 
-def parse_tensors(file: Path, content: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+def parse_tensors(file: Path, content: bytes, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, whose digest has to be the given one.
 
     Raises:
         FileFormatError: it is something else; a pickle is named as such, and not opened.
     """
     if content[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise FileFormatError(file, "found a pickle, expected safetensors; a pickle can run any code and is not opened")
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise FileFormatError(file, "not a safetensors file that this run wrote: its content was changed since")
     try:
         return safetensors.torch.load(content)
     except safetensors.SafetensorError as error:

@@ -6,6 +6,7 @@ holds what really ran. Rules between settings are in `_check`, settings that wou
 
 from __future__ import annotations
 
+import os
 import typing
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,8 @@ import tomli_w
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.network import MemoryFormat, Precision
 from ptsim.textfile import parse_toml, read_toml
+from ptsim.training.registries import OPTIMIZERS, REGISTRIES
 from ptsim.units import parse_quantity
-
-DatasetName = Literal["digits", "cifar10", "cifar100", "imagefolder", "synthetic"]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,18 +28,34 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Attributes:
         model: zoo name, `torchvision:NAME` or `path/to/file.py:function`.
-        dataset, data_dir, download: what is trained on, where it lies, whether torchvision may fetch it.
+        dataset: what is trained on: digits, cifar10, cifar100, imagefolder, synthetic, or another package's.
+        data_dir: the folder in which it lies; digits and synthetic need none.
+        download: let torchvision fetch CIFAR into `data_dir`.
         train_limit, validation_limit: use only this many images, drawn with the seed.
         image_size: side of the images that the network sees; None means the data set's own (the model's for an
             image tree whose images differ in size, and for synthetic data).
+        seed: decides weights, order of the images and augmentation.
         augment: "auto" is random crop and flip for photographs, nothing for digits and synthetic data.
         crop_padding: pixels of zeros around the image from which the random crop is taken.
-        num_workers: decoding processes, for image trees that do not fit in memory.
+        start_from: a run folder: training starts from its last stored network, pruned as it is, in place of a new one.
+        num_workers: decoding processes, for image trees that do not fit in memory; None is one per core, at most 16.
+        validation_share: of an image tree that has no folder of validation images, this share of each class validates.
+        epochs: how long to train.
         batch: images per iteration over all ranks; what is left over at an epoch's end is left out.
+        lr: initial learning rate, for the mini-batch that the run begins with.
+        lr_schedule: how the rate goes over the epochs: "step" at the milestones, "cosine", or another package's.
+        warmup_epochs: first epochs, in which the rate grows in equal steps to `lr`.
         lr_milestones: epochs at which the rate is multiplied by `lr_gamma`; below 1 a fraction of the epochs.
+        lr_gamma: factor on the rate at every milestone.
+        optimizer: sgd, adam, adamw, rmsprop, or another package's.
+        nesterov: SGD looks ahead along its momentum.
+        weight_decay: of every parameter, per update.
         momentum: None is 0.9 for SGD, 0 for RMSprop; Adam has its own.
         ema_decay: per iteration; 0 is no average. With one, validation uses the averaged weights.
-        penalty_ratio: r of METHOD.md Eq. 3; 0 is the dense baseline.
+        label_smoothing: share of every label that is spread over all classes.
+        mixup: α of the Beta distribution that mixes pairs of images and their labels; 0 mixes nothing.
+        clip_norm: gradients, the penalty's included, are scaled down to this Euclidean norm; None clips nothing.
+        penalty_ratio: share of the penalty in the first mini-batch's loss (METHOD.md Eq. 3); 0 is the dense baseline.
         criterion: what pushes channels towards zero: the group lasso, network slimming, or another package's.
         regularizer: the criterion's penalty as a gradient, or as a proximal step.
         interval: epochs between reconfigurations.
@@ -48,6 +64,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         channel_multiple: kept counts are rounded up to a multiple.
         schedule: "continuous" reconfigures every interval, "one_time" once after `reconfigure_epoch` epochs, "ssl"
             trains dense for `pretrain_epochs`, then sparsifies, and prunes once at the end of that.
+        reconfigure_epoch: of the schedule "one_time".
+        pretrain_epochs: of the schedule "ssl".
         finetune_epochs: last epochs without regulariser.
         dynamic_batch: let the mini-batch grow at reconfigurations as memory allows.
         memory_budget: per rank, "8 GiB" or bytes; None is the device's memory.
@@ -56,17 +74,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         lr_rule: how the rate follows the mini-batch.
         data_memory_bytes: an image tree larger than this when decoded is read from disk in every epoch; None is a
             quarter of the memory.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        precision: of the matrix products: fp32, tf32, and bf16 or fp16 by autocast.
+        memory_format: layout of the images and weights, contiguous or channels_last.
         num_threads: of a CPU; None is torch's choice. Sums, and so the last bits of a run, depend on it; small networks
             are fastest with 1.
         sync_batch_norm: BatchNorm statistics over all ranks.
-        compile: `torch.compile` the training step's forward, with this backend.
+        compile: `torch.compile` the network, once per architecture.
+        compile_backend: of torch.compile.
         profile: measure every new architecture layer by layer.
         record_channel_maxima: the largest |w| of every output channel goes into the trace (Fig. 4).
         keep_every: weights of every n-th epoch stay loadable, and of every reconfigured and the last one.
     """
 
     model: str = "resnet32"
-    dataset: DatasetName = "cifar10"
+    dataset: str = "cifar10"
     data_dir: str | None = None
     download: bool = False
     train_limit: int | None = None
@@ -74,19 +96,26 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     image_size: int | None = None
     augment: Literal["auto", "crop_flip", "crop", "none"] = "auto"
     crop_padding: int | None = None
-    num_workers: int = 4
+    num_workers: int | None = None
+    validation_share: float = 0.1
     seed: int = 0
+    start_from: str | None = None
 
     epochs: int = 182
     batch: int = 128
     lr: float = 0.1
+    lr_schedule: str = "step"
+    warmup_epochs: int = 0
     lr_milestones: tuple[float, ...] = (0.5, 0.75)
     lr_gamma: float = 0.1
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    optimizer: str = "sgd"
     momentum: float | None = None
     nesterov: bool = False
     weight_decay: float = 5e-4
     ema_decay: float = 0.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    clip_norm: float | None = None
 
     penalty_ratio: float = 0.25
     criterion: str = "group_lasso"
@@ -131,14 +160,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.memory_budget
 
 
+MOST_EPOCHS = 100_000  # of a run; more is a slip of the keyboard, and would plan for hours
 SETTINGS = Config.__struct_fields__
 _CHOICES: dict[str, tuple[str, ...]] = {"precision": tuple(p.value for p in Precision)} | {
     name: typing.get_args(hint) for name, hint in typing.get_type_hints(Config).items() if "Literal" in str(hint)
 }
 
 
-def make_config(settings: Mapping[str, Any], *, source: str = "configuration") -> Config:
-    """The checked configuration that `settings` ask for; the rest are defaults. Warns of settings without effect.
+def make_config(settings: Mapping[str, Any], *, source: str = "configuration", quiet: bool = False) -> Config:
+    """The checked configuration that `settings` ask for; the rest are defaults.
+
+    Warns of settings without effect unless `quiet`.
 
     Raises:
         UnknownNameError: a setting or a closed choice that does not exist.
@@ -147,17 +179,21 @@ def make_config(settings: Mapping[str, Any], *, source: str = "configuration") -
     for name in settings:
         if name not in SETTINGS:
             raise UnknownNameError("setting", name, SETTINGS)
+    for name, registry in REGISTRIES.items():
+        value = settings.get(name)
+        if isinstance(value, str) and value not in registry.names():
+            raise UnknownNameError(registry.what, value, registry.names())
     for name, known in _CHOICES.items():
         value = settings.get(name, known[0])
         if isinstance(value, str) and value not in known:
-            raise UnknownNameError("data set" if name == "dataset" else name, value, known)
+            raise UnknownNameError(name, value, known)
     try:
         config = msgspec.convert(dict(settings), Config)
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `$.")
         raise UsageError(f"{source}: setting {place.rstrip('`')!r}: {problem.replace('`', '')}") from error
     _check(config)
-    for problem in _without_effect(config, set(settings)):
+    for problem in () if quiet else _without_effect(config, set(settings)):
         warnings.warn(problem, stacklevel=2)
     return config
 
@@ -204,23 +240,21 @@ def to_toml(config: Config) -> str:
 
 def from_recorded(settings: Mapping[str, Any]) -> Config:
     """A configuration that was checked and resolved when it was written (no warnings)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make_config(settings, source="recorded configuration")
+    return make_config(settings, source="recorded configuration", quiet=True)
 
 
 def resolve(config: Config, *, device: str) -> Config:
     """Everything that "auto" and None leave open and that does not depend on the data, decided."""
     photographs = config.dataset in ("cifar10", "cifar100", "imagefolder")
     augment = config.augment if config.augment != "auto" else "crop_flip" if photographs else "none"
-    defaults = {"sgd": 0.9, "rmsprop": 0.0}  # Adam has its own
-    momentum = config.momentum if config.momentum is not None and config.optimizer in defaults else None
-    if momentum is None:
-        momentum = defaults.get(config.optimizer)
+    default = OPTIMIZERS.find(config.optimizer).momentum  # None for one that has its own
+    momentum = default if default is None or config.momentum is None else config.momentum
+    num_workers = config.num_workers if config.num_workers is not None else min(16, len(os.sched_getaffinity(0)))
     return msgspec.structs.replace(
         config,
         augment=augment,
         momentum=momentum,
+        num_workers=num_workers,
         device=device,
         memory_budget=config.memory_budget_bytes,
     )
@@ -236,15 +270,20 @@ def _check(config: Config) -> None:
     for name in at_least_one:
         value = getattr(config, name)
         _require(value is None or value >= 1, name, value, "at least 1")
-    for name in ("num_workers", "seed", "finetune_epochs", "crop_padding"):
+    for name in ("num_workers", "warmup_epochs", "seed", "finetune_epochs", "crop_padding"):
         value = getattr(config, name)
         _require(value is None or value >= 0, name, value, "at least 0")
+    _require(config.epochs <= MOST_EPOCHS, "epochs", config.epochs, f"at most {MOST_EPOCHS}")
     _require(config.seed < 2**63, "seed", config.seed, "below 2**63")
     _require(0 <= config.penalty_ratio < 1, "penalty_ratio", config.penalty_ratio, "in [0, 1)")
     _require(0 < config.lr < float("inf"), "lr", config.lr, "positive")
     _require(config.threshold > 0, "threshold", config.threshold, "positive")
     _require(config.lr_gamma > 0, "lr_gamma", config.lr_gamma, "positive")
     _require(config.weight_decay >= 0, "weight_decay", config.weight_decay, "at least 0")
+    _require(0 <= config.label_smoothing < 1, "label_smoothing", config.label_smoothing, "in [0, 1)")
+    _require(0 <= config.mixup < float("inf"), "mixup", config.mixup, "at least 0")
+    _require(config.clip_norm is None or 0 < config.clip_norm < float("inf"), "clip_norm", config.clip_norm, "positive")
+    _require(0 < config.validation_share < 1, "validation_share", config.validation_share, "in (0, 1)")
     _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "in [0, 1)")
     _require(config.momentum is None or 0 <= config.momentum < 1, "momentum", config.momentum, "in [0, 1)")
     _require(
@@ -317,8 +356,10 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
         problems += unused(("pretrain_epochs",), f"the schedule is {config.schedule}")
     if config.schedule != "continuous" and config.regularized:
         problems += unused(("interval",), f"the schedule {config.schedule} reconfigures once")
-    if config.optimizer in ("adam", "adamw"):
+    if "momentum" in given and OPTIMIZERS.find(config.optimizer).momentum is None:
         problems += unused(("momentum",), f"{config.optimizer} has its own")
+    if config.lr_schedule != "step":
+        problems += unused(("lr_milestones", "lr_gamma"), f"the learning-rate schedule is {config.lr_schedule}")
     if not config.compile:
         problems += unused(("compile_backend",), "compile is off")
     if config.dataset in ("digits", "synthetic"):
@@ -326,7 +367,8 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
     if config.dataset == "imagefolder":
         problems += unused(("download",), "an image tree is not downloaded")
     else:
-        problems += unused(("num_workers", "data_memory_bytes"), "only image trees are read in the background")
+        files = ("num_workers", "data_memory_bytes", "validation_share")
+        problems += unused(files, "only image trees are read from files")
     if config.augment == "none" or (config.augment == "auto" and config.dataset in ("digits", "synthetic")):
         problems += unused(("crop_padding",), "there is no augmentation")
     return [p for p, value in ((p, getattr(config, p.split("'")[1])) for p in problems) if value not in (None, False)]

@@ -7,10 +7,8 @@ iteration does not depend on the number of ranks: each rank takes its contiguous
 
 from __future__ import annotations
 
-import concurrent.futures
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +16,7 @@ import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -27,8 +25,6 @@ from ptsim.trace.schema import Dataset
 from ptsim.training.config import Config
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-_DIGITS_VALIDATION = 360  # one fifth of scikit-learn's 1797 digits
-_SYNTHETIC = (2048, 512, 10)  # training images, validation images, classes
 
 Batch = tuple[Tensor, Tensor]  # (N, C, H, W) normalised float32, (N,) class indices
 
@@ -65,43 +61,12 @@ class Data(Protocol):
         """This rank's part of the whole validation set, each image on exactly one rank."""
 
 
-def load_data(
-    config: Config, *, input_shape: tuple[int, int, int], any_channels: bool = True, device: torch.device
-) -> Data:
-    """The configured data set on `device`.
-
-    Args:
-        config: the run.
-        input_shape: of the model's registry entry; decides the size of images that have none of their own.
-        any_channels: the model can be built for any number of image channels; otherwise grey images are repeated.
-        device: where the images are to be.
-
-    Raises:
-        UsageError: missing or empty folder, unreadable image, wrong split, or fewer images than one mini-batch.
-    """
-    match config.dataset:
-        case "digits":
-            data = _digits(config, 1 if any_channels else input_shape[0], device)
-        case "cifar10" | "cifar100":
-            data = _cifar(config, device)
-        case "imagefolder":
-            data = _image_tree(config, input_shape, device)
-        case "synthetic":
-            data = _synthetic(config, input_shape, device)
-    if config.batch > data.dataset.num_train:
-        raise UsageError(
-            f"the mini-batch of {config.batch} is larger than the data set {data.dataset.name!r} "
-            f"with its {data.dataset.num_train} training images"
-        )
-    return data
-
-
 def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
     """The permutation of the training images in `epoch`."""
-    return torch.randperm(num_images, generator=_generator(seed, epoch, stream=0))
+    return torch.randperm(num_images, generator=generator(seed, epoch, stream=0))
 
 
-def _generator(seed: int, epoch: int, *, stream: int) -> torch.Generator:
+def generator(seed: int, epoch: int, *, stream: int) -> torch.Generator:
     """Independent random numbers for every (seed, epoch, stream); NumPy's seed sequence mixes the three."""
     return torch.Generator().manual_seed(mixed_seed(seed, epoch, stream))
 
@@ -128,8 +93,8 @@ class ResidentData:
         device: torch.device,
     ) -> None:
         """`train` and `validation` are (uint8 images (N, C, H, W), classes (N,)) on the CPU."""
-        images, labels = _limited(*train, config.train_limit, config.seed)
-        validation = _limited(*validation, config.validation_limit, config.seed)
+        images, labels = limited(*train, config.train_limit, config.seed)
+        validation = limited(*validation, config.validation_limit, config.seed)
         channels, height, width = images.shape[1:]
         self._side = config.image_size
         self.normalization = normalization_of(images)
@@ -158,7 +123,7 @@ class ResidentData:
         """This rank's part of every full mini-batch; crops and flips belong to (seed, epoch, image)."""
         num_images = len(self._images)
         order = epoch_order(num_images, self._seed, epoch)
-        random = _generator(self._seed, epoch, stream=1)
+        random = generator(self._seed, epoch, stream=1)
         offsets = torch.randint(0, 2 * self._padding + 1, (num_images, 2), generator=random).to(self._device)
         flips = (torch.rand(num_images, generator=random) < 0.5).to(self._device)
         full_batches = order[: num_images // batch * batch].view(-1, batch)
@@ -265,7 +230,7 @@ class _ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
         image = decode(path)
         if self._augment is None:
             return resized_to(image, self._side), label
-        random = _generator(*self._augment, stream=2 + index)
+        random = generator(*self._augment, stream=2 + index)
         return _random_resized_crop(image, self._side, random), label
 
     def __len__(self) -> int:
@@ -285,14 +250,34 @@ def normalization_of(images_NCHW: Tensor) -> Normalization:
 def decode(path: Path) -> Tensor:
     """The image as uint8 RGB (3, H, W).
 
+    Values of 16 bits keep their upper 8; Pillow's own conversion would cut off all that is above 255.
+
     Raises:
-        UsageError: the file is not an image; names it.
+        UsageError: the file is not an image, or one whose values have no known range; names it.
     """
+    if not path.is_file():  # a pipe would wait for ever
+        raise UsageError(f"{path} is not a regular file, expected an image")
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
         raise UsageError(f"{path} cannot be read as an image: {' '.join(str(error).split())[:200]}") from error
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels as (H, W, 3).
+
+    Raises:
+        ValueError: whole numbers beyond 16 bits, or fractions: what is white is not known.
+    """
+    if image.mode == "F":
+        raise ValueError("its values are fractions, and what is white is not known")
+    if image.mode.startswith("I"):
+        values = np.array(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its values are beyond 16 bits")
+        return np.repeat((values.astype(np.uint16) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
 
 
 def resized_to(image_CHW: Tensor, side: int) -> Tensor:
@@ -324,170 +309,15 @@ def _random_resized_crop(image_CHW: Tensor, side: int, random: torch.Generator) 
     return crop.flip(2) if mirror < 0.5 else crop
 
 
-def _limited(images: Tensor, labels: Tensor, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    kept = _subset(len(images), limit, seed)
+def limited(images: Tensor, labels: Tensor, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """The images and classes that a limit leaves."""
+    kept = subset(len(images), limit, seed)
     return (images, labels) if kept is None else (images[kept], labels[kept])
 
 
-def _subset(num_images: int, limit: int | None, seed: int) -> Tensor | None:
+def subset(num_images: int, limit: int | None, seed: int) -> Tensor | None:
     """Which images a limit leaves: drawn with the seed, in their old order; None for all of them."""
     if limit is None or limit >= num_images:
         return None
-    chosen = torch.randperm(num_images, generator=_generator(seed, 0, stream=3))
+    chosen = torch.randperm(num_images, generator=generator(seed, 0, stream=3))
     return chosen[:limit].sort().values
-
-
-def _digits(config: Config, channels: int, device: torch.device) -> Data:
-    """1797 handwritten digits of 8×8 pixels (UCI, from 43 writers), split by class with a fixed seed."""
-    from sklearn.datasets import load_digits  # a second to import, only for this data set
-    from sklearn.model_selection import train_test_split
-
-    pixels, classes = load_digits(return_X_y=True)
-    images = (
-        torch.from_numpy((pixels * (255 / 16)).round().astype(np.uint8)).view(-1, 1, 8, 8).repeat(1, channels, 1, 1)
-    )
-    labels = torch.from_numpy(classes.astype(np.int64))
-    train, validation = train_test_split(
-        np.arange(len(images)), test_size=_DIGITS_VALIDATION, random_state=0, stratify=classes
-    )
-    return ResidentData(
-        "digits",
-        train=(images[train], labels[train]),
-        validation=(images[validation], labels[validation]),
-        num_classes=10,
-        config=config,
-        device=device,
-    )
-
-
-def _cifar(config: Config, device: torch.device) -> Data:
-    assert config.data_dir is not None, "checked with the configuration"
-    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.dataset]
-    splits = []
-    for train in (True, False):
-        try:
-            split = source(config.data_dir, train=train, download=config.download)
-        except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(
-                f"no {config.dataset} in {config.data_dir}: {reason}",
-                hint="--download fetches it; image files are read with --dataset imagefolder",
-            ) from error
-        images = torch.from_numpy(np.ascontiguousarray(split.data)).permute(0, 3, 1, 2).contiguous()
-        splits.append((images, torch.tensor(split.targets)))
-    return ResidentData(
-        config.dataset,
-        train=splits[0],
-        validation=splits[1],
-        num_classes=10 if config.dataset == "cifar10" else 100,
-        config=config,
-        device=device,
-    )
-
-
-def _synthetic(config: Config, input_shape: tuple[int, int, int], device: torch.device) -> Data:
-    """Coarse random patterns, one per class, under noise: learnable, of any size, without files."""
-    num_train, num_validation, num_classes = _SYNTHETIC
-    num_train = config.train_limit or num_train
-    channels, height, width = input_shape
-    height, width = (config.image_size or height), (config.image_size or width)
-    random = _generator(config.seed, 0, stream=4)
-    coarse = torch.rand((num_classes, channels, 4, 4), generator=random)
-    patterns = F.interpolate(coarse, size=(height, width), mode="bilinear")
-    labels = torch.arange(num_train + num_validation) % num_classes
-    images = torch.empty((len(labels), channels, height, width), dtype=torch.uint8)
-    for start in range(0, len(labels), 256):
-        chunk, chosen = images[start : start + 256], labels[start : start + 256]
-        noise = 0.15 * torch.randn(chunk.shape, generator=random)
-        chunk.copy_(((patterns[chosen] + noise).clamp(0, 1) * 255).round())
-    return ResidentData(
-        "synthetic",
-        train=(images[:num_train], labels[:num_train]),
-        validation=(images[num_train:], labels[num_train:]),
-        num_classes=num_classes,
-        config=config,
-        device=device,
-    )
-
-
-def _image_tree(config: Config, input_shape: tuple[int, int, int], device: torch.device) -> Data:
-    assert config.data_dir is not None, "checked with the configuration"
-    root = Path(config.data_dir)
-    train, classes = _list_images(_split_folder(root, ("train",)))
-    validation, validation_classes = _list_images(_split_folder(root, ("val", "test", "valid", "validation")))
-    if classes != validation_classes:
-        odd = sorted(set(classes) ^ set(validation_classes))
-        raise UsageError(f"{root}: the class folder {odd[0]!r} is in only one of the training and validation splits")
-    train = _some(train, config.train_limit, config.seed)
-    validation = _some(validation, config.validation_limit, config.seed)
-    sizes = {tuple(decode(path).shape[1:]) for path, _ in train[:: max(1, len(train) // 16)]}
-    own_side = next(iter(sizes))[0] if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1 else None
-    side = config.image_size or own_side or input_shape[1]
-    limit_bytes = config.data_memory_bytes or _quarter_of_memory_bytes(device)
-    if (len(train) + len(validation)) * 3 * side * side > limit_bytes:
-        return StreamedData(train, validation, num_classes=len(classes), side=side, config=config, device=device)
-    return ResidentData(
-        "imagefolder",
-        train=_decode_all(train, side),
-        validation=_decode_all(validation, side),
-        num_classes=len(classes),
-        config=msgspec.structs.replace(
-            config, train_limit=None, validation_limit=None
-        ),  # applied above, before decoding
-        device=device,
-    )
-
-
-def _some(files: list[tuple[Path, int]], limit: int | None, seed: int) -> list[tuple[Path, int]]:
-    kept = _subset(len(files), limit, seed)
-    return files if kept is None else [files[index] for index in kept.tolist()]
-
-
-def _split_folder(root: Path, names: Sequence[str]) -> Path:
-    if not root.is_dir():
-        raise UsageError(f"there is no data folder {root}")
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    raise UsageError(
-        f"{root} holds no folder {' or '.join(names)}; expected train and val or test with one folder per class"
-    )
-
-
-def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
-    """Every image below `folder/<class>/` with its class index, and the classes' names, in sorted order."""
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not classes:
-        raise UsageError(f"{folder} holds no class folders")
-    images = []
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise UsageError(f"the class folder {folder / name} holds no images")
-        images += [(path, label) for path in files]
-    return images, classes
-
-
-def _decode_all(files: Sequence[tuple[Path, int]], side: int) -> tuple[Tensor, Tensor]:
-    """All images at once; decoding releases the interpreter lock, so threads share it out."""
-    images = torch.empty((len(files), 3, side, side), dtype=torch.uint8)
-
-    def read(start: int) -> None:
-        for index in range(start, min(start + chunk, len(files))):
-            images[index] = resized_to(decode(files[index][0]), side)
-
-    chunk = 256
-    _in_threads(read, range(0, len(files), chunk))
-    return images, torch.tensor([label for _, label in files])
-
-
-def _in_threads(work: Callable[[int], None], items: range) -> None:
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for _ in pool.map(work, items):  # raises what a worker raised
-            pass
-
-
-def _quarter_of_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory) // 4
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

@@ -152,6 +152,14 @@ class Team:
             else:
                 dist.broadcast(buffer, src=0)
 
+    def gather(self, text: str) -> list[str]:
+        """What every rank says, in the order of the ranks."""
+        if self.world_size == 1:
+            return [text]
+        told: list[str] = [""] * self.world_size
+        dist.all_gather_object(told, text)
+        return told
+
     def agree(self, what: str, value: bytes) -> None:
         """Make sure that all ranks hold the same `value`.
 

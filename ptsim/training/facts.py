@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import ptsim
 from ptsim.capture.graph import evaluation_mode, example_input
 from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
-from ptsim.trace.schema import Dataset
+from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Run
+from ptsim.training.distributed import Team
+from ptsim.training.tracefile import git_revision, library_versions
 
 # Optimizers that the cost model knows, and which of them moves as much memory as one with n states an element.
 _COSTED = ("sgd", "adam", "adamw", "rmsprop")
@@ -91,6 +96,19 @@ def checked_shape(input_shape: Any) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
+def checked_loss(loss: Any) -> Tensor:
+    """The loss as a scalar tensor.
+
+    Raises:
+        UsageError: it is no single number.
+    """
+    tensor = loss if isinstance(loss, Tensor) else torch.as_tensor(loss) if isinstance(loss, int | float) else None
+    if tensor is None or tensor.numel() != 1:
+        found = f"a tensor of {tensor.numel()} numbers" if tensor is not None else f"a {type(loss).__name__}"
+        raise UsageError(f"the loss is {found}, expected one number", hint="step(loss.mean())")
+    return tensor.detach().reshape(())
+
+
 def check_fraction(name: str, value: float | None) -> None:
     """Make sure that an accuracy is a fraction.
 
@@ -122,3 +140,40 @@ def shapes_of(network: nn.Module) -> tuple[Any, ...]:
     """What tells whether the network has changed its architecture: names and shapes of all its tensors."""
     named = (*network.named_parameters(), *network.named_buffers())
     return tuple((name, tuple(tensor.shape), tensor.requires_grad) for name, tensor in named)
+
+
+def run_record(facts: RunFacts, *, network: Network, num_train: int, team: Team, device: DeviceInfo) -> Run:
+    """The first line of a trace that begins now on this machine.
+
+    Args:
+        facts: with everything but a data set decided.
+        network: the first architecture.
+        num_train: images of the first epoch, for a data set that nobody has described.
+        team: the ranks.
+        device: of this rank.
+    """
+    assert facts.model is not None, "decided by the recorder"
+    assert facts.precision is not None, "the same"
+    assert facts.memory_format is not None, "the same"
+    return Run(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=facts.model,
+        dataset=facts.dataset
+        or Dataset(
+            name="unnamed",
+            num_classes=network.num_classes,
+            num_train=num_train,
+            num_validation=0,
+            input_shape=network.input_shape,
+        ),
+        hyperparameters=facts.hyperparameters,
+        seed=facts.seed,
+        precision=facts.precision,
+        memory_format=facts.memory_format,
+        world_size=team.world_size,
+        backend=team.backend,
+        device=device,
+        versions=library_versions(("torch", "torchvision", "fvcore", "safetensors")),
+        git_revision=git_revision(Path(ptsim.__file__).parent),
+    )

@@ -27,6 +27,7 @@ from ptsim.training.growth import learning_rate_scale
 from ptsim.training.pruning import PruneTrain
 from ptsim.training.recipe import Recipe
 from ptsim.training.recorder import Recorder
+from ptsim.training.registries import OPTIMIZERS
 from ptsim.training.wrapping import wrap
 
 
@@ -40,7 +41,7 @@ class Learner:
         self.config, self.recipe, self.team, self.device = config, recipe, team, team.device
         self.model = self._placed(model)
         self.average = copied(self.model).requires_grad_(False) if config.ema_decay else None
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = OPTIMIZERS.find(config.optimizer).make(self.model.parameters(), config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision is Precision.FP16)
         self.next_epoch = 0
         self.batch = config.batch
@@ -180,18 +181,3 @@ def pruned_network(recipe: Recipe, structure: Mapping[str, Any]) -> nn.Module:
     except UsageError as error:
         raise FileFormatError("checkpoint", error.message) from error
     return model
-
-
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The configured optimizer over all parameters."""
-    parameters = list(model.parameters())
-    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    match config.optimizer:
-        case "sgd":
-            return torch.optim.SGD(parameters, momentum=config.momentum or 0.0, nesterov=config.nesterov, **common)
-        case "adam":
-            return torch.optim.Adam(parameters, **common)
-        case "adamw":
-            return torch.optim.AdamW(parameters, **common)
-        case "rmsprop":
-            return torch.optim.RMSprop(parameters, momentum=config.momentum or 0.0, **common)

@@ -20,8 +20,9 @@ from ptsim.measure.profile import tf32_allowed, tuned_convolutions
 from ptsim.network import Precision
 from ptsim.trace.io import read_trace
 from ptsim.trace.schema import Epoch, Reconfiguration
-from ptsim.training.config import Config, make_config, read_config, resolve
-from ptsim.training.data import load_data, mixed_seed
+from ptsim.training.config import Config, make_config, read_config, resolve, to_settings
+from ptsim.training.data import mixed_seed
+from ptsim.training.datasets import load_data
 from ptsim.training.distributed import Team, join_team
 from ptsim.training.interruption import Interruption, interruptible
 from ptsim.training.learner import Learner
@@ -29,13 +30,34 @@ from ptsim.training.minibatch import BatchPolicy
 from ptsim.training.progress import Bars, Reporter, Silent
 from ptsim.training.recipe import Recipe, check_fits, takes_in_channels
 from ptsim.training.recorder import TRACE
-from ptsim.training.runfolder import CHECKPOINTS, default_folder, goes_on, make_run_folder, recorded_config
+from ptsim.training.runfolder import (
+    CHECKPOINTS,
+    changed_config,
+    default_folder,
+    existing,
+    goes_on,
+    load_model,
+    load_recipe,
+    make_run_folder,
+    update_config,
+)
 from ptsim.training.schedule import EpochPlan, epoch_plans
 from ptsim.training.step import Sums, train_epoch, validate
 from ptsim.training.storing import Storage
 
 _VALIDATION_BATCH = 128  # at least; evaluation keeps nothing for backward
 _CONSULT_EVERY = 16  # iterations between exchanges of the ranks: one takes as long as a tiny all-reduce
+
+
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"  # torch raises a plain RuntimeError that names its allocator
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The user or the scheduler has stopped the run in `folder`, which can be resumed."""
+
+    def __init__(self, reason: str, folder: Path) -> None:
+        super().__init__(reason)
+        self.folder = folder
 
 
 class RankOutOfMemoryError(torch.OutOfMemoryError):
@@ -73,7 +95,7 @@ def train(
     """Train a network, dense or with PruneTrain, and record the run.
 
     Args:
-        config: a configuration, its settings, or the path of a TOML file; None with `resume`.
+        config: a configuration, its settings, or the path of a TOML file; with `resume` the settings to change.
         out: the run folder to make; None is `runs/MODEL-DATASET-rRATIO-sSEED`.
         resume: the run folder to go on with, from its last checkpoint.
         progress: show bars on stderr.
@@ -84,13 +106,13 @@ def train(
         UsageError: a wrong setting, missing data, or an `out` that holds another run.
         UnsupportedModelError: the model cannot be traced or pruned.
         TrainingError: the loss became NaN, the disk is full, a rank is lost. The last checkpoint is whole.
-        KeyboardInterrupt: after SIGINT or SIGTERM; the trace ends "interrupted" and the run can be resumed.
+        TrainingInterrupted: after SIGINT or SIGTERM (a KeyboardInterrupt); the trace ends "interrupted".
     """
     if resume is not None:
-        if config is not None or out is not None:
-            raise UsageError("a resumed run takes its configuration and its folder from the run; give nothing else")
-        folder = Path(resume)
-        config = recorded_config(folder)
+        if out is not None or isinstance(config, Config | str | Path):
+            raise UsageError("a resumed run takes its configuration and its folder from the run; give changes only")
+        folder = existing(resume)
+        config = changed_config(folder, config or {})
     else:
         if not isinstance(config, Config):
             settings = read_config(config) if isinstance(config, str | Path) else config or {}
@@ -133,6 +155,7 @@ class Trainer:
         any_channels = takes_in_channels(entry)
         self.data = load_data(config, input_shape=entry.input_shape, any_channels=any_channels, device=team.device)
         dataset = self.data.dataset
+        team.agree("the data set", msgspec.json.encode((dataset, self.data.normalization)))
         self.recipe = Recipe(
             model=config.model,
             num_classes=dataset.num_classes,
@@ -157,7 +180,7 @@ class Trainer:
                 self._train()
         except KeyboardInterrupt as stopped:
             self.learner.recorder.close("interrupted", str(stopped) or "SIGINT")
-            raise
+            raise TrainingInterrupted(str(stopped) or "SIGINT", self.folder) from stopped
         except PtsimError as error:
             self.learner.recorder.close("failed", error.message)
             raise
@@ -166,6 +189,12 @@ class Trainer:
             problem = f"a mini-batch of {self.learner.batch} needs more memory than {where} has left"
             self.learner.recorder.close("failed", problem)
             raise TrainingError(problem, hint="a smaller batch, or with dynamic_batch a max_batch") from error
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(error, MemoryError) or _CPU_OUT_OF_MEMORY in str(error)):
+                raise
+            problem = f"a mini-batch of {self.learner.batch} needs more memory than this machine has left"
+            self.learner.recorder.close("failed", problem)
+            raise TrainingError(problem, hint="a smaller batch") from error
         finally:
             self.learner.recorder.abandon()
         return self._result()
@@ -177,9 +206,16 @@ class Trainer:
     def _begin(self) -> Learner:
         """The learner of a new run."""
         torch.manual_seed(self.config.seed)
-        model = self.recipe.build()
+        model = self.recipe.build() if self.config.start_from is None else self._stored_network(self.config.start_from)
         check_fits(model, self.recipe)
         return self._learner(model)
+
+    def _stored_network(self, run: str) -> nn.Module:
+        """The last network of another run, if it is of the kind that this run trains."""
+        recipe = load_recipe(run)
+        if recipe != self.recipe:
+            raise UsageError(f"the network in {run} is of {recipe}, but this run trains {self.recipe}")
+        return load_model(run, trust=True).train()  # the user has named that very model for this run
 
     def _learner(self, model: nn.Module) -> Learner:
         learner = Learner(
@@ -189,8 +225,13 @@ class Trainer:
             learner.pruner.grow = BatchPolicy(learner, self.data.dataset.num_train).grow
         return learner
 
-    def _train(self) -> None:
+    def _open_trace(self) -> bytes:
         self.learner.recorder.begin_run()
+        update_config(self.folder, self.config)
+        return b""
+
+    def _train(self) -> None:
+        self.team.from_leader(self._open_trace)
         if self.learner.next_epoch == 0:
             self.storage.save(self.learner, keep=False)
         self.learner.wrap()
@@ -308,11 +349,22 @@ class Trainer:
 
 
 def _check_team(config: Config, team: Team) -> None:
-    """Rules that the number and kind of devices decide.
+    """Rules that the ranks decide: that all train the same, and what their number and kind allow.
 
     Raises:
-        UsageError: the mini-batch cannot be shared equally, or BatchNorm cannot be synchronised here.
+        UsageError: ranks were started differently, the mini-batch cannot be shared equally, or BatchNorm cannot be
+            synchronised here.
     """
+    ours = to_settings(config) | {"device": team.device.type}
+    theirs = msgspec.json.decode(team.from_leader(lambda: msgspec.json.encode(ours)))
+    different = next((n for n, v in theirs.items() if msgspec.json.encode(ours[n]) != msgspec.json.encode(v)), None)
+    problem = ""
+    if different is not None:
+        problem = f"rank {team.rank} was started with {different} = {ours[different]!r}, "
+        problem += f"rank 0 with {theirs[different]!r}"
+    problems = [text for text in team.gather(problem) if text]
+    if problems:
+        raise UsageError(problems[0], hint="start all ranks with the same command")
     if config.batch % team.world_size:
         raise UsageError(f"the mini-batch of {config.batch} cannot be shared equally by {team.world_size} ranks")
     if config.sync_batch_norm and team.device.type != "cuda":

@@ -11,6 +11,7 @@ from ptsim.network import Network
 from ptsim.training.config import Config
 from ptsim.training.learner import Learner
 from ptsim.training.outcome import Growth
+from ptsim.training.registries import OPTIMIZERS
 from ptsim.training.step import fits
 
 
@@ -33,7 +34,7 @@ def grown_batch(
         network,
         capacity_bytes=capacity_bytes,
         precision=config.precision,
-        optimizer=config.optimizer,
+        optimizer=OPTIMIZERS.find(config.optimizer).counted_as,
         memory_format=config.memory_format,
         device=device,
         data_parallel=world_size > 1,
@@ -57,7 +58,7 @@ def predicted_bytes(
         network,
         batch=batch_per_gpu,
         precision=config.precision,
-        optimizer=config.optimizer,
+        optimizer=OPTIMIZERS.find(config.optimizer).counted_as,
         memory_format=config.memory_format,
         device=device,
         data_parallel=data_parallel,

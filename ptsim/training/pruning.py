@@ -37,7 +37,7 @@ from ptsim.prune.reconfigure import Surgery, reconfigure
 from ptsim.prune.structure import structure_of
 from ptsim.trace.schema import Epoch, Reconfiguration
 from ptsim.training import stored
-from ptsim.training.facts import RunFacts, checked_shape
+from ptsim.training.facts import RunFacts, checked_loss, checked_shape
 from ptsim.training.misuse import Order
 from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
 from ptsim.training.prune_settings import make_settings
@@ -134,7 +134,7 @@ class PruneTrain:
 
     # What the loop calls
 
-    def step(self, loss: Tensor, num_images: int | None = None) -> None:
+    def step(self, loss: Tensor | float, num_images: int | None = None) -> None:
         """Add the penalty's gradient; once per `optimizer.step`, after backward, unscaling and all-reduce.
 
         The first call decides λ from its loss. Before clipping the penalty is clipped with the rest, after it not.
@@ -158,7 +158,7 @@ class PruneTrain:
                 with self.recorder.watch.phase("regularizer"):
                     self.criterion.add_gradient(self.penalty_coefficient)
 
-    def watch_only(self, loss: Tensor) -> None:
+    def watch_only(self, loss: Tensor | float) -> None:
         """As `step` without the penalty, for epochs that are not regularized; the run's first one decides λ.
 
         It may be called before unscaling.
@@ -319,7 +319,7 @@ class PruneTrain:
 
     # The parts
 
-    def decide_coefficient(self, loss: Tensor) -> None:
+    def decide_coefficient(self, loss: Tensor | float) -> None:
         """λ by METHOD.md Eq. 3 from the run's first loss, the mean over the ranks; `step` does it at its first call.
 
         A run that begins without the penalty calls it at its first mini-batch.
@@ -328,7 +328,7 @@ class PruneTrain:
             UsageError: the loss is not a finite number above 0.
         """
         team = self.recorder.team
-        mean = float(team.sum(loss.detach().to(self.recorder.device).double())) / team.world_size
+        mean = float(team.sum(checked_loss(loss).to(self.recorder.device).double())) / team.world_size
         self.penalty_coefficient = penalty_coefficient(mean, float(self.criterion.value()), self.penalty_ratio)
 
     def updated(self) -> None:
@@ -355,7 +355,7 @@ class PruneTrain:
 
     def _reconfigure(self, epoch: Epoch) -> tuple[Reconfiguration, bool]:
         recorder, team = self.recorder, self.recorder.team
-        batch_before = self.recorder.watch.batch or 1
+        batch_before = epoch.batch_per_gpu
         start = time.perf_counter()
         with recorder.watch.paused():
             surgery = self.prune()

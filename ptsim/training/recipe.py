@@ -40,6 +40,12 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return model.train()
 
 
+def is_user_file(model: str) -> bool:
+    """Whether a model's name is a function of a Python file, which has to be run to make the network."""
+    path, colon, _ = model.rpartition(":")
+    return bool(colon) and path.endswith(".py")
+
+
 def takes_in_channels(entry: zoo.ModelEntry) -> bool:
     """Whether the model can be built for any number of image channels."""
     return "in_channels" in inspect.signature(entry.build).parameters

@@ -7,7 +7,7 @@ through it.
 from __future__ import annotations
 
 import contextlib
-import datetime
+import functools
 import math
 import time
 import warnings
@@ -20,7 +20,6 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-import ptsim
 from ptsim.capture.network import capture_network
 from ptsim.errors import MissingMeasurementError, TrainingError, UsageError
 from ptsim.measure.nvml import open_meter
@@ -28,9 +27,7 @@ from ptsim.measure.profile import profile_network
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.density import THRESHOLD, channel_maxima, dense_counts, layer_densities
 from ptsim.trace.schema import (
-    SCHEMA_VERSION,
     AnyRecord,
-    Dataset,
     DeviceUse,
     End,
     Epoch,
@@ -39,16 +36,26 @@ from ptsim.trace.schema import (
     Run,
     StepDistribution,
 )
-from ptsim.training.checkpoint import Totals
+from ptsim.training.checkpoint import Totals, writing
 from ptsim.training.distributed import CommunicationMeter, Team, current_team
-from ptsim.training.facts import RunFacts, check_fraction, checked_shape, num_outputs, seen_settings, shapes_of, widths
-from ptsim.training.tracefile import TraceFile, git_revision, library_versions
+from ptsim.training.facts import (
+    RunFacts,
+    check_fraction,
+    checked_loss,
+    checked_shape,
+    num_outputs,
+    run_record,
+    seen_settings,
+    shapes_of,
+    widths,
+)
+from ptsim.training.losses import LossSum
+from ptsim.training.tracefile import TraceFile
 from ptsim.training.watch import Watch
 from ptsim.training.wrapping import bare, called
 
 TRACE = "trace.jsonl"
 _T = TypeVar("_T")
-_FOLD = 256  # losses that are kept one by one before they are summed on the device
 
 
 class Penalty(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,7 +135,7 @@ class Recorder:
         self.team = team or current_team(self.device)
         self.folder = Path(record) if record is not None else None
         self.meter = open_meter(self.device)
-        self.watch = Watch(called(model), optimizer, self.device, self._epoch_begins)
+        self.watch = Watch(called(model), optimizer, self.device, functools.partial(_epoch_begins, weakref.ref(self)))
         self.epoch = 0
         self.totals = Totals()
         self.final_accuracy: float | None = None
@@ -139,8 +146,7 @@ class Recorder:
         self._trace: TraceFile | None = None
         self._keep: tuple[int | None, str | None] = (None, None)
         self._ended = self._begun = False
-        self._losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # Σ loss · images, images
-        self._told: list[tuple[Tensor, int]] = []
+        self._losses = LossSum(self.device)
         self._images_told = 0
         self._num_classes = self.facts.dataset.num_classes if self.facts.dataset else None
         self._capture()
@@ -196,13 +202,14 @@ class Recorder:
         with self.watch.phase("forward"):
             yield
 
-    def step(self, loss: Tensor, num_images: int | None = None) -> None:
+    def step(self, loss: Tensor | float, num_images: int | None = None) -> None:
         """Tell the loss of a training step (optional): a mean over images; nothing waits for the device.
 
         Args:
             loss: a scalar.
             num_images: of this step; None is what the hooks saw since the last call.
         """
+        loss = checked_loss(loss)
         seen = self.watch.num_images - self._images_told
         self._images_told = self.watch.num_images
         weight = num_images if num_images is not None else seen or 1
@@ -210,17 +217,7 @@ class Recorder:
             self.watch.num_images += num_images
             self._images_told = self.watch.num_images
             self.watch.batch = max(self.watch.batch or 0, num_images)
-        self._told.append((loss.detach(), weight))
-        if len(self._told) == _FOLD:
-            self._fold()
-
-    def _fold(self) -> None:
-        """Sum the losses that were told, on the device."""
-        if self._told:
-            values = torch.stack([loss.to(self.device).double() for loss, _ in self._told])
-            weights = torch.tensor([weight for _, weight in self._told], dtype=torch.float64, device=self.device)
-            self._losses += torch.stack(((values * weights).sum(), weights.sum()))
-            self._told.clear()
+        self._losses.add(loss, weight)
 
     def end_epoch(
         self,
@@ -299,19 +296,27 @@ class Recorder:
         if not self.records:
             return
         assert self.folder is not None, "asked by `records`"
+        self._refuse_foreign_trace()
         path = self.folder / TRACE
         keep_bytes, keep_sha256 = self._keep
-        if keep_bytes is None and not self.owns_folder and path.exists() and path.stat().st_size:
-            raise UsageError(
-                f"{self.folder} holds the trace of another run",
-                hint="another folder, or load_state_dict before the first step to go on with that run",
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._trace = TraceFile(path, keep_bytes=keep_bytes, keep_sha256=keep_sha256)
         weakref.finalize(self, self._trace.end_as_planned)
         if keep_bytes is None:
             self._trace.write(self._run_record())
         self.describe()
+
+    def _refuse_foreign_trace(self) -> None:
+        """A folder with a trace is another run's, unless a state was loaded that goes on with it."""
+        if self.folder is None or not self.team.leads or self._keep[0] is not None or self.owns_folder:
+            return
+        path = self.folder / TRACE
+        if path.exists() and path.stat().st_size:
+            raise UsageError(
+                f"{self.folder} holds the trace of another run",
+                hint="another folder, or load_state_dict before the first step to go on with that run",
+            )
 
     def continue_trace(self, num_bytes: int, sha256: str | None = None) -> None:
         """Go on with the trace from where it had this length and digest: what came later is recorded anew."""
@@ -360,9 +365,9 @@ class Recorder:
         record = msgspec.structs.replace(
             record,
             train_loss=train_loss if train_loss is not None else record.train_loss,
-            train_accuracy=train_accuracy,
-            validation_loss=validation_loss,
-            validation_accuracy=validation_accuracy,
+            train_accuracy=None if train_accuracy is None else float(train_accuracy),
+            validation_loss=None if validation_loss is None else float(validation_loss),
+            validation_accuracy=None if validation_accuracy is None else float(validation_accuracy),
         )
         for name in ("train_loss", "validation_loss", "penalty"):
             value = getattr(record, name)
@@ -370,10 +375,10 @@ class Recorder:
                 problem = f"the {name.replace('_', ' ')} of epoch {self.epoch} is {value}, not a finite number"
                 raise TrainingError(problem, hint="a smaller learning rate or penalty_ratio")
         self.write(record)
-        self.final_accuracy = validation_accuracy
+        self.final_accuracy = record.validation_accuracy
         self._spend(record)
         self.epoch += 1
-        self._losses.zero_()
+        self._losses = LossSum(self.device)
         self._images_told = 0
         self.watch.reset()
         self._look_for_changes()
@@ -414,7 +419,10 @@ class Recorder:
         """Of the images."""
         return self.facts.memory_format or self.watch.memory_format
 
-    def _epoch_begins(self) -> None:
+    def epoch_begins(self) -> None:
+        """The watch starts an epoch's clock now."""
+        if not self._begun:
+            self._refuse_foreign_trace()
         with self.watch.paused():
             self._look_for_changes()
         self.meter.start()
@@ -458,16 +466,15 @@ class Recorder:
     def _epoch_record(self, iterations: int, images: int, penalty: Penalty, measured: _Measured) -> Epoch:
         watch, team, threshold = self.watch, self.team, self._threshold
         rate = watch.learning_rate
+        known = {layer.name for layer in self._architecture.layers}  # a module that forward never calls is no layer
         channels, weights = dense_counts(self.network, threshold)
         gradient_bytes = self._architecture.num_parameters * 4 if team.world_size > 1 else 0
-        self._fold()
-        total, told, all_images = team.sum(
-            torch.cat((self._losses, torch.tensor([float(images)], dtype=torch.float64, device=self.device)))
-        ).tolist()
+        total, told, all_images = team.sum(self._losses.total(images)).tolist()
         return Epoch(
             epoch=self.epoch,
             architecture=self._architecture.id,
-            batch_per_gpu=watch.batch or 1,
+            # With gradient accumulation an iteration is an update, over the images of all its passes.
+            batch_per_gpu=max(watch.batch or 1, -(-images // iterations)),
             world_size=team.world_size,
             learning_rate=rate if rate is not None else float(self.optimizer.param_groups[0]["lr"]),
             num_iterations=iterations,
@@ -485,8 +492,10 @@ class Recorder:
             allreduce_bytes=gradient_bytes * iterations,
             peak_memory_bytes=measured.peak_bytes,
             device=measured.use,
-            densities=layer_densities(self.network, threshold),
-            channel_maxima=channel_maxima(self.network) if self._channel_maxima else None,
+            densities=tuple(d for d in layer_densities(self.network, threshold) if d.layer in known),
+            channel_maxima={name: values for name, values in channel_maxima(self.network).items() if name in known}
+            if self._channel_maxima
+            else None,
         )
 
     def _without_communication(self, seconds: EpochTime, iterations: int, validation_s: float) -> EpochTime:
@@ -552,31 +561,24 @@ class Recorder:
         )
 
     def _run_record(self) -> Run:
-        facts, watch = self.facts, self.watch
-        dataset = facts.dataset or Dataset(
-            name="unnamed",
-            num_classes=self._num_classes or 1,
-            num_train=max(1, watch.num_images * self.team.world_size),
-            num_validation=0,
-            input_shape=self.input_shape,
-        )
-        return Run(
-            schema_version=SCHEMA_VERSION,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            model=facts.model or type(self.network).__name__,
-            dataset=dataset,
-            hyperparameters=facts.hyperparameters
-            if facts.hyperparameters
-            else seen_settings(
-                self.optimizer, self.module, batch=(watch.batch or 1) * self.team.world_size, rate=watch.learning_rate
-            )
-            | self._settings,
-            seed=facts.seed,
-            precision=self.precision,
-            memory_format=self.memory_format,
-            world_size=self.team.world_size,
-            backend=self.team.backend,
+        batch = (self.watch.batch or 1) * self.team.world_size
+        seen = seen_settings(self.optimizer, self.module, batch=batch, rate=self.watch.learning_rate)
+        return run_record(
+            msgspec.structs.replace(
+                self.facts,
+                model=self.architecture.name,
+                hyperparameters=self.facts.hyperparameters or seen | self._settings,
+                precision=self.precision,
+                memory_format=self.memory_format,
+            ),
+            network=self.architecture,
+            num_train=max(1, self.watch.num_images * self.team.world_size),
+            team=self.team,
             device=self.meter.info(),
-            versions=library_versions(("torch", "torchvision", "fvcore", "safetensors")),
-            git_revision=git_revision(Path(ptsim.__file__).parent),
         )
+
+
+def _epoch_begins(recorder: weakref.ref[Recorder]) -> None:
+    alive = recorder()
+    if alive is not None:
+        alive.epoch_begins()

@@ -2,42 +2,67 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
 from ptsim.errors import FileFormatError, UsageError
+from ptsim.trace.io import read_records
+from ptsim.trace.schema import Run
 from ptsim.training import checkpoint as store
 from ptsim.training import stored
-from ptsim.training.config import Config, from_recorded, read_config, to_toml
+from ptsim.training.config import SETTINGS, Config, from_recorded, make_config, read_config, to_settings, to_toml
 from ptsim.training.distributed import restarted
 from ptsim.training.learner import pruned_network
-from ptsim.training.recipe import Recipe
+from ptsim.training.recipe import Recipe, is_user_file
 from ptsim.training.recorder import TRACE
 
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
+# What a resumed run may change: how long it trains, where it runs, what it keeps. Everything else decides its numbers.
+MAY_CHANGE = frozenset({"epochs", "device", "num_threads", "num_workers", "keep_every", "profile", "data_dir"})
 
 
-def load_model(run: str | Path, epoch: int | None = None) -> nn.Module:
+def load_model(
+    run: str | Path, epoch: int | None = None, *, trust: bool = False, model: str | None = None
+) -> nn.Module:
     """The network that a run had after `epoch` (from 0; None: the last stored one), with its weights, ready to use.
 
     It is in evaluation mode on the CPU; images must be normalised as its `checkpoint.json` says. Of a run with a
-    weight average it is the average, as validated. Rebuilt from the model's name; only a model from a user's file needs
-    that file.
+    weight average it is the average, as validated. It is rebuilt from the model's name.
+
+    Args:
+        run: the run folder.
+        epoch: counting from 0.
+        trust: run the Python file that the checkpoint names, for a model from a user's file.
+        model: another "path/to/file.py:function" that makes the network, in place of the one that the checkpoint names.
 
     Raises:
-        UsageError: no such run, or an epoch that is not stored; lists those that are.
+        UsageError: no such run, an epoch that is not stored (lists those that are), or a user's file without `trust`.
         FileFormatError: a damaged checkpoint, or a pickle in its place.
     """
     path = store.Folder(existing(run) / CHECKPOINTS).of_epoch(epoch)
     description = store.read_checkpoint(path)
+    recipe = description.recipe
+    if model is not None:
+        recipe = msgspec.structs.replace(recipe, model=model)
+    elif is_user_file(recipe.model) and not trust:
+        raise UsageError(
+            f"the network of {run} is made by {recipe.model}, and loading it would run that file",
+            hint="load_model(…, trust=True) and export --trust run it; load_model(…, model=…) names another",
+        )
     with torch.random.fork_rng(devices=[]):
-        model = pruned_network(description.recipe, description.structure)
+        network = pruned_network(recipe, description.structure)
     with store.belonging_to(path):
-        stored.load_full_state(model, store.read_weights(path))
-    return model.eval()
+        stored.load_full_state(network, store.read_weights(path))
+    return network.eval()
 
 
 def load_recipe(run: str | Path, epoch: int | None = None) -> Recipe:
@@ -73,13 +98,65 @@ def make_run_folder(folder: Path, config: Config) -> None:
         TrainingError: it cannot be written.
     """
     refuse_used_folder(folder)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
     with store.writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        store.write_atomically(unfinished / CONFIG, to_toml(config).encode())
-        unfinished.replace(folder)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".unfinished", dir=folder.parent))
+        try:
+            unfinished.chmod(0o777 & ~_umask())
+            store.write_atomically(unfinished / CONFIG, to_toml(config).encode())
+            unfinished.replace(folder)
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another run was faster
+                refuse_used_folder(folder)
+            raise
+
+
+def changed_config(folder: Path, changes: Mapping[str, Any]) -> Config:
+    """The configuration with which the run in `folder` goes on: its own with `changes`.
+
+    Raises:
+        UsageError: a change, here or in an edited config.toml, that would make it another run.
+        FileFormatError: its configuration is damaged.
+    """
+    config = recorded_config(folder)
+    changed = make_config(to_settings(config) | dict(changes), quiet=True) if changes else config
+    trace = folder / TRACE
+    began = _began_with(trace) if trace.is_file() else config
+    for name in SETTINGS:
+        before, after = getattr(began, name), getattr(changed, name)
+        if before != after and name not in MAY_CHANGE:
+            how = "--resume cannot change it" if name in changes else f"{folder / CONFIG} was edited"
+            raise UsageError(
+                f"the run began with {name} = {before!r}, not {after!r}: {how}",
+                hint=f"a resumed run may change {', '.join(sorted(MAY_CHANGE))}; --from {folder} begins a new run",
+            )
+    return changed
+
+
+def update_config(folder: Path, config: Config) -> None:
+    """Let the run folder hold the configuration with which the run goes on.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    if recorded_config(folder) != config:
+        with store.writing(folder / CONFIG):
+            store.write_atomically(folder / CONFIG, to_toml(config).encode())
+
+
+def _began_with(trace: Path) -> Config:
+    """The configuration that the trace's first line holds."""
+    _, first = next(read_records(trace))
+    if not isinstance(first, Run):
+        raise FileFormatError(trace, "the first record is no run record", line=1)
+    return from_recorded(first.hyperparameters)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def refuse_used_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from ptsim.training.config import Config
+from ptsim.training.rates import rate
 
 
 class EpochPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,17 +40,12 @@ def epoch_plans(config: Config) -> tuple[EpochPlan, ...]:
         plans.append(
             EpochPlan(
                 epoch=epoch,
-                learning_rate=config.lr * config.lr_gamma ** _decays(config, epoch - start, length),
+                learning_rate=rate(epoch - start, length, config),
                 regularized=regularized,
                 reconfigures=regularized and _reconfigures_after(config, epoch - pretrain + 1, sparse_end - pretrain),
             )
         )
     return tuple(plans)
-
-
-def _decays(config: Config, epoch: int, length: int) -> int:
-    """How many milestones lie at or before `epoch` of a phase of `length` epochs; fractions round down to epochs."""
-    return sum(epoch >= (int(m * length) if m < 1 else m) for m in config.lr_milestones)
 
 
 def _reconfigures_after(config: Config, done: int, length: int) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptsim.errors import TrainingError
 from ptsim.measure.profile import number_format
@@ -84,14 +84,19 @@ def train_epoch(
         try:
             optimizer.zero_grad(set_to_none=True)
             with number_format(config.precision, learner.device):
+                images, mixed = mix(images, labels, config.mixup)
                 logits = module(images)
-                loss = F.cross_entropy(logits, labels)
+                loss = mixed_loss(logits, mixed, config.label_smoothing)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # torch's gap
             if plan.regularized:  # after the all-reduce and after unscaling: METHOD.md §1
                 scaler.unscale_(optimizer)
                 pruner.step(loss)
             else:
                 pruner.watch_only(loss)
+            if config.clip_norm is not None:
+                if not plan.regularized:
+                    scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(learner.model.parameters(), config.clip_norm)
             scaler.step(optimizer)
             scaler.update()
             learner.update_average()
@@ -108,6 +113,28 @@ def train_epoch(
             tally.stop_if_bad(plan.epoch, learner.team)
     tally.stop_if_bad(plan.epoch, learner.team)
     return tally.total(learner.team, iteration + 1)
+
+
+Mixed = tuple[tuple[Tensor, float], ...]  # classes and their weight in the loss
+
+
+def mix(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Mixed]:
+    """The images, each mixed with another of the mini-batch, and the classes of both; as they are for α = 0.
+
+    Source: Zhang et al., "mixup", ICLR 2018; one share per mini-batch, drawn from Beta(α, α).
+    """
+    if not alpha:
+        return images, ((labels, 1.0),)
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    order = torch.randperm(len(images)).to(images.device)
+    return images.lerp(images[order], 1 - share), ((labels, share), (labels[order], 1 - share))
+
+
+def mixed_loss(logits: Tensor, mixed: Mixed, label_smoothing: float) -> Tensor:
+    """Cross-entropy against every part of the mixed classes, weighted."""
+    parts = [(F.cross_entropy(logits, labels, label_smoothing=label_smoothing), weight) for labels, weight in mixed]
+    first, weight = parts[0]
+    return first if len(parts) == 1 else sum((loss * share for loss, share in parts[1:]), first * weight)
 
 
 @torch.no_grad()

@@ -79,7 +79,10 @@ class Storage:
             )
         with store.belonging_to(place):
             learner.load(
-                store.parse_tensors(place, weights), store.parse_tensors(place, more), found.optimizer, found.scaler
+                store.parse_tensors(place, weights, found.weights_sha256),
+                store.parse_tensors(place, more, found.state_sha256),
+                found.optimizer,
+                found.scaler,
             )
         learner.next_epoch = recorder.epoch = found.next_epoch
         pruner.penalty_coefficient = found.penalty_coefficient

@@ -11,7 +11,8 @@ from tests.traces import dense_trace, shrinking_trace
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(
-    {path.stem for path in DOCS.glob("*.md")} - {"library", "accuracy", "evidence", "cross_validation", "index"}
+    {path.stem for path in DOCS.glob("*.md")}
+    - {"library", "settings", "accuracy", "evidence", "cross_validation", "index"}
 )  # no command's
 
 

@@ -92,6 +92,8 @@ def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: 
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    changes = changes | changes.get("on_rank_1", {}) if rank == 1 else changes
+    changes = {name: value for name, value in changes.items() if name != "on_rank_1"}
     if fault.startswith("no memory"):  # several buckets of gradients, as large networks have
         make = torch.nn.parallel.DistributedDataParallel.__init__
         torch.nn.parallel.DistributedDataParallel.__init__ = functools.partialmethod(make, bucket_cap_mb=1e-4)  # type: ignore[assignment] # the stand-in

@@ -8,7 +8,8 @@ from PIL import Image
 
 from ptsim.errors import UsageError
 from ptsim.training.config import make_config, resolve
-from ptsim.training.data import Share, StreamedData, load_data, normalization_of
+from ptsim.training.data import Share, StreamedData, normalization_of
+from ptsim.training.datasets import load_data
 
 CPU = torch.device("cpu")
 

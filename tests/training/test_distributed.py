@@ -63,7 +63,7 @@ def test_with_batch_norm_a_team_learns_and_stores_a_network_that_all_ranks_agree
     trace = ptsim.read_trace(tmp_path / "run")
     assert trace.epochs[-1].train_loss < trace.epochs[0].train_loss
     assert sum(r.channels_removed for r in trace.reconfigurations) > 0
-    ptsim.load_model(tmp_path / "run")
+    ptsim.load_model(tmp_path / "run", trust=True)
 
 
 def test_a_team_lets_its_mini_batch_grow_as_one(tmp_path):
@@ -135,6 +135,22 @@ def test_a_rank_that_dies_ends_the_others_with_a_clear_error_and_the_run_goes_on
 def test_a_mini_batch_that_cannot_be_shared_is_refused_on_every_rank(tmp_path):
     assert run_team(2, tmp_path / "run", batch=15) == [3, 3]
     assert "mini-batch of 15 cannot be shared equally by 2 ranks" in (tmp_path / "run.rank1").read_text()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "rank 1 was started with seed = 1, rank 0 with 0"),
+        ({"lr": 0.1}, "rank 1 was started with lr = 0.1, rank 0 with 0.05"),
+        ({"penalty_ratio": 0.2}, "rank 1 was started with penalty_ratio = 0.2, rank 0 with 0.5"),
+        ({"interval": 1}, "rank 1 was started with interval = 1, rank 0 with 2"),
+    ],
+    ids=["seed", "lr", "penalty", "interval"],
+)
+def test_ranks_that_were_started_differently_stop_at_once(tmp_path, changes, message):
+    assert run_team(2, tmp_path / "run", on_rank_1=changes) == [3, 3]
+    assert {(tmp_path / f"run.rank{rank}").read_text() for rank in range(2)} == {message}
     assert not (tmp_path / "run").exists()
 
 

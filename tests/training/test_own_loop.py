@@ -111,7 +111,7 @@ def test_the_same_run_by_ptsim_train_and_in_an_own_loop_is_the_same_to_the_bit(t
         )
     pruner.close()
     theirs = ptsim.read_trace(tmp_path / "theirs")
-    reference = ptsim.load_model(ours.folder)
+    reference = ptsim.load_model(ours.folder, trust=True)
     assert len(theirs.networks) > 1
     for (name, p), (_, q) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
         assert torch.equal(p, q), name
@@ -224,7 +224,7 @@ def test_parameter_groups_schedulers_clipping_accumulation_and_an_average_go_alo
             average.update_parameters(model)
         scheduler.step()
         outcome = pruner.end_epoch(validation_accuracy=0.1)
-        assert (outcome.epoch.num_iterations, outcome.epoch.num_images) == (2, 64)
+        assert (outcome.epoch.num_iterations, outcome.epoch.num_images, outcome.epoch.batch_per_gpu) == (2, 64, 32)
         pruned = pruned or outcome.pruned
     assert pruned
     assert [g["weight_decay"] for g in optimizer.param_groups] == [1e-4, 0]
@@ -254,6 +254,37 @@ def test_with_a_scaler_a_skipped_update_is_no_mistake():
         outcome = pruner.end_epoch(validation_accuracy=0.1)
     assert outcome.reconfiguration is not None
     assert pruner.recorder.precision is ptsim.network.Precision.BF16
+
+
+class WithSpare(nn.Module):
+    """Has a convolution that forward never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.spare = small(10), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_layer_that_forward_never_calls_and_accumulation_leave_a_trace_that_can_be_read(tmp_path):
+    torch.manual_seed(0)
+    model = WithSpare()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, record=tmp_path / "run", channel_maxima=True)
+    for _ in range(2):
+        for images, labels in images_and_labels():
+            for part in (slice(8), slice(8, 16)):
+                loss = F.cross_entropy(model(images[part]), labels[part])
+                (loss / 2).backward()
+            pruner.step(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        pruner.end_epoch(validation_accuracy=0.5)
+    pruner.close()
+    (first, _) = ptsim.read_trace(tmp_path / "run").epochs
+    assert (first.num_iterations, first.num_images, first.batch_per_gpu) == (4, 64, 16)
+    assert "spare" not in {density.layer for density in first.densities}
 
 
 class TwoHeads(nn.Module):

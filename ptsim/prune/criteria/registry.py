@@ -10,13 +10,15 @@ class in one file. A package of somebody else registers its class through an ent
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from torch import Tensor, nn
-
-from ptsim.network import Network
-from ptsim.prune.groups import ChannelGroups
 from ptsim.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ptsim.network import Network
+    from ptsim.prune.groups import ChannelGroups
 
 
 class Criterion(Protocol):

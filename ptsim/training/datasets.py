@@ -1,0 +1,264 @@
+"""Which data sets are there, and how does another package add one? One function each.
+
+[project.entry-points."ptsim.datasets"]
+mine = "my_package.data:mine"               # DataRequest -> Data
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from ptsim.errors import UsageError
+from ptsim.training.config import Config
+from ptsim.training.data import (
+    IMAGE_SUFFIXES,
+    Data,
+    ResidentData,
+    StreamedData,
+    decode,
+    generator,
+    resized_to,
+    subset,
+)
+from ptsim.training.registries import DATASETS
+
+_DIGITS_VALIDATION = 360  # one fifth of scikit-learn's 1797 digits
+_SYNTHETIC = (2048, 512, 10)  # training images, validation images, classes
+_SPLITS = (("train",), ("val", "test", "valid", "validation"))
+_Files = list[tuple[Path, int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataRequest:
+    """What a data set is asked for.
+
+    Attributes:
+        config: the run.
+        input_shape: of the model's registry entry; decides the size of images that have none of their own.
+        any_channels: the model can be built for any number of image channels; otherwise grey images are repeated.
+        device: where the images are to be.
+    """
+
+    config: Config
+    input_shape: tuple[int, int, int]
+    any_channels: bool = True
+    device: torch.device
+
+
+def load_data(
+    config: Config, *, input_shape: tuple[int, int, int], any_channels: bool = True, device: torch.device
+) -> Data:
+    """The configured data set on `device`.
+
+    Args:
+        config: the run.
+        input_shape: of the model's registry entry; decides the size of images that have none of their own.
+        any_channels: the model can be built for any number of image channels; otherwise grey images are repeated.
+        device: where the images are to be.
+
+    Raises:
+        UsageError: missing or empty folder, unreadable image, wrong split, or fewer images than one mini-batch.
+    """
+    request = DataRequest(config=config, input_shape=input_shape, any_channels=any_channels, device=device)
+    data = DATASETS.find(config.dataset)(request)
+    if data.dataset.num_classes < 2:
+        raise UsageError(f"the data set {data.dataset.name!r} has a single class: there is nothing to tell apart")
+    if config.batch > data.dataset.num_train:
+        raise UsageError(
+            f"the mini-batch of {config.batch} is larger than the data set {data.dataset.name!r} "
+            f"with its {data.dataset.num_train} training images"
+        )
+    return data
+
+
+def digits(request: DataRequest) -> Data:
+    """1797 handwritten digits of 8×8 pixels (UCI, from 43 writers), split by class with a fixed seed."""
+    config, device = request.config, request.device
+    channels = 1 if request.any_channels else request.input_shape[0]
+    from sklearn.datasets import load_digits  # a second to import, only for this data set
+    from sklearn.model_selection import train_test_split
+
+    pixels, classes = load_digits(return_X_y=True)
+    images = (
+        torch.from_numpy((pixels * (255 / 16)).round().astype(np.uint8)).view(-1, 1, 8, 8).repeat(1, channels, 1, 1)
+    )
+    labels = torch.from_numpy(classes.astype(np.int64))
+    train, validation = train_test_split(
+        np.arange(len(images)), test_size=_DIGITS_VALIDATION, random_state=0, stratify=classes
+    )
+    return ResidentData(
+        "digits",
+        train=(images[train], labels[train]),
+        validation=(images[validation], labels[validation]),
+        num_classes=10,
+        config=config,
+        device=device,
+    )
+
+
+def cifar(request: DataRequest) -> Data:
+    """CIFAR-10 or CIFAR-100 as torchvision stores it."""
+    config, device = request.config, request.device
+    assert config.data_dir is not None, "checked with the configuration"
+    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.dataset]
+    splits = []
+    for train in (True, False):
+        try:
+            split = source(config.data_dir, train=train, download=config.download)
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"no {config.dataset} in {config.data_dir}: {reason}",
+                hint="--download fetches it; image files are read with --dataset imagefolder",
+            ) from error
+        images = torch.from_numpy(np.ascontiguousarray(split.data)).permute(0, 3, 1, 2).contiguous()
+        splits.append((images, torch.tensor(split.targets)))
+    return ResidentData(
+        config.dataset,
+        train=splits[0],
+        validation=splits[1],
+        num_classes=10 if config.dataset == "cifar10" else 100,
+        config=config,
+        device=device,
+    )
+
+
+def synthetic(request: DataRequest) -> Data:
+    """Coarse random patterns, one per class, under noise: learnable, of any size, without files."""
+    config, input_shape, device = request.config, request.input_shape, request.device
+    num_train, num_validation, num_classes = _SYNTHETIC
+    num_train = config.train_limit or num_train
+    channels, height, width = input_shape
+    height, width = (config.image_size or height), (config.image_size or width)
+    random = generator(config.seed, 0, stream=4)
+    coarse = torch.rand((num_classes, channels, 4, 4), generator=random)
+    patterns = F.interpolate(coarse, size=(height, width), mode="bilinear")
+    labels = torch.arange(num_train + num_validation) % num_classes
+    images = torch.empty((len(labels), channels, height, width), dtype=torch.uint8)
+    for start in range(0, len(labels), 256):
+        chunk, chosen = images[start : start + 256], labels[start : start + 256]
+        noise = 0.15 * torch.randn(chunk.shape, generator=random)
+        chunk.copy_(((patterns[chosen] + noise).clamp(0, 1) * 255).round())
+    return ResidentData(
+        "synthetic",
+        train=(images[:num_train], labels[:num_train]),
+        validation=(images[num_train:], labels[num_train:]),
+        num_classes=num_classes,
+        config=config,
+        device=device,
+    )
+
+
+def image_tree(request: DataRequest) -> Data:
+    """Folders of images, one per class, in memory if they fit."""
+    config, input_shape, device = request.config, request.input_shape, request.device
+    assert config.data_dir is not None, "checked with the configuration"
+    root = Path(config.data_dir)
+    train, validation, classes = _splits(root, config)
+    train = _some(train, config.train_limit, config.seed)
+    validation = _some(validation, config.validation_limit, config.seed)
+    sizes = {tuple(decode(path).shape[1:]) for path, _ in train[:: max(1, len(train) // 16)]}
+    own_side = next(iter(sizes))[0] if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1 else None
+    side = config.image_size or own_side or input_shape[1]
+    limit_bytes = config.data_memory_bytes or _quarter_of_memory_bytes(device)
+    if (len(train) + len(validation)) * 3 * side * side > limit_bytes:
+        return StreamedData(train, validation, num_classes=len(classes), side=side, config=config, device=device)
+    return ResidentData(
+        "imagefolder",
+        train=_decode_all(train, side),
+        validation=_decode_all(validation, side),
+        num_classes=len(classes),
+        config=msgspec.structs.replace(
+            config, train_limit=None, validation_limit=None
+        ),  # applied above, before decoding
+        device=device,
+    )
+
+
+def _some(files: list[tuple[Path, int]], limit: int | None, seed: int) -> list[tuple[Path, int]]:
+    kept = subset(len(files), limit, seed)
+    return files if kept is None else [files[index] for index in kept.tolist()]
+
+
+def _splits(root: Path, config: Config) -> tuple[_Files, _Files, list[str]]:
+    """Training and validation images and the classes: from two folders, or one split with the seed, class by class."""
+    if not root.is_dir():
+        raise UsageError(f"there is no data folder {root}")
+    folders = [next((root / name for name in names if (root / name).is_dir()), None) for names in _SPLITS]
+    if folders[0] is None and folders[1] is None and any(path.is_dir() for path in root.iterdir()):
+        folders[0] = root
+    if folders[0] is None:
+        raise UsageError(f"{root} holds no folder train; expected train and val or test with one folder per class")
+    train, classes = _list_images(folders[0])
+    if folders[1] is None:
+        return *_held_out(train, config), classes
+    validation, validation_classes = _list_images(folders[1])
+    if classes != validation_classes:
+        odd = sorted(set(classes) ^ set(validation_classes))
+        raise UsageError(f"{root}: the class folder {odd[0]!r} is in only one of the training and validation splits")
+    return train, validation, classes
+
+
+def _held_out(files: _Files, config: Config) -> tuple[_Files, _Files]:
+    """The share of every class that validates, drawn with the seed, at least one image of each; the rest trains."""
+    train: _Files = []
+    validation: _Files = []
+    for label in sorted({label for _, label in files}):
+        own = [file for file in files if file[1] == label]
+        count = max(1, round(config.validation_share * len(own)))
+        if count == len(own):
+            raise UsageError(f"a class of {own[0][0].parent} has {len(own)} image, too few to hold one out")
+        order = torch.randperm(len(own), generator=generator(config.seed, label, stream=5)).tolist()
+        validation += [own[index] for index in sorted(order[:count])]
+        train += [own[index] for index in sorted(order[count:])]
+    return train, validation
+
+
+def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
+    """Every image below `folder/<class>/` with its class index, and the classes' names, in sorted order."""
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise UsageError(f"{folder} holds no class folders")
+    images = []
+    for label, name in enumerate(classes):
+        files = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise UsageError(f"the class folder {folder / name} holds no images")
+        images += [(path, label) for path in files]
+    return images, classes
+
+
+def _decode_all(files: Sequence[tuple[Path, int]], side: int) -> tuple[Tensor, Tensor]:
+    """All images at once; decoding releases the interpreter lock, so threads share it out."""
+    images = torch.empty((len(files), 3, side, side), dtype=torch.uint8)
+
+    def read(start: int) -> None:
+        for index in range(start, min(start + chunk, len(files))):
+            images[index] = resized_to(decode(files[index][0]), side)
+
+    chunk = 256
+    _in_threads(read, range(0, len(files), chunk))
+    return images, torch.tensor([label for _, label in files])
+
+
+def _in_threads(work: Callable[[int], None], items: range) -> None:
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(work, items):  # raises what a worker raised
+            pass
+
+
+def _quarter_of_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 4
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

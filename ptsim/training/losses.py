@@ -1,0 +1,35 @@
+"""The mean loss of an epoch, summed on the device: nothing waits for it before the epoch ends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FOLD = 256  # losses that are kept one by one before they are summed, so that a step launches nothing
+
+
+class LossSum:
+    """Losses of one epoch, each weighted with its number of images."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._told: list[tuple[Tensor, int]] = []
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # Σ loss · images, images
+
+    def add(self, loss: Tensor, num_images: int) -> None:
+        """The mean loss over so many images."""
+        self._told.append((loss.detach(), num_images))
+        if len(self._told) == _FOLD:
+            self._fold()
+
+    def total(self, num_images: int) -> Tensor:
+        """(Σ loss · images, images of those losses, `num_images`) in float64, for a sum over the ranks."""
+        self._fold()
+        return torch.cat((self._sums, torch.tensor([float(num_images)], dtype=torch.float64, device=self._device)))
+
+    def _fold(self) -> None:
+        if self._told:
+            values = torch.stack([loss.to(self._device).double() for loss, _ in self._told])
+            weights = torch.tensor([weight for _, weight in self._told], dtype=torch.float64, device=self._device)
+            self._sums += torch.stack(((values * weights).sum(), weights.sum()))
+            self._told.clear()

@@ -1,0 +1,47 @@
+"""What the settings of a run name and other packages can add to: data sets, optimizers, schedules, criteria.
+
+Only names are here, so that a wrong one is found before torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ptsim.prune.criteria.registry import CRITERIA
+from ptsim.registry import Registry
+
+if TYPE_CHECKING:
+    from ptsim.training.data import Data
+    from ptsim.training.datasets import DataRequest
+    from ptsim.training.optimizers import OptimizerKind
+    from ptsim.training.rates import Schedule
+
+DATASETS: Registry[Callable[[DataRequest], Data]] = Registry(
+    "data set",
+    entry_points="ptsim.datasets",
+    own={
+        "digits": "ptsim.training.datasets:digits",
+        "cifar10": "ptsim.training.datasets:cifar",
+        "cifar100": "ptsim.training.datasets:cifar",
+        "imagefolder": "ptsim.training.datasets:image_tree",
+        "synthetic": "ptsim.training.datasets:synthetic",
+    },
+)
+OPTIMIZERS: Registry[OptimizerKind] = Registry(
+    "optimizer",
+    entry_points="ptsim.optimizers",
+    own={name: f"ptsim.training.optimizers:{name}" for name in ("sgd", "adam", "adamw", "rmsprop")},
+)
+SCHEDULES: Registry[Schedule] = Registry(
+    "learning-rate schedule",
+    entry_points="ptsim.schedules",
+    own={"step": "ptsim.training.rates:step", "cosine": "ptsim.training.rates:cosine"},
+)
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "dataset": DATASETS,
+    "optimizer": OPTIMIZERS,
+    "lr_schedule": SCHEDULES,
+    "criterion": CRITERIA,
+}

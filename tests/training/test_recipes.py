@@ -1,0 +1,154 @@
+"""Today's recipes, and schedules, optimizers and data sets that another package brings."""
+
+import math
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from PIL import Image
+
+import ptsim
+from ptsim.errors import UnknownNameError, UsageError
+from ptsim.training import reference
+from ptsim.training.config import SETTINGS, make_config, resolve
+from ptsim.training.data import Share
+from ptsim.training.datasets import load_data
+from ptsim.training.datasets import synthetic as synthetic_data
+from ptsim.training.optimizers import OptimizerKind
+from ptsim.training.registries import DATASETS, OPTIMIZERS, SCHEDULES
+from ptsim.training.schedule import epoch_plans
+from ptsim.training.step import mix, mixed_loss
+from tests.training.runs import settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rates(**changes):
+    made = {"dataset": "digits", "lr": 0.4, "penalty_ratio": 0.0} | changes
+    return [plan.learning_rate for plan in epoch_plans(make_config(made))]
+
+
+def test_the_cosine_schedule_is_half_a_cosine():
+    expected = [0.4 * (1 + math.cos(math.pi * epoch / 8)) / 2 for epoch in range(8)]
+    assert rates(lr_schedule="cosine", epochs=8) == pytest.approx(expected)
+
+
+def test_the_warm_up_grows_in_equal_steps_and_the_rest_of_the_cosine_follows():
+    found = rates(lr_schedule="cosine", epochs=8, warmup_epochs=3)
+    assert found[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert found[3:] == pytest.approx([0.4 * (1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in range(5)])
+
+
+def test_milestones_count_from_the_first_epoch_also_with_a_warm_up():
+    assert rates(epochs=8, warmup_epochs=1, lr_milestones=[4]) == pytest.approx([0.2, *[0.4] * 3, *[0.04] * 4])
+
+
+def test_smoothed_and_mixed_losses_are_those_worked_out_by_hand():
+    """Two classes with the log-probabilities ln ¾ and ln ¼."""
+    logits = torch.log(torch.tensor([[0.75, 0.25]]))
+    first, second = torch.tensor([0]), torch.tensor([1])
+    plain = mixed_loss(logits, ((first, 1.0),), 0.2)
+    assert plain.item() == pytest.approx(-(0.9 * math.log(0.75) + 0.1 * math.log(0.25)))
+    mixed = mixed_loss(logits, ((first, 0.6), (second, 0.4)), 0.0)
+    assert mixed.item() == pytest.approx(-(0.6 * math.log(0.75) + 0.4 * math.log(0.25)))
+
+
+def test_mixed_images_are_the_weighted_sum_of_an_image_and_another_of_the_mini_batch():
+    torch.manual_seed(0)
+    images, labels = torch.rand(6, 3, 4, 4), torch.arange(6)
+    blended, ((own, share), (others, rest)) = mix(images, labels, 0.4)
+    assert share + rest == pytest.approx(1)
+    assert own.equal(labels)
+    torch.testing.assert_close(blended, share * images + rest * images[others])
+    assert mix(images, labels, 0.0)[0] is images
+
+
+def test_clipped_gradients_move_the_weights_by_at_most_the_clip_times_the_rate(tmp_path):
+    made = settings(epochs=1, profile=False, clip_norm=1e-6, momentum=0.0, weight_decay=0.0, threshold=1e-12)
+    result = ptsim.train(made, out=tmp_path / "run")
+    torch.manual_seed(0)
+    initial = ptsim.zoo.create(made["model"], num_classes=10)
+    trained = ptsim.load_model(result.folder, trust=True)
+    pairs = zip(initial.parameters(), trained.parameters(), strict=True)
+    moved = math.sqrt(sum(float((a - b).detach().square().sum()) for a, b in pairs))
+    assert 0 < moved <= 6 * 0.05 * 1e-6 * 1.01  # six updates
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mixup": 0.2, "label_smoothing": 0.1}, {"lr_schedule": "cosine", "warmup_epochs": 1}]
+)
+def test_a_run_with_todays_recipes_ends_clean(tmp_path, changes):
+    result = ptsim.train(settings(epochs=2, profile=False, **changes), out=tmp_path / "run")
+    assert ptsim.read_trace(result.trace).complete
+
+
+def test_a_share_of_every_class_validates_where_a_folder_has_no_validation_images(tmp_path):
+    for label, count in (("cats", 20), ("dogs", 10)):
+        (tmp_path / label).mkdir()
+        for index in range(count):
+            Image.new("RGB", (8, 8), (10 * index, 0, 0)).save(tmp_path / label / f"{index:02}.png")
+    config = make_config({"dataset": "imagefolder", "data_dir": str(tmp_path), "validation_share": 0.2, "batch": 4})
+    config = resolve(config, device="cpu")
+    data = load_data(config, input_shape=(3, 8, 8), device=torch.device("cpu"))
+    assert (data.dataset.num_train, data.dataset.num_validation) == (24, 6)
+    labels = torch.cat([y for _, y in data.validation_batches(8, Share())])
+    assert labels.bincount().tolist() == [4, 2]
+
+
+def test_a_folder_with_too_few_images_to_hold_one_out_is_refused(tmp_path):
+    for label in ("cats", "dogs"):
+        (tmp_path / label).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / label / "only.png")
+    config = resolve(make_config({"dataset": "imagefolder", "data_dir": str(tmp_path), "batch": 1}), device="cpu")
+    with pytest.raises(UsageError, match="has 1 image, too few to hold one out"):
+        load_data(config, input_shape=(3, 8, 8), device=torch.device("cpu"))
+
+
+# From outside the package
+
+
+def halving(epoch, num_epochs, config):
+    return 0.5**epoch
+
+
+def two_classes(request):
+    """Somebody else's data set: the synthetic one under another name."""
+    data = synthetic_data(request)
+    data.dataset = msgspec.structs.replace(data.dataset, name="mine")
+    return data
+
+
+def test_a_schedule_an_optimizer_and_a_data_set_from_outside_are_one_line_each(tmp_path):
+    adagrad = OptimizerKind(
+        make=lambda parameters, config: torch.optim.Adagrad(parameters, lr=config.lr), counted_as="rmsprop"
+    )
+    added = ((SCHEDULES, "halving", halving), (OPTIMIZERS, "adagrad", adagrad), (DATASETS, "mine", two_classes))
+    for registry, name, entry in added:
+        registry.add(name, entry)
+    try:
+        made = settings(epochs=3, profile=False, lr_schedule="halving", optimizer="adagrad", dataset="mine")
+        trace = ptsim.read_trace(ptsim.train(made, out=tmp_path / "run").trace)
+        assert [epoch.learning_rate for epoch in trace.epochs] == pytest.approx([0.05, 0.025, 0.0125])
+        assert trace.run.dataset.name == "mine"
+        assert trace.run.hyperparameters["optimizer"] == "adagrad"
+    finally:
+        for registry, name, _ in added:
+            registry.remove(name)
+    with pytest.raises(UnknownNameError, match="unknown learning-rate schedule 'halving'; known: cosine, step"):
+        make_config(settings(lr_schedule="halving"))
+
+
+# The reference page
+
+
+def test_every_setting_has_its_effect_on_the_reference_page_and_the_page_is_up_to_date():
+    assert set(reference.effects()) == set(SETTINGS)
+    file = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert file.read_text() == reference.page(), "python -m ptsim.training.reference > docs/settings.md"

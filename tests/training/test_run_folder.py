@@ -1,0 +1,246 @@
+"""A run folder under attack: two writers, foreign or edited files, user code, interruptions."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import ptsim
+from ptsim.errors import FileFormatError, TrainingError, UsageError
+from ptsim.trace.io import TraceWriter, read_records
+from ptsim.training import step
+from ptsim.training.data import decode
+from tests.training.runs import NETS, servant, settings, train_until_killed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return ptsim.train(settings(epochs=2, profile=False), out=tmp_path_factory.mktemp("runs") / "finished").folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run of two epochs."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def longer(folder, **changes):
+    return ptsim.train({"epochs": 3} | changes, resume=folder)
+
+
+# Two writers
+
+
+def test_a_second_process_that_would_write_the_trace_is_refused_and_changes_nothing(run):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with TraceWriter(run / "trace.jsonl", append=True), pytest.raises(UsageError, match="written by another process"):
+        longer(run)
+    assert before == {path: path.read_bytes() for path in before}
+    assert longer(run).epochs == 3
+
+
+def test_a_process_that_was_killed_does_not_keep_the_lock(tmp_path):
+    folder = tmp_path / "run"
+    process = servant().Process(target=train_until_killed, args=(folder, {}, ("train_epoch", 2)))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
+    assert ptsim.train(resume=folder).epochs == 6
+
+
+# Foreign and edited files
+
+
+def test_a_trace_that_is_a_link_is_refused_and_its_target_left_alone(run, tmp_path):
+    shutil.move(run / "trace.jsonl", tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_bytes()
+    (run / "trace.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileFormatError, match="found a link, expected the trace of this run"):
+        longer(run)
+    assert (tmp_path / "elsewhere").read_bytes() == before
+
+
+def test_the_trace_of_another_run_is_refused_before_anything_is_cut(run, tmp_path):
+    other = ptsim.train(settings(epochs=3, profile=False, lr=0.04), out=tmp_path / "other").trace
+    shutil.copy(other, run / "trace.jsonl")
+    before = (run / "trace.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=r"the run began with lr = 0\.04, not 0\.05"):
+        longer(run)
+    lines = before.splitlines(keepends=True)
+    own = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(own.replace("lr = 0.05", "lr = 0.04"))
+    with pytest.raises(FileFormatError, match="the trace of another run than the checkpoint's"):
+        longer(run)
+    assert (run / "trace.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_a_configuration_that_was_edited_is_noticed(run):
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("penalty_ratio = 0.5", "penalty_ratio = 0.1"))
+    with pytest.raises(UsageError, match=r"began with penalty_ratio = 0\.5, not 0\.1: .*config\.toml was edited"):
+        longer(run)
+
+
+def test_resuming_may_add_epochs_and_threads_but_no_other_rate(run):
+    with pytest.raises(UsageError, match=r"began with lr = 0\.05, not 0\.3: --resume cannot change it") as caught:
+        longer(run, lr=0.3)
+    assert "epochs" in caught.value.hint
+    assert longer(run, num_threads=1, keep_every=1).epochs == 3
+    assert ptsim.train(resume=run).epochs == 3  # the change stays
+    assert ptsim.read_trace(run).complete
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.safetensors"])
+def test_changed_bytes_of_a_checkpoint_are_refused(run, name):
+    file = run / "checkpoints" / "epoch-0001" / name
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(FileFormatError, match="its content was changed since"):
+        longer(run)
+
+
+def test_weights_that_are_not_finite_are_refused(run):
+    folder = run / "checkpoints" / "epoch-0001"
+    weights = load_file(folder / "weights.safetensors")
+    weights["fc.bias"][0] = torch.nan
+    save_file(weights, folder / "weights.safetensors")
+    description = json.loads((folder / "checkpoint.json").read_text())
+    del description["weights_sha256"]  # as an older ptsim wrote it
+    (folder / "checkpoint.json").write_text(json.dumps(description))
+    with pytest.raises(FileFormatError, match=r"fc\.bias holds numbers that are not finite"):
+        ptsim.load_model(run, trust=True)
+
+
+def test_what_a_killed_process_has_half_removed_goes_with_the_next_checkpoint(run):
+    for name in (".start.doomed", ".epoch-0007.unfinished"):
+        (run / "checkpoints" / name).mkdir()
+        (run / "checkpoints" / name / "file").write_text("")
+    longer(run)
+    assert not list(run.rglob(".*"))
+
+
+# Code of users
+
+
+def test_loading_runs_a_users_file_only_if_it_is_trusted(run, tmp_path):
+    evil = tmp_path / "evil.py"
+    evil.write_text("raise SystemExit('ran')\n")
+    file = run / "checkpoints" / "epoch-0001" / "checkpoint.json"
+    description = json.loads(file.read_text())
+    description["recipe"]["model"] = f"{evil}:net"
+    file.write_text(json.dumps(description))
+    with pytest.raises(UsageError, match="loading it would run that file") as caught:
+        ptsim.load_model(run)
+    assert "trust=True" in caught.value.hint
+    named = ptsim.load_model(run, model=f"{NETS}:small")  # another file that makes the same network
+    assert named(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
+
+
+# Starting from a stored network
+
+
+def test_a_new_run_starts_from_a_stored_network(run, tmp_path):
+    result = ptsim.train(
+        settings(epochs=1, profile=False, penalty_ratio=0.1, start_from=str(run)), out=tmp_path / "new"
+    )
+    before, after = ptsim.read_trace(run), ptsim.read_trace(result.trace)
+    assert after.epochs[0].architecture == before.final_network.id
+    assert after.epochs[0].train_loss < before.epochs[0].train_loss
+    assert ptsim.train({"epochs": 2}, resume=result.folder).epochs == 2
+    with pytest.raises(UsageError, match="but this run trains"):
+        ptsim.train(settings(model="resnet20", image_size=32, start_from=str(run)), out=tmp_path / "other")
+
+
+# Images
+
+
+def test_sixteen_bits_become_the_upper_eight(tmp_path):
+    values = np.array([[0, 255, 256, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert decode(tmp_path / "deep.png")[0].tolist() == [[0, 0, 1, 255]]
+    assert decode(tmp_path / "deep.png").shape == (3, 1, 4)
+
+
+def test_images_without_a_known_white_and_pipes_are_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "fractions.tif")
+    with pytest.raises(UsageError, match="what is white is not known"):
+        decode(tmp_path / "fractions.tif")
+    Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)).save(tmp_path / "wide.tif")
+    with pytest.raises(UsageError, match="beyond 16 bits"):
+        decode(tmp_path / "wide.tif")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UsageError, match="is not a regular file"):
+        decode(tmp_path / "pipe.png")
+
+
+def test_a_single_class_is_refused(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "cats").mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / split / "cats" / f"{index}.png")
+    made = settings(dataset="imagefolder", data_dir=str(tmp_path), batch=2)
+    del made["train_limit"]
+    with pytest.raises(UsageError, match="has a single class"):
+        ptsim.train(made, out=tmp_path / "run")
+
+
+# Stops
+
+
+def test_more_epochs_than_anybody_trains_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="setting 'epochs' is 2147483648, expected at most 100000"):
+        ptsim.train(settings(epochs=2**31), out=tmp_path / "run")
+
+
+def test_a_cpu_without_memory_is_one_sentence(tmp_path, monkeypatch):
+    class Full:
+        @staticmethod
+        def cross_entropy(logits, labels, **_):
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"
+            )
+
+    monkeypatch.setattr(step, "F", Full)
+    with pytest.raises(TrainingError, match="a mini-batch of 16 needs more memory than this machine has left"):
+        ptsim.train(settings(profile=False), out=tmp_path / "run")
+    assert ptsim.read_trace(tmp_path / "run").end.status == "failed"
+
+
+def test_ctrl_c_on_the_command_line_says_in_one_line_how_to_go_on(tmp_path):
+    folder = tmp_path / "run"
+    options = [
+        f"--set={k}={json.dumps(v) if isinstance(v, bool) else v}"
+        for k, v in settings(epochs=400, profile=False).items()
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ptsim", "train", *options, f"--out={folder}"], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "epoch-0001").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == f"interrupted (SIGINT); go on with: ptsim train --resume {folder}"
+    assert "Traceback" not in said
+    _, end = list(read_records(folder))[-1]
+    assert end.status == "interrupted"
