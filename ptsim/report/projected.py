@@ -6,7 +6,6 @@ kind of work, and carries the intervals through the differences.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import msgspec
@@ -14,6 +13,7 @@ import pandas as pd
 
 from ptsim.costs.flops import layer_macs
 from ptsim.costs.run import run_cost
+from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.times import Tier
 from ptsim.costs.traffic import layer_traffic
@@ -182,7 +182,8 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
 def saved_columns(dense: RunProjection, pruned: RunProjection, projector: Projector) -> dict[str, float | None]:
     """What a pruned run saves against a dense one, of time, energy, CO₂ and money, with the 90 % interval of each."""
     ratio = pruned.total_s / dense.total_s
-    low, high = ratio_interval(_estimate(pruned), _estimate(dense))
+    tier = max(dense.tier, pruned.tier, key=list(Tier).index)
+    low, high = saving_interval(pruned.total_s / dense.total_s, tier)
     spread = low / ratio, high / ratio
     return {
         **_saved("seconds", dense.total_s, pruned.total_s, spread),
@@ -404,10 +405,6 @@ def _floor_fraction(trace: Trace, projector: Projector) -> float:
 Estimate = tuple[float, float, float]  # value, low, high
 
 
-def _estimate(projection: RunProjection) -> Estimate:
-    return projection.total_s, projection.low_s, projection.high_s
-
-
 def _cost(p: RunProjection) -> Estimate | None:
     """The price is a given, so money is as uncertain as time."""
     if p.cost_usd is None:
@@ -434,16 +431,6 @@ def _saved(
         f"saved_{unit}_low": low,
         f"saved_{unit}_high": high,
     }
-
-
-def ratio_interval(value: Estimate, base: Estimate) -> tuple[float, float]:
-    """Interval of `value / base`, errors taken as independent and relative.
-
-    Logarithmic half-widths add in quadrature. Errors that both share cancel in the ratio, so this is on the safe side.
-    """
-    down = math.hypot(math.log(value[0] / value[1]), math.log(base[2] / base[0]))
-    up = math.hypot(math.log(value[2] / value[0]), math.log(base[0] / base[1]))
-    return value[0] / base[0] * math.exp(-down), value[0] / base[0] * math.exp(up)
 
 
 def _step(trace: Trace, epoch: Epoch, device: Device) -> StepTime:

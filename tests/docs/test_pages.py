@@ -12,7 +12,7 @@ from tests.traces import dense_trace, shrinking_trace
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(
     {path.stem for path in DOCS.glob("*.md")}
-    - {"library", "settings", "accuracy", "evidence", "cross_validation", "index"}
+    - {"library", "settings", "accuracy", "evidence", "cross_validation", "index", "paper", "saving"}
 )  # no command's
 
 

@@ -1,12 +1,10 @@
-import math
-
 import msgspec
 import pytest
 
 import ptsim
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report import projected
-from ptsim.report.projected import Projector, labelled_runs, ratio_interval
+from ptsim.report.projected import Projector, labelled_runs
 from ptsim.sim.options import Options
 from ptsim.trace.pairs import compare_runs
 from tests.traces import dense_trace, shrinking_trace
@@ -123,10 +121,3 @@ def test_a_held_baseline_is_projected_but_was_not_trained(traces: list[ptsim.Tra
     savings = projected.savings_frame(comparisons, projector, [1])
     assert savings.accuracy_change.isna().all()
     assert savings.dense_seconds[0] > savings.pruned_seconds[0] - projector.run(traces[1], 1).reconfiguration_s
-
-
-def test_intervals_of_ratio_and_difference_by_hand() -> None:
-    # a twofold error down on one side and none on the other stays twofold; equal ones add in quadrature
-    assert ratio_interval((2.0, 1.0, 4.0), (4.0, 4.0, 4.0)) == pytest.approx((0.25, 1.0))
-    low, high = ratio_interval((2.0, 1.0, 4.0), (4.0, 2.0, 8.0))
-    assert (low, high) == pytest.approx((0.5 / 2 ** math.sqrt(2), 0.5 * 2 ** math.sqrt(2)))

@@ -1,0 +1,45 @@
+"""The interval of a saving: a share of the logarithm of the ratio, and what two equal runs differ by."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ptsim.costs.saving import SavingError, saving_errors, saving_interval
+from ptsim.costs.times import Tier
+
+
+def test_every_tier_has_a_measured_error_with_a_source() -> None:
+    assert set(saving_errors()) == set(Tier)
+    assert all(error.source and 0 < error.share < 1 for error in saving_errors().values())
+
+
+def test_the_width_by_hand() -> None:
+    error = SavingError(share=0.3, floor=0.4, source="made up")
+    assert error.half_width(math.exp(-1)) == pytest.approx(0.5)  # a 3-4-5 triangle
+    assert error.half_width(1.0) == pytest.approx(0.4)
+
+
+def test_a_saving_of_nothing_is_only_as_unsure_as_two_equal_runs() -> None:
+    low, high = saving_interval(1.0, Tier.DATASHEET)
+    assert (low, high) == pytest.approx((math.exp(-0.02), math.exp(0.02)))
+
+
+def test_planned_draws_widen_it_as_an_independent_error() -> None:
+    half = saving_errors()[Tier.DATASHEET].half_width(0.7)
+    low, high = saving_interval(0.7, Tier.DATASHEET, draws=0.1)
+    assert math.log(high / 0.7) == pytest.approx(math.hypot(half, 0.1645))
+    assert low * high == pytest.approx(0.49)
+
+
+def test_a_saving_of_a_third_is_known_to_eight_points_at_the_data_sheet_tier() -> None:
+    low, high = saving_interval(0.67, Tier.DATASHEET)
+    assert 0.67 - low < 0.08
+    assert high - 0.67 < 0.09
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, math.nan, math.inf])
+def test_a_ratio_that_is_none_is_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match="expected a positive number"):
+        saving_interval(ratio, Tier.DATASHEET)
