@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptsim.answers.cost import CostReport, cost
+    from ptsim.answers.plan import plan
     from ptsim.answers.predict import predict
     from ptsim.answers.validate import validate
     from ptsim.costs.collectives import allreduce
@@ -37,6 +38,7 @@ _HOME = {
     "Recorder": "ptsim.training.recorder",
     "RunFacts": "ptsim.training.facts",
     "load_model": "ptsim.training.runfolder",
+    "plan": "ptsim.answers.plan",
     "predict": "ptsim.answers.predict",
     "read_trace": "ptsim.trace.io",
     "simulate": "ptsim.sim.run",
@@ -55,6 +57,7 @@ __all__ = [
     "cost",
     "inspect",
     "load_model",
+    "plan",
     "predict",
     "read_trace",
     "simulate",

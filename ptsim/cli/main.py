@@ -39,6 +39,7 @@ COMMANDS = {
     "calibrate": ("calibrate:app", "Measure this machine: operator times (gpu) or all-reduces (network)."),
     "allreduce": ("allreduce:allreduce", "The time of one all-reduce on a cluster."),
     "predict": ("predict:predict", "The time and throughput of a training step on a device."),
+    "plan": ("plan:plan", "Plan a run that nobody has trained, as a trace to project."),
     "simulate": ("simulate:simulate", "Replay a recorded run on clusters of any size."),
     "validate": ("validate:validate", "Predicted against measured, for recorded runs."),
     "sweep": ("sweep:sweep", "Many projections in parallel, from a study file."),

@@ -11,6 +11,8 @@ from ptsim.cli.common import print_json, print_line
 from ptsim.cli.simulate import parse_gpus
 from ptsim.errors import UsageError
 from ptsim.report.build import make_report, summary, write
+from ptsim.trace.io import read_trace
+from ptsim.trace.stretch import stretch
 
 
 def report(
@@ -20,6 +22,8 @@ def report(
     gpus: str | None = None,
     price: float | None = None,
     grid_intensity: float | None = None,
+    epochs: int | None = None,
+    images: int | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Write the cost-breakdown page of recorded runs: one self-contained HTML file, its figures and its tables.
@@ -34,13 +38,15 @@ def report(
         gpus: Cluster sizes, such as 1,8,64. Without it, powers of two up to eight nodes.
         price: USD per GPU-hour. Without it, the cluster's, and no money where that has none.
         grid_intensity: Grams of CO₂ that a kWh causes. Without it, no CO₂.
+        epochs: Of runs of another length; every architecture keeps its share of the run.
+        images: In an epoch, instead of the recorded number.
         json: Print one JSON document.
     """
     clusters = None if cluster is None else [name.strip() for name in cluster.split(",")]
     if clusters is not None and not all(clusters):
         raise UsageError(f"cluster {cluster!r} has an empty name; expected names or TOML files with commas in between")
     made = make_report(
-        traces,
+        [stretch(read_trace(path), epochs=epochs, images=images) for path in traces],
         cluster=clusters,
         gpus=None if gpus is None else parse_gpus(gpus),
         price_usd_per_gpu_hour=price,

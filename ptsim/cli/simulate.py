@@ -19,6 +19,7 @@ from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
 from ptsim.trace.io import read_trace
+from ptsim.trace.stretch import stretch
 from ptsim.units import format_bytes, format_joules, format_seconds
 
 _NAMED = ("mixed_devices", "link_bandwidth", "link_latency_s")  # options whose parts are names of devices or links
@@ -46,6 +47,8 @@ def simulate(
     price: float | None = None,
     profile: Path | None = None,
     timeline: Path | None = None,
+    epochs: int | None = None,
+    images: int | None = None,
     seed: int = 0,
     option: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
     json: bool = False,
@@ -74,6 +77,8 @@ def simulate(
         profile: of the projected GPU, from ptsim calibrate gpu.
         timeline: write what the simulated GPUs do, of the first trace at the largest GPU count, as a Chrome trace: a
             .json file for Perfetto, or a folder with a file per GPU for HolisticTraceAnalysis.
+        epochs: of a run of another length; every architecture keeps its share of the run.
+        images: in an epoch, instead of the recorded number.
         seed: of every random draw.
         option: any further option of ptsim.sim.options.Options as name=value, for example faults.policy=elastic.
         json: print one JSON document.
@@ -113,7 +118,7 @@ def simulate(
     measured = None if profile is None else read_device_profile(profile)
     projections: list[RunProjection] = []
     for number, path in enumerate(traces):
-        trace, cache = read_trace(path), StepCache()
+        trace, cache = stretch(read_trace(path), epochs=epochs, images=images), StepCache()
         projections += [project(trace, where, n, options, device_profile=measured, cache=cache) for n in counts]
         if timeline is not None and number == 0:
             from ptsim.export.timeline import write_timeline

@@ -49,6 +49,7 @@ class Surgery:
     layers_removed: tuple[str, ...]
     notes: tuple[str, ...]
     groups: ChannelGroups
+    removed: Tensor  # mask of the components that the network had before
 
 
 @torch.no_grad()
@@ -90,11 +91,10 @@ def reconfigure(
     importance = importance_of(model, groups)
     sparse = groups.prunable & (importance < threshold)
     collapsed = collapsed_layers(model, groups, threshold)
-    plan, after, bones, notes = _decide(model, groups, sparse, importance, channel_multiple)
-    channels_removed = sum(int(plan.removed[layer.outputs].sum()) for layer in groups.layers)
-    if plan.changes:
-        operate(model, groups, plan, optimizer=optimizer, shadows=shadows)
-    notes += [f"{r.constant}: the residual branch is removed, its constant stays" for r in plan.removals]
+    surgery, bones = _remove(
+        model, groups, sparse, importance, multiple=channel_multiple, optimizer=optimizer, shadows=shadows
+    )
+    notes, after = list(surgery.notes), surgery.groups
     if collapsed:
         notes.insert(0, COLLAPSED.format(", ".join(collapsed[:3]) + (" and others" if len(collapsed) > 3 else "")))
     gates = find_gates(model, after, threshold) if mode == "gating" else ()
@@ -107,14 +107,53 @@ def reconfigure(
     if gates:
         notes.append(f"{len(gates)} layers read or write only their own channels of a residual stream")
         after = find_groups(bones, groups.input_shape)
-    return Surgery(
-        changed=plan.changes or bool(gates),
+    return dataclasses.replace(
+        surgery,
+        changed=surgery.changed or bool(gates),
         collapsed=bool(collapsed),
-        channels_removed=channels_removed,
-        layers_removed=tuple(name for removal in plan.removals for name in weighted_layers(groups, removal)),
         notes=tuple(notes),
         groups=after,
     )
+
+
+@torch.no_grad()
+def remove_channels(model: nn.Module, groups: ChannelGroups, sparse: Tensor) -> Surgery:
+    """What `reconfigure` does once it knows which components are sparse, in place; the model may have no storage.
+
+    Args:
+        model: whose `groups` these are.
+        groups: its channel groups.
+        sparse: a mask of components; those that cannot be pruned stay.
+    """
+    importance = (~sparse).to(torch.float32)
+    return _remove(model, groups, sparse & groups.prunable, importance, multiple=1)[0]
+
+
+def _remove(
+    model: nn.Module,
+    groups: ChannelGroups,
+    sparse: Tensor,
+    importance: Tensor,
+    *,
+    multiple: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    shadows: Sequence[nn.Module] = (),
+) -> tuple[Surgery, nn.Module]:
+    """Decide and operate; also the rehearsal copy after it."""
+    plan, after, bones, notes = _decide(model, groups, sparse, importance, multiple)
+    if plan.changes:
+        operate(model, groups, plan, optimizer=optimizer, shadows=shadows)
+    notes += [f"{r.constant}: the residual branch is removed, its constant stays" for r in plan.removals]
+    surgery = Surgery(
+        changed=plan.changes,
+        collapsed=False,
+        channels_removed=sum(int(plan.removed[layer.outputs].sum()) for layer in groups.layers),
+        layers_removed=tuple(name for removal in plan.removals for name in weighted_layers(groups, removal)),
+        notes=tuple(notes),
+        groups=after,
+        removed=plan.removed,
+    )
+    return surgery, bones
 
 
 def runs(model: nn.Module, groups: ChannelGroups) -> bool:

@@ -197,7 +197,9 @@ class _Planner:
                 f"{min(stage.batch for stage in stages)} images of a GPU's mini-batch"
             )
         if trace.is_planned:
-            note("the run is planned: nobody has trained it, so steps do not vary and input keeps up")
+            note("the run is planned: nobody has trained it, and input keeps up")
+            for assumption in trace.run.assumed:
+                note(f"assumed: {assumption.what} ({assumption.source})")
         times = [epoch.measured_time for epoch in epochs if epoch.measured_time is not None]
         waited = sum(time.data_wait_s for time in times) / max(1e-12, sum(time.wall_s for time in times))
         if waited > 0.05 and options.input_images_per_s is None:

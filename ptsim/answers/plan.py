@@ -1,0 +1,381 @@
+"""What would a run look like that nobody has trained? A trace with architectures and iterations, marked as planned.
+
+The entry point of `ptsim.plan` and `ptsim plan`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ptsim.costs.flops import inference_macs, training_macs
+from ptsim.costs.traffic import OPTIMIZERS, batch_norm_bytes
+from ptsim.errors import UnknownNameError, UsageError
+from ptsim.network import LayerKind, MemoryFormat, Network, Precision
+from ptsim.setting import parse_precision
+from ptsim.trace.schema import (
+    NO_DEVICE,
+    SCHEMA_VERSION,
+    Dataset,
+    End,
+    Epoch,
+    Reconfiguration,
+    Run,
+)
+from ptsim.trace.trace import Trace
+
+if TYPE_CHECKING:
+    from ptsim.prune.trajectories.build import Dense, Step
+    from ptsim.prune.trajectories.problem import Trajectory
+
+TOLERANCE = 0.005  # how far a planned fraction may be from its target
+DEFAULT_INTERVAL = 5
+
+
+class Fractions(msgspec.Struct, frozen=True, kw_only=True):
+    """A run's costs over those of its first network, held. `inference` is of the network that the run ends with."""
+
+    training_flops_fraction: float
+    inference_flops_fraction: float
+    bn_bytes_fraction: float
+    allreduce_bytes_fraction: float
+    architectures: int
+
+
+class _Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of `plan`, complete and checked."""
+
+    model: str
+    images: int
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    epochs: int
+    batch: int
+    gpus: int
+    interval: int
+    pruning: str
+    precision: Precision
+    memory_format: MemoryFormat
+    optimizer: str
+    seed: int
+
+    @property
+    def events(self) -> tuple[int, ...]:
+        """Epochs after which the network is reconfigured: every `interval`, and the last."""
+        return tuple(e for e in range(self.epochs) if (e + 1) % self.interval == 0 or e + 1 == self.epochs)
+
+
+def plan(
+    model: str,
+    *,
+    images: int | None = None,
+    num_classes: int | None = None,
+    epochs: int | None = None,
+    batch: int | None = None,
+    gpus: int | None = None,
+    interval: int | None = None,
+    pruning: str = "none",
+    input_shape: tuple[int, int, int] | None = None,
+    precision: Precision | str = "fp32",
+    memory_format: MemoryFormat = "contiguous",
+    optimizer: str = "sgd",
+    seed: int = 0,
+) -> Trace:
+    """The trace of a run that nobody has trained.
+
+        ptsim.plan("torchvision:resnet50", images=1_281_167, epochs=90, batch=64, gpus=4, interval=5,
+                   pruning="training=0.60,inference=0.47")
+
+    Args:
+        model: a zoo name, torchvision:NAME or path/to/file.py:function.
+        images: of the training set.
+        num_classes: outputs; the model's usual number.
+        epochs: how many.
+        batch: images per GPU and step.
+        gpus: data-parallel size; 1 by default.
+        interval: epochs between reconfigurations; 5 by default.
+        pruning: "none", targets as above, "like:TRACE", a published run's name, or a TOML file. A published run also
+            says what is not given here.
+        input_shape: (channels, height, width); the model's usual one.
+        precision: of the matrix products.
+        memory_format: of the activations.
+        optimizer: whose state and update are counted.
+        seed: which of the trajectories that agree with `pruning`; 0 is the typical one.
+
+    Raises:
+        UsageError: a missing or wrong argument, or a pruning that this network cannot have.
+        UnsupportedModelError: the network cannot be traced.
+    """
+    return plan_draws(
+        model,
+        draws=1,
+        images=images,
+        num_classes=num_classes,
+        epochs=epochs,
+        batch=batch,
+        gpus=gpus,
+        interval=interval,
+        pruning=pruning,
+        input_shape=input_shape,
+        precision=precision,
+        memory_format=memory_format,
+        optimizer=optimizer,
+        seed=seed,
+    )[0]
+
+
+def plan_draws(
+    model: str,
+    *,
+    draws: int,
+    images: int | None = None,
+    num_classes: int | None = None,
+    epochs: int | None = None,
+    batch: int | None = None,
+    gpus: int | None = None,
+    interval: int | None = None,
+    pruning: str = "none",
+    input_shape: tuple[int, int, int] | None = None,
+    precision: Precision | str = "fp32",
+    memory_format: MemoryFormat = "contiguous",
+    optimizer: str = "sgd",
+    seed: int = 0,
+) -> list[Trace]:
+    """`draws` trajectories that agree with what was given: the typical one first, then others at random.
+
+    Arguments and errors are those of `plan`; draw i has the seed `seed + i`.
+    """
+    from ptsim import zoo
+    from ptsim.prune.trajectories import find_kind
+    from ptsim.prune.trajectories.build import dense_network
+    from ptsim.prune.trajectories.catalog import published_runs
+
+    if draws < 1:
+        raise UsageError(f"draws is {draws}, expected at least 1")
+    kind = find_kind(pruning)
+    entry, published = zoo.find(model), published_runs().get(pruning)
+
+    def given(name: str, value: int | None, default: int | None = None) -> int:
+        if value is None and published is not None:
+            value = getattr(published, name)
+        if value is None:
+            value = default
+        if value is None:
+            raise UsageError(f"{name} is needed to plan a run", hint=f"give --{name}")
+        if value < 1:
+            raise UsageError(f"{name} is {value}, expected at least 1")
+        return value
+
+    asked = _Asked(
+        model=model,
+        images=given("images", images),
+        num_classes=given("classes", num_classes, entry.num_classes),
+        input_shape=input_shape or entry.input_shape,
+        epochs=given("epochs", epochs),
+        batch=given("batch", batch),
+        gpus=given("gpus", gpus, 1),
+        interval=given("interval", interval, DEFAULT_INTERVAL),
+        pruning=pruning,
+        precision=parse_precision(precision),
+        memory_format=memory_format,
+        optimizer=optimizer,
+        seed=seed,
+    )
+    _check(asked)
+    dense = dense_network(
+        lambda: entry.build(num_classes=asked.num_classes),
+        name=model,
+        input_shape=asked.input_shape,
+        num_classes=asked.num_classes,
+    )
+    if not dense.edges and pruning != "none":
+        raise UsageError(f"{model} has no channel that can be pruned")
+    return [_planned(msgspec.structs.replace(asked, seed=seed + i), dense, kind) for i in range(draws)]
+
+
+def fractions(trace: Trace) -> Fractions:
+    """What a run's pruning saves, without a clock: over its first network held for as many iterations.
+
+    Raises:
+        UsageError: the trace has no epoch.
+    """
+    if not trace.epochs:
+        raise UsageError(f"{trace.path} has no epoch")
+    first = trace.network_of(trace.epochs[0])
+
+    counts: dict[str, Callable[[Epoch, Network], int]] = {
+        "training": lambda e, n: training_macs(n, images=e.num_images, mini_batches=e.num_iterations * e.world_size),
+        "bn": lambda e, n: e.num_images * batch_norm_bytes(n, 4),
+        "allreduce": lambda e, n: e.num_iterations * n.num_parameters,
+    }
+    ratio = {}
+    for name, count in counts.items():
+        held = sum(count(epoch, first) for epoch in trace.epochs)
+        ratio[name] = sum(count(epoch, trace.network_of(epoch)) for epoch in trace.epochs) / held if held else 1.0
+    return Fractions(
+        training_flops_fraction=ratio["training"],
+        inference_flops_fraction=inference_macs(trace.final_network) / max(inference_macs(first), 1),
+        bn_bytes_fraction=ratio["bn"],
+        allreduce_bytes_fraction=ratio["allreduce"],
+        architectures=len(trace.networks),
+    )
+
+
+def _check(asked: _Asked) -> None:
+    if asked.interval > asked.epochs:
+        raise UsageError(f"interval is {asked.interval}, more than the {asked.epochs} epochs of the run")
+    if asked.optimizer not in OPTIMIZERS:
+        raise UnknownNameError("optimizer", asked.optimizer, OPTIMIZERS)
+    if asked.batch * asked.gpus > asked.images:
+        raise UsageError(
+            f"one step on {asked.gpus} GPUs takes {asked.batch * asked.gpus:,} images, "
+            f"the data set has {asked.images:,}"
+        )
+
+
+def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:
+    from ptsim.prune.trajectories.problem import Kind, Problem
+
+    make: Kind = kind  # type: ignore[assignment] # of `find_kind`
+    table = dense.table
+    for _ in range(3):
+        problem = Problem(
+            model=asked.model,
+            edges=dense.edges,
+            epochs=asked.epochs,
+            events=asked.events,
+            table=table,
+            seed=asked.seed,
+        )
+        trajectory = make(asked.pruning, problem)
+        trace = _trace(asked, dense, trajectory, list(dense.reconfigured(trajectory.widths)))
+        missed = _missed(trace, trajectory)
+        if not missed:
+            return trace
+        table = table.corrected(trajectory.widths[-1], dense.network, trace.final_network)
+    wanted, nearest = (
+        ", ".join(f"{name}={value:.3g}" for name, value in found.items()) for found in (trajectory.targets, missed)
+    )
+    raise UsageError(f"no pruning of {asked.model} was found that has {wanted}; the nearest has {nearest}")
+
+
+def _missed(trace: Trace, trajectory: Trajectory) -> dict[str, float]:
+    """The fractions that are farther from their target than they may be."""
+    found = fractions(trace)
+    reached = {
+        "training": found.training_flops_fraction,
+        "inference": found.inference_flops_fraction,
+        "bn": found.bn_bytes_fraction,
+    }
+    return {
+        name: reached[name] for name, wanted in trajectory.targets.items() if abs(reached[name] - wanted) > TOLERANCE
+    }
+
+
+def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step]) -> Trace:
+    networks = {dense.network.id: dense.network}
+    after_epoch = dict(zip(asked.events, steps, strict=True)) if trajectory.pruned else {}
+    epochs, reconfigurations, network = [], [], dense.network
+    first_channels, first_weights = _channels(dense.network), dense.network.num_parameters
+    iterations = math.ceil(asked.images / (asked.batch * asked.gpus))
+    for number in range(asked.epochs):
+        epochs.append(
+            Epoch(
+                epoch=number,
+                architecture=network.id,
+                batch_per_gpu=asked.batch,
+                world_size=asked.gpus,
+                learning_rate=None,
+                num_iterations=iterations,
+                num_images=asked.images,
+                penalty_coefficient=None if trajectory.pruned else 0.0,
+                train_loss=None,
+                penalty=None,
+                train_accuracy=None,
+                validation_loss=None,
+                validation_accuracy=None,
+                channel_sparsity=1 - _channels(network) / first_channels,
+                weight_sparsity=1 - network.num_parameters / first_weights,
+                measured_time=None,
+                measured_step=None,
+                allreduce_bytes=4 * network.num_parameters * iterations if asked.gpus > 1 else 0,
+                peak_memory_bytes=None,
+            )
+        )
+        step = after_epoch.get(number)
+        if step is not None:
+            networks.setdefault(step.network.id, step.network)
+            reconfigurations.append(
+                Reconfiguration(
+                    epoch=number,
+                    before=network.id,
+                    after=step.network.id,
+                    channels_removed=step.channels_removed,
+                    layers_removed=step.layers_removed,
+                    measured_duration_s=None,
+                    batch_before=asked.batch,
+                    batch_after=asked.batch,
+                    notes=step.notes,
+                )
+            )
+            network = step.network
+    return Trace(
+        path=Path(f"planned-{asked.model.rpartition(':')[2]}-{asked.pruning.replace('/', '-')}"),
+        run=_run(asked, trajectory),
+        networks=networks,
+        epochs=tuple(epochs),
+        reconfigurations=tuple(reconfigurations),
+        profiles=(),
+        end=End(
+            status="clean",
+            reason=None,
+            epochs=asked.epochs,
+            final_accuracy=None,
+            wall_s=None,
+            num_iterations=iterations * asked.epochs,
+        ),
+    )
+
+
+def _run(asked: _Asked, trajectory: Trajectory) -> Run:
+    import ptsim
+
+    return Run(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        model=asked.model,
+        dataset=Dataset(
+            name=f"{asked.images:,} images",
+            num_classes=asked.num_classes,
+            num_train=asked.images,
+            num_validation=0,
+            input_shape=asked.input_shape,
+        ),
+        hyperparameters={
+            "epochs": asked.epochs,
+            "batch": asked.batch,
+            "interval": asked.interval,
+            "optimizer": asked.optimizer,
+            "pruning": asked.pruning,
+            "draw": asked.seed,
+        },
+        seed=asked.seed,
+        precision=asked.precision,
+        memory_format=asked.memory_format,
+        world_size=asked.gpus,
+        backend=None,
+        device=NO_DEVICE,
+        versions={"ptsim": ptsim.__version__},
+        git_revision=None,
+        origin="planned",
+        assumed=trajectory.assumed,
+    )
+
+
+def _channels(network: Network) -> int:
+    return sum(layer.out_channels for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR))

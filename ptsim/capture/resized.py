@@ -1,0 +1,262 @@
+"""What is this network after channels were taken out, given what it was before they were?
+
+A capture rehearses training steps and takes seconds. Where only channel counts have changed, everything that a capture
+would find follows from the shapes: layers, edges and parameters come out equal to those of a capture (a test compares
+them); the memory footprints, which are no part of a network's identity, are scaled.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, fx, nn
+
+from ptsim.capture.graph import evaluation_mode, symbolic_graph
+from ptsim.capture.network import capture_network, layer_names
+from ptsim.network import Footprint, Layer, LayerKind, Moment, Network, Parameter
+
+Shape = tuple[int, ...]
+_BATCH = 2
+
+
+class _UnexplainedError(Exception):
+    """A number of the earlier capture that does not follow from the shapes."""
+
+
+class Recapture:
+    """Networks of a model whose channels are taken out step by step; `model` has no storage (`prune.skeleton`)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        captured: Network | None = None,
+    ) -> None:
+        """Capture the model as it is, unless it is `captured` already.
+
+        Raises:
+            UnsupportedModelError: what `capture_network` raises.
+        """
+        self.name, self.input_shape, self.num_classes = name, input_shape, num_classes
+        self.num_captures = 0
+        if captured is None:
+            self._capture(model)
+        else:
+            self.base, self._seen = captured, _Seen(model, input_shape)
+
+    def network(self, model: nn.Module) -> Network:
+        """The network that the model is now: resized from the last capture where only channel counts have changed."""
+        seen = _Seen(model, self.input_shape)
+        if seen.structure == self._seen.structure:
+            try:
+                return _resized(self.base, self._seen, seen)
+            except _UnexplainedError:
+                pass
+        return self._capture(model)
+
+    def _capture(self, model: nn.Module) -> Network:
+        self.num_captures += 1
+        self._seen = _Seen(model, self.input_shape)
+        self.base = capture_network(
+            thin_copy(model), name=self.name, input_shape=self.input_shape, num_classes=self.num_classes
+        )
+        return self.base
+
+
+def thin_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model without storage that can compute: every tensor is one zero, seen at its shape."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        is_meta = tensor.device.type == "meta"
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(zeros, tensor.requires_grad) if is_meta else tensor
+        else:
+            memo[id(tensor)] = zeros if is_meta else tensor
+    return copy.deepcopy(model, memo)
+
+
+class _Seen:
+    """The graph of a model with the shapes of every call, on tensors without storage."""
+
+    def __init__(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
+        with evaluation_mode(model), torch.no_grad():
+            model.train()
+            graph = symbolic_graph(model, (_BATCH, *input_shape))
+            watcher = _Watcher(graph)
+            watcher.run(torch.empty((_BATCH, *input_shape), device="meta"))
+        names = layer_names(graph)
+        self.inputs = {names[node]: shapes for node, shapes in watcher.inputs.items()}
+        self.output = {names[node]: shape for node, shape in watcher.results.items()}
+        self.modules = {
+            name: graph.get_submodule(str(node.target)) for node, name in names.items() if node.op == "call_module"
+        }
+        self.parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.structure = (
+            tuple((name, type(self.modules.get(name)).__name__) for name in names.values()),
+            tuple(self.parameters),
+        )
+
+
+class _Watcher(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.inputs: dict[fx.Node, tuple[Shape, ...]] = {}
+        self.results: dict[fx.Node, Shape | None] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op.startswith("call_"):
+            handed = [self.env[at] for at in n.all_input_nodes if at.op != "get_attr"]
+            self.inputs[n] = tuple(tuple(value.shape) for value in handed if isinstance(value, Tensor))
+            self.results[n] = tuple(result.shape) if isinstance(result, Tensor) else None
+        return result
+
+
+def _resized(base: Network, before: _Seen, after: _Seen) -> Network:
+    parameters = tuple(Parameter(name=p.name, layer=p.layer, shape=after.parameters[p.name]) for p in base.parameters)
+    counts = [dict.fromkeys((layer.name for layer in base.layers), 0) for _ in range(2)]
+    for count, listed in zip(counts, (base.parameters, parameters), strict=True):
+        for parameter in listed:
+            if parameter.layer:
+                count[parameter.layer] += parameter.num_elements
+    layers = []
+    for layer in base.layers:
+        if counts[0][layer.name] != layer.num_parameters:
+            raise _UnexplainedError(layer.name)
+        layers.append(_resized_layer(layer, counts[1][layer.name], before, after))
+    network = msgspec.structs.replace(base, layers=tuple(layers), parameters=parameters, footprints=())
+    return msgspec.structs.replace(
+        network, footprints=tuple(_resized_footprint(footprint, base, network) for footprint in base.footprints)
+    )
+
+
+def _resized_layer(layer: Layer, num_parameters: int, before: _Seen, after: _Seen) -> Layer:
+    name = layer.name
+    old, new = before.inputs[name], after.inputs[name]
+    if (old, before.output[name]) == (new, after.output[name]) and num_parameters == layer.num_parameters:
+        return layer
+    out_old, out_new = before.output[name], after.output[name]
+    if layer.once or len(old) != len(layer.input_shapes) or out_old is None or out_new is None:
+        raise _UnexplainedError(name)
+    inputs = tuple(_image_shape(shape, a, b) for shape, a, b in zip(layer.input_shapes, old, new, strict=True))
+    output = _image_shape(layer.output_shape, out_old, out_new)
+    module = after.modules.get(name)
+    channels = _channels(layer, inputs, output, module)
+    resized = msgspec.structs.replace(
+        layer, input_shapes=inputs, output_shape=output, num_parameters=num_parameters, **channels
+    )
+    macs = _macs(layer, resized)
+    quantity = _Quantity(layer, resized)
+    return msgspec.structs.replace(
+        resized,
+        forward_macs=macs,
+        saved_elements=quantity.scaled(layer.saved_elements),
+        saved_other_bytes=quantity.scaled(layer.saved_other_bytes),
+        saved_fixed_bytes=_fixed(layer, resized),
+    )
+
+
+def _image_shape(per_image: Shape, old: Shape, new: Shape) -> Shape:
+    """The shape of one image in `new`, where that in `old` is `per_image`: `old` without its mini-batch axis."""
+    if per_image == old:
+        return new
+    for axis, size in enumerate(old):
+        rest = size // _BATCH
+        if size % _BATCH:
+            continue
+        if per_image == (*old[:axis], *((rest,) if rest > 1 else ()), *old[axis + 1 :]):
+            grown = new[axis] // _BATCH
+            return (*new[:axis], *((grown,) if grown > 1 else ()), *new[axis + 1 :])
+    raise _UnexplainedError(str(old))
+
+
+def _channels(layer: Layer, inputs: tuple[Shape, ...], output: Shape, module: nn.Module | None) -> dict[str, int]:
+    if layer.kind in (LayerKind.CONV, LayerKind.LINEAR):
+        if isinstance(module, nn.Linear):
+            return {"in_channels": module.in_features, "out_channels": module.out_features}
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return {"in_channels": module.in_channels, "out_channels": module.out_channels, "groups": module.groups}
+        raise _UnexplainedError(layer.name)
+    found = {}
+    for field, value, old, new in (
+        ("in_channels", layer.in_channels, layer.input_shapes[0] if layer.input_shapes else (), inputs[:1]),
+        ("out_channels", layer.out_channels, layer.output_shape, (output,)),
+    ):
+        axis = next((i for i in ((0, -1) if len(old) in (1, 3) else (-1, 0)) if old and old[i] == value), None)
+        if axis is None or not new:
+            raise _UnexplainedError(layer.name)
+        found[field] = new[0][axis]
+    return found
+
+
+def _macs(old: Layer, new: Layer) -> int:
+    if old.kind in (LayerKind.CONV, LayerKind.LINEAR):
+        kernel = math.prod(old.kernel_size) if old.kind is LayerKind.CONV else 1
+        formula = [layer.output_elements * (layer.in_channels // layer.groups) * kernel for layer in (old, new)]
+        if formula[0] != old.forward_macs:
+            raise _UnexplainedError(old.name)
+        return formula[1]
+    return _Quantity(old, new).scaled(old.forward_macs)
+
+
+class _Quantity:
+    """How a count grows with the elements of a layer's tensors."""
+
+    def __init__(self, old: Layer, new: Layer) -> None:
+        self.name = old.name
+        sizes = [(math.prod(a), math.prod(b)) for a, b in zip(old.input_shapes, new.input_shapes, strict=True)]
+        if old.kind not in (LayerKind.CONV, LayerKind.LINEAR):  # those keep their inputs only
+            sizes += [(old.output_elements, new.output_elements), (old.input_elements, new.input_elements)]
+        self._sizes = set(sizes)
+
+    def scaled(self, count: int) -> int:
+        """The count at the new shapes: the one whole multiple of a tensor's elements that it can be."""
+        if count == 0:
+            return 0
+        found = {count // old * new for old, new in self._sizes if old and count % old == 0 and count // old <= 16}
+        if len(found) != 1:
+            raise _UnexplainedError(self.name)
+        return found.pop()
+
+
+def _fixed(old: Layer, new: Layer) -> int:
+    """Bytes that do not grow with the mini-batch: statistics per channel."""
+    if old.saved_fixed_bytes % old.out_channels:
+        raise _UnexplainedError(old.name)
+    return old.saved_fixed_bytes // old.out_channels * new.out_channels
+
+
+def _resized_footprint(footprint: Footprint, base: Network, network: Network) -> Footprint:
+    """The footprint in proportion: what grows with images as kept activations do, the rest as parameters do."""
+    element = 2 if footprint.half else 4
+    kept = [sum(layer.saved_bytes(1, element) for layer in net.layers) for net in (base, network)]
+    images = kept[1] / kept[0] if kept[0] else 1.0
+    weights = network.num_parameters / base.num_parameters if base.num_parameters else 1.0
+
+    def moments(listed: tuple[Moment, ...]) -> tuple[Moment, ...]:
+        return tuple(
+            Moment(
+                fixed_bytes=round(moment.fixed_bytes * weights),
+                image_bytes=round(moment.image_bytes * images),
+                gradient_bytes=round(moment.gradient_bytes * weights),
+            )
+            for moment in listed
+        )
+
+    return msgspec.structs.replace(
+        footprint,
+        kept_fixed_bytes=round(footprint.kept_fixed_bytes * weights),
+        kept_image_bytes=round(footprint.kept_image_bytes * images),
+        weight_copy_bytes=round(footprint.weight_copy_bytes * weights),
+        buffer_bytes=round(footprint.buffer_bytes * weights),
+        contiguous=moments(footprint.contiguous),
+        channels_last=moments(footprint.channels_last),
+    )

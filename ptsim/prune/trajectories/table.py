@@ -1,0 +1,150 @@
+"""What does a network cost at given edge widths? FLOPs and BatchNorm traffic as products of widths, without a capture.
+
+A convolution's work is proportional to its input times its output channels, a BatchNorm's to its channels; a branch
+whose inner edge is empty costs nothing. Grouped convolutions and products without weights are approximated; the plan
+is checked against the real networks afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ptsim.costs.flops import inference_macs, layer_macs, training_macs
+from ptsim.costs.traffic import BATCH_NORM_BACKWARD, BATCH_NORM_FORWARD
+from ptsim.network import LayerKind, Network
+from ptsim.prune.groups import ChannelGroups
+from ptsim.prune.labels import WIDTH
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """Costs as functions of widths; every array has a row per layer and a column per edge.
+
+    Attributes:
+        inputs, outputs: share of a layer's input and output channels that an edge holds.
+        fixed_inputs, fixed_outputs: share that no edge holds: it cannot be pruned.
+        product: whether the layer's work grows with its inputs too.
+        dead_with: the layer goes once one of these edges is empty.
+        inference, training: MACs of one image, per layer; bn: accesses to BatchNorm's elements.
+        weight: BatchNorm traffic and FLOPs that a channel of an edge takes part in, for who prunes by them.
+    """
+
+    inputs: np.ndarray
+    outputs: np.ndarray
+    fixed_inputs: np.ndarray
+    fixed_outputs: np.ndarray
+    product: np.ndarray
+    dead_with: np.ndarray
+    inference: np.ndarray
+    training: np.ndarray
+    bn: np.ndarray
+    full: np.ndarray
+
+    def fractions(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inference FLOPs, training FLOPs and BatchNorm traffic per image, of dense, for rows of widths."""
+        kept = np.atleast_2d(widths) / self.full
+        outputs = kept @ self.outputs.T + self.fixed_outputs
+        inputs = kept @ self.inputs.T + self.fixed_inputs
+        alive = ~((kept == 0).astype(float) @ self.dead_with.T > 0)
+        scale = alive * outputs * np.where(self.product, inputs, 1.0)
+        return tuple(  # type: ignore[return-value] # three of them
+            (scale @ part) / part.sum() if part.sum() else np.ones(len(kept))
+            for part in (self.inference, self.training, self.bn)
+        )
+
+    def corrected(self, widths: np.ndarray, dense: Network, pruned: Network) -> CostTable:
+        """The table with a constant share of work, so that it agrees with the network that `widths` really gave."""
+        said = self.fractions(widths)
+        true = (
+            inference_macs(pruned) / inference_macs(dense),
+            training_macs(pruned) / training_macs(dense),
+        )
+        extra = np.zeros(2)
+        for i, part in enumerate((self.inference, self.training)):
+            share = float(said[i][0])
+            if share < 1:
+                extra[i] = part.sum() * (true[i] - share) / (1 - true[i]) if true[i] < 1 else 0.0
+        return dataclasses.replace(
+            self,
+            inputs=np.vstack([self.inputs, np.zeros(len(self.full))]),
+            outputs=np.vstack([self.outputs, np.zeros(len(self.full))]),
+            fixed_inputs=np.append(self.fixed_inputs, 1.0),
+            fixed_outputs=np.append(self.fixed_outputs, 1.0),
+            product=np.append(self.product, False),
+            dead_with=np.vstack([self.dead_with, np.zeros(len(self.full))]),
+            inference=np.append(self.inference, extra[0]),
+            training=np.append(self.training, extra[1]),
+            bn=np.append(self.bn, 0.0),
+        )
+
+    def intensity(self) -> np.ndarray:
+        """BatchNorm traffic per FLOP of an edge's channels, relative to the network's: how memory-bound it is."""
+        macs = self.training @ self.outputs + (self.training * self.product) @ self.inputs
+        traffic = self.bn @ self.outputs
+        known = (macs > 0) & (traffic > 0)
+        ratio = np.ones(len(self.full))
+        ratio[known] = traffic[known] / macs[known]
+        typical = np.exp(np.mean(np.log(ratio[known]))) if known.any() else 1.0
+        ratio[known] /= typical
+        ratio[~known] = 1.0
+        return ratio
+
+
+def cost_table(
+    network: Network, groups: ChannelGroups, edge_of: np.ndarray, dies_with: dict[str, list[int]], full: np.ndarray
+) -> CostTable:
+    """The table of a dense network.
+
+    Args:
+        network: as captured.
+        groups: its channel groups.
+        edge_of: the edge of every component, −1 for those that stay.
+        dies_with: layer → edges whose emptiness removes it.
+        full: the dense width of every edge.
+    """
+    weighted = {layer.layer: layer for layer in groups.layers}
+    rows = [layer for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR, LayerKind.BATCH_NORM)]
+    others = [layer for layer in network.layers if layer.kind is LayerKind.MATMUL]
+    count, edges = len(rows) + len(others), len(full)
+    inputs, outputs, dead = (np.zeros((count, edges)) for _ in range(3))
+    fixed_inputs, fixed_outputs = np.ones(count), np.ones(count)
+    product = np.zeros(count, dtype=bool)
+    inference, training, bn = (np.zeros(count) for _ in range(3))
+
+    def shares(components: np.ndarray) -> tuple[np.ndarray, float]:
+        held = edge_of[components]
+        counts = np.bincount(held[held >= 0], minlength=edges) / len(components)
+        return counts, float((held < 0).mean())
+
+    for i, layer in enumerate((*rows, *others)):
+        path = layer.name.partition(":")[0]
+        if layer.kind is LayerKind.BATCH_NORM:
+            keys = (f"{path}.{name}" for name in ("weight", "bias", "running_mean", WIDTH))
+            axis = next((groups.axes[(key, 0)] for key in keys if (key, 0) in groups.axes), None)
+            if axis is not None:
+                outputs[i], fixed_outputs[i] = shares(axis.numpy())
+            bn[i] = (BATCH_NORM_FORWARD + BATCH_NORM_BACKWARD) * layer.output_elements
+        elif path in weighted:
+            found = weighted[path]
+            outputs[i], fixed_outputs[i] = shares(found.outputs.numpy())
+            product[i] = not found.depthwise
+            if product[i]:
+                inputs[i], fixed_inputs[i] = shares(found.inputs.numpy())
+        macs = layer_macs(layer)
+        training[i] = macs.training
+        inference[i] = 0 if layer.training_only else macs.forward
+        dead[i, dies_with.get(path, [])] = 1.0
+    return CostTable(
+        inputs=inputs,
+        outputs=outputs,
+        fixed_inputs=fixed_inputs,
+        fixed_outputs=fixed_outputs,
+        product=product,
+        dead_with=dead,
+        inference=inference,
+        training=training,
+        bn=bn,
+        full=full.astype(float),
+    )

@@ -1,0 +1,222 @@
+"""A trajectory that meets given fractions: training and inference FLOPs, optionally BatchNorm traffic and layers.
+
+An edge's density after a share t of the run is exp(−h·g(t)). The hazard h of an edge is one strength for all edges,
+times how memory-bound the edge is to some power (the tilt), times chance. The course g rises from 0 to 1 as
+(1 − exp(−k·t)) / (1 − exp(−k)), fast at first for a positive k, late for a negative one. Three numbers answer three
+targets: the strength inference FLOPs, k training FLOPs, the tilt BatchNorm traffic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from ptsim.errors import UsageError
+from ptsim.prune.trajectories.problem import Problem, Trajectory, Widths, register
+from ptsim.trace.schema import Assumption
+
+NAMES = ("training", "inference", "bn", "layers", "saturates")
+TOLERANCE = 0.005
+# Where nobody says how BatchNorm traffic falls: the median of the tilts that the traffic of the paper's three ResNet-50
+# runs on ImageNet gives (0.57, 0.87, 1.72); and how far hazards of edges scatter in the recorded runs (median). Both
+# from analysis/fit_trajectories.py.
+DEFAULT_TILT = 0.87
+SCATTER = 1.14
+_TILTS = (-3.0, 4.0)
+_COURSES = (-60.0, 60.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Targets:
+    """Fractions of dense; `layers` is the share of convolutions that are gone at the end."""
+
+    training: float
+    inference: float
+    bn: float | None = None
+    layers: float | None = None
+    saturates: float = 1.0
+
+
+def parse_targets(text: str) -> Targets:
+    """The targets of "training=0.60,inference=0.47,bn=0.63".
+
+    Raises:
+        UsageError: an unknown name, a number out of bounds, or training or inference missing.
+    """
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or name not in NAMES:
+            raise UsageError(f"pruning target {part.strip()!r} is not one of {', '.join(f'{n}=…' for n in NAMES)}")
+        if name in found:
+            raise UsageError(f"pruning target {name} is given twice")
+        try:
+            number = float(value)
+        except ValueError as error:
+            raise UsageError(f"pruning target {name} is {value!r}, expected a number between 0 and 1") from error
+        low_is_allowed = name == "layers"
+        if not (0 < number <= 1 or (low_is_allowed and number == 0)):
+            raise UsageError(f"pruning target {name} is {value}, expected a fraction above 0 and at most 1")
+        found[name] = number
+    for name in ("training", "inference"):
+        if name not in found:
+            raise UsageError(f"pruning targets need {name}=…, a fraction of the dense network's FLOPs")
+    return Targets(**found)
+
+
+@register(lambda: ("training=…,inference=…[,bn=…,layers=…,saturates=…]",), lambda text: "=" in text)
+def from_targets(text: str, problem: Problem) -> Trajectory:
+    """The trajectory of targets on the command line."""
+    return meet(parse_targets(text), problem, source=f"--pruning {text}")
+
+
+def meet(targets: Targets, problem: Problem, *, source: str) -> Trajectory:
+    """A trajectory that meets the targets within half a percent of dense.
+
+    Raises:
+        UsageError: no pruning of the network can; says the nearest that can.
+    """
+    solver = _Solver(targets, problem)
+    tilt, how = DEFAULT_TILT, "the median of the published runs on ImageNet"
+    if targets.bn is not None:
+        tilt, how = solver.tilt_for(targets.bn), source
+    widths = solver.widths(tilt)
+    aimed = {"training": targets.training, "inference": targets.inference}
+    if targets.bn is not None:
+        aimed["bn"] = targets.bn
+    named = ", ".join(f"{name} {value:g}" for name, value in aimed.items())
+    assumed = (
+        Assumption(what=f"fractions of dense: {named}", source=source),
+        Assumption(what=f"memory-bound edges are pruned harder: hazard grows as intensity^{tilt:.2f}", source=how),
+    )
+    return Trajectory(widths=widths, assumed=assumed, targets=aimed)
+
+
+def tilt_of(targets: Targets, problem: Problem) -> float:
+    """The tilt at which the targets, BatchNorm traffic among them, are met.
+
+    Raises:
+        UsageError: what `meet` raises, or no BatchNorm traffic is given.
+    """
+    if targets.bn is None:
+        raise UsageError("the tilt follows from BatchNorm traffic, and none is given")
+    return _Solver(targets, problem).tilt_for(targets.bn)
+
+
+class _Solver:
+    def __init__(self, targets: Targets, problem: Problem) -> None:
+        self.targets, self.problem, self.table = targets, problem, problem.table
+        self.may_vanish = np.array([edge.removable for edge in problem.edges])
+        self.noise = np.exp(SCATTER * problem.noise())
+        self.vanishing = np.zeros(len(problem.edges), dtype=bool)
+        if targets.layers is not None:
+            self.vanishing = self._vanishing(targets.layers)
+            self.may_vanish = self.vanishing
+        self._check()
+
+    def tilt_for(self, bn: float) -> float:
+        """The tilt at which BatchNorm traffic over the run is `bn` of dense."""
+
+        def traffic(tilt: float) -> float:
+            return self._over_run(self.table.fractions(self.widths(tilt))[2])
+
+        low, high = _TILTS
+        ends = traffic(low), traffic(high)
+        if not min(ends) - TOLERANCE <= bn <= max(ends) + TOLERANCE:
+            nearest = min(ends, key=lambda end: abs(end - bn))
+            self._fail(f"bn={bn:g}", f"bn={nearest:.2f}")
+        return _root(traffic, low, high, bn, steps=30)
+
+    def widths(self, tilt: float) -> Widths:
+        """Whole widths after every reconfiguration that meet inference and training FLOPs."""
+        hazard = self._hazard(tilt)
+
+        def over_run(course: float) -> float:
+            return self._over_run(self.table.fractions(self._at(course, hazard))[1])
+
+        return self._at(_root(over_run, *_COURSES, self.targets.training, steps=60), hazard)
+
+    def _hazard(self, tilt: float) -> np.ndarray:
+        """The hazard of every edge at which the last network has the inference FLOPs that are asked for."""
+        relative = self.table.intensity() ** tilt * self.noise
+        relative = np.where(self.vanishing, np.inf, relative / np.mean(relative))
+
+        def final(strength: float) -> float:
+            return float(self.table.fractions(self._rounded(np.ones(1), strength * relative))[0][-1])
+
+        return _root(final, 1e-9, 60.0, self.targets.inference, steps=60) * relative
+
+    def _at(self, course: float, hazard: np.ndarray) -> Widths:
+        t = np.minimum(self.problem.progress / self.targets.saturates, 1.0)
+        if abs(course) < 1e-6:
+            g = t
+        elif course > 0:
+            g = -np.expm1(-course * t) / -np.expm1(-course)
+        else:  # the same, without overflow
+            g = np.exp(course * (1 - t)) * -np.expm1(course * t) / -np.expm1(course)
+        return self._rounded(g, hazard)
+
+    def _rounded(self, g: np.ndarray, hazard: np.ndarray) -> Widths:
+        with np.errstate(invalid="ignore"):
+            exponent = np.where(g[:, None] > 0, g[:, None] * np.where(np.isinf(hazard), 1e9, hazard), 0.0)
+        exponent = np.where(np.isinf(hazard) & (g[:, None] < 0.5), 0.0, exponent)  # a branch goes half way through
+        return self.problem.rounded(np.exp(-np.minimum(exponent, 700.0)), may_vanish=self.may_vanish)
+
+    def _over_run(self, fractions: np.ndarray) -> float:
+        lengths = self.problem.lengths
+        return float((lengths[0] + lengths[1:] @ fractions) / self.problem.epochs)
+
+    def _vanishing(self, layers: float) -> np.ndarray:
+        """The inner edges of the branches that go, the most memory-bound first, with chance."""
+        order = np.argsort(-self.table.intensity() * self.noise, kind="stable")
+        gone, chosen = 0.0, np.zeros(len(order), dtype=bool)
+        convolutions = self.table.inference > 0
+        goal = layers * convolutions.sum()
+        dead = np.zeros(len(convolutions), dtype=bool)
+        for edge in order:
+            if not self.problem.edges[edge].removable or gone >= goal - 0.5:
+                continue
+            after = dead | (self.table.dead_with[:, edge] > 0)
+            if (after & convolutions).sum() > goal + 1.5:
+                continue
+            dead, chosen[edge] = after, True
+            gone = float((dead & convolutions).sum())
+        if gone < goal - max(1.5, TOLERANCE * len(convolutions)):
+            self._fail(f"layers={layers:g}", f"layers={gone / convolutions.sum():.2f}")
+        return chosen
+
+    def _check(self) -> None:
+        """Refuse FLOPs that no strength and no course can give."""
+        targets, table = self.targets, self.table
+        hazard = np.where(self.vanishing, np.inf, np.ones(len(self.problem.edges)))
+        smallest = float(table.fractions(self._rounded(np.ones(1), 60.0 * hazard))[0][-1])
+        if targets.inference < smallest - TOLERANCE:
+            self._fail(f"inference={targets.inference:g}", f"inference={smallest:.2f}")
+        likely = self._hazard(DEFAULT_TILT)
+        ends = [self._over_run(table.fractions(self._at(course, likely))[1]) for course in _COURSES]
+        if not min(ends) - TOLERANCE <= targets.training <= max(ends) + TOLERANCE:
+            nearest = min(ends, key=lambda end: abs(end - targets.training))
+            self._fail(f"training={targets.training:g} with inference={targets.inference:g}", f"training={nearest:.2f}")
+
+    def _fail(self, wanted: str, nearest: str) -> None:
+        problem = self.problem
+        raise UsageError(
+            f"no pruning of {problem.model} with {len(problem.events)} reconfigurations in {problem.epochs} epochs "
+            f"has {wanted}; the nearest is {nearest}"
+        )
+
+
+def _root(function: Callable[[float], float], low: float, high: float, wanted: float, *, steps: int) -> float:
+    """Where a monotone function, which may have steps, comes closest to `wanted`."""
+    ends = {low: function(low), high: function(high)}
+    rising = ends[high] > ends[low]
+    for _ in range(steps):
+        middle = (low + high) / 2
+        value = ends[middle] = function(middle)
+        if (value < wanted) == rising:
+            low = middle
+        else:
+            high = middle
+    return min(ends, key=lambda at: abs(ends[at] - wanted))

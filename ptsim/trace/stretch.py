@@ -1,0 +1,105 @@
+"""What if the run were longer, or had more images? The same architectures for the same shares of another run.
+
+So a short recorded run, or a planned one, answers for a long one. Nobody has trained the result: it is marked as
+planned.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from ptsim.errors import UsageError
+from ptsim.trace.schema import Assumption, End, Epoch, Reconfiguration
+from ptsim.trace.trace import Trace
+
+
+def stretch(trace: Trace, *, epochs: int | None = None, images: int | None = None) -> Trace:
+    """The run with another number of epochs, or of images in each; every architecture keeps its share of the run.
+
+    Profiles and the spread of steps are kept, times of epochs are not: nobody measured these.
+
+    Raises:
+        UsageError: no epoch to stretch, or a number below 1.
+    """
+    if epochs is None and images is None:
+        return trace
+    for name, value in (("epochs", epochs), ("images", images)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}, expected at least 1")
+    if not trace.epochs:
+        raise UsageError(f"{trace.path} has no finished epoch; there is nothing to stretch")
+    count, recorded = epochs or len(trace.epochs), len(trace.epochs)
+    sources = [trace.epochs[int((number + 0.5) * recorded / count)] for number in range(count)]
+    made = tuple(_epoch(source, number, images) for number, source in enumerate(sources))
+    told = [f"{count} epochs instead of {recorded}"] if epochs else []
+    told += [f"{images:,} images an epoch instead of {trace.epochs[0].num_images:,}"] if images else []
+    what = f"{' and '.join(told)}: every architecture keeps its share of the run"
+    run = msgspec.structs.replace(
+        trace.run,
+        origin="planned",
+        assumed=(*trace.run.assumed, Assumption(what=what, source=str(trace.path))),
+        hyperparameters=trace.run.hyperparameters | {"epochs": count},
+        dataset=msgspec.structs.replace(trace.run.dataset, num_train=images or trace.run.dataset.num_train),
+    )
+    end = None
+    if trace.end is not None:
+        steps = sum(epoch.num_iterations for epoch in made)
+        end = End(
+            status=trace.end.status,
+            reason=trace.end.reason,
+            epochs=count,
+            final_accuracy=None,
+            wall_s=None,
+            num_iterations=steps,
+        )
+    return msgspec.structs.replace(
+        trace, run=run, epochs=made, reconfigurations=tuple(_events(trace, sources)), end=end
+    )
+
+
+def _epoch(source: Epoch, number: int, images: int | None) -> Epoch:
+    steps, seen = source.num_iterations, source.num_images
+    if images is not None:
+        each = source.batch_per_gpu * source.world_size
+        whole = source.num_images == source.num_iterations * each  # the rest of the data set was dropped
+        steps = max(1, math.floor(images / each) if whole else math.ceil(images / each))
+        seen = steps * each if whole else images
+    return msgspec.structs.replace(
+        source,
+        epoch=number,
+        num_iterations=steps,
+        num_images=seen,
+        learning_rate=None,
+        train_loss=None,
+        penalty=None,
+        train_accuracy=None,
+        validation_loss=None,
+        validation_accuracy=None,
+        measured_time=None,
+        allreduce_bytes=source.allreduce_bytes // source.num_iterations * steps,
+        device=None,
+    )
+
+
+def _events(trace: Trace, sources: list[Epoch]) -> list[Reconfiguration]:
+    """A reconfiguration wherever the network changes from one epoch to the next, and after the last one."""
+    found = []
+    for number, source in enumerate(sources):
+        following = sources[number + 1].epoch if number + 1 < len(sources) else len(trace.epochs)
+        passed = [event for event in trace.reconfigurations if source.epoch <= event.epoch < following]
+        if not passed:
+            continue
+        first, last = passed[0], passed[-1]
+        found.append(
+            msgspec.structs.replace(
+                last,
+                epoch=number,
+                before=first.before,
+                batch_before=first.batch_before,
+                channels_removed=sum(event.channels_removed for event in passed),
+                layers_removed=tuple(name for event in passed for name in event.layers_removed),
+            )
+        )
+    return found

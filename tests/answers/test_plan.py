@@ -1,0 +1,274 @@
+"""Planned runs: what was asked is met, every network is one that the engine makes, and wrong input is one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ptsim
+from ptsim import zoo
+from ptsim.answers.plan import fractions, plan, plan_draws
+from ptsim.answers.validate import validate
+from ptsim.capture.network import capture_network
+from ptsim.capture.resized import Recapture
+from ptsim.cli.main import run
+from ptsim.errors import FileFormatError, UnknownNameError, UsageError
+from ptsim.prune.groups import find_groups, weight_GOIK
+from ptsim.prune.propagate import skeleton
+from ptsim.prune.reconfigure import reconfigure, remove_channels
+from ptsim.prune.trajectories import Problem, Trajectory, register
+from ptsim.prune.trajectories.build import _beyond, _followed, dense_network
+from ptsim.prune.trajectories.catalog import published_runs
+from ptsim.prune.trajectories.roles import roles
+from ptsim.trace.io import read_trace, write_trace
+from ptsim.trace.trace import Trace
+from tests.traces import dense_trace
+
+SHAPE = (3, 16, 16)
+MODEL = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+def small(num_classes=10):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48), nn.ReLU(), Block(48), Block(48), Block(48),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, num_classes),
+    )
+small.input_shape = (3, 16, 16)
+"""
+BASE = {"images": 1024, "epochs": 12, "batch": 32, "interval": 3}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("model") / "net.py"
+    file.write_text(MODEL)
+    return f"{file}:small"
+
+
+@pytest.fixture(scope="module")
+def planned(model: str) -> Trace:
+    return plan(model, **BASE, gpus=2, pruning="training=0.7,inference=0.5")
+
+
+class TestTargets:
+    def test_flops_over_the_run_and_at_its_end_are_as_asked(self, planned: Trace) -> None:
+        macs = [planned.network_of(epoch).forward_macs for epoch in planned.epochs]
+        assert planned.final_network.forward_macs / macs[0] == pytest.approx(0.5, abs=0.005)
+        found = fractions(planned)
+        assert found.training_flops_fraction == pytest.approx(0.7, abs=0.005)
+        assert found.training_flops_fraction == pytest.approx(np.mean(macs) / macs[0], abs=0.01)  # all but the stem
+        assert found.architectures == len({network.id for network in planned.networks.values()})
+
+    def test_all_reduced_bytes_are_those_of_the_parameters_left(self, planned: Trace) -> None:
+        weights = [planned.network_of(epoch).num_parameters for epoch in planned.epochs]
+        assert fractions(planned).allreduce_bytes_fraction == pytest.approx(np.mean(weights) / weights[0])
+        assert [epoch.allreduce_bytes for epoch in planned.epochs] == [4 * n * 16 for n in weights]  # 1024 / (2 · 32)
+
+    def test_batch_norm_traffic_and_layers_are_as_asked(self, model: str) -> None:
+        for bn in (0.8, 0.83):
+            trace = plan("resnet20", **BASE, pruning=f"training=0.7,inference=0.5,bn={bn}")
+            assert fractions(trace).bn_bytes_fraction == pytest.approx(bn, abs=0.005)
+            assert fractions(trace).training_flops_fraction == pytest.approx(0.7, abs=0.005)
+        gone = plan(model, **BASE, pruning="training=0.75,inference=0.4,layers=0.29")
+        assert sum(len(event.layers_removed) for event in gone.reconfigurations) == 2  # of 7 convolutions
+
+    def test_draws_differ_and_agree_with_what_was_given(self, model: str) -> None:
+        draws = plan_draws(model, draws=3, **BASE, pruning="training=0.7,inference=0.5")
+        assert len({trace.final_network.id for trace in draws}) == 3
+        for trace in draws:
+            assert fractions(trace).inference_flops_fraction == pytest.approx(0.5, abs=0.005)
+
+    def test_what_saturates_early_does_not_change_afterwards(self, model: str) -> None:
+        trace = plan(model, **BASE, pruning="training=0.65,inference=0.5,saturates=0.5")
+        assert trace.network_of(trace.epochs[6]).id == trace.final_network.id
+
+    @pytest.mark.parametrize(
+        ("pruning", "problem"),
+        [
+            ("training=0.2,inference=0.5", r"has training=0.2 with inference=0.5; the nearest is training=0.6\d"),
+            ("training=0.7,inference=0.5,bn=0.1", "has bn=0.1; the nearest is bn="),
+            ("training=0.7", "need inference="),
+            ("training=1.7,inference=0.5", "expected a fraction above 0 and at most 1"),
+            ("training=a,inference=0.5", "expected a number between 0 and 1"),
+            ("trainign=0.7,inference=0.5", "is not one of training=…"),
+        ],
+    )
+    def test_what_cannot_be_is_refused_with_the_nearest_that_can(self, model: str, pruning: str, problem: str) -> None:
+        with pytest.raises(UsageError, match=problem):
+            plan(model, **BASE, pruning=pruning)
+
+
+class TestEngine:
+    def test_every_network_is_what_a_real_reconfiguration_of_zeroed_weights_gives(self, model: str) -> None:
+        entry = zoo.find(model)
+        dense = dense_network(lambda: entry.build(num_classes=10), name="net", input_shape=SHAPE, num_classes=10)
+        vanishing = next(i for i, edge in enumerate(dense.edges) if edge.removable)
+        widths = np.array([[edge.width - 5 - i for i, edge in enumerate(dense.edges)]] * 2)
+        widths[1] -= 11
+        widths[1, vanishing] = 0
+        live = entry.build(num_classes=10)
+        groups, edge_of = find_groups(live, SHAPE), dense.edge_of
+        for step, row in zip(dense.reconfigured(widths), widths, strict=True):
+            zero(live, groups, _beyond(groups, edge_of, torch.as_tensor(row)))
+            surgery = reconfigure(live, groups)
+            edge_of, groups = _followed(groups, surgery, edge_of), surgery.groups
+            real = capture_network(live, name="net", input_shape=SHAPE, num_classes=10)
+            assert step.network.id == real.id
+            assert step.layers_removed == surgery.layers_removed
+            assert step.channels_removed == surgery.channels_removed
+        assert step.layers_removed
+
+    @pytest.mark.parametrize("name", ["resnet20", "vgg11"])
+    def test_a_resized_network_is_equal_to_a_captured_one(self, name: str) -> None:
+        entry = zoo.find(name)
+        live = entry.build(num_classes=10)
+        bones = skeleton(live)
+        groups = find_groups(bones, entry.input_shape)
+        recapture = Recapture(bones, name=name, input_shape=entry.input_shape, num_classes=10)
+        remove_channels(bones, groups, torch.rand(groups.num_components, generator=seeded()) < 0.3)
+        resized = recapture.network(bones)
+        assert recapture.num_captures == 1
+        remove_channels(
+            live, find_groups(live, entry.input_shape), torch.rand(groups.num_components, generator=seeded()) < 0.3
+        )
+        captured = capture_network(live, name=name, input_shape=entry.input_shape, num_classes=10)
+        assert msgspec.structs.replace(resized, footprints=()) == msgspec.structs.replace(captured, footprints=())
+        for ours, theirs in zip(resized.footprints, captured.footprints, strict=True):
+            assert ours.kept_image_bytes == pytest.approx(theirs.kept_image_bytes, rel=0.01)
+
+    def test_roles_of_a_residual_network(self, planned: Trace) -> None:
+        found = {name: role for name, (role, _) in roles(next(iter(planned.networks.values()))).items()}
+        assert found["3.conv1"] == found["5.conv1"] == "branch"
+        assert found["3.conv2"] == found["5.conv2"] == "stream"
+        assert found["0"] == "stem"
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+@torch.no_grad()
+def zero(model: nn.Module, groups: object, mask: torch.Tensor) -> None:
+    """Zero the weights of the masked components in every layer that writes or reads them."""
+    parameters = dict(model.named_parameters())
+    for layer in groups.layers:  # type: ignore[attr-defined]
+        weight_OI = weight_GOIK(parameters[layer.weight].data, layer)[0]
+        weight_OI[mask[layer.outputs]] = 0
+        weight_OI[:, mask[layer.inputs]] = 0
+
+
+class TestKinds:
+    def test_a_dense_plan_never_changes(self, model: str) -> None:
+        trace = plan(model, **BASE)
+        assert not trace.is_pruned
+        assert len(trace.networks) == 1
+        assert fractions(trace).training_flops_fraction == 1
+
+    def test_a_recorded_run_carried_over_to_its_own_network_prunes_as_it_did(self) -> None:
+        recorded = read_trace(Path(__file__).parents[2] / "traces" / "cifar10-resnet20" / "prunetrain-r0.2.jsonl")
+        trace = plan("resnet20", images=4000, epochs=30, batch=32, interval=3, pruning=f"like:{recorded.path}")
+        ours, theirs = fractions(trace), fractions(recorded)
+        assert ours.inference_flops_fraction == pytest.approx(theirs.inference_flops_fraction, abs=0.01)
+        assert ours.training_flops_fraction == pytest.approx(theirs.training_flops_fraction, abs=0.01)
+
+    def test_a_run_without_a_reconfiguration_cannot_be_imitated(self, model: str, tmp_path: Path) -> None:
+        dense = dense_trace(tmp_path / "dense.jsonl")
+        with pytest.raises(UsageError, match="has no reconfiguration that removed a channel"):
+            plan(model, **BASE, pruning=f"like:{dense}")
+
+    def test_a_planned_run_cannot_be_imitated_or_validated(self, planned: Trace, model: str, tmp_path: Path) -> None:
+        file = write_trace(tmp_path / "planned.jsonl", planned)
+        with pytest.raises(UsageError, match="nothing to imitate"):
+            plan(model, **BASE, pruning=f"like:{file}")
+        with pytest.raises(UsageError, match="nothing to compare predictions with"):
+            validate([planned])
+
+    def test_a_file_gives_densities_by_edge_and_role(self, model: str, tmp_path: Path) -> None:
+        file = tmp_path / "densities.toml"
+        file.write_text(
+            '[[prune]]\nrole = "branch"\nepochs = [6]\ndensities = [0.5]\n'
+            '[[prune]]\nedge = "3.conv1"\nepochs = [12]\ndensities = [0.25]\n'
+        )
+        trace = plan(model, **BASE, pruning=str(file))
+        networks = [trace.networks[event.after] for event in trace.reconfigurations]
+        assert [network.layer("4.conv1").out_channels for network in networks] == [36, 24, 24, 24]  # 48 · ¾, 48 · ½
+        assert [network.layer("3.conv1").out_channels for network in networks] == [39, 30, 21, 12]
+        assert networks[-1].layer("0").out_channels == 48
+        file.write_text('[[prune]]\nedge = "nope"\nepochs = [6]\ndensities = [0.5]\n')
+        with pytest.raises(UnknownNameError, match="nope"):
+            plan(model, **BASE, pruning=str(file))
+        file.write_text('[[prune]]\nrole = "branch"\nepochs = [60]\ndensities = [0.5]\n')
+        with pytest.raises(FileFormatError, match="ascending ones up to 12"):
+            plan(model, **BASE, pruning=str(file))
+
+    def test_a_kind_from_outside_the_package_is_one_function(self, model: str) -> None:
+        @register(lambda: ("halved",), lambda text: text == "halved")
+        def halved(text: str, problem: Problem) -> Trajectory:
+            return Trajectory(
+                widths=problem.rounded(np.full((len(problem.events), len(problem.edges)), 0.5)), assumed=()
+            )
+
+        trace = plan(model, **BASE, pruning="halved")
+        assert trace.final_network.layer("0").out_channels == 24
+
+    def test_published_runs_hold_the_papers_columns(self) -> None:
+        runs = published_runs()
+        assert len(runs) == 11
+        rows = (Path(__file__).parents[2] / "traces" / "public" / "prunetrain_paper.csv").read_text().splitlines()
+        table = [row for row in rows if ",Table 1," in row and "relative to dense" in row and "FLOPs" in row]
+        printed = sorted(float(row.split("relative to dense,")[1].split(",")[0]) for row in table)
+        assert sorted([r.training for r in runs.values()] + [r.inference for r in runs.values()]) == printed
+
+    def test_an_unknown_name_says_which_exist(self, model: str) -> None:
+        with pytest.raises(UnknownNameError, match=r"lym2019/resnet50-imagenet-r0\.25"):
+            plan(model, **BASE, pruning="lym2019/resnet5O")
+
+
+class TestTrace:
+    def test_it_says_that_it_is_planned_and_what_was_assumed(self, planned: Trace) -> None:
+        assert planned.run.origin == "planned"
+        assert any("--pruning training=0.7" in assumption.source for assumption in planned.run.assumed)
+        assert planned.epochs[0].regularized
+        assert planned.complete
+
+    def test_more_reconfigurations_than_epochs_are_refused(self, model: str) -> None:
+        with pytest.raises(UsageError, match="interval is 13, more than the 12 epochs"):
+            plan(model, **{**BASE, "interval": 13})
+        with pytest.raises(UsageError, match="interval is 0"):
+            plan(model, **{**BASE, "interval": 0})
+
+    def test_it_is_projected_like_any_other(self, planned: Trace) -> None:
+        frame = ptsim.simulate(planned, "dgx-a100", gpus=[2])
+        assert frame.total_seconds[0] > 0
+        assert "nobody has trained it" in frame.notes[0]
+
+    def test_the_command_line_writes_it_and_says_what_it_saves(
+        self, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "p.jsonl"
+        arguments = f"--images 1024 --epochs 4 --batch 32 --gpus 2 --interval 2 --json --draws 2 -o {out}".split()
+        run(["plan", model, "--pruning", "training=0.8,inference=0.5", *arguments])
+        document = json.loads(capsys.readouterr().out)
+        assert document["inference_flops_fraction"] == pytest.approx(0.5, abs=0.005)
+        assert set(document) >= {"trace", "training_flops_fraction", "bn_bytes_fraction", "allreduce_bytes_fraction"}
+        assert read_trace(document["trace"]).is_planned
+        assert read_trace(tmp_path / "p-1.jsonl").is_planned
