@@ -54,8 +54,10 @@ class Projector:
         self._done: dict[tuple[tuple[str, int, bool], int], RunProjection] = {}
 
     def changed(self, cluster: Cluster, options: Options) -> Projector:
-        """The same for another cluster or other options."""
-        return Projector(cluster, options, grid_grams_per_kwh=self.grid_grams_per_kwh)
+        """The same for another cluster or other options; step times that do not depend on them are shared."""
+        other = Projector(cluster, options, grid_grams_per_kwh=self.grid_grams_per_kwh)
+        other._caches = self._caches
+        return other
 
     def run(self, trace: Trace, gpus: int) -> RunProjection:
         """The projection of `trace` onto `gpus` GPUs.
