@@ -22,7 +22,7 @@ import msgspec
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ptsim.answers.plan import plan, plan_draws
+from ptsim.answers.plan import plan_draws
 from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import step_time
 from ptsim.costs.times import Tier
@@ -34,6 +34,7 @@ from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection
 from ptsim.sim.run import StepCache, project
 from ptsim.trace.io import read_trace, write_trace
+from ptsim.trace.pairs import held_dense
 from ptsim.trace.trace import Trace
 
 CIFAR, PASCAL, VOLTA = "titan-xp-x4", "gtx-1080-ti-x4", "v100-pcie-x4"
@@ -67,7 +68,7 @@ class Pair:
 
     def projected(self, trace: Trace, cluster: str, options: Options | None = None) -> RunProjection:
         """`trace` on a cluster."""
-        cache = self._caches.setdefault((str(trace.path), cluster), StepCache())
+        cache = self._caches.setdefault((str(trace.path), cluster), StepCache())  # the dense run has the first's path
         return project(trace, load_cluster(cluster), self.gpus, options or Options(), cache=cache)
 
     def ratios(self, cluster: str, options: Options | None = None) -> list[float]:
@@ -84,28 +85,19 @@ def training_s(projection: RunProjection) -> float:
 def pairs(draws: int, folder: Path | None = None, only: Sequence[str] = ()) -> list[Pair]:
     """Every published run planned, dense and pruned; with `folder`, plans that are there already are read."""
     made = []
-    for name, run in published_runs().items():
+    for name, run in sorted(published_runs().items(), key=lambda item: -item[1].images):
         if only and name not in only:
             continue
-        files = [] if folder is None else [folder / f"{name.replace('/', '-')}-{i}.jsonl" for i in range(-1, draws)]
+        files = [] if folder is None else [folder / f"{name.replace('/', '-')}-{i}.jsonl" for i in range(draws)]
         if files and all(file.is_file() for file in files):
-            dense, *pruned = (read_trace(file) for file in files)
+            pruned = [read_trace(file) for file in files]
         else:
-            print(f"planning {name}", file=sys.stderr)
+            print(f"planning {name}", file=sys.stderr, flush=True)
             pruned = plan_draws(run.model, draws=draws, pruning=name)
-            dense = plan(
-                run.model,
-                images=run.images,
-                num_classes=run.classes,
-                epochs=run.epochs,
-                batch=run.batch,
-                gpus=run.gpus,
-                interval=run.interval,
-            )
-            for file, trace in zip(files, (dense, *pruned), strict=False):
+            for file, trace in zip(files, pruned, strict=False):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_trace(file, trace)
-        made.append(Pair(run, dense, pruned))
+        made.append(Pair(run, held_dense(pruned[0]), pruned))
     return made
 
 
