@@ -1,21 +1,35 @@
-# Two commands on a fresh machine (Python ≥ 3.11): `make demo` and `make test`.
+# Two commands on a fresh machine (Python ≥ 3.11): `make demo` and `make test`. For contributors: `make check`, `make
+# coverage`, `make docs`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A process a core, a thread a process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 # What pip resolves is decided by pyproject.toml alone; the stamp re-installs when it changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test check lint coverage docs clean
 
 demo: $(STAMP)
 	$(BIN)/ptsim demo --out demo
 
-test: $(STAMP)
+test: lint
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m "not slow"
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # a process a core, a thread a process
+
+coverage: $(STAMP)
+	$(PYTEST) --cov --cov-report=term --cov-report=html:build/coverage
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ptsim needs Python 3.11 or newer")'
@@ -25,4 +39,4 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*

@@ -1,7 +1,8 @@
-"""What the studies of this folder share: finding traces, the paper's numbers, and writing a table and a figure.
+"""What the studies of this folder share: finding traces, the paper's numbers, writing a table and a figure.
 
-Every study is a script `python analysis/NAME.py [TRACE…] [--out DIR] [--format svg|png|pdf]`; without traces it takes
-all that lie under `traces/`. It prints what it is about and its table, and with `--out` writes both and its figure.
+Every study is a script `python analysis/NAME.py [TRACE…] [--out DIR] [--format svg|png|pdf]`. Without traces it
+reads all traces under `traces/`. It prints its subject and its table; with `--out` it also writes the table and the
+figure.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main(
         "traces", nargs="*", type=Path, default=[ROOT / "traces"], help="trace files, run folders, or folders of them"
     )
     parser.add_argument("--out", type=Path, help="folder for the table (CSV) and the figure")
-    parser.add_argument("--format", choices=("svg", "png", "pdf"), default="svg", help="of the figure")
+    parser.add_argument("--format", choices=("svg", "png", "pdf"), default="svg", help="file format of the figure")
     arguments = parser.parse_args(argv)
     name = Path(file).stem
     try:

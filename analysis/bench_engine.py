@@ -1,10 +1,10 @@
-"""What does pruning cost beside training? Ratios to a training step; a survey of models.
+"""What does pruning cost, compared with training? Prints ratios to a training step; can survey many models.
 
     python analysis/bench_engine.py                                  # the ratios
-    python analysis/bench_engine.py --all-torchvision --out FILE.csv # inspect those that the file has no row of yet
-    python analysis/bench_engine.py --compare resnet18 densenet121   # beside Torch-Pruning, if it is installed
+    python analysis/bench_engine.py --all-torchvision --out FILE.csv # inspect the models that the file has no row of
+    python analysis/bench_engine.py --compare resnet18 densenet121   # compare with Torch-Pruning, if it is installed
 
-A duration is the median of several runs on this machine; compare ratios, not seconds.
+Each duration is the median of several runs on this machine. Quote the ratios, not the seconds.
 """
 
 from __future__ import annotations

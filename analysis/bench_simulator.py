@@ -1,12 +1,13 @@
-"""How fast is the simulator? Ratios and absolute figures for one trace on this machine.
+"""How fast is the simulator? Prints ratios and absolute figures for one trace on this machine.
 
     python analysis/bench_simulator.py TRACE [--cluster dgx-a100] [--epochs 182] [--configurations 10000] [--workers 4]
 
-With --epochs the recorded run is made as long as that first: every 10 epochs the next of its architectures, with a
-mini-batch that is larger by 8, so that every stretch is a step of its own to simulate.
+With --epochs the recorded run is first made that long: every 10 epochs the next of its architectures follows, with a
+mini-batch that is larger by 8, so that each group of 10 epochs has a step of its own to simulate.
 
-Prints: a whole run projected onto symmetric clusters of growing size; one step of unequal GPUs, simulated GPU by GPU;
-time and peak memory of 16,384 unequal GPUs in a process of their own; a sweep, serial and on processes.
+Measured are: a whole run projected onto clusters of equal GPUs of growing size; one step of unequal GPUs, simulated
+GPU by GPU; time and peak memory for 16,384 unequal GPUs, in a separate process; a sweep, in one process and in
+several.
 """
 
 from __future__ import annotations

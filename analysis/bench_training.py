@@ -1,10 +1,10 @@
-"""Is ptsim's dense engine as fast as a plain PyTorch loop, and what do reconfiguring and resuming cost?
+"""Is ptsim's dense training loop as fast as a plain PyTorch loop? What do reconfiguring and resuming cost?
 
     python analysis/bench_training.py [--model resnet20] [--side 32] [--batch 128] [--iterations 20] [--json]
 
-The plain loop is what one writes first: a `TensorDataset` of decoded images behind a `DataLoader` that crops, flips and
-normalises image by image, and the same model, mini-batch and SGD. Both train in turns, so that a busy machine slows
-both; quote the ratio. The reconfiguration prunes half of ResNet-50's (CIFAR) channels away.
+The plain loop is the usual one: a `TensorDataset` of decoded images behind a `DataLoader` that crops, flips and
+normalises image by image, with the same model, mini-batch and SGD. Both loops take turns, so that a busy machine
+slows both. Quote the ratio. The reconfiguration removes half of the channels of CIFAR's ResNet-50.
 """
 
 from __future__ import annotations

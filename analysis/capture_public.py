@@ -1,6 +1,6 @@
-"""The networks of the published measurements, captured once so that fitting needs no torch.
+"""Describes the networks of the published measurements once, so that fitting needs no torch.
 
-python analysis/capture_public.py        # writes traces/public/networks.json.gz
+python analysis/capture_public.py # writes traces/public/networks.json.gz
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""How far off are ptsim's all-reduce times on published nccl-tests runs? Recomputes every figure that the docs state.
+"""How far off are ptsim's all-reduce times on published nccl-tests runs? Computes every such figure of the docs.
 
     python analysis/check_allreduce.py
 
-1. calibrated: every other size of a run is left out (both halves), the rest makes a table; error from 1 KiB up;
-2. other GPU counts: the table of one run predicts the same system's run at another count; error from 1 MiB up;
-3. catalog: topology alone, no table; error from 1 MiB up (`fit_allreduce.py`: the same, left out of the fit).
+1. Calibrated: half of a run's sizes (every other one) make a table, which predicts the other half; both halves are
+   tried. Errors from 1 KiB up.
+2. Other GPU counts: the table of one run predicts a run of the same system at another count. Errors from 1 MiB up.
+3. Catalog: prediction from the topology alone, without a table. Errors from 1 MiB up. `fit_allreduce.py` does the
+   same for systems that are left out of the fit.
 
-Each for the runs that were there first and for those that came later (`part` in allreduce_runs.csv).
+Each is done for the first runs and for those that were collected later (`part` in allreduce_runs.csv).
 """
 
 from __future__ import annotations

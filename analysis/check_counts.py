@@ -1,20 +1,21 @@
-"""Do ptsim's counts agree with torch's own? Recomputes the agreement, network by network.
+"""Do ptsim's counts agree with torch's own? Computes the agreement, network by network.
 
-    python analysis/check_counts.py                                      # the zoo and a list of torchvision models
-    python analysis/check_counts.py --all --csv traces/public/counts.csv  # and torchvision's classifiers (long)
+    python analysis/check_counts.py                                      # the zoo and some torchvision models
+    python analysis/check_counts.py --all --csv traces/public/counts.csv  # all of torchvision's classifiers (long)
     python analysis/check_counts.py resnet20 torchvision:resnet18 --batch 2 --peaks
-    python analysis/check_counts.py --recount --csv traces/public/counts.csv     # ptsim's side alone, of all its rows
+    python analysis/check_counts.py --recount --csv traces/public/counts.csv     # only ptsim's side of existing rows
 
-Every network is checked as it is and pruned (a random 40 % of its prunable channels zeroed and removed by ptsim's own
-reconfiguration), in fp32 and under bf16 autocast. With `--csv` every row is written as soon as it is known, and rows
-that the file already has are not computed again: a run that was stopped goes on.
+Every network is checked dense and pruned (a random 40 % of its prunable channels set to zero and removed by ptsim's
+own reconfiguration), in fp32 and under bf16 autocast. With `--csv` each row is written at once, and rows that the
+file already has are not computed again, so an interrupted run can be continued.
 
-Columns: MACs against `torch.utils.flop_counter.FlopCounterMode`, forward in evaluation mode and a whole training step
-(exact convention); kept bytes against `torch.autograd.graph.saved_tensors_hooks` with real tensors; with --peaks the
-modelled peak of a training step against the high-water mark of the CPU allocator's log. Errors are ptsim / torch − 1.
+Compared are: MACs with `torch.utils.flop_counter.FlopCounterMode`, for the forward pass in evaluation mode and for a
+whole training step (exact convention); bytes kept for backward with `torch.autograd.graph.saved_tensors_hooks` on
+real tensors; with --peaks, the modelled peak of a training step with the largest value in the CPU allocator's log.
+An error is ptsim / torch − 1.
 
-FlopCounterMode is helped out twice: it counts the weight gradient of a grouped convolution as if it were dense,
-`groups` times too much, and does not know the CPU's fused attention, whose backward is counted without its
+FlopCounterMode is corrected in two places. It counts the weight gradient of a grouped convolution as if it were
+dense, `groups` times too much. And it does not know the CPU's fused attention, whose backward it counts without the
 recomputation.
 """
 

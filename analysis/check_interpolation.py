@@ -2,10 +2,10 @@
 
     python analysis/check_interpolation.py layer_timing_random_conv.csv.gz
 
-The file has random convolutions timed on six GPUs (github.com/CDECatapult/ml-performance-prediction, TensorFlow 1.10):
-image size, channels, kernel, stride and mini-batch all drawn at random. Some are given to the interpolator, others
-predicted. It is a harder case than a pruned network, whose shapes are near those that were measured; and bias,
-padding and activation, which the file varies too, are not told to the interpolator.
+The file has random convolutions that were timed on six GPUs (github.com/CDECatapult/ml-performance-prediction,
+TensorFlow 1.10): image size, channels, kernel, stride and mini-batch were all drawn at random. Some are given to the
+interpolator, and it predicts the others. This is harder than a pruned network, whose shapes are close to measured
+ones. The file also varies bias, padding and activation, which the interpolator is not told.
 """
 
 from __future__ import annotations

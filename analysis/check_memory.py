@@ -3,13 +3,15 @@
     python analysis/check_memory.py                              # all networks of the published rows: some minutes
     python analysis/check_memory.py resnet50 vgg16_bn --csv traces/public/fits.csv
 
-Every published training row (traces/public/training*.csv, with its source) is a mini-batch that ran on a GPU. timm's
-rows say more: its benchmark starts at 512 images and, on running out of memory, goes down its ladder 512, 384, 256,
-192, 128, 96, … (`timm.utils.decay_batch_step` with two steps between powers of two), so that the rung above a
-published mini-batch did not run. Rows of whole-model fp16 are left out: ptsim's half precision is autocast.
+Every published training row (traces/public/training*.csv, with its source) is a mini-batch that ran on a GPU. The
+rows of timm's benchmark say more: it starts at 512 images and, when it runs out of memory, tries the next smaller of
+512, 384, 256, 192, 128, 96, … (`timm.utils.decay_batch_step`, two steps between powers of two). So the next larger
+size than a published mini-batch ran out of memory. Rows in which the whole model is fp16 are left out: ptsim's half
+precision is autocast.
 
-Columns: `peak_bytes` as `torch.cuda.max_memory_allocated` would show it, `device_bytes` with the margins of
-`costs.memory`, `usable_bytes` that it is held against, `fits` what `ptsim cost --gpu` says, `ran` what happened.
+Columns: `peak_bytes` is what `torch.cuda.max_memory_allocated` would show, `device_bytes` adds the margins of
+`costs.memory`, `usable_bytes` is what it is compared with, `fits` is the verdict of `ptsim cost --gpu`, `ran` is
+what happened.
 """
 
 from __future__ import annotations

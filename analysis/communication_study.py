@@ -1,9 +1,9 @@
-"""At which cluster size and bandwidth does pruning save more by communication than by computation?
+"""At which cluster size and bandwidth does pruning save more communication time than computation time?
 
-Every pair of a dense and a pruned run is projected onto one cluster whose links between nodes are made faster and
-slower, over a range of sizes. Pruning shortens the computation (fewer FLOPs and bytes) and the part of the all-reduces
-that computation does not hide (fewer gradients, fewer updates with a growing mini-batch); the study says which of the
-two savings is larger. What a reconfiguration costs counts against neither.
+Every pair of a dense and a pruned run is projected onto one cluster, over a range of sizes and of bandwidths between
+nodes. Pruning shortens the computation (fewer FLOPs and bytes) and the part of the all-reduces that computation does
+not hide (fewer gradients; fewer updates if the mini-batch grows). The study says which of the two savings is larger.
+The time of reconfigurations is left out of both.
 """
 
 from __future__ import annotations

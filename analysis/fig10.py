@@ -1,6 +1,6 @@
-"""Fig. 10: what the reconfiguration interval does to accuracy, cost and time.
+"""Fig. 10: how the reconfiguration interval changes accuracy, cost and time.
 
-The paper finds accuracy and compression insensitive to it; what it costs in time is counted here.
+PruneTrain's authors find accuracy and compression insensitive to it. What it costs in time is counted here.
 """
 
 from __future__ import annotations

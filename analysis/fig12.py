@@ -1,7 +1,7 @@
 """Fig. 12: density of channels and of weights in every layer of the trained network.
 
-Channel density is input times output density of what the last architecture still has; the paper finds about half of
-the weights inside the remaining channels near zero.
+Channel density is the input density times the output density of the last architecture. PruneTrain's authors find
+that about half of the weights inside the remaining channels are near zero.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Fig. 2: training FLOPs over epochs, when they are pruned, and one-time against continuous reconfiguration.
+"""Fig. 2: training FLOPs over epochs, and one reconfiguration against PruneTrain's continuous ones.
 
-FLOPs are counted from what was recorded. The one-time run (dotted) is a calculation, the paper's optimistic one: it
-knows the best epoch, stays dense before it, and keeps what the recorded run had there afterwards. Recorded one-time
-runs have lines of their own.
+FLOPs are counted from the recorded architectures. The one-time run (dotted) is a calculation, and an optimistic one
+as in the paper: it knows the best epoch, stays dense before it, and then keeps the network that the recorded run had
+at that epoch. Recorded one-time runs have lines of their own.
 """
 
 from __future__ import annotations

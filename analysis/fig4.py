@@ -1,6 +1,6 @@
 """Fig. 4: the largest |weight| of every output channel of a few layers, epoch by epoch.
 
-Channels fall below the threshold (1e-4) and stay there: that they do not revive is what PruneTrain rests on.
+Channels fall below the threshold (1e-4) and stay there. PruneTrain rests on the fact that they do not revive.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Fig. 7: measured time of every residual block under channel union and channel gating.
 
-Gating computes less but gathers and scatters channels around every branch; the paper finds it slower on a V100 (bars
-only, no numbers). Layer times are the trace's own last profile, on the device that recorded it: gathers on a CPU cost
-otherwise than on a GPU. `dense_seconds_per_image` is the whole network's time in the run's first profile: where it
-differs between the two modes, the machine ran at another speed and the bars do not compare.
+Gating computes less, but it gathers and scatters channels around every branch; PruneTrain's authors find it slower
+on a V100 (they show bars without numbers). Layer times come from the trace's last profile, on the device that
+recorded it; gathers cost a different share on a CPU than on a GPU. `dense_seconds_per_image` is the whole network's
+time in the run's first profile: if it differs between the two modes, the machine ran at different speeds and the
+bars cannot be compared.
 """
 
 from __future__ import annotations

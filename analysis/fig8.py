@@ -1,7 +1,8 @@
-"""Fig. 8: accuracy against inference and training cost, over penalty ratios, with SSL (dense first, then pruned).
+"""Fig. 8: accuracy against inference and training cost, for several penalty ratios and for SSL (prune after training).
 
-Accuracy is measured, costs are counted. Repeats of a setting are drawn as their mean, bars from lowest to highest. The
-paper reads one point off in its text: ResNet-50 on CIFAR at 150 MFLOPs per inference, dense 230 (1 FLOP = 1 MAC there).
+Accuracy is measured, costs are counted. Runs that repeat a setting are drawn as their mean, with bars from lowest to
+highest. The PruneTrain paper gives one point as a number: ResNet-50 on CIFAR with 150 MFLOPs per inference, dense
+230 (1 FLOP = 1 MAC there).
 """
 
 from __future__ import annotations

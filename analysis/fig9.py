@@ -1,7 +1,8 @@
-"""Fig. 9: memory of a training iteration and the per-GPU mini-batch over epochs.
+"""Fig. 9: memory of a training iteration and the mini-batch per GPU, over epochs.
 
-The peak is the allocator's where a GPU recorded the run; the estimate is ptsim's, and on a CPU the only one there is.
-The paper: ImageNet on 11 GB, 64 to 96 at epoch 10 to 128 at epoch 30; CIFAR-100 from 128 to 320.
+The measured peak is the allocator's, for runs recorded on a GPU. The estimate is ptsim's; on a CPU there is no
+other. The PruneTrain paper: on ImageNet with 11 GB from 64 over 96 (epoch 10) to 128 (epoch 30); on CIFAR-100 from
+128 to 320.
 """
 
 from __future__ import annotations

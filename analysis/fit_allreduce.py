@@ -1,9 +1,10 @@
-"""Which latency scales and efficiencies make NCCL's lines fit published nccl-tests runs? Writes ptsim/costs/nccl.toml.
+"""Fits the latencies and efficiencies of NCCL to published nccl-tests runs, and writes ptsim/costs/nccl.toml.
 
     python analysis/fit_allreduce.py [--out ptsim/costs/nccl.toml] [--no-cross-validation]
 
-Every system weighs the same. Messages from 512 KiB up decide; smaller ones have a fifth of the weight, because what a
-call costs the host differs twofold between otherwise equal systems. The residual is that of systems left out.
+Every system has the same weight. Messages from 512 KiB up decide; smaller ones have a fifth of the weight, because
+the time that a call costs the host differs twofold between systems that are otherwise equal. The residual in the
+file is that of systems left out of the fit.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Table 1: accuracy, training FLOPs, training time and inference FLOPs of PruneTrain, relative to dense.
 
-One row a setting: the mean of its runs (`num_runs`), with the lowest and highest change of accuracy. Time is measured,
-without validation; the paper leaves reconfiguration out, so there is a column with and one without. `own_pace` compares
-a run with its own unpruned epochs, which a machine whose speed drifted between the dense and the pruned run does not
-distort; `pace` is the time of the same unpruned network in the pruned run, relative to the dense run (1: they compare).
-`paper_of` says which of the paper's networks its numbers are of: the nearest one.
+One row per setting: the mean of its runs (`num_runs`), with the lowest and highest change of accuracy. Time is
+measured without validation. The paper leaves reconfigurations out, so there is one column with them and one without.
+`own_pace` compares a run with its own unpruned epochs, so that a change of the machine's speed between the dense and
+the pruned run does not matter. `pace` is the time of the same unpruned network in the pruned run, relative to the
+dense run; at 1 the two runs' times compare. `paper_of` names the network of the paper that the paper's numbers
+belong to: the nearest one.
 """
 
 from __future__ import annotations

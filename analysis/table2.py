@@ -1,7 +1,7 @@
-"""Table 2: inference throughput of the dense and the pruned network at mini-batches of 10 and 100: a prediction.
+"""Table 2: inference throughput of the dense and the pruned network at mini-batches of 10 and 100, predicted.
 
-The paper measured a TITAN Xp; no trace holds inference measurements, so ours are predictions for that device from its
-data sheet (tier in the table): forward time of the first and the final architecture. Compare the ratios.
+The PruneTrain paper measured a TITAN Xp. No trace holds inference measurements, so ours are predictions for that
+device from its data sheet: the forward time of the first and of the final architecture. Compare the ratios.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Table 4: what the dynamic mini-batch adds to the time saved, and what it does to accuracy and inference cost.
+"""Table 4: how much more time PruneTrain saves with a growing mini-batch, and what that does to accuracy and inference.
 
-Measured, one row a pruned run: "naive" with a fixed mini-batch, "adjusted" with a growing one. `paper_of` says
-which of the paper's networks its numbers are of: the nearest one, and for CIFAR of CIFAR-100.
+Measured, one row per pruned run: "naive" has a fixed mini-batch, "adjusted" a growing one. `paper_of` names the
+network of the paper that the paper's numbers belong to: the nearest one, for CIFAR always on CIFAR-100.
 """
 
 from __future__ import annotations

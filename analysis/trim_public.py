@@ -1,9 +1,10 @@
-"""Which published measurements the efficiency fit uses: writes traces/public/*.csv from a folder of full collections.
+"""Selects the published measurements that the efficiency fit uses: writes traces/public/*.csv from full collections.
 
     python analysis/trim_public.py FOLDER
 
-FOLDER holds cnn_training.csv, layer_timing.csv, pruned_layer_timing.csv. Kept are rows that were not limited by their
-input pipeline, on GPUs of the catalog; repeats of one job become their median. Source columns stay.
+FOLDER holds cnn_training.csv, layer_timing.csv and pruned_layer_timing.csv. Kept are rows on GPUs of the catalog
+that were not limited by their input pipeline; repeated measurements of one job become their median. The source
+columns stay.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """How well does a calibrated profile predict runs that it has not seen, on this machine?
 
-One command: train a short PruneTrain run to know which shapes pruning makes; then calibrate on its architectures, train
-a dense and a PruneTrain run of other seeds, and predict these two from the calibration alone.
-
     OMP_NUM_THREADS=1 python analysis/validate_cpu.py --folder out --dataset imagefolder --data-dir cifar10-jpeg
 
-The calibration has seen the dense network and the pruned ones of its own seed, never a time of the runs that are
-predicted. The three take turns: an epoch of the one run, an epoch of the other, some measurements of the calibration,
-and again. A shared machine's speed drifts: on the virtual one where this was first run the same step took up to 25 %
-longer for half a minute, and means over half a minute differed by 5 %, with nothing else running. Taking turns,
-all three have the same slow minutes, and what is left is the error of the model. `--in-order` calibrates first and
-trains the runs afterwards, one after the other: then the drift is part of the errors.
+It trains a short PruneTrain run to learn which shapes pruning makes, calibrates on that run's architectures, trains
+a dense and a PruneTrain run with other seeds, and predicts these two from the calibration alone. The calibration
+sees the dense network and the pruned ones of its own seed, but never a time of the runs that are predicted.
+
+Calibration and both runs take turns: an epoch of one run, an epoch of the other, some measurements of the
+calibration, and again. This is because a shared machine's speed drifts. On the virtual machine where this was first
+run, the same step took up to 25 % longer for half a minute, and means over half a minute differed by 5 %, with
+nothing else running. With turns a slow minute meets all three, and what is left is the error of the model.
+`--in-order` calibrates first and trains the runs afterwards, one after the other; the drift is then part of the
+errors.
 """
 
 from __future__ import annotations

@@ -14,13 +14,13 @@ from ptsim.units import format_bytes, format_seconds
 
 def allreduce(
     *,
-    cluster: Annotated[str, Parameter(help="Catalog name or TOML file (ptsim clusters lists the catalog).")],
-    gpus: Annotated[int, Parameter(help="GPUs that take part; they fill nodes one after the other.")],
+    cluster: Annotated[str, Parameter(help="Cluster: catalog name (see ptsim clusters) or TOML file.")],
+    gpus: Annotated[int, Parameter(help="Number of GPUs that take part. They fill one node after the other.")],
     bytes_: Annotated[
-        str, Parameter(name="--bytes", help="Message size: bytes, or with a unit: 25MiB, or 128M as in nccl-tests.")
+        str, Parameter(name="--bytes", help="Message size in bytes, or with a unit: 25MiB, or 128M as in nccl-tests.")
     ],
     algorithm: Annotated[
-        Choice, Parameter(help="Ask for one algorithm, by topology; auto prefers measurements.")
+        Choice, Parameter(help="Algorithm to compute from the topology. auto prefers measurements.")
     ] = "auto",
     json: Annotated[bool, Parameter(help="One JSON document.")] = False,
 ) -> None:

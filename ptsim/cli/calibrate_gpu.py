@@ -33,15 +33,15 @@ def gpu(
     """Measure operator and step times of this GPU or CPU into a device profile.
 
     Args:
-        out: the TOML file to write; it is valid all the time, also after an interruption.
-        trace: measure exactly the architectures of these runs first, at their mini-batches.
-        device: where to measure; auto is the GPU where there is one.
-        minutes: how long at most.
-        precision: of what is not a trace's; all that the device has if left out.
-        memory_format: layout of what is not a trace's; both on a GPU if left out.
-        grid: also measure single operators over many channel counts, as time allows.
-        rounds: how often whole steps of each network are measured, in turn: a machine's speed drifts.
-        resume: go on with a file that is there.
+        out: The TOML file to write. It is complete at any moment, also after an interruption.
+        trace: Recorded runs; their architectures are measured first, at their mini-batches.
+        device: Device to measure. auto takes the GPU if there is one.
+        minutes: Longest time that the measurement may take, in minutes.
+        precision: Number format to measure, other than those of the traces. Default: all that the device has.
+        memory_format: Memory layout to measure, other than those of the traces. Default on a GPU: both.
+        grid: Also measure single operators with many channel counts, as far as time allows.
+        rounds: How many times whole steps of each network are measured, in turn, because a machine's speed drifts.
+        resume: Continue with an existing file.
     """
     check_writable(out)
     runs = [read_trace(path) for path in trace or ()]

@@ -23,17 +23,20 @@ def network(
     out: Annotated[Path, Parameter(help="The cluster file to write; --cluster takes it.")],
     nccl_log: Annotated[
         list[Path] | None,
-        Parameter(consume_multiple=True, help="nccl-tests output, text or JSON: a file, or several of other sizes."),
+        Parameter(
+            consume_multiple=True,
+            help="Output of nccl-tests, text or JSON; one file or several.",
+        ),
     ] = None,
-    nodes: Annotated[int | None, Parameter(help="Nodes of a log that does not say on how many it ran.")] = None,
+    nodes: Annotated[int | None, Parameter(help="Number of nodes, for a log that does not state it.")] = None,
     base: Annotated[
-        str | None, Parameter(help="Cluster of the catalog (or file) that says what was not measured.")
+        str | None, Parameter(help="Cluster (catalog name or TOML file) that supplies whatever was not measured.")
     ] = None,
-    name: Annotated[str | None, Parameter(help="Name of the cluster; the file's stem otherwise.")] = None,
-    backend: Annotated[str | None, Parameter(help="Live: gloo, nccl …; by default nccl with GPUs, else gloo.")] = None,
-    max_bytes: Annotated[int, Parameter(help="Live: largest message.")] = 2**26,
-    iterations: Annotated[int, Parameter(help="Live: all-reduces per size.")] = 20,
-    resume: Annotated[bool, Parameter(help="Live: go on with a file that is there.")] = False,
+    name: Annotated[str | None, Parameter(help="Name of the cluster. Default: the file's name without .toml.")] = None,
+    backend: Annotated[str | None, Parameter(help="Live: backend. Default: nccl with GPUs, otherwise gloo.")] = None,
+    max_bytes: Annotated[int, Parameter(help="Live: size of the largest message in bytes.")] = 2**26,
+    iterations: Annotated[int, Parameter(help="Live: number of all-reduces for each message size.")] = 20,
+    resume: Annotated[bool, Parameter(help="Live: continue with an existing file.")] = False,
 ) -> None:
     """All-reduce times from nccl-tests logs, or live from torch.distributed under torchrun, as a cluster file."""
     from ptsim.hardware.catalog import check_file_name, load_cluster

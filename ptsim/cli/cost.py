@@ -35,16 +35,17 @@ def cost(
 
     Args:
         trace_or_model: trace.jsonl, run folder, zoo name, torchvision:NAME or path/to/file.py:function.
-        input: image shape, as in 3,224,224.
-        classes: number of outputs.
-        batch: images per device; a trace's own, else 32.
-        gpu: does it fit this device (catalog name or TOML file), and what is the largest mini-batch that does?
-        precision: of the matrix products; amp is fp16.
-        optimizer: decides state and update traffic.
-        memory_format: layout of the activations.
-        convention: exact, or paper for the way the PruneTrain authors count.
-        layers: one row for every layer.
-        json: print one JSON document.
+        input: Image shape as CHANNELS,HEIGHT,WIDTH, for example 3,224,224.
+        classes: Number of classes that the network tells apart.
+        batch: Images per device. Default: the trace's own, else 32.
+        gpu: Also say whether the mini-batch fits this device, and which is the largest that does. Catalog name or TOML
+            file.
+        precision: Number format of the matrix products; amp is fp16 autocast. Default: the trace's own, else fp32.
+        optimizer: Optimizer whose state and update are counted. Default: the trace's own, else sgd.
+        memory_format: Layout of the activations in memory. Default: the trace's own, else contiguous.
+        convention: How MACs are counted: exact, or paper as the PruneTrain authors count them.
+        layers: Add one row for every layer.
+        json: Print one JSON document.
     """
     report = costs_of(
         trace_or_model,

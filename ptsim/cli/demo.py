@@ -49,7 +49,7 @@ def demo(*, out: Path = Path("demo"), epochs: int = SETTINGS["epochs"], seed: in
     epochs:
         Epochs of each run; fewer than the default show less pruning.
     seed:
-        Decides weights and order of the images.
+        Seed of the weights and of the order of the images.
     json:
         Print one JSON document instead of tables.
     """

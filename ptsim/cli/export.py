@@ -36,8 +36,8 @@ def export(
         trace: Trace file or run folder.
         format: What to write.
         out: File (chrome, onnx) or folder (chakra, parquet).
-        gpus: Ranks of the Chakra traces; left out, as many as were recorded, but at least two.
-        epoch: Which stored epoch's network the ONNX file holds; left out, the last.
+        gpus: Number of ranks of the Chakra traces. Default: as many as were recorded, at least two.
+        epoch: Epoch whose stored network the ONNX file holds. Default: the last.
         trust: Run the Python file that makes the network, for a model from a user's file (onnx).
         json: Print one JSON document.
     """

@@ -28,10 +28,10 @@ def inspect(
     gradients, running statistics) in float64. Exit status 1 if they differ by more than 1e-9.
 
     Args:
-        model: a zoo name, torchvision:NAME or path/to/file.py:function.
-        input: CHANNELS,HEIGHT,WIDTH of an image, for example 3,224,224.
-        classes: number of classes.
-        json: print one JSON document.
+        model: Zoo name, torchvision:NAME or path/to/file.py:function.
+        input: Image shape as CHANNELS,HEIGHT,WIDTH, for example 3,224,224.
+        classes: Number of classes that the network tells apart.
+        json: Print one JSON document.
     """
     if classes is not None and classes < 1:
         raise UsageError(f"{classes} classes; at least 1 is needed")

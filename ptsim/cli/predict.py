@@ -35,19 +35,19 @@ def predict(
     """The time and throughput of a training step on a device, alone or data-parallel.
 
     Args:
-        model: zoo name, torchvision:NAME, path/to/file.py:function, or a trace (its last architecture, without torch).
-        batch: images per GPU.
-        gpu: catalog name or TOML file; if left out the cluster's own, or what --profile was measured on.
-        precision: of the matrix products; amp is fp16 autocast. PyTorch on Ampere and newer multiplies convolutions in
-            tf32 unless told otherwise.
-        memory_format: layout of the activations.
-        cluster: catalog name or TOML file for data-parallel training.
-        gpus: of the cluster; one node's if left out.
-        input: CHANNELS,HEIGHT,WIDTH of an image, for example 3,224,224.
-        classes: outputs of the network.
-        optimizer: whose update is counted.
-        profile: device profile from `ptsim calibrate gpu`.
-        json: print one JSON document; low and high are the 90 % interval of step_seconds.
+        model: Zoo name, torchvision:NAME, path/to/file.py:function, or a trace, whose last architecture is taken.
+        batch: Images per GPU and step.
+        gpu: Device: catalog name or TOML file. Default: the cluster's own, or the one that --profile was measured on.
+        precision: Number format of the matrix products; amp is fp16 autocast. PyTorch computes convolutions in tf32 on
+            Ampere and newer unless it is told otherwise.
+        memory_format: Layout of the activations in memory.
+        cluster: Cluster for data-parallel training: catalog name or TOML file.
+        gpus: Number of the cluster's GPUs. Default: those of one node.
+        input: Image shape as CHANNELS,HEIGHT,WIDTH, for example 3,224,224.
+        classes: Number of classes that the network tells apart.
+        optimizer: Optimizer whose update is counted.
+        profile: Device profile that `ptsim calibrate gpu` wrote.
+        json: Print one JSON document; low and high are the 90 % interval of step_seconds.
     """
     prediction = predict_step(
         model,

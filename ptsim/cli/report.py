@@ -33,13 +33,13 @@ def report(
     Args:
         traces: Trace files or run folders.
         out: Folder for index.html, figures/ and tables/.
-        cluster: Catalog name or TOML file, or several with commas: the page is about the first one and compares the
-            others with it. Without it, a catalog cluster of the recording device.
-        gpus: Cluster sizes, such as 1,8,64. Without it, powers of two up to eight nodes.
-        price: USD per GPU-hour. Without it, the cluster's, and no money where that has none.
-        grid_intensity: Grams of CO₂ that a kWh causes. Without it, no CO₂.
-        epochs: Of runs of another length; every architecture keeps its share of the run.
-        images: In an epoch, instead of the recorded number.
+        cluster: Cluster: catalog name or TOML file; or several, separated by commas. The page is about the first one
+            and compares the others with it. Default: a catalog cluster of the recording device.
+        gpus: GPU counts, for example 1,8,64. Default: powers of two up to eight nodes.
+        price: Price in USD per GPU and hour. Default: the cluster's; without one, no money is shown.
+        grid_intensity: Grams of CO₂ that a kWh causes. Without it, no CO₂ is shown.
+        epochs: Number of epochs, for runs of another length. Every architecture keeps its share of the run.
+        images: Number of images of an epoch, instead of the recorded one.
         json: Print one JSON document.
     """
     clusters = None if cluster is None else [name.strip() for name in cluster.split(",")]

@@ -53,35 +53,38 @@ def simulate(
     option: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
     json: bool = False,
 ) -> None:
-    """Replay recorded runs on clusters of any size.
+    """Project recorded runs onto clusters of any size.
 
     Args:
-        traces: one or more trace.jsonl files or run folders.
-        cluster: catalog name or TOML file.
-        gpus: GPU counts, as in 1,8,64.
-        scaling: weak keeps the recorded mini-batch per GPU, strong the recorded global one.
-        minibatch: recorded, planned (grown to what fits the projected GPU) or fixed (the first epoch's).
-        device: GPU to put in place of the cluster's own.
-        precision: of the matrix products, instead of the recorded one.
-        gradients: number format of the gradients on the wire.
-        micro_batches: gradient accumulation: passes that a mini-batch is split into.
-        bucket_mib: DDP's bucket cap. Other than 25 it is the first bucket's too, which is 1 MiB by default.
-        network: formula takes all links of a kind for equal; links sends all-reduces over the cluster's NICs and leaf
-            switches one by one, with link_bandwidth, link_latency_s and placement of --set.
-        contention: by which fraction computation and communication each slow down while they overlap.
-        channel_multiple: round pruned channel counts up to a multiple of this.
-        jitter: relative standard deviation of a GPU's step, or "recorded".
-        input_images_per_s: what the input pipeline delivers to one GPU, or "recorded".
-        mtbf_gpu_hours: mean time between failures of one GPU; failures are simulated with checkpoint and restart.
-        price: USD per GPU and hour, instead of the cluster's.
-        profile: of the projected GPU, from ptsim calibrate gpu.
-        timeline: write what the simulated GPUs do, of the first trace at the largest GPU count, as a Chrome trace: a
-            .json file for Perfetto, or a folder with a file per GPU for HolisticTraceAnalysis.
-        epochs: of a run of another length; every architecture keeps its share of the run.
-        images: in an epoch, instead of the recorded number.
-        seed: of every random draw.
-        option: any further option of ptsim.sim.options.Options as name=value, for example faults.policy=elastic.
-        json: print one JSON document.
+        traces: One or more trace.jsonl files or run folders.
+        cluster: Cluster: catalog name or TOML file.
+        gpus: GPU counts, for example 1,8,64.
+        scaling: weak keeps the recorded mini-batch of each GPU, strong the recorded mini-batch of all GPUs together.
+        minibatch: Mini-batch of each epoch: recorded, planned (as large as fits the projected GPU), or fixed (as in
+            the first epoch).
+        device: GPU that replaces the cluster's own: catalog name or TOML file.
+        precision: Number format of the matrix products, instead of the recorded one.
+        gradients: Number format in which gradients are sent.
+        micro_batches: Gradient accumulation: number of passes that each mini-batch is split into.
+        bucket_mib: Size limit of DDP's buckets. The first bucket has 1 MiB at the default, otherwise this limit too.
+        network: formula takes all links of a kind for equal. links simulates every NIC and leaf switch; --set gives it
+            link_bandwidth, link_latency_s and placement.
+        contention: Fraction by which computation and communication each slow down while they overlap.
+        channel_multiple: Round the channel counts of pruned networks up to a multiple of this number.
+        jitter: Relative standard deviation of the step time of one GPU, or "recorded".
+        input_images_per_s: Images per second that the input pipeline delivers to one GPU, or "recorded".
+        mtbf_gpu_hours: Mean time between failures of one GPU in hours. Failures are simulated with checkpoints and
+            restarts.
+        price: Price in USD per GPU and hour, instead of the cluster's.
+        profile: Device profile of the projected GPU that `ptsim calibrate gpu` wrote.
+        timeline: Write the simulated steps of the first trace at the largest GPU count as a Chrome trace: a .json file
+            for Perfetto, or a folder with a file per GPU for HolisticTraceAnalysis.
+        epochs: Number of epochs, for a run of another length. Every architecture keeps its share of the run.
+        images: Number of images of an epoch, instead of the recorded one.
+        seed: Seed of every random draw.
+        option: Any other option of ptsim.sim.options.Options as name=value, for example faults.policy=elastic. Can be
+            repeated.
+        json: Print one JSON document.
     """
     counts = parse_gpus(gpus)
     if not (math.isfinite(bucket_mib) and bucket_mib > 0):

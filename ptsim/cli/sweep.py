@@ -41,13 +41,13 @@ def sweep(
     A study that is started again computes only what is missing or has failed.
 
     Args:
-        study: TOML file: traces, clusters, gpus, what_ifs, options, grid.
-        out: JSON Lines file for the results, written as they come; by default STUDY.results.jsonl beside the study.
-        workers: processes on this machine; by default one per core.
-        dask: address of a Dask scheduler (tcp://host:port) to run on, or "local" for a cluster on this machine.
-        fresh: forget earlier results of this study.
-        yes: go on without asking where the study expands to very many configurations.
-        json: print the rows as one JSON document.
+        study: TOML file with the traces, clusters, gpus, what_ifs, options and grid of the study.
+        out: JSON Lines file to which each result is added at once. Default: STUDY.results.jsonl beside the study.
+        workers: Number of processes on this machine. Default: one per core.
+        dask: Run on a Dask cluster: its scheduler's address (tcp://host:port), or "local" for one on this machine.
+        fresh: Delete earlier results of this study first.
+        yes: Run the study even if it expands to very many configurations.
+        json: Print the rows as one JSON document.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"workers is {workers}, expected at least 1")

@@ -51,31 +51,31 @@ def train(
     dataset:
         digits, cifar10, cifar100, imagefolder or synthetic (default {dataset}).
     data_dir:
-        Where the data set lies.
+        Folder that holds the data set.
     epochs:
-        Epochs to train (default {epochs}).
+        Number of epochs (default {epochs}).
     batch:
-        Images per iteration, over all ranks (default {batch}).
+        Images per iteration, of all ranks together (default {batch}).
     lr:
         Initial learning rate (default {lr}).
     penalty_ratio:
-        Share of the group lasso in the first loss; 0 is the dense baseline (default {penalty_ratio}).
+        Share of the penalty in the first mini-batch's loss; 0 trains the dense baseline (default {penalty_ratio}).
     interval:
         Epochs between reconfigurations (default {interval}).
     seed:
-        Decides weights, order and augmentation (default {seed}).
+        Seed of the weights, the order of the images and their augmentation (default {seed}).
     train_limit:
-        Use only this many training images.
+        Number of training images to use, instead of all.
     download:
-        Let torchvision fetch CIFAR.
+        Let torchvision download CIFAR.
     out:
-        The run folder to make.
+        Run folder to create.
     resume:
-        The run folder to go on with; more --epochs, another --set device=… or num_threads=… may be given with it.
+        Run folder to continue from its last checkpoint. --epochs, --set device=… and num_threads=… may change with it.
     from_:
-        A run folder whose last network the training starts from.
+        Run folder whose last network the training starts from.
     set_:
-        Any other setting, as key=value; can be given several times.
+        Any other setting as key=value. Can be repeated.
     json:
         Print the result as JSON.
     """

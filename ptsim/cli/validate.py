@@ -30,13 +30,13 @@ def validate(
     predicted from its own profiles of each architecture, and its first epoch's input.
 
     Args:
-        traces: one or more trace.jsonl files or run folders; a dense run beside a pruned one gives the saving.
-        profile: predict from this device profile of `ptsim calibrate gpu` alone.
-        holdout: predict from nothing that the run itself measured: from a profile that was not calibrated on it, or
-            without one from the other runs.
-        cluster: where data-parallel runs ran: a name of the catalog or a TOML file, such as that of calibrate network.
-            Their exposed communication is then predicted too; without it, it is taken as measured.
-        json: print one JSON document.
+        traces: One or more trace.jsonl files or run folders. A dense and a pruned run together give the saving.
+        profile: Predict from this device profile of `ptsim calibrate gpu` alone.
+        holdout: Use nothing that the run itself measured: predict from a profile that was not calibrated on it, or,
+            without a profile, from the other runs.
+        cluster: Cluster that data-parallel runs ran on: catalog name or TOML file, such as that of calibrate network.
+            With it, their exposed communication is predicted; without it, it is taken as measured.
+        json: Print one JSON document.
     """
     result = compare(traces, profile, holdout=holdout, cluster=cluster)
     if json:

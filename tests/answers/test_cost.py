@@ -13,6 +13,7 @@ from ptsim.errors import UnknownNameError, UsageError
 from tests.traces import residual_network, shrinking_records, shrinking_trace, write_trace
 
 
+@pytest.mark.slow
 def test_resnet50_for_cifar_infers_230_million_flops() -> None:
     """The paper's figure is in FLOPs, two per MAC."""
     model = zoo.create("resnet50")
@@ -24,6 +25,7 @@ def test_resnet50_for_cifar_infers_230_million_flops() -> None:
     assert paper.training_macs_per_image > report.training_macs_per_image
 
 
+@pytest.mark.slow
 def test_a_trace_and_the_live_network_cost_the_same(tmp_path: Path) -> None:
     model = zoo.create("resnet20")
     network = capture_network(model, name="resnet20", input_shape=(3, 32, 32), num_classes=10)
@@ -78,6 +80,7 @@ def test_a_device_answers_whether_the_mini_batch_fits() -> None:
     assert not ptsim.cost(network, batch=small.largest_batch + 1, gpu="gtx-1080-ti").fits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -125,6 +125,7 @@ def test_the_table_says_throughput_tier_and_memory(tmp_path, capsys):
     assert "peak memory" in out
 
 
+@pytest.mark.slow
 def test_a_zoo_model_is_captured(capsys):
     assert run(["predict", "resnet20", "--gpu", "3090", "--batch", "128", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "resnet20"

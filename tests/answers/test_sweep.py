@@ -141,6 +141,7 @@ class TestRunning:
         expected = projection_row(project(trace, load_cluster("dgx-a100"), 8, Options(scaling="strong")))
         assert rows[1].items() >= {k: v for k, v in expected.items() if k != "trace"}.items()
 
+    @pytest.mark.slow
     def test_processes_give_the_same_rows(self, folder: Path, tmp_path: Path) -> None:
         read = read_study(study(folder))
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
@@ -312,6 +313,7 @@ class TestCommand:
         table = capsys.readouterr().out
         assert [table.count(f" {name} ") for name in ("gentle", "harsh", "dense", "runs")] == [1, 1, 1, 0]
 
+    @pytest.mark.slow
     def test_it_prints_rows_and_keeps_them(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = study(folder, STUDY, "command.toml")
         assert run(["sweep", str(path), "--workers", "1", "--json"]) == 0

@@ -27,6 +27,7 @@ def capture(name: str) -> tuple[nn.Module, Network]:
     return model, network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg11", "torchvision:shufflenet_v2_x0_5"])
 def test_forward_macs_are_half_of_what_torch_counts(name: str) -> None:
     model, network = capture(name)
@@ -35,6 +36,7 @@ def test_forward_macs_are_half_of_what_torch_counts(name: str) -> None:
     assert 2 * network.forward_macs == mode.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20", "torchvision:squeezenet1_1", "torchvision:swin_t"])
 def test_fake_tensors_keep_what_real_ones_keep(name: str) -> None:
     entry = zoo.find(name)
@@ -44,6 +46,7 @@ def test_fake_tensors_keep_what_real_ones_keep(name: str) -> None:
     assert fake.ready == real.ready
 
 
+@pytest.mark.slow
 def test_a_capture_leaves_the_model_and_the_random_state_alone() -> None:
     model = zoo.create("resnet20").train()
     model.layer1.eval()
@@ -57,6 +60,7 @@ def test_a_capture_leaves_the_model_and_the_random_state_alone() -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_resnet20_is_described_as_the_paper_describes_it() -> None:
     _, network = capture("resnet20")
     assert network.forward_macs == 40_813_184  # 41 MMAC
@@ -71,6 +75,7 @@ def test_resnet20_is_described_as_the_paper_describes_it() -> None:
     assert network.parameters[-1].name == "conv1.weight"
 
 
+@pytest.mark.slow
 def test_auxiliary_heads_train_but_do_not_infer() -> None:
     _, network = capture("torchvision:googlenet")
     auxiliary = {layer.name.split(".")[0] for layer in network.layers if layer.training_only}
@@ -79,6 +84,7 @@ def test_auxiliary_heads_train_but_do_not_infer() -> None:
     assert network.num_parameters > 6_624_904  # the card's count is without the heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["union", "gating"])
 def test_a_pruned_network_is_described_as_it_now_is(mode: Literal["union", "gating"]) -> None:
     model = zoo.create("resnet20")
@@ -101,6 +107,7 @@ def test_a_pruned_network_is_described_as_it_now_is(mode: Literal["union", "gati
     assert "layer2.1.conv2" not in {layer.name for layer in network.layers if layer.kind is LayerKind.CONV}
 
 
+@pytest.mark.slow
 def test_shared_and_frozen_layers_keep_their_backward_work() -> None:
     shared = nn.Conv2d(3, 3, 3, padding=1, bias=False)
     frozen = nn.Conv2d(3, 4, 1).requires_grad_(False)
@@ -149,6 +156,7 @@ class _Asserting(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_a_network_that_looks_at_shapes_may_normalise_vectors():
     network = capture_network(_Asserting(), name="asserting", input_shape=(3, 8, 8), num_classes=10)
     assert sum(layer_macs(layer).forward for layer in network.layers) == 3 * 9 * 8 * 36 + 8 * 16 + 16 * 10

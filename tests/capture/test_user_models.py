@@ -24,6 +24,7 @@ NAMES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_macs_and_kept_bytes_are_torchs_at_every_mini_batch(name: str) -> None:
     torch.manual_seed(0)
@@ -37,6 +38,7 @@ def test_macs_and_kept_bytes_are_torchs_at_every_mini_batch(name: str) -> None:
         assert iteration_memory(network, batch=batch).activation_bytes == kept_bytes(model, images)
 
 
+@pytest.mark.slow
 def test_what_has_no_mini_batch_axis_is_counted_once_a_mini_batch() -> None:
     network = capture_network(user_models.biased(), name="b", input_shape=IMAGE, num_classes=10)
     once = {layer.name: layer for layer in network.layers if layer.once}
@@ -52,6 +54,7 @@ def test_what_has_no_mini_batch_axis_is_counted_once_a_mini_batch() -> None:
     assert moved[0] == moved[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["convnext", "encoder", "standardised", "norms", "volume", "gated", "mixer"])
 def test_kept_bytes_under_autocast_are_torchs(name: str) -> None:
     torch.manual_seed(0)
@@ -62,6 +65,7 @@ def test_kept_bytes_under_autocast_are_torchs(name: str) -> None:
     assert counts["kept_bytes"] / torchs == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "se", "super_resolution", "convnext", "encoder", "parametrised", "gated"])
 def test_the_peak_of_a_step_is_what_the_allocator_logged(name: str) -> None:
     torch.manual_seed(0)
@@ -85,6 +89,7 @@ def test_a_network_that_cannot_run_in_half_precision_has_footprints_of_fp32_alon
     assert network.id == msgspec.structs.replace(network, footprints=()).id
 
 
+@pytest.mark.slow
 def test_what_a_gpu_keeps_differs_by_its_rules_alone() -> None:
     network = capture_network(user_models.encoder(), name="e", input_shape=IMAGE, num_classes=10)
     kept = {(seen.device, seen.half): seen.kept_image_bytes for seen in network.footprints}

@@ -22,6 +22,7 @@ def trace(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the device profile was not measured on a quiet machine")  # here other tests run
 def test_a_trace_is_calibrated_with_its_group_lasso_and_the_path_is_printed(tmp_path, trace, capsys):
     out = tmp_path / "cpu.toml"

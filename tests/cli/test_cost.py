@@ -11,6 +11,7 @@ from ptsim.cli.main import run
 from tests.traces import shrinking_trace
 
 
+@pytest.mark.slow
 def test_json_has_the_keys_that_scripts_rely_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["cost", "vgg11", "--batch", "4", "--gpu", "t4", "--precision", "amp", "--json", "--layers"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -65,6 +66,7 @@ def test_wrong_input_is_one_sentence_and_exit_2(
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_a_wrong_image_is_one_sentence_without_torchs_log(tmp_path: Path) -> None:
     model = tmp_path / "m.py"
     model.write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))\n")

@@ -22,6 +22,7 @@ def test_help_and_the_package_import_no_torch() -> None:
     assert all(name in done.stdout for name in main.COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [target for target, _ in main.COMMANDS.values()])
 def test_every_listed_command_exists(target: str) -> None:
     module, name = target.split(":")

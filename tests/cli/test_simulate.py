@@ -125,6 +125,7 @@ default = "measured"
     assert problem in error
 
 
+@pytest.mark.slow
 def test_projecting_imports_no_torch(trace: str) -> None:
     code = (
         "import sys; from ptsim.cli.main import run; "

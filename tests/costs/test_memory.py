@@ -21,6 +21,7 @@ def resnet() -> Network:
     return capture_network(entry.build(num_classes=10), name="resnet20", input_shape=(3, 32, 32), num_classes=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "batch", "peaks"),
     [("resnet20", 7, True), ("vgg11", 4, True), ("torchvision:mobilenet_v3_small", 2, False)],
@@ -38,6 +39,7 @@ def test_counts_kept_bytes_and_peak_agree_with_torch_on_real_tensors(name: str, 
         assert 0.95 * row.peak_bytes <= row.peak_bytes_torch <= 1.05 * row.peak_bytes + scratch
 
 
+@pytest.mark.slow
 def test_what_a_cpu_must_have_free_covers_the_scratch_of_onednn_without_avx512() -> None:
     """37,822,720 bytes at one thread, as the CPU allocator's log showed: 4 × 512·512·9 weights and unfolded images."""
     network = subject("vgg11", "dense").network
@@ -72,6 +74,7 @@ def test_every_kind_of_convolution_is_counted_as_torch_counts_it() -> None:
     assert iteration_memory(network, batch=2).activation_bytes == kept_bytes(model, images)
 
 
+@pytest.mark.slow
 def test_under_autocast_kept_bytes_are_activations_and_copies_of_the_weights(resnet: Network) -> None:
     model, images = zoo.create("resnet20"), torch.rand(4, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -103,6 +106,7 @@ class MixedWidths(nn.Module):
         return self.head(torch.matmul(scores.softmax(-1), self.value(x)).mean(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 def test_operators_of_both_widths_keep_what_torch_keeps(precision: Precision) -> None:
     model = MixedWidths()

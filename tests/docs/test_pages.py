@@ -12,7 +12,7 @@ from tests.traces import dense_trace, shrinking_trace
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(
     {path.stem for path in DOCS.glob("*.md")}
-    - {"library", "settings", "accuracy", "evidence", "cross_validation", "index", "paper", "saving"}
+    - {"library", "api", "settings", "accuracy", "evidence", "cross_validation", "index", "paper", "saving"}
 )  # no command's
 
 
@@ -35,6 +35,7 @@ def words(text: str, *, refusal: bool) -> list[str]:
     return re.sub(r"[│╭╮╰╯─`]", " ", text).split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_quotes_is_what_the_command_prints(page: str) -> None:
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
@@ -52,6 +53,7 @@ def test_every_command_has_a_page() -> None:
     assert set(COMMANDS) - {"clusters"} == set(PAGES)  # clusters shares the page of devices
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_library_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"epochs": 4, "blocks": (1, 1, 1), "widths": (4, 8, 8)}
     dense_trace(tmp_path / "runs" / "dense" / "trace.jsonl", **tiny)

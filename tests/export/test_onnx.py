@@ -23,6 +23,7 @@ def run(tmp_path_factory):
     return ptsim.train(settings(profile=False), out=folder).folder
 
 
+@pytest.mark.slow
 def test_the_exported_network_gives_the_pruned_networks_outputs_in_onnxruntime(run, tmp_path, capsys):
     assert command(["export", str(run), "--format=onnx", f"--out={tmp_path / 'net.onnx'}", "--epoch=5", "--trust"]) == 0
     model = ptsim.load_model(run, 5, trust=True)
@@ -59,6 +60,7 @@ def test_exporting_does_not_load_onnxruntime(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_zoos_networks_export(tmp_path):
     torch.manual_seed(0)
     assert export_onnx(zoo.create("resnet20"), (3, 32, 32), tmp_path / "net.onnx") <= 1e-4

@@ -22,6 +22,7 @@ from ptsim.prune.structure import apply_structure, structure_of
 from tests.prune.helpers import SMALL_IMAGE, same_function, small_resnet
 
 
+@pytest.mark.slow
 def test_a_cifar_resnet_has_one_edge_per_stage_and_one_per_block() -> None:
     edges = {edge.name: edge for edge in find_groups(zoo.create("resnet20"), (3, 32, 32)).edges()}
     assert edges["conv1"].width == 16
@@ -96,6 +97,7 @@ def test_empty_stems_stages_and_layers_do_not_crash(layers: list[str]) -> None:
         assert any("one is kept" in note for note in surgery.notes)
 
 
+@pytest.mark.slow
 def test_several_reconfigurations_removals_and_gates_rebuild_in_a_fresh_process(tmp_path: Path) -> None:
     model = zoo.create("resnet20").double()
     with torch.no_grad():
@@ -161,6 +163,7 @@ def test_the_threshold_is_strict_and_of_the_magnitude() -> None:
     assert model.get_submodule("blocks.0.a").out_channels == 8 - 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "image"),
     [("torchvision:mobilenet_v3_small", 64), ("torchvision:squeezenet1_1", 64), ("torchvision:regnet_x_400mf", 64)],

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -153,6 +154,7 @@ def widths(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @laws
 @given(architectures, st.sampled_from([1, 4]), st.sampled_from([0.3, 0.8]))
 def test_pruned_equals_zeroed_and_can_be_rebuilt(architecture: Any, multiple: int, fraction: float) -> None:
@@ -173,6 +175,7 @@ def test_pruned_equals_zeroed_and_can_be_rebuilt(architecture: Any, multiple: in
     same_function(fresh, model, IMAGE)
 
 
+@pytest.mark.slow
 @laws
 @given(architectures)
 def test_what_every_layer_uses_is_kept(architecture: Any) -> None:
@@ -209,6 +212,7 @@ def test_what_every_layer_uses_is_kept(architecture: Any) -> None:
         assert sum(len(layer.outputs) for layer in surgery.groups.layers) >= kept
 
 
+@pytest.mark.slow
 @laws
 @given(architectures, st.sampled_from(["union", "gating"]))
 def test_negating_all_weights_changes_no_decision(architecture: Any, mode: str) -> None:
@@ -223,6 +227,7 @@ def test_negating_all_weights_changes_no_decision(architecture: Any, mode: str) 
     assert widths(model) == widths(negated)
 
 
+@pytest.mark.slow
 @laws
 @given(architectures)
 def test_gating_is_exact_layer_by_layer(architecture: Any) -> None:

@@ -68,6 +68,7 @@ def zero_one_side(model: nn.Module) -> None:
         model.get_parameter("blocks.2.a.weight")[:, ::2] = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("what", ["channels", "a branch", "gates"])
 def test_twenty_steps_of_the_zeroed_and_the_pruned_network_agree(name: str, what: str) -> None:

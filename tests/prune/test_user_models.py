@@ -345,6 +345,7 @@ def edges_of(groups: Any) -> dict[str, list[tuple[bool, str]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_users_network_is_pruned_exactly_or_refused_with_the_reason(name: str) -> None:
     case = CASES[name]
@@ -360,6 +361,7 @@ def test_a_users_network_is_pruned_exactly_or_refused_with_the_reason(name: str)
         assert any(case.because in reason for _, reason in edges[layer]), (layer, edges[layer])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_users_network_is_reconfigured_again_and_again_and_rebuilt(name: str) -> None:
     torch.manual_seed(0)

@@ -57,6 +57,7 @@ def test_repeats_are_one_row_of_means_with_the_widest_interval() -> None:
     assert rows.loc["a", "run"] == "a, seed 1"
 
 
+@pytest.mark.slow
 def test_every_number_of_the_head_says_where_it_comes_from_and_how_sure_it_is(tmp_path: Path) -> None:
     traces = [dense_trace(tmp_path / "d.jsonl"), shrinking_trace(tmp_path / "p.jsonl")]
     head = make_report(traces, cluster="dgx-a100", gpus=[1, 8], price_usd_per_gpu_hour=2.0).answer
@@ -69,6 +70,7 @@ def test_every_number_of_the_head_says_where_it_comes_from_and_how_sure_it_is(tm
     assert head.why
 
 
+@pytest.mark.slow
 def test_seeds_are_one_line_and_one_answer(tmp_path: Path) -> None:
     traces = [dense_trace(tmp_path / "d.jsonl")]
     traces += [shrinking_trace(tmp_path / f"p{seed}.jsonl", seed=seed) for seed in (1, 2)]
@@ -80,6 +82,7 @@ def test_seeds_are_one_line_and_one_answer(tmp_path: Path) -> None:
     assert "2 runs per line" in " ".join(figures["accuracy"].get_supxlabel().split())
 
 
+@pytest.mark.slow
 def test_runs_at_another_pace_are_named_as_such(tmp_path: Path) -> None:
     traces = [dense_trace(tmp_path / "d.jsonl"), shrinking_trace(tmp_path / "p.jsonl", device=CPU)]
     notices = make_report(traces, cluster="dgx-a100", gpus=[1]).answer.notices

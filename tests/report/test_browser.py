@@ -13,6 +13,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here; the page's form is checked without one in test_page.py")
 def test_a_browser_shows_the_page_without_complaint_or_request_and_sorts_its_tables(tmp_path: Path) -> None:
     page = write_report([shrinking_trace(tmp_path / "t.jsonl")], tmp_path / "out", gpus=[1, 8])

@@ -55,6 +55,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(traces, folder / "out")
 
 
+@pytest.mark.slow
 def test_every_tag_of_the_page_is_closed_and_every_id_is_unique(page: Path) -> None:
     checker = checked(page)
     assert checker.open == []
@@ -78,6 +79,7 @@ def test_references_inside_the_figures_lead_to_ids_of_the_page(page: Path) -> No
     assert all((a or b) in ids for a, b in references)
 
 
+@pytest.mark.slow
 def test_the_same_traces_give_the_same_bytes(page: Path, tmp_path: Path) -> None:
     again = write_report([page.parent.parent / "dense.jsonl", page.parent.parent / "pruned.jsonl"], tmp_path)
     assert again.read_bytes() == page.read_bytes()
@@ -88,12 +90,14 @@ def test_figures_and_tables_lie_beside_the_page(page: Path) -> None:
     assert (page.parent / "tables" / "runs.csv").read_text().count("\n") == 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_marked(tmp_path: Path) -> None:
     trace = shrinking_trace(tmp_path / "t.jsonl", status="interrupted", recorded_epochs=3)
     text = write_report([trace], tmp_path / "out").read_text()
     assert "interrupted after 3 of 6 planned epochs" in text
 
 
+@pytest.mark.slow
 def test_a_torn_trace_is_reported_and_marked(tmp_path: Path) -> None:
     trace = shrinking_trace(tmp_path / "t.jsonl", truncated=True)
     with pytest.warns(UserWarning, match="incomplete last line"):
@@ -101,12 +105,14 @@ def test_a_torn_trace_is_reported_and_marked(tmp_path: Path) -> None:
     assert "cut off after 6 of 6 planned epochs" in text
 
 
+@pytest.mark.slow
 def test_a_run_without_profiles_energy_or_gpu_is_reported(tmp_path: Path) -> None:
     trace = shrinking_trace(tmp_path / "t.jsonl", profiles=False, energy=False, device=CPU)
     text = write_report([trace], tmp_path / "out").read_text()
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL).lower().split()
 
 
+@pytest.mark.slow
 def test_a_run_of_one_epoch_is_reported_and_marked(tmp_path: Path) -> None:
     trace = shrinking_trace(tmp_path / "t.jsonl", epochs=1)
     assert "a single epoch" in write_report([trace], tmp_path / "out").read_text()
@@ -117,6 +123,7 @@ def test_a_run_that_was_cut_off_before_its_first_epoch_is_reported(tmp_path: Pat
     assert "interrupted after 0 of 6 planned epochs" in write_report([trace], tmp_path / "out").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_name_with_markup_is_shown_as_text(tmp_path: Path) -> None:
     trace = dense_trace(tmp_path / "t.jsonl", model="<script>alert(1)</script>")
     assert "<script>alert" not in write_report([trace], tmp_path / "out").read_text()
@@ -127,6 +134,7 @@ def test_no_traces_is_a_usage_error(tmp_path: Path) -> None:
         write_report([], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_file_in_the_place_of_the_folder_is_a_usage_error(tmp_path: Path) -> None:
     trace = dense_trace(tmp_path / "t.jsonl")
     (tmp_path / "out").write_text("mine")
@@ -159,6 +167,7 @@ def test_wrong_input_is_one_sentence_and_exit_2(
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     traces = [str(dense_trace(tmp_path / "dense.jsonl")), str(shrinking_trace(tmp_path / "pruned.jsonl"))]
     options = ["--cluster", "dgx-a100", "--gpus", "1,8", "--price", "2", "--json"]
@@ -172,6 +181,7 @@ def test_the_command_prints_one_json_document(tmp_path: Path, capsys: pytest.Cap
     assert row["saved_seconds_low"] <= row["saved_seconds"] <= row["saved_seconds_high"]
 
 
+@pytest.mark.slow
 def test_runs_of_several_networks_share_a_page(tmp_path: Path) -> None:
     traces = [
         dense_trace(tmp_path / "a.jsonl", epochs=3, model="resnet14"),
@@ -184,6 +194,7 @@ def test_runs_of_several_networks_share_a_page(tmp_path: Path) -> None:
     assert "no dense run was recorded" in text  # for the other one
 
 
+@pytest.mark.slow
 def test_money_is_reported_only_with_a_price(tmp_path: Path) -> None:
     trace = shrinking_trace(tmp_path / "t.jsonl", epochs=3)
     without = write_report([trace], tmp_path / "a", cluster="dgx-a100", gpus=[8]).read_text()
@@ -192,6 +203,7 @@ def test_money_is_reported_only_with_a_price(tmp_path: Path) -> None:
     assert "Money" in priced
 
 
+@pytest.mark.slow
 def test_a_report_replaces_its_own_files_and_no_others(tmp_path: Path) -> None:
     trace = dense_trace(tmp_path / "t.jsonl", epochs=1)
     out = tmp_path / "out"

@@ -112,6 +112,7 @@ def test_one_gpu_sends_nothing_whatever_the_cluster(
     assert p.exposed_communication_s == pytest.approx(0, abs=1e-9 * p.total_s)
 
 
+@pytest.mark.slow
 @given(clusters, gpus, options, random_options)
 @laws
 def test_parts_add_up_and_lie_in_the_interval(
@@ -132,6 +133,7 @@ def test_parts_add_up_and_lie_in_the_interval(
     assert p.total_s == pytest.approx(sum(e.total_s for e in p.epochs) + fixed, rel=1e-12)
 
 
+@pytest.mark.slow
 @given(clusters, gpus, options)
 @laws
 def test_a_step_takes_at_least_its_computation_and_its_critical_path(
@@ -149,6 +151,7 @@ def test_a_step_takes_at_least_its_computation_and_its_critical_path(
             assert e.exposed_communication_s == pytest.approx(e.communication_s, rel=1e-6, abs=1e-12)
 
 
+@pytest.mark.slow
 @given(clusters, gpus, options)
 @laws
 def test_infinite_bandwidth_leaves_computation_and_input(
@@ -161,6 +164,7 @@ def test_infinite_bandwidth_leaves_computation_and_input(
     assert p.exposed_communication_s == pytest.approx(0, abs=1e-9 * p.total_s)
 
 
+@pytest.mark.slow
 @given(clusters, gpus, options, st.floats(1, 100), st.floats(1, 100))
 @laws
 def test_more_bandwidth_never_costs_time(
@@ -182,6 +186,7 @@ def test_more_bandwidth_never_costs_time(
     assert after.total_s <= before.total_s * (1 + slack)
 
 
+@pytest.mark.slow
 @given(clusters, gpus, options, random_options)
 @laws
 def test_bytes_on_the_wire_are_the_formula(
@@ -209,6 +214,7 @@ def test_memory_and_energy_are_those_of_one_gpu_times_their_number(
     assert 50 * number * p.total_s * 0.1 < p.energy_j < 1000 * number * p.total_s
 
 
+@pytest.mark.slow
 @given(clusters, gpus, random_options)
 @laws
 def test_equal_seeds_give_equal_bytes(cluster: Cluster, number: int, more: dict[str, Any]) -> None:

@@ -157,6 +157,7 @@ def test_a_name_stands_for_all_pipes_that_begin_with_it() -> None:
 PIPES = ["gpu 0 out", "gpu 3 in", "gpu 2 out", "node 0", "node 1 in nic 1", "node 1 out nic 0"]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["ring", "tree", "hierarchical"]),
@@ -201,6 +202,7 @@ def test_more_bandwidth_never_costs_time(
     assert seconds(inside, between) <= seconds(1, 1) * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.sampled_from(["ring", "tree", "hierarchical"]), min_size=2, max_size=3),

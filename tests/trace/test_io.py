@@ -45,6 +45,7 @@ def line_of(kind: type, nth: int = 0) -> int:
 
 
 class TestRoundTrip:
+    @pytest.mark.slow
     @given(values_of(Run | Architecture | Profile | Epoch | Reconfiguration | End))
     @settings(max_examples=100, deadline=None)
     def test_decoding_an_encoded_record_gives_it_back(self, record: AnyRecord) -> None:

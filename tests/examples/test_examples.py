@@ -1,0 +1,46 @@
+"""Every example runs as its docstring shows it, and prints what it promises."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ptsim
+
+FOLDER = Path(__file__).parents[2] / "examples"
+PRINTS = {
+    "own_model": r"pruning is exact: True",
+    "project_trace": r"prunetrain-r0.2 +64 GPUs: +[\d.]+ s \([\d.]+ to [\d.]+ s\)",
+    "train_and_record": r"epoch 1: .*\nλ = ",
+    "own_cluster": r"the recorded run on 16 GPUs: [\d.]+ s, [\d.]+ USD",
+    "own_loop": r"4 epochs, \d architectures",
+}
+
+
+def test_every_example_is_tested_and_listed() -> None:
+    scripts = {path.stem for path in FOLDER.glob("*.py")}
+    assert scripts == set(PRINTS)
+    listed = re.findall(r"\]\((\w+)\.py\)", (FOLDER / "README.md").read_text(encoding="utf-8"))
+    assert set(listed) == scripts
+
+
+@pytest.mark.parametrize("name", PRINTS)
+def test_an_example_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "own_loop" and not hasattr(ptsim, "PruneTrain"):
+        pytest.skip("ptsim.PruneTrain has not arrived yet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    assert re.search(PRINTS[name], capsys.readouterr().out)
+
+
+def test_projecting_needs_no_torch() -> None:
+    script = str(FOLDER / "project_trace.py")
+    program = f"import runpy, sys; sys.modules['torch'] = None; runpy.run_path({script!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
