@@ -106,7 +106,6 @@ class ChannelGroups:
     def edges(self) -> tuple[Edge, ...]:
         """The components bundled by equal producers and consumers, in the order of the network."""
         signatures: list[list[str]] = [[] for _ in range(self.num_components)]
-        first_position: dict[int, int] = {}
         for layer in self.layers:
             for axis, role in ((layer.outputs, "out"), (layer.inputs, "in")):
                 for component in sorted(set(axis.tolist())):
@@ -120,7 +119,6 @@ class ChannelGroups:
         for component, members in enumerate(signatures):
             if members:
                 key = (tuple(members), int(self.reason_of[component]))
-                first_position.setdefault(component, len(bundles))
                 bundles.setdefault(key, []).append(component)
         return tuple(
             Edge(

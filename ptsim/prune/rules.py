@@ -269,9 +269,11 @@ def stays(state: State, value: Any, reason: str) -> Label:
 
 
 def tensor_labels(label: Label) -> list[Tensor]:
-    """The tensors in a label; facets are not among them."""
+    """The tensors in a label: of an activation, of several, or of the axes of a parameter."""
     if isinstance(label, tuple):
         return [found for part in label for found in tensor_labels(part)]
+    if isinstance(label, Facets):
+        return list(label.labels)
     return [label] if isinstance(label, Tensor) else []
 
 

@@ -41,8 +41,7 @@ def rounded(network: Network, multiple: int) -> Network:
         is_classifier = layer.name == products[-1] and layer.out_channels == network.num_classes
         new[layer.name] = _round_layer(layer, shapes, 1 if is_classifier else multiple)
     parameters = tuple(
-        _round_parameter(parameter, network.layer(parameter.layer), new[parameter.layer])
-        for parameter in network.parameters
+        _round_parameter(p, network.layer(p.layer), new[p.layer]) if p.layer else p for p in network.parameters
     )
     return msgspec.structs.replace(network, layers=tuple(new.values()), parameters=parameters)
 

@@ -299,6 +299,40 @@ def test_as_many_channels_as_torch_pruning_finds(name: str, channels: int) -> No
     assert groups.num_channels[0] == channels
 
 
+# ---------------------------------------------------------------------- one weight in several places
+
+
+class Tied(nn.Module):
+    """A decoder with the encoder's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 8, 3, 1, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.b(torch.relu(self.a(x))))
+        return self.head(F.conv_transpose2d(y, self.b.weight, padding=1).mean((2, 3)))
+
+
+class Twofold(Tied):
+    """A weight used as it is, and once more with its values changed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        y = self.b(x) + F.conv2d(x, self.b.weight * 2, padding=1)
+        return self.head(F.conv_transpose2d(y, self.b.weight, padding=1).mean((2, 3)))
+
+
+def test_a_weight_used_in_several_places_is_cut_for_all_of_them() -> None:
+    torch.manual_seed(0)
+    found = ptsim.inspect(Tied(), input_shape=IMAGE)
+    assert found.exact
+    assert found.prunable_channels == 6 + 8
+    found = ptsim.inspect(Twofold(), input_shape=IMAGE)
+    assert found.prunable_channels == 0
+    assert any("computes its weight" in str(group.reason) for group in found.groups)
+
+
 # ---------------------------------------------------------------------- rules of others
 
 
