@@ -174,17 +174,17 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 
 def computed_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy`: the values, without their history, of the computed tensors that modules keep.
+    """A memo for `deepcopy`: the values, without their history, of the tensors that modules keep as plain attributes.
 
     Older normalisations of weights (`torch.nn.utils.weight_norm`, `spectral_norm`) and masks (`torch.nn.utils.prune`)
-    compute a layer's weight before every call and leave it there, and torch does not copy such a tensor. The copy
-    computes its own when it is called.
+    compute a layer's weight before every call and leave it there; torch does not copy such a tensor, nor any real one
+    into a network of fake ones. The copy computes its own when it is called.
     """
     return {
-        id(value): value.detach().clone()
+        id(value): value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
         for module in model.modules()
         for value in vars(module).values()
-        if isinstance(value, Tensor) and value.grad_fn is not None
+        if isinstance(value, Tensor)
     }
 
 
