@@ -5,7 +5,9 @@
 1. Calibrated: half of a run's sizes (every other one) make a table, which predicts the other half; both halves are
    tried. Errors from 1 KiB up.
 2. Other GPU counts: the table of one run predicts a run of the same system at another count. Errors from 1 MiB up.
-3. Catalog: prediction from the topology alone, without a table. Errors from 1 MiB up. `fit_allreduce.py` does the
+3. Intervals: every inner size is left out in turn, and all sizes below or above one; how many are inside the 90 %
+   interval. From 1 KiB up.
+4. Catalog: prediction from the topology alone, without a table. Errors from 1 MiB up. `fit_allreduce.py` does the
    same for systems that are left out of the fit.
 
 Each is done for the first runs and for those that were collected later (`part` in allreduce_runs.csv).
@@ -69,6 +71,51 @@ def calibrated_errors(frame: pd.DataFrame, at_least: int = 2**10) -> pd.DataFram
     return pd.DataFrame(found)
 
 
+def interval_rows(frame: pd.DataFrame, at_least: int = 2**10, farthest: float = 16.0) -> pd.DataFrame:
+    """Left-out sizes of every run: ln(predicted / measured), and the half width of the interval in ln(time).
+
+    Columns: run, part, side ("between", "below", "above"), distance (halvings or doublings beyond the table), error,
+    half_width. The table keeps the run's own jitter. "below" and "above" leave out every size on that side.
+    """
+    found = []
+    for name, run in frame.groupby("run", sort=False):
+        run = run.sort_values("size_bytes").drop_duplicates("size_bytes").reset_index(drop=True)
+        if len(run) < 7:
+            continue
+        ratios = np.abs(np.log(run.out_of_place_us / run.in_place_us)).dropna()
+        jitter = float(np.median(ratios)) / 0.954 if len(ratios) else 0.0  # as NcclLog.relative_jitter
+        last = len(run) - 1
+        cuts = [("between", run.drop(index=i), run.loc[[i]]) for i in range(1, last)]
+        cuts += [("below", run.loc[i:], run.loc[: i - 1]) for i in range(1, last - 2, 2)]
+        cuts += [("above", run.loc[: i - 1], run.loc[i:]) for i in range(4, last + 1, 2)]
+        for side, kept, left in cuts:
+            table = msgspec.structs.replace(table_of(kept), relative_jitter=jitter)
+            cluster = calibrated_cluster([table], name="calibrated", gpus=[run.gpu[0]])
+            for size, seconds in zip(left.size_bytes, left.seconds, strict=True):
+                edge = min(max(size, table.size_bytes[0]), table.size_bytes[-1])
+                distance = abs(float(np.log2(size / edge)))
+                if size < at_least or distance > farthest:
+                    continue
+                answer = all_reduce(int(size), cluster, table.num_gpus)
+                error = float(np.log(answer.seconds / seconds))
+                width = float(np.log(answer.high_s / answer.seconds))
+                found.append((name, run.part[0], side, distance, error, width))
+    return pd.DataFrame(found, columns=["run", "part", "side", "distance", "error", "half_width"])
+
+
+def interval_summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per side, distance and part: how many sizes, the median |ln error|, the share inside, the median half width."""
+    rows = rows.assign(
+        inside=rows.error.abs() <= rows.half_width,
+        miss=rows.error.abs(),
+        distance=pd.cut(rows.distance, [-1, 0, 1.5, 3.5, 6.5, 10, 16]),
+    )
+    grouped = rows.groupby(["side", "distance", "part"], observed=True)
+    return grouped.agg(
+        sizes=("miss", "size"), miss=("miss", "median"), inside=("inside", "mean"), half_width=("half_width", "median")
+    )
+
+
 def scaled_errors(frame: pd.DataFrame, at_least: int = 2**20) -> pd.DataFrame:
     """Median relative error for every ordered pair of GPU counts of one system, on the same tier of links."""
     found = []
@@ -130,7 +177,12 @@ def main() -> None:
     scaled = scaled_errors(frame)
     print(scaled.to_string(index=False))
     print(f"median {scaled.error.median():.3f}, within 20 %: {(scaled.error <= 0.2).sum()} of {len(scaled)}")
-    print("\n3. catalog systems by topology, from 1 MiB up")
+    print("\n3. intervals of a calibrated system, sizes left out, from 1 KiB up")
+    intervals = interval_rows(frame)
+    print(interval_summary(intervals).to_string())
+    for side, of_side in intervals.groupby("side"):
+        print(f"{side}: {(of_side.error.abs() <= of_side.half_width).mean():.1%} of {len(of_side)} inside")
+    print("\n4. catalog systems by topology, from 1 MiB up")
     catalog = catalog_errors(frame)
     print(catalog.to_string(index=False))
     for part in ("first", "later"):

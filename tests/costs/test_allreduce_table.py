@@ -56,6 +56,25 @@ def test_sigma_is_the_jitter_at_a_measured_size_and_more_between() -> None:
     assert table_sigma(kept, POWERS[3]) > 0.02
 
 
+def test_a_step_in_the_neighbourhood_widens_the_interval_where_it_is() -> None:
+    times = [1e-5 * 1.1**k for k in range(len(POWERS))]
+    times[8:] = [3 * time for time in times[8:]]  # another protocol from the ninth size on
+    stepped = table(POWERS, times)
+    near, far = (table_sigma(stepped, 1.4 * POWERS[k]) for k in (7, 2))
+    assert near > 2 * far
+
+
+def test_beyond_the_table_every_halving_and_doubling_widens_the_interval() -> None:
+    sizes = [2**k for k in range(20, 31)]
+    kept = table(sizes, [two_protocols(size) for size in sizes])
+    below = [table_sigma(kept, sizes[0] / 2**k) for k in range(1, 8)]
+    above = [table_sigma(kept, sizes[-1] * 2**k) for k in range(1, 8)]
+    assert below == sorted(below)
+    assert above == sorted(above)
+    assert below[-1] > 0.5
+    assert above[-1] > 0.5
+
+
 def test_segments_find_the_lines_and_where_they_meet() -> None:
     first, second = fit_segments(POWERS, [two_protocols(size) for size in POWERS])
     assert first.latency_s == pytest.approx(10e-6, rel=0.02)

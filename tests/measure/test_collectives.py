@@ -68,7 +68,8 @@ def write_log(path: Path, slower: float = 1.0) -> Path:
         f"{size / time / 1e9 * 1.75:7.2f}  1e-07\n"
         for size, time in zip(SIZES, seconds, strict=True)
     )
-    path.write_text(rows + "# Out of bounds values : 0 OK\n")
+    launched = "mpirun -np 8 -N 8 ./build/all_reduce_perf -b 1K -e 64M\n"
+    path.write_text(launched + rows + "# Out of bounds values : 0 OK\n")
     return path
 
 
