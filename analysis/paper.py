@@ -157,7 +157,9 @@ def _row(pair: Pair, cluster: str, where: str, ratios: list[float]) -> dict[str,
 
 def _measured(pair: Pair, cluster: str, where: str) -> float:
     paper = pd.read_csv(_common.PAPER)
-    rows = paper[(paper["where"] == where) & (paper["kind"] == "MEASURED TIME") & (paper.dataset == pair.dataset)]
+    rows = paper[
+        (paper["where"] == where) & paper.metric.str.startswith("training time") & (paper.dataset == pair.dataset)
+    ]
     rows = rows[(rows.model == pair.model) & (rows.hardware == HARDWARE[cluster])]
     if where == "Table 4":
         rows = rows[rows.setting.str.startswith("Adjusted")]
