@@ -44,6 +44,11 @@ def register(name: str, *, input_shape: tuple[int, int, int], num_classes: int) 
     return add
 
 
+def forget(name: str) -> None:
+    """Take a registered network away again; nothing if there is none."""
+    _ENTRIES.pop(name, None)
+
+
 def register_family(prefix: str, resolve: Callable[[str], ModelEntry]) -> None:
     """Let `resolve(rest)` answer for every name of the form `prefix:rest`."""
     _RESOLVERS[prefix] = resolve

@@ -170,7 +170,22 @@ class _ShapedAttribute(_Looks, fx.proxy.Attribute):
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy of any model, also of one that keeps computed tensors as attributes."""
-    return copy.deepcopy(model, computed_tensors(model) | (memo or {}))
+    return copy.deepcopy(model, computed_tensors(model) | tabled_tensors(model) | (memo or {}))
+
+
+def tabled_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for `deepcopy`: tensors in tables that modules keep as attributes are shared by the copy.
+
+    Pruning notes there where the elements of a cut buffer came from; it makes new tensors and changes none.
+    """
+    return {
+        id(value): value
+        for module in model.modules()
+        for name, table in vars(module).items()
+        if isinstance(table, dict) and name not in ("_parameters", "_buffers", "_modules")
+        for value in table.values()
+        if isinstance(value, Tensor)
+    }
 
 
 def computed_tensors(model: nn.Module) -> dict[int, Any]:

@@ -242,10 +242,10 @@ class TraceWriter:
         kept = content[:keep_bytes]
         if len(content) < keep_bytes:
             problem = f"shorter than the {keep_bytes} bytes that the checkpoint tells of"
-        elif not kept.endswith(b"\n"):
-            problem = f"no line ends after {keep_bytes} bytes, where the checkpoint says that one does"
         elif keep_sha256 is not None and hashlib.sha256(kept).hexdigest() != keep_sha256:
             problem = "this is the trace of another run than the checkpoint's, or it was edited"
+        elif not kept.endswith(b"\n"):
+            problem = f"no line ends after {keep_bytes} bytes, where the checkpoint says that one does"
         if problem is not None:
             self._file.close()
             raise FileFormatError(self.path, problem)

@@ -37,9 +37,12 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def planned_epochs(self) -> int | None:
-        """How many epochs the run's configuration asked for; None where it does not say."""
+        """How many epochs the run's configuration asked for; None where it does not say.
+
+        A resumed run may have been given more epochs than its first line says.
+        """
         epochs = self.run.hyperparameters.get("epochs")
-        return epochs if isinstance(epochs, int) else None
+        return max(epochs, len(self.epochs)) if isinstance(epochs, int) else None
 
     @property
     def final_network(self) -> Network:

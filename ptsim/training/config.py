@@ -280,10 +280,7 @@ def _check(config: Config) -> None:
     _require(config.threshold > 0, "threshold", config.threshold, "positive")
     _require(config.lr_gamma > 0, "lr_gamma", config.lr_gamma, "positive")
     _require(config.weight_decay >= 0, "weight_decay", config.weight_decay, "at least 0")
-    _require(0 <= config.label_smoothing < 1, "label_smoothing", config.label_smoothing, "in [0, 1)")
-    _require(0 <= config.mixup < float("inf"), "mixup", config.mixup, "at least 0")
-    _require(config.clip_norm is None or 0 < config.clip_norm < float("inf"), "clip_norm", config.clip_norm, "positive")
-    _require(0 < config.validation_share < 1, "validation_share", config.validation_share, "in (0, 1)")
+    _check_recipe(config)
     _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "in [0, 1)")
     _require(config.momentum is None or 0 <= config.momentum < 1, "momentum", config.momentum, "in [0, 1)")
     _require(
@@ -322,6 +319,14 @@ def _check(config: Config) -> None:
         raise UsageError("data set 'imagefolder' needs the setting 'data_dir'")
     if config.dataset in ("cifar10", "cifar100") and config.data_dir is None:
         raise UsageError(f"data set {config.dataset!r} needs the setting 'data_dir'", hint="--data-dir data --download")
+
+
+def _check_recipe(config: Config) -> None:
+    """Bounds of the settings that today's recipes add."""
+    _require(0 <= config.label_smoothing < 1, "label_smoothing", config.label_smoothing, "in [0, 1)")
+    _require(0 <= config.mixup < float("inf"), "mixup", config.mixup, "at least 0")
+    _require(config.clip_norm is None or 0 < config.clip_norm < float("inf"), "clip_norm", config.clip_norm, "positive")
+    _require(0 < config.validation_share < 1, "validation_share", config.validation_share, "in (0, 1)")
 
 
 def _require(holds: bool, name: str, value: object, bound: str) -> None:
@@ -367,8 +372,9 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
     if config.dataset == "imagefolder":
         problems += unused(("download",), "an image tree is not downloaded")
     else:
-        files = ("num_workers", "data_memory_bytes", "validation_share")
-        problems += unused(files, "only image trees are read from files")
+        problems += unused(("data_memory_bytes", "validation_share"), "only image trees are read from files")
+    if config.dataset not in ("imagefolder", "live"):
+        problems += unused(("num_workers",), "the images are in memory")
     if config.augment == "none" or (config.augment == "auto" and config.dataset in ("digits", "synthetic")):
         problems += unused(("crop_padding",), "there is no augmentation")
     return [p for p, value in ((p, getattr(config, p.split("'")[1])) for p in problems) if value not in (None, False)]

@@ -207,7 +207,7 @@ class StreamedData:
     def _batches(self, files: _ImageFiles, batches: list[list[int]]) -> Iterator[Batch]:
         on_gpu = self._device.type == "cuda"
         loader = torch.utils.data.DataLoader(
-            files, batch_sampler=batches, num_workers=self._config.num_workers, pin_memory=on_gpu
+            files, batch_sampler=batches, num_workers=self._config.num_workers or 0, pin_memory=on_gpu
         )
         channels_last = self._config.memory_format == "channels_last"
         memory_format = torch.channels_last if channels_last else torch.contiguous_format

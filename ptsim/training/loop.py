@@ -26,6 +26,7 @@ from ptsim.training.datasets import load_data
 from ptsim.training.distributed import Team, join_team
 from ptsim.training.interruption import Interruption, interruptible
 from ptsim.training.learner import Learner
+from ptsim.training.live import DATASET, Datasets, name_of, offered
 from ptsim.training.minibatch import BatchPolicy
 from ptsim.training.progress import Bars, Reporter, Silent
 from ptsim.training.recipe import Recipe, check_fits, takes_in_channels
@@ -91,6 +92,8 @@ def train(
     resume: str | Path | None = None,
     progress: bool = False,
     on_epoch: Callable[[Epoch], object] | None = None,
+    model: nn.Module | None = None,
+    data: Datasets | None = None,
 ) -> Result:
     """Train a network, dense or with PruneTrain, and record the run.
 
@@ -101,6 +104,8 @@ def train(
         progress: show bars on stderr.
         on_epoch: called on every rank with each finished epoch, when it is recorded and stored; no epoch's time
             includes it.
+        model: a live network in place of a name; a copy of it is trained. `load_model(run, model=…)` gives the result.
+        data: (training, validation) data sets of torch in place of a name; items are (tensor (C, H, W), class).
 
     Raises:
         UsageError: a wrong setting, missing data, or an `out` that holds another run.
@@ -108,19 +113,37 @@ def train(
         TrainingError: the loss became NaN, the disk is full, a rank is lost. The last checkpoint is whole.
         TrainingInterrupted: after SIGINT or SIGTERM (a KeyboardInterrupt); the trace ends "interrupted".
     """
-    if resume is not None:
-        if out is not None or isinstance(config, Config | str | Path):
-            raise UsageError("a resumed run takes its configuration and its folder from the run; give changes only")
-        folder = existing(resume)
-        config = changed_config(folder, config or {})
-    else:
-        if not isinstance(config, Config):
-            settings = read_config(config) if isinstance(config, str | Path) else config or {}
-            config = make_config(settings)
-        folder = Path(out) if out is not None else default_folder(config)
+    with offered(model, data):
+        if resume is not None:
+            if out is not None or isinstance(config, Config | str | Path):
+                raise UsageError("a resumed run takes its configuration and its folder from the run; give changes only")
+            folder = existing(resume)
+            config = changed_config(folder, config or {})
+        else:
+            config = _new_config(config, model, data)
+            folder = Path(out) if out is not None else default_folder(config)
+        return _train(config, folder, resume=resume is not None, progress=progress, on_epoch=on_epoch)
+
+
+def _new_config(
+    config: Config | Mapping[str, Any] | str | Path | None, model: nn.Module | None, data: Datasets | None
+) -> Config:
+    """The configuration of a new run, with the names of what was given live."""
+    live = {} if model is None else {"model": name_of(model)}
+    if data is not None:
+        live["dataset"] = DATASET
+    if isinstance(config, Config):
+        return msgspec.structs.replace(config, **live)
+    settings = read_config(config) if isinstance(config, str | Path) else config or {}
+    return make_config(dict(settings) | live)
+
+
+def _train(
+    config: Config, folder: Path, *, resume: bool, progress: bool, on_epoch: Callable[[Epoch], object] | None
+) -> Result:
     with join_team(config.device) as team, interruptible() as interruption:
         config = resolve(config, device=str(team.device))
-        going_on = resume is not None or team.from_leader(lambda: goes_on(folder, config)) == b"yes"
+        going_on = resume or team.from_leader(lambda: goes_on(folder, config)) == b"yes"
         devices = [team.device] if team.device.type == "cuda" else []
         if team.device.type == "cpu":
             keep_freed_memory()

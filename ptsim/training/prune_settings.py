@@ -62,3 +62,15 @@ def make_settings(settings: Mapping[str, Any]) -> PruneSettings:
     if not made.threshold > 0:
         raise UsageError(f"setting 'threshold' is {made.threshold}, expected positive")
     return made
+
+
+def check_plan(penalty_ratio: float, interval: int) -> None:
+    """Make sure that the two settings that everybody gives are possible.
+
+    Raises:
+        UsageError: one is not.
+    """
+    if not 0 <= penalty_ratio < 1:
+        raise UsageError(f"the penalty ratio is {penalty_ratio}; it has to be in [0, 1)")
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise UsageError(f"the interval is {interval!r}; it has to be a whole number of epochs, at least 1")

@@ -40,7 +40,7 @@ from ptsim.training import stored
 from ptsim.training.facts import RunFacts, checked_loss, checked_shape
 from ptsim.training.misuse import Order
 from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
-from ptsim.training.prune_settings import make_settings
+from ptsim.training.prune_settings import check_plan, make_settings
 from ptsim.training.recorder import Penalty, Recorder
 from ptsim.training.wrapping import bare
 
@@ -96,17 +96,9 @@ class PruneTrain:
         """
         self.settings = make_settings(settings)
         self._make_criterion: type[Criterion] = CRITERIA.find(self.settings.criterion)
-        if not 0 <= penalty_ratio < 1:
-            raise UsageError(f"the penalty ratio is {penalty_ratio}; it has to be in [0, 1)")
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise UsageError(f"the interval is {interval!r}; it has to be a whole number of epochs, at least 1")
+        check_plan(penalty_ratio, interval)
         self.network = bare(model)
-        previous = _PRUNERS.get(self.network, lambda: None)()
-        if previous is not None:
-            raise UsageError(
-                f"this {type(self.network).__name__} already has a PruneTrain",
-                hint="close the first one: pruner.close()",
-            )
+        self._refuse_second()
         self.penalty_ratio, self.interval = penalty_ratio, interval
         self.optimizer, self.ema, self.scaler, self.rewrap = optimizer, ema, scaler, rewrap
         self.regularized = penalty_ratio > 0
@@ -398,6 +390,11 @@ class PruneTrain:
             return Growth(batch_per_gpu=batch_before)
         with self.recorder.watch.paused():
             return self.grow()
+
+    def _refuse_second(self) -> None:
+        if _PRUNERS.get(self.network, lambda: None)() is not None:
+            name = type(self.network).__name__
+            raise UsageError(f"this {name} already has a PruneTrain", hint="close the first one: pruner.close()")
 
     def _find_groups(self, groups: ChannelGroups) -> None:
         self.groups = groups

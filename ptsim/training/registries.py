@@ -26,6 +26,7 @@ DATASETS: Registry[Callable[[DataRequest], Data]] = Registry(
         "cifar100": "ptsim.training.datasets:cifar",
         "imagefolder": "ptsim.training.datasets:image_tree",
         "synthetic": "ptsim.training.datasets:synthetic",
+        "live": "ptsim.training.live:given_data",
     },
 )
 OPTIMIZERS: Registry[OptimizerKind] = Registry(

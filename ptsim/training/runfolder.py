@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,18 @@ from ptsim.training import stored
 from ptsim.training.config import SETTINGS, Config, from_recorded, make_config, read_config, to_settings, to_toml
 from ptsim.training.distributed import restarted
 from ptsim.training.learner import pruned_network
+from ptsim.training.live import name_of, offered
 from ptsim.training.recipe import Recipe, is_user_file
 from ptsim.training.recorder import TRACE
 
+_STALE_S = 60.0
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 # What a resumed run may change: how long it trains, where it runs, what it keeps. Everything else decides its numbers.
 MAY_CHANGE = frozenset({"epochs", "device", "num_threads", "num_workers", "keep_every", "profile", "data_dir"})
 
 
 def load_model(
-    run: str | Path, epoch: int | None = None, *, trust: bool = False, model: str | None = None
+    run: str | Path, epoch: int | None = None, *, trust: bool = False, model: str | nn.Module | None = None
 ) -> nn.Module:
     """The network that a run had after `epoch` (from 0; None: the last stored one), with its weights, ready to use.
 
@@ -42,7 +46,8 @@ def load_model(
         run: the run folder.
         epoch: counting from 0.
         trust: run the Python file that the checkpoint names, for a model from a user's file.
-        model: another "path/to/file.py:function" that makes the network, in place of the one that the checkpoint names.
+        model: what makes the network in place of what the checkpoint names: "path/to/file.py:function", or a live
+            network as it was given to `ptsim.train`, of which a copy is taken.
 
     Raises:
         UsageError: no such run, an epoch that is not stored (lists those that are), or a user's file without `trust`.
@@ -51,14 +56,17 @@ def load_model(
     path = store.Folder(existing(run) / CHECKPOINTS).of_epoch(epoch)
     description = store.read_checkpoint(path)
     recipe = description.recipe
-    if model is not None:
+    if isinstance(model, nn.Module):
+        recipe = msgspec.structs.replace(recipe, model=name_of(model))
+    elif model is not None:
         recipe = msgspec.structs.replace(recipe, model=model)
     elif is_user_file(recipe.model) and not trust:
         raise UsageError(
             f"the network of {run} is made by {recipe.model}, and loading it would run that file",
             hint="load_model(…, trust=True) and export --trust run it; load_model(…, model=…) names another",
         )
-    with torch.random.fork_rng(devices=[]):
+    live = model if isinstance(model, nn.Module) else None
+    with torch.random.fork_rng(devices=[]), offered(live, None):
         network = pruned_network(recipe, description.structure)
     with store.belonging_to(path):
         stored.load_full_state(network, store.read_weights(path))
@@ -100,6 +108,9 @@ def make_run_folder(folder: Path, config: Config) -> None:
     refuse_used_folder(folder)
     with store.writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for stale in folder.parent.glob(f".{glob.escape(folder.name)}.*.unfinished"):
+            if time.time() - stale.stat().st_mtime > _STALE_S:  # left by a process that was killed just here
+                shutil.rmtree(stale, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".unfinished", dir=folder.parent))
         try:
             unfinished.chmod(0o777 & ~_umask())

@@ -1,0 +1,133 @@
+"""A live network and live data sets in place of names, for `ptsim.train` from Python.
+
+While `offered` is open, the network has the name `live:CLASS` in the zoo and the data the name `live` among the data
+sets. A run folder holds the network's weights and structure, not its code: to go on, or to load it, give it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sized
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ptsim import zoo
+from ptsim.capture.graph import copied
+from ptsim.errors import UsageError
+from ptsim.trace.schema import Dataset
+from ptsim.training.config import Config
+from ptsim.training.data import Batch, Normalization, Share, epoch_order, generator
+from ptsim.training.datasets import DataRequest
+from ptsim.training.facts import num_outputs
+
+DATASET = "live"
+Datasets = tuple["torch.utils.data.Dataset[Any]", "torch.utils.data.Dataset[Any]"]  # training, validation
+
+_GIVEN: contextvars.ContextVar[tuple[Datasets, nn.Module | None] | None] = contextvars.ContextVar("data", default=None)
+
+
+def name_of(model: nn.Module) -> str:
+    """The name of a live network in a configuration."""
+    return f"live:{type(model).__name__}"
+
+
+@contextlib.contextmanager
+def offered(model: nn.Module | None, data: Datasets | None) -> Iterator[None]:
+    """Inside, the network and the data can be asked for by name; every run trains a copy of the network.
+
+    Raises:
+        UsageError: the data are no pair of data sets with lengths.
+    """
+    if data is not None and not (
+        isinstance(data, tuple) and len(data) == 2 and all(isinstance(d, Sized) for d in data)
+    ):
+        raise UsageError("data has to be a pair of map-style data sets: (training, validation)")
+    name = None if model is None else name_of(model)
+    if model is not None and name is not None:
+        pristine = copied(model)
+        zoo.register(name, input_shape=(3, 224, 224), num_classes=1000)(lambda num_classes: copied(pristine))
+    token = _GIVEN.set(None if data is None else (data, model))
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+        if name is not None:
+            zoo.forget(name)
+
+
+def given_data(request: DataRequest) -> LiveData:
+    """The data sets that `ptsim.train` was given.
+
+    Raises:
+        UsageError: it was given none.
+    """
+    given = _GIVEN.get()
+    if given is None:
+        raise UsageError(
+            "this run was given its data sets live", hint="give them again: ptsim.train(…, data=(train, val))"
+        )
+    return LiveData(*given, config=request.config, device=request.device)
+
+
+class LiveData:
+    """Two map-style data sets whose items are (image, class), the image a tensor (C, H, W) as the network wants it.
+
+    Bytes (uint8) are divided by 255; everything else is the data sets' own transforms' work.
+    """
+
+    def __init__(self, data: Datasets, model: nn.Module | None, *, config: Config, device: torch.device) -> None:
+        """Looks at the first item.
+
+        Raises:
+            UsageError: it is no image with a class.
+        """
+        self._train, self._validation = data
+        self._config, self._device = config, device
+        item = self._train[0]
+        image = item[0] if isinstance(item, tuple | list) and len(item) == 2 else None
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            raise UsageError("an item of the training data is no (image, class) with the image a tensor (C, H, W)")
+        channels, height, width = image.shape
+        classes = getattr(self._train, "classes", None)
+        if classes is None and model is None:
+            raise UsageError("nobody knows how many classes the data have", hint="give the data set `classes`, a list")
+        shape = (channels, height, width)
+        num_classes = len(classes) if classes is not None else num_outputs(cast("nn.Module", model), shape)
+        self.normalization = Normalization(mean=(0.0,) * channels, std=(1.0,) * channels)
+        self.dataset = Dataset(
+            name=type(self._train).__name__,
+            num_classes=num_classes,
+            num_train=len(cast("Sized", self._train)),
+            num_validation=len(cast("Sized", self._validation)),
+            input_shape=shape,
+        )
+
+    def training_batches(self, epoch: int, batch: int, share: Share) -> Iterator[Batch]:
+        """This rank's part of every full mini-batch; the order belongs to (seed, epoch)."""
+        order = epoch_order(self.dataset.num_train, self._config.seed, epoch)
+        full_batches = order[: len(order) // batch * batch].view(-1, batch)
+        yield from self._batches(self._train, [share.of(indices).tolist() for indices in full_batches], epoch)
+
+    def validation_batches(self, batch: int, share: Share) -> Iterator[Batch]:
+        """This rank's part of the whole validation set."""
+        total = self.dataset.num_validation
+        starts = range(share.rank * batch, total, share.world_size * batch)
+        yield from self._batches(self._validation, [list(range(s, min(s + batch, total))) for s in starts], 0)
+
+    def _batches(self, data: torch.utils.data.Dataset[Any], batches: list[list[int]], epoch: int) -> Iterator[Batch]:
+        loader = torch.utils.data.DataLoader(
+            data,
+            batch_sampler=batches,
+            num_workers=self._config.num_workers or 0,
+            pin_memory=self._device.type == "cuda",
+            generator=generator(self._config.seed, epoch, stream=6),
+        )
+        channels_last = self._config.memory_format == "channels_last"
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        for images, labels in loader:
+            moved = images.to(self._device, non_blocking=True)
+            scaled = moved.float().div_(255) if moved.dtype == torch.uint8 else moved.float()
+            yield scaled.to(memory_format=memory_format), labels.to(self._device, torch.int64, non_blocking=True)
