@@ -25,7 +25,8 @@ from pathlib import Path
 
 import msgspec
 
-from ptsim.answers.sweep import read_study, run_study
+from ptsim.answers.study import read_study
+from ptsim.answers.sweep import run_study
 from ptsim.hardware.catalog import load_cluster
 from ptsim.sim.options import Options
 from ptsim.sim.run import change, project

@@ -49,6 +49,7 @@ from ptsim.network import Network, Precision
 from ptsim.prune.groups import find_groups, keep_one
 from ptsim.prune.proof import zero_components
 from ptsim.prune.reconfigure import reconfigure
+from ptsim.setting import StepSetting
 
 CHOSEN = (
     "alexnet vgg11_bn resnet18 resnet50 resnext50_32x4d densenet121 squeezenet1_1 googlenet inception_v3 mobilenet_v2 "
@@ -152,8 +153,10 @@ def agreement(
 
 def counted(network: Network, *, precision: Precision, batch: int, peaks: bool) -> dict[str, int]:
     """Ptsim's side of a row."""
-    need = iteration_memory(network, batch=batch, precision=precision)
-    copies = need.parameter_bytes - iteration_memory(network, batch=batch).parameter_bytes  # autograd keeps them too
+    need = iteration_memory(network, StepSetting(batch=batch, precision=precision))
+    copies = (
+        need.parameter_bytes - iteration_memory(network, StepSetting(batch=batch)).parameter_bytes
+    )  # autograd keeps them too
     counts = {"parameters": network.num_parameters, "kept_bytes": need.activation_bytes + copies}
     if precision is Precision.FP32:
         counts["inference_macs"] = inference_macs(network, images=batch) // batch

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 from ptsim.costs.interpolation import Interpolator
-from ptsim.hardware.profile import Operator, OperatorTime, Setting
+from ptsim.hardware.profile import Operator, OperatorSetting, OperatorTime
 from ptsim.network import LayerKind, Precision
 
-FP32 = Setting(precision=Precision.FP32, memory_format="contiguous")
+FP32 = OperatorSetting(precision=Precision.FP32, memory_format="contiguous")
 FLOOR_MS = 0.6  # below, the file times its framework's 0.1 to 0.3 ms per call
 
 

@@ -29,6 +29,7 @@ from ptsim.capture.network import capture_network
 from ptsim.costs.memory import iteration_memory, usable_bytes
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Network, Precision
+from ptsim.setting import StepSetting
 
 LADDER = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 LADDER_SOURCE = "huggingface/pytorch-image-models"
@@ -51,10 +52,12 @@ def judged(rows: pd.DataFrame, network: Network) -> pd.DataFrame:
     needs = [
         iteration_memory(
             network,
-            batch=row.batch,
-            precision=Precision(row.precision),
-            optimizer=row.optimizer,
-            memory_format=row.memory_format,
+            StepSetting(
+                batch=row.batch,
+                precision=Precision(row.precision),
+                optimizer=row.optimizer,
+                memory_format=row.memory_format,
+            ),
             device=load_device(row.device),
         )
         for row in rows.itertuples()

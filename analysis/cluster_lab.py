@@ -64,7 +64,7 @@ from ptsim.costs.measured import step_of_profile
 from ptsim.hardware.spec import Cluster, Link
 from ptsim.network import LayerKind, Network
 from ptsim.sim.ddp import compute_plan, with_communication
-from ptsim.sim.step import Job, simulate_steps
+from ptsim.sim.step import TrainingJob, simulate_steps
 from ptsim.trace.io import read_trace
 
 HEADERS = 14 + 20 + 32  # bytes of Ethernet, IPv4 and TCP with time stamps
@@ -325,7 +325,7 @@ class Cable(msgspec.Struct, frozen=True, kw_only=True):
         )
         return Cluster(
             name=f"lab at {mbit} Mbit/s",
-            device="unspecified",
+            device=None,
             gpus_per_node=1,
             intra=inside,
             inter=cable,
@@ -442,7 +442,7 @@ def predicted_step(run: Path, compute_s: float, mbit: float, num_ranks: int, cab
         scale=compute_s / computation.compute_s,
     )
     payload = sum(gloo_bytes(bucket.num_bytes, num_ranks) for bucket in buckets)
-    return simulate_steps([Job(plan=plan)])[0].step_s, payload + epoch_end_bytes(network, num_ranks) / (
+    return simulate_steps([TrainingJob(plan=plan)])[0].step_s, payload + epoch_end_bytes(network, num_ranks) / (
         trace.epochs[-1].num_iterations
     )
 

@@ -42,7 +42,7 @@ ODD = (
     "v100pcie_guide",
 )
 # Where every fit starts, whatever is left out: a hop and a call take twice what NCCL's table says.
-START = nccl.Fit(
+START = nccl.NcclFit(
     base_scale=dict.fromkeys(nccl.PROTOCOLS, 2.0),
     join=4.0,
     pcie_crowding=0.7,
@@ -87,7 +87,7 @@ def cluster_of(run: pd.Series) -> Cluster:
     return msgspec.structs.replace(cluster, inter=inter, gpus_per_node=int(run.gpus_per_node))
 
 
-def predict(run: pd.Series, sizes: np.ndarray, fit: nccl.Fit, cluster: Cluster | None = None) -> np.ndarray:
+def predict(run: pd.Series, sizes: np.ndarray, fit: nccl.NcclFit, cluster: Cluster | None = None) -> np.ndarray:
     """Seconds of the all-reduces of a run by the topology alone."""
     lines = nccl.lines(cluster or cluster_of(run), int(run.num_gpus), int(run.num_nodes), fit)
     forced = set(run.forced.split())  # an algorithm, a protocol, both or neither
@@ -95,7 +95,7 @@ def predict(run: pd.Series, sizes: np.ndarray, fit: nccl.Fit, cluster: Cluster |
     return np.min([line.latency_s + sizes * line.seconds_per_byte for line in lines], axis=0)
 
 
-def _pack(fit: nccl.Fit) -> np.ndarray:
+def _pack(fit: nccl.NcclFit) -> np.ndarray:
     values = [*(fit.base_scale[p] for p in nccl.PROTOCOLS), fit.join, fit.pcie_crowding, fit.nvls_share]
     for kind in fit.kinds.values():
         values += [kind.latency_scale, kind.efficiency, *(kind.share[p] for p in SHARES)]
@@ -103,7 +103,7 @@ def _pack(fit: nccl.Fit) -> np.ndarray:
     return np.log(values)
 
 
-def _unpack(x: np.ndarray, like: nccl.Fit) -> nccl.Fit:
+def _unpack(x: np.ndarray, like: nccl.NcclFit) -> nccl.NcclFit:
     values = iter(np.exp(x).tolist())
     base = {protocol: next(values) for protocol in nccl.PROTOCOLS}
     join, crowding, nvls = max(next(values), 1.0), min(next(values), 1.0), next(values)
@@ -119,7 +119,7 @@ def _unpack(x: np.ndarray, like: nccl.Fit) -> nccl.Fit:
     )
 
 
-def fit_constants(frame: pd.DataFrame, start: nccl.Fit = START) -> nccl.Fit:
+def fit_constants(frame: pd.DataFrame, start: nccl.NcclFit = START) -> nccl.NcclFit:
     """Least absolute log error over the runs, every system with the same weight; weakly held to where it starts."""
     groups = []
     for _, group in frame.groupby("run"):
@@ -147,7 +147,7 @@ def fit_constants(frame: pd.DataFrame, start: nccl.Fit = START) -> nccl.Fit:
     return fit
 
 
-def errors(frame: pd.DataFrame, fit: nccl.Fit, at_least: int = 2**20) -> pd.DataFrame:
+def errors(frame: pd.DataFrame, fit: nccl.NcclFit, at_least: int = 2**20) -> pd.DataFrame:
     """ln(predicted / measured) per row from `at_least` bytes up."""
     parts = []
     for _, group in frame[frame.size_bytes >= at_least].groupby("run"):

@@ -23,7 +23,7 @@ import pandas as pd
 import tomli_w
 from public_rows import Case, layer_cases, training_cases
 
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import Tier
 from ptsim.textfile import write_whole
 
 ROOT = Path(__file__).parent.parent

@@ -278,12 +278,10 @@ class Campaign:
         known = match_device(meter.info().name)
         try:
             model, network = self.network(model_name)
-            need = iteration_memory(
-                network, batch=batch, precision=precision, memory_format=memory_format, device=known
-            )
+            setting = StepSetting(batch=batch, precision=precision, memory_format=memory_format)
+            need = iteration_memory(network, setting, device=known)
             row |= {"predicted_peak_bytes": need.peak_bytes, "predicted_device_bytes": need.device_bytes}
             if known is not None:
-                setting = StepSetting(batch=batch, precision=precision, memory_format=memory_format)
                 step = step_time(network, known, setting)
                 row |= {"predicted_step_s": step.compute_s, "low_s": step.low_s, "high_s": step.high_s}
                 row |= {"tier": step.tier, "predicted_power_w": step_energy(step, known).mean_power_w}
@@ -350,9 +348,8 @@ class Campaign:
             known = match_device(open_meter(self.device).info().name)
             said = largest_batch(
                 network,
+                StepSetting(batch=1, precision=precision, memory_format=memory_format),
                 capacity_bytes=LIMIT_BYTES,
-                precision=precision,
-                memory_format=memory_format,
                 device=known,
             )
             shape = zoo.find(name).input_shape

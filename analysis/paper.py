@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from ptsim.answers.plan import plan_draws
 from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import step_time
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import Tier
 from ptsim.hardware.catalog import load_cluster, load_device
 from ptsim.network import LayerKind, Network, Precision
 from ptsim.prune.trajectories.catalog import PublishedRun, published_runs
@@ -115,7 +115,7 @@ def _nominal(peak_bytes: int, cluster: str) -> int:
     """Memory of a device on which a step of `peak_bytes` just fits."""
     from ptsim.costs.memory import usable_bytes
 
-    device = load_device(load_cluster(cluster).device)
+    device = load_cluster(cluster).gpu
     low, high = peak_bytes, 4 * device.memory_bytes
     while high - low > 1 << 20:
         middle = (low + high) // 2

@@ -33,6 +33,7 @@ from ptsim.costs.kernels import (
 )
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Layer, LayerKind, Network, Precision
+from ptsim.setting import StepSetting
 
 PUBLIC = Path(__file__).parent.parent / "traces" / "public"
 FILES = ("training", "training_depthwise", "training_later")
@@ -100,19 +101,16 @@ def training_cases() -> list[Case]:
     for _, row in training_table().iterrows():
         device, precision = load_device(row.device), Precision(row.precision)
         network = networks()[network_name(row)]
-        kernels = network_kernels(
-            network,
-            batch=row.batch,
-            precision=precision,
-            memory_format=row.memory_format,
-            tensor_cores=uses_tensor_cores(device, precision),
+        setting = StepSetting(
+            batch=row.batch, precision=precision, memory_format=row.memory_format, optimizer=row.optimizer
         )
+        kernels = network_kernels(network, setting, tensor_cores=uses_tensor_cores(device, precision))
         images = row.batch * int(np.prod(network.input_shape))
         cases.append(
             Case(
                 kernels=kernels,
                 chip=chip_of(device, precision),
-                update_bytes=update_bytes(network, row.optimizer, precision) if row.with_optimizer else 0.0,
+                update_bytes=update_bytes(network, setting) if row.with_optimizer else 0.0,
                 num_tensors=len(network.parameters) if row.with_optimizer else 0,
                 extra_s=4 * images / PAGEABLE_BYTES_PER_S if row.host_copy else 0.0,
                 seconds=row.batch / row.images_per_s,

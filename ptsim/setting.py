@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import Literal
+
 import msgspec
 
 from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat, Precision
 
-PRECISION_NAMES = (*(precision.value for precision in Precision), "amp")
+PrecisionName = Literal["fp32", "tf32", "fp16", "bf16", "amp"]
+PRECISION_NAMES: tuple[PrecisionName, ...] = ("fp32", "tf32", "fp16", "bf16", "amp")
 
 
 class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,15 +19,15 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         batch: images per device and step.
-        precision: of the matrix products.
+        precision: of the matrix products; half precision means autocast with fp32 weights.
         memory_format: layout of the activations.
-        optimizer: "sgd", "adam", "adamw" or "rmsprop"; decides the update's memory traffic.
+        optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop"; decides the update's traffic and state.
         regularizer: whether the group lasso's gradient is computed.
         num_gpus: data-parallel size; from 2 on every GPU also holds the buckets of its all-reduces.
     """
 
     batch: int
-    precision: Precision
+    precision: Precision = Precision.FP32
     memory_format: MemoryFormat = "contiguous"
     optimizer: str = "sgd"
     regularizer: bool = False
@@ -34,9 +38,23 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
         """Whether gradients are all-reduced."""
         return self.num_gpus > 1
 
+    @property
+    def half(self) -> bool:
+        """Whether activations take two bytes: fp16 or bf16 autocast."""
+        return self.precision.activation_bytes == 2
+
+    @property
+    def alone(self) -> StepSetting:
+        """The same step on one GPU: all that its computation depends on."""
+        return self if self.num_gpus == 1 else msgspec.structs.replace(self, num_gpus=1)
+
+    def with_batch(self, batch: int) -> StepSetting:
+        """The same step with another mini-batch per device."""
+        return msgspec.structs.replace(self, batch=batch)
+
 
 def parse_precision(text: Precision | str) -> Precision:
-    """The precision called `text`; "amp" is fp16 autocast.
+    """The precision called `text`; "amp" is fp16 autocast. Every command and call that takes a precision uses this.
 
     Raises:
         UsageError: no such precision.
@@ -47,3 +65,30 @@ def parse_precision(text: Precision | str) -> Precision:
         return Precision(text)
     except ValueError as error:
         raise UsageError(f"precision is {text!r}, expected one of {', '.join(PRECISION_NAMES)}") from error
+
+
+def whole_number(name: str, value: object) -> int:
+    """`value` as an int; Python callers may have given anything.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given; 3.0 and True are no whole numbers.
+
+    Raises:
+        UsageError: not a whole number.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise UsageError(f"{name} is {value!r}, expected a positive whole number")
+    return int(value)
+
+
+def positive_number(name: str, value: object) -> int:
+    """`value` as an int, if it is a positive whole number.
+
+    Raises:
+        UsageError: not a whole number, or not positive.
+    """
+    number = whole_number(name, value)
+    if number < 1:
+        raise UsageError(f"{name} is {number}, expected a positive number")
+    return number

@@ -7,21 +7,21 @@ network has to be described.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from ptsim.answers.subject import Subject, find_subject
 from ptsim.costs.buckets import ddp_buckets
-from ptsim.costs.flops import Convention, inference_macs, layer_macs, training_macs
+from ptsim.costs.flops import PRODUCTS, Convention, inference_macs, layer_macs, training_macs
 from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
 from ptsim.costs.run import EpochCost, recorded_device, run_cost
-from ptsim.costs.traffic import batch_norm_bytes, layer_traffic, regularizer_traffic, update_traffic
-from ptsim.errors import UnknownNameError, UsageError
+from ptsim.costs.traffic import batch_norm_bytes, network_traffic, regularizer_traffic, update_traffic
+from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
-from ptsim.setting import parse_precision
-from ptsim.trace.io import read_trace, trace_path
+from ptsim.setting import StepSetting
 from ptsim.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 DEFAULT_BATCH = 32
-
-
-_PRODUCTS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 
 
 class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +56,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         batch: images per device that memory and traffic are of.
+        gpus: data-parallel size that memory is of.
         peak_memory_bytes: of one iteration on each device; `memory` has the parts.
         gpu: the device that was asked about; None for none.
         fits: whether the mini-batch fits it, with the margins of `costs.memory`; None without a device.
@@ -76,6 +74,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     convention: Convention
     batch: int
+    gpus: int
     precision: Precision
     optimizer: str
     memory_format: MemoryFormat
@@ -123,6 +122,7 @@ def cost(
     num_classes: int | None = None,
     batch: int | None = None,
     gpu: str | Path | Device | None = None,
+    gpus: int | None = None,
     precision: Precision | str | None = None,
     optimizer: str | None = None,
     memory_format: MemoryFormat | None = None,
@@ -136,6 +136,8 @@ def cost(
         num_classes: outputs; the model's usual number.
         batch: images per device; a trace's last one, else 32.
         gpu: a device of the catalog, by name, file or object.
+        gpus: data-parallel size: from 2 on every device also holds the buckets of its all-reduces; a trace's own,
+            else 1.
         precision: of the matrix products; a trace's own, else fp32.
         optimizer: a trace's own, else sgd.
         memory_format: a trace's own, else contiguous.
@@ -148,71 +150,49 @@ def cost(
     """
     if convention not in ("exact", "paper"):
         raise UsageError(f"convention is {convention!r}, expected 'exact' or 'paper'")
-    if batch is not None and batch <= 0:
-        raise UsageError(f"batch is {batch}, expected a positive number of images")
-    epochs: tuple[EpochCost, ...] = ()
+    found = find_subject(subject, input_shape=input_shape, num_classes=num_classes)
+    setting = found.setting(
+        batch=batch,
+        precision=precision,
+        memory_format=memory_format,
+        optimizer=optimizer,
+        num_gpus=gpus,
+        default_batch=DEFAULT_BATCH,
+    )
     device = gpu if gpu is None or isinstance(gpu, Device) else load_device(gpu)
-    runs_on, data_parallel = device, False
-    trace = _trace(subject)
-    if trace is not None:
-        if input_shape is not None or num_classes is not None:
-            raise UsageError("a trace says itself what its network's input and classes are; leave the options out")
-        network = trace.final_network
-        epochs = run_cost(trace, convention)
-        batch = batch or (epochs[-1].batch_per_gpu if epochs else None)
-        precision = precision or trace.run.precision
-        optimizer = optimizer or trace.optimizer
-        memory_format = memory_format or trace.run.memory_format
-        runs_on = device or recorded_device(trace)
-        data_parallel = trace.run.world_size > 1
-    else:
-        network = _network(subject, input_shape, num_classes)
-    batch = batch or DEFAULT_BATCH
-    number_format = parse_precision(precision or "fp32")
-    optimizer = optimizer or "sgd"
-    memory_format = memory_format or "contiguous"
-    if device is not None and number_format not in device.peak_flops_per_s:
+    if device is not None and setting.precision not in device.peak_flops_per_s:
         known = ", ".join(device.peak_flops_per_s)
-        raise UsageError(f"{device.name} has no {number_format.value}; it has {known}")
+        raise UsageError(f"{device.name} has no {setting.precision.value}; it has {known}")
+    return _report(found, setting, device, convention)
+
+
+def _report(found: Subject, setting: StepSetting, device: Device | None, convention: Convention) -> CostReport:
+    network, trace, batch = found.network, found.trace, setting.batch
+    runs_on = device if device is not None or trace is None else recorded_device(trace)
     try:
-        need = iteration_memory(
-            network,
-            batch=batch,
-            precision=number_format,
-            optimizer=optimizer,
-            memory_format=memory_format,
-            device=runs_on,
-            data_parallel=data_parallel,
-        )
+        need = iteration_memory(network, setting, device=runs_on)
     except ValueError as error:
         raise UsageError(str(error)) from error
     fits = largest = None
     if device is not None:
         fits = need.device_bytes <= usable_bytes(device)
-        largest = largest_batch(
-            network,
-            capacity_bytes=usable_bytes(device),
-            precision=number_format,
-            optimizer=optimizer,
-            memory_format=memory_format,
-            device=device,
-            data_parallel=data_parallel,
-        )
-    element_bytes = number_format.activation_bytes
-    layers = layer_costs(network, convention, batch=batch, element_bytes=element_bytes)
-    update_bytes = update_traffic(network, optimizer)
+        largest = largest_batch(network, setting, capacity_bytes=usable_bytes(device), device=device)
+    element_bytes = setting.precision.activation_bytes
+    layers = layer_costs(network, convention, setting)
+    update_bytes = update_traffic(network, setting.optimizer)
     moved = dict.fromkeys((True, False), 0)
     for layer in layers:
-        moved[layer.kind in _PRODUCTS] += layer.forward_bytes + layer.backward_bytes
+        moved[layer.kind in PRODUCTS] += layer.forward_bytes + layer.backward_bytes
     streamed_bytes = moved[False] + update_bytes
     return CostReport(
         name=network.name,
         architecture=network.id,
         convention=convention,
         batch=batch,
-        precision=number_format,
-        optimizer=optimizer,
-        memory_format=memory_format,
+        gpus=setting.num_gpus,
+        precision=setting.precision,
+        optimizer=setting.optimizer,
+        memory_format=setting.memory_format,
         inference_macs_per_image=inference_macs(network, convention, images=batch) // batch,
         training_macs_per_image=training_macs(network, convention, images=batch) // batch,
         bn_bytes_per_image=batch_norm_bytes(network, element_bytes),
@@ -230,16 +210,15 @@ def cost(
         streamed_seconds=None if device is None else streamed_bytes / device.memory_bandwidth_bytes_per_s,
         product_bytes=moved[True],
         layers=layers,
-        epochs=epochs,
+        epochs=() if trace is None else run_cost(trace, convention),
     )
 
 
-def layer_costs(network: Network, convention: Convention, *, batch: int, element_bytes: int) -> tuple[LayerCost, ...]:
+def layer_costs(network: Network, convention: Convention, setting: StepSetting) -> tuple[LayerCost, ...]:
     """A row for every layer, in forward order."""
-    rows = []
-    for layer in network.layers:
+    rows, batch = [], setting.batch
+    for layer, traffic in zip(network.layers, network_traffic(network, setting), strict=True):
         macs, times = layer_macs(layer, convention), layer.repeats(batch)
-        traffic = layer_traffic(layer, batch=batch, element_bytes=element_bytes)
         rows.append(
             LayerCost(
                 layer=layer.name,
@@ -252,49 +231,10 @@ def layer_costs(network: Network, convention: Convention, *, batch: int, element
                 input_gradient_macs=macs.input_gradient * times // batch,
                 forward_bytes=traffic.forward_bytes,
                 backward_bytes=traffic.backward_bytes,
-                saved_bytes=layer.saved_bytes(batch, element_bytes),
+                saved_bytes=layer.saved_bytes(batch, setting.precision.activation_bytes),
             )
         )
     return tuple(rows)
-
-
-def _trace(subject: Any) -> Trace | None:
-    """The trace that `subject` is or names; None for a network.
-
-    Text is a trace's if it looks like a path or is a file or a run folder; a model of a user's file has its colon.
-    """
-    if isinstance(subject, Trace):
-        return subject
-    if isinstance(subject, str) and ".py:" in subject:
-        return None
-    if isinstance(subject, str):
-        path = Path(subject)
-        is_one = path.is_file() or (path / "trace.jsonl").is_file() or len(path.parts) > 1 or path.suffix == ".jsonl"
-        return read_trace(path) if is_one else None
-    return read_trace(subject) if isinstance(subject, Path) else None
-
-
-def _network(subject: Any, input_shape: tuple[int, int, int] | None, num_classes: int | None) -> Network:
-    if isinstance(subject, Network):
-        return subject
-    from ptsim import zoo
-    from ptsim.capture.network import capture_network
-
-    if isinstance(subject, str):
-        try:
-            entry = zoo.find(subject)
-        except UnknownNameError:
-            if subject and Path(subject).is_dir():  # meant as a run folder
-                trace_path(subject)
-            raise
-        classes = entry.num_classes if num_classes is None else num_classes
-        if classes <= 0:
-            raise UsageError(f"classes is {classes}, expected a positive number")
-        shape = input_shape or entry.input_shape
-        return capture_network(entry.build(num_classes=classes), name=subject, input_shape=shape, num_classes=classes)
-    if input_shape is None:
-        raise UsageError("a live module does not say what it is fed; give input_shape=(channels, height, width)")
-    return capture_network(subject, name=type(subject).__name__, input_shape=input_shape, num_classes=num_classes or 0)
 
 
 def _frame(rows: tuple[msgspec.Struct, ...]) -> pd.DataFrame:

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from ptsim import zoo
+from ptsim.answers.subject import Subject, find_subject
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import step_energy
 from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.memory import iteration_memory, usable_bytes
-from ptsim.costs.step import Measurements, StepTime, Tier, step_time
+from ptsim.costs.step import Measurements, StepTime, step_time
+from ptsim.costs.tiers import Tier, worst_tier
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import UNSPECIFIED, load_cluster, load_device, measured_device, profiled_device
+from ptsim.hardware.catalog import load_cluster, load_device, measured_device, profiled_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
-from ptsim.setting import StepSetting, parse_precision
-from ptsim.sim import ddp
-from ptsim.sim.options import Options
-from ptsim.sim.step import Job, StepResult, simulate_steps
-from ptsim.trace.io import read_trace
+from ptsim.setting import PrecisionName, StepSetting
+from ptsim.sim.bounded import BoundedStep, SecondsRange, data_parallel_step
+from ptsim.trace.trace import Trace
 
-PrecisionName = Literal["fp32", "tf32", "amp", "fp16", "bf16"]
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class KindTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,8 +70,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     low_images_per_second: float
     high_images_per_second: float
     mfu_fraction: float | None
-    tier: Tier
-    network_tier: Tier | None
+    tier: str
+    network_tier: str | None
     forward_seconds: float
     backward_seconds: float
     optimizer_seconds: float
@@ -90,90 +90,102 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def predict(
-    model: str | Path | Network,
+    model: str | Path | Trace | Network | nn.Module,
     *,
-    gpu: str | Path | None = None,
-    batch: int,
-    precision: PrecisionName = "fp32",
-    memory_format: MemoryFormat = "contiguous",
-    cluster: str | Path | None = None,
+    gpu: str | Path | Device | None = None,
+    batch: int | None = None,
+    precision: PrecisionName | Precision | None = None,
+    memory_format: MemoryFormat | None = None,
+    cluster: str | Path | Cluster | None = None,
     gpus: int | None = None,
     input_shape: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
-    optimizer: str = "sgd",
+    optimizer: str | None = None,
     profile: str | Path | None = None,
 ) -> Prediction:
     """Time and throughput of one training step.
 
     Args:
-        model: a zoo name, `torchvision:NAME`, `file.py:function` (these import torch), a trace, whose last architecture
-            is taken together with its measurements, or a `Network`.
-        gpu: catalog name or TOML file; the cluster's own if None, or without a cluster what the profile is of.
-        batch: images per GPU.
-        precision: of the matrix products; "amp" is fp16 autocast.
-        memory_format: layout of the activations.
-        cluster: catalog name or TOML file for data-parallel training.
+        model: what `ptsim.answers.subject` says; of a trace the network that the run ended with is taken, together with
+            the trace's measurements.
+        gpu: catalog name, TOML file or device; the cluster's own if None, or without a cluster what the profile is of.
+        batch: images per GPU; a trace's last one if None.
+        precision: of the matrix products; "amp" is fp16 autocast; a trace's own, else fp32.
+        memory_format: layout of the activations; a trace's own, else contiguous.
+        cluster: catalog name, TOML file or cluster, for data-parallel training.
         gpus: of the cluster; all of one node if None.
         input_shape: of one image; what the model usually takes if None.
         num_classes: outputs; the model's usual number if None.
-        optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop".
+        optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop"; a trace's own, else sgd.
         profile: a device profile from `ptsim calibrate gpu`, used where it is of this device.
 
     Raises:
         PtsimError: an unknown name, a broken file, a mini-batch that is not positive, a precision that the device
             lacks, more GPUs than the cluster has, or a GPU count without a cluster.
     """
-    machine = load_cluster(cluster) if cluster is not None else None
+    machine = load_cluster(cluster) if isinstance(cluster, str | Path) else cluster
     if gpus is not None and machine is None:
         raise UsageError(f"{gpus} GPUs were asked for without a cluster", hint="name one with --cluster")
-    if gpus is not None and gpus < 1:
-        raise UsageError(f"{gpus} GPUs; at least 1 is needed")
     calibrated = None if profile is None else read_device_profile(Path(profile))
     device = _device(gpu, machine, calibrated)
-    count = 1 if machine is None else (machine.gpus_per_node if gpus is None else gpus)
-    numbers = parse_precision(precision)
-    network, measurements = _network(model, device, input_shape, num_classes)
-    if calibrated is not None:
-        measurements = msgspec.structs.replace(measurements, device_profile=calibrated)
-    step = step_time(
-        network,
-        device,
-        StepSetting(batch=batch, precision=numbers, memory_format=memory_format, optimizer=optimizer),
-        measurements=measurements,
-    )
-    expected: StepResult | None = None
-    low_s, high_s, network_tier = step.low_s, step.high_s, None
-    if machine is not None and count > 1:
-        expected, low_s, high_s, network_tier = _data_parallel(network, step, machine, count)
-    step_s = step.compute_s if expected is None else expected.step_s
-    need = iteration_memory(
-        network,
+    subject = find_subject(model, input_shape=input_shape, num_classes=num_classes)
+    setting = subject.setting(
         batch=batch,
-        precision=numbers,
-        optimizer=optimizer,
+        precision=precision,
         memory_format=memory_format,
-        device=device,
-        data_parallel=count > 1,
+        optimizer=optimizer,
+        num_gpus=1 if machine is None else (machine.gpus_per_node if gpus is None else gpus),
     )
+    step = step_time(subject.network, device, setting, measurements=_measurements(subject, device, calibrated))
+    parallel: BoundedStep | None = None
+    network_tier = None
+    if machine is not None and setting.data_parallel:
+        times = functools.cache(lambda num_bytes: all_reduce(num_bytes, machine, setting.num_gpus))
+        parallel = data_parallel_step(subject.network, step, times)
+        tiers = {times(bucket.num_bytes).tier for bucket in ddp_buckets(subject.network)}
+        network_tier = worst_tier(tiers)
+    notes = () if calibrated is None or step.tier != Tier.PROFILED else calibrated.doubts()
+    return _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)
+
+
+def _prediction(
+    network: Network,
+    device: Device,
+    cluster: Cluster | None,
+    setting: StepSetting,
+    step: StepTime,
+    parallel: BoundedStep | None,
+    network_tier: str | None,
+    notes: tuple[str, ...],
+) -> Prediction:
+    """The step's answer; `parallel` is the simulated step of several GPUs."""
+    took = SecondsRange(low_s=step.low_s, expected_s=step.compute_s, high_s=step.high_s)
+    expected = None
+    if parallel is not None:
+        took, expected = parallel.interval(), parallel.expected
+    need = iteration_memory(network, setting, device=device)
+    count, images = setting.num_gpus, setting.num_gpus * setting.batch
     energy = None
     if device.architecture != "cpu":
-        energy = step_energy(step, device, waiting_s=max(0.0, step_s - step.compute_s))
+        energy = step_energy(step, device, waiting_s=max(0.0, took.expected_s - step.compute_s))
     return Prediction(
         model=network.name,
         device=device.name,
-        cluster=None if machine is None else machine.name,
+        cluster=None if cluster is None else cluster.name,
         gpus=count,
-        batch=batch,
-        precision=numbers,
-        memory_format=memory_format,
-        step_seconds=step_s,
-        low=low_s,
-        high=high_s,
-        images_per_second=count * batch / step_s,
-        low_images_per_second=count * batch / high_s,
-        high_images_per_second=count * batch / low_s,
+        batch=setting.batch,
+        precision=setting.precision,
+        memory_format=setting.memory_format,
+        step_seconds=took.expected_s,
+        low=took.low_s,
+        high=took.high_s,
+        images_per_second=images / took.expected_s,
+        low_images_per_second=images / took.high_s,
+        high_images_per_second=images / took.low_s,
         mfu_fraction=flops_utilization(
-            training_macs(network, images=batch), step_s, device.peak_flops_per_s.get(numbers)
+            training_macs(network, images=setting.batch),
+            took.expected_s,
+            device.peak_flops_per_s.get(setting.precision),
         ),
         tier=step.tier,
         network_tier=network_tier,
@@ -191,20 +203,22 @@ def predict(
         low_energy_joules=None if energy is None else count * energy.low_j,
         high_energy_joules=None if energy is None else count * energy.high_j,
         by_kind=_by_kind(step),
-        notes=() if calibrated is None or step.tier is not Tier.PROFILED else calibrated.doubts(),
+        notes=notes,
     )
 
 
-def _device(gpu: str | Path | None, cluster: Cluster | None, calibrated: DeviceProfile | None) -> Device:
+def _device(gpu: str | Path | Device | None, cluster: Cluster | None, calibrated: DeviceProfile | None) -> Device:
     """What was named, or else what was calibrated: a processor has no other name than in its profile.
 
     Raises:
         UsageError: neither device nor cluster nor profile.
     """
+    if isinstance(gpu, Device):
+        return gpu
     if gpu is not None:
         return load_device(gpu)
-    if cluster is not None and (cluster.device != UNSPECIFIED or calibrated is None):
-        return load_device(cluster.device)
+    if cluster is not None and (cluster.device is not None or calibrated is None):
+        return cluster.gpu
     if calibrated is None:
         raise UsageError(
             "neither a device nor a cluster was named",
@@ -213,53 +227,13 @@ def _device(gpu: str | Path | None, cluster: Cluster | None, calibrated: DeviceP
     return profiled_device(calibrated)
 
 
-def _network(
-    model: str | Path | Network, device: Device, input_shape: tuple[int, int, int] | None, num_classes: int | None
-) -> tuple[Network, Measurements]:
-    """The network that `model` means, and what its trace measured."""
-    if isinstance(model, Network):
-        return model, Measurements()
-    path = Path(model)
-    if path.suffix in (".jsonl", ".json") or path.is_dir():
-        trace = read_trace(path)
-        if not trace.networks:
-            raise UsageError(f"{path} holds no architecture")
-        if input_shape is not None or num_classes is not None:
-            raise UsageError("a trace's architecture has its own input shape and classes; leave both out")
-        network = trace.networks[trace.epochs[-1].architecture] if trace.epochs else [*trace.networks.values()][-1]
-        source = measured_device(trace.run.device.name, device)
-        return network, Measurements(profiles=trace.profiles, source_device=source)
-    from ptsim.capture.network import capture_network  # imports torch, which a trace does not need
-
-    entry = zoo.find(str(model))
-    classes = entry.num_classes if num_classes is None else num_classes
-    if classes < 1:
-        raise UsageError(f"classes is {classes}, expected a positive number")
-    built = zoo.create(str(model), num_classes=classes)
-    network = capture_network(built, name=str(model), input_shape=input_shape or entry.input_shape, num_classes=classes)
-    return network, Measurements()
-
-
-def _data_parallel(
-    network: Network, step: StepTime, cluster: Cluster, num_gpus: int
-) -> tuple[StepResult, float, float, Tier | None]:
-    """The simulated step with DDP's buckets and its default broadcast, its interval, and the all-reduces' tier."""
-    times = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, num_gpus))
-    buckets = ddp_buckets(network)
-    contention = Options().contention
-    results = []
-    bounds: tuple[tuple[ddp.Bound, float], ...] = (
-        ("expected", contention),
-        ("low", contention / 2),
-        ("high", contention * 1.5),
-    )
-    for bound, slowdown in bounds:
-        plan = ddp.plan_step(step, buckets, times, buffer_bytes=ddp.buffer_bytes(network), bound=bound)
-        results.append(simulate_steps([Job(plan=plan)], contention=slowdown)[0])
-    expected, low, high = results
-    tiers = {times(bucket.num_bytes).tier for bucket in buckets}
-    worst = max(tiers, key=list(Tier).index, default=None)
-    return expected, min(low.step_s, expected.step_s), max(high.step_s, expected.step_s), worst
+def _measurements(subject: Subject, device: Device, calibrated: DeviceProfile | None) -> Measurements:
+    """What the subject's trace and the device profile measured."""
+    if subject.trace is None:
+        return Measurements(device_profile=calibrated)
+    trace = subject.trace
+    source = measured_device(trace.run.device.name, device)
+    return Measurements(profiles=trace.profiles, source_device=source, device_profile=calibrated)
 
 
 def _by_kind(step: StepTime) -> tuple[KindTime, ...]:

@@ -1,172 +1,42 @@
-"""Many projections at once: a study file is expanded into configurations, and these run on an executor.
+"""Many projections at once: the configurations of a study file (`answers.study`) run on an executor.
 
-A study file:
-
-    traces = ["runs/pruned", "runs/dense"]          # files, run folders or patterns, relative to the study file
-    clusters = ["dgx-a100", "my-cluster.toml"]
-    gpus = [1, 8, 64]
-    profile = "a100.toml"                           # optional: of ptsim calibrate gpu
-    what_ifs = ["as-recorded", "gpu=h100-sxm5-80gb", "channels-rounded-to=8 + bf16-gradients", "wider"]
-
-    [options]                                       # of every configuration: ptsim.sim.options.Options
-    scaling = "strong"
-
-    [grid]                                          # options with several values: all combinations
-    contention = [0.1, 0.2, 0.3]
-
-    [what_if.wider]                                 # a what-if of one's own: options that it changes,
-    bucket_bytes = 52428800
-    trace = "runs/ratio-0.3"                        # and a trace that takes the place of every trace of the study
-
-Results are appended to a JSON Lines file as they come, each under a key that is a digest of everything it depends on;
-a study that is started again computes only what is missing or has failed.
+Results are appended to a JSON Lines file while they are computed, each under a key that is a digest of everything it
+depends on, the cost model itself included. A study that is started again computes only what is missing or has failed.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import math
+import multiprocessing
+import os
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-import ptsim
-from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
-from ptsim.hardware.catalog import UNSPECIFIED, is_called, load_cluster, load_device
+from ptsim.answers.study import Configuration, Study, configurations
+from ptsim.errors import FileFormatError, PtsimError, UsageError
+from ptsim.hardware.catalog import is_called, load_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
-from ptsim.hardware.spec import Cluster
-from ptsim.sim.options import Options
 from ptsim.sim.projection import projection_row
-from ptsim.sim.run import StepCache, change, project
-from ptsim.textfile import decode_json, drop_torn_line, read_bytes, read_toml, split_lines
-from ptsim.trace.io import read_trace, trace_path
+from ptsim.sim.run import StepCache, project
+from ptsim.textfile import decode_json, drop_torn_line, read_bytes, split_lines
+from ptsim.trace.io import read_trace
 from ptsim.trace.trace import Trace
-from ptsim.units import parse_quantity
 
 MANY = 100_000  # configurations from which on a study asks first
 _CHUNK = 32  # configurations per task: a task costs about a millisecond, a configuration several
 _ROW = b'{"index":'  # how every line of results begins
 
 
-def _bytes(text: str) -> int:
-    number = parse_quantity(text, "bytes")
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not finite")
-    return round(number)
-
-
-def _whole(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError(f"{text} is negative")
-    return number
-
-
-# name → the options that it sets; `=value` is parsed by the function where there is one
-_WHAT_IFS: dict[str, tuple[Callable[[str], Any] | None, Callable[[Any], dict[str, Any]]]] = {
-    "as-recorded": (None, lambda _: {}),
-    "gpu": (str, lambda name: {"device": name}),
-    "memory": (_bytes, lambda size: {"memory_bytes": size, "minibatch": "planned"}),
-    "no-dynamic-minibatch": (None, lambda _: {"minibatch": "fixed"}),
-    "planned-minibatch": (None, lambda _: {"minibatch": "planned"}),
-    "max-minibatch": (_whole, lambda most: {"max_batch": most, "minibatch": "planned"}),
-    "bucket": (_bytes, lambda size: {"bucket_bytes": size}),
-    "channels-rounded-to": (_whole, lambda multiple: {"channel_multiple": multiple}),
-    "one-time-reconfiguration": (_whole, lambda epoch: {"one_time_epoch": epoch}),
-    "fp16-gradients": (None, lambda _: {"gradient_format": "fp16"}),
-    "bf16-gradients": (None, lambda _: {"gradient_format": "bf16"}),
-    "compressed-gradients": (float, lambda ratio: {"compression": ratio}),
-    "precision": (str, lambda precision: {"precision": precision}),
-    "micro-batches": (_whole, lambda number: {"micro_batches": number}),
-    "strong-scaling": (None, lambda _: {"scaling": "strong"}),
-    "weak-scaling": (None, lambda _: {"scaling": "weak"}),
-    "recorded-jitter": (None, lambda _: {"jitter": "recorded"}),
-    "shared-links": (_whole, lambda jobs: {"jobs": jobs}),
-    "link-by-link": (None, lambda _: {"network": "links"}),
-    "slow-input": (float, lambda rate: {"input_images_per_s": rate}),
-    "failures": (float, lambda hours: {"faults": {"mtbf_gpu_hours": hours}}),
-    # another interval or penalty ratio is another run: its trace takes the place of the study's
-    "interval": (str, lambda trace: {"trace": trace}),
-    "penalty-ratio": (str, lambda trace: {"trace": trace}),
-    "trace": (str, lambda trace: {"trace": trace}),
-}
-
-
 Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
-
-
-class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
-    """A named change: options, and perhaps another trace."""
-
-    name: str
-    options: dict[str, Any]
-    trace: Path | None = None
-
-
-class Configuration(msgspec.Struct, frozen=True, kw_only=True):
-    """One projection to compute.
-
-    Attributes:
-        index: its place in the study.
-        key: digest of everything that the result depends on.
-        labels: what tells it from its neighbours: the what-if and the grid's values.
-    """
-
-    index: int
-    key: str
-    trace: Path
-    trace_digest: str
-    cluster: Cluster
-    gpus: int
-    options: Options
-    labels: dict[str, Any]
-    profile: tuple[Path, str] | None = None  # file and digest
-
-
-class Study(msgspec.Struct, frozen=True, kw_only=True):
-    """A study, checked, with every name resolved."""
-
-    path: Path
-    traces: tuple[Path, ...]
-    clusters: tuple[Cluster, ...]
-    gpus: tuple[int, ...]
-    what_ifs: tuple[WhatIf, ...]
-    grid: dict[str, tuple[Any, ...]]
-    options: Options
-    profile: Path | None = None
-
-    @property
-    def num_configurations(self) -> int:
-        """How many projections the study is."""
-        return math.prod(
-            [
-                len(self.clusters),
-                len(self.gpus),
-                *(len(values) for values in self.grid.values()),
-                sum(len(self.traces) if what_if.trace is None else 1 for what_if in self.what_ifs),
-            ]
-        )
-
-
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The study file as it is written."""
-
-    traces: list[str]
-    clusters: list[str]
-    gpus: list[int]
-    profile: str | None = None
-    what_ifs: list[str] | None = None
-    options: dict[str, Any] = {}
-    grid: dict[str, list[Any]] = {}
-    what_if: dict[str, dict[str, Any]] = {}
 
 
 class _Stored(msgspec.Struct):
@@ -206,106 +76,6 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     done: int
     failed: int
     total: int
-
-
-def read_study(path: str | Path) -> Study:
-    """Read and check a study file; every trace, cluster, option and what-if must exist.
-
-    Raises:
-        FileFormatError: not TOML, an unknown key, a value of a wrong type, or nothing to compute.
-        UnknownNameError: a what-if, cluster or device that does not exist.
-        UsageError: an option out of its bounds.
-    """
-    path = Path(path)
-    raw = read_toml(path)
-    for key in raw:
-        if key not in _File.__struct_fields__:
-            unknown = UnknownNameError("key", key, _File.__struct_fields__)
-            raise FileFormatError(path, unknown.message, hint=unknown.hint)
-    try:
-        file = msgspec.convert(raw, _File)
-    except msgspec.ValidationError as error:
-        raise FileFormatError(path, str(error)) from error
-    for key in ("traces", "clusters", "gpus", "what_ifs"):
-        if getattr(file, key) is not None and not getattr(file, key):
-            raise FileFormatError(path, f"{key} is empty, expected at least one")
-    for count in file.gpus:
-        if count < 1:
-            raise FileFormatError(path, f"gpus holds {count}, expected positive numbers")
-    for key, values in file.grid.items():
-        if not values:
-            raise FileFormatError(path, f"grid.{key} is empty, expected at least one value")
-    if "trace" in file.options or "trace" in file.grid:
-        raise FileFormatError(path, "trace is no option; a what-if may name one")
-    names = file.what_ifs if file.what_ifs is not None else ["as-recorded", *file.what_if]
-    options = change(Options(), file.options)
-    what_ifs = tuple(_what_if(name, file.what_if, path) for name in names)
-    devices: set[str | None] = {options.device}
-    for changes in (
-        *(what_if.options for what_if in what_ifs),
-        *({key: value} for key, choices in file.grid.items() for value in choices),
-    ):
-        changed = change(options, changes)
-        for name in (changed.device, *changed.mixed_devices):
-            if name is not None:
-                load_device(name)
-        devices.add(changed.device)
-    clusters = tuple(load_cluster(_near(name, path)) for name in file.clusters)
-    devices |= {cluster.device for cluster in clusters}
-    return Study(
-        path=path,
-        traces=tuple(itertools.chain.from_iterable(_trace_paths(pattern, path) for pattern in file.traces)),
-        clusters=clusters,
-        gpus=tuple(dict.fromkeys(file.gpus)),
-        what_ifs=what_ifs,
-        grid={key: tuple(values) for key, values in file.grid.items()},
-        options=options,
-        profile=_checked_profile(file.profile, path, devices - {None, UNSPECIFIED}),
-    )
-
-
-def _checked_profile(name: str | None, study: Path, devices: Set[str | None]) -> Path | None:
-    """The profile's path; it must be of a device that the study has, or it would be left out everywhere."""
-    if name is None:
-        return None
-    path = (study.parent / name).resolve()
-    measured = read_device_profile(path).device
-    if not any(is_called(load_device(device), measured) for device in devices if device is not None):
-        known = ", ".join(sorted(filter(None, devices)))
-        raise FileFormatError(study, f"profile {name} is of {measured!r}, the study has {known or 'no device'}")
-    return path
-
-
-def configurations(study: Study) -> Iterator[Configuration]:
-    """The study's configurations, one after the other: what-ifs vary slowest, GPU counts fastest.
-
-    Raises:
-        UsageError: an option of the grid out of its bounds.
-    """
-    digest = functools.lru_cache(maxsize=None)(_digest)
-    profile = None if study.profile is None else (study.profile, digest(study.profile))
-    index = 0
-    for what_if in study.what_ifs:
-        for values in itertools.product(*study.grid.values()):
-            grid = dict(zip(study.grid, values, strict=True))
-            options = change(study.options, {**grid, **what_if.options})
-            labels = {"what_if": what_if.name, **grid}
-            for trace in (what_if.trace,) if what_if.trace is not None else study.traces:
-                for cluster in study.clusters:
-                    for gpus in study.gpus:
-                        content = (ptsim.__version__, digest(trace), profile and profile[1], cluster, gpus, options)
-                        yield Configuration(
-                            index=index,
-                            key=hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:24],
-                            trace=trace,
-                            trace_digest=digest(trace),
-                            cluster=cluster,
-                            gpus=gpus,
-                            options=options,
-                            labels=labels,
-                            profile=profile,
-                        )
-                        index += 1
 
 
 def run_study(
@@ -391,6 +161,22 @@ def run_study(
     return [rows[index] for index in sorted(rows)]
 
 
+def die_with_parent() -> None:
+    """For worker processes as they start: end when the process that started them ends, killed or not.
+
+    A worker that waits for work would not notice: all workers hold both ends of the queue.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watches the parent").start()
+
+
 def project_all(chunk: Sequence[Configuration]) -> list[dict[str, Any]]:
     """What a worker does: the rows of some configurations. What the user can mend becomes a failed row."""
     rows = []
@@ -423,7 +209,8 @@ def _worker_trace(path: Path, digest: str, profile: tuple[Path, str] | None) -> 
 def _profile_for(configuration: Configuration, profile: tuple[Path, str]) -> DeviceProfile | None:
     """The study's device profile where it is of the configuration's device: what-ifs may name others."""
     read = _worker_profile(*profile)
-    device = load_device(configuration.options.device or configuration.cluster.device)
+    named = configuration.options.device
+    device = configuration.cluster.gpu if named is None else load_device(named)
     return read if is_called(device, read.device) else None
 
 
@@ -482,46 +269,3 @@ def forget(out: Path) -> None:
         out.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"{out} cannot be replaced: {error.strerror}") from error
-
-
-def _what_if(text: str, own: Mapping[str, Mapping[str, Any]], study: Path) -> WhatIf:
-    """The what-if called `text`: one of the study's own, a built-in, or several joined by " + "."""
-    options: dict[str, Any] = {}
-    for part in text.split(" + "):
-        name, equals, value = part.strip().partition("=")
-        name, value = name.strip(), value.strip()
-        if name in own and not equals:
-            options |= own[name]
-            continue
-        if name not in _WHAT_IFS:
-            raise UnknownNameError("what-if", name, [*_WHAT_IFS, *own])
-        parse, made = _WHAT_IFS[name]
-        if (parse is not None) != bool(value):
-            needed = "needs a value, as in name=value" if parse is not None else "takes no value"
-            raise FileFormatError(study, f"the what-if {name!r} {needed}")
-        try:
-            options |= made(parse(value) if parse is not None else None)
-        except ValueError as error:
-            raise FileFormatError(study, f"the what-if {part.strip()!r}: {error}") from error
-    trace = options.pop("trace", None)
-    return WhatIf(name=text, options=options, trace=None if trace is None else _trace_paths(str(trace), study)[0])
-
-
-def _trace_paths(pattern: str, study: Path) -> list[Path]:
-    """Trace files that a path or pattern means, relative to the study file."""
-    if any(sign in pattern for sign in "*?["):
-        base = Path(pattern) if Path(pattern).is_absolute() else study.parent / pattern
-        anchor = Path(base.anchor)
-        found = sorted(anchor.glob(str(base.relative_to(anchor)))) if base.anchor else sorted(Path().glob(str(base)))
-        if not found:
-            raise FileFormatError(study, f"traces: nothing matches {pattern!r}")
-        return [trace_path(path).resolve() for path in found]
-    return [trace_path(study.parent / pattern).resolve()]
-
-
-def _near(name: str, study: Path) -> str:
-    return str(study.parent / name) if name.endswith(".toml") else name
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

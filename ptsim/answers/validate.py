@@ -22,7 +22,6 @@ A whole run is its training epochs and reconfigurations; validation passes, prof
 
 from __future__ import annotations
 
-import functools
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
@@ -31,73 +30,18 @@ from typing import Literal
 
 import msgspec
 
-from ptsim.costs.buckets import ddp_buckets
-from ptsim.costs.collectives import all_reduce, nodes_for
-from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible, step_energy
-from ptsim.costs.measured import find_profile, measured_step, of_profile, step_of_profile
-from ptsim.costs.memory import iteration_memory
-from ptsim.costs.profiled import profiled_step
-from ptsim.costs.times import StepTime, Tier
-from ptsim.errors import MissingMeasurementError, UsageError
-from ptsim.hardware.catalog import load_cluster, match_device
-from ptsim.hardware.profile import DeviceProfile, OperatorTime
+from ptsim.answers.repredict import EpochCheck, RunCheck, check_run, source_of
+from ptsim.answers.subject import find_trace
+from ptsim.costs.tiers import tier_row
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
-from ptsim.hardware.profile_merge import merge_operators
-from ptsim.hardware.spec import Cluster, Device
-from ptsim.network import Network
-from ptsim.sim import ddp
-from ptsim.sim.options import Options
-from ptsim.sim.step import Job, simulate_steps
-from ptsim.trace.io import read_trace
-from ptsim.trace.pace import beyond_steps_s, changes, input_s_per_image, reconfiguration_s
+from ptsim.hardware.spec import Cluster
 from ptsim.trace.pairs import time_differences
-from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 
 Source = Literal["own profiles", "device profile", "other runs"]
-
-
-class EpochCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """One epoch; errors are (predicted - measured) / measured. The interval is 90 %."""
-
-    epoch: int
-    architecture: str
-    batch_per_gpu: int
-    tier: Tier
-    measured_seconds: float
-    predicted_seconds: float
-    low_seconds: float
-    high_seconds: float
-    error: float
-    measured_memory_bytes: int | None
-    predicted_memory_bytes: int
-    measured_energy_joules: float | None
-    predicted_energy_joules: float | None
-    measured_exposed_communication_seconds: float
-    predicted_exposed_communication_seconds: float | None
-
-
-class RunCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """One run: training epochs and reconfigurations."""
-
-    trace: str
-    model: str
-    dataset: str
-    device: str
-    dense: bool
-    measured_seconds: float
-    predicted_seconds: float
-    low_seconds: float
-    high_seconds: float
-    error: float
-    measured_reconfiguration_seconds: float
-    predicted_reconfiguration_seconds: float
-    measured_energy_joules: float | None
-    predicted_energy_joules: float | None
-    measured_exposed_communication_seconds: float
-    predicted_exposed_communication_seconds: float | None
-    epochs: tuple[EpochCheck, ...]
-    notes: tuple[str, ...]
 
 
 class SavingCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +79,7 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     communication_error: float | None
     interval_coverage: float
     source: Source
-    tiers: tuple[Tier, ...]
+    tiers: tuple[str, ...]
     reasons: dict[str, str]
     runs: tuple[RunCheck, ...]
     savings: tuple[SavingCheck, ...]
@@ -164,7 +108,7 @@ def validate(
     """
     if not traces:
         raise UsageError("no run to validate")
-    runs = [trace if isinstance(trace, Trace) else read_trace(trace) for trace in traces]
+    runs = [find_trace(trace) for trace in traces]
     for trace in runs:
         trace.require_measured("compare predictions with")
         if not trace.epochs:
@@ -175,32 +119,10 @@ def validate(
         cluster = load_cluster(cluster)
     if cluster is not None and all(trace.run.world_size == 1 for trace in runs):
         raise UsageError("a cluster is given, but every run had one rank and so no communication")
-    checks = [_check_run(trace, *_source(trace, runs, profile, holdout=holdout), cluster) for trace in runs]
+    checks = [check_run(trace, *source_of(trace, runs, profile, holdout=holdout), cluster) for trace in runs]
     epochs = [epoch for check in checks for epoch in check.epochs]
-    savings, unlike = [], []
-    for (a, dense), (b, pruned) in itertools.product(zip(runs, checks, strict=True), repeat=2):
-        if dense.dense and not pruned.dense:
-            differences = time_differences(b, a)
-            if differences:
-                unlike.append(f"{pruned.trace} beside {dense.trace} would compare {differences[0]}")
-            else:
-                savings.append(_check_saving(dense, pruned))
-    memory = [
-        abs(epoch.predicted_memory_bytes / epoch.measured_memory_bytes - 1)
-        for epoch in epochs
-        if epoch.measured_memory_bytes
-    ]
-    energy = [
-        abs(check.predicted_energy_joules / check.measured_energy_joules - 1)
-        for check in checks
-        if check.predicted_energy_joules is not None and check.measured_energy_joules
-    ]
-    communication = [
-        abs(check.predicted_exposed_communication_seconds - check.measured_exposed_communication_seconds)
-        / check.measured_seconds
-        for check in checks
-        if check.predicted_exposed_communication_seconds is not None
-    ]
+    savings, unlike = _savings(runs, checks)
+    memory, energy, communication = _memory_errors(epochs), _energy_errors(checks), _communication_errors(checks)
     reasons = {}
     if not communication:
         parallel = any(trace.run.world_size > 1 for trace in runs)
@@ -226,335 +148,11 @@ def validate(
         communication_error=max(communication, default=None),
         interval_coverage=sum(inside) / len(inside),
         source="device profile" if profile is not None else "other runs" if holdout else "own profiles",
-        tiers=tuple(sorted({epoch.tier for epoch in epochs}, key=list(Tier).index)),
+        tiers=tuple(sorted({epoch.tier for epoch in epochs}, key=lambda name: tier_row(name).order)),
         reasons=reasons,
         runs=tuple(checks),
         savings=tuple(savings),
     )
-
-
-def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
-    """What the profiles inside some runs measured, as a device profile: operators and whole steps.
-
-    Raises:
-        MissingMeasurementError: no profiles, or runs of different devices.
-    """
-    with_profiles = [trace for trace in traces if trace.profiles]
-    if not with_profiles:
-        raise MissingMeasurementError("none of the other runs has profiles to predict from")
-    devices = {trace.run.device.name: trace.run.device for trace in with_profiles}
-    if len(devices) > 1:
-        raise MissingMeasurementError(f"the other runs were made on different devices: {', '.join(devices)}")
-    operators: tuple[OperatorTime, ...] = ()
-    steps = []
-    for trace in with_profiles:
-        optimizer = trace.optimizer
-        for profile in trace.profiles:
-            if trace.penalty_ratio == 0:  # older traces: microseconds between two clocks
-                profile = msgspec.structs.replace(profile, regularizer_s=0.0)
-            step, times = of_profile(trace.networks[profile.architecture], profile, optimizer=optimizer)
-            operators = merge_operators(operators, times)
-            steps.append(step)
-    inputs = {trace.run.dataset.name: input_s_per_image(trace) for trace in with_profiles}
-    reconfigurations = [value for trace in with_profiles if (value := reconfiguration_s(trace)) is not None]
-    info = with_profiles[0].run.device
-    kind, memory_bytes = info.must_exist()
-    return DeviceProfile(
-        created=with_profiles[0].run.created,
-        complete=True,
-        device=info.name,
-        kind=kind,
-        memory_bytes=memory_bytes,
-        num_threads=info.num_threads,
-        software=with_profiles[0].run.versions,
-        reconfiguration_s=statistics.median(reconfigurations) if reconfigurations else None,
-        input_s_per_image={name: value for name, value in inputs.items() if value is not None},
-        sources=tuple(str(trace.path) for trace in with_profiles),
-        operators=operators,
-        steps=tuple(steps),
-    )
-
-
-class _Pace(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run takes beside its steps, as far as it may be seen; None where nobody measured it."""
-
-    input_s_per_image: float | None
-    reconfiguration_s: float | None
-    doubts: tuple[str, ...] = ()  # about the profile that the steps come from
-
-
-_StepOf = Callable[[Epoch], StepTime]
-
-
-def _source(
-    trace: Trace, runs: Sequence[Trace], profile: DeviceProfile | None, *, holdout: bool
-) -> tuple[_StepOf, _Pace]:
-    """Where the steps of `trace` and its pace come from."""
-    run = trace.run
-    if profile is None and not holdout:
-        if not trace.profiles:
-            raise MissingMeasurementError(
-                f"{trace.path} has no profiles to predict from",
-                hint="train with profiles, or give a device profile with --profile",
-            )
-        first = trace.epochs[0]
-
-        def measured(epoch: Epoch) -> StepTime:
-            step = measured_step(trace.network_of(epoch), trace.profiles, trace.setting_of(epoch))
-            share = 1.0 - step.overhead_s / step.compute_s  # what is between the phases is in the pace
-            return msgspec.structs.replace(step, overhead_s=0.0, low_s=step.low_s * share, high_s=step.high_s * share)
-
-        return measured, _Pace(
-            input_s_per_image=beyond_steps_s(first) * first.world_size / first.num_images if first.num_images else None,
-            reconfiguration_s=changes(trace)[0].duration_s if changes(trace) else None,
-        )
-    if profile is None:
-        others = [other for other in runs if other.path != trace.path]
-        if not others:
-            raise UsageError("a hold-out needs a device profile or a second run to predict from")
-        profile = device_profile_of(others)
-    elif holdout and str(trace.path) in profile.sources:
-        raise UsageError(f"the device profile was calibrated on {trace.path}: that is no hold-out")
-    known = profile
-    known.check_device(run.device.name)
-    if run.device.num_threads != known.num_threads:
-        raise MissingMeasurementError(
-            f"{trace.path} ran with {run.device.num_threads} threads, the device profile with {known.num_threads}"
-        )
-
-    def profiled(epoch: Epoch) -> StepTime:
-        return profiled_step(trace.network_of(epoch), known, trace.setting_of(epoch))
-
-    return profiled, _Pace(
-        input_s_per_image=known.input_s_per_image.get(run.dataset.name),
-        reconfiguration_s=known.reconfiguration_s,
-        doubts=known.doubts(run.versions),
-    )
-
-
-class _Exposed(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds that a step waits for its all-reduces, with a 90 % interval; `first_s` after a wrapping."""
-
-    seconds: float
-    low_s: float
-    high_s: float
-    first_s: float
-
-
-class _Communication:
-    """The exposed communication of one data-parallel run's steps, simulated on its cluster."""
-
-    def __init__(self, cluster: Cluster, num_gpus: int, *, overlap: bool) -> None:
-        self._overlap = overlap
-        self._all_reduce = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, num_gpus))
-        self._known: dict[tuple[str, int, bool], _Exposed] = {}
-        nodes_for(cluster, num_gpus)  # raises where it has not so many
-
-    def of(self, network: Network, step: StepTime, epoch: Epoch) -> _Exposed:
-        key = (network.id, epoch.batch_per_gpu, epoch.regularized)
-        if key not in self._known:
-            self._known[key] = self._simulated(network, step)
-        return self._known[key]
-
-    def _simulated(self, network: Network, step: StepTime) -> _Exposed:
-        buckets, contention = ddp_buckets(network), Options().contention
-        ends: tuple[tuple[ddp.Bound, float], ...] = (
-            ("expected", contention),
-            ("low", contention / 2),
-            ("high", 1.5 * contention),
-        )
-        plans = [
-            msgspec.structs.replace(ddp.plan_step(step, buckets, self._all_reduce, bound=bound), overlap=self._overlap)
-            for bound, _ in ends
-        ]
-        expected, low, high = (
-            simulate_steps([Job(plan=plan)], contention=slowdown)[0].exposed_communication_s
-            for plan, (_, slowdown) in zip(plans, ends, strict=True)
-        )
-        first_s = ddp.first_step_s(network, plans[0], self._all_reduce)
-        return _Exposed(
-            seconds=expected, low_s=min(low, expected), high_s=max(high, expected), first_s=max(first_s, expected)
-        )
-
-
-def _check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | None) -> RunCheck:
-    run = trace.run
-    notes = list(pace.doubts)
-    unsteady = _unsteady(trace)
-    if unsteady is not None:
-        notes.append(unsteady)
-    if not trace.complete:
-        of = f" of {trace.planned_epochs}" if trace.planned_epochs else ""
-        notes.append(f"the run is not whole: {len(trace.epochs)}{of} epochs are compared")
-    if pace.input_s_per_image is None:
-        notes.append(f"nobody measured the input of {run.dataset.name}: it counts as no time")
-    if pace.reconfiguration_s is None and changes(trace):
-        notes.append("nobody measured a reconfiguration: they count as no time")
-    communication = None
-    if run.world_size > 1 and cluster is not None:
-        # a compiled step's gradients become ready together, at its end
-        communication = _Communication(cluster, run.world_size, overlap=not trace.compiled)
-    elif run.world_size > 1:
-        notes.append("exposed communication is as measured, no part of the errors; --cluster predicts it")
-    device = match_device(run.device.name)
-    energy = _Energy(trace, device)
-    wrapped = {trace.epochs[0].epoch, *(event.epoch + 1 for event in changes(trace))}  # in front of these epochs
-    odd = [epoch.epoch for epoch in trace.epochs if device is not None and not _power_is_plausible(epoch, device)]
-    if odd:
-        which = f"epoch {odd[0]}" if len(odd) == 1 else f"{len(odd)} epochs (the first is {odd[0]})"
-        notes.append(f"no {run.device.name} can have taken the energy of {which}: energy is not compared")
-    epochs = []
-    for epoch in trace.epochs:
-        step, exposed = step_of(epoch), None
-        if communication is not None:
-            exposed = communication.of(trace.network_of(epoch), step, epoch)
-        epochs.append(_check_epoch(trace, epoch, step, pace, device, energy, exposed, epoch.epoch in wrapped))
-    measured_s = sum(epoch.measured_seconds for epoch in epochs)
-    predicted_s = sum(epoch.predicted_seconds for epoch in epochs)
-    events_s = sum(event.duration_s for event in trace.reconfigurations)
-    predicted_events_s = (pace.reconfiguration_s or 0.0) * len(changes(trace))
-    energies = [epoch.measured_energy_joules for epoch in epochs if epoch.measured_energy_joules is not None]
-    predicted_energies = [e.predicted_energy_joules for e in epochs if e.predicted_energy_joules is not None]
-    whole_energy = len(energies) == len(epochs) == len(predicted_energies) and not odd
-    return RunCheck(
-        trace=str(trace.path),
-        model=run.model,
-        dataset=run.dataset.name,
-        device=run.device.name,
-        dense=not trace.is_pruned,
-        measured_seconds=measured_s + events_s,
-        predicted_seconds=predicted_s + predicted_events_s,
-        low_seconds=sum(epoch.low_seconds for epoch in epochs) + predicted_events_s,
-        high_seconds=sum(epoch.high_seconds for epoch in epochs) + predicted_events_s,
-        error=(predicted_s + predicted_events_s) / (measured_s + events_s) - 1,
-        measured_reconfiguration_seconds=events_s,
-        predicted_reconfiguration_seconds=predicted_events_s,
-        measured_energy_joules=sum(energies) if whole_energy else None,
-        predicted_energy_joules=sum(predicted_energies) if whole_energy else None,
-        measured_exposed_communication_seconds=sum(e.measured_exposed_communication_seconds for e in epochs),
-        predicted_exposed_communication_seconds=None
-        if communication is None
-        else sum(e.predicted_exposed_communication_seconds or 0.0 for e in epochs),
-        epochs=tuple(epochs),
-        notes=tuple(notes),
-    )
-
-
-def _unsteady(trace: Trace) -> str | None:
-    """What the run's own measurements say of how well anything could predict them; None where they were steady.
-
-    Epochs of one architecture, mini-batch and regulariser do the same work: what their mean steps differ by is the
-    machine, and no prediction is meant to follow it.
-    """
-    alike: dict[tuple[str, int, bool], list[float]] = {}
-    for epoch in trace.epochs[1:]:  # the first one warms up
-        key = (epoch.architecture, epoch.batch_per_gpu, epoch.regularized)
-        alike.setdefault(key, []).append((epoch.time.wall_s - epoch.time.data_wait_s) / epoch.num_iterations)
-    ratio = max((max(steps) / min(steps) for steps in alike.values()), default=1.0)
-    if ratio <= _STEADY:
-        return None
-    return (
-        f"epochs that did the same work took up to {ratio:.2f} times as long as each other: the machine was not quiet, "
-        "or its clock not steady, and errors up to that are its own"
-    )
-
-
-_STEADY = 1.15  # between the slowest and the fastest of epochs that do the same
-
-
-def _check_epoch(
-    trace: Trace,
-    epoch: Epoch,
-    step: StepTime,
-    pace: _Pace,
-    device: Device | None,
-    energy: _Energy,
-    exposed: _Exposed | None,
-    wrapped: bool,
-) -> EpochCheck:
-    network, run, n = trace.network_of(epoch), trace.run, epoch.num_iterations
-    images = epoch.num_images / epoch.world_size
-    waits: tuple[float, ...] = (epoch.time.exposed_communication_s,) * 3
-    if exposed is not None:
-        first_s = exposed.first_s - exposed.seconds if wrapped else 0.0
-        waits = tuple(n * wait_s + first_s for wait_s in (exposed.seconds, exposed.low_s, exposed.high_s))
-    input_s = (pace.input_s_per_image or 0.0) * images
-    predicted_s = n * step.compute_s + input_s + waits[0]
-    memory = iteration_memory(
-        network,
-        batch=epoch.batch_per_gpu,
-        precision=run.precision,
-        optimizer=str(run.hyperparameters.get("optimizer", "sgd")),
-        memory_format=run.memory_format,
-        device=device,
-        data_parallel=epoch.world_size > 1,
-    )
-    return EpochCheck(
-        epoch=epoch.epoch,
-        architecture=epoch.architecture,
-        batch_per_gpu=epoch.batch_per_gpu,
-        tier=step.tier,
-        measured_seconds=epoch.time.wall_s,
-        predicted_seconds=predicted_s,
-        low_seconds=n * step.low_s + input_s + waits[1],
-        high_seconds=n * step.high_s + input_s + waits[2],
-        error=predicted_s / epoch.time.wall_s - 1,
-        measured_memory_bytes=epoch.peak_memory_bytes,
-        predicted_memory_bytes=memory.peak_bytes,
-        measured_energy_joules=epoch.device.energy_j if epoch.device else None,
-        predicted_energy_joules=energy.joules(step, n, predicted_s),
-        measured_exposed_communication_seconds=epoch.time.exposed_communication_s,
-        predicted_exposed_communication_seconds=None if exposed is None else waits[0],
-    )
-
-
-def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel | None:
-    """The run's GPU's power model, fitted to what NVML sampled in its (first `num_epochs`) epochs.
-
-    None where nothing was sampled, no epoch was profiled, or the catalog does not know the GPU's limits.
-    """
-    device = match_device(trace.run.device.name)
-    if device is None:
-        return None
-    samples = []
-    for epoch in trace.epochs[:num_epochs]:
-        profile = find_profile(trace.network_of(epoch), trace.profiles, trace.setting_of(epoch))
-        power_w = _mean_power_w(epoch)
-        if profile is not None and power_w is not None and is_plausible(device, power_w):
-            step = step_of_profile(trace.network_of(epoch), profile, regularizer=epoch.regularized)
-            waiting_s = max(epoch.time.wall_s / epoch.num_iterations - step.compute_s, 0.0)
-            samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=power_w))
-    return fit_power(device, samples) if samples else None
-
-
-def _power_is_plausible(epoch: Epoch, device: Device) -> bool:
-    power_w = _mean_power_w(epoch)
-    return power_w is None or is_plausible(device, power_w)
-
-
-def _mean_power_w(epoch: Epoch) -> float | None:
-    if epoch.device is None or epoch.device.energy_j is None:
-        return None
-    return epoch.device.energy_j / epoch.time.wall_s
-
-
-class _Energy:
-    """The joules of an epoch, from the power of the first epoch: all that a prediction of the later ones may see.
-
-    By its power model, which knows what a step is made of; where the catalog does not know the GPU, by its mean.
-    """
-
-    def __init__(self, trace: Trace, device: Device | None) -> None:
-        several = len(trace.epochs) > 1
-        self._power_w = _mean_power_w(trace.epochs[0]) if several else None
-        self._model = fit_power_model(trace, 1) if several else None
-        self._device = device
-
-    def joules(self, step: StepTime, num_iterations: int, predicted_s: float) -> float | None:
-        if self._model is not None and self._device is not None:
-            waiting_s = max(predicted_s / num_iterations - step.compute_s, 0.0)
-            return num_iterations * step_energy(step, self._device, waiting_s=waiting_s, model=self._model).joules
-        return None if self._power_w is None else self._power_w * predicted_s
 
 
 def _check_saving(dense: RunCheck, pruned: RunCheck) -> SavingCheck:
@@ -571,3 +169,41 @@ def _check_saving(dense: RunCheck, pruned: RunCheck) -> SavingCheck:
         predicted_saving=predicted,
         error_points=100 * (predicted - measured),
     )
+
+
+def _savings(runs: Sequence[Trace], checks: Sequence[RunCheck]) -> tuple[list[SavingCheck], list[str]]:
+    """Every pruned run beside every dense one that differs by nothing else, and why the other pairs are left out."""
+    savings, unlike = [], []
+    for (a, dense), (b, pruned) in itertools.product(zip(runs, checks, strict=True), repeat=2):
+        if dense.dense and not pruned.dense:
+            differences = time_differences(b, a)
+            if differences:
+                unlike.append(f"{pruned.trace} beside {dense.trace} would compare {differences[0]}")
+            else:
+                savings.append(_check_saving(dense, pruned))
+    return savings, unlike
+
+
+def _memory_errors(epochs: Sequence[EpochCheck]) -> list[float]:
+    return [
+        abs(epoch.predicted_memory_bytes / epoch.measured_memory_bytes - 1)
+        for epoch in epochs
+        if epoch.measured_memory_bytes
+    ]
+
+
+def _energy_errors(checks: Sequence[RunCheck]) -> list[float]:
+    return [
+        abs(check.predicted_energy_joules / check.measured_energy_joules - 1)
+        for check in checks
+        if check.predicted_energy_joules is not None and check.measured_energy_joules
+    ]
+
+
+def _communication_errors(checks: Sequence[RunCheck]) -> list[float]:
+    return [
+        abs(check.predicted_exposed_communication_seconds - check.measured_exposed_communication_seconds)
+        / check.measured_seconds
+        for check in checks
+        if check.predicted_exposed_communication_seconds is not None
+    ]

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ptsim.cli.common import parse_bytes, print_json, stdout_console
-from ptsim.costs.collectives import Choice, all_reduce, nodes_for
+from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.hardware.catalog import load_cluster
 from ptsim.units import format_bytes, format_seconds
 
@@ -20,7 +20,11 @@ def allreduce(
         str, Parameter(name="--bytes", help="Message size in bytes, or with a unit: 25MiB, or 128M as in nccl-tests.")
     ],
     algorithm: Annotated[
-        Choice, Parameter(help="Algorithm to compute from the topology. auto prefers measurements.")
+        str,
+        Parameter(
+            help="Algorithm to compute from the topology: ring, tree, hierarchical or one of another package. "
+            "auto prefers measurements."
+        ),
     ] = "auto",
     json: Annotated[bool, Parameter(help="One JSON document.")] = False,
 ) -> None:

@@ -13,7 +13,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ptsim.cli.common import print_line, progress_console, say
 from ptsim.errors import UsageError
-from ptsim.network import MemoryFormat, Precision
+from ptsim.network import MemoryFormat
+from ptsim.setting import PrecisionName, parse_precision
 from ptsim.textfile import check_writable
 from ptsim.trace.io import read_trace
 
@@ -24,7 +25,7 @@ def gpu(
     trace: Annotated[list[Path] | None, cyclopts.Parameter(negative="")] = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     minutes: float = 10.0,
-    precision: Precision | None = None,
+    precision: PrecisionName | None = None,
     memory_format: MemoryFormat | None = None,
     grid: bool = True,
     rounds: int = 3,
@@ -37,7 +38,8 @@ def gpu(
         trace: Recorded runs; their architectures are measured first, at their mini-batches.
         device: Device to measure. auto takes the GPU if there is one.
         minutes: Longest time that the measurement may take, in minutes.
-        precision: Number format to measure, other than those of the traces. Default: all that the device has.
+        precision: Number format to measure, other than those of the traces; amp is fp16 autocast. Default: all that the
+            device has.
         memory_format: Memory layout to measure, other than those of the traces. Default on a GPU: both.
         grid: Also measure single operators with many channel counts, as far as time allows.
         rounds: How many times whole steps of each network are measured, in turn, because a machine's speed drifts.
@@ -47,15 +49,16 @@ def gpu(
     runs = [read_trace(path) for path in trace or ()]
     import torch
 
-    from ptsim.hardware.profile import Setting
+    from ptsim.hardware.profile import OperatorSetting
     from ptsim.measure.calibrate import calibrate_gpu
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here", hint="--device cpu measures the processor")
     chosen = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
-    settings: tuple[Setting, ...] = ()
+    settings: tuple[OperatorSetting, ...] = ()
     if precision is not None or memory_format is not None:
-        settings = (Setting(precision=precision or Precision.FP32, memory_format=memory_format or "contiguous"),)
+        numbers = parse_precision(precision or "fp32")
+        settings = (OperatorSetting(precision=numbers, memory_format=memory_format or "contiguous"),)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=progress_console(), transient=True) as bar:
         task = bar.add_task("calibrating", total=1.0)

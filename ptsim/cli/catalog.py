@@ -45,14 +45,14 @@ def clusters(*, json: Annotated[bool, Parameter(help="One JSON document with eve
     """List the catalog's clusters: device, node size and links."""
     entries = [load_cluster(name) for name in cluster_names()]
     if json:
-        print_json([msgspec.to_builtins(entry) for entry in entries])
+        print_json([{**msgspec.to_builtins(entry), "device": entry.device_name} for entry in entries])
         return
     table = _table("cluster", "device", "GPUs", "inside a node", "GB/s", "between nodes", "Gbit/s")
     for entry in entries:
         inter = entry.inter
         table.add_row(
             entry.name,
-            entry.device,
+            entry.device_name,
             str(entry.gpus_per_node),
             entry.intra.name,
             f"{entry.intra.bandwidth_bytes_per_s / 1e9:.4g}",

@@ -13,6 +13,7 @@ from ptsim.answers.cost import cost as costs_of
 from ptsim.cli.common import parse_input_shape, print_json, stdout_console
 from ptsim.costs.memory import MOST_IMAGES
 from ptsim.network import MemoryFormat
+from ptsim.setting import PrecisionName
 from ptsim.units import format_bytes, format_count, format_seconds
 
 
@@ -24,7 +25,8 @@ def cost(
     classes: int | None = None,
     batch: int | None = None,
     gpu: str | None = None,
-    precision: Literal["fp32", "tf32", "bf16", "fp16", "amp"] | None = None,
+    gpus: int | None = None,
+    precision: PrecisionName | None = None,
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] | None = None,
     memory_format: MemoryFormat | None = None,
     convention: Literal["exact", "paper"] = "exact",
@@ -40,6 +42,8 @@ def cost(
         batch: Images per device. Default: the trace's own, else 32.
         gpu: Also say whether the mini-batch fits this device, and which is the largest that does. Catalog name or TOML
             file.
+        gpus: Number of GPUs that train together. From 2 on each also holds the buckets of its all-reduces. Default: the
+            trace's own, else 1.
         precision: Number format of the matrix products; amp is fp16 autocast. Default: the trace's own, else fp32.
         optimizer: Optimizer whose state and update are counted. Default: the trace's own, else sgd.
         memory_format: Layout of the activations in memory. Default: the trace's own, else contiguous.
@@ -53,6 +57,7 @@ def cost(
         num_classes=classes,
         batch=batch,
         gpu=gpu,
+        gpus=gpus,
         precision=precision,
         optimizer=optimizer,
         memory_format=memory_format,
@@ -99,7 +104,7 @@ def _summary(report: CostReport) -> Table:
         (
             "peak memory",
             f"{format_bytes(report.peak_memory_bytes)} at mini-batch {report.batch}, {report.precision.value}, "
-            f"{report.optimizer}",
+            f"{report.optimizer}" + (f", each of {report.gpus} GPUs" if report.gpus > 1 else ""),
         ),
         (
             "  of which",

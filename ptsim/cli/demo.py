@@ -123,7 +123,7 @@ def output_channels(network: Network) -> int:
 def memory_bytes(run: Trace, epoch: Epoch) -> int:
     """What one iteration of that epoch needs, as the cost model counts it."""
     network = run.network_of(epoch)
-    return iteration_memory(network, batch=epoch.batch_per_gpu, precision=run.run.precision).peak_bytes
+    return iteration_memory(network, run.setting_of(epoch)).peak_bytes
 
 
 def typical_seconds(epochs: tuple[Epoch, ...]) -> float:

@@ -13,6 +13,7 @@ from ptsim.answers.predict import Prediction
 from ptsim.answers.predict import predict as predict_step
 from ptsim.cli.common import parse_input_shape, print_json, stdout_console
 from ptsim.network import MemoryFormat
+from ptsim.setting import PrecisionName
 from ptsim.units import format_bytes, format_joules, format_seconds
 
 
@@ -20,32 +21,32 @@ def predict(
     model: Annotated[str, Parameter(name="MODEL")],
     /,
     *,
-    batch: int,
+    batch: int | None = None,
     gpu: str | None = None,
-    precision: Literal["fp32", "tf32", "amp", "fp16", "bf16"] = "fp32",
-    memory_format: MemoryFormat = "contiguous",
+    precision: PrecisionName | None = None,
+    memory_format: MemoryFormat | None = None,
     cluster: str | None = None,
     gpus: int | None = None,
     input: Annotated[str | None, Parameter(name="--input")] = None,
     classes: int | None = None,
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd",
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] | None = None,
     profile: Path | None = None,
     json: bool = False,
 ) -> None:
     """The time and throughput of a training step on a device, alone or data-parallel.
 
     Args:
-        model: Zoo name, torchvision:NAME, path/to/file.py:function, or a trace, whose last architecture is taken.
-        batch: Images per GPU and step.
+        model: Zoo name, torchvision:NAME, path/to/file.py:function, or a trace, whose final network is taken.
+        batch: Images per GPU and step. Default: a trace's last mini-batch; needed for a model.
         gpu: Device: catalog name or TOML file. Default: the cluster's own, or the one that --profile was measured on.
-        precision: Number format of the matrix products; amp is fp16 autocast. PyTorch computes convolutions in tf32 on
-            Ampere and newer unless it is told otherwise.
-        memory_format: Layout of the activations in memory.
+        precision: Number format of the matrix products; amp is fp16 autocast. Default: the trace's own, else fp32.
+            PyTorch computes convolutions in tf32 on Ampere and newer unless it is told otherwise.
+        memory_format: Layout of the activations in memory. Default: the trace's own, else contiguous.
         cluster: Cluster for data-parallel training: catalog name or TOML file.
         gpus: Number of the cluster's GPUs. Default: those of one node.
         input: Image shape as CHANNELS,HEIGHT,WIDTH, for example 3,224,224.
         classes: Number of classes that the network tells apart.
-        optimizer: Optimizer whose update is counted.
+        optimizer: Optimizer whose update is counted. Default: the trace's own, else sgd.
         profile: Device profile that `ptsim calibrate gpu` wrote.
         json: Print one JSON document; low and high are the 90 % interval of step_seconds.
     """

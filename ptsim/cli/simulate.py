@@ -15,6 +15,7 @@ from ptsim.cli.common import is_count, print_json, refuse_input_as_output, say, 
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import read_device_profile
+from ptsim.setting import PrecisionName
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
@@ -34,7 +35,7 @@ def simulate(
     scaling: Literal["weak", "strong"] = "weak",
     minibatch: Literal["recorded", "planned", "fixed"] = "recorded",
     device: str | None = None,
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None,
+    precision: PrecisionName | None = None,
     gradients: Literal["fp32", "fp16", "bf16"] = "fp32",
     micro_batches: int = 1,
     bucket_mib: float = 25.0,
@@ -63,7 +64,7 @@ def simulate(
         minibatch: Mini-batch of each epoch: recorded, planned (as large as fits the projected GPU), or fixed (as in
             the first epoch).
         device: GPU that replaces the cluster's own: catalog name or TOML file.
-        precision: Number format of the matrix products, instead of the recorded one.
+        precision: Number format of the matrix products, instead of the recorded one; amp is fp16 autocast.
         gradients: Number format in which gradients are sent.
         micro_batches: Gradient accumulation: number of passes that each mini-batch is split into.
         bucket_mib: Size limit of DDP's buckets. The first bucket has 1 MiB at the default, otherwise this limit too.

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from ptsim.answers.sweep import MANY, Progress, forget, read_study, run_study
+from ptsim.answers.study import read_study
+from ptsim.answers.sweep import MANY, Progress, die_with_parent, forget, run_study
 from ptsim.cli.common import print_json, progress_console, say, stdout_console
 from ptsim.cli.simulate import interval, seconds
 from ptsim.errors import UsageError
@@ -89,7 +90,7 @@ def _executor(workers: int | None, dask: str | None) -> Iterator[Executor]:
     if dask is None:
         # "spawn": a worker starts clean and does not inherit this process's threads
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context, initializer=die_with_parent) as pool:
             yield pool
         return
     try:

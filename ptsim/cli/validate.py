@@ -9,7 +9,8 @@ from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ptsim.answers.validate import RunCheck, Validation
+from ptsim.answers.repredict import RunCheck
+from ptsim.answers.validate import Validation
 from ptsim.answers.validate import validate as compare
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.units import format_bytes, format_joules, format_seconds

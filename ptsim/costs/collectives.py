@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from ptsim.costs import nccl
+from ptsim.costs.algorithms import AUTO, check_choice
 from ptsim.costs.allreduce_table import table_seconds, table_sigma
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import Tier
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link, LinkKind
 
-Algorithm = Literal["ring", "tree", "hierarchical", "table"]
-Choice = Literal["auto", "ring", "tree", "hierarchical"]
-
+TABLE = "table"  # what a result calls its algorithm where a measured table says the time
 
 _HALF_WEIGHT = 2.0  # halvings or doublings beyond a table after which its line has half of the say
 _SMALL_BYTES = 2**20  # below it a topology says less
@@ -35,9 +33,9 @@ class AllReduceTime(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     low_s: float
     high_s: float
-    algorithm: Algorithm
+    algorithm: str
     wire_bytes_per_gpu: float
-    tier: Tier
+    tier: str
 
 
 def ring_wire_bytes(message_bytes: float, num_gpus: int) -> float:
@@ -125,7 +123,7 @@ def hierarchical_all_reduce_seconds(
     return inside + ring_all_reduce_seconds(message_bytes, num_nodes, inter)
 
 
-def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm: Choice = "auto") -> AllReduceTime:
+def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm: str = AUTO) -> AllReduceTime:
     """The time of one all-reduce of `message_bytes` held by each of `num_gpus` GPUs.
 
     GPUs fill nodes one after the other. With "auto" a measured table for this GPU count is used where the cluster has
@@ -135,15 +133,16 @@ def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm
         ValueError: a negative size, no GPUs, or more GPUs than the cluster has.
     """
     _check(message_bytes, num_gpus)
+    check_choice(algorithm)
     num_nodes = nodes_for(cluster, num_gpus)
     if num_gpus == 1:
         return AllReduceTime(
             seconds=0.0, low_s=0.0, high_s=0.0, algorithm="ring", wire_bytes_per_gpu=0.0, tier=Tier.DATASHEET
         )
-    table = _nearest_table(cluster, num_gpus, num_nodes) if algorithm == "auto" else None
+    table = _nearest_table(cluster, num_gpus, num_nodes) if algorithm == AUTO else None
     if table is not None and (table.num_gpus, table.num_nodes) == (num_gpus, num_nodes):
         seconds, sigma = _of_table(table, cluster, message_bytes), table_sigma(table, message_bytes)
-        chosen: Algorithm = "table"
+        chosen = TABLE
         inside = table.size_bytes[0] <= message_bytes <= table.size_bytes[-1]
         tier = Tier.MEASURED if inside else Tier.SCALED
     else:
@@ -166,9 +165,7 @@ def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm
     )
 
 
-def allreduce(
-    cluster: str | Path | Cluster, gpus: int, message_bytes: int, algorithm: Choice = "auto"
-) -> AllReduceTime:
+def allreduce(cluster: str | Path | Cluster, gpus: int, message_bytes: int, algorithm: str = AUTO) -> AllReduceTime:
     """The time of one all-reduce on a cluster of the catalog or of a TOML file.
 
     >>> import ptsim
@@ -179,7 +176,7 @@ def allreduce(
         cluster: catalog name, TOML file or the cluster itself.
         gpus: how many GPUs take part; they fill nodes one after the other.
         message_bytes: gradient bytes that every GPU holds.
-        algorithm: "auto", or one that is asked for.
+        algorithm: "auto", or the name of one (`costs.algorithms`).
 
     Raises:
         UsageError: unknown cluster, a negative size, no GPUs, or more GPUs than the cluster has.
@@ -218,8 +215,8 @@ def _of_table(table: AllReduceTable, cluster: Cluster, message_bytes: float) -> 
 
 
 def _topology(
-    message_bytes: float, cluster: Cluster, num_gpus: int, num_nodes: int, algorithm: Choice
-) -> tuple[float, Algorithm]:
+    message_bytes: float, cluster: Cluster, num_gpus: int, num_nodes: int, algorithm: str
+) -> tuple[float, str]:
     line = nccl.fastest_line(cluster, num_gpus, num_nodes, message_bytes, algorithm)
     return line.latency_s + message_bytes * line.seconds_per_byte, line.algorithm
 

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
-from ptsim.costs.times import LayerTime, StepTime, Tier
+from ptsim.costs.tiers import Tier
+from ptsim.costs.times import LayerTime, StepTime
 from ptsim.costs.traffic import regularizer_traffic, update_traffic
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
@@ -388,13 +389,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     """
     fit = fit or load_fit()
     precision = setting.precision
-    kernels = network_kernels(
-        network,
-        batch=setting.batch,
-        precision=precision,
-        memory_format=setting.memory_format,
-        tensor_cores=uses_tensor_cores(device, precision),
-    )
+    kernels = network_kernels(network, setting, tensor_cores=uses_tensor_cores(device, precision))
     factor = device_factor(device, fit)
     seconds = kernel_seconds(kernels, chip_of(device, precision), fit.efficiency) * (factor or 1.0)
     count = len(network.layers)
@@ -402,7 +397,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     forward = np.bincount(kernels.layer[is_forward], seconds[is_forward], count)
     backward = np.bincount(kernels.layer[~is_forward], seconds[~is_forward], count)
     streaming = fit.efficiency.stream_bandwidth * device.memory_bandwidth_bytes_per_s
-    optimizer_s = update_bytes(network, setting.optimizer, precision) / streaming
+    optimizer_s = update_bytes(network, setting) / streaming
     regularizer_s = regularizer_traffic(network) / streaming if setting.regularizer else 0.0
     gpu_s = float(forward.sum() + backward.sum()) + optimizer_s + regularizer_s
     update_s = optimizer_s + regularizer_s
@@ -429,10 +424,10 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     )
 
 
-def update_bytes(network: Network, optimizer: str, precision: Precision) -> float:
+def update_bytes(network: Network, setting: StepSetting) -> float:
     """What an update moves; under autocast with the casts of weights and gradients and the scaler's division."""
-    casts = 20 if precision.activation_bytes == 2 else 0
-    return float(update_traffic(network, optimizer) + casts * network.num_parameters)
+    casts = 20 if setting.half else 0
+    return float(update_traffic(network, setting.optimizer) + casts * network.num_parameters)
 
 
 def device_factor(device: Device, fit: Fit) -> float | None:

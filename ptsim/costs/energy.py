@@ -16,9 +16,6 @@ from scipy.optimize import lsq_linear
 from ptsim.costs.times import StepTime
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.spec import Device
-from ptsim.network import LayerKind
-
-_PRODUCTS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 
 # Deviation: no measurement of ours. Shares of (board limit - idle) while multiplying, streaming and waiting, so that a
 # CNN's training step comes to 70–85 % of the limit, which is where data-centre boards are usually seen; the relative
@@ -155,7 +152,7 @@ def price_usd(total_s: float, num_gpus: int, usd_per_gpu_hour: float) -> float:
 
 def _seconds(step: StepTime, waiting_s: float) -> tuple[float, float, float]:
     """Seconds of multiplying, streaming and waiting."""
-    product_s = sum(layer.forward_s + layer.backward_s for layer in step.layers if layer.kind in _PRODUCTS)
+    product_s = step.product_s
     stream_s = step.forward_s + step.backward_s - product_s + step.optimizer_s + step.regularizer_s
     return product_s, stream_s, step.overhead_s + waiting_s
 

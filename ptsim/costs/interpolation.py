@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from ptsim.hardware.profile import Operator, OperatorTime, Setting
+from ptsim.hardware.profile import Operator, OperatorSetting, OperatorTime
 from ptsim.network import LayerKind
 
 Pass = Literal["forward", "backward"]
@@ -56,7 +56,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 class Interpolator:
     """All operators that a profile measured in one setting."""
 
-    def __init__(self, times: Iterable[OperatorTime], setting: Setting) -> None:
+    def __init__(self, times: Iterable[OperatorTime], setting: OperatorSetting) -> None:
         self._samples: dict[Pass, list[tuple[Operator, float, bool]]] = {"forward": [], "backward": []}
         self._known: dict[tuple[Pass, Operator], float] = {}
         self._without_backward: set[Operator] = set()

@@ -3,6 +3,12 @@
 Every layer becomes a few kernels (forward; gradient of the input; gradient of the weights). A matrix product is
 described as the implicit GEMM that cuDNN runs, m×n×k per group; everything else is the bytes it moves. The columns
 depend on network, mini-batch, number format and layout only; what a device makes of them is `costs.datasheet`.
+
+This is the one table of what an operator reads and writes: `costs.traffic` adds the same kernels' bytes up. Every
+operand is read and every result written once, from and to device memory; what caches keep between kernels is not
+credited. BatchNorm is counted as METHOD.md §6 does: 8 accesses per element, 3 forward (statistics, normalise in, out)
+and 5 backward (x and dy for the reductions; x, dy in, dx out). Layer and group norms keep a row of their input on the
+chip: 2 forward (in, out) and 4 backward (x and dy for the reductions over the batch; dy in, dx out).
 """
 
 from __future__ import annotations
@@ -15,10 +21,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ptsim.costs.memory import Widths
-from ptsim.network import Layer, LayerKind, MemoryFormat, Network, Precision
+from ptsim.costs.flops import PRODUCTS
+from ptsim.costs.widths import Widths
+from ptsim.network import Layer, LayerKind, Network, Precision
+from ptsim.setting import StepSetting
 
 Floats = npt.NDArray[np.float64]
+
+BATCH_NORM_FORWARD, BATCH_NORM_BACKWARD = 3, 5  # accesses per element
+_NORM_FORWARD, _NORM_BACKWARD = 2, 4
 
 
 class Work(IntEnum):
@@ -106,23 +117,19 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def network_kernels(
-    network: Network, *, batch: int, precision: Precision, memory_format: MemoryFormat, tensor_cores: bool
-) -> Kernels:
-    """The kernels of forward and backward of `batch` images.
+def network_kernels(network: Network, setting: StepSetting, *, tensor_cores: bool) -> Kernels:
+    """The kernels of forward and backward of a mini-batch.
 
     Args:
         network: what is trained.
-        batch: images.
-        precision: of the products; under fp16 and bf16 (autocast) activations take two bytes where autocast's rules
-            leave them so, and are converted where an operator wants the other format.
-        memory_format: layout of the activations.
+        setting: how. Under fp16 and bf16 (autocast) activations take two bytes where autocast's rules leave them so,
+            and are converted where an operator wants the other format.
         tensor_cores: the device multiplies this precision on tensor cores, whose half-precision kernels want NHWC.
     """
-    element = precision.activation_bytes
-    halves = tensor_cores and element == 2
+    batch, precision, element = setting.batch, setting.precision, setting.precision.activation_bytes
+    halves = tensor_cores and setting.half
     # Tensor-core half-precision kernels are NHWC; the fp32 ones of older cores are NCHW.
-    foreign = halves if memory_format == "contiguous" else (not tensor_cores)
+    foreign = halves if setting.memory_format == "contiguous" else (not tensor_cores)
     consumers: dict[str, int] = {}
     for source, _ in network.edges:
         consumers[source] = consumers.get(source, 0) + 1
@@ -133,7 +140,9 @@ def network_kernels(
             continue
         images, given, width = layer.repeats(batch), widths.inputs[layer.name], widths.output[layer.name]
         rows.extend(_conversions(index, layer, images, given, width, precision))
-        rows.extend(_layer_kernels(index, layer, images, max(given), width, element, foreign=foreign, halves=halves))
+        rows.extend(
+            layer_kernels(layer, images, max(given), width, element, foreign=foreign, halves=halves, index=index)
+        )
         if (extra := consumers.get(layer.name, 1) - 1) > 0:  # gradients of the branches are added up
             size = float(layer.output_elements * images * width)
             rows.append(_stream(index, Pass.INPUT_GRADIENT, 3 * extra * size, 3 * size, launches=extra))
@@ -243,7 +252,7 @@ def _conversions(
     """What autocast copies into the other format before a layer, and its gradient after it."""
     if precision.activation_bytes == 4:
         return
-    if layer.kind in (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL):
+    if layer.kind in PRODUCTS:
         wanted = 2
     elif layer.kind is LayerKind.NORM:
         wanted = width
@@ -257,10 +266,40 @@ def _conversions(
             yield _stream(index, Pass.INPUT_GRADIENT, size, size)
 
 
-def _layer_kernels(
+def layer_kernels(
+    layer: Layer,
+    batch: int,
+    given: int,
+    width: int,
+    element: int,
+    *,
+    foreign: bool = False,
+    halves: bool = False,
+    index: int = 0,
+) -> Iterator[Kernel]:
+    """The kernels of one layer; none of a view, and none backward where nobody needs the gradient.
+
+    Args:
+        layer: what is computed.
+        batch: images, or 1 for a layer that runs once a mini-batch.
+        given: bytes per element of its inputs.
+        width: of its output.
+        element: of a product's operands.
+        foreign: a convolution's kernel wants another memory layout than the tensors have.
+        halves: products run on tensor cores in half precision.
+        index: position in the network.
+    """
+    if layer.view:
+        return
+    learns = layer.input_needs_gradient or (layer.num_parameters > 0 and layer.weight_needs_gradient)
+    for kernel in _kernels_of(index, layer, batch, given, width, element, foreign=foreign, halves=halves):
+        if learns or kernel.step is Pass.FORWARD:
+            yield kernel
+
+
+def _kernels_of(
     index: int, layer: Layer, batch: int, given: int, width: int, element: int, *, foreign: bool, halves: bool
 ) -> Iterator[Kernel]:
-    """The kernels of one layer whose inputs have `given` bytes per element, its output `width`, products `element`."""
     x = float(layer.input_elements * batch * given)
     y = float(layer.output_elements * batch * width)
     forward, backward = Pass.FORWARD, Pass.INPUT_GRADIENT
@@ -281,12 +320,12 @@ def _layer_kernels(
             m = max(layer.output_elements / n, 1.0)
             k = max(layer.forward_macs / max(layer.output_elements, 1), 1.0)
             yield from product_kernels(m, n, k, groups=batch, element=element, index=index)
-        case LayerKind.BATCH_NORM:  # METHOD.md, section 6: three accesses forward, five backward
-            yield _norm(index, forward, 3 * x, x)
-            yield _norm(index, backward, 5 * x, 2 * x)
+        case LayerKind.BATCH_NORM:
+            yield _norm(index, forward, BATCH_NORM_FORWARD * x, x)
+            yield _norm(index, backward, BATCH_NORM_BACKWARD * x, 2 * x)
         case LayerKind.NORM:  # autocast normalises layers and groups in fp32: the output's width
-            yield _norm(index, forward, 2 * y, y)
-            yield _norm(index, backward, 4 * y, 2 * y)
+            yield _norm(index, forward, _NORM_FORWARD * y, y)
+            yield _norm(index, backward, _NORM_BACKWARD * y, 2 * y)
         case LayerKind.ACTIVATION:
             yield _stream(index, forward, x + y, x)
             yield _stream(index, backward, 3 * x, 2 * x)
@@ -309,8 +348,6 @@ def _layer_kernels(
             mask = float(layer.output_elements * batch)
             yield _stream(index, forward, x + y + mask, x + y)
             yield _stream(index, backward, x + y + mask, x + y)
-        case LayerKind.RESHAPE if layer.view:
-            return
         case LayerKind.RESHAPE:
             yield _stream(index, forward, 2 * y, 2 * y)
             yield _stream(index, backward, 2 * y, 2 * y)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ptsim.costs.times import LayerTime, StepTime, Tier
+from ptsim.costs.tiers import Tier
+from ptsim.costs.times import LayerTime, StepTime
 from ptsim.errors import MissingMeasurementError
-from ptsim.hardware.profile import Operator, OperatorTime, Setting, StepMeasurement, operator_of
+from ptsim.hardware.profile import Operator, OperatorSetting, OperatorTime, StepMeasurement, operator_of
 from ptsim.hardware.profile_merge import mean_time
 from ptsim.network import Network
 from ptsim.setting import StepSetting
@@ -105,7 +106,7 @@ def of_profile(
         profile: its measurement.
         optimizer: whose update was timed.
     """
-    setting = Setting(precision=profile.precision, memory_format=profile.memory_format)
+    setting = OperatorSetting(precision=profile.precision, memory_format=profile.memory_format)
     layers = {layer.layer: layer for layer in profile.layers}
     same: dict[Operator, list[OperatorTime]] = {}
     for layer in network.layers:

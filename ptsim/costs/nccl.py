@@ -15,10 +15,10 @@ from typing import Literal
 
 import msgspec
 
+from ptsim.costs.algorithms import AUTO, CollectiveAlgorithm, all_algorithms, find_algorithm
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster, Link, LinkKind
 
-Algorithm = Literal["ring", "tree", "hierarchical"]
 Protocol = Literal["LL", "LL128", "Simple"]
 PROTOCOLS: tuple[Protocol, ...] = ("LL", "LL128", "Simple")
 
@@ -63,7 +63,7 @@ class KindFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     cap_bytes_per_s: float = math.inf
 
 
-class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class NcclFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The fitted constants.
 
     Attributes:
@@ -86,32 +86,31 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 @functools.cache
-def default_fit() -> Fit:
+def default_fit() -> NcclFit:
     """The constants that `analysis/fit_allreduce.py` found."""
-    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("nccl.toml").read_bytes(), type=Fit)
+    return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("nccl.toml").read_bytes(), type=NcclFit)
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """One combination of algorithm and protocol: seconds = latency_s + message bytes · seconds_per_byte."""
 
-    algorithm: Algorithm
+    algorithm: str
     protocol: Protocol
     latency_s: float
     seconds_per_byte: float
 
 
-def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit | None = None) -> tuple[Line, ...]:
+def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: NcclFit | None = None) -> tuple[Line, ...]:
     """Every combination of algorithm and protocol for `num_gpus` ranks that fill `num_nodes` nodes.
 
-    A ring crosses 2(p-1) hops, 2(N-1) of them between nodes, and sends 2(p-1)/p of the message over the slowest link.
-    A tree is a chain inside the node, so a GPU sends up and down (2 messages), and a double binary tree between nodes
-    (1 message each way between two nodes, else 2). The hierarchical form reduces inside the node first. Gloo has
-    rings only.
+    `costs.algorithms` says what each algorithm sends, and which library has it.
     """
     if fit is not None:
-        return _lines(cluster, num_gpus, num_nodes, fit)
+        return _lines(cluster, num_gpus, num_nodes, fit, _of_library(cluster.library))
     links = (cluster.intra, cluster.inter, cluster.nvswitch, cluster.reduces_in_switch, cluster.library)
-    return _default_lines(*links, cluster.nics_per_node, cluster.oversubscription, num_gpus, num_nodes)
+    return _default_lines(
+        *links, cluster.nics_per_node, cluster.oversubscription, num_gpus, num_nodes, _of_library(cluster.library)
+    )
 
 
 @functools.lru_cache(maxsize=4096)  # a sweep asks for the same few clusters again and again: 26 times faster
@@ -125,10 +124,11 @@ def _default_lines(
     oversubscription: float,
     num_gpus: int,
     num_nodes: int,
+    algorithms: tuple[CollectiveAlgorithm, ...],
 ) -> tuple[Line, ...]:
     cluster = Cluster(
         name="",
-        device="",
+        device=None,
         gpus_per_node=-(-num_gpus // num_nodes),
         intra=intra,
         inter=inter,
@@ -138,22 +138,28 @@ def _default_lines(
         nics_per_node=nics_per_node,
         oversubscription=oversubscription,
     )
-    return _lines(cluster, num_gpus, num_nodes, default_fit())
+    return _lines(cluster, num_gpus, num_nodes, default_fit(), algorithms)
 
 
-def _lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit) -> tuple[Line, ...]:
+def _of_library(library: str) -> tuple[CollectiveAlgorithm, ...]:
+    return tuple(row for row in all_algorithms() if library in row.libraries)
+
+
+def _lines(
+    cluster: Cluster, num_gpus: int, num_nodes: int, fit: NcclFit, algorithms: tuple[CollectiveAlgorithm, ...]
+) -> tuple[Line, ...]:
     per_node = -(-num_gpus // num_nodes)
     as_measured = {link.kind for link in (cluster.intra, cluster.inter) if link} == {LinkKind.MEASURED}
     found = []
     for protocol in PROTOCOLS:
-        for algorithm in ("tree", "ring", "hierarchical") if cluster.library == "nccl" else ("ring", "hierarchical"):
-            ring = int(algorithm != "tree")
+        for algorithm in algorithms:
+            ring = int(not algorithm.like_a_tree)
             intra = _effective(cluster.intra, protocol, ring, per_node, 1, cluster.nvswitch, fit)
-            hops_intra, hops_inter, volume_intra, volume_inter = _work(cluster, algorithm, num_gpus, num_nodes)
+            hops_intra, hops_inter, volume_intra, volume_inter = algorithm.work(cluster, num_gpus, num_nodes)
             base_scale = 0.0 if as_measured else fit.base_scale[protocol]  # measured latencies hold it already
             latency = base_scale * _BASE_S[protocol][ring] + hops_intra * intra[0]
             intra_s = volume_intra / intra[1] if per_node > 1 else 0.0
-            if cluster.reduces_in_switch and protocol == "Simple" and algorithm != "ring" and per_node > 2:
+            if cluster.reduces_in_switch and protocol == "Simple" and algorithm.uses_switch and per_node > 2:
                 intra_s = min(intra_s, 1 / (fit.nvls_share * cluster.intra.bandwidth_bytes_per_s))
                 if not as_measured:
                     scale = fit.kinds[cluster.intra.kind].latency_scale if cluster.intra.kind in fit.kinds else 1.0
@@ -163,29 +169,29 @@ def _lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: Fit) -> tuple[L
                 inter = _effective(cluster.inter, protocol, ring, num_nodes, cluster.nics_per_node, True, fit)
                 latency += hops_inter * inter[0]
                 inter_s = volume_inter * cluster.oversubscription / inter[1]
-            total = intra_s + inter_s if algorithm == "hierarchical" else max(intra_s, inter_s)
-            if algorithm != "hierarchical" and not as_measured:
+            total = intra_s + inter_s if algorithm.levels_in_turn else max(intra_s, inter_s)
+            if not algorithm.levels_in_turn and total and not as_measured:
                 total *= (1 + (min(intra_s, inter_s) / total) ** fit.join) ** (1 / fit.join)
-            found.append(Line(algorithm=algorithm, protocol=protocol, latency_s=latency, seconds_per_byte=total))
+            found.append(Line(algorithm=algorithm.name, protocol=protocol, latency_s=latency, seconds_per_byte=total))
     return tuple(found)
 
 
-def fastest_line(
-    cluster: Cluster, num_gpus: int, num_nodes: int, message_bytes: float, algorithm: Literal["auto"] | Algorithm
-) -> Line:
-    """The combination that takes least; "auto" chooses between ring and tree, as NCCL does.
+def fastest_line(cluster: Cluster, num_gpus: int, num_nodes: int, message_bytes: float, algorithm: str) -> Line:
+    """The combination that takes least; "auto" chooses among the automatic algorithms, as NCCL does of ring and tree.
 
     Raises:
-        UsageError: a tree on a cluster that runs gloo.
+        UnknownNameError: no such algorithm.
+        UsageError: one that the cluster's library does not have.
     """
-    if cluster.library == "gloo" and algorithm == "tree":
-        raise UsageError(f"cluster {cluster.name} runs gloo, which has no tree all-reduce")
+    if algorithm == AUTO:
+        wanted = {row.name for row in all_algorithms() if row.automatic}
+    else:
+        row = find_algorithm(algorithm)
+        if cluster.library not in row.libraries:
+            raise UsageError(f"cluster {cluster.name} runs {cluster.library}, which has no {algorithm} all-reduce")
+        wanted = {row.name}
     return min(
-        (
-            line
-            for line in lines(cluster, num_gpus, num_nodes)
-            if line.algorithm == algorithm or (algorithm == "auto" and line.algorithm != "hierarchical")
-        ),
+        (line for line in lines(cluster, num_gpus, num_nodes) if line.algorithm in wanted),
         key=lambda line: (line.latency_s + message_bytes * line.seconds_per_byte, line.algorithm),
     )
 
@@ -196,7 +202,7 @@ def effective_cluster(cluster: Cluster, num_gpus: int, num_nodes: int, line: Lin
     For a simulation that sends the same chunks link by link.
     """
     fit = default_fit()
-    ring = int(line.algorithm != "tree")
+    ring = int(not find_algorithm(line.algorithm).like_a_tree)
     per_node = -(-num_gpus // num_nodes)
 
     def seen(link: Link, peers: int, nics: int, switched: bool) -> Link:
@@ -211,24 +217,8 @@ def effective_cluster(cluster: Cluster, num_gpus: int, num_nodes: int, line: Lin
     return msgspec.structs.replace(cluster, intra=intra, inter=inter, tables=()), base_s
 
 
-def _work(cluster: Cluster, algorithm: str, gpus: int, nodes: int) -> tuple[float, float, float, float]:
-    """(hops inside, hops between, messages sent per GPU inside, messages sent per node between)."""
-    per_node = -(-gpus // nodes)
-    chain = 0.0 if per_node == 1 else (1.0 if per_node == 2 else 2.0)
-    if algorithm == "tree":
-        # Two nodes exchange one message each way, where every GPU has a NIC. Machines that share NICs show none of that
-        # gain: ABCI and Polaris over InfiniBand, Slingshot and sockets run large messages at the ring's rate.
-        paired = cluster.inter is not None and cluster.inter.kind in (LinkKind.EFA, LinkKind.TCPX)
-        between = 0.0 if nodes == 1 else (1.0 if nodes == 2 and (paired or cluster.nics_per_node >= per_node) else 2.0)
-        return 2.0 * (per_node - 1), 2 * math.log2(nodes), chain, between
-    if algorithm == "ring":
-        volume = 2 * (gpus - 1) / gpus
-        return 2.0 * (gpus - nodes), 2.0 * (nodes - 1), volume if per_node > 1 else 0.0, volume
-    return 2.0 * (per_node - 1), 2.0 * (nodes - 1), 2 * (per_node - 1) / per_node, 2 * (nodes - 1) / nodes
-
-
 def _effective(
-    link: Link, protocol: Protocol, ring: int, peers: int, nics: int, switched: bool, fit: Fit
+    link: Link, protocol: Protocol, ring: int, peers: int, nics: int, switched: bool, fit: NcclFit
 ) -> tuple[float, float]:
     """(hop seconds, bytes per second) that the protocol gets from the link."""
     if link.kind is LinkKind.MEASURED:

@@ -20,10 +20,11 @@ import numpy as np
 from scipy.optimize import nnls
 
 from ptsim.costs.interpolation import Estimate, Family, Interpolator, convolution_form
-from ptsim.costs.times import LayerTime, StepTime, Tier
-from ptsim.costs.traffic import layer_traffic
+from ptsim.costs.tiers import Tier
+from ptsim.costs.times import LayerTime, StepTime
+from ptsim.costs.traffic import network_traffic
 from ptsim.errors import MissingMeasurementError
-from ptsim.hardware.profile import DeviceProfile, OperatorTime, Setting, StepMeasurement, operator_of
+from ptsim.hardware.profile import DeviceProfile, OperatorSetting, OperatorTime, StepMeasurement, operator_of
 from ptsim.network import Layer, LayerKind, Network
 from ptsim.setting import StepSetting
 
@@ -49,7 +50,7 @@ def profiled_step(network: Network, profile: DeviceProfile, setting: StepSetting
         MissingMeasurementError: the profile has nothing in this precision and format, nothing like an operator of the
             network, or no step with this optimizer or with the group lasso.
     """
-    measured = Setting(precision=setting.precision, memory_format=setting.memory_format)
+    measured = OperatorSetting(precision=setting.precision, memory_format=setting.memory_format)
     profile.check_setting(measured)
     device = _device(profile.device, profile.operators, profile.steps, measured, profile.copy_bandwidth_bytes_per_s)
     return device.step(network, setting)
@@ -60,7 +61,7 @@ def _device(
     name: str,
     operators: tuple[OperatorTime, ...],
     steps: tuple[StepMeasurement, ...],
-    setting: Setting,
+    setting: OperatorSetting,
     copy_bandwidth_bytes_per_s: float | None,
 ) -> _Device:
     """Fitting takes a second, and a run asks for dozens of steps of one profile."""
@@ -75,7 +76,7 @@ class _Device:
         name: str,
         operators: Sequence[OperatorTime],
         steps: Sequence[StepMeasurement],
-        setting: Setting,
+        setting: OperatorSetting,
         copy_bandwidth_bytes_per_s: float | None,
     ) -> None:
         self._name = name
@@ -155,8 +156,9 @@ class _Device:
         Raises:
             MissingMeasurementError: that cannot be known.
         """
-        size = self._setting.precision.activation_bytes
-        moved = {each.name: layer_traffic(each, batch=batch, element_bytes=size) for each in network.layers}
+        setting = StepSetting(batch=batch, precision=self._setting.precision, memory_format=self._setting.memory_format)
+        names = [each.name for each in network.layers]
+        moved = dict(zip(names, network_traffic(network, setting), strict=True))
         own = moved[layer.name]
         all_bytes = sum(one.forward_bytes + one.backward_bytes for one in moved.values())
         if layer.view or own.forward_bytes + own.backward_bytes <= _NEGLIGIBLE * all_bytes:

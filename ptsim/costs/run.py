@@ -64,17 +64,9 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
         network = trace.network_of(epoch)
         size, batch = world_size or epoch.world_size, epoch.batch_per_gpu
         bn_bytes = batch_norm_bytes(network, trace.run.precision.activation_bytes)
-        setting = epoch.architecture, epoch.batch_per_gpu, epoch.world_size
-        if setting not in needs:
-            needs[setting] = iteration_memory(
-                network,
-                batch=epoch.batch_per_gpu,
-                precision=trace.run.precision,
-                optimizer=trace.optimizer,
-                memory_format=trace.run.memory_format,
-                device=device,
-                data_parallel=epoch.world_size > 1,
-            ).peak_bytes
+        asked = epoch.architecture, epoch.batch_per_gpu, epoch.world_size
+        if asked not in needs:
+            needs[asked] = iteration_memory(network, trace.setting_of(epoch), device=device).peak_bytes
         gradient_bytes = 4 * network.num_parameters * epoch.num_iterations
         costs.append(
             EpochCost(
@@ -92,7 +84,7 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
                 ),
                 bn_bytes_per_image=bn_bytes,
                 bn_bytes=bn_bytes * epoch.num_images,
-                peak_memory_bytes=needs[setting],
+                peak_memory_bytes=needs[asked],
                 measured_peak_memory_bytes=epoch.peak_memory_bytes,
                 gradient_bytes=gradient_bytes,
                 allreduce_bytes_per_gpu=round(2 * (size - 1) / size * gradient_bytes),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import Tier
 from ptsim.errors import FileFormatError
 from ptsim.textfile import read_toml
 
@@ -32,7 +32,7 @@ class SavingError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 @functools.cache
-def saving_errors() -> dict[Tier, SavingError]:
+def saving_errors() -> dict[str, SavingError]:
     """The measured error of a ratio, per tier.
 
     Raises:
@@ -40,17 +40,17 @@ def saving_errors() -> dict[Tier, SavingError]:
     """
     path = Path(__file__).with_name("saving.toml")
     try:
-        return msgspec.convert(read_toml(path), dict[Tier, SavingError])
+        return {**msgspec.convert(read_toml(path), dict[Tier, SavingError])}
     except msgspec.ValidationError as error:
         raise FileFormatError(path, str(error)) from error
 
 
-def saving_interval(ratio: float, tier: Tier, *, draws: float = 0.0) -> tuple[float, float]:
+def saving_interval(ratio: float, tier: str, *, draws: float = 0.0) -> tuple[float, float]:
     """The 90 % interval of a time ratio, pruned over dense, on the same device, software and host.
 
     Args:
         ratio: predicted time of the pruned run over that of the dense one.
-        tier: the worst tier of the two.
+        tier: the worst tier of the two; one of another package is taken for no better than the data sheet.
         draws: standard deviation of the ratio's logarithm among planned trajectories that agree with what was given.
 
     Raises:
@@ -58,5 +58,7 @@ def saving_interval(ratio: float, tier: Tier, *, draws: float = 0.0) -> tuple[fl
     """
     if not (math.isfinite(ratio) and ratio > 0):
         raise ValueError(f"the ratio of two times is {ratio}, expected a positive number")
-    half = math.hypot(saving_errors()[tier].half_width(ratio), 1.645 * draws)
+    errors = saving_errors()
+    error = errors.get(tier, errors[Tier.DATASHEET])
+    half = math.hypot(error.half_width(ratio), 1.645 * draws)
     return ratio * math.exp(-half), ratio * math.exp(half)

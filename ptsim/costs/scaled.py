@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ptsim.costs.measured import step_of_profile
-from ptsim.costs.times import LayerTime, StepTime, Tier
+from ptsim.costs.tiers import Tier
+from ptsim.costs.times import LayerTime, StepTime
 from ptsim.network import Network
 from ptsim.setting import StepSetting
 from ptsim.trace.schema import Profile

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from ptsim.costs.datasheet import datasheet_step
 from ptsim.costs.measured import step_of_profile
 from ptsim.costs.profiled import profiled_step
 from ptsim.costs.scaled import nearest_profile, scaled_step
-from ptsim.costs.times import LayerTime, Measurements, StepTime, Tier
+from ptsim.costs.tiers import Tier, TierRow, ordered_tiers
+from ptsim.costs.times import LayerTime, Measurements, StepTime
 from ptsim.costs.traffic import OPTIMIZERS
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import is_called
@@ -28,8 +27,9 @@ def step_time(
 ) -> StepTime:
     """The best available estimate of one training step; its tier says which that was.
 
-    Measured where a profile is of this very architecture, mini-batch and device; else interpolated in a device profile
-    of this device; else a profile of another mini-batch or catalog device, scaled; else the data sheet.
+    The tiers are asked in their order (`costs.tiers`): measured where a profile is of this very architecture,
+    mini-batch and device; else interpolated in a device profile of this device; else a profile of another mini-batch or
+    catalog device, scaled; else the data sheet.
 
     Args:
         network: what is trained.
@@ -49,21 +49,77 @@ def step_time(
     if setting.optimizer not in OPTIMIZERS:
         raise UsageError(f"optimizer is {setting.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
     known = measurements or Measurements()
-    source, calibrated = known.source_device, known.device_profile
+    calibrated = known.device_profile
     if calibrated is not None and not is_called(device, calibrated.device):
         raise MissingMeasurementError(
             f"the device profile was measured on {calibrated.device!r}, which is not the {device.name}",
             hint="leave the profile out to predict from the data sheet, or calibrate on that device; "
             "a device file of your own says with driver_names what the driver calls it",
         )
-    nearest = nearest_profile(network, known.profiles, setting)
-    complete = nearest is not None and (nearest.regularizer_s > 0 or not setting.regularizer)
-    if nearest is not None and complete and source == device and nearest.batch == setting.batch:
-        return step_of_profile(network, nearest, regularizer=setting.regularizer)
-    if calibrated is not None:
-        return profiled_step(network, calibrated, setting)
+    for tier in ordered_tiers():
+        step = tier.estimate(network, device, setting, known)
+        if step is not None:
+            return step
+    raise MissingMeasurementError(f"no tier can say what a step of {network.name} takes on {device.name}")
+
+
+def _measured(network: Network, device: Device, setting: StepSetting, known: Measurements) -> StepTime | None:
+    profile = nearest_profile(network, known.profiles, setting)
+    if profile is None or known.source_device != device or profile.batch != setting.batch:
+        return None
+    if setting.regularizer and profile.regularizer_s <= 0:
+        return None
+    return step_of_profile(network, profile, regularizer=setting.regularizer)
+
+
+def _profiled(network: Network, device: Device, setting: StepSetting, known: Measurements) -> StepTime | None:
+    return None if known.device_profile is None else profiled_step(network, known.device_profile, setting)
+
+
+def _scaled(network: Network, device: Device, setting: StepSetting, known: Measurements) -> StepTime | None:
+    source, nearest = known.source_device, nearest_profile(network, known.profiles, setting)
+    if nearest is None or source is None or setting.precision not in source.peak_flops_per_s:
+        return None
     there = datasheet_step(network, device, setting)
-    if nearest is not None and source is not None and setting.precision in source.peak_flops_per_s:
-        here = datasheet_step(network, source, msgspec.structs.replace(setting, batch=nearest.batch))
-        return scaled_step(network, nearest, here=here, there=there, regularizer=setting.regularizer)
-    return there
+    here = datasheet_step(network, source, setting.with_batch(nearest.batch))
+    return scaled_step(network, nearest, here=here, there=there, regularizer=setting.regularizer)
+
+
+def _datasheet(network: Network, device: Device, setting: StepSetting, known: Measurements) -> StepTime | None:
+    return datasheet_step(network, device, setting)
+
+
+MEASURED = TierRow(
+    name=Tier.MEASURED,
+    order=10,
+    label="measured here",
+    explanation="every layer was measured on this very device, network and mini-batch",
+    all_reduce_explanation="interpolated in all-reduce times that were measured on this cluster",
+    estimate=_measured,
+)
+PROFILED = TierRow(
+    name=Tier.PROFILED,
+    order=20,
+    label="interpolated",
+    explanation="layer times are interpolated between measurements of this GPU (ptsim calibrate gpu)",
+    estimate=_profiled,
+)
+SCALED = TierRow(
+    name=Tier.SCALED,
+    order=30,
+    label="carried over",
+    explanation="times were measured on another device and carried over by the ratio of what is predicted for both",
+    all_reduce_explanation="all-reduce times that were measured with another number of GPUs, carried over by the ratio "
+    "of what is predicted for both",
+    estimate=_scaled,
+)
+DATASHEET = TierRow(
+    name=Tier.DATASHEET,
+    order=40,
+    label="data sheet",
+    explanation="nothing was measured on this device: times come from its data sheet and from efficiencies fitted "
+    "to published measurements",
+    all_reduce_explanation="from the links' published bandwidths and fitted latencies; none was measured on this "
+    "cluster",
+    estimate=_datasheet,
+)

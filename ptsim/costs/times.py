@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import msgspec
 
+from ptsim.costs.flops import PRODUCTS
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Device
 from ptsim.network import LayerKind
 from ptsim.trace.schema import Profile
-
-
-class Tier(StrEnum):
-    """Where a time comes from, best first."""
-
-    MEASURED = "measured"  # the trace's own profile: this architecture, mini-batch, precision and device
-    PROFILED = "profiled"  # interpolated in a device profile of `ptsim calibrate gpu`
-    SCALED = "scaled"  # measured on another GPU, times predicted there / predicted here
-    DATASHEET = "datasheet"  # roofline with fitted efficiency curves
 
 
 class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +18,7 @@ class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
     kind: LayerKind
     forward_s: float
     backward_s: float
-    tier: Tier
+    tier: str
 
 
 class StepTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +37,7 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     overhead_s: float
     low_s: float
     high_s: float
-    tier: Tier
+    tier: str
 
     @property
     def forward_s(self) -> float:
@@ -58,6 +48,11 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     def backward_s(self) -> float:
         """Seconds of the backward pass."""
         return sum(layer.backward_s for layer in self.layers)
+
+    @property
+    def product_s(self) -> float:
+        """Seconds of both passes in convolutions, linear layers and matrix products."""
+        return sum(layer.forward_s + layer.backward_s for layer in self.layers if layer.kind in PRODUCTS)
 
     @property
     def compute_s(self) -> float:

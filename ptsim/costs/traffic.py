@@ -1,18 +1,24 @@
 """How many bytes does each layer move between memory and the chip, so that the memory-bound half of a step is a number?
 
-Every operator reads its operands and writes its results once, from and to device memory; what caches keep between
-operators is not credited. BatchNorm is counted as METHOD.md §6 does: 8 accesses per element, 3 forward (statistics,
-normalise in, out) and 5 backward (x and dy for the reductions; x, dy in, dx out).
+What an operator reads and writes stands in one place, `costs.kernels`; here its kernels' bytes are added up, layer by
+layer. Conversions of the memory layout, which depend on the device, are left out.
 """
 
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
+from ptsim.costs.kernels import (
+    BATCH_NORM_BACKWARD,
+    BATCH_NORM_FORWARD,
+    Pass,
+    layer_kernels,
+    network_kernels,
+)
 from ptsim.errors import UnknownNameError
 from ptsim.network import Layer, LayerKind, Network
-
-BATCH_NORM_FORWARD, BATCH_NORM_BACKWARD = 3, 5  # accesses per element
+from ptsim.setting import StepSetting
 
 # Accesses per parameter of one update. torch's default on a GPU is the "foreach" form, where every arithmetic step is
 # a kernel over all tensors: for SGD weight decay 3 (read w and g, write g), momentum 2 + 3, update 3. Fused: one pass.
@@ -32,51 +38,41 @@ class LayerTraffic(msgspec.Struct, frozen=True, kw_only=True):
     backward_bytes: int
 
 
-def layer_traffic(layer: Layer, *, batch: int, element_bytes: int) -> LayerTraffic:
-    """What `layer` moves for `batch` images of `element_bytes` per activation (and per weight as the kernel reads it).
+def network_traffic(network: Network, setting: StepSetting) -> tuple[LayerTraffic, ...]:
+    """What every layer moves in one step, in forward order.
 
-    Gradients of element-wise sums pass through without a copy; what they cost is the sum where the two branches'
-    gradients meet again, counted at the sum: two reads and a write.
+    Where the outputs of a layer are read several times, the gradients that come back are added up: two reads and a
+    write for every further reader, counted at that layer. Under autocast tensors are as wide as its rules leave them,
+    and conversions count at the layer that needs them.
+
+    Raises:
+        ValueError: the mini-batch is not positive.
+    """
+    if setting.batch <= 0:
+        raise ValueError(f"batch is {setting.batch}, expected a positive number of images")
+    kernels = network_kernels(network, setting, tensor_cores=False)
+    is_forward, count = kernels.step == Pass.FORWARD, len(network.layers)
+    forward, backward = (
+        np.bincount(kernels.layer[passes], kernels.moved_bytes[passes], count) for passes in (is_forward, ~is_forward)
+    )
+    return tuple(
+        LayerTraffic(forward_bytes=round(there), backward_bytes=round(back))
+        for there, back in zip(forward, backward, strict=True)
+    )
+
+
+def layer_traffic(layer: Layer, *, batch: int, element_bytes: int) -> LayerTraffic:
+    """What `layer` by itself moves for `batch` images of `element_bytes` per activation and weight.
 
     Raises:
         ValueError: batch or element_bytes is not positive.
     """
     if batch <= 0 or element_bytes <= 0:
         raise ValueError(f"batch and element_bytes are {batch} and {element_bytes}, expected positive numbers")
-    times = layer.repeats(batch)
-    inputs, output = sum(layer.input_sizes(batch)), times * layer.output_elements
-    weights = layer.num_parameters
-    kept = layer.saved_other_bytes * times  # indices and masks: written forward, read backward
-    dx = inputs if layer.input_needs_gradient else 0
-    forward, backward, fixed = inputs + output, output + dx, 0
-    match layer.kind:
-        case LayerKind.CONV | LayerKind.LINEAR | LayerKind.MATMUL:
-            # weight gradient: x, dy → dW; input gradient: dy, W → dx
-            backward = (inputs + output if layer.weight_needs_gradient else 0) + (output + dx if dx else 0)
-            fixed = weights
-        case LayerKind.BATCH_NORM | LayerKind.NORM:
-            forward, backward = BATCH_NORM_FORWARD * output, BATCH_NORM_BACKWARD * output
-        case LayerKind.ACTIVATION:
-            backward = 2 * output + dx  # dy and what was kept
-        case LayerKind.ELEMENTWISE if layer.op in ("add", "sub"):
-            backward = 3 * output if len(layer.input_shapes) > 1 else output if weights else 0
-            fixed = weights
-        case LayerKind.ELEMENTWISE:
-            backward = output + inputs + dx
-            fixed = weights
-        case LayerKind.DROPOUT if not kept:  # a mask of the activations' type
-            forward, backward = forward + output, backward + output
-        case _:
-            pass
-    if layer.view:
-        forward = backward = 0
-    if not layer.input_needs_gradient and not (weights and layer.weight_needs_gradient):
-        backward = 0
-    num_backward_weights = (layer.weight_needs_gradient + layer.input_needs_gradient) * fixed
-    return LayerTraffic(
-        forward_bytes=(forward + fixed) * element_bytes + kept,
-        backward_bytes=(backward + num_backward_weights) * element_bytes + (kept if backward else 0),
-    )
+    moved = {True: 0.0, False: 0.0}
+    for kernel in layer_kernels(layer, layer.repeats(batch), element_bytes, element_bytes, element_bytes):
+        moved[kernel.step is Pass.FORWARD] += kernel.moved_bytes
+    return LayerTraffic(forward_bytes=round(moved[True]), backward_bytes=round(moved[False]))
 
 
 def batch_norm_bytes(network: Network, element_bytes: int = 4) -> int:
@@ -106,12 +102,6 @@ def regularizer_traffic(network: Network) -> int:
         if len(parameter.shape) > 1 and parameter.layer in kinds and not _is_depthwise(kinds[parameter.layer])
     )
     return 5 * 4 * weights
-
-
-def traffic_bytes(network: Network, *, batch: int, element_bytes: int) -> int:
-    """Bytes of all layers of one training step, forward and backward, without update and regulariser."""
-    moved = (layer_traffic(layer, batch=batch, element_bytes=element_bytes) for layer in network.layers)
-    return sum(layer.forward_bytes + layer.backward_bytes for layer in moved)
 
 
 def _is_depthwise(layer: Layer) -> bool:

@@ -93,7 +93,7 @@ def _add_gpu(timeline: Timeline, trace: Trace, cluster: Cluster, recorded: tuple
                 duration_s=end - start,
                 first_epoch=steps.epoch,
                 architecture=steps.network.id,
-                batch_per_gpu=steps.batch,
+                batch_per_gpu=steps.setting.batch,
             )
             _add_step(timeline, steps, spans, gpu, offset)
             number += 1
@@ -103,7 +103,7 @@ def _add_gpu(timeline: Timeline, trace: Trace, cluster: Cluster, recorded: tuple
 def _add_step(timeline: Timeline, steps: RecordedSteps, spans: list[Span], gpu: int, offset: float) -> None:
     network = steps.network
     layers = {layer.name: layer for layer in network.layers}
-    need = iteration_memory(network, batch=steps.batch, precision=steps.precision, optimizer=steps.optimizer)
+    need = iteration_memory(network, steps.setting)
     held = need.parameter_bytes + need.gradient_bytes + need.optimizer_bytes
     computed = sorted((span for span in spans if span.stream == "compute"), key=lambda span: span.start_s)
     timeline.counter("memory", pid=gpu, time_s=offset + spans[0].start_s, bytes=held)
@@ -148,7 +148,7 @@ def _add_step(timeline: Timeline, steps: RecordedSteps, spans: list[Span], gpu: 
 
 
 def _saved_bytes(layer: Layer, steps: RecordedSteps) -> int:
-    return layer.saved_bytes(steps.batch, steps.precision.activation_bytes)
+    return layer.saved_bytes(steps.setting.batch, steps.setting.precision.activation_bytes)
 
 
 def _described(layer: Layer | None) -> dict[str, Any]:

@@ -7,15 +7,14 @@ import os
 import re
 from pathlib import Path
 
+import msgspec
+
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.forms import ARCHITECTURES, cluster_of, device_of
 from ptsim.hardware.profile import DeviceProfile
-from ptsim.hardware.spec import Cluster, Device
+from ptsim.hardware.spec import UNSPECIFIED, Cluster, Device
 from ptsim.network import Precision
 from ptsim.textfile import MOST_TOML_BYTES, parse_toml, read_bytes
-
-# The device of a cluster of which only the network was measured.
-UNSPECIFIED = "unspecified"
 
 _CATALOG = Path(__file__).parent / "catalog"
 
@@ -38,13 +37,7 @@ def load_device(name: str | Path) -> Device:
     Raises:
         UnknownNameError: neither a catalog name or alias nor a file.
         FileFormatError: a broken file; says file and field.
-        UsageError: the device of a cluster of which only the network is known.
     """
-    if name == UNSPECIFIED:
-        raise UsageError(
-            "the cluster does not say which device its nodes have",
-            hint='write device = "NAME" into its file; ptsim devices lists the catalog',
-        )
     path = _locate("device", name)
     return _device_from(path, _content(path))
 
@@ -57,13 +50,12 @@ def load_cluster(name: str | Path) -> Cluster:
         FileFormatError: a broken file, or one that names a device that does not exist; says file and field.
     """
     path = _locate("cluster", name)
-    cluster = _cluster_from(path, _content(path))
-    if cluster.device != UNSPECIFIED:
-        try:
-            load_device(cluster.device)
-        except UnknownNameError as error:
-            raise FileFormatError(path, f"device: {error.message}", hint=error.hint) from error
-    return cluster
+    cluster, named = _cluster_from(path, _content(path))
+    try:
+        device = None if named == UNSPECIFIED else load_device(named)
+    except UnknownNameError as error:
+        raise FileFormatError(path, f"device: {error.message}", hint=error.hint) from error
+    return msgspec.structs.replace(cluster, device=device, device_file=named if named.endswith(".toml") else "")
 
 
 def match_device(driver_name: str) -> Device | None:
@@ -137,7 +129,7 @@ def _device_from(path: Path, content: bytes) -> Device:
 
 
 @functools.lru_cache(maxsize=256)
-def _cluster_from(path: Path, content: bytes) -> Cluster:
+def _cluster_from(path: Path, content: bytes) -> tuple[Cluster, str]:
     return cluster_of(path, parse_toml(path, content))
 
 

@@ -7,6 +7,7 @@ A device file:
     driver_names = ["NVIDIA A100-SXM4-40GB"]     # what NVML and the CUDA driver call it: tells whose measurements count
     architecture = "ampere"
     memory = "40 GiB"
+    stacked_memory = true                        # HBM; left out: GDDR, or not known
     memory_bandwidth = "1555 GB/s"
     num_sms = 108
     boost_clock = "1410 MHz"
@@ -126,6 +127,7 @@ class _DeviceForm(_Form, frozen=True, kw_only=True):
     peak_flops_per_s: _Peaks = msgspec.field(name="peak")
     sources: dict[str, Name]
     boosts_beyond: bool = False
+    stacked_memory: bool = False
     driver_names: tuple[Name, ...] = ()
     aliases: tuple[Name, ...] = ()
 
@@ -197,8 +199,10 @@ def device_of(path: Path, raw: dict[str, Any]) -> Device:
     return msgspec.structs.replace(device, sources=_sources(path, form.sources, numbers))
 
 
-def cluster_of(path: Path, raw: dict[str, Any]) -> Cluster:
-    """The cluster that a TOML document is; a device file that it names is relative to `path`.
+def cluster_of(path: Path, raw: dict[str, Any]) -> tuple[Cluster, str]:
+    """The cluster that a TOML document is, without its device, and what the device is called.
+
+    A device file that it names is relative to `path`; the name is then the file's path.
 
     Raises:
         FileFormatError: as `device_of`, or tables whose sizes and times do not belong together.
@@ -214,12 +218,13 @@ def cluster_of(path: Path, raw: dict[str, Any]) -> Cluster:
         raise FileFormatError(path, f"has two tables of {twice[0]} GPUs on {twice[1]} nodes, expected one")
     numbers = ["intra", *(key for key in ("inter", "price_per_gpu") if key in raw)]
     cluster: Cluster = _record(form)
-    return msgspec.structs.replace(
+    named = str((path.parent / form.device).resolve()) if form.device.endswith(".toml") else form.device
+    whole = msgspec.structs.replace(
         cluster,
-        device=str((path.parent / form.device).resolve()) if form.device.endswith(".toml") else form.device,
         max_nodes=1 if form.max_nodes is None and form.inter is None else form.max_nodes,
         sources=_sources(path, form.sources, numbers),
     )
+    return whole, named
 
 
 def _check_table(path: Path, place: str, table: _TableForm) -> None:
@@ -274,7 +279,8 @@ def _record(form: Any) -> Any:
     if not isinstance(form, _Form):
         return form
     kind: Any = _RECORDS[type(form)]
-    return kind(**{field: _record(getattr(form, field)) for field in kind.__struct_fields__})
+    fields = {field: _record(getattr(form, field)) for field in kind.__struct_fields__ if hasattr(form, field)}
+    return kind(**fields | {"device": None} if kind is Cluster else fields)  # the catalog looks the device up
 
 
 def _form(record: Any) -> Any:
@@ -286,8 +292,12 @@ def _form(record: Any) -> Any:
     form = _FORMS[type(record)]
     hints = {field.name: field.type for field in msgspec.structs.fields(form)}
     values = {}
-    for field in record.__struct_fields__:
+    for field in form.__struct_fields__:
+        if field == "aliases":  # of catalog files, which nobody writes
+            continue
         value = getattr(record, field)
+        if isinstance(record, Cluster) and field == "device":
+            value = record.device_file or record.device_name
         quantity = _quantity_type(hints[field])
         values[field] = _form(value) if value is None or quantity is None else quantity(value)
     return form(**values)

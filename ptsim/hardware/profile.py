@@ -13,7 +13,7 @@ from ptsim.network import Layer, LayerKind, MemoryFormat, Precision
 Context = Literal["step", "alone"]
 
 
-class Setting(msgspec.Struct, frozen=True, kw_only=True, order=True):
+class OperatorSetting(msgspec.Struct, frozen=True, kw_only=True, order=True):
     """How operators were run: number format of the products and layout of the activations."""
 
     precision: Precision
@@ -44,10 +44,10 @@ class OperatorShape(msgspec.Struct, frozen=True, kw_only=True):
 class Operator(OperatorShape, frozen=True, kw_only=True, cache_hash=True):
     """All that decides an operator's time on a given device."""
 
-    setting: Setting
+    setting: OperatorSetting
 
 
-def operator_of(layer: Layer, *, batch: int, setting: Setting) -> Operator:
+def operator_of(layer: Layer, *, batch: int, setting: OperatorSetting) -> Operator:
     """The operator that `layer` is at a mini-batch of `batch`."""
     return Operator(
         kind=layer.kind,
@@ -95,7 +95,7 @@ class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True
 
     architecture: str
     name: str
-    setting: Setting
+    setting: OperatorSetting
     batch: int
     optimizer: str | None
     num_parameters: int
@@ -201,7 +201,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(said)
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
+    def settings(self) -> tuple[OperatorSetting, ...]:
         """Precisions and memory formats that something was measured in."""
         return tuple(sorted({t.operator.setting for t in self.operators} | {s.setting for s in self.steps}))
 
@@ -217,7 +217,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
                 hint=f"run `ptsim calibrate gpu` on {name}",
             )
 
-    def check_setting(self, setting: Setting) -> None:
+    def check_setting(self, setting: OperatorSetting) -> None:
         """Refuse to speak for another precision or memory format.
 
         Raises:

@@ -38,9 +38,9 @@ from ptsim.hardware.profile import (
     DeviceProfile,
     MachineLoad,
     Operator,
+    OperatorSetting,
     OperatorShape,
     OperatorTime,
-    Setting,
     StepMeasurement,
 )
 from ptsim.network import LayerKind
@@ -59,7 +59,7 @@ class SettingText(str):
     """A setting as files write it: "fp32 contiguous"."""
 
     @property
-    def value(self) -> Setting:
+    def value(self) -> OperatorSetting:
         """The setting.
 
         Raises:
@@ -67,7 +67,7 @@ class SettingText(str):
         """
         precision, _, memory_format = self.partition(" ")
         try:
-            return msgspec.convert({"precision": precision, "memory_format": memory_format}, Setting)
+            return msgspec.convert({"precision": precision, "memory_format": memory_format}, OperatorSetting)
         except msgspec.ValidationError as error:
             expected = "a precision and a memory format such as 'fp32 contiguous'"
             raise ValueError(f"found {str(self)!r}, expected {expected}") from error

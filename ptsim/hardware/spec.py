@@ -7,7 +7,10 @@ from typing import Literal
 
 import msgspec
 
+from ptsim.errors import UsageError
 from ptsim.network import Precision
+
+UNSPECIFIED = "unspecified"  # the device of a cluster of which only the network was measured
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -17,6 +20,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         architecture: NVIDIA generation in lower case ("pascal" … "blackwell"), or "cpu".
         peak_flops_per_s: dense peak by precision (FLOP = 2 per MAC); a precision that is missing is not supported.
         num_sms: streaming multiprocessors (cores for a CPU).
+        stacked_memory: HBM, whose error correction takes nothing of the stated capacity; False where that is not known.
         boosts_beyond: the board clocks above `boost_clock_hz` while power and temperature allow (GeForce, TITAN).
         power_w, idle_power_w: board power limit and idle power.
         driver_names: what NVML and the CUDA driver call it; tells measurements of this device from others.
@@ -35,6 +39,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     idle_power_w: float
     sources: dict[str, str]
     boosts_beyond: bool = False
+    stacked_memory: bool = False
     driver_names: tuple[str, ...] = ()
 
 
@@ -94,6 +99,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Equal nodes of equal GPUs.
 
     Attributes:
+        device: of every GPU; None where only the network is known.
+        device_file: the user's file that describes the device; empty for a device of the catalog.
         intra: GPU to GPU inside a node (all of one GPU's NVLinks together, one direction).
         inter: node to node, all NICs of a node together, one direction; None for a single machine.
         max_nodes: how many nodes there are; None means as many as asked for.
@@ -107,7 +114,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """
 
     name: str
-    device: str
+    device: Device | None
     gpus_per_node: int
     intra: Link
     inter: Link | None = None
@@ -120,4 +127,24 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     library: Literal["nccl", "gloo"] = "nccl"
     tables: tuple[AllReduceTable, ...] = ()
     price_usd_per_gpu_hour: float | None = None
+    device_file: str = ""
     sources: dict[str, str] = {}
+
+    @property
+    def device_name(self) -> str:
+        """What the device is called; "unspecified" where only the network is known."""
+        return UNSPECIFIED if self.device is None else self.device.name
+
+    @property
+    def gpu(self) -> Device:
+        """The device, for a question that needs one.
+
+        Raises:
+            UsageError: only the network is known.
+        """
+        if self.device is None:
+            raise UsageError(
+                "the cluster does not say which device its nodes have",
+                hint='write device = "NAME" into its file; ptsim devices lists the catalog',
+            )
+        return self.device

@@ -30,7 +30,7 @@ from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.costs.measured import of_profile
 from ptsim.errors import FileFormatError, MissingMeasurementError, UnsupportedModelError, UsageError
-from ptsim.hardware.profile import DeviceProfile, Operator, OperatorTime, Setting, operator_of
+from ptsim.hardware.profile import DeviceProfile, Operator, OperatorSetting, OperatorTime, operator_of
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.hardware.profile_merge import mean_time, merge_operators, with_round
 from ptsim.measure.load import LoadWatch
@@ -94,7 +94,7 @@ def calibrate_gpu(
     device: torch.device,
     minutes: float = 10.0,
     traces: Sequence[Trace] = (),
-    settings: Sequence[Setting] = (),
+    settings: Sequence[OperatorSetting] = (),
     make_regularizer: MakeRegularizer | None = None,
     resume: bool = False,
     grid: bool = True,
@@ -164,16 +164,16 @@ def calibrate_gpu(
     return calibration.profile
 
 
-def setting_of(trace: Trace) -> Setting:
+def setting_of(trace: Trace) -> OperatorSetting:
     """The precision and memory format that the run trained in."""
-    return Setting(precision=trace.run.precision, memory_format=trace.run.memory_format)
+    return OperatorSetting(precision=trace.run.precision, memory_format=trace.run.memory_format)
 
 
 class _Trained(NamedTuple):
     """A network whose training steps are to be measured."""
 
     network: Network
-    setting: Setting
+    setting: OperatorSetting
     batch: int
     optimizer: str
 
@@ -182,14 +182,14 @@ _GRID = "alone: "
 _Measurement = tuple[str, Callable[[float], None]]  # what it is, and what does it, given the seconds that are left
 
 
-def _usual_settings(device: torch.device) -> tuple[Setting, ...]:
+def _usual_settings(device: torch.device) -> tuple[OperatorSetting, ...]:
     if device.type == "cpu":
-        return (Setting(precision=Precision.FP32, memory_format="contiguous"),)
+        return (OperatorSetting(precision=Precision.FP32, memory_format="contiguous"),)
     precisions = [Precision.FP32, Precision.FP16]
     if torch.cuda.get_device_capability(device) >= (8, 0):
         precisions[1:1] = [Precision.TF32, Precision.BF16]
     formats: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
-    return tuple(Setting(precision=p, memory_format=f) for p, f in itertools.product(precisions, formats))
+    return tuple(OperatorSetting(precision=p, memory_format=f) for p, f in itertools.product(precisions, formats))
 
 
 def _begin(out: Path, device: torch.device, traces: Sequence[Trace], resume: bool) -> DeviceProfile:
@@ -278,7 +278,7 @@ class _Calibration:
             architecture, batch = pairs[index]
             yield _Trained(trace.networks[architecture], setting_of(trace), batch, optimizer)
 
-    def of_zoo(self, settings: Sequence[Setting]) -> Iterator[_Trained]:
+    def of_zoo(self, settings: Sequence[OperatorSetting]) -> Iterator[_Trained]:
         """A few networks of the zoo in every setting."""
         for name, batch in _ZOO_STEPS[self.profile.kind] if settings else ():
             entry = zoo.find(name)
@@ -298,7 +298,7 @@ class _Calibration:
                     what = f"steps of {one.network.name} ({one.network.id}), mini-batch {one.batch}, {one.setting}"
                     yield f"{what}, round {number}", functools.partial(self._measure_step, one, _MIN_STEPS_S / rounds)
 
-    def of_grid(self, settings: Sequence[Setting]) -> Iterator[_Measurement]:
+    def of_grid(self, settings: Sequence[OperatorSetting]) -> Iterator[_Measurement]:
         """Without an end: forms, batches and settings in turn, channel counts drawn evenly in their logarithm."""
         known = {(time.operator, time.context) for time in self.profile.operators}
         for operator in itertools.chain.from_iterable(
@@ -392,8 +392,8 @@ def _outside_in(count: int) -> list[int]:
 
 
 def _grid(
-    settings: Sequence[Setting], batches: Sequence[int]
-) -> Iterator[tuple[int, Setting, int, tuple[int, int, int, int], int, int]]:
+    settings: Sequence[OperatorSetting], batches: Sequence[int]
+) -> Iterator[tuple[int, OperatorSetting, int, tuple[int, int, int, int], int, int]]:
     """Draws of number, setting, batch, form, input and output channels; the same sequence on every machine."""
     draw = random.Random(0)  # the same on resuming
     for stair in range(57, 74):  # one whole stair of 16 and its neighbours, at every count
@@ -409,7 +409,12 @@ def _grid(
 
 
 def _block(
-    number: int, setting: Setting, batch: int, form: tuple[int, int, int, int], in_channels: int, out_channels: int
+    number: int,
+    setting: OperatorSetting,
+    batch: int,
+    form: tuple[int, int, int, int],
+    in_channels: int,
+    out_channels: int,
 ) -> Iterator[Operator]:
     """A convolution and what follows it; `number` decides which activation, pool and rarer convolution that is."""
     side, kernel, stride, _ = form

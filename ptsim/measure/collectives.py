@@ -17,9 +17,9 @@ from ptsim.costs.allreduce_table import fit_segments, table_seconds
 from ptsim.costs.collectives import all_reduce, ring_wire_bytes
 from ptsim.costs.nccl import default_fit
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import UNSPECIFIED, cluster_names, load_cluster, match_device
+from ptsim.hardware.catalog import cluster_names, load_cluster, match_device
 from ptsim.hardware.nccl_log import NcclLog, with_nodes
-from ptsim.hardware.spec import AllReduceTable, Cluster, Link, LinkKind
+from ptsim.hardware.spec import AllReduceTable, Cluster, Device, Link, LinkKind
 
 _PCIE_X16 = (15.75e9, 31.5e9)  # generations 3 and 4: PCI-SIG base specifications
 DEFAULT_SIZES = tuple(2**k for k in range(10, 27))  # 1 KiB to 64 MiB
@@ -224,7 +224,7 @@ def calibrated_cluster(
     per_node = max(-(-num_gpus // num_nodes) for num_gpus, num_nodes in layouts)
     if base is not None and base.gpus_per_node < per_node:
         raise UsageError(f"cluster {base.name} has {base.gpus_per_node} GPUs a node, the log has {per_node}")
-    device = next((found.name for gpu in gpus if (found := match_device(gpu))), UNSPECIFIED)
+    device = next((found for gpu in gpus if (found := match_device(gpu))), None)
     like = base or _catalog_machine(device, per_node, tables)
     between = max((t for t in tables if t.num_nodes > 1), key=lambda t: t.num_gpus, default=None)
     intra = _intra(like, tables, library)
@@ -245,6 +245,7 @@ def calibrated_cluster(
     return Cluster(
         name=name,
         device=base.device if base else device,
+        device_file=base.device_file if base else "",
         gpus_per_node=base.gpus_per_node if base else per_node,
         intra=intra,
         inter=inter,
@@ -260,12 +261,12 @@ def calibrated_cluster(
     )
 
 
-def _catalog_machine(device: str, gpus_per_node: int, tables: Sequence[AllReduceTable]) -> Cluster | None:
+def _catalog_machine(device: Device | None, gpus_per_node: int, tables: Sequence[AllReduceTable]) -> Cluster | None:
     """The catalog's machine with this GPU and at least this node size whose topology comes closest to the tables.
 
     Its network is kept only where it explains the tables between nodes within 35 %.
     """
-    if device == UNSPECIFIED:
+    if device is None:
         return None
     best: tuple[bool, float, Cluster] | None = None
     for candidate in map(load_cluster, cluster_names()):

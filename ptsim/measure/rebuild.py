@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from ptsim.capture.network import layer_names, training_graph
 from ptsim.errors import UnsupportedModelError
-from ptsim.hardware.profile import Operator, Setting, operator_of
+from ptsim.hardware.profile import Operator, OperatorSetting, operator_of
 from ptsim.network import LayerKind, Network, Precision
 
 _ACTIVATIONS: dict[str, Callable[[bool], nn.Module]] = {
@@ -139,7 +139,7 @@ def rebuild(network: Network) -> tuple[fx.GraphModule, Network]:
     root, graph = nn.Module(), fx.Graph()
     image = graph.placeholder("image")
     nodes: dict[str, fx.Node] = {}
-    setting = Setting(precision=Precision.FP32, memory_format="contiguous")
+    setting = OperatorSetting(precision=Precision.FP32, memory_format="contiguous")
     for index, layer in enumerate(network.layers):
         inputs = [nodes[name] for name in sources[layer.name]]
         if len(inputs) < len(layer.input_shapes):  # the network's own input has no name among the edges

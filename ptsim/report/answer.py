@@ -9,7 +9,7 @@ import pandas as pd
 
 from ptsim import units
 from ptsim.answers.validate import Validation
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import tier_row
 from ptsim.report.frames import averaged
 from ptsim.trace.pairs import PACE_TOLERANCE
 
@@ -47,22 +47,6 @@ def answer_frame(answer: Answer) -> pd.DataFrame:
     rows.append({"name": "how sure", "value": answer.certainty, "detail": "", "origin": ""})
     rows += [{"name": "why", "value": reason, "detail": "", "origin": ""} for reason in answer.why]
     return pd.DataFrame(rows)
-
-
-TIER_WORDS: dict[Tier, str] = {
-    Tier.MEASURED: "every layer was measured on this very device, network and mini-batch",
-    Tier.PROFILED: "layer times are interpolated between measurements of this GPU (ptsim calibrate gpu)",
-    Tier.SCALED: "times were measured on another device and carried over by the ratio of what is predicted for both",
-    Tier.DATASHEET: "nothing was measured on this device: times come from its data sheet and from efficiencies fitted "
-    "to published measurements",
-}
-
-TIER_NAMES: dict[Tier, str] = {
-    Tier.MEASURED: "measured here",
-    Tier.PROFILED: "interpolated",
-    Tier.SCALED: "carried over",
-    Tier.DATASHEET: "data sheet",
-}
 
 
 def checked(validation: Validation | None) -> str:
@@ -103,7 +87,7 @@ def projected_answer(
     settings = candidates(savings, gpus).setting.nunique()
     name = best.setting if settings > 1 else "pruning while training"
     emphasis, rest = _verdict(best)
-    origin = f"projected{_of_planned(run)}; times: {TIER_NAMES[Tier(best.tier)]}"
+    origin = f"projected{_of_planned(run)}; times: {tier_row(best.tier).label}"
     tiles = [
         _time_tile(best, origin),
         *_money_and_energy_tiles(best, origin),
@@ -189,7 +173,7 @@ def _certainty(best: pd.Series, settings: int) -> str:
     return (
         f"In 9 of 10 such comparisons the {word} lies between {_range(low, high)} of the dense time"
         + (f": whether there is a {word} at all is open. " if _is_open(best) else ". ")
-        + upper(TIER_WORDS[Tier(best.tier)])
+        + upper(tier_row(best.tier).explanation)
         + "."
         + (
             f" Of {settings} settings that shrink in training, the fastest there is shown: {best.setting}."
@@ -341,7 +325,7 @@ def dense_answer(
     """The answer where nothing was pruned: what training takes on `gpus` GPUs."""
     row = averaged(projections[projections.gpus == gpus], ["setting"]).sort_values("total_seconds").iloc[0]
     run = runs[runs.run == row.run].iloc[0]
-    origin = f"projected{_of_planned(run)}; times: {TIER_NAMES[Tier(row.tier)]}"
+    origin = f"projected{_of_planned(run)}; times: {tier_row(row.tier).label}"
     tiles = [
         Tile(
             name="GPU time",
@@ -374,7 +358,7 @@ def dense_answer(
         emphasis=f"takes {format_seconds(row.total_seconds)}",
         after=f" ({interval}). No pruned run was given, so there is no saving to report.",
         tiles=tuple(tiles),
-        certainty=f"In 9 of 10 such projections the time lies in its interval. {upper(TIER_WORDS[Tier(row.tier)])}."
+        certainty=f"In 9 of 10 such projections the time lies in its interval. {upper(tier_row(row.tier).explanation)}."
         + checked(validation),
         notices=tuple(notices),
     )

@@ -181,7 +181,7 @@ def default_cluster(runs: Sequence[Trace]) -> str:
     """A catalog cluster whose GPUs are those of a recorded run, NVIDIA's own first; a DGX A100 where there is none."""
     devices = {device.name for trace in runs if (device := match_device(trace.run.device.name)) is not None}
     names = sorted(cluster_names(), key=lambda name: (not name.startswith("dgx-"), name))
-    return next((name for name in names if load_cluster(name).device in devices), FALLBACK_CLUSTER)
+    return next((name for name in names if load_cluster(name).device_name in devices), FALLBACK_CLUSTER)
 
 
 def _validation(runs: Sequence[Trace]) -> tuple[Validation | None, str]:

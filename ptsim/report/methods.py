@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import tier_row
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.report import specs
-from ptsim.report.answer import TIER_NAMES, TIER_WORDS
 from ptsim.report.facts import Facts
 from ptsim.report.figures.style import gpus as format_gpus
 from ptsim.report.projected import LabelledRun, Projector
@@ -17,14 +16,6 @@ from ptsim.report.tables import Table, make_table
 from ptsim.trace.pairs import data_name, device_name, model_name, run_labels
 from ptsim.trace.trace import Trace
 from ptsim.units import format_bytes, format_seconds
-
-NETWORK_TIER_WORDS: dict[Tier, str] = {
-    Tier.MEASURED: "interpolated in all-reduce times that were measured on this cluster",
-    Tier.PROFILED: "interpolated in all-reduce times that were measured on this cluster",
-    Tier.SCALED: "all-reduce times that were measured with another number of GPUs, carried over by the ratio of what "
-    "is predicted for both",
-    Tier.DATASHEET: "from the links' published bandwidths and fitted latencies; none was measured on this cluster",
-}
 
 COUNTING = (
     (
@@ -102,14 +93,16 @@ def _tier_rows(runs: Sequence[LabelledRun], projector: Projector, gpus: int) -> 
     said: dict[tuple[str, str, str], list[str]] = {}
     for run in runs:
         projection = projector.run(run.trace, gpus)
-        tiers: dict[Tier, list[int]] = {}
+        tiers: dict[str, list[int]] = {}
         for epoch in projection.epochs:
             tiers.setdefault(epoch.tier, []).append(epoch.epoch)
         for tier, epochs in tiers.items():
             which = f"epochs {epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else f"epoch {epochs[0]}"
-            said.setdefault((f"step time, {which}", TIER_NAMES[tier], TIER_WORDS[tier]), []).append(run.label)
+            said.setdefault((f"step time, {which}", tier_row(tier).label, tier_row(tier).explanation), []).append(
+                run.label
+            )
         if network := projection.network_tier:
-            words = TIER_NAMES[network], NETWORK_TIER_WORDS[network]
+            words = tier_row(network).label, tier_row(network).all_reduce_explanation
             said.setdefault((f"all-reduce times, {format_gpus(gpus)}", *words), []).append(run.label)
         for note in projection.notes:
             said.setdefault(("", "note", note), []).append(run.label)

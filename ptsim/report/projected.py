@@ -11,25 +11,23 @@ from collections.abc import Sequence
 import msgspec
 import pandas as pd
 
-from ptsim.costs.flops import layer_macs
+from ptsim.costs.flops import PRODUCTS, layer_macs
 from ptsim.costs.run import run_cost
 from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import Measurements, StepTime, step_time
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import worst_tier
 from ptsim.costs.traffic import layer_traffic
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Cluster, Device
-from ptsim.network import LayerKind
 from ptsim.report.frames import accuracies, numeric
 from ptsim.sim.options import Options
-from ptsim.sim.projection import RunProjection
+from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, project
 from ptsim.trace.pairs import Comparison, run_labels, setting_labels
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 
 JOULES_PER_KWH = 3.6e6
-PRODUCT_KINDS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 
 
 class LabelledRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +47,7 @@ class Projector:
         self.cluster = cluster
         self.options = options
         self.grid_grams_per_kwh = grid_grams_per_kwh
-        self.device = load_device(options.device or cluster.device)
+        self.device = load_device(options.device) if options.device else cluster.gpu
         self._caches: dict[tuple[str, int, bool], StepCache] = {}
         self._done: dict[tuple[tuple[str, int, bool], int], RunProjection] = {}
 
@@ -105,32 +103,15 @@ def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: S
             p = projector.run(run.trace, size)
             rows.append(
                 {
+                    **projection_row(p),
                     **_setting(run, projector),
-                    "gpus": size,
                     "epochs": len(p.epochs),
                     "first_batch_per_gpu": p.epochs[0].batch_per_gpu,
                     "last_batch_per_gpu": p.epochs[-1].batch_per_gpu,
-                    "total_seconds": p.total_s,
-                    "low_seconds": p.low_s,
-                    "high_seconds": p.high_s,
-                    "compute_seconds": p.compute_s,
-                    "exposed_communication_seconds": p.exposed_communication_s,
-                    "reconfiguration_seconds": p.reconfiguration_s,
-                    "mfu_fraction": p.mfu_fraction,
                     "gpu_seconds": p.total_s * size,
-                    "allreduce_bytes_per_gpu": p.allreduce_bytes_per_gpu,
-                    "energy_joules": p.energy_j,
-                    "low_energy_joules": p.energy_low_j,
-                    "high_energy_joules": p.energy_high_j,
                     "co2_grams": projector.grams(p.energy_j),
                     "low_co2_grams": projector.grams(p.energy_low_j),
                     "high_co2_grams": projector.grams(p.energy_high_j),
-                    "cost_usd": p.cost_usd,
-                    "low_cost_usd": None if (usd := _cost(p)) is None else usd[1],
-                    "high_cost_usd": None if usd is None else usd[2],
-                    "tier": str(p.tier),
-                    "complete": run.trace.complete,
-                    "notes": "; ".join(p.notes),
                 }
             )
     return numeric(pd.DataFrame(rows))
@@ -175,7 +156,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     **accuracies(c),
                     "whole_runs": both_whole,
                     "shrank": len({epoch.architecture for epoch in c.pruned.epochs}) > 1,
-                    "tier": str(max(dense.tier, pruned.tier, key=list(Tier).index)),
+                    "tier": worst_tier((dense.tier, pruned.tier)),
                 }
             )
     return numeric(pd.DataFrame(rows))
@@ -184,7 +165,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
 def saved_columns(dense: RunProjection, pruned: RunProjection, projector: Projector) -> dict[str, float | None]:
     """What a pruned run saves against a dense one, of time, energy, CO₂ and money, with the 90 % interval of each."""
     ratio = pruned.total_s / dense.total_s
-    tier = max(dense.tier, pruned.tier, key=list(Tier).index)
+    tier = worst_tier((dense.tier, pruned.tier)) or dense.tier
     low, high = saving_interval(pruned.total_s / dense.total_s, tier)
     spread = low / ratio, high / ratio
     return {
@@ -215,7 +196,7 @@ def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
             flops = 2 * layer.repeats(batch) * (macs.forward + macs.backward)
             traffic = layer_traffic(layer, batch=batch, element_bytes=trace.run.precision.activation_bytes)
             num_bytes = traffic.forward_bytes + traffic.backward_bytes
-            if layer.kind not in PRODUCT_KINDS or not (flops and num_bytes and times[layer.name]):
+            if layer.kind not in PRODUCTS or not (flops and num_bytes and times[layer.name]):
                 continue
             rows.append(
                 {
@@ -238,22 +219,12 @@ def epoch_breakdown_frame(run: LabelledRun, projector: Projector, gpus: int) -> 
     The simulated forward and backward time is split between matrix products and memory-bound layers in the proportion
     of their times on the device alone. "other" is what no part claims, such as waiting for stragglers.
     """
-    projection = projector.run(run.trace, gpus)
-    shares: dict[tuple[str, int], float] = {}
     rows = []
-    for recorded, e in zip(run.trace.epochs, projection.epochs, strict=True):
-        key = e.architecture, e.batch_per_gpu
-        if key not in shares:
-            network = run.trace.networks[e.architecture]
-            step = _step(run.trace, msgspec.structs.replace(recorded, batch_per_gpu=e.batch_per_gpu), projector.device)
-            kinds = {layer.name: layer.kind for layer in network.layers}
-            times = {layer.layer: layer.forward_s + layer.backward_s for layer in step.layers}
-            products = sum(seconds for name, seconds in times.items() if kinds[name] in PRODUCT_KINDS)
-            shares[key] = products / sum(times.values())
-        layers_s = (e.forward_s + e.backward_s) * e.num_iterations
+    for e in projector.run(run.trace, gpus).epochs:
+        products_s = e.product_s * e.num_iterations
         parts = {
-            "convolutions and linear layers": layers_s * shares[key],
-            "memory-bound layers": layers_s * (1 - shares[key]),
+            "convolutions and linear layers": products_s,
+            "memory-bound layers": (e.forward_s + e.backward_s) * e.num_iterations - products_s,
             "optimizer and regulariser": (e.optimizer_s + e.regularizer_s) * e.num_iterations,
             "exposed communication": e.exposed_communication_s * e.num_iterations,
             "input wait": e.input_wait_s * e.num_iterations,
@@ -402,16 +373,6 @@ def _floor_fraction(trace: Trace, projector: Projector) -> float:
         one += times[key][0] * epoch.num_iterations
         whole += times[key][1] * epoch.num_iterations
     return one / whole
-
-
-Estimate = tuple[float, float, float]  # value, low, high
-
-
-def _cost(p: RunProjection) -> Estimate | None:
-    """The price is a given, so money is as uncertain as time."""
-    if p.cost_usd is None:
-        return None
-    return p.cost_usd, p.cost_usd * p.low_s / p.total_s, p.cost_usd * p.high_s / p.total_s
 
 
 def _saved(

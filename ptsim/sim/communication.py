@@ -16,11 +16,11 @@ import msgspec
 
 from ptsim.costs import nccl
 from ptsim.costs.collectives import AllReduceTime, all_reduce, nodes_for
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import worst_tier
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster
 from ptsim.sim.options import Options
-from ptsim.sim.topology import Fabric, Job, RoutedPhase, simulate_all_reduces
+from ptsim.sim.topology import Fabric, PlacedJob, RoutedPhase, simulate_all_reduces
 
 _TREE_CHUNKS = 16  # of each half of a message; the ratio hardly depends on it
 _SHARED_CHUNKS = 16  # of a connection, after which a ring beside other jobs has found its pace
@@ -77,9 +77,9 @@ class Network:
                     self.notes.append(f"{self.num_gpus} GPUs of {self.cluster.name} have no link {name!r}")
 
     @property
-    def tier(self) -> Tier | None:
+    def tier(self) -> str | None:
         """The worst that any of the all-reduces came from; None before the first."""
-        return max((time.tier for time in self._times.values()), key=tuple(Tier).index, default=None)
+        return worst_tier(time.tier for time in self._times.values())
 
     def all_reduce(self, num_bytes: int) -> AllReduceTime:
         """The time of one all-reduce while no other job communicates."""
@@ -135,7 +135,7 @@ class Network:
             self._ratios[num_bytes] = own_s / equal_s if equal_s else 1.0  # links that take no time
         return self._ratios[num_bytes]
 
-    def _alone_s(self, cluster: Cluster, job: Job, num_bytes: int, *, named: bool) -> float:
+    def _alone_s(self, cluster: Cluster, job: PlacedJob, num_bytes: int, *, named: bool) -> float:
         """One all-reduce with nobody else, on links as the options name them or on equal ones.
 
         The way of a single byte is found once, and serves messages of every size.
@@ -152,14 +152,14 @@ class Network:
             self._ways[key] = fabric.phases(msgspec.structs.replace(job, message_bytes=1.0))
         return math.fsum(phase.seconds(num_bytes) for phase in self._ways[key])
 
-    def _as_simulated(self, num_bytes: int) -> tuple[Cluster, float, Job]:
+    def _as_simulated(self, num_bytes: int) -> tuple[Cluster, float, PlacedJob]:
         """The cluster with links as the protocol sees them, a call's fixed cost, and the first job's all-reduce."""
         line = nccl.fastest_line(self._equal, self.num_gpus, self.num_nodes, num_bytes, self.options.algorithm)
         cluster, base_s = nccl.effective_cluster(self._equal, self.num_gpus, self.num_nodes, line)
         seen = msgspec.structs.replace(
             cluster, gpus_per_node=self.cluster.gpus_per_node, oversubscription=self.cluster.oversubscription
         )
-        job = Job(
+        job = PlacedJob(
             ranks=self._ranks(0), message_bytes=float(num_bytes), algorithm=line.algorithm, num_chunks=_TREE_CHUNKS
         )
         return seen, base_s, job
@@ -168,7 +168,7 @@ class Network:
         start = job if self.stride > 1 else job * self.num_gpus
         return tuple(range(start, start + self.num_gpus * self.stride, self.stride))
 
-    def _seconds(self, cluster: Cluster, jobs: list[Job]) -> float:
+    def _seconds(self, cluster: Cluster, jobs: list[PlacedJob]) -> float:
         """Mean over the jobs, which start together."""
         seconds = simulate_all_reduces(
             cluster,

@@ -23,7 +23,7 @@ from ptsim.costs.buckets import Bucket
 from ptsim.costs.collectives import AllReduceTime
 from ptsim.costs.times import StepTime
 from ptsim.network import LayerKind, Network
-from ptsim.sim.step import Collective, StepPlan, Work
+from ptsim.sim.step import Collective, Piece, StepPlan
 
 AllReduce = Callable[[int], AllReduceTime]
 Bound = Literal["low", "expected", "high"]
@@ -102,16 +102,16 @@ def compute_plan(step: StepTime, buckets: Sequence[Bucket], *, num_micro_batches
         if name not in ready_after:
             raise ValueError(f"a bucket is ready after layer {name!r}, which the step does not have")
         ready_after[name].append(i)
-    forward = [Work(name=layer.layer, seconds=layer.forward_s) for layer in step.layers]
+    forward = [Piece(name=layer.layer, seconds=layer.forward_s) for layer in step.layers]
     if step.overhead_s:
-        forward.append(Work(name="host and loss", seconds=step.overhead_s))
-    backward: list[Work] = []
+        forward.append(Piece(name="host and loss", seconds=step.overhead_s))
+    backward: list[Piece] = []
     for layer in reversed(step.layers):
         ready = ready_after[layer.layer]
-        backward.append(Work(name=layer.layer, seconds=layer.backward_s, bucket=ready[0] if ready else None))
-        backward += [Work(name=layer.layer, seconds=0.0, bucket=bucket) for bucket in ready[1:]]
+        backward.append(Piece(name=layer.layer, seconds=layer.backward_s, bucket=ready[0] if ready else None))
+        backward += [Piece(name=layer.layer, seconds=0.0, bucket=bucket) for bucket in ready[1:]]
     tail = [
-        Work(name=name, seconds=seconds)
+        Piece(name=name, seconds=seconds)
         for name, seconds in (("regularizer", step.regularizer_s), ("optimizer", step.optimizer_s))
         if seconds
     ]
@@ -169,7 +169,7 @@ def with_communication(
     backward = computation.backward
     if used_bytes and buckets:
         collectives.append(reduced("AllReduce of used parameters", used_bytes))
-        backward = (*backward, Work(name="used parameters", seconds=0.0, bucket=len(buckets)))
+        backward = (*backward, Piece(name="used parameters", seconds=0.0, bucket=len(buckets)))
     head: tuple[Collective, ...] = ()
     if buffer_bytes:
         time = all_reduce(buffer_bytes)
@@ -190,10 +190,10 @@ def with_communication(
     )
 
 
-def _scaled(pieces: tuple[Work, ...], scale: float) -> tuple[Work, ...]:
+def _scaled(pieces: tuple[Piece, ...], scale: float) -> tuple[Piece, ...]:
     if scale == 1:
         return pieces
-    return tuple(Work(name=work.name, seconds=work.seconds * scale, bucket=work.bucket) for work in pieces)
+    return tuple(Piece(name=work.name, seconds=work.seconds * scale, bucket=work.bucket) for work in pieces)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -210,16 +210,21 @@ def buffer_bytes(network: Network) -> int:
 
 
 def first_step_s(
-    network: Network, plan: StepPlan, all_reduce: AllReduce, wire: Wire | None = None, bound: Bound = "expected"
+    network: Network,
+    all_reduce: AllReduce,
+    wire: Wire | None = None,
+    bound: Bound = "expected",
+    head: Sequence[Collective] = (),
 ) -> float:
     """Seconds of communication that the first step after wrapping does not hide.
 
-    DDP does not know the order of the gradients yet: they travel in a single bucket, after backward.
+    DDP does not know the order of the gradients yet: they travel in a single bucket, after backward. `head` are the
+    collectives that the forward pass waits for.
     """
     wire = wire or Wire()
     num_bytes = gradient_bytes(network)
     reduced_s = _at(all_reduce(round(num_bytes * wire.ratio)), bound) + num_bytes * wire.conversion_s_per_byte
-    return reduced_s + sum(collective.seconds for collective in plan.head)
+    return reduced_s + sum(collective.seconds for collective in head)
 
 
 def wrapping_s(network: Network, all_reduce: AllReduce, bound: Bound = "expected", *, rebuilds: bool = True) -> float:

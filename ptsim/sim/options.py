@@ -9,9 +9,10 @@ from typing import Literal
 
 import msgspec
 
-from ptsim.costs.collectives import Choice
+from ptsim.costs.algorithms import AUTO, check_choice
 from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat
+from ptsim.setting import PrecisionName
 from ptsim.units import MIB
 
 Scaling = Literal["weak", "strong"]
@@ -69,7 +70,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         overlap: whether all-reduces start during backward; None: as in the recorded run, which a compiled step does
             not let them (its gradients all become ready at its end).
         find_unused_parameters: DDP's option: it never rebuilds its buckets then, and reduces which were used.
-        algorithm: of the all-reduce.
+        algorithm: of the all-reduce: "auto", or the name of one.
         network: "formula" takes all links of a kind for equal; "links" sends chunks over the cluster's links one by
             one: NICs, oversubscribed leaf switches, and what the next three options say.
         link_bandwidth: link → factor on its bandwidth: {"node 3 out nic 1": 0.5}, {"gpu 5": 0.8}, {"leaf 0 up": 2}.
@@ -100,7 +101,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     memory_bytes: int | None = None
     device: str | None = None
     mixed_devices: dict[str, int] = {}
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    precision: PrecisionName | None = None
     memory_format: MemoryFormat | None = None
     micro_batches: int = 1
     first_bucket_bytes: int | None = None
@@ -110,7 +111,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     broadcast_buffers: bool = False
     overlap: bool | None = None
     find_unused_parameters: bool = False
-    algorithm: Choice = "auto"
+    algorithm: str = AUTO
     network: Literal["formula", "links"] = "formula"
     link_bandwidth: dict[str, float] = {}
     link_latency_s: dict[str, float] = {}
@@ -195,6 +196,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                     raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected at least 0")
             if self.faults.num_runs < 1:
                 raise UsageError(f"num_runs is {self.faults.num_runs}, expected at least 1")
+        check_choice(self.algorithm)
         self._check_links()
 
     def _check_links(self) -> None:

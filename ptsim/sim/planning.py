@@ -29,14 +29,14 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     new: bool  # the network differs from the epoch before, so that the run reconfigures in front of it
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class RunPlan(msgspec.Struct, frozen=True, kw_only=True):
     """All epochs, and what was assumed."""
 
     stages: tuple[Stage, ...]
     notes: tuple[str, ...]
 
 
-def plan_run(scenario: Scenario) -> Plan:
+def plan_run(scenario: Scenario) -> RunPlan:
     """The epochs that the options ask for.
 
     Raises:
@@ -46,7 +46,7 @@ def plan_run(scenario: Scenario) -> Plan:
     planner = _Planner(scenario)
     stages = planner.stages()
     planner.note_assumptions(stages)
-    return Plan(stages=tuple(stages), notes=tuple(planner.notes))
+    return RunPlan(stages=tuple(stages), notes=tuple(planner.notes))
 
 
 class _Planner:
@@ -124,30 +124,27 @@ class _Planner:
         scenario, options = self.scenario, self.options
         limit = source.num_images // self.num_gpus  # one step per epoch is the most that the data set can fill
         limit = min(limit, options.max_batch or limit)
+        setting = scenario.setting(0, source)
         key = (
             "batch",
             identity,
             limit,
             scenario.memory_bytes,
             scenario.device_key,
-            scenario.precision,
-            scenario.memory_format,
+            setting.alone,
+            setting.data_parallel,
             options.micro_batches,
             options.batch_granularity,
-            self.num_gpus > 1,
         )
         return options.micro_batches * scenario.cache.get(
             key,
             lambda: largest_batch(
                 network,
+                setting,
                 capacity_bytes=scenario.memory_bytes,
                 granularity=options.batch_granularity,
                 limit=limit // options.micro_batches,
-                precision=scenario.precision,
-                optimizer=scenario.optimizer,
-                memory_format=scenario.memory_format,
                 device=scenario.device,
-                data_parallel=self.num_gpus > 1,
             ),
         )
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible, published_power, step_energy
 from ptsim.costs.step import StepTime, step_time
-from ptsim.setting import StepSetting
 from ptsim.sim.planning import Stage
 from ptsim.sim.projection import EpochProjection
 from ptsim.sim.scenario import Scenario
@@ -34,7 +33,7 @@ class Power:
         model, scenario = self.model, self.scenario
         if model is None:
             return None
-        key = ("energy", model, stage.id, scenario.device_key, scenario.setting(stage.batch, stage.epoch))
+        key = ("energy", model, stage.id, scenario.device_key, scenario.setting(stage.batch, stage.epoch).alone)
         computing_j = scenario.cache.get(key, lambda: step_energy(step, scenario.device, model=model).joules)
         n = scenario.options.micro_batches
         updates_j = (step.optimizer_s + step.regularizer_s) * model.stream_w  # once per step, not per micro-batch
@@ -49,6 +48,19 @@ class Power:
         training_j, training_s = math.fsum(energies), math.fsum(epoch.total_s for epoch in epochs)
         lost = faults_s / training_s if training_s else 0.0
         return training_j * (1 + lost) + self.scenario.num_gpus * fixed_s * self.model.waiting_w
+
+    def run_range_j(
+        self, energy_j: float | None, low: float, high: float, low_s: float
+    ) -> tuple[float | None, float | None]:
+        """The 90 % interval of `run_j`; time, between `low` and `high` times the expected, and power err independently.
+
+        No board takes less than its idle power over the shortest time, `low_s`.
+        """
+        if energy_j is None:
+            return None, None
+        idle_j = self.scenario.num_gpus * low_s * self.scenario.device.idle_power_w
+        least = max(energy_j * (1 - math.hypot(1 - low, self.relative_error)), idle_j)
+        return least, energy_j * (1 + math.hypot(high - 1, self.relative_error))
 
     def _fit(self) -> PowerModel:
         scenario = self.scenario
@@ -65,14 +77,7 @@ class Power:
         return fit_power(scenario.device, samples) if samples else published_power(scenario.device)
 
     def _recorded_step_time(self, epoch: Epoch) -> StepTime:
-        scenario, run = self.scenario, self.scenario.trace.run
-        setting = StepSetting(
-            batch=epoch.batch_per_gpu,
-            precision=run.precision,
-            memory_format=run.memory_format,
-            optimizer=scenario.optimizer,
-            regularizer=epoch.regularized,
-        )
+        scenario, setting = self.scenario, self.scenario.trace.setting_of(epoch).alone
         return scenario.cache.get(
             ("step", epoch.architecture, scenario.device_key, setting),
             lambda: step_time(

@@ -15,32 +15,24 @@ import msgspec
 
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.memory import MemoryNeed, iteration_memory
-from ptsim.costs.step import StepTime, Tier, step_time
+from ptsim.costs.step import StepTime, step_time
+from ptsim.costs.tiers import worst_tier
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
-from ptsim.network import LayerKind, Network, Precision
+from ptsim.network import LayerKind, Network
+from ptsim.setting import StepSetting
 from ptsim.sim import ddp
+from ptsim.sim.bounded import BOUNDS, SecondsRange, bounded_step
 from ptsim.sim.communication import Network as Links
 from ptsim.sim.options import GRADIENT_BYTES
 from ptsim.sim.planning import Stage
 from ptsim.sim.power import Power
 from ptsim.sim.scenario import Scenario
-from ptsim.sim.step import Jitter, Job, StepPlan, StepResult, simulate_steps
+from ptsim.sim.step import Jitter, StepPlan, StepResult, TrainingJob, simulate_steps
 from ptsim.trace.pace import changes
 from ptsim.trace.schema import Reconfiguration
 from ptsim.units import GIB
-
-TIERS = tuple(Tier)
-_BOUNDS: tuple[ddp.Bound, ...] = ("low", "expected", "high")
-
-
-class Interval(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds with the ends of their 90 % interval."""
-
-    low_s: float
-    expected_s: float
-    high_s: float
 
 
 class StepPrice(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,12 +43,13 @@ class StepPrice(msgspec.Struct, frozen=True, kw_only=True):
     scale: float  # mean computation of all GPUs / that of the step; not 1 where devices are mixed or jitter
     forward_s: float
     backward_s: float
+    product_s: float  # of both, in convolutions, linear layers and matrix products
     low_s: float
     high_s: float
-    wrapping: Interval
+    wrapping: SecondsRange
     peak_memory_bytes: int
     energy_j: float | None  # of one step on one GPU
-    tier: Tier  # the worst of all devices
+    tier: str  # the worst of all devices
 
 
 class RecordedSteps(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,10 +57,8 @@ class RecordedSteps(msgspec.Struct, frozen=True, kw_only=True):
 
     epoch: int
     network: Network
-    batch: int
-    precision: Precision
+    setting: StepSetting
     device: Device
-    optimizer: str
     result: StepResult
 
 
@@ -95,16 +86,16 @@ class Pricer:
             self._prices[key] = self._price(stage)
         return self._prices[key]
 
-    def reconfiguration(self, stage: Stage) -> Interval:
+    def reconfiguration(self, stage: Stage) -> SecondsRange:
         """What it costs to begin a stage whose network is new: surgery, and all that follows from wrapping it."""
         wrapping = self.price(stage).wrapping
         if self.options.surgery_s is not None:
-            surgery = Interval(
+            surgery = SecondsRange(
                 low_s=self.options.surgery_s, expected_s=self.options.surgery_s, high_s=self.options.surgery_s
             )
         else:
             surgery = recorded_surgery(changes(self.scenario.trace), stage.epoch.epoch)
-        return Interval(
+        return SecondsRange(
             low_s=surgery.low_s + wrapping.low_s,
             expected_s=surgery.expected_s + wrapping.expected_s,
             high_s=surgery.high_s + wrapping.high_s,
@@ -122,24 +113,23 @@ class Pricer:
         return RecordedSteps(
             epoch=stage.epoch.epoch,
             network=stage.network,
-            batch=stage.batch,
-            precision=scenario.precision,
+            setting=scenario.setting(stage.batch, stage.epoch).with_batch(stage.batch),
             device=scenario.device,
-            optimizer=scenario.optimizer,
             result=self._simulate(stage, plan, speeds, self.options.contention, num_steps=num_steps, record_gpus=shown),
         )
 
     def _price(self, stage: Stage) -> StepPrice:
         options, scenario = self.options, self.scenario
         step = self._step_time(stage)
-        results: dict[ddp.Bound, StepResult] = {}
-        plans: dict[ddp.Bound, StepPlan] = {}
-        tier = step.tier
-        for bound, contention in zip(_BOUNDS, _contentions(options.contention), strict=True):
-            speeds, tier = self._speeds(stage, step, bound)
-            plans[bound] = self._plan(stage, step, bound)
-            results[bound] = self._simulate(stage, plans[bound], speeds, contention)
-        expected = results["expected"]
+        plans: dict[ddp.Bound, StepPlan] = {bound: self._plan(stage, step, bound) for bound in BOUNDS}
+        _, tier = self._speeds(stage, step, "expected")
+
+        def simulate(bound: ddp.Bound, contention: float) -> StepResult:
+            speeds, _ = self._speeds(stage, step, bound)
+            return self._simulate(stage, plans[bound], speeds, contention)
+
+        bounded = bounded_step(simulate, options.contention)
+        expected, step_range = bounded.expected, bounded.interval()
         need = self._memory(stage)
         most = scenario.memory_bytes
         if need.device_bytes > most:
@@ -148,19 +138,18 @@ class Pricer:
                 f"a process on the {scenario.device.name} can have {most / GIB:.1f} GiB: it would not fit"
             )
         n = options.micro_batches
-        forward_s, backward_s = scenario.cache.get(
-            ("passes", *self._key(stage)), lambda: (step.forward_s, step.backward_s)
+        forward_s, backward_s, product_s = scenario.cache.get(
+            ("passes", *self._key(stage)), lambda: (step.forward_s, step.backward_s, step.product_s)
         )
         compute_s = n * (forward_s + backward_s + step.overhead_s) + step.optimizer_s + step.regularizer_s
-        low_s, high_s = results["low"].step_s, results["high"].step_s
         tuning_s = scenario.cache.get(
             ("tuning", options.autotune_trials, *self._key(stage)), lambda: self._autotune_s(stage, step)
         )
         wrapping = {
             bound: self._wrapping_s(
-                stage, tuning_s * ddp.computation_scale(step, bound), plans[bound], results[bound], bound
+                stage, tuning_s * ddp.computation_scale(step, bound), plans[bound], getattr(bounded, bound), bound
             )
-            for bound in _BOUNDS
+            for bound in BOUNDS
         }
         return StepPrice(
             step=step,
@@ -168,13 +157,10 @@ class Pricer:
             scale=expected.compute_s / compute_s if compute_s else 1.0,
             forward_s=n * forward_s,
             backward_s=n * backward_s,
-            low_s=expected.step_s / _widened(expected.step_s / min(low_s, expected.step_s), scenario.spread),
-            high_s=expected.step_s * _widened(max(high_s, expected.step_s) / expected.step_s, scenario.spread),
-            wrapping=Interval(
-                low_s=min(wrapping["low"], wrapping["expected"]),
-                expected_s=wrapping["expected"],
-                high_s=max(wrapping["high"], wrapping["expected"]),
-            ),
+            product_s=n * product_s,
+            low_s=expected.step_s / _widened(expected.step_s / step_range.low_s, scenario.spread),
+            high_s=expected.step_s * _widened(step_range.high_s / expected.step_s, scenario.spread),
+            wrapping=SecondsRange.around(wrapping["low"], wrapping["expected"], wrapping["high"]),
             peak_memory_bytes=need.peak_bytes,
             energy_j=self.power.step_j(stage, step, expected),
             tier=tier,
@@ -188,13 +174,13 @@ class Pricer:
             return seconds
         rebuilds = not options.find_unused_parameters
         if rebuilds:
-            shown_s = ddp.first_step_s(network, plan, self.links.all_reduce, self._wire, bound)
+            shown_s = ddp.first_step_s(network, self.links.all_reduce, self._wire, bound, plan.head)
             seconds += max(0.0, shown_s - result.exposed_communication_s)
         return seconds + ddp.wrapping_s(network, self.links.all_reduce, bound, rebuilds=rebuilds)
 
     def _key(self, stage: Stage, device: bytes | None = None) -> tuple[Hashable, ...]:
         """Everything that the computation of a step depends on."""
-        return (stage.id, device or self.scenario.device_key, self.scenario.setting(stage.batch, stage.epoch))
+        return (stage.id, device or self.scenario.device_key, self.scenario.setting(stage.batch, stage.epoch).alone)
 
     def _step_time(self, stage: Stage, other: Device | None = None) -> StepTime:
         """Of the projected device, or of another one that is mixed in."""
@@ -218,15 +204,7 @@ class Pricer:
         together = scenario.num_gpus > 1
         return scenario.cache.get(
             ("memory", together, *self._key(stage)),
-            lambda: iteration_memory(
-                stage.network,
-                batch=scenario.micro_batch(stage.batch),
-                precision=scenario.precision,
-                optimizer=scenario.optimizer,
-                memory_format=scenario.memory_format,
-                device=scenario.device,
-                data_parallel=together,
-            ),
+            lambda: iteration_memory(stage.network, scenario.setting(stage.batch, stage.epoch), device=scenario.device),
         )
 
     def _buckets(self, stage: Stage) -> tuple[Bucket, ...]:
@@ -273,7 +251,7 @@ class Pricer:
     ) -> StepResult:
         options, jitter = self.options, self._jitter()
         interval = self._input_interval_s(stage)
-        job = Job(plan=plan, speeds=speeds, input_interval_s=interval)
+        job = TrainingJob(plan=plan, speeds=speeds, input_interval_s=interval)
         if jitter is None and not record_gpus:  # GPUs of equal speed do the same
             kinds = Counter(speeds) if options.mixed_devices else {1.0: len(speeds)}
             job = msgspec.structs.replace(job, speeds=tuple(kinds), counts=tuple(kinds.values()))
@@ -313,7 +291,7 @@ class Pricer:
                 self.notes.append(note)
         return sharing
 
-    def _speeds(self, stage: Stage, step: StepTime, bound: ddp.Bound) -> tuple[tuple[float, ...], Tier]:
+    def _speeds(self, stage: Stage, step: StepTime, bound: ddp.Bound) -> tuple[tuple[float, ...], str]:
         """Duration factor of every GPU, and the worst of their tiers."""
         options, num_gpus = self.options, self.scenario.num_gpus
         if not options.mixed_devices:
@@ -325,7 +303,7 @@ class Pricer:
             other = self._step_time(stage, load_device(name))
             factor = other.compute_s * ddp.computation_scale(other, bound) / (step.compute_s * own_scale)
             factors += [factor] * count
-            tier = max(tier, other.tier, key=TIERS.index)
+            tier = worst_tier((tier, other.tier)) or tier
         cluster = self.scenario.cluster
         own = cluster.gpus_per_node - len(factors)
         if own < 0:
@@ -374,10 +352,10 @@ class Pricer:
 
 # Where no reconfiguration was measured: ResNet-50's on one core (analysis/bench_engine.py); the ends are the fastest
 # and the slowest that removed channels among the recorded runs under traces/, which are of ResNet-20 on a busy machine.
-ASSUMED_SURGERY = Interval(low_s=0.06, expected_s=0.21, high_s=0.43)
+ASSUMED_SURGERY = SecondsRange(low_s=0.06, expected_s=0.21, high_s=0.43)
 
 
-def recorded_surgery(reconfigurations: Sequence[Reconfiguration], epoch: int) -> Interval:
+def recorded_surgery(reconfigurations: Sequence[Reconfiguration], epoch: int) -> SecondsRange:
     """What the measured reconfiguration in front of `epoch` took; the median one's time where there was none.
 
     Those that changed nothing took next to no time and say nothing of surgery: `reconfigurations` are the others. The
@@ -395,14 +373,9 @@ def recorded_surgery(reconfigurations: Sequence[Reconfiguration], epoch: int) ->
         mean = math.fsum(logs) / len(logs)
         sigma = math.sqrt(math.fsum((value - mean) ** 2 for value in logs) / (len(logs) - 1))
     width = math.exp(1.645 * sigma)
-    return Interval(low_s=expected / width, expected_s=expected, high_s=expected * width)
+    return SecondsRange(low_s=expected / width, expected_s=expected, high_s=expected * width)
 
 
 def _widened(ratio: float, sigma: float) -> float:
     """The end of a 90 % interval (as a ratio to the middle) with a log-normal spread on top, independent of it."""
     return math.exp(math.hypot(math.log(ratio), 1.645 * sigma))
-
-
-def _contentions(contention: float) -> tuple[float, float, float]:
-    """The contention of the low end, the middle and the high end: 0.1–0.3 around the default of 0.2."""
-    return contention / 2, contention, min(1.0, contention * 1.5)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ptsim.costs.times import Tier
 from ptsim.sim.faults import FaultyRun
 
 if TYPE_CHECKING:
@@ -20,7 +19,9 @@ class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
     `total_s`, `low_s`, `high_s` and `energy_j` (of all GPUs) are of the whole epoch, all else is of one step.
     A step is the sum of forward, backward, regularizer, optimizer, overhead (loss and host gaps), input wait,
     straggler wait and exposed communication, of which the GPU stands still for `communication_wait_s` and computes more
-    slowly beside collectives for the rest. `communication_s` is what all collectives of the step take by themselves.
+    slowly beside collectives for the rest. `product_s` is what convolutions, linear layers and matrix products take of
+    forward and backward; the rest of the two is bound by memory. `communication_s` is what all collectives of the step
+    take by themselves.
     """
 
     epoch: int
@@ -30,6 +31,7 @@ class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float
     forward_s: float
     backward_s: float
+    product_s: float
     optimizer_s: float
     regularizer_s: float
     overhead_s: float
@@ -44,7 +46,7 @@ class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
     high_s: float
     peak_memory_bytes: int
     energy_j: float | None
-    tier: Tier
+    tier: str
 
     @property
     def compute_s(self) -> float:
@@ -96,8 +98,8 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     cost_usd: float | None
     low_s: float
     high_s: float
-    tier: Tier
-    network_tier: Tier | None
+    tier: str
+    network_tier: str | None
     mfu_fraction: float | None
     complete: bool
     notes: tuple[str, ...]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from ptsim.costs.walked import rescaled
 from ptsim.network import Layer, LayerKind, Network, Parameter
 
 Shape = tuple[int, ...]
@@ -18,7 +19,8 @@ def rounded(network: Network, multiple: int) -> Network:
     """The network with every channel count rounded up to a multiple of `multiple`.
 
     The image's own channels and the classifier's outputs stay as they are. Counts (MACs, saved elements) grow in
-    proportion to the channels that they cover. With `multiple` 1 the network is returned unchanged.
+    proportion to the channels that they cover, and the footprints of a watched iteration moment by moment. With
+    `multiple` 1 the network is returned unchanged.
 
     Raises:
         ValueError: `multiple` is not positive.
@@ -43,7 +45,9 @@ def rounded(network: Network, multiple: int) -> Network:
     parameters = tuple(
         _round_parameter(p, network.layer(p.layer), new[p.layer]) if p.layer else p for p in network.parameters
     )
-    return msgspec.structs.replace(network, layers=tuple(new.values()), parameters=parameters)
+    result = msgspec.structs.replace(network, layers=tuple(new.values()), parameters=parameters, footprints=())
+    footprints = tuple(rescaled(footprint, network, result) for footprint in network.footprints)
+    return msgspec.structs.replace(result, footprints=footprints)
 
 
 def _round_layer(layer: Layer, inputs: Sequence[Shape], multiple: int) -> Layer:

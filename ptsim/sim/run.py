@@ -17,16 +17,17 @@ import msgspec
 
 from ptsim.costs.energy import price_usd
 from ptsim.costs.flops import flops_utilization, training_macs
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import Tier, worst_tier
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
+from ptsim.sim.bounded import SecondsRange
 from ptsim.sim.faults import simulate_faults
 from ptsim.sim.options import Faults, Options
 from ptsim.sim.planning import Stage, plan_run
-from ptsim.sim.pricing import TIERS, Pricer, RecordedSteps
+from ptsim.sim.pricing import Pricer, RecordedSteps
 from ptsim.sim.projection import EpochProjection, RunProjection, projections_frame
 from ptsim.sim.scenario import Scenario, StepCache
 from ptsim.trace.io import read_trace
@@ -73,33 +74,24 @@ def project(
     plan = plan_run(scenario)
     epochs = tuple(_project_epoch(pricer, stage) for stage in plan.stages)
     startup = pricer.price(plan.stages[0]).wrapping
-    changes = [pricer.reconfiguration(stage) for stage in plan.stages[1:] if stage.new]
-    reconfiguration_s = math.fsum(change.expected_s for change in changes)
-    low_reconfiguration_s = math.fsum(change.low_s for change in changes)
-    high_reconfiguration_s = math.fsum(change.high_s for change in changes)
-    fixed_s = startup.expected_s + reconfiguration_s
-    total_s = math.fsum(epoch.total_s for epoch in epochs) + fixed_s
-    low_s = math.fsum(epoch.low_s for epoch in epochs) + startup.low_s + low_reconfiguration_s
-    high_s = math.fsum(epoch.high_s for epoch in epochs) + startup.high_s + high_reconfiguration_s
+    changes = SecondsRange.total(pricer.reconfiguration(stage) for stage in plan.stages[1:] if stage.new)
+    trained = SecondsRange.total(
+        SecondsRange(low_s=epoch.low_s, expected_s=epoch.total_s, high_s=epoch.high_s) for epoch in epochs
+    )
+    whole = SecondsRange.total((trained, startup, changes))
+    total_s, low_s, high_s = whole.expected_s, whole.low_s, whole.high_s
+    fixed_s = startup.expected_s + changes.expected_s
     options, faults, faults_s = scenario.options, None, 0.0
     if options.faults is not None:
         faults = simulate_faults(total_s, num_gpus, cluster.gpus_per_node, options.faults, seed=options.seed)
         low_s, high_s = low_s * faults.low_s / total_s, high_s * faults.high_s / total_s
         faults_s = max(0.0, faults.total_s - total_s)
         total_s += faults_s
-
-    def over_epochs(of_step: Callable[[EpochProjection], float]) -> float:
-        return math.fsum(epoch.num_iterations * of_step(epoch) for epoch in epochs)
-
     price = options.price_usd_per_gpu_hour
     if price is None:
         price = cluster.price_usd_per_gpu_hour
     energy_j = pricer.power.run_j(epochs, fixed_s, faults_s)
-    energy_low_j = energy_high_j = None
-    if energy_j is not None:  # time and power err independently
-        idle_j = num_gpus * low_s * scenario.device.idle_power_w  # no board takes less
-        energy_low_j = max(energy_j * (1 - math.hypot(1 - low_s / total_s, pricer.power.relative_error)), idle_j)
-        energy_high_j = energy_j * (1 + math.hypot(high_s / total_s - 1, pricer.power.relative_error))
+    energy_low_j, energy_high_j = pricer.power.run_range_j(energy_j, low_s / total_s, high_s / total_s, low_s)
     return RunProjection(
         trace=str(trace.path),
         model=trace.run.model,
@@ -108,25 +100,25 @@ def project(
         gpus=num_gpus,
         scaling=options.scaling,
         epochs=epochs,
-        reconfiguration_s=reconfiguration_s,
-        reconfiguration_low_s=low_reconfiguration_s,
-        reconfiguration_high_s=high_reconfiguration_s,
+        reconfiguration_s=changes.expected_s,
+        reconfiguration_low_s=changes.low_s,
+        reconfiguration_high_s=changes.high_s,
         startup_s=startup.expected_s,
         faults_s=faults_s,
         total_s=total_s,
-        compute_s=over_epochs(lambda epoch: epoch.compute_s),
-        exposed_communication_s=over_epochs(lambda epoch: epoch.exposed_communication_s),
-        communication_wait_s=over_epochs(lambda epoch: epoch.communication_wait_s),
-        input_wait_s=over_epochs(lambda epoch: epoch.input_wait_s),
-        straggler_wait_s=over_epochs(lambda epoch: epoch.straggler_wait_s),
-        allreduce_bytes_per_gpu=over_epochs(lambda epoch: epoch.wire_bytes_per_gpu),
+        compute_s=_over(epochs, lambda epoch: epoch.compute_s),
+        exposed_communication_s=_over(epochs, lambda epoch: epoch.exposed_communication_s),
+        communication_wait_s=_over(epochs, lambda epoch: epoch.communication_wait_s),
+        input_wait_s=_over(epochs, lambda epoch: epoch.input_wait_s),
+        straggler_wait_s=_over(epochs, lambda epoch: epoch.straggler_wait_s),
+        allreduce_bytes_per_gpu=_over(epochs, lambda epoch: epoch.wire_bytes_per_gpu),
         energy_j=energy_j,
         energy_low_j=energy_low_j,
         energy_high_j=energy_high_j,
         cost_usd=None if price is None else price_usd(total_s, num_gpus, price),
         low_s=low_s,
         high_s=high_s,
-        tier=max((epoch.tier for epoch in epochs), key=TIERS.index),
+        tier=worst_tier(epoch.tier for epoch in epochs) or Tier.DATASHEET,
         network_tier=pricer.links.tier,
         mfu_fraction=_utilization(scenario, plan.stages, epochs),
         complete=trace.complete,
@@ -146,6 +138,11 @@ def _utilization(scenario: Scenario, stages: Sequence[Stage], epochs: Sequence[E
     return flops_utilization(macs, gpu_seconds, scenario.device.peak_flops_per_s.get(scenario.precision))
 
 
+def _over(epochs: Sequence[EpochProjection], of_step: Callable[[EpochProjection], float]) -> float:
+    """What steps amount to over the run."""
+    return math.fsum(epoch.num_iterations * of_step(epoch) for epoch in epochs)
+
+
 def _project_epoch(pricer: Pricer, stage: Stage) -> EpochProjection:
     price = pricer.price(stage)
     step, result, scale, scenario = price.step, price.result, price.scale, pricer.scenario
@@ -157,6 +154,7 @@ def _project_epoch(pricer: Pricer, stage: Stage) -> EpochProjection:
         step_s=result.step_s,
         forward_s=price.forward_s * scale,
         backward_s=price.backward_s * scale,
+        product_s=price.product_s * scale,
         optimizer_s=step.optimizer_s * scale,
         regularizer_s=step.regularizer_s * scale,
         overhead_s=scenario.options.micro_batches * step.overhead_s * scale,
@@ -235,7 +233,7 @@ def simulate(
 def _doubts(scenario: Scenario, epochs: Sequence[EpochProjection]) -> tuple[str, ...]:
     """What must be known of the device profile, where steps come from it."""
     profile = scenario.measurements.device_profile
-    if profile is None or all(epoch.tier is not Tier.PROFILED for epoch in epochs):
+    if profile is None or all(epoch.tier != Tier.PROFILED for epoch in epochs):
         return ()
     return profile.doubts()
 

@@ -14,8 +14,7 @@ from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster, Device
-from ptsim.network import Precision
-from ptsim.setting import StepSetting
+from ptsim.setting import StepSetting, parse_precision
 from ptsim.sim.options import Options
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
@@ -70,11 +69,11 @@ class Scenario:
         self.trace, self.cluster, self.num_gpus, self.options = trace, cluster, num_gpus, options
         self.cache = cache or StepCache()
         run = trace.run
-        self.device = device or load_device(cluster.device if options.device is None else options.device)
+        self.device = device or (cluster.gpu if options.device is None else load_device(options.device))
         self.device_key = msgspec.json.encode(self.device)
         nominal = options.memory_bytes or self.device.memory_bytes
         self.memory_bytes = usable_bytes(msgspec.structs.replace(self.device, memory_bytes=nominal))
-        self.precision = Precision(options.precision) if options.precision else run.precision
+        self.precision = parse_precision(options.precision) if options.precision else run.precision
         self.memory_format = options.memory_format or run.memory_format
         self.optimizer = trace.optimizer
         self.measurements = Measurements(
@@ -97,6 +96,7 @@ class Scenario:
             memory_format=self.memory_format,
             optimizer=self.optimizer,
             regularizer=epoch.regularized,
+            num_gpus=self.num_gpus,
         )
 
 

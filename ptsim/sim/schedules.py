@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import msgspec
 
+from ptsim.costs.algorithms import load_schedule
 from ptsim.errors import UsageError
-
-Algorithm = Literal["ring", "tree", "hierarchical"]
 
 
 class Connection(msgspec.Struct, frozen=True):
@@ -38,52 +36,79 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
     lag: int
 
 
-def schedule(
-    algorithm: Algorithm,
-    ranks: Sequence[int],
-    message_bytes: float,
-    *,
-    node_of: Callable[[int], int],
-    rail_of: Callable[[int], int],
-    num_chunks: int,
-) -> tuple[Phase, ...]:
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the GPUs of one all-reduce are.
+
+    Attributes:
+        ranks: GPUs, in ring order; a node's GPUs stand together where there is more than one rail.
+        node_of: a GPU's node.
+        rail_of: the number of a GPU's NIC inside its node.
+    """
+
+    ranks: tuple[int, ...]
+    node_of: Callable[[int], int]
+    rail_of: Callable[[int], int]
+
+    @property
+    def nodes(self) -> list[list[int]]:
+        """The GPUs of every node."""
+        nodes: dict[int, list[int]] = {}
+        for rank in self.ranks:
+            nodes.setdefault(self.node_of(rank), []).append(rank)
+        return list(nodes.values())
+
+    @property
+    def channels(self) -> list[list[int]]:
+        """The order of the GPUs for every NIC: it enters a node at the GPU next to its rail, or at the next best."""
+        members = self.nodes
+        rails = sorted({self.rail_of(rank) for rank in self.ranks})
+        if len(members) == 1 or len(rails) == 1:
+            return [list(self.ranks)]
+        return [
+            list(itertools.chain.from_iterable(_rotated(node, rail, self.rail_of) for node in members))
+            for rail in rails
+        ]
+
+
+def schedule(algorithm: str, placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Phase, ...]:
     """The phases of one all-reduce; none for a single rank.
 
     Args:
-        algorithm: which.
-        ranks: GPUs, in ring order; a node's GPUs stand together where there is more than one rail.
+        algorithm: the name of a row of `costs.algorithms` that has a schedule.
+        placement: where its GPUs are.
         message_bytes: what every GPU holds.
-        node_of: a GPU's node.
-        rail_of: the number of a GPU's NIC inside its node.
         num_chunks: into how many pieces a tree cuts its half of the message; rings cut it by their size.
 
     Raises:
-        UsageError: a hierarchical all-reduce with unequal numbers of GPUs on the nodes.
+        UsageError: no such algorithm or schedule, or a hierarchical all-reduce with unequal numbers of GPUs on the
+            nodes.
     """
-    if len(ranks) == 1:
+    if len(placement.ranks) == 1:
         return ()
-    nodes: dict[int, list[int]] = {}
-    for rank in ranks:
-        nodes.setdefault(node_of(rank), []).append(rank)
-    members = list(nodes.values())
-    if algorithm == "hierarchical":
-        return _hierarchical(members, message_bytes)
-    channels = [list(ranks)]
-    rails = sorted({rail_of(rank) for rank in ranks})
-    if len(members) > 1 and len(rails) > 1:
-        # a channel enters every node at the GPU next to its rail; a node without one takes its next best
-        channels = [
-            list(itertools.chain.from_iterable(_rotated(node, rail, rail_of) for node in members)) for rail in rails
-        ]
-    part = message_bytes / len(channels)
-    if algorithm == "ring":
-        steps = 2 * (len(ranks) - 1)
-        return (_rings(channels, part / len(ranks), steps),)
+    phases: tuple[Phase, ...] = load_schedule(algorithm)(placement, message_bytes, num_chunks=num_chunks)
+    return phases
+
+
+def ring_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Phase, ...]:
+    """A ring per NIC, each with its part of the message."""
+    channels, size = placement.channels, len(placement.ranks)
+    return (_rings(channels, message_bytes / len(channels) / size, 2 * (size - 1)),)
+
+
+def tree_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Phase, ...]:
+    """Two trees per NIC, each with half of its part of the message."""
+    channels = placement.channels
     connections: list[Connection] = []
     for channel in channels:
-        for parents in _trees(channel, node_of):
+        for parents in _trees(channel, placement.node_of):
             _add_tree(connections, channel, parents)
-    return (Phase(connections=tuple(connections), num_chunks=num_chunks, chunk_bytes=part / 2 / num_chunks, lag=0),)
+    chunk_bytes = message_bytes / len(channels) / 2 / num_chunks
+    return (Phase(connections=tuple(connections), num_chunks=num_chunks, chunk_bytes=chunk_bytes, lag=0),)
+
+
+def hierarchical_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Phase, ...]:
+    """Reduce-scatter inside the nodes, rings of the shards between them, all-gather inside."""
+    return _hierarchical(placement.nodes, message_bytes)
 
 
 def _rotated(node: Sequence[int], rail: int, rail_of: Callable[[int], int]) -> list[int]:

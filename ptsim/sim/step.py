@@ -23,10 +23,10 @@ from ptsim.sim.clock import WorkClock
 
 Process = Generator[simpy.Event, None, None]
 Stream = Literal["compute", "communication"]
-Phase = Literal["forward", "backward", "update", "collective"]
+SpanPhase = Literal["forward", "backward", "update", "collective"]
 
 
-class Work(msgspec.Struct, frozen=True, kw_only=True):
+class Piece(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds on the compute stream. `bucket` is the index of the gradient bucket that is complete afterwards."""
 
     name: str
@@ -47,7 +47,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One optimizer step of a GPU at nominal speed.
 
     Attributes:
-        forward, backward: of one micro-batch, in execution order. `Work.bucket` counts only in the last micro-batch.
+        forward, backward: of one micro-batch, in execution order. `Piece.bucket` counts only in the last micro-batch.
         tail: what needs the reduced gradients: regularizer, optimizer.
         buckets: their all-reduces, in the order in which they become ready.
         head: collectives that the forward pass waits for (DDP's broadcast of buffers).
@@ -55,9 +55,9 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
         overlap: False makes every all-reduce wait for the end of backward.
     """
 
-    forward: tuple[Work, ...]
-    backward: tuple[Work, ...]
-    tail: tuple[Work, ...]
+    forward: tuple[Piece, ...]
+    backward: tuple[Piece, ...]
+    tail: tuple[Piece, ...]
     buckets: tuple[Collective, ...]
     head: tuple[Collective, ...] = ()
     num_micro_batches: int = 1
@@ -81,20 +81,20 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     def merged(self) -> StepPlan:
         """The same step with as few pieces of work as the buckets allow: faster to simulate, the same times."""
-        backward: list[Work] = []
+        backward: list[Piece] = []
         seconds = 0.0
         for work in self.backward:
             seconds += work.seconds
             if work.bucket is not None:
-                backward.append(Work(name="backward", seconds=seconds, bucket=work.bucket))
+                backward.append(Piece(name="backward", seconds=seconds, bucket=work.bucket))
                 seconds = 0.0
         if seconds > 0:
-            backward.append(Work(name="backward", seconds=seconds))
+            backward.append(Piece(name="backward", seconds=seconds))
         return msgspec.structs.replace(
             self,
-            forward=(Work(name="forward", seconds=_seconds(self.forward)),),
+            forward=(Piece(name="forward", seconds=_seconds(self.forward)),),
             backward=tuple(backward),
-            tail=(Work(name="tail", seconds=_seconds(self.tail)),),
+            tail=(Piece(name="tail", seconds=_seconds(self.tail)),),
         )
 
 
@@ -112,7 +112,7 @@ class Jitter(msgspec.Struct, frozen=True, kw_only=True):
     straggler_slowdown: float = 1.0
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class TrainingJob(msgspec.Struct, frozen=True, kw_only=True):
     """One data-parallel training job.
 
     Attributes:
@@ -138,7 +138,7 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
     job: int
     gpu: int
     stream: Stream
-    phase: Phase
+    phase: SpanPhase
     name: str
     step: int
     start_s: float
@@ -168,7 +168,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def simulate_steps(
-    jobs: Sequence[Job],
+    jobs: Sequence[TrainingJob],
     *,
     contention: float = 0.0,
     sharing: Sequence[float] | None = None,
@@ -279,7 +279,7 @@ class _RunningJob:
         self,
         env: simpy.Environment,
         index: int,
-        job: Job,
+        job: TrainingJob,
         links: _Links,
         *,
         contention: float,
@@ -378,7 +378,7 @@ class _RunningJob:
         self.env.process(load())
         return batches
 
-    def _work(self, gpu: int, step: int, phase: Phase, pieces: Sequence[Work], factor: float) -> Process:
+    def _work(self, gpu: int, step: int, phase: SpanPhase, pieces: Sequence[Piece], factor: float) -> Process:
         for work in pieces:
             start = self.env.now
             yield self.compute.after(work.seconds * factor)
@@ -445,7 +445,7 @@ class _RunningJob:
             self._set_transfer_rate()
 
     def _record(
-        self, gpu: int, stream: Stream, phase: Phase, name: str, step: int, start: float, num_bytes: int = 0
+        self, gpu: int, stream: Stream, phase: SpanPhase, name: str, step: int, start: float, num_bytes: int = 0
     ) -> None:
         self.spans.append(
             Span(
@@ -484,5 +484,5 @@ class _RunningJob:
         )
 
 
-def _seconds(pieces: Sequence[Work]) -> float:
+def _seconds(pieces: Sequence[Piece]) -> float:
     return sum(work.seconds for work in pieces)

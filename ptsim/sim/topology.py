@@ -29,12 +29,12 @@ import simpy
 from ptsim.costs.collectives import nodes_for
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster
-from ptsim.sim.schedules import Algorithm, Connection, Phase, schedule
+from ptsim.sim.schedules import Connection, Phase, Placement, schedule
 
 Process = Generator[simpy.Event, None, None]
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class PlacedJob(msgspec.Struct, frozen=True, kw_only=True):
     """One all-reduce.
 
     Attributes:
@@ -49,7 +49,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     ranks: tuple[int, ...]
     message_bytes: float
-    algorithm: Algorithm = "ring"
+    algorithm: str = "ring"
     num_chunks: int = 64
     start_s: float = 0.0
     repeat: int = 1
@@ -180,16 +180,10 @@ class Fabric:
             )
         return found
 
-    def phases(self, job: Job) -> tuple[RoutedPhase, ...]:
+    def phases(self, job: PlacedJob) -> tuple[RoutedPhase, ...]:
         """The job's schedule on this fabric."""
-        plan = schedule(
-            job.algorithm,
-            job.ranks,
-            job.message_bytes,
-            node_of=self.node_of,
-            rail_of=self.rail_of,
-            num_chunks=job.num_chunks,
-        )
+        placement = Placement(ranks=tuple(job.ranks), node_of=self.node_of, rail_of=self.rail_of)
+        plan = schedule(job.algorithm, placement, job.message_bytes, num_chunks=job.num_chunks)
         return tuple(self._route(phase, job.max_chunks) for phase in plan)
 
     def _route(self, phase: Phase, max_chunks: int | None) -> RoutedPhase:
@@ -288,7 +282,7 @@ class RoutedPhase(msgspec.Struct, frozen=True, kw_only=True):
 
 def simulate_all_reduces(
     cluster: Cluster,
-    jobs: Sequence[Job],
+    jobs: Sequence[PlacedJob],
     *,
     num_gpus: int | None = None,
     bandwidth_factor: Mapping[str, float] | None = None,
@@ -348,13 +342,13 @@ class _Traffic:
         self.parts = parts
         self.servers = {pipe: simpy.Container(self.env, number, number) for pipe, number in parts.items()}
 
-    def run(self, jobs: Sequence[Job]) -> tuple[float, ...]:
+    def run(self, jobs: Sequence[PlacedJob]) -> tuple[float, ...]:
         """Seconds of every job from its start."""
         found = [0.0] * len(jobs)
         self.env.run(self.env.all_of([self.env.process(self._job(job, found, i)) for i, job in enumerate(jobs)]))
         return tuple(found)
 
-    def _job(self, job: Job, found: list[float], index: int) -> Process:
+    def _job(self, job: PlacedJob, found: list[float], index: int) -> Process:
         yield self.env.timeout(job.start_s)
         for _ in range(job.repeat):
             for phase in self.routed[index]:

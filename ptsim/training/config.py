@@ -18,6 +18,7 @@ import tomli_w
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.network import MemoryFormat, Precision
+from ptsim.setting import PRECISION_NAMES, parse_precision
 from ptsim.textfile import parse_toml, read_toml
 from ptsim.training.registries import OPTIMIZERS, REGISTRIES
 from ptsim.units import parse_quantity
@@ -162,7 +163,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 MOST_EPOCHS = 100_000  # of a run; more is a slip of the keyboard, and would plan for hours
 SETTINGS = Config.__struct_fields__
-_CHOICES: dict[str, tuple[str, ...]] = {"precision": tuple(p.value for p in Precision)} | {
+_CHOICES: dict[str, tuple[str, ...]] = {"precision": PRECISION_NAMES} | {
     name: typing.get_args(hint) for name, hint in typing.get_type_hints(Config).items() if "Literal" in str(hint)
 }
 
@@ -187,8 +188,11 @@ def make_config(settings: Mapping[str, Any], *, source: str = "configuration", q
         value = settings.get(name, known[0])
         if isinstance(value, str) and value not in known:
             raise UnknownNameError(name, value, known)
+    asked = dict(settings)
+    if isinstance(asked.get("precision"), str):
+        asked["precision"] = parse_precision(asked["precision"])
     try:
-        config = msgspec.convert(dict(settings), Config)
+        config = msgspec.convert(asked, Config)
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `$.")
         raise UsageError(f"{source}: setting {place.rstrip('`')!r}: {problem.replace('`', '')}") from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ptsim.costs.memory import largest_batch
 from ptsim.hardware.catalog import match_device
+from ptsim.setting import StepSetting
 from ptsim.training.facts import costed_optimizer
 from ptsim.training.recorder import Recorder
 
@@ -18,14 +19,18 @@ def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: i
     """The largest mini-batch per rank that should fit: the present one plus whole multiples of the granularity."""
     info = recorder.meter.info()
     network = recorder.architecture
-    fits = largest_batch(
-        network,
-        capacity_bytes=settings.memory_budget_bytes or info.must_exist()[1],
+    setting = StepSetting(
+        batch=batch_per_gpu,
         precision=recorder.precision,
         optimizer=costed_optimizer(recorder.optimizer),
         memory_format=recorder.memory_format,
+        num_gpus=recorder.team.world_size,
+    )
+    fits = largest_batch(
+        network,
+        setting,
+        capacity_bytes=settings.memory_budget_bytes or info.must_exist()[1],
         device=match_device(info.name) if info.kind == "cuda" else None,
-        data_parallel=recorder.team.world_size > 1,
     )
     limit = fits if settings.max_batch is None else min(fits, settings.max_batch // recorder.team.world_size)
     steps = max(0, limit - batch_per_gpu) // settings.batch_granularity

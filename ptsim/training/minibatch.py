@@ -8,6 +8,7 @@ from ptsim.costs.memory import iteration_memory, largest_batch
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
 from ptsim.network import Network
+from ptsim.setting import StepSetting
 from ptsim.training.config import Config
 from ptsim.training.learner import Learner
 from ptsim.training.outcome import Growth
@@ -30,15 +31,8 @@ def grown_batch(
     It never shrinks, and never exceeds `max_batch` or the data set. `device` is the catalog's GPU that runs: with it
     the estimate has the libraries' workspaces and the allocator's margins.
     """
-    fits = largest_batch(
-        network,
-        capacity_bytes=capacity_bytes,
-        precision=config.precision,
-        optimizer=OPTIMIZERS.find(config.optimizer).counted_as,
-        memory_format=config.memory_format,
-        device=device,
-        data_parallel=world_size > 1,
-    )
+    setting = step_setting(config, batch_per_gpu, world_size)
+    fits = largest_batch(network, setting, capacity_bytes=capacity_bytes, device=device)
     limit = min(fits, (config.max_batch or num_train) // world_size, num_train // world_size)
     steps = max(0, limit - batch_per_gpu) // config.batch_granularity
     grown = batch_per_gpu + steps * config.batch_granularity
@@ -51,19 +45,22 @@ def predicted_bytes(
     batch_per_gpu: int,
     *,
     device: Device | None = None,
-    data_parallel: bool = False,
+    world_size: int = 1,
 ) -> int:
     """Peak memory of one iteration as the cost model sees it."""
-    need = iteration_memory(
-        network,
+    return iteration_memory(network, step_setting(config, batch_per_gpu, world_size), device=device).peak_bytes
+
+
+def step_setting(config: Config, batch_per_gpu: int, world_size: int) -> StepSetting:
+    """How the configured run's steps are run at a mini-batch."""
+    return StepSetting(
         batch=batch_per_gpu,
         precision=config.precision,
-        optimizer=OPTIMIZERS.find(config.optimizer).counted_as,
         memory_format=config.memory_format,
-        device=device,
-        data_parallel=data_parallel,
+        optimizer=OPTIMIZERS.find(config.optimizer).counted_as,
+        regularizer=config.regularized,
+        num_gpus=world_size,
     )
-    return need.peak_bytes
 
 
 class BatchPolicy:
@@ -93,7 +90,7 @@ class BatchPolicy:
         while batch > present and not self._fits(batch):  # the prediction was too low: step back
             batch -= config.batch_granularity
         learner.set_batch(batch * world_size)
-        needed = predicted_bytes(network, config, batch, device=device, data_parallel=world_size > 1)
+        needed = predicted_bytes(network, config, batch, device=device, world_size=world_size)
         return Growth(
             batch_per_gpu=batch, learning_rate_scale=learner.learning_rate_scale, predicted_memory_bytes=needed
         )

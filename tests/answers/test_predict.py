@@ -6,13 +6,14 @@ import msgspec
 import pytest
 
 import ptsim
-from ptsim.answers.validate import device_profile_of
+from ptsim.answers.repredict import device_profile_of
 from ptsim.cli.main import run
 from ptsim.costs.memory import iteration_memory
 from ptsim.errors import MissingMeasurementError, UnknownNameError, UsageError
 from ptsim.hardware.profile import MachineLoad
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.network import Precision
+from ptsim.setting import StepSetting
 from tests.traces import dense_trace, residual_network, shrinking_trace
 
 NETWORK = residual_network((16, 32, 64))
@@ -29,7 +30,7 @@ def test_throughput_and_step_time_agree():
 
 def test_peak_memory_is_that_of_the_memory_model():
     prediction = ptsim.predict(NETWORK, gpu="t4", batch=64)
-    assert prediction.peak_memory_bytes > iteration_memory(NETWORK, batch=64).activation_bytes
+    assert prediction.peak_memory_bytes > iteration_memory(NETWORK, StepSetting(batch=64)).activation_bytes
     assert prediction.fits
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -12,10 +14,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from ptsim.answers.sweep import Configuration, Progress, configurations, project_all, read_study, run_study
-from ptsim.answers.validate import device_profile_of
+from ptsim.answers.repredict import device_profile_of
+from ptsim.answers.revision import model_revision, revision_of
+from ptsim.answers.study import Configuration, configurations, read_study
+from ptsim.answers.sweep import Progress, project_all, run_study
 from ptsim.cli.main import run
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
+from ptsim.hardware import catalog as hardware_catalog
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import write_device_profile
 from ptsim.sim.options import Options
@@ -337,3 +342,61 @@ class TestCommand:
     def test_no_workers_are_refused(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["sweep", str(study(folder)), "--workers", "0"]) == 2
         assert "workers is 0" in capsys.readouterr().err
+
+
+class TestRevision:
+    def test_a_change_of_code_data_or_catalog_is_another_model(self, tmp_path: Path) -> None:
+        package = Path(sys.modules["ptsim"].__file__ or "").parent
+        copy = tmp_path / "ptsim"
+        shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__", "models"))
+        first = revision_of(copy)
+        assert first == model_revision()
+        for part in ("costs/kernels.py", "costs/efficiency.toml", "hardware/catalog/devices/t4.toml", "network.py"):
+            content = (copy / part).read_text()
+            (copy / part).write_text(content + "\n# changed\n")
+            assert revision_of(copy) != first
+            (copy / part).write_text(content)
+        (copy / "report" / "page.py").write_text("")  # decides no number of a projection
+        assert revision_of(copy) == first
+
+    def test_results_of_an_older_model_are_computed_again(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, out = study(folder), tmp_path / "out.jsonl"
+        run_study(read_study(path), InProcess(), out)
+        again, other = InProcess(), InProcess()
+        run_study(read_study(path), again, out)
+        assert again.num_configurations == 0
+        monkeypatch.setattr("ptsim.answers.study.model_revision", lambda: "another")
+        rows = run_study(read_study(path), other, out)
+        assert other.num_configurations == len(rows) == read_study(path).num_configurations
+
+    def test_a_device_file_that_changed_under_its_name_is_another_configuration(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        catalog = Path(sys.modules["ptsim"].__file__ or "").parent / "hardware" / "catalog" / "devices" / "t4.toml"
+        device = tmp_path / "own.toml"
+        device.write_text(catalog.read_text())
+        text = f'traces = ["pruned"]\nclusters = ["dgx-a100"]\ngpus = [1]\nwhat_ifs = ["gpu={device}"]\n'
+        before = [c.key for c in configurations(read_study(study(folder, text, "own.toml")))]
+        device.write_text(catalog.read_text().replace('"16 GiB"', '"24 GiB"'))
+        for reader in (hardware_catalog.read_device, hardware_catalog._read):
+            getattr(reader, "cache_clear", lambda: None)()
+        assert [c.key for c in configurations(read_study(study(folder, text, "own.toml")))] != before
+
+
+def test_workers_end_when_the_study_is_killed() -> None:
+    """SIGKILL leaves no time for anything: only the workers themselves can notice."""
+    code = (
+        "import os, signal, time\n"
+        "from ptsim.cli.sweep import _executor\n"
+        "if __name__ == '__main__':\n"
+        "    with _executor(2, None) as executor:\n"
+        "        print(*[executor.submit(os.getpid).result() for _ in range(4)], flush=True)\n"
+        "        executor.submit(time.sleep, 600)\n"
+        "        time.sleep(1)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    script = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=120, check=False)
+    assert script.returncode == -9  # and the pipe was closed, which the workers held too
+    assert len(script.stdout.split()) == 4

@@ -4,10 +4,12 @@ import msgspec
 import pytest
 
 import ptsim
-from ptsim.answers.validate import device_profile_of, fit_power_model, validate
+from ptsim.answers.repredict import device_profile_of, fit_power_model
+from ptsim.answers.validate import validate
 from ptsim.cli.main import run
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.errors import MissingMeasurementError, UsageError
+from ptsim.hardware.catalog import load_device
 from ptsim.hardware.profile import MachineLoad
 from ptsim.hardware.profile_file import write_device_profile
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link
@@ -243,7 +245,7 @@ def constant_all_reduces(seconds, num_gpus=4):
         source="t",
     )
     link = Link(name="l", bandwidth_bytes_per_s=1e10)
-    return Cluster(name="t", device="a100", gpus_per_node=num_gpus, intra=link, tables=(table,))
+    return Cluster(name="t", device=load_device("a100"), gpus_per_node=num_gpus, intra=link, tables=(table,))
 
 
 def test_communication_of_several_ranks_is_predicted_on_their_cluster(tmp_path):

@@ -18,6 +18,7 @@ from ptsim.errors import UnsupportedModelError
 from ptsim.network import LayerKind, Network
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
+from ptsim.setting import StepSetting
 
 
 def capture(name: str) -> tuple[nn.Module, Network]:
@@ -102,7 +103,7 @@ def test_a_pruned_network_is_described_as_it_now_is(mode: Literal["union", "gati
     with FlopCounterMode(display=False) as counter:
         model.train()(images).sum().backward()
     assert 2 * 3 * training_macs(network) == counter.get_total_flops()
-    assert iteration_memory(network, batch=3).activation_bytes == kept_bytes(model, images)
+    assert iteration_memory(network, StepSetting(batch=3)).activation_bytes == kept_bytes(model, images)
     assert network.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert "layer2.1.conv2" not in {layer.name for layer in network.layers if layer.kind is LayerKind.CONV}
 

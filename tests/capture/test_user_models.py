@@ -14,6 +14,7 @@ from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import layer_traffic
 from ptsim.network import LayerKind, Network, Precision
+from ptsim.setting import StepSetting
 from tests.capture import user_models
 
 IMAGE = (3, 32, 32)
@@ -35,7 +36,7 @@ def test_macs_and_kept_bytes_are_torchs_at_every_mini_batch(name: str) -> None:
         forward, step = torch_macs(model, images)
         assert inference_macs(network, images=batch) // batch == forward
         assert training_macs(network, images=batch) // batch == step
-        assert iteration_memory(network, batch=batch).activation_bytes == kept_bytes(model, images)
+        assert iteration_memory(network, StepSetting(batch=batch)).activation_bytes == kept_bytes(model, images)
 
 
 @pytest.mark.slow
@@ -72,7 +73,7 @@ def test_the_peak_of_a_step_is_what_the_allocator_logged(name: str) -> None:
     model = getattr(user_models, name)()
     network = capture_network(model, name=name, input_shape=IMAGE, num_classes=10)
     seen = peak_bytes(model, torch.rand(4, *IMAGE), network)
-    assert iteration_memory(network, batch=4).peak_bytes / seen == pytest.approx(1, abs=0.05)
+    assert iteration_memory(network, StepSetting(batch=4)).peak_bytes / seen == pytest.approx(1, abs=0.05)
 
 
 def test_a_checkpointed_step_keeps_less_and_its_second_forward_pass_is_said_not_to_be_counted() -> None:
@@ -80,7 +81,7 @@ def test_a_checkpointed_step_keeps_less_and_its_second_forward_pass_is_said_not_
     with pytest.warns(UserWarning, match="c computes activations again in backward"):
         network = capture_network(model, name="c", input_shape=IMAGE, num_classes=10)
     images = torch.rand(4, *IMAGE)
-    assert iteration_memory(network, batch=4).activation_bytes == kept_bytes(model, images)
+    assert iteration_memory(network, StepSetting(batch=4)).activation_bytes == kept_bytes(model, images)
 
 
 def test_a_network_that_cannot_run_in_half_precision_has_footprints_of_fp32_alone() -> None:

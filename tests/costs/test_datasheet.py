@@ -21,7 +21,8 @@ from ptsim.costs.datasheet import (
     waiting_seconds,
 )
 from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels, product_kernels
-from ptsim.costs.step import Tier, step_time
+from ptsim.costs.step import step_time
+from ptsim.costs.tiers import Tier
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import device_names, load_device
 from ptsim.network import Precision

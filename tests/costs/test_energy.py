@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from ptsim.costs.energy import PowerModel, PowerSample, fit_power, price_usd, published_power, step_energy
-from ptsim.costs.times import LayerTime, StepTime, Tier
+from ptsim.costs.tiers import Tier
+from ptsim.costs.times import LayerTime, StepTime
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.catalog import load_device
 from ptsim.network import LayerKind

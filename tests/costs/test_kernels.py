@@ -8,6 +8,7 @@ import pytest
 
 from ptsim.costs.kernels import Pass, Work, convolution_kernels, network_kernels
 from ptsim.network import Layer, LayerKind, Network, Precision
+from ptsim.setting import StepSetting
 from tests.traces import residual_network
 
 
@@ -51,7 +52,7 @@ def test_the_gradient_of_a_product_that_was_broadcast_is_a_product_and_a_sum():
     )
     network = Network(name="n", input_shape=(16, 8, 8), num_classes=1, layers=(layer,), edges=(), parameters=())
     kernels = network_kernels(
-        network, batch=2, precision=Precision.FP32, memory_format="contiguous", tensor_cores=False
+        network, StepSetting(batch=2, precision=Precision.FP32, memory_format="contiguous"), tensor_cores=False
     )
     assert kernels.moved_bytes[kernels.step != Pass.FORWARD].sum() == 6 * 4 * 2 * 16 * 8 * 8
 
@@ -81,9 +82,7 @@ def test_one_channel_per_group_is_a_depthwise_convolution():
 def layout_bytes(memory_format, tensor_cores, precision=Precision.FP16):
     kernels = network_kernels(
         residual_network((16, 32, 64)),
-        batch=4,
-        precision=precision,
-        memory_format=memory_format,
+        StepSetting(batch=4, precision=precision, memory_format=memory_format),
         tensor_cores=tensor_cores,
     )
     return float(kernels.layout_bytes.sum())
@@ -108,7 +107,7 @@ def test_odd_channel_counts_are_padded_by_a_copy_in_half_precision():
 def test_batch_norm_moves_eight_times_its_input():
     network = residual_network((16, 32, 64))
     kernels = network_kernels(
-        network, batch=3, precision=Precision.FP32, memory_format="contiguous", tensor_cores=False
+        network, StepSetting(batch=3, precision=Precision.FP32, memory_format="contiguous"), tensor_cores=False
     )
     elements = sum(layer.input_elements for layer in network.layers if layer.kind is LayerKind.BATCH_NORM)
     assert kernels.moved_bytes[kernels.work == Work.NORM].sum() == 8 * 4 * 3 * elements
@@ -118,9 +117,7 @@ def test_work_grows_in_proportion_to_the_mini_batch():
     def moved(batch):
         return network_kernels(
             residual_network((16, 32, 64)),
-            batch=batch,
-            precision=Precision.FP32,
-            memory_format="contiguous",
+            StepSetting(batch=batch, precision=Precision.FP32, memory_format="contiguous"),
             tensor_cores=False,
         )
 
@@ -151,7 +148,7 @@ def chain(*layers):
 def test_autocast_normalises_layers_in_fp32_and_converts_before_and_after():
     network = chain(convolution(16, 16), layer_norm(), convolution(16, 16))
     kernels = network_kernels(
-        network, batch=2, precision=Precision.FP16, memory_format="contiguous", tensor_cores=False
+        network, StepSetting(batch=2, precision=Precision.FP16, memory_format="contiguous"), tensor_cores=False
     )
     elements = 2 * 16 * 8 * 8
     norm = kernels.moved_bytes[kernels.work == Work.NORM]
@@ -165,7 +162,7 @@ def test_autocast_normalises_layers_in_fp32_and_converts_before_and_after():
 def test_without_autocast_nothing_is_converted():
     network = chain(convolution(16, 16), layer_norm(), convolution(16, 16))
     kernels = network_kernels(
-        network, batch=2, precision=Precision.FP32, memory_format="contiguous", tensor_cores=False
+        network, StepSetting(batch=2, precision=Precision.FP32, memory_format="contiguous"), tensor_cores=False
     )
     assert not np.any(kernels.work == Work.STREAM)
 
@@ -183,9 +180,7 @@ def test_without_autocast_nothing_is_converted():
 def test_groups_that_have_no_tensor_core_kernel_in_channels_last(groups, channels, memory_format, odd):
     kernels = network_kernels(
         chain(convolution(channels, channels, groups=groups)),
-        batch=2,
-        precision=Precision.FP16,
-        memory_format=memory_format,
+        StepSetting(batch=2, precision=Precision.FP16, memory_format=memory_format),
         tensor_cores=True,
     )
     assert kernels.odd_groups[kernels.work != Work.STREAM].all() == odd
@@ -202,7 +197,7 @@ def test_the_gradients_of_a_concatenation_are_slices():
         output_shape=(32, 8, 8),
     )
     kernels = network_kernels(
-        chain(layer), batch=2, precision=Precision.FP32, memory_format="contiguous", tensor_cores=False
+        chain(layer), StepSetting(batch=2, precision=Precision.FP32, memory_format="contiguous"), tensor_cores=False
     )
     assert kernels.step.tolist() == [Pass.FORWARD]
 
@@ -214,7 +209,9 @@ def test_what_runs_once_a_mini_batch_takes_the_same_kernels_at_every_mini_batch(
         name="once", input_shape=(64, 8, 8), num_classes=128, layers=(layer,), edges=(), parameters=()
     )  # fmt: skip
     one, many = (
-        network_kernels(network, batch=n, precision=precision, memory_format="contiguous", tensor_cores=True)
+        network_kernels(
+            network, StepSetting(batch=n, precision=precision, memory_format="contiguous"), tensor_cores=True
+        )
         for n in (1, 32)
     )
     for field in one.__struct_fields__:
@@ -231,8 +228,7 @@ def test_an_operator_on_a_tensor_without_elements_launches_no_kernel() -> None:
     assert not network.layers[index].is_removed
     layers = (*network.layers[:index], gone, *network.layers[index + 1 :])
     changed = msgspec.structs.replace(network, layers=layers)
-    how = {"batch": 8, "precision": Precision.FP32, "memory_format": "contiguous", "tensor_cores": False}
-    before, after = (network_kernels(n, **how) for n in (network, changed))  # type: ignore[arg-type]
+    before, after = (network_kernels(n, StepSetting(batch=8), tensor_cores=False) for n in (network, changed))
     assert index in before.layer
     assert index not in after.layer
     assert len(before.layer) - len(after.layer) == 2  # ReLU's forward and backward

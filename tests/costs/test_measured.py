@@ -2,7 +2,7 @@ import msgspec
 import pytest
 
 from ptsim.costs.measured import find_profile, measured_step
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import Tier
 from ptsim.errors import MissingMeasurementError
 from ptsim.network import Precision
 from ptsim.setting import StepSetting

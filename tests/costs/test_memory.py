@@ -12,6 +12,7 @@ from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.memory import fallback_scratch, iteration_memory, largest_batch, usable_bytes
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Network, Precision
+from ptsim.setting import StepSetting
 from tests.traces import residual_network
 
 
@@ -43,7 +44,7 @@ def test_counts_kept_bytes_and_peak_agree_with_torch_on_real_tensors(name: str, 
 def test_what_a_cpu_must_have_free_covers_the_scratch_of_onednn_without_avx512() -> None:
     """37,822,720 bytes at one thread, as the CPU allocator's log showed: 4 × 512·512·9 weights and unfolded images."""
     network = subject("vgg11", "dense").network
-    need = iteration_memory(network, batch=4)
+    need = iteration_memory(network, StepSetting(batch=4))
     assert need.device_bytes - need.peak_bytes >= 37_822_720
     assert fallback_scratch(network, 2) >= 75_645_184  # at two threads
     assert fallback_scratch(subject("resnet20", "dense").network, 8) == 0  # its maps are no narrower than 8
@@ -71,7 +72,7 @@ def test_every_kind_of_convolution_is_counted_as_torch_counts_it() -> None:
     model, images = Convolutions(), torch.rand(2, 3, 33, 29)
     network = capture_network(model, name="c", input_shape=(3, 33, 29), num_classes=4)
     assert (inference_macs(network), training_macs(network)) == torch_macs(model, images)
-    assert iteration_memory(network, batch=2).activation_bytes == kept_bytes(model, images)
+    assert iteration_memory(network, StepSetting(batch=2)).activation_bytes == kept_bytes(model, images)
 
 
 @pytest.mark.slow
@@ -79,8 +80,8 @@ def test_under_autocast_kept_bytes_are_activations_and_copies_of_the_weights(res
     model, images = zoo.create("resnet20"), torch.rand(4, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         kept = kept_bytes(model, images)
-    need = iteration_memory(resnet, batch=4, precision=Precision.BF16)
-    fp32 = iteration_memory(resnet, batch=4)
+    need = iteration_memory(resnet, StepSetting(batch=4, precision=Precision.BF16))
+    fp32 = iteration_memory(resnet, StepSetting(batch=4))
     copies = need.parameter_bytes - fp32.parameter_bytes
     assert copies == 2 * (270_256 + 640)  # of the weights; biases are copied too and not kept
     assert (need.activation_bytes + copies) / kept == pytest.approx(1, rel=0.001)
@@ -114,60 +115,67 @@ def test_operators_of_both_widths_keep_what_torch_keeps(precision: Precision) ->
     row = agreement(Subject("m", "dense", model, network), precision=precision, batch=4)
     assert row.kept_bytes / row.kept_bytes_torch == pytest.approx(1, abs=0.02)
     half = precision is Precision.BF16
-    gpu = iteration_memory(network, batch=4, precision=precision, device=load_device("a100")).activation_bytes
-    cpu = iteration_memory(network, batch=4, precision=precision).activation_bytes
+    gpu = iteration_memory(
+        network, StepSetting(batch=4, precision=precision), device=load_device("a100")
+    ).activation_bytes
+    cpu = iteration_memory(network, StepSetting(batch=4, precision=precision)).activation_bytes
     assert (gpu > cpu) == half  # a GPU's autocast normalises and exponentiates in fp32
 
 
 def test_fixed_parts_are_bytes_per_parameter(resnet: Network) -> None:
-    need = iteration_memory(resnet, batch=1)
+    need = iteration_memory(resnet, StepSetting(batch=1))
     running_statistics = 2 * 4 * 784 + 21 * 8  # 21 BatchNorms with 784 channels together: 7·16, 7·32 and 7·64 channels
     assert need.parameter_bytes == 4 * 272_474 + running_statistics
     assert need.gradient_bytes == need.optimizer_bytes == 4 * 272_474
-    assert iteration_memory(resnet, batch=1, optimizer="adamw").optimizer_bytes == 2 * 4 * 272_474
+    assert iteration_memory(resnet, StepSetting(batch=1, optimizer="adamw")).optimizer_bytes == 2 * 4 * 272_474
 
 
 def test_activations_grow_in_proportion_and_halve_under_autocast(resnet: Network) -> None:
-    one, nine = (iteration_memory(resnet, batch=batch).activation_bytes for batch in (100, 900))
+    one, nine = (iteration_memory(resnet, StepSetting(batch=batch)).activation_bytes for batch in (100, 900))
     assert nine / one == pytest.approx(9, rel=1e-3)
-    half = iteration_memory(resnet, batch=100, precision=Precision.BF16).activation_bytes
+    half = iteration_memory(resnet, StepSetting(batch=100, precision=Precision.BF16)).activation_bytes
     assert half / one == pytest.approx(0.5, rel=0.01)
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(resnet: Network) -> None:
     device = load_device("v100")
     capacity = usable_bytes(device)
-    best = largest_batch(resnet, capacity_bytes=capacity, device=device)
-    assert iteration_memory(resnet, batch=best, device=device).device_bytes <= capacity
-    assert iteration_memory(resnet, batch=best + 1, device=device).device_bytes > capacity
-    coarse = largest_batch(resnet, capacity_bytes=capacity, device=device, granularity=32)
+    best = largest_batch(resnet, StepSetting(batch=1), capacity_bytes=capacity, device=device)
+    assert iteration_memory(resnet, StepSetting(batch=best), device=device).device_bytes <= capacity
+    assert iteration_memory(resnet, StepSetting(batch=best + 1), device=device).device_bytes > capacity
+    coarse = largest_batch(resnet, StepSetting(batch=1), capacity_bytes=capacity, device=device, granularity=32)
     assert coarse == best // 32 * 32
-    assert largest_batch(resnet, capacity_bytes=10**6) == 0
-    assert largest_batch(resnet, capacity_bytes=capacity, device=device, limit=100) == 100
+    assert largest_batch(resnet, StepSetting(batch=1), capacity_bytes=10**6) == 0
+    assert largest_batch(resnet, StepSetting(batch=1), capacity_bytes=capacity, device=device, limit=100) == 100
 
 
 def test_a_device_is_asked_for_more_than_the_allocator_shows(resnet: Network) -> None:
-    need = iteration_memory(resnet, batch=128, device=load_device("a100"))
+    need = iteration_memory(resnet, StepSetting(batch=128), device=load_device("a100"))
     assert need.device_bytes > need.peak_bytes > need.activation_bytes
     assert usable_bytes(load_device("t4")) <= 14.75 * 2**30  # what a T4 shows of its 16 GiB
 
 
 def test_a_smaller_network_needs_less() -> None:
     wide, narrow = residual_network(), residual_network(widths=(4, 8, 16))
-    assert iteration_memory(narrow, batch=8).peak_bytes < iteration_memory(wide, batch=8).peak_bytes
+    assert (
+        iteration_memory(narrow, StepSetting(batch=8)).peak_bytes
+        < iteration_memory(wide, StepSetting(batch=8)).peak_bytes
+    )
 
 
 def test_buckets_keep_the_gradients_through_the_forward_pass() -> None:
     """With little activation memory and much weight, forward peaks then come with a gradient for every weight."""
     network = residual_network()
-    alone, together = (iteration_memory(network, batch=64, data_parallel=parallel) for parallel in (False, True))
+    alone, together = (
+        iteration_memory(network, StepSetting(batch=64, num_gpus=1 + parallel)) for parallel in (False, True)
+    )
     assert 0 < together.peak_bytes - alone.peak_bytes <= 4 * network.num_parameters
 
 
 def test_wrong_arguments_are_named(resnet: Network) -> None:
     with pytest.raises(ValueError, match="batch is 0"):
-        iteration_memory(resnet, batch=0)
+        iteration_memory(resnet, StepSetting(batch=0))
     with pytest.raises(ValueError, match="'lion', expected one of sgd"):
-        iteration_memory(resnet, batch=1, optimizer="lion")
+        iteration_memory(resnet, StepSetting(batch=1, optimizer="lion"))
     with pytest.raises(ValueError, match="granularity is 0"):
-        largest_batch(resnet, capacity_bytes=1, granularity=0)
+        largest_batch(resnet, StepSetting(batch=1), capacity_bytes=1, granularity=0)

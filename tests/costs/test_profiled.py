@@ -6,14 +6,14 @@ import msgspec
 import pytest
 
 from ptsim.costs.profiled import profiled_step
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import Tier
 from ptsim.errors import MissingMeasurementError
-from ptsim.hardware.profile import DeviceProfile, OperatorTime, Setting, StepMeasurement, operator_of
+from ptsim.hardware.profile import DeviceProfile, OperatorSetting, OperatorTime, StepMeasurement, operator_of
 from ptsim.network import LayerKind, Precision
 from ptsim.setting import StepSetting
 from tests.traces import residual_network
 
-FP32 = Setting(precision=Precision.FP32, memory_format="contiguous")
+FP32 = OperatorSetting(precision=Precision.FP32, memory_format="contiguous")
 CLOCKED = 1.1  # clocks around layers make them this much longer than in a whole step
 
 

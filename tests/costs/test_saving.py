@@ -7,7 +7,7 @@ import math
 import pytest
 
 from ptsim.costs.saving import SavingError, saving_errors, saving_interval
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import Tier
 
 
 def test_every_tier_has_a_measured_error_with_a_source() -> None:

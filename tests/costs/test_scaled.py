@@ -4,7 +4,7 @@ import pytest
 from ptsim.costs.datasheet import datasheet_step
 from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.step import Measurements, step_time
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import Tier
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Precision

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from ptsim.costs.traffic import batch_norm_bytes, layer_traffic, regularizer_traffic, update_traffic
-from ptsim.network import Layer, LayerKind, Network, Parameter
+from ptsim.costs.kernels import network_kernels
+from ptsim.costs.traffic import batch_norm_bytes, layer_traffic, network_traffic, regularizer_traffic, update_traffic
+from ptsim.network import Layer, LayerKind, Network, Parameter, Precision
+from ptsim.setting import StepSetting
+from tests.traces import residual_network
 
 
 def layer(kind: LayerKind, op: str, inputs: int = 1, **changes: object) -> Layer:
@@ -29,7 +32,7 @@ def test_batch_norm_has_three_accesses_forward_and_five_backward() -> None:
 
 
 def test_a_convolution_reads_and_writes_its_operands_once_per_pass() -> None:
-    conv = layer(LayerKind.CONV, "conv2d", num_parameters=2304)
+    conv = layer(LayerKind.CONV, "conv2d", num_parameters=2304, kernel_size=(3, 3))
     moved = layer_traffic(conv, batch=2, element_bytes=2)
     assert moved.forward_bytes == (2 * 2 * ELEMENTS + 2304) * 2
     # weight gradient: x, dy → dW; input gradient: dy, W → dx
@@ -37,15 +40,49 @@ def test_a_convolution_reads_and_writes_its_operands_once_per_pass() -> None:
 
 
 def test_the_first_convolution_has_no_input_gradient() -> None:
-    conv = layer(LayerKind.CONV, "conv2d", num_parameters=2304, input_needs_gradient=False)
+    conv = layer(LayerKind.CONV, "conv2d", num_parameters=2304, kernel_size=(3, 3), input_needs_gradient=False)
     assert layer_traffic(conv, batch=1, element_bytes=4).backward_bytes == (2 * ELEMENTS + 2304) * 4
 
 
-def test_relu_reads_what_it_kept_and_a_sum_only_adds_gradients_up() -> None:
+def test_relu_reads_what_it_kept_and_a_sum_hands_its_gradient_on() -> None:
     assert layer_traffic(layer(LayerKind.ACTIVATION, "relu"), batch=1, element_bytes=4).backward_bytes == 12 * ELEMENTS
     added = layer_traffic(layer(LayerKind.ELEMENTWISE, "add", inputs=2), batch=1, element_bytes=4)
     assert added.forward_bytes == 12 * ELEMENTS
-    assert added.backward_bytes == 12 * ELEMENTS
+    assert added.backward_bytes == 0
+
+
+def test_gradients_of_branches_are_added_up_where_they_meet() -> None:
+    """By hand, a ReLU whose output a convolution and a sum read: 3 accesses of its own and 3 of the addition."""
+    relu, conv = layer(LayerKind.ACTIVATION, "relu"), layer(LayerKind.CONV, "conv2d", num_parameters=256)
+    total = layer(LayerKind.ELEMENTWISE, "add", inputs=2)
+    branched = Network(
+        name="b",
+        input_shape=(16, 8, 8),
+        num_classes=2,
+        layers=(relu, conv, total),
+        edges=(("relu", "conv2d"), ("relu", "add"), ("conv2d", "add")),
+        parameters=(),
+    )
+    moved = network_traffic(branched, StepSetting(batch=2))
+    assert [m.backward_bytes for m in moved] == [2 * 6 * 4 * ELEMENTS, 4 * (2 * 4 * ELEMENTS + 2 * 256), 0]
+
+
+def test_a_layer_norm_keeps_its_row_on_the_chip() -> None:
+    moved = layer_traffic(layer(LayerKind.NORM, "layer_norm"), batch=4, element_bytes=4)
+    assert (moved.forward_bytes, moved.backward_bytes) == (2 * ELEMENTS * 16, 4 * ELEMENTS * 16)
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_traffic_and_the_kernels_of_a_step_move_the_same_bytes(precision: Precision) -> None:
+    network, setting = residual_network(), StepSetting(batch=3, precision=precision)
+    kernels = network_kernels(network, setting, tensor_cores=True)
+    traffic = network_traffic(network, setting)
+    assert sum(t.forward_bytes + t.backward_bytes for t in traffic) == pytest.approx(kernels.moved_bytes.sum())
+
+
+def test_nothing_runs_backward_where_nobody_needs_the_gradient() -> None:
+    scaled = layer(LayerKind.ELEMENTWISE, "mul", inputs=2, input_needs_gradient=False)
+    assert layer_traffic(scaled, batch=1, element_bytes=4).backward_bytes == 0
 
 
 def test_a_view_moves_nothing() -> None:

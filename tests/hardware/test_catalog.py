@@ -274,3 +274,21 @@ def test_peaks_may_be_given_in_every_precision(tmp_path):
     peaks = ", ".join(f'{precision} = "1 TFLOP/s"' for precision in Precision)
     path.write_text(DEVICE.replace('fp32 = "19.5 TFLOP/s"', peaks))
     assert load_device(path).peak_flops_per_s == dict.fromkeys(Precision, 1e12)
+
+
+def test_a_cluster_holds_the_device_of_a_file_beside_it_also_when_it_is_written_again(tmp_path):
+    (tmp_path / "gpu.toml").write_text(DEVICE.replace('"40 GiB"', '"41 GiB"'))
+    (tmp_path / "own.toml").write_text(CLUSTER.replace('"a100"', '"gpu.toml"'))
+    cluster = load_cluster(tmp_path / "own.toml")
+    assert cluster.gpu.memory_bytes == 41 * 2**30
+    (tmp_path / "elsewhere").mkdir()
+    write_cluster(cluster, tmp_path / "elsewhere" / "copy.toml")
+    assert load_cluster(tmp_path / "elsewhere" / "copy.toml") == cluster
+
+
+def test_a_cluster_of_which_only_the_network_is_known_has_no_device(tmp_path):
+    (tmp_path / "net.toml").write_text(CLUSTER.replace('"a100"', '"unspecified"'))
+    cluster = load_cluster(tmp_path / "net.toml")
+    assert cluster.device is None
+    with pytest.raises(UsageError, match="does not say which device"):
+        _ = cluster.gpu

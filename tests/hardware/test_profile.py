@@ -6,13 +6,13 @@ import msgspec
 import pytest
 
 from ptsim.errors import FileFormatError, MissingMeasurementError, NewerVersionError
-from ptsim.hardware.profile import DeviceProfile, MachineLoad, Operator, OperatorTime, Setting, StepMeasurement
+from ptsim.hardware.profile import DeviceProfile, MachineLoad, Operator, OperatorSetting, OperatorTime, StepMeasurement
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.hardware.profile_merge import mean_time, merge_operators, with_round
 from ptsim.network import LayerKind, Precision
 
-FP32 = Setting(precision=Precision.FP32, memory_format="contiguous")
-BF16 = Setting(precision=Precision.BF16, memory_format="channels_last")
+FP32 = OperatorSetting(precision=Precision.FP32, memory_format="contiguous")
+BF16 = OperatorSetting(precision=Precision.BF16, memory_format="channels_last")
 CONV = OperatorTime(
     operator=Operator(
         kind=LayerKind.CONV,

@@ -7,7 +7,7 @@ import torch
 
 from ptsim.costs.interpolation import convolution_form
 from ptsim.errors import FileFormatError, MissingMeasurementError, UsageError
-from ptsim.hardware.profile import Setting, operator_of
+from ptsim.hardware.profile import OperatorSetting, operator_of
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.measure import calibrate
 from ptsim.measure import profile as profiling
@@ -20,7 +20,7 @@ from ptsim.trace.pace import beyond_steps_s, input_s_per_image
 from tests.traces import shrinking_trace
 
 CPU = torch.device("cpu")
-FP32 = Setting(precision=Precision.FP32, memory_format="contiguous")
+FP32 = OperatorSetting(precision=Precision.FP32, memory_format="contiguous")
 SMALL = {
     "widths": (4, 6, 8),
     "blocks": (1, 1, 1),

@@ -14,7 +14,7 @@ import pytest
 
 import ptsim
 from ptsim.cli.main import run
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import Tier
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.nccl_log import read_nccl_log
@@ -44,7 +44,7 @@ def test_other_gpu_counts_of_a_measured_ring_follow_the_formula() -> None:
 def test_the_catalog_machine_that_explains_the_table_lends_its_links() -> None:
     measured = ring_table(16, 2, 21e9, 8e-6)
     cluster = calibrated_cluster([measured], name="c", gpus=["NVIDIA A100-SXM4-40GB"])
-    assert (cluster.device, cluster.gpus_per_node) == ("a100-sxm4-40gb", 8)
+    assert (cluster.device_name, cluster.gpus_per_node) == ("a100-sxm4-40gb", 8)
     assert cluster.intra.bandwidth_bytes_per_s == 300e9
     assert ptsim.allreduce(cluster, gpus=16, message_bytes=2**20).tier is Tier.MEASURED
     assert ptsim.allreduce(cluster, gpus=8, message_bytes=2**20).tier is Tier.DATASHEET

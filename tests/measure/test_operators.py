@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from ptsim.hardware.profile import Operator, Setting
+from ptsim.hardware.profile import Operator, OperatorSetting
 from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s, time_operator
 from ptsim.network import LayerKind, Precision
 
 CPU = torch.device("cpu")
-FP32 = Setting(precision=Precision.FP32, memory_format="contiguous")
+FP32 = OperatorSetting(precision=Precision.FP32, memory_format="contiguous")
 
 
 def conv(channels, **changes):
@@ -57,7 +57,7 @@ def test_an_operator_without_parameters_has_one_backward_time_and_in_place_ones_
 
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 def test_sixteen_bit_operators_run_in_either_layout(memory_format):
-    setting = Setting(precision=Precision.BF16, memory_format=memory_format)
+    setting = OperatorSetting(precision=Precision.BF16, memory_format=memory_format)
     assert time_operator(conv(16, setting=setting), CPU).backward_s > 0
 
 

@@ -5,12 +5,12 @@ from torch import nn
 from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.errors import UnsupportedModelError
-from ptsim.hardware.profile import Operator, Setting
+from ptsim.hardware.profile import Operator, OperatorSetting
 from ptsim.measure.rebuild import build_operator, rebuild
 from ptsim.network import LayerKind, Precision
 from tests.traces import residual_network
 
-FP32 = Setting(precision=Precision.FP32, memory_format="contiguous")
+FP32 = OperatorSetting(precision=Precision.FP32, memory_format="contiguous")
 
 
 def described(name, input_shape=(3, 32, 32)):

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
+from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Cluster, Link
-from ptsim.sim.step import Collective, StepPlan, Work
+from ptsim.sim.step import Collective, Piece, StepPlan
 
 
 def plan(
@@ -23,15 +24,15 @@ def plan(
 ) -> StepPlan:
     """Bucket i is ready after backward piece `ready[i]` (by default after piece i)."""
     after = list(range(len(collectives))) if ready is None else list(ready)
-    pieces: list[Work] = []
+    pieces: list[Piece] = []
     for i, seconds in enumerate(backward):
         buckets = [b for b, piece in enumerate(after) if piece == i]
-        pieces.append(Work(name=f"layer{i}", seconds=seconds, bucket=buckets[0] if buckets else None))
-        pieces += [Work(name=f"layer{i}", seconds=0.0, bucket=b) for b in buckets[1:]]
+        pieces.append(Piece(name=f"layer{i}", seconds=seconds, bucket=buckets[0] if buckets else None))
+        pieces += [Piece(name=f"layer{i}", seconds=0.0, bucket=b) for b in buckets[1:]]
     return StepPlan(
-        forward=(Work(name="forward", seconds=forward),),
+        forward=(Piece(name="forward", seconds=forward),),
         backward=tuple(pieces),
-        tail=(Work(name="optimizer", seconds=tail),),
+        tail=(Piece(name="optimizer", seconds=tail),),
         buckets=tuple(
             Collective(name=f"bucket {i}", seconds=seconds, num_bytes=100, wire_bytes_per_gpu=175.0)
             for i, seconds in enumerate(collectives)
@@ -57,7 +58,7 @@ def cluster(
     """A cluster whose links are exactly what they say."""
     return Cluster(
         name="made up",
-        device=device,
+        device=load_device(device),
         gpus_per_node=gpus_per_node,
         intra=Link(name="inside", bandwidth_bytes_per_s=bandwidth, latency_s=latency),
         inter=Link(name="between", bandwidth_bytes_per_s=inter_bandwidth, latency_s=inter_latency),

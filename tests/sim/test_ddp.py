@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.collectives import AllReduceTime
-from ptsim.costs.times import LayerTime, StepTime, Tier
+from ptsim.costs.tiers import Tier
+from ptsim.costs.times import LayerTime, StepTime
 from ptsim.network import Network, Parameter
 from ptsim.sim import ddp
-from ptsim.sim.step import Job, simulate_steps
+from ptsim.sim.step import TrainingJob, simulate_steps
 from tests.traces import residual_network
 
 
@@ -167,10 +168,10 @@ def test_a_broadcast_is_half_an_all_reduce() -> None:
 def test_the_first_step_reduces_every_gradient_after_backward() -> None:
     network = residual_network()
     plan = ddp.plan_step(step_of(network), ddp_buckets(network), all_reduce, buffer_bytes=100)
-    assert ddp.first_step_s(network, plan, all_reduce) == 4 * network.num_parameters + 100 / 2
+    assert ddp.first_step_s(network, all_reduce, head=plan.head) == 4 * network.num_parameters + 100 / 2
     single = ddp.plan_step(step_of(network), one_bucket(network), all_reduce, buffer_bytes=100)
-    unhidden = simulate_steps([Job(plan=msgspec.structs.replace(single, overlap=False))])[0]
-    assert unhidden.exposed_communication_s == pytest.approx(ddp.first_step_s(network, plan, all_reduce))
+    unhidden = simulate_steps([TrainingJob(plan=msgspec.structs.replace(single, overlap=False))])[0]
+    assert unhidden.exposed_communication_s == pytest.approx(ddp.first_step_s(network, all_reduce, head=plan.head))
 
 
 def test_a_gradient_that_never_comes_is_reduced_at_the_end() -> None:
@@ -192,7 +193,7 @@ def test_accumulation_reduces_in_the_last_micro_batch_only() -> None:
     buckets = ddp_buckets(network, first_bucket_bytes=50_000, bucket_bytes=100_000)
     plans = [ddp.plan_step(step_of(network), buckets, all_reduce, num_micro_batches=n) for n in (1, 4)]
     assert plans[0].wire_bytes_per_gpu == plans[1].wire_bytes_per_gpu == 1.5 * 4 * network.num_parameters
-    spans = simulate_steps([Job(plan=plans[1])], record_gpus=1)[0].spans
+    spans = simulate_steps([TrainingJob(plan=plans[1])], record_gpus=1)[0].spans
     reduced = [span.start_s for span in spans if span.stream == "communication"]
     one_pass = sum(work.seconds for work in (*plans[1].forward, *plans[1].backward))
     assert len(reduced) == len(buckets)

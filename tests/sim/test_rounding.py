@@ -1,8 +1,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from ptsim.network import LayerKind
+from ptsim.capture.network import capture_network
+from ptsim.costs.memory import iteration_memory
+from ptsim.hardware.catalog import load_device
+from ptsim.network import LayerKind, MemoryFormat, Precision
+from ptsim.setting import StepSetting
 from ptsim.sim.rounding import rounded
 from tests.traces import NetworkBuilder, residual_network
 
@@ -46,3 +52,43 @@ def test_counts_of_parameters_stay_consistent() -> None:
 def test_a_multiple_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple 0"):
         rounded(residual_network(), 0)
+
+
+class Block(nn.Module):
+    """Convolutions with BatchNorm, a residual sum, a pool, and a classifier."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.inner = nn.Sequential(nn.Conv2d(width, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner), nn.ReLU())
+        self.outer = nn.Sequential(nn.Conv2d(inner, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.pool = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU())
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y: torch.Tensor = self.head(self.pool(torch.relu(x + self.outer(self.inner(x)))))
+        return y
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_a_rounded_network_needs_the_memory_of_one_captured_with_those_widths(
+    gpu: bool, precision: Precision, memory_format: MemoryFormat
+) -> None:
+    """9 and 20 channels rounded up to 16 and 24: kept activations grow by up to 78 %, as torch's own do."""
+    narrow, wide = (
+        capture_network(Block(*widths), name="block", input_shape=(3, 32, 32), num_classes=10)
+        for widths in ((9, 20), (16, 24))
+    )
+    change = rounded(narrow, 8)
+    assert change.id != narrow.id
+    device = load_device("a100") if gpu else None
+    for batch in (1, 64):
+        setting = StepSetting(batch=batch, precision=precision, memory_format=memory_format)
+        is_now, was = iteration_memory(change, setting, device=device), iteration_memory(narrow, setting, device=device)
+        captured = iteration_memory(wide, setting, device=device)
+        assert is_now.activation_bytes == pytest.approx(captured.activation_bytes, rel=0.02)
+        assert is_now.peak_bytes == pytest.approx(captured.peak_bytes, rel=0.05)
+        assert was.activation_bytes < 0.8 * captured.activation_bytes

@@ -9,7 +9,7 @@ import pytest
 
 import ptsim
 from ptsim.costs.collectives import all_reduce
-from ptsim.costs.memory import VISIBLE_SHARE, iteration_memory
+from ptsim.costs.memory import VISIBLE_SHARE_HBM, iteration_memory
 from ptsim.costs.step import Measurements, step_time
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device, match_device
@@ -378,9 +378,9 @@ class TestMiniBatch:
 
     def test_the_planned_one_grows_at_reconfigurations_to_what_fits(self, trace: Trace) -> None:
         dense_need = iteration_memory(
-            trace.network_of(trace.epochs[0]), batch=64, device=load_device("a100-sxm4-40gb")
+            trace.network_of(trace.epochs[0]), StepSetting(batch=64), device=load_device("a100-sxm4-40gb")
         ).device_bytes
-        nominal = math.ceil(dense_need / VISIBLE_SHARE)
+        nominal = math.ceil(dense_need / VISIBLE_SHARE_HBM)
         projection = run(trace, 1, minibatch="planned", memory_bytes=nominal, batch_granularity=8)
         batches = [e.batch_per_gpu for e in projection.epochs]
         assert batches[0] == batches[1] == 64
@@ -404,14 +404,16 @@ class TestMiniBatch:
         assert any("would not fit" in note for note in notes)
 
     def test_what_fills_all_that_the_data_sheet_names_does_not_fit(self, trace: Trace) -> None:
-        need = iteration_memory(trace.network_of(trace.epochs[0]), batch=64, device=load_device("a100-sxm4-40gb"))
+        need = iteration_memory(
+            trace.network_of(trace.epochs[0]), StepSetting(batch=64), device=load_device("a100-sxm4-40gb")
+        )
         assert any("would not fit" in note for note in run(trace, 1, memory_bytes=need.device_bytes).notes)
 
     def test_the_buckets_of_several_gpus_need_memory(self, trace: Trace) -> None:
         network, a100 = trace.network_of(trace.epochs[0]), load_device("a100-sxm4-40gb")
         alone, together = run(trace, 1).epochs[0], run(trace, 2).epochs[0]
-        assert alone.peak_memory_bytes == iteration_memory(network, batch=64, device=a100).peak_bytes
-        shared = iteration_memory(network, batch=64, device=a100, data_parallel=True)
+        assert alone.peak_memory_bytes == iteration_memory(network, StepSetting(batch=64), device=a100).peak_bytes
+        shared = iteration_memory(network, StepSetting(batch=64, num_gpus=2), device=a100)
         assert together.peak_memory_bytes == shared.peak_bytes > alone.peak_memory_bytes
 
     def test_accumulation_needs_less_memory(self, trace: Trace) -> None:

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptsim.sim.step import Jitter, Job, StepPlan, StepResult, simulate_steps
+from ptsim.sim.step import Jitter, StepPlan, StepResult, TrainingJob, simulate_steps
 from tests.sim.plans import plan, plans
 
 some_plans = settings(max_examples=60, deadline=None)
 
 
 def step(work: StepPlan, contention: float = 0.0) -> StepResult:
-    return simulate_steps([Job(plan=work)], contention=contention)[0]
+    return simulate_steps([TrainingJob(plan=work)], contention=contention)[0]
 
 
 def without_contention(work: StepPlan) -> float:
@@ -71,19 +71,19 @@ class TestByHand:
         assert step(plan([2, 2], [1, 1], head=[0.25])).step_s == 7.75
 
     def test_slow_input_decides_the_pace(self) -> None:
-        job = Job(plan=plan([2, 2], [1, 1]), input_interval_s=10.0)
+        job = TrainingJob(plan=plan([2, 2], [1, 1]), input_interval_s=10.0)
         result = simulate_steps([job], num_warmup=1, num_steps=5)[0]
         assert result.step_s == pytest.approx(10.0)
         assert result.input_wait_s == pytest.approx(2.5)
 
     def test_input_that_keeps_up_costs_nothing(self) -> None:
-        job = Job(plan=plan([2, 2], [1, 1]), input_interval_s=7.4)
+        job = TrainingJob(plan=plan([2, 2], [1, 1]), input_interval_s=7.4)
         result = simulate_steps([job], num_warmup=1, num_steps=5)[0]
         assert result.step_s == pytest.approx(7.5)
         assert result.input_wait_s == 0.0
 
     def test_the_slowest_gpu_decides(self) -> None:
-        result = simulate_steps([Job(plan=plan([2, 2], [1, 1]), speeds=(1.0, 2.0))])[0]
+        result = simulate_steps([TrainingJob(plan=plan([2, 2], [1, 1]), speeds=(1.0, 2.0))])[0]
         # the slow one: forward to 4, buckets ready at 8 and 12, reduced until 13, optimizer until 14
         assert result.step_s == 14.0
         assert result.compute_s == 6.5 * 1.5
@@ -91,35 +91,35 @@ class TestByHand:
         assert result.exposed_communication_s == 1.0
 
     def test_a_gpu_twice_as_slow_is_like_a_plan_twice_as_long(self) -> None:
-        slow = simulate_steps([Job(plan=plan([2, 2], [1, 1]), speeds=(2.0,))], contention=0.3)[0]
+        slow = simulate_steps([TrainingJob(plan=plan([2, 2], [1, 1]), speeds=(2.0,))], contention=0.3)[0]
         assert slow.step_s == step(plan([4, 4], [1, 1], forward=4.0, tail=1.0), 0.3).step_s
 
     def test_two_jobs_share_the_links(self) -> None:
         # both reduce at the same time at half speed: 4→6, then 6→8
-        first, second = simulate_steps([Job(plan=plan([2, 2], [1, 1]))] * 2)
+        first, second = simulate_steps([TrainingJob(plan=plan([2, 2], [1, 1]))] * 2)
         assert first.step_s == second.step_s == 8.5
 
     def test_jobs_share_as_they_are_told(self) -> None:
         # 1.5 times as long together: 4→5.5, then 6→7.5
-        first, second = simulate_steps([Job(plan=plan([2, 2], [1, 1]))] * 2, sharing=(1.0, 1.5))
+        first, second = simulate_steps([TrainingJob(plan=plan([2, 2], [1, 1]))] * 2, sharing=(1.0, 1.5))
         assert first.step_s == second.step_s == 8.0
-        alone, beside = simulate_steps([Job(plan=plan([2, 2], [1, 1]))] * 2, sharing=(1.0, 1.0))
+        alone, beside = simulate_steps([TrainingJob(plan=plan([2, 2], [1, 1]))] * 2, sharing=(1.0, 1.0))
         assert alone.step_s == beside.step_s == 7.5
 
     def test_one_entry_may_stand_for_several_gpus(self) -> None:
-        many = Job(plan=plan([2, 2], [1, 1]), speeds=(1.0, 1.0, 1.0, 2.0))
+        many = TrainingJob(plan=plan([2, 2], [1, 1]), speeds=(1.0, 1.0, 1.0, 2.0))
         few = msgspec.structs.replace(many, speeds=(1.0, 2.0), counts=(3, 1))
         one, other = (simulate_steps([job])[0] for job in (many, few))
         assert (one.step_s, one.compute_s) == (other.step_s, other.compute_s) == (14.0, 6.5 * 1.25)
 
     def test_jobs_that_do_not_meet_do_not_slow_each_other(self) -> None:
-        job = Job(plan=plan([1, 1], [0, 1], forward=10.0))
+        job = TrainingJob(plan=plan([1, 1], [0, 1], forward=10.0))
         apart = msgspec.structs.replace(job, start_s=5.0)
         first, second = simulate_steps([job, apart])
         assert first.step_s == second.step_s == 13.5
 
     def test_stragglers_are_as_many_as_asked_for(self) -> None:
-        job = Job(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * 10)
+        job = TrainingJob(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * 10)
         result = simulate_steps([job], jitter=Jitter(straggler_fraction=0.25, straggler_slowdown=2.0))[0]
         assert result.compute_s == pytest.approx(6.5 * 1.3)  # 3 of 10: rounded up
 
@@ -164,7 +164,7 @@ class TestLaws:
     @given(plans(), st.floats(0, 1))
     @some_plans
     def test_equal_gpus_behave_like_one(self, work: StepPlan, contention: float) -> None:
-        many = simulate_steps([Job(plan=work, speeds=(1.0,) * 5)], contention=contention)[0]
+        many = simulate_steps([TrainingJob(plan=work, speeds=(1.0,) * 5)], contention=contention)[0]
         assert many.step_s == pytest.approx(step(work, contention).step_s, rel=1e-9, abs=1e-12)
 
     @given(plans(), st.lists(st.floats(0.5, 2), min_size=2, max_size=6), st.randoms(use_true_random=False))
@@ -174,14 +174,16 @@ class TestLaws:
     ) -> None:
         shuffled = list(speeds)
         shuffle.shuffle(shuffled)
-        one, other = (simulate_steps([Job(plan=work, speeds=tuple(s))], contention=0.2)[0] for s in (speeds, shuffled))
+        one, other = (
+            simulate_steps([TrainingJob(plan=work, speeds=tuple(s))], contention=0.2)[0] for s in (speeds, shuffled)
+        )
         assert one.step_s == pytest.approx(other.step_s, rel=1e-9, abs=1e-12)
 
     @given(plans(), st.floats(0, 1))
     @some_plans
     def test_merging_work_changes_no_time(self, work: StepPlan, contention: float) -> None:
-        merged = simulate_steps([Job(plan=work)], contention=contention)[0]
-        single = simulate_steps([Job(plan=work)], contention=contention, record_gpus=16)[0]
+        merged = simulate_steps([TrainingJob(plan=work)], contention=contention)[0]
+        single = simulate_steps([TrainingJob(plan=work)], contention=contention, record_gpus=16)[0]
         assert merged.step_s == pytest.approx(single.step_s, rel=1e-9, abs=1e-12)
 
     @given(plans(), st.floats(0, 1))
@@ -202,7 +204,7 @@ class TestLaws:
         self, works: list[StepPlan], speeds: list[float], interval: float, start: float
     ) -> None:
         jobs = [
-            Job(plan=work, speeds=tuple(speeds), input_interval_s=round(interval, 3), start_s=i * start)
+            TrainingJob(plan=work, speeds=tuple(speeds), input_interval_s=round(interval, 3), start_s=i * start)
             for i, work in enumerate(works)
             if work.compute_s > 0.01
         ]
@@ -212,31 +214,31 @@ class TestLaws:
 
     def test_repeating_a_symmetric_step_repeats_its_time(self) -> None:
         work = plan([2, 2], [1, 1])
-        many = simulate_steps([Job(plan=work)], contention=0.2, num_steps=7, num_warmup=2)[0]
+        many = simulate_steps([TrainingJob(plan=work)], contention=0.2, num_steps=7, num_warmup=2)[0]
         assert many.step_s == pytest.approx(step(work, 0.2).step_s, rel=1e-12)
 
 
 class TestRandomness:
     def test_the_same_seed_gives_identical_results(self) -> None:
-        job = Job(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * 16)
+        job = TrainingJob(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * 16)
         jitter = Jitter(sigma=0.1, straggler_fraction=0.1, straggler_slowdown=1.5)
         one, same = (simulate_steps([job], jitter=jitter, num_steps=5, seed=3, record_gpus=16) for _ in range(2))
         assert msgspec.json.encode(one) == msgspec.json.encode(same)
 
     def test_another_seed_gives_another_result(self) -> None:
-        job = Job(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * 16)
+        job = TrainingJob(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * 16)
         one, other = (simulate_steps([job], jitter=Jitter(sigma=0.1), seed=seed)[0] for seed in (0, 1))
         assert one.step_s != other.step_s
 
     def test_jitter_keeps_the_mean_duration(self) -> None:
-        job = Job(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * 2000)
+        job = TrainingJob(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * 2000)
         result = simulate_steps([job], jitter=Jitter(sigma=0.1), num_steps=3)[0]
         assert result.compute_s == pytest.approx(6.5, rel=0.005)  # three standard errors of 6,000 draws
 
     def test_more_gpus_wait_longer_for_the_slowest(self) -> None:
         waits = [
             simulate_steps(
-                [Job(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * n)], jitter=Jitter(sigma=0.05), num_steps=10
+                [TrainingJob(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * n)], jitter=Jitter(sigma=0.05), num_steps=10
             )[0].straggler_wait_s
             for n in (2, 32, 512)
         ]
@@ -246,7 +248,7 @@ class TestRandomness:
 class TestRecord:
     def test_every_stream_is_busy_with_one_thing_at_a_time(self) -> None:
         spans = simulate_steps(
-            [Job(plan=plan([1, 2, 1], [2, 1], ready=[1, 2]), speeds=(1.0, 1.1))], contention=0.2, record_gpus=16
+            [TrainingJob(plan=plan([1, 2, 1], [2, 1], ready=[1, 2]), speeds=(1.0, 1.1))], contention=0.2, record_gpus=16
         )[0].spans
         for gpu in (0, 1):
             for stream in ("compute", "communication"):
@@ -255,7 +257,9 @@ class TestRecord:
                 assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(mine))
 
     def test_a_collective_ends_at_the_same_time_everywhere(self) -> None:
-        spans = simulate_steps([Job(plan=plan([1, 2], [2, 1]), speeds=(1.0, 1.5, 0.5))], record_gpus=16)[0].spans
+        spans = simulate_steps([TrainingJob(plan=plan([1, 2], [2, 1]), speeds=(1.0, 1.5, 0.5))], record_gpus=16)[
+            0
+        ].spans
         ends = {s.end_s for s in spans if s.name == "bucket 0"}
         assert len(ends) == 1
 
@@ -267,13 +271,19 @@ class TestRecord:
     ("arguments", "problem"),
     [
         ({"jobs": []}, "at least one job"),
-        ({"jobs": [Job(plan=plan([1], [1]), speeds=())]}, "at least one GPU"),
-        ({"jobs": [Job(plan=plan([1], [1]))], "num_steps": 0}, "0 steps"),
-        ({"jobs": [Job(plan=plan([1], [1])), Job(plan=plan([0], [0], forward=0, tail=0))]}, "run forever"),
-        ({"jobs": [Job(plan=plan([1], [1]))], "contention": 1.5}, "contention 1.5"),
-        ({"jobs": [Job(plan=plan([1], [1]))] * 2, "sharing": (1.0,)}, "a factor of at least 1 is needed for every one"),
-        ({"jobs": [Job(plan=plan([1], [1]))], "sharing": (0.5,)}, "a factor of at least 1"),
-        ({"jobs": [Job(plan=plan([1], [1]), counts=(1, 2))]}, "counts need a positive number"),
+        ({"jobs": [TrainingJob(plan=plan([1], [1]), speeds=())]}, "at least one GPU"),
+        ({"jobs": [TrainingJob(plan=plan([1], [1]))], "num_steps": 0}, "0 steps"),
+        (
+            {"jobs": [TrainingJob(plan=plan([1], [1])), TrainingJob(plan=plan([0], [0], forward=0, tail=0))]},
+            "run forever",
+        ),
+        ({"jobs": [TrainingJob(plan=plan([1], [1]))], "contention": 1.5}, "contention 1.5"),
+        (
+            {"jobs": [TrainingJob(plan=plan([1], [1]))] * 2, "sharing": (1.0,)},
+            "a factor of at least 1 is needed for every one",
+        ),
+        ({"jobs": [TrainingJob(plan=plan([1], [1]))], "sharing": (0.5,)}, "a factor of at least 1"),
+        ({"jobs": [TrainingJob(plan=plan([1], [1]), counts=(1, 2))]}, "counts need a positive number"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], problem: str) -> None:

@@ -16,14 +16,14 @@ from ptsim.costs.collectives import (
     tree_all_reduce_seconds,
 )
 from ptsim.hardware.spec import Cluster, Link
-from ptsim.sim.schedules import Algorithm, double_binary_tree
-from ptsim.sim.topology import Job, simulate_all_reduces
+from ptsim.sim.schedules import double_binary_tree
+from ptsim.sim.topology import PlacedJob, simulate_all_reduces
 
 FAST = Link(name="fast", bandwidth_bytes_per_s=1e11, latency_s=2e-6)
 SLOW = Link(name="slow", bandwidth_bytes_per_s=1e10, latency_s=5e-6)
-ONE_NODE = Cluster(name="one node", device="d", gpus_per_node=64, intra=SLOW)
-ONE_GPU_NODES = Cluster(name="one GPU a node", device="d", gpus_per_node=1, intra=FAST, inter=SLOW)
-FOURS = Cluster(name="four GPUs a node", device="d", gpus_per_node=4, intra=FAST, inter=SLOW)
+ONE_NODE = Cluster(name="one node", device=None, gpus_per_node=64, intra=SLOW)
+ONE_GPU_NODES = Cluster(name="one GPU a node", device=None, gpus_per_node=1, intra=FAST, inter=SLOW)
+FOURS = Cluster(name="four GPUs a node", device=None, gpus_per_node=4, intra=FAST, inter=SLOW)
 
 
 def ranks(num: int) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ TOLERANCE = 1e-3  # what the simulator promises; rounding alone is 1e-12
 @pytest.mark.parametrize("num", range(1, 65))
 def test_a_ring_of_equal_ranks_is_the_closed_form(num: int, cluster: Cluster) -> None:
     for size in SIZES:
-        result = simulate_all_reduces(cluster, [Job(ranks=ranks(num), message_bytes=size)])
+        result = simulate_all_reduces(cluster, [PlacedJob(ranks=ranks(num), message_bytes=size)])
         assert result.seconds[0] == pytest.approx(ring_all_reduce_seconds(size, num, SLOW), rel=TOLERANCE)
 
 
@@ -48,7 +48,7 @@ def test_a_ring_of_equal_ranks_is_the_closed_form(num: int, cluster: Cluster) ->
 def test_a_tree_of_equal_ranks_is_the_closed_form(num: int, cluster: Cluster) -> None:
     for size in SIZES:
         for chunks in (1, 7, 64):
-            job = Job(ranks=ranks(num), message_bytes=size, algorithm="tree", num_chunks=chunks)
+            job = PlacedJob(ranks=ranks(num), message_bytes=size, algorithm="tree", num_chunks=chunks)
             expected = tree_all_reduce_seconds(size, num, SLOW, num_chunks=chunks)
             assert simulate_all_reduces(cluster, [job]).seconds[0] == pytest.approx(expected, rel=TOLERANCE)
 
@@ -58,7 +58,7 @@ def test_a_tree_of_equal_ranks_is_the_closed_form(num: int, cluster: Cluster) ->
 def test_hierarchical_on_equal_nodes_is_the_closed_form(nodes: int, nics: int) -> None:
     cluster = msgspec.structs.replace(FOURS, nics_per_node=nics)
     for size in SIZES:
-        job = Job(ranks=ranks(4 * nodes), message_bytes=size, algorithm="hierarchical")
+        job = PlacedJob(ranks=ranks(4 * nodes), message_bytes=size, algorithm="hierarchical")
         expected = hierarchical_all_reduce_seconds(size, 4, nodes, FAST, SLOW)
         assert simulate_all_reduces(cluster, [job]).seconds[0] == pytest.approx(expected, rel=TOLERANCE)
 
@@ -73,7 +73,7 @@ def test_hierarchical_on_equal_nodes_is_the_closed_form(nodes: int, nics: int) -
     st.floats(1e8, 1e12),
 )
 def test_events_give_the_closed_forms_too(
-    algorithm: Algorithm, num: int, size: float, chunks: int, latency: float, bandwidth: float
+    algorithm: str, num: int, size: float, chunks: int, latency: float, bandwidth: float
 ) -> None:
     link = Link(name="any", bandwidth_bytes_per_s=bandwidth, latency_s=latency)
     cluster = msgspec.structs.replace(ONE_GPU_NODES, inter=link, intra=msgspec.structs.replace(link, latency_s=0.0))
@@ -82,13 +82,13 @@ def test_events_give_the_closed_forms_too(
         "tree": tree_all_reduce_seconds(size, num, link, num_chunks=chunks),
         "hierarchical": ring_all_reduce_seconds(size, num, link),
     }
-    job = Job(ranks=ranks(num), message_bytes=size, algorithm=algorithm, num_chunks=chunks)
+    job = PlacedJob(ranks=ranks(num), message_bytes=size, algorithm=algorithm, num_chunks=chunks)
     found = simulate_all_reduces(cluster, [job], events=True).seconds[0]
     assert found == pytest.approx(expected[algorithm], rel=TOLERANCE)
 
 
 def test_with_many_chunks_a_tree_costs_latency_and_two_messages() -> None:
-    job = Job(ranks=ranks(16), message_bytes=1e8, algorithm="tree", num_chunks=20_000)
+    job = PlacedJob(ranks=ranks(16), message_bytes=1e8, algorithm="tree", num_chunks=20_000)
     expected = tree_all_reduce_seconds(1e8, 16, SLOW)
     assert simulate_all_reduces(ONE_NODE, [job]).seconds[0] == pytest.approx(expected, rel=TOLERANCE)
     assert expected == pytest.approx(8 * 5e-6 + 2e8 / 1e10)
@@ -96,8 +96,8 @@ def test_with_many_chunks_a_tree_costs_latency_and_two_messages() -> None:
 
 @pytest.mark.parametrize("algorithm", ["ring", "tree", "hierarchical"])
 @pytest.mark.parametrize("num", [4, 8, 16])
-def test_bytes_on_the_simulated_wire_are_the_formula(algorithm: Algorithm, num: int) -> None:
-    job = Job(ranks=ranks(num), message_bytes=1.2e6, algorithm=algorithm, num_chunks=4)
+def test_bytes_on_the_simulated_wire_are_the_formula(algorithm: str, num: int) -> None:
+    job = PlacedJob(ranks=ranks(num), message_bytes=1.2e6, algorithm=algorithm, num_chunks=4)
     sent = simulate_all_reduces(FOURS, [job]).sent_bytes
     assert sum(sent.values()) / num == pytest.approx(ring_wire_bytes(1.2e6, num))
     if algorithm != "tree":  # a tree's ranks send unequal amounts
@@ -105,7 +105,7 @@ def test_bytes_on_the_simulated_wire_are_the_formula(algorithm: Algorithm, num: 
 
 
 def test_two_nodes_exchange_one_message_each_way_in_a_tree() -> None:
-    job = Job(ranks=ranks(8), message_bytes=1e6, algorithm="tree")
+    job = PlacedJob(ranks=ranks(8), message_bytes=1e6, algorithm="tree")
     assert simulate_all_reduces(FOURS, [job]).pipe_bytes["node 0 out"] == pytest.approx(1e6)
 
 
@@ -127,7 +127,7 @@ def test_both_trees_have_the_least_depth_and_nobody_works_in_both(size: int) -> 
 
 def test_a_node_that_has_several_nics_uses_all_of_them() -> None:
     for algorithm in ("ring", "tree"):
-        job = Job(ranks=ranks(16), message_bytes=1e8, algorithm=algorithm)
+        job = PlacedJob(ranks=ranks(16), message_bytes=1e8, algorithm=algorithm)
         one = simulate_all_reduces(FOURS, [job])
         rails = simulate_all_reduces(msgspec.structs.replace(FOURS, nics_per_node=4), [job])
         assert rails.seconds[0] == pytest.approx(one.seconds[0], rel=0.02)  # the chains' ports differ a little
@@ -138,7 +138,7 @@ def test_a_node_that_has_several_nics_uses_all_of_them() -> None:
 
 def test_one_slow_nic_of_four_holds_up_the_ring_that_runs_over_it() -> None:
     four = msgspec.structs.replace(FOURS, nics_per_node=4)
-    job = Job(ranks=ranks(16), message_bytes=1e9)
+    job = PlacedJob(ranks=ranks(16), message_bytes=1e9)
     whole = simulate_all_reduces(four, [job]).seconds[0]
     slow = simulate_all_reduces(four, [job], bandwidth_factor={"node 2 out nic 1": 0.25}).seconds[0]
     # a quarter of the message at a quarter of a quarter of the node's 10 GB/s
@@ -148,7 +148,7 @@ def test_one_slow_nic_of_four_holds_up_the_ring_that_runs_over_it() -> None:
 
 def test_a_name_stands_for_all_pipes_that_begin_with_it() -> None:
     four = msgspec.structs.replace(FOURS, nics_per_node=4)
-    job = Job(ranks=ranks(16), message_bytes=1e9)
+    job = PlacedJob(ranks=ranks(16), message_bytes=1e9)
     every = {f"node 2 {way} nic {nic}": 0.5 for way in ("in", "out") for nic in range(4)}
     named = simulate_all_reduces(four, [job], bandwidth_factor={"node 2": 0.5}).seconds
     assert named == simulate_all_reduces(four, [job], bandwidth_factor=every).seconds
@@ -167,10 +167,10 @@ PIPES = ["gpu 0 out", "gpu 3 in", "gpu 2 out", "node 0", "node 1 in nic 1", "nod
     st.dictionaries(st.sampled_from(PIPES), st.floats(0.05, 20)),
 )
 def test_events_and_recurrence_agree_on_unequal_links(
-    algorithm: Algorithm, num: int, thin: float, latency: dict[str, float], factor: dict[str, float]
+    algorithm: str, num: int, thin: float, latency: dict[str, float], factor: dict[str, float]
 ) -> None:
     cluster = msgspec.structs.replace(FOURS, nics_per_node=2, oversubscription=thin, nodes_per_leaf=2)
-    job = Job(ranks=ranks(num), message_bytes=1e6, algorithm=algorithm, num_chunks=3, repeat=2)
+    job = PlacedJob(ranks=ranks(num), message_bytes=1e6, algorithm=algorithm, num_chunks=3, repeat=2)
     one, other = (
         simulate_all_reduces(cluster, [job], bandwidth_factor=factor, extra_latency_s=latency, events=events)
         for events in (True, False)
@@ -188,7 +188,7 @@ def test_events_and_recurrence_agree_on_unequal_links(
     st.floats(1, 50),
 )
 def test_more_bandwidth_never_costs_time(
-    algorithm: Algorithm, num: int, factor: dict[str, float], inside: float, between: float
+    algorithm: str, num: int, factor: dict[str, float], inside: float, between: float
 ) -> None:
     def seconds(f: float, g: float) -> float:
         cluster = msgspec.structs.replace(
@@ -196,7 +196,7 @@ def test_more_bandwidth_never_costs_time(
             intra=msgspec.structs.replace(FAST, bandwidth_bytes_per_s=1e10 * f),
             inter=msgspec.structs.replace(SLOW, bandwidth_bytes_per_s=1e9 * g),
         )
-        job = Job(ranks=ranks(num), message_bytes=1e6, algorithm=algorithm, num_chunks=3)
+        job = PlacedJob(ranks=ranks(num), message_bytes=1e6, algorithm=algorithm, num_chunks=3)
         return simulate_all_reduces(cluster, [job], bandwidth_factor=factor).seconds[0]
 
     assert seconds(inside, between) <= seconds(1, 1) * (1 + 1e-9)
@@ -211,10 +211,10 @@ def test_more_bandwidth_never_costs_time(
     st.floats(0, 1e-3),
 )
 def test_jobs_of_any_kind_on_unequal_links_never_deadlock_and_never_gain(
-    algorithms: list[Algorithm], latency: dict[str, float], factor: dict[str, float], start: float
+    algorithms: list[str], latency: dict[str, float], factor: dict[str, float], start: float
 ) -> None:
     jobs = [
-        Job(ranks=ranks(12), message_bytes=1e6, algorithm=algorithm, num_chunks=3, start_s=i * start)
+        PlacedJob(ranks=ranks(12), message_bytes=1e6, algorithm=algorithm, num_chunks=3, start_s=i * start)
         for i, algorithm in enumerate(algorithms)
     ]
     together = simulate_all_reduces(FOURS, jobs, bandwidth_factor=factor, extra_latency_s=latency)
@@ -226,54 +226,56 @@ def test_jobs_of_any_kind_on_unequal_links_never_deadlock_and_never_gain(
 
 @given(st.sampled_from(["ring", "tree", "hierarchical"]), st.permutations(range(8)))
 @settings(max_examples=30, deadline=None)
-def test_the_order_of_equal_gpus_of_a_node_does_not_matter(algorithm: Algorithm, order: list[int]) -> None:
-    job = Job(ranks=tuple(order), message_bytes=1e6, algorithm=algorithm)
+def test_the_order_of_equal_gpus_of_a_node_does_not_matter(algorithm: str, order: list[int]) -> None:
+    job = PlacedJob(ranks=tuple(order), message_bytes=1e6, algorithm=algorithm)
     ordered = msgspec.structs.replace(job, ranks=ranks(8))
     one, other = (simulate_all_reduces(ONE_NODE, [j]).seconds[0] for j in (job, ordered))
     assert one == pytest.approx(other, rel=1e-12)
 
 
 @pytest.mark.parametrize("algorithm", ["ring", "tree", "hierarchical"])
-def test_infinite_bandwidth_leaves_the_latency(algorithm: Algorithm) -> None:
+def test_infinite_bandwidth_leaves_the_latency(algorithm: str) -> None:
     free = msgspec.structs.replace(FAST, bandwidth_bytes_per_s=math.inf, latency_s=0.0)
     cluster = msgspec.structs.replace(FOURS, intra=free, inter=free)
-    assert simulate_all_reduces(cluster, [Job(ranks=ranks(12), message_bytes=1e9, algorithm=algorithm)]).seconds == (0,)
+    assert simulate_all_reduces(
+        cluster, [PlacedJob(ranks=ranks(12), message_bytes=1e9, algorithm=algorithm)]
+    ).seconds == (0,)
 
 
 def test_jobs_that_share_a_network_slow_each_other_and_others_do_not() -> None:
-    even = Job(ranks=(0, 4, 8, 12), message_bytes=1e7)
-    odd = Job(ranks=(1, 5, 9, 13), message_bytes=1e7)
+    even = PlacedJob(ranks=(0, 4, 8, 12), message_bytes=1e7)
+    odd = PlacedJob(ranks=(1, 5, 9, 13), message_bytes=1e7)
     alone = simulate_all_reduces(FOURS, [even]).seconds[0]
     shared = simulate_all_reduces(FOURS, [even, odd]).seconds
     assert shared[0] > 1.8 * alone
     assert max(shared) == pytest.approx(2 * alone, rel=0.02)
-    apart = [Job(ranks=(0, 1, 2, 3), message_bytes=1e7), Job(ranks=(4, 5, 6, 7), message_bytes=1e7)]
+    apart = [PlacedJob(ranks=(0, 1, 2, 3), message_bytes=1e7), PlacedJob(ranks=(4, 5, 6, 7), message_bytes=1e7)]
     assert simulate_all_reduces(FOURS, apart).seconds[0] == pytest.approx(ring_all_reduce_seconds(1e7, 4, FAST))
 
 
 def test_an_oversubscribed_leaf_slows_what_crosses_it() -> None:
     # 4 nodes, 2 a leaf, 4:1: an uplink carries 2 x 10 / 4 = 5 GB/s, half of what the ring's one crossing needs
     thin = msgspec.structs.replace(ONE_GPU_NODES, oversubscription=4.0, nodes_per_leaf=2)
-    job = Job(ranks=ranks(4), message_bytes=4e8)
+    job = PlacedJob(ranks=ranks(4), message_bytes=4e8)
     full = simulate_all_reduces(ONE_GPU_NODES, [job]).seconds[0]
     assert simulate_all_reduces(thin, [job]).seconds[0] == pytest.approx(2 * full, rel=1e-3)
 
 
 def test_a_thousand_ranks_take_the_closed_form_too() -> None:
-    result = simulate_all_reduces(ONE_GPU_NODES, [Job(ranks=ranks(1024), message_bytes=1e8)])
+    result = simulate_all_reduces(ONE_GPU_NODES, [PlacedJob(ranks=ranks(1024), message_bytes=1e8)])
     assert result.seconds[0] == pytest.approx(ring_all_reduce_seconds(1e8, 1024, SLOW), rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("job", "says"),
     [
-        (Job(ranks=(), message_bytes=1), "GPUs are needed"),
-        (Job(ranks=(1, 1), message_bytes=1), "each once"),
-        (Job(ranks=(0, 1), message_bytes=-1), "0 bytes or more"),
-        (Job(ranks=(0, 1, 2, 3, 4), message_bytes=1, algorithm="hierarchical"), "as many GPUs on every node"),
+        (PlacedJob(ranks=(), message_bytes=1), "GPUs are needed"),
+        (PlacedJob(ranks=(1, 1), message_bytes=1), "each once"),
+        (PlacedJob(ranks=(0, 1), message_bytes=-1), "0 bytes or more"),
+        (PlacedJob(ranks=(0, 1, 2, 3, 4), message_bytes=1, algorithm="hierarchical"), "as many GPUs on every node"),
     ],
 )
-def test_wrong_jobs_are_named(job: Job, says: str) -> None:
+def test_wrong_jobs_are_named(job: PlacedJob, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         simulate_all_reduces(FOURS, [job])
 
@@ -292,4 +294,4 @@ def test_wrong_jobs_are_named(job: Job, says: str) -> None:
 )
 def test_wrong_links_are_named(arguments: dict[str, dict[str, float]], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        simulate_all_reduces(ONE_NODE, [Job(ranks=(0, 1), message_bytes=1)], **arguments)
+        simulate_all_reduces(ONE_NODE, [PlacedJob(ranks=(0, 1), message_bytes=1)], **arguments)

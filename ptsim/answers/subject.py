@@ -1,0 +1,170 @@
+"""What does a MODEL or TRACE argument mean: which network, which recorded run, which setting of its training step?
+
+Every answer (cost, predict, plan, validate, sweep, simulate) and the command line ask here, so that a text means the
+same everywhere:
+
+* `path/to/file.py:function` is a model of the user's; `torchvision:NAME` and a name of the zoo are models;
+* a file, a folder that holds `trace.jsonl`, and anything that looks like a path or ends in .jsonl is a trace;
+* a `Path` is a trace; a `Trace`, a `Network` and a live `nn.Module` are what they are.
+
+torch is imported only where a live network has to be described.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
+
+from ptsim.errors import UnknownNameError, UsageError
+from ptsim.network import MemoryFormat, Network, Precision
+from ptsim.setting import StepSetting, parse_precision, positive_number, whole_number
+from ptsim.trace.io import read_trace, trace_path
+from ptsim.trace.trace import Trace
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    SubjectLike: TypeAlias = str | Path | Trace | Network | nn.Module
+
+
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked about.
+
+    Attributes:
+        network: the one that is meant; of a trace the network that the run ended with.
+        trace: the recorded run; None for a model.
+    """
+
+    network: Network
+    trace: Trace | None = None
+
+    def setting(
+        self,
+        *,
+        batch: int | None = None,
+        precision: Precision | str | None = None,
+        memory_format: MemoryFormat | None = None,
+        optimizer: str | None = None,
+        num_gpus: int | None = None,
+        default_batch: int | None = None,
+    ) -> StepSetting:
+        """How its training step is run: what is asked for, else as the run's last epoch was, else the defaults.
+
+        The group lasso is left out: it is asked for where it counts.
+
+        Raises:
+            UsageError: a count that is no whole number, no GPU, an unknown precision, or no mini-batch where neither
+                trace nor `default_batch` has one. Whether a mini-batch is positive is left to the cost model.
+        """
+        trace = self.trace
+        known: StepSetting | None = None
+        if trace is not None and trace.epochs:
+            known = trace.setting_of(trace.epochs[-1])
+        elif trace is not None:
+            known = StepSetting(
+                batch=0,
+                precision=trace.run.precision,
+                memory_format=trace.run.memory_format,
+                optimizer=trace.optimizer,
+                num_gpus=trace.run.world_size,
+            )
+        recorded = known or StepSetting(batch=0)
+        if batch is None:
+            batch = recorded.batch or default_batch
+        if batch is None:
+            raise UsageError("no mini-batch was given", hint="say with batch how many images a GPU trains on per step")
+        return StepSetting(
+            batch=whole_number("batch", batch),
+            precision=recorded.precision if precision is None else parse_precision(precision),
+            memory_format=memory_format or recorded.memory_format,
+            optimizer=optimizer or recorded.optimizer,
+            num_gpus=recorded.num_gpus if num_gpus is None else _num_gpus(num_gpus),
+        )
+
+
+def find_subject(
+    subject: SubjectLike,
+    *,
+    input_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+) -> Subject:
+    """The network, and perhaps the run, that `subject` means.
+
+    Args:
+        subject: see the top of this module.
+        input_shape: (channels, height, width); needed for a live module, else the model's usual one.
+        num_classes: outputs; the model's usual number.
+
+    Raises:
+        UsageError: an option that is wrong, missing, or that a trace already decides.
+        UnknownNameError: no model of that name.
+        UnsupportedModelError: the network cannot be traced.
+        FileFormatError: the trace is broken.
+    """
+    trace = _as_trace(subject)
+    if trace is not None:
+        if input_shape is not None or num_classes is not None:
+            raise UsageError("a trace says itself what its network's input and classes are; leave both out")
+        return Subject(network=trace.final_network, trace=trace)
+    if isinstance(subject, Network):
+        return Subject(network=subject)
+    shape = None if input_shape is None else _checked_shape(input_shape)
+    classes = None if num_classes is None else positive_number("classes", num_classes)
+    return Subject(network=_captured(subject, shape, classes))
+
+
+def find_trace(subject: Trace | str | Path) -> Trace:
+    """The recorded run that `subject` is or names: a trace, its file, or its run folder.
+
+    Raises:
+        FileFormatError: there is none, or it is broken.
+    """
+    return subject if isinstance(subject, Trace) else read_trace(subject)
+
+
+def _as_trace(subject: Any) -> Trace | None:
+    """The trace that `subject` is or names; None for a network."""
+    if isinstance(subject, Trace):
+        return subject
+    if not isinstance(subject, str | Path) or ".py:" in str(subject):
+        return None
+    path = Path(subject)
+    is_run = isinstance(subject, Path) or path.is_file() or (path / "trace.jsonl").is_file()
+    looks_like_one = len(path.parts) > 1 or path.suffix in (".jsonl", ".json")
+    return read_trace(path) if is_run or looks_like_one else None
+
+
+def _captured(subject: Any, input_shape: tuple[int, int, int] | None, num_classes: int | None) -> Network:
+    from ptsim import zoo
+    from ptsim.capture.network import capture_network
+
+    if isinstance(subject, str | Path):
+        name = str(subject)
+        try:
+            entry = zoo.find(name)
+        except UnknownNameError:
+            if name and Path(name).is_dir():  # meant as a run folder
+                trace_path(Path(name))
+            raise
+        classes = entry.num_classes if num_classes is None else num_classes
+        shape = input_shape or entry.input_shape
+        return capture_network(entry.build(num_classes=classes), name=name, input_shape=shape, num_classes=classes)
+    if input_shape is None:
+        raise UsageError("a live module does not say what it is fed; give input_shape=(channels, height, width)")
+    return capture_network(subject, name=type(subject).__name__, input_shape=input_shape, num_classes=num_classes or 0)
+
+
+def _num_gpus(given: int) -> int:
+    number = whole_number("gpus", given)
+    if number < 1:
+        raise UsageError(f"{number} GPUs; at least 1 is needed")
+    return number
+
+
+def _checked_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not isinstance(shape, tuple | list) or len(shape) != 3:
+        raise UsageError(f"input_shape is {shape!r}, expected (channels, height, width)")
+    channels, height, width = (positive_number("input_shape", size) for size in shape)
+    return channels, height, width

@@ -1,0 +1,99 @@
+"""How wide does autocast leave each tensor of a step, and so how many bytes does autograd keep of it?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ptsim.costs.flops import PRODUCTS
+from ptsim.network import Layer, LayerKind, Network, Precision
+
+# What autocast runs in fp32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and its CPU sister, without losses): on a
+# GPU most reductions, exponentials and normalisations, on a CPU next to nothing. BatchNorm and instance normalisation
+# run in the type of their input on both.
+_FP32_OPS_GPU = frozenset(
+    {"softmax", "log_softmax", "softmin", "gumbel_softmax", "softplus", "pow", "exp", "log", "log1p", "reciprocal"}
+    | {"rsqrt", "sum", "normalize", "interpolate", "upsample", "layer_norm", "group_norm", "local_response_norm"}
+)
+_FP32_OPS_CPU = frozenset({"avg_pool3d", "grid_sampler", "prod"})
+_SWIN_OP, _SWIN_HEAD_CHANNELS = "shifted_window_attention", 32  # in all of torchvision's Swin transformers
+
+
+class Widths:
+    """Bytes per element of what each layer returns and keeps, as autocast's rules decide."""
+
+    def __init__(self, network: Network, precision: Precision, *, gpu: bool) -> None:
+        self._gpu = gpu
+        self._half = precision.activation_bytes == 2
+        self._fp32_ops = _FP32_OPS_GPU if gpu else _FP32_OPS_CPU
+        self.output: dict[str, int] = {}
+        self.inputs: dict[str, tuple[int, ...]] = {}
+        sources = sources_of(network)
+        for layer in network.layers:
+            given = tuple(self.output[source] for source in sources[layer.name]) or (4,)  # the images are fp32
+            self.inputs[layer.name] = given
+            self.output[layer.name] = self._output(layer, max(given))
+
+    def saved(self, layer: Layer, batch: int) -> int:
+        """Bytes that autograd newly keeps at this layer for the whole mini-batch, weight copies left out.
+
+        Where autocast converts an operand, the copy is what is kept, whether or not the original was kept before.
+        """
+        times = layer.repeats(batch)
+        other = times * layer.saved_other_bytes + layer.saved_fixed_bytes
+        if self._gpu and layer.kind is LayerKind.DROPOUT and layer.saved_elements >= layer.output_elements:
+            return times * layer.output_elements + other  # CUDA keeps a boolean mask
+        elements, width, given = times * layer.saved_elements, 4, self.inputs[layer.name]
+        inputs = layer.input_sizes(batch)
+        if self._half and layer.kind in PRODUCTS:
+            width = 2
+            if layer.weight_needs_gradient or layer.kind is LayerKind.MATMUL:
+                elements = min(elements + _cast_elements(inputs, given), max(elements, sum(inputs)))
+        elif self._half and layer.op in self._fp32_ops:
+            if max(given) == 2 and layer.kind is LayerKind.NORM:
+                elements = max(elements, sum(inputs))
+        elif self._half:
+            width = max(given)
+        softmax = 4 * batch * _swin_scores(layer) if self._half and layer.op == _SWIN_OP else 0
+        return elements * width + softmax + other
+
+    def weight_copy(self, layer: Layer) -> int:
+        """Bytes of the half-precision copy of the layer's weights that lives from forward to backward."""
+        return 2 * layer.num_parameters if self._half and layer.kind in PRODUCTS else 0
+
+    def _output(self, layer: Layer, given: int) -> int:
+        if not self._half:
+            return 4
+        if layer.kind in PRODUCTS:
+            return 2
+        if layer.op in self._fp32_ops:
+            return 4
+        if layer.kind in (LayerKind.ELEMENTWISE, LayerKind.CONCAT) and layer.num_parameters:
+            return 4  # with an fp32 parameter among the operands the result is fp32
+        return given
+
+
+def _cast_elements(inputs: Sequence[int], widths: Sequence[int]) -> int:
+    """Elements of the inputs that autocast converts to half precision."""
+    if len(inputs) != len(widths):
+        return sum(inputs) if min(widths) == 4 else 0
+    return sum(elements for elements, width in zip(inputs, widths, strict=True) if width == 4)
+
+
+def _swin_scores(layer: Layer) -> int:
+    """Attention scores of one image in torchvision's window attention, which is one operator of the graph.
+
+    Its bias is fp32, so under autocast the softmax is too: 4 bytes are kept, and a copy in half precision for the
+    product, 4 more than the 2 that the operator's other tensors take. A score costs two products over a head's
+    channels; what is left of the operator's MACs are the four projections.
+    """
+    channels = layer.output_shape[-1]
+    projections = 4 * channels * layer.output_elements
+    return max(0, layer.forward_macs - projections) // (2 * _SWIN_HEAD_CHANNELS)
+
+
+def sources_of(network: Network) -> dict[str, list[str]]:
+    """Layer → the layers it reads, in the edges' order."""
+    sources: dict[str, list[str]] = {layer.name: [] for layer in network.layers}
+    for source, target in network.edges:
+        sources[target].append(source)
+    return sources

@@ -1,0 +1,79 @@
+"""All-reduce algorithms are rows of a registry; another package adds one as one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import ptsim
+from ptsim.cli.main import run
+from ptsim.costs.algorithms import CollectiveAlgorithm, MessageWork, add_algorithm, all_algorithms, remove_algorithm
+from ptsim.costs.collectives import all_reduce
+from ptsim.errors import UnknownNameError, UsageError
+from ptsim.hardware.spec import Cluster, Link
+from ptsim.sim.options import Options
+from ptsim.sim.run import change
+from ptsim.sim.schedules import Connection, Phase, Placement
+from ptsim.sim.topology import PlacedJob, simulate_all_reduces
+
+LINK = Link(name="l", bandwidth_bytes_per_s=1e9, latency_s=1e-3)
+CLUSTER = Cluster(name="c", device=None, gpus_per_node=8, intra=LINK)
+
+
+def _to_one(cluster: Cluster, gpus: int, nodes: int) -> MessageWork:
+    """Everybody sends to GPU 0, which sends the sum back: p-1 messages over its link, each way."""
+    return MessageWork(2.0, 0.0, 2.0 * (gpus - 1), 0.0)
+
+
+def star_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Phase, ...]:
+    """To GPU 0, and back."""
+    first, *others = placement.ranks
+    there = tuple(Connection(rank, first, ()) for rank in others)
+    back = tuple(Connection(first, rank, ()) for rank in others)
+    return tuple(Phase(connections=c, num_chunks=1, chunk_bytes=message_bytes, lag=0) for c in (there, back))
+
+
+@pytest.fixture
+def star() -> Iterator[None]:
+    add_algorithm(CollectiveAlgorithm(name="star", work=_to_one, schedule=f"{__name__}:star_schedule"))
+    yield
+    remove_algorithm("star")
+
+
+def test_an_algorithm_from_outside_has_its_time_by_formula_and_link_by_link(star: None) -> None:
+    """By hand, 5 GPUs and 10 MB: twice (1 ms + 4 · 10 MB / 1 GB/s) = 82 ms."""
+    assert all_reduce(10_000_000, CLUSTER, 5, algorithm="star").seconds == pytest.approx(0.082)
+    job = PlacedJob(ranks=tuple(range(5)), message_bytes=1e7, algorithm="star")
+    assert simulate_all_reduces(CLUSTER, [job]).seconds == pytest.approx((0.082,))
+    assert change(Options(), {"algorithm": "star"}).algorithm == "star"
+    assert run(["allreduce", "--cluster", "dgx-a100", "--gpus", "8", "--bytes", "1e6", "--algorithm", "star"]) == 0
+
+
+def test_auto_chooses_only_among_what_says_so(star: None) -> None:
+    assert [row.name for row in all_algorithms() if row.automatic] == ["ring", "tree"]
+    assert all_reduce(10_000_000, CLUSTER, 5).algorithm in ("ring", "tree")
+
+
+def test_an_unknown_algorithm_says_which_exist() -> None:
+    for ask in (
+        lambda: ptsim.allreduce("dgx-a100", 8, 1000, algorithm="star"),
+        lambda: change(Options(), {"algorithm": "star"}),
+    ):
+        with pytest.raises(UnknownNameError, match="'star'; known: hierarchical, ring, tree"):
+            ask()
+
+
+def test_names_are_taken_once() -> None:
+    for name in ("ring", "auto"):
+        with pytest.raises(UsageError, match=r"exists already|cannot be called"):
+            add_algorithm(CollectiveAlgorithm(name=name, work=_to_one))
+
+
+def test_without_a_schedule_it_cannot_be_simulated_link_by_link() -> None:
+    add_algorithm(CollectiveAlgorithm(name="bare", work=_to_one))
+    try:
+        with pytest.raises(UsageError, match="'bare' has no schedule"):
+            simulate_all_reduces(CLUSTER, [PlacedJob(ranks=(0, 1), message_bytes=1.0, algorithm="bare")])
+    finally:
+        remove_algorithm("bare")
