@@ -116,36 +116,17 @@ def run_study(
             else:
                 rows[configuration.index] = {**row, **_identity(configuration)}
 
-    todo = _chunks(missing())
-    running: dict[Future[list[dict[str, Any]]], tuple[Configuration, ...]] = {}
+    tasks = _Tasks(executor, _chunks(missing()), window)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("ab") as file:
             drop_torn_line(out)
-            while True:
-                for chunk in itertools.islice(todo, max(0, window - len(running))):
-                    running[executor.submit(project_all, chunk)] = chunk
-                if not running:
-                    break
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    chunk = running.pop(future)
-                    error = future.exception()
-                    if isinstance(error, BrokenExecutor):
-                        raise error
-                    if error is not None and len(chunk) > 1:  # one of them is to blame: find it
-                        for configuration in chunk:
-                            running[executor.submit(project_all, (configuration,))] = (configuration,)
-                        continue
-                    if error is not None:
-                        computed = [_failure(chunk[0], f"{type(error).__name__}: {error}")]
-                    else:
-                        computed = future.result()
-                    for row in computed:
-                        rows[row["index"]] = row
-                        failed += row["status"] == "failed"
-                        file.write(msgspec.json.encode(row) + b"\n")
-                    file.flush()
+            for computed in tasks.finished():
+                for row in computed:
+                    rows[row["index"]] = row
+                    failed += row["status"] == "failed"
+                    file.write(msgspec.json.encode(row) + b"\n")
+                file.flush()
                 if progress is not None:
                     progress(Progress(done=len(rows), failed=failed, total=total))
     except BrokenExecutor as error:
@@ -156,9 +137,47 @@ def run_study(
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error
     finally:
-        for future in running:
-            future.cancel()
+        tasks.cancel()
     return [rows[index] for index in sorted(rows)]
+
+
+class _Tasks:
+    """The configurations of a study on an executor, so many chunks at a time."""
+
+    def __init__(self, executor: Executor, todo: Iterator[tuple[Configuration, ...]], window: int) -> None:
+        self._executor, self._todo, self._window = executor, todo, window
+        self._running: dict[Future[list[dict[str, Any]]], tuple[Configuration, ...]] = {}
+
+    def finished(self) -> Iterator[list[dict[str, Any]]]:
+        """The rows of every chunk, as chunks finish.
+
+        Raises:
+            BrokenExecutor: a worker died.
+        """
+        while True:
+            for chunk in itertools.islice(self._todo, max(0, self._window - len(self._running))):
+                self._submit(chunk)
+            if not self._running:
+                return
+            for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+                chunk, error = self._running.pop(future), future.exception()
+                if isinstance(error, BrokenExecutor):
+                    raise error
+                if error is None:
+                    yield future.result()
+                elif len(chunk) == 1:
+                    yield [_failure(chunk[0], f"{type(error).__name__}: {error}")]
+                else:  # one of them is to blame: find it
+                    for configuration in chunk:
+                        self._submit((configuration,))
+
+    def cancel(self) -> None:
+        """Forget what has not begun."""
+        for future in self._running:
+            future.cancel()
+
+    def _submit(self, chunk: tuple[Configuration, ...]) -> None:
+        self._running[self._executor.submit(project_all, chunk)] = chunk
 
 
 def die_with_parent() -> None:

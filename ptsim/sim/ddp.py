@@ -148,27 +148,19 @@ def with_communication(
         scale: of all computation.
     """
     wire = wire or Wire()
-
-    def reduced(name: str, num_bytes: int, conversion_s: float = 0.0) -> Collective:
-        time = all_reduce(num_bytes)
-        return Collective(
-            name=name,
-            seconds=_at(time, bound) + conversion_s,
-            num_bytes=num_bytes,
-            wire_bytes_per_gpu=time.wire_bytes_per_gpu,
-        )
-
     collectives = [
-        reduced(
+        _reduced(
             f"AllReduce of bucket {i}",
-            round(bucket.num_bytes * wire.ratio),
+            all_reduce(num_bytes := round(bucket.num_bytes * wire.ratio)),
+            num_bytes,
+            bound,
             bucket.num_bytes * wire.conversion_s_per_byte,
         )
         for i, bucket in enumerate(buckets)
     ]
     backward = computation.backward
     if used_bytes and buckets:
-        collectives.append(reduced("AllReduce of used parameters", used_bytes))
+        collectives.append(_reduced("AllReduce of used parameters", all_reduce(used_bytes), used_bytes, bound))
         backward = (*backward, Piece(name="used parameters", seconds=0.0, bucket=len(buckets)))
     head: tuple[Collective, ...] = ()
     if buffer_bytes:
@@ -187,6 +179,15 @@ def with_communication(
         buckets=tuple(collectives),
         head=head,
         num_micro_batches=computation.num_micro_batches,
+    )
+
+
+def _reduced(name: str, time: AllReduceTime, num_bytes: int, bound: Bound, conversion_s: float = 0.0) -> Collective:
+    return Collective(
+        name=name,
+        seconds=_at(time, bound) + conversion_s,
+        num_bytes=num_bytes,
+        wire_bytes_per_gpu=time.wire_bytes_per_gpu,
     )
 
 

@@ -20,7 +20,6 @@ from ptsim.answers.study import Configuration, configurations, read_study
 from ptsim.answers.sweep import Progress, project_all, run_study
 from ptsim.cli.main import run
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
-from ptsim.hardware import catalog as hardware_catalog
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import write_device_profile
 from ptsim.sim.options import Options
@@ -380,8 +379,6 @@ class TestRevision:
         text = f'traces = ["pruned"]\nclusters = ["dgx-a100"]\ngpus = [1]\nwhat_ifs = ["gpu={device}"]\n'
         before = [c.key for c in configurations(read_study(study(folder, text, "own.toml")))]
         device.write_text(catalog.read_text().replace('"16 GiB"', '"24 GiB"'))
-        for reader in (hardware_catalog.read_device, hardware_catalog._read):
-            getattr(reader, "cache_clear", lambda: None)()
         assert [c.key for c in configurations(read_study(study(folder, text, "own.toml")))] != before
 
 

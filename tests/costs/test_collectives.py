@@ -14,7 +14,7 @@ from ptsim.costs.collectives import (
     ring_wire_bytes,
     tree_all_reduce_seconds,
 )
-from ptsim.costs.times import Tier
+from ptsim.costs.tiers import Tier
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link, LinkKind
 

@@ -10,6 +10,7 @@ from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.memory import fallback_scratch, iteration_memory, largest_batch, usable_bytes
+from ptsim.errors import UnknownNameError
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Network, Precision
 from ptsim.setting import StepSetting
@@ -175,7 +176,7 @@ def test_buckets_keep_the_gradients_through_the_forward_pass() -> None:
 def test_wrong_arguments_are_named(resnet: Network) -> None:
     with pytest.raises(ValueError, match="batch is 0"):
         iteration_memory(resnet, StepSetting(batch=0))
-    with pytest.raises(ValueError, match="'lion', expected one of sgd"):
+    with pytest.raises(UnknownNameError, match="unknown optimizer 'lion'; known: "):
         iteration_memory(resnet, StepSetting(batch=1, optimizer="lion"))
     with pytest.raises(ValueError, match="granularity is 0"):
         largest_batch(resnet, StepSetting(batch=1), capacity_bytes=1, granularity=0)

@@ -90,5 +90,7 @@ def test_a_rounded_network_needs_the_memory_of_one_captured_with_those_widths(
         is_now, was = iteration_memory(change, setting, device=device), iteration_memory(narrow, setting, device=device)
         captured = iteration_memory(wide, setting, device=device)
         assert is_now.activation_bytes == pytest.approx(captured.activation_bytes, rel=0.02)
-        assert is_now.peak_bytes == pytest.approx(captured.peak_bytes, rel=0.05)
+        # A CPU's own layout has 9 channels padded to 16 already: scaled, that workspace counts too much.
+        padded = not gpu and memory_format == "contiguous"
+        assert 0.95 <= is_now.peak_bytes / captured.peak_bytes <= (1.12 if padded else 1.05)
         assert was.activation_bytes < 0.8 * captured.activation_bytes

@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from ptsim.costs.flops import inference_macs, layer_macs, training_macs
-from ptsim.costs.traffic import BATCH_NORM_BACKWARD, BATCH_NORM_FORWARD
+from ptsim.costs.kernels import BATCH_NORM_BACKWARD, BATCH_NORM_FORWARD
 from ptsim.network import LayerKind, Network
 from ptsim.prune.groups import ChannelGroups
 from ptsim.prune.labels import WIDTH
