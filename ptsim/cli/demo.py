@@ -18,11 +18,13 @@ from ptsim.errors import UsageError
 from ptsim.network import LayerKind, Network
 from ptsim.trace.io import read_trace
 from ptsim.trace.schema import Epoch
+from ptsim.trace.stretch import stretch
 from ptsim.trace.trace import Trace
 from ptsim.units import format_bytes, format_count, format_seconds
 
 # A slow network, where fewer gradients are time saved, and a fast one, where a small network waits for its host.
-CLUSTERS, GPUS = ("ethernet-1g", "dgx-a100"), (1, 2, 4, 8)
+CLUSTERS, GPUS = ("ethernet-10g", "dgx-a100"), (1, 8)
+IMAGES = 100_000  # an epoch of the projected runs: with the 1437 digits, reconfigurations would be all that one sees
 
 # 1437 handwritten digits of 8×8 pixels, doubled: convolutions wide enough that a narrower one takes less time.
 SETTINGS: dict[str, Any] = {
@@ -39,8 +41,27 @@ SETTINGS: dict[str, Any] = {
 PRUNING: dict[str, Any] = {"penalty_ratio": 0.8, "interval": 2, "regularizer": "proximal"}
 
 
-def demo(*, out: Path = Path("demo"), epochs: int = SETTINGS["epochs"], seed: int = 0, json: bool = False) -> None:
-    """Train dense and PruneTrain on real digits, project both onto two clusters, write the report.
+# The paper's ResNet-50 on ImageNet as one would train it on one box of A100s today; nobody has trained it here.
+PLANNED: dict[str, Any] = {
+    "model": "torchvision:resnet50",
+    "batch": 128,
+    "gpus": 8,
+    "precision": "amp",
+    "memory_format": "channels_last",
+}
+PLANNED_PRUNING, PLANNED_CLUSTER = "lym2019/resnet50-imagenet-r0.25", "dgx-a100"
+
+
+def demo(
+    *,
+    out: Path = Path("demo"),
+    epochs: int = SETTINGS["epochs"],
+    seed: int = 0,
+    price: float = 2.0,
+    grid_intensity: float | None = None,
+    json: bool = False,
+) -> None:
+    """Train dense and PruneTrain on real digits, project both, and plan the paper's ResNet-50 on 8 A100s.
 
     Parameters
     ----------
@@ -50,10 +71,15 @@ def demo(*, out: Path = Path("demo"), epochs: int = SETTINGS["epochs"], seed: in
         Epochs of each run; fewer than the default show less pruning.
     seed:
         Seed of the weights and of the order of the images.
+    price:
+        USD per GPU-hour of the planned run; an assumption, since prices differ.
+    grid_intensity:
+        Grams of CO₂ that a kWh causes; without it, no CO₂.
     json:
         Print one JSON document instead of tables.
     """
-    from ptsim.report.build import write_report
+    from ptsim.report.build import make_report, write, write_report
+    from ptsim.report.build import summary as report_summary
     from ptsim.training.loop import train
     from ptsim.training.runfolder import refuse_used_folder
 
@@ -63,27 +89,49 @@ def demo(*, out: Path = Path("demo"), epochs: int = SETTINGS["epochs"], seed: in
     common = SETTINGS | {"epochs": epochs, "seed": seed}
     dense = read_trace(train(common | {"penalty_ratio": 0.0}, out=out / "dense", progress=True).trace)
     pruned = read_trace(train(common | PRUNING, out=out / "prunetrain", progress=True).trace)
-    savings = projected_savings(dense, pruned)
-    page = write_report([dense, pruned], out / "report", cluster=CLUSTERS[0], gpus=GPUS)
+    savings = projected_savings(stretch(dense, images=IMAGES), stretch(pruned, images=IMAGES))
+    trained = write_report([dense, pruned], out / "digits", cluster=CLUSTERS, gpus=GPUS)
+    planned = make_report(
+        planned_runs(out / "planned"),
+        cluster=PLANNED_CLUSTER,
+        gpus=(1, 8, 64),
+        price_usd_per_gpu_hour=price,
+        grid_grams_per_kwh=grid_intensity,
+    )
+    page = write(planned, out / "report")
     if json:
         print_json(
             {
                 "runs": {"dense": summary(dense), "prunetrain": summary(pruned)},
                 "clusters": list(CLUSTERS),
                 "savings": savings.astype(object).where(savings.notna(), None).to_dict("records"),
+                "planned": report_summary(planned),
                 "traces": [str(dense.path), str(pruned.path)],
                 "report": str(page),
+                "digits_report": str(trained),
             }
         )
         return
     console = stdout_console()
     console.print(_course(pruned), _comparison(dense, pruned), _projection(savings))
-    paths = f"Runs    {dense.path}\n        {pruned.path}\nReport  {page}"
-    console.print(paths, soft_wrap=True, highlight=False, markup=False)
+    paths = f"Runs     {dense.path}\n         {pruned.path}\nReports  {trained}\n         {page}"
+    console.print(f"{planned.answer.headline}\n\n{paths}", soft_wrap=True, highlight=False, markup=False)
+
+
+def planned_runs(folder: Path) -> list[Trace]:
+    """The paper's ResNet-50 on ImageNet, dense and pruned, planned and written into the folder."""
+    from ptsim.answers.plan import plan
+    from ptsim.trace.io import write_trace
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pruned = plan(**PLANNED, pruning=PLANNED_PRUNING)
+    dense = plan(**PLANNED, images=pruned.run.dataset.num_train, epochs=len(pruned.epochs))
+    runs = {"dense": dense, "prunetrain": pruned}
+    return [read_trace(write_trace(folder / f"{name}.jsonl", run)) for name, run in runs.items()]
 
 
 def projected_savings(dense: Trace, pruned: Trace) -> pd.DataFrame:
-    """`projected.savings_frame` of the two runs on every one of `CLUSTERS`."""
+    """`projected.savings_frame` of the two runs, longer than recorded, on every one of `CLUSTERS`."""
     from ptsim.hardware.catalog import load_cluster
     from ptsim.report.projected import Projector, savings_frame
     from ptsim.sim.options import Options
@@ -187,7 +235,7 @@ def _comparison(dense: Trace, pruned: Trace) -> Table:
 
 
 def _projection(savings: pd.DataFrame) -> Table:
-    table = Table(title="Where it pays: both runs projected, every GPU with the recorded mini-batch")
+    table = Table(title=f"Where it pays: the same two runs with {IMAGES:,} images an epoch, projected")
     for heading in ("cluster", "GPUs", "dense", "PruneTrain", "saved", "90 % interval"):
         table.add_column(heading, justify="left" if heading == "cluster" else "right")
     for row in savings.to_dict("records"):

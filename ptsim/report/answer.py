@@ -432,7 +432,9 @@ def format_bytes(value: float) -> str:
 
 
 def format_joules(value: float) -> str:
-    """Three significant digits."""
+    """Three significant digits; in kWh from a tenth of one on, so that a saving has the unit of what it is part of."""
+    if abs(value) >= 3.6e5:
+        return _three_digits(f"{value / 3.6e6:.6g} kWh")
     return _three_digits(units.format_joules(value))
 
 

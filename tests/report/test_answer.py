@@ -123,3 +123,8 @@ def test_a_planned_number_looks_planned(tmp_path: Path) -> None:
     assert all("from a planned run" in t.origin for t in report.answer.tiles if t.origin.startswith("projected"))
     assert not any(t.origin.startswith("measured") for t in report.answer.tiles)
     assert "2 runs planned, which nobody has trained" in report.byline
+
+
+@pytest.mark.parametrize(("joules", "text"), [(3.38e6, "0.939 kWh"), (1.9e7, "5.28 kWh"), (4.3e3, "4.3 kJ")])
+def test_energy_is_in_kilowatt_hours_from_a_tenth_of_one_on(joules: float, text: str) -> None:
+    assert answer.format_joules(joules) == text
