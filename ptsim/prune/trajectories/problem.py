@@ -78,13 +78,15 @@ class Problem:
             return np.zeros(len(self.edges))
         return np.random.default_rng(self.seed).standard_normal(len(self.edges))
 
-    def rounded(self, densities: np.ndarray, *, may_vanish: np.ndarray | None = None) -> Widths:
-        """Whole widths for densities (reconfigurations × edges), never growing again.
+    def rounded(
+        self, densities: np.ndarray, *, may_vanish: np.ndarray | None = None, offset: np.ndarray | float = 0.5
+    ) -> Widths:
+        """Whole widths for densities (reconfigurations × edges), never growing again: the floor of width plus `offset`.
 
         Edges of the mask `may_vanish` (by default the removable ones) may become empty; the others keep a channel.
         """
         removable = np.array([edge.removable for edge in self.edges]) if may_vanish is None else may_vanish
-        widths = np.floor(self.full * np.clip(densities, 0.0, 1.0) + 0.5).astype(int)
+        widths = np.floor(self.full * np.clip(densities, 0.0, 1.0) + offset).astype(int)
         widths = np.maximum(widths, np.where(removable, 0, 1))
         return np.asarray(np.minimum.accumulate(np.minimum(widths, self.full), axis=0))
 

@@ -110,6 +110,8 @@ class _Solver:
         self.targets, self.problem, self.table = targets, problem, problem.table
         self.may_vanish = np.array([edge.removable for edge in problem.edges])
         self.noise = np.exp(SCATTER * problem.noise())
+        # Equal edges are rounded at different points: a little more strength takes one channel, not one of each.
+        self.offset = 0.05 + 0.9 * ((np.arange(len(problem.edges)) * 0.6180339887) % 1.0)
         self.vanishing = np.zeros(len(problem.edges), dtype=bool)
         if targets.layers is not None:
             self.vanishing = self._vanishing(targets.layers)
@@ -162,7 +164,9 @@ class _Solver:
         with np.errstate(invalid="ignore"):
             exponent = np.where(g[:, None] > 0, g[:, None] * np.where(np.isinf(hazard), 1e9, hazard), 0.0)
         exponent = np.where(np.isinf(hazard) & (g[:, None] < 0.5), 0.0, exponent)  # a branch goes half way through
-        return self.problem.rounded(np.exp(-np.minimum(exponent, 700.0)), may_vanish=self.may_vanish)
+        return self.problem.rounded(
+            np.exp(-np.minimum(exponent, 700.0)), may_vanish=self.may_vanish, offset=self.offset
+        )
 
     def _over_run(self, fractions: np.ndarray) -> float:
         lengths = self.problem.lengths
