@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load
 # What pip resolves is decided by pyproject.toml alone; the stamp re-installs when it changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint coverage docs clean
+.PHONY: demo test check lint coverage docs clean fuzz
 
 demo: $(STAMP)
 	$(BIN)/ptsim demo --out demo
@@ -40,3 +40,6 @@ $(STAMP): pyproject.toml
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+
+fuzz: $(STAMP)  ## an hour of damaged inputs; FUZZ_SECONDS=600 for less
+	PTSIM_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),3600) $(BIN)/python -m pytest tests/fuzz -q

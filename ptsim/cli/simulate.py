@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.setting import PrecisionName
+from ptsim.sim.budget import unlimited
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
@@ -51,6 +53,7 @@ def simulate(
     epochs: int | None = None,
     images: int | None = None,
     seed: int = 0,
+    yes: bool = False,
     option: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
     json: bool = False,
 ) -> None:
@@ -83,6 +86,7 @@ def simulate(
         epochs: Number of epochs, for a run of another length. Every architecture keeps its share of the run.
         images: Number of images of an epoch, instead of the recorded one.
         seed: Seed of every random draw.
+        yes: Also run a simulation of so many events that it takes long.
         option: Any other option of ptsim.sim.options.Options as name=value, for example faults.policy=elastic. Can be
             repeated.
         json: Print one JSON document.
@@ -123,7 +127,8 @@ def simulate(
     projections: list[RunProjection] = []
     for number, path in enumerate(traces):
         trace, cache = stretch(read_trace(path), epochs=epochs, images=images), StepCache()
-        projections += [project(trace, where, n, options, device_profile=measured, cache=cache) for n in counts]
+        with unlimited() if yes else contextlib.nullcontext():
+            projections += [project(trace, where, n, options, device_profile=measured, cache=cache) for n in counts]
         if timeline is not None and number == 0:
             from ptsim.export.timeline import write_timeline
 

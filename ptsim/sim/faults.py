@@ -18,6 +18,7 @@ import msgspec
 import simpy
 
 from ptsim.errors import UsageError
+from ptsim.sim.budget import check_events
 from ptsim.sim.options import Faults
 
 Process = Generator[simpy.Event, None, None]
@@ -47,7 +48,8 @@ def simulate_faults(work_s: float, num_gpus: int, gpus_per_node: int, faults: Fa
     """The duration of `work_s` seconds of fault-free training on `num_gpus` GPUs that fail.
 
     Raises:
-        UsageError: failures come so fast that the run would hardly ever reach its next checkpoint.
+        UsageError: failures come so fast that the run would hardly ever reach its next checkpoint, or so many
+            checkpoints and failures would be simulated that it exceeds the budget of events.
     """
     rate = num_gpus / (faults.mtbf_gpu_hours * 3600)
     interval = min(faults.checkpoint_interval_s, work_s) + faults.checkpoint_s
@@ -57,6 +59,8 @@ def simulate_faults(work_s: float, num_gpus: int, gpus_per_node: int, faults: Fa
             f"no run reaches a checkpoint every {interval:.3g} s",
             hint="checkpoint more often",
         )
+    expected = faults.num_runs * (work_s / faults.checkpoint_interval_s + rate * work_s) * math.exp(rate * interval)
+    check_events(expected, "simulating the failures", "a longer checkpoint interval or fewer repetitions need fewer")
     runs = [
         _Run(work_s, num_gpus, gpus_per_node, faults, random.Random(f"{seed}/faults/{i}")).simulate()
         for i in range(faults.num_runs)

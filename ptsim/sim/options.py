@@ -21,6 +21,7 @@ GradientFormat = Literal["fp32", "fp16", "bf16"]
 
 _LINK = re.compile(r"(gpu|node|leaf)( \d+( (in|out|up|down)( nic \d+)?)?)?")
 
+_LONGEST = 1e12  # hours or seconds: beyond it a simulated clock no longer sees a second pass
 _TORCH_BUCKET_BYTES = 25 * MIB
 GRADIENT_BYTES: dict[GradientFormat, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -189,13 +190,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise UsageError(f"mixed_devices is {self.mixed_devices}, expected at least one GPU per node of each kind")
         if self.faults is not None:
             for name in ("mtbf_gpu_hours", "checkpoint_interval_s"):
-                if not 0 < getattr(self.faults, name) < math.inf:
-                    raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected a positive number")
+                if not 0 < getattr(self.faults, name) <= _LONGEST:
+                    bound = f"a positive number of at most {_LONGEST:g}"
+                    raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected {bound}")
             for name in ("checkpoint_s", "restart_s", "repair_s"):
-                if not 0 <= getattr(self.faults, name) < math.inf:
-                    raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected at least 0")
-            if self.faults.num_runs < 1:
-                raise UsageError(f"num_runs is {self.faults.num_runs}, expected at least 1")
+                if not 0 <= getattr(self.faults, name) <= _LONGEST:
+                    raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected 0 to {_LONGEST:g}")
+            if not 1 <= self.faults.num_runs <= 100_000:
+                raise UsageError(f"num_runs is {self.faults.num_runs}, expected 1 to 100000")
         check_choice(self.algorithm)
         self._check_links()
 

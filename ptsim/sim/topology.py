@@ -29,9 +29,12 @@ import simpy
 from ptsim.costs.collectives import nodes_for
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster
+from ptsim.sim.budget import check_events
 from ptsim.sim.schedules import Connection, Phase, Placement, schedule
 
 Process = Generator[simpy.Event, None, None]
+
+_EVENTS_OF_A_CHUNK = 4  # a pipe taken and freed, the next chunk, the arrival
 
 
 class PlacedJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -300,7 +303,8 @@ def simulate_all_reduces(
         events: True simulates a single job by events too.
 
     Raises:
-        UsageError: a job without ranks, with a rank twice, a negative message, or more GPUs than the cluster has.
+        UsageError: a job without ranks, with a rank twice, a negative message, more GPUs than the cluster has, or more
+            chunks than the budget of events allows.
     """
     for job in jobs:
         if not job.ranks or len(set(job.ranks)) < len(job.ranks) or min(job.ranks) < 0:
@@ -317,6 +321,11 @@ def simulate_all_reduces(
     if len(jobs) == 1 and not events:
         seconds: tuple[float, ...] = (jobs[0].repeat * sum(phase.seconds() for phase in routed[0]),)
     else:
+        chunks = sum(
+            job.repeat * sum(len(phase.connections) * phase.num_chunks for phase in phases)
+            for job, phases in zip(jobs, routed, strict=True)
+        )
+        check_events(_EVENTS_OF_A_CHUNK * chunks, "sending every chunk over its links", "--network formula needs none")
         seconds = _Traffic(fabric, routed).run(jobs)
     sent: defaultdict[int, float] = defaultdict(float)
     carried = dict.fromkeys(fabric.rates, 0.0)
