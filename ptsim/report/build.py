@@ -226,11 +226,13 @@ def _runs(count: int) -> str:
 
 def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[str]:
     notices = []
+    planned_labels = [label for label, trace in zip(run_labels(runs), runs, strict=True) if trace.is_planned]
+    if planned_labels:
+        which = "all runs" if len(planned_labels) == len(runs) else "; ".join(planned_labels)
+        notices.append(
+            f"Planned, not trained: {which}. Accuracy is not known, and how the pruned ones shrink is assumed."
+        )
     for label, trace in zip(run_labels(runs), runs, strict=True):
-        if trace.is_planned:
-            notices.append(
-                f"{label}: planned. Nobody has trained it: its accuracy is not known, and its pruning is assumed."
-            )
         planned = trace.planned_epochs
         if not trace.complete:
             of = f" of {planned} planned" if planned else ""

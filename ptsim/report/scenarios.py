@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 import pandas as pd
 
+from ptsim.costs.memory import usable_bytes
 from ptsim.hardware.spec import Cluster
 from ptsim.report import projected
 from ptsim.report.facts import Facts
@@ -64,7 +65,8 @@ def break_even_frame(facts: Facts) -> pd.DataFrame:
     """What the shown run saves as one thing changes at a time: GPUs, bandwidth or mini-batch (`lever`, `value`).
 
     The bandwidth is that of the links between nodes (bytes/s), inside the node where all GPUs share one; measured
-    all-reduce tables, which hold for one bandwidth only, are left out there. Mini-batches are per GPU at the start.
+    all-reduce tables, which hold for one bandwidth only, are left out there. Mini-batches are per GPU at the start;
+    larger ones that do not fit the device are left out.
     """
     comparison = facts.comparison
     if comparison is None:
@@ -80,7 +82,7 @@ def break_even_frame(facts: Facts) -> pd.DataFrame:
             changed = msgspec.structs.replace(cluster, tables=(), **{field: slower})
             where = facts.projector.changed(changed, facts.projector.options)
             rows.append(_row(facts, comparison, where, "bandwidth", bandwidth, facts.focus))
-    first = comparison.pruned.epochs[0].batch_per_gpu
+    first, most = comparison.pruned.epochs[0].batch_per_gpu, usable_bytes(facts.projector.device)
     for factor in BATCHES:
         batch = max(1, round(first * factor))
         scaled = msgspec.structs.replace(
@@ -89,7 +91,8 @@ def break_even_frame(facts: Facts) -> pd.DataFrame:
             baseline=with_batch(comparison.baseline, batch / first),
         )
         where = facts.projector.changed(cluster, facts.projector.options)
-        rows.append(_row(facts, scaled, where, "mini-batch", batch, facts.focus))
+        if factor <= 1 or where.run(scaled.baseline, facts.focus).epochs[0].peak_memory_bytes <= most:
+            rows.append(_row(facts, scaled, where, "mini-batch", batch, facts.focus))
     return pd.DataFrame(rows)
 
 

@@ -83,7 +83,7 @@ def epoch_breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     axes.set(xlabel="epoch", ylabel=f"time per epoch ({unit})", ylim=(0, None), xlim=(wide.index[0], wide.index[-1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     part_legend(figure, parts)
-    return finish(figure, breakdown, n="1 recorded run", band="no band: expected values")
+    return finish(figure, breakdown, n="1 run", band="no band: expected values")
 
 
 def visible_parts(breakdown: pd.DataFrame) -> list[str]:
