@@ -76,9 +76,12 @@ def test_no_name_means_two_devices():
 # consumer boards have half of it. H100 multiplies tensors at another clock than its boost clock.
 CORES = {"pascal": 128, "volta": 64, "turing": 64, "ampere": 128, "ada": 128, "hopper": 128, "blackwell": 128}
 HALF_PER_SM = {"volta": 1024, "turing": 1024, "ampere": 1024, "ada": 1024, "hopper": 4096, "blackwell": 8192}
-GEFORCE = {"rtx-2080-ti", "rtx-3080", "rtx-3090", "rtx-4090", "rtx-5090"}  # the 50 series has the tensor cores of Ada
+GEFORCE = {
+    "rtx-2080-ti", "rtx-3060-ti", "rtx-3070", "rtx-3070-ti", "rtx-3080", "rtx-3080-ti", "rtx-3090", "rtx-4070",
+    "rtx-4070-ti", "rtx-4080", "rtx-4090", "rtx-5080", "rtx-5090",
+}  # fmt: skip # the 50 series has the tensor cores of Ada
 TENSOR_CLOCK = {"h100-sxm5-80gb": 1830e6, "h200-sxm5-141gb": 1830e6, "h100-pcie-80gb": 1620e6, "b200-sxm-180gb": 1856e6}
-A100_LIKE = ("a100-", "p100-")
+A100_LIKE = ("a100-", "a30", "p100-")
 # Bits of the bus, and transfers per second and pin.
 MEMORY = {
     "gtx-1080-ti": (352, 11e9), "titan-xp": (384, 11.41e9), "p100-pcie-16gb": (4096, 1.43e9),
@@ -90,6 +93,10 @@ MEMORY = {
     "h100-sxm5-80gb": (5120, 5.238e9), "h200-sxm5-141gb": (6144, 6.25e9), "b200-sxm-180gb": (7680, 7.992e9),
     "titan-v": (3072, 1.7e9), "titan-rtx": (384, 14e9), "quadro-rtx-8000": (384, 14e9), "rtx-3080": (320, 19e9),
     "rtx-a6000": (384, 16e9), "rtx-6000-ada": (384, 20e9), "rtx-5090": (512, 28e9),
+    "a30": (3072, 2.43e9), "a40": (384, 14.5e9), "rtx-a4000": (256, 14e9), "rtx-a5000": (384, 16e9),
+    "rtx-a5500": (384, 16e9), "rtx-3060-ti": (256, 14e9), "rtx-3070": (256, 14e9), "rtx-3070-ti": (256, 19e9),
+    "rtx-3080-ti": (384, 19e9), "rtx-4070": (192, 21e9), "rtx-4070-ti": (192, 21e9), "rtx-4080": (256, 22.4e9),
+    "rtx-5080": (256, 30e9), "gtx-1070": (256, 8e9), "gtx-1080": (256, 10e9), "quadro-rtx-6000": (384, 14e9),
 }  # fmt: skip
 
 
@@ -104,7 +111,9 @@ def test_fp32_peak_is_two_flops_per_core_and_clock(name):
 @pytest.mark.parametrize("name", [name for name in device_names() if load_device(name).architecture != "pascal"])
 def test_tensor_peaks_are_flops_per_sm_and_clock_and_tf32_is_half_of_fp16(name):
     device = load_device(name)
-    per_sm = 2048 if name.startswith("a100-") else HALF_PER_SM["ada" if name in GEFORCE else device.architecture]
+    per_sm = (
+        2048 if name.startswith(("a100-", "a30")) else HALF_PER_SM["ada" if name in GEFORCE else device.architecture]
+    )
     clock = TENSOR_CLOCK.get(name, device.boost_clock_hz)
     expected = per_sm * device.num_sms * clock * (0.5 if name in GEFORCE else 1.0)
     peaks = device.peak_flops_per_s
@@ -151,6 +160,11 @@ def test_a_link_has_the_bandwidth_of_its_name(name):
         ("GeForce RTX 3090", "rtx-3090"),
         ("NVIDIA GeForce GTX 1080 Ti", "gtx-1080-ti"),
         ("TITAN Xp", "titan-xp"),
+        ("NVIDIA A30", "a30"),
+        ("NVIDIA RTX A5000", "rtx-a5000"),
+        ("NVIDIA GeForce RTX 3080 Ti", "rtx-3080-ti"),
+        ("GeForce GTX 1080", "gtx-1080"),
+        ("Quadro RTX 6000", "quadro-rtx-6000"),
     ],
 )
 def test_a_driver_name_finds_its_device(driver_name, name):
