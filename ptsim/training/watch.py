@@ -9,6 +9,8 @@ GPU one event.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +56,8 @@ class Watch:
         self._paused = False
         self._told_data = False
         self._in_backward = False
+        self._trains_in_evaluation = False
+        self._images = 0
         self._hooks: list[Any] = []
         self.batch: int | None = None
         self._caller: weakref.ref[nn.Module] | None = None
@@ -153,9 +157,14 @@ class Watch:
         self._phase, self._since = phase, now
 
     def _ignored(self, module: nn.Module) -> bool:
-        return self._paused or not module.training or not torch.is_grad_enabled()
+        """A pass that cannot be training; one in evaluation mode may be, where normalisation is frozen."""
+        return self._paused or not torch.is_grad_enabled() or not (module.training or self._trains_in_evaluation)
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused or not torch.is_grad_enabled():
+            return
+        images = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        self._images = len(images) if images is not None and images.ndim else 0
         if self._ignored(module):
             return
         if self._timer is None:
@@ -164,11 +173,7 @@ class Watch:
         caller = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
         self._caller = None if caller is None else weakref.ref(caller)
         self._enter("forward", gap=None if self._told_data else "data")
-        images = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        if images is not None and images.ndim:
-            self.num_images += len(images)
-            self._largest = max(self._largest, len(images))
-            self.batch = self._largest
+        if images is not None:
             self._note_format(images)
 
     def _note_format(self, images: Tensor) -> None:
@@ -191,14 +196,23 @@ class Watch:
         self.memory_format = "channels_last" if last else "contiguous"
 
     def _forward_ends(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._ignored(module):
+        if self._paused or not torch.is_grad_enabled():
             return
+        begins = functools.partial(self._backward_begins, _Pass(self._images, module.training))
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(self._backward_begins)  # type: ignore[no-untyped-call] # torch's gap
+                leaf.register_hook(begins)  # type: ignore[no-untyped-call] # torch's gap
 
-    def _backward_begins(self, _: Tensor) -> None:
-        if self._in_backward or self._paused:
+    def _backward_begins(self, forward: _Pass, _: Tensor) -> None:
+        if self._paused:
+            return
+        if not forward.counted:
+            forward.counted = True
+            self.num_images += forward.num_images
+            self._largest = max(self._largest, forward.num_images)
+            self.batch = self._largest or self.batch
+            self._trains_in_evaluation = self._trains_in_evaluation or not forward.training
+        if self._in_backward:
             return
         self._in_backward = True
         self._enter("backward")
@@ -230,6 +244,15 @@ class Watch:
 
 
 _END: Any = object()
+
+
+@dataclasses.dataclass
+class _Pass:
+    """A forward pass that becomes training once a gradient reaches its output."""
+
+    num_images: int
+    training: bool
+    counted: bool = False
 
 
 class _Hook:

@@ -131,7 +131,7 @@ class _Faulty:
     def __init__(self, fault: str) -> None:
         self.fault, self.calls = fault, 0
 
-    def __call__(self, logits: Any, labels: Any) -> Any:
+    def __call__(self, logits: Any, labels: Any, **_: Any) -> Any:
         import torch
 
         loss = torch.nn.functional.cross_entropy(logits, labels)

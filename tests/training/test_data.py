@@ -155,7 +155,7 @@ def test_train_limit_draws_with_the_seed(tree):
     assert not torch.equal(digits[0], digits[2])
 
 
-@pytest.mark.parametrize("make", ["nothing", "empty", "no validation", "empty class", "other classes", "not an image"])
+@pytest.mark.parametrize("make", ["nothing", "empty", "empty class", "other classes", "not an image"])
 def test_a_wrong_image_tree_is_one_sentence(tree, tmp_path, make):
     root = tmp_path / "data"
     image = (tree / "train" / "ant" / "000.png").read_bytes()
@@ -163,7 +163,6 @@ def test_a_wrong_image_tree_is_one_sentence(tree, tmp_path, make):
     expected = {
         "nothing": "there is no data folder",
         "empty": "holds no folder train",
-        "no validation": "holds no folder val or test",
         "empty class": "class folder .* holds no images",
         "other classes": "'c' is in only one of",
         "not an image": "cannot be read as an image",
@@ -172,8 +171,6 @@ def test_a_wrong_image_tree_is_one_sentence(tree, tmp_path, make):
         root.mkdir()
     if make in ("nothing", "empty"):
         classes = {}
-    if make == "no validation":
-        del classes["val"]
     if make == "other classes":
         classes["val"].append("c")
     for split, names in classes.items():

@@ -79,6 +79,22 @@ def test_validation_and_copies_are_not_part_of_the_training(tmp_path):
     assert recorder.end_epoch().num_images == 16
 
 
+def test_training_in_evaluation_mode_is_training_and_validation_with_gradients_is_not():
+    """Frozen normalisation is trained in evaluation mode; a validation that forgets no_grad has no backward."""
+    model = fresh().eval()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    for _ in range(2):
+        for images, labels in images_and_labels():
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        model(images)
+        record = recorder.end_epoch()
+        assert (record.num_images, record.num_iterations, record.batch_per_gpu) == (64, 4, 16)
+
+
 def test_a_run_that_masks_weights_with_torch_and_removes_the_masks(tmp_path):
     """torch.nn.utils.prune keeps shapes: the trace has one network, and the zeros show as sparsity."""
     model = fresh()
