@@ -209,8 +209,9 @@ def assigned(call: Call) -> Label:
     kept = _indexed(x, index) if isinstance(x, Tensor) else None
     if kept is None or (value is None and isinstance(given, fx.Node)) or isinstance(value, Facets | tuple):
         call.refuse(f"{call.op} assigns to some of these channels")
-    if value is not None:
-        meet(call, [(kept, kept), (value, value)], broadcast(kept, value)[0])
+    if isinstance(value, Tensor) and isinstance(target, fx.Node) and isinstance(given, fx.Node):
+        part = target.meta["value"][call.argument(1, "index")]
+        meet(call, [(kept, part), (value, given.meta["value"])], part)
     return None
 
 

@@ -94,6 +94,20 @@ def plain(make: Callable[[int], nn.Module]) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), make(16), nn.Conv2d(16, 32, 3, 1, 1), make(32), *head)
 
 
+class Filled(nn.Module):
+    """Channels are written into a tensor of fixed width: they cannot go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 12, 1), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        full = y.new_zeros(x.shape[0], 6, x.shape[2], x.shape[3])
+        full[:, :, 1:] = y[:, :, 1:]
+        return self.head(self.b(full).mean((2, 3)))
+
+
 class Segnet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -145,6 +159,7 @@ BROUGHT: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "item assignment": (lambda: plain(Clear), 16 + 32 + 8),
     "a GroupNorm": (lambda: plain(lambda n: nn.GroupNorm(n // 4, n)), 16 + 32 + 8),
     "a GroupNorm without parameters": (lambda: plain(lambda n: nn.GroupNorm(n // 2, n, affine=False)), 16 + 32 + 8),
+    "item assignment to a tensor of fixed width": (Filled, 12),
     "unpooling": (Segnet, 6 + 8 + 5),
     "branches of a selective kernel": (Selective, 8 + 16 + 3),
     "pixel shuffles": (Shuffled, 32 + 12),
