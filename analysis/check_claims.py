@@ -82,6 +82,16 @@ def percent(value: float, digits: int = 0) -> str:
     return f"{100 * value:.{digits}f} %".replace("-", "−")
 
 
+def planned_saving(root: Path) -> Figures:
+    """The README's picture: 8 GPUs of each kind, from the table beside it."""
+    rows = pd.read_csv(root / "docs" / "images" / "saving.csv")
+    found = [f"of {percent(rows.saved_flops_fraction.iloc[0])} of the training FLOPs"]
+    for row in rows[rows.gpus == 8].itertuples():
+        interval = f"{100 * row.saved_fraction_low:.0f} to {percent(row.saved_fraction_high)}"
+        found.append(f"{row.gpu} {percent(row.saved_fraction)} ({interval})")
+    return found
+
+
 def recorded_pair(root: Path) -> Figures:
     """The pair whose times compare."""
     of = recorded("prunetrain-r0.2", root)
@@ -246,6 +256,7 @@ def lab_four(root: Path) -> Figures:
 
 
 CHECKS: dict[str, Callable[[Path], Figures]] = {
+    "planned-saving": planned_saving,
     "recorded-pair": recorded_pair,
     "recorded-r03": recorded_r03,
     "recorded-gating": recorded_gating,

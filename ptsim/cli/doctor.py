@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.main import COMMANDS
+from ptsim.costs.tiers import Tier, ordered_tiers
 from ptsim.hardware.catalog import match_device
 from ptsim.units import format_bytes
 
@@ -123,11 +124,11 @@ def _tiers(machine: Machine) -> tuple[Ability, ...]:
         state, reason = "partly", "only this machine's CPU can be measured: torch sees no GPU"
     if reason:
         remedy = "measure on the machine with the GPU ({}) and use the file here"
-    return (
-        Ability(name="measured", state=state, reason=reason, remedy=remedy.format("ptsim train")),
-        Ability(name="profiled", state=state, reason=reason, remedy=remedy.format("ptsim calibrate gpu")),
-        Ability(name="datasheet", state="yes"),
-    )
+    special = {
+        str(tier): Ability(name=str(tier), state=state, reason=reason, remedy=remedy.format(command))
+        for tier, command in ((Tier.MEASURED, "ptsim train"), (Tier.PROFILED, "ptsim calibrate gpu"))
+    }
+    return tuple(special.get(row.name) or _anywhere(str(row.name)) for row in ordered_tiers())
 
 
 def _commands(machine: Machine) -> tuple[Ability, ...]:
