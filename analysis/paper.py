@@ -22,6 +22,7 @@ import msgspec
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ptsim.answers.cost import cost
 from ptsim.answers.plan import plan_draws
 from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import step_time
@@ -106,21 +107,18 @@ def growing(pair: Pair, cluster: str) -> Options:
     if pair.dataset == "ImageNet":
         memory = load_device("gtx-1080-ti").memory_bytes
     else:
-        epochs = pair.projected(pair.dense, cluster).epochs
-        memory = _nominal(max(epoch.peak_memory_bytes for epoch in epochs), cluster)
+        memory = _least_memory(pair.dense.final_network, pair.run.batch, cluster)
     return Options(minibatch="planned", batch_granularity=GRANULARITY, memory_bytes=memory)
 
 
-def _nominal(peak_bytes: int, cluster: str) -> int:
-    """Memory of a device on which a step of `peak_bytes` just fits."""
-    from ptsim.costs.memory import usable_bytes
-
-    device = load_cluster(cluster).gpu
-    low, high = peak_bytes, 4 * device.memory_bytes
-    while high - low > 1 << 20:
+def _least_memory(network: Network, batch: int, cluster: str) -> int:
+    """Memory of a device on which a step of `batch` images just fits, within 8 MiB."""
+    device = load_cluster(cluster).device
+    low, high = 0, device.memory_bytes
+    while high - low > 8 << 20:
         middle = (low + high) // 2
-        usable = usable_bytes(msgspec.structs.replace(device, memory_bytes=middle))
-        low, high = (middle, high) if usable < 1.02 * peak_bytes else (low, middle)
+        smaller = msgspec.structs.replace(device, memory_bytes=middle)
+        low, high = (low, middle) if cost(network, batch=batch, gpu=smaller).fits else (middle, high)
     return high
 
 

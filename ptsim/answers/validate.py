@@ -120,6 +120,12 @@ def validate(
     if cluster is not None and all(trace.run.world_size == 1 for trace in runs):
         raise UsageError("a cluster is given, but every run had one rank and so no communication")
     checks = [check_run(trace, *source_of(trace, runs, profile, holdout=holdout), cluster) for trace in runs]
+    source: Source = "device profile" if profile is not None else "other runs" if holdout else "own profiles"
+    return _summary(runs, checks, source)
+
+
+def _summary(runs: Sequence[Trace], checks: Sequence[RunCheck], source: Source) -> Validation:
+    """All runs together; a key that cannot be said is None, with its reason."""
     epochs = [epoch for check in checks for epoch in check.epochs]
     savings, unlike = _savings(runs, checks)
     memory, energy, communication = _memory_errors(epochs), _energy_errors(checks), _communication_errors(checks)
@@ -147,7 +153,7 @@ def validate(
         energy_error=max(energy, default=None),
         communication_error=max(communication, default=None),
         interval_coverage=sum(inside) / len(inside),
-        source="device profile" if profile is not None else "other runs" if holdout else "own profiles",
+        source=source,
         tiers=tuple(sorted({epoch.tier for epoch in epochs}, key=lambda name: tier_row(name).order)),
         reasons=reasons,
         runs=tuple(checks),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.markup import escape
@@ -21,6 +22,9 @@ from ptsim.trace.schema import Epoch
 from ptsim.trace.stretch import stretch
 from ptsim.trace.trace import Trace
 from ptsim.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from ptsim.report.build import Report
 
 # A slow network, where fewer gradients are time saved, and a fast one, where a small network waits for its host.
 CLUSTERS, GPUS = ("ethernet-10g", "dgx-a100"), (1, 8)
@@ -78,26 +82,23 @@ def demo(
     json:
         Print one JSON document instead of tables.
     """
-    from ptsim.report.build import make_report, write, write_report
     from ptsim.report.build import summary as report_summary
+    from ptsim.report.build import write, write_report
     from ptsim.training.loop import train
     from ptsim.training.runfolder import refuse_used_folder
 
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}, expected at least 1")
+    for name, value in (("price", price), ("grid intensity", grid_intensity or 0.0)):  # before minutes of training
+        if not 0 <= value < math.inf:
+            raise UsageError(f"{name} is {value:g}, expected a number from 0 on")
     refuse_used_folder(out)
     common = SETTINGS | {"epochs": epochs, "seed": seed}
     dense = read_trace(train(common | {"penalty_ratio": 0.0}, out=out / "dense", progress=True).trace)
     pruned = read_trace(train(common | PRUNING, out=out / "prunetrain", progress=True).trace)
     savings = projected_savings(stretch(dense, images=IMAGES), stretch(pruned, images=IMAGES))
     trained = write_report([dense, pruned], out / "digits", cluster=CLUSTERS, gpus=GPUS)
-    planned = make_report(
-        planned_runs(out / "planned"),
-        cluster=PLANNED_CLUSTER,
-        gpus=(1, 8, 64),
-        price_usd_per_gpu_hour=price,
-        grid_grams_per_kwh=grid_intensity,
-    )
+    planned = planned_report(out / "planned", price, grid_intensity)
     page = write(planned, out / "report")
     if json:
         print_json(
@@ -116,6 +117,19 @@ def demo(
     console.print(_course(pruned), _comparison(dense, pruned), _projection(savings))
     paths = f"Runs     {dense.path}\n         {pruned.path}\nReports  {trained}\n         {page}"
     console.print(f"{planned.answer.headline}\n\n{paths}", soft_wrap=True, highlight=False, markup=False)
+
+
+def planned_report(folder: Path, price: float, grid_intensity: float | None) -> Report:
+    """The report of `planned_runs` on `PLANNED_CLUSTER`, not yet written."""
+    from ptsim.report.build import make_report
+
+    return make_report(
+        planned_runs(folder),
+        cluster=PLANNED_CLUSTER,
+        gpus=(1, 8, 64),
+        price_usd_per_gpu_hour=price,
+        grid_grams_per_kwh=grid_intensity,
+    )
 
 
 def planned_runs(folder: Path) -> list[Trace]:

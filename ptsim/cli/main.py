@@ -7,6 +7,7 @@ anything else that escapes is kept in a file, and the sentence says where (`cras
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -127,7 +128,8 @@ app.config = (_refuse_numbers_that_would_be_rounded,)
 
 def _tell_what_it_does(command: list[str]) -> None:
     if command and command[0] in _WORKS:
-        say(f"ptsim {command[0]}: {_WORKS[command[0]]} …")
+        with contextlib.suppress(OSError, ValueError):  # stderr may be closed by now
+            say(f"ptsim {command[0]}: {_WORKS[command[0]]} …")
 
 
 def _fail_usage(error: cyclopts.CycloptsError) -> int:

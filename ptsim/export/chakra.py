@@ -201,32 +201,12 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
         raise UsageError(f"gpus is {ranks:,}, expected 1 to {_MOST_RANKS:,}: every rank is a file per architecture")
     if not trace.epochs:
         raise UsageError(f"{trace.path} holds no epoch, so there is no step to export")
-    profiles = {(profile.architecture, profile.batch): profile for profile in trace.profiles}
     settings: dict[tuple[str, int], list[int]] = {}
     for epoch in trace.epochs:
         settings.setdefault((epoch.architecture, epoch.batch_per_gpu), []).append(epoch.epoch)
     index, written = [], []
     for (architecture, batch), epochs in settings.items():
-        profile, network = profiles.get((architecture, batch)), trace.networks[architecture]
-        regularized = any(epoch.regularized for epoch in trace.epochs if epoch.epoch in epochs)
-        nodes = step_nodes(
-            network,
-            batch=batch,
-            num_gpus=ranks,
-            element_bytes=trace.run.precision.activation_bytes,
-            step=None if profile is None else step_of_profile(network, profile, regularizer=regularized),
-            optimizer=trace.optimizer,
-        )
-        content = encode_trace(
-            nodes,
-            {
-                "schema": f"Chakra v{SCHEMA}",
-                "model": trace.run.model,
-                "architecture": architecture,
-                "batch_per_gpu": str(batch),
-                "durations": f"measured on {profile.device}" if profile else "none",
-            },
-        )
+        content = _step_content(trace, architecture, batch, epochs, ranks)
         folder = out / f"epoch-{epochs[0]:03d}-{architecture}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -246,8 +226,36 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
                 "ranks": ranks,
             }
         )
-    write_whole(out / "index.json", msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n")
+    try:
+        write_whole(out / "index.json", msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n")
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}") from error
     return written
+
+
+def _step_content(trace: Trace, architecture: str, batch: int, epochs: Sequence[int], ranks: int) -> bytes:
+    """What every rank's file of one architecture and mini-batch holds."""
+    same = [p for p in trace.profiles if (p.architecture, p.batch) == (architecture, batch)]
+    profile, network = same[-1] if same else None, trace.networks[architecture]
+    regularized = any(epoch.regularized for epoch in trace.epochs if epoch.epoch in epochs)
+    nodes = step_nodes(
+        network,
+        batch=batch,
+        num_gpus=ranks,
+        element_bytes=trace.run.precision.activation_bytes,
+        step=None if profile is None else step_of_profile(network, profile, regularizer=regularized),
+        optimizer=trace.optimizer,
+    )
+    return encode_trace(
+        nodes,
+        {
+            "schema": f"Chakra v{SCHEMA}",
+            "model": trace.run.model,
+            "architecture": architecture,
+            "batch_per_gpu": str(batch),
+            "durations": f"measured on {profile.device}" if profile else "none",
+        },
+    )
 
 
 class _MicrosecondClock:

@@ -22,7 +22,7 @@ from ptsim.textfile import decode_json, read_bytes
 _MOST_BYTES = 64 * 2**20
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # "[1,0]<stdout>:" of Open MPI, "[0]" of Hydra: once for each piece that the process wrote, also in the middle of a row
-_LAUNCHER = re.compile(r"\[[^\]\s]*\d+,\d+\]<std(?:out|err)>:?|\[\d+\]")
+_LAUNCHER = re.compile(r"\[[^\[\]\s]{0,80}\d,\d{1,9}\]<std(?:out|err)>:?|\[\d{1,9}\]")
 _RANK = re.compile(
     r"\bRank\s+(\d{1,6})\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+\d+\s+\[[^\]]*\]\s+(.*\S)"
 )
@@ -58,6 +58,7 @@ _NODES = (  # what a launcher's option means; -N is the number of nodes for Slur
     (re.compile(r"(?:^|\s)(?:-H|--?hosts?)[= ]([\w.:,-]+)"), "hosts"),
 )
 _LARGEST = 1e18
+_LONGEST_LINE = 2000  # characters; no row has more, and patterns would search the rest for long
 _SHORTEST_S, _LONGEST_S = 1e-9, 86400.0  # of one all-reduce
 _MESSAGE = re.compile(r"[A-Za-z][^\s:]*:\d+:\d+ \[\d+\]|NCCL (?:INFO|WARN|TRACE|version)")
 _REDUCTIONS = ("sum", "prod", "max", "min", "avg", "mulsum", "all")
@@ -265,6 +266,7 @@ def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
     """Lines with their numbers; a row in whose middle NCCL wrote messages is one line again."""
     cut: tuple[int, str] | None = None
     for number, line in enumerate(text.splitlines(), start=1):
+        line = line[:_LONGEST_LINE]
         message = _MESSAGE.search(line)
         piece = _LAUNCHER.sub(" ", line[: message.start()] if message else line).rstrip()
         words = piece.split()

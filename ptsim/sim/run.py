@@ -26,7 +26,7 @@ from ptsim.hardware.spec import Cluster, Device
 from ptsim.sim.bounded import SecondsRange
 from ptsim.sim.faults import simulate_faults
 from ptsim.sim.options import Faults, Options
-from ptsim.sim.planning import Stage, plan_run
+from ptsim.sim.planning import RunPlan, Stage, plan_run
 from ptsim.sim.pricing import Pricer, RecordedSteps
 from ptsim.sim.projection import EpochProjection, RunProjection, projections_frame
 from ptsim.sim.scenario import Scenario, StepCache
@@ -71,7 +71,13 @@ def project(
         trace, cluster, num_gpus, options or Options(), device=device, device_profile=device_profile, cache=cache
     )
     pricer = Pricer(scenario)
-    plan = plan_run(scenario)
+    return _summed(pricer, plan_run(scenario))
+
+
+def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
+    """The whole run: its epochs, what begins and changes it, its failures, energy and price."""
+    scenario, options = pricer.scenario, pricer.scenario.options
+    trace, cluster, num_gpus = scenario.trace, scenario.cluster, scenario.num_gpus
     epochs = tuple(_project_epoch(pricer, stage) for stage in plan.stages)
     startup = pricer.price(plan.stages[0]).wrapping
     changes = SecondsRange.total(pricer.reconfiguration(stage) for stage in plan.stages[1:] if stage.new)
@@ -81,7 +87,7 @@ def project(
     whole = SecondsRange.total((trained, startup, changes))
     total_s, low_s, high_s = whole.expected_s, whole.low_s, whole.high_s
     fixed_s = startup.expected_s + changes.expected_s
-    options, faults, faults_s = scenario.options, None, 0.0
+    faults, faults_s = None, 0.0
     if options.faults is not None:
         faults = simulate_faults(total_s, num_gpus, cluster.gpus_per_node, options.faults, seed=options.seed)
         low_s, high_s = low_s * faults.low_s / total_s, high_s * faults.high_s / total_s

@@ -30,12 +30,13 @@ class Order:
         self._held: tuple[int, ...] = ()
         # A gradient that has the penalty, the weight's version, and what the scaler knows of this iteration.
         self._added: tuple[Tensor, int, object] | None = None
+        self._spent: tuple[Tensor, int] | None = None  # a gradient that the last update has used, and its version
         self.renew(weights, pruned=False)
 
     def renew(self, weights: Sequence[nn.Parameter], *, pruned: bool = True) -> None:
         """The penalised weights after a change of the network."""
         self._weights = [weight for weight in weights if weight.requires_grad]
-        self._added, self._held = None, ()
+        self._added, self._spent, self._held = None, None, ()
         self._pruned = self._pruned or pruned
         self.check_optimizer()
 
@@ -78,6 +79,12 @@ class Order:
                 "step was called before backward: no weight has a gradient",
                 hint="loss.backward(), then pruner.step(loss)",
             )
+        gradient = self._weights[0].grad
+        if gradient is not None and self._is_spent(gradient):
+            raise UsageError(
+                "step was called after optimizer.step: the penalty's gradient would be lost",
+                hint="loss.backward(), then pruner.step(loss), then optimizer.step()",
+            )
         self._check_unscaled()
         if self._added is None:
             return
@@ -94,6 +101,9 @@ class Order:
                 "the penalty's gradient would be added twice before optimizer.step",
                 hint="call pruner.step once per optimizer.step, also when gradients are accumulated",
             )
+
+    def _is_spent(self, gradient: Tensor) -> bool:
+        return self._spent is not None and self._spent[0] is gradient and self._spent[1] == gradient._version
 
     def _check_unscaled(self) -> None:
         scaler = self._scaler
@@ -122,4 +132,6 @@ class Order:
     def updated(self) -> bool:
         """The optimizer has stepped; whether the penalty was in the step."""
         added, self._added = self._added is not None, None
+        gradient = self._weights[0].grad if self._weights else None
+        self._spent = None if gradient is None else (gradient, gradient._version)
         return added

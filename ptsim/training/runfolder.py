@@ -133,7 +133,8 @@ def changed_config(folder: Path, changes: Mapping[str, Any]) -> Config:
     config = recorded_config(folder)
     changed = make_config(to_settings(config) | dict(changes), quiet=True) if changes else config
     trace = folder / TRACE
-    began = _began_with(trace) if trace.is_file() else config
+    begun = store.Folder(folder / CHECKPOINTS).newest() is not None  # before that the run begins anew
+    began = _began_with(trace) if begun and trace.is_file() else config
     for name in SETTINGS:
         before, after = getattr(began, name), getattr(changed, name)
         if before != after and name not in MAY_CHANGE:

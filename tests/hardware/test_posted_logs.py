@@ -107,6 +107,14 @@ def test_numbers_that_nothing_takes_are_refused(tmp_path):
             read_nccl_logs(file)
 
 
+def test_a_line_of_brackets_takes_no_time(tmp_path):
+    rows = (FOLDER / "complete_rows_no_trailer.txt").read_text()
+    file = tmp_path / "log.txt"
+    file.write_text("[" * 1_000_000 + "\n" + "a" * 1_000_000 + "\n" + rows)
+    (log,) = read_nccl_logs(file)  # quadratic patterns would take hours
+    assert log.num_gpus == 8
+
+
 def test_one_process_with_all_gpus_is_one_node(tmp_path):
     text = (FOLDER / "complete_rows_no_trailer.txt").read_text().splitlines()
     file = tmp_path / "log.txt"

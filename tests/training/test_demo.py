@@ -32,4 +32,5 @@ def test_the_demo_refuses_a_used_folder(folder, tmp_path, capsys):
     assert command(["demo", f"--out={tmp_path}"]) == 2
     assert "not empty" in capsys.readouterr().err
     assert command(["demo", f"--out={tmp_path / 'new'}", "--epochs=0"]) == 2
+    assert command(["demo", f"--out={tmp_path / 'new'}", "--price=-1"]) == 2
     assert not (tmp_path / "new").exists()

@@ -439,6 +439,20 @@ def test_a_step_before_backward_is_named():
         pruner.step(torch.tensor(2.3))
 
 
+def test_a_step_after_the_update_is_named():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    images, labels = images_and_labels()[0]
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    with pytest.raises(UsageError, match=r"called after optimizer\.step: the penalty's gradient would be lost"):
+        pruner.step(loss)
+    F.cross_entropy(model(images), labels).backward()  # gradients that are kept are gradients
+    pruner.step(loss)
+
+
 def test_a_penalty_that_is_added_twice_is_named():
     model = fresh()
     optimizer = sgd(model)
