@@ -14,58 +14,7 @@ from torch import fx, nn
 
 from ptsim.capture.rehearsal import Shape, Step
 from ptsim.network import LayerKind
-
-_OPS: dict[LayerKind, str] = {
-    LayerKind.CONV: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
-    LayerKind.LINEAR: "linear bilinear",
-    LayerKind.BATCH_NORM: "batch_norm sync_batch_norm",
-    LayerKind.NORM: "layer_norm group_norm instance_norm local_response_norm rms_norm normalize",
-    LayerKind.ACTIVATION: """
-        relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish sigmoid logsigmoid tanh hardtanh hardswish
-        hardsigmoid hardshrink softshrink tanhshrink threshold softplus softsign softmax log_softmax softmin glu
-        gumbel_softmax clamp clip erf""",
-    LayerKind.POOL: """
-        avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool1d lp_pool2d lp_pool3d
-        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-        adaptive_max_pool3d fractional_max_pool2d mean sum amax amin max min reduce var std interpolate upsample""",
-    LayerKind.ELEMENTWISE: """
-        add sub rsub mul div truediv true_divide floordiv neg pos pow square sqrt rsqrt exp log log1p abs maximum
-        minimum where lerp addcmul addcdiv reciprocal sin cos masked_fill type to float half bfloat16 double type_as""",
-    LayerKind.CONCAT: "cat concat concatenate stack hstack vstack dstack",
-    LayerKind.DROPOUT: """
-        dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout stochastic_depth
-        drop_path drop_block2d""",
-    LayerKind.MATMUL: """
-        matmul bmm mm baddbmm addmm addbmm einsum tensordot scaled_dot_product_attention multihead_attention""",
-    LayerKind.RESHAPE: """
-        flatten unflatten view view_as reshape reshape_as transpose t permute movedim moveaxis swapaxes swapdims
-        contiguous clone chunk split tensor_split unbind unsqueeze squeeze expand expand_as repeat tile
-        repeat_interleave roll rot90 flip gather scatter scatter_add index_select index_copy index_add take narrow
-        select getitem pad pixel_shuffle pixel_unshuffle channel_shuffle fold unfold detach broadcast_to
-        rearrange constant_pad1d constant_pad2d zero_pad2d reflection_pad2d replication_pad2d circular_pad2d new_zeros
-        zeros_like getattr get_relative_position_bias patch_merging_pad""",
-}
-_KIND_OF = {op: kind for kind, ops in _OPS.items() for op in ops.split()}
-# Spellings of one operator: the left one becomes the right one.
-_SPELLING = {
-    "max_pool2d_with_indices": "max_pool2d",
-    "truediv": "div",
-    "true_divide": "div",
-    "concat": "cat",
-    "concatenate": "cat",
-    "multi_head_attention": "multihead_attention",
-    "re_lu": "relu",
-    "re_lu6": "relu6",
-    "leaky_re_lu": "leaky_relu",
-    "p_re_lu": "prelu",
-    "r_re_lu": "rrelu",
-    "si_lu": "silu",
-    "log_sigmoid": "logsigmoid",
-    "softmax2d": "softmax",
-    "cross_map_lrn2d": "local_response_norm",
-    "upsampling_nearest2d": "upsample",
-    "upsampling_bilinear2d": "upsample",
-}
+from ptsim.operators import KIND_OF_OP, usual_name
 
 _PRODUCTS = {
     LayerKind.MATMUL: {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"},
@@ -95,14 +44,14 @@ def _kind_and_op(node: fx.Node, graph: fx.GraphModule) -> tuple[LayerKind, str]:
     if node.op == "call_module":
         module = graph.get_submodule(str(node.target))
         op = getattr(module, "ptsim_op", None) or _op_of_class(type(module))
-        kind = getattr(module, "ptsim_kind", None) or _KIND_OF.get(op, LayerKind.OTHER)
+        kind = getattr(module, "ptsim_kind", None) or KIND_OF_OP.get(op, LayerKind.OTHER)
         return LayerKind(kind), op
     name = str(node.target) if node.op == "call_method" else _function_name(node)
     op = name.lower().strip("_")
-    op = _SPELLING.get(op, op)
-    if op not in _KIND_OF and op[1:] in _KIND_OF and op[0] == "i":  # operator.iadd is an addition
+    op = usual_name(op)
+    if op not in KIND_OF_OP and op[1:] in KIND_OF_OP and op[0] == "i":  # operator.iadd is an addition
         op = op[1:]
-    return _KIND_OF.get(op, LayerKind.OTHER), op
+    return KIND_OF_OP.get(op, LayerKind.OTHER), op
 
 
 def operations(kind: LayerKind, counted: Mapping[str, float]) -> int:
@@ -185,7 +134,7 @@ def _function_name(node: fx.Node) -> str:
 
 def _op_of_class(kind: type[nn.Module]) -> str:
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.__name__).lower()
-    snake = _SPELLING.get(snake, snake)
+    snake = usual_name(snake)
     if match := re.fullmatch(r"(batch_norm|instance_norm|sync_batch_norm)\dd?", snake):
         return match[1]
     return snake

@@ -38,6 +38,7 @@ COMMANDS = {
     "inspect": ("inspect:inspect", "Show the channel groups of a network and prove that pruning them is exact."),
     "cost": ("cost:cost", "Count FLOPs, memory traffic, memory and all-reduced bytes of a trace or a network."),
     "calibrate": ("calibrate:app", "Measure this machine: operator times (gpu) or all-reduces (network)."),
+    "import": ("import_:app", "Import what torch.profiler recorded as a device profile."),
     "allreduce": ("allreduce:allreduce", "Predict the time of one all-reduce on a cluster."),
     "predict": ("predict:predict", "Predict the time and throughput of one training step."),
     "plan": ("plan:plan", "Plan a run that nobody has trained; its trace can be projected."),

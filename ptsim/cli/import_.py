@@ -1,0 +1,134 @@
+"""`ptsim import`: what other programs measured, in the form that ptsim's other commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ptsim.cli.common import parse_input_shape, print_json, refuse_input_as_output, stdout_console
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import device_names, load_device
+from ptsim.hardware.profile_file import write_device_profile
+from ptsim.hardware.spec import Device
+from ptsim.measure.kineto import KinetoImport, import_kineto
+from ptsim.network import MemoryFormat, Network, Precision
+from ptsim.units import format_seconds, parse_quantity
+
+app = cyclopts.App(name="import", help="Turn what other programs measured into a device profile.")
+
+
+@app.command
+def kineto(
+    files: Annotated[list[Path], Parameter(name="FILE", negative=())],
+    /,
+    *,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    device: str | None = None,
+    memory: str | None = None,
+    model: str | None = None,
+    input: Annotated[str | None, Parameter(name="--input")] = None,
+    classes: int | None = None,
+    precision: Precision | None = None,
+    memory_format: MemoryFormat | None = None,
+    json: bool = False,
+) -> None:
+    """Read training steps that torch.profiler recorded, and write the device profile that they make.
+
+    Record with record_shapes=True and call profiler.step() after every training step. predict, simulate and validate
+    take the result as --profile.
+
+    Args:
+        files: Chrome trace files of torch.profiler, gzip or not: one, or one of each rank of the same job.
+        out: the device profile to write.
+        device: catalog name or TOML file of the GPU, where the file does not name it as its driver does; any name for
+            a processor.
+        memory: of the device, as in 80GiB, where neither the file nor the catalog says.
+        model: what was trained: a zoo name, torchvision:NAME or file.py:function (imports torch). Predictions of this
+            network at this mini-batch are then the measured step itself.
+        input: CHANNELS,HEIGHT,WIDTH of the model's images, for example 3,224,224.
+        classes: the model's number of outputs.
+        precision: of the products, where the file does not say.
+        memory_format: of the activations, where the file does not say.
+        json: print one JSON document.
+    """
+    refuse_input_as_output(out, *files)
+    network = None if model is None else _network(model, input, classes)
+    found = import_kineto(
+        files,
+        device=_device(device),
+        memory_bytes=None if memory is None else _bytes(memory),
+        precision=precision,
+        memory_format=memory_format,
+        architecture="" if network is None else network.id,
+        name=model,
+    )
+    step = found.profile.steps[0]
+    if network is not None and step.num_parameters and step.num_parameters != network.num_parameters:
+        raise UsageError(
+            f"{model} has {network.num_parameters:,} parameters, the profiled step has {step.num_parameters:,}",
+            hint="--input and --classes must be those of the profiled network",
+        )
+    write_device_profile(out, found.profile)
+    if json:
+        print_json({key: getattr(found, key) for key in KinetoImport.__struct_fields__ if key != "profile"})
+    else:
+        _print(found, out)
+
+
+def _device(name: str | None) -> Device | str | None:
+    """A device of the catalog or of a file; else just a name, as of a processor."""
+    if name is None or not (name in device_names() or name.endswith(".toml")):
+        return name
+    return load_device(name)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return round(parse_quantity(text, "bytes"))
+    except ValueError as error:
+        raise UsageError(f"memory: {error}") from error
+
+
+def _network(model: str, input_shape: str | None, classes: int | None) -> Network:
+    from ptsim import zoo
+    from ptsim.capture.network import capture_network
+
+    entry = zoo.find(model)
+    count = entry.num_classes if classes is None else classes
+    shape = entry.input_shape if input_shape is None else parse_input_shape(input_shape)
+    return capture_network(zoo.create(model, num_classes=count), name=model, input_shape=shape, num_classes=count)
+
+
+def _print(found: KinetoImport, out: Path) -> None:
+    console = stdout_console(highlight=False)
+    steps = sum(rank.num_steps for rank in found.ranks)
+    batch = "" if found.batch is None else f", mini-batch {found.batch}"
+    console.print(
+        f"{found.device}: {steps} steps of {len(found.ranks)} file{'s' if len(found.ranks) > 1 else ''}{batch}, "
+        f"{found.precision}, {found.memory_format}"
+    )
+    table = Table("part", "time", "share of the step", box=SIMPLE_HEAD)
+    for name, seconds in (
+        ("step", found.step_seconds),
+        ("forward", found.forward_seconds),
+        ("backward", found.backward_seconds),
+        ("optimizer", found.optimizer_seconds),
+        ("communication", found.communication_seconds),
+        ("exposed communication", found.exposed_communication_seconds),
+    ):
+        if seconds:
+            table.add_row(name, format_seconds(seconds), f"{seconds / found.step_seconds:.1%}")
+    console.print(table)
+    if found.overlap_fraction is not None:
+        console.print(f"communication hidden behind computation: {found.overlap_fraction:.1%}")
+    console.print(f"host idle: {found.host_idle_fraction:.1%} of the step")
+    if found.device_idle_fraction is not None:
+        console.print(f"GPU idle: {found.device_idle_fraction:.1%} of the step")
+    for note in found.notes:
+        console.print(f"note: {note}")
+    console.print(f"{out}: {len(found.profile.operators)} operators")

@@ -1,0 +1,271 @@
+"""What a file of `torch.profiler` says: its events, which operator runs inside which, and which kernels it launched.
+
+The format is Chrome's trace JSON as PyTorch's Kineto library writes it. Times in the file are microseconds; here they
+are seconds. Only complete events ("ph": "X") count. Kernels are found by the id of the operator that launched them
+("External id"); operators nest by time on their own thread.
+
+Source: github.com/pytorch/kineto, libkineto/src/output_json.cpp; torch/csrc/autograd/profiler_kineto.cpp.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ptsim.errors import FileFormatError
+
+Span = tuple[float, float]  # seconds: begin, end
+
+# PyTorch before 1.12 wrote the names on the right.
+_CATEGORIES = {
+    "operator": "cpu_op",
+    "kernel": "kernel",
+    "memcpy": "gpu_memcpy",
+    "memset": "gpu_memset",
+    "runtime": "cuda_runtime",
+}
+_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_ON_HOST = ("cpu_op", "user_annotation")
+_CALLS = ("cuda_runtime", "cuda_driver")
+
+
+class Event(msgspec.Struct, kw_only=True, eq=False):
+    """One complete event.
+
+    Attributes:
+        category: "cpu_op", "user_annotation", "kernel", …
+        thread: process and thread, or device and stream.
+        arguments: what the file says of it besides; keys in lower case.
+        parent: the operator or annotation around it on the same thread.
+        children: those directly inside it.
+        kernels: on the device, launched by this very event and not by one inside it.
+    """
+
+    name: str
+    category: str
+    thread: tuple[str, str]
+    begin_s: float
+    end_s: float
+    arguments: dict[str, Any]
+    parent: Event | None = None
+    children: list[Event] = []
+    kernels: list[Event] = []
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end_s - self.begin_s
+
+    @property
+    def span(self) -> Span:
+        """Begin and end."""
+        return self.begin_s, self.end_s
+
+    def walk(self) -> Iterable[Event]:
+        """This event and all inside it."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def all_kernels(self) -> list[Event]:
+        """What it and everything inside it launched."""
+        return [kernel for event in self.walk() for kernel in event.kernels]
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether it is communication while it runs: a kernel of NCCL or RCCL, or gloo's or MPI's own work."""
+        if self.category == "kernel":
+            return "nccl" in self.name.lower() or "rccl" in self.name.lower()
+        return self.category in _ON_HOST and self.name.startswith(("gloo:", "mpi:"))
+
+
+class Recording(msgspec.Struct, kw_only=True, eq=False):
+    """One file.
+
+    Attributes:
+        device: name of the GPU that its kernels ran on; None where the file does not say, or without kernels.
+        memory_bytes: of that GPU.
+        host_name: of the machine, where the file says.
+        rank, world_size: None where the file does not say.
+        host: events of operators and annotations in the order of their begin.
+        device_events: kernels, copies and fills on the device, likewise.
+        calls: of the CUDA runtime and driver, likewise.
+    """
+
+    path: Path
+    device: str | None
+    memory_bytes: int | None
+    host_name: str | None
+    rank: int | None
+    world_size: int | None
+    host: list[Event]
+    device_events: list[Event]
+    calls: list[Event]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether kernels were recorded."""
+        return bool(self.device_events)
+
+
+class _Raw(msgspec.Struct):
+    ph: str = ""
+    name: str | int | float = ""
+    cat: str | None = None
+    ts: float | str = 0.0
+    dur: float | str = 0.0
+    pid: int | float | str = ""
+    tid: int | float | str = ""
+    args: Any = None
+
+
+class _RawDevice(msgspec.Struct):
+    id: int = 0
+    name: str = ""
+    totalGlobalMem: int = 0  # noqa: N815 - Kineto's own spelling
+
+
+class _RawFile(msgspec.Struct):
+    traceEvents: list[_Raw]  # noqa: N815 - Chrome's own spelling
+    deviceProperties: list[_RawDevice] = []  # noqa: N815 - Kineto's own spelling
+    distributedInfo: Any = None  # noqa: N815 - Kineto's own spelling
+    host_name: str | None = None
+
+
+def read_recording(path: str | Path) -> Recording:
+    """Read one file that `torch.profiler` wrote, gzip or not.
+
+    Raises:
+        FileFormatError: it cannot be read, is no Chrome trace JSON, or holds no operator.
+    """
+    path = Path(path)
+    raw = _decode(path)
+    events = [_event(path, item) for item in raw.traceEvents if item.ph == "X" and item.cat]
+    events.sort(key=lambda event: (event.begin_s, -event.end_s))
+    host = [event for event in events if event.category in _ON_HOST]
+    if not any(event.category == "cpu_op" for event in host):
+        raise FileFormatError(
+            path, "holds no operator; expected a file that torch.profiler wrote with ProfilerActivity.CPU"
+        )
+    device_events = [event for event in events if event.category in _ON_DEVICE]
+    _nest(host)
+    _launch(host, device_events)
+    gpu = _device_of(raw.deviceProperties, device_events)
+    distributed = raw.distributedInfo if isinstance(raw.distributedInfo, dict) else {}
+    return Recording(
+        path=path,
+        device=gpu.name or None,
+        memory_bytes=gpu.totalGlobalMem or None,
+        host_name=raw.host_name,
+        rank=_whole(distributed.get("rank")),
+        world_size=_whole(distributed.get("world_size")),
+        host=host,
+        device_events=device_events,
+        calls=[event for event in events if event.category in _CALLS],
+    )
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """The same time, as spans that do not touch each other, in order."""
+    joined: list[Span] = []
+    for begin, end in sorted(spans):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def length(spans: Iterable[Span]) -> float:
+    """Seconds that at least one of the spans covers."""
+    return sum(end - begin for begin, end in union(spans))
+
+
+def clip(spans: Iterable[Span], window: Span) -> list[Span]:
+    """The parts of the spans that lie in the window."""
+    cut = ((max(begin, window[0]), min(end, window[1])) for begin, end in spans)
+    return [(begin, end) for begin, end in cut if begin < end]
+
+
+def outside(spans: Sequence[Span], others: Sequence[Span]) -> float:
+    """Seconds that some of `spans` and none of `others` cover."""
+    return length([*spans, *others]) - length(others)
+
+
+def _decode(path: Path) -> _RawFile:
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except OSError as error:
+        raise FileFormatError(path, f"cannot be read: {error.strerror or error}") from error
+    except (EOFError, zlib.error) as error:
+        raise FileFormatError(path, f"is a broken gzip file: {error}") from error
+    try:
+        return msgspec.json.decode(content, type=_RawFile)
+    except msgspec.ValidationError as error:
+        raise FileFormatError(path, f"is no profile of torch.profiler: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(
+            path, f"is not JSON: {error}", hint="a trace that was cut off must be recorded again"
+        ) from error
+
+
+def _event(path: Path, raw: _Raw) -> Event:
+    try:
+        begin_us, took_us = float(raw.ts), float(raw.dur)
+    except ValueError as error:
+        raise FileFormatError(path, f"event {raw.name!r} has ts {raw.ts!r} and dur {raw.dur!r}, not numbers") from error
+    category = str(raw.cat).lower()
+    arguments = raw.args if isinstance(raw.args, dict) else {}
+    return Event(
+        name=str(raw.name),
+        category=_CATEGORIES.get(category, category),
+        thread=(str(raw.pid), str(raw.tid)),
+        begin_s=begin_us * 1e-6,
+        end_s=(begin_us + max(took_us, 0.0)) * 1e-6,
+        arguments={str(key).lower(): value for key, value in arguments.items()},
+        children=[],
+        kernels=[],
+    )
+
+
+def _nest(host: Iterable[Event]) -> None:
+    """Put every event into the innermost one of its thread that is still running when it begins."""
+    running: dict[tuple[str, str], list[Event]] = {}
+    for event in host:
+        stack = running.setdefault(event.thread, [])
+        while stack and stack[-1].end_s <= event.begin_s:
+            stack.pop()
+        if stack:
+            event.parent = stack[-1]
+            stack[-1].children.append(event)
+        stack.append(event)
+
+
+def _launch(host: Iterable[Event], device_events: Iterable[Event]) -> None:
+    """Give every device event to the operator that launched it, by the id that both have."""
+    operators = {event.arguments.get("external id"): event for event in host}
+    operators.pop(None, None)
+    for event in device_events:
+        owner = operators.get(event.arguments.get("external id"))
+        if owner is not None:
+            owner.kernels.append(event)
+
+
+def _device_of(devices: Sequence[_RawDevice], device_events: Sequence[Event]) -> _RawDevice:
+    """The GPU that ran the most of the events."""
+    if not device_events:
+        return _RawDevice()
+    used = [event.arguments.get("device") for event in device_events]
+    most = max(set(used), key=used.count)
+    return next((device for device in devices if device.id == most), _RawDevice())
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

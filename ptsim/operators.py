@@ -1,0 +1,62 @@
+"""How operators are called, and what kind of layer each is: one list for captured networks and for profiler traces."""
+
+from __future__ import annotations
+
+from ptsim.network import LayerKind
+
+_OPS: dict[LayerKind, str] = {
+    LayerKind.CONV: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+    LayerKind.LINEAR: "linear bilinear",
+    LayerKind.BATCH_NORM: "batch_norm sync_batch_norm",
+    LayerKind.NORM: "layer_norm group_norm instance_norm local_response_norm rms_norm normalize",
+    LayerKind.ACTIVATION: """
+        relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish sigmoid logsigmoid tanh hardtanh hardswish
+        hardsigmoid hardshrink softshrink tanhshrink threshold softplus softsign softmax log_softmax softmin glu
+        gumbel_softmax clamp clip erf""",
+    LayerKind.POOL: """
+        avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool1d lp_pool2d lp_pool3d
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+        adaptive_max_pool3d fractional_max_pool2d mean sum amax amin max min reduce var std interpolate upsample""",
+    LayerKind.ELEMENTWISE: """
+        add sub rsub mul div truediv true_divide floordiv neg pos pow square sqrt rsqrt exp log log1p abs maximum
+        minimum where lerp addcmul addcdiv reciprocal sin cos masked_fill type to float half bfloat16 double type_as""",
+    LayerKind.CONCAT: "cat concat concatenate stack hstack vstack dstack",
+    LayerKind.DROPOUT: """
+        dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout stochastic_depth
+        drop_path drop_block2d""",
+    LayerKind.MATMUL: """
+        matmul bmm mm baddbmm addmm addbmm einsum tensordot scaled_dot_product_attention multihead_attention""",
+    LayerKind.RESHAPE: """
+        flatten unflatten view view_as reshape reshape_as transpose t permute movedim moveaxis swapaxes swapdims
+        contiguous clone chunk split tensor_split unbind unsqueeze squeeze expand expand_as repeat tile
+        repeat_interleave roll rot90 flip gather scatter scatter_add index_select index_copy index_add take narrow
+        select getitem pad pixel_shuffle pixel_unshuffle channel_shuffle fold unfold detach broadcast_to
+        rearrange constant_pad1d constant_pad2d zero_pad2d reflection_pad2d replication_pad2d circular_pad2d new_zeros
+        zeros_like getattr get_relative_position_bias patch_merging_pad""",
+}
+KIND_OF_OP = {op: kind for kind, ops in _OPS.items() for op in ops.split()}
+# Spellings of one operator: the left one becomes the right one.
+_SPELLING = {
+    "max_pool2d_with_indices": "max_pool2d",
+    "truediv": "div",
+    "true_divide": "div",
+    "concat": "cat",
+    "concatenate": "cat",
+    "multi_head_attention": "multihead_attention",
+    "re_lu": "relu",
+    "re_lu6": "relu6",
+    "leaky_re_lu": "leaky_relu",
+    "p_re_lu": "prelu",
+    "r_re_lu": "rrelu",
+    "si_lu": "silu",
+    "log_sigmoid": "logsigmoid",
+    "softmax2d": "softmax",
+    "cross_map_lrn2d": "local_response_norm",
+    "upsampling_nearest2d": "upsample",
+    "upsampling_bilinear2d": "upsample",
+}
+
+
+def usual_name(op: str) -> str:
+    """The one spelling that ptsim uses of an operator's name in lower case."""
+    return _SPELLING.get(op, op)

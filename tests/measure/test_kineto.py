@@ -1,0 +1,241 @@
+"""Profiled steps of other programs: written by hand in Kineto's form, and recorded here by torch.profiler."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from ptsim.answers.predict import predict
+from ptsim.capture.network import capture_network
+from ptsim.cli.main import run
+from ptsim.errors import FileFormatError, UsageError
+from ptsim.hardware.profile import Setting, operator_of
+from ptsim.hardware.profile_file import read_device_profile, write_device_profile
+from ptsim.measure.kineto import import_kineto
+from ptsim.network import LayerKind, Network, Precision
+
+CONV = {
+    "Input Dims": [[4, 8, 16, 16], [32, 8, 3, 3], [], [], [], [], []],
+    "Input type": ["float", "float", "", "ScalarList", "ScalarList", "ScalarList", "Scalar"],
+    "Input Strides": [[2048, 1, 128, 8], [72, 1, 24, 8], [], [], [], [], []],
+    "Concrete Inputs": ["", "", "", "[2, 2]", "[1, 1]", "[1, 1]", "1"],
+}
+
+
+def _gpu_trace(*, rank: int = 0, comm_ms: float = 4.0, num_steps: int = 2, **head: Any) -> dict[str, Any]:
+    """Steps of 12 ms: a forward kernel of 2 ms, a backward one of 3 ms, an all-reduce that begins 1 ms before its end.
+
+    The host takes a tenth of that and runs ahead.
+    """
+    events: list[dict[str, Any]] = []
+
+    def add(cat: str, name: str, begin_ms: float, took_ms: float, tid: str | int = 1, **args: Any) -> None:
+        events.append({"ph": "X", "cat": cat, "name": name, "pid": 0 if cat == "kernel" else 99, "tid": tid,
+                       "ts": begin_ms * 1e3, "dur": took_ms * 1e3, "args": args})  # fmt: skip
+
+    for step in range(num_steps):
+        host, gpu, ident = 2.0 * step, 5.0 + 12.0 * step, 100 * step
+        add("user_annotation", f"ProfilerStep#{step}", host, 2.0)
+        add("cpu_op", "aten::conv2d", host + 0.1, 0.2, **CONV, **{"External id": ident + 1, "Sequence number": ident})
+        add("cpu_op", "aten::convolution", host + 0.12, 0.16, **{
+            "External id": ident + 2, "Sequence number": ident, "Input type": ["c10::Half", "c10::Half"]})  # fmt: skip
+        node = "autograd::engine::evaluate_function: ConvolutionBackward0"
+        add("cpu_op", node, host + 0.5, 0.3, tid=2, **{"External id": ident + 3, "Sequence number": ident})
+        add("cpu_op", "aten::convolution_backward", host + 0.55, 0.2, tid=2, **{
+            "External id": ident + 4, "Concrete Inputs": ["", "", "[False, True, False]"]})  # fmt: skip
+        gradient = {"External id": ident + 5, "Input Dims": [[32, 8, 3, 3]]}
+        add("cpu_op", "torch::autograd::AccumulateGrad", host + 0.9, 0.05, tid=2, **gradient)
+        add("user_annotation", "Optimizer.step#SGD.step", host + 1.2, 0.2)
+        add("cpu_op", "aten::add_", host + 1.25, 0.1, **{"External id": ident + 6})
+        add("kernel", "sm80_xmma_fprop", gpu, 2.0, tid=7, **{"External id": ident + 2, "device": 0})
+        add("kernel", "sm80_xmma_wgrad", gpu + 2.5, 3.0, tid=7, **{"External id": ident + 4, "device": 0})
+        add("kernel", "ncclDevKernel_AllReduce_Sum_f32_RING_LL", gpu + 4.5, comm_ms, tid=20, **{
+            "External id": ident + 5, "device": 0})  # fmt: skip
+        add("kernel", "sgd_update", gpu + 9.0, 0.5, tid=7, **{"External id": ident + 6, "device": 0})
+    return {
+        "schemaVersion": 1,
+        "deviceProperties": [{"id": 0, "name": "NVIDIA A100-SXM4-80GB", "totalGlobalMem": 85_000_000_000}],
+        "distributedInfo": {"backend": "nccl", "rank": rank, "world_size": 8},
+        "traceEvents": events,
+        **head,
+    }
+
+
+def _write(path: Path, document: object) -> Path:
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return path
+
+
+def test_kernels_of_a_gpu_trace_are_added_up_by_the_operators_that_launched_them(tmp_path: Path) -> None:
+    found = import_kineto([_write(tmp_path / "rank0.json", _gpu_trace())])
+    (row,) = found.operators
+    assert (row.op, row.forward_seconds, row.backward_seconds) == ("conv2d", pytest.approx(2e-3), pytest.approx(3e-3))
+    assert row.shape is not None
+    assert row.shape.inputs == ((8, 16, 16),)
+    assert row.shape.output == (32, 8, 8)
+    assert row.shape.stride == (2, 2)
+    assert not row.shape.input_needs_gradient
+    assert (found.precision, found.memory_format) == (Precision.FP16, "channels_last")
+    assert found.device == "NVIDIA A100-SXM4-80GB"
+
+
+def test_communication_is_exposed_where_nothing_computes(tmp_path: Path) -> None:
+    found = import_kineto([_write(tmp_path / "rank0.json", _gpu_trace())])
+    # The all-reduce runs from 4.5 to 8.5 ms of a step; a kernel covers it up to 5.5 ms.
+    assert found.communication_seconds == pytest.approx(4e-3)
+    assert found.exposed_communication_seconds == pytest.approx(3e-3)
+    assert found.overlap_fraction == pytest.approx(0.25)
+
+
+def test_a_gpu_step_lasts_from_its_first_kernel_to_the_next_steps_although_the_host_runs_ahead(tmp_path: Path) -> None:
+    found = import_kineto([_write(tmp_path / "rank0.json", _gpu_trace(num_steps=4))])
+    assert found.step_seconds == pytest.approx(12e-3)
+    assert found.images_per_second == pytest.approx(8 * 4 / 12e-3)
+    step = found.profile.steps[0]
+    # 2 ms forward, 3.5 ms with the gap in front of backward, 0.5 ms update; no communication.
+    assert (step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx((2e-3, 3.5e-3, 0.5e-3))
+    assert step.num_parameters == 32 * 8 * 9
+
+
+def test_ranks_count_with_their_mean(tmp_path: Path) -> None:
+    files = [_write(tmp_path / f"rank{rank}.json", _gpu_trace(rank=rank, comm_ms=4.0 + rank)) for rank in range(3)]
+    found = import_kineto(files)
+    assert [rank.rank for rank in found.ranks] == [0, 1, 2]
+    assert found.exposed_communication_seconds == pytest.approx(1e-3 * (3 + 3.5 + 4.5) / 3)  # less the 0.5 ms update
+
+
+def test_a_profiled_step_is_projected_onto_more_gpus(tmp_path: Path) -> None:
+    out = tmp_path / "profile.toml"
+    assert run(["import", "kineto", str(_write(tmp_path / "rank0.json", _gpu_trace())), "-o", str(out)]) == 0
+    network = _convolution_of(read_device_profile(out).operators[0].operator.inputs[0])
+    alone = predict(network, profile=out, batch=4, precision="fp16", memory_format="channels_last")
+    assert alone.tier == "profiled"
+    assert alone.step_seconds == pytest.approx(6e-3)  # the recorded 2 + 3.5 + 0.5 ms
+    many = predict(network, profile=out, batch=4, precision="fp16", memory_format="channels_last",
+                   cluster="dgx-a100-80gb", gpus=64)  # fmt: skip
+    assert many.step_seconds > alone.step_seconds
+
+
+def test_the_operators_of_a_recorded_network_are_those_that_capture_finds(
+    recorded: tuple[Path, nn.Module, Network],
+) -> None:
+    path, _, network = recorded
+    found = import_kineto([path], device="a processor", memory_bytes=2**34)
+    setting = Setting(precision=Precision.FP32, memory_format="contiguous")
+    expected = {operator_of(layer, batch=6, setting=setting) for layer in network.layers if not layer.view}
+    expected = {op for op in expected if op.kind not in (LayerKind.RESHAPE, LayerKind.OTHER)}
+    assert {time.operator for time in found.profile.operators} == expected
+    step = found.profile.steps[0]
+    assert (step.num_parameters, step.num_tensors) == (network.num_parameters, len(network.parameters))
+    assert 0 < found.forward_seconds + found.backward_seconds < found.step_seconds
+    assert found.communication_seconds == 0
+
+
+def test_the_profiled_network_itself_is_predicted_to_take_what_it_took(
+    recorded: tuple[Path, nn.Module, Network], tmp_path: Path
+) -> None:
+    path, _, network = recorded
+    found = import_kineto([path], device="a processor", memory_bytes=2**34, architecture=network.id)
+    write_device_profile(tmp_path / "p.toml", found.profile)
+    predicted = predict(network, profile=tmp_path / "p.toml", batch=6)
+    assert predicted.step_seconds == pytest.approx(found.profile.steps[0].step_s, rel=1e-5)  # six digits in the file
+
+
+def test_reading_needs_no_torch() -> None:
+    import subprocess
+
+    code = "import sys, ptsim.measure.kineto, ptsim.cli.import_; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"not json", "is not JSON"),
+        (b"[]", "is no profile"),
+        (b'{"traceEvents": []}', "holds no operator"),
+        (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a", "ts": "soon", "dur": 1}]}', "not numbers"),
+        (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "aten::add", "ts": 1, "dur": 1}]}', "training step"),
+        (gzip.compress(bytes(1000), mtime=0)[:20], "gzip"),
+    ],
+)
+def test_a_wrong_file_is_named_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, said: str
+) -> None:
+    path = tmp_path / "trace.json"
+    path.write_bytes(content)
+    assert run(["import", "kineto", str(path), "-o", str(tmp_path / "out.toml")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert str(path) in error
+    assert not (tmp_path / "out.toml").exists()
+
+
+def test_files_of_different_devices_are_refused(tmp_path: Path) -> None:
+    other = _gpu_trace(deviceProperties=[{"id": 0, "name": "Tesla V100-SXM2-32GB", "totalGlobalMem": 1}])
+    files = [_write(tmp_path / "a.json", _gpu_trace()), _write(tmp_path / "b.json", other)]
+    with pytest.raises(UsageError, match="different devices"):
+        import_kineto(files)
+
+
+def test_a_gpu_trace_without_a_gpus_name_asks_for_it(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.json", _gpu_trace(deviceProperties=[]))
+    with pytest.raises(UsageError, match="does not name the GPU"):
+        import_kineto([path])
+    assert import_kineto([path], device="NVIDIA H100 80GB HBM3").profile.memory_bytes > 70e9
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"nothing\.json"):
+        import_kineto([tmp_path / "nothing.json"])
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, Network]:
+    """A small residual network, recorded by torch.profiler on the CPU."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.norm(self.conv(x)) + x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1), Block(), nn.AvgPool2d(2, ceil_mode=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 10),
+    )  # fmt: skip
+    network = capture_network(model, name="small", input_shape=(3, 36, 36), num_classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    images, labels = torch.randn(6, 3, 36, 36), torch.randint(10, (6,))
+    path = tmp_path_factory.mktemp("kineto") / "cpu.json.gz"
+    steps = schedule(wait=1, warmup=1, active=3)
+    with profile(
+        activities=[ProfilerActivity.CPU],
+        schedule=steps,
+        record_shapes=True,
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    ) as profiler:
+        for _ in range(5):
+            loss = nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            profiler.step()
+    return path, model, network
+
+
+def _convolution_of(image: tuple[int, ...]) -> Network:
+    model = nn.Sequential(nn.Conv2d(image[0], 32, 3, stride=2, padding=1, bias=False))
+    return capture_network(model, name="one", input_shape=(image[0], image[1], image[2]), num_classes=32)
