@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
@@ -12,17 +12,25 @@ from rich.table import Table
 from ptsim.answers.repredict import RunCheck
 from ptsim.answers.validate import Validation
 from ptsim.answers.validate import validate as compare
+from ptsim.answers.validate_mllog import validate_mllog
 from ptsim.cli.common import print_json, stdout_console
+from ptsim.errors import UsageError
+from ptsim.network import MemoryFormat
 from ptsim.units import format_bytes, format_joules, format_seconds
 
 
 def validate(
-    traces: Annotated[list[Path], Parameter(name="TRACE", negative=())],
+    traces: Annotated[list[Path] | None, Parameter(name="TRACE", negative=())] = None,
     /,
     *,
     profile: Path | None = None,
     holdout: bool = False,
     cluster: str | None = None,
+    mllog: Path | None = None,
+    model: str | None = None,
+    gpus: int | None = None,
+    precision: Literal["fp32", "tf32", "amp", "fp16", "bf16"] = "amp",
+    memory_format: MemoryFormat = "channels_last",
     json: bool = False,
 ) -> None:
     """Predicted against measured, for recorded runs: time, saving, memory and energy.
@@ -37,8 +45,19 @@ def validate(
             without a profile, from the other runs.
         cluster: Cluster that data-parallel runs ran on: catalog name or TOML file, such as that of calibrate network.
             With it, their exposed communication is predicted; without it, it is taken as measured.
+        mllog: Result file of an MLPerf training run, instead of traces: its step is compared with a prediction. Needs
+            --cluster.
+        model: What the MLPerf run trained, where its benchmark does not say.
+        gpus: GPUs of the MLPerf run, where its log does not say.
+        precision: Number format of the MLPerf run's products.
+        memory_format: Layout of the MLPerf run's activations.
         json: Print one JSON document.
     """
+    if mllog is not None:
+        _validate_mllog(mllog, traces, cluster, model, gpus, precision, memory_format, json=json)
+        return
+    if not traces:
+        raise UsageError("no trace was named", hint="give trace.jsonl files or run folders, or --mllog FILE")
     result = compare(traces, profile, holdout=holdout, cluster=cluster)
     if json:
         print_json(result)
@@ -49,6 +68,45 @@ def validate(
         for note in run.notes:
             console.print(f"note: {note}")
     console.print(_summary(result))
+
+
+def _validate_mllog(
+    log: Path,
+    traces: list[Path] | None,
+    cluster: str | None,
+    model: str | None,
+    gpus: int | None,
+    precision: Literal["fp32", "tf32", "amp", "fp16", "bf16"],
+    memory_format: MemoryFormat,
+    *,
+    json: bool,
+) -> None:
+    if traces:
+        raise UsageError("--mllog stands instead of traces; leave one of them out")
+    if cluster is None:
+        raise UsageError("--mllog needs the cluster that the run was on", hint="name it with --cluster")
+    check = validate_mllog(
+        log, cluster=cluster, model=model, gpus=gpus, precision=precision, memory_format=memory_format
+    )
+    if json:
+        print_json(check)
+        return
+    console = stdout_console(highlight=False)
+    console.print(f"{check.model} on {check.gpus} GPUs of {check.cluster}, mini-batch {check.batch} per GPU ({log})")
+    table = Table("", "measured", "predicted", "90 % interval", "error", box=SIMPLE_HEAD)
+    table.add_row(
+        "step",
+        format_seconds(check.measured_step_seconds),
+        format_seconds(check.predicted_step_seconds),
+        f"{format_seconds(check.low_seconds)} – {format_seconds(check.high_seconds)}",
+        f"{check.error:+.1%}",
+    )
+    table.add_row(
+        "images/s", f"{check.measured_images_per_second:,.0f}", f"{check.predicted_images_per_second:,.0f}", "", ""
+    )
+    console.print(table)
+    for note in check.notes:
+        console.print(f"note: {note}")
 
 
 def _run_table(run: RunCheck) -> Table:

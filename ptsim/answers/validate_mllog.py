@@ -1,0 +1,115 @@
+"""How far is a prediction from what an MLPerf training run measured on a real cluster?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from ptsim.answers.predict import PrecisionName, predict
+from ptsim.costs.traffic import OPTIMIZERS
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import load_cluster
+from ptsim.measure.mllog import read_mllog
+from ptsim.network import MemoryFormat, Network
+
+MODELS = {"resnet": "torchvision:resnet50"}  # MLPerf benchmark → what it trains
+
+
+class MllogCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """One training step: measured in the log, and predicted.
+
+    Attributes:
+        low_seconds, high_seconds: 90 % interval of the predicted step.
+        error: (predicted - measured) / measured time of a step.
+        inside: whether the interval holds what was measured.
+        notes: what differs between the run and what is predicted.
+    """
+
+    log: str
+    benchmark: str | None
+    platform: str | None
+    model: str
+    cluster: str
+    gpus: int
+    batch: int
+    measured_step_seconds: float
+    predicted_step_seconds: float
+    low_seconds: float
+    high_seconds: float
+    measured_images_per_second: float
+    predicted_images_per_second: float
+    measured_epoch_seconds: float
+    error: float
+    inside: bool
+    notes: tuple[str, ...]
+
+
+def validate_mllog(
+    path: str | Path,
+    *,
+    cluster: str | Path,
+    model: str | Network | None = None,
+    gpus: int | None = None,
+    precision: PrecisionName = "amp",
+    memory_format: MemoryFormat = "channels_last",
+) -> MllogCheck:
+    """The prediction of a step beside the one that the log measured.
+
+    Args:
+        path: the run's result file with `:::MLLOG` lines.
+        cluster: catalog name or TOML file of where it ran.
+        model: what was trained; that of MLPerf's benchmark if None.
+        gpus: how many; the nodes of the log's platform ("4xDGX A100") times the cluster's GPUs per node if None.
+        precision: of the products; submissions train in half precision.
+        memory_format: of the activations.
+
+    Raises:
+        PtsimError: a broken log, an unknown benchmark or cluster, a number of GPUs that does not divide the mini-batch,
+            or that neither the log nor the caller says.
+    """
+    run = read_mllog(path)
+    where = load_cluster(cluster)
+    chosen = model or MODELS.get(run.benchmark or "")
+    if chosen is None:
+        raise UsageError(
+            f"{path} is of the benchmark {run.benchmark!r}, whose network is not known", hint="name it with --model"
+        )
+    count = gpus or (run.num_nodes * where.gpus_per_node if run.num_nodes else None)
+    if count is None:
+        raise UsageError(f"{path} does not say how many GPUs ran", hint="name them with --gpus")
+    if count < 1 or run.global_batch % count:
+        raise UsageError(f"a mini-batch of {run.global_batch} images does not share out evenly over {count} GPUs")
+    notes = []
+    optimizer = run.optimizer if run.optimizer in OPTIMIZERS else "sgd"
+    if run.optimizer not in (None, optimizer):
+        notes.append(f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted")
+    expected = predict(
+        chosen,
+        batch=run.global_batch // count,
+        precision=precision,
+        memory_format=memory_format,
+        cluster=cluster,
+        gpus=count,
+        optimizer=optimizer,
+    )
+    measured_s = run.step_seconds
+    return MllogCheck(
+        log=str(path),
+        benchmark=run.benchmark,
+        platform=run.platform,
+        model=expected.model,
+        cluster=where.name,
+        gpus=count,
+        batch=expected.batch,
+        measured_step_seconds=measured_s,
+        predicted_step_seconds=expected.step_seconds,
+        low_seconds=expected.low,
+        high_seconds=expected.high,
+        measured_images_per_second=run.images_per_second,
+        predicted_images_per_second=expected.images_per_second,
+        measured_epoch_seconds=run.epoch_seconds,
+        error=expected.step_seconds / measured_s - 1,
+        inside=expected.low <= measured_s <= expected.high,
+        notes=(*notes, *expected.notes),
+    )

@@ -1,0 +1,101 @@
+"""MLPerf logs beside predictions: lines of the published form with numbers made up for hand arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptsim.answers.predict import predict
+from ptsim.answers.validate_mllog import validate_mllog
+from ptsim.cli.main import run
+from ptsim.errors import FileFormatError, UsageError
+from ptsim.measure.mllog import read_mllog
+from ptsim.network import Network
+from tests.traces import residual_network
+
+
+def _log(path: Path, *, blocks: bool = False, **changed: Any) -> Path:
+    """Three epochs of 30, 20 and 20 s after 5 s of evaluation each; 2 × 8 GPUs, 1,600 images a step, 16,000 images."""
+    values = {
+        "submission_benchmark": "resnet",
+        "submission_platform": "2xNVIDIA DGX A100",
+        "global_batch_size": 1600,
+        "train_samples": 16_000,
+        "opt_name": "sgd",
+    } | changed
+    lines = [{"key": key, "value": value, "time_ms": 0} for key, value in values.items() if value is not None]
+    now = 1_000_000
+    for epoch, seconds in enumerate((30, 20, 20), 1):
+        name, count = ("block", 2) if blocks else ("epoch", 1)
+        metadata = {"epoch_num": epoch, "epoch_count": count}
+        lines.append({"key": f"{name}_start", "value": None, "time_ms": now, "metadata": metadata})
+        now += seconds * 1000
+        lines.append({"key": f"{name}_stop", "value": None, "time_ms": now, "metadata": metadata})
+        now += 5000
+    text = "\n".join(f":::MLLOG {json.dumps({'namespace': '', 'event_type': 'X', **line})}" for line in lines)
+    path.write_text(f"0: some other output\n{text}\n", encoding="utf-8")
+    return path
+
+
+def test_an_epoch_is_the_median_after_the_first_and_without_evaluation(tmp_path: Path) -> None:
+    found = read_mllog(_log(tmp_path / "result_0.txt"))
+    assert (found.epoch_seconds, found.num_epochs, found.num_nodes) == (20.0, 2, 2)
+    assert found.images_per_second == 800.0
+    assert found.step_seconds == 2.0
+
+
+def test_a_block_is_shared_out_over_its_epochs(tmp_path: Path) -> None:
+    assert read_mllog(_log(tmp_path / "result_0.txt", blocks=True)).epoch_seconds == 10.0
+
+
+def test_the_measured_step_stands_beside_the_prediction_of_the_same_cluster(tmp_path: Path, network: Network) -> None:
+    check = validate_mllog(_log(tmp_path / "log"), cluster="dgx-a100", model=network)
+    expected = predict(network, batch=100, precision="amp", memory_format="channels_last", cluster="dgx-a100", gpus=16)
+    assert (check.gpus, check.batch) == (16, 100)
+    assert check.measured_step_seconds == 2.0
+    assert check.predicted_step_seconds == expected.step_seconds
+    assert check.error == pytest.approx(expected.step_seconds / 2.0 - 1)
+    assert not check.inside
+
+
+def test_another_optimizer_is_noted(tmp_path: Path, network: Network) -> None:
+    check = validate_mllog(_log(tmp_path / "log", opt_name="lars"), cluster="dgx-a100", model=network)
+    assert any("lars" in note for note in check.notes)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"global_batch_size": None}, FileFormatError, "global_batch_size is None"),
+        ({"train_samples": "many"}, FileFormatError, "train_samples"),
+        ({"submission_platform": "a machine"}, UsageError, "how many GPUs"),
+        ({"submission_benchmark": "bert"}, UsageError, "bert"),
+        ({"global_batch_size": 1601}, UsageError, "evenly"),
+    ],
+)
+def test_what_the_log_does_not_say_is_asked_for(
+    tmp_path: Path, network: Network, changed: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    model = None if "submission_benchmark" in changed else network
+    with pytest.raises(error, match=said):
+        validate_mllog(_log(tmp_path / "log", **changed), cluster="dgx-a100", model=model)
+
+
+def test_files_without_such_lines_and_broken_ones_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text, said in (("nothing here\n", "holds no :::MLLOG line"), (":::MLLOG {\n", ":1: is no :::MLLOG line")):
+        path = tmp_path / "log"
+        path.write_text(text, encoding="utf-8")
+        assert run(["validate", "--mllog", str(path), "--cluster", "dgx-a100"]) == 2
+        assert said in capsys.readouterr().err
+    assert run(["validate"]) == 2
+    assert "no trace was named" in capsys.readouterr().err
+
+
+@pytest.fixture
+def network() -> Network:
+    return residual_network()
