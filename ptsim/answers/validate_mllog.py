@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
-from ptsim.answers.predict import PrecisionName, predict
+from ptsim.answers.predict import predict
 from ptsim.costs.traffic import OPTIMIZERS
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
@@ -51,7 +52,7 @@ def validate_mllog(
     cluster: str | Path,
     model: str | Network | None = None,
     gpus: int | None = None,
-    precision: PrecisionName = "amp",
+    precision: Literal["fp32", "tf32", "amp", "fp16", "bf16"] = "amp",
     memory_format: MemoryFormat = "channels_last",
 ) -> MllogCheck:
     """The prediction of a step beside the one that the log measured.

@@ -300,15 +300,15 @@ def _outermost(event: Event) -> Event:
 
 def _calls(recording: Recording, window: Span, backward: Sequence[Event]) -> list[_Call]:
     """The network's operators in forward order, linked to their backward nodes."""
-    creators: dict[object, Event] = {}
+    creators: dict[int | None, Event] = {}
     for event in _within(recording.host, window):
-        number = event.arguments.get("sequence number")
+        number = event.number("sequence number")
         is_forward = event.name.startswith("aten::") and not _is_inside(event, _BACKWARD)
         if number is not None and is_forward and not _is_inside(event, _UPDATE):
             creators[number] = event  # the last one with that number makes the node
     found: dict[int, _Call] = {}
     for node in backward:
-        creator = creators.get(node.arguments.get("sequence number"))
+        creator = creators.get(node.number("sequence number"))
         if creator is None or _ACCUMULATE in node.name:
             continue
         event = _outermost(creator)

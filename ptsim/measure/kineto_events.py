@@ -9,7 +9,7 @@ Source: github.com/pytorch/kineto, libkineto/src/output_json.cpp; torch/csrc/aut
 
 from __future__ import annotations
 
-import gzip
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import Any
 import msgspec
 
 from ptsim.errors import FileFormatError
+from ptsim.textfile import decode_json, read_bytes
 
+_MOST_BYTES = 2**31  # of a file, and of what it unpacks to: minutes of a GPU
 Span = tuple[float, float]  # seconds: begin, end
 
 # PyTorch before 1.12 wrote the names on the right.
@@ -61,6 +63,10 @@ class Event(msgspec.Struct, kw_only=True, eq=False):
         """How long it took."""
         return self.end_s - self.begin_s
 
+    def number(self, key: str) -> int | None:
+        """The whole number that the file says of it under `key`; None where it says none."""
+        return _whole(self.arguments.get(key))
+
     @property
     def span(self) -> Span:
         """Begin and end."""
@@ -68,9 +74,11 @@ class Event(msgspec.Struct, kw_only=True, eq=False):
 
     def walk(self) -> Iterable[Event]:
         """This event and all inside it."""
-        yield self
-        for child in self.children:
-            yield from child.walk()
+        waiting = [self]
+        while waiting:
+            event = waiting.pop()
+            yield event
+            waiting += reversed(event.children)
 
     def all_kernels(self) -> list[Event]:
         """What it and everything inside it launched."""
@@ -137,6 +145,9 @@ class _RawFile(msgspec.Struct):
     host_name: str | None = None
 
 
+_DECODER = msgspec.json.Decoder(_RawFile)
+
+
 def read_recording(path: str | Path) -> Recording:
     """Read one file that `torch.profiler` wrote, gzip or not.
 
@@ -198,27 +209,30 @@ def outside(spans: Sequence[Span], others: Sequence[Span]) -> float:
 
 
 def _decode(path: Path) -> _RawFile:
+    content = read_bytes(path, most=_MOST_BYTES)
+    if content[:2] == b"\x1f\x8b":
+        content = _unzipped(path, content)
+    return decode_json(path, content, _DECODER, what="a profile of torch.profiler")
+
+
+def _unzipped(path: Path, content: bytes) -> bytes:
+    stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-    except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror or error}") from error
-    except (EOFError, zlib.error) as error:
+        plain = stream.decompress(content, _MOST_BYTES)
+    except zlib.error as error:
         raise FileFormatError(path, f"is a broken gzip file: {error}") from error
-    try:
-        return msgspec.json.decode(content, type=_RawFile)
-    except msgspec.ValidationError as error:
-        raise FileFormatError(path, f"is no profile of torch.profiler: {error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(
-            path, f"is not JSON: {error}", hint="a trace that was cut off must be recorded again"
-        ) from error
+    if stream.unconsumed_tail:
+        raise FileFormatError(path, f"unpacks to more than {_MOST_BYTES:,} bytes, which is the most that are read")
+    if not stream.eof:
+        raise FileFormatError(path, "is a broken gzip file: it ends too early")
+    return plain
 
 
 def _event(path: Path, raw: _Raw) -> Event:
     try:
         begin_us, took_us = float(raw.ts), float(raw.dur)
+        if not math.isfinite(begin_us + took_us):
+            raise ValueError
     except ValueError as error:
         raise FileFormatError(path, f"event {raw.name!r} has ts {raw.ts!r} and dur {raw.dur!r}, not numbers") from error
     category = str(raw.cat).lower()
@@ -250,10 +264,10 @@ def _nest(host: Iterable[Event]) -> None:
 
 def _launch(host: Iterable[Event], device_events: Iterable[Event]) -> None:
     """Give every device event to the operator that launched it, by the id that both have."""
-    operators = {event.arguments.get("external id"): event for event in host}
+    operators: dict[int | None, Event] = {event.number("external id"): event for event in host}
     operators.pop(None, None)
     for event in device_events:
-        owner = operators.get(event.arguments.get("external id"))
+        owner = operators.get(event.number("external id"))
         if owner is not None:
             owner.kernels.append(event)
 
@@ -262,7 +276,7 @@ def _device_of(devices: Sequence[_RawDevice], device_events: Sequence[Event]) ->
     """The GPU that ran the most of the events."""
     if not device_events:
         return _RawDevice()
-    used = [event.arguments.get("device") for event in device_events]
+    used = [event.number("device") for event in device_events]
     most = max(set(used), key=used.count)
     return next((device for device in devices if device.id == most), _RawDevice())
 

@@ -29,6 +29,13 @@ def operator_shape(event: Event) -> OperatorShape | None:
     Args:
         event: an outermost ATen operator of a forward pass, with what ran inside it.
     """
+    try:
+        return _operator_shape(event)
+    except (TypeError, ValueError, IndexError, ZeroDivisionError):  # a file may say anything
+        return None
+
+
+def _operator_shape(event: Event) -> OperatorShape | None:
     op = operator_name(event)
     kind = KIND_OF_OP.get(op, LayerKind.OTHER)
     tensors = _tensors(event)
@@ -70,8 +77,8 @@ def number_type(event: Event) -> str | None:
     """The number format that the products inside ran in, as the profiler calls it ("float", "c10::Half")."""
     for name, position in (("aten::_convolution", 0), ("aten::convolution", 0), ("aten::addmm", 1), ("aten::mm", 0)):
         for inner in event.walk():
-            types = inner.arguments.get("input type") or []
-            if inner.name == name and len(types) > position and types[position]:
+            types = inner.arguments.get("input type")
+            if inner.name == name and isinstance(types, list) and len(types) > position and types[position]:
                 return str(types[position])
     return None
 
@@ -79,14 +86,21 @@ def number_type(event: Event) -> str | None:
 def memory_format(event: Event) -> MemoryFormat | None:
     """How a convolution's input lies in memory; None where strides were not recorded, or one image row says nothing."""
     dims, strides = event.arguments.get("input dims"), event.arguments.get("input strides")
-    if not dims or not strides or len(dims[0]) != 4 or len(strides[0]) != 4 or dims[0][1] == 1 or dims[0][3] == 1:
+    try:
+        (_, channels, _, width), (_, stride, _, _) = dims[0], strides[0]  # type: ignore[index] # caught below
+    except (TypeError, ValueError, IndexError, KeyError):
         return None
-    return "channels_last" if strides[0][1] == 1 else "contiguous"
+    if channels == 1 or width == 1:
+        return None
+    return "channels_last" if stride == 1 else "contiguous"
 
 
 def number_of_elements(event: Event) -> int:
     """Of the first tensor that the event was given; 0 where shapes were not recorded."""
-    tensors = _tensors(event)
+    try:
+        tensors = _tensors(event)
+    except (TypeError, ValueError):
+        return 0
     return math.prod(tensors[0]) if tensors else 0
 
 
@@ -123,8 +137,13 @@ def _convolution(event: Event, op: str, tensors: list[Shape], values: list[str])
 def computes_input_gradient(backward: Event) -> bool:
     """Whether a convolution's backward pass computed the gradient of its input; True for other operators."""
     for inner in backward.walk():
-        values = inner.arguments.get("concrete inputs") or []
-        if inner.name == "aten::convolution_backward" and values and "[" in str(values[-1]):
+        values = inner.arguments.get("concrete inputs")
+        if (
+            inner.name == "aten::convolution_backward"
+            and isinstance(values, list)
+            and values
+            and "[" in str(values[-1])
+        ):
             return str(values[-1]).strip("[ ").lower().startswith(("true", "1"))
     return True
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from ptsim.errors import FileFormatError
+from ptsim.textfile import decode_json, read_bytes
 
 _MARK = ":::MLLOG"
 _NODES = re.compile(r"\s*(\d+)\s*x", re.IGNORECASE)  # "4xNVIDIA DGX A100"
@@ -60,6 +61,9 @@ class _Line(msgspec.Struct):
     metadata: dict[str, Any] = {}
 
 
+_DECODER = msgspec.json.Decoder(_Line)
+
+
 def read_mllog(path: str | Path) -> MlperfRun:
     """Read the `:::MLLOG` lines of a result file; other lines are skipped.
 
@@ -68,10 +72,7 @@ def read_mllog(path: str | Path) -> MlperfRun:
             the number of training samples or a whole epoch.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from error
+    text = read_bytes(path).decode("utf-8", errors="replace")
     lines = [_line(path, number, line) for number, line in enumerate(text.splitlines(), 1) if _MARK in line]
     if not lines:
         raise FileFormatError(path, f"holds no {_MARK} line; expected the result file of an MLPerf training run")
@@ -97,10 +98,8 @@ def read_mllog(path: str | Path) -> MlperfRun:
 
 
 def _line(path: Path, number: int, line: str) -> _Line:
-    try:
-        return msgspec.json.decode(line[line.index(_MARK) + len(_MARK) :].strip(), type=_Line)
-    except (msgspec.DecodeError, UnicodeError) as error:
-        raise FileFormatError(path, f"is no {_MARK} line: {error}", line=number) from error
+    content = line[line.index(_MARK) + len(_MARK) :].strip()
+    return decode_json(path, content, _DECODER, line=number, what=f"a {_MARK} line")
 
 
 def _epochs(lines: list[_Line]) -> list[float]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ptsim.costs.collectives import (
     all_reduce,
+    allreduce,
     hierarchical_all_reduce_seconds,
     ring_all_reduce_seconds,
     ring_wire_bytes,
@@ -60,6 +61,13 @@ def test_every_gpu_sends_two_p_minus_one_over_p_of_the_message() -> None:
     assert ring_wire_bytes(1000, 2) == 1000
     assert ring_wire_bytes(1000, 8) == 1750
     assert all_reduce(1000, CLUSTER, 8).wire_bytes_per_gpu == 1750
+
+
+@pytest.mark.parametrize(("mebibytes", "microseconds"), [(128, 3539.5), (512, 11625), (2048, 45662), (8192, 179880)])
+def test_two_nodes_with_shared_tcpx_nics_run_at_the_rings_rate(mebibytes: int, microseconds: float) -> None:
+    """Published nccl-tests of 2 A3 High machines (8 H100 and 4 NICs of 200 Gbit/s each, GPUDirect-TCPX)."""
+    taken = allreduce("gcp-a3-highgpu-8g", 16, mebibytes * 2**20)
+    assert taken.seconds == pytest.approx(microseconds * 1e-6, rel=0.06)
 
 
 def test_one_gpu_needs_no_all_reduce() -> None:

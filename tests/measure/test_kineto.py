@@ -159,8 +159,9 @@ def test_reading_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"not json", "is not JSON"),
-        (b"[]", "is no profile"),
+        (b"not json", "not a profile of torch.profiler"),
+        (b"[]", "not a profile of torch.profiler"),
+        (b"[" * 5000, "not a profile of torch.profiler"),
         (b'{"traceEvents": []}', "holds no operator"),
         (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a", "ts": "soon", "dur": 1}]}', "not numbers"),
         (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "aten::add", "ts": 1, "dur": 1}]}', "training step"),
@@ -177,6 +178,19 @@ def test_a_wrong_file_is_named_in_one_sentence(
     assert said in error
     assert str(path) in error
     assert not (tmp_path / "out.toml").exists()
+
+
+@pytest.mark.parametrize("key", ["Input Dims", "Input type", "Input Strides", "Concrete Inputs", "Sequence number"])
+@pytest.mark.parametrize("value", ["text", 7, [["a"]], {"a": 1}, [[]], [None]])
+def test_arguments_of_another_kind_than_kinetos_are_not_recorded_shapes(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    document = _gpu_trace()
+    for event in document["traceEvents"]:
+        if event["name"] == "aten::conv2d":
+            event["args"][key] = value
+    found = import_kineto([_write(tmp_path / "a.json", document)])
+    assert found.step_seconds == pytest.approx(12e-3, rel=0.2)
 
 
 def test_files_of_different_devices_are_refused(tmp_path: Path) -> None:
