@@ -14,6 +14,7 @@ from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import step_energy
 from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.memory import iteration_memory, usable_bytes
+from ptsim.costs.scaling import contention_of, hook_seconds, widened
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import Tier, worst_tier
 from ptsim.errors import UsageError
@@ -53,6 +54,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         mfu_fraction: FLOPs of the step over what the GPUs' arithmetic could do meanwhile; None where the device's peak
             for the precision is not known.
         energy_joules: of one step on all GPUs; None for a CPU.
+        hook_seconds: of the gradients' hooks and copies into buckets; 0 on one GPU.
         notes: what makes the numbers doubtful: a profile that was not measured on a quiet machine.
     """
 
@@ -86,6 +88,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     low_energy_joules: float | None
     high_energy_joules: float | None
     by_kind: tuple[KindTime, ...]
+    hook_seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
 
@@ -141,7 +144,13 @@ def predict(
     network_tier = None
     if machine is not None and setting.data_parallel:
         times = functools.cache(lambda num_bytes: all_reduce(num_bytes, machine, setting.num_gpus))
-        parallel = data_parallel_step(subject.network, step, times)
+        parallel = data_parallel_step(
+            subject.network,
+            step,
+            times,
+            contention=contention_of(machine, setting.num_gpus),
+            tensor_s=hook_seconds(machine, setting.num_gpus),
+        )
         tiers = {times(bucket.num_bytes).tier for bucket in ddp_buckets(subject.network)}
         network_tier = worst_tier(tiers)
     notes = () if calibrated is None or step.tier != Tier.PROFILED else calibrated.doubts()
@@ -163,6 +172,8 @@ def _prediction(
     expected = None
     if parallel is not None:
         took, expected = parallel.interval(), parallel.expected
+        low_s, high_s = widened(took.expected_s, took.low_s, took.high_s, setting.num_gpus)
+        took = SecondsRange(low_s=low_s, expected_s=took.expected_s, high_s=high_s)
     need = iteration_memory(network, setting, device=device)
     count, images = setting.num_gpus, setting.num_gpus * setting.batch
     energy = None
@@ -203,6 +214,7 @@ def _prediction(
         low_energy_joules=None if energy is None else count * energy.low_j,
         high_energy_joules=None if energy is None else count * energy.high_j,
         by_kind=_by_kind(step),
+        hook_seconds=0.0 if cluster is None else hook_seconds(cluster, count) * len(network.parameters),
         notes=notes,
     )
 

@@ -16,6 +16,7 @@ from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible,
 from ptsim.costs.measured import find_profile, measured_step, of_profile, step_of_profile
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.profiled import profiled_step
+from ptsim.costs.scaling import contention_of
 from ptsim.costs.times import StepTime
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import match_device
@@ -186,6 +187,7 @@ class _Communication:
 
     def __init__(self, cluster: Cluster, num_gpus: int, *, overlap: bool) -> None:
         self._overlap = overlap
+        self._contention = contention_of(cluster, num_gpus)
         self._all_reduce = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, num_gpus))
         self._known: dict[tuple[str, int, bool], _Exposed] = {}
         nodes_for(cluster, num_gpus)  # raises where it has not so many
@@ -197,7 +199,14 @@ class _Communication:
         return self._known[key]
 
     def _simulated(self, network: Network, step: StepTime) -> _Exposed:
-        parallel = data_parallel_step(network, step, self._all_reduce, buffers=False, overlap=self._overlap)
+        parallel = data_parallel_step(
+            network,
+            step,
+            self._all_reduce,
+            contention=self._contention,
+            buffers=False,
+            overlap=self._overlap,
+        )
         exposed = parallel.interval(lambda result: result.exposed_communication_s)
         first_s = ddp.first_step_s(network, self._all_reduce)
         return _Exposed(

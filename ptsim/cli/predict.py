@@ -85,6 +85,7 @@ def _print(p: Prediction) -> None:
         *((f"{t.kind}", t.forward_seconds + t.backward_seconds) for t in p.by_kind),
         ("optimizer", p.optimizer_seconds),
         ("waiting for the host", p.overhead_seconds),
+        ("gradient hooks", p.hook_seconds),
         ("exposed communication", p.exposed_communication_seconds),
     ]
     for name, seconds in parts:

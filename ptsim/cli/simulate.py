@@ -73,7 +73,8 @@ def simulate(
         bucket_mib: Size limit of DDP's buckets. The first bucket has 1 MiB at the default, otherwise this limit too.
         network: formula takes all links of a kind for equal. links simulates every NIC and leaf switch; --set gives it
             link_bandwidth, link_latency_s and placement.
-        contention: Fraction by which computation and communication each slow down while they overlap.
+        contention: Fraction by which computation and communication each slow down while they overlap. As fitted for the
+            link if left out.
         channel_multiple: Round the channel counts of pruned networks up to a multiple of this number.
         jitter: Relative standard deviation of the step time of one GPU, or "recorded".
         input_images_per_s: Images per second that the input pipeline delivers to one GPU, or "recorded".

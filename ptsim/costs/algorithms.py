@@ -65,7 +65,8 @@ def _tree(cluster: Cluster, gpus: int, nodes: int) -> MessageWork:
     """A chain inside the node, so that a GPU sends up and down, and a double binary tree between nodes.
 
     Two nodes exchange one message each way, where every GPU has a NIC. Machines that share NICs show none of that gain:
-    ABCI and Polaris over InfiniBand, Slingshot, TCPX with 4 NICs for 8 GPUs and sockets run large messages at the ring's rate.
+    ABCI and Polaris over InfiniBand, Slingshot, GPUDirect-TCPX with 4 NICs for 8 GPUs and sockets run large messages at
+    the ring's rate.
     """
     per_node = -(-gpus // nodes)
     chain = 0.0 if per_node == 1 else (1.0 if per_node == 2 else 2.0)

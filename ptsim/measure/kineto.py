@@ -26,7 +26,14 @@ import msgspec
 
 from ptsim.errors import FileFormatError, UsageError
 from ptsim.hardware.catalog import match_device
-from ptsim.hardware.profile import DeviceProfile, Operator, OperatorShape, OperatorTime, Setting, StepMeasurement
+from ptsim.hardware.profile import (
+    DeviceProfile,
+    Operator,
+    OperatorSetting,
+    OperatorShape,
+    OperatorTime,
+    StepMeasurement,
+)
 from ptsim.hardware.profile_merge import mean_time
 from ptsim.hardware.spec import Device
 from ptsim.measure import kineto_operators as operators
@@ -407,7 +414,7 @@ def _setting(
     precision: Precision | None,
     memory_format: MemoryFormat | None,
     notes: list[str],
-) -> Setting:
+) -> OperatorSetting:
     """Number format and layout, as most convolutions and products had them."""
     types = [kind for call in calls if (kind := operators.number_type(call.event)) is not None]
     layouts = [layout for call in calls if (layout := operators.memory_format(call.event)) is not None]
@@ -423,7 +430,7 @@ def _setting(
         memory_format = _most(layouts) or "contiguous"
         if not layouts:
             notes.append("strides were not recorded; contiguous tensors were assumed")
-    return Setting(precision=precision, memory_format=memory_format)
+    return OperatorSetting(precision=precision, memory_format=memory_format)
 
 
 def _device(
@@ -454,7 +461,7 @@ def _device(
 
 
 def _operators(
-    calls: Sequence[_Call], setting: Setting, num_steps: int, notes: list[str]
+    calls: Sequence[_Call], setting: OperatorSetting, num_steps: int, notes: list[str]
 ) -> tuple[tuple[OperatorTime, ...], tuple[KernelTime, ...]]:
     """Every operator once: as the profile keeps it, and as a list for people."""
     same: dict[Operator, list[OperatorTime]] = {}
@@ -494,7 +501,7 @@ def _operators(
 
 def _measurement(
     steps: Sequence[_Step],
-    setting: Setting,
+    setting: OperatorSetting,
     batch: int | None,
     optimizer: str | None,
     architecture: str,

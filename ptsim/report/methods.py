@@ -151,9 +151,9 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
         yield _row("price of a GPU-hour", "none", "no price, so no money is reported")
     yield _row(
         "overlap",
-        f"{100 * options.contention:.0f} % slower",
-        "computation and communication slow each other while both run; the interval covers half to one and a half "
-        "times that",
+        "as fitted for the link" if options.contention is None else f"{100 * options.contention:.0f} % slower",
+        "computation and communication slow each other while both run (over PCIe by 100 %, elsewhere by 20 %, unless "
+        "given); the interval covers half to one and a half times that",
     )
     yield _row(
         "input pipeline",

@@ -16,7 +16,6 @@ from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.times import StepTime
 from ptsim.network import Network
 from ptsim.sim import ddp
-from ptsim.sim.options import Options
 from ptsim.sim.step import StepPlan, StepResult, TrainingJob, simulate_steps
 
 BOUNDS: tuple[ddp.Bound, ...] = ("low", "expected", "high")
@@ -58,7 +57,7 @@ class BoundedStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def contention_at(bound: ddp.Bound, contention: float) -> float:
-    """The contention at one end: 0.1–0.3 around the default of 0.2."""
+    """The contention at one end: 0.1–0.3 around 0.2."""
     return min(1.0, contention * {"low": 0.5, "expected": 1.0, "high": 1.5}[bound])
 
 
@@ -74,7 +73,14 @@ def bounded_step(simulate: Callable[[ddp.Bound, float], StepResult], contention:
 
 
 def data_parallel_step(
-    network: Network, step: StepTime, all_reduce: ddp.AllReduce, *, buffers: bool = True, overlap: bool = True
+    network: Network,
+    step: StepTime,
+    all_reduce: ddp.AllReduce,
+    *,
+    contention: float,
+    tensor_s: float = 0.0,
+    buffers: bool = True,
+    overlap: bool = True,
 ) -> BoundedStep:
     """One step of equal GPUs under DistributedDataParallel's defaults.
 
@@ -82,6 +88,8 @@ def data_parallel_step(
         network: what is trained.
         step: its computation on one GPU.
         all_reduce: the time of an all-reduce of so many bytes.
+        contention: by which fraction computation and communication each take longer while they overlap.
+        tensor_s: seconds of every gradient tensor's hook (`costs.scaling.hook_seconds`).
         buffers: BatchNorm's statistics are broadcast before every forward pass, as DDP does by default.
         overlap: all-reduces start during the backward pass; False where the step is compiled.
     """
@@ -89,10 +97,10 @@ def data_parallel_step(
     buffer_bytes = ddp.buffer_bytes(network) if buffers else 0
 
     def simulate(bound: ddp.Bound, contention: float) -> StepResult:
-        plan = ddp.plan_step(step, buckets, all_reduce, buffer_bytes=buffer_bytes, bound=bound)
+        plan = ddp.plan_step(step, buckets, all_reduce, buffer_bytes=buffer_bytes, tensor_s=tensor_s, bound=bound)
         return simulate_steps([TrainingJob(plan=_overlapping(plan, overlap))], contention=contention)[0]
 
-    return bounded_step(simulate, Options().contention)
+    return bounded_step(simulate, contention)
 
 
 def _overlapping(plan: StepPlan, overlap: bool) -> StepPlan:

@@ -6,7 +6,7 @@ of its `ready_layer` is done. Regularizer and optimizer run on the reduced gradi
 gradient accumulation all but the last micro-batch run under `no_sync`. Gradients are views of the buckets
 (`gradient_as_bucket_view`), as in `ptsim train`: nothing is copied out of them.
 
-`Deviation:` that every gradient is copied into its bucket (a read and a write) is not counted.
+Every gradient tensor has a hook that copies it into its bucket; what that takes is measured (`costs.scaling`).
 
 Source: torch/nn/parallel/distributed.py and torch/csrc/distributed/c10d/reducer.cpp (PyTorch 2.8).
 """
@@ -62,10 +62,11 @@ def plan_step(
     wire: Wire | None = None,
     buffer_bytes: int = 0,
     num_micro_batches: int = 1,
+    tensor_s: float = 0.0,
     bound: Bound = "expected",
 ) -> StepPlan:
     """The plan of one optimizer step: `compute_plan` with its `with_communication`."""
-    computation = compute_plan(step, buckets, num_micro_batches=num_micro_batches)
+    computation = compute_plan(step, buckets, num_micro_batches=num_micro_batches, tensor_s=tensor_s)
     return with_communication(
         computation,
         buckets,
@@ -85,13 +86,16 @@ def computation_scale(step: StepTime, bound: Bound) -> float:
     return (step.low_s if bound == "low" else step.high_s) / compute_s
 
 
-def compute_plan(step: StepTime, buckets: Sequence[Bucket], *, num_micro_batches: int = 1) -> StepPlan:
+def compute_plan(
+    step: StepTime, buckets: Sequence[Bucket], *, num_micro_batches: int = 1, tensor_s: float = 0.0
+) -> StepPlan:
     """What the GPU computes in one optimizer step, and when its buckets are ready.
 
     Args:
         step: computation of one micro-batch.
         buckets: of the gradient, in ready order; none on a single GPU. An empty `ready_layer` is the end of backward.
         num_micro_batches: gradient accumulation.
+        tensor_s: seconds of every gradient tensor's hook and copy, in front of its bucket.
 
     Raises:
         ValueError: a bucket names a layer that the step does not have.
@@ -108,6 +112,9 @@ def compute_plan(step: StepTime, buckets: Sequence[Bucket], *, num_micro_batches
     backward: list[Piece] = []
     for layer in reversed(step.layers):
         ready = ready_after[layer.layer]
+        hooks_s = tensor_s * sum(len(buckets[bucket].parameters) for bucket in ready)
+        if hooks_s:
+            backward.append(Piece(name="gradient hooks", seconds=hooks_s / num_micro_batches))
         backward.append(Piece(name=layer.layer, seconds=layer.backward_s, bucket=ready[0] if ready else None))
         backward += [Piece(name=layer.layer, seconds=0.0, bucket=bucket) for bucket in ready[1:]]
     tail = [

@@ -77,7 +77,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         link_bandwidth: link → factor on its bandwidth: {"node 3 out nic 1": 0.5}, {"gpu 5": 0.8}, {"leaf 0 up": 2}.
         link_latency_s: link → latency on top.
         placement: of several jobs: "packed" one after the other, or "striped": every node has GPUs of all of them.
-        contention: by which fraction computation and communication each take longer while they overlap.
+        contention: by which fraction computation and communication each take longer while they overlap; None: what
+            was fitted for the link (`costs.scaling`), 1 over PCIe and 0.2 elsewhere.
         channel_multiple: round pruned channel counts up to a multiple.
         one_time_epoch: reconfigure once, after this many epochs, and never before or after.
         surgery_s: of one reconfiguration; None: as recorded.
@@ -117,9 +118,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     link_bandwidth: dict[str, float] = {}
     link_latency_s: dict[str, float] = {}
     placement: Literal["packed", "striped"] = "packed"
-    # Deviation: no measurement of ours. The middle of the 10–30 % by which published simulators slow both sides
-    # (Proteus uses 0.3 for its data-parallel CNNs); the interval spans all of it.
-    contention: float = 0.2
+    contention: float | None = None
     channel_multiple: int = 1
     one_time_epoch: int | None = None
     surgery_s: float | None = None

@@ -15,6 +15,7 @@ import msgspec
 
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.memory import MemoryNeed, iteration_memory
+from ptsim.costs.scaling import contention_of, hook_seconds, widened
 from ptsim.costs.step import StepTime, step_time
 from ptsim.costs.tiers import worst_tier
 from ptsim.errors import UsageError
@@ -75,6 +76,8 @@ class Pricer:
         self.links = Links(scenario.cluster, scenario.num_gpus, scenario.options)
         self.power = Power(scenario)
         self.notes = self.links.notes
+        given = self.options.contention
+        self._contention = contention_of(scenario.cluster, scenario.num_gpus) if given is None else given
         self._prices: dict[tuple[Hashable, ...], StepPrice] = {}
         ratio = GRADIENT_BYTES[self.options.gradient_format] / 4 * self.options.compression
         self._wire = ddp.memory_bound_conversion(ratio, scenario.device.memory_bandwidth_bytes_per_s)
@@ -115,7 +118,7 @@ class Pricer:
             network=stage.network,
             setting=scenario.setting(stage.batch, stage.epoch).with_batch(stage.batch),
             device=scenario.device,
-            result=self._simulate(stage, plan, speeds, self.options.contention, num_steps=num_steps, record_gpus=shown),
+            result=self._simulate(stage, plan, speeds, self._contention, num_steps=num_steps, record_gpus=shown),
         )
 
     def _price(self, stage: Stage) -> StepPrice:
@@ -128,8 +131,8 @@ class Pricer:
             speeds, _ = self._speeds(stage, step, bound)
             return self._simulate(stage, plans[bound], speeds, contention)
 
-        bounded = bounded_step(simulate, options.contention)
-        expected, step_range = bounded.expected, bounded.interval()
+        bounded = bounded_step(simulate, self._contention)
+        expected, step_range = bounded.expected, self._with_scaling(bounded.interval())
         need = self._memory(stage)
         most = scenario.memory_bytes
         if need.device_bytes > most:
@@ -165,6 +168,12 @@ class Pricer:
             energy_j=self.power.step_j(stage, step, expected),
             tier=tier,
         )
+
+    def _with_scaling(self, seconds: SecondsRange) -> SecondsRange:
+        """The interval with what many GPUs add to it; CPUs add nothing that is known."""
+        num_gpus = self.scenario.num_gpus if self.scenario.cluster.library == "nccl" else 1
+        low_s, high_s = widened(seconds.expected_s, seconds.low_s, seconds.high_s, num_gpus)
+        return SecondsRange(low_s=low_s, expected_s=seconds.expected_s, high_s=high_s)
 
     def _wrapping_s(self, stage: Stage, tuning_s: float, plan: StepPlan, result: StepResult, bound: ddp.Bound) -> float:
         """Compiling, tuning, warming up, and DDP's first messages and step."""
@@ -221,14 +230,15 @@ class Pricer:
         options, scenario, buckets = self.options, self.scenario, self._buckets(stage)
 
         def compute() -> StepPlan:
-            plan = ddp.compute_plan(step, buckets, num_micro_batches=options.micro_batches)
+            plan = ddp.compute_plan(step, buckets, num_micro_batches=options.micro_batches, tensor_s=tensor_s)
             return plan.merged() if merged else plan
 
         key = self._key(stage)
-        ready = tuple(bucket.ready_layer for bucket in buckets)
+        tensor_s = hook_seconds(scenario.cluster, scenario.num_gpus)
+        ready = tuple((bucket.ready_layer, len(bucket.parameters)) for bucket in buckets)
         together = scenario.num_gpus > 1
         plan = ddp.with_communication(
-            scenario.cache.get(("plan", merged, ready, options.micro_batches, *key), compute),
+            scenario.cache.get(("plan", merged, ready, tensor_s, options.micro_batches, *key), compute),
             buckets,
             self.links.all_reduce,
             wire=self._wire,

@@ -164,8 +164,21 @@ def test_the_accuracy_page_states_errors_and_coverage(script):
         ],
         ignore_index=True,
     )
-    text = validate.page(rows)
+    many = pd.DataFrame(
+        {
+            "way": ["GPU", "GPU", "source", "source"],
+            "device": ["a", "b", "a", "b"],
+            "num_gpus": [8, 64, 8, 64],
+            "log_ratio": [0.1, 0.1, 0.0, 0.0],
+            "inside": [True, False, True, True],
+            "measured_efficiency": [0.9, 0.8, 0.9, 0.8],
+            "predicted_efficiency": [0.92, 0.84, 0.9, 0.8],
+        }
+    )
+    text = validate.page(rows, many)
     assert "| GPU left out | 3 | 3 | 10.0 |" in text
+    # ln(measured / predicted) of 0.1 is a throughput 1 - exp(-0.1) = 9.5 % below the prediction.
+    assert "| GPU left out | 2 | 2 | 9.5 | 9.5 | 10.5 | 50.0 | 3.0 | 3.0 |" in text
 
 
 def test_steps_that_wait_for_the_host_are_a_line_of_their_own(script):

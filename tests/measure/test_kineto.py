@@ -17,7 +17,7 @@ from ptsim.answers.predict import predict
 from ptsim.capture.network import capture_network
 from ptsim.cli.main import run
 from ptsim.errors import FileFormatError, UsageError
-from ptsim.hardware.profile import Setting, operator_of
+from ptsim.hardware.profile import OperatorSetting, operator_of
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.measure.kineto import import_kineto
 from ptsim.network import LayerKind, Network, Precision
@@ -129,7 +129,7 @@ def test_the_operators_of_a_recorded_network_are_those_that_capture_finds(
 ) -> None:
     path, _, network = recorded
     found = import_kineto([path], device="a processor", memory_bytes=2**34)
-    setting = Setting(precision=Precision.FP32, memory_format="contiguous")
+    setting = OperatorSetting(precision=Precision.FP32, memory_format="contiguous")
     expected = {operator_of(layer, batch=6, setting=setting) for layer in network.layers if not layer.view}
     expected = {op for op in expected if op.kind not in (LayerKind.RESHAPE, LayerKind.OTHER)}
     assert {time.operator for time in found.profile.operators} == expected

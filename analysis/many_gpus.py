@@ -1,0 +1,125 @@
+"""How wrong are steps of many GPUs that no fit has seen? Published rows left out by GPU and by source.
+
+    python analysis/many_gpus.py        # cross_validate prints the same table into docs/accuracy.md
+
+A row's own chip (or source) is left out everywhere: of the rows of one GPU, of single layers, and of the rows of many
+GPUs that say what scaling costs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from fit_efficiency import Problem
+from fit_scaling import Case as ManyCase
+from fit_scaling import cases, interval
+from fit_scaling import fit as fit_scaling
+from fit_scaling import rows as many_rows
+from public_rows import Case, layer_cases, training_cases
+
+from ptsim.costs.scaling import Scaling
+from ptsim.hardware.catalog import load_device
+
+
+def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
+    """One row per published row of many GPUs and way of leaving it out: measured, predicted, interval."""
+    problem = Problem(training, layers)
+    table = many_rows()
+    chips = {name: _chip(name) for name in {*table.device, *(case.device for case in (*training, *layers))}}
+    start = problem.solve(problem.weights(np.ones(len(training), np.bool_), np.ones(len(layers), np.bool_)))
+    jacobian = problem.jacobian(start)
+    shipped = cases()
+    found = []
+    for way, keys in {"GPU": table.device.map(chips), "source": table.source}.items():
+        for group in sorted(keys.unique()):
+            if way == "GPU":
+                kept = np.array([chips[case.device] != group for case in training])
+                single = np.array([chips[case.device] != group for case in layers])
+            else:
+                kept, single = np.array([case.row.source != group for case in training]), np.ones(len(layers), np.bool_)
+            weights = problem.weights(kept, single)
+            fitted = problem.fitted(problem.solve(weights, start, jacobian), weights)
+            known = sorted({case.device for case, keep in zip(training, kept, strict=True) if keep})
+            own = (keys == group).to_numpy()
+            scaling = fit_scaling([case for case, out in zip(shipped, own, strict=True) if not out])
+            spread = _spread([case for case, out in zip(shipped, own, strict=True) if not out], scaling)
+            found += [_line(way, group, case, scaling, spread) for case in cases(fitted.shipped(known), table[own])]
+    return pd.DataFrame(found)
+
+
+def _line(way: str, group: str, case: ManyCase, scaling: Scaling, spread: tuple[float, float]) -> dict[str, object]:
+    expected_s = case.predict(scaling, as_alone=False)
+    low, high = np.log(case.step.low_s / case.step.compute_s), np.log(case.step.high_s / case.step.compute_s)
+    log_ratio = float(np.log(case.seconds / expected_s))
+    reach = -float(np.hypot(low, spread[0])), float(np.hypot(high, spread[1]))
+    efficiency = np.nan if case.alone_s is None else case.alone_s / case.seconds
+    return {
+        "way": way,
+        "group": group,
+        "device": case.device,
+        "source": case.source,
+        "num_gpus": case.num_gpus,
+        "log_ratio": log_ratio,
+        "inside": reach[0] <= log_ratio <= reach[1],
+        "measured_efficiency": efficiency,
+        "predicted_efficiency": case.step.compute_s / expected_s if case.alone_s is not None else np.nan,
+    }
+
+
+def _spread(known: list[ManyCase], scaling: Scaling) -> tuple[float, float]:
+    """Ends of the scaling's own 90 % interval by the rows that are known."""
+    residuals = [
+        {
+            "way": "known",
+            "device": case.device,
+            "log_ratio": np.log(case.seconds / case.predict(scaling, as_alone=True)),
+        }
+        for case in known
+        if case.alone_s is not None
+    ]
+    return interval(pd.DataFrame(residuals))
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Errors, coverage and scaling efficiency by way of leaving out, then by number of GPUs."""
+    lines = []
+    for way, part in rows.groupby("way"):
+        lines.append(_summary(f"{way} left out", part))
+        for name, some in {
+            "… 2 to 4 GPUs": part[part.num_gpus <= 4],
+            "… 8 GPUs": part[part.num_gpus == 8],
+            "… 16 to 64 GPUs": part[part.num_gpus > 8],
+        }.items():
+            if len(some):
+                lines.append(_summary(name, some))
+    return pd.DataFrame(lines)
+
+
+def _summary(name: str, part: pd.DataFrame) -> dict[str, object]:
+    error = 100 * np.expm1(-part.log_ratio).abs()
+    points = 100 * (part.predicted_efficiency - part.measured_efficiency)
+    return {
+        "left out": name,
+        "rows": len(part),
+        "GPUs": part.device.nunique(),
+        "median error %": round(error.median(), 1),
+        "90th percentile %": round(error.quantile(0.9), 1),
+        "bias %": round(100 * float(np.expm1(part.log_ratio.median())), 1),
+        "coverage %": round(100 * part.inside.mean(), 1),
+        "scaling efficiency off by, points": round(points.abs().median(), 1),
+        "its bias, points": round(points.median(), 1),
+    }
+
+
+def _chip(name: str) -> str:
+    device = load_device(name)
+    return f"{device.architecture} {device.num_sms} SMs"
+
+
+def main() -> None:
+    """Print the table."""
+    print(summary(leave_out(training_cases(), layer_cases())).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
