@@ -11,6 +11,8 @@ from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat, Precision
 
 PrecisionName = Literal["fp32", "tf32", "fp16", "bf16", "amp"]
+Sharding = Literal["none", "zero1", "zero2"]  # what every GPU keeps only its share of: nothing, state, gradients too
+SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2")
 PRECISION_NAMES: tuple[PrecisionName, ...] = ("fp32", "tf32", "fp16", "bf16", "amp")
 
 
@@ -24,6 +26,8 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
         optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop"; decides the update's traffic and state.
         regularizer: whether the group lasso's gradient is computed.
         num_gpus: data-parallel size; from 2 on every GPU also holds the buckets of its all-reduces.
+        sharding: "zero1": every GPU keeps and updates its share of the optimizer's state; "zero2": of the gradients
+            too. Gradients are reduce-scattered and updated parameters all-gathered (Rajbhandari et al., SC 2020).
     """
 
     batch: int
@@ -32,6 +36,7 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     optimizer: str = "sgd"
     regularizer: bool = False
     num_gpus: int = 1
+    sharding: Sharding = "none"
 
     @property
     def data_parallel(self) -> bool:
@@ -46,7 +51,12 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def alone(self) -> StepSetting:
         """The same step on one GPU: all that its computation depends on."""
-        return self if self.num_gpus == 1 else msgspec.structs.replace(self, num_gpus=1)
+        return self if self.num_gpus == 1 else msgspec.structs.replace(self, num_gpus=1, sharding="none")
+
+    @property
+    def update_share(self) -> float:
+        """Which part of the parameters a GPU updates, and whose optimizer state it keeps."""
+        return 1.0 if self.sharding == "none" else 1 / self.num_gpus
 
     def with_batch(self, batch: int) -> StepSetting:
         """The same step with another mini-batch per device."""
@@ -65,6 +75,18 @@ def parse_precision(text: Precision | str) -> Precision:
         return Precision(text)
     except ValueError as error:
         raise UsageError(f"precision is {text!r}, expected one of {', '.join(PRECISION_NAMES)}") from error
+
+
+def parse_sharding(text: str) -> Sharding:
+    """The sharding called `text`.
+
+    Raises:
+        UsageError: no such sharding.
+    """
+    for known in SHARDINGS:
+        if text == known:
+            return known
+    raise UsageError(f"sharding is {text!r}, expected one of {', '.join(SHARDINGS)}")
 
 
 def whole_number(name: str, value: object) -> int:

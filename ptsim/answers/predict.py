@@ -23,7 +23,8 @@ from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
-from ptsim.setting import PrecisionName, StepSetting
+from ptsim.setting import PrecisionName, Sharding, StepSetting, parse_sharding
+from ptsim.sim import ddp
 from ptsim.sim.bounded import BoundedStep, SecondsRange, data_parallel_step
 from ptsim.trace.trace import Trace
 
@@ -104,6 +105,7 @@ def predict(
     input_shape: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
     optimizer: str | None = None,
+    sharding: Sharding = "none",
     profile: str | Path | None = None,
 ) -> Prediction:
     """Time and throughput of one training step.
@@ -120,6 +122,7 @@ def predict(
         input_shape: of one image; what the model usually takes if None.
         num_classes: outputs; the model's usual number if None.
         optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop"; a trace's own, else sgd.
+        sharding: "zero1" or "zero2": every GPU keeps its share of the optimizer's state, and of the gradients too.
         profile: a device profile from `ptsim calibrate gpu`, used where it is of this device.
 
     Raises:
@@ -139,6 +142,7 @@ def predict(
         optimizer=optimizer,
         num_gpus=1 if machine is None else (machine.gpus_per_node if gpus is None else gpus),
     )
+    setting = msgspec.structs.replace(setting, sharding=parse_sharding(sharding))
     step = step_time(subject.network, device, setting, measurements=_measurements(subject, device, calibrated))
     parallel: BoundedStep | None = None
     network_tier = None
@@ -150,6 +154,7 @@ def predict(
             times,
             contention=contention_of(machine, setting.num_gpus),
             tensor_s=hook_seconds(machine, setting.num_gpus),
+            shards=ddp.shards_of(subject.network, setting),
         )
         tiers = {times(bucket.num_bytes).tier for bucket in ddp_buckets(subject.network)}
         network_tier = worst_tier(tiers)
@@ -202,7 +207,7 @@ def _prediction(
         network_tier=network_tier,
         forward_seconds=step.forward_s,
         backward_seconds=step.backward_s,
-        optimizer_seconds=step.optimizer_s,
+        optimizer_seconds=setting.update_share * step.optimizer_s,
         overhead_seconds=step.overhead_s,
         exposed_communication_seconds=0.0 if expected is None else expected.exposed_communication_s,
         communication_seconds=0.0 if expected is None else expected.communication_s,

@@ -15,7 +15,7 @@ from ptsim.errors import UsageError
 from ptsim.hardware.catalog import device_names, load_device
 from ptsim.hardware.profile_file import write_device_profile
 from ptsim.hardware.spec import Device
-from ptsim.measure.kineto import KinetoImport, import_kineto
+from ptsim.measure.kineto import UNKNOWN, KinetoImport, import_kineto
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.units import format_seconds, parse_quantity
 
@@ -64,7 +64,7 @@ def kineto(
         memory_bytes=None if memory is None else _bytes(memory),
         precision=precision,
         memory_format=memory_format,
-        architecture="" if network is None else network.id,
+        architecture=UNKNOWN if network is None else network.id,
         name=model,
     )
     step = found.profile.steps[0]

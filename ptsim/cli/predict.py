@@ -13,7 +13,7 @@ from ptsim.answers.predict import Prediction
 from ptsim.answers.predict import predict as predict_step
 from ptsim.cli.common import parse_input_shape, print_json, stdout_console
 from ptsim.network import MemoryFormat
-from ptsim.setting import PrecisionName
+from ptsim.setting import PrecisionName, Sharding
 from ptsim.units import format_bytes, format_joules, format_seconds
 
 
@@ -30,6 +30,7 @@ def predict(
     input: Annotated[str | None, Parameter(name="--input")] = None,
     classes: int | None = None,
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] | None = None,
+    sharding: Sharding = "none",
     profile: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -47,6 +48,7 @@ def predict(
         input: Image shape as CHANNELS,HEIGHT,WIDTH, for example 3,224,224.
         classes: Number of classes that the network tells apart.
         optimizer: Optimizer whose update is counted. Default: the trace's own, else sgd.
+        sharding: zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too.
         profile: Device profile that `ptsim calibrate gpu` wrote.
         json: Print one JSON document; low and high are the 90 % interval of step_seconds.
     """
@@ -61,6 +63,7 @@ def predict(
         input_shape=None if input is None else parse_input_shape(input),
         num_classes=classes,
         optimizer=optimizer,
+        sharding=sharding,
         profile=profile,
     )
     if json:

@@ -16,7 +16,7 @@ from ptsim.cli.common import is_count, print_json, refuse_input_as_output, say, 
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import read_device_profile
-from ptsim.setting import PrecisionName
+from ptsim.setting import PrecisionName, Sharding
 from ptsim.sim.budget import unlimited
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection, projection_row
@@ -39,6 +39,7 @@ def simulate(
     device: str | None = None,
     precision: PrecisionName | None = None,
     gradients: Literal["fp32", "fp16", "bf16"] = "fp32",
+    sharding: Sharding = "none",
     micro_batches: int = 1,
     bucket_mib: float = 25.0,
     network: Literal["formula", "links"] = "formula",
@@ -69,6 +70,7 @@ def simulate(
         device: GPU that replaces the cluster's own: catalog name or TOML file.
         precision: Number format of the matrix products, instead of the recorded one; amp is fp16 autocast.
         gradients: Number format in which gradients are sent.
+        sharding: zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too.
         micro_batches: Gradient accumulation: number of passes that each mini-batch is split into.
         bucket_mib: Size limit of DDP's buckets. The first bucket has 1 MiB at the default, otherwise this limit too.
         network: formula takes all links of a kind for equal. links simulates every NIC and leaf switch; --set gives it
@@ -105,6 +107,7 @@ def simulate(
         "device": device,
         "precision": precision,
         "gradient_format": gradients,
+        "sharding": sharding,
         "micro_batches": micro_batches,
         "bucket_bytes": round(bucket_mib * 2**20),
         "network": network,

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.walked import layer_workspace, walked_footprint
 from ptsim.errors import UnknownNameError
 from ptsim.hardware.spec import Device
@@ -79,7 +80,8 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     Args:
         network: what is trained.
         setting: how a step is run. channels_last spares the layout copies around tensor-core convolutions; on several
-            GPUs DistributedDataParallel's buckets hold the gradients all the time (gradient_as_bucket_view).
+            GPUs DistributedDataParallel's buckets hold the gradients all the time (gradient_as_bucket_view); sharded
+            gradients leave one bucket and the GPU's own share.
         device: a GPU adds workspaces and rounding; None and a CPU are tensors alone.
 
     Raises:
@@ -95,9 +97,13 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     block = _BLOCK if gpu else 1
     seen = footprint_of(network, gpu=gpu, half=setting.half)
     weights = _round_each((4 * p.num_elements for p in network.parameters), block)
-    states = _OPTIMIZER_STATES[optimizer] * weights
+    shared = setting.num_gpus if setting.sharding != "none" else 1
+    states = _share(_OPTIMIZER_STATES[optimizer] * weights, shared)
     library = _library_workspace(network, device) if device is not None and gpu else 0
     gradients = weights if data_parallel else 0
+    if setting.sharding == "zero2":
+        largest = max((bucket.num_bytes for bucket in ddp_buckets(network)), default=0)
+        gradients = min(gradients, _share(weights, shared) + largest)
     copies = seen.weight_copy_bytes
     kept = seen.kept_fixed_bytes + batch * seen.kept_image_bytes - copies
     highest = _highest(seen, network, batch, memory_format=memory_format, buckets=data_parallel)
@@ -105,16 +111,17 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     width = precision.activation_bytes
     workspace = max((layer_workspace(layer, batch, width, memory_format) for layer in network.layers), default=0)
     persistent = weights + seen.buffer_bytes + states + library + images + gradients
-    copies_of_update = (
-        _UPDATE_COPIES * weights if gpu else 4 * max((p.num_elements for p in network.parameters), default=0)
-    )
-    update = weights - gradients + copies_of_update
+    if gpu:
+        copies_of_update = _share(_UPDATE_COPIES * weights, shared)
+    else:
+        copies_of_update = 4 * max((p.num_elements for p in network.parameters), default=0)
+    update = (0 if data_parallel else weights) + copies_of_update
     peak = persistent + max(highest, update)
     margin = CPU_HALF_MARGIN if setting.half else CPU_MARGIN
     return MemoryNeed(
         activation_bytes=kept,
         parameter_bytes=weights + seen.buffer_bytes + copies,
-        gradient_bytes=weights,
+        gradient_bytes=gradients or weights,
         optimizer_bytes=states,
         workspace_bytes=library + workspace,
         peak_bytes=peak,
@@ -122,6 +129,11 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
         if gpu
         else round((1 + margin) * peak) + fallback_scratch(network, 1 if device is None else device.num_sms),
     )
+
+
+def _share(num_bytes: float, parts: int) -> int:
+    """The largest of so many equal shares."""
+    return math.ceil(num_bytes / parts)
 
 
 def largest_batch(

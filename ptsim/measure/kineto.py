@@ -52,6 +52,7 @@ from ptsim.operators import KIND_OF_OP
 from ptsim.units import GIB
 
 T = TypeVar("T")
+UNKNOWN = "unknown"  # architecture of a step whose network nobody named
 _STEP_MARK, _UPDATE, _BACKWARD = "ProfilerStep#", "Optimizer.step#", "autograd::engine::evaluate_function:"
 _ACCUMULATE = "torch::autograd::AccumulateGrad"
 _TF32 = re.compile(r"tf32|tensorop_s\d|_s1688|s1688gemm")  # kernels of cuDNN, cuBLAS and CUTLASS
@@ -158,7 +159,7 @@ def import_kineto(
     memory_bytes: int | None = None,
     precision: Precision | None = None,
     memory_format: MemoryFormat | None = None,
-    architecture: str = "",
+    architecture: str = UNKNOWN,
     name: str | None = None,
 ) -> KinetoImport:
     """Read profiled training steps: one file, or one of each rank of the same job.
@@ -169,7 +170,7 @@ def import_kineto(
         memory_bytes: of that device, where neither the file nor the catalog says.
         precision: of the products, where the file does not say.
         memory_format: of the activations, likewise.
-        architecture: id of the profiled network, so that its steps are looked up whole; "" if unknown.
+        architecture: id of the profiled network, so that its steps are looked up whole.
         name: of the network; the first file's name if None.
 
     Raises:

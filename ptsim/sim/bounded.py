@@ -79,6 +79,7 @@ def data_parallel_step(
     *,
     contention: float,
     tensor_s: float = 0.0,
+    shards: ddp.Shards | None = None,
     buffers: bool = True,
     overlap: bool = True,
 ) -> BoundedStep:
@@ -90,6 +91,7 @@ def data_parallel_step(
         all_reduce: the time of an all-reduce of so many bytes.
         contention: by which fraction computation and communication each take longer while they overlap.
         tensor_s: seconds of every gradient tensor's hook (`costs.scaling.hook_seconds`).
+        shards: of ZeRO; None for none.
         buffers: BatchNorm's statistics are broadcast before every forward pass, as DDP does by default.
         overlap: all-reduces start during the backward pass; False where the step is compiled.
     """
@@ -97,7 +99,9 @@ def data_parallel_step(
     buffer_bytes = ddp.buffer_bytes(network) if buffers else 0
 
     def simulate(bound: ddp.Bound, contention: float) -> StepResult:
-        plan = ddp.plan_step(step, buckets, all_reduce, buffer_bytes=buffer_bytes, tensor_s=tensor_s, bound=bound)
+        plan = ddp.plan_step(
+            step, buckets, all_reduce, buffer_bytes=buffer_bytes, tensor_s=tensor_s, shards=shards, bound=bound
+        )
         return simulate_steps([TrainingJob(plan=_overlapping(plan, overlap))], contention=contention)[0]
 
     return bounded_step(simulate, contention)

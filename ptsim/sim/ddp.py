@@ -23,10 +23,36 @@ from ptsim.costs.buckets import Bucket
 from ptsim.costs.collectives import AllReduceTime
 from ptsim.costs.times import StepTime
 from ptsim.network import LayerKind, Network
+from ptsim.setting import StepSetting
 from ptsim.sim.step import Collective, Piece, StepPlan
 
 AllReduce = Callable[[int], AllReduceTime]
 Bound = Literal["low", "expected", "high"]
+
+
+# An all-reduce is a reduce-scatter and an all-gather, or a reduction and a broadcast, of the same bytes.
+_HALF = 0.5
+
+
+class Shards(msgspec.Struct, frozen=True, kw_only=True):
+    """ZeRO: every GPU keeps the optimizer's state of its share of the parameters, and updates it.
+
+    Attributes:
+        share: of the parameters.
+        parameter_bytes: of all parameters, which are gathered after the update.
+
+    Source: Rajbhandari et al., ZeRO, SC 2020, sections 5 and 7: stages 1 and 2 send as many bytes as an all-reduce.
+    """
+
+    share: float
+    parameter_bytes: int
+
+
+def shards_of(network: Network, setting: StepSetting) -> Shards | None:
+    """The shards of a step; None where nothing is sharded."""
+    if setting.sharding == "none" or not setting.data_parallel:
+        return None
+    return Shards(share=setting.update_share, parameter_bytes=gradient_bytes(network))
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,16 +89,21 @@ def plan_step(
     buffer_bytes: int = 0,
     num_micro_batches: int = 1,
     tensor_s: float = 0.0,
+    shards: Shards | None = None,
     bound: Bound = "expected",
 ) -> StepPlan:
     """The plan of one optimizer step: `compute_plan` with its `with_communication`."""
-    computation = compute_plan(step, buckets, num_micro_batches=num_micro_batches, tensor_s=tensor_s)
+    share = 1.0 if shards is None else shards.share
+    computation = compute_plan(
+        step, buckets, num_micro_batches=num_micro_batches, tensor_s=tensor_s, update_share=share
+    )
     return with_communication(
         computation,
         buckets,
         all_reduce,
         wire=wire,
         buffer_bytes=buffer_bytes,
+        shards=shards,
         bound=bound,
         scale=computation_scale(step, bound),
     )
@@ -87,7 +118,12 @@ def computation_scale(step: StepTime, bound: Bound) -> float:
 
 
 def compute_plan(
-    step: StepTime, buckets: Sequence[Bucket], *, num_micro_batches: int = 1, tensor_s: float = 0.0
+    step: StepTime,
+    buckets: Sequence[Bucket],
+    *,
+    num_micro_batches: int = 1,
+    tensor_s: float = 0.0,
+    update_share: float = 1.0,
 ) -> StepPlan:
     """What the GPU computes in one optimizer step, and when its buckets are ready.
 
@@ -96,6 +132,7 @@ def compute_plan(
         buckets: of the gradient, in ready order; none on a single GPU. An empty `ready_layer` is the end of backward.
         num_micro_batches: gradient accumulation.
         tensor_s: seconds of every gradient tensor's hook and copy, in front of its bucket.
+        update_share: which part of the parameters a GPU updates; the group lasso is computed whole.
 
     Raises:
         ValueError: a bucket names a layer that the step does not have.
@@ -119,7 +156,7 @@ def compute_plan(
         backward += [Piece(name=layer.layer, seconds=0.0, bucket=bucket) for bucket in ready[1:]]
     tail = [
         Piece(name=name, seconds=seconds)
-        for name, seconds in (("regularizer", step.regularizer_s), ("optimizer", step.optimizer_s))
+        for name, seconds in (("regularizer", step.regularizer_s), ("optimizer", update_share * step.optimizer_s))
         if seconds
     ]
     return StepPlan(
@@ -139,6 +176,7 @@ def with_communication(
     wire: Wire | None = None,
     buffer_bytes: int = 0,
     used_bytes: int = 0,
+    shards: Shards | None = None,
     bound: Bound = "expected",
     scale: float = 1.0,
 ) -> StepPlan:
@@ -151,50 +189,55 @@ def with_communication(
         wire: compression of the gradient.
         buffer_bytes: broadcast before the forward pass; 0 for none.
         used_bytes: of the map of used parameters, reduced after the last bucket (find_unused_parameters); 0 for none.
+        shards: gradients are reduce-scattered, and the updated parameters are gathered before the next forward pass:
+            either is half of an all-reduce.
         bound: whether a collective takes its expected time or that at an end of its 90 % interval.
         scale: of all computation.
     """
     wire = wire or Wire()
+    kind, part = ("AllReduce", 1.0) if shards is None else ("ReduceScatter", _HALF)
     collectives = [
-        _reduced(
-            f"AllReduce of bucket {i}",
+        _collective(
+            f"{kind} of bucket {i}",
             all_reduce(num_bytes := round(bucket.num_bytes * wire.ratio)),
             num_bytes,
             bound,
-            bucket.num_bytes * wire.conversion_s_per_byte,
+            conversion_s=bucket.num_bytes * wire.conversion_s_per_byte,
+            part=part,
         )
         for i, bucket in enumerate(buckets)
     ]
     backward = computation.backward
     if used_bytes and buckets:
-        collectives.append(_reduced("AllReduce of used parameters", all_reduce(used_bytes), used_bytes, bound))
+        collectives.append(_collective("AllReduce of used parameters", all_reduce(used_bytes), used_bytes, bound))
         backward = (*backward, Piece(name="used parameters", seconds=0.0, bucket=len(buckets)))
-    head: tuple[Collective, ...] = ()
+    head: list[Collective] = []
+    if shards is not None and buckets:
+        size = shards.parameter_bytes
+        gathered = _collective("AllGather of parameters", all_reduce(size), size, bound, part=_HALF)
+        head.append(msgspec.structs.replace(gathered, carries="parameters"))
     if buffer_bytes:
-        time = all_reduce(buffer_bytes)
-        broadcast = Collective(
-            name="Broadcast of buffers",
-            seconds=broadcast_s(time, bound),
-            num_bytes=buffer_bytes,
-            wire_bytes_per_gpu=time.wire_bytes_per_gpu / 2,
-        )
-        head = (broadcast,)
+        broadcast = _collective("Broadcast of buffers", all_reduce(buffer_bytes), buffer_bytes, bound, part=_HALF)
+        head.append(msgspec.structs.replace(broadcast, carries="buffers"))
     return StepPlan(
         forward=_scaled(computation.forward, scale),
         backward=_scaled(backward, scale),
         tail=_scaled(computation.tail, scale),
         buckets=tuple(collectives),
-        head=head,
+        head=tuple(head),
         num_micro_batches=computation.num_micro_batches,
     )
 
 
-def _reduced(name: str, time: AllReduceTime, num_bytes: int, bound: Bound, conversion_s: float = 0.0) -> Collective:
+def _collective(
+    name: str, time: AllReduceTime, num_bytes: int, bound: Bound, *, conversion_s: float = 0.0, part: float = 1.0
+) -> Collective:
+    """What takes that part of an all-reduce of as many bytes."""
     return Collective(
         name=name,
-        seconds=_at(time, bound) + conversion_s,
+        seconds=part * _at(time, bound) + conversion_s,
         num_bytes=num_bytes,
-        wire_bytes_per_gpu=time.wire_bytes_per_gpu,
+        wire_bytes_per_gpu=part * time.wire_bytes_per_gpu,
     )
 
 
@@ -247,7 +290,7 @@ def wrapping_s(network: Network, all_reduce: AllReduce, bound: Bound = "expected
 
 def broadcast_s(time: AllReduceTime, bound: Bound = "expected") -> float:
     """A broadcast moves every byte over every link once, where an all-reduce (reduce, then broadcast) does so twice."""
-    return _at(time, bound) / 2
+    return _HALF * _at(time, bound)
 
 
 def _at(time: AllReduceTime, bound: Bound) -> float:

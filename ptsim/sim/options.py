@@ -12,7 +12,7 @@ import msgspec
 from ptsim.costs.algorithms import AUTO, check_choice
 from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat
-from ptsim.setting import PrecisionName
+from ptsim.setting import PrecisionName, Sharding
 from ptsim.units import MIB
 
 Scaling = Literal["weak", "strong"]
@@ -66,6 +66,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             `bucket_bytes` itself where that is another.
         gradient_format: number format on the wire (DDP's fp16 and bf16 compression hooks).
         compression: bytes sent / bytes of the gradient, on top of the format.
+        sharding: "zero1": every GPU keeps and updates its share of the optimizer's state; "zero2": of the gradients
+            too.
         broadcast_buffers: DDP's broadcast of BatchNorm statistics before every forward pass (its default; `ptsim train`
             turns it off and averages them once per epoch).
         overlap: whether all-reduces start during backward; None: as in the recorded run, which a compiled step does
@@ -110,6 +112,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     bucket_bytes: int = _TORCH_BUCKET_BYTES
     gradient_format: GradientFormat = "fp32"
     compression: float = 1.0
+    sharding: Sharding = "none"
     broadcast_buffers: bool = False
     overlap: bool | None = None
     find_unused_parameters: bool = False

@@ -210,10 +210,12 @@ class Pricer:
 
     def _memory(self, stage: Stage) -> MemoryNeed:
         scenario = self.scenario
-        together = scenario.num_gpus > 1
+        setting = scenario.setting(stage.batch, stage.epoch)
+        if setting.sharding == "none" and setting.data_parallel:
+            setting = msgspec.structs.replace(setting, num_gpus=2)  # buckets are as large on any number of GPUs
         return scenario.cache.get(
-            ("memory", together, *self._key(stage)),
-            lambda: iteration_memory(stage.network, scenario.setting(stage.batch, stage.epoch), device=scenario.device),
+            ("memory", stage.id, scenario.device_key, setting),
+            lambda: iteration_memory(stage.network, setting, device=scenario.device),
         )
 
     def _buckets(self, stage: Stage) -> tuple[Bucket, ...]:
@@ -230,20 +232,25 @@ class Pricer:
         options, scenario, buckets = self.options, self.scenario, self._buckets(stage)
 
         def compute() -> StepPlan:
-            plan = ddp.compute_plan(step, buckets, num_micro_batches=options.micro_batches, tensor_s=tensor_s)
+            share = 1.0 if shards is None else shards.share
+            plan = ddp.compute_plan(
+                step, buckets, num_micro_batches=options.micro_batches, tensor_s=tensor_s, update_share=share
+            )
             return plan.merged() if merged else plan
 
         key = self._key(stage)
+        shards = ddp.shards_of(stage.network, scenario.setting(stage.batch, stage.epoch))
         tensor_s = hook_seconds(scenario.cluster, scenario.num_gpus)
         ready = tuple((bucket.ready_layer, len(bucket.parameters)) for bucket in buckets)
         together = scenario.num_gpus > 1
         plan = ddp.with_communication(
-            scenario.cache.get(("plan", merged, ready, tensor_s, options.micro_batches, *key), compute),
+            scenario.cache.get(("plan", merged, ready, tensor_s, shards, options.micro_batches, *key), compute),
             buckets,
             self.links.all_reduce,
             wire=self._wire,
             buffer_bytes=ddp.buffer_bytes(stage.network) if options.broadcast_buffers and together else 0,
             used_bytes=4 * len(stage.network.parameters) if options.find_unused_parameters else 0,
+            shards=shards,
             bound=bound,
             scale=scenario.cache.get(("scale", bound, *key), lambda: ddp.computation_scale(step, bound)),
         )
@@ -309,9 +316,11 @@ class Pricer:
         factors: list[float] = []
         tier = step.tier
         own_scale = ddp.computation_scale(step, bound)
+        hooks_s = hook_seconds(self.scenario.cluster, num_gpus) * len(stage.network.parameters)
         for name, count in options.mixed_devices.items():
             other = self._step_time(stage, load_device(name))
-            factor = other.compute_s * ddp.computation_scale(other, bound) / (step.compute_s * own_scale)
+            scale = ddp.computation_scale(other, bound) / own_scale
+            factor = (other.compute_s + hooks_s) / (step.compute_s + hooks_s) * scale
             factors += [factor] * count
             tier = worst_tier((tier, other.tier)) or tier
         cluster = self.scenario.cluster

@@ -97,6 +97,7 @@ class Scenario:
             optimizer=self.optimizer,
             regularizer=epoch.regularized,
             num_gpus=self.num_gpus,
+            sharding=self.options.sharding if self.num_gpus > 1 else "none",
         )
 
 

@@ -35,12 +35,13 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Collective(msgspec.Struct, frozen=True, kw_only=True):
-    """One collective operation: its undisturbed time and what it carries."""
+    """One collective operation: its undisturbed time, and which bytes it carries how far."""
 
     name: str
     seconds: float
     num_bytes: int
     wire_bytes_per_gpu: float
+    carries: Literal["gradients", "parameters", "buffers"] = "gradients"
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +51,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
         forward, backward: of one micro-batch, in execution order. `Piece.bucket` counts only in the last micro-batch.
         tail: what needs the reduced gradients: regularizer, optimizer.
         buckets: their all-reduces, in the order in which they become ready.
-        head: collectives that the forward pass waits for (DDP's broadcast of buffers).
+        head: collectives that the forward pass waits for: DDP's broadcast of buffers, and the gathering of parameters
+            that other GPUs have updated in the step before.
         num_micro_batches: forward–backward passes per step; only the last one communicates.
         overlap: False makes every all-reduce wait for the end of backward.
     """
@@ -76,8 +78,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def wire_bytes_per_gpu(self) -> float:
-        """Bytes that a GPU sends for the gradients in one step."""
-        return sum(c.wire_bytes_per_gpu for c in self.buckets)
+        """Bytes that a GPU sends for gradients and, where their update is sharded, parameters in one step."""
+        return sum(c.wire_bytes_per_gpu for c in (*self.head, *self.buckets) if c.carries != "buffers")
 
     def merged(self) -> StepPlan:
         """The same step with as few pieces of work as the buckets allow: faster to simulate, the same times."""

@@ -1,0 +1,94 @@
+"""ZeRO-1 and -2: bytes, memory and time by hand arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+import ptsim
+from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.collectives import all_reduce
+from ptsim.costs.memory import iteration_memory
+from ptsim.costs.tiers import Tier
+from ptsim.costs.times import LayerTime, StepTime
+from ptsim.errors import UsageError
+from ptsim.hardware.catalog import load_cluster
+from ptsim.setting import Sharding, StepSetting
+from ptsim.sim import ddp
+from ptsim.sim.step import StepPlan
+from tests.traces import residual_network
+
+NETWORK = residual_network()
+LARGER = residual_network(widths=(64, 128, 256))  # more than one bucket
+GRADIENT_BYTES = 4 * NETWORK.num_parameters
+
+
+def _plan(sharding: Sharding, num_gpus: int = 8) -> StepPlan:
+    """Layers of 1 ms each way and an update of 8 ms."""
+    layers = tuple(
+        LayerTime(layer=layer.name, kind=layer.kind, forward_s=1e-3, backward_s=1e-3, tier=Tier.DATASHEET)
+        for layer in NETWORK.layers
+    )
+    step = StepTime(
+        layers=layers, optimizer_s=8e-3, regularizer_s=0.0, overhead_s=0.0, low_s=0.0, high_s=1.0, tier=Tier.DATASHEET
+    )
+    cluster = load_cluster("dgx-a100")
+    setting = StepSetting(batch=8, num_gpus=num_gpus, sharding=sharding)
+    return ddp.plan_step(
+        step,
+        ddp_buckets(NETWORK) if num_gpus > 1 else (),
+        lambda num_bytes: all_reduce(num_bytes, cluster, num_gpus),
+        shards=ddp.shards_of(NETWORK, setting),
+    )
+
+
+@pytest.mark.parametrize("sharding", ["zero1", "zero2"])
+def test_as_many_bytes_are_sent_as_by_an_all_reduce(sharding: Sharding) -> None:
+    """A reduce-scatter and an all-gather send 7/8 of the gradient each, an all-reduce 14/8."""
+    plan = _plan(sharding)
+    assert plan.wire_bytes_per_gpu == pytest.approx(14 / 8 * GRADIENT_BYTES)
+    assert sum(c.wire_bytes_per_gpu for c in plan.buckets) == pytest.approx(7 / 8 * GRADIENT_BYTES)
+    (gathered,) = plan.head
+    assert gathered.num_bytes == GRADIENT_BYTES
+    assert gathered.wire_bytes_per_gpu == pytest.approx(7 / 8 * GRADIENT_BYTES)
+
+
+def test_a_bucket_takes_half_an_all_reduce_and_the_update_its_share() -> None:
+    whole, sharded = _plan("none"), _plan("zero1")
+    assert [c.seconds for c in sharded.buckets] == pytest.approx([c.seconds / 2 for c in whole.buckets])
+    assert whole.compute_s - sharded.compute_s == pytest.approx(7e-3)  # 8 ms on one GPU, 1 ms on each of 8
+
+
+def test_one_gpu_has_nothing_to_share() -> None:
+    assert _plan("zero2", num_gpus=1) == _plan("none", num_gpus=1)
+
+
+def test_memory_is_divided_as_the_stages_say() -> None:
+    """Adam keeps two fp32 numbers a parameter; stage 2 keeps a bucket beside its share of the gradients."""
+    gradient = 4 * LARGER.num_parameters
+    need = {
+        sharding: iteration_memory(LARGER, StepSetting(batch=8, optimizer="adam", num_gpus=8, sharding=sharding))
+        for sharding in ("none", "zero1", "zero2")
+    }
+    assert need["none"].optimizer_bytes == 2 * gradient
+    assert need["zero1"].optimizer_bytes == need["zero2"].optimizer_bytes == math.ceil(2 * gradient / 8)
+    assert need["none"].peak_bytes - need["zero1"].peak_bytes == 2 * gradient - math.ceil(2 * gradient / 8)
+    assert need["zero1"].gradient_bytes == gradient
+    bucket = max(bucket.num_bytes for bucket in ddp_buckets(LARGER))
+    kept = math.ceil(gradient / 8) + bucket
+    assert kept < gradient
+    assert need["zero2"].gradient_bytes == kept
+    assert need["zero1"].peak_bytes - need["zero2"].peak_bytes == gradient - kept
+
+
+def test_predict_takes_the_option_and_refuses_another() -> None:
+    whole, sharded = (
+        ptsim.predict(NETWORK, cluster="dgx-a100", gpus=8, batch=8, optimizer="adam", sharding=sharding)
+        for sharding in ("none", "zero1")
+    )
+    assert sharded.allreduce_bytes_per_gpu == pytest.approx(whole.allreduce_bytes_per_gpu)
+    assert sharded.peak_memory_bytes < whole.peak_memory_bytes
+    assert sharded.optimizer_seconds == pytest.approx(whole.optimizer_seconds / 8)
+    with pytest.raises(UsageError, match="zero3"):
+        ptsim.predict(NETWORK, cluster="dgx-a100", gpus=8, batch=8, sharding="zero3")  # type: ignore[arg-type]
