@@ -31,7 +31,7 @@ def operator_shape(event: Event) -> OperatorShape | None:
     """
     try:
         return _operator_shape(event)
-    except (TypeError, ValueError, IndexError, ZeroDivisionError):  # a file may say anything
+    except (TypeError, ValueError, LookupError, ZeroDivisionError):  # a file may say anything
         return None
 
 
@@ -200,7 +200,7 @@ def _numbers(values: list[str], position: int) -> tuple[int, ...] | None:
     try:
         parsed = json.loads(str(values[position]))
         return tuple(int(value) for value in (parsed if isinstance(parsed, list) else [parsed]))
-    except (IndexError, ValueError, TypeError):
+    except (LookupError, ValueError, TypeError):
         return None
 
 
