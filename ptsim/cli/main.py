@@ -78,7 +78,7 @@ def run(tokens: list[str] | None = None) -> int:
     """
     warnings.showwarning = _show_warning
     given = sys.argv[1:] if tokens is None else tokens
-    notice = threading.Timer(_PATIENCE_S, _tell_what_it_does, args=[given[:1]])
+    notice = threading.Timer(_PATIENCE_S, _tell_what_it_does, args=[given])
     notice.daemon = True
     try:
         notice.start()
@@ -127,10 +127,10 @@ def _refuse_numbers_that_would_be_rounded(
 app.config = (_refuse_numbers_that_would_be_rounded,)
 
 
-def _tell_what_it_does(command: list[str]) -> None:
-    if command and command[0] in _WORKS:
+def _tell_what_it_does(tokens: list[str]) -> None:
+    if tokens and tokens[0] in _WORKS and "--help" not in tokens:
         with contextlib.suppress(OSError, ValueError):  # stderr may be closed by now
-            say(f"ptsim {command[0]}: {_WORKS[command[0]]} …")
+            say(f"ptsim {tokens[0]}: {_WORKS[tokens[0]]} …")
 
 
 def _fail_usage(error: cyclopts.CycloptsError) -> int:

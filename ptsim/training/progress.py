@@ -60,7 +60,7 @@ class Bars:
     """Progress bars on a terminal; in a file or pipe one line per epoch."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, markup=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -109,3 +109,11 @@ def test_a_message_size_is_read_as_nccl_tests_and_people_write_it(text: str, siz
 def test_what_is_no_message_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--bytes"):
         parse_bytes("--bytes", text)
+
+
+def test_help_is_never_interrupted_by_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
+    main._tell_what_it_does(["cost", "--help"])
+    main._tell_what_it_does(["devices"])
+    assert capsys.readouterr().err == ""
+    main._tell_what_it_does(["cost", "run"])
+    assert capsys.readouterr().err == "ptsim cost: counting the network …\n"

@@ -12,7 +12,18 @@ from tests.traces import dense_trace, shrinking_trace
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(
     {path.stem for path in DOCS.glob("*.md")}
-    - {"library", "api", "settings", "accuracy", "evidence", "cross_validation", "index", "paper", "saving"}
+    - {
+        "library",
+        "api",
+        "settings",
+        "accuracy",
+        "evidence",
+        "cross_validation",
+        "index",
+        "paper",
+        "reliability",
+        "saving",
+    }
 )  # no command's
 
 
