@@ -68,8 +68,8 @@ from ptsim.measure.calibrate import make_optimizer
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import number_format, profile_network, tf32_allowed, tuned_convolutions
 from ptsim.network import MemoryFormat, Network, Precision
-from ptsim.prune.groups import find_groups, weight_GOIK
-from ptsim.prune.reconfigure import reconfigure
+from ptsim.prune.groups import find_groups
+from ptsim.prune.reconfigure import remove_channels
 from ptsim.setting import StepSetting
 from ptsim.textfile import write_whole
 from ptsim.units import GIB
@@ -322,7 +322,7 @@ class Campaign:
             torch.manual_seed(0)
             model = zoo.create(base)
             if pruned:
-                remove_channels(model, entry.input_shape, float(share))
+                remove_share(model, entry.input_shape, float(share))
             network = capture_network(model, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes)
             self._networks[name] = model, network
         return self._networks[name]
@@ -489,19 +489,11 @@ class Campaign:
         _write(self.out / "validation.json", results)
 
 
-@torch.no_grad()
-def remove_channels(model: nn.Module, input_shape: tuple[int, int, int], share: float) -> None:
-    """Remove a random share of the prunable channels as a reconfiguration would: zeroed first, then cut."""
+def remove_share(model: nn.Module, input_shape: tuple[int, int, int], share: float) -> None:
+    """Remove a random share of the prunable channels as a reconfiguration would."""
     groups = find_groups(model, input_shape)
     generator = torch.Generator().manual_seed(0)
-    chosen = groups.prunable & (torch.rand(groups.num_components, generator=generator) < share)
-    parameters = dict(model.named_parameters())
-    for layer in groups.layers:
-        weight_GOIK_ = weight_GOIK(parameters[layer.weight], layer)
-        if layer.decides and layer.groups == 1:
-            weight_GOIK_[:, chosen[layer.outputs]] = 0
-            weight_GOIK_[:, :, chosen[layer.inputs]] = 0
-    reconfigure(model, groups)
+    remove_channels(model, groups, torch.rand(groups.num_components, generator=generator) < share)
 
 
 def around_the_limit(runs: Callable[[int], bool], said: int) -> dict[str, Any]:

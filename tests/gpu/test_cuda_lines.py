@@ -1,0 +1,125 @@
+"""Which functions of ptsim ask for CUDA, and which test marked gpu reaches each of them: no branch may be forgotten."""
+
+import ast
+from pathlib import Path
+
+import ptsim
+from tests.gpu import test_on_a_gpu
+
+ROOT = Path(ptsim.__file__).parent
+
+
+def functions_that_ask_for_cuda():
+    """`module:function` of every function whose code, not its documentation, has the word cuda in it."""
+    found = set()
+    for path in sorted(ROOT.rglob("*.py")):
+        module = path.relative_to(ROOT).with_suffix("").as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and _asks(node):
+                found.add(f"{module}:{node.name}")
+    return found
+
+
+def _asks(function):
+    documentation = ast.get_docstring(function, clean=False)
+    for node in ast.walk(function):
+        if isinstance(node, ast.FunctionDef) and node is not function and _asks(node):
+            continue
+        if isinstance(node, ast.Attribute) and node.attr in ("cuda", "is_cuda", "CUDAGraph"):
+            return True
+        is_text = isinstance(node, ast.Constant) and node.value != documentation
+        if is_text and node.value in ("cuda", "cuda:nccl"):
+            return True
+    return False
+
+
+def test_every_function_that_asks_for_cuda_is_reached_by_a_test_marked_gpu_or_listed_with_the_reason():
+    found = functions_that_ask_for_cuda()
+    assert found - set(COVERED) - set(UNREACHED) == set(), "name the test that reaches it, or say why none does"
+    assert (set(COVERED) | set(UNREACHED)) - found == set(), "these no longer ask for CUDA"
+
+
+def test_the_tests_that_are_named_exist():
+    assert {test for test in COVERED.values() if not hasattr(test_on_a_gpu, test)} == set()
+
+
+REACHED_BY = {
+    "test_calibrate_gpu_writes_a_profile_of_this_gpu": [
+        "cli/calibrate_gpu:gpu",
+        "measure/calibrate:_begin",
+        "measure/calibrate:_usual_settings",
+        "measure/operators:_kernel_seconds",
+        "measure/operators:_median_between_events",
+        "measure/operators:_median_seconds",
+        "measure/operators:host_seconds",
+        "measure/operators:time_operator",
+    ],
+    "test_doctor_sees_the_gpu": [
+        "cli/doctor:_gpu_remedy",
+        "cli/doctor:_print",
+        "cli/doctor:_torch",
+    ],
+    "test_a_run_trains_prunes_and_records_memory_energy_and_versions": [
+        "costs/run:recorded_device",
+        "measure/profile:tf32_allowed",
+        "report/methods:_run_facts",
+        "trace/schema:must_exist",
+        "training/datasets:_quarter_of_memory_bytes",
+        "training/loop:_check_team",
+        "training/loop:_train",
+        "training/pruning:_reconfigure",
+        "training/recorder:_measured",
+        "training/tracefile:library_versions",
+        "training/watch:begin",
+    ],
+    "test_copies_and_launches_have_plausible_rates": [
+        "measure/load:__call__",
+        "measure/load:__init__",
+        "measure/operators:copy_bandwidth_bytes_per_s",
+    ],
+    "test_nvml_measures_energy_clocks_and_memory_under_load": [
+        "measure/nvml:_read_info",
+        "measure/nvml:open_meter",
+    ],
+    "test_a_profile_has_times_and_a_peak_near_the_predicted_one": [
+        "measure/profile:instant",
+        "measure/profile:profile_network",
+        "measure/profile:wait",
+    ],
+    "test_events_time_what_the_gpu_does": [
+        "measure/timers:__init__",
+        "measure/timers:cuda_event",
+        "measure/timers:mark",
+        "measure/timers:resolve",
+    ],
+    "test_the_flat_regulariser_equals_the_one_layer_by_layer": [
+        "prune/criteria/group_lasso:__init__",
+    ],
+    "test_images_from_files_come_through_pinned_memory": [
+        "training/data:_batches",
+    ],
+    "test_a_device_that_does_not_exist_is_refused": [
+        "training/distributed:_device",
+    ],
+    "test_torchrun_with_one_rank_uses_the_gpu": [
+        "training/distributed:join_team",
+    ],
+    "test_a_minibatch_that_does_not_fit_is_told_without_leaving_memory_taken": [
+        "training/growth:proposed_batch",
+        "training/minibatch:grow",
+        "training/step:fits",
+    ],
+    "test_live_data_sets_come_through_pinned_memory": [
+        "training/live:_batches",
+    ],
+    "test_ones_own_loop_with_a_gradient_scaler_prunes_on_the_gpu": [
+        "training/watch:_note_format",
+    ],
+}
+COVERED = {function: test for test, functions in REACHED_BY.items() for function in functions}
+UNREACHED = {
+    "cli/calibrate_network:_live": "all-reduces by NCCL need two GPUs",
+    "measure/collectives:_timed": "the same",
+    "measure/collectives:measure_table": "the same",
+    "training/wrapping:wrap": "DistributedDataParallel needs two GPUs",
+}

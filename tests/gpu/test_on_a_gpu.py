@@ -1,0 +1,232 @@
+"""Every branch of ptsim that asks for CUDA, on a real GPU. Nothing here runs without one; `COVERED` in
+`test_cuda_lines.py` says which function each test reaches."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import ptsim
+from ptsim import zoo
+from ptsim.capture.network import capture_network
+from ptsim.cli.main import run
+from ptsim.hardware.catalog import match_device
+from ptsim.measure.load import LoadWatch
+from ptsim.measure.nvml import open_meter
+from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s
+from ptsim.measure.profile import profile_network
+from ptsim.measure.timers import StepTimer
+from ptsim.network import Precision
+from ptsim.prune.criteria.group_lasso import GroupLasso
+from ptsim.prune.groups import find_groups
+from tests.training.runs import settings
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+CUDA = "cuda:0"
+
+
+def trained(folder, **changes):
+    result = ptsim.train(settings(device="cuda", **changes), out=folder)
+    return result, ptsim.read_trace(folder)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_a_run_trains_prunes_and_records_memory_energy_and_versions(tmp_path, precision):
+    _, trace = trained(tmp_path / "run", precision=precision, profile=True, memory_format="channels_last")
+    assert trace.complete
+    assert trace.reconfigurations
+    assert trace.run.device.kind == "cuda"
+    assert {"cuda", "cudnn"} <= set(trace.run.versions)
+    assert all(epoch.peak_memory_bytes > 0 for epoch in trace.epochs)
+    assert all(epoch.time.wall_s >= epoch.time.forward_s + epoch.time.backward_s for epoch in trace.epochs)
+    assert trace.profiles[0].peak_memory_bytes > 0
+    assert ptsim.cost(trace).peak_memory_bytes > 0
+    ptsim.write_report([trace], tmp_path / "report")
+
+
+def test_the_same_run_on_gpu_and_cpu_prunes_alike(tmp_path):
+    _, gpu = trained(tmp_path / "gpu")
+    ptsim.train(settings(), out=tmp_path / "cpu")
+    cpu = ptsim.read_trace(tmp_path / "cpu")
+    assert gpu.epochs[0].train_loss == pytest.approx(cpu.epochs[0].train_loss, rel=1e-3)
+    assert gpu.run.device.kind != cpu.run.device.kind
+
+
+def test_a_resumed_run_goes_on_on_the_gpu(tmp_path):
+    stopped = settings(device="cuda")
+
+    def stop(epoch):
+        if epoch.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ptsim.train(stopped, out=tmp_path / "run", on_epoch=stop)
+    ptsim.train(resume=tmp_path / "run")
+    assert ptsim.read_trace(tmp_path / "run").complete
+
+
+def test_a_minibatch_that_does_not_fit_is_told_without_leaving_memory_taken(tmp_path):
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 2**30 / total))
+    try:
+        _, trace = trained(tmp_path / "run", dynamic_batch=True, max_batch=48, batch_granularity=16)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert max(epoch.batch_per_gpu for epoch in trace.epochs) <= 48
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() < 2**28
+
+
+def test_images_from_files_come_through_pinned_memory(tmp_path):
+    from PIL import Image
+
+    for split, count in (("train", 8), ("val", 4)):
+        for label in ("a", "b"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (12, 12), (index * 20, 0, 255 if label == "a" else 0)).save(folder / f"{index}.png")
+    _, trace = trained(
+        tmp_path / "run", dataset="imagefolder", data_dir=str(tmp_path / "data"), train_limit=None, batch=4, epochs=2
+    )
+    assert trace.complete
+
+
+def test_live_data_sets_come_through_pinned_memory(tmp_path):
+    images, labels = torch.rand(32, 3, 8, 8), torch.randint(0, 4, (32,))
+    data = torch.utils.data.TensorDataset(images, labels)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    changes = {"device": "cuda", "epochs": 2, "batch": 8, "interval": 1}
+    ptsim.train(changes, model=model, data=(data, data), out=tmp_path / "run")
+    assert ptsim.read_trace(tmp_path / "run").complete
+
+
+def test_ones_own_loop_with_a_gradient_scaler_prunes_on_the_gpu(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    ).to(CUDA)  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cuda")
+    pruner = ptsim.PruneTrain(
+        model, optimizer, input_shape=(3, 8, 8), penalty_ratio=0.5, interval=1, record=tmp_path / "run"
+    )
+    for _ in range(2):
+        for _ in range(4):
+            images, labels = torch.randn(8, 3, 8, 8, device=CUDA), torch.randint(0, 4, (8,), device=CUDA)
+            with torch.autocast("cuda", torch.float16):
+                loss = nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            pruner.step(loss)
+            scaler.step(optimizer)
+            scaler.update()
+        pruner.end_epoch()
+    assert len(ptsim.read_trace(tmp_path / "run").epochs) == 2
+    assert all(parameter.is_cuda for parameter in model.parameters())
+
+
+def test_the_flat_regulariser_equals_the_one_layer_by_layer():
+    torch.manual_seed(0)
+    model = zoo.create("resnet20").to(CUDA)
+    groups = find_groups(model, (3, 32, 32))
+    gradients = []
+    for form in ("flat", "per_tensor"):
+        model.zero_grad(set_to_none=True)
+        GroupLasso(model, groups, form=form).add_gradient(0.1)
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert GroupLasso(model, groups).form == "flat"
+    for flat, single in zip(*gradients, strict=True):
+        torch.testing.assert_close(flat, single, rtol=1e-4, atol=1e-6)
+
+
+def test_events_time_what_the_gpu_does():
+    a = torch.randn(4096, 4096, device=CUDA)
+    timer = StepTimer(CUDA)
+    for _ in range(3):
+        with timer.phase("forward"):
+            a @ a
+        timer.end_step()
+    seconds, steps = timer.finish()
+    floor_s = 3 * 2 * 4096**3 / 4e15  # faster than any GPU of today
+    assert floor_s < seconds.forward_s <= seconds.wall_s
+    assert steps.median_s > 0
+
+
+def test_nvml_measures_energy_clocks_and_memory_under_load():
+    meter = open_meter(torch.device(CUDA))
+    info = meter.info()
+    assert info.kind == "cuda"
+    a = torch.randn(8192, 8192, device=CUDA)
+    meter.start()
+    for _ in range(60):
+        a @ a
+    torch.cuda.synchronize()
+    use = meter.stop()
+    known = match_device(info.name)
+    assert known is not None, f"the catalog does not know {info.name!r}"
+    if use is not None and use.power_w is not None:
+        assert 0 < use.power_w <= 1.1 * (info.power_limit_w or 2000)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_profile_has_times_and_a_peak_near_the_predicted_one(precision):
+    torch.manual_seed(0)
+    model = zoo.create("torchvision:resnet18")
+    network = capture_network(model, name="resnet18", input_shape=(3, 224, 224), num_classes=1000)
+    here = model.to(CUDA)
+    profile = profile_network(
+        here, network, batch=16, precision=Precision(precision), memory_format="contiguous",
+        optimizer=torch.optim.SGD(here.parameters(), lr=0.1, momentum=0.9), device=torch.device(CUDA), min_seconds=0.2,
+    )  # fmt: skip
+    assert profile.forward_s > 0
+    assert profile.backward_s > profile.forward_s / 2
+    assert profile.peak_memory_bytes > 0
+
+
+def test_copies_and_launches_have_plausible_rates():
+    device = torch.device(CUDA)
+    assert 1e10 < copy_bandwidth_bytes_per_s(device) < 2e13
+    assert 1e-7 < launch_overhead_s(device) < 1e-3
+    watch = LoadWatch(device)
+    with watch.measuring():
+        torch.zeros(1, device=device).add_(1)
+    assert watch.load() is not None
+
+
+def test_calibrate_gpu_writes_a_profile_of_this_gpu(tmp_path):
+    out = tmp_path / "gpu.toml"
+    assert run(["calibrate", "gpu", "--out", str(out), "--minutes", "0.5", "--precision", "bf16"]) == 0
+    assert 'kind = "cuda"' in out.read_text()
+
+
+def test_calibrate_network_runs_nccl_on_one_gpu_or_says_that_it_needs_two(tmp_path, capsys):
+    status = run(["calibrate", "network", "--out", str(tmp_path / "net.toml")])
+    assert status in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_torchrun_with_one_rank_uses_the_gpu(tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "ptsim", "train",
+        "--model", "resnet20", "--dataset", "digits", "--train-limit", "64", "--batch", "16", "--epochs", "1",
+        "--set", "device=cuda", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ptsim.read_trace(tmp_path / "run").run.device.kind == "cuda"
+
+
+def test_doctor_sees_the_gpu(capsys):
+    assert run(["doctor", "--json"]) == 0
+    assert torch.cuda.get_device_name() in json.dumps(json.loads(capsys.readouterr().out))
+
+
+def test_a_device_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(ptsim.errors.UsageError, match="does not exist"):
+        ptsim.train(settings(device=f"cuda:{torch.cuda.device_count()}"), out=tmp_path / "run")
