@@ -90,7 +90,8 @@ def interval_rows(frame: pd.DataFrame, at_least: int = 2**10, farthest: float = 
         cuts += [("above", run.loc[: i - 1], run.loc[i:]) for i in range(4, last + 1, 2)]
         for side, kept, left in cuts:
             table = msgspec.structs.replace(table_of(kept), relative_jitter=jitter)
-            cluster = calibrated_cluster([table], name="calibrated", gpus=[run.gpu[0]])
+            gpus = [] if side == "between" else [run.gpu[0]]  # the machine counts beyond the table only
+            cluster = calibrated_cluster([table], name="calibrated", gpus=gpus)
             for size, seconds in zip(left.size_bytes, left.seconds, strict=True):
                 edge = min(max(size, table.size_bytes[0]), table.size_bytes[-1])
                 distance = abs(float(np.log2(size / edge)))
