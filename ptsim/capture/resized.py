@@ -229,7 +229,9 @@ class _Quantity:
 
 def _fixed(old: Layer, new: Layer) -> int:
     """Bytes that do not grow with the mini-batch: statistics per channel."""
-    if old.saved_fixed_bytes % old.out_channels:
+    if old.saved_fixed_bytes == 0:
+        return 0
+    if not old.out_channels or old.saved_fixed_bytes % old.out_channels:
         raise _UnexplainedError(old.name)
     return old.saved_fixed_bytes // old.out_channels * new.out_channels
 
