@@ -37,7 +37,7 @@ WRONG = {
     "plan resnet20 -o new": "images is needed",
     "plan resnet20 --images 9 --epochs 1 -o new": "batch is needed",
     "plan resnet20 --images 9 --epochs 2 --batch 1 --interval 3 -o new": "more than the 2 epochs",
-    "plan resnet20 --images 9 --epochs 2 --batch 10 -o new": "the data set has 9",
+    "plan resnet20 --images 9 --epochs 2 --interval 1 --batch 10 -o new": "the data set has 9",
     "plan resnet20 --images 9 --epochs 2 --batch 1 --interval 1 --draws 0 -o new": "draws is 0",
     "plan resnet20 --images 9 --epochs 2 --batch 1 --interval 1 --optimizer nosuch -o new": "unknown optimizer",
     "plan resnet20 --pruning lym2019/nosuch -o new": "unknown pruning 'lym2019/nosuch'; known: ",
