@@ -15,11 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ptsim.cli.main import run
+from ptsim.cli import main as command_line
 
 FOLDER = Path(__file__).parent
 QUOTE = re.compile(r"(<!-- quote: (ptsim [^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 WIDTH = "100"
+command_line._PATIENCE_S = 3600.0  # no notice of slow work between the lines
 
 
 def quote(command: str) -> str:
@@ -31,7 +32,7 @@ def quote(command: str) -> str:
         os.environ["COLUMNS"] = WIDTH
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                run(shlex.split(command)[1:])
+                command_line.run(shlex.split(command)[1:])
         finally:
             os.chdir(before)
             if columns is None:

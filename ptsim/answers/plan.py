@@ -37,6 +37,9 @@ TOLERANCE = 0.005  # how far a planned fraction may be from its target
 DEFAULT_INTERVAL = 5
 
 
+_CORRECTIONS = 8  # of the table that turns widths into costs; most plans need one or two
+
+
 class Fractions(msgspec.Struct, frozen=True, kw_only=True):
     """A run's costs over those of its first network, held. `inference` is of the network that the run ends with."""
 
@@ -243,7 +246,7 @@ def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:
 
     make: Kind = kind  # type: ignore[assignment] # of `find_kind`
     table = dense.table
-    for _ in range(3):
+    for _ in range(_CORRECTIONS):
         problem = Problem(
             model=asked.model,
             edges=dense.edges,

@@ -222,7 +222,8 @@ class TraceWriter:
         except BlockingIOError as error:
             self._file.close()
             raise UsageError(
-                f"{self.path} is being written by another process", hint="wait for that run, or end it"
+                f"{self.path} is being written by another process",
+                hint="wait for that run, or end it; in this program: close() its pruner or recorder",
             ) from error
         content = os.pread(descriptor, os.fstat(descriptor).st_size, 0) if append else b""
         if keep_bytes is not None:

@@ -124,6 +124,11 @@ class Learner:
         self.module = wrap(model, self.config, self.team, idle)
         return self.module
 
+    def unwrap(self) -> None:
+        """Forget the DDP around the network: it holds the connections on which the other ranks wait for this one."""
+        self.module = self.model
+        self.recorder.forget_module()
+
     def weights(self) -> dict[str, Tensor]:
         """Parameters and buffers of the network that is handed over (the average where there is one), by name."""
         return stored.full_state(self.judged)

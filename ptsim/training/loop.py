@@ -220,6 +220,7 @@ class Trainer:
             raise TrainingError(problem, hint="a smaller batch") from error
         finally:
             self.learner.recorder.abandon()
+            self.learner.unwrap()
         return self._result()
 
     def _ended_clean(self) -> bool:

@@ -190,6 +190,11 @@ class Recorder:
         self.optimizer = optimizer or self.optimizer
         self.watch.follow(called(self.module), self.optimizer)
 
+    def forget_module(self) -> None:
+        """Hold nothing but the bare network: the run is over."""
+        self.module = self.network
+        self._communication = CommunicationMeter(self.network)
+
     def data(self, batches: Iterable[_T]) -> Iterator[_T]:
         """The batches of a loader, with the wait for each timed exactly (optional)."""
         return self.watch.data(batches)

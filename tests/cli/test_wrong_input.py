@@ -90,7 +90,7 @@ WRONG = {
     f"{SIMULATE} --timeline text/t.json": "cannot be written",
     f"{SIMULATE} --timeline pruned/trace.jsonl": "pruned/trace.jsonl",
     f"{SIMULATE} --timeline ''": "--timeline is the current folder",
-    "validate": "requires an argument",
+    "validate": "no trace was named",
     "validate missing": "missing: no trace here",
     "validate pruned --profile empty": "not a device profile",
     "validate pruned --holdout": "second run",

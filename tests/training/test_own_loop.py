@@ -339,6 +339,7 @@ def test_a_state_restores_the_pruned_network_its_optimizer_and_the_course(tmp_pa
     train(pruner, first, optimizer, 3, batches)
     torch.save(pruner.state_dict(), tmp_path / "state.pt")
     train(pruner, first, optimizer, 1, batches)  # what is lost
+    pruner.recorder.abandon()  # as when its process dies
 
     second = fresh(seed=1)
     optimizer = torch.optim.AdamW(second.parameters(), lr=0.3)
