@@ -118,7 +118,8 @@ PRUNED_STEPS: list[Combination] = [
 ]
 TINY_STEPS: list[Combination] = [
     ("resnet20", 4, "fp32", "contiguous"),
-    ("pruned 0.5 resnet20", 2, "fp32", "channels_last"),
+    # Not channels_last: oneDNN corrupts its memory there on a CPU without AVX-512 (torch 2.14.1, odd channel counts).
+    ("pruned 0.5 resnet20", 2, "fp32", "contiguous"),
 ]
 LIMITED: list[Combination] = [
     ("torchvision:resnet50", 0, "fp32", "contiguous"),
@@ -244,10 +245,9 @@ class Campaign:
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
-    def stepped(self, wanted: Iterable[Combination]) -> bool:
+    def stepped(self, wanted: Sequence[Combination]) -> bool:
         """Every combination has a row."""
-        known = {_combination(row) for row in _rows(self.out / "steps.json")}
-        return known.issuperset(wanted)
+        return not wanted or {_combination(row) for row in _rows(self.out / "steps.json")}.issuperset(wanted)
 
     def steps(self, wanted: Sequence[Combination]) -> None:
         """One row per network, mini-batch, precision and memory format; a failure is a row with its reason."""
