@@ -25,6 +25,7 @@ def network(
         list[Path] | None,
         Parameter(
             consume_multiple=True,
+            negative=(),
             help="Output of nccl-tests, text or JSON; one file or several.",
         ),
     ] = None,

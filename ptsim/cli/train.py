@@ -37,7 +37,7 @@ def train(
     out: Path | None = None,
     resume: Path | None = None,
     from_: Annotated[Path | None, Parameter(name="--from")] = None,
-    set_: Annotated[list[str], Parameter(name="--set")] = [],  # noqa: B006 - cyclopts reads the default, nobody writes
+    set_: Annotated[list[str], Parameter(name="--set", negative=())] = [],  # noqa: B006 - cyclopts reads the default, nobody writes
     json: bool = False,
 ) -> None:
     """Train a network, dense or with PruneTrain, and record the run.
