@@ -13,7 +13,7 @@ import tomllib
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 import msgspec.inspect
@@ -273,25 +273,39 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     Raises:
         OSError: the folder cannot be written or the disk is full; the old file is untouched.
     """
+    with writing_whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write into piece by piece; it gets its name when the block ends without an error.
+
+    Otherwise as `write_whole`.
+    """
     target = Path(os.path.realpath(path))
-    data = content.encode() if isinstance(content, str) else content
     handle, beside = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), _permissions(target))
         os.replace(beside, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # so that the new name survives a power cut
-        finally:
-            os.close(folder)
+        sync_folder(target.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of the folder's files are on the disk, so that they survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def printable(text: str, most: int | None = None) -> str:

@@ -8,7 +8,16 @@ import msgspec
 import pytest
 
 from ptsim.errors import FileFormatError, UsageError
-from ptsim.textfile import check_writable, decode_json, drop_torn_line, read_bytes, read_lines, read_toml, write_whole
+from ptsim.textfile import (
+    check_writable,
+    decode_json,
+    drop_torn_line,
+    read_bytes,
+    read_lines,
+    read_toml,
+    write_whole,
+    writing_whole,
+)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +99,25 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
         write_whole(file, "new")
     assert file.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_file_that_is_written_in_pieces_appears_only_when_it_is_whole(tmp_path):
+    file = tmp_path / "x"
+    file.write_text("old")
+
+    def fail_half_way() -> None:
+        with writing_whole(file) as half:
+            half.write(b"half of the ")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "old")]
+    with writing_whole(file) as whole:
+        whole.write(b"all of the ")
+        whole.write(b"new")
+        assert file.read_text() == "old"
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "all of the new")]
 
 
 def test_a_torn_line_is_cut(tmp_path):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from ptsim.errors import UsageError
 from ptsim.report import frames
-from ptsim.textfile import write_whole
+from ptsim.textfile import writing_whole
 from ptsim.trace.trace import Trace
 
 TABLES = {
@@ -31,9 +30,8 @@ def write_parquet(trace: Trace, out: Path) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         for name, make in TABLES.items():
             file = out / f"{name}.parquet"
-            buffer = io.BytesIO()
-            make([trace]).to_parquet(buffer, index=False)
-            write_whole(file, buffer.getvalue())
+            with writing_whole(file) as content:
+                make([trace]).to_parquet(content, index=False)
             written.append(file)
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error
