@@ -1,0 +1,64 @@
+"""Reads a log of nccl-tests: old and new text, and JSON."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ptsim.errors import FileFormatError
+from ptsim.hardware.nccl_log.document import read_document
+from ptsim.hardware.nccl_log.record import NcclLog
+from ptsim.hardware.nccl_log.section import Section, collective, logs_of
+from ptsim.hardware.nccl_log.text import read_sections
+from ptsim.textfile import read_bytes
+
+_MOST_BYTES = 64 * 2**20
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
+    """The all-reduce runs in the nccl-tests log at `path`, in its order, one for each cycle of `-N`; at least one.
+
+    The number of nodes comes from the list of devices, else from the line that launched the run, and is None where
+    neither is there (`with_nodes`). Rows without anything around them are taken with a `UserWarning`.
+
+    Raises:
+        FileFormatError: not an nccl-tests log, another collective, truncated, mixed output of several ranks, wrong
+            results, a single GPU, or no measurement; says file and line.
+    """
+    path = Path(path)
+    text = read_bytes(path, most=_MOST_BYTES).decode("utf-8-sig", errors="replace")
+    if not text.strip():
+        raise FileFormatError(path, "is empty, expected the output of nccl-tests' all_reduce_perf")
+    return read_document(path, text) if text.lstrip()[0] == "{" else _read_text(path, _COLOUR.sub("", text))
+
+
+def read_nccl_log(path: str | Path) -> NcclLog:
+    """The one all-reduce run in the nccl-tests log at `path`.
+
+    Raises:
+        FileFormatError: as `read_nccl_logs`, or several runs.
+    """
+    logs = read_nccl_logs(path)
+    if len(logs) > 1:
+        raise FileFormatError(Path(path), f"holds {len(logs)} all-reduce runs, expected one")
+    return logs[0]
+
+
+def _read_text(path: Path, text: str) -> tuple[NcclLog, ...]:
+    sections = read_sections(path, text)
+    if not any(section.rows for section in sections):
+        expected = "rows of nccl-tests' all_reduce_perf ('size count type redop … time algbw busbw')"
+        raise FileFormatError(path, f"no measurement found, expected {expected}")
+    wanted: list[tuple[Section, str]] = []
+    others: list[tuple[Section, str]] = []
+    for section in sections:
+        if section.rows:
+            name = section.name or collective(section)
+            (wanted if "all_reduce" in name else others).append((section, name))
+    if not wanted:
+        section, name = others[0]
+        raise FileFormatError(path, f"holds {name}, expected all_reduce_perf", line=section.rows[0].line)
+    found = re.search(r"nccl-library=(\d+)|NCCL version (\S+)|compiled with NCCL (\S+)", text)
+    version = next((name for name in found.groups() if name), None) if found else None
+    return tuple(log for section, _ in wanted for log in logs_of(path, section, version))

@@ -1,0 +1,74 @@
+"""The all-reduces of one nccl-tests run, as data."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from ptsim.errors import FileFormatError
+
+
+class NcclMeasurement(msgspec.Struct, frozen=True, kw_only=True):
+    """One message size; a time that the log does not give is None."""
+
+    size_bytes: int
+    out_of_place_s: float | None
+    in_place_s: float | None
+
+    @property
+    def seconds(self) -> float:
+        """The geometric mean of what was measured: the two differ by noise alone."""
+        times = [time for time in (self.out_of_place_s, self.in_place_s) if time is not None]
+        return math.exp(sum(map(math.log, times)) / len(times))
+
+
+class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
+    """The all-reduces of one nccl-tests run, by rising size."""
+
+    path: str
+    num_gpus: int
+    num_nodes: int | None  # None where the log does not say it
+    gpus: tuple[str, ...]  # driver names
+    version: str | None
+    measurements: tuple[NcclMeasurement, ...]
+
+    @property
+    def relative_jitter(self) -> float:
+        """Standard deviation of one time over its mean, from the pairs of out-of-place and in-place times.
+
+        The median absolute log ratio of a pair of normal deviates is 0.954 σ; a run without pairs says nothing (0).
+        """
+        ratios = sorted(
+            abs(math.log(m.out_of_place_s / m.in_place_s))
+            for m in self.measurements
+            if m.out_of_place_s is not None and m.in_place_s is not None
+        )
+        return ratios[len(ratios) // 2] / 0.954 if ratios else 0.0
+
+
+def with_nodes(log: NcclLog, num_nodes: int | None = None, gpus_per_node: int | None = None) -> NcclLog:
+    """The log with its number of nodes, which is the caller's where the log does not say it.
+
+    Args:
+        log: a run.
+        num_nodes: on which it was.
+        gpus_per_node: of the machine, where that is what the caller knows.
+
+    Raises:
+        FileFormatError: nothing tells the number, or there cannot be so many nodes.
+    """
+    if log.num_nodes is not None:
+        return log
+    if num_nodes is None and gpus_per_node is not None:
+        num_nodes = -(-log.num_gpus // gpus_per_node)
+    if num_nodes is None:
+        raise FileFormatError(
+            log.path,
+            f"has neither a list of devices nor the line that launched it, so on how many nodes its {log.num_gpus} "
+            "GPUs were is unknown",
+            hint="--nodes N says it, or --base CLUSTER, whose nodes have a size",
+        )
+    if not 1 <= num_nodes <= log.num_gpus:
+        raise FileFormatError(log.path, f"is a run of {log.num_gpus} GPUs, which cannot be on {num_nodes} nodes")
+    return msgspec.structs.replace(log, num_nodes=num_nodes)

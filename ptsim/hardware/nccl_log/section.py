@@ -1,0 +1,264 @@
+"""What one test of a log says once its lines are read: whether it can be trusted, on how many GPUs, how long.
+
+The text and the JSON both come here as a `Section`. Of several data types or reductions the float sum counts; run
+cycles (`-N`) are runs.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import msgspec
+
+from ptsim.errors import FileFormatError
+from ptsim.hardware.nccl_log.record import NcclLog, NcclMeasurement
+
+ELEMENT_BYTES = (
+    (8, "u?int64|float64|double"),
+    (4, "u?int32|int|float32|float"),
+    (2, "half|float16|bfloat16|bf16"),
+    (1, "u?int8|char|fp8(?:_e4m3|_e5m2)?|f8e4m3|f8e5m2|float8_e4m3|float8_e5m2"),
+)
+_NODES = (  # what a launcher's option means; -N is the number of nodes for Slurm, and of ranks on a node for Open MPI
+    (re.compile(r"(?:^|\s)-N\s*(\d{1,6})\b"), "N"),
+    (re.compile(r"(?:^|\s)--nodes[= ](\d{1,6})\b"), "nodes"),
+    (re.compile(r"\b(\d{1,6}) nodes?\b"), "nodes"),
+    (
+        re.compile(r"(?:^|\s)(?:--?npernode|-ppn|--n?tasks-per-node|--map-by ppr:)[= ]?(\d{1,6})"),
+        "ranks",
+    ),
+    (re.compile(r"(?:^|\s)(?:-H|--?hosts?)[= ]([\w.:,-]+)"), "hosts"),
+)
+_SHORTEST_S, _LONGEST_S = 1e-9, 86400.0  # of one all-reduce
+_REDUCTIONS = ("sum", "prod", "max", "min", "avg", "mulsum", "all")
+
+
+class Section:
+    """One test of a text log, from its header to its trailer."""
+
+    def __init__(self, line: int, name: str | None) -> None:
+        self.line, self.name = line, name
+        self.ranks: dict[int, tuple[str, str]] = {}  # host and device
+        self.groups: set[str] = set()
+        self.unit_s = 1e-6
+        self.rows: list[Row] = []
+        self.header: re.Match[str] | None = None
+        self.launch = ""  # lines that started it: mpirun, srun, …
+        self.ended = False
+        self.last_line = line
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One message size as the log has it."""
+
+    line: int
+    size: int
+    count: int | None
+    type: str
+    redop: str
+    root: int | None
+    out_of_place: Times | None
+    in_place: Times | None
+    wrong: int
+    num_groups: int  # of columns: out of place and in place, or one of them
+
+    @property
+    def times(self) -> Times:
+        """Of what was measured the first; one of both was."""
+        found = self.out_of_place or self.in_place
+        assert found is not None, "a row without times is refused where it is read"
+        return found
+
+
+class Times(msgspec.Struct, frozen=True):
+    """What was measured out of place or in place."""
+
+    time: float  # in the unit of its section
+    algbw: float
+    busbw: float
+
+
+def logs_of(path: Path, section: Section, version: str | None) -> list[NcclLog]:
+    """The all-reduce runs of a section, one for each cycle.
+
+    Raises:
+        FileFormatError: what cannot be trusted: rows of several ranks, wrong results, a run that stops in the middle.
+    """
+    section.rows = _of_one_type(section.rows)
+    cycles = _cycles(path, section.rows)
+    _check_section(path, section)
+    num_gpus, num_nodes = _ranks(path, section)
+    return [
+        NcclLog(
+            path=str(path),
+            num_gpus=num_gpus,
+            num_nodes=num_nodes,
+            gpus=tuple(sorted({gpu for _, gpu in section.ranks.values()})),
+            version=version,
+            measurements=tuple(_measurement(row, section.unit_s) for row in cycle),
+        )
+        for cycle in cycles
+    ]
+
+
+def _of_one_type(rows: list[Row]) -> list[Row]:
+    """The rows of one data type and reduction: the float sum where there are several."""
+    kinds = dict.fromkeys((row.type, row.redop) for row in rows)
+    chosen = min(kinds, key=lambda kind: (kind[0] not in ("float", "float32"), kind[1] != "sum"))
+    return [row for row in rows if (row.type, row.redop) == chosen]
+
+
+def _cycles(path: Path, rows: list[Row]) -> list[list[Row]]:
+    """The rows of each run cycle (`-N`), by rising size: the same sizes in the same order again and again."""
+    rows = [row for row in rows if row.size > 0]
+    seen: dict[int, int] = {}
+    again = next((row for row in rows if seen.setdefault(row.size, row.line) != row.line), None)
+    if again is None:
+        return [sorted(rows, key=lambda row: row.size)]
+    period = len(seen)
+    repeated = all(row.size == rows[i % period].size for i, row in enumerate(rows))
+    if not repeated or len(rows) % period or again.root is None:  # before it printed a root it had no cycles
+        raise FileFormatError(
+            path,
+            f"{again.size} bytes are there twice: the output of several ranks or runs is mixed",
+            line=again.line,
+            hint="keep rank 0's output of one run",
+        )
+    return [sorted(rows[i : i + period], key=lambda row: row.size) for i in range(0, len(rows), period)]
+
+
+def collective(section: Section) -> str:
+    """The collective of a log that does not name it, by its reduction, root and busbw/algbw."""
+    row = max(section.rows, key=lambda row: row.size)
+    if row.redop not in _REDUCTIONS and not row.redop.startswith("mul"):
+        return "a collective without reduction (broadcast, all_gather or all_to_all)"
+    if row.root is not None and row.root >= 0:
+        return "reduce_perf"
+    algbw, busbw = row.times.algbw, row.times.busbw
+    element = next(size for size, names in ELEMENT_BYTES if re.fullmatch(names, row.type))
+    shares = row.size // max((row.count or row.size) * element, 1)  # a reduce-scatter counts what one rank gets
+    for num in (len(section.ranks), shares):
+        if num > 1 and algbw > 1 and abs(busbw / algbw / ((num - 1) / num) - 1) < 0.02:
+            return "reduce_scatter_perf"
+    if len(section.ranks) > 2 and algbw > 1 and abs(busbw / algbw - 1) < 0.02:
+        return "a test whose bus bandwidth is its algorithm bandwidth (sendrecv, broadcast or reduce)"
+    return "all_reduce_perf"
+
+
+def _check_section(path: Path, section: Section) -> None:
+    rows = section.rows
+    columns = max(row.num_groups for row in rows)
+    for row in rows:
+        if row.num_groups < columns:
+            raise FileFormatError(
+                path, f"row of {row.size} bytes is incomplete: it has no in-place time", line=row.line
+            )
+        if row.wrong:
+            raise FileFormatError(path, f"{row.wrong} wrong results at {row.size} bytes", line=row.line)
+        for times in (row.out_of_place, row.in_place):
+            if times is not None and not _SHORTEST_S <= times.time * section.unit_s <= _LONGEST_S:
+                problem = f"time of {row.size} bytes is {times.time:g}, expected a positive one of at most a day"
+                raise FileFormatError(path, problem, line=row.line)
+    last = max(rows, key=lambda row: row.line).size
+    if not section.ended and section.header is None and not section.ranks:
+        warnings.warn(
+            f"{path}: has rows only, without the lines around them: whether the run was complete is unknown",
+            stacklevel=2,
+        )
+    elif not section.ended and not _is_last(section.header, last):
+        most = f" of {section.header[4]}" if section.header else ""
+        raise FileFormatError(
+            path,
+            f"the log ends after {last}{most} bytes without '# Out of bounds values': it is truncated",
+            line=section.last_line,
+        )
+
+
+def _is_last(header: re.Match[str] | None, size: int) -> bool:
+    """Whether the run that the header describes ends with this size; without its step nothing tells."""
+    if header is None or header[5] is None:
+        return False
+    most, step = int(header[4]), int(header[5])
+    return size == most or (size * step if header[6] == "factor" else size + step) > most
+
+
+def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
+    """(GPUs, nodes) of the run; without a device list the count follows from busbw / algbw = 2(n-1)/n.
+
+    The nodes are None where nothing tells.
+    """
+    row = max(section.rows, key=lambda row: row.times.algbw)
+    algbw, busbw = row.times.algbw, row.times.busbw
+    implied = _implied_ranks(algbw, busbw)
+    listed = len(section.ranks)
+    if len(section.groups) > 1:
+        raise FileFormatError(
+            path,
+            f"holds all-reduces in {len(section.groups)} groups of GPUs at the same time, expected one over all",
+            line=section.line,
+        )
+    if listed == 1 or (implied == 1 and not listed):
+        raise FileFormatError(
+            path,
+            "is the run of a single GPU, in which nothing is reduced",
+            line=section.line,
+            hint="with one process per GPU, nccl-tests must be built with MPI=1",
+        )
+    if listed and max(section.ranks) + 1 != listed:
+        if implied != max(section.ranks) + 1:
+            problem = f"lists {listed} ranks but numbers them up to {max(section.ranks)}"
+            raise FileFormatError(path, problem, line=section.line)
+        listed = implied  # nccl-tests cuts long lists short, people too; the bus bandwidth knows
+    if listed and implied and abs(2 * (listed - 1) / listed - busbw / algbw) > 0.03:
+        raise FileFormatError(
+            path,
+            f"lists {listed} ranks, but its bus bandwidth is {busbw / algbw:.3g} times the algorithm bandwidth, "
+            f"which {implied} ranks would give",
+            line=row.line,
+        )
+    if not listed and implied and abs(2 * (implied - 1) / implied - busbw / algbw) > 0.03:
+        problem = f"has a bus bandwidth of {busbw / algbw:.3g} times the algorithm bandwidth, which no all-reduce has"
+        raise FileFormatError(path, problem, line=row.line)
+    num = listed or implied
+    if num is None:
+        raise FileFormatError(path, "has no device list ('# Rank 0 …'), so the number of GPUs is unknown", line=1)
+    return num, len({host for host, _ in section.ranks.values()}) or _launched_nodes(section, num)
+
+
+def _launched_nodes(section: Section, num_gpus: int) -> int | None:
+    """Nodes of a run without a device list, from the line that launched it; None where nothing tells."""
+    per_process = int(section.header[1]) * int(section.header[2]) if section.header else 1
+    if per_process == num_gpus:
+        return 1
+    found: set[int] = set()
+    for line in section.launch.splitlines():
+        slurm = re.search(r"\b(?:srun|sbatch|salloc)\b|#SBATCH", line) is not None
+        for pattern, what in _NODES:
+            for match in pattern.finditer(line):
+                if what == "hosts":
+                    found.add(len({host.partition(":")[0] for host in match[1].split(",")}))
+                elif what == "nodes" or (what == "N" and slurm):
+                    found.add(int(match[1]))
+                elif (per_node := int(match[1]) * per_process) and num_gpus % per_node == 0:
+                    found.add(num_gpus // per_node)
+    possible = {nodes for nodes in found if 1 <= nodes <= num_gpus and num_gpus % nodes == 0}
+    return possible.pop() if len(possible) == 1 else None
+
+
+def _implied_ranks(algbw: float, busbw: float) -> int | None:
+    """The n of busbw / algbw = 2(n-1)/n; None where two printed digits do not decide."""
+    if algbw < 1:
+        return None
+    ratio = busbw / algbw
+    return round(2 / (2 - ratio)) if ratio < 1.97 else None
+
+
+def _measurement(row: Row, unit_s: float) -> NcclMeasurement:
+    out_of_place, in_place = row.out_of_place, row.in_place
+    return NcclMeasurement(
+        size_bytes=row.size,
+        out_of_place_s=None if out_of_place is None else out_of_place.time * unit_s,
+        in_place_s=None if in_place is None else in_place.time * unit_s,
+    )
