@@ -46,9 +46,10 @@ from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.memory import iteration_memory
 from ptsim.errors import PtsimError
 from ptsim.network import Network, Precision
-from ptsim.prune.groups import find_groups, keep_one
+from ptsim.prune.groups import find_groups
 from ptsim.prune.proof import zero_components
 from ptsim.prune.reconfigure import reconfigure
+from ptsim.prune.selection import keep_one
 from ptsim.setting import StepSetting
 
 CHOSEN = (

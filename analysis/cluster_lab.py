@@ -391,9 +391,10 @@ def pruned_resnet20(num_classes: int = 10) -> Any:
     import torch
 
     from ptsim import zoo
-    from ptsim.prune.groups import find_groups, keep_one
+    from ptsim.prune.groups import find_groups
     from ptsim.prune.proof import zero_components
     from ptsim.prune.reconfigure import reconfigure
+    from ptsim.prune.selection import keep_one
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -8,8 +8,7 @@ no table of layer names. Components are numbered from 0; nothing here holds a re
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.labels import AxisKey, State, Weighted
 from ptsim.prune.propagate import propagate, skeleton
+from ptsim.prune.selection import keep_one
 
 SHAPE_ERRORS = (
     RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError, UnsupportedModelError
@@ -394,87 +394,6 @@ def _clusters(groups: ChannelGroups, suspects: Tensor) -> list[Tensor]:
 def _random_part(groups: ChannelGroups, mask: Tensor, generator: torch.Generator) -> Tensor:
     chosen = mask & (torch.rand(len(mask), generator=generator) < 0.5)
     return keep_one(groups, chosen, torch.rand(len(mask), generator=generator))[0]
-
-
-def keep_one(
-    groups: ChannelGroups, removed: Tensor, importance: Tensor, skip: Collection[str] = ()
-) -> tuple[Tensor, tuple[str, ...]]:
-    """`removed` without the most important component of every axis that would end up empty, and their layers' names.
-
-    The layers in `skip` may end up empty.
-    """
-    removed = removed.clone()
-    rescued = []
-    for layer in groups.layers:
-        if layer.layer in skip:
-            continue
-        for axis in (layer.outputs, layer.inputs):
-            if bool(removed[axis].all()):
-                best = axis[importance[axis].argmax()]
-                removed[best] = False
-                rescued.append(layer.layer)
-    return balanced(groups, removed, importance, skip), tuple(rescued)
-
-
-def balanced(groups: ChannelGroups, removed: Tensor, importance: Tensor, skip: Collection[str] = ()) -> Tensor:
-    """`removed` without what would leave the groups of a grouped convolution unequal.
-
-    A group goes as a whole if all its inputs and all its outputs go. Of every other one the same number of inputs goes,
-    and the same number of outputs, the least important ones first; one of each stays.
-    """
-    removed = removed.clone()
-    grouped = [x for x in groups.layers if x.groups > 1 and not x.depthwise and x.layer not in skip]
-    changed = True
-    while changed:
-        changed = False
-        for layer in grouped:
-            axes = [axis.view(layer.groups, -1) for axis in (layer.inputs, layer.outputs)]
-            whole = removed[axes[0]].all(1) & removed[axes[1]].all(1)
-            for axis in axes:
-                rows = axis[~whole]
-                if not len(rows):
-                    continue
-                gone = removed[rows]
-                number = min(int(gone.sum(1).min()), rows.shape[1] - 1)
-                least_first = torch.argsort(torch.where(gone, importance[rows], torch.inf), dim=1, stable=True)
-                goes = torch.zeros_like(gone).scatter_(1, least_first[:, :number], True)
-                back = rows[gone & ~goes]
-                if len(back):
-                    removed[back] = False
-                    changed = True
-    return removed
-
-
-def round_up(
-    groups: ChannelGroups, removed: Tensor, importance: Tensor, multiple: int, skip: Collection[str] = ()
-) -> Tensor:
-    """`removed` with components taken back until every channel count is a multiple, or is what it was."""
-    removed = removed.clone()
-    if multiple <= 1:
-        return removed
-    changed = True
-    while changed:
-        changed = False
-        for layer in groups.layers:
-            if layer.layer in skip:
-                continue
-            for axis in (layer.outputs, layer.inputs):
-                gone = removed[axis]
-                kept = int((~gone).sum())
-                target = min(math.ceil(kept / multiple) * multiple, len(axis))
-                if not bool(gone.any()) or kept == target:
-                    continue
-                order = torch.argsort(importance[axis], descending=True, stable=True)
-                for component in axis[order].tolist():
-                    if kept >= target and kept % multiple == 0:
-                        break
-                    if bool(removed[component]):
-                        removed[component] = False
-                        kept += int((axis == component).sum())
-                changed = True
-        even = balanced(groups, removed, importance, skip)
-        changed, removed = changed or not torch.equal(even, removed), even
-    return removed
 
 
 def weight_GOIK(weight: Tensor, layer: Weighted) -> Tensor:  # noqa: N802 - its name is its shape

@@ -19,9 +19,10 @@ from ptsim import zoo
 from ptsim.capture.graph import copied, output_tensors
 from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.prune.cut import take
-from ptsim.prune.groups import SHAPE_ERRORS, ChannelGroups, axes_for, find_groups, keep_one, weight_GOIK
+from ptsim.prune.groups import SHAPE_ERRORS, ChannelGroups, axes_for, find_groups, weight_GOIK
 from ptsim.prune.labels import BATCH_NORMS
 from ptsim.prune.reconfigure import Plan, operate, stays_aligned
+from ptsim.prune.selection import keep_one
 
 TOLERANCE = 1e-9
 LARGE, THIN = 32_000_000, 1 / 8

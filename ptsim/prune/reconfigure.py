@@ -23,11 +23,10 @@ from ptsim.prune.groups import (
     ChannelGroups,
     component_maxima,
     find_groups,
-    keep_one,
     misaligned,
-    round_up,
 )
 from ptsim.prune.removal import Removal, collapsed_layers, find_removals, remove_branch
+from ptsim.prune.selection import keep_one, round_up
 
 COLLAPSED = (
     "the network has collapsed: its output no longer depends on the image, every weight of {} is below the threshold; "
