@@ -18,13 +18,13 @@ import os
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from ptsim.errors import FileFormatError, UsageError
+from ptsim.errors import UsageError
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.profile import (
     DeviceProfile,
@@ -37,27 +37,16 @@ from ptsim.hardware.profile import (
 from ptsim.hardware.profile_merge import mean_time
 from ptsim.hardware.spec import Device
 from ptsim.measure import kineto_operators as operators
-from ptsim.measure.kineto_events import (
-    Event,
-    Recording,
-    Span,
-    clip,
-    length,
-    outside,
-    read_recording,
-    union,
-)
+from ptsim.measure.kineto_events import Recording, read_recording
+from ptsim.measure.kineto_steps import UPDATE_MARK, Call, Step, read_steps
 from ptsim.network import LayerKind, MemoryFormat, Precision
 from ptsim.operators import KIND_OF_OP
 from ptsim.units import GIB
 
 T = TypeVar("T")
 UNKNOWN = "unknown"  # architecture of a step whose network nobody named
-_STEP_MARK, _UPDATE, _BACKWARD = "ProfilerStep#", "Optimizer.step#", "autograd::engine::evaluate_function:"
-_ACCUMULATE = "torch::autograd::AccumulateGrad"
 _TF32 = re.compile(r"tf32|tensorop_s\d|_s1688|s1688gemm")  # kernels of cuDNN, cuBLAS and CUTLASS
 _NEGLIGIBLE = 0.01  # of what all operators take
-_WAITS = re.compile(r"(cuda|hip)(Device|Stream|Event)Synchronize")
 _PRECISIONS = {"c10::half": Precision.FP16, "half": Precision.FP16, "c10::bfloat16": Precision.BF16}
 
 
@@ -122,36 +111,6 @@ class KinetoImport(msgspec.Struct, frozen=True, kw_only=True):
     profile: DeviceProfile
 
 
-class _Call(msgspec.Struct, kw_only=True):
-    """One operator of the network in one step."""
-
-    event: Event
-    backward: list[Event]
-    forward_s: float
-    backward_s: float
-
-    @property
-    def seconds(self) -> float:
-        return self.forward_s + self.backward_s
-
-
-class _Step(msgspec.Struct, kw_only=True):
-    step_s: float
-    forward_s: float
-    backward_s: float
-    optimizer_s: float | None
-    communication_s: float
-    exposed_s: float
-    host_idle: float
-    device_idle: float | None
-    calls: list[_Call]
-    parameters: list[int]  # elements of every gradient; 0 where shapes were not recorded
-
-    @property
-    def compute_s(self) -> float:
-        return self.forward_s + self.backward_s + (self.optimizer_s or 0.0)
-
-
 def import_kineto(
     paths: Sequence[str | Path],
     *,
@@ -180,7 +139,7 @@ def import_kineto(
     if not paths:
         raise UsageError("no profile was named")
     recordings = [read_recording(path) for path in paths]
-    steps = [_steps(recording) for recording in recordings]
+    steps = [read_steps(recording) for recording in recordings]
     everything = [step for own in steps for step in own]
     calls = [call for step in everything for call in step.calls]
     notes: list[str] = []
@@ -192,15 +151,10 @@ def import_kineto(
     if everything[0].optimizer_s is None:
         notes.append("no Optimizer.step was recorded, so predictions from this profile lack the update")
     ranks = tuple(_rank_times(recording, own) for recording, own in zip(recordings, steps, strict=True))
-
-    def mean(field: str) -> float:
-        return statistics.fmean(getattr(rank, field) or 0.0 for rank in ranks)
-
-    communication_s, exposed_s = mean("communication_seconds"), mean("exposed_communication_seconds")
+    mean = _mean_times(ranks)
+    communication_s, exposed_s = mean.communication_seconds, mean.exposed_communication_seconds
     world_size = next((recording.world_size for recording in recordings if recording.world_size), None)
     measured = _measurement(everything, setting, batch, optimizer, architecture, name or recordings[0].path.stem)
-    has_optimizer, has_device = everything[0].optimizer_s is not None, recordings[0].on_gpu
-    step_s = mean("step_seconds")
     return KinetoImport(
         device=named,
         batch=batch,
@@ -208,209 +162,47 @@ def import_kineto(
         memory_format=setting.memory_format,
         optimizer=optimizer,
         world_size=world_size,
-        step_seconds=step_s,
-        images_per_second=None if batch is None else batch * (world_size or 1) / step_s,
-        forward_seconds=mean("forward_seconds"),
-        backward_seconds=mean("backward_seconds"),
-        optimizer_seconds=mean("optimizer_seconds") if has_optimizer else None,
+        step_seconds=mean.step_seconds,
+        images_per_second=None if batch is None else batch * (world_size or 1) / mean.step_seconds,
+        forward_seconds=mean.forward_seconds,
+        backward_seconds=mean.backward_seconds,
+        optimizer_seconds=mean.optimizer_seconds,
         communication_seconds=communication_s,
         exposed_communication_seconds=exposed_s,
         overlap_fraction=1 - exposed_s / communication_s if communication_s else None,
-        host_idle_fraction=mean("host_idle_fraction"),
-        device_idle_fraction=mean("device_idle_fraction") if has_device else None,
+        host_idle_fraction=mean.host_idle_fraction,
+        device_idle_fraction=mean.device_idle_fraction,
         operators=rows,
         ranks=ranks,
         notes=tuple(notes),
-        profile=DeviceProfile(
-            created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            complete=True,
-            device=driver_name,
-            kind="cuda" if has_device else "cpu",
-            memory_bytes=size,
-            num_threads=None,
-            software={},
-            sources=tuple(str(recording.path) for recording in recordings),
-            operators=times,
-            steps=(measured,),
-        ),
+        profile=_profile(recordings, driver_name, size, times, measured),
     )
 
 
-def _steps(recording: Recording) -> list[_Step]:
-    """The training steps of a file.
-
-    Raises:
-        FileFormatError: there is none.
-    """
-    windows = [window for window in _windows(recording) if _backward(recording, window)]
-    steps = [_step(recording, window) for window in windows]
-    steps = [step for step in steps if step.calls]
-    if not steps:
-        raise FileFormatError(recording.path, "holds no forward pass with its backward pass; expected a training step")
-    if recording.on_gpu:  # the host runs ahead, so that its marks do not tell how long the GPU takes
-        begins = [min(e.begin_s for e in _launched(recording, window)) for window in windows[: len(steps)]]
-        ends = [*begins[1:], max(e.end_s for e in _launched(recording, windows[-1]))]
-        steps = [
-            msgspec.structs.replace(step, step_s=end - begin)
-            for step, begin, end in zip(steps, begins, ends, strict=True)
-        ]
-    return steps
-
-
-def _windows(recording: Recording) -> list[Span]:
-    """When the host worked on each step."""
-    marks = [event for event in recording.host if event.name.startswith(_STEP_MARK)]
-    if marks:
-        begins = [mark.begin_s for mark in marks]
-        return list(zip(begins, [*begins[1:], marks[-1].end_s], strict=True))
-    updates = [event for event in recording.host if event.name.startswith(_UPDATE)]
-    begin = min(event.begin_s for event in recording.host)
-    if not updates:
-        return [(begin, max(event.end_s for event in recording.host))]
-    ends = [event.end_s for event in updates]
-    return list(zip([begin, *ends[:-1]], ends, strict=True))
-
-
-def _within(events: Iterable[Event], window: Span) -> list[Event]:
-    return [event for event in events if window[0] <= event.begin_s < window[1]]
-
-
-def _is_inside(event: Event, prefix: str) -> bool:
-    around: Event | None = event
-    while around is not None:
-        if around.name.startswith(prefix):
-            return True
-        around = around.parent
-    return False
-
-
-def _backward(recording: Recording, window: Span) -> list[Event]:
-    """Autograd's nodes, each with all that runs inside it."""
-    nodes = [event for event in _within(recording.host, window) if event.name.startswith(_BACKWARD)]
-    return [node for node in nodes if node.parent is None or not _is_inside(node.parent, _BACKWARD)]
-
-
-def _launched(recording: Recording, window: Span) -> list[Event]:
-    """What the host launched on the device within the window; all that ran there if nothing says who launched it."""
-    mine = [kernel for event in _within(recording.host, window) for kernel in event.kernels]
-    return mine or _within(recording.device_events, window) or recording.device_events
-
-
-def _outermost(event: Event) -> Event:
-    """The ATen operator that nothing but annotations surrounds."""
-    found, around = event, event.parent
-    while around is not None:
-        if around.name.startswith("aten::"):
-            found = around
-        around = around.parent
-    return found
-
-
-def _calls(recording: Recording, window: Span, backward: Sequence[Event]) -> list[_Call]:
-    """The network's operators in forward order, linked to their backward nodes."""
-    creators: dict[int | None, Event] = {}
-    for event in _within(recording.host, window):
-        number = event.number("sequence number")
-        is_forward = event.name.startswith("aten::") and not _is_inside(event, _BACKWARD)
-        if number is not None and is_forward and not _is_inside(event, _UPDATE):
-            creators[number] = event  # the last one with that number makes the node
-    found: dict[int, _Call] = {}
-    for node in backward:
-        creator = creators.get(node.number("sequence number"))
-        if creator is None or _ACCUMULATE in node.name:
-            continue
-        event = _outermost(creator)
-        call = found.setdefault(id(event), _Call(event=event, backward=[], forward_s=0.0, backward_s=0.0))
-        call.backward.append(node)
-    for call in found.values():
-        call.forward_s = _busy_s(recording, [call.event])
-        call.backward_s = _busy_s(recording, call.backward)
-    return sorted(found.values(), key=lambda call: call.event.begin_s)
-
-
-def _busy_s(recording: Recording, events: Iterable[Event]) -> float:
-    if not recording.on_gpu:
-        return sum(event.seconds for event in events)
-    kernels = (kernel for event in events for kernel in event.all_kernels())
-    return sum(kernel.seconds for kernel in kernels if not kernel.is_collective)
-
-
-def _step(recording: Recording, window: Span) -> _Step:
-    backward = _backward(recording, window)
-    calls = _calls(recording, window, backward)
-    host = _within(recording.host, window)
-    updates = [event for event in host if event.name.startswith(_UPDATE)]
-    gradients = [event for event in host if event.name == _ACCUMULATE]
-    sizes = [operators.number_of_elements(event) for event in gradients]
-    on_device = _launched(recording, window) if recording.on_gpu else []
-    work = on_device if recording.on_gpu else host
-    collectives = union(event.span for event in work if event.is_collective)
-    if recording.on_gpu:
-        computing = union(event.span for event in on_device if not event.is_collective)
-        whole = (min(event.begin_s for event in on_device), max(event.end_s for event in on_device))
-        phases = _device_phases(calls, backward, updates)
-    else:
-        computing = union(event.span for event in host if _computes(event))
-        whole, phases = window, _host_phases(calls, backward, updates)
-    exposed = [outside(clip(collectives, phase), computing) if phase else 0.0 for phase in phases]
-    forward_s, backward_s, optimizer_s = (
-        None if phase is None else max(phase[1] - phase[0] - hidden, 0.0)
-        for phase, hidden in zip(phases, exposed, strict=True)
+def _profile(
+    recordings: Sequence[Recording],
+    driver_name: str,
+    memory_bytes: int,
+    operators: tuple[OperatorTime, ...],
+    step: StepMeasurement,
+) -> DeviceProfile:
+    """What the recordings say of their device."""
+    return DeviceProfile(
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        complete=True,
+        device=driver_name,
+        kind="cuda" if recordings[0].on_gpu else "cpu",
+        memory_bytes=memory_bytes,
+        num_threads=None,
+        software={},
+        sources=tuple(str(recording.path) for recording in recordings),
+        operators=operators,
+        steps=(step,),
     )
-    host_busy = [event.span for event in host if event.category == "cpu_op" and not event.is_collective]
-    host_busy += [call.span for call in _within(recording.calls, window) if not _WAITS.match(call.name)]
-    waits = [call.span for call in _within(recording.calls, window) if _WAITS.match(call.name)]
-    host_s = length(clip(host_busy, window)) - (length(waits) - outside(waits, host_busy) if waits else 0.0)
-    step_s = window[1] - window[0]
-    device_s = whole[1] - whole[0]
-    return _Step(
-        step_s=step_s,
-        forward_s=forward_s or 0.0,
-        backward_s=backward_s or 0.0,
-        optimizer_s=optimizer_s,
-        communication_s=length(collectives),
-        exposed_s=outside(collectives, computing),
-        host_idle=1 - host_s / step_s if step_s else 0.0,
-        device_idle=1 - length(e.span for e in on_device) / device_s if on_device and device_s else None,
-        calls=calls,
-        parameters=sizes,
-    )
-
-
-def _computes(event: Event) -> bool:
-    """Whether the host works in it, so that communication beside it is hidden; the waiting for one is no work."""
-    return event.category == "cpu_op" and not event.is_collective and event.name.startswith(("aten::", _BACKWARD))
-
-
-def _host_phases(
-    calls: Sequence[_Call], backward: Sequence[Event], updates: Sequence[Event]
-) -> tuple[Span, Span, Span | None]:
-    """Forward, backward and update on a CPU."""
-    if not calls:
-        return (0.0, 0.0), (0.0, 0.0), None
-    turn = min(node.begin_s for node in backward)
-    update = (updates[0].begin_s, updates[-1].end_s) if updates else None
-    return (calls[0].event.begin_s, turn), (turn, max(node.end_s for node in backward)), update
-
-
-def _device_phases(
-    calls: Sequence[_Call], backward: Sequence[Event], updates: Sequence[Event]
-) -> tuple[Span, Span, Span | None]:
-    """The same on a GPU: from a phase's first kernel to its last."""
-
-    def kernels(events: Iterable[Event]) -> list[Event]:
-        return [k for event in events for k in event.all_kernels() if not k.is_collective]
-
-    forward, back, update = kernels(call.event for call in calls), kernels(backward), kernels(updates)
-    if not forward or not back:
-        return (0.0, 0.0), (0.0, 0.0), None
-    turn = max(kernel.end_s for kernel in forward)
-    updating = (min(k.begin_s for k in update), max(k.end_s for k in update)) if update else None
-    return (min(k.begin_s for k in forward), turn), (turn, max(k.end_s for k in back)), updating
 
 
 def _setting(
-    calls: Sequence[_Call],
+    calls: Sequence[Call],
     on_gpu: bool,
     precision: Precision | None,
     memory_format: MemoryFormat | None,
@@ -462,11 +254,11 @@ def _device(
 
 
 def _operators(
-    calls: Sequence[_Call], setting: OperatorSetting, num_steps: int, notes: list[str]
+    calls: Sequence[Call], setting: OperatorSetting, num_steps: int, notes: list[str]
 ) -> tuple[tuple[OperatorTime, ...], tuple[KernelTime, ...]]:
     """Every operator once: as the profile keeps it, and as a list for people."""
     same: dict[Operator, list[OperatorTime]] = {}
-    listed: dict[tuple[str, OperatorShape | None], list[_Call]] = {}
+    listed: dict[tuple[str, OperatorShape | None], list[Call]] = {}
     left_out: dict[str, float] = defaultdict(float)
     for call in calls:
         shape = operators.operator_shape(call.event)
@@ -501,7 +293,7 @@ def _operators(
 
 
 def _measurement(
-    steps: Sequence[_Step],
+    steps: Sequence[Step],
     setting: OperatorSetting,
     batch: int | None,
     optimizer: str | None,
@@ -533,7 +325,7 @@ def _measurement(
     )
 
 
-def _rank_times(recording: Recording, steps: Sequence[_Step]) -> RankTimes:
+def _rank_times(recording: Recording, steps: Sequence[Step]) -> RankTimes:
     typical = sorted(steps, key=lambda step: step.step_s)[len(steps) // 2]
     return RankTimes(
         file=str(recording.path),
@@ -550,11 +342,22 @@ def _rank_times(recording: Recording, steps: Sequence[_Step]) -> RankTimes:
     )
 
 
+def _mean_times(ranks: Sequence[RankTimes]) -> RankTimes:
+    """The first rank's record with the means over the ranks; None stays None."""
+    first = ranks[0]
+    means = {
+        field: statistics.fmean(getattr(rank, field) or 0.0 for rank in ranks)
+        for field in RankTimes.__struct_fields__
+        if field.endswith(("_seconds", "_fraction")) and getattr(first, field) is not None
+    }
+    return msgspec.structs.replace(first, **means)
+
+
 def _optimizer(recordings: Sequence[Recording]) -> str | None:
     """The optimizer's class in lower case, from "Optimizer.step#SGD.step"."""
     for event in recordings[0].host:
-        if event.name.startswith(_UPDATE):
-            return event.name.removeprefix(_UPDATE).removesuffix(".step").lower()
+        if event.name.startswith(UPDATE_MARK):
+            return event.name.removeprefix(UPDATE_MARK).removesuffix(".step").lower()
     return None
 
 

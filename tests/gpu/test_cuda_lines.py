@@ -121,6 +121,6 @@ UNREACHED = {
     "cli/calibrate_network:_live": "all-reduces by NCCL need two GPUs",
     "measure/collectives:_timed": "the same",
     "measure/collectives:measure_table": "the same",
-    "measure/kineto:import_kineto": "reads files, which say on what they were recorded",
+    "measure/kineto:_profile": "reads files, which say on what they were recorded",
     "training/wrapping:wrap": "DistributedDataParallel needs two GPUs",
 }
