@@ -94,7 +94,7 @@ def pairs(draws: int, folder: Path | None = None, only: Sequence[str] = ()) -> l
             pruned = [read_trace(file) for file in files]
         else:
             print(f"planning {name}", file=sys.stderr, flush=True)
-            pruned = plan_draws(run.model, draws=draws, pruning=name)
+            pruned = plan_draws(run.model, draws, pruning=name)
             for file, trace in zip(files, pruned, strict=False):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_trace(file, trace)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numbers
-from typing import Literal
+from collections.abc import Mapping
+from os import PathLike, fspath
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from ptsim.errors import UsageError
+from ptsim.errors import UnknownNameError, UsageError
 from ptsim.network import MemoryFormat, Precision
 
+Options = TypeVar("Options", bound=msgspec.Struct)
 PrecisionName = Literal["fp32", "tf32", "fp16", "bf16", "amp"]
 Sharding = Literal["none", "zero1", "zero2"]  # what every GPU keeps only its share of: nothing, state, gradients too
 SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2")
@@ -114,3 +117,30 @@ def positive_number(name: str, value: object) -> int:
     if number < 1:
         raise UsageError(f"{name} is {number}, expected a positive number")
     return number
+
+
+def changed(options: Options, changes: Mapping[str, Any]) -> Options:
+    """A record of options with some replaced, as strictly checked as if they came from a file.
+
+    Raises:
+        UnknownNameError: an option that does not exist.
+        UsageError: a value of a wrong type.
+    """
+    for name in changes:
+        if name not in options.__struct_fields__:
+            raise UnknownNameError("option", str(name), options.__struct_fields__)
+    given = {name: msgspec.to_builtins(value, enc_hook=_plain) for name, value in changes.items()}
+    try:
+        return msgspec.convert({**msgspec.to_builtins(options), **given}, type(options))
+    except msgspec.ValidationError as error:
+        problem, _, place = str(error).partition(" - at ")
+        raise UsageError(f"option {place.strip('`').removeprefix('$.')}: {problem}") from error
+
+
+def _plain(value: Any) -> object:
+    """What Python callers give in place of a number or a text: numpy's numbers, paths."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return fspath(value) if isinstance(value, PathLike) else repr(value)

@@ -9,15 +9,16 @@ import datetime
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ptsim.answers.plan_options import PlanOptions
 from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.traffic import OPTIMIZERS, batch_norm_bytes
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
-from ptsim.setting import parse_precision
+from ptsim.setting import changed, parse_precision
 from ptsim.trace.schema import (
     NO_DEVICE,
     SCHEMA_VERSION,
@@ -51,7 +52,7 @@ class Fractions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments of `plan`, complete and checked."""
+    """The options of a plan, complete and checked."""
 
     model: str
     images: int
@@ -73,22 +74,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(e for e in range(self.epochs) if (e + 1) % self.interval == 0 or e + 1 == self.epochs)
 
 
-def plan(
-    model: str,
-    *,
-    images: int | None = None,
-    num_classes: int | None = None,
-    epochs: int | None = None,
-    batch: int | None = None,
-    gpus: int | None = None,
-    interval: int | None = None,
-    pruning: str = "none",
-    input_shape: tuple[int, int, int] | None = None,
-    precision: Precision | str = "fp32",
-    memory_format: MemoryFormat = "contiguous",
-    optimizer: str = "sgd",
-    seed: int = 0,
-) -> Trace:
+def plan(model: str, options: PlanOptions | None = None, **changes: Any) -> Trace:
     """The trace of a run that nobody has trained.
 
         ptsim.plan("torchvision:resnet50", images=1_281_167, epochs=90, batch=64, gpus=4, interval=5,
@@ -96,109 +82,40 @@ def plan(
 
     Args:
         model: a zoo name, torchvision:NAME or path/to/file.py:function.
-        images: of the training set.
-        num_classes: outputs; the model's usual number.
-        epochs: how many.
-        batch: images per GPU and step.
-        gpus: data-parallel size; 1 by default.
-        interval: epochs between reconfigurations; 5 by default.
-        pruning: "none", targets as above, "like:TRACE", a published run's name, or a TOML file. A published run also
-            says what is not given here.
-        input_shape: (channels, height, width); the model's usual one.
-        precision: of the matrix products.
-        memory_format: of the activations.
-        optimizer: whose state and update are counted.
-        seed: which of the trajectories that agree with `pruning`; 0 is the typical one.
+        options: see `ptsim.answers.plan_options.PlanOptions`.
+        **changes: single options by name, on top of `options`.
 
     Raises:
-        UsageError: a missing or wrong argument, or a pruning that this network cannot have.
+        UnknownNameError: an option, an optimizer or a kind of pruning that does not exist.
+        UsageError: a missing or wrong option, or a pruning that this network cannot have.
         UnsupportedModelError: the network cannot be traced.
     """
-    return plan_draws(
-        model,
-        draws=1,
-        images=images,
-        num_classes=num_classes,
-        epochs=epochs,
-        batch=batch,
-        gpus=gpus,
-        interval=interval,
-        pruning=pruning,
-        input_shape=input_shape,
-        precision=precision,
-        memory_format=memory_format,
-        optimizer=optimizer,
-        seed=seed,
-    )[0]
+    return plan_draws(model, 1, options, **changes)[0]
 
 
-def plan_draws(
-    model: str,
-    *,
-    draws: int,
-    images: int | None = None,
-    num_classes: int | None = None,
-    epochs: int | None = None,
-    batch: int | None = None,
-    gpus: int | None = None,
-    interval: int | None = None,
-    pruning: str = "none",
-    input_shape: tuple[int, int, int] | None = None,
-    precision: Precision | str = "fp32",
-    memory_format: MemoryFormat = "contiguous",
-    optimizer: str = "sgd",
-    seed: int = 0,
-) -> list[Trace]:
+def plan_draws(model: str, draws: int, options: PlanOptions | None = None, **changes: Any) -> list[Trace]:
     """`draws` trajectories that agree with what was given: the typical one first, then others at random.
 
-    Arguments and errors are those of `plan`; draw i has the seed `seed + i`.
+    The other arguments and the errors are those of `plan`; draw i has the seed `seed + i`.
     """
     from ptsim import zoo
     from ptsim.prune.trajectories import find_kind
     from ptsim.prune.trajectories.build import dense_network
-    from ptsim.prune.trajectories.catalog import published_runs
 
     if draws < 1:
         raise UsageError(f"draws is {draws}, expected at least 1")
-    kind = find_kind(pruning)
-    entry, published = zoo.find(model), published_runs().get(pruning)
-
-    def given(name: str, value: int | None, default: int | None = None) -> int:
-        if value is None and published is not None:
-            value = getattr(published, name)
-        if value is None:
-            value = default
-        if value is None:
-            raise UsageError(f"{name} is needed to plan a run", hint=f"give --{name}")
-        if value < 1:
-            raise UsageError(f"{name} is {value}, expected at least 1")
-        return value
-
-    asked = _Asked(
-        model=model,
-        images=given("images", images),
-        num_classes=given("classes", num_classes, entry.num_classes),
-        input_shape=input_shape or entry.input_shape,
-        epochs=given("epochs", epochs),
-        batch=given("batch", batch),
-        gpus=given("gpus", gpus, 1),
-        interval=given("interval", interval, DEFAULT_INTERVAL),
-        pruning=pruning,
-        precision=parse_precision(precision),
-        memory_format=memory_format,
-        optimizer=optimizer,
-        seed=seed,
-    )
-    _check(asked)
+    asked = _asked(model, changed(options or PlanOptions(), changes))
+    kind = find_kind(asked.pruning)
+    entry = zoo.find(model)
     dense = dense_network(
         lambda: entry.build(num_classes=asked.num_classes),
         name=model,
         input_shape=asked.input_shape,
         num_classes=asked.num_classes,
     )
-    if not dense.edges and pruning != "none":
+    if not dense.edges and asked.pruning != "none":
         raise UsageError(f"{model} has no channel that can be pruned")
-    return [_planned(msgspec.structs.replace(asked, seed=seed + i), dense, kind) for i in range(draws)]
+    return [_planned(msgspec.structs.replace(asked, seed=asked.seed + i), dense, kind) for i in range(draws)]
 
 
 def fractions(trace: Trace) -> Fractions:
@@ -229,16 +146,53 @@ def fractions(trace: Trace) -> Fractions:
     )
 
 
-def _check(asked: _Asked) -> None:
+def _asked(model: str, options: PlanOptions) -> _Asked:
+    """The options with what the model and a published run say where they are None, checked."""
+    from ptsim import zoo
+    from ptsim.prune.trajectories.catalog import published_runs
+
+    entry, published = zoo.find(model), published_runs().get(options.pruning)
+
+    def given(name: str, value: int | None, default: int | None = None) -> int:
+        if value is None and published is not None:
+            value = getattr(published, name)
+        if value is None:
+            value = default
+        if value is None:
+            raise UsageError(f"{name} is needed to plan a run", hint=f"give --{name}")
+        if value < 1:
+            raise UsageError(f"{name} is {value}, expected at least 1")
+        return value
+
+    asked = _Asked(
+        model=model,
+        images=given("images", options.images),
+        num_classes=given("classes", options.num_classes, entry.num_classes),
+        input_shape=options.input_shape or entry.input_shape,
+        epochs=given("epochs", options.epochs),
+        batch=given("batch", options.batch),
+        gpus=given("gpus", options.gpus, 1),
+        interval=given("interval", options.interval, DEFAULT_INTERVAL),
+        pruning=options.pruning,
+        precision=parse_precision(options.precision),
+        memory_format=options.memory_format,
+        optimizer=options.optimizer,
+        seed=options.seed,
+    )
     if asked.interval > asked.epochs:
         raise UsageError(f"interval is {asked.interval}, more than the {asked.epochs} epochs of the run")
     if asked.optimizer not in OPTIMIZERS:
         raise UnknownNameError("optimizer", asked.optimizer, OPTIMIZERS)
+    if min(asked.input_shape) < 1:
+        raise UsageError(f"input_shape is {asked.input_shape}, expected three positive numbers")
+    if asked.seed < 0:
+        raise UsageError(f"seed is {asked.seed}, expected at least 0")
     if asked.batch * asked.gpus > asked.images:
         raise UsageError(
             f"one step on {asked.gpus} GPUs takes {asked.batch * asked.gpus:,} images, "
             f"the data set has {asked.images:,}"
         )
+    return asked
 
 
 def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:

@@ -9,6 +9,7 @@ import msgspec
 from cyclopts import Parameter
 
 from ptsim.answers.plan import fractions, plan_draws
+from ptsim.answers.plan_options import PlanOptions
 from ptsim.cli.common import parse_input_shape, print_json, stdout_console
 from ptsim.errors import FileFormatError
 from ptsim.trace.io import write_trace
@@ -57,9 +58,7 @@ def plan(
     """
     if not out.resolve().parent.is_dir():
         raise FileFormatError(out, "its folder does not exist")
-    traces = plan_draws(
-        model,
-        draws=draws,
+    options = PlanOptions(
         images=images,
         num_classes=classes,
         epochs=epochs,
@@ -73,6 +72,7 @@ def plan(
         optimizer=optimizer,
         seed=seed,
     )
+    traces = plan_draws(model, draws, options)
     files = [out, *(out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, draws))]
     documents = [_document(write_trace(file, trace), trace) for file, trace in zip(files, traces, strict=True)]
     if json:

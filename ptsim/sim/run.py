@@ -13,16 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from ptsim.costs.energy import price_usd
 from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.tiers import Tier, worst_tier
-from ptsim.errors import UnknownNameError, UsageError
+from ptsim.errors import UnknownNameError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
+from ptsim.setting import changed
 from ptsim.sim.bounded import SecondsRange
 from ptsim.sim.faults import simulate_faults
 from ptsim.sim.options import Faults, Options
@@ -252,17 +251,9 @@ def change(options: Options, changes: dict[str, Any]) -> Options:
         UsageError: a value of a wrong type or out of its bounds.
     """
     inside = changes.get("faults")
-    for what, names, known in (
-        ("option", changes, Options.__struct_fields__),
-        ("option of faults", inside if isinstance(inside, dict) else {}, Faults.__struct_fields__),
-    ):
-        for name in names:
-            if name not in known:
-                raise UnknownNameError(what, str(name), known)
-    try:
-        changed = msgspec.convert({**msgspec.to_builtins(options), **msgspec.to_builtins(changes)}, Options)
-    except msgspec.ValidationError as error:
-        problem, _, place = str(error).partition(" - at ")
-        raise UsageError(f"option {place.strip('`').removeprefix('$.')}: {problem}") from error
-    changed.check()
-    return changed
+    for name in inside if isinstance(inside, dict) else ():
+        if name not in Faults.__struct_fields__:
+            raise UnknownNameError("option of faults", str(name), Faults.__struct_fields__)
+    made = changed(options, changes)
+    made.check()
+    return made

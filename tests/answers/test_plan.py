@@ -14,11 +14,12 @@ from torch import nn
 import ptsim
 from ptsim import zoo
 from ptsim.answers.plan import fractions, plan, plan_draws
+from ptsim.answers.plan_options import PlanOptions
 from ptsim.answers.validate import validate
 from ptsim.capture.network import capture_network
 from ptsim.capture.resized import Recapture
 from ptsim.cli.main import run
-from ptsim.errors import FileFormatError, UnknownNameError, UsageError
+from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
 from ptsim.prune.groups import find_groups, weight_GOIK
 from ptsim.prune.propagate import skeleton
 from ptsim.prune.reconfigure import reconfigure, remove_channels
@@ -90,7 +91,7 @@ class TestTargets:
             assert fractions(trace).training_flops_fraction == pytest.approx(0.7, abs=0.005)
 
     def test_draws_differ_and_agree_with_what_was_given(self, model: str) -> None:
-        draws = plan_draws(model, draws=3, **BASE, pruning="training=0.7,inference=0.5")
+        draws = plan_draws(model, 3, **BASE, pruning="training=0.7,inference=0.5")
         assert len({trace.final_network.id for trace in draws}) > 1
         for trace in draws:
             assert fractions(trace).inference_flops_fraction == pytest.approx(0.5, abs=0.005)
@@ -253,6 +254,28 @@ class TestTrace:
             plan(model, **{**BASE, "interval": 13})
         with pytest.raises(UsageError, match="interval is 0"):
             plan(model, **{**BASE, "interval": 0})
+
+    def test_options_may_come_as_a_record_or_by_name(self, model: str) -> None:
+        record = PlanOptions(**BASE, optimizer="adam")
+        trace = plan(model, record, epochs=6)
+        assert (trace.optimizer, len(trace.epochs), trace.epochs[0].batch_per_gpu) == ("adam", 6, BASE["batch"])
+
+    @pytest.mark.parametrize(
+        ("wrong", "problem"),
+        [
+            ({"epoch": 3}, "epoch"),
+            ({"epochs": "3"}, "option epochs: Expected `int"),
+            ({"epochs": 2.5}, "option epochs: Expected `int"),
+            ({"precision": "fp8"}, "precision is 'fp8'"),
+            ({"memory_format": "nhwc"}, "option memory_format"),
+            ({"input_shape": (3, 0, 16)}, "three positive numbers"),
+            ({"optimizer": "lion"}, "optimizer"),
+            ({"seed": -1}, "seed is -1"),
+        ],
+    )
+    def test_a_wrong_option_is_one_sentence(self, model: str, wrong: dict[str, object], problem: str) -> None:
+        with pytest.raises(PtsimError, match=problem):
+            plan(model, **{**BASE, **wrong})
 
     def test_it_is_projected_like_any_other(self, planned: Trace) -> None:
         frame = ptsim.simulate(planned, "dgx-a100", gpus=[2])
