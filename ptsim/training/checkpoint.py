@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ptsim.errors import FileFormatError, TrainingError, UsageError
 from ptsim.textfile import decode_json, read_bytes
+from ptsim.trace.schema import Epoch
 from ptsim.training.data import Normalization
 from ptsim.training.recipe import Count, Recipe
 
@@ -45,6 +46,15 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     wall_s: NotNegative = 0.0
     num_iterations: Whole = 0
     energy_j: NotNegative | None = None
+
+    def after(self, epoch: Epoch) -> Totals:
+        """With the iterations and the energy of one more epoch; the energy stays None until one was measured."""
+        energy_j = self.energy_j
+        if epoch.device is not None and epoch.device.energy_j is not None:
+            energy_j = (energy_j or 0.0) + epoch.device.energy_j
+        return msgspec.structs.replace(
+            self, num_iterations=self.num_iterations + epoch.num_iterations, energy_j=energy_j
+        )
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

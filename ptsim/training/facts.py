@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 import ptsim
 from ptsim.capture.graph import evaluation_mode, example_input
-from ptsim.errors import UnsupportedModelError, UsageError
+from ptsim.errors import TrainingError, UnsupportedModelError, UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
-from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Run
+from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run
 from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
 
@@ -119,6 +120,19 @@ def check_fraction(name: str, value: float | None) -> None:
         raise UsageError(f"{name} is {value}, expected a fraction from 0 to 1")
 
 
+def check_finite(epoch: Epoch) -> None:
+    """Make sure that an epoch's losses are numbers.
+
+    Raises:
+        TrainingError: one is infinite or NaN.
+    """
+    for name in ("train_loss", "validation_loss", "penalty"):
+        value = getattr(epoch, name)
+        if value is not None and not math.isfinite(value):
+            problem = f"the {name.replace('_', ' ')} of epoch {epoch.epoch} is {value}, not a finite number"
+            raise TrainingError(problem, hint="a smaller learning rate or penalty_ratio")
+
+
 def num_outputs(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """The size of the first output's channel axis: the classes of a classifier.
 
@@ -176,4 +190,20 @@ def run_record(facts: RunFacts, *, network: Network, num_train: int, team: Team,
         device=device,
         versions=library_versions(("torch", "torchvision", "fvcore", "safetensors")),
         git_revision=git_revision(Path(ptsim.__file__).parent),
+    )
+
+
+def change_record(before: Network, after: Network, *, epoch: int, batch: int) -> Reconfiguration:
+    """A change of the network between two epochs that somebody else made, after `epoch` at that mini-batch."""
+    widths_before, widths_after = widths(before), widths(after)
+    return Reconfiguration(
+        epoch=epoch,
+        before=before.id,
+        after=after.id,
+        channels_removed=max(0, sum(widths_before.values()) - sum(widths_after.values())),
+        layers_removed=tuple(name for name in widths_before if name not in widths_after),
+        measured_duration_s=None,
+        batch_before=batch,
+        batch_after=batch,
+        notes=("changed between two epochs by the training program; its time was not measured",),
     )

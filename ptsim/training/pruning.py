@@ -38,10 +38,11 @@ from ptsim.prune.structure import structure_of
 from ptsim.trace.schema import Epoch, Reconfiguration
 from ptsim.training import stored
 from ptsim.training.facts import RunFacts, checked_loss, checked_shape
+from ptsim.training.measured import Penalty
 from ptsim.training.misuse import Order
 from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
 from ptsim.training.prune_settings import check_plan, make_settings
-from ptsim.training.recorder import Penalty, Recorder
+from ptsim.training.recorder import Recorder
 from ptsim.training.wrapping import bare
 
 _PRUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PruneTrain]] = weakref.WeakKeyDictionary()

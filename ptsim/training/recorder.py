@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 import warnings
 import weakref
@@ -21,25 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.capture.network import capture_network
-from ptsim.errors import MissingMeasurementError, TrainingError, UsageError
+from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import profile_network
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.density import THRESHOLD, channel_maxima, dense_counts, layer_densities
 from ptsim.trace.schema import (
     AnyRecord,
-    DeviceUse,
     End,
     Epoch,
-    EpochTime,
-    Reconfiguration,
     Run,
-    StepDistribution,
 )
 from ptsim.training.checkpoint import Totals, writing
 from ptsim.training.distributed import CommunicationMeter, Team, current_team
 from ptsim.training.facts import (
     RunFacts,
+    change_record,
+    check_finite,
     check_fraction,
     checked_loss,
     checked_shape,
@@ -47,31 +44,15 @@ from ptsim.training.facts import (
     run_record,
     seen_settings,
     shapes_of,
-    widths,
 )
 from ptsim.training.losses import LossSum
-from ptsim.training.tracefile import TraceFile
+from ptsim.training.measured import Measured, Penalty, measure_epoch
+from ptsim.training.tracefile import TraceFile, refuse_trace
 from ptsim.training.watch import Watch
 from ptsim.training.wrapping import bare, called
 
 TRACE = "trace.jsonl"
 _T = TypeVar("_T")
-
-
-class Penalty(msgspec.Struct, frozen=True, kw_only=True):
-    """The regulariser in an epoch: λ (0 where it did not act) and λ times the penalty at the epoch's end."""
-
-    coefficient: float = 0.0
-    value: float = 0.0
-
-
-class _Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What clocks and meters say of an epoch."""
-
-    time: EpochTime | None
-    step: StepDistribution | None
-    use: DeviceUse | None
-    peak_bytes: int | None
 
 
 class Recorder:
@@ -316,12 +297,7 @@ class Recorder:
         """A folder with a trace is another run's, unless a state was loaded that goes on with it."""
         if self.folder is None or not self.team.leads or self._keep[0] is not None or self.owns_folder:
             return
-        path = self.folder / TRACE
-        if path.exists() and path.stat().st_size:
-            raise UsageError(
-                f"{self.folder} holds the trace of another run",
-                hint="another folder, or load_state_dict before the first step to go on with that run",
-            )
+        refuse_trace(self.folder / TRACE)
 
     def continue_trace(self, num_bytes: int, sha256: str | None = None) -> None:
         """Go on with the trace from where it had this length and digest: what came later is recorded anew."""
@@ -363,8 +339,8 @@ class Recorder:
         check_fraction("train_accuracy", train_accuracy)
         if self._ended:
             raise UsageError("the recorder is closed: end_epoch belongs before close")
-        iterations, images = self._iterations_and_images()
-        measured = self._measured(iterations)
+        iterations, images = self.watch.counted(self.epoch)
+        measured = measure_epoch(self.watch, self.meter, self._communication, self.device, iterations)
         self.begin_run()
         record = self._epoch_record(iterations, images, penalty, measured)
         record = msgspec.structs.replace(
@@ -374,14 +350,10 @@ class Recorder:
             validation_loss=None if validation_loss is None else float(validation_loss),
             validation_accuracy=None if validation_accuracy is None else float(validation_accuracy),
         )
-        for name in ("train_loss", "validation_loss", "penalty"):
-            value = getattr(record, name)
-            if value is not None and not math.isfinite(value):
-                problem = f"the {name.replace('_', ' ')} of epoch {self.epoch} is {value}, not a finite number"
-                raise TrainingError(problem, hint="a smaller learning rate or penalty_ratio")
+        check_finite(record)
         self.write(record)
         self.final_accuracy = record.validation_accuracy
-        self._spend(record)
+        self.totals = self.totals.after(record)
         self.epoch += 1
         self._losses = LossSum(self.device)
         self._images_told = 0
@@ -433,42 +405,7 @@ class Recorder:
         self.meter.start()
         self._communication = CommunicationMeter(self.module)
 
-    def _iterations_and_images(self) -> tuple[int, int]:
-        watch = self.watch
-        iterations = watch.num_steps or watch.num_backwards
-        if not iterations:
-            raise UsageError(
-                f"end_epoch for epoch {self.epoch} without a training step since the last one",
-                hint="call it once an epoch, after the loop over the mini-batches",
-            )
-        if not watch.num_images:
-            raise UsageError(
-                "no training pass of the network was seen, so nobody knows how many images it was trained on",
-                hint="give the compiled module to the recorder, or the number of images to step()",
-            )
-        if not watch.num_steps:
-            warnings.warn(
-                "the recorder's optimizer has not stepped in this epoch; tell the recorder of the new one by follow()",
-                stacklevel=3,
-            )
-        return iterations, watch.num_images
-
-    def _measured(self, iterations: int) -> _Measured:
-        """Stop the epoch's clocks and meters."""
-        now, last_step_s = time.perf_counter(), self.watch.last_step_s
-        times = self.watch.finish()
-        return _Measured(
-            time=None
-            if times is None
-            else self._without_communication(
-                times[0], iterations, now - last_step_s if last_step_s is not None else 0.0
-            ),
-            step=None if times is None else times[1],
-            use=self.meter.stop(),
-            peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
-        )
-
-    def _epoch_record(self, iterations: int, images: int, penalty: Penalty, measured: _Measured) -> Epoch:
+    def _epoch_record(self, iterations: int, images: int, penalty: Penalty, measured: Measured) -> Epoch:
         watch, team, threshold = self.watch, self.team, self._threshold
         rate = watch.learning_rate
         known = {layer.name for layer in self._architecture.layers}  # a module that forward never calls is no layer
@@ -503,24 +440,6 @@ class Recorder:
             else None,
         )
 
-    def _without_communication(self, seconds: EpochTime, iterations: int, validation_s: float) -> EpochTime:
-        """The watch's backward ends when the last all-reduce does: what was exposed of it is taken out."""
-        exposed_s = min(self._communication.exposed_s(iterations), seconds.backward_s)
-        return msgspec.structs.replace(
-            seconds,
-            backward_s=seconds.backward_s - exposed_s,
-            exposed_communication_s=exposed_s,
-            validation_s=validation_s,
-        )
-
-    def _spend(self, epoch: Epoch) -> None:
-        energy_j = self.totals.energy_j
-        if epoch.device is not None and epoch.device.energy_j is not None:
-            energy_j = (energy_j or 0.0) + epoch.device.energy_j
-        self.totals = msgspec.structs.replace(
-            self.totals, num_iterations=self.totals.num_iterations + epoch.num_iterations, energy_j=energy_j
-        )
-
     def spend_time(self) -> Totals:
         """The totals up to now."""
         now = time.perf_counter()
@@ -550,20 +469,7 @@ class Recorder:
             self.initial_counts = dense_counts(self.network, 0.0)
             return
         self.describe()
-        batch = self.watch.batch or 1
-        self.write(
-            Reconfiguration(
-                epoch=max(0, self.epoch - 1),
-                before=before.id,
-                after=self._architecture.id,
-                channels_removed=max(0, sum(widths(before).values()) - sum(widths(self._architecture).values())),
-                layers_removed=tuple(name for name in widths(before) if name not in widths(self._architecture)),
-                measured_duration_s=None,
-                batch_before=batch,
-                batch_after=batch,
-                notes=("changed between two epochs by the training program; its time was not measured",),
-            )
-        )
+        self.write(change_record(before, self._architecture, epoch=max(0, self.epoch - 1), batch=self.watch.batch or 1))
 
     def _run_record(self) -> Run:
         batch = (self.watch.batch or 1) * self.team.world_size

@@ -14,11 +14,24 @@ from typing import Self
 import torch
 
 import ptsim
-from ptsim.errors import TrainingError
+from ptsim.errors import TrainingError, UsageError
 from ptsim.network import Network
 from ptsim.trace.io import TraceWriter, read_trace
 from ptsim.trace.schema import AnyRecord, Architecture, End
 from ptsim.training.checkpoint import writing
+
+
+def refuse_trace(path: Path) -> None:
+    """Make sure that no run has written its trace there.
+
+    Raises:
+        UsageError: one has.
+    """
+    if path.exists() and path.stat().st_size:
+        raise UsageError(
+            f"{path.parent} holds the trace of another run",
+            hint="another folder, or load_state_dict before the first step to go on with that run",
+        )
 
 
 class TraceFile:

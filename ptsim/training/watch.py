@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ptsim.errors import UsageError
 from ptsim.measure.timers import Phase, StepTimer
 from ptsim.network import MemoryFormat, Precision
 from ptsim.trace.schema import EpochTime, StepDistribution
@@ -139,6 +141,33 @@ class Watch:
         timer, self._timer = self._timer, None
         self._phase = None
         return timer.finish(at_last_step=True) if timer is not None and timer.num_steps else None
+
+    def counted(self, epoch: int) -> tuple[int, int]:
+        """Iterations and images of this rank since the last `reset`.
+
+        Args:
+            epoch: that is being trained, for the messages.
+
+        Raises:
+            UsageError: no training step, or no image, was seen.
+        """
+        iterations = self.num_steps or self.num_backwards
+        if not iterations:
+            raise UsageError(
+                f"end_epoch for epoch {epoch} without a training step since the last one",
+                hint="call it once an epoch, after the loop over the mini-batches",
+            )
+        if not self.num_images:
+            raise UsageError(
+                "no training pass of the network was seen, so nobody knows how many images it was trained on",
+                hint="give the compiled module to the recorder, or the number of images to step()",
+            )
+        if not self.num_steps:
+            warnings.warn(
+                "the recorder's optimizer has not stepped in this epoch; tell the recorder of the new one by follow()",
+                stacklevel=3,
+            )
+        return iterations, self.num_images
 
     def reset(self) -> None:
         """Count anew."""

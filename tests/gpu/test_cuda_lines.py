@@ -68,7 +68,7 @@ REACHED_BY = {
         "training/loop:_check_team",
         "training/loop:_train",
         "training/pruning:_reconfigure",
-        "training/recorder:_measured",
+        "training/measured:measure_epoch",
         "training/tracefile:library_versions",
         "training/watch:begin",
     ],
