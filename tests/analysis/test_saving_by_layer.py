@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ptsim.costs.flops import training_macs
+from ptsim.sim.rounding import rounded
+from ptsim.trace.io import read_trace
+from tests.traces import shrinking_trace
+
+FOLDER = Path(__file__).parents[2] / "analysis"
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def test_both_tables_agree_with_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import saving_by_layer
+
+    source = shrinking_trace(tmp_path / "t.jsonl", keep=0.5, epochs=4, blocks=(1, 1, 1), widths=(4, 8, 8))
+    arguments = [str(source), "--batch", "2", "--repeats", "2", "--multiples", "1,8", "--out", str(tmp_path)]
+    assert saving_by_layer.main(arguments) == 0
+    trace = read_trace(source)
+    dense, pruned = trace.network_of(trace.epochs[0]), trace.final_network
+    layers, steps = pd.read_csv(tmp_path / "layers.csv"), pd.read_csv(tmp_path / "steps.csv")
+    assert list(layers.layer) == [layer.name for layer in dense.layers]
+    assert layers.dense_macs.sum() == training_macs(dense)
+    assert layers.pruned_macs.sum() == training_macs(pruned)
+    assert (layers.dense_seconds > 0).all()
+    assert layers.share_of_dense_time.sum() == pytest.approx(1)
+    assert list(steps.training_macs) == [training_macs(n) for n in (dense, pruned, rounded(pruned, 8))]
+    assert steps.time_left[0] == 1
+    row = steps.iloc[1]
+    assert row.saved_time_per_saved_macs == pytest.approx((1 - row.time_left) / (1 - row.macs_left))
+    assert "saved_time_per_saved_macs" in capsys.readouterr().out
+
+
+def test_a_missing_trace_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import saving_by_layer
+
+    assert saving_by_layer.main([str(tmp_path / "none.jsonl")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
