@@ -78,6 +78,7 @@ _WHAT_IFS: dict[str, tuple[Callable[[str], Any] | None, Callable[[Any], dict[str
     "recorded-jitter": (None, lambda _: {"jitter": "recorded"}),
     "shared-links": (_whole, lambda jobs: {"jobs": jobs}),
     "link-by-link": (None, lambda _: {"network": "links"}),
+    "input": (str, lambda name: {"input": name}),
     "slow-input": (float, lambda rate: {"input_images_per_s": rate}),
     "failures": (float, lambda hours: {"faults": {"mtbf_gpu_hours": hours}}),
     # another interval or penalty ratio is another run: its trace takes the place of the study's

@@ -46,6 +46,7 @@ def simulate(
     contention: float | None = None,
     channel_multiple: int = 1,
     jitter: str | None = None,
+    input_: Annotated[str, Parameter(name="input")] = "none",
     input_images_per_s: str | None = None,
     mtbf_gpu_hours: float | None = None,
     price: float | None = None,
@@ -79,7 +80,9 @@ def simulate(
             link if left out.
         channel_multiple: Round the channel counts of pruned networks up to a multiple of this number.
         jitter: Relative standard deviation of the step time of one GPU, or "recorded".
-        input_images_per_s: Images per second that the input pipeline delivers to one GPU, or "recorded".
+        input_: What reads and decodes the images with the node's cores: torchvision, dali or ffcv. none if input keeps
+            up.
+        input_images_per_s: Instead of --input: images per second that one GPU is given, or "recorded".
         mtbf_gpu_hours: Mean time between failures of one GPU in hours. Failures are simulated with checkpoints and
             restarts.
         price: Price in USD per GPU and hour, instead of the cluster's.
@@ -112,6 +115,7 @@ def simulate(
         "bucket_bytes": round(bucket_mib * 2**20),
         "network": network,
         "channel_multiple": channel_multiple,
+        "input": input_,
         "price_usd_per_gpu_hour": price,
         "seed": seed,
     }
@@ -199,7 +203,9 @@ def _print_tables(projections: list[RunProjection]) -> None:
         first = rows[0]
         console.print(f"{first.model}, {len(first.epochs)} epochs: {trace}", highlight=False)
         console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling", highlight=False)
-        time = _table("GPUs", "time", "90 % interval", "compute", "exposed", "start, reconfig.", "speed-up")
+        waits = any(p.input_wait_s for p in rows)
+        columns = ("compute", "exposed", *(["input wait"] if waits else []), "start, reconfig.", "speed-up")
+        time = _table("GPUs", "time", "90 % interval", *columns)
         resources = _table("GPUs", "GPU-hours", "energy", "USD", "all-reduced", "memory", "tier", "network")
         for p in rows:
             time.add_row(
@@ -208,6 +214,7 @@ def _print_tables(projections: list[RunProjection]) -> None:
                 interval(p.low_s, p.high_s),
                 seconds(p.compute_s),
                 seconds(p.exposed_communication_s),
+                *([seconds(p.input_wait_s)] if waits else []),
                 seconds(p.reconfiguration_s + p.startup_s),
                 f"{first.total_s / p.total_s:.2f}×",
             )

@@ -35,6 +35,8 @@ A cluster file (see `ptsim.hardware.spec.Cluster` for the meaning of each field)
     nodes_per_leaf = 16                          # under one switch; counts where links are simulated one by one
     nvswitch = true
     price_per_gpu = "4.10 USD/h"                 # optional
+    cores_per_node = 128                         # physical CPU cores, which input pipelines share; optional
+    storage_bandwidth = "2 GB/s"                 # at which a node reads images; left out: they lie in its memory
 
     library = "nccl"                             # or "gloo"
     reduces_in_switch = false                    # NVLink SHARP (H100 and newer behind NVSwitch)
@@ -171,6 +173,8 @@ class _ClusterForm(_Form, frozen=True, kw_only=True):
     library: Literal["nccl", "gloo"] = "nccl"
     tables: tuple[_TableForm, ...] = msgspec.field(name="table", default=())
     price_usd_per_gpu_hour: UsdPerHour | None = msgspec.field(name="price_per_gpu", default=None)
+    cores_per_node: Count | None = None
+    storage_bandwidth_bytes_per_s: BytesPerSecond | None = msgspec.field(name="storage_bandwidth", default=None)
     sources: dict[str, Name]
     aliases: tuple[Name, ...] = ()
 
@@ -182,6 +186,7 @@ _FORMS: dict[type, type[_Form]] = {
     AllReduceTable: _TableForm,
     AlphaBeta: _SegmentForm,
 }
+_OPTIONAL_NUMBERS = ("inter", "price_per_gpu", "cores_per_node", "storage_bandwidth")  # of a cluster
 _RECORDS = {form: record for record, form in _FORMS.items()}
 
 
@@ -216,7 +221,7 @@ def cluster_of(path: Path, raw: dict[str, Any]) -> tuple[Cluster, str]:
     layouts = [(table.num_gpus, table.num_nodes) for table in form.tables]
     if twice := next((layout for layout in layouts if layouts.count(layout) > 1), None):
         raise FileFormatError(path, f"has two tables of {twice[0]} GPUs on {twice[1]} nodes, expected one")
-    numbers = ["intra", *(key for key in ("inter", "price_per_gpu") if key in raw)]
+    numbers = ["intra", *(key for key in _OPTIONAL_NUMBERS if key in raw)]
     cluster: Cluster = _record(form)
     named = str((path.parent / form.device).resolve()) if form.device.endswith(".toml") else form.device
     whole = msgspec.structs.replace(

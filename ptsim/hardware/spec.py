@@ -111,6 +111,9 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         nodes_per_leaf: nodes under one leaf switch; counts where an oversubscribed fabric is simulated link by link.
         tables: measured all-reduce times, preferred over any formula.
         price_usd_per_gpu_hour: what the user pays; None means that money is not reported.
+        cores_per_node: physical CPU cores of a node, which input pipelines share; None where not known.
+        storage_bandwidth_bytes_per_s: at which a node reads training images; None where not known, or where they lie in
+            its memory.
     """
 
     name: str
@@ -127,6 +130,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     library: Literal["nccl", "gloo"] = "nccl"
     tables: tuple[AllReduceTable, ...] = ()
     price_usd_per_gpu_hour: float | None = None
+    cores_per_node: int | None = None
+    storage_bandwidth_bytes_per_s: float | None = None
     device_file: str = ""
     sources: dict[str, str] = {}
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
+from ptsim.costs.input import find_pipeline
 from ptsim.costs.tiers import tier_row
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.report import specs
@@ -13,6 +14,7 @@ from ptsim.report.facts import Facts
 from ptsim.report.figures.style import gpus as format_gpus
 from ptsim.report.projected import LabelledRun, Projector
 from ptsim.report.tables import Table, make_table
+from ptsim.sim.options import Options
 from ptsim.trace.pairs import data_name, device_name, model_name, run_labels
 from ptsim.trace.trace import Trace
 from ptsim.units import format_bytes, format_seconds
@@ -155,11 +157,7 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
         "computation and communication slow each other while both run (over PCIe by 100 %, elsewhere by 20 %, unless "
         "given); the interval covers half to one and a half times that",
     )
-    yield _row(
-        "input pipeline",
-        "keeps up" if options.input_images_per_s is None else f"{options.input_images_per_s} images/s",
-        "an assumption: the cluster's storage and decoding are not modelled",
-    )
+    yield _input_row(options, cluster)
     yield _row(
         "mini-batch",
         f"{options.scaling} scaling",
@@ -167,6 +165,15 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
         if options.scaling == "weak"
         else "the recorded global mini-batch is split over the GPUs",
     )
+
+
+def _input_row(options: Options, cluster: Cluster) -> Row:
+    if options.input != "none":
+        value = f"{options.input} on {cluster.cores_per_node} cores per node"
+        return _row("input pipeline", value, find_pipeline(options.input).source)
+    if options.input_images_per_s is not None:
+        return _row("input pipeline", f"{options.input_images_per_s} images/s", "given by the user")
+    return _row("input pipeline", "keeps up", "an assumption: storage and decoding are not modelled")
 
 
 def _run_facts(label: str, trace: Trace, shared: Mapping[str, object]) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from ptsim.costs.algorithms import AUTO, check_choice
+from ptsim.costs.input import find_pipeline
 from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, Sharding
@@ -87,8 +88,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         compile_s: recompilation after wrapping (torch.compile).
         autotune_trials: trial runs of every convolution after wrapping, on a GPU (cuDNN's benchmark mode).
         warmup_steps: steps after wrapping that train nothing.
-        input_images_per_s: what the input pipeline delivers to one GPU; None: never a limit; "recorded": data wait
-            as the trace says.
+        input: the pipeline that reads and decodes the images (`costs.input.pipelines`), sharing the node's cores;
+            "none": never a limit.
+        input_stored_pixels: mean height times width of its images as they are stored; None: ImageNet's, or the
+            network's input where that is smaller than 128 x 128.
+        input_storage_bytes_per_s: at which a node reads images, instead of the cluster's own.
+        input_images_per_s: instead of a pipeline: what one GPU is given; None: never a limit; "recorded": data wait as
+            the trace says.
         jitter: relative standard deviation of a GPU's step; "recorded": from the trace's step times.
         straggler_fraction, straggler_slowdown: share of GPUs that are slow, and by which factor.
         jobs: equal jobs side by side; by formula they share the links between nodes equally.
@@ -128,6 +134,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     compile_s: float = 0.0
     autotune_trials: int = 10  # torch.backends.cudnn.benchmark_limit
     warmup_steps: int = 0
+    input: str = "none"
+    input_stored_pixels: int | None = None
+    input_storage_bytes_per_s: float | None = None
     input_images_per_s: float | Literal["recorded"] | None = None
     jitter: float | Literal["recorded"] = 0.0
     straggler_fraction: float = 0.0
@@ -168,6 +177,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "compile_s": (0, None),
             "autotune_trials": (0, None),
             "warmup_steps": (0, None),
+            "input_stored_pixels": (1, None),
+            "input_storage_bytes_per_s": (1, None),
             "jitter": (0, 2),
             "straggler_fraction": (0, 1),
             "straggler_slowdown": (1, None),
@@ -188,6 +199,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise UsageError(f"compression is {self.compression:g}, expected more than 0 and at most 1")
         if isinstance(self.input_images_per_s, int | float) and not (0 < self.input_images_per_s < math.inf):
             raise UsageError(f"input_images_per_s is {self.input_images_per_s:g}, expected a positive rate")
+        if self.input != "none":
+            find_pipeline(self.input)
+            if self.input_images_per_s is not None:
+                raise UsageError("input and input_images_per_s both say what feeds the GPUs; give one of them")
+        else:
+            for name in ("input_stored_pixels", "input_storage_bytes_per_s"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"{name} needs an input pipeline, such as input = torchvision")
         if any(count < 1 for count in self.mixed_devices.values()):
             raise UsageError(f"mixed_devices is {self.mixed_devices}, expected at least one GPU per node of each kind")
         if self.faults is not None:

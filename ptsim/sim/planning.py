@@ -194,12 +194,13 @@ class _Planner:
                 f"{min(stage.batch for stage in stages)} images of a GPU's mini-batch"
             )
         if trace.is_planned:
-            note("the run is planned: nobody has trained it, and input keeps up")
+            keeps_up = options.input == "none" and not isinstance(options.input_images_per_s, int | float)
+            note("the run is planned: nobody has trained it" + (", and input keeps up" if keeps_up else ""))
             for assumption in trace.run.assumed:
                 note(f"assumed: {assumption.what} ({assumption.source})")
         times = [epoch.measured_time for epoch in epochs if epoch.measured_time is not None]
         waited = sum(time.data_wait_s for time in times) / max(1e-12, sum(time.wall_s for time in times))
-        if waited > 0.05 and options.input_images_per_s is None:
+        if waited > 0.05 and options.input_images_per_s is None and options.input == "none":
             note(f"the recorded run waited for data {waited:.0%} of the time; projected with input that keeps up")
         if not self.scenario.overlap and options.overlap is None and self.num_gpus > 1:
             note("the recorded step was compiled: its gradients become ready together, so nothing hides all-reduces")

@@ -26,6 +26,7 @@ from ptsim.setting import StepSetting
 from ptsim.sim import ddp
 from ptsim.sim.bounded import BOUNDS, SecondsRange, bounded_step
 from ptsim.sim.communication import Network as Links
+from ptsim.sim.feeding import Feed
 from ptsim.sim.options import GRADIENT_BYTES
 from ptsim.sim.planning import Stage
 from ptsim.sim.power import Power
@@ -75,6 +76,7 @@ class Pricer:
         self.scenario, self.options = scenario, scenario.options
         self.links = Links(scenario.cluster, scenario.num_gpus, scenario.options)
         self.power = Power(scenario)
+        self.feed = Feed(scenario)
         self.notes = self.links.notes
         given = self.options.contention
         self._contention = contention_of(scenario.cluster, scenario.num_gpus) if given is None else given
@@ -129,7 +131,7 @@ class Pricer:
 
         def simulate(bound: ddp.Bound, contention: float) -> StepResult:
             speeds, _ = self._speeds(stage, step, bound)
-            return self._simulate(stage, plans[bound], speeds, contention)
+            return self._simulate(stage, plans[bound], speeds, contention, bound=bound)
 
         bounded = bounded_step(simulate, self._contention)
         expected, step_range = bounded.expected, self._with_scaling(bounded.interval())
@@ -263,11 +265,12 @@ class Pricer:
         speeds: tuple[float, ...],
         contention: float,
         *,
+        bound: ddp.Bound = "expected",
         num_steps: int | None = None,
         record_gpus: int = 0,
     ) -> StepResult:
         options, jitter = self.options, self._jitter()
-        interval = self._input_interval_s(stage)
+        interval = self.feed.interval_s(stage.batch, bound)
         job = TrainingJob(plan=plan, speeds=speeds, input_interval_s=interval)
         if jitter is None and not record_gpus:  # GPUs of equal speed do the same
             kinds = Counter(speeds) if options.mixed_devices else {1.0: len(speeds)}
@@ -342,23 +345,6 @@ class Pricer:
             straggler_fraction=options.straggler_fraction,
             straggler_slowdown=options.straggler_slowdown,
         )
-
-    def _input_interval_s(self, stage: Stage) -> float:
-        rate = self.options.input_images_per_s
-        if rate is None:
-            return 0.0
-        if rate == "recorded":
-            # a loader that made the run wait was busy all the time, and can do what it did in the fastest such epoch;
-            # one that never did is no limit
-            paces = [
-                epoch.time.wall_s * epoch.world_size / epoch.num_images
-                for epoch in self.scenario.trace.epochs
-                if epoch.measured_time is not None
-                and epoch.time.data_wait_s >= 0.01 * epoch.time.wall_s
-                and epoch.num_images
-            ]
-            return stage.batch * min(paces, default=0.0)
-        return stage.batch / float(rate)
 
     def _autotune_s(self, stage: Stage, step: StepTime) -> float:
         """Every convolution's forward and backward, so many times (cuDNN tries its algorithms at the first step)."""

@@ -70,6 +70,9 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
         energy_j: of all GPUs (the boards, without host and cooling); None where the device's power is not known.
         mfu_fraction: FLOPs of the recorded images over what the GPUs' arithmetic could do in the time of the steps;
             None where the device's peak for the precision is not known.
+        input_images_per_s: that the pipeline, or the given rate, delivers to every GPU; None where input keeps up.
+        input_limit_gpus: from how many GPUs of one node on the pipeline is what an epoch waits for; None where it never
+            is, or where no pipeline was named.
         complete: False where the trace is of an interrupted or truncated run: then only what was recorded is projected.
     """
 
@@ -101,6 +104,8 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     tier: str
     network_tier: str | None
     mfu_fraction: float | None
+    input_images_per_s: float | None
+    input_limit_gpus: int | None
     complete: bool
     notes: tuple[str, ...]
     faults: FaultyRun | None = None
@@ -136,6 +141,8 @@ def projection_row(projection: RunProjection) -> dict[str, Any]:
         "exposed_communication_seconds": p.exposed_communication_s,
         "communication_wait_seconds": p.communication_wait_s,
         "input_wait_seconds": p.input_wait_s,
+        "input_images_per_second_per_gpu": p.input_images_per_s,
+        "input_limit_gpus_per_node": p.input_limit_gpus,
         "straggler_wait_seconds": p.straggler_wait_s,
         "reconfiguration_seconds": p.reconfiguration_s,
         "low_reconfiguration_seconds": p.reconfiguration_low_s,

@@ -95,6 +95,7 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
     price = options.price_usd_per_gpu_hour
     if price is None:
         price = cluster.price_usd_per_gpu_hour
+    needed = [epoch.batch_per_gpu / (epoch.step_s - epoch.input_wait_s) for epoch in epochs]
     energy_j = pricer.power.run_j(epochs, fixed_s, faults_s)
     energy_low_j, energy_high_j = pricer.power.run_range_j(energy_j, low_s / total_s, high_s / total_s, low_s)
     return RunProjection(
@@ -126,8 +127,10 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         tier=worst_tier(epoch.tier for epoch in epochs) or Tier.DATASHEET,
         network_tier=pricer.links.tier,
         mfu_fraction=_utilization(scenario, plan.stages, epochs),
+        input_images_per_s=pricer.feed.images_per_s,
+        input_limit_gpus=pricer.feed.limiting_gpus(needed),
         complete=trace.complete,
-        notes=(*plan.notes, *pricer.notes, *_doubts(scenario, epochs)),
+        notes=(*plan.notes, *pricer.notes, *pricer.feed.notes(needed), *_doubts(scenario, epochs)),
         faults=faults,
     )
 

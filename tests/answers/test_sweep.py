@@ -99,6 +99,7 @@ class TestExpansion:
             ("no-dynamic-minibatch", {"minibatch": "fixed"}),
             ("bucket=50 MiB", {"bucket_bytes": 50 * 2**20}),
             ("one-time-reconfiguration=3", {"one_time_epoch": 3}),
+            ("input=dali", {"input": "dali"}),
             ("slow-input=2500", {"input_images_per_s": 2500.0}),
             ("failures=50000", {"faults": {"mtbf_gpu_hours": 50000.0}}),
         ],

@@ -13,6 +13,7 @@ from ptsim.costs.memory import VISIBLE_SHARE_HBM, iteration_memory
 from ptsim.costs.step import Measurements, step_time
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device, match_device
+from ptsim.hardware.spec import Cluster
 from ptsim.network import LayerKind, Precision
 from ptsim.setting import StepSetting
 from ptsim.sim.options import Options
@@ -37,6 +38,10 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 def run(trace: Trace, gpus: int, where: Any = None, **options: Any) -> RunProjection:
     return project(trace, where or cluster(), gpus, change(Options(), options))
+
+
+def _with_cores(number: int) -> Cluster:
+    return msgspec.structs.replace(cluster(), cores_per_node=number)
 
 
 class TestOneGpu:
@@ -234,6 +239,40 @@ class TestManyGpus:
         projection = run(trace, 8, input_images_per_s=100.0)
         for epoch in projection.epochs:
             assert epoch.step_s == pytest.approx(epoch.batch_per_gpu / 100.0)
+
+    def test_a_pipeline_is_a_rate_from_the_nodes_cores(self, trace: Trace) -> None:
+        # images of 32 x 32 as they are stored: 1024 / 113.5e6 + 1024 / 8.68e6 s a core, 2 cores for 8 GPUs
+        where = _with_cores(2)
+        p = run(trace, 8, where, input="torchvision")
+        rate = 2 / 8 / (1024 / 113.5e6 + 1024 / 8.68e6)
+        given = run(trace, 8, input_images_per_s=rate)
+        assert p.input_images_per_s == pytest.approx(rate)
+        assert p.total_s == pytest.approx(given.total_s)
+        assert p.input_wait_s == pytest.approx(given.input_wait_s)
+        assert p.low_s < p.total_s / 1.3  # another core may be 1.4 times as fast
+        assert p.high_s > p.total_s * 1.3
+        assert any("no published rate" in note for note in p.notes)
+
+    def test_it_says_from_how_many_gpus_on_the_pipeline_is_the_limit(self, trace: Trace) -> None:
+        image_s = 1024 / 113.5e6 + 1024 / 8.68e6
+        free = run(trace, 8)
+        most = max(epoch.batch_per_gpu / epoch.step_s for epoch in free.epochs)
+        cores = math.ceil(5 * most * image_s)  # enough for five GPUs, not for eight
+        begins = math.floor(cores / image_s / most) + 1
+        starved = run(trace, 8, _with_cores(cores), input="torchvision")
+        assert starved.input_limit_gpus == begins
+        assert starved.input_wait_s > 0
+        fed = run(trace, 8, _with_cores(2 * cores), input="torchvision")
+        assert (fed.input_limit_gpus, fed.input_wait_s) == (None, 0.0)
+        assert fed.total_s == pytest.approx(free.total_s, rel=1e-12)
+        assert run(trace, 8).input_limit_gpus is None
+
+    def test_storage_may_be_the_limit(self, trace: Trace) -> None:
+        # 0.570 bytes of 1,024 pixels an image; 8 GPUs share 584 kB/s: 1,000 images/s, 125 each
+        p = run(trace, 8, _with_cores(1000), input="dali", input_storage_bytes_per_s=0.57 * 1024 * 1000)
+        assert p.input_images_per_s == pytest.approx(125.0)
+        for epoch in p.epochs:
+            assert epoch.step_s == pytest.approx(epoch.batch_per_gpu / 125.0)
 
     def test_more_jitter_costs_more(self, trace: Trace) -> None:
         totals = [run(trace, 64, jitter=j).total_s for j in (0.0, 0.02, 0.1)]
@@ -473,6 +512,10 @@ class TestWrongInput:
             ({"compression": 0.0}, "compression is 0"),
             ({"jitter": "a lot"}, "jitter"),
             ({"input_images_per_s": -5.0}, "input_images_per_s is -5"),
+            ({"input": "magic"}, "magic"),
+            ({"input": "dali", "input_images_per_s": 5.0}, "give one of them"),
+            ({"input_stored_pixels": 5}, "needs an input pipeline"),
+            ({"input": "dali"}, "does not say how many cores"),
             ({"one_time_epoch": 99}, "one_time_epoch is 99, the trace has 6 epochs"),
             ({"mixed_devices": {"t4": 9}}, "9 GPUs per node"),
             ({"mixed_devices": {"t4": 0}}, "at least one GPU"),

@@ -1,0 +1,130 @@
+"""How long does the input pipeline need for a GPU's mini-batch, and from how many GPUs on does a run wait for it?"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+
+import msgspec
+
+from ptsim.costs.input import SPREAD, STORED_PIXELS, Supply, find_pipeline, limiting_gpus, supply
+from ptsim.sim.ddp import Bound
+from ptsim.sim.scenario import Scenario
+from ptsim.trace.trace import Trace
+
+_SMALL_PIXELS = 128 * 128  # images of data sets below it are stored as large as they are seen
+
+
+class Feed:
+    """The input of one scenario's GPUs."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        """Look up what feeds them.
+
+        Raises:
+            UsageError: a pipeline, and a cluster that does not say how many cores a node has.
+        """
+        self.scenario, self.options, self.cluster = scenario, scenario.options, scenario.cluster
+        if self.options.input_storage_bytes_per_s is not None:
+            self.cluster = msgspec.structs.replace(
+                self.cluster, storage_bandwidth_bytes_per_s=self.options.input_storage_bytes_per_s
+            )
+        self.supply: Supply | None = None if self.options.input == "none" else self._supply()
+
+    @functools.cached_property
+    def images_per_s(self) -> float | None:
+        """What one GPU is given; None where input keeps up."""
+        rate = self.options.input_images_per_s
+        if self.supply is not None:
+            return self.supply.images_per_s
+        if rate == "recorded":
+            pace_s = _recorded_pace_s(self.scenario.trace)
+            return 1 / pace_s if pace_s else None
+        return rate
+
+    def interval_s(self, batch: int, bound: Bound = "expected") -> float:
+        """Seconds that the pipeline needs for one GPU's mini-batch; 0: it keeps up.
+
+        Args:
+            batch: images of the mini-batch.
+            bound: end of the interval; only a pipeline's own rate is uncertain.
+        """
+        if self.images_per_s is None:
+            return 0.0
+        if self.supply is None or bound == "expected":
+            return batch / self.images_per_s
+        return batch / self._supply(SPREAD if bound == "low" else 1 / SPREAD).images_per_s
+
+    def limiting_gpus(self, needed: Iterable[float]) -> int | None:
+        """From how many GPUs of a node on the pipeline is the limit of the epoch that needs most.
+
+        Args:
+            needed: images per second and GPU, of every epoch, that the GPUs could train on.
+
+        Returns:
+            None where no number of GPUs of one node is, or where no pipeline was named.
+        """
+        if self.supply is None:
+            return None
+        return limiting_gpus(
+            find_pipeline(self.options.input),
+            self.cluster,
+            max(needed),
+            output_pixels=self._output_pixels,
+            stored_pixels=self._stored_pixels,
+        )
+
+    def notes(self, needed: Iterable[float]) -> list[str]:
+        """What is to be known of the pipeline; `needed` as in `limiting_gpus`."""
+        found, cluster, name = self.supply, self.cluster, self.options.input
+        if found is None:
+            return []
+        needed = tuple(needed)
+        number = self.limiting_gpus(needed)
+        what = {
+            "cores": f"the {cluster.cores_per_node} cores of a node",
+            "GPU": "what one GPU decodes or one loader process hands over",
+            "storage": "the storage of a node",
+        }[found.limit]
+        said = f"{name} gives each GPU up to {found.images_per_s:,.0f} images/s ({what})"
+        per_node = cluster.gpus_per_node
+        where = f"from {number} of {per_node} GPUs per node on" if number else f"not even for all {per_node} of a node"
+        notes = [f"{said}, the GPU could take {max(needed):,.0f}: the pipeline is the limit {where}"]
+        if self._output_pixels < _SMALL_PIXELS:
+            notes.append(f"no published rate of {name} is of images this small: theirs are scaled by the pixels")
+        return notes
+
+    @property
+    def _output_pixels(self) -> int:
+        return math.prod(self.scenario.trace.run.dataset.input_shape[1:])
+
+    @property
+    def _stored_pixels(self) -> int:
+        given = self.options.input_stored_pixels
+        if given is not None:
+            return given
+        return STORED_PIXELS if self._output_pixels >= _SMALL_PIXELS else self._output_pixels
+
+    def _supply(self, speed: float = 1.0) -> Supply:
+        return supply(
+            find_pipeline(self.options.input),
+            self.cluster,
+            self.scenario.num_gpus,
+            output_pixels=self._output_pixels,
+            stored_pixels=self._stored_pixels,
+            speed=speed,
+        )
+
+
+def _recorded_pace_s(trace: Trace) -> float:
+    """Seconds per image of the recorded loader, where it ever made the run wait; else 0: it was no limit.
+
+    It was busy all the time then, and can do what it did in the fastest such epoch.
+    """
+    paces = [
+        epoch.time.wall_s * epoch.world_size / epoch.num_images
+        for epoch in trace.epochs
+        if epoch.measured_time is not None and epoch.time.data_wait_s >= 0.01 * epoch.time.wall_s and epoch.num_images
+    ]
+    return min(paces, default=0.0)
