@@ -104,8 +104,9 @@ def plan_draws(model: str, draws: int, options: PlanOptions | None = None, **cha
 
     if draws < 1:
         raise UsageError(f"draws is {draws}, expected at least 1")
-    asked = _asked(model, changed(options or PlanOptions(), changes))
-    kind = find_kind(asked.pruning)
+    wanted = changed(options or PlanOptions(), changes)
+    kind = find_kind(wanted.pruning)
+    asked = _asked(model, wanted)
     entry = zoo.find(model)
     dense = dense_network(
         lambda: entry.build(num_classes=asked.num_classes),

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptsim.cli.common import parse_bytes, print_json, stdout_console
+from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.options import Json, parse_bytes
 from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.hardware.catalog import load_cluster
 from ptsim.units import format_bytes, format_seconds
@@ -26,7 +27,7 @@ def allreduce(
             "auto prefers measurements."
         ),
     ] = "auto",
-    json: Annotated[bool, Parameter(help="One JSON document.")] = False,
+    json: Json = False,
 ) -> None:
     """The time of one all-reduce on a cluster: measured table, scaled table or topology, whichever is there."""
     size = parse_bytes("--bytes", bytes_)

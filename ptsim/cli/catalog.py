@@ -10,12 +10,15 @@ from rich import box
 from rich.table import Table
 
 from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.options import Json
 from ptsim.hardware.catalog import cluster_names, device_aliases, device_names, load_cluster, load_device
 from ptsim.network import Precision
 from ptsim.units import GIB
 
+JsonWithSources = Annotated[Json, Parameter(help="One JSON document with every number's source.")]
 
-def devices(*, json: Annotated[bool, Parameter(help="One JSON document with every number's source.")] = False) -> None:
+
+def devices(*, json: JsonWithSources = False) -> None:
     """List the catalog's GPUs: memory, bandwidth and dense peaks."""
     entries = [load_device(name) for name in device_names()]
     if json:
@@ -41,7 +44,7 @@ def devices(*, json: Annotated[bool, Parameter(help="One JSON document with ever
     stdout_console().print(table)
 
 
-def clusters(*, json: Annotated[bool, Parameter(help="One JSON document with every number's source.")] = False) -> None:
+def clusters(*, json: JsonWithSources = False) -> None:
     """List the catalog's clusters: device, node size and links."""
     entries = [load_cluster(name) for name in cluster_names()]
     if json:

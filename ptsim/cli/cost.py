@@ -10,7 +10,8 @@ from rich.table import Table
 
 from ptsim.answers.cost import CostReport
 from ptsim.answers.cost import cost as costs_of
-from ptsim.cli.common import parse_input_shape, print_json, stdout_console
+from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.options import Json, NetworkOptions, Optimizer
 from ptsim.costs.memory import MOST_IMAGES
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
@@ -21,24 +22,21 @@ def cost(
     trace_or_model: str,
     /,
     *,
-    input: str | None = None,
-    classes: int | None = None,
+    network: NetworkOptions = NetworkOptions(),
     batch: int | None = None,
     gpu: str | None = None,
     gpus: int | None = None,
     precision: PrecisionName | None = None,
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] | None = None,
+    optimizer: Optimizer | None = None,
     memory_format: MemoryFormat | None = None,
     convention: Literal["exact", "paper"] = "exact",
     layers: bool = False,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """FLOPs, memory traffic, memory and all-reduce bytes of a trace or a network.
 
     Args:
         trace_or_model: trace.jsonl, run folder, zoo name, torchvision:NAME or path/to/file.py:function.
-        input: Image shape as CHANNELS,HEIGHT,WIDTH, for example 3,224,224.
-        classes: Number of classes that the network tells apart.
         batch: Images per device. Default: the trace's own, else 32.
         gpu: Also say whether the mini-batch fits this device, and which is the largest that does. Catalog name or TOML
             file.
@@ -49,12 +47,11 @@ def cost(
         memory_format: Layout of the activations in memory. Default: the trace's own, else contiguous.
         convention: How MACs are counted: exact, or paper as the PruneTrain authors count them.
         layers: Add one row for every layer.
-        json: Print one JSON document.
     """
     report = costs_of(
         trace_or_model,
-        input_shape=None if input is None else parse_input_shape(input),
-        num_classes=classes,
+        input_shape=network.input_shape,
+        num_classes=network.classes,
         batch=batch,
         gpu=gpu,
         gpus=gpus,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
+from cyclopts import Parameter
 from rich.markup import escape
 from rich.table import Table
 
 from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.options import Json
 from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import batch_norm_bytes
@@ -63,7 +65,7 @@ def demo(
     seed: int = 0,
     price: float = 2.0,
     grid_intensity: float | None = None,
-    json: bool = False,
+    json: Annotated[Json, Parameter(help="Print one JSON document instead of tables.")] = False,
 ) -> None:
     """Train dense and PruneTrain on real digits, project both, and plan the paper's ResNet-50 on 8 A100s.
 
@@ -79,8 +81,6 @@ def demo(
         USD per GPU-hour of the planned run; an assumption, since prices differ.
     grid_intensity:
         Grams of CO₂ that a kWh causes; without it, no CO₂.
-    json:
-        Print one JSON document instead of tables.
     """
     from ptsim.report.build import summary as report_summary
     from ptsim.report.build import write, write_report

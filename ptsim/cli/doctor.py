@@ -11,14 +11,14 @@ import importlib.util
 import os
 import platform
 import shutil
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
-from cyclopts import Parameter
 from rich.table import Table
 
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.main import COMMANDS
+from ptsim.cli.options import Json
 from ptsim.costs.tiers import Tier, ordered_tiers
 from ptsim.hardware.catalog import match_device
 from ptsim.units import format_bytes
@@ -71,13 +71,10 @@ class Examination(msgspec.Struct, frozen=True, kw_only=True):
     commands: tuple[Ability, ...]
 
 
-def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> int:
+def doctor(*, json: Json = False) -> int:
     """Show what this machine has, which commands and tiers can run here, and what to do about the rest.
 
     The exit status is 1 if something that ptsim always needs is missing. A missing GPU is not an error.
-
-    Args:
-        json: Print one JSON document.
     """
     found = examine(look())
     if json:

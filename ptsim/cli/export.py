@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from ptsim import __version__
-from ptsim.cli.common import print_json, print_line, refuse_input_as_output
+from ptsim.cli.common import print_json, print_line
+from ptsim.cli.options import Json, Out, refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.trace.io import read_trace
 
@@ -19,11 +20,11 @@ def export(
     trace: Path,
     *,
     format: Annotated[Format, Parameter(name=["--format", "-f"])],
-    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    out: Out,
     gpus: int | None = None,
     epoch: int | None = None,
     trust: Annotated[bool, Parameter(negative="")] = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Write a recorded run in a form that other tools read.
 
@@ -39,7 +40,6 @@ def export(
         gpus: Number of ranks of the Chakra traces. Default: as many as were recorded, at least two.
         epoch: Epoch whose stored network the ONNX file holds. Default: the last.
         trust: Run the Python file that makes the network, for a model from a user's file (onnx).
-        json: Print one JSON document.
     """
     if epoch is not None and format != "onnx":
         raise UsageError(f"--epoch has no effect on --format {format}; it is for onnx")

@@ -10,13 +10,15 @@ from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ptsim.cli.common import parse_input_shape, print_json, refuse_input_as_output, stdout_console
+from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.options import Json, NetworkOptions, Out, refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import device_names, load_device
 from ptsim.hardware.profile_file import write_device_profile
 from ptsim.hardware.spec import Device
 from ptsim.measure.kineto import UNKNOWN, KinetoImport, import_kineto
-from ptsim.network import MemoryFormat, Network, Precision
+from ptsim.network import MemoryFormat, Network
+from ptsim.setting import PrecisionName, parse_precision
 from ptsim.units import format_seconds, parse_quantity
 
 app = cyclopts.App(name="import", help="Turn what other programs measured into a device profile.")
@@ -27,15 +29,14 @@ def kineto(
     files: Annotated[list[Path], Parameter(name="FILE", negative=())],
     /,
     *,
-    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    out: Out,
     device: str | None = None,
     memory: str | None = None,
     model: str | None = None,
-    input: Annotated[str | None, Parameter(name="--input")] = None,
-    classes: int | None = None,
-    precision: Precision | None = None,
+    network: NetworkOptions = NetworkOptions(),
+    precision: PrecisionName | None = None,
     memory_format: MemoryFormat | None = None,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Read training steps that torch.profiler recorded, and write the device profile that they make.
 
@@ -44,33 +45,30 @@ def kineto(
 
     Args:
         files: Chrome trace files of torch.profiler, gzip or not: one, or one of each rank of the same job.
-        out: the device profile to write.
-        device: catalog name or TOML file of the GPU, where the file does not name it as its driver does; any name for
-            a processor.
-        memory: of the device, as in 80GiB, where neither the file nor the catalog says.
-        model: what was trained: a zoo name, torchvision:NAME or file.py:function (imports torch). Predictions of this
-            network at this mini-batch are then the measured step itself.
-        input: CHANNELS,HEIGHT,WIDTH of the model's images, for example 3,224,224.
-        classes: the model's number of outputs.
-        precision: of the products, where the file does not say.
-        memory_format: of the activations, where the file does not say.
-        json: print one JSON document.
+        out: Device profile to write.
+        device: Catalog name or TOML file of the GPU. Default: the one that the file names. A processor may have any
+            name.
+        memory: Memory of the device, for example 80GiB. Default: the file's or the catalog's own.
+        model: What was trained: zoo name, torchvision:NAME or path/to/file.py:function. Predictions of this network at
+            this mini-batch are then the measured step itself.
+        precision: Number format of the matrix products. Default: the file's own.
+        memory_format: Layout of the activations in memory. Default: the file's own.
     """
     refuse_input_as_output(out, *files)
-    network = None if model is None else _network(model, input, classes)
+    trained = None if model is None else _network(model, network)
     found = import_kineto(
         files,
         device=_device(device),
         memory_bytes=None if memory is None else _bytes(memory),
-        precision=precision,
+        precision=None if precision is None else parse_precision(precision),
         memory_format=memory_format,
-        architecture=UNKNOWN if network is None else network.id,
+        architecture=UNKNOWN if trained is None else trained.id,
         name=model,
     )
     step = found.profile.steps[0]
-    if network is not None and step.num_parameters and step.num_parameters != network.num_parameters:
+    if trained is not None and step.num_parameters and step.num_parameters != trained.num_parameters:
         raise UsageError(
-            f"{model} has {network.num_parameters:,} parameters, the profiled step has {step.num_parameters:,}",
+            f"{model} has {trained.num_parameters:,} parameters, the profiled step has {step.num_parameters:,}",
             hint="--input and --classes must be those of the profiled network",
         )
     write_device_profile(out, found.profile)
@@ -94,13 +92,13 @@ def _bytes(text: str) -> int:
         raise UsageError(f"memory: {error}") from error
 
 
-def _network(model: str, input_shape: str | None, classes: int | None) -> Network:
+def _network(model: str, options: NetworkOptions) -> Network:
     from ptsim import zoo
     from ptsim.capture.network import capture_network
 
     entry = zoo.find(model)
-    count = entry.num_classes if classes is None else classes
-    shape = entry.input_shape if input_shape is None else parse_input_shape(input_shape)
+    count = entry.num_classes if options.classes is None else options.classes
+    shape = options.input_shape or entry.input_shape
     return capture_network(zoo.create(model, num_classes=count), name=model, input_shape=shape, num_classes=count)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
 
-import cyclopts
 from rich.table import Table
 
-from ptsim.cli.common import parse_input_shape, print_json, stdout_console
+from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.options import Json, NetworkOptions
 from ptsim.errors import UsageError
 from ptsim.prune.proof import Inspection
 from ptsim.prune.proof import inspect as inspect_model
@@ -18,9 +17,8 @@ from ptsim.units import format_count
 def inspect(
     model: str,
     *,
-    input: str | None = None,
-    classes: int | None = None,
-    json: Annotated[bool, cyclopts.Parameter(negative="")] = False,
+    network: NetworkOptions = NetworkOptions(),
+    json: Json = False,
 ) -> int:
     """Show the channel groups of a network and prove that pruning them is exact.
 
@@ -29,13 +27,10 @@ def inspect(
 
     Args:
         model: Zoo name, torchvision:NAME or path/to/file.py:function.
-        input: Image shape as CHANNELS,HEIGHT,WIDTH, for example 3,224,224.
-        classes: Number of classes that the network tells apart.
-        json: Print one JSON document.
     """
-    if classes is not None and classes < 1:
-        raise UsageError(f"{classes} classes; at least 1 is needed")
-    found = inspect_model(model, input_shape=None if input is None else parse_input_shape(input), num_classes=classes)
+    if network.classes is not None and network.classes < 1:
+        raise UsageError(f"{network.classes} classes; at least 1 is needed")
+    found = inspect_model(model, input_shape=network.input_shape, num_classes=network.classes)
     if json:
         print_json(dataclasses.asdict(found))
     else:

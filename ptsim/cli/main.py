@@ -20,7 +20,8 @@ import cyclopts
 
 import ptsim
 from ptsim.cli import crash
-from ptsim.cli.common import check_number, say
+from ptsim.cli.common import say
+from ptsim.cli.options import check_number
 from ptsim.errors import PtsimError, UnknownNameError
 
 app = cyclopts.App(

@@ -2,77 +2,84 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
 from cyclopts import Parameter
 
 from ptsim.answers.plan import fractions, plan_draws
 from ptsim.answers.plan_options import PlanOptions
-from ptsim.cli.common import parse_input_shape, print_json, stdout_console
+from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.options import Json, NetworkOptions, Optimizer, Out
 from ptsim.errors import FileFormatError
+from ptsim.network import MemoryFormat
+from ptsim.setting import PrecisionName
 from ptsim.trace.io import write_trace
 from ptsim.trace.trace import Trace
+
+_UNSAID = PlanOptions()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """The run to plan; a published run supplies what is None here."""
+
+    images: int | None = None
+    """Number of training images."""
+    epochs: int | None = None
+    """Number of epochs."""
+    batch: int | None = None
+    """Images per GPU and step."""
+    gpus: int | None = None
+    """Number of GPUs that train together. Default: the published run's, else 1."""
+    interval: int | None = None
+    """Epochs between reconfigurations. Default: the published run's, else 5."""
+    pruning: str = _UNSAID.pruning
+    """How the run prunes. One of: none; targets, for example training=0.60,inference=0.47, to which bn=, layers= and
+    saturates= may be added; like:TRACE, as another run did; a published run, for example
+    lym2019/resnet50-imagenet-r0.25, which also supplies what is not given here; a TOML file."""
+    network: NetworkOptions = NetworkOptions()
+    precision: PrecisionName = "fp32"
+    """Number format of the matrix products; amp is fp16 autocast."""
+    memory_format: MemoryFormat = _UNSAID.memory_format
+    """Layout of the activations in memory."""
+    optimizer: Optimizer = "sgd"
+    """Optimizer whose state and update are counted."""
+    seed: int = _UNSAID.seed
+    """Which of the trajectories that agree with the pruning is planned; 0 is the typical one."""
+
+    def options(self) -> PlanOptions:
+        """The same for `ptsim.plan`.
+
+        Raises:
+            UsageError: the image shape is not three positive whole numbers.
+        """
+        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "network"}
+        return PlanOptions(**same, num_classes=self.network.classes, input_shape=self.network.input_shape)
 
 
 def plan(
     model: str,
     *,
-    images: int | None = None,
-    classes: int | None = None,
-    epochs: int | None = None,
-    batch: int | None = None,
-    gpus: int | None = None,
-    interval: int | None = None,
-    pruning: str = "none",
-    input: str | None = None,
-    precision: str = "fp32",
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous",
-    optimizer: str = "sgd",
-    seed: int = 0,
+    run: PlannedRun = PlannedRun(),
     draws: int = 1,
-    out: Annotated[Path, Parameter(name=["--out", "-o"])],
-    json: Annotated[bool, Parameter(negative="")] = False,
+    out: Out,
+    json: Json = False,
 ) -> None:
     """Plan a run that nobody has trained, dense or pruned, as a trace to project.
 
     Args:
-        model: a zoo name, torchvision:NAME or path/to/file.py:function.
-        images: images of the training set.
-        classes: number of classes; the model's usual number.
-        epochs: how many.
-        batch: images per GPU and step.
-        gpus: data-parallel size; 1 unless a published run says otherwise.
-        interval: epochs between reconfigurations; 5 unless a published run says otherwise.
-        pruning: none; targets as training=0.60,inference=0.47 with bn=, layers=, saturates= if wanted; like:TRACE;
-            a published run as lym2019/resnet50-imagenet-r0.25, which also says what is not given here; or a TOML file.
-        input: CHANNELS,HEIGHT,WIDTH of an image, for example 3,224,224.
-        precision: fp32, tf32, bf16, fp16 or amp.
-        memory_format: of the activations.
-        optimizer: sgd, adam, adamw or rmsprop.
-        seed: which of the trajectories that agree with the pruning; 0 is the typical one.
-        draws: how many such trajectories, the further ones into files of their own: OUT-1, OUT-2, …
-        out: the trace.
-        json: print one JSON document.
+        model: Zoo name, torchvision:NAME or path/to/file.py:function.
+        draws: Number of such trajectories. The second and later ones get files of their own: OUT-1, OUT-2, …
+        out: Trace to write.
     """
     if not out.resolve().parent.is_dir():
         raise FileFormatError(out, "its folder does not exist")
-    options = PlanOptions(
-        images=images,
-        num_classes=classes,
-        epochs=epochs,
-        batch=batch,
-        gpus=gpus,
-        interval=interval,
-        pruning=pruning,
-        input_shape=None if input is None else parse_input_shape(input),
-        precision=precision,
-        memory_format=memory_format,
-        optimizer=optimizer,
-        seed=seed,
-    )
-    traces = plan_draws(model, draws, options)
+    traces = plan_draws(model, draws, run.options())
     files = [out, *(out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, draws))]
     documents = [_document(write_trace(file, trace), trace) for file, trace in zip(files, traces, strict=True)]
     if json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
@@ -11,7 +11,8 @@ from rich.table import Table
 
 from ptsim.answers.predict import Prediction
 from ptsim.answers.predict import predict as predict_step
-from ptsim.cli.common import parse_input_shape, print_json, stdout_console
+from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.options import Json, NetworkOptions, Optimizer
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, Sharding
 from ptsim.units import format_bytes, format_joules, format_seconds
@@ -27,12 +28,13 @@ def predict(
     memory_format: MemoryFormat | None = None,
     cluster: str | None = None,
     gpus: int | None = None,
-    input: Annotated[str | None, Parameter(name="--input")] = None,
-    classes: int | None = None,
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] | None = None,
+    network: NetworkOptions = NetworkOptions(),
+    optimizer: Optimizer | None = None,
     sharding: Sharding = "none",
     profile: Path | None = None,
-    json: bool = False,
+    json: Annotated[
+        Json, Parameter(help="Print one JSON document; low and high are the 90 % interval of step_seconds.")
+    ] = False,
 ) -> None:
     """The time and throughput of a training step on a device, alone or data-parallel.
 
@@ -45,12 +47,9 @@ def predict(
         memory_format: Layout of the activations in memory. Default: the trace's own, else contiguous.
         cluster: Cluster for data-parallel training: catalog name or TOML file.
         gpus: Number of the cluster's GPUs. Default: those of one node.
-        input: Image shape as CHANNELS,HEIGHT,WIDTH, for example 3,224,224.
-        classes: Number of classes that the network tells apart.
         optimizer: Optimizer whose update is counted. Default: the trace's own, else sgd.
         sharding: zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too.
         profile: Device profile that `ptsim calibrate gpu` wrote.
-        json: Print one JSON document; low and high are the 90 % interval of step_seconds.
     """
     prediction = predict_step(
         model,
@@ -60,8 +59,8 @@ def predict(
         memory_format=memory_format,
         cluster=cluster,
         gpus=gpus,
-        input_shape=None if input is None else parse_input_shape(input),
-        num_classes=classes,
+        input_shape=network.input_shape,
+        num_classes=network.classes,
         optimizer=optimizer,
         sharding=sharding,
         profile=profile,

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from ptsim.cli.common import print_json, print_line
-from ptsim.cli.simulate import parse_gpus
+from ptsim.cli.options import Json, LengthOptions, Out, parse_gpus
 from ptsim.errors import UsageError
 from ptsim.report.build import make_report, summary, write
-from ptsim.trace.io import read_trace
-from ptsim.trace.stretch import stretch
 
 
 def report(
     *traces: Path,
-    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    out: Out,
     cluster: str | None = None,
     gpus: str | None = None,
     price: float | None = None,
     grid_intensity: float | None = None,
-    epochs: int | None = None,
-    images: int | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    length: LengthOptions = LengthOptions(),
+    json: Json = False,
 ) -> None:
     """Write the cost-breakdown page of recorded runs: one self-contained HTML file, its figures and its tables.
 
@@ -38,15 +32,12 @@ def report(
         gpus: GPU counts, for example 1,8,64. Default: powers of two up to eight nodes.
         price: Price in USD per GPU and hour. Default: the cluster's; without one, no money is shown.
         grid_intensity: Grams of CO₂ that a kWh causes. Without it, no CO₂ is shown.
-        epochs: Number of epochs, for runs of another length. Every architecture keeps its share of the run.
-        images: Number of images of an epoch, instead of the recorded one.
-        json: Print one JSON document.
     """
     clusters = None if cluster is None else [name.strip() for name in cluster.split(",")]
     if clusters is not None and not all(clusters):
         raise UsageError(f"cluster {cluster!r} has an empty name; expected names or TOML files with commas in between")
     made = make_report(
-        [stretch(read_trace(path), epochs=epochs, images=images) for path in traces],
+        [length.read(path) for path in traces],
         cluster=clusters,
         gpus=None if gpus is None else parse_gpus(gpus),
         price_usd_per_gpu_hour=price,

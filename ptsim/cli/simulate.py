@@ -4,137 +4,145 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ptsim.cli.common import is_count, print_json, refuse_input_as_output, say, stdout_console
+from ptsim.cli.common import print_json, say, stdout_console
+from ptsim.cli.options import Cluster, Json, LengthOptions, Settings, Traces, parse_gpus, refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.setting import PrecisionName, Sharding
 from ptsim.sim.budget import unlimited
-from ptsim.sim.options import Options
+from ptsim.sim.options import GradientFormat, MiniBatch, Options, Scaling
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
-from ptsim.trace.io import read_trace
-from ptsim.trace.stretch import stretch
-from ptsim.units import format_bytes, format_joules, format_seconds
+from ptsim.units import MIB, format_bytes, format_joules, format_seconds
 
 _NAMED = ("mixed_devices", "link_bandwidth", "link_latency_s")  # options whose parts are names of devices or links
+_AS_RECORDED = Options()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class WhatIf:
+    """What differs from the recorded run; `ptsim.sim.options.Options` has more, for --set."""
+
+    scaling: Scaling = _AS_RECORDED.scaling
+    """weak keeps the recorded mini-batch of each GPU, strong the recorded mini-batch of all GPUs together."""
+    minibatch: MiniBatch = _AS_RECORDED.minibatch
+    """Mini-batch of each epoch: recorded, planned (as large as fits the projected GPU), or fixed (as in the first
+    epoch)."""
+    device: str | None = None
+    """GPU that replaces the cluster's own: catalog name or TOML file."""
+    precision: PrecisionName | None = None
+    """Number format of the matrix products, instead of the recorded one; amp is fp16 autocast."""
+    gradients: GradientFormat = _AS_RECORDED.gradient_format
+    """Number format in which gradients are sent."""
+    sharding: Sharding = _AS_RECORDED.sharding
+    """zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too."""
+    micro_batches: int = _AS_RECORDED.micro_batches
+    """Gradient accumulation: number of passes that each mini-batch is split into."""
+    bucket_mib: float = _AS_RECORDED.bucket_bytes / MIB
+    """Size limit of DDP's buckets. The first bucket has 1 MiB at the default, otherwise this limit too."""
+    network: Literal["formula", "links"] = _AS_RECORDED.network
+    """formula takes all links of a kind for equal. links simulates every NIC and leaf switch; --set gives it
+    link_bandwidth, link_latency_s and placement."""
+    contention: float | None = None
+    """Fraction by which computation and communication each slow down while they overlap. As fitted for the link if
+    left out."""
+    channel_multiple: int = _AS_RECORDED.channel_multiple
+    """Round the channel counts of pruned networks up to a multiple of this number."""
+    jitter: str | None = None
+    """Relative standard deviation of the step time of one GPU, or "recorded"."""
+    input: str = _AS_RECORDED.input
+    """What reads and decodes the images with the node's cores: torchvision, dali or ffcv. none if input keeps up."""
+    input_images_per_s: str | None = None
+    """Instead of --input: images per second that one GPU is given, or "recorded"."""
+    mtbf_gpu_hours: float | None = None
+    """Mean time between failures of one GPU in hours. Failures are simulated with checkpoints and restarts."""
+    price: float | None = None
+    """Price in USD per GPU and hour, instead of the cluster's."""
+
+    def changes(self) -> dict[str, Any]:
+        """The values for `change`, by the names that `Options` has for them.
+
+        Raises:
+            UsageError: a value that is no number, or a bucket without a size.
+        """
+        if not (math.isfinite(self.bucket_mib) and self.bucket_mib > 0):
+            raise UsageError(f"bucket-mib is {self.bucket_mib:g}, expected a positive number")
+        changes: dict[str, Any] = {
+            "scaling": self.scaling,
+            "minibatch": self.minibatch,
+            "device": self.device,
+            "precision": self.precision,
+            "gradient_format": self.gradients,
+            "sharding": self.sharding,
+            "micro_batches": self.micro_batches,
+            "bucket_bytes": round(self.bucket_mib * MIB),
+            "network": self.network,
+            "contention": self.contention,
+            "channel_multiple": self.channel_multiple,
+            "input": self.input,
+            "input_images_per_s": _number_or_recorded("input-images-per-s", self.input_images_per_s),
+            "price_usd_per_gpu_hour": self.price,
+        }
+        if self.jitter is not None:
+            changes["jitter"] = _number_or_recorded("jitter", self.jitter)
+        if self.mtbf_gpu_hours is not None:
+            changes["faults"] = {"mtbf_gpu_hours": self.mtbf_gpu_hours}
+        return changes
 
 
 def simulate(
-    traces: Annotated[list[Path], Parameter(name="TRACE", negative=())],
+    traces: Traces,
     /,
     *,
-    cluster: str,
+    cluster: Cluster,
     gpus: str = "1",
-    scaling: Literal["weak", "strong"] = "weak",
-    minibatch: Literal["recorded", "planned", "fixed"] = "recorded",
-    device: str | None = None,
-    precision: PrecisionName | None = None,
-    gradients: Literal["fp32", "fp16", "bf16"] = "fp32",
-    sharding: Sharding = "none",
-    micro_batches: int = 1,
-    bucket_mib: float = 25.0,
-    network: Literal["formula", "links"] = "formula",
-    contention: float | None = None,
-    channel_multiple: int = 1,
-    jitter: str | None = None,
-    input_: Annotated[str, Parameter(name="input")] = "none",
-    input_images_per_s: str | None = None,
-    mtbf_gpu_hours: float | None = None,
-    price: float | None = None,
+    what_if: WhatIf = WhatIf(),
     profile: Path | None = None,
     timeline: Path | None = None,
-    epochs: int | None = None,
-    images: int | None = None,
+    length: LengthOptions = LengthOptions(),
     seed: int = 0,
     yes: bool = False,
-    option: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
-    json: bool = False,
+    settings: Settings = [],
+    json: Json = False,
 ) -> None:
     """Project recorded runs onto clusters of any size.
 
     Args:
         traces: One or more trace.jsonl files or run folders.
-        cluster: Cluster: catalog name or TOML file.
         gpus: GPU counts, for example 1,8,64.
-        scaling: weak keeps the recorded mini-batch of each GPU, strong the recorded mini-batch of all GPUs together.
-        minibatch: Mini-batch of each epoch: recorded, planned (as large as fits the projected GPU), or fixed (as in
-            the first epoch).
-        device: GPU that replaces the cluster's own: catalog name or TOML file.
-        precision: Number format of the matrix products, instead of the recorded one; amp is fp16 autocast.
-        gradients: Number format in which gradients are sent.
-        sharding: zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too.
-        micro_batches: Gradient accumulation: number of passes that each mini-batch is split into.
-        bucket_mib: Size limit of DDP's buckets. The first bucket has 1 MiB at the default, otherwise this limit too.
-        network: formula takes all links of a kind for equal. links simulates every NIC and leaf switch; --set gives it
-            link_bandwidth, link_latency_s and placement.
-        contention: Fraction by which computation and communication each slow down while they overlap. As fitted for the
-            link if left out.
-        channel_multiple: Round the channel counts of pruned networks up to a multiple of this number.
-        jitter: Relative standard deviation of the step time of one GPU, or "recorded".
-        input_: What reads and decodes the images with the node's cores: torchvision, dali or ffcv. none if input keeps
-            up.
-        input_images_per_s: Instead of --input: images per second that one GPU is given, or "recorded".
-        mtbf_gpu_hours: Mean time between failures of one GPU in hours. Failures are simulated with checkpoints and
-            restarts.
-        price: Price in USD per GPU and hour, instead of the cluster's.
         profile: Device profile of the projected GPU that `ptsim calibrate gpu` wrote.
         timeline: Write the simulated steps of the first trace at the largest GPU count as a Chrome trace: a .json file
             for Perfetto, or a folder with a file per GPU for HolisticTraceAnalysis.
-        epochs: Number of epochs, for a run of another length. Every architecture keeps its share of the run.
-        images: Number of images of an epoch, instead of the recorded one.
         seed: Seed of every random draw.
         yes: Also run a simulation of so many events that it takes long.
-        option: Any other option of ptsim.sim.options.Options as name=value, for example faults.policy=elastic. Can be
+        settings: Any other option of ptsim.sim.options.Options as name=value, for example faults.policy=elastic. Can be
             repeated.
-        json: Print one JSON document.
     """
     counts = parse_gpus(gpus)
-    if not (math.isfinite(bucket_mib) and bucket_mib > 0):
-        raise UsageError(f"bucket-mib is {bucket_mib:g}, expected a positive number")
+    changes = what_if.changes() | {"seed": seed}
     if timeline is not None:
         if timeline == Path():  # also what an empty text means
             raise UsageError("--timeline is the current folder, expected a .json file or a folder of its own")
         refuse_input_as_output(timeline, *traces)
-    changes: dict[str, Any] = {
-        "scaling": scaling,
-        "minibatch": minibatch,
-        "device": device,
-        "precision": precision,
-        "gradient_format": gradients,
-        "sharding": sharding,
-        "micro_batches": micro_batches,
-        "bucket_bytes": round(bucket_mib * 2**20),
-        "network": network,
-        "channel_multiple": channel_multiple,
-        "input": input_,
-        "price_usd_per_gpu_hour": price,
-        "seed": seed,
-    }
-    if contention is not None:
-        changes["contention"] = contention
-    if jitter is not None:
-        changes["jitter"] = _number_or_recorded("jitter", jitter)
-    if input_images_per_s is not None:
-        changes["input_images_per_s"] = _number_or_recorded("input-images-per-s", input_images_per_s)
-    if mtbf_gpu_hours is not None:
-        changes["faults"] = {"mtbf_gpu_hours": mtbf_gpu_hours}
-    for text in option or []:
+    for text in settings:
         _set(changes, text)
     options = change(Options(), changes)
     where = load_cluster(cluster)
     measured = None if profile is None else read_device_profile(profile)
     projections: list[RunProjection] = []
     for number, path in enumerate(traces):
-        trace, cache = stretch(read_trace(path), epochs=epochs, images=images), StepCache()
+        trace, cache = length.read(path), StepCache()
         with unlimited() if yes else contextlib.nullcontext():
             projections += [project(trace, where, n, options, device_profile=measured, cache=cache) for n in counts]
         if timeline is not None and number == 0:
@@ -148,20 +156,8 @@ def simulate(
         _print_tables(projections)
 
 
-def parse_gpus(text: str) -> list[int]:
-    """The GPU counts of "1,8,64", each once.
-
-    Raises:
-        UsageError: not positive whole numbers between commas.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(is_count(part) for part in parts):
-        raise UsageError(f"gpus {text!r} is not a list of positive whole numbers, for example 1,8,64")
-    return list(dict.fromkeys(int(part) for part in parts))
-
-
-def _number_or_recorded(name: str, text: str) -> float | str:
-    if text == "recorded":
+def _number_or_recorded(name: str, text: str | None) -> float | str | None:
+    if text is None or text == "recorded":
         return text
     try:
         return float(text)

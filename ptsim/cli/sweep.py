@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -19,6 +20,7 @@ from rich.table import Table
 from ptsim.answers.study import read_study
 from ptsim.answers.sweep import MANY, Progress, die_with_parent, forget, run_study
 from ptsim.cli.common import print_json, progress_console, say, stdout_console
+from ptsim.cli.options import Json
 from ptsim.cli.simulate import interval, seconds
 from ptsim.errors import UsageError
 from ptsim.trace.io import trace_name
@@ -35,7 +37,7 @@ def sweep(
     dask: str | None = None,
     fresh: bool = False,
     yes: bool = False,
-    json: bool = False,
+    json: Annotated[Json, Parameter(help="Print the rows as one JSON document.")] = False,
 ) -> int:
     """Many projections in parallel, from a study file.
 
@@ -48,7 +50,6 @@ def sweep(
         dask: Run on a Dask cluster: its scheduler's address (tcp://host:port), or "local" for one on this machine.
         fresh: Delete earlier results of this study first.
         yes: Run the study even if it expands to very many configurations.
-        json: Print the rows as one JSON document.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"workers is {workers}, expected at least 1")

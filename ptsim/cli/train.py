@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,99 +14,85 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.options import Json, Settings
 from ptsim.errors import UsageError
 from ptsim.training.config import Config, to_settings
 
 if TYPE_CHECKING:
     from ptsim.training.loop import Result
 
+_DEFAULTS = to_settings(Config())
+
+
+def _setting(help: str, name: str) -> Parameter:
+    """An option for the setting `name`, whose default stands in the configuration; the help shows it."""
+    return Parameter(help=f"{help} (default {_DEFAULTS[name]}).")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """The settings that one changes every day; None leaves what the configuration says."""
+
+    model: Annotated[str | None, _setting("Zoo name, torchvision:NAME or path/to/file.py:function", "model")] = None
+    dataset: Annotated[str | None, _setting("digits, cifar10, cifar100, imagefolder or synthetic", "dataset")] = None
+    data_dir: str | None = None
+    """Folder that holds the data set."""
+    epochs: Annotated[int | None, _setting("Number of epochs", "epochs")] = None
+    batch: Annotated[int | None, _setting("Images per iteration, of all ranks together", "batch")] = None
+    lr: Annotated[float | None, _setting("Initial learning rate", "lr")] = None
+    penalty_ratio: Annotated[
+        float | None,
+        _setting("Share of the penalty in the first mini-batch's loss; 0 trains the dense baseline", "penalty_ratio"),
+    ] = None
+    interval: Annotated[int | None, _setting("Epochs between reconfigurations", "interval")] = None
+    seed: Annotated[
+        int | None, _setting("Seed of the weights, the order of the images and their augmentation", "seed")
+    ] = None
+    train_limit: int | None = None
+    """Number of training images to use, instead of all."""
+    download: bool | None = None
+    """Let torchvision download CIFAR."""
+
+    def given(self) -> dict[str, Any]:
+        """The settings that the user has given, by the configuration's names."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
 
 def train(
     config: Path | None = None,
     /,
     *,
-    model: str | None = None,
-    dataset: str | None = None,
-    data_dir: str | None = None,
-    epochs: int | None = None,
-    batch: int | None = None,
-    lr: float | None = None,
-    penalty_ratio: float | None = None,
-    interval: int | None = None,
-    seed: int | None = None,
-    train_limit: int | None = None,
-    download: bool | None = None,
+    overrides: Overrides = Overrides(),
     out: Path | None = None,
     resume: Path | None = None,
-    from_: Annotated[Path | None, Parameter(name="--from")] = None,
-    set_: Annotated[list[str], Parameter(name="--set", negative=())] = [],  # noqa: B006 - cyclopts reads the default, nobody writes
-    json: bool = False,
+    start_from: Annotated[Path | None, Parameter(name="--from")] = None,
+    settings: Settings = [],
+    json: Annotated[Json, Parameter(help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a network, dense or with PruneTrain, and record the run.
 
-    Parameters
-    ----------
-    config:
-        TOML file with settings; options here and --set override it.
-    model:
-        Zoo name, torchvision:NAME or path/to/file.py:function (default {model}).
-    dataset:
-        digits, cifar10, cifar100, imagefolder or synthetic (default {dataset}).
-    data_dir:
-        Folder that holds the data set.
-    epochs:
-        Number of epochs (default {epochs}).
-    batch:
-        Images per iteration, of all ranks together (default {batch}).
-    lr:
-        Initial learning rate (default {lr}).
-    penalty_ratio:
-        Share of the penalty in the first mini-batch's loss; 0 trains the dense baseline (default {penalty_ratio}).
-    interval:
-        Epochs between reconfigurations (default {interval}).
-    seed:
-        Seed of the weights, the order of the images and their augmentation (default {seed}).
-    train_limit:
-        Number of training images to use, instead of all.
-    download:
-        Let torchvision download CIFAR.
-    out:
-        Run folder to create.
-    resume:
-        Run folder to continue from its last checkpoint. --epochs, --set device=… and num_threads=… may change with it.
-    from_:
-        Run folder whose last network the training starts from.
-    set_:
-        Any other setting as key=value. Can be repeated.
-    json:
-        Print the result as JSON.
+    Args:
+        config: TOML file with settings; options here and --set override it.
+        out: Run folder to create.
+        resume: Run folder to continue from its last checkpoint. --epochs, --set device=… and num_threads=… may change
+            with it.
+        start_from: Run folder whose last network the training starts from.
+        settings: Any other setting as key=value. Can be repeated.
     """
     from ptsim.training.config import parse_override, read_config
     from ptsim.training.loop import train as run_training
 
-    overrides: dict[str, Any] = dict(parse_override(text) for text in set_)
-    options = {
-        "model": model,
-        "dataset": dataset,
-        "data_dir": data_dir,
-        "epochs": epochs,
-        "batch": batch,
-        "lr": lr,
-        "penalty_ratio": penalty_ratio,
-        "interval": interval,
-        "seed": seed,
-        "train_limit": train_limit,
-        "download": download,
-        "start_from": str(from_) if from_ is not None else None,
-    }
-    overrides |= {name: value for name, value in options.items() if value is not None}
+    changed: dict[str, Any] = dict(parse_override(text) for text in settings) | overrides.given()
+    if start_from is not None:
+        changed["start_from"] = str(start_from)
     if resume is not None:
         if config is not None or out is not None:
             raise UsageError("--resume takes its configuration and its folder from the run; give only what changes")
-        result = _run(lambda: run_training(overrides, resume=resume, progress=True))
+        result = _run(lambda: run_training(changed, resume=resume, progress=True))
     else:
-        settings = read_config(config) if config is not None else {}
-        result = _run(lambda: run_training(settings | overrides, out=out, progress=True))
+        base = read_config(config) if config is not None else {}
+        result = _run(lambda: run_training(base | changed, out=out, progress=True))
     if json:
         print_json(
             {
@@ -122,10 +110,6 @@ def train(
     table.add_row("accuracy", f"{result.final_accuracy:.2%}")
     table.add_row("λ", f"{result.penalty_coefficient:.3g}")
     stdout_console().print(table)
-
-
-# The defaults stand in the configuration; the help shows them.
-train.__doc__ = (train.__doc__ or "").format_map(to_settings(Config()))
 
 
 def _run(training: Callable[[], Result]) -> Result:

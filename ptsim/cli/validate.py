@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
@@ -14,9 +15,29 @@ from ptsim.answers.validate import Validation
 from ptsim.answers.validate import validate as compare
 from ptsim.answers.validate_mllog import validate_mllog
 from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.options import Json
 from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat
+from ptsim.setting import PrecisionName
 from ptsim.units import format_bytes, format_joules, format_seconds
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class MlPerfOptions:
+    """A training run of MLPerf, in place of traces."""
+
+    mllog: Path | None = None
+    """Result file of an MLPerf training run, instead of traces: its step is compared with a prediction. Needs
+    --cluster."""
+    model: str | None = None
+    """What the MLPerf run trained, where its benchmark does not say."""
+    gpus: int | None = None
+    """GPUs of the MLPerf run, where its log does not say."""
+    precision: PrecisionName = "amp"
+    """Number format of the MLPerf run's products."""
+    memory_format: MemoryFormat = "channels_last"
+    """Layout of the MLPerf run's activations."""
 
 
 def validate(
@@ -26,12 +47,8 @@ def validate(
     profile: Path | None = None,
     holdout: bool = False,
     cluster: str | None = None,
-    mllog: Path | None = None,
-    model: str | None = None,
-    gpus: int | None = None,
-    precision: Literal["fp32", "tf32", "amp", "fp16", "bf16"] = "amp",
-    memory_format: MemoryFormat = "channels_last",
-    json: bool = False,
+    mlperf: MlPerfOptions = MlPerfOptions(),
+    json: Json = False,
 ) -> None:
     """Predicted against measured, for recorded runs: time, saving, memory and energy.
 
@@ -45,16 +62,11 @@ def validate(
             without a profile, from the other runs.
         cluster: Cluster that data-parallel runs ran on: catalog name or TOML file, such as that of calibrate network.
             With it, their exposed communication is predicted; without it, it is taken as measured.
-        mllog: Result file of an MLPerf training run, instead of traces: its step is compared with a prediction. Needs
-            --cluster.
-        model: What the MLPerf run trained, where its benchmark does not say.
-        gpus: GPUs of the MLPerf run, where its log does not say.
-        precision: Number format of the MLPerf run's products.
-        memory_format: Layout of the MLPerf run's activations.
-        json: Print one JSON document.
     """
-    if mllog is not None:
-        _validate_mllog(mllog, traces, cluster, model, gpus, precision, memory_format, json=json)
+    if mlperf.mllog is not None:
+        if traces:
+            raise UsageError("--mllog stands instead of traces; leave one of them out")
+        _validate_mllog(mlperf.mllog, mlperf, cluster, json=json)
         return
     if not traces:
         raise UsageError("no trace was named", hint="give trace.jsonl files or run folders, or --mllog FILE")
@@ -70,23 +82,16 @@ def validate(
     console.print(_summary(result))
 
 
-def _validate_mllog(
-    log: Path,
-    traces: list[Path] | None,
-    cluster: str | None,
-    model: str | None,
-    gpus: int | None,
-    precision: Literal["fp32", "tf32", "amp", "fp16", "bf16"],
-    memory_format: MemoryFormat,
-    *,
-    json: bool,
-) -> None:
-    if traces:
-        raise UsageError("--mllog stands instead of traces; leave one of them out")
+def _validate_mllog(log: Path, options: MlPerfOptions, cluster: str | None, *, json: bool) -> None:
     if cluster is None:
         raise UsageError("--mllog needs the cluster that the run was on", hint="name it with --cluster")
     check = validate_mllog(
-        log, cluster=cluster, model=model, gpus=gpus, precision=precision, memory_format=memory_format
+        log,
+        cluster=cluster,
+        model=options.model,
+        gpus=options.gpus,
+        precision=options.precision,
+        memory_format=options.memory_format,
     )
     if json:
         print_json(check)

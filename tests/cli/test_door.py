@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ptsim.cli import main
-from ptsim.cli.common import parse_bytes, printable, stdout_console
+from ptsim.cli.common import printable, stdout_console
+from ptsim.cli.options import parse_bytes
 from ptsim.errors import UsageError
 
 
