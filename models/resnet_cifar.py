@@ -1,4 +1,4 @@
-"""The ResNets of the PruneTrain paper for 32×32 images (METHOD.md §5).
+"""The ResNets of the PruneTrain paper for 32×32 images (docs/method.md §5).
 
 ResNet-20/32/44/56/110 are He et al.'s CIFAR networks with 1×1 projection short-cuts; ResNet-50 is a bottleneck network
 of three stages of eight blocks. Any image size that two halvings leave at least 1×1 works, and any channel count.
@@ -19,7 +19,7 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
 
 
 def initialise(model: nn.Module) -> None:
-    """Convolutions from N(0, √(2/(k·k·out_channels))); BatchNorm starts as the identity (METHOD.md §4)."""
+    """Convolutions from N(0, √(2/(k·k·out_channels))); BatchNorm starts as the identity (docs/method.md §4)."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,7 +1,7 @@
 """How much arithmetic is one image, forward and backward, in ptsim's and in the paper's way of counting?
 
 One MAC is one multiply–accumulate, 2 FLOPs. Only products count: convolutions, linear layers, matrix products. What
-the other layers cost is memory traffic (`costs.traffic`). The two conventions are those of METHOD.md §6:
+the other layers cost is memory traffic (`costs.traffic`). The two conventions are those of docs/method.md §6:
 
 * exact: backward repeats the forward MACs once for the weights' gradient and once for the inputs', where one is needed;
 * paper: the PruneTrain authors' script, which counts the input gradient at padded *input* resolution, for strided

@@ -6,9 +6,9 @@ depend on network, mini-batch, number format and layout only; what a device make
 
 This is the one table of what an operator reads and writes: `costs.traffic` adds the same kernels' bytes up. Every
 operand is read and every result written once, from and to device memory; what caches keep between kernels is not
-credited. BatchNorm is counted as METHOD.md §6 does: 8 accesses per element, 3 forward (statistics, normalise in, out)
-and 5 backward (x and dy for the reductions; x, dy in, dx out). Layer and group norms keep a row of their input on the
-chip: 2 forward (in, out) and 4 backward (x and dy for the reductions over the batch; dy in, dx out).
+credited. BatchNorm is counted as docs/method.md §6 does: 8 accesses per element, 3 forward (statistics, normalise in,
+out) and 5 backward (x and dy for the reductions; x, dy in, dx out). Layer and group norms keep a row of their input on
+the chip: 2 forward (in, out) and 4 backward (x and dy for the reductions over the batch; dy in, dx out).
 """
 
 from __future__ import annotations

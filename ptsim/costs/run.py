@@ -1,7 +1,7 @@
 """What did every epoch of a recorded run cost: arithmetic, BatchNorm traffic, memory, communication?
 
 A run's cost is the sum over epochs of what that epoch's architecture costs, times its images or iterations
-(METHOD.md §6). Nothing here is a time.
+(docs/method.md §6). Nothing here is a time.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
 from ptsim.prune.labels import CONVS, Weighted
 from ptsim.trace.schema import LayerDensity
 
-THRESHOLD = 1e-4  # largest |w| of a group that counts as zero (METHOD.md §2)
+THRESHOLD = 1e-4  # largest |w| of a group that counts as zero (docs/method.md §2)
 
 
 def _layers(model: nn.Module) -> list[tuple[str, Tensor, Weighted]]:

@@ -1,8 +1,8 @@
 """How does a layer compute only its own dense channels where a residual stream keeps the union of all layers'?
 
-Channel gating (METHOD.md §2.3): a gather in front of a layer picks the channels that its own weights use; a scatter
-after its BatchNorm puts the channels that it computes where they belong and gives the others the constant that a
-zeroed channel has there. Exact in both modes.
+Channel gating (docs/method.md §2.3): a gather in front of a layer picks the channels that its own weights use; a
+scatter after its BatchNorm puts the channels that it computes where they belong and gives the others the constant that
+a zeroed channel has there. Exact in both modes.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class ChannelGroups:
         return len(self.prunable)
 
     def penalised(self) -> Iterable[tuple[Weighted, bool, bool]]:
-        """(layer, penalise inputs, penalise outputs) for the group lasso (METHOD.md §1).
+        """(layer, penalise inputs, penalise outputs) for the group lasso (docs/method.md §1).
 
         An axis counts if at least one of its channels can be removed: this leaves out the inputs of the first
         convolution, the outputs of the last linear layer and axes that cannot be pruned. Depthwise layers and weights
@@ -406,7 +406,8 @@ def weight_GOIK(weight: Tensor, layer: Weighted) -> Tensor:  # noqa: N802 - its 
 def component_maxima(model: nn.Module, groups: ChannelGroups) -> Tensor:
     """Largest |w| over all producers' outputs and all consumers' inputs, per component (on the CPU).
 
-    Depthwise convolutions (METHOD.md §1) and fixed filters have no say. A weight that is not finite counts as infinite.
+    Depthwise convolutions (docs/method.md §1) and fixed filters have no say. A weight that is not finite counts as
+    infinite.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     maxima: Tensor | None = None

@@ -1,4 +1,4 @@
-"""When and how does the network shrink? PruneTrain's reconfiguration, in process (METHOD.md §2).
+"""When and how does the network shrink? PruneTrain's reconfiguration, in process (docs/method.md §2).
 
 Decide which channels are sparse in every layer that touches them, take them out of the model, its optimizer and its
 averaged copies, and remove residual branches that are left without an inner channel.
@@ -74,7 +74,7 @@ def reconfigure(
         threshold: a channel is sparse if the largest |w| is strictly below.
         optimizer: whose state is carried over; any torch optimizer with per-element state.
         shadows: averaged copies of the model (`AveragedModel` or plain modules) that are cut alike.
-        mode: how channels are handled where branches meet at a sum (METHOD.md §2.3).
+        mode: how channels are handled where branches meet at a sum (docs/method.md §2.3).
         channel_multiple: 8 keeps tensor cores fed.
         importance_of: gives what is compared with the threshold, per component (a criterion's `importance`).
 

@@ -1,7 +1,8 @@
 """What decides a training run: one flat record, read from a TOML file, changed by `key=value` overrides, checked here.
 
-Defaults are METHOD.md §4 for CIFAR. Settings that say "auto" or are absent are filled in by `resolve`, so the trace
-holds what really ran. Rules between settings are in `_check`, settings that would do nothing in `_without_effect`.
+Defaults are docs/method.md §4 for CIFAR. Settings that say "auto" or are absent are filled in by `resolve`, so the
+trace holds what really ran. Rules between settings are in `_check`, settings that would do nothing in
+`_without_effect`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         label_smoothing: share of every label that is spread over all classes.
         mixup: α of the Beta distribution that mixes pairs of images and their labels; 0 mixes nothing.
         clip_norm: gradients, the penalty's included, are scaled down to this Euclidean norm; None clips nothing.
-        penalty_ratio: share of the penalty in the first mini-batch's loss (METHOD.md Eq. 3); 0 is the dense baseline.
+        penalty_ratio: the penalty's share of the first loss (docs/method.md Eq. 3); 0 is the dense baseline.
         criterion: what pushes channels towards zero: the group lasso, network slimming, or another package's.
         regularizer: the criterion's penalty as a gradient, or as a proximal step.
         interval: epochs between reconfigurations.

@@ -1,4 +1,4 @@
-"""How far may the mini-batch grow once the network has shrunk (METHOD.md §3)?"""
+"""How far may the mini-batch grow once the network has shrunk (docs/method.md §3)?"""
 
 from __future__ import annotations
 

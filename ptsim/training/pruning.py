@@ -81,7 +81,7 @@ class PruneTrain:
             model: any network that torch.fx can trace, on its device; bare, or inside DDP or torch.compile.
             optimizer: any torch optimizer with per-element state; it holds the network's trainable weights.
             input_shape: (channels, height, width) of an image.
-            penalty_ratio: the penalty's share in the first loss (METHOD.md Eq. 3); 0 prunes nothing.
+            penalty_ratio: the penalty's share in the first loss (docs/method.md Eq. 3); 0 prunes nothing.
             interval: epochs between reconfigurations.
             record: the folder for the trace, or a `Recorder`; None records nothing.
             ema: an average of the weights (`torch.optim.swa_utils.AveragedModel` or a copy); it is pruned alike.
@@ -313,7 +313,7 @@ class PruneTrain:
     # The parts
 
     def decide_coefficient(self, loss: Tensor | float) -> None:
-        """λ by METHOD.md Eq. 3 from the run's first loss, the mean over the ranks; `step` does it at its first call.
+        """λ by docs/method.md Eq. 3 from the run's first loss, the ranks' mean; `step` does it at its first call.
 
         A run that begins without the penalty calls it at its first mini-batch.
 

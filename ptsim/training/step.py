@@ -88,7 +88,7 @@ def train_epoch(
                 logits = module(images)
                 loss = mixed_loss(logits, mixed, config.label_smoothing)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # torch's gap
-            if plan.regularized:  # after the all-reduce and after unscaling: METHOD.md §1
+            if plan.regularized:  # after the all-reduce and after unscaling: docs/method.md §1
                 scaler.unscale_(optimizer)
                 pruner.step(loss)
             else:

@@ -1,4 +1,4 @@
-"""How strong is the regulariser? λ from the share that the penalty shall have in the first loss (METHOD.md Eq. 3)."""
+"""How strong is the regulariser? λ from the penalty's share of the first loss (docs/method.md Eq. 3)."""
 
 from __future__ import annotations
 

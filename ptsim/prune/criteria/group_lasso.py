@@ -2,7 +2,7 @@
 
 Eq. 2 of the paper: the penalty is the sum of the Euclidean norms of all input-channel and all output-channel groups,
 one λ for all, no size factor, norms smoothed as √(Σw² + 1e-8). The two groups of a weight overlap on it, so its
-gradient is λ·w·(1/‖w_out‖ + 1/‖w_in‖): written by hand, without an autograd graph (METHOD.md §1).
+gradient is λ·w·(1/‖w_out‖ + 1/‖w_in‖): written by hand, without an autograd graph (docs/method.md §1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ptsim.network import Network
 from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
 from ptsim.prune.labels import Weighted
 
-SMOOTHING = 1e-8  # METHOD.md §1
+SMOOTHING = 1e-8  # docs/method.md §1
 
 
 class GroupLasso:
@@ -91,7 +91,7 @@ class GroupLasso:
 
         The joint proximal operator of overlapping groups has no closed form; the two are applied one after the other
         and each gives exact zeros. To match the strength of `add_gradient` under SGD with momentum μ, pass
-        lr·λ/(1−μ): what momentum accumulates from a constant gradient (METHOD.md §1).
+        lr·λ/(1−μ): what momentum accumulates from a constant gradient (docs/method.md §1).
         """
         for layer, weight, inputs, outputs in self.terms:
             W = weight_GOIK(weight, layer)
@@ -103,7 +103,7 @@ class GroupLasso:
 
     @classmethod
     def importance(cls, model: nn.Module, groups: ChannelGroups) -> Tensor:
-        """Largest |w| of every component, over all its producers and consumers (METHOD.md §2.2)."""
+        """Largest |w| of every component, over all its producers and consumers (docs/method.md §2.2)."""
         return component_maxima(model, groups)
 
     @classmethod
