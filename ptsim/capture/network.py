@@ -33,7 +33,7 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
     Raises:
         UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
     """
-    small, large = (rehearse(model, input_shape, batch) for batch in _BATCHES)
+    small, large = (rehearse(model, input_shape, batch, backward=batch == _BATCHES[0]) for batch in _BATCHES)
     graph = small.graph
     names = layer_names(graph)
     nodes = [node for node in graph.graph.nodes if node.name in small.steps and small.steps[node.name].works]

@@ -71,7 +71,9 @@ class Rehearsal:
     idle: frozenset[str]
 
 
-def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, fake: bool = True) -> Rehearsal:
+def rehearse(
+    model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, fake: bool = True, backward: bool = True
+) -> Rehearsal:
     """Run one training step of a copy of `model` on `batch` images and watch it.
 
     Args:
@@ -79,6 +81,7 @@ def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *,
         input_shape: (channels, height, width).
         batch: images.
         fake: without arithmetic and memory; False runs real CPU tensors, which gives the same, slower.
+        backward: go back as well; without, `ready` and `idle` are empty.
 
     Raises:
         UnsupportedModelError: torch.fx cannot trace the model, its forward fails on such an image, or a parameter has
@@ -101,7 +104,7 @@ def rehearse(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *,
             with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
                 outputs = _tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype)))
             watcher.finish()
-            ready, idle = _gradient_order(twin, outputs)
+            ready, idle = _gradient_order(twin, outputs) if backward else ((), frozenset[str]())
     return Rehearsal(twin, graph, watcher.steps, ready, idle)
 
 

@@ -15,7 +15,7 @@ import msgspec
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import evaluation_mode, symbolic_graph
+from ptsim.capture.graph import evaluation_mode, normalised_shape, symbolic_graph
 from ptsim.capture.network import capture_network, layer_names
 from ptsim.network import Footprint, Layer, LayerKind, Moment, Network, Parameter
 
@@ -118,6 +118,11 @@ class _Watcher(fx.Interpreter):
             self.inputs[n] = tuple(tuple(value.shape) for value in handed if isinstance(value, Tensor))
             self.results[n] = tuple(result.shape) if isinstance(result, Tensor) else None
         return result
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module; a BatchNorm only for its shape."""
+        shaped = normalised_shape(self.fetch_attr(target), target, args)
+        return super().call_module(target, args, kwargs) if shaped is None else shaped
 
 
 def _resized(base: Network, before: _Seen, after: _Seen) -> Network:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import example_input, hollow_copy, symbolic_graph
+from ptsim.capture.graph import example_input, hollow_copy, normalised_shape, symbolic_graph
 from ptsim.prune import function_rules, layer_rules  # noqa: F401 - they register their rules
 from ptsim.prune.labels import NO_SLOTS, AxisKey, Facets, Label, State
 from ptsim.prune.rules import (
@@ -101,13 +101,9 @@ class Propagation(fx.Interpreter):
             self.counts[node] = torch.cat([*parts, NO_SLOTS])
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a module; a BatchNorm on meta tensors only checks and hands on the shape (its decomposition is slow)."""
-        module = self.fetch_attr(target)
-        if type(module).__name__ in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d") and args and args[0].is_meta:
-            if args[0].shape[1] != module.num_features:
-                raise RuntimeError(f"{target} expects {module.num_features} channels, got {args[0].shape[1]}")
-            return torch.empty_like(args[0])
-        return super().call_module(target, args, kwargs)
+        """Run a module; a BatchNorm without storage only for its shape."""
+        shaped = normalised_shape(self.fetch_attr(target), target, args)
+        return super().call_module(target, args, kwargs) if shaped is None else shaped
 
     # ------------------------------------------------------------------ dispatch
 

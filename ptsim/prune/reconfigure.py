@@ -49,6 +49,7 @@ class Surgery:
     notes: tuple[str, ...]
     groups: ChannelGroups
     removed: Tensor  # mask of the components that the network had before
+    removals: tuple[Removal, ...] = ()
 
 
 @torch.no_grad()
@@ -128,6 +129,27 @@ def remove_channels(model: nn.Module, groups: ChannelGroups, sparse: Tensor) -> 
     return _remove(model, groups, sparse & groups.prunable, importance, multiple=1)[0]
 
 
+@torch.no_grad()
+def repeat_removal(
+    model: nn.Module, groups: ChannelGroups, sparse: Tensor, removals: tuple[Removal, ...]
+) -> tuple[Tensor, tuple[str, ...]]:
+    """What `remove_channels` does to a copy of the same model with other channels, without its rehearsal.
+
+    Args:
+        model: whose `groups` these are.
+        groups: its channel groups.
+        sparse: a mask of components; none of those that `groups.sensitive` names, whose removal has to be tried out.
+        removals: what a surgery of an equal model decided where `find_removals` finds the same branches.
+
+    Returns:
+        A mask of the components that are gone, and notes.
+    """
+    plan, notes = _plan(groups, sparse & groups.prunable, (~sparse).to(torch.float32), 1, removals)
+    if plan.changes:
+        operate(model, groups, plan)
+    return plan.removed, tuple(notes)
+
+
 def _remove(
     model: nn.Module,
     groups: ChannelGroups,
@@ -151,6 +173,7 @@ def _remove(
         notes=tuple(notes),
         groups=after,
         removed=plan.removed,
+        removals=plan.removals,
     )
     return surgery, bones
 

@@ -20,11 +20,11 @@ from ptsim.capture.network import capture_network
 from ptsim.capture.resized import Recapture
 from ptsim.cli.main import run
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
-from ptsim.prune.groups import find_groups, weight_GOIK
+from ptsim.prune.groups import ChannelGroups, find_groups, weight_GOIK
 from ptsim.prune.propagate import skeleton
-from ptsim.prune.reconfigure import reconfigure, remove_channels
+from ptsim.prune.reconfigure import Surgery, reconfigure, remove_channels
 from ptsim.prune.trajectories import Problem, Trajectory, register
-from ptsim.prune.trajectories.build import _beyond, _followed, dense_network
+from ptsim.prune.trajectories.build import _beyond, dense_network
 from ptsim.prune.trajectories.catalog import published_runs
 from ptsim.prune.trajectories.roles import roles
 from ptsim.trace.io import read_trace, write_trace
@@ -120,21 +120,26 @@ class TestEngine:
     def test_every_network_is_what_a_real_reconfiguration_of_zeroed_weights_gives(self, model: str) -> None:
         entry = zoo.find(model)
         dense = dense_network(lambda: entry.build(num_classes=10), name="net", input_shape=SHAPE, num_classes=10)
-        vanishing = next(i for i, edge in enumerate(dense.edges) if edge.removable)
-        widths = np.array([[edge.width - 5 - i for i, edge in enumerate(dense.edges)]] * 2)
-        widths[1] -= 11
-        widths[1, vanishing] = 0
+        first, second = (i for i, edge in enumerate(dense.edges) if edge.role == "branch" and edge.name != "5.conv1")
+        widths = np.array([[edge.width - 5 - i for i, edge in enumerate(dense.edges)]] * 4)
+        widths[1:] -= 11
+        widths[1:, first] = 0
+        widths[2:] = np.maximum(widths[2:] - 7, 0)  # the stream shrinks after a branch has gone
+        widths[2:, second] = 0
+        widths[3] = 0  # nothing is left but what cannot go
+        gone = []
         live = entry.build(num_classes=10)
         groups, edge_of = find_groups(live, SHAPE), dense.edge_of
         for step, row in zip(dense.reconfigured(widths), widths, strict=True):
             zero(live, groups, _beyond(groups, edge_of, torch.as_tensor(row)))
             surgery = reconfigure(live, groups)
-            edge_of, groups = _followed(groups, surgery, edge_of), surgery.groups
+            edge_of, groups = followed(groups, surgery, edge_of), surgery.groups
             real = capture_network(live, name="net", input_shape=SHAPE, num_classes=10)
             assert step.network.id == real.id
             assert step.layers_removed == surgery.layers_removed
             assert step.channels_removed == surgery.channels_removed
-        assert step.layers_removed
+            gone.append(len(step.layers_removed))
+        assert gone == [0, 2, 2, 2]
 
     @pytest.mark.parametrize("name", ["resnet20", "vgg11"])
     def test_a_resized_network_is_equal_to_a_captured_one(self, name: str) -> None:
@@ -159,6 +164,18 @@ class TestEngine:
         assert found["3.conv1"] == found["5.conv1"] == "branch"
         assert found["3.conv2"] == found["5.conv2"] == "stream"
         assert found["0"] == "stem"
+
+
+def followed(before: ChannelGroups, surgery: Surgery, edge_of: torch.Tensor) -> torch.Tensor:
+    """The edge of every component after a surgery: what was kept of a tensor's axis, in order."""
+    after = surgery.groups
+    found = torch.full((after.num_components,), -1)
+    for key, components in after.axes.items():
+        old = before.axes.get(key)
+        kept = edge_of[old][~surgery.removed[old]] if old is not None else []
+        if len(kept) == len(components):
+            found[components] = kept
+    return found
 
 
 def seeded() -> torch.Generator:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ptsim.capture.resized import Recapture
 from ptsim.network import Network
 from ptsim.prune.groups import ChannelGroups, find_groups
 from ptsim.prune.propagate import skeleton
-from ptsim.prune.reconfigure import Surgery, remove_channels, weighted_layers
+from ptsim.prune.reconfigure import remove_channels, repeat_removal, weighted_layers
 from ptsim.prune.removal import Removal, find_removals
 from ptsim.prune.trajectories.problem import Edge
 from ptsim.prune.trajectories.roles import roles
@@ -45,35 +46,76 @@ class Dense:
     edges: tuple[Edge, ...]
     edge_of: Tensor
     table: CostTable
+    recapture: Recapture
 
     def reconfigured(self, widths: np.ndarray) -> Iterator[Step]:
-        """The network after every reconfiguration; `widths` has a row for each and a column per edge."""
-        bones, groups, edge_of = copy.deepcopy(self.bones), self.groups, self.edge_of
-        recapture = Recapture(
-            bones,
-            name=self.network.name,
-            input_shape=self.network.input_shape,
-            num_classes=self.network.num_classes,
-            captured=self.network,
-        )
-        network = self.network
+        """The network after every reconfiguration; `widths` has a row for each and a column per edge.
+
+        Every network is cut from the dense one, whose groups are known, and resized from the last record of the same
+        structure. Only what was not tried out yet is tried out: a branch that goes, channels that pass a reshape.
+        """
+        recapture, network, bones = copy.copy(self.recapture), self.network, skeleton(self.bones)
+        whole = _Parts(bones)
+        before = _Cut(removed=torch.zeros_like(self.groups.prunable))
+        decided: dict[tuple[Removal, ...], _Cut] = {(): before}  # branches without a channel → what is done about them
         for row in widths:
-            sparse = _beyond(groups, edge_of, torch.as_tensor(row))
-            if not bool(sparse.any()):
-                yield Step(network=network, channels_removed=0, layers_removed=(), notes=())
-                continue
-            before = groups
-            surgery = remove_channels(bones, groups, sparse)
-            if surgery.changed:
-                groups = surgery.groups
-                edge_of = _followed(before, surgery, edge_of)
+            whole.restore()
+            cut = self._cut(bones, _beyond(self.groups, self.edge_of, torch.as_tensor(row)), decided)
+            if not torch.equal(cut.removed, before.removed) or cut.removals != before.removals:
                 network = recapture.network(bones)
+            gone = before.layers(self.groups)
             yield Step(
                 network=network,
-                channels_removed=surgery.channels_removed,
-                layers_removed=surgery.layers_removed,
-                notes=surgery.notes,
+                channels_removed=sum(
+                    int((cut.removed & ~before.removed)[layer.outputs].sum())
+                    for layer in self.groups.layers
+                    if layer.layer not in gone
+                ),
+                layers_removed=tuple(layer for layer in cut.layers(self.groups) if layer not in gone),
+                notes=tuple(note for note in cut.notes if note not in before.notes),
             )
+            before = cut
+
+    def _cut(self, bones: nn.Module, sparse: Tensor, decided: dict[tuple[Removal, ...], _Cut]) -> _Cut:
+        """Take out of `bones` what goes once `sparse` components are without weight."""
+        groups = self.groups
+        empty = find_removals(groups, sparse)
+        if empty in decided and not bool((sparse & groups.sensitive).any()):
+            known = decided[empty]
+            removed, notes = repeat_removal(bones, groups, sparse, known.removals)
+            return _Cut(removed=removed, removals=known.removals, notes=tuple(dict.fromkeys(notes + known.notes)))
+        surgery = remove_channels(bones, groups, sparse)
+        cut = _Cut(removed=surgery.removed, removals=surgery.removals, notes=surgery.notes)
+        decided.setdefault(empty, cut)
+        return cut
+
+
+class _Parts:
+    """The modules of a network as they are now: putting them back is quicker than a copy for every reconfiguration."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._was = [(module, self._copied(vars(module))) for module in model.modules()]
+
+    def restore(self) -> None:
+        for module, attributes in self._was:
+            vars(module).clear()
+            vars(module).update(self._copied(attributes))
+
+    @staticmethod
+    def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+        return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in attributes.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """What is gone of the dense network: a mask of components, and branches."""
+
+    removed: Tensor
+    removals: tuple[Removal, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def layers(self, groups: ChannelGroups) -> tuple[str, ...]:
+        return tuple(name for removal in self.removals for name in weighted_layers(groups, removal))
 
 
 def dense_network(
@@ -86,7 +128,8 @@ def dense_network(
     """
     bones = _without_storage(build)
     groups = find_groups(bones, input_shape)
-    network = Recapture(bones, name=name, input_shape=input_shape, num_classes=num_classes).base
+    recapture = Recapture(bones, name=name, input_shape=input_shape, num_classes=num_classes)
+    network = recapture.base
     places = roles(network)
     edges: list[Edge] = []
     edge_of = torch.full((groups.num_components,), -1)
@@ -105,7 +148,15 @@ def dense_network(
         edges.append(Edge(name=edge.name, width=edge.width, role=role, depth=depth, removable=bool(gone)))
     full = np.array([edge.width for edge in edges])
     table = cost_table(network, groups, edge_of.numpy(), dies_with, full)
-    return Dense(bones=bones, groups=groups, network=network, edges=tuple(edges), edge_of=edge_of, table=table)
+    return Dense(
+        bones=bones,
+        groups=groups,
+        network=network,
+        edges=tuple(edges),
+        edge_of=edge_of,
+        table=table,
+        recapture=recapture,
+    )
 
 
 def _layers(groups: ChannelGroups, removal: Removal) -> tuple[str, ...]:
@@ -132,16 +183,3 @@ def _beyond(groups: ChannelGroups, edge_of: Tensor, widths: Tensor) -> Tensor:
         members = torch.nonzero((edge_of == edge) & groups.prunable).flatten()
         sparse[members[counts[members].cumsum(0) > width]] = True
     return sparse
-
-
-def _followed(before: ChannelGroups, surgery: Surgery, edge_of: Tensor) -> Tensor:
-    """The edge of every component after a surgery: what was kept of a tensor's axis, in order."""
-    after = surgery.groups
-    found = torch.full((after.num_components,), -1)
-    for key, components in after.axes.items():
-        old = before.axes.get(key)
-        if old is not None:
-            kept = edge_of[old][~surgery.removed[old]]
-            if len(kept) == len(components):
-                found[components] = kept
-    return found

@@ -47,8 +47,9 @@ class CostTable:
         kept = np.atleast_2d(widths) / self.full
         outputs = kept @ self.outputs.T + self.fixed_outputs
         inputs = kept @ self.inputs.T + self.fixed_inputs
-        alive = ~((kept == 0).astype(float) @ self.dead_with.T > 0)
-        scale = alive * outputs * np.where(self.product, inputs, 1.0)
+        scale = outputs * np.where(self.product, inputs, 1.0)
+        if not kept.all():
+            scale[(kept == 0).astype(float) @ self.dead_with.T > 0] = 0.0
         return tuple(  # type: ignore[return-value] # three of them
             (scale @ part) / part.sum() if part.sum() else np.ones(len(kept))
             for part in (self.inference, self.training, self.bn)

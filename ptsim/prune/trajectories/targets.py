@@ -141,7 +141,7 @@ class _Solver:
         def over_run(course: float) -> float:
             return self._over_run(self.table.fractions(self._at(course, hazard))[1])
 
-        return self._at(_root(over_run, *_COURSES, self.targets.training, steps=60), hazard)
+        return self._at(_root(over_run, *_COURSES, self.targets.training, steps=45), hazard)
 
     def _hazard(self, tilt: float) -> np.ndarray:
         """The hazard of every edge at which the last network has the inference FLOPs that are asked for."""
@@ -151,7 +151,7 @@ class _Solver:
         def final(strength: float) -> float:
             return float(self.table.fractions(self._rounded(np.ones(1), strength * relative))[0][-1])
 
-        return _root(final, 1e-9, 60.0, self.targets.inference, steps=60) * relative
+        return _root(final, 1e-9, 60.0, self.targets.inference, steps=45) * relative
 
     def _missed_by(self, offset: np.ndarray) -> float:
         """How far the last network stays from its inference FLOPs with these rounding points."""
