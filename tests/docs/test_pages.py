@@ -10,21 +10,7 @@ from ptsim.cli.main import COMMANDS
 from tests.traces import dense_trace, shrinking_trace
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = sorted(
-    {path.stem for path in DOCS.glob("*.md")}
-    - {
-        "library",
-        "api",
-        "settings",
-        "accuracy",
-        "evidence",
-        "cross_validation",
-        "index",
-        "paper",
-        "reliability",
-        "saving",
-    }
-)  # no command's
+PAGES = sorted(set(COMMANDS) - {"clusters"})  # clusters shares the page of devices
 
 
 def make_help() -> ModuleType:
@@ -61,7 +47,7 @@ def test_what_a_page_quotes_is_what_the_command_prints(page: str) -> None:
 
 
 def test_every_command_has_a_page() -> None:
-    assert set(COMMANDS) - {"clusters"} == set(PAGES)  # clusters shares the page of devices
+    assert [page for page in PAGES if not (DOCS / f"{page}.md").is_file()] == []
 
 
 @pytest.mark.slow
