@@ -21,7 +21,7 @@ from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.prune.cut import take
 from ptsim.prune.groups import SHAPE_ERRORS, ChannelGroups, axes_for, find_groups, weight_GOIK
 from ptsim.prune.labels import BATCH_NORMS
-from ptsim.prune.reconfigure import Plan, operate, stays_aligned
+from ptsim.prune.reconfigure import CutPlan, operate, stays_aligned
 from ptsim.prune.selection import keep_one
 
 TOLERANCE = 1e-9
@@ -145,7 +145,7 @@ def inspect(
         if sum(parameter.numel() for parameter in network.parameters()) > LARGE:
             thin = groups.prunable & (torch.rand(groups.num_components) < 1 - THIN)
             thin, _ = keep_one(groups, thin, torch.rand(groups.num_components))
-            operate(network, groups, Plan(removed=thin))
+            operate(network, groups, CutPlan(removed=thin))
             groups = find_groups(network, shape)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         proof_shape = _smallest_equivalent(network, groups)
@@ -254,7 +254,7 @@ def _compare(
     for name, buffer in network.named_buffers():
         buffer.copy_(statistics[name])
     try:
-        operate(network, groups, Plan(removed=mask))
+        operate(network, groups, CutPlan(removed=mask))
         outputs, outputs_train, gradients, after = _run(network, images, seed)
     except SHAPE_ERRORS as error:
         raise UnsupportedModelError(
@@ -285,7 +285,7 @@ def _removable(network: nn.Module, groups: ChannelGroups, chance: Tensor, limit:
     """
     for part in (limit, limit / 2, limit / 4):
         mask, _ = keep_one(groups, groups.prunable & (chance <= part), importance)
-        if bool(mask.any()) and stays_aligned(network, groups, Plan(removed=mask)):
+        if bool(mask.any()) and stays_aligned(network, groups, CutPlan(removed=mask)):
             return mask
     return keep_one(groups, groups.prunable & (chance <= limit) & ~groups.sensitive, importance)[0]
 

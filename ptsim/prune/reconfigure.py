@@ -196,7 +196,7 @@ def runs(model: nn.Module, groups: ChannelGroups) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class CutPlan:
     """Which components go (a mask), and which residual branches."""
 
     removed: Tensor
@@ -210,7 +210,7 @@ class Plan:
 
 def _decide(
     model: nn.Module, groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int
-) -> tuple[Plan, ChannelGroups, nn.Module, list[str]]:
+) -> tuple[CutPlan, ChannelGroups, nn.Module, list[str]]:
     """The plan that goes furthest and works, the groups after it, the rehearsal copy, and notes.
 
     Every plan is carried out on shapes first; a branch whose code cannot bear a tensor without channels keeps one.
@@ -239,15 +239,17 @@ def _decide(
 
 def _plan(
     groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int, removals: tuple[Removal, ...]
-) -> tuple[Plan, list[str]]:
+) -> tuple[CutPlan, list[str]]:
     dead = {name for removal in removals for name in weighted_layers(groups, removal)}
     removed, rescued = keep_one(groups, sparse | only_in(groups, dead), importance, skip=dead)
     removed = round_up(groups, removed, importance, multiple, skip=dead)
     notes = [f"{layer}: every channel is sparse; one is kept" for layer in rescued]
-    return Plan(removed=removed, removals=removals), notes
+    return CutPlan(removed=removed, removals=removals), notes
 
 
-def _rehearse(model: nn.Module, groups: ChannelGroups, plan: Plan) -> tuple[Plan, ChannelGroups, nn.Module] | None:
+def _rehearse(
+    model: nn.Module, groups: ChannelGroups, plan: CutPlan
+) -> tuple[CutPlan, ChannelGroups, nn.Module] | None:
     """Carry the plan out on a copy; None if the copy fails or would mix channels up."""
     bones = groups.rehearsal_copy(model)
     if not plan.changes:
@@ -267,7 +269,7 @@ def _rehearse(model: nn.Module, groups: ChannelGroups, plan: Plan) -> tuple[Plan
         return None
 
 
-def stays_aligned(model: nn.Module, groups: ChannelGroups, plan: Plan) -> bool:
+def stays_aligned(model: nn.Module, groups: ChannelGroups, plan: CutPlan) -> bool:
     """True if the model's code handles what the plan leaves as it handled the whole.
 
     A reshape or split could mix up channels, and a condition on shapes could come out differently.
@@ -296,7 +298,7 @@ def only_in(groups: ChannelGroups, layers: set[str]) -> Tensor:
 def operate(
     model: nn.Module,
     groups: ChannelGroups,
-    plan: Plan,
+    plan: CutPlan,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     shadows: Sequence[nn.Module] = (),

@@ -20,7 +20,7 @@ from ptsim.costs.tiers import worst_tier
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster
 from ptsim.sim.options import Options
-from ptsim.sim.topology import Fabric, PlacedJob, RoutedPhase, simulate_all_reduces
+from ptsim.sim.topology import Fabric, PlacedJob, RoutedStage, simulate_all_reduces
 
 _TREE_CHUNKS = 16  # of each half of a message; the ratio hardly depends on it
 _SHARED_CHUNKS = 16  # of a connection, after which a ring beside other jobs has found its pace
@@ -52,7 +52,7 @@ class Network:
         self.num_nodes = nodes_for(self._equal, num_gpus)
         self._times: dict[int, AllReduceTime] = {}
         self._ratios: dict[int, float] = {}
-        self._ways: dict[tuple[Hashable, ...], tuple[RoutedPhase, ...]] = {}
+        self._ways: dict[tuple[Hashable, ...], tuple[RoutedStage, ...]] = {}
         self.notes: list[str] = []
         self._bandwidth: dict[str, float] = {}
         self._latency: dict[str, float] = {}
@@ -149,8 +149,8 @@ class Network:
                 bandwidth_factor=factors[0],
                 extra_latency_s=factors[1],
             )
-            self._ways[key] = fabric.phases(msgspec.structs.replace(job, message_bytes=1.0))
-        return math.fsum(phase.seconds(num_bytes) for phase in self._ways[key])
+            self._ways[key] = fabric.stages(msgspec.structs.replace(job, message_bytes=1.0))
+        return math.fsum(stage.seconds(num_bytes) for stage in self._ways[key])
 
     def _as_simulated(self, num_bytes: int) -> tuple[Cluster, float, PlacedJob]:
         """The cluster with links as the protocol sees them, a call's fixed cost, and the first job's all-reduce."""

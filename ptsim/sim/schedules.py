@@ -1,6 +1,6 @@
 """Who sends which chunk to whom, and after what, in a ring, a tree or a hierarchical all-reduce.
 
-An all-reduce is a sequence of phases with a barrier between them; a phase is a set of connections that carry equally
+An all-reduce is a sequence of stages with a barrier between them; a stage is a set of connections that carry equally
 many chunks of equal size, each chunk as soon as those that it depends on have arrived. Nothing here knows how fast
 anything is: `topology` says how long a schedule takes.
 
@@ -20,14 +20,14 @@ from ptsim.errors import UsageError
 
 
 class Connection(msgspec.Struct, frozen=True):
-    """From one GPU to another. Chunk j leaves when chunk j - lag (of the phase) arrived over each one in `after`."""
+    """From one GPU to another. Chunk j leaves when chunk j - lag (of the stage) arrived over each one in `after`."""
 
     source: int
     target: int
     after: tuple[int, ...]
 
 
-class Phase(msgspec.Struct, frozen=True, kw_only=True):
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """Connections that work side by side; those without a lag depend only on earlier ones of the list."""
 
     connections: tuple[Connection, ...]
@@ -70,8 +70,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
 
-def schedule(algorithm: str, placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Phase, ...]:
-    """The phases of one all-reduce; none for a single rank.
+def schedule(algorithm: str, placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Stage, ...]:
+    """The stages of one all-reduce; none for a single rank.
 
     Args:
         algorithm: the name of a row of `costs.algorithms` that has a schedule.
@@ -85,17 +85,17 @@ def schedule(algorithm: str, placement: Placement, message_bytes: float, *, num_
     """
     if len(placement.ranks) == 1:
         return ()
-    phases: tuple[Phase, ...] = load_schedule(algorithm)(placement, message_bytes, num_chunks=num_chunks)
-    return phases
+    stages: tuple[Stage, ...] = load_schedule(algorithm)(placement, message_bytes, num_chunks=num_chunks)
+    return stages
 
 
-def ring_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Phase, ...]:
+def ring_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Stage, ...]:
     """A ring per NIC, each with its part of the message."""
     channels, size = placement.channels, len(placement.ranks)
     return (_rings(channels, message_bytes / len(channels) / size, 2 * (size - 1)),)
 
 
-def tree_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Phase, ...]:
+def tree_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Stage, ...]:
     """Two trees per NIC, each with half of its part of the message."""
     channels = placement.channels
     connections: list[Connection] = []
@@ -103,10 +103,10 @@ def tree_schedule(placement: Placement, message_bytes: float, *, num_chunks: int
         for parents in _trees(channel, placement.node_of):
             _add_tree(connections, channel, parents)
     chunk_bytes = message_bytes / len(channels) / 2 / num_chunks
-    return (Phase(connections=tuple(connections), num_chunks=num_chunks, chunk_bytes=chunk_bytes, lag=0),)
+    return (Stage(connections=tuple(connections), num_chunks=num_chunks, chunk_bytes=chunk_bytes, lag=0),)
 
 
-def hierarchical_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Phase, ...]:
+def hierarchical_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Stage, ...]:
     """Reduce-scatter inside the nodes, rings of the shards between them, all-gather inside."""
     return _hierarchical(placement.nodes, message_bytes)
 
@@ -116,7 +116,7 @@ def _rotated(node: Sequence[int], rail: int, rail_of: Callable[[int], int]) -> l
     return [*node[first:], *node[:first]]
 
 
-def _rings(rings: Sequence[Sequence[int]], chunk_bytes: float, num_chunks: int) -> Phase:
+def _rings(rings: Sequence[Sequence[int]], chunk_bytes: float, num_chunks: int) -> Stage:
     """Every rank sends a chunk to the next one, `num_chunks` times, each after it got the chunk of the step before."""
     connections: list[Connection] = []
     for ring in rings:
@@ -124,10 +124,10 @@ def _rings(rings: Sequence[Sequence[int]], chunk_bytes: float, num_chunks: int) 
         connections += [
             Connection(rank, ring[(i + 1) % len(ring)], (start + (i - 1) % len(ring),)) for i, rank in enumerate(ring)
         ]
-    return Phase(connections=tuple(connections), num_chunks=num_chunks, chunk_bytes=chunk_bytes, lag=1)
+    return Stage(connections=tuple(connections), num_chunks=num_chunks, chunk_bytes=chunk_bytes, lag=1)
 
 
-def _hierarchical(members: Sequence[Sequence[int]], message_bytes: float) -> tuple[Phase, ...]:
+def _hierarchical(members: Sequence[Sequence[int]], message_bytes: float) -> tuple[Stage, ...]:
     """Reduce-scatter inside every node, all-reduce of the shards between nodes, all-gather inside."""
     width, size = len(members[0]), len(members)
     if any(len(node) != width for node in members):

@@ -5,7 +5,7 @@ PCIe), every NIC of a node (its GPUs are spread over them evenly), and, where th
 per leaf switch. A chunk's head moves on at once (cut-through), so a path of free pipes takes the time of its slowest
 one plus the latency. `schedules` says which chunks there are.
 
-The connections of a phase that use the same pipe have equal parts of it, as the packets of several flows take turns; a
+The connections of a stage that use the same pipe have equal parts of it, as the packets of several flows take turns; a
 chunk holds its part for as long as it takes at that rate. So the connections of one all-reduce never wait for each
 other, and its time is a recurrence over (connection, chunk), evaluated without events: 1,024 ranks in milliseconds.
 Jobs that share a fabric do wait for each other: then every connection is a SimPy process, every pipe a
@@ -30,7 +30,7 @@ from ptsim.costs.collectives import nodes_for
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster
 from ptsim.sim.budget import check_events
-from ptsim.sim.schedules import Connection, Phase, Placement, schedule
+from ptsim.sim.schedules import Connection, Placement, Stage, schedule
 
 Process = Generator[simpy.Event, None, None]
 
@@ -46,7 +46,7 @@ class PlacedJob(msgspec.Struct, frozen=True, kw_only=True):
         num_chunks: into how many pieces a tree cuts each half of the message; rings cut it by their size.
         start_s: when it begins.
         repeat: how many all-reduces, one after the other.
-        max_chunks: chunks of a connection after which a phase is broken off; None for none. Enough of them show the
+        max_chunks: chunks of a connection after which a stage is broken off; None for none. Enough of them show the
             pace of a long ring.
     """
 
@@ -183,14 +183,14 @@ class Fabric:
             )
         return found
 
-    def phases(self, job: PlacedJob) -> tuple[RoutedPhase, ...]:
+    def stages(self, job: PlacedJob) -> tuple[RoutedStage, ...]:
         """The job's schedule on this fabric."""
         placement = Placement(ranks=tuple(job.ranks), node_of=self.node_of, rail_of=self.rail_of)
         plan = schedule(job.algorithm, placement, job.message_bytes, num_chunks=job.num_chunks)
-        return tuple(self._route(phase, job.max_chunks) for phase in plan)
+        return tuple(self._route(stage, job.max_chunks) for stage in plan)
 
-    def _route(self, phase: Phase, max_chunks: int | None) -> RoutedPhase:
-        paths = [self.path(connection.source, connection.target) for connection in phase.connections]
+    def _route(self, stage: Stage, max_chunks: int | None) -> RoutedStage:
+        paths = [self.path(connection.source, connection.target) for connection in stage.connections]
         users = Counter(pipe for pipes, _ in paths for pipe in pipes)
         # Every port of a kind serves its connections alike, so that no stage of a pipeline is faster than the others;
         # an uplink divides what it has among those that are there.
@@ -199,18 +199,18 @@ class Fabric:
             kind = pipe.split(" ", 1)[0]
             most[kind] = max(most.get(kind, 0), number)
         shares = {p: n if p.startswith("leaf") else most[p.split(" ", 1)[0]] for p, n in users.items()}
-        return RoutedPhase(
-            connections=phase.connections,
+        return RoutedStage(
+            connections=stage.connections,
             pipes=tuple(pipes for pipes, _ in paths),
             latencies_s=np.array([latency for _, latency in paths]),
             durations_s=np.array(
-                [max(phase.chunk_bytes * shares[p] / self.rates[p] for p in pipes) for pipes, _ in paths]
+                [max(stage.chunk_bytes * shares[p] / self.rates[p] for p in pipes) for pipes, _ in paths]
             ),
             shares=shares,
-            levels=() if phase.lag else _levels(phase.connections),
-            num_chunks=phase.num_chunks if max_chunks is None else min(max_chunks, phase.num_chunks),
-            chunk_bytes=phase.chunk_bytes,
-            lag=phase.lag,
+            levels=() if stage.lag else _levels(stage.connections),
+            num_chunks=stage.num_chunks if max_chunks is None else min(max_chunks, stage.num_chunks),
+            chunk_bytes=stage.chunk_bytes,
+            lag=stage.lag,
         )
 
 
@@ -233,8 +233,8 @@ def _levels(connections: Sequence[Connection]) -> tuple[tuple[np.ndarray, np.nda
     )
 
 
-class RoutedPhase(msgspec.Struct, frozen=True, kw_only=True):
-    """A phase on its way: the pipes of every connection, and what a chunk takes over them.
+class RoutedStage(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage on its way: the pipes of every connection, and what a chunk takes over them.
 
     Attributes:
         durations_s: for which a connection is busy with one chunk.
@@ -253,10 +253,10 @@ class RoutedPhase(msgspec.Struct, frozen=True, kw_only=True):
     lag: int
 
     def seconds(self, times: float = 1.0) -> float:
-        """From the start of the phase to the arrival of its last chunk, with nobody else on the fabric.
+        """From the start of the stage to the arrival of its last chunk, with nobody else on the fabric.
 
         Args:
-            times: how much larger the message is than the one that the phase was made for.
+            times: how much larger the message is than the one that the stage was made for.
         """
         durations_s = self.durations_s * times
         return self._lagging_seconds(durations_s) if self.lag else self._flowing_seconds(durations_s)
@@ -317,22 +317,22 @@ def simulate_all_reduces(
         bandwidth_factor=bandwidth_factor,
         extra_latency_s=extra_latency_s,
     )
-    routed = [fabric.phases(job) for job in jobs]
+    routed = [fabric.stages(job) for job in jobs]
     if len(jobs) == 1 and not events:
-        seconds: tuple[float, ...] = (jobs[0].repeat * sum(phase.seconds() for phase in routed[0]),)
+        seconds: tuple[float, ...] = (jobs[0].repeat * sum(stage.seconds() for stage in routed[0]),)
     else:
         chunks = sum(
-            job.repeat * sum(len(phase.connections) * phase.num_chunks for phase in phases)
-            for job, phases in zip(jobs, routed, strict=True)
+            job.repeat * sum(len(stage.connections) * stage.num_chunks for stage in stages)
+            for job, stages in zip(jobs, routed, strict=True)
         )
         check_events(_EVENTS_OF_A_CHUNK * chunks, "sending every chunk over its links", "--network formula needs none")
         seconds = _Traffic(fabric, routed).run(jobs)
     sent: defaultdict[int, float] = defaultdict(float)
     carried = dict.fromkeys(fabric.rates, 0.0)
-    for job, phases in zip(jobs, routed, strict=True):
-        for phase in phases:
-            num_bytes = job.repeat * phase.num_chunks * phase.chunk_bytes
-            for connection, pipes in zip(phase.connections, phase.pipes, strict=True):
+    for job, stages in zip(jobs, routed, strict=True):
+        for stage in stages:
+            num_bytes = job.repeat * stage.num_chunks * stage.chunk_bytes
+            for connection, pipes in zip(stage.connections, stage.pipes, strict=True):
                 sent[connection.source] += num_bytes
                 for pipe in pipes:
                     carried[pipe] += num_bytes
@@ -342,11 +342,11 @@ def simulate_all_reduces(
 class _Traffic:
     """Jobs side by side on a fabric, chunk by chunk."""
 
-    def __init__(self, fabric: Fabric, routed: Sequence[Sequence[RoutedPhase]]) -> None:
+    def __init__(self, fabric: Fabric, routed: Sequence[Sequence[RoutedStage]]) -> None:
         self.env, self.fabric, self.routed = simpy.Environment(), fabric, routed
         parts: dict[str, int] = {}  # of which a pipe is made, so that every job's share is a whole number of them
-        for phase in (phase for phases in routed for phase in phases):
-            for pipe, share in phase.shares.items():
+        for stage in (stage for stages in routed for stage in stages):
+            for pipe, share in stage.shares.items():
                 parts[pipe] = math.lcm(parts.get(pipe, 1), share)
         self.parts = parts
         self.servers = {pipe: simpy.Container(self.env, number, number) for pipe, number in parts.items()}
@@ -360,33 +360,33 @@ class _Traffic:
     def _job(self, job: PlacedJob, found: list[float], index: int) -> Process:
         yield self.env.timeout(job.start_s)
         for _ in range(job.repeat):
-            for phase in self.routed[index]:
-                events = [[self.env.event() for _ in range(phase.num_chunks)] for _ in phase.connections]
-                for number in range(len(phase.connections)):
-                    self.env.process(self._connection(phase, number, events))
+            for stage in self.routed[index]:
+                events = [[self.env.event() for _ in range(stage.num_chunks)] for _ in stage.connections]
+                for number in range(len(stage.connections)):
+                    self.env.process(self._connection(stage, number, events))
                 yield self.env.all_of([arrived[-1] for arrived in events])
         found[index] = self.env.now - job.start_s
 
-    def _connection(self, phase: RoutedPhase, number: int, arrived: list[list[simpy.Event]]) -> Process:
-        for chunk in range(phase.num_chunks):
-            for before in phase.connections[number].after:
-                if chunk >= phase.lag:
-                    yield arrived[before][chunk - phase.lag]
-            yield from self._send(phase, number, arrived[number][chunk])
+    def _connection(self, stage: RoutedStage, number: int, arrived: list[list[simpy.Event]]) -> Process:
+        for chunk in range(stage.num_chunks):
+            for before in stage.connections[number].after:
+                if chunk >= stage.lag:
+                    yield arrived[before][chunk - stage.lag]
+            yield from self._send(stage, number, arrived[number][chunk])
 
-    def _send(self, phase: RoutedPhase, number: int, arrived: simpy.Event) -> Process:
+    def _send(self, stage: RoutedStage, number: int, arrived: simpy.Event) -> Process:
         """Carry one chunk; ends when the next one may be sent, `arrived` follows after the latency."""
         env, end = self.env, 0.0
-        for pipe in phase.pipes[number]:
-            server, share = self.servers[pipe], phase.shares[pipe]
+        for pipe in stage.pipes[number]:
+            server, share = self.servers[pipe], stage.shares[pipe]
             amount = self.parts[pipe] // share
             yield server.get(amount)
-            duration = phase.chunk_bytes * share / self.fabric.rates[pipe]
+            duration = stage.chunk_bytes * share / self.fabric.rates[pipe]
             end = max(end, env.now + duration)
             _after(env, duration, functools.partial(server.put, amount))
         if end > env.now:
             yield env.timeout(end - env.now)
-        _after(env, float(phase.latencies_s[number]), arrived.succeed)
+        _after(env, float(stage.latencies_s[number]), arrived.succeed)
 
 
 def _after(env: simpy.Environment, seconds: float, action: Callable[[], object]) -> None:

@@ -14,7 +14,7 @@ from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.spec import Cluster, Link
 from ptsim.sim.options import Options
 from ptsim.sim.run import change
-from ptsim.sim.schedules import Connection, Phase, Placement
+from ptsim.sim.schedules import Connection, Placement, Stage
 from ptsim.sim.topology import PlacedJob, simulate_all_reduces
 
 LINK = Link(name="l", bandwidth_bytes_per_s=1e9, latency_s=1e-3)
@@ -26,12 +26,12 @@ def _to_one(cluster: Cluster, gpus: int, nodes: int) -> MessageWork:
     return MessageWork(2.0, 0.0, 2.0 * (gpus - 1), 0.0)
 
 
-def star_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Phase, ...]:
+def star_schedule(placement: Placement, message_bytes: float, *, num_chunks: int) -> tuple[Stage, ...]:
     """To GPU 0, and back."""
     first, *others = placement.ranks
     there = tuple(Connection(rank, first, ()) for rank in others)
     back = tuple(Connection(first, rank, ()) for rank in others)
-    return tuple(Phase(connections=c, num_chunks=1, chunk_bytes=message_bytes, lag=0) for c in (there, back))
+    return tuple(Stage(connections=c, num_chunks=1, chunk_bytes=message_bytes, lag=0) for c in (there, back))
 
 
 @pytest.fixture
