@@ -179,7 +179,8 @@ _FULL_POWER = {
 }
 _SMALL_SM_POWER = 1.4  # of Blackwell's boards for graphics, whose tensor cores are those of Ada: RTX 5090
 _TENSOR_SINCE = {Precision.FP16: "volta", Precision.BF16: "ampere", Precision.TF32: "ampere"}
-_GENERATIONS = ("cpu", "pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell")
+_GENERATIONS = ("cpu", "kepler", "maxwell", "pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell")
+_BEFORE_VOLTA = ("kepler", "maxwell", "pascal")  # the fit has rows of Pascal only; older chips are taken to be like it
 _ISSUE = 128  # threads per clock and SM whose instruction issues, from Volta on: four schedulers of a warp
 _SINCE_AMPERE = ("ampere", "ada", "hopper", "blackwell")
 _TILES = ((256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 128), (64, 32), (32, 32))
@@ -221,14 +222,14 @@ def chip_of(device: Device, precision: Precision) -> Chip:
     return Chip(
         peak_flops_per_s=device.peak_flops_per_s[products],
         simt_flops_per_s=simt,
-        issue_flops_per_s=simt if device.architecture in ("cpu", "pascal") else 2 * _ISSUE * num_sms * clock_hz,
+        issue_flops_per_s=simt if device.architecture in ("cpu", *_BEFORE_VOLTA) else 2 * _ISSUE * num_sms * clock_hz,
         tensor=float(uses_tensor_cores(device, precision)),
         num_sms=num_sms,
         clock_hz=clock_hz,
         bandwidth_bytes_per_s=device.memory_bandwidth_bytes_per_s,
         l2_bytes=float(device.l2_bytes),
         boosts=float(device.boosts_beyond),
-        pascal=float(device.architecture == "pascal"),
+        pascal=float(device.architecture in _BEFORE_VOLTA),
         wide=float(device.architecture in _SINCE_AMPERE and simt > 200 * num_sms * clock_hz),
         free=float(precision is Precision.TF32),
         power_ratio=min(1.0, power / full_power),

@@ -52,7 +52,17 @@ def test_every_gpu_that_people_ask_about_is_there(name):
 # What the drivers report as total memory (MiB, nvidia-smi): a little less than the sheet's size in binary units.
 @pytest.mark.parametrize(
     ("name", "driver_mib"),
-    [("h200", 143_771), ("b200", 183_359), ("h100", 81_559), ("a100-80gb", 81_920), ("v100-32gb", 32_768)],
+    [
+        ("h200", 143_771),
+        ("h200-nvl", 143_771),
+        ("gh200", 97_871),
+        ("b200", 183_359),
+        ("gb200", 189_471),
+        ("b300", 275_040),
+        ("h100", 81_559),
+        ("a100-80gb", 81_920),
+        ("v100-32gb", 32_768),
+    ],
 )
 def test_memory_is_the_drivers_within_two_percent(name, driver_mib):
     assert load_device(name).memory_bytes == pytest.approx(driver_mib * 2**20, rel=0.02)
@@ -74,13 +84,27 @@ def test_no_name_means_two_devices():
 
 # Cores per SM, and FLOP per SM and clock of the tensor cores with fp32 accumulation (white papers of the generations);
 # consumer boards have half of it. H100 multiplies tensors at another clock than its boost clock.
-CORES = {"pascal": 128, "volta": 64, "turing": 64, "ampere": 128, "ada": 128, "hopper": 128, "blackwell": 128}
+CORES = {
+    "kepler": 192,
+    "maxwell": 128,
+    "pascal": 128,
+    "volta": 64,
+    "turing": 64,
+    "ampere": 128,
+    "ada": 128,
+    "hopper": 128,
+    "blackwell": 128,
+}
 HALF_PER_SM = {"volta": 1024, "turing": 1024, "ampere": 1024, "ada": 1024, "hopper": 4096, "blackwell": 8192}
 GEFORCE = {
     "rtx-2080-ti", "rtx-3060-ti", "rtx-3070", "rtx-3070-ti", "rtx-3080", "rtx-3080-ti", "rtx-3090", "rtx-4070",
     "rtx-4070-ti", "rtx-4080", "rtx-4090", "rtx-5080", "rtx-5090",
 }  # fmt: skip # the 50 series has the tensor cores of Ada
-TENSOR_CLOCK = {"h100-sxm5-80gb": 1830e6, "h200-sxm5-141gb": 1830e6, "h100-pcie-80gb": 1620e6, "b200-sxm-180gb": 1856e6}
+TENSOR_CLOCK = {
+    "h100-sxm5-80gb": 1830e6, "h200-sxm5-141gb": 1830e6, "gh200-96gb": 1830e6, "h100-pcie-80gb": 1620e6,
+    "b200-sxm-180gb": 1856e6, "b300-sxm-270gb": 1856e6, "h200-nvl-141gb": 1545e6, "gb200-186gb": 2008e6,
+}  # fmt: skip
+WITHOUT_TENSOR_CORES = ("kepler", "maxwell", "pascal")
 A100_LIKE = ("a100-", "a30", "p100-")
 # Bits of the bus, and transfers per second and pin.
 MEMORY = {
@@ -96,6 +120,8 @@ MEMORY = {
     "a30": (3072, 2.43e9), "a40": (384, 14.5e9), "rtx-a4000": (256, 14e9), "rtx-a5000": (384, 16e9),
     "rtx-a5500": (384, 16e9), "rtx-3060-ti": (256, 14e9), "rtx-3070": (256, 14e9), "rtx-3070-ti": (256, 19e9),
     "rtx-3080-ti": (384, 19e9), "rtx-4070": (192, 21e9), "rtx-4070-ti": (192, 21e9), "rtx-4080": (256, 22.4e9),
+    "gh200-96gb": (6144, 5.238e9), "h200-nvl-141gb": (6144, 6.25e9), "b300-sxm-270gb": (8192, 7.8125e9),
+    "gb200-186gb": (8192, 7.8125e9), "k80": (384, 5.01e9), "m40": (384, 6.008e9),
     "rtx-5080": (256, 30e9), "gtx-1070": (256, 8e9), "gtx-1080": (256, 10e9), "quadro-rtx-6000": (384, 14e9),
 }  # fmt: skip
 
@@ -108,7 +134,9 @@ def test_fp32_peak_is_two_flops_per_core_and_clock(name):
     assert device.peak_flops_per_s[Precision.FP32] == pytest.approx(expected, rel=0.015)
 
 
-@pytest.mark.parametrize("name", [name for name in device_names() if load_device(name).architecture != "pascal"])
+@pytest.mark.parametrize(
+    "name", [name for name in device_names() if load_device(name).architecture not in WITHOUT_TENSOR_CORES]
+)
 def test_tensor_peaks_are_flops_per_sm_and_clock_and_tf32_is_half_of_fp16(name):
     device = load_device(name)
     per_sm = (
@@ -165,6 +193,11 @@ def test_a_link_has_the_bandwidth_of_its_name(name):
         ("NVIDIA GeForce RTX 3080 Ti", "rtx-3080-ti"),
         ("GeForce GTX 1080", "gtx-1080"),
         ("Quadro RTX 6000", "quadro-rtx-6000"),
+        ("NVIDIA GH200 480GB", "gh200-96gb"),
+        ("NVIDIA H200 NVL", "h200-nvl-141gb"),
+        ("NVIDIA B300 SXM6 AC", "b300-sxm-270gb"),
+        ("NVIDIA GB200", "gb200-186gb"),
+        ("Tesla K80", "k80"),
     ],
 )
 def test_a_driver_name_finds_its_device(driver_name, name):
