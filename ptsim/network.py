@@ -221,6 +221,16 @@ class Network(
         return sum(parameter.num_elements for parameter in self.parameters)
 
     @property
+    def gradients(self) -> tuple[Parameter, ...]:
+        """The parameters that get a gradient: those of a layer that forward calls. Only these are reduced."""
+        return tuple(parameter for parameter in self.parameters if parameter.layer)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of all gradients in fp32: what one data-parallel update reduces."""
+        return 4 * sum(parameter.num_elements for parameter in self.gradients)
+
+    @property
     def forward_macs(self) -> int:
         """Multiply–accumulates of convolutions, linear layers and other matrix products, for one image's inference.
 

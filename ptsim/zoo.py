@@ -106,7 +106,7 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise UsageError(f"model file {path} cannot be loaded: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)

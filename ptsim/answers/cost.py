@@ -202,7 +202,7 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
         gpu=None if device is None else device.name,
         fits=fits,
         largest_batch=largest,
-        allreduce_bytes=4 * network.num_parameters,
+        allreduce_bytes=network.gradient_bytes,
         num_buckets=len(ddp_buckets(network)),
         update_bytes=update_bytes,
         regularizer_bytes=regularizer_traffic(network),

@@ -132,7 +132,7 @@ def fractions(trace: Trace) -> Fractions:
     counts: dict[str, Callable[[Epoch, Network], int]] = {
         "training": lambda e, n: training_macs(n, images=e.num_images, mini_batches=e.num_iterations * e.world_size),
         "bn": lambda e, n: e.num_images * batch_norm_bytes(n, 4),
-        "allreduce": lambda e, n: e.num_iterations * n.num_parameters,
+        "allreduce": lambda e, n: e.num_iterations * n.gradient_bytes,
     }
     ratio = {}
     for name, count in counts.items():
@@ -261,7 +261,7 @@ def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step
                 weight_sparsity=1 - network.num_parameters / first_weights,
                 measured_time=None,
                 measured_step=None,
-                allreduce_bytes=4 * network.num_parameters * iterations if asked.gpus > 1 else 0,
+                allreduce_bytes=network.gradient_bytes * iterations if asked.gpus > 1 else 0,
                 peak_memory_bytes=None,
             )
         )

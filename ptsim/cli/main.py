@@ -30,6 +30,7 @@ app = cyclopts.App(
     version=ptsim.__version__,
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # an interruption is said, not swallowed
+    default_parameter=cyclopts.Parameter(json_list=False, json_dict=False),  # "[1].jsonl" is a file's name
 )
 
 # name → (where, one line of help). The order is the order of `ptsim --help`.

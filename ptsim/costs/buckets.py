@@ -3,8 +3,9 @@
 torch fills buckets in gradient-ready order. The cap is soft: a bucket closes after the tensor that reaches it. The
 first bucket is small so that communication starts early.
 
-With `find_unused_parameters` DDP never rebuilds its first buckets: those are filled from the other end, so that the
-small one comes last.
+Parameters that get no gradient are left out, as `ptsim train` does it: DDP would wait for them. With
+`find_unused_parameters` DDP reduces them too, and never rebuilds its first buckets: those are filled from the other
+end, so that the small one comes last.
 
 Source: torch/csrc/distributed/c10d/reducer.cpp, `compute_bucket_assignment_by_size` and `should_rebuild_buckets`;
 torch/nn/parallel/distributed.py, `_ddp_init_helper`.
@@ -64,7 +65,7 @@ def ddp_buckets(
     filling: list[Parameter] = []
     size = 0
     cap = first_bucket_bytes
-    for parameter in network.parameters if rebuilt else reversed(network.parameters):
+    for parameter in network.gradients if rebuilt else reversed(network.parameters):
         filling.append(parameter)
         size += parameter.num_elements * element_bytes
         if size >= cap:

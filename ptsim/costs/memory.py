@@ -58,7 +58,7 @@ class MemoryNeed(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         activation_bytes: all that autograd keeps at the end of the forward pass, the input images included.
         parameter_bytes: weights, their half-precision copies under autocast, and buffers.
-        gradient_bytes: one fp32 gradient per parameter.
+        gradient_bytes: one fp32 gradient per parameter that gets one.
         optimizer_bytes: the optimizer's state.
         workspace_bytes: what libraries take at most beside tensors.
         peak_bytes: the largest sum that is alive at one moment; less than the sum of the parts, which do not all meet.
@@ -97,13 +97,14 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     block = _BLOCK if gpu else 1
     seen = footprint_of(network, gpu=gpu, half=setting.half)
     weights = _round_each((4 * p.num_elements for p in network.parameters), block)
+    learnt = _round_each((4 * p.num_elements for p in network.gradients), block)
     shared = setting.num_gpus if setting.sharding != "none" else 1
-    states = _share(_OPTIMIZER_STATES[optimizer] * weights, shared)
+    states = _share(_OPTIMIZER_STATES[optimizer] * learnt, shared)
     library = _library_workspace(network, device) if device is not None and gpu else 0
-    gradients = weights if data_parallel else 0
+    gradients = learnt if data_parallel else 0
     if setting.sharding == "zero2":
         largest = max((bucket.num_bytes for bucket in ddp_buckets(network)), default=0)
-        gradients = min(gradients, _share(weights, shared) + largest)
+        gradients = min(gradients, _share(learnt, shared) + largest)
     copies = seen.weight_copy_bytes
     kept = seen.kept_fixed_bytes + batch * seen.kept_image_bytes - copies
     highest = _highest(seen, network, batch, memory_format=memory_format, buckets=data_parallel)
@@ -112,16 +113,16 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     workspace = max((layer_workspace(layer, batch, width, memory_format) for layer in network.layers), default=0)
     persistent = weights + seen.buffer_bytes + states + library + images + gradients
     if gpu:
-        copies_of_update = _share(_UPDATE_COPIES * weights, shared)
+        copies_of_update = _share(_UPDATE_COPIES * learnt, shared)
     else:
-        copies_of_update = 4 * max((p.num_elements for p in network.parameters), default=0)
-    update = (0 if data_parallel else weights) + copies_of_update
+        copies_of_update = 4 * max((p.num_elements for p in network.gradients), default=0)
+    update = (0 if data_parallel else learnt) + copies_of_update
     peak = persistent + max(highest, update)
     margin = CPU_HALF_MARGIN if setting.half else CPU_MARGIN
     return MemoryNeed(
         activation_bytes=kept,
         parameter_bytes=weights + seen.buffer_bytes + copies,
-        gradient_bytes=gradients or weights,
+        gradient_bytes=gradients or learnt,
         optimizer_bytes=states,
         workspace_bytes=library + workspace,
         peak_bytes=peak,

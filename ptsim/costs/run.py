@@ -22,7 +22,7 @@ class EpochCost(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         peak_memory_bytes: modelled, on each device.
         measured_peak_memory_bytes: the allocator's, as recorded.
-        gradient_bytes: what each device hands to the all-reduce over the epoch: 4 bytes per parameter and iteration.
+        gradient_bytes: what each device hands to the all-reduce over the epoch: 4 bytes per parameter with a gradient and iteration.
         allreduce_bytes_per_gpu: what each device then sends in a ring, 2(p-1)/p of it; 0 on one device.
     """
 
@@ -67,7 +67,7 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
         asked = epoch.architecture, epoch.batch_per_gpu, epoch.world_size
         if asked not in needs:
             needs[asked] = iteration_memory(network, trace.setting_of(epoch), device=device).peak_bytes
-        gradient_bytes = 4 * network.num_parameters * epoch.num_iterations
+        gradient_bytes = network.gradient_bytes * epoch.num_iterations
         costs.append(
             EpochCost(
                 epoch=epoch.epoch,

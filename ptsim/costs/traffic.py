@@ -83,14 +83,14 @@ def batch_norm_bytes(network: Network, element_bytes: int = 4) -> int:
 
 
 def update_traffic(network: Network, optimizer: str = "sgd", *, fused: bool = False) -> int:
-    """Bytes of one optimizer update of every fp32 parameter, momentum and weight decay included.
+    """Bytes of one optimizer update of every fp32 parameter that has a gradient, momentum and weight decay included.
 
     Raises:
         ValueError: an optimizer that is not counted here.
     """
     if optimizer not in _UPDATE_ACCESSES:
         raise UnknownNameError("optimizer", optimizer, _UPDATE_ACCESSES)
-    return _UPDATE_ACCESSES[optimizer][fused] * 4 * network.num_parameters
+    return _UPDATE_ACCESSES[optimizer][fused] * network.gradient_bytes
 
 
 def regularizer_traffic(network: Network) -> int:

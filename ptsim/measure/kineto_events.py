@@ -9,7 +9,6 @@ Source: github.com/pytorch/kineto, libkineto/src/output_json.cpp; torch/csrc/aut
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from ptsim.errors import FileFormatError
 from ptsim.textfile import decode_json, read_bytes
 
 _MOST_BYTES = 2**31  # of a file, and of what it unpacks to: minutes of a GPU
+_LATEST_US, _LONGEST_US = 1e18, 1e12  # of an event's begin (30,000 years) and of its duration (11 days)
 Span = tuple[float, float]  # seconds: begin, end
 
 # PyTorch before 1.12 wrote the names on the right.
@@ -231,10 +231,10 @@ def _unzipped(path: Path, content: bytes) -> bytes:
 def _event(path: Path, raw: _Raw) -> Event:
     try:
         begin_us, took_us = float(raw.ts), float(raw.dur)
-        if not math.isfinite(begin_us + took_us):
+        if not (abs(begin_us) <= _LATEST_US and took_us <= _LONGEST_US):
             raise ValueError
     except ValueError as error:
-        raise FileFormatError(path, f"event {raw.name!r} has ts {raw.ts!r} and dur {raw.dur!r}, not numbers") from error
+        raise FileFormatError(path, f"event {raw.name!r} has ts {raw.ts!r} and dur {raw.dur!r}, not times") from error
     category = str(raw.cat).lower()
     arguments = raw.args if isinstance(raw.args, dict) else {}
     return Event(

@@ -12,6 +12,7 @@ from ptsim.measure import kineto_operators as operators
 from ptsim.measure.kineto_events import Event, Recording, Span, clip, length, outside, union
 
 _STEP_MARK, UPDATE_MARK, _BACKWARD = "ProfilerStep#", "Optimizer.step#", "autograd::engine::evaluate_function:"
+_LONGEST_STEP_S = 86_400.0
 _ACCUMULATE = "torch::autograd::AccumulateGrad"
 _WAITS = re.compile(r"(cuda|hip)(Device|Stream|Event)Synchronize")
 
@@ -54,7 +55,7 @@ def read_steps(recording: Recording) -> list[Step]:
     """The training steps of a file.
 
     Raises:
-        FileFormatError: there is none.
+        FileFormatError: there is none, or one takes more than a day.
     """
     windows = [window for window in _windows(recording) if _backward(recording, window)]
     steps = [_step(recording, window) for window in windows]
@@ -68,6 +69,9 @@ def read_steps(recording: Recording) -> list[Step]:
             msgspec.structs.replace(step, step_s=end - begin)
             for step, begin, end in zip(steps, begins, ends, strict=True)
         ]
+    longest = max(step.step_s for step in steps)
+    if longest > _LONGEST_STEP_S:
+        raise FileFormatError(recording.path, f"holds a training step of {longest:g} s; expected at most a day")
     return steps
 
 

@@ -250,7 +250,7 @@ def _scaled(pieces: tuple[Piece, ...], scale: float) -> tuple[Piece, ...]:
 @functools.lru_cache(maxsize=1024)
 def gradient_bytes(network: Network) -> int:
     """Bytes of the gradient in fp32."""
-    return 4 * network.num_parameters
+    return network.gradient_bytes
 
 
 @functools.lru_cache(maxsize=1024)

@@ -319,7 +319,7 @@ class Pricer:
         factors: list[float] = []
         tier = step.tier
         own_scale = ddp.computation_scale(step, bound)
-        hooks_s = hook_seconds(self.scenario.cluster, num_gpus) * len(stage.network.parameters)
+        hooks_s = hook_seconds(self.scenario.cluster, num_gpus) * len(stage.network.gradients)
         for name, count in options.mixed_devices.items():
             other = self._step_time(stage, load_device(name))
             scale = ddp.computation_scale(other, bound) / own_scale

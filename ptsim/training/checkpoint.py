@@ -36,8 +36,11 @@ _MOST_BYTES = 2**40  # of weights or state
 _RESUMABLE = 2  # how many of the newest checkpoints keep what only resuming needs
 
 
-Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
-NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
+# Bounds that nothing real exceeds, so that what is read can be counted on with.
+Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e30)]
+Number: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
+Scalar: TypeAlias = bool | int | Number | None  # what an optimizer keeps of a parameter besides tensors
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +74,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         initial_channels, initial_weights: what the first network had, for the sparsity.
         optimizer: entries of the optimizer's state that are no tensors, by parameter and key.
         weights_sha256, state_sha256: digests of the other two files; older checkpoints have none.
+        sha256: digest of all these fields, itself left out; older checkpoints have none.
         trace_bytes, trace_sha256: length and digest of the trace when this was written; older runs have no digest.
     """
 
@@ -86,13 +90,19 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     validation_accuracy: NotNegative | None
     initial_channels: Count
     initial_weights: Count
-    optimizer: dict[str, dict[str, Any]]
+    optimizer: dict[str, dict[str, Scalar]]
     scaler: dict[str, Any]
     trace_bytes: Whole
     trace_sha256: str | None = None
     totals: Totals
     weights_sha256: str | None = None
     state_sha256: str | None = None
+    sha256: str | None = None
+
+    def signed(self) -> Checkpoint:
+        """The same with its digest."""
+        content = msgspec.json.encode(msgspec.structs.replace(self, sha256=None))
+        return msgspec.structs.replace(self, sha256=hashlib.sha256(content).hexdigest())
 
 
 _DECODER = msgspec.json.Decoder(Checkpoint)
@@ -126,7 +136,7 @@ class Folder:
                     _write(unfinished / name, content)
                 if keep:
                     _write(unfinished / "keep", b"")
-                _write(unfinished / _META, msgspec.json.format(msgspec.json.encode(checkpoint)))
+                _write(unfinished / _META, msgspec.json.format(msgspec.json.encode(checkpoint.signed())))
                 _sync_folder(unfinished)
                 if target.exists():
                     _remove(target)
@@ -199,6 +209,8 @@ def parse_checkpoint(file: Path, content: bytes) -> Checkpoint:
         raise FileFormatError(
             file, f"field 'format_version' is {checkpoint.format_version}, this ptsim reads {FORMAT_VERSION}"
         )
+    if checkpoint.sha256 not in (None, checkpoint.signed().sha256):
+        raise FileFormatError(file, "not the description that this run wrote: it was changed since")
     return checkpoint
 
 

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.errors import UsageError
-from ptsim.network import Network
 from ptsim.prune.criteria.coefficient import penalty_coefficient
 from ptsim.prune.criteria.registry import CRITERIA, Criterion
 from ptsim.prune.density import dense_counts
@@ -302,7 +301,7 @@ class PruneTrain:
         if kept.tensors is not None:
             stored.load_tensors(self.network, self.optimizer, self.ema, kept)
         recorder = self.recorder
-        self._first_network = msgspec.convert(kept.first_network, Network)
+        self._first_network = kept.first_network
         self._first_batch, self._proposed = kept.first_batch, kept.proposed_batch
         self.learning_rate_scale = kept.learning_rate_scale
         self._num_reconfigurations, self._layers_removed = kept.num_reconfigurations, kept.layers_removed

@@ -410,7 +410,7 @@ class Recorder:
         rate = watch.learning_rate
         known = {layer.name for layer in self._architecture.layers}  # a module that forward never calls is no layer
         channels, weights = dense_counts(self.network, threshold)
-        gradient_bytes = self._architecture.num_parameters * 4 if team.world_size > 1 else 0
+        gradient_bytes = self._architecture.gradient_bytes if team.world_size > 1 else 0
         total, told, all_images = team.sum(self._losses.total(images)).tolist()
         return Epoch(
             epoch=self.epoch,

@@ -13,10 +13,13 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from ptsim.consistency import network_problem
 from ptsim.errors import UsageError
+from ptsim.network import Network
 from ptsim.prune.cut import unwrap
 from ptsim.prune.structure import apply_structure
-from ptsim.training.checkpoint import Totals
+from ptsim.training.checkpoint import NotNegative, Scalar, Totals, Whole
+from ptsim.training.recipe import Count
 
 VERSION = 1
 
@@ -26,21 +29,21 @@ class StoredState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     version: int
     structure: dict[str, Any]
-    penalty_coefficient: float | None
+    penalty_coefficient: NotNegative | None
     regularized: bool
-    epoch: int
-    initial_counts: tuple[int, int]
-    first_network: dict[str, Any]
-    first_batch: int | None
-    proposed_batch: int | None
-    learning_rate_scale: float
-    num_reconfigurations: int
+    epoch: Whole
+    initial_counts: tuple[Count, Count]
+    first_network: Network
+    first_batch: Count | None
+    proposed_batch: Count | None
+    learning_rate_scale: NotNegative
+    num_reconfigurations: Whole
     layers_removed: tuple[str, ...]
-    trace_bytes: int
+    trace_bytes: Whole
     trace_sha256: str | None
     totals: Totals
     parameters: tuple[tuple[str, ...], ...]
-    optimizer: dict[str, dict[str, Any]] | None = None
+    optimizer: dict[str, dict[str, Scalar]] | None = None
     groups: list[dict[str, Any]] | None = None
     tensors: dict[str, Any] | None = None
 
@@ -55,9 +58,12 @@ def checked(state: Mapping[str, Any]) -> StoredState:
     if version != VERSION:
         raise UsageError(f"not a state of PruneTrain: its version is {version!r}, this ptsim reads {VERSION}")
     try:
-        return msgspec.convert(dict(state), StoredState)
-    except msgspec.ValidationError as error:
+        found = msgspec.convert(dict(state), StoredState)
+    except (msgspec.ValidationError, RecursionError) as error:
         raise UsageError(f"not a state of PruneTrain: {error}") from error
+    if problem := network_problem(found.first_network):
+        raise UsageError(f"not a state of PruneTrain: its first network {problem}")
+    return found
 
 
 def full_state(network: nn.Module) -> dict[str, Tensor]:
@@ -111,10 +117,30 @@ def load_tensors(
     load_optimizer(network, optimizer, state.tensors, state.optimizer or {})
     for group, settings in zip(optimizer.param_groups, state.groups or [], strict=False):
         for name, value in settings.items():
-            if isinstance(group.get(name), Tensor):
-                group[name].fill_(value)
+            present = group.get(name)
+            if not _can_follow(present, value):
+                raise UsageError(f"not a state of PruneTrain: the optimizer's {name} is {value!r:.80}")
+            if isinstance(present, Tensor):
+                present.fill_(value)
             else:
-                group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+                group[name] = tuple(value) if isinstance(present, tuple) else value
+
+
+def _can_follow(present: object, value: object) -> bool:
+    """Whether a setting of an optimizer that is `present` can become `value`; no setting is negative."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return present is None or isinstance(present, type(value)) or (value is None and isinstance(present, bool))
+    if isinstance(present, tuple) or isinstance(value, list):
+        return (
+            isinstance(value, list)
+            and (not isinstance(present, tuple) or len(value) == len(present))
+            and all(isinstance(part, int | float) and 0 <= part < float("inf") for part in value)
+        )
+    return (
+        isinstance(value, int | float)
+        and 0 <= value < float("inf")
+        and (present is None or (isinstance(present, int | float | Tensor) and not isinstance(present, bool)))
+    )
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -220,8 +246,14 @@ def reshape(
     if len(names) != found:
         raise UsageError(f"the optimizer has {found} parameter groups, the state has {len(names)}")
     own = {id(parameter) for parameter in network.parameters()}
+    held_before = {name for group in parameter_names(network, optimizer) for name in group}
     apply_structure(network, dict(structure))
     parameters = dict(network.named_parameters())
+    stored = sorted(name for group in names for name in group if name)
+    expected = sorted(held_before & parameters.keys())
+    if stored != expected:
+        odd = next(iter({*stored} ^ {*expected}), "one of them twice")
+        raise UsageError(f"the state's optimizer holds other parameters than this one: {odd}")
     optimizer.state.clear()
     for group, held in zip(optimizer.param_groups, names, strict=True):
         others = iter([parameter for parameter in group["params"] if id(parameter) not in own])

@@ -75,6 +75,8 @@ def test_what_the_machine_refuses_is_one_sentence(
         ("simulate x --cluster dgx-a100 --price 1e-320", "--price is 1e-320, expected 0 or a number between"),
         ("calibrate gpus", "unknown calibrate command 'gpus'; known: gpu, network"),
         ("simulate x", "--cluster"),
+        ("validate [] --json", "[]: no trace here"),
+        ('import kineto ["a"] --out x.toml', '["a"]: cannot be read'),
     ],
 )
 def test_what_was_typed_wrong_is_named(line: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,3 +35,11 @@ def test_a_bucket_closes_after_the_tensor_that_reaches_the_cap() -> None:
 def test_a_cap_must_be_positive() -> None:
     with pytest.raises(ValueError, match="bucket_bytes is 0"):
         ddp_buckets(network([1]), bucket_bytes=0)
+
+
+def test_a_parameter_without_gradient_is_in_no_bucket_unless_ddp_looks_for_unused_ones() -> None:
+    used, idle = network([100, 200]).parameters
+    both = msgspec.structs.replace(network([1]), parameters=(used, msgspec.structs.replace(idle, layer="")))
+    assert both.gradient_bytes == 400
+    assert [(b.parameters, b.num_bytes) for b in ddp_buckets(both)] == [(("p0",), 400)]
+    assert [(b.parameters, b.num_bytes) for b in ddp_buckets(both, rebuilt=False)] == [(("p0", "p1"), 1200)]

@@ -1,48 +1,139 @@
-"""Damaged inputs: one to three changes of a document or of its bytes, from a seed."""
+"""Damaged inputs: one to three changes of a document, of its lines or of its bytes, from a seed."""
 
 from __future__ import annotations
 
+import json
 import random
+import tomllib
 from typing import Any
 
+import tomli_w
+
 NASTY: tuple[Any, ...] = (
-    0, -1, 1, 2**31, 2**63, 10**30, 10**400, -0.0, 0.5, 1e-320, 1e308, -1e308, float("inf"), float("nan"),
-    True, False, None,
-    "", " ", "[/b]x", "[", "$x$", "<script>", "=1+1", "\x1b[31m", "a\u202eb", "x\x00y", "../../etc/passwd", "/dev/zero",
-    "1e-320 B/s", "1e400 s", "-3 us", "nan GB/s", "9" * 5000, "a" * 300, [], {}, [[[[]]]], {"a": {"b": 1}},
-    "sgdx", "conv",
+    0, -1, 1, 2, 2**31, 2**53, 2**63, 10**30, 10**400, -0.0, 0.5, 1e-320, 1e-30, 1e18, 1e30, 1e308, -1e308,
+    float("inf"), float("nan"), True, False, None,
+    "", " ", "[/b]x", "[", "$x$", "$a_$b", "<script>", "=1+1", "\x1b[31m", "a\u202eb", "x\x00y", "\udcff", "a\nb",
+    "../../etc/passwd", "/dev/zero", "0", "-1", "nan", "true", "[1, 2", "1e-320 B/s", "1e400 s", "-3 us", "nan GB/s",
+    "5 parsec", "9" * 5000, "a" * 300, [], {}, [[[[]]]], {"a": {"b": 1}}, ["", ""], "sgdx", "conv",
 )  # fmt: skip
+PIECES = (b"", b"\x00", b"\xff\xfe", b"[" * 5000, b"{", b"}", b'"', b"1e400", b"9" * 5000, b"1e-320", b"-", b".", b"\n",
+          b"nan", b"null", b"\xe2\x80\xae", b"e9", b" ")  # fmt: skip
 
 
 def mutated(document: Any, draw: random.Random) -> Any:
     """A copy of the document of dictionaries, lists and values with one to three places changed."""
     copy = _copied(document)
     for _ in range(draw.randint(1, 3)):
-        place, key = draw.choice(_places(copy))
-        match draw.randrange(6):
-            case 0 | 1 | 2:
-                place[key] = draw.choice(NASTY)
-            case 3:
-                place.pop(key)
-            case 4 if isinstance(place[key], int | float) and not isinstance(place[key], bool):
-                place[key] = place[key] * draw.choice((-1, 0, 0.5, 2, 1000, 1e12))
-            case _:
-                place[key] = _nested(draw.choice((3, 40, 5000))) if draw.random() < 0.2 else [place[key], place[key]]
-        if not _places(copy):
+        places = _places(copy)
+        if not places:
             break
+        _change(*draw.choice(places), places, draw)
     return copy
 
 
+def _change(place: Any, key: Any, places: list[tuple[Any, Any]], draw: random.Random) -> None:
+    value = place[key]
+    match draw.randrange(9):
+        case 0 | 1 | 2:
+            place[key] = draw.choice(NASTY)
+        case 3:
+            place.pop(key)
+        case 4 if isinstance(value, int | float) and not isinstance(value, bool):
+            place[key] = value * draw.choice((-1, 0, 0.5, 2, 1000, 1e12))
+        case 4 if isinstance(value, str) and value:
+            place[key] = _edited(value, draw)
+        case 5:  # two fields that contradict each other: the value of one in the place of the other
+            other, name = draw.choice(places)
+            place[key], other[name] = _copied(other[name]), _copied(value)
+        case 6 if isinstance(place, dict):
+            place[draw.choice(("x", "", "$a", str(key) + "s", "[/b]", "a" * 300))] = place.pop(key)
+        case 7 if isinstance(value, list) and value:
+            place[key] = draw.choice((value[::-1], value[:-1], value * 2, draw.sample(value, len(value))))
+        case _:
+            place[key] = _nested(draw.choice((3, 40, 5000))) if draw.random() < 0.2 else [value, value]
+
+
+def _edited(text: str, draw: random.Random) -> str:
+    """A text with another unit, another number, or a letter more."""
+    at = draw.randrange(len(text) + 1)
+    number, blank, unit = text.partition(" ")
+    return draw.choice(
+        (f"{number} {draw.choice(('B', 'GB/s', 'Tbit/s', 'us', 's', 'GiB', 'W', '%', 'USD'))}",
+         f"{draw.choice(('0', '-1', '1e30', '1e-30', 'nan', '1e3', '٣'))}{blank}{unit}",
+         text[:at] + draw.choice(("[", "$", "\n", "\x00", "\u202e", "9", " ")) + text[at:],
+         text[:at], text * 2, text.upper())
+    )  # fmt: skip
+
+
 def mutated_bytes(content: bytes, draw: random.Random) -> bytes:
-    """The bytes with one to three pieces overwritten, cut out, doubled or replaced by what breaks parsers."""
+    """The bytes with one to three pieces overwritten, cut out, doubled, flipped or replaced by what breaks parsers."""
     for _ in range(draw.randint(1, 3)):
         at = draw.randrange(len(content) + 1)
         length = draw.choice((1, 1, 4, 40, 400))
-        piece = draw.choice(
-            (b"", b"\x00", b"\xff\xfe", b"[" * 5000, b"{", b'"', b"1e400", b"9" * 5000, b"1e-320", b"-", b"\n", b"nan",
-             content[at : at + length] * 2)
-        )  # fmt: skip
+        if draw.random() < 0.3 and at < len(content):
+            content = content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :]
+            continue
+        piece = draw.choice((*PIECES, content[at : at + length] * 2))
         content = content[:at] + piece + content[at + draw.choice((0, length)) :]
+    return content
+
+
+def mutated_lines(content: bytes, draw: random.Random) -> bytes:
+    """The lines with one or two of them swapped, doubled, left out, or cut."""
+    lines = content.splitlines(keepends=True)
+    for _ in range(draw.randint(1, 2)):
+        if not lines:
+            break
+        at, other = draw.randrange(len(lines)), draw.randrange(len(lines))
+        match draw.randrange(5):
+            case 0:
+                lines[at], lines[other] = lines[other], lines[at]
+            case 1:
+                lines.insert(other, lines[at])
+            case 2:
+                del lines[at]
+            case 3:
+                lines[at] = lines[at][: draw.randrange(len(lines[at]) + 1)]
+            case _:
+                lines = lines[: at + 1]
+    return b"".join(lines)
+
+
+def damaged(file: str, whole: bytes, draw: random.Random) -> bytes:
+    """The content of a file of that name, damaged: half of the time as a document, else its lines or its bytes."""
+    way = draw.random()
+    if way < 0.15:
+        return mutated_lines(whole, draw)
+    if way < 0.4 or file.endswith(".txt"):
+        return mutated_bytes(whole, draw)
+    try:
+        if file.endswith(".jsonl"):
+            return _mutated_trace(whole, draw)
+        if file.endswith(".json"):
+            return json.dumps(mutated(json.loads(whole), draw)).encode()
+        return tomli_w.dumps(mutated(tomllib.loads(whole.decode()), draw)).encode()
+    except (TypeError, RecursionError, ValueError):  # what no writer can: null in TOML, a great depth
+        return mutated_bytes(whole, draw)
+
+
+def _mutated_trace(whole: bytes, draw: random.Random) -> bytes:
+    """One record changed; a changed network gets the id of its new content, so that more than the id is looked at."""
+    import msgspec
+
+    from ptsim.network import Network
+
+    lines = whole.splitlines()
+    at = draw.randrange(len(lines))
+    record = json.loads(lines[at])
+    changed = mutated(record, draw)
+    lines[at] = json.dumps(changed).encode()
+    content = b"\n".join(lines) + b"\n"
+    if isinstance(changed, dict) and record["record"] == "architecture" and "network" in changed:
+        try:
+            network = msgspec.convert(changed["network"], Network)
+        except (msgspec.ValidationError, RecursionError):
+            return content
+        return content.replace(record["id"].encode(), network.id.encode())
     return content
 
 

@@ -163,7 +163,8 @@ def test_reading_needs_no_torch() -> None:
         (b"[]", "not a profile of torch.profiler"),
         (b"[" * 5000, "not a profile of torch.profiler"),
         (b'{"traceEvents": []}', "holds no operator"),
-        (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a", "ts": "soon", "dur": 1}]}', "not numbers"),
+        (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a", "ts": "soon", "dur": 1}]}', "not times"),
+        (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a", "ts": 1, "dur": 1e307}]}', "not times"),
         (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "aten::add", "ts": 1, "dur": 1}]}', "training step"),
         (gzip.compress(bytes(1000), mtime=0)[:20], "gzip"),
     ],
@@ -205,6 +206,13 @@ def test_a_gpu_trace_without_a_gpus_name_asks_for_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not name the GPU"):
         import_kineto([path])
     assert import_kineto([path], device="NVIDIA H100 80GB HBM3").profile.memory_bytes > 70e9
+
+
+def test_a_step_that_lasts_longer_than_a_day_is_none(tmp_path: Path) -> None:
+    document = _gpu_trace()
+    document["traceEvents"][-1]["ts"] = 1e15  # the last kernel begins thirty years later
+    with pytest.raises(FileFormatError, match=r"a training step of 1e\+09 s; expected at most a day"):
+        import_kineto([_write(tmp_path / "a.json", document)])
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

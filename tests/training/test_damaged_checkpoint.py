@@ -42,7 +42,7 @@ def test_every_field_that_is_missing_or_of_another_type_is_one_sentence(finished
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     file = folder / "checkpoints" / "epoch-0003" / "checkpoint.json"
-    whole = json.loads(file.read_text())
+    whole = json.loads(file.read_text()) | {"sha256": None}  # as of an older ptsim, whose description has no digest
     trace = (folder / "trace.jsonl").read_bytes()
     refused = 0
     for place in places(whole):
@@ -76,7 +76,7 @@ def test_on_the_command_line_it_is_exit_2(finished: Path, tmp_path: Path, capsys
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     file = folder / "checkpoints" / "epoch-0003" / "checkpoint.json"
-    description = json.loads(file.read_text())
+    description = json.loads(file.read_text()) | {"sha256": None}
     del description["structure"]["tensors"]
     file.write_text(json.dumps(description))
     assert command(["train", f"--resume={folder}"]) == 2
@@ -84,3 +84,16 @@ def test_on_the_command_line_it_is_exit_2(finished: Path, tmp_path: Path, capsys
     assert captured.err.startswith("error: ")
     assert "tensors" in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_a_description_that_was_changed_since_it_was_written_is_refused(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    file = folder / "checkpoints" / "epoch-0003" / "checkpoint.json"
+    description = json.loads(file.read_text())
+    file.write_text(json.dumps(description))  # the same in another layout
+    ptsim.load_model(folder, trust=True)
+    file.write_text(json.dumps(description | {"penalty_coefficient": 2 * description["penalty_coefficient"]}))
+    for act in (lambda: ptsim.load_model(folder, trust=True), lambda: ptsim.train(resume=folder)):
+        with pytest.raises(PtsimError, match="not the description that this run wrote: it was changed since"):
+            act()

@@ -123,7 +123,7 @@ def test_weights_that_are_not_finite_are_refused(run):
     weights["fc.bias"][0] = torch.nan
     save_file(weights, folder / "weights.safetensors")
     description = json.loads((folder / "checkpoint.json").read_text())
-    del description["weights_sha256"]  # as an older ptsim wrote it
+    del description["weights_sha256"], description["sha256"]  # as an older ptsim wrote it
     (folder / "checkpoint.json").write_text(json.dumps(description))
     with pytest.raises(FileFormatError, match=r"fc\.bias holds numbers that are not finite"):
         ptsim.load_model(run, trust=True)
@@ -144,7 +144,7 @@ def test_loading_runs_a_users_file_only_if_it_is_trusted(run, tmp_path):
     evil = tmp_path / "evil.py"
     evil.write_text("raise SystemExit('ran')\n")
     file = run / "checkpoints" / "epoch-0001" / "checkpoint.json"
-    description = json.loads(file.read_text())
+    description = json.loads(file.read_text()) | {"sha256": None}
     description["recipe"]["model"] = f"{evil}:net"
     file.write_text(json.dumps(description))
     with pytest.raises(UsageError, match="loading it would run that file") as caught:
