@@ -58,7 +58,7 @@ def torch_buckets(shapes: list[tuple[int, ...]], limits: list[int]) -> list[list
 
 def network_of(shapes: list[tuple[int, ...]]) -> Network:
     """A network of nothing but parameters, in gradient-ready order."""
-    parameters = tuple(Parameter(name=f"p{i}", shape=shape, layer="") for i, shape in enumerate(shapes))
+    parameters = tuple(Parameter(name=f"p{i}", shape=shape, layer="conv1") for i, shape in enumerate(shapes))
     return msgspec.structs.replace(residual_network(), parameters=parameters)
 
 
