@@ -22,7 +22,8 @@ class EpochCost(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         peak_memory_bytes: modelled, on each device.
         measured_peak_memory_bytes: the allocator's, as recorded.
-        gradient_bytes: what each device hands to the all-reduce over the epoch: 4 bytes per parameter with a gradient and iteration.
+        gradient_bytes: what each device hands to the all-reduce over the epoch: 4 bytes per iteration and parameter
+            that gets a gradient.
         allreduce_bytes_per_gpu: what each device then sends in a ring, 2(p-1)/p of it; 0 on one device.
     """
 

@@ -19,9 +19,10 @@ from ptsim.cli.main import run
 from ptsim.errors import PtsimError
 
 LONGEST_S = 20
-LARGEST = 1e24  # a second is 1e9 ns, a year of the largest cluster 1e26 FLOP: only counts of operations come near
+LARGEST = 1e24  # of any number in an answer; the largest are operations of a whole run
 MAY_BE_NEGATIVE = re.compile(r"error|saving|saved|difference|bias|points|loss|note|latency|intercept|offset")
-NO_NUMBER = re.compile(r"(?<![\w.-])[-+]?(nan|inf) ?(%|×|[nµm]?s\b|min\b|h\b|d\b|[kMGTP]?i?B\b|images|J\b|W\b|k?MAC)(?!/s)")
+UNITS = r"%|×|[nµm]?s\b|min\b|h\b|d\b|[kMGTP]?i?B\b|images|J\b|W\b|k?MAC"
+NO_NUMBER = re.compile(rf"(?<![\w.-])[-+]?(nan|inf) ?({UNITS})(?!/s)")
 TRIED: Counter[str] = Counter()  # mutants by kind, for the summary
 
 

@@ -67,7 +67,8 @@ def _damaged_run(draw: random.Random) -> tuple[int, Content]:
     description = str(NEWEST / "checkpoint.json")
     if draw.random() < 0.5:
         found = json.loads(content[description])
-        content[description] = json.dumps(found | dict.fromkeys(name for name in found if "sha256" in name)).encode()
+        found |= dict.fromkeys(name for name in found if "sha256" in name)
+        content[description] = json.dumps(found).encode()
     name = str(draw.choice(FILES))
     if name.endswith(".safetensors"):
         content[name] = _damaged_tensors(content[name], draw)
@@ -194,7 +195,8 @@ def test_a_configuration_that_is_taken_is_trained_or_refused_in_a_sentence(capsy
         Path("config.toml").write_bytes(damaged("config.toml", whole, random.Random(seed)))
         shutil.rmtree("made", ignore_errors=True)
         TRIED["configuration that is trained"] += 1
-        more = ["--set", "validation_limit=8", "--set", "image_size=8", "--set", "num_workers=0", "--set", "keep_every=1"]
+        small = ("validation_limit=8", "image_size=8", "num_workers=0", "keep_every=1")
+        more = [token for setting in small for token in ("--set", setting)]
         problem = outcome(["train", "config.toml", "--out", "made", "--json", *fixed, *more], capsys)
         if problem is not None:
             failures.append(f"seed {seed}: {problem}")
