@@ -61,7 +61,7 @@ def _runs() -> tuple[Content, ...]:
 
 
 def _damaged_run(draw: random.Random) -> tuple[int, Content]:
-    """Which run, and its files, one of them damaged; half of the checkpoints are as of an older ptsim, without digests."""
+    """Which run, and its files, one of them damaged; half of the checkpoints lack digests, as older ones do."""
     which = draw.randrange(len(_runs()))
     content = dict(_runs()[which])
     description = str(NEWEST / "checkpoint.json")
