@@ -83,8 +83,8 @@ class ShapedTracer(Tracer):
         return made
 
     def _value(self, node: fx.Node) -> Any:
-        args: Any = fx.map_arg(node.args, self._values.__getitem__)
-        kwargs: Any = fx.map_arg(node.kwargs, self._values.__getitem__)
+        args: Any = fx.map_arg(plain_numbers(node.args), self._values.__getitem__)
+        kwargs: Any = fx.map_arg(plain_numbers(node.kwargs), self._values.__getitem__)
         match node.op:
             case "placeholder":
                 return self._images
@@ -123,6 +123,13 @@ class ShapedTracer(Tracer):
         if self.looked.get(node.name) != "number":
             self.looked[node.name] = purpose
         return value
+
+
+def plain_numbers(arguments: Any) -> Any:
+    """Arguments with `int` in place of its subclasses, which may note what is done with them."""
+    return fx.node.map_aggregate(
+        arguments, lambda a: int(a) if isinstance(a, int) and not isinstance(a, bool) and type(a) is not int else a
+    )
 
 
 class _Assignable(fx.Proxy):

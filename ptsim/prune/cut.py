@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.prune.labels import BATCH_NORMS, CONVS, INSTANCE_NORMS, WIDTH, AxisKey, tensor_names
+from ptsim.prune.numbers import Values, set_numbers
 
 ORIGINS = "_ptsim_origins"  # attribute of a module: where the elements of a buffer that no state dict holds came from
 
@@ -23,10 +24,11 @@ class Cut:
     """Indices to keep (ascending) by (tensor name, dimension).
 
     Dimension −1 stands for the inputs of a grouped convolution, of which every group keeps others: a matrix with the
-    kept positions along axis 1 for every position along axis 0.
+    kept positions along axis 1 for every position along axis 0. `numbers` are values of attributes.
     """
 
     keep: Mapping[AxisKey, Tensor]
+    numbers: Values = dataclasses.field(default_factory=dict)
 
     def by_tensor(self) -> dict[str, dict[int, Tensor]]:
         """Tensor name → dimension → indices."""
@@ -79,6 +81,7 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
         kept = tensors.get(f"{path}.{WIDTH}")
         if kept is not None:
             set_width(module, len(kept[0]))
+    set_numbers(model, cut.numbers)
     return replacements
 
 

@@ -7,6 +7,7 @@ shuffles, window partitions and flattens need no rule of their own.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -251,11 +252,57 @@ def _movement(call: Call, target: Any, *, counts: bool) -> Label:
     except (RuntimeError, TypeError) as error:  # it does not move whole numbers
         raise RefusedError(f"{call.op} has no rule") from error
     if counts:
+        _note_numbers(call, labels[0], result)
         groups = getattr(target, "groups", None)  # of a module that shuffles
         if call.name == "channel_shuffle":
             groups = call.argument(1, "groups")
         state.fold(labels[0], result, groups)
     return result
+
+
+def _note_numbers(call: Call, x: Tensor, result: Label) -> None:
+    """Which channels do numbers count that the model keeps and that stand among the arguments?"""
+    name, shape = call.name, call.sources[0].meta["value"].shape
+    arguments: Any = call.node.args[1:]
+    if name in ("split", "split_with_sizes"):
+        sizes = next((call.node.kwargs[key] for key in call.node.kwargs if key.startswith("split")), *arguments[:1])
+        every, start = _rows(x, call.argument(2, "dim", 0), shape), 0
+        for at, part in enumerate(call.value):
+            length = part.shape[call.argument(2, "dim", 0)]
+            call.state.number(sizes[at] if isinstance(sizes, list | tuple) else sizes, every[start : start + length])
+            start += length
+    elif name == "getitem":
+        for dim, part in _slices(arguments[0], len(shape)):
+            for bound in (part.start, part.stop):
+                if isinstance(bound, int):
+                    every = _rows(x, dim, shape)
+                    call.state.number(bound, every[: int(bound)] if int(bound) >= 0 else every[int(bound) :])
+    elif name == "narrow":
+        dim, start, length = (call.source(place, key) for place, key in enumerate(("dim", "start", "length"), 1))
+        if isinstance(start, int) and isinstance(length, int):
+            every = _rows(x, dim, shape)
+            call.state.number(start, every[: int(start)])
+            call.state.number(length, every[int(start) : int(start) + int(length)])
+    elif name in ("view", "reshape", "expand") and isinstance(result, Tensor):
+        sizes = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], list | tuple) else arguments
+        for dim, size in enumerate(sizes):
+            if isinstance(size, int) and int(size) == result.shape[dim]:
+                call.state.number(size, _rows(result, dim, result.shape))
+
+
+def _rows(label: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
+    """The label with `dim` in front, at its full length."""
+    return label.movedim(dim, 0).expand(shape[dim], *[-1] * (label.ndim - 1))
+
+
+def _slices(index: Any, rank: int) -> list[tuple[int, slice]]:
+    """The slices of an index of numbers, slices and an ellipsis, with the axes that they are for."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    at = next((place for place, part in enumerate(parts) if part is Ellipsis), len(parts))
+    parts[at : at + 1] = [slice(None)] * (rank - len(parts) + (at < len(parts)))
+    if len(parts) != rank or any(part is None for part in parts):
+        return []
+    return [(dim, part) for dim, part in enumerate(parts) if isinstance(part, slice)]
 
 
 @rule("einops.rearrange einops.repeat einops.Rearrange", shapes=True)

@@ -20,6 +20,7 @@ from ptsim.capture.graph import copied, example_input, naming_the_image
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.labels import AxisKey, State, Weighted
+from ptsim.prune.numbers import Number, solved
 from ptsim.prune.propagate import propagate, skeleton
 from ptsim.prune.selection import keep_one
 
@@ -65,6 +66,8 @@ class ChannelGroups:
         folds: components as an operator folds them (`State.fold`).
         parts: `axes` before channels were tied to each other so that a fold stays in order.
         part_of: component of every part.
+        numbers: those that attributes of the model's code hold, with the rows of components that each counts; −1 stands
+            for a channel that stays.
     """
 
     input_shape: tuple[int, int, int]
@@ -78,6 +81,7 @@ class ChannelGroups:
     folds: tuple[Tensor, ...]
     parts: dict[AxisKey, Tensor]
     part_of: Tensor
+    numbers: tuple[tuple[Number, Tensor], ...]
     graph: fx.GraphModule = dataclasses.field(repr=False)
     shapes_only: bool = True
 
@@ -145,7 +149,8 @@ class ChannelGroups:
                 if inside is not None:
                     rows = len(layer.outputs) // layer.groups
                     keep[(layer.weight, -1)] = inside.repeat_interleave(rows, 0)
-        return Cut(keep)
+        left = [(number, int((~_gone(removed, rows)).sum())) for number, rows in self.numbers]
+        return Cut(keep, solved((number, count if int(number) >= 0 else -count) for number, count in left))
 
     @property
     def num_channels(self) -> tuple[int, int]:
@@ -187,6 +192,11 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
             state, graphs = propagate(bones.train(model.training), input_shape)
     groups = dataclasses.replace(_assemble(state, input_shape, graphs["train"]), shapes_only=shapes_only)
     return _freeze_misaligned(bones, groups)
+
+
+def _gone(removed: Tensor, rows: Tensor) -> Tensor:
+    """Which rows of components, (rows, components of a row), are gone as a whole."""
+    return (removed[rows.clamp(min=0)] & (rows >= 0)).all(1)
 
 
 def _inputs_kept(gone: Tensor) -> Tensor | None:
@@ -244,6 +254,9 @@ def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphMo
         sensitive=sensitive,
         sensitive_sets=sensitive_sets,
         folds=tuple(component_of[slots] for slots in state.folds),
+        numbers=tuple(
+            (number, torch.where(rows >= 0, component_of[rows.clamp(min=0)], -1)) for number, rows in state.numbers
+        ),
         parts=axes,
         part_of=torch.arange(num_components),
         graph=graph,
@@ -267,10 +280,25 @@ def misaligned(
             cut_model(smaller, groups.cut_for(removed))
         else:
             operation(smaller)
-        state, _ = propagate(smaller, groups.input_shape, seed)
+        state, graphs = propagate(smaller, groups.input_shape, seed)
     except SHAPE_ERRORS:
         return None
+    if operation is None and not _same_steps(groups.graph, graphs["train"]):
+        return None
     return state.misaligned
+
+
+def _same_steps(before: fx.GraphModule, after: fx.GraphModule) -> bool:
+    """True if the code does the same with the same numbers, but for those that count channels."""
+
+    def steps(graph: fx.GraphModule) -> list[tuple[str, str, str]]:
+        counting = {node.name for node in before.graph.nodes if node.meta.get("counts")}
+        return [
+            (node.op, str(node.target), "" if node.name in counting else f"{node.args} {node.kwargs}")
+            for node in graph.graph.nodes
+        ]
+
+    return steps(before) == steps(after)
 
 
 MIXED_UP = "a reshape, split or index of the model's code would mix up the channels that are left"
@@ -354,6 +382,9 @@ def _tied(base: ChannelGroups, ties: dict[int, int]) -> ChannelGroups:
         sensitive=sensitive,
         sensitive_sets=tuple(part_of[members] for members in base.sensitive_sets),
         folds=tuple(part_of[fold] for fold in base.folds),
+        numbers=tuple(
+            (number, torch.where(rows >= 0, part_of[rows.clamp(min=0)], -1)) for number, rows in base.numbers
+        ),
         part_of=part_of,
     )
 

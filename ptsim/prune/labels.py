@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ptsim.prune.numbers import Number
+
 WIDTH = "width"  # stands for a tensor of a normalisation that has none
 UNKNOWN = -(2**40)  # the label of an axis that an earlier network did not have
 AxisKey: TypeAlias = tuple[str, int]  # tensor's qualified name, dimension
@@ -96,6 +98,7 @@ class State:
         self.layers: dict[str, Weighted] = {}
         self.sensitive_slots: list[Tensor] = []
         self.folds: list[Tensor] = []
+        self.numbers: list[tuple[Number, Tensor]] = []
 
     def axis(self, name: str, dim: int, size: int) -> Tensor:
         """The slots of one axis (dim −1: the input channels of a grouped convolution), made at the first call."""
@@ -185,6 +188,12 @@ class State:
             slots = label.flatten()
             self.sensitive_slots.append(distinct(slots[slots >= 0]))
 
+    def number(self, number: Any, rows: Tensor) -> None:
+        """An attribute of the model says how many rows of channels there are, (rows, channels that go in one row)."""
+        if isinstance(number, Number) and self.seed is None:
+            self.numbers.append((number, rows.flatten(1) if rows.ndim > 1 else rows[:, None]))
+            self.sensitive(rows)
+
     def fold(self, before: Tensor, after: Label, groups: int | None) -> None:
         """Note how an operator folds one axis of channels into several, or cuts it into equal parts.
 
@@ -196,7 +205,7 @@ class State:
             return
         if groups is not None and size % groups == 0:
             folded = before.reshape(groups, -1)
-        elif isinstance(after, Tensor):
+        elif isinstance(after, Tensor) and after.numel():
             folded = after.reshape([n for n in after.shape if n > 1])
             if folded.ndim < 2 and size % max(1, after.numel()) == 0:  # a slice
                 folded = before.reshape(-1, max(1, after.numel()))

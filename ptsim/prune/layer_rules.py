@@ -28,6 +28,9 @@ def conv_function(call: Call) -> Label:
         call.refuse(f"{call.op} computes its weight")
     label = _conv(call, call.node.name, weight, bias, groups)
     if groups > 1 and isinstance(label, Tensor):
+        call.state.number(
+            call.source(6, "groups"), call.state.layers[call.state.names[id(weight)]].inputs.view(groups, -1)
+        )
         call.state.sensitive(call.x)
         call.state.sensitive(label)
     return label

@@ -6,15 +6,17 @@ operator without a rule freezes the channels that flow into it, with a reason.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import example_input, hollow_copy, normalised_shape, symbolic_graph
+from ptsim.capture.graph import example_input, hollow_copy, normalised_shape, plain_numbers, symbolic_graph
 from ptsim.prune import function_rules, layer_rules  # noqa: F401 - they register their rules
 from ptsim.prune.labels import NO_SLOTS, AxisKey, Facets, Label, State
+from ptsim.prune.numbers import Number, named_numbers
 from ptsim.prune.rules import (
     Call,
     RefusedError,
@@ -56,6 +58,7 @@ class Propagation(fx.Interpreter):
         """Run the node on meta tensors, then its rule on the labels."""
         value = super().run_node(n)
         n.meta["value"] = value
+        known = len(self.state.numbers)
         self.labels[n] = self._rule(n, value)
         if n.op.startswith("call"):
             self._count(n, value)
@@ -64,7 +67,27 @@ class Propagation(fx.Interpreter):
                     self.state.freeze(slots, f"the model's code computes with the number of these channels ({n.name})")
                 else:
                     self.state.sensitive(slots)
+        self._numbers(n, known)
         return value
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the node is called with; numbers that the model keeps are plain integers."""
+        args: Any = fx.map_arg(plain_numbers(n.args), self.env.__getitem__)
+        kwargs: Any = fx.map_arg(plain_numbers(n.kwargs), self.env.__getitem__)
+        return args, kwargs
+
+    def _numbers(self, node: fx.Node, known: int) -> None:
+        """Numbers that the model keeps stay what they are where they mean anything but channels."""
+        found: list[Number] = []
+        fx.node.map_aggregate((node.args, node.kwargs), lambda a: found.append(a) if isinstance(a, Number) else None)
+        for number in found:
+            if name_of(node) in ("eq", "ne"):  # with the channels that it is compared with
+                for slots in [part for n in node.all_input_nodes for part in _flat(self.counts.get(n))]:
+                    if len(slots) == int(number):
+                        self.state.number(number, slots)
+            if not any(number is used for used, _ in self.state.numbers[known:]):
+                number.fix()
+        node.meta["counts"] = len(self.state.numbers) > known or any(number.synced for number in found)
 
     def _count(self, node: fx.Node, value: Any) -> None:
         """Follow numbers that say how many channels there are; freeze the channels where one enters the arithmetic.
@@ -190,16 +213,17 @@ def propagate(
     graphs: dict[Literal["train", "eval"], fx.GraphModule] = {}
     modes = {module: module.training for module in model.modules()}
     images = example_input(model, input_shape)
-    for mode in ("train", "eval"):
-        for module in model.modules():
-            module.training = mode == "train"
-        traced = symbolic_graph(model, tuple(images.shape), buffers=True)
-        if mode == "eval" and traced.code == graphs["train"].code:
-            break
-        traced.train(mode == "train")
-        with torch.no_grad():
-            Propagation(traced, state).run(images)
-        graphs[mode] = traced
+    with named_numbers(model) if seed is None else contextlib.nullcontext():
+        for mode in ("train", "eval"):
+            for module in model.modules():
+                module.training = mode == "train"
+            traced = symbolic_graph(model, tuple(images.shape), buffers=True)
+            if mode == "eval" and traced.code == graphs["train"].code:
+                break
+            traced.train(mode == "train")
+            with torch.no_grad():
+                Propagation(traced, state).run(images)
+            graphs[mode] = traced
     for module, training in modes.items():
         module.training = training
     return state, graphs

@@ -8,7 +8,7 @@ out buffers that are not persistent; of those the structure says which elements 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import torch
@@ -18,9 +18,11 @@ from ptsim.errors import UsageError
 from ptsim.prune.cut import ORIGINS, norms_without_tensors, set_width, sync_attributes, width
 from ptsim.prune.labels import CONVS
 from ptsim.prune.modules import KINDS, OWN, ConstantChannels, Gathered, Placeholder, Scattered
+from ptsim.prune.numbers import changed_numbers, restore_numbers
 from ptsim.prune.removal import set_module
 
 VERSION = 1
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Structure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,6 +33,7 @@ class Structure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         modules: kind and constructor arguments of what pruning put in, by path.
         widths: channels of the normalisations that have no tensors, by path.
         groups: of the convolutions, by path; absent in structures of earlier versions, where only whole groups went.
+        numbers: what cuts have made of numbers that the model keeps in attributes, by path and name.
         origins: of every cut buffer that is not persistent the places of its elements in the flattened dense one.
     """
 
@@ -39,7 +42,8 @@ class Structure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     modules: dict[str, dict[str, Any]]
     widths: dict[str, Annotated[int, msgspec.Meta(ge=1)]] = {}
     groups: dict[str, Annotated[int, msgspec.Meta(ge=1)]] = {}
-    origins: dict[str, list[Annotated[int, msgspec.Meta(ge=0)]]] = {}
+    origins: dict[str, list[_Count]] = {}
+    numbers: dict[str, _Count | list[_Count]] = {}
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
@@ -61,7 +65,9 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
     }
     structure = {"version": VERSION, "tensors": tensors, "modules": modules, "widths": widths}
     groups = {path: module.groups for path, module in model.named_modules() if isinstance(module, CONVS)}
-    return structure | {"groups": groups} | ({"origins": origins} if origins else {})
+    numbers = changed_numbers(model)
+    structure |= {"groups": groups} | ({"origins": origins} if origins else {})
+    return structure | ({"numbers": numbers} if numbers else {})
 
 
 def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
@@ -80,6 +86,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
         _insert(model, path, dict(config))
     for path, module in norms_without_tensors(model):
         set_width(module, stored.widths.get(path, width(module)))
+    restore_numbers(model, stored.numbers)
     shapes = stored.tensors
     found = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     if found != set(shapes):

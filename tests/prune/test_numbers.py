@@ -1,0 +1,185 @@
+"""Numbers of channels that a model's own code keeps in attributes follow the cut."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ptsim
+from ptsim.errors import UsageError
+from ptsim.prune.groups import find_groups
+from ptsim.prune.reconfigure import reconfigure
+from ptsim.prune.structure import apply_structure, structure_of
+from tests.prune.helpers import enliven, same_function, zero_some
+
+IMAGE = (3, 12, 12)
+
+
+class Net(nn.Module):
+    """3 → 16 channels, the block under test, 16 → 8 channels, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 1), nn.Linear(8, 4)
+
+    def block(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.block(torch.relu(self.stem(x)))).mean((2, 3)))
+
+
+class Unequal(Net):
+    """Convolutions with other kernels for 6 and 10 of the channels, as MixNet has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = (6, 10)
+        self.small, self.large = nn.Conv2d(6, 6, 3, 1, 1, groups=6), nn.Conv2d(10, 10, 5, 1, 2, groups=10)
+
+    def block(self, x: Tensor) -> Tensor:
+        a, b = torch.split(x, self.parts, 1)
+        return torch.cat([self.small(a), self.large(b)], 1)
+
+
+class Partial(Net):
+    """A convolution for the first 5 channels, the others pass, as FasterNet and GhostNet have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.used = 16, 5
+        self.conv = nn.Conv2d(5, 5, 3, 1, 1)
+
+    def block(self, x: Tensor) -> Tensor:
+        a, b = x.split([self.used, self.width - self.used], dim=1)
+        return torch.cat([self.conv(a), b], 1)
+
+
+class Sliced(Partial):
+    def block(self, x: Tensor) -> Tensor:
+        rest = self.width - self.used
+        return torch.cat([self.conv(x[:, : self.used]), x[:, -rest:]], 1)
+
+
+class Halves(Net):
+    """Two equal halves that are added: channel i of one goes with channel i of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 16
+        self.conv = nn.Conv2d(8, 16, 1)
+
+    def block(self, x: Tensor) -> Tensor:
+        a, b = torch.split(x, self.width // 2, 1)
+        return self.conv(a + b)
+
+
+class Viewed(Net):
+    """The size of a view is an attribute; the number of groups of a fixed filter is another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = self.planes = 16
+        self.filter: Tensor
+        self.register_buffer("filter", torch.ones(16, 1, 3, 3) / 9)
+
+    def block(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.width
+        gate = torch.sigmoid(x.mean((2, 3))).view(-1, self.width, 1, 1)
+        return F.conv2d(x * gate, self.filter, groups=self.planes)
+
+
+# prunable channels by hand: the widths 16 and 8, and what the block adds
+NETWORKS: dict[str, tuple[Callable[[], Net], int, str]] = {
+    "a split into unequal parts": (Unequal, 16 + 8, "parts"),
+    "a split whose sizes are computed": (Partial, 16 + 5 + 8, "used"),
+    "slices from both ends": (Sliced, 16 + 5 + 8, "used"),
+    "halves": (Halves, 16 + 16 + 8, "width"),
+    "a view, an assertion and groups": (Viewed, 16 + 8, "width"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_attribute_follows_the_channels_that_are_left(name: str) -> None:
+    make, prunable, _ = NETWORKS[name]
+    torch.manual_seed(0)
+    found = ptsim.inspect(make(), input_shape=IMAGE)
+    assert found.exact
+    assert found.prunable_channels == prunable, [(g.name, g.width, g.reason) for g in found.groups]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_is_cut_twice_and_rebuilt(name: str) -> None:
+    torch.manual_seed(0)
+    make, _, attribute = NETWORKS[name]
+    model = make().double()
+    enliven(model)
+    for seed in (1, 2):
+        groups = find_groups(model, IMAGE)
+        zero_some(model, groups, seed=seed)
+        zeroed = copy.deepcopy(model)
+        assert reconfigure(model, groups).changed
+        same_function(model, zeroed, IMAGE)
+    assert getattr(model, attribute) != getattr(make(), attribute)
+    fresh = make().double()
+    structure = structure_of(model)
+    apply_structure(fresh, structure)
+    fresh.load_state_dict(model.state_dict())
+    same_function(fresh, model, IMAGE)
+    assert structure_of(fresh) == structure
+
+
+def test_a_split_keeps_the_sizes_by_hand() -> None:
+    model = Unequal()
+    with torch.no_grad():
+        for channel in (0, 7, 8, 15):
+            model.stem.weight[channel] = 0
+            model.last.weight[:, channel] = 0
+    reconfigure(model, find_groups(model, IMAGE))
+    assert model.parts == (5, 7)
+    assert [model.small.groups, model.large.groups] == [5, 7]
+
+
+class Compared(Partial):
+    """The attribute also decides what the code does, so it must not change."""
+
+    def block(self, x: Tensor) -> Tensor:
+        return super().block(x) if self.used == 5 else x
+
+
+class Scaled(Partial):
+    """The attribute also enters the arithmetic."""
+
+    def block(self, x: Tensor) -> Tensor:
+        return super().block(x) / self.used**0.5
+
+
+class Multiplied(Partial):
+    def block(self, x: Tensor) -> Tensor:
+        return super().block(x) * self.used
+
+
+class Divided(Partial):
+    def block(self, x: Tensor) -> Tensor:
+        return super().block(x) * (1.0 / self.used)  # Python does not tell the number that it is used
+
+
+@pytest.mark.parametrize("make", [Compared, Scaled, Multiplied, Divided])
+def test_an_attribute_in_other_use_stays(make: type[Partial]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    found = ptsim.inspect(model, input_shape=IMAGE)
+    assert found.exact
+    assert found.prunable_channels == 5 + 8  # what `conv` reads and the channels beside it must stay
+    assert model.used == 5
+
+
+def test_a_structure_with_an_unknown_attribute_is_refused() -> None:
+    structure = structure_of(Unequal()) | {"numbers": {"sizes": [5, 7]}}
+    with pytest.raises(UsageError, match="no sizes"):
+        apply_structure(Unequal(), structure)
+    with pytest.raises(UsageError, match="parts"):
+        apply_structure(Unequal(), structure | {"numbers": {"parts": 7}})
