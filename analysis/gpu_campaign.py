@@ -386,23 +386,8 @@ class Campaign:
 
     def train(self, runs: Mapping[str, tuple[Pair, float]]) -> None:
         """Begin or go on with all of them at once; at the deadline they are interrupted as by Ctrl-C."""
-        processes = {
-            name: subprocess.Popen([sys.executable, "-m", "ptsim", *self.train_arguments(name, *run)])
-            for name, run in runs.items()
-            if not self.trained(name)
-        }
-        stopped = False
-        while any(process.poll() is None for process in processes.values()):
-            time.sleep(min(5.0, max(self.remaining_s(), 0.5)))
-            self.keep(runs)  # also if this process should not get to its end
-            if self.remaining_s() <= 0 and not stopped:
-                for process in processes.values():
-                    process.send_signal(signal.SIGINT)
-                stopped = True
-        self.keep(runs)
-        failed = [f"{name}: status {process.returncode}" for name, process in processes.items() if process.returncode]
-        if failed and not stopped:
-            raise RuntimeError(f"ptsim train ended badly: {', '.join(failed)}")
+        commands = {name: self.train_arguments(name, *run) for name, run in runs.items() if not self.trained(name)}
+        run_together(commands, self.remaining_s, lambda: self.keep(runs))
 
     def train_arguments(self, name: str, pair: Pair, penalty_ratio: float) -> list[str]:
         """The command line that begins the run, or goes on with it."""
@@ -656,6 +641,47 @@ def _safely(done: Callable[[], bool]) -> bool:
 
 def _combination(row: dict[str, Any]) -> Combination:
     return row["model"], row["batch"], row["precision"], row["memory_format"]
+
+
+def run_together(
+    commands: Mapping[str, Sequence[str]],
+    remaining_s: Callable[[], float],
+    meanwhile: Callable[[], None],
+    *,
+    cores: Sequence[int] | None = None,
+) -> None:
+    """Run `ptsim` commands at the same time; when no time remains they are interrupted as by Ctrl-C.
+
+    Args:
+        commands: arguments of `ptsim`, by the name that a failure is reported under.
+        remaining_s: seconds until they have to end.
+        meanwhile: called every few seconds and at the end.
+        cores: one CPU core for each command, with one thread; None pins nothing.
+
+    Raises:
+        RuntimeError: one of them failed by itself.
+    """
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "ptsim", *command],
+            env=os.environ if cores is None else os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for name, command in commands.items()
+    }
+    for core, process in zip(cores or (), processes.values(), strict=False):
+        os.sched_setaffinity(process.pid, {core})  # its threads begin later and inherit it
+    stopped = False
+    while any(process.poll() is None for process in processes.values()):
+        time.sleep(min(5.0, max(remaining_s(), 0.5)))
+        meanwhile()  # also if this process should not get to its end
+        if remaining_s() <= 0 and not stopped:
+            for process in processes.values():
+                process.send_signal(signal.SIGINT)
+            stopped = True
+    meanwhile()
+    failed = [f"{name}: status {process.returncode}" for name, process in processes.items() if process.returncode]
+    if failed and not stopped:
+        raise RuntimeError(f"ptsim train ended badly: {', '.join(failed)}")
 
 
 def _num_epochs(trace: Path) -> int:

@@ -1,0 +1,163 @@
+"""Record the CPU runs that the documentation shows: dense and PruneTrain at the same time, each on a core of its own.
+
+    python analysis/cpu_evidence.py --plan
+    python analysis/cpu_evidence.py --data cifar10-jpeg --out runs/evidence [--only NAME,…] [--minutes 60]
+
+A pair of runs takes hours. One call works for `--minutes` and then interrupts the two runs; the next call goes on where
+they stopped (`ptsim train --resume`). The pairs are recorded in the order of the plan, one after the other. Every piece
+of work is noted in `pieces.jsonl` with its beginning, its end and the load of the machine before it: a pair that was
+recorded beside other work is visible there. Nothing else may run on the machine.
+
+The data are images in class folders, `train/CLASS/…` and `test/CLASS/…`. The network for images of ImageNet's kind gets
+the same images at 64×64. The schedule is the paper's, shortened: milestones at 1/2 and 3/4 of the epochs, and a
+reconfiguration every twentieth of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import gpu_campaign
+import msgspec
+
+import ptsim
+from ptsim.errors import PtsimError
+
+EPOCHS = 40
+IMAGES = 10_000
+VALIDATION_IMAGES = 2_000
+BATCH = 32
+
+
+class Pair(NamedTuple):
+    """Two runs that differ in one thing; `settings` are common to both."""
+
+    about: str
+    model: str
+    runs: dict[str, tuple[str, ...]]
+    seed: int = 1
+    settings: tuple[str, ...] = ()
+
+
+def _pruned(ratio: float, *more: str) -> dict[str, tuple[str, ...]]:
+    return {"dense": ("penalty_ratio=0",), f"r{ratio}": (f"penalty_ratio={ratio}", *more)}
+
+
+PAIRS: dict[str, Pair] = {
+    "vgg11": Pair("VGG-11, penalty ratio 0.25", "vgg11", _pruned(0.25)),
+    "resnet32": Pair("ResNet-32, penalty ratio 0.25", "resnet32", _pruned(0.25)),
+    "resnet32-s2": Pair("the same, second seed", "resnet32", _pruned(0.25), seed=2),
+    "resnet32-s3": Pair("the same, third seed", "resnet32", _pruned(0.25), seed=3),
+    "resnet32-r0.2": Pair("ResNet-32, penalty ratio 0.2", "resnet32", _pruned(0.2)),
+    "resnet18-64": Pair(
+        "torchvision's ResNet-18 at 64×64", "torchvision:resnet18", _pruned(0.25), settings=("image_size=64",)
+    ),
+    "resnet32-dynamic": Pair(
+        "ResNet-32, the mini-batch fixed and growing",
+        "resnet32",
+        {
+            "fixed": ("penalty_ratio=0.25",),
+            "dynamic": (
+                "penalty_ratio=0.25", "dynamic_batch=true", "memory_budget=256 MiB", "max_batch=128",
+            ),
+        },
+    ),
+    "resnet32-gating": Pair(
+        "ResNet-32, union and gating",
+        "resnet32",
+        {"union": ("penalty_ratio=0.25",), "gating": ("penalty_ratio=0.25", "mode=gating")},
+    ),
+}  # fmt: skip
+
+
+def arguments_of(pair: Pair, run: str, folder: Path, data: Path, *, epochs: int, images: int) -> list[str]:
+    """Arguments of `ptsim` that begin a run, or go on with it."""
+    if (folder / "trace.jsonl").exists():
+        return ["train", "--resume", str(folder)]
+    settings = [
+        *pair.settings, *pair.runs[run], f"validation_limit={min(VALIDATION_IMAGES, images)}", "num_threads=1",
+        "memory_format=channels_last" if "=gating" not in "".join(pair.runs[run]) else "memory_format=contiguous",
+    ]  # fmt: skip
+    return [
+        "train", "--out", str(folder), "--model", pair.model, "--dataset", "imagefolder", "--data-dir", str(data),
+        "--train-limit", str(images), "--epochs", str(epochs), "--interval", str(max(1, epochs // 20)),
+        "--batch", str(BATCH), "--seed", str(pair.seed),
+        *(part for setting in settings for part in ("--set", setting)),
+    ]  # fmt: skip
+
+
+def is_complete(folder: Path) -> bool:
+    """The run reached its last epoch."""
+    trace = folder / "trace.jsonl"
+    return trace.exists() and ptsim.read_trace(trace).complete
+
+
+def record(name: str, options: argparse.Namespace, deadline_s: float) -> None:
+    """Work on one pair until it is complete or time is over."""
+    pair = PAIRS[name]
+    folders = {run: options.out / f"{name}-{run}" for run in pair.runs}
+    commands = {
+        run: arguments_of(pair, run, folder, options.data, epochs=options.epochs, images=options.images)
+        for run, folder in folders.items()
+        if not is_complete(folder)
+    }
+    if not commands:
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0))
+    note = {"pair": name, "runs": list(commands), "began": time.strftime("%FT%T%z"), "load_before": os.getloadavg()[0]}
+    try:
+        gpu_campaign.run_together(
+            commands,
+            lambda: deadline_s - time.monotonic(),
+            lambda: None,
+            cores=[cores[index % len(cores)] for index in range(len(commands))],
+        )
+    finally:
+        note["ended"] = time.strftime("%FT%T%z")
+        with (options.out / "pieces.jsonl").open("ab") as file:
+            file.write(msgspec.json.encode(note) + b"\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Record what is left of the pairs, or print the plan; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", action="store_true", help="print the pairs and how far they are")
+    parser.add_argument("--data", type=Path, help="folder with train/ and test/")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs")
+    parser.add_argument("--only", help="names of pairs, separated by commas")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time of this call (default 60)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"length of a run (default {EPOCHS})")
+    parser.add_argument("--images", type=int, default=IMAGES, help=f"training images (default {IMAGES})")
+    options = parser.parse_args(arguments)
+    names = options.only.split(",") if options.only else list(PAIRS)
+    if unknown := [name for name in names if name not in PAIRS]:
+        parser.error(f"unknown pair {unknown[0]!r}; known: {', '.join(PAIRS)}")
+    if options.plan:
+        for name in names:
+            folders = [options.out / f"{name}-{run}" for run in PAIRS[name].runs]
+            print(f"{name:18}{PAIRS[name].about:46}{sum(map(is_complete, folders))} of {len(folders)} runs complete")
+        return 0
+    if options.data is None or not options.data.is_dir():
+        parser.error("--data must be a folder with train/ and test/")
+    deadline_s = time.monotonic() + 60 * options.minutes
+    for name in names:
+        if deadline_s - time.monotonic() <= 0:
+            print(f"time is over before {name}; call again to go on", file=sys.stderr)
+            break
+        try:
+            record(name, options, deadline_s)
+        except (PtsimError, RuntimeError) as error:
+            print(f"error: {name}: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import ptsim
+
+FOLDER = Path(__file__).parents[2] / "analysis"
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def images(folder: Path) -> Path:
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (folder / part / label).mkdir(parents=True)
+            for index in range(40):
+                Image.new("RGB", (32, 32), (index, 200 if label == "a" else 20, 7)).save(
+                    folder / part / label / f"{index}.png"
+                )
+    return folder
+
+
+@pytest.mark.slow
+def test_a_pair_is_recorded_at_the_same_time_and_not_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cpu_evidence
+
+    pair = cpu_evidence.PAIRS["resnet32"]._replace(model="resnet20")
+    monkeypatch.setitem(cpu_evidence.PAIRS, "resnet32", pair)
+    common = ["--data", str(images(tmp_path / "data")), "--out", str(tmp_path / "runs"), "--only", "resnet32"]
+    for _ in range(2):  # the second call finds nothing to do
+        assert cpu_evidence.main([*common, "--epochs", "2", "--images", "64"]) == 0
+    dense, pruned = (ptsim.read_trace(tmp_path / "runs" / f"resnet32-{run}") for run in pair.runs)
+    assert dense.complete
+    assert pruned.complete
+    assert (dense.penalty_ratio, pruned.penalty_ratio) == (0.0, 0.25)
+    assert (tmp_path / "runs" / "pieces.jsonl").read_text().count("load_before") == 1
+    assert cpu_evidence.main([*common[2:], "--plan"]) == 0
+    assert "2 of 2 runs complete" in capsys.readouterr().out
+
+
+def test_wrong_input_is_one_sentence_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import cpu_evidence
+
+    for arguments in (["--only", "vgg12"], ["--data", str(tmp_path / "none")]):
+        with pytest.raises(SystemExit) as status:
+            cpu_evidence.main(arguments)
+        assert status.value.code == 2
+    assert "vgg11" in capsys.readouterr().err
