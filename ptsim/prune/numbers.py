@@ -244,5 +244,6 @@ def restore_numbers(model: nn.Module, stored: Mapping[str, int | list[int]]) -> 
             raise UsageError(f"the stored structure is not that of a {type(model).__name__}: no {key}") from error
         if isinstance(held, list | tuple) != isinstance(value, list) or not isinstance(held, int | list | tuple):
             raise UsageError(f"the stored structure has {value} for {key}, which is {held!r}")
-        setattr(module, name, type(held)(value))
+        kind: Any = type(held)
+        setattr(module, name, kind(value))
         vars(module)[CHANGED] = sorted({*vars(module).get(CHANGED, ()), name})
