@@ -26,8 +26,8 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
         batch: images per device and step.
         precision: of the matrix products; half precision means autocast with fp32 weights.
         memory_format: layout of the activations.
-        optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop"; decides the update's traffic and state.
-        regularizer: whether the group lasso's gradient is computed.
+        optimizer: a name of `ptsim.optimizers.OPTIMIZERS` ("sgd" has momentum); decides the update's traffic and state.
+        regularizer: the criterion (`ptsim.criteria.CRITERIA`) whose penalty's gradient is computed; None for none.
         num_gpus: data-parallel size; from 2 on every GPU also holds the buckets of its all-reduces.
         sharding: "zero1": every GPU keeps and updates its share of the optimizer's state; "zero2": of the gradients
             too. Gradients are reduce-scattered and updated parameters all-gathered (Rajbhandari et al., SC 2020).
@@ -37,7 +37,7 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     precision: Precision = Precision.FP32
     memory_format: MemoryFormat = "contiguous"
     optimizer: str = "sgd"
-    regularizer: bool = False
+    regularizer: str | None = None
     num_gpus: int = 1
     sharding: Sharding = "none"
 

@@ -16,7 +16,8 @@ from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.flops import PRODUCTS, Convention, inference_macs, layer_macs, training_macs
 from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
 from ptsim.costs.run import EpochCost, recorded_device, run_cost
-from ptsim.costs.traffic import batch_norm_bytes, network_traffic, regularizer_traffic, update_traffic
+from ptsim.costs.traffic import batch_norm_bytes, network_traffic, update_traffic
+from ptsim.criteria import GROUP_LASSO, penalty_work
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
@@ -63,7 +64,8 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
         largest_batch: the largest mini-batch that fits it, 0 where none does; None without a device.
         allreduce_bytes: gradients that one update reduces, on each device.
         num_buckets: all-reduces that DistributedDataParallel makes of them.
-        update_bytes, regularizer_bytes: memory traffic of one update and of the group lasso's gradient.
+        criterion: a trace's own, else the group lasso.
+        update_bytes, regularizer_bytes: memory traffic of one update and of the gradient of the criterion's penalty.
         streamed_bytes: the memory-bound half of a dense step: what layers without products move forward and backward
             (BatchNorm, activations, sums, pools …), and the update.
         streamed_seconds: the least that this takes at the device's memory bandwidth; None without a device.
@@ -90,6 +92,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     allreduce_bytes: int
     num_buckets: int
     update_bytes: int
+    criterion: str
     regularizer_bytes: int
     streamed_bytes: int
     streamed_seconds: float | None
@@ -180,6 +183,7 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
     element_bytes = setting.precision.activation_bytes
     layers = layer_costs(network, convention, setting)
     update_bytes = update_traffic(network, setting.optimizer)
+    criterion = (trace and trace.criterion) or GROUP_LASSO
     moved = dict.fromkeys((True, False), 0)
     for layer in layers:
         moved[layer.kind in PRODUCTS] += layer.forward_bytes + layer.backward_bytes
@@ -205,7 +209,8 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
         allreduce_bytes=network.gradient_bytes,
         num_buckets=len(ddp_buckets(network)),
         update_bytes=update_bytes,
-        regularizer_bytes=regularizer_traffic(network),
+        criterion=criterion,
+        regularizer_bytes=penalty_work(criterion, network).num_bytes,
         streamed_bytes=streamed_bytes,
         streamed_seconds=None if device is None else streamed_bytes / device.memory_bandwidth_bytes_per_s,
         product_bytes=moved[True],

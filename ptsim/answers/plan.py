@@ -15,9 +15,10 @@ import msgspec
 
 from ptsim.answers.plan_options import PlanOptions
 from ptsim.costs.flops import inference_macs, training_macs
-from ptsim.costs.traffic import OPTIMIZERS, batch_norm_bytes
-from ptsim.errors import UnknownNameError, UsageError
+from ptsim.costs.traffic import batch_norm_bytes
+from ptsim.errors import UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import changed, parse_precision
 from ptsim.trace.schema import (
     NO_DEVICE,
@@ -182,8 +183,7 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
     )
     if asked.interval > asked.epochs:
         raise UsageError(f"interval is {asked.interval}, more than the {asked.epochs} epochs of the run")
-    if asked.optimizer not in OPTIMIZERS:
-        raise UnknownNameError("optimizer", asked.optimizer, OPTIMIZERS)
+    OPTIMIZERS.find(asked.optimizer)
     if min(asked.input_shape) < 1:
         raise UsageError(f"input_shape is {asked.input_shape}, expected three positive numbers")
     if asked.seed < 0:

@@ -18,6 +18,7 @@ from ptsim.costs.memory import iteration_memory
 from ptsim.costs.profiled import profiled_step
 from ptsim.costs.scaling import contention_of
 from ptsim.costs.times import StepTime
+from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.profile import DeviceProfile, OperatorTime
@@ -93,7 +94,8 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
         for profile in trace.profiles:
             if trace.penalty_ratio == 0:  # older traces: microseconds between two clocks
                 profile = msgspec.structs.replace(profile, regularizer_s=0.0)
-            step, times = of_profile(trace.networks[profile.architecture], profile, optimizer=optimizer)
+            network = trace.networks[profile.architecture]
+            step, times = of_profile(network, profile, optimizer=optimizer, criterion=trace.criterion or GROUP_LASSO)
             operators = merge_operators(operators, times)
             steps.append(step)
     inputs = {trace.run.dataset.name: input_s_per_image(trace) for trace in with_profiles}

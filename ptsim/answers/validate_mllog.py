@@ -8,11 +8,11 @@ from typing import Literal
 import msgspec
 
 from ptsim.answers.predict import predict
-from ptsim.costs.traffic import OPTIMIZERS
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.measure.mllog import read_mllog
 from ptsim.network import MemoryFormat, Network
+from ptsim.optimizers import OPTIMIZERS
 
 MODELS = {"resnet": "torchvision:resnet50"}  # MLPerf benchmark → what it trains
 
@@ -82,7 +82,7 @@ def validate_mllog(
     if count < 1 or run.global_batch % count:
         raise UsageError(f"a mini-batch of {run.global_batch} images does not share out evenly over {count} GPUs")
     notes = []
-    optimizer = run.optimizer if run.optimizer in OPTIMIZERS else "sgd"
+    optimizer = run.optimizer if run.optimizer in OPTIMIZERS.names() else "sgd"
     if run.optimizer not in (None, optimizer):
         notes.append(f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted")
     expected = predict(

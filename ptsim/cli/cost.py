@@ -112,7 +112,8 @@ def _summary(report: CostReport) -> Table:
         ("all-reduce", f"{format_bytes(report.allreduce_bytes)} per update in {report.num_buckets} buckets"),
         (
             "update traffic",
-            f"{format_bytes(report.update_bytes)}; group lasso {format_bytes(report.regularizer_bytes)}",
+            f"{format_bytes(report.update_bytes)}; {report.criterion.replace('_', ' ')} "
+            f"{format_bytes(report.regularizer_bytes)}",
         ),
         (
             "memory-bound half",

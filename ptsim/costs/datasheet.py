@@ -23,7 +23,8 @@ import numpy.typing as npt
 from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
-from ptsim.costs.traffic import regularizer_traffic, update_traffic
+from ptsim.costs.traffic import update_traffic
+from ptsim.criteria import PenaltyWork, penalty_work
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
 from ptsim.network import Network, Precision
@@ -307,7 +308,9 @@ def launch_order(kernels: Kernels) -> npt.NDArray[np.intp]:
     return np.concatenate([positions[is_forward], positions[~is_forward][::-1]])
 
 
-def waiting_seconds(kernels: Kernels, seconds: Floats, update_s: float, num_tensors: int, host: Host) -> float:
+def waiting_seconds(
+    kernels: Kernels, seconds: Floats, update_s: float, num_tensors: int, host: Host, num_launches: int = 0
+) -> float:
     """How long the GPU waits in a step for a host that launches kernels one by one into an empty queue.
 
     A kernel starts when it has been launched and its predecessor is done, so the step ends at the largest of: launch
@@ -319,6 +322,7 @@ def waiting_seconds(kernels: Kernels, seconds: Floats, update_s: float, num_tens
         update_s: of the update on the GPU, after them.
         num_tensors: parameters, which the host updates.
         host: what it needs to launch.
+        num_launches: kernels of the regulariser, launched one by one as those of the forward pass are.
     """
     order = launch_order(kernels)
     each = np.where(kernels.step == Pass.FORWARD, host.forward_s, host.backward_s) * kernels.launches
@@ -326,7 +330,8 @@ def waiting_seconds(kernels: Kernels, seconds: Floats, update_s: float, num_tens
     launched -= launched[:1].copy()
     rest = np.cumsum(seconds[order][::-1])[::-1]
     done = np.max(launched + rest, initial=0.0)
-    updated = float(launched[-1:].sum()) + num_tensors * host.update_s - update_s
+    updating_s = num_launches * host.forward_s + num_tensors * host.update_s
+    updated = float(launched[-1:].sum()) + updating_s - update_s
     return max(float(done), updated) - float(rest[:1].sum())
 
 
@@ -353,16 +358,22 @@ def unsureness(kernels: Kernels, seconds: Floats, efficiency: Efficiency) -> flo
 
 
 def spreads(
-    kernels: Kernels, seconds: Floats, update_s: float, num_tensors: int, fit: Fit, precision: Precision
+    kernels: Kernels,
+    seconds: Floats,
+    update_s: float,
+    num_tensors: int,
+    fit: Fit,
+    precision: Precision,
+    num_launches: int = 0,
 ) -> tuple[float, float, float]:
     """What the GPU waits for the host, and how far log(time) of the step may be below and above: one deviation each.
 
     Hosts differ by `_UNSURE["host"]`, which counts as far as a faster or a slower one changes the step. TF32 may take
     longer by `_EARLY_TF32`.
     """
+    hosts = (fit.host.times(math.exp(sign * _UNSURE["host"])) for sign in (0, -1, 1))
     waiting, faster, slower = (
-        waiting_seconds(kernels, seconds, update_s, num_tensors, fit.host.times(math.exp(sign * _UNSURE["host"])))
-        for sign in (0, -1, 1)
+        waiting_seconds(kernels, seconds, update_s, num_tensors, host, num_launches) for host in hosts
     )
     gpu_s = float(seconds.sum()) + update_s
     gpu = unsureness(kernels, seconds, fit.efficiency)
@@ -403,10 +414,12 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     backward = np.bincount(kernels.layer[~is_forward], seconds[~is_forward], count)
     streaming = fit.efficiency.stream_bandwidth * device.memory_bandwidth_bytes_per_s
     optimizer_s = update_bytes(network, setting) / streaming
-    regularizer_s = regularizer_traffic(network) / streaming if setting.regularizer else 0.0
+    penalty = penalty_work(setting.regularizer, network) if setting.regularizer else PenaltyWork()
+    regularizer_s = max(penalty.num_bytes / streaming, penalty.num_launches * fit.efficiency.launch_s)
     gpu_s = float(forward.sum() + backward.sum()) + optimizer_s + regularizer_s
     update_s = optimizer_s + regularizer_s
-    overhead_s, below, above = spreads(kernels, seconds, update_s, len(network.parameters), fit, precision)
+    num_tensors, num_launches = len(network.parameters), penalty.num_launches
+    overhead_s, below, above = spreads(kernels, seconds, update_s, num_tensors, fit, precision, num_launches)
     interval = load_intervals().new_device if factor is None else load_intervals().known_device
     low_s, high_s = interval.around(gpu_s + overhead_s, below, above)
     return StepTime(

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
+from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.profile import Operator, OperatorSetting, OperatorTime, StepMeasurement, operator_of
 from ptsim.hardware.profile_merge import mean_time
@@ -37,7 +38,7 @@ def measured_step(network: Network, profiles: Iterable[Profile], setting: StepSe
 
     Raises:
         MissingMeasurementError: no profile of this architecture, mini-batch, precision and memory format; or the
-            group lasso is asked for and was not measured.
+            regulariser is asked for and was not measured.
     """
     profiles = tuple(profiles)
     profile = find_profile(network, profiles, setting)
@@ -45,9 +46,9 @@ def measured_step(network: Network, profiles: Iterable[Profile], setting: StepSe
         raise MissingMeasurementError(_what_is_missing(network, profiles, setting))
     if setting.regularizer and profile.regularizer_s <= 0:
         raise MissingMeasurementError(
-            f"the profile of {network.name} ({network.id}) was taken without the group lasso, which is asked for"
+            f"the profile of {network.name} ({network.id}) was taken without the regulariser, which is asked for"
         )
-    return step_of_profile(network, profile, regularizer=setting.regularizer)
+    return step_of_profile(network, profile, regularizer=setting.regularizer is not None)
 
 
 def step_of_profile(network: Network, profile: Profile, *, regularizer: bool) -> StepTime:
@@ -95,7 +96,7 @@ def step_of_profile(network: Network, profile: Profile, *, regularizer: bool) ->
 
 
 def of_profile(
-    network: Network, profile: Profile, *, optimizer: str | None
+    network: Network, profile: Profile, *, optimizer: str | None, criterion: str = GROUP_LASSO
 ) -> tuple[StepMeasurement, tuple[OperatorTime, ...]]:
     """What a device profile keeps of one profiled network: its whole step, and each of its operators once.
 
@@ -105,6 +106,7 @@ def of_profile(
         network: what was profiled.
         profile: its measurement.
         optimizer: whose update was timed.
+        criterion: whose penalty was timed, if one was.
     """
     setting = OperatorSetting(precision=profile.precision, memory_format=profile.memory_format)
     layers = {layer.layer: layer for layer in profile.layers}
@@ -120,6 +122,7 @@ def of_profile(
         setting=setting,
         batch=profile.batch,
         optimizer=optimizer,
+        criterion=criterion,
         num_parameters=network.num_parameters,
         num_tensors=len(network.parameters),
         num_layers=len(network.layers),

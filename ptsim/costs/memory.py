@@ -19,15 +19,14 @@ import msgspec
 
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.walked import layer_workspace, walked_footprint
-from ptsim.errors import UnknownNameError
 from ptsim.hardware.spec import Device
 from ptsim.network import Footprint, LayerKind, MemoryFormat, Network
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import StepSetting
 from ptsim.units import MIB
 
-# fp32 state per parameter, and whole-model temporaries of torch's "foreach" update on a GPU (a gradient with weight
-# decay added for SGD and RMSprop, the denominator for Adam).
-_OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2, "rmsprop": 1}
+# Whole-model temporaries of torch's "foreach" update on a GPU: a gradient with weight decay added for SGD and RMSprop,
+# the denominator for Adam.
 _UPDATE_COPIES = 1
 # c10/cuda/CUDACachingAllocator.h: kMinBlockSize, kSmallBuffer, kLargeBuffer, kMinLargeAlloc, kSmallSize.
 _BLOCK, _SMALL_SEGMENT, _LARGE_SEGMENT = 512, 2 * MIB, 20 * MIB
@@ -85,21 +84,21 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
         device: a GPU adds workspaces and rounding; None and a CPU are tensors alone.
 
     Raises:
-        ValueError: batch is not positive, or the optimizer is unknown.
+        ValueError: batch is not positive.
+        UnknownNameError: no such optimizer.
     """
     batch, precision, memory_format = setting.batch, setting.precision, setting.memory_format
-    optimizer, data_parallel = setting.optimizer, setting.data_parallel
+    data_parallel = setting.data_parallel
     if batch <= 0:
         raise ValueError(f"batch is {batch}, expected a positive number of images")
-    if optimizer not in _OPTIMIZER_STATES:
-        raise UnknownNameError("optimizer", optimizer, _OPTIMIZER_STATES)
+    optimizer = OPTIMIZERS.find(setting.optimizer)
     gpu = device is not None and device.architecture != "cpu"
     block = _BLOCK if gpu else 1
     seen = footprint_of(network, gpu=gpu, half=setting.half)
     weights = _round_each((4 * p.num_elements for p in network.parameters), block)
     learnt = _round_each((4 * p.num_elements for p in network.gradients), block)
     shared = setting.num_gpus if setting.sharding != "none" else 1
-    states = _share(_OPTIMIZER_STATES[optimizer] * learnt, shared)
+    states = _share(optimizer.num_states * learnt, shared)
     library = _library_workspace(network, device) if device is not None and gpu else 0
     gradients = learnt if data_parallel else 0
     if setting.sharding == "zero2":

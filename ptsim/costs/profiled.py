@@ -2,7 +2,8 @@
 
 A network that was measured whole is looked up. Any other is the sum of its operators, looked up or interpolated
 (`interpolation`). A step without clocks inside is not that sum exactly: the ratio is learnt from the networks that were
-measured both ways. What updates and group lasso take is fitted over the same networks, to their parameters and tensors.
+measured both ways. What updates and regularisers take is fitted over the same networks, to their parameters and
+tensors.
 
 An operator of a kind that nobody timed takes no time where it moves nothing (a view) or next to nothing of what the
 network moves, and the time of a copy as large where it only moves; any other is an error, never a guess.
@@ -23,6 +24,7 @@ from ptsim.costs.interpolation import Estimate, Family, Interpolator, convolutio
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.costs.traffic import network_traffic
+from ptsim.criteria import penalty_work
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.profile import DeviceProfile, OperatorSetting, OperatorTime, StepMeasurement, operator_of
 from ptsim.network import Layer, LayerKind, Network
@@ -48,7 +50,7 @@ def profiled_step(network: Network, profile: DeviceProfile, setting: StepSetting
 
     Raises:
         MissingMeasurementError: the profile has nothing in this precision and format, nothing like an operator of the
-            network, or no step with this optimizer or with the group lasso.
+            network, or no step with this optimizer or with a regulariser.
     """
     measured = OperatorSetting(precision=setting.precision, memory_format=setting.memory_format)
     profile.check_setting(measured)
@@ -103,7 +105,8 @@ class _Device:
         )
         regularizer_s = 0.0
         if regularizer:
-            regularizer_s = self._fitted(network, lambda step: step.regularizer_s, "no step with the group lasso")
+            penalty_s = functools.partial(_penalty_seconds, network, regularizer)
+            regularizer_s = self._fitted(network, penalty_s, "no step with a regulariser")
         measured = self._measured(network, batch)
         if measured is not None:
             ratios = measured.forward_s / forward_s, measured.backward_s / backward_s
@@ -112,7 +115,7 @@ class _Device:
             optimizer_s = (
                 measured.optimizer_s if measured.optimizer == optimizer and measured.optimizer_s else optimizer_s
             )
-            regularizer_s = measured.regularizer_s if regularizer and measured.regularizer_s else regularizer_s
+            regularizer_s = (regularizer and _penalty_seconds(network, regularizer, measured)) or regularizer_s
         else:
             ratios, ratio_error = self._ratios(forward_s + backward_s, len(network.layers))
             error = math.hypot(_common_error(estimates), ratio_error, self._jitter())
@@ -218,6 +221,14 @@ class _Device:
         seconds = np.array([took_s for _, took_s in known])
         weights, _ = nnls(features / seconds[:, None], np.ones(len(known)))
         return float(_update_features(network.num_parameters, len(network.parameters)) @ weights)
+
+
+def _penalty_seconds(network: Network, criterion: str, step: StepMeasurement) -> float | None:
+    """What the penalty took in a step; another criterion's takes as much longer as it moves more of this network."""
+    if step.regularizer_s is None or step.criterion == criterion:
+        return step.regularizer_s
+    other = penalty_work(step.criterion, network).num_bytes
+    return step.regularizer_s * penalty_work(criterion, network).num_bytes / other if other else None
 
 
 def _update_features(num_parameters: int, num_tensors: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -26,7 +26,7 @@ def nearest_profile(network: Network, profiles: Iterable[Profile], setting: Step
 def scaled_step(network: Network, profile: Profile, *, here: StepTime, there: StepTime, regularizer: bool) -> StepTime:
     """The measured step carried over to the device and mini-batch of `there`.
 
-    A group lasso that is asked for and was not measured is the prediction's own. The interval is the prediction's,
+    A regulariser that is asked for and was not measured is the prediction's own. The interval is the prediction's,
     relative to its value: what the ratio cancels is not known for a device without measurements.
 
     Args:
@@ -34,7 +34,7 @@ def scaled_step(network: Network, profile: Profile, *, here: StepTime, there: St
         profile: its measurement.
         here: the prediction for the device and mini-batch of the profile.
         there: the prediction for the wanted device and mini-batch.
-        regularizer: whether the group lasso's gradient is computed.
+        regularizer: whether the penalty's gradient is computed.
     """
     measured = step_of_profile(network, profile, regularizer=regularizer and profile.regularizer_s > 0)
     forward, backward = _ratio(there.forward_s, here.forward_s), _ratio(there.backward_s, here.backward_s)

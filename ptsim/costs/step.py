@@ -8,11 +8,11 @@ from ptsim.costs.profiled import profiled_step
 from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.tiers import Tier, TierRow, ordered_tiers
 from ptsim.costs.times import LayerTime, Measurements, StepTime
-from ptsim.costs.traffic import OPTIMIZERS
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import is_called
 from ptsim.hardware.spec import Device
 from ptsim.network import Network
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import StepSetting
 
 __all__ = ["LayerTime", "Measurements", "StepTime", "Tier", "step_time"]
@@ -38,7 +38,8 @@ def step_time(
         measurements: what may be used instead of the data sheet.
 
     Raises:
-        UsageError: batch is not positive, the device does not support the precision, or an unknown optimizer.
+        UsageError: batch is not positive, or the device does not support the precision.
+        UnknownNameError: no such optimizer.
         MissingMeasurementError: the device profile is of another device, or lacks the precision, format or an operator.
     """
     if setting.batch < 1:
@@ -46,8 +47,7 @@ def step_time(
     if setting.precision not in device.peak_flops_per_s:
         supported = ", ".join(sorted(device.peak_flops_per_s))
         raise UsageError(f"{device.name} does not support {setting.precision}; it supports {supported}")
-    if setting.optimizer not in OPTIMIZERS:
-        raise UsageError(f"optimizer is {setting.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
+    OPTIMIZERS.find(setting.optimizer)
     known = measurements or Measurements()
     calibrated = known.device_profile
     if calibrated is not None and not is_called(device, calibrated.device):
@@ -69,7 +69,7 @@ def _measured(network: Network, device: Device, setting: StepSetting, known: Mea
         return None
     if setting.regularizer and profile.regularizer_s <= 0:
         return None
-    return step_of_profile(network, profile, regularizer=setting.regularizer)
+    return step_of_profile(network, profile, regularizer=setting.regularizer is not None)
 
 
 def _profiled(network: Network, device: Device, setting: StepSetting, known: Measurements) -> StepTime | None:
@@ -82,7 +82,7 @@ def _scaled(network: Network, device: Device, setting: StepSetting, known: Measu
         return None
     there = datasheet_step(network, device, setting)
     here = datasheet_step(network, source, setting.with_batch(nearest.batch))
-    return scaled_step(network, nearest, here=here, there=there, regularizer=setting.regularizer)
+    return scaled_step(network, nearest, here=here, there=there, regularizer=setting.regularizer is not None)
 
 
 def _datasheet(network: Network, device: Device, setting: StepSetting, known: Measurements) -> StepTime | None:

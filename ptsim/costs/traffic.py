@@ -16,19 +16,9 @@ from ptsim.costs.kernels import (
     layer_kernels,
     network_kernels,
 )
-from ptsim.errors import UnknownNameError
 from ptsim.network import Layer, LayerKind, Network
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import StepSetting
-
-# Accesses per parameter of one update. torch's default on a GPU is the "foreach" form, where every arithmetic step is
-# a kernel over all tensors: for SGD weight decay 3 (read w and g, write g), momentum 2 + 3, update 3. Fused: one pass.
-_UPDATE_ACCESSES = {
-    "sgd": (11, 5),  # fused: read w, g, m; write w, m
-    "adam": (21, 7),  # fused: read w, g, m, v; write w, m, v
-    "adamw": (20, 7),
-    "rmsprop": (16, 5),
-}
-OPTIMIZERS = tuple(_UPDATE_ACCESSES)
 
 
 class LayerTraffic(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,23 +76,7 @@ def update_traffic(network: Network, optimizer: str = "sgd", *, fused: bool = Fa
     """Bytes of one optimizer update of every fp32 parameter that has a gradient, momentum and weight decay included.
 
     Raises:
-        ValueError: an optimizer that is not counted here.
+        UnknownNameError: no such optimizer.
     """
-    if optimizer not in _UPDATE_ACCESSES:
-        raise UnknownNameError("optimizer", optimizer, _UPDATE_ACCESSES)
-    return _UPDATE_ACCESSES[optimizer][fused] * network.gradient_bytes
-
-
-def regularizer_traffic(network: Network) -> int:
-    """Bytes of the group lasso's gradient on fp32 weights: read twice for the two norms, then w and g in, g out."""
-    kinds = {layer.name: layer for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR)}
-    weights = sum(
-        parameter.num_elements
-        for parameter in network.parameters
-        if len(parameter.shape) > 1 and parameter.layer in kinds and not _is_depthwise(kinds[parameter.layer])
-    )
-    return 5 * 4 * weights
-
-
-def _is_depthwise(layer: Layer) -> bool:
-    return layer.kind is LayerKind.CONV and layer.groups > 1 and layer.groups == layer.in_channels
+    kind = OPTIMIZERS.find(optimizer)
+    return (kind.fused_accesses if fused else kind.accesses) * network.gradient_bytes

@@ -27,6 +27,7 @@ from ptsim.costs.flops import layer_macs
 from ptsim.costs.measured import step_of_profile
 from ptsim.costs.times import StepTime
 from ptsim.costs.traffic import layer_traffic, update_traffic
+from ptsim.criteria import penalty_work
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
 from ptsim.network import Network
@@ -64,6 +65,7 @@ def step_nodes(
     element_bytes: int = 4,
     step: StepTime | None = None,
     optimizer: str = "sgd",
+    regularizer: str | None = None,
 ) -> tuple[Node, ...]:
     """The nodes of one step of `batch` images per GPU, in execution order; ids count from 0.
 
@@ -77,11 +79,12 @@ def step_nodes(
         element_bytes: of an activation; gradients are reduced in fp32.
         step: where the durations come from; None leaves them 0.
         optimizer: decides the update's memory traffic.
+        regularizer: the criterion whose penalty's gradient is computed, if one is.
     """
     builder = _StepBuilder(network, batch, element_bytes, step)
     forward = builder.forward()
     builder.backward(forward, ddp_buckets(network) if num_gpus > 1 else ())
-    builder.update(optimizer)
+    builder.update(optimizer, regularizer)
     return tuple(builder.nodes)
 
 
@@ -136,11 +139,14 @@ class _StepBuilder:
                 self._reduce(set().union(*(done[name] for name in layers)), bucket.num_bytes)
         assert not waiting, "every bucket's layers are layers of the network"
 
-    def update(self, optimizer: str) -> None:
+    def update(self, optimizer: str, regularizer: str | None) -> None:
         """The regulariser and the optimizer, which wait for every gradient."""
         seconds = self.step.optimizer_s + self.step.regularizer_s if self.step else 0.0
         deps = set(self._reduced) or set().union(*self._backward.values())
-        self._add("optimizer", deps, seconds, 0, update_traffic(self.network, optimizer))
+        num_bytes = update_traffic(self.network, optimizer)
+        if regularizer is not None:
+            num_bytes += penalty_work(regularizer, self.network).num_bytes
+        self._add("optimizer", deps, seconds, 0, num_bytes)
 
     def _add(self, name: str, deps: set[int], seconds: float, macs: int, num_bytes: int) -> set[int]:
         """Add an operator; returns what waits for it has to wait for."""
@@ -245,6 +251,7 @@ def _step_content(trace: Trace, architecture: str, batch: int, epochs: Sequence[
         element_bytes=trace.run.precision.activation_bytes,
         step=None if profile is None else step_of_profile(network, profile, regularizer=regularized),
         optimizer=trace.optimizer,
+        regularizer=trace.criterion if regularized else None,
     )
     return encode_trace(
         nodes,

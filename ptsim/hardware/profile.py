@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import MissingMeasurementError
 from ptsim.network import Layer, LayerKind, MemoryFormat, Precision
 
@@ -90,7 +91,8 @@ class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True
     """Whole training steps of one network, without clocks inside: medians of steps, means over `num_rounds`.
 
     `num_samples` steps were taken in all rounds together. `layers_forward_s` and `layers_backward_s` are the sums of
-    its layers' times with a clock around each; the regulariser's time is None where it was not measured.
+    its layers' times with a clock around each; the time of the regulariser, `criterion`, is None where it was not
+    measured.
     """
 
     architecture: str
@@ -98,6 +100,7 @@ class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True
     setting: OperatorSetting
     batch: int
     optimizer: str | None
+    criterion: str = GROUP_LASSO
     num_parameters: int
     num_tensors: int
     num_layers: int

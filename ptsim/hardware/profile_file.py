@@ -32,6 +32,7 @@ import msgspec
 import tomli_w
 
 from ptsim.consistency import operator_problem
+from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import FileFormatError, NewerVersionError
 from ptsim.hardware.profile import (
     Context,
@@ -120,6 +121,7 @@ class _Step(_Form, frozen=True, kw_only=True):
     optimizer_name: Name | None = None
     optimizer: Seconds | None = None
     regularizer: Seconds | None = None
+    criterion: Name = GROUP_LASSO
     peak_memory: Bytes | None = None
 
 
@@ -252,6 +254,7 @@ def _measurement(path: Path, index: int, step: _Step) -> StepMeasurement:
         optimizer=step.optimizer_name,
         optimizer_s=_number(step.optimizer),
         regularizer_s=_number(step.regularizer),
+        criterion=step.criterion,
         step_low_s=float(step.fastest),
         step_high_s=float(step.slowest),
         peak_memory_bytes=None if step.peak_memory is None else round(step.peak_memory),
@@ -333,6 +336,7 @@ def _step_table(step: StepMeasurement) -> dict[str, Any]:
             "optimizer_name": step.optimizer,
             "optimizer": _seconds(step.optimizer_s),
             "regularizer": _seconds(step.regularizer_s),
+            "criterion": None if step.criterion == GROUP_LASSO else step.criterion,
             "fastest": _seconds(step.step_low_s),
             "slowest": _seconds(step.step_high_s),
             "peak_memory": None if memory is None else f"{memory} B",

@@ -39,6 +39,7 @@ from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_
 from ptsim.measure.profile import profile_network
 from ptsim.measure.rebuild import rebuild
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.trace.pace import changes, input_s_per_image, reconfiguration_s
 from ptsim.trace.trace import Trace
 
@@ -360,22 +361,23 @@ class _Calibration:
         self.update(operators=merge_operators(self.profile.operators, [measured]))
 
 
+class _Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings under which an optimizer's update is timed; the weights hardly move."""
+
+    lr: float = 1e-4
+    weight_decay: float = 5e-4
+    momentum: float | None = None
+    nesterov: bool = False
+
+
 def make_optimizer(name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer with the state that training has: SGD and RMSprop with momentum.
+    """An optimizer with the state that it has in training by default.
 
     Raises:
-        UsageError: a name that ptsim does not train with.
+        UnknownNameError: no such optimizer.
     """
-    match name:
-        case "sgd":
-            return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4)
-        case "adam":
-            return torch.optim.Adam(parameters, lr=1e-4)
-        case "adamw":
-            return torch.optim.AdamW(parameters, lr=1e-4)
-        case "rmsprop":
-            return torch.optim.RMSprop(parameters, lr=1e-4, momentum=0.9)
-    raise UsageError(f"optimizer {name!r} cannot be timed; known: sgd, adam, adamw, rmsprop")
+    kind = OPTIMIZERS.find(name)
+    return kind.make(parameters, _Settings(momentum=kind.momentum))
 
 
 def _outside_in(count: int) -> list[int]:

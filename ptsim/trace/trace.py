@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import UsageError
 from ptsim.network import Network
 from ptsim.setting import StepSetting
@@ -77,6 +78,13 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return str(self.run.hyperparameters.get("optimizer", "sgd"))
 
     @property
+    def criterion(self) -> str | None:
+        """The criterion whose penalty the epochs have, the group lasso unless one is named; None without a penalty."""
+        if not any(epoch.regularized for epoch in self.epochs):
+            return None
+        return str(self.run.hyperparameters.get("criterion", GROUP_LASSO))
+
+    @property
     def compiled(self) -> bool:
         """The step ran through torch.compile, so that all gradients became ready together at its end."""
         return self.run.hyperparameters.get("compile") is True
@@ -122,6 +130,6 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             precision=self.run.precision,
             memory_format=self.run.memory_format,
             optimizer=self.optimizer,
-            regularizer=epoch.regularized,
+            regularizer=self.criterion if epoch.regularized else None,
             num_gpus=epoch.world_size,
         )

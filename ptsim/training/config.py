@@ -19,9 +19,10 @@ import tomli_w
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.network import MemoryFormat, Precision
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import PRECISION_NAMES, parse_precision
 from ptsim.textfile import parse_toml, read_toml
-from ptsim.training.registries import OPTIMIZERS, REGISTRIES
+from ptsim.training.registries import REGISTRIES
 from ptsim.units import parse_quantity
 
 

@@ -16,12 +16,12 @@ import ptsim
 from ptsim.capture.graph import evaluation_mode, example_input
 from ptsim.errors import TrainingError, UnsupportedModelError, UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run
 from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
 
-# Optimizers that the cost model knows, and which of them moves as much memory as one with n states an element.
-_COSTED = ("sgd", "adam", "adamw", "rmsprop")
+# Which optimizer moves as much memory as an unknown one with n states an element; of two with one state the dearer.
 _BY_STATES = {0: "sgd", 1: "rmsprop", 2: "adam"}
 
 
@@ -73,7 +73,7 @@ def widths(network: Network) -> dict[str, int]:
 def costed_optimizer(optimizer: torch.optim.Optimizer) -> str:
     """The optimizer of the cost model that moves as much memory: its own name, or by its states per weight."""
     name = type(optimizer).__name__.lower()
-    if name in _COSTED:
+    if name in OPTIMIZERS.names():
         return name
     states = max(
         (

@@ -17,6 +17,7 @@ from ptsim.capture.graph import copied
 from ptsim.capture.rehearsal import rehearse
 from ptsim.errors import FileFormatError, UsageError
 from ptsim.network import Precision
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.prune.structure import apply_structure
 from ptsim.trace.schema import Dataset
 from ptsim.training import stored
@@ -27,7 +28,6 @@ from ptsim.training.growth import learning_rate_scale
 from ptsim.training.pruning import PruneTrain
 from ptsim.training.recipe import Recipe
 from ptsim.training.recorder import Recorder
-from ptsim.training.registries import OPTIMIZERS
 from ptsim.training.wrapping import wrap
 
 

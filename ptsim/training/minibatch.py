@@ -12,7 +12,6 @@ from ptsim.setting import StepSetting
 from ptsim.training.config import Config
 from ptsim.training.learner import Learner
 from ptsim.training.outcome import Growth
-from ptsim.training.registries import OPTIMIZERS
 from ptsim.training.step import fits
 
 
@@ -57,8 +56,8 @@ def step_setting(config: Config, batch_per_gpu: int, world_size: int) -> StepSet
         batch=batch_per_gpu,
         precision=config.precision,
         memory_format=config.memory_format,
-        optimizer=OPTIMIZERS.find(config.optimizer).counted_as,
-        regularizer=config.regularized,
+        optimizer=config.optimizer,
+        regularizer=config.criterion if config.regularized else None,
         num_gpus=world_size,
     )
 

@@ -27,9 +27,10 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from ptsim.criteria import CRITERIA
 from ptsim.errors import UsageError
 from ptsim.prune.criteria.coefficient import penalty_coefficient
-from ptsim.prune.criteria.registry import CRITERIA, Criterion
+from ptsim.prune.criteria.registry import Criterion
 from ptsim.prune.density import dense_counts
 from ptsim.prune.groups import ChannelGroups, find_groups
 from ptsim.prune.reconfigure import Surgery, reconfigure

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ptsim.prune.criteria.registry import CRITERIA
+from ptsim.criteria import CRITERIA
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.registry import Registry
 
 if TYPE_CHECKING:
     from ptsim.training.data import Data
     from ptsim.training.datasets import DataRequest
-    from ptsim.training.optimizers import OptimizerKind
     from ptsim.training.rates import Schedule
 
 DATASETS: Registry[Callable[[DataRequest], Data]] = Registry(
@@ -28,11 +28,6 @@ DATASETS: Registry[Callable[[DataRequest], Data]] = Registry(
         "synthetic": "ptsim.training.datasets:synthetic",
         "live": "ptsim.training.live:given_data",
     },
-)
-OPTIMIZERS: Registry[OptimizerKind] = Registry(
-    "optimizer",
-    entry_points="ptsim.optimizers",
-    own={name: f"ptsim.training.optimizers:{name}" for name in ("sgd", "adam", "adamw", "rmsprop")},
 )
 SCHEDULES: Registry[Schedule] = Registry(
     "learning-rate schedule",

@@ -10,6 +10,8 @@ import ptsim
 from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.errors import UnknownNameError, UsageError
+from ptsim.network import LayerKind
+from ptsim.trace.schema import Run
 from tests.traces import residual_network, shrinking_records, shrinking_trace, write_trace
 
 
@@ -102,3 +104,15 @@ def test_an_unknown_model_or_device_says_which_exist() -> None:
         ptsim.cost("resnet21")
     with pytest.raises(UnknownNameError, match="a100"):
         ptsim.cost("resnet20", gpu="a1000")
+
+
+def test_the_regularizer_of_a_trace_is_its_own_criterion(tmp_path: Path) -> None:
+    records = shrinking_records(epochs=2)
+    run = records[0]
+    assert isinstance(run, Run)
+    settings = run.hyperparameters | {"criterion": "slimming"}
+    path = write_trace(tmp_path / "t.jsonl", [msgspec.structs.replace(run, hyperparameters=settings), *records[1:]])
+    report = ptsim.cost(path)
+    norms = [layer for layer in report.layers if layer.kind is LayerKind.BATCH_NORM]
+    assert report.criterion == "slimming"
+    assert report.regularizer_bytes == 3 * 4 * sum(layer.output_shape[0] for layer in norms)

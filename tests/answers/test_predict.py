@@ -9,7 +9,7 @@ import ptsim
 from ptsim.answers.repredict import device_profile_of
 from ptsim.cli.main import run
 from ptsim.costs.memory import iteration_memory
-from ptsim.errors import MissingMeasurementError, UnknownNameError, UsageError
+from ptsim.errors import MissingMeasurementError, UnknownNameError
 from ptsim.hardware.profile import MachineLoad
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.network import Precision
@@ -55,7 +55,7 @@ def test_a_cluster_says_where_the_all_reduce_time_comes_from():
 
 
 def test_an_unknown_optimizer_says_which_exist():
-    with pytest.raises(UsageError, match="optimizer is 'lion', expected one of sgd"):
+    with pytest.raises(UnknownNameError, match="unknown optimizer 'lion'; known: adam, adamw, rmsprop, sgd"):
         ptsim.predict(NETWORK, gpu="a100", batch=8, optimizer="lion")
 
 

@@ -23,7 +23,7 @@ from ptsim.costs.datasheet import (
 from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels, product_kernels
 from ptsim.costs.step import step_time
 from ptsim.costs.tiers import Tier
-from ptsim.errors import UsageError
+from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import device_names, load_device
 from ptsim.network import Precision
 from ptsim.setting import StepSetting
@@ -177,6 +177,8 @@ def test_the_host_updates_tensor_by_tensor_after_it_has_launched_backward():
     host = Host(forward_s=1.0, backward_s=2.0, update_s=0.5)
     work = np.full(4, 0.5)
     assert waiting_seconds(three_kernels(), work, 1.0, 10, host) == pytest.approx(5 + 10 * 0.5 - (4 * 0.5 + 1.0))
+    with_penalty = waiting_seconds(three_kernels(), work, 1.0, 10, host, 7)
+    assert with_penalty == pytest.approx(5 + 10 * 0.5 + 7 * host.forward_s - (4 * 0.5 + 1.0))
 
 
 def test_a_host_that_is_slower_widens_the_interval_upwards_only_where_it_would_decide():
@@ -238,10 +240,12 @@ def test_a_small_network_waits_for_the_host():
 def test_the_group_lasso_and_heavier_optimizers_cost_extra():
     device = load_device("a100")
     plain = datasheet_step(WIDE, device, StepSetting(batch=8, precision=Precision.TF32))
-    lasso = datasheet_step(WIDE, device, StepSetting(batch=8, precision=Precision.TF32, regularizer=True))
+    lasso = datasheet_step(WIDE, device, StepSetting(batch=8, precision=Precision.TF32, regularizer="group_lasso"))
     adam = datasheet_step(WIDE, device, StepSetting(batch=8, precision=Precision.TF32, optimizer="adam"))
     assert lasso.regularizer_s > 0 == plain.regularizer_s
     assert adam.optimizer_s > plain.optimizer_s
+    with pytest.raises(UnknownNameError, match="unknown criterion 'ridge'; known: group_lasso, slimming"):
+        datasheet_step(WIDE, device, StepSetting(batch=8, regularizer="ridge"))
 
 
 def test_every_gpu_of_the_fit_gets_its_own_factor():

@@ -13,7 +13,7 @@ NETWORK = residual_network()
 PROFILE = profile_of(NETWORK, batch=64, device=device_info())
 
 
-def fp32(batch, *, regularizer=False):
+def fp32(batch, *, regularizer=None):
     return StepSetting(batch=batch, precision=Precision.FP32, regularizer=regularizer)
 
 
@@ -24,7 +24,7 @@ def test_a_profiled_step_takes_what_the_whole_steps_took_and_its_layers_share_it
             LayerProfile(layer=p.layer, forward_s=2 * p.forward_s, backward_s=p.backward_s) for p in PROFILE.layers
         ),
     )
-    step = measured_step(NETWORK, [doubled], fp32(64, regularizer=True))
+    step = measured_step(NETWORK, [doubled], fp32(64, regularizer="group_lasso"))
     assert step.compute_s == pytest.approx(PROFILE.step_s)
     assert step.forward_s == pytest.approx(PROFILE.forward_s)
     assert step.backward_s == pytest.approx(PROFILE.backward_s)
@@ -41,7 +41,7 @@ def test_without_the_group_lasso_its_measured_time_is_left_out():
 
 def test_the_interval_is_the_range_of_the_whole_steps():
     spread = msgspec.structs.replace(PROFILE, step_low_s=0.9 * PROFILE.step_s, step_high_s=1.3 * PROFILE.step_s)
-    step = measured_step(NETWORK, [spread], fp32(64, regularizer=True))
+    step = measured_step(NETWORK, [spread], fp32(64, regularizer="group_lasso"))
     assert (step.low_s, step.high_s) == pytest.approx((0.9 * PROFILE.step_s, 1.3 * PROFILE.step_s))
 
 
@@ -53,11 +53,11 @@ def test_of_two_profiles_of_the_same_the_later_counts():
 @pytest.mark.parametrize(
     ("profiles", "batch", "regularizer", "message"),
     [
-        ([], 64, True, "there is not one profile in the trace"),
-        ([PROFILE], 32, True, "was profiled at mini-batch 64, fp32, contiguous, not at mini-batch 32"),
-        ([msgspec.structs.replace(PROFILE, architecture="0" * 16)], 64, True, "none of the 1 profiles"),
-        ([msgspec.structs.replace(PROFILE, regularizer_s=0.0)], 64, True, "without the group lasso"),
-        ([msgspec.structs.replace(PROFILE, layers=PROFILE.layers[1:])], 64, True, "lacks conv1"),
+        ([], 64, "group_lasso", "there is not one profile in the trace"),
+        ([PROFILE], 32, "group_lasso", "was profiled at mini-batch 64, fp32, contiguous, not at mini-batch 32"),
+        ([msgspec.structs.replace(PROFILE, architecture="0" * 16)], 64, "group_lasso", "none of the 1 profiles"),
+        ([msgspec.structs.replace(PROFILE, regularizer_s=0.0)], 64, "group_lasso", "without the regulariser"),
+        ([msgspec.structs.replace(PROFILE, layers=PROFILE.layers[1:])], 64, "group_lasso", "lacks conv1"),
     ],
 )
 def test_what_was_not_measured_is_an_error_that_says_what_was(profiles, batch, regularizer, message):

@@ -124,7 +124,7 @@ def test_another_mini_batch_than_the_measured_one_is_within_ten_percent():
 
 def test_the_group_lasso_costs_what_it_cost_where_it_was_measured():
     expected = 4e-9 * UNSEEN.num_parameters + 9e-6 * len(UNSEEN.parameters)
-    assert step(UNSEEN, regularizer=True).regularizer_s == pytest.approx(expected)
+    assert step(UNSEEN, regularizer="group_lasso").regularizer_s == pytest.approx(expected)
     assert step(UNSEEN).regularizer_s == 0
 
 
@@ -166,8 +166,19 @@ def test_no_step_with_the_group_lasso_is_an_error_when_one_is_asked_for():
     bare = msgspec.structs.replace(
         PROFILE, steps=tuple(msgspec.structs.replace(s, regularizer_s=None) for s in PROFILE.steps)
     )
-    with pytest.raises(MissingMeasurementError, match="no step with the group lasso"):
-        step(UNSEEN, bare, regularizer=True)
+    with pytest.raises(MissingMeasurementError, match="no step with a regulariser"):
+        step(UNSEEN, bare, regularizer="group_lasso")
+
+
+def test_another_criterion_than_the_measured_one_takes_as_its_bytes_say():
+    took = {name: step(UNSEEN, regularizer=name).regularizer_s for name in ("group_lasso", "slimming")}
+    weights = sum(p.num_elements for p in UNSEEN.parameters if len(p.shape) > 1)
+    scales = sum(layer.out_channels for layer in UNSEEN.layers if layer.kind is LayerKind.BATCH_NORM)
+    assert took["slimming"] / took["group_lasso"] == pytest.approx(3 * scales / (5 * weights))
+    slim = msgspec.structs.replace(
+        PROFILE, steps=tuple(msgspec.structs.replace(s, criterion="slimming") for s in PROFILE.steps)
+    )
+    assert step(UNSEEN, slim, regularizer="slimming").regularizer_s == pytest.approx(took["group_lasso"])
 
 
 def rolled(network, name):

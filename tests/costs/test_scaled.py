@@ -18,12 +18,12 @@ NETWORK = residual_network()
 PROFILE = profile_of(NETWORK, batch=64, device=device_info())
 
 
-def fp32(batch, *, regularizer=False):
+def fp32(batch, *, regularizer=None):
     return StepSetting(batch=batch, precision=Precision.FP32, regularizer=regularizer)
 
 
 def predicted(device, batch):
-    return datasheet_step(NETWORK, device, fp32(batch, regularizer=True))
+    return datasheet_step(NETWORK, device, fp32(batch, regularizer="group_lasso"))
 
 
 def scaled(here, there, batch=64):
@@ -59,7 +59,7 @@ def test_the_profile_of_the_nearest_mini_batch_is_taken():
 
 def test_a_step_is_measured_here_scaled_elsewhere_and_from_the_data_sheet_without_measurements():
     def tier(device, batch, measurements):
-        return step_time(NETWORK, device, fp32(batch, regularizer=True), measurements=measurements).tier
+        return step_time(NETWORK, device, fp32(batch, regularizer="group_lasso"), measurements=measurements).tier
 
     known = Measurements(profiles=(PROFILE,), source_device=A100)
     assert tier(A100, 64, known) is Tier.MEASURED

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from ptsim.costs.kernels import network_kernels
-from ptsim.costs.traffic import batch_norm_bytes, layer_traffic, network_traffic, regularizer_traffic, update_traffic
+from ptsim.costs.traffic import batch_norm_bytes, layer_traffic, network_traffic, update_traffic
+from ptsim.criteria import penalty_work
 from ptsim.network import Layer, LayerKind, Network, Parameter, Precision
 from ptsim.setting import StepSetting
 from tests.traces import residual_network
@@ -123,7 +124,8 @@ def test_a_fused_sgd_update_reads_three_and_writes_two_tensors() -> None:
 
 
 def test_the_regularizer_touches_no_depthwise_and_no_batch_norm_weight() -> None:
-    assert regularizer_traffic(network()) == 5 * 4 * 2304
+    assert penalty_work("group_lasso", network()).num_bytes == 5 * 4 * 2304
+    assert penalty_work("slimming", network()).num_bytes == 3 * 4 * 16
 
 
 def test_a_mini_batch_of_nothing_is_refused() -> None:

@@ -10,8 +10,8 @@ import torch
 
 import ptsim
 from ptsim import zoo
+from ptsim.criteria import CRITERIA
 from ptsim.hardware.catalog import load_cluster
-from ptsim.prune.criteria.registry import CRITERIA
 from ptsim.report.facts import Facts
 from ptsim.report.figures.registry import FIGURES, figures_of
 from tests.traces import dense_trace

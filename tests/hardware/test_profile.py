@@ -50,6 +50,7 @@ STEP = StepMeasurement(
     layers_backward_s=0.55,
     peak_memory_bytes=12345678,
 )
+SLIM = msgspec.structs.replace(STEP, batch=64, regularizer_s=1e-4, criterion="slimming")
 PROFILE = DeviceProfile(
     created="2026-11-22T13:00:00Z",
     complete=True,
@@ -65,7 +66,7 @@ PROFILE = DeviceProfile(
     input_s_per_image={"cifar10": 2e-5},
     sources=("runs/a/trace.jsonl",),
     operators=(CONV,),
-    steps=(STEP,),
+    steps=(STEP, SLIM),
 )
 
 
@@ -89,6 +90,7 @@ def test_what_is_written_is_read_back_to_six_digits(file, tmp_path):
     assert again.operators[0].weight_gradient_s == pytest.approx(2e-3)
     assert again.steps[0].step_s == pytest.approx(0.751)
     assert again.steps[0].regularizer_s is None
+    assert [step.criterion for step in again.steps] == ["group_lasso", "slimming"]
     assert again.steps[0].peak_memory_bytes == 12345678
     assert again.copy_bandwidth_bytes_per_s == pytest.approx(11.5e9)
     assert again.input_s_per_image == {"cifar10": pytest.approx(2e-5)}

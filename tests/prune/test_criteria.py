@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import ptsim
+from ptsim.costs.datasheet import datasheet_step
+from ptsim.criteria import CRITERIA, PenaltyWork, penalty_work
 from ptsim.errors import UnknownNameError, UsageError
+from ptsim.hardware.catalog import load_device
 from ptsim.network import LayerKind
-from ptsim.prune.criteria.registry import CRITERIA
 from ptsim.prune.criteria.slimming import Slimming
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
+from ptsim.setting import StepSetting
 from tests.prune.helpers import SMALL_IMAGE, enliven, small_resnet
 
 
@@ -92,6 +95,14 @@ class OnlyTheFirst(Slimming):
         super().__init__(model, groups)
         self.weights = self.weights[:1]
 
+    @classmethod
+    def traffic(cls, network):
+        return 10**12
+
+    @classmethod
+    def launches(cls, network):
+        return 2
+
 
 class _EntryPoint:
     name, value = "first_alone", "tests.prune.test_criteria:OnlyTheFirst"
@@ -136,7 +147,14 @@ def test_a_criterion_from_outside_the_package_is_added_by_one_line_or_by_an_entr
     CRITERIA.remove("first_alone")
     CRITERIA.add("by_hand", OnlyTheFirst)
     try:
-        assert len(trained("by_hand")[0].criterion.weights) == 1
+        pruner, _ = trained("by_hand")
+        assert len(pruner.criterion.weights) == 1
+        network = pruner.recorder.architecture
+        assert penalty_work("by_hand", network) == PenaltyWork(num_bytes=10**12, num_launches=2)
+        setting = StepSetting(batch=8, regularizer="by_hand")
+        a100 = load_device("a100")
+        fastest_s = 1e12 / a100.memory_bandwidth_bytes_per_s
+        assert fastest_s < datasheet_step(network, a100, setting).regularizer_s < 2 * fastest_s
         with pytest.raises(UsageError, match="criterion 'group_lasso' exists already"):
             CRITERIA.add("group_lasso", OnlyTheFirst)
     finally:

@@ -59,7 +59,7 @@ class TestOneGpu:
             * step_time(
                 trace.network_of(epoch),
                 device,
-                StepSetting(batch=epoch.batch_per_gpu, precision=Precision.FP32, regularizer=True),
+                StepSetting(batch=epoch.batch_per_gpu, precision=Precision.FP32, regularizer="group_lasso"),
                 measurements=measurements,
             ).compute_s
             for epoch in trace.epochs

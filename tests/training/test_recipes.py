@@ -9,14 +9,17 @@ import torch
 from PIL import Image
 
 import ptsim
+from ptsim.costs.memory import iteration_memory
+from ptsim.costs.traffic import update_traffic
 from ptsim.errors import UnknownNameError, UsageError
+from ptsim.optimizers import OPTIMIZERS, OptimizerKind
+from ptsim.setting import StepSetting
 from ptsim.training import reference
 from ptsim.training.config import SETTINGS, make_config, resolve
 from ptsim.training.data import Share
 from ptsim.training.datasets import load_data
 from ptsim.training.datasets import synthetic as synthetic_data
-from ptsim.training.optimizers import OptimizerKind
-from ptsim.training.registries import DATASETS, OPTIMIZERS, SCHEDULES
+from ptsim.training.registries import DATASETS, SCHEDULES
 from ptsim.training.schedule import epoch_plans
 from ptsim.training.step import mix, mixed_loss
 from tests.training.runs import settings
@@ -126,9 +129,7 @@ def two_classes(request):
 
 
 def test_a_schedule_an_optimizer_and_a_data_set_from_outside_are_one_line_each(tmp_path):
-    adagrad = OptimizerKind(
-        make=lambda parameters, config: torch.optim.Adagrad(parameters, lr=config.lr), counted_as="rmsprop"
-    )
+    adagrad = OptimizerKind(factory="torch.optim:Adagrad", num_states=3, accesses=12, fused_accesses=7)
     added = ((SCHEDULES, "halving", halving), (OPTIMIZERS, "adagrad", adagrad), (DATASETS, "mine", two_classes))
     for registry, name, entry in added:
         registry.add(name, entry)
@@ -138,6 +139,12 @@ def test_a_schedule_an_optimizer_and_a_data_set_from_outside_are_one_line_each(t
         assert [epoch.learning_rate for epoch in trace.epochs] == pytest.approx([0.05, 0.025, 0.0125])
         assert trace.run.dataset.name == "mine"
         assert trace.run.hyperparameters["optimizer"] == "adagrad"
+        network = trace.final_network
+        assert update_traffic(network, "adagrad") == 12 * 4 * network.num_parameters
+        assert update_traffic(network, "adagrad", fused=True) == 7 * 4 * network.num_parameters
+        need = iteration_memory(network, StepSetting(batch=4, optimizer="adagrad"))
+        assert need.optimizer_bytes == 3 * 4 * network.num_parameters
+        assert ptsim.predict(network, gpu="a100", batch=4, optimizer="adagrad").optimizer_seconds > 0
     finally:
         for registry, name, _ in added:
             registry.remove(name)

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ptsim.costs.traffic import regularizer_traffic
+from ptsim.criteria import group_lasso_work
 from ptsim.network import Network
 from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
 from ptsim.prune.labels import Weighted
@@ -109,7 +109,12 @@ class GroupLasso:
     @classmethod
     def traffic(cls, network: Network) -> int:
         """Bytes that one `add_gradient` reads and writes."""
-        return regularizer_traffic(network)
+        return group_lasso_work(network).num_bytes
+
+    @classmethod
+    def launches(cls, network: Network) -> int:
+        """Kernels that one `add_gradient` launches on a GPU."""
+        return group_lasso_work(network).num_launches
 
 
 def _like_weight(W_GOIK: Tensor, layer: Weighted, weight: Tensor) -> Tensor:

@@ -1,10 +1,6 @@
-"""Which regularisers are there, and how does one of a user's own package join them?
+"""What must a pruning criterion be able to do? It is one class in one file; `ptsim.criteria` has the table of them.
 
-A criterion pushes channels towards zero while the network trains, and says how far each channel is from zero. It is one
-class in one file. A package of somebody else registers its class through an entry point::
-
-    [project.entry-points."ptsim.criteria"]
-    mine = "my_package.criterion:Mine"
+A criterion pushes channels towards zero while the network trains, and says how far each channel is from zero.
 """
 
 from __future__ import annotations
@@ -12,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from ptsim.registry import Registry
+from ptsim.criteria import CRITERIA
+
+__all__ = ["CRITERIA", "Criterion"]
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,12 +53,6 @@ class Criterion(Protocol):
     def traffic(cls, network: Network) -> int:
         """Bytes that one `add_gradient` reads and writes."""
 
-
-CRITERIA: Registry[type[Criterion]] = Registry(
-    "criterion",
-    entry_points="ptsim.criteria",
-    own={
-        "group_lasso": "ptsim.prune.criteria.group_lasso:GroupLasso",
-        "slimming": "ptsim.prune.criteria.slimming:Slimming",
-    },
-)
+    @classmethod
+    def launches(cls, network: Network) -> int:
+        """Kernels that one `add_gradient` launches on a GPU."""

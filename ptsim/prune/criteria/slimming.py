@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ptsim.capture.graph import copied, evaluation_mode, example_input
-from ptsim.network import LayerKind, Network
+from ptsim.criteria import slimming_work
+from ptsim.network import Network
 from ptsim.prune.groups import ChannelGroups
 
 
@@ -69,8 +70,13 @@ class Slimming:
 
     @classmethod
     def traffic(cls, network: Network) -> int:
-        """Reads γ and its gradient, writes the gradient: 3 accesses of 4 bytes per BatchNorm channel."""
-        return sum(12 * (layer.out_channels or 0) for layer in network.layers if layer.kind is LayerKind.BATCH_NORM)
+        """Bytes that one `add_gradient` reads and writes."""
+        return slimming_work(network).num_bytes
+
+    @classmethod
+    def launches(cls, network: Network) -> int:
+        """Kernels that one `add_gradient` launches on a GPU."""
+        return slimming_work(network).num_launches
 
 
 def norms(model: nn.Module, groups: ChannelGroups) -> Iterator[tuple[str, _BatchNorm, Tensor]]:

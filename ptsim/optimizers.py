@@ -1,0 +1,112 @@
+"""Which optimizers are there, what does each keep and move, and how is it made? One row each, read by all rooms.
+
+Another package adds one by `OPTIMIZERS.add`, or through an entry point whose value is an `OptimizerKind`::
+
+    [project.entry-points."ptsim.optimizers"]
+    lion = "my_package.optimizers:LION"
+
+Costs read the rows without torch: an optimizer's class is imported when a run makes it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from ptsim.errors import UsageError
+from ptsim.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class OptimizerSettings(Protocol):
+    """Where an optimizer's settings come from, for example a run's configuration."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Of every parameter."""
+
+
+class OptimizerKind(msgspec.Struct, frozen=True, kw_only=True):
+    """One optimizer.
+
+    Attributes:
+        factory: called with the parameters and the keywords `lr`, `weight_decay` and those in `takes`; or
+            "module:name" of it. The optimizer's state for a parameter is shaped like the parameter.
+        takes: further settings that it takes, of "momentum" and "nesterov".
+        momentum: used where the settings have none; None for an optimizer that does not take it.
+        num_states: fp32 values that it keeps for every parameter.
+        accesses: fp32 values that one update reads and writes for every parameter in torch's default form, weight
+            decay and momentum included. On a GPU that is the "foreach" form: every arithmetic step is a kernel over all
+            tensors.
+        fused_accesses: the same where one kernel does it all.
+    """
+
+    factory: Callable[..., torch.optim.Optimizer] | str
+    takes: tuple[str, ...] = ()
+    momentum: float | None = None
+    num_states: int
+    accesses: int
+    fused_accesses: int
+
+    def make(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+        """The optimizer of `parameters`; a setting that is None is left to the optimizer.
+
+        Raises:
+            UsageError: its factory cannot be imported.
+        """
+        keywords = {name: getattr(settings, name) for name in ("lr", "weight_decay", *self.takes)}
+        made: torch.optim.Optimizer = self._factory()(
+            parameters, **{name: value for name, value in keywords.items() if value is not None}
+        )
+        return made
+
+    def _factory(self) -> Callable[..., Any]:
+        if not isinstance(self.factory, str):
+            return self.factory
+        module, _, name = self.factory.partition(":")
+        try:
+            found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UsageError(f"the optimizer {self.factory} cannot be imported: {error}") from error
+        return found
+
+
+SGD = OptimizerKind(
+    factory="torch.optim:SGD",
+    takes=("momentum", "nesterov"),
+    momentum=0.9,
+    num_states=1,
+    accesses=11,  # weight decay 3 (read w and g, write g), momentum 2 + 3, update 3
+    fused_accesses=5,  # read w, g, m; write w, m
+)
+ADAM = OptimizerKind(
+    factory="torch.optim:Adam",
+    num_states=2,
+    accesses=21,
+    fused_accesses=7,  # read w, g, m, v; write w, m, v
+)
+ADAMW = OptimizerKind(factory="torch.optim:AdamW", num_states=2, accesses=20, fused_accesses=7)
+RMSPROP = OptimizerKind(
+    factory="torch.optim:RMSprop", takes=("momentum",), momentum=0.0, num_states=1, accesses=16, fused_accesses=5
+)
+
+OPTIMIZERS: Registry[OptimizerKind] = Registry(
+    "optimizer",
+    entry_points="ptsim.optimizers",
+    own={
+        "sgd": "ptsim.optimizers:SGD",
+        "adam": "ptsim.optimizers:ADAM",
+        "adamw": "ptsim.optimizers:ADAMW",
+        "rmsprop": "ptsim.optimizers:RMSPROP",
+    },
+)
