@@ -12,7 +12,10 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
 # What a projection runs through; the catalog and the fitted constants are files of these packages.
-_PARTS = ("costs", "sim", "hardware", "trace", "network.py", "setting.py", "units.py")
+_PARTS = (
+    "costs", "sim", "hardware", "trace", "criteria.py", "network.py", "operators.py", "optimizers.py", "setting.py",
+    "units.py",
+)  # fmt: skip
 _SUFFIXES = (".py", ".toml")
 
 

@@ -13,10 +13,9 @@ from ptsim.costs.kernels import (
     BATCH_NORM_BACKWARD,
     BATCH_NORM_FORWARD,
     Pass,
-    layer_kernels,
     network_kernels,
 )
-from ptsim.network import Layer, LayerKind, Network
+from ptsim.network import LayerKind, Network
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import StepSetting
 
@@ -49,20 +48,6 @@ def network_traffic(network: Network, setting: StepSetting) -> tuple[LayerTraffi
         LayerTraffic(forward_bytes=round(there), backward_bytes=round(back))
         for there, back in zip(forward, backward, strict=True)
     )
-
-
-def layer_traffic(layer: Layer, *, batch: int, element_bytes: int) -> LayerTraffic:
-    """What `layer` by itself moves for `batch` images of `element_bytes` per activation and weight.
-
-    Raises:
-        ValueError: batch or element_bytes is not positive.
-    """
-    if batch <= 0 or element_bytes <= 0:
-        raise ValueError(f"batch and element_bytes are {batch} and {element_bytes}, expected positive numbers")
-    moved = {True: 0.0, False: 0.0}
-    for kernel in layer_kernels(layer, layer.repeats(batch), element_bytes, element_bytes, element_bytes):
-        moved[kernel.step is Pass.FORWARD] += kernel.moved_bytes
-    return LayerTraffic(forward_bytes=round(moved[True]), backward_bytes=round(moved[False]))
 
 
 def batch_norm_bytes(network: Network, element_bytes: int = 4) -> int:

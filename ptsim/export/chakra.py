@@ -26,12 +26,14 @@ from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.flops import layer_macs
 from ptsim.costs.measured import step_of_profile
 from ptsim.costs.times import StepTime
-from ptsim.costs.traffic import layer_traffic, update_traffic
+from ptsim.costs.traffic import network_traffic, update_traffic
 from ptsim.criteria import penalty_work
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
 from ptsim.network import Network
+from ptsim.setting import StepSetting
 from ptsim.textfile import write_whole
+from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 
 SCHEMA = "0.0.4"
@@ -59,40 +61,34 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
 def step_nodes(
     network: Network,
+    setting: StepSetting,
     *,
-    batch: int,
-    num_gpus: int,
-    element_bytes: int = 4,
     step: StepTime | None = None,
-    optimizer: str = "sgd",
-    regularizer: str | None = None,
 ) -> tuple[Node, ...]:
-    """The nodes of one step of `batch` images per GPU, in execution order; ids count from 0.
+    """The nodes of one step, in execution order; ids count from 0. Gradients are reduced in fp32.
 
     Durations are rounded to whole microseconds, as the schema wants them, such that their sum is kept. One GPU needs
     no all-reduce.
 
     Args:
         network: what is trained.
-        batch: images per GPU and step.
-        num_gpus: ranks.
-        element_bytes: of an activation; gradients are reduced in fp32.
+        setting: how the step is run, with the number of ranks.
         step: where the durations come from; None leaves them 0.
-        optimizer: decides the update's memory traffic.
-        regularizer: the criterion whose penalty's gradient is computed, if one is.
     """
-    builder = _StepBuilder(network, batch, element_bytes, step)
+    builder = _StepBuilder(network, setting, step)
     forward = builder.forward()
-    builder.backward(forward, ddp_buckets(network) if num_gpus > 1 else ())
-    builder.update(optimizer, regularizer)
+    builder.backward(forward, ddp_buckets(network) if setting.data_parallel else ())
+    builder.update()
     return tuple(builder.nodes)
 
 
 class _StepBuilder:
     """The nodes of a step under way; the parts of a step are added in execution order."""
 
-    def __init__(self, network: Network, batch: int, element_bytes: int, step: StepTime | None) -> None:
-        self.network, self.batch, self.element_bytes, self.step = network, batch, element_bytes, step
+    def __init__(self, network: Network, setting: StepSetting, step: StepTime | None) -> None:
+        self.network, self.setting, self.batch, self.step = network, setting, setting.batch, step
+        names = (layer.name for layer in network.layers)
+        self._traffic = dict(zip(names, network_traffic(network, setting), strict=True))
         self.nodes: list[Node] = []
         self._clock = _MicrosecondClock()
         self._carried_s = 0.0  # measured time of what is no node
@@ -108,7 +104,7 @@ class _StepBuilder:
         done: dict[str, set[int]] = {}
         for layer in self.network.layers:
             deps = set().union(*(done[name] for name in producers.get(layer.name, ())))
-            traffic = layer_traffic(layer, batch=self.batch, element_bytes=self.element_bytes)
+            traffic = self._traffic[layer.name]
             macs = layer.repeats(self.batch) * layer_macs(layer, "exact").forward
             seconds = self._measured[layer.name].forward_s if layer.name in self._measured else 0.0
             done[layer.name] = self._add(f"{layer.name}.forward", deps, seconds, macs, traffic.forward_bytes)
@@ -130,7 +126,7 @@ class _StepBuilder:
         for layer in reversed(self.network.layers):
             after = [done[name] for name in consumers.get(layer.name, ())] or [self._loss]
             deps = forward[layer.name].union(*after)
-            traffic = layer_traffic(layer, batch=self.batch, element_bytes=self.element_bytes)
+            traffic = self._traffic[layer.name]
             macs = layer.repeats(self.batch) * layer_macs(layer, "exact").backward
             seconds = self._measured[layer.name].backward_s if layer.name in self._measured else 0.0
             done[layer.name] = self._add(f"{layer.name}.backward", deps, seconds, macs, traffic.backward_bytes)
@@ -139,13 +135,13 @@ class _StepBuilder:
                 self._reduce(set().union(*(done[name] for name in layers)), bucket.num_bytes)
         assert not waiting, "every bucket's layers are layers of the network"
 
-    def update(self, optimizer: str, regularizer: str | None) -> None:
+    def update(self) -> None:
         """The regulariser and the optimizer, which wait for every gradient."""
         seconds = self.step.optimizer_s + self.step.regularizer_s if self.step else 0.0
         deps = set(self._reduced) or set().union(*self._backward.values())
-        num_bytes = update_traffic(self.network, optimizer)
-        if regularizer is not None:
-            num_bytes += penalty_work(regularizer, self.network).num_bytes
+        num_bytes = update_traffic(self.network, self.setting.optimizer)
+        if self.setting.regularizer is not None:
+            num_bytes += penalty_work(self.setting.regularizer, self.network).num_bytes
         self._add("optimizer", deps, seconds, 0, num_bytes)
 
     def _add(self, name: str, deps: set[int], seconds: float, macs: int, num_bytes: int) -> set[int]:
@@ -159,7 +155,7 @@ class _StepBuilder:
                 name=name,
                 data_deps=tuple(sorted(deps)),
                 duration_micros=self._clock.advance(self._carried_s),
-                num_ops=2 * macs or num_bytes // self.element_bytes,
+                num_ops=2 * macs or num_bytes // self.setting.precision.activation_bytes,
                 tensor_bytes=num_bytes,
             )
         )
@@ -207,13 +203,13 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
         raise UsageError(f"gpus is {ranks:,}, expected 1 to {_MOST_RANKS:,}: every rank is a file per architecture")
     if not trace.epochs:
         raise UsageError(f"{trace.path} holds no epoch, so there is no step to export")
-    settings: dict[tuple[str, int], list[int]] = {}
+    settings: dict[tuple[str, int], list[Epoch]] = {}
     for epoch in trace.epochs:
-        settings.setdefault((epoch.architecture, epoch.batch_per_gpu), []).append(epoch.epoch)
+        settings.setdefault((epoch.architecture, epoch.batch_per_gpu), []).append(epoch)
     index, written = [], []
     for (architecture, batch), epochs in settings.items():
-        content = _step_content(trace, architecture, batch, epochs, ranks)
-        folder = out / f"epoch-{epochs[0]:03d}-{architecture}"
+        content = _step_content(trace, epochs, ranks)
+        folder = out / f"epoch-{epochs[0].epoch:03d}-{architecture}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for rank in range(ranks):
@@ -227,8 +223,8 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
                 "folder": folder.name,
                 "architecture": architecture,
                 "batch_per_gpu": batch,
-                "epochs": epochs,
-                "num_iterations": sum(trace.epochs[number].num_iterations for number in epochs),
+                "epochs": [epoch.epoch for epoch in epochs],
+                "num_iterations": sum(epoch.num_iterations for epoch in epochs),
                 "ranks": ranks,
             }
         )
@@ -239,20 +235,15 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
     return written
 
 
-def _step_content(trace: Trace, architecture: str, batch: int, epochs: Sequence[int], ranks: int) -> bytes:
-    """What every rank's file of one architecture and mini-batch holds."""
+def _step_content(trace: Trace, epochs: Sequence[Epoch], ranks: int) -> bytes:
+    """What every rank's file of epochs with one architecture and mini-batch holds."""
+    architecture, batch = epochs[0].architecture, epochs[0].batch_per_gpu
     same = [p for p in trace.profiles if (p.architecture, p.batch) == (architecture, batch)]
     profile, network = same[-1] if same else None, trace.networks[architecture]
-    regularized = any(epoch.regularized for epoch in trace.epochs if epoch.epoch in epochs)
-    nodes = step_nodes(
-        network,
-        batch=batch,
-        num_gpus=ranks,
-        element_bytes=trace.run.precision.activation_bytes,
-        step=None if profile is None else step_of_profile(network, profile, regularizer=regularized),
-        optimizer=trace.optimizer,
-        regularizer=trace.criterion if regularized else None,
-    )
+    typical = next((epoch for epoch in epochs if epoch.regularized), epochs[0])
+    setting = msgspec.structs.replace(trace.setting_of(typical), num_gpus=ranks)
+    step = None if profile is None else step_of_profile(network, profile, regularizer=typical.regularized)
+    nodes = step_nodes(network, setting, step=step)
     return encode_trace(
         nodes,
         {

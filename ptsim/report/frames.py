@@ -7,7 +7,6 @@ share.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
@@ -15,6 +14,7 @@ import pandas as pd
 from ptsim.answers.validate import Validation
 from ptsim.costs.flops import layer_macs
 from ptsim.costs.run import run_cost
+from ptsim.trace.frames import epoch_rows, layer_rows, numeric
 from ptsim.trace.pairs import (
     Comparison,
     data_name,
@@ -88,54 +88,18 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
 
 
 def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
-    """One row per recorded epoch: what it trained, its measured times, memory, bytes and accuracy.
-
-    `reconfiguration_seconds` is what the run paid right after this epoch. `step_*` are quantiles of the epoch's own
-    iterations.
-    """
+    """The rows of `Trace.epochs_frame` of several runs, with what tells the runs apart."""
     rows = []
     for label, setting, trace in _named(traces):
-        paid = {r.epoch: r.measured_duration_s for r in trace.reconfigurations}
-        for epoch in trace.epochs:
-            network, time, step = trace.network_of(epoch), epoch.measured_time, epoch.measured_step
-            rows.append(
-                {
-                    "run": label,
-                    "setting": setting,
-                    "pruned": trace.is_pruned,
-                    "device": device_name(trace),
-                    "device_kind": trace.run.device.kind,
-                    "precision": str(trace.run.precision),
-                    "epoch": epoch.epoch,
-                    "architecture": epoch.architecture,
-                    "batch_per_gpu": epoch.batch_per_gpu,
-                    "num_gpus": epoch.world_size,
-                    "num_iterations": epoch.num_iterations,
-                    "learning_rate": epoch.learning_rate,
-                    "train_loss": epoch.train_loss,
-                    "penalty": epoch.penalty,
-                    "validation_accuracy": epoch.validation_accuracy,
-                    "channel_sparsity": epoch.channel_sparsity,
-                    "weight_sparsity": epoch.weight_sparsity,
-                    "parameters": network.num_parameters,
-                    "inference_macs_per_image": network.forward_macs,
-                    "wall_seconds": time and time.wall_s,
-                    "data_wait_seconds": time and time.data_wait_s,
-                    "forward_seconds": time and time.forward_s,
-                    "backward_seconds": time and time.backward_s,
-                    "regularizer_seconds": time and time.regularizer_s,
-                    "optimizer_seconds": time and time.optimizer_s,
-                    "exposed_communication_seconds": time and time.exposed_communication_s,
-                    "reconfiguration_seconds": paid.get(epoch.epoch, None if trace.is_planned else 0.0),
-                    "step_median_seconds": step and step.median_s,
-                    "step_p10_seconds": step and step.p10_s,
-                    "step_p90_seconds": step and step.p90_s,
-                    "allreduce_bytes": epoch.allreduce_bytes,
-                    "peak_memory_bytes": epoch.peak_memory_bytes,
-                    "energy_joules": epoch.device.energy_j if epoch.device else None,
-                    "power_watts": epoch.device.power_w if epoch.device else None,
-                }
-            )
+        labels = {
+            "run": label,
+            "setting": setting,
+            "pruned": trace.is_pruned,
+            "device": device_name(trace),
+            "device_kind": trace.run.device.kind,
+            "precision": str(trace.run.precision),
+        }
+        rows += [labels | row for row in epoch_rows(trace)]
     return numeric(pd.DataFrame(rows))
 
 
@@ -222,15 +186,6 @@ def accuracies(comparison: Comparison) -> dict[str, float | None]:
     dense = comparison.baseline.final_accuracy if comparison.trained else None
     change = None if pruned is None or dense is None else pruned - dense
     return {"dense_accuracy": dense, "pruned_accuracy": pruned, "accuracy_change": change}
-
-
-def numeric(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with columns of optional numbers, which None would make objects, as floats; missing ones are NaN."""
-    for name in (name for name in frame if pd.api.types.is_object_dtype(frame[name])):
-        values = frame[name].dropna()
-        if all(isinstance(value, numbers.Number) and not isinstance(value, bool) for value in values):
-            frame[name] = frame[name].astype(float)
-    return frame
 
 
 def averaged(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -344,36 +299,14 @@ def profiles_frame(traces: Sequence[Trace]) -> pd.DataFrame:
 
 
 def architectures_frame(traces: Sequence[Trace]) -> pd.DataFrame:
-    """One row per layer of every architecture: shapes, parameters and multiply–accumulates of one image.
-
-    Counts of a layer that runs `once` are of a mini-batch.
-    """
+    """The rows of `Trace.architectures_frame` of several runs, with the backward pass as the cost model counts it."""
     rows = []
     for label, trace in zip(run_labels(traces), traces, strict=True):
-        for architecture, network in trace.networks.items():
-            for position, layer in enumerate(network.layers):
-                macs = layer_macs(layer, "exact")
-                rows.append(
-                    {
-                        "run": label,
-                        "architecture": architecture,
-                        "position": position,
-                        "layer": layer.name,
-                        "kind": str(layer.kind),
-                        "op": layer.op,
-                        "in_channels": layer.in_channels,
-                        "out_channels": layer.out_channels,
-                        "kernel_height": layer.kernel_size[0],
-                        "kernel_width": layer.kernel_size[1],
-                        "groups": layer.groups,
-                        "once": layer.once,
-                        "input_elements": layer.input_elements,
-                        "output_elements": layer.output_elements,
-                        "parameters": layer.num_parameters,
-                        "forward_macs_per_image": macs.forward,
-                        "backward_macs_per_image": macs.weight_gradient + macs.input_gradient,
-                    }
-                )
+        layers = [layer for network in trace.networks.values() for layer in network.layers]
+        for layer, row in zip(layers, layer_rows(trace), strict=True):
+            macs = layer_macs(layer, "exact")
+            backward = {"backward_macs_per_image": macs.weight_gradient + macs.input_gradient}
+            rows.append({"run": label} | row | backward)
     return numeric(pd.DataFrame(rows))
 
 

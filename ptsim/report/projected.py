@@ -16,13 +16,14 @@ from ptsim.costs.run import run_cost
 from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import worst_tier
-from ptsim.costs.traffic import layer_traffic
+from ptsim.costs.traffic import network_traffic
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Cluster, Device
-from ptsim.report.frames import accuracies, numeric
+from ptsim.report.frames import accuracies
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, project
+from ptsim.trace.frames import numeric
 from ptsim.trace.pairs import Comparison, run_labels, setting_labels
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
@@ -191,10 +192,10 @@ def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
     for epoch in ends if peak else ():
         network, batch = trace.network_of(epoch), epoch.batch_per_gpu
         times = {time.layer: time.forward_s + time.backward_s for time in projector.step(trace, epoch).layers}
-        for layer in network.layers:
+        moved = network_traffic(network, trace.setting_of(epoch))
+        for layer, traffic in zip(network.layers, moved, strict=True):
             macs = layer_macs(layer, "exact")
             flops = 2 * layer.repeats(batch) * (macs.forward + macs.backward)
-            traffic = layer_traffic(layer, batch=batch, element_bytes=trace.run.precision.activation_bytes)
             num_bytes = traffic.forward_bytes + traffic.backward_bytes
             if layer.kind not in PRODUCTS or not (flops and num_bytes and times[layer.name]):
                 continue

@@ -14,8 +14,8 @@ from ptsim.hardware.spec import Cluster
 from ptsim.report import projected
 from ptsim.report.facts import Facts
 from ptsim.report.figures.style import gpus
-from ptsim.report.frames import numeric
 from ptsim.report.projected import LabelledRun, Projector
+from ptsim.trace.frames import numeric
 from ptsim.trace.pairs import Comparison
 from ptsim.trace.trace import Trace
 

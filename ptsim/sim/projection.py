@@ -115,6 +115,15 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
         """Hours times GPUs."""
         return self.gpus * self.total_s / 3600
 
+    def epochs_frame(self) -> DataFrame:
+        """A table with one row per projected epoch; columns that `Trace.epochs_frame` has too mean the same.
+
+        Seconds are of the whole epoch, but for `step_median_seconds`. `energy_joules` is of all GPUs.
+        """
+        import pandas as pd
+
+        return pd.DataFrame([_epoch_row(self, epoch) for epoch in self.epochs])
+
 
 def projections_frame(projections: Iterable[RunProjection]) -> DataFrame:
     """One row per projection, unit-bearing columns."""
@@ -167,17 +176,34 @@ def projection_row(projection: RunProjection) -> dict[str, Any]:
     }
 
 
-def epochs_frame(projection: RunProjection) -> DataFrame:
-    """One row per epoch: the fields of `EpochProjection`, their units spelt out in the column names."""
-    import pandas as pd
-
-    rows = []
-    for epoch in projection.epochs:
-        row: dict[str, Any] = {"trace": projection.trace, "cluster": projection.cluster, "gpus": projection.gpus}
-        for name in EpochProjection.__struct_fields__:
-            column = name.removesuffix("_s") + "_seconds" if name.endswith("_s") else name
-            column = column.removesuffix("_j") + "_joules" if column.endswith("_j") else column
-            row[column] = getattr(epoch, name)
-        row["tier"] = str(epoch.tier)
-        rows.append(row)
-    return pd.DataFrame(rows)
+def _epoch_row(run: RunProjection, epoch: EpochProjection) -> dict[str, Any]:
+    n = epoch.num_iterations
+    return {
+        "trace": run.trace,
+        "cluster": run.cluster,
+        "device": run.device,
+        "epoch": epoch.epoch,
+        "architecture": epoch.architecture,
+        "batch_per_gpu": epoch.batch_per_gpu,
+        "num_gpus": run.gpus,
+        "num_iterations": n,
+        "wall_seconds": epoch.total_s,
+        "low_wall_seconds": epoch.low_s,
+        "high_wall_seconds": epoch.high_s,
+        "data_wait_seconds": n * epoch.input_wait_s,
+        "forward_seconds": n * epoch.forward_s,
+        "backward_seconds": n * epoch.backward_s,
+        "product_seconds": n * epoch.product_s,
+        "regularizer_seconds": n * epoch.regularizer_s,
+        "optimizer_seconds": n * epoch.optimizer_s,
+        "overhead_seconds": n * epoch.overhead_s,
+        "straggler_wait_seconds": n * epoch.straggler_wait_s,
+        "communication_seconds": n * epoch.communication_s,
+        "exposed_communication_seconds": n * epoch.exposed_communication_s,
+        "communication_wait_seconds": n * epoch.communication_wait_s,
+        "step_median_seconds": epoch.step_s,
+        "wire_bytes_per_gpu": n * epoch.wire_bytes_per_gpu,
+        "peak_memory_bytes": epoch.peak_memory_bytes,
+        "energy_joules": epoch.energy_j,
+        "tier": str(epoch.tier),
+    }

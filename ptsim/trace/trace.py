@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -11,6 +12,9 @@ from ptsim.errors import UsageError
 from ptsim.network import Network
 from ptsim.setting import StepSetting
 from ptsim.trace.schema import End, Epoch, Profile, Reconfiguration, Run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,3 +137,27 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             regularizer=self.criterion if epoch.regularized else None,
             num_gpus=epoch.world_size,
         )
+
+    def epochs_frame(self) -> pd.DataFrame:
+        """A table with one row per recorded epoch: what it trained, its times, memory, bytes, energy and accuracy.
+
+        Seconds are of the whole epoch, but for `step_*_seconds`, the quantiles of its iterations;
+        `reconfiguration_seconds` is what the run paid right after it. `RunProjection.epochs_frame` has columns of the
+        same names for a projected run.
+        """
+        import pandas as pd
+
+        from ptsim.trace.frames import epoch_rows, numeric
+
+        return numeric(pd.DataFrame(epoch_rows(self)))
+
+    def architectures_frame(self) -> pd.DataFrame:
+        """A table with one row per layer of every architecture: shapes, parameters, multiply–accumulates of an image.
+
+        Counts of a layer that runs `once` are of a mini-batch.
+        """
+        import pandas as pd
+
+        from ptsim.trace.frames import layer_rows, numeric
+
+        return numeric(pd.DataFrame(layer_rows(self)))

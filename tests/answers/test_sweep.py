@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 import msgspec
 import pytest
 
+import ptsim
+from ptsim.answers import revision
 from ptsim.answers.repredict import device_profile_of
 from ptsim.answers.revision import model_revision, revision_of
 from ptsim.answers.study import Configuration, configurations, read_study
@@ -398,3 +401,18 @@ def test_workers_end_when_the_study_is_killed() -> None:
     script = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=120, check=False)
     assert script.returncode == -9  # and the pipe was closed, which the workers held too
     assert len(script.stdout.split()) == 4
+
+
+def test_the_revision_covers_all_that_the_cost_model_imports() -> None:
+    package = Path(ptsim.__file__).parent
+    parts = [package / part for part in revision._PARTS]
+    files = [file for part in parts for file in ([part] if part.is_file() else part.rglob("*.py"))]
+    imported = {
+        node.module.split(".")[1]
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ptsim.")
+    }
+    only_for_types = {"prune"}
+    no_numbers = {"errors", "registry", "textfile", "consistency"}
+    assert imported - {part.stem for part in parts} == only_for_types | no_numbers

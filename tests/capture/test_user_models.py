@@ -12,7 +12,7 @@ from ptsim.capture.counts import einsum_macs
 from ptsim.capture.network import capture_network
 from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.memory import iteration_memory
-from ptsim.costs.traffic import layer_traffic
+from ptsim.costs.traffic import network_traffic
 from ptsim.network import LayerKind, Network, Precision
 from ptsim.setting import StepSetting
 from tests.capture import user_models
@@ -51,7 +51,8 @@ def test_what_has_no_mini_batch_axis_is_counted_once_a_mini_batch() -> None:
     bias_added = [layer for layer in network.layers if layer.op == "add" and layer.shared_inputs == (1,)]
     assert [layer.input_sizes(8) for layer in bias_added] == [(8 * 4 * 64 * 64, 4 * 64 * 64)] * 2
     assert msgspec.json.decode(msgspec.json.encode(network), type=Network) == network
-    moved = [layer_traffic(once["mlp.0"], batch=b, element_bytes=4) for b in (1, 64)]
+    place = network.layers.index(once["mlp.0"])
+    moved = [network_traffic(network, StepSetting(batch=b))[place] for b in (1, 64)]
     assert moved[0] == moved[1]
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from ptsim.costs.kernels import network_kernels
-from ptsim.costs.traffic import batch_norm_bytes, layer_traffic, network_traffic, update_traffic
+from ptsim.costs.traffic import LayerTraffic, batch_norm_bytes, network_traffic, update_traffic
 from ptsim.criteria import penalty_work
 from ptsim.network import Layer, LayerKind, Network, Parameter, Precision
 from ptsim.setting import StepSetting
@@ -26,28 +26,34 @@ def layer(kind: LayerKind, op: str, inputs: int = 1, **changes: object) -> Layer
 ELEMENTS = 16 * 8 * 8
 
 
+def moved_by(only: Layer, *, batch: int) -> LayerTraffic:
+    """What one layer moves in fp32."""
+    alone = Network(name="n", input_shape=(16, 8, 8), num_classes=1, layers=(only,), edges=(), parameters=())
+    return network_traffic(alone, StepSetting(batch=batch))[0]
+
+
 def test_batch_norm_has_three_accesses_forward_and_five_backward() -> None:
-    moved = layer_traffic(layer(LayerKind.BATCH_NORM, "batch_norm"), batch=4, element_bytes=4)
+    moved = moved_by(layer(LayerKind.BATCH_NORM, "batch_norm"), batch=4)
     assert moved.forward_bytes == 3 * ELEMENTS * 4 * 4
     assert moved.backward_bytes == 5 * ELEMENTS * 4 * 4
 
 
 def test_a_convolution_reads_and_writes_its_operands_once_per_pass() -> None:
     conv = layer(LayerKind.CONV, "conv2d", num_parameters=2304, kernel_size=(3, 3))
-    moved = layer_traffic(conv, batch=2, element_bytes=2)
-    assert moved.forward_bytes == (2 * 2 * ELEMENTS + 2304) * 2
+    moved = moved_by(conv, batch=2)
+    assert moved.forward_bytes == (2 * 2 * ELEMENTS + 2304) * 4
     # weight gradient: x, dy → dW; input gradient: dy, W → dx
-    assert moved.backward_bytes == (4 * 2 * ELEMENTS + 2 * 2304) * 2
+    assert moved.backward_bytes == (4 * 2 * ELEMENTS + 2 * 2304) * 4
 
 
 def test_the_first_convolution_has_no_input_gradient() -> None:
     conv = layer(LayerKind.CONV, "conv2d", num_parameters=2304, kernel_size=(3, 3), input_needs_gradient=False)
-    assert layer_traffic(conv, batch=1, element_bytes=4).backward_bytes == (2 * ELEMENTS + 2304) * 4
+    assert moved_by(conv, batch=1).backward_bytes == (2 * ELEMENTS + 2304) * 4
 
 
 def test_relu_reads_what_it_kept_and_a_sum_hands_its_gradient_on() -> None:
-    assert layer_traffic(layer(LayerKind.ACTIVATION, "relu"), batch=1, element_bytes=4).backward_bytes == 12 * ELEMENTS
-    added = layer_traffic(layer(LayerKind.ELEMENTWISE, "add", inputs=2), batch=1, element_bytes=4)
+    assert moved_by(layer(LayerKind.ACTIVATION, "relu"), batch=1).backward_bytes == 12 * ELEMENTS
+    added = moved_by(layer(LayerKind.ELEMENTWISE, "add", inputs=2), batch=1)
     assert added.forward_bytes == 12 * ELEMENTS
     assert added.backward_bytes == 0
 
@@ -69,7 +75,7 @@ def test_gradients_of_branches_are_added_up_where_they_meet() -> None:
 
 
 def test_a_layer_norm_keeps_its_row_on_the_chip() -> None:
-    moved = layer_traffic(layer(LayerKind.NORM, "layer_norm"), batch=4, element_bytes=4)
+    moved = moved_by(layer(LayerKind.NORM, "layer_norm"), batch=4)
     assert (moved.forward_bytes, moved.backward_bytes) == (2 * ELEMENTS * 16, 4 * ELEMENTS * 16)
 
 
@@ -83,11 +89,11 @@ def test_traffic_and_the_kernels_of_a_step_move_the_same_bytes(precision: Precis
 
 def test_nothing_runs_backward_where_nobody_needs_the_gradient() -> None:
     scaled = layer(LayerKind.ELEMENTWISE, "mul", inputs=2, input_needs_gradient=False)
-    assert layer_traffic(scaled, batch=1, element_bytes=4).backward_bytes == 0
+    assert moved_by(scaled, batch=1).backward_bytes == 0
 
 
 def test_a_view_moves_nothing() -> None:
-    moved = layer_traffic(layer(LayerKind.RESHAPE, "flatten", view=True), batch=8, element_bytes=4)
+    moved = moved_by(layer(LayerKind.RESHAPE, "flatten", view=True), batch=8)
     assert (moved.forward_bytes, moved.backward_bytes) == (0, 0)
 
 
@@ -130,4 +136,4 @@ def test_the_regularizer_touches_no_depthwise_and_no_batch_norm_weight() -> None
 
 def test_a_mini_batch_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="positive"):
-        layer_traffic(network().layers[0], batch=0, element_bytes=4)
+        moved_by(network().layers[0], batch=0)

@@ -10,6 +10,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
 from ptsim.export.chakra import step_nodes, write_chakra
+from ptsim.setting import StepSetting
 from ptsim.trace.io import read_trace
 from tests.traces import NetworkBuilder, dense_trace, shrinking_trace
 
@@ -263,7 +264,7 @@ def test_a_chain_by_hand() -> None:
     network = net.build()
     view = msgspec.structs.replace(network.layer("flat"), view=True)  # as a captured network has it: no byte moves
     layers = tuple(view if layer.name == "flat" else layer for layer in network.layers)
-    nodes = step_nodes(msgspec.structs.replace(network, layers=layers), batch=8, num_gpus=2)
+    nodes = step_nodes(msgspec.structs.replace(network, layers=layers), StepSetting(batch=8, num_gpus=2))
     assert all(node.tensor_bytes or node.all_reduce_bytes for node in nodes)
     names = [node.name for node in nodes]
     assert names == [

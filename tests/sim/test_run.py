@@ -17,7 +17,7 @@ from ptsim.hardware.spec import Cluster
 from ptsim.network import LayerKind, Precision
 from ptsim.setting import StepSetting
 from ptsim.sim.options import Options
-from ptsim.sim.projection import RunProjection, epochs_frame, projections_frame
+from ptsim.sim.projection import RunProjection, projections_frame
 from ptsim.sim.run import StepCache, change, project
 from ptsim.sim.scenario import recorded_jitter
 from ptsim.trace.io import read_trace
@@ -556,9 +556,15 @@ class TestFrames:
             assert project(trace, cluster(), gpus, cache=cache) == project(trace, cluster(), gpus)
 
     def test_epochs_have_a_row_each_with_units_in_the_names(self, trace: Trace) -> None:
-        frame = epochs_frame(run(trace, 8))
-        assert len(frame) == 6
-        assert {"step_seconds", "exposed_communication_seconds", "total_seconds", "energy_joules"} <= set(frame.columns)
+        projection = run(trace, 8)
+        frame, recorded = projection.epochs_frame(), trace.epochs_frame()
+        assert len(frame) == len(recorded) == 6
+        assert frame.wall_seconds.tolist() == [epoch.total_s for epoch in projection.epochs]
+        first = projection.epochs[0]
+        assert frame.forward_seconds[0] == first.num_iterations * first.forward_s
+        assert frame.wire_bytes_per_gpu.sum() == pytest.approx(projection.allreduce_bytes_per_gpu)
+        seconds = {name for name in recorded if name.endswith("_seconds")}
+        assert seconds - set(frame) == {"reconfiguration_seconds", "step_p10_seconds", "step_p90_seconds"}
 
     def test_the_frame_of_projections_agrees_with_them(self, trace: Trace) -> None:
         projection = run(trace, 8)
