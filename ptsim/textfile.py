@@ -343,6 +343,11 @@ def _permissions(target: Path) -> int:
     """Those of the file that is replaced, else those that a new file gets."""
     with contextlib.suppress(OSError):
         return target.stat().st_mode & 0o7777
+    return 0o666 & ~umask()
+
+
+def umask() -> int:
+    """Which permissions new files of this process do not get."""
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return mask

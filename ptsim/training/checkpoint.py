@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ptsim.errors import FileFormatError, TrainingError, UsageError
-from ptsim.textfile import decode_json, read_bytes
+from ptsim.textfile import decode_json, read_bytes, sync_folder, write_whole
 from ptsim.trace.schema import Epoch
 from ptsim.training.data import Normalization
 from ptsim.training.recipe import Count, Recipe
@@ -133,18 +132,18 @@ class Folder:
             unfinished.mkdir()
             try:
                 for name, content in files.items():
-                    _write(unfinished / name, content)
+                    write_whole(unfinished / name, content)
                 if keep:
-                    _write(unfinished / "keep", b"")
-                _write(unfinished / _META, msgspec.json.format(msgspec.json.encode(checkpoint.signed())))
-                _sync_folder(unfinished)
+                    write_whole(unfinished / "keep", b"")
+                write_whole(unfinished / _META, msgspec.json.format(msgspec.json.encode(checkpoint.signed())))
+                sync_folder(unfinished)
                 if target.exists():
                     _remove(target)
                 unfinished.rename(target)
             except OSError:
                 shutil.rmtree(unfinished, ignore_errors=True)  # gives the space back; the error goes on
                 raise
-            _sync_folder(self.path)
+            sync_folder(self.path)
             self._forget_old(checkpoint.next_epoch)
 
     def newest(self) -> Path | None:
@@ -269,14 +268,6 @@ def belonging_to(path: Path) -> Iterator[None]:
         raise FileFormatError(path, error.message) from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file appears under its name only when it is whole and on the disk."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    _write(unfinished, content)
-    unfinished.replace(path)
-    _sync_folder(path.parent)
-
-
 def _folder_name(next_epoch: int) -> str:
     return "start" if next_epoch == 0 else f"epoch-{next_epoch - 1:04d}"
 
@@ -284,21 +275,6 @@ def _folder_name(next_epoch: int) -> str:
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies on the CPU that share no memory, which safetensors asks for."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import os
 import shutil
 import tempfile
 import time
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from ptsim.errors import FileFormatError, UsageError
+from ptsim.textfile import umask, write_whole
 from ptsim.trace.io import read_records
 from ptsim.trace.schema import Run
 from ptsim.training import checkpoint as store
@@ -113,8 +113,8 @@ def make_run_folder(folder: Path, config: Config) -> None:
                 shutil.rmtree(stale, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".unfinished", dir=folder.parent))
         try:
-            unfinished.chmod(0o777 & ~_umask())
-            store.write_atomically(unfinished / CONFIG, to_toml(config).encode())
+            unfinished.chmod(0o777 & ~umask())
+            write_whole(unfinished / CONFIG, to_toml(config))
             unfinished.replace(folder)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -154,7 +154,7 @@ def update_config(folder: Path, config: Config) -> None:
     """
     if recorded_config(folder) != config:
         with store.writing(folder / CONFIG):
-            store.write_atomically(folder / CONFIG, to_toml(config).encode())
+            write_whole(folder / CONFIG, to_toml(config))
 
 
 def _began_with(trace: Path) -> Config:
@@ -163,12 +163,6 @@ def _began_with(trace: Path) -> Config:
     if not isinstance(first, Run):
         raise FileFormatError(trace, "the first record is no run record", line=1)
     return from_recorded(first.hyperparameters)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def refuse_used_folder(folder: Path) -> None:
