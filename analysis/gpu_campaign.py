@@ -66,7 +66,7 @@ from ptsim.hardware.catalog import match_device
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.measure.calibrate import make_optimizer
 from ptsim.measure.nvml import open_meter
-from ptsim.measure.profile import number_format, profile_network, tf32_allowed, tuned_convolutions
+from ptsim.measure.profile import Budget, number_format, profile_network, tf32_allowed, tuned_convolutions
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import remove_channels
@@ -295,8 +295,7 @@ class Campaign:
                 memory_format=memory_format,
                 optimizer=make_optimizer("sgd", here.parameters()),
                 device=self.device,
-                min_seconds=0.0 if self.tiny else 1.0,
-                max_seconds=max(self.remaining_s(), 1.0),
+                budget=Budget(min_seconds=0.0 if self.tiny else 1.0, max_seconds=max(self.remaining_s(), 1.0)),
             )
             use = meter.stop()
             row |= {"measured_step_s": profile.step_s, "measured_peak_bytes": profile.peak_memory_bytes}

@@ -42,6 +42,9 @@ class LayerKind(StrEnum):
     OTHER = "other"
 
 
+PRODUCTS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)  # whose multiply–accumulates are counted
+
+
 class Precision(StrEnum):
     """Number format of the matrix products; parameters and optimizer state stay fp32."""
 
@@ -165,6 +168,9 @@ class Moment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gradient_bytes: Difference  # of parameters whose gradient is there
 
 
+ALLOCATOR_BLOCK = 512  # bytes that a tensor on a GPU takes multiples of: c10/cuda/CUDACachingAllocator.h, kMinBlockSize
+
+
 class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Memory of one training iteration's tensors, watched while it ran without arithmetic (`capture.footprint`).
 
@@ -236,8 +242,7 @@ class Network(
 
         What runs `once` a mini-batch is part of it, whole.
         """
-        products = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
-        return sum(layer.forward_macs for layer in self.layers if layer.kind in products and not layer.training_only)
+        return sum(layer.forward_macs for layer in self.layers if layer.kind in PRODUCTS and not layer.training_only)
 
     def layer(self, name: str) -> Layer:
         """The layer called `name`.

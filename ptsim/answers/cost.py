@@ -13,7 +13,7 @@ import msgspec
 
 from ptsim.answers.subject import Subject, find_subject
 from ptsim.costs.buckets import ddp_buckets
-from ptsim.costs.flops import PRODUCTS, Convention, inference_macs, layer_macs, training_macs
+from ptsim.costs.flops import Convention, inference_macs, layer_macs, training_macs
 from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
 from ptsim.costs.run import EpochCost, recorded_device, run_cost
 from ptsim.costs.traffic import batch_norm_bytes, network_traffic, update_traffic
@@ -21,7 +21,7 @@ from ptsim.criteria import GROUP_LASSO, penalty_work
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
-from ptsim.network import LayerKind, MemoryFormat, Network, Precision
+from ptsim.network import PRODUCTS, LayerKind, MemoryFormat, Network, Precision
 from ptsim.setting import StepSetting
 from ptsim.trace.trace import Trace
 

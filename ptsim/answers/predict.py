@@ -182,7 +182,7 @@ def _prediction(
     need = iteration_memory(network, setting, device=device)
     count, images = setting.num_gpus, setting.num_gpus * setting.batch
     energy = None
-    if device.architecture != "cpu":
+    if device.is_gpu:
         energy = step_energy(step, device, waiting_s=max(0.0, took.expected_s - step.compute_s))
     return Prediction(
         model=network.name,

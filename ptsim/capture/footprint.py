@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptsim.capture.graph import hollow_copy
 from ptsim.capture.rehearsal import quiet_fakes
-from ptsim.network import Footprint, Moment
+from ptsim.network import ALLOCATOR_BLOCK, Footprint, Moment
 
 _BATCHES = (2, 3)
 _LARGEST = 2**20  # mini-batches beyond it are nobody's
@@ -40,7 +40,6 @@ _FP32_ON_GPU = frozenset(
     | {"acos", "asin", "cosh", "sinh", "tan", "interpolate", "upsample", "upsample_nearest", "upsample_bilinear"}
 )
 _VECTOR = 16  # channels of oneDNN's blocked layout with AVX-512
-_BLOCK = 512  # c10/cuda/CUDACachingAllocator.h, kMinBlockSize
 
 
 class _Workspaces(NamedTuple):
@@ -279,7 +278,7 @@ def _moments(
     lines = set()
     for few, many in zip(small, large, strict=True):
         fixed, image = _line(few.alive + workspace(few.workspaces), many.alive + workspace(many.workspaces))
-        lines.add((fixed + gpu * _BLOCK * few.num_tensors, image, few.gradients))
+        lines.add((fixed + gpu * ALLOCATOR_BLOCK * few.num_tensors, image, few.gradients))
     highest = set(_envelope(lines, lambda line: line[0] + line[2])) | set(_envelope(lines, lambda line: line[0]))
     return tuple(
         Moment(fixed_bytes=fixed, image_bytes=image, gradient_bytes=gradients)

@@ -16,6 +16,7 @@ import functools
 import math
 from collections.abc import Sequence
 
+from ptsim.costs.times import Z90
 from ptsim.hardware.spec import AllReduceTable, AlphaBeta
 
 _PULL = 0.25
@@ -71,7 +72,7 @@ def table_sigma(table: AllReduceTable, message_bytes: float) -> float:
 def _common_miss(sizes: tuple[int, ...], seconds: tuple[float, ...]) -> float:
     """Standard deviation of what interpolation misses over the whole table; real gaps are half as wide."""
     misses = sorted(_left_out_misses(sizes, seconds).values())
-    return misses[round(0.9 * (len(misses) - 1))] / 1.645 / 2 if misses else _UNKNOWN_MISS
+    return misses[round(0.9 * (len(misses) - 1))] / Z90 / 2 if misses else _UNKNOWN_MISS
 
 
 @functools.lru_cache(maxsize=256)

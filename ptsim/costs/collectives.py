@@ -11,6 +11,7 @@ from ptsim.costs import nccl
 from ptsim.costs.algorithms import AUTO, check_choice
 from ptsim.costs.allreduce_table import table_seconds, table_sigma
 from ptsim.costs.tiers import Tier
+from ptsim.costs.times import Z90
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link, LinkKind
@@ -154,7 +155,7 @@ def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm
             seconds *= _of_table(table, cluster, message_bytes) / there
             sigma = math.hypot(sigma, table_sigma(table, message_bytes))
             tier = Tier.SCALED
-    spread = math.exp(1.645 * sigma)
+    spread = math.exp(Z90 * sigma)
     return AllReduceTime(
         seconds=seconds,
         low_s=seconds / spread,

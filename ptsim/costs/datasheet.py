@@ -26,7 +26,7 @@ from ptsim.costs.times import LayerTime, StepTime
 from ptsim.costs.traffic import update_traffic
 from ptsim.criteria import PenaltyWork, penalty_work
 from ptsim.hardware.catalog import load_device
-from ptsim.hardware.spec import Device
+from ptsim.hardware.spec import GENERATIONS, Device
 from ptsim.network import Network, Precision
 from ptsim.setting import StepSetting
 
@@ -180,10 +180,10 @@ _FULL_POWER = {
 }
 _SMALL_SM_POWER = 1.4  # of Blackwell's boards for graphics, whose tensor cores are those of Ada: RTX 5090
 _TENSOR_SINCE = {Precision.FP16: "volta", Precision.BF16: "ampere", Precision.TF32: "ampere"}
-_GENERATIONS = ("cpu", "kepler", "maxwell", "pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell")
-_BEFORE_VOLTA = ("kepler", "maxwell", "pascal")  # the fit has rows of Pascal only; older chips are taken to be like it
+# The fit has rows of Pascal only; older chips are taken to be like it.
+_BEFORE_VOLTA = GENERATIONS[: GENERATIONS.index("volta")]
 _ISSUE = 128  # threads per clock and SM whose instruction issues, from Volta on: four schedulers of a warp
-_SINCE_AMPERE = ("ampere", "ada", "hopper", "blackwell")
+_SINCE_AMPERE = GENERATIONS[GENERATIONS.index("ampere") :]
 _TILES = ((256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 128), (64, 32), (32, 32))
 # Standard deviation of the logarithm of time of what the rows of the fit scatter in, or hold little of. Half precision
 # scatters more than fp32 and tf32, by software and mini-batch; depthwise and grouped convolutions have rows of a few
@@ -208,7 +208,7 @@ _SPLIT_BLOCKS = 4  # … and how many of them an SM gets
 def uses_tensor_cores(device: Device, precision: Precision) -> bool:
     """Whether products of this precision run on tensor cores there."""
     since = _TENSOR_SINCE.get(precision)
-    return since is not None and _GENERATIONS.index(device.architecture) >= _GENERATIONS.index(since)
+    return since is not None and device.architecture in GENERATIONS[GENERATIONS.index(since) :]
 
 
 def chip_of(device: Device, precision: Precision) -> Chip:
@@ -218,7 +218,8 @@ def chip_of(device: Device, precision: Precision) -> Chip:
     simt, num_sms, clock_hz = device.peak_flops_per_s[Precision.FP32], float(device.num_sms), device.boost_clock_hz
     power = device.power_w / (num_sms * clock_hz / 1e9)
     full_power = _FULL_POWER.get(device.architecture, power)
-    if device.architecture == "blackwell" and device.peak_flops_per_s[Precision.FP16] < 2048 * num_sms * clock_hz:
+    fp16_flops_per_s = device.peak_flops_per_s.get(Precision.FP16, math.inf)
+    if device.architecture == "blackwell" and fp16_flops_per_s < 2048 * num_sms * clock_hz:
         full_power = _SMALL_SM_POWER
     return Chip(
         peak_flops_per_s=device.peak_flops_per_s[products],

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from ptsim.costs.times import StepTime
+from ptsim.costs.times import Z90, StepTime
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.spec import Device
 
@@ -97,7 +97,7 @@ def fit_power(device: Device, samples: Sequence[PowerSample]) -> PowerModel:
     fitted = lsq_linear(rows, wanted, bounds=(0.0, 1.1)).x
     predicted = device.idle_power_w + span * (shares @ fitted)
     residuals = np.array([sample.power_w for sample in samples]) / predicted - 1
-    spread = 1.645 * float(np.sqrt(np.mean(residuals**2)))
+    spread = Z90 * float(np.sqrt(np.mean(residuals**2)))
     product, stream, waiting = (device.idle_power_w + span * float(share) for share in fitted)
     return PowerModel(
         product_w=product,

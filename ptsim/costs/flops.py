@@ -15,10 +15,9 @@ from typing import Literal
 
 import msgspec
 
-from ptsim.network import Layer, LayerKind, Network
+from ptsim.network import PRODUCTS, Layer, LayerKind, Network
 
 Convention = Literal["exact", "paper"]
-PRODUCTS = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.MATMUL)
 
 
 class LayerMacs(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,9 +21,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ptsim.costs.flops import PRODUCTS
 from ptsim.costs.widths import Widths
-from ptsim.network import Layer, LayerKind, Network, Precision
+from ptsim.network import PRODUCTS, Layer, LayerKind, Network, Precision
 from ptsim.setting import StepSetting
 
 Floats = npt.NDArray[np.float64]

@@ -20,7 +20,7 @@ import msgspec
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.walked import layer_workspace, walked_footprint
 from ptsim.hardware.spec import Device
-from ptsim.network import Footprint, LayerKind, MemoryFormat, Network
+from ptsim.network import ALLOCATOR_BLOCK, Footprint, LayerKind, MemoryFormat, Network
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import StepSetting
 from ptsim.units import MIB
@@ -28,8 +28,8 @@ from ptsim.units import MIB
 # Whole-model temporaries of torch's "foreach" update on a GPU: a gradient with weight decay added for SGD and RMSprop,
 # the denominator for Adam.
 _UPDATE_COPIES = 1
-# c10/cuda/CUDACachingAllocator.h: kMinBlockSize, kSmallBuffer, kLargeBuffer, kMinLargeAlloc, kSmallSize.
-_BLOCK, _SMALL_SEGMENT, _LARGE_SEGMENT = 512, 2 * MIB, 20 * MIB
+# c10/cuda/CUDACachingAllocator.h: kSmallBuffer, kLargeBuffer.
+_SMALL_SEGMENT, _LARGE_SEGMENT = 2 * MIB, 20 * MIB
 # aten/src/ATen/cuda/CublasHandlePool.cpp: 32 MiB on Hopper and newer, else 4096·2 + 16·8 KiB.
 _CUBLAS_WORKSPACE = {"hopper": 32 * MIB, "blackwell": 32 * MIB}
 _CUBLAS_WORKSPACE_OTHER = (4096 * 2 + 16 * 8) * 1024
@@ -92,8 +92,8 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     if batch <= 0:
         raise ValueError(f"batch is {batch}, expected a positive number of images")
     optimizer = OPTIMIZERS.find(setting.optimizer)
-    gpu = device is not None and device.architecture != "cpu"
-    block = _BLOCK if gpu else 1
+    gpu = device is not None and device.is_gpu
+    block = ALLOCATOR_BLOCK if gpu else 1
     seen = footprint_of(network, gpu=gpu, half=setting.half)
     weights = _round_each((4 * p.num_elements for p in network.parameters), block)
     learnt = _round_each((4 * p.num_elements for p in network.gradients), block)
@@ -175,7 +175,7 @@ def largest_batch(
 
 def usable_bytes(device: Device) -> int:
     """What a process can have of a catalog device's memory, a lower estimate, to hold `device_bytes` against."""
-    if device.architecture == "cpu":
+    if not device.is_gpu:
         return device.memory_bytes
     return int((VISIBLE_SHARE_HBM if device.stacked_memory else VISIBLE_SHARE) * device.memory_bytes)
 

@@ -22,7 +22,7 @@ from scipy.optimize import nnls
 
 from ptsim.costs.interpolation import Estimate, Family, Interpolator, convolution_form
 from ptsim.costs.tiers import Tier
-from ptsim.costs.times import LayerTime, StepTime
+from ptsim.costs.times import Z90, LayerTime, StepTime
 from ptsim.costs.traffic import network_traffic
 from ptsim.criteria import penalty_work
 from ptsim.errors import MissingMeasurementError
@@ -30,7 +30,6 @@ from ptsim.hardware.profile import DeviceProfile, OperatorSetting, OperatorTime,
 from ptsim.network import Layer, LayerKind, Network
 from ptsim.setting import StepSetting
 
-_Z90 = 1.645  # two-sided 90 % of a normal distribution
 _MOVES = (LayerKind.RESHAPE, LayerKind.DROPOUT, LayerKind.CONCAT)  # as fast as a copy where nobody timed them
 _NEGLIGIBLE = 0.005  # of the bytes that all layers move
 _NOTHING = Estimate(seconds=0.0, log_error=0.0, family=())
@@ -119,7 +118,7 @@ class _Device:
         else:
             ratios, ratio_error = self._ratios(forward_s + backward_s, len(network.layers))
             error = math.hypot(_common_error(estimates), ratio_error, self._jitter())
-            low, high = math.exp(-_Z90 * error), math.exp(_Z90 * error)
+            low, high = math.exp(-Z90 * error), math.exp(Z90 * error)
             launched_s = sum(self._host_s.get(layer.kind, 0.0) for layer in network.layers)
             kernels_s = forward_s * ratios[0] + backward_s * ratios[1]
             overhead_s = 0.0 if self._steps else max(launched_s - kernels_s, 0.0)
@@ -206,7 +205,7 @@ class _Device:
 
     def _jitter(self) -> float:
         """Standard deviation of the logarithm of whole steps, from the ranges in which 90 % of them lay; the median."""
-        spreads = [math.log(step.step_high_s / step.step_low_s) / (2 * _Z90) for step in self._steps]
+        spreads = [math.log(step.step_high_s / step.step_low_s) / (2 * Z90) for step in self._steps]
         return statistics.median(spreads) if spreads else 0.0
 
     def _fitted(self, network: Network, seconds_of: Callable[[StepMeasurement], float | None], missing: str) -> float:

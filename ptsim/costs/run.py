@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from ptsim.costs.collectives import ring_wire_bytes
 from ptsim.costs.flops import Convention, inference_macs, training_macs
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import batch_norm_bytes
@@ -88,7 +89,7 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
                 peak_memory_bytes=needs[asked],
                 measured_peak_memory_bytes=epoch.peak_memory_bytes,
                 gradient_bytes=gradient_bytes,
-                allreduce_bytes_per_gpu=round(2 * (size - 1) / size * gradient_bytes),
+                allreduce_bytes_per_gpu=round(ring_wire_bytes(gradient_bytes, size)),
             )
         )
     return tuple(costs)

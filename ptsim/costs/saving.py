@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from ptsim.costs.tiers import Tier
+from ptsim.costs.times import Z90
 from ptsim.errors import FileFormatError
 from ptsim.textfile import read_toml
 
@@ -60,5 +61,5 @@ def saving_interval(ratio: float, tier: str, *, draws: float = 0.0) -> tuple[flo
         raise ValueError(f"the ratio of two times is {ratio}, expected a positive number")
     errors = saving_errors()
     error = errors.get(tier, errors[Tier.DATASHEET])
-    half = math.hypot(error.half_width(ratio), 1.645 * draws)
+    half = math.hypot(error.half_width(ratio), Z90 * draws)
     return ratio * math.exp(-half), ratio * math.exp(half)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from ptsim.costs.flops import PRODUCTS
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Device
-from ptsim.network import LayerKind
+from ptsim.network import PRODUCTS, LayerKind
 from ptsim.trace.schema import Profile
+
+Z90 = 1.645  # standard deviations from the mean to either end of the middle 90 % of a normal distribution
 
 
 class LayerTime(msgspec.Struct, frozen=True, kw_only=True):

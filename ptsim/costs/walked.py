@@ -20,9 +20,8 @@ from typing import NamedTuple
 import msgspec
 
 from ptsim.costs.widths import Widths, sources_of
-from ptsim.network import Footprint, Layer, LayerKind, MemoryFormat, Moment, Network, Precision
+from ptsim.network import ALLOCATOR_BLOCK, Footprint, Layer, LayerKind, MemoryFormat, Moment, Network, Precision
 
-_BLOCK = 512  # c10/cuda/CUDACachingAllocator.h, kMinBlockSize
 _BATCHES = (512, 1024)  # at multiples of 128 images no tensor that grows with the mini-batch is rounded
 _PASSING_OPS = frozenset({"add", "sub"})  # their gradient is the gradient they get
 
@@ -48,7 +47,7 @@ def walked_footprint(network: Network, *, gpu: bool, half: bool) -> Footprint:
     widths = Widths(network, precision, gpu=gpu)
     walks = [_walk(network, batch, gpu=gpu, half=half, memory_format="contiguous") for batch in _BATCHES]
     kept = _line(walks[0].kept, walks[1].kept)
-    block = _BLOCK if gpu else 1
+    block = ALLOCATOR_BLOCK if gpu else 1
     return Footprint(
         device="gpu" if gpu else "cpu",
         half=half,
@@ -146,7 +145,7 @@ def _highest(lines: list[_Line]) -> tuple[Moment, ...]:
 
 def _walk(network: Network, batch: int, *, gpu: bool, half: bool, memory_format: MemoryFormat) -> _Walk:
     widths = Widths(network, Precision.FP16 if half else Precision.FP32, gpu=gpu)
-    return _Walk(network, batch, widths, _BLOCK if gpu else 1, memory_format=memory_format)
+    return _Walk(network, batch, widths, ALLOCATOR_BLOCK if gpu else 1, memory_format=memory_format)
 
 
 class _Walk:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ptsim.costs.flops import PRODUCTS
-from ptsim.network import Layer, LayerKind, Network, Precision
+from ptsim.network import PRODUCTS, Layer, LayerKind, Network, Precision
 
 # What autocast runs in fp32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and its CPU sister, without losses): on a
 # GPU most reductions, exponentials and normalisations, on a CPU next to nothing. BatchNorm and instance normalisation

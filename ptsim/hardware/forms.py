@@ -76,7 +76,7 @@ import msgspec
 import tomli_w
 
 from ptsim.errors import FileFormatError, UsageError
-from ptsim.hardware.spec import AllReduceTable, AlphaBeta, Cluster, Device, Link, LinkKind
+from ptsim.hardware.spec import AllReduceTable, AlphaBeta, Cluster, Device, Generation, Link, LinkKind
 from ptsim.network import Precision
 from ptsim.textfile import convert_toml, write_whole
 from ptsim.units import (
@@ -92,8 +92,7 @@ from ptsim.units import (
     write_quantity,
 )
 
-# NVIDIA's generations, oldest first.
-Architecture: TypeAlias = Literal["kepler", "maxwell", "pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell", "cpu"]  # fmt: skip # noqa: E501
+Architecture: TypeAlias = Literal[Generation, "cpu"]
 ARCHITECTURES: tuple[str, ...] = Architecture.__args__  # type: ignore[attr-defined] # a Literal's choices
 
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=300, pattern=r"\S")]

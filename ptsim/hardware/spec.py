@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -11,6 +11,12 @@ from ptsim.errors import UsageError
 from ptsim.network import Precision
 
 UNSPECIFIED = "unspecified"  # the device of a cluster of which only the network was measured
+
+
+Generation: TypeAlias = Literal[
+    "kepler", "maxwell", "pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell"
+]  # fmt: skip
+GENERATIONS: tuple[str, ...] = get_args(Generation)  # NVIDIA's, oldest first
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +47,11 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     boosts_beyond: bool = False
     stacked_memory: bool = False
     driver_names: tuple[str, ...] = ()
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is a GPU, and not a CPU."""
+        return self.architecture != "cpu"
 
 
 class LinkKind(StrEnum):

@@ -36,7 +36,7 @@ from ptsim.hardware.profile_merge import mean_time, merge_operators, with_round
 from ptsim.measure.load import LoadWatch
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s, time_operator
-from ptsim.measure.profile import profile_network
+from ptsim.measure.profile import Budget, profile_network
 from ptsim.measure.rebuild import rebuild
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
@@ -126,8 +126,7 @@ def calibrate_gpu(
     if rounds < 1:
         raise UsageError(f"rounds is {rounds}, expected at least 1")
     calibration = _Calibration(out, device, _begin(out, device, traces, resume), make_regularizer)
-    begin_s = saved_s = time.perf_counter()
-    limit_s = 60.0 * minutes
+    begin_s = time.perf_counter()
     settings = settings or (_usual_settings(device) if not traces else ())
     networks = [*itertools.chain.from_iterable(calibration.of_trace(trace) for trace in traces)]
     networks += calibration.of_zoo(settings)
@@ -136,32 +135,7 @@ def calibrate_gpu(
         calibration.steps(networks, rounds),
         calibration.of_grid(settings or tuple(sorted({setting_of(trace) for trace in traces}))) if grid else (),
     )
-    meter = open_meter(device)
-    meter.start()
-    watch = LoadWatch(device, calibration.profile.load)
-    finished = True
-    try:
-        for what, measure in queue:
-            passed_s = time.perf_counter() - begin_s
-            if passed_s >= limit_s:
-                finished = grid and what.startswith(_GRID)  # the grid has no end; all that was asked for is there
-                break
-            progress(what, passed_s / limit_s)
-            with watch.measuring():
-                measure(limit_s - passed_s)
-            if time.perf_counter() - saved_s > _SAVE_EVERY_S:
-                calibration.update(load=watch.load())
-                calibration.save(complete=False)
-                saved_s = time.perf_counter()
-    except KeyboardInterrupt:
-        calibration.update(load=watch.load())
-        calibration.save(complete=False)
-        raise
-    use = meter.stop()
-    if use is not None:
-        calibration.update(power_w=use.power_w, sm_clock_hz=use.sm_clock_hz)
-    calibration.update(load=watch.load())
-    calibration.save(complete=finished)
+    calibration.work_off(queue, begin_s, 60.0 * minutes, progress)
     return calibration.profile
 
 
@@ -311,6 +285,34 @@ class _Calibration:
             text = f"{operator.op} {operator.inputs[0]} → {operator.output}, mini-batch {operator.batch}"
             yield f"{_GRID}{text}, {operator.setting}", lambda _, operator=operator: self._alone(operator)  # type: ignore[misc] # mypy types no default of a lambda
 
+    def work_off(self, queue: Iterator[_Measurement], begin_s: float, limit_s: float, progress: Progress) -> None:
+        """Measure what is in the queue until the limit, counted from `begin_s`, has passed; saves now and then."""
+        saved_s, finished = begin_s, True
+        meter, watch = open_meter(self._device), LoadWatch(self._device, self.profile.load)
+        meter.start()
+        try:
+            for what, measure in queue:
+                passed_s = time.perf_counter() - begin_s
+                if passed_s >= limit_s:
+                    finished = what.startswith(_GRID)  # the grid has no end; all that was asked for is there
+                    break
+                progress(what, passed_s / limit_s)
+                with watch.measuring():
+                    measure(limit_s - passed_s)
+                if time.perf_counter() - saved_s > _SAVE_EVERY_S:
+                    self.update(load=watch.load())
+                    self.save(complete=False)
+                    saved_s = time.perf_counter()
+        except KeyboardInterrupt:
+            self.update(load=watch.load())
+            self.save(complete=False)
+            raise
+        use = meter.stop()
+        if use is not None:
+            self.update(power_w=use.power_w, sm_clock_hz=use.sm_clock_hz)
+        self.update(load=watch.load())
+        self.save(complete=finished)
+
     def _measure_step(self, one: _Trained, min_seconds: float, left_s: float) -> None:
         network, setting, batch = one.network, one.setting, one.batch
         try:
@@ -334,9 +336,7 @@ class _Calibration:
                 optimizer=make_optimizer(one.optimizer, module.parameters()),
                 regularizer=regularizer,
                 device=self._device,
-                num_steps=_NUM_STEPS,
-                min_seconds=min_seconds,
-                max_seconds=left_s,
+                budget=Budget(num_steps=_NUM_STEPS, min_seconds=min_seconds, max_seconds=left_s),
             )
         except MissingMeasurementError:  # larger than this device's memory
             return

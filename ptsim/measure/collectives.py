@@ -8,7 +8,7 @@ import socket
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -107,20 +107,6 @@ def measure_table(
     layout = (ranks, len(set(hosts)))
     found = _left_by(known, layout)
     source = f"measured with torch.distributed {dist.get_backend()}, torch {torch.__version__}"
-
-    def table() -> AllReduceTable:
-        done = [size for size in sizes if size in found]
-        seconds = tuple(found[size][0] for size in done)
-        return AllReduceTable(
-            num_gpus=layout[0],
-            num_nodes=layout[1],
-            size_bytes=tuple(done),
-            seconds=seconds,
-            relative_jitter=statistics.median(found[size][1] for size in done),
-            source=source if len(done) == len(sizes) else f"{source}, {len(done)} of {len(sizes)} sizes so far",
-            segments=fit_segments(done, seconds) if len(done) > 1 else (),
-        )
-
     for size in sizes:
         if size in found:
             continue
@@ -134,8 +120,25 @@ def measure_table(
         middle = slowest[: max(2, math.ceil(0.9 * len(slowest)))]  # what other programs on the machine do is not jitter
         found[size] = statistics.median(slowest), statistics.stdev(middle) / statistics.fmean(middle)
         if keep is not None and dist.get_rank() == 0:
-            keep(table())
-    return table()
+            keep(_table_so_far(sizes, found, layout, source))
+    return _table_so_far(sizes, found, layout, source)
+
+
+def _table_so_far(
+    sizes: Sequence[int], found: Mapping[int, tuple[float, float]], layout: tuple[int, int], source: str
+) -> AllReduceTable:
+    """The table of what is measured, seconds and jitter by size."""
+    done = [size for size in sizes if size in found]
+    seconds = tuple(found[size][0] for size in done)
+    return AllReduceTable(
+        num_gpus=layout[0],
+        num_nodes=layout[1],
+        size_bytes=tuple(done),
+        seconds=seconds,
+        relative_jitter=statistics.median(found[size][1] for size in done),
+        source=source if len(done) == len(sizes) else f"{source}, {len(done)} of {len(sizes)} sizes so far",
+        segments=fit_segments(done, seconds) if len(done) > 1 else (),
+    )
 
 
 def _left_by(known: AllReduceTable | None, layout: tuple[int, int]) -> dict[int, tuple[float, float]]:
@@ -216,12 +219,7 @@ def calibrated_cluster(
     Raises:
         UsageError: no tables, two for the same layout, or a layout that `base` cannot have.
     """
-    layouts = [(table.num_gpus, table.num_nodes) for table in tables]
-    if not layouts:
-        raise UsageError("no all-reduce table to make a cluster of")
-    if len(set(layouts)) < len(layouts):
-        raise UsageError(f"two tables for the same GPU and node count among {layouts}", hint="give one log per layout")
-    per_node = max(-(-num_gpus // num_nodes) for num_gpus, num_nodes in layouts)
+    per_node = measured_per_node = _gpus_per_node(tables)
     if base is not None and base.gpus_per_node < per_node:
         raise UsageError(f"cluster {base.name} has {base.gpus_per_node} GPUs a node, the log has {per_node}")
     device = next((found for gpu in gpus if (found := match_device(gpu))), None)
@@ -238,7 +236,7 @@ def calibrated_cluster(
         inter = link_of(between, "between nodes, as measured") if between is not None else None
         nics, thinner = 1, 1.0
     sources = {"intra": f"catalog: {like.name}" if like else tables[0].source}
-    if per_node > max(-(-num_gpus // num_nodes) for num_gpus, num_nodes in layouts):
+    if per_node > measured_per_node:
         sources["intra"] += f"; a node is taken to hold {per_node} GPUs"
     if inter is not None:
         sources["inter"] = f"catalog: {like.name}" if like and like.inter else str(between.source if between else "")
@@ -259,6 +257,16 @@ def calibrated_cluster(
         price_usd_per_gpu_hour=base.price_usd_per_gpu_hour if base else None,
         sources=sources,
     )
+
+
+def _gpus_per_node(tables: Sequence[AllReduceTable]) -> int:
+    """The largest node that a table was measured on."""
+    layouts = [(table.num_gpus, table.num_nodes) for table in tables]
+    if not layouts:
+        raise UsageError("no all-reduce table to make a cluster of")
+    if len(set(layouts)) < len(layouts):
+        raise UsageError(f"two tables for the same GPU and node count among {layouts}", hint="give one log per layout")
+    return max(-(-num_gpus // num_nodes) for num_gpus, num_nodes in layouts)
 
 
 def _catalog_machine(device: Device | None, gpus_per_node: int, tables: Sequence[AllReduceTable]) -> Cluster | None:

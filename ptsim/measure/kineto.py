@@ -147,12 +147,9 @@ def import_kineto(
     named, driver_name, size = _device(recordings, device, memory_bytes, notes)
     times, rows = _operators(calls, setting, len(everything), notes)
     batch = _most([time.operator.batch for time in times])
-    optimizer = _optimizer(recordings)
-    if everything[0].optimizer_s is None:
-        notes.append("no Optimizer.step was recorded, so predictions from this profile lack the update")
+    optimizer = _optimizer(recordings, everything, notes)
     ranks = tuple(_rank_times(recording, own) for recording, own in zip(recordings, steps, strict=True))
     mean = _mean_times(ranks)
-    communication_s, exposed_s = mean.communication_seconds, mean.exposed_communication_seconds
     world_size = next((recording.world_size for recording in recordings if recording.world_size), None)
     measured = _measurement(everything, setting, batch, optimizer, architecture, name or recordings[0].path.stem)
     return KinetoImport(
@@ -167,9 +164,9 @@ def import_kineto(
         forward_seconds=mean.forward_seconds,
         backward_seconds=mean.backward_seconds,
         optimizer_seconds=mean.optimizer_seconds,
-        communication_seconds=communication_s,
-        exposed_communication_seconds=exposed_s,
-        overlap_fraction=1 - exposed_s / communication_s if communication_s else None,
+        communication_seconds=mean.communication_seconds,
+        exposed_communication_seconds=mean.exposed_communication_seconds,
+        overlap_fraction=_overlap(mean),
         host_idle_fraction=mean.host_idle_fraction,
         device_idle_fraction=mean.device_idle_fraction,
         operators=rows,
@@ -353,8 +350,16 @@ def _mean_times(ranks: Sequence[RankTimes]) -> RankTimes:
     return msgspec.structs.replace(first, **means)
 
 
-def _optimizer(recordings: Sequence[Recording]) -> str | None:
+def _overlap(times: RankTimes) -> float | None:
+    """The part of the communication that computation hid; None without communication."""
+    whole_s, exposed_s = times.communication_seconds, times.exposed_communication_seconds
+    return 1 - exposed_s / whole_s if whole_s else None
+
+
+def _optimizer(recordings: Sequence[Recording], steps: Sequence[Step], notes: list[str]) -> str | None:
     """The optimizer's class in lower case, from "Optimizer.step#SGD.step"."""
+    if steps[0].optimizer_s is None:
+        notes.append("no Optimizer.step was recorded, so predictions from this profile lack the update")
     for event in recordings[0].host:
         if event.name.startswith(UPDATE_MARK):
             return event.name.removeprefix(UPDATE_MARK).removesuffix(".step").lower()

@@ -16,16 +16,14 @@ from torch import Tensor, nn
 
 from ptsim.hardware.profile import Operator, OperatorTime
 from ptsim.measure.host_memory import keep_freed_memory
-from ptsim.measure.profile import number_format, tuned_convolutions
+from ptsim.measure.profile import HALF_TYPES, number_format, tuned_convolutions
 from ptsim.measure.rebuild import build_operator
 from ptsim.measure.timers import cuda_event
-from ptsim.network import Precision
 
 _ROTATED_BYTES = 96 * 2**20  # more than the last-level cache that one process gets of common CPUs
 _MAX_COPIES = 16
 _CPU_REPETITIONS = 7
 _GRAPH_CALLS, _GRAPH_REPLAYS = 10, 5
-_DTYPE = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 def time_operator(operator: Operator, device: torch.device) -> OperatorTime:
@@ -59,7 +57,7 @@ class _Bench:
                 function.to(memory_format=layout)
             self.parameters = list(function.parameters())
         self.function: Callable[..., Tensor] = function
-        self.dtype = _DTYPE.get(operator.setting.precision, torch.float32)
+        self.dtype = HALF_TYPES.get(operator.setting.precision, torch.float32)
         self.layout = layout
 
     def tensor(self, shape: Sequence[int]) -> Tensor:

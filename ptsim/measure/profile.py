@@ -15,8 +15,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import Node
@@ -29,19 +30,21 @@ from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.timers import cuda_event
 from ptsim.network import MemoryFormat, Network, Precision
+from ptsim.setting import positive_number
 from ptsim.trace.schema import LayerProfile, Profile
 
 NUM_WARM_UP = 2  # the first step allocates and lets cuDNN choose; the second is the first of the usual kind
 NUM_STEPS = 5
 NUM_LAYERED_STEPS = 3
 
-_AUTOCAST = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+# torch's types of the formats that autocast uses.
+HALF_TYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 @contextlib.contextmanager
 def number_format(precision: Precision, device: torch.device) -> Iterator[None]:
     """Matrix products inside run in `precision`: autocast for the 16-bit ones, CUDA's TF32 switches otherwise."""
-    autocast = torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST)
+    autocast = torch.autocast(device.type, dtype=HALF_TYPES.get(precision), enabled=precision in HALF_TYPES)
     with tf32_allowed(precision), autocast:
         yield
 
@@ -72,6 +75,44 @@ def tuned_convolutions() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    """How many steps a profile takes.
+
+    Attributes:
+        num_steps: whole steps to take the median of.
+        num_layered_steps: steps with a clock around every layer.
+        min_seconds: take whole steps for at least as long, and a quarter as many with clocks around the layers.
+        max_seconds: take fewer steps, of each kind at least one, where all of them would take longer.
+
+    Raises:
+        ValueError: a number of steps is not positive.
+    """
+
+    num_steps: int = NUM_STEPS
+    num_layered_steps: int = NUM_LAYERED_STEPS
+    min_seconds: float = 0.0
+    max_seconds: float = math.inf
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "num_layered_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+    def after(self, first_s: float) -> tuple[Budget, int]:
+        """What is left of the budget once the first step has taken so long, and how many more steps warm up."""
+        affordable = self.max_seconds / max(first_s, 1e-9) - 1
+        left = self
+        if affordable < NUM_WARM_UP - 1 + self.num_steps + self.num_layered_steps:
+            left = Budget(
+                num_steps=min(self.num_steps, max(1, int(affordable / 2))),
+                num_layered_steps=min(self.num_layered_steps, max(1, int(affordable / 4))),
+            )
+        return left, NUM_WARM_UP - 1 if affordable > 2 else 0
+
+
+USUAL_BUDGET = Budget()
+
+
 def profile_network(
     model: nn.Module,
     network: Network,
@@ -82,16 +123,13 @@ def profile_network(
     optimizer: torch.optim.Optimizer | None = None,
     regularizer: Callable[[], object] | None = None,
     device: torch.device | str,
-    num_steps: int = NUM_STEPS,
-    num_layered_steps: int = NUM_LAYERED_STEPS,
-    min_seconds: float = 0.0,
-    max_seconds: float = math.inf,
+    budget: Budget = USUAL_BUDGET,
 ) -> Profile:
     """Time one architecture on this device: medians per layer and of whole steps, and a step's peak memory on a GPU.
 
-    Costs `NUM_WARM_UP + num_steps + num_layered_steps` training steps on random images and the copy: measured for
-    ResNet-20 at mini-batch 128 on a CPU, 11.4 times a step, which is 2.9 % of a CIFAR epoch of 390, once per
-    architecture. The memory of the copy (weights and optimizer state once more) is needed besides the caller's.
+    Costs the steps of the budget and `NUM_WARM_UP` more on random images, and the copy: measured for ResNet-20 at
+    mini-batch 128 on a CPU, 11.4 times a step, which is 2.9 % of a CIFAR epoch of 390, once per architecture. The
+    memory of the copy (weights and optimizer state once more) is needed besides the caller's.
 
     Args:
         model: in training, on `device`; only copied.
@@ -100,75 +138,96 @@ def profile_network(
         precision: of the matrix products.
         memory_format: layout of the images (the weights have the layout that the caller gave them).
         optimizer: the model's; None times no update.
-        regularizer: adds the group lasso's gradient, between backward and update. It is copied together with the
-            model, so it must reach the parameters through objects (a method, a `functools.partial`), not a closure.
+        regularizer: adds the penalty's gradient, between backward and update. It is copied together with the model, so
+            it must reach the parameters through objects (a method, a `functools.partial`), not a closure.
         device: where to run.
-        num_steps: whole steps to take the median of.
-        num_layered_steps: steps with a clock around every layer.
-        min_seconds: take whole steps for at least as long, and a quarter as many with clocks around the layers.
-        max_seconds: take fewer steps, of each kind at least one, where all of them would take longer.
+        budget: how many steps.
 
     Raises:
         UnsupportedModelError: `network` does not describe `model`, or torch.fx cannot trace it.
         MissingMeasurementError: the copy and a step do not fit into the device's memory.
-        ValueError: batch or a number of steps is not positive.
+        UsageError: batch is no positive number.
     """
     device = torch.device(device)
-    for name, value in (("batch", batch), ("num_steps", num_steps), ("num_layered_steps", num_layered_steps)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1")
-    cuda_devices = [device] if device.type == "cuda" else []
-    if device.type == "cpu":
-        keep_freed_memory()
-    with torch.random.fork_rng(devices=cuda_devices), number_format(precision, device), tuned_convolutions():
+    positive_number("batch", batch)
+    with _as_in_training(precision, device):
         try:
-            before_bytes = torch.cuda.memory_allocated(device) if cuda_devices else 0
+            before_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
             scaled = precision is Precision.FP16
             run = _Run(model, network, batch, memory_format, optimizer, regularizer, device, scaled=scaled)
-            began_s = time.perf_counter()
-            run.steps(1)
-            first_s = time.perf_counter() - began_s
-            affordable = max_seconds / max(first_s, 1e-9) - 1
-            if affordable < NUM_WARM_UP - 1 + num_steps + num_layered_steps:
-                num_layered_steps = min(num_layered_steps, max(1, int(affordable / 4)))
-                num_steps, min_seconds = min(num_steps, max(1, int(affordable / 2))), 0.0
-            if affordable > 2:
-                run.steps(NUM_WARM_UP - 1)
-            if cuda_devices:
-                torch.cuda.reset_peak_memory_stats(device)
-            steps = run.steps(num_steps)
-            while sum(step[-1] for step in steps) < min_seconds:
-                steps += run.steps(num_steps)
-            peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes if cuda_devices else None
-            if len(steps) > num_steps:
-                num_layered_steps = max(num_layered_steps, len(steps) // 4)
-            layered = [run.layered_step() for _ in range(num_layered_steps)]
+            taken = _take(run, budget)
         except torch.OutOfMemoryError as error:
             raise MissingMeasurementError(
                 f"{network.name} cannot be profiled at mini-batch {batch}: a second copy does not fit into {device}"
             ) from error
         finally:
             run = None  # type: ignore[assignment] # frees the copy before anybody looks at the memory again
-    forward_s, backward_s, regularizer_s, optimizer_s, step_s = (
-        statistics.median(values) for values in zip(*steps, strict=True)
-    )
+    times = _step_times(taken, optimizer is not None, regularizer is not None)
     return Profile(
         architecture=network.id,
         batch=batch,
         precision=precision,
         memory_format=memory_format,
         device=open_meter(device).info().name,
-        num_samples=len(steps),
-        layers=tuple(_median_layers(network, layered)),
-        forward_s=forward_s,
-        backward_s=backward_s,
-        optimizer_s=optimizer_s if optimizer is not None else 0.0,  # not the microseconds between two clocks
-        regularizer_s=regularizer_s if regularizer is not None else 0.0,
-        step_s=step_s,
-        step_low_s=_rank(steps, 0.05),
-        step_high_s=_rank(steps, 0.95),
-        peak_memory_bytes=peak_bytes,
+        num_samples=len(taken.steps),
+        layers=tuple(_median_layers(network, taken.layered)),
+        peak_memory_bytes=None if taken.peak_bytes is None else taken.peak_bytes - before_bytes,
+        **times,
     )
+
+
+@contextlib.contextmanager
+def _as_in_training(precision: Precision, device: torch.device) -> Iterator[None]:
+    """The number format and the convolutions of ptsim's training; random state is put back afterwards."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    cuda_devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda_devices), number_format(precision, device), tuned_convolutions():
+        yield
+
+
+class _Taken(NamedTuple):
+    """The steps of a profile; each is forward, backward, regulariser, optimizer and the whole, in seconds."""
+
+    steps: list[tuple[float, ...]]
+    layered: list[LayerSeconds]
+    peak_bytes: int | None
+
+
+def _take(run: _Run, budget: Budget) -> _Taken:
+    """The steps of the budget, whole ones and ones with a clock around every layer."""
+    began_s = time.perf_counter()
+    run.steps(1)
+    budget, warm_up = budget.after(time.perf_counter() - began_s)
+    if warm_up:
+        run.steps(warm_up)
+    on_gpu = run.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(run.device)
+    steps = run.steps(budget.num_steps)
+    while sum(step[-1] for step in steps) < budget.min_seconds:
+        steps += run.steps(budget.num_steps)
+    peak_bytes = torch.cuda.max_memory_allocated(run.device) if on_gpu else None
+    num_layered = budget.num_layered_steps
+    if len(steps) > budget.num_steps:
+        num_layered = max(num_layered, len(steps) // 4)
+    return _Taken(steps, [run.layered_step() for _ in range(num_layered)], peak_bytes)
+
+
+def _step_times(taken: _Taken, updates: bool, regularizes: bool) -> dict[str, float]:
+    """Medians of the parts and the range of whole steps, as `Profile` calls them."""
+    forward_s, backward_s, regularizer_s, optimizer_s, step_s = (
+        statistics.median(values) for values in zip(*taken.steps, strict=True)
+    )
+    return {
+        "forward_s": forward_s,
+        "backward_s": backward_s,
+        "optimizer_s": optimizer_s if updates else 0.0,  # not the microseconds between two clocks
+        "regularizer_s": regularizer_s if regularizes else 0.0,
+        "step_s": step_s,
+        "step_low_s": _rank(taken.steps, 0.05),
+        "step_high_s": _rank(taken.steps, 0.95),
+    }
 
 
 def match_layers(graph: fx.GraphModule, network: Network) -> dict[fx.Node, str]:

@@ -8,6 +8,7 @@ share.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -91,14 +92,7 @@ def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     """The rows of `Trace.epochs_frame` of several runs, with what tells the runs apart."""
     rows = []
     for label, setting, trace in _named(traces):
-        labels = {
-            "run": label,
-            "setting": setting,
-            "pruned": trace.is_pruned,
-            "device": device_name(trace),
-            "device_kind": trace.run.device.kind,
-            "precision": str(trace.run.precision),
-        }
+        labels = _labels(label, setting, trace)
         rows += [labels | row for row in epoch_rows(trace)]
     return numeric(pd.DataFrame(rows))
 
@@ -200,6 +194,18 @@ def averaged(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(columns).reset_index()
 
 
+def _labels(label: str, setting: str, trace: Trace) -> dict[str, Any]:
+    """The columns that tell a run's rows from those of other runs."""
+    return {
+        "run": label,
+        "setting": setting,
+        "pruned": trace.is_pruned,
+        "device": device_name(trace),
+        "device_kind": trace.run.device.kind,
+        "precision": str(trace.run.precision),
+    }
+
+
 def _named(traces: Sequence[Trace]) -> Iterator[tuple[str, str, Trace]]:
     """Every run with its label and its setting's."""
     return zip(run_labels(traces), setting_labels(traces), traces, strict=True)
@@ -210,13 +216,8 @@ def validation_frame(traces: Sequence[Trace], validation: Validation) -> pd.Data
     rows = []
     for (label, setting, trace), check in zip(_named(traces), validation.runs, strict=True):
         rows += [
-            {
-                "run": label,
-                "setting": setting,
-                "pruned": trace.is_pruned,
-                "device": device_name(trace),
-                "device_kind": trace.run.device.kind,
-                "precision": str(trace.run.precision),
+            _labels(label, setting, trace)
+            | {
                 "num_gpus": trace.run.world_size,
                 "batch_per_gpu": epoch.batch_per_gpu,
                 "epoch": epoch.epoch,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 import pandas as pd
 
-from ptsim.costs.flops import PRODUCTS, layer_macs
+from ptsim.costs.flops import layer_macs
 from ptsim.costs.run import run_cost
 from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import Measurements, StepTime, step_time
@@ -19,6 +19,7 @@ from ptsim.costs.tiers import worst_tier
 from ptsim.costs.traffic import network_traffic
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Cluster, Device
+from ptsim.network import PRODUCTS
 from ptsim.report.frames import accuracies
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection, projection_row

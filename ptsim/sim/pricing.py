@@ -18,6 +18,7 @@ from ptsim.costs.memory import MemoryNeed, iteration_memory
 from ptsim.costs.scaling import contention_of, hook_seconds, widened
 from ptsim.costs.step import StepTime, step_time
 from ptsim.costs.tiers import worst_tier
+from ptsim.costs.times import Z90
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
@@ -348,7 +349,7 @@ class Pricer:
 
     def _autotune_s(self, stage: Stage, step: StepTime) -> float:
         """Every convolution's forward and backward, so many times (cuDNN tries its algorithms at the first step)."""
-        if not self.options.autotune_trials or self.scenario.device.architecture == "cpu":
+        if not self.options.autotune_trials or not self.scenario.device.is_gpu:
             return 0.0
         convolutions = {layer.name for layer in stage.network.layers if layer.kind is LayerKind.CONV}
         once = sum(layer.forward_s + layer.backward_s for layer in step.layers if layer.layer in convolutions)
@@ -377,10 +378,10 @@ def recorded_surgery(reconfigurations: Sequence[Reconfiguration], epoch: int) ->
     if len(logs) > 1:
         mean = math.fsum(logs) / len(logs)
         sigma = math.sqrt(math.fsum((value - mean) ** 2 for value in logs) / (len(logs) - 1))
-    width = math.exp(1.645 * sigma)
+    width = math.exp(Z90 * sigma)
     return SecondsRange(low_s=expected / width, expected_s=expected, high_s=expected * width)
 
 
 def _widened(ratio: float, sigma: float) -> float:
     """The end of a 90 % interval (as a ratio to the middle) with a log-normal spread on top, independent of it."""
-    return math.exp(math.hypot(math.log(ratio), 1.645 * sigma))
+    return math.exp(math.hypot(math.log(ratio), Z90 * sigma))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ptsim.network import PRODUCTS
+
 if TYPE_CHECKING:
     from ptsim.trace.trace import Trace
 
@@ -73,7 +75,7 @@ def layer_rows(trace: Trace) -> list[dict[str, Any]]:
             "input_elements": layer.input_elements,
             "output_elements": layer.output_elements,
             "parameters": layer.num_parameters,
-            "forward_macs_per_image": layer.forward_macs,
+            "forward_macs_per_image": layer.forward_macs if layer.kind in PRODUCTS else 0,
         }
         for architecture, network in trace.networks.items()
         for position, layer in enumerate(network.layers)

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptsim.errors import UsageError
+from ptsim.measure.profile import HALF_TYPES
 from ptsim.measure.timers import Phase, StepTimer
 from ptsim.network import MemoryFormat, Precision
 from ptsim.trace.schema import EpochTime, StepDistribution
 
 _T = TypeVar("_T")
-_HALF = {torch.bfloat16: Precision.BF16, torch.float16: Precision.FP16}
+_HALF = {kind: precision for precision, kind in HALF_TYPES.items()}
 
 
 class Watch:

@@ -279,3 +279,14 @@ def test_kernels_keep_their_columns():
     assert kernels.work.tolist() == [Work.PRODUCT] * 3
     assert kernels.step.tolist() == list(Pass)
     assert msgspec.structs.asdict(kernels)["m"].dtype == np.float64
+
+
+def test_devices_of_any_generation_and_without_half_precision_are_predicted():
+    kepler = msgspec.structs.replace(load_device("p100-sxm2-16gb"), architecture="kepler")
+    assert not uses_tensor_cores(kepler, Precision.FP16)
+    assert datasheet_step(NETWORK, kepler, StepSetting(batch=8, precision=Precision.FP16)).compute_s > 0
+    b200 = load_device("b200-sxm-180gb")
+    peaks = {Precision.FP32: b200.peak_flops_per_s[Precision.FP32]}
+    plain = msgspec.structs.replace(b200, peak_flops_per_s=peaks)
+    setting = StepSetting(batch=8)
+    assert datasheet_step(NETWORK, plain, setting).forward_s == datasheet_step(NETWORK, b200, setting).forward_s

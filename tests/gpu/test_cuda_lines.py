@@ -82,6 +82,8 @@ REACHED_BY = {
         "measure/nvml:open_meter",
     ],
     "test_a_profile_has_times_and_a_peak_near_the_predicted_one": [
+        "measure/profile:_as_in_training",
+        "measure/profile:_take",
         "measure/profile:instant",
         "measure/profile:profile_network",
         "measure/profile:wait",

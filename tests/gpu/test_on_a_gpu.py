@@ -18,7 +18,7 @@ from ptsim.hardware.catalog import match_device
 from ptsim.measure.load import LoadWatch
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s
-from ptsim.measure.profile import profile_network
+from ptsim.measure.profile import Budget, profile_network
 from ptsim.measure.timers import StepTimer
 from ptsim.network import Precision
 from ptsim.prune.criteria.group_lasso import GroupLasso
@@ -183,7 +183,8 @@ def test_a_profile_has_times_and_a_peak_near_the_predicted_one(precision):
     here = model.to(CUDA)
     profile = profile_network(
         here, network, batch=16, precision=Precision(precision), memory_format="contiguous",
-        optimizer=torch.optim.SGD(here.parameters(), lr=0.1, momentum=0.9), device=torch.device(CUDA), min_seconds=0.2,
+        optimizer=torch.optim.SGD(here.parameters(), lr=0.1, momentum=0.9), device=torch.device(CUDA),
+        budget=Budget(min_seconds=0.2),
     )  # fmt: skip
     assert profile.forward_s > 0
     assert profile.backward_s > profile.forward_s / 2

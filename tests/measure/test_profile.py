@@ -132,5 +132,5 @@ def test_a_description_of_another_network_is_refused():
 
 
 def test_a_mini_batch_of_zero_is_refused():
-    with pytest.raises(ValueError, match="batch is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="batch is 0, expected a positive number"):
         profile(Small(), batch=0)
