@@ -23,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ptsim.answers.cost import cost
-from ptsim.answers.plan import plan_draws
+from ptsim.answers.plan import plan
 from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import step_time
 from ptsim.costs.tiers import Tier
@@ -89,16 +89,16 @@ def pairs(draws: int, folder: Path | None = None, only: Sequence[str] = ()) -> l
     for name, run in sorted(published_runs().items(), key=lambda item: -item[1].images):
         if only and name not in only:
             continue
-        files = [] if folder is None else [folder / f"{name.replace('/', '-')}-{i}.jsonl" for i in range(draws)]
-        if files and all(file.is_file() for file in files):
-            pruned = [read_trace(file) for file in files]
+        file = None if folder is None else folder / f"{name.replace('/', '-')}-{draws}.jsonl"
+        if file is not None and file.is_file():
+            planned = read_trace(file)
         else:
             print(f"planning {name}", file=sys.stderr, flush=True)
-            pruned = plan_draws(run.model, draws, pruning=name)
-            for file, trace in zip(files, pruned, strict=False):
+            planned = plan(run.model, draws=draws, pruning=name)
+            if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_trace(file, trace)
-        made.append(Pair(run, held_dense(pruned[0]), pruned))
+                write_trace(file, planned)
+        made.append(Pair(run, held_dense(planned), planned.drawn()))
     return made
 
 
@@ -134,8 +134,8 @@ def times_table(made: Sequence[Pair]) -> pd.DataFrame:
 
 
 def _row(pair: Pair, cluster: str, where: str, ratios: list[float]) -> dict[str, object]:
-    logs = [math.log(ratio) for ratio in ratios]
-    spread = statistics.stdev(logs) if len(logs) > 1 else 0.0
+    others = [math.log(ratio / ratios[0]) ** 2 for ratio in ratios[1:]]
+    spread = math.sqrt(statistics.fmean(others)) if others else 0.0
     low, high = saving_interval(ratios[0], Tier.DATASHEET, draws=spread)
     measured = _measured(pair, cluster, where)
     return {

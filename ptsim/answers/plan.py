@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +17,20 @@ from ptsim.answers.plan_options import PlanOptions
 from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.errors import UsageError
-from ptsim.network import LayerKind, MemoryFormat, Network, Precision
+from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import changed, parse_precision
 from ptsim.trace.schema import (
     NO_DEVICE,
     SCHEMA_VERSION,
     Dataset,
+    Draw,
     End,
     Epoch,
     Reconfiguration,
     Run,
 )
-from ptsim.trace.trace import Trace
+from ptsim.trace.trace import Trace, output_channels
 
 if TYPE_CHECKING:
     from ptsim.prune.trajectories.build import Dense, Step
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.005  # how far a planned fraction may be from its target
 DEFAULT_INTERVAL = 5
+MOST_DRAWS = 100
 
 
 _CORRECTIONS = 8  # of the table that turns widths into costs; most plans need one or two
@@ -91,21 +93,13 @@ def plan(model: str, options: PlanOptions | None = None, **changes: Any) -> Trac
         UsageError: a missing or wrong option, or a pruning that this network cannot have.
         UnsupportedModelError: the network cannot be traced.
     """
-    return plan_draws(model, 1, options, **changes)[0]
-
-
-def plan_draws(model: str, draws: int, options: PlanOptions | None = None, **changes: Any) -> list[Trace]:
-    """`draws` trajectories that agree with what was given: the typical one first, then others at random.
-
-    The other arguments and the errors are those of `plan`; draw i has the seed `seed + i`.
-    """
     from ptsim import zoo
     from ptsim.prune.trajectories import find_kind
     from ptsim.prune.trajectories.build import dense_network
 
-    if draws < 1:
-        raise UsageError(f"draws is {draws}, expected at least 1")
     wanted = changed(options or PlanOptions(), changes)
+    if not 1 <= wanted.draws <= MOST_DRAWS:
+        raise UsageError(f"draws is {wanted.draws}, expected 1 to {MOST_DRAWS}")
     kind = find_kind(wanted.pruning)
     asked = _asked(model, wanted)
     entry = zoo.find(model)
@@ -117,7 +111,21 @@ def plan_draws(model: str, draws: int, options: PlanOptions | None = None, **cha
     )
     if not dense.edges and asked.pruning != "none":
         raise UsageError(f"{model} has no channel that can be pruned")
-    return [_planned(msgspec.structs.replace(asked, seed=asked.seed + i), dense, kind) for i in range(draws)]
+    typical, *others = (
+        _planned(msgspec.structs.replace(asked, seed=asked.seed + i), dense, kind) for i in range(wanted.draws)
+    )
+    return _with_draws(typical, others)
+
+
+def _with_draws(typical: Trace, others: Sequence[Trace]) -> Trace:
+    """The typical run with the networks that the others would train."""
+    draws = []
+    for other in others:
+        course = {0: other.epochs[0].architecture}
+        course |= {event.epoch + 1: event.after for event in other.reconfigurations if event.after != event.before}
+        draws.append(Draw(seed=other.run.seed, architectures=tuple(course.items())))
+    networks = {name: network for trace in (typical, *others) for name, network in trace.networks.items()}
+    return msgspec.structs.replace(typical, networks=networks, draws=tuple(draws))
 
 
 def fractions(trace: Trace) -> Fractions:
@@ -144,7 +152,9 @@ def fractions(trace: Trace) -> Fractions:
         inference_flops_fraction=inference_macs(trace.final_network) / max(inference_macs(first), 1),
         bn_bytes_fraction=ratio["bn"],
         allreduce_bytes_fraction=ratio["allreduce"],
-        architectures=len(trace.networks),
+        architectures=len(
+            {epoch.architecture for epoch in trace.epochs} | {event.after for event in trace.reconfigurations}
+        ),
     )
 
 
@@ -239,7 +249,7 @@ def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step
     networks = {dense.network.id: dense.network}
     after_epoch = dict(zip(asked.events, steps, strict=True)) if trajectory.pruned else {}
     epochs, reconfigurations, network = [], [], dense.network
-    first_channels, first_weights = _channels(dense.network), dense.network.num_parameters
+    first_channels, first_weights = output_channels(dense.network), dense.network.num_parameters
     iterations = math.ceil(asked.images / (asked.batch * asked.gpus))
     for number in range(asked.epochs):
         epochs.append(
@@ -257,7 +267,7 @@ def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step
                 train_accuracy=None,
                 validation_loss=None,
                 validation_accuracy=None,
-                channel_sparsity=1 - _channels(network) / first_channels,
+                channel_sparsity=1 - output_channels(network) / first_channels,
                 weight_sparsity=1 - network.num_parameters / first_weights,
                 measured_time=None,
                 measured_step=None,
@@ -333,7 +343,3 @@ def _run(asked: _Asked, trajectory: Trajectory) -> Run:
         origin="planned",
         assumed=trajectory.assumed,
     )
-
-
-def _channels(network: Network) -> int:
-    return sum(layer.out_channels for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR))

@@ -23,6 +23,7 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         precision: fp32, tf32, bf16, fp16 or amp.
         memory_format: of the activations.
         optimizer: sgd, adam, adamw or rmsprop; whose state and update are counted.
+        draws: trajectories that agree with the pruning; their spread goes into every interval of a projection.
         seed: which of the trajectories that agree with the pruning; 0 is the typical one.
     """
 
@@ -37,4 +38,5 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     precision: str = "fp32"
     memory_format: MemoryFormat = "contiguous"
     optimizer: str = "sgd"
+    draws: int = 1
     seed: int = 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from cyclopts import Parameter
 
-from ptsim.answers.plan import fractions, plan_draws
+from ptsim.answers.plan import fractions
+from ptsim.answers.plan import plan as plan_run
 from ptsim.answers.plan_options import PlanOptions
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json, NetworkOptions, Optimizer, Out
@@ -49,6 +49,8 @@ class PlannedRun:
     """Layout of the activations in memory."""
     optimizer: Optimizer = "sgd"
     """Optimizer whose state and update are counted."""
+    draws: int = _UNSAID.draws
+    """Number of trajectories that agree with the pruning. The spread of their times goes into every interval."""
     seed: int = _UNSAID.seed
     """Which of the trajectories that agree with the pruning is planned; 0 is the typical one."""
 
@@ -66,7 +68,6 @@ def plan(
     model: str,
     *,
     run: PlannedRun = PlannedRun(),
-    draws: int = 1,
     out: Out,
     json: Json = False,
 ) -> None:
@@ -74,26 +75,20 @@ def plan(
 
     Args:
         model: Zoo name, torchvision:NAME or path/to/file.py:function.
-        draws: Number of such trajectories. The second and later ones get files of their own: OUT-1, OUT-2, …
         out: Trace to write.
     """
     if not out.resolve().parent.is_dir():
         raise FileFormatError(out, "its folder does not exist")
-    traces = plan_draws(model, draws, run.options())
-    files = [out, *(out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, draws))]
-    documents = [_document(write_trace(file, trace), trace) for file, trace in zip(files, traces, strict=True)]
+    trace = plan_run(model, run.options())
+    documents = [msgspec.to_builtins(fractions(drawn)) for drawn in trace.drawn()]
+    document = {"trace": str(write_trace(out, trace)), **documents[0]}
     if json:
-        print_json(documents[0] | ({"draws": documents} if draws > 1 else {}))
+        print_json(document | {"draws": documents[1:]})
     else:
-        for document, trace in zip(documents, traces, strict=True):
-            _show(document, trace)
+        _show(document, documents[1:], trace)
 
 
-def _document(file: Path, trace: Trace) -> dict[str, Any]:
-    return {"trace": str(file), **msgspec.to_builtins(fractions(trace))}
-
-
-def _show(document: dict[str, Any], trace: Trace) -> None:
+def _show(document: dict[str, Any], draws: list[dict[str, Any]], trace: Trace) -> None:
     console = stdout_console()
     changed = sum(event.before != event.after for event in trace.reconfigurations)
     console.print(
@@ -107,5 +102,13 @@ def _show(document: dict[str, Any], trace: Trace) -> None:
         f"all-reduced bytes {document['allreduce_bytes_fraction']:.1%}",
         highlight=False,
     )
+    if draws:
+        bn, reduced = (
+            f"{min(draw[name] for draw in draws):.1%} to {max(draw[name] for draw in draws):.1%}"
+            for name in ("bn_bytes_fraction", "allreduce_bytes_fraction")
+        )
+        console.print(
+            f"{len(draws)} other trajectories: BatchNorm traffic {bn}, all-reduced bytes {reduced}", highlight=False
+        )
     for assumption in trace.run.assumed:
         console.print(f"assumed: {assumption.what} ({assumption.source})", highlight=False)

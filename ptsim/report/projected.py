@@ -168,7 +168,7 @@ def saved_columns(dense: RunProjection, pruned: RunProjection, projector: Projec
     """What a pruned run saves against a dense one, of time, energy, CO₂ and money, with the 90 % interval of each."""
     ratio = pruned.total_s / dense.total_s
     tier = worst_tier((dense.tier, pruned.tier)) or dense.tier
-    low, high = saving_interval(pruned.total_s / dense.total_s, tier)
+    low, high = saving_interval(ratio, tier, draws=pruned.draw_spread)
     spread = low / ratio, high / ratio
     return {
         **_saved("seconds", dense.total_s, pruned.total_s, spread),

@@ -164,8 +164,8 @@ class Pricer:
             forward_s=n * forward_s,
             backward_s=n * backward_s,
             product_s=n * product_s,
-            low_s=expected.step_s / _widened(expected.step_s / step_range.low_s, scenario.spread),
-            high_s=expected.step_s * _widened(step_range.high_s / expected.step_s, scenario.spread),
+            low_s=expected.step_s / spread_on_top(expected.step_s / step_range.low_s, scenario.spread),
+            high_s=expected.step_s * spread_on_top(step_range.high_s / expected.step_s, scenario.spread),
             wrapping=SecondsRange.around(wrapping["low"], wrapping["expected"], wrapping["high"]),
             peak_memory_bytes=need.peak_bytes,
             energy_j=self.power.step_j(stage, step, expected),
@@ -382,6 +382,6 @@ def recorded_surgery(reconfigurations: Sequence[Reconfiguration], epoch: int) ->
     return SecondsRange(low_s=expected / width, expected_s=expected, high_s=expected * width)
 
 
-def _widened(ratio: float, sigma: float) -> float:
+def spread_on_top(ratio: float, sigma: float) -> float:
     """The end of a 90 % interval (as a ratio to the middle) with a log-normal spread on top, independent of it."""
     return math.exp(math.hypot(math.log(ratio), Z90 * sigma))

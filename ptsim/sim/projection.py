@@ -73,6 +73,8 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
         input_images_per_s: that the pipeline, or the given rate, delivers to every GPU; None where input keeps up.
         input_limit_gpus: from how many GPUs of one node on the pipeline is what an epoch waits for; None where it never
             is, or where no pipeline was named.
+        draw_spread: standard deviation, around this one's, of the logarithm of `total_s` among the planned trajectories
+            that agree with what was given; it is in the intervals. 0 where the trace holds no draws.
         complete: False where the trace is of an interrupted or truncated run: then only what was recorded is projected.
     """
 
@@ -106,6 +108,7 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     mfu_fraction: float | None
     input_images_per_s: float | None
     input_limit_gpus: int | None
+    draw_spread: float
     complete: bool
     notes: tuple[str, ...]
     faults: FaultyRun | None = None
@@ -165,6 +168,7 @@ def projection_row(projection: RunProjection) -> dict[str, Any]:
         "energy_joules": p.energy_j,
         "low_energy_joules": p.energy_low_j,
         "high_energy_joules": p.energy_high_j,
+        "draw_spread": p.draw_spread,
         "cost_usd": p.cost_usd,
         "low_cost_usd": None if p.cost_usd is None else p.cost_usd * p.low_s / p.total_s,
         "high_cost_usd": None if p.cost_usd is None else p.cost_usd * p.high_s / p.total_s,

@@ -9,9 +9,12 @@ epochs.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from ptsim.costs.energy import price_usd
 from ptsim.costs.flops import flops_utilization, training_macs
@@ -26,7 +29,7 @@ from ptsim.sim.bounded import SecondsRange
 from ptsim.sim.faults import simulate_faults
 from ptsim.sim.options import Faults, Options
 from ptsim.sim.planning import RunPlan, Stage, plan_run
-from ptsim.sim.pricing import Pricer, RecordedSteps
+from ptsim.sim.pricing import Pricer, RecordedSteps, spread_on_top
 from ptsim.sim.projection import EpochProjection, RunProjection, projections_frame
 from ptsim.sim.scenario import Scenario, StepCache
 from ptsim.trace.io import read_trace
@@ -69,8 +72,36 @@ def project(
     scenario = Scenario(
         trace, cluster, num_gpus, options or Options(), device=device, device_profile=device_profile, cache=cache
     )
-    pricer = Pricer(scenario)
-    return _summed(pricer, plan_run(scenario))
+    projection = _summed(Pricer(scenario), plan_run(scenario))
+    if not trace.draws:
+        return projection
+    others = [
+        project(other, cluster, num_gpus, options, device=device, device_profile=device_profile, cache=scenario.cache)
+        for other in trace.drawn()[1:]
+    ]
+    return _with_draws(projection, [other.total_s for other in others])
+
+
+def _with_draws(projection: RunProjection, others_s: Sequence[float]) -> RunProjection:
+    """The projection with the spread of drawn trajectories around it in its intervals."""
+    total_s = projection.total_s
+    spread = math.sqrt(statistics.fmean(math.log(other_s / total_s) ** 2 for other_s in others_s))
+    low = total_s / spread_on_top(total_s / projection.low_s, spread) / projection.low_s
+    high = total_s * spread_on_top(projection.high_s / total_s, spread) / projection.high_s
+    energy_low_j, energy_high_j = projection.energy_low_j, projection.energy_high_j
+    return msgspec.structs.replace(
+        projection,
+        draw_spread=spread,
+        low_s=projection.low_s * low,
+        high_s=projection.high_s * high,
+        energy_low_j=None if energy_low_j is None else energy_low_j * low,
+        energy_high_j=None if energy_high_j is None else energy_high_j * high,
+        notes=(
+            *projection.notes,
+            f"{len(others_s)} other planned trajectories agree with what was given; their times differ from this one's "
+            f"by {spread:.1%} (standard deviation), which is in the interval",
+        ),
+    )
 
 
 def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
@@ -129,6 +160,7 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         mfu_fraction=_utilization(scenario, plan.stages, epochs),
         input_images_per_s=pricer.feed.images_per_s,
         input_limit_gpus=pricer.feed.limiting_gpus(needed),
+        draw_spread=0.0,
         complete=trace.complete,
         notes=(*plan.notes, *pricer.notes, *pricer.feed.notes(needed), *_doubts(scenario, epochs)),
         faults=faults,

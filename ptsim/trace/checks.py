@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from ptsim.consistency import network_problem
 from ptsim.network import Network
-from ptsim.trace.schema import AnyRecord, Architecture, Epoch, Profile, Reconfiguration, Run
+from ptsim.trace.schema import AnyRecord, Architecture, Draw, Epoch, Profile, Reconfiguration, Run
 
 _CLOCKS = 2.0  # how far the parts of an epoch, which other clocks measure, may exceed its wall time
 
@@ -38,6 +38,8 @@ def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | 
             )
         case Reconfiguration():
             return _unknown(networks, before=record.before, after=record.after)
+        case Draw():
+            return _draw_problem(record, networks)
         case _:
             return None
 
@@ -76,6 +78,14 @@ def _epoch_problem(epoch: Epoch, network: Network) -> str | None:
     return _strangers("densities", (density.layer for density in epoch.densities), network) or _strangers(
         "channel_maxima", epoch.channel_maxima or (), network
     )
+
+
+def _draw_problem(draw: Draw, networks: Mapping[str, Network]) -> str | None:
+    starts = [start for start, _ in draw.architectures]
+    if starts[:1] != [0] or starts != sorted(set(starts)):
+        return f"field 'architectures' begins at the epochs {starts}, expected ascending ones from 0"
+    problems = (_unknown(networks, architectures=name) for _, name in draw.architectures)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def _strangers(field: str, names: Iterable[str], network: Network) -> str | None:

@@ -26,6 +26,7 @@ from ptsim.trace.schema import (
     SCHEMA_VERSION,
     AnyRecord,
     Architecture,
+    Draw,
     End,
     Epoch,
     Profile,
@@ -101,6 +102,7 @@ def read_trace(path: str | Path) -> Trace:
     epochs: list[Epoch] = []
     reconfigurations: list[Reconfiguration] = []
     profiles: list[Profile] = []
+    draws: list[Draw] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         records = list(read_records(file))
@@ -128,6 +130,8 @@ def read_trace(path: str | Path) -> Trace:
                 epochs.append(record)
             case Reconfiguration():
                 reconfigurations.append(record)
+            case Draw():
+                draws.append(record)
             case End():
                 end = record
     assert run is not None  # read_records yields at least one record, and the loop refuses any other first one
@@ -139,6 +143,7 @@ def read_trace(path: str | Path) -> Trace:
         reconfigurations=tuple(reconfigurations),
         profiles=tuple(profiles),
         end=end,
+        draws=tuple(draws),
         truncated=bool(caught),
     )
 
@@ -168,6 +173,7 @@ def records_of(trace: Trace) -> Iterator[AnyRecord]:
             yield event
     yield from architectures(*trace.networks)
     yield from (profile for profile in trace.profiles if profile.architecture not in profiled)
+    yield from trace.draws
     if trace.end is not None:
         yield trace.end
 

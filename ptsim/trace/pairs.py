@@ -289,6 +289,7 @@ def held_dense(trace: Trace) -> Trace:
         networks={first.architecture: trace.networks[first.architecture]},
         epochs=tuple(held(epoch) for epoch in trace.epochs),
         reconfigurations=(),
+        draws=(),
         profiles=tuple(profile for profile in trace.profiles if profile.architecture == first.architecture),
     )
 

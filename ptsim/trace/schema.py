@@ -15,7 +15,8 @@ import msgspec
 from ptsim.errors import MissingMeasurementError
 from ptsim.network import MemoryFormat, Network, Precision
 
-SCHEMA_VERSION = 3  # 2: layers that run once a mini-batch, and inputs that images share, are marked; 3: `Run.origin`
+# 2: layers that run once a mini-batch, and inputs that images share, are marked; 3: `Run.origin`; 4: `Draw`
+SCHEMA_VERSION = 4
 
 Origin = Literal["recorded", "planned", "imported"]
 
@@ -285,6 +286,19 @@ class Reconfiguration(Record, frozen=True, kw_only=True, forbid_unknown_fields=T
         return _measured(self.measured_duration_s, f"the reconfiguration after epoch {self.epoch}")
 
 
+class Draw(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="draw"):
+    """Other networks that a planned run could have: another trajectory that agrees with what was given.
+
+    Attributes:
+        seed: that it was drawn with.
+        architectures: (first epoch that trains it, id), ascending from epoch 0; an epoch after the last one marks what
+            the run ends with.
+    """
+
+    seed: int
+    architectures: tuple[tuple[Count, str], ...]
+
+
 class End(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="end"):
     """The last line of a run that stopped in an orderly way."""
 
@@ -303,4 +317,4 @@ def _measured(value: T | None, what: str) -> T:
     return value
 
 
-AnyRecord = Run | Architecture | Profile | Epoch | Reconfiguration | End
+AnyRecord = Run | Architecture | Profile | Epoch | Reconfiguration | Draw | End

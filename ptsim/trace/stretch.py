@@ -6,12 +6,13 @@ planned.
 
 from __future__ import annotations
 
+import bisect
 import math
 
 import msgspec
 
 from ptsim.errors import UsageError
-from ptsim.trace.schema import Assumption, End, Epoch, Reconfiguration
+from ptsim.trace.schema import Assumption, Draw, End, Epoch, Reconfiguration
 from ptsim.trace.trace import Trace
 
 
@@ -55,7 +56,12 @@ def stretch(trace: Trace, *, epochs: int | None = None, images: int | None = Non
             num_iterations=steps,
         )
     return msgspec.structs.replace(
-        trace, run=run, epochs=made, reconfigurations=tuple(_events(trace, sources)), end=end
+        trace,
+        run=run,
+        epochs=made,
+        reconfigurations=tuple(_events(trace, sources)),
+        draws=tuple(_draw(draw, sources, recorded) for draw in trace.draws),
+        end=end,
     )
 
 
@@ -81,6 +87,16 @@ def _epoch(source: Epoch, number: int, images: int | None) -> Epoch:
         allreduce_bytes=source.allreduce_bytes // source.num_iterations * steps,
         device=None,
     )
+
+
+def _draw(draw: Draw, sources: list[Epoch], recorded: int) -> Draw:
+    """The draw with every network in the epochs that come from those it was planned for."""
+    starts = [source.epoch for source in sources]
+    moved = {
+        len(starts) if first >= recorded else bisect.bisect_left(starts, first): name
+        for first, name in draw.architectures
+    }
+    return msgspec.structs.replace(draw, architectures=tuple(moved.items()))
 
 
 def _events(trace: Trace, sources: list[Epoch]) -> list[Reconfiguration]:

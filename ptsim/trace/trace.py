@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,9 @@ import msgspec
 
 from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import UsageError
-from ptsim.network import Network
+from ptsim.network import LayerKind, Network
 from ptsim.setting import StepSetting
-from ptsim.trace.schema import End, Epoch, Profile, Reconfiguration, Run
+from ptsim.trace.schema import Draw, End, Epoch, Profile, Reconfiguration, Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         path: where it was read from.
         networks: architecture id → network, in order of first appearance.
+        draws: other trajectories of a planned run, which agree with what was given as well as its own does.
         truncated: the last line was incomplete and has been dropped.
     """
 
@@ -33,6 +35,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     reconfigurations: tuple[Reconfiguration, ...]
     profiles: tuple[Profile, ...]
     end: End | None
+    draws: tuple[Draw, ...] = ()
     truncated: bool = False
 
     @property
@@ -111,6 +114,42 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         """Nobody has trained the run: it has architectures and iterations, and no measured quantity."""
         return self.run.origin == "planned"
 
+    def drawn(self) -> tuple[Trace, ...]:
+        """The planned run, and one for each of its draws: the same steps of other networks."""
+        return (msgspec.structs.replace(self, draws=()), *(self._other(draw) for draw in self.draws))
+
+    def _other(self, draw: Draw) -> Trace:
+        starts = [start for start, _ in draw.architectures]
+        dense = self.networks[draw.architectures[0][1]]
+
+        def at(epoch: int) -> str:
+            return draw.architectures[bisect.bisect_right(starts, epoch) - 1][1]
+
+        def trained(epoch: Epoch) -> Epoch:
+            network, typical = self.networks[at(epoch.epoch)], self.network_of(epoch)
+            return msgspec.structs.replace(
+                epoch,
+                architecture=at(epoch.epoch),
+                channel_sparsity=1 - output_channels(network) / output_channels(dense),
+                weight_sparsity=1 - network.num_parameters / dense.num_parameters,
+                allreduce_bytes=epoch.allreduce_bytes // typical.num_parameters * network.num_parameters,
+            )
+
+        def changed(event: Reconfiguration) -> Reconfiguration:
+            before, after = at(event.epoch), at(event.epoch + 1)
+            removed = output_channels(self.networks[before]) - output_channels(self.networks[after])
+            return msgspec.structs.replace(
+                event, before=before, after=after, channels_removed=removed, layers_removed=(), notes=()
+            )
+
+        return msgspec.structs.replace(
+            self,
+            run=msgspec.structs.replace(self.run, seed=draw.seed),
+            epochs=tuple(trained(epoch) for epoch in self.epochs),
+            reconfigurations=tuple(changed(event) for event in self.reconfigurations),
+            draws=(),
+        )
+
     def require_measured(self, purpose: str) -> None:
         """Refuse a planned run where a measured one is needed; `purpose` completes "there is nothing to …".
 
@@ -161,3 +200,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         from ptsim.trace.frames import layer_rows, numeric
 
         return numeric(pd.DataFrame(layer_rows(self)))
+
+
+def output_channels(network: Network) -> int:
+    """Output channels of all convolutions and linear layers."""
+    return sum(layer.out_channels for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -13,13 +15,15 @@ from torch import nn
 
 import ptsim
 from ptsim import zoo
-from ptsim.answers.plan import fractions, plan, plan_draws
+from ptsim.answers.plan import fractions, plan
 from ptsim.answers.plan_options import PlanOptions
 from ptsim.answers.validate import validate
 from ptsim.capture.network import capture_network
 from ptsim.capture.resized import Recapture
 from ptsim.cli.main import run
+from ptsim.costs.saving import saving_interval
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
+from ptsim.hardware.catalog import load_cluster
 from ptsim.prune.groups import ChannelGroups, find_groups, weight_GOIK
 from ptsim.prune.propagate import skeleton
 from ptsim.prune.reconfigure import Surgery, reconfigure, remove_channels
@@ -27,7 +31,12 @@ from ptsim.prune.trajectories import Problem, Trajectory, register
 from ptsim.prune.trajectories.build import _beyond, dense_network
 from ptsim.prune.trajectories.catalog import published_runs
 from ptsim.prune.trajectories.roles import roles
+from ptsim.report.projected import Projector, savings_frame
+from ptsim.sim.options import Options
+from ptsim.sim.run import project
 from ptsim.trace.io import read_trace, write_trace
+from ptsim.trace.pairs import compare_runs, held_dense
+from ptsim.trace.stretch import stretch
 from ptsim.trace.trace import Trace
 from tests.traces import dense_trace
 
@@ -90,11 +99,41 @@ class TestTargets:
             assert fractions(trace).bn_bytes_fraction == pytest.approx(bn, abs=0.005)
             assert fractions(trace).training_flops_fraction == pytest.approx(0.7, abs=0.005)
 
-    def test_draws_differ_and_agree_with_what_was_given(self, model: str) -> None:
-        draws = plan_draws(model, 3, **BASE, pruning="training=0.7,inference=0.5")
-        assert len({trace.final_network.id for trace in draws}) > 1
-        for trace in draws:
+    def test_draws_differ_and_agree_with_what_was_given(self, model: str, tmp_path: Path) -> None:
+        planned = plan(model, draws=3, **BASE, gpus=2, pruning="training=0.7,inference=0.5")
+        typical, *others = planned.drawn()
+        alone = plan(model, seed=1, **BASE, gpus=2, pruning="training=0.7,inference=0.5")
+        assert len({trace.final_network.id for trace in (typical, *others)}) == 3
+        for trace in (typical, *others):
             assert fractions(trace).inference_flops_fraction == pytest.approx(0.5, abs=0.005)
+            assert fractions(trace).training_flops_fraction == pytest.approx(0.7, abs=0.005)
+        assert others[0].epochs == alone.epochs  # a draw in the trace is the run that its seed plans
+        assert [(e.before, e.after) for e in others[0].reconfigurations] == [
+            (e.before, e.after) for e in alone.reconfigurations
+        ]
+        assert read_trace(write_trace(tmp_path / "p.jsonl", planned)).draws == planned.draws
+
+    def test_the_spread_of_draws_is_in_every_interval(self, model: str) -> None:
+        planned = plan(model, draws=3, **BASE, gpus=2, pruning="training=0.7,inference=0.5")
+        cluster = load_cluster("dgx-a100")
+        whole = project(planned, cluster, 2)
+        typical, *others = (project(trace, cluster, 2) for trace in planned.drawn())
+        logs = [math.log(other.total_s / typical.total_s) for other in others]
+        spread = math.sqrt((logs[0] ** 2 + logs[1] ** 2) / 2)
+        assert spread > 0
+        assert whole.total_s == typical.total_s
+        for end, alone in ((whole.low_s, typical.low_s), (whole.high_s, typical.high_s)):
+            expected = math.hypot(math.log(alone / typical.total_s), 1.645 * spread)
+            assert abs(math.log(end / typical.total_s)) == pytest.approx(expected)
+        (comparison,) = compare_runs([planned])
+        (row,) = savings_frame([comparison], Projector(cluster, Options()), [2]).to_dict("records")
+        dense = project(held_dense(planned), cluster, 2)
+        low, high = saving_interval(whole.total_s / dense.total_s, whole.tier, draws=spread)
+        assert (row["saved_fraction_low"], row["saved_fraction_high"]) == pytest.approx((1 - high, 1 - low))
+        for short, long in zip(planned.drawn(), stretch(planned, epochs=120).drawn(), strict=True):
+            counts = [Counter(epoch.architecture for epoch in trace.epochs) for trace in (short, long)]
+            assert counts[1] == {name: 10 * count for name, count in counts[0].items()}
+            assert long.final_network.id == short.final_network.id
 
     def test_what_saturates_early_does_not_change_afterwards(self, model: str) -> None:
         trace = plan(model, **BASE, pruning="training=0.65,inference=0.5,saturates=0.5")
@@ -288,6 +327,7 @@ class TestTrace:
             ({"input_shape": (3, 0, 16)}, "three positive numbers"),
             ({"optimizer": "lion"}, "optimizer"),
             ({"seed": -1}, "seed is -1"),
+            ({"draws": 0}, "draws is 0, expected 1 to 100"),
         ],
     )
     def test_a_wrong_option_is_one_sentence(self, model: str, wrong: dict[str, object], problem: str) -> None:
@@ -309,4 +349,4 @@ class TestTrace:
         assert document["inference_flops_fraction"] == pytest.approx(0.5, abs=0.005)
         assert set(document) >= {"trace", "training_flops_fraction", "bn_bytes_fraction", "allreduce_bytes_fraction"}
         assert read_trace(document["trace"]).is_planned
-        assert read_trace(tmp_path / "p-1.jsonl").is_planned
+        assert len(document["draws"]) == len(read_trace(out).draws) == 1
