@@ -50,6 +50,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         images_per_second: of all GPUs together; `low_images_per_second` goes with `high`, and the other way round.
         tier: the worst that the computation comes from; `network_tier` that of the all-reduces, None on one GPU.
         exposed_communication_seconds: what the all-reduces add to the step; 0 on one GPU.
+        communication_wait_seconds: for which the GPU stands still of that; for the rest it computes more slowly.
         peak_memory_bytes: of one GPU, as the framework's allocator counts; `fits` compares what the process needs on
             the device with what it can have of the device's memory.
         mfu_fraction: FLOPs of the step over what the GPUs' arithmetic could do meanwhile; None where the device's peak
@@ -80,6 +81,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     optimizer_seconds: float
     overhead_seconds: float
     exposed_communication_seconds: float
+    communication_wait_seconds: float
     communication_seconds: float
     allreduce_bytes_per_gpu: float
     peak_memory_bytes: int
@@ -210,6 +212,7 @@ def _prediction(
         optimizer_seconds=setting.update_share * step.optimizer_s,
         overhead_seconds=step.overhead_s,
         exposed_communication_seconds=0.0 if expected is None else expected.exposed_communication_s,
+        communication_wait_seconds=0.0 if expected is None else expected.communication_wait_s,
         communication_seconds=0.0 if expected is None else expected.communication_s,
         allreduce_bytes_per_gpu=0.0 if expected is None else expected.wire_bytes_per_gpu,
         peak_memory_bytes=need.peak_bytes,

@@ -10,7 +10,8 @@ import msgspec
 from ptsim.answers.predict import predict
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
-from ptsim.measure.mllog import read_mllog
+from ptsim.hardware.spec import Cluster
+from ptsim.measure.mllog import MlperfRun, read_mllog
 from ptsim.network import MemoryFormat, Network
 from ptsim.optimizers import OPTIMIZERS
 
@@ -61,7 +62,8 @@ def validate_mllog(
         path: the run's result file with `:::MLLOG` lines.
         cluster: catalog name or TOML file of where it ran.
         model: what was trained; that of MLPerf's benchmark if None.
-        gpus: how many; the nodes of the log's platform ("4xDGX A100") times the cluster's GPUs per node if None.
+        gpus: how many; if None the mini-batch of all over that of one where the log has both, else the nodes of the
+            log's platform ("4xDGX A100") times the cluster's GPUs per node.
         precision: of the products; submissions train in half precision.
         memory_format: of the activations.
 
@@ -76,7 +78,7 @@ def validate_mllog(
         raise UsageError(
             f"{path} is of the benchmark {run.benchmark!r}, whose network is not known", hint="name it with --model"
         )
-    count = gpus or (run.num_nodes * where.gpus_per_node if run.num_nodes else None)
+    count = gpus or _num_gpus(run, where)
     if count is None:
         raise UsageError(f"{path} does not say how many GPUs ran", hint="name them with --gpus")
     if count < 1 or run.global_batch % count:
@@ -114,3 +116,10 @@ def validate_mllog(
         inside=expected.low <= measured_s <= expected.high,
         notes=(*notes, *expected.notes),
     )
+
+
+def _num_gpus(run: MlperfRun, where: Cluster) -> int | None:
+    """How many GPUs the log's run had, as far as it says."""
+    if run.batch_per_gpu and run.global_batch % run.batch_per_gpu == 0:
+        return run.global_batch // run.batch_per_gpu
+    return run.num_nodes * where.gpus_per_node if run.num_nodes else None

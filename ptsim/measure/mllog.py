@@ -1,12 +1,15 @@
 """What did an MLPerf training run measure? Its `:::MLLOG` lines, as seconds of an epoch and images per second.
 
-Source of the format: github.com/mlcommons/logging, mlperf_logging/mllog (version 1.0 and later).
+Source of the format: github.com/mlcommons/logging, mlperf_logging/mllog (version 1.0 and later), and result files of
+github.com/mlcommons/training_results_v1.0 and _v2.1 (resnet/result_*.txt).
 """
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):
         benchmark: MLPerf's name of it, such as "resnet"; None where the log does not say.
         platform: as the submitter names it.
         num_nodes: where the platform's name begins with it.
+        batch_per_gpu: where the submitter's code logs it ("d_batch_size").
         global_batch: images of one step on all accelerators together.
         train_samples: images of an epoch.
         optimizer: in lower case; None where the log does not say.
@@ -37,6 +41,7 @@ class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):
     benchmark: str | None
     platform: str | None
     num_nodes: int | None
+    batch_per_gpu: int | None
     global_batch: int
     train_samples: int
     optimizer: str | None
@@ -72,10 +77,7 @@ def read_mllog(path: str | Path) -> MlperfRun:
             the number of training samples or a whole epoch.
     """
     path = Path(path)
-    text = read_bytes(path).decode("utf-8", errors="replace")
-    lines = [_line(path, number, line) for number, line in enumerate(text.splitlines(), 1) if _MARK in line]
-    if not lines:
-        raise FileFormatError(path, f"holds no {_MARK} line; expected the result file of an MLPerf training run")
+    lines = _lines(path, read_bytes(path).decode("utf-8", errors="replace"))
     values = {line.key: line.value for line in lines if line.value is not None}
     epochs = _epochs(lines)
     if not epochs:
@@ -89,6 +91,7 @@ def read_mllog(path: str | Path) -> MlperfRun:
         benchmark=_text(values.get("submission_benchmark")),
         platform=_text(platform),
         num_nodes=int(nodes[1]) if nodes else None,
+        batch_per_gpu=_count(path, values, "d_batch_size") if "d_batch_size" in values else None,
         global_batch=_count(path, values, "global_batch_size"),
         train_samples=_count(path, values, "train_samples"),
         optimizer=_text(values.get("opt_name")),
@@ -97,9 +100,35 @@ def read_mllog(path: str | Path) -> MlperfRun:
     )
 
 
-def _line(path: Path, number: int, line: str) -> _Line:
-    content = line[line.index(_MARK) + len(_MARK) :].strip()
-    return decode_json(path, content, _DECODER, line=number, what=f"a {_MARK} line")
+def _lines(path: Path, text: str) -> list[_Line]:
+    """What follows the marks, in order.
+
+    Processes that write into one file at once tear each other's lines: a torn one is left out with a warning.
+    """
+    found, torn = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        for content in line.split(_MARK)[1:]:  # a process may begin in the line of another
+            try:
+                found.append(decode_json(path, _object(content), _DECODER, line=number, what=f"a {_MARK} line"))
+            except FileFormatError as error:
+                torn.append(error)
+    if not found:
+        if torn:
+            raise torn[0]
+        raise FileFormatError(path, f"holds no {_MARK} line; expected the result file of an MLPerf training run")
+    if torn:
+        warnings.warn(f"{path}: {len(torn)} of its {_MARK} lines are torn and left out", stacklevel=3)
+    return found
+
+
+def _object(content: str) -> str:
+    """The JSON object that the text begins with, without what another process wrote behind it."""
+    content = content.strip()
+    try:
+        _, end = json.JSONDecoder().raw_decode(content)
+    except ValueError:
+        return content
+    return content[:end]
 
 
 def _epochs(lines: list[_Line]) -> list[float]:

@@ -70,6 +70,7 @@ def test_a_cluster_adds_what_communication_is_exposed():
     alone = ptsim.predict(NETWORK, gpu="a100", batch=64)
     sixteen = ptsim.predict(NETWORK, cluster="dgx-a100", gpus=16, gpu="a100", batch=64)
     assert sixteen.gpus == 16
+    assert 0 <= sixteen.communication_wait_seconds <= sixteen.exposed_communication_seconds
     assert sixteen.step_seconds >= alone.step_seconds + 0.99 * sixteen.exposed_communication_seconds
     assert sixteen.images_per_second == pytest.approx(16 * 64 / sixteen.step_seconds)
     assert sixteen.allreduce_bytes_per_gpu > 0

@@ -47,6 +47,48 @@ def test_an_epoch_is_the_median_after_the_first_and_without_evaluation(tmp_path:
     assert found.step_seconds == 2.0
 
 
+# The form of a published result file (MLPerf Training v2.1, ResNet-50 with MXNet on 8 A100): a shell trace, lines of
+# several processes that tear each other, epochs inside blocks, evaluation between blocks; numbers made up.
+PUBLISHED = """+ docker exec -it image_classification python -c '
+mlperf_log_utils.mlperf_submission_log(constants.RESNET)'
+:::MLLOG {"namespace": "", "time_ms": 1665498514139, "event_type": "POINT_IN_TIME", "key": "submission_benchmark", "value": "resnet", "metadata": {"file": "mlperf_log_utils.py", "lineno": 84}}
+:::MLLOG {"namespace": "", "time_ms": 1665498514146, "event_type": "POINT_IN_TIME", "key": "submission_platform", "value": "1xESC8000A-E11", "metadata": {"file": "mlperf_log_utils.py", "lineno": 101}}
+num_gpus=8 num_sockets = 2 num_nodes=8 cores_per_socket=64
+0: :::MLLOG {"namespace": "", "time_ms": 1665498536497, "event_type": "INTERVAL_START", "key": "init_start", "value": null, "metadata": {"file": "train_imagenet.py", "lineno": 117}}
+1: :::MLLOG {"namespace": "", "time_ms": 1665498536497, "event_type": "INTERVAL_START", "key": "init_start", "value": null, "metadata": {"file": "train_im[14:29:03] ../src/storage/storage.cc:199: Using Pooled
+:::MLLOG {"namespace": "", "time_ms": 1665498553508, "event_type": "POINT_IN_TIME", "key": "weights_initialization", "value": null, "metadata": {"file": "train_imagenet.py", "lineno": 88, "tensor": "bn0_beta"}}--dali-roi-decode 0
+:::MLLOG {"namespace": "", "time_ms": 1665498554750, "event_type": "POINT_IN_TIME", "key": "d_batch_size", "value": 200, "metadata": {"file": "fit.py", "lineno": 1176}}
+:::MLLOG {"namespace": "", "time_ms": 1665498554751, "event_type": "POINT_IN_TIME", "key": "global_batch_size", "value": 1600, "metadata": {"file": "fit.py", "lineno": 1180}}
+:::MLLOG {"namespace": "", "time_ms": 1665498554751, "event_type": "POINT_IN_TIME", "key": "train_samples", "value": 1280000, "metadata": {"file": "fit.py", "lineno": 1184}}
+:::MLLOG {"namespace": "", "time_ms": 1665498554752, "event_type": "POINT_IN_TIME", "key": "opt_name", "value": "lars", "metadata": {"file": "fit.py", "lineno": 700}}
+:::MLLOG {"namespace": "", "time_ms": 1665499000000, "event_type": "INTERVAL_START", "key": "block_start", "value": null, "metadata": {"file": "fit.py", "lineno": 1075, "first_epoch_num": 1, "epoch_count": 2}}
+:::MLLOG {"namespace": "", "time_ms": 1665499000000, "event_type": "INTERVAL_START", "key": "epoch_start", "value": null, "metadata": {"file": "fit.py", "lineno": 915, "epoch_num": 1}}
+2022-10-11 14:53:17,881 Node[0] Epoch[0] Batch [0-20]	Speed: 24614.64 samples/sec	accuracy=nan
+:::MLLOG {"namespace": "", "time_ms": 1665499080000, "event_type": "INTERVAL_END", "key": "epoch_stop", "value": null, "metadata": {"file": "fit.py", "lineno": 988, "epoch_num": 1}}
+:::MLLOG {"namespace": "", "time_ms": 1665499080000, "event_type": "POINT_IN_TIME", "key": "tracked_stats", "value": {"imgs_sec": 16000.0}, "metadata": {"file": "fit.py", "lineno": 1004, "step": 1}}
+:::MLLOG {"namespace": "", "time_ms": 1665499080000, "event_type": "INTERVAL_START", "key": "epoch_start", "value": null, "metadata": {"file": "fit.py", "lineno": 915, "epoch_num": 2}}
+:::MLLOG {"namespace": "", "time_ms": 1665499131200, "event_type": "INTERVAL_END", "key": "epoch_stop", "value": null, "metadata": {"file": "fit.py", "lineno": 988, "epoch_num": 2}}:::MLLOG {"namespace": "", "time_ms": 1665499131200, "event_type": "POINT_IN_TIME", "key": "throughput", "value": 25000.0, "metadata": {"file": "fit.py", "lineno": 1007}}
+:::MLLOG {"namespace": "", "time_ms": 1665499131300, "event_type": "INTERVAL_START", "key": "eval_start", "value": null, "metadata": {"file": "fit.py", "lineno": 1027, "epoch_num": 2}}
+:::MLLOG {"namespace": "", "time_ms": 1665499139000, "event_type": "POINT_IN_TIME", "key": "eval_accuracy", "value": 0.72732, "metadata": {"file": "fit.py", "lineno": 1056, "epoch_num": 2}}
+:::MLLOG {"namespace": "", "time_ms": 1665499139000, "event_type": "INTERVAL_END", "key": "block_stop", "value": null, "metadata": {"file": "fit.py", "lineno": 1059, "first_epoch_num": 1}}
+:::MLLOG {"namespace": "", "time_ms": 1665499140000, "event_type": "INTERVAL_END", "key": "run_stop", "value": null, "metadata": {"file": "fit.py", "lineno": 1100, "status": "success"}}
+"""  # noqa: E501
+
+
+def test_a_published_file_is_read_with_its_torn_lines_left_out(tmp_path: Path, network: Network) -> None:
+    path = tmp_path / "result_0.txt"
+    path.write_text(PUBLISHED, encoding="utf-8")
+    with pytest.warns(UserWarning, match="1 of its :::MLLOG lines are torn"):
+        found = read_mllog(path)
+    assert (found.benchmark, found.platform, found.optimizer) == ("resnet", "1xesc8000a-e11", "lars")
+    assert (found.num_nodes, found.batch_per_gpu, found.global_batch) == (1, 200, 1600)
+    assert (found.epoch_seconds, found.num_epochs) == (51.2, 1)  # the second epoch, without evaluation
+    assert found.images_per_second == 25_000.0  # as the submitter's own line says
+    with pytest.warns(UserWarning, match="torn"):
+        check = validate_mllog(path, cluster="abci-v", model=network)
+    assert (check.gpus, check.batch) == (8, 200)
+
+
 def test_a_block_is_shared_out_over_its_epochs(tmp_path: Path) -> None:
     assert read_mllog(_log(tmp_path / "result_0.txt", blocks=True)).epoch_seconds == 10.0
 
