@@ -12,13 +12,18 @@ import functools
 import math
 import operator
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils._python_dispatch import _disable_current_modes
 
+from ptsim.capture.exported import exported_graph
 from ptsim.errors import UnsupportedModelError
 
 
@@ -246,10 +251,11 @@ def symbolic_graph(
 
     With `buffers` what is computed from buffers is part of the graph, unless the code looks at their values.
 
-    With `images_shape` (N, C, H, W) the model's code may also look at shapes; `meta["looked"]` then says at which.
+    With `images_shape` (N, C, H, W) the model's code may also look at shapes; `meta["looked"]` then says at which. What
+    torch.fx cannot trace is then left to `torch.export`; `meta["traced_by"]` says which of the two it was.
 
     Raises:
-        UnsupportedModelError: torch.fx cannot trace the model.
+        UnsupportedModelError: neither can trace the model.
     """
     name = type(model).__name__
     makers: list[Callable[[], Tracer]] = [functools.partial(Tracer, buffers=buffers)]
@@ -260,20 +266,58 @@ def symbolic_graph(
     errors: list[Exception] = []
     for make in makers:
         try:
-            tracer = make()
-            graph = tracer.trace(model)
+            with attributes_restored(model):
+                tracer = make()
+                graph = tracer.trace(model)
             break
         except Exception as error:  # torch.fx lets any error of the traced code through
             errors.append(error)
     else:
         last = errors[1] if images_shape is not None else errors[0]
-        raise UnsupportedModelError(
-            f"torch.fx cannot trace {name}: {_one_line(last)}",
-            hint="symbolic tracing needs a forward without branches on tensor values",
-        ) from last
+        try:
+            assert images_shape is not None, "else there is nothing to export for"
+            return _exported(model, images_shape)
+        except Exception:  # it, too, lets any error of the model's code through
+            raise UnsupportedModelError(
+                f"torch.fx cannot trace {name}: {_one_line(last)}{_place(last)}; nor can torch.export",
+                hint="tracing needs a forward without branches on tensor values",
+            ) from last
     module = fx.GraphModule(tracer.root, graph, name)
     module.meta["looked"] = tracer.looked if isinstance(tracer, ShapedTracer) else {}
+    module.meta["traced_by"] = "torch.fx"
     return module
+
+
+def _exported(model: nn.Module, images_shape: tuple[int, ...]) -> fx.GraphModule:
+    with _disable_current_modes(), attributes_restored(model):
+        module = exported_graph(model, hollow_copy(model, "meta"), images_shape)
+    module.meta["traced_by"] = "torch.export"
+    return module
+
+
+def note_tracer(name: str, graph: fx.GraphModule) -> None:
+    """A warning where not torch.fx but `torch.export` has traced the network."""
+    if graph.meta.get("traced_by") == "torch.export":
+        warnings.warn(f"{name} is traced by torch.export, because torch.fx cannot trace its code", stacklevel=3)
+
+
+@contextlib.contextmanager
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module has the attributes that it had: tracing leaves stand-ins where the code stores values."""
+    before = [
+        (table, dict(table), [(value, value.copy()) for value in table.values() if type(value) in (dict, list)])
+        for module in model.modules()
+        for table in [vars(module)]
+    ]
+    try:
+        yield
+    finally:
+        for table, attributes, containers in before:
+            table.clear()
+            table.update(attributes)
+            for container, content in containers:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 def trace_graph(model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 2) -> fx.GraphModule:
@@ -336,6 +380,19 @@ def output_tensors(output: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(output):
         for field in dataclasses.fields(output):
             yield from output_tensors(getattr(output, field.name))
+
+
+def _place(error: Exception) -> str:
+    """The last line of the model's own code in an error's traceback, in brackets."""
+    ours = str(Path(__file__).parents[1])
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((str(Path(torch.__file__).parent), ours, "<"))
+    ]
+    if not frames:
+        return ""
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})"
 
 
 def _one_line(error: Exception) -> str:

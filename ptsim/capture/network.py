@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ptsim.capture.counts import forward_macs
 from ptsim.capture.footprint import footprints
-from ptsim.capture.graph import evaluation_mode, symbolic_graph
+from ptsim.capture.graph import evaluation_mode, note_tracer, symbolic_graph
 from ptsim.capture.kinds import geometry, kind_and_op, operations
 from ptsim.capture.rehearsal import Rehearsal, Shape, Step, rehearse
 from ptsim.network import Layer, LayerKind, Network, Parameter
@@ -44,6 +44,7 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
         _layer(node, names[node], small, large.steps[node.name], macs.get(node.name, Counter()), owners, auxiliary)
         for node in nodes
     )
+    note_tracer(name, graph)
     network = Network(
         name=name,
         input_shape=input_shape,

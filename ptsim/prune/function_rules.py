@@ -27,11 +27,12 @@ ELEMENTWISE = """
     tan sinh cosh asin acos atan asinh acosh atanh exp2 expm1 log1p log2 log10 erfc ceil trunc frac sgn logit pos
     clamp_min clamp_max zeros_like ones_like full_like empty_like type bool int long short
     eq ne lt gt le ge isnan isinf isfinite logical_and logical_or logical_xor logical_not and or xor invert
+    copy fill zero
     """
 MOVED_WHOLE = "transpose permute flatten unsqueeze swapaxes swapdims movedim moveaxis t numpy_T"
 MOVED = """
     view reshape squeeze expand expand_as view_as chunk split tensor_split unbind roll repeat narrow
-    select index_select flip unflatten tile repeat_interleave channel_shuffle pixel_unshuffle split_with_sizes
+    select index_select flip unflatten tile repeat_interleave channel_shuffle pixel_unshuffle split_with_sizes slice
     """
 POSITIONS = {"normalize": 2, "norm": 2, "topk": 2, "kthvalue": 2}  # of the argument `dim`; 1 for the others
 _KEEPING = tuple(
@@ -60,7 +61,7 @@ def elementwise(call: Call) -> Label:
     )
 
 
-@rule("to type_as", nn.Identity, nn.modules.dropout._DropoutNd, *_KEEPING)
+@rule("to _to_copy type_as alias lift_fresh lift_fresh_copy", nn.Identity, nn.modules.dropout._DropoutNd, *_KEEPING)
 def unchanged(call: Call) -> Label:
     """The first operand's channels come out."""
     return call.labels[0]
@@ -424,6 +425,7 @@ def spatial_dims(rank: int) -> range:
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d
     interpolate upsample upsample_nearest upsample_bilinear
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d
     max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
     """,
     nn.Upsample,

@@ -16,7 +16,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import copied, example_input, naming_the_image
+from ptsim.capture.graph import copied, example_input, naming_the_image, note_tracer
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.labels import AxisKey, State, Weighted
@@ -165,7 +165,7 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
     Runs on shapes only (meta tensors) wherever the model's operators allow it; the model itself is not touched.
 
     Raises:
-        UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
+        UnsupportedModelError: neither torch.fx nor torch.export can trace it, or its forward fails on such an image.
     """
     if any(
         isinstance(p, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer))
@@ -190,6 +190,7 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
         with naming_the_image(model, input_shape), torch.no_grad(), torch.random.fork_rng():
             bones.eval()(example_input(bones, input_shape))
             state, graphs = propagate(bones.train(model.training), input_shape)
+    note_tracer(type(model).__name__, graphs["train"])
     groups = dataclasses.replace(_assemble(state, input_shape, graphs["train"]), shapes_only=shapes_only)
     return _freeze_misaligned(bones, groups)
 
@@ -290,11 +291,12 @@ def misaligned(
 
 def _same_steps(before: fx.GraphModule, after: fx.GraphModule) -> bool:
     """True if the code does the same with the same numbers, but for those that count channels."""
+    exported = before.meta["traced_by"] == "torch.export"  # shapes are constants in it
 
     def steps(graph: fx.GraphModule) -> list[tuple[str, str, str]]:
         counting = {node.name for node in before.graph.nodes if node.meta.get("counts")}
         return [
-            (node.op, str(node.target), "" if node.name in counting else f"{node.args} {node.kwargs}")
+            (node.op, str(node.target), "" if exported or node.name in counting else f"{node.args} {node.kwargs}")
             for node in graph.graph.nodes
         ]
 

@@ -55,6 +55,7 @@ class Inspection:
             |zeroed|; training includes outputs, gradients and running statistics. The gradients of one layer share
             a scale, at least 1e-6 of the network's largest: a bias in front of a BatchNorm has the exact gradient 0,
             and what is computed for it is the rounding of sums as large as those of the layer's weight.
+        traced_by: "torch.fx", or "torch.export" where torch.fx cannot trace the code.
         exact: something could be removed and both errors are at most 1e-9.
     """
 
@@ -69,6 +70,7 @@ class Inspection:
     max_rel_error_eval: float
     max_rel_error_train: float
     exact: bool
+    traced_by: str
     seconds: float
 
 
@@ -124,7 +126,7 @@ def inspect(
         seed: of the weights (for a name), of the choice and of the images.
 
     Raises:
-        UnsupportedModelError: torch.fx cannot trace it, or it does not run on such an image.
+        UnsupportedModelError: neither torch.fx nor torch.export can trace it, or it does not run on such an image.
         UsageError: a fraction out of (0, 1], a shape with numbers that are not positive; see `zoo.find` as well.
     """
     start = time.perf_counter()
@@ -167,6 +169,7 @@ def inspect(
         max_rel_error_eval=eval_error,
         max_rel_error_train=train_error,
         exact=removed > 0 and max(eval_error, train_error) <= TOLERANCE,
+        traced_by=report.graph.meta["traced_by"],
         seconds=time.perf_counter() - start,
     )
 

@@ -1,0 +1,126 @@
+"""Networks that torch.fx cannot trace are traced by torch.export, and are the same networks."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ptsim
+from ptsim.capture.network import capture_network
+from ptsim.errors import UnsupportedModelError
+from ptsim.prune.groups import find_groups
+from ptsim.prune.reconfigure import reconfigure
+from tests.prune.helpers import enliven, same_function, zero_some
+
+IMAGE = (3, 12, 12)
+
+
+class Plain(nn.Module):
+    """Residual, with a shuffle, a concatenation and a parameter that is used directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8)
+        self.inner, self.outer = nn.Conv2d(8, 10, 3, 1, 1), nn.Conv2d(10, 8, 1)
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+        self.drop, self.head = nn.Dropout(0.1), nn.Linear(16, 4)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu_()
+        x = x + self.outer(torch.relu(self.inner(x))) * self.scale.view(1, -1, 1, 1)
+        x = torch.cat([x, torch.tanh(x)], 1)
+        return nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.drop(self.features(x)))
+        return result
+
+
+class Checked(Plain):
+    """torch.fx's stand-in is no tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError("not an image")
+        return super().forward(x)
+
+
+class Keywords(Checked):
+    """Returns a dict and takes anything."""
+
+    def forward(self, x: Tensor, *rest: object, **options: object) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"out": super().forward(x)}
+
+
+@pytest.mark.filterwarnings("ignore:.*is traced by torch.export")
+@pytest.mark.parametrize("make", [Checked, Keywords])
+def test_it_is_pruned_like_the_network_that_torch_fx_can_trace(make: type[Plain]) -> None:
+    torch.manual_seed(0)
+    plain, found = ptsim.inspect(Plain(), input_shape=IMAGE), ptsim.inspect(make(), input_shape=IMAGE)
+    assert (plain.traced_by, found.traced_by) == ("torch.fx", "torch.export")
+    assert plain.exact
+    assert found.exact
+    assert found.prunable_channels == plain.prunable_channels == 8 + 10
+
+
+@pytest.mark.filterwarnings("ignore:.*is traced by torch.export")
+def test_it_is_reconfigured_twice_and_a_branch_goes() -> None:
+    model = Checked().double()
+    model.drop.p = 0.0
+    enliven(model)
+    for seed in (1, 2):
+        groups = find_groups(model, IMAGE)
+        zero_some(model, groups, seed=seed)
+        zeroed = copy.deepcopy(model)
+        assert reconfigure(model, groups).changed
+        same_function(model, zeroed, IMAGE)
+    assert model.inner.in_channels == model.stem.out_channels < 8  # the model's own layers have shrunk
+
+
+def test_it_costs_what_the_network_that_torch_fx_can_trace_costs() -> None:
+    plain = capture_network(Plain(), name="plain", input_shape=IMAGE, num_classes=4)
+    with pytest.warns(UserWarning, match="checked is traced by torch.export"):
+        found = capture_network(Checked(), name="checked", input_shape=IMAGE, num_classes=4)
+    convolutions = 144 * (8 * 3 * 9 + 10 * 8 * 9 + 8 * 10)
+    for network in (plain, found):
+        layers = {layer.name: layer for layer in network.layers}
+        assert sum(layers[name].forward_macs for name in ("stem", "inner", "outer")) == convolutions
+        assert layers["norm"].num_parameters == 16
+    assert [p.name for p in found.parameters] == [p.name for p in plain.parameters]
+    assert found.footprints == plain.footprints
+
+
+class Valued(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        if y.sum() > 0:  # neither can follow this
+            y = y * 2
+        return self.head(y)
+
+
+def test_a_branch_on_values_is_refused_with_its_line(capfd: pytest.CaptureFixture[str]) -> None:
+    message = r"cannot trace Valued: .*\(test_exported\.py, line \d+: if y\.sum\(\) > 0:.*\); nor can torch\.export$"
+    with pytest.raises(UnsupportedModelError) as raised:
+        ptsim.inspect(Valued(), input_shape=IMAGE)
+    assert re.search(message, raised.value.message)
+    assert capfd.readouterr() == ("", "")
+
+
+class Storing(Plain):
+    """Keeps an intermediate result, as layers with caches do."""
+
+    last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.features(x)
+        return self.head(self.last)
+
+
+def test_tracing_leaves_no_stand_in_behind() -> None:
+    model = Storing()
+    find_groups(model, IMAGE)
+    assert "last" not in vars(model)
+    capture_network(model, name="storing", input_shape=IMAGE, num_classes=4)
+    assert "last" not in vars(model)
