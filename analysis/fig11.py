@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import _common
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 import ptsim
 from ptsim.report import figures
@@ -69,7 +68,7 @@ def _figure(frame: pd.DataFrame) -> Figure:
                 label=f"{setting}, fixed mini-batch",
             )
     axes.set(xlabel="epoch", ylabel="bytes, dense = 100 %", ylim=(0, None))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    figures.percent_axis(axes.yaxis)
     figures.legend_above(axes)
     return figures.finish(
         fig, frame, n=figures.repeats(frame), band=figures.spread(frame, otherwise="no band: a count")

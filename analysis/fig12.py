@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import _common
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 import ptsim
 from ptsim.report import figures
@@ -56,7 +55,7 @@ def _figure(frame: pd.DataFrame) -> Figure:
     axes.set_yticks(positions, list(frame.layer), fontsize=7.5)
     axes.invert_yaxis()
     axes.set(xlabel="share that is not sparse")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    figures.percent_axis(axes.xaxis)
     figures.legend_above(axes)
     return figures.finish(fig, frame, n=f"{len(frame)} layers of “{frame.run.iloc[0]}”", band="no band: a count")
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import _common
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 import ptsim
 from ptsim.report import figures
@@ -53,7 +52,7 @@ def _figure(frame: pd.DataFrame) -> Figure:
         )
     axes.set_xticks(range(len(groups)), groups)
     axes.set(ylabel="inference FLOPs, dense = 100 %")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    figures.percent_axis(axes.yaxis)
     figures.legend_above(axes)
     return figures.finish(fig, frame, n="1 run per bar, or their mean", band="no band: a count")
 

@@ -149,19 +149,25 @@ def predict(
     parallel: BoundedStep | None = None
     network_tier = None
     if machine is not None and setting.data_parallel:
-        times = functools.cache(lambda num_bytes: all_reduce(num_bytes, machine, setting.num_gpus))
-        parallel = data_parallel_step(
-            subject.network,
-            step,
-            times,
-            contention=contention_of(machine, setting.num_gpus),
-            tensor_s=hook_seconds(machine, setting.num_gpus),
-            shards=ddp.shards_of(subject.network, setting),
-        )
-        tiers = {times(bucket.num_bytes).tier for bucket in ddp_buckets(subject.network)}
-        network_tier = worst_tier(tiers)
+        parallel, network_tier = _data_parallel(subject.network, step, machine, setting)
     notes = () if calibrated is None or step.tier != Tier.PROFILED else calibrated.doubts()
     return _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)
+
+
+def _data_parallel(
+    network: Network, step: StepTime, cluster: Cluster, setting: StepSetting
+) -> tuple[BoundedStep, str | None]:
+    """The simulated step of several GPUs, and the worst tier that its all-reduces come from."""
+    times = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, setting.num_gpus))
+    simulated = data_parallel_step(
+        network,
+        step,
+        times,
+        contention=contention_of(cluster, setting.num_gpus),
+        tensor_s=hook_seconds(cluster, setting.num_gpus),
+        shards=ddp.shards_of(network, setting),
+    )
+    return simulated, worst_tier({times(bucket.num_bytes).tier for bucket in ddp_buckets(network)})
 
 
 def _prediction(

@@ -6,6 +6,7 @@ depends on, the cost model itself included. A study that is started again comput
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -116,10 +117,9 @@ def run_study(
             else:
                 rows[configuration.index] = {**row, **_identity(configuration)}
 
-    tasks = _Tasks(executor, _chunks(missing()), window)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("ab") as file:
+        with out.open("ab") as file, contextlib.closing(_Tasks(executor, _chunks(missing()), window)) as tasks:
             drop_torn_line(out)
             for computed in tasks.finished():
                 for row in computed:
@@ -136,8 +136,6 @@ def run_study(
         ) from error
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error
-    finally:
-        tasks.cancel()
     return [rows[index] for index in sorted(rows)]
 
 
@@ -171,7 +169,7 @@ class _Tasks:
                     for configuration in chunk:
                         self._submit((configuration,))
 
-    def cancel(self) -> None:
+    def close(self) -> None:
         """Forget what has not begun."""
         for future in self._running:
             future.cancel()

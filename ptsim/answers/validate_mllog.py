@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -14,6 +13,7 @@ from ptsim.hardware.spec import Cluster
 from ptsim.measure.mllog import MlperfRun, read_mllog
 from ptsim.network import MemoryFormat, Network
 from ptsim.optimizers import OPTIMIZERS
+from ptsim.setting import PrecisionName
 
 MODELS = {"resnet": "torchvision:resnet50"}  # MLPerf benchmark → what it trains
 
@@ -53,7 +53,7 @@ def validate_mllog(
     cluster: str | Path,
     model: str | Network | None = None,
     gpus: int | None = None,
-    precision: Literal["fp32", "tf32", "amp", "fp16", "bf16"] = "amp",
+    precision: PrecisionName = "amp",
     memory_format: MemoryFormat = "channels_last",
 ) -> MllogCheck:
     """The prediction of a step beside the one that the log measured.
@@ -78,15 +78,8 @@ def validate_mllog(
         raise UsageError(
             f"{path} is of the benchmark {run.benchmark!r}, whose network is not known", hint="name it with --model"
         )
-    count = gpus or _num_gpus(run, where)
-    if count is None:
-        raise UsageError(f"{path} does not say how many GPUs ran", hint="name them with --gpus")
-    if count < 1 or run.global_batch % count:
-        raise UsageError(f"a mini-batch of {run.global_batch} images does not share out evenly over {count} GPUs")
-    notes = []
+    count = _num_gpus(run, path, where, gpus)
     optimizer = run.optimizer if run.optimizer in OPTIMIZERS.names() else "sgd"
-    if run.optimizer not in (None, optimizer):
-        notes.append(f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted")
     expected = predict(
         chosen,
         batch=run.global_batch // count,
@@ -97,6 +90,11 @@ def validate_mllog(
         optimizer=optimizer,
     )
     measured_s = run.step_seconds
+    notes = (
+        ()
+        if run.optimizer in (None, optimizer)
+        else (f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted",)
+    )
     return MllogCheck(
         log=str(path),
         benchmark=run.benchmark,
@@ -118,8 +116,17 @@ def validate_mllog(
     )
 
 
-def _num_gpus(run: MlperfRun, where: Cluster) -> int | None:
-    """How many GPUs the log's run had, as far as it says."""
-    if run.batch_per_gpu and run.global_batch % run.batch_per_gpu == 0:
-        return run.global_batch // run.batch_per_gpu
-    return run.num_nodes * where.gpus_per_node if run.num_nodes else None
+def _num_gpus(run: MlperfRun, path: str | Path, cluster: Cluster, named: int | None) -> int:
+    """How many GPUs trained: as the caller says, else as the log's mini-batches or nodes say.
+
+    Raises:
+        UsageError: nobody says, or the mini-batch does not divide by it.
+    """
+    count = named or (run.num_nodes * cluster.gpus_per_node if run.num_nodes else None)
+    if named is None and run.batch_per_gpu and run.global_batch % run.batch_per_gpu == 0:
+        count = run.global_batch // run.batch_per_gpu
+    if count is None:
+        raise UsageError(f"{path} does not say how many GPUs ran", hint="name them with --gpus")
+    if count < 1 or run.global_batch % count:
+        raise UsageError(f"a mini-batch of {run.global_batch} images does not share out evenly over {count} GPUs")
+    return count

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -17,6 +17,9 @@ from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, parse_precision
 from ptsim.textfile import check_writable
 from ptsim.trace.io import read_trace
+
+if TYPE_CHECKING:
+    import torch
 
 
 def gpu(
@@ -47,14 +50,9 @@ def gpu(
     """
     check_writable(out)
     runs = [read_trace(path) for path in trace or ()]
-    import torch
-
     from ptsim.hardware.profile import OperatorSetting
     from ptsim.measure.calibrate import calibrate_gpu
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("there is no CUDA device here", hint="--device cpu measures the processor")
-    chosen = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
     settings: tuple[OperatorSetting, ...] = ()
     if precision is not None or memory_format is not None:
         numbers = parse_precision(precision or "fp32")
@@ -65,7 +63,7 @@ def gpu(
         try:
             profile = calibrate_gpu(
                 out,
-                device=chosen,
+                device=_device(device),
                 minutes=minutes,
                 traces=runs,
                 settings=settings,
@@ -87,6 +85,20 @@ def gpu(
         f"{profile.device}: {len(profile.steps)} networks, {len(profile.operators)} operators; {state}"
     )
     print_line(out)
+
+
+def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """What is measured.
+
+    Raises:
+        UsageError: a GPU is asked for where torch sees none.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UsageError("there is no CUDA device here", hint="--device cpu measures the processor")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
 def group_lasso_of(model: Any, input_shape: tuple[int, int, int]) -> Callable[[], object]:

@@ -68,6 +68,12 @@ def network(
             return  # not rank 0
         cluster = cluster_of(*measured)
     write_cluster(cluster, out)
+    _show(cluster)
+    progress_console().print(f"wrote {out}")
+
+
+def _show(cluster: Cluster) -> None:
+    """What was measured, a line per table and per straight piece of it."""
     console = progress_console()
     for found in cluster.tables:
         console.print(
@@ -79,7 +85,6 @@ def network(
         for line in found.segments:
             rate = f"{1 / line.seconds_per_byte / 1e9:.4g} GB/s" if line.seconds_per_byte else "no growth"
             console.print(f"  from {format_bytes(line.from_bytes)}: {format_seconds(line.latency_s)} + bytes / {rate}")
-    console.print(f"wrote {out}")
 
 
 def _live(

@@ -22,6 +22,29 @@ GradientFormat = Literal["fp32", "fp16", "bf16"]
 
 _LINK = re.compile(r"(gpu|node|leaf)( \d+( (in|out|up|down)( nic \d+)?)?)?")
 
+_BOUNDS: dict[str, tuple[float, float | None]] = {  # option → smallest and largest value; None: any finite one
+    "batch_granularity": (1, None),
+    "max_batch": (1, None),
+    "memory_bytes": (1, None),
+    "micro_batches": (1, None),
+    "first_bucket_bytes": (1, None),
+    "bucket_bytes": (1, None),
+    "contention": (0, 1),
+    "channel_multiple": (1, None),
+    "one_time_epoch": (0, None),
+    "surgery_s": (0, None),
+    "compile_s": (0, None),
+    "autotune_trials": (0, None),
+    "warmup_steps": (0, None),
+    "input_stored_pixels": (1, None),
+    "input_storage_bytes_per_s": (1, None),
+    "jitter": (0, 2),
+    "straggler_fraction": (0, 1),
+    "straggler_slowdown": (1, None),
+    "jobs": (1, None),
+    "sampled_steps": (1, None),
+    "price_usd_per_gpu_hour": (0, None),
+}
 _LONGEST = 1e12  # hours or seconds: beyond it a simulated clock no longer sees a second pass
 _TORCH_BUCKET_BYTES = 25 * MIB
 GRADIENT_BYTES: dict[GradientFormat, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -47,6 +70,22 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     policy: Literal["restart", "elastic"] = "restart"
     repair_s: float = 4 * 3600.0
     num_runs: int = 20
+
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            UsageError: names the option, its value and the bound.
+        """
+        for name in ("mtbf_gpu_hours", "checkpoint_interval_s"):
+            if not 0 < getattr(self, name) <= _LONGEST:
+                bound = f"a positive number of at most {_LONGEST:g}"
+                raise UsageError(f"{name} is {getattr(self, name):g}, expected {bound}")
+        for name in ("checkpoint_s", "restart_s", "repair_s"):
+            if not 0 <= getattr(self, name) <= _LONGEST:
+                raise UsageError(f"{name} is {getattr(self, name):g}, expected 0 to {_LONGEST:g}")
+        if not 1 <= self.num_runs <= 100_000:
+            raise UsageError(f"num_runs is {self.num_runs}, expected 1 to 100000")
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -163,30 +202,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Raises:
             UsageError: names the option, its value and the bound.
         """
-        at_least: dict[str, tuple[float, float | None]] = {
-            "batch_granularity": (1, None),
-            "max_batch": (1, None),
-            "memory_bytes": (1, None),
-            "micro_batches": (1, None),
-            "first_bucket_bytes": (1, None),
-            "bucket_bytes": (1, None),
-            "contention": (0, 1),
-            "channel_multiple": (1, None),
-            "one_time_epoch": (0, None),
-            "surgery_s": (0, None),
-            "compile_s": (0, None),
-            "autotune_trials": (0, None),
-            "warmup_steps": (0, None),
-            "input_stored_pixels": (1, None),
-            "input_storage_bytes_per_s": (1, None),
-            "jitter": (0, 2),
-            "straggler_fraction": (0, 1),
-            "straggler_slowdown": (1, None),
-            "jobs": (1, None),
-            "sampled_steps": (1, None),
-            "price_usd_per_gpu_hour": (0, None),
-        }
-        for name, (low, high) in at_least.items():
+        for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
             if value is None or isinstance(value, str):
                 continue
@@ -210,15 +226,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if any(count < 1 for count in self.mixed_devices.values()):
             raise UsageError(f"mixed_devices is {self.mixed_devices}, expected at least one GPU per node of each kind")
         if self.faults is not None:
-            for name in ("mtbf_gpu_hours", "checkpoint_interval_s"):
-                if not 0 < getattr(self.faults, name) <= _LONGEST:
-                    bound = f"a positive number of at most {_LONGEST:g}"
-                    raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected {bound}")
-            for name in ("checkpoint_s", "restart_s", "repair_s"):
-                if not 0 <= getattr(self.faults, name) <= _LONGEST:
-                    raise UsageError(f"{name} is {getattr(self.faults, name):g}, expected 0 to {_LONGEST:g}")
-            if not 1 <= self.faults.num_runs <= 100_000:
-                raise UsageError(f"num_runs is {self.faults.num_runs}, expected 1 to 100000")
+            self.faults.check()
         check_choice(self.algorithm)
         self._check_links()
 

@@ -7,12 +7,12 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
-from ptsim.report.figures.style import COLOURS, TIME_SCALES, finish, legend_above, panels, scale_for, styled
 from ptsim.report.projected import block_of, has_removed_blocks, roofline_frame
 
 
-@styled
+@style.styled
 def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
     """The `count` most expensive layers: time of one image in the first and in the last architecture.
 
@@ -21,10 +21,10 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
     first, last = layers.epoch.min(), layers.epoch.max()
     costly = set(layers.groupby("layer").seconds_per_image.max().nlargest(count).index)
     names = [name for name in dict.fromkeys(layers.layer) if name in costly]  # in forward order
-    figure, (axes,) = panels(1, height_in=1.5 + 0.3 * len(names))
-    scale, unit = scale_for(float(layers.seconds_per_image.max()), TIME_SCALES)
+    figure, (axes,) = style.panels(1, height_in=1.5 + 0.3 * len(names))
+    scale, unit = style.scale_for(float(layers.seconds_per_image.max()), style.TIME_SCALES)
     width = 0.8 if first == last else 0.4
-    for offset, (epoch, colour, hatch) in enumerate(((first, "#9a9a9a", ""), (last, COLOURS[1], "///"))):
+    for offset, (epoch, colour, hatch) in enumerate(((first, "#9a9a9a", ""), (last, style.COLOURS[1], "///"))):
         if offset == 1 and first == last:
             break
         rows = layers[layers.epoch == epoch].set_index("layer").seconds_per_image
@@ -33,14 +33,11 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
         axes.barh(
             positions, values, height=width, color=colour, hatch=hatch, edgecolor="white", label=f"epoch {int(epoch)}"
         )
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
+    style.bar_names(axes, range(len(names)), names)
     axes.set(xlabel=f"forward and backward per image ({unit})")
-    legend_above(axes)
+    style.legend_above(axes)
     share = layers[layers.layer.isin(names)].seconds_per_image.sum() / layers.seconds_per_image.sum()
-    return finish(
+    return style.finish(
         figure,
         layers,
         n=f"{len(names)} of {layers.layer.nunique()} layers, {100 * share:.0f} % of the layers' time",
@@ -48,7 +45,7 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
     )
 
 
-@styled
+@style.styled
 def blocks_figure(layers: pd.DataFrame, *, most: int = 40) -> Figure:
     """Time per image of every block of layers over epochs, as a map. Takes `frames.layers_frame` of one run.
 
@@ -58,8 +55,8 @@ def blocks_figure(layers: pd.DataFrame, *, most: int = 40) -> Figure:
     table = blocks.pivot_table(index="block", columns="epoch", values="seconds_per_image", aggfunc="sum", sort=False)
     kept = set(table.max(axis=1).nlargest(most).index)
     table = table.loc[[block for block in table.index if block in kept]]
-    figure, (axes,) = panels(1, height_in=1.2 + 0.19 * len(table))
-    scale, unit = scale_for(float(table.max().max()), TIME_SCALES)
+    figure, (axes,) = style.panels(1, height_in=1.2 + 0.19 * len(table))
+    scale, unit = style.scale_for(float(table.max().max()), style.TIME_SCALES)
     sns.heatmap(
         table / scale,
         ax=axes,
@@ -76,16 +73,16 @@ def blocks_figure(layers: pd.DataFrame, *, most: int = 40) -> Figure:
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.set(xlabel="epoch", ylabel="")
-    return finish(figure, layers, n=f"{len(table)} blocks of one run", band="no band: expected values")
+    return style.finish(figure, layers, n=f"{len(table)} blocks of one run", band="no band: expected values")
 
 
-@styled
+@style.styled
 def roofline_figure(layers: pd.DataFrame) -> Figure:
     """Speed of every convolution and linear layer over its arithmetic intensity, below the device's roofs.
 
     Takes `projected.roofline_frame` of one run; the first and the last epoch are drawn.
     """
-    figure, (axes,) = panels(1, height_in=3.4)
+    figure, (axes,) = style.panels(1, height_in=3.4)
     peak, bandwidth = layers.peak_flops_per_second.iloc[0], layers.bandwidth_bytes_per_second.iloc[0]
     low, high = layers.flops_per_byte.min() / 2, max(layers.flops_per_byte.max() * 2, 2 * peak / bandwidth)
     axes.plot(
@@ -96,7 +93,7 @@ def roofline_figure(layers: pd.DataFrame) -> Figure:
         label=f"roofs: {peak / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:,.0f} GB/s",
     )
     first, last = layers.epoch.min(), layers.epoch.max()
-    for epoch, colour, fill in ((first, "#9a9a9a", "#9a9a9a"), (last, COLOURS[1], "white")):
+    for epoch, colour, fill in ((first, "#9a9a9a", "#9a9a9a"), (last, style.COLOURS[1], "white")):
         if epoch == last == first and fill == "white":
             break
         rows = layers[layers.epoch == epoch]
@@ -115,8 +112,10 @@ def roofline_figure(layers: pd.DataFrame) -> Figure:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="FLOPs per byte moved (1 MAC is 2 FLOPs)", ylabel="TFLOP/s")
-    legend_above(axes)
-    return finish(figure, layers, n=f"{layers.layer.nunique()} layers of one run", band="no band: expected values")
+    style.legend_above(axes)
+    return style.finish(
+        figure, layers, n=f"{layers.layer.nunique()} layers of one run", band="no band: expected values"
+    )
 
 
 LAYERS = ReportFigure(

@@ -4,69 +4,57 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ptsim.report.facts import Facts
+from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
-from ptsim.report.figures.style import (
-    TIME_SCALES,
-    finish,
-    legend_above,
-    lines,
-    panels,
-    repeats,
-    run_style,
-    scale_for,
-    spread,
-    styled,
-)
 
 
-@styled
+@style.styled
 def accuracy_figure(epochs: pd.DataFrame) -> Figure:
     """Validation accuracy and channel sparsity over epochs, a line per run. Takes `frames.epochs_frame`."""
-    figure, (top, bottom) = panels(2, height_in=4.0)
+    figure, (top, bottom) = style.panels(2, height_in=4.0)
     for axes, column, label in (
         (top, "validation_accuracy", "validation accuracy"),
         (bottom, "channel_sparsity", "channel sparsity"),
     ):
-        lines(axes, epochs, "epoch", column)
+        style.lines(axes, epochs, "epoch", column)
         axes.set(ylabel=label, xlabel="")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        style.percent_axis(axes.yaxis)
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("epoch")
-    legend_above(top)
-    return finish(figure, epochs, n=repeats(epochs), band=spread(epochs))
+    style.legend_above(top)
+    return style.finish(figure, epochs, n=style.repeats(epochs), band=style.spread(epochs))
 
 
-@styled
+@style.styled
 def tradeoff_figure(savings: pd.DataFrame) -> Figure:
     """What pruning costs in accuracy and leaves of time and MACs. Takes `frames.measured_savings_frame`.
 
     A point per run; the time is against the run's own first epochs, so that a machine that changed its speed between
     the dense and the pruned run does not shift it.
     """
-    figure, (axes,) = panels(1, height_in=3.4)
-    for setting, (colour, _) in run_style(savings).items():
+    figure, (axes,) = style.panels(1, height_in=3.4)
+    for setting, (colour, _) in style.run_style(savings).items():
         rows = savings[savings.setting == setting]
         change = 100 * rows.accuracy_change
         axes.plot(100 * rows.own_start_fraction, change, "o", ms=6, color=colour, label=f"{setting}, time")
         axes.plot(
             100 * rows.training_macs_fraction, change, "o", ms=6, mfc="white", color=colour, label=f"{setting}, MACs"
         )
-    axes.axhline(0, color="#666666", linewidth=0.7)
+    style.zero_line(axes)
     axes.axvline(100, color="#666666", linewidth=0.7)
     axes.set(xlabel="left of dense (%)", ylabel="accuracy change (points)")
-    legend_above(axes)
-    return finish(figure, savings, n="1 run per point", band="no band: single runs")
+    style.legend_above(axes)
+    return style.finish(figure, savings, n="1 run per point", band="no band: single runs")
 
 
-@styled
+@style.styled
 def validation_figure(epochs: pd.DataFrame) -> Figure:
     """Predicted against measured epoch time. Takes a frame with run, epoch, predicted_ and measured_seconds."""
-    figure, (axes,) = panels(1, height_in=3.2)
-    scale, unit = scale_for(float(epochs.measured_seconds.max()), TIME_SCALES)
-    for setting, (colour, _) in run_style(epochs).items():
+    figure, (axes,) = style.panels(1, height_in=3.2)
+    scale, unit = style.scale_for(float(epochs.measured_seconds.max()), style.TIME_SCALES)
+    for setting, (colour, _) in style.run_style(epochs).items():
         group = epochs[epochs.setting == setting]
         label = f"{setting}, measured"
         axes.plot(group.epoch, group.measured_seconds / scale, color=colour, label=label, lw=0, marker="o", ms=3)
@@ -74,11 +62,11 @@ def validation_figure(epochs: pd.DataFrame) -> Figure:
             label = "" if number else f"{setting}, predicted"
             axes.plot(rows.epoch, rows.predicted_seconds / scale, color=colour, label=label)
             low, high = rows.low_seconds / scale, rows.high_seconds / scale
-            axes.fill_between(rows.epoch, low, high, color=colour, alpha=0.16, lw=0)
+            style.band(axes, rows.epoch, low, high, colour)
     axes.set(xlabel="epoch", ylabel=f"time per epoch ({unit})", ylim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_above(axes)
-    return finish(figure, epochs, n=f"{len(epochs)} epochs", band="90 % interval of the prediction")
+    style.epoch_axis(axes)
+    style.legend_above(axes)
+    return style.finish(figure, epochs, n=f"{len(epochs)} epochs", band="90 % interval of the prediction")
 
 
 def _accuracy(facts: Facts) -> pd.DataFrame:

@@ -4,65 +4,55 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ptsim.report.facts import Facts
+from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
-from ptsim.report.figures.style import (
-    BYTE_SCALES,
-    COLOURS,
-    dash_style,
-    finish,
-    legend_above,
-    lines,
-    panels,
-    repeats,
-    run_style,
-    scale_for,
-    spread,
-    styled,
-)
 
 
-@styled
+@style.styled
 def shrinking_figure(epochs: pd.DataFrame) -> Figure:
     """What shrank and what the clock saw: per-image costs of one run relative to its first epoch.
 
     Takes `frames.costs_frame` rows of a single run.
     """
-    figure, (axes,) = panels(1, height_in=3.4)
+    figure, (axes,) = style.panels(1, height_in=3.4)
     first = epochs.iloc[0]
     measured = epochs.step_median_seconds / epochs.batch_per_gpu
     base = first.step_median_seconds / first.batch_per_gpu
     series = {
-        "training MACs": (epochs.training_macs_per_image / first.training_macs_per_image, COLOURS[1], "-"),
-        "BatchNorm traffic": (epochs.bn_bytes_per_image / first.bn_bytes_per_image, COLOURS[3], (0, (6, 2, 1.5, 2))),
-        "measured step time": (measured / base, COLOURS[2], (0, (3, 1.5))),
+        "training MACs": (epochs.training_macs_per_image / first.training_macs_per_image, style.COLOURS[1], "-"),
+        "BatchNorm traffic": (
+            epochs.bn_bytes_per_image / first.bn_bytes_per_image,
+            style.COLOURS[3],
+            (0, (6, 2, 1.5, 2)),
+        ),
+        "measured step time": (measured / base, style.COLOURS[2], (0, (3, 1.5))),
     }
     for name, (values, colour, dash) in series.items():
         if values.notna().any():
             axes.plot(epochs.epoch, values, label=name, color=colour, linestyle=dash)
     low = epochs.step_p10_seconds / epochs.batch_per_gpu / base
     high = epochs.step_p90_seconds / epochs.batch_per_gpu / base
-    axes.fill_between(epochs.epoch, low, high, color=COLOURS[2], alpha=0.18, linewidth=0)
+    style.band(axes, epochs.epoch, low, high, style.COLOURS[2])
     axes.set(xlabel="epoch", ylabel="per image, first epoch = 100 %", ylim=(0, None))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_above(axes)
+    style.percent_axis(axes.yaxis)
+    style.epoch_axis(axes)
+    style.legend_above(axes)
     low_n, high_n = int(epochs.num_iterations.min()), int(epochs.num_iterations.max())
     n = f"{low_n} iterations" if low_n == high_n else f"{low_n} to {high_n} iterations"
-    return finish(figure, epochs, n=f"{n} an epoch", band="10th to 90th percentile of an epoch's iterations")
+    return style.finish(figure, epochs, n=f"{n} an epoch", band="10th to 90th percentile of an epoch's iterations")
 
 
-@styled
+@style.styled
 def memory_figure(epochs: pd.DataFrame) -> Figure:
     """Peak memory of an iteration, measured and estimated, and the per-GPU mini-batch. Takes `frames.costs_frame`."""
-    figure, (top, bottom) = panels(2, height_in=4.2)
+    figure, (top, bottom) = style.panels(2, height_in=4.2)
     columns = ["peak_memory_bytes", "estimated_memory_bytes"]
-    factor, unit = scale_for(float(epochs[columns].max().max()), BYTE_SCALES)
-    for setting, (colour, dash) in run_style(epochs).items():
+    factor, unit = style.scale_for(float(epochs[columns].max().max()), style.BYTE_SCALES)
+    for setting, (colour, dash) in style.run_style(epochs).items():
         rows = epochs[epochs.setting == setting].groupby("epoch", as_index=False).mean(numeric_only=True)
-        line = dash_style(dash)
+        line = style.dash_style(dash)
         measured = rows.peak_memory_bytes.notna().any()
         if measured:
             label = f"{setting}, measured"
@@ -78,22 +68,22 @@ def memory_figure(epochs: pd.DataFrame) -> Figure:
         bottom.step(rows.epoch, rows.batch_per_gpu, where="post", color=colour, linestyle=line, label=setting)
     top.set(ylabel=f"peak memory ({unit})", ylim=(0, None))
     bottom.set(ylabel="mini-batch (images)", xlabel="epoch", ylim=(0, None))
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_above(top)
-    return finish(figure, epochs, n=repeats(epochs), band="no band: the peak of each epoch")
+    style.epoch_axis(bottom)
+    style.legend_above(top)
+    return style.finish(figure, epochs, n=style.repeats(epochs), band="no band: the peak of each epoch")
 
 
-@styled
+@style.styled
 def allreduce_figure(epochs: pd.DataFrame) -> Figure:
     """Gradient bytes that every GPU all-reduces in an epoch. Takes `frames.costs_frame`."""
-    figure, (axes,) = panels(1, height_in=3.0)
-    factor, unit = scale_for(float(epochs.allreduce_payload_bytes.max()), BYTE_SCALES)
+    figure, (axes,) = style.panels(1, height_in=3.0)
+    factor, unit = style.scale_for(float(epochs.allreduce_payload_bytes.max()), style.BYTE_SCALES)
     scaled = epochs.assign(allreduce_payload_bytes=epochs.allreduce_payload_bytes / factor)
-    lines(axes, scaled, "epoch", "allreduce_payload_bytes", drawstyle="steps-post")
+    style.lines(axes, scaled, "epoch", "allreduce_payload_bytes", drawstyle="steps-post")
     axes.set(xlabel="epoch", ylabel=f"gradients per epoch ({unit})", ylim=(0, None))
-    legend_above(axes)
-    band = spread(epochs, otherwise="no band: a count, parameters × 4 B × updates")
-    return finish(figure, epochs, n=repeats(epochs), band=band)
+    style.legend_above(axes)
+    band = style.spread(epochs, otherwise="no band: a count, parameters × 4 B × updates")
+    return style.finish(figure, epochs, n=style.repeats(epochs), band=band)
 
 
 def _memory_caption(facts: Facts) -> str:

@@ -16,8 +16,9 @@ import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from ptsim.textfile import printable
 from ptsim.units import format_count
@@ -125,7 +126,35 @@ def lines(axes: Axes, frame: pd.DataFrame, x: str, y: str, **options: object) ->
         **options,
     )
     axes.legend_ = None
+    epoch_axis(axes)
+
+
+def band(axes: Axes, x: pd.Series, low: pd.Series, high: pd.Series, colour: str) -> None:
+    """The range around a line; the foot says what it is (`finish`)."""
+    axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+
+
+def zero_line(axes: Axes) -> None:
+    """Where nothing is gained and nothing lost."""
+    axes.axhline(0, color="#666666", linewidth=0.7)
+
+
+def percent_axis(axis: Axis) -> None:
+    """Fractions are shown as whole percents."""
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+
+
+def epoch_axis(axes: Axes) -> None:
+    """No half epochs at the horizontal axis."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def bar_names(axes: Axes, positions: Sequence[float], names: Sequence[str]) -> None:
+    """The names of horizontal bars, the first one on top."""
+    axes.set_yticks(positions, names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
 
 
 def dash_style(dash: object) -> object:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ptsim.report.facts import Facts
+from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
-from ptsim.report.figures.style import TIME_SCALES, finish, gpus, panels, repeats, scale_for, styled
 from ptsim.report.frames import averaged
 from ptsim.report.projected import epoch_breakdown_frame
 
@@ -29,7 +28,7 @@ PART_COLOURS = {
 }
 
 
-@styled
+@style.styled
 def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     """Where the time goes, per setting and cluster size, in shares of the first setting's time at that size.
 
@@ -37,7 +36,7 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     """
     settings = list(dict.fromkeys(breakdown.setting))
     sizes = sorted(breakdown.gpus.unique())
-    figure, (axes,) = panels(1, height_in=1.5 + 0.34 * len(settings) * len(sizes))
+    figure, (axes,) = style.panels(1, height_in=1.5 + 0.34 * len(settings) * len(sizes))
     totals = breakdown.groupby(["gpus", "setting"]).seconds.sum()
     labels, position = [], 0.0
     for size in sizes:
@@ -50,28 +49,25 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
                 axes.barh(position, share, left=left, height=0.8, color=colour, edgecolor="white", linewidth=0.5)
                 left += share
             axes.text(left + 0.01, position, f"{100 * left:.0f} %", va="center", fontsize=8, color="#333333")
-            labels.append((position, f"{setting}, {gpus(size)}"))
+            labels.append((position, f"{setting}, {style.gpus(size)}"))
             position += 1
         position += 0.5
-    axes.set_yticks([p for p, _ in labels], [textwrap.fill(text, 26) for _, text in labels])
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
+    style.bar_names(axes, [p for p, _ in labels], [textwrap.fill(text, 26) for _, text in labels])
     axes.set(xlabel=f"share of the time of “{settings[0]}” on as many GPUs")
     axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    style.percent_axis(axes.xaxis)
     part_legend(figure, visible_parts(breakdown))
-    n = repeats(breakdown).replace("line", "bar")
-    return finish(figure, breakdown, n=n, band="no band: expected values")
+    n = style.repeats(breakdown).replace("line", "bar")
+    return style.finish(figure, breakdown, n=n, band="no band: expected values")
 
 
-@styled
+@style.styled
 def epoch_breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     """Where one run's time goes, epoch by epoch. Takes `frames.epoch_breakdown_frame` of one run and cluster size."""
-    figure, (axes,) = panels(1, height_in=3.6)
+    figure, (axes,) = style.panels(1, height_in=3.6)
     wide = breakdown.pivot_table(index="epoch", columns="part", values="seconds", aggfunc="sum").fillna(0.0)
     parts = visible_parts(breakdown)
-    scale, unit = scale_for(float(wide.sum(axis=1).max()), TIME_SCALES)
+    scale, unit = style.scale_for(float(wide.sum(axis=1).max()), style.TIME_SCALES)
     axes.stackplot(
         wide.index,
         *(wide[part] / scale for part in parts),
@@ -81,9 +77,9 @@ def epoch_breakdown_figure(breakdown: pd.DataFrame) -> Figure:
         linewidth=0.3,
     )
     axes.set(xlabel="epoch", ylabel=f"time per epoch ({unit})", ylim=(0, None), xlim=(wide.index[0], wide.index[-1]))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.epoch_axis(axes)
     part_legend(figure, parts)
-    return finish(figure, breakdown, n="1 run", band="no band: expected values")
+    return style.finish(figure, breakdown, n="1 run", band="no band: expected values")
 
 
 def visible_parts(breakdown: pd.DataFrame) -> list[str]:
@@ -129,6 +125,6 @@ EPOCHS = ReportFigure(
     frame=_epochs,
     draw=epoch_breakdown_figure,
     caption=lambda facts: (
-        f"The same for “{facts.shown.label}” on {gpus(facts.focus)}, without what reconfigurations cost."
+        f"The same for “{facts.shown.label}” on {style.gpus(facts.focus)}, without what reconfigurations cost."
     ),
 )
