@@ -122,9 +122,11 @@ def _num_gpus(run: MlperfRun, path: str | Path, cluster: Cluster, named: int | N
     Raises:
         UsageError: nobody says, or the mini-batch does not divide by it.
     """
-    count = named or (run.num_nodes * cluster.gpus_per_node if run.num_nodes else None)
-    if named is None and run.batch_per_gpu and run.global_batch % run.batch_per_gpu == 0:
+    count = named
+    if count is None and run.batch_per_gpu and run.global_batch % run.batch_per_gpu == 0:
         count = run.global_batch // run.batch_per_gpu
+    elif count is None and run.num_nodes:
+        count = run.num_nodes * cluster.gpus_per_node
     if count is None:
         raise UsageError(f"{path} does not say how many GPUs ran", hint="name them with --gpus")
     if count < 1 or run.global_batch % count:

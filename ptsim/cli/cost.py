@@ -11,7 +11,7 @@ from rich.table import Table
 from ptsim.answers.cost import CostReport
 from ptsim.answers.cost import cost as costs_of
 from ptsim.cli.common import print_json, stdout_console
-from ptsim.cli.options import Json, NetworkOptions, Optimizer
+from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace
 from ptsim.costs.memory import MOST_IMAGES
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
@@ -27,7 +27,7 @@ def cost(
     gpu: str | None = None,
     gpus: int | None = None,
     precision: PrecisionName | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: OptimizerOfTrace = None,
     memory_format: MemoryFormat | None = None,
     convention: Literal["exact", "paper"] = "exact",
     layers: bool = False,
@@ -43,7 +43,6 @@ def cost(
         gpus: Number of GPUs that train together. From 2 on each also holds the buckets of its all-reduces. Default: the
             trace's own, else 1.
         precision: Number format of the matrix products; amp is fp16 autocast. Default: the trace's own, else fp32.
-        optimizer: Optimizer whose state and update are counted. Default: the trace's own, else sgd.
         memory_format: Layout of the activations in memory. Default: the trace's own, else contiguous.
         convention: How MACs are counted: exact, or paper as the PruneTrain authors count them.
         layers: Add one row for every layer.

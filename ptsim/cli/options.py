@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from ptsim.errors import UsageError
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.textfile import LARGEST, LARGEST_INTEGER, SMALLEST
 from ptsim.trace.io import read_trace
 from ptsim.trace.stretch import stretch
@@ -28,7 +29,11 @@ Out = Annotated[Path, Parameter(name=["--out", "-o"])]
 Traces = Annotated[list[Path], Parameter(name="TRACE", negative=())]
 Settings = Annotated[list[str], Parameter(name="--set", negative=(), show_default=False)]
 Cluster = Annotated[str, Parameter(name="--cluster", help="Cluster: catalog name or TOML file.")]
-Optimizer = Annotated[Literal["sgd", "adam", "adamw", "rmsprop"], Parameter(name="--optimizer")]
+_COUNTED = f"Optimizer whose state and update are counted: {', '.join(OPTIMIZERS.names())}."
+Optimizer = Annotated[str, Parameter(name="--optimizer", help=_COUNTED)]
+OptimizerOfTrace = Annotated[
+    str | None, Parameter(name="--optimizer", help=f"{_COUNTED} Default: the trace's own, else sgd.")
+]
 
 
 @Parameter(name="*")

@@ -47,8 +47,7 @@ class PlannedRun:
     """Number format of the matrix products; amp is fp16 autocast."""
     memory_format: MemoryFormat = _UNSAID.memory_format
     """Layout of the activations in memory."""
-    optimizer: Optimizer = "sgd"
-    """Optimizer whose state and update are counted."""
+    optimizer: Optimizer = _UNSAID.optimizer
     draws: int = _UNSAID.draws
     """Number of trajectories that agree with the pruning. The spread of their times goes into every interval."""
     seed: int = _UNSAID.seed

@@ -12,7 +12,7 @@ from rich.table import Table
 from ptsim.answers.predict import Prediction
 from ptsim.answers.predict import predict as predict_step
 from ptsim.cli.common import print_json, stdout_console
-from ptsim.cli.options import Json, NetworkOptions, Optimizer
+from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, Sharding
 from ptsim.units import format_bytes, format_joules, format_seconds
@@ -29,7 +29,7 @@ def predict(
     cluster: str | None = None,
     gpus: int | None = None,
     network: NetworkOptions = NetworkOptions(),
-    optimizer: Optimizer | None = None,
+    optimizer: OptimizerOfTrace = None,
     sharding: Sharding = "none",
     profile: Path | None = None,
     json: Annotated[
@@ -47,7 +47,6 @@ def predict(
         memory_format: Layout of the activations in memory. Default: the trace's own, else contiguous.
         cluster: Cluster for data-parallel training: catalog name or TOML file.
         gpus: Number of the cluster's GPUs. Default: those of one node.
-        optimizer: Optimizer whose update is counted. Default: the trace's own, else sgd.
         sharding: zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too.
         profile: Device profile that `ptsim calibrate gpu` wrote.
     """

@@ -39,7 +39,7 @@ WRONG = {
     "plan resnet20 --images 9 --epochs 2 --batch 1 --interval 3 -o new": "more than the 2 epochs",
     "plan resnet20 --images 9 --epochs 2 --interval 1 --batch 10 -o new": "the data set has 9",
     "plan resnet20 --images 9 --epochs 2 --batch 1 --interval 1 --draws 0 -o new": "draws is 0",
-    "plan resnet20 --images 9 --epochs 2 --batch 1 --interval 1 --optimizer nosuch -o new": "for --optimizer. Choose",
+    "plan resnet20 --images 9 --epochs 2 --batch 1 --interval 1 --optimizer nosuch -o new": "unknown optimizer",
     "plan resnet20 --pruning lym2019/nosuch -o new": "unknown pruning 'lym2019/nosuch'; known: ",
     "simulate pruned --cluster dgx-a100 --epochs 0": "epochs is 0",
     "simulate --cluster dgx-a100": "requires an argument",
