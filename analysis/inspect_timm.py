@@ -1,44 +1,101 @@
 """How much of timm's CNNs can be pruned, and is it exact? One row for each family: its smallest network.
 
-    pip install timm
+    pip install timm torch-pruning
     python analysis/inspect_timm.py --out FILE.csv                    # every family that FILE has no row of
     python analysis/inspect_timm.py --models skresnet18 resnest14d    # these alone
 
-Weights are random. The share is that of the channels that no image and no class fixes.
+A family is what stands in front of the first number in a network's name, in one of timm's modules; pure transformers
+are left out. Weights are random, images as small as the network takes. The share is that of the channels that no image
+and no class fixes. Torch-Pruning's count beside it is that of the channels of its groups but for the classifier's: it also
+removes channels that are normalised or combined together, which changes what the network computes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import re
+import signal
 import sys
 import time
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import ptsim
 from ptsim.errors import PtsimError
 
-COLUMNS = ("model", "exact", "share", "prunable_channels", "refused_channels", "seconds", "reason")
+COLUMNS = (
+    "family", "model", "image", "exact", "share", "prunable_channels", "refused_channels", "torch_pruning_channels",
+    "seconds", "traced_by", "reason",
+)  # fmt: skip
 FIXED = ("it is the network's input", "it is the network's output")
-TRANSFORMERS = ("vit", "deit", "beit", "swin", "cait", "xcit", "eva", "naflex", "mvit", "maxvit", "coat", "crossvit")
+SIDES = (64, 96, 128)
+TRANSFORMERS = [
+    "beit",
+    "cait",
+    "coat",
+    "convit",
+    "crossvit",
+    "davit",
+    "deepseek_vit",
+    "deit",
+    "eva",
+    "focalnet",
+    "gcvit",
+    "gemma4_vit",
+    "hiera",
+    "hieradet_sam2",
+    "mlp_mixer",
+    "mvitv2",
+    "naflexvit",
+    "nest",
+    "pit",
+    "qwen3_vit",
+    "sequencer",
+    "swin_transformer",
+    "swin_transformer_v2",
+    "swin_transformer_v2_cr",
+    "tiny_vit",
+    "tnt",
+    "twins",
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vision_transformer_relpos",
+    "vision_transformer_sam",
+    "vitamin",
+    "volo",
+    "xcit",
+]
+
+
+class TooLongError(Exception):
+    """The network's time is over."""
+
+
+def family_of(name: str, module: str) -> str:
+    """A network's family: timm's module and what stands in front of the first number of the name."""
+    match = re.match(r"((?:[a-z]+_)*?[a-z]+(?:v\d)?)(?=[\d_]|$)", name)
+    return f"{module}/{match[1] if match else name}"
 
 
 def smallest_of_every_family() -> list[str]:
-    """Timm's name of the network with the fewest parameters in every module of networks that are not transformers."""
+    """Timm's name of the network with the fewest parameters in every family that is no transformer."""
     import timm
 
-    names = []
-    for family in timm.list_modules():
-        if not family.startswith(TRANSFORMERS):
-            models = timm.list_models(module=family)
-            sizes = {name: _num_parameters(name) for name in models}
-            names += [min(models, key=sizes.__getitem__)] if models else []
-    return names
+    smallest: dict[str, tuple[int, str]] = {}
+    for module in timm.list_modules():
+        for name in timm.list_models(module=module) if module not in TRANSFORMERS else ():
+            found = (_num_parameters(name), name)
+            family = family_of(name, module)
+            smallest[family] = min(found, smallest.get(family, found))
+    return [name for _, name in sorted(smallest.values())]
 
 
 def _num_parameters(name: str) -> int:
@@ -48,16 +105,54 @@ def _num_parameters(name: str) -> int:
         return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
 
 
-def row_of(name: str) -> dict[str, Any]:
+def image_for(model: nn.Module) -> tuple[int, int, int]:
+    """The smallest image that the network takes."""
+    channels, height, width = model.default_cfg["input_size"]  # type: ignore[index,union-attr,misc] # timm's own dictionary
+    for side in SIDES if not model.default_cfg.get("fixed_input_size") else ():  # type: ignore[operator,union-attr] # likewise
+        try:
+            with torch.no_grad():
+                model.eval()(torch.rand(1, channels, side, side))
+        except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError):
+            continue
+        finally:
+            model.train()
+        return channels, side, side
+    return channels, height, width
+
+
+@contextlib.contextmanager
+def limited_to(seconds: int) -> Iterator[None]:
+    """`TooLongError` once the time is over."""
+
+    def stop(*_: object) -> None:
+        raise TooLongError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def row_of(name: str, limit: int) -> dict[str, Any]:
     """Inspect one of timm's networks; what it cannot do is a row as well."""
     import timm
 
-    start = time.perf_counter()
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10)
-    row: dict[str, Any] = {"model": name, "exact": False, "share": 0.0}
+    module = type(model).__module__.rpartition(".")[2]
+    image = image_for(model)
+    row: dict[str, Any] = {"family": family_of(name, module), "model": name, "exact": False, "share": 0.0}
+    row["image"] = "x".join(map(str, image))
+    start = time.perf_counter()
     try:
-        found = ptsim.inspect(model, input_shape=tuple(model.default_cfg["input_size"]))
+        with limited_to(limit), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch.export traced it stands in a column
+            found = ptsim.inspect(model, input_shape=image)
+    except TooLongError:
+        row["reason"] = f"not done after {limit} s"
     except PtsimError as error:
         row["reason"] = error.message
     else:
@@ -70,10 +165,32 @@ def row_of(name: str) -> dict[str, Any]:
             "share": round(found.prunable_channels / max(1, found.prunable_channels + refused.total()), 3),
             "prunable_channels": found.prunable_channels,
             "refused_channels": refused.total(),
+            "traced_by": found.traced_by,
             "reason": refused.most_common(1)[0][0] if refused else "",
         }
     row["seconds"] = round(time.perf_counter() - start, 1)
+    row["torch_pruning_channels"] = torch_pruning_channels(model, image, limit)
     return row
+
+
+def torch_pruning_channels(model: nn.Module, image: tuple[int, int, int], limit: int) -> int | str:
+    """The channels of Torch-Pruning's groups but for those of the classifier; what happened where there are none."""
+    try:
+        import torch_pruning
+    except ImportError:
+        return ""
+    classifier = model.get_classifier()  # type: ignore[operator] # timm's own method
+    ignored = list(classifier.modules()) if isinstance(classifier, nn.Module) else []
+    try:
+        with limited_to(limit), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch_pruning.DependencyGraph().build_dependency(model.eval(), torch.rand(1, *image))
+            roots = [nn.modules.conv._ConvNd, nn.Linear]
+            return sum(len(group[0].idxs) for group in graph.get_all_groups(ignored, roots))
+    except TooLongError:
+        return "too long"
+    except Exception as error:  # another package's: the survey goes on
+        return type(error).__name__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=None, help="timm's names; by default one of every family")
     parser.add_argument("--out", type=Path, default=None, help="a CSV file that rows are added to")
+    parser.add_argument("--limit", type=int, default=180, help="seconds for one network")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no network is begun")
     options = parser.parse_args(arguments)
+    start = time.monotonic()
     known: set[str] = set()
     if options.out is not None and options.out.exists():
         with options.out.open(newline="") as file:
@@ -90,9 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     writer.writeheader()
     rows = []
     for name in options.models or smallest_of_every_family():
-        if name in known:
+        if name in known or time.monotonic() - start > options.budget:
             continue
-        row = row_of(name)
+        row = row_of(name, options.limit)
         rows.append(row)
         writer.writerow(row)
         sys.stdout.flush()
