@@ -6,8 +6,8 @@
 
 A family is what stands in front of the first number in a network's name, in one of timm's modules; pure transformers
 are left out. Weights are random, images as small as the network takes. The share is that of the channels that no image
-and no class fixes. Torch-Pruning's count beside it is that of the channels of its groups but for the classifier's: it also
-removes channels that are normalised or combined together, which changes what the network computes.
+and no class fixes. Torch-Pruning's count beside it is that of the channels of its groups but for the classifier's: it
+also removes channels that are normalised or combined together, which changes what the network computes.
 """
 
 from __future__ import annotations
@@ -179,6 +179,7 @@ def torch_pruning_channels(model: nn.Module, image: tuple[int, int, int], limit:
         import torch_pruning
     except ImportError:
         return ""
+    limit = min(limit, 20)  # its search does not end on some networks with attention
     classifier = model.get_classifier()  # type: ignore[operator] # timm's own method
     ignored = list(classifier.modules()) if isinstance(classifier, nn.Module) else []
     try:
