@@ -33,7 +33,7 @@ def stretch(trace: Trace, *, epochs: int | None = None, images: int | None = Non
         raise UsageError(f"{trace.path} has no finished epoch; there is nothing to stretch")
     count, recorded = epochs or len(trace.epochs), len(trace.epochs)
     sources = [trace.epochs[int((number + 0.5) * recorded / count)] for number in range(count)]
-    made = tuple(_epoch(source, number, images) for number, source in enumerate(sources))
+    made = tuple(_epoch(source, number, images, trace.run.dataset.num_train) for number, source in enumerate(sources))
     told = [f"{count} epochs instead of {recorded}"] if epochs else []
     told += [f"{images:,} images an epoch instead of {trace.epochs[0].num_images:,}"] if images else []
     what = f"{' and '.join(told)}: every architecture keeps its share of the run"
@@ -65,13 +65,13 @@ def stretch(trace: Trace, *, epochs: int | None = None, images: int | None = Non
     )
 
 
-def _epoch(source: Epoch, number: int, images: int | None) -> Epoch:
+def _epoch(source: Epoch, number: int, images: int | None, num_train: int) -> Epoch:
     steps, seen = source.num_iterations, source.num_images
     if images is not None:
         each = source.batch_per_gpu * source.world_size
-        whole = source.num_images == source.num_iterations * each  # the rest of the data set was dropped
-        steps = max(1, math.floor(images / each) if whole else math.ceil(images / each))
-        seen = steps * each if whole else images
+        whole = source.num_images == source.num_iterations * each < num_train  # the last, smaller step was left out
+        steps = max(1, images // each if whole else math.ceil(images / each))
+        seen = min(steps * each, images) if whole else images
     return msgspec.structs.replace(
         source,
         epoch=number,

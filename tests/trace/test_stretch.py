@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import ptsim
@@ -64,3 +65,16 @@ def test_wrong_numbers_are_refused(trace: Trace) -> None:
         stretch(trace, epochs=0)
     with pytest.raises(UsageError, match="images is -1"):
         stretch(trace, images=-1)
+
+
+def test_the_last_smaller_step_is_left_out_only_where_the_run_left_it_out(trace: Trace) -> None:
+    first = trace.epochs[0]
+    each, images = first.batch_per_gpu * first.world_size, first.num_iterations * first.batch_per_gpu * first.world_size
+    for num_train, steps in ((images, 8), (images + each // 2, 7)):  # 7 and a half steps
+        epochs = tuple(msgspec.structs.replace(epoch, num_images=images) for epoch in trace.epochs[:1])
+        dataset = msgspec.structs.replace(trace.run.dataset, num_train=num_train)
+        run = msgspec.structs.replace(trace.run, dataset=dataset)
+        recorded = msgspec.structs.replace(trace, run=run, epochs=epochs)
+        (epoch,) = stretch(recorded, images=7 * each + each // 2).epochs
+        assert epoch.num_iterations == steps
+        assert epoch.num_images == (7 * each + each // 2 if steps == 8 else 7 * each)
