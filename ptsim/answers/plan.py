@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ DEFAULT_INTERVAL = 5
 MOST_DRAWS = 100
 
 
-_CORRECTIONS = 8  # of the table that turns widths into costs; most plans need one or two
+_CORRECTIONS = 2  # of the table that turns widths into costs, which bring nothing any more; most plans need none
 
 
 class Fractions(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,7 +211,9 @@ def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:
 
     make: Kind = kind  # type: ignore[assignment] # of `find_kind`
     table = dense.table
-    for _ in range(_CORRECTIONS):
+    best: dict[str, float] = {}
+    aimed, since = {}, 0
+    while since < _CORRECTIONS:
         problem = Problem(
             model=asked.model,
             edges=dense.edges,
@@ -221,28 +223,33 @@ def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:
             seed=asked.seed,
         )
         trajectory = make(asked.pruning, problem)
-        trace = _trace(asked, dense, trajectory, list(dense.reconfigured(trajectory.widths)))
-        missed = _missed(trace, trajectory)
-        if not missed:
+        steps = list(dense.reconfigured(trajectory.widths))
+        trace = _trace(asked, dense, trajectory, steps)
+        aimed, reached = trajectory.targets, _reached(trace, trajectory)
+        if _miss(reached, aimed) <= TOLERANCE:
             return trace
-        table = table.corrected(trajectory.widths[-1], dense.network, trace.final_network)
-    wanted, nearest = (
-        ", ".join(f"{name}={value:.3g}" for name, value in found.items()) for found in (trajectory.targets, missed)
-    )
+        since += 1
+        if not best or _miss(reached, aimed) < 0.8 * _miss(best, aimed):
+            best, since = reached, 0
+        table = table.corrected(trajectory.widths, dense.network, [step.network for step in steps])
+    wanted, nearest = (", ".join(f"{name}={value:.3g}" for name, value in found.items()) for found in (aimed, best))
     raise UsageError(f"no pruning of {asked.model} was found that has {wanted}; the nearest has {nearest}")
 
 
-def _missed(trace: Trace, trajectory: Trajectory) -> dict[str, float]:
-    """The fractions that are farther from their target than they may be."""
+def _reached(trace: Trace, trajectory: Trajectory) -> dict[str, float]:
+    """The fractions that have a target."""
     found = fractions(trace)
     reached = {
         "training": found.training_flops_fraction,
         "inference": found.inference_flops_fraction,
         "bn": found.bn_bytes_fraction,
     }
-    return {
-        name: reached[name] for name, wanted in trajectory.targets.items() if abs(reached[name] - wanted) > TOLERANCE
-    }
+    return {name: reached[name] for name in trajectory.targets}
+
+
+def _miss(reached: Mapping[str, float], aimed: Mapping[str, float]) -> float:
+    """How far the farthest fraction is from its target."""
+    return max((abs(reached[name] - aimed[name]) for name in aimed), default=0.0)
 
 
 def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step]) -> Trace:

@@ -114,11 +114,7 @@ class ChannelGroups:
             for axis, role in ((layer.outputs, "out"), (layer.inputs, "in")):
                 for component in sorted(set(axis.tolist())):
                     signatures[component].append(f"{layer.layer} ({role})")
-        written, read = (torch.zeros(self.num_components, dtype=torch.int64) for _ in range(2))
-        for layer in self.layers:
-            written = torch.maximum(written, torch.bincount(layer.outputs, minlength=self.num_components))
-            read = torch.maximum(read, torch.bincount(layer.inputs, minlength=self.num_components))
-        widths = torch.where(written > 0, written, read)  # a flattened image is read in many places
+        widths = self.channel_counts()
         bundles: dict[tuple[tuple[str, ...], int], list[int]] = {}
         for component, members in enumerate(signatures):
             if members:
@@ -134,6 +130,17 @@ class ChannelGroups:
             )
             for (members, reason), components in bundles.items()
         )
+
+    def channel_counts(self) -> Tensor:
+        """Channels that each component stands for: those written; where no layer writes it, those read.
+
+        A flattened image is read in many places.
+        """
+        written, read = (torch.zeros(self.num_components, dtype=torch.int64) for _ in range(2))
+        for layer in self.layers:
+            written = torch.maximum(written, torch.bincount(layer.outputs, minlength=self.num_components))
+            read = torch.maximum(read, torch.bincount(layer.inputs, minlength=self.num_components))
+        return torch.where(written > 0, written, read)
 
     def cut_for(self, removed: Tensor) -> Cut:
         """What to keep of every axis once the components of the mask `removed` are gone."""

@@ -24,6 +24,7 @@ from ptsim.cli.main import run
 from ptsim.costs.saving import saving_interval
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
+from ptsim.network import LayerKind
 from ptsim.prune.groups import ChannelGroups, find_groups, weight_GOIK
 from ptsim.prune.propagate import skeleton
 from ptsim.prune.reconfigure import Surgery, reconfigure, remove_channels
@@ -94,10 +95,32 @@ class TestTargets:
         assert [epoch.allreduce_bytes for epoch in planned.epochs] == [4 * n * 16 for n in weights]  # 1024 / (2 · 32)
 
     def test_batch_norm_traffic_is_as_asked(self) -> None:
-        for bn in (0.8,):
-            trace = plan("resnet20", **BASE, pruning=f"training=0.7,inference=0.5,bn={bn}")
-            assert fractions(trace).bn_bytes_fraction == pytest.approx(bn, abs=0.005)
-            assert fractions(trace).training_flops_fraction == pytest.approx(0.7, abs=0.005)
+        for bn, layers in ((0.8, ""), (0.83, ""), (0.85, ",layers=0.1")):  # one channel of its stages is a percent
+            trace = plan("resnet20", **BASE, pruning=f"training=0.7,inference=0.5,bn={bn}{layers}")
+            found = fractions(trace)
+            assert found.bn_bytes_fraction == pytest.approx(bn, abs=0.005)
+            assert found.training_flops_fraction == pytest.approx(0.7, abs=0.005)
+            assert found.inference_flops_fraction == pytest.approx(0.5, abs=0.005)
+            convolutions = [
+                sum(layer.kind is LayerKind.CONV for layer in network.layers)
+                for network in (trace.network_of(trace.epochs[0]), trace.final_network)
+            ]
+            assert convolutions[0] - convolutions[1] == (2 if layers else 0)  # 10 % of 21
+
+    def test_a_flattened_image_and_wide_linear_layers_meet_their_targets(self, tmp_path: Path) -> None:
+        file = tmp_path / "flat.py"
+        file.write_text(
+            "from torch import nn\n"
+            "def flat(num_classes=10):\n"
+            "    return nn.Sequential(\n"
+            "        nn.Conv2d(3, 24, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(24, 32, 3, stride=2, padding=1),\n"
+            "        nn.ReLU(), nn.Flatten(), nn.Linear(512, 96), nn.ReLU(), nn.Linear(96, num_classes))\n"
+        )
+        trace = plan(f"{file}:flat", **BASE, input_shape=(3, 16, 16), pruning="training=0.7,inference=0.5")
+        assert fractions(trace).training_flops_fraction == pytest.approx(0.7, abs=0.005)
+        assert trace.final_network.forward_macs / trace.network_of(trace.epochs[0]).forward_macs == pytest.approx(
+            0.5, abs=0.005
+        )
 
     def test_draws_differ_and_agree_with_what_was_given(self, model: str, tmp_path: Path) -> None:
         planned = plan(model, draws=3, **BASE, gpus=2, pruning="training=0.7,inference=0.5")

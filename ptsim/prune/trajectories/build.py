@@ -174,10 +174,7 @@ def _without_storage(build: Callable[[], nn.Module]) -> nn.Module:
 
 def _beyond(groups: ChannelGroups, edge_of: Tensor, widths: Tensor) -> Tensor:
     """A mask of the components that go so that every edge keeps at most its width."""
-    counts = torch.zeros(groups.num_components, dtype=torch.int64)  # channels that a component stands for
-    for layer in groups.layers:
-        for axis in (layer.inputs, layer.outputs):
-            counts = torch.maximum(counts, torch.bincount(axis, minlength=groups.num_components))
+    counts = groups.channel_counts()
     sparse = torch.zeros(groups.num_components, dtype=torch.bool)
     for edge, width in enumerate(widths.tolist()):
         members = torch.nonzero((edge_of == edge) & groups.prunable).flatten()

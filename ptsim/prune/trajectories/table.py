@@ -8,14 +8,32 @@ is checked against the real networks afterwards.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from ptsim.costs.flops import inference_macs, layer_macs, training_macs
 from ptsim.costs.kernels import BATCH_NORM_BACKWARD, BATCH_NORM_FORWARD
+from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.network import LayerKind, Network
 from ptsim.prune.groups import ChannelGroups
 from ptsim.prune.labels import WIDTH
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Fractions of dense that the products said, ascending to 1, and what the networks really had."""
+
+    said: tuple[float, ...]
+    true: tuple[float, ...]
+
+    def of(self, fractions: np.ndarray) -> np.ndarray:
+        """What networks of which the products say `fractions` have; below the smallest seen in proportion to it."""
+        found = np.interp(fractions, self.said, self.true)
+        below = fractions < self.said[0]
+        if self.said[0] > 0:
+            found[below] = fractions[below] * self.true[0] / self.said[0]
+        return np.asarray(found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +46,8 @@ class CostTable:
         product: whether the layer's work grows with its inputs too.
         dead_with: the layer goes once one of these edges is empty.
         inference, training: MACs of one image, per layer; bn: accesses to BatchNorm's elements.
-        weight: BatchNorm traffic and FLOPs that a channel of an edge takes part in, for who prunes by them.
+        full: dense widths.
+        seen: what real networks had where the products said otherwise, for each of the three costs.
     """
 
     inputs: np.ndarray
@@ -41,6 +60,7 @@ class CostTable:
     training: np.ndarray
     bn: np.ndarray
     full: np.ndarray
+    seen: tuple[Seen | None, Seen | None, Seen | None] = (None, None, None)
 
     def fractions(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Inference FLOPs, training FLOPs and BatchNorm traffic per image, of dense, for rows of widths."""
@@ -50,35 +70,26 @@ class CostTable:
         scale = outputs * np.where(self.product, inputs, 1.0)
         if not kept.all():
             scale[(kept == 0).astype(float) @ self.dead_with.T > 0] = 0.0
-        return tuple(  # type: ignore[return-value] # three of them
+        raw = (
             (scale @ part) / part.sum() if part.sum() else np.ones(len(kept))
             for part in (self.inference, self.training, self.bn)
         )
+        inference, training, bn = (
+            found if seen is None else seen.of(found) for found, seen in zip(raw, self.seen, strict=True)
+        )
+        return inference, training, bn
 
-    def corrected(self, widths: np.ndarray, dense: Network, pruned: Network) -> CostTable:
-        """The table with a constant share of work, so that it agrees with the network that `widths` really gave."""
-        said = self.fractions(widths)
-        true = (
-            inference_macs(pruned) / inference_macs(dense),
-            training_macs(pruned) / training_macs(dense),
-        )
-        extra = np.zeros(2)
-        for i, part in enumerate((self.inference, self.training)):
-            share = float(said[i][0])
-            if share < 1:
-                extra[i] = part.sum() * (true[i] - share) / (1 - true[i]) if true[i] < 1 else 0.0
-        return dataclasses.replace(
-            self,
-            inputs=np.vstack([self.inputs, np.zeros(len(self.full))]),
-            outputs=np.vstack([self.outputs, np.zeros(len(self.full))]),
-            fixed_inputs=np.append(self.fixed_inputs, 1.0),
-            fixed_outputs=np.append(self.fixed_outputs, 1.0),
-            product=np.append(self.product, False),
-            dead_with=np.vstack([self.dead_with, np.zeros(len(self.full))]),
-            inference=np.append(self.inference, extra[0]),
-            training=np.append(self.training, extra[1]),
-            bn=np.append(self.bn, 0.0),
-        )
+    def corrected(self, widths: np.ndarray, dense: Network, pruned: Sequence[Network]) -> CostTable:
+        """The table that agrees with the networks that rows of `widths` really gave, with straight lines between."""
+        said = dataclasses.replace(self, seen=(None, None, None)).fractions(widths)
+        costs = (inference_macs, training_macs, lambda network: batch_norm_bytes(network, 4))
+        seen = []
+        for row, cost in zip(said, costs, strict=True):
+            whole = cost(dense)
+            true = np.array([cost(network) / whole for network in pruned]) if whole else row
+            order = np.argsort(row)
+            seen.append(Seen(said=(*row[order], 1.0), true=(*true[order], 1.0)))
+        return dataclasses.replace(self, seen=(seen[0], seen[1], seen[2]))
 
     def intensity(self) -> np.ndarray:
         """BatchNorm traffic per FLOP of an edge's channels, relative to the network's: how memory-bound it is."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ptsim.errors import UsageError
+from ptsim.prune.trajectories.polish import polished
 from ptsim.prune.trajectories.problem import Problem, Trajectory, Widths, register
 from ptsim.trace.schema import Assumption
 
@@ -82,10 +83,12 @@ def meet(targets: Targets, problem: Problem, *, source: str) -> Trajectory:
     tilt, how = DEFAULT_TILT, "the median of the published runs on ImageNet"
     if targets.bn is not None:
         tilt, how = solver.tilt_for(targets.bn), source
-    widths = solver.widths(tilt)
     aimed = {"training": targets.training, "inference": targets.inference}
     if targets.bn is not None:
         aimed["bn"] = targets.bn
+    widths = polished(solver.widths(tilt), aimed, problem, tolerance=TOLERANCE)
+    if targets.bn is not None:
+        solver.check_traffic(targets.bn, widths)
     named = ", ".join(f"{name} {value:g}" for name, value in aimed.items())
     assumed = (
         Assumption(what=f"fractions of dense: {named}", source=source),
@@ -122,17 +125,18 @@ class _Solver:
         self._check()
 
     def tilt_for(self, bn: float) -> float:
-        """The tilt at which BatchNorm traffic over the run is `bn` of dense."""
+        """The tilt at which BatchNorm traffic over the run comes nearest to `bn` of dense."""
 
         def traffic(tilt: float) -> float:
             return self._over_run(self.table.fractions(self.widths(tilt))[2])
 
-        low, high = _TILTS
-        ends = traffic(low), traffic(high)
-        if not min(ends) - TOLERANCE <= bn <= max(ends) + TOLERANCE:
-            nearest = min(ends, key=lambda end: abs(end - bn))
+        return _root(traffic, *_TILTS, bn, steps=30)
+
+    def check_traffic(self, bn: float, widths: Widths) -> None:
+        """Refuse a BatchNorm traffic from which the nearest widths that were found are still far."""
+        nearest = self._over_run(self.table.fractions(widths)[2])
+        if abs(nearest - bn) > 2 * TOLERANCE:  # the table may be a little wrong; the networks themselves are checked
             self._fail(f"bn={bn:g}", f"bn={nearest:.2f}")
-        return _root(traffic, low, high, bn, steps=30)
 
     def widths(self, tilt: float) -> Widths:
         """Whole widths after every reconfiguration that meet inference and training FLOPs."""
