@@ -43,7 +43,7 @@ from ptsim.training.misuse import Order
 from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
 from ptsim.training.prune_settings import check_plan, make_settings
 from ptsim.training.recorder import Recorder
-from ptsim.training.wrapping import bare
+from ptsim.training.wrapping import bare, bare_optimizer
 
 _PRUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PruneTrain]] = weakref.WeakKeyDictionary()
 
@@ -101,6 +101,7 @@ class PruneTrain:
         self.network = bare(model)
         self._refuse_second()
         self.penalty_ratio, self.interval = penalty_ratio, interval
+        optimizer = bare_optimizer(optimizer)
         self.optimizer, self.ema, self.scaler, self.rewrap = optimizer, ema, scaler, rewrap
         self.regularized = penalty_ratio > 0
         self.penalty_coefficient: float | None = None if penalty_ratio > 0 else 0.0
@@ -290,6 +291,7 @@ class PruneTrain:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`: the network, freshly built, gets the pruned shapes, and the optimizer follows.
 
+        A network that has those shapes already, and the optimizer of it, stay as they are.
         Call it before the first step, and before `load_state_dict` of network and optimizer where those are used.
         What wraps the network has to be made again, as after a reconfiguration.
 

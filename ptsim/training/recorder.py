@@ -49,7 +49,7 @@ from ptsim.training.losses import LossSum
 from ptsim.training.measured import Measured, Penalty, measure_epoch
 from ptsim.training.tracefile import TraceFile, refuse_trace
 from ptsim.training.watch import Watch
-from ptsim.training.wrapping import bare, called
+from ptsim.training.wrapping import bare, bare_optimizer, called
 
 TRACE = "trace.jsonl"
 _T = TypeVar("_T")
@@ -110,6 +110,7 @@ class Recorder:
             UsageError: an `input_shape` that is none.
         """
         self.input_shape = checked_shape(input_shape)
+        optimizer = bare_optimizer(optimizer)
         self.module, self.network, self.optimizer = model, bare(model), optimizer
         self.facts = facts or RunFacts()
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -168,7 +169,7 @@ class Recorder:
                 raise UsageError("the module holds another network than the one that is recorded")
             self.module = module
             self._communication = CommunicationMeter(module)
-        self.optimizer = optimizer or self.optimizer
+        self.optimizer = self.optimizer if optimizer is None else bare_optimizer(optimizer)
         self.watch.follow(called(self.module), self.optimizer)
 
     def forget_module(self) -> None:

@@ -17,7 +17,7 @@ from ptsim.consistency import network_problem
 from ptsim.errors import UsageError
 from ptsim.network import Network
 from ptsim.prune.cut import unwrap
-from ptsim.prune.structure import apply_structure
+from ptsim.prune.structure import apply_structure, structure_of
 from ptsim.training.checkpoint import NotNegative, Scalar, Totals, Whole
 from ptsim.training.recipe import Count
 
@@ -233,8 +233,8 @@ def reshape(
     """Give a freshly built network, its optimizer and its average the shapes of a stored structure.
 
     Args:
-        network: as the loop builds it, not pruned.
-        optimizer: made for it; its state is forgotten.
+        network: as the loop builds it, not pruned; one that has the shapes already is left as it is.
+        optimizer: made for it; its state is forgotten if its parameters change.
         ema: an average of the weights.
         structure: as `structure_of` wrote it.
         names: as `parameter_names` gave them.
@@ -242,27 +242,57 @@ def reshape(
     Raises:
         UsageError: the structure or the groups do not belong to this network or optimizer.
     """
+    if ema is not None and not has_structure(unwrap(ema), structure):
+        apply_structure(unwrap(ema), dict(structure))
+    before = {id(parameter): name for name, parameter in network.named_parameters()}
+    if not has_structure(network, structure):
+        apply_structure(network, dict(structure))
+        optimizer.state.clear()
+    regroup(network, optimizer, names, before)
+
+
+def regroup(
+    network: nn.Module, optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]], before: Mapping[int, str]
+) -> None:
+    """Let each of the optimizer's groups hold the parameters that `names` say, which go by `parameter_names`.
+
+    Groups that are made anew for a pruned network may differ: what pruning puts in is of other kinds of layers.
+
+    Args:
+        network: in the shapes of the state.
+        optimizer: of this network, or of its parameters before it got those shapes.
+        names: for every group.
+        before: names of the network's parameters at that time, by id.
+
+    Raises:
+        UsageError: the groups do not belong to this network or optimizer.
+    """
     found = len(optimizer.param_groups)
     if len(names) != found:
         raise UsageError(f"the optimizer has {found} parameter groups, the state has {len(names)}")
-    own = {id(parameter) for parameter in network.parameters()}
-    held_before = {name for group in parameter_names(network, optimizer) for name in group}
-    apply_structure(network, dict(structure))
     parameters = dict(network.named_parameters())
-    stored = sorted(name for group in names for name in group if name)
-    expected = sorted(held_before & parameters.keys())
-    if stored != expected:
-        odd = next(iter({*stored} ^ {*expected}), "one of them twice")
-        raise UsageError(f"the state's optimizer holds other parameters than this one: {odd}")
-    optimizer.state.clear()
+    held_before = {before[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in before}
+    stored = [name for held in names for name in held if name]
+    odd = {*stored} - parameters.keys() or (held_before & parameters.keys()) - {*stored}
+    if odd or len({*stored}) < len(stored):
+        which = min(odd) if odd else "one of them twice"
+        raise UsageError(f"the state's optimizer holds other parameters than this one: {which}")
+    known = {id(parameter) for parameter in parameters.values()} | before.keys()
     for group, held in zip(optimizer.param_groups, names, strict=True):
-        others = iter([parameter for parameter in group["params"] if id(parameter) not in own])
+        others = iter([parameter for parameter in group["params"] if id(parameter) not in known])
         try:
             group["params"] = [parameters[name] if name else next(others) for name in held]
-        except (KeyError, StopIteration) as error:
+        except StopIteration as error:
             raise UsageError("the state's optimizer holds parameters that this one does not have") from error
-    if ema is not None:
-        apply_structure(unwrap(ema), dict(structure))
+
+
+def has_structure(network: nn.Module, structure: Mapping[str, Any]) -> bool:
+    """Whether the network has been cut to these shapes already."""
+    return _as_json(structure_of(network)) == _as_json(structure)
+
+
+def _as_json(structure: Mapping[str, Any]) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(structure))
 
 
 def _entries(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Any]]:

@@ -255,18 +255,20 @@ class Watch:
         self._in_backward = False
         self._enter(None)
 
-    def _update_begins(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._paused:
-            return
+    def _update_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused or kwargs.get("closure") is not None or any(callable(given) for given in args[1:]):
+            return  # the closure runs forward and backward first, and is watched itself
         self._in_backward = False
         if self.learning_rate is None:
             self.learning_rate = float(optimizer.param_groups[0]["lr"])
         self._enter("optimizer", gap="optimizer")
 
-    def _update_ends(self, *_: Any) -> None:
+    def _update_ends(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._paused:
             return
-        self._enter(None)
+        if self.learning_rate is None:
+            self.learning_rate = float(optimizer.param_groups[0]["lr"])
+        self._enter(None, gap="optimizer")
         self.num_steps += 1
         self.last_step_s = time.perf_counter()
         if self._timer is not None:

@@ -61,6 +61,12 @@ def bare(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def bare_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside what Accelerate or Lightning have put around it."""
+    inner = getattr(optimizer, "optimizer", None)
+    return bare_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
 def called(module: nn.Module) -> nn.Module:
     """What DDP calls, so that hooks on it see every training pass: DDP may be put around it later, or anew."""
     while isinstance(module, nn.parallel.DistributedDataParallel):
