@@ -222,8 +222,13 @@ def kept_bytes(model: nn.Module, images: Tensor, precision: Precision = Precisio
     return num_bytes
 
 
-def peak_bytes(model: nn.Module, images: Tensor, network: Network, precision: Precision = Precision.FP32) -> int:
-    """High-water mark of a second SGD step: what was there before, and the allocator's log from then on."""
+def peak_bytes(
+    model: nn.Module, images: Tensor, network: Network, precision: Precision = Precision.FP32, passes: int = 1
+) -> int:
+    """High-water mark of a second SGD step: what was there before, and the allocator's log from then on.
+
+    Gradients of so many `passes` over the images accumulate.
+    """
     labels = torch.randint(network.num_classes, (len(images),))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
 
@@ -239,7 +244,8 @@ def peak_bytes(model: nn.Module, images: Tensor, network: Network, precision: Pr
     before = sum(t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers(), *state, images, labels])
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        forward().backward()
+        for _ in range(passes):
+            forward().backward()
         optimizer.step()
     optimizer.zero_grad()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -20,7 +20,7 @@ import ptsim
 EPOCHS = 3
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, threshold: float = 1e-4) -> timm.utils.ModelEmaV3:
     """Three epochs on random images; the lines that mention `pruner` are what ptsim adds to timm's script."""
     torch.manual_seed(0)
     batches = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,))) for _ in range(4)]
@@ -28,9 +28,8 @@ def main(folder: Path) -> None:
     optimizer = timm.optim.create_optimizer_v2(model, opt="momentum", lr=0.05, weight_decay=1e-4)
     scheduler, _ = timm.scheduler.create_scheduler_v2(optimizer, sched="cosine", num_epochs=EPOCHS, warmup_epochs=1)
     average = timm.utils.ModelEmaV3(model, decay=0.99)
-    # So high a threshold and so short an interval only let twelve steps show what ninety epochs do.
     pruner = ptsim.PruneTrain(
-        model, optimizer, input_shape=(3, 32, 32), interval=1, threshold=0.14, ema=average.module, record=folder
+        model, optimizer, input_shape=(3, 32, 32), interval=1, threshold=threshold, ema=average.module, record=folder
     )
     for epoch in range(EPOCHS):
         model.train()
@@ -50,11 +49,10 @@ def main(folder: Path) -> None:
         scheduler.step(epoch + 1)
         if outcome.pruned:
             print(f"epoch {epoch}: {pruner.summary().parameters[1]:,} parameters are left")
-    with torch.no_grad():
-        average.module.eval()(batches[0][0])  # the average has the pruned shapes, too
     pruner.close()
     trace = ptsim.read_trace(folder)
     print(f"{len(trace.epochs)} epochs, {len(trace.networks)} architectures")
+    return average  # in the pruned shapes, too
 
 
 if __name__ == "__main__":

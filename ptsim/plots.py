@@ -1,11 +1,23 @@
-"""Figures by public functions: each takes a tidy frame of `ptsim.report.frames` or `ptsim.report.projected`.
+"""Figures by public functions: each takes a tidy frame, and returns a matplotlib Figure.
 
 from ptsim import plots
-from ptsim.report import frames
 
-plots.accuracy_figure(frames.epochs_frame([ptsim.read_trace("runs/mine")])).savefig("accuracy.svg")
+trace = ptsim.read_trace("runs/mine")
+plots.accuracy_figure(plots.epochs_frame([trace])).savefig("accuracy.svg")
+plots.scaling_figure(plots.scaling_frame([trace], "dgx-a100", gpus=[1, 8, 64]))
+
+The other frames are made by `ptsim.report.frames` and `ptsim.report.projected`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ptsim.hardware.catalog import load_cluster
 from ptsim.report.figures import (
     accuracy_figure,
     allreduce_figure,
@@ -22,6 +34,11 @@ from ptsim.report.figures import (
     tradeoff_figure,
     validation_figure,
 )
+from ptsim.report.frames import costs_frame, epochs_frame
+from ptsim.report.projected import Projector, labelled_runs, projections_frame
+from ptsim.sim.options import Options
+from ptsim.trace.pairs import compare_runs
+from ptsim.trace.trace import Trace
 
 __all__ = [
     "accuracy_figure",
@@ -29,13 +46,35 @@ __all__ = [
     "blocks_figure",
     "break_even_figure",
     "breakdown_figure",
+    "costs_frame",
     "epoch_breakdown_figure",
+    "epochs_frame",
     "layers_figure",
     "memory_figure",
     "roofline_figure",
     "saving_figure",
     "scaling_figure",
+    "scaling_frame",
     "shrinking_figure",
     "tradeoff_figure",
     "validation_figure",
 ]
+
+
+def scaling_frame(traces: Sequence[Trace], cluster: str | Path, gpus: Sequence[int], **options: Any) -> pd.DataFrame:
+    """A row per run and cluster size: whole-run seconds with their 90 % interval, parts, bytes, joules and money.
+
+    A pruned run without a dense partner is set beside itself with its first network held.
+
+    Args:
+        traces: recorded or planned runs.
+        cluster: a catalog's name or a TOML file.
+        gpus: cluster sizes.
+        options: fields of `ptsim.sim.options.Options`.
+
+    Raises:
+        UnknownNameError, FileFormatError: no such cluster.
+        UsageError: the cluster has fewer GPUs.
+    """
+    projector = Projector(load_cluster(cluster), Options(**options))
+    return projections_frame(labelled_runs(traces, compare_runs(traces)), projector, gpus)

@@ -31,6 +31,8 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
         num_gpus: data-parallel size; from 2 on every GPU also holds the buckets of its all-reduces.
         sharding: "zero1": every GPU keeps and updates its share of the optimizer's state; "zero2": of the gradients
             too. Gradients are reduce-scattered and updated parameters all-gathered (Rajbhandari et al., SC 2020).
+        passes: forward and backward passes over equal parts of the mini-batch, whose gradients accumulate into one
+            update; decides the memory, while times are those of a step in one pass.
     """
 
     batch: int
@@ -40,6 +42,12 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     regularizer: str | None = None
     num_gpus: int = 1
     sharding: Sharding = "none"
+    passes: int = 1
+
+    @property
+    def pass_batch(self) -> int:
+        """Images of one forward pass."""
+        return -(-self.batch // self.passes)
 
     @property
     def data_parallel(self) -> bool:

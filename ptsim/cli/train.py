@@ -67,6 +67,7 @@ def train(
     out: Path | None = None,
     resume: Path | None = None,
     start_from: Annotated[Path | None, Parameter(name="--from")] = None,
+    log: str | None = None,
     settings: Settings = [],
     json: Annotated[Json, Parameter(help="Print the result as JSON.")] = False,
 ) -> None:
@@ -78,6 +79,7 @@ def train(
         resume: Run folder to continue from its last checkpoint. --epochs, --set device=… and num_threads=… may change
             with it.
         start_from: Run folder whose last network the training starts from.
+        log: Where else the numbers of every epoch go, by commas: csv, tensorboard, wandb, mlflow.
         settings: Any other setting as key=value. Can be repeated.
     """
     from ptsim.training.config import parse_override, read_config
@@ -86,6 +88,8 @@ def train(
     changed: dict[str, Any] = dict(parse_override(text) for text in settings) | overrides.given()
     if start_from is not None:
         changed["start_from"] = str(start_from)
+    if log is not None:
+        changed["loggers"] = [name.strip() for name in log.split(",") if name.strip()]
     if resume is not None:
         if config is not None or out is not None:
             raise UsageError("--resume takes its configuration and its folder from the run; give only what changes")

@@ -79,16 +79,16 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     Args:
         network: what is trained.
         setting: how a step is run. channels_last spares the layout copies around tensor-core convolutions; on several
-            GPUs DistributedDataParallel's buckets hold the gradients all the time (gradient_as_bucket_view); sharded
-            gradients leave one bucket and the GPU's own share.
+            GPUs DistributedDataParallel's buckets hold the gradients all the time (gradient_as_bucket_view), and so do
+            gradients that accumulate over several passes; sharded gradients leave one bucket and the GPU's own share.
         device: a GPU adds workspaces and rounding; None and a CPU are tensors alone.
 
     Raises:
         ValueError: batch is not positive.
         UnknownNameError: no such optimizer.
     """
-    batch, precision, memory_format = setting.batch, setting.precision, setting.memory_format
-    data_parallel = setting.data_parallel
+    batch, precision, memory_format = setting.pass_batch, setting.precision, setting.memory_format
+    held = setting.data_parallel or setting.passes > 1  # gradients stay from one pass to the next
     if batch <= 0:
         raise ValueError(f"batch is {batch}, expected a positive number of images")
     optimizer = OPTIMIZERS.find(setting.optimizer)
@@ -100,13 +100,13 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     shared = setting.num_gpus if setting.sharding != "none" else 1
     states = _share(optimizer.num_states * learnt, shared)
     library = _library_workspace(network, device) if device is not None and gpu else 0
-    gradients = learnt if data_parallel else 0
+    gradients = learnt if held else 0
     if setting.sharding == "zero2":
         largest = max((bucket.num_bytes for bucket in ddp_buckets(network)), default=0)
         gradients = min(gradients, _share(learnt, shared) + largest)
     copies = seen.weight_copy_bytes
     kept = seen.kept_fixed_bytes + batch * seen.kept_image_bytes - copies
-    highest = _highest(seen, network, batch, memory_format=memory_format, buckets=data_parallel)
+    highest = _highest(seen, network, batch, memory_format=memory_format, buckets=held)
     images = -(-batch * (4 * math.prod(network.input_shape) + 8) // block) * block  # 8: the label
     width = precision.activation_bytes
     workspace = max((layer_workspace(layer, batch, width, memory_format) for layer in network.layers), default=0)
@@ -115,7 +115,7 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
         copies_of_update = _share(_UPDATE_COPIES * learnt, shared)
     else:
         copies_of_update = 4 * max((p.num_elements for p in network.gradients), default=0)
-    update = (0 if data_parallel else learnt) + copies_of_update
+    update = (0 if held else learnt) + copies_of_update
     peak = persistent + max(highest, update)
     margin = CPU_HALF_MARGIN if setting.half else CPU_MARGIN
     return MemoryNeed(

@@ -15,7 +15,8 @@ import msgspec
 from ptsim.errors import MissingMeasurementError
 from ptsim.network import MemoryFormat, Network, Precision
 
-# 2: layers that run once a mini-batch, and inputs that images share, are marked; 3: `Run.origin`; 4: `Draw`
+# 2: layers that run once a mini-batch, and inputs that images share, are marked; 3: `Run.origin`;
+# 4: `Draw`, `Epoch.passes`
 SCHEMA_VERSION = 4
 
 Origin = Literal["recorded", "planned", "imported"]
@@ -206,6 +207,7 @@ class Epoch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
 
     Attributes:
         penalty_coefficient: λ; 0 without the group lasso, null for a group lasso whose λ nobody knows.
+        passes: forward and backward passes of an iteration, whose gradients accumulate over its mini-batch.
         measured_time, measured_step: `time` and `step` of the file; null where nobody measured them. Who needs them
             reads `time` and `step`.
     """
@@ -230,6 +232,7 @@ class Epoch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
     allreduce_bytes: Count
     peak_memory_bytes: Count | None  # the allocator's
     device: DeviceUse | None = None
+    passes: Positive = 1
     densities: tuple[LayerDensity, ...] = ()
     channel_maxima: dict[str, tuple[Number, ...]] | None = None  # per layer, largest |w| per output channel
 

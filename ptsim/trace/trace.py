@@ -175,6 +175,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             optimizer=self.optimizer,
             regularizer=self.criterion if epoch.regularized else None,
             num_gpus=epoch.world_size,
+            passes=epoch.passes,
         )
 
     def epochs_frame(self) -> pd.DataFrame:

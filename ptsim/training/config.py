@@ -31,7 +31,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Attributes:
         model: zoo name, `torchvision:NAME` or `path/to/file.py:function`.
-        dataset: what is trained on: digits, cifar10, cifar100, imagefolder, synthetic, or another package's.
+        dataset: what is trained on: digits, cifar10, cifar100, imagefolder, huggingface (a data set that `save_to_disk`
+            of the package datasets wrote), synthetic, or another package's.
         data_dir: the folder in which it lies; digits and synthetic need none.
         download: let torchvision fetch CIFAR into `data_dir`.
         train_limit, validation_limit: use only this many images, drawn with the seed.
@@ -41,8 +42,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         augment: "auto" is random crop and flip for photographs, nothing for digits and synthetic data.
         crop_padding: pixels of zeros around the image from which the random crop is taken.
         start_from: a run folder: training starts from its last stored network, pruned as it is, in place of a new one.
+        weights: a state dict or safetensors file, or `torchvision:WEIGHTS` or `timm:MODEL` where they lie in those
+            libraries' caches: training starts from these weights.
+        weights_skip: beginnings of names of `weights` that keep their fresh values, such as "fc." for other classes.
         num_workers: decoding processes, for image trees that do not fit in memory; None is one per core, at most 16.
-        validation_share: of an image tree that has no folder of validation images, this share of each class validates.
+        validation_share: of an image tree or Hugging Face data set without validation images, this share of each class
+            validates.
         epochs: how long to train.
         batch: images per iteration over all ranks; what is left over at an epoch's end is left out.
         lr: initial learning rate, for the mini-batch that the run begins with.
@@ -68,7 +73,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         schedule: "continuous" reconfigures every interval, "one_time" once after `reconfigure_epoch` epochs, "ssl"
             trains dense for `pretrain_epochs`, then sparsifies, and prunes once at the end of that.
         reconfigure_epoch: of the schedule "one_time".
-        pretrain_epochs: of the schedule "ssl".
+        pretrain_epochs: first epochs, in which the network trains dense, of the schedules "ssl" and "continuous".
         finetune_epochs: last epochs without regulariser.
         dynamic_batch: let the mini-batch grow at reconfigurations as memory allows.
         memory_budget: per rank, "8 GiB" or bytes; None is the device's memory.
@@ -88,6 +93,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         profile: measure every new architecture layer by layer.
         record_channel_maxima: the largest |w| of every output channel goes into the trace (Fig. 4).
         keep_every: weights of every n-th epoch stay loadable, and of every reconfigured and the last one.
+        loggers: what else shows the numbers of every epoch: csv, tensorboard, wandb, mlflow, or another package's.
     """
 
     model: str = "resnet32"
@@ -103,6 +109,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     validation_share: float = 0.1
     seed: int = 0
     start_from: str | None = None
+    weights: str | None = None
+    weights_skip: tuple[str, ...] = ()
 
     epochs: int = 182
     batch: int = 128
@@ -149,6 +157,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     profile: bool = True
     record_channel_maxima: bool = False
     keep_every: int = 10
+    loggers: tuple[str, ...] = ()
 
     @property
     def regularized(self) -> bool:
@@ -184,8 +193,9 @@ def make_config(settings: Mapping[str, Any], *, source: str = "configuration", q
             raise UnknownNameError("setting", name, SETTINGS)
     for name, registry in REGISTRIES.items():
         value = settings.get(name)
-        if isinstance(value, str) and value not in registry.names():
-            raise UnknownNameError(registry.what, value, registry.names())
+        for entry in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(entry, str) and entry not in registry.names():
+                raise UnknownNameError(registry.what, entry, registry.names())
     for name, known in _CHOICES.items():
         value = settings.get(name, known[0])
         if isinstance(value, str) and value not in known:
@@ -251,7 +261,7 @@ def from_recorded(settings: Mapping[str, Any]) -> Config:
 
 def resolve(config: Config, *, device: str) -> Config:
     """Everything that "auto" and None leave open and that does not depend on the data, decided."""
-    photographs = config.dataset in ("cifar10", "cifar100", "imagefolder")
+    photographs = config.dataset in ("cifar10", "cifar100", "imagefolder", "huggingface")
     augment = config.augment if config.augment != "auto" else "crop_flip" if photographs else "none"
     default = OPTIMIZERS.find(config.optimizer).momentum  # None for one that has its own
     momentum = default if default is None or config.momentum is None else config.momentum
@@ -319,10 +329,12 @@ def _check(config: Config) -> None:
             f"setting 'reconfigure_epoch' is {config.reconfigure_epoch}, expected at most the "
             f"{config.epochs - config.finetune_epochs} epochs with a regulariser"
         )
+    if config.weights is not None and config.start_from is not None:
+        raise UsageError("settings 'weights' and 'start_from' both say what the network begins with; give one")
     if config.max_batch is not None and config.max_batch < config.batch:
         raise UsageError(f"setting 'max_batch' is {config.max_batch}, below the mini-batch of {config.batch}")
-    if config.dataset == "imagefolder" and config.data_dir is None:
-        raise UsageError("data set 'imagefolder' needs the setting 'data_dir'")
+    if config.dataset in ("imagefolder", "huggingface") and config.data_dir is None:
+        raise UsageError(f"data set {config.dataset!r} needs the setting 'data_dir'")
     if config.dataset in ("cifar10", "cifar100") and config.data_dir is None:
         raise UsageError(f"data set {config.dataset!r} needs the setting 'data_dir'", hint="--data-dir data --download")
 
@@ -356,6 +368,7 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
             "mode",
             "channel_multiple",
             "finetune_epochs",
+            "pretrain_epochs",
             "dynamic_batch",
         )
         problems += unused(names, "penalty_ratio is 0 (dense)")
@@ -363,8 +376,10 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
         problems += unused(("memory_budget", "batch_granularity", "max_batch", "lr_rule"), "dynamic_batch is off")
     if config.schedule != "one_time":
         problems += unused(("reconfigure_epoch",), f"the schedule is {config.schedule}")
-    if config.schedule != "ssl":
-        problems += unused(("pretrain_epochs",), f"the schedule is {config.schedule}")
+    if config.schedule == "one_time":
+        problems += unused(("pretrain_epochs",), "the schedule is one_time")
+    if config.weights is None:
+        problems += unused(("weights_skip",), "there are no weights to load")
     if config.schedule != "continuous" and config.regularized:
         problems += unused(("interval",), f"the schedule {config.schedule} reconfigures once")
     if "momentum" in given and OPTIMIZERS.find(config.optimizer).momentum is None:
@@ -375,10 +390,10 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
         problems += unused(("compile_backend",), "compile is off")
     if config.dataset in ("digits", "synthetic"):
         problems += unused(("data_dir", "download"), f"the data set {config.dataset} needs no files")
-    if config.dataset == "imagefolder":
-        problems += unused(("download",), "an image tree is not downloaded")
+    if config.dataset in ("imagefolder", "huggingface"):
+        problems += unused(("download",), "data on disk are not downloaded")
     else:
-        problems += unused(("data_memory_bytes", "validation_share"), "only image trees are read from files")
+        problems += unused(("data_memory_bytes", "validation_share"), "only images on disk are read from files")
     if config.dataset not in ("imagefolder", "live"):
         problems += unused(("num_workers",), "the images are in memory")
     if config.augment == "none" or (config.augment == "auto" and config.dataset in ("digits", "synthetic")):

@@ -8,7 +8,7 @@ iteration does not depend on the number of ranks: each rank takes its contiguous
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -259,12 +259,12 @@ def decode(path: Path) -> Tensor:
         raise UsageError(f"{path} is not a regular file, expected an image")
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
+            return torch.from_numpy(rgb(image)).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
         raise UsageError(f"{path} cannot be read as an image: {' '.join(str(error).split())[:200]}") from error
 
 
-def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+def rgb(image: Image.Image) -> NDArray[np.uint8]:
     """The pixels as (H, W, 3).
 
     Raises:
@@ -321,3 +321,31 @@ def subset(num_images: int, limit: int | None, seed: int) -> Tensor | None:
         return None
     chosen = torch.randperm(num_images, generator=generator(seed, 0, stream=3))
     return chosen[:limit].sort().values
+
+
+def held_out(
+    labels: Sequence[int], config: Config, where: Callable[[int], str] = lambda _: "a class"
+) -> tuple[list[int], list[int]]:
+    """(training, validation) indices: the share of every class that validates is drawn with the seed.
+
+    Args:
+        labels: the class of every image.
+        config: its `validation_share`, of which every class gives at least one image, and its seed.
+        where: the class of an image's index, in words.
+
+    Raises:
+        UsageError: a class has a single image.
+    """
+    train: list[int] = []
+    validation: list[int] = []
+    by_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_class.setdefault(label, []).append(index)
+    for label, own in sorted(by_class.items()):
+        count = max(1, round(config.validation_share * len(own)))
+        if count == len(own):
+            raise UsageError(f"{where(own[0])} has {len(own)} image, too few to hold one out")
+        order = torch.randperm(len(own), generator=generator(config.seed, label, stream=5)).tolist()
+        validation += [own[index] for index in sorted(order[:count])]
+        train += [own[index] for index in sorted(order[count:])]
+    return train, validation

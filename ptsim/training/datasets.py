@@ -28,6 +28,7 @@ from ptsim.training.data import (
     StreamedData,
     decode,
     generator,
+    held_out,
     resized_to,
     subset,
 )
@@ -35,7 +36,7 @@ from ptsim.training.registries import DATASETS
 
 _DIGITS_VALIDATION = 360  # one fifth of scikit-learn's 1797 digits
 _SYNTHETIC = (2048, 512, 10)  # training images, validation images, classes
-_SPLITS = (("train",), ("val", "test", "valid", "validation"))
+SPLITS = (("train",), ("val", "valid", "validation", "test"))
 _Files = list[tuple[Path, int]]
 
 
@@ -171,7 +172,7 @@ def image_tree(request: DataRequest) -> Data:
     sizes = {tuple(decode(path).shape[1:]) for path, _ in train[:: max(1, len(train) // 16)]}
     own_side = next(iter(sizes))[0] if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1 else None
     side = config.image_size or own_side or input_shape[1]
-    limit_bytes = config.data_memory_bytes or _quarter_of_memory_bytes(device)
+    limit_bytes = config.data_memory_bytes or quarter_of_memory_bytes(device)
     if (len(train) + len(validation)) * 3 * side * side > limit_bytes:
         return StreamedData(train, validation, num_classes=len(classes), side=side, config=config, device=device)
     return ResidentData(
@@ -195,34 +196,20 @@ def _splits(root: Path, config: Config) -> tuple[_Files, _Files, list[str]]:
     """Training and validation images and the classes: from two folders, or one split with the seed, class by class."""
     if not root.is_dir():
         raise UsageError(f"there is no data folder {root}")
-    folders = [next((root / name for name in names if (root / name).is_dir()), None) for names in _SPLITS]
+    folders = [next((root / name for name in names if (root / name).is_dir()), None) for names in SPLITS]
     if folders[0] is None and folders[1] is None and any(path.is_dir() for path in root.iterdir()):
         folders[0] = root
     if folders[0] is None:
         raise UsageError(f"{root} holds no folder train; expected train and val or test with one folder per class")
     train, classes = _list_images(folders[0])
     if folders[1] is None:
-        return *_held_out(train, config), classes
+        kept, held = held_out([label for _, label in train], config, lambda i: f"a class of {train[i][0].parent}")
+        return [train[i] for i in kept], [train[i] for i in held], classes
     validation, validation_classes = _list_images(folders[1])
     if classes != validation_classes:
         odd = sorted(set(classes) ^ set(validation_classes))
         raise UsageError(f"{root}: the class folder {odd[0]!r} is in only one of the training and validation splits")
     return train, validation, classes
-
-
-def _held_out(files: _Files, config: Config) -> tuple[_Files, _Files]:
-    """The share of every class that validates, drawn with the seed, at least one image of each; the rest trains."""
-    train: _Files = []
-    validation: _Files = []
-    for label in sorted({label for _, label in files}):
-        own = [file for file in files if file[1] == label]
-        count = max(1, round(config.validation_share * len(own)))
-        if count == len(own):
-            raise UsageError(f"a class of {own[0][0].parent} has {len(own)} image, too few to hold one out")
-        order = torch.randperm(len(own), generator=generator(config.seed, label, stream=5)).tolist()
-        validation += [own[index] for index in sorted(order[:count])]
-        train += [own[index] for index in sorted(order[count:])]
-    return train, validation
 
 
 def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
@@ -258,7 +245,8 @@ def _in_threads(work: Callable[[int], None], items: range) -> None:
             pass
 
 
-def _quarter_of_memory_bytes(device: torch.device) -> int:
+def quarter_of_memory_bytes(device: torch.device) -> int:
+    """A quarter of the device's memory: what images may take."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory) // 4
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

@@ -63,6 +63,7 @@ class Learner:
             channel_maxima=config.record_channel_maxima,
             threshold=config.threshold,
             team=team,
+            loggers=config.loggers,
         )
         self.recorder.owns_folder = True  # the run folder was made for this run
         self.module: nn.Module = self.model

@@ -45,6 +45,7 @@ from ptsim.training.runfolder import (
 from ptsim.training.schedule import EpochPlan, epoch_plans
 from ptsim.training.step import Sums, train_epoch, validate
 from ptsim.training.storing import Storage
+from ptsim.training.weights import load_weights
 
 _VALIDATION_BATCH = 128  # at least; evaluation keeps nothing for backward
 _CONSULT_EVERY = 16  # iterations between exchanges of the ranks: one takes as long as a tiny all-reduce
@@ -231,6 +232,8 @@ class Trainer:
         """The learner of a new run."""
         torch.manual_seed(self.config.seed)
         model = self.recipe.build() if self.config.start_from is None else self._stored_network(self.config.start_from)
+        if self.config.weights is not None:
+            load_weights(model, self.config.weights, skip=self.config.weights_skip)
         check_fits(model, self.recipe)
         return self._learner(model)
 

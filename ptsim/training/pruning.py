@@ -19,7 +19,7 @@ import functools
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,6 +38,7 @@ from ptsim.prune.structure import structure_of
 from ptsim.trace.schema import Epoch, Reconfiguration
 from ptsim.training import stored
 from ptsim.training.facts import RunFacts, checked_loss, checked_shape
+from ptsim.training.loggers import Logger
 from ptsim.training.measured import Penalty
 from ptsim.training.misuse import Order
 from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
@@ -73,6 +74,7 @@ class PruneTrain:
         scaler: torch.amp.GradScaler | None = None,
         rewrap: Callable[[nn.Module], nn.Module] | None = None,
         facts: RunFacts | None = None,
+        loggers: Sequence[str | Logger] = (),
         **settings: Any,
     ) -> None:
         """Nothing of the network changes before the first `step`.
@@ -88,6 +90,7 @@ class PruneTrain:
             scaler: the loop's GradScaler; with it a `step` before `scaler.unscale_` is noticed.
             rewrap: makes from the changed network the module that the loop calls, for instance DDP around it.
             facts: names and hyper-parameters for the trace.
+            loggers: names such as "tensorboard", or `ptsim.training.loggers.Logger`s; they mirror the trace.
             settings: fields of `PruneSettings`.
 
         Raises:
@@ -118,7 +121,7 @@ class PruneTrain:
         self._find_groups(find_groups(self.network, input_shape))
         self._order = Order(self.network, optimizer, scaler, self.criterion.weights)
         self.recorder = (
-            record if isinstance(record, Recorder) else self._own_recorder(model, input_shape, record, facts)
+            record if isinstance(record, Recorder) else self._own_recorder(model, input_shape, record, facts, loggers)
         )
         self._owns_recorder = self.recorder is not record
         self._first_network = self.recorder.architecture
@@ -444,7 +447,12 @@ class PruneTrain:
         self.rewrapped(caller)
 
     def _own_recorder(
-        self, model: nn.Module, input_shape: tuple[int, int, int], record: str | Path | None, facts: RunFacts | None
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, int, int],
+        record: str | Path | None,
+        facts: RunFacts | None,
+        loggers: Sequence[str | Logger],
     ) -> Recorder:
         settings = {
             "penalty_ratio": self.penalty_ratio,
@@ -465,6 +473,7 @@ class PruneTrain:
             profile=self.settings.profile,
             channel_maxima=self.settings.channel_maxima,
             threshold=self.settings.threshold,
+            loggers=loggers,
         )
         return recorder
 

@@ -11,7 +11,7 @@ import functools
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -45,6 +45,7 @@ from ptsim.training.facts import (
     seen_settings,
     shapes_of,
 )
+from ptsim.training.loggers import Logger, Mirror
 from ptsim.training.losses import LossSum
 from ptsim.training.measured import Measured, Penalty, measure_epoch
 from ptsim.training.tracefile import TraceFile, refuse_trace
@@ -90,6 +91,7 @@ class Recorder:
         channel_maxima: bool = False,
         threshold: float = THRESHOLD,
         team: Team | None = None,
+        loggers: Sequence[str | Logger] = (),
     ) -> None:
         """Nothing is written before the first epoch ends, or before `begin_run`.
 
@@ -104,10 +106,11 @@ class Recorder:
             channel_maxima: also record the largest |w| of every output channel.
             threshold: a channel whose largest |w| is below counts as sparse.
             team: the ranks; None is torch.distributed's default group, if there is one.
+            loggers: names such as "tensorboard", or `ptsim.training.loggers.Logger`s; they mirror the trace.
 
         Raises:
             UnsupportedModelError: the network cannot be traced.
-            UsageError: an `input_shape` that is none.
+            UsageError: an `input_shape` that is none, or a logger that cannot be used.
         """
         self.input_shape = checked_shape(input_shape)
         optimizer = bare_optimizer(optimizer)
@@ -125,6 +128,7 @@ class Recorder:
         self.profiles = profile
         self.owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
         self._channel_maxima, self._threshold, self._settings = channel_maxima, threshold, dict(settings or {})
+        self._mirror = Mirror(loggers if self.records or self.folder is None else (), self.folder)
         self._trace: TraceFile | None = None
         self._keep: tuple[int | None, str | None] = (None, None)
         self._ended = self._begun = False
@@ -288,7 +292,7 @@ class Recorder:
         keep_bytes, keep_sha256 = self._keep
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._trace = TraceFile(path, keep_bytes=keep_bytes, keep_sha256=keep_sha256)
+        self._trace = TraceFile(path, keep_bytes=keep_bytes, keep_sha256=keep_sha256, mirror=self._mirror)
         weakref.finalize(self, self._trace.end_as_planned)
         if keep_bytes is None:
             self._trace.write(self._run_record())
@@ -412,12 +416,14 @@ class Recorder:
         known = {layer.name for layer in self._architecture.layers}  # a module that forward never calls is no layer
         channels, weights = dense_counts(self.network, threshold)
         gradient_bytes = self._architecture.gradient_bytes if team.world_size > 1 else 0
+        batch = max(watch.batch or 1, -(-images // iterations))
         total, told, all_images = team.sum(self._losses.total(images)).tolist()
         return Epoch(
             epoch=self.epoch,
             architecture=self._architecture.id,
             # With gradient accumulation an iteration is an update, over the images of all its passes.
-            batch_per_gpu=max(watch.batch or 1, -(-images // iterations)),
+            batch_per_gpu=batch,
+            passes=-(-batch // (watch.largest_backward or batch)),
             world_size=team.world_size,
             learning_rate=rate if rate is not None else float(self.optimizer.param_groups[0]["lr"]),
             num_iterations=iterations,

@@ -31,7 +31,9 @@ from ptsim.training.recorder import TRACE
 _STALE_S = 60.0
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 # What a resumed run may change: how long it trains, where it runs, what it keeps. Everything else decides its numbers.
-MAY_CHANGE = frozenset({"epochs", "device", "num_threads", "num_workers", "keep_every", "profile", "data_dir"})
+MAY_CHANGE = frozenset(
+    {"epochs", "device", "num_threads", "num_workers", "keep_every", "profile", "data_dir", "loggers"}
+)
 
 
 def load_model(

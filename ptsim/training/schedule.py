@@ -26,16 +26,17 @@ class EpochPlan(msgspec.Struct, frozen=True, kw_only=True):
 def epoch_plans(config: Config) -> tuple[EpochPlan, ...]:
     """The plan of every epoch.
 
-    With the schedule "ssl" the learning-rate schedule runs twice, once over the dense pre-training and once over the
-    rest (Wen et al., NeurIPS 2016, sparsify a trained network with a fresh rate). A continuous run also
-    reconfigures when the regulariser ends, so that what it hands over is as small as it can be.
+    The first `pretrain_epochs` train dense. With the schedule "ssl" the learning-rate schedule runs twice, once over
+    them and once over the rest (Wen et al., NeurIPS 2016, sparsify a trained network with a fresh rate). A continuous
+    run also reconfigures when the regulariser ends, so that what it hands over is as small as it can be.
     """
-    pretrain = (config.pretrain_epochs or 0) if config.schedule == "ssl" else 0
+    pretrain = (config.pretrain_epochs or 0) if config.schedule != "one_time" else 0
+    restart = pretrain if config.schedule == "ssl" else 0  # of the learning rate
     finetune = config.finetune_epochs if config.regularized else 0
     sparse_end = config.epochs - finetune  # the first epoch after the regulariser
     plans = []
     for epoch in range(config.epochs):
-        start, length = (0, pretrain) if epoch < pretrain else (pretrain, config.epochs - pretrain)
+        start, length = (0, restart) if epoch < restart else (restart, config.epochs - restart)
         regularized = config.regularized and pretrain <= epoch < sparse_end
         plans.append(
             EpochPlan(

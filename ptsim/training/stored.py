@@ -288,7 +288,7 @@ def regroup(
 
 def has_structure(network: nn.Module, structure: Mapping[str, Any]) -> bool:
     """Whether the network has been cut to these shapes already."""
-    return _as_json(structure_of(network)) == _as_json(structure)
+    return bool(_as_json(structure_of(network)) == _as_json(structure))
 
 
 def _as_json(structure: Mapping[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from ptsim.network import Network
 from ptsim.trace.io import TraceWriter, read_trace
 from ptsim.trace.schema import AnyRecord, Architecture, End
 from ptsim.training.checkpoint import writing
+from ptsim.training.loggers import Mirror
 
 
 def refuse_trace(path: Path) -> None:
@@ -37,7 +38,14 @@ def refuse_trace(path: Path) -> None:
 class TraceFile:
     """The trace of one run; describes each architecture once."""
 
-    def __init__(self, path: Path, *, keep_bytes: int | None = None, keep_sha256: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep_bytes: int | None = None,
+        keep_sha256: str | None = None,
+        mirror: Mirror | None = None,
+    ) -> None:
         """A new trace, or with `keep_bytes` the one that is there, cut to that length if its digest is the given one.
 
         Raises:
@@ -54,8 +62,11 @@ class TraceFile:
             self._writer = TraceWriter(
                 path, append=keep_bytes is not None, keep_bytes=keep_bytes, keep_sha256=keep_sha256
             )
+        self._mirror = mirror or Mirror((), None)
         if keep_bytes is not None:
-            self._known = set(read_trace(path).networks)
+            kept = read_trace(path)
+            self._known = set(kept.networks)
+            self._mirror.begin(kept.run, len(kept.epochs), kept.networks)
 
     @property
     def num_bytes(self) -> int:
@@ -75,6 +86,7 @@ class TraceFile:
         """
         with writing(self.path):
             self._writer.write(record)
+        self._mirror.write(record)
 
     def architecture(self, network: Network) -> bool:
         """Describe `network` unless the trace already does; whether it was new."""
@@ -110,6 +122,7 @@ class TraceFile:
     def close(self) -> None:
         """Close the trace."""
         self._writer.close()
+        self._mirror.close()
 
     def __enter__(self) -> Self:
         return self

@@ -38,6 +38,7 @@ class Watch:
         num_steps: updates by the optimizer in this epoch.
         num_images: images that the network was trained on in this epoch, on this rank.
         batch: images of this epoch's largest forward pass; of the last epoch's before the first one.
+        largest_backward: images of this epoch's largest backward pass, which may belong to several forward passes.
         learning_rate: of the first parameter group at this epoch's first update.
         num_backwards: backward passes in this epoch.
         last_step_s: when this epoch's last update ended, by `time.perf_counter`; None before the first.
@@ -173,6 +174,7 @@ class Watch:
     def reset(self) -> None:
         """Count anew."""
         self.num_steps = self.num_images = self.num_backwards = self._largest = 0
+        self.largest_backward = self._in_this_backward = 0
         self.learning_rate: float | None = None
         self.last_step_s: float | None = None
 
@@ -236,11 +238,15 @@ class Watch:
     def _backward_begins(self, forward: _Pass, _: Tensor) -> None:
         if self._paused:
             return
+        if not self._in_backward:
+            self._in_this_backward = 0
         if not forward.counted:
             forward.counted = True
             self.num_images += forward.num_images
             self._largest = max(self._largest, forward.num_images)
             self.batch = self._largest or self.batch
+            self._in_this_backward += forward.num_images
+            self.largest_backward = max(self.largest_backward, self._in_this_backward)
             self._trains_in_evaluation = self._trains_in_evaluation or not forward.training
         if self._in_backward:
             return

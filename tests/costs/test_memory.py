@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from analysis.check_counts import Subject, agreement, compare, kept_bytes, subject, torch_macs
+from analysis.check_counts import Subject, agreement, compare, kept_bytes, peak_bytes, subject, torch_macs
 from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.costs.flops import inference_macs, training_macs
@@ -171,6 +171,19 @@ def test_buckets_keep_the_gradients_through_the_forward_pass() -> None:
         iteration_memory(network, StepSetting(batch=64, num_gpus=1 + parallel)) for parallel in (False, True)
     )
     assert 0 < together.peak_bytes - alone.peak_bytes <= 4 * network.num_parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "batch"), [("resnet20", 8), ("vgg11", 4)])
+def test_gradients_that_accumulate_need_one_passs_activations_as_torch_does(name: str, batch: int) -> None:
+    model, network = zoo.create(name), subject(name, "dense").network
+    measured = peak_bytes(model, torch.randn(batch, 3, 32, 32), network, passes=2)
+    ours = iteration_memory(network, StepSetting(batch=2 * batch, passes=2)).peak_bytes
+    scratch = fallback_scratch(network, torch.get_num_threads())
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        scratch = 0
+    assert 0.95 * ours <= measured <= 1.05 * ours + scratch
+    assert ours < iteration_memory(network, StepSetting(batch=2 * batch)).peak_bytes
 
 
 def test_wrong_arguments_are_named(resnet: Network) -> None:

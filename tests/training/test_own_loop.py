@@ -7,6 +7,7 @@ import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import ptsim
@@ -283,7 +284,7 @@ def test_a_layer_that_forward_never_calls_and_accumulation_leave_a_trace_that_ca
         pruner.end_epoch(validation_accuracy=0.5)
     pruner.close()
     (first, _) = ptsim.read_trace(tmp_path / "run").epochs
-    assert (first.num_iterations, first.num_images, first.batch_per_gpu) == (4, 64, 16)
+    assert (first.num_iterations, first.num_images, first.batch_per_gpu, first.passes) == (4, 64, 16, 2)
     assert "spare" not in {density.layer for density in first.densities}
 
 
@@ -574,3 +575,49 @@ def test_a_folder_that_holds_another_runs_trace_is_refused(tmp_path):
     pruner.close()
     with pytest.raises(UsageError, match="holds the trace of another run"):
         train(made(model, optimizer, record=tmp_path / "run"), model, optimizer, 1, images_and_labels())
+
+
+class Pyramid(nn.Module):
+    """A backbone with torchvision's feature pyramid, and a head on each of its levels, as detectors have."""
+
+    def __init__(self):
+        super().__init__()
+        stages = [(3, 8), (8, 12), (12, 16)]
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            for a, b in stages
+        )
+        self.pyramid = torchvision.ops.FeaturePyramidNetwork([b for _, b in stages], 8)
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        levels = {}
+        for level, stage in enumerate(self.stages):
+            x = stage(x)
+            levels[str(level)] = x
+        return {name: self.head(features) for name, features in self.pyramid(levels).items()}
+
+
+def test_a_backbone_with_a_feature_pyramid_and_a_loss_per_level_is_pruned_exactly(tmp_path):
+    torch.manual_seed(0)
+    model = Pyramid()
+    found = ptsim.inspect(model, input_shape=(3, 32, 32))
+    assert found.exact
+    assert found.prunable_channels > 0
+    optimizer = sgd(model)
+    pruner = made(
+        model, optimizer, input_shape=(3, 32, 32), penalty_ratio=0.8, threshold=0.2, interval=1, record=tmp_path
+    )
+    for _ in range(3):
+        images = torch.randn(4, 3, 32, 32)
+        loss = sum(level.square().mean() for level in model(images).values())
+        optimizer.zero_grad()
+        loss.backward()
+        pruner.step(loss)
+        optimizer.step()
+        pruner.end_epoch()
+    pruner.close()
+    assert pruner.summary().channels[1] < pruner.summary().channels[0]
+    shapes = {name: tuple(level.shape) for name, level in model(torch.randn(2, 3, 32, 32)).items()}
+    assert shapes == {"0": (2, 5, 16, 16), "1": (2, 5, 8, 8), "2": (2, 5, 4, 4)}
+    assert ptsim.cost(ptsim.read_trace(tmp_path)).parameters > 0

@@ -79,6 +79,19 @@ def test_validation_and_copies_are_not_part_of_the_training(tmp_path):
     assert recorder.end_epoch().num_images == 16
 
 
+def test_several_forward_passes_before_one_backward_are_one_pass(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    for images, labels in images_and_labels(2, 8):  # as a Siamese network does
+        loss = F.cross_entropy(model(images), labels) + F.cross_entropy(model(images.flip(3)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    epoch = recorder.end_epoch()
+    assert (epoch.num_images, epoch.num_iterations, epoch.batch_per_gpu, epoch.passes) == (32, 2, 16, 1)
+
+
 def test_training_in_evaluation_mode_is_training_and_validation_with_gradients_is_not():
     """Frozen normalisation is trained in evaluation mode; a validation that forgets no_grad has no backward."""
     model = fresh().eval()

@@ -1,0 +1,108 @@
+"""How is a data set of Hugging Face's package datasets read from disk? Nothing is downloaded; images lie in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ptsim.errors import UsageError
+from ptsim.training.data import Data, ResidentData, held_out, resized_to, rgb, subset
+from ptsim.training.datasets import SPLITS, DataRequest, quarter_of_memory_bytes
+
+
+def on_disk(request: DataRequest) -> Data:
+    """What `save_to_disk` wrote: a dict with a training split, or one data set, of which a share is held out.
+
+    The image is the column of the type Image, the class the one of the type ClassLabel. Images of different sizes are
+    scaled to the model's, or to `image_size`.
+
+    Raises:
+        UsageError: the package is not installed, the folder holds no such data set, or it has no such columns.
+    """
+    config = request.config
+    assert config.data_dir is not None, "checked with the configuration"
+    loaded = _loaded(Path(config.data_dir))
+    splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    train, validation = (next((splits[name] for name in names if name in splits), None) for names in SPLITS)
+    if train is None:
+        raise UsageError(f"{config.data_dir} holds no split train; its splits: {', '.join(sorted(splits))}")
+    image, label = _columns(train, config.data_dir)
+    if validation is None:
+        kept, held = held_out([int(value) for value in train[label]], config)
+        train, validation = train.select(kept), train.select(held)
+    elif _columns(validation, config.data_dir) != (image, label):
+        raise UsageError(f"the splits of {config.data_dir} have different columns")
+    train = _some(train, config.train_limit, config.seed)
+    validation = _some(validation, config.validation_limit, config.seed)
+    side = config.image_size or _own_side(train, image) or request.input_shape[1]
+    room = config.data_memory_bytes or quarter_of_memory_bytes(request.device)
+    if (len(train) + len(validation)) * 3 * side * side > room:
+        raise UsageError(
+            f"the {len(train) + len(validation)} images of {config.data_dir} do not fit into {room / 2**30:.1f} GiB",
+            hint="a smaller image_size or train_limit, or give the data set live: ptsim.train(…, data=(train, val))",
+        )
+    return ResidentData(
+        Path(config.data_dir).name,
+        train=_tensors(train, image, label, side),
+        validation=_tensors(validation, image, label, side),
+        num_classes=int(train.features[label].num_classes),
+        config=msgspec.structs.replace(config, train_limit=None, validation_limit=None),  # applied above
+        device=request.device,
+    )
+
+
+def _loaded(folder: Path) -> Any:
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise UsageError(
+            "the data set 'huggingface' needs the package datasets", hint="pip install 'ptsim[huggingface]'"
+        ) from error
+    if not folder.is_dir():
+        raise UsageError(f"there is no data folder {folder}")
+    try:
+        return load_from_disk(str(folder))
+    except Exception as error:  # whatever pyarrow and datasets raise of a damaged folder
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{folder} holds no data set that save_to_disk wrote: {reason}") from error
+
+
+def _columns(split: Any, folder: str) -> tuple[str, str]:
+    """The names of the image's column and of the class's."""
+    kinds = {name: type(feature).__name__ for name, feature in split.features.items()}
+    found = []
+    for kind in ("Image", "ClassLabel"):
+        name = next((name for name, its in kinds.items() if its == kind), None)
+        if name is None:
+            listed = ", ".join(f"{name} ({its})" for name, its in kinds.items())
+            raise UsageError(f"the data set in {folder} has no column of the type {kind}; its columns: {listed}")
+        found.append(name)
+    return found[0], found[1]
+
+
+def _some(split: Any, limit: int | None, seed: int) -> Any:
+    kept = subset(len(split), limit, seed)
+    return split if kept is None else split.select(kept.tolist())
+
+
+def _own_side(split: Any, column: str) -> int | None:
+    """The side of square images of one size, as a look at some of them says."""
+    sizes = {split[index][column].size for index in range(0, len(split), max(1, len(split) // 16))}
+    width, height = next(iter(sizes))
+    return int(width) if len(sizes) == 1 and width == height else None
+
+
+def _tensors(split: Any, image: str, label: str, side: int) -> tuple[Tensor, Tensor]:
+    """(N, 3, side, side) bytes and the classes."""
+    images = torch.empty((len(split), 3, side, side), dtype=torch.uint8)
+    labels = torch.empty(len(split), dtype=torch.int64)
+    for index, row in enumerate(split):
+        picture: Image.Image = row[image]
+        images[index] = resized_to(torch.from_numpy(rgb(picture)).permute(2, 0, 1), side)
+        labels[index] = row[label]
+    return images, labels

@@ -1,0 +1,142 @@
+"""Training starts from weights in a file: plain state dicts, training scripts' checkpoints, safetensors, caches."""
+
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+
+import ptsim
+from ptsim.errors import FileFormatError, UsageError
+from ptsim.training.config import make_config
+from ptsim.training.schedule import epoch_plans
+from ptsim.training.weights import load_weights, weights_file
+from tests.training.nets import small
+from tests.training.runs import settings
+
+pytestmark = pytest.mark.filterwarnings("ignore:the network has collapsed:UserWarning")
+
+
+def equal(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def old_format(state, path):
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("plain.pt", torch.save),
+        ("old.pth", old_format),
+        ("ddp.pt", lambda state, path: torch.save({f"module.{k}": v for k, v in state.items()}, path)),
+        ("compiled.pt", lambda state, path: torch.save({f"_orig_mod.module.{k}": v for k, v in state.items()}, path)),
+        ("script.pth.tar", lambda state, path: torch.save({"epoch": 3, "arch": "x", "state_dict": state}, path)),
+        ("weights.safetensors", safetensors.torch.save_file),
+        ("uncounted.pt", lambda s, path: torch.save({k: v for k, v in s.items() if "num_batches" not in k}, path)),
+    ],
+)
+def test_every_usual_file_is_read(name, write, tmp_path):
+    trained, fresh = small(10), small(10)
+    assert not equal(trained, fresh)
+    write(trained.state_dict(), tmp_path / name)
+    load_weights(fresh, tmp_path / name)
+    assert equal(trained, fresh)
+
+
+def test_a_classifier_of_other_classes_keeps_its_fresh_weights(tmp_path):
+    trained, fresh = small(100), small(10)
+    torch.save(trained.state_dict(), tmp_path / "w.pt")
+    head = fresh.fc.weight.clone()
+    with pytest.raises(UsageError) as caught:
+        load_weights(fresh, tmp_path / "w.pt")
+    assert caught.value.message == (
+        f"the weights in {tmp_path / 'w.pt'} are not those of this Small: "
+        "2 of another shape (fc.weight 100×12 for 10×12, fc.bias 100 for 10)"
+    )
+    assert caught.value.hint == "weights_skip = ['fc.'] leaves that layer as it is initialised"
+    load_weights(fresh, tmp_path / "w.pt", skip=["fc."])
+    assert torch.equal(fresh.fc.weight, head)
+    assert torch.equal(fresh.stem[0].weight, trained.stem[0].weight)
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("the pickle ran",)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ({"conv.weight": torch.zeros(1)}, UsageError, "missing (stem.0.weight, stem.1.weight, stem.1.bias, …); 1 that"),
+        ({"state_dict": 3}, FileFormatError, "found a dict, expected a state dict: tensors by name"),
+        ([torch.zeros(1)], FileFormatError, "found a list, expected a state dict"),
+        (Bomb(), FileFormatError, "found a pickle that is no plain state dict"),
+    ],
+)
+def test_other_files_are_one_sentence_and_run_nothing(content, error, message, tmp_path, capsys):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(error) as caught:
+        load_weights(small(10), tmp_path / "w.pt")
+    assert message in caught.value.message
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_damaged_files_are_one_sentence(tmp_path):
+    for name, content in (("a.pt", b"PK\x03\x04 cut"), ("b.safetensors", b"no"), ("c.pkl", pickle.dumps(3))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(FileFormatError):
+            load_weights(small(10), tmp_path / name)
+    with pytest.raises(UsageError, match="there is no file of weights"):
+        load_weights(small(10), tmp_path / "none.pt")
+
+
+def test_names_of_torchvision_and_timm_are_found_where_those_libraries_keep_their_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    name = "torchvision:ResNet18_Weights.IMAGENET1K_V1"
+    with pytest.raises(UsageError, match=r"there is no file of weights .*checkpoints/resnet18-f37072fd\.pth"):
+        weights_file(name)
+    trained = torchvision.models.resnet18()
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(trained.state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
+    fresh = torchvision.models.resnet18()
+    load_weights(fresh, name)
+    assert equal(trained, fresh)
+    with pytest.raises(UsageError, match=r"torchvision has no weights 'ResNet18_Weights\.V9'"):
+        weights_file("torchvision:ResNet18_Weights.V9")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--timm--resnet10t.c3_in1k" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    safetensors.torch.save_file(small(10).state_dict(), snapshot / "model.safetensors")
+    assert weights_file("timm:resnet10t.c3_in1k") == snapshot / "model.safetensors"
+
+
+def test_a_run_prunes_from_trained_weights_at_once_or_after_dense_epochs(tmp_path):
+    torch.manual_seed(1)
+    trained = small(10)
+    torch.save(trained.state_dict(), tmp_path / "trained.pt")
+    more = {"weights": str(tmp_path / "trained.pt"), "lr": 1e-12, "threshold": 1e-9, "profile": False}
+    again = ptsim.train(settings(epochs=1, **more), out=tmp_path / "again")
+    loaded = ptsim.load_model(again.folder, trust=True)
+    for (name, ours), theirs in zip(loaded.named_parameters(), trained.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6), name  # with so small a rate they are still those of the file
+    later = ptsim.train(settings(epochs=3, pretrain_epochs=2, **more), out=tmp_path / "later")
+    assert [e.regularized for e in ptsim.read_trace(later.trace).epochs] == [False, False, True]
+
+
+def test_dense_epochs_come_before_a_continuous_schedule_and_leave_its_rate_alone():
+    options = {"epochs": 6, "interval": 2, "lr": 1.0, "lr_milestones": [3], "lr_gamma": 0.1, "dataset": "digits"}
+    plans = epoch_plans(make_config(options | {"pretrain_epochs": 2}))
+    assert [plan.regularized for plan in plans] == [False, False, True, True, True, True]
+    assert [plan.reconfigures for plan in plans] == [False, False, False, True, False, True]
+    assert [plan.learning_rate for plan in plans] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1])
+
+
+def test_misuse_is_one_sentence():
+    with pytest.raises(UsageError, match="settings 'weights' and 'start_from' both say"):
+        make_config({"weights": "a", "start_from": "b", "dataset": "digits"})
+    with pytest.warns(UserWarning, match="setting 'weights_skip' has no effect: there are no weights to load"):
+        make_config({"weights_skip": ["fc."], "dataset": "digits"})
