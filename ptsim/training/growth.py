@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from ptsim.training.prune_settings import PruneSettings
 
 
-def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: int) -> int:
-    """The largest mini-batch per rank that should fit: the present one plus whole multiples of the granularity."""
+def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: int, passes: int = 1) -> int:
+    """The largest mini-batch per rank that should fit: the present one plus whole multiples of the granularity.
+
+    Where gradients of several `passes` accumulate, it is that of one pass.
+    """
     info = recorder.meter.info()
     network = recorder.architecture
     setting = StepSetting(
-        batch=batch_per_gpu,
+        batch=batch_per_gpu * passes,
+        passes=passes,
         precision=recorder.precision,
         optimizer=costed_optimizer(recorder.optimizer),
         memory_format=recorder.memory_format,
@@ -32,6 +36,7 @@ def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: i
         capacity_bytes=settings.memory_budget_bytes or info.must_exist()[1],
         device=match_device(info.name) if info.kind == "cuda" else None,
     )
+    fits //= passes
     limit = fits if settings.max_batch is None else min(fits, settings.max_batch // recorder.team.world_size)
     steps = max(0, limit - batch_per_gpu) // settings.batch_granularity
     return batch_per_gpu + steps * settings.batch_granularity

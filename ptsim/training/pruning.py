@@ -115,6 +115,7 @@ class PruneTrain:
         self._outdated: weakref.ref[nn.Module] | None = None
         self._first_batch: int | None = None
         self._proposed: int | None = None
+        self._passes = 1
         self._num_reconfigurations = 0
         self._layers_removed: tuple[str, ...] = ()
         input_shape = checked_shape(input_shape)
@@ -196,7 +197,7 @@ class PruneTrain:
             train_accuracy=train_accuracy,
             penalty=penalty,
         )
-        self._first_batch = self._first_batch or self.recorder.watch.batch
+        self._first_batch, self._passes = self._first_batch or self.recorder.watch.batch, record.passes
         due = self.regularized and self.recorder.epoch % self.interval == 0
         if not (due if reconfigure is None else reconfigure):
             return EpochOutcome(epoch=record, reconfiguration=None, pruned=False)
@@ -215,7 +216,7 @@ class PruneTrain:
         present = self._proposed or self.recorder.watch.batch
         if present is None or self._first_batch is None:
             return present
-        self._proposed = proposed_batch(self.recorder, self.settings, present)
+        self._proposed = proposed_batch(self.recorder, self.settings, present, self._passes)
         self.learning_rate_scale = learning_rate_scale(self._first_batch, self._proposed, self.settings.lr_rule)
         return self._proposed
 

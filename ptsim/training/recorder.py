@@ -113,16 +113,15 @@ class Recorder:
             UsageError: an `input_shape` that is none, or a logger that cannot be used.
         """
         self.input_shape = checked_shape(input_shape)
-        optimizer = bare_optimizer(optimizer)
-        self.module, self.network, self.optimizer = model, bare(model), optimizer
+        self.module, self.network, self.optimizer = model, bare(model), bare_optimizer(optimizer)
         self.facts = facts or RunFacts()
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.team = team or current_team(self.device)
         self.folder = Path(record) if record is not None else None
         self.meter = open_meter(self.device)
-        self.watch = Watch(called(model), optimizer, self.device, functools.partial(_epoch_begins, weakref.ref(self)))
-        self.epoch = 0
-        self.totals = Totals()
+        begins = functools.partial(_epoch_begins, weakref.ref(self))
+        self.watch = Watch(called(model), self.optimizer, self.device, begins)
+        self.epoch, self.totals = 0, Totals()
         self.final_accuracy: float | None = None
         self.regularizer: Callable[[], object] | None = None
         self.profiles = profile
@@ -132,8 +131,7 @@ class Recorder:
         self._trace: TraceFile | None = None
         self._keep: tuple[int | None, str | None] = (None, None)
         self._ended = self._begun = False
-        self._losses = LossSum(self.device)
-        self._images_told = 0
+        self._losses, self._images_told = LossSum(self.device), 0
         self._num_classes = self.facts.dataset.num_classes if self.facts.dataset else None
         self._capture()
         self.initial_counts = dense_counts(self.network, 0.0)  # all of them

@@ -3,6 +3,7 @@
 import csv
 import gc
 import glob
+import time
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,9 @@ def test_wandb_writes_offline(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     run(tmp_path, ["wandb"])
     (file,) = glob.glob(f"{tmp_path}/wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60  # its service is a process of its own, which writes when it comes to it
+    while b"train_loss" not in Path(file).read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"train_loss" in Path(file).read_bytes()
 
 

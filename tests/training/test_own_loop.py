@@ -388,6 +388,23 @@ def test_a_larger_mini_batch_is_proposed_once_the_network_has_shrunk():
     assert (pruner.batch, pruner.learning_rate_scale) == (40, 2.5)
 
 
+def test_accumulated_gradients_leave_room_for_a_smaller_pass_than_a_whole_step_would():
+    proposals = []
+    for parts in (1, 2):
+        model = fresh()
+        optimizer = sgd(model)
+        pruner = made(model, optimizer, memory_budget_bytes=2**20, batch_granularity=1, interval=9)
+        images, labels = images_and_labels(1, 8)[0]
+        for _ in range(parts):
+            loss = F.cross_entropy(model(images), labels)
+            (loss / parts).backward()
+        pruner.step(loss)
+        optimizer.step()
+        pruner.end_epoch()
+        proposals.append(pruner.batch)
+    assert 8 < proposals[1] <= proposals[0]  # the gradients stay while the next pass runs
+
+
 def test_a_compiled_network_says_that_it_has_to_be_wrapped_again_or_does_it():
     for rewrap in (None, lambda network: CompiledOnce(network, backend="eager")):
         model = fresh()

@@ -131,6 +131,8 @@ def test_a_run_that_masks_weights_with_torch_and_removes_the_masks(tmp_path):
     assert density.output_channels == 0.5
     assert trace.epochs[1].channel_sparsity == pytest.approx(4 / (8 + 8 + 8 + 12 + 10))
     assert len(trace.networks) == 1
+    assert ptsim.cost(trace).parameters == sum(p.numel() for p in model.parameters())
+    assert len(ptsim.simulate(trace, "aws-p3-16xlarge", [8])) == 1
 
 
 def narrowed(model):
@@ -173,6 +175,7 @@ def test_an_optimizer_that_nobody_told_the_recorder_of_is_said(tmp_path):
     assert (record.num_iterations, record.num_images) == (4, 64)
 
 
+@pytest.mark.slow
 def test_torch_pruning_prunes_and_the_recorder_records(tmp_path):
     tp = pytest.importorskip("torch_pruning", reason="Torch-Pruning is not installed")
     model = fresh()
@@ -193,6 +196,8 @@ def test_torch_pruning_prunes_and_the_recorder_records(tmp_path):
     assert trace.reconfigurations[0].channels_removed == (8 + 8 + 8 + 12) // 2
     assert ptsim.cost(trace).parameters == sum(p.numel() for p in model.parameters())
     assert len(ptsim.simulate(trace, "aws-p3-16xlarge", [8])) == 1
+    page = ptsim.write_report([tmp_path / "run"], tmp_path / "report", cluster="aws-p3-16xlarge", gpus=[1, 8])
+    assert "Small" in page.read_text(encoding="utf-8")
 
 
 def test_a_recorder_that_nobody_closes_ends_its_trace_when_the_program_ends(tmp_path):
