@@ -17,6 +17,7 @@ def report(
     gpus: str | None = None,
     price: float | None = None,
     grid_intensity: float | None = None,
+    input: str = "none",
     length: LengthOptions = LengthOptions(),
     json: Json = False,
 ) -> None:
@@ -32,6 +33,8 @@ def report(
         gpus: GPU counts, for example 1,8,64. Default: powers of two up to eight nodes.
         price: Price in USD per GPU and hour. Default: the cluster's; without one, no money is shown.
         grid_intensity: Grams of CO₂ that a kWh causes. Without it, no CO₂ is shown.
+        input: What reads and decodes the images with the node's cores: torchvision, dali or ffcv. none if input keeps
+            up.
     """
     clusters = None if cluster is None else [name.strip() for name in cluster.split(",")]
     if clusters is not None and not all(clusters):
@@ -42,6 +45,7 @@ def report(
         gpus=None if gpus is None else parse_gpus(gpus),
         price_usd_per_gpu_hour=price,
         grid_grams_per_kwh=grid_intensity,
+        input_pipeline=input,
     )
     page = write(made, out)
     if json:

@@ -60,6 +60,7 @@ def write_report(
     gpus: Sequence[int] | None = None,
     price_usd_per_gpu_hour: float | None = None,
     grid_grams_per_kwh: float | None = None,
+    input_pipeline: str = "none",
 ) -> Path:
     """Write the report of recorded runs into the folder `out` and return the page.
 
@@ -73,6 +74,7 @@ def write_report(
         gpus: cluster sizes; None means powers of two from one GPU to eight nodes.
         price_usd_per_gpu_hour: None means the cluster's; without one, no money is reported.
         grid_grams_per_kwh: CO₂ that a kWh causes; without it, no CO₂ is reported.
+        input_pipeline: what reads and decodes the images (`costs.input.pipelines`); "none": input keeps up.
 
     Raises:
         UsageError: no traces, a size that the cluster does not have, or a folder that cannot be written.
@@ -85,6 +87,7 @@ def write_report(
         gpus=gpus,
         price_usd_per_gpu_hour=price_usd_per_gpu_hour,
         grid_grams_per_kwh=grid_grams_per_kwh,
+        input_pipeline=input_pipeline,
     )
     return write(report, out)
 
@@ -113,6 +116,7 @@ def make_report(
     gpus: Sequence[int] | None = None,
     price_usd_per_gpu_hour: float | None = None,
     grid_grams_per_kwh: float | None = None,
+    input_pipeline: str = "none",
 ) -> Report:
     """Everything that the page shows; see `write_report`."""
     if not traces:
@@ -131,7 +135,7 @@ def make_report(
         return _report(facts, answer.recorded_answer(facts.recorded, notices), "")
     given = [cluster] if isinstance(cluster, str | Path | Cluster) else list(cluster or [])
     clusters = [c if isinstance(c, Cluster) else load_cluster(c) for c in given or [default_cluster(runs)]]
-    options = Options(price_usd_per_gpu_hour=price_usd_per_gpu_hour)
+    options = Options(price_usd_per_gpu_hour=price_usd_per_gpu_hour, input=input_pipeline)
     sizes = _sizes(clusters[0], gpus)
     checked = [trace for trace in runs if trace.epochs and not trace.is_planned]
     validation, reason = _validation(checked)

@@ -98,7 +98,10 @@ def labelled_runs(traces: Sequence[Trace], comparisons: Sequence[Comparison]) ->
 
 
 def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: Sequence[int]) -> pd.DataFrame:
-    """One row per run and cluster size: whole-run time with its 90 % interval, parts, bytes, energy and money."""
+    """One row per run and cluster size: whole-run time with its 90 % interval, parts, bytes, energy and money.
+
+    Waiting for input is empty where input is taken to keep up.
+    """
     rows = []
     for run in runs:
         for size in gpus:
@@ -107,6 +110,7 @@ def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: S
                 {
                     **projection_row(p),
                     **_setting(run, projector),
+                    "input_wait_seconds": None if p.input_images_per_s is None else p.input_wait_s,
                     "epochs": len(p.epochs),
                     "first_batch_per_gpu": p.epochs[0].batch_per_gpu,
                     "last_batch_per_gpu": p.epochs[-1].batch_per_gpu,

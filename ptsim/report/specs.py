@@ -16,6 +16,7 @@ PROJECTIONS = TableSpec(
         "high_seconds": "to",
         "compute_seconds": "computing",
         "exposed_communication_seconds": "exposed communi\u00adcation",
+        "input_wait_seconds": "waiting for input",
         "gpu_seconds": "GPU time",
         "mfu_fraction": "MFU",
         "allreduce_bytes_per_gpu": "all-reduced per GPU",

@@ -5,6 +5,8 @@ import ptsim
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report import projected
 from ptsim.report.projected import Projector, labelled_runs
+from ptsim.report.specs import PROJECTIONS
+from ptsim.report.tables import make_table
 from ptsim.sim.options import Options
 from ptsim.trace.pairs import compare_runs
 from tests.traces import dense_trace, shrinking_trace
@@ -32,6 +34,20 @@ def test_projections_are_the_simulators(traces: list[ptsim.Trace], projector: Pr
     assert list(ours.cost_usd) == pytest.approx(
         [2.0 * s * g / 3600 for s, g in zip(ours.total_seconds, GPUS, strict=True)]
     )
+
+
+def test_waiting_for_input_is_a_column_where_a_pipeline_feeds_the_gpus(traces: list[ptsim.Trace]) -> None:
+    runs = labelled_runs(traces, [])
+    starving = msgspec.structs.replace(load_cluster("dgx-a100"), cores_per_node=1)
+    for pipeline, shown in (("none", False), ("torchvision", True)):
+        projector = Projector(starving, Options(input=pipeline))
+        frame = projected.projections_frame(runs, projector, GPUS)
+        table = make_table(PROJECTIONS, frame)
+        assert ("waiting for input" in [column.heading for column in table.columns]) == shown
+        if shown:
+            waits = [projector.run(run.trace, size).input_wait_s for run in runs for size in GPUS]
+            assert list(frame.input_wait_seconds) == waits
+            assert min(waits) > 0
 
 
 def test_a_saving_is_dense_less_pruned(traces: list[ptsim.Trace], projector: Projector) -> None:
