@@ -74,11 +74,7 @@ def validate_mllog(
     """
     run = read_mllog(path)
     where = load_cluster(cluster)
-    chosen = model or MODELS.get(run.benchmark or "")
-    if chosen is None:
-        raise UsageError(
-            f"{path} is of the benchmark {run.benchmark!r}, whose network is not known", hint="name it with --model"
-        )
+    chosen = model or _network(run, path)
     count = _num_gpus(run, path, where, gpus)
     optimizer = run.optimizer if run.optimizer in OPTIMIZERS.names() else "sgd"
     expected = predict(
@@ -91,11 +87,9 @@ def validate_mllog(
         optimizer=optimizer,
     )
     measured_s = run.step_seconds
-    notes = (
-        ()
-        if run.optimizer in (None, optimizer)
-        else (f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted",)
-    )
+    notes: tuple[str, ...] = ()
+    if run.optimizer not in (None, optimizer):
+        notes = (f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted",)
     return MllogCheck(
         log=str(path),
         benchmark=run.benchmark,
@@ -115,6 +109,19 @@ def validate_mllog(
         inside=expected.low <= measured_s <= expected.high,
         notes=(_SUBMISSIONS, *notes, *expected.notes),
     )
+
+
+def _network(run: MlperfRun, path: str | Path) -> str:
+    """What the benchmark trains.
+
+    Raises:
+        UsageError: that is not known.
+    """
+    if run.benchmark not in MODELS:
+        raise UsageError(
+            f"{path} is of the benchmark {run.benchmark!r}, whose network is not known", hint="name it with --model"
+        )
+    return MODELS[run.benchmark]
 
 
 def _num_gpus(run: MlperfRun, path: str | Path, cluster: Cluster, named: int | None) -> int:

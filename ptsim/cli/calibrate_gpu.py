@@ -13,6 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ptsim.cli.common import print_line, progress_console, say
 from ptsim.errors import UsageError
+from ptsim.hardware.profile import OperatorSetting
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, parse_precision
 from ptsim.textfile import check_writable
@@ -50,13 +51,8 @@ def gpu(
     """
     check_writable(out)
     runs = [read_trace(path) for path in trace or ()]
-    from ptsim.hardware.profile import OperatorSetting
     from ptsim.measure.calibrate import calibrate_gpu
 
-    settings: tuple[OperatorSetting, ...] = ()
-    if precision is not None or memory_format is not None:
-        numbers = parse_precision(precision or "fp32")
-        settings = (OperatorSetting(precision=numbers, memory_format=memory_format or "contiguous"),)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=progress_console(), transient=True) as bar:
         task = bar.add_task("calibrating", total=1.0)
@@ -66,7 +62,7 @@ def gpu(
                 device=_device(device),
                 minutes=minutes,
                 traces=runs,
-                settings=settings,
+                settings=_settings(precision, memory_format),
                 make_regularizer=group_lasso_of,
                 resume=resume,
                 grid=grid,
@@ -85,6 +81,14 @@ def gpu(
         f"{profile.device}: {len(profile.steps)} networks, {len(profile.operators)} operators; {state}"
     )
     print_line(out)
+
+
+def _settings(precision: PrecisionName | None, memory_format: MemoryFormat | None) -> tuple[OperatorSetting, ...]:
+    """What is measured besides the traces' own settings, if anything was named."""
+    if precision is None and memory_format is None:
+        return ()
+    numbers = parse_precision(precision or "fp32")
+    return (OperatorSetting(precision=numbers, memory_format=memory_format or "contiguous"),)
 
 
 def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:

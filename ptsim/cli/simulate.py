@@ -18,12 +18,13 @@ from ptsim.cli.options import Cluster, Json, LengthOptions, Settings, Traces, pa
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import read_device_profile
+from ptsim.report.numbers import format_seconds, format_usd
 from ptsim.setting import PrecisionName, Sharding
 from ptsim.sim.budget import unlimited
 from ptsim.sim.options import GradientFormat, MiniBatch, Options, Scaling
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
-from ptsim.units import MIB, format_bytes, format_joules, format_seconds
+from ptsim.units import MIB, format_bytes, format_joules
 
 _NAMED = ("mixed_devices", "link_bandwidth", "link_latency_s")  # options whose parts are names of devices or links
 _AS_RECORDED = Options()
@@ -206,19 +207,19 @@ def _print_tables(projections: list[RunProjection]) -> None:
         for p in rows:
             time.add_row(
                 f"{p.gpus:,}",
-                seconds(p.total_s),
+                format_seconds(p.total_s),
                 interval(p.low_s, p.high_s),
-                seconds(p.compute_s),
-                seconds(p.exposed_communication_s),
-                *([seconds(p.input_wait_s)] if waits else []),
-                seconds(p.reconfiguration_s + p.startup_s),
+                format_seconds(p.compute_s),
+                format_seconds(p.exposed_communication_s),
+                *([format_seconds(p.input_wait_s)] if waits else []),
+                format_seconds(p.reconfiguration_s + p.startup_s),
                 f"{first.total_s / p.total_s:.2f}×",
             )
             resources.add_row(
                 f"{p.gpus:,}",
                 f"{p.gpu_hours:.3g}",
                 "–" if p.energy_j is None else format_joules(p.energy_j),
-                _usd(p.cost_usd),
+                "–" if p.cost_usd is None else format_usd(p.cost_usd).removesuffix(" USD"),
                 format_bytes(p.allreduce_bytes_per_gpu),
                 format_bytes(max(epoch.peak_memory_bytes for epoch in p.epochs)),
                 str(p.tier),
@@ -236,20 +237,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _usd(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-
-
-def seconds(value: float) -> str:
-    """A duration with three digits."""
-    number, unit = format_seconds(value).split(" ")
-    return f"{float(number):.3g} {unit}"
-
-
 def interval(low_s: float, high_s: float) -> str:
     """Both ends, the unit once where it is the same: "6.72 – 7.43 min"."""
-    low, high = seconds(low_s), seconds(high_s)
+    low, high = format_seconds(low_s), format_seconds(high_s)
     number, unit = low.split(" ")
     return f"{number} – {high}" if high.endswith(f" {unit}") else f"{low} – {high}"

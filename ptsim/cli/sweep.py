@@ -21,8 +21,9 @@ from ptsim.answers.study import read_study
 from ptsim.answers.sweep import MANY, Progress, die_with_parent, forget, run_study
 from ptsim.cli.common import print_json, progress_console, say, stdout_console
 from ptsim.cli.options import Json
-from ptsim.cli.simulate import interval, seconds
+from ptsim.cli.simulate import interval
 from ptsim.errors import UsageError
+from ptsim.report.numbers import format_seconds
 from ptsim.trace.io import trace_name
 
 SHOWN = 200  # rows of the table; all are in the file
@@ -122,7 +123,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             trace_name(row["trace"]),
             row["cluster"],
             f"{row['gpus']:,}",
-            seconds(row["total_seconds"]),
+            format_seconds(row["total_seconds"]),
             interval(row["low_seconds"], row["high_seconds"]),
             row["tier"],
         )

@@ -7,10 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 import pandas as pd
 
-from ptsim import units
 from ptsim.answers.validate import Validation
 from ptsim.costs.tiers import tier_row
 from ptsim.report.frames import averaged
+from ptsim.report.numbers import (
+    format_bytes,
+    format_count,
+    format_grams,
+    format_joules,
+    format_seconds,
+    format_usd,
+    percent,
+    percent_range,
+    upper,
+)
 from ptsim.trace.pairs import PACE_TOLERANCE
 
 
@@ -89,8 +99,7 @@ def projected_answer(
     emphasis, rest = _verdict(best)
     origin = f"projected{_of_planned(run)}; times: {tier_row(best.tier).label}"
     tiles = [
-        _time_tile(best, origin),
-        *_money_and_energy_tiles(best, origin),
+        *_saving_tiles(best, origin),
         *_quality_tiles(run, best),
         *_measured_tiles(measured, best.setting),
         *_bytes_tiles(best, gpus),
@@ -153,9 +162,9 @@ def _verdict(best: pd.Series) -> tuple[str, str]:
         text = f"takes {format_seconds(-best.saved_seconds)} longer than the {dense} of dense training"
     rest = f" ({share}; {interval})"
     if pd.notna(best.get("saved_usd")):
-        money = _between(_money, best.saved_usd, best.saved_usd_low, best.saved_usd_high)
-        rest += f" and {'saves' if saves else 'costs'} {_money(abs(best.saved_usd))} "
-        rest += f"{'of' if saves else 'on top of'} {_money(best.dense_usd)} ({money})"
+        money = _between(format_usd, best.saved_usd, best.saved_usd_low, best.saved_usd_high)
+        rest += f" and {'saves' if saves else 'costs'} {format_usd(abs(best.saved_usd))} "
+        rest += f"{'of' if saves else 'on top of'} {format_usd(best.dense_usd)} ({money})"
     return text, rest
 
 
@@ -171,7 +180,7 @@ def _certainty(best: pd.Series, settings: int) -> str:
     if best.saved_fraction < 0:
         low, high = -high, -low
     return (
-        f"In 9 of 10 such comparisons the {word} lies between {_range(low, high)} of the dense time"
+        f"In 9 of 10 such comparisons the {word} lies between {percent_range(low, high)} of the dense time"
         + (f": whether there is a {word} at all is open. " if _is_open(best) else ". ")
         + upper(tier_row(best.tier).explanation)
         + "."
@@ -191,49 +200,43 @@ def _repeats(best: pd.Series, run: pd.Series) -> str:
     return " This setting was trained once: how much another seed would differ is not part of the interval."
 
 
-def _time_tile(best: pd.Series, origin: str) -> Tile:
+def _saving_tiles(best: pd.Series, origin: str) -> Iterator[Tile]:
+    """What is saved of time, and of money, energy and CO₂ where they are known."""
     changing = best.saved_reconfiguration_seconds
     surgery = ""
     if abs(changing) > 0.1 * abs(best.saved_seconds):
         surgery = f"; starting and reconfiguring {'cost' if changing < 0 else 'save'} {format_seconds(abs(changing))}"
-    interval = _between(format_seconds, best.saved_seconds, best.saved_seconds_low, best.saved_seconds_high)
+    yield _saving_tile(best, "Time", "seconds", format_seconds, origin, after=surgery)
+    if pd.notna(best.get("saved_usd")):
+        price = f" at {best.price_usd_per_gpu_hour:.2f} USD per GPU-hour"
+        yield _saving_tile(best, "Money", "usd", format_usd, origin, where=price)
+    if pd.notna(best.get("saved_joules")):
+        yield _saving_tile(best, "Energy", "joules", format_joules, origin, where=", GPU boards")
+    if pd.notna(best.get("saved_co2_grams")):
+        grid = f" at {best.grid_grams_per_kwh:g} g per kWh"
+        yield _saving_tile(best, "CO\u2082", "co2_grams", format_grams, origin, where=grid)
+
+
+def _saving_tile(
+    best: pd.Series,
+    what: str,
+    quantity: str,
+    show: Callable[[float], str],
+    origin: str,
+    *,
+    where: str = "",
+    after: str = "",
+) -> Tile:
+    """The saving of one quantity, by the name that the columns of `projected.savings_frame` have for it."""
+    saved = best[f"saved_{quantity}"]
+    interval = _between(show, saved, best[f"saved_{quantity}_low"], best[f"saved_{quantity}_high"])
     return Tile(
-        name="Time saved" if best.saved_seconds >= 0 else "Time lost",
-        value=format_seconds(abs(best.saved_seconds)),
-        detail=f"{format_seconds(best.pruned_seconds)} instead of {format_seconds(best.dense_seconds)}; {interval}"
-        + surgery,
+        name=f"{what} {'saved' if saved >= 0 else 'lost'}",
+        value=show(abs(saved)),
+        detail=f"{show(best[f'pruned_{quantity}'])} instead of {show(best[f'dense_{quantity}'])}{where}; {interval}"
+        + after,
         origin=origin,
     )
-
-
-def _money_and_energy_tiles(best: pd.Series, origin: str) -> Iterator[Tile]:
-    if pd.notna(best.get("saved_usd")):
-        yield Tile(
-            name="Money saved" if best.saved_usd >= 0 else "Money lost",
-            value=_money(abs(best.saved_usd)),
-            detail=f"{_money(best.pruned_usd)} instead of {_money(best.dense_usd)} at "
-            f"{best.price_usd_per_gpu_hour:.2f} USD per GPU-hour; "
-            + _between(_money, best.saved_usd, best.saved_usd_low, best.saved_usd_high),
-            origin=origin,
-        )
-    if pd.notna(best.get("saved_joules")):
-        interval = _between(format_joules, best.saved_joules, best.saved_joules_low, best.saved_joules_high)
-        yield Tile(
-            name="Energy saved" if best.saved_joules >= 0 else "Energy lost",
-            value=format_joules(abs(best.saved_joules)),
-            detail=f"{format_joules(best.pruned_joules)} instead of {format_joules(best.dense_joules)}, GPU boards; "
-            + interval,
-            origin=origin,
-        )
-    if pd.notna(best.get("saved_co2_grams")):
-        yield Tile(
-            name="CO\u2082 saved" if best.saved_co2_grams >= 0 else "CO\u2082 lost",
-            value=format_grams(abs(best.saved_co2_grams)),
-            detail=f"{format_grams(best.pruned_co2_grams)} instead of {format_grams(best.dense_co2_grams)} at "
-            f"{best.grid_grams_per_kwh:g} g per kWh; "
-            + _between(format_grams, best.saved_co2_grams, best.saved_co2_grams_low, best.saved_co2_grams_high),
-            origin=origin,
-        )
 
 
 def _between(show: Callable[[float], str], value: float, low: float, high: float) -> str:
@@ -335,7 +338,7 @@ def dense_answer(
         )
     ]
     quantities: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
-        ("Money", "cost_usd", "for the whole run", _money),
+        ("Money", "cost_usd", "for the whole run", format_usd),
         ("Energy", "energy_joules", "all GPU boards, whole run", format_joules),
         ("CO\u2082", "co2_grams", "all GPU boards, whole run", format_grams),
     )
@@ -413,65 +416,3 @@ def _quality_tiles(run: pd.Series, best: pd.Series) -> Iterator[Tile]:
         f"{format_count(run.first_inference_macs_per_image, 'MAC')} per image{before}",
         origin="counted",
     )
-
-
-def _three_digits(text: str) -> str:
-    """A quantity as `ptsim.units` shows it, with three significant digits, which is what a projection can bear."""
-    number, _, unit = text.partition(" ")
-    return f"{float(f'{float(number):.3g}'):,.10g} {unit}".strip().replace("-", "\u2212")
-
-
-def format_seconds(value: float) -> str:
-    """Three significant digits. Less than a nanosecond is rounding: 0 s."""
-    return _three_digits(units.format_seconds(value if abs(value) >= 1e-9 else 0.0))
-
-
-def format_bytes(value: float) -> str:
-    """Three significant digits."""
-    return _three_digits(units.format_bytes(value))
-
-
-def format_joules(value: float) -> str:
-    """Three significant digits; in kWh from a tenth of one on, so that a saving has the unit of what it is part of."""
-    if abs(value) >= 3.6e5:
-        return _three_digits(f"{value / 3.6e6:.6g} kWh")
-    return _three_digits(units.format_joules(value))
-
-
-def format_grams(value: float) -> str:
-    """Three significant digits, in g, kg or t."""
-    for unit, factor in (("t", 1e6), ("kg", 1e3), ("g", 1.0)):
-        if abs(value) >= factor or unit == "g":
-            return _three_digits(f"{value / factor:.6g} {unit}")
-    raise AssertionError("grams are the last unit")
-
-
-def format_count(value: float, unit: str) -> str:
-    """Three significant digits."""
-    return _three_digits(units.format_count(value, unit))
-
-
-def upper(sentence: str) -> str:
-    """The sentence with a capital first letter; the rest stays."""
-    return sentence[:1].upper() + sentence[1:]
-
-
-def percent(fraction: float) -> str:
-    """A fraction in percent: one digit after the point below 10 %, none above."""
-    text = f"{100 * fraction:.1f} %" if abs(fraction) < 0.0995 else f"{100 * fraction:.0f} %"
-    return text.replace("-", "\u2212")
-
-
-def _range(low: float, high: float) -> str:
-    digits = 0 if high - low >= 0.03 else 1
-    return f"{100 * low:.{digits}f} % and {100 * high:.{digits}f} %".replace("-", "\u2212")
-
-
-def _money(usd: float) -> str:
-    if abs(usd) >= 100:
-        text = f"{usd:,.0f}"
-    elif abs(usd) >= 1 or usd == 0:
-        text = f"{usd:,.2f}"
-    else:
-        text = f"{usd:.2g}"
-    return f"{text} USD".replace("-", "\u2212")

@@ -6,7 +6,7 @@ import msgspec
 import pandas as pd
 import pytest
 
-from ptsim.report import answer
+from ptsim.report import answer, numbers
 from ptsim.report.build import make_report
 from ptsim.report.frames import averaged
 from ptsim.trace.io import read_trace
@@ -94,7 +94,7 @@ def test_runs_at_another_pace_are_named_as_such(tmp_path: Path) -> None:
     [(430.02, "7.17 min"), (3.2051, "3.21 s"), (4.5e6, "1,250 h"), (1e-12, "0 s"), (-0.685, "−685 ms")],
 )
 def test_a_projection_has_three_digits(value: float, text: str) -> None:
-    assert answer.format_seconds(value) == text
+    assert numbers.format_seconds(value) == text
 
 
 def test_a_planned_number_looks_planned(tmp_path: Path) -> None:
@@ -127,4 +127,4 @@ def test_a_planned_number_looks_planned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("joules", "text"), [(3.38e6, "0.939 kWh"), (1.9e7, "5.28 kWh"), (4.3e3, "4.3 kJ")])
 def test_energy_is_in_kilowatt_hours_from_a_tenth_of_one_on(joules: float, text: str) -> None:
-    assert answer.format_joules(joules) == text
+    assert numbers.format_joules(joules) == text
