@@ -105,7 +105,8 @@ def _lines(path: Path, text: str) -> list[_Line]:
 
     Processes that write into one file at once tear each other's lines: a torn one is left out with a warning.
     """
-    found, torn = [], []
+    found: list[_Line] = []
+    torn: list[FileFormatError] = []
     for number, line in enumerate(text.splitlines(), 1):
         for content in line.split(_MARK)[1:]:  # a process may begin in the line of another
             try:

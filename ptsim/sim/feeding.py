@@ -38,7 +38,7 @@ class Feed:
         rate = self.options.input_images_per_s
         if self.supply is not None:
             return self.supply.images_per_s
-        if rate == "recorded":
+        if isinstance(rate, str):  # "recorded"
             pace_s = _recorded_pace_s(self.scenario.trace)
             return 1 / pace_s if pace_s else None
         return rate
@@ -89,8 +89,12 @@ class Feed:
         }[found.limit]
         said = f"{name} gives each GPU up to {found.images_per_s:,.0f} images/s ({what})"
         per_node = cluster.gpus_per_node
-        where = f"from {number} of {per_node} GPUs per node on" if number else f"not even for all {per_node} of a node"
-        notes = [f"{said}, the GPU could take {max(needed):,.0f}: the pipeline is the limit {where}"]
+        verdict = (
+            f"the pipeline is the limit from {number} of {per_node} GPUs per node on"
+            if number
+            else f"the pipeline is no limit, even with all {per_node} GPUs of a node"
+        )
+        notes = [f"{said}; the GPU could take {max(needed):,.0f}: {verdict}"]
         if self._output_pixels < _SMALL_PIXELS:
             notes.append(f"no published rate of {name} is of images this small: theirs are scaled by the pixels")
         return notes

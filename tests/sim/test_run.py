@@ -261,9 +261,11 @@ class TestManyGpus:
         begins = math.floor(cores / image_s / most) + 1
         starved = run(trace, 8, _with_cores(cores), input="torchvision")
         assert starved.input_limit_gpus == begins
+        assert any(f"the limit from {begins} of 8 GPUs" in note for note in starved.notes)
         assert starved.input_wait_s > 0
         fed = run(trace, 8, _with_cores(2 * cores), input="torchvision")
         assert (fed.input_limit_gpus, fed.input_wait_s) == (None, 0.0)
+        assert any("no limit, even with all 8 GPUs" in note for note in fed.notes)
         assert fed.total_s == pytest.approx(free.total_s, rel=1e-12)
         assert run(trace, 8).input_limit_gpus is None
 
