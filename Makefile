@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A process a core, a thread a process.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# A process a core, a thread a process. A process that dies is not started again: its file fails by name, and the
+# other process goes on.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
 # What pip resolves is decided by pyproject.toml alone; the stamp re-installs when it changes.
 STAMP := $(VENV)/.installed
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -21,6 +21,7 @@ from ptsim.textfile import decode_json, read_bytes
 
 _MOST_BYTES = 2**31  # of a file, and of what it unpacks to: minutes of a GPU
 _LATEST_US, _LONGEST_US = 1e18, 1e12  # of an event's begin (30,000 years) and of its duration (11 days)
+_MOST_RANKS = 10**6
 Span = tuple[float, float]  # seconds: begin, end
 
 # PyTorch before 1.12 wrote the names on the right.
@@ -135,7 +136,7 @@ class _Raw(msgspec.Struct):
 class _RawDevice(msgspec.Struct):
     id: int = 0
     name: str = ""
-    totalGlobalMem: int = 0  # noqa: N815 - Kineto's own spelling
+    totalGlobalMem: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0  # noqa: N815 - Kineto's own spelling
 
 
 class _RawFile(msgspec.Struct):
@@ -174,7 +175,7 @@ def read_recording(path: str | Path) -> Recording:
         memory_bytes=gpu.totalGlobalMem or None,
         host_name=raw.host_name,
         rank=_whole(distributed.get("rank")),
-        world_size=_whole(distributed.get("world_size")),
+        world_size=_ranks(distributed.get("world_size")),
         host=host,
         device_events=device_events,
         calls=[event for event in events if event.category in _CALLS],
@@ -283,3 +284,8 @@ def _device_of(devices: Sequence[_RawDevice], device_events: Sequence[Event]) ->
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _ranks(value: object) -> int | None:
+    number = _whole(value)
+    return number if number is not None and 1 <= number <= _MOST_RANKS else None

@@ -13,12 +13,14 @@ import json
 import math
 from typing import Any
 
+from ptsim.consistency import MOST_ELEMENTS, operator_problem
 from ptsim.hardware.profile import OperatorShape
 from ptsim.measure.kineto_events import Event
 from ptsim.network import LayerKind, MemoryFormat
 from ptsim.operators import KIND_OF_OP, usual_name
 
 Shape = tuple[int, ...]
+_LARGEST_SIZE = 2**31
 
 _SAME_SHAPE = (LayerKind.BATCH_NORM, LayerKind.NORM, LayerKind.ACTIVATION, LayerKind.DROPOUT)
 
@@ -30,9 +32,19 @@ def operator_shape(event: Event) -> OperatorShape | None:
         event: an outermost ATen operator of a forward pass, with what ran inside it.
     """
     try:
-        return _operator_shape(event)
-    except (TypeError, ValueError, LookupError, ZeroDivisionError):  # a file may say anything
+        shape = _operator_shape(event)
+    except (TypeError, ValueError, LookupError, ZeroDivisionError, OverflowError):  # a file may say anything
         return None
+    return None if shape is None or _is_impossible(shape) else shape
+
+
+def _is_impossible(shape: OperatorShape) -> bool:
+    """Whether no operator has this shape, so that a profile with it could not be read."""
+    at_least_one = (shape.batch, shape.groups, *shape.kernel, *shape.stride, *shape.dilation)
+    sizes = (*shape.padding, *shape.output, *(size for given in shape.inputs for size in given))
+    if min(at_least_one) < 1 or min(sizes, default=0) < 0 or max(*at_least_one, *sizes) > _LARGEST_SIZE:
+        return True
+    return operator_problem(shape.kind, shape.inputs, shape.output, shape.groups) is not None
 
 
 def _operator_shape(event: Event) -> OperatorShape | None:
@@ -99,9 +111,10 @@ def number_of_elements(event: Event) -> int:
     """Of the first tensor that the event was given; 0 where shapes were not recorded."""
     try:
         tensors = _tensors(event)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0
-    return math.prod(tensors[0]) if tensors else 0
+    elements = math.prod(tensors[0]) if tensors else 0
+    return elements if 0 <= elements <= MOST_ELEMENTS else 0
 
 
 def _convolution(event: Event, op: str, tensors: list[Shape], values: list[str]) -> OperatorShape | None:

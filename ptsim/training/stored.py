@@ -130,12 +130,9 @@ def _can_follow(present: object, value: object) -> bool:
     """Whether a setting of an optimizer that is `present` can become `value`; no setting is negative."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return present is None or isinstance(present, type(value)) or (value is None and isinstance(present, bool))
-    if isinstance(present, tuple) or isinstance(value, list):
-        return (
-            isinstance(value, list)
-            and (not isinstance(present, tuple) or len(value) == len(present))
-            and all(isinstance(part, int | float) and 0 <= part < float("inf") for part in value)
-        )
+    if isinstance(present, tuple):
+        fits = isinstance(value, list) and len(value) == len(present)
+        return fits and all(isinstance(part, int | float) and 0 <= part < float("inf") for part in value)
     return (
         isinstance(value, int | float)
         and 0 <= value < float("inf")

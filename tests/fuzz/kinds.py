@@ -8,6 +8,9 @@ from pathlib import Path
 
 import msgspec
 
+from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.profile_file import read_device_profile
+from ptsim.trace.io import read_trace
 from tests.fuzz.mutate import damaged
 
 HERE = Path(__file__).parent
@@ -23,6 +26,7 @@ class Kind(msgspec.Struct, frozen=True):
         rare: what takes seconds; one in 150 mutants of a long campaign.
         few: how many mutants the ordinary tests try.
         share: of the time of a long campaign.
+        written: a file that the commands write, and what reads it.
     """
 
     file: str
@@ -31,6 +35,7 @@ class Kind(msgspec.Struct, frozen=True):
     rare: tuple[str, ...] = ()
     few: int = 40
     share: int = 1
+    written: tuple[str, Callable[[str], object]] | None = None
 
     def mutant(self, draw: random.Random) -> bytes:
         """One damaged file."""
@@ -90,6 +95,7 @@ KINDS = {
         files(*sorted((HERE.parent / "hardware" / "nccl").glob("*.txt"))),
         ("calibrate network --nccl-log FILE --out made.toml",
          "calibrate network --nccl-log FILE --nodes 2 --out made.toml"),
+        written=("made.toml", load_cluster),
     ),
     "profile": Kind(
         "profile.toml",
@@ -104,6 +110,7 @@ KINDS = {
     "kineto": Kind(
         "recorded.json", files(WHOLE / "kineto.json"),
         ("import kineto FILE -o made.toml --json", "import kineto FILE -o made.toml"),
+        written=("made.toml", read_device_profile),
     ),
     "mllog": Kind(
         "log.txt", files(WHOLE / "mllog.txt"),
@@ -111,6 +118,7 @@ KINDS = {
          "validate --mllog FILE --cluster dgx-a100 --model run"),
     ),
     "densities": Kind(
-        "densities.toml", files(WHOLE / "densities.toml"), (f"{PLAN} --pruning FILE --json",), few=10
+        "densities.toml", files(WHOLE / "densities.toml"), (f"{PLAN} --pruning FILE --json",), few=10,
+        written=("made.jsonl", read_trace),
     ),
 }  # fmt: skip

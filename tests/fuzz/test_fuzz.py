@@ -57,7 +57,13 @@ def test_a_damaged_file_is_a_sentence_or_an_answer(name: str, capsys: pytest.Cap
         command = kind.command(draw, long=LONG > 0)
         tidy()
         TRIED[name] += 1
-        if (problem := outcome(command.split(), capsys)) is not None:
+        problem = outcome(command.split(), capsys)
+        if problem is None and kind.written is not None and Path(kind.written[0]).exists():
+            try:
+                kind.written[1](kind.written[0])
+            except PtsimError as error:
+                problem = f"what is written cannot be read: {error.message}"
+        if problem is not None:
             failures.append(f"seed {seed}: {command}: {problem}")
     assert not failures, "\n".join(failures)
 

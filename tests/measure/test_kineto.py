@@ -215,6 +215,29 @@ def test_a_step_that_lasts_longer_than_a_day_is_none(tmp_path: Path) -> None:
         import_kineto([_write(tmp_path / "a.json", document)])
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [
+        CONV | {"Input Dims": [[10**400, 8, 16, 16], [32, 8, 3, 3], [], [], [], [], []]},
+        CONV | {"Input Dims": [[4, 8, 16, 16], [32, 8, -3, 3], [], [], [], [], []]},
+        CONV | {"Concrete Inputs": ["", "", "", "[0, 2]", "[1, 1]", "[1, 1]", "1"]},
+        CONV | {"Concrete Inputs": ["", "", "", "[2, 2]", "[1, 1]", "[1, 1]", "3"]},
+    ],
+    ids=["sizes beyond all", "negative", "no stride", "groups that do not divide"],
+)
+def test_a_shape_that_no_operator_has_is_no_shape_and_the_profile_can_be_read(
+    tmp_path: Path, conv: dict[str, Any]
+) -> None:
+    document = _gpu_trace(distributedInfo={"rank": 0, "world_size": 10**400})
+    for event in document["traceEvents"]:
+        if event["name"] == "aten::conv2d":
+            event["args"] |= conv
+    found = import_kineto([_write(tmp_path / "a.json", document)])
+    assert (found.operators[0].shape, found.batch, found.world_size) == (None, None, None)
+    write_device_profile(tmp_path / "p.toml", found.profile)
+    assert read_device_profile(tmp_path / "p.toml").operators == ()
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"nothing\.json"):
         import_kineto([tmp_path / "nothing.json"])
