@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import math
 import os
 import re
@@ -254,6 +255,8 @@ def check_writable(path: str | Path) -> None:
     target = Path(os.path.realpath(path))
     if os.path.isdir(target):
         raise UsageError(f"{path} is a folder, expected a file to write")
+    if os.path.lexists(target) and not os.path.isfile(target):
+        raise UsageError(f"{path} is a pipe, a device or a broken link, expected a file to write")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -265,13 +268,36 @@ def check_writable(path: str | Path) -> None:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def check_folder_writable(path: str | Path) -> None:
+    """Find out before a long computation that a folder for its results could not be made; makes nothing.
+
+    Raises:
+        UsageError: `path` or something above it is no folder, or one that may not be written.
+    """
+    if "\0" in str(path):
+        raise UsageError(f"{str(path)!r} is not a file name")
+    place = Path(os.path.realpath(path))
+    try:
+        while not os.path.lexists(place):
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(place)  # too long a name
+            place = place.parent
+    except OSError as error:
+        raise UsageError(f"the folder {path} cannot be written: {error.strerror}") from error
+    if not os.path.isdir(place):
+        raise UsageError(f"the folder {path} cannot be written: {place} is a file, expected a folder")
+    if not os.access(place, os.W_OK | os.X_OK) or Path("/proc") in (place, *place.parents):
+        raise UsageError(f"the folder {path} cannot be written: {place} may not be written")
+
+
 def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file whole or not at all: readers see the old content or the new one, never a part.
 
     A link is followed, so that it still points to the file afterwards. Text is UTF-8.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; the old file is untouched.
+        OSError: the folder cannot be written, the disk is full, or `path` is a pipe or a device; an old file is
+            untouched.
     """
     with writing_whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -284,6 +310,8 @@ def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
     Otherwise as `write_whole`.
     """
     target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
+        raise OSError(errno.EINVAL, "is a pipe, a device or a broken link, expected a file", str(path))
     handle, beside = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:

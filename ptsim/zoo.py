@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,7 @@ def find(name: str) -> ModelEntry:
         UnknownNameError: no such name; lists those that exist.
         UsageError: the user's file or function is missing or cannot be loaded.
     """
+    check_file(name)
     _load_models()
     if name in _ENTRIES:
         return _ENTRIES[name]
@@ -78,6 +80,17 @@ def find(name: str) -> ModelEntry:
     raise UnknownNameError(
         "model", name, [*_ENTRIES, *(f"{prefix}:NAME" for prefix in _RESOLVERS), "path/to/file.py:function"]
     )
+
+
+def check_file(name: str) -> None:
+    """Find out, before torch is imported, that a name is of a user's file that does not exist.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    path, colon, _ = name.rpartition(":")
+    if colon and path.endswith(".py") and not os.path.isfile(path):
+        raise UsageError(f"no model file {path}; expected path/to/file.py:function")
 
 
 def create(name: str, *, num_classes: int | None = None) -> Any:
@@ -96,8 +109,6 @@ def _load_models() -> None:
 
 def _from_file(path: Path, function_name: str) -> ModelEntry:
     """The function's own attributes `input_shape` and `num_classes`, where it has them, become the entry's."""
-    if not path.is_file():
-        raise UsageError(f"no model file {path}; expected path/to/file.py:function")
     module_name = f"_ptsim_user_{path.stem}_{abs(hash(path.resolve())):x}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None, "true for every path that ends in .py"

@@ -138,6 +138,9 @@ def _as_trace(subject: Any) -> Trace | None:
 
 def _captured(subject: Any, input_shape: tuple[int, int, int] | None, num_classes: int | None) -> Network:
     from ptsim import zoo
+
+    if isinstance(subject, str | Path):
+        zoo.check_file(str(subject))  # before torch is imported
     from ptsim.capture.network import capture_network
 
     if isinstance(subject, str | Path):

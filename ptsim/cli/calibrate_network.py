@@ -47,7 +47,7 @@ def network(
 
     check_file_name("cluster", out)
     check_writable(out)
-    origin = load_cluster(base) if base else None
+    origin = None if base is None else load_cluster(base)
     name = name or out.stem
     if nccl_log:
         per_node = None if origin is None else origin.gpus_per_node

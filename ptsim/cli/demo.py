@@ -19,6 +19,7 @@ from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.errors import UsageError
 from ptsim.network import LayerKind, Network
+from ptsim.textfile import check_folder_writable
 from ptsim.trace.io import read_trace
 from ptsim.trace.schema import Epoch
 from ptsim.trace.stretch import stretch
@@ -82,6 +83,7 @@ def demo(
     grid_intensity:
         Grams of CO₂ that a kWh causes; without it, no CO₂.
     """
+    check_folder_writable(out)  # before torch is imported
     from ptsim.report.build import summary as report_summary
     from ptsim.report.build import write, write_report
     from ptsim.training.loop import train

@@ -9,8 +9,9 @@ from cyclopts import Parameter
 
 from ptsim import __version__
 from ptsim.cli.common import print_json, print_line
-from ptsim.cli.options import Json, Out, refuse_input_as_output
+from ptsim.cli.options import Json, Out, check_run_folder, refuse_input_as_output
 from ptsim.errors import UsageError
+from ptsim.textfile import check_writable
 from ptsim.trace.io import read_trace
 
 Format = Literal["chrome", "chakra", "parquet", "onnx"]
@@ -50,6 +51,8 @@ def export(
     if format in ("chrome", "onnx") and out.is_dir():
         raise UsageError(f"{out} is a folder; --format {format} writes a file")
     refuse_input_as_output(out, trace)
+    if format in ("chrome", "onnx"):
+        check_writable(out)
     written = _write(trace, format, out, gpus, epoch, trust)
     if json:
         print_json({"format": format, "files": [str(path) for path in written]})
@@ -62,10 +65,11 @@ def export(
 
 def _write(trace: Path, format: Format, out: Path, gpus: int | None, epoch: int | None, trust: bool) -> list[Path]:
     if format == "onnx":
+        folder = trace if trace.is_dir() else trace.parent
+        check_run_folder(folder)
         from ptsim.export.onnx import export_onnx
         from ptsim.training.runfolder import load_model, load_recipe
 
-        folder = trace if trace.is_dir() else trace.parent
         recipe = load_recipe(folder, epoch)
         metadata = {"model": recipe.model, "classes": str(recipe.num_classes), "producer": f"ptsim {__version__}"}
         export_onnx(load_model(folder, epoch, trust=trust), recipe.input_shape, out, metadata=metadata)

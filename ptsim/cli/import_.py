@@ -19,6 +19,7 @@ from ptsim.hardware.spec import Device
 from ptsim.measure.kineto import UNKNOWN, KinetoImport, import_kineto
 from ptsim.network import MemoryFormat, Network
 from ptsim.setting import PrecisionName, parse_precision
+from ptsim.textfile import check_writable
 from ptsim.units import format_seconds, parse_quantity
 
 app = cyclopts.App(name="import", help="Turn what other programs measured into a device profile.")
@@ -55,6 +56,7 @@ def kineto(
         memory_format: Layout of the activations in memory. Default: the file's own.
     """
     refuse_input_as_output(out, *files)
+    check_writable(out)
     trained = None if model is None else _network(model, network)
     found = import_kineto(
         files,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from ptsim import zoo
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json, NetworkOptions
 from ptsim.errors import UsageError
-from ptsim.prune.proof import Inspection
-from ptsim.prune.proof import inspect as inspect_model
 from ptsim.units import format_count
+
+if TYPE_CHECKING:
+    from ptsim.prune.proof import Inspection
 
 
 def inspect(
@@ -30,7 +33,11 @@ def inspect(
     """
     if network.classes is not None and network.classes < 1:
         raise UsageError(f"{network.classes} classes; at least 1 is needed")
-    found = inspect_model(model, input_shape=network.input_shape, num_classes=network.classes)
+    shape = network.input_shape
+    zoo.check_file(model)  # before torch is imported
+    from ptsim.prune.proof import inspect as inspect_model
+
+    found = inspect_model(model, input_shape=shape, num_classes=network.classes)
     if json:
         print_json(dataclasses.asdict(found))
     else:

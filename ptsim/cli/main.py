@@ -80,6 +80,8 @@ def run(tokens: list[str] | None = None) -> int:
     """
     warnings.showwarning = _show_warning
     given = sys.argv[1:] if tokens is None else tokens
+    if any("\0" in token for token in given):  # a shell cannot say it, a program can
+        return _fail("an argument holds a NUL character", None)
     notice = threading.Timer(_PATIENCE_S, _tell_what_it_does, args=[given])
     notice.daemon = True
     try:

@@ -8,13 +8,14 @@ says so in its own docstring, as `Args: network.classes: …`.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from ptsim.errors import UsageError
+from ptsim.errors import FileFormatError, UsageError
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.textfile import LARGEST, LARGEST_INTEGER, SMALLEST
 from ptsim.trace.io import read_trace
@@ -136,12 +137,26 @@ def parse_bytes(name: str, text: str) -> int:
     return int(size)
 
 
+def check_run_folder(folder: Path) -> None:
+    """Find out, before torch is imported, that no run is there.
+
+    Raises:
+        UsageError: the folder holds no configuration of a run.
+        FileFormatError: it is a file.
+    """
+    if os.path.isfile(folder):
+        raise FileFormatError(folder, "found a file, expected a run folder")
+    if not os.path.isfile(folder / "config.toml"):
+        raise UsageError(f"{folder} holds no run (no config.toml)")
+
+
 def refuse_input_as_output(out: Path, *inputs: Path) -> None:
     """Keep a command from writing over what it reads.
 
     Raises:
         UsageError: `out` is one of the inputs.
     """
+    written = os.path.realpath(out)
     for path in inputs:
-        if out.resolve() in (path.resolve(), (path / "trace.jsonl").resolve()) and out.is_file():
+        if written in (os.path.realpath(path), os.path.realpath(path / "trace.jsonl")) and os.path.isfile(out):
             raise UsageError(f"{out} is what is read; choose another file to write")

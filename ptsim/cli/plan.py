@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from ptsim.cli.options import Json, NetworkOptions, Optimizer, Out
 from ptsim.errors import FileFormatError
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
-from ptsim.trace.io import write_trace
+from ptsim.textfile import check_writable, read_toml
+from ptsim.trace.io import trace_path, write_trace
 from ptsim.trace.trace import Trace
 
 _UNSAID = PlanOptions()
@@ -76,8 +78,13 @@ def plan(
         model: Zoo name, torchvision:NAME or path/to/file.py:function.
         out: Trace to write.
     """
-    if not out.resolve().parent.is_dir():
+    if not os.path.isdir(os.path.dirname(os.path.realpath(out))):
         raise FileFormatError(out, "its folder does not exist")
+    check_writable(out)
+    if run.pruning.startswith("like:"):
+        trace_path(run.pruning.removeprefix("like:"))  # before torch is imported
+    elif run.pruning.endswith(".toml"):
+        read_toml(run.pruning)
     trace = plan_run(model, run.options())
     documents = [msgspec.to_builtins(fractions(drawn)) for drawn in trace.drawn()]
     document = {"trace": str(write_trace(out, trace)), **documents[0]}

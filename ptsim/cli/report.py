@@ -8,6 +8,7 @@ from ptsim.cli.common import print_json, print_line
 from ptsim.cli.options import Json, LengthOptions, Out, parse_gpus
 from ptsim.errors import UsageError
 from ptsim.report.build import make_report, summary, write
+from ptsim.textfile import check_folder_writable
 
 
 def report(
@@ -39,8 +40,10 @@ def report(
     clusters = None if cluster is None else [name.strip() for name in cluster.split(",")]
     if clusters is not None and not all(clusters):
         raise UsageError(f"cluster {cluster!r} has an empty name; expected names or TOML files with commas in between")
+    runs = [length.read(path) for path in traces]
+    check_folder_writable(out)
     made = make_report(
-        [length.read(path) for path in traces],
+        runs,
         cluster=clusters,
         gpus=None if gpus is None else parse_gpus(gpus),
         price_usd_per_gpu_hour=price,

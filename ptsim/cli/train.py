@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
+from ptsim import zoo
 from ptsim.cli.common import print_json, stdout_console
-from ptsim.cli.options import Json, Settings
+from ptsim.cli.options import Json, Settings, check_run_folder
 from ptsim.errors import UsageError
+from ptsim.textfile import check_folder_writable, read_toml
 from ptsim.training.config import Config, to_settings
 
 if TYPE_CHECKING:
@@ -82,6 +85,17 @@ def train(
         log: Where else the numbers of every epoch go, by commas: csv, tensorboard, wandb, mlflow.
         settings: Any other setting as key=value. Can be repeated.
     """
+    for folder in (resume, start_from):  # paths are looked at before torch is imported
+        if folder is not None:
+            check_run_folder(folder)
+    if overrides.dataset == "imagefolder" and overrides.data_dir is not None and not os.path.isdir(overrides.data_dir):
+        raise UsageError(f"no data folder {overrides.data_dir}")
+    if out is not None:
+        check_folder_writable(out)
+    if config is not None:
+        read_toml(config)
+    if overrides.model is not None:
+        zoo.check_file(overrides.model)
     from ptsim.training.config import parse_override, read_config
     from ptsim.training.loop import train as run_training
 
