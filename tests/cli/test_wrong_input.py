@@ -67,6 +67,7 @@ WRONG = {
     f"{SIMULATE} --set nosuch": "is not name=value",
     f"{SIMULATE} --mtbf-gpu-hours inf": "mtbf_gpu_hours is inf",
     f"{SIMULATE} --input-images-per-s inf": "input_images_per_s is inf",
+    f"{SIMULATE} --input magic": "unknown input pipeline 'magic'",
     f"{SIMULATE} --gpus 1000000000000": "at most 1,000,000",
     f"{SIMULATE} --device ''": "unknown device ''",
     f"{SIMULATE} --set surgery_sec=1": "unknown option 'surgery_sec'; known: ",
