@@ -7,7 +7,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ptsim.cli.common import print_json, stdout_console
-from ptsim.cli.options import Json, parse_bytes
+from ptsim.cli.options import Json
+from ptsim.cli.reading import parse_bytes
 from ptsim.costs.collectives import all_reduce, nodes_for
 from ptsim.hardware.catalog import load_cluster
 from ptsim.units import format_bytes, format_seconds

@@ -9,7 +9,8 @@ from cyclopts import Parameter
 
 from ptsim import __version__
 from ptsim.cli.common import print_json, print_line
-from ptsim.cli.options import Json, Out, check_run_folder, refuse_input_as_output
+from ptsim.cli.options import Json, Out
+from ptsim.cli.reading import check_run_folder, refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.textfile import check_writable
 from ptsim.trace.io import read_trace

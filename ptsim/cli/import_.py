@@ -11,7 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ptsim.cli.common import print_json, stdout_console
-from ptsim.cli.options import Json, NetworkOptions, Out, refuse_input_as_output
+from ptsim.cli.options import Json, NetworkOptions, Out
+from ptsim.cli.reading import refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import device_names, load_device
 from ptsim.hardware.profile_file import write_device_profile

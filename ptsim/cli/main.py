@@ -21,7 +21,7 @@ import cyclopts
 import ptsim
 from ptsim.cli import crash
 from ptsim.cli.common import say
-from ptsim.cli.options import check_number
+from ptsim.cli.reading import check_number
 from ptsim.errors import PtsimError, UnknownNameError
 
 app = cyclopts.App(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptsim.cli.common import print_json, print_line
-from ptsim.cli.options import Json, LengthOptions, Out, parse_gpus
+from ptsim.cli.options import Json, LengthOptions, Out
+from ptsim.cli.reading import parse_gpus
 from ptsim.errors import UsageError
 from ptsim.report.build import make_report, summary, write
 from ptsim.textfile import check_folder_writable

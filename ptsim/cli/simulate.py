@@ -14,7 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ptsim.cli.common import print_json, say, stdout_console
-from ptsim.cli.options import Cluster, Json, LengthOptions, Settings, Traces, parse_gpus, refuse_input_as_output
+from ptsim.cli.options import Cluster, Json, LengthOptions, Settings, Traces
+from ptsim.cli.reading import parse_gpus, refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import read_device_profile

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from ptsim import zoo
 from ptsim.cli.common import print_json, stdout_console
-from ptsim.cli.options import Json, Settings, check_run_folder
+from ptsim.cli.options import Json, Settings
+from ptsim.cli.reading import check_run_folder
 from ptsim.errors import UsageError
 from ptsim.textfile import check_folder_writable, read_toml
 from ptsim.training.config import Config, to_settings

@@ -8,7 +8,7 @@ import pytest
 
 from ptsim.cli import main
 from ptsim.cli.common import printable, stdout_console
-from ptsim.cli.options import parse_bytes
+from ptsim.cli.reading import parse_bytes
 from ptsim.errors import UsageError
 
 
