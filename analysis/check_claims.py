@@ -255,6 +255,19 @@ def lab_four(root: Path) -> Figures:
     ]
 
 
+def carried_over(root: Path) -> Figures:
+    """The run with ratio 0.2 imitated for one of its own strength and for one of another."""
+    rows = public("carry_over", root).set_index(["imitated", "left_out"])
+    found = []
+    for left_out_run in ("gating-r0.2", "prunetrain-r0.3"):
+        row = rows.loc[("prunetrain-r0.2", left_out_run)]
+        first, *middle, last = (
+            f"{abs(row[f'{name}_points']):.1f}" for name in ("epoch", "inference", "training", "bn")
+        )
+        found.append(f"{', '.join((first, *middle))} and {last} points")
+    return found
+
+
 CHECKS: dict[str, Callable[[Path], Figures]] = {
     "planned-saving": planned_saving,
     "recorded-pair": recorded_pair,
@@ -271,6 +284,7 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "both-left-out": left_out("GPU and network left out"),
     "later-rows": left_out("mini-batches of 16 to 1,280, all"),
     "host-bound": host_bound,
+    "carried-over": carried_over,
     "lab-allreduce": lab_allreduce,
     "lab-small": lab_small,
     "lab-steps": lab_steps,

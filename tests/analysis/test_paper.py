@@ -51,7 +51,7 @@ def test_every_measured_ratio_is_the_printed_one(script: ModuleType) -> None:
 def test_plans_are_read_where_they_lie_and_compared(script: ModuleType, tmp_path: Path) -> None:
     name = "lym2019/vgg11-cifar10"
     trace = read_trace(shrinking_trace(tmp_path / "run.jsonl", batch=128))
-    write_trace(tmp_path / f"{name.replace('/', '-')}-0.jsonl", trace)
+    write_trace(tmp_path / f"{name.replace('/', '-')}-1.jsonl", trace)
     made = script.pairs(1, tmp_path, [name])
     table = script.times_table(made)
     assert table.measured.tolist() == [0.57]
