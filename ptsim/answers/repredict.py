@@ -27,7 +27,14 @@ from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import Network
 from ptsim.sim import ddp
 from ptsim.sim.bounded import data_parallel_step
-from ptsim.trace.pace import beyond_steps_s, changes, input_s_per_image, reconfiguration_s
+from ptsim.trace.pace import (
+    beyond_steps_s,
+    changes,
+    input_s_per_image,
+    measured_changes,
+    paid_s,
+    reconfiguration_s,
+)
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 
@@ -149,7 +156,7 @@ def source_of(
 
         return measured, _Pace(
             input_s_per_image=beyond_steps_s(first) * first.world_size / first.num_images if first.num_images else None,
-            reconfiguration_s=changes(trace)[0].duration_s if changes(trace) else None,
+            reconfiguration_s=next((event.duration_s for event in measured_changes(trace)), None),
         )
     if profile is None:
         others = [other for other in runs if other.path != trace.path]
@@ -247,8 +254,8 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
         epochs.append(_check_epoch(trace, epoch, step, pace, device, energy, exposed, epoch.epoch in wrapped))
     measured_s = sum(epoch.measured_seconds for epoch in epochs)
     predicted_s = sum(epoch.predicted_seconds for epoch in epochs)
-    events_s = sum(event.duration_s for event in trace.reconfigurations)
-    predicted_events_s = (pace.reconfiguration_s or 0.0) * len(changes(trace))
+    events_s = paid_s(trace)
+    predicted_events_s = (pace.reconfiguration_s or 0.0) * len(measured_changes(trace))
     energies = [epoch.measured_energy_joules for epoch in epochs if epoch.measured_energy_joules is not None]
     predicted_energies = [e.predicted_energy_joules for e in epochs if e.predicted_energy_joules is not None]
     whole_energy = len(energies) == len(epochs) == len(predicted_energies) and not odd
@@ -289,6 +296,8 @@ def _run_notes(trace: Trace, pace: _Pace, odd: Sequence[int]) -> list[str]:
         notes.append(f"nobody measured the input of {trace.run.dataset.name}: it counts as no time")
     if pace.reconfiguration_s is None and changes(trace):
         notes.append("nobody measured a reconfiguration: they count as no time")
+    elif len(measured_changes(trace)) < len(changes(trace)):
+        notes.append("reconfigurations that nobody measured count as no time, in either")
     if odd:
         which = f"epoch {odd[0]}" if len(odd) == 1 else f"{len(odd)} epochs (the first is {odd[0]})"
         notes.append(f"no {trace.run.device.name} can have taken the energy of {which}: energy is not compared")

@@ -16,6 +16,7 @@ from ptsim.answers.validate import Validation
 from ptsim.costs.flops import layer_macs
 from ptsim.costs.run import run_cost
 from ptsim.trace.frames import epoch_rows, layer_rows, numeric
+from ptsim.trace.pace import paid_s
 from ptsim.trace.pairs import (
     Comparison,
     data_name,
@@ -50,7 +51,7 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
         first = trace.networks[epochs[0].architecture] if epochs else next(iter(trace.networks.values()), None)
         last = trace.final_network if epochs else first
         energies = [e.device.energy_j if e.device else None for e in epochs]
-        paid_s = None if trace.is_planned else sum(r.duration_s for r in trace.reconfigurations)
+        unmeasured = trace.is_planned or any(r.measured_duration_s is None for r in trace.reconfigurations)
         measured_s = sum(e.time.wall_s for e in epochs) if epochs and not trace.is_planned else None
         rows.append(
             {
@@ -79,7 +80,7 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                 "measured_seconds": measured_s,
                 "energy_joules": sum(e for e in energies if e is not None) if epochs and None not in energies else None,
                 "num_reconfigurations": len(trace.reconfigurations),
-                "reconfiguration_seconds": paid_s,
+                "reconfiguration_seconds": None if unmeasured else paid_s(trace),
                 "channels_removed": sum(r.channels_removed for r in trace.reconfigurations),
                 "layers_removed": sum(len(r.layers_removed) for r in trace.reconfigurations),
                 "trace": str(trace.path),
@@ -140,7 +141,7 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     `pace_fraction` is the time of the same, unpruned network in the pruned run over that in the dense run;
     `own_start_fraction` is the pruned run's time over what it would have taken had all its epochs been as long as its
     first, unpruned ones: a machine whose speed drifts between runs does not distort that. Times are without validation,
-    with reconfigurations.
+    with reconfigurations as far as they were measured.
     """
     rows = []
     for c in comparisons:
@@ -148,7 +149,7 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
             continue
         if c.pruned.is_planned or c.baseline.is_planned:
             continue
-        paid_s = sum(record.duration_s for record in c.pruned.reconfigurations)
+        changing_s = paid_s(c.pruned)
         dense_s, pruned_s, held_s = (
             sum(epoch.time.wall_s for epoch in trace.epochs) for trace in (c.baseline, c.pruned, held_dense(c.pruned))
         )
@@ -161,10 +162,10 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
                 "device": device_name(c.pruned),
                 "epochs": len(c.pruned.epochs),
                 "dense_seconds": dense_s,
-                "pruned_seconds": pruned_s + paid_s,
-                "reconfiguration_seconds": paid_s,
-                "time_fraction": (pruned_s + paid_s) / dense_s,
-                "own_start_fraction": (pruned_s + paid_s) / held_s,
+                "pruned_seconds": pruned_s + changing_s,
+                "reconfiguration_seconds": changing_s,
+                "time_fraction": (pruned_s + changing_s) / dense_s,
+                "own_start_fraction": (pruned_s + changing_s) / held_s,
                 "pace_fraction": pace(c),
                 "training_macs_fraction": sum(e.training_macs for e in run_cost(c.pruned))
                 / sum(e.training_macs for e in run_cost(c.baseline)),

@@ -31,7 +31,17 @@ def changes(trace: Trace) -> tuple[Reconfiguration, ...]:
     return tuple(event for event in trace.reconfigurations if event.before != event.after)
 
 
+def measured_changes(trace: Trace) -> tuple[Reconfiguration, ...]:
+    """Those of `changes` whose time was measured: what another program does between two epochs is not."""
+    return tuple(event for event in changes(trace) if event.measured_duration_s is not None)
+
+
+def paid_s(trace: Trace) -> float:
+    """Seconds of all reconfigurations, as far as they were measured."""
+    return sum(event.measured_duration_s or 0.0 for event in trace.reconfigurations)
+
+
 def reconfiguration_s(trace: Trace) -> float | None:
     """Median seconds of a reconfiguration that changed the network; None where none was measured."""
-    values = [event.duration_s for event in changes(trace) if event.measured_duration_s is not None]
+    values = [event.duration_s for event in measured_changes(trace)]
     return statistics.median(values) if values else None

@@ -638,3 +638,47 @@ def test_a_backbone_with_a_feature_pyramid_and_a_loss_per_level_is_pruned_exactl
     shapes = {name: tuple(level.shape) for name, level in model(torch.randn(2, 3, 32, 32)).items()}
     assert shapes == {"0": (2, 5, 16, 16), "1": (2, 5, 8, 8), "2": (2, 5, 4, 4)}
     assert ptsim.cost(ptsim.read_trace(tmp_path)).parameters > 0
+
+
+class Detector(nn.Module):
+    """Its loss depends on what was found, as a detector's does: torch.fx cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.boxes = Pyramid(), nn.Linear(5, 4)
+
+    def forward(self, images):
+        found = torch.cat([level.flatten(2) for level in self.backbone(images).values()], 2).transpose(1, 2)
+        kept = found[found.sum(2) > 0]
+        return self.boxes(kept).square().mean() if len(kept) else found.sum() * 0
+
+
+def test_the_backbone_of_a_detector_that_cannot_be_traced_is_pruned_and_restored():
+    def begun():
+        torch.manual_seed(0)
+        model = Detector()
+        optimizer = sgd(model)
+        options = {"input_shape": (3, 32, 32), "threshold": 1e-4, "interval": 1}
+        return model, optimizer, made(model.backbone, optimizer, **options)
+
+    with pytest.raises(UnsupportedModelError):
+        ptsim.PruneTrain(Detector(), sgd(Detector()), input_shape=(3, 32, 32))
+    model, optimizer, pruner = begun()
+    images, body = torch.randn(4, 3, 32, 32), model.backbone
+    loss = model(images)
+    loss.backward()
+    pruner.step(loss + 1)
+    optimizer.step()
+    with torch.no_grad():  # three channels of the second stage, with all that makes and reads them
+        body.stages[1][0].weight[:3] = 0
+        body.stages[1][1].weight[:3] = 0
+        body.stages[1][1].bias[:3] = 0
+        body.stages[2][0].weight[:, :3] = 0
+        body.pyramid.inner_blocks[1][0].weight[:, :3] = 0
+    pruner.end_epoch()
+    assert body.stages[1][0].out_channels == 9
+    assert model.boxes.weight.shape == (4, 5)
+    again, _, other = begun()
+    other.load_state_dict(pruner.state_dict())
+    again.boxes.load_state_dict(model.boxes.state_dict())
+    assert torch.equal(again.eval()(images), model.eval()(images))
