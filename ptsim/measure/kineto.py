@@ -353,7 +353,7 @@ def _mean_times(ranks: Sequence[RankTimes]) -> RankTimes:
 def _overlap(times: RankTimes) -> float | None:
     """The part of the communication that computation hid; None without communication."""
     whole_s, exposed_s = times.communication_seconds, times.exposed_communication_seconds
-    return 1 - exposed_s / whole_s if whole_s else None
+    return max(0.0, 1 - exposed_s / whole_s) if whole_s else None
 
 
 def _optimizer(recordings: Sequence[Recording], steps: Sequence[Step], notes: list[str]) -> str | None:

@@ -213,7 +213,7 @@ def _numbers(values: list[str], position: int) -> tuple[int, ...] | None:
     try:
         parsed = json.loads(str(values[position]))
         return tuple(int(value) for value in (parsed if isinstance(parsed, list) else [parsed]))
-    except (LookupError, ValueError, TypeError):
+    except (LookupError, ValueError, TypeError, RecursionError, OverflowError):
         return None
 
 

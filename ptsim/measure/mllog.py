@@ -127,7 +127,7 @@ def _object(content: str) -> str:
     content = content.strip()
     try:
         _, end = json.JSONDecoder().raw_decode(content)
-    except ValueError:
+    except (ValueError, RecursionError):  # whoever decodes it says what is wrong
         return content
     return content[:end]
 

@@ -129,7 +129,11 @@ def test_what_the_log_does_not_say_is_asked_for(
 def test_files_without_such_lines_and_broken_ones_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for text, said in (("nothing here\n", "holds no :::MLLOG line"), (":::MLLOG {\n", ":1: not a :::MLLOG line")):
+    for text, said in (
+        ("nothing here\n", "holds no :::MLLOG line"),
+        (":::MLLOG {\n", ":1: not a :::MLLOG line"),
+        (f":::MLLOG {'[' * 5000}\n", ":1: not a :::MLLOG line"),
+    ):
         path = tmp_path / "log"
         path.write_text(text, encoding="utf-8")
         assert run(["validate", "--mllog", str(path), "--cluster", "dgx-a100"]) == 2
