@@ -31,7 +31,7 @@ ELEMENTWISE = """
     """
 MOVED_WHOLE = "transpose permute flatten unsqueeze swapaxes swapdims movedim moveaxis t numpy_T"
 MOVED = """
-    view reshape squeeze expand expand_as view_as chunk split tensor_split unbind roll repeat narrow
+    view reshape squeeze expand expand_as view_as reshape_as chunk split tensor_split unbind roll repeat narrow
     select index_select flip unflatten tile repeat_interleave channel_shuffle pixel_unshuffle split_with_sizes slice
     """
 POSITIONS = {"normalize": 2, "norm": 2, "topk": 2, "kthvalue": 2}  # of the argument `dim`; 1 for the others
@@ -235,7 +235,7 @@ def _movement(call: Call, target: Any, *, counts: bool) -> Label:
     state, inputs = call.state, call.sources
     first = call.labels[0]
     if any(isinstance(label, Facets) for label in call.labels):
-        if len(inputs) > 1 or not isinstance(first, Facets):
+        if (len(inputs) > 1 and not call.name.endswith("_as")) or not isinstance(first, Facets):
             call.refuse(f"{call.op} has no rule")
         facets = [call.moved(target, {inputs[0]: label}) for label in first.labels]
         if any(not isinstance(label, Tensor) for label in facets):
@@ -447,16 +447,34 @@ def unpooled(call: Call) -> Label:
     return call.along(spatial_dims(call.rank))
 
 
-@rule("mean sum amax amin prod std var norm logsumexp argmax argmin median mode topk sort kthvalue")
+def _reduced_parameter(call: Call, facets: Facets, dims: Sequence[int], results: Sequence[Tensor]) -> Label:
+    """Statistics of a parameter: the channels along the other axes pass, those that are combined have to stay."""
+    rank = call.rank
+    gone = {dim % rank for dim in dims}
+    kept: list[Tensor] = []
+    for label in facets.labels:
+        if any(label.shape[dim] > 1 for dim in gone):
+            call.state.freeze(label, f"{call.op} combines these channels of a parameter")
+        elif results[0].ndim == rank:
+            kept.append(label)
+        else:
+            kept.append(label.view([length for dim, length in enumerate(label.shape) if dim not in gone]))
+    return Facets(kept) if isinstance(call.value, Tensor) else tuple(Facets(kept) for _ in results)
+
+
+@rule("mean sum amax amin prod std var std_mean var_mean norm logsumexp argmax argmin median mode topk sort kthvalue")
 def reduced(call: Call) -> Label:
     """One element, or some, of those along some axes."""
-    x, name, value = call.x, call.name, call.value
+    name, value = call.name, call.value
     dims = call.argument(POSITIONS.get(name, 1), "dim", -1 if name in ("topk", "sort", "mode") else None)
     if isinstance(dims, int) and not isinstance(dims, bool):
         dims = [dims]
     results = value if isinstance(value, tuple | list) else [value]
     if not isinstance(dims, list | tuple) or not dims or not all(isinstance(part, Tensor) for part in results):
         call.refuse(f"{call.op} combines these channels")
+    if isinstance(call.labels[0], Facets):
+        return _reduced_parameter(call, call.labels[0], dims, results)
+    x = call.x
     together = call.along(dims)
     label = together[0] if isinstance(together, tuple) else together
     assert isinstance(label, Tensor), "of one activation"

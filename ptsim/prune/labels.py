@@ -83,6 +83,7 @@ class State:
 
     def __init__(self, model: nn.Module, seed: Mapping[AxisKey, Tensor] | None = None) -> None:
         self.names = tensor_names(model)
+        self.tensors: dict[str, Tensor] = dict(model.named_parameters())
         self.trains = any(parameter.requires_grad for parameter in model.parameters())
         self.regrouped = {  # weights of convolutions whose number of groups is an attribute that can change
             self.names[id(module._parameters["weight"])]

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ptsim.prune.labels import BATCH_NORMS, CONVS, INSTANCE_NORMS, TRANSPOSED_CONVS, WIDTH, Label, along
-from ptsim.prune.rules import Call, rule
+from ptsim.prune.labels import (
+    BATCH_NORMS,
+    CONVS,
+    INSTANCE_NORMS,
+    TRANSPOSED_CONVS,
+    WIDTH,
+    Facets,
+    Label,
+    Weighted,
+    along,
+)
+from ptsim.prune.rules import Call, RefusedError, rule, tensor_labels
 
 _RMS_NORM = (nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()
 
@@ -16,7 +27,54 @@ _RMS_NORM = (nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()
 def conv_module(call: Call) -> Label:
     """A convolution with its own weight."""
     module: Any = call.module
+    normed = _normed_weight(module)
+    if normed is not None:
+        return _computed(call, call.path, *normed, module.bias, module.groups)
     return _conv(call, call.path, module.weight, module.bias, module.groups)
+
+
+def _normed_weight(module: Any) -> tuple[Tensor, Tensor] | None:
+    """Direction and length of every filter where torch's weight normalisation computes the weight; None elsewhere."""
+    parts: Any = getattr(module, "parametrizations", {})
+    if "weight" in parts and len(parts["weight"]) == 1:
+        kind = parts["weight"][0]
+        if type(kind).__name__ == "_WeightNorm" and kind.dim == 0:
+            return parts["weight"].original1, parts["weight"].original0
+    for hook in module._forward_pre_hooks.values():  # the older form
+        if type(hook).__name__ == "WeightNorm" and hook.name == "weight" and hook.dim == 0:
+            return module.weight_v, module.weight_g
+    return None
+
+
+def _computed(call: Call, layer: str, weight: Tensor, gain: Tensor | None, bias: Tensor | None, groups: int) -> Label:
+    """A layer whose filters are computed from `weight`, every one from its own part of it alone.
+
+    Its outputs may go once nothing reads them. Its inputs stay: what the filters become without one is not what they
+    were with zeros in its place, or the size of the weight does not say how large the filter is.
+    """
+    state, value = call.state, call.value
+    dim = value.ndim - weight.ndim + 1 if weight.ndim > 2 else value.ndim - 1
+    name = state.names.get(id(weight))
+    per_channel = groups == value.shape[dim] == weight.shape[0] and weight.shape[1] == 1
+    transposed = isinstance(call.module, TRANSPOSED_CONVS) or call.name.startswith("conv_transpose")
+    if name is None or transposed or (groups > 1 and not per_channel):
+        call.refuse(f"{call.op} computes its weight")
+    outputs = state.axis(name, 0, weight.shape[0])
+    if groups > 1:
+        inputs = call.vector(dim, len(outputs))
+        if inputs is None:
+            call.refuse(f"{call.op} computes its weight")
+        state.unite(inputs, outputs)
+    else:
+        inputs = state.axis(name, 1, weight.shape[1])
+        state.freeze(torch.cat([call.x.flatten(), inputs]), f"{layer} computes its weight from all that it reads")
+    if name not in state.layers:
+        state.layers[name] = Weighted(
+            layer, name, groups, groups > 1, False, inputs, outputs, (call.node.name,), trained=False
+        )
+    for tensor in (gain, bias):
+        state.bind(tensor, outputs)
+    return along(outputs, dim, value.ndim)
 
 
 @rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", shapes=True)
@@ -24,8 +82,10 @@ def conv_function(call: Call) -> Label:
     """A convolution with a weight from somewhere in the model; the number of its groups stands in the model's code."""
     weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
     groups = call.argument(6, "groups", 1)
-    if any(tensor is not None and id(tensor) not in call.state.names for tensor in (weight, bias)):
-        call.refuse(f"{call.op} computes its weight")
+    if bias is not None and id(bias) not in call.state.names:
+        call.refuse(f"{call.op} computes its bias")
+    if id(weight) not in call.state.names:
+        return _computed(call, call.node.name, _origin(call, weight), None, bias, groups)
     label = _conv(call, call.node.name, weight, bias, groups)
     if groups > 1 and isinstance(label, Tensor):
         call.state.number(
@@ -34,6 +94,19 @@ def conv_function(call: Call) -> Label:
         call.state.sensitive(call.x)
         call.state.sensitive(label)
     return label
+
+
+def _origin(call: Call, weight: Tensor) -> Tensor:
+    """The parameter of which a computed weight has one filter for each of its own."""
+    label = call.label_of(call.source(1, "weight"))
+    rows = (
+        [slots.flatten() for slots in label.labels if len(slots) == slots.numel()] if isinstance(label, Facets) else []
+    )
+    for name, tensor in call.state.tensors.items():
+        known = call.state.axes.get((name, 0))
+        if tensor.shape == weight.shape and any(known is not None and torch.equal(known, slots) for slots in rows):
+            return tensor
+    raise RefusedError(f"{call.op} computes its weight")
 
 
 def _conv(call: Call, layer: str, weight: Tensor, bias: Tensor | None, groups: int) -> Label:
@@ -70,6 +143,9 @@ def _conv(call: Call, layer: str, weight: Tensor, bias: Tensor | None, groups: i
 def linear_module(call: Call) -> Label:
     """A linear layer with its own weight."""
     module: Any = call.module
+    normed = _normed_weight(module)
+    if normed is not None:
+        return _computed(call, call.path, *normed, module.bias, 1)
     return _linear(call, call.path, module.weight, module.bias)
 
 
@@ -129,6 +205,8 @@ def prelu_module(call: Call) -> Label:
 def norm_function(call: Call) -> Label:
     """A normalisation or PReLU whose vectors are parameters or buffers of the model."""
     size = call.value.shape[1]
+    if isinstance(call.labels[0], Facets):
+        return _normed_parameter(call, call.labels[0])
     vector = call.vector(1, size)
     vectors = [n.meta["value"] for n in call.node.all_input_nodes[1:] if isinstance(n.meta["value"], Tensor)]
     vectors = [v for v in vectors if v.numel() > 1 or size == 1]
@@ -137,6 +215,21 @@ def norm_function(call: Call) -> Label:
     for tensor in vectors:
         call.state.bind(tensor, vector)
     return call.x
+
+
+def _normed_parameter(call: Call, facets: Facets) -> Label:
+    """A parameter whose axis 1 is normalised row by row, with vectors that are computed from parameters as well."""
+    kept: list[Tensor] = []
+    for label in facets.labels:
+        if label.shape[1] == label.numel():
+            kept.append(label)
+        else:
+            call.state.freeze(label, f"{call.op} normalises over them")
+    for other in call.labels[1:]:
+        for vector in other.labels if isinstance(other, Facets) else tensor_labels(other):
+            for label in kept:
+                call.state.unite(label.flatten(), vector.flatten().expand(label.numel()))
+    return Facets(kept)
 
 
 @rule(nn.GroupNorm)
