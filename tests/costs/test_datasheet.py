@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptsim.costs import datasheet
 from ptsim.costs.datasheet import (
     Host,
     Interval,
@@ -20,7 +21,7 @@ from ptsim.costs.datasheet import (
     uses_tensor_cores,
     waiting_seconds,
 )
-from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels, product_kernels
+from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels, network_kernels, product_kernels
 from ptsim.costs.step import step_time
 from ptsim.costs.tiers import Tier
 from ptsim.errors import UnknownNameError, UsageError
@@ -32,6 +33,22 @@ from tests.traces import residual_network
 
 NETWORK = residual_network((16, 32, 64))
 WIDE = residual_network((256, 512, 1024))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_made_once():
+    """They depend on no device, and the laws of the catalog ask for the same ones of every device."""
+    made = {}
+
+    def once(network, setting, *, tensor_cores):
+        key = id(network), setting, tensor_cores
+        if key not in made:
+            made[key] = network, network_kernels(network, setting, tensor_cores=tensor_cores)
+        return made[key][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasheet, "network_kernels", once)
+        yield
 
 
 def seconds(layer, device="a100", batch=64, precision=Precision.TF32):
