@@ -163,7 +163,8 @@ def _registries(trees: Mapping[str, ast.Module]) -> dict[str, list[str]]:
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Registry"):
                 continue
             own: ast.expr | None = next((k.value for k in node.keywords if k.arg == "own"), None)
-            own = tables.get(own.id) if isinstance(own, ast.Name) else own
+            named = [n.id for n in ast.walk(own) if isinstance(n, ast.Name) and n.id in tables] if own else []
+            own = tables[named[0]] if named and not isinstance(own, ast.Dict) else own  # a table, or made of one
             if isinstance(own, ast.Dict) and isinstance(what := node.args[0], ast.Constant):
                 found[str(what.value)] = [str(key.value) for key in own.keys if isinstance(key, ast.Constant)]
     return found
