@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from ptsim.errors import FileFormatError, UsageError
 from ptsim.textfile import (
+    check_folder_writable,
     check_writable,
     decode_json,
     drop_torn_line,
@@ -125,3 +127,21 @@ def test_a_torn_line_is_cut(tmp_path):
     file.write_bytes(b"a\nb\nc")
     drop_torn_line(file)
     assert file.read_bytes() == b"a\nb\n"
+
+
+def test_a_pipe_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is a pipe"):
+        write_whole(tmp_path / "pipe", "text")
+    with pytest.raises(UsageError, match="is a pipe"):
+        check_writable(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_folder_that_cannot_be_made_is_found_and_none_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_folder_writable(tmp_path / "new" / "folder")
+    for name in ("file", "file/new", "a" * 300, "x\0y"):
+        with pytest.raises(UsageError, match=r"cannot be written|is not a file name"):
+            check_folder_writable(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
