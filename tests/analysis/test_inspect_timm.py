@@ -14,4 +14,4 @@ def test_a_row_says_what_can_be_pruned(tmp_path: Path, capsys: pytest.CaptureFix
     out = tmp_path / "timm.csv"
     assert inspect_timm.main(["--models", "test_resnet", "--out", str(out)]) == 0
     assert "1 of 1 networks are pruned exactly" in capsys.readouterr().err
-    assert out.read_text().splitlines()[1].startswith("test_resnet,True,1.0,")
+    assert out.read_text().splitlines()[1].startswith("resnet/test,test_resnet,3x64x64,True,1.0,672,0,")
