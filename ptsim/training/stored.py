@@ -131,13 +131,13 @@ def _can_follow(present: object, value: object) -> bool:
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return present is None or isinstance(present, type(value)) or (value is None and isinstance(present, bool))
     if isinstance(present, tuple):
-        fits = isinstance(value, list) and len(value) == len(present)
-        return fits and all(isinstance(part, int | float) and 0 <= part < float("inf") for part in value)
-    return (
-        isinstance(value, int | float)
-        and 0 <= value < float("inf")
-        and (present is None or (isinstance(present, int | float | Tensor) and not isinstance(present, bool)))
-    )
+        return isinstance(value, list) and len(value) == len(present) and all(map(_is_amount, value))
+    follows = present is None or (isinstance(present, int | float | Tensor) and not isinstance(present, bool))
+    return follows and _is_amount(value)
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < float("inf")
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
