@@ -45,6 +45,7 @@ def test_the_tests_that_are_named_exist():
 
 REACHED_BY = {
     "test_calibrate_gpu_writes_a_profile_of_this_gpu": [
+        "cli/calibrate_gpu:_device",
         "cli/calibrate_gpu:gpu",
         "measure/calibrate:_begin",
         "measure/calibrate:_usual_settings",
@@ -64,7 +65,7 @@ REACHED_BY = {
         "measure/profile:tf32_allowed",
         "report/methods:_run_facts",
         "trace/schema:must_exist",
-        "training/datasets:_quarter_of_memory_bytes",
+        "training/datasets:quarter_of_memory_bytes",
         "training/loop:_check_team",
         "training/loop:_train",
         "training/pruning:_reconfigure",
