@@ -8,7 +8,7 @@ is checked against the real networks afterwards.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -82,7 +82,11 @@ class CostTable:
     def corrected(self, widths: np.ndarray, dense: Network, pruned: Sequence[Network]) -> CostTable:
         """The table that agrees with the networks that rows of `widths` really gave, with straight lines between."""
         said = dataclasses.replace(self, seen=(None, None, None)).fractions(widths)
-        costs = (inference_macs, training_macs, lambda network: batch_norm_bytes(network, 4))
+        costs: tuple[Callable[[Network], int], ...] = (
+            inference_macs,
+            training_macs,
+            lambda network: batch_norm_bytes(network, 4),
+        )
         seen = []
         for row, cost in zip(said, costs, strict=True):
             whole = cost(dense)
