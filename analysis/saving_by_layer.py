@@ -1,6 +1,6 @@
 """Where does the rest of the saving go? Time against MACs, layer by layer, of one network before and after pruning.
 
-    python analysis/saving_by_layer.py TRACE [--batch N] [--multiples 1,8,16] [--repeats N] [--device cpu] [--out DIR]
+    python analysis/saving_by_layer.py TRACE [--batch 64] [--multiples 1,8,16] [--repeats 5] [--device cpu] [--out DIR]
 
 TRACE is a recorded or a planned run. Its first and its last architecture are built from their records, and both train
 random images on this machine, in turn, so that they meet the same state of the machine. Two tables come out:
