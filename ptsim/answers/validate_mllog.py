@@ -15,7 +15,7 @@ from ptsim.network import MemoryFormat, Network
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import PrecisionName
 
-_SUBMISSIONS = "submissions run fused kernels of their own, often in another framework: eager PyTorch is predicted"
+_SUBMISSIONS = "eager PyTorch is predicted; submissions often use fused kernels and other frameworks"
 MODELS = {"resnet": "torchvision:resnet50"}  # MLPerf benchmark → what it trains
 
 
