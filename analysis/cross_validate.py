@@ -314,8 +314,8 @@ p3.16xlarge was set while looking at the RaySGD rows, too.
 Only two sources have rows of many GPUs. With Lambda's left out its 83 rows are 4.6 % off in the median, with those of
 NVIDIA's DeepLearningExamples left out its 61 rows are 10 % off: their V100 steps are 8 to 10 % shorter, and their A100
 steps 9 to 16 % longer, than other people's rows of the same GPUs make them. This probably lies in the step on one GPU,
-since the scaling efficiency is off by only 2.3 points; it was not tested by itself. Two sources make no rule, and nothing
-was changed for it.
+since the scaling efficiency is off by only 2.3 points; it was not tested by itself. Two sources make no rule, and
+nothing was changed for it.
 
 Tried later and excluded: that cuDNN converts contiguous fp32 tensors to NHWC around its TF32 kernels, as profiles of
 Ampere show for some convolutions. Measured over predicted time, the median of each GPU's rows, would go from 0.96..1.08
