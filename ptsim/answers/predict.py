@@ -228,7 +228,7 @@ def _prediction(
         low_energy_joules=None if energy is None else count * energy.low_j,
         high_energy_joules=None if energy is None else count * energy.high_j,
         by_kind=_by_kind(step),
-        hook_seconds=0.0 if cluster is None else hook_seconds(cluster, count) * len(network.parameters),
+        hook_seconds=0.0 if cluster is None else hook_seconds(cluster, count) * len(network.gradients),
         notes=notes,
     )
 

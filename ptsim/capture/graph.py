@@ -269,6 +269,8 @@ def symbolic_graph(
             with attributes_restored(model):
                 tracer = make()
                 graph = tracer.trace(model)
+                # Tensors that the code made are attributes of the model until here.
+                module = fx.GraphModule(tracer.root, graph, name)
             break
         except Exception as error:  # torch.fx lets any error of the traced code through
             errors.append(error)
@@ -282,7 +284,6 @@ def symbolic_graph(
                 f"torch.fx cannot trace {name}: {_one_line(last)}{_place(last)}; nor can torch.export",
                 hint="tracing needs a forward without branches on tensor values",
             ) from last
-    module = fx.GraphModule(tracer.root, graph, name)
     module.meta["looked"] = tracer.looked if isinstance(tracer, ShapedTracer) else {}
     module.meta["traced_by"] = "torch.fx"
     return module

@@ -45,7 +45,7 @@ class StepPrice(msgspec.Struct, frozen=True, kw_only=True):
     result: StepResult
     scale: float  # mean computation of all GPUs / that of the step; not 1 where devices are mixed or jitter
     forward_s: float
-    backward_s: float
+    backward_s: float  # with the hooks of its gradients
     product_s: float  # of both, in convolutions, linear layers and matrix products
     low_s: float
     high_s: float
@@ -147,7 +147,8 @@ class Pricer:
         forward_s, backward_s, product_s = scenario.cache.get(
             ("passes", *self._key(stage)), lambda: (step.forward_s, step.backward_s, step.product_s)
         )
-        compute_s = n * (forward_s + backward_s + step.overhead_s) + step.optimizer_s + step.regularizer_s
+        hooks_s = self._hooks_s(stage.network)
+        compute_s = n * (forward_s + backward_s + step.overhead_s) + hooks_s + step.optimizer_s + step.regularizer_s
         tuning_s = scenario.cache.get(
             ("tuning", options.autotune_trials, *self._key(stage)), lambda: self._autotune_s(stage, step)
         )
@@ -162,7 +163,7 @@ class Pricer:
             result=expected,
             scale=expected.compute_s / compute_s if compute_s else 1.0,
             forward_s=n * forward_s,
-            backward_s=n * backward_s,
+            backward_s=n * backward_s + hooks_s,
             product_s=n * product_s,
             low_s=expected.step_s / spread_on_top(expected.step_s / step_range.low_s, scenario.spread),
             high_s=expected.step_s * spread_on_top(step_range.high_s / expected.step_s, scenario.spread),
@@ -189,6 +190,10 @@ class Pricer:
             shown_s = ddp.first_step_s(network, self.links.all_reduce, self._wire, bound, plan.head)
             seconds += max(0.0, shown_s - result.exposed_communication_s)
         return seconds + ddp.wrapping_s(network, self.links.all_reduce, bound, rebuilds=rebuilds)
+
+    def _hooks_s(self, network: Network) -> float:
+        """DDP's hooks of all gradient tensors, which run during the last backward pass; 0 on one GPU."""
+        return hook_seconds(self.scenario.cluster, self.scenario.num_gpus) * len(network.gradients)
 
     def _key(self, stage: Stage, device: bytes | None = None) -> tuple[Hashable, ...]:
         """Everything that the computation of a step depends on."""
@@ -320,7 +325,7 @@ class Pricer:
         factors: list[float] = []
         tier = step.tier
         own_scale = ddp.computation_scale(step, bound)
-        hooks_s = hook_seconds(self.scenario.cluster, num_gpus) * len(stage.network.gradients)
+        hooks_s = self._hooks_s(stage.network)
         for name, count in options.mixed_devices.items():
             other = self._step_time(stage, load_device(name))
             scale = ddp.computation_scale(other, bound) / own_scale

@@ -10,6 +10,7 @@ import pytest
 import ptsim
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.memory import VISIBLE_SHARE_HBM, iteration_memory
+from ptsim.costs.scaling import hook_seconds
 from ptsim.costs.step import Measurements, step_time
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device, match_device
@@ -42,6 +43,15 @@ def run(trace: Trace, gpus: int, where: Any = None, **options: Any) -> RunProjec
 
 def _with_cores(number: int) -> Cluster:
     return msgspec.structs.replace(cluster(), cores_per_node=number)
+
+
+def test_the_hooks_of_gradients_are_part_of_backward_and_of_nothing_else(dense: Trace) -> None:
+    one, two = (run(dense, gpus, contention=0.0).epochs[0] for gpus in (1, 2))
+    hooks_s = hook_seconds(cluster(), 2) * len(dense.networks[one.architecture].gradients)
+    assert hooks_s > 0
+    assert two.forward_s == pytest.approx(one.forward_s, rel=1e-9)
+    assert two.optimizer_s == pytest.approx(one.optimizer_s, rel=1e-9)
+    assert two.backward_s == pytest.approx(one.backward_s + hooks_s, rel=1e-9)
 
 
 class TestOneGpu:
