@@ -52,7 +52,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     ) -> StepSetting:
         """How its training step is run: what is asked for, else as the run's last epoch was, else the defaults.
 
-        The group lasso is left out: it is asked for where it counts.
+        The group lasso is left out: it is asked for where it counts. A mini-batch that is asked for takes one pass.
 
         Raises:
             UsageError: a count that is no whole number, no GPU, an unknown precision, or no mini-batch where neither
@@ -71,6 +71,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
                 num_gpus=trace.run.world_size,
             )
         recorded = known or StepSetting(batch=0)
+        passes = recorded.passes if batch is None else 1
         if batch is None:
             batch = recorded.batch or default_batch
         if batch is None:
@@ -81,6 +82,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
             memory_format=memory_format or recorded.memory_format,
             optimizer=optimizer or recorded.optimizer,
             num_gpus=recorded.num_gpus if num_gpus is None else _num_gpus(num_gpus),
+            passes=passes,
         )
 
 

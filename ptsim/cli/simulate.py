@@ -49,8 +49,8 @@ class WhatIf:
     """Number format in which gradients are sent."""
     sharding: Sharding = _AS_RECORDED.sharding
     """zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too."""
-    micro_batches: int = _AS_RECORDED.micro_batches
-    """Gradient accumulation: number of passes that each mini-batch is split into."""
+    micro_batches: int | None = _AS_RECORDED.micro_batches
+    """Gradient accumulation: number of passes that each mini-batch is split into. Default: as many as recorded."""
     bucket_mib: float = _AS_RECORDED.bucket_bytes / MIB
     """Size limit of DDP's buckets. The first bucket has 1 MiB at the default, otherwise this limit too."""
     network: Literal["formula", "links"] = _AS_RECORDED.network

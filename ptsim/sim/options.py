@@ -100,7 +100,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         device: of every GPU, instead of the cluster's own (catalog name or TOML file).
         mixed_devices: device → number of GPUs per node of that kind; the rest are the cluster's own.
         precision, memory_format: instead of the recorded ones.
-        micro_batches: gradient accumulation: passes that one mini-batch is split into.
+        micro_batches: gradient accumulation: passes that one mini-batch is split into; None: as many as recorded.
         bucket_bytes: DDP's cap (`bucket_cap_mb`).
         first_bucket_bytes: cap of the first bucket; None: as torch, 1 MiB beside its own cap of 25 MiB, and
             `bucket_bytes` itself where that is another.
@@ -152,7 +152,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     mixed_devices: dict[str, int] = {}
     precision: PrecisionName | None = None
     memory_format: MemoryFormat | None = None
-    micro_batches: int = 1
+    micro_batches: int | None = None
     first_bucket_bytes: int | None = None
     bucket_bytes: int = _TORCH_BUCKET_BYTES
     gradient_format: GradientFormat = "fp32"

@@ -124,26 +124,16 @@ class _Planner:
         scenario, options = self.scenario, self.options
         limit = source.num_images // self.num_gpus  # one step per epoch is the most that the data set can fill
         limit = min(limit, options.max_batch or limit)
-        setting = scenario.setting(0, source)
-        key = (
-            "batch",
-            identity,
-            limit,
-            scenario.memory_bytes,
-            scenario.device_key,
-            setting.alone,
-            setting.data_parallel,
-            options.micro_batches,
-            options.batch_granularity,
-        )
-        return options.micro_batches * scenario.cache.get(
-            key,
+        setting = scenario.memory_setting(max(1, limit), source)
+        granularity = setting.passes * options.batch_granularity
+        return scenario.cache.get(
+            ("batch", identity, limit, scenario.memory_bytes, scenario.device_key, setting, granularity),
             lambda: largest_batch(
                 network,
                 setting,
                 capacity_bytes=scenario.memory_bytes,
-                granularity=options.batch_granularity,
-                limit=limit // options.micro_batches,
+                granularity=granularity,
+                limit=limit,
                 device=scenario.device,
             ),
         )
@@ -178,6 +168,9 @@ class _Planner:
             )
         if options.one_time_epoch is not None and changes(trace) and not any(stage.new for stage in stages):
             note(f"the network of epoch {options.one_time_epoch} is still the first one: nothing is reconfigured")
+        passes = max(epoch.passes for epoch in epochs)
+        if options.micro_batches is None and passes > 1:
+            note(f"gradients accumulate over up to {passes} passes of a mini-batch, as recorded")
         if options.mixed_devices:
             note(f"devices are mixed: memory and energy are those of the {self.scenario.device.name} alone")
         room = [stage.num_iterations * stage.batch * self.num_gpus / stage.epoch.num_images for stage in stages]
@@ -188,7 +181,7 @@ class _Planner:
                 f"the last mini-batch of an epoch is not full and counts as a whole step: up to {max(room) - 1:.0%} "
                 "more than the images need"
             )
-        if any(stage.batch < options.micro_batches for stage in stages):
+        if any(stage.batch < (options.micro_batches or 1) for stage in stages):
             raise UsageError(
                 f"micro_batches is {options.micro_batches}, more than the "
                 f"{min(stage.batch for stage in stages)} images of a GPU's mini-batch"

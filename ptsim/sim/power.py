@@ -35,7 +35,7 @@ class Power:
             return None
         key = ("energy", model, stage.id, scenario.device_key, scenario.setting(stage.batch, stage.epoch).alone)
         computing_j = scenario.cache.get(key, lambda: step_energy(step, scenario.device, model=model).joules)
-        n = scenario.options.micro_batches
+        n = scenario.num_passes(stage.batch, stage.epoch)
         updates_j = (step.optimizer_s + step.regularizer_s) * model.stream_w  # once per step, not per micro-batch
         waiting_s = result.step_s - result.compute_s
         return n * computing_j - (n - 1) * updates_j + max(0.0, waiting_s) * model.waiting_w

@@ -87,7 +87,7 @@ class Pricer:
 
     def price(self, stage: Stage) -> StepPrice:
         """The stage's step."""
-        key = (stage.id, stage.batch, stage.epoch.regularized)
+        key = (stage.id, stage.batch, self._num_passes(stage), stage.epoch.regularized)
         if key not in self._prices:
             self._prices[key] = self._price(stage)
         return self._prices[key]
@@ -143,7 +143,7 @@ class Pricer:
                 f"epoch {stage.epoch.epoch}: a mini-batch of {stage.batch} needs {need.device_bytes / GIB:.1f} GiB, "
                 f"a process on the {scenario.device.name} can have {most / GIB:.1f} GiB: it would not fit"
             )
-        n = options.micro_batches
+        n = self._num_passes(stage)
         forward_s, backward_s, product_s = scenario.cache.get(
             ("passes", *self._key(stage)), lambda: (step.forward_s, step.backward_s, step.product_s)
         )
@@ -195,6 +195,9 @@ class Pricer:
         """DDP's hooks of all gradient tensors, which run during the last backward pass; 0 on one GPU."""
         return hook_seconds(self.scenario.cluster, self.scenario.num_gpus) * len(network.gradients)
 
+    def _num_passes(self, stage: Stage) -> int:
+        return self.scenario.num_passes(stage.batch, stage.epoch)
+
     def _key(self, stage: Stage, device: bytes | None = None) -> tuple[Hashable, ...]:
         """Everything that the computation of a step depends on."""
         return (stage.id, device or self.scenario.device_key, self.scenario.setting(stage.batch, stage.epoch).alone)
@@ -218,9 +221,7 @@ class Pricer:
 
     def _memory(self, stage: Stage) -> MemoryNeed:
         scenario = self.scenario
-        setting = scenario.setting(stage.batch, stage.epoch)
-        if setting.sharding == "none" and setting.data_parallel:
-            setting = msgspec.structs.replace(setting, num_gpus=2)  # buckets are as large on any number of GPUs
+        setting = scenario.memory_setting(stage.batch, stage.epoch)
         return scenario.cache.get(
             ("memory", stage.id, scenario.device_key, setting),
             lambda: iteration_memory(stage.network, setting, device=scenario.device),
@@ -241,18 +242,16 @@ class Pricer:
 
         def compute() -> StepPlan:
             share = 1.0 if shards is None else shards.share
-            plan = ddp.compute_plan(
-                step, buckets, num_micro_batches=options.micro_batches, tensor_s=tensor_s, update_share=share
-            )
+            plan = ddp.compute_plan(step, buckets, num_micro_batches=passes, tensor_s=tensor_s, update_share=share)
             return plan.merged() if merged else plan
 
-        key = self._key(stage)
+        key, passes = self._key(stage), self._num_passes(stage)
         shards = ddp.shards_of(stage.network, scenario.setting(stage.batch, stage.epoch))
         tensor_s = hook_seconds(scenario.cluster, scenario.num_gpus)
         ready = tuple((bucket.ready_layer, len(bucket.parameters)) for bucket in buckets)
         together = scenario.num_gpus > 1
         plan = ddp.with_communication(
-            scenario.cache.get(("plan", merged, ready, tensor_s, shards, options.micro_batches, *key), compute),
+            scenario.cache.get(("plan", merged, ready, tensor_s, shards, passes, *key), compute),
             buckets,
             self.links.all_reduce,
             wire=self._wire,

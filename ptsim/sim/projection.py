@@ -121,7 +121,8 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     def epochs_frame(self) -> DataFrame:
         """A table with one row per projected epoch; columns that `Trace.epochs_frame` has too mean the same.
 
-        Seconds are of the whole epoch, but for `step_median_seconds`. `energy_joules` is of all GPUs.
+        Only `energy_joules` is of all GPUs here and of one GPU there. Seconds are of the whole epoch, but for
+        `step_median_seconds`.
         """
         import pandas as pd
 

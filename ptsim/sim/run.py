@@ -126,7 +126,10 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
     price = options.price_usd_per_gpu_hour
     if price is None:
         price = cluster.price_usd_per_gpu_hour
-    needed = [epoch.batch_per_gpu / (epoch.step_s - epoch.input_wait_s) for epoch in epochs]
+    needed = [
+        epoch.batch_per_gpu / (epoch.compute_s + epoch.straggler_wait_s + epoch.exposed_communication_s)
+        for epoch in epochs
+    ]
     energy_j = pricer.power.run_j(epochs, fixed_s, faults_s)
     energy_low_j, energy_high_j = pricer.power.run_range_j(energy_j, low_s / total_s, high_s / total_s, low_s)
     return RunProjection(
@@ -197,7 +200,7 @@ def _project_epoch(pricer: Pricer, stage: Stage) -> EpochProjection:
         product_s=price.product_s * scale,
         optimizer_s=step.optimizer_s * scale,
         regularizer_s=step.regularizer_s * scale,
-        overhead_s=scenario.options.micro_batches * step.overhead_s * scale,
+        overhead_s=scenario.num_passes(stage.batch, stage.epoch) * step.overhead_s * scale,
         input_wait_s=result.input_wait_s,
         straggler_wait_s=result.straggler_wait_s,
         communication_s=result.communication_s,

@@ -84,20 +84,31 @@ class Scenario:
         self.overlap = not trace.compiled if options.overlap is None else options.overlap
         self.spread = recorded_jitter(trace.epochs)
 
-    def micro_batch(self, batch: int) -> int:
-        """Images of one forward and backward pass of a mini-batch."""
-        return -(-batch // self.options.micro_batches)
+    def num_passes(self, batch: int, epoch: Epoch) -> int:
+        """Passes that a mini-batch is split into: as asked for, else as recorded, as far as there are images."""
+        return self.options.micro_batches or min(epoch.passes, batch)
 
     def setting(self, batch: int, epoch: Epoch) -> StepSetting:
         """How a pass of a mini-batch is run, with the regularizer where the epoch has one."""
         return StepSetting(
-            batch=self.micro_batch(batch),
+            batch=-(-batch // self.num_passes(batch, epoch)),
             precision=self.precision,
             memory_format=self.memory_format,
             optimizer=self.optimizer,
             regularizer=self.criterion if epoch.regularized else None,
             num_gpus=self.num_gpus,
             sharding=self.options.sharding if self.num_gpus > 1 else "none",
+        )
+
+    def memory_setting(self, batch: int, epoch: Epoch) -> StepSetting:
+        """What the memory of a mini-batch depends on: all its passes, between which gradients stay."""
+        setting = self.setting(batch, epoch)
+        alike = setting.sharding == "none" and setting.data_parallel  # buckets are as large on any number of GPUs
+        return msgspec.structs.replace(
+            setting,
+            batch=batch,
+            passes=self.num_passes(batch, epoch),
+            num_gpus=2 if alike else setting.num_gpus,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 from torch import nn
 
@@ -131,3 +132,13 @@ def test_what_ran_on_eight_gpus_is_said_to_fit_by_cost_and_by_predict() -> None:
     over = cost.largest_batch + 1
     assert not ptsim.cost(network, batch=over, gpu="v100-sxm2-16gb", gpus=8).fits
     assert not ptsim.predict(network, batch=over, gpu="v100-sxm2-16gb", cluster="dgx-a100", gpus=8).fits
+
+
+def test_a_run_that_accumulated_gradients_is_asked_about_as_it_ran(run_folder: Path) -> None:
+    trace = ptsim.read_trace(run_folder)
+    epochs = tuple(msgspec.structs.replace(epoch, passes=4) for epoch in trace.epochs)
+    accumulated = msgspec.structs.replace(trace, epochs=epochs)
+    subject = find_subject(accumulated)
+    assert subject.setting().pass_batch == trace.epochs[-1].batch_per_gpu // 4
+    assert subject.setting(batch=32).pass_batch == 32
+    assert ptsim.cost(accumulated).peak_memory_bytes < ptsim.cost(trace).peak_memory_bytes

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ptsim.costs.flops import training_macs
-from ptsim.costs.run import run_cost
+from ptsim.costs.memory import iteration_memory
+from ptsim.costs.run import recorded_device, run_cost
 from ptsim.trace.io import read_trace
 from tests.traces import shrinking_trace
 
@@ -27,3 +29,14 @@ def test_a_ring_sends_two_times_p_minus_one_over_p(tmp_path: Path) -> None:
     assert four.allreduce_bytes_per_gpu == pytest.approx(1.5 * four.gradient_bytes)
     with pytest.raises(ValueError, match="world_size is 0"):
         run_cost(trace, world_size=0)
+
+
+def test_an_epoch_that_accumulates_gradients_needs_the_memory_of_a_pass(tmp_path: Path) -> None:
+    trace = read_trace(shrinking_trace(tmp_path / "trace.jsonl"))
+    first, second, *rest = trace.epochs
+    assert first.architecture == second.architecture
+    second = msgspec.structs.replace(second, passes=2)
+    trace = msgspec.structs.replace(trace, epochs=(first, second, *rest))
+    need = iteration_memory(trace.network_of(second), trace.setting_of(second), device=recorded_device(trace))
+    costs = run_cost(trace)
+    assert costs[1].peak_memory_bytes == need.peak_bytes < costs[0].peak_memory_bytes

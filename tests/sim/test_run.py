@@ -15,7 +15,7 @@ from ptsim.costs.step import Measurements, step_time
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device, match_device
 from ptsim.hardware.spec import Cluster
-from ptsim.network import LayerKind, Precision
+from ptsim.network import LayerKind, Network, Precision
 from ptsim.setting import StepSetting
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection, projections_frame
@@ -245,6 +245,10 @@ class TestManyGpus:
         assert mixed.high_s / mixed.total_s == pytest.approx(old.high_s / old.total_s, rel=0.02)
         assert mixed.low_s / mixed.total_s == pytest.approx(old.low_s / old.total_s, rel=0.02)
 
+    def test_input_so_slow_that_computing_is_lost_in_rounding_is_projected(self, trace: Trace) -> None:
+        projection = run(trace, 8, input_images_per_s=1e-15)  # a step waits 64e15 s
+        assert projection.input_wait_s == pytest.approx(projection.total_s)
+
     def test_slow_input_decides_the_pace(self, trace: Trace) -> None:
         projection = run(trace, 8, input_images_per_s=100.0)
         for epoch in projection.epochs:
@@ -470,6 +474,36 @@ class TestMiniBatch:
     def test_accumulation_needs_less_memory(self, trace: Trace) -> None:
         whole, parts = run(trace, 1), run(trace, 1, micro_batches=4)
         assert parts.epochs[0].peak_memory_bytes < whole.epochs[0].peak_memory_bytes
+
+    def test_between_its_passes_the_gradients_stay(self, trace: Trace) -> None:
+        network, a100 = trace.network_of(trace.epochs[0]), load_device("a100-sxm4-40gb")
+        need = iteration_memory(network, StepSetting(batch=64, passes=4), device=a100)
+        assert run(trace, 1, micro_batches=4).epochs[0].peak_memory_bytes == need.peak_bytes
+        assert need.peak_bytes > iteration_memory(network, StepSetting(batch=16), device=a100).peak_bytes
+
+    def test_a_run_that_accumulated_gradients_does_so_in_a_projection(self, trace: Trace) -> None:
+        epochs = tuple(msgspec.structs.replace(epoch, passes=4) for epoch in trace.epochs)
+        recorded = msgspec.structs.replace(trace, epochs=epochs)
+        assert run(recorded, 8).epochs == run(trace, 8, micro_batches=4).epochs
+        assert run(recorded, 8, micro_batches=1).epochs == run(trace, 8).epochs
+        # 64 images over 128 GPUs: no pass is without an image
+        assert run(recorded, 128, scaling="strong").epochs == run(trace, 128, scaling="strong").epochs
+
+    def test_planned_mini_batches_of_one_sharding_are_not_taken_for_another(
+        self, trace: Trace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = []
+
+        def most(network: Network, setting: StepSetting, **_: Any) -> int:
+            asked.append(setting.sharding)
+            return setting.batch
+
+        monkeypatch.setattr("ptsim.sim.planning.largest_batch", most)
+        cache = StepCache()
+        for sharding in ("none", "zero2"):
+            options = change(Options(), {"minibatch": "planned", "sharding": sharding})
+            project(trace, cluster(), 8, options, cache=cache)
+        assert set(asked) == {"none", "zero2"}
 
 
 class TestMarkedResults:
