@@ -139,7 +139,7 @@ def changed(options: Options, changes: Mapping[str, Any]) -> Options:
             raise UnknownNameError("option", str(name), options.__struct_fields__)
     given = {name: msgspec.to_builtins(value, enc_hook=_plain) for name, value in changes.items()}
     try:
-        return msgspec.convert({**msgspec.to_builtins(options), **given}, type(options))
+        return msgspec.convert({**msgspec.to_builtins(options, enc_hook=_plain), **given}, type(options))
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at ")
         raise UsageError(f"option {place.strip('`').removeprefix('$.')}: {problem}") from error

@@ -50,8 +50,8 @@ class Projector:
         self.options = options
         self.grid_grams_per_kwh = grid_grams_per_kwh
         self.device = load_device(options.device) if options.device else cluster.gpu
-        self._caches: dict[tuple[str, int, bool], StepCache] = {}
-        self._done: dict[tuple[tuple[str, int, bool], int], RunProjection] = {}
+        self._caches: dict[tuple[str, int, bool, bytes], StepCache] = {}
+        self._done: dict[tuple[tuple[str, int, bool, bytes], int], RunProjection] = {}
 
     def changed(self, cluster: Cluster, options: Options) -> Projector:
         """The same for another cluster or other options; step times that do not depend on them are shared."""
@@ -65,7 +65,8 @@ class Projector:
         Raises:
             UsageError: the cluster has fewer GPUs.
         """
-        key = str(trace.path), len(trace.epochs), trace.is_pruned  # a held baseline has its run's path
+        # A held baseline has its run's path, and plans that were not written may share theirs.
+        key = str(trace.path), len(trace.epochs), trace.is_pruned, msgspec.json.encode(trace.run)
         if (key, gpus) not in self._done:
             cache = self._caches.setdefault(key, StepCache())
             self._done[key, gpus] = project(trace, self.cluster, gpus, self.options, cache=cache)

@@ -45,7 +45,7 @@ def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | 
 
 
 def _run_problem(run: Run) -> str | None:
-    for name, kind in (("optimizer", str), ("epochs", int)):
+    for name, kind in (("optimizer", str), ("criterion", str), ("epochs", int)):
         value = run.hyperparameters.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             return f"hyperparameters.{name} is {value!r}, expected {'a text' if kind is str else 'a whole number'}"

@@ -131,6 +131,8 @@ def read_trace(path: str | Path) -> Trace:
             case Reconfiguration():
                 reconfigurations.append(record)
             case Draw():
+                if run is None or run.origin != "planned":
+                    raise FileFormatError(file, "found a draw in a run that is not planned", line=number)
                 draws.append(record)
             case End():
                 end = record
@@ -149,8 +151,11 @@ def read_trace(path: str | Path) -> Trace:
 
 
 def records_of(trace: Trace) -> Iterator[AnyRecord]:
-    """The records of a trace in the order of a file: every architecture in front of the first record that names it."""
-    yield trace.run
+    """The records of a trace in the order of a file: every architecture in front of the first record that names it.
+
+    They are of today's schema, whichever the trace was read from.
+    """
+    yield msgspec.structs.replace(trace.run, schema_version=SCHEMA_VERSION)
     written: set[str] = set()
 
     def architectures(*names: str) -> Iterator[Architecture]:

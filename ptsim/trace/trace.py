@@ -82,14 +82,14 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def optimizer(self) -> str:
         """The run's optimizer; SGD where the record does not say."""
-        return str(self.run.hyperparameters.get("optimizer", "sgd"))
+        return str(self.run.hyperparameters.get("optimizer") or "sgd")
 
     @property
     def criterion(self) -> str | None:
         """The criterion whose penalty the epochs have, the group lasso unless one is named; None without a penalty."""
         if not any(epoch.regularized for epoch in self.epochs):
             return None
-        return str(self.run.hyperparameters.get("criterion", GROUP_LASSO))
+        return str(self.run.hyperparameters.get("criterion") or GROUP_LASSO)
 
     @property
     def compiled(self) -> bool:
@@ -126,13 +126,13 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             return draw.architectures[bisect.bisect_right(starts, epoch) - 1][1]
 
         def trained(epoch: Epoch) -> Epoch:
-            network, typical = self.networks[at(epoch.epoch)], self.network_of(epoch)
+            network = self.networks[at(epoch.epoch)]
             return msgspec.structs.replace(
                 epoch,
                 architecture=at(epoch.epoch),
-                channel_sparsity=1 - output_channels(network) / output_channels(dense),
-                weight_sparsity=1 - network.num_parameters / dense.num_parameters,
-                allreduce_bytes=epoch.allreduce_bytes // typical.num_parameters * network.num_parameters,
+                channel_sparsity=1 - output_channels(network) / max(1, output_channels(dense)),
+                weight_sparsity=1 - network.num_parameters / max(1, dense.num_parameters),
+                allreduce_bytes=epoch.num_iterations * network.gradient_bytes if epoch.world_size > 1 else 0,
             )
 
         def changed(event: Reconfiguration) -> Reconfiguration:
@@ -182,8 +182,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         """A table with one row per recorded epoch: what it trained, its times, memory, bytes, energy and accuracy.
 
         Seconds are of the whole epoch, but for `step_*_seconds`, the quantiles of its iterations;
-        `reconfiguration_seconds` is what the run paid right after it. `RunProjection.epochs_frame` has columns of the
-        same names for a projected run.
+        `reconfiguration_seconds` is what the run paid right after it. Memory, bytes, energy and power are of one GPU.
+        `RunProjection.epochs_frame` has columns of the same names for a projected run.
         """
         import pandas as pd
 

@@ -137,3 +137,15 @@ def test_a_held_baseline_is_projected_but_was_not_trained(traces: list[ptsim.Tra
     savings = projected.savings_frame(comparisons, projector, [1])
     assert savings.accuracy_change.isna().all()
     assert savings.dense_seconds[0] > savings.pruned_seconds[0] - projector.run(traces[1], 1).reconfiguration_s
+
+
+def test_plans_that_were_not_written_and_share_a_path_are_told_apart(traces: list[ptsim.Trace]) -> None:
+    trace = traces[0]
+    longer = msgspec.structs.replace(
+        trace,
+        run=msgspec.structs.replace(trace.run, seed=trace.run.seed + 1),
+        epochs=tuple(msgspec.structs.replace(e, num_iterations=2 * e.num_iterations) for e in trace.epochs),
+    )
+    projector = Projector(load_cluster("dgx-a100"), Options())
+    short_s, long_s = (projector.run(run, trace.run.world_size).compute_s for run in (trace, longer))
+    assert long_s == pytest.approx(2 * short_s)

@@ -10,11 +10,13 @@ import pytest
 
 import ptsim
 from ptsim.answers.validate import validate
-from ptsim.errors import MissingMeasurementError, UsageError
+from ptsim.criteria import GROUP_LASSO
+from ptsim.errors import FileFormatError, MissingMeasurementError, UsageError
+from ptsim.network import Parameter
 from ptsim.trace.io import read_trace, records_of, write_trace
 from ptsim.trace.pace import input_s_per_image, reconfiguration_s
 from ptsim.trace.pairs import compare_runs, held_dense
-from ptsim.trace.schema import NO_DEVICE, Assumption, Profile
+from ptsim.trace.schema import NO_DEVICE, SCHEMA_VERSION, Assumption, Draw, Profile
 from ptsim.trace.trace import Trace
 from tests.traces import shrinking_trace
 
@@ -66,6 +68,13 @@ def test_a_trace_that_was_read_and_written_again_is_the_same_file(tmp_path: Path
     assert [type(r) for r in records_of(again)].count(Profile) == len(recorded.profiles)
 
 
+def test_an_older_trace_that_is_written_again_is_of_todays_schema(tmp_path: Path) -> None:
+    """Its epochs then have fields that programs of that time do not know: they say that it is too new for them."""
+    recorded = read_trace(shrinking_trace(tmp_path / "a.jsonl"))
+    older = msgspec.structs.replace(recorded, run=msgspec.structs.replace(recorded.run, schema_version=1))
+    assert read_trace(write_trace(tmp_path / "b.jsonl", older)).run.schema_version == SCHEMA_VERSION
+
+
 def test_its_times_are_null_in_the_file_and_raise_when_they_are_read(planned: Trace) -> None:
     epochs = [json.loads(line) for line in planned.path.read_text().splitlines() if '"record":"epoch"' in line]
     unknown = ("time", "step", "train_loss", "validation_accuracy", "learning_rate", "penalty_coefficient")
@@ -112,3 +121,39 @@ def test_it_cannot_be_validated(planned: Trace) -> None:
 
 def test_cost_takes_it_like_any_other(planned: Trace) -> None:
     assert ptsim.cost(planned).inference_macs_per_image == planned.final_network.forward_macs
+
+
+def test_a_draw_reduces_the_gradients_that_its_networks_have(planned: Trace) -> None:
+    idle = Parameter(name="idle", layer="", shape=(7,))  # gets no gradient
+    networks = {
+        name: msgspec.structs.replace(network, parameters=(*network.parameters, idle))
+        for name, network in planned.networks.items()
+    }
+    first = planned.epochs[0]
+    draw = Draw(seed=1, architectures=((0, first.architecture),))
+    _, drawn = msgspec.structs.replace(planned, networks=networks, draws=(draw,)).drawn()
+    gradients = sum(p.num_elements for p in planned.network_of(first).parameters)
+    assert [epoch.allreduce_bytes for epoch in drawn.epochs] == [
+        4 * gradients * epoch.num_iterations for epoch in planned.epochs
+    ]
+
+
+def test_a_draw_in_a_recorded_run_is_refused(tmp_path: Path) -> None:
+    recorded = read_trace(shrinking_trace(tmp_path / "a.jsonl"))
+    draw = Draw(seed=1, architectures=((0, recorded.epochs[0].architecture),))
+    file = write_trace(tmp_path / "b.jsonl", msgspec.structs.replace(recorded, draws=(draw,)))
+    with pytest.raises(FileFormatError, match="a draw in a run that is not planned"):
+        read_trace(file)
+
+
+def test_a_criterion_that_is_null_is_the_group_lasso_and_a_number_is_refused(tmp_path: Path) -> None:
+    recorded = read_trace(shrinking_trace(tmp_path / "a.jsonl"))
+
+    def again(criterion: object) -> Trace:
+        settings = recorded.run.hyperparameters | {"criterion": criterion}
+        run = msgspec.structs.replace(recorded.run, hyperparameters=settings)
+        return read_trace(write_trace(tmp_path / "b.jsonl", msgspec.structs.replace(recorded, run=run)))
+
+    assert again(None).criterion == GROUP_LASSO
+    with pytest.raises(FileFormatError, match=r"hyperparameters\.criterion is 3, expected a text"):
+        again(3)
