@@ -176,15 +176,16 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
             raise UsageError(f"{name} is {value}, expected at least 1")
         return value
 
+    images, epochs = given("images", options.images), given("epochs", options.epochs)
     asked = _Asked(
         model=model,
-        images=given("images", options.images),
+        images=images,
         num_classes=given("classes", options.num_classes, entry.num_classes),
         input_shape=options.input_shape or entry.input_shape,
-        epochs=given("epochs", options.epochs),
+        epochs=epochs,
         batch=given("batch", options.batch),
         gpus=given("gpus", options.gpus, 1),
-        interval=given("interval", options.interval, DEFAULT_INTERVAL),
+        interval=given("interval", options.interval, min(DEFAULT_INTERVAL, epochs)),
         pruning=options.pruning,
         precision=parse_precision(options.precision),
         memory_format=options.memory_format,

@@ -66,8 +66,12 @@ def validate(
     if mlperf.mllog is not None:
         if traces:
             raise UsageError("--mllog stands instead of traces; leave one of them out")
+        if profile is not None or holdout:
+            raise UsageError("--profile and --holdout have no effect on --mllog; they are for traces")
         _validate_mllog(mlperf.mllog, mlperf, cluster, json=json)
         return
+    if mlperf != MlPerfOptions():
+        raise UsageError("--model, --gpus, --precision and --memory-format have no effect without --mllog")
     if not traces:
         raise UsageError("no trace was named", hint="give trace.jsonl files or run folders, or --mllog FILE")
     result = compare(traces, profile, holdout=holdout, cluster=cluster)

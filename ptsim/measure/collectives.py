@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -23,6 +24,11 @@ from ptsim.hardware.spec import AllReduceTable, Cluster, Device, Link, LinkKind
 
 _PCIE_X16 = (15.75e9, 31.5e9)  # generations 3 and 4: PCI-SIG base specifications
 DEFAULT_SIZES = tuple(2**k for k in range(10, 27))  # 1 KiB to 64 MiB
+_CARRIED = {  # field of a cluster → its key in a file
+    "price_usd_per_gpu_hour": "price_per_gpu",
+    "cores_per_node": "cores_per_node",
+    "storage_bandwidth_bytes_per_s": "storage_bandwidth",
+}
 _ONE_SETTING = 1.5  # by which runs with the same settings differ at most
 FEWEST = 3  # iterations of a size, however slow the network is
 
@@ -240,6 +246,7 @@ def calibrated_cluster(
         sources["intra"] += f"; a node is taken to hold {per_node} GPUs"
     if inter is not None:
         sources["inter"] = f"catalog: {like.name}" if like and like.inter else str(between.source if between else "")
+    carried: dict[str, Any] = {} if base is None else _carried(base, sources)
     return Cluster(
         name=name,
         device=base.device if base else device,
@@ -254,9 +261,16 @@ def calibrated_cluster(
         reduces_in_switch=like.reduces_in_switch if like else False,
         library="gloo" if library == "gloo" else "nccl",
         tables=tuple(sorted(tables, key=lambda t: (t.num_nodes, t.num_gpus))),
-        price_usd_per_gpu_hour=base.price_usd_per_gpu_hour if base else None,
         sources=sources,
+        **carried,
     )
+
+
+def _carried(base: Cluster, sources: dict[str, str]) -> dict[str, Any]:
+    """What no table tells of a machine, as the user's cluster says it; adds where each number is from to `sources`."""
+    found = {name: getattr(base, name) for name in _CARRIED if getattr(base, name) is not None}
+    sources |= {_CARRIED[name]: base.sources.get(_CARRIED[name], f"cluster {base.name}") for name in found}
+    return found
 
 
 def _gpus_per_node(tables: Sequence[AllReduceTable]) -> int:

@@ -19,7 +19,7 @@ from ptsim.errors import FileFormatError
 from ptsim.textfile import decode_json, read_bytes
 
 _MARK = ":::MLLOG"
-_NODES = re.compile(r"\s*(\d+)\s*x", re.IGNORECASE)  # "4xNVIDIA DGX A100"
+_NODES = re.compile(r"\s*(\d{1,6})\s*x", re.IGNORECASE)  # "4xNVIDIA DGX A100"
 
 
 class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):

@@ -357,6 +357,9 @@ class TestTrace:
         with pytest.raises(PtsimError, match=problem):
             plan(model, **{**BASE, **wrong})
 
+    def test_a_run_shorter_than_the_usual_interval_needs_none(self, model: str) -> None:
+        assert len(plan(model, images=1024, epochs=3, batch=32).epochs) == 3
+
     def test_it_is_projected_like_any_other(self, planned: Trace) -> None:
         frame = ptsim.simulate(planned, "dgx-a100", gpus=[2])
         assert frame.total_seconds[0] > 0

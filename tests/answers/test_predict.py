@@ -12,7 +12,7 @@ from ptsim.costs.memory import iteration_memory
 from ptsim.errors import MissingMeasurementError, UnknownNameError
 from ptsim.hardware.profile import MachineLoad
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
-from ptsim.network import Precision
+from ptsim.network import Parameter, Precision
 from ptsim.setting import StepSetting
 from tests.traces import dense_trace, residual_network, shrinking_trace
 
@@ -42,6 +42,13 @@ def test_predict_and_cost_agree_on_what_fits():
     largest = ptsim.cost(NETWORK, gpu="1080ti").largest_batch
     assert ptsim.predict(NETWORK, gpu="1080ti", batch=largest).fits
     assert not ptsim.predict(NETWORK, gpu="1080ti", batch=largest + 1).fits
+
+
+def test_a_parameter_that_gets_no_gradient_has_no_hook():
+    idle = Parameter(name="idle", layer="", shape=(3,))
+    network = msgspec.structs.replace(NETWORK, parameters=(*NETWORK.parameters, idle))
+    alone, beside = (ptsim.predict(n, cluster="dgx-a100", batch=8).hook_seconds for n in (NETWORK, network))
+    assert beside == alone > 0
 
 
 def test_the_buckets_of_several_gpus_need_memory():

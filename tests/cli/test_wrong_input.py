@@ -95,6 +95,8 @@ WRONG = {
     f"{SIMULATE} --timeline pruned/trace.jsonl": "pruned/trace.jsonl",
     f"{SIMULATE} --timeline ''": "--timeline is the current folder",
     "validate": "no trace was named",
+    "validate pruned --model resnet20": "no effect without --mllog",
+    "validate --mllog text --cluster dgx-a100 --holdout": "no effect on --mllog",
     "validate missing": "missing: no trace here",
     "validate pruned --profile empty": "not a device profile",
     "validate pruned --holdout": "second run",

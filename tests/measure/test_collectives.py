@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import ptsim
@@ -17,6 +18,7 @@ from ptsim.cli.main import run
 from ptsim.costs.tiers import Tier
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.forms import write_cluster
 from ptsim.hardware.nccl_log import read_nccl_log
 from ptsim.hardware.spec import AllReduceTable, LinkKind
 from ptsim.measure.collectives import calibrated_cluster, measure_table, tables_from_logs
@@ -53,6 +55,17 @@ def test_the_catalog_machine_that_explains_the_table_lends_its_links() -> None:
 def test_a_base_without_room_for_the_log_is_refused() -> None:
     with pytest.raises(UsageError, match="4 GPUs a node, the log has 8"):
         calibrated_cluster([ring_table(8, 1, 1e9, 1e-6)], name="c", base=load_cluster("abci-v"))
+
+
+def test_what_no_table_tells_comes_from_the_base_and_is_read_back(tmp_path: Path) -> None:
+    base = msgspec.structs.replace(
+        load_cluster("dgx-a100"), price_usd_per_gpu_hour=4.0, storage_bandwidth_bytes_per_s=2e9
+    )
+    measured = calibrated_cluster([ring_table(8, 1, 1e9, 1e-6)], name="mine", base=base)
+    write_cluster(measured, tmp_path / "mine.toml")
+    found = load_cluster(tmp_path / "mine.toml")
+    assert (found.price_usd_per_gpu_hour, found.cores_per_node, found.storage_bandwidth_bytes_per_s) == (4.0, 128, 2e9)
+    assert "AMD Rome" in found.sources["cores_per_node"]
 
 
 def test_two_tables_of_one_layout_are_refused() -> None:
