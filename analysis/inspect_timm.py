@@ -30,12 +30,12 @@ from torch import nn
 
 import ptsim
 from ptsim.errors import PtsimError
+from ptsim.prune.labels import ENDS
 
 COLUMNS = (
     "family", "model", "image", "exact", "share", "prunable_channels", "refused_channels", "torch_pruning_channels",
     "seconds", "traced_by", "reason",
 )  # fmt: skip
-FIXED = ("it is the network's input", "it is the network's output")
 SIDES = (64, 96, 128)
 TRANSFORMERS = [
     "beit",
@@ -158,7 +158,7 @@ def row_of(name: str, limit: int) -> dict[str, Any]:
     else:
         refused = Counter[str]()
         for group in found.groups:
-            if not group.prunable and group.reason not in FIXED:
+            if not group.prunable and group.reason not in ENDS:
                 refused[str(group.reason)] += group.width
         row |= {
             "exact": found.exact,

@@ -7,6 +7,7 @@ no table of layer names. Components are numbered from 0; nothing here holds a re
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable
 
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 from ptsim.capture.graph import copied, example_input, naming_the_image, note_tracer
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import Cut, cut_model
-from ptsim.prune.labels import AxisKey, State, Weighted
+from ptsim.prune.labels import ENDS, AxisKey, State, Weighted
 from ptsim.prune.numbers import Number, solved
 from ptsim.prune.propagate import propagate, skeleton
 from ptsim.prune.selection import keep_one
@@ -102,6 +103,11 @@ class ChannelGroups:
                 inputs, outputs = (bool(self.prunable[axis].any()) for axis in (layer.inputs, layer.outputs))
                 if inputs or outputs:
                     yield layer, inputs, outputs
+
+    def main_reason(self) -> str | None:
+        """Why most refused components stay, those of images and classes left out; None if there are no others."""
+        counts = collections.Counter(self.reasons[index] for index in self.reason_of.tolist() if index >= 0)
+        return next((reason for reason, _ in counts.most_common() if reason not in ENDS), None)
 
     def rehearsal_copy(self, model: nn.Module) -> nn.Module:
         """A copy of the model to try an operation on: without storage where its operators allow it."""

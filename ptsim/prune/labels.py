@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ptsim.prune.numbers import Number
 
+ENDS = ("it is the network's input", "it is the network's output")  # why the channels of images and classes stay
 WIDTH = "width"  # stands for a tensor of a normalisation that has none
 UNKNOWN = -(2**40)  # the label of an axis that an earlier network did not have
 AxisKey: TypeAlias = tuple[str, int]  # tensor's qualified name, dimension

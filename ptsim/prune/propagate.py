@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ptsim.capture.graph import example_input, hollow_copy, normalised_shape, plain_numbers, symbolic_graph
 from ptsim.prune import function_rules, layer_rules  # noqa: F401 - they register their rules
-from ptsim.prune.labels import NO_SLOTS, AxisKey, Facets, Label, State
+from ptsim.prune.labels import ENDS, NO_SLOTS, AxisKey, Facets, Label, State
 from ptsim.prune.numbers import Number, named_numbers
 from ptsim.prune.rules import (
     Call,
@@ -133,13 +133,13 @@ class Propagation(fx.Interpreter):
     def _rule(self, node: fx.Node, value: Any) -> Label:
         state = self.state
         if node.op == "placeholder":
-            return state.stays(value, "it is the network's input") if isinstance(value, Tensor) else None
+            return state.stays(value, ENDS[0]) if isinstance(value, Tensor) else None
         if node.op == "get_attr":
             return self._attribute(value)
         if node.op == "output":
             for source in node.all_input_nodes:
                 for label in tensor_labels(self.labels.get(source)):
-                    state.freeze(label, "it is the network's output")
+                    state.freeze(label, ENDS[1])
             return None
         module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
         call = Call(self, state, self.labels, node, value, module)

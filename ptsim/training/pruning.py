@@ -407,7 +407,7 @@ class PruneTrain:
         self.groups = groups
         self.criterion = self._make_criterion(self.network, groups)
         if self.penalty_ratio > 0 and not self.criterion.weights:
-            why = next(iter(groups.reasons), "it has no convolution or linear layer with channels of its own")
+            why = groups.main_reason() or "it has no convolution or linear layer with channels of its own"
             raise UsageError(f"nothing of this {type(self.network).__name__} can be pruned: {why}")
 
     def _adopt(self, groups: ChannelGroups) -> None:

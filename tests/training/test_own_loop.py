@@ -682,3 +682,10 @@ def test_the_backbone_of_a_detector_that_cannot_be_traced_is_pruned_and_restored
     other.load_state_dict(pruner.state_dict())
     again.boxes.load_state_dict(model.boxes.state_dict())
     assert torch.equal(again.eval()(images), model.eval()(images))
+
+
+def test_what_cannot_be_pruned_at_all_is_refused_with_the_reason_of_its_layers() -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(8 * 36, 4))
+    with pytest.raises(UsageError, match=r"nothing of this Sequential can be pruned: .*computes its weight"):
+        ptsim.PruneTrain(model, torch.optim.SGD(model.parameters(), 0.1), input_shape=(3, 8, 8))
