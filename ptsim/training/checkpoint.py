@@ -63,6 +63,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Everything about the state of a run but its tensors.
 
     Attributes:
+        class_names: in the order of the classes; empty where the data set has none, and in older runs.
         next_epoch: the epoch to train next.
         structure: what pruning made of the recipe's network, as `ptsim.prune.structure` describes it.
         architecture: id of that network in the trace.
@@ -80,6 +81,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     format_version: int = FORMAT_VERSION
     recipe: Recipe
     normalization: Normalization
+    class_names: tuple[str, ...] = ()
     next_epoch: Whole
     structure: dict[str, Any]
     architecture: str

@@ -49,7 +49,7 @@ class Normalization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Data(Protocol):
-    """Training and validation images of one run."""
+    """Training and validation images of one run; names of the classes, in their order, stand in `class_names`."""
 
     dataset: Dataset
     normalization: Normalization
@@ -89,10 +89,12 @@ class ResidentData:
         train: tuple[Tensor, Tensor],
         validation: tuple[Tensor, Tensor],
         num_classes: int,
+        class_names: Sequence[str] = (),
         config: Config,
         device: torch.device,
     ) -> None:
         """`train` and `validation` are (uint8 images (N, C, H, W), classes (N,)) on the CPU."""
+        self.class_names = tuple(class_names)
         images, labels = limited(*train, config.train_limit, config.seed)
         validation = limited(*validation, config.validation_limit, config.seed)
         channels, height, width = images.shape[1:]
@@ -167,17 +169,17 @@ class StreamedData:
         train: Sequence[tuple[Path, int]],
         validation: Sequence[tuple[Path, int]],
         *,
-        num_classes: int,
+        class_names: Sequence[str],
         side: int,
         config: Config,
         device: torch.device,
     ) -> None:
-        self._train, self._validation = train, validation
+        self._train, self._validation, self.class_names = train, validation, tuple(class_names)
         # Source: torchvision's ImageNet statistics; one pass over a tree that does not fit would take an epoch.
         self.normalization = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
         self.dataset = Dataset(
             name="imagefolder",
-            num_classes=num_classes,
+            num_classes=len(class_names),
             num_train=len(train),
             num_validation=len(validation),
             input_shape=(3, side, side),
@@ -220,7 +222,11 @@ class StreamedData:
 
 
 class _ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Decoded, cropped uint8 images; `augment` is (seed, epoch), None for the centre crop."""
+    """Decoded, cropped uint8 images; `augment` is (seed, epoch), None for the centre crop.
+
+    Own crops, not torchvision's transforms: those draw from the worker's random state, and here an image's crop belongs
+    to (seed, epoch, image), whichever worker decodes it.
+    """
 
     def __init__(self, files: Sequence[tuple[Path, int]], side: int, augment: tuple[int, int] | None) -> None:
         self._files, self._side, self._augment = files, side, augment

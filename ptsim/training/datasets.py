@@ -103,6 +103,7 @@ def digits(request: DataRequest) -> Data:
         train=(images[train], labels[train]),
         validation=(images[validation], labels[validation]),
         num_classes=10,
+        class_names=[str(digit) for digit in range(10)],
         config=config,
         device=device,
     )
@@ -130,6 +131,7 @@ def cifar(request: DataRequest) -> Data:
         train=splits[0],
         validation=splits[1],
         num_classes=10 if config.dataset == "cifar10" else 100,
+        class_names=split.classes,
         config=config,
         device=device,
     )
@@ -174,12 +176,13 @@ def image_tree(request: DataRequest) -> Data:
     side = config.image_size or own_side or input_shape[1]
     limit_bytes = config.data_memory_bytes or quarter_of_memory_bytes(device)
     if (len(train) + len(validation)) * 3 * side * side > limit_bytes:
-        return StreamedData(train, validation, num_classes=len(classes), side=side, config=config, device=device)
+        return StreamedData(train, validation, class_names=classes, side=side, config=config, device=device)
     return ResidentData(
         "imagefolder",
         train=_decode_all(train, side),
         validation=_decode_all(validation, side),
         num_classes=len(classes),
+        class_names=classes,
         config=msgspec.structs.replace(
             config, train_limit=None, validation_limit=None
         ),  # applied above, before decoding

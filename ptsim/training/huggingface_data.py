@@ -51,6 +51,7 @@ def on_disk(request: DataRequest) -> Data:
         train=_tensors(train, image, label, side),
         validation=_tensors(validation, image, label, side),
         num_classes=int(train.features[label].num_classes),
+        class_names=train.features[label].names,
         config=msgspec.structs.replace(config, train_limit=None, validation_limit=None),  # applied above
         device=request.device,
     )

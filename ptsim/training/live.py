@@ -96,6 +96,7 @@ class LiveData:
             raise UsageError("nobody knows how many classes the data have", hint="give the data set `classes`, a list")
         shape = (channels, height, width)
         num_classes = len(classes) if classes is not None else num_outputs(cast("nn.Module", model), shape)
+        self.class_names = tuple(map(str, () if classes is None else classes))
         self.normalization = Normalization(mean=(0.0,) * channels, std=(1.0,) * channels)
         self.dataset = Dataset(
             name=type(self._train).__name__,

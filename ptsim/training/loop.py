@@ -29,7 +29,7 @@ from ptsim.training.learner import Learner
 from ptsim.training.live import DATASET, Datasets, name_of, offered
 from ptsim.training.minibatch import BatchPolicy
 from ptsim.training.progress import Bars, Reporter, Silent
-from ptsim.training.recipe import Recipe, check_fits, takes_in_channels
+from ptsim.training.recipe import Recipe, check_fits, source_digest, source_of, takes_in_channels
 from ptsim.training.recorder import TRACE
 from ptsim.training.runfolder import (
     CHECKPOINTS,
@@ -185,6 +185,7 @@ class Trainer:
             num_classes=dataset.num_classes,
             in_channels=dataset.input_shape[0] if any_channels else None,
             input_shape=dataset.input_shape,
+            source_sha256=source_digest(source_of(config.model)),
         )
         self.storage = Storage(
             folder / CHECKPOINTS, data=self.data, recipe=self.recipe, team=team, num_epochs=len(self.plans)
@@ -240,8 +241,9 @@ class Trainer:
     def _stored_network(self, run: str) -> nn.Module:
         """The last network of another run, if it is of the kind that this run trains."""
         recipe = load_recipe(run)
-        if recipe != self.recipe:
-            raise UsageError(f"the network in {run} is of {recipe}, but this run trains {self.recipe}")
+        problem = recipe.difference(self.recipe)
+        if problem is not None:
+            raise UsageError(f"the network in {run} {problem}")
         return load_model(run, trust=True).train()  # the user has named that very model for this run
 
     def _learner(self, model: nn.Module) -> Learner:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import os
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -11,6 +14,7 @@ from torch import nn
 
 from ptsim import zoo
 from ptsim.errors import UsageError
+from ptsim.textfile import read_bytes
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -21,12 +25,28 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         in_channels: given to builders that take it; None for those that do not.
         input_shape: (channels, height, width) of the images of this run.
+        source_sha256: digest of the user's file that makes the model, when the run began; None for models of other
+            origins, and in older runs.
     """
 
     model: str
     num_classes: Count
     in_channels: Count | None
     input_shape: tuple[Count, Count, Count]
+    source_sha256: str | None = None
+
+    def difference(self, other: Recipe) -> str | None:
+        """In words, how what `other` builds differs; None if it is the same network.
+
+        The content of a user's file counts where both recipes know it.
+        """
+        mine, its = (msgspec.structs.replace(recipe, source_sha256=None) for recipe in (self, other))
+        if mine != its:
+            return f"is of {mine}, but this run trains {its}"
+        digests = {self.source_sha256, other.source_sha256} - {None}
+        if len(digests) > 1:
+            return f"was made with another content of {source_of(self.model)}, which was edited since"
+        return None
 
     def build(self) -> nn.Module:
         """A freshly initialised network in training mode, on the CPU; draws from torch's random state.
@@ -44,6 +64,16 @@ def is_user_file(model: str) -> bool:
     """Whether a model's name is a function of a Python file, which has to be run to make the network."""
     path, colon, _ = model.rpartition(":")
     return bool(colon) and path.endswith(".py")
+
+
+def source_of(model: str) -> Path | None:
+    """The Python file that makes the model; None where no user's file does."""
+    return Path(model.rpartition(":")[0]) if is_user_file(model) else None
+
+
+def source_digest(file: Path | None) -> str | None:
+    """Digest of a user's file; None where there is none."""
+    return hashlib.sha256(read_bytes(file)).hexdigest() if file is not None and os.path.isfile(file) else None
 
 
 def takes_in_channels(entry: zoo.ModelEntry) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import glob
+import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from torch import nn
 
 from ptsim.errors import FileFormatError, UsageError
-from ptsim.textfile import umask, write_whole
+from ptsim.textfile import read_bytes, umask, write_whole
 from ptsim.trace.io import read_records
 from ptsim.trace.schema import Run
 from ptsim.training import checkpoint as store
@@ -25,11 +27,12 @@ from ptsim.training.config import SETTINGS, Config, from_recorded, make_config, 
 from ptsim.training.distributed import restarted
 from ptsim.training.learner import pruned_network
 from ptsim.training.live import name_of, offered
-from ptsim.training.recipe import Recipe, is_user_file
+from ptsim.training.recipe import Recipe, is_user_file, source_digest, source_of
 from ptsim.training.recorder import TRACE
 
 _STALE_S = 60.0
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
+SOURCE = "model.py"  # the user's file that makes the network, as the run began with it
 # What a resumed run may change: how long it trains, where it runs, what it keeps. Everything else decides its numbers.
 MAY_CHANGE = frozenset(
     {"epochs", "device", "num_threads", "num_workers", "keep_every", "profile", "data_dir", "loggers"}
@@ -42,7 +45,8 @@ def load_model(
     """The network that a run had after `epoch` (from 0; None: the last stored one), with its weights, ready to use.
 
     It is in evaluation mode on the CPU; images must be normalised as its `checkpoint.json` says. Of a run with a
-    weight average it is the average, as validated. It is rebuilt from the model's name.
+    weight average it is the average, as validated. It is rebuilt from the model's name. Where that is a user's file
+    that was edited since (which is warned of) or is not there, the run's own copy of it is taken.
 
     Args:
         run: the run folder.
@@ -67,12 +71,31 @@ def load_model(
             f"the network of {run} is made by {recipe.model}, and loading it would run that file",
             hint="load_model(…, trust=True) and export --trust run it; load_model(…, model=…) names another",
         )
+    else:
+        recipe = msgspec.structs.replace(recipe, model=_made_by(existing(run), recipe))
     live = model if isinstance(model, nn.Module) else None
     with torch.random.fork_rng(devices=[]), offered(live, None):
         network = pruned_network(recipe, description.structure)
     with store.belonging_to(path):
         stored.load_full_state(network, store.read_weights(path))
     return network.eval()
+
+
+def _made_by(folder: Path, recipe: Recipe) -> str:
+    """The model's name, with the run's own copy of a user's file in place of one that is not what the run began with.
+
+    Raises:
+        UsageError: the copy is none, either.
+    """
+    file, known = source_of(recipe.model), recipe.source_sha256
+    if file is None or known is None or source_digest(file) == known:
+        return recipe.model
+    kept = folder / SOURCE
+    if source_digest(kept) != known:
+        raise UsageError(f"neither {file} nor {kept} is the file that made the network of {folder}")
+    if os.path.isfile(file):
+        warnings.warn(f"{file} was edited since the run in {folder}, whose own copy makes its network", stacklevel=3)
+    return f"{kept}:{recipe.model.rpartition(':')[2]}"
 
 
 def load_recipe(run: str | Path, epoch: int | None = None) -> Recipe:
@@ -117,6 +140,9 @@ def make_run_folder(folder: Path, config: Config) -> None:
         try:
             unfinished.chmod(0o777 & ~umask())
             write_whole(unfinished / CONFIG, to_toml(config))
+            source = source_of(config.model)
+            if source is not None:
+                write_whole(unfinished / SOURCE, read_bytes(source))
             unfinished.replace(folder)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -39,6 +39,7 @@ class Storage:
         description = Checkpoint(
             recipe=self._recipe,
             normalization=self._data.normalization,
+            class_names=getattr(self._data, "class_names", ()),  # a data set of another package may have none
             next_epoch=learner.next_epoch,
             structure=structure_of(learner.model),
             architecture=recorder.architecture.id,
@@ -95,8 +96,9 @@ class Storage:
 
     def _unfit(self, found: Checkpoint) -> str | None:
         """Why a whole checkpoint is none of this run."""
-        if found.recipe != self._recipe:
-            return f"is of {found.recipe}, this run trains {self._recipe}"
+        problem = found.recipe.difference(self._recipe)
+        if problem is not None:
+            return problem
         if found.next_epoch > self._num_epochs:
             return f"is from before epoch {found.next_epoch}, the run has {self._num_epochs}"
         if found.batch % self._team.world_size or found.batch > self._data.dataset.num_train:

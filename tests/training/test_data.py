@@ -132,6 +132,7 @@ def test_an_image_tree_that_does_not_fit_is_streamed_with_the_same_order(tree):
     settings = {"dataset": "imagefolder", "data_dir": str(tree), "augment": "none", "batch": 8, "num_workers": 0}
     resident, streamed = loaded(**settings), loaded(**settings, data_memory_bytes=1000)
     assert isinstance(streamed, StreamedData)
+    assert streamed.class_names == resident.class_names == tuple(sorted(p.name for p in (tree / "train").iterdir()))
     for (_, labels), (_, same) in zip(epoch_of(resident, batch=8), epoch_of(streamed, batch=8), strict=True):
         assert torch.equal(labels, same)
     again = loaded(**settings | {"augment": "crop_flip"}, data_memory_bytes=1000)

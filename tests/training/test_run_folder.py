@@ -154,6 +154,34 @@ def test_loading_runs_a_users_file_only_if_it_is_trusted(run, tmp_path):
     assert named(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
 
 
+def test_a_run_holds_the_code_of_its_network_and_notices_an_edited_file(tmp_path):
+    file = tmp_path / "net.py"
+    shutil.copy(NETS, file)
+    config = settings(model=f"{file}:small", epochs=1, profile=False)
+    run = shutil.move(ptsim.train(config, out=tmp_path / "run").folder, tmp_path / "moved")
+    assert (run / "model.py").read_bytes() == NETS.read_bytes()
+    images = torch.rand(2, 3, 8, 8)
+    before = ptsim.load_model(run, trust=True)(images)
+    file.write_text(
+        file.read_text() + "\n\ndef small(num_classes, in_channels=3):\n    return nn.Linear(3, num_classes)\n"
+    )
+    with pytest.warns(UserWarning, match=r"net\.py was edited since the run"):
+        assert torch.equal(ptsim.load_model(run, trust=True)(images), before)
+    with pytest.raises(FileFormatError, match=r"with another content of .*net\.py, which was edited since"):
+        longer(run)
+    file.unlink()  # as on another machine
+    assert torch.equal(ptsim.load_model(run, trust=True)(images), before)
+    (run / "model.py").write_text("# something else\n")
+    with pytest.raises(UsageError, match=r"neither .*net\.py nor .*model\.py is the file that made the network"):
+        ptsim.load_model(run, trust=True)
+
+
+def test_a_checkpoint_names_the_classes(tmp_path):
+    run = ptsim.train(settings(dataset="digits", epochs=1, profile=False), out=tmp_path / "run").folder
+    description = json.loads((run / "checkpoints" / "epoch-0000" / "checkpoint.json").read_text())
+    assert description["class_names"] == list("0123456789")
+
+
 # Starting from a stored network
 
 
