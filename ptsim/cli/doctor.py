@@ -23,7 +23,15 @@ from ptsim.costs.tiers import Tier, ordered_tiers
 from ptsim.hardware.catalog import match_device
 from ptsim.units import format_bytes
 
-EXTRAS = {"onnx": ("onnx", "onnxscript"), "dask": ("distributed",)}  # as in pyproject.toml
+EXTRAS = {  # extra → its packages, as in pyproject.toml
+    "onnx": ("onnx", "onnxscript"),
+    "dask": ("distributed",),
+    "lightning": ("lightning",),
+    "huggingface": ("transformers", "accelerate", "datasets"),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow-skinny",),
+}
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +110,7 @@ def look() -> Machine:
         nccl=nccl,
         gloo=gloo,
         compiler=next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
-        extras={extra: all(_version(name) for name in names) for extra, names in EXTRAS.items()},
+        extras={extra: all(_installed(name) for name in names) for extra, names in EXTRAS.items()},
     )
 
 
@@ -237,6 +245,15 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except (importlib.metadata.PackageNotFoundError, ValueError):  # ValueError: its import is blocked
         return None
+
+
+def _installed(distribution: str) -> bool:
+    """Whether a distribution is installed; it may be called otherwise than what it imports as."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _nvml() -> str | None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ptsim.training.loop import Result
 
 _DEFAULTS = to_settings(Config())
+_DATASETS = "digits, cifar10, cifar100, imagefolder, huggingface or synthetic"
 
 
 def _setting(help: str, name: str) -> Parameter:
@@ -39,7 +40,7 @@ class Overrides:
     """The settings that one changes every day; None leaves what the configuration says."""
 
     model: Annotated[str | None, _setting("Zoo name, torchvision:NAME or path/to/file.py:function", "model")] = None
-    dataset: Annotated[str | None, _setting("digits, cifar10, cifar100, imagefolder or synthetic", "dataset")] = None
+    dataset: Annotated[str | None, _setting(_DATASETS, "dataset")] = None
     data_dir: str | None = None
     """Folder that holds the data set."""
     epochs: Annotated[int | None, _setting("Number of epochs", "epochs")] = None

@@ -9,6 +9,7 @@ with a weight that is not negative; it makes the stairs of tile quantisation. g 
 of pixels, channels and kernel (exponential covariance): near measured operators it holds what else the device does,
 far from them it says nothing, and it knows how little it knows. The tile, the reach of g and the share of noise are
 those under which each operator, predicted from the others, is most likely (Rasmussen & Williams, 2006, §5.4.2).
+Own code, because scikit-learn's regressor offers the marginal likelihood only, and no such mean function.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 `open_meter` gives the meter of a torch device. A quantity that the driver does not tell (a MIG slice has no power, a
 Pascal board no energy counter) is None, never zero.
+Own code on pynvml, not an energy library: the trace takes energy, power, clocks, temperature, utilisation and memory
+from one thread of samples, each of them None where a board does not tell it.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         model: zoo name, `torchvision:NAME` or `path/to/file.py:function`.
         dataset: what is trained on: digits, cifar10, cifar100, imagefolder, huggingface (a data set that `save_to_disk`
             of the package datasets wrote), synthetic, or another package's.
-        data_dir: the folder in which it lies; digits and synthetic need none.
+        data_dir: the folder of the data set; digits and synthetic need none.
         download: let torchvision fetch CIFAR into `data_dir`.
-        train_limit, validation_limit: use only this many images, drawn with the seed.
+        train_limit, validation_limit: use only this many training (validation) images, drawn with the seed.
         image_size: side of the images that the network sees; None means the data set's own (the model's for an
             image tree whose images differ in size, and for synthetic data).
         seed: decides weights, order of the images and augmentation.
@@ -48,51 +48,52 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         num_workers: decoding processes, for image trees that do not fit in memory; None is one per core, at most 16.
         validation_share: of an image tree or Hugging Face data set without validation images, this share of each class
             validates.
-        epochs: how long to train.
+        epochs: number of epochs.
         batch: images per iteration over all ranks; what is left over at an epoch's end is left out.
         lr: initial learning rate, for the mini-batch that the run begins with.
-        lr_schedule: how the rate goes over the epochs: "step" at the milestones, "cosine", or another package's.
-        warmup_epochs: first epochs, in which the rate grows in equal steps to `lr`.
-        lr_milestones: epochs at which the rate is multiplied by `lr_gamma`; below 1 a fraction of the epochs.
-        lr_gamma: factor on the rate at every milestone.
-        optimizer: sgd, adam, adamw, rmsprop, or another package's.
-        nesterov: SGD looks ahead along its momentum.
-        weight_decay: of every parameter, per update.
-        momentum: None is 0.9 for SGD, 0 for RMSprop; Adam has its own.
-        ema_decay: per iteration; 0 is no average. With one, validation uses the averaged weights.
+        lr_schedule: course of the learning rate: "step" falls at the milestones, "cosine", or another package's.
+        warmup_epochs: number of first epochs in which the learning rate grows in equal steps to `lr`.
+        lr_milestones: epochs at which the learning rate is multiplied by `lr_gamma`; below 1 a fraction of the epochs.
+        lr_gamma: factor on the learning rate at every milestone.
+        optimizer: one of sgd, adam, adamw, rmsprop, or another package's.
+        nesterov: use Nesterov's momentum in SGD.
+        weight_decay: factor of the weight decay, which acts on every parameter at every update.
+        momentum: momentum of SGD (None: 0.9) and RMSprop (None: 0); Adam has its own.
+        ema_decay: decay per iteration of an average of the weights, which validation then uses; 0 keeps none.
         label_smoothing: share of every label that is spread over all classes.
-        mixup: α of the Beta distribution that mixes pairs of images and their labels; 0 mixes nothing.
+        mixup: parameter α of the Beta distribution that mixes pairs of images and their labels; 0 mixes nothing.
         clip_norm: gradients, the penalty's included, are scaled down to this Euclidean norm; None clips nothing.
         penalty_ratio: the penalty's share of the first loss (docs/method.md Eq. 3); 0 is the dense baseline.
         criterion: what pushes channels towards zero: the group lasso, network slimming, or another package's.
         regularizer: the criterion's penalty as a gradient, or as a proximal step.
         interval: epochs between reconfigurations.
-        threshold: a channel is sparse when its largest |w| is below.
+        threshold: a channel is sparse when the largest |w| of its weights is below this.
         mode: what channels that meet at a sum keep: their union, or each branch its own through gathers (gating).
-        channel_multiple: kept counts are rounded up to a multiple.
+        channel_multiple: the number of channels that stay is rounded up to a multiple of this.
         schedule: "continuous" reconfigures every interval, "one_time" once after `reconfigure_epoch` epochs, "ssl"
             trains dense for `pretrain_epochs`, then sparsifies, and prunes once at the end of that.
-        reconfigure_epoch: of the schedule "one_time".
-        pretrain_epochs: first epochs, in which the network trains dense, of the schedules "ssl" and "continuous".
-        finetune_epochs: last epochs without regulariser.
-        dynamic_batch: let the mini-batch grow at reconfigurations as memory allows.
-        memory_budget: per rank, "8 GiB" or bytes; None is the device's memory.
-        batch_granularity: per rank; the mini-batch grows by multiples.
-        max_batch: over all ranks; the mini-batch never grows beyond.
-        lr_rule: how the rate follows the mini-batch.
+        reconfigure_epoch: epochs before the only reconfiguration of the schedule "one_time".
+        pretrain_epochs: number of first epochs in which the network trains dense (schedules "ssl" and "continuous").
+        finetune_epochs: number of last epochs, which train without the penalty.
+        dynamic_batch: let the mini-batch grow at reconfigurations as memory allows (docs/train.md says how).
+        memory_budget: memory that each rank may use, "8 GiB" or bytes; None is the device's memory.
+        batch_granularity: the mini-batch of each rank grows by multiples of this.
+        max_batch: largest mini-batch, of all ranks together.
+        lr_rule: how the learning rate follows the mini-batch: in proportion ("linear") or with the square root
+            ("sqrt").
         data_memory_bytes: an image tree larger than this when decoded is read from disk in every epoch; None is a
             quarter of the memory.
-        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
-        precision: of the matrix products: fp32, tf32, and bf16 or fp16 by autocast.
+        device: one of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        precision: number format of the matrix products: fp32, tf32, and bf16 or fp16 by autocast.
         memory_format: layout of the images and weights, contiguous or channels_last.
-        num_threads: of a CPU; None is torch's choice. Sums, and so the last bits of a run, depend on it; small networks
-            are fastest with 1.
-        sync_batch_norm: BatchNorm statistics over all ranks.
+        num_threads: threads of torch on a CPU; None is its own choice. Sums, and so the last bits of a run, depend on
+            it; small networks are fastest with 1.
+        sync_batch_norm: compute the statistics of BatchNorm over all ranks.
         compile: `torch.compile` the network, once per architecture.
-        compile_backend: of torch.compile.
+        compile_backend: backend of torch.compile.
         profile: measure every new architecture layer by layer.
-        record_channel_maxima: the largest |w| of every output channel goes into the trace (Fig. 4).
-        keep_every: weights of every n-th epoch stay loadable, and of every reconfigured and the last one.
+        record_channel_maxima: the largest weight of every output channel goes into the trace (`analysis/fig4.py`).
+        keep_every: the weights of every n-th epoch are kept; those of reconfigured epochs and of the last one always.
         loggers: what else shows the numbers of every epoch: csv, tensorboard, wandb, mlflow, or another package's.
     """
 

@@ -179,6 +179,8 @@ class Team:
     def from_leader(self, make: Callable[[], bytes]) -> bytes:
         """What `make` gives on rank 0, on all ranks; an error of the user's there is raised on all of them.
 
+        It is sent as msgpack: torch's `broadcast_object_list` pickles, and what arrives would be code to run.
+
         Raises:
             PtsimError: `make` raised one.
         """

@@ -102,7 +102,10 @@ class Learner:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Average ← decay · average + (1 - decay) · weights, in two kernels; nothing without an average."""
+        """Average ← decay · average + (1 - decay) · weights, in two kernels; nothing without an average.
+
+        A plain copy, not torch's `AveragedModel`: it has the network's own names, which pruning and checkpoints use.
+        """
         if self.average is not None:
             torch._foreach_lerp_(self._averages, self._weights, 1 - self.config.ema_decay)
 

@@ -14,8 +14,8 @@ import msgspec
 from ptsim.training.config import SETTINGS, Config
 
 _GROUPS = {
-    "model": "What is trained, on what",
-    "epochs": "How",
+    "model": "Model and data",
+    "epochs": "Length, learning rate, optimizer",
     "penalty_ratio": "Pruning",
     "dynamic_batch": "Dynamic mini-batch",
     "device": "Machine, precision, what is kept",
@@ -43,7 +43,7 @@ def page() -> str:
         "",
         "Every setting of `ptsim train`: in its TOML file as `name = value`, on the command line as",
         "`--set name=value`, in Python as a key of the mapping that `ptsim.train` takes. A setting without a",
-        "default is off, or decided by what is trained.",
+        "default (None in Python) is off, or decided by what is trained.",
         "This page is made by `python -m ptsim.training.reference`.",
     ]
     for name in SETTINGS:

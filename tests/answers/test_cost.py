@@ -49,6 +49,12 @@ def test_a_trace_and_the_live_network_cost_the_same(tmp_path: Path) -> None:
         assert getattr(recorded, name) == getattr(live, name)
 
 
+def test_a_recorded_run_costs_what_the_network_costs_that_it_ended_with() -> None:
+    """SSL prunes once, after its last epoch: 272,474 parameters dense, 204,962 as the recorded run handed it over."""
+    report = ptsim.cost(Path(__file__).parents[2] / "traces" / "cifar10-resnet20" / "ssl-r0.2.jsonl")
+    assert (report.epochs[-1].parameters, report.parameters) == (272_474, 204_962)
+
+
 def test_frames_have_a_row_a_layer_a_kind_and_an_epoch(tmp_path: Path) -> None:
     report = ptsim.cost(shrinking_trace(tmp_path / "trace.jsonl"))
     assert len(report.layers_frame()) == len(report.layers)

@@ -85,6 +85,7 @@ def test_a_gpu_without_nvml_records_no_energy() -> None:
 def test_the_extras_are_those_of_the_package() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
+    assert set(EXTRAS) == set(extras) - {"dev", "docs"}
     for extra, packages in EXTRAS.items():
         assert tuple(re.split(r"[<>=]", needed)[0] for needed in extras[extra]) == packages
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +61,13 @@ def test_a_table_in_a_pipe_has_room_for_its_words(capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert 80 < max(map(len, lines)) <= 120
     assert any("NVLink 3 over NVSwitch" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_completion_for_a_shell_knows_commands_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main.run(["--install-completion", "--shell", "bash"]) == 0
+    (installed,) = tmp_path.rglob("ptsim")
+    script = installed.read_text(encoding="utf-8")
+    assert all(word in script for word in ("simulate", "--cluster", "--penalty-ratio"))
+    assert subprocess.run(["bash", "-n", str(installed)], check=False).returncode == 0

@@ -6,6 +6,8 @@ from types import ModuleType
 
 import pytest
 
+from ptsim.answers import study
+from ptsim.answers.study import configurations, read_study
 from ptsim.cli.main import COMMANDS
 from tests.traces import dense_trace, shrinking_trace
 
@@ -59,3 +61,14 @@ def test_the_examples_of_the_library_page_run(tmp_path: Path, monkeypatch: pytes
     results = doctest.testfile(str(DOCS / "library.md"), module_relative=False, optionflags=doctest.FAIL_FAST)
     assert results.attempted > 20
     assert results.failed == 0
+
+
+def test_the_study_of_the_sweep_page_is_as_large_as_it_says_and_names_every_what_if(tmp_path: Path) -> None:
+    page = (DOCS / "sweep.md").read_text(encoding="utf-8")
+    for name in ("dense", "pruned", "weaker"):
+        dense_trace(tmp_path / "runs" / name / "trace.jsonl", epochs=2, blocks=(1, 1, 1), widths=(4, 8, 8))
+    (tmp_path / "study.toml").write_text(page.split("```toml\n")[1].split("```")[0], encoding="utf-8")
+    stated = int(re.search(r"This one is (\d+) projections", page).group(1))
+    assert len(list(configurations(read_study(tmp_path / "study.toml")))) == stated == 2 * 3 * 2 * (3 * 2 + 1)
+    table = page.split("| what-if | changes |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([a-z0-9-]+)(?:=[^`]*)?`", table)) == set(study._WHAT_IFS)

@@ -10,20 +10,28 @@ import torch
 
 import ptsim
 from ptsim import zoo
+from ptsim.costs.algorithms import remove_algorithm
 from ptsim.criteria import CRITERIA
-from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.catalog import load_cluster, load_device
+from ptsim.network import Precision
 from ptsim.report.facts import Facts
 from ptsim.report.figures.registry import FIGURES, figures_of
-from tests.traces import dense_trace
+from tests.traces import dense_trace, residual_network
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
+def block(heading: str, language: str) -> str:
+    """The code block under the heading."""
+    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+    (code,) = re.findall(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    return str(code)
+
+
 def run_recipe(heading: str) -> dict[str, Any]:
     """The names that the code block under the heading defines."""
-    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
-    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    code = block(heading, "python")
     names: dict[str, Any] = {"__name__": "recipe"}
     exec(compile(code, "CONTRIBUTING.md", "exec"), names)  # the page is ours
     return names
@@ -35,6 +43,7 @@ def nothing_stays() -> Iterator[None]:
     vars(zoo)["_ENTRIES"].pop("tiny", None)
     CRITERIA.remove("gentle_lasso")
     FIGURES.remove("epoch_seconds")
+    remove_algorithm("star")
 
 
 def test_the_recipe_for_a_network() -> None:
@@ -71,3 +80,18 @@ def test_the_recipe_for_a_figure(tmp_path: Path) -> None:
 
 def test_the_recipe_for_a_cluster_starts_from_a_file_that_is_read() -> None:
     assert load_cluster(ROOT / "examples" / "own_cluster.toml").gpus_per_node == 4
+
+
+def test_the_recipe_for_a_gpu(tmp_path: Path) -> None:
+    (tmp_path / "my-gpu.toml").write_text(block("Add a GPU", "toml"), encoding="utf-8")
+    device = load_device(tmp_path / "my-gpu.toml")
+    assert device.peak_flops_per_s[Precision.FP32] == 2 * 128 * 80 * 2.5e9  # 128 cores an SM
+    assert ptsim.predict(residual_network(), gpu=tmp_path / "my-gpu.toml", batch=64).step_seconds > 0
+
+
+def test_the_recipe_for_an_all_reduce_algorithm() -> None:
+    """GPU 0 takes 7 messages in and sends 7 out, where every GPU of a ring sends 2 · 7/8 of one."""
+    run_recipe("Add an all-reduce algorithm")
+    star, ring = (ptsim.allreduce("dgx-a100", 8, 10**9, algorithm=name) for name in ("star", "ring"))
+    assert star.algorithm == "star"
+    assert star.seconds == pytest.approx(8 * ring.seconds, rel=0.2)

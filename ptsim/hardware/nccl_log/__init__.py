@@ -4,6 +4,7 @@ A log may hold several runs, other collectives, launcher noise, colours and pref
 stamps), rows that NCCL's messages cut in two, and the marks that a web page adds or takes away; the all-reduces are
 taken. Of several data types or reductions the float sum counts; run cycles (`-N`) are runs. What cannot be trusted is
 refused: output that stops in the middle, output of several ranks mixed, wrong results.
+Own code: no library reads these logs, and the JSON output of nccl-tests is newer than most logs that people have.
 """
 
 from __future__ import annotations
