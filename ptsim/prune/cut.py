@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,11 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
     """Cut the parameters and buffers of `model` in place and bring its modules' attributes in line."""
     tensors = cut.by_tensor()
     names = tensor_names(model)
+    layers = [(module, names.get(id(filters_of(module)), "")) for module in model.modules()]
     successors: dict[int, nn.Parameter] = {}
     replacements = []
-    for module in list(model.modules()):
-        touched, id_of_weight = False, id(module._parameters.get("weight"))
+    touched: set[int] = set()
+    for module, _ in layers:
         for key, parameter in list(module._parameters.items()):
             kept = tensors.get(names[id(parameter)]) if parameter is not None else None
             if parameter is None or kept is None:
@@ -66,7 +68,7 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
                 successors[id(parameter)] = new
                 replacements.append(Replacement(parameter, new, kept))
             module._parameters[key] = successors[id(parameter)]
-            touched = True
+            touched.add(id(module))
         for key, buffer in list(module._buffers.items()):
             kept = tensors.get(names[id(buffer)]) if buffer is not None else None
             if buffer is not None and kept is not None:
@@ -74,15 +76,35 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
                     origins = vars(module).setdefault(ORIGINS, {})
                     origins[key] = take(origins.get(key, places(buffer)), kept)
                 module._buffers[key] = take(buffer, kept)
-                touched = True
-        if touched:
-            sync_attributes(module, _groups_left(module, tensors.get(names.get(id_of_weight, ""), {})))
+                touched.add(id(module))
+    for module, weight in layers:  # whose filters may be a parameter of another module, which computes them
+        if id(module) in touched or weight in tensors:
+            sync_attributes(module, _groups_left(module, tensors.get(weight, {})))
     for path, module in norms_without_tensors(model):
         kept = tensors.get(f"{path}.{WIDTH}")
         if kept is not None:
             set_width(module, len(kept[0]))
     set_numbers(model, cut.numbers)
     return replacements
+
+
+def normed_weight(module: Any) -> tuple[Tensor, Tensor] | None:
+    """Direction and length of every filter where torch's weight normalisation computes the weight; None elsewhere."""
+    parts: Any = getattr(module, "parametrizations", {})
+    if isinstance(parts, nn.ModuleDict) and "weight" in parts and len(parts["weight"]) == 1:
+        kind: Any = parts["weight"][0]
+        if type(kind).__name__ == "_WeightNorm" and kind.dim == 0:
+            return parts["weight"].original1, parts["weight"].original0
+    for hook in module._forward_pre_hooks.values():  # the older form
+        if type(hook).__name__ == "WeightNorm" and hook.name == "weight" and hook.dim == 0:
+            return module.weight_v, module.weight_g
+    return None
+
+
+def filters_of(module: nn.Module) -> Tensor | None:
+    """The parameter that is a layer's weight, or of which its weight is computed filter by filter."""
+    normed = normed_weight(module)
+    return module._parameters.get("weight") if normed is None else normed[0]
 
 
 def _groups_left(module: nn.Module, kept: Mapping[int, Tensor]) -> int | None:
@@ -145,16 +167,18 @@ def sync_attributes(module: nn.Module, groups: int | None = None) -> None:
     sync = getattr(module, "ptsim_sync", None)
     if sync is not None:
         sync()
+    filters = filters_of(module)
     if isinstance(module, CONVS):
+        shape = (module.weight if filters is None else filters).shape
         per_group = module.out_channels // module.groups
-        module.out_channels = module.weight.shape[0]
+        module.out_channels = shape[0]
         whole = module.out_channels // per_group if module.groups > 1 else 1
         module.groups = whole if groups is None else groups
-        module.in_channels = module.weight.shape[1] * module.groups
+        module.in_channels = shape[1] * module.groups
     elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         module.in_channels, module.out_channels = module.weight.shape[:2]
     elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
+        module.out_features, module.in_features = (module.weight if filters is None else filters).shape
     elif isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
         vectors = (module.weight, module.bias, module.running_mean)
         module.num_features = next(len(v) for v in vectors if v is not None)

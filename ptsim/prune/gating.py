@@ -50,8 +50,8 @@ def find_gates(model: nn.Module, groups: ChannelGroups, threshold: float) -> tup
             continue
         path = str(node.target)
         module = model.get_submodule(path)
-        if not isinstance(module, CONVS) or calls[path] != 1:
-            continue
+        if not isinstance(module, CONVS) or calls[path] != 1 or module._parameters.get("weight") is None:
+            continue  # the weight may be computed
         W = weight_GOIK(module.weight.detach().abs().nan_to_num(torch.inf), layer)
         use_inputs, use_outputs = (
             _used(values.flatten().cpu(), axis, groups.prunable & (degree > 2), threshold)

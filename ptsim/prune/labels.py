@@ -191,8 +191,12 @@ class State:
             self.sensitive_slots.append(distinct(slots[slots >= 0]))
 
     def number(self, number: Any, rows: Tensor) -> None:
-        """An attribute of the model says how many rows of channels there are, (rows, channels that go in one row)."""
-        if isinstance(number, Number) and self.seed is None:
+        """An attribute of the model says how many rows of channels there are, (rows, channels that go in one row).
+
+        A number of something else (the size of the parts of an uneven split, the end of a slice beyond the last
+        channel) does not follow them.
+        """
+        if isinstance(number, Number) and self.seed is None and len(rows) == abs(int(number)):
             self.numbers.append((number, rows.flatten(1) if rows.ndim > 1 else rows[:, None]))
             self.sensitive(rows)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptsim.prune.cut import normed_weight
 from ptsim.prune.labels import (
     BATCH_NORMS,
     CONVS,
@@ -27,23 +28,10 @@ _RMS_NORM = (nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()
 def conv_module(call: Call) -> Label:
     """A convolution with its own weight."""
     module: Any = call.module
-    normed = _normed_weight(module)
+    normed = normed_weight(module)
     if normed is not None:
         return _computed(call, call.path, *normed, module.bias, module.groups)
     return _conv(call, call.path, module.weight, module.bias, module.groups)
-
-
-def _normed_weight(module: Any) -> tuple[Tensor, Tensor] | None:
-    """Direction and length of every filter where torch's weight normalisation computes the weight; None elsewhere."""
-    parts: Any = getattr(module, "parametrizations", {})
-    if "weight" in parts and len(parts["weight"]) == 1:
-        kind = parts["weight"][0]
-        if type(kind).__name__ == "_WeightNorm" and kind.dim == 0:
-            return parts["weight"].original1, parts["weight"].original0
-    for hook in module._forward_pre_hooks.values():  # the older form
-        if type(hook).__name__ == "WeightNorm" and hook.name == "weight" and hook.dim == 0:
-            return module.weight_v, module.weight_g
-    return None
 
 
 def _computed(call: Call, layer: str, weight: Tensor, gain: Tensor | None, bias: Tensor | None, groups: int) -> Label:
@@ -55,12 +43,13 @@ def _computed(call: Call, layer: str, weight: Tensor, gain: Tensor | None, bias:
     state, value = call.state, call.value
     dim = value.ndim - weight.ndim + 1 if weight.ndim > 2 else value.ndim - 1
     name = state.names.get(id(weight))
-    per_channel = groups == value.shape[dim] == weight.shape[0] and weight.shape[1] == 1
+    was_grouped = state.seed is not None and (name, 1) not in state.seed  # and one group is left
+    depthwise = groups == value.shape[dim] == weight.shape[0] and weight.shape[1] == 1 and (groups > 1 or was_grouped)
     transposed = isinstance(call.module, TRANSPOSED_CONVS) or call.name.startswith("conv_transpose")
-    if name is None or transposed or (groups > 1 and not per_channel):
+    if name is None or transposed or (groups > 1 and not depthwise):
         call.refuse(f"{call.op} computes its weight")
     outputs = state.axis(name, 0, weight.shape[0])
-    if groups > 1:
+    if depthwise:
         inputs = call.vector(dim, len(outputs))
         if inputs is None:
             call.refuse(f"{call.op} computes its weight")
@@ -70,7 +59,7 @@ def _computed(call: Call, layer: str, weight: Tensor, gain: Tensor | None, bias:
         state.freeze(torch.cat([call.x.flatten(), inputs]), f"{layer} computes its weight from all that it reads")
     if name not in state.layers:
         state.layers[name] = Weighted(
-            layer, name, groups, groups > 1, False, inputs, outputs, (call.node.name,), trained=False
+            layer, name, groups, depthwise, False, inputs, outputs, (call.node.name,), trained=False
         )
     for tensor in (gain, bias):
         state.bind(tensor, outputs)
@@ -84,13 +73,14 @@ def conv_function(call: Call) -> Label:
     groups = call.argument(6, "groups", 1)
     if bias is not None and id(bias) not in call.state.names:
         call.refuse(f"{call.op} computes its bias")
-    if id(weight) not in call.state.names:
-        return _computed(call, call.node.name, _origin(call, weight), None, bias, groups)
-    label = _conv(call, call.node.name, weight, bias, groups)
+    if id(weight) in call.state.names:
+        label = _conv(call, call.node.name, weight, bias, groups)
+    else:
+        weight = _origin(call, weight)
+        label = _computed(call, call.node.name, weight, None, bias, groups)
     if groups > 1 and isinstance(label, Tensor):
-        call.state.number(
-            call.source(6, "groups"), call.state.layers[call.state.names[id(weight)]].inputs.view(groups, -1)
-        )
+        inputs = call.state.layers[call.state.names[id(weight)]].inputs
+        call.state.number(call.source(6, "groups"), inputs.reshape(groups, -1))
         call.state.sensitive(call.x)
         call.state.sensitive(label)
     return label
@@ -143,7 +133,7 @@ def _conv(call: Call, layer: str, weight: Tensor, bias: Tensor | None, groups: i
 def linear_module(call: Call) -> Label:
     """A linear layer with its own weight."""
     module: Any = call.module
-    normed = _normed_weight(module)
+    normed = normed_weight(module)
     if normed is not None:
         return _computed(call, call.path, *normed, module.bias, 1)
     return _linear(call, call.path, module.weight, module.bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.errors import UsageError
-from ptsim.prune.cut import ORIGINS, norms_without_tensors, set_width, sync_attributes, width
+from ptsim.prune.cut import ORIGINS, normed_weight, norms_without_tensors, set_width, sync_attributes, width
 from ptsim.prune.labels import CONVS
 from ptsim.prune.modules import KINDS, OWN, ConstantChannels, Gathered, Placeholder, Scattered
 from ptsim.prune.numbers import changed_numbers, restore_numbers
@@ -93,9 +93,9 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
         odd = sorted(found ^ set(shapes))[0]
         raise UsageError(f"the stored structure is not that of a {type(model).__name__}: {odd} is only in one of them")
     resized: dict[int, nn.Parameter] = {}
+    touched: set[int] = set()
     for path, module in model.named_modules():
         prefix = path + "." if path else ""
-        touched = False
         for key, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
@@ -107,7 +107,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
                 continue
             new = nn.Parameter(_corner(parameter.detach(), shape, prefix + key), requires_grad=parameter.requires_grad)
             module._parameters[key] = resized[id(parameter)] = new
-            touched = True
+            touched.add(id(module))
         for key, buffer in list(module._buffers.items()):
             shape = shapes.get(prefix + key)
             if buffer is not None and shape is not None and shape != tuple(buffer.shape):
@@ -118,8 +118,9 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
                     at = _checked(origin, shape, buffer, prefix + key)
                     vars(module).setdefault(ORIGINS, {})[key] = at
                     module._buffers[key] = buffer.flatten()[at.to(buffer.device)].clone()
-                touched = True
-        if touched:
+                touched.add(id(module))
+    for path, module in model.named_modules():
+        if id(module) in touched or normed_weight(module) is not None:
             sync_attributes(module, stored.groups.get(path) if isinstance(module, CONVS) else None)
 
 

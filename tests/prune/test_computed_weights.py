@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 import ptsim
 from ptsim.capture.graph import copied
+from ptsim.capture.network import capture_network
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
+from ptsim.prune.structure import apply_structure, structure_of
 from tests.prune.helpers import enliven
 
 IMAGE = (3, 12, 12)
@@ -68,6 +70,96 @@ def test_the_outputs_go_and_the_inputs_stay(make: Callable[..., nn.Module]) -> N
     assert found.prunable_channels == 10 + 8, [(g.name, g.width, g.reason) for g in found.groups]
     stem = next(group for group in found.groups if group.name == "stem")
     assert "computes its weight from all that it reads" in str(stem.reason)
+
+
+class Depthwise(nn.Module):
+    """Filters of one channel each, standardised; the number of groups stands in the code, or in an attribute."""
+
+    def __init__(self, groups: int | None) -> None:
+        super().__init__()
+        self.filters, self.groups = nn.Parameter(torch.randn(24, 1, 3, 3)), groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        filters = self.filters - self.filters.mean(dim=(1, 2, 3), keepdim=True)
+        return F.conv2d(x, filters, padding=1, groups=24 if self.groups is None else self.groups)
+
+
+def written(*sizes: int, **options: int) -> nn.Module:
+    return Depthwise(None)
+
+
+def kept(*sizes: int, **options: int) -> nn.Module:
+    return Depthwise(24)
+
+
+def old_without_bias(*sizes: int, **options: int) -> nn.Module:
+    return old(*sizes, **options, bias=False)
+
+
+def new_without_bias(*sizes: int, **options: int) -> nn.Module:
+    return new(*sizes, **options, bias=False)
+
+
+class Between(nn.Module):
+    """24 channels, which pass the depthwise layer under test."""
+
+    def __init__(self, make: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.tested = nn.Conv2d(3, 24, 3), make(24, 24, 3, padding=1, groups=24)
+        self.plain, self.head = nn.Conv2d(24, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.plain(self.tested(torch.relu(self.stem(x))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "prunable"),
+    [(written, 8), (kept, 24 + 8), *[(make, 24 + 8) for make in (old, new, old_without_bias, new_without_bias)]],
+)
+def test_depthwise_filters_go_with_their_channels(make: Callable[..., nn.Module], prunable: int) -> None:
+    torch.manual_seed(0)
+    found = ptsim.inspect(Between(make), input_shape=IMAGE)
+    assert found.exact
+    assert found.prunable_channels == prunable, [(g.name, g.width, g.reason) for g in found.groups]
+
+
+@pytest.mark.parametrize("make", [old, new, old_without_bias, new_without_bias])
+def test_the_layer_and_its_record_know_how_many_channels_are_left(make: Callable[..., nn.Module]) -> None:
+    model, fresh = Net(make), Net(make)
+    with torch.no_grad():
+        model.plain.weight[:, [1, 4, 9]] = 0
+    reconfigure(model, find_groups(model, IMAGE))
+    apply_structure(fresh, structure_of(model))
+    for network in (model, fresh):
+        assert network.tested.out_channels == 7
+        captured = capture_network(network, name="net", input_shape=IMAGE, num_classes=4)
+        (layer,) = [layer for layer in captured.layers if layer.name == "tested"]
+        assert (layer.in_channels, layer.out_channels) == (6, 7)
+
+
+@pytest.mark.parametrize("make", [old, new])
+def test_gating_leaves_a_computed_weight_as_it_is(make: Callable[..., nn.Module]) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.wide, self.norm = nn.Conv2d(6, 4, 1), make(4, 6, 1, bias=False), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.norm(self.wide(torch.relu(self.narrow(x))))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Block(), Block(), nn.Flatten(), nn.Linear(600, 4)).double()
+    enliven(model)
+    with torch.no_grad():
+        for name, gain in model[1].wide.named_parameters():
+            if name.endswith(("original0", "weight_g")):
+                gain[:2] = 0
+    zeroed = copied(model)
+    images = torch.rand(2, *IMAGE, dtype=torch.float64)
+    zeroed(images)  # an old form computes its weight before every call
+    model(images)
+    reconfigure(model, find_groups(model, IMAGE), mode="gating")
+    torch.testing.assert_close(model.eval()(images), zeroed.eval()(images), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("make", [ByBatchNorm, ByHand, old, new])

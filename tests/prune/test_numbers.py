@@ -167,6 +167,32 @@ class Divided(Partial):
         return super().block(x) * (1.0 / self.used)  # Python does not tell the number that it is used
 
 
+class Uneven(Net):
+    """Parts of 6, 6 and 4 channels: the size of the parts is not how many channels the last one has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 6
+        self.conv = nn.Conv2d(6, 6, 1)
+
+    def block(self, x: Tensor) -> Tensor:
+        a, b, c = x.split(self.size, 1)
+        return torch.cat([self.conv(a), b, c], 1)
+
+
+def test_the_size_of_the_parts_of_an_uneven_split_stays_where_other_channels_go() -> None:
+    model = Uneven().double()
+    enliven(model)
+    with torch.no_grad():
+        for weight in (model.last.weight, model.head.weight.T):
+            weight[:2] = 0
+    zeroed = copy.deepcopy(model)
+    assert reconfigure(model, find_groups(model, IMAGE)).changed
+    assert model.size == 6
+    assert model.last.weight.shape[0] == 6
+    same_function(model, zeroed, IMAGE)
+
+
 @pytest.mark.parametrize("make", [Compared, Scaled, Multiplied, Divided])
 def test_an_attribute_in_other_use_stays(make: type[Partial]) -> None:
     torch.manual_seed(0)
