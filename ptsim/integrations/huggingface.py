@@ -118,6 +118,11 @@ class PruneTrainCallback(TrainerCallback):  # type: ignore[misc] # transformers 
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
         """Model and optimizer are there, weights are loaded."""
+        if args.load_best_model_at_end:
+            raise UsageError(
+                "load_best_model_at_end loads a checkpoint that may have more channels than the pruned network",
+                hint="restore(trainer, checkpoint) gives a freshly built model the shapes of any checkpoint",
+            )
         if state.global_step and not self._restored:
             raise UsageError(
                 "the Trainer goes on from a checkpoint, but PruneTrainCallback does not know its pruned shapes",

@@ -58,12 +58,12 @@ def read_steps(recording: Recording) -> list[Step]:
         FileFormatError: there is none, or one takes more than a day.
     """
     windows = [window for window in _windows(recording) if _backward(recording, window)]
-    steps = [_step(recording, window) for window in windows]
-    steps = [step for step in steps if step.calls]
+    found = [(window, step) for window in windows if (step := _step(recording, window)).calls]
+    windows, steps = [window for window, _ in found], [step for _, step in found]
     if not steps:
         raise FileFormatError(recording.path, "holds no forward pass with its backward pass; expected a training step")
     if recording.on_gpu:  # the host runs ahead, so that its marks do not tell how long the GPU takes
-        begins = [min(e.begin_s for e in _launched(recording, window)) for window in windows[: len(steps)]]
+        begins = [min(e.begin_s for e in _launched(recording, window)) for window in windows]
         ends = [*begins[1:], max(e.end_s for e in _launched(recording, windows[-1]))]
         steps = [
             msgspec.structs.replace(step, step_s=end - begin)

@@ -6,6 +6,7 @@ are stored as well: pruning has cut them, so that a freshly built network does n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -127,17 +128,19 @@ def load_tensors(
 
 
 def _can_follow(present: object, value: object) -> bool:
-    """Whether a setting of an optimizer that is `present` can become `value`; no setting is negative."""
+    """Whether a setting of an optimizer that is `present` can become `value`; what is positive stays so.
+
+    A few settings are negative: the exponent by which Adafactor's decay goes.
+    """
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return present is None or isinstance(present, type(value)) or (value is None and isinstance(present, bool))
     if isinstance(present, tuple):
-        return isinstance(value, list) and len(value) == len(present) and all(map(_is_amount, value))
-    follows = present is None or (isinstance(present, int | float | Tensor) and not isinstance(present, bool))
-    return follows and _is_amount(value)
-
-
-def _is_amount(value: object) -> bool:
-    return isinstance(value, int | float) and 0 <= value < float("inf")
+        return isinstance(value, list) and len(value) == len(present) and all(map(_can_follow, present, value))
+    if not isinstance(value, int | float) or not math.isfinite(value) or isinstance(present, bool):
+        return False
+    if present is None:
+        return value >= 0
+    return isinstance(present, int | float | Tensor) and (value >= 0 or bool(present < 0))
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

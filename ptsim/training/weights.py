@@ -59,10 +59,10 @@ def load_weights(model: nn.Module, weights: str | Path, *, skip: Sequence[str] =
         if names
     ]
     if problems:
-        first = (other or unexpected or missing)[0].rpartition(".")[0]
+        layer, dot, name = other[0].rpartition(".") if other else ("", "", "")
         raise UsageError(
             f"the weights in {path} are not those of this {network}: {'; '.join(problems)}",
-            hint=f"weights_skip = [{first + '.'!r}] leaves that layer as it is initialised" if other else None,
+            hint=f"weights_skip = [{layer + dot or name!r}] leaves that layer as it is initialised" if other else None,
         )
     model.load_state_dict({name: found.get(name, tensor) for name, tensor in own.items()})
 
@@ -96,10 +96,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         return parse_tensors(path, read_bytes(path, most=_MOST_BYTES))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:
         raise FileFormatError(
             path, "found a pickle that is no plain state dict; loading it could run any code, so it is not opened"
         ) from error
+    except Exception as error:  # torch's readers raise anything at a damaged file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise FileFormatError(path, f"is damaged, or nothing that torch.load reads: {reason}") from error
     inner: Any = content
     for name in _INNER:
         if isinstance(inner, Mapping) and isinstance(inner.get(name), Mapping):

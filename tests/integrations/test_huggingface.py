@@ -156,6 +156,12 @@ def test_misuse_is_one_sentence(tmp_path):
         callback(None).restore(trainer(tmp_path, Model()), tmp_path)
 
 
+def test_the_best_checkpoint_is_not_loaded_into_the_pruned_network(tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    with pytest.raises(UsageError, match="load_best_model_at_end loads a checkpoint that may have more channels"):
+        trainer(tmp_path, Model(), callback(None), **best).train()
+
+
 def test_a_loop_with_accelerate_gives_what_it_has_prepared(tmp_path):
     from accelerate import Accelerator
 

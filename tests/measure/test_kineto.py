@@ -20,6 +20,8 @@ from ptsim.errors import FileFormatError, UsageError
 from ptsim.hardware.profile import OperatorSetting, operator_of
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.measure.kineto import import_kineto
+from ptsim.measure.kineto_events import read_recording
+from ptsim.measure.kineto_steps import read_steps
 from ptsim.network import LayerKind, Network, Precision
 
 CONV = {
@@ -93,6 +95,18 @@ def test_communication_is_exposed_where_nothing_computes(tmp_path: Path) -> None
     assert found.communication_seconds == pytest.approx(4e-3)
     assert found.exposed_communication_seconds == pytest.approx(3e-3)
     assert found.overlap_fraction == pytest.approx(0.25)
+
+
+def test_a_step_whose_forward_pass_was_not_recorded_is_left_out_with_its_time(tmp_path: Path) -> None:
+    document = _gpu_trace(num_steps=4)
+    document["traceEvents"] = [
+        event
+        for event in document["traceEvents"]
+        if not (event["name"] in ("aten::conv2d", "aten::convolution") and event["ts"] < 2000)
+    ]
+    steps = read_steps(read_recording(_write(tmp_path / "rank0.json", document)))
+    # The two whole steps begin 12 ms apart; the last one ends with its update, 9.5 ms after its begin.
+    assert [step.step_s for step in steps] == pytest.approx([12e-3, 12e-3, 9.5e-3])
 
 
 def test_a_gpu_step_lasts_from_its_first_kernel_to_the_next_steps_although_the_host_runs_ahead(tmp_path: Path) -> None:

@@ -358,6 +358,24 @@ def test_a_state_restores_the_pruned_network_its_optimizer_and_the_course(tmp_pa
     assert records[0] == records[1]
 
 
+def test_a_state_restores_settings_that_are_negative_or_nothing():
+    def adafactor(model):
+        return torch.optim.Adafactor(model.parameters(), lr=0.01, beta2_decay=-0.7)
+
+    model, other = fresh(), fresh(1)
+    optimizer, second = adafactor(model), adafactor(other)
+    second.param_groups[0] |= {"beta2_decay": -0.8, "lr": 0.02}
+    made = [ptsim.PruneTrain(m, o, input_shape=IMAGE) for m, o in ((model, optimizer), (other, second))]
+    train(made[0], model, optimizer, 1, images_and_labels(2))
+    state = made[0].state_dict()
+    made[1].load_state_dict(state)
+    names = ("beta2_decay", "lr", "eps")
+    assert [second.param_groups[0][n] for n in names] == [optimizer.param_groups[0][n] for n in names]
+    state["groups"][0]["lr"] = -0.01
+    with pytest.raises(UsageError, match=r"the optimizer's lr is -0\.01"):
+        made[1].load_state_dict(state)
+
+
 def test_a_state_without_tensors_is_json_and_goes_with_the_loops_own_checkpoints():
     batches = images_and_labels()
     model = fresh()

@@ -90,6 +90,14 @@ def test_damaged_files_are_one_sentence(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(FileFormatError):
             load_weights(small(10), tmp_path / name)
+    torch.save(small(10).state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:2000])
+    with pytest.raises(FileFormatError, match=r"is damaged, or nothing that torch\.load reads: "):
+        load_weights(small(10), tmp_path / "half.pt")
+    for bent in (b"\x80\x02(.", b"\x80\x02].", b"\x80\x02)\x81.", b"\x80\x02h\x07.", b"\x80\x02}K\x01b."):
+        (tmp_path / "bent.pt").write_bytes(bent)
+        with pytest.raises(FileFormatError):
+            load_weights(small(10), tmp_path / "bent.pt")
     with pytest.raises(UsageError, match="there is no file of weights"):
         load_weights(small(10), tmp_path / "none.pt")
 
