@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model: the network's name; None is its class.
         dataset: None is a data set without a name, as large as the first epoch.
-        hyperparameters: settings of the run, for the reader.
+        hyperparameters: settings of the run, for the reader, beside what is seen; with an optimizer in them, all.
         seed: of the run's random numbers.
         precision, memory_format: None is what the training passes of the first epoch use.
     """
@@ -42,6 +43,14 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     precision: Precision | None = None
     memory_format: MemoryFormat | None = None
+
+    def settings(self, seen: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """All hyper-parameters: what is seen, what is told, and the pruner's own; of two with one name the later.
+
+        Told ones that name an optimizer are all there are.
+        """
+        told = self.hyperparameters
+        return told if "optimizer" in told else {**seen, **told, **own}
 
 
 def seen_settings(

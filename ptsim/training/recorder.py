@@ -101,7 +101,7 @@ class Recorder:
             input_shape: (channels, height, width) of an image.
             record: the folder for the trace; None records nothing, and `end_epoch` still says what happened.
             facts: what cannot be seen: names, hyper-parameters, seed.
-            settings: hyper-parameters beside those that can be seen on the optimizer, where `facts` has none.
+            settings: hyper-parameters beside those that can be seen on the optimizer, where `facts` names no optimizer.
             profile: measure every architecture layer by layer; takes a second copy of the network for a moment.
             channel_maxima: also record the largest |w| of every output channel.
             threshold: a channel whose largest |w| is below counts as sparse.
@@ -483,7 +483,7 @@ class Recorder:
             msgspec.structs.replace(
                 self.facts,
                 model=self.architecture.name,
-                hyperparameters=self.facts.hyperparameters or seen | self._settings,
+                hyperparameters=self.facts.settings(seen, self._settings),
                 precision=self.precision,
                 memory_format=self.memory_format,
             ),

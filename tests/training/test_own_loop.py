@@ -147,6 +147,19 @@ def test_the_readme_loop_prunes_and_its_trace_answers_cost_and_simulate(tmp_path
     assert len(projection) == 2
 
 
+def test_hyperparameters_that_the_loop_tells_hide_nothing_that_costs_depend_on(tmp_path):
+    model = fresh()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    told = {"note": "a", "criterion": "cross_entropy"}  # what a loop calls a criterion is its loss
+    pruner = made(model, optimizer, record=tmp_path / "mine", facts=ptsim.RunFacts(hyperparameters=told))
+    train(pruner, model, optimizer, 1, images_and_labels())
+    pruner.close()
+    trace = ptsim.read_trace(tmp_path / "mine")
+    assert trace.run.hyperparameters["note"] == "a"
+    assert (trace.optimizer, trace.criterion, trace.penalty_ratio) == ("adam", "group_lasso", 0.5)
+    assert ptsim.cost(trace).optimizer == "adam"
+
+
 def test_the_coefficient_is_equation_3_of_the_first_loss():
     model = fresh()
     optimizer = sgd(model)
