@@ -671,6 +671,15 @@ def test_a_backbone_with_a_feature_pyramid_and_a_loss_per_level_is_pruned_exactl
     assert ptsim.cost(ptsim.read_trace(tmp_path)).parameters > 0
 
 
+@pytest.mark.parametrize("name", ["fcn_resnet50", "lraspp_mobilenet_v3_large"])
+def test_segmentation_networks_of_torchvision_are_traced_whole_and_pruned_exactly(name):
+    model = getattr(torchvision.models.segmentation, name)(weights=None, weights_backbone=None)
+    found = ptsim.inspect(model, input_shape=(3, 64, 64))
+    assert found.exact
+    assert found.traced_by == "torch.fx"
+    assert found.prunable_channels > 1000  # of a few thousand: the backbone goes, not the classes alone
+
+
 class Detector(nn.Module):
     """Its loss depends on what was found, as a detector's does: torch.fx cannot follow."""
 
