@@ -13,7 +13,7 @@ from ptsim.prune.structure import apply_structure
 from ptsim.training.facts import checked_shape
 from ptsim.training.outcome import EpochOutcome
 from ptsim.training.pruning import PruneTrain
-from ptsim.training.stored import checked, reshape
+from ptsim.training.stored import checked, has_structure, reshape
 from ptsim.training.wrapping import bare_optimizer
 
 
@@ -55,8 +55,18 @@ class Pruning:
         Raises:
             UsageError: not a state of PruneTrain, or of another network.
         """
-        apply_structure(self._network(module), checked(state).structure)
+        self.reshape(module, state)
         self._stored = state
+
+    def reshape(self, module: nn.Module, state: Mapping[str, Any]) -> None:
+        """The same without going on with the run; a module that has those shapes stays as it is.
+
+        Raises:
+            UsageError: not a state of PruneTrain, or of another network; or this one is pruned further.
+        """
+        network, structure = self._network(module), checked(state).structure
+        if not has_structure(network, structure):
+            apply_structure(network, structure)
 
     def regroup(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimizer of a restored module the groups that it had, before its own state is loaded.

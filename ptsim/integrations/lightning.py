@@ -84,9 +84,7 @@ class PruneTrainCallback(Callback):  # type: ignore[misc] # lightning is not fol
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lightning loads weights before callbacks: the module's own hook, which comes first, makes the shapes."""
-        if stage != "fit":
-            return
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        if stage == "fit" and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise UsageError(
                 f"PruneTrain cannot change a network inside {type(trainer.strategy).__name__}",
                 hint="one device, or strategy='ddp'",
@@ -94,7 +92,10 @@ class PruneTrainCallback(Callback):  # type: ignore[misc] # lightning is not fol
         theirs = pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            self.restore(pl_module, checkpoint)
+            if stage == "fit":
+                self.restore(pl_module, checkpoint)
+            elif state := checkpoint.get("callbacks", {}).get(self.state_key):  # a pruned network is only tried out
+                self._pruning.reshape(pl_module, state)
             theirs(checkpoint)
 
         pl_module.on_load_checkpoint = on_load_checkpoint

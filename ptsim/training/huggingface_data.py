@@ -22,7 +22,8 @@ def on_disk(request: DataRequest) -> Data:
     scaled to the model's, or to `image_size`.
 
     Raises:
-        UsageError: the package is not installed, the folder holds no such data set, or it has no such columns.
+        UsageError: the package is not installed, the folder holds no such data set, it has no such columns, or an image
+            is damaged or has no class.
     """
     config = request.config
     assert config.data_dir is not None, "checked with the configuration"
@@ -33,13 +34,13 @@ def on_disk(request: DataRequest) -> Data:
         raise UsageError(f"{config.data_dir} holds no split train; its splits: {', '.join(sorted(splits))}")
     image, label = _columns(train, config.data_dir)
     if validation is None:
-        kept, held = held_out([int(value) for value in train[label]], config)
+        kept, held = held_out(_classes(train, label, config.data_dir), config)
         train, validation = train.select(kept), train.select(held)
     elif _columns(validation, config.data_dir) != (image, label):
         raise UsageError(f"the splits of {config.data_dir} have different columns")
     train = _some(train, config.train_limit, config.seed)
     validation = _some(validation, config.validation_limit, config.seed)
-    side = config.image_size or _own_side(train, image) or request.input_shape[1]
+    side = config.image_size or _own_side(train, image, config.data_dir) or request.input_shape[1]
     room = config.data_memory_bytes or quarter_of_memory_bytes(request.device)
     if (len(train) + len(validation)) * 3 * side * side > room:
         raise UsageError(
@@ -48,8 +49,8 @@ def on_disk(request: DataRequest) -> Data:
         )
     return ResidentData(
         Path(config.data_dir).name,
-        train=_tensors(train, image, label, side),
-        validation=_tensors(validation, image, label, side),
+        train=_tensors(train, image, label, side, config.data_dir),
+        validation=_tensors(validation, image, label, side, config.data_dir),
         num_classes=int(train.features[label].num_classes),
         class_names=train.features[label].names,
         config=msgspec.structs.replace(config, train_limit=None, validation_limit=None),  # applied above
@@ -91,19 +92,39 @@ def _some(split: Any, limit: int | None, seed: int) -> Any:
     return split if kept is None else split.select(kept.tolist())
 
 
-def _own_side(split: Any, column: str) -> int | None:
+def _own_side(split: Any, column: str, folder: str) -> int | None:
     """The side of square images of one size, as a look at some of them says."""
-    sizes = {split[index][column].size for index in range(0, len(split), max(1, len(split) // 16))}
-    width, height = next(iter(sizes))
+    rows = range(0, len(split), max(1, len(split) // 16))
+    sizes = {_pixels(split, index, column, folder).shape[1:] for index in rows}
+    height, width = next(iter(sizes))
     return int(width) if len(sizes) == 1 and width == height else None
 
 
-def _tensors(split: Any, image: str, label: str, side: int) -> tuple[Tensor, Tensor]:
+def _classes(split: Any, column: str, folder: str) -> list[int]:
+    """The class of every image; packages write −1 or nothing where a competition keeps it to itself."""
+    classes = list(split[column])
+    missing = sum(found is None or found < 0 for found in classes)
+    if missing:
+        raise UsageError(f"{missing} of {len(classes)} images of a split of {folder} have no class")
+    return [int(found) for found in classes]
+
+
+def _pixels(split: Any, index: int, column: str, folder: str) -> Tensor:
+    """(3, H, W) bytes."""
+    try:
+        picture: Image.Image | None = split[index][column]
+        if picture is None:
+            raise ValueError("there is none")
+        return torch.from_numpy(rgb(picture)).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"image {index} of a split of {folder} cannot be read: {reason}") from error
+
+
+def _tensors(split: Any, image: str, label: str, side: int, folder: str) -> tuple[Tensor, Tensor]:
     """(N, 3, side, side) bytes and the classes."""
+    labels = torch.tensor(_classes(split, label, folder))
     images = torch.empty((len(split), 3, side, side), dtype=torch.uint8)
-    labels = torch.empty(len(split), dtype=torch.int64)
-    for index, row in enumerate(split):
-        picture: Image.Image = row[image]
-        images[index] = resized_to(torch.from_numpy(rgb(picture)).permute(2, 0, 1), side)
-        labels[index] = row[label]
+    for index in range(len(split)):
+        images[index] = resized_to(_pixels(split, index, image, folder), side)
     return images, labels

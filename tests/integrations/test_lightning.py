@@ -127,6 +127,23 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_network(tmp_path):
     elsewhere.load_state_dict(loaded["state_dict"])
 
 
+def test_a_pruned_checkpoint_is_tested_by_a_fresh_module_and_by_the_trained_one(tmp_path):
+    class Tested(Module):
+        test_step = Module.validation_step
+
+    saved = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    trained = Tested()
+    trainer(tmp_path, [callback(None), saved], max_epochs=4).fit(trained, loader(), loader())
+    last = tmp_path / "epoch=3.ckpt"
+    accuracies = [
+        trainer(tmp_path, [callback(None)]).test(module, loader(), ckpt_path=last, verbose=False)[0]["val_acc"]
+        for module in (Tested(), trained)
+    ]
+    assert accuracies[0] == accuracies[1]
+    with pytest.raises(UsageError, match="the stored structure"):
+        trainer(tmp_path, [callback(None)]).test(trained, loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
 def test_accumulated_gradients_are_one_iteration_with_the_mean_of_their_losses(tmp_path):
     module = Module(rate=0.0)
     trainer(tmp_path, [callback(tmp_path / "run")], accumulate_grad_batches=2, max_epochs=1).fit(module, loader())

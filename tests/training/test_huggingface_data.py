@@ -55,6 +55,28 @@ def test_a_share_of_every_class_is_held_out_where_there_is_one_split(tmp_path):
     assert not torch.equal(held[0], held[2])
 
 
+@pytest.mark.parametrize(
+    ("labels", "broken", "message"),
+    [
+        ([0, 1, -1, None], None, "2 of 4 images of a split of .* have no class"),
+        (
+            [0, 1, 2, 3],
+            {"bytes": b"no image", "path": None},
+            "image 3 of a split of .* cannot be read: cannot identify",
+        ),
+    ],
+)
+def test_images_without_a_class_or_content_are_one_sentence(labels, broken, message, tmp_path):
+    train, _, _ = pictures(16)
+    rows = {"img": [train[i]["img"] for i in range(len(labels))], "label": labels}
+    if broken is not None:
+        rows["img"][-1] = broken
+    test = datasets.Dataset.from_dict(rows, features=train.features)
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "d")
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path / "d")
+
+
 def test_misuse_is_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="there is no data folder"):
         load(tmp_path / "none")
