@@ -91,10 +91,9 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
 def normed_weight(module: Any) -> tuple[Tensor, Tensor] | None:
     """Direction and length of every filter where torch's weight normalisation computes the weight; None elsewhere."""
     parts: Any = getattr(module, "parametrizations", {})
-    if isinstance(parts, nn.ModuleDict) and "weight" in parts and len(parts["weight"]) == 1:
-        kind: Any = parts["weight"][0]
-        if type(kind).__name__ == "_WeightNorm" and kind.dim == 0:
-            return parts["weight"].original1, parts["weight"].original0
+    listed: Any = parts["weight"] if isinstance(parts, nn.ModuleDict) and "weight" in parts else ()
+    if len(listed) == 1 and type(listed[0]).__name__ == "_WeightNorm" and listed[0].dim == 0:
+        return listed.original1, listed.original0
     for hook in module._forward_pre_hooks.values():  # the older form
         if type(hook).__name__ == "WeightNorm" and hook.name == "weight" and hook.dim == 0:
             return module.weight_v, module.weight_g
