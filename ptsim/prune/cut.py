@@ -192,7 +192,7 @@ def cut_optimizer(optimizer: torch.optim.Optimizer, replacements: Iterable[Repla
 
     A state tensor of the parameter's shape is cut like it, whatever its size; one with length 1 in some axis (factored
     moments) is cut in the others; another one of one element (Adam's step) is kept. Works for every optimizer whose
-    state is of these forms.
+    state is of these forms. A parameter whose state holds lists of tensors (Shampoo's, PSGD's) gets a new state.
     """
     successors = {id(r.old): r for r in replacements}
     for group in optimizer.param_groups:
@@ -208,7 +208,18 @@ def cut_optimizer(optimizer: torch.optim.Optimizer, replacements: Iterable[Repla
         state = optimizer.state.pop(replacement.old, None)
         if state is None or replacement.new is None:
             continue
+        nested = next((key for key, value in state.items() if _holds_tensors(value)), None)
+        if nested is not None:  # an optimizer makes the state of a parameter that has none
+            warnings.warn(
+                f"optimizer state {nested!r} holds several tensors; that parameter's starts anew", stacklevel=2
+            )
+            continue
         optimizer.state[replacement.new] = {key: _cut_state(key, value, replacement) for key, value in state.items()}
+
+
+def _holds_tensors(value: object) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(isinstance(part, Tensor) or _holds_tensors(part) for part in inner)
 
 
 def _cut_state(key: str, value: object, replacement: Replacement) -> object:

@@ -135,3 +135,37 @@ def test_a_grad_scaler_keeps_its_scale() -> None:
     scaler.update()
     assert scaler.get_scale() == 1024.0
     assert not torch.equal(model.get_parameter("stem.weight"), before)
+
+
+class Factored(torch.optim.Optimizer):
+    """Keeps a list of one factor for every axis, as Shampoo and PSGD do."""
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override] # nothing is given back
+        for parameter in self.param_groups[0]["params"]:
+            if not self.state[parameter]:
+                self.state[parameter]["factors"] = [torch.ones(length) for length in parameter.shape]
+            for axis, factor in enumerate(self.state[parameter]["factors"]):
+                shape = [-1 if dim == axis else 1 for dim in range(parameter.ndim)]
+                parameter.grad.mul_(factor.view(shape))
+            parameter.sub_(parameter.grad, alpha=0.01)
+
+
+def test_a_state_that_holds_lists_of_tensors_starts_anew_for_what_is_cut() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    optimizer = Factored(model.parameters(), {})
+
+    def step() -> None:
+        model(torch.rand(2, 3, 8, 8)).sum().backward()
+        optimizer.step()
+
+    step()
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+        model[1].weight[:, :2] = 0
+    head = optimizer.state[model[3].weight]["factors"]
+    with pytest.warns(UserWarning, match="optimizer state 'factors' holds several tensors"):
+        assert reconfigure(model, find_groups(model, (3, 8, 8)), optimizer=optimizer).changed
+    step()
+    assert [len(factor) for factor in optimizer.state[model[1].weight]["factors"]] == [4, 4, 3, 3]
+    assert optimizer.state[model[3].weight]["factors"] is head
