@@ -40,9 +40,11 @@ def operator_shape(event: Event) -> OperatorShape | None:
 
 def _is_impossible(shape: OperatorShape) -> bool:
     """Whether no operator has this shape, so that a profile with it could not be read."""
-    at_least_one = (shape.batch, shape.groups, *shape.kernel, *shape.stride, *shape.dilation)
-    sizes = (*shape.padding, *shape.output, *(size for given in shape.inputs for size in given))
-    if min(at_least_one) < 1 or min(sizes, default=0) < 0 or max(*at_least_one, *sizes) > _LARGEST_SIZE:
+    tensors = (*shape.output, *(size for given in shape.inputs for size in given))  # an empty one has no work
+    at_least_one = (shape.batch, shape.groups, *shape.kernel, *shape.stride, *shape.dilation, *tensors)
+    if min(at_least_one) < 1 or min(shape.padding, default=0) < 0:
+        return True
+    if max(*at_least_one, *shape.padding) > _LARGEST_SIZE:
         return True
     return operator_problem(shape.kind, shape.inputs, shape.output, shape.groups) is not None
 

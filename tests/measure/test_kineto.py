@@ -234,10 +234,11 @@ def test_a_step_that_lasts_longer_than_a_day_is_none(tmp_path: Path) -> None:
     [
         CONV | {"Input Dims": [[10**400, 8, 16, 16], [32, 8, 3, 3], [], [], [], [], []]},
         CONV | {"Input Dims": [[4, 8, 16, 16], [32, 8, -3, 3], [], [], [], [], []]},
+        CONV | {"Input Dims": [[4, 8, 0, 16], [32, 8, 3, 3], [], [], [], [], []]},
         CONV | {"Concrete Inputs": ["", "", "", "[0, 2]", "[1, 1]", "[1, 1]", "1"]},
         CONV | {"Concrete Inputs": ["", "", "", "[2, 2]", "[1, 1]", "[1, 1]", "3"]},
     ],
-    ids=["sizes beyond all", "negative", "no stride", "groups that do not divide"],
+    ids=["sizes beyond all", "negative", "an empty image", "no stride", "groups that do not divide"],
 )
 def test_a_shape_that_no_operator_has_is_no_shape_and_the_profile_can_be_read(
     tmp_path: Path, conv: dict[str, Any]
