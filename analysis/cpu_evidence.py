@@ -80,10 +80,7 @@ def arguments_of(pair: Pair, run: str, folder: Path, data: Path, *, epochs: int,
     """Arguments of `ptsim` that begin a run, or go on with it."""
     if (folder / "trace.jsonl").exists():
         return ["train", "--resume", str(folder)]
-    settings = [
-        *pair.settings, *pair.runs[run], f"validation_limit={min(VALIDATION_IMAGES, images)}", "num_threads=1",
-        "memory_format=channels_last" if "=gating" not in "".join(pair.runs[run]) else "memory_format=contiguous",
-    ]  # fmt: skip
+    settings = [*pair.settings, *pair.runs[run], f"validation_limit={min(VALIDATION_IMAGES, images)}", "num_threads=1"]
     return [
         "train", "--out", str(folder), "--model", pair.model, "--dataset", "imagefolder", "--data-dir", str(data),
         "--train-limit", str(images), "--epochs", str(epochs), "--interval", str(max(1, epochs // 20)),

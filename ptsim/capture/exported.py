@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 _LAYERS = re.compile(r"(conv\d?d?|conv_transpose\dd|linear|batch_norm|group_norm|layer_norm|instance_norm|prelu)$")
 
@@ -36,7 +35,7 @@ def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, .
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _disable_current_modes(), _quiet():
+    with _quiet():
         program = torch.export.export(twin, (torch.empty(images_shape, dtype=dtype, device="meta"),), strict=False)
         exported = program.module(check_guards=False)
     found: dict[str, Any] = {}

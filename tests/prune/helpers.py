@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import ChannelGroups, find_groups
+from ptsim.prune.reconfigure import reconfigure
 
 
 def enliven(model: nn.Module, seed: int = 0) -> None:
@@ -142,3 +143,14 @@ def same_function(a: nn.Module, b: nn.Module, image_shape: tuple[int, int, int],
     for training in (True, False):
         outputs = [copy.deepcopy(model).train(training)(images) for model in (a, b)]
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-11)
+
+
+def cut_twice(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Zero and remove some channels of a live network, two times; each time it must stay the zeroed network."""
+    enliven(model)
+    for seed in (1, 2):
+        groups = find_groups(model, image_shape)
+        zero_some(model, groups, seed=seed)
+        zeroed = copy.deepcopy(model)
+        assert reconfigure(model, groups).changed
+        same_function(model, zeroed, image_shape)
