@@ -1,20 +1,18 @@
-"""The rules of operators that have no weights: what works element by element, moves, joins, combines or makes tensors.
+"""The rules of operators that have no weights: what works element by element, joins, combines or makes tensors.
 
-Operators that only move elements (reshape, permute, chunk, roll, …) are run on the labels themselves, so that channel
-shuffles, window partitions and flattens need no rule of their own.
+Those that only move elements have their rules in `ptsim.prune.movement_rules`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.prune.labels import POOLS, Facets, Label, along, broadcast, compress
-from ptsim.prune.rules import Call, FirstAttribute, RefusedError, rule, rule_named
+from ptsim.prune.labels import POOLS, Facets, Label, broadcast, compress
+from ptsim.prune.rules import Call, rule, rule_named
 
 ELEMENTWISE = """
     relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus
@@ -28,11 +26,6 @@ ELEMENTWISE = """
     clamp_min clamp_max zeros_like ones_like full_like empty_like type bool int long short
     eq ne lt gt le ge isnan isinf isfinite logical_and logical_or logical_xor logical_not and or xor invert
     copy fill zero
-    """
-MOVED_WHOLE = "transpose permute flatten unsqueeze swapaxes swapdims movedim moveaxis t numpy_T"
-MOVED = """
-    view reshape squeeze expand expand_as view_as reshape_as chunk split tensor_split unbind roll repeat narrow
-    select index_select flip unflatten tile repeat_interleave channel_shuffle pixel_unshuffle split_with_sizes slice
     """
 POSITIONS = {"normalize": 2, "norm": 2, "topk": 2, "kthvalue": 2}  # of the argument `dim`; 1 for the others
 _KEEPING = tuple(
@@ -152,196 +145,6 @@ def _pair(call: Call, a: Tensor, a_shape: list[int], b: Tensor, b_shape: list[in
     state.unite(a, b)
     a, b = broadcast(a, b)
     return torch.where(a >= 0, a, b), shape
-
-
-# ---------------------------------------------------------------------- movement
-
-
-@rule(MOVED_WHOLE, nn.Flatten)
-def moved_whole(call: Call) -> Label:
-    """Moved as a whole: what comes out does not depend on how many channels there are."""
-    return _movement(call, call.module or call.node.target, counts=False)
-
-
-@rule(MOVED, nn.Unflatten, nn.ChannelShuffle, nn.PixelUnshuffle, shapes=True)
-def moved(call: Call) -> Label:
-    """Moved as the arguments say, which may hold for this number of channels alone: tried out later."""
-    return _movement(call, call.module or call.node.target, counts=True)
-
-
-@rule("unfold", shapes=True)
-def unfolded(call: Call) -> Label:
-    """The method takes windows of an axis; the function copies windows of an image into the channels."""
-    if call.node.op == "call_function":
-        call.refuse(f"{call.op} mixes channels in a way that has no rule")
-    return moved(call)
-
-
-@rule("getitem", tuples=True, shapes=True)
-def item(call: Call) -> Label:
-    """A part of a tensor, or of what an operator returned."""
-    first, index = call.labels[0], call.node.args[1]
-    if isinstance(first, tuple):
-        if isinstance(index, int | slice):
-            part: Label = first[index]
-            return part
-        call.refuse(f"{call.op} has no rule")
-    return moved(call)
-
-
-@rule("getattr", tuples=True)
-def attribute(call: Call) -> Label:
-    """An attribute that is a tensor: the transposed one, or a field of a named tuple."""
-    name, label = str(call.node.args[1]), call.labels[0]
-    if isinstance(label, tuple):
-        field: Label = label[1 if name == "indices" else 0]
-        return field
-    if name == "data":
-        return label
-    if name in ("T", "mT", "H", "mH"):
-        return _movement(call, FirstAttribute(name), counts=False)
-    raise RefusedError(f"{call.op} has no rule")
-
-
-@rule("setitem", tuples=True)
-def assigned(call: Call) -> Label:
-    """`x[index] = value`: allowed where the index leaves whole channels, and what is assigned are the same ones."""
-    target, index, given = call.node.args
-    x, value = call.label_of(target), call.label_of(given)
-    kept = _indexed(x, index) if isinstance(x, Tensor) else None
-    if kept is None or (value is None and isinstance(given, fx.Node)) or isinstance(value, Facets | tuple):
-        call.refuse(f"{call.op} assigns to some of these channels")
-    if isinstance(value, Tensor) and isinstance(target, fx.Node) and isinstance(given, fx.Node):
-        part = target.meta["value"][call.argument(1, "index")]
-        meet(call, [(kept, part), (value, given.meta["value"])], part)
-    return None
-
-
-def _indexed(x: Tensor, index: Any) -> Tensor | None:
-    """The label of `x[index]`; None if it takes a part of the channels, or is more than numbers and slices."""
-    whole = slice(None)
-    parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
-    at = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
-    parts[at : at + 1] = [whole] * (x.ndim - len(parts) + (at < len(parts)))
-    if len(parts) != x.ndim or not all(isinstance(part, int | slice) for part in parts):
-        return None
-    if any(part != whole for part, length in zip(parts, x.shape, strict=True) if length > 1):
-        return None
-    return x.view([length for length, part in zip(x.shape, parts, strict=True) if not isinstance(part, int)])
-
-
-def _movement(call: Call, target: Any, *, counts: bool) -> Label:
-    """Run the operator itself on the labels; `counts`: its arguments may depend on the number of channels."""
-    state, inputs = call.state, call.sources
-    first = call.labels[0]
-    if any(isinstance(label, Facets) for label in call.labels):
-        if (len(inputs) > 1 and not call.name.endswith("_as")) or not isinstance(first, Facets):
-            call.refuse(f"{call.op} has no rule")
-        facets = [call.moved(target, {inputs[0]: label}) for label in first.labels]
-        if any(not isinstance(label, Tensor) for label in facets):
-            return call.stays(f"{call.op} takes a parameter apart")
-        for axis in first.labels if counts else ():
-            state.sensitive(axis)
-        return Facets([label for label in facets if isinstance(label, Tensor) and label.numel() > 1])
-    labels = [label for label in call.labels if isinstance(label, Tensor)]
-    if len(labels) < len(inputs):
-        call.refuse(f"{call.op} has no rule")
-    for label in labels if counts else ():
-        state.sensitive(label)
-    try:
-        result = call.moved(target, dict(zip(inputs, labels, strict=True)))
-    except (RuntimeError, TypeError) as error:  # it does not move whole numbers
-        raise RefusedError(f"{call.op} has no rule") from error
-    if counts:
-        _note_numbers(call, labels[0], result)
-        groups = getattr(target, "groups", None)  # of a module that shuffles
-        if call.name == "channel_shuffle":
-            groups = call.argument(1, "groups")
-        state.fold(labels[0], result, groups)
-    return result
-
-
-def _note_numbers(call: Call, x: Tensor, result: Label) -> None:
-    """Which channels do numbers count that the model keeps and that stand among the arguments?"""
-    name, shape = call.name, call.sources[0].meta["value"].shape
-    arguments: Any = call.node.args[1:]
-    if name in ("split", "split_with_sizes"):
-        sizes = next((call.node.kwargs[key] for key in call.node.kwargs if key.startswith("split")), *arguments[:1])
-        every, start = _rows(x, call.argument(2, "dim", 0), shape), 0
-        for at, part in enumerate(call.value):
-            length = part.shape[call.argument(2, "dim", 0)]
-            call.state.number(sizes[at] if isinstance(sizes, list | tuple) else sizes, every[start : start + length])
-            start += length
-    elif name == "getitem":
-        for dim, part in _slices(arguments[0], len(shape)):
-            for bound in (part.start, part.stop):
-                if isinstance(bound, int):
-                    every = _rows(x, dim, shape)
-                    call.state.number(bound, every[: int(bound)] if int(bound) >= 0 else every[int(bound) :])
-    elif name == "narrow":
-        dim, start, length = (call.source(place, key) for place, key in enumerate(("dim", "start", "length"), 1))
-        if isinstance(start, int) and isinstance(length, int):
-            every = _rows(x, dim, shape)
-            call.state.number(start, every[: int(start)])
-            call.state.number(length, every[int(start) : int(start) + int(length)])
-    elif name in ("view", "reshape", "expand") and isinstance(result, Tensor):
-        sizes = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], list | tuple) else arguments
-        for dim, size in enumerate(sizes):
-            if isinstance(size, int) and int(size) == result.shape[dim]:
-                call.state.number(size, _rows(result, dim, result.shape))
-
-
-def _rows(label: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
-    """The label with `dim` in front, at its full length."""
-    return label.movedim(dim, 0).expand(shape[dim], *[-1] * (label.ndim - 1))
-
-
-def _slices(index: Any, rank: int) -> list[tuple[int, slice]]:
-    """The slices of an index of numbers, slices and an ellipsis, with the axes that they are for."""
-    parts = list(index) if isinstance(index, tuple) else [index]
-    at = next((place for place, part in enumerate(parts) if part is Ellipsis), len(parts))
-    parts[at : at + 1] = [slice(None)] * (rank - len(parts) + (at < len(parts)))
-    if len(parts) != rank or any(part is None for part in parts):
-        return []
-    return [(dim, part) for dim, part in enumerate(parts) if isinstance(part, slice)]
-
-
-@rule("einops.rearrange einops.repeat einops.Rearrange", shapes=True)
-def rearranged(call: Call) -> Label:
-    """Einops' movements, as a pattern says."""
-    return moved(call)
-
-
-@rule("einops.reduce einops.Reduce", shapes=True)
-def reduced_by_pattern(call: Call) -> Label:
-    """A reduction by pattern, where what becomes one element is of one channel: least and largest label agree."""
-    reduce: Any = sys.modules["einops"].reduce
-    module: Any = call.module
-
-    def with_labels(how: str) -> Label:
-        if module is not None:
-            return call.moved(lambda x: reduce(x, module.pattern, how, **module.axes_lengths), {source: call.x})
-        return call.moved(lambda x, pattern, reduction, **axes: reduce(x, pattern, how, **axes), {source: call.x})
-
-    source = call.sources[0]
-    call.state.sensitive(call.x)
-    least, largest = with_labels("min"), with_labels("max")
-    if not isinstance(least, Tensor) or not isinstance(largest, Tensor) or not torch.equal(least, largest):
-        call.refuse(f"{call.op} combines these channels, so that removing one would change the others")
-    return least
-
-
-@rule("pixel_shuffle", nn.PixelShuffle, shapes=True)
-def pixel_shuffle(call: Call) -> Label:
-    """r² neighbouring channels become one of a larger image, and go together."""
-    module = call.module
-    factor = module.upscale_factor if isinstance(module, nn.PixelShuffle) else call.argument(1, "upscale_factor")
-    vector = call.vector(-3, call.sources[0].meta["value"].shape[-3])
-    if vector is None:
-        call.refuse(f"{call.op} meets channels that lie along several axes")
-    together = vector.reshape(-1, factor**2)
-    call.state.unite(together[:, :1], together)
-    return along(together[:, 0], call.value.ndim - 3, call.value.ndim)
 
 
 # ---------------------------------------------------------------------- joining and padding
