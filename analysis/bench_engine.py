@@ -85,7 +85,7 @@ def regularizer_ratio(name: str, batch: int, repeats: int) -> dict[str, float]:
         optimizer.step()
 
     launches = {}
-    forms: tuple[Literal["per_tensor", "flat"], ...] = ("per_tensor", "flat")
+    forms: tuple[Literal["per_tensor", "gathered"], ...] = ("per_tensor", "gathered")
     for form in forms:
         other = GroupLasso(model, groups, form=form)
         other.add_gradient(1e-4)  # makes the gradients and the flat form's tables

@@ -415,7 +415,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     backward = np.bincount(kernels.layer[~is_forward], seconds[~is_forward], count)
     streaming = fit.efficiency.stream_bandwidth * device.memory_bandwidth_bytes_per_s
     optimizer_s = update_bytes(network, setting) / streaming
-    penalty = penalty_work(setting.regularizer, network) if setting.regularizer else PenaltyWork()
+    penalty = penalty_work(setting.regularizer, network, gpu=device.is_gpu) if setting.regularizer else PenaltyWork()
     regularizer_s = max(penalty.num_bytes / streaming, penalty.num_launches * fit.efficiency.launch_s)
     gpu_s = float(forward.sum() + backward.sum()) + optimizer_s + regularizer_s
     update_s = optimizer_s + regularizer_s

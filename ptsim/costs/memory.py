@@ -19,6 +19,7 @@ import msgspec
 
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.walked import layer_workspace, walked_footprint
+from ptsim.criteria import PenaltyWork, penalty_work
 from ptsim.hardware.spec import Device
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, LayerKind, MemoryFormat, Network
 from ptsim.optimizers import OPTIMIZERS
@@ -59,7 +60,7 @@ class MemoryNeed(msgspec.Struct, frozen=True, kw_only=True):
         parameter_bytes: weights, their half-precision copies under autocast, and buffers.
         gradient_bytes: one fp32 gradient per parameter that gets one.
         optimizer_bytes: the optimizer's state.
-        workspace_bytes: what libraries take at most beside tensors.
+        workspace_bytes: what libraries take at most beside tensors, and the tables of a criterion's penalty.
         peak_bytes: the largest sum that is alive at one moment; less than the sum of the parts, which do not all meet.
         device_bytes: what must be free on the device, an upper estimate.
     """
@@ -110,12 +111,14 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     images = -(-batch * (4 * math.prod(network.input_shape) + 8) // block) * block  # 8: the label
     width = precision.activation_bytes
     workspace = max((layer_workspace(layer, batch, width, memory_format) for layer in network.layers), default=0)
-    persistent = weights + seen.buffer_bytes + states + library + images + gradients
+    penalty = penalty_work(setting.regularizer, network, gpu=gpu) if setting.regularizer else PenaltyWork()
+    held_bytes = library + penalty.table_bytes
+    persistent = weights + seen.buffer_bytes + states + held_bytes + images + gradients
     if gpu:
         copies_of_update = _share(_UPDATE_COPIES * learnt, shared)
     else:
         copies_of_update = 4 * max((p.num_elements for p in network.gradients), default=0)
-    update = (0 if held else learnt) + copies_of_update
+    update = (0 if held else learnt) + max(copies_of_update, penalty.scratch_bytes)
     peak = persistent + max(highest, update)
     margin = CPU_HALF_MARGIN if setting.half else CPU_MARGIN
     return MemoryNeed(
@@ -123,7 +126,7 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
         parameter_bytes=weights + seen.buffer_bytes + copies,
         gradient_bytes=gradients or learnt,
         optimizer_bytes=states,
-        workspace_bytes=library + workspace,
+        workspace_bytes=held_bytes + workspace,
         peak_bytes=peak,
         device_bytes=_device_bytes(peak, persistent)
         if gpu

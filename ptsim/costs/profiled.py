@@ -53,20 +53,22 @@ def profiled_step(network: Network, profile: DeviceProfile, setting: StepSetting
     """
     measured = OperatorSetting(precision=setting.precision, memory_format=setting.memory_format)
     profile.check_setting(measured)
-    device = _device(profile.device, profile.operators, profile.steps, measured, profile.copy_bandwidth_bytes_per_s)
+    on_gpu, copying = profile.kind == "cuda", profile.copy_bandwidth_bytes_per_s
+    device = _device(profile.device, on_gpu, profile.operators, profile.steps, measured, copying)
     return device.step(network, setting)
 
 
 @functools.lru_cache(maxsize=8)
 def _device(
     name: str,
+    on_gpu: bool,
     operators: tuple[OperatorTime, ...],
     steps: tuple[StepMeasurement, ...],
     setting: OperatorSetting,
     copy_bandwidth_bytes_per_s: float | None,
 ) -> _Device:
     """Fitting takes a second, and a run asks for dozens of steps of one profile."""
-    return _Device(name, operators, steps, setting, copy_bandwidth_bytes_per_s)
+    return _Device(name, on_gpu, operators, steps, setting, copy_bandwidth_bytes_per_s)
 
 
 class _Device:
@@ -75,12 +77,14 @@ class _Device:
     def __init__(
         self,
         name: str,
+        on_gpu: bool,
         operators: Sequence[OperatorTime],
         steps: Sequence[StepMeasurement],
         setting: OperatorSetting,
         copy_bandwidth_bytes_per_s: float | None,
     ) -> None:
         self._name = name
+        self._on_gpu = on_gpu
         self._copy_bandwidth_bytes_per_s = copy_bandwidth_bytes_per_s
         self._setting = setting
         self._steps = [step for step in steps if step.setting == setting]
@@ -104,7 +108,7 @@ class _Device:
         )
         regularizer_s = 0.0
         if regularizer:
-            penalty_s = functools.partial(_penalty_seconds, network, regularizer)
+            penalty_s = functools.partial(self._penalty_seconds, network, regularizer)
             regularizer_s = self._fitted(network, penalty_s, "no step with a regulariser")
         measured = self._measured(network, batch)
         if measured is not None:
@@ -114,7 +118,7 @@ class _Device:
             optimizer_s = (
                 measured.optimizer_s if measured.optimizer == optimizer and measured.optimizer_s else optimizer_s
             )
-            regularizer_s = (regularizer and _penalty_seconds(network, regularizer, measured)) or regularizer_s
+            regularizer_s = (regularizer and self._penalty_seconds(network, regularizer, measured)) or regularizer_s
         else:
             ratios, ratio_error = self._ratios(forward_s + backward_s, len(network.layers))
             error = math.hypot(_common_error(estimates), ratio_error, self._jitter())
@@ -208,6 +212,13 @@ class _Device:
         spreads = [math.log(step.step_high_s / step.step_low_s) / (2 * Z90) for step in self._steps]
         return statistics.median(spreads) if spreads else 0.0
 
+    def _penalty_seconds(self, network: Network, criterion: str, step: StepMeasurement) -> float | None:
+        """What the penalty took in a step; another criterion's takes as much longer as it moves more of the network."""
+        if step.regularizer_s is None or step.criterion == criterion:
+            return step.regularizer_s
+        asked, other = (penalty_work(name, network, gpu=self._on_gpu).num_bytes for name in (criterion, step.criterion))
+        return step.regularizer_s * asked / other if other else None
+
     def _fitted(self, network: Network, seconds_of: Callable[[StepMeasurement], float | None], missing: str) -> float:
         """What whole steps took for something that grows with parameters and tensors."""
         known = [(step, value) for step in self._steps if (value := seconds_of(step))]
@@ -220,14 +231,6 @@ class _Device:
         seconds = np.array([took_s for _, took_s in known])
         weights, _ = nnls(features / seconds[:, None], np.ones(len(known)))
         return float(_update_features(network.num_parameters, len(network.parameters)) @ weights)
-
-
-def _penalty_seconds(network: Network, criterion: str, step: StepMeasurement) -> float | None:
-    """What the penalty took in a step; another criterion's takes as much longer as it moves more of this network."""
-    if step.regularizer_s is None or step.criterion == criterion:
-        return step.regularizer_s
-    other = penalty_work(step.criterion, network).num_bytes
-    return step.regularizer_s * penalty_work(criterion, network).num_bytes / other if other else None
 
 
 def _update_features(num_parameters: int, num_tensors: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

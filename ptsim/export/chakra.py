@@ -141,7 +141,7 @@ class _StepBuilder:
         deps = set(self._reduced) or set().union(*self._backward.values())
         num_bytes = update_traffic(self.network, self.setting.optimizer)
         if self.setting.regularizer is not None:
-            num_bytes += penalty_work(self.setting.regularizer, self.network).num_bytes
+            num_bytes += penalty_work(self.setting.regularizer, self.network, gpu=True).num_bytes
         self._add("optimizer", deps, seconds, 0, num_bytes)
 
     def _add(self, name: str, deps: set[int], seconds: float, macs: int, num_bytes: int) -> set[int]:

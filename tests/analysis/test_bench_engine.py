@@ -17,8 +17,8 @@ def test_it_prints_ratios_and_the_flat_regulariser_needs_at_most_20_launches(
     )
     lines = dict(line.split(" = ") for line in capsys.readouterr().out.splitlines() if " = " in line)
     launches = {key.rpartition(" ")[2]: float(value) for key, value in lines.items()}
-    assert launches["launches_flat"] <= 20
-    assert launches["launches_per_tensor"] > launches["launches_flat"]
+    assert launches["launches_gathered"] <= 20
+    assert launches["launches_per_tensor"] > launches["launches_gathered"]
 
 
 def test_the_survey_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,11 +137,11 @@ def test_the_flat_regulariser_equals_the_one_layer_by_layer():
     model = zoo.create("resnet20").to(CUDA)
     groups = find_groups(model, (3, 32, 32))
     gradients = []
-    for form in ("flat", "per_tensor"):
+    for form in ("gathered", "per_tensor"):
         model.zero_grad(set_to_none=True)
         GroupLasso(model, groups, form=form).add_gradient(0.1)
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-    assert GroupLasso(model, groups).form == "flat"
+    assert GroupLasso(model, groups).form == "gathered"
     for flat, single in zip(*gradients, strict=True):
         torch.testing.assert_close(flat, single, rtol=1e-4, atol=1e-6)
 

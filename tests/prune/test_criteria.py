@@ -150,7 +150,7 @@ def test_a_criterion_from_outside_the_package_is_added_by_one_line_or_by_an_entr
         pruner, _ = trained("by_hand")
         assert len(pruner.criterion.weights) == 1
         network = pruner.recorder.architecture
-        assert penalty_work("by_hand", network) == PenaltyWork(num_bytes=10**12, num_launches=2)
+        assert penalty_work("by_hand", network, gpu=True) == PenaltyWork(num_bytes=10**12, num_launches=2)
         setting = StepSetting(batch=8, regularizer="by_hand")
         a100 = load_device("a100")
         fastest_s = 1e12 / a100.memory_bandwidth_bytes_per_s

@@ -1,12 +1,18 @@
 """The group lasso: its value, its gradient in both forms, its proximal step and λ."""
 
 import math
+import weakref
+from typing import Any, Literal
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ptsim import zoo
+from ptsim.capture.network import capture_network
+from ptsim.criteria import penalty_work
 from ptsim.errors import UsageError
 from ptsim.prune.criteria.coefficient import penalty_coefficient
 from ptsim.prune.criteria.group_lasso import GroupLasso
@@ -40,12 +46,14 @@ def test_the_penalty_is_the_sum_of_all_norms_but_the_images_and_the_classes() ->
     assert float(lasso.value()) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("form", ["per_tensor", "flat"])
+@pytest.mark.parametrize(("form", "limit"), [("per_tensor", 0), ("gathered", 10**6), ("gathered", 300)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("build", [small_resnet, grouped_network])
-def test_the_hand_written_gradient_is_autograds(form: str, layout: torch.memory_format, build: object) -> None:
+def test_the_hand_written_gradient_is_autograds(
+    form: Literal["per_tensor", "gathered"], limit: int, layout: torch.memory_format, build: object
+) -> None:
     model = build().to(memory_format=layout)  # type: ignore[operator] # a parameter of the test
-    lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE), form=form)  # type: ignore[arg-type] # a parameter of the test
+    lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE), form=form, limit=limit)
     (0.3 * lasso.penalty()).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert expected
@@ -65,6 +73,63 @@ def test_depthwise_convolutions_biases_and_batch_norms_are_not_penalised() -> No
     lasso.add_gradient(1.0)
     touched = {name for name, p in model.named_parameters() if p.grad is not None}
     assert touched == {"0.weight", "3.weight", "7.weight", "11.weight", "13.weight"}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operators read and write, and what they hold of new memory at most. Views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+        self.held: dict[int, int] = {}
+        self.most_held = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        places = {leaf.untyped_storage().data_ptr() for leaf in given}
+        new = [leaf for leaf in made if leaf.untyped_storage().data_ptr() not in places]
+        for leaf in new:
+            storage = leaf.untyped_storage()
+            self.held[storage.data_ptr()] = storage.nbytes()
+            weakref.finalize(storage, self.held.pop, storage.data_ptr(), None)
+            self.most_held = max(self.most_held, sum(self.held.values()))
+        if new or func._schema.is_mutable:
+            written = made or given[: len(given) // 3]  # `_foreach_addcmul_` returns nothing: a third are gradients
+            read = given
+            if func is torch.ops.aten.index_select.default:  # of a table only what is looked up, and not from memory
+                read = [given[1]] if given[0].numel() < made[0].numel() / 4 else [made[0], given[1]]
+            self.num_bytes += sum(leaf.numel() * leaf.element_size() for leaf in [*read, *written])
+        return out
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_the_gradient_moves_and_holds_is_what_the_cost_model_says(kernel: int, gpu: bool) -> None:
+    convolutions = [nn.Conv2d(64 if i else 3, 64, kernel) for i in range(6)]
+    model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))
+    network = capture_network(model, name="n", input_shape=(3, 16, 16), num_classes=5)
+    lasso = GroupLasso(model, find_groups(model, (3, 16, 16)), form="gathered" if gpu else "per_tensor")
+    lasso.add_gradient(1e-3)
+    with Traffic() as seen:
+        lasso.add_gradient(1e-3)
+    work = penalty_work("group_lasso", network, gpu=gpu)
+    assert seen.num_bytes == pytest.approx(work.num_bytes, rel=0.05)
+    assert seen.most_held == pytest.approx(work.scratch_bytes, rel=0.05)
+    gathered = lasso._gathered
+    tables = [] if gathered is None else [gathered.order, gathered.first, gathered.second]
+    assert sum(t.numel() * t.element_size() for t in tables) == pytest.approx(work.table_bytes, rel=0.05)
+
+
+def test_only_weights_that_are_not_large_are_gathered_on_a_gpu() -> None:
+    model = nn.Sequential(nn.Linear(600, 1000), nn.ReLU(), nn.Linear(1000, 10))
+    network = capture_network(model, name="n", input_shape=(600,), num_classes=10)
+    work = penalty_work("group_lasso", network, gpu=True)
+    assert work.table_bytes == 3 * 4 * 10_000
+    assert work.num_bytes == 4 * (9 * 600_000 + 20 * 10_000)
+    assert work.num_launches == 10 + 10 + 1 + 1
+    assert work.scratch_bytes == 2 * 4 * 600_000
 
 
 def test_the_gradient_of_zero_weights_is_zero() -> None:

@@ -64,13 +64,13 @@ def test_the_stand_in_refuses_what_a_gpu_would_refuse(gpu: FakeTensorMode) -> No
         torch.ones(3, device="cuda").add_(torch.zeros(3))
 
 
-@pytest.mark.parametrize("form", ["flat", "per_tensor"])
+@pytest.mark.parametrize("form", ["gathered", "per_tensor"])
 def test_the_regulariser_stays_on_the_device(form: Any) -> None:
     model, groups, _ = network()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         twin = on_gpu(model)
-    assert GroupLasso(twin, groups).form == "flat"  # the default on a GPU
+    assert GroupLasso(twin, groups).form == "gathered"  # the default on a GPU
     for criterion in (GroupLasso(twin, groups, form=form), Slimming(twin, groups)):
         with mode:
             criterion.add_gradient(0.1)

@@ -8,12 +8,12 @@ gradient is λ·w·(1/‖w_out‖ + 1/‖w_in‖): written by hand, without an a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ptsim.criteria import group_lasso_work
+from ptsim.criteria import GATHERED_ELEMENTS, group_lasso_work
 from ptsim.network import Network
 from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
 from ptsim.prune.labels import Weighted
@@ -21,28 +21,45 @@ from ptsim.prune.labels import Weighted
 SMOOTHING = 1e-8  # docs/method.md §1
 
 
+class _Term(NamedTuple):
+    """A penalised weight, and whether its input and its output channels are groups."""
+
+    layer: Weighted
+    weight: nn.Parameter
+    inputs: bool
+    outputs: bool
+
+
 class GroupLasso:
     """The penalty Σ‖W_g‖ of a model's channel groups, its gradient and its proximal step.
 
     Holds references to the model's parameters: make a new one after every reconfiguration.
 
-    `form`: "flat" computes the gradient of all layers in about 20 kernels, "per_tensor" in about 13 per layer, layer by
-    layer in the cache; the default is flat on a GPU, where launches count, and per tensor on a CPU, where memory does
-    (the flat form was 9 times slower there).
+    `form`: how the gradient is computed. "per_tensor" takes each weight by itself: few accesses to memory, about 10
+    kernels a weight. "gathered" takes all weights of up to `limit` elements as one vector: about 12 kernels, more
+    accesses, and tables. The default is gathered on a GPU, where launches count, and per tensor on a CPU.
     """
 
     label: ClassVar[str] = "group lasso"
 
     def __init__(
-        self, model: nn.Module, groups: ChannelGroups, *, form: Literal["per_tensor", "flat"] | None = None
+        self,
+        model: nn.Module,
+        groups: ChannelGroups,
+        *,
+        form: Literal["per_tensor", "gathered"] | None = None,
+        limit: int = GATHERED_ELEMENTS,
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.terms = [(layer, parameters[layer.weight], inp, out) for layer, inp, out in groups.penalised()]
-        self.weights: Sequence[nn.Parameter] = [weight for _, weight, _, _ in self.terms]
+        self.terms = [_Term(layer, parameters[layer.weight], inp, out) for layer, inp, out in groups.penalised()]
+        self.weights: Sequence[nn.Parameter] = [term.weight for term in self.terms]
         if form is None:
-            form = "flat" if self.terms and all(weight.is_cuda for _, weight, _, _ in self.terms) else "per_tensor"
+            form = "gathered" if self.terms and all(weight.is_cuda for weight in self.weights) else "per_tensor"
         self.form = form
-        self._flat: _FlatGradient | None = None
+        most = limit if form == "gathered" else 0
+        self._small = [term for term in self.terms if term.weight.numel() <= most]
+        self._large = [term for term in self.terms if term.weight.numel() > most]
+        self._gathered: _GatheredGradient | None = None
 
     def penalty(self) -> Tensor:
         """Σ of the group norms (without λ); differentiable, so that the hand-written gradient can be checked."""
@@ -66,24 +83,15 @@ class GroupLasso:
 
         Call after backward, after gradients are unscaled (AMP) and reduced (data parallelism).
         """
-        for _, weight, _, _ in self.terms:
+        for weight in self.weights:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight, memory_format=torch.preserve_format)
-        if self.form == "flat" and self.terms:
-            if self._flat is None:
-                self._flat = _FlatGradient(self.terms)
-            self._flat.add(coefficient)
-            return
-        for layer, weight, inputs, outputs in self.terms:
-            W = weight_GOIK(weight, layer)
-            square = W.square()
-            factor: Tensor | float = 0.0
-            if inputs:
-                factor = (square.sum((1, 3), keepdim=True) + SMOOTHING).rsqrt()
-            if outputs:
-                factor = factor + (square.sum((2, 3), keepdim=True) + SMOOTHING).rsqrt()
-            assert weight.grad is not None, "made above"
-            weight.grad.add_(_like_weight(W * factor, layer, weight), alpha=coefficient)
+        if self._small:
+            if self._gathered is None:
+                self._gathered = _GatheredGradient(self._small)
+            self._gathered.add(coefficient)
+        for term in self._large:
+            _add_gradient(term, coefficient)
 
     @torch.no_grad()
     def proximal_step(self, shrinkage: float) -> None:
@@ -108,74 +116,108 @@ class GroupLasso:
 
     @classmethod
     def traffic(cls, network: Network) -> int:
-        """Bytes that one `add_gradient` reads and writes."""
-        return group_lasso_work(network).num_bytes
+        """Bytes that one `add_gradient` reads and writes on a GPU."""
+        return group_lasso_work(network, gpu=True).num_bytes
 
     @classmethod
     def launches(cls, network: Network) -> int:
         """Kernels that one `add_gradient` launches on a GPU."""
-        return group_lasso_work(network).num_launches
+        return group_lasso_work(network, gpu=True).num_launches
 
 
 def _like_weight(W_GOIK: Tensor, layer: Weighted, weight: Tensor) -> Tensor:
+    """(groups, out per group, in per group, kernel elements or 1) in the axes of the weight."""
+    kernel = weight.shape[2:] if W_GOIK.shape[3] > 1 else (1,) * (weight.ndim - 2)
     if layer.transposed:
-        return W_GOIK.reshape(weight.shape[1], weight.shape[0], *weight.shape[2:]).transpose(0, 1)
-    return W_GOIK.reshape(weight.shape)
+        return W_GOIK.reshape(weight.shape[1], weight.shape[0], *kernel).transpose(0, 1)
+    return W_GOIK.reshape(*weight.shape[:2], *kernel)
 
 
-class _FlatGradient:
-    """All penalised weights as one vector, in their order of storage, with segments for their groups.
+def _add_gradient(term: _Term, coefficient: float) -> None:
+    """λ·w·(1/‖w_in‖ + 1/‖w_out‖) of one weight."""
+    layer, weight = term.layer, term.weight
+    W = weight_GOIK(weight, layer)
+    square = W.square() if W.shape[3] == 1 else torch.linalg.vector_norm(W, dim=3, keepdim=True).square_()
+    factor: Tensor | None = None
+    for wanted, axis in ((term.inputs, 1), (term.outputs, 2)):
+        if wanted:
+            inverse = square.sum(axis, keepdim=True).add_(SMOOTHING).rsqrt_()
+            factor = inverse if factor is None else factor + inverse
+    if factor is not None:
+        assert weight.grad is not None, "made by the caller"
+        factor = _like_weight(factor.expand(*W.shape[:3], 1), layer, weight)
+        weight.grad.addcmul_(weight, factor, value=coefficient)
 
-    Sums run over contiguous segments, not with atomic additions, so that every rank of a data-parallel run and every
-    repetition gets the same bits. Elements without an input (output) group read a factor of 0 at the end of the table.
+
+class _GatheredGradient:
+    """The weights of several layers as one vector, in their order of storage, with segments for their groups.
+
+    Sums run over segments, not with atomic additions, so that every rank of a data-parallel run and every repetition
+    gets the same bits. In a weight's storage the groups of its first axis (outputs; inputs of a transposed convolution)
+    are segments as they stand; those of the second axis are gathered first. Elements without a group read a factor of
+    0 at the end of the table of inverse norms.
     """
 
-    def __init__(self, terms: Sequence[tuple[Weighted, nn.Parameter, bool, bool]]) -> None:
-        self.weights = [weight for _, weight, _, _ in terms]
+    def __init__(self, terms: Sequence[_Term]) -> None:
+        self.weights = [term.weight for term in terms]
         device = self.weights[0].device
-        orders: dict[str, list[Tensor]] = {"in": [], "out": []}
-        lengths: dict[str, list[Tensor]] = {"in": [], "out": []}
-        groups_of: dict[str, list[Tensor]] = {"in": [], "out": []}
-        counts = {"in": 0, "out": 0}
-        start = 0
-        for layer, weight, inputs, outputs in terms:
-            G = weight_GOIK(_unstore(torch.arange(weight.numel()), weight), layer)
-            for role, wanted, order in (("in", inputs, (0, 2, 1, 3)), ("out", outputs, (0, 1, 2, 3))):
-                group = torch.full((weight.numel(),), -1)
-                if wanted:
-                    members = G.permute(order).reshape(G.shape[order[0]] * G.shape[order[1]], -1)
-                    orders[role].append(members.flatten() + start)
-                    lengths[role].append(torch.full((len(members),), members.shape[1]))
-                    ids = torch.arange(len(members)) + counts[role]
-                    group[members.flatten()] = ids.repeat_interleave(members.shape[1])
-                    counts[role] += len(members)
-                groups_of[role].append(group)
-            start += weight.numel()
-
-        def joined(parts: list[Tensor]) -> Tensor:
-            return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-        self.lengths = joined(lengths["in"] + lengths["out"]).to(device)
-        self.order = joined(orders["in"] + orders["out"]).to(device)
-        total = counts["in"] + counts["out"]
-        in_of, out_of = joined(groups_of["in"]), joined(groups_of["out"])
-        self.in_of = torch.where(in_of < 0, total, in_of).to(device)
-        self.out_of = torch.where(out_of < 0, total, out_of + counts["in"]).to(device)
+        lengths: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the groups of the first and of the second axis
+        ids: tuple[list[Tensor], list[Tensor]] = ([], [])  # of each element's group; -1: none
+        gathered = []
+        start, counts = 0, [0, 0]
+        for term in terms:
+            weight, size = term.weight, term.weight.numel()
+            G = weight_GOIK(_unstore(torch.arange(size), weight), term.layer)
+            out_first = G.reshape(G.shape[0] * G.shape[1], -1)
+            in_first = G.transpose(1, 2).reshape(G.shape[0] * G.shape[2], -1)
+            first, second = (in_first, out_first) if term.layer.transposed else (out_first, in_first)
+            has_first, has_second = term.inputs, term.outputs
+            if not term.layer.transposed:
+                has_first, has_second = has_second, has_first
+            for axis, members, has in ((0, first, has_first), (1, second, has_second)):
+                group = torch.full((size,), -1)
+                if has:
+                    numbers = torch.arange(len(members)) + counts[axis]
+                    group[members.flatten()] = numbers.repeat_interleave(members.shape[1])
+                if has or axis == 0:  # the segments of the first axis cover the vector
+                    lengths[axis].append(torch.full((len(members),), members.shape[1]))
+                    counts[axis] += len(members)
+                if has and axis == 1:
+                    gathered.append(members.flatten() + start)
+                ids[axis].append(group)
+            start += size
+        self.offsets = [_offsets(parts).to(device) for parts in lengths]
+        self.order = torch.cat([torch.empty(0, dtype=torch.int64), *gathered]).int().to(device)
+        first, second = (torch.cat(parts) for parts in ids)
+        none = sum(counts)
+        self.first = torch.where(first < 0, none, first).int().to(device)
+        self.second = torch.where(second < 0, none, second + counts[0]).int().to(device)
+        self.none = torch.full((1,), torch.inf, dtype=self.weights[0].dtype, device=device)  # 1/√∞ = 0
         self.sizes = [weight.numel() for weight in self.weights]
 
     def add(self, coefficient: float) -> None:
-        vector = torch.cat([_storage(weight).view(-1) for weight in self.weights])
-        square = vector.square().index_select(0, self.order)
-        sums = torch.segment_reduce(square, "sum", lengths=self.lengths, unsafe=True)
-        table = nn.functional.pad(sums.add_(SMOOTHING).rsqrt_(), (0, 1))
-        factor = table.index_select(0, self.in_of).add_(table.index_select(0, self.out_of))
-        parts = torch.split(vector.mul_(factor), self.sizes)
-        gradients, additions = [], []
-        for weight, part in zip(self.weights, parts, strict=True):
+        factors = torch.split(self._factors(), self.sizes)
+        gradients = []
+        for weight in self.weights:
             assert weight.grad is not None, "made by the caller"
             gradients.append(weight.grad)
-            additions.append(_unstore(part, weight))
-        torch._foreach_add_(gradients, additions, alpha=coefficient)
+        like = [_unstore(factor, weight) for factor, weight in zip(factors, self.weights, strict=True)]
+        torch._foreach_addcmul_(gradients, self.weights, like, value=coefficient)
+
+    def _factors(self) -> Tensor:
+        """1/‖w_in‖ + 1/‖w_out‖ of every element."""
+        square = torch.cat([_storage(weight).view(-1) for weight in self.weights]).square_()
+        sums = [torch.segment_reduce(square, "sum", offsets=self.offsets[0], unsafe=True)]
+        square = square.index_select(0, self.order)
+        sums.append(torch.segment_reduce(square, "sum", offsets=self.offsets[1], unsafe=True))
+        del square
+        table = torch.cat([*sums, self.none]).add_(SMOOTHING).rsqrt_()
+        return table.index_select(0, self.first).add_(table.index_select(0, self.second))
+
+
+def _offsets(lengths: Sequence[Tensor]) -> Tensor:
+    """Where segments of these lengths begin, and the end of the last."""
+    return torch.cat([torch.zeros(1, dtype=torch.int64), *lengths]).cumsum(0)
 
 
 def _storage(weight: Tensor) -> Tensor:

@@ -71,12 +71,12 @@ class Slimming:
     @classmethod
     def traffic(cls, network: Network) -> int:
         """Bytes that one `add_gradient` reads and writes."""
-        return slimming_work(network).num_bytes
+        return slimming_work(network, gpu=True).num_bytes
 
     @classmethod
     def launches(cls, network: Network) -> int:
         """Kernels that one `add_gradient` launches on a GPU."""
-        return slimming_work(network).num_launches
+        return slimming_work(network, gpu=True).num_launches
 
 
 def norms(model: nn.Module, groups: ChannelGroups) -> Iterator[tuple[str, _BatchNorm, Tensor]]:
