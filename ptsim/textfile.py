@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import errno
@@ -65,6 +66,15 @@ def read_bytes(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
             return file.read()
         except OSError as error:
             raise FileFormatError(path, f"cannot be read: {error.strerror}") from error
+
+
+def decode_text(content: bytes) -> str:
+    """The text of a log: UTF-8, or UTF-16 where a byte order mark says so, as PowerShell's `>` writes it.
+
+    A byte order mark is skipped; what is not text becomes U+FFFD.
+    """
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if wide else "utf-8-sig", errors="replace")
 
 
 def read_lines(path: str | Path, *, most: int, most_of_line: int) -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from ptsim.errors import FileFormatError
-from ptsim.textfile import decode_json, read_bytes
+from ptsim.textfile import decode_json, decode_text, read_bytes
 
 _MARK = ":::MLLOG"
 _NODES = re.compile(r"\s*(\d{1,6})\s*x", re.IGNORECASE)  # "4xNVIDIA DGX A100"
@@ -77,7 +77,7 @@ def read_mllog(path: str | Path) -> MlperfRun:
             the number of training samples or a whole epoch.
     """
     path = Path(path)
-    lines = _lines(path, read_bytes(path).decode("utf-8", errors="replace"))
+    lines = _lines(path, decode_text(read_bytes(path)))
     values = {line.key: line.value for line in lines if line.value is not None}
     epochs = _epochs(lines)
     if not epochs:

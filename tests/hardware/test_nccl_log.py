@@ -91,6 +91,13 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path) 
     assert len(read_nccl_log(write(tmp_path, text)).measurements) == 3
 
 
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_what_powershell_writes_is_read(tmp_path: Path, order: str) -> None:
+    path = tmp_path / "all_reduce.log"
+    path.write_bytes(("\ufeff" + OLD_HEAD + OLD_ROWS + TAIL).replace("\n", "\r\n").encode(order))
+    assert read_nccl_log(path).num_gpus == 4
+
+
 def test_per_iteration_columns_are_passed_over(tmp_path: Path) -> None:
     # nccl-tests 2.18, writePerIterReport: i_min, i_max, i_p99, i_cv% behind either half
     row = "1024  256  float  sum  -1  10.0  0.1  0.1  0  9.0 12.0 11.9 5.0  14.4  0.1  0.1  0  9.5 15.0 14.9 6.0\n"
@@ -164,6 +171,19 @@ def test_cpu_times_and_simultaneous_groups_are_refused(tmp_path: Path) -> None:
         read_nccl_log(write(tmp_path, NEW_HEAD.replace("     time ", "  cputime ") + NEW_ROWS + TAIL))
     with pytest.raises(FileFormatError, match="2 groups of GPUs at the same time"):
         read_nccl_log(write(tmp_path, NEW_HEAD.replace("Rank  1 Group  0", "Rank  1 Group  1") + NEW_ROWS + TAIL))
+
+
+def test_pairs_that_reduce_at_the_same_time_are_called_groups_and_not_another_collective(tmp_path: Path) -> None:
+    # NCCL_TESTS_SPLIT: of two ranks, bus and algorithm bandwidth are equal, as a sendrecv's are
+    head = NEW_HEAD.replace("# Collective test starting: all_reduce_perf\n", "").replace(
+        "Rank  1 Group  0", "Rank  1 Group  1"
+    )
+    more = "#  Rank  2 Group  0 Pid 10 on beta device 0 [0000:1b:00] NVIDIA H100\n"
+    head = head.replace("#\n#  ", f"{more}{more.replace('Rank  2 Group  0', 'Rank  3 Group  1')}#\n#  ", 1)
+    times = "    41.943    100.00    100.00    0"
+    row = f"     4194304       1048576     float     sum      -1{times}{times}\n"
+    with pytest.raises(FileFormatError, match="2 groups of GPUs at the same time"):
+        read_nccl_log(write(tmp_path, head + row + TAIL))
 
 
 def test_all_reduce_is_found_among_other_collectives(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from ptsim.hardware.nccl_log.document import read_document
 from ptsim.hardware.nccl_log.record import NcclLog
 from ptsim.hardware.nccl_log.section import Section, collective, logs_of
 from ptsim.hardware.nccl_log.text import read_sections
-from ptsim.textfile import read_bytes
+from ptsim.textfile import decode_text, read_bytes
 
 _MOST_BYTES = 64 * 2**20
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -27,7 +27,7 @@ def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
             results, a single GPU, or no measurement; says file and line.
     """
     path = Path(path)
-    text = read_bytes(path, most=_MOST_BYTES).decode("utf-8-sig", errors="replace")
+    text = decode_text(read_bytes(path, most=_MOST_BYTES))
     if not text.strip():
         raise FileFormatError(path, "is empty, expected the output of nccl-tests' all_reduce_perf")
     return read_document(path, text) if text.lstrip()[0] == "{" else _read_text(path, _COLOUR.sub("", text))

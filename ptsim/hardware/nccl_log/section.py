@@ -139,10 +139,11 @@ def collective(section: Section) -> str:
     algbw, busbw = row.times.algbw, row.times.busbw
     element = next(size for size, names in ELEMENT_BYTES if re.fullmatch(names, row.type))
     shares = row.size // max((row.count or row.size) * element, 1)  # a reduce-scatter counts what one rank gets
-    for num in (len(section.ranks), shares):
+    ranks = len(section.ranks) // max(len(section.groups), 1)  # that reduce together
+    for num in (ranks, shares):
         if num > 1 and algbw > 1 and abs(busbw / algbw / ((num - 1) / num) - 1) < 0.02:
             return "reduce_scatter_perf"
-    if len(section.ranks) > 2 and algbw > 1 and abs(busbw / algbw - 1) < 0.02:
+    if ranks > 2 and algbw > 1 and abs(busbw / algbw - 1) < 0.02:
         return "a test whose bus bandwidth is its algorithm bandwidth (sendrecv, broadcast or reduce)"
     return "all_reduce_perf"
 
