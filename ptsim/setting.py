@@ -32,7 +32,7 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
         sharding: "zero1": every GPU keeps and updates its share of the optimizer's state; "zero2": of the gradients
             too. Gradients are reduce-scattered and updated parameters all-gathered (Rajbhandari et al., SC 2020).
         passes: forward and backward passes over equal parts of the mini-batch, whose gradients accumulate into one
-            update; decides the memory, while times are those of a step in one pass.
+            update.
     """
 
     batch: int
@@ -48,6 +48,11 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     def pass_batch(self) -> int:
         """Images of one forward pass."""
         return -(-self.batch // self.passes)
+
+    @property
+    def one_pass(self) -> StepSetting:
+        """One of the passes, as a step of its own."""
+        return self if self.passes == 1 else msgspec.structs.replace(self, batch=self.pass_batch, passes=1)
 
     @property
     def data_parallel(self) -> bool:

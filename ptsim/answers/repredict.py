@@ -198,11 +198,11 @@ class _Communication:
         self._overlap = overlap
         self._contention = contention_of(cluster, num_gpus)
         self._all_reduce = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, num_gpus))
-        self._known: dict[tuple[str, int, bool], _Exposed] = {}
+        self._known: dict[tuple[str, int, int, bool], _Exposed] = {}
         nodes_for(cluster, num_gpus)  # raises where it has not so many
 
     def of(self, network: Network, step: StepTime, epoch: Epoch) -> _Exposed:
-        key = (network.id, epoch.batch_per_gpu, epoch.regularized)
+        key = (network.id, epoch.batch_per_gpu, epoch.passes, epoch.regularized)
         if key not in self._known:
             self._known[key] = self._simulated(network, step)
         return self._known[key]
@@ -310,9 +310,9 @@ def _unsteady(trace: Trace) -> str | None:
     Epochs of one architecture, mini-batch and regulariser do the same work: what their mean steps differ by is the
     machine, and no prediction is meant to follow it.
     """
-    alike: dict[tuple[str, int, bool], list[float]] = {}
+    alike: dict[tuple[str, int, int, bool], list[float]] = {}
     for epoch in trace.epochs[1:]:  # the first one warms up
-        key = (epoch.architecture, epoch.batch_per_gpu, epoch.regularized)
+        key = (epoch.architecture, epoch.batch_per_gpu, epoch.passes, epoch.regularized)
         alike.setdefault(key, []).append((epoch.time.wall_s - epoch.time.data_wait_s) / epoch.num_iterations)
     ratio = max((max(steps) / min(steps) for steps in alike.values()), default=1.0)
     if ratio <= STEADY:

@@ -41,6 +41,8 @@ def measured_step(network: Network, profiles: Iterable[Profile], setting: StepSe
             regulariser is asked for and was not measured.
     """
     profiles = tuple(profiles)
+    if setting.passes > 1:
+        return measured_step(network, profiles, setting.one_pass).accumulated(setting.passes)
     profile = find_profile(network, profiles, setting)
     if profile is None:
         raise MissingMeasurementError(_what_is_missing(network, profiles, setting))

@@ -51,6 +51,8 @@ def profiled_step(network: Network, profile: DeviceProfile, setting: StepSetting
         MissingMeasurementError: the profile has nothing in this precision and format, nothing like an operator of the
             network, or no step with this optimizer or with a regulariser.
     """
+    if setting.passes > 1:
+        return profiled_step(network, profile, setting.one_pass).accumulated(setting.passes)
     measured = OperatorSetting(precision=setting.precision, memory_format=setting.memory_format)
     profile.check_setting(measured)
     on_gpu, copying = profile.kind == "cuda", profile.copy_bandwidth_bytes_per_s

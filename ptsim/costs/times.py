@@ -26,10 +26,11 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     """One training step without communication.
 
     Attributes:
-        layers: in forward order.
+        layers: in forward order; of all passes.
         overhead_s: what a step costs beyond its layers (loss, host gaps); 0 where the tier folds it into the layers.
         low_s, high_s: 90 % interval of `compute_s`, from the residuals of the tier.
         tier: the worst tier that contributed.
+        passes: forward and backward passes whose gradients accumulate into the one update.
     """
 
     layers: tuple[LayerTime, ...]
@@ -39,6 +40,7 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     low_s: float
     high_s: float
     tier: str
+    passes: int = 1
 
     @property
     def forward_s(self) -> float:
@@ -59,6 +61,24 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     def compute_s(self) -> float:
         """Seconds of the whole step on one device."""
         return self.forward_s + self.backward_s + self.optimizer_s + self.regularizer_s + self.overhead_s
+
+    def accumulated(self, passes: int) -> StepTime:
+        """The step of `passes` passes that each take as long as this step's one, and of one penalty and update.
+
+        The interval is as wide relative to the step as before.
+        """
+        times = passes / self.passes
+        step = msgspec.structs.replace(
+            self,
+            layers=tuple(
+                msgspec.structs.replace(layer, forward_s=times * layer.forward_s, backward_s=times * layer.backward_s)
+                for layer in self.layers
+            ),
+            overhead_s=times * self.overhead_s,
+            passes=passes,
+        )
+        wider = step.compute_s / self.compute_s
+        return msgspec.structs.replace(step, low_s=wider * self.low_s, high_s=wider * self.high_s)
 
 
 class Measurements(msgspec.Struct, frozen=True, kw_only=True):

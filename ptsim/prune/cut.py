@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptsim.capture.graph import evaluation_mode
 from ptsim.prune.labels import BATCH_NORMS, CONVS, INSTANCE_NORMS, WIDTH, AxisKey, tensor_names
 from ptsim.prune.numbers import Values, set_numbers
 
@@ -80,12 +81,24 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
     for module, weight in layers:  # whose filters may be a parameter of another module, which computes them
         if id(module) in touched or weight in tensors:
             sync_attributes(module, _groups_left(module, tensors.get(weight, {})))
+    for module, _ in layers:
+        if id(module) in touched:
+            _compute_anew(module)
     for path, module in norms_without_tensors(model):
         kept = tensors.get(f"{path}.{WIDTH}")
         if kept is not None:
             set_width(module, len(kept[0]))
     set_numbers(model, cut.numbers)
     return replacements
+
+
+def _compute_anew(module: nn.Module) -> None:
+    """Older normalisations and masks leave on a module what they computed at its last call: of the new shape now."""
+    for hook in module._forward_pre_hooks.values():
+        name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
+        if isinstance(name, str) and isinstance(vars(module).get(name), Tensor):
+            with evaluation_mode(module), torch.no_grad():
+                hook(module, ())
 
 
 def normed_weight(module: Any) -> tuple[Tensor, Tensor] | None:

@@ -87,7 +87,7 @@ def data_parallel_step(
 
     Args:
         network: what is trained.
-        step: its computation on one GPU.
+        step: its computation on one GPU; gradients are all-reduced in the last of its passes.
         all_reduce: the time of an all-reduce of so many bytes.
         contention: by which fraction computation and communication each take longer while they overlap.
         tensor_s: seconds of every gradient tensor's hook (`costs.scaling.hook_seconds`).
@@ -98,9 +98,18 @@ def data_parallel_step(
     buckets = ddp_buckets(network)
     buffer_bytes = ddp.buffer_bytes(network) if buffers else 0
 
+    one_pass = step.accumulated(1)
+
     def simulate(bound: ddp.Bound, contention: float) -> StepResult:
         plan = ddp.plan_step(
-            step, buckets, all_reduce, buffer_bytes=buffer_bytes, tensor_s=tensor_s, shards=shards, bound=bound
+            one_pass,
+            buckets,
+            all_reduce,
+            buffer_bytes=buffer_bytes,
+            num_micro_batches=step.passes,
+            tensor_s=tensor_s,
+            shards=shards,
+            bound=bound,
         )
         return simulate_steps([TrainingJob(plan=_overlapping(plan, overlap))], contention=contention)[0]
 

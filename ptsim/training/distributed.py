@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -307,16 +308,20 @@ class CommunicationMeter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        if self._model is not None and next(self._model.parameters()).device.type == "cpu":
+        self._model: weakref.ref[nn.Module] | None = None
+        if not isinstance(model, nn.parallel.DistributedDataParallel):
+            return
+        self._model = weakref.ref(model)  # one that is held would go on reducing beside a new one
+        if next(model.parameters()).device.type == "cpu":
             # On GPUs every sample waits for the iteration before: torch's own rate (the first 10, then every 100th).
-            self._model._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call] # torch's gap
+            model._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call] # torch's gap
 
     def exposed_s(self, num_iterations: int) -> float:
         """Seconds over `num_iterations`, from the mean over the sampled iterations since the wrapping."""
-        if self._model is None:
+        model: Any = None if self._model is None else self._model()
+        if model is None:
             return 0.0
-        data: dict[str, Any] = self._model._get_ddp_logging_data()  # type: ignore[no-untyped-call] # torch's gap
+        data: dict[str, Any] = model._get_ddp_logging_data()
         communication_ns = data.get("avg_backward_comm_time", 0)
         hidden_ns = data.get("avg_backward_compute_comm_overlap_time", 0)
         return float(max(communication_ns - hidden_ns, 0)) * 1e-9 * num_iterations

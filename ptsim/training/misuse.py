@@ -10,6 +10,20 @@ from torch import Tensor, nn
 from ptsim.errors import UsageError
 
 
+def check_optimizer_kind(optimizer: torch.optim.Optimizer) -> None:
+    """Make sure that the optimizer's state can be cut with the weights.
+
+    Raises:
+        UsageError: it keeps one state for all weights together.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UsageError(
+            f"{type(optimizer).__name__} keeps one state for all weights together, which cannot be cut with them",
+            hint="PruneTrain needs an optimizer with a state per weight, such as SGD or AdamW; "
+            "ptsim.Recorder records this one",
+        )
+
+
 class Order:
     """Watches the order of backward, penalty and update, and that the optimizer holds the network's weights."""
 

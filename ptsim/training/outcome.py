@@ -32,7 +32,8 @@ class EpochOutcome(msgspec.Struct, frozen=True, kw_only=True):
 class PruningSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Where a run stands; as text by `str`.
 
-    `channels` and `parameters` are (at the start, now); channels are output channels of convolutions and linear layers.
+    `channels` and `parameters` are (at the start, now): output channels of convolutions and linear layers, and
+    trainable parameters.
     """
 
     network: str
@@ -52,7 +53,7 @@ class PruningSummary(msgspec.Struct, frozen=True, kw_only=True):
         lines = [
             f"{self.network} after {self.epochs} epochs and {self.reconfigurations} reconfigurations, λ {strength}",
             change("output channels", self.channels),
-            change("parameters", self.parameters),
+            change("trainable parameters", self.parameters),
             change("multiply–accumulates per image", self.forward_macs),
         ]
         if self.layers_removed:

@@ -40,11 +40,11 @@ from ptsim.training import stored
 from ptsim.training.facts import RunFacts, checked_loss, checked_shape
 from ptsim.training.loggers import Logger
 from ptsim.training.measured import Penalty
-from ptsim.training.misuse import Order
+from ptsim.training.misuse import Order, check_optimizer_kind
 from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
 from ptsim.training.prune_settings import check_plan, make_settings
 from ptsim.training.recorder import Recorder
-from ptsim.training.wrapping import bare, bare_optimizer
+from ptsim.training.wrapping import bare, bare_optimizer, is_wrapped
 
 _PRUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PruneTrain]] = weakref.WeakKeyDictionary()
 
@@ -95,8 +95,8 @@ class PruneTrain:
 
         Raises:
             UnsupportedModelError: the network cannot be traced.
-            UsageError: a value out of its bounds, an optimizer of another network, a network that already has a
-                pruner, or nothing that can be pruned.
+            UsageError: a value out of its bounds, an optimizer of another network or one whose state cannot be cut, a
+                network that already has a pruner, or nothing that can be pruned.
         """
         self.settings = make_settings(settings)
         self._make_criterion: type[Criterion] = CRITERIA.find(self.settings.criterion)
@@ -105,13 +105,14 @@ class PruneTrain:
         self._refuse_second()
         self.penalty_ratio, self.interval = penalty_ratio, interval
         optimizer = bare_optimizer(optimizer)
+        check_optimizer_kind(optimizer)
         self.optimizer, self.ema, self.scaler, self.rewrap = optimizer, ema, scaler, rewrap
         self.regularized = penalty_ratio > 0
         self.penalty_coefficient: float | None = None if penalty_ratio > 0 else 0.0
         self.needs_rewrap = False
         self.grow: Callable[[], Growth] | None = None
         self.learning_rate_scale = 1.0
-        self._wrapped = model is not self.network
+        self._wrapped = is_wrapped(model)
         self._outdated: weakref.ref[nn.Module] | None = None
         self._first_batch: int | None = None
         self._proposed: int | None = None
@@ -227,7 +228,7 @@ class PruneTrain:
             UsageError: it holds another network.
         """
         self.recorder.follow(module)
-        self.needs_rewrap, self._wrapped = False, module is not self.network
+        self.needs_rewrap, self._wrapped = False, is_wrapped(module)
 
     def summary(self) -> PruningSummary:
         """Where the run stands: channels, parameters and operations at the start and now."""

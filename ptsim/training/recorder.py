@@ -406,7 +406,9 @@ class Recorder:
         with self.watch.paused():
             self._look_for_changes()
         self.meter.start()
-        self._communication = CommunicationMeter(self.module)
+        wrapped = isinstance(self.module, nn.parallel.DistributedDataParallel)
+        around = None if wrapped else self.watch.data_parallel  # made after the recorder, by a trainer perhaps
+        self._communication = CommunicationMeter(around or self.module)
 
     def _epoch_record(self, iterations: int, images: int, penalty: Penalty, measured: Measured) -> Epoch:
         watch, team, threshold = self.watch, self.team, self._threshold

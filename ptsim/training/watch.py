@@ -74,10 +74,15 @@ class Watch:
         """Watch this network and this optimizer from now on, and no other."""
         self.release()
         self._hooks = [
-            module.register_forward_pre_hook(_Hook(self, "_forward_begins"), with_kwargs=True),
-            module.register_forward_hook(_Hook(self, "_forward_ends")),
             optimizer.register_step_pre_hook(_Hook(self, "_update_begins")),
             optimizer.register_step_post_hook(_Hook(self, "_update_ends")),
+        ]
+        if module._compiled_call_impl is not None:  # module.compile(): hooks would be part of the graph
+            self._hooks.append(_CompiledInPlace(self, module))
+            return
+        self._hooks += [
+            module.register_forward_pre_hook(_Hook(self, "_forward_begins"), with_kwargs=True),
+            module.register_forward_hook(_Hook(self, "_forward_ends")),
         ]
 
     def release(self) -> None:
@@ -162,7 +167,8 @@ class Watch:
         if not self.num_images:
             raise UsageError(
                 "no training pass of the network was seen, so nobody knows how many images it was trained on",
-                hint="give the compiled module to the recorder, or the number of images to step()",
+                hint="compile the network before ptsim gets it, and give ptsim the compiled one; "
+                "or give the number of images to step()",
             )
         if not self.num_steps:
             warnings.warn(
@@ -177,6 +183,13 @@ class Watch:
         self.largest_backward = self._in_this_backward = 0
         self.learning_rate: float | None = None
         self.last_step_s: float | None = None
+
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[..., _T]) -> _T:
+        """The output of `call`, which is the module's own, watched as its hooks would."""
+        self._forward_begins(module, args, kwargs)
+        output = call(*args, **kwargs)
+        self._forward_ends(module, args, output)
+        return output
 
     def _enter(self, phase: Phase | None, gap: Phase | None = None) -> None:
         """From now on time belongs to `phase`; what has had no name since the last call is `gap`."""
@@ -199,11 +212,11 @@ class Watch:
         self._images = len(images) if images is not None and images.ndim else 0
         if self._ignored(module):
             return
+        caller = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        self._caller = None if caller is None else weakref.ref(caller)
         if self._timer is None:
             self.begin()
         self._in_backward = False
-        caller = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-        self._caller = None if caller is None else weakref.ref(caller)
         self._enter("forward", gap=None if self._told_data else "data")
         if images is not None:
             self._note_format(images)
@@ -312,6 +325,30 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_hook, ()
+
+
+class _CompiledInPlace:
+    """Stands in for the compiled call of a module on which `compile` was called, until it is removed."""
+
+    def __init__(self, watch: Watch, module: nn.Module) -> None:
+        call = module._compiled_call_impl
+        assert call is not None, "asked by who makes it"
+        watching, watched = weakref.ref(watch), weakref.ref(module)
+
+        def watched_call(*args: Any, **kwargs: Any) -> Any:
+            alive, inside = watching(), watched()
+            return (
+                call(*args, **kwargs) if alive is None or inside is None else alive.called(inside, args, kwargs, call)
+            )
+
+        self._module, self._call, self._instead = watched, call, watched_call
+        module._compiled_call_impl = watched_call
+
+    def remove(self) -> None:
+        """The module's own call again, unless it was compiled anew."""
+        module = self._module()
+        if module is not None and module._compiled_call_impl is self._instead:
+            module._compiled_call_impl = self._call
 
 
 def _nothing(*_: Any) -> None:

@@ -61,10 +61,18 @@ def bare(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether it is more than the network: compiled, in place perhaps, or made data parallel."""
+    return bare(module) is not module or module._compiled_call_impl is not None
+
+
 def bare_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside what Accelerate or Lightning have put around it."""
-    inner = getattr(optimizer, "optimizer", None)
-    return bare_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+    """The optimizer inside what Accelerate, Lightning, SAM or Lookahead have put around it: the one that updates."""
+    for name in ("optimizer", "base_optimizer", "_base_optimizer"):
+        inner = getattr(optimizer, name, None)
+        if isinstance(inner, torch.optim.Optimizer):
+            return bare_optimizer(inner)
+    return optimizer
 
 
 def called(module: nn.Module) -> nn.Module:

@@ -1,0 +1,216 @@
+"""PruneTrain and Recorder in loops that are written in other ways than the usual one."""
+
+import socket
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ptsim
+from ptsim.errors import UsageError
+from ptsim.prune.proof import zero_components
+from tests.training.test_own_loop import (  # noqa: F401 # a fixture
+    IMAGE,
+    fresh,
+    images_and_labels,
+    made,
+    one_thread,
+    sgd,
+    train,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:the network has collapsed:UserWarning")
+
+
+class Clock:
+    """Stands still but for what it is told."""
+
+    def __init__(self):
+        self.now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+    def passes(self, seconds):
+        self.now_s += seconds
+
+
+def test_a_step_of_two_accumulated_passes_takes_the_time_of_both(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    model = fresh()
+    model.register_forward_hook(lambda *_: clock.passes(1.0))
+    model.fc.weight.register_hook(lambda _: clock.passes(2.0))
+
+    class Slow(torch.optim.SGD):
+        def step(self, closure=None):
+            clock.passes(0.5)
+            return super().step(closure)
+
+    optimizer = Slow(model.parameters(), lr=0.05)
+
+    def batches():
+        for batch in images_and_labels(4, 8):
+            clock.passes(0.25)
+            yield batch
+
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    clock.passes(3.0)  # before the first mini-batch: no part of the epoch
+    for i, (images, labels) in enumerate(recorder.data(batches())):
+        (F.cross_entropy(model(images), labels) / 2).backward()
+        if i % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    epoch = recorder.end_epoch()
+    assert (epoch.num_iterations, epoch.passes, epoch.batch_per_gpu) == (2, 2, 16)
+    # Two passes of 0.25 s of waiting, 1 s forward and 2 s backward, then an update of 0.5 s: 7 s, twice.
+    assert (epoch.step.median_s, epoch.step.std_s, epoch.time.wall_s) == (7.0, 0.0, 14.0)
+    assert (epoch.time.data_wait_s, epoch.time.forward_s, epoch.time.backward_s) == (1.0, 4.0, 8.0)
+    assert epoch.time.optimizer_s == 1.0
+
+
+def test_predictions_of_accumulated_steps_count_every_profiled_pass(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    with ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path / "run", profile=True) as recorder:
+        for i, (images, labels) in enumerate(images_and_labels(4, 8)):
+            (F.cross_entropy(model(images), labels) / 2).backward()
+            if i % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        recorder.end_epoch()
+    trace = ptsim.read_trace(tmp_path / "run")
+    (profile,) = trace.profiles
+    assert profile.batch == 8  # one pass
+    checked = ptsim.validate([trace])
+    expected_s = 2 * (2 * (profile.forward_s + profile.backward_s) + profile.optimizer_s)
+    beyond_s = checked.runs[0].epochs[0].predicted_seconds - expected_s  # the pace of the input
+    assert beyond_s == pytest.approx(trace.epochs[0].time.wall_s - _steps_s(trace.epochs[0].time), abs=1e-4)
+
+
+def _steps_s(times):
+    return times.forward_s + times.backward_s + times.regularizer_s + times.optimizer_s
+
+
+def test_a_network_that_is_compiled_in_place_is_watched_and_pruned():
+    model = fresh()
+    model.compile(backend="eager")
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    outcomes = train(pruner, model, optimizer, 2, images_and_labels())
+    plain = fresh()
+    plain_optimizer = sgd(plain)
+    expected = train(made(plain, plain_optimizer), plain, plain_optimizer, 2, images_and_labels())
+    assert pruner.needs_rewrap
+    for ours, theirs in zip(outcomes, expected, strict=True):
+        assert ours.epoch.num_images == theirs.epoch.num_images == 64
+        assert ours.epoch.train_loss == pytest.approx(theirs.epoch.train_loss, rel=1e-5)
+        assert ours.epoch.time.forward_s > 0
+        assert ours.epoch.architecture == theirs.epoch.architecture
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    pruner.rewrapped(model)
+    assert train(pruner, model, optimizer, 1, images_and_labels())[0].epoch.num_images == 64
+    assert not pruner.needs_rewrap
+    call = model._compiled_call_impl
+    pruner.close()
+    assert model._compiled_call_impl is not call  # torch's own again
+    torch._dynamo.reset()
+
+
+def test_an_optimizer_with_one_state_for_all_weights_is_refused_and_can_be_recorded():
+    model = fresh()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    with pytest.raises(UsageError, match="LBFGS keeps one state for all weights together"):
+        made(model, optimizer)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    for images, labels in images_and_labels(2, 8):
+
+        def closure(images=images, labels=labels):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            return loss
+
+        recorder.step(optimizer.step(closure))
+    epoch = recorder.end_epoch()
+    assert (epoch.num_iterations, epoch.passes, epoch.num_images) == (2, 2, 32)  # two evaluations of 8 images a step
+
+
+class Around(torch.optim.Optimizer):
+    """As SAM and Lookahead are usually written: an optimizer that holds another and shares its groups."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self.base_optimizer = base
+        self.param_groups = base.param_groups
+
+    def step(self):
+        self.base_optimizer.step()
+
+
+def test_the_state_of_an_optimizer_inside_another_is_cut_with_the_weights():
+    model = fresh()
+    inner = sgd(model)
+    outer = Around(inner)
+    pruner = made(model, outer)
+    outcomes = train(pruner, model, outer, 2, images_and_labels())
+    assert outcomes[-1].pruned
+    assert [epoch.epoch.num_iterations for epoch in outcomes] == [4, 4]
+    assert set(inner.state) == set(model.parameters())
+    assert all(inner.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters())
+    train(pruner, model, outer, 1, images_and_labels())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_the_summary_right_after_a_reconfiguration_counts_the_older_weight_norm_as_it_is():
+    model = fresh()
+    nn.utils.weight_norm(model.down[0])
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, interval=1, threshold=1e-4)
+    for images, labels in images_and_labels():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        pruner.step(loss)
+        optimizer.step()
+    mask = pruner.groups.prunable & (torch.rand(pruner.groups.num_components, generator=_seeded()) < 0.5)
+    zero_components(model, pruner.groups, mask)
+    outcome = pruner.end_epoch()
+    before, after = pruner.summary().channels
+    model(images_and_labels()[0][0])
+    assert pruner.summary().channels == (before, after)
+    assert before - after == outcome.reconfiguration.channels_removed > 0
+    assert model.down[0].weight.shape == model.down[0].weight_v.shape
+
+
+def _seeded():
+    return torch.Generator().manual_seed(3)
+
+
+def test_exposed_communication_is_told_apart_where_the_wrapping_came_after_the_recorder():
+    """As trainers do: the recorder gets the bare network, and DistributedDataParallel is put around it later."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        model = fresh()
+        optimizer = sgd(model)
+        recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+        module = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            for images, labels in images_and_labels():
+                optimizer.zero_grad()
+                F.cross_entropy(module(images), labels).backward()
+                optimizer.step()
+            epoch = recorder.end_epoch()
+        told = module._get_ddp_logging_data()
+        exposed_ns = told["avg_backward_comm_time"] - told["avg_backward_compute_comm_overlap_time"]
+        assert epoch.time.exposed_communication_s == pytest.approx(4e-9 * exposed_ns, rel=0.5)
+        assert epoch.time.exposed_communication_s > 0
+        assert epoch.time.backward_s > 0
+    finally:
+        torch.distributed.destroy_process_group()
