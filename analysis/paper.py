@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _common
-import msgspec
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ptsim.answers.cost import cost
 from ptsim.answers.plan import plan
+from ptsim.costs.memory import iteration_memory, usable_bytes
 from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import step_time
 from ptsim.costs.tiers import Tier
@@ -104,22 +103,16 @@ def pairs(draws: int, folder: Path | None = None, only: Sequence[str] = ()) -> l
 
 def growing(pair: Pair, cluster: str) -> Options:
     """The dynamic mini-batch: as much as fits 11 GB, on CIFAR as much memory as the dense network takes at 128."""
-    if pair.dataset == "ImageNet":
-        memory = load_device("gtx-1080-ti").memory_bytes
-    else:
-        memory = _least_memory(pair.dense.final_network, pair.run.batch, cluster)
+    memory = load_device("gtx-1080-ti").memory_bytes if pair.dataset == "ImageNet" else _least_memory(pair, cluster)
     return Options(minibatch="planned", batch_granularity=GRANULARITY, memory_bytes=memory)
 
 
-def _least_memory(network: Network, batch: int, cluster: str) -> int:
-    """Memory of a device on which a step of `batch` images just fits, within 8 MiB."""
-    device = load_cluster(cluster).device
-    low, high = 0, device.memory_bytes
-    while high - low > 8 << 20:
-        middle = (low + high) // 2
-        smaller = msgspec.structs.replace(device, memory_bytes=middle)
-        low, high = (low, middle) if cost(network, batch=batch, gpu=smaller).fits else (middle, high)
-    return high
+def _least_memory(pair: Pair, cluster: str) -> int:
+    """Memory of a device on which the first step of the pruned run, still dense, just fits."""
+    device, trace = load_cluster(cluster).device, pair.pruned[0]
+    first = trace.epochs[0]
+    need = iteration_memory(trace.network_of(first), trace.setting_of(first), device=device)
+    return math.ceil(need.device_bytes * device.memory_bytes / usable_bytes(device))
 
 
 def times_table(made: Sequence[Pair]) -> pd.DataFrame:

@@ -234,7 +234,12 @@ class Network(
     @property
     def gradient_bytes(self) -> int:
         """Bytes of all gradients in fp32: what one data-parallel update reduces."""
-        return 4 * sum(parameter.num_elements for parameter in self.gradients)
+        return 4 * self.num_learnt
+
+    @property
+    def num_learnt(self) -> int:
+        """Elements of the parameters that get a gradient: what one update changes."""
+        return sum(parameter.num_elements for parameter in self.gradients)
 
     @property
     def forward_macs(self) -> int:

@@ -419,7 +419,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     regularizer_s = max(penalty.num_bytes / streaming, penalty.num_launches * fit.efficiency.launch_s)
     gpu_s = float(forward.sum() + backward.sum()) + optimizer_s + regularizer_s
     update_s = optimizer_s + regularizer_s
-    num_tensors, num_launches = len(network.parameters), penalty.num_launches
+    num_tensors, num_launches = len(network.gradients), penalty.num_launches
     overhead_s, below, above = spreads(kernels, seconds, update_s, num_tensors, fit, precision, num_launches)
     interval = load_intervals().new_device if factor is None else load_intervals().known_device
     low_s, high_s = interval.around(gpu_s + overhead_s, below, above)
@@ -446,7 +446,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
 def update_bytes(network: Network, setting: StepSetting) -> float:
     """What an update moves; under autocast with the casts of weights and gradients and the scaler's division."""
     casts = 20 if setting.half else 0
-    return float(update_traffic(network, setting.optimizer) + casts * network.num_parameters)
+    return float(update_traffic(network, setting.optimizer) + casts * network.num_learnt)
 
 
 def device_factor(device: Device, fit: Fit) -> float | None:

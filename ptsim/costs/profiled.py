@@ -232,7 +232,7 @@ class _Device:
         features = np.array([_update_features(step.num_parameters, step.num_tensors) for step, _ in known])
         seconds = np.array([took_s for _, took_s in known])
         weights, _ = nnls(features / seconds[:, None], np.ones(len(known)))
-        return float(_update_features(network.num_parameters, len(network.parameters)) @ weights)
+        return float(_update_features(network.num_learnt, len(network.gradients)) @ weights)
 
 
 def _update_features(num_parameters: int, num_tensors: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

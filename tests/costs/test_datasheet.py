@@ -26,7 +26,7 @@ from ptsim.costs.step import step_time
 from ptsim.costs.tiers import Tier
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import device_names, load_device
-from ptsim.network import Precision
+from ptsim.network import Parameter, Precision
 from ptsim.setting import StepSetting
 from tests.costs.test_kernels import convolution
 from tests.traces import residual_network
@@ -307,3 +307,11 @@ def test_devices_of_any_generation_and_without_half_precision_are_predicted():
     plain = msgspec.structs.replace(b200, peak_flops_per_s=peaks)
     setting = StepSetting(batch=8)
     assert datasheet_step(NETWORK, plain, setting).forward_s == datasheet_step(NETWORK, b200, setting).forward_s
+
+
+def test_a_parameter_that_gets_no_gradient_takes_no_time_in_the_update():
+    idle = Parameter(name="idle", layer="", shape=(10**6, 100))
+    network = msgspec.structs.replace(NETWORK, parameters=(*NETWORK.parameters, idle))
+    setting = StepSetting(batch=1, precision=Precision.FP16)
+    a100 = load_device("a100")
+    assert datasheet_step(network, a100, setting) == datasheet_step(NETWORK, a100, setting)
