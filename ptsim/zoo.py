@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ptsim.errors import UnknownNameError, UsageError
+from ptsim.usercode import importing_beside
 
 Builder = Callable[..., Any]  # called with num_classes=…, returns a torch.nn.Module
 
@@ -116,7 +117,8 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
-        spec.loader.exec_module(module)
+        with importing_beside(path):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise UsageError(f"model file {path} cannot be loaded: {type(error).__name__}: {error}") from error
@@ -130,7 +132,8 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
 
     def build(*, num_classes: int) -> Any:
         try:
-            model = function(num_classes=num_classes) if takes_classes else function()
+            with importing_beside(path):
+                model = function(num_classes=num_classes) if takes_classes else function()
         except Exception as error:
             raise UsageError(f"{path}:{function_name} failed: {type(error).__name__}: {error}") from error
         if not hasattr(model, "named_parameters"):

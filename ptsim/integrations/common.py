@@ -89,6 +89,7 @@ class Pruning:
         Raises:
             UsageError, UnsupportedModelError: as PruneTrain.
         """
+        self.close(RuntimeError("the trainer was left before its end"))  # an earlier run, if nobody has closed it
         network = self._network(module)
         weights = {id(parameter) for parameter in network.parameters()}
         bare = [bare_optimizer(optimizer) for optimizer in optimizers]

@@ -31,6 +31,7 @@ from ptsim.training.pruning import PruneTrain
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.training_args import ParallelMode
 except ImportError as error:
     raise UsageError(
         "ptsim.integrations.huggingface needs the package transformers", hint="pip install 'ptsim[huggingface]'"
@@ -123,12 +124,19 @@ class PruneTrainCallback(TrainerCallback):  # type: ignore[misc] # transformers 
                 "load_best_model_at_end loads a checkpoint that may have more channels than the pruned network",
                 hint="restore(trainer, checkpoint) gives a freshly built model the shapes of any checkpoint",
             )
+        if args.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise UsageError(
+                "the Trainer keeps its DistributedDataParallel to the end, so PruneTrain cannot change the network",
+                hint="one process; or a loop of your own with Accelerate, where the network can be wrapped again",
+            )
         if state.global_step and not self._restored:
             raise UsageError(
                 "the Trainer goes on from a checkpoint, but PruneTrainCallback does not know its pruned shapes",
                 hint="callback.restore(trainer, checkpoint) before trainer.train(resume_from_checkpoint=checkpoint)",
             )
         optimizer = parts["optimizer"]
+        if self._hook is not None:  # of a run that was left by an error, of which the Trainer tells nobody
+            self._hook.remove()
         self._pruning.begin(parts["model"], [optimizer], getattr(optimizer, "scaler", None))
         self._hook = parts["model"].register_forward_hook(self._passed)
         self._validation_follows = False

@@ -54,6 +54,8 @@ class PruneTrainCallback(Callback):  # type: ignore[misc] # lightning is not fol
         """
         super().__init__()
         self._accuracy, self._loss = accuracy, loss
+        self._ours: Any = None  # the hook that stands in for the module's own, which `_their_own` is if it is no method
+        self._their_own: Any = None
         self._pruning = Pruning(network=network, input_shape=input_shape, settings=settings)
 
     @property
@@ -89,7 +91,9 @@ class PruneTrainCallback(Callback):  # type: ignore[misc] # lightning is not fol
                 f"PruneTrain cannot change a network inside {type(trainer.strategy).__name__}",
                 hint="one device, or strategy='ddp'",
             )
+        self._give_back(pl_module)
         theirs = pl_module.on_load_checkpoint
+        self._their_own = vars(pl_module).get("on_load_checkpoint")
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             if stage == "fit":
@@ -98,11 +102,19 @@ class PruneTrainCallback(Callback):  # type: ignore[misc] # lightning is not fol
                 self._pruning.reshape(pl_module, state)
             theirs(checkpoint)
 
-        pl_module.on_load_checkpoint = on_load_checkpoint
+        pl_module.on_load_checkpoint = self._ours = on_load_checkpoint
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The module's own hook is its own again."""
-        vars(pl_module).pop("on_load_checkpoint", None)
+        self._give_back(pl_module)
+
+    def _give_back(self, pl_module: LightningModule) -> None:
+        if self._ours is None or vars(pl_module).get("on_load_checkpoint") is not self._ours:
+            return
+        self._ours = None
+        del pl_module.on_load_checkpoint
+        if self._their_own is not None:
+            pl_module.on_load_checkpoint = self._their_own
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the pruning; plain data."""
@@ -136,8 +148,9 @@ class PruneTrainCallback(Callback):  # type: ignore[misc] # lightning is not fol
         self._end_epoch(trainer, pl_module, None, None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The trace says how the run ended."""
+        """The trace says how the run ended; Lightning calls no `teardown` then."""
         self._pruning.close(exception)
+        self._give_back(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The trace gets its last record."""

@@ -26,7 +26,8 @@ from ptsim.training.config import Config
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
-Batch = tuple[Tensor, Tensor]  # (N, C, H, W) normalised float32, (N,) class indices
+# (N, C, H, W) normalised float32; (N,) class indices, or of live data (N, classes) shares of the classes
+Batch = tuple[Tensor, Tensor]
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):

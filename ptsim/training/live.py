@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sized
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,16 @@ from ptsim.training.facts import num_outputs
 
 DATASET = "live"
 Datasets = tuple["torch.utils.data.Dataset[Any]", "torch.utils.data.Dataset[Any]"]  # training, validation
+Collate = Callable[[list[Any]], Any]  # items -> (images, classes or shares of the classes)
 
-_GIVEN: contextvars.ContextVar[tuple[Datasets, nn.Module | None] | None] = contextvars.ContextVar("data", default=None)
+
+class _Given(NamedTuple):
+    data: Datasets
+    model: nn.Module | None
+    collate: Collate | None
+
+
+_GIVEN: contextvars.ContextVar[_Given | None] = contextvars.ContextVar("data", default=None)
 
 
 def name_of(model: nn.Module) -> str:
@@ -35,12 +43,14 @@ def name_of(model: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def offered(model: nn.Module | None, data: Datasets | None) -> Iterator[None]:
+def offered(model: nn.Module | None, data: Datasets | None, collate: Collate | None = None) -> Iterator[None]:
     """Inside, the network and the data can be asked for by name; every run trains a copy of the network.
 
     Raises:
-        UsageError: the data are no pair of data sets with lengths.
+        UsageError: the data are no pair of data sets with lengths, or there is something to collate without data.
     """
+    if collate is not None and data is None:
+        raise UsageError("collate= makes the mini-batches of data sets that are given live: data=(train, val)")
     if data is not None and not (
         isinstance(data, tuple) and len(data) == 2 and all(isinstance(d, Sized) for d in data)
     ):
@@ -49,7 +59,7 @@ def offered(model: nn.Module | None, data: Datasets | None) -> Iterator[None]:
     if model is not None and name is not None:
         pristine = copied(model)
         zoo.register(name, input_shape=(3, 224, 224), num_classes=1000)(lambda num_classes: copied(pristine))
-    token = _GIVEN.set(None if data is None else (data, model))
+    token = _GIVEN.set(None if data is None else _Given(data, model, collate))
     try:
         yield
     finally:
@@ -69,27 +79,39 @@ def given_data(request: DataRequest) -> LiveData:
         raise UsageError(
             "this run was given its data sets live", hint="give them again: ptsim.train(…, data=(train, val))"
         )
-    return LiveData(*given, config=request.config, device=request.device)
+    return LiveData(given.data, given.model, given.collate, config=request.config, device=request.device)
 
 
 class LiveData:
     """Two map-style data sets whose items are (image, class), the image a tensor (C, H, W) as the network wants it.
 
-    Bytes (uint8) are divided by 255; everything else is the data sets' own transforms' work.
+    Bytes (uint8) are divided by 255; everything else is the work of the data sets' own transforms, and of `collate` for
+    what acts on a whole mini-batch.
     """
 
-    def __init__(self, data: Datasets, model: nn.Module | None, *, config: Config, device: torch.device) -> None:
-        """Looks at the first item.
+    def __init__(
+        self,
+        data: Datasets,
+        model: nn.Module | None,
+        collate: Collate | None = None,
+        *,
+        config: Config,
+        device: torch.device,
+    ) -> None:
+        """Looks at the first item; `collate` makes the mini-batches of training, as a DataLoader's `collate_fn`.
 
         Raises:
             UsageError: it is no image with a class.
         """
         self._train, self._validation = data
-        self._config, self._device = config, device
+        self._collate, self._config, self._device = collate, config, device
         item = self._train[0]
         image = item[0] if isinstance(item, tuple | list) and len(item) == 2 else None
         if not isinstance(image, Tensor) or image.ndim != 3:
-            raise UsageError("an item of the training data is no (image, class) with the image a tensor (C, H, W)")
+            raise UsageError(
+                "an item of the training data is no (image, class) with the image a tensor (C, H, W)",
+                hint="torchvision's transform v2.ToImage() makes a tensor of a PIL image",
+            )
         channels, height, width = image.shape
         classes = getattr(self._train, "classes", None)
         if classes is None and model is None:
@@ -110,7 +132,8 @@ class LiveData:
         """This rank's part of every full mini-batch; the order belongs to (seed, epoch)."""
         order = epoch_order(self.dataset.num_train, self._config.seed, epoch)
         full_batches = order[: len(order) // batch * batch].view(-1, batch)
-        yield from self._batches(self._train, [share.of(indices).tolist() for indices in full_batches], epoch)
+        mine = [share.of(indices).tolist() for indices in full_batches]
+        yield from self._batches(self._train, mine, epoch, self._collate)
 
     def validation_batches(self, batch: int, share: Share) -> Iterator[Batch]:
         """This rank's part of the whole validation set."""
@@ -118,17 +141,49 @@ class LiveData:
         starts = range(share.rank * batch, total, share.world_size * batch)
         yield from self._batches(self._validation, [list(range(s, min(s + batch, total))) for s in starts], 0)
 
-    def _batches(self, data: torch.utils.data.Dataset[Any], batches: list[list[int]], epoch: int) -> Iterator[Batch]:
+    def _batches(
+        self,
+        data: torch.utils.data.Dataset[Any],
+        batches: list[list[int]],
+        epoch: int,
+        collate: Collate | None = None,
+    ) -> Iterator[Batch]:
         loader = torch.utils.data.DataLoader(
             data,
             batch_sampler=batches,
             num_workers=self._config.num_workers or 0,
+            collate_fn=collate,
             pin_memory=self._device.type == "cuda",
             generator=generator(self._config.seed, epoch, stream=6),
         )
         channels_last = self._config.memory_format == "channels_last"
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        for images, labels in loader:
+        for batch in loader:
+            images, labels = self._checked(batch)
             moved = images.to(self._device, non_blocking=True)
             scaled = moved.float().div_(255) if moved.dtype == torch.uint8 else moved.float()
-            yield scaled.to(memory_format=memory_format), labels.to(self._device, torch.int64, non_blocking=True)
+            yield scaled.to(memory_format=memory_format), labels.to(self._device, non_blocking=True)
+
+    def _checked(self, batch: Any) -> Batch:
+        """Images with their classes, or with the share of every class in each of them (CutMix, MixUp).
+
+        Raises:
+            UsageError: something else.
+        """
+        images, labels = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (None, None)
+        classes = self.dataset.num_classes
+        if not isinstance(images, Tensor) or images.ndim != 4 or not isinstance(labels, Tensor):
+            raise UsageError("a mini-batch of the data is no (images (N, C, H, W), classes)")
+        if labels.shape == (len(images), classes) and labels.is_floating_point():
+            return images, labels.float()
+        if labels.shape != (len(images),):
+            shape = "×".join(map(str, labels.shape))
+            raise UsageError(
+                f"the classes of {len(images)} images are a tensor of {shape}, expected {len(images)} numbers, or "
+                f"{len(images)}×{classes} shares of the {classes} classes"
+            )
+        labels = labels.to(torch.int64)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+            raise UsageError(f"an image of the data has the class {wrong}, but there are {classes} classes, from 0 on")
+        return images, labels

@@ -26,10 +26,10 @@ from ptsim.training.datasets import load_data
 from ptsim.training.distributed import Team, join_team
 from ptsim.training.interruption import Interruption, interruptible
 from ptsim.training.learner import Learner
-from ptsim.training.live import DATASET, Datasets, name_of, offered
+from ptsim.training.live import DATASET, Collate, Datasets, name_of, offered
 from ptsim.training.minibatch import BatchPolicy
 from ptsim.training.progress import Bars, Reporter, Silent
-from ptsim.training.recipe import Recipe, check_fits, source_digest, source_of, takes_in_channels
+from ptsim.training.recipe import Recipe, check_fits, source_of, takes_in_channels
 from ptsim.training.recorder import TRACE
 from ptsim.training.runfolder import (
     CHECKPOINTS,
@@ -46,6 +46,7 @@ from ptsim.training.schedule import EpochPlan, epoch_plans
 from ptsim.training.step import Sums, train_epoch, validate
 from ptsim.training.storing import Storage
 from ptsim.training.weights import load_weights
+from ptsim.usercode import digest
 
 _VALIDATION_BATCH = 128  # at least; evaluation keeps nothing for backward
 _CONSULT_EVERY = 16  # iterations between exchanges of the ranks: one takes as long as a tiny all-reduce
@@ -95,6 +96,7 @@ def train(
     on_epoch: Callable[[Epoch], object] | None = None,
     model: nn.Module | None = None,
     data: Datasets | None = None,
+    collate: Collate | None = None,
 ) -> Result:
     """Train a network, dense or with PruneTrain, and record the run.
 
@@ -107,6 +109,8 @@ def train(
             includes it.
         model: a live network in place of a name; a copy of it is trained. `load_model(run, model=…)` gives the result.
         data: (training, validation) data sets of torch in place of a name; items are (tensor (C, H, W), class).
+        collate: makes a mini-batch of the training set's items, as a DataLoader's `collate_fn` does: (images, classes),
+            or with CutMix and MixUp (images, (N, classes) shares).
 
     Raises:
         UsageError: a wrong setting, missing data, or an `out` that holds another run.
@@ -114,7 +118,7 @@ def train(
         TrainingError: the loss became NaN, the disk is full, a rank is lost. The last checkpoint is whole.
         TrainingInterrupted: after SIGINT or SIGTERM (a KeyboardInterrupt); the trace ends "interrupted".
     """
-    with offered(model, data):
+    with offered(model, data, collate):
         if resume is not None:
             if out is not None or isinstance(config, Config | str | Path):
                 raise UsageError("a resumed run takes its configuration and its folder from the run; give changes only")
@@ -185,7 +189,7 @@ class Trainer:
             num_classes=dataset.num_classes,
             in_channels=dataset.input_shape[0] if any_channels else None,
             input_shape=dataset.input_shape,
-            source_sha256=source_digest(source_of(config.model)),
+            source_sha256=digest(source_of(config.model)),
         )
         self.storage = Storage(
             folder / CHECKPOINTS, data=self.data, recipe=self.recipe, team=team, num_epochs=len(self.plans)

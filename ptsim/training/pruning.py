@@ -247,17 +247,20 @@ class PruneTrain:
 
     def close(self) -> None:
         """End the run: the trace gets its last record, and another pruner may take the network."""
-        self._hook.remove()
-        _PRUNERS.pop(self.network, None)
+        self._let_go()
         self.recorder.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._hook.remove()
-        _PRUNERS.pop(self.network, None)
+        self._let_go()
         self.recorder.__exit__(kind, error, trace)
+
+    def _let_go(self) -> None:
+        self._hook.remove()
+        if _PRUNERS.get(self.network, lambda: None)() is self:
+            del _PRUNERS[self.network]
 
     def state_dict(self, *, tensors: bool = True) -> dict[str, Any]:
         """Everything that a run needs to go on: tensors, and data that JSON holds; nothing has to be pickled.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +12,6 @@ from torch import nn
 
 from ptsim import zoo
 from ptsim.errors import UsageError
-from ptsim.textfile import read_bytes
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -25,8 +22,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         in_channels: given to builders that take it; None for those that do not.
         input_shape: (channels, height, width) of the images of this run.
-        source_sha256: digest of the user's file that makes the model, when the run began; None for models of other
-            origins, and in older runs.
+        source_sha256: digest of the user's file that makes the model and of what it imports from beside it, when the
+            run began; None for models of other origins, and in older runs.
     """
 
     model: str
@@ -45,7 +42,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return f"is of {mine}, but this run trains {its}"
         digests = {self.source_sha256, other.source_sha256} - {None}
         if len(digests) > 1:
-            return f"was made with another content of {source_of(self.model)}, which was edited since"
+            return f"was made with another content of {source_of(self.model)} or its imports, which was edited since"
         return None
 
     def build(self) -> nn.Module:
@@ -69,11 +66,6 @@ def is_user_file(model: str) -> bool:
 def source_of(model: str) -> Path | None:
     """The Python file that makes the model; None where no user's file does."""
     return Path(model.rpartition(":")[0]) if is_user_file(model) else None
-
-
-def source_digest(file: Path | None) -> str | None:
-    """Digest of a user's file; None where there is none."""
-    return hashlib.sha256(read_bytes(file)).hexdigest() if file is not None and os.path.isfile(file) else None
 
 
 def takes_in_channels(entry: zoo.ModelEntry) -> bool:

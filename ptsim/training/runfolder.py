@@ -27,12 +27,14 @@ from ptsim.training.config import SETTINGS, Config, from_recorded, make_config, 
 from ptsim.training.distributed import restarted
 from ptsim.training.learner import pruned_network
 from ptsim.training.live import name_of, offered
-from ptsim.training.recipe import Recipe, is_user_file, source_digest, source_of
+from ptsim.training.recipe import Recipe, is_user_file, source_of
 from ptsim.training.recorder import TRACE
+from ptsim.usercode import digest, source_files
 
 _STALE_S = 60.0
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
-SOURCE = "model.py"  # the user's file that makes the network, as the run began with it
+CODE = "code"  # the user's file that makes the network and what it imports from beside it, as the run began with them
+_OLDER_CODE = "model.py"  # the file alone
 # What a resumed run may change: how long it trains, where it runs, what it keeps. Everything else decides its numbers.
 MAY_CHANGE = frozenset(
     {"epochs", "device", "num_threads", "num_workers", "keep_every", "profile", "data_dir", "loggers"}
@@ -88,13 +90,18 @@ def _made_by(folder: Path, recipe: Recipe) -> str:
         UsageError: the copy is none, either.
     """
     file, known = source_of(recipe.model), recipe.source_sha256
-    if file is None or known is None or source_digest(file) == known:
+    if file is None or known is None or digest(file) == known:
         return recipe.model
-    kept = folder / SOURCE
-    if source_digest(kept) != known:
+    kept = folder / CODE / file.name
+    if not os.path.isfile(kept):
+        kept = folder / _OLDER_CODE
+    if digest(kept) != known:
         raise UsageError(f"neither {file} nor {kept} is the file that made the network of {folder}")
     if os.path.isfile(file):
-        warnings.warn(f"{file} was edited since the run in {folder}, whose own copy makes its network", stacklevel=3)
+        warnings.warn(
+            f"{file} or what it imports was edited since the run in {folder}, whose own copy makes its network",
+            stacklevel=3,
+        )
     return f"{kept}:{recipe.model.rpartition(':')[2]}"
 
 
@@ -141,8 +148,9 @@ def make_run_folder(folder: Path, config: Config) -> None:
             unfinished.chmod(0o777 & ~umask())
             write_whole(unfinished / CONFIG, to_toml(config))
             source = source_of(config.model)
-            if source is not None:
-                write_whole(unfinished / SOURCE, read_bytes(source))
+            for name, path in ({} if source is None else source_files(source)).items():
+                (unfinished / CODE / name).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(unfinished / CODE / name, read_bytes(path))
             unfinished.replace(folder)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -38,7 +38,8 @@ class _Tally:
         self._num_images = 0
 
     def add(self, iteration: int, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        hits = (logits.argmax(1) == labels).sum()
+        classes = labels if labels.ndim == 1 else labels.argmax(1)  # of shares the class with the largest
+        hits = (logits.argmax(1) == classes).sum()
         self._sums += torch.stack((loss.double() * len(labels), hits.double()))
         self._first_bad = torch.where(loss.isfinite(), self._first_bad, self._first_bad.clamp(max=iteration))
         self._num_images += len(labels)

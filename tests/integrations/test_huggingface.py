@@ -13,7 +13,9 @@ from tests.training.nets import small
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from ptsim.integrations.huggingface import PruneTrainCallback  # noqa: E402 - only where transformers is
+from transformers.training_args import ParallelMode  # noqa: E402 - only where transformers is
+
+from ptsim.integrations.huggingface import PruneTrainCallback  # noqa: E402 - the same
 
 IMAGE = (3, 8, 8)
 pytestmark = [
@@ -111,6 +113,21 @@ def test_it_prunes_records_and_goes_on_after_a_kill_to_the_same_network(tmp_path
     resumed = ptsim.read_trace(tmp_path / "run")
     assert resumed.complete
     assert [e.architecture for e in resumed.epochs] == [e.architecture for e in trace.epochs]
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
+    with pytest.raises(UsageError, match="keeps its DistributedDataParallel to the end"):
+        trainer(tmp_path, Model(), callback(None)).train()
+
+
+def test_a_training_that_was_left_by_an_error_can_be_followed_by_another(tmp_path):
+    model, ours = Model(), callback(None)
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer(tmp_path, model, ours, Killed()).train()
+    trainer(tmp_path, model, ours, num_train_epochs=1).train()
+    assert ours.pruner.recorder.epoch == 1
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
 def test_a_loss_that_compute_loss_makes_is_told(tmp_path):

@@ -127,6 +127,23 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_network(tmp_path):
     elsewhere.load_state_dict(loaded["state_dict"])
 
 
+def test_a_fit_that_fails_leaves_nothing_on_the_module_and_another_one_may_follow(tmp_path):
+    module = Module(killed_in_epoch=1)
+    fitting = trainer(tmp_path, [callback(tmp_path / "failed")], enable_checkpointing=False)
+    with pytest.raises(RuntimeError, match="killed"):
+        fitting.fit(module, loader(), loader())
+    assert "on_load_checkpoint" not in vars(module)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    optimizer = fitting.optimizers[0]
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    end = ptsim.read_trace(tmp_path / "failed").end
+    assert (end.status, end.reason, end.epochs) == ("failed", "killed", 1)
+    module.killed_in_epoch = None
+    trainer(tmp_path, [callback(tmp_path / "again")], max_epochs=2, enable_checkpointing=False).fit(module, loader())
+    assert ptsim.read_trace(tmp_path / "again").complete
+
+
 def test_a_pruned_checkpoint_is_tested_by_a_fresh_module_and_by_the_trained_one(tmp_path):
     class Tested(Module):
         test_step = Module.validation_step
@@ -156,7 +173,17 @@ def test_accumulated_gradients_are_one_iteration_with_the_mean_of_their_losses(t
     assert epoch.penalty == pytest.approx(sum(losses[:2]) / 2, rel=1e-5)
 
 
-def test_data_parallel_is_wrapped_again(tmp_path):
+@pytest.fixture
+def torchs_own_group(monkeypatch):
+    """Lightning leaves the process group and its variables to whoever comes next."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # put back at the end
+        monkeypatch.delenv(name)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_is_wrapped_again(tmp_path, torchs_own_group):
     module = Module()
     ours = callback(tmp_path / "run")
     trainer(tmp_path, [ours], strategy="ddp", devices=1, max_epochs=4, enable_checkpointing=False).fit(
@@ -165,6 +192,7 @@ def test_data_parallel_is_wrapped_again(tmp_path):
     trace = ptsim.read_trace(tmp_path / "run")
     assert len(trace.epochs) == 4
     assert len(trace.networks) > 1
+    assert all(epoch.time.exposed_communication_s > 0 for epoch in trace.epochs)
 
 
 @pytest.mark.parametrize(

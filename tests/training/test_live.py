@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
+from torchvision.transforms import v2
 
 import ptsim
 from ptsim.errors import UnknownNameError, UsageError
@@ -48,9 +49,89 @@ def test_a_live_network_and_live_data_are_trained_pruned_resumed_and_loaded(tmp_
     assert hits == again.final_accuracy
 
 
+class Pictures(torch.utils.data.Dataset):
+    """PIL images, as most data sets of torchvision give them."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, tensors, transform):
+        self.pixels, self.labels = tensors.tensors
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.transform(v2.functional.to_pil_image(self.pixels[index])), int(self.labels[index])
+
+
+def pictures():
+    augment = [v2.RandomResizedCrop(8, scale=(0.7, 1), antialias=True), v2.RandomHorizontalFlip(), v2.RandAugment()]
+    to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)]
+    train, validation = data()
+    return (
+        Pictures(train, v2.Compose([v2.ToImage(), *augment, *to_float, v2.RandomErasing(p=0.5)])),
+        Pictures(validation, v2.Compose([v2.ToImage(), *to_float])),
+    )
+
+
+def mixed(items):
+    return v2.RandomChoice([v2.CutMix(num_classes=10), v2.MixUp(num_classes=10)])(*default_collate(items))
+
+
+def test_any_transform_of_torchvision_trains_also_those_of_whole_mini_batches(tmp_path):
+    torch.manual_seed(0)
+    network = small(10)
+    runs = []
+    for name in ("one", "two"):
+        config = made(epochs=3, label_smoothing=0.1)
+        runs.append(ptsim.train(config, out=tmp_path / name, model=network, data=pictures(), collate=mixed))
+    trace = ptsim.read_trace(runs[0].trace)
+    assert trace.complete
+    assert all(epoch.num_images == 96 for epoch in trace.epochs)
+    first, second = (ptsim.load_model(run.folder, model=network).parameters() for run in runs)
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))  # what is random belongs to the seed
+
+
+def test_classes_as_shares_train_as_the_classes_themselves(tmp_path):
+    torch.manual_seed(0)
+    network = small(10)
+
+    def shares(items):
+        images, labels = default_collate(items)
+        return images, torch.nn.functional.one_hot(labels, 10).double()
+
+    epochs = [
+        ptsim.read_trace(
+            ptsim.train(made(epochs=1), out=tmp_path / str(i), model=network, data=data(), collate=collate).trace
+        ).epochs[0]
+        for i, collate in enumerate((None, shares))
+    ]
+    assert epochs[1].train_loss == pytest.approx(epochs[0].train_loss, rel=1e-5)
+    assert epochs[1].train_accuracy == epochs[0].train_accuracy
+
+
+@pytest.mark.parametrize(
+    ("collate", "message"),
+    [
+        (lambda items: torch.stack([image for image, _ in items]), r"no \(images \(N, C, H, W\), classes\)"),
+        (lambda items: (default_collate(items)[0], torch.zeros(len(items), 3)), "expected 16 numbers, or 16×10 shares"),
+        (
+            lambda items: (default_collate(items)[0], torch.full((len(items),), 10)),
+            "has the class 10, but there are 10",
+        ),
+    ],
+)
+def test_mini_batches_that_are_none_are_one_sentence(tmp_path, collate, message):
+    with pytest.raises(UsageError, match=message):
+        ptsim.train(made(batch=16), out=tmp_path / "run", model=small(10), data=data(), collate=collate)
+
+
 def test_data_that_are_none_are_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="has to be a pair of map-style data sets"):
         ptsim.train(made(), out=tmp_path / "run", model=small(10), data=data()[0])
+    with pytest.raises(UsageError, match=r"collate= makes the mini-batches of data sets that are given live"):
+        ptsim.train(made(), out=tmp_path / "run", model=small(10), collate=mixed)
     flat = TensorDataset(torch.zeros(96, 4), torch.zeros(96))
     with pytest.raises(UsageError, match=r"no \(image, class\)"):
         ptsim.train(made(), out=tmp_path / "run", model=small(10), data=(flat, flat))

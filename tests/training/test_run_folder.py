@@ -159,21 +159,70 @@ def test_a_run_holds_the_code_of_its_network_and_notices_an_edited_file(tmp_path
     shutil.copy(NETS, file)
     config = settings(model=f"{file}:small", epochs=1, profile=False)
     run = shutil.move(ptsim.train(config, out=tmp_path / "run").folder, tmp_path / "moved")
-    assert (run / "model.py").read_bytes() == NETS.read_bytes()
+    assert (run / "code" / "net.py").read_bytes() == NETS.read_bytes()
     images = torch.rand(2, 3, 8, 8)
     before = ptsim.load_model(run, trust=True)(images)
     file.write_text(
         file.read_text() + "\n\ndef small(num_classes, in_channels=3):\n    return nn.Linear(3, num_classes)\n"
     )
-    with pytest.warns(UserWarning, match=r"net\.py was edited since the run"):
+    with pytest.warns(UserWarning, match=r"net\.py or what it imports was edited since the run"):
         assert torch.equal(ptsim.load_model(run, trust=True)(images), before)
-    with pytest.raises(FileFormatError, match=r"with another content of .*net\.py, which was edited since"):
+    with pytest.raises(FileFormatError, match=r"another content of .*net\.py or its imports, which was edited"):
         longer(run)
     file.unlink()  # as on another machine
+    assert torch.equal(ptsim.load_model(run, trust=True)(images), before)
+    (run / "code" / "net.py").rename(run / "model.py")  # as older runs keep it
     assert torch.equal(ptsim.load_model(run, trust=True)(images), before)
     (run / "model.py").write_text("# something else\n")
     with pytest.raises(UsageError, match=r"neither .*net\.py nor .*model\.py is the file that made the network"):
         ptsim.load_model(run, trust=True)
+
+
+def test_a_run_holds_the_modules_beside_the_users_file_and_notices_an_edited_one(tmp_path):
+    project = tmp_path / "project"
+    (project / "parts").mkdir(parents=True)
+    (project / "net.py").write_text(
+        "from sizes import WIDTH\n\n\n"
+        "def make(num_classes):\n    from parts.body import Body\n    return Body(WIDTH, num_classes)\n"
+    )
+    (project / "sizes.py").write_text("WIDTH = 8\n")
+    (project / "parts" / "__init__.py").write_text("")
+    (project / "parts" / "body.py").write_text("from .base import nn, tail\n\n\n" + _BODY)
+    (project / "parts" / "base.py").write_text(
+        "from torch import nn\n\n\ndef tail(width, num_classes):\n    return nn.Linear(width, num_classes)\n"
+    )
+    (project / "unused.py").write_text("raise RuntimeError\n")
+    run = ptsim.train(
+        settings(model=f"{project / 'net.py'}:make", epochs=1, profile=False), out=tmp_path / "run"
+    ).folder
+    copied = {str(path.relative_to(run / "code")) for path in (run / "code").rglob("*.*")}
+    assert copied == {"net.py", "sizes.py", "parts/__init__.py", "parts/body.py", "parts/base.py"}
+    images = torch.rand(2, 3, 8, 8)
+    before = ptsim.load_model(run, trust=True)(images)
+    (project / "sizes.py").write_text("WIDTH = 16\n")
+    with pytest.warns(UserWarning, match=r"net\.py or what it imports was edited since the run"):
+        assert torch.equal(ptsim.load_model(run, trust=True)(images), before)
+    with pytest.raises(FileFormatError, match="or its imports, which was edited since"):
+        longer(run)
+    wider = ptsim.inspect(f"{project / 'net.py'}:make", input_shape=(3, 8, 8))  # the edited one, in the same process
+    assert wider.prunable_channels == 16
+    shutil.rmtree(project)  # as on another machine
+    assert torch.equal(ptsim.load_model(run, trust=True)(images), before)
+    with pytest.raises(UsageError, match="loading it would run that file"):
+        ptsim.load_model(run)
+    (run / "code" / "sizes.py").write_text("WIDTH = 16\n")
+    with pytest.raises(UsageError, match="is the file that made the network"):
+        ptsim.load_model(run, trust=True)
+
+
+_BODY = """class Body(nn.Module):
+    def __init__(self, width, num_classes):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, width, 3), tail(width, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+"""
 
 
 def test_a_checkpoint_names_the_classes(tmp_path):
