@@ -27,7 +27,7 @@ class Registry(Generic[T]):
             own: "module:attribute" of ptsim's own entries.
         """
         self.what, self.entry_points = what, entry_points
-        self._own = dict(own)
+        self.own = dict(own)
         self._added: dict[str, T] = {}
 
     def add(self, name: str, entry: T) -> T:
@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         Raises:
             UsageError: the name is taken.
         """
-        if name in self._own or self._added.get(name, entry) is not entry:
+        if name in self.own or self._added.get(name, entry) is not entry:
             raise UsageError(f"the {self.what} {name!r} exists already")
         self._added[name] = entry
         return entry
@@ -47,7 +47,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """All names, without importing what they stand for."""
-        return sorted({*self._own, *self._added, *self._foreign()})
+        return sorted({*self.own, *self._added, *self._foreign()})
 
     def find(self, name: str) -> T:
         """The entry called `name`.
@@ -58,8 +58,8 @@ class Registry(Generic[T]):
         """
         if name in self._added:
             return self._added[name]
-        if name in self._own:
-            module, _, attribute = self._own[name].partition(":")
+        if name in self.own:
+            module, _, attribute = self.own[name].partition(":")
             return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return] # of kind T
         foreign = self._foreign()
         if name not in foreign:

@@ -21,12 +21,14 @@ from ptsim.cli.reading import check_run_folder
 from ptsim.errors import UsageError
 from ptsim.textfile import check_folder_writable, read_toml
 from ptsim.training.config import Config, to_settings
+from ptsim.training.sources import DATASETS, data_source
 
 if TYPE_CHECKING:
     from ptsim.training.loop import Result
 
 _DEFAULTS = to_settings(Config())
-_DATASETS = "digits, cifar10, cifar100, imagefolder, huggingface or synthetic"
+*_FIRST, _LAST = (name for name in DATASETS.own if data_source(name).by_name)
+_DATASETS = f"{', '.join(_FIRST)} or {_LAST}"
 
 
 def _setting(help: str, name: str) -> Parameter:
@@ -90,8 +92,10 @@ def train(
     for folder in (resume, start_from):  # paths are looked at before torch is imported
         if folder is not None:
             check_run_folder(folder)
-    if overrides.dataset == "imagefolder" and overrides.data_dir is not None and not os.path.isdir(overrides.data_dir):
-        raise UsageError(f"no data folder {overrides.data_dir}")
+    if overrides.dataset in DATASETS.own and overrides.data_dir is not None and not os.path.isdir(overrides.data_dir):
+        uses = data_source(overrides.dataset).uses
+        if "data_dir" in uses and "download" not in uses:
+            raise UsageError(f"no data folder {overrides.data_dir}")
     if out is not None:
         check_folder_writable(out)
     if config is not None:

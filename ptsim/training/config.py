@@ -23,6 +23,8 @@ from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import PRECISION_NAMES, parse_precision
 from ptsim.textfile import parse_toml, read_toml
 from ptsim.training.registries import REGISTRIES
+from ptsim.training.sources import DEFAULT as DEFAULT_DATASET
+from ptsim.training.sources import SOME_USE, data_source
 from ptsim.units import parse_quantity
 
 
@@ -98,7 +100,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     model: str = "resnet32"
-    dataset: str = "cifar10"
+    dataset: str = DEFAULT_DATASET
     data_dir: str | None = None
     download: bool = False
     train_limit: int | None = None
@@ -262,7 +264,7 @@ def from_recorded(settings: Mapping[str, Any]) -> Config:
 
 def resolve(config: Config, *, device: str) -> Config:
     """Everything that "auto" and None leave open and that does not depend on the data, decided."""
-    photographs = config.dataset in ("cifar10", "cifar100", "imagefolder", "huggingface")
+    photographs = data_source(config.dataset).photographs
     augment = config.augment if config.augment != "auto" else "crop_flip" if photographs else "none"
     default = OPTIMIZERS.find(config.optimizer).momentum  # None for one that has its own
     momentum = default if default is None or config.momentum is None else config.momentum
@@ -334,10 +336,11 @@ def _check(config: Config) -> None:
         raise UsageError("settings 'weights' and 'start_from' both say what the network begins with; give one")
     if config.max_batch is not None and config.max_batch < config.batch:
         raise UsageError(f"setting 'max_batch' is {config.max_batch}, below the mini-batch of {config.batch}")
-    if config.dataset in ("imagefolder", "huggingface") and config.data_dir is None:
-        raise UsageError(f"data set {config.dataset!r} needs the setting 'data_dir'")
-    if config.dataset in ("cifar10", "cifar100") and config.data_dir is None:
-        raise UsageError(f"data set {config.dataset!r} needs the setting 'data_dir'", hint="--data-dir data --download")
+    source = data_source(config.dataset)
+    for name in source.needs:
+        if getattr(config, name) is None:
+            hint = "--data-dir data --download" if "download" in source.uses else None
+            raise UsageError(f"data set {config.dataset!r} needs the setting {name!r}", hint=hint)
 
 
 def _check_recipe(config: Config) -> None:
@@ -389,14 +392,9 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
         problems += unused(("lr_milestones", "lr_gamma"), f"the learning-rate schedule is {config.lr_schedule}")
     if not config.compile:
         problems += unused(("compile_backend",), "compile is off")
-    if config.dataset in ("digits", "synthetic"):
-        problems += unused(("data_dir", "download"), f"the data set {config.dataset} needs no files")
-    if config.dataset in ("imagefolder", "huggingface"):
-        problems += unused(("download",), "data on disk are not downloaded")
-    else:
-        problems += unused(("data_memory_bytes", "validation_share"), "only images on disk are read from files")
-    if config.dataset not in ("imagefolder", "live"):
-        problems += unused(("num_workers",), "the images are in memory")
-    if config.augment == "none" or (config.augment == "auto" and config.dataset in ("digits", "synthetic")):
+    source = data_source(config.dataset)
+    unread = [name for name in SOME_USE if name not in source.uses]
+    problems += unused(unread, f"the data set {config.dataset} does not use it")
+    if config.augment == "none" or (config.augment == "auto" and not source.photographs):
         problems += unused(("crop_padding",), "there is no augmentation")
     return [p for p, value in ((p, getattr(config, p.split("'")[1])) for p in problems) if value not in (None, False)]

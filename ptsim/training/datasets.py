@@ -1,8 +1,4 @@
-"""Which data sets are there, and how does another package add one? One function each.
-
-[project.entry-points."ptsim.datasets"]
-mine = "my_package.data:mine"               # DataRequest -> Data
-"""
+"""How is each data set of `ptsim.training.sources` loaded? One function each."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ from ptsim.training.data import (
     resized_to,
     subset,
 )
-from ptsim.training.registries import DATASETS
+from ptsim.training.sources import data_source
 
 _DIGITS_VALIDATION = 360  # one fifth of scikit-learn's 1797 digits
 _SYNTHETIC = (2048, 512, 10)  # training images, validation images, classes
@@ -72,7 +68,7 @@ def load_data(
         UsageError: missing or empty folder, unreadable image, wrong split, or fewer images than one mini-batch.
     """
     request = DataRequest(config=config, input_shape=input_shape, any_channels=any_channels, device=device)
-    data = DATASETS.find(config.dataset)(request)
+    data = data_source(config.dataset).data(request)
     if data.dataset.num_classes < 2:
         raise UsageError(f"the data set {data.dataset.name!r} has a single class: there is nothing to tell apart")
     if config.batch > data.dataset.num_train:
@@ -109,11 +105,19 @@ def digits(request: DataRequest) -> Data:
     )
 
 
-def cifar(request: DataRequest) -> Data:
-    """CIFAR-10 or CIFAR-100 as torchvision stores it."""
+def cifar10(request: DataRequest) -> Data:
+    """CIFAR-10 as torchvision stores it."""
+    return _cifar(request, torchvision.datasets.CIFAR10)
+
+
+def cifar100(request: DataRequest) -> Data:
+    """CIFAR-100 as torchvision stores it, with its 100 fine classes."""
+    return _cifar(request, torchvision.datasets.CIFAR100)
+
+
+def _cifar(request: DataRequest, source: type[torchvision.datasets.CIFAR10]) -> Data:
     config, device = request.config, request.device
     assert config.data_dir is not None, "checked with the configuration"
-    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[config.dataset]
     splits = []
     for train in (True, False):
         try:
@@ -130,7 +134,7 @@ def cifar(request: DataRequest) -> Data:
         config.dataset,
         train=splits[0],
         validation=splits[1],
-        num_classes=10 if config.dataset == "cifar10" else 100,
+        num_classes=len(split.classes),
         class_names=split.classes,
         config=config,
         device=device,

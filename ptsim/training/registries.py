@@ -12,26 +12,12 @@ from typing import TYPE_CHECKING, Any
 from ptsim.criteria import CRITERIA
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.registry import Registry
+from ptsim.training.sources import DATASETS
 
 if TYPE_CHECKING:
-    from ptsim.training.data import Data
-    from ptsim.training.datasets import DataRequest
     from ptsim.training.loggers import Logger
     from ptsim.training.rates import Schedule
 
-DATASETS: Registry[Callable[[DataRequest], Data]] = Registry(
-    "data set",
-    entry_points="ptsim.datasets",
-    own={
-        "digits": "ptsim.training.datasets:digits",
-        "cifar10": "ptsim.training.datasets:cifar",
-        "cifar100": "ptsim.training.datasets:cifar",
-        "imagefolder": "ptsim.training.datasets:image_tree",
-        "huggingface": "ptsim.training.huggingface_data:on_disk",
-        "synthetic": "ptsim.training.datasets:synthetic",
-        "live": "ptsim.training.live:given_data",
-    },
-)
 SCHEDULES: Registry[Schedule] = Registry(
     "learning-rate schedule",
     entry_points="ptsim.schedules",

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.training.config import Config, from_recorded, make_config, parse_override, read_config, resolve, to_toml
+from ptsim.training.sources import DATASETS, DataSource
 
 CIFAR = {"data_dir": "data"}
 
@@ -86,6 +87,19 @@ def test_a_setting_without_effect_warns(changes, setting):
     with pytest.warns(UserWarning, match=f"setting '{setting}' has no effect") as caught:
         make_config({"dataset": "digits"} | changes)
     assert len(caught) == 1
+
+
+def test_a_data_set_from_outside_says_what_it_uses_and_needs():
+    photographs = DataSource(load="somewhere:load", uses=("data_dir",), needs=("data_dir",), photographs=True)
+    DATASETS.add("birds", photographs)
+    try:
+        with pytest.raises(UsageError, match="data set 'birds' needs the setting 'data_dir'"):
+            make_config({"dataset": "birds"})
+        with pytest.warns(UserWarning, match="'download' has no effect: the data set birds does not use it"):
+            config = make_config({"dataset": "birds", "data_dir": "x", "download": True})
+        assert resolve(config, device="cpu").augment == "crop_flip"
+    finally:
+        DATASETS.remove("birds")
 
 
 def test_a_resolved_configuration_survives_toml():

@@ -19,8 +19,9 @@ from ptsim.training.config import SETTINGS, make_config, resolve
 from ptsim.training.data import Share
 from ptsim.training.datasets import load_data
 from ptsim.training.datasets import synthetic as synthetic_data
-from ptsim.training.registries import DATASETS, SCHEDULES
+from ptsim.training.registries import SCHEDULES
 from ptsim.training.schedule import epoch_plans
+from ptsim.training.sources import DATASETS
 from ptsim.training.step import mix, mixed_loss
 from tests.training.runs import settings
 
