@@ -21,6 +21,7 @@ from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import changed, parse_precision
 from ptsim.trace.schema import (
+    MOST_EPOCHS,
     NO_DEVICE,
     SCHEMA_VERSION,
     Dataset,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.005  # how far a planned fraction may be from its target
 DEFAULT_INTERVAL = 5
+_MOST_RECONFIGURATIONS = 1000  # each takes a network to be made and counted
 MOST_DRAWS = 100
 
 
@@ -192,6 +194,13 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
         optimizer=options.optimizer,
         seed=options.seed,
     )
+    if asked.epochs > MOST_EPOCHS:
+        raise UsageError(f"epochs is {asked.epochs}, expected at most {MOST_EPOCHS}")
+    if len(asked.events) > _MOST_RECONFIGURATIONS:
+        raise UsageError(
+            f"a run of {asked.epochs} epochs is reconfigured {len(asked.events)} times with the interval "
+            f"{asked.interval}, at most {_MOST_RECONFIGURATIONS} are planned"
+        )
     if asked.interval > asked.epochs:
         raise UsageError(f"interval is {asked.interval}, more than the {asked.epochs} epochs of the run")
     OPTIMIZERS.find(asked.optimizer)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import functools
 import itertools
+import math
 import random
 import time
 from collections import defaultdict
@@ -121,8 +122,8 @@ def calibrate_gpu(
         FileFormatError: the file to resume is broken.
         MissingMeasurementError: the file to resume is of another device, thread count or software version.
     """
-    if not minutes > 0:
-        raise UsageError(f"minutes is {minutes}, expected more than 0")
+    if not 0 < minutes < math.inf:
+        raise UsageError(f"minutes is {minutes}, expected a finite number above 0")
     if rounds < 1:
         raise UsageError(f"rounds is {rounds}, expected at least 1")
     calibration = _Calibration(out, device, _begin(out, device, traces, resume), make_regularizer)

@@ -55,6 +55,7 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
     names = tensor_names(model)
     layers = [(module, names.get(id(filters_of(module)), "")) for module in model.modules()]
     successors: dict[int, nn.Parameter] = {}
+    buffers: dict[int, Tensor] = {}  # one that has two names stays one
     replacements = []
     touched: set[int] = set()
     for module, _ in layers:
@@ -76,7 +77,7 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
                 if key in module._non_persistent_buffers_set:
                     origins = vars(module).setdefault(ORIGINS, {})
                     origins[key] = take(origins.get(key, places(buffer)), kept)
-                module._buffers[key] = take(buffer, kept)
+                module._buffers[key] = buffers.setdefault(id(buffer), take(buffer, kept))
                 touched.add(id(module))
     for module, weight in layers:  # whose filters may be a parameter of another module, which computes them
         if id(module) in touched or weight in tensors:

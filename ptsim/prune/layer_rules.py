@@ -40,6 +40,7 @@ def _computed(call: Call, layer: str, weight: Tensor, gain: Tensor | None, bias:
     Its outputs may go once nothing reads them. Its inputs stay: what the filters become without one is not what they
     were with zeros in its place, or the size of the weight does not say how large the filter is.
     """
+    _check_bias(call, bias)
     state, value = call.state, call.value
     dim = value.ndim - weight.ndim + 1 if weight.ndim > 2 else value.ndim - 1
     name = state.names.get(id(weight))
@@ -71,8 +72,6 @@ def conv_function(call: Call) -> Label:
     """A convolution with a weight from somewhere in the model; the number of its groups stands in the model's code."""
     weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
     groups = call.argument(6, "groups", 1)
-    if bias is not None and id(bias) not in call.state.names:
-        call.refuse(f"{call.op} computes its bias")
     if id(weight) in call.state.names:
         label = _conv(call, call.node.name, weight, bias, groups)
     else:
@@ -84,6 +83,12 @@ def conv_function(call: Call) -> Label:
         call.state.sensitive(call.x)
         call.state.sensitive(label)
     return label
+
+
+def _check_bias(call: Call, bias: Tensor | None) -> None:
+    """A bias that is no tensor of the model, such as one under a mask of `torch.nn.utils.prune`, cannot be cut."""
+    if bias is not None and id(bias) not in call.state.names:
+        call.refuse(f"{call.op} computes its bias")
 
 
 def _origin(call: Call, weight: Tensor) -> Tensor:
@@ -100,6 +105,7 @@ def _origin(call: Call, weight: Tensor) -> Tensor:
 
 
 def _conv(call: Call, layer: str, weight: Tensor, bias: Tensor | None, groups: int) -> Label:
+    _check_bias(call, bias)
     state, value = call.state, call.value
     transposed = isinstance(call.module, TRANSPOSED_CONVS) or call.name.startswith("conv_transpose")
     dim = value.ndim - weight.ndim + 1
@@ -146,9 +152,10 @@ def linear_function(call: Call) -> Label:
 
 
 def _linear(call: Call, layer: str, weight: Tensor, bias: Tensor | None) -> Label:
+    _check_bias(call, bias)
     state = call.state
     name = state.names.get(id(weight))
-    if name is None or (bias is not None and id(bias) not in state.names):
+    if name is None:
         call.refuse(f"{call.op} computes its weight")
     vector = call.vector(-1, weight.shape[1])
     inputs, outputs = state.axis(name, 1, weight.shape[1]), state.axis(name, 0, weight.shape[0])

@@ -93,6 +93,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
         odd = sorted(found ^ set(shapes))[0]
         raise UsageError(f"the stored structure is not that of a {type(model).__name__}: {odd} is only in one of them")
     resized: dict[int, nn.Parameter] = {}
+    buffers: dict[int, Tensor] = {}  # one that has two names stays one
     touched: set[int] = set()
     for path, module in model.named_modules():
         prefix = path + "." if path else ""
@@ -110,7 +111,9 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
             touched.add(id(module))
         for key, buffer in list(module._buffers.items()):
             shape = shapes.get(prefix + key)
-            if buffer is not None and shape is not None and shape != tuple(buffer.shape):
+            if id(buffer) in buffers:
+                module._buffers[key] = buffers[id(buffer)]
+            elif buffer is not None and shape is not None and shape != tuple(buffer.shape):
                 origin = stored.origins.get(prefix + key)
                 if origin is None:
                     module._buffers[key] = _corner(buffer, shape, prefix + key)
@@ -118,6 +121,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
                     at = _checked(origin, shape, buffer, prefix + key)
                     vars(module).setdefault(ORIGINS, {})[key] = at
                     module._buffers[key] = buffer.flatten()[at.to(buffer.device)].clone()
+                buffers[id(buffer)] = module._buffers[key]
                 touched.add(id(module))
     for path, module in model.named_modules():
         if id(module) in touched or normed_weight(module) is not None:

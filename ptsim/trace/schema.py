@@ -32,6 +32,7 @@ Difference = Annotated[float, msgspec.Meta(ge=-3.2e9, le=3.2e9)]  # of two measu
 Fraction = Annotated[float, msgspec.Meta(ge=-1e-6, le=1 + 1e-6)]  # rounding included
 Quantity = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
+MOST_EPOCHS = 100_000  # of a run to train, to plan or to project; more is a slip of the keyboard, and would take hours
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ import math
 import msgspec
 
 from ptsim.errors import UsageError
-from ptsim.trace.schema import Assumption, Draw, End, Epoch, Reconfiguration
+from ptsim.trace.schema import MOST_EPOCHS, Assumption, Draw, End, Epoch, Reconfiguration
 from ptsim.trace.trace import Trace
 
 
@@ -22,13 +22,15 @@ def stretch(trace: Trace, *, epochs: int | None = None, images: int | None = Non
     Profiles and the spread of steps are kept, times of epochs are not: nobody measured these.
 
     Raises:
-        UsageError: no epoch to stretch, or a number below 1.
+        UsageError: no epoch to stretch, a number below 1, or more than `MOST_EPOCHS` epochs.
     """
     if epochs is None and images is None:
         return trace
     for name, value in (("epochs", epochs), ("images", images)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")
+    if epochs is not None and epochs > MOST_EPOCHS:
+        raise UsageError(f"epochs is {epochs}, expected at most {MOST_EPOCHS}")
     if not trace.epochs:
         raise UsageError(f"{trace.path} has no finished epoch; there is nothing to stretch")
     count, recorded = epochs or len(trace.epochs), len(trace.epochs)

@@ -32,6 +32,7 @@ from ptsim.training.recipe import Count, Recipe
 FORMAT_VERSION = 1
 _WEIGHTS, _STATE, _META = "weights.safetensors", "state.safetensors", "checkpoint.json"
 _MOST_BYTES = 2**40  # of weights or state
+PICKLE_TOLD_BY = 9  # first bytes of a file
 _RESUMABLE = 2  # how many of the newest checkpoints keep what only resuming needs
 
 
@@ -39,7 +40,8 @@ _RESUMABLE = 2  # how many of the newest checkpoints keep what only resuming nee
 Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e30)]
 Number: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
-Scalar: TypeAlias = bool | int | Number | None  # what an optimizer keeps of a parameter besides tensors
+Scalar: TypeAlias = bool | int | Number | None  # what an optimizer keeps of a parameter besides tensors,
+Entry: TypeAlias = Scalar | list[Scalar]  # one or several under a name
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,9 +74,10 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         learning_rate_scale: by which the mini-batch's growth has changed the plan's rate.
         validation_accuracy: after the last epoch.
         initial_channels, initial_weights: what the first network had, for the sparsity.
-        optimizer: entries of the optimizer's state that are no tensors, by parameter and key.
+        optimizer: entries of the optimizer's state that are no tensors, by parameter and key; in a list None stands
+            for a tensor.
         weights_sha256, state_sha256: digests of the other two files; older checkpoints have none.
-        sha256: digest of all these fields, itself left out; older checkpoints have none.
+        sha256: digest of the fields that are written, itself left out; older checkpoints have none.
         trace_bytes, trace_sha256: length and digest of the trace when this was written; older runs have no digest.
     """
 
@@ -91,7 +94,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     validation_accuracy: NotNegative | None
     initial_channels: Count
     initial_weights: Count
-    optimizer: dict[str, dict[str, Scalar]]
+    optimizer: dict[str, dict[str, Entry]]
     scaler: dict[str, Any]
     trace_bytes: Whole
     trace_sha256: str | None = None
@@ -102,8 +105,16 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def signed(self) -> Checkpoint:
         """The same with its digest."""
-        content = msgspec.json.encode(msgspec.structs.replace(self, sha256=None))
-        return msgspec.structs.replace(self, sha256=hashlib.sha256(content).hexdigest())
+        return msgspec.structs.replace(self, sha256=_digest(msgspec.json.encode(self)))
+
+
+def _digest(description: bytes) -> str:
+    """Of the fields that a description has, its own digest left out.
+
+    Of the document and not of the record, so that a field that a newer ptsim knows does not change an older digest.
+    """
+    fields = msgspec.json.decode(description) | {"sha256": None}
+    return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()
 
 
 _DECODER = msgspec.json.Decoder(Checkpoint)
@@ -210,7 +221,7 @@ def parse_checkpoint(file: Path, content: bytes) -> Checkpoint:
         raise FileFormatError(
             file, f"field 'format_version' is {checkpoint.format_version}, this ptsim reads {FORMAT_VERSION}"
         )
-    if checkpoint.sha256 not in (None, checkpoint.signed().sha256):
+    if checkpoint.sha256 is not None and checkpoint.sha256 != _digest(content):
         raise FileFormatError(file, "not the description that this run wrote: it was changed since")
     return checkpoint
 
@@ -233,13 +244,22 @@ def read_state_bytes(folder: Path) -> tuple[bytes, bytes, bytes]:
     return _read(folder / _META), _read(folder / _WEIGHTS), _read(folder / _STATE)
 
 
+def is_pickle(start: bytes) -> bool:
+    """Whether a file that begins so is a pickle or one of torch's archives of pickles.
+
+    A safetensors file begins with the length of its header: a header of 640 bytes gives the first two bytes of a
+    pickle. The header follows, an object of JSON, where neither kind of pickle has a brace.
+    """
+    return start[:2] in (b"PK", *(bytes((0x80, protocol)) for protocol in range(2, 6))) and start[8:9] != b"{"
+
+
 def parse_tensors(file: Path, content: bytes, sha256: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, whose digest has to be the given one.
 
     Raises:
         FileFormatError: it is something else; a pickle is named as such, and not opened.
     """
-    if content[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    if is_pickle(content[:PICKLE_TOLD_BY]):
         raise FileFormatError(file, "found a pickle, expected safetensors; a pickle can run any code and is not opened")
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise FileFormatError(file, "not a safetensors file that this run wrote: its content was changed since")

@@ -22,6 +22,7 @@ from ptsim.network import MemoryFormat, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import PRECISION_NAMES, parse_precision
 from ptsim.textfile import parse_toml, read_toml
+from ptsim.trace.schema import MOST_EPOCHS
 from ptsim.training.registries import REGISTRIES
 from ptsim.training.sources import DEFAULT as DEFAULT_DATASET
 from ptsim.training.sources import SOME_USE, data_source
@@ -175,7 +176,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.memory_budget
 
 
-MOST_EPOCHS = 100_000  # of a run; more is a slip of the keyboard, and would plan for hours
 SETTINGS = Config.__struct_fields__
 _CHOICES: dict[str, tuple[str, ...]] = {"precision": PRECISION_NAMES} | {
     name: typing.get_args(hint) for name, hint in typing.get_type_hints(Config).items() if "Literal" in str(hint)

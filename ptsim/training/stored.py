@@ -1,12 +1,15 @@
 """How do network, optimizer and weight average come back from tensors and plain data, pruned as they were?
 
-Names of tensors: `network/NAME`, `optimizer/PARAMETER/KEY`, `ema/NAME`. Buffers that a network does not call persistent
+Names of tensors: `network/NAME`, `optimizer/PARAMETER/KEY`, `optimizer/PARAMETER/KEY[INDEX]` where the optimizer keeps
+a list, `ema/NAME`. Buffers that a network does not call persistent
 are stored as well: pruning has cut them, so that a freshly built network does not have them.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,10 +22,11 @@ from ptsim.errors import UsageError
 from ptsim.network import Network
 from ptsim.prune.cut import unwrap
 from ptsim.prune.structure import apply_structure, structure_of
-from ptsim.training.checkpoint import NotNegative, Scalar, Totals, Whole
+from ptsim.training.checkpoint import Entry, NotNegative, Totals, Whole
 from ptsim.training.recipe import Count
 
 VERSION = 1
+_LISTED = re.compile(r"(.+)\[(\d{1,9})\]")
 
 
 class StoredState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,7 +48,7 @@ class StoredState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     trace_sha256: str | None
     totals: Totals
     parameters: tuple[tuple[str, ...], ...]
-    optimizer: dict[str, dict[str, Scalar]] | None = None
+    optimizer: dict[str, dict[str, Entry]] | None = None
     groups: list[dict[str, Any]] | None = None
     tensors: dict[str, Any] | None = None
 
@@ -149,18 +153,20 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors, as `optimizer/PARAMETER/KEY`."""
-    return {
-        f"optimizer/{name}/{key}": value
-        for name, key, value in _entries(network, optimizer)
-        if isinstance(value, Tensor)
-    }
+    """The optimizer's tensors, as `optimizer/PARAMETER/KEY`; those of a list as `optimizer/PARAMETER/KEY[INDEX]`."""
+    tensors = {}
+    for name, key, value in _entries(network, optimizer):
+        parts = {f"{key}[{n}]": part for n, part in enumerate(value)} if isinstance(value, list) else {key: value}
+        tensors |= {f"optimizer/{name}/{place}": part for place, part in parts.items() if isinstance(part, Tensor)}
+    return tensors
 
 
 def optimizer_scalars(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's entries that are no tensors, by parameter and key."""
+    """The optimizer's entries that are no tensors, by parameter and key; a list has None in the place of a tensor."""
     scalars: dict[str, dict[str, Any]] = {}
     for name, key, value in _entries(network, optimizer):
+        if isinstance(value, list):
+            value = [None if isinstance(part, Tensor) else part for part in value]
         if not isinstance(value, Tensor):
             scalars.setdefault(name, {})[key] = value
     return scalars
@@ -195,19 +201,26 @@ def load_optimizer(
         UsageError: names or shapes do not match.
     """
     parameters = dict(network.named_parameters())
+    for path, entries in scalars.items():
+        if path not in parameters:
+            raise UsageError(f"the optimizer has no parameter {path!r}")
+        optimizer.state[parameters[path]].update(copy.deepcopy(dict(entries)))
     for name, tensor in part(tensors, "optimizer/").items():
         path, _, key = name.rpartition("/")
         parameter = parameters.get(path)
-        if parameter is None or (tensor.numel() > 1 and not _fits(tensor, parameter)):
+        listed = _LISTED.fullmatch(key)  # its shape follows from nothing that is known here
+        if parameter is None or not (listed or tensor.numel() <= 1 or _fits(tensor, parameter)):
             raise UsageError(f"the optimizer's state {name!r} does not fit the network")
+        if listed is not None:
+            values = optimizer.state[parameter].get(listed[1])
+            if not isinstance(values, list) or int(listed[2]) >= len(values):
+                raise UsageError(f"the optimizer's state {name!r} is of no list")
+            values[int(listed[2])] = tensor.clone().to(parameter.device)
+            continue
         # An optimizer keeps scalars such as Adam's step on the CPU; what is shaped like a weight lies like it.
         like = parameter if tensor.shape == parameter.shape and tensor.dim() else tensor
         stored = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
         optimizer.state[parameter][key] = stored if tensor.dim() == 0 else stored.to(parameter.device)
-    for path, entries in scalars.items():
-        if path not in parameters:
-            raise UsageError(f"the optimizer has no parameter {path!r}")
-        optimizer.state[parameters[path]].update(entries)
 
 
 def _fits(tensor: Tensor, parameter: Tensor) -> bool:

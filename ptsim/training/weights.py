@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ptsim.errors import FileFormatError, UsageError
 from ptsim.textfile import read_bytes
-from ptsim.training.checkpoint import parse_tensors
+from ptsim.training.checkpoint import PICKLE_TOLD_BY, is_pickle, parse_tensors
 
 _MOST_BYTES = 2**40
 _INNER = ("state_dict_ema", "state_dict", "model_state_dict", "model")  # where training scripts keep the weights
@@ -91,8 +91,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         FileFormatError: it holds something else than tensors.
     """
     with open(path, "rb") as file:
-        start = file.read(2)
-    if start not in (b"PK", b"\x80\x02"):  # torch's zip, and its format before 1.6
+        start = file.read(PICKLE_TOLD_BY)
+    if not is_pickle(start):
         return parse_tensors(path, read_bytes(path, most=_MOST_BYTES))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

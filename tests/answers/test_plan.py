@@ -334,6 +334,12 @@ class TestTrace:
         with pytest.raises(UsageError, match="interval is 0"):
             plan(model, **{**BASE, "interval": 0})
 
+    def test_what_would_take_hours_is_refused(self, model: str) -> None:
+        with pytest.raises(UsageError, match="epochs is 2147483648, expected at most 100000"):
+            plan(model, **{**BASE, "epochs": 2**31})
+        with pytest.raises(UsageError, match="1200 times with the interval 1, at most 1000 are planned"):
+            plan(model, **{**BASE, "epochs": 1200, "interval": 1})
+
     def test_options_may_come_as_a_record_or_by_name(self, model: str) -> None:
         record = PlanOptions(**BASE, optimizer="adam")
         trace = plan(model, record, epochs=6)

@@ -1,4 +1,5 @@
 import itertools
+import math
 import time
 
 import msgspec
@@ -88,6 +89,12 @@ def test_a_resumed_calibration_measures_only_what_is_missing(tmp_path, trace, pr
     assert len(asked) == 3 * (len(trace.networks) - 1)  # rounds
     assert len(again.steps) == len(trace.networks)
     assert again.steps[0].step_s == pytest.approx(profile.steps[0].step_s, rel=1e-5)
+
+
+@pytest.mark.parametrize("minutes", [0.0, math.inf, math.nan])
+def test_a_limit_that_is_none_is_refused(tmp_path, trace, minutes):
+    with pytest.raises(UsageError, match="expected a finite number above 0"):
+        calibrate_gpu(tmp_path / "none.toml", device=CPU, traces=[trace], grid=False, minutes=minutes)
 
 
 def test_time_that_has_run_out_leaves_a_valid_file_that_says_it_is_not_complete(tmp_path, trace):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import random_unstructured
 
 import ptsim
 from ptsim.capture.graph import copied
@@ -70,6 +71,19 @@ def test_the_outputs_go_and_the_inputs_stay(make: Callable[..., nn.Module]) -> N
     assert found.prunable_channels == 10 + 8, [(g.name, g.width, g.reason) for g in found.groups]
     stem = next(group for group in found.groups if group.name == "stem")
     assert "computes its weight from all that it reads" in str(stem.reason)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_a_mask_of_torch_computes_stays_and_the_rest_is_pruned(name: str) -> None:
+    def masked(*sizes: int, **options: int) -> nn.Module:
+        layer = nn.Conv2d(*sizes, **options)  # type: ignore[arg-type] # numbers
+        return random_unstructured(layer, name, 0.5)
+
+    torch.manual_seed(0)
+    found = ptsim.inspect(Net(masked), input_shape=IMAGE)
+    assert found.exact
+    assert found.prunable_channels == 8  # those that the plain convolution makes
+    assert any(f"tested (Conv2d) computes its {name}" in str(group.reason) for group in found.groups)
 
 
 class Depthwise(nn.Module):

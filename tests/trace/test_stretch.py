@@ -78,3 +78,8 @@ def test_the_last_smaller_step_is_left_out_only_where_the_run_left_it_out(trace:
         (epoch,) = stretch(recorded, images=7 * each + each // 2).epochs
         assert epoch.num_iterations == steps
         assert epoch.num_images == (7 * each + each // 2 if steps == 8 else 7 * each)
+
+
+def test_more_epochs_than_anybody_trains_are_refused(trace: Trace) -> None:
+    with pytest.raises(UsageError, match="epochs is 2147483648, expected at most 100000"):
+        stretch(trace, epochs=2**31)

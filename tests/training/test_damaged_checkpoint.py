@@ -1,11 +1,13 @@
 """A checkpoint that somebody has edited is named in one sentence, whatever is wrong with it; nothing is a traceback."""
 
 import copy
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import ptsim
@@ -97,3 +99,14 @@ def test_a_description_that_was_changed_since_it_was_written_is_refused(finished
     for act in (lambda: ptsim.load_model(folder, trust=True), lambda: ptsim.train(resume=folder)):
         with pytest.raises(PtsimError, match="not the description that this run wrote: it was changed since"):
             act()
+
+
+def test_a_description_without_a_field_that_came_later_keeps_its_digest(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    file = folder / "checkpoints" / "epoch-0003" / "checkpoint.json"
+    older = json.loads(file.read_text()) | {"sha256": None}
+    del older["class_names"]  # which runs did not have at first
+    digest = hashlib.sha256(msgspec.json.encode(older)).hexdigest()
+    file.write_text(json.dumps(older | {"sha256": digest}))
+    ptsim.load_model(folder, trust=True)

@@ -389,6 +389,34 @@ def test_a_state_restores_settings_that_are_negative_or_nothing():
         made[1].load_state_dict(state)
 
 
+class Listing(torch.optim.SGD):
+    """Keeps lists besides its momentum, as Shampoo and SOAP do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                kept = self.state[parameter].setdefault("sides", [None, torch.eye(parameter.shape[0]), 0])
+                kept[1], kept[2] = kept[1] * 1.5, kept[2] + 1
+        return super().step(closure)
+
+
+def test_a_state_restores_what_an_optimizer_keeps_in_lists():
+    model, other = fresh(), fresh(1)
+    optimizer, second = (Listing(m.parameters(), lr=0.05, momentum=0.9) for m in (model, other))
+    pruners = [ptsim.PruneTrain(m, o, input_shape=IMAGE) for m, o in ((model, optimizer), (other, second))]
+    train(pruners[0], model, optimizer, 1, images_and_labels(2))
+    state = pruners[0].state_dict()
+    pruners[1].load_state_dict({**state, "optimizer": msgspec.json.decode(msgspec.json.encode(state["optimizer"]))})
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        nothing, side, number = second.state[q]["sides"]
+        assert (nothing, number) == (None, 2)
+        assert torch.equal(side, 1.5**2 * torch.eye(p.shape[0]))
+        assert torch.equal(second.state[q]["momentum_buffer"], optimizer.state[p]["momentum_buffer"])
+    odd = {"optimizer/stem.0.weight/sides[7]": torch.zeros(1)}
+    with pytest.raises(UsageError, match=r"sides\[7\]' is of no list"):
+        pruners[1].load_state_dict({**state, "tensors": state["tensors"] | odd})
+
+
 def test_a_state_without_tensors_is_json_and_goes_with_the_loops_own_checkpoints():
     batches = images_and_labels()
     model = fresh()

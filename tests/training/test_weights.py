@@ -11,7 +11,7 @@ import ptsim
 from ptsim.errors import FileFormatError, UsageError
 from ptsim.training.config import make_config
 from ptsim.training.schedule import epoch_plans
-from ptsim.training.weights import load_weights, weights_file
+from ptsim.training.weights import load_weights, read_state_dict, weights_file
 from tests.training.nets import small
 from tests.training.runs import settings
 
@@ -45,6 +45,21 @@ def test_every_usual_file_is_read(name, write, tmp_path):
     write(trained.state_dict(), tmp_path / name)
     load_weights(fresh, tmp_path / name)
     assert equal(trained, fresh)
+
+
+@pytest.mark.parametrize("header_bytes", [0x280, 0x380, 0x480, 0x580, 0x4B50])  # little-endian: \x80\x02, …, "PK"
+def test_a_file_whose_header_is_as_long_as_a_pickle_begins_is_read(header_bytes, tmp_path):
+    trained = small(10)
+    path, state = tmp_path / "w.safetensors", trained.state_dict()
+    bare = int.from_bytes(safetensors.torch.save(state, {"x": ""})[:8], "little")  # a multiple of 8
+    while bare > header_bytes:
+        state.popitem()
+        bare = int.from_bytes(safetensors.torch.save(state, {"x": ""})[:8], "little")
+    path.write_bytes(safetensors.torch.save(state, {"x": "a" * (header_bytes - bare)}))
+    assert int.from_bytes(path.read_bytes()[:8], "little") == header_bytes
+    read = read_state_dict(path)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], state[name]) for name in state)
 
 
 def test_a_classifier_of_other_classes_keeps_its_fresh_weights(tmp_path):
