@@ -1,6 +1,6 @@
 """How much memory do the tensors of one training iteration take, moment by moment, without doing its arithmetic?
 
-A copy of the model made of fake tensors runs forward, loss and backward as Python runs them, and a dispatch mode sees
+A copy of the model runs forward, loss and backward as Python runs them, without arithmetic, and a dispatch mode sees
 every storage come and go: what operators keep, what autocast copies, and what lives only for a moment. Two sizes of the
 mini-batch tell what grows with it. A GPU is stood in for by the CPU's kernels under the GPU's rules: what autocast
 runs in fp32 there, dropout's boolean masks, and fused attention. Tests compare with the CPU allocator's own log.
@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptsim.capture.graph import hollow_copy
-from ptsim.capture.rehearsal import quiet_fakes
+from ptsim.capture.hollow import NoArithmetic
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Moment
 
 _BATCHES = (2, 3)
@@ -75,7 +74,7 @@ def footprints(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[Foo
             cpu = gpu  # where no operator has rules of its own on a GPU, the iteration is the same one
             if gpu[0].bent:
                 cpu = tuple(_watch(model, input_shape, batch, gpu=False, half=half) for batch in _BATCHES)
-        except RuntimeError:  # what torch raises of operators and fake tensors; `costs.memory` has rules instead
+        except RuntimeError:  # what torch raises of operators; `costs.memory` has rules instead
             continue
         for device, (small, large) in (("cpu", cpu), ("gpu", gpu)):
             if len(small.seen) == len(large.seen) and len(small.kept) == len(large.kept):
@@ -109,8 +108,8 @@ class _Watch:
 
 
 def _watch(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, gpu: bool, half: bool) -> _Watch:
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with warnings.catch_warnings(), quiet_fakes(), fake, torch.device("cpu"), torch.enable_grad():
+    hollow = NoArithmetic()
+    with warnings.catch_warnings(), torch.random.fork_rng([]), hollow, torch.device("cpu"), torch.enable_grad():
         warnings.simplefilter("ignore")  # the model's own: `rehearse` was not the place to repeat them either
         twin = hollow_copy(model).train()
         dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)

@@ -1,6 +1,6 @@
 """What does one training step of this module do, node by node, without doing its arithmetic?
 
-A copy of the model made of fake tensors runs forward and backward: shapes, strides, storages and autograd's formulas
+A copy of the model runs forward and backward inside `NoArithmetic`: shapes, strides, storages and autograd's formulas
 are the CPU's own, the numbers are not there. What autograd keeps is seen by `saved_tensors_hooks`, the order of the
 gradients by hooks on the parameters. Tests check that a run with real tensors gives the same.
 """
@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ptsim.capture.graph import copied, hollow_copy, naming_the_image, symbolic_graph
+from ptsim.capture.hollow import NoArithmetic
 from ptsim.errors import UnsupportedModelError
 
 Shape = tuple[int, ...]
-_FAKE_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 @dataclasses.dataclass
@@ -72,7 +69,7 @@ class Rehearsal:
 
 
 def rehearse(
-    model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, fake: bool = True, backward: bool = True
+    model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, hollow: bool = True, backward: bool = True
 ) -> Rehearsal:
     """Run one training step of a copy of `model` on `batch` images and watch it.
 
@@ -80,7 +77,7 @@ def rehearse(
         model: left as it is.
         input_shape: (channels, height, width).
         batch: images.
-        fake: without arithmetic and memory; False runs real CPU tensors, which gives the same, slower.
+        hollow: without arithmetic and memory; False runs real CPU tensors, which gives the same, slower.
         backward: go back as well; without, `ready` and `idle` are empty.
 
     Raises:
@@ -92,31 +89,20 @@ def rehearse(
             f"{type(model).__name__} has lazy modules, whose parameters have no shape yet",
             hint="run one image through the model before it is handed over",
         )
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.random.fork_rng()
-    with warnings.catch_warnings(), mode, torch.device("cpu"), torch.enable_grad():
+    mode = NoArithmetic() if hollow else contextlib.nullcontext()
+    with warnings.catch_warnings(), torch.random.fork_rng([]), mode, torch.device("cpu"), torch.enable_grad():
         warnings.simplefilter("ignore")  # the model's own: a rehearsal is not the place to repeat them
-        twin = hollow_copy(model) if fake else copied(model).cpu()
+        twin = hollow_copy(model) if hollow else copied(model).cpu()
         twin.train()
         graph = symbolic_graph(twin, (batch, *input_shape))
         watcher = _Watcher(graph, twin)
         dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
-        with naming_the_image(model, input_shape), quiet_fakes():
+        with naming_the_image(model, input_shape):
             with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
                 outputs = _tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype)))
             watcher.finish()
             ready, idle = _gradient_order(twin, outputs) if backward else ((), frozenset[str]())
     return Rehearsal(twin, graph, watcher.steps, ready, idle)
-
-
-@contextlib.contextmanager
-def quiet_fakes() -> Iterator[None]:
-    """What fails is raised; torch's fake tensors would log its traceback as well."""
-    level = _FAKE_LOGGER.level
-    _FAKE_LOGGER.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        _FAKE_LOGGER.setLevel(level)
 
 
 class _Watcher(fx.Interpreter):

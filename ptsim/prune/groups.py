@@ -11,16 +11,13 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
 from ptsim.capture.graph import copied, example_input, naming_the_image, note_tracer
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import Cut, cut_model
-from ptsim.prune.labels import ENDS, AxisKey, State, Weighted
+from ptsim.prune.labels import ENDS, AxisKey, State, Weighted, connected
 from ptsim.prune.numbers import Number, solved
 from ptsim.prune.propagate import propagate, skeleton
 from ptsim.prune.selection import keep_one
@@ -234,10 +231,8 @@ def axes_for(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[AxisKe
 
 def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphModule) -> ChannelGroups:
     count = state.num_slots
-    pairs = torch.cat(state.pairs, dim=1).numpy() if state.pairs else np.zeros((2, 0), dtype=np.int64)
-    matrix = coo_matrix((np.ones(pairs.shape[1], dtype=np.int8), (pairs[0], pairs[1])), shape=(count, count))
-    num_components, labels = connected_components(matrix, directed=False) if count else (0, np.zeros(0))
-    component_of = torch.from_numpy(labels.astype(np.int64))
+    component_of = connected(state.pairs, count)
+    num_components = int(component_of.max()) + 1 if count else 0
 
     axes = {key: component_of[slots] for key, slots in state.axes.items()}
     layers = tuple(
@@ -377,11 +372,8 @@ def _tied(base: ChannelGroups, ties: dict[int, int]) -> ChannelGroups:
     for index, axis in ties.items():
         rows = base.folds[index].movedim(axis, 0).flatten(1)
         pairs.append(torch.stack([rows[:, :1].expand_as(rows).flatten(), rows.flatten()]))
-    first, second = torch.cat(pairs, dim=1).numpy()
-    count = base.num_components
-    matrix = coo_matrix((np.ones(len(first), dtype=np.int8), (first, second)), shape=(count, count))
-    number, labels = connected_components(matrix, directed=False)
-    part_of = torch.from_numpy(labels.astype(np.int64))
+    part_of = connected(pairs, base.num_components)
+    number = int(part_of.max()) + 1
     reason_of = torch.full((number,), -1).scatter_reduce(0, part_of, base.reason_of, "amax")
     sensitive = torch.zeros(number, dtype=torch.bool)
     sensitive[part_of[base.sensitive]] = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +23,7 @@ WIDTH = "width"  # stands for a tensor of a normalisation that has none
 UNKNOWN = -(2**40)  # the label of an axis that an earlier network did not have
 AxisKey: TypeAlias = tuple[str, int]  # tensor's qualified name, dimension
 NO_SLOTS = torch.empty(0, dtype=torch.int64)
+NO_PAIRS = torch.empty((2, 0), dtype=torch.int64)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -245,6 +246,27 @@ def distinct(slots: Tensor) -> Tensor:
     """Every value once, ascending."""
     distinct: Tensor = torch.unique(slots)
     return distinct
+
+
+def connected(pairs: Sequence[Tensor], count: int) -> Tensor:
+    """Which connected part each of `count` nodes is in; parts are numbered as their first nodes come.
+
+    Every node takes the lowest number among its neighbours' and its own, again and again; a part that is a long chain
+    takes few rounds, because a node's number is itself a node, whose number counts too.
+
+    Args:
+        pairs: neighbours, as tensors of two rows.
+        count: number of nodes.
+    """
+    lowest = torch.arange(count)
+    first, second = torch.cat([NO_PAIRS, *pairs], dim=1)
+    while True:
+        low = torch.minimum(lowest[first], lowest[second])
+        found = lowest.scatter_reduce(0, lowest[first], low, "amin").scatter_reduce(0, lowest[second], low, "amin")
+        found = found[found]
+        if torch.equal(found, lowest):
+            return torch.unique(lowest, return_inverse=True)[1]
+        lowest = found
 
 
 def along(slots: Tensor, dim: int, rank: int) -> Tensor:

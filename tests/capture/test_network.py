@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Literal
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.check_counts import kept_bytes
 from ptsim import zoo
+from ptsim.capture import footprint
+from ptsim.capture.graph import copied
 from ptsim.capture.network import capture_network
 from ptsim.capture.rehearsal import rehearse
 from ptsim.costs.flops import layer_macs, training_macs
@@ -19,6 +23,10 @@ from ptsim.network import LayerKind, Network
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.setting import StepSetting
+
+
+def slow(name: str) -> ParameterSet:
+    return pytest.param(name, marks=pytest.mark.slow)
 
 
 def capture(name: str) -> tuple[nn.Module, Network]:
@@ -37,14 +45,32 @@ def test_forward_macs_are_half_of_what_torch_counts(name: str) -> None:
     assert 2 * network.forward_macs == mode.get_total_flops()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet20", "torchvision:squeezenet1_1", "torchvision:swin_t"])
-def test_fake_tensors_keep_what_real_ones_keep(name: str) -> None:
+@pytest.mark.parametrize("name", ["resnet20", slow("torchvision:squeezenet1_1"), slow("torchvision:swin_t")])
+def test_a_step_without_arithmetic_does_what_a_real_one_does(name: str) -> None:
     entry = zoo.find(name)
     model = entry.build(num_classes=entry.num_classes)
-    fake, real = (rehearse(model, entry.input_shape, 2, fake=fake) for fake in (True, False))
-    assert fake.steps == real.steps
-    assert fake.ready == real.ready
+    hollow, real = (rehearse(model, entry.input_shape, 2, hollow=hollow) for hollow in (True, False))
+    assert hollow.steps == real.steps
+    assert hollow.ready == real.ready
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet20", slow("torchvision:efficientnet_b0"), slow("torchvision:convnext_tiny"), slow("torchvision:swin_t")],
+)
+def test_memory_without_arithmetic_is_that_of_a_real_step(
+    name: str, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = zoo.find(name)
+    model = entry.build(num_classes=entry.num_classes)
+    shape = (3, 64, 64) if name.startswith("torchvision") else entry.input_shape
+    hollow = footprint._watch(model, shape, 2, gpu=False, half=half)
+    monkeypatch.setattr(footprint, "NoArithmetic", contextlib.nullcontext)
+    monkeypatch.setattr(footprint, "hollow_copy", copied)
+    real = footprint._watch(model, shape, 2, gpu=False, half=half)
+    assert hollow.kept == real.kept
+    assert max(seen.alive for seen in hollow.seen) == max(seen.alive for seen in real.seen)
 
 
 @pytest.mark.slow

@@ -1,0 +1,180 @@
+"""Run operators on the CPU without their arithmetic: shapes, strides, storages and autograd are real, values are not.
+
+Inside `NoArithmetic` every operator that would compute takes memory for its results and leaves it untouched, so that
+the operating system hands none out. Which results it has is asked of the operator itself on tensors without storage,
+once for each kind of input. torch's own `FakeTensorMode` gives the same and takes ten times as long per operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+_MOST_RESULTS = 20_000  # remembered; a large network has about 1,000
+_KNOWN = "ptsim_known"  # attribute of a tensor that has values
+
+
+class _Made(NamedTuple):
+    """A result with memory of its own."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Given(NamedTuple):
+    """A result that is an argument, changed in place."""
+
+    argument: int | str
+
+
+_Results = Any  # `_Made`, `_Given`, what is no tensor, or a tuple or list of them; None: the operator itself has to run
+_RESULTS: dict[Any, _Results] = {}
+
+
+class NoArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
+    """Operators without arithmetic; one that needs values which are not there raises a RuntimeError.
+
+    Numbers that the code writes down, and what follows from them alone, are computed.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written_down = func is _aten.lift_fresh.default  # a number or a list of them has become a tensor
+        if written_down or all(getattr(tensor, _KNOWN, False) for tensor in _tensors(args, kwargs)):
+            return self._numbers(func, args, kwargs)
+        key = (func, _signature(args), *((name, _signature(value)) for name, value in kwargs.items()))
+        if key not in _RESULTS:
+            if len(_RESULTS) >= _MOST_RESULTS:
+                _RESULTS.clear()
+            _RESULTS[key] = _results(func, args, kwargs)
+        results = _RESULTS[key]
+        if results is None:
+            return func(*args, **kwargs)
+        return _handed(results, args, kwargs)
+
+    @staticmethod
+    def _numbers(func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator whose inputs have values: it runs, and so do its results, unless it only takes memory."""
+        result = func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded not in func.tags and not func._schema.name.startswith("aten::empty"):
+            for leaf in pytree.tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    setattr(leaf, _KNOWN, True)
+        return result
+
+
+def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                if isinstance(part, Tensor):
+                    yield part
+
+
+def _signature(value: Any) -> Any:
+    """What of an argument decides about the results."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple([_signature(part) for part in value])
+    return type(value), value
+
+
+def _handed(results: _Results, args: Any, kwargs: Any) -> Any:
+    match results:
+        case _Made():
+            return torch.empty_strided(results.shape, results.stride, dtype=results.dtype)
+        case _Given():
+            found = args[results.argument] if isinstance(results.argument, int) else kwargs[results.argument]
+            if getattr(found, _KNOWN, False):
+                setattr(found, _KNOWN, False)
+            return found
+        case tuple() | list():
+            return type(results)(_handed(part, args, kwargs) for part in results)
+    return results
+
+
+def _results(func: Any, args: Any, kwargs: Any) -> _Results:
+    """What an operator gives for such arguments."""
+    if torch.Tag.data_dependent_output in func.tags:
+        raise RuntimeError(f"its code looks at the values of a tensor ({func})")
+    device = kwargs.get("device")
+    no_tensor = all("Tensor" not in str(returned.type) for returned in func._schema.returns)
+    if no_tensor or torch.Tag.inplace_view in func.tags or (device is not None and device.type != "cpu"):
+        return None
+    if func in _SHORT_WAYS and args[5 if func is _aten.native_batch_norm.default else 7]:
+        return _SHORT_WAYS[func](args)
+    hollow = pytree.tree_map_only(Tensor, _without_storage, (args, kwargs))
+    if device is not None:
+        hollow[1]["device"] = torch.device("meta")
+    inputs = {tensor.untyped_storage()._cdata for tensor in _tensors(*hollow)}
+    try:
+        given = func(*hollow[0], **hollow[1])
+    except NotImplementedError as error:
+        if torch.Tag.dynamic_output_shape in func.tags:
+            raise RuntimeError(f"a shape depends on the values of a tensor ({func})") from error
+        given = func(*pytree.tree_map_only(Tensor, torch.zeros_like, args), **kwargs)
+        return pytree.tree_map_only(Tensor, lambda tensor: _Made(tensor.shape, tensor.stride(), tensor.dtype), given)
+    written = [_written(func, returned) for returned in func._schema.returns]
+    parts = list(given) if isinstance(given, (tuple, list)) and len(written) > 1 else [given]
+    found = []
+    for part, argument in zip(parts, written, strict=True):
+        if argument is not None:
+            found.append(argument)
+            continue
+        leaves = [leaf for leaf in pytree.tree_leaves(part) if isinstance(leaf, Tensor)]
+        if any(leaf.untyped_storage()._cdata in inputs for leaf in leaves):
+            return None  # a view
+        found.append(pytree.tree_map_only(Tensor, lambda leaf: _Made(leaf.shape, leaf.stride(), leaf.dtype), part))
+    return tuple(found) if len(written) > 1 else found[0]
+
+
+def _written(func: Any, returned: Any) -> _Given | None:
+    """The argument that a result is, if it is one that was written to."""
+    alias = returned.alias_info
+    if alias is None or not alias.is_write:
+        return None
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.before_set == alias.before_set:
+            return _Given(argument.name if argument.kwarg_only else index)
+    return None
+
+
+def _without_storage(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _like(tensor: Tensor) -> _Made:
+    made = torch.empty_like(_without_storage(tensor))
+    return _Made(made.shape, made.stride(), made.dtype)
+
+
+def _normalised(args: Any) -> _Results:
+    """Of `native_batch_norm` in training: the output, and mean and deviation of every channel."""
+    x, weight = args[:2]
+    # With wider weights than images the CPU, as a GPU, keeps its statistics in their width.
+    dtype = x.dtype if weight is None else weight.dtype
+    return _like(x), _Made(x.shape[1:2], (1,), dtype), _Made(x.shape[1:2], (1,), dtype)
+
+
+def _normalised_back(args: Any) -> _Results:
+    """Of `native_batch_norm_backward`: the gradients of images, weight and bias that its mask asks for."""
+    x, weight, wanted = args[1], args[2], args[9]
+    found = (_like(x), *(_Made(x.shape[1:2], (1,), x.dtype if weight is None else weight.dtype) for _ in range(2)))
+    return tuple(made if asked else None for made, asked in zip(found, wanted, strict=True))
+
+
+# The operators' own way on tensors without storage is through a dozen others.
+_SHORT_WAYS: dict[Any, Callable[[Any], _Results]] = {
+    _aten.native_batch_norm.default: _normalised,
+    _aten.native_batch_norm_backward.default: _normalised_back,
+}
