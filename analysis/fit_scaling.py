@@ -54,16 +54,20 @@ TCP_CONTENTION = 0.05
 TENSOR_S, PCIE_CONTENTION = 50e-6, 0.5  # where the fit starts
 
 
-def rows() -> pd.DataFrame:
-    """The published rows of many GPUs."""
-    return pd.read_csv(PUBLIC / "training_many.csv")
+def rows(name: str = "training_many") -> pd.DataFrame:
+    """The published rows of many GPUs: those of the fit, or "training_many_later", which no fit has seen."""
+    return pd.read_csv(PUBLIC / f"{name}.csv")
 
 
 def cluster_of(row: pd.Series) -> Cluster:
     """The machine of a row: the catalog's, or GPUs on the PCIe slots of one box."""
     device = load_device(row.device)
     if isinstance(row.cluster, str):
-        return msgspec.structs.replace(load_cluster(row.cluster), device=device)
+        cluster = msgspec.structs.replace(load_cluster(row.cluster), device=device)
+        if cluster.inter is None or pd.isna(rate := row.get("inter_gbit_per_s")):
+            return cluster
+        inter = msgspec.structs.replace(cluster.inter, bandwidth_bytes_per_s=rate * 1e9 / 8)
+        return msgspec.structs.replace(cluster, inter=inter)
     link = Link(name="PCIe", kind=LinkKind.PCIE, bandwidth_bytes_per_s=PCIE_BYTES_PER_S[device.architecture])
     return Cluster(name=f"{row.device} over PCIe", device=device, gpus_per_node=8, intra=link)
 

@@ -17,7 +17,7 @@ from fit_scaling import fit as fit_scaling
 from fit_scaling import rows as many_rows
 from public_rows import Case, layer_cases, training_cases
 
-from ptsim.costs.scaling import Scaling
+from ptsim.costs.scaling import Scaling, load_scaling
 from ptsim.hardware.catalog import load_device
 
 
@@ -52,7 +52,7 @@ def _line(way: str, group: str, case: ManyCase, scaling: Scaling, spread: tuple[
     low, high = np.log(case.step.low_s / case.step.compute_s), np.log(case.step.high_s / case.step.compute_s)
     log_ratio = float(np.log(case.seconds / expected_s))
     reach = -float(np.hypot(low, spread[0])), float(np.hypot(high, spread[1]))
-    efficiency = np.nan if case.alone_s is None else case.alone_s / case.seconds
+    known = case.alone_s is not None
     return {
         "way": way,
         "group": group,
@@ -61,8 +61,10 @@ def _line(way: str, group: str, case: ManyCase, scaling: Scaling, spread: tuple[
         "num_gpus": case.num_gpus,
         "log_ratio": log_ratio,
         "inside": reach[0] <= log_ratio <= reach[1],
-        "measured_efficiency": efficiency,
-        "predicted_efficiency": case.step.compute_s / expected_s if case.alone_s is not None else np.nan,
+        "alone_log_ratio": np.log(case.alone_s / case.step.compute_s) if known else np.nan,
+        "added_log_ratio": np.log(case.seconds / case.predict(scaling, as_alone=True)) if known else np.nan,
+        "measured_efficiency": case.alone_s / case.seconds if known else np.nan,
+        "predicted_efficiency": case.step.compute_s / expected_s if known else np.nan,
     }
 
 
@@ -78,6 +80,28 @@ def _spread(known: list[ManyCase], scaling: Scaling) -> tuple[float, float]:
         if case.alone_s is not None
     ]
     return interval(pd.DataFrame(residuals))
+
+
+def later() -> pd.DataFrame:
+    """Rows that were collected after the fit, as what ptsim ships predicts them."""
+    scaling = load_scaling()
+    spread = scaling.low, scaling.high
+    table = many_rows("training_many_later")
+    found = [_line("later", case.source, case, scaling, spread) for case in cases(table=table)]
+    return pd.DataFrame(found).assign(model=table.model, precision=table.precision)
+
+
+def by_source(rows: pd.DataFrame) -> pd.DataFrame:
+    """Which part is off, per source: the step on one GPU, or what the others add to what one was measured to take."""
+    lines = []
+    for (way, source), part in rows.groupby(["way", "source"]):
+        line = {"left out": way, "rows of": source.rpartition("/")[2], "rows": len(part)}
+        for name, column in {"": "log_ratio", "one GPU: ": "alone_log_ratio", "added: ": "added_log_ratio"}.items():
+            known = part[column].dropna()
+            line[f"{name}median error %"] = round(100 * np.expm1(-known).abs().median(), 1)
+            line[f"{name}bias %"] = round(100 * float(np.expm1(known.median())), 1)
+        lines.append({**line, "coverage %": round(100 * part.inside.mean(), 1)})
+    return pd.DataFrame(lines)
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -117,8 +141,10 @@ def _chip(name: str) -> str:
 
 
 def main() -> None:
-    """Print the table."""
-    print(summary(leave_out(training_cases(), layer_cases())).to_string(index=False))
+    """Print the tables."""
+    found = leave_out(training_cases(), layer_cases())
+    for table in (summary(found), by_source(found), by_source(later()), later()):
+        print(table.to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ def test_the_fit_finds_the_constants_that_made_the_times(fit_scaling: ModuleType
     assert found.contention["pcie"] == pytest.approx(0.6, rel=0.1)
 
 
-def test_rows_name_their_source_and_a_machine(fit_scaling: ModuleType) -> None:
-    table = fit_scaling.rows()
+@pytest.mark.parametrize("name", ["training_many", "training_many_later"])
+def test_rows_name_their_source_and_a_machine(fit_scaling: ModuleType, name: str) -> None:
+    table = fit_scaling.rows(name)
     assert table[["source", "source_path", "source_rev"]].notna().all(axis=None)
     assert (table.num_gpus > 1).all()
     for _, row in table.drop_duplicates("device").iterrows():
@@ -44,3 +45,9 @@ def test_rows_name_their_source_and_a_machine(fit_scaling: ModuleType) -> None:
         assert cluster.device is not None
         assert cluster.device.name == row.device
         assert cluster.gpus_per_node == 8
+
+
+def test_a_row_may_say_the_rate_of_its_own_network(fit_scaling: ModuleType) -> None:
+    table = fit_scaling.rows("training_many_later")
+    rates = {fit_scaling.cluster_of(row).inter.bandwidth_bytes_per_s for _, row in table.iterrows()}
+    assert rates == {12.5e9, 50e9}  # one port of 100 Gbit/s, and the four of a DGX-1

@@ -97,9 +97,9 @@ CORES = {
 }
 HALF_PER_SM = {"volta": 1024, "turing": 1024, "ampere": 1024, "ada": 1024, "hopper": 4096, "blackwell": 8192}
 GEFORCE = {
-    "rtx-2080-ti", "rtx-3060-ti", "rtx-3070", "rtx-3070-ti", "rtx-3080", "rtx-3080-ti", "rtx-3090", "rtx-4070",
-    "rtx-4070-ti", "rtx-4080", "rtx-4090", "rtx-5080", "rtx-5090",
-}  # fmt: skip # the 50 series has the tensor cores of Ada
+    "a10g", "rtx-2080-ti", "rtx-3060", "rtx-3060-ti", "rtx-3070", "rtx-3070-ti", "rtx-3080", "rtx-3080-ti", "rtx-3090",
+    "rtx-4070", "rtx-4070-ti", "rtx-4080", "rtx-4090", "rtx-5080", "rtx-5090",
+}  # fmt: skip # the 50 series has the tensor cores of Ada; A10G has the rates of a consumer board
 TENSOR_CLOCK = {
     "h100-sxm5-80gb": 1830e6, "h200-sxm5-141gb": 1830e6, "gh200-96gb": 1830e6, "h100-pcie-80gb": 1620e6,
     "b200-sxm-180gb": 1856e6, "b300-sxm-270gb": 1856e6, "h200-nvl-141gb": 1545e6, "gb200-186gb": 2008e6,
@@ -118,7 +118,8 @@ MEMORY = {
     "titan-v": (3072, 1.7e9), "titan-rtx": (384, 14e9), "quadro-rtx-8000": (384, 14e9), "rtx-3080": (320, 19e9),
     "rtx-a6000": (384, 16e9), "rtx-6000-ada": (384, 20e9), "rtx-5090": (512, 28e9),
     "a30": (3072, 2.43e9), "a40": (384, 14.5e9), "rtx-a4000": (256, 14e9), "rtx-a5000": (384, 16e9),
-    "rtx-a5500": (384, 16e9), "rtx-3060-ti": (256, 14e9), "rtx-3070": (256, 14e9), "rtx-3070-ti": (256, 19e9),
+    "rtx-a5500": (384, 16e9), "a10g": (384, 12.5e9), "rtx-3060": (192, 15e9), "rtx-3060-ti": (256, 14e9),
+    "rtx-3070": (256, 14e9), "rtx-3070-ti": (256, 19e9),
     "rtx-3080-ti": (384, 19e9), "rtx-4070": (192, 21e9), "rtx-4070-ti": (192, 21e9), "rtx-4080": (256, 22.4e9),
     "gh200-96gb": (6144, 5.238e9), "h200-nvl-141gb": (6144, 6.25e9), "b300-sxm-270gb": (8192, 7.8125e9),
     "gb200-186gb": (8192, 7.8125e9), "k80": (384, 5.01e9), "m40": (384, 6.008e9),
