@@ -38,12 +38,14 @@ def main(folder: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     pruner = ptsim.PruneTrain(model, optimizer, input_shape=(1, 8, 8), penalty_ratio=0.5, interval=2, record=folder)
     for _ in range(4):
+        model.train()
         for batch, target in zip(images.split(16), labels.split(16), strict=True):
             loss = F.cross_entropy(model(batch), target)
             optimizer.zero_grad()
             loss.backward()
             pruner.step(loss)  # λ at the first call; adds the gradient of the group lasso
             optimizer.step()
+        model.eval()
         with torch.no_grad():
             accuracy = (model(images).argmax(1) == labels).float().mean().item()
         pruner.end_epoch(validation_accuracy=accuracy)  # records; every second epoch it removes channels
