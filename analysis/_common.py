@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 import ptsim
 from ptsim.costs.flops import training_macs
 from ptsim.errors import PtsimError, UsageError
+from ptsim.textfile import write_whole, writing_whole
 from ptsim.trace.pairs import data_name, run_labels, setting_labels
 from ptsim.trace.schema import Epoch
 
@@ -71,9 +72,10 @@ def main(
     )
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(arguments.out / f"{name}.csv", index=False)
+        write_whole(arguments.out / f"{name}.csv", frame.to_csv(index=False))
         if figure:
-            figure(frame).savefig(arguments.out / f"{name}.{arguments.format}", dpi=150)
+            with writing_whole(arguments.out / f"{name}.{arguments.format}") as file:
+                figure(frame).savefig(file, format=arguments.format, dpi=150)
     return 0
 
 

@@ -21,6 +21,7 @@ import pandas as pd
 import ptsim
 from ptsim.answers.plan import fractions
 from ptsim.answers.plan_options import PlanOptions
+from ptsim.textfile import write_whole
 from ptsim.trace.trace import Trace
 
 RUNS = Path(__file__).parent.parent / "traces" / "cifar10-resnet20"
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("inference", "training", "bn", "epoch"):
         print(f"{name}: mean error {others[f'{name}_points'].abs().mean():.1f} points on runs left out")
     if arguments.out is not None:
-        rows.to_csv(arguments.out, index=False, float_format="%.3f")
+        write_whole(arguments.out, rows.to_csv(index=False, float_format="%.3f"))
     return 0
 
 

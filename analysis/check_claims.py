@@ -22,7 +22,7 @@ import pandas as pd
 import ptsim
 from ptsim.costs.flops import training_macs
 from ptsim.costs.traffic import batch_norm_bytes
-from ptsim.textfile import read_toml
+from ptsim.textfile import read_toml, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = ROOT / "docs" / "claims.toml"
@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
         page = path.read_text(encoding="utf-8")
         new = filled(page, claims)
         if arguments.write:
-            path.write_text(new, encoding="utf-8")
+            write_whole(path, new)
         elif new != page:
             wrong.append(f"docs/{name}.md is not what docs/claims.toml says: python analysis/check_claims.py --write")
     print("\n".join(wrong) if wrong else f"{len(claims)} claims agree with their sources")

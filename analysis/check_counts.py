@@ -51,6 +51,7 @@ from ptsim.prune.proof import zero_components
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.selection import keep_one
 from ptsim.setting import StepSetting
+from ptsim.textfile import write_whole
 
 CHOSEN = (
     "alexnet vgg11_bn resnet18 resnet50 resnext50_32x4d densenet121 squeezenet1_1 googlenet inception_v3 mobilenet_v2 "
@@ -332,7 +333,7 @@ def record(
             )
             print(f"{name:34} {form:6} {precision:4} {errors}", flush=True)
             if file is not None:
-                frame.sort_values(KEY).astype(_INTEGERS, errors="ignore").to_csv(file, index=False)
+                write_whole(file, frame.sort_values(KEY).astype(_INTEGERS, errors="ignore").to_csv(index=False))
     return frame
 
 
@@ -349,7 +350,7 @@ def recount(file: Path, names: Sequence[str] = ()) -> pd.DataFrame:
             )
             frame.loc[index, list(counts)] = list(counts.values())
         print(f"{name:34} {form:6} counted", flush=True)
-        frame.to_csv(file, index=False)
+        write_whole(file, frame.to_csv(index=False))
     return frame
 
 

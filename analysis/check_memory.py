@@ -30,6 +30,7 @@ from ptsim.costs.memory import iteration_memory, usable_bytes
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Network, Precision
 from ptsim.setting import StepSetting
+from ptsim.textfile import write_whole
 
 LADDER = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 LADDER_SOURCE = "huggingface/pytorch-image-models"
@@ -111,7 +112,7 @@ def main() -> None:
         print(part.iloc[0].model, len(part), "rows", file=sys.stderr, flush=True)
         kept = pd.concat([kept, part], ignore_index=True).drop_duplicates(KEY, keep="last")
         if options.csv is not None:
-            kept.sort_values(KEY).to_csv(options.csv, index=False)
+            write_whole(options.csv, kept.sort_values(KEY).to_csv(index=False))
     frame = kept.reset_index(drop=True)
     wrong = frame[frame.fits != frame.ran].copy()
     wrong["peak_gib"], wrong["needs_gib"], wrong["usable_gib"] = (

@@ -65,6 +65,7 @@ from ptsim.hardware.spec import Cluster, Link
 from ptsim.network import LayerKind, Network
 from ptsim.sim.ddp import compute_plan, with_communication
 from ptsim.sim.step import TrainingJob, simulate_steps
+from ptsim.textfile import write_whole
 from ptsim.trace.io import read_trace
 
 HEADERS = 14 + 20 + 32  # bytes of Ethernet, IPv4 and TCP with time stamps
@@ -274,7 +275,7 @@ def worker(counts: dict[int, int], out: Path) -> None:
         wire, sent = (now - then for now, then in zip(sent_bytes(), before, strict=True))
         found.append({"bytes": size, "seconds": seconds[size], "wire": wire / count, "payload": sent / count})
     dist.barrier()
-    out.write_text(json.dumps(found))
+    write_whole(out, json.dumps(found))
     dist.destroy_process_group()
 
 
@@ -538,7 +539,7 @@ class Experiment:
     def predict(self, what: str, mbit: float, seconds: float, payload: float) -> None:
         """Write down a prediction."""
         self.predictions[f"{what}/{mbit}"] = seconds, payload
-        (self.folder / "predictions.json").write_text(json.dumps(self.predictions, indent=1))
+        write_whole(self.folder / "predictions.json", json.dumps(self.predictions, indent=1))
 
     def run(self) -> pd.DataFrame:
         """One row per quantity and rate."""
@@ -560,7 +561,7 @@ class Experiment:
         frame["time_error"] = frame.predicted_s / frame.measured_s - 1
         frame["bytes_error"] = frame.predicted_bytes / frame.measured_bytes - 1
         frame.insert(0, "ranks", self.ranks)
-        frame.to_csv(self.folder / "comparison.csv", index=False)
+        write_whole(self.folder / "comparison.csv", frame.to_csv(index=False))
         return frame
 
 

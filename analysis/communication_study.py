@@ -22,7 +22,7 @@ import ptsim
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import Cluster
-from ptsim.report import figures
+from ptsim.report.figures import style
 from ptsim.trace.pairs import compare_runs
 
 CLUSTER = "dgx-a100"
@@ -103,9 +103,9 @@ def figure(frame: pd.DataFrame) -> Figure:
     return _figure(frame[frame.run == frame.run.iloc[0]])
 
 
-@figures.styled
+@style.styled
 def _figure(frame: pd.DataFrame) -> Figure:
-    fig, (axes,) = figures.panels(1, height_in=3.4)
+    fig, (axes,) = style.panels(1, height_in=3.4)
     shares = frame.pivot_table(
         index="node_gigabytes_per_second", columns="gpus", values="communication_share", dropna=False
     ).sort_index(ascending=False)
@@ -125,7 +125,7 @@ def _figure(frame: pd.DataFrame) -> Figure:
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.set(xlabel="GPUs", ylabel="bandwidth of a node (GB/s)", title="communication's share of the saving (%)")
-    return figures.finish(fig, frame, n="1 pair of runs", band="no band: expected values")
+    return style.finish(fig, frame, n="1 pair of runs", band="no band: expected values")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,6 +33,7 @@ from ptsim.costs.datasheet import Fit, Interval, Intervals, kernel_seconds, spre
 from ptsim.costs.kernels import Work
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Precision
+from ptsim.textfile import write_whole
 
 ROOT = Path(__file__).parent.parent
 PAGE, OUT = ROOT / "docs" / "cross_validation.md", ROOT / "ptsim" / "costs" / "residuals.toml"
@@ -384,8 +385,8 @@ def main() -> None:
     many = many_gpus.leave_out(training, layers)
     for table in (summary(rows), many_gpus.summary(many), by_device(rows), by_network(rows)):
         print(table.to_string(index=False))
-    OUT.write_text(HEADER + tomli_w.dumps(msgspec.to_builtins(intervals(rows))), encoding="utf-8")
-    PAGE.write_text(page(rows, many, many_gpus.later()), encoding="utf-8")
+    write_whole(OUT, HEADER + tomli_w.dumps(msgspec.to_builtins(intervals(rows))))
+    write_whole(PAGE, page(rows, many, many_gpus.later()))
 
 
 def _markdown(table: pd.DataFrame) -> str:

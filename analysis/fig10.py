@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import ptsim
-from ptsim.report import figures
+from ptsim.report.figures import style
 from ptsim.report.frames import numeric
 
 PAPER_INTERVALS = {
@@ -58,12 +58,12 @@ def figure(frame: pd.DataFrame) -> Figure:
     return _figure(frame)
 
 
-@figures.styled
+@style.styled
 def _figure(frame: pd.DataFrame) -> Figure:
-    fig, (axes,) = figures.panels(1, height_in=3.2)
+    fig, (axes,) = style.panels(1, height_in=3.2)
     for number, (ratio, rows) in enumerate(frame.groupby("penalty_ratio", sort=False)):
         points = rows.groupby("interval_epochs", as_index=False).mean(numeric_only=True)
-        colour, accuracy = figures.COLOURS[1 + number % 6], 100 * rows.validation_accuracy
+        colour, accuracy = style.COLOURS[1 + number % 6], 100 * rows.validation_accuracy
         axes.plot(100 * rows.training_flops_fraction, accuracy, "o", ms=4, color=colour, alpha=0.5)
         at = 100 * points.training_flops_fraction, 100 * points.validation_accuracy
         axes.plot(*at, color=colour, marker="osD^v"[number % 5], label=f"r={ratio:g}")
@@ -71,9 +71,9 @@ def _figure(frame: pd.DataFrame) -> Figure:
             axes.annotate(f"{interval:g}", (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
     axes.set(xlabel="training FLOPs (% of dense)", ylabel="validation accuracy (%)")
     axes.margins(0.12)
-    figures.legend_above(axes)
+    style.legend_above(axes)
     n = f"{len(frame)} runs, one per dot; lines join the means, numbers are epochs between reconfigurations"
-    return figures.finish(fig, frame, n=n, band="no band: single runs")
+    return style.finish(fig, frame, n=n, band="no band: single runs")
 
 
 if __name__ == "__main__":

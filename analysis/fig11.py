@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import ptsim
-from ptsim.report import figures
+from ptsim.report.figures import style
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
@@ -51,11 +51,11 @@ def figure(frame: pd.DataFrame) -> Figure:
     return _figure(frame)
 
 
-@figures.styled
+@style.styled
 def _figure(frame: pd.DataFrame) -> Figure:
-    fig, (axes,) = figures.panels(1, height_in=3.2)
-    figures.lines(axes, frame, "epoch", "bytes_fraction", drawstyle="steps-post")
-    for setting, (colour, _) in figures.run_style(frame).items():
+    fig, (axes,) = style.panels(1, height_in=3.2)
+    style.lines(axes, frame, "epoch", "bytes_fraction", drawstyle="steps-post")
+    for setting, (colour, _) in style.run_style(frame).items():
         rows = frame[frame.setting == setting].groupby("epoch", as_index=False).mean(numeric_only=True)
         if (rows.bytes_fraction != rows.fixed_batch_bytes_fraction).any():
             axes.step(
@@ -68,11 +68,9 @@ def _figure(frame: pd.DataFrame) -> Figure:
                 label=f"{setting}, fixed mini-batch",
             )
     axes.set(xlabel="epoch", ylabel="bytes, dense = 100 %", ylim=(0, None))
-    figures.percent_axis(axes.yaxis)
-    figures.legend_above(axes)
-    return figures.finish(
-        fig, frame, n=figures.repeats(frame), band=figures.spread(frame, otherwise="no band: a count")
-    )
+    style.percent_axis(axes.yaxis)
+    style.legend_above(axes)
+    return style.finish(fig, frame, n=style.repeats(frame), band=style.spread(frame, otherwise="no band: a count"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import ptsim
-from ptsim.report import figures
+from ptsim.report.figures import style
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
@@ -46,18 +46,18 @@ def figure(frame: pd.DataFrame) -> Figure:
     return _figure(running[running.run == running.groupby("run", sort=False).weight_density.mean().idxmin()])
 
 
-@figures.styled
+@style.styled
 def _figure(frame: pd.DataFrame) -> Figure:
-    fig, (axes,) = figures.panels(1, height_in=1.4 + 0.2 * len(frame))
+    fig, (axes,) = style.panels(1, height_in=1.4 + 0.2 * len(frame))
     positions = range(len(frame))
     axes.barh(positions, frame.channel_density, height=0.7, color="#c9c9c9", label="channels")
-    axes.barh(positions, frame.weight_density, height=0.34, color=figures.COLOURS[1], label="weights")
+    axes.barh(positions, frame.weight_density, height=0.34, color=style.COLOURS[1], label="weights")
     axes.set_yticks(positions, list(frame.layer), fontsize=7.5)
     axes.invert_yaxis()
     axes.set(xlabel="share that is not sparse")
-    figures.percent_axis(axes.xaxis)
-    figures.legend_above(axes)
-    return figures.finish(fig, frame, n=f"{len(frame)} layers of “{frame.run.iloc[0]}”", band="no band: a count")
+    style.percent_axis(axes.xaxis)
+    style.legend_above(axes)
+    return style.finish(fig, frame, n=f"{len(frame)} layers of “{frame.run.iloc[0]}”", band="no band: a count")
 
 
 if __name__ == "__main__":

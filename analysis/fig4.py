@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import ptsim
-from ptsim.report import figures
+from ptsim.report.figures import style
 
 THRESHOLD = 1e-4
 LAYERS = 3
@@ -51,10 +51,10 @@ def figure(frame: pd.DataFrame) -> Figure:
     return _figure(frame[frame.run == frame.groupby("run", sort=False).sparse.mean().idxmax()])
 
 
-@figures.styled
+@style.styled
 def _figure(frame: pd.DataFrame) -> Figure:
     layers = list(dict.fromkeys(frame.layer))
-    fig, panels = figures.panels(len(layers), height_in=0.8 + 1.6 * len(layers))
+    fig, panels = style.panels(len(layers), height_in=0.8 + 1.6 * len(layers))
     for axes, layer in zip(panels, layers, strict=True):
         rows = frame[frame.layer == layer]
         axes.plot(
@@ -62,15 +62,15 @@ def _figure(frame: pd.DataFrame) -> Figure:
             rows.largest_weight.clip(lower=1e-12),
             ".",
             ms=2.5,
-            color=figures.COLOURS[1],
+            color=style.COLOURS[1],
             alpha=0.5,
             rasterized=True,
         )
-        axes.axhline(THRESHOLD, color=figures.COLOURS[2], linewidth=1, linestyle="--", label="threshold")
+        axes.axhline(THRESHOLD, color=style.COLOURS[2], linewidth=1, linestyle="--", label="threshold")
         axes.set(yscale="log", title=layer, ylabel="largest |w|")
     panels[-1].set_xlabel("epoch")
-    figures.legend_above(panels[0])
-    return figures.finish(
+    style.legend_above(panels[0])
+    return style.finish(
         fig, frame, n=f"1 dot per output channel and epoch of “{frame.run.iloc[0]}”", band="no band: single values"
     )
 

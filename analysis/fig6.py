@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import ptsim
-from ptsim.report import figures
+from ptsim.report.figures import style
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
@@ -35,11 +35,11 @@ def figure(frame: pd.DataFrame) -> Figure:
     return _figure(frame)
 
 
-@figures.styled
+@style.styled
 def _figure(frame: pd.DataFrame) -> Figure:
-    fig, (axes,) = figures.panels(1, height_in=3.2)
+    fig, (axes,) = style.panels(1, height_in=3.2)
     groups = list(dict.fromkeys(frame.pair))
-    for offset, mode, colour, hatch in ((-0.2, "union", figures.COLOURS[1], ""), (0.2, "gating", "#8CC8EC", "///")):
+    for offset, mode, colour, hatch in ((-0.2, "union", style.COLOURS[1], ""), (0.2, "gating", "#8CC8EC", "///")):
         means = frame[frame["mode"] == mode].groupby("pair").inference_flops_fraction.mean()
         axes.bar(
             [i + offset for i in range(len(groups))],
@@ -52,9 +52,9 @@ def _figure(frame: pd.DataFrame) -> Figure:
         )
     axes.set_xticks(range(len(groups)), groups)
     axes.set(ylabel="inference FLOPs, dense = 100 %")
-    figures.percent_axis(axes.yaxis)
-    figures.legend_above(axes)
-    return figures.finish(fig, frame, n="1 run per bar, or their mean", band="no band: a count")
+    style.percent_axis(axes.yaxis)
+    style.legend_above(axes)
+    return style.finish(fig, frame, n="1 run per bar, or their mean", band="no band: a count")
 
 
 if __name__ == "__main__":

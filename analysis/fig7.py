@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import ptsim
 from ptsim.network import LayerKind
-from ptsim.report import figures
+from ptsim.report.figures import style
 
 
 def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
@@ -64,11 +64,11 @@ def figure(frame: pd.DataFrame) -> Figure:
     return _figure(frame[frame.pair == frame.pair.iloc[0]])
 
 
-@figures.styled
+@style.styled
 def _figure(frame: pd.DataFrame) -> Figure:
     blocks = list(dict.fromkeys(frame.block))
-    fig, (axes,) = figures.panels(1, height_in=1.4 + 0.26 * len(blocks))
-    for offset, mode, colour, hatch in ((-0.2, "union", figures.COLOURS[1], ""), (0.2, "gating", "#8CC8EC", "///")):
+    fig, (axes,) = style.panels(1, height_in=1.4 + 0.26 * len(blocks))
+    for offset, mode, colour, hatch in ((-0.2, "union", style.COLOURS[1], ""), (0.2, "gating", "#8CC8EC", "///")):
         means = frame[frame["mode"] == mode].groupby("block").seconds_per_image.mean() * 1e6
         axes.barh(
             [i + offset for i in range(len(blocks))],
@@ -82,8 +82,8 @@ def _figure(frame: pd.DataFrame) -> Figure:
     axes.set_yticks(range(len(blocks)), blocks)
     axes.invert_yaxis()
     axes.set(xlabel="forward and backward per image (µs)")
-    figures.legend_above(axes)
-    return figures.finish(
+    style.legend_above(axes)
+    return style.finish(
         fig,
         frame,
         n=f"1 profile per mode, or their mean, of {frame.pair.iloc[0]}",

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import ptsim
 from ptsim.costs.traffic import batch_norm_bytes
-from ptsim.report import figures
+from ptsim.report.figures import style
 from ptsim.report.frames import averaged, numeric
 
 
@@ -58,9 +58,9 @@ def figure(frame: pd.DataFrame) -> Figure:
     return _figure(frame)
 
 
-@figures.styled
+@style.styled
 def _figure(frame: pd.DataFrame) -> Figure:
-    fig = Figure(figsize=(figures.WIDTH_IN, 5.2), layout="constrained")
+    fig = Figure(figsize=(style.WIDTH_IN, 5.2), layout="constrained")
     panels = fig.subplots(2, 1)
     spread = frame.assign(accuracy_low=frame.validation_accuracy, accuracy_high=frame.validation_accuracy)
     means = averaged(spread, ["setting", "model", "method"])
@@ -79,13 +79,13 @@ def _figure(frame: pd.DataFrame) -> Figure:
                 yerr=[accuracy - 100 * rows.accuracy_low, 100 * rows.accuracy_high - accuracy],
                 marker=markers.get(method, "v"),
                 linestyle="-" if method != "dense" else "",
-                color=figures.COLOURS[number % len(figures.COLOURS)],
+                color=style.COLOURS[number % len(style.COLOURS)],
                 elinewidth=1,
                 label=f"{model}, {method}",
             )
         axes.set(xlabel=label, ylabel="validation accuracy (%)")
-    figures.legend_above(panels[0])
-    return figures.finish(fig, frame, n=figures.repeats(frame).replace("line", "point"), band=figures.spread(frame))
+    style.legend_above(panels[0])
+    return style.finish(fig, frame, n=style.repeats(frame).replace("line", "point"), band=style.spread(frame))
 
 
 if __name__ == "__main__":

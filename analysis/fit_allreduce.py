@@ -21,6 +21,7 @@ from scipy.optimize import minimize
 from ptsim.costs import nccl
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import Cluster, LinkKind
+from ptsim.textfile import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = ("LL", "LL128")
@@ -193,8 +194,9 @@ def main() -> None:
         if not np.isfinite(kind["cap_bytes_per_s"] or np.inf):
             del kind["cap_bytes_per_s"]
     document = _rounded(document)
-    options.out.write_text(
-        "# Written by analysis/fit_allreduce.py from traces/public/allreduce.csv.\n" + tomli_w.dumps(document)
+    write_whole(
+        options.out,
+        "# Written by analysis/fit_allreduce.py from traces/public/allreduce.csv.\n" + tomli_w.dumps(document),
     )
 
 

@@ -241,7 +241,7 @@ class Campaign:
         else:
             ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
             report, status = ran.stdout + ran.stderr, ran.returncode
-        (self.out / "tests.txt").write_text(f"{report}\npytest ended with status {status}\n", encoding="utf-8")
+        write_whole(self.out / "tests.txt", f"{report}\npytest ended with status {status}\n")
 
     # ---- steps -------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from ptsim.setting import StepSetting
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection
 from ptsim.sim.run import StepCache, project
+from ptsim.textfile import write_whole, writing_whole
 from ptsim.trace.io import read_trace, write_trace
 from ptsim.trace.pairs import held_dense
 from ptsim.trace.trace import Trace
@@ -288,8 +289,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
-            table.to_csv(arguments.out / f"paper_{name}.csv", index=False)
-        figure(tables["times"]).savefig(arguments.out / "paper.svg")
+            write_whole(arguments.out / f"paper_{name}.csv", table.to_csv(index=False))
+        with writing_whole(arguments.out / "paper.svg") as file:
+            figure(tables["times"]).savefig(file, format="svg")
     return 0
 
 

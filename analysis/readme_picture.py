@@ -20,6 +20,7 @@ from ptsim.hardware.catalog import load_cluster
 from ptsim.report.figures.style import COLOURS, styled
 from ptsim.report.projected import Projector, savings_frame
 from ptsim.sim.options import Options
+from ptsim.textfile import write_whole, writing_whole
 from ptsim.trace.pairs import compare_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,8 +86,9 @@ def main(argv: list[str] | None = None) -> int:
         "tier",
     ]
     print(rows[columns].round(3).to_string(index=False))
-    figure(rows).savefig(arguments.out)
-    rows[columns].to_csv(arguments.out.with_suffix(".csv"), index=False, float_format="%.5g")
+    with writing_whole(arguments.out) as file:
+        figure(rows).savefig(file, format=arguments.out.suffix[1:])
+    write_whole(arguments.out.with_suffix(".csv"), rows[columns].to_csv(index=False, float_format="%.5g"))
     return 0
 
 

@@ -36,6 +36,7 @@ from ptsim.network import Network, Precision
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
 from ptsim.sim.rounding import rounded
+from ptsim.textfile import write_whole
 from ptsim.trace.schema import Profile
 
 
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(table.to_string(index=False, float_format="{:.4g}".format, na_rep="–"), end="\n\n")
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
-            table.to_csv(options.out / f"{name}.csv", index=False)
+            write_whole(options.out / f"{name}.csv", table.to_csv(index=False))
     return 0
 
 

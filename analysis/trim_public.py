@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from ptsim.textfile import write_whole
+
 OUT = Path(__file__).parent.parent / "traces" / "public"
 DEVICES = {
     "A100-SXM-80GB": "a100-sxm4-80gb",
@@ -106,7 +108,7 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     for name, make in (("training", training), ("layers", layers), ("odd_channels", odd_channels)):
         table = make(folder)
-        table.to_csv(OUT / f"{name}.csv", index=False)
+        write_whole(OUT / f"{name}.csv", table.to_csv(index=False))
         print(f"{name}.csv: {len(table)} rows")
 
 

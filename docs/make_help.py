@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from ptsim.cli import main as command_line
+from ptsim.textfile import write_whole
 
 FOLDER = Path(__file__).parent
 QUOTE = re.compile(r"(<!-- quote: (ptsim [^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -60,7 +61,7 @@ def main() -> int:
         page = path.read_text(encoding="utf-8")
         new = filled(page)
         if new != page:
-            path.write_text(new, encoding="utf-8")
+            write_whole(path, new)
             print(path.name)  # noqa: T201 - which pages changed
     return 0
 
