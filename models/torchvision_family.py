@@ -1,11 +1,12 @@
-"""torchvision's classifiers as `torchvision:NAME`, without pre-trained weights, at the input their weights expect."""
+"""torchvision's classifiers as `torchvision:NAME`, without pre-trained weights, at the input their weights expect.
+
+torchvision imports torch's compiler, seconds of work, and is therefore imported when one of them is asked for.
+"""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
-
-import torchvision
 
 from ptsim import zoo
 from ptsim.errors import UnknownNameError, UsageError
@@ -13,11 +14,15 @@ from ptsim.errors import UnknownNameError, UsageError
 
 def classifier_names() -> list[str]:
     """Every classification model that this torchvision registers."""
+    import torchvision
+
     names: list[str] = torchvision.models.list_models(module=torchvision.models)
     return names
 
 
 def _entry(name: str) -> zoo.ModelEntry:
+    import torchvision
+
     if name not in classifier_names():
         raise UnknownNameError("torchvision model", name, classifier_names())
     weights = torchvision.models.get_model_weights(name).DEFAULT

@@ -7,12 +7,12 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
 from ptsim.errors import UsageError
@@ -29,6 +29,9 @@ from ptsim.training.data import (
     subset,
 )
 from ptsim.training.sources import data_source
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 _DIGITS_VALIDATION = 360  # one fifth of scikit-learn's 1797 digits
 _SYNTHETIC = (2048, 512, 10)  # training images, validation images, classes
@@ -107,15 +110,19 @@ def digits(request: DataRequest) -> Data:
 
 def cifar10(request: DataRequest) -> Data:
     """CIFAR-10 as torchvision stores it."""
-    return _cifar(request, torchvision.datasets.CIFAR10)
+    from torchvision.datasets import CIFAR10  # seconds to import, only for these data sets
+
+    return _cifar(request, CIFAR10)
 
 
 def cifar100(request: DataRequest) -> Data:
     """CIFAR-100 as torchvision stores it, with its 100 fine classes."""
-    return _cifar(request, torchvision.datasets.CIFAR100)
+    from torchvision.datasets import CIFAR100
+
+    return _cifar(request, CIFAR100)
 
 
-def _cifar(request: DataRequest, source: type[torchvision.datasets.CIFAR10]) -> Data:
+def _cifar(request: DataRequest, source: type[CIFAR10]) -> Data:
     config, device = request.config, request.device
     assert config.data_dir is not None, "checked with the configuration"
     splits = []

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int = 3, *, act: nn.Module | None = None, **more: int) -> nn.Sequential:
@@ -54,6 +53,8 @@ class SEResidual(nn.Module):
     """torchvision's squeeze-and-excitation in residual blocks, with stochastic depth."""
 
     def __init__(self, width: int = 32) -> None:
+        from torchvision.ops import SqueezeExcitation, StochasticDepth  # seconds to import
+
         super().__init__()
         self.stem = conv_bn(3, width, stride=2)
         self.a, self.b = conv_bn(width, width, act=nn.SiLU()), conv_bn(width, width, act=nn.SiLU())
