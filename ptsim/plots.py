@@ -3,7 +3,7 @@
 from ptsim import plots
 
 trace = ptsim.read_trace("runs/mine")
-plots.accuracy_figure(plots.epochs_frame([trace])).savefig("accuracy.svg")
+plots.accuracy_figure(plots.epochs_of_runs_frame([trace])).savefig("accuracy.svg")
 plots.scaling_figure(plots.scaling_frame([trace], "dgx-a100", gpus=[1, 8, 64]))
 
 The other frames are made by `ptsim.report.frames` and `ptsim.report.projected`.
@@ -18,47 +18,16 @@ from typing import Any
 import pandas as pd
 
 from ptsim.hardware.catalog import load_cluster
-from ptsim.report.figures import (
-    accuracy_figure,
-    allreduce_figure,
-    blocks_figure,
-    break_even_figure,
-    breakdown_figure,
-    epoch_breakdown_figure,
-    layers_figure,
-    memory_figure,
-    roofline_figure,
-    saving_figure,
-    scaling_figure,
-    shrinking_figure,
-    tradeoff_figure,
-    validation_figure,
-)
-from ptsim.report.frames import costs_frame, epochs_frame
+from ptsim.report import figures
+from ptsim.report.figures import *  # noqa: F403 - the list of figures stands there
+from ptsim.report.frames import costs_frame, epochs_of_runs_frame
 from ptsim.report.projected import Projector, labelled_runs, projections_frame
 from ptsim.sim.options import Options
 from ptsim.trace.pairs import compare_runs
 from ptsim.trace.trace import Trace
 
-__all__ = [
-    "accuracy_figure",
-    "allreduce_figure",
-    "blocks_figure",
-    "break_even_figure",
-    "breakdown_figure",
-    "costs_frame",
-    "epoch_breakdown_figure",
-    "epochs_frame",
-    "layers_figure",
-    "memory_figure",
-    "roofline_figure",
-    "saving_figure",
-    "scaling_figure",
-    "scaling_frame",
-    "shrinking_figure",
-    "tradeoff_figure",
-    "validation_figure",
-]
+__all__ = ["costs_frame", "epochs_of_runs_frame", "scaling_frame"]
+__all__ += figures.__all__
 
 
 def scaling_frame(traces: Sequence[Trace], cluster: str | Path, gpus: Sequence[int], **options: Any) -> pd.DataFrame:

@@ -114,7 +114,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
         kinds.insert(0, "layers", frame.groupby("kind", sort=False).size())
         return kinds.reset_index().sort_values(["training_macs", "forward_bytes"], ascending=False, ignore_index=True)
 
-    def epochs_frame(self) -> pd.DataFrame:
+    def epoch_costs_frame(self) -> pd.DataFrame:
         """A row an epoch of the trace; columns as `EpochCost`; empty for a model."""
         return _frame(self.epochs)
 
@@ -154,6 +154,7 @@ def cost(
     """
     if convention not in ("exact", "paper"):
         raise UsageError(f"convention is {convention!r}, expected 'exact' or 'paper'")
+    device = gpu if gpu is None or isinstance(gpu, Device) else load_device(gpu)  # before seconds of capturing
     found = find_subject(subject, input_shape=input_shape, num_classes=num_classes)
     setting = found.setting(
         batch=batch,
@@ -163,7 +164,6 @@ def cost(
         num_gpus=gpus,
         default_batch=DEFAULT_BATCH,
     )
-    device = gpu if gpu is None or isinstance(gpu, Device) else load_device(gpu)
     if device is not None and setting.precision not in device.peak_flops_per_s:
         known = ", ".join(device.peak_flops_per_s)
         raise UsageError(f"{device.name} has no {setting.precision.value}; it has {known}")

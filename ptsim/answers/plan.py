@@ -262,6 +262,20 @@ def _miss(reached: Mapping[str, float], aimed: Mapping[str, float]) -> float:
     return max((abs(reached[name] - aimed[name]) for name in aimed), default=0.0)
 
 
+def _reconfiguration(asked: _Asked, epoch: int, before: Network, step: Step) -> Reconfiguration:
+    return Reconfiguration(
+        epoch=epoch,
+        before=before.id,
+        after=step.network.id,
+        channels_removed=step.channels_removed,
+        layers_removed=step.layers_removed,
+        measured_duration_s=None,
+        batch_before=asked.batch,
+        batch_after=asked.batch,
+        notes=step.notes,
+    )
+
+
 def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step]) -> Trace:
     networks = {dense.network.id: dense.network}
     after_epoch = dict(zip(asked.events, steps, strict=True)) if trajectory.pruned else {}
@@ -295,19 +309,7 @@ def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step
         step = after_epoch.get(number)
         if step is not None:
             networks.setdefault(step.network.id, step.network)
-            reconfigurations.append(
-                Reconfiguration(
-                    epoch=number,
-                    before=network.id,
-                    after=step.network.id,
-                    channels_removed=step.channels_removed,
-                    layers_removed=step.layers_removed,
-                    measured_duration_s=None,
-                    batch_before=asked.batch,
-                    batch_after=asked.batch,
-                    notes=step.notes,
-                )
-            )
+            reconfigurations.append(_reconfiguration(asked, number, network, step))
             network = step.network
     return Trace(
         path=Path(f"planned-{asked.model.rpartition(':')[2]}-{asked.pruning.replace('/', '-')}"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,7 +18,7 @@ from ptsim.costs.memory import iteration_memory, usable_bytes
 from ptsim.costs.scaling import contention_of, hook_seconds, widened
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import Tier, worst_tier
-from ptsim.errors import UsageError
+from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster, load_device, measured_device, profiled_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
@@ -95,22 +96,39 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
+class PredictOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What is seldom given of a step.
+
+    Attributes:
+        memory_format: layout of the activations; a trace's own, else contiguous.
+        input_shape: of one image; what the model usually takes if None.
+        num_classes: outputs; the model's usual number if None.
+        optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop"; a trace's own, else sgd.
+        sharding: "zero1" or "zero2": every GPU keeps its share of the optimizer's state, and of the gradients too.
+    """
+
+    memory_format: MemoryFormat | None = None
+    input_shape: tuple[int, int, int] | None = None
+    num_classes: int | None = None
+    optimizer: str | None = None
+    sharding: Sharding = "none"
+
+
 def predict(
     model: str | Path | Trace | Network | nn.Module,
     *,
     gpu: str | Path | Device | None = None,
     batch: int | None = None,
     precision: PrecisionName | Precision | None = None,
-    memory_format: MemoryFormat | None = None,
     cluster: str | Path | Cluster | None = None,
     gpus: int | None = None,
-    input_shape: tuple[int, int, int] | None = None,
-    num_classes: int | None = None,
-    optimizer: str | None = None,
-    sharding: Sharding = "none",
     profile: str | Path | None = None,
+    options: PredictOptions | None = None,
+    **changes: Any,
 ) -> Prediction:
     """Time and throughput of one training step.
+
+        ptsim.predict("torchvision:resnet50", gpu="a100", batch=64, precision="amp", memory_format="channels_last")
 
     Args:
         model: what `ptsim.answers.subject` says; of a trace the network that the run ended with is taken, together with
@@ -118,33 +136,31 @@ def predict(
         gpu: catalog name, TOML file or device; the cluster's own if None, or without a cluster what the profile is of.
         batch: images per GPU; a trace's last one if None.
         precision: of the matrix products; "amp" is fp16 autocast; a trace's own, else fp32.
-        memory_format: layout of the activations; a trace's own, else contiguous.
         cluster: catalog name, TOML file or cluster, for data-parallel training.
         gpus: of the cluster; all of one node if None.
-        input_shape: of one image; what the model usually takes if None.
-        num_classes: outputs; the model's usual number if None.
-        optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop"; a trace's own, else sgd.
-        sharding: "zero1" or "zero2": every GPU keeps its share of the optimizer's state, and of the gradients too.
         profile: a device profile from `ptsim calibrate gpu`, used where it is of this device.
+        options: see `PredictOptions`.
+        **changes: single ones of these options by name, on top of `options`.
 
     Raises:
-        PtsimError: an unknown name, a broken file, a mini-batch that is not positive, a precision that the device
-            lacks, more GPUs than the cluster has, or a GPU count without a cluster.
+        PtsimError: an unknown name or option, a broken file, a mini-batch that is not positive, a precision that the
+            device lacks, more GPUs than the cluster has, or a GPU count without a cluster.
     """
+    asked = _asked(options or PredictOptions(), changes)
     machine = load_cluster(cluster) if isinstance(cluster, str | Path) else cluster
     if gpus is not None and machine is None:
         raise UsageError(f"{gpus} GPUs were asked for without a cluster", hint="name one with --cluster")
     calibrated = None if profile is None else read_device_profile(Path(profile))
     device = _device(gpu, machine, calibrated)
-    subject = find_subject(model, input_shape=input_shape, num_classes=num_classes)
+    subject = find_subject(model, input_shape=asked.input_shape, num_classes=asked.num_classes)
     setting = subject.setting(
         batch=batch,
         precision=precision,
-        memory_format=memory_format,
-        optimizer=optimizer,
+        memory_format=asked.memory_format,
+        optimizer=asked.optimizer,
         num_gpus=1 if machine is None else (machine.gpus_per_node if gpus is None else gpus),
     )
-    setting = msgspec.structs.replace(setting, sharding=parse_sharding(sharding))
+    setting = msgspec.structs.replace(setting, sharding=parse_sharding(asked.sharding))
     step = step_time(subject.network, device, setting, measurements=_measurements(subject, device, calibrated))
     parallel: BoundedStep | None = None
     network_tier = None
@@ -152,6 +168,14 @@ def predict(
         parallel, network_tier = _data_parallel(subject.network, step, machine, setting)
     notes = () if calibrated is None or step.tier != Tier.PROFILED else calibrated.doubts()
     return _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)
+
+
+def _asked(options: PredictOptions, changes: Mapping[str, Any]) -> PredictOptions:
+    """The options with some replaced; what their values may be is checked where they are used."""
+    for name in changes:
+        if name not in PredictOptions.__struct_fields__:
+            raise UnknownNameError("option", name, PredictOptions.__struct_fields__)
+    return msgspec.structs.replace(options, **changes)
 
 
 def _data_parallel(
@@ -189,9 +213,8 @@ def _prediction(
         took = SecondsRange(low_s=low_s, expected_s=took.expected_s, high_s=high_s)
     need = iteration_memory(network, setting, device=device)
     count, images = setting.num_gpus, setting.num_gpus * setting.batch
-    energy = None
-    if device.is_gpu:
-        energy = step_energy(step, device, waiting_s=max(0.0, took.expected_s - step.compute_s))
+    waiting_s = max(0.0, took.expected_s - step.compute_s)
+    energy = step_energy(step, device, waiting_s=waiting_s) if device.is_gpu else None
     return Prediction(
         model=network.name,
         device=device.name,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from ptsim.answers.predict import predict
+from ptsim.answers.predict import PredictOptions, predict
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import Cluster
@@ -77,15 +77,9 @@ def validate_mllog(
     chosen = model or _network(run, path)
     count = _num_gpus(run, path, where, gpus)
     optimizer = run.optimizer if run.optimizer in OPTIMIZERS.names() else "sgd"
-    expected = predict(
-        chosen,
-        batch=run.global_batch // count,
-        precision=precision,
-        memory_format=memory_format,
-        cluster=cluster,
-        gpus=count,
-        optimizer=optimizer,
-    )
+    trained = PredictOptions(memory_format=memory_format, optimizer=optimizer)
+    batch = run.global_batch // count
+    expected = predict(chosen, batch=batch, precision=precision, cluster=cluster, gpus=count, options=trained)
     measured_s = run.step_seconds
     notes: tuple[str, ...] = ()
     if run.optimizer not in (None, optimizer):

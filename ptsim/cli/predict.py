@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ptsim.answers.predict import Prediction
+from ptsim.answers.predict import Prediction, PredictOptions
 from ptsim.answers.predict import predict as predict_step
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace
@@ -50,19 +50,15 @@ def predict(
         sharding: zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too.
         profile: Device profile that `ptsim calibrate gpu` wrote.
     """
-    prediction = predict_step(
-        model,
-        gpu=gpu,
-        batch=batch,
-        precision=precision,
+    options = PredictOptions(
         memory_format=memory_format,
-        cluster=cluster,
-        gpus=gpus,
         input_shape=network.input_shape,
         num_classes=network.classes,
         optimizer=optimizer,
         sharding=sharding,
-        profile=profile,
+    )
+    prediction = predict_step(
+        model, gpu=gpu, batch=batch, precision=precision, cluster=cluster, gpus=gpus, profile=profile, options=options
     )
     if json:
         print_json(prediction)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,19 +89,7 @@ def train(
         log: Where else the numbers of every epoch go, by commas: csv, tensorboard, wandb, mlflow.
         settings: Any other setting as key=value. Can be repeated.
     """
-    for folder in (resume, start_from):  # paths are looked at before torch is imported
-        if folder is not None:
-            check_run_folder(folder)
-    if overrides.dataset in DATASETS.own and overrides.data_dir is not None and not os.path.isdir(overrides.data_dir):
-        uses = data_source(overrides.dataset).uses
-        if "data_dir" in uses and "download" not in uses:
-            raise UsageError(f"no data folder {overrides.data_dir}")
-    if out is not None:
-        check_folder_writable(out)
-    if config is not None:
-        read_toml(config)
-    if overrides.model is not None:
-        zoo.check_file(overrides.model)
+    _check_paths(config, overrides, out, (resume, start_from))
     from ptsim.training.config import parse_override, read_config
     from ptsim.training.loop import train as run_training
 
@@ -134,6 +122,23 @@ def train(
     table.add_row("accuracy", f"{result.final_accuracy:.2%}")
     table.add_row("λ", f"{result.penalty_coefficient:.3g}")
     stdout_console().print(table)
+
+
+def _check_paths(config: Path | None, overrides: Overrides, out: Path | None, runs: Iterable[Path | None]) -> None:
+    """Find a wrong path before torch is imported."""
+    for folder in runs:
+        if folder is not None:
+            check_run_folder(folder)
+    if overrides.dataset in DATASETS.own and overrides.data_dir is not None and not os.path.isdir(overrides.data_dir):
+        uses = data_source(overrides.dataset).uses
+        if "data_dir" in uses and "download" not in uses:
+            raise UsageError(f"no data folder {overrides.data_dir}")
+    if out is not None:
+        check_folder_writable(out)
+    if config is not None:
+        read_toml(config)
+    if overrides.model is not None:
+        zoo.check_file(overrides.model)
 
 
 def _run(training: Callable[[], Result]) -> Result:

@@ -241,9 +241,8 @@ def calibrated_cluster(
     else:
         inter = link_of(between, "between nodes, as measured") if between is not None else None
         nics, thinner = 1, 1.0
-    sources = {"intra": f"catalog: {like.name}" if like else tables[0].source}
-    if per_node > measured_per_node:
-        sources["intra"] += f"; a node is taken to hold {per_node} GPUs"
+    assumed = f"; a node is taken to hold {per_node} GPUs" if per_node > measured_per_node else ""
+    sources = {"intra": (f"catalog: {like.name}" if like else tables[0].source) + assumed}
     if inter is not None:
         sources["inter"] = f"catalog: {like.name}" if like and like.inter else str(between.source if between else "")
     carried: dict[str, Any] = {} if base is None else _carried(base, sources)

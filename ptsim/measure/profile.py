@@ -157,9 +157,8 @@ def profile_network(
             run = _Run(model, network, batch, memory_format, optimizer, regularizer, device, scaled=scaled)
             taken = _take(run, budget)
         except torch.OutOfMemoryError as error:
-            raise MissingMeasurementError(
-                f"{network.name} cannot be profiled at mini-batch {batch}: a second copy does not fit into {device}"
-            ) from error
+            problem = f"at mini-batch {batch}: a second copy does not fit into {device}"
+            raise MissingMeasurementError(f"{network.name} cannot be profiled {problem}") from error
         finally:
             run = None  # type: ignore[assignment] # frees the copy before anybody looks at the memory again
     times = _step_times(taken, optimizer is not None, regularizer is not None)

@@ -108,6 +108,14 @@ class WithoutRandomness(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _thinned(network: nn.Module, groups: ChannelGroups) -> ChannelGroups:
+    """Cut a large network to a share `THIN` of its channels in place; the groups of what is left."""
+    thin = groups.prunable & (torch.rand(groups.num_components) < 1 - THIN)
+    thin, _ = keep_one(groups, thin, torch.rand(groups.num_components))
+    operate(network, groups, CutPlan(removed=thin))
+    return find_groups(network, groups.input_shape)
+
+
 def inspect(
     model: str | nn.Module,
     *,
@@ -145,10 +153,7 @@ def inspect(
             network = copied(model).cpu()
         groups = report = find_groups(network, shape)
         if sum(parameter.numel() for parameter in network.parameters()) > LARGE:
-            thin = groups.prunable & (torch.rand(groups.num_components) < 1 - THIN)
-            thin, _ = keep_one(groups, thin, torch.rand(groups.num_components))
-            operate(network, groups, CutPlan(removed=thin))
-            groups = find_groups(network, shape)
+            groups = _thinned(network, groups)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         proof_shape = _smallest_equivalent(network, groups)
         network.double()

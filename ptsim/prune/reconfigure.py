@@ -82,12 +82,7 @@ def reconfigure(
     Raises:
         UsageError: a threshold or multiple out of bounds.
     """
-    if not threshold > 0:
-        raise UsageError(f"the threshold is {threshold}; it has to be positive")
-    if channel_multiple < 1:
-        raise UsageError(f"the channel multiple is {channel_multiple}; it has to be at least 1")
-    if mode not in ("union", "gating"):
-        raise UsageError(f"unknown reconfiguration mode {mode!r}; known: union, gating")
+    _check(threshold, channel_multiple, mode)
     importance = importance_of(model, groups)
     sparse = groups.prunable & (importance < threshold)
     collapsed = collapsed_layers(model, groups, threshold)
@@ -148,6 +143,15 @@ def repeat_removal(
     if plan.changes:
         operate(model, groups, plan)
     return plan.removed, tuple(notes)
+
+
+def _check(threshold: float, channel_multiple: int, mode: str) -> None:
+    if not threshold > 0:
+        raise UsageError(f"the threshold is {threshold}; it has to be positive")
+    if channel_multiple < 1:
+        raise UsageError(f"the channel multiple is {channel_multiple}; it has to be at least 1")
+    if mode not in ("union", "gating"):
+        raise UsageError(f"unknown reconfiguration mode {mode!r}; known: union, gating")
 
 
 def _remove(

@@ -89,7 +89,7 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     return numeric(pd.DataFrame(rows))
 
 
-def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+def epochs_of_runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     """The rows of `Trace.epochs_frame` of several runs, with what tells the runs apart."""
     rows = []
     for label, setting, trace in _named(traces):
@@ -99,7 +99,7 @@ def epochs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
 
 
 def costs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
-    """`epochs_frame` with what the cost model counts for every epoch's architecture, in the exact convention.
+    """`epochs_of_runs_frame` with what the cost model counts for every epoch's architecture, in the exact convention.
 
     `allreduce_payload_bytes` is what each GPU's gradients add up to over the epoch, whether or not the run had several;
     `estimated_memory_bytes` is the estimated peak of an iteration.
@@ -115,7 +115,7 @@ def costs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
         for trace in traces
         for cost in run_cost(trace)
     ]
-    return pd.concat([epochs_frame(traces), pd.DataFrame(rows)], axis=1)
+    return pd.concat([epochs_of_runs_frame(traces), pd.DataFrame(rows)], axis=1)
 
 
 def trained_architectures(epochs: pd.DataFrame) -> pd.DataFrame:

@@ -104,6 +104,11 @@ def _with_draws(projection: RunProjection, others_s: Sequence[float]) -> RunProj
     )
 
 
+def _input_images_per_s(epoch: EpochProjection) -> float:
+    """What one GPU would need from its host never to wait."""
+    return epoch.batch_per_gpu / (epoch.compute_s + epoch.straggler_wait_s + epoch.exposed_communication_s)
+
+
 def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
     """The whole run: its epochs, what begins and changes it, its failures, energy and price."""
     scenario, options = pricer.scenario, pricer.scenario.options
@@ -123,13 +128,9 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         low_s, high_s = low_s * faults.low_s / total_s, high_s * faults.high_s / total_s
         faults_s = max(0.0, faults.total_s - total_s)
         total_s += faults_s
-    price = options.price_usd_per_gpu_hour
-    if price is None:
-        price = cluster.price_usd_per_gpu_hour
-    needed = [
-        epoch.batch_per_gpu / (epoch.compute_s + epoch.straggler_wait_s + epoch.exposed_communication_s)
-        for epoch in epochs
-    ]
+    own_price, usual_price = options.price_usd_per_gpu_hour, cluster.price_usd_per_gpu_hour
+    price = usual_price if own_price is None else own_price
+    needed = [_input_images_per_s(epoch) for epoch in epochs]
     energy_j = pricer.power.run_j(epochs, fixed_s, faults_s)
     energy_low_j, energy_high_j = pricer.power.run_range_j(energy_j, low_s / total_s, high_s / total_s, low_s)
     return RunProjection(

@@ -336,6 +336,11 @@ def _check(config: Config) -> None:
         raise UsageError("settings 'weights' and 'start_from' both say what the network begins with; give one")
     if config.max_batch is not None and config.max_batch < config.batch:
         raise UsageError(f"setting 'max_batch' is {config.max_batch}, below the mini-batch of {config.batch}")
+    _check_data(config)
+
+
+def _check_data(config: Config) -> None:
+    """What the data set cannot be loaded without."""
     source = data_source(config.dataset)
     for name in source.needs:
         if getattr(config, name) is None:

@@ -59,10 +59,11 @@ def test_frames_have_a_row_a_layer_a_kind_and_an_epoch(tmp_path: Path) -> None:
     report = ptsim.cost(shrinking_trace(tmp_path / "trace.jsonl"))
     assert len(report.layers_frame()) == len(report.layers)
     assert report.kinds_frame()["training_macs"].sum() == report.training_macs_per_image
-    assert list(report.epochs_frame()["epoch"]) == list(range(len(report.epochs)))
+    assert list(report.epoch_costs_frame()["epoch"]) == list(range(len(report.epochs)))
     assert report.parameters == report.epochs[-1].parameters < report.epochs[0].parameters
 
 
+@pytest.mark.slow
 def test_the_memory_bound_half_of_a_step_is_a_number() -> None:
     """By hand, two images of 3×8×8 in fp32; every operand is read and every result written once."""
     model = nn.Sequential(
@@ -105,6 +106,7 @@ def test_a_wrong_option_is_named(arguments: dict[str, object], message: str) -> 
         ptsim.cost("resnet20", **arguments)
 
 
+@pytest.mark.slow
 def test_an_unknown_model_or_device_says_which_exist() -> None:
     with pytest.raises(UnknownNameError, match="resnet20"):
         ptsim.cost("resnet21")

@@ -42,7 +42,7 @@ def drawn(traces: list[ptsim.Trace]) -> dict[str, Figure]:
     costs = frames.costs_frame(traces)
     layers = projected.layers_frame(pruned, projector.device)
     return {
-        "accuracy": figures.accuracy_figure(frames.epochs_frame(traces)),
+        "accuracy": figures.accuracy_figure(frames.epochs_of_runs_frame(traces)),
         "shrinking": figures.shrinking_figure(costs[costs.pruned]),
         "memory": figures.memory_figure(costs),
         "allreduce": figures.allreduce_figure(costs),
@@ -97,20 +97,20 @@ def test_the_bars_of_the_breakdown_reach_the_share_they_are_labelled_with(drawn:
 
 def test_drawing_leaves_matplotlibs_settings_alone(traces: list[ptsim.Trace]) -> None:
     before = dict(mpl.rcParams)
-    figures.accuracy_figure(frames.epochs_frame(traces))
+    figures.accuracy_figure(frames.epochs_of_runs_frame(traces))
     assert dict(mpl.rcParams) == before
 
 
 def test_dense_runs_are_grey_and_pruned_ones_coloured() -> None:
-    style = figures.run_style(pd.DataFrame({"setting": ["p", "d", "p"], "pruned": [True, False, True]}))
-    assert style["d"][0] in ("#4d4d4d",)
-    assert style["p"][0] in figures.COLOURS[1:]
-    assert style["d"][1] != style["p"][1]  # by dash too, for print
+    styles = style.run_style(pd.DataFrame({"setting": ["p", "d", "p"], "pruned": [True, False, True]}))
+    assert styles["d"][0] in ("#4d4d4d",)
+    assert styles["p"][0] in style.COLOURS[1:]
+    assert styles["d"][1] != styles["p"][1]  # by dash too, for print
 
 
 def test_a_cpu_run_is_not_called_a_gpu(tmp_path: Path) -> None:
     trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", device=CPU))
-    foot = figures.accuracy_figure(frames.epochs_frame([trace])).get_supxlabel()
+    foot = figures.accuracy_figure(frames.epochs_of_runs_frame([trace])).get_supxlabel()
     assert "GPU" not in foot
     assert "per process" in " ".join(foot.split())
 

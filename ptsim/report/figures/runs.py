@@ -12,7 +12,7 @@ from ptsim.report.figures.registry import ReportFigure
 
 @style.styled
 def accuracy_figure(epochs: pd.DataFrame) -> Figure:
-    """Validation accuracy and channel sparsity over epochs, a line per run. Takes `frames.epochs_frame`."""
+    """Validation accuracy and channel sparsity over epochs, a line per run. Takes `frames.epochs_of_runs_frame`."""
     figure, (top, bottom) = style.panels(2, height_in=4.0)
     for axes, column, label in (
         (top, "validation_accuracy", "validation accuracy"),
