@@ -94,6 +94,7 @@ class TestTargets:
         assert fractions(planned).allreduce_bytes_fraction == pytest.approx(np.mean(weights) / weights[0])
         assert [epoch.allreduce_bytes for epoch in planned.epochs] == [4 * n * 16 for n in weights]  # 1024 / (2 · 32)
 
+    @pytest.mark.slow
     def test_batch_norm_traffic_is_as_asked(self) -> None:
         for bn, layers in ((0.8, ""), (0.83, ""), (0.85, ",layers=0.1")):  # one channel of its stages is a percent
             trace = plan("resnet20", **BASE, pruning=f"training=0.7,inference=0.5,bn={bn}{layers}")
@@ -107,6 +108,7 @@ class TestTargets:
             ]
             assert convolutions[0] - convolutions[1] == (2 if layers else 0)  # 10 % of 21
 
+    @pytest.mark.slow
     def test_a_flattened_image_and_wide_linear_layers_meet_their_targets(self, tmp_path: Path) -> None:
         file = tmp_path / "flat.py"
         file.write_text(
@@ -122,6 +124,7 @@ class TestTargets:
             0.5, abs=0.005
         )
 
+    @pytest.mark.slow
     def test_draws_differ_and_agree_with_what_was_given(self, model: str, tmp_path: Path) -> None:
         planned = plan(model, draws=3, **BASE, gpus=2, pruning="training=0.7,inference=0.5")
         typical, *others = planned.drawn()
@@ -136,6 +139,7 @@ class TestTargets:
         ]
         assert read_trace(write_trace(tmp_path / "p.jsonl", planned)).draws == planned.draws
 
+    @pytest.mark.slow
     def test_the_spread_of_draws_is_in_every_interval(self, model: str) -> None:
         planned = plan(model, draws=3, **BASE, gpus=2, pruning="training=0.7,inference=0.5")
         cluster = load_cluster("dgx-a100")
@@ -158,6 +162,7 @@ class TestTargets:
             assert counts[1] == {name: 10 * count for name, count in counts[0].items()}
             assert long.final_network.id == short.final_network.id
 
+    @pytest.mark.slow
     def test_what_saturates_early_does_not_change_afterwards(self, model: str) -> None:
         trace = plan(model, **BASE, pruning="training=0.65,inference=0.5,saturates=0.5")
         assert trace.network_of(trace.epochs[6]).id == trace.final_network.id
@@ -179,6 +184,7 @@ class TestTargets:
 
 
 class TestEngine:
+    @pytest.mark.slow
     def test_every_network_is_what_a_real_reconfiguration_of_zeroed_weights_gives(self, model: str) -> None:
         entry = zoo.find(model)
         dense = dense_network(lambda: entry.build(num_classes=10), name="net", input_shape=SHAPE, num_classes=10)
@@ -203,6 +209,7 @@ class TestEngine:
             gone.append(len(step.layers_removed))
         assert gone == [0, 2, 2, 2]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["resnet20", "vgg11"])
     def test_a_resized_network_is_equal_to_a_captured_one(self, name: str) -> None:
         entry = zoo.find(name)
@@ -255,12 +262,14 @@ def zero(model: nn.Module, groups: object, mask: torch.Tensor) -> None:
 
 
 class TestKinds:
+    @pytest.mark.slow
     def test_a_dense_plan_never_changes(self, model: str) -> None:
         trace = plan(model, **BASE)
         assert not trace.is_pruned
         assert len(trace.networks) == 1
         assert fractions(trace).training_flops_fraction == 1
 
+    @pytest.mark.slow
     def test_a_recorded_run_carried_over_to_its_own_network_prunes_as_it_did(self) -> None:
         recorded = read_trace(Path(__file__).parents[2] / "traces" / "cifar10-resnet20" / "prunetrain-r0.2.jsonl")
         trace = plan("resnet20", images=4000, epochs=30, batch=32, interval=3, pruning=f"like:{recorded.path}")
@@ -268,11 +277,13 @@ class TestKinds:
         assert ours.inference_flops_fraction == pytest.approx(theirs.inference_flops_fraction, abs=0.01)
         assert ours.training_flops_fraction == pytest.approx(theirs.training_flops_fraction, abs=0.01)
 
+    @pytest.mark.slow
     def test_a_run_without_a_reconfiguration_cannot_be_imitated(self, model: str, tmp_path: Path) -> None:
         dense = dense_trace(tmp_path / "dense.jsonl")
         with pytest.raises(UsageError, match="has no reconfiguration that removed a channel"):
             plan(model, **BASE, pruning=f"like:{dense}")
 
+    @pytest.mark.slow
     def test_a_planned_run_cannot_be_imitated_or_validated(self, planned: Trace, model: str, tmp_path: Path) -> None:
         file = write_trace(tmp_path / "planned.jsonl", planned)
         with pytest.raises(UsageError, match="nothing to imitate"):
@@ -280,6 +291,7 @@ class TestKinds:
         with pytest.raises(UsageError, match="nothing to compare predictions with"):
             validate([planned])
 
+    @pytest.mark.slow
     def test_a_file_gives_densities_by_edge_and_role(self, model: str, tmp_path: Path) -> None:
         file = tmp_path / "densities.toml"
         file.write_text(
@@ -298,6 +310,7 @@ class TestKinds:
         with pytest.raises(FileFormatError, match="ascending ones up to 12"):
             plan(model, **BASE, pruning=str(file))
 
+    @pytest.mark.slow
     def test_a_kind_from_outside_the_package_is_one_function(self, model: str) -> None:
         @register(lambda: ("halved",), lambda text: text == "halved")
         def halved(text: str, problem: Problem) -> Trajectory:
@@ -363,6 +376,7 @@ class TestTrace:
         with pytest.raises(PtsimError, match=problem):
             plan(model, **{**BASE, **wrong})
 
+    @pytest.mark.slow
     def test_a_run_shorter_than_the_usual_interval_needs_none(self, model: str) -> None:
         assert len(plan(model, images=1024, epochs=3, batch=32).epochs) == 3
 
@@ -371,6 +385,7 @@ class TestTrace:
         assert frame.total_seconds[0] > 0
         assert "nobody has trained it" in frame.notes[0]
 
+    @pytest.mark.slow
     def test_the_command_line_writes_it_and_says_what_it_saves(
         self, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

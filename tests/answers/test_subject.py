@@ -36,6 +36,7 @@ def test_a_trace_is_known_by_its_file_its_folder_and_whatever_its_name(run_folde
         assert find_trace(given).epochs == trace.epochs
 
 
+@pytest.mark.slow
 def test_models_are_known_by_name_by_file_and_alive(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(MODEL_FILE)
     by_file = find_subject(f"{tmp_path}/m.py:net", input_shape=(3, 2, 2), num_classes=2)
@@ -94,10 +95,11 @@ def test_amp_is_fp16_in_every_call_that_takes_a_precision(run_folder: Path) -> N
     ],
 )
 def test_python_callers_hear_of_wrong_counts_too(arguments: dict[str, object], message: str) -> None:
+    subject: Network | str = residual_network() if "batch" in arguments else "resnet20"
     with pytest.raises(UsageError, match=message):
-        ptsim.cost("resnet20", **arguments)
+        ptsim.cost(subject, **arguments)
     with pytest.raises(UsageError, match=message):
-        ptsim.predict("resnet20", gpu="a100", **{"batch": 8, **arguments})
+        ptsim.predict(subject, gpu="a100", **{"batch": 8, **arguments})
 
 
 @pytest.mark.parametrize("gpus", [0, -1, 2.5])

@@ -156,6 +156,7 @@ class TestRunning:
             parallel = run_study(read, pool, tmp_path / "parallel.jsonl")
         assert parallel == run_study(read, InProcess(), tmp_path / "serial.jsonl")
 
+    @pytest.mark.slow
     def test_a_dask_cluster_gives_the_same_rows(self, folder: Path, tmp_path: Path) -> None:
         distributed = pytest.importorskip("distributed")
         read = read_study(study(folder))
@@ -309,6 +310,7 @@ class TestWrongInput:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_its_table_tells_runs_apart_that_lie_in_one_folder(
         self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -386,6 +388,7 @@ class TestRevision:
         assert [c.key for c in configurations(read_study(study(folder, text, "own.toml")))] != before
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_study_is_killed() -> None:
     """SIGKILL leaves no time for anything: only the workers themselves can notice."""
     code = (

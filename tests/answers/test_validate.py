@@ -151,6 +151,7 @@ def test_the_power_model_is_fitted_to_what_nvml_sampled(tmp_path, runs):
     assert fit_power_model(ptsim.read_trace(silent)) is None
 
 
+@pytest.mark.slow
 def test_a_hold_out_predicts_a_run_from_the_other_runs_profiles(tmp_path):
     seen = [
         shrinking_trace(tmp_path / f"seen{keep}.jsonl", keep=keep, remove_layers=False, batch_step=0)

@@ -52,6 +52,7 @@ class Keywords(Checked):
         return {"out": super().forward(x)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is traced by torch.export")
 @pytest.mark.parametrize("make", [Checked, Keywords])
 def test_it_is_pruned_like_the_network_that_torch_fx_can_trace(make: type[Plain]) -> None:
@@ -63,6 +64,7 @@ def test_it_is_pruned_like_the_network_that_torch_fx_can_trace(make: type[Plain]
     assert found.prunable_channels == plain.prunable_channels == 8 + 10
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is traced by torch.export")
 def test_it_is_reconfigured_twice_and_a_branch_goes() -> None:
     model = Checked().double()
@@ -71,6 +73,7 @@ def test_it_is_reconfigured_twice_and_a_branch_goes() -> None:
     assert model.inner.in_channels == model.stem.out_channels < 8  # the model's own layers have shrunk
 
 
+@pytest.mark.slow
 def test_it_costs_what_the_network_that_torch_fx_can_trace_costs() -> None:
     plain = capture_network(Plain(), name="plain", input_shape=IMAGE, num_classes=4)
     with pytest.warns(UserWarning, match="checked is traced by torch.export"):

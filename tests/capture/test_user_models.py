@@ -77,6 +77,7 @@ def test_the_peak_of_a_step_is_what_the_allocator_logged(name: str) -> None:
     assert iteration_memory(network, StepSetting(batch=4)).peak_bytes / seen == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_checkpointed_step_keeps_less_and_its_second_forward_pass_is_said_not_to_be_counted() -> None:
     model = user_models.checkpointed()
     with pytest.warns(UserWarning, match="c computes activations again in backward"):
@@ -85,6 +86,7 @@ def test_a_checkpointed_step_keeps_less_and_its_second_forward_pass_is_said_not_
     assert iteration_memory(network, StepSetting(batch=4)).activation_bytes == kept_bytes(model, images)
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_run_in_half_precision_has_footprints_of_fp32_alone() -> None:
     network = capture_network(user_models.bilinear(), name="b", input_shape=IMAGE, num_classes=10)
     assert {(seen.device, seen.half) for seen in network.footprints} == {("cpu", False), ("gpu", False)}
@@ -100,6 +102,7 @@ def test_what_a_gpu_keeps_differs_by_its_rules_alone() -> None:
     assert kept["gpu", True] < kept["gpu", False]
 
 
+@pytest.mark.slow
 def test_the_norm_of_weights_is_no_batch_norm_traffic() -> None:
     network = capture_network(user_models.standardised(), name="s", input_shape=IMAGE, num_classes=10)
     norms = [layer for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]

@@ -26,6 +26,7 @@ def test_json_has_the_keys_that_scripts_rely_on(capsys: pytest.CaptureFixture[st
     assert document["epochs"] == []
 
 
+@pytest.mark.slow
 def test_people_get_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     trace = shrinking_trace(tmp_path / "trace.jsonl")
     assert run(["cost", str(trace), "--layers", "--gpu", "a100"]) == 0
@@ -35,6 +36,7 @@ def test_people_get_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert "the largest that fits is" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_a_trace_needs_no_torch(tmp_path: Path) -> None:
     trace = shrinking_trace(tmp_path / "trace.jsonl")
     code = (

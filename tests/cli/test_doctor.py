@@ -36,6 +36,7 @@ def without(**missing: object) -> dict[str, Ability]:
     return {ability.name: ability for ability in (*found.commands, *found.tiers)}
 
 
+@pytest.mark.slow
 def test_a_machine_that_has_everything_can_do_everything() -> None:
     assert {ability.state for ability in without().values()} == {"yes"}
 
@@ -98,6 +99,7 @@ def test_this_machine_is_described_as_json(capsys: pytest.CaptureFixture[str]) -
     assert "datasheet" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_machine_without_torch_is_described_too() -> None:
     program = (
         "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None\n"

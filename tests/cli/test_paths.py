@@ -48,6 +48,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lines", "paths"), [(READ, NO_INPUT), (WRITE, NO_OUTPUT)], ids=["read", "written"])
 def test_a_path_that_does_not_serve_is_one_sentence_and_nothing_is_lost(
     place: Path, capsys: pytest.CaptureFixture[str], lines: tuple[str, ...], paths: tuple[str, ...]
@@ -68,6 +69,7 @@ def test_a_path_that_does_not_serve_is_one_sentence_and_nothing_is_lost(
     assert Path("loop").is_symlink()
 
 
+@pytest.mark.slow
 def test_a_wrong_path_is_found_before_torch_is_imported(place: Path) -> None:
     script = """
 import sys

@@ -74,6 +74,7 @@ def test_bytes_of_a_large_tensor_move_at_most_at_the_memory_bandwidth():
             assert time.forward_s >= 3 * 4 * 256 * layer.input_elements / 900e9
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(batch=st.integers(1, 512), precision=st.sampled_from([Precision.FP32, Precision.TF32, Precision.FP16]))
 def test_a_larger_mini_batch_never_takes_less_time(batch, precision):
@@ -83,6 +84,7 @@ def test_a_larger_mini_batch_never_takes_less_time(batch, precision):
     assert large.compute_s >= small.compute_s * 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", device_names())
 def test_on_no_device_is_a_larger_mini_batch_faster_or_costlier_per_image(name):
     device = load_device(name)

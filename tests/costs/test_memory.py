@@ -69,6 +69,7 @@ class Convolutions(nn.Module):
         return F.conv2d(x, self.weight * 2).mean((2, 3))
 
 
+@pytest.mark.slow
 def test_every_kind_of_convolution_is_counted_as_torch_counts_it() -> None:
     model, images = Convolutions(), torch.rand(2, 3, 33, 29)
     network = capture_network(model, name="c", input_shape=(3, 33, 29), num_classes=4)

@@ -51,6 +51,7 @@ def test_the_recipe_for_a_network() -> None:
     assert ptsim.inspect("tiny").exact
 
 
+@pytest.mark.slow
 def test_the_recipe_for_a_criterion() -> None:
     run_recipe("Add a pruning criterion")
     gradients = []

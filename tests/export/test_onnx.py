@@ -48,6 +48,7 @@ def test_without_the_extra_one_sentence_names_it(tmp_path, monkeypatch):
         export_onnx(zoo.create("resnet20"), (3, 32, 32), tmp_path / "net.onnx")
 
 
+@pytest.mark.slow
 def test_exporting_does_not_load_onnxruntime(tmp_path):
     code = (
         "import sys, torch\n"
@@ -66,6 +67,7 @@ def test_the_zoos_networks_export(tmp_path):
     assert export_onnx(zoo.create("resnet20"), (3, 32, 32), tmp_path / "net.onnx") <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_wrong_export_is_one_sentence(run, tmp_path, capsys):
     assert command(["export", str(run), "--format=onnx", f"--out={tmp_path}"]) == 2
     assert "is a folder" in capsys.readouterr().err

@@ -35,6 +35,7 @@ def complete(events: Events, category: str) -> Events:
     return [event for event in events if event["ph"] == "X" and event["cat"] == category]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

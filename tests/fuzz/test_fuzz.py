@@ -47,6 +47,7 @@ def tidy() -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_damaged_file_is_a_sentence_or_an_answer(name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +69,7 @@ def test_a_damaged_file_is_a_sentence_or_an_answer(name: str, capsys: pytest.Cap
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.slow
 def test_a_damaged_configuration_is_a_sentence_or_a_configuration() -> None:
     whole = to_toml(make_config({"model": "resnet20", "dataset": "digits", "epochs": 3})).encode()
     kind = Kind("config.toml", lambda: [whole], ())
@@ -92,6 +94,7 @@ def test_what_was_found_once_stays_mended(path: Path, capsys: pytest.CaptureFixt
         assert outcome(line, capsys) is None, line
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_a_strange_command_line_is_a_sentence_or_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
     failures = []

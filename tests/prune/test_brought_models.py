@@ -166,6 +166,7 @@ BROUGHT: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROUGHT)
 def test_what_people_brought_is_pruned_exactly_as_far_as_it_goes(name: str) -> None:
     make, prunable = BROUGHT[name]
@@ -176,6 +177,7 @@ def test_what_people_brought_is_pruned_exactly_as_far_as_it_goes(name: str) -> N
     assert found.prunable_channels == prunable, [(g.name, g.width, g.reason) for g in found.groups]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROUGHT)
 def test_what_people_brought_is_pruned_twice_and_rebuilt(name: str) -> None:
     torch.manual_seed(0)
@@ -307,6 +309,7 @@ def test_the_sparsest_channels_of_a_group_go() -> None:
     assert bool((model.a.weight[0] == 5e-5).all())  # of channels 0 and 1 the second was the smaller
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "channels"), [("resnext50_32x4d", 19_008), ("regnet_x_400mf", 12_848)])
 def test_as_many_channels_as_torch_pruning_finds(name: str, channels: int) -> None:
     """Counted by Torch-Pruning 1.6.1 on the same networks."""

@@ -14,6 +14,7 @@ from ptsim.prune.reconfigure import reconfigure
 from tests.prune.helpers import SMALL_IMAGE, same_function, small_resnet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20", "resnet50", "vgg11"])
 def test_a_network_without_a_weight_above_the_threshold_still_gives_one_output_per_image(name: str) -> None:
     torch.manual_seed(0)
@@ -108,6 +109,7 @@ def test_a_branch_with_a_frozen_layer_is_not_removed() -> None:
     same_function(model, zeroed, SMALL_IMAGE)
 
 
+@pytest.mark.slow
 def test_a_fixed_filter_bank_loses_the_outputs_that_nothing_reads() -> None:
     model = Plain().double()
     groups = find_groups(model, (3, 8, 8))

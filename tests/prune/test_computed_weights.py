@@ -137,6 +137,7 @@ def test_depthwise_filters_go_with_their_channels(make: Callable[..., nn.Module]
     assert found.prunable_channels == prunable, [(g.name, g.width, g.reason) for g in found.groups]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [old, new, old_without_bias, new_without_bias])
 def test_the_layer_and_its_record_know_how_many_channels_are_left(make: Callable[..., nn.Module]) -> None:
     model, fresh = Net(make), Net(make)
@@ -176,6 +177,7 @@ def test_gating_leaves_a_computed_weight_as_it_is(make: Callable[..., nn.Module]
     torch.testing.assert_close(model.eval()(images), zeroed.eval()(images), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [ByBatchNorm, ByHand, old, new])
 def test_unread_outputs_are_removed(make: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)

@@ -109,6 +109,7 @@ class Csp(nn.Module):
         return self.head(torch.relu(self.cv2(torch.cat(y, 1))).mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
 def test_the_state_of_a_norm_of_one_channel_follows_it(make: Callable[..., torch.optim.Optimizer]) -> None:
     torch.manual_seed(0)
@@ -163,6 +164,7 @@ COMPUTED: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPUTED)
 def test_a_layer_whose_weight_is_computed_stays_and_the_rest_is_pruned(name: str) -> None:
     torch.manual_seed(0)
@@ -185,6 +187,7 @@ def test_a_layer_whose_weight_is_computed_stays_and_the_rest_is_pruned(name: str
     assert macs[0] == macs[1]
 
 
+@pytest.mark.slow
 def test_a_batch_norm_that_averages_over_all_batches_is_captured_like_another() -> None:
     networks = [
         capture_network(
@@ -228,6 +231,7 @@ class Projected(nn.Module):
         return self.head((x + y).mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_channels_that_turn_a_condition_over_are_kept_by_inspection_and_reconfiguration() -> None:
     torch.manual_seed(0)
     model = Projected().double()

@@ -80,6 +80,7 @@ def test_the_gradient_is_the_sign_and_the_proximal_step_a_soft_threshold():
     torch.testing.assert_close(weight[:3].detach(), torch.tensor([0.4, 0.0, -0.3], dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_traffic_is_three_accesses_to_every_scale():
     network = ptsim.capture.network.capture_network(small_resnet(), name="n", input_shape=SMALL_IMAGE, num_classes=5)
     channels = sum(layer.out_channels for layer in network.layers if layer.kind is LayerKind.BATCH_NORM)
@@ -129,12 +130,14 @@ def trained(criterion, **more):
     return pruner, pruner.end_epoch(reconfigure=True)
 
 
+@pytest.mark.slow
 def test_prunetrain_trains_with_slimming_and_prunes():
     pruner, outcome = trained("slimming", regularizer="proximal", threshold=1e-12)
     assert isinstance(pruner.criterion, Slimming)
     assert outcome.reconfiguration.channels_removed > 0
 
 
+@pytest.mark.slow
 def test_a_criterion_from_outside_the_package_is_added_by_one_line_or_by_an_entry_point(monkeypatch):
     with pytest.raises(UnknownNameError, match="unknown criterion 'first_alone'; known: group_lasso, slimming"):
         trained("first_alone")

@@ -104,6 +104,7 @@ class Traffic(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("gpu", [True, False])
 def test_what_the_gradient_moves_and_holds_is_what_the_cost_model_says(kernel: int, gpu: bool) -> None:

@@ -141,6 +141,7 @@ def test_a_structure_with_an_unknown_part_is_refused() -> None:
         apply_structure(zoo.create("resnet20"), structure)
 
 
+@pytest.mark.slow
 def test_channel_counts_are_rounded_up_with_dead_channels() -> None:
     model = zoo.create("resnet20").double()
     with torch.no_grad():

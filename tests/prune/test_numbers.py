@@ -111,6 +111,7 @@ def test_the_attribute_follows_the_channels_that_are_left(name: str) -> None:
     assert found.prunable_channels == prunable, [(g.name, g.width, g.reason) for g in found.groups]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_is_cut_twice_and_rebuilt(name: str) -> None:
     torch.manual_seed(0)
@@ -126,6 +127,7 @@ def test_it_is_cut_twice_and_rebuilt(name: str) -> None:
     assert structure_of(fresh) == structure
 
 
+@pytest.mark.slow
 def test_a_split_keeps_the_sizes_by_hand() -> None:
     model = Unequal()
     with torch.no_grad():

@@ -13,7 +13,7 @@ from ptsim.prune.structure import apply_structure, structure_of
 from tests.prune.helpers import zero_some
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vgg11"])
+@pytest.mark.parametrize("name", ["resnet20", pytest.param("vgg11", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_pruned_network_equals_the_zeroed_one_in_both_modes(name: str, training: bool) -> None:
     torch.manual_seed(0)
@@ -30,6 +30,7 @@ def test_the_pruned_network_equals_the_zeroed_one_in_both_modes(name: str, train
     torch.testing.assert_close(model(images), zeroed(images), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_second_reconfiguration_changes_nothing() -> None:
     model = zoo.create("resnet20")
     groups = find_groups(model, (3, 32, 32))
@@ -38,6 +39,7 @@ def test_a_second_reconfiguration_changes_nothing() -> None:
     assert not reconfigure(model, surgery.groups).changed
 
 
+@pytest.mark.slow
 def test_a_pruned_network_is_rebuilt_from_its_structure() -> None:
     model = zoo.create("resnet20")
     groups = find_groups(model, (3, 32, 32))

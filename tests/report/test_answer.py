@@ -97,6 +97,7 @@ def test_a_projection_has_three_digits(value: float, text: str) -> None:
     assert numbers.format_seconds(value) == text
 
 
+@pytest.mark.slow
 def test_a_planned_number_looks_planned(tmp_path: Path) -> None:
     traces = [dense_trace(tmp_path / "d.jsonl", epochs=3), shrinking_trace(tmp_path / "p.jsonl", epochs=3, interval=1)]
     planned = []

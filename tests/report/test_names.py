@@ -29,6 +29,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_a_name_does_no_harm_on_the_page_in_its_figures_and_in_its_tables(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -72,6 +73,7 @@ def test_what_acts_is_replaced_and_what_is_long_is_shortened_in_the_middle() -> 
     assert printable("abcde", 5) == "abcde"
 
 
+@pytest.mark.slow
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = shrinking_trace(tmp_path / "t.jsonl", epochs=1)
     page = write_report([trace], tmp_path / "out", gpus=[1])

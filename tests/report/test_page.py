@@ -62,6 +62,7 @@ def test_every_tag_of_the_page_is_closed_and_every_id_is_unique(page: Path) -> N
     assert len(checker.ids) == len(set(checker.ids))
 
 
+@pytest.mark.slow
 def test_the_page_fetches_nothing(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert all(target.startswith(("#", "data:")) for target in checked(page).targets)
@@ -71,6 +72,7 @@ def test_the_page_fetches_nothing(page: Path) -> None:
     assert "fetch(" not in text
 
 
+@pytest.mark.slow
 def test_references_inside_the_figures_lead_to_ids_of_the_page(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     ids = set(checked(page).ids)
@@ -85,6 +87,7 @@ def test_the_same_traces_give_the_same_bytes(page: Path, tmp_path: Path) -> None
     assert again.read_bytes() == page.read_bytes()
 
 
+@pytest.mark.slow
 def test_figures_and_tables_lie_beside_the_page(page: Path) -> None:
     assert {path.suffix for path in (page.parent / "figures").iterdir()} == {".svg"}
     assert (page.parent / "tables" / "runs.csv").read_text().count("\n") == 3
