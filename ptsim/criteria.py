@@ -41,41 +41,46 @@ class PenaltyWork(msgspec.Struct, frozen=True, kw_only=True):
     scratch_bytes: int = 0
 
 
-# A GPU gathers weight tensors of at most so many elements into one vector. That saves the launches of about 10 kernels
-# a tensor (about 5 µs each), and costs 11 to 15 more accesses to every element: the same at about 2**20 elements on
-# 1.3 TB/s, and 12 bytes of tables an element. Derived, not measured.
-GATHERED_ELEMENTS = 2**19
+# A GPU gathers weights into one vector. Of weights with more than so many elements it gathers the norms of the kernels:
+# 2 more launches on the host (20 µs at 10 µs each) in place of up to 16 accesses to every element (as long at 2**20
+# elements on 3 TB/s). Weights with more than so many kernels are not gathered: 10 launches in place of 11 accesses (as
+# long at 2**22 kernels on 2 TB/s). Derived, not measured.
+GATHERED_ELEMENTS = 2**20
+GATHERED_KERNELS = 2**22
 
 
 def group_lasso_work(network: Network, *, gpu: bool) -> PenaltyWork:
     """Of the group lasso (`prune.criteria.group_lasso`) on fp32 weights, counted by hand from its code.
 
-    A tensor by itself, with k² elements a kernel: 4 + 7/k² accesses an element (9 for k = 1), 10 kernels, and two
-    numbers a kernel as scratch. Gathered tensors of a GPU: 20 accesses (a lookup in the table of norms stays in the
-    cache and counts its index alone), 10 kernels over all at once, a concatenation for every 128 tensors and an
-    addition for every 48 (aten/src/ATen/native/cuda/Shape.cu, ForeachFunctors.cuh), three tables of 4 bytes, and two
-    vectors as scratch.
+    A weight by itself, with k² elements a kernel: 4 + 7/k² accesses an element (9 for k = 1), 10 launches, and two
+    numbers a kernel as scratch. Gathered on a GPU: 20 accesses an element (a lookup in the table of norms stays in the
+    cache and counts its index alone), 4 + 18/k² if norms of kernels are gathered. 10 launches over all weights at once,
+    a concatenation for every 128 (aten/src/ATen/native/cuda/Shape.cu), and an addition for every 48 weights
+    (ForeachFunctors.cuh), or 2 launches a weight with norms of kernels. Three tables of 4 bytes an entry of the vector,
+    and two vectors as scratch.
     """
     layers = {layer.name: layer for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR)}
-    gathered, tensors, launches, accesses, scratch = 0, 0, 0, 0.0, 0.0
+    entries, by_element, by_kernel, launches, accesses, scratch = 0, 0, 0, 0, 0, 0
     for parameter in network.parameters:
         layer = layers.get(parameter.layer)
         if layer is None or len(parameter.shape) < 2 or _is_depthwise(layer):  # a bias has one axis
             continue
-        elements, kernel = parameter.num_elements, math.prod(parameter.shape[2:])
-        if gpu and elements <= GATHERED_ELEMENTS:
-            gathered, tensors = gathered + elements, tensors + 1
-            continue
-        accesses += elements * (4 + 7 / kernel if kernel > 1 else 9)
-        scratch, launches = max(scratch, 2 * elements / kernel), launches + 10
-    if gathered:
-        accesses, scratch = accesses + 20 * gathered, max(scratch, 2 * gathered)
-        launches += 10 + -(-tensors // 128) + -(-tensors // 48)
+        elements = parameter.num_elements
+        kernels = elements // math.prod(parameter.shape[2:])
+        if not gpu or kernels > GATHERED_KERNELS:
+            accesses += 9 * elements if kernels == elements else 4 * elements + 7 * kernels
+            scratch, launches = max(scratch, 2 * kernels), launches + 10
+        elif kernels == elements or elements <= GATHERED_ELEMENTS:
+            accesses, entries, by_element = accesses + 20 * elements, entries + elements, by_element + 1
+        else:
+            accesses, entries, by_kernel = accesses + 4 * elements + 18 * kernels, entries + kernels, by_kernel + 1
+    if entries:
+        launches += 10 + -(-(by_element + by_kernel) // 128) + -(-by_element // 48) + 2 * by_kernel
     return PenaltyWork(
-        num_bytes=round(4 * accesses),
+        num_bytes=4 * accesses,
         num_launches=launches,
-        table_bytes=3 * 4 * gathered,
-        scratch_bytes=round(4 * scratch),
+        table_bytes=3 * 4 * entries,
+        scratch_bytes=4 * max(scratch, 2 * entries),
     )
 
 

@@ -176,16 +176,16 @@ def test_buckets_keep_the_gradients_through_the_forward_pass() -> None:
 
 @pytest.mark.parametrize("gpu", [True, False])
 def test_a_penalty_holds_tables_on_a_gpu_and_takes_scratch_after_the_backward_pass(gpu: bool) -> None:
-    """The layer of 2000 × 2000 weights is too large to be gathered, the others are not."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 2000), nn.Linear(2000, 2000), nn.Linear(2000, 10))
+    """The layer of 2100 × 2100 weights is too large to be gathered, the others are not."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 2100), nn.Linear(2100, 2100), nn.Linear(2100, 10))
     network = capture_network(model, name="linear", input_shape=(3, 4, 4), num_classes=10)
     device = load_device("a100") if gpu else None
     plain = iteration_memory(network, StepSetting(batch=1), device=device)
     penalised = iteration_memory(network, StepSetting(batch=1, regularizer="group_lasso"), device=device)
-    tables = 3 * 4 * (48 * 2000 + 2000 * 10) if gpu else 0
+    tables = 3 * 4 * (48 * 2100 + 2100 * 10) if gpu else 0
     assert penalised.workspace_bytes - plain.workspace_bytes == tables
-    copies = plain.gradient_bytes if gpu else 4 * 2000 * 2000  # of the update: on a CPU one tensor at a time
-    scratch = 2 * 4 * 2000 * 2000
+    copies = plain.gradient_bytes if gpu else 4 * 2100 * 2100  # of the update: on a CPU one tensor at a time
+    scratch = 2 * 4 * 2100 * 2100
     assert penalised.peak_bytes - plain.peak_bytes == tables + scratch - copies
 
 

@@ -7,13 +7,14 @@ gradient is λ·w·(1/‖w_out‖ + 1/‖w_in‖): written by hand, without an a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ptsim.criteria import GATHERED_ELEMENTS, group_lasso_work
+from ptsim.criteria import GATHERED_ELEMENTS, GATHERED_KERNELS, group_lasso_work
 from ptsim.network import Network
 from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
 from ptsim.prune.labels import Weighted
@@ -36,8 +37,10 @@ class GroupLasso:
     Holds references to the model's parameters: make a new one after every reconfiguration.
 
     `form`: how the gradient is computed. "per_tensor" takes each weight by itself: few accesses to memory, about 10
-    kernels a weight. "gathered" takes all weights of up to `limit` elements as one vector: about 12 kernels, more
-    accesses, and tables. The default is gathered on a GPU, where launches count, and per tensor on a CPU.
+    launches a weight. "gathered" takes all weights as one vector: about 12 launches in all, more accesses, and tables.
+    The default is gathered on a GPU, where launches count, and per tensor on a CPU. `limits`: of weights with more
+    elements than the first the norms of the kernels are gathered; those with more kernels than the second are taken by
+    themselves.
     """
 
     label: ClassVar[str] = "group lasso"
@@ -48,7 +51,7 @@ class GroupLasso:
         groups: ChannelGroups,
         *,
         form: Literal["per_tensor", "gathered"] | None = None,
-        limit: int = GATHERED_ELEMENTS,
+        limits: tuple[int, int] = (GATHERED_ELEMENTS, GATHERED_KERNELS),
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.terms = [_Term(layer, parameters[layer.weight], inp, out) for layer, inp, out in groups.penalised()]
@@ -56,9 +59,9 @@ class GroupLasso:
         if form is None:
             form = "gathered" if self.terms and all(weight.is_cuda for weight in self.weights) else "per_tensor"
         self.form = form
-        most = limit if form == "gathered" else 0
-        self._small = [term for term in self.terms if term.weight.numel() <= most]
-        self._large = [term for term in self.terms if term.weight.numel() > most]
+        self._by_element, most = limits if form == "gathered" else (0, 0)
+        self._small = [term for term in self.terms if _num_kernels(term) <= most]
+        self._large = [term for term in self.terms if _num_kernels(term) > most]
         self._gathered: _GatheredGradient | None = None
 
     def penalty(self) -> Tensor:
@@ -88,7 +91,7 @@ class GroupLasso:
                 weight.grad = torch.zeros_like(weight, memory_format=torch.preserve_format)
         if self._small:
             if self._gathered is None:
-                self._gathered = _GatheredGradient(self._small)
+                self._gathered = _GatheredGradient(self._small, self._by_element)
             self._gathered.add(coefficient)
         for term in self._large:
             _add_gradient(term, coefficient)
@@ -136,8 +139,8 @@ def _like_weight(W_GOIK: Tensor, layer: Weighted, weight: Tensor) -> Tensor:
 def _add_gradient(term: _Term, coefficient: float) -> None:
     """λ·w·(1/‖w_in‖ + 1/‖w_out‖) of one weight."""
     layer, weight = term.layer, term.weight
-    W = weight_GOIK(weight, layer)
-    square = W.square() if W.shape[3] == 1 else torch.linalg.vector_norm(W, dim=3, keepdim=True).square_()
+    norms = _kernel_norms(term)
+    square = norms.square_() if norms.numel() < weight.numel() else norms.square()
     factor: Tensor | None = None
     for wanted, axis in ((term.inputs, 1), (term.outputs, 2)):
         if wanted:
@@ -145,74 +148,99 @@ def _add_gradient(term: _Term, coefficient: float) -> None:
             factor = inverse if factor is None else factor + inverse
     if factor is not None:
         assert weight.grad is not None, "made by the caller"
-        factor = _like_weight(factor.expand(*W.shape[:3], 1), layer, weight)
+        factor = _like_weight(factor.expand(norms.shape), layer, weight)
         weight.grad.addcmul_(weight, factor, value=coefficient)
 
 
 class _GatheredGradient:
-    """The weights of several layers as one vector, in their order of storage, with segments for their groups.
+    """Weights of several layers as one vector, with segments for their groups of channels.
 
-    Sums run over segments, not with atomic additions, so that every rank of a data-parallel run and every repetition
-    gets the same bits. In a weight's storage the groups of its first axis (outputs; inputs of a transposed convolution)
-    are segments as they stand; those of the second axis are gathered first. Elements without a group read a factor of
-    0 at the end of the table of inverse norms.
+    An entry is a weight, in the order of storage, or the norm of a whole kernel, in the order (group, out, in). So the
+    entries of an output channel are a segment as they stand; those of an input channel are gathered first. Sums run
+    over segments, not with atomic additions, so that every rank of a data-parallel run and every repetition gets the
+    same bits. Entries without a group read a factor of 0 at the end of the table of inverse norms.
     """
 
-    def __init__(self, terms: Sequence[_Term]) -> None:
-        self.weights = [term.weight for term in terms]
-        device = self.weights[0].device
-        lengths: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the groups of the first and of the second axis
-        ids: tuple[list[Tensor], list[Tensor]] = ([], [])  # of each element's group; -1: none
-        gathered = []
+    def __init__(self, terms: Sequence[_Term], most: int) -> None:
+        self.parts = [
+            (term, term.layer.transposed or _num_kernels(term) < term.weight.numel() > most) for term in terms
+        ]
+        device, kind = terms[0].weight.device, terms[0].weight.dtype
+        lengths: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the groups of outputs and of inputs
+        ids: tuple[list[Tensor], list[Tensor]] = ([], [])  # of each entry's group; -1: none
+        gathered: list[Tensor] = []
+        self.sizes: list[int] = []
         start, counts = 0, [0, 0]
-        for term in terms:
-            weight, size = term.weight, term.weight.numel()
-            G = weight_GOIK(_unstore(torch.arange(size), weight), term.layer)
-            out_first = G.reshape(G.shape[0] * G.shape[1], -1)
-            in_first = G.transpose(1, 2).reshape(G.shape[0] * G.shape[2], -1)
-            first, second = (in_first, out_first) if term.layer.transposed else (out_first, in_first)
-            has_first, has_second = term.inputs, term.outputs
-            if not term.layer.transposed:
-                has_first, has_second = has_second, has_first
-            for axis, members, has in ((0, first, has_first), (1, second, has_second)):
+        for term, by_kernel in self.parts:
+            entries = _entries(term, by_kernel=by_kernel)
+            size = entries.numel()
+            of_output, of_input = entries.flatten(0, 1), entries.transpose(1, 2).flatten(0, 1)
+            for axis, members, has in ((0, of_output, term.outputs), (1, of_input, term.inputs)):
+                members = members.flatten(1)
                 group = torch.full((size,), -1)
                 if has:
                     numbers = torch.arange(len(members)) + counts[axis]
                     group[members.flatten()] = numbers.repeat_interleave(members.shape[1])
-                if has or axis == 0:  # the segments of the first axis cover the vector
+                if has or axis == 0:  # the segments of outputs cover the vector
                     lengths[axis].append(torch.full((len(members),), members.shape[1]))
                     counts[axis] += len(members)
-                if has and axis == 1:
-                    gathered.append(members.flatten() + start)
                 ids[axis].append(group)
+            if term.inputs:
+                gathered.append(of_input.flatten() + start)
+            self.sizes.append(size)
             start += size
         self.offsets = [_offsets(parts).to(device) for parts in lengths]
         self.order = torch.cat([torch.empty(0, dtype=torch.int64), *gathered]).int().to(device)
-        first, second = (torch.cat(parts) for parts in ids)
+        outputs, inputs = (torch.cat(parts) for parts in ids)
         none = sum(counts)
-        self.first = torch.where(first < 0, none, first).int().to(device)
-        self.second = torch.where(second < 0, none, second + counts[0]).int().to(device)
-        self.none = torch.full((1,), torch.inf, dtype=self.weights[0].dtype, device=device)  # 1/√∞ = 0
-        self.sizes = [weight.numel() for weight in self.weights]
+        self.output_of = torch.where(outputs < 0, none, outputs).int().to(device)
+        self.input_of = torch.where(inputs < 0, none, inputs + counts[0]).int().to(device)
+        self.none = torch.full((1,), torch.inf, dtype=kind, device=device)  # 1/√∞ = 0
 
     def add(self, coefficient: float) -> None:
-        factors = torch.split(self._factors(), self.sizes)
-        gradients = []
-        for weight in self.weights:
-            assert weight.grad is not None, "made by the caller"
-            gradients.append(weight.grad)
-        like = [_unstore(factor, weight) for factor, weight in zip(factors, self.weights, strict=True)]
-        torch._foreach_addcmul_(gradients, self.weights, like, value=coefficient)
+        together: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        for (term, by_kernel), factor in zip(self.parts, torch.split(self._factors(), self.sizes), strict=True):
+            weight, gradient = term.weight, term.weight.grad
+            assert gradient is not None, "made by the caller"
+            if by_kernel:
+                factors = factor.view(*weight_GOIK(weight, term.layer).shape[:3], 1)
+                gradient.addcmul_(weight, _like_weight(factors, term.layer, weight), value=coefficient)
+            else:
+                for found, one in zip(together, (gradient, weight, _unstore(factor, weight)), strict=True):
+                    found.append(one)
+        if together[0]:
+            torch._foreach_addcmul_(*together, value=coefficient)
 
     def _factors(self) -> Tensor:
-        """1/‖w_in‖ + 1/‖w_out‖ of every element."""
-        square = torch.cat([_storage(weight).view(-1) for weight in self.weights]).square_()
+        """1/‖w_in‖ + 1/‖w_out‖ of every entry."""
+        entries = [
+            (_kernel_norms(term) if by_kernel else _storage(term.weight)).reshape(-1) for term, by_kernel in self.parts
+        ]
+        square = torch.cat(entries).square_()
+        del entries
         sums = [torch.segment_reduce(square, "sum", offsets=self.offsets[0], unsafe=True)]
         square = square.index_select(0, self.order)
         sums.append(torch.segment_reduce(square, "sum", offsets=self.offsets[1], unsafe=True))
         del square
         table = torch.cat([*sums, self.none]).add_(SMOOTHING).rsqrt_()
-        return table.index_select(0, self.first).add_(table.index_select(0, self.second))
+        return table.index_select(0, self.output_of).add_(table.index_select(0, self.input_of))
+
+
+def _entries(term: _Term, *, by_kernel: bool) -> Tensor:
+    """Where in its part of the vector a layer's weights stand, as (groups, out per group, in per group, kernel)."""
+    if by_kernel:
+        return torch.arange(_num_kernels(term)).view(*weight_GOIK(term.weight, term.layer).shape[:3], 1)
+    return weight_GOIK(_unstore(torch.arange(term.weight.numel()), term.weight), term.layer)
+
+
+def _num_kernels(term: _Term) -> int:
+    return math.prod(weight_GOIK(term.weight, term.layer).shape[:3])
+
+
+def _kernel_norms(term: _Term) -> Tensor:
+    """The norm of every kernel up to its sign, as (groups, out per group, in per group, 1)."""
+    W = weight_GOIK(term.weight, term.layer)
+    return W if W.shape[3] == 1 else torch.linalg.vector_norm(W, dim=3, keepdim=True)
 
 
 def _offsets(lengths: Sequence[Tensor]) -> Tensor:
