@@ -6,8 +6,9 @@
 
 A family is what stands in front of the first number in a network's name, in one of timm's modules; pure transformers
 are left out. Weights are random, images as small as the network takes. The share is that of the channels that no image
-and no class fixes. Torch-Pruning's count beside it is that of the channels of its groups but for the classifier's: it
-also removes channels that are normalised or combined together, which changes what the network computes.
+and no class fixes. Seconds are the processor's, of one thread, so that other programs on the machine hardly count.
+Torch-Pruning's count beside it is that of the channels of its groups but for the classifier's: it also removes channels
+that are normalised or combined together, which changes what the network computes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ptsim.prune.labels import ENDS
 
 COLUMNS = (
     "family", "model", "image", "exact", "share", "prunable_channels", "refused_channels", "torch_pruning_channels",
-    "seconds", "traced_by", "reason",
+    "cpu_seconds", "traced_by", "reason",
 )  # fmt: skip
 SIDES = (64, 96, 128)
 TRANSFORMERS = [
@@ -122,22 +123,22 @@ def image_for(model: nn.Module) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def limited_to(seconds: int) -> Iterator[None]:
-    """`TooLongError` once the time is over."""
+    """`TooLongError` once the processor has worked for so long."""
 
     def stop(*_: object) -> None:
         raise TooLongError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
-def row_of(name: str, limit: int) -> dict[str, Any]:
-    """Inspect one of timm's networks; what it cannot do is a row as well."""
+def row_of(name: str, limit: int, *, beside: bool = True) -> dict[str, Any]:
+    """Inspect one of timm's networks; what it cannot do is a row as well. `beside`: count with Torch-Pruning, too."""
     import timm
 
     torch.manual_seed(0)
@@ -146,7 +147,7 @@ def row_of(name: str, limit: int) -> dict[str, Any]:
     image = image_for(model)
     row: dict[str, Any] = {"family": family_of(name, module), "model": name, "exact": False, "share": 0.0}
     row["image"] = "x".join(map(str, image))
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with limited_to(limit), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that torch.export traced it stands in a column
@@ -168,8 +169,8 @@ def row_of(name: str, limit: int) -> dict[str, Any]:
             "traced_by": found.traced_by,
             "reason": refused.most_common(1)[0][0] if refused else "",
         }
-    row["seconds"] = round(time.perf_counter() - start, 1)
-    row["torch_pruning_channels"] = torch_pruning_channels(model, image, limit)
+    row["cpu_seconds"] = round(time.process_time() - start, 1)
+    row["torch_pruning_channels"] = torch_pruning_channels(model, image, limit) if beside else ""
     return row
 
 
@@ -199,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=None, help="timm's names; by default one of every family")
     parser.add_argument("--out", type=Path, default=None, help="a CSV file that rows are added to")
-    parser.add_argument("--limit", type=int, default=180, help="seconds for one network")
+    parser.add_argument("--limit", type=int, default=60, help="seconds of the processor for one network")
+    parser.add_argument("--alone", action="store_true", help="without Torch-Pruning's count")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no network is begun")
     options = parser.parse_args(arguments)
     start = time.monotonic()
@@ -213,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.models or smallest_of_every_family():
         if name in known or time.monotonic() - start > options.budget:
             continue
-        row = row_of(name, options.limit)
+        row = row_of(name, options.limit, beside=not options.alone)
         rows.append(row)
         writer.writerow(row)
         sys.stdout.flush()

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from ptsim.capture.graph import copied, example_input, naming_the_image, note_tracer
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune.cut import Cut, cut_model
-from ptsim.prune.labels import ENDS, AxisKey, State, Weighted, connected
+from ptsim.prune.labels import ENDS, NO_SLOTS, UNKNOWN, AxisKey, State, Weighted, compress, connected, distinct
 from ptsim.prune.numbers import Number, solved
 from ptsim.prune.propagate import propagate, skeleton
 from ptsim.prune.selection import keep_one
@@ -66,6 +66,7 @@ class ChannelGroups:
         part_of: component of every part.
         numbers: those that attributes of the model's code hold, with the rows of components that each counts; −1 stands
             for a channel that stays.
+        moves: the parts in what every operator gives that takes apart or rearranges by number; −1 for those that stay.
     """
 
     input_shape: tuple[int, int, int]
@@ -80,6 +81,7 @@ class ChannelGroups:
     parts: dict[AxisKey, Tensor]
     part_of: Tensor
     numbers: tuple[tuple[Number, Tensor], ...]
+    moves: dict[tuple[str, str], tuple[Tensor, ...]]
     graph: fx.GraphModule = dataclasses.field(repr=False)
     shapes_only: bool = True
 
@@ -266,6 +268,10 @@ def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphMo
         numbers=tuple(
             (number, torch.where(rows >= 0, component_of[rows.clamp(min=0)], -1)) for number, rows in state.numbers
         ),
+        moves={
+            key: tuple(compress(torch.where(label >= 0, component_of[label.clamp(min=0)], -1)) for label in labels)
+            for key, labels in state.moves.items()
+        },
         parts=axes,
         part_of=torch.arange(num_components),
         graph=graph,
@@ -294,7 +300,28 @@ def misaligned(
         return None
     if operation is None and not _same_steps(groups.graph, graphs["train"]):
         return None
-    return state.misaligned
+    return torch.cat([state.misaligned, _out_of_place(groups, removed, state)])
+
+
+def _out_of_place(groups: ChannelGroups, removed: Tensor, state: State) -> Tensor:
+    """The parts of which a slice, chunk or reshape of the smaller network gives others than are left of its own.
+
+    No weight may tell: the halves of a chunk may go through different activations.
+    """
+    wrong = [NO_SLOTS]
+    for key, labels in groups.moves.items():
+        for before, label in zip(labels, state.moves.get(key, labels), strict=True):
+            parts, after = before.flatten(), label.flatten().clamp(min=-1)
+            component = groups.part_of[parts.clamp(min=0)]
+            stays = (parts < 0) | ~groups.prunable[component]
+            expected = torch.where(stays, -1, parts)[stays | ~removed[component]]
+            if label is before or bool((label == UNKNOWN).any()):
+                continue
+            if max(before.shape, default=1) < before.numel() or len(after) == 1:  # of what repeats, one is kept
+                expected, after = torch.unique_consecutive(expected), torch.unique_consecutive(after)
+            if not torch.equal(expected, after):
+                wrong.append(parts[parts >= 0])
+    return distinct(torch.cat(wrong))
 
 
 def _same_steps(before: fx.GraphModule, after: fx.GraphModule) -> bool:

@@ -80,7 +80,8 @@ class State:
     """What all graphs of one model have said so far: slots per axis, pairs, freezes and weighted layers.
 
     With `seed` (the component of every position of every axis of an earlier, larger model) nothing is learnt; instead
-    every pair whose components differ is collected in `misaligned`: the smaller model would mix up channels.
+    every pair whose components differ is collected in `misaligned`: the smaller model would mix up channels. `moves` has
+    what operators give that take apart or rearrange by number, by mode and node: what follows may treat parts unlike.
     """
 
     def __init__(self, model: nn.Module, seed: Mapping[AxisKey, Tensor] | None = None) -> None:
@@ -102,6 +103,7 @@ class State:
         self.sensitive_slots: list[Tensor] = []
         self.folds: list[Tensor] = []
         self.numbers: list[tuple[Number, Tensor]] = []
+        self.moves: dict[tuple[str, str], tuple[Tensor, ...]] = {}
 
     def axis(self, name: str, dim: int, size: int) -> Tensor:
         """The slots of one axis (dim −1: the input channels of a grouped convolution), made at the first call."""

@@ -47,8 +47,9 @@ def skeleton(model: nn.Module) -> nn.Module:
 class Propagation(fx.Interpreter):
     """One pass over one graph; slots, pairs and freezes accumulate over several graphs of the same model in `state`."""
 
-    def __init__(self, module: fx.GraphModule, state: State) -> None:
+    def __init__(self, module: fx.GraphModule, state: State, mode: str) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.mode = mode
         self.looked: dict[str, str] = module.meta["looked"]
         self.state = state
         self.labels: dict[fx.Node, Label] = {}
@@ -68,7 +69,15 @@ class Propagation(fx.Interpreter):
                 else:
                     self.state.sensitive(slots)
         self._numbers(n, known)
+        if self._takes_shapes(n):
+            labels = self.labels[n]
+            self.state.moves[self.mode, n.name] = () if isinstance(labels, Facets) else tuple(tensor_labels(labels))
         return value
+
+    def _takes_shapes(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return takes_shapes(rule_for_module(self.fetch_attr(str(node.target))))
+        return node.op.startswith("call") and takes_shapes(rule_for_function(node))
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the node is called with; numbers that the model keeps are plain integers."""
@@ -97,7 +106,7 @@ class Propagation(fx.Interpreter):
         source = node.all_input_nodes[0] if node.all_input_nodes else None
         name, arguments = name_of(node), node.args
         if isinstance(value, (Tensor, nn.Module)) or self.labels.get(node) is not None:
-            tried_out = node.op != "call_module" and takes_shapes(rule_for_function(node))
+            tried_out = node.op != "call_module" and self._takes_shapes(node)
             for n in node.all_input_nodes:
                 for slots in _flat(self.counts.get(n)):
                     if tried_out:
@@ -222,7 +231,7 @@ def propagate(
                 break
             traced.train(mode == "train")
             with torch.no_grad():
-                Propagation(traced, state).run(images)
+                Propagation(traced, state, mode).run(images)
             graphs[mode] = traced
     for module, training in modes.items():
         module.training = training

@@ -227,6 +227,18 @@ def coordinates(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return m.places(x * y)
 
 
+def unlike_halves(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """No weight tells one half from the other."""
+    first, second = (x + y).chunk(2, 1)
+    return torch.cat([first.relu(), second.tanh()], 1)
+
+
+def shifted(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The first quarter is moved by a pixel."""
+    quarter = x.shape[1] // 4
+    return torch.cat([x[:, :quarter].roll(1, 2), x[:, quarter:]], 1)
+
+
 def own() -> nn.Module:
     """A convolution between `y` and the sum, so that `b` is not bound to `a`."""
     return nn.Conv2d(8, 8, 1)
@@ -251,6 +263,14 @@ CASES = {
         lambda: User(lambda m, x, y: torch.cat([x[:, : x.shape[1] // 2], y], 1)), "a b c"
     ),
     "chunks swapped": Case(lambda: User(lambda m, x, y: torch.cat((x + y).chunk(2, 1)[::-1], 1)), "a b c"),
+    "halves with activations of their own": Case(lambda: User(unlike_halves), "a b c"),
+    "a part by a fixed number, shifted": Case(
+        lambda: User(lambda m, x, y: torch.cat([x[:, :4].roll(1, 2), x[:, 4:]], 1)), "c", "a", "would mix up"
+    ),
+    "every second channel": Case(
+        lambda: User(lambda m, x, y: torch.cat([x[:, ::2].relu(), x[:, 1::2].tanh()], 1)), "a c"
+    ),
+    "a part of the channels shifted": Case(lambda: User(shifted), "a c"),
     "cat of sums": Case(lambda: User(lambda m, x, y: torch.cat((x + y, torch.add(x, y, alpha=2), x), dim=1)), "a b c"),
     "squeeze and excite": Case(lambda: User(squeeze, down=nn.Linear(8, 4), up=nn.Linear(4, 8)), "a b c down"),
     "spatial attention": Case(
