@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.capture.graph import evaluation_mode
-from ptsim.prune.labels import BATCH_NORMS, CONVS, INSTANCE_NORMS, WIDTH, AxisKey, tensor_names
+from ptsim.prune.labels import (
+    BATCH_NORMS,
+    CONVS,
+    INSTANCE_NORMS,
+    TRANSPOSED_CONVS,
+    WIDTH,
+    AxisKey,
+    tensor_names,
+)
 from ptsim.prune.numbers import Values, set_numbers
 
 ORIGINS = "_ptsim_origins"  # attribute of a module: where the elements of a buffer that no state dict holds came from
@@ -188,8 +196,10 @@ def sync_attributes(module: nn.Module, groups: int | None = None) -> None:
         whole = module.out_channels // per_group if module.groups > 1 else 1
         module.groups = whole if groups is None else groups
         module.in_channels = shape[1] * module.groups
-    elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        module.in_channels, module.out_channels = module.weight.shape[:2]
+    elif isinstance(module, TRANSPOSED_CONVS):
+        inputs, outputs = module.weight.shape[:2]
+        module.groups = inputs // (module.in_channels // module.groups) if module.groups > 1 else 1
+        module.in_channels, module.out_channels = inputs, outputs * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = (module.weight if filters is None else filters).shape
     elif isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
@@ -197,6 +207,8 @@ def sync_attributes(module: nn.Module, groups: int | None = None) -> None:
         module.num_features = next(len(v) for v in vectors if v is not None)
     elif isinstance(module, nn.GroupNorm):
         set_width(module, len(module.weight))
+    elif isinstance(module, nn.Bilinear):
+        module.out_features = len(module.weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
 

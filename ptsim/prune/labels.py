@@ -80,8 +80,10 @@ class State:
     """What all graphs of one model have said so far: slots per axis, pairs, freezes and weighted layers.
 
     With `seed` (the component of every position of every axis of an earlier, larger model) nothing is learnt; instead
-    every pair whose components differ is collected in `misaligned`: the smaller model would mix up channels. `moves` has
-    what operators give that take apart or rearrange by number, by mode and node: what follows may treat parts unlike.
+    every pair whose components differ is collected in `misaligned`: the smaller model would mix up channels.
+
+    `moves` has what operators give that take apart or rearrange by number, by mode and node: what follows may treat the
+    parts unlike.
     """
 
     def __init__(self, model: nn.Module, seed: Mapping[AxisKey, Tensor] | None = None) -> None:

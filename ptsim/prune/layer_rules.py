@@ -48,7 +48,7 @@ def _computed(call: Call, layer: str, weight: Tensor, gain: Tensor | None, bias:
     depthwise = groups == value.shape[dim] == weight.shape[0] and weight.shape[1] == 1 and (groups > 1 or was_grouped)
     transposed = isinstance(call.module, TRANSPOSED_CONVS) or call.name.startswith("conv_transpose")
     if name is None or transposed or (groups > 1 and not depthwise):
-        call.refuse(f"{call.op} computes its weight")
+        call.refuse(f"{call.op} computes its weight from all that it reads")
     outputs = state.axis(name, 0, weight.shape[0])
     if depthwise:
         inputs = call.vector(dim, len(outputs))
@@ -113,7 +113,9 @@ def _conv(call: Call, layer: str, weight: Tensor, bias: Tensor | None, groups: i
     if name is None or dim < 0:
         call.refuse(f"{call.op} computes its weight")
     if transposed and groups > 1:
-        call.refuse(f"{call.op} is a grouped transposed convolution")
+        return _depthwise_transposed(call, layer, weight, bias, groups)
+    if _one_by_one(call, dim, weight):
+        return _positions(call, layer, weight, groups)
     out_channels = value.shape[dim]
     in_channels = weight.shape[0] if transposed else weight.shape[1] * groups
     vector = call.vector(dim, in_channels)
@@ -133,6 +135,46 @@ def _conv(call: Call, layer: str, weight: Tensor, bias: Tensor | None, groups: i
     state.weighted(layer, weight, groups, inputs, outputs, call.node.name, transposed=transposed)
     state.bind(bias, outputs)
     return along(outputs, dim, value.ndim)
+
+
+def _depthwise_transposed(call: Call, layer: str, weight: Tensor, bias: Tensor | None, groups: int) -> Label:
+    """Every input channel has outputs of its own, which go with it. The weight has (inputs, outputs of a group, …)."""
+    state, value = call.state, call.value
+    dim = value.ndim - weight.ndim + 1
+    vector = call.vector(dim, groups) if groups == weight.shape[0] else None
+    if vector is None or not isinstance(call.module, TRANSPOSED_CONVS):
+        call.refuse(f"{call.op} is a grouped transposed convolution")
+    inputs = state.axis(state.names[id(weight)], 0, groups)
+    state.unite(inputs, vector)
+    outputs = inputs.repeat_interleave(weight.shape[1])
+    state.weighted(layer, weight, groups, inputs, outputs, call.node.name, transposed=True)
+    state.bind(bias, outputs)
+    return along(outputs, dim, value.ndim)
+
+
+def _one_by_one(call: Call, dim: int, weight: Tensor) -> bool:
+    """True if the channels lie along other axes than the one that the layer reads, and it treats every one alike."""
+    before, after = call.sources[0].meta["value"].shape, call.value.shape
+    varying = [axis for axis, length in enumerate(call.x.shape) if length > 1]
+    if not varying and call.state.seed is not None and len(after) == len(before):  # of several channels one is left
+        read = call.state.seed.get((call.state.names[id(weight)], 1), call.x)
+        return bool((call.x >= 0).all()) and bool((read < 0).all())
+    if not varying or dim % len(before) in varying or len(after) != len(before):
+        return False
+    window = {axis: weight.shape[axis - len(after)] for axis in range(len(after) - weight.ndim + 2, len(after))}
+    if weight.ndim > 2 and any(window.get(axis, 1) > 1 or before[axis] != after[axis] for axis in varying):
+        call.refuse(f"{call.op} slides over these channels, so that removing one would change its neighbours")
+    return True
+
+
+def _positions(call: Call, layer: str, weight: Tensor, groups: int) -> Label:
+    """A layer that mixes the positions of every channel: the channels pass, what it reads and writes stays."""
+    state = call.state
+    name, read, written = state.names[id(weight)], weight.shape[1] * groups, weight.shape[0]
+    inputs, outputs = state.axis(name, 1 if groups == 1 else -1, read), state.axis(name, 0, written)
+    state.freeze(torch.cat([inputs, outputs]), f"{layer} mixes positions, which are no channels")
+    state.weighted(layer, weight, groups, inputs, outputs, call.node.name)
+    return call.x
 
 
 @rule(nn.Linear)
@@ -157,6 +199,8 @@ def _linear(call: Call, layer: str, weight: Tensor, bias: Tensor | None) -> Labe
     name = state.names.get(id(weight))
     if name is None:
         call.refuse(f"{call.op} computes its weight")
+    if _one_by_one(call, -1, weight):
+        return _positions(call, layer, weight, 1)
     vector = call.vector(-1, weight.shape[1])
     inputs, outputs = state.axis(name, 1, weight.shape[1]), state.axis(name, 0, weight.shape[0])
     if vector is None:
@@ -165,6 +209,19 @@ def _linear(call: Call, layer: str, weight: Tensor, bias: Tensor | None) -> Labe
         state.unite(inputs, vector)
     state.weighted(layer, weight, 1, inputs, outputs, call.node.name)
     state.bind(bias, outputs)
+    return along(outputs, call.value.ndim - 1, call.value.ndim)
+
+
+@rule(nn.Bilinear)
+def bilinear_module(call: Call) -> Label:
+    """Products of what two inputs hold: both stay, since one matrix per output decides about a pair of them."""
+    module: Any = call.module
+    state, weight = call.state, module.weight
+    for label in call.labels:
+        for part in tensor_labels(label):
+            state.freeze(part, f"{call.op} multiplies these channels with others")
+    outputs = state.axis(state.names[id(weight)], 0, weight.shape[0])
+    state.bind(module.bias, outputs)
     return along(outputs, call.value.ndim - 1, call.value.ndim)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.prune.function_rules import meet
-from ptsim.prune.labels import Facets, Label, along
+from ptsim.prune.labels import Facets, Label, along, compress
 from ptsim.prune.rules import Call, FirstAttribute, RefusedError, rule
 
 MOVED_WHOLE = "transpose permute flatten unsqueeze swapaxes swapdims movedim moveaxis t numpy_T"
@@ -36,12 +36,27 @@ def moved(call: Call) -> Label:
     return _movement(call, call.module or call.node.target, counts=True)
 
 
-@rule("unfold", shapes=True)
+@rule("unfold im2col", nn.Unfold, shapes=True)
 def unfolded(call: Call) -> Label:
-    """The method takes windows of an axis; the function copies windows of an image into the channels."""
-    if call.node.op == "call_function":
-        call.refuse(f"{call.op} mixes channels in a way that has no rule")
-    return moved(call)
+    """The method takes windows of an axis; the function copies every channel's window into neighbouring channels."""
+    if call.node.op == "call_method":
+        return moved(call)
+    channels = call.sources[0].meta["value"].shape[1]
+    vector = call.vector(1, channels)
+    if vector is None:
+        call.refuse(f"{call.op} meets channels that lie along several axes")
+    return along(vector.repeat_interleave(call.value.shape[1] // channels), 1, call.value.ndim)
+
+
+@rule("fold col2im", nn.Fold, shapes=True)
+def folded(call: Call) -> Label:
+    """What `unfold` made is summed up again: the neighbouring channels of one window go together."""
+    vector = call.vector(1, call.sources[0].meta["value"].shape[1])
+    if vector is None:
+        call.refuse(f"{call.op} meets channels that lie along several axes")
+    together = vector.reshape(call.value.shape[1], -1)
+    call.state.unite(together[:, :1], together)
+    return along(together[:, 0], 1, call.value.ndim)
 
 
 @rule("getitem", tuples=True, shapes=True)
@@ -70,18 +85,31 @@ def attribute(call: Call) -> Label:
     raise RefusedError(f"{call.op} has no rule")
 
 
-@rule("setitem", tuples=True)
+@rule("setitem", tuples=True, shapes=True)
 def assigned(call: Call) -> Label:
-    """`x[index] = value`: allowed where the index leaves whole channels, and what is assigned are the same ones."""
+    """`x[index] = value`: allowed where what is assigned are the same channels, tried out if it is a part of them."""
     target, index, given = call.node.args
     x, value = call.label_of(target), call.label_of(given)
     kept = _indexed(x, index) if isinstance(x, Tensor) else None
+    if isinstance(x, Tensor) and kept is None:
+        kept = _part(call, x, index)
     if kept is None or (value is None and isinstance(given, fx.Node)) or isinstance(value, Facets | tuple):
         call.refuse(f"{call.op} assigns to some of these channels")
     if isinstance(value, Tensor) and isinstance(target, fx.Node) and isinstance(given, fx.Node):
         part = target.meta["value"][call.argument(1, "index")]
         meet(call, [(kept, part), (value, given.meta["value"])], part)
-    return None
+    return kept
+
+
+def _part(call: Call, x: Tensor, index: Any) -> Tensor | None:
+    """The label of a part of the channels; None if the index is more than numbers and slices."""
+    given = call.argument(1, "index")
+    parts = given if isinstance(given, tuple) else (given,)
+    if not all(isinstance(part, int | slice) or part is Ellipsis for part in parts):
+        return None
+    call.state.sensitive(x)
+    _note_slices(call, x, index)
+    return compress(call.expanded(x, call.sources[0])[given])
 
 
 def _indexed(x: Tensor, index: Any) -> Tensor | None:
@@ -140,11 +168,7 @@ def _note_numbers(call: Call, x: Tensor, result: Label) -> None:
             call.state.number(sizes[at] if isinstance(sizes, list | tuple) else sizes, every[start : start + length])
             start += length
     elif name == "getitem":
-        for dim, part in _slices(arguments[0], len(shape)):
-            for bound in (part.start, part.stop):
-                if isinstance(bound, int):
-                    every = _rows(x, dim, shape)
-                    call.state.number(bound, every[: int(bound)] if int(bound) >= 0 else every[int(bound) :])
+        _note_slices(call, x, arguments[0])
     elif name == "narrow":
         dim, start, length = (call.source(place, key) for place, key in enumerate(("dim", "start", "length"), 1))
         if isinstance(start, int) and isinstance(length, int):
@@ -156,6 +180,15 @@ def _note_numbers(call: Call, x: Tensor, result: Label) -> None:
         for dim, size in enumerate(sizes):
             if isinstance(size, int) and int(size) == result.shape[dim]:
                 call.state.number(size, _rows(result, dim, result.shape))
+
+
+def _note_slices(call: Call, x: Tensor, index: Any) -> None:
+    shape = call.sources[0].meta["value"].shape
+    for dim, part in _slices(index, len(shape)):
+        for bound in (part.start, part.stop):
+            if isinstance(bound, int):
+                every = _rows(x, dim, shape)
+                call.state.number(bound, every[: int(bound)] if int(bound) >= 0 else every[int(bound) :])
 
 
 def _rows(label: Tensor, dim: int, shape: Sequence[int]) -> Tensor:

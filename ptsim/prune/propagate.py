@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.capture.graph import example_input, hollow_copy, normalised_shape, plain_numbers, symbolic_graph
-from ptsim.prune import function_rules, layer_rules, movement_rules  # noqa: F401 - they register their rules
+from ptsim.prune import function_rules, layer_rules, movement_rules, product_rules  # noqa: F401 - they register their rules
 from ptsim.prune.labels import ENDS, NO_SLOTS, AxisKey, Facets, Label, State
 from ptsim.prune.numbers import Number, named_numbers
 from ptsim.prune.rules import (

@@ -239,6 +239,32 @@ def shifted(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([x[:, :quarter].roll(1, 2), x[:, quarter:]], 1)
 
 
+def windows(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Weights of one's own for every place, as in an involution."""
+    n, c, h, w = x.shape
+    copies = F.unfold(x, 3, padding=1).view(n, c, 9, h, w)
+    return (m.kernel(y).view(n, 1, 9, h, w) * copies).sum(2) + F.fold(F.unfold(y, 2, stride=2), (h, w), 2, stride=2)
+
+
+def assigned_parts(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A temporal shift as its authors' code does it."""
+    part, out = x.shape[1] // 4, torch.zeros_like(x)
+    out[:, :part, :, 1:] = x[:, :part, :, :-1]
+    out[:, part:] = x[:, part:]
+    return out
+
+
+def neighbours(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Efficient channel attention: a filter that slides over the channels."""
+    weights = m.slide(x.mean((2, 3), keepdim=True).squeeze(-1).transpose(1, 2)).transpose(1, 2).unsqueeze(-1)
+    return x * weights.sigmoid() + m.own(y)
+
+
+def tokens(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A mixer: linear layers over the places of every channel."""
+    return x + m.last(F.gelu(m.first(x.flatten(2)))).view(x.shape)
+
+
 def own() -> nn.Module:
     """A convolution between `y` and the sum, so that `b` is not bound to `a`."""
     return nn.Conv2d(8, 8, 1)
@@ -271,6 +297,21 @@ CASES = {
         lambda: User(lambda m, x, y: torch.cat([x[:, ::2].relu(), x[:, 1::2].tanh()], 1)), "a c"
     ),
     "a part of the channels shifted": Case(lambda: User(shifted), "a c"),
+    "windows copied and summed": Case(lambda: User(windows, kernel=nn.Conv2d(8, 9, 1)), "a b c"),
+    "parts assigned": Case(lambda: User(assigned_parts), "a c"),
+    "a filter over the channels": Case(
+        lambda: User(neighbours, slide=nn.Conv1d(1, 1, 3, padding=1), own=own()), "b c", "a", "change its neighbours"
+    ),
+    "layers over places": Case(
+        lambda: User(tokens, first=nn.Linear(64, 10), last=nn.Linear(10, 64)), "a c", "first", "mixes positions"
+    ),
+    "transposed, depthwise": Case(
+        lambda: User(lambda m, x, y: m.up(x), up=nn.ConvTranspose2d(8, 16, 4, 2, 1, groups=8)), "a c"
+    ),
+    "nn.Bilinear": Case(
+        lambda: User(lambda m, x, y: m.both(x.mean((2, 3)), y.mean((2, 3)))[:, :, None, None],
+                     both=nn.Bilinear(8, 8, 7)), "c", "a b", "multiplies these channels"
+    ),
     "cat of sums": Case(lambda: User(lambda m, x, y: torch.cat((x + y, torch.add(x, y, alpha=2), x), dim=1)), "a b c"),
     "squeeze and excite": Case(lambda: User(squeeze, down=nn.Linear(8, 4), up=nn.Linear(4, 8)), "a b c down"),
     "spatial attention": Case(
