@@ -12,14 +12,17 @@ from ptsim.training.facts import costed_optimizer
 from ptsim.training.recorder import Recorder
 
 if TYPE_CHECKING:
+    from ptsim.trace.schema import Epoch
     from ptsim.training.prune_settings import PruneSettings
 
 
-def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: int, passes: int = 1) -> int:
+def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: int, last: Epoch | None) -> int:
     """The largest mini-batch per rank that should fit: the present one plus whole multiples of the granularity.
 
-    Where gradients of several `passes` accumulate, it is that of one pass.
+    Where the gradients of several passes accumulated in the `last` epoch, it is that of one pass. It is never larger
+    than a rank's share of that epoch's images.
     """
+    passes = 1 if last is None else last.passes
     info = recorder.meter.info()
     network = recorder.architecture
     setting = StepSetting(
@@ -28,6 +31,7 @@ def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: i
         precision=recorder.precision,
         optimizer=costed_optimizer(recorder.optimizer),
         memory_format=recorder.memory_format,
+        regularizer=settings.criterion if recorder.regularizer is not None else None,
         num_gpus=recorder.team.world_size,
     )
     fits = largest_batch(
@@ -36,9 +40,12 @@ def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: i
         capacity_bytes=settings.memory_budget_bytes or info.must_exist()[1],
         device=match_device(info.name) if info.kind == "cuda" else None,
     )
-    fits //= passes
-    limit = fits if settings.max_batch is None else min(fits, settings.max_batch // recorder.team.world_size)
-    steps = max(0, limit - batch_per_gpu) // settings.batch_granularity
+    limits = [fits // passes]
+    if settings.max_batch is not None:
+        limits.append(settings.max_batch // recorder.team.world_size)
+    if last is not None:
+        limits.append(last.num_images // last.world_size)
+    steps = max(0, min(limits) - batch_per_gpu) // settings.batch_granularity
     return batch_per_gpu + steps * settings.batch_granularity
 
 

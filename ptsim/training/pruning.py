@@ -116,7 +116,7 @@ class PruneTrain:
         self._outdated: weakref.ref[nn.Module] | None = None
         self._first_batch: int | None = None
         self._proposed: int | None = None
-        self._passes = 1
+        self._last: Epoch | None = None
         self._num_reconfigurations = 0
         self._layers_removed: tuple[str, ...] = ()
         input_shape = checked_shape(input_shape)
@@ -198,7 +198,7 @@ class PruneTrain:
             train_accuracy=train_accuracy,
             penalty=penalty,
         )
-        self._first_batch, self._passes = self._first_batch or self.recorder.watch.batch, record.passes
+        self._first_batch, self._last = self._first_batch or self.recorder.watch.batch, record
         due = self.regularized and self.recorder.epoch % self.interval == 0
         if not (due if reconfigure is None else reconfigure):
             return EpochOutcome(epoch=record, reconfiguration=None, pruned=False)
@@ -209,15 +209,15 @@ class PruneTrain:
     def batch(self) -> int | None:
         """The largest mini-batch per rank that should fit now: a proposal, which the loop may take.
 
-        It is the loop's own mini-batch plus multiples of `batch_granularity`, and never shrinks; None before the first
-        epoch's end. The learning rate should then follow by `learning_rate_scale`.
+        It is the loop's own mini-batch plus multiples of `batch_granularity`, at most the epoch's images, and never
+        shrinks; None before the first epoch's end. The learning rate should then follow by `learning_rate_scale`.
         """
         from ptsim.training.growth import learning_rate_scale, proposed_batch
 
         present = self._proposed or self.recorder.watch.batch
         if present is None or self._first_batch is None:
             return present
-        self._proposed = proposed_batch(self.recorder, self.settings, present, self._passes)
+        self._proposed = proposed_batch(self.recorder, self.settings, present, self._last)
         self.learning_rate_scale = learning_rate_scale(self._first_batch, self._proposed, self.settings.lr_rule)
         return self._proposed
 

@@ -208,8 +208,9 @@ class Watch:
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or not torch.is_grad_enabled():
             return
-        images = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        self._images = len(images) if images is not None and images.ndim else 0
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+        images = next((tensor for tensor in given if tensor.ndim == 4), given[0] if given else None)
+        self._images = 0 if images is None else len(images)
         if self._ignored(module):
             return
         caller = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)

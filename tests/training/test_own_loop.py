@@ -438,13 +438,14 @@ def test_a_state_without_tensors_is_json_and_goes_with_the_loops_own_checkpoints
         assert torch.equal(p, q)
 
 
-def test_a_larger_mini_batch_is_proposed_once_the_network_has_shrunk():
+@pytest.mark.parametrize(("most", "proposed"), [(40, 40), (None, 64)])  # 64: the images of an epoch
+def test_a_larger_mini_batch_is_proposed_once_the_network_has_shrunk(most, proposed):
     model = fresh()
     optimizer = sgd(model)
-    pruner = made(model, optimizer, memory_budget_bytes=2**30, batch_granularity=8, max_batch=40)
+    pruner = made(model, optimizer, memory_budget_bytes=2**30, batch_granularity=8, max_batch=most)
     assert pruner.batch is None
     train(pruner, model, optimizer, 2, images_and_labels())
-    assert (pruner.batch, pruner.learning_rate_scale) == (40, 2.5)
+    assert (pruner.batch, pruner.learning_rate_scale) == (proposed, proposed / 16)
 
 
 def test_accumulated_gradients_leave_room_for_a_smaller_pass_than_a_whole_step_would():
@@ -453,12 +454,13 @@ def test_accumulated_gradients_leave_room_for_a_smaller_pass_than_a_whole_step_w
         model = fresh()
         optimizer = sgd(model)
         pruner = made(model, optimizer, memory_budget_bytes=2**20, batch_granularity=1, interval=9)
-        images, labels = images_and_labels(1, 8)[0]
-        for _ in range(parts):
-            loss = F.cross_entropy(model(images), labels)
-            (loss / parts).backward()
-        pruner.step(loss)
-        optimizer.step()
+        for images, labels in images_and_labels(32, 8):
+            optimizer.zero_grad()
+            for _ in range(parts):
+                loss = F.cross_entropy(model(images), labels)
+                (loss / parts).backward()
+            pruner.step(loss)
+            optimizer.step()
         pruner.end_epoch()
         proposals.append(pruner.batch)
     assert 8 < proposals[1] <= proposals[0]  # the gradients stay while the next pass runs

@@ -92,6 +92,29 @@ def test_several_forward_passes_before_one_backward_are_one_pass(tmp_path):
     assert (epoch.num_images, epoch.num_iterations, epoch.batch_per_gpu, epoch.passes) == (32, 2, 16, 1)
 
 
+class Scaled(nn.Module):
+    """Takes more than images, and the images not first."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = fresh()
+
+    def forward(self, images, *, scale=None, weights=None):
+        logits = self.body(images)
+        return logits if scale is None else logits * scale * weights[:1, None]
+
+
+def test_the_images_are_counted_wherever_they_stand_among_the_arguments():
+    model = Scaled()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    for images, labels in images_and_labels(2, 8):
+        logits = model(scale=torch.tensor(2.0), weights=torch.ones(3), images=images)
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+    assert recorder.end_epoch().num_images == 16
+
+
 def test_training_in_evaluation_mode_is_training_and_validation_with_gradients_is_not():
     """Frozen normalisation is trained in evaluation mode; a validation that forgets no_grad has no backward."""
     model = fresh().eval()

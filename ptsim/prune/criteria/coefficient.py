@@ -20,7 +20,8 @@ def penalty_coefficient(cross_entropy: float, penalty: float, ratio: float) -> f
         raise UsageError(f"the penalty ratio is {ratio}; it has to be in [0, 1)")
     if not 0 <= cross_entropy < float("inf"):
         raise UsageError(
-            f"the first mini-batch's cross-entropy is {cross_entropy}; it has to be finite and not negative"
+            f"the run's first loss is {cross_entropy}, from which λ follows; it has to be finite and not negative",
+            hint="a loss that may be negative: set pruner.penalty_coefficient before the first step",
         )
     if ratio == 0:
         return 0.0
