@@ -38,11 +38,14 @@ _Results = Any  # `_Made`, `_Given`, what is no tensor, or a tuple or list of th
 _RESULTS: dict[Any, _Results] = {}
 
 
-class NoArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
+class NoArithmetic(TorchDispatchMode):
     """Operators without arithmetic; one that needs values which are not there raises a RuntimeError.
 
     Numbers that the code writes down, and what follows from them alone, are computed.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's gap
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -269,7 +269,8 @@ def connected(pairs: Sequence[Tensor], count: int) -> Tensor:
         found = lowest.scatter_reduce(0, lowest[first], low, "amin").scatter_reduce(0, lowest[second], low, "amin")
         found = found[found]
         if torch.equal(found, lowest):
-            return torch.unique(lowest, return_inverse=True)[1]
+            numbered: Tensor = torch.unique(lowest, return_inverse=True)[1]
+            return numbered
         lowest = found
 
 

@@ -154,7 +154,7 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors, as `optimizer/PARAMETER/KEY`; those of a list as `optimizer/PARAMETER/KEY[INDEX]`."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, key, value in _entries(network, optimizer):
         parts = {f"{key}[{n}]": part for n, part in enumerate(value)} if isinstance(value, list) else {key: value}
         tensors |= {f"optimizer/{name}/{place}": part for place, part in parts.items() if isinstance(part, Tensor)}
