@@ -18,6 +18,18 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+# What torch's allocator and the system say in plain RuntimeErrors where there is no memory, for tensors or threads.
+_NO_MEMORY = (
+    "DefaultCPUAllocator", "Cannot allocate memory", "Resource temporarily unavailable", "can't start new thread",
+)  # fmt: skip
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the machine (not a GPU) had not enough memory."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )
+
 
 class PtsimError(Exception):
     """An error that a user can act on: one sentence, and a remedy where one is known."""

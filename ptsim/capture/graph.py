@@ -24,7 +24,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ptsim.capture.exported import exported_graph
-from ptsim.errors import UnsupportedModelError
+from ptsim.errors import UnsupportedModelError, lacks_memory
 
 
 class Tracer(fx.Tracer):
@@ -273,6 +273,8 @@ def symbolic_graph(
                 module = fx.GraphModule(tracer.root, graph, name)
             break
         except Exception as error:  # torch.fx lets any error of the traced code through
+            if lacks_memory(error):
+                raise
             errors.append(error)
     else:
         last = errors[1] if images_shape is not None else errors[0]
@@ -338,10 +340,15 @@ def trace_graph(model: nn.Module, input_shape: tuple[int, int, int], *, batch: i
 
 @contextlib.contextmanager
 def naming_the_image(model: nn.Module, input_shape: tuple[int, int, int]) -> Iterator[None]:
-    """What fails inside becomes an `UnsupportedModelError` that names the model and the image it was given."""
+    """What fails inside becomes an `UnsupportedModelError` that names the model and the image it was given.
+
+    Not a lack of memory, which is not the model's fault.
+    """
     try:
         yield
     except Exception as error:  # the model's own code runs here
+        if lacks_memory(error):
+            raise
         shape = "×".join(str(n) for n in input_shape)
         raise UnsupportedModelError(
             f"{type(model).__name__} fails on an image of {shape}: {_one_line(error)}"

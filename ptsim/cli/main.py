@@ -22,7 +22,7 @@ import ptsim
 from ptsim.cli import crash
 from ptsim.cli.common import say
 from ptsim.cli.reading import check_number
-from ptsim.errors import PtsimError, UnknownNameError
+from ptsim.errors import PtsimError, UnknownNameError, lacks_memory
 
 app = cyclopts.App(
     name="ptsim",
@@ -97,13 +97,13 @@ def run(tokens: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except MemoryError:
-        return _fail("the machine has not enough memory for this", "smaller inputs, or another machine")
     except OSError as error:
         if error.strerror is None:
             return _fail_unexpected(error, given)
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, None)
     except Exception as error:
+        if lacks_memory(error):
+            return _fail("the machine has not enough memory for this", "smaller inputs, or another machine")
         return _fail_unexpected(error, given)
     finally:
         notice.cancel()

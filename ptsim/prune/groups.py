@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.capture.graph import copied, example_input, naming_the_image, note_tracer
-from ptsim.errors import UnsupportedModelError
+from ptsim.errors import UnsupportedModelError, lacks_memory
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.labels import ENDS, NO_SLOTS, UNKNOWN, AxisKey, State, Weighted, compress, connected, distinct
 from ptsim.prune.numbers import Number, solved
@@ -189,6 +189,8 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
     try:
         bones = skeleton(model)
     except Exception as error:  # a deep copy runs code of the model's parts
+        if lacks_memory(error):
+            raise
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be copied: {' '.join(str(error).split())}"
         ) from error

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import math
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,6 +191,9 @@ def write_trace(path: str | Path, trace: Trace) -> Path:
     return file
 
 
+_FOUND = {errno.ELOOP: "a link", errno.ENOENT: "nothing", errno.EISDIR: "a folder"}
+
+
 class TraceWriter:
     """Appends records to a trace; each is on disk when `write` returns, so a crash loses at most one line."""
 
@@ -211,23 +215,24 @@ class TraceWriter:
 
         Raises:
             FileExistsError: a new trace is asked for where one is.
-            FileFormatError: the trace to go on with is a link, is too short, or is another run's.
+            FileFormatError: the trace to go on with is no regular file, is too short, or is another run's.
             UsageError: another process writes it.
         """
         self.path = Path(path)
-        if append and keep_bytes is None and self.path.exists():
-            drop_torn_line(self.path)
         # In append mode whatever is written goes to the end of the file, also after a cut. Unbuffered: nothing of a
         # failed line may follow later.
         flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if keep_bytes is None else 0)
         try:
             descriptor = os.open(self.path, flags if append else flags | os.O_EXCL, 0o666)
         except OSError as error:
-            if append and error.errno in (errno.ELOOP, errno.ENOENT):
-                found = "a link" if error.errno == errno.ELOOP else "nothing"
-                raise FileFormatError(self.path, f"found {found}, expected the trace of this run") from error
+            if append and error.errno in _FOUND:
+                found = f"found {_FOUND[error.errno]}, expected the trace of this run"
+                raise FileFormatError(self.path, found) from error
             raise
         self._file = os.fdopen(descriptor, "ab", buffering=0)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            self._file.close()
+            raise FileFormatError(self.path, "found a pipe or a device, expected the trace of this run")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system takes it from a process that dies
         except BlockingIOError as error:
@@ -236,6 +241,8 @@ class TraceWriter:
                 f"{self.path} is being written by another process",
                 hint="wait for that run, or end it; in this program: close() its pruner or recorder",
             ) from error
+        if append and keep_bytes is None:  # not before the lock: another process may be writing the line
+            drop_torn_line(self.path)
         content = os.pread(descriptor, os.fstat(descriptor).st_size, 0) if append else b""
         if keep_bytes is not None:
             content = self._kept(content, keep_bytes, keep_sha256)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import ptsim
-from ptsim.capture.graph import evaluation_mode, example_input
-from ptsim.errors import TrainingError, UnsupportedModelError, UsageError
+from ptsim.capture.graph import evaluation_mode, example_input, naming_the_image
+from ptsim.errors import TrainingError, UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run
@@ -148,13 +148,13 @@ def num_outputs(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     Raises:
         UnsupportedModelError: the network fails on an image of that shape.
     """
-    with evaluation_mode(network), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            output = network(example_input(network, input_shape))
-        except Exception as error:  # the network's own code runs here
-            shape = "×".join(map(str, input_shape))
-            reason = " ".join(str(error).split())[:300]
-            raise UnsupportedModelError(f"{type(network).__name__} fails on an image of {shape}: {reason}") from error
+    with (
+        evaluation_mode(network),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        naming_the_image(network, input_shape),
+    ):
+        output = network(example_input(network, input_shape))
     first = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
     return int(first.shape[1]) if first is not None and first.ndim > 1 else 1
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ptsim import zoo
-from ptsim.errors import PtsimError, TrainingError, UsageError
+from ptsim.errors import PtsimError, TrainingError, UsageError, lacks_memory
 from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.profile import tf32_allowed, tuned_convolutions
 from ptsim.network import Precision
@@ -50,9 +50,6 @@ from ptsim.usercode import digest
 
 _VALIDATION_BATCH = 128  # at least; evaluation keeps nothing for backward
 _CONSULT_EVERY = 16  # iterations between exchanges of the ranks: one takes as long as a tiny all-reduce
-
-
-_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"  # torch raises a plain RuntimeError that names its allocator
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -148,6 +145,7 @@ def _train(
 ) -> Result:
     with join_team(config.device) as team, interruptible() as interruption:
         config = resolve(config, device=str(team.device))
+        _check_started_alike(team, {"resume": resume})
         going_on = resume or team.from_leader(lambda: goes_on(folder, config)) == b"yes"
         devices = [team.device] if team.device.type == "cuda" else []
         if team.device.type == "cpu":
@@ -219,7 +217,7 @@ class Trainer:
             self.learner.recorder.close("failed", problem)
             raise TrainingError(problem, hint="a smaller batch, or with dynamic_batch a max_batch") from error
         except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or _CPU_OUT_OF_MEMORY in str(error)):
+            if not lacks_memory(error):
                 raise
             problem = f"a mini-batch of {self.learner.batch} needs more memory than this machine has left"
             self.learner.recorder.close("failed", problem)
@@ -381,14 +379,12 @@ class Trainer:
         )
 
 
-def _check_team(config: Config, team: Team) -> None:
-    """Rules that the ranks decide: that all train the same, and what their number and kind allow.
+def _check_started_alike(team: Team, ours: dict[str, Any]) -> None:
+    """Make sure that all ranks have the same settings.
 
     Raises:
-        UsageError: ranks were started differently, the mini-batch cannot be shared equally, or BatchNorm cannot be
-            synchronised here.
+        UsageError: they do not; names the first rank and setting that differ from rank 0's.
     """
-    ours = to_settings(config) | {"device": team.device.type}
     theirs = msgspec.json.decode(team.from_leader(lambda: msgspec.json.encode(ours)))
     different = next((n for n, v in theirs.items() if msgspec.json.encode(ours[n]) != msgspec.json.encode(v)), None)
     problem = ""
@@ -398,6 +394,16 @@ def _check_team(config: Config, team: Team) -> None:
     problems = [text for text in team.gather(problem) if text]
     if problems:
         raise UsageError(problems[0], hint="start all ranks with the same command")
+
+
+def _check_team(config: Config, team: Team) -> None:
+    """Rules that the ranks decide: that all train the same, and what their number and kind allow.
+
+    Raises:
+        UsageError: ranks were started differently, the mini-batch cannot be shared equally, or BatchNorm cannot be
+            synchronised here.
+    """
+    _check_started_alike(team, to_settings(config) | {"device": team.device.type})
     if config.batch % team.world_size:
         raise UsageError(f"the mini-batch of {config.batch} cannot be shared equally by {team.world_size} ranks")
     if config.sync_batch_norm and team.device.type != "cuda":

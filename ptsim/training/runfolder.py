@@ -174,7 +174,8 @@ def changed_config(folder: Path, changes: Mapping[str, Any]) -> Config:
     for name in SETTINGS:
         before, after = getattr(began, name), getattr(changed, name)
         if before != after and name not in MAY_CHANGE:
-            how = "--resume cannot change it" if name in changes else f"{folder / CONFIG} was edited"
+            edited = f"{folder / CONFIG} was edited, or {trace} is another run's"
+            how = "--resume cannot change it" if name in changes else edited
             raise UsageError(
                 f"the run began with {name} = {before!r}, not {after!r}: {how}",
                 hint=f"a resumed run may change {', '.join(sorted(MAY_CHANGE))}; --from {folder} begins a new run",

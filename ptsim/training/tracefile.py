@@ -49,7 +49,7 @@ class TraceFile:
         """A new trace, or with `keep_bytes` the one that is there, cut to that length if its digest is the given one.
 
         Raises:
-            FileFormatError: what is there is a link, too short, or another run's trace.
+            FileFormatError: what is there is no regular file, too short, or another run's trace.
             TrainingError: it cannot be written.
         """
         self.path = path

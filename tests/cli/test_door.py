@@ -49,6 +49,11 @@ def test_a_fault_of_ptsim_is_kept_in_a_file_that_the_sentence_names(
     [
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (MemoryError(), 2, "error: the machine has not enough memory for this"),
+        (
+            RuntimeError("Cannot allocate memory"),
+            2,
+            "error: the machine has not enough memory for this",
+        ),
         (OSError(28, "No space left on device", "x.toml"), 2, "error: x.toml: No space left on device"),
     ],
 )
@@ -120,3 +125,18 @@ def test_help_is_never_interrupted_by_a_notice(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
     main._tell_what_it_does(["cost", "run"])
     assert capsys.readouterr().err == "ptsim cost: counting the network …\n"
+
+
+def test_memory_that_torch_cannot_get_is_not_the_models_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.conv = nn.Conv2d(3, 4, 3)\n\n"
+        "    def forward(self, x):\n        return self.conv(x).sum((2, 3)) + torch.empty(2**55)[0]\n\n\n"
+        "def net(num_classes=4):\n    return Net()\n"
+    )
+    assert main.run(["inspect", "net.py:net", "--input", "3,8,8"]) == 2
+    assert "error: the machine has not enough memory for this" in capsys.readouterr().err.splitlines()

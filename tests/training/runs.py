@@ -76,8 +76,8 @@ def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: 
     """One rank of a gloo team. Exit status 3 (130 if interrupted) and the message in `folder`.rank if training fails.
 
     `fault` happens on rank 1: "dies" in the first reconfiguration, "fails" there, "drifts" changes its weights before
-    it; "no memory in the forward | backward pass" of the second iteration with 16 images; "nan" and "SIGINT" in the
-    third iteration. "0 fails" is the same on rank 0.
+    it; "begins anew" where the others resume; "no memory in the forward | backward pass" of the second iteration with
+    16 images; "nan" and "SIGINT" in the third iteration. "0 fails" is the same on rank 0.
     """
     import torch
 
@@ -110,10 +110,10 @@ def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: 
             return original(self)
 
         pruning.PruneTrain.prune = prune  # type: ignore[method-assign] # the stand-in
-    elif fault and rank == 1:
+    elif fault not in ("", "begins anew") and rank == 1:
         step.F = SimpleNamespace(cross_entropy=_Faulty(fault))  # type: ignore[attr-defined] # the stand-in
     try:
-        if (folder / "config.toml").exists():
+        if (folder / "config.toml").exists() and not (fault == "begins anew" and rank == 1):
             loop.train(resume=folder)
         else:
             loop.train(settings(**changes), out=folder)

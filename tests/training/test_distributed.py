@@ -154,6 +154,13 @@ def test_ranks_that_were_started_differently_stop_at_once(tmp_path, changes, mes
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_that_begins_anew_where_the_others_resume_stops_them_at_once(tmp_path):
+    assert run_team(2, tmp_path / "run", epochs=1) == [0, 0]
+    assert run_team(2, tmp_path / "run", fault="begins anew", epochs=1) == [3, 3]
+    told = {(tmp_path / f"run.rank{rank}").read_text() for rank in range(2)}
+    assert told == {"rank 1 was started with resume = False, rank 0 with True"}
+
+
 def test_wrong_input_that_only_rank_0_can_see_is_raised_on_every_rank(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").write_text("mine")

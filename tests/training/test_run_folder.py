@@ -77,6 +77,17 @@ def test_a_trace_that_is_a_link_is_refused_and_its_target_left_alone(run, tmp_pa
     assert (tmp_path / "elsewhere").read_bytes() == before
 
 
+def test_a_trace_that_is_no_file_is_named(run):
+    (run / "trace.jsonl").unlink()
+    os.mkfifo(run / "trace.jsonl")
+    with pytest.raises(FileFormatError, match="found a pipe or a device, expected the trace of this run"):
+        longer(run)
+    (run / "trace.jsonl").unlink()
+    (run / "trace.jsonl").mkdir()
+    with pytest.raises(FileFormatError, match="found a folder, expected the trace of this run"):
+        longer(run)
+
+
 def test_the_trace_of_another_run_is_refused_before_anything_is_cut(run, tmp_path):
     other = ptsim.train(settings(epochs=3, profile=False, lr=0.04), out=tmp_path / "other").trace
     shutil.copy(other, run / "trace.jsonl")
