@@ -35,7 +35,7 @@ def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, .
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _quiet():
+    with _quiet(), torch.device("meta"):  # where the code makes tensors without saying where
         program = torch.export.export(twin, (torch.empty(images_shape, dtype=dtype, device="meta"),), strict=False)
         exported = program.module(check_guards=False)
     found: dict[str, Any] = {}

@@ -26,12 +26,40 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ptsim.capture.exported import exported_graph
 from ptsim.errors import UnsupportedModelError, lacks_memory
 
+_FACTORIES = ("arange", "empty", "full", "linspace", "ones", "rand", "randn", "zeros")  # functions of torch
+
+
+@contextlib.contextmanager
+def _factories_traced() -> Iterator[None]:
+    """Inside, tensors made by the size of others become nodes, too; torch.fx itself does not see these calls."""
+
+    def traced(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            found: list[fx.Proxy] = []
+            fx.node.map_aggregate((args, kwargs), lambda a: found.append(a) if isinstance(a, fx.Proxy) else None)
+            if not found:
+                return original(*args, **kwargs)
+            return found[0].tracer.create_proxy("call_function", original, args, kwargs)
+
+        return factory
+
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    try:
+        for name, original in originals.items():
+            setattr(torch, name, traced(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
 
 class Tracer(fx.Tracer):
     """Keeps torch's own modules whole, and every module that says `ptsim_leaf = True` (what pruning puts in).
 
     With `buffers` these become nodes as parameters do, so that what is computed from them is seen. The functions and
-    layers of einops, where the model's file has imported it, become nodes as torch's do.
+    layers of einops, where the model's file has imported it, become nodes as torch's do, and so do tensors that the
+    code makes by the size of others, as `torch.empty(x.shape[0], 1, 1, 1)`.
     """
 
     def __init__(self, *, buffers: bool = False) -> None:
@@ -39,6 +67,11 @@ class Tracer(fx.Tracer):
         modules: Any = (math,) if einops is None else (math, einops)
         super().__init__(autowrap_modules=modules)
         self.proxy_buffer_attributes = buffers
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of a module."""
+        with _factories_traced():
+            return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What the model's code sees in place of a value."""
@@ -81,7 +114,7 @@ class ShapedTracer(Tracer):
         if isinstance(made, fx.Proxy):
             self._evaluating = True
             try:
-                with torch.no_grad():
+                with torch.no_grad(), torch.device("meta"):
                     self._values[made.node] = self._value(made.node)
             finally:
                 self._evaluating = False

@@ -230,7 +230,7 @@ def propagate(
             if mode == "eval" and traced.code == graphs["train"].code:
                 break
             traced.train(mode == "train")
-            with torch.no_grad():
+            with torch.no_grad(), images.device:  # where the code makes tensors without saying where
                 Propagation(traced, state, mode).run(images)
             graphs[mode] = traced
     for module, training in modes.items():

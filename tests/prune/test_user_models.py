@@ -475,6 +475,35 @@ def test_arguments_keep_their_defaults_and_every_output_stays_whole() -> None:
     assert edges["b"] == [(False, "it is the network's output")]
 
 
+class Survival(nn.Module):
+    """Stochastic depth whose factor is made by the size of the mini-batch, without a device."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+        self.make = make
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        y = self.b(x)
+        if self.training:
+            y = y / 0.7 * self.make(x)
+        return self.head(self.c(x + y).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.empty(x.shape[0], 1, 1, 1).bernoulli_(0.7),
+        lambda x: torch.bernoulli(torch.full((x.size(0), 1, 1, 1), 0.7)),
+        lambda x: (0.7 + torch.rand((x.shape[0],) + (1,) * (x.ndim - 1))).floor_(),
+    ],
+)
+def test_tensors_made_by_the_size_of_others_are_traced(make: Callable[[Tensor], Tensor]) -> None:
+    found = ptsim.inspect(Survival(make), input_shape=IMAGE)
+    assert (found.exact, found.traced_by, found.prunable_channels) == (True, "torch.fx", 8 + 6)
+
+
 @dataclasses.dataclass
 class Output:
     logits: Tensor
