@@ -112,6 +112,14 @@ class KinetoImport(msgspec.Struct, frozen=True, kw_only=True):
     profile: DeviceProfile
 
 
+def _read(paths: Sequence[str | Path]) -> tuple[list[Recording], list[list[Step]]]:
+    """Every rank's recording, and its steps."""
+    if not paths:
+        raise UsageError("no profile was named")
+    recordings = [read_recording(path) for path in paths]
+    return recordings, [read_steps(recording) for recording in recordings]
+
+
 def import_kineto(
     paths: Sequence[str | Path],
     *,
@@ -137,10 +145,7 @@ def import_kineto(
         FileFormatError: a file is not what torch.profiler writes, or holds no training step.
         UsageError: no file, files of different devices, or nothing names the device or its memory.
     """
-    if not paths:
-        raise UsageError("no profile was named")
-    recordings = [read_recording(path) for path in paths]
-    steps = list(map(read_steps, recordings))
+    recordings, steps = _read(paths)
     everything = list(itertools.chain.from_iterable(steps))
     calls = [call for step in everything for call in step.calls]
     notes: list[str] = []

@@ -108,6 +108,13 @@ class WithoutRandomness(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _group_reports(groups: ChannelGroups) -> tuple[GroupReport, ...]:
+    return tuple(
+        GroupReport(name=e.name, width=e.width, members=e.members, prunable=e.prunable, reason=e.reason)
+        for e in groups.edges()
+    )
+
+
 def _thinned(network: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     """Cut a large network to a share `THIN` of its channels in place; the groups of what is left."""
     thin = groups.prunable & (torch.rand(groups.num_components) < 1 - THIN)
@@ -164,10 +171,7 @@ def inspect(
         input_shape=shape,
         proof_input=proof_shape,
         proof_parameters=parameters,
-        groups=tuple(
-            GroupReport(name=e.name, width=e.width, members=e.members, prunable=e.prunable, reason=e.reason)
-            for e in report.edges()
-        ),
+        groups=_group_reports(report),
         prunable_channels=report.num_channels[0],
         refused_channels=report.num_channels[1],
         channels_removed=removed,

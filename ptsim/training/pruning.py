@@ -61,6 +61,16 @@ class PruneTrain:
             module to `rewrapped`. Always False where `rewrap` does it, and where nothing is wrapped.
     """
 
+    needs_rewrap = False
+    grow: Callable[[], Growth] | None = None
+    learning_rate_scale = 1.0
+    _outdated: weakref.ref[nn.Module] | None = None
+    _first_batch: int | None = None
+    _proposed: int | None = None
+    _last: Epoch | None = None
+    _num_reconfigurations = 0
+    _layers_removed: tuple[str, ...] = ()
+
     def __init__(
         self,
         model: nn.Module,
@@ -109,16 +119,7 @@ class PruneTrain:
         self.optimizer, self.ema, self.scaler, self.rewrap = optimizer, ema, scaler, rewrap
         self.regularized = penalty_ratio > 0
         self.penalty_coefficient: float | None = None if penalty_ratio > 0 else 0.0
-        self.needs_rewrap = False
-        self.grow: Callable[[], Growth] | None = None
-        self.learning_rate_scale = 1.0
         self._wrapped = is_wrapped(model)
-        self._outdated: weakref.ref[nn.Module] | None = None
-        self._first_batch: int | None = None
-        self._proposed: int | None = None
-        self._last: Epoch | None = None
-        self._num_reconfigurations = 0
-        self._layers_removed: tuple[str, ...] = ()
         input_shape = checked_shape(input_shape)
         self._find_groups(find_groups(self.network, input_shape))
         self._order = Order(self.network, optimizer, scaler, self.criterion.weights)

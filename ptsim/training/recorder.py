@@ -25,12 +25,7 @@ from ptsim.measure.nvml import open_meter
 from ptsim.measure.profile import profile_network
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.density import THRESHOLD, channel_maxima, dense_counts, layer_densities
-from ptsim.trace.schema import (
-    AnyRecord,
-    End,
-    Epoch,
-    Run,
-)
+from ptsim.trace.schema import AnyRecord, End, Epoch, Run
 from ptsim.training.checkpoint import Totals, writing
 from ptsim.training.distributed import CommunicationMeter, Team, current_team
 from ptsim.training.facts import (
