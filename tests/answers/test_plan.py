@@ -167,6 +167,7 @@ class TestTargets:
         trace = plan(model, **BASE, pruning="training=0.65,inference=0.5,saturates=0.5")
         assert trace.network_of(trace.epochs[6]).id == trace.final_network.id
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("pruning", "problem"),
         [

@@ -122,6 +122,7 @@ def test_cost_and_predict_count_the_same_buckets() -> None:
     assert eight.largest_batch <= alone.largest_batch
 
 
+@pytest.mark.slow
 def test_what_ran_on_eight_gpus_is_said_to_fit_by_cost_and_by_predict() -> None:
     """RegNetY-16GF with 64 images a GPU: torchvision's references, whose models were trained on 8 V100s."""
     network = networks()["torchvision:regnet_y_16gf@224"]

@@ -101,6 +101,7 @@ def run(cluster: Cluster, number: int, changes: dict[str, Any]) -> RunProjection
     return project(trace, cluster, number, change(Options(), changes), cache=cache)
 
 
+@pytest.mark.slow
 @given(clusters, options, random_options)
 @laws
 def test_one_gpu_sends_nothing_whatever_the_cluster(
@@ -201,6 +202,7 @@ def test_bytes_on_the_wire_are_the_formula(
         assert e.wire_bytes_per_gpu == pytest.approx(2 * (number - 1) / number * gradient, rel=1e-3, abs=200)
 
 
+@pytest.mark.slow
 @given(clusters, gpus, options)
 @laws
 def test_memory_and_energy_are_those_of_one_gpu_times_their_number(

@@ -290,6 +290,7 @@ class TestManyGpus:
         for epoch in p.epochs:
             assert epoch.step_s == pytest.approx(epoch.batch_per_gpu / 125.0)
 
+    @pytest.mark.slow
     def test_more_jitter_costs_more(self, trace: Trace) -> None:
         totals = [run(trace, 64, jitter=j).total_s for j in (0.0, 0.02, 0.1)]
         assert totals == sorted(totals)

@@ -193,6 +193,7 @@ class TestLaws:
         parts = result.compute_s + result.input_wait_s + result.straggler_wait_s + result.exposed_communication_s
         assert parts == pytest.approx(result.step_s, rel=1e-9, abs=1e-9)
 
+    @pytest.mark.slow
     @given(
         st.lists(plans(), min_size=1, max_size=3),
         st.lists(st.floats(0.1, 10), min_size=1, max_size=5),
@@ -230,6 +231,7 @@ class TestRandomness:
         one, other = (simulate_steps([job], jitter=Jitter(sigma=0.1), seed=seed)[0] for seed in (0, 1))
         assert one.step_s != other.step_s
 
+    @pytest.mark.slow
     def test_jitter_keeps_the_mean_duration(self) -> None:
         job = TrainingJob(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * 2000)
         result = simulate_steps([job], jitter=Jitter(sigma=0.1), num_steps=3)[0]

@@ -54,6 +54,7 @@ def test_ssl_trains_dense_then_sparsifies_with_a_fresh_rate_and_prunes_at_the_en
     assert [epochs[e].learning_rate for e in (3, 4, 8, 14)] == pytest.approx([0.1, 0.01, 0.1, 0.01])
 
 
+@pytest.mark.slow
 @given(st.integers(1, 60), st.integers(1, 60))
 def test_the_last_regularised_epoch_always_reconfigures(epochs, interval):
     assert planned(epochs=epochs, interval=interval)[-1].reconfigures
