@@ -1,7 +1,8 @@
 """How large and how tangled ptsim's own code is, for one or several revisions side by side.
 
-`python analysis/house_measures.py [REVISION…]`; without a revision it measures the files of the working tree. The
-figures come from the source text alone (nothing of ptsim is imported), so that any old revision can be measured.
+`python analysis/house_measures.py [REVISION…] [--markdown]`; without a revision it measures the files of the working
+tree. The figures come from the source text alone (nothing of ptsim is imported), so that any old revision can be
+measured. `docs/house.md` has such a table.
 
 * A *call* is a function, method or constructor whose name and class have no leading underscore. Its width is the number
   of its parameters without `self`. Commands (`ptsim/cli`) are counted apart: their parameters are options.
@@ -33,10 +34,15 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("revisions", nargs="*", metavar="REVISION", help="of git; default: the working tree")
-    names: list[str] = parser.parse_args(argv).revisions or ["working tree"]
+    parser.add_argument("--markdown", action="store_true", help="print a table for a page")
+    arguments = parser.parse_args(argv)
+    names: list[str] = arguments.revisions or ["working tree"]
     columns = [measures(working_tree() if name == "working tree" else revision(name)) for name in names]
     rows = list(dict.fromkeys(label for column in columns for label in column))
     table = [["", *names], *([label, *(column.get(label, "–") for column in columns)] for label in rows)]
+    if arguments.markdown:
+        print("\n".join(f"| {' | '.join(row)} |" for row in (table[0], ["---"] * len(table[0]), *table[1:])))
+        return 0
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -28,6 +28,7 @@ def load(name: str) -> ModuleType:
         sys.path.remove(str(ANALYSIS))
 
 
+@pytest.mark.slow
 def test_check_allreduce_keeps_the_stated_errors() -> None:
     check = load("check_allreduce")
     frame = check.load_runs()
@@ -40,6 +41,7 @@ def test_check_allreduce_keeps_the_stated_errors() -> None:
     assert systems["later"].median() < 0.2
 
 
+@pytest.mark.slow
 def test_fit_allreduce_finds_the_constants_that_made_the_times() -> None:
     fit = load("fit_allreduce")
     frame = fit.load_runs()
@@ -51,6 +53,7 @@ def test_fit_allreduce_finds_the_constants_that_made_the_times() -> None:
     assert fit.errors(frame, found).log_error.abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_the_cluster_lab_moves_the_bytes_that_were_predicted(tmp_path: Path) -> None:
     lab = load("cluster_lab")
     if reason := lab.missing():
@@ -74,6 +77,7 @@ def test_the_lab_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
     assert "root" in lab.missing()
 
 
+@pytest.mark.slow
 def test_a_killed_lab_takes_its_ranks_along_and_the_next_removes_its_namespaces(tmp_path: Path) -> None:
     lab = load("cluster_lab")
     if reason := lab.missing():
