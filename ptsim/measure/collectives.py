@@ -239,7 +239,7 @@ def calibrated_cluster(
     if like is not None and (base is not None or like.inter is not None):
         inter, nics, thinner = like.inter, like.nics_per_node, like.oversubscription
     else:
-        inter, nics, thinner = between and link_of(between, "between nodes, as measured"), 1, 1.0
+        inter, nics, thinner = (link_of(between, "between nodes, as measured") if between else None), 1, 1.0
     assumed = f"; a node is taken to hold {per_node} GPUs" if per_node > measured_per_node else ""
     sources = {"intra": (f"catalog: {like.name}" if like else tables[0].source) + assumed}
     if inter is not None:
