@@ -1,6 +1,7 @@
 """The scripts behind the data-sheet tier: published rows as cases, the fit, and its cross-validation."""
 
 import importlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -170,15 +171,23 @@ def test_the_accuracy_page_states_errors_and_coverage(script):
             "device": ["a", "b", "a", "b"],
             "num_gpus": [8, 64, 8, 64],
             "log_ratio": [0.1, 0.1, 0.0, 0.0],
+            "source": ["x/one", "x/two"] * 2,
             "inside": [True, False, True, True],
+            "alone_log_ratio": [0.0, math.nan, 0.2, math.nan],
+            "added_log_ratio": [0.1, math.nan, -0.2, math.nan],
             "measured_efficiency": [0.9, 0.8, 0.9, 0.8],
             "predicted_efficiency": [0.92, 0.84, 0.9, 0.8],
         }
     )
-    text = validate.page(rows, many)
+    later = many.head(2).assign(way="later", model="resnet50", precision="fp32")
+    text = validate.page(rows, many, later)
     assert "| GPU left out | 3 | 3 | 10.0 |" in text
     # ln(measured / predicted) of 0.1 is a throughput 1 - exp(-0.1) = 9.5 % below the prediction.
     assert "| GPU left out | 2 | 2 | 9.5 | 9.5 | 10.5 | 50.0 | 3.0 | 3.0 |" in text
+    # The source's error of 0 is one GPU's 1 - exp(-0.2) = 18.1 % and exp(0.2) - 1 = 22.1 % that the others add less.
+    assert "| source | one | 1 | 0.0 | 0.0 | 18.1 | 22.1 | 22.1 | -18.1 | 100.0 |" in text
+    assert "| two | 1 | 9.5 | 10.5 | – | – | – | – | 0.0 |" in text
+    assert "| two | resnet50 | fp32 | 1 | 10.5 |" in text
 
 
 def test_steps_that_wait_for_the_host_are_a_line_of_their_own(script):
