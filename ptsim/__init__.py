@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ptsim.training.pruning import PruneTrain
     from ptsim.training.recorder import Recorder
     from ptsim.training.runfolder import load_model
+    from ptsim.training.stored import load_pruned
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _HOME = {
     "Recorder": "ptsim.training.recorder",
     "RunFacts": "ptsim.training.facts",
     "load_model": "ptsim.training.runfolder",
+    "load_pruned": "ptsim.training.stored",
     "plan": "ptsim.answers.plan",
     "predict": "ptsim.answers.predict",
     "read_trace": "ptsim.trace.io",
@@ -57,6 +59,7 @@ __all__ = [
     "cost",
     "inspect",
     "load_model",
+    "load_pruned",
     "plan",
     "predict",
     "read_trace",

@@ -218,7 +218,8 @@ def cut_optimizer(optimizer: torch.optim.Optimizer, replacements: Iterable[Repla
 
     A state tensor of the parameter's shape is cut like it, whatever its size; one with length 1 in some axis (factored
     moments) is cut in the others; another one of one element (Adam's step) is kept. Works for every optimizer whose
-    state is of these forms. A parameter whose state holds lists of tensors (Shampoo's, PSGD's) gets a new state.
+    state is of these forms. A parameter whose state holds lists of tensors (Shampoo's, PSGD's) or tensors of another
+    shape (timm's Adafactor) gets a new state.
     """
     successors = {id(r.old): r for r in replacements}
     for group in optimizer.param_groups:
@@ -234,13 +235,15 @@ def cut_optimizer(optimizer: torch.optim.Optimizer, replacements: Iterable[Repla
         state = optimizer.state.pop(replacement.old, None)
         if state is None or replacement.new is None:
             continue
-        nested = next((key for key, value in state.items() if _holds_tensors(value)), None)
-        if nested is not None:  # an optimizer makes the state of a parameter that has none
+        shape = replacement.old.shape
+        odd = next((key for key, value in state.items() if _holds_tensors(value) or _is_odd(value, shape)), None)
+        if odd is not None:  # an optimizer makes the state of a parameter that has none
             warnings.warn(
-                f"optimizer state {nested!r} holds several tensors; that parameter's starts anew", stacklevel=2
+                f"optimizer state {odd!r} is not shaped like the weight that it is of; that weight's starts anew",
+                stacklevel=2,
             )
             continue
-        optimizer.state[replacement.new] = {key: _cut_state(key, value, replacement) for key, value in state.items()}
+        optimizer.state[replacement.new] = {key: _cut_state(value, replacement) for key, value in state.items()}
 
 
 def _holds_tensors(value: object) -> bool:
@@ -248,14 +251,17 @@ def _holds_tensors(value: object) -> bool:
     return any(isinstance(part, Tensor) or _holds_tensors(part) for part in inner)
 
 
-def _cut_state(key: str, value: object, replacement: Replacement) -> object:
+def _is_odd(value: object, shape: torch.Size) -> bool:
+    """A tensor of which nobody knows how it is cut with a parameter of that shape."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return False
+    return value.ndim != len(shape) or any(n not in (1, m) for n, m in zip(value.shape, shape, strict=True))
+
+
+def _cut_state(value: object, replacement: Replacement) -> object:
     shape = replacement.old.shape
     if not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != shape):
         return value
-    if value.ndim != len(shape) or any(n not in (1, m) for n, m in zip(value.shape, shape, strict=True)):
-        warnings.warn(f"optimizer state {key!r} has a shape of its own and starts anew", stacklevel=2)
-        assert replacement.new is not None, "a parameter that is gone keeps no state"
-        return torch.zeros_like(replacement.new) if value.shape == shape else value
     whole = {dim for dim in range(value.ndim) if value.shape[dim] == shape[dim]}
     return take(value, {dim: at for dim, at in replacement.kept.items() if (dim if dim >= 0 else 1) in whole})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -50,9 +51,15 @@ class Order:
     def renew(self, weights: Sequence[nn.Parameter], *, pruned: bool = True) -> None:
         """The penalised weights after a change of the network."""
         self._weights = [weight for weight in weights if weight.requires_grad]
+        self._parameters = list(self._network.parameters())
+        self._trained = [parameter.requires_grad for parameter in self._parameters]
         self._added, self._spent, self._held = None, None, ()
         self._pruned = self._pruned or pruned
         self.check_optimizer()
+
+    def freezing_changed(self) -> bool:
+        """Whether a layer was frozen, or freed, since the penalised weights were last looked up."""
+        return [parameter.requires_grad for parameter in self._parameters] != self._trained
 
     def check_optimizer(self) -> None:
         """Make sure that the optimizer still holds every penalised weight.
@@ -74,7 +81,8 @@ class Order:
                 )
             raise UsageError(
                 f"the optimizer does not hold {name} of this {network}, which the penalty acts on",
-                hint="freeze what is not to be trained with requires_grad_(False)",
+                hint="one optimizer, in parameter groups perhaps, has to hold all weights that are trained; "
+                "freeze the others with requires_grad_(False)",
             )
         self._held = held
 
@@ -144,8 +152,30 @@ class Order:
             self._added = gradient, weight._version, self._scaled()
 
     def updated(self) -> bool:
-        """The optimizer has stepped; whether the penalty was in the step."""
+        """The optimizer has stepped; whether the penalty was in the step.
+
+        Raises:
+            UsageError: a GradScaler that nobody told PruneTrain of has called the optimizer.
+        """
+        first = self._added is not None and self._spent is None
+        if first and self._scaler is None and _stepped_by_scaler():
+            raise UsageError(
+                "PruneTrain was not told of the GradScaler that calls the optimizer, which may divide the penalty",
+                hint="PruneTrain(…, scaler=scaler), and scaler.unscale_(optimizer) before pruner.step(loss)",
+            )
         added, self._added = self._added is not None, None
         gradient = self._weights[0].grad if self._weights else None
         self._spent = None if gradient is None else (gradient, gradient._version)
         return added
+
+
+def _stepped_by_scaler() -> bool:
+    """Whether an enabled GradScaler is among the callers; looked at once, since it takes microseconds.
+
+    Of other callers the local variables are not asked for: Python would keep what they held, an old DDP perhaps.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") != torch.amp.grad_scaler.__name__:
+        frame = frame.f_back
+    caller = None if frame is None else frame.f_locals.get("self")
+    return isinstance(caller, torch.amp.GradScaler) and caller.is_enabled()

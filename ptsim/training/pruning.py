@@ -148,6 +148,7 @@ class PruneTrain:
                 that no longer holds the network's weights.
         """
         self._check_wrapping()
+        self._follow_freezing()
         self._order.before_penalty()
         if self.penalty_coefficient is None:
             self.decide_coefficient(loss)
@@ -189,6 +190,7 @@ class PruneTrain:
             UsageError: no training step since the last call, or a number that is none.
             TrainingError: the trace cannot be written, or the ranks would prune differently.
         """
+        self._follow_freezing()
         self._order.check_optimizer()
         coefficient = (self.penalty_coefficient or 0.0) if self.regularized else 0.0
         penalty = Penalty(coefficient=coefficient, value=coefficient * float(self.criterion.value()))
@@ -417,11 +419,20 @@ class PruneTrain:
 
     def _adopt(self, groups: ChannelGroups) -> None:
         """Look up again what surgery has replaced, and wrap the network again."""
+        self._take(groups, pruned=True)
+        self._wrap_again()
+
+    def _take(self, groups: ChannelGroups, *, pruned: bool) -> None:
         self.groups = groups
         self.criterion = self._make_criterion(self.network, groups)
-        self._order.renew(self.criterion.weights)
+        self._order.renew(self.criterion.weights, pruned=pruned)
         self._tell_recorder()
-        self._wrap_again()
+
+    def _follow_freezing(self) -> None:
+        """The penalty acts on the layers that are trained now, with the λ that it has."""
+        if self._order.freezing_changed():
+            with self.recorder.watch.paused():
+                self._take(find_groups(self.network, self.recorder.input_shape), pruned=False)
 
     def _tell_recorder(self) -> None:
         """What a profile of the layers runs as the regulariser; λ does not change its time."""
@@ -469,7 +480,7 @@ class PruneTrain:
             "regularizer": self.settings.regularizer,
             "criterion": self.settings.criterion,
         }
-        recorder = Recorder(
+        return Recorder(
             model,
             self.optimizer,
             input_shape=input_shape,
@@ -481,7 +492,6 @@ class PruneTrain:
             threshold=self.settings.threshold,
             loggers=loggers,
         )
-        return recorder
 
 
 def _after_update(pruner: weakref.ref[PruneTrain], *_: object) -> None:

@@ -96,6 +96,39 @@ def load_full_state(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise UsageError(f"the stored weights do not fit the network: {reason}") from error
 
 
+def load_pruned(model: nn.Module, state: Mapping[str, Any], *, average: bool = False) -> nn.Module:
+    """A freshly built network with the shapes and weights of a `PruneTrain.state_dict`, to be used without pruning on.
+
+    Args:
+        model: as the training loop built it, on any device; it is changed in place, and returned.
+        state: of `PruneTrain.state_dict`; one without tensors gives the shapes, for a `load_state_dict` of one's own.
+        average: take the weights of the average that PruneTrain was given as `ema`.
+
+    Raises:
+        UsageError: not a state of PruneTrain, of another network, or one without an average.
+    """
+    kept, network = checked(state), unwrap(model)
+    if not has_structure(network, kept.structure):
+        apply_structure(network, dict(kept.structure))
+    tensors = _tensors(kept)
+    weights = part(tensors, "network/")
+    if average:
+        averaged = part(tensors, "ema/")
+        weights = part(averaged, "module.") or averaged  # AveragedModel keeps the network as `module`
+        if not weights:
+            raise UsageError("the state holds no average of the weights", hint="PruneTrain(…, ema=average) adds it")
+    if weights:
+        load_full_state(network, weights)
+    return model
+
+
+def _tensors(state: StoredState) -> dict[str, Tensor]:
+    tensors = state.tensors or {}
+    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UsageError("not a state of PruneTrain: 'tensors' holds something else")
+    return tensors
+
+
 def tensors_of(network: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Tensor]:
     """Every tensor of a run by name."""
     tensors = {f"network/{name}": tensor for name, tensor in full_state(network).items()}
@@ -112,14 +145,12 @@ def load_tensors(
     Raises:
         UsageError: names, shapes or entries do not match.
     """
-    assert state.tensors is not None, "the caller has looked"
-    if not all(isinstance(tensor, Tensor) for tensor in state.tensors.values()):
-        raise UsageError("not a state of PruneTrain: 'tensors' holds something else")
-    load_full_state(network, part(state.tensors, "network/"))
-    averaged = part(state.tensors, "ema/")
+    tensors = _tensors(state)
+    load_full_state(network, part(tensors, "network/"))
+    averaged = part(tensors, "ema/")
     if ema is not None and averaged:
         load_full_state(ema, averaged)
-    load_optimizer(network, optimizer, state.tensors, state.optimizer or {})
+    load_optimizer(network, optimizer, tensors, state.optimizer or {})
     for group, settings in zip(optimizer.param_groups, state.groups or [], strict=False):
         for name, value in settings.items():
             present = group.get(name)

@@ -139,22 +139,28 @@ def test_a_grad_scaler_keeps_its_scale() -> None:
 
 
 class Factored(torch.optim.Optimizer):
-    """Keeps a list of one factor for every axis, as Shampoo and PSGD do."""
+    """Keeps a factor for every axis: in a list, as Shampoo and PSGD do, or each by itself, as timm's Adafactor does."""
+
+    listed = True
 
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # type: ignore[override] # nothing is given back
         for parameter in self.param_groups[0]["params"]:
             if not self.state[parameter]:
-                self.state[parameter]["factors"] = [torch.ones(length) for length in parameter.shape]
-            for axis, factor in enumerate(self.state[parameter]["factors"]):
+                factors = [torch.ones(length) for length in parameter.shape]
+                self.state[parameter].update({"factors": factors} if self.listed else dict(enumerate(factors)))
+            state = self.state[parameter]
+            for axis, factor in enumerate(state["factors"] if self.listed else state.values()):
                 shape = [-1 if dim == axis else 1 for dim in range(parameter.ndim)]
                 parameter.grad.mul_(factor.view(shape))
             parameter.sub_(parameter.grad, alpha=0.01)
 
 
-def test_a_state_that_holds_lists_of_tensors_starts_anew_for_what_is_cut() -> None:
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_state_of_another_shape_than_its_weight_starts_anew_for_what_is_cut(listed: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     optimizer = Factored(model.parameters(), {})
+    optimizer.listed = listed
 
     def step() -> None:
         model(torch.rand(2, 3, 8, 8)).sum().backward()
@@ -164,9 +170,10 @@ def test_a_state_that_holds_lists_of_tensors_starts_anew_for_what_is_cut() -> No
     with torch.no_grad():
         model[0].weight[:2] = 0
         model[1].weight[:, :2] = 0
-    head = optimizer.state[model[3].weight]["factors"]
-    with pytest.warns(UserWarning, match="optimizer state 'factors' holds several tensors"):
+    head = list(optimizer.state[model[3].weight].values())
+    with pytest.warns(UserWarning, match="is not shaped like the weight that it is of; that weight's starts anew"):
         assert reconfigure(model, find_groups(model, (3, 8, 8)), optimizer=optimizer).changed
     step()
-    assert [len(factor) for factor in optimizer.state[model[1].weight]["factors"]] == [4, 4, 3, 3]
-    assert optimizer.state[model[3].weight]["factors"] is head
+    state = optimizer.state[model[1].weight]
+    assert [len(factor) for factor in (state["factors"] if listed else state.values())] == [4, 4, 3, 3]
+    assert all(kept is old for kept, old in zip(optimizer.state[model[3].weight].values(), head, strict=True))

@@ -214,3 +214,67 @@ def test_exposed_communication_is_told_apart_where_the_wrapping_came_after_the_r
         assert epoch.time.backward_s > 0
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_layer_that_is_frozen_later_stays_as_it_is_and_one_that_is_freed_is_pruned():
+    model = fresh()
+    model.down.requires_grad_(False)
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, interval=1)
+    batches = images_and_labels()
+    train(pruner, model, optimizer, 1, batches)
+    assert model.down[0].out_channels == 12
+    coefficient = pruner.penalty_coefficient
+    model.stem.requires_grad_(False)
+    model.down.requires_grad_(True)
+    before = [p.detach().clone() for p in model.stem.parameters()]
+    outcomes = train(pruner, model, optimizer, 2, batches)
+    # The stem's momentum must not move it either: SGD leaves alone what has no gradient.
+    assert all(torch.equal(p, q) for p, q in zip(model.stem.parameters(), before, strict=True))
+    assert any(outcome.reconfiguration.channels_removed for outcome in outcomes)
+    assert model.down[0].out_channels < 12
+    assert pruner.penalty_coefficient == coefficient
+
+
+def test_a_scaler_that_pruner_was_not_told_of_is_named():
+    model = fresh()
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    pruner = made(model, optimizer)
+    images, labels = images_and_labels()[0]
+    loss = F.cross_entropy(model(images), labels)
+    scaler.scale(loss).backward()
+    pruner.step(loss)
+    with pytest.raises(UsageError, match="was not told of the GradScaler") as caught:
+        scaler.step(optimizer)
+    assert "scaler=scaler" in caught.value.hint
+
+
+def test_a_pruned_network_is_loaded_without_optimizer_or_pruner(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    pruner = made(model, optimizer, ema=average)
+    images, _ = images_and_labels()[0]
+    for _ in range(2):
+        for batch, classes in images_and_labels():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(batch), classes)
+            loss.backward()
+            pruner.step(loss)
+            optimizer.step()
+            average.update_parameters(model)
+        outcome = pruner.end_epoch()
+    assert outcome.pruned
+    torch.save(pruner.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for of, trained in ((False, model), (True, average.module)):
+        loaded = ptsim.load_pruned(fresh(seed=1), state, average=of)
+        assert torch.equal(loaded.eval()(images), trained.eval()(images))
+    shapes = ptsim.load_pruned(fresh(seed=1), pruner.state_dict(tensors=False))
+    shapes.load_state_dict(model.state_dict())
+    assert torch.equal(shapes.eval()(images), model(images))
+    pruner.ema = None
+    with pytest.raises(UsageError, match="holds no average"):
+        ptsim.load_pruned(fresh(), pruner.state_dict(), average=True)
+    with pytest.raises(UsageError, match="not a state of PruneTrain"):
+        ptsim.load_pruned(fresh(), {})
