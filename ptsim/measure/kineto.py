@@ -154,6 +154,9 @@ def import_kineto(
     times, rows = _operators(calls, setting, len(everything), notes)
     batch = _most([time.operator.batch for time in times])
     optimizer = _optimizer(recordings, everything, notes)
+    passes = _most([step.passes for step in everything]) or 1
+    if passes > 1:
+        notes.append(f"a step adds up the gradients of {passes} passes; the profile's step is one pass with the update")
     ranks = tuple(map(_rank_times, recordings, steps))
     mean = _mean_times(ranks)
     world_size = next((recording.world_size for recording in recordings if recording.world_size), None)
@@ -166,7 +169,7 @@ def import_kineto(
         optimizer=optimizer,
         world_size=world_size,
         step_seconds=mean.step_seconds,
-        images_per_second=None if batch is None else batch * (world_size or 1) / mean.step_seconds,
+        images_per_second=None if batch is None else passes * batch * (world_size or 1) / mean.step_seconds,
         forward_seconds=mean.forward_seconds,
         backward_seconds=mean.backward_seconds,
         optimizer_seconds=mean.optimizer_seconds,
@@ -303,8 +306,9 @@ def _measurement(
     architecture: str,
     name: str,
 ) -> StepMeasurement:
-    """The median step as the profiled tier keeps it: without communication and without waiting for images."""
+    """The median step as the profiled tier keeps it: one pass and the update, without communication and waiting."""
     typical = sorted(steps, key=lambda step: step.compute_s)[len(steps) // 2]
+    passes = typical.passes
     shaped = [call for call in typical.calls if operators.operator_shape(call.event) is not None]
     return StepMeasurement(
         architecture=architecture,
@@ -314,17 +318,17 @@ def _measurement(
         optimizer=optimizer,
         num_parameters=sum(typical.parameters),
         num_tensors=len(typical.parameters),
-        num_layers=len(shaped) or len(typical.calls),
+        num_layers=(len(shaped) or len(typical.calls)) // passes,
         num_samples=len(steps),
-        forward_s=typical.forward_s,
-        backward_s=typical.backward_s,
+        forward_s=typical.forward_s / passes,
+        backward_s=typical.backward_s / passes,
         optimizer_s=typical.optimizer_s,
         regularizer_s=None,
         step_s=typical.compute_s,
         step_low_s=min(step.compute_s for step in steps),
         step_high_s=max(step.compute_s for step in steps),
-        layers_forward_s=sum(call.forward_s for call in shaped),
-        layers_backward_s=sum(call.backward_s for call in shaped),
+        layers_forward_s=sum(call.forward_s for call in shaped) / passes,
+        layers_backward_s=sum(call.backward_s for call in shaped) / passes,
     )
 
 

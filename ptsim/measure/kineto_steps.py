@@ -32,7 +32,10 @@ class Call(msgspec.Struct, kw_only=True):
 
 
 class Step(msgspec.Struct, kw_only=True):
-    """One training step of a recording; what the fields mean is said at `kineto.RankTimes`."""
+    """One training step of a recording; what the fields mean is said at `kineto.RankTimes`.
+
+    `passes` forward and backward passes make its gradients; they are in its times and calls, `parameters` are of one.
+    """
 
     step_s: float
     forward_s: float
@@ -43,12 +46,13 @@ class Step(msgspec.Struct, kw_only=True):
     host_idle: float
     device_idle: float | None
     calls: list[Call]
+    passes: int
     parameters: list[int]  # elements of every gradient; 0 where shapes were not recorded
 
     @property
     def compute_s(self) -> float:
-        """The phases without exposed communication."""
-        return self.forward_s + self.backward_s + (self.optimizer_s or 0.0)
+        """One pass and the update, without exposed communication."""
+        return (self.forward_s + self.backward_s) / self.passes + (self.optimizer_s or 0.0)
 
 
 def read_steps(recording: Recording) -> list[Step]:
@@ -153,9 +157,31 @@ def _busy_s(recording: Recording, events: Iterable[Event]) -> float:
     return sum(kernel.seconds for kernel in kernels if not kernel.is_collective)
 
 
+def _passes(calls: Sequence[Call], backward: Sequence[Event]) -> list[tuple[list[Call], list[Event]]]:
+    """The step's calls and backward nodes, pass by pass: gradients of several passes may add up in one step.
+
+    Passes of different networks (as of a generator and its critic) are one.
+    """
+    found: list[tuple[list[Call], list[Event]]] = [([], [])]
+    nodes = sorted(backward, key=lambda node: node.begin_s)
+    taken = 0
+    for call in calls:
+        while taken < len(nodes) and nodes[taken].begin_s < call.event.begin_s:
+            found[-1][1].append(nodes[taken])
+            taken += 1
+        if found[-1][1]:
+            found.append(([], []))
+        found[-1][0].append(call)
+    found[-1][1].extend(nodes[taken:])
+    first = [call.event.name for call in found[0][0]]
+    alike = all([call.event.name for call in own] == first for own, _ in found)
+    return found if alike else [(list(calls), nodes)]
+
+
 def _step(recording: Recording, window: Span) -> Step:
     backward = _backward(recording, window)
     calls = _calls(recording, window, backward)
+    passes = _passes(calls, backward)
     host = _within(recording.host, window)
     updates = [event for event in host if event.name.startswith(UPDATE_MARK)]
     gradients = [event for event in host if event.name == _ACCUMULATE]
@@ -166,33 +192,38 @@ def _step(recording: Recording, window: Span) -> Step:
     if recording.on_gpu:
         computing = union(event.span for event in on_device if not event.is_collective)
         whole = (min(event.begin_s for event in on_device), max(event.end_s for event in on_device))
-        phases = _device_phases(calls, backward, updates)
+        phases, update = [_device_phases(*own) for own in passes], _kernel_span(updates)
     else:
         computing = union(event.span for event in host if _computes(event))
-        whole, phases = window, _host_phases(calls, backward, updates)
-    exposed = [outside(clip(collectives, phase), computing) if phase else 0.0 for phase in phases]
-    forward_s, backward_s, optimizer_s = (
-        None if phase is None else max(phase[1] - phase[0] - hidden, 0.0)
-        for phase, hidden in zip(phases, exposed, strict=True)
-    )
-    host_busy = [event.span for event in host if event.category == "cpu_op" and not event.is_collective]
-    host_busy += [call.span for call in _within(recording.calls, window) if not _WAITS.match(call.name)]
-    waits = [call.span for call in _within(recording.calls, window) if _WAITS.match(call.name)]
-    host_s = length(clip(host_busy, window)) - (length(waits) - outside(waits, host_busy) if waits else 0.0)
+        whole, phases = window, [_host_phases(*own) for own in passes]
+        update = (updates[0].begin_s, updates[-1].end_s) if updates and calls else None
+
+    def without_exposed(spans: Iterable[Span]) -> float:
+        return sum(max(s[1] - s[0] - outside(clip(collectives, s), computing), 0.0) for s in spans)
+
     step_s = window[1] - window[0]
     device_s = whole[1] - whole[0]
     return Step(
         step_s=step_s,
-        forward_s=forward_s or 0.0,
-        backward_s=backward_s or 0.0,
-        optimizer_s=optimizer_s,
+        forward_s=without_exposed(forward for forward, _ in phases),
+        backward_s=without_exposed(back for _, back in phases),
+        optimizer_s=None if update is None else without_exposed([update]),
         communication_s=length(collectives),
         exposed_s=outside(collectives, computing),
-        host_idle=1 - host_s / step_s if step_s else 0.0,
+        host_idle=1 - _host_s(recording, window, host) / step_s if step_s else 0.0,
         device_idle=1 - length(e.span for e in on_device) / device_s if on_device and device_s else None,
         calls=calls,
-        parameters=sizes,
+        passes=len(passes),
+        parameters=sizes[: len(sizes) // len(passes)],
     )
+
+
+def _host_s(recording: Recording, window: Span, host: Sequence[Event]) -> float:
+    """Seconds for which the host ran an operator or a call of the CUDA runtime other than waiting."""
+    busy = [event.span for event in host if event.category == "cpu_op" and not event.is_collective]
+    busy += [call.span for call in _within(recording.calls, window) if not _WAITS.match(call.name)]
+    waits = [call.span for call in _within(recording.calls, window) if _WAITS.match(call.name)]
+    return length(clip(busy, window)) - (length(waits) - outside(waits, busy) if waits else 0.0)
 
 
 def _computes(event: Event) -> bool:
@@ -200,28 +231,23 @@ def _computes(event: Event) -> bool:
     return event.category == "cpu_op" and not event.is_collective and event.name.startswith(("aten::", _BACKWARD))
 
 
-def _host_phases(
-    calls: Sequence[Call], backward: Sequence[Event], updates: Sequence[Event]
-) -> tuple[Span, Span, Span | None]:
-    """Forward, backward and update on a CPU."""
+def _host_phases(calls: Sequence[Call], backward: Sequence[Event]) -> tuple[Span, Span]:
+    """Forward and backward of one pass on a CPU."""
     if not calls:
-        return (0.0, 0.0), (0.0, 0.0), None
+        return (0.0, 0.0), (0.0, 0.0)
     turn = min(node.begin_s for node in backward)
-    update = (updates[0].begin_s, updates[-1].end_s) if updates else None
-    return (calls[0].event.begin_s, turn), (turn, max(node.end_s for node in backward)), update
+    return (calls[0].event.begin_s, turn), (turn, max(node.end_s for node in backward))
 
 
-def _device_phases(
-    calls: Sequence[Call], backward: Sequence[Event], updates: Sequence[Event]
-) -> tuple[Span, Span, Span | None]:
+def _device_phases(calls: Sequence[Call], backward: Sequence[Event]) -> tuple[Span, Span]:
     """The same on a GPU: from a phase's first kernel to its last."""
+    forward, back = _kernel_span(call.event for call in calls), _kernel_span(backward)
+    if forward is None or back is None:
+        return (0.0, 0.0), (0.0, 0.0)
+    return forward, (forward[1], back[1])
 
-    def kernels(events: Iterable[Event]) -> list[Event]:
-        return [k for event in events for k in event.all_kernels() if not k.is_collective]
 
-    forward, back, update = kernels(call.event for call in calls), kernels(backward), kernels(updates)
-    if not forward or not back:
-        return (0.0, 0.0), (0.0, 0.0), None
-    turn = max(kernel.end_s for kernel in forward)
-    updating = (min(k.begin_s for k in update), max(k.end_s for k in update)) if update else None
-    return (min(k.begin_s for k in forward), turn), (turn, max(k.end_s for k in back)), updating
+def _kernel_span(events: Iterable[Event]) -> Span | None:
+    """From the first to the last kernel that the events launched, without collectives; None without kernels."""
+    kernels = [kernel for event in events for kernel in event.all_kernels() if not kernel.is_collective]
+    return (min(k.begin_s for k in kernels), max(k.end_s for k in kernels)) if kernels else None

@@ -119,6 +119,30 @@ def test_a_gpu_step_lasts_from_its_first_kernel_to_the_next_steps_although_the_h
     assert step.num_parameters == 32 * 8 * 9
 
 
+def test_passes_whose_gradients_add_up_are_one_step_of_more_images(tmp_path: Path) -> None:
+    """The second step's operators, which begin 2 ms later and whose kernels 12 ms later, belong to the first step."""
+    document = _gpu_trace(num_steps=2)
+    document["traceEvents"] = [
+        event
+        for event in document["traceEvents"]
+        if event["name"] != "ProfilerStep#1"
+        and not (event["name"].startswith("Optimizer") and event["ts"] < 2000)
+        and not (event["name"] in ("aten::add_", "sgd_update") and event["args"]["External id"] == 6)
+    ]
+    document["traceEvents"][0]["dur"] = 4000.0  # the one step's mark
+    found = import_kineto([_write(tmp_path / "rank0.json", document)])
+    # From the first kernel, at 5 ms, to the end of the update, at 26.5: two passes of 2 + 3.5 ms.
+    assert found.step_seconds == pytest.approx(21.5e-3)
+    assert (found.forward_seconds, found.backward_seconds) == pytest.approx((4e-3, 7e-3))
+    assert found.images_per_second == pytest.approx(8 * 2 * 4 / 21.5e-3)
+    assert found.operators[0].calls_per_step == 2
+    step = found.profile.steps[0]
+    assert (step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx((2e-3, 3.5e-3, 0.5e-3))
+    assert step.step_s == pytest.approx(6e-3)
+    assert (step.num_parameters, step.num_tensors, step.num_layers) == (32 * 8 * 9, 1, 1)
+    assert any("gradients of 2 passes" in note for note in found.notes)
+
+
 def test_ranks_count_with_their_mean(tmp_path: Path) -> None:
     files = [_write(tmp_path / f"rank{rank}.json", _gpu_trace(rank=rank, comm_ms=4.0 + rank)) for rank in range(3)]
     found = import_kineto(files)
