@@ -49,7 +49,7 @@ def scatter(trace: Trace, dense: Dense) -> tuple[int, float, float]:
     first = roles(trace.networks[trace.epochs[0].architecture])
     layers = sorted(first, key=lambda name: first[name][1])[:-1]
     edges = {edge.name: index for index, edge in enumerate(dense.edges)}
-    intensity = dense.table.intensity()
+    intensity = dense.table.intensity
     points = [
         (np.log(intensity[edges[name]]), np.log(-np.log(density)))
         for name, density in zip(layers, densities[-1], strict=True)

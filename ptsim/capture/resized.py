@@ -53,7 +53,7 @@ class Recapture:
 
     def network(self, model: nn.Module) -> Network:
         """The network that the model is now: resized from the last capture where only channel counts have changed."""
-        seen = _Seen(model, self.input_shape)
+        seen = self._seen.again(model)
         if seen.structure == self._seen.structure:
             try:
                 return _resized(self.base, self._seen, seen)
@@ -86,28 +86,62 @@ def thin_copy(model: nn.Module) -> nn.Module:
 class _Seen:
     """The graph of a model with the shapes of every call, on tensors without storage."""
 
-    def __init__(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, model: nn.Module, input_shape: tuple[int, int, int], traced: fx.GraphModule | None = None
+    ) -> None:
+        self._input_shape = input_shape
         with evaluation_mode(model), torch.no_grad():
             model.train()
-            graph = symbolic_graph(model, (_BATCH, *input_shape))
-            watcher = _Watcher(graph)
+            self.graph = traced if traced is not None else symbolic_graph(model, (_BATCH, *input_shape))
+            watcher = _Watcher(model if traced is not None else self.graph, self.graph.graph)
             watcher.run(torch.empty((_BATCH, *input_shape), device="meta"))
-        names = layer_names(graph)
+        names = layer_names(self.graph)
         self.inputs = {names[node]: shapes for node, shapes in watcher.inputs.items()}
         self.output = {names[node]: shape for node, shape in watcher.results.items()}
         self.modules = {
-            name: graph.get_submodule(str(node.target)) for node, name in names.items() if node.op == "call_module"
+            name: watcher.module.get_submodule(str(node.target))
+            for node, name in names.items()
+            if node.op == "call_module"
         }
         self.parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.structure = (
             tuple((name, type(self.modules.get(name)).__name__) for name in names.values()),
             tuple(self.parameters),
         )
+        self._code = _read_by_code(model, self.graph)
+
+    def again(self, model: nn.Module) -> _Seen:
+        """The same of the model with other channel counts; traced again where its code may take another way."""
+        known = self.graph.meta["traced_by"] == "torch.fx" and not self.graph.meta["looked"]
+        code = _read_by_code(model, self.graph)
+        same = known and code.keys() == self._code.keys() and all(_equal(code[key], self._code[key]) for key in code)
+        return _Seen(model, self._input_shape, self.graph if same else None)
+
+
+def _read_by_code(model: nn.Module, graph: fx.GraphModule) -> dict[tuple[str, str], Any]:
+    """What a trace depends on: the attributes of the modules whose code is traced, and which modules these have."""
+    calls = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    inside = tuple(f"{call}." for call in calls)
+    found: dict[tuple[str, str], Any] = {}
+    for path, module in model.named_modules():
+        if path in calls or path.startswith(inside):
+            continue
+        found[path, "its type"] = f"{type(module).__module__}.{type(module).__qualname__}"
+        found[path, "its modules"] = tuple(module._modules)
+        found |= {(path, name): value for name, value in vars(module).items() if not name.startswith("_")}
+    return found
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """True for equal numbers, words and tuples of them; for anything else only if it is one object."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or (isinstance(a, (int, float, str)) and type(a) is type(b) and a == b)
 
 
 class _Watcher(fx.Interpreter):
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
         self.inputs: dict[fx.Node, tuple[Shape, ...]] = {}
         self.results: dict[fx.Node, Shape | None] = {}
 

@@ -103,7 +103,7 @@ class _Parts:
 
     @staticmethod
     def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-        return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in attributes.items()}
+        return {name: value.copy() if isinstance(value, dict) else value for name, value in attributes.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -56,21 +57,26 @@ class Problem:
     table: CostTable
     seed: int = 0
 
-    @property
+    @functools.cached_property
     def progress(self) -> np.ndarray:
         """Share of the run that is over at each reconfiguration."""
         return (np.array(self.events, dtype=float) + 1) / self.epochs
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Epochs that the dense network is trained for, then each reconfiguration's; the last may be 0."""
         ends = np.array([0, *(event + 1 for event in self.events), self.epochs])
         return np.diff(ends)
 
-    @property
+    @functools.cached_property
     def full(self) -> np.ndarray:
         """The dense widths."""
         return np.array([edge.width for edge in self.edges])
+
+    @functools.cached_property
+    def removable(self) -> np.ndarray:
+        """A mask of the edges that may become empty."""
+        return np.array([edge.removable for edge in self.edges])
 
     def noise(self) -> np.ndarray:
         """A standard normal number per edge, from the seed; 0 for the typical trajectory (seed 0)."""
@@ -85,7 +91,7 @@ class Problem:
 
         Edges of the mask `may_vanish` (by default the removable ones) may become empty; the others keep a channel.
         """
-        removable = np.array([edge.removable for edge in self.edges]) if may_vanish is None else may_vanish
+        removable = self.removable if may_vanish is None else may_vanish
         widths = np.floor(self.full * np.clip(densities, 0.0, 1.0) + offset).astype(int)
         widths = np.maximum(widths, np.where(removable, 0, 1))
         return np.asarray(np.minimum.accumulate(np.minimum(widths, self.full), axis=0))

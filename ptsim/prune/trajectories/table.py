@@ -8,6 +8,7 @@ is checked against the real networks afterwards.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -95,6 +96,7 @@ class CostTable:
             seen.append(Seen(said=(*row[order], 1.0), true=(*true[order], 1.0)))
         return dataclasses.replace(self, seen=(seen[0], seen[1], seen[2]))
 
+    @functools.cached_property
     def intensity(self) -> np.ndarray:
         """BatchNorm traffic per FLOP of an edge's channels, relative to the network's: how memory-bound it is."""
         macs = self.training @ self.outputs + (self.training * self.product) @ self.inputs

@@ -111,7 +111,7 @@ def tilt_of(targets: Targets, problem: Problem) -> float:
 class _Solver:
     def __init__(self, targets: Targets, problem: Problem) -> None:
         self.targets, self.problem, self.table = targets, problem, problem.table
-        self.may_vanish = np.array([edge.removable for edge in problem.edges])
+        self.may_vanish = problem.removable
         self.noise = np.exp(SCATTER * problem.noise())
         # Equal edges are rounded at different points: a little more strength takes one channel, not one of each.
         points = np.arange(len(problem.edges)) * 0.6180339887
@@ -149,7 +149,7 @@ class _Solver:
 
     def _hazard(self, tilt: float) -> np.ndarray:
         """The hazard of every edge at which the last network has the inference FLOPs that are asked for."""
-        relative = self.table.intensity() ** tilt * self.noise
+        relative = self.table.intensity**tilt * self.noise
         relative = np.where(self.vanishing, np.inf, relative / np.mean(relative))
 
         def final(strength: float) -> float:
@@ -187,7 +187,7 @@ class _Solver:
 
     def _vanishing(self, layers: float) -> np.ndarray:
         """The inner edges of the branches that go, the most memory-bound first, with chance."""
-        order = np.argsort(-self.table.intensity() * self.noise, kind="stable")
+        order = np.argsort(-self.table.intensity * self.noise, kind="stable")
         gone, chosen = 0.0, np.zeros(len(order), dtype=bool)
         convolutions = self.table.inference > 0
         goal = layers * convolutions.sum()
