@@ -63,7 +63,10 @@ class Registry(Generic[T]):
             return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return] # of kind T
         foreign = self._foreign()
         if name not in foreign:
-            raise UnknownNameError(self.what, name, self.names())
+            unknown = UnknownNameError(self.what, name, self.names())
+            offered = f"if a package offers it (entry points {self.entry_points!r}), install that package here"
+            unknown.hint = f"{unknown.hint}; {offered}" if unknown.hint else offered
+            raise unknown
         try:
             loaded: T = foreign[name].load()
         except Exception as error:  # a foreign package's code runs here

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ptsim.criteria import CRITERIA
 from ptsim.errors import FileFormatError, NewerVersionError, PtsimError, UnknownNameError, UsageError
 
 
@@ -41,3 +42,9 @@ def test_every_error_is_one_that_the_command_line_prints(kind: type) -> None:
 
 def test_a_wrong_argument_is_also_a_value_error() -> None:
     assert issubclass(UsageError, ValueError)
+
+
+def test_a_name_that_a_trace_has_from_another_package_says_what_to_install() -> None:
+    with pytest.raises(UnknownNameError, match="unknown criterion 'fancy'; known: group_lasso, slimming") as caught:
+        CRITERIA.find("fancy")
+    assert caught.value.hint == "if a package offers it (entry points 'ptsim.criteria'), install that package here"
