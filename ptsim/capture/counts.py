@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 
 from ptsim.capture.graph import copied, example_input, symbolic_graph
 
@@ -47,7 +48,13 @@ def forward_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[st
 
     Runs one image for real: torch.jit's tracer, which fvcore stands on, does not take tensors without storage.
     """
-    with torch.no_grad(), torch.random.fork_rng(), _no_fused_attention(), warnings.catch_warnings():
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(),
+        _no_fused_attention(),
+        _statistics_of_one_image(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         graph = symbolic_graph(_detached_copy(model).train(), (1, *input_shape))
         analysis = counter(_Scoped(graph.eval()), example_input(model, input_shape, batch=1))
@@ -163,3 +170,17 @@ def _no_fused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _statistics_of_one_image() -> Iterator[None]:
+    """The training graph of norms that call `F.batch_norm` themselves (timm's) takes one image of one pixel, too.
+
+    torch refuses such statistics as meaningless; here nothing but their shape counts.
+    """
+    names, name = vars(functional), "_verify_batch_size"
+    check, names[name] = names[name], lambda size: None
+    try:
+        yield
+    finally:
+        names[name] = check

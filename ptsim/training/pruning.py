@@ -113,8 +113,7 @@ class PruneTrain:
         check_plan(penalty_ratio, interval)
         self.network = bare(model)
         self._refuse_second()
-        self.penalty_ratio, self.interval = penalty_ratio, interval
-        optimizer = bare_optimizer(optimizer)
+        self.penalty_ratio, self.interval, optimizer = penalty_ratio, interval, bare_optimizer(optimizer)
         check_optimizer_kind(optimizer)
         self.optimizer, self.ema, self.scaler, self.rewrap = optimizer, ema, scaler, rewrap
         self.regularized = penalty_ratio > 0

@@ -411,7 +411,7 @@ class Recorder:
         known = {layer.name for layer in self._architecture.layers}  # a module that forward never calls is no layer
         channels, weights = dense_counts(self.network, threshold)
         gradient_bytes = self._architecture.gradient_bytes if team.world_size > 1 else 0
-        batch = max(watch.batch or 1, -(-images // iterations))
+        batch = max(watch.batch or 1, watch.largest_step or -(-images // iterations))
         total, told, all_images = team.sum(self._losses.total(images)).tolist()
         return Epoch(
             epoch=self.epoch,

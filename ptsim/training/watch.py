@@ -38,6 +38,7 @@ class Watch:
         num_steps: updates by the optimizer in this epoch.
         num_images: images that the network was trained on in this epoch, on this rank.
         batch: images of this epoch's largest forward pass; of the last epoch's before the first one.
+        largest_step: images of this epoch's largest update, all its passes together; 0 where none was seen.
         largest_backward: images of this epoch's largest backward pass, which may belong to several forward passes.
         learning_rate: of the first parameter group at this epoch's first update.
         num_backwards: backward passes in this epoch.
@@ -180,6 +181,7 @@ class Watch:
     def reset(self) -> None:
         """Count anew."""
         self.num_steps = self.num_images = self.num_backwards = self._largest = 0
+        self.largest_step = self._images_before = 0
         self.largest_backward = self._in_this_backward = 0
         self.learning_rate: float | None = None
         self.last_step_s: float | None = None
@@ -290,6 +292,8 @@ class Watch:
             self.learning_rate = float(optimizer.param_groups[0]["lr"])
         self._enter(None, gap="optimizer")
         self.num_steps += 1
+        self.largest_step = max(self.largest_step, self.num_images - self._images_before)
+        self._images_before = self.num_images
         self.last_step_s = time.perf_counter()
         if self._timer is not None:
             self._timer.end_step()

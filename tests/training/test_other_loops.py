@@ -72,22 +72,24 @@ def test_a_step_of_two_accumulated_passes_takes_the_time_of_both(monkeypatch):
 
 
 def test_predictions_of_accumulated_steps_count_every_profiled_pass(tmp_path):
+    """The last update of an epoch may have fewer passes: a step is the largest one."""
     model = fresh()
     optimizer = sgd(model)
     with ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path / "run", profile=True) as recorder:
-        for i, (images, labels) in enumerate(images_and_labels(4, 8)):
+        for i, (images, labels) in enumerate(images_and_labels(5, 8)):
             (F.cross_entropy(model(images), labels) / 2).backward()
-            if i % 2:
+            if i % 2 or i == 4:
                 optimizer.step()
                 optimizer.zero_grad()
         recorder.end_epoch()
     trace = ptsim.read_trace(tmp_path / "run")
     (profile,) = trace.profiles
-    assert profile.batch == 8  # one pass
+    (epoch,) = trace.epochs
+    assert (profile.batch, epoch.batch_per_gpu, epoch.passes, epoch.num_iterations) == (8, 16, 2, 3)
     checked = ptsim.validate([trace])
-    expected_s = 2 * (2 * (profile.forward_s + profile.backward_s) + profile.optimizer_s)
+    expected_s = 3 * (2 * (profile.forward_s + profile.backward_s) + profile.optimizer_s)
     beyond_s = checked.runs[0].epochs[0].predicted_seconds - expected_s  # the pace of the input
-    assert beyond_s == pytest.approx(trace.epochs[0].time.wall_s - _steps_s(trace.epochs[0].time), abs=1e-4)
+    assert beyond_s == pytest.approx(epoch.time.wall_s - _steps_s(epoch.time), abs=1e-4)
 
 
 def _steps_s(times):
@@ -278,3 +280,35 @@ def test_a_pruned_network_is_loaded_without_optimizer_or_pruner(tmp_path):
         ptsim.load_pruned(fresh(), pruner.state_dict(), average=True)
     with pytest.raises(UsageError, match="not a state of PruneTrain"):
         ptsim.load_pruned(fresh(), {})
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: a norm whose own code calls the functional one."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
+def test_norms_with_code_of_their_own_on_maps_of_one_pixel_are_counted_and_pruned():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 8), OwnNorm(8), nn.ReLU(), nn.Conv2d(8, 4, 1), OwnNorm(4), nn.Flatten(), nn.Linear(4, 10)
+    )
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, interval=1, threshold=1e-4)
+    images, labels = images_and_labels()[0]
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    pruner.step(loss)
+    optimizer.step()
+    mask = torch.zeros_like(pruner.groups.prunable)
+    mask[pruner.groups.prunable.nonzero().flatten()[:3]] = True
+    zero_components(model, pruner.groups, mask)
+    before = model.eval()(images)
+    assert pruner.end_epoch().pruned
+    torch.testing.assert_close(model(images), before)
+    products = {layer.name: layer.forward_macs for layer in pruner.recorder.architecture.layers}
+    width, inner = model[0].out_channels, model[3].out_channels
+    assert (width, inner) != (8, 4)
+    assert products["0"] == width * 3 * 64
+    assert (products["3"], products["6"]) == (width * inner, inner * 10)
