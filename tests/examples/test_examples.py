@@ -17,6 +17,7 @@ PRINTS = {
     "own_loop": r"4 epochs, \d architectures",
     "timm_loop": r"3 epochs, 1 architectures",
 }
+TRAINING = ("timm_loop", "train_and_record")  # they take seconds
 
 
 def test_every_example_is_tested_and_listed() -> None:
@@ -26,7 +27,9 @@ def test_every_example_is_tested_and_listed() -> None:
     assert set(listed) == scripts
 
 
-@pytest.mark.parametrize("name", PRINTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in TRAINING else []) for name in PRINTS]
+)
 def test_an_example_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,6 +52,7 @@ def test_the_loop_of_timm_prunes_network_and_average(tmp_path: Path, capsys: pyt
     assert left < sum(p.numel() for p in timm.create_model("resnet10t", num_classes=10).parameters())
 
 
+@pytest.mark.slow
 def test_projecting_needs_no_torch() -> None:
     script = str(FOLDER / "project_trace.py")
     program = f"import runpy, sys; sys.modules['torch'] = None; runpy.run_path({script!r}, run_name='__main__')"

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import ptsim
 from tests.gpu import test_on_a_gpu
 
@@ -33,6 +35,7 @@ def _asks(function):
     return False
 
 
+@pytest.mark.slow
 def test_every_function_that_asks_for_cuda_is_reached_by_a_test_marked_gpu_or_listed_with_the_reason():
     found = functions_that_ask_for_cuda()
     assert found - set(COVERED) - set(UNREACHED) == set(), "name the test that reaches it, or say why none does"

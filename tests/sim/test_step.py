@@ -135,6 +135,7 @@ class TestLaws:
     def test_no_step_is_shorter_than_its_critical_path(self, work: StepPlan, contention: float) -> None:
         assert step(work, contention).step_s >= without_contention(work) * (1 - 1e-9)
 
+    @pytest.mark.slow
     @given(plans(), st.floats(0, 1))
     @some_plans
     def test_nor_longer_than_everything_in_a_row_with_contention(self, work: StepPlan, contention: float) -> None:
