@@ -62,9 +62,10 @@ def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, .
                 key: device if isinstance(value, torch.device) and value.type == "meta" else value
                 for key, value in made.kwargs.items()
             }
-            if any(str(source.target).endswith("num_batches_tracked") for source in node.all_input_nodes):
-                counters.append(made)  # BatchNorm counts by itself
-    for made in counters:
+            sources = made.all_input_nodes
+            if any(n in counters or str(n.target).endswith("num_batches_tracked") for n in sources):
+                counters.append(made)  # BatchNorm counts by itself, also where it is called several times
+    for made in reversed(counters):
         graph.erase_node(made)
     for made in reversed(graph.nodes):
         if made.op == "get_attr" and not made.users:

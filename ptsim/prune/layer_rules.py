@@ -212,16 +212,21 @@ def _linear(call: Call, layer: str, weight: Tensor, bias: Tensor | None) -> Labe
     return along(outputs, call.value.ndim - 1, call.value.ndim)
 
 
-@rule(nn.Bilinear)
-def bilinear_module(call: Call) -> Label:
+@rule("bilinear", nn.Bilinear)
+def bilinear(call: Call) -> Label:
     """Products of what two inputs hold: both stay, since one matrix per output decides about a pair of them."""
     module: Any = call.module
-    state, weight = call.state, module.weight
-    for label in call.labels:
+    state = call.state
+    weight = call.argument(2, "weight") if module is None else module.weight
+    bias = call.argument(3, "bias") if module is None else module.bias
+    _check_bias(call, bias)
+    if id(weight) not in state.names:
+        call.refuse(f"{call.op} computes its weight")
+    for label in call.labels[:2]:
         for part in tensor_labels(label):
             state.freeze(part, f"{call.op} multiplies these channels with others")
     outputs = state.axis(state.names[id(weight)], 0, weight.shape[0])
-    state.bind(module.bias, outputs)
+    state.bind(bias, outputs)
     return along(outputs, call.value.ndim - 1, call.value.ndim)
 
 

@@ -6,6 +6,7 @@ along the other axes pass, so that the values of an attention can be pruned whil
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,12 +70,11 @@ def _product(call: Call, terms: Sequence[str], result: str) -> Label:
         if not isinstance(label, Tensor) or len(set(term)) < len(term) or len(term) != label.ndim:
             call.refuse(f"{call.op} mixes channels in a way that has no rule")
         labels.append(_summed(call, label, [dim for dim, letter in enumerate(term) if letter not in result]))
-    for place, (label, term) in enumerate(zip(labels[:-1], terms, strict=False)):  # of an outer product one side stays
-        later = {letter for other in terms[place + 1 :] for letter in other}
-        own = any(length > 1 and letter not in later for letter, length in zip(term, label.shape, strict=True))
-        if own and any(_varies(other, set(names) - set(term), names) for other, names in _after(labels, terms, place)):
+    for a, b in itertools.combinations(range(len(terms)), 2):  # of an outer product the narrower side stays
+        if _varies(labels[a], terms[a], terms[b]) and _varies(labels[b], terms[b], terms[a]):
+            place = a if labels[a].numel() <= labels[b].numel() else b
             reason = f"{call.op} multiplies every one of these channels with every one of others"
-            labels[place] = call.state.opaque(label, label, reason)
+            labels[place] = call.state.opaque(labels[place], labels[place], reason)
     values: list[Any] = []
     aligned: list[Tensor] = []
     for source, label, term in zip(call.sources, labels, terms, strict=True):
@@ -87,12 +87,9 @@ def _product(call: Call, terms: Sequence[str], result: str) -> Label:
     return _passed(call, aligned, values)
 
 
-def _after(labels: Sequence[Tensor], terms: Sequence[str], place: int) -> list[tuple[Tensor, str]]:
-    return list(zip(labels[place + 1 :], terms[place + 1 :], strict=True))
-
-
-def _varies(label: Tensor, letters: set[str], term: str) -> bool:
-    return any(length > 1 and letter in letters for letter, length in zip(term, label.shape, strict=True))
+def _varies(label: Tensor, term: str, other: str) -> bool:
+    """True if channels lie along an axis that the other operand does not have."""
+    return any(length > 1 and letter not in other for letter, length in zip(term, label.shape, strict=True))
 
 
 def _summed(call: Call, label: Tensor, dims: Sequence[int]) -> Tensor:

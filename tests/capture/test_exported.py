@@ -64,6 +64,21 @@ def test_it_is_pruned_like_the_network_that_torch_fx_can_trace(make: type[Plain]
     assert found.prunable_channels == plain.prunable_channels == 8 + 10
 
 
+class Twice(Checked):
+    """Siamese: every layer, a BatchNorm too, is called on two images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - super().forward(x.flip(-1))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is traced by torch.export")
+def test_layers_that_are_called_twice_are_exported() -> None:
+    groups = find_groups(Twice(), IMAGE)
+    assert groups.graph.meta["traced_by"] == "torch.export"
+    assert groups.num_channels[0] == 8 + 10
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is traced by torch.export")
 def test_it_is_reconfigured_twice_and_a_branch_goes() -> None:
