@@ -4,8 +4,9 @@
 
 Every run is imitated on the network, data and length of every other run, which plays no part in the plan. One row per
 pair: inference FLOPs, training FLOPs and BatchNorm traffic of dense, planned minus recorded, in points; and how far the
-FLOPs of an epoch's network are off, on average over the epochs. A run imitated on its own data shows the error of the
-method alone.
+FLOPs of an epoch's network are off, on average over the epochs. Columns that begin with `told`: the plan was told the
+inference FLOPs of the run that is left out, which say how hard it prunes. A run imitated on its own data shows the
+error of the method alone.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def setting(target: Trace) -> PlanOptions:
 
 
 @functools.cache
-def imitation(source: Path, model: str, options: PlanOptions) -> Trace:
+def imitation(source: Path, model: str, options: PlanOptions, strength: str = "") -> Trace:
     """A plan that prunes as the run in the file `source` did; runs of one setting share it."""
-    return ptsim.plan(model, options, pruning=f"like:{source}")
+    return ptsim.plan(model, options, pruning=f"like:{source}{strength}")
 
 
 def epoch_fractions(trace: Trace) -> pd.Series[float]:
@@ -62,6 +63,8 @@ def table(traces: Sequence[Trace]) -> pd.DataFrame:
         for target in traces:
             planned = imitation(source.path, target.run.model, setting(target))
             ours, theirs = fractions(planned), fractions(target)
+            strength = f",inference={theirs.inference_flops_fraction:.4f}"
+            told = imitation(source.path, target.run.model, setting(target), strength)
             rows.append(
                 {
                     "imitated": source.path.stem,
@@ -70,6 +73,10 @@ def table(traces: Sequence[Trace]) -> pd.DataFrame:
                     "training_points": 100 * (ours.training_flops_fraction - theirs.training_flops_fraction),
                     "bn_points": 100 * (ours.bn_bytes_fraction - theirs.bn_bytes_fraction),
                     "epoch_points": 100 * (epoch_fractions(planned) - epoch_fractions(target)).abs().mean(),
+                    "told_training_points": 100
+                    * (fractions(told).training_flops_fraction - theirs.training_flops_fraction),
+                    "told_bn_points": 100 * (fractions(told).bn_bytes_fraction - theirs.bn_bytes_fraction),
+                    "told_epoch_points": 100 * (epoch_fractions(told) - epoch_fractions(target)).abs().mean(),
                 }
             )
     return pd.DataFrame(rows)
@@ -84,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = table([ptsim.read_trace(path) for path in arguments.traces or PRUNED])
     print(rows.to_string(index=False, float_format=lambda value: f"{value:.1f}"))
     others = rows[rows.imitated != rows.left_out]
-    for name in ("inference", "training", "bn", "epoch"):
+    for name in ("inference", "training", "bn", "epoch", "told_training", "told_bn", "told_epoch"):
         print(f"{name}: mean error {others[f'{name}_points'].abs().mean():.1f} points on runs left out")
     if arguments.out is not None:
         write_whole(arguments.out, rows.to_csv(index=False, float_format="%.3f"))

@@ -42,8 +42,9 @@ class PlannedRun:
     """Epochs between reconfigurations. Default: the published run's, else 5."""
     pruning: str = _UNSAID.pruning
     """How the run prunes. One of: none; targets, for example training=0.60,inference=0.47, to which bn=, layers= and
-    saturates= may be added; like:TRACE, as another run did; a published run, for example
-    lym2019/resnet50-imagenet-r0.25, which also supplies what is not given here; a TOML file."""
+    saturates= may be added; like:TRACE, as another run did, or like:TRACE,inference=0.47, down to these inference
+    FLOPs; a published run, for example lym2019/resnet50-imagenet-r0.25, which also supplies what is not given here; a
+    TOML file."""
     network: NetworkOptions = NetworkOptions()
     precision: PrecisionName = "fp32"
     """Number format of the matrix products; amp is fp16 autocast."""
@@ -82,7 +83,7 @@ def plan(
         raise FileFormatError(out, "its folder does not exist")
     check_writable(out)
     if run.pruning.startswith("like:"):
-        trace_path(run.pruning.removeprefix("like:"))  # before torch is imported
+        trace_path(run.pruning.removeprefix("like:").partition(",inference=")[0])  # before torch is imported
     elif run.pruning.endswith(".toml"):
         read_toml(run.pruning)
     trace = plan_run(model, run.options())

@@ -79,26 +79,39 @@ def project(
         project(other, cluster, num_gpus, options, device=device, device_profile=device_profile, cache=scenario.cache)
         for other in trace.drawn()[1:]
     ]
-    return _with_draws(projection, [other.total_s for other in others])
+    return _with_draws(projection, others)
 
 
-def _with_draws(projection: RunProjection, others_s: Sequence[float]) -> RunProjection:
-    """The projection with the spread of drawn trajectories around it in its intervals."""
+def _with_draws(projection: RunProjection, others: Sequence[RunProjection]) -> RunProjection:
+    """The projection with the spread of drawn trajectories around it in all its intervals: run, epochs, changes."""
     total_s = projection.total_s
-    spread = math.sqrt(statistics.fmean(math.log(other_s / total_s) ** 2 for other_s in others_s))
-    low = total_s / spread_on_top(total_s / projection.low_s, spread) / projection.low_s
-    high = total_s * spread_on_top(projection.high_s / total_s, spread) / projection.high_s
+    spread = _log_spread(total_s, [other.total_s for other in others])
+    low_s, high_s = _widened(projection.low_s, total_s, projection.high_s, spread)
+    low, high = low_s / projection.low_s, high_s / projection.high_s
     energy_low_j, energy_high_j = projection.energy_low_j, projection.energy_high_j
+    changes_s = projection.reconfiguration_s
+    changes_low_s, changes_high_s = _widened(
+        projection.reconfiguration_low_s,
+        changes_s,
+        projection.reconfiguration_high_s,
+        _log_spread(changes_s, [other.reconfiguration_s for other in others]),
+    )
     return msgspec.structs.replace(
         projection,
+        epochs=tuple(
+            _epoch_with_draws(epoch, drawn)
+            for epoch, *drawn in zip(projection.epochs, *(other.epochs for other in others), strict=True)
+        ),
         draw_spread=spread,
-        low_s=projection.low_s * low,
-        high_s=projection.high_s * high,
+        low_s=low_s,
+        high_s=high_s,
+        reconfiguration_low_s=changes_low_s,
+        reconfiguration_high_s=changes_high_s,
         energy_low_j=None if energy_low_j is None else energy_low_j * low,
         energy_high_j=None if energy_high_j is None else energy_high_j * high,
         notes=(
             *projection.notes,
-            f"{len(others_s)} other planned trajectories agree with what was given; their times differ from this one's "
+            f"{len(others)} other planned trajectories agree with what was given; their times differ from this one's "
             f"by {spread:.1%} (standard deviation), which is in the interval",
         ),
     )
@@ -107,6 +120,24 @@ def _with_draws(projection: RunProjection, others_s: Sequence[float]) -> RunProj
 def _input_images_per_s(epoch: EpochProjection) -> float:
     """What one GPU would need from its host never to wait."""
     return epoch.batch_per_gpu / (epoch.compute_s + epoch.straggler_wait_s + epoch.exposed_communication_s)
+
+
+def _epoch_with_draws(epoch: EpochProjection, drawn: Sequence[EpochProjection]) -> EpochProjection:
+    spread = _log_spread(epoch.total_s, [other.total_s for other in drawn])
+    low_s, high_s = _widened(epoch.low_s, epoch.total_s, epoch.high_s, spread)
+    return msgspec.structs.replace(epoch, low_s=low_s, high_s=high_s)
+
+
+def _log_spread(seconds: float, others: Sequence[float]) -> float:
+    """Standard deviation of the others' logarithms around that of `seconds`; of those that take time at all."""
+    logs = [math.log(other / seconds) ** 2 for other in others if seconds > 0 and other > 0]
+    return math.sqrt(statistics.fmean(logs)) if logs else 0.0
+
+
+def _widened(low_s: float, middle_s: float, high_s: float, spread: float) -> tuple[float, float]:
+    """The ends of an interval with a log-normal spread on top; ends that are 0 stay."""
+    low = middle_s / spread_on_top(middle_s / low_s, spread) if low_s > 0 else low_s
+    return low, middle_s * spread_on_top(high_s / middle_s, spread) if middle_s > 0 else high_s
 
 
 def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:

@@ -65,6 +65,7 @@ def small(num_classes=10):
     )
 small.input_shape = (3, 16, 16)
 """
+RECORDED = Path(__file__).parents[2] / "traces" / "cifar10-resnet20" / "prunetrain-r0.2.jsonl"
 BASE = {"images": 1024, "epochs": 12, "batch": 32, "interval": 3}
 
 
@@ -152,6 +153,14 @@ class TestTargets:
         for end, alone in ((whole.low_s, typical.low_s), (whole.high_s, typical.high_s)):
             expected = math.hypot(math.log(alone / typical.total_s), 1.645 * spread)
             assert abs(math.log(end / typical.total_s)) == pytest.approx(expected)
+        for index, epoch in enumerate(typical.epochs):
+            theirs = [math.log(other.epochs[index].total_s / epoch.total_s) for other in others]
+            expected = math.hypot(math.log(epoch.high_s / epoch.total_s), 1.645 * math.hypot(*theirs) / math.sqrt(2))
+            assert math.log(whole.epochs[index].high_s / epoch.total_s) == pytest.approx(expected)
+            assert whole.epochs[index].total_s == epoch.total_s
+        assert whole.epochs[0].high_s == typical.epochs[0].high_s  # nothing is pruned yet
+        assert whole.epochs[-1].high_s > typical.epochs[-1].high_s
+        assert whole.reconfiguration_high_s >= typical.reconfiguration_high_s
         (comparison,) = compare_runs([planned])
         (row,) = savings_frame([comparison], Projector(cluster, Options()), [2]).to_dict("records")
         dense = project(held_dense(planned), cluster, 2)
@@ -272,11 +281,35 @@ class TestKinds:
 
     @pytest.mark.slow
     def test_a_recorded_run_carried_over_to_its_own_network_prunes_as_it_did(self) -> None:
-        recorded = read_trace(Path(__file__).parents[2] / "traces" / "cifar10-resnet20" / "prunetrain-r0.2.jsonl")
+        recorded = read_trace(RECORDED)
         trace = plan("resnet20", images=4000, epochs=30, batch=32, interval=3, pruning=f"like:{recorded.path}")
         ours, theirs = fractions(trace), fractions(recorded)
         assert ours.inference_flops_fraction == pytest.approx(theirs.inference_flops_fraction, abs=0.01)
         assert ours.training_flops_fraction == pytest.approx(theirs.training_flops_fraction, abs=0.01)
+
+    @pytest.mark.slow
+    def test_a_recorded_run_is_carried_over_down_to_given_flops(self) -> None:
+        """Another strength of the same course: its widths are the recorded ones to one power, and it is met."""
+        size, like = {"images": 4000, "epochs": 30, "batch": 64, "interval": 3}, f"like:{RECORDED}"
+        harder, same = (plan("resnet20", **size, pruning=like + strength) for strength in (",inference=0.3", ""))
+        assert fractions(harder).inference_flops_fraction == pytest.approx(0.3, abs=0.005)
+        assert fractions(harder).training_flops_fraction < fractions(same).training_flops_fraction
+        assert "how hard" not in str(harder.run.assumed)
+        assert "as hard as the recorded one at penalty ratio 0.2; another ratio" in same.run.assumed[-1].what
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("given", "problem"),
+        [("0.47x", "inference is '0.47x', expected a number"), ("0", "fraction above 0"), ("1.2", "at most 1")],
+    )
+    def test_a_strength_that_is_no_fraction_is_refused(self, given: str, problem: str) -> None:
+        with pytest.raises(UsageError, match=problem):
+            plan("resnet20", **BASE, pruning=f"like:{RECORDED},inference={given}")
+
+    def test_a_path_may_hold_an_equals_sign(self, model: str) -> None:
+        for pruning in ("like:runs/lr=0.1/trace.jsonl", "lr=0.1.toml"):
+            with pytest.raises(PtsimError, match=r"lr=0\.1"):
+                plan(model, **BASE, pruning=pruning)
 
     @pytest.mark.slow
     def test_a_run_without_a_reconfiguration_cannot_be_imitated(self, model: str, tmp_path: Path) -> None:

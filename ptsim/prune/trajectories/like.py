@@ -6,25 +6,47 @@ import numpy as np
 
 from ptsim.errors import UsageError
 from ptsim.network import LayerKind
-from ptsim.prune.trajectories.problem import Problem, Trajectory, register
+from ptsim.prune.trajectories.polish import polished
+from ptsim.prune.trajectories.problem import Problem, Trajectory, Widths, register
 from ptsim.prune.trajectories.roles import roles
-from ptsim.prune.trajectories.targets import SCATTER
+from ptsim.prune.trajectories.targets import SCATTER, TOLERANCE, root
 from ptsim.trace.io import read_trace
 from ptsim.trace.pace import changes
 from ptsim.trace.schema import Assumption
 from ptsim.trace.trace import Trace
 
 _PREFIX = "like:"
+STRENGTH = ",inference="  # what may follow the trace
+_STRENGTHS = -5.0, 5.0  # logarithms of the power of densities
 
 
-@register(lambda: ("like:TRACE",), lambda text: text.startswith(_PREFIX))
+@register(lambda: ("like:TRACE[,inference=…]",), lambda text: text.startswith(_PREFIX))
 def from_trace(text: str, problem: Problem) -> Trajectory:
-    """The trajectory of "like:TRACE"."""
-    return imitate(read_trace(text.removeprefix(_PREFIX)), problem)
+    """The trajectory of "like:TRACE" or "like:TRACE,inference=0.47".
+
+    Raises:
+        UsageError: what `imitate` raises, or the fraction is no number above 0 and at most 1.
+    """
+    name, given, value = text.removeprefix(_PREFIX).partition(STRENGTH)
+    if not given:
+        return imitate(read_trace(name), problem)
+    try:
+        inference = float(value)
+    except ValueError as error:
+        raise UsageError(f"pruning target inference is {value!r}, expected a number between 0 and 1") from error
+    if not 0 < inference <= 1:
+        raise UsageError(f"pruning target inference is {value}, expected a fraction above 0 and at most 1")
+    return imitate(read_trace(name), problem, inference=inference)
 
 
-def imitate(trace: Trace, problem: Problem) -> Trajectory:
+def imitate(trace: Trace, problem: Problem, *, inference: float | None = None) -> Trajectory:
     """How `trace` pruned, carried over to another network, data set or length.
+
+    Args:
+        trace: of a run that was trained.
+        problem: what is planned.
+        inference: FLOPs of the last network, of dense: every edge's density is raised to one power that meets them.
+            None keeps the densities of the recorded run.
 
     Raises:
         UsageError: the trace is planned, or no reconfiguration of it changed the network.
@@ -40,15 +62,37 @@ def imitate(trace: Trace, problem: Problem) -> Trajectory:
         course = np.array([np.interp(edge.depth, depths, row) for row in densities[:, same]])
         wanted[:, index] = np.interp(problem.progress, times, course)
     scatter = np.exp(SCATTER * problem.noise())
-    widths = problem.rounded(wanted**scatter)
-    return Trajectory(
-        widths=widths,
-        assumed=(
-            Assumption(
-                what="channels go as in the recorded run, by progress, relative depth and role",
-                source=f"{trace.path} ({trace.run.model} on {trace.run.dataset.name})",
-            ),
-        ),
+    source = f"{trace.path} ({trace.run.model} on {trace.run.dataset.name})"
+    what = "channels go as in the recorded run, by progress, relative depth and role"
+    if inference is None:
+        return Trajectory(
+            widths=problem.rounded(wanted**scatter),
+            assumed=(Assumption(what=what, source=source), _same_strength(trace, source)),
+        )
+    aimed = {"inference": inference}
+    # A branch that is gone has a little less than half a channel, so that a softer run may keep some of it.
+    wanted = np.maximum(wanted, 0.4 / problem.full)
+
+    def of_strength(logarithm: float) -> Widths:
+        return problem.rounded(wanted ** (scatter * np.exp(logarithm)))
+
+    def final(logarithm: float) -> float:
+        return float(problem.table.fractions(of_strength(logarithm)[-1:])[0][0])
+
+    widths = polished(of_strength(root(final, *_STRENGTHS, inference, steps=45)), aimed, problem, tolerance=TOLERANCE)
+    given = Assumption(what=f"inference FLOPs {inference:g} of dense", source="--pruning")
+    return Trajectory(widths=widths, assumed=(Assumption(what=what, source=source), given), targets=aimed)
+
+
+def _same_strength(trace: Trace, source: str) -> Assumption:
+    """What is not carried over: how hard a run prunes."""
+    ratio, gates = trace.penalty_ratio, trace.run.hyperparameters.get("mode") == "gating"
+    of = "" if ratio is None else f" at penalty ratio {ratio:g}"
+    gated = ", which gated its channels and keeps fewer than a union would" if gates else ""
+    return Assumption(
+        what=f"the run prunes as hard as the recorded one{of}{gated}; another ratio, data set or length may prune far "
+        f"more or less: {STRENGTH.strip(',')}… says how hard",
+        source=source,
     )
 
 

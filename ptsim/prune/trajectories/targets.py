@@ -40,6 +40,11 @@ class Targets:
     saturates: float = 1.0
 
 
+def _is_targets(text: str) -> bool:
+    """True for `word=…`, unless it is a file; paths may hold a = too."""
+    return "=" in text and text.partition("=")[0].strip().isidentifier() and not text.endswith(".toml")
+
+
 def parse_targets(text: str) -> Targets:
     """The targets of "training=0.60,inference=0.47,bn=0.63".
 
@@ -67,7 +72,7 @@ def parse_targets(text: str) -> Targets:
     return Targets(**found)
 
 
-@register(lambda: ("training=…,inference=…[,bn=…,layers=…,saturates=…]",), lambda text: "=" in text)
+@register(lambda: ("training=…,inference=…[,bn=…,layers=…,saturates=…]",), _is_targets)
 def from_targets(text: str, problem: Problem) -> Trajectory:
     """The trajectory of targets on the command line."""
     return meet(parse_targets(text), problem, source=f"--pruning {text}")
@@ -130,7 +135,7 @@ class _Solver:
         def traffic(tilt: float) -> float:
             return self._over_run(self.table.fractions(self.widths(tilt))[2])
 
-        return _root(traffic, *_TILTS, bn, steps=30)
+        return root(traffic, *_TILTS, bn, steps=30)
 
     def check_traffic(self, bn: float, widths: Widths) -> None:
         """Refuse a BatchNorm traffic from which the nearest widths that were found are still far."""
@@ -145,7 +150,7 @@ class _Solver:
         def over_run(course: float) -> float:
             return self._over_run(self.table.fractions(self._at(course, hazard))[1])
 
-        return self._at(_root(over_run, *_COURSES, self.targets.training, steps=45), hazard)
+        return self._at(root(over_run, *_COURSES, self.targets.training, steps=45), hazard)
 
     def _hazard(self, tilt: float) -> np.ndarray:
         """The hazard of every edge at which the last network has the inference FLOPs that are asked for."""
@@ -155,7 +160,7 @@ class _Solver:
         def final(strength: float) -> float:
             return float(self.table.fractions(self._rounded(np.ones(1), strength * relative))[0][-1])
 
-        return _root(final, 1e-9, 60.0, self.targets.inference, steps=45) * relative
+        return root(final, 1e-9, 60.0, self.targets.inference, steps=45) * relative
 
     def _missed_by(self, offset: np.ndarray) -> float:
         """How far the last network stays from its inference FLOPs with these rounding points."""
@@ -225,7 +230,7 @@ class _Solver:
         )
 
 
-def _root(function: Callable[[float], float], low: float, high: float, wanted: float, *, steps: int) -> float:
+def root(function: Callable[[float], float], low: float, high: float, wanted: float, *, steps: int) -> float:
     """Where a monotone function, which may have steps, comes closest to `wanted`."""
     ends = {low: function(low), high: function(high)}
     rising = ends[high] > ends[low]
