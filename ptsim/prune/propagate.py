@@ -47,9 +47,9 @@ def skeleton(model: nn.Module) -> nn.Module:
 class Propagation(fx.Interpreter):
     """One pass over one graph; slots, pairs and freezes accumulate over several graphs of the same model in `state`."""
 
-    def __init__(self, module: fx.GraphModule, state: State, mode: str) -> None:
+    def __init__(self, module: fx.GraphModule, state: State, mode: str, device: torch.device) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.mode = mode
+        self.mode, self.device = mode, device
         self.looked: dict[str, str] = module.meta["looked"]
         self.state = state
         self.labels: dict[fx.Node, Label] = {}
@@ -57,7 +57,8 @@ class Propagation(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run the node on meta tensors, then its rule on the labels."""
-        value = super().run_node(n)
+        with self.device:  # where the code makes tensors without saying where; labels are real
+            value = super().run_node(n)
         n.meta["value"] = value
         known = len(self.state.numbers)
         self.labels[n] = self._rule(n, value)
@@ -230,8 +231,8 @@ def propagate(
             if mode == "eval" and traced.code == graphs["train"].code:
                 break
             traced.train(mode == "train")
-            with torch.no_grad(), images.device:  # where the code makes tensors without saying where
-                Propagation(traced, state, mode).run(images)
+            with torch.no_grad():
+                Propagation(traced, state, mode, images.device).run(images)
             graphs[mode] = traced
     for module, training in modes.items():
         module.training = training
