@@ -112,6 +112,14 @@ class KinetoImport(msgspec.Struct, frozen=True, kw_only=True):
     profile: DeviceProfile
 
 
+def _passes(steps: Sequence[Step], notes: list[str]) -> int:
+    """How many passes a step usually adds up."""
+    passes = _most([step.passes for step in steps]) or 1
+    if passes > 1:
+        notes.append(f"a step adds up the gradients of {passes} passes; the profile's step is one pass with the update")
+    return passes
+
+
 def _read(paths: Sequence[str | Path]) -> tuple[list[Recording], list[list[Step]]]:
     """Every rank's recording, and its steps."""
     if not paths:
@@ -154,9 +162,7 @@ def import_kineto(
     times, rows = _operators(calls, setting, len(everything), notes)
     batch = _most([time.operator.batch for time in times])
     optimizer = _optimizer(recordings, everything, notes)
-    passes = _most([step.passes for step in everything]) or 1
-    if passes > 1:
-        notes.append(f"a step adds up the gradients of {passes} passes; the profile's step is one pass with the update")
+    passes = _passes(everything, notes)
     ranks = tuple(map(_rank_times, recordings, steps))
     mean = _mean_times(ranks)
     world_size = next((recording.world_size for recording in recordings if recording.world_size), None)
