@@ -120,12 +120,13 @@ def _passes(steps: Sequence[Step], notes: list[str]) -> int:
     return passes
 
 
-def _read(paths: Sequence[str | Path]) -> tuple[list[Recording], list[list[Step]]]:
-    """Every rank's recording, and its steps."""
+def _read(paths: Sequence[str | Path]) -> tuple[list[Recording], list[list[Step]], list[Step]]:
+    """Every rank's recording, its steps, and the steps of all ranks."""
     if not paths:
         raise UsageError("no profile was named")
     recordings = [read_recording(path) for path in paths]
-    return recordings, [read_steps(recording) for recording in recordings]
+    steps = [read_steps(recording) for recording in recordings]
+    return recordings, steps, list(itertools.chain.from_iterable(steps))
 
 
 def import_kineto(
@@ -153,8 +154,7 @@ def import_kineto(
         FileFormatError: a file is not what torch.profiler writes, or holds no training step.
         UsageError: no file, files of different devices, or nothing names the device or its memory.
     """
-    recordings, steps = _read(paths)
-    everything = list(itertools.chain.from_iterable(steps))
+    recordings, steps, everything = _read(paths)
     calls = [call for step in everything for call in step.calls]
     notes: list[str] = []
     setting = _setting(calls, recordings[0].on_gpu, precision, memory_format, notes)
