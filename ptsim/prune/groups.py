@@ -312,7 +312,10 @@ def _out_of_place(groups: ChannelGroups, removed: Tensor, state: State) -> Tenso
     """
     wrong = [NO_SLOTS]
     for key, labels in groups.moves.items():
-        for before, label in zip(labels, state.moves.get(key, labels), strict=True):
+        found = state.moves.get(key, labels)
+        if len(found) != len(labels):  # a list of fewer parts: each is looked at where it is taken from the list
+            continue
+        for before, label in zip(labels, found, strict=True):
             parts, after = before.flatten(), label.flatten().clamp(min=-1)
             component = groups.part_of[parts.clamp(min=0)]
             stays = (parts < 0) | ~groups.prunable[component]

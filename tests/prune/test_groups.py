@@ -17,6 +17,7 @@ from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.network import LayerKind
 from ptsim.prune import function_rules, rules
 from ptsim.prune.groups import find_groups
+from ptsim.prune.propagate import skeleton
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.structure import apply_structure, structure_of
 from tests.prune.helpers import SMALL_IMAGE, same_function, small_resnet
@@ -30,6 +31,12 @@ def test_a_cifar_resnet_has_one_edge_per_stage_and_one_per_block() -> None:
     assert edges["layer1.0.conv1"].members == ("layer1.0.conv1 (out)", "layer1.0.conv2 (in)")
     assert sum(edge.prunable for edge in edges.values()) == 3 + 9
     assert edges["fc"].reason == "it is the network's output"
+
+
+def test_channels_are_found_on_shapes_alone_also_in_a_network_without_storage() -> None:
+    groups = find_groups(small_resnet(), SMALL_IMAGE)
+    assert groups.shapes_only
+    assert find_groups(skeleton(small_resnet()), SMALL_IMAGE).num_components == groups.num_components
 
 
 def test_layer_norm_over_channels_is_refused_by_name_and_the_hidden_layer_is_not() -> None:

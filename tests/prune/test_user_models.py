@@ -293,6 +293,10 @@ CASES = {
     "a part by a fixed number, shifted": Case(
         lambda: User(lambda m, x, y: torch.cat([x[:, :4].roll(1, 2), x[:, 4:]], 1)), "c", "a", "would mix up"
     ),
+    "pieces of two in reverse": Case(lambda: User(lambda m, x, y: torch.cat(x.split(2, 1)[::-1], 1)), "a c"),
+    "the first piece of two with an activation": Case(
+        lambda: User(lambda m, x, y: torch.cat([x.split(2, 1)[0].tanh(), *x.split(2, 1)[1:4]], 1)), "c", "a"
+    ),
     "every second channel": Case(
         lambda: User(lambda m, x, y: torch.cat([x[:, ::2].relu(), x[:, 1::2].tanh()], 1)), "a c"
     ),
