@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,13 +48,23 @@ class NoArithmetic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's gap
+        self._readers = _Readers()
+
+    def __enter__(self) -> Any:
+        self._readers.__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call] # torch's gap
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call] # torch's gap
+        self._readers.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         written_down = func is _aten.lift_fresh.default  # a number or a list of them has become a tensor
         if written_down or all(getattr(tensor, _KNOWN, False) for tensor in _tensors(args, kwargs)):
             return self._numbers(func, args, kwargs)
-        key = (func, _signature(args), *((name, _signature(value)) for name, value in kwargs.items()))
+        given = [(name, _signature(value)) for name, value in kwargs.items()]
+        key = (func, torch.get_default_dtype(), _signature(args), *given)
         if key not in _RESULTS:
             if len(_RESULTS) >= _MOST_RESULTS:
                 _RESULTS.clear()
@@ -71,6 +83,18 @@ class NoArithmetic(TorchDispatchMode):
                 if isinstance(leaf, Tensor):
                     setattr(leaf, _KNOWN, True)
         return result
+
+
+class _Readers(TorchFunctionMode):
+    """Refuses what reads a tensor's memory past its operators."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READERS and not getattr(args[0], _KNOWN, False):
+            raise RuntimeError(f"its code looks at the values of a tensor ({func.__name__})")
+        return func(*args, **(kwargs or {}))
+
+
+_READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 
 def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
@@ -114,8 +138,8 @@ def _results(func: Any, args: Any, kwargs: Any) -> _Results:
     no_tensor = all("Tensor" not in str(returned.type) for returned in func._schema.returns)
     if no_tensor or torch.Tag.inplace_view in func.tags or (device is not None and device.type != "cpu"):
         return None
-    if func in _SHORT_WAYS and args[5 if func is _aten.native_batch_norm.default else 7]:
-        return _SHORT_WAYS[func](args)
+    if func in _SHORT_WAYS:
+        return _SHORT_WAYS[func](*args)
     hollow = pytree.tree_map_only(Tensor, _without_storage, (args, kwargs))
     if device is not None:
         hollow[1]["device"] = torch.device("meta")
@@ -156,28 +180,67 @@ def _without_storage(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def _like(tensor: Tensor) -> _Made:
-    made = torch.empty_like(_without_storage(tensor))
+def _like(x: Tensor) -> _Made:
+    """Of the shape of `x`, in the layout that kernels for images choose: channels-last if `x` has it, or contiguous."""
+    made = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=suggest_memory_format(x))
     return _Made(made.shape, made.stride(), made.dtype)
 
 
-def _normalised(args: Any) -> _Results:
-    """Of `native_batch_norm` in training: the output, and mean and deviation of every channel."""
-    x, weight = args[:2]
+def _vector(*shape: int, x: Tensor, weight: Tensor | None) -> _Made:
     # With wider weights than images the CPU, as a GPU, keeps its statistics in their width.
-    dtype = x.dtype if weight is None else weight.dtype
-    return _like(x), _Made(x.shape[1:2], (1,), dtype), _Made(x.shape[1:2], (1,), dtype)
+    made = torch.empty(shape, dtype=x.dtype if weight is None else weight.dtype, device="meta")
+    return _Made(made.shape, made.stride(), made.dtype)
 
 
-def _normalised_back(args: Any) -> _Results:
-    """Of `native_batch_norm_backward`: the gradients of images, weight and bias that its mask asks for."""
-    x, weight, wanted = args[1], args[2], args[9]
-    found = (_like(x), *(_Made(x.shape[1:2], (1,), x.dtype if weight is None else weight.dtype) for _ in range(2)))
-    return tuple(made if asked else None for made, asked in zip(found, wanted, strict=True))
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Any, mean: Any, variance: Any, training: bool, *_: Any
+) -> _Results:
+    """The output; of a training step mean and deviation of every channel, else nothing in their places."""
+    statistics = _vector(x.shape[1] if training else 0, x=x, weight=weight)
+    return _like(x), statistics, statistics
 
 
-# The operators' own way on tensors without storage is through a dozen others.
-_SHORT_WAYS: dict[Any, Callable[[Any], _Results]] = {
-    _aten.native_batch_norm.default: _normalised,
-    _aten.native_batch_norm_backward.default: _normalised_back,
+def _batch_norm_back(gradient: Any, x: Tensor, weight: Tensor | None, *more: Any) -> _Results:
+    """The gradients of images, weight and bias that the mask asks for."""
+    vector = _vector(x.shape[1], x=x, weight=weight)
+    return _masked((_like(x), vector, vector), more[-1])
+
+
+def _group_norm(
+    x: Tensor, weight: Tensor | None, bias: Any, n: int, channels: int, pixels: int, groups: int, *_: Any
+) -> _Results:
+    """The output, and mean and deviation of every group of every image."""
+    statistics = _vector(n, groups, x=x, weight=weight)
+    return _like(x), statistics, statistics
+
+
+def _group_norm_back(
+    gradient: Any, x: Tensor, mean: Any, deviation: Any, weight: Tensor | None, *more: Any
+) -> _Results:
+    """The gradients of images, weight and bias that the mask asks for."""
+    vector = _vector(x.shape[1], x=x, weight=weight)
+    return _masked((_like(x), vector, vector), more[-1])
+
+
+def _masked(made: tuple[_Made, ...], mask: list[bool]) -> _Results:
+    return tuple(result if asked else None for result, asked in zip(made, mask, strict=True))
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> _Results:
+    """The output, in the layout of the library that the CPU chooses; without storage it would always be contiguous."""
+    plain = _aten.convolution.default(*pytree.tree_map_only(Tensor, _without_storage, (x, weight, bias)), *how)
+    if x.dim() in (4, 5):  # of a row of values torch makes an image first, and that is contiguous
+        library = torch._C._select_conv_backend(x, weight, bias, *how)
+        layout = torch._C._conv_determine_backend_memory_format(x, weight, library)
+        plain = torch.empty_like(plain, memory_format=layout)
+    return _Made(plain.shape, plain.stride(), plain.dtype)
+
+
+# Where the operators' own way on tensors without storage gives another layout, or is through a dozen others.
+_SHORT_WAYS: dict[Any, Callable[..., _Results]] = {
+    _aten.convolution.default: _convolution,
+    _aten.native_batch_norm.default: _batch_norm,
+    _aten.native_batch_norm_backward.default: _batch_norm_back,
+    _aten.native_group_norm.default: _group_norm,
+    _aten.native_group_norm_backward.default: _group_norm_back,
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ptsim.capture.footprint import footprints
 from ptsim.capture.hollow import NoArithmetic
@@ -36,10 +38,73 @@ def test_what_is_changed_in_place_keeps_its_storage_and_its_values() -> None:
 def test_numbers_that_the_code_writes_down_are_computed() -> None:
     with NoArithmetic():
         assert (torch.tensor(3) * torch.arange(3).sum()).item() == 9
+        assert torch.arange(3).tolist() == [0, 1, 2]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+_KERNEL, _VECTOR = torch.ones(4, 4, 3, 3), torch.ones(4)
+_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "convolution": lambda x: F.conv2d(_channels_last(x), _KERNEL),
+    "kernel in channels-last": lambda x: F.conv2d(x, _channels_last(_KERNEL)),
+    "depthwise": lambda x: F.conv2d(_channels_last(x), _KERNEL[:, :1], groups=4),
+    "transposed": lambda x: F.conv_transpose2d(_channels_last(x), _KERNEL, stride=2),
+    "row": lambda x: F.conv1d(x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2), _KERNEL[..., 0]),
+    "half": lambda x: F.conv2d(_channels_last(x).bfloat16(), _KERNEL.bfloat16()),
+    "batch norm": lambda x: F.batch_norm(x.transpose(2, 3), None, None, _VECTOR, _VECTOR, training=True),
+    "batch norm of rows": lambda x: F.batch_norm(x.flatten(2).mT.contiguous().mT, None, None, training=True),
+    "frozen batch norm": lambda x: F.batch_norm(_channels_last(x), _VECTOR, _VECTOR, _VECTOR),
+    "group norm": lambda x: F.group_norm(_channels_last(x), 2, _VECTOR, _VECTOR),
+    "group norm in half": lambda x: F.group_norm(x.bfloat16(), 2, _VECTOR, _VECTOR),
+}
+
+
+@pytest.mark.parametrize("name", _LAYOUTS)
+def test_layouts_and_widths_are_those_of_the_cpus_kernels(name: str) -> None:
+    def form_of_everything() -> list[object]:
+        kept: list[object] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(_form(tensor))
+            return tensor
+
+        x = torch.ones(2, 4, 6, 5, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = _LAYOUTS[name](x)
+        return [*kept, _form(y), *map(_form, torch.autograd.grad(y, x, torch.ones_like(y)))]
+
+    real = form_of_everything()
+    with NoArithmetic():
+        assert form_of_everything() == real
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def test_what_is_remembered_of_an_operator_holds_for_the_default_width_that_it_was_asked_with() -> None:
+    before = torch.get_default_dtype()
+    try:
+        for width in (torch.float32, torch.float64):
+            torch.set_default_dtype(width)
+            with NoArithmetic():
+                assert (torch.ones(3).long() + torch.rand(3).long()).div(2).dtype is width
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize(
-    "look", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: float(torch.rand(()))]
+    "look",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: float(torch.rand(())),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+    ],
 )
 def test_looking_at_a_value_that_is_not_there_is_an_error(look: object) -> None:
     assert callable(look)
