@@ -124,6 +124,7 @@ REACHED_BY = {
 }
 COVERED = {function: test for test, functions in REACHED_BY.items() for function in functions}
 UNREACHED = {
+    "costs/profiled:profiled_step": "reads a profile, which says on what it was measured",
     "cli/calibrate_network:_live": "all-reduces by NCCL need two GPUs",
     "measure/collectives:_timed": "the same",
     "measure/collectives:measure_table": "the same",
