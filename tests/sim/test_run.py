@@ -18,7 +18,7 @@ from ptsim.hardware.spec import Cluster
 from ptsim.network import LayerKind, Network, Precision
 from ptsim.setting import StepSetting
 from ptsim.sim.options import Options
-from ptsim.sim.projection import RunProjection, projections_frame
+from ptsim.sim.projection import EpochProjection, RunProjection, projections_frame
 from ptsim.sim.run import StepCache, change, project
 from ptsim.sim.scenario import recorded_jitter
 from ptsim.trace.io import read_trace
