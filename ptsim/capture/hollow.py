@@ -51,12 +51,12 @@ class NoArithmetic(TorchDispatchMode):
         self._readers = _Readers()
 
     def __enter__(self) -> Any:
-        self._readers.__enter__()
+        self._readers.__enter__()  # type: ignore[no-untyped-call] # torch's gap
         return super().__enter__()  # type: ignore[no-untyped-call] # torch's gap
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call] # torch's gap
-        self._readers.__exit__(*error)
+        self._readers.__exit__(*error)  # type: ignore[no-untyped-call] # torch's gap
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
