@@ -8,6 +8,8 @@ them); the memory footprints, which are no part of a network's identity, are sca
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import math
 from typing import Any
 
@@ -119,17 +121,54 @@ class _Seen:
 
 
 def _read_by_code(model: nn.Module, graph: fx.GraphModule) -> dict[tuple[str, str], Any]:
-    """What a trace depends on: the attributes of the modules whose code is traced, and which modules these have."""
+    """What a trace depends on: what the modules have whose code is traced, and what this code reads of the layers.
+
+    Layers are what the trace calls; pruning changes their numbers of channels.
+    """
     calls = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     inside = tuple(f"{call}." for call in calls)
+    called, read = [], set[str]()
     found: dict[tuple[str, str], Any] = {}
     for path, module in model.named_modules():
-        if path in calls or path.startswith(inside):
-            continue
-        found[path, "its type"] = f"{type(module).__module__}.{type(module).__qualname__}"
-        found[path, "its modules"] = tuple(module._modules)
-        found |= {(path, name): value for name, value in vars(module).items() if not name.startswith("_")}
+        if path in calls:
+            called.append((path, module))
+        elif not path.startswith(inside):
+            found[path, "its type"] = f"{type(module).__module__}.{type(module).__qualname__}"
+            found[path, "its modules"] = tuple(module._modules)
+            found |= {(path, name): value for name, value in vars(module).items() if not name.startswith("_")}
+            read |= _words(type(module), getattr(module.forward, "__func__", module.forward))
+    for path, module in called:
+        found |= {(path, name): vars(module)[name] for name in read & vars(module).keys()}
     return found
+
+
+@functools.cache
+def _words(kind: type[nn.Module], function: Any) -> frozenset[str]:
+    """Every name and word in the code of `function`, a method of `kind`, and of the functions that it may call."""
+    words, seen, waiting = set[str](), set[Any](), [function]
+    while waiting:
+        function = inspect.unwrap(waiting.pop())
+        code = getattr(function, "__code__", None)
+        if (
+            not inspect.iscode(code)
+            or code in seen
+            or str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
+        ):
+            continue
+        seen.add(code)
+        codes = [code]
+        while codes:
+            code = codes.pop()
+            names = {*code.co_names, *(word for word in code.co_consts if isinstance(word, str))}
+            codes += [part for part in code.co_consts if inspect.iscode(part)]
+            words |= names
+            for name in names:
+                method = inspect.getattr_static(kind, name, None)
+                waiting += [
+                    getattr(method, "fget", getattr(method, "__func__", method)),
+                    function.__globals__.get(name),
+                ]
+    return frozenset(words)
 
 
 def _equal(a: Any, b: Any) -> bool:

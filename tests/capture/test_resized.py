@@ -46,3 +46,44 @@ def test_a_model_is_traced_again_only_where_its_code_may_take_another_way(
     captured = capture_network(thin_copy(bones), name="scaled", input_shape=(3, 8, 8), num_classes=4)
     assert network.id == captured.id
     assert network.layers == captured.layers
+
+
+class _Reading(nn.Module):
+    """Its code looks at the width of one of its layers."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.first = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.second = nn.Conv2d(12, 4, 1)
+
+    @property
+    def narrow(self) -> bool:
+        return self.first.out_channels < 12
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm(self.first(x)))
+        narrow = {
+            "layer": lambda: self.second.in_channels < 12,
+            "property": lambda: self.narrow,
+            "function": lambda: _is_narrow(self.norm),
+            "word": lambda: getattr(self.first, "out_channels") < 12,  # noqa: B009 - as users write it
+        }
+        return self.second(torch.tanh(y) if narrow[self.where]() else y).mean((2, 3))
+
+
+def _is_narrow(norm: nn.BatchNorm2d) -> bool:
+    return norm.num_features < 12
+
+
+@pytest.mark.parametrize("where", ["layer", "property", "function", "word"])
+def test_code_that_looks_at_a_layers_width_takes_its_way_at_every_width(where: str) -> None:
+    bones = skeleton(_Reading(where))
+    known = Recapture(bones, name="reading", input_shape=(3, 8, 8), num_classes=4)
+    groups = find_groups(bones, (3, 8, 8))
+    sparse = torch.zeros(groups.num_components, dtype=torch.bool)
+    sparse[torch.nonzero(groups.prunable).flatten()[:5]] = True
+    remove_channels(bones, groups, sparse)
+    network = known.network(bones)
+    assert [layer.name for layer in network.layers] == ["first", "norm", "relu", "tanh", "second", "mean"]
