@@ -374,10 +374,11 @@ def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel |
         return None
     samples = []
     for epoch in trace.epochs[:num_epochs]:
-        profile = find_profile(trace.network_of(epoch), trace.profiles, trace.setting_of(epoch))
+        network, setting = trace.network_of(epoch), trace.setting_of(epoch)
+        profile = find_profile(network, trace.profiles, setting.one_pass)
         power_w = _mean_power_w(epoch)
         if profile is not None and power_w is not None and is_plausible(device, power_w):
-            step = step_of_profile(trace.network_of(epoch), profile, regularizer=epoch.regularized)
+            step = step_of_profile(network, profile, regularizer=epoch.regularized).accumulated(setting.passes)
             waiting_s = max(epoch.time.wall_s / epoch.num_iterations - step.compute_s, 0.0)
             samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=power_w))
     return fit_power(device, samples) if samples else None

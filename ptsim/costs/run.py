@@ -14,6 +14,7 @@ from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
+from ptsim.setting import StepSetting
 from ptsim.trace.trace import Trace
 
 
@@ -60,15 +61,15 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
     if world_size is not None and world_size <= 0:
         raise ValueError(f"world_size is {world_size}, expected a positive number of devices")
     device = recorded_device(trace)
-    needs: dict[tuple[str, int, int, int], int] = {}  # one iteration's peak; most epochs repeat the one before
+    needs: dict[tuple[str, StepSetting], int] = {}  # one iteration's peak; most epochs repeat the one before
     costs = []
     for epoch in trace.epochs:
         network = trace.network_of(epoch)
         size, batch = world_size or epoch.world_size, epoch.batch_per_gpu
         bn_bytes = batch_norm_bytes(network, trace.run.precision.activation_bytes)
-        asked = epoch.architecture, epoch.batch_per_gpu, epoch.world_size, epoch.passes
+        asked = epoch.architecture, trace.setting_of(epoch)
         if asked not in needs:
-            needs[asked] = iteration_memory(network, trace.setting_of(epoch), device=device).peak_bytes
+            needs[asked] = iteration_memory(network, asked[1], device=device).peak_bytes
         gradient_bytes = network.gradient_bytes * epoch.num_iterations
         costs.append(
             EpochCost(

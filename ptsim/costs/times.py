@@ -67,6 +67,8 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
 
         The interval is as wide relative to the step as before.
         """
+        if passes == self.passes:
+            return self
         times = passes / self.passes
         step = msgspec.structs.replace(
             self,
@@ -77,7 +79,7 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
             overhead_s=times * self.overhead_s,
             passes=passes,
         )
-        wider = step.compute_s / self.compute_s
+        wider = step.compute_s / self.compute_s if self.compute_s else 1.0
         return msgspec.structs.replace(step, low_s=wider * self.low_s, high_s=wider * self.high_s)
 
 

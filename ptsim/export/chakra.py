@@ -24,7 +24,7 @@ import msgspec
 
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.flops import layer_macs
-from ptsim.costs.measured import step_of_profile
+from ptsim.costs.measured import find_profile, step_of_profile
 from ptsim.costs.times import StepTime
 from ptsim.costs.traffic import network_traffic, update_traffic
 from ptsim.criteria import penalty_work
@@ -238,11 +238,12 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
 def _step_content(trace: Trace, epochs: Sequence[Epoch], ranks: int) -> bytes:
     """What every rank's file of epochs with one architecture and mini-batch holds."""
     architecture, batch = epochs[0].architecture, epochs[0].batch_per_gpu
-    same = [p for p in trace.profiles if (p.architecture, p.batch) == (architecture, batch)]
-    profile, network = same[-1] if same else None, trace.networks[architecture]
+    network = trace.networks[architecture]
     typical = next((epoch for epoch in epochs if epoch.regularized), epochs[0])
     setting = msgspec.structs.replace(trace.setting_of(typical), num_gpus=ranks)
-    step = None if profile is None else step_of_profile(network, profile, regularizer=typical.regularized)
+    profile, step = find_profile(network, trace.profiles, setting.one_pass), None
+    if profile is not None:
+        step = step_of_profile(network, profile, regularizer=typical.regularized).accumulated(setting.passes)
     nodes = step_nodes(network, setting, step=step)
     return encode_trace(
         nodes,

@@ -147,6 +147,9 @@ def test_the_power_model_is_fitted_to_what_nvml_sampled(tmp_path, runs):
     model = fit_power_model(ptsim.read_trace(runs[0]))
     assert model.source == "NVML samples"
     assert model.waiting_w < 300 < model.product_w  # 300 W is the mean of epochs that multiply, stream and wait
+    trace = ptsim.read_trace(runs[0])  # the same steps as one of two passes, each of which was profiled
+    passes = [msgspec.structs.replace(e, passes=2, batch_per_gpu=2 * e.batch_per_gpu) for e in trace.epochs]
+    assert fit_power_model(msgspec.structs.replace(trace, epochs=tuple(passes))) is not None
     silent = shrinking_trace(tmp_path / "silent.jsonl", energy=False)
     assert fit_power_model(ptsim.read_trace(silent)) is None
 

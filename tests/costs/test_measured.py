@@ -57,6 +57,13 @@ def test_a_step_in_three_passes_is_three_measured_passes_with_one_penalty_and_up
     assert step.accumulated(1).compute_s == pytest.approx(4.0)
 
 
+def test_a_step_that_takes_no_time_takes_none_in_several_passes():
+    parts = dict.fromkeys(("forward_s", "backward_s", "optimizer_s", "regularizer_s"), 0.0)
+    step = measured_step(NETWORK, [msgspec.structs.replace(PROFILE, **parts, step_s=1e-9)], fp32(64))
+    nothing = msgspec.structs.replace(step, overhead_s=0.0, low_s=0.0, high_s=0.0)
+    assert nothing.accumulated(4).compute_s == nothing.accumulated(4).high_s == 0
+
+
 def test_of_two_profiles_of_the_same_the_later_counts():
     later = msgspec.structs.replace(PROFILE, step_s=7.0)
     assert find_profile(NETWORK, [PROFILE, later], fp32(64)).step_s == 7.0

@@ -40,3 +40,14 @@ def test_an_epoch_that_accumulates_gradients_needs_the_memory_of_a_pass(tmp_path
     need = iteration_memory(trace.network_of(second), trace.setting_of(second), device=recorded_device(trace))
     costs = run_cost(trace)
     assert costs[1].peak_memory_bytes == need.peak_bytes < costs[0].peak_memory_bytes
+
+
+def test_an_epoch_without_the_penalty_needs_no_memory_for_its_tables(tmp_path: Path) -> None:
+    trace = read_trace(shrinking_trace(tmp_path / "trace.jsonl"))
+    first, second, *rest = trace.epochs
+    first = msgspec.structs.replace(first, penalty_coefficient=0.0)
+    trace = msgspec.structs.replace(trace, epochs=(first, second, *rest))
+    costs = run_cost(trace)
+    gathered = sum(p.num_elements for p in trace.network_of(second).parameters if len(p.shape) > 1)
+    # Three tables of 4 bytes an entry; scratch after the backward pass is less than what is alive within it.
+    assert costs[1].peak_memory_bytes - costs[0].peak_memory_bytes == 3 * 4 * gathered

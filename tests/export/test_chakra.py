@@ -258,6 +258,18 @@ def test_layers_that_were_timed_one_by_one_are_scaled_to_the_step(tmp_path: Path
     assert [n.duration_micros for n in scaled] == pytest.approx([n.duration_micros for n in plain], abs=1)
 
 
+def test_a_step_of_two_passes_lasts_as_long_as_both_and_one_update(tmp_path: Path) -> None:
+    trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=1))
+    epoch, profile = trace.epochs[0], trace.profiles[0]
+    accumulated = msgspec.structs.replace(epoch, passes=2, batch_per_gpu=2 * profile.batch)
+    trace = msgspec.structs.replace(trace, epochs=(accumulated,))
+    _, nodes = decode(write_chakra(trace, tmp_path / "out", num_gpus=1)[0])
+    one_pass_s = profile.step_s - profile.optimizer_s - profile.regularizer_s
+    assert sum(node.duration_micros for node in nodes) == pytest.approx(
+        (2 * one_pass_s + profile.optimizer_s) * 1e6, abs=1
+    )
+
+
 def test_a_chain_by_hand() -> None:
     net = NetworkBuilder("chain", (3, 4, 4), 2)
     net.linear("fc", net.flatten("flat", net.relu("relu", net.conv("conv", None, 2))), 2)
