@@ -1,4 +1,4 @@
-"""Which pruning criteria are there, and what does the gradient of each one's penalty cost in a step?
+"""Which pruning criteria are there, and what does each one's penalty cost in a step?
 
 A criterion is a class (`ptsim.prune.criteria.registry.Criterion`). Another package adds its own by `CRITERIA.add`, or
 through an entry point whose value is the class::
@@ -12,12 +12,14 @@ ptsim's own criteria need torch; what they cost stands here, so that costs are c
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
-from ptsim.network import Layer, LayerKind, Network
+from ptsim.network import Layer, LayerKind, Network, Parameter
 from ptsim.registry import Registry
+from ptsim.setting import StepSetting
 
 if TYPE_CHECKING:
     from ptsim.prune.criteria.registry import Criterion
@@ -26,13 +28,13 @@ GROUP_LASSO = "group_lasso"
 
 
 class PenaltyWork(msgspec.Struct, frozen=True, kw_only=True):
-    """What adding the penalty's gradient to the weights' gradients takes.
+    """What adding the penalty's gradient to the weights' gradients takes, or its proximal step.
 
     Attributes:
         num_bytes: read and written.
         num_launches: kernels launched on a GPU.
         table_bytes: held all the time, beside the model.
-        scratch_bytes: taken at most while the gradient is added, and given back.
+        scratch_bytes: taken at most meanwhile, and given back.
     """
 
     num_bytes: int = 0
@@ -59,12 +61,8 @@ def group_lasso_work(network: Network, *, gpu: bool) -> PenaltyWork:
     (ForeachFunctors.cuh), or 2 launches a weight with norms of kernels. Three tables of 4 bytes an entry of the vector,
     and two vectors as scratch.
     """
-    layers = {layer.name: layer for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR)}
     entries, by_element, by_kernel, launches, accesses, scratch = 0, 0, 0, 0, 0, 0
-    for parameter in network.parameters:
-        layer = layers.get(parameter.layer)
-        if layer is None or len(parameter.shape) < 2 or _is_depthwise(layer):  # a bias has one axis
-            continue
+    for parameter in _penalised(network):
         elements = parameter.num_elements
         kernels = elements // math.prod(parameter.shape[2:])
         if not gpu or kernels > GATHERED_KERNELS:
@@ -84,40 +82,90 @@ def group_lasso_work(network: Network, *, gpu: bool) -> PenaltyWork:
     )
 
 
+def group_lasso_proximal(network: Network) -> PenaltyWork:
+    """Of the group lasso's proximal step, counted by hand from its code: each weight by itself, on every device.
+
+    For its input and for its output groups: squares 2 accesses an element, their sum 1, the scaled copy 2; 9 launches,
+    six of them on numbers of groups. Then the copy back: 2 accesses, 1 launch. Two copies of a weight as scratch.
+    """
+    sizes = [parameter.num_elements for parameter in _penalised(network)]
+    return PenaltyWork(
+        num_bytes=4 * 12 * sum(sizes), num_launches=19 * len(sizes), scratch_bytes=4 * 2 * max(sizes, default=0)
+    )
+
+
 def slimming_work(network: Network, *, gpu: bool) -> PenaltyWork:
     """Of network slimming: reads γ and its gradient, writes the gradient; two kernels (sign, add) per BatchNorm."""
-    norms = [layer.out_channels or 0 for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
+    norms = _norms(network)
     return PenaltyWork(num_bytes=3 * 4 * sum(norms), num_launches=2 * len(norms))
+
+
+def slimming_proximal(network: Network) -> PenaltyWork:
+    """Of network slimming's proximal step: sign, |γ|, difference, maximum and copy 2 accesses each, the product 3."""
+    norms = _norms(network)
+    return PenaltyWork(num_bytes=13 * 4 * sum(norms), num_launches=6 * len(norms))
 
 
 class _Work(Protocol):
     def __call__(self, network: Network, *, gpu: bool) -> PenaltyWork: ...
 
 
-_OWN: dict[str, tuple[str, _Work]] = {
-    GROUP_LASSO: ("ptsim.prune.criteria.group_lasso:GroupLasso", group_lasso_work),
-    "slimming": ("ptsim.prune.criteria.slimming:Slimming", slimming_work),
+class _Own(NamedTuple):
+    place: str
+    gradient: _Work
+    proximal: Callable[[Network], PenaltyWork]
+
+
+_OWN: dict[str, _Own] = {
+    GROUP_LASSO: _Own("ptsim.prune.criteria.group_lasso:GroupLasso", group_lasso_work, group_lasso_proximal),
+    "slimming": _Own("ptsim.prune.criteria.slimming:Slimming", slimming_work, slimming_proximal),
 }
 CRITERIA: Registry[type[Criterion]] = Registry(
-    "criterion", entry_points="ptsim.criteria", own={name: place for name, (place, _) in _OWN.items()}
+    "criterion", entry_points="ptsim.criteria", own={name: own.place for name, own in _OWN.items()}
 )
 
 
-def penalty_work(criterion: str, network: Network, *, gpu: bool) -> PenaltyWork:
-    """What adding the gradient of the criterion's penalty takes; imports the class of another package's criterion.
+def penalty_work(criterion: str, network: Network, *, gpu: bool, proximal: bool = False) -> PenaltyWork:
+    """What a criterion's penalty takes in a step; imports the class of another package's criterion.
 
     Args:
         criterion: its name.
         network: whose weights are penalised.
         gpu: on a GPU, where launches count, or on a CPU.
+        proximal: as a proximal step. Another package's criterion tells what its gradient takes, which stands for both.
 
     Raises:
         UnknownNameError: no such criterion.
     """
     if criterion in _OWN:
-        return _OWN[criterion][1](network, gpu=gpu)
+        own = _OWN[criterion]
+        return own.proximal(network) if proximal else own.gradient(network, gpu=gpu)
     found = CRITERIA.find(criterion)
     return PenaltyWork(num_bytes=found.traffic(network), num_launches=found.launches(network))
+
+
+def step_penalty(network: Network, setting: StepSetting, *, gpu: bool) -> PenaltyWork:
+    """What the penalty takes in a step that is run so: nothing where it has none.
+
+    Raises:
+        UnknownNameError: no such criterion.
+    """
+    if setting.regularizer is None:
+        return PenaltyWork()
+    return penalty_work(setting.regularizer, network, gpu=gpu, proximal=setting.proximal)
+
+
+def _penalised(network: Network) -> Iterator[Parameter]:
+    """The weights of which the group lasso has groups."""
+    layers = {layer.name: layer for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR)}
+    for parameter in network.parameters:
+        layer = layers.get(parameter.layer)
+        if layer is not None and len(parameter.shape) > 1 and not _is_depthwise(layer):  # a bias has one axis
+            yield parameter
+
+
+def _norms(network: Network) -> list[int]:
+    return [layer.out_channels or 0 for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
 
 
 def _is_depthwise(layer: Layer) -> bool:

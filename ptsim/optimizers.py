@@ -44,11 +44,12 @@ class OptimizerKind(msgspec.Struct, frozen=True, kw_only=True):
             "module:name" of it. The optimizer's state for a parameter is shaped like the parameter.
         takes: further settings that it takes, of "momentum" and "nesterov".
         momentum: used where the settings have none; None for an optimizer that does not take it.
-        num_states: fp32 values that it keeps for every parameter.
-        accesses: fp32 values that one update reads and writes for every parameter in torch's default form, weight
-            decay and momentum included. On a GPU that is the "foreach" form: every arithmetic step is a kernel over all
+        num_states: fp32 values that it keeps for every parameter without momentum.
+        accesses: fp32 values that one update without momentum reads and writes for every parameter in torch's default
+            form, weight decay included. On a GPU that is the "foreach" form: every arithmetic step is a kernel over all
             tensors.
         fused_accesses: the same where one kernel does it all.
+        momentum_states, momentum_accesses, momentum_fused_accesses: what a momentum above 0 adds to the three.
     """
 
     factory: Callable[..., torch.optim.Optimizer] | str
@@ -57,6 +58,19 @@ class OptimizerKind(msgspec.Struct, frozen=True, kw_only=True):
     num_states: int
     accesses: int
     fused_accesses: int
+    momentum_states: int = 0
+    momentum_accesses: int = 0
+    momentum_fused_accesses: int = 0
+
+    def states(self, momentum: float | None = None) -> int:
+        """fp32 values that it keeps for every parameter; `momentum` None: its own."""
+        return self.num_states + self._uses(momentum) * self.momentum_states
+
+    def moved(self, momentum: float | None = None, *, fused: bool = False) -> int:
+        """fp32 values that one update reads and writes for every parameter; `momentum` None: its own."""
+        if fused:
+            return self.fused_accesses + self._uses(momentum) * self.momentum_fused_accesses
+        return self.accesses + self._uses(momentum) * self.momentum_accesses
 
     def make(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
         """The optimizer of `parameters`; a setting that is None is left to the optimizer.
@@ -69,6 +83,9 @@ class OptimizerKind(msgspec.Struct, frozen=True, kw_only=True):
             parameters, **{name: value for name, value in keywords.items() if value is not None}
         )
         return made
+
+    def _uses(self, momentum: float | None) -> bool:
+        return bool(self.momentum if self.momentum is None or momentum is None else momentum)
 
     def _factory(self) -> Callable[..., Any]:
         if not isinstance(self.factory, str):
@@ -85,9 +102,12 @@ SGD = OptimizerKind(
     factory="torch.optim:SGD",
     takes=("momentum", "nesterov"),
     momentum=0.9,
-    num_states=1,
-    accesses=11,  # weight decay 3 (read w and g, write g), momentum 2 + 3, update 3
-    fused_accesses=5,  # read w, g, m; write w, m
+    num_states=0,
+    accesses=6,  # weight decay 3 (read w and g, write g), update 3
+    fused_accesses=3,  # read w, g; write w
+    momentum_states=1,
+    momentum_accesses=5,  # scale m 2, add g 3
+    momentum_fused_accesses=2,  # read and write m
 )
 ADAM = OptimizerKind(
     factory="torch.optim:Adam",
@@ -97,7 +117,15 @@ ADAM = OptimizerKind(
 )
 ADAMW = OptimizerKind(factory="torch.optim:AdamW", num_states=2, accesses=20, fused_accesses=7)
 RMSPROP = OptimizerKind(
-    factory="torch.optim:RMSprop", takes=("momentum",), momentum=0.0, num_states=1, accesses=16, fused_accesses=5
+    factory="torch.optim:RMSprop",
+    takes=("momentum",),
+    momentum=0.0,
+    num_states=1,
+    accesses=16,
+    fused_accesses=5,
+    momentum_states=1,
+    momentum_accesses=5,  # scale m 2; the step, 4, is added to m in place of w; update 3
+    momentum_fused_accesses=2,
 )
 
 OPTIMIZERS: Registry[OptimizerKind] = Registry(

@@ -5,10 +5,13 @@ What is in a table is imported when it is first asked for.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Generic, TypeVar
 
 from ptsim.errors import UnknownNameError, UsageError
 
@@ -77,5 +80,20 @@ class Registry(Generic[T]):
         self._added[name] = loaded
         return loaded
 
-    def _foreign(self) -> dict[str, Any]:
+    def versions(self) -> dict[str, str]:
+        """What tells one version of each entry of other packages from another, without importing them."""
+        return {name: f"{point.value} {_version(point)}" for name, point in sorted(self._foreign().items())}
+
+    def _foreign(self) -> dict[str, importlib.metadata.EntryPoint]:
         return {point.name: point for point in importlib.metadata.entry_points(group=self.entry_points)}
+
+
+def _version(point: importlib.metadata.EntryPoint) -> str:
+    """Of the package that offers it; where its files are edited in place, also of the file."""
+    version = "" if point.dist is None else point.dist.version
+    for folder in sys.path:
+        for tail in (".py", "/__init__.py"):
+            file = Path(folder, point.module.replace(".", "/") + tail)
+            if file.is_file():
+                return f"{version} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+    return version

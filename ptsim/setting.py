@@ -26,8 +26,10 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
         batch: images per device and step.
         precision: of the matrix products; half precision means autocast with fp32 weights.
         memory_format: layout of the activations.
-        optimizer: a name of `ptsim.optimizers.OPTIMIZERS` ("sgd" has momentum); decides the update's traffic and state.
-        regularizer: the criterion (`ptsim.criteria.CRITERIA`) whose penalty's gradient is computed; None for none.
+        optimizer: a name of `ptsim.optimizers.OPTIMIZERS`; decides the update's traffic and state.
+        momentum: of the optimizer; None for its own ("sgd": 0.9).
+        regularizer: the criterion (`ptsim.criteria.CRITERIA`) whose penalty acts; None for none.
+        proximal: the penalty acts as a proximal step after the update, not as a gradient.
         num_gpus: data-parallel size; from 2 on every GPU also holds the buckets of its all-reduces.
         sharding: "zero1": every GPU keeps and updates its share of the optimizer's state; "zero2": of the gradients
             too. Gradients are reduce-scattered and updated parameters all-gathered (Rajbhandari et al., SC 2020).
@@ -39,7 +41,9 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     precision: Precision = Precision.FP32
     memory_format: MemoryFormat = "contiguous"
     optimizer: str = "sgd"
+    momentum: float | None = None
     regularizer: str | None = None
+    proximal: bool = False
     num_gpus: int = 1
     sharding: Sharding = "none"
     passes: int = 1

@@ -65,7 +65,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
         allreduce_bytes: gradients that one update reduces, on each device.
         num_buckets: all-reduces that DistributedDataParallel makes of them.
         criterion: a trace's own, else the group lasso.
-        update_bytes, regularizer_bytes: memory traffic of one update and of the gradient of the criterion's penalty
+        update_bytes, regularizer_bytes: memory traffic of one update and of the criterion's penalty
             (on a GPU, unless `gpu` or the trace says a CPU).
         streamed_bytes: the memory-bound half of a dense step: what layers without products move forward and backward
             (BatchNorm, activations, sums, pools …), and the update.
@@ -183,12 +183,13 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
         largest = largest_batch(network, setting, capacity_bytes=usable_bytes(device), device=device)
     element_bytes = setting.precision.activation_bytes
     layers = layer_costs(network, convention, setting)
-    update_bytes = update_traffic(network, setting.optimizer)
+    update_bytes = update_traffic(network, setting.optimizer, momentum=setting.momentum)
     criterion = (trace and trace.criterion) or GROUP_LASSO
     moved = dict.fromkeys((True, False), 0)
     for layer in layers:
         moved[layer.kind in PRODUCTS] += layer.forward_bytes + layer.backward_bytes
     streamed_bytes = moved[False] + update_bytes
+    gpu = runs_on is None or runs_on.is_gpu
     return CostReport(
         name=network.name,
         architecture=network.id,
@@ -211,7 +212,7 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
         num_buckets=len(ddp_buckets(network)),
         update_bytes=update_bytes,
         criterion=criterion,
-        regularizer_bytes=penalty_work(criterion, network, gpu=runs_on is None or runs_on.is_gpu).num_bytes,
+        regularizer_bytes=penalty_work(criterion, network, gpu=gpu, proximal=setting.proximal).num_bytes,
         streamed_bytes=streamed_bytes,
         streamed_seconds=None if device is None else streamed_bytes / device.memory_bandwidth_bytes_per_s,
         product_bytes=moved[True],

@@ -97,12 +97,18 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
     operators: tuple[OperatorTime, ...] = ()
     steps = []
     for trace in with_profiles:
-        optimizer = trace.optimizer
         for profile in trace.profiles:
             if trace.penalty_ratio == 0:  # older traces: microseconds between two clocks
                 profile = msgspec.structs.replace(profile, regularizer_s=0.0)
             network = trace.networks[profile.architecture]
-            step, times = of_profile(network, profile, optimizer=optimizer, criterion=trace.criterion or GROUP_LASSO)
+            step, times = of_profile(
+                network,
+                profile,
+                optimizer=trace.optimizer,
+                momentum=trace.momentum,
+                criterion=trace.criterion or GROUP_LASSO,
+                proximal=trace.proximal,
+            )
             operators = merge_operators(operators, times)
             steps.append(step)
     inputs = {trace.run.dataset.name: input_s_per_image(trace) for trace in with_profiles}

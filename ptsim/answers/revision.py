@@ -10,6 +10,9 @@ import functools
 import hashlib
 from pathlib import Path
 
+from ptsim.criteria import CRITERIA
+from ptsim.optimizers import OPTIMIZERS
+
 _PACKAGE = Path(__file__).parents[1]
 # What a projection runs through; the catalog and the fitted constants are files of these packages.
 _PARTS = (
@@ -23,6 +26,11 @@ _SUFFIXES = (".py", ".toml")
 def model_revision() -> str:
     """The digest of the installed cost model, computed once a process."""
     return revision_of(_PACKAGE)
+
+
+def foreign_rows() -> tuple[dict[str, str], ...]:
+    """The optimizers and criteria of other packages, which projections may read, by name and version."""
+    return OPTIMIZERS.versions(), CRITERIA.versions()
 
 
 def revision_of(package: Path) -> str:

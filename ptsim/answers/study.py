@@ -31,7 +31,7 @@ from typing import Any
 
 import msgspec
 
-from ptsim.answers.revision import model_revision
+from ptsim.answers.revision import foreign_rows, model_revision
 from ptsim.errors import FileFormatError, UnknownNameError
 from ptsim.hardware.catalog import is_called, load_cluster, load_device
 from ptsim.hardware.profile_file import read_device_profile
@@ -231,7 +231,7 @@ def configurations(study: Study) -> Iterator[Configuration]:
     """
     digest = functools.lru_cache(maxsize=None)(_digest)
     profile = None if study.profile is None else (study.profile, digest(study.profile))
-    revision, index = model_revision(), 0
+    revision, index = (model_revision(), foreign_rows()), 0
     for what_if in study.what_ifs:
         for values in itertools.product(*study.grid.values()):
             grid = dict(zip(study.grid, values, strict=True))

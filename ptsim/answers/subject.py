@@ -68,6 +68,8 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
                 precision=trace.run.precision,
                 memory_format=trace.run.memory_format,
                 optimizer=trace.optimizer,
+                momentum=trace.momentum,
+                proximal=trace.proximal,
                 num_gpus=trace.run.world_size,
             )
         recorded = known or StepSetting(batch=0)
@@ -81,6 +83,8 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
             precision=recorded.precision if precision is None else parse_precision(precision),
             memory_format=memory_format or recorded.memory_format,
             optimizer=optimizer or recorded.optimizer,
+            momentum=recorded.momentum if optimizer in (None, recorded.optimizer) else None,
+            proximal=recorded.proximal,
             num_gpus=recorded.num_gpus if num_gpus is None else _num_gpus(num_gpus),
             passes=passes,
         )

@@ -24,7 +24,7 @@ from ptsim.costs.kernels import Floats, Kernels, Pass, Work, network_kernels
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.costs.traffic import update_traffic
-from ptsim.criteria import PenaltyWork, penalty_work
+from ptsim.criteria import step_penalty
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import GENERATIONS, Device
 from ptsim.network import Network, Precision
@@ -415,7 +415,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
     backward = np.bincount(kernels.layer[~is_forward], seconds[~is_forward], count)
     streaming = fit.efficiency.stream_bandwidth * device.memory_bandwidth_bytes_per_s
     optimizer_s = update_bytes(network, setting) / streaming
-    penalty = penalty_work(setting.regularizer, network, gpu=device.is_gpu) if setting.regularizer else PenaltyWork()
+    penalty = step_penalty(network, setting, gpu=device.is_gpu)
     regularizer_s = max(penalty.num_bytes / streaming, penalty.num_launches * fit.efficiency.launch_s)
     gpu_s = float(forward.sum() + backward.sum()) + optimizer_s + regularizer_s
     update_s = optimizer_s + regularizer_s
@@ -446,7 +446,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
 def update_bytes(network: Network, setting: StepSetting) -> float:
     """What an update moves; under autocast with the casts of weights and gradients and the scaler's division."""
     casts = 20 if setting.half else 0
-    return float(update_traffic(network, setting.optimizer) + casts * network.num_learnt)
+    return float(update_traffic(network, setting.optimizer, momentum=setting.momentum) + casts * network.num_learnt)
 
 
 def device_factor(device: Device, fit: Fit) -> float | None:

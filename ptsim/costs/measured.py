@@ -98,7 +98,13 @@ def step_of_profile(network: Network, profile: Profile, *, regularizer: bool) ->
 
 
 def of_profile(
-    network: Network, profile: Profile, *, optimizer: str | None, criterion: str = GROUP_LASSO
+    network: Network,
+    profile: Profile,
+    *,
+    optimizer: str | None,
+    criterion: str = GROUP_LASSO,
+    momentum: float | None = None,
+    proximal: bool = False,
 ) -> tuple[StepMeasurement, tuple[OperatorTime, ...]]:
     """What a device profile keeps of one profiled network: its whole step, and each of its operators once.
 
@@ -109,6 +115,8 @@ def of_profile(
         profile: its measurement.
         optimizer: whose update was timed.
         criterion: whose penalty was timed, if one was.
+        momentum: of the optimizer; None for its own.
+        proximal: the penalty was a proximal step.
     """
     setting = OperatorSetting(precision=profile.precision, memory_format=profile.memory_format)
     layers = {layer.layer: layer for layer in profile.layers}
@@ -124,7 +132,9 @@ def of_profile(
         setting=setting,
         batch=profile.batch,
         optimizer=optimizer,
+        momentum=momentum,
         criterion=criterion,
+        proximal=proximal,
         num_parameters=network.num_learnt,
         num_tensors=len(network.gradients),
         num_layers=len(network.layers),

@@ -19,7 +19,7 @@ import msgspec
 
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.walked import layer_workspace, walked_footprint
-from ptsim.criteria import PenaltyWork, penalty_work
+from ptsim.criteria import step_penalty
 from ptsim.hardware.spec import Device
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, LayerKind, MemoryFormat, Network
 from ptsim.optimizers import OPTIMIZERS
@@ -99,7 +99,7 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     weights = _round_each((4 * p.num_elements for p in network.parameters), block)
     learnt = _round_each((4 * p.num_elements for p in network.gradients), block)
     shared = setting.num_gpus if setting.sharding != "none" else 1
-    states = _share(optimizer.num_states * learnt, shared)
+    states = _share(optimizer.states(setting.momentum) * learnt, shared)
     library = _library_workspace(network, device) if device is not None and gpu else 0
     gradients = learnt if held else 0
     if setting.sharding == "zero2":
@@ -111,7 +111,7 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     images = -(-batch * (4 * math.prod(network.input_shape) + 8) // block) * block  # 8: the label
     width = precision.activation_bytes
     workspace = max((layer_workspace(layer, batch, width, memory_format) for layer in network.layers), default=0)
-    penalty = penalty_work(setting.regularizer, network, gpu=gpu) if setting.regularizer else PenaltyWork()
+    penalty = step_penalty(network, setting, gpu=gpu)
     held_bytes = library + penalty.table_bytes
     persistent = weights + seen.buffer_bytes + states + held_bytes + images + gradients
     if gpu:

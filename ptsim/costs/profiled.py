@@ -17,6 +17,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 from scipy.optimize import nnls
 
@@ -24,10 +25,11 @@ from ptsim.costs.interpolation import Estimate, Family, Interpolator, convolutio
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import Z90, LayerTime, StepTime
 from ptsim.costs.traffic import network_traffic
-from ptsim.criteria import penalty_work
+from ptsim.criteria import step_penalty
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.profile import DeviceProfile, OperatorSetting, OperatorTime, StepMeasurement, operator_of
 from ptsim.network import Layer, LayerKind, Network
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import StepSetting
 
 _MOVES = (LayerKind.RESHAPE, LayerKind.DROPOUT, LayerKind.CONCAT)  # as fast as a copy where nobody timed them
@@ -99,28 +101,26 @@ class _Device:
 
     def step(self, network: Network, setting: StepSetting) -> StepTime:
         """See `profiled_step`."""
-        batch, optimizer, regularizer = setting.batch, setting.optimizer, setting.regularizer
+        batch, regularizer = setting.batch, setting.regularizer
         estimates = [self._layer(network, index, batch) for index in range(len(network.layers))]
         forward_s = sum(forward.seconds for forward, _ in estimates)
         backward_s = sum(backward.seconds for _, backward in estimates)
         optimizer_s = self._fitted(
             network,
-            lambda step: step.optimizer_s if step.optimizer == optimizer else None,
-            f"no training step with the optimizer {optimizer!r}",
+            functools.partial(_update_seconds, setting=setting),
+            f"no training step with the optimizer {setting.optimizer!r}",
         )
         regularizer_s = 0.0
         if regularizer:
-            penalty_s = functools.partial(self._penalty_seconds, network, regularizer)
+            penalty_s = functools.partial(self._penalty_seconds, network, setting)
             regularizer_s = self._fitted(network, penalty_s, "no step with a regulariser")
         measured = self._measured(network, batch)
         if measured is not None:
             ratios = measured.forward_s / forward_s, measured.backward_s / backward_s
             low, high = measured.step_low_s / measured.step_s, measured.step_high_s / measured.step_s
             overhead_s = 0.0
-            optimizer_s = (
-                measured.optimizer_s if measured.optimizer == optimizer and measured.optimizer_s else optimizer_s
-            )
-            regularizer_s = (regularizer and self._penalty_seconds(network, regularizer, measured)) or regularizer_s
+            optimizer_s = _update_seconds(measured, setting=setting) or optimizer_s
+            regularizer_s = (regularizer and self._penalty_seconds(network, setting, measured)) or regularizer_s
         else:
             ratios, ratio_error = self._ratios(forward_s + backward_s, len(network.layers))
             error = math.hypot(_common_error(estimates), ratio_error, self._jitter())
@@ -214,11 +214,12 @@ class _Device:
         spreads = [math.log(step.step_high_s / step.step_low_s) / (2 * Z90) for step in self._steps]
         return statistics.median(spreads) if spreads else 0.0
 
-    def _penalty_seconds(self, network: Network, criterion: str, step: StepMeasurement) -> float | None:
-        """What the penalty took in a step; another criterion's takes as much longer as it moves more of the network."""
-        if step.regularizer_s is None or step.criterion == criterion:
+    def _penalty_seconds(self, network: Network, setting: StepSetting, step: StepMeasurement) -> float | None:
+        """What the penalty took in a step; another one takes as much longer as it moves more of the network."""
+        ran = msgspec.structs.replace(setting, regularizer=step.criterion, proximal=step.proximal)
+        if step.regularizer_s is None or ran == setting:
             return step.regularizer_s
-        asked, other = (penalty_work(name, network, gpu=self._on_gpu).num_bytes for name in (criterion, step.criterion))
+        asked, other = (step_penalty(network, how, gpu=self._on_gpu).num_bytes for how in (setting, ran))
         return step.regularizer_s * asked / other if other else None
 
     def _fitted(self, network: Network, seconds_of: Callable[[StepMeasurement], float | None], missing: str) -> float:
@@ -233,6 +234,14 @@ class _Device:
         seconds = np.array([took_s for _, took_s in known])
         weights, _ = nnls(features / seconds[:, None], np.ones(len(known)))
         return float(_update_features(network.num_learnt, len(network.gradients)) @ weights)
+
+
+def _update_seconds(step: StepMeasurement, *, setting: StepSetting) -> float | None:
+    """What the optimizer took in a step, if it is the one of `setting`; longer with the values that momentum moves."""
+    if step.optimizer != setting.optimizer or not step.optimizer_s:
+        return None
+    kind = OPTIMIZERS.find(setting.optimizer)
+    return step.optimizer_s * kind.moved(setting.momentum) / kind.moved(step.momentum)
 
 
 def _update_features(num_parameters: int, num_tensors: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -57,11 +57,14 @@ def batch_norm_bytes(network: Network, element_bytes: int = 4) -> int:
     return accesses * sum(layer.output_elements for layer in norms) * element_bytes
 
 
-def update_traffic(network: Network, optimizer: str = "sgd", *, fused: bool = False) -> int:
-    """Bytes of one optimizer update of every fp32 parameter that has a gradient, momentum and weight decay included.
+def update_traffic(
+    network: Network, optimizer: str = "sgd", *, momentum: float | None = None, fused: bool = False
+) -> int:
+    """Bytes of one optimizer update of every fp32 parameter that has a gradient, weight decay included.
+
+    `momentum`: None for the optimizer's own; 0 spares what a momentum reads and writes.
 
     Raises:
         UnknownNameError: no such optimizer.
     """
-    kind = OPTIMIZERS.find(optimizer)
-    return (kind.fused_accesses if fused else kind.accesses) * network.gradient_bytes
+    return OPTIMIZERS.find(optimizer).moved(momentum, fused=fused) * network.gradient_bytes

@@ -27,7 +27,7 @@ from ptsim.costs.flops import layer_macs
 from ptsim.costs.measured import find_profile, step_of_profile
 from ptsim.costs.times import StepTime
 from ptsim.costs.traffic import network_traffic, update_traffic
-from ptsim.criteria import penalty_work
+from ptsim.criteria import step_penalty
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
 from ptsim.network import Network
@@ -139,9 +139,8 @@ class _StepBuilder:
         """The regulariser and the optimizer, which wait for every gradient."""
         seconds = self.step.optimizer_s + self.step.regularizer_s if self.step else 0.0
         deps = set(self._reduced) or set().union(*self._backward.values())
-        num_bytes = update_traffic(self.network, self.setting.optimizer)
-        if self.setting.regularizer is not None:
-            num_bytes += penalty_work(self.setting.regularizer, self.network, gpu=True).num_bytes
+        num_bytes = update_traffic(self.network, self.setting.optimizer, momentum=self.setting.momentum)
+        num_bytes += step_penalty(self.network, self.setting, gpu=True).num_bytes
         self._add("optimizer", deps, seconds, 0, num_bytes)
 
     def _add(self, name: str, deps: set[int], seconds: float, macs: int, num_bytes: int) -> set[int]:

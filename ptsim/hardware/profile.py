@@ -91,8 +91,9 @@ class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True
     """Whole training steps of one network, without clocks inside: medians of steps, means over `num_rounds`.
 
     `num_samples` steps were taken in all rounds together. `layers_forward_s` and `layers_backward_s` are the sums of
-    its layers' times with a clock around each. Parameters and tensors are those that get a gradient. The time of the
-    regulariser, `criterion`, is None where it was not measured.
+    its layers' times with a clock around each. Parameters and tensors are those that get a gradient. The momentum is
+    None for the optimizer's own. The time of the regulariser, `criterion`, as a gradient or as a `proximal` step, is
+    None where it was not measured.
     """
 
     architecture: str
@@ -100,7 +101,9 @@ class StepMeasurement(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True
     setting: OperatorSetting
     batch: int
     optimizer: str | None
+    momentum: float | None = None
     criterion: str = GROUP_LASSO
+    proximal: bool = False
     num_parameters: int
     num_tensors: int
     num_layers: int

@@ -75,7 +75,8 @@ class Scenario:
         self.memory_bytes = usable_bytes(msgspec.structs.replace(self.device, memory_bytes=nominal))
         self.precision = parse_precision(options.precision) if options.precision else run.precision
         self.memory_format = options.memory_format or run.memory_format
-        self.optimizer, self.criterion = trace.optimizer, trace.criterion
+        self.optimizer, self.momentum = trace.optimizer, trace.momentum
+        self.criterion, self.proximal = trace.criterion, trace.proximal
         self.measurements = Measurements(
             profiles=trace.profiles,
             source_device=measured_device(run.device.name, self.device),
@@ -95,6 +96,8 @@ class Scenario:
             precision=self.precision,
             memory_format=self.memory_format,
             optimizer=self.optimizer,
+            momentum=self.momentum,
+            proximal=self.proximal,
             regularizer=self.criterion if epoch.regularized else None,
             num_gpus=self.num_gpus,
             sharding=self.options.sharding if self.num_gpus > 1 else "none",

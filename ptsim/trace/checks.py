@@ -49,6 +49,9 @@ def _run_problem(run: Run) -> str | None:
         value = run.hyperparameters.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             return f"hyperparameters.{name} is {value!r}, expected {'a text' if kind is str else 'a whole number'}"
+    momentum = run.hyperparameters.get("momentum")
+    if momentum is not None and (isinstance(momentum, bool) or not isinstance(momentum, int | float)):
+        return f"hyperparameters.momentum is {momentum!r}, expected a number"
     return None
 
 

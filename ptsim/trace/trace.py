@@ -85,6 +85,17 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return str(self.run.hyperparameters.get("optimizer") or "sgd")
 
     @property
+    def momentum(self) -> float | None:
+        """The optimizer's momentum; None where the record does not say."""
+        momentum = self.run.hyperparameters.get("momentum")
+        return float(momentum) if isinstance(momentum, int | float) else None
+
+    @property
+    def proximal(self) -> bool:
+        """The penalty acts as a proximal step after the update."""
+        return self.run.hyperparameters.get("regularizer") == "proximal"
+
+    @property
     def criterion(self) -> str | None:
         """The criterion whose penalty the epochs have, the group lasso unless one is named; None without a penalty."""
         if not any(epoch.regularized for epoch in self.epochs):
@@ -173,6 +184,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             precision=self.run.precision,
             memory_format=self.run.memory_format,
             optimizer=self.optimizer,
+            momentum=self.momentum,
+            proximal=self.proximal,
             regularizer=self.criterion if epoch.regularized else None,
             num_gpus=epoch.world_size,
             passes=epoch.passes,

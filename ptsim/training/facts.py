@@ -91,7 +91,13 @@ def costed_optimizer(optimizer: torch.optim.Optimizer) -> str:
         ),
         default=0,
     )
-    return _BY_STATES.get(states, "adam")
+    return "sgd" if states == 1 and momentum_of(optimizer) else _BY_STATES.get(states, "adam")
+
+
+def momentum_of(optimizer: torch.optim.Optimizer) -> float | None:
+    """The momentum of its first group; None where it has none."""
+    momentum = optimizer.param_groups[0].get("momentum")
+    return float(momentum) if isinstance(momentum, int | float) else None
 
 
 def checked_shape(input_shape: Any) -> tuple[int, int, int]:

@@ -57,6 +57,8 @@ def step_setting(config: Config, batch_per_gpu: int, world_size: int) -> StepSet
         precision=config.precision,
         memory_format=config.memory_format,
         optimizer=config.optimizer,
+        momentum=config.momentum,
+        proximal=config.regularizer == "proximal",
         regularizer=config.criterion if config.regularized else None,
         num_gpus=world_size,
     )

@@ -435,8 +435,11 @@ class PruneTrain:
 
     def _tell_recorder(self) -> None:
         """What a profile of the layers runs as the regulariser; λ does not change its time."""
-        add = functools.partial(self.criterion.add_gradient, self.penalty_coefficient or 0.0)
-        self.recorder.regularizer = add if self.penalty_ratio > 0 else None
+        if self.settings.regularizer == "proximal":
+            act = functools.partial(self.criterion.proximal_step, 0.0)
+        else:
+            act = functools.partial(self.criterion.add_gradient, self.penalty_coefficient or 0.0)
+        self.recorder.regularizer = act if self.penalty_ratio > 0 else None
 
     def _after_change(self, groups: ChannelGroups) -> None:
         self._adopt(groups)

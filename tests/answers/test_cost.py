@@ -9,7 +9,7 @@ from torch import nn
 import ptsim
 from ptsim import zoo
 from ptsim.capture.network import capture_network
-from ptsim.errors import UnknownNameError, UsageError
+from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.network import LayerKind
 from ptsim.trace.schema import Run
 from tests.traces import residual_network, shrinking_records, shrinking_trace, write_trace
@@ -124,3 +124,24 @@ def test_the_regularizer_of_a_trace_is_its_own_criterion(tmp_path: Path) -> None
     norms = [layer for layer in report.layers if layer.kind is LayerKind.BATCH_NORM]
     assert report.criterion == "slimming"
     assert report.regularizer_bytes == 3 * 4 * sum(layer.output_shape[0] for layer in norms)
+
+
+def test_a_trace_without_momentum_that_shrinks_by_proximal_steps_is_costed_so(tmp_path: Path) -> None:
+    records = shrinking_records(epochs=2)
+    run = records[0]
+    assert isinstance(run, Run)
+
+    def cost(**changes: object) -> ptsim.CostReport:
+        settings = run.hyperparameters | {"criterion": "slimming"} | changes
+        path = write_trace(
+            tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl",
+            [msgspec.structs.replace(run, hyperparameters=settings), *records[1:]],
+        )
+        return ptsim.cost(path)
+
+    usual, plain, proximal = cost(), cost(momentum=0.0), cost(regularizer="proximal")
+    assert plain.memory.optimizer_bytes == 0 < usual.memory.optimizer_bytes
+    assert 11 * plain.update_bytes == 6 * usual.update_bytes
+    assert 3 * proximal.regularizer_bytes == 13 * usual.regularizer_bytes
+    with pytest.raises(FileFormatError, match=r"momentum is '0\.9', expected a number"):
+        cost(momentum="0.9")

@@ -182,6 +182,17 @@ def test_another_criterion_than_the_measured_one_takes_as_its_bytes_say():
     assert step(UNSEEN, slim, regularizer="slimming").regularizer_s == pytest.approx(took["group_lasso"])
 
 
+def test_another_momentum_or_form_of_the_penalty_than_the_measured_one_takes_as_its_bytes_say():
+    usual, plain = (step(UNSEEN, momentum=momentum).optimizer_s for momentum in (None, 0.0))
+    assert plain / usual == pytest.approx(6 / 11)
+    gradient, proximal = (
+        step(UNSEEN, regularizer="group_lasso", proximal=proximal).regularizer_s for proximal in (False, True)
+    )
+    sizes = [(p.num_elements, math.prod(p.shape[2:])) for p in UNSEEN.parameters if len(p.shape) > 1]
+    moved = sum(elements * (4 + 7 / kernel if kernel > 1 else 9) for elements, kernel in sizes)
+    assert proximal / gradient == pytest.approx(12 * sum(elements for elements, _ in sizes) / moved)
+
+
 def rolled(network, name):
     """The network with layer `name` replaced by one that moves every element to another place."""
     layers = tuple(

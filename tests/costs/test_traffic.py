@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ptsim.costs.kernels import network_kernels
 from ptsim.costs.traffic import LayerTraffic, batch_norm_bytes, network_traffic, update_traffic
 from ptsim.criteria import penalty_work
 from ptsim.network import Layer, LayerKind, Network, Parameter, Precision
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import StepSetting
 from tests.traces import residual_network
 
@@ -125,8 +132,44 @@ def test_batch_norm_bytes_are_eight_accesses_per_element() -> None:
 def test_a_fused_sgd_update_reads_three_and_writes_two_tensors() -> None:
     assert update_traffic(network(), "sgd", fused=True) == 5 * 4 * (2304 + 144 + 32)
     assert update_traffic(network(), "sgd") > update_traffic(network(), "sgd", fused=True)
+    assert update_traffic(network(), "sgd", momentum=0.0, fused=True) == 3 * 4 * (2304 + 144 + 32)
     with pytest.raises(ValueError, match="lamb"):
         update_traffic(network(), "lamb")
+
+
+class Moved(TorchDispatchMode):
+    """Counts what operators on lists of tensors (torch's "foreach" form) read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "_foreach_" not in str(func):
+            return out
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+        read = {leaf.data_ptr(): leaf for leaf in given}.values()
+        written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)] or list(args[0])
+        self.elements += sum(leaf.numel() for leaf in [*read, *written])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum", "states"), [("sgd", 0.0, 0), ("sgd", 0.9, 1), ("rmsprop", 0.0, 1), ("rmsprop", 0.9, 2)]
+)
+def test_an_update_moves_and_keeps_what_its_momentum_needs(name: str, momentum: float, states: int) -> None:
+    weight = nn.Parameter(torch.ones(1000))
+    kind = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}[name]
+    optimizer = kind([weight], lr=0.1, momentum=momentum, weight_decay=5e-4, foreach=True)
+    weight.grad = torch.ones(1000)
+    optimizer.step()
+    with Moved() as moved:
+        optimizer.step()
+    row = OPTIMIZERS.find(name)
+    assert moved.elements // 1000 == row.moved(momentum)  # beside them the number of steps
+    kept = [v for v in optimizer.state[weight].values() if isinstance(v, Tensor) and v.ndim]
+    assert row.states(momentum) == states == len(kept)
 
 
 def test_the_regularizer_touches_no_depthwise_and_no_batch_norm_weight() -> None:

@@ -1,6 +1,7 @@
 """Criteria beside the group lasso: network slimming, and one that somebody else's package brings."""
 
 import copy
+import functools
 import importlib.metadata
 
 import pytest
@@ -134,6 +135,9 @@ def trained(criterion, **more):
 def test_prunetrain_trains_with_slimming_and_prunes():
     pruner, outcome = trained("slimming", regularizer="proximal", threshold=1e-12)
     assert isinstance(pruner.criterion, Slimming)
+    timed = pruner.recorder.regularizer
+    assert isinstance(timed, functools.partial)
+    assert timed.func.__name__ == "proximal_step"  # what a profile runs
     assert outcome.reconfiguration.channels_removed > 0
 
 

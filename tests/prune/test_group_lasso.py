@@ -16,6 +16,7 @@ from ptsim.criteria import penalty_work
 from ptsim.errors import UsageError
 from ptsim.prune.criteria.coefficient import penalty_coefficient
 from ptsim.prune.criteria.group_lasso import GroupLasso
+from ptsim.prune.criteria.slimming import Slimming
 from ptsim.prune.groups import find_groups
 from tests.prune.helpers import SMALL_IMAGE, small_resnet
 
@@ -114,6 +115,8 @@ class Traffic(TorchDispatchMode):
             read = given
             if func is torch.ops.aten.index_select.default:  # of a table only what is looked up, and not from memory
                 read = [given[1]] if given[0].numel() < made[0].numel() / 4 else [made[0], given[1]]
+            if func is torch.ops.aten.copy_.default:  # what it overwrites is not read
+                read = given[1:]
             self.num_bytes += sum(leaf.numel() * leaf.element_size() for leaf in [*read, *written])
         return out
 
@@ -136,6 +139,29 @@ def test_what_the_gradient_moves_and_holds_is_what_the_cost_model_says(kernel: i
     gathered = lasso._gathered
     tables = [] if gathered is None else [gathered.order, gathered.output_of, gathered.input_of]
     assert sum(t.numel() * t.element_size() for t in tables) == pytest.approx(work.table_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_what_the_proximal_step_moves_and_holds_is_what_the_cost_model_says(kernel: int) -> None:
+    convolutions = [nn.Conv2d(64 if i else 3, 64, kernel) for i in range(20)]
+    model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))
+    network = capture_network(model, name="n", input_shape=(3, 64, 64), num_classes=5)
+    lasso = GroupLasso(model, find_groups(model, (3, 64, 64)))
+    with Traffic() as seen:
+        lasso.proximal_step(1e-3)
+    work = penalty_work("group_lasso", network, gpu=True, proximal=True)
+    assert seen.num_bytes == pytest.approx(work.num_bytes, rel=0.05 if kernel > 1 else 0.1)  # norms are few, not none
+    assert seen.most_held == pytest.approx(work.scratch_bytes, rel=0.05)
+    assert work.table_bytes == 0
+
+
+def test_slimmings_proximal_step_moves_what_the_cost_model_says() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.Flatten())
+    network = capture_network(model, name="n", input_shape=(3, 3, 3), num_classes=5)
+    slimming = Slimming(model, find_groups(model, (3, 3, 3)))
+    with Traffic() as seen:
+        slimming.proximal_step(1e-3)
+    assert seen.num_bytes == penalty_work("slimming", network, gpu=True, proximal=True).num_bytes
 
 
 def test_only_weights_that_are_not_large_are_gathered_on_a_gpu() -> None:

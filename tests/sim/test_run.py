@@ -428,7 +428,7 @@ class TestReconfigurations:
         assert rounded.epochs[0].architecture == trace.epochs[0].architecture
 
 
-PENALISED = StepSetting(batch=64, regularizer="group_lasso")  # the trace's first step
+PENALISED = StepSetting(batch=64, momentum=0.9, regularizer="group_lasso")  # the trace's first step
 
 
 class TestMiniBatch:
