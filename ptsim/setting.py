@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from os import PathLike, fspath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -13,9 +13,11 @@ from ptsim.errors import UnknownNameError, UsageError
 from ptsim.network import MemoryFormat, Precision
 
 Options = TypeVar("Options", bound=msgspec.Struct)
+_Name = TypeVar("_Name", bound=str)
 PrecisionName = Literal["fp32", "tf32", "fp16", "bf16", "amp"]
 Sharding = Literal["none", "zero1", "zero2"]  # what every GPU keeps only its share of: nothing, state, gradients too
-SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2")
+MEMORY_FORMATS: tuple[MemoryFormat, ...] = get_args(MemoryFormat)
+SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 PRECISION_NAMES: tuple[PrecisionName, ...] = ("fp32", "tf32", "fp16", "bf16", "amp")
 
 
@@ -103,10 +105,23 @@ def parse_sharding(text: str) -> Sharding:
     Raises:
         UsageError: no such sharding.
     """
-    for known in SHARDINGS:
-        if text == known:
-            return known
-    raise UsageError(f"sharding is {text!r}, expected one of {', '.join(SHARDINGS)}")
+    return _one_of(SHARDINGS, "sharding", text)
+
+
+def parse_memory_format(text: str) -> MemoryFormat:
+    """The memory format called `text`.
+
+    Raises:
+        UsageError: no such memory format.
+    """
+    return _one_of(MEMORY_FORMATS, "memory_format", text)
+
+
+def _one_of(known: tuple[_Name, ...], what: str, text: str) -> _Name:
+    for name in known:
+        if text == name:
+            return name
+    raise UsageError(f"{what} is {text!r}, expected one of {', '.join(known)}")
 
 
 def whole_number(name: str, value: object) -> int:

@@ -19,7 +19,7 @@ import msgspec
 
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.network import MemoryFormat, Network, Precision
-from ptsim.setting import StepSetting, parse_precision, positive_number, whole_number
+from ptsim.setting import StepSetting, parse_memory_format, parse_precision, positive_number, whole_number
 from ptsim.trace.io import read_trace, trace_path
 from ptsim.trace.trace import Trace
 
@@ -55,8 +55,9 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
         The group lasso is left out: it is asked for where it counts. A mini-batch that is asked for takes one pass.
 
         Raises:
-            UsageError: a count that is no whole number, no GPU, an unknown precision, or no mini-batch where neither
-                trace nor `default_batch` has one. Whether a mini-batch is positive is left to the cost model.
+            UsageError: a count that is no whole number, no GPU, an unknown precision or memory format, or no
+                mini-batch where neither trace nor `default_batch` has one. Whether a mini-batch is positive is left to
+                the cost model.
         """
         trace = self.trace
         known: StepSetting | None = None
@@ -81,7 +82,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
         return StepSetting(
             batch=whole_number("batch", batch),
             precision=recorded.precision if precision is None else parse_precision(precision),
-            memory_format=memory_format or recorded.memory_format,
+            memory_format=recorded.memory_format if memory_format is None else parse_memory_format(memory_format),
             optimizer=optimizer or recorded.optimizer,
             momentum=recorded.momentum if optimizer in (None, recorded.optimizer) else None,
             proximal=recorded.proximal,

@@ -89,13 +89,14 @@ def test_amp_is_fp16_in_every_call_that_takes_a_precision(run_folder: Path) -> N
         ({"batch": 3.5}, "batch is 3.5, expected a positive whole number"),
         ({"batch": True}, "batch is True"),
         ({"batch": -4}, "-4"),
+        ({"memory_format": "nhwc"}, "memory_format is 'nhwc', expected one of contiguous, channels_last"),
         ({"input_shape": (3, 32)}, r"input_shape is \(3, 32\)"),
         ({"input_shape": (3, -32, 32)}, "input_shape is -32"),
         ({"num_classes": 2.0}, "classes is 2.0"),
     ],
 )
 def test_python_callers_hear_of_wrong_counts_too(arguments: dict[str, object], message: str) -> None:
-    subject: Network | str = residual_network() if "batch" in arguments else "resnet20"
+    subject: Network | str = "resnet20" if {"input_shape", "num_classes"} & arguments.keys() else residual_network()
     with pytest.raises(UsageError, match=message):
         ptsim.cost(subject, **arguments)
     with pytest.raises(UsageError, match=message):
