@@ -138,7 +138,7 @@ def _results(func: Any, args: Any, kwargs: Any) -> _Results:
     no_tensor = all("Tensor" not in str(returned.type) for returned in func._schema.returns)
     if no_tensor or torch.Tag.inplace_view in func.tags or (device is not None and device.type != "cpu"):
         return None
-    if func in _SHORT_WAYS:
+    if func in _SHORT_WAYS and not kwargs:
         return _SHORT_WAYS[func](*args)
     hollow = pytree.tree_map_only(Tensor, _without_storage, (args, kwargs))
     if device is not None:
