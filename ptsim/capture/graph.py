@@ -256,7 +256,13 @@ def hollow_copy(model: nn.Module, device: str | None = None) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        twin = torch.empty_like(tensor, device=device) if device else torch.empty(tensor.shape, dtype=tensor.dtype)
+        if device:
+            twin = torch.empty_like(tensor, device=device)
+        elif isinstance(tensor, nn.Parameter):  # contiguous: a model in channels-last is captured as any other
+            twin = torch.empty(tensor.shape, dtype=tensor.dtype)
+        else:
+            strides = torch.empty_like(tensor, device="meta").stride()
+            twin = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
         memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
     twin_model = copied(model, memo)
     for module in twin_model.modules():

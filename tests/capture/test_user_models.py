@@ -68,7 +68,9 @@ def test_kept_bytes_under_autocast_are_torchs(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["unet", "se", "super_resolution", "convnext", "encoder", "parametrised", "gated"])
+@pytest.mark.parametrize(
+    "name", ["unet", "se", "super_resolution", "convnext", "encoder", "parametrised", "gated", "biased"]
+)
 def test_the_peak_of_a_step_is_what_the_allocator_logged(name: str) -> None:
     torch.manual_seed(0)
     model = getattr(user_models, name)()
