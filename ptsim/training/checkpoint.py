@@ -40,8 +40,8 @@ _RESUMABLE = 2  # how many of the newest checkpoints keep what only resuming nee
 Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e30)]
 Number: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
-Scalar: TypeAlias = bool | int | Number | None  # what an optimizer keeps of a parameter besides tensors,
-Entry: TypeAlias = Scalar | list[Scalar]  # one or several under a name
+Scalar: TypeAlias = bool | int | Number | str | None  # what an optimizer keeps of a parameter besides tensors,
+Entry: TypeAlias = Scalar | list[Scalar | list[Scalar]]  # one or several under a name
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

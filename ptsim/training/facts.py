@@ -21,6 +21,7 @@ from ptsim.optimizers import OPTIMIZERS
 from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run
 from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
+from ptsim.training.watch import learning_rate
 
 # Which optimizer moves as much memory as an unknown one with n states an element; of two with one state the dearer.
 _BY_STATES = {0: "sgd", 1: "rmsprop", 2: "adam"}
@@ -60,12 +61,14 @@ def seen_settings(
     group = optimizer.param_groups[0]
     settings: dict[str, Any] = {
         "batch": batch,
-        "lr": rate if rate is not None else float(group["lr"]),
         "optimizer": costed_optimizer(optimizer),
         "optimizer_class": type(optimizer).__name__,
         "compile": hasattr(module, "_orig_mod"),
         "penalty_ratio": 0.0,
     }
+    rate = learning_rate(optimizer) if rate is None else rate
+    if rate is not None:
+        settings["lr"] = rate
     return settings | {
         name: group[name]
         for name in ("momentum", "weight_decay", "nesterov")

@@ -9,19 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.errors import UsageError
+from ptsim.training.watch import learning_rate
 
 
-def check_optimizer_kind(optimizer: torch.optim.Optimizer) -> None:
-    """Make sure that the optimizer's state can be cut with the weights.
+def check_optimizer_kind(optimizer: torch.optim.Optimizer, *, proximal: bool) -> None:
+    """Make sure that the optimizer's state can be cut with the weights, and that a proximal step knows its rate.
 
     Raises:
-        UsageError: it keeps one state for all weights together.
+        UsageError: it keeps one state for all weights together, or has no learning rate to be seen.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UsageError(
             f"{type(optimizer).__name__} keeps one state for all weights together, which cannot be cut with them",
             hint="PruneTrain needs an optimizer with a state per weight, such as SGD or AdamW; "
             "ptsim.Recorder records this one",
+        )
+    if proximal and learning_rate(optimizer) is None:
+        raise UsageError(
+            f"the proximal step needs a learning rate, which {type(optimizer).__name__} decides by itself",
+            hint='regularizer="gradient"',
         )
 
 

@@ -114,7 +114,7 @@ class PruneTrain:
         self.network = bare(model)
         self._refuse_second()
         self.penalty_ratio, self.interval, optimizer = penalty_ratio, interval, bare_optimizer(optimizer)
-        check_optimizer_kind(optimizer)
+        check_optimizer_kind(optimizer, proximal=self.settings.regularizer == "proximal")
         self.optimizer, self.ema, self.scaler, self.rewrap = optimizer, ema, scaler, rewrap
         self.regularized = penalty_ratio > 0
         self.penalty_coefficient: float | None = None if penalty_ratio > 0 else 0.0

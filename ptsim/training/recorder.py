@@ -44,7 +44,7 @@ from ptsim.training.loggers import Logger, Mirror
 from ptsim.training.losses import LossSum
 from ptsim.training.measured import Measured, Penalty, measure_epoch
 from ptsim.training.tracefile import TraceFile, refuse_trace
-from ptsim.training.watch import Watch
+from ptsim.training.watch import Watch, learning_rate
 from ptsim.training.wrapping import bare, bare_optimizer, called
 
 TRACE = "trace.jsonl"
@@ -420,7 +420,7 @@ class Recorder:
             batch_per_gpu=batch,
             passes=-(-batch // (watch.largest_backward or batch)),
             world_size=team.world_size,
-            learning_rate=rate if rate is not None else float(self.optimizer.param_groups[0]["lr"]),
+            learning_rate=rate if rate is not None else learning_rate(self.optimizer),
             num_iterations=iterations,
             num_images=int(all_images),
             penalty_coefficient=penalty.coefficient,

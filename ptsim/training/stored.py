@@ -1,8 +1,8 @@
 """How do network, optimizer and weight average come back from tensors and plain data, pruned as they were?
 
 Names of tensors: `network/NAME`, `optimizer/PARAMETER/KEY`, `optimizer/PARAMETER/KEY[INDEX]` where the optimizer keeps
-a list, `ema/NAME`. Buffers that a network does not call persistent
-are stored as well: pruning has cut them, so that a freshly built network does not have them.
+a list, `ema/NAME`. Buffers that a network does not call persistent are stored as well: pruning has cut them, so that a
+freshly built network does not have them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ptsim.training.checkpoint import Entry, NotNegative, Totals, Whole
 from ptsim.training.recipe import Count
 
 VERSION = 1
+_TENSOR = "tensor"  # marks a number that an optimizer keeps in a tensor
 _LISTED = re.compile(r"(.+)\[(\d{1,9})\]")
 
 
@@ -152,12 +153,15 @@ def load_tensors(
         load_full_state(ema, averaged)
     load_optimizer(network, optimizer, tensors, state.optimizer or {})
     for group, settings in zip(optimizer.param_groups, state.groups or [], strict=False):
-        for name, value in settings.items():
-            present = group.get(name)
+        for name, given in settings.items():
+            present, told = group.get(name), isinstance(given, dict) and given.keys() == {_TENSOR}
+            value = given[_TENSOR] if told else given
             if not _can_follow(present, value):
                 raise UsageError(f"not a state of PruneTrain: the optimizer's {name} is {value!r:.80}")
             if isinstance(present, Tensor):
                 present.fill_(value)
+            elif told and name not in group:  # what the optimizer makes at its first update
+                group[name] = torch.tensor(value)
             else:
                 group[name] = tuple(value) if isinstance(present, tuple) else value
 
@@ -193,25 +197,41 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def optimizer_scalars(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's entries that are no tensors, by parameter and key; a list has None in the place of a tensor."""
+    """The optimizer's entries that are no tensors, by parameter and key; a list has None in the place of a tensor.
+
+    Raises:
+        UsageError: one of them is neither a number, a word, nor a list of those and of tensors.
+    """
     scalars: dict[str, dict[str, Any]] = {}
     for name, key, value in _entries(network, optimizer):
         if isinstance(value, list):
             value = [None if isinstance(part, Tensor) else part for part in value]
-        if not isinstance(value, Tensor):
-            scalars.setdefault(name, {})[key] = value
+        if isinstance(value, Tensor):
+            continue
+        if not _is_plain(value, depth=2):
+            raise UsageError(
+                f"the optimizer keeps {key!r} of {name} in a {type(value).__name__}, which ptsim cannot store",
+                hint="PruneTrain.state_dict(tensors=False) leaves the optimizer's state to the loop",
+            )
+        scalars.setdefault(name, {})[key] = value
     return scalars
 
 
+def _is_plain(value: object, *, depth: int) -> bool:
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_is_plain(inner, depth=depth - 1) for inner in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The numbers, words and switches of every parameter group: rates, momenta, decays."""
+    """The numbers, words and switches of every parameter group: rates, momenta, decays, and counts in tensors."""
     plain = (bool, int, float, str, type(None))
     groups = []
     for group in optimizer.param_groups:
         settings: dict[str, Any] = {}
         for name, value in group.items():
             if isinstance(value, Tensor) and value.numel() == 1:
-                settings[name] = float(value)
+                settings[name] = {_TENSOR: value.item()}
             elif isinstance(value, plain):
                 settings[name] = value
             elif isinstance(value, tuple) and all(isinstance(v, plain) for v in value):
@@ -255,10 +275,9 @@ def load_optimizer(
 
 
 def _fits(tensor: Tensor, parameter: Tensor) -> bool:
-    """Of the parameter's shape, or with length 1 in some of its axes (factored moments)."""
-    return tensor.ndim == parameter.ndim and all(
-        n in (1, m) for n, m in zip(tensor.shape, parameter.shape, strict=True)
-    )
+    """Of the parameter's shape, with some of its axes missing or of length 1 perhaps (factored moments)."""
+    axes = iter(parameter.shape)
+    return all(any(n in (1, m) for m in axes) for n in tensor.shape)
 
 
 def parameter_names(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:

@@ -31,6 +31,12 @@ _T = TypeVar("_T")
 _HALF = {kind: precision for precision, kind in HALF_TYPES.items()}
 
 
+def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """Of the first parameter group; None where the optimizer decides it by itself (Adafactor by its default)."""
+    rate = optimizer.param_groups[0].get("lr")
+    return None if rate is None else float(rate)
+
+
 class Watch:
     """The iterations of one epoch after the other, as hooks see them.
 
@@ -40,7 +46,7 @@ class Watch:
         batch: images of this epoch's largest forward pass; of the last epoch's before the first one.
         largest_step: images of this epoch's largest update, all its passes together; 0 where none was seen.
         largest_backward: images of this epoch's largest backward pass, which may belong to several forward passes.
-        learning_rate: of the first parameter group at this epoch's first update.
+        learning_rate: of the first parameter group at this epoch's first update; None where the optimizer decides it.
         num_backwards: backward passes in this epoch.
         last_step_s: when this epoch's last update ended, by `time.perf_counter`; None before the first.
         precision, memory_format: of the last training pass.
@@ -282,14 +288,14 @@ class Watch:
             return  # the closure runs forward and backward first, and is watched itself
         self._in_backward = False
         if self.learning_rate is None:
-            self.learning_rate = float(optimizer.param_groups[0]["lr"])
+            self.learning_rate = learning_rate(optimizer)
         self._enter("optimizer", gap="optimizer")
 
     def _update_ends(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._paused:
             return
         if self.learning_rate is None:
-            self.learning_rate = float(optimizer.param_groups[0]["lr"])
+            self.learning_rate = learning_rate(optimizer)
         self._enter(None, gap="optimizer")
         self.num_steps += 1
         self.largest_step = max(self.largest_step, self.num_images - self._images_before)

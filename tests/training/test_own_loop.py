@@ -417,6 +417,50 @@ def test_a_state_restores_what_an_optimizer_keeps_in_lists():
         pruners[1].load_state_dict({**state, "tensors": state["tensors"] | odd})
 
 
+class Factored(torch.optim.Optimizer):
+    """As LAMB counts in its group, Adafactor decides the rate and keeps row means, and SOAP leaves empty places."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": None})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group.setdefault("step", torch.tensor(0.0)).add_(1)
+            for p in group["params"]:
+                state = self.state[p]
+                rows = state.setdefault("rows", torch.zeros(p.shape[:-1]))
+                rows.mul_(0.9).add_(p.grad.square().mean(-1), alpha=0.1)
+                state.setdefault("sides", [[], torch.zeros(2)])[1].add_(group["step"])
+                p.sub_(p.grad / (rows.sqrt().unsqueeze(-1) + 1e-3), alpha=0.01 / float(group["step"]))
+
+
+def test_a_run_goes_on_alike_with_an_optimizer_that_keeps_what_it_likes():
+    model, other = fresh(), fresh(1)
+    optimizer, second = Factored(model.parameters()), Factored(other.parameters())
+    pruners = [ptsim.PruneTrain(m, o, input_shape=IMAGE) for m, o in ((model, optimizer), (other, second))]
+    (first,) = train(pruners[0], model, optimizer, 1, images_and_labels(2))
+    assert first.epoch.learning_rate is None
+    state = pruners[0].state_dict()
+    plain = {name: msgspec.json.decode(msgspec.json.encode(state[name])) for name in ("optimizer", "groups")}
+    pruners[1].load_state_dict(state | plain)
+    for pruner, m, o in ((pruners[0], model, optimizer), (pruners[1], other, second)):
+        train(pruner, m, o, 1, images_and_labels(2))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert second.state[q]["sides"][0] == []
+        assert torch.equal(second.state[q]["sides"][1], torch.full((2,), 1.0 + 2 + 3 + 4))
+    second.state[other.fc.bias]["sides"] = {"left": torch.zeros(2)}
+    with pytest.raises(UsageError, match=r"keeps 'sides' of fc\.bias in a dict, which ptsim cannot store"):
+        pruners[1].state_dict()
+
+
+def test_a_proximal_step_needs_a_rate():
+    model = fresh()
+    with pytest.raises(UsageError, match="needs a learning rate, which Factored decides by itself"):
+        ptsim.PruneTrain(model, Factored(model.parameters()), input_shape=IMAGE, regularizer="proximal")
+
+
 def test_a_state_without_tensors_is_json_and_goes_with_the_loops_own_checkpoints():
     batches = images_and_labels()
     model = fresh()
