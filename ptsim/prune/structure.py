@@ -102,6 +102,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
                 continue
             if id(parameter) in resized:
                 module._parameters[key] = resized[id(parameter)]
+                touched.add(id(module))
                 continue
             shape = shapes.get(prefix + key)
             if shape is None or shape == tuple(parameter.shape):
@@ -113,6 +114,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
             shape = shapes.get(prefix + key)
             if id(buffer) in buffers:
                 module._buffers[key] = buffers[id(buffer)]
+                touched.add(id(module))
             elif buffer is not None and shape is not None and shape != tuple(buffer.shape):
                 origin = stored.origins.get(prefix + key)
                 if origin is None:

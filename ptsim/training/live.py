@@ -182,7 +182,10 @@ class LiveData:
                 f"the classes of {len(images)} images are a tensor of {shape}, expected {len(images)} numbers, or "
                 f"{len(images)}×{classes} shares of the {classes} classes"
             )
-        labels = labels.to(torch.int64)
+        whole = labels.to(torch.int64)
+        if not torch.equal(whole.to(labels.dtype), labels):
+            raise UsageError("the classes of the data are no whole numbers")
+        labels = whole
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
             raise UsageError(f"an image of the data has the class {wrong}, but there are {classes} classes, from 0 on")

@@ -66,7 +66,7 @@ class Watch:
         self._since = 0
         self._paused = False
         self._told_data = False
-        self._in_backward = False
+        self._in_backward = self._in_update = False
         self._trains_in_evaluation = False
         self._images = 0
         self._hooks: list[Any] = []
@@ -284,6 +284,7 @@ class Watch:
         self._enter(None)
 
     def _update_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._in_update = not self._paused
         if self._paused or kwargs.get("closure") is not None or any(callable(given) for given in args[1:]):
             return  # the closure runs forward and backward first, and is watched itself
         self._in_backward = False
@@ -292,8 +293,9 @@ class Watch:
         self._enter("optimizer", gap="optimizer")
 
     def _update_ends(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._paused:
+        if self._paused or not self._in_update:  # torch calls the hooks of a `step` and of the `super().step` in it
             return
+        self._in_update = False
         if self.learning_rate is None:
             self.learning_rate = learning_rate(optimizer)
         self._enter(None, gap="optimizer")
@@ -346,17 +348,20 @@ class _CompiledInPlace:
         assert call is not None, "asked by who makes it"
         watching, watched = weakref.ref(watch), weakref.ref(module)
 
+        removed: list[bool] = []  # another watch may still call this through what it has put around it
+
         def watched_call(*args: Any, **kwargs: Any) -> Any:
             alive, inside = watching(), watched()
-            return (
-                call(*args, **kwargs) if alive is None or inside is None else alive.called(inside, args, kwargs, call)
-            )
+            if removed or alive is None or inside is None:
+                return call(*args, **kwargs)
+            return alive.called(inside, args, kwargs, call)
 
-        self._module, self._call, self._instead = watched, call, watched_call
+        self._module, self._call, self._instead, self._removed = watched, call, watched_call, removed
         module._compiled_call_impl = watched_call
 
     def remove(self) -> None:
-        """The module's own call again, unless it was compiled anew."""
+        """The module's own call again, unless it was compiled anew; this watch sees nothing of it any more."""
+        self._removed.append(True)
         module = self._module()
         if module is not None and module._compiled_call_impl is self._instead:
             module._compiled_call_impl = self._call

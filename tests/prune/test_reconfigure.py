@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from ptsim import zoo
 from ptsim.errors import UsageError
@@ -50,6 +51,38 @@ def test_a_pruned_network_is_rebuilt_from_its_structure() -> None:
     fresh.load_state_dict(model.state_dict())
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(fresh.eval()(images), model.eval()(images))
+
+
+class Shared(nn.Module):
+    """Two depthwise layers with one weight, two normalisations with one pair of statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+        self.one, self.two = (nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False) for _ in range(2))
+        self.first, self.second = (nn.BatchNorm2d(8, affine=False) for _ in range(2))
+        self.two.weight = self.one.weight
+        self.second.running_mean, self.second.running_var = self.first.running_mean, self.first.running_var
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(self.one(self.stem(x)))
+        return self.head(self.last(torch.relu(self.second(self.two(x)))).mean((2, 3)))
+
+
+def test_layers_that_share_their_tensors_are_rebuilt_alike() -> None:
+    torch.manual_seed(0)
+    model, fresh = Shared().double(), Shared().double()
+    groups = find_groups(model, (3, 8, 8))
+    zero_some(model, groups, 0.4, seed=0)
+    left = 8 - int(reconfigure(model, groups).removed[groups.axes["stem.weight", 0]].sum())
+    assert left < 8
+    apply_structure(fresh, structure_of(model))
+    fresh.load_state_dict(model.state_dict())
+    for layer in (fresh.one, fresh.two):
+        assert (layer.groups, layer.in_channels, layer.out_channels) == (left, left, left)
+    assert (fresh.first.num_features, fresh.second.num_features) == (left, left)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(model(images), fresh(images))
 
 
 def test_a_structure_of_another_network_is_refused() -> None:

@@ -49,6 +49,7 @@ def test_a_step_of_two_accumulated_passes_takes_the_time_of_both(monkeypatch):
             clock.passes(0.5)
             return super().step(closure)
 
+    sgd(model)  # from now on torch calls the hooks in `super().step`, too
     optimizer = Slow(model.parameters(), lr=0.05)
 
     def batches():
@@ -119,6 +120,19 @@ def test_a_network_that_is_compiled_in_place_is_watched_and_pruned():
     call = model._compiled_call_impl
     pruner.close()
     assert model._compiled_call_impl is not call  # torch's own again
+    torch._dynamo.reset()
+
+
+def test_of_two_recorders_of_a_network_compiled_in_place_the_closed_one_sees_nothing():
+    model = fresh()
+    model.compile(backend="eager")
+    optimizer = sgd(model)
+    first, second = (ptsim.Recorder(model, optimizer, input_shape=IMAGE) for _ in range(2))
+    first.close()
+    for images, labels in images_and_labels(2, 8):
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    assert (first.watch.num_images, second.watch.num_images) == (0, 16)
     torch._dynamo.reset()
 
 
