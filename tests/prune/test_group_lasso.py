@@ -82,6 +82,18 @@ def test_a_weight_that_is_stored_in_another_order_gets_its_own_gradient() -> Non
     torch.testing.assert_close(model[0].weight.grad, expected, rtol=1e-13, atol=1e-13)
 
 
+def test_a_memory_format_that_changes_on_the_way_changes_no_gradient() -> None:
+    model = small_resnet()
+    lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE), form="gathered")
+    lasso.add_gradient(0.3)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.to(memory_format=torch.channels_last)
+    model.zero_grad()
+    lasso.add_gradient(0.3)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-12, atol=1e-12)
+
+
 def test_depthwise_convolutions_biases_and_batch_norms_are_not_penalised() -> None:
     model = grouped_network()
     lasso = GroupLasso(model, find_groups(model, SMALL_IMAGE))

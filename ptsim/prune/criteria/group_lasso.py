@@ -90,7 +90,8 @@ class GroupLasso:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight, memory_format=torch.preserve_format)
         if self._small:
-            if self._gathered is None:
+            strides = [term.weight.stride() for term in self._small]
+            if self._gathered is None or self._gathered.strides != strides:  # another memory format since
                 self._gathered = _GatheredGradient(self._small, self._by_element)
             self._gathered.add(coefficient)
         for term in self._large:
@@ -165,6 +166,7 @@ class _GatheredGradient:
         self.parts = [
             (term, term.layer.transposed or _num_kernels(term) < term.weight.numel() > most) for term in terms
         ]
+        self.strides = [term.weight.stride() for term in terms]
         device, kind = terms[0].weight.device, terms[0].weight.dtype
         lengths: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the groups of outputs and of inputs
         ids: tuple[list[Tensor], list[Tensor]] = ([], [])  # of each entry's group; -1: none
