@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     "lr_milestones": (0.4, 0.8),
     "num_threads": 1,  # so that two runs side by side on two cores do not disturb each other
 }
-# The proximal step reaches zeros exactly, so that channels go in a quarter of the run; chosen with seed 0 among nine.
+# The proximal step reaches zeros exactly, so that channels go in a quarter of the run. How chosen: docs/demo.md.
 PRUNING: dict[str, Any] = {"penalty_ratio": 0.8, "interval": 2, "regularizer": "proximal"}
 
 

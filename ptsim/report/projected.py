@@ -6,6 +6,7 @@ kind of work, and carries the intervals through the differences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -173,7 +174,8 @@ def saved_columns(dense: RunProjection, pruned: RunProjection, projector: Projec
     """What a pruned run saves against a dense one, of time, energy, CO₂ and money, with the 90 % interval of each."""
     ratio = pruned.total_s / dense.total_s
     tier = worst_tier((dense.tier, pruned.tier)) or dense.tier
-    low, high = saving_interval(ratio, tier, draws=pruned.draw_spread)
+    independent = math.hypot(_half_width(dense), _half_width(pruned))
+    low, high = saving_interval(ratio, tier, draws=pruned.draw_spread, independent=independent)
     spread = low / ratio, high / ratio
     return {
         **_saved("seconds", dense.total_s, pruned.total_s, spread),
@@ -184,6 +186,12 @@ def saved_columns(dense: RunProjection, pruned: RunProjection, projector: Projec
         **_saved("co2_grams", projector.grams(dense.energy_j), projector.grams(pruned.energy_j), spread),
         **_saved("usd", dense.cost_usd, pruned.cost_usd, spread),
     }
+
+
+def _half_width(projection: RunProjection) -> float:
+    """Of the logarithm of the run's time: the wider side of its 90 % interval."""
+    total_s, low_s, high_s = projection.total_s, projection.low_s, projection.high_s
+    return max(math.log(total_s / low_s), math.log(high_s / total_s)) if low_s > 0 else math.inf
 
 
 def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from ptsim.costs.tiers import Tier
 
 def test_every_tier_has_a_measured_error_with_a_source() -> None:
     assert set(saving_errors()) == set(Tier)
-    assert all(error.source and 0 < error.share < 1 for error in saving_errors().values())
+    assert all(error.source and 0 <= error.share < 1 and error.floor > 0 for error in saving_errors().values())
 
 
 def test_the_width_by_hand() -> None:
@@ -37,6 +37,27 @@ def test_a_saving_of_a_third_is_known_to_eight_points_at_the_data_sheet_tier() -
     low, high = saving_interval(0.67, Tier.DATASHEET)
     assert 0.67 - low < 0.08
     assert high - 0.67 < 0.09
+
+
+@pytest.mark.parametrize("tier", [Tier.MEASURED, Tier.PROFILED])
+def test_a_step_measured_on_the_device_narrows_the_saving(tier: Tier) -> None:
+    half = math.hypot(0.03, 0.04)  # of two times known to 3 and to 4 %
+    low, high = saving_interval(0.7, tier, independent=half)
+    assert (low, high) == pytest.approx((0.7 * math.exp(-0.05), 0.7 * math.exp(0.05)))
+
+
+def test_a_calibrated_saving_is_no_surer_than_two_equal_runs() -> None:
+    low, high = saving_interval(0.7, Tier.PROFILED, independent=0.001)
+    assert high / low == pytest.approx(math.exp(0.04))
+
+
+def test_interpolated_layers_err_whatever_the_saving_is() -> None:
+    widths = {ratio: saving_interval(ratio, Tier.PROFILED, independent=1.0) for ratio in (0.5, 0.95)}
+    assert widths[0.5][1] / 0.5 == pytest.approx(widths[0.95][1] / 0.95)
+
+
+def test_what_a_data_sheet_predicts_takes_no_narrower_interval_from_its_times() -> None:
+    assert saving_interval(0.7, Tier.DATASHEET, independent=0.03) == saving_interval(0.7, Tier.DATASHEET)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, math.nan, math.inf])
