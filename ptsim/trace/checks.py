@@ -11,6 +11,7 @@ from ptsim.consistency import network_problem
 from ptsim.network import Network
 from ptsim.trace.schema import AnyRecord, Architecture, Draw, Epoch, Profile, Reconfiguration, Run
 
+_MOST_MOMENTUM = 1_000_000
 _CLOCKS = 2.0  # how far the parts of an epoch, which other clocks measure, may exceed its wall time
 
 
@@ -50,8 +51,11 @@ def _run_problem(run: Run) -> str | None:
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             return f"hyperparameters.{name} is {value!r}, expected {'a text' if kind is str else 'a whole number'}"
     momentum = run.hyperparameters.get("momentum")
-    if momentum is not None and (isinstance(momentum, bool) or not isinstance(momentum, int | float)):
-        return f"hyperparameters.momentum is {momentum!r}, expected a number"
+    if momentum is not None:
+        if isinstance(momentum, bool) or not isinstance(momentum, int | float):
+            return f"hyperparameters.momentum is {momentum!r}, expected a number"
+        if not 0 <= momentum <= _MOST_MOMENTUM:  # which may have more digits than Python prints
+            return f"hyperparameters.momentum is out of range, expected 0 to {_MOST_MOMENTUM}"
     return None
 
 

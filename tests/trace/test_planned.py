@@ -157,3 +157,16 @@ def test_a_criterion_that_is_null_is_the_group_lasso_and_a_number_is_refused(tmp
     assert again(None).criterion == GROUP_LASSO
     with pytest.raises(FileFormatError, match=r"hyperparameters\.criterion is 3, expected a text"):
         again(3)
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"), [(-0.1, "out of range"), ("1" + 400 * "0", "out of range"), (True, "expected a number")]
+)
+def test_a_momentum_that_no_optimizer_has_is_refused(tmp_path: Path, written: object, problem: str) -> None:
+    lines = shrinking_trace(tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    run = json.loads(lines[0])
+    run["hyperparameters"]["momentum"] = int(written) if isinstance(written, str) else written
+    file = tmp_path / "b.jsonl"
+    file.write_text(json.dumps(run) + "\n" + "".join(lines[1:]))
+    with pytest.raises(FileFormatError, match=f"hyperparameters.momentum is .*{problem}"):
+        read_trace(file)
