@@ -158,9 +158,25 @@ class ShapedTracer(Tracer):
         value = self._values[node]
         if isinstance(value, Tensor):
             raise fx.proxy.TraceError("the code looks at the values of a tensor")
+        if _asks_for_the_device(node):  # all is on the meta device here, where the code may take neither of its ways
+            raise UnsupportedModelError(
+                f"{type(self.root).__name__} cannot be traced: its code decides by the device of a tensor",
+                hint="let the code do the same on every device",
+            )
         if self.looked.get(node.name) != "number":
             self.looked[node.name] = purpose
         return value
+
+
+def _asks_for_the_device(node: fx.Node) -> bool:
+    waiting, seen = [node], set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node.target is getattr and node.args[1] == "device":
+            return True
+        seen.add(node)
+        waiting += [before for before in node.all_input_nodes if before not in seen]
+    return False
 
 
 def plain_numbers(arguments: Any) -> Any:
@@ -311,6 +327,8 @@ def symbolic_graph(
                 # Tensors that the code made are attributes of the model until here.
                 module = fx.GraphModule(tracer.root, graph, name)
             break
+        except UnsupportedModelError:  # found here: no other tracer does better
+            raise
         except Exception as error:  # torch.fx lets any error of the traced code through
             if lacks_memory(error):
                 raise

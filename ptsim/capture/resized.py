@@ -8,8 +8,6 @@ them); the memory footprints, which are no part of a network's identity, are sca
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import math
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from ptsim.capture.graph import evaluation_mode, normalised_shape, symbolic_graph
 from ptsim.capture.network import capture_network, layer_names
+from ptsim.capture.words import words_of
 from ptsim.network import Footprint, Layer, LayerKind, Moment, Network, Parameter
 
 Shape = tuple[int, ...]
@@ -136,39 +135,10 @@ def _read_by_code(model: nn.Module, graph: fx.GraphModule) -> dict[tuple[str, st
             found[path, "its type"] = f"{type(module).__module__}.{type(module).__qualname__}"
             found[path, "its modules"] = tuple(module._modules)
             found |= {(path, name): value for name, value in vars(module).items() if not name.startswith("_")}
-            read |= _words(type(module), getattr(module.forward, "__func__", module.forward))
+            read |= words_of(module)
     for path, module in called:
         found |= {(path, name): vars(module)[name] for name in read & vars(module).keys()}
     return found
-
-
-@functools.cache
-def _words(kind: type[nn.Module], function: Any) -> frozenset[str]:
-    """Every name and word in the code of `function`, a method of `kind`, and of the functions that it may call."""
-    words, seen, waiting = set[str](), set[Any](), [function]
-    while waiting:
-        function = inspect.unwrap(waiting.pop())
-        code = getattr(function, "__code__", None)
-        if (
-            not inspect.iscode(code)
-            or code in seen
-            or str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
-        ):
-            continue
-        seen.add(code)
-        codes = [code]
-        while codes:
-            code = codes.pop()
-            names = {*code.co_names, *(word for word in code.co_consts if isinstance(word, str))}
-            codes += [part for part in code.co_consts if inspect.iscode(part)]
-            words |= names
-            for name in names:
-                method = inspect.getattr_static(kind, name, None)
-                waiting += [
-                    getattr(method, "fget", getattr(method, "__func__", method)),
-                    function.__globals__.get(name),
-                ]
-    return frozenset(words)
 
 
 def _equal(a: Any, b: Any) -> bool:

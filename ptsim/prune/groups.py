@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.capture.graph import copied, example_input, naming_the_image, note_tracer
+from ptsim.capture.words import words_of
 from ptsim.errors import UnsupportedModelError, lacks_memory
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.labels import ENDS, NO_SLOTS, UNKNOWN, AxisKey, State, Weighted, compress, connected, distinct
@@ -206,7 +207,26 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
             state, graphs = propagate(bones.train(model.training), input_shape)
     note_tracer(type(model).__name__, graphs["train"])
     groups = dataclasses.replace(_assemble(state, input_shape, graphs["train"]), shapes_only=shapes_only)
+    if _looks_at_widths(bones, groups.graph):
+        layers = [torch.unique(layer.outputs) for layer in groups.layers]
+        groups = dataclasses.replace(
+            groups, sensitive=torch.ones_like(groups.sensitive), sensitive_sets=(*groups.sensitive_sets, *layers)
+        )
     return _freeze_misaligned(bones, groups)
+
+
+# What code may ask layers for that pruning changes; shapes of tensors are noticed where they are asked for.
+_WIDTHS = {"out_channels", "in_channels", "out_features", "in_features", "num_features", "numel", "parameters"}
+
+
+def _looks_at_widths(model: nn.Module, graph: fx.GraphModule) -> bool:
+    """True if the code of a module that is traced into names a number of channels: its way may depend on it."""
+    calls = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    inside = tuple(f"{call}." for call in calls)
+    return any(
+        path not in calls and not path.startswith(inside) and _WIDTHS & words_of(module)
+        for path, module in model.named_modules()
+    )
 
 
 def _gone(removed: Tensor, rows: Tensor) -> Tensor:
@@ -300,7 +320,7 @@ def misaligned(
         state, graphs = propagate(smaller, groups.input_shape, seed)
     except SHAPE_ERRORS:
         return None
-    if operation is None and not _same_steps(groups.graph, graphs["train"]):
+    if operation is None and not same_steps(groups.graph, graphs["train"]):
         return None
     return torch.cat([state.misaligned, _out_of_place(groups, removed, state)])
 
@@ -329,7 +349,7 @@ def _out_of_place(groups: ChannelGroups, removed: Tensor, state: State) -> Tenso
     return distinct(torch.cat(wrong))
 
 
-def _same_steps(before: fx.GraphModule, after: fx.GraphModule) -> bool:
+def same_steps(before: fx.GraphModule, after: fx.GraphModule) -> bool:
     """True if the code does the same with the same numbers, but for those that count channels."""
     exported = before.meta["traced_by"] == "torch.export"  # shapes are constants in it
 
@@ -343,7 +363,7 @@ def _same_steps(before: fx.GraphModule, after: fx.GraphModule) -> bool:
     return steps(before) == steps(after)
 
 
-MIXED_UP = "a reshape, split or index of the model's code would mix up the channels that are left"
+MIXED_UP = "a reshape, split, index or condition of the model's code would mix up the channels that are left"
 ALL_OR_NONE = "a reshape, split or index of the model's code lets these channels go only all together"
 
 

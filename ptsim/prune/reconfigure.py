@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.capture.graph import example_input, output_tensors
-from ptsim.errors import UnsupportedModelError, UsageError
+from ptsim.errors import UsageError
 from ptsim.prune.cut import cut_model, cut_optimizer, unwrap
 from ptsim.prune.density import THRESHOLD
 from ptsim.prune.gating import apply_gate, find_gates
@@ -24,6 +24,7 @@ from ptsim.prune.groups import (
     component_maxima,
     find_groups,
     misaligned,
+    same_steps,
 )
 from ptsim.prune.removal import Removal, collapsed_layers, find_removals, remove_branch
 from ptsim.prune.selection import keep_one, round_up
@@ -237,7 +238,9 @@ def _decide(
         notes.append("channels that pass a reshape or split are kept: what is left would be mixed up")
         found = _rehearse(model, groups, plan)
     if found is None:
-        raise UnsupportedModelError(f"{type(model).__name__} does not run with the channels that would be left")
+        plan, notes = _plan(groups, torch.zeros_like(sparse), importance, 1, ())
+        notes = ["all channels are kept: with those left the model's code would not run, or would do something else"]
+        found = plan, groups, groups.rehearsal_copy(model)
     return *found, notes
 
 
@@ -268,7 +271,10 @@ def _rehearse(
                 return None
         if not stays_aligned(model, groups, plan):
             return None
-        return plan, find_groups(bones, groups.input_shape), bones
+        after = find_groups(bones, groups.input_shape)
+        if not plan.removals and not same_steps(groups.graph, after.graph):  # a removed branch takes its steps along
+            return None
+        return plan, after, bones
     except SHAPE_ERRORS:
         return None
 

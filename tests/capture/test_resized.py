@@ -9,6 +9,7 @@ from torch import nn
 from ptsim.capture import resized
 from ptsim.capture.network import capture_network
 from ptsim.capture.resized import Recapture, thin_copy
+from ptsim.prune.cut import cut_model
 from ptsim.prune.groups import find_groups
 from ptsim.prune.propagate import skeleton
 from ptsim.prune.reconfigure import remove_channels
@@ -82,8 +83,9 @@ def test_code_that_looks_at_a_layers_width_takes_its_way_at_every_width(where: s
     bones = skeleton(_Reading(where))
     known = Recapture(bones, name="reading", input_shape=(3, 8, 8), num_classes=4)
     groups = find_groups(bones, (3, 8, 8))
-    sparse = torch.zeros(groups.num_components, dtype=torch.bool)
-    sparse[torch.nonzero(groups.prunable).flatten()[:5]] = True
-    remove_channels(bones, groups, sparse)
+    removed = torch.zeros(groups.num_components, dtype=torch.bool)
+    removed[groups.axes["first.weight", 0][:5]] = True
+    assert not groups.prunable[removed].any()  # training would leave them
+    cut_model(bones, groups.cut_for(removed))
     network = known.network(bones)
     assert [layer.name for layer in network.layers] == ["first", "norm", "relu", "tanh", "second", "mean"]
