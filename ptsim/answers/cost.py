@@ -114,7 +114,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
         kinds.insert(0, "layers", frame.groupby("kind", sort=False).size())
         return kinds.reset_index().sort_values(["training_macs", "forward_bytes"], ascending=False, ignore_index=True)
 
-    def epoch_costs_frame(self) -> pd.DataFrame:
+    def epochs_frame(self) -> pd.DataFrame:
         """A row an epoch of the trace; columns as `EpochCost`; empty for a model."""
         return _frame(self.epochs)
 

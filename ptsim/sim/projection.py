@@ -118,7 +118,7 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
         """Hours times GPUs."""
         return self.gpus * self.total_s / 3600
 
-    def projected_epochs_frame(self) -> DataFrame:
+    def epochs_frame(self) -> DataFrame:
         """A table with one row per projected epoch; columns that `Trace.epochs_frame` has too mean the same.
 
         Only `energy_joules` is of all GPUs here and of one GPU there. Seconds are of the whole epoch, but for

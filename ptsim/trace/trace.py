@@ -196,7 +196,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
         Seconds are of the whole epoch, but for `step_*_seconds`, the quantiles of its iterations;
         `reconfiguration_seconds` is what the run paid right after it. Memory, bytes, energy and power are of one GPU.
-        `RunProjection.projected_epochs_frame` has columns of the same names for a projected run.
+        `RunProjection.epochs_frame` has columns of the same names for a projected run.
         """
         import pandas as pd
 

@@ -59,7 +59,7 @@ def test_frames_have_a_row_a_layer_a_kind_and_an_epoch(tmp_path: Path) -> None:
     report = ptsim.cost(shrinking_trace(tmp_path / "trace.jsonl"))
     assert len(report.layers_frame()) == len(report.layers)
     assert report.kinds_frame()["training_macs"].sum() == report.training_macs_per_image
-    assert list(report.epoch_costs_frame()["epoch"]) == list(range(len(report.epochs)))
+    assert list(report.epochs_frame()["epoch"]) == list(range(len(report.epochs)))
     assert report.parameters == report.epochs[-1].parameters < report.epochs[0].parameters
 
 

@@ -610,7 +610,7 @@ class TestFrames:
 
     def test_epochs_have_a_row_each_with_units_in_the_names(self, trace: Trace) -> None:
         projection = run(trace, 8)
-        frame, recorded = projection.projected_epochs_frame(), trace.epochs_frame()
+        frame, recorded = projection.epochs_frame(), trace.epochs_frame()
         assert len(frame) == len(recorded) == 6
         assert frame.wall_seconds.tolist() == [epoch.total_s for epoch in projection.epochs]
         first = projection.epochs[0]
