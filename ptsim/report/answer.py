@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import msgspec
 import pandas as pd
@@ -12,9 +13,10 @@ from ptsim.costs.tiers import tier_row
 from ptsim.report.frames import averaged
 from ptsim.report.numbers import (
     format_bytes,
-    format_count,
     format_grams,
     format_joules,
+    format_macs,
+    format_number,
     format_seconds,
     format_usd,
     percent,
@@ -22,6 +24,13 @@ from ptsim.report.numbers import (
     upper,
 )
 from ptsim.trace.pairs import PACE_TOLERANCE
+
+
+class Show(Protocol):
+    """A number of one quantity as text (`report.numbers`), in the unit of `like`."""
+
+    def __call__(self, value: float, like: float | None = None, /) -> str:
+        """Three significant digits and the unit."""
 
 
 class Tile(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,10 +68,10 @@ def answer_frame(answer: Answer) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def checked(validation: Validation | None) -> str:
-    """What predicting the recorded runs themselves adds to how sure a projection is."""
+def checked(validation: Validation | None, unchecked: str) -> str:
+    """What predicting the recorded runs themselves adds to how sure a projection is; `unchecked` is why it cannot."""
     if validation is None:
-        return " The runs have no layer times of their own, so the prediction could not be checked on them."
+        return f" {unchecked}" if unchecked else ""
     points = validation.saving_error_points
     return (
         " On the machine that recorded the runs, the same method is wrong by "
@@ -80,6 +89,7 @@ def projected_answer(
     *,
     measured: pd.DataFrame,
     excess: pd.DataFrame,
+    unchecked: str = "",
 ) -> Answer:
     """The answer for `gpus` GPUs: the pruned setting that takes the least time there.
 
@@ -91,6 +101,7 @@ def projected_answer(
         notices: what a reader must know first.
         measured: `frames.measured_savings_frame`.
         excess: `projected.excess_frame` of that setting.
+        unchecked: why there is no validation.
     """
     best = fastest(savings, gpus)
     run = runs[runs.run == best.run].iloc[0]
@@ -111,7 +122,7 @@ def projected_answer(
         after=rest + _accuracy(best) + ".",
         tiles=tuple(tiles),
         certainty=_certainty(best, settings)
-        + checked(validation)
+        + checked(validation, unchecked)
         + _repeats(best, run)
         + _batch_caveat(run, gpus, int(best.first_batch_per_gpu)),
         notices=tuple(notices),
@@ -150,20 +161,21 @@ def _is_open(best: pd.Series) -> bool:
 
 def _verdict(best: pd.Series) -> tuple[str, str]:
     """What to set in bold, and what follows: time with its interval, then money with its own."""
+    like = _unit(best, "seconds")
     dense = format_seconds(best.dense_seconds)
     if abs(best.saved_fraction) < _OPEN:
         return f"takes as long as dense training, {dense}", ""
     saves = best.saved_fraction > 0
     share = percent(abs(best.saved_fraction))
-    interval = _between(format_seconds, best.saved_seconds, best.saved_seconds_low, best.saved_seconds_high)
+    interval = _interval(best, "seconds", format_seconds)
     if saves:
-        text = f"saves {format_seconds(best.saved_seconds)} of {dense}"
+        text = f"saves {format_seconds(best.saved_seconds, like)} of {dense}"
     else:
-        text = f"takes {format_seconds(-best.saved_seconds)} longer than the {dense} of dense training"
+        text = f"takes {format_seconds(-best.saved_seconds, like)} longer than the {dense} of dense training"
     rest = f" ({share}; {interval})"
     if pd.notna(best.get("saved_usd")):
-        money = _between(format_usd, best.saved_usd, best.saved_usd_low, best.saved_usd_high)
-        rest += f" and {'saves' if saves else 'costs'} {format_usd(abs(best.saved_usd))} "
+        money = _interval(best, "usd", format_usd)
+        rest += f" and {'saves' if saves else 'costs'} {format_usd(abs(best.saved_usd), _unit(best, 'usd'))} "
         rest += f"{'of' if saves else 'on top of'} {format_usd(best.dense_usd)} ({money})"
     return text, rest
 
@@ -195,8 +207,10 @@ def _certainty(best: pd.Series, settings: int) -> str:
 def _repeats(best: pd.Series, run: pd.Series) -> str:
     if best.num_runs > 1:
         return f" Means of {best.num_runs} runs of this setting; the interval is the widest of them."
+    if run.stretched:
+        return " Nobody has trained it at this length: that it shrinks at the same pace is assumed."
     if run.origin == "planned":
-        return " Nobody has trained this: which channels would go, and with what accuracy, is assumed."
+        return " Which channels would go, and with what accuracy, is assumed."
     return " This setting was trained once: how much another seed would differ is not part of the interval."
 
 
@@ -221,31 +235,44 @@ def _saving_tile(
     best: pd.Series,
     what: str,
     quantity: str,
-    show: Callable[[float], str],
+    show: Show,
     origin: str,
     *,
     where: str = "",
     after: str = "",
 ) -> Tile:
     """The saving of one quantity, by the name that the columns of `projected.savings_frame` have for it."""
-    saved = best[f"saved_{quantity}"]
-    interval = _between(show, saved, best[f"saved_{quantity}_low"], best[f"saved_{quantity}_high"])
+    saved, dense, pruned = (best[f"{which}_{quantity}"] for which in ("saved", "dense", "pruned"))
     return Tile(
         name=f"{what} {'saved' if saved >= 0 else 'lost'}",
-        value=show(abs(saved)),
-        detail=f"{show(best[f'pruned_{quantity}'])} instead of {show(best[f'dense_{quantity}'])}{where}; {interval}"
-        + after,
+        value=show(abs(saved), _unit(best, quantity)),
+        detail=f"{show(pruned, dense)} instead of {show(dense)}{where}; {_interval(best, quantity, show)}{after}",
         origin=origin,
     )
 
 
-def _between(show: Callable[[float], str], value: float, low: float, high: float) -> str:
-    """The 90 % interval of a saving, or of a loss, in words; or that there is none."""
+_SMALL = 0.05  # a smaller share of the dense run has a unit of its own
+
+
+def _unit(best: pd.Series, quantity: str) -> float:
+    """The amount whose unit a saving and its interval have: the dense run's, or their own where they are small."""
+    dense = best[f"dense_{quantity}"]
+    largest = best[[f"saved_{quantity}", f"saved_{quantity}_low", f"saved_{quantity}_high"]].abs().max()
+    return float(dense if largest >= _SMALL * dense else largest)
+
+
+def _interval(best: pd.Series, quantity: str, show: Show) -> str:
+    saved, low, high = (best[f"saved_{quantity}{end}"] for end in ("", "_low", "_high"))
+    return _between(show, saved, low, high, _unit(best, quantity))
+
+
+def _between(show: Show, value: float, low: float, high: float, like: float) -> str:
+    """The 90 % interval of a saving, or of a loss, in words, in the unit of `like`; or that there is none."""
     if pd.isna(low) or pd.isna(high):
         return "no interval"
     if value < 0:
         low, high = -high, -low
-    return f"90 % interval {show(low)} to {show(high)}"
+    return f"90 % interval {show(low, like)} to {show(high, like)}"
 
 
 def _measured_tiles(measured: pd.DataFrame, setting: str) -> Iterator[Tile]:
@@ -254,7 +281,7 @@ def _measured_tiles(measured: pd.DataFrame, setting: str) -> Iterator[Tile]:
         return
     row = averaged(rows, ["setting"]).iloc[0]
     detail = (
-        f"of the dense time on {row.device}: {format_seconds(row.pruned_seconds)} instead of "
+        f"of the dense time on {row.device}: {format_seconds(row.pruned_seconds, row.dense_seconds)} instead of "
         f"{format_seconds(row.dense_seconds)}, reconfigurations included"
     )
     if abs(row.time_fraction - row.own_start_fraction) > PACE_TOLERANCE / 2:
@@ -272,8 +299,8 @@ def _bytes_tiles(best: pd.Series, gpus: int) -> Iterator[Tile]:
         yield Tile(
             name="All-reduced bytes per GPU",
             value=percent(best.pruned_allreduce_bytes_per_gpu / best.dense_allreduce_bytes_per_gpu),
-            detail=f"of dense: {format_bytes(best.pruned_allreduce_bytes_per_gpu)} instead of "
-            f"{format_bytes(best.dense_allreduce_bytes_per_gpu)} over the run",
+            detail=f"of dense: {format_bytes(best.pruned_allreduce_bytes_per_gpu, best.dense_allreduce_bytes_per_gpu)} "
+            f"instead of {format_bytes(best.dense_allreduce_bytes_per_gpu)} over the run",
             origin="counted",
         )
 
@@ -285,18 +312,21 @@ def why(excess: pd.DataFrame) -> Iterator[str]:
     """Why time does not shrink as the MACs do, the weightiest reasons first. Takes `projected.excess_frame`."""
     macs = float(excess.macs_fraction.iloc[0])
     pruned_s, dense_s = excess.pruned_seconds.sum(), excess.dense_seconds.sum()
-    lead = f"Pruning leaves {percent(macs)} of the training MACs and {percent(pruned_s / dense_s)} of the time"
+    lead = (
+        f"The pruned run has {percent(macs)} of the training MACs and takes {percent(pruned_s / dense_s)} of the time"
+    )
     if pruned_s / dense_s - macs < _LEAST_GAP:
         yield f"{lead}: here time follows the MACs."
         return
     yield f"{lead}."
     total = excess.excess_seconds.clip(lower=0).sum()
+    floor = float(excess.floor_fraction.iloc[0])
     for row in excess.sort_values("excess_seconds", ascending=False).to_dict("records"):
         if row["excess_seconds"] < _LEAST_SHARE * total:
             break
         left = percent(row["pruned_seconds"] / row["dense_seconds"]) if row["dense_seconds"] > 0 else "more than all"
-        yield _REASONS[row["part"]].format(share=percent(row["pruned_seconds"] / pruned_s), left=left)
-    floor = float(excess.floor_fraction.iloc[0])
+        reasons = _REASONS | _LAUNCH_REASONS if floor >= _FLOOR else _REASONS
+        yield reasons[row["part"]].format(share=percent(row["pruned_seconds"] / pruned_s), left=left)
     if floor >= _FLOOR:
         yield (
             f"Launch-bound: a pruned step on a single image would take {percent(min(floor, 1.0))} of the time of "
@@ -321,30 +351,44 @@ _REASONS = {
     "other": "Waiting for stragglers takes {share} of the pruned run.",
 }
 
+# The same where launches and the least times of kernels make up much of a step.
+_LAUNCH_REASONS = {
+    "convolutions and linear layers": "Convolutions and linear layers take {left} of their dense time: their kernels "
+    "are so short that their least times count.",
+    "memory-bound layers": "Memory-bound layers (BatchNorm, activations, sums) take {left} of their dense time: their "
+    "kernels are so short that their least times count, whatever they move.",
+}
+
 
 def dense_answer(
-    projections: pd.DataFrame, runs: pd.DataFrame, gpus: int, validation: Validation | None, notices: Sequence[str]
+    projections: pd.DataFrame,
+    runs: pd.DataFrame,
+    gpus: int,
+    validation: Validation | None,
+    notices: Sequence[str],
+    *,
+    unchecked: str = "",
 ) -> Answer:
-    """The answer where nothing was pruned: what training takes on `gpus` GPUs."""
+    """The answer where nothing was pruned: what training takes on `gpus` GPUs; `unchecked`: why without validation."""
     row = averaged(projections[projections.gpus == gpus], ["setting"]).sort_values("total_seconds").iloc[0]
     run = runs[runs.run == row.run].iloc[0]
     origin = f"projected{_of_planned(run)}; times: {tier_row(row.tier).label}"
     tiles = [
         Tile(
             name="GPU time",
-            value=f"{row.total_seconds * gpus / 3600:,.4g} GPU-h",
+            value=f"{format_number(row.total_seconds * gpus / 3600)} GPU-h",
             detail=f"{gpus:,} GPUs for {format_seconds(row.total_seconds)}" if gpus > 1 else "one GPU",
             origin=origin,
         )
     ]
-    quantities: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    quantities: tuple[tuple[str, str, str, Show], ...] = (
         ("Money", "cost_usd", "for the whole run", format_usd),
         ("Energy", "energy_joules", "all GPU boards, whole run", format_joules),
         ("CO\u2082", "co2_grams", "all GPU boards, whole run", format_grams),
     )
     for name, column, detail, show in quantities:
         if pd.notna(row.get(column)):
-            interval = _between(show, row[column], row[f"low_{column}"], row[f"high_{column}"])
+            interval = _between(show, row[column], row[f"low_{column}"], row[f"high_{column}"], row[column])
             tiles.append(Tile(name=name, value=show(row[column]), detail=f"{detail}; {interval}", origin=origin))
     if pd.notna(run.final_accuracy):
         tiles.append(
@@ -355,14 +399,15 @@ def dense_answer(
                 origin="measured, 1 run",
             )
         )
-    interval = _between(format_seconds, row.total_seconds, row.low_seconds, row.high_seconds)
+    interval = _between(format_seconds, row.total_seconds, row.low_seconds, row.high_seconds, row.total_seconds)
     return Answer(
         before=f"{_planned(run)}Training {run.model} on {run.dataset} with {gpus:,} × {row.device} ({row.cluster}) ",
         emphasis=f"takes {format_seconds(row.total_seconds)}",
         after=f" ({interval}). No pruned run was given, so there is no saving to report.",
         tiles=tuple(tiles),
         certainty=f"In 9 of 10 such projections the time lies in its interval. {upper(tier_row(row.tier).explanation)}."
-        + checked(validation),
+        + checked(validation, unchecked)
+        + _batch_caveat(run, gpus, int(row.first_batch_per_gpu)),
         notices=tuple(notices),
     )
 
@@ -384,7 +429,7 @@ def recorded_answer(runs: pd.DataFrame, notices: Sequence[str]) -> Answer:
 def _batch_caveat(run: pd.Series, gpus: int, batch_per_gpu: int) -> str:
     """What the recorded accuracy does not cover: updates of another size."""
     recorded, here = int(run.num_gpus * run.first_batch_per_gpu), gpus * batch_per_gpu
-    if recorded == here:
+    if recorded == here or pd.isna(run.final_accuracy):
         return ""
     return (
         f" The accuracy is that of the recorded run, whose updates took {recorded:,} images at first; here they take "
@@ -412,7 +457,7 @@ def _quality_tiles(run: pd.Series, best: pd.Series) -> Iterator[Tile]:
     yield Tile(
         name="Inference cost of the result",
         value=percent(run.last_inference_macs_per_image / run.first_inference_macs_per_image),
-        detail=f"of dense: {format_count(run.last_inference_macs_per_image, 'MAC')} instead of "
-        f"{format_count(run.first_inference_macs_per_image, 'MAC')} per image{before}",
+        detail=f"of dense: {format_macs(run.last_inference_macs_per_image, run.first_inference_macs_per_image)} "
+        f"instead of {format_macs(run.first_inference_macs_per_image)} per image{before}",
         origin="counted",
     )

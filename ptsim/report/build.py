@@ -149,7 +149,9 @@ def make_report(
         unchecked=reason,
     )
     if facts.savings.empty:
-        head = answer.dense_answer(facts.projections, facts.recorded, facts.focus, validation, notices)
+        head = answer.dense_answer(
+            facts.projections, facts.recorded, facts.focus, validation, notices, unchecked=reason
+        )
     else:
         head = answer.projected_answer(
             facts.savings,
@@ -159,6 +161,7 @@ def make_report(
             notices,
             measured=facts.measured_savings,
             excess=facts.excess,
+            unchecked=reason,
         )
     names = " and ".join(c.name for c in clusters)
     where = f" Projected onto {names}" + (", because no cluster was named." if not given else ".")
@@ -195,7 +198,7 @@ def _validation(runs: Sequence[Trace]) -> tuple[Validation | None, str]:
     try:
         return validate(runs), ""
     except MissingMeasurementError as error:
-        return None, f"Not possible here: {error.message}."
+        return None, f"The prediction could not be checked on the runs themselves: {error.message}."
 
 
 def _sizes(cluster: Cluster, gpus: Sequence[int] | None) -> list[int]:
@@ -215,13 +218,20 @@ def _title(runs: Sequence[Trace]) -> str:
 
 def _byline(runs: Sequence[Trace]) -> str:
     trained = [trace for trace in runs if not trace.is_planned]
-    devices = " and ".join(dict.fromkeys(device_name(trace) for trace in trained))
+    stretched = [trace for trace in runs if trace.is_stretched]
+    planned = len(runs) - len(trained) - len(stretched)
     dates = sorted(trace.run.created[:10] for trace in runs)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    parts = [f"{_runs(len(trained))} recorded on {devices}"] if trained else []
-    if len(trained) < len(runs):
-        parts.append(f"{_runs(len(runs) - len(trained))} planned, which nobody has trained")
+    parts = [f"{_runs(len(trained))} recorded on {_devices(trained)}"] if trained else []
+    if stretched:
+        parts.append(f"{_runs(len(stretched))} recorded on {_devices(stretched)} and stretched to another length")
+    if planned:
+        parts.append(f"{_runs(planned)} planned, which nobody has trained")
     return f"From {' and '.join(parts)}, {when}."
+
+
+def _devices(runs: Sequence[Trace]) -> str:
+    return " and ".join(dict.fromkeys(device_name(trace) for trace in runs))
 
 
 def _runs(count: int) -> str:
@@ -236,6 +246,11 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
         notices.append(
             f"Planned, not trained: {which}. Accuracy is not known, and how the pruned ones shrink is assumed."
         )
+    notices += [
+        f"{label}: recorded on {device_name(trace)}, here with {trace.run.assumed[-1].what}."
+        for label, trace in zip(run_labels(runs), runs, strict=True)
+        if trace.is_stretched
+    ]
     for label, trace in zip(run_labels(runs), runs, strict=True):
         planned = trace.planned_epochs
         if not trace.complete:

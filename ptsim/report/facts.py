@@ -140,5 +140,5 @@ class Facts:
 
     @property
     def trained(self) -> list[Trace]:
-        """The runs with an epoch that somebody trained: what can be predicted again."""
-        return [run.trace for run in self.labelled if run.trained and not run.trace.is_planned]
+        """The runs with an epoch that somebody trained: what can be predicted again, in the order of `traces`."""
+        return [trace for trace in self.traces if trace.epochs and not trace.is_planned]

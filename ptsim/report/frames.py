@@ -58,6 +58,7 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
                 "run": label,
                 "setting": setting,
                 "origin": run.origin,
+                "stretched": trace.is_stretched,
                 "model": model_name(trace),
                 "dataset": data_name(trace),
                 "penalty_ratio": trace.penalty_ratio,
@@ -201,7 +202,7 @@ def _labels(label: str, setting: str, trace: Trace) -> dict[str, Any]:
         "run": label,
         "setting": setting,
         "pruned": trace.is_pruned,
-        "device": device_name(trace),
+        "device": "planned" if trace.run.device.kind == "none" else device_name(trace),
         "device_kind": trace.run.device.kind,
         "precision": str(trace.run.precision),
     }

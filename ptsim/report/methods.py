@@ -106,7 +106,8 @@ def _tier_rows(runs: Sequence[LabelledRun], projector: Projector, gpus: int) -> 
         if network := projection.network_tier:
             words = tier_row(network).label, tier_row(network).all_reduce_explanation
             said.setdefault((f"all-reduce times, {format_gpus(gpus)}", *words), []).append(run.label)
-        for note in projection.notes:
+        stated = {assumption.note for assumption in run.trace.run.assumed}
+        for note in [note for note in projection.notes if note not in stated]:
             said.setdefault(("", "note", note), []).append(run.label)
     for (what, value, source), labels in said.items():
         who = "all runs" if len(labels) == len(runs) else "; ".join(labels)
@@ -180,15 +181,18 @@ def _run_facts(label: str, trace: Trace, shared: Mapping[str, object]) -> Iterat
     run = trace.run
     data, device = run.dataset, run.device
     shape = " × ".join(map(str, data.input_shape))
-    where = format_gpus(run.world_size) if device.kind == "cuda" else device.kind.upper()
+    where = format_gpus(run.world_size) if device.kind != "cpu" else device.kind.upper()
+    if trace.is_planned:
+        began = f"{where}; planned {run.created}" + (", after a run on " + device_name(trace)) * trace.is_stretched
+    else:
+        began = (
+            f"{where} {device_name(trace)}{f', driver {device.driver}' * bool(device.driver)}; started {run.created}"
+        )
+    images = f"{data.num_train:,} training and {data.num_validation:,} validation images"
     yield (
         label,
-        f"{model_name(trace)} on {data_name(trace)}: {data.num_train:,} training and {data.num_validation:,} "
-        f"validation images of {shape}, {data.num_classes} classes; "
-        f"{run.precision}, {run.memory_format.replace('_', ' ')}, "
-        f"seed {run.seed}; {where} {device_name(trace)}"
-        + (f", driver {device.driver}" if device.driver else "")
-        + f"; started {run.created}"
+        f"{model_name(trace)} on {data_name(trace)}: {images} of {shape}, {data.num_classes} classes; "
+        f"{run.precision}, {run.memory_format.replace('_', ' ')}, seed {run.seed}; {began}"
         + (f"; revision {run.git_revision[:12]}" if run.git_revision else "")
         + ".",
     )

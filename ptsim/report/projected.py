@@ -77,6 +77,12 @@ class Projector:
         """The step that `epoch` trained, layer by layer, on this cluster's device."""
         return _step(trace, epoch, self.device)
 
+    @property
+    def price_usd_per_gpu_hour(self) -> float | None:
+        """The user's price, 0 included, or the cluster's."""
+        given = self.options.price_usd_per_gpu_hour
+        return self.cluster.price_usd_per_gpu_hour if given is None else given
+
     def grams(self, joules: float | None) -> float | None:
         """The CO₂ of an energy; None where the energy or the grid is not known."""
         if joules is None or self.grid_grams_per_kwh is None:
@@ -85,14 +91,25 @@ class Projector:
 
 
 def labelled_runs(traces: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[LabelledRun]:
-    """The held baselines of runs that have no dense partner, then every run that has an epoch, dense ones first."""
+    """The held baselines of runs that have no dense partner, then every run that has an epoch, dense ones first.
+
+    Where one run ended earlier than its partner, both are taken as far as they are compared.
+    """
+    compared: dict[str, list[Trace]] = {}
+    for c in comparisons:
+        compared.setdefault(c.label, []).append(c.pruned)
+        compared.setdefault(c.baseline_label, []).append(c.baseline)
     held = [
         LabelledRun(label=c.baseline_label, setting=c.baseline_label, trace=c.baseline, trained=False)
         for c in comparisons
         if not c.trained
     ]
     runs = [
-        LabelledRun(label=label, setting=setting, trace=trace)
+        LabelledRun(
+            label=label,
+            setting=setting,
+            trace=max(compared.get(label, [trace]), key=lambda cut: len(cut.epochs)),
+        )
         for label, setting, trace in zip(run_labels(traces), setting_labels(traces), traces, strict=True)
         if trace.epochs
     ]
@@ -159,8 +176,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     "dense_allreduce_bytes_per_gpu": dense.allreduce_bytes_per_gpu,
                     "pruned_allreduce_bytes_per_gpu": pruned.allreduce_bytes_per_gpu,
                     "grid_grams_per_kwh": projector.grid_grams_per_kwh,
-                    "price_usd_per_gpu_hour": projector.options.price_usd_per_gpu_hour
-                    or projector.cluster.price_usd_per_gpu_hour,
+                    "price_usd_per_gpu_hour": projector.price_usd_per_gpu_hour,
                     **accuracies(c),
                     "whole_runs": both_whole,
                     "shrank": len({epoch.architecture for epoch in c.pruned.epochs}) > 1,

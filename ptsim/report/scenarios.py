@@ -137,7 +137,7 @@ def with_batch(trace: Trace, factor: float) -> Trace:
 _WORDS: dict[Lever, tuple[str, str]] = {
     "GPUs": ("{:,.0f} GPUs", "GPUs"),
     "bandwidth": ("{:,.4g} Gbit/s", "bandwidth"),
-    "mini-batch": ("a mini-batch of {:,.0f} per GPU", "mini-batch"),
+    "mini-batch": ("{:,.0f} images per GPU", "mini-batch"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pandas as pd
 
 from ptsim.report import frames, projected, scenarios, specs
@@ -112,18 +113,27 @@ def costs_section(facts: Facts) -> Section:
 
 def runs_section(facts: Facts) -> Section:
     """What was recorded: accuracy, sizes, reconfigurations, and what pruning saved on the spot."""
+    planned = [trace.is_planned for trace in facts.traces]
+    which = "planned" if all(planned) else "recorded and the planned" if any(planned) else "recorded"
+    title = f"The {which} runs"
+    unmeasured = "Nobody has trained them: nothing here is measured." if all(planned) else None
     table = facts.recorded
     same = [name for name in ("model", "dataset", "seed") if table[name].nunique() == 1]
     tables: tuple[Table, ...] = (
         make_table(specs.MEASURED_SAVINGS, facts.measured_savings),
-        make_table(specs.RUNS, table.drop(columns=same)),
-        make_table(specs.RECONFIGURATIONS, frames.reconfigurations_frame(facts.traces), folded=len(facts.traces) > 1),
+        make_table(
+            msgspec.structs.replace(specs.RUNS, title=f"{title}."), table.drop(columns=same), caption=unmeasured
+        ),
+        make_table(
+            specs.RECONFIGURATIONS,
+            frames.reconfigurations_frame(facts.traces),
+            caption="What every shrinking would remove." if all(planned) else None,
+            folded=len(facts.traces) > 1,
+        ),
     )
-    planned = [trace.is_planned for trace in facts.traces]
-    title = "The planned runs" if all(planned) else "The recorded and the planned runs" if any(planned) else None
     return Section(
         name="runs",
-        title=title or "The recorded runs",
+        title=title,
         figures=shown_figures("runs", facts),
         tables=tuple(table for table in tables if table.rows),
     )

@@ -63,6 +63,7 @@ SCENARIOS = TableSpec(
         "total_seconds": "time",
         "low_seconds": "90 % from",
         "high_seconds": "to",
+        "mfu_fraction": "MFU",
         "saved_fraction": "time saved",
         "saved_fraction_low": "90 % from",
         "saved_fraction_high": "to",
@@ -70,8 +71,7 @@ SCENARIOS = TableSpec(
         "saved_usd": "money saved",
         "energy_joules": "energy",
         "co2_grams": "CO₂",
-        "mfu_fraction": "MFU",
-        "accuracy": "validation accuracy",
+        "accuracy": "accuracy",
         "tier": "times from",
     },
     together=(("total_seconds", "low_seconds", "high_seconds"), ("cost_usd", "saved_usd")),
@@ -133,8 +133,15 @@ SAVINGS = TableSpec(
         "tier": "times from",
     },
     together=(
-        ("dense_seconds", "pruned_seconds", "saved_seconds", "saved_seconds_low", "saved_seconds_high"),
-        ("saved_compute_seconds", "saved_communication_seconds", "saved_reconfiguration_seconds"),
+        (
+            "dense_seconds",
+            "pruned_seconds",
+            "saved_seconds",
+            "saved_seconds_low",
+            "saved_seconds_high",
+            "saved_compute_seconds",
+        ),
+        ("saved_communication_seconds", "saved_reconfiguration_seconds"),
     ),
 )
 
@@ -214,7 +221,7 @@ LAYERS = TableSpec(
 
 ARCHITECTURES = TableSpec(
     name="architectures",
-    title="Every architecture that was trained.",
+    title="Every architecture of the runs.",
     headings={
         "run": "run",
         "first_epoch": "from epoch",

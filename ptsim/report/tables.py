@@ -9,17 +9,9 @@ from typing import Any
 import msgspec
 import pandas as pd
 
-# Suffix of a column's name → the units it may be shown in, largest first.
-_SCALES: dict[str, tuple[tuple[str, float], ...]] = {
-    "seconds": (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)),
-    "bytes": (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)),
-    "joules": (("MWh", 3.6e9), ("kWh", 3.6e6), ("kJ", 1e3), ("J", 1.0)),
-    "macs": (("TMAC", 1e12), ("GMAC", 1e9), ("MMAC", 1e6), ("kMAC", 1e3), ("MAC", 1.0)),
-    "parameters": (("million", 1e6), ("thousand", 1e3), ("", 1.0)),
-    "grams": (("t", 1e6), ("kg", 1e3), ("g", 1.0)),
-    "watts": (("W", 1.0),),
-    "usd": (("USD", 1.0),),
-}
+from ptsim.costs.tiers import tier_row
+from ptsim.report.numbers import SCALES
+
 _PERCENT = ("accuracy", "sparsity", "fraction", "error", "channels_density", "weights_density")
 
 
@@ -85,8 +77,11 @@ def make_table(
         values = frame[column]
         if _is_text(values):
             columns.append(Column(heading=headings[column], unit="", kind="text", css="text"))
-            long = values.astype(str).str.len().max() > 60
-            cells.append([_text_cell(value, "text long" if long else "text") for value in values])
+            if column == "tier":
+                values = values.map(lambda name: tier_row(name).label, na_action="ignore")
+            longest = values.astype(str).str.len().max()
+            css = "text long" if longest > 60 else "text name" if longest > 20 else "text"
+            cells.append([_text_cell(value, css) for value in values])
             continue
         group = next((names for names in together if column in names), [column])
         shared = pd.concat([frame[name].astype(float) for name in group if name in frame])
@@ -117,7 +112,7 @@ def _unit(column: str, values: pd.Series) -> tuple[str, float]:
     per = "/image" if column.endswith("_per_image") else ""
     if any(word in _PERCENT for word in words):
         return "%", 0.01
-    scales = next((_SCALES[word] for word in reversed(words) if word in _SCALES), None)
+    scales = next((SCALES[word] for word in reversed(words) if word in SCALES), None)
     if scales is None:
         return "", 1.0
     typical = values.dropna().abs()

@@ -190,7 +190,7 @@ class _Planner:
             keeps_up = options.input == "none" and not isinstance(options.input_images_per_s, int | float)
             note("the run is planned: nobody has trained it" + (", and input keeps up" if keeps_up else ""))
             for assumption in trace.run.assumed:
-                note(f"assumed: {assumption.what} ({assumption.source})")
+                note(assumption.note)
         times = [epoch.measured_time for epoch in epochs if epoch.measured_time is not None]
         waited = sum(time.data_wait_s for time in times) / max(1e-12, sum(time.wall_s for time in times))
         if waited > 0.05 and options.input_images_per_s is None and options.input == "none":

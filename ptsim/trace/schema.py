@@ -83,6 +83,11 @@ class Assumption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     what: str
     source: str
 
+    @property
+    def note(self) -> str:
+        """The assumption as a projection's note says it."""
+        return f"assumed: {self.what} ({self.source})"
+
 
 class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="run"):
     """The first line: everything that decides the run.

@@ -125,6 +125,11 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         """Nobody has trained the run: it has architectures and iterations, and no measured quantity."""
         return self.run.origin == "planned"
 
+    @property
+    def is_stretched(self) -> bool:
+        """A recorded run at another length than it was trained (`trace.stretch`): planned, but with a device."""
+        return self.is_planned and self.run.device.kind != "none" and bool(self.run.assumed)
+
     def drawn(self) -> tuple[Trace, ...]:
         """The planned run, and one for each of its draws: the same steps of other networks."""
         return (msgspec.structs.replace(self, draws=()), *(self._other(draw) for draw in self.draws))

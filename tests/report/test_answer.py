@@ -10,6 +10,7 @@ from ptsim.report import answer, numbers
 from ptsim.report.build import make_report
 from ptsim.report.frames import averaged
 from ptsim.trace.io import read_trace
+from ptsim.trace.stretch import stretch
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 
@@ -25,7 +26,7 @@ def excess(**pruned_seconds: float) -> pd.DataFrame:
 
 def test_a_run_that_waits_for_its_host_is_called_host_bound() -> None:
     lead, *reasons = answer.why(excess(host=10.0, products=5.0, moved=6.0))
-    assert "50 % of the training MACs and 70 % of the time" in lead
+    assert "50 % of the training MACs and takes 70 % of the time" in lead
     assert len(reasons) == 2  # of 6 s in excess, 5 are the host's and 1 is the memory's
     assert reasons[0].startswith("Host-bound: for 48 % of the pruned run")
     assert reasons[1].startswith("Memory-bound layers")
@@ -39,6 +40,12 @@ def test_where_time_follows_macs_there_is_nothing_to_explain() -> None:
 def test_steps_that_one_image_would_take_as_well_are_called_launch_bound() -> None:
     *_, last = answer.why(excess(products=9.0).assign(floor_fraction=0.8))
     assert last.startswith("Launch-bound: a pruned step on a single image would take 80 %")
+
+
+def test_memory_bound_layers_of_short_kernels_are_not_explained_by_their_bytes() -> None:
+    _, moved, _ = answer.why(excess(moved=10.0).assign(floor_fraction=0.8))
+    assert "take 100 % of their dense time: their kernels are so short" in moved
+    assert "bytes" not in moved
 
 
 def test_repeats_are_one_row_of_means_with_the_widest_interval() -> None:
@@ -97,6 +104,25 @@ def test_a_projection_has_three_digits(value: float, text: str) -> None:
     assert numbers.format_seconds(value) == text
 
 
+def test_a_number_is_rounded_once_as_in_the_tables() -> None:
+    # 36.6506 is nearest to 36.7; by way of 36.65, which binary holds as less, it would be 36.6
+    assert numbers.format_bytes(36.6506 * 2**40) == "36.7 TiB"
+
+
+def test_a_saving_has_the_unit_of_what_it_is_part_of() -> None:
+    assert numbers.format_seconds(0.613, 3.71) == "0.613 s"
+    assert numbers.format_seconds(3804.0, 3432.0) == "63.4 min"
+    assert numbers.format_joules(605e3, 205e3) == "605 kJ"
+    assert numbers.format_joules(44.4e3, 0.19 * 3.6e6) == "0.0123 kWh"
+    assert numbers.format_usd(60.70, 194.0) == "61 USD"
+
+
+def test_a_saving_that_is_small_beside_the_run_has_one_unit_of_its_own() -> None:
+    row = pd.Series({"dense_seconds": 36000.0, "saved_seconds": 300.0, "saved_seconds_low": 30.0})
+    row["saved_seconds_high"] = 900.0
+    assert answer._interval(row, "seconds", numbers.format_seconds) == "90 % interval 0.5 min to 15 min"
+
+
 @pytest.mark.slow
 def test_a_planned_number_looks_planned(tmp_path: Path) -> None:
     traces = [dense_trace(tmp_path / "d.jsonl", epochs=3), shrinking_trace(tmp_path / "p.jsonl", epochs=3, interval=1)]
@@ -124,6 +150,24 @@ def test_a_planned_number_looks_planned(tmp_path: Path) -> None:
     assert all("from a planned run" in t.origin for t in report.answer.tiles if t.origin.startswith("projected"))
     assert not any(t.origin.startswith("measured") for t in report.answer.tiles)
     assert "2 runs planned, which nobody has trained" in report.byline
+    assert "Nobody has trained these runs" in report.answer.certainty
+    assert "recorded run" not in report.answer.certainty  # there is no recorded accuracy whose mini-batch could differ
+    (runs,) = [section for section in report.sections if section.name == "runs"]
+    titles = [(table.title, table.caption) for table in runs.tables]
+    assert ("The planned runs.", "Nobody has trained them: nothing here is measured.") in titles
+    assert not any("measured" in caption for title, caption in titles if title == "Reconfigurations.")
+    methods = dict(report.sections[-1].facts)
+    assert any("; planned " in text for text in methods.values())
+    assert not any("; started " in text for text in methods.values())
+
+
+@pytest.mark.slow
+def test_a_recorded_run_at_another_length_says_so(tmp_path: Path) -> None:
+    trace = read_trace(shrinking_trace(tmp_path / "p.jsonl", epochs=3, interval=1))
+    report = make_report([stretch(trace, epochs=30)], cluster="dgx-a100", gpus=[8])
+    assert "stretched to another length" in report.byline
+    assert any("here with 30 epochs instead of 3: every architecture" in notice for notice in report.answer.notices)
+    assert "Nobody has trained it at this length" in report.answer.certainty
 
 
 @pytest.mark.parametrize(("joules", "text"), [(3.38e6, "0.939 kWh"), (1.9e7, "5.28 kWh"), (4.3e3, "4.3 kJ")])

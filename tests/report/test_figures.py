@@ -11,6 +11,7 @@ import ptsim
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report import figures, frames, projected
 from ptsim.report.facts import Facts
+from ptsim.report.figures import layers as layer_figures
 from ptsim.report.figures import style
 from ptsim.report.figures.registry import FIGURES, ReportFigure, figures_of
 from ptsim.report.projected import Projector, labelled_runs
@@ -142,6 +143,19 @@ def test_a_figure_from_outside_is_one_row(traces: list[ptsim.Trace]) -> None:
         FIGURES.remove("learning_rate")
     assert shown["learning_rate"] == "Of 2 runs."
     assert next(iter(shown)) == "accuracy"
+
+
+def test_layers_above_the_roof_are_counted_and_explained(
+    traces: list[ptsim.Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = facts_of(traces)
+    frame = pd.DataFrame(
+        {"layer": ["a", "b", "a"], "flops_per_second": [3.0, 1.0, 2.5], "peak_flops_per_second": [2.0, 2.0, 2.0]}
+    )
+    monkeypatch.setattr(layer_figures, "roofline_frame", lambda *_: frame)
+    assert "1 layer lies above the roof" in layer_figures.ROOFLINE.caption(facts)
+    monkeypatch.setattr(layer_figures, "roofline_frame", lambda *_: frame[frame.flops_per_second < 2])
+    assert "above the roof" not in layer_figures.ROOFLINE.caption(facts)
 
 
 def test_every_own_figure_is_registered_once(traces: list[ptsim.Trace]) -> None:

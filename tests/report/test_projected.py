@@ -4,11 +4,12 @@ import pytest
 import ptsim
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report import projected
+from ptsim.report.facts import Facts
 from ptsim.report.projected import Projector, labelled_runs
 from ptsim.report.specs import PROJECTIONS
 from ptsim.report.tables import make_table
 from ptsim.sim.options import Options
-from ptsim.trace.pairs import compare_runs
+from ptsim.trace.pairs import compare_runs, first_epochs
 from tests.traces import dense_trace, shrinking_trace
 
 GPUS = [1, 8]
@@ -137,6 +138,26 @@ def test_a_held_baseline_is_projected_but_was_not_trained(traces: list[ptsim.Tra
     savings = projected.savings_frame(comparisons, projector, [1])
     assert savings.accuracy_change.isna().all()
     assert savings.dense_seconds[0] > savings.pruned_seconds[0] - projector.run(traces[1], 1).reconfiguration_s
+
+
+def test_runs_of_different_length_are_shown_as_far_as_they_are_compared(traces: list[ptsim.Trace]) -> None:
+    dense, pruned = traces
+    short = first_epochs(pruned, 2)
+    for given in ([dense, short], [short, dense]):
+        runs = labelled_runs(given, compare_runs(given))
+        assert [len(run.trace.epochs) for run in runs] == [2, 2]
+    assert len(labelled_runs([dense], [])[0].trace.epochs) == len(dense.epochs) > 2
+
+
+def test_runs_that_are_checked_keep_their_order_and_so_their_names(traces: list[ptsim.Trace]) -> None:
+    dense, pruned = traces
+    assert Facts([pruned, dense], compare_runs([pruned, dense])).trained == [pruned, dense]
+
+
+def test_a_price_of_nothing_is_a_price() -> None:
+    cluster = msgspec.structs.replace(load_cluster("dgx-a100"), price_usd_per_gpu_hour=3.0)
+    assert Projector(cluster, Options(price_usd_per_gpu_hour=0.0)).price_usd_per_gpu_hour == 0.0
+    assert Projector(cluster, Options()).price_usd_per_gpu_hour == 3.0
 
 
 def test_plans_that_were_not_written_and_share_a_path_are_told_apart(traces: list[ptsim.Trace]) -> None:

@@ -22,6 +22,11 @@ def test_columns_that_belong_together_share_their_unit() -> None:
     assert [column.unit for column in table.columns] == ["h", "h", "ms"]
 
 
+def test_a_tier_is_called_as_in_the_sentences() -> None:
+    table = shown(pd.DataFrame({"tier": ["datasheet", None]}), {"tier": "times from"})
+    assert [row[0].text for row in table.rows] == ["data sheet", ""]
+
+
 def test_what_is_missing_shows_as_missing_and_an_empty_column_not_at_all() -> None:
     frame = pd.DataFrame({"run": ["a", "b"], "energy_joules": [None, 7.2e6], "cost_usd": [None, None]})
     table = shown(frame, {"run": "run", "energy_joules": "energy", "cost_usd": "cost"})

@@ -97,7 +97,10 @@ def meet(targets: Targets, problem: Problem, *, source: str) -> Trajectory:
     named = ", ".join(f"{name} {value:g}" for name, value in aimed.items())
     assumed = (
         Assumption(what=f"fractions of dense: {named}", source=source),
-        Assumption(what=f"memory-bound edges are pruned harder: hazard grows as intensity^{tilt:.2f}", source=how),
+        Assumption(
+            what=f"layers bound by memory are pruned {'harder' if tilt > 0 else 'less hard'} (tilt {tilt:.2f})",
+            source=how,
+        ),
     )
     return Trajectory(widths=widths, assumed=assumed, targets=aimed)
 

@@ -7,6 +7,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from ptsim.report.facts import Facts
 from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
 from ptsim.report.projected import block_of, has_removed_blocks, roofline_frame
@@ -118,6 +119,20 @@ def roofline_figure(layers: pd.DataFrame) -> Figure:
     )
 
 
+def _roofline_caption(facts: Facts) -> str:
+    layers = roofline_frame(facts.shown, facts.projector)
+    above = layers[layers.flops_per_second > layers.peak_flops_per_second].layer.nunique() if len(layers) else 0
+    fewer = (
+        f" {above} {'layer lies' if above == 1 else 'layers lie'} above the roof: FLOPs are counted as in a direct "
+        "convolution, and fp32 kernels for 3 × 3 filters multiply less (Winograd's algorithm)."
+    )
+    return (
+        f"Every convolution and linear layer of “{facts.shown.label}” with forward and backward pass together, and "
+        "what the device's arithmetic and memory allow. Pruning moves layers to the left, where memory decides, and "
+        f"down, where a kernel is too small to fill the GPU.{fewer if above else ''}"
+    )
+
+
 LAYERS = ReportFigure(
     section="layers",
     title="The costliest layers.",
@@ -130,11 +145,7 @@ ROOFLINE = ReportFigure(
     title="How fast the layers could be.",
     frame=lambda facts: roofline_frame(facts.shown, facts.projector),
     draw=roofline_figure,
-    caption=lambda facts: (
-        f"Every convolution and linear layer of “{facts.shown.label}” with forward and backward pass together, below "
-        "what the device's arithmetic and memory allow. Pruning moves layers to the left, where memory decides, and "
-        "down, where a kernel is too small to fill the GPU."
-    ),
+    caption=_roofline_caption,
 )
 BLOCKS = ReportFigure(
     section="layers",
