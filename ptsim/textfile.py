@@ -353,14 +353,14 @@ def printable(text: str, most: int | None = None) -> str:
     one blank. `most` letters remain at most; the middle is left out then.
     """
     text = " ".join(text.split())
-    text = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in _ACTING else c for c in text)
+    text = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ACTING else c for c in text)
     if most is not None and len(text) > most:
         head = (most - 1) // 2
         text = f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
     return text
 
 
-_ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, line and paragraph separator
+ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, line and paragraph separator
 
 
 def split_lines(content: bytes) -> tuple[list[bytes], bytes]:

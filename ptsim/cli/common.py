@@ -10,14 +10,15 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from ptsim.textfile import ACTING
+
 
 def printable(text: str) -> str:
     """The text; what would steer a terminal or turn the direction of writing is written as an escape."""
     if text.isprintable():  # false of line feeds, surrogates and formatting characters, too
         return text
     return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else c.encode("unicode_escape").decode()
-        for c in text
+        c if c in "\n\t" or unicodedata.category(c) not in ACTING else c.encode("unicode_escape").decode() for c in text
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+_NOTED = "{}: the run ends after this iteration; once more ends it at once\n"
 
 
 class Interruption:
@@ -19,6 +22,8 @@ class Interruption:
         if self.asked is not None:  # asked twice: at once
             raise KeyboardInterrupt(self.asked.name)
         self.asked = signal.Signals(number)
+        with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of another one
+            os.write(2, _NOTED.format(self.asked.name).encode())
 
 
 @contextlib.contextmanager

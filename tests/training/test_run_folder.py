@@ -328,6 +328,7 @@ def test_ctrl_c_on_the_command_line_says_in_one_line_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
+    assert "SIGINT: the run ends after this iteration; once more ends it at once" in said
     assert said.splitlines()[-1] == f"interrupted (SIGINT); go on with: ptsim train --resume {folder}"
     assert "Traceback" not in said
     _, end = list(read_records(folder))[-1]
