@@ -11,7 +11,7 @@ from torch import nn
 
 def words_of(module: nn.Module) -> frozenset[str]:
     """Every name and word in the code of the module's `forward` and of the functions that it may call."""
-    return _words(type(module), getattr(module.forward, "__func__", module.forward))
+    return _words(type(module), getattr(module.forward, "__func__", module.forward))  # type: ignore[arg-type] # classes can be hashed
 
 
 @functools.cache
