@@ -38,7 +38,8 @@ def check_number(name: str, text: str, *, whole: bool) -> None:
     if whole and (not math.isfinite(value) or not text.strip().lstrip("+-").isdecimal()):
         raise UsageError(f"{name} is {text}, expected a whole number")
     if whole and abs(value) > LARGEST_INTEGER:
-        raise UsageError(f"{name} is {value:.3g}, expected at most {LARGEST_INTEGER}")
+        bound = f"at most {LARGEST_INTEGER}" if value > 0 else f"at least {-LARGEST_INTEGER}"
+        raise UsageError(f"{name} is {value:.3g}, expected {bound}")
     if not whole and value and math.isfinite(value) and not SMALLEST <= abs(value) <= LARGEST:
         raise UsageError(f"{name} is {text}, expected 0 or a number between {SMALLEST:g} and {LARGEST:g}")
 

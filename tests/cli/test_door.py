@@ -77,6 +77,7 @@ def test_what_the_machine_refuses_is_one_sentence(
         ("predict resnet20 --batch 3.5 --gpu a100", "--batch is 3.5, expected a whole number"),
         ("train --epochs 1.6", "--epochs is 1.6, expected a whole number"),
         ("predict resnet20 --batch 99999999999999999999 --gpu a100", "--batch is 1e+20, expected at most"),
+        ("simulate x --cluster dgx-a100 --seed -99999999999999999999", "--seed is -1e+20, expected at least -92"),
         ("simulate x --cluster dgx-a100 --price 1e-320", "--price is 1e-320, expected 0 or a number between"),
         ("calibrate gpus", "unknown calibrate command 'gpus'; known: gpu, network"),
         ("simulate x", "--cluster"),
