@@ -34,6 +34,7 @@ from ptsim.trace.pairs import (
 )
 from ptsim.trace.trace import Trace
 
+UNCHECKED = "The prediction could not be checked on the runs themselves; “Predicted against measured” says why."
 FALLBACK_CLUSTER = "dgx-a100"  # where nothing is known about the recording device
 
 
@@ -139,6 +140,7 @@ def make_report(
     sizes = _sizes(clusters[0], gpus)
     checked = [trace for trace in runs if trace.epochs and not trace.is_planned]
     validation, reason = _validation(checked)
+    unchecked = UNCHECKED if checked else reason
     facts = Facts(
         runs,
         comparisons,
@@ -150,7 +152,7 @@ def make_report(
     )
     if facts.savings.empty:
         head = answer.dense_answer(
-            facts.projections, facts.recorded, facts.focus, validation, notices, unchecked=reason
+            facts.projections, facts.recorded, facts.focus, validation, notices, unchecked=unchecked
         )
     else:
         head = answer.projected_answer(
@@ -161,7 +163,7 @@ def make_report(
             notices,
             measured=facts.measured_savings,
             excess=facts.excess,
-            unchecked=reason,
+            unchecked=unchecked,
         )
     names = " and ".join(c.name for c in clusters)
     where = f" Projected onto {names}" + (", because no cluster was named." if not given else ".")
@@ -198,7 +200,7 @@ def _validation(runs: Sequence[Trace]) -> tuple[Validation | None, str]:
     try:
         return validate(runs), ""
     except MissingMeasurementError as error:
-        return None, f"The prediction could not be checked on the runs themselves: {error.message}."
+        return None, f"Not possible here: {error.message}."
 
 
 def _sizes(cluster: Cluster, gpus: Sequence[int] | None) -> list[int]:
@@ -260,6 +262,10 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
         elif len(trace.epochs) == 1:
             notices.append(f"{label}: a single epoch, so nothing can be said about how costs change.")
     for comparison in comparisons:
+        if len({epoch.architecture for epoch in comparison.pruned.epochs}) == 1:
+            notices.append(
+                f"{comparison.label}: every epoch trained the same network, so pruning could save no training time."
+            )
         notices += [f"{comparison.label}: {note}." for note in comparison.notes]
         speed = pace(comparison)
         if speed is not None and abs(speed - 1) > PACE_TOLERANCE:

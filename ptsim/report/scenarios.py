@@ -71,7 +71,8 @@ def break_even_frame(facts: Facts) -> pd.DataFrame:
     comparison = facts.comparison
     if comparison is None:
         return pd.DataFrame()
-    rows = [_row(facts, comparison, facts.projector, "GPUs", size, size) for size in facts.sizes]
+    sizes = facts.sizes if len(facts.sizes) > 1 else ()  # of a single one there is nothing to compare
+    rows = [_row(facts, comparison, facts.projector, "GPUs", size, size) for size in sizes]
     cluster = facts.projector.cluster
     field = "inter" if facts.focus > cluster.gpus_per_node else "intra"
     link = getattr(cluster, field)

@@ -61,6 +61,11 @@ def test_break_even_has_the_headlines_point_in_every_lever(facts: Facts) -> None
         assert row["saved_fraction"] == pytest.approx(headline)
 
 
+def test_one_number_of_gpus_is_no_lever(facts: Facts) -> None:
+    one = Facts(facts.traces, facts.comparisons, projectors=facts.projectors[:1], sizes=[1], focus=1)
+    assert list(dict.fromkeys(one.break_even.lever)) == ["mini-batch"]
+
+
 def test_a_run_with_another_mini_batch_sees_the_same_images(facts: Facts) -> None:
     trace = facts.traces[0]
     doubled = scenarios.with_batch(trace, 2.0)
