@@ -61,6 +61,13 @@ def test_break_even_has_the_headlines_point_in_every_lever(facts: Facts) -> None
         assert row["saved_fraction"] == pytest.approx(headline)
 
 
+def test_a_mini_batch_that_nobody_trained_has_no_accuracy(facts: Facts) -> None:
+    dynamic = facts.scenarios.run.str.endswith("dynamic mini-batch")
+    assert dynamic.any()
+    assert facts.scenarios[dynamic].accuracy.isna().all()
+    assert facts.scenarios[~dynamic].accuracy.notna().all()
+
+
 def test_one_number_of_gpus_is_no_lever(facts: Facts) -> None:
     one = Facts(facts.traces, facts.comparisons, projectors=facts.projectors[:1], sizes=[1], focus=1)
     assert list(dict.fromkeys(one.break_even.lever)) == ["mini-batch"]
