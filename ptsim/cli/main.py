@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import threading
+import traceback
 import typing
 import warnings
 from typing import Any
@@ -23,6 +24,7 @@ from ptsim.cli import crash
 from ptsim.cli.common import say
 from ptsim.cli.reading import check_number
 from ptsim.errors import PtsimError, UnknownNameError, lacks_memory
+from ptsim.units import MIB
 
 app = cyclopts.App(
     name="ptsim",
@@ -66,6 +68,7 @@ _WORKS = {
     "export": "writing the trace in its new form",
 }
 _PATIENCE_S = 2.0
+_RESERVE_BYTES = 16 * MIB
 
 for _name, (_target, _help) in COMMANDS.items():
     app.command(f"ptsim.cli.{_target}", name=_name, help=_help)
@@ -78,6 +81,34 @@ def run(tokens: list[str] | None = None) -> int:
     0: done; 2: the input is wrong or the machine refuses (one sentence); 70: a fault of ptsim (kept in a file); 130:
     interrupted; 141: the reader of the output has left.
     """
+    reserve: bytearray | None = bytearray(_RESERVE_BYTES)
+    try:
+        return _run(tokens)
+    except BaseException as error:  # what `_run` does not catch, or has met while it did
+        if isinstance(error, SystemExit | KeyboardInterrupt) or not _lacks_memory(error):
+            raise
+        reserve = None  # so that there is memory to speak with
+        traceback.clear_frames(error.__traceback__)
+        return _fail("the machine has not enough memory for this", "smaller inputs, or another machine")
+    finally:
+        del reserve
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether memory was short: by what the error says, or because there is none now, whatever the error is."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if lacks_memory(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    try:
+        bytearray(2 * _RESERVE_BYTES)
+    except MemoryError:
+        return True
+    return False
+
+
+def _run(tokens: list[str] | None) -> int:
     warnings.showwarning = _show_warning
     given = sys.argv[1:] if tokens is None else tokens
     if any("\0" in token for token in given):  # a shell cannot say it, a program can
@@ -102,8 +133,8 @@ def run(tokens: list[str] | None = None) -> int:
             return _fail_unexpected(error, given)
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, None)
     except Exception as error:
-        if lacks_memory(error):
-            return _fail("the machine has not enough memory for this", "smaller inputs, or another machine")
+        if _lacks_memory(error):
+            raise  # to `run`, which has a reserve
         return _fail_unexpected(error, given)
     finally:
         notice.cancel()

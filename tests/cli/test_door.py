@@ -142,3 +142,17 @@ def test_memory_that_torch_cannot_get_is_not_the_models_fault(
     )
     assert main.run(["inspect", "net.py:net", "--input", "3,8,8"]) == 2
     assert "error: the machine has not enough memory for this" in capsys.readouterr().err.splitlines()
+
+
+def test_an_error_that_a_lack_of_memory_has_caused_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a library makes of it: an error in the handling of another, or one that says nothing of memory."""
+    error = SystemError("error return without exception set")
+    error.__context__ = MemoryError()
+    raising(monkeypatch, error)
+    assert main.run(ALLREDUCE) == 2
+    assert capsys.readouterr().err.splitlines()[0] == "error: the machine has not enough memory for this"
+    assert not main._lacks_memory(SystemError("error return without exception set"))
+    monkeypatch.setattr(main, "_RESERVE_BYTES", 2**58)  # none is left
+    assert main._lacks_memory(SystemError("error return without exception set"))
