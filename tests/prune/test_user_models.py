@@ -351,7 +351,7 @@ CASES = {
     "normalised": Case(lambda: User(norms, own=own()), "b c", "a", "combines these channels"),
     "stacked": Case(lambda: User(stacked, mixing=torch.zeros(2)), "a b c"),
     "stacked and interleaved": Case(lambda: User(interleaved), "a b c"),
-    "F.unfold": Case(lambda: User(unfolds), "c", "a", "has no rule"),
+    "F.unfold": Case(lambda: User(unfolds), "a c"),
     "a fixed view of a parameter": Case(
         lambda: User(parameter_view, scale=torch.rand(8), own=own()), "b c", "a", "would mix up"
     ),
