@@ -67,11 +67,27 @@ class Tracer(fx.Tracer):
         modules: Any = (math,) if einops is None else (math, einops)
         super().__init__(autowrap_modules=modules)
         self.proxy_buffer_attributes = buffers
+        self._names: dict[int, tuple[str, Tensor]] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of a module."""
+        if isinstance(root, nn.Module):
+            tensors = [*root.named_parameters(), *(root.named_buffers() if self.proxy_buffer_attributes else ())]
+            self._names = {id(tensor): (name, tensor) for name, tensor in tensors}
         with _factories_traced():
             return super().trace(root, concrete_args)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """An attribute of a module, a parameter as a node of the graph.
+
+        torch.fx walks through all parameters at each access; here their names are known.
+        """
+        name, tensor = self._names.get(id(attr_val), ("", None))
+        if tensor is None or tensor is not attr_val:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What the model's code sees in place of a value."""

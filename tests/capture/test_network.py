@@ -7,13 +7,13 @@ from typing import Literal
 import pytest
 import torch
 from _pytest.mark import ParameterSet
-from torch import nn
+from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.check_counts import kept_bytes
 from ptsim import zoo
 from ptsim.capture import footprint
-from ptsim.capture.graph import copied
+from ptsim.capture.graph import Tracer, copied
 from ptsim.capture.network import capture_network
 from ptsim.capture.rehearsal import rehearse
 from ptsim.costs.flops import layer_macs, training_macs
@@ -187,3 +187,22 @@ class _Asserting(nn.Module):
 def test_a_network_that_looks_at_shapes_may_normalise_vectors():
     network = capture_network(_Asserting(), name="asserting", input_shape=(3, 8, 8), num_classes=10)
     assert sum(layer_macs(layer).forward for layer in network.layers) == 3 * 9 * 8 * 36 + 8 * 16 + 16 * 10
+
+
+class _Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight + self.bias * self.weight
+
+
+def test_parameters_of_a_users_own_layers_are_found_without_a_walk_through_all_of_them_each_time() -> None:
+    model = nn.Sequential(*(_Scale() for _ in range(20)))
+    expected = str(fx.Tracer().trace(model))
+    walks = []
+    walk = model.named_parameters
+    model.named_parameters = lambda *args, **kwargs: walks.append(1) or walk(*args, **kwargs)
+    assert str(Tracer().trace(model)) == expected
+    assert len(walks) == 1

@@ -66,7 +66,6 @@ REACHED_BY = {
     "test_a_run_trains_prunes_and_records_memory_energy_and_versions": [
         "costs/run:recorded_device",
         "measure/profile:tf32_allowed",
-        "report/methods:_run_facts",
         "trace/schema:must_exist",
         "training/datasets:quarter_of_memory_bytes",
         "training/loop:_check_team",
