@@ -14,11 +14,11 @@ import math
 
 import numpy as np
 import pandas as pd
+from check_interpolation import convolution_of
 from public_rows import PUBLIC
 
 from ptsim.costs.interpolation import Interpolator
-from ptsim.hardware.profile import Operator, OperatorSetting, OperatorTime
-from ptsim.network import LayerKind
+from ptsim.hardware.profile import OperatorSetting, OperatorTime
 from ptsim.setting import Precision
 
 FOLDS = 5
@@ -32,7 +32,7 @@ def interpolated(timed: pd.DataFrame) -> pd.DataFrame:
     """The rows of `odd_channels.csv` with `fold` and the seconds `predicted` without the rows of their own fold."""
     parts = []
     for _, rows in timed.groupby("device"):
-        operators = [_operator(row) for row in rows.to_dict("records")]
+        operators = [convolution_of(row, _SETTING) for row in rows.to_dict("records")]
         seconds = rows.seconds.to_numpy()
         fold = np.random.default_rng(0).permutation(len(rows)) % FOLDS
         predicted = np.zeros(len(rows))
@@ -108,23 +108,3 @@ def coverage(table: pd.DataFrame) -> dict[str, float]:
 def odd_channels() -> pd.DataFrame:
     """The published rows."""
     return pd.read_csv(PUBLIC / "odd_channels.csv")
-
-
-def _operator(row: dict[str, float]) -> Operator:
-    kernel, stride, size, out = (int(row[name]) for name in ("k", "stride", "in_hw", "out_hw"))
-    return Operator(
-        kind=LayerKind.CONV,
-        op="conv2d",
-        setting=_SETTING,
-        batch=int(row["batch"]),
-        inputs=((int(row["in_c"]), size, size),),
-        output=(int(row["out_c"]), out, out),
-        kernel=(kernel, kernel),
-        stride=(stride, stride),
-        padding=((kernel - 1) // 2, (kernel - 1) // 2),
-        dilation=(1, 1),
-        groups=1,
-        bias=True,
-        inplace=False,
-        input_needs_gradient=True,
-    )

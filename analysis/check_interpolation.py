@@ -31,7 +31,7 @@ def interpolation_errors(rows: pd.DataFrame, *, num_measured: int, num_predicted
     for gpu, of_gpu in rows.groupby("gpu_model"):
         drawn = of_gpu.sample(frac=1, random_state=seed)
         times = [
-            OperatorTime(operator=_operator(row), forward_s=row["time_ms_median"] / 1e3, backward_s=None)
+            OperatorTime(operator=convolution_of(row, FP32), forward_s=row["time_ms_median"] / 1e3, backward_s=None)
             for row in drawn.head(num_measured + num_predicted).to_dict("records")
         ]
         known = Interpolator(times[:num_measured], FP32)
@@ -55,12 +55,13 @@ def interpolation_errors(rows: pd.DataFrame, *, num_measured: int, num_predicted
     return pd.DataFrame(results)
 
 
-def _operator(row: dict[str, float]) -> Operator:
+def convolution_of(row: dict[str, float], setting: OperatorSetting) -> Operator:
+    """The convolution of a row of published timings; the interpolator is told neither padding nor bias."""
     source, target, kernel, stride = (int(row[name]) for name in ("in_hw", "out_hw", "k", "stride"))
     return Operator(
         kind=LayerKind.CONV,
         op="conv2d",
-        setting=FP32,
+        setting=setting,
         batch=int(row["batch"]),
         inputs=((int(row["in_c"]), source, source),),
         output=(int(row["out_c"]), target, target),

@@ -18,7 +18,7 @@ PrecisionName = Literal["fp32", "tf32", "fp16", "bf16", "amp"]
 Sharding = Literal["none", "zero1", "zero2"]  # what every GPU keeps only its share of: nothing, state, gradients too
 MEMORY_FORMATS: tuple[MemoryFormat, ...] = get_args(MemoryFormat)
 SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
-PRECISION_NAMES: tuple[PrecisionName, ...] = ("fp32", "tf32", "fp16", "bf16", "amp")
+PRECISION_NAMES: tuple[PrecisionName, ...] = get_args(PrecisionName)
 
 
 class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,6 +151,17 @@ def positive_number(name: str, value: object) -> int:
     return number
 
 
+def check_options(options: msgspec.Struct, changes: Mapping[str, Any]) -> None:
+    """Make sure that a record of options has all that is to be changed.
+
+    Raises:
+        UnknownNameError: it has no such option.
+    """
+    for name in changes:
+        if name not in options.__struct_fields__:
+            raise UnknownNameError("option", str(name), options.__struct_fields__)
+
+
 def changed(options: Options, changes: Mapping[str, Any]) -> Options:
     """A record of options with some replaced, as strictly checked as if they came from a file.
 
@@ -158,9 +169,7 @@ def changed(options: Options, changes: Mapping[str, Any]) -> Options:
         UnknownNameError: an option that does not exist.
         UsageError: a value of a wrong type.
     """
-    for name in changes:
-        if name not in options.__struct_fields__:
-            raise UnknownNameError("option", str(name), options.__struct_fields__)
+    check_options(options, changes)
     given = {name: msgspec.to_builtins(value, enc_hook=_plain) for name, value in changes.items()}
     try:
         return msgspec.convert({**msgspec.to_builtins(options, enc_hook=_plain), **given}, type(options))

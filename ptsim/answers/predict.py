@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,13 @@ from ptsim.costs.memory import iteration_memory, usable_bytes
 from ptsim.costs.scaling import contention_of, hook_seconds, widened
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import Tier, worst_tier
-from ptsim.errors import UnknownNameError, UsageError
+from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster, load_device, measured_device, profiled_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
-from ptsim.setting import PrecisionName, Sharding, StepSetting, parse_sharding
+from ptsim.setting import PrecisionName, Sharding, StepSetting, check_options, parse_sharding
 from ptsim.sim import ddp
 from ptsim.sim.bounded import BoundedStep, SecondsRange, data_parallel_step
 from ptsim.trace.trace import Trace
@@ -146,7 +145,9 @@ def predict(
         PtsimError: an unknown name or option, a broken file, a mini-batch that is not positive, a precision that the
             device lacks, more GPUs than the cluster has, or a GPU count without a cluster.
     """
-    asked = _asked(options or PredictOptions(), changes)
+    asked = options or PredictOptions()
+    check_options(asked, changes)
+    asked = msgspec.structs.replace(asked, **changes)  # what the values may be is checked where they are used
     machine = load_cluster(cluster) if isinstance(cluster, str | Path) else cluster
     if gpus is not None and machine is None:
         raise UsageError(f"{gpus} GPUs were asked for without a cluster", hint="name one with --cluster")
@@ -168,14 +169,6 @@ def predict(
         parallel, network_tier = _data_parallel(subject.network, step, machine, setting)
     notes = () if calibrated is None or step.tier != Tier.PROFILED else calibrated.doubts()
     return _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)
-
-
-def _asked(options: PredictOptions, changes: Mapping[str, Any]) -> PredictOptions:
-    """The options with some replaced; what their values may be is checked where they are used."""
-    for name in changes:
-        if name not in PredictOptions.__struct_fields__:
-            raise UnknownNameError("option", name, PredictOptions.__struct_fields__)
-    return msgspec.structs.replace(options, **changes)
 
 
 def _data_parallel(

@@ -411,6 +411,18 @@ def trace_graph(model: nn.Module, input_shape: tuple[int, int, int], *, batch: i
     return module
 
 
+def traced_into(model: nn.Module, graph: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose own code was traced: neither called as a whole nor part of one that is."""
+    calls = called_modules(graph)
+    inside = tuple(f"{call}." for call in calls)
+    return ((p, module) for p, module in model.named_modules() if p not in calls and not p.startswith(inside))
+
+
+def called_modules(graph: fx.GraphModule) -> set[str]:
+    """Names of the modules that a graph calls as a whole."""
+    return {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+
+
 @contextlib.contextmanager
 def naming_the_image(model: nn.Module, input_shape: tuple[int, int, int]) -> Iterator[None]:
     """What fails inside becomes an `UnsupportedModelError` that names the model and the image it was given.

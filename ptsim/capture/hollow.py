@@ -203,7 +203,7 @@ def _batch_norm(
 def _batch_norm_back(gradient: Any, x: Tensor, weight: Tensor | None, *more: Any) -> _Results:
     """The gradients of images, weight and bias that the mask asks for."""
     vector = _vector(x.shape[1], x=x, weight=weight)
-    return _masked((_like(x), vector, vector), more[-1])
+    return tuple(made if asked else None for made, asked in zip((_like(x), vector, vector), more[-1], strict=True))
 
 
 def _group_norm(
@@ -217,13 +217,8 @@ def _group_norm(
 def _group_norm_back(
     gradient: Any, x: Tensor, mean: Any, deviation: Any, weight: Tensor | None, *more: Any
 ) -> _Results:
-    """The gradients of images, weight and bias that the mask asks for."""
-    vector = _vector(x.shape[1], x=x, weight=weight)
-    return _masked((_like(x), vector, vector), more[-1])
-
-
-def _masked(made: tuple[_Made, ...], mask: list[bool]) -> _Results:
-    return tuple(result if asked else None for result, asked in zip(made, mask, strict=True))
+    """As of a batch norm."""
+    return _batch_norm_back(gradient, x, weight, *more)
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> _Results:

@@ -15,7 +15,7 @@ import msgspec
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import evaluation_mode, normalised_shape, symbolic_graph
+from ptsim.capture.graph import called_modules, evaluation_mode, normalised_shape, symbolic_graph, traced_into
 from ptsim.capture.network import capture_network, layer_names
 from ptsim.capture.words import words_of
 from ptsim.network import Footprint, Layer, LayerKind, Moment, Network, Parameter
@@ -124,20 +124,17 @@ def _read_by_code(model: nn.Module, graph: fx.GraphModule) -> dict[tuple[str, st
 
     Layers are what the trace calls; pruning changes their numbers of channels.
     """
-    calls = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
-    inside = tuple(f"{call}." for call in calls)
-    called, read = [], set[str]()
+    read = set[str]()
     found: dict[tuple[str, str], Any] = {}
+    for path, module in traced_into(model, graph):
+        found[path, "its type"] = f"{type(module).__module__}.{type(module).__qualname__}"
+        found[path, "its modules"] = tuple(module._modules)
+        found |= {(path, name): value for name, value in vars(module).items() if not name.startswith("_")}
+        read |= words_of(module)
+    calls = called_modules(graph)
     for path, module in model.named_modules():
         if path in calls:
-            called.append((path, module))
-        elif not path.startswith(inside):
-            found[path, "its type"] = f"{type(module).__module__}.{type(module).__qualname__}"
-            found[path, "its modules"] = tuple(module._modules)
-            found |= {(path, name): value for name, value in vars(module).items() if not name.startswith("_")}
-            read |= words_of(module)
-    for path, module in called:
-        found |= {(path, name): vars(module)[name] for name in read & vars(module).keys()}
+            found |= {(path, name): vars(module)[name] for name in read & vars(module).keys()}
     return found
 
 

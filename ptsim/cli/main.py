@@ -81,17 +81,17 @@ def run(tokens: list[str] | None = None) -> int:
     0: done; 2: the input is wrong or the machine refuses (one sentence); 70: a fault of ptsim (kept in a file); 130:
     interrupted; 141: the reader of the output has left.
     """
-    reserve: bytearray | None = bytearray(_RESERVE_BYTES)
+    warnings.showwarning = _show_warning
+    given = sys.argv[1:] if tokens is None else tokens
+    reserve = [bytearray(_RESERVE_BYTES)]
     try:
-        return _run(tokens)
-    except BaseException as error:  # what `_run` does not catch, or has met while it did
-        if isinstance(error, SystemExit | KeyboardInterrupt) or not _lacks_memory(error):
-            raise
-        reserve = None  # so that there is memory to speak with
+        return _run(tokens, given)
+    except Exception as error:
+        if not _lacks_memory(error):
+            return _fail_unexpected(error, given)
+        reserve.clear()  # so that there is memory to speak with
         traceback.clear_frames(error.__traceback__)
         return _fail("the machine has not enough memory for this", "smaller inputs, or another machine")
-    finally:
-        del reserve
 
 
 def _lacks_memory(error: BaseException) -> bool:
@@ -108,9 +108,7 @@ def _lacks_memory(error: BaseException) -> bool:
     return False
 
 
-def _run(tokens: list[str] | None) -> int:
-    warnings.showwarning = _show_warning
-    given = sys.argv[1:] if tokens is None else tokens
+def _run(tokens: list[str] | None, given: list[str]) -> int:
     if any("\0" in token for token in given):  # a shell cannot say it, a program can
         return _fail("an argument holds a NUL character", None)
     notice = threading.Timer(_PATIENCE_S, _tell_what_it_does, args=[given])
@@ -130,12 +128,8 @@ def _run(tokens: list[str] | None) -> int:
         return 141
     except OSError as error:
         if error.strerror is None:
-            return _fail_unexpected(error, given)
+            raise
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, None)
-    except Exception as error:
-        if _lacks_memory(error):
-            raise  # to `run`, which has a reserve
-        return _fail_unexpected(error, given)
     finally:
         notice.cancel()
     return result if isinstance(result, int) else 0

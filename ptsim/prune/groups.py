@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import copied, example_input, naming_the_image, note_tracer
+from ptsim.capture.graph import copied, example_input, naming_the_image, note_tracer, traced_into
 from ptsim.capture.words import words_of
 from ptsim.errors import UnsupportedModelError, lacks_memory
 from ptsim.prune.cut import Cut, cut_model
@@ -221,12 +221,7 @@ _WIDTHS = {"out_channels", "in_channels", "out_features", "in_features", "num_fe
 
 def _looks_at_widths(model: nn.Module, graph: fx.GraphModule) -> bool:
     """True if the code of a module that is traced into names a number of channels: its way may depend on it."""
-    calls = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
-    inside = tuple(f"{call}." for call in calls)
-    return any(
-        path not in calls and not path.startswith(inside) and _WIDTHS & words_of(module)
-        for path, module in model.named_modules()
-    )
+    return any(_WIDTHS & words_of(module) for _, module in traced_into(model, graph))
 
 
 def _gone(removed: Tensor, rows: Tensor) -> Tensor:

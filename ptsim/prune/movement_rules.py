@@ -114,13 +114,10 @@ def _part(call: Call, x: Tensor, index: Any) -> Tensor | None:
 
 def _indexed(x: Tensor, index: Any) -> Tensor | None:
     """The label of `x[index]`; None if it takes a part of the channels, or is more than numbers and slices."""
-    whole = slice(None)
-    parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
-    at = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
-    parts[at : at + 1] = [whole] * (x.ndim - len(parts) + (at < len(parts)))
+    parts = _by_axis(index, x.ndim)
     if len(parts) != x.ndim or not all(isinstance(part, int | slice) for part in parts):
         return None
-    if any(part != whole for part, length in zip(parts, x.shape, strict=True) if length > 1):
+    if any(part != slice(None) for part, length in zip(parts, x.shape, strict=True) if length > 1):
         return None
     return x.view([length for length, part in zip(x.shape, parts, strict=True) if not isinstance(part, int)])
 
@@ -196,11 +193,17 @@ def _rows(label: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
     return label.movedim(dim, 0).expand(shape[dim], *[-1] * (label.ndim - 1))
 
 
-def _slices(index: Any, rank: int) -> list[tuple[int, slice]]:
-    """The slices of an index of numbers, slices and an ellipsis, with the axes that they are for."""
+def _by_axis(index: Any, rank: int) -> list[Any]:
+    """The parts of an index, with whole slices for the axes that it leaves out; another length if it is none."""
     parts = list(index) if isinstance(index, tuple) else [index]
     at = next((place for place, part in enumerate(parts) if part is Ellipsis), len(parts))
     parts[at : at + 1] = [slice(None)] * (rank - len(parts) + (at < len(parts)))
+    return parts
+
+
+def _slices(index: Any, rank: int) -> list[tuple[int, slice]]:
+    """The slices of an index of numbers, slices and an ellipsis, with the axes that they are for."""
+    parts = _by_axis(index, rank)
     if len(parts) != rank or any(part is None for part in parts):
         return []
     return [(dim, part) for dim, part in enumerate(parts) if isinstance(part, slice)]

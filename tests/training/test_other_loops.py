@@ -18,6 +18,7 @@ from tests.training.test_own_loop import (  # noqa: F401 # a fixture
     made,
     one_thread,
     sgd,
+    steps,
     train,
 )
 
@@ -186,12 +187,7 @@ def test_the_summary_right_after_a_reconfiguration_counts_the_older_weight_norm_
     nn.utils.weight_norm(model.down[0])
     optimizer = sgd(model)
     pruner = made(model, optimizer, interval=1, threshold=1e-4)
-    for images, labels in images_and_labels():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        pruner.step(loss)
-        optimizer.step()
+    steps(pruner, model, optimizer, images_and_labels())
     mask = pruner.groups.prunable & (torch.rand(pruner.groups.num_components, generator=_seeded()) < 0.5)
     zero_components(model, pruner.groups, mask)
     outcome = pruner.end_epoch()

@@ -47,15 +47,19 @@ def fresh(seed=0):
     return small(10)
 
 
+def steps(pruner, model, optimizer, batches, *, loss_of=F.cross_entropy):
+    for images, labels in batches:
+        loss = loss_of(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        pruner.step(loss)
+        optimizer.step()
+
+
 def train(pruner, model, optimizer, epochs, batches, *, loss_of=F.cross_entropy, accuracy=0.5):
     outcomes = []
     for _ in range(epochs):
-        for images, labels in batches:
-            loss = loss_of(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            pruner.step(loss)
-            optimizer.step()
+        steps(pruner, model, optimizer, batches, loss_of=loss_of)
         outcomes.append(pruner.end_epoch(validation_accuracy=accuracy))
     return outcomes
 
