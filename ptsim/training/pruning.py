@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ptsim.criteria import CRITERIA
 from ptsim.errors import UsageError
-from ptsim.prune.criteria.coefficient import penalty_coefficient
+from ptsim.prune.criteria.coefficient import penalty_coefficient, proximal_shrinkages
 from ptsim.prune.criteria.registry import Criterion
 from ptsim.prune.density import dense_counts
 from ptsim.prune.groups import ChannelGroups, find_groups
@@ -339,11 +339,9 @@ class PruneTrain:
     def updated(self) -> None:
         """The optimizer has stepped (a hook calls this): the proximal step, matched to the gradient route, follows."""
         if self._order.updated() and self.settings.regularizer == "proximal":
-            group = self.optimizer.param_groups[0]
-            momentum = group.get("momentum", 0.0)
-            shrinkage = float(group["lr"]) * (self.penalty_coefficient or 0.0) / (1 - momentum)
+            coefficient = self.penalty_coefficient or 0.0
             with self.recorder.watch.phase("regularizer"):
-                self.criterion.proximal_step(shrinkage)
+                self.criterion.proximal_step(proximal_shrinkages(self.optimizer, self.criterion.weights, coefficient))
 
     def prune(self) -> Surgery:
         """Take out what is sparse: from the network, the optimizer's state and the average."""

@@ -12,6 +12,7 @@ from torch import nn
 
 import ptsim
 from ptsim.errors import UnknownNameError, UnsupportedModelError, UsageError
+from ptsim.prune.criteria.coefficient import proximal_shrinkages
 from ptsim.training import loop
 from ptsim.training.wrapping import CompiledOnce
 from tests.training.nets import Branching, small
@@ -463,6 +464,21 @@ def test_a_proximal_step_needs_a_rate():
     model = fresh()
     with pytest.raises(UsageError, match="needs a learning rate, which Factored decides by itself"):
         ptsim.PruneTrain(model, Factored(model.parameters()), input_shape=IMAGE, regularizer="proximal")
+
+
+def test_a_proximal_step_follows_the_learning_rate_of_each_group():
+    """A group that has come to rest stays to the bit; the others shrink as momentum and dampening carry a gradient."""
+    model = fresh()
+    resting, *moved = model.parameters()
+    optimizer = torch.optim.SGD([{"params": moved}, {"params": [resting], "lr": 0.0}], lr=0.1, momentum=0.9)
+    pruner = made(model, optimizer, regularizer="proximal")
+    before = resting.detach().clone()
+    train(pruner, model, optimizer, 1, images_and_labels(2))
+    assert torch.equal(resting, before)
+    for group, rate in zip(optimizer.param_groups, (0.2, 0.4), strict=True):
+        group.update(lr=rate, dampening=0.5)
+    shrinkages = proximal_shrinkages(optimizer, [moved[0], resting, before], 3.0)
+    assert shrinkages == pytest.approx([0.2 * 3 * 0.5 / 0.1, 0.4 * 3 * 0.5 / 0.1, 0.0])
 
 
 def test_a_state_without_tensors_is_json_and_goes_with_the_loops_own_checkpoints():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ptsim.criteria import GATHERED_ELEMENTS, GATHERED_KERNELS, group_lasso_work
 from ptsim.network import Network
+from ptsim.prune.criteria.coefficient import per_weight
 from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
 from ptsim.prune.labels import Weighted
 
@@ -98,19 +99,21 @@ class GroupLasso:
             _add_gradient(term, coefficient)
 
     @torch.no_grad()
-    def proximal_step(self, shrinkage: float) -> None:
+    def proximal_step(self, shrinkage: float | Sequence[float]) -> None:
         """Shrink every group towards zero by `shrinkage` (= step size · λ): first input groups, then output groups.
 
         The joint proximal operator of overlapping groups has no closed form; the two are applied one after the other
         and each gives exact zeros. To match the strength of `add_gradient` under SGD with momentum μ, pass
-        lr·λ/(1−μ): what momentum accumulates from a constant gradient (docs/method.md §1).
+        lr·λ/(1−μ): what momentum accumulates from a constant gradient (docs/method.md §1). One number for each of
+        `weights` where their learning rates differ.
         """
-        for layer, weight, inputs, outputs in self.terms:
+        amounts = per_weight(shrinkage, len(self.terms))
+        for (layer, weight, inputs, outputs), amount in zip(self.terms, amounts, strict=True):
             W = weight_GOIK(weight, layer)
             for wanted, dims in ((inputs, (1, 3)), (outputs, (2, 3))):
                 if wanted:
                     norms = W.square().sum(dims, keepdim=True).sqrt()
-                    W = W * (1 - shrinkage / norms.clamp_min(torch.finfo(W.dtype).tiny)).clamp_min(0)
+                    W = W * (1 - amount / norms.clamp_min(torch.finfo(W.dtype).tiny)).clamp_min(0)
             weight.copy_(_like_weight(W, layer, weight))
 
     @classmethod

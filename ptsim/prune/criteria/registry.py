@@ -42,8 +42,8 @@ class Criterion(Protocol):
     def add_gradient(self, coefficient: float) -> None:
         """Add λ times the penalty's gradient to the gradients of `weights`."""
 
-    def proximal_step(self, shrinkage: float) -> None:
-        """Shrink the weights by what the penalty takes in one step of size `shrinkage`."""
+    def proximal_step(self, shrinkage: float | Sequence[float]) -> None:
+        """Shrink the weights by what the penalty takes in one step of size `shrinkage`, or of one for each weight."""
 
     @classmethod
     def importance(cls, model: nn.Module, groups: ChannelGroups) -> Tensor:

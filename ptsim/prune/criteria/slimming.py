@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ptsim.capture.graph import copied, evaluation_mode, example_input
 from ptsim.criteria import slimming_work
 from ptsim.network import Network
+from ptsim.prune.criteria.coefficient import per_weight
 from ptsim.prune.groups import ChannelGroups
 
 
@@ -50,10 +51,10 @@ class Slimming:
             weight.grad.add_(weight.sign(), alpha=coefficient)
 
     @torch.no_grad()
-    def proximal_step(self, shrinkage: float) -> None:
-        """Soft threshold: every |γ| shrinks by `shrinkage`, to exactly zero where it was less."""
-        for weight in self.weights:
-            weight.copy_(weight.sign() * (weight.abs() - shrinkage).clamp_min(0))
+    def proximal_step(self, shrinkage: float | Sequence[float]) -> None:
+        """Soft threshold: every |γ| shrinks by `shrinkage` (or its weight's), to exactly zero where it was less."""
+        for weight, amount in zip(self.weights, per_weight(shrinkage, len(self.weights)), strict=True):
+            weight.copy_(weight.sign() * (weight.abs() - amount).clamp_min(0))
 
     @classmethod
     @torch.no_grad()
