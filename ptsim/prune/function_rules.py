@@ -5,6 +5,7 @@ Those that only move elements have their rules in `ptsim.prune.movement_rules`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ _KEEPING = tuple(
     kind
     for name, kind in vars(nn.modules.activation).items()
     if getattr(kind, "__module__", "") == nn.modules.activation.__name__ and name in nn.modules.activation.__all__
-    if name != "MultiheadAttention"
+    if name not in ("MultiheadAttention", "PReLU", "GLU", "Softmax", "Softmax2d", "Softmin", "LogSoftmax")
 )
 _PADDINGS = tuple(
     kind
@@ -202,13 +203,13 @@ def _pieces(call: Call, dim: int, *, stack: bool) -> tuple[_Pieces, list[tuple[i
 @rule("pad")
 def padded(call: Call) -> Label:
     """Zeros around an image, or new channels of zeros."""
-    x, widths = call.x, call.argument(1, "pad")
+    x, widths, mode = call.x, call.argument(1, "pad"), call.argument(2, "mode", "constant")
     dims = [-1 - index // 2 for index, width in enumerate(widths) if width]
     if all(x.shape[dim] == 1 for dim in dims):
         return x
     others = any(length > 1 for d, length in enumerate(x.shape) if d - x.ndim not in dims)
-    if others or any(width < 0 for width in widths):
-        call.refuse(f"{call.op} cuts the channels")
+    if others or mode != "constant" or any(width < 0 for width in widths):
+        call.refuse(f"{call.op} cuts or repeats channels")
     stays = int(call.state.reason_label(f"{call.op} fills it with constants"))
     padding = [width if x.shape[-1 - index // 2] > 1 else 0 for index, width in enumerate(widths)]
     call.state.sensitive(x)
@@ -218,9 +219,11 @@ def padded(call: Call) -> Label:
 # ---------------------------------------------------------------------- combining
 
 
-def spatial_dims(rank: int) -> range:
-    """Axes that pooling and padding work on: all after (N, C); the last one of a rank-3 tensor."""
-    return range(2, rank) if rank > 2 else range(rank - 1, rank)
+def spatial_dims(call: Call) -> range:
+    """Axes that pooling and padding work on: as many of the last ones as the name says, else all after (N, C)."""
+    name = call.name or type(call.module).__name__
+    number = re.search(r"([123])d", name)
+    return range(call.rank - int(number[1]), call.rank) if number else range(2, call.rank)
 
 
 @rule(
@@ -237,7 +240,7 @@ def spatial_dims(rank: int) -> range:
 )
 def spatial(call: Call) -> Label:
     """Within one channel's image."""
-    return call.along(spatial_dims(call.rank))
+    return call.along(spatial_dims(call))
 
 
 @rule("max_unpool1d max_unpool2d max_unpool3d", nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d)
@@ -247,7 +250,7 @@ def unpooled(call: Call) -> Label:
     if not isinstance(values, Tensor) or not isinstance(indices, Tensor):
         call.refuse(f"{call.op} has no rule")
     call.state.unite(values, indices)
-    return call.along(spatial_dims(call.rank))
+    return call.along(spatial_dims(call))
 
 
 def _reduced_parameter(call: Call, facets: Facets, dims: Sequence[int], results: Sequence[Tensor]) -> Label:

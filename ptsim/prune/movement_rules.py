@@ -136,6 +136,8 @@ def _movement(call: Call, target: Any, *, counts: bool) -> Label:
             state.sensitive(axis)
         return Facets([label for label in facets if isinstance(label, Tensor) and label.numel() > 1])
     labels = [label for label in call.labels if isinstance(label, Tensor)]
+    if len(inputs) > 1 and not call.name.endswith("_as"):  # an index of its own: its values are not these labels
+        call.refuse(f"{call.op} takes channels by the values of a tensor")
     if len(labels) < len(inputs):
         call.refuse(f"{call.op} has no rule")
     for label in labels if counts else ():

@@ -31,6 +31,8 @@ from ptsim.prune.rules import (
     tensor_labels,
 )
 
+_READING = ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero")  # give numbers that depend on values
+
 
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model whose parameters and buffers are on the meta device: shapes without storage."""
@@ -154,7 +156,10 @@ class Propagation(fx.Interpreter):
         module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
         call = Call(self, state, self.labels, node, value, module)
         try:
-            return self._module(call, module) if module is not None else self._function(call)
+            label = self._module(call, module) if module is not None else self._function(call)
+            if not _fits(label, value):
+                call.refuse(f"{call.op} is used in a way that has no rule")
+            return label
         except RefusedError as refused:
             for source in call.sources:
                 for label in tensor_labels(self.labels[source]):
@@ -197,8 +202,12 @@ class Propagation(fx.Interpreter):
         found = rule_for_function(call.node)
         if found is None and callable(target) and not is_known(target):
             call.refuse(f"{call.op}, a function that is not traced, has no rule")
+        if call.name in _READING:
+            call.refuse(f"{call.op} reads the values of these channels")
         if not tensors and call.name != "setitem":
             return None
+        if call.node.kwargs.get("out") is not None:
+            call.refuse(f"{call.op} writes into a tensor that is there already (out=)")
         if not call.sources:
             return call.stays(f"{call.op} makes a constant tensor")
         if found is None:
@@ -206,6 +215,18 @@ class Propagation(fx.Interpreter):
         if any(isinstance(label, tuple) for label in call.labels) and not takes_tuples(found):
             call.refuse(f"{call.op} has no rule")
         return found(call)
+
+
+def _fits(label: Label, value: Any) -> bool:
+    """True if a label can be one of such a tensor: a last look at what a rule gives."""
+    if isinstance(label, tuple):
+        return isinstance(value, tuple | list) and len(label) == len(value) and all(map(_fits, label, value))
+    if not isinstance(value, Tensor):
+        return True
+    return all(
+        part.ndim == value.ndim and all(n in (1, size) for n, size in zip(part.shape, value.shape, strict=True))
+        for part in tensor_labels(label)
+    )
 
 
 def _flat(counts: Any) -> list[Tensor]:
