@@ -156,10 +156,10 @@ class Propagation(fx.Interpreter):
         module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
         call = Call(self, state, self.labels, node, value, module)
         try:
-            label = self._module(call, module) if module is not None else self._function(call)
-            if not _fits(label, value):
+            found = self._module(call, module) if module is not None else self._function(call)
+            if not _fits(found, value):
                 call.refuse(f"{call.op} is used in a way that has no rule")
-            return label
+            return found
         except RefusedError as refused:
             for source in call.sources:
                 for label in tensor_labels(self.labels[source]):
