@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,25 +139,29 @@ def fractions(trace: Trace) -> Fractions:
     if not trace.epochs:
         raise UsageError(f"{trace.path} has no epoch")
     first = trace.network_of(trace.epochs[0])
-
-    counts: dict[str, Callable[[Epoch, Network], int]] = {
-        "training": lambda e, n: training_macs(n, images=e.num_images, mini_batches=e.num_iterations * e.world_size),
-        "bn": lambda e, n: e.num_images * batch_norm_bytes(n, 4),
-        "allreduce": lambda e, n: e.num_iterations * n.gradient_bytes,
-    }
-    ratio = {}
-    for name, count in counts.items():
-        held = sum(count(epoch, first) for epoch in trace.epochs)
-        ratio[name] = sum(count(epoch, trace.network_of(epoch)) for epoch in trace.epochs) / held if held else 1.0
+    trained: dict[str, list[Epoch]] = {}
+    for epoch in trace.epochs:
+        trained.setdefault(epoch.architecture, []).append(epoch)
+    spent = zip(*(_spent(trace.networks[name], epochs) for name, epochs in trained.items()), strict=True)
+    held = _spent(first, trace.epochs)
+    training, bn, allreduce = (sum(part) / whole if whole else 1.0 for part, whole in zip(spent, held, strict=True))
     return Fractions(
-        training_flops_fraction=ratio["training"],
+        training_flops_fraction=training,
         inference_flops_fraction=inference_macs(trace.final_network) / max(inference_macs(first), 1),
-        bn_bytes_fraction=ratio["bn"],
-        allreduce_bytes_fraction=ratio["allreduce"],
+        bn_bytes_fraction=bn,
+        allreduce_bytes_fraction=allreduce,
         architectures=len(
             {epoch.architecture for epoch in trace.epochs} | {event.after for event in trace.reconfigurations}
         ),
     )
+
+
+def _spent(network: Network, epochs: Sequence[Epoch]) -> tuple[int, int, int]:
+    """Training MACs, BatchNorm bytes and all-reduced bytes of a network that is trained for these epochs."""
+    images, updates = sum(e.num_images for e in epochs), sum(e.num_iterations for e in epochs)
+    batches = sum(e.num_iterations * e.world_size for e in epochs)
+    macs = training_macs(network, images=images, mini_batches=batches)
+    return macs, images * batch_norm_bytes(network, 4), updates * network.gradient_bytes
 
 
 def _asked(model: str, options: PlanOptions) -> _Asked:
@@ -179,6 +183,7 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
         return value
 
     images, epochs = given("images", options.images), given("epochs", options.epochs)
+    interval = given("interval", options.interval, DEFAULT_INTERVAL)
     asked = _Asked(
         model=model,
         images=images,
@@ -187,7 +192,7 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
         epochs=epochs,
         batch=given("batch", options.batch),
         gpus=given("gpus", options.gpus, 1),
-        interval=given("interval", options.interval, min(DEFAULT_INTERVAL, epochs)),
+        interval=interval if options.interval is not None else min(interval, epochs),
         pruning=options.pruning,
         precision=parse_precision(options.precision),
         memory_format=options.memory_format,

@@ -16,7 +16,7 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         epochs: how many.
         batch: images per GPU and step.
         gpus: data-parallel size; 1 unless a published run says otherwise.
-        interval: epochs between reconfigurations; 5, or all of a shorter run, unless a published run says otherwise.
+        interval: epochs between reconfigurations; a published run's or 5, or all of a shorter run.
         pruning: none; targets as training=0.60,inference=0.47 with bn=, layers=, saturates= if wanted; like:TRACE;
             a published run as lym2019/resnet50-imagenet-r0.25, which also says what is not given here; or a TOML file.
         input_shape: (channels, height, width) of an image; the model's usual one.

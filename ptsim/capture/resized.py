@@ -7,6 +7,7 @@ them); the memory footprints, which are no part of a network's identity, are sca
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from typing import Any
@@ -29,7 +30,10 @@ class _UnexplainedError(Exception):
 
 
 class Recapture:
-    """Networks of a model whose channels are taken out step by step; `model` has no storage (`prune.skeleton`)."""
+    """Networks of a model whose channels are taken out step by step; `model` has no storage (`prune.skeleton`).
+
+    One capture is made for every structure: the modules, their parameters and what the code calls. `base` is the first.
+    """
 
     def __init__(
         self,
@@ -47,28 +51,37 @@ class Recapture:
         """
         self.name, self.input_shape, self.num_classes = name, input_shape, num_classes
         self.num_captures = 0
-        if captured is None:
-            self._capture(model)
-        else:
-            self.base, self._seen = captured, _Seen(model, input_shape)
+        self._known: dict[_Structure, tuple[Network, _Seen]] = {}
+        seen = _Seen(model, input_shape)
+        self.base = self._capture(model, seen) if captured is None else self._remember(captured, seen)
 
     def network(self, model: nn.Module) -> Network:
-        """The network that the model is now: resized from the last capture where only channel counts have changed."""
-        seen = self._seen.again(model)
-        if seen.structure == self._seen.structure:
-            try:
-                return _resized(self.base, self._seen, seen)
-            except _UnexplainedError:
-                pass
-        return self._capture(model)
+        """The network that the model is now: resized from a capture where only channel counts have changed."""
+        seen = self._look(model)
+        if seen.structure in self._known:
+            with contextlib.suppress(_UnexplainedError):
+                return _resized(*self._known[seen.structure], seen)
+        return self._capture(model, seen)
 
-    def _capture(self, model: nn.Module) -> Network:
+    def _look(self, model: nn.Module) -> _Seen:
+        """The graph and shapes of the model as it is now; traced where no graph that is known is its own."""
+        for _, known in self._known.values():
+            if (seen := known.again(model)) is not None:
+                return seen
+        return _Seen(model, self.input_shape)
+
+    def _capture(self, model: nn.Module, seen: _Seen) -> Network:
         self.num_captures += 1
-        self._seen = _Seen(model, self.input_shape)
-        self.base = capture_network(
-            thin_copy(model), name=self.name, input_shape=self.input_shape, num_classes=self.num_classes
+        return self._remember(
+            capture_network(
+                thin_copy(model), name=self.name, input_shape=self.input_shape, num_classes=self.num_classes
+            ),
+            seen,
         )
-        return self.base
+
+    def _remember(self, network: Network, seen: _Seen) -> Network:
+        self._known[seen.structure] = network, seen
+        return network
 
 
 def thin_copy(model: nn.Module) -> nn.Module:
@@ -84,12 +97,20 @@ def thin_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+_Structure = tuple[tuple[tuple[str, str], ...], tuple[str, ...]]  # calls and the types of their modules; parameters
+
+
 class _Seen:
     """The graph of a model with the shapes of every call, on tensors without storage."""
 
     def __init__(
-        self, model: nn.Module, input_shape: tuple[int, int, int], traced: fx.GraphModule | None = None
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, int, int],
+        traced: fx.GraphModule | None = None,
+        code: dict[tuple[str, str], Any] | None = None,
     ) -> None:
+        """Trace the model, unless it is `traced` and its `code` was read."""
         self._input_shape = input_shape
         with evaluation_mode(model), torch.no_grad():
             model.train()
@@ -105,18 +126,19 @@ class _Seen:
             if node.op == "call_module"
         }
         self.parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.structure = (
+        self.structure: _Structure = (
             tuple((name, type(self.modules.get(name)).__name__) for name in names.values()),
             tuple(self.parameters),
         )
-        self._code = _read_by_code(model, self.graph)
+        self._code = code if code is not None else _read_by_code(model, self.graph)
 
-    def again(self, model: nn.Module) -> _Seen:
-        """The same of the model with other channel counts; traced again where its code may take another way."""
-        known = self.graph.meta["traced_by"] == "torch.fx" and not self.graph.meta["looked"]
+    def again(self, model: nn.Module) -> _Seen | None:
+        """The same of the model with other channel counts; None where its code may take another way."""
+        if self.graph.meta["traced_by"] != "torch.fx" or self.graph.meta["looked"]:
+            return None
         code = _read_by_code(model, self.graph)
-        same = known and code.keys() == self._code.keys() and all(_equal(code[key], self._code[key]) for key in code)
-        return _Seen(model, self._input_shape, self.graph if same else None)
+        same = code.keys() == self._code.keys() and all(_equal(code[key], self._code[key]) for key in code)
+        return _Seen(model, self._input_shape, self.graph, code) if same else None
 
 
 def _read_by_code(model: nn.Module, graph: fx.GraphModule) -> dict[tuple[str, str], Any]:

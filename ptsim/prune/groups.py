@@ -180,6 +180,15 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
     Raises:
         UnsupportedModelError: neither torch.fx nor torch.export can trace it, or its forward fails on such an image.
     """
+    return settled(*labelled(model, input_shape))
+
+
+def labelled(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[nn.Module, ChannelGroups]:
+    """The copy of the model that was looked at and its components, before `settled` tries out what reshapes mix up.
+
+    Raises:
+        UnsupportedModelError: see `find_groups`.
+    """
     if any(
         isinstance(p, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer))
         for p in (*model.parameters(), *model.buffers())
@@ -212,7 +221,7 @@ def find_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> ChannelG
         groups = dataclasses.replace(
             groups, sensitive=torch.ones_like(groups.sensitive), sensitive_sets=(*groups.sensitive_sets, *layers)
         )
-    return _freeze_misaligned(bones, groups)
+    return bones, groups
 
 
 # What code may ask layers for that pruning changes; shapes of tensors are noticed where they are asked for.
@@ -362,8 +371,8 @@ MIXED_UP = "a reshape, split, index or condition of the model's code would mix u
 ALL_OR_NONE = "a reshape, split or index of the model's code lets these channels go only all together"
 
 
-def _freeze_misaligned(bones: nn.Module, base: ChannelGroups) -> ChannelGroups:
-    """Tie or refuse the components whose removal a reshape, chunk or index of the model's code would not follow.
+def settled(bones: nn.Module, base: ChannelGroups) -> ChannelGroups:
+    """The groups but for components whose removal a reshape, chunk or index of the model's code would not follow.
 
     Tried out rather than derived: random halves are removed from the shapes, and the labels of what is left compared.
     Channels that get mixed up are tied to each other along one axis of the fold they pass; if no axis helps, whatever

@@ -7,6 +7,7 @@ averaged copies, and remove residual branches that are left without an inner cha
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -23,8 +24,10 @@ from ptsim.prune.groups import (
     ChannelGroups,
     component_maxima,
     find_groups,
+    labelled,
     misaligned,
     same_steps,
+    settled,
 )
 from ptsim.prune.removal import Removal, collapsed_layers, find_removals, remove_branch
 from ptsim.prune.selection import keep_one, round_up
@@ -50,7 +53,6 @@ class Surgery:
     notes: tuple[str, ...]
     groups: ChannelGroups
     removed: Tensor  # mask of the components that the network had before
-    removals: tuple[Removal, ...] = ()
 
 
 @torch.no_grad()
@@ -87,34 +89,39 @@ def reconfigure(
     importance = importance_of(model, groups)
     sparse = groups.prunable & (importance < threshold)
     collapsed = collapsed_layers(model, groups, threshold)
-    surgery, bones = _remove(
-        model, groups, sparse, importance, multiple=channel_multiple, optimizer=optimizer, shadows=shadows
-    )
-    notes, after = list(surgery.notes), surgery.groups
+    decision = _decide(model, groups, sparse, importance, channel_multiple)
+    plan, after = decision.plan, decision.groups
+    if plan.changes:
+        operate(model, groups, plan, optimizer=optimizer, shadows=shadows)
+    notes = list(decision.notes)
     if collapsed:
         notes.insert(0, COLLAPSED.format(", ".join(collapsed[:3]) + (" and others" if len(collapsed) > 3 else "")))
     gates = find_gates(model, after, threshold) if mode == "gating" else ()
     for gate in gates:
-        for copy in (bones, *map(unwrap, shadows)):
+        for copy in (decision.bones, *map(unwrap, shadows)):
             apply_gate(copy, gate)
         replacements = apply_gate(model, gate)
         if optimizer is not None:
             cut_optimizer(optimizer, replacements)
     if gates:
         notes.append(f"{len(gates)} layers read or write only their own channels of a residual stream")
-        after = find_groups(bones, groups.input_shape)
-    return dataclasses.replace(
-        surgery,
-        changed=surgery.changed or bool(gates),
+        after = find_groups(decision.bones, groups.input_shape)
+    return Surgery(
+        changed=plan.changes or bool(gates),
         collapsed=bool(collapsed),
+        channels_removed=sum(int(plan.removed[layer.outputs].sum()) for layer in groups.layers),
+        layers_removed=tuple(name for removal in plan.removals for name in weighted_layers(groups, removal)),
         notes=tuple(notes),
         groups=after,
+        removed=plan.removed,
     )
 
 
 @torch.no_grad()
-def remove_channels(model: nn.Module, groups: ChannelGroups, sparse: Tensor) -> Surgery:
+def remove_channels(model: nn.Module, groups: ChannelGroups, sparse: Tensor) -> Decision:
     """What `reconfigure` does once it knows which components are sparse, in place; the model may have no storage.
+
+    What is left is not looked at for a further reconfiguration, unless the decision is asked for its `groups`.
 
     Args:
         model: whose `groups` these are.
@@ -122,7 +129,10 @@ def remove_channels(model: nn.Module, groups: ChannelGroups, sparse: Tensor) -> 
         sparse: a mask of components; those that cannot be pruned stay.
     """
     importance = (~sparse).to(torch.float32)
-    return _remove(model, groups, sparse & groups.prunable, importance, multiple=1)[0]
+    decision = _decide(model, groups, sparse & groups.prunable, importance, 1)
+    if decision.plan.changes:
+        operate(model, groups, decision.plan)
+    return decision
 
 
 @torch.no_grad()
@@ -135,15 +145,15 @@ def repeat_removal(
         model: whose `groups` these are.
         groups: its channel groups.
         sparse: a mask of components; none of those that `groups.sensitive` names, whose removal has to be tried out.
-        removals: what a surgery of an equal model decided where `find_removals` finds the same branches.
+        removals: what a decision about an equal model was where `find_removals` finds the same branches.
 
     Returns:
-        A mask of the components that are gone, and notes.
+        A mask of the components that are gone, and notes about layers that keep a channel.
     """
     plan, notes = _plan(groups, sparse & groups.prunable, (~sparse).to(torch.float32), 1, removals)
     if plan.changes:
         operate(model, groups, plan)
-    return plan.removed, tuple(notes)
+    return plan.removed, notes
 
 
 def _check(threshold: float, channel_multiple: int, mode: str) -> None:
@@ -153,34 +163,6 @@ def _check(threshold: float, channel_multiple: int, mode: str) -> None:
         raise UsageError(f"the channel multiple is {channel_multiple}; it has to be at least 1")
     if mode not in ("union", "gating"):
         raise UsageError(f"unknown reconfiguration mode {mode!r}; known: union, gating")
-
-
-def _remove(
-    model: nn.Module,
-    groups: ChannelGroups,
-    sparse: Tensor,
-    importance: Tensor,
-    *,
-    multiple: int,
-    optimizer: torch.optim.Optimizer | None = None,
-    shadows: Sequence[nn.Module] = (),
-) -> tuple[Surgery, nn.Module]:
-    """Decide and operate; also the rehearsal copy after it."""
-    plan, after, bones, notes = _decide(model, groups, sparse, importance, multiple)
-    if plan.changes:
-        operate(model, groups, plan, optimizer=optimizer, shadows=shadows)
-    notes += [f"{r.constant}: the residual branch is removed, its constant stays" for r in plan.removals]
-    surgery = Surgery(
-        changed=plan.changes,
-        collapsed=False,
-        channels_removed=sum(int(plan.removed[layer.outputs].sum()) for layer in groups.layers),
-        layers_removed=tuple(name for removal in plan.removals for name in weighted_layers(groups, removal)),
-        notes=tuple(notes),
-        groups=after,
-        removed=plan.removed,
-        removals=plan.removals,
-    )
-    return surgery, bones
 
 
 def runs(model: nn.Module, groups: ChannelGroups) -> bool:
@@ -213,54 +195,80 @@ class CutPlan:
         return bool(self.removed.any()) or bool(self.removals)
 
 
-def _decide(
-    model: nn.Module, groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int
-) -> tuple[CutPlan, ChannelGroups, nn.Module, list[str]]:
-    """The plan that goes furthest and works, the groups after it, the rehearsal copy, and notes.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The plan that goes furthest and works, and the copy of the model that it was rehearsed on.
+
+    Attributes:
+        plan: what goes.
+        bones: the rehearsal copy after it.
+        rescued: notes about layers of which every channel was sparse.
+        decided: the other notes: what was tried out and what became of branches, whichever of their channels go.
+        before: the groups of the model that it is about.
+        after: what `labelled` gives for `bones`; None if nothing has changed.
+    """
+
+    plan: CutPlan
+    bones: nn.Module
+    rescued: tuple[str, ...] = ()
+    decided: tuple[str, ...] = ()
+    before: ChannelGroups
+    after: tuple[nn.Module, ChannelGroups] | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know."""
+        return (*self.rescued, *self.decided)
+
+    @functools.cached_property
+    def groups(self) -> ChannelGroups:
+        """The groups of what is left: looked for when they are asked for, because reshapes have to be tried out."""
+        return self.before if self.after is None else settled(*self.after)
+
+
+def _decide(model: nn.Module, groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int) -> Decision:
+    """The plan that goes furthest and works.
 
     Every plan is carried out on shapes first; a branch whose code cannot bear a tensor without channels keeps one.
     """
-    removals = find_removals(groups, sparse)
-    plan, notes = _plan(groups, sparse, importance, multiple, removals)
-    found = _rehearse(model, groups, plan)
+
+    def rehearsed(sparse: Tensor, removals: tuple[Removal, ...]) -> Decision | None:
+        plan, rescued = _plan(groups, sparse, importance, multiple, removals)
+        return _rehearse(model, groups, plan, rescued)
+
+    removals, notes = find_removals(groups, sparse), list[str]()
+    found = rehearsed(sparse, removals)
     if found is None and removals:
-        working = tuple(
-            r for r in removals if _rehearse(model, groups, _plan(groups, sparse, importance, multiple, (r,))[0])
-        )
+        working = tuple(r for r in removals if rehearsed(sparse, (r,)))
         notes = [f"{r.constant}: the branch keeps a channel, its code needs one" for r in removals if r not in working]
-        for kept in (working, ()):
-            if found is None:
-                plan, more = _plan(groups, sparse, importance, multiple, kept)
-                found = _rehearse(model, groups, plan)
-        notes += more
+        found = (rehearsed(sparse, working) if working else None) or rehearsed(sparse, ())
     if found is None:
-        plan, notes = _plan(groups, sparse & ~groups.sensitive, importance, multiple, ())
-        notes.append("channels that pass a reshape or split are kept: what is left would be mixed up")
-        found = _rehearse(model, groups, plan)
+        notes = ["channels that pass a reshape or split are kept: what is left would be mixed up"]
+        found = rehearsed(sparse & ~groups.sensitive, ())
     if found is None:
-        plan, notes = _plan(groups, torch.zeros_like(sparse), importance, 1, ())
         notes = ["all channels are kept: with those left the model's code would not run, or would do something else"]
-        found = plan, groups, groups.rehearsal_copy(model)
-    return *found, notes
+        nothing = CutPlan(removed=torch.zeros_like(sparse))
+        found = Decision(plan=nothing, bones=groups.rehearsal_copy(model), before=groups)
+    notes += [f"{r.constant}: the residual branch is removed, its constant stays" for r in found.plan.removals]
+    return dataclasses.replace(found, decided=tuple(notes))
 
 
 def _plan(
     groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int, removals: tuple[Removal, ...]
-) -> tuple[CutPlan, list[str]]:
+) -> tuple[CutPlan, tuple[str, ...]]:
+    """The plan, and notes about layers that keep a channel."""
     dead = {name for removal in removals for name in weighted_layers(groups, removal)}
     removed, rescued = keep_one(groups, sparse | only_in(groups, dead), importance, skip=dead)
     removed = round_up(groups, removed, importance, multiple, skip=dead)
-    notes = [f"{layer}: every channel is sparse; one is kept" for layer in rescued]
+    notes = tuple(f"{layer}: every channel is sparse; one is kept" for layer in rescued)
     return CutPlan(removed=removed, removals=removals), notes
 
 
-def _rehearse(
-    model: nn.Module, groups: ChannelGroups, plan: CutPlan
-) -> tuple[CutPlan, ChannelGroups, nn.Module] | None:
+def _rehearse(model: nn.Module, groups: ChannelGroups, plan: CutPlan, rescued: tuple[str, ...]) -> Decision | None:
     """Carry the plan out on a copy; None if the copy fails or would mix channels up."""
     bones = groups.rehearsal_copy(model)
     if not plan.changes:
-        return plan, groups, bones
+        return Decision(plan=plan, bones=bones, rescued=rescued, before=groups)
     try:
         operate(bones, groups, plan)
         if plan.removals and not runs(bones, groups):  # an in-place sum needs the constant at full size
@@ -271,10 +279,10 @@ def _rehearse(
                 return None
         if not stays_aligned(model, groups, plan):
             return None
-        after = find_groups(bones, groups.input_shape)
-        if not plan.removals and not same_steps(groups.graph, after.graph):  # a removed branch takes its steps along
+        after = labelled(bones, groups.input_shape)
+        if not plan.removals and not same_steps(groups.graph, after[1].graph):  # a removed branch takes its steps along
             return None
-        return plan, after, bones
+        return Decision(plan=plan, bones=bones, rescued=rescued, before=groups, after=after)
     except SHAPE_ERRORS:
         return None
 

@@ -11,13 +11,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import ptsim
 from ptsim import zoo
-from ptsim.answers.plan import fractions, plan
+from ptsim.answers.plan import _asked, fractions, plan
 from ptsim.answers.plan_options import PlanOptions
 from ptsim.answers.validate import validate
+from ptsim.capture.graph import Tracer
 from ptsim.capture.network import capture_network
 from ptsim.capture.resized import Recapture
 from ptsim.cli.main import run
@@ -219,6 +220,31 @@ class TestEngine:
             gone.append(len(step.layers_removed))
         assert gone == [0, 2, 2, 2]
 
+    def test_a_reconfiguration_takes_one_walk_through_the_graph_and_no_capture(
+        self, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        walks, walk, trace = Counter[str](), fx.Interpreter.run, Tracer.trace
+        monkeypatch.setattr(
+            fx.Interpreter, "run", lambda self, *args: walks.update([type(self).__module__]) or walk(self, *args)
+        )
+        monkeypatch.setattr(Tracer, "trace", lambda self, *args: walks.update(["traces"]) or trace(self, *args))
+        file = tmp_path / "densities.toml"
+        file.write_text('[[prune]]\nrole = "branch"\nepochs = [12]\ndensities = [0.5]\n')
+        found = []
+        for interval in (6, 2):
+            walks.clear()
+            planned = plan(model, **{**BASE, "interval": interval}, pruning=str(file))
+            found.append((len(planned.networks), walks.copy()))
+        (three, few), (seven, many) = found
+        assert (three, seven) == (3, 7)
+        assert few["ptsim.capture.resized"] == 3
+        assert few["ptsim.capture.rehearsal"] == 2  # one capture: a step at two mini-batches
+        assert many - few == Counter({"ptsim.capture.resized": 4})
+        walks.clear()
+        file.write_text('[[prune]]\nedge = "4.conv1"\nepochs = [6, 12]\ndensities = [0, 0]\n')
+        assert len(plan(model, **BASE, pruning=str(file), draws=3).networks) == 3
+        assert walks["ptsim.capture.rehearsal"] == 4  # one more for all trajectories: a branch is gone
+
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["resnet20", "vgg11"])
     def test_a_resized_network_is_equal_to_a_captured_one(self, name: str) -> None:
@@ -409,6 +435,11 @@ class TestTrace:
     def test_a_wrong_option_is_one_sentence(self, model: str, wrong: dict[str, object], problem: str) -> None:
         with pytest.raises(PtsimError, match=problem):
             plan(model, **{**BASE, **wrong})
+
+    def test_a_published_interval_gives_way_to_a_shorter_run(self) -> None:
+        published = PlanOptions(pruning="lym2019/resnet32-cifar10")
+        for given, interval in (({}, 10), ({"epochs": 5}, 5), ({"epochs": 5, "interval": 2}, 2)):
+            assert _asked("resnet32", msgspec.structs.replace(published, **given)).interval == interval
 
     @pytest.mark.slow
     def test_a_run_shorter_than_the_usual_interval_needs_none(self, model: str) -> None:

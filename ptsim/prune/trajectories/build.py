@@ -6,7 +6,6 @@ reconfiguration could have made.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +18,7 @@ from ptsim.capture.resized import Recapture
 from ptsim.network import Network
 from ptsim.prune.groups import ChannelGroups, find_groups
 from ptsim.prune.propagate import skeleton
-from ptsim.prune.reconfigure import remove_channels, repeat_removal, weighted_layers
+from ptsim.prune.reconfigure import Decision, remove_channels, repeat_removal, weighted_layers
 from ptsim.prune.removal import Removal, find_removals
 from ptsim.prune.trajectories.problem import Edge
 from ptsim.prune.trajectories.roles import roles
@@ -38,7 +37,11 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense:
-    """A network before pruning: its shapes, its channels, and the edges that a trajectory is about."""
+    """A network before pruning: its shapes, its channels, and the edges that a trajectory is about.
+
+    `recapture` and `tried` learn with every network that is made, so that all trajectories of a plan share captures and
+    rehearsals. What `tried` holds are the branches without a channel, and what was decided about them.
+    """
 
     bones: nn.Module
     groups: ChannelGroups
@@ -47,6 +50,7 @@ class Dense:
     edge_of: Tensor
     table: CostTable
     recapture: Recapture
+    tried: dict[tuple[Removal, ...], Decision] = dataclasses.field(default_factory=dict)
 
     def reconfigured(self, widths: np.ndarray) -> Iterator[Step]:
         """The network after every reconfiguration; `widths` has a row for each and a column per edge.
@@ -54,15 +58,14 @@ class Dense:
         Every network is cut from the dense one, whose groups are known, and resized from the last record of the same
         structure. Only what was not tried out yet is tried out: a branch that goes, channels that pass a reshape.
         """
-        recapture, network, bones = copy.copy(self.recapture), self.network, skeleton(self.bones)
+        network, bones = self.network, skeleton(self.bones)
         whole = _Parts(bones)
         before = _Cut(removed=torch.zeros_like(self.groups.prunable))
-        decided: dict[tuple[Removal, ...], _Cut] = {(): before}  # branches without a channel → what is done about them
         for row in widths:
             whole.restore()
-            cut = self._cut(bones, _beyond(self.groups, self.edge_of, torch.as_tensor(row)), decided)
+            cut = self._cut(bones, _beyond(self.groups, self.edge_of, torch.as_tensor(row)))
             if not torch.equal(cut.removed, before.removed) or cut.removals != before.removals:
-                network = recapture.network(bones)
+                network = self.recapture.network(bones)
             gone = before.layers(self.groups)
             yield Step(
                 network=network,
@@ -76,18 +79,20 @@ class Dense:
             )
             before = cut
 
-    def _cut(self, bones: nn.Module, sparse: Tensor, decided: dict[tuple[Removal, ...], _Cut]) -> _Cut:
+    def _cut(self, bones: nn.Module, sparse: Tensor) -> _Cut:
         """Take out of `bones` what goes once `sparse` components are without weight."""
         groups = self.groups
         empty = find_removals(groups, sparse)
-        if empty in decided and not bool((sparse & groups.sensitive).any()):
-            known = decided[empty]
-            removed, notes = repeat_removal(bones, groups, sparse, known.removals)
-            return _Cut(removed=removed, removals=known.removals, notes=tuple(dict.fromkeys(notes + known.notes)))
-        surgery = remove_channels(bones, groups, sparse)
-        cut = _Cut(removed=surgery.removed, removals=surgery.removals, notes=surgery.notes)
-        decided.setdefault(empty, cut)
-        return cut
+        untried = bool((sparse & groups.sensitive).any())
+        if untried or (empty and empty not in self.tried):
+            decision = remove_channels(bones, groups, sparse)
+            if not untried:  # else it may be about the channels that pass a reshape
+                self.tried[empty] = decision
+            return _Cut(removed=decision.plan.removed, removals=decision.plan.removals, notes=decision.notes)
+        known = self.tried.get(empty)
+        removals, decided = (known.plan.removals, known.decided) if known else ((), ())
+        removed, rescued = repeat_removal(bones, groups, sparse, removals)
+        return _Cut(removed=removed, removals=removals, notes=(*rescued, *decided))
 
 
 class _Parts:

@@ -234,10 +234,12 @@ class _Solver:
 
 
 def root(function: Callable[[float], float], low: float, high: float, wanted: float, *, steps: int) -> float:
-    """Where a monotone function, which may have steps, comes closest to `wanted`."""
+    """Where a monotone function, which may have steps, comes closest to `wanted`: halved so often, or on one step."""
     ends = {low: function(low), high: function(high)}
     rising = ends[high] > ends[low]
     for _ in range(steps):
+        if ends[low] == ends[high]:  # both on one step, as widths are whole numbers: between them nothing changes
+            break
         middle = (low + high) / 2
         value = ends[middle] = function(middle)
         if (value < wanted) == rising:
