@@ -168,6 +168,11 @@ def set_width(module: nn.Module, channels: int) -> None:
 def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """The kept part of a tensor, in the same memory format."""
     part = tensor
+    if tensor.is_meta and kept:  # only shapes: torch takes many times as long to find them
+        shape = list(tensor.shape)
+        for dim, indices in kept.items():
+            shape[dim if dim >= 0 else 1] = indices.shape[-1]
+        part, kept = torch.empty(shape, dtype=tensor.dtype, device="meta"), {}
     for dim, indices in sorted(kept.items()):
         if dim < 0:
             part = part.take_along_dim(indices.view(*indices.shape, *[1] * (part.ndim - 2)).to(tensor.device), 1)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ptsim import zoo
 from ptsim.errors import UsageError
+from ptsim.prune.cut import take
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.structure import apply_structure, structure_of
@@ -88,3 +89,12 @@ def test_layers_that_share_their_tensors_are_rebuilt_alike() -> None:
 def test_a_structure_of_another_network_is_refused() -> None:
     with pytest.raises(UsageError, match="only in one of them"):
         apply_structure(zoo.create("vgg11"), structure_of(zoo.create("resnet20")))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_tensor_without_storage_is_cut_to_the_shape_and_layout_of_one_with(layout: torch.memory_format) -> None:
+    weight = torch.rand(8, 4, 3, 3).contiguous(memory_format=layout)
+    rows, inside = torch.tensor([0, 2, 5]), torch.tensor([[0, 3]] * 4 + [[1, 2]] * 4)
+    for kept in ({0: rows}, {1: torch.tensor([1, 2])}, {0: rows, 1: torch.tensor([3])}, {-1: inside, 0: rows}, {}):
+        real, shapes = take(weight, kept), take(weight.to("meta"), kept)
+        assert (real.shape, real.stride(), real.dtype) == (shapes.shape, shapes.stride(), shapes.dtype)

@@ -9,7 +9,7 @@ from ptsim.network import LayerKind
 from ptsim.prune.trajectories.polish import polished
 from ptsim.prune.trajectories.problem import Problem, Trajectory, Widths, register
 from ptsim.prune.trajectories.roles import roles
-from ptsim.prune.trajectories.targets import SCATTER, TOLERANCE, root
+from ptsim.prune.trajectories.targets import HALVINGS, SCATTER, TOLERANCE, root
 from ptsim.trace.io import read_trace
 from ptsim.trace.pace import changes
 from ptsim.trace.schema import Assumption
@@ -17,7 +17,7 @@ from ptsim.trace.trace import Trace
 
 _PREFIX = "like:"
 STRENGTH = ",inference="  # what may follow the trace
-_STRENGTHS = -5.0, 5.0  # logarithms of the power of densities
+_STRENGTHS = -12.0, 8.0  # logarithms of the power of densities
 
 
 @register(lambda: ("like:TRACE[,inference=…]",), lambda text: text.startswith(_PREFIX))
@@ -79,7 +79,9 @@ def imitate(trace: Trace, problem: Problem, *, inference: float | None = None) -
     def final(logarithm: float) -> float:
         return float(problem.table.fractions(of_strength(logarithm)[-1:])[0][0])
 
-    widths = polished(of_strength(root(final, *_STRENGTHS, inference, steps=45)), aimed, problem, tolerance=TOLERANCE)
+    widths = polished(
+        of_strength(root(final, *_STRENGTHS, inference, steps=HALVINGS)), aimed, problem, tolerance=TOLERANCE
+    )
     given = Assumption(what=f"inference FLOPs {inference:g} of dense", source="--pruning")
     return Trajectory(widths=widths, assumed=(Assumption(what=what, source=source), given), targets=aimed)
 

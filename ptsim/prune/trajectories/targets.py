@@ -27,6 +27,7 @@ DEFAULT_TILT = 0.87
 SCATTER = 1.14
 _TILTS = (-3.0, 4.0)
 _COURSES = (-60.0, 60.0)
+HALVINGS = 30  # of the range of a search: widths are whole numbers, and what is nearer is the same widths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ class _Solver:
         def traffic(tilt: float) -> float:
             return self._over_run(self.table.fractions(self.widths(tilt))[2])
 
-        return root(traffic, *_TILTS, bn, steps=30)
+        return root(traffic, *_TILTS, bn, steps=HALVINGS // 2)
 
     def check_traffic(self, bn: float, widths: Widths) -> None:
         """Refuse a BatchNorm traffic from which the nearest widths that were found are still far."""
@@ -153,7 +154,7 @@ class _Solver:
         def over_run(course: float) -> float:
             return self._over_run(self.table.fractions(self._at(course, hazard))[1])
 
-        return self._at(root(over_run, *_COURSES, self.targets.training, steps=45), hazard)
+        return self._at(root(over_run, *_COURSES, self.targets.training, steps=HALVINGS), hazard)
 
     def _hazard(self, tilt: float) -> np.ndarray:
         """The hazard of every edge at which the last network has the inference FLOPs that are asked for."""
@@ -163,7 +164,7 @@ class _Solver:
         def final(strength: float) -> float:
             return float(self.table.fractions(self._rounded(np.ones(1), strength * relative))[0][-1])
 
-        return root(final, 1e-9, 60.0, self.targets.inference, steps=45) * relative
+        return root(final, 1e-9, 60.0, self.targets.inference, steps=HALVINGS) * relative
 
     def _missed_by(self, offset: np.ndarray) -> float:
         """How far the last network stays from its inference FLOPs with these rounding points."""
