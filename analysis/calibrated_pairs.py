@@ -18,6 +18,7 @@ from check_interpolation import convolution_of
 from public_rows import PUBLIC
 
 from ptsim.costs.interpolation import Interpolator
+from ptsim.costs.times import Z90
 from ptsim.hardware.profile import OperatorSetting, OperatorTime
 from ptsim.setting import Precision
 
@@ -28,15 +29,18 @@ RATIOS = (0.35, 0.5, 0.65, 0.8, 0.95)  # edges of the ranges
 _SETTING = OperatorSetting(precision=Precision.FP32, memory_format="channels_last")
 
 
-def interpolated(timed: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `odd_channels.csv` with `fold` and the seconds `predicted` without the rows of their own fold."""
+def interpolated(timed: pd.DataFrame, folds: int = FOLDS) -> pd.DataFrame:
+    """The rows of `odd_channels.csv` with `fold` and the seconds `predicted` without the rows of their own fold.
+
+    `log_error` is the standard deviation that the interpolator itself gives their logarithm.
+    """
     parts = []
     for _, rows in timed.groupby("device"):
         operators = [convolution_of(row, _SETTING) for row in rows.to_dict("records")]
         seconds = rows.seconds.to_numpy()
-        fold = np.random.default_rng(0).permutation(len(rows)) % FOLDS
-        predicted = np.zeros(len(rows))
-        for left_out in range(FOLDS):
+        fold = np.random.default_rng(0).permutation(len(rows)) % folds
+        predicted, log_error = np.full((2, len(rows)), math.nan)
+        for left_out in range(folds):
             known = [
                 OperatorTime(operator=operators[i], forward_s=float(seconds[i]), backward_s=None)
                 for i in np.flatnonzero(fold != left_out)
@@ -44,8 +48,9 @@ def interpolated(timed: pd.DataFrame) -> pd.DataFrame:
             between = Interpolator(known, _SETTING)
             for i in np.flatnonzero(fold == left_out):
                 estimate = between.estimate(operators[i], "forward")
-                predicted[i] = estimate.seconds if estimate else math.nan
-        parts.append(rows.assign(fold=fold, predicted=predicted))
+                if estimate:
+                    predicted[i], log_error[i] = estimate.seconds, estimate.log_error
+        parts.append(rows.assign(fold=fold, predicted=predicted, log_error=log_error))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -63,8 +68,8 @@ def layer_pairs(rows: pd.DataFrame) -> pd.DataFrame:
                     {
                         "device": device,
                         "ratio": ratio,
-                        **{f"dense_{name}": slow[name] for name in ("seconds", "predicted")},
-                        **{f"pruned_{name}": fast[name] for name in ("seconds", "predicted")},
+                        **{f"dense_{name}": slow[name] for name in ("seconds", "predicted", "log_error")},
+                        **{f"pruned_{name}": fast[name] for name in ("seconds", "predicted", "log_error")},
                     }
                 )
     return pd.DataFrame(found)
@@ -90,6 +95,26 @@ def networks(pairs: pd.DataFrame) -> pd.DataFrame:
         error = np.abs(np.log(measured / predicted))
         found.append(pd.DataFrame({"device": device, "range": which, "ratio": predicted, "error": error}))
     return pd.concat(found, ignore_index=True)
+
+
+def if_independent(pairs: pd.DataFrame, layers: int) -> pd.DataFrame:
+    """A row per GPU: what would come of sums of `layers` pairs if the interpolator's own errors were independent.
+
+    `coverage` of the 90 % intervals that the ratios would have, and the `mean_error` of the ratios' logarithm.
+    """
+    random, found = np.random.default_rng(0), []
+    columns = [f"{side}_{name}" for side in ("dense", "pruned") for name in ("seconds", "predicted", "log_error")]
+    for device, rows in pairs.groupby("device"):
+        drawn = rows[columns].to_numpy()[random.integers(len(rows), size=(len(RATIOS) * NETWORKS, layers))]
+        ratios, variance = [], 0.0
+        for seconds, predicted, log_error in np.split(np.moveaxis(drawn, -1, 0), 2):
+            total = predicted.sum(axis=1)
+            ratios.append(np.log(seconds.sum(axis=1) / total))
+            variance = variance + ((predicted * log_error) ** 2).sum(axis=1) / total**2
+        error = ratios[1] - ratios[0]
+        inside = np.abs(error) <= Z90 * np.sqrt(variance)
+        found.append({"device": device, "coverage": inside.mean(), "mean_error": error.mean()})
+    return pd.DataFrame(found)
 
 
 def constant(table: pd.DataFrame) -> float:

@@ -12,7 +12,7 @@ import calibrated_pairs
 
 
 def rows(**columns: list[float]) -> pd.DataFrame:
-    constant = {"device": "v100", "k": 3, "stride": 1, "fold": 0, "batch": 8, "out_hw": 14}
+    constant = {"device": "v100", "k": 3, "stride": 1, "fold": 0, "batch": 8, "out_hw": 14, "log_error": 0.1}
     return pd.DataFrame({"in_c": [64, 48], "out_c": [64, 48], **columns}).assign(
         **{name: value for name, value in constant.items() if name not in columns}
     )
@@ -47,3 +47,14 @@ def test_an_error_that_both_layers_share_is_none_of_the_ratio() -> None:
 def test_coverage_is_asked_with_the_other_gpus() -> None:
     table = pd.DataFrame({"device": ["a"] * 10 + ["b"] * 10, "error": [0.1] * 10 + [0.3] * 10})
     assert calibrated_pairs.coverage(table) == {"a": 1.0, "b": 0.0}
+
+
+def test_independent_errors_by_hand() -> None:
+    # Each side off by a tenth in 23 equal layers: 1.645 · √2 · 0.1 / √23 is 0.0485 of the logarithm.
+    pair = {"device": "v100", "ratio": 0.5, "dense_predicted": 2.0, "pruned_predicted": 1.0, "dense_seconds": 2.0}
+    for off, coverage in ((0.048, 1.0), (0.049, 0.0)):
+        pairs = pd.DataFrame(
+            [{**pair, "pruned_seconds": math.exp(off), "dense_log_error": 0.1, "pruned_log_error": 0.1}]
+        )
+        (row,) = calibrated_pairs.if_independent(pairs, 23).to_dict("records")
+        assert (row["coverage"], row["mean_error"]) == (coverage, pytest.approx(off))
