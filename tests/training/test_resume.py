@@ -27,7 +27,7 @@ KILLS = [
     ("reconfigure", 1),  # the first reconfiguration
     ("cut_model", 1),
     ("cut_optimizer", 1),
-    ("find_groups", 2),
+    ("settled", 2),
     ("_forget_old", 1),
     ("_remove", 2),
     ("validate", 1),

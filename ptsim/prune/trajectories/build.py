@@ -55,7 +55,7 @@ class Dense:
     def reconfigured(self, widths: np.ndarray) -> Iterator[Step]:
         """The network after every reconfiguration; `widths` has a row for each and a column per edge.
 
-        Every network is cut from the dense one, whose groups are known, and resized from the last record of the same
+        Every network is cut from the dense one, whose groups are known, and resized from a capture of the same
         structure. Only what was not tried out yet is tried out: a branch that goes, channels that pass a reshape.
         """
         network, bones = self.network, skeleton(self.bones)
