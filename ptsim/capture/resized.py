@@ -115,7 +115,7 @@ class _Seen:
         with evaluation_mode(model), torch.no_grad():
             model.train()
             self.graph = traced if traced is not None else symbolic_graph(model, (_BATCH, *input_shape))
-            watcher = _Watcher(model if traced is not None else self.graph, self.graph.graph)
+            watcher = _Watcher(model if traced is not None else self.graph, self.graph)
             watcher.run(torch.empty((_BATCH, *input_shape), device="meta"))
         names = layer_names(self.graph)
         self.inputs = {names[node]: shapes for node, shapes in watcher.inputs.items()}
@@ -168,8 +168,9 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 class _Watcher(fx.Interpreter):
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(model, graph=graph)
+    def __init__(self, model: nn.Module, traced: fx.GraphModule) -> None:
+        super().__init__(model, graph=traced.graph)
+        self._traced = traced
         self.inputs: dict[fx.Node, tuple[Shape, ...]] = {}
         self.results: dict[fx.Node, Shape | None] = {}
 
@@ -180,6 +181,11 @@ class _Watcher(fx.Interpreter):
             self.inputs[n] = tuple(tuple(value.shape) for value in handed if isinstance(value, Tensor))
             self.results[n] = tuple(result.shape) if isinstance(result, Tensor) else None
         return result
+
+    def fetch_attr(self, target: str) -> Any:
+        """Of the model; a tensor that its code has made while it was traced lies beside the graph alone."""
+        made = "." not in target and not hasattr(self.module, target)
+        return getattr(self._traced, target) if made else super().fetch_attr(target)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module; a BatchNorm only for its shape."""

@@ -25,7 +25,7 @@ class _Scaled(nn.Module):
         self.narrow = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.relu(self.first(x))
+        y = torch.relu(self.first(x)) * torch.tensor(0.5)  # a tensor that no attribute holds
         return self.second(torch.tanh(y) if self.narrow else y).mean((2, 3))
 
 
