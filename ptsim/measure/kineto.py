@@ -152,11 +152,11 @@ def import_kineto(
 
     Raises:
         FileFormatError: a file is not what torch.profiler writes, or holds no training step.
-        UsageError: no file, files of different devices, or nothing names the device or its memory.
+        UsageError: no file, files of different devices or jobs, or nothing names the device or its memory.
     """
     recordings, steps, everything = _read(paths)
     calls = [call for step in everything for call in step.calls]
-    notes: list[str] = []
+    notes = _cut_off(recordings)
     setting = _setting(calls, recordings[0].on_gpu, precision, memory_format, notes)
     named, driver_name, size = _device(recordings, device, memory_bytes, notes)
     times, rows = _operators(calls, setting, len(everything), notes)
@@ -165,7 +165,7 @@ def import_kineto(
     passes = _passes(everything, notes)
     ranks = tuple(map(_rank_times, recordings, steps))
     mean = _mean_times(ranks)
-    world_size = next((recording.world_size for recording in recordings if recording.world_size), None)
+    world_size = _world_size(recordings)
     measured = _measurement(everything, setting, batch, optimizer, architecture, name or recordings[0].path.stem)
     return KinetoImport(
         device=named,
@@ -263,6 +263,24 @@ def _device(
     if not size:
         raise UsageError(f"nothing says how much memory {name} has", hint="name it with --memory")
     return name, name, size
+
+
+def _cut_off(recordings: Sequence[Recording]) -> list[str]:
+    """What has to be known of events that the profiler has cut off."""
+    number = sum(recording.num_cut_off for recording in recordings)
+    return [f"{number:,} events have a negative duration, which counts as none"] if number else []
+
+
+def _world_size(recordings: Sequence[Recording]) -> int | None:
+    """How many ranks the job had; None where no file says.
+
+    Raises:
+        UsageError: the files are of different jobs.
+    """
+    sizes = sorted({recording.world_size for recording in recordings if recording.world_size is not None})
+    if len(sizes) > 1:
+        raise UsageError(f"the profiles are of jobs of {' and '.join(map(str, sizes))} ranks")
+    return sizes[0] if sizes else None
 
 
 def _operators(

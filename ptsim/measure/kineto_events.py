@@ -1,15 +1,18 @@
 """What a file of `torch.profiler` says: its events, which operator runs inside which, and which kernels it launched.
 
 The format is Chrome's trace JSON as PyTorch's Kineto library writes it. Times in the file are microseconds; here they
-are seconds. Only complete events ("ph": "X") count. Kernels are found by the id of the operator that launched them
-("External id"); operators nest by time on their own thread.
+are seconds. Only complete events ("ph": "X") count; one of a negative duration was cut off by the profiler and takes no
+time. Kernels are found by the id of the operator that launched them ("External id"); operators nest by time on their
+own thread.
 
 Source: github.com/pytorch/kineto, libkineto/src/output_json.cpp; torch/csrc/autograd/profiler_kineto.cpp.
 """
 
 from __future__ import annotations
 
+import bisect
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +23,8 @@ from ptsim.errors import FileFormatError
 from ptsim.textfile import decode_json, read_bytes
 
 _MOST_BYTES = 2**31  # of a file, and of what it unpacks to: minutes of a GPU
-_LATEST_US, _LONGEST_US = 1e18, 1e12  # of an event's begin (30,000 years) and of its duration (11 days)
+_LATEST_US, _LONGEST_US = 1e16, 1e12  # of an event's begin (later a float tells no microseconds) and of its duration
+_MOST_LEVELS = 500  # of operators inside each other
 _MOST_RANKS = 10**6
 Span = tuple[float, float]  # seconds: begin, end
 
@@ -104,6 +108,7 @@ class Recording(msgspec.Struct, kw_only=True, eq=False):
         host: events of operators and annotations in the order of their begin.
         device_events: kernels, copies and fills on the device, likewise.
         calls: of the CUDA runtime and driver, likewise.
+        num_cut_off: events of a negative duration.
     """
 
     path: Path
@@ -115,6 +120,7 @@ class Recording(msgspec.Struct, kw_only=True, eq=False):
     host: list[Event]
     device_events: list[Event]
     calls: list[Event]
+    num_cut_off: int
 
     @property
     def on_gpu(self) -> bool:
@@ -139,10 +145,15 @@ class _RawDevice(msgspec.Struct):
     totalGlobalMem: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0  # noqa: N815 - Kineto's own spelling
 
 
+class _RawTeam(msgspec.Struct):
+    rank: Annotated[int, msgspec.Meta(ge=0, lt=_MOST_RANKS)] | None = None
+    world_size: Annotated[int, msgspec.Meta(ge=1, le=_MOST_RANKS)] | None = None
+
+
 class _RawFile(msgspec.Struct):
     traceEvents: list[_Raw]  # noqa: N815 - Chrome's own spelling
     deviceProperties: list[_RawDevice] = []  # noqa: N815 - Kineto's own spelling
-    distributedInfo: Any = None  # noqa: N815 - Kineto's own spelling
+    distributedInfo: _RawTeam | None = None  # noqa: N815 - Kineto's own spelling
     host_name: str | None = None
 
 
@@ -153,11 +164,12 @@ def read_recording(path: str | Path) -> Recording:
     """Read one file that `torch.profiler` wrote, gzip or not.
 
     Raises:
-        FileFormatError: it cannot be read, is no Chrome trace JSON, or holds no operator.
+        FileFormatError: it cannot be read, is no Chrome trace JSON, holds no operator, or a number that none can be.
     """
     path = Path(path)
     raw = _decode(path)
-    events = [_event(path, item) for item in raw.traceEvents if item.ph == "X" and item.cat]
+    complete = [item for item in raw.traceEvents if item.ph == "X" and item.cat]
+    events = [_event(path, item) for item in complete]
     events.sort(key=lambda event: (event.begin_s, -event.end_s))
     host = [event for event in events if event.category in _ON_HOST]
     if not any(event.category == "cpu_op" for event in host):
@@ -165,21 +177,34 @@ def read_recording(path: str | Path) -> Recording:
             path, "holds no operator; expected a file that torch.profiler wrote with ProfilerActivity.CPU"
         )
     device_events = [event for event in events if event.category in _ON_DEVICE]
-    _nest(host)
+    _nest(path, host)
     _launch(host, device_events)
     gpu = _device_of(raw.deviceProperties, device_events)
-    distributed = raw.distributedInfo if isinstance(raw.distributedInfo, dict) else {}
+    team = raw.distributedInfo or _RawTeam()
+    if team.rank is not None and team.world_size is not None and team.rank >= team.world_size:
+        raise FileFormatError(path, f"is of rank {team.rank} of {team.world_size} ranks, which count from 0")
     return Recording(
         path=path,
         device=gpu.name or None,
         memory_bytes=gpu.totalGlobalMem or None,
         host_name=raw.host_name,
-        rank=_whole(distributed.get("rank")),
-        world_size=_ranks(distributed.get("world_size")),
+        rank=team.rank,
+        world_size=team.world_size,
         host=host,
         device_events=device_events,
         calls=[event for event in events if event.category in _CALLS],
+        num_cut_off=sum(float(item.dur) < 0 for item in complete),
     )
+
+
+def within(events: Sequence[Event], window: Span) -> Sequence[Event]:
+    """Those of the events, which are in the order of their begin, that begin in the window."""
+    first = bisect.bisect_left(events, window[0], key=_begin)
+    return events[first : bisect.bisect_left(events, window[1], lo=first, key=_begin)]
+
+
+def _begin(event: Event) -> float:
+    return event.begin_s
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
@@ -250,8 +275,12 @@ def _event(path: Path, raw: _Raw) -> Event:
     )
 
 
-def _nest(host: Iterable[Event]) -> None:
-    """Put every event into the innermost one of its thread that is still running when it begins."""
+def _nest(path: Path, host: Iterable[Event]) -> None:
+    """Put every event into the innermost one of its thread that is still running when it begins.
+
+    Raises:
+        FileFormatError: more of them run inside each other than in any program.
+    """
     running: dict[tuple[str, str], list[Event]] = {}
     for event in host:
         stack = running.setdefault(event.thread, [])
@@ -260,6 +289,8 @@ def _nest(host: Iterable[Event]) -> None:
         if stack:
             event.parent = stack[-1]
             stack[-1].children.append(event)
+        if len(stack) == _MOST_LEVELS:
+            raise FileFormatError(path, f"has more than {_MOST_LEVELS} operators that run inside each other")
         stack.append(event)
 
 
@@ -277,15 +308,9 @@ def _device_of(devices: Sequence[_RawDevice], device_events: Sequence[Event]) ->
     """The GPU that ran the most of the events."""
     if not device_events:
         return _RawDevice()
-    used = [event.number("device") for event in device_events]
-    most = max(set(used), key=used.count)
+    ((most, _),) = Counter(event.number("device") for event in device_events).most_common(1)
     return next((device for device in devices if device.id == most), _RawDevice())
 
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _ranks(value: object) -> int | None:
-    number = _whole(value)
-    return number if number is not None and 1 <= number <= _MOST_RANKS else None

@@ -205,17 +205,28 @@ def _tensors(event: Event) -> list[Shape]:
     found: list[Shape] = []
     for dims in event.arguments.get("input dims") or []:
         if dims and isinstance(dims[0], list):
-            found += [tuple(map(int, inner)) for inner in dims]
+            found += [tuple(map(_size, inner)) for inner in dims]
         elif dims:
-            found.append(tuple(map(int, dims)))
+            found.append(tuple(map(_size, dims)))
     return found
+
+
+def _size(value: object) -> int:
+    """A whole number as it is; half a pixel, or a text, is none that Kineto writes.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
 
 
 def _numbers(values: list[str], position: int) -> tuple[int, ...] | None:
     try:
         parsed = json.loads(str(values[position]))
-        return tuple(int(value) for value in (parsed if isinstance(parsed, list) else [parsed]))
-    except (LookupError, ValueError, TypeError, RecursionError, OverflowError):
+        return tuple(map(_size, parsed if isinstance(parsed, list) else [parsed]))
+    except (LookupError, ValueError, TypeError, RecursionError):
         return None
 
 

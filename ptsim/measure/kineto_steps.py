@@ -9,10 +9,10 @@ import msgspec
 
 from ptsim.errors import FileFormatError
 from ptsim.measure import kineto_operators as operators
-from ptsim.measure.kineto_events import Event, Recording, Span, clip, length, outside, union
+from ptsim.measure.kineto_events import Event, Recording, Span, clip, length, outside, union, within
 
 _STEP_MARK, UPDATE_MARK, _BACKWARD = "ProfilerStep#", "Optimizer.step#", "autograd::engine::evaluate_function:"
-_LONGEST_STEP_S = 86_400.0
+_SHORTEST_STEP_S, _LONGEST_STEP_S = 1e-9, 86_400.0
 _ACCUMULATE = "torch::autograd::AccumulateGrad"
 _WAITS = re.compile(r"(cuda|hip)(Device|Stream|Event)Synchronize")
 
@@ -59,7 +59,7 @@ def read_steps(recording: Recording) -> list[Step]:
     """The training steps of a file.
 
     Raises:
-        FileFormatError: there is none, or one takes more than a day.
+        FileFormatError: there is none, or one takes less than a nanosecond or more than a day, or its operators none.
     """
     windows = [window for window in _windows(recording) if _backward(recording, window)]
     found = [(window, step) for window in windows if (step := _step(recording, window)).calls]
@@ -73,9 +73,15 @@ def read_steps(recording: Recording) -> list[Step]:
             msgspec.structs.replace(step, step_s=end - begin)
             for step, begin, end in zip(steps, begins, ends, strict=True)
         ]
-    longest = max(step.step_s for step in steps)
+    longest = max(max(step.step_s, step.compute_s) for step in steps)
     if longest > _LONGEST_STEP_S:
         raise FileFormatError(recording.path, f"holds a training step of {longest:g} s; expected at most a day")
+    if min(step.compute_s for step in steps) < _SHORTEST_STEP_S:
+        problem = "holds a training step whose operators took no time"
+        raise FileFormatError(recording.path, f"{problem}; expected kernels with the id of the operator behind them")
+    shortest = min(step.step_s for step in steps)
+    if shortest < _SHORTEST_STEP_S:
+        raise FileFormatError(recording.path, f"holds a training step of {shortest:g} s; expected a time above 0")
     return steps
 
 
@@ -93,10 +99,6 @@ def _windows(recording: Recording) -> list[Span]:
     return list(zip([begin, *ends[:-1]], ends, strict=True))
 
 
-def _within(events: Iterable[Event], window: Span) -> list[Event]:
-    return [event for event in events if window[0] <= event.begin_s < window[1]]
-
-
 def _is_inside(event: Event, prefix: str) -> bool:
     around: Event | None = event
     while around is not None:
@@ -108,14 +110,14 @@ def _is_inside(event: Event, prefix: str) -> bool:
 
 def _backward(recording: Recording, window: Span) -> list[Event]:
     """Autograd's nodes, each with all that runs inside it."""
-    nodes = [event for event in _within(recording.host, window) if event.name.startswith(_BACKWARD)]
+    nodes = [event for event in within(recording.host, window) if event.name.startswith(_BACKWARD)]
     return [node for node in nodes if node.parent is None or not _is_inside(node.parent, _BACKWARD)]
 
 
-def _launched(recording: Recording, window: Span) -> list[Event]:
+def _launched(recording: Recording, window: Span) -> Sequence[Event]:
     """What the host launched on the device within the window; all that ran there if nothing says who launched it."""
-    mine = [kernel for event in _within(recording.host, window) for kernel in event.kernels]
-    return mine or _within(recording.device_events, window) or recording.device_events
+    mine = [kernel for event in within(recording.host, window) for kernel in event.kernels]
+    return mine or within(recording.device_events, window) or recording.device_events
 
 
 def _outermost(event: Event) -> Event:
@@ -131,7 +133,7 @@ def _outermost(event: Event) -> Event:
 def _calls(recording: Recording, window: Span, backward: Sequence[Event]) -> list[Call]:
     """The network's operators in forward order, linked to their backward nodes."""
     creators: dict[int | None, Event] = {}
-    for event in _within(recording.host, window):
+    for event in within(recording.host, window):
         number = event.number("sequence number")
         is_forward = event.name.startswith("aten::") and not _is_inside(event, _BACKWARD)
         if number is not None and is_forward and not _is_inside(event, UPDATE_MARK):
@@ -182,7 +184,7 @@ def _step(recording: Recording, window: Span) -> Step:
     backward = _backward(recording, window)
     calls = _calls(recording, window, backward)
     passes = _passes(calls, backward)
-    host = _within(recording.host, window)
+    host = within(recording.host, window)
     updates = [event for event in host if event.name.startswith(UPDATE_MARK)]
     gradients = [event for event in host if event.name == _ACCUMULATE]
     sizes = [operators.number_of_elements(event) for event in gradients]
@@ -221,8 +223,8 @@ def _step(recording: Recording, window: Span) -> Step:
 def _host_s(recording: Recording, window: Span, host: Sequence[Event]) -> float:
     """Seconds for which the host ran an operator or a call of the CUDA runtime other than waiting."""
     busy = [event.span for event in host if event.category == "cpu_op" and not event.is_collective]
-    busy += [call.span for call in _within(recording.calls, window) if not _WAITS.match(call.name)]
-    waits = [call.span for call in _within(recording.calls, window) if _WAITS.match(call.name)]
+    busy += [call.span for call in within(recording.calls, window) if not _WAITS.match(call.name)]
+    waits = [call.span for call in within(recording.calls, window) if _WAITS.match(call.name)]
     return length(clip(busy, window)) - (length(waits) - outside(waits, busy) if waits else 0.0)
 
 
