@@ -1,7 +1,8 @@
-"""Which Python files make a user's network, and how are they run? The file itself, and what it imports from beside it.
+"""Which Python files make a user's network, and how are they run? The file itself, and what of the user's it imports.
 
-As for a script, the folder of the file is the first place where its imports are looked for. Imports are found by
-reading the code, not by running it: a name that the code puts together when it runs is not found.
+As for a script, the folder of the file is the first place where its imports are looked for; the others are Python's
+own (PYTHONPATH), where installed packages do not count. Imports are found by reading the code, not by running it: a
+name that the code puts together when it runs is not found.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ _NEVER_LOCAL = frozenset({"ptsim", "torch", *sys.stdlib_module_names})
 
 
 def source_files(file: Path) -> dict[str, Path]:
-    """The file and the modules from beside it that it imports, directly or not, by their paths below its folder.
+    """The file and the user's modules that it imports, directly or not, by their paths below the folder of each.
 
-    A module beside it that is called as one of Python's, torch or ptsim does not count.
+    A module that is called as one of Python's, torch or ptsim does not count, nor does an installed one.
     """
     found: dict[str, Path] = {}
     waiting = [file.name]
     while waiting:
         name = waiting.pop()
         path = file.parent / name
+        if not os.path.isfile(path):
+            path = _elsewhere(name) or path
         if name in found or not os.path.isfile(path):
             continue
         found[name] = path
@@ -42,8 +45,18 @@ def source_files(file: Path) -> dict[str, Path]:
     return found
 
 
+def _elsewhere(name: str) -> Path | None:
+    """The file `name` below one of the folders that Python looks through, unless it belongs to an installed package."""
+    installed = _installed_roots()
+    for folder in map(os.path.realpath, sys.path):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return None if path.startswith(installed) or "dist-packages" in path else Path(path)
+    return None
+
+
 def digest(file: Path | None) -> str | None:
-    """Digest of the file and what it imports from beside it; None where there is no such file."""
+    """Digest of the file and what of the user's it imports; None where there is no such file."""
     if file is None or not os.path.isfile(file):
         return None
     own = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -61,7 +74,8 @@ def importing_beside(file: Path) -> Iterator[None]:
     What was loaded under the same names, from an older content or another folder, is in its place again afterwards.
     """
     folder = str(file.parent.resolve())
-    local = {name.partition("/")[0].removesuffix(".py") for name in source_files(file)} - _NEVER_LOCAL
+    beside = [name for name, path in source_files(file).items() if path == file.parent / name]
+    local = {name.partition("/")[0].removesuffix(".py") for name in beside} - _NEVER_LOCAL
     aside = {
         name: module
         for name, module in sys.modules.items()
@@ -105,5 +119,8 @@ def _is_installed(module: ModuleType) -> bool:
     """Whether it belongs to Python or to an installed package; what is built in has no place."""
     file = getattr(module, "__file__", None)
     places = [os.path.realpath(place) for place in ([file] if file else getattr(module, "__path__", ()))]
-    roots = tuple(os.path.realpath(sysconfig.get_path(kind)) + os.sep for kind in ("stdlib", "purelib", "platlib"))
-    return all(place.startswith(roots) for place in places)
+    return all(place.startswith(_installed_roots()) for place in places)
+
+
+def _installed_roots() -> tuple[str, ...]:
+    return tuple(os.path.realpath(sysconfig.get_path(kind)) + os.sep for kind in ("stdlib", "purelib", "platlib"))

@@ -184,11 +184,16 @@ class ShapedTracer(Tracer):
         return value
 
 
+_DEVICE_WORDS = frozenset(
+    {"device", "is_cpu", "is_cuda", "is_maia", "is_meta", "is_mps", "is_mtia", "is_xla", "is_xpu"}
+)
+
+
 def _asks_for_the_device(node: fx.Node) -> bool:
     waiting, seen = [node], set[fx.Node]()
     while waiting:
         node = waiting.pop()
-        if node.target is getattr and node.args[1] == "device":
+        if (node.target is getattr and node.args[1] in _DEVICE_WORDS) or node.target == "get_device":
             return True
         seen.add(node)
         waiting += [before for before in node.all_input_nodes if before not in seen]

@@ -61,7 +61,7 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
             for p in small.ready
         ),
     )
-    _note_recomputation(network)
+    _note_recomputation(network, next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4))
     return network
 
 
@@ -106,12 +106,16 @@ def _layer(
     )
 
 
-def _note_recomputation(network: Network) -> None:
-    """A warning where less is kept than the layers need in backward: the graph looks through `checkpoint`."""
-    listed = sum(layer.saved_bytes(_BATCHES[0], 4) for layer in network.layers)
+def _note_recomputation(network: Network, element_bytes: int) -> None:
+    """A warning where less is kept than the layers need in backward: the graph looks through `checkpoint`.
+
+    `element_bytes` is of its weights. A network whose own code casts them keeps less for that reason.
+    """
+    listed = sum(layer.saved_bytes(_BATCHES[0], element_bytes) for layer in network.layers)
     for seen in network.footprints:
         kept = seen.kept_fixed_bytes + _BATCHES[0] * seen.kept_image_bytes
-        if (seen.device, seen.half) == ("cpu", False) and kept < 0.999 * listed:
+        as_it_is = (seen.device, seen.half) == ("cpu", False) and not seen.weight_copy_bytes
+        if as_it_is and kept < 0.999 * listed:
             warnings.warn(
                 f"{network.name} computes activations again in backward (torch.utils.checkpoint): the second time is "
                 "not among its MACs and traffic; its peak memory is that of the step as it runs",

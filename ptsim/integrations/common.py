@@ -102,6 +102,7 @@ class Pruning:
         self.losses, self._trained = [], False
         if self._stored is not None:
             self._pruner.load_state_dict(self._stored)
+            self._trained = self._pruner.recorder.unfinished() is not None
             self._stored = None
 
     def before_update(self, *, summed: bool = False) -> None:

@@ -23,12 +23,18 @@ from ptsim.integrations.common import Pruning, metric
 from ptsim.training.pruning import PruneTrain
 
 try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 except ImportError as error:
     raise UsageError(
         "ptsim.integrations.lightning needs the package lightning", hint="pip install 'ptsim[lightning]'"
     ) from error
+
+
+# They keep a copy of the network, which stays as wide as it was. Older versions of Lightning have fewer of them.
+_AVERAGES = tuple(
+    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
+)
 
 
 class PruneTrainCallback(Callback):  # type: ignore[misc] # lightning is not followed by mypy
@@ -90,6 +96,12 @@ class PruneTrainCallback(Callback):  # type: ignore[misc] # lightning is not fol
             raise UsageError(
                 f"PruneTrain cannot change a network inside {type(trainer.strategy).__name__}",
                 hint="one device, or strategy='ddp'",
+            )
+        average = next((c for c in trainer.callbacks if isinstance(c, _AVERAGES)), None)
+        if stage == "fit" and average is not None:
+            raise UsageError(
+                f"{type(average).__name__} keeps a copy of the network that is not pruned with it",
+                hint="PruneTrainCallback(…, ema=average) prunes an average that your module updates",
             )
         self._give_back(pl_module)
         theirs = pl_module.on_load_checkpoint

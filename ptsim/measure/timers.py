@@ -25,8 +25,8 @@ import torch
 
 from ptsim.trace.schema import EpochTime, StepDistribution
 
-Phase = Literal["data", "forward", "backward", "regularizer", "optimizer", "communication"]
-PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "regularizer", "optimizer", "communication")
+Phase = Literal["data", "forward", "backward", "regularizer", "optimizer", "communication", "validation"]
+PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "regularizer", "optimizer", "communication", "validation")
 
 _T = TypeVar("_T")
 
@@ -83,6 +83,7 @@ class StepTimer:
         """Wait for the device and give the epoch's parts and the spread of its iterations.
 
         The wall time ends here, or with `at_last_step` where the last step ended: what came after it is validation.
+        Validation between two steps is part neither of the wall time nor of a step.
 
         Raises:
             ValueError: no step has ended.
@@ -97,16 +98,20 @@ class StepTimer:
         boundaries = [instants[mark] for mark in (self._start, *self._step_ends)]
         if at_last_step:
             wall_s = boundaries[-1] - boundaries[0]
-        durations = [after - before for before, after in itertools.pairwise(boundaries)]
+        judged = [(instants[begin], instants[end]) for begin, end in self._phases["validation"]]
+        durations = [
+            after - before - sum(end - begin for begin, end in judged if before < end <= after)
+            for before, after in itertools.pairwise(boundaries)
+        ]
         parts = EpochTime(
-            wall_s=wall_s,
+            wall_s=wall_s - seconds["validation"],
             data_wait_s=seconds["data"],
             forward_s=seconds["forward"],
             backward_s=seconds["backward"],
             regularizer_s=seconds["regularizer"],
             optimizer_s=seconds["optimizer"],
             exposed_communication_s=seconds["communication"],
-            validation_s=validation_s,
+            validation_s=validation_s + seconds["validation"],
         )
         return parts, step_distribution(durations)
 

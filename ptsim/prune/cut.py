@@ -7,6 +7,7 @@ the optimizer's state. Parameters become new `nn.Parameter`s; the optimizer's gr
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -75,6 +76,7 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
                 new = nn.Parameter(take(parameter.detach(), kept), requires_grad=parameter.requires_grad)
                 if parameter.grad is not None:
                     new.grad = take(parameter.grad, kept)
+                take_notes(parameter, new, kept)
                 successors[id(parameter)] = new
                 replacements.append(Replacement(parameter, new, kept))
             module._parameters[key] = successors[id(parameter)]
@@ -99,6 +101,23 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
             set_width(module, len(kept[0]))
     set_numbers(model, cut.numbers)
     return replacements
+
+
+def take_notes(old: nn.Parameter, new: nn.Parameter, kept: Mapping[int, Tensor] | None) -> None:
+    """What users and optimizers have noted on a parameter goes along: attributes, and hooks on its gradient.
+
+    Tensors of its shape are cut like it; where `kept` is not known they are left behind.
+    """
+    for name, value in vars(old).items():
+        shaped = isinstance(value, Tensor) and value.shape == old.shape
+        if not shaped:
+            setattr(new, name, value)
+        elif kept is not None:
+            setattr(new, name, take(value, kept))
+    for hook in (old._backward_hooks or {}).values():
+        new.register_hook(hook)  # type: ignore[no-untyped-call] # torch's gap
+    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
+        new.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call] # torch's gap
 
 
 def _compute_anew(module: nn.Module) -> None:
@@ -221,34 +240,51 @@ def sync_attributes(module: nn.Module, groups: int | None = None) -> None:
 def cut_optimizer(optimizer: torch.optim.Optimizer, replacements: Iterable[Replacement]) -> None:
     """Point the optimizer's groups at the successors and carry every kept element of its state over.
 
-    A state tensor of the parameter's shape is cut like it, whatever its size; one with length 1 in some axis (factored
-    moments) is cut in the others; another one of one element (Adam's step) is kept. Works for every optimizer whose
-    state is of these forms. A parameter whose state holds lists of tensors (Shampoo's, PSGD's) or tensors of another
-    shape (timm's Adafactor) gets a new state.
+    A state tensor of the parameter's shape is cut like it, whatever its size, also where it lies flat (Prodigy's). One
+    that lacks an axis, or has length 1 there (factored moments), is cut in the others, if it is clear which those are.
+    Another one of one element (Adam's step) is kept. Works for every optimizer whose state is of these forms. A
+    parameter whose state holds lists of tensors (Shampoo's, PSGD's) or tensors of another shape gets a new state.
     """
     successors = {id(r.old): r for r in replacements}
     for group in optimizer.param_groups:
-        parameters = []
-        for parameter in group["params"]:
-            replacement = successors.get(id(parameter))
-            if replacement is None:
-                parameters.append(parameter)
-            elif replacement.new is not None:
-                parameters.append(replacement.new)
-        group["params"] = parameters
+        new = [successors[id(p)].new if id(p) in successors else p for p in group["params"]]
+        if "param_names" in group:  # of an optimizer that was given named parameters
+            group["param_names"] = [n for n, p in zip(group["param_names"], new, strict=True) if p is not None]
+        group["params"] = [parameter for parameter in new if parameter is not None]
     for replacement in successors.values():
         state = optimizer.state.pop(replacement.old, None)
         if state is None or replacement.new is None:
             continue
-        shape = replacement.old.shape
-        odd = next((key for key, value in state.items() if _holds_tensors(value) or _is_odd(value, shape)), None)
-        if odd is not None:  # an optimizer makes the state of a parameter that has none
+        cut = {key: _cut_state(value, replacement) for key, value in state.items()}
+        odd = next((key for key, value in cut.items() if value is _UNKNOWN), None)
+        if odd is None:
+            optimizer.state[replacement.new] = cut
+        else:  # an optimizer makes the state of a parameter that has none
             warnings.warn(
                 f"optimizer state {odd!r} is not shaped like the weight that it is of; that weight's starts anew",
                 stacklevel=2,
             )
-            continue
-        optimizer.state[replacement.new] = {key: _cut_state(value, replacement) for key, value in state.items()}
+
+
+_UNKNOWN = object()
+
+
+def _cut_state(value: object, replacement: Replacement) -> object:
+    """A value of a parameter's state, cut with it; `_UNKNOWN` where nobody knows how.
+
+    Bytes are 8-bit states, whose scales belong to blocks of neighbours.
+    """
+    old, kept = replacement.old, replacement.kept
+    if _holds_tensors(value):
+        return _UNKNOWN
+    if not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != old.shape):
+        return value
+    if value.dtype in (torch.uint8, torch.int8):
+        return _UNKNOWN
+    if value.ndim == 1 < old.ndim and len(value) == old.numel():
+        return take(value.view(old.shape), kept).flatten()
+    axes = _axes_of(value.shape, old.shape, kept)
+    return _UNKNOWN if axes is None else take(value, axes)
 
 
 def _holds_tensors(value: object) -> bool:
@@ -256,19 +292,24 @@ def _holds_tensors(value: object) -> bool:
     return any(isinstance(part, Tensor) or _holds_tensors(part) for part in inner)
 
 
-def _is_odd(value: object, shape: torch.Size) -> bool:
-    """A tensor of which nobody knows how it is cut with a parameter of that shape."""
-    if not isinstance(value, Tensor) or value.numel() == 1:
-        return False
-    return value.ndim != len(shape) or any(n not in (1, m) for n, m in zip(value.shape, shape, strict=True))
-
-
-def _cut_state(value: object, replacement: Replacement) -> object:
-    shape = replacement.old.shape
-    if not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != shape):
-        return value
-    whole = {dim for dim in range(value.ndim) if value.shape[dim] == shape[dim]}
-    return take(value, {dim: at for dim, at in replacement.kept.items() if (dim if dim >= 0 else 1) in whole})
+def _axes_of(state: torch.Size, shape: torch.Size, kept: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
+    """What to keep of each axis of a state tensor; None if nobody knows which of the parameter's axes those are."""
+    if len(state) == len(shape):
+        if any(n not in (1, m) for n, m in zip(state, shape, strict=True)):
+            return None
+        whole = {dim for dim in range(len(state)) if state[dim] == shape[dim]}
+        return {dim: at for dim, at in kept.items() if (dim if dim >= 0 else 1) in whole}
+    if any(dim < 0 for dim in kept):  # a grouped convolution, whose inputs hang on its outputs
+        return None
+    ways = {
+        tuple((place, axis) for place, axis in enumerate(axes) if axis in kept)
+        for axes in itertools.combinations(range(len(shape)), len(state))
+        if all(n == shape[axis] for n, axis in zip(state, axes, strict=True))
+    }
+    way = next(iter(ways)) if len(ways) == 1 else None
+    if way is None or (way and len(state) == 2 and state[0] == state[1]):  # square: a Kronecker factor, perhaps
+        return None
+    return {place: kept[axis] for place, axis in way}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from ptsim.prune.cut import Replacement, sync_attributes, take
+from ptsim.prune.cut import Replacement, sync_attributes, take, take_notes
 from ptsim.prune.groups import ChannelGroups, weight_GOIK
 from ptsim.prune.labels import CONVS
 from ptsim.prune.modules import Gathered, Scattered
@@ -93,6 +93,7 @@ def apply_gate(model: nn.Module, gate: Gate) -> list[Replacement]:
     new = nn.Parameter(take(old.detach(), kept), requires_grad=old.requires_grad)
     if old.grad is not None:
         new.grad = take(old.grad, kept)
+    take_notes(old, new, kept)
     module.weight = new
     sync_attributes(module)
     if gate.inputs is not None:

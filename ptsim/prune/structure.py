@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.errors import UsageError
-from ptsim.prune.cut import ORIGINS, normed_weight, norms_without_tensors, set_width, sync_attributes, width
+from ptsim.prune.cut import ORIGINS, normed_weight, norms_without_tensors, set_width, sync_attributes, take_notes, width
 from ptsim.prune.labels import CONVS
 from ptsim.prune.modules import KINDS, OWN, ConstantChannels, Gathered, Placeholder, Scattered
 from ptsim.prune.numbers import changed_numbers, restore_numbers
@@ -108,6 +108,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
             if shape is None or shape == tuple(parameter.shape):
                 continue
             new = nn.Parameter(_corner(parameter.detach(), shape, prefix + key), requires_grad=parameter.requires_grad)
+            take_notes(parameter, new, None)
             module._parameters[key] = resized[id(parameter)] = new
             touched.add(id(module))
         for key, buffer in list(module._buffers.items()):

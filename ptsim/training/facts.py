@@ -18,6 +18,7 @@ from ptsim.capture.graph import evaluation_mode, example_input, naming_the_image
 from ptsim.errors import TrainingError, UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
+from ptsim.prune.labels import CONVS
 from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run
 from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
@@ -149,6 +150,26 @@ def check_finite(epoch: Epoch) -> None:
         if value is not None and not math.isfinite(value):
             problem = f"the {name.replace('_', ' ')} of epoch {epoch.epoch} is {value}, not a finite number"
             raise TrainingError(problem, hint="a smaller learning rate or penalty_ratio")
+
+
+def check_numbers(network: nn.Module) -> None:
+    """Make sure that the network's weights are of the number format that a trace assumes.
+
+    Raises:
+        UsageError: one is not float32: bytes and memory of everything that follows from the trace would be wrong.
+    """
+    for name, parameter in network.named_parameters():
+        if parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"{name} of this {type(network).__name__} is of {kind}, a trace describes float32 weights",
+                hint="model.float(), with torch.autocast for half precision; without record= nothing is written",
+            )
+
+
+def product_layer(network: nn.Module) -> nn.Module | None:
+    """Its first convolution or linear layer."""
+    return next((module for module in network.modules() if isinstance(module, (*CONVS, nn.Linear))), None)
 
 
 def num_outputs(network: nn.Module, input_shape: tuple[int, int, int]) -> int:

@@ -101,10 +101,13 @@ class LiveData:
         """Looks at the first item; `collate` makes the mini-batches of training, as a DataLoader's `collate_fn`.
 
         Raises:
-            UsageError: it is no image with a class.
+            UsageError: it is no image with a class, or one of the data sets is empty.
         """
         self._train, self._validation = data
         self._collate, self._config, self._device = collate, config, device
+        for name, images in (("training", self._train), ("validation", self._validation)):
+            if not len(cast("Sized", images)):
+                raise UsageError(f"the {name} data set is empty")
         item = self._train[0]
         image = item[0] if isinstance(item, tuple | list) and len(item) == 2 else None
         if not isinstance(image, Tensor) or image.ndim != 3:

@@ -11,10 +11,12 @@ _FOLD = 256  # losses that are kept one by one before they are summed, so that a
 class LossSum:
     """Losses of one epoch, each weighted with its number of images."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, loss_sum: float = 0.0, num_images: float = 0.0) -> None:
+        """Begins with a sum of losses over so many images."""
         self._device = device
         self._told: list[tuple[Tensor, int]] = []
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # Σ loss · images, images
+        sums = (loss_sum, num_images)  # Σ loss · images, images
+        self._sums = torch.tensor(sums, dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, num_images: int) -> None:
         """The mean loss over so many images."""

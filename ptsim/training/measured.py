@@ -9,7 +9,9 @@ import torch
 
 from ptsim.measure.nvml import Meter
 from ptsim.trace.schema import DeviceUse, EpochTime, StepDistribution
+from ptsim.training.checkpoint import NotNegative, Whole
 from ptsim.training.distributed import CommunicationMeter
+from ptsim.training.losses import LossSum
 from ptsim.training.watch import Watch
 
 
@@ -29,6 +31,42 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int | None
 
 
+class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was trained of an epoch before a state was stored in the middle of it.
+
+    Attributes:
+        num_iterations, num_images: of this rank.
+        batch: images of its largest forward pass; 0 where none was seen.
+        loss_sum, loss_images: Σ loss · images, and the images of those losses.
+        time: None where nobody timed it.
+    """
+
+    num_iterations: Whole = 0
+    num_images: Whole = 0
+    batch: Whole = 0
+    loss_sum: float = 0.0
+    loss_images: NotNegative = 0.0
+    time: EpochTime | None = None
+
+    def sum(self, later: EpochTime | None) -> EpochTime | None:
+        """The times of both parts of the epoch; None where one is not known."""
+        if not self.num_iterations:
+            return later
+        if self.time is None or later is None:
+            return None
+        names = EpochTime.__struct_fields__
+        return EpochTime(**{name: getattr(self.time, name) + getattr(later, name) for name in names})
+
+    def joined(self, later: Measured, *, more: bool) -> Measured:
+        """What is known of the whole epoch; `more`: there were iterations after this part.
+
+        Nobody has metered the first part's energy, so nothing is said of the device's use.
+        """
+        if not self.num_iterations:
+            return later
+        return msgspec.structs.replace(later, time=self.sum(later.time) if more else self.time, use=None)
+
+
 def measure_epoch(
     watch: Watch, meter: Meter, communication: CommunicationMeter, device: torch.device, iterations: int
 ) -> Measured:
@@ -37,21 +75,43 @@ def measure_epoch(
     times = watch.finish()
     validation_s = now - last_step_s if last_step_s is not None else 0.0
     return Measured(
-        time=None if times is None else _without_communication(times[0], communication, iterations, validation_s),
+        time=None if times is None else epoch_time(times[0], communication, iterations, validation_s),
         step=None if times is None else times[1],
         use=meter.stop(),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 
 
-def _without_communication(
-    seconds: EpochTime, communication: CommunicationMeter, iterations: int, validation_s: float
+def epoch_time(
+    seconds: EpochTime, communication: CommunicationMeter, iterations: int, validation_s: float = 0.0
 ) -> EpochTime:
-    """The watch's backward ends when the last all-reduce does: what was exposed of it is taken out."""
+    """The watch's backward ends when the last all-reduce does: what was exposed of it is taken out.
+
+    `validation_s` comes to the validation between two steps.
+    """
     exposed_s = min(communication.exposed_s(iterations), seconds.backward_s)
     return msgspec.structs.replace(
         seconds,
         backward_s=seconds.backward_s - exposed_s,
         exposed_communication_s=exposed_s,
-        validation_s=validation_s,
+        validation_s=seconds.validation_s + validation_s,
+    )
+
+
+def unfinished_epoch(
+    watch: Watch, communication: CommunicationMeter, losses: LossSum, earlier: Unfinished
+) -> Unfinished | None:
+    """What has been trained of the present epoch, with the `earlier` part of it; None at its start."""
+    iterations, times = watch.num_iterations, watch.so_far()
+    if not iterations and not earlier.num_iterations:
+        return None
+    total, told, images = losses.total(watch.num_images + earlier.num_images).tolist()
+    seconds = None if times is None else epoch_time(times[0], communication, iterations)
+    return Unfinished(
+        num_iterations=earlier.num_iterations + iterations,
+        num_images=int(images),
+        batch=watch.batch or 0,
+        loss_sum=total,
+        loss_images=told,
+        time=earlier.sum(seconds) if iterations else earlier.time,
     )

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptsim.errors import UsageError
 from ptsim.training.watch import learning_rate
+from ptsim.training.wrapping import is_sharded
 
 
 def check_optimizer_kind(optimizer: torch.optim.Optimizer, *, proximal: bool) -> None:
     """Make sure that the optimizer's state can be cut with the weights, and that a proximal step knows its rate.
 
     Raises:
-        UsageError: it keeps one state for all weights together, or has no learning rate to be seen.
+        UsageError: it keeps one state for all weights together, or a part on every rank, or has no learning rate to be
+            seen.
     """
+    if is_sharded(optimizer):
+        raise UsageError(
+            f"{type(optimizer).__name__} spreads its state over the ranks, where it cannot be cut with the weights",
+            hint="PruneTrain needs an optimizer that is whole on every rank, such as SGD or AdamW",
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UsageError(
             f"{type(optimizer).__name__} keeps one state for all weights together, which cannot be cut with them",
@@ -37,16 +45,16 @@ class Order:
     def __init__(
         self,
         network: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         scaler: torch.amp.GradScaler | None,
         weights: Sequence[nn.Parameter],
     ) -> None:
-        """`weights` are the penalised ones.
+        """`weights` are the penalised ones; the last of the `optimizers` updates them, the others are around it.
 
         Raises:
-            UsageError: the optimizer does not hold them.
+            UsageError: the optimizer does not hold them, or not all that is trained.
         """
-        self._network, self._optimizer, self._scaler = network, optimizer, scaler
+        self._network, self._optimizers, self._scaler = network, tuple(optimizers), scaler
         self._pruned = False
         self._held: tuple[int, ...] = ()
         # A gradient that has the penalty, the weight's version, and what the scaler knows of this iteration.
@@ -68,15 +76,16 @@ class Order:
         return [parameter.requires_grad for parameter in self._parameters] != self._trained
 
     def check_optimizer(self) -> None:
-        """Make sure that the optimizer still holds every penalised weight.
+        """Make sure that the optimizer still holds every weight that is trained: another one would keep the old ones.
 
         Raises:
             UsageError: it does not.
         """
-        held = tuple(id(p) for group in self._optimizer.param_groups for p in group["params"])
+        held = tuple(id(p) for group in self._optimizers[-1].param_groups for p in group["params"])
         if held == self._held:
             return
-        missing = {id(weight) for weight in self._weights} - set(held)
+        trained = [*self._weights, *(p for p in self._parameters if p.requires_grad)]
+        missing = {id(parameter) for parameter in trained} - set(held)
         if missing:
             name = next((n for n, p in self._network.named_parameters() if id(p) in missing), "a weight")
             network = type(self._network).__name__
@@ -86,7 +95,7 @@ class Order:
                     hint="give PruneTrain the optimizer that trains the network, and keep using that one",
                 )
             raise UsageError(
-                f"the optimizer does not hold {name} of this {network}, which the penalty acts on",
+                f"the optimizer does not hold {name} of this {network}, which requires a gradient",
                 hint="one optimizer, in parameter groups perhaps, has to hold all weights that are trained; "
                 "freeze the others with requires_grad_(False)",
             )
@@ -137,16 +146,20 @@ class Order:
         scaler = self._scaler
         if scaler is None or not scaler.is_enabled():
             return
-        if not scaler._per_optimizer_states[id(self._optimizer)]["found_inf_per_device"]:
+        state = self._scaled()
+        if state is None or not state["found_inf_per_device"]:
             raise UsageError(
                 "step was called before scaler.unscale_(optimizer): the penalty would be divided by the loss's scale",
                 hint="scaler.scale(loss).backward(); scaler.unscale_(optimizer); pruner.step(loss)",
             )
 
-    def _scaled(self) -> object:
-        """What the scaler keeps of this optimizer until its `update`."""
+    def _scaled(self) -> dict[str, Any] | None:
+        """What the scaler keeps of this optimizer, or of what is around it, until its `update`."""
         scaler = self._scaler
-        return None if scaler is None or not scaler.is_enabled() else scaler._per_optimizer_states[id(self._optimizer)]
+        if scaler is None or not scaler.is_enabled():
+            return None
+        known = scaler._per_optimizer_states
+        return next((known[id(optimizer)] for optimizer in self._optimizers if id(optimizer) in known), None)
 
     def penalty_is_added(self) -> None:
         """The gradients have the penalty now."""

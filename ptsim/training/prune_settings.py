@@ -74,3 +74,10 @@ def check_plan(penalty_ratio: float, interval: int) -> None:
         raise UsageError(f"the penalty ratio is {penalty_ratio}; it has to be in [0, 1)")
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise UsageError(f"the interval is {interval!r}; it has to be a whole number of epochs, at least 1")
+
+
+def recorded(settings: PruneSettings, *, penalty_ratio: float, interval: int) -> dict[str, Any]:
+    """What of them a trace says: everything that decides how a network shrinks."""
+    names = ("threshold", "mode", "channel_multiple", "regularizer", "criterion")
+    told = {name: getattr(settings, name) for name in names}
+    return {"penalty_ratio": penalty_ratio, "interval": interval, **told}

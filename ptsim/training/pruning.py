@@ -42,9 +42,9 @@ from ptsim.training.loggers import Logger
 from ptsim.training.measured import Penalty
 from ptsim.training.misuse import Order, check_optimizer_kind
 from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
-from ptsim.training.prune_settings import check_plan, make_settings
+from ptsim.training.prune_settings import check_plan, make_settings, recorded
 from ptsim.training.recorder import Recorder
-from ptsim.training.wrapping import bare, bare_optimizer, is_wrapped
+from ptsim.training.wrapping import averaged, bare, bare_optimizer, is_wrapped, refuse_spread
 
 _PRUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PruneTrain]] = weakref.WeakKeyDictionary()
 
@@ -91,12 +91,12 @@ class PruneTrain:
 
         Args:
             model: any network that torch.fx can trace, on its device; bare, or inside DDP or torch.compile.
-            optimizer: any torch optimizer with per-element state; it holds the network's trainable weights.
+            optimizer: any torch optimizer with per-element state; it holds all of the network's trainable weights.
             input_shape: (channels, height, width) of an image.
             penalty_ratio: the penalty's share in the first loss (docs/method.md Eq. 3); 0 prunes nothing.
             interval: epochs between reconfigurations.
             record: the folder for the trace, or a `Recorder`; None records nothing.
-            ema: an average of the weights (`torch.optim.swa_utils.AveragedModel` or a copy); it is pruned alike.
+            ema: an average of the weights (torch's `AveragedModel`, timm's `ModelEmaV3`, a copy); it is pruned alike.
             scaler: the loop's GradScaler; with it a `step` before `scaler.unscale_` is noticed.
             rewrap: makes from the changed network the module that the loop calls, for instance DDP around it.
             facts: names and hyper-parameters for the trace.
@@ -105,15 +105,18 @@ class PruneTrain:
 
         Raises:
             UnsupportedModelError: the network cannot be traced.
-            UsageError: a value out of its bounds, an optimizer of another network or one whose state cannot be cut, a
-                network that already has a pruner, or nothing that can be pruned.
+            UsageError: a value out of its bounds, an optimizer of another network or one whose state cannot be cut, an
+                average of another network, a network that already has a pruner or lies in parts on several ranks, or
+                nothing that can be pruned.
         """
         self.settings = make_settings(settings)
         self._make_criterion: type[Criterion] = CRITERIA.find(self.settings.criterion)
         check_plan(penalty_ratio, interval)
+        refuse_spread(model)
         self.network = bare(model)
         self._refuse_second()
-        self.penalty_ratio, self.interval, optimizer = penalty_ratio, interval, bare_optimizer(optimizer)
+        self.penalty_ratio, self.interval = penalty_ratio, interval
+        given, optimizer = optimizer, bare_optimizer(optimizer)
         check_optimizer_kind(optimizer, proximal=self.settings.regularizer == "proximal")
         self.optimizer, self.ema, self.scaler, self.rewrap = optimizer, ema, scaler, rewrap
         self.regularized = penalty_ratio > 0
@@ -121,9 +124,12 @@ class PruneTrain:
         self._wrapped = is_wrapped(model)
         input_shape = checked_shape(input_shape)
         self._find_groups(find_groups(self.network, input_shape))
-        self._order = Order(self.network, optimizer, scaler, self.criterion.weights)
+        self._order = Order(self.network, (given, optimizer), scaler, self.criterion.weights)
+        self._averages()
         self.recorder = (
-            record if isinstance(record, Recorder) else self._own_recorder(model, input_shape, record, facts, loggers)
+            record
+            if isinstance(record, Recorder)
+            else self._own_recorder(model, input_shape=input_shape, record=record, facts=facts, loggers=loggers)
         )
         self._owns_recorder = self.recorder is not record
         self._first_network = self.recorder.architecture
@@ -146,7 +152,7 @@ class PruneTrain:
             UsageError: before backward, twice before `optimizer.step`, before `scaler.unscale_`, or with an optimizer
                 that no longer holds the network's weights.
         """
-        self._check_wrapping()
+        self._check_wrapping(seen=num_images is not None)
         self._follow_freezing()
         self._order.before_penalty()
         if self.penalty_coefficient is None:
@@ -288,15 +294,9 @@ class PruneTrain:
             "trace_bytes": recorder.num_bytes,
             "trace_sha256": recorder.sha256,
             "totals": msgspec.to_builtins(recorder.spend_time()),
+            "unfinished": msgspec.to_builtins(recorder.unfinished()),
         }
-        if tensors:
-            state["optimizer"] = stored.optimizer_scalars(self.network, self.optimizer)
-            state["groups"] = stored.group_settings(self.optimizer)
-            state["tensors"] = {
-                name: tensor.detach().clone()
-                for name, tensor in stored.tensors_of(self.network, self.optimizer, self.ema).items()
-            }
-        return state
+        return state | (stored.with_tensors(self.network, self.optimizer, self.ema) if tensors else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`: the network, freshly built, gets the pruned shapes, and the optimizer follows.
@@ -309,7 +309,8 @@ class PruneTrain:
             UsageError: not a state of PruneTrain, or of another network.
         """
         kept = stored.checked(state)
-        stored.reshape(self.network, self.optimizer, self.ema, kept.structure, kept.parameters)
+        average = next(iter(self._averages()), None)
+        stored.reshape(self.network, self.optimizer, average, kept.structure, kept.parameters)
         self.penalty_coefficient, self.regularized = kept.penalty_coefficient, kept.regularized
         if kept.tensors is not None:
             stored.load_tensors(self.network, self.optimizer, self.ema, kept)
@@ -321,6 +322,7 @@ class PruneTrain:
         recorder.epoch, recorder.initial_counts, recorder.totals = kept.epoch, kept.initial_counts, kept.totals
         self._after_change(find_groups(self.network, recorder.input_shape))
         recorder.continue_trace(kept.trace_bytes, kept.trace_sha256)
+        recorder.continue_epoch(kept.unfinished)
 
     # The parts
 
@@ -350,7 +352,7 @@ class PruneTrain:
             self.groups,
             threshold=self.settings.threshold,
             optimizer=self.optimizer,
-            shadows=() if self.ema is None else (self.ema,),
+            shadows=self._averages(),
             mode=self.settings.mode,
             channel_multiple=self.settings.channel_multiple,
             importance_of=self._make_criterion.importance,
@@ -394,6 +396,10 @@ class PruneTrain:
         if surgery.changed:
             recorder.profile()
         return event, surgery.changed
+
+    def _averages(self) -> tuple[nn.Module, ...]:
+        """What is cut along with the network; a UsageError if `ema` is no average of it."""
+        return () if self.ema is None else (averaged(self.ema, self.network, alike=True),)
 
     def _grown(self, batch_before: int) -> Growth:
         """What the loop's own policy makes of the mini-batch; without one it stays, and `batch` only proposes."""
@@ -451,11 +457,18 @@ class PruneTrain:
             self.needs_rewrap, self._outdated = True, None if caller is None else weakref.ref(caller)
             self.recorder.follow(self.network)  # an old DDP that somebody holds would reduce beside the new one
 
-    def _check_wrapping(self) -> None:
-        """After a reconfiguration: the loop must not go on with DDP around what is gone; a new one is adopted."""
+    def _check_wrapping(self, *, seen: bool) -> None:
+        """The loop must not go on with what was around the network before pruning; a new DDP is adopted."""
         caller = self.recorder.watch.data_parallel
-        if not self.needs_rewrap or caller is None:
+        if not self.needs_rewrap:
             return
+        if caller is None:
+            if seen or self.recorder.watch.num_backwards:
+                return
+            raise UsageError(
+                "the network was pruned, but the loop calls a compiled module that PruneTrain was not told of",
+                hint="where pruner.needs_rewrap: model = torch.compile(pruner.network); pruner.rewrapped(model)",
+            )
         if self._outdated is not None and caller is self._outdated():
             raise UsageError(
                 "the network was pruned, but the loop still calls the DistributedDataParallel that was made before",
@@ -463,34 +476,15 @@ class PruneTrain:
             )
         self.rewrapped(caller)
 
-    def _own_recorder(
-        self,
-        model: nn.Module,
-        input_shape: tuple[int, int, int],
-        record: str | Path | None,
-        facts: RunFacts | None,
-        loggers: Sequence[str | Logger],
-    ) -> Recorder:
-        settings = {
-            "penalty_ratio": self.penalty_ratio,
-            "interval": self.interval,
-            "threshold": self.settings.threshold,
-            "mode": self.settings.mode,
-            "channel_multiple": self.settings.channel_multiple,
-            "regularizer": self.settings.regularizer,
-            "criterion": self.settings.criterion,
-        }
+    def _own_recorder(self, model: nn.Module, **given: Any) -> Recorder:
         return Recorder(
             model,
             self.optimizer,
-            input_shape=input_shape,
-            record=record,
-            facts=facts,
-            settings=settings,
+            settings=recorded(self.settings, penalty_ratio=self.penalty_ratio, interval=self.interval),
             profile=self.settings.profile,
             channel_maxima=self.settings.channel_maxima,
             threshold=self.settings.threshold,
-            loggers=loggers,
+            **given,
         )
 
 

@@ -6,10 +6,8 @@ through it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.capture.network import capture_network
-from ptsim.errors import MissingMeasurementError, UsageError
+from ptsim.errors import UsageError
 from ptsim.measure.nvml import open_meter
-from ptsim.measure.profile import profile_network
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.density import THRESHOLD, channel_maxima, dense_counts, layer_densities
 from ptsim.trace.schema import AnyRecord, End, Epoch, Run
@@ -33,19 +30,22 @@ from ptsim.training.facts import (
     change_record,
     check_finite,
     check_fraction,
+    check_numbers,
     checked_loss,
     checked_shape,
     num_outputs,
+    product_layer,
     run_record,
     seen_settings,
     shapes_of,
 )
 from ptsim.training.loggers import Logger, Mirror
 from ptsim.training.losses import LossSum
-from ptsim.training.measured import Measured, Penalty, measure_epoch
+from ptsim.training.measured import Measured, Penalty, Unfinished, measure_epoch, unfinished_epoch
+from ptsim.training.profiling import layer_profile
 from ptsim.training.tracefile import TraceFile, refuse_trace
 from ptsim.training.watch import Watch, learning_rate
-from ptsim.training.wrapping import bare, bare_optimizer, called
+from ptsim.training.wrapping import bare, bare_optimizer, called, is_compiled, refuse_spread
 
 TRACE = "trace.jsonl"
 _T = TypeVar("_T")
@@ -105,8 +105,9 @@ class Recorder:
 
         Raises:
             UnsupportedModelError: the network cannot be traced.
-            UsageError: an `input_shape` that is none, or a logger that cannot be used.
+            UsageError: an `input_shape` that is none, a logger or a network that cannot be used.
         """
+        refuse_spread(model)
         self.input_shape = checked_shape(input_shape)
         self.module, self.network, self.optimizer = model, bare(model), bare_optimizer(optimizer)
         self.facts = facts or RunFacts()
@@ -114,8 +115,10 @@ class Recorder:
         self.team = team or current_team(self.device)
         self.folder = Path(record) if record is not None else None
         self.meter = open_meter(self.device)
+        self._communication = CommunicationMeter(model)
         begins = functools.partial(_epoch_begins, weakref.ref(self))
         self.watch = Watch(called(model), self.optimizer, self.device, begins)
+        self._watch_again()
         self.epoch, self.totals = 0, Totals()
         self.final_accuracy: float | None = None
         self.regularizer: Callable[[], object] | None = None
@@ -127,6 +130,7 @@ class Recorder:
         self._keep: tuple[int | None, str | None] = (None, None)
         self._ended = self._begun = False
         self._losses, self._images_told = LossSum(self.device), 0
+        self._earlier = Unfinished()  # what was trained of this epoch before the state that was loaded
         self._num_classes = self.facts.dataset.num_classes if self.facts.dataset else None
         self._capture()
         self.initial_counts = dense_counts(self.network, 0.0)  # all of them
@@ -161,13 +165,17 @@ class Recorder:
             UsageError: the module holds another network.
         """
         if module is not None:
-            held = {id(p) for p in bare(module).parameters()}
-            if held != {id(p) for p in self.network.parameters()}:
+            refuse_spread(module)
+            if {id(p) for p in bare(module).parameters()} != {id(p) for p in self.network.parameters()}:
                 raise UsageError("the module holds another network than the one that is recorded")
             self.module = module
             self._communication = CommunicationMeter(module)
         self.optimizer = self.optimizer if optimizer is None else bare_optimizer(optimizer)
-        self.watch.follow(called(self.module), self.optimizer)
+        self._watch_again()
+
+    def _watch_again(self) -> None:
+        seen = self.facts.precision is None and not is_compiled(self.module)
+        self.watch.follow(called(self.module), self.optimizer, product_layer(self.network) if seen else None)
 
     def forget_module(self) -> None:
         """Hold nothing but the bare network: the run is over."""
@@ -177,14 +185,6 @@ class Recorder:
     def data(self, batches: Iterable[_T]) -> Iterator[_T]:
         """The batches of a loader, with the wait for each timed exactly (optional)."""
         return self.watch.data(batches)
-
-    @contextlib.contextmanager
-    def iteration(self) -> Iterator[None]:
-        """One training step, for loops whose network is called inside a compiled graph that hides it (optional)."""
-        if not self.watch.active:
-            self.watch.begin()
-        with self.watch.phase("forward"):
-            yield
 
     def step(self, loss: Tensor | float, num_images: int | None = None) -> None:
         """Tell the loss of a training step (optional): a mean over images; nothing waits for the device.
@@ -281,11 +281,12 @@ class Recorder:
             return
         assert self.folder is not None, "asked by `records`"
         self._refuse_foreign_trace()
-        path = self.folder / TRACE
         keep_bytes, keep_sha256 = self._keep
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._trace = TraceFile(path, keep_bytes=keep_bytes, keep_sha256=keep_sha256, mirror=self._mirror)
+        self._trace = TraceFile(
+            self.folder / TRACE, keep_bytes=keep_bytes, keep_sha256=keep_sha256, mirror=self._mirror
+        )
         weakref.finalize(self, self._trace.end_as_planned)
         if keep_bytes is None:
             self._trace.write(self._run_record())
@@ -305,6 +306,16 @@ class Recorder:
             self._trace.planned_end = None
             self._trace.close()
             self._trace = None
+
+    def unfinished(self) -> Unfinished | None:
+        """What has been trained of the present epoch; None at its start."""
+        return unfinished_epoch(self.watch, self._communication, self._losses, self._earlier)
+
+    def continue_epoch(self, earlier: Unfinished | None) -> None:
+        """Go on within an epoch of which `earlier` was trained."""
+        self._earlier = earlier or Unfinished()
+        self.watch.batch = self.watch.batch or self._earlier.batch or None
+        self._losses = LossSum(self.device, self._earlier.loss_sum, self._earlier.loss_images)
 
     def describe(self, *, profile: bool = True) -> None:
         """Write the present architecture, with its profile, unless the trace has it."""
@@ -337,8 +348,12 @@ class Recorder:
         check_fraction("train_accuracy", train_accuracy)
         if self._ended:
             raise UsageError("the recorder is closed: end_epoch belongs before close")
-        iterations, images = self.watch.counted(self.epoch)
+        earlier = self._earlier
+        ended = earlier.num_iterations and not self.watch.num_iterations  # before the state was stored
+        iterations, images = (0, 0) if ended else self.watch.counted(self.epoch)
         measured = measure_epoch(self.watch, self.meter, self._communication, self.device, iterations)
+        measured = earlier.joined(measured, more=iterations > 0)
+        iterations, images = iterations + earlier.num_iterations, images + earlier.num_images
         self.begin_run()
         record = self._epoch_record(iterations, images, penalty, measured)
         record = msgspec.structs.replace(
@@ -353,8 +368,7 @@ class Recorder:
         self.final_accuracy = record.validation_accuracy
         self.totals = self.totals.after(record)
         self.epoch += 1
-        self._losses = LossSum(self.device)
-        self._images_told = 0
+        self._losses, self._earlier, self._images_told = LossSum(self.device), Unfinished(), 0
         self.watch.reset()
         self._look_for_changes()
         self._plan_end()
@@ -362,27 +376,8 @@ class Recorder:
 
     def profile(self) -> None:
         """Measure the present architecture layer by layer, on the rank that records."""
-        if self._trace is None or not self.profiles:
-            return
-        batch = self.watch.batch or self.facts.hyperparameters.get("batch", 0) // self.team.world_size
-        if not batch:
-            return
-        try:
-            with self.watch.paused():
-                profile = profile_network(
-                    self.network,
-                    self._architecture,
-                    batch=batch,
-                    precision=self.precision,
-                    memory_format=self.memory_format,
-                    optimizer=self.optimizer,
-                    regularizer=self.regularizer,
-                    device=self.device,
-                )
-        except MissingMeasurementError as error:  # the copy does not fit beside what trains; the run itself does
-            warnings.warn(f"no profile of the architecture {self._architecture.id}: {error.message}", stacklevel=2)
-            return
-        self.write(profile)
+        if self._trace is not None and self.profiles and (found := layer_profile(self)) is not None:
+            self.write(found)
 
     @property
     def precision(self) -> Precision:
@@ -411,7 +406,7 @@ class Recorder:
         known = {layer.name for layer in self._architecture.layers}  # a module that forward never calls is no layer
         channels, weights = dense_counts(self.network, threshold)
         gradient_bytes = self._architecture.gradient_bytes if team.world_size > 1 else 0
-        batch = max(watch.batch or 1, watch.largest_step or -(-images // iterations))
+        batch = max(watch.batch or 1, watch.usual_step or -(-images // iterations))
         total, told, all_images = team.sum(self._losses.total(images)).tolist()
         return Epoch(
             epoch=self.epoch,
@@ -453,6 +448,8 @@ class Recorder:
         """Describe the network as it is now."""
         if self._num_classes is None:
             self._num_classes = num_outputs(self.network, self.input_shape)
+        if self.folder is not None:
+            check_numbers(self.network)
         self._shapes = shapes_of(self.network)
         self._architecture = capture_network(
             self.network,
@@ -465,8 +462,7 @@ class Recorder:
         """Record that somebody else has changed the network since the last epoch."""
         if shapes_of(self.network) == self._shapes:
             return
-        before = self._architecture
-        self._capture()
+        before = self.refresh()
         if self.epoch == 0 and not self._begun:
             self.initial_counts = dense_counts(self.network, 0.0)
             return
@@ -485,7 +481,7 @@ class Recorder:
                 memory_format=self.memory_format,
             ),
             network=self.architecture,
-            num_train=max(1, self.watch.num_images * self.team.world_size),
+            num_train=max(1, (self.watch.num_images + self._earlier.num_images) * self.team.world_size),
             team=self.team,
             device=self.meter.info(),
         )

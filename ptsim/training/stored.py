@@ -23,6 +23,7 @@ from ptsim.network import Network
 from ptsim.prune.cut import unwrap
 from ptsim.prune.structure import apply_structure, structure_of
 from ptsim.training.checkpoint import Entry, NotNegative, Totals, Whole
+from ptsim.training.measured import Unfinished
 from ptsim.training.recipe import Count
 
 VERSION = 1
@@ -52,6 +53,7 @@ class StoredState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     optimizer: dict[str, dict[str, Entry]] | None = None
     groups: list[dict[str, Any]] | None = None
     tensors: dict[str, Any] | None = None
+    unfinished: Unfinished | None = None
 
 
 def checked(state: Mapping[str, Any]) -> StoredState:
@@ -187,6 +189,16 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def with_tensors(network: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Any]:
+    """The part of a state that holds weights, average and optimizer."""
+    tensors = tensors_of(network, optimizer, ema)
+    return {
+        "optimizer": optimizer_scalars(network, optimizer),
+        "groups": group_settings(optimizer),
+        "tensors": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+    }
+
+
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors, as `optimizer/PARAMETER/KEY`; those of a list as `optimizer/PARAMETER/KEY[INDEX]`."""
     tensors: dict[str, Tensor] = {}
@@ -275,7 +287,9 @@ def load_optimizer(
 
 
 def _fits(tensor: Tensor, parameter: Tensor) -> bool:
-    """Of the parameter's shape, with some of its axes missing or of length 1 perhaps (factored moments)."""
+    """Of the parameter's shape, flat perhaps, or with some axes missing or of length 1 (factored moments)."""
+    if tensor.ndim == 1 and len(tensor) == parameter.numel():
+        return True
     axes = iter(parameter.shape)
     return all(any(n in (1, m) for m in axes) for n in tensor.shape)
 
@@ -298,19 +312,19 @@ def reshape(
     Args:
         network: as the loop builds it, not pruned; one that has the shapes already is left as it is.
         optimizer: made for it; its state is forgotten if its parameters change.
-        ema: an average of the weights.
+        ema: the copy of the network in an average of the weights.
         structure: as `structure_of` wrote it.
         names: as `parameter_names` gave them.
 
     Raises:
         UsageError: the structure or the groups do not belong to this network or optimizer.
     """
-    if ema is not None and not has_structure(unwrap(ema), structure):
-        apply_structure(unwrap(ema), dict(structure))
     before = {id(parameter): name for name, parameter in network.named_parameters()}
     if not has_structure(network, structure):
         apply_structure(network, dict(structure))
         optimizer.state.clear()
+    if ema is not None and not has_structure(ema, structure):
+        apply_structure(ema, dict(structure))
     regroup(network, optimizer, names, before)
 
 
@@ -341,12 +355,20 @@ def regroup(
         which = min(odd) if odd else "one of them twice"
         raise UsageError(f"the state's optimizer holds other parameters than this one: {which}")
     known = {id(parameter) for parameter in parameters.values()} | before.keys()
+    theirs = {
+        before.get(id(parameter), id(parameter)): name
+        for group in optimizer.param_groups
+        for parameter, name in zip(group["params"], group.get("param_names", ()), strict=False)
+    }
     for group, held in zip(optimizer.param_groups, names, strict=True):
         others = iter([parameter for parameter in group["params"] if id(parameter) not in known])
         try:
             group["params"] = [parameters[name] if name else next(others) for name in held]
         except StopIteration as error:
             raise UsageError("the state's optimizer holds parameters that this one does not have") from error
+        if "param_names" in group:  # of an optimizer that was given named parameters
+            keys = (name or id(parameter) for name, parameter in zip(held, group["params"], strict=True))
+            group["param_names"] = [theirs.get(key, key) for key in keys]
 
 
 def has_structure(network: nn.Module, structure: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import functools
 import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -28,6 +29,8 @@ from ptsim.network import MemoryFormat, Precision
 from ptsim.trace.schema import EpochTime, StepDistribution
 
 _T = TypeVar("_T")
+ON_SEVERAL_GPUS = "DataParallel runs a network on several GPUs from one process, which no trace can describe"
+WHOLE_ON_EVERY_RANK = "DistributedDataParallel under torchrun, a process for every GPU"
 _HALF = {kind: precision for precision, kind in HALF_TYPES.items()}
 
 
@@ -44,7 +47,6 @@ class Watch:
         num_steps: updates by the optimizer in this epoch.
         num_images: images that the network was trained on in this epoch, on this rank.
         batch: images of this epoch's largest forward pass; of the last epoch's before the first one.
-        largest_step: images of this epoch's largest update, all its passes together; 0 where none was seen.
         largest_backward: images of this epoch's largest backward pass, which may belong to several forward passes.
         learning_rate: of the first parameter group at this epoch's first update; None where the optimizer decides it.
         num_backwards: backward passes in this epoch.
@@ -71,14 +73,20 @@ class Watch:
         self._images = 0
         self._hooks: list[Any] = []
         self.batch: int | None = None
+        self._images_of_steps: Counter[int] = Counter()
+        self._judged_until: int | None = None  # where the last pass of validation since the last update has ended
         self._caller: weakref.ref[nn.Module] | None = None
         self.precision = Precision.FP32
         self.memory_format: MemoryFormat = "contiguous"
         self.reset()
         self.follow(module, optimizer)
 
-    def follow(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Watch this network and this optimizer from now on, and no other."""
+    def follow(self, module: nn.Module, optimizer: torch.optim.Optimizer, layer: nn.Module | None = None) -> None:
+        """Watch this network and this optimizer from now on, and no other.
+
+        `layer` is one of the network's own that computes products: there autocast is seen, too, that begins within
+        the network's call, as Accelerate's does.
+        """
         self.release()
         self._hooks = [
             optimizer.register_step_pre_hook(_Hook(self, "_update_begins")),
@@ -91,6 +99,8 @@ class Watch:
             module.register_forward_pre_hook(_Hook(self, "_forward_begins"), with_kwargs=True),
             module.register_forward_hook(_Hook(self, "_forward_ends")),
         ]
+        if layer is not None:
+            self._hooks.append(layer.register_forward_pre_hook(_Hook(self, "_note_autocast")))
 
     def release(self) -> None:
         """Take the hooks away."""
@@ -113,9 +123,19 @@ class Watch:
         return None if self._caller is None else self._caller()
 
     @property
-    def active(self) -> bool:
-        """An epoch is being timed."""
-        return self._timer is not None
+    def num_iterations(self) -> int:
+        """Updates of this epoch; backward passes where the optimizer that updates is not watched."""
+        return self.num_steps or self.num_backwards
+
+    @property
+    def usual_step(self) -> int:
+        """Images of most of this epoch's updates, all passes of one together; 0 where none was seen.
+
+        Of two numbers that are as frequent it is the larger one: an epoch's last update may have fewer passes. The
+        largest one may be two: a GradScaler leaves out an update whose gradients are not finite.
+        """
+        seen = [(times, images) for images, times in self._images_of_steps.items() if images]
+        return max(seen, default=(0, 0))[1]
 
     def begin(self) -> None:
         """The epoch's clock starts now."""
@@ -150,11 +170,16 @@ class Watch:
         finally:
             self._enter(before)
 
+    def so_far(self) -> tuple[EpochTime, StepDistribution] | None:
+        """The epoch's times up to its last update, while its clock runs on; None where nothing was timed."""
+        timer = self._timer
+        return timer.finish(at_last_step=True) if timer is not None and timer.num_steps else None
+
     def finish(self) -> tuple[EpochTime, StepDistribution] | None:
         """Stop the clock: the epoch's times up to its last update; None where nothing was timed."""
-        timer, self._timer = self._timer, None
-        self._phase = None
-        return timer.finish(at_last_step=True) if timer is not None and timer.num_steps else None
+        times = self.so_far()
+        self._timer = self._phase = self._judged_until = None
+        return times
 
     def counted(self, epoch: int) -> tuple[int, int]:
         """Iterations and images of this rank since the last `reset`.
@@ -165,7 +190,7 @@ class Watch:
         Raises:
             UsageError: no training step, or no image, was seen.
         """
-        iterations = self.num_steps or self.num_backwards
+        iterations = self.num_iterations
         if not iterations:
             raise UsageError(
                 f"end_epoch for epoch {epoch} without a training step since the last one",
@@ -187,7 +212,8 @@ class Watch:
     def reset(self) -> None:
         """Count anew."""
         self.num_steps = self.num_images = self.num_backwards = self._largest = 0
-        self.largest_step = self._images_before = 0
+        self._images_before = 0
+        self._images_of_steps.clear()
         self.largest_backward = self._in_this_backward = 0
         self.learning_rate: float | None = None
         self.last_step_s: float | None = None
@@ -204,6 +230,9 @@ class Watch:
         if self._timer is None:
             return
         now = self._timer.mark()
+        if self._judged_until is not None:
+            self._timer.add("validation", self._since, self._judged_until)
+            self._since, self._judged_until = self._judged_until, None
         name = self._phase or gap
         if name is not None:
             self._timer.add(name, self._since, now)
@@ -216,6 +245,8 @@ class Watch:
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or not torch.is_grad_enabled():
             return
+        if getattr(module, "_is_replica", False):
+            raise UsageError(ON_SEVERAL_GPUS, hint=WHOLE_ON_EVERY_RANK)
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         images = next((tensor for tensor in given if tensor.ndim == 4), given[0] if given else None)
         self._images = 0 if images is None else len(images)
@@ -230,10 +261,15 @@ class Watch:
         if images is not None:
             self._note_format(images)
 
+    def _note_autocast(self, *_: Any) -> None:
+        kind = self._device.type
+        if not self._paused and torch.is_grad_enabled() and torch.is_autocast_enabled(kind):
+            self.precision = _HALF.get(torch.get_autocast_dtype(kind), Precision.FP32)
+
     def _note_format(self, images: Tensor) -> None:
         kind = self._device.type
         if torch.is_autocast_enabled(kind):
-            self.precision = _HALF.get(torch.get_autocast_dtype(kind), Precision.FP32)
+            self._note_autocast()
         elif images.dtype in _HALF:
             self.precision = _HALF[images.dtype]
         elif (
@@ -250,12 +286,21 @@ class Watch:
         self.memory_format = "channels_last" if last else "contiguous"
 
     def _forward_ends(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._paused or not torch.is_grad_enabled():
+        if self._paused:
+            return
+        if not torch.is_grad_enabled():
+            self._judged(module)
             return
         begins = functools.partial(self._backward_begins, _Pass(self._images, module.training))
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(begins)  # type: ignore[no-untyped-call] # torch's gap
+
+    def _judged(self, module: nn.Module) -> None:
+        """A pass without gradients is over; between two steps in evaluation mode it is validation."""
+        between = self._phase is None and self.num_steps > 0 and self.num_images == self._images_before
+        if self._timer is not None and between and not module.training:
+            self._judged_until = self._timer.mark()
 
     def _backward_begins(self, forward: _Pass, _: Tensor) -> None:
         if self._paused:
@@ -300,7 +345,7 @@ class Watch:
             self.learning_rate = learning_rate(optimizer)
         self._enter(None, gap="optimizer")
         self.num_steps += 1
-        self.largest_step = max(self.largest_step, self.num_images - self._images_before)
+        self._images_of_steps[self.num_images - self._images_before] += 1
         self._images_before = self.num_images
         self.last_step_s = time.perf_counter()
         if self._timer is not None:

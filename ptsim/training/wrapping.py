@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.capture.graph import copied
-from ptsim.errors import TrainingError, UnsupportedModelError
+from ptsim.errors import TrainingError, UnsupportedModelError, UsageError
 from ptsim.prune.cut import unwrap
 from ptsim.training.config import Config
 from ptsim.training.distributed import CountedBuckets, Team
+from ptsim.training.watch import ON_SEVERAL_GPUS, WHOLE_ON_EVERY_RANK
 
 # Running statistics are averaged at the epoch's end, not copied in every iteration. torch renamed the setting.
 _DDP_SETTINGS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -62,8 +64,76 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether it is more than the network: compiled, in place perhaps, or made data parallel."""
+    """Whether a changed network has to be wrapped again: it is compiled, in place perhaps, or in a DDP."""
+    while isinstance(module, nn.DataParallel):  # it looks its parameters up at every call
+        module = module.module
     return bare(module) is not module or module._compiled_call_impl is not None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the network, or something around it, is compiled."""
+    while True:
+        if hasattr(module, "_orig_mod") or isinstance(module, CompiledOnce) or module._compiled_call_impl is not None:
+            return True
+        inner = unwrap(module)
+        if inner is module:
+            return False
+        module = inner
+
+
+def refuse_spread(module: nn.Module) -> None:
+    """Make sure that this process has the whole network, and on one device.
+
+    Raises:
+        UsageError: FSDP or tensor parallelism has spread its weights over the ranks, or DataParallel runs it on several
+            GPUs.
+    """
+    sharded = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel", "FSDPModule")
+    spread = _loaded("torch.distributed.tensor", "DTensor")
+    parts = list(module.modules())
+    if any(isinstance(part, sharded) for part in parts) or any(isinstance(p, spread) for p in module.parameters()):
+        raise UsageError(
+            "every rank holds only a part of the network (FSDP or tensor parallelism), and ptsim has to see all of it",
+            hint=WHOLE_ON_EVERY_RANK,
+        )
+    if any(isinstance(part, nn.DataParallel) and len(part.device_ids) > 1 for part in parts):
+        raise UsageError(ON_SEVERAL_GPUS, hint=WHOLE_ON_EVERY_RANK)
+
+
+def averaged(ema: nn.Module, network: nn.Module, *, alike: bool = False) -> nn.Module:
+    """The copy of `network` inside an average of its weights, whatever class keeps it.
+
+    Args:
+        ema: torch's `AveragedModel`, timm's `ModelEma`, another module that keeps the copy as `module`, or the copy.
+        network: the network.
+        alike: the shapes are the same, too.
+
+    Raises:
+        UsageError: it holds no such copy.
+    """
+
+    def described(module: nn.Module) -> dict[str, object]:
+        return {name: parameter.shape if alike else None for name, parameter in module.named_parameters()}
+
+    inner = bare(ema) if isinstance(ema, nn.Module) else None
+    for copy in (inner, getattr(inner, "module", None)):
+        if isinstance(copy, nn.Module) and described(copy) == described(network):
+            return copy
+    raise UsageError(
+        f"ema is a {type(ema).__name__} that holds no average of this {type(network).__name__}",
+        hint="torch.optim.swa_utils.AveragedModel(network), timm.utils.ModelEmaV3(network), or a copy of the network",
+    )
+
+
+def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether every rank holds the state of some of the weights only, as torch's ZeroRedundancyOptimizer does."""
+    return isinstance(optimizer, _loaded("torch.distributed.optim", "ZeroRedundancyOptimizer"))
+
+
+def _loaded(module: str, *names: str) -> tuple[type, ...]:
+    """Classes of a module that costs seconds to import; none where nobody has imported it."""
+    found = (getattr(sys.modules.get(module), name, None) for name in names)
+    return tuple(kind for kind in found if isinstance(kind, type))
 
 
 def bare_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -213,3 +213,9 @@ def test_misuse_is_one_sentence(options, message, tmp_path):
 def test_a_checkpoint_without_the_callback_is_named(tmp_path):
     with pytest.raises(UsageError, match="written without PruneTrainCallback"):
         callback(None).restore(Module(), {"state_dict": {}})
+
+
+def test_a_callback_that_keeps_an_unpruned_copy_is_named(tmp_path):
+    others = [pl.callbacks.StochasticWeightAveraging(swa_lrs=0.01), callback(tmp_path / "run")]
+    with pytest.raises(UsageError, match="StochasticWeightAveraging keeps a copy of the network"):
+        trainer(tmp_path, others, max_epochs=2).fit(Module(), loader(), loader())

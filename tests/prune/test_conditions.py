@@ -76,6 +76,18 @@ def test_the_others_go_exactly(kind: Any) -> None:
     assert inspect(kind(), input_shape=IMAGE).exact
 
 
-def test_code_that_decides_by_the_device_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="AsksForDevice cannot be traced: its code decides by the device"):
-        find_groups(AsksForDevice(), IMAGE)
+class AsksForCuda(_Net):
+    def way(self, x: Tensor) -> Tensor:
+        return x if x.is_cuda else self.b(x)
+
+
+class AsksForNumber(_Net):
+    def way(self, x: Tensor) -> Tensor:
+        return self.b(x) if x.get_device() < 0 else x  # -1 on a CPU
+
+
+@pytest.mark.parametrize("kind", [AsksForDevice, AsksForCuda, AsksForNumber])
+def test_code_that_decides_by_the_device_is_refused(kind: Any) -> None:
+    message = f"{kind.__name__} cannot be traced: its code decides by the device"
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_groups(kind(), IMAGE)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import Subset, TensorDataset, default_collate
 from torchvision.transforms import v2
 
 import ptsim
@@ -136,3 +136,7 @@ def test_data_that_are_none_are_one_sentence(tmp_path):
     flat = TensorDataset(torch.zeros(96, 4), torch.zeros(96))
     with pytest.raises(UsageError, match=r"no \(image, class\)"):
         ptsim.train(made(), out=tmp_path / "run", model=small(10), data=(flat, flat))
+    train, validation = data()
+    for pair, which in (((train, Subset(train, [])), "validation"), ((Subset(train, []), validation), "training")):
+        with pytest.raises(UsageError, match=f"the {which} data set is empty"):
+            ptsim.train(made(), out=tmp_path / "run", model=small(10), data=pair)

@@ -226,6 +226,33 @@ def test_a_run_holds_the_modules_beside_the_users_file_and_notices_an_edited_one
         ptsim.load_model(run, trust=True)
 
 
+def test_a_run_holds_what_the_users_file_imports_from_elsewhere(tmp_path, monkeypatch):
+    """The file lies in a folder of the project, and imports by PYTHONPATH what lies in another one."""
+    project = tmp_path / "project"
+    (project / "nets").mkdir(parents=True)
+    (project / "common_parts").mkdir()
+    (project / "nets" / "net.py").write_text(
+        "from common_parts.body import Body\n\n\ndef make(num_classes):\n    return Body(8, num_classes)\n"
+    )
+    (project / "common_parts" / "__init__.py").write_text("")
+    (project / "common_parts" / "body.py").write_text("from .base import nn, tail\n\n\n" + _BODY)
+    (project / "common_parts" / "base.py").write_text(
+        "from torch import nn\n\n\ndef tail(width, num_classes):\n    return nn.Linear(width, num_classes)\n"
+    )
+    monkeypatch.syspath_prepend(project)
+    config = settings(model=f"{project / 'nets' / 'net.py'}:make", epochs=1, profile=False)
+    run = ptsim.train(config, out=tmp_path / "run").folder
+    copied = {str(path.relative_to(run / "code")) for path in (run / "code").rglob("*.*")}
+    assert copied == {"net.py", "common_parts/__init__.py", "common_parts/body.py", "common_parts/base.py"}
+    images = torch.rand(2, 3, 8, 8)
+    before = ptsim.load_model(run, trust=True)(images)
+    monkeypatch.undo()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "common_parts"]:
+        del sys.modules[name]
+    shutil.rmtree(project)  # as on another machine
+    assert torch.equal(ptsim.load_model(run, trust=True)(images), before)
+
+
 _BODY = """class Body(nn.Module):
     def __init__(self, width, num_classes):
         super().__init__()

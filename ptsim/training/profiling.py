@@ -1,0 +1,36 @@
+"""How is the network measured layer by layer while it trains? On a copy, with the run's optimizer and penalty."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from ptsim.errors import MissingMeasurementError
+from ptsim.measure.profile import profile_network
+
+if TYPE_CHECKING:
+    from ptsim.trace.schema import Profile
+    from ptsim.training.recorder import Recorder
+
+
+def layer_profile(recorder: Recorder) -> Profile | None:
+    """The present architecture's profile; None before a mini-batch is known, or where the copy does not fit."""
+    told = recorder.facts.hyperparameters.get("batch", 0) // recorder.team.world_size
+    batch = recorder.watch.batch or told
+    if not batch:
+        return None
+    try:
+        with recorder.watch.paused():
+            return profile_network(
+                recorder.network,
+                recorder.architecture,
+                batch=batch,
+                precision=recorder.precision,
+                memory_format=recorder.memory_format,
+                optimizer=recorder.optimizer,
+                regularizer=recorder.regularizer,
+                device=recorder.device,
+            )
+    except MissingMeasurementError as error:  # the copy does not fit beside what trains; the run itself does
+        warnings.warn(f"no profile of the architecture {recorder.architecture.id}: {error.message}", stacklevel=3)
+        return None

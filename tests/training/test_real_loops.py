@@ -1,0 +1,326 @@
+"""What real training scripts do, and which numbers of it the trace then holds."""
+
+import copy
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ptsim
+from ptsim.errors import UsageError
+from ptsim.network import Precision
+from tests.training.test_other_loops import Around, Clock
+from tests.training.test_own_loop import (  # noqa: F401 # a fixture
+    IMAGE,
+    fresh,
+    images_and_labels,
+    made,
+    one_thread,
+    sgd,
+    steps,
+    train,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:the network has collapsed:UserWarning")
+
+
+def test_an_update_that_a_scaler_leaves_out_is_no_accumulation():
+    """The update of the second of five mini-batches is left out: a step still is one pass of 16 images."""
+    model = fresh()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    for index, (images, labels) in enumerate(images_and_labels(5)):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        scaler.scale(loss * torch.inf if index == 1 else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    epoch = recorder.end_epoch()
+    assert (epoch.batch_per_gpu, epoch.passes, epoch.num_iterations, epoch.num_images) == (16, 1, 4, 80)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_validation_between_two_steps_is_no_part_of_the_training_time(monkeypatch, told):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    model = fresh()
+    model.register_forward_hook(lambda *_: clock.passes(1.0))
+    model.fc.weight.register_hook(lambda _: clock.passes(2.0))
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+
+    def batches():
+        for batch in images_and_labels(3, 8):
+            clock.passes(0.25)
+            yield batch
+
+    def validate():
+        model.eval()
+        with torch.no_grad():
+            for images, _ in images_and_labels(2, 8):
+                clock.passes(0.5)
+                model(images)
+        model.train()
+
+    for i, (images, labels) in enumerate(recorder.data(batches()) if told else batches()):
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if i == 1:
+            validate()  # 3 s
+    validate()
+    epoch = recorder.end_epoch()
+    # Three steps of 3 s with their wait of 0.25 s; of a loader that is not told of, the first wait is not seen.
+    assert epoch.time.wall_s == (9.75 if told else 9.5)
+    assert epoch.time.data_wait_s == (0.75 if told else 0.5)
+    assert epoch.time.validation_s == 6.0
+    assert epoch.step.p90_s <= 3.25
+
+
+class CastsInside(nn.Module):
+    """As Accelerate does: autocast begins within the network's call."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = fresh()
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, x):
+        return self.body(x).float()
+
+
+def test_autocast_within_the_networks_call_is_seen():
+    model = CastsInside()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    images, labels = images_and_labels()[0]
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    recorder.end_epoch()
+    assert recorder.precision is Precision.BF16
+
+
+def test_a_state_from_the_middle_of_an_epoch_goes_on_with_what_was_counted(tmp_path):
+    batches = images_and_labels()
+
+    def begun(folder):
+        model = fresh()
+        optimizer = sgd(model)
+        return model, optimizer, made(model, optimizer, record=folder)
+
+    model, optimizer, pruner = begun(tmp_path / "whole")
+    (whole,) = train(pruner, model, optimizer, 1, batches)
+    model, optimizer, broken = begun(tmp_path / "broken")
+    for done in (3, 4):  # the epoch may be trained to its end
+        steps(broken, model, optimizer, batches[:3] if done == 3 else batches[3:])
+        state = copy.deepcopy(broken.state_dict())
+        assert state["unfinished"]["num_iterations"] == done
+        rest = batches[done:]
+        fresh_model, fresh_optimizer, pruner = begun(tmp_path / f"on{done}")
+        pruner.load_state_dict(state)
+        steps(pruner, fresh_model, fresh_optimizer, rest)
+        epoch = pruner.end_epoch().epoch
+        assert (epoch.num_iterations, epoch.num_images, epoch.batch_per_gpu) == (4, 64, 16)
+        assert epoch.train_loss == pytest.approx(whole.epoch.train_loss, rel=1e-6)
+        assert epoch.time.forward_s > state["unfinished"]["time"]["forward_s"] - 1e-9
+        pruner.close()
+        assert ptsim.read_trace(tmp_path / f"on{done}").run.dataset.num_train == 64
+
+
+def test_optimizers_of_named_parameters_keep_names_and_parameters_together():
+    def of(model):
+        named = list(model.named_parameters())
+        groups = [
+            {"params": [(n, p) for n, p in named if p.ndim > 1], "weight_decay": 1e-4},
+            {"params": [(n, p) for n, p in named if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+    def check(model, optimizer):
+        """The user's names; what pruning puts in has the network's."""
+        names = {id(p): getattr(p, "name_at_first", name) for name, p in model.named_parameters()}
+        for group in optimizer.param_groups:
+            assert group["param_names"] == [names[id(p)] for p in group["params"]]
+
+    def named():
+        model = fresh()
+        for name, parameter in model.named_parameters():
+            parameter.name_at_first = name
+        return model
+
+    model = named()
+    optimizer = of(model)
+    pruner = made(model, optimizer)
+    assert train(pruner, model, optimizer, 2, images_and_labels())[-1].pruned
+    check(model, optimizer)
+    again = named()
+    optimizer = of(again)
+    made(again, optimizer).load_state_dict(pruner.state_dict())
+    check(again, optimizer)
+
+
+def test_hooks_and_notes_on_a_parameter_outlive_its_pruning():
+    model = fresh()
+    optimizer = sgd(model)
+    seen = []
+    model.down[0].weight.no_decay = True
+    model.down[0].weight.register_hook(lambda gradient: seen.append(tuple(gradient.shape)))
+    pruner = made(model, optimizer)
+    assert train(pruner, model, optimizer, 2, images_and_labels())[-1].pruned
+    seen.clear()
+    train(pruner, model, optimizer, 1, images_and_labels())
+    assert seen == [tuple(model.down[0].weight.shape)] * 4
+    assert model.down[0].weight.no_decay
+
+
+def test_a_closure_that_adds_the_penalty_is_a_step():
+    results = []
+    for with_closure in (False, True):
+        model = fresh()
+        optimizer = sgd(model)
+        pruner = made(model, optimizer)
+        for images, labels in images_and_labels():
+
+            def closure(images=images, labels=labels, model=model, optimizer=optimizer, pruner=pruner):
+                optimizer.zero_grad(set_to_none=False)
+                loss = F.cross_entropy(model(images), labels)
+                loss.backward()
+                pruner.step(loss)
+                return loss
+
+            if with_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        assert pruner.end_epoch().epoch.num_iterations == 4
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_a_scaler_that_unscales_an_optimizer_around_another_is_followed():
+    model = fresh()
+    outer = Around(sgd(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    pruner = made(model, outer, scaler=scaler)
+    images, labels = images_and_labels()[0]
+    for unscaled in (True, False):
+        outer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        scaler.scale(loss).backward()
+        if not unscaled:
+            with pytest.raises(UsageError, match=r"before scaler\.unscale_"):
+                pruner.step(loss)
+            return
+        scaler.unscale_(outer)
+        pruner.step(loss)
+        scaler.step(outer)
+        scaler.update()
+
+
+class Keeper(nn.Module):
+    """As timm's ModelEmaV3: keeps the average as `module`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = copy.deepcopy(model).requires_grad_(False)
+
+
+def test_an_average_is_found_in_what_keeps_it_and_another_networks_is_refused():
+    model = fresh()
+    optimizer = sgd(model)
+    keeper = Keeper(model)
+    pruner = made(model, optimizer, ema=keeper)
+    assert train(pruner, model, optimizer, 2, images_and_labels())[-1].pruned
+    assert [p.shape for p in keeper.module.parameters()] == [p.shape for p in model.parameters()]
+    again = fresh(seed=1)
+    kept = Keeper(again)
+    made(again, sgd(again), ema=kept).load_state_dict(pruner.state_dict())
+    for ours, theirs in zip(kept.module.parameters(), keeper.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    other = fresh()
+    for wrong in (nn.Linear(3, 3), object()):
+        with pytest.raises(UsageError, match="holds no average of this Small"):
+            made(other, sgd(other), ema=wrong)
+
+
+def test_a_compiled_module_of_before_the_pruning_is_named_at_the_next_step():
+    model = fresh()
+    optimizer = sgd(model)
+    module = torch.compile(model, backend="eager")
+    pruner = made(module, optimizer)
+    batches = images_and_labels()
+    assert train(pruner, module, optimizer, 2, batches)[-1].pruned
+    with pytest.raises(UsageError, match="calls a compiled module that PruneTrain was not told of"):
+        steps(pruner, module, optimizer, batches)
+    torch._dynamo.reset()
+    module = torch.compile(pruner.network, backend="eager")
+    pruner.rewrapped(module)
+    optimizer.zero_grad()
+    assert train(pruner, module, optimizer, 1, batches)[0].epoch.num_images == 64
+    torch._dynamo.reset()
+
+
+def test_data_parallel_on_one_device_needs_no_wrapping_and_several_are_refused():
+    model = fresh()
+    optimizer = sgd(model)
+    module = nn.DataParallel(model)
+    pruner = made(module, optimizer)
+    outcomes = train(pruner, module, optimizer, 3, images_and_labels())
+    assert outcomes[1].pruned
+    assert not pruner.needs_rewrap
+    assert [outcome.epoch.num_images for outcome in outcomes] == [64, 64, 64]
+    other = fresh()
+    several = nn.DataParallel(other)
+    several.device_ids = [0, 1]
+    for make in (made, lambda m, o: ptsim.Recorder(m, o, input_shape=IMAGE)):
+        with pytest.raises(UsageError, match="DataParallel runs a network on several GPUs"):
+            make(several, sgd(other))
+    recorder = ptsim.Recorder(other, sgd(other), input_shape=IMAGE)
+    replica = other._replicate_for_data_parallel()
+    with pytest.raises(UsageError, match="DataParallel runs a network on several GPUs"):
+        replica(images_and_labels()[0][0])
+    recorder.close()
+
+
+def test_a_network_that_lies_in_parts_on_the_ranks_is_refused(tmp_path):
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fresh()
+        zero = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.SGD, lr=0.1)
+        with pytest.raises(UsageError, match="ZeroRedundancyOptimizer spreads its state over the ranks"):
+            made(model, zero)
+        older = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor wants a GPU
+        nn.Module.__init__(older)
+        older.inner = model
+        newer = fully_shard(fresh(), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        for module, optimizer in ((older, sgd(model)), (newer, sgd(newer))):
+            for make in (made, lambda m, o: ptsim.Recorder(m, o, input_shape=IMAGE)):
+                with pytest.raises(UsageError, match="every rank holds only a part of the network"):
+                    make(module, optimizer)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_trace_of_other_numbers_than_float32_is_refused(tmp_path, kind):
+    model = fresh().to(kind)
+    optimizer = sgd(model)
+    with pytest.raises(UsageError, match=r"stem\.0\.weight of this Small is of (float64|bfloat16)"):
+        made(model, optimizer, record=tmp_path / "run")
+    pruner = made(model, optimizer)  # without a trace it is only pruned
+    pruner.close()
+
+
+def test_a_trained_norm_that_another_optimizer_holds_is_named():
+    """Pruning would replace its parameters, and the other optimizer would go on with the old ones."""
+    model = fresh()
+    convolutions = [p for p in model.parameters() if p.ndim > 1]
+    with pytest.raises(UsageError, match=r"does not hold stem\.1\.weight of this Small"):
+        made(model, torch.optim.SGD(convolutions, lr=0.1))
