@@ -38,6 +38,8 @@ def operator_problem(kind: LayerKind, inputs: Sequence[Shape], output: Shape, gr
 
 def network_problem(network: Network) -> str | None:
     """Why the network cannot be one, as a sentence without its end; None where nothing contradicts itself."""
+    if not network.layers:
+        return "has no layer"
     position = {layer.name: index for index, layer in enumerate(network.layers)}
     if len(position) < len(network.layers):
         name = next(name for name, times in Counter(layer.name for layer in network.layers).items() if times > 1)

@@ -147,12 +147,31 @@ def penalty_work(criterion: str, network: Network, *, gpu: bool, proximal: bool 
 def step_penalty(network: Network, setting: StepSetting, *, gpu: bool) -> PenaltyWork:
     """What the penalty takes in a step that is run so: nothing where it has none.
 
+    Of another package's criterion it is what the recorded run told; of a network that the run did not have, such as one
+    with rounded channels, as much per parameter where the package is not here.
+
     Raises:
         UnknownNameError: no such criterion.
     """
-    if setting.regularizer is None:
+    criterion = setting.regularizer
+    if criterion is None:
         return PenaltyWork()
-    return penalty_work(setting.regularizer, network, gpu=gpu, proximal=setting.proximal)
+    told = [penalty for penalty in setting.told_penalties if penalty.criterion == criterion]
+    exact = next((penalty for penalty in told if penalty.architecture == network.id), None)
+    if exact is not None:
+        return PenaltyWork(num_bytes=exact.num_bytes, num_launches=exact.num_launches)
+    if not told or criterion in CRITERIA.names():
+        return penalty_work(criterion, network, gpu=gpu, proximal=setting.proximal)
+    near = min(told, key=lambda penalty: abs(penalty.num_parameters - network.num_parameters))
+    share = network.num_parameters / max(1, near.num_parameters)
+    return PenaltyWork(num_bytes=round(near.num_bytes * share), num_launches=near.num_launches)
+
+
+def told_penalty(criterion: object, network: Network) -> PenaltyWork | None:
+    """What a trace has to say of a criterion, so that it can be read without its package; None of ptsim's own."""
+    if not isinstance(criterion, str) or criterion in _OWN or criterion not in CRITERIA.names():
+        return None
+    return penalty_work(criterion, network, gpu=True)
 
 
 def _penalised(network: Network) -> Iterator[Parameter]:

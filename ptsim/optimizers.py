@@ -18,6 +18,7 @@ import msgspec
 
 from ptsim.errors import UsageError
 from ptsim.registry import Registry
+from ptsim.setting import StepSetting
 
 if TYPE_CHECKING:
     import torch
@@ -138,3 +139,20 @@ OPTIMIZERS: Registry[OptimizerKind] = Registry(
         "rmsprop": "ptsim.optimizers:RMSPROP",
     },
 )
+
+
+def kind_of(setting: StepSetting) -> OptimizerKind:
+    """The optimizer of a step: as a recorded run told of it, whose package need not be here, or the table's row.
+
+    Raises:
+        UnknownNameError: no such optimizer.
+    """
+    told = setting.told_update
+    if told is None or told.optimizer != setting.optimizer:
+        return OPTIMIZERS.find(setting.optimizer)
+    return OptimizerKind(
+        factory=told.optimizer,
+        num_states=told.num_states,
+        accesses=told.accesses,
+        fused_accesses=told.fused_accesses,
+    )

@@ -21,6 +21,36 @@ SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 PRECISION_NAMES: tuple[PrecisionName, ...] = get_args(PrecisionName)
 
 
+class ToldUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """What a recorded run says of an optimizer that is not ptsim's own, the run's momentum included.
+
+    Attributes:
+        optimizer: its name.
+        num_states, accesses, fused_accesses: as of `ptsim.optimizers.OptimizerKind`.
+    """
+
+    optimizer: str
+    num_states: int
+    accesses: int
+    fused_accesses: int
+
+
+class ToldPenalty(msgspec.Struct, frozen=True, kw_only=True):
+    """What a recorded run says of the penalty of a criterion that is not ptsim's own, for one of its networks.
+
+    Attributes:
+        criterion: its name.
+        architecture, num_parameters: of the network.
+        num_bytes, num_launches: as of `ptsim.criteria.PenaltyWork`.
+    """
+
+    criterion: str
+    architecture: str
+    num_parameters: int
+    num_bytes: int
+    num_launches: int
+
+
 class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     """How a training step is run.
 
@@ -37,6 +67,7 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
             too. Gradients are reduce-scattered and updated parameters all-gathered (Rajbhandari et al., SC 2020).
         passes: forward and backward passes over equal parts of the mini-batch, whose gradients accumulate into one
             update.
+        told_update, told_penalties: what a recorded run says of another package's optimizer and criterion.
     """
 
     batch: int
@@ -49,6 +80,8 @@ class StepSetting(msgspec.Struct, frozen=True, kw_only=True):
     num_gpus: int = 1
     sharding: Sharding = "none"
     passes: int = 1
+    told_update: ToldUpdate | None = None
+    told_penalties: tuple[ToldPenalty, ...] = ()
 
     @property
     def pass_batch(self) -> int:

@@ -17,11 +17,12 @@ from ptsim.costs.flops import Convention, inference_macs, layer_macs, training_m
 from ptsim.costs.memory import MemoryNeed, iteration_memory, largest_batch, usable_bytes
 from ptsim.costs.run import EpochCost, recorded_device, run_cost
 from ptsim.costs.traffic import batch_norm_bytes, network_traffic, update_traffic
-from ptsim.criteria import GROUP_LASSO, penalty_work
+from ptsim.criteria import GROUP_LASSO, step_penalty
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Device
 from ptsim.network import PRODUCTS, LayerKind, MemoryFormat, Network, Precision
+from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting
 from ptsim.trace.trace import Trace
 
@@ -183,8 +184,9 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
         largest = largest_batch(network, setting, capacity_bytes=usable_bytes(device), device=device)
     element_bytes = setting.precision.activation_bytes
     layers = layer_costs(network, convention, setting)
-    update_bytes = update_traffic(network, setting.optimizer, momentum=setting.momentum)
+    update_bytes = update_traffic(network, kind_of(setting), momentum=setting.momentum)
     criterion = (trace and trace.criterion) or GROUP_LASSO
+    penalised = msgspec.structs.replace(setting, regularizer=criterion)
     moved = dict.fromkeys((True, False), 0)
     for layer in layers:
         moved[layer.kind in PRODUCTS] += layer.forward_bytes + layer.backward_bytes
@@ -212,7 +214,7 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
         num_buckets=len(ddp_buckets(network)),
         update_bytes=update_bytes,
         criterion=criterion,
-        regularizer_bytes=penalty_work(criterion, network, gpu=gpu, proximal=setting.proximal).num_bytes,
+        regularizer_bytes=step_penalty(network, penalised, gpu=gpu).num_bytes,
         streamed_bytes=streamed_bytes,
         streamed_seconds=None if device is None else streamed_bytes / device.memory_bandwidth_bytes_per_s,
         product_bytes=moved[True],

@@ -157,7 +157,8 @@ def source_of(
 
         def measured(epoch: Epoch) -> StepTime:
             step = measured_step(trace.network_of(epoch), trace.profiles, trace.setting_of(epoch))
-            share = 1.0 - step.overhead_s / step.compute_s  # what is between the phases is in the pace
+            # What is between the phases is in the pace.
+            share = 1.0 - step.overhead_s / step.compute_s if step.compute_s else 1.0
             return msgspec.structs.replace(step, overhead_s=0.0, low_s=step.low_s * share, high_s=step.high_s * share)
 
         return measured, _Pace(
@@ -320,7 +321,7 @@ def _unsteady(trace: Trace) -> str | None:
     for epoch in trace.epochs[1:]:  # the first one warms up
         key = (epoch.architecture, epoch.batch_per_gpu, epoch.passes, epoch.regularized)
         alike.setdefault(key, []).append((epoch.time.wall_s - epoch.time.data_wait_s) / epoch.num_iterations)
-    ratio = max((max(steps) / min(steps) for steps in alike.values()), default=1.0)
+    ratio = max((max(steps) / min(steps) for steps in alike.values() if min(steps) > 0), default=1.0)
     if ratio <= STEADY:
         return None
     return (

@@ -72,6 +72,8 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
                 momentum=trace.momentum,
                 proximal=trace.proximal,
                 num_gpus=trace.run.world_size,
+                told_update=trace.told_update,
+                told_penalties=trace.told_penalties,
             )
         recorded = known or StepSetting(batch=0)
         passes = recorded.passes if batch is None else 1
@@ -88,6 +90,8 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
             proximal=recorded.proximal,
             num_gpus=recorded.num_gpus if num_gpus is None else _num_gpus(num_gpus),
             passes=passes,
+            told_update=recorded.told_update,
+            told_penalties=recorded.told_penalties,
         )
 
 

@@ -28,6 +28,7 @@ from ptsim.criteria import step_penalty
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import GENERATIONS, Device
 from ptsim.network import Network, Precision
+from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting
 
 
@@ -446,7 +447,7 @@ def datasheet_step(network: Network, device: Device, setting: StepSetting, *, fi
 def update_bytes(network: Network, setting: StepSetting) -> float:
     """What an update moves; under autocast with the casts of weights and gradients and the scaler's division."""
     casts = 20 if setting.half else 0
-    return float(update_traffic(network, setting.optimizer, momentum=setting.momentum) + casts * network.num_learnt)
+    return float(update_traffic(network, kind_of(setting), momentum=setting.momentum) + casts * network.num_learnt)
 
 
 def device_factor(device: Device, fit: Fit) -> float | None:

@@ -22,7 +22,7 @@ from ptsim.costs.walked import layer_workspace, walked_footprint
 from ptsim.criteria import step_penalty
 from ptsim.hardware.spec import Device
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, LayerKind, MemoryFormat, Network
-from ptsim.optimizers import OPTIMIZERS
+from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting
 from ptsim.units import MIB
 
@@ -92,7 +92,7 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     held = setting.data_parallel or setting.passes > 1  # gradients stay from one pass to the next
     if batch <= 0:
         raise ValueError(f"batch is {batch}, expected a positive number of images")
-    optimizer = OPTIMIZERS.find(setting.optimizer)
+    optimizer = kind_of(setting)
     gpu = device is not None and device.is_gpu
     block = ALLOCATOR_BLOCK if gpu else 1
     seen = footprint_of(network, gpu=gpu, half=setting.half)

@@ -29,7 +29,7 @@ from ptsim.criteria import step_penalty
 from ptsim.errors import MissingMeasurementError
 from ptsim.hardware.profile import DeviceProfile, OperatorSetting, OperatorTime, StepMeasurement, operator_of
 from ptsim.network import Layer, LayerKind, Network
-from ptsim.optimizers import OPTIMIZERS
+from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting
 
 _MOVES = (LayerKind.RESHAPE, LayerKind.DROPOUT, LayerKind.CONCAT)  # as fast as a copy where nobody timed them
@@ -116,7 +116,7 @@ class _Device:
             regularizer_s = self._fitted(network, penalty_s, "no step with a regulariser")
         measured = self._measured(network, batch)
         if measured is not None:
-            ratios = measured.forward_s / forward_s, measured.backward_s / backward_s
+            ratios = _over(measured.forward_s, forward_s), _over(measured.backward_s, backward_s)
             low, high = measured.step_low_s / measured.step_s, measured.step_high_s / measured.step_s
             overhead_s = 0.0
             optimizer_s = _update_seconds(measured, setting=setting) or optimizer_s
@@ -196,11 +196,12 @@ class _Device:
 
         Networks whose layers take as long on average count most: launch gaps weigh on short layers.
         """
-        if not self._steps:
+        timed = [step for step in self._steps if _timed_both_ways(step)]
+        if not timed or not layers_s:
             return (1.0, 1.0), 0.0
         size = math.log2(layers_s / num_layers)
         forward, backward, weights = [], [], []
-        for step in self._steps:
+        for step in timed:
             own = math.log2((step.layers_forward_s + step.layers_backward_s) / step.num_layers)
             weights.append(1.0 / ((size - own) ** 2 + 0.25))
             forward.append(math.log(step.forward_s / step.layers_forward_s))
@@ -236,11 +237,21 @@ class _Device:
         return float(_update_features(network.num_learnt, len(network.gradients)) @ weights)
 
 
+def _over(whole_s: float, layers_s: float) -> float:
+    """How much longer a pass of the whole step took than its layers; 1 where those take no time."""
+    return whole_s / layers_s if layers_s else 1.0
+
+
+def _timed_both_ways(step: StepMeasurement) -> bool:
+    """Whether passes and layers of a step have times, so that their ratio can be told."""
+    return min(step.forward_s, step.backward_s, step.layers_forward_s, step.layers_backward_s) > 0
+
+
 def _update_seconds(step: StepMeasurement, *, setting: StepSetting) -> float | None:
     """What the optimizer took in a step, if it is the one of `setting`; longer with the values that momentum moves."""
     if step.optimizer != setting.optimizer or not step.optimizer_s:
         return None
-    kind = OPTIMIZERS.find(setting.optimizer)
+    kind = kind_of(setting)
     return step.optimizer_s * kind.moved(setting.momentum) / kind.moved(step.momentum)
 
 

@@ -12,7 +12,7 @@ from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import is_called
 from ptsim.hardware.spec import Device
 from ptsim.network import Network
-from ptsim.optimizers import OPTIMIZERS
+from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting
 
 __all__ = ["LayerTime", "Measurements", "StepTime", "Tier", "step_time"]
@@ -49,7 +49,7 @@ def step_time(
     if setting.precision not in device.peak_flops_per_s:
         supported = ", ".join(sorted(device.peak_flops_per_s))
         raise UsageError(f"{device.name} does not support {setting.precision}; it supports {supported}")
-    OPTIMIZERS.find(setting.optimizer)
+    kind_of(setting)
     known = measurements or Measurements()
     calibrated = known.device_profile
     if calibrated is not None and not is_called(device, calibrated.device):

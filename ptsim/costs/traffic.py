@@ -16,7 +16,7 @@ from ptsim.costs.kernels import (
     network_kernels,
 )
 from ptsim.network import LayerKind, Network
-from ptsim.optimizers import OPTIMIZERS
+from ptsim.optimizers import OPTIMIZERS, OptimizerKind
 from ptsim.setting import StepSetting
 
 
@@ -58,13 +58,15 @@ def batch_norm_bytes(network: Network, element_bytes: int = 4) -> int:
 
 
 def update_traffic(
-    network: Network, optimizer: str = "sgd", *, momentum: float | None = None, fused: bool = False
+    network: Network, optimizer: str | OptimizerKind = "sgd", *, momentum: float | None = None, fused: bool = False
 ) -> int:
     """Bytes of one optimizer update of every fp32 parameter that has a gradient, weight decay included.
 
-    `momentum`: None for the optimizer's own; 0 spares what a momentum reads and writes.
+    `optimizer`: its name, or its row. `momentum`: None for the optimizer's own; 0 spares what a momentum reads and
+    writes.
 
     Raises:
         UnknownNameError: no such optimizer.
     """
-    return OPTIMIZERS.find(optimizer).moved(momentum, fused=fused) * network.gradient_bytes
+    kind = OPTIMIZERS.find(optimizer) if isinstance(optimizer, str) else optimizer
+    return kind.moved(momentum, fused=fused) * network.gradient_bytes

@@ -31,6 +31,7 @@ from ptsim.criteria import step_penalty
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
 from ptsim.network import Network
+from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting
 from ptsim.textfile import write_whole
 from ptsim.trace.schema import Epoch
@@ -139,7 +140,7 @@ class _StepBuilder:
         """The regulariser and the optimizer, which wait for every gradient."""
         seconds = self.step.optimizer_s + self.step.regularizer_s if self.step else 0.0
         deps = set(self._reduced) or set().union(*self._backward.values())
-        num_bytes = update_traffic(self.network, self.setting.optimizer, momentum=self.setting.momentum)
+        num_bytes = update_traffic(self.network, kind_of(self.setting), momentum=self.setting.momentum)
         num_bytes += step_penalty(self.network, self.setting, gpu=True).num_bytes
         self._add("optimizer", deps, seconds, 0, num_bytes)
 

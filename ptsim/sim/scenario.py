@@ -77,6 +77,7 @@ class Scenario:
         self.memory_format = options.memory_format or run.memory_format
         self.optimizer, self.momentum = trace.optimizer, trace.momentum
         self.criterion, self.proximal = trace.criterion, trace.proximal
+        self.told_update, self.told_penalties = trace.told_update, trace.told_penalties
         self.measurements = Measurements(
             profiles=trace.profiles,
             source_device=measured_device(run.device.name, self.device),
@@ -101,6 +102,8 @@ class Scenario:
             regularizer=self.criterion if epoch.regularized else None,
             num_gpus=self.num_gpus,
             sharding=self.options.sharding if self.num_gpus > 1 else "none",
+            told_update=self.told_update,
+            told_penalties=self.told_penalties,
         )
 
     def memory_setting(self, batch: int, epoch: Epoch) -> StepSetting:

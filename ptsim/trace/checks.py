@@ -12,7 +12,8 @@ from ptsim.network import Network
 from ptsim.trace.schema import AnyRecord, Architecture, Draw, Epoch, Profile, Reconfiguration, Run
 
 _MOST_MOMENTUM = 1_000_000
-_CLOCKS = 2.0  # how far the parts of an epoch, which other clocks measure, may exceed its wall time
+_CLOCKS = 2.0  # how far the parts of an epoch or a step, which other clocks measure, may exceed the whole
+_LEAST_SPREAD = 1e-6  # of the 90th percentile of an epoch's steps: a 10th percentile below it is no step's time
 
 
 def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | None:
@@ -62,6 +63,11 @@ def _run_problem(run: Run) -> str | None:
 def _profile_problem(profile: Profile, network: Network) -> str | None:
     if (problem := _strangers("layers", (layer.layer for layer in profile.layers), network)) is not None:
         return problem
+    if not profile.step_s:
+        return "field 'step_s' is 0, expected more"
+    parts = profile.forward_s + profile.backward_s + profile.regularizer_s + profile.optimizer_s
+    if parts > _CLOCKS * profile.step_s:
+        return f"the parts of the step take {parts:g} s, but field 'step_s' is {profile.step_s:g}"
     low = profile.step_s if profile.step_low_s is None else profile.step_low_s
     high = profile.step_s if profile.step_high_s is None else profile.step_high_s
     if not low <= profile.step_s <= high:
@@ -77,8 +83,15 @@ def _epoch_problem(epoch: Epoch, network: Network) -> str | None:
         step = epoch.measured_step
         if not step.p10_s <= step.median_s <= step.p90_s:
             return f"the step times p10 {step.p10_s:g}, median {step.median_s:g}, p90 {step.p90_s:g} s do not rise"
+        if 0 < step.p10_s < _LEAST_SPREAD * step.p90_s:
+            return f"the step times p10 {step.p10_s:g} and p90 {step.p90_s:g} s are no times of steps of one epoch"
     if epoch.measured_time is not None:
         time = epoch.measured_time
+        if not time.wall_s:
+            return "field 'wall_s' is 0, expected more"
+        if abs(time.exposed_communication_s) > _CLOCKS * time.wall_s:
+            exposed = f"field 'exposed_communication_s' is {time.exposed_communication_s:g}"
+            return f"{exposed}, but field 'wall_s' is {time.wall_s:g}"
         parts = time.data_wait_s + time.forward_s + time.backward_s + time.regularizer_s + time.optimizer_s
         if parts > _CLOCKS * time.wall_s:
             return f"the parts of the epoch take {parts:g} s, but field 'wall_s' is {time.wall_s:g}"

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import math
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from ptsim.trace.schema import (
     Draw,
     End,
     Epoch,
+    PenaltyCosts,
     Profile,
     Reconfiguration,
     Run,
@@ -104,6 +106,7 @@ def read_trace(path: str | Path) -> Trace:
     reconfigurations: list[Reconfiguration] = []
     profiles: list[Profile] = []
     draws: list[Draw] = []
+    penalties: dict[str, PenaltyCosts] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         records = list(read_records(file))
@@ -122,6 +125,8 @@ def read_trace(path: str | Path) -> Trace:
                 run = record
             case Architecture():
                 networks[record.id] = record.network
+                if record.penalty is not None:
+                    penalties[record.id] = record.penalty
             case Profile():
                 profiles.append(record)
             case Epoch():
@@ -147,6 +152,7 @@ def read_trace(path: str | Path) -> Trace:
         profiles=tuple(profiles),
         end=end,
         draws=tuple(draws),
+        penalties=penalties,
         truncated=bool(caught),
     )
 
@@ -163,7 +169,7 @@ def records_of(trace: Trace) -> Iterator[AnyRecord]:
         for name in names:
             if name not in written:
                 written.add(name)
-                yield Architecture(id=name, network=trace.networks[name])
+                yield Architecture(id=name, network=trace.networks[name], penalty=trace.penalties.get(name))
 
     events = {event.epoch: event for event in trace.reconfigurations}
     profiled: set[str] = set()
@@ -195,7 +201,11 @@ _FOUND = {errno.ELOOP: "a link", errno.ENOENT: "nothing", errno.EISDIR: "a folde
 
 
 class TraceWriter:
-    """Appends records to a trace; each is on disk when `write` returns, so a crash loses at most one line."""
+    """Appends records to a trace; each is on disk when `write` returns, so a crash loses at most one line.
+
+    A trace of an older schema that is gone on with becomes one of today's: new lines have today's fields, and what
+    older ones lack has the meaning of its default.
+    """
 
     def __init__(
         self,
@@ -247,6 +257,8 @@ class TraceWriter:
         if keep_bytes is not None:
             content = self._kept(content, keep_bytes, keep_sha256)
             os.ftruncate(descriptor, keep_bytes)
+        if _version_of(content) < SCHEMA_VERSION:
+            content = self._brought_up_to_date(content)
         self.num_bytes = len(content)
         self._hash = hashlib.sha256(content)
 
@@ -256,12 +268,13 @@ class TraceWriter:
         return self._hash.hexdigest()
 
     def _kept(self, content: bytes, keep_bytes: int, keep_sha256: str | None) -> bytes:
-        """The part of the trace that stays, checked."""
+        """The part of the trace that stays, checked; its head may be newer than the checkpoint."""
         problem = None
         kept = content[:keep_bytes]
+        older = (_of_version(kept, version) for version in range(_version_of(kept), 0, -1))
         if len(content) < keep_bytes:
             problem = f"shorter than the {keep_bytes} bytes that the checkpoint tells of"
-        elif keep_sha256 is not None and hashlib.sha256(kept).hexdigest() != keep_sha256:
+        elif keep_sha256 is not None and all(hashlib.sha256(one).hexdigest() != keep_sha256 for one in older):
             problem = "this is the trace of another run than the checkpoint's, or it was edited"
         elif not kept.endswith(b"\n"):
             problem = f"no line ends after {keep_bytes} bytes, where the checkpoint says that one does"
@@ -269,6 +282,15 @@ class TraceWriter:
             self._file.close()
             raise FileFormatError(self.path, problem)
         return kept
+
+    def _brought_up_to_date(self, content: bytes) -> bytes:
+        """The content with today's version in its head, in the file too: one byte, which a kill leaves whole."""
+        newer = _of_version(content, SCHEMA_VERSION)
+        assert len(newer) == len(content), "versions have one digit"
+        with open(os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW), "wb", buffering=0) as head:  # not in append mode
+            head.write(newer[: newer.index(b"\n") + 1])
+            os.fsync(head.fileno())
+        return newer
 
     def write(self, record: AnyRecord) -> None:
         """Append one record as one line and flush it to the disk, or leave the file as it was.
@@ -317,6 +339,20 @@ def _not_finite(value: object, place: str = "") -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for index, part in enumerate(value):
             yield from _not_finite(part, f"{place}[{index}]")
+
+
+_HEAD = re.compile(rb'\A(\{"record":"run","schema_version":)([1-9])(?=,)')  # as `TraceWriter` writes it
+
+
+def _version_of(content: bytes) -> int:
+    """The schema version in a trace's head; today's where there is none, so that it is left alone."""
+    head = _HEAD.match(content)
+    return int(head[2]) if head is not None else SCHEMA_VERSION
+
+
+def _of_version(content: bytes, version: int) -> bytes:
+    """The trace with another version in its head."""
+    return _HEAD.sub(rb"\g<1>%d" % version, content, count=1)
 
 
 class _FirstLine(msgspec.Struct):

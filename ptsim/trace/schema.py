@@ -16,8 +16,8 @@ from ptsim.errors import MissingMeasurementError
 from ptsim.network import MemoryFormat, Network, Precision
 
 # 2: layers that run once a mini-batch, and inputs that images share, are marked; 3: `Run.origin`;
-# 4: `Draw`, `Epoch.passes`
-SCHEMA_VERSION = 4
+# 4: `Draw`, `Epoch.passes`; 5: `Run.update`, `Architecture.penalty`
+SCHEMA_VERSION = 5
 
 Origin = Literal["recorded", "planned", "imported"]
 
@@ -89,6 +89,24 @@ class Assumption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return f"assumed: {self.what} ({self.source})"
 
 
+class UpdateCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an optimizer keeps and moves for every parameter, the run's momentum included: fp32 values.
+
+    `accesses` are read and written by one update in torch's default form, `fused_accesses` where one kernel does it.
+    """
+
+    num_states: Annotated[int, msgspec.Meta(ge=0, le=1000)]
+    accesses: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+    fused_accesses: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+
+
+class PenaltyCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What adding a criterion's penalty to the gradients of a network takes on a GPU."""
+
+    num_bytes: Count
+    num_launches: Annotated[int, msgspec.Meta(ge=0, le=10**7)]
+
+
 class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="run"):
     """The first line: everything that decides the run.
 
@@ -97,6 +115,7 @@ class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ru
         origin: "recorded" by ptsim while it trained, "planned" (nobody has trained it: nothing in it is measured), or
             "imported" from measurements of another program.
         assumed: what a planned or imported run takes for given.
+        update: of an optimizer that is not ptsim's own, so that the trace is enough without its package.
     """
 
     schema_version: int
@@ -114,13 +133,19 @@ class Run(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ru
     git_revision: str | None
     origin: Origin = "recorded"
     assumed: tuple[Assumption, ...] = ()
+    update: UpdateCosts | None = None
 
 
 class Architecture(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="architecture"):
-    """A network that the run trained, written once, before the first record that names its id."""
+    """A network that the run trained, written once, before the first record that names its id.
+
+    Attributes:
+        penalty: of a criterion that is not ptsim's own, so that the trace is enough without its package.
+    """
 
     id: str
     network: Network
+    penalty: PenaltyCosts | None = None
 
 
 class LayerProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,8 +11,8 @@ import msgspec
 from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import UsageError
 from ptsim.network import LayerKind, Network
-from ptsim.setting import StepSetting
-from ptsim.trace.schema import Draw, End, Epoch, Profile, Reconfiguration, Run
+from ptsim.setting import StepSetting, ToldPenalty, ToldUpdate
+from ptsim.trace.schema import Draw, End, Epoch, PenaltyCosts, Profile, Reconfiguration, Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         networks: architecture id → network, in order of first appearance.
         draws: other trajectories of a planned run, which agree with what was given as well as its own does.
         truncated: the last line was incomplete and has been dropped.
+        penalties: by architecture id, of a criterion that is not ptsim's own.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     end: End | None
     draws: tuple[Draw, ...] = ()
     truncated: bool = False
+    penalties: dict[str, PenaltyCosts] = {}
 
     @property
     def complete(self) -> bool:
@@ -101,6 +103,26 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         if not any(epoch.regularized for epoch in self.epochs):
             return None
         return str(self.run.hyperparameters.get("criterion") or GROUP_LASSO)
+
+    @property
+    def told_update(self) -> ToldUpdate | None:
+        """What the record says of its optimizer, where that is not ptsim's own."""
+        update = self.run.update
+        return None if update is None else ToldUpdate(optimizer=self.optimizer, **msgspec.structs.asdict(update))
+
+    @property
+    def told_penalties(self) -> tuple[ToldPenalty, ...]:
+        """What the record says of its criterion in every network, where that is not ptsim's own."""
+        return tuple(
+            ToldPenalty(
+                criterion=str(self.run.hyperparameters.get("criterion")),
+                architecture=architecture,
+                num_parameters=self.networks[architecture].num_parameters,
+                **msgspec.structs.asdict(penalty),
+            )
+            for architecture, penalty in self.penalties.items()
+            if architecture in self.networks
+        )
 
     @property
     def compiled(self) -> bool:
@@ -194,6 +216,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             regularizer=self.criterion if epoch.regularized else None,
             num_gpus=epoch.world_size,
             passes=epoch.passes,
+            told_update=self.told_update,
+            told_penalties=self.told_penalties,
         )
 
     def epochs_frame(self) -> pd.DataFrame:

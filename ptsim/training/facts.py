@@ -19,7 +19,7 @@ from ptsim.errors import TrainingError, UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.prune.labels import CONVS
-from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run
+from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run, UpdateCosts
 from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
 from ptsim.training.watch import learning_rate
@@ -195,12 +195,37 @@ def shapes_of(network: nn.Module) -> tuple[Any, ...]:
     return tuple((name, tuple(tensor.shape), tensor.requires_grad) for name, tensor in named)
 
 
-def run_record(facts: RunFacts, *, network: Network, num_train: int, team: Team, device: DeviceInfo) -> Run:
+def told_update(name: object, optimizer: torch.optim.Optimizer) -> UpdateCosts | None:
+    """What a trace has to say of the optimizer called `name`, so that it can be read without its package.
+
+    None of ptsim's own. One that no table knows moves as much as the one that stands for it (`costed_optimizer`).
+    """
+    if not isinstance(name, str) or name in OPTIMIZERS.own:
+        return None
+    kind = OPTIMIZERS.find(name if name in OPTIMIZERS.names() else costed_optimizer(optimizer))
+    momentum = momentum_of(optimizer)
+    return UpdateCosts(
+        num_states=kind.states(momentum),
+        accesses=kind.moved(momentum),
+        fused_accesses=kind.moved(momentum, fused=True),
+    )
+
+
+def run_record(
+    facts: RunFacts,
+    *,
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    num_train: int,
+    team: Team,
+    device: DeviceInfo,
+) -> Run:
     """The first line of a trace that begins now on this machine.
 
     Args:
         facts: with everything but a data set decided.
         network: the first architecture.
+        optimizer: the run's.
         num_train: images of the first epoch, for a data set that nobody has described.
         team: the ranks.
         device: of this rank.
@@ -229,6 +254,7 @@ def run_record(facts: RunFacts, *, network: Network, num_train: int, team: Team,
         device=device,
         versions=library_versions(("torch", "torchvision", "fvcore", "safetensors")),
         git_revision=git_revision(Path(ptsim.__file__).parent),
+        update=told_update(facts.hyperparameters.get("optimizer"), optimizer),
     )
 
 

@@ -319,7 +319,8 @@ class Recorder:
 
     def describe(self, *, profile: bool = True) -> None:
         """Write the present architecture, with its profile, unless the trace has it."""
-        if self._trace is not None and self._trace.architecture(self._architecture) and profile:
+        criterion = self.facts.settings({}, self._settings).get("criterion")
+        if self._trace is not None and self._trace.architecture(self._architecture, criterion) and profile:
             self.profile()
 
     def write(self, record: AnyRecord) -> None:
@@ -481,6 +482,7 @@ class Recorder:
                 memory_format=self.memory_format,
             ),
             network=self.architecture,
+            optimizer=self.optimizer,
             num_train=max(1, (self.watch.num_images + self._earlier.num_images) * self.team.world_size),
             team=self.team,
             device=self.meter.info(),

@@ -14,10 +14,11 @@ from typing import Self
 import torch
 
 import ptsim
+from ptsim.criteria import told_penalty
 from ptsim.errors import TrainingError, UsageError
 from ptsim.network import Network
 from ptsim.trace.io import TraceWriter, read_trace
-from ptsim.trace.schema import AnyRecord, Architecture, End
+from ptsim.trace.schema import AnyRecord, Architecture, End, PenaltyCosts
 from ptsim.training.checkpoint import writing
 from ptsim.training.loggers import Mirror
 
@@ -88,11 +89,18 @@ class TraceFile:
             self._writer.write(record)
         self._mirror.write(record)
 
-    def architecture(self, network: Network) -> bool:
-        """Describe `network` unless the trace already does; whether it was new."""
+    def architecture(self, network: Network, criterion: object = None) -> bool:
+        """Describe `network` unless the trace already does; whether it was new.
+
+        Args:
+            network: with what its penalty takes where `criterion` is another package's.
+            criterion: its name, if the run has one.
+        """
         if network.id in self._known:
             return False
-        self.write(Architecture(id=network.id, network=network))
+        penalty = told_penalty(criterion, network)
+        told = None if penalty is None else PenaltyCosts(num_bytes=penalty.num_bytes, num_launches=penalty.num_launches)
+        self.write(Architecture(id=network.id, network=network, penalty=told))
         self._known.add(network.id)
         return True
 

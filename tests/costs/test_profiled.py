@@ -193,6 +193,14 @@ def test_another_momentum_or_form_of_the_penalty_than_the_measured_one_takes_as_
     assert proximal / gradient == pytest.approx(12 * sum(elements for elements, _ in sizes) / moved)
 
 
+def test_a_step_whose_layers_nobody_timed_tells_nothing_of_them():
+    """As `import kineto` writes one whose shapes were not recorded: the ratio to its layers is not known."""
+    untimed = [msgspec.structs.replace(s, layers_forward_s=0.0, layers_backward_s=0.0) for s in PROFILE.steps]
+    alone = step(UNSEEN, msgspec.structs.replace(PROFILE, steps=(*PROFILE.steps, untimed[0])))
+    assert alone.forward_s == step(UNSEEN).forward_s
+    assert step(UNSEEN, msgspec.structs.replace(PROFILE, steps=tuple(untimed))).forward_s > 0
+
+
 def rolled(network, name):
     """The network with layer `name` replaced by one that moves every element to another place."""
     layers = tuple(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,50 @@ class TestCrashes:
             writer.write(records[-1])
         assert [record for _, record in read_records(file)] == records
 
+    @pytest.mark.parametrize("version", range(1, SCHEMA_VERSION + 1))
+    def test_a_trace_of_an_older_schema_that_is_gone_on_with_becomes_one_of_todays(
+        self, tmp_path: Path, version: int
+    ) -> None:
+        """New lines have today's fields: a reader of the old schema must hear that, not of an unknown field."""
+        file = shrinking_trace(tmp_path)
+        head = f'{{"record":"run","schema_version":{version},'.encode()
+        content = re.sub(rb'^{"record":"run","schema_version":\d,', head, file.read_bytes())
+        content = content[: content.rindex(b"\n", 0, -1) + 1]  # without its end
+        file.write_bytes(content)
+        keep = {"keep_bytes": len(content), "keep_sha256": hashlib.sha256(content).hexdigest()}
+        for _ in range(2):  # the second time the checkpoint still knows the old head: the run was killed meanwhile
+            with TraceWriter(file, append=True, **keep) as writer:
+                writer.write(shrinking_records()[-1])
+            assert [record for _, record in read_records(file)] == shrinking_records()
+            assert writer.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+            assert writer.num_bytes == len(file.read_bytes())
+        other = keep | {"keep_sha256": hashlib.sha256(content.replace(b"resnet14", b"resnet15")).hexdigest()}
+        with pytest.raises(FileFormatError, match="the trace of another run"):
+            TraceWriter(file, append=True, **other)
+
+    def test_a_write_that_the_disk_refuses_halfway_leaves_no_hole(self, tmp_path: Path) -> None:
+        """A limit on the size of files stands for the full disk; it lets a part of the line through."""
+        records, before = shrinking_records(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        with TraceWriter(tmp_path / "trace.jsonl") as writer:
+            for record in records[:3]:
+                writer.write(record)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (writer.num_bytes + 50, before[1]))
+            try:
+                with pytest.raises(OSError, match="File too large"):
+                    writer.write(records[3])
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            writer.write(records[-1])
+            assert writer.sha256 == hashlib.sha256(writer.path.read_bytes()).hexdigest()
+        assert [record for _, record in read_records(writer.path)] == [*records[:3], records[-1]]
+
+    def test_a_trace_of_a_newer_schema_keeps_its_head(self, tmp_path: Path) -> None:
+        file = shrinking_trace(tmp_path)
+        newer = file.read_bytes().replace(b'"schema_version":%d' % SCHEMA_VERSION, b'"schema_version":9')
+        file.write_bytes(newer)
+        with TraceWriter(file, append=True):
+            assert file.read_bytes() == newer
+
     def test_appending_to_a_trace_that_is_all_torn_starts_it_again(self, tmp_path: Path) -> None:
         file = tmp_path / "trace.jsonl"
         file.write_bytes(b'{"record":"ru')
@@ -199,6 +245,12 @@ class TestWrongFiles:
             (Run, lambda r: r["device"].update(kind="tpu"), r"\$\.device\.kind"),
             (Architecture, lambda r: r["network"]["layers"][3].update(kind="wormhole"), r"layers\[.*\]\.kind"),
             (Profile, lambda r: r["layers"][0].update(forward_s=None), r"layers\[.*\]\.forward_s"),
+            (Profile, lambda r: r.update(step_s=0.0), "'step_s' is 0, expected more"),
+            (Profile, lambda r: r.update(step_s=1e-320), "the parts of the step take"),
+            (Profile, lambda r: r.update(regularizer_s=2.0**31), "the parts of the step take"),
+            (Epoch, lambda r: r["time"].update(dict.fromkeys(r["time"], 0.0)), "'wall_s' is 0, expected more"),
+            (Epoch, lambda r: r["time"].update(exposed_communication_s=-3e9), "'exposed_communication_s' is -3e"),
+            (Epoch, lambda r: r["step"].update(p10_s=1e-320), "are no times of steps of one epoch"),
             (End, lambda r: r.update(status="meh"), r"\$\.status"),
             (Epoch, lambda r: r.update(record="eporch"), "eporch"),
             (Epoch, lambda r: r.update(architecture="0123456789abcdef"), "'architecture'"),

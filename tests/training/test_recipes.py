@@ -1,5 +1,6 @@
 """Today's recipes, and schedules, optimizers and data sets that another package brings."""
 
+import json
 import math
 from pathlib import Path
 
@@ -9,20 +10,27 @@ import torch
 from PIL import Image
 
 import ptsim
+from ptsim.cli.main import run as command
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import update_traffic
+from ptsim.criteria import CRITERIA
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.optimizers import OPTIMIZERS, OptimizerKind
+from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.setting import StepSetting
+from ptsim.trace.io import write_trace
+from ptsim.trace.schema import UpdateCosts
 from ptsim.training import reference
 from ptsim.training.config import SETTINGS, make_config, resolve
 from ptsim.training.data import Share
 from ptsim.training.datasets import load_data
 from ptsim.training.datasets import synthetic as synthetic_data
+from ptsim.training.facts import RunFacts
 from ptsim.training.registries import SCHEDULES
 from ptsim.training.schedule import epoch_plans
 from ptsim.training.sources import DATASETS
 from ptsim.training.step import mix, mixed_loss
+from tests.training.nets import small
 from tests.training.runs import settings
 
 
@@ -151,6 +159,74 @@ def test_a_schedule_an_optimizer_and_a_data_set_from_outside_are_one_line_each(t
             registry.remove(name)
     with pytest.raises(UnknownNameError, match="unknown learning-rate schedule 'halving'; known: cosine, step"):
         make_config(settings(lr_schedule="halving"))
+
+
+class Dear(GroupLasso):
+    """Somebody else's criterion."""
+
+    @classmethod
+    def traffic(cls, network):
+        return 400 * network.num_parameters
+
+    @classmethod
+    def launches(cls, network):
+        return 7
+
+
+def test_a_trace_is_enough_without_the_packages_of_its_optimizer_and_criterion(tmp_path, capsys):
+    adagrad = OptimizerKind(factory="torch.optim:Adagrad", num_states=3, accesses=12, fused_accesses=7)
+    added = (OPTIMIZERS, "theirs", adagrad), (CRITERIA, "dear", Dear)
+    commands = (
+        ["cost", "--gpu", "a100"], ["predict", "--gpu", "a100"], ["simulate", "--cluster", "dgx-a100", "--gpus", "1,8"],
+    )  # fmt: skip
+
+    def answers():
+        found = []
+        for name, *options in commands:
+            assert command([name, str(trace.path), *options, "--json"]) == 0, capsys.readouterr().err
+            found.append(json.loads(capsys.readouterr().out))
+        return found
+
+    for registry, name, entry in added:
+        registry.add(name, entry)
+    try:
+        made = settings(epochs=3, profile=False, optimizer="theirs", criterion="dear", interval=1)
+        trace = ptsim.read_trace(ptsim.train(made, out=tmp_path / "run").trace)
+        here = answers()
+    finally:
+        for registry, name, _ in added:
+            registry.remove(name)
+    assert (trace.run.update.num_states, trace.run.update.accesses, trace.run.update.fused_accesses) == (3, 12, 7)
+    assert len(trace.penalties) == len(trace.networks) > 1
+    cost = here[0]
+    assert cost["regularizer_bytes"] == 400 * cost["parameters"]
+    assert cost["update_bytes"] == 12 * 4 * cost["parameters"]
+    assert cost["memory"]["optimizer_bytes"] >= 3 * 4 * cost["parameters"]
+    assert answers() == here
+    wider = ["simulate", str(trace.path), "--cluster", "dgx-a100", "--channel-multiple", "8", "--json"]
+    assert command(wider) == 0  # networks that the run did not have
+    assert json.loads(capsys.readouterr().out)[0]["total_seconds"] > 0
+    again = ptsim.read_trace(write_trace(tmp_path / "again.jsonl", trace))
+    assert (again.penalties, again.run.update) == (trace.penalties, trace.run.update)
+    assert command(["cost", str(trace.path), "--optimizer", "adam", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["update_bytes"] == 21 * 4 * cost["parameters"]
+
+
+def test_an_optimizer_that_no_table_knows_is_told_by_its_states(tmp_path):
+    class Lion(torch.optim.SGD):
+        """Keeps one value for every weight."""
+
+    model = small(10)
+    optimizer = Lion(model.parameters(), lr=0.01, momentum=0.5)
+    facts = RunFacts(hyperparameters={"optimizer": "Lion"})
+    with ptsim.Recorder(model, optimizer, input_shape=(3, 8, 8), record=tmp_path / "run", facts=facts) as recorder:
+        model(torch.rand(4, 3, 8, 8)).sum().backward()
+        optimizer.step()
+        recorder.end_epoch()
+    trace = ptsim.read_trace(tmp_path / "run")
+    assert trace.optimizer == "Lion"
+    assert trace.run.update == UpdateCosts(num_states=1, accesses=11, fused_accesses=5)
+    assert ptsim.cost(trace).memory.optimizer_bytes == 4 * trace.final_network.num_parameters
 
 
 # The reference page
