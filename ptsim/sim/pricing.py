@@ -51,6 +51,7 @@ class StepPrice(msgspec.Struct, frozen=True, kw_only=True):
     high_s: float
     wrapping: SecondsRange
     peak_memory_bytes: int
+    needed_memory_bytes: int  # what must be free on a GPU; an upper estimate
     energy_j: float | None  # of one step on one GPU
     tier: str  # the worst of all devices
 
@@ -169,6 +170,7 @@ class Pricer:
             high_s=expected.step_s * spread_on_top(step_range.high_s / expected.step_s, scenario.spread),
             wrapping=SecondsRange.around(wrapping["low"], wrapping["expected"], wrapping["high"]),
             peak_memory_bytes=need.peak_bytes,
+            needed_memory_bytes=need.device_bytes,
             energy_j=self.power.step_j(stage, step, expected),
             tier=tier,
         )

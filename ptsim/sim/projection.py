@@ -21,7 +21,8 @@ class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
     straggler wait and exposed communication, of which the GPU stands still for `communication_wait_s` and computes more
     slowly beside collectives for the rest. `product_s` is what convolutions, linear layers and matrix products take of
     forward and backward; the rest of the two is bound by memory. `communication_s` is what all collectives of the step
-    take by themselves.
+    take by themselves. `peak_memory_bytes` is what the step takes at most, `needed_memory_bytes` what must be free on a
+    GPU, an upper estimate.
     """
 
     epoch: int
@@ -45,6 +46,7 @@ class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
     low_s: float
     high_s: float
     peak_memory_bytes: int
+    needed_memory_bytes: int
     energy_j: float | None
     tier: str
 

@@ -243,6 +243,7 @@ def _project_epoch(pricer: Pricer, stage: Stage) -> EpochProjection:
         low_s=stage.num_iterations * price.low_s,
         high_s=stage.num_iterations * price.high_s,
         peak_memory_bytes=price.peak_memory_bytes,
+        needed_memory_bytes=price.needed_memory_bytes,
         energy_j=None if price.energy_j is None else scenario.num_gpus * stage.num_iterations * price.energy_j,
         tier=price.tier,
     )
