@@ -61,6 +61,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     images: int
+    dataset: str
     num_classes: int
     input_shape: tuple[int, int, int]
     epochs: int
@@ -184,11 +185,14 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
 
     images, epochs = given("images", options.images), given("epochs", options.epochs)
     interval = given("interval", options.interval, DEFAULT_INTERVAL)
+    num_classes = given("classes", options.num_classes, entry.num_classes)
+    shape = options.input_shape or entry.input_shape
     asked = _Asked(
         model=model,
         images=images,
-        num_classes=given("classes", options.num_classes, entry.num_classes),
-        input_shape=options.input_shape or entry.input_shape,
+        dataset=_data_name(options.dataset, images, num_classes, shape),
+        num_classes=num_classes,
+        input_shape=shape,
         epochs=epochs,
         batch=given("batch", options.batch),
         gpus=given("gpus", options.gpus, 1),
@@ -219,6 +223,26 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
             f"the data set has {asked.images:,}"
         )
     return asked
+
+
+# Training images, classes and, where all have one, shape of the images of published data sets; CIFAR as ptsim calls it.
+_KNOWN_DATA: Mapping[str, tuple[int, int, tuple[int, int, int] | None]] = {
+    "ImageNet": (1_281_167, 1000, None),
+    "cifar10": (50_000, 10, (3, 32, 32)),
+    "cifar100": (50_000, 100, (3, 32, 32)),
+}
+
+
+def _data_name(given: str | None, images: int, num_classes: int, input_shape: tuple[int, int, int]) -> str:
+    """What the data are called: as given, by the size of a known data set, or by the number of images."""
+    if given is not None and not given.strip():
+        raise UsageError("dataset is empty, expected a name")
+    known = (
+        name
+        for name, (count, classes, shape) in _KNOWN_DATA.items()
+        if (images, num_classes) == (count, classes) and shape in (None, input_shape)
+    )
+    return given or next(known, f"{images:,} images")
 
 
 def _planned(asked: _Asked, dense: Dense, kind: object) -> Trace:
@@ -342,7 +366,7 @@ def _run(asked: _Asked, trajectory: Trajectory) -> Run:
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         model=asked.model,
         dataset=Dataset(
-            name=f"{asked.images:,} images",
+            name=asked.dataset,
             num_classes=asked.num_classes,
             num_train=asked.images,
             num_validation=0,

@@ -13,6 +13,7 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     Attributes:
         images: images of the training set.
         num_classes: number of classes; the model's usual number.
+        dataset: what the data are called; the name that a published data set of this size has, else its size.
         epochs: how many.
         batch: images per GPU and step.
         gpus: data-parallel size; 1 unless a published run says otherwise.
@@ -29,6 +30,7 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     images: int | None = None
     num_classes: int | None = None
+    dataset: str | None = None
     epochs: int | None = None
     batch: int | None = None
     gpus: int | None = None

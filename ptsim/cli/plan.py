@@ -32,6 +32,8 @@ class PlannedRun:
 
     images: int | None = None
     """Number of training images."""
+    dataset: str | None = None
+    """What the data are called. Default: the published data set of this size, else its size."""
     epochs: int | None = None
     """Number of epochs."""
     batch: int | None = None

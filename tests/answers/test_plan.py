@@ -15,7 +15,7 @@ from torch import fx, nn
 
 import ptsim
 from ptsim import zoo
-from ptsim.answers.plan import _asked, fractions, plan
+from ptsim.answers.plan import _asked, _data_name, fractions, plan
 from ptsim.answers.plan_options import PlanOptions
 from ptsim.answers.validate import validate
 from ptsim.capture.graph import Tracer
@@ -462,3 +462,23 @@ class TestTrace:
         assert set(document) >= {"trace", "training_flops_fraction", "bn_bytes_fraction", "allreduce_bytes_fraction"}
         assert read_trace(document["trace"]).is_planned
         assert len(document["draws"]) == len(read_trace(out).draws) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "classes", "shape", "name"),
+    [
+        (None, 1_281_167, 1000, (3, 224, 224), "ImageNet"),
+        (None, 50_000, 100, (3, 32, 32), "cifar100"),
+        (None, 50_000, 100, (3, 224, 224), "50,000 images"),  # somebody's own
+        ("my photos", 1_281_167, 1000, (3, 224, 224), "my photos"),
+    ],
+)
+def test_the_data_of_a_plan_have_a_name(
+    given: str | None, images: int, classes: int, shape: tuple[int, int, int], name: str
+) -> None:
+    assert _data_name(given, images, classes, shape) == name
+
+
+def test_data_without_a_name_are_refused() -> None:
+    with pytest.raises(UsageError, match="dataset is empty"):
+        _data_name(" ", 100, 10, (3, 32, 32))
