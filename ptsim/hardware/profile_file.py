@@ -1,6 +1,6 @@
 """How a device profile is written: TOML, one operator a line, every quantity with its unit; people read and cut it.
 
-ptsim_device_profile = 1
+ptsim_device_profile = 1           # 2 where a step has a momentum or a proximal penalty
 created = "2026-11-22T13:00:00Z"
 complete = true                    # false while measuring, and after an interruption: it can be resumed
 
@@ -48,12 +48,13 @@ from ptsim.network import LayerKind
 from ptsim.textfile import convert_toml, read_toml, write_whole
 from ptsim.units import Bytes, BytesPerSecond, Hertz, Seconds, Watts, read_quantity
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2  # 2: `_Step.momentum` and `proximal`
 
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=300)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 NotNegative: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 Shape: TypeAlias = Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)]
+Momentum: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1_000_000)]
 
 
 class SettingText(str):
@@ -120,8 +121,10 @@ class _Step(_Form, frozen=True, kw_only=True):
     num_rounds: Count = 1
     optimizer_name: Name | None = None
     optimizer: Seconds | None = None
+    momentum: Momentum | None = None
     regularizer: Seconds | None = None
     criterion: Name = GROUP_LASSO
+    proximal: bool = False
     peak_memory: Bytes | None = None
 
 
@@ -244,6 +247,8 @@ _STEP_SECONDS = ("forward", "backward", "step", "layers_forward", "layers_backwa
 
 
 def _measurement(path: Path, index: int, step: _Step) -> StepMeasurement:
+    if not step.fastest:
+        raise FileFormatError(path, f"step[{index}] ({step.name}) takes no time, expected more")
     if not step.fastest <= step.step <= step.slowest:
         problem = f"step[{index}] ({step.name}) takes {step.step:g} s, expected between its fastest and its slowest"
         raise FileFormatError(path, f"{problem}, {step.fastest:g} s and {step.slowest:g} s")
@@ -253,8 +258,10 @@ def _measurement(path: Path, index: int, step: _Step) -> StepMeasurement:
         setting=step.setting.value,
         optimizer=step.optimizer_name,
         optimizer_s=_number(step.optimizer),
+        momentum=step.momentum,
         regularizer_s=_number(step.regularizer),
         criterion=step.criterion,
+        proximal=step.proximal,
         step_low_s=float(step.fastest),
         step_high_s=float(step.slowest),
         peak_memory_bytes=None if step.peak_memory is None else round(step.peak_memory),
@@ -274,8 +281,9 @@ def _known(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(profile: DeviceProfile) -> str:
+    newer = any(step.momentum is not None or step.proximal for step in profile.steps)
     head = {
-        "ptsim_device_profile": PROFILE_VERSION,
+        "ptsim_device_profile": PROFILE_VERSION if newer else 1,  # what an older ptsim can read, it shall read
         "created": profile.created,
         "complete": profile.complete,
         "sources": list(profile.sources),
@@ -335,8 +343,10 @@ def _step_table(step: StepMeasurement) -> dict[str, Any]:
             "setting": str(step.setting),
             "optimizer_name": step.optimizer,
             "optimizer": _seconds(step.optimizer_s),
+            "momentum": step.momentum,
             "regularizer": _seconds(step.regularizer_s),
             "criterion": None if step.criterion == GROUP_LASSO else step.criterion,
+            "proximal": step.proximal or None,
             "fastest": _seconds(step.step_low_s),
             "slowest": _seconds(step.step_high_s),
             "peak_memory": None if memory is None else f"{memory} B",

@@ -34,13 +34,18 @@ def mean_time(times: Sequence[OperatorTime]) -> OperatorTime:
     )
 
 
+def _what(step: StepMeasurement) -> tuple[object, ...]:
+    """What was measured; rounds of anything else are no further rounds of it."""
+    update = step.optimizer, step.momentum, step.criterion, step.proximal
+    return step.architecture, step.setting, step.batch, *update
+
+
 def with_round(steps: Sequence[StepMeasurement], new: StepMeasurement) -> tuple[StepMeasurement, ...]:
     """The steps with one more round of one network: all its times become the means over its rounds.
 
     The range of its steps becomes that of all rounds together, so that it holds what the device's speed drifted.
     """
-    key = (new.architecture, new.setting, new.batch, new.optimizer)
-    old = next((step for step in steps if (step.architecture, step.setting, step.batch, step.optimizer) == key), None)
+    old = next((step for step in steps if _what(step) == _what(new)), None)
     if old is None:
         return (*steps, new)
     num_rounds = old.num_rounds + new.num_rounds

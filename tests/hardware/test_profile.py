@@ -99,6 +99,14 @@ def test_what_is_written_is_read_back_to_six_digits(file, tmp_path):
     assert copy.read_text() == file.read_text()
 
 
+def test_momentum_and_proximal_step_come_back_and_a_file_that_has_them_says_so_in_its_version(tmp_path):
+    proximal = msgspec.structs.replace(SLIM, momentum=0.0, proximal=True)
+    new = tmp_path / "new.toml"
+    write_device_profile(new, msgspec.structs.replace(PROFILE, steps=(STEP, proximal)))
+    assert new.read_text().startswith("ptsim_device_profile = 2\n")
+    assert [(step.momentum, step.proximal) for step in read_device_profile(new).steps] == [(None, False), (0.0, True)]
+
+
 def test_a_second_writing_replaces_the_file_and_leaves_nothing_beside_it(file):
     write_device_profile(file, msgspec.structs.replace(PROFILE, complete=False))
     assert not read_device_profile(file).complete
@@ -119,6 +127,9 @@ def test_a_second_writing_replaces_the_file_and_leaves_nothing_beside_it(file):
         ("kernel = [3, 3]", "kernel = [3, 3], groups = 5", "channels in 5 groups, expected a multiple of the groups"),
         ('forward = "1250 us"', 'forward = "1e300 s"', "is not between 1e-15 and 3.2e\\+09 s"),
         ('fastest = "750000 us"', 'fastest = "9 s"', "expected between its fastest and its slowest"),
+        ('fastest = "750000 us"', 'fastest = "0 us"', r"step\[0\] \(resnet20\) takes no time, expected more"),
+        ('optimizer_name = "sgd"', 'optimizer_name = "sgd"\nmomentum = -0.5', "momentum is -0.5, expected a number of"),
+        ('optimizer_name = "sgd"', 'optimizer_name = "sgd"\nproximal = 1', "proximal is 1, expected true or false"),
         ("batch = 128", "batch = 0", "batch is 0, expected a whole number of at least 1"),
         (
             "num_threads = 2",
@@ -144,8 +155,8 @@ def test_foreign_missing_and_newer_files_are_refused(file, tmp_path):
     other.write_text('name = "a100"\nmemory = "40 GiB"\n')
     with pytest.raises(FileFormatError, match="not a device profile"):
         read_device_profile(other)
-    with pytest.raises(NewerVersionError, match="version 2 is newer"):
-        read_device_profile(broken(file, "ptsim_device_profile = 1", "ptsim_device_profile = 2"))
+    with pytest.raises(NewerVersionError, match="version 3 is newer than the 2"):
+        read_device_profile(broken(file, "ptsim_device_profile = 1", "ptsim_device_profile = 3"))
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FileFormatError, match="is not TOML"):
         read_device_profile(tmp_path / "binary.toml")
@@ -176,8 +187,10 @@ def test_a_further_round_makes_means_and_widens_the_range_of_the_steps():
     assert thrice.backward_s == pytest.approx(STEP.backward_s)
     assert (thrice.num_rounds, thrice.num_samples) == (3, 3 * STEP.num_samples)
     assert (thrice.step_low_s, thrice.step_high_s) == (STEP.step_low_s, 2 * STEP.step_high_s)
-    other = msgspec.structs.replace(STEP, architecture="another")
-    assert with_round((STEP,), other) == (STEP, other)
+    others = [{"architecture": "another"}, {"momentum": 0.0}, {"criterion": "slimming"}, {"proximal": True}]
+    for changes in others:
+        other = msgspec.structs.replace(STEP, **changes)
+        assert with_round((STEP,), other) == (STEP, other)
 
 
 def test_repeated_measurements_of_an_operator_become_their_mean():
