@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from ptsim.capture.chance import random_state_kept
 from ptsim.capture.graph import copied, example_input, symbolic_graph
 
 with warnings.catch_warnings():
@@ -50,7 +51,7 @@ def forward_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[st
     """
     with (
         torch.no_grad(),
-        torch.random.fork_rng(),
+        random_state_kept(),
         _no_fused_attention(),
         _statistics_of_one_image(),
         warnings.catch_warnings(),

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 _LAYERS = re.compile(r"(conv\d?d?|conv_transpose\dd|linear|batch_norm|group_norm|layer_norm|instance_norm|prelu)$")
 
@@ -23,7 +24,8 @@ _LAYERS = re.compile(r"(conv\d?d?|conv_transpose\dd|linear|batch_norm|group_norm
 def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, ...]) -> fx.GraphModule:
     """The model's graph for images of `images_shape` (N, C, H, W) in the mode that it is in.
 
-    It shares its modules, parameters and buffers with the model. Shapes are constants in it.
+    It shares its modules, parameters and buffers with the model. Shapes are constants in it, and so is what the code
+    computes with them; `meta["constants"]` has what its constant tensors are made of, in order.
 
     Args:
         model: whose graph it is.
@@ -35,7 +37,11 @@ def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, .
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _quiet(), torch.device("meta"):  # where the code makes tensors without saying where
+    with (
+        _quiet(),
+        torch.device("meta"),
+        _ConstantsNoted() as noted,
+    ):  # where the code makes tensors without saying where
         program = torch.export.export(twin, (torch.empty(images_shape, dtype=dtype, device="meta"),), strict=False)
         exported = program.module(check_guards=False)
     found: dict[str, Any] = {}
@@ -73,7 +79,21 @@ def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, .
     used = {str(made.target) for made in graph.nodes}
     result = fx.GraphModule({target: value for target, value in found.items() if target in used}, graph)
     result.meta["looked"] = {}
+    result.meta["constants"] = noted.made_of
     return result
+
+
+class _ConstantsNoted(TorchFunctionMode):
+    """Notes what `torch.tensor` and its like are given: a tensor without storage does not hold it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made_of: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.tensor, torch.as_tensor, torch.scalar_tensor):
+            self.made_of.append(f"{args} {kwargs}")
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

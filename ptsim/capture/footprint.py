@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ptsim.capture.chance import random_state_kept
 from ptsim.capture.graph import hollow_copy
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Moment
@@ -109,7 +110,7 @@ class _Watch:
 
 def _watch(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, gpu: bool, half: bool) -> _Watch:
     hollow = NoArithmetic()
-    with warnings.catch_warnings(), torch.random.fork_rng([]), hollow, torch.device("cpu"), torch.enable_grad():
+    with warnings.catch_warnings(), random_state_kept([]), hollow, torch.device("cpu"), torch.enable_grad():
         warnings.simplefilter("ignore")  # the model's own: `rehearse` was not the place to repeat them either
         twin = hollow_copy(model).train()
         dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)

@@ -23,10 +23,14 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ptsim.capture.chance import random_state_kept
 from ptsim.capture.exported import exported_graph
 from ptsim.errors import UnsupportedModelError, lacks_memory
 
-_FACTORIES = ("arange", "empty", "full", "linspace", "ones", "rand", "randn", "zeros")  # functions of torch
+_FACTORIES = (  # functions of torch
+    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "randperm"),
+    *("scalar_tensor", "tensor", "zeros"),
+)
 
 
 @contextlib.contextmanager
@@ -230,8 +234,9 @@ class _Looks:
         return float(self.tracer.look(self.node, "number"))
 
     def __len__(self) -> int:
-        value = self.tracer._values[self.node]
-        return len(value) if isinstance(value, Tensor) else len(self.tracer.look(self.node, "condition"))
+        if isinstance(self.tracer._values[self.node], Tensor):
+            return int(self.tracer.create_proxy("call_method", "size", (self, 0), {}))
+        return len(self.tracer.look(self.node, "condition"))
 
     def __iter__(self) -> Iterator[Any]:
         value = self.tracer._values[self.node]
@@ -376,9 +381,14 @@ def _exported(model: nn.Module, images_shape: tuple[int, ...]) -> fx.GraphModule
     return module
 
 
+def by_export(graph: fx.GraphModule) -> bool:
+    """True if `torch.export` traced it: all shapes, and what the code computes with them, are constants in it."""
+    return bool(graph.meta["traced_by"] == "torch.export")
+
+
 def note_tracer(name: str, graph: fx.GraphModule) -> None:
     """A warning where not torch.fx but `torch.export` has traced the network."""
-    if graph.meta.get("traced_by") == "torch.export":
+    if by_export(graph):
         warnings.warn(f"{name} is traced by torch.export, because torch.fx cannot trace its code", stacklevel=3)
 
 
@@ -409,7 +419,7 @@ def trace_graph(model: nn.Module, input_shape: tuple[int, int, int], *, batch: i
     Raises:
         UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
     """
-    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
+    with evaluation_mode(model), torch.no_grad(), random_state_kept():
         module = symbolic_graph(model, (batch, *input_shape))
         with naming_the_image(model, input_shape):
             ShapeProp(module).propagate(example_input(model, input_shape, batch=batch))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ptsim.capture.chance import random_state_kept
 from ptsim.capture.graph import copied, hollow_copy, naming_the_image, symbolic_graph
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.errors import UnsupportedModelError
@@ -90,7 +91,7 @@ def rehearse(
             hint="run one image through the model before it is handed over",
         )
     mode = NoArithmetic() if hollow else contextlib.nullcontext()
-    with warnings.catch_warnings(), torch.random.fork_rng([]), mode, torch.device("cpu"), torch.enable_grad():
+    with warnings.catch_warnings(), random_state_kept([]), mode, torch.device("cpu"), torch.enable_grad():
         warnings.simplefilter("ignore")  # the model's own: a rehearsal is not the place to repeat them
         twin = hollow_copy(model) if hollow else copied(model).cpu()
         twin.train()

@@ -11,7 +11,10 @@ from torch import nn
 
 def words_of(module: nn.Module) -> frozenset[str]:
     """Every name and word in the code of the module's `forward` and of the functions that it may call."""
-    return _words(type(module), getattr(module.forward, "__func__", module.forward))  # type: ignore[arg-type] # classes can be hashed
+    kind = type(module)
+    words = _words(kind, getattr(module.forward, "__func__", module.forward))  # type: ignore[arg-type] # classes can be hashed
+    own = [value for name, value in vars(module).items() if name in words and inspect.isfunction(value)]
+    return words.union(*(_words(kind, function) for function in own))  # type: ignore[arg-type] # as above
 
 
 @functools.cache
@@ -28,6 +31,7 @@ def _words(kind: type[nn.Module], function: Any) -> frozenset[str]:
         ):
             continue
         seen.add(code)
+        waiting += [cell.cell_contents for cell in function.__closure__ or () if inspect.isfunction(_content(cell))]
         codes = [code]
         while codes:
             code = codes.pop()
@@ -41,3 +45,11 @@ def _words(kind: type[nn.Module], function: Any) -> frozenset[str]:
                     function.__globals__.get(name),
                 ]
     return frozenset(words)
+
+
+def _content(cell: Any) -> Any:
+    """What a variable of an enclosing function holds; None before it is set."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None

@@ -55,7 +55,12 @@ def elementwise(call: Call) -> Label:
     )
 
 
-@rule("to _to_copy type_as alias lift_fresh lift_fresh_copy", nn.Identity, nn.modules.dropout._DropoutNd, *_KEEPING)
+@rule(
+    "to _to_copy as_tensor type_as alias lift_fresh lift_fresh_copy",
+    nn.Identity,
+    nn.modules.dropout._DropoutNd,
+    *_KEEPING,
+)
 def unchanged(call: Call) -> Label:
     """The first operand's channels come out."""
     return call.labels[0]

@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import copied, example_input, naming_the_image, note_tracer, traced_into
-from ptsim.capture.words import words_of
+from ptsim.capture.chance import random_state_kept
+from ptsim.capture.graph import copied, example_input, naming_the_image, note_tracer
 from ptsim.errors import UnsupportedModelError, lacks_memory
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.labels import ENDS, NO_SLOTS, UNKNOWN, AxisKey, State, Weighted, compress, connected, distinct
 from ptsim.prune.numbers import Number, solved
 from ptsim.prune.propagate import propagate, skeleton
 from ptsim.prune.selection import keep_one
+from ptsim.prune.steps import may_count, same_steps
 
 SHAPE_ERRORS = (
     RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError, UnsupportedModelError
@@ -211,26 +212,17 @@ def labelled(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[nn.Mo
         raise
     except Exception:  # meta tensors do not support every operator, or the model does not run on such an image
         bones, shapes_only = copied(model), False
-        with naming_the_image(model, input_shape), torch.no_grad(), torch.random.fork_rng():
+        with naming_the_image(model, input_shape), torch.no_grad(), random_state_kept():
             bones.eval()(example_input(bones, input_shape))
             state, graphs = propagate(bones.train(model.training), input_shape)
     note_tracer(type(model).__name__, graphs["train"])
     groups = dataclasses.replace(_assemble(state, input_shape, graphs["train"]), shapes_only=shapes_only)
-    if _looks_at_widths(bones, groups.graph):
+    if may_count(bones, groups.graph):
         layers = [torch.unique(layer.outputs) for layer in groups.layers]
         groups = dataclasses.replace(
             groups, sensitive=torch.ones_like(groups.sensitive), sensitive_sets=(*groups.sensitive_sets, *layers)
         )
     return bones, groups
-
-
-# What code may ask layers for that pruning changes; shapes of tensors are noticed where they are asked for.
-_WIDTHS = {"out_channels", "in_channels", "out_features", "in_features", "num_features", "numel", "parameters"}
-
-
-def _looks_at_widths(model: nn.Module, graph: fx.GraphModule) -> bool:
-    """True if the code of a module that is traced into names a number of channels: its way may depend on it."""
-    return any(_WIDTHS & words_of(module) for _, module in traced_into(model, graph))
 
 
 def _gone(removed: Tensor, rows: Tensor) -> Tensor:
@@ -351,20 +343,6 @@ def _out_of_place(groups: ChannelGroups, removed: Tensor, state: State) -> Tenso
             if not torch.equal(expected, after):
                 wrong.append(parts[parts >= 0])
     return distinct(torch.cat(wrong))
-
-
-def same_steps(before: fx.GraphModule, after: fx.GraphModule) -> bool:
-    """True if the code does the same with the same numbers, but for those that count channels."""
-    exported = before.meta["traced_by"] == "torch.export"  # shapes are constants in it
-
-    def steps(graph: fx.GraphModule) -> list[tuple[str, str, str]]:
-        counting = {node.name for node in before.graph.nodes if node.meta.get("counts")}
-        return [
-            (node.op, str(node.target), "" if exported or node.name in counting else f"{node.args} {node.kwargs}")
-            for node in graph.graph.nodes
-        ]
-
-    return steps(before) == steps(after)
 
 
 MIXED_UP = "a reshape, split, index or condition of the model's code would mix up the channels that are left"

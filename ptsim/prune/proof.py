@@ -6,6 +6,7 @@ compared: outputs in evaluation mode, and outputs, gradients and BatchNorm stati
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from ptsim import zoo
-from ptsim.capture.graph import copied, output_tensors
+from ptsim.capture.chance import random_state_kept, seed_all
+from ptsim.capture.graph import copied, naming_the_image, output_tensors
 from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.prune.cut import take
 from ptsim.prune.groups import SHAPE_ERRORS, ChannelGroups, axes_for, find_groups, weight_GOIK
@@ -72,6 +75,33 @@ class Inspection:
     exact: bool
     traced_by: str
     seconds: float
+
+
+class InFloat64(TorchFunctionMode):
+    """What the model's code makes or converts in another floating-point format is in float64."""
+
+    _FORMATS = frozenset((torch.float16, torch.bfloat16, torch.float32))
+    _CONVERSIONS = frozenset((torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Take float64 in place of what is narrower."""
+        if func in self._CONVERSIONS:
+            return args[0].double()
+        args, kwargs = tree_map(lambda a: torch.float64 if self._narrow(a) else a, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _narrow(self, argument: Any) -> bool:
+        return isinstance(argument, torch.dtype) and argument in self._FORMATS
+
+
+@contextlib.contextmanager
+def _float64_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class WithoutRandomness(TorchFunctionMode):
@@ -147,8 +177,8 @@ def inspect(
     start = time.perf_counter()
     if not 0 < fraction <= 1:
         raise UsageError(f"the fraction to remove is {fraction}; it has to be in (0, 1]")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with random_state_kept(devices=[]):
+        seed_all(seed)
         if isinstance(model, str):
             entry = zoo.find(model)
             name, shape = entry.name, input_shape or entry.input_shape
@@ -260,7 +290,8 @@ def _compare(
     kept = groups.cut_for(mask).by_tensor()
     statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
 
-    eval_outputs, train_outputs, gradients, after = _run(network, images, seed)
+    with naming_the_image(network, shape):
+        eval_outputs, train_outputs, gradients, after = _run(network, images, seed)
     expected_gradients = {name: take(g, kept.get(name, {})) for name, g in gradients}
     expected_after = {name: take(buffer, kept.get(name, {})) for name, buffer in after.items()}
     for name, buffer in network.named_buffers():
@@ -306,8 +337,8 @@ def _run(
     network: nn.Module, images: Tensor, seed: int
 ) -> tuple[list[Tensor], list[Tensor], Iterator[tuple[str, Tensor]], dict[str, Tensor]]:
     """Outputs in evaluation mode; outputs, gradients (handed out one by one and dropped) and buffers after training."""
-    torch.manual_seed(seed)  # noise of the model's own: the same for both networks
-    with WithoutRandomness():
+    seed_all(seed)  # noise of the model's own: the same for both networks
+    with WithoutRandomness(), InFloat64(), _float64_by_default():
         with torch.no_grad():
             eval_outputs = list(output_tensors(network.eval()(images)))
         train_outputs = list(output_tensors(network.train()(images)))

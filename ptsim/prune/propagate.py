@@ -7,12 +7,13 @@ operator without a rule freezes the channels that flow into it, with a reason.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
+from ptsim.capture.chance import random_state, random_state_kept, seed_all
 from ptsim.capture.graph import example_input, hollow_copy, normalised_shape, plain_numbers, symbolic_graph
 from ptsim.prune import function_rules, layer_rules, movement_rules, product_rules  # noqa: F401 - they register their rules
 from ptsim.prune.labels import ENDS, NO_SLOTS, AxisKey, Facets, Label, State
@@ -31,6 +32,7 @@ from ptsim.prune.rules import (
     tensor_labels,
 )
 
+_MOST_TRACES, _FRUITLESS_TRACES = 64, 16  # of code that lets random numbers decide
 _READING = ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero")  # give numbers that depend on values
 
 
@@ -56,6 +58,7 @@ class Propagation(fx.Interpreter):
         self.state = state
         self.labels: dict[fx.Node, Label] = {}
         self.counts: dict[fx.Node, Any] = {}  # what a number or shape says about: slots, or slots per axis
+        self.hooked = False  # the module that was called last has a hook that changes what it takes or gives
 
     def run_node(self, n: fx.Node) -> Any:
         """Run the node on meta tensors, then its rule on the labels."""
@@ -64,6 +67,9 @@ class Propagation(fx.Interpreter):
         n.meta["value"] = value
         known = len(self.state.numbers)
         self.labels[n] = self._rule(n, value)
+        if isinstance(value, Tensor) and n.op.startswith("call"):
+            for source in self._names_of(value):  # an operator in place: what it gives is what its operand is now
+                self.labels[source] = self.labels[n]
         if n.op.startswith("call"):
             self._count(n, value)
             for slots in _flat(self.counts.get(n)) if n.name in self.looked else ():
@@ -76,6 +82,9 @@ class Propagation(fx.Interpreter):
             labels = self.labels[n]
             self.state.moves[self.mode, n.name] = () if isinstance(labels, Facets) else tuple(tensor_labels(labels))
         return value
+
+    def _names_of(self, value: Tensor) -> list[fx.Node]:
+        return [known for known in self.labels if known.meta["value"] is value]
 
     def _takes_shapes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -137,7 +146,14 @@ class Propagation(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module; a BatchNorm without storage only for its shape."""
-        shaped = normalised_shape(self.fetch_attr(target), target, args)
+        module = self.fetch_attr(target)
+        self.hooked = False
+        if module._forward_hooks or module._forward_pre_hooks:
+            with _hooks_watched(module) as changes:
+                value = super().call_module(target, args, kwargs)
+            self.hooked = bool(changes)
+            return value
+        shaped = normalised_shape(module, target, args)
         return super().call_module(target, args, kwargs) if shaped is None else shaped
 
     # ------------------------------------------------------------------ dispatch
@@ -185,6 +201,8 @@ class Propagation(fx.Interpreter):
         x = self.labels.get(first) if first is not None else None
         if not isinstance(x, Tensor) or not isinstance(call.value, Tensor | tuple | list):
             call.refuse(f"{call.op} is used in a way that has no rule")
+        if self.hooked:
+            call.refuse(f"a hook changes what {call.op} takes or gives")
         own = getattr(module, "ptsim_labels", None)
         if own is not None:  # what pruning itself puts in
             result: Label = own(self.state, call.path, x, call.value)
@@ -217,6 +235,37 @@ class Propagation(fx.Interpreter):
         return found(call)
 
 
+@contextlib.contextmanager
+def _hooks_watched(module: nn.Module) -> Iterator[list[str]]:
+    """Inside, the list gets an entry for every hook of `module` that changes an argument or the result of a call."""
+    changes: list[str] = []
+
+    def watched(hook: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = [(tensor, tensor._version) for tensor in _tensors((args, kwargs))]
+            given = hook(*args, **kwargs)
+            if given is not None or any(tensor._version != version for tensor, version in before):
+                changes.append(str(hook))
+            return given
+
+        return call
+
+    tables = [(table, dict(table)) for table in (module._forward_hooks, module._forward_pre_hooks)]
+    for table, hooks in tables:
+        table.update({key: watched(hook) for key, hook in hooks.items()})
+    try:
+        yield changes
+    finally:
+        for table, hooks in tables:
+            table.update(hooks)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    fx.node.map_aggregate(value, lambda a: found.append(a) if isinstance(a, Tensor) else None)
+    return found
+
+
 def _fits(label: Label, value: Any) -> bool:
     """True if a label can be one of such a tensor: a last look at what a rule gives."""
     if isinstance(label, tuple):
@@ -236,6 +285,25 @@ def _flat(counts: Any) -> list[Tensor]:
     return [part for part in counts if isinstance(part, Tensor)] if isinstance(counts, tuple) else [counts]
 
 
+def _graphs(model: nn.Module, images_shape: tuple[int, ...]) -> list[fx.GraphModule]:
+    """The graph of the model, and others where its code lets random numbers decide which way it takes.
+
+    Such code is traced again, each time with other numbers, until several traces in a row go no new way.
+    """
+    found: dict[str, fx.GraphModule] = {}
+    fruitless = 0
+    with random_state_kept(devices=[]):
+        for seed in range(_MOST_TRACES):
+            seed_all(seed)
+            start = random_state()
+            traced = symbolic_graph(model, images_shape, buffers=True)
+            fruitless = fruitless + 1 if traced.code in found else 0
+            found.setdefault(traced.code, traced)
+            if random_state() == start or fruitless == _FRUITLESS_TRACES:
+                break
+    return list(found.values())
+
+
 def propagate(
     model: nn.Module, input_shape: tuple[int, int, int], seed: Mapping[AxisKey, Tensor] | None = None
 ) -> tuple[State, dict[Literal["train", "eval"], fx.GraphModule]]:
@@ -248,12 +316,13 @@ def propagate(
         for mode in ("train", "eval"):
             for module in model.modules():
                 module.training = mode == "train"
-            traced = symbolic_graph(model, tuple(images.shape), buffers=True)
-            if mode == "eval" and traced.code == graphs["train"].code:
+            traced, *others = _graphs(model, tuple(images.shape))
+            if mode == "eval" and traced.code == graphs["train"].code and not others:
                 break
-            traced.train(mode == "train")
-            with torch.no_grad():
-                Propagation(traced, state, mode, images.device).run(images)
+            for number, graph in enumerate((traced, *others)):
+                graph.train(mode == "train")
+                with torch.no_grad():
+                    Propagation(graph, state, mode if number == 0 else f"{mode} {number}", images.device).run(images)
             graphs[mode] = traced
     for module, training in modes.items():
         module.training = training

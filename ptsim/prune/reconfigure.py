@@ -26,11 +26,11 @@ from ptsim.prune.groups import (
     find_groups,
     labelled,
     misaligned,
-    same_steps,
     settled,
 )
 from ptsim.prune.removal import Removal, collapsed_layers, find_removals, remove_branch
 from ptsim.prune.selection import keep_one, round_up
+from ptsim.prune.steps import same_steps
 
 COLLAPSED = (
     "the network has collapsed: its output no longer depends on the image, every weight of {} is below the threshold; "
@@ -280,7 +280,7 @@ def _rehearse(model: nn.Module, groups: ChannelGroups, plan: CutPlan, rescued: t
         if not stays_aligned(model, groups, plan):
             return None
         after = labelled(bones, groups.input_shape)
-        if not plan.removals and not same_steps(groups.graph, after[1].graph):  # a removed branch takes its steps along
+        if not same_steps(groups.graph, after[1].graph, fewer=bool(plan.removals)):
             return None
         return Decision(plan=plan, bones=bones, rescued=rescued, before=groups, after=after)
     except SHAPE_ERRORS:

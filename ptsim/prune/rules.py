@@ -149,10 +149,6 @@ class Call:
         result = getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
         return tuple(compress(part) for part in result) if isinstance(result, tuple | list) else compress(result)
 
-    def change(self, source: fx.Node, label: Label) -> None:
-        """An operator has changed what `source` holds."""
-        self._labels[source] = label  # type: ignore[index] # the interpreter's own dictionary
-
 
 @dataclasses.dataclass(frozen=True)
 class FirstAttribute:

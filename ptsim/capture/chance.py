@@ -1,0 +1,37 @@
+"""The generators of random numbers that a model's code may draw from: torch's, Python's and NumPy's."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy
+import torch
+
+
+def random_state() -> tuple[Any, ...]:
+    """Equal before and after code that draws no random number on the CPU."""
+    state: Any = numpy.random.get_state()
+    of_numpy = tuple(part.tobytes() if isinstance(part, numpy.ndarray) else part for part in state)
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), of_numpy
+
+
+def seed_all(seed: int) -> None:
+    """Let all three generators of the CPU start from `seed`."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
+
+
+@contextlib.contextmanager
+def random_state_kept(devices: Sequence[torch.device] | None = None) -> Iterator[None]:
+    """Afterwards all three go on as if nothing had been drawn inside; torch also on `devices` (None: every GPU)."""
+    of_python, of_numpy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            numpy.random.set_state(of_numpy)

@@ -1,0 +1,69 @@
+"""Does the model's code do the same in a smaller network? What it does is compared step by step, with its numbers."""
+
+from __future__ import annotations
+
+import collections
+
+from torch import fx, nn
+
+from ptsim.capture.graph import by_export, traced_into
+from ptsim.capture.words import words_of
+from ptsim.prune.modules import OWN
+from ptsim.prune.rules import rule_for_function, takes_shapes
+
+# What code may ask layers for that pruning changes; shapes of tensors are noticed where they are asked for.
+_WIDTHS = {"out_channels", "in_channels", "out_features", "in_features", "num_features", "numel", "parameters"}
+
+
+def may_count(model: nn.Module, graph: fx.GraphModule) -> bool:
+    """True if the model's code may compute with a number of channels, or go its way by it, without a node that says so.
+
+    `torch.export` has no nodes for shapes; otherwise the code of a module that is traced into names such a number.
+    """
+    return by_export(graph) or any(_WIDTHS & words_of(module) for _, module in traced_into(model, graph))
+
+
+def same_steps(before: fx.GraphModule, after: fx.GraphModule, *, fewer: bool = False) -> bool:
+    """True if the code does the same with the same numbers, but for those that count channels.
+
+    With `fewer` steps may be missing: those of a branch that was removed.
+    """
+    if before.meta.get("constants") != after.meta.get("constants"):
+        return False
+    if fewer:
+        return not collections.Counter(_steps(after, after, named=False)) - collections.Counter(
+            _steps(before, before, named=False)
+        )
+    return _steps(before, before) == _steps(after, before)
+
+
+def _steps(graph: fx.GraphModule, counting: fx.GraphModule, *, named: bool = True) -> list[tuple[str, str, str]]:
+    """What every node does and with which numbers; not with those that count channels, as `counting` knows them.
+
+    Without `named` it is left open which node's result another one takes.
+    """
+    free = {node.name for node in counting.graph.nodes if node.meta.get("counts")}
+
+    def numbers(node: fx.Node) -> str:
+        # Shapes are constants of an exported graph, also those that an operator may be given.
+        if node.name in free or (by_export(graph) and takes_shapes(rule_for_function(node))):
+            return ""
+        if named:
+            return f"{node.args} {node.kwargs}"
+        return str(fx.map_arg((node.args, node.kwargs), lambda n: "%"))
+
+    return [
+        (node.op, str(node.target), numbers(node)) for node in graph.graph.nodes if named or not _put_in(graph, node)
+    ]
+
+
+def _put_in(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """True for a step of what pruning has put into the network, and for a parameter, which may be one of its own."""
+    if node.op == "get_attr":
+        return True
+    if node.op == "call_module":
+        return isinstance(graph.get_submodule(str(node.target)), OWN)
+    kinds = [
+        kind for _, kind in node.meta.get("nn_module_stack", {}).values()
+    ]  # by torch.export: classes, or their names
+    return any(kind in (own, f"{own.__module__}.{own.__qualname__}") for kind in kinds for own in OWN)
