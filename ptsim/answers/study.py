@@ -38,8 +38,8 @@ from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.sim.options import Options
 from ptsim.sim.run import change
-from ptsim.textfile import read_toml
-from ptsim.trace.io import trace_path
+from ptsim.textfile import read_bytes, read_toml
+from ptsim.trace.io import MOST_BYTES, trace_path
 from ptsim.units import parse_quantity
 
 
@@ -285,7 +285,10 @@ def _trace_paths(pattern: str, study: Path) -> list[Path]:
     if any(sign in pattern for sign in "*?["):
         base = Path(pattern) if Path(pattern).is_absolute() else study.parent / pattern
         anchor = Path(base.anchor)
-        found = sorted(anchor.glob(str(base.relative_to(anchor)))) if base.anchor else sorted(Path().glob(str(base)))
+        try:
+            found = sorted(anchor.glob(str(base.relative_to(anchor))))
+        except ValueError as error:  # such as "a**b"
+            raise FileFormatError(study, f"traces: {pattern!r} is no pattern: {error}") from error
         if not found:
             raise FileFormatError(study, f"traces: nothing matches {pattern!r}")
         return [trace_path(path).resolve() for path in found]
@@ -297,4 +300,4 @@ def _near(name: str, study: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(read_bytes(path, most=MOST_BYTES)).hexdigest()[:16]

@@ -7,6 +7,7 @@ depends on, the cost model itself included. A study that is started again comput
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import itertools
 import multiprocessing
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, BinaryIO, Literal, TypeAlias
 
 import msgspec
 
@@ -25,6 +26,7 @@ from ptsim.errors import FileFormatError, PtsimError, UsageError
 from ptsim.hardware.catalog import is_called, load_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
+from ptsim.sim.budget import unlimited
 from ptsim.sim.projection import projection_row
 from ptsim.sim.run import StepCache, project
 from ptsim.textfile import decode_json, drop_torn_line, read_bytes, split_lines
@@ -37,7 +39,7 @@ _ROW = b'{"index":'  # how every line of results begins
 
 
 Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
-NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
+NotNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e30)]  # no answer is larger
 
 
 class _Stored(msgspec.Struct):
@@ -86,6 +88,7 @@ def run_study(
     *,
     progress: Callable[[Progress], None] | None = None,
     window: int = 64,
+    any_length: bool = False,
 ) -> list[dict[str, Any]]:
     """Compute what is missing, and give all rows in the study's order.
 
@@ -99,10 +102,11 @@ def run_study(
         out: the JSON Lines file that results are appended to.
         progress: called after every task.
         window: tasks that wait in the executor at a time.
+        any_length: also simulate what takes more events than `sim.budget` allows.
 
     Raises:
         FileFormatError: `out` is not such a file.
-        UsageError: `out` cannot be written.
+        UsageError: `out` cannot be written, or another process writes it.
         PtsimError: the executor broke; what was computed is in `out`.
     """
     known = _known_rows(out)
@@ -119,7 +123,9 @@ def run_study(
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("ab") as file, contextlib.closing(_Tasks(executor, _chunks(missing()), window)) as tasks:
+        todo, compute = _chunks(missing()), project_of_any_length if any_length else project_all
+        with out.open("ab") as file, contextlib.closing(_Tasks(executor, compute, todo, window)) as tasks:
+            _lock(file, out)
             drop_torn_line(out)
             for computed in tasks.finished():
                 for row in computed:
@@ -139,11 +145,31 @@ def run_study(
     return [rows[index] for index in sorted(rows)]
 
 
+def _lock(file: BinaryIO, out: Path) -> None:
+    """Keep a second sweep from writing into the lines of this one; the system takes the lock from a dead process.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{out} is being written by another process", hint="wait for that sweep, or name another file with --out"
+        ) from error
+
+
 class _Tasks:
     """The configurations of a study on an executor, so many chunks at a time."""
 
-    def __init__(self, executor: Executor, todo: Iterator[tuple[Configuration, ...]], window: int) -> None:
-        self._executor, self._todo, self._window = executor, todo, window
+    def __init__(
+        self,
+        executor: Executor,
+        compute: Callable[[Sequence[Configuration]], list[dict[str, Any]]],
+        todo: Iterator[tuple[Configuration, ...]],
+        window: int,
+    ) -> None:
+        self._executor, self._compute, self._todo, self._window = executor, compute, todo, window
         self._running: dict[Future[list[dict[str, Any]]], tuple[Configuration, ...]] = {}
 
     def finished(self) -> Iterator[list[dict[str, Any]]]:
@@ -175,7 +201,7 @@ class _Tasks:
             future.cancel()
 
     def _submit(self, chunk: tuple[Configuration, ...]) -> None:
-        self._running[self._executor.submit(project_all, chunk)] = chunk
+        self._running[self._executor.submit(self._compute, chunk)] = chunk
 
 
 def die_with_parent() -> None:
@@ -213,6 +239,12 @@ def project_all(chunk: Sequence[Configuration]) -> list[dict[str, Any]]:
         except (PtsimError, ValueError) as error:
             rows.append(_failure(configuration, str(error)))
     return rows
+
+
+def project_of_any_length(chunk: Sequence[Configuration]) -> list[dict[str, Any]]:
+    """The same without a limit on a simulation's events."""
+    with unlimited():
+        return project_all(chunk)
 
 
 @functools.lru_cache(maxsize=8)

@@ -147,11 +147,11 @@ def simulate(
         trace, cache = length.read(path), StepCache()
         with unlimited() if yes else contextlib.nullcontext():
             projections += [project(trace, where, n, options, device_profile=measured, cache=cache) for n in counts]
-        if timeline is not None and number == 0:
-            from ptsim.export.timeline import write_timeline
+            if timeline is not None and number == 0:
+                from ptsim.export.timeline import write_timeline
 
-            for file in write_timeline(timeline, trace, where, max(counts), options, device_profile=measured):
-                say(f"timeline: {file}")
+                for file in write_timeline(timeline, trace, where, max(counts), options, device_profile=measured):
+                    say(f"timeline: {file}")
     if json:
         print_json([_document(projection) for projection in projections])
     else:

@@ -50,7 +50,7 @@ def sweep(
         workers: Number of processes on this machine. Default: one per core.
         dask: Run on a Dask cluster: its scheduler's address (tcp://host:port), or "local" for one on this machine.
         fresh: Delete earlier results of this study first.
-        yes: Run the study even if it expands to very many configurations.
+        yes: Run the study even if it expands to very many configurations, or its simulations to very many events.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"workers is {workers}, expected at least 1")
@@ -70,7 +70,7 @@ def sweep(
             failed = f", {progress.failed} failed" if progress.failed else ""
             bar.update(task, completed=progress.done, description=f"{study.name}{failed}")
 
-        rows = run_study(read, executor, results, progress=show)
+        rows = run_study(read, executor, results, progress=show, any_length=yes)
         bar.update(task, completed=len(rows))
     failures = [row for row in rows if row["status"] == "failed"]
     for row in failures[:10]:

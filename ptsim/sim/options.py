@@ -30,7 +30,7 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {  # option → smallest and la
     "first_bucket_bytes": (1, None),
     "bucket_bytes": (1, None),
     "contention": (0, 1),
-    "channel_multiple": (1, None),
+    "channel_multiple": (1, 2**16),
     "one_time_epoch": (0, None),
     "surgery_s": (0, None),
     "compile_s": (0, None),
@@ -41,7 +41,7 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {  # option → smallest and la
     "jitter": (0, 2),
     "straggler_fraction": (0, 1),
     "straggler_slowdown": (1, None),
-    "jobs": (1, None),
+    "jobs": (1, 10_000),
     "sampled_steps": (1, None),
     "price_usd_per_gpu_hour": (0, None),
 }

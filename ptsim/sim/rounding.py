@@ -40,7 +40,7 @@ def rounded(network: Network, multiple: int) -> Network:
             shapes = [new[source].output_shape for source in sources]
         else:  # the network's own input, or one tensor used twice
             shapes = [new[sources[0]].output_shape] * len(layer.input_shapes) if sources else list(layer.input_shapes)
-        is_classifier = layer.name == products[-1] and layer.out_channels == network.num_classes
+        is_classifier = layer.name in products[-1:] and layer.out_channels == network.num_classes
         new[layer.name] = _round_layer(layer, shapes, 1 if is_classifier else multiple)
     parameters = tuple(
         _round_parameter(p, network.layer(p.layer), new[p.layer]) if p.layer else p for p in network.parameters
@@ -52,7 +52,8 @@ def rounded(network: Network, multiple: int) -> Network:
 
 def _round_layer(layer: Layer, inputs: Sequence[Shape], multiple: int) -> Layer:
     in_ratio = sum(math.prod(shape) for shape in inputs) / max(1, layer.input_elements)
-    in_channels = inputs[0][0] if layer.in_channels == layer.input_shapes[0][0] else layer.in_channels
+    first = inputs[0][:1] if inputs and layer.input_shapes[0][:1] == (layer.in_channels,) else ()
+    in_channels = first[0] if first else layer.in_channels
     groups = layer.groups
     match layer.kind:
         case LayerKind.CONV if layer.groups == layer.in_channels:  # depthwise: follows its input
@@ -70,7 +71,7 @@ def _round_layer(layer: Layer, inputs: Sequence[Shape], multiple: int) -> Layer:
     output = _output_shape(layer, out_channels, in_ratio)
     out_ratio = math.prod(output) / max(1, layer.output_elements)
     if layer.kind in (LayerKind.CONV, LayerKind.LINEAR):
-        per_output = (in_channels / groups) / (layer.in_channels / layer.groups)
+        per_output = (in_channels / groups) / (layer.in_channels / layer.groups) if layer.in_channels else 0.0
         mac_ratio = per_output * out_ratio
     else:
         mac_ratio = in_ratio
@@ -91,6 +92,8 @@ def _round_layer(layer: Layer, inputs: Sequence[Shape], multiple: int) -> Layer:
 
 def _output_shape(layer: Layer, out_channels: int, in_ratio: float) -> Shape:
     shape = layer.output_shape
+    if not shape:  # one number for every image
+        return shape
     if layer.kind is LayerKind.LINEAR:
         return (*shape[:-1], out_channels)
     if layer.kind in (LayerKind.RESHAPE, LayerKind.OTHER, LayerKind.MATMUL):
@@ -103,6 +106,8 @@ def _round_parameter(parameter: Parameter, old: Layer, new: Layer) -> Parameter:
 
 
 def _parameter_shape(shape: Shape, old: Layer, new: Layer) -> Shape:
+    if not shape:  # one number, such as a gain
+        return shape
     first = new.out_channels if shape[0] == old.out_channels else shape[0]
     if len(shape) == 1:
         return (first,)

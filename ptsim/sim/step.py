@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 import simpy
 
+from ptsim.sim.budget import check_events
 from ptsim.sim.clock import WorkClock
 
 Process = Generator[simpy.Event, None, None]
@@ -195,6 +196,7 @@ def simulate_steps(
 
     Raises:
         ValueError: no jobs, a job without GPUs, no steps, a contention outside [0, 1], or not a factor for every job.
+        UsageError: more events than the budget allows.
     """
     if not jobs or any(not job.speeds for job in jobs):
         raise ValueError("a simulation needs at least one job with at least one GPU")
@@ -209,13 +211,17 @@ def simulate_steps(
     factors = tuple(range(1, len(jobs) + 1)) if sharing is None else tuple(sharing)
     if len(factors) < len(jobs) or min(factors) < 1:
         raise ValueError(f"sharing {factors}; a factor of at least 1 is needed for every one of {len(jobs)} jobs")
+    if not record_gpus:
+        jobs = [msgspec.structs.replace(job, plan=job.plan.merged()) for job in jobs]
+    what = "simulating the steps"
+    check_events(_num_events(jobs, num_warmup + num_steps), what, "fewer passes, jobs or sampled steps need fewer")
     env = simpy.Environment()
     links = _Links(len(jobs), factors)
     running = [
         _RunningJob(
             env,
             index,
-            job if record_gpus else msgspec.structs.replace(job, plan=job.plan.merged()),
+            job,
             links,
             contention=contention,
             jitter=jitter,
@@ -228,6 +234,15 @@ def simulate_steps(
     for job in running:  # in any order: all go on until the last has finished its steps
         env.run(job.measured)
     return tuple(job.result(num_warmup) for job in running)
+
+
+def _num_events(jobs: Sequence[TrainingJob], num_steps: int) -> int:
+    """About how many: every GPU's pieces of work in every pass, and every collective, which all jobs look at."""
+    pieces = 0
+    for plan, speeds in ((job.plan, job.speeds) for job in jobs):
+        worked = plan.num_micro_batches * (len(plan.forward) + len(plan.backward)) + len(plan.tail)
+        pieces += len(speeds) * worked + len(jobs) * (len(plan.head) + len(plan.buckets))
+    return num_steps * pieces
 
 
 class _Links:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from ptsim.cli.main import run
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import write_device_profile
+from ptsim.sim import budget
 from ptsim.sim.options import Options
 from ptsim.sim.projection import projection_row
 from ptsim.sim.run import change, project
@@ -276,6 +278,20 @@ class TestWrongInput:
             (("gpus = [1, 8]", 'gpus = ["many"]'), FileFormatError, "gpus"),
             (('"dense"]', '"nowhere"]'), FileFormatError, "nowhere"),
             (('"dense"]', '"no*where"]'), FileFormatError, "nothing matches"),
+            (('"dense"]', '"no**where"]'), FileFormatError, "is no pattern"),
+            (("gpus = [1, 8]", "gpus = [1e400]"), FileFormatError, "is not finite"),
+            (("gpus = [1, 8]", "gpus = [1.5]"), FileFormatError, "gpus"),
+            (("gpus = [1, 8]", "gpus = [-8]"), FileFormatError, "gpus holds -8"),
+            (("gpus = [1, 8]", f"gpus = [{10**30}]"), FileFormatError, "more than 63 bits"),
+            (("bucket_bytes = 65536", "contention = nan"), FileFormatError, "is not finite"),
+            (("bucket_bytes = 65536", "contention = -0.5"), UsageError, "contention is -0.5"),
+            (("bucket_bytes = 65536", "compression = 1e-300"), FileFormatError, "expected a number between"),
+            (("bucket_bytes = 65536", 'jitter = "0.1"'), UsageError, "jitter"),
+            (("gpu=v100-sxm2-16gb", "compressed-gradients=nan"), UsageError, "compression is nan"),
+            (("gpu=v100-sxm2-16gb", "failures=-3"), UsageError, "mtbf_gpu_hours is -3"),
+            (("gpu=v100-sxm2-16gb", f"micro-batches={'9' * 5000}"), FileFormatError, "micro-batches"),
+            (("[options]", "[grid]\nmax_batch = [0]\n[options]"), UsageError, "max_batch is 0"),
+            (("[options]", "[grid]\nmax_batch = [true]\n[options]"), UsageError, "max_batch"),
             (("[options]", 'profile = "none.toml"\n[options]'), PtsimError, "none.toml"),
             (("dgx-a100", "dgx-z9"), UnknownNameError, "unknown cluster 'dgx-z9'"),
             (("as-recorded", "as-recordet"), UnknownNameError, "unknown what-if 'as-recordet'"),
@@ -300,6 +316,24 @@ class TestWrongInput:
     def test_a_missing_study_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(FileFormatError, match=r"none\.toml: cannot be read"):
             read_study(tmp_path / "none.toml")
+
+    def test_a_pipe_in_the_place_of_a_trace_is_not_waited_for(self, folder: Path, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe.jsonl")
+        asked = read_study(study(tmp_path, STUDY.replace('"pruned", "dense"', '"pipe.jsonl"')))
+        with pytest.raises(FileFormatError, match="it is a pipe or a device"):
+            list(configurations(asked))
+
+    def test_a_second_sweep_into_the_same_results_is_refused(self, folder: Path, tmp_path: Path) -> None:
+        asked, out = read_study(study(folder)), tmp_path / "out.jsonl"
+
+        class Second(InProcess):
+            def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+                with pytest.raises(UsageError, match="is being written by another process"):
+                    run_study(asked, InProcess(), out)
+                return super().submit(task, *args, **kwargs)
+
+        assert len(run_study(asked, Second(), out)) == 16
+        assert len(out.read_bytes().splitlines()) == 16
 
     def test_a_result_file_that_is_none_is_left_alone(self, folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "precious.txt"
@@ -343,6 +377,18 @@ class TestCommand:
         assert "16,000,000 configurations" in error
         assert "--yes" in error
         assert not (folder / "huge.results.jsonl").exists()
+
+    def test_long_simulations_fail_unless_the_study_is_told_to_run_them(self, folder: Path, tmp_path: Path) -> None:
+        asked = read_study(study(folder, STUDY + "[grid]\nmicro_batches = [8]\n", "long.toml"))
+        token = budget._limit.set(5)
+        try:
+            rows = run_study(asked, InProcess(), tmp_path / "few.jsonl")
+            assert {row["status"] for row in rows} == {"failed"}
+            assert all("would take about" in row["error"] for row in rows)
+            rows = run_study(asked, InProcess(), tmp_path / "all.jsonl", any_length=True)
+            assert {row["status"] for row in rows} == {"ok"}
+        finally:
+            budget._limit.reset(token)
 
     def test_no_workers_are_refused(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["sweep", str(study(folder)), "--workers", "0"]) == 2

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ptsim.cli.main import run
+from ptsim.sim import budget
 from tests.traces import shrinking_trace
 
 
@@ -132,3 +135,61 @@ def test_projecting_imports_no_torch(trace: str) -> None:
         f"run(['simulate', {trace!r}, '--cluster', 'dgx-a100', '--gpus', '8']); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.fixture
+def few_events() -> Iterator[None]:
+    token = budget._limit.set(5)
+    yield
+    budget._limit.reset(token)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mtbf-gpu-hours", "1e6", "--set", "faults.checkpoint_interval_s=0.01"],
+        pytest.param(["--network", "links", "--set", "jobs=2", "--set", "placement=striped"], marks=pytest.mark.slow),
+        ["--micro-batches", "8"],
+        ["--micro-batches", "2", "--timeline", "steps.json"],
+    ],
+    ids=["failures", "chunks on links", "passes", "a timeline"],
+)
+def test_what_takes_many_events_asks_for_yes_and_with_it_gives_the_same_answer(
+    trace: str,
+    options: list[str],
+    few_events: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["simulate", trace, "--cluster", "dgx-a100", "--gpus", "16", "--json", *options]
+    assert run(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"would take about \S+ events, 5e\+00 are simulated unasked", error)
+    assert "--yes of simulate and sweep simulates them all the same" in error
+    assert run([*command, "--yes"]) == 0
+    asked = json.loads(capsys.readouterr().out)
+    budget._limit.set(budget.MOST_EVENTS)
+    assert run(command) == 0
+    assert json.loads(capsys.readouterr().out) == asked
+    assert (tmp_path / "steps.json").exists() == ("--timeline" in options)
+
+
+def test_a_trace_that_tells_of_more_passes_than_anybody_waits_for_is_not_simulated(
+    trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = tmp_path / "many.jsonl"
+    text = Path(trace).read_text()
+    text = re.sub(r'"batch_per_gpu":\d+', f'"batch_per_gpu":{2**31}', text)
+    many.write_text(text.replace('"passes":1', f'"passes":{2**30}'))
+    assert run(["simulate", str(many), "--cluster", "dgx-a100", "--gpus", "8"]) == 2
+    assert "simulating the steps would take about" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["jobs=1000000000", "channel_multiple=10000000000"])
+def test_a_number_that_no_cluster_and_no_kernel_has_is_refused(
+    trace: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["simulate", trace, "--cluster", "dgx-a100", "--set", option]) == 2
+    assert "expected between 1 and" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -7,10 +8,15 @@ from torch import nn
 from ptsim.capture.network import capture_network
 from ptsim.costs.memory import iteration_memory
 from ptsim.hardware.catalog import load_device
-from ptsim.network import LayerKind, MemoryFormat, Precision
+from ptsim.network import Layer, LayerKind, MemoryFormat, Precision
 from ptsim.setting import StepSetting
 from ptsim.sim.rounding import rounded
 from tests.traces import NetworkBuilder, residual_network
+
+POOL = Layer(
+    name="pool", kind=LayerKind.POOL, op="max_pool2d", in_channels=3, out_channels=3, input_shapes=((3, 4, 4),),
+    output_shape=(3, 2, 2),
+)  # fmt: skip
 
 
 def test_a_rounded_network_is_the_one_with_those_widths() -> None:
@@ -47,6 +53,38 @@ def test_counts_of_parameters_stay_consistent() -> None:
         assert layer.num_parameters == owned
         if layer.kind is LayerKind.CONV:
             assert layer.out_channels % 8 == 0
+
+
+class Odd(nn.Module):
+    """A gain that is one number, one number for every image, and no layer whose channels are counted at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(3, 9, 3), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.conv(x) * self.gain).mean((1, 2, 3)).sigmoid()
+
+
+def test_parameters_and_outputs_that_are_one_number_stay_one() -> None:
+    network = rounded(capture_network(Odd(), name="odd", input_shape=(3, 8, 8), num_classes=10), 8)
+    assert network.layer("conv").out_channels == 16
+    assert [p.shape for p in network.parameters if p.name == "gain"] == [()]
+    assert network.layers[-1].output_shape == ()
+
+
+def test_layers_that_pruning_has_emptied_stay_empty() -> None:
+    net = NetworkBuilder("emptied", (3, 4, 4), 5)
+    net.conv("after", net.conv("conv", None, 0), 8)
+    empty = rounded(net.build(), 8)
+    assert (empty.layer("conv").out_channels, empty.layer("after").in_channels) == (0, 0)
+    assert empty.layer("after").forward_macs == 0
+
+
+def test_a_network_without_products_is_rounded_too() -> None:
+    net = NetworkBuilder("pool", (3, 4, 4), 3)
+    pooled = msgspec.structs.replace(net.build(), layers=(POOL,))
+    assert rounded(pooled, 8).layers[0].output_shape == (3, 2, 2)
 
 
 def test_a_multiple_below_one_is_refused() -> None:
