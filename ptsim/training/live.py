@@ -165,7 +165,8 @@ class LiveData:
             images, labels = self._checked(batch)
             moved = images.to(self._device, non_blocking=True)
             scaled = moved.float().div_(255) if moved.dtype == torch.uint8 else moved.float()
-            yield scaled.to(memory_format=memory_format), labels.to(self._device, non_blocking=True)
+            kind = torch.float32 if labels.ndim == 2 else torch.int64  # cast there: a cast copy would not be pinned
+            yield scaled.to(memory_format=memory_format), labels.to(self._device, non_blocking=True).to(kind)
 
     def _checked(self, batch: Any) -> Batch:
         """Images with their classes, or with the share of every class in each of them (CutMix, MixUp).
@@ -178,7 +179,7 @@ class LiveData:
         if not isinstance(images, Tensor) or images.ndim != 4 or not isinstance(labels, Tensor):
             raise UsageError("a mini-batch of the data is no (images (N, C, H, W), classes)")
         if labels.shape == (len(images), classes) and labels.is_floating_point():
-            return images, labels.float()
+            return images, labels
         if labels.shape != (len(images),):
             shape = "×".join(map(str, labels.shape))
             raise UsageError(
@@ -188,8 +189,7 @@ class LiveData:
         whole = labels.to(torch.int64)
         if not torch.equal(whole.to(labels.dtype), labels):
             raise UsageError("the classes of the data are no whole numbers")
-        labels = whole
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+        if len(whole) and not 0 <= int(whole.min()) <= int(whole.max()) < classes:
+            wrong = int(whole.min()) if int(whole.min()) < 0 else int(whole.max())
             raise UsageError(f"an image of the data has the class {wrong}, but there are {classes} classes, from 0 on")
         return images, labels

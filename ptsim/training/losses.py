@@ -15,8 +15,8 @@ class LossSum:
         """Begins with a sum of losses over so many images."""
         self._device = device
         self._told: list[tuple[Tensor, int]] = []
-        sums = (loss_sum, num_images)  # Σ loss · images, images
-        self._sums = torch.tensor(sums, dtype=torch.float64, device=device)
+        self._sum = torch.tensor(loss_sum, dtype=torch.float64, device=device)  # Σ loss · images
+        self._images = num_images
 
     def add(self, loss: Tensor, num_images: int) -> None:
         """The mean loss over so many images."""
@@ -27,11 +27,14 @@ class LossSum:
     def total(self, num_images: int) -> Tensor:
         """(Σ loss · images, images of those losses, `num_images`) in float64, for a sum over the ranks."""
         self._fold()
-        return torch.cat((self._sums, torch.tensor([float(num_images)], dtype=torch.float64, device=self._device)))
+        counts = torch.tensor([self._images, num_images], dtype=torch.float64, device=self._device)
+        return torch.cat((self._sum.view(1), counts))
 
     def _fold(self) -> None:
         if self._told:
             values = torch.stack([loss.to(self._device).double() for loss, _ in self._told])
-            weights = torch.tensor([weight for _, weight in self._told], dtype=torch.float64, device=self._device)
-            self._sums += torch.stack(((values * weights).sum(), weights.sum()))
+            # As numbers the weights travel with the kernel; a tensor of them would be a copy, which waits for a GPU.
+            weights = [float(weight) for _, weight in self._told]
+            self._sum += torch.stack(torch._foreach_mul(list(values.unbind()), weights)).sum()
+            self._images += sum(weight for _, weight in self._told)
             self._told.clear()

@@ -127,7 +127,7 @@ def mix(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Mixed]:
     if not alpha:
         return images, ((labels, 1.0),)
     share = float(torch.distributions.Beta(alpha, alpha).sample())
-    order = torch.randperm(len(images)).to(images.device)
+    order = torch.randperm(len(images), device=images.device)  # one made on the host would wait for a GPU
     return images.lerp(images[order], 1 - share), ((labels, share), (labels[order], 1 - share))
 
 
