@@ -23,6 +23,7 @@ from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Recon
 from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
 from ptsim.training.watch import learning_rate
+from ptsim.training.wrapping import is_compiled
 
 # Which optimizer moves as much memory as an unknown one with n states an element; of two with one state the dearer.
 _BY_STATES = {0: "sgd", 1: "rmsprop", 2: "adam"}
@@ -58,18 +59,23 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
 def seen_settings(
     optimizer: torch.optim.Optimizer, module: nn.Module, *, batch: int, rate: float | None
 ) -> dict[str, Any]:
-    """Hyper-parameters that can be seen on optimizer and module, under the names of ptsim's settings."""
-    group = optimizer.param_groups[0]
+    """Hyper-parameters that can be seen on optimizer and module, under the names of ptsim's settings.
+
+    The learning rate is that of the first group, as in epochs, without a schedule's warm-up. The others are those of
+    the group that holds the most weights: timm's groups begin with the one that has no weight decay.
+    """
+    group = max(optimizer.param_groups, key=lambda group: sum(p.numel() for p in group["params"]))
     settings: dict[str, Any] = {
         "batch": batch,
         "optimizer": costed_optimizer(optimizer),
         "optimizer_class": type(optimizer).__name__,
-        "compile": hasattr(module, "_orig_mod"),
+        "compile": is_compiled(module),
         "penalty_ratio": 0.0,
     }
-    rate = learning_rate(optimizer) if rate is None else rate
-    if rate is not None:
-        settings["lr"] = rate
+    rates = optimizer.param_groups[0].get("initial_lr"), rate, learning_rate(optimizer)
+    found = next((given for given in rates if given is not None), None)
+    if found is not None:
+        settings["lr"] = float(found)
     return settings | {
         name: group[name]
         for name in ("momentum", "weight_decay", "nesterov")

@@ -38,6 +38,7 @@ class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         num_iterations, num_images: of this rank.
         batch: images of its largest forward pass; 0 where none was seen.
         loss_sum, loss_images: Σ loss · images, and the images of those losses.
+        learning_rate: at its first update; None where the optimizer decides it.
         time: None where nobody timed it.
     """
 
@@ -46,6 +47,7 @@ class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     batch: Whole = 0
     loss_sum: float = 0.0
     loss_images: NotNegative = 0.0
+    learning_rate: float | None = None
     time: EpochTime | None = None
 
     def sum(self, later: EpochTime | None) -> EpochTime | None:
@@ -113,5 +115,6 @@ def unfinished_epoch(
         batch=watch.batch or 0,
         loss_sum=total,
         loss_images=told,
+        learning_rate=watch.learning_rate if earlier.learning_rate is None else earlier.learning_rate,
         time=earlier.sum(seconds) if iterations else earlier.time,
     )

@@ -55,7 +55,7 @@ class Order:
             UsageError: the optimizer does not hold them, or not all that is trained.
         """
         self._network, self._optimizers, self._scaler = network, tuple(optimizers), scaler
-        self._pruned = False
+        self._pruned = self._asked = False
         self._held: tuple[int, ...] = ()
         # A gradient that has the penalty, the weight's version, and what the scaler knows of this iteration.
         self._added: tuple[Tensor, int, object] | None = None
@@ -74,6 +74,21 @@ class Order:
     def freezing_changed(self) -> bool:
         """Whether a layer was frozen, or freed, since the penalised weights were last looked up."""
         return [parameter.requires_grad for parameter in self._parameters] != self._trained
+
+    def check_epoch(self, *, penalised: bool) -> None:
+        """An epoch with updates ends: make sure that `step` was called in it, if it was to be `penalised`.
+
+        Raises:
+            UsageError: it was not, or the optimizer no longer holds every weight that is trained.
+        """
+        self.check_optimizer()
+        asked, self._asked = self._asked, False
+        if penalised and not asked:
+            raise UsageError(
+                "the optimizer has stepped, but pruner.step was not called in this epoch, so nothing was penalised",
+                hint="loss.backward(); pruner.step(loss); optimizer.step(), or pruner.regularized = False for an epoch "
+                "without the penalty",
+            )
 
     def check_optimizer(self) -> None:
         """Make sure that the optimizer still holds every weight that is trained: another one would keep the old ones.
@@ -108,6 +123,7 @@ class Order:
             UsageError: backward or unscaling has not happened, the penalty is there already, or another optimizer
                 updates the network.
         """
+        self._asked = True
         self.check_optimizer()
         if not self._weights:
             return

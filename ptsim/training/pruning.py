@@ -192,11 +192,11 @@ class PruneTrain:
             reconfigure: whether to prune now; None is after every `interval` epochs while `regularized`.
 
         Raises:
-            UsageError: no training step since the last call, or a number that is none.
+            UsageError: no training step since the last call, `step` never called, or a number that is none.
             TrainingError: the trace cannot be written, or the ranks would prune differently.
         """
         self._follow_freezing()
-        self._order.check_optimizer()
+        self._order.check_epoch(penalised=self.regularized and self.recorder.watch.num_steps > 0)
         coefficient = (self.penalty_coefficient or 0.0) if self.regularized else 0.0
         penalty = Penalty(coefficient=coefficient, value=coefficient * float(self.criterion.value()))
         record = self.recorder.record_epoch(

@@ -174,8 +174,8 @@ class Recorder:
         self._watch_again()
 
     def _watch_again(self) -> None:
-        seen = self.facts.precision is None and not is_compiled(self.module)
-        self.watch.follow(called(self.module), self.optimizer, product_layer(self.network) if seen else None)
+        layer = product_layer(self.network) if self.facts.precision is None else None
+        self.watch.follow(called(self.module), self.optimizer, layer=layer, compiled=is_compiled(self.module))
 
     def forget_module(self) -> None:
         """Hold nothing but the bare network: the run is over."""
@@ -381,6 +381,11 @@ class Recorder:
             self.write(found)
 
     @property
+    def batch_per_gpu(self) -> int:
+        """Images of most updates of this epoch on this rank, or of the last epoch's before the first one."""
+        return max(self.watch.batch or 1, self.watch.usual_step)
+
+    @property
     def precision(self) -> Precision:
         """Of the training passes."""
         return self.facts.precision or self.watch.precision
@@ -403,11 +408,11 @@ class Recorder:
 
     def _epoch_record(self, iterations: int, images: int, penalty: Penalty, measured: Measured) -> Epoch:
         watch, team, threshold = self.watch, self.team, self._threshold
-        rate = watch.learning_rate
+        rates = self._earlier.learning_rate, watch.learning_rate, learning_rate(self.optimizer)
         known = {layer.name for layer in self._architecture.layers}  # a module that forward never calls is no layer
         channels, weights = dense_counts(self.network, threshold)
         gradient_bytes = self._architecture.gradient_bytes if team.world_size > 1 else 0
-        batch = max(watch.batch or 1, watch.usual_step or -(-images // iterations))
+        batch = self.batch_per_gpu if watch.usual_step else max(watch.batch or 1, -(-images // iterations))
         total, told, all_images = team.sum(self._losses.total(images)).tolist()
         return Epoch(
             epoch=self.epoch,
@@ -416,7 +421,7 @@ class Recorder:
             batch_per_gpu=batch,
             passes=-(-batch // (watch.largest_backward or batch)),
             world_size=team.world_size,
-            learning_rate=rate if rate is not None else learning_rate(self.optimizer),
+            learning_rate=next((r for r in rates if r is not None), None),
             num_iterations=iterations,
             num_images=int(all_images),
             penalty_coefficient=penalty.coefficient,
@@ -468,10 +473,10 @@ class Recorder:
             self.initial_counts = dense_counts(self.network, 0.0)
             return
         self.describe()
-        self.write(change_record(before, self._architecture, epoch=max(0, self.epoch - 1), batch=self.watch.batch or 1))
+        self.write(change_record(before, self._architecture, epoch=max(0, self.epoch - 1), batch=self.batch_per_gpu))
 
     def _run_record(self) -> Run:
-        batch = (self.watch.batch or 1) * self.team.world_size
+        batch = self.batch_per_gpu * self.team.world_size
         seen = seen_settings(self.optimizer, self.module, batch=batch, rate=self.watch.learning_rate)
         return run_record(
             msgspec.structs.replace(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 import warnings
 import weakref
@@ -74,6 +75,9 @@ class Watch:
         self._hooks: list[Any] = []
         self.batch: int | None = None
         self._images_of_steps: Counter[int] = Counter()
+        self._usual_before = 0
+        self._compiled = False
+        self._inside: Precision | None = None  # of autocast within a compiled network's call
         self._judged_until: int | None = None  # where the last pass of validation since the last update has ended
         self._caller: weakref.ref[nn.Module] | None = None
         self.precision = Precision.FP32
@@ -81,13 +85,21 @@ class Watch:
         self.reset()
         self.follow(module, optimizer)
 
-    def follow(self, module: nn.Module, optimizer: torch.optim.Optimizer, layer: nn.Module | None = None) -> None:
+    def follow(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        layer: nn.Module | None = None,
+        compiled: bool = False,
+    ) -> None:
         """Watch this network and this optimizer from now on, and no other.
 
-        `layer` is one of the network's own that computes products: there autocast is seen, too, that begins within
-        the network's call, as Accelerate's does.
+        Autocast that begins within the network's call, as Accelerate's does, is seen at `layer`, one of the network's
+        own that computes products; of a `compiled` network, in what its graph keeps for backward.
         """
         self.release()
+        self._compiled, self._inside = compiled, None
         self._hooks = [
             optimizer.register_step_pre_hook(_Hook(self, "_update_begins")),
             optimizer.register_step_post_hook(_Hook(self, "_update_ends")),
@@ -99,7 +111,7 @@ class Watch:
             module.register_forward_pre_hook(_Hook(self, "_forward_begins"), with_kwargs=True),
             module.register_forward_hook(_Hook(self, "_forward_ends")),
         ]
-        if layer is not None:
+        if layer is not None and not compiled:  # a hook there would be part of the graph
             self._hooks.append(layer.register_forward_pre_hook(_Hook(self, "_note_autocast")))
 
     def release(self) -> None:
@@ -131,11 +143,12 @@ class Watch:
     def usual_step(self) -> int:
         """Images of most of this epoch's updates, all passes of one together; 0 where none was seen.
 
-        Of two numbers that are as frequent it is the larger one: an epoch's last update may have fewer passes. The
-        largest one may be two: a GradScaler leaves out an update whose gradients are not finite.
+        Before the first update it is the last epoch's. Of two numbers that are as frequent it is the larger one: an
+        epoch's last update may have fewer passes. The largest one may be two: a GradScaler leaves out an update whose
+        gradients are not finite.
         """
         seen = [(times, images) for images, times in self._images_of_steps.items() if images]
-        return max(seen, default=(0, 0))[1]
+        return max(seen, default=(0, self._usual_before))[1]
 
     def begin(self) -> None:
         """The epoch's clock starts now."""
@@ -212,7 +225,7 @@ class Watch:
     def reset(self) -> None:
         """Count anew."""
         self.num_steps = self.num_images = self.num_backwards = self._largest = 0
-        self._images_before = 0
+        self._images_before, self._usual_before = 0, self.usual_step
         self._images_of_steps.clear()
         self.largest_backward = self._in_this_backward = 0
         self.learning_rate: float | None = None
@@ -272,6 +285,8 @@ class Watch:
             self._note_autocast()
         elif images.dtype in _HALF:
             self.precision = _HALF[images.dtype]
+        elif self._inside is not None:
+            self.precision = self._inside
         elif (
             kind == "cuda"
             and torch.backends.cudnn.allow_tf32
@@ -291,6 +306,8 @@ class Watch:
         if not torch.is_grad_enabled():
             self._judged(module)
             return
+        if self._compiled and not self.num_backwards and (kept := _kept_format(output)) is not None:
+            self.precision = self._inside = kept
         begins = functools.partial(self._backward_begins, _Pass(self._images, module.training))
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -352,7 +369,19 @@ class Watch:
             self._timer.end_step()
 
 
+def _kept_format(output: Any) -> Precision | None:
+    """Of the half-precision matrices that a compiled graph behind these outputs keeps; None where it keeps none."""
+    nodes = [leaf.grad_fn for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn]
+    for node in itertools.islice(nodes, _NEAR):  # the list grows meanwhile
+        for tensor in getattr(node, "saved_tensors", ()):
+            if tensor is not None and tensor.ndim > 1 and tensor.dtype in _HALF:
+                return _HALF[tensor.dtype]
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    return None
+
+
 _END: Any = object()
+_NEAR = 32  # nodes of autograd's graph between an output and the last compiled graph: hardly more than a few
 
 
 @dataclasses.dataclass

@@ -103,6 +103,54 @@ def test_autocast_within_the_networks_call_is_seen():
     assert recorder.precision is Precision.BF16
 
 
+@pytest.mark.slow
+def test_autocast_within_a_compiled_networks_call_is_seen():
+    model = CastsInside()
+    optimizer = sgd(model)
+    module = torch.compile(model, backend="aot_eager")
+    recorder = ptsim.Recorder(module, optimizer, input_shape=IMAGE)
+    for images, labels in images_and_labels(2):
+        optimizer.zero_grad()
+        F.cross_entropy(module(images), labels).backward()
+        optimizer.step()
+    recorder.end_epoch()
+    assert recorder.precision is Precision.BF16
+    torch._dynamo.reset()
+
+
+def test_an_epoch_in_which_step_was_never_called_is_named():
+    """As with timm's NativeScaler, which hides backward and update in one call."""
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    (images, labels), *_ = images_and_labels()
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    with pytest.raises(UsageError, match=r"pruner\.step was not called in this epoch, so nothing was penalised"):
+        pruner.end_epoch()
+    pruner.regularized = False
+    assert pruner.end_epoch().epoch.num_iterations == 1
+
+
+def test_the_settings_of_a_run_are_those_of_its_weights_without_warm_up(tmp_path):
+    """timm's first group has no weight decay; a schedule begins from a small learning rate; two passes an update."""
+    model = fresh()
+    vectors, weights = ([p for p in model.parameters() if (p.ndim > 1) is wide] for wide in (False, True))
+    groups = [{"params": vectors, "weight_decay": 0.0}, {"params": weights, "weight_decay": 0.05}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path)
+    for index, (images, labels) in enumerate(images_and_labels(4)):
+        F.cross_entropy(model(images), labels).backward()
+        if index % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert recorder.end_epoch().learning_rate == pytest.approx(0.001)
+    recorder.close()
+    settings = ptsim.read_trace(tmp_path).run.hyperparameters
+    assert (settings["lr"], settings["weight_decay"], settings["batch"]) == (0.01, 0.05, 32)
+
+
 def test_a_state_from_the_middle_of_an_epoch_goes_on_with_what_was_counted(tmp_path):
     batches = images_and_labels()
 
@@ -121,8 +169,10 @@ def test_a_state_from_the_middle_of_an_epoch_goes_on_with_what_was_counted(tmp_p
         rest = batches[done:]
         fresh_model, fresh_optimizer, pruner = begun(tmp_path / f"on{done}")
         pruner.load_state_dict(state)
+        fresh_optimizer.param_groups[0]["lr"] = 0.01  # as a schedule might, step by step: the epoch began with 0.05
         steps(pruner, fresh_model, fresh_optimizer, rest)
         epoch = pruner.end_epoch().epoch
+        assert epoch.learning_rate == 0.05
         assert (epoch.num_iterations, epoch.num_images, epoch.batch_per_gpu) == (4, 64, 16)
         assert epoch.train_loss == pytest.approx(whole.epoch.train_loss, rel=1e-6)
         assert epoch.time.forward_s > state["unfinished"]["time"]["forward_s"] - 1e-9
