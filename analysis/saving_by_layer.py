@@ -1,15 +1,21 @@
 """Where does the rest of the saving go? Time against MACs, layer by layer, of one network before and after pruning.
 
-    python analysis/saving_by_layer.py TRACE [--batch 64] [--multiples 1,8,16] [--repeats 5] [--device cpu] [--out DIR]
+    python analysis/saving_by_layer.py TRACE [--batch N] [--batches 4,128] [--multiples 1,8,16] [--repeats 5]
+        [--threads 1] [--device cpu] [--out DIR]
 
 TRACE is a recorded or a planned run. Its first and its last architecture are built from their records, and both train
-random images on this machine, in turn, so that they meet the same state of the machine. Two tables come out:
+random images on this machine, in turn, so that they meet the same state of the machine, in the run's own precision and
+memory format. Five tables come out, each a CSV file in `--out`:
 
-* `layers.csv`: one row per layer of the dense network with its MACs and its milliseconds, dense and pruned. A removed
+* `layers`: one row per layer of the dense network with its MACs and its milliseconds, dense and pruned. A removed
   layer counts zero. A layer that costs more of its time than of its MACs is where the saving is lost.
-* `steps.csv`: one row per channel multiple: the pruned network with every channel count rounded up to it. It gives the
+* `kinds`: the same, one row for all layers of a kind, the kind that loses most first.
+* `steps`: one row per channel multiple: the pruned network with every channel count rounded up to it. It gives the
   share of MACs and of time that is left, and what was saved of the time for each part that was saved of the MACs. The
   parts of the step that are not layers (update of the weights, group lasso) stand in columns of their own.
+* `overheads`: what ptsim's recorder, penalty and data path add to a plain training step of the dense network, at the
+  mini-batches of `--batches`, a small and a large one.
+* `epochs`: where the recorded run itself spent its time. Nothing for a planned run.
 
 Times of whole steps are taken without timers inside, those of layers with timers around each layer. Run it on a machine
 that does nothing else.
@@ -19,52 +25,65 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ptsim
 from ptsim.costs.flops import layer_macs, training_macs
 from ptsim.errors import PtsimError
-from ptsim.measure.profile import profile_network
+from ptsim.hardware.profile import OperatorSetting
+from ptsim.measure.profile import number_format, profile_network
 from ptsim.measure.rebuild import rebuild
-from ptsim.network import Network, Precision
+from ptsim.network import Network
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
 from ptsim.sim.rounding import rounded
 from ptsim.textfile import write_whole
 from ptsim.trace.schema import Profile
+from ptsim.training.config import Config
+from ptsim.training.data import ResidentData, Share
 
 
-def measure(networks: Sequence[Network], *, batch: int, repeats: int, device: str) -> list[list[Profile]]:
+def measure(
+    networks: Sequence[Network], *, batch: int, setting: OperatorSetting, repeats: int, device: str
+) -> list[list[Profile]]:
     """Profiles of each network, taken in turn: `repeats` rounds over all of them, each network's in order."""
     profiles: list[list[Profile]] = [[] for _ in networks]
     for _ in range(repeats):
         for found, network in zip(profiles, networks, strict=True):
-            found.append(_profile(network, batch=batch, device=device))
+            found.append(_profile(network, batch=batch, setting=setting, device=device))
     return profiles
 
 
-def _profile(network: Network, *, batch: int, device: str) -> Profile:
+def _profile(network: Network, *, batch: int, setting: OperatorSetting, device: str) -> Profile:
     """One profile with an SGD update and the group lasso's gradient in its steps."""
     module, renamed = rebuild(network)
-    module = module.to(device).train()
+    module = module.to(device).to(memory_format=_layout(setting)).train()
     lasso = GroupLasso(module, find_groups(module, network.input_shape))
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9)
     return profile_network(
         module,
         renamed,
         batch=batch,
-        precision=Precision.FP32,
-        memory_format="contiguous",
+        precision=setting.precision,
+        memory_format=setting.memory_format,
         optimizer=optimizer,
         regularizer=functools.partial(lasso.add_gradient, 1e-9),
         device=device,
     )
+
+
+def _layout(setting: OperatorSetting) -> torch.memory_format:
+    return torch.channels_last if setting.memory_format == "channels_last" else torch.contiguous_format
 
 
 def layer_table(
@@ -102,7 +121,7 @@ def _layer_seconds(network: Network, profiles: Sequence[Profile]) -> dict[str, f
     return dict(zip((layer.name for layer in network.layers), medians, strict=True))
 
 
-def step_table(networks: dict[str, Network], profiles: dict[str, Sequence[Profile]]) -> pd.DataFrame:
+def step_table(networks: Mapping[str, Network], profiles: Mapping[str, Sequence[Profile]]) -> pd.DataFrame:
     """One row per network, the dense one first: MACs and seconds of a step, and what is left of the dense ones.
 
     The seconds are the median over the rounds; the ratios are medians of each round's own ratio, since a round meets
@@ -134,6 +153,129 @@ def step_table(networks: dict[str, Network], profiles: dict[str, Sequence[Profil
     return pd.DataFrame(rows)
 
 
+def kind_table(layers: pd.DataFrame, macs_left: float) -> pd.DataFrame:
+    """One row per kind of layer, the one that loses most of the saving first.
+
+    `lost_share` is what a kind takes more than its dense time times `macs_left`, the whole network's, as a share of
+    all layers' dense time. The rows add up to what the layers' time left lies above the MACs left.
+    """
+    sums = layers.groupby("kind", as_index=False)[
+        ["dense_macs", "pruned_macs", "dense_seconds", "pruned_seconds"]
+    ].sum()
+    sums["macs_left"] = sums.pruned_macs / sums.dense_macs.where(sums.dense_macs > 0)
+    sums["time_left"] = sums.pruned_seconds / sums.dense_seconds.where(sums.dense_seconds > 0)
+    sums["share_of_dense_time"] = sums.dense_seconds / sums.dense_seconds.sum()
+    sums["lost_share"] = (sums.pruned_seconds - macs_left * sums.dense_seconds) / sums.dense_seconds.sum()
+    return sums.sort_values("lost_share", ascending=False, ignore_index=True)
+
+
+def overhead_table(
+    network: Network, batches: Sequence[int], *, setting: OperatorSetting, repeats: int, device: str, steps: int = 5
+) -> pd.DataFrame:
+    """What ptsim adds to a plain training step of `network`, at each mini-batch: one row for each of its parts.
+
+    A plain step is forward, backward and SGD. The parts are taken in turn with it, `repeats` times `steps` steps of
+    each: the recorder's hooks; the penalty with its checks; and the making of a mini-batch on the device, with crop and
+    flip. `share_of_step` is the median over the rounds of what a part adds, over the plain step of the same round.
+    """
+    rows = []
+    for batch in batches:
+        loops = _loops(network, batch, setting, device)
+        rounds = [{name: _seconds(loop, steps, device) for name, loop in loops.items()} for _ in range(repeats)]
+        parts = {
+            "recorder": [found["recorded"] - found["plain"] for found in rounds],
+            "penalty": [found["pruned"] - found["recorded"] for found in rounds],
+            "data": [found["data"] for found in rounds],
+        }
+        plain_s = [found["plain"] for found in rounds]
+        for part, added_s in parts.items():
+            rows.append(
+                {
+                    "batch": batch,
+                    "plain_step_seconds": statistics.median(plain_s),
+                    "part": part,
+                    "added_seconds": statistics.median(added_s),
+                    "share_of_step": statistics.median(a / b for a, b in zip(added_s, plain_s, strict=True)),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _loops(network: Network, batch: int, setting: OperatorSetting, device: str) -> dict[str, Callable[[], object]]:
+    """One step of a plain loop, of one that is recorded, of one with the penalty too, and one mini-batch of data."""
+    shape, place = network.input_shape, torch.device(device)
+    images = torch.randn((batch, *shape), device=device).contiguous(memory_format=_layout(setting))
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def loop(watch: Callable[[nn.Module, torch.optim.Optimizer], Callable[[Tensor], object]]) -> Callable[[], object]:
+        module = rebuild(network)[0].to(device).to(memory_format=_layout(setting)).train()
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9)
+        tell = watch(module, optimizer)
+
+        def step() -> None:
+            with number_format(setting.precision, place):
+                loss = F.cross_entropy(module(images), labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call] # torch's gap
+            tell(loss)
+            optimizer.step()
+
+        return step
+
+    pixels = torch.randint(0, 256, (8 * batch, *shape), dtype=torch.uint8)
+    config = Config(augment="crop_flip", batch=batch, memory_format=setting.memory_format)
+    split = pixels, torch.zeros(len(pixels), dtype=torch.int64)
+    source = ResidentData("random", train=split, validation=split, num_classes=2, config=config, device=place)
+    epochs = (source.training_batches(epoch, batch, Share()) for epoch in itertools.count())
+    batches = itertools.chain.from_iterable(epochs)
+    return {
+        "plain": loop(lambda module, optimizer: lambda loss: None),
+        "recorded": loop(lambda module, optimizer: ptsim.Recorder(module, optimizer, input_shape=shape).step),
+        "pruned": loop(lambda module, optimizer: ptsim.PruneTrain(module, optimizer, input_shape=shape).step),
+        "data": lambda: next(batches),
+    }
+
+
+def _seconds(action: Callable[[], object], steps: int, device: str) -> float:
+    """Seconds of one call, the mean over `steps` after one that warms up."""
+    begin_s = 0.0
+    for count in (1, steps):
+        begin_s = time.perf_counter()
+        for _ in range(count):
+            action()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+    return (time.perf_counter() - begin_s) / steps
+
+
+def epoch_table(trace: ptsim.Trace) -> pd.DataFrame:
+    """Where the recorded run itself spent its time: shares of its epochs' wall time, of the first, the last and all.
+
+    `rest` is the loop's own work. Reconfigurations and validation are no part of an epoch's wall time; their seconds
+    stand over it. Empty where nothing was measured.
+    """
+    timed = [epoch for epoch in trace.epochs if epoch.measured_time is not None]
+    if not timed:
+        return pd.DataFrame()
+    rows = []
+    for name, epochs in (("first epoch", timed[:1]), ("last epoch", timed[-1:]), ("all epochs", timed)):
+        times = [epoch.time for epoch in epochs]
+        wall_s = sum(t.wall_s for t in times)
+        parts = {
+            part: sum(getattr(t, f"{part}_s") for t in times)
+            for part in ("data_wait", "forward", "backward", "regularizer", "optimizer", "exposed_communication")
+        }
+        numbers = {epoch.epoch for epoch in epochs}
+        more = {
+            "validation": sum(t.validation_s for t in times),
+            "reconfigurations": sum(r.duration_s for r in trace.reconfigurations if r.epoch in numbers),
+        }
+        shares = parts | {"rest": wall_s - sum(parts.values())} | more
+        seconds = {"wall_seconds": wall_s, "images_per_second": sum(e.num_images for e in epochs) / wall_s}
+        rows.append({"of": name} | seconds | {f"{part}_share": value / wall_s for part, value in shares.items()})
+    return pd.DataFrame(rows)
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -141,46 +283,69 @@ def _positive(text: str) -> int:
     return value
 
 
+def _numbers(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def tables_of(trace: ptsim.Trace, options: argparse.Namespace) -> dict[str, pd.DataFrame]:
+    """The five tables by name.
+
+    Raises:
+        PtsimError: a network cannot be built from its record, or is pruned by nothing.
+    """
+    dense, pruned = trace.network_of(trace.epochs[0]), trace.final_network
+    setting = OperatorSetting(precision=trace.run.precision, memory_format=trace.run.memory_format)
+    networks = {"dense": dense} | {
+        f"pruned, multiple of {multiple}": rounded(pruned, multiple) for multiple in options.multiples
+    }
+    batch = options.batch or trace.epochs[0].batch_per_gpu
+    found = measure(
+        list(networks.values()), batch=batch, setting=setting, repeats=options.repeats, device=options.device
+    )
+    profiles = dict(zip(networks, found, strict=True))
+    first = list(networks)[1]
+    layers = layer_table(dense, networks[first], profiles["dense"], profiles[first])
+    steps = step_table(networks, profiles)
+    return {
+        "layers": layers,
+        "kinds": kind_table(layers, steps.macs_left[1]),
+        "steps": steps,
+        "overheads": overhead_table(
+            dense, options.batches, setting=setting, repeats=options.repeats, device=options.device
+        ),
+        "epochs": epoch_table(trace),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print both tables and write them where asked; returns the exit status."""
+    """Measure, print the tables and write them where asked; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, help="recorded or planned run whose last network is pruned")
-    parser.add_argument("--batch", type=_positive, default=64, help="images per step (default 64)")
+    parser.add_argument("--batch", type=_positive, help="images per step (default: the run's)")
+    parser.add_argument(
+        "--batches", type=_numbers, default=[4, 128], help="mini-batches of the overheads (default 4,128)"
+    )
     parser.add_argument(
         "--multiples",
-        type=lambda text: [_positive(part) for part in text.split(",")],
+        type=_numbers,
         default=[1, 8, 16],
         help="channel multiples to round the pruned network to (default 1,8,16)",
     )
     parser.add_argument("--repeats", type=_positive, default=5, help="rounds over all networks (default 5)")
     parser.add_argument("--threads", type=_positive, default=1, help="threads of the CPU (default 1)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="folder for layers.csv and steps.csv")
+    parser.add_argument("--out", type=Path, help="folder for the tables")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
-        trace = ptsim.read_trace(options.trace)
-        dense, pruned = trace.network_of(trace.epochs[0]), trace.final_network
-        networks = {"dense": dense} | {
-            f"pruned, multiple of {multiple}": rounded(pruned, multiple) for multiple in options.multiples
-        }
-        profiles = dict(
-            zip(
-                networks,
-                measure(list(networks.values()), batch=options.batch, repeats=options.repeats, device=options.device),
-                strict=True,
-            )
-        )
+        tables = tables_of(ptsim.read_trace(options.trace), options)
     except PtsimError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    names = list(networks)
-    tables = {
-        "layers": layer_table(dense, networks[names[1]], profiles["dense"], profiles[names[1]]),
-        "steps": step_table(networks, profiles),
-    }
     for name, table in tables.items():
-        print(table.to_string(index=False, float_format="{:.4g}".format, na_rep="–"), end="\n\n")
+        if table.empty:
+            continue
+        print(f"{name}\n{table.to_string(index=False, float_format='{:.4g}'.format, na_rep='–')}", end="\n\n")
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             write_whole(options.out / f"{name}.csv", table.to_csv(index=False))

@@ -16,12 +16,12 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
 
 
-def test_both_tables_agree_with_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_agree_with_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import saving_by_layer
 
     source = shrinking_trace(tmp_path / "t.jsonl", keep=0.5, epochs=4, blocks=(1, 1, 1), widths=(4, 8, 8))
-    arguments = [str(source), "--batch", "2", "--repeats", "2", "--multiples", "1,8", "--out", str(tmp_path)]
-    assert saving_by_layer.main(arguments) == 0
+    options = ["--batch", "2", "--repeats", "2", "--multiples", "1,8", "--batches", "1,3", "--out"]
+    assert saving_by_layer.main([str(source), *options, str(tmp_path)]) == 0
     trace = read_trace(source)
     dense, pruned = trace.network_of(trace.epochs[0]), trace.final_network
     layers, steps = pd.read_csv(tmp_path / "layers.csv"), pd.read_csv(tmp_path / "steps.csv")
@@ -33,6 +33,22 @@ def test_both_tables_agree_with_the_trace(tmp_path: Path, capsys: pytest.Capture
     assert list(steps.training_macs) == [training_macs(n) for n in (dense, pruned, rounded(pruned, 8))]
     assert steps.time_left[0] == 1
     row = steps.iloc[1]
+    kinds = pd.read_csv(tmp_path / "kinds.csv")
+    left = layers.pruned_seconds.sum() / layers.dense_seconds.sum()
+    assert kinds.lost_share.sum() == pytest.approx(left - row.macs_left)
+    assert kinds.dense_macs.sum() == training_macs(dense)
+    overheads = pd.read_csv(tmp_path / "overheads.csv")
+    assert list(overheads.part) == ["recorder", "penalty", "data"] * 2
+    assert list(overheads.batch) == [1, 1, 1, 3, 3, 3]
+    assert (overheads[overheads.part == "data"].added_seconds > 0).all()
+    epochs = pd.read_csv(tmp_path / "epochs.csv").set_index("of")
+    wall_s = [epoch.time.wall_s for epoch in trace.epochs]
+    assert epochs.wall_seconds["all epochs"] == pytest.approx(sum(wall_s))
+    assert epochs.wall_seconds["last epoch"] == pytest.approx(wall_s[-1])
+    parts = epochs.filter(regex="_share$").drop(columns=["validation_share", "reconfigurations_share"])
+    assert parts.sum(axis=1).tolist() == pytest.approx([1.0, 1.0, 1.0])
+    changes_s = sum(event.duration_s for event in trace.reconfigurations)
+    assert epochs.reconfigurations_share["all epochs"] == pytest.approx(changes_s / sum(wall_s))
     assert row.saved_time_per_saved_macs == pytest.approx((1 - row.time_left) / (1 - row.macs_left))
     assert "saved_time_per_saved_macs" in capsys.readouterr().out
 
