@@ -73,11 +73,7 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
             if parameter is None or kept is None:
                 continue
             if id(parameter) not in successors:
-                new = nn.Parameter(take(parameter.detach(), kept), requires_grad=parameter.requires_grad)
-                if parameter.grad is not None:
-                    new.grad = take(parameter.grad, kept)
-                take_notes(parameter, new, kept)
-                successors[id(parameter)] = new
+                new = successors[id(parameter)] = narrowed(parameter, kept)
                 replacements.append(Replacement(parameter, new, kept))
             module._parameters[key] = successors[id(parameter)]
             touched.add(id(module))
@@ -103,10 +99,20 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
     return replacements
 
 
+def narrowed(parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> nn.Parameter:
+    """The kept part of a parameter, with that of its gradient and what was noted on it."""
+    new = nn.Parameter(take(parameter.detach(), kept), requires_grad=parameter.requires_grad)
+    if parameter.grad is not None:
+        new.grad = take(parameter.grad, kept)
+    take_notes(parameter, new, kept)
+    return new
+
+
 def take_notes(old: nn.Parameter, new: nn.Parameter, kept: Mapping[int, Tensor] | None) -> None:
     """What users and optimizers have noted on a parameter goes along: attributes, and hooks on its gradient.
 
-    Tensors of its shape are cut like it; where `kept` is not known they are left behind.
+    Tensors of its shape are cut like it; where `kept` is not known they are left behind. The hooks' table is the same
+    one, so that a handle that the user holds still removes its hook.
     """
     for name, value in vars(old).items():
         shaped = isinstance(value, Tensor) and value.shape == old.shape
@@ -114,10 +120,11 @@ def take_notes(old: nn.Parameter, new: nn.Parameter, kept: Mapping[int, Tensor] 
             setattr(new, name, value)
         elif kept is not None:
             setattr(new, name, take(value, kept))
-    for hook in (old._backward_hooks or {}).values():
-        new.register_hook(hook)  # type: ignore[no-untyped-call] # torch's gap
-    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
-        new.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call] # torch's gap
+    for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if hooks := getattr(old, table):
+            needs_gradient = new.requires_grad
+            setattr(new.requires_grad_(True), table, hooks)  # a tensor without a gradient takes none
+            new.requires_grad_(needs_gradient)
 
 
 def _compute_anew(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from ptsim.prune.cut import Replacement, sync_attributes, take, take_notes
+from ptsim.prune.cut import Replacement, narrowed, sync_attributes
 from ptsim.prune.groups import ChannelGroups, weight_GOIK
 from ptsim.prune.labels import CONVS
 from ptsim.prune.modules import Gathered, Scattered
@@ -90,11 +90,7 @@ def apply_gate(model: nn.Module, gate: Gate) -> list[Replacement]:
     assert isinstance(old, nn.Parameter), "a convolution's weight"
     width_in = old.shape[1]
     width_out = old.shape[0]
-    new = nn.Parameter(take(old.detach(), kept), requires_grad=old.requires_grad)
-    if old.grad is not None:
-        new.grad = take(old.grad, kept)
-    take_notes(old, new, kept)
-    module.weight = new
+    module.weight = new = narrowed(old, kept)
     sync_attributes(module)
     if gate.inputs is not None:
         parent = model.get_submodule(gate.layer.rpartition(".")[0])

@@ -279,6 +279,10 @@ def resolve(config: Config, *, device: str) -> Config:
     )
 
 
+# Beyond it torch's sizes overflow, or a machine has no threads and processes.
+_AT_MOST = {"epochs": MOST_EPOCHS, "image_size": 2**14, "crop_padding": 2**12, "num_threads": 4096, "num_workers": 4096}
+
+
 def _check(config: Config) -> None:
     """Bounds of single settings, then the rules between settings."""
     at_least_one = (
@@ -292,7 +296,11 @@ def _check(config: Config) -> None:
     for name in ("num_workers", "warmup_epochs", "seed", "finetune_epochs", "crop_padding"):
         value = getattr(config, name)
         _require(value is None or value >= 0, name, value, "at least 0")
-    _require(config.epochs <= MOST_EPOCHS, "epochs", config.epochs, f"at most {MOST_EPOCHS}")
+    for name, most in _AT_MOST.items():
+        value = getattr(config, name)
+        _require(value is None or value <= most, name, value, f"at most {most}")
+    for name in ("threshold", "lr_gamma", "weight_decay"):
+        _require(getattr(config, name) < float("inf"), name, getattr(config, name), "a finite number")
     _require(config.seed < 2**63, "seed", config.seed, "below 2**63")
     _require(0 <= config.penalty_ratio < 1, "penalty_ratio", config.penalty_ratio, "in [0, 1)")
     _require(0 < config.lr < float("inf"), "lr", config.lr, "positive")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -59,8 +60,8 @@ def make_settings(settings: Mapping[str, Any]) -> PruneSettings:
         value = getattr(made, name)
         if value is not None and value < 1:
             raise UsageError(f"setting {name!r} is {value}, expected at least 1")
-    if not made.threshold > 0:
-        raise UsageError(f"setting 'threshold' is {made.threshold}, expected positive")
+    if not 0 < made.threshold < math.inf:
+        raise UsageError(f"setting 'threshold' is {made.threshold}, expected a finite number above 0")
     return made
 
 

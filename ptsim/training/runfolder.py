@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import glob
 import os
 import shutil
@@ -31,7 +33,7 @@ from ptsim.training.recipe import Recipe, is_user_file, source_of
 from ptsim.training.recorder import TRACE
 from ptsim.usercode import digest, source_files
 
-_STALE_S = 60.0
+_STALE_S = 1.0  # by then a folder that is being made is locked
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 CODE = "code"  # the user's file that makes the network and what it imports from beside it, as the run began with them
 _OLDER_CODE = "model.py"  # the file alone
@@ -140,11 +142,13 @@ def make_run_folder(folder: Path, config: Config) -> None:
     refuse_used_folder(folder)
     with store.writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for stale in folder.parent.glob(f".{glob.escape(folder.name)}.*.unfinished"):
-            if time.time() - stale.stat().st_mtime > _STALE_S:  # left by a process that was killed just here
-                shutil.rmtree(stale, ignore_errors=True)
+        for unfinished in folder.parent.glob(f".{glob.escape(folder.name)}.*.unfinished"):
+            if _is_abandoned(unfinished):
+                shutil.rmtree(unfinished, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".unfinished", dir=folder.parent))
+        handle = os.open(unfinished, os.O_RDONLY)
         try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
             unfinished.chmod(0o777 & ~umask())
             write_whole(unfinished / CONFIG, to_toml(config))
             source = source_of(config.model)
@@ -157,6 +161,23 @@ def make_run_folder(folder: Path, config: Config) -> None:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another run was faster
                 refuse_used_folder(folder)
             raise
+        finally:
+            os.close(handle)
+
+
+def _is_abandoned(unfinished: Path) -> bool:
+    """Whether the process that was making the folder has died: the system has taken its lock away."""
+    try:
+        handle = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return time.time() - os.fstat(handle).st_mtime > _STALE_S
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
 
 
 def changed_config(folder: Path, changes: Mapping[str, Any]) -> Config:
@@ -186,9 +207,14 @@ def changed_config(folder: Path, changes: Mapping[str, Any]) -> Config:
 def update_config(folder: Path, config: Config) -> None:
     """Let the run folder hold the configuration with which the run goes on.
 
+    No other process may be doing so: what a killed one was writing is removed.
+
     Raises:
         TrainingError: it cannot be written.
     """
+    for torn in folder.glob(f".{CONFIG}.*"):
+        with contextlib.suppress(OSError):
+            torn.unlink()
     if recorded_config(folder) != config:
         with store.writing(folder / CONFIG):
             write_whole(folder / CONFIG, to_toml(config))

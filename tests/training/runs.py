@@ -59,6 +59,12 @@ def train_until_killed(folder: Path, changes: dict[str, Any], kill: tuple[str, i
         train(settings(**changes), out=folder)
 
 
+def train_in_own_group(folder: Path, changes: dict[str, Any]) -> None:
+    """Start or resume the run in `folder`, as the leader of a process group of its own."""
+    os.setsid()
+    train_until_killed(folder, changes, None)
+
+
 class _Killer:
     def __init__(self, function: str, count: int) -> None:
         self.function, self.left = function, count

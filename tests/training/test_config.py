@@ -1,3 +1,4 @@
+import math
 import tomllib
 import warnings
 
@@ -47,6 +48,12 @@ def test_an_unknown_setting_is_refused_by_name_with_the_close_one():
         ({"epochs": 5, "finetune_epochs": 5}, "leave no epoch of 5"),
         ({"max_batch": 64, "dynamic_batch": True}, "'max_batch' is 64, below the mini-batch of 128"),
         ({"schedule": "one_time", "reconfigure_epoch": 9, "epochs": 10, "finetune_epochs": 2}, "at most the 8 epochs"),
+        ({"crop_padding": 10**9}, "'crop_padding' is 1000000000, expected at most 4096"),
+        ({"image_size": 10**6}, "'image_size' is 1000000, expected at most 16384"),
+        ({"num_threads": 2**31}, "'num_threads' is 2147483648, expected at most"),
+        ({"num_workers": 10**6}, "'num_workers' is 1000000, expected at most"),
+        ({"threshold": math.inf}, "'threshold' is inf, expected a finite number"),
+        ({"weight_decay": math.inf}, "'weight_decay' is inf, expected a finite number"),
     ],
 )
 def test_a_wrong_value_is_one_sentence_with_value_and_bound(changes, message):

@@ -11,6 +11,7 @@ from torch import nn
 import ptsim
 from ptsim.errors import UsageError
 from ptsim.network import Precision
+from ptsim.prune.cut import narrowed
 from tests.training.test_other_loops import Around, Clock
 from tests.training.test_own_loop import (  # noqa: F401 # a fixture
     IMAGE,
@@ -215,15 +216,29 @@ def test_optimizers_of_named_parameters_keep_names_and_parameters_together():
 def test_hooks_and_notes_on_a_parameter_outlive_its_pruning():
     model = fresh()
     optimizer = sgd(model)
-    seen = []
+    seen, done = [], []
     model.down[0].weight.no_decay = True
-    model.down[0].weight.register_hook(lambda gradient: seen.append(tuple(gradient.shape)))
+    handle = model.down[0].weight.register_hook(lambda gradient: seen.append(tuple(gradient.shape)))
+    model.down[0].weight.register_post_accumulate_grad_hook(lambda weight: done.append(tuple(weight.grad.shape)))
     pruner = made(model, optimizer)
     assert train(pruner, model, optimizer, 2, images_and_labels())[-1].pruned
     seen.clear()
+    done.clear()
     train(pruner, model, optimizer, 1, images_and_labels())
-    assert seen == [tuple(model.down[0].weight.shape)] * 4
+    assert seen == done == [tuple(model.down[0].weight.shape)] * 4
     assert model.down[0].weight.no_decay
+    handle.remove()
+    train(pruner, model, optimizer, 1, images_and_labels())
+    assert (len(seen), len(done)) == (4, 8)
+
+
+def test_hooks_of_a_frozen_parameter_are_there_once_it_is_trained_again():
+    old = nn.Parameter(torch.ones(4, 2))
+    old.register_hook(lambda gradient: 3 * gradient)
+    new = narrowed(old.requires_grad_(False), {0: torch.tensor([0, 2])})
+    assert not new.requires_grad
+    new.requires_grad_(True).sum().backward()
+    assert torch.equal(new.grad, torch.full((2, 2), 3.0))
 
 
 def test_a_closure_that_adds_the_penalty_is_a_step():

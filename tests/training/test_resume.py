@@ -1,3 +1,4 @@
+import os
 import resource
 import signal
 
@@ -7,7 +8,8 @@ import pytest
 import ptsim
 from ptsim.errors import FileFormatError, TrainingError
 from ptsim.trace.schema import End, Epoch, Profile, Reconfiguration, Run, StepDistribution
-from tests.training.runs import servant, settings, train_until_killed
+from tests.training.kills import TINY, half_made, killed_at
+from tests.training.runs import servant, settings, train_in_own_group, train_until_killed
 
 # (function, n): SIGKILL at its n-th call. "" counts every Python call inside ptsim; all other names are places where
 # a run is in the middle of something. Each kill is followed by a resume, which is killed at the next.
@@ -93,6 +95,35 @@ def test_a_run_killed_at_more_than_twenty_moments_ends_bit_for_bit_like_one_that
         assert (folder / path).read_bytes() == (whole_run / path).read_bytes(), path
     assert _records(folder) == _records(whole_run)
     assert not list(folder.rglob(".*"))  # no remains of what was cut off
+
+
+def _started(folder):
+    process = servant().Process(target=train_in_own_group, args=(folder, TINY))
+    process.start()
+    return process
+
+
+@pytest.mark.slow
+def test_what_a_kill_before_the_first_checkpoint_leaves_is_gone_after_the_next_start(tmp_path):
+    """Killed from outside, as soon as what is in the folder has changed so often."""
+    killed, torn = 0, 0
+    for change in range(1, 7):
+        folder = tmp_path / str(change) / "run"
+        folder.parent.mkdir()
+        process = _started(folder)
+        there = killed_at(process.pid, lambda process=process: not process.is_alive(), folder, change)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        killed, torn = killed + (there is not None), torn + bool(half_made(folder))
+        for unfinished in folder.parent.glob(".run.*"):
+            os.utime(unfinished, (0, 0))  # it has to be older than a second
+        again = _started(folder)
+        again.join(timeout=120)
+        assert again.exitcode == 0
+        assert half_made(folder) == []
+        assert ptsim.read_trace(folder).complete
+    assert killed >= 3  # the others were faster than this loop looks
+    assert torn >= 1
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_last_record_still_gets_its_end(tmp_path, whole_run):
