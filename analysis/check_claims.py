@@ -5,7 +5,9 @@
 
 A claim with a trace or a table as its source is computed again from it; one whose source is a page must find its
 numbers there; one whose source is a test is checked by that test; one without a source cannot be checked here.
-A line of the README that quotes a percentage must link its claim, and all its numbers must stand in that claim.
+A paragraph or row of the README or of a page of docs that quotes a measured figure (a percentage, seconds, …) must link
+its claim, and all its numbers must stand in that claim. Pages that `[[page]]` lists say how their figures were made. A
+script that a command names must exist.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ from ptsim.textfile import read_toml, write_whole
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = ROOT / "docs" / "claims.toml"
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e-\d+)?")
+# A number with the unit of something measured; not part of a word, as the 100 of A100s.
+_UNIT = r"points?|ms|µs|s|h|seconds?|minutes?|hours?|kWh|[KMG]i?B"
+QUANTITY = re.compile(rf"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:\s?%|\s(?:{_UNIT})\b|[- ]times as\b)")
+SCRIPT = re.compile(r"\banalysis/\w+\.py\b")
 BLOCK = re.compile(r"(<!-- claims: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Figures = list[str]  # texts that must stand in the claim's value, such as "77 %"
@@ -45,6 +51,22 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     date: str
     source: str = ""
     seen: str = ""
+
+
+class Page(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A page whose figures are no claims: what they are, and how they were made."""
+
+    page: str
+    figures: str
+    command: str
+    machine: str
+    date: str
+    seen: str = ""
+
+
+def read_pages(path: Path = CLAIMS) -> tuple[Page, ...]:
+    """The pages that say of themselves where their figures come from."""
+    return msgspec.convert(read_toml(path).get("page", []), tuple[Page, ...])
 
 
 def read_claims(path: Path = CLAIMS) -> tuple[Claim, ...]:
@@ -307,6 +329,9 @@ def how_checked(claim: Claim) -> str:
 def wrong_claims(claims: tuple[Claim, ...], root: Path = ROOT) -> Iterator[str]:
     """One sentence for every figure that its source does not bear out."""
     for claim in claims:
+        for script in SCRIPT.findall(claim.command):
+            if not (root / script).is_file():
+                yield f"{claim.id}: its command names {script}, which is not there"
         if claim.source and not (root / claim.source).exists():
             yield f"{claim.id}: there is no {claim.source}"
         elif claim.id in CHECKS:
@@ -324,23 +349,47 @@ def numbers(text: str) -> set[str]:
     return {match.group().rstrip(",") for match in NUMBER.finditer(text)}
 
 
-def wrong_quotes(readme: str, claims: tuple[Claim, ...]) -> Iterator[str]:
-    """One sentence for every line of the README that quotes a percentage without a claim, or a number not in it."""
+def wrong_pages(claims: tuple[Claim, ...], pages: tuple[Page, ...], root: Path = ROOT) -> Iterator[str]:
+    """One sentence for every figure of the README and of docs/ that neither a claim nor its page accounts for."""
+    listed = {page.page for page in pages}
+    for page in pages:
+        if not (root / page.page).is_file():
+            yield f"{page.page} is listed and not there"
+        for script in SCRIPT.findall(page.command):
+            if not (root / script).is_file():
+                yield f"{page.page}: its command names {script}, which is not there"
+    yield from wrong_quotes((root / "README.md").read_text(encoding="utf-8"), claims)
+    made = {f"docs/{name}.md" for name in TABLES}
+    for path in sorted((root / "docs").glob("*.md")):
+        name = path.relative_to(root).as_posix()
+        if name not in listed | made:
+            for problem in wrong_quotes(path.read_text(encoding="utf-8"), claims, only_quantities=True):
+                yield f"{name}: {problem}"
+
+
+def wrong_quotes(page: str, claims: tuple[Claim, ...], *, only_quantities: bool = False) -> Iterator[str]:
+    """One sentence for every paragraph or row that quotes a measured figure without a claim, or a number not in it.
+
+    Code and quoted text are no claims of ours, and "90 % interval" says what an interval is. With `only_quantities`
+    a paragraph may have other numbers beside the measured ones.
+    """
     known = {claim.id: claim for claim in claims}
-    text = re.sub(r"^```.*?^```", "", readme, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`\n]*`|\"[^\"\n]*\"|90 %\s+intervals?", "", text)
     for block in re.split(r"\n\s*\n|\n(?=[|*-])", text):
         ids = re.findall(r"accuracy\.md#([\w-]+)", block)
-        if not ids and "%" not in block:
+        shown = re.sub(r"\]\([^)]*\)", "]", block)
+        quantities = {number for found in QUANTITY.findall(shown) for number in numbers(found)}
+        if not ids and not quantities:
             continue
         if not ids:
-            yield f"no claim is linked by: {block.strip()[:100]!r}"
+            yield f"no claim is linked by: {' '.join(block.split())[:100]!r}"
         elif unknown := [name for name in ids if name not in known]:
             yield f"no claim is called {unknown[0]!r}"
         else:
             said = numbers(" ".join(known[name].claim + " " + known[name].value for name in ids))
-            shown = re.sub(r"\]\([^)]*\)", "]", block)
-            for number in sorted(numbers(shown) - said):
-                yield f"{number} stands in no claim that this links: {block.strip()[:100]!r}"
+            for number in sorted((quantities if only_quantities else numbers(shown)) - said):
+                yield f"{number} stands in no claim that this links: {' '.join(block.split())[:100]!r}"
 
 
 def accuracy_table(claims: tuple[Claim, ...]) -> str:
@@ -356,11 +405,18 @@ def accuracy_table(claims: tuple[Claim, ...]) -> str:
 
 
 def evidence_table(claims: tuple[Claim, ...]) -> str:
-    """Claims with their sources."""
-    text = "\n| claim | value | source | how it is checked | seen before it was fixed |\n|---|---|---|---|---|\n"
+    """Claims with their sources, and the pages whose figures are none."""
+    text = "\n| claim | value | source | command | machine | date | how it is checked | seen before it was fixed |\n"
+    text += "|---|---|---|---|---|---|---|---|\n"
     for c in claims:
         source = f"`{c.source}`" if c.source else "–"
-        text += f"| [{c.id}](accuracy.md#{c.id}) | {c.value} | {source} | {how_checked(c)} | {c.seen or 'nothing'} |\n"
+        made = f"`{c.command}` | {c.machine} | {c.date} | {how_checked(c)} | {c.seen or 'nothing'}"
+        text += f"| [{c.id}](accuracy.md#{c.id}) | {c.value} | {source} | {made} |\n"
+    text += (
+        "\n| page | its figures | command | machine | date | seen before they were fixed |\n|---|---|---|---|---|---|\n"
+    )
+    for p in read_pages():
+        text += f"| `{p.page}` | {p.figures} | `{p.command}` | {p.machine} | {p.date} | {p.seen or 'nothing'} |\n"
     return text
 
 
@@ -378,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="fill the tables of docs/accuracy.md and docs/evidence.md")
     arguments = parser.parse_args(argv)
     claims = read_claims()
-    wrong = [*wrong_claims(claims), *wrong_quotes((ROOT / "README.md").read_text(encoding="utf-8"), claims)]
+    wrong = [*wrong_claims(claims), *wrong_pages(claims, read_pages())]
     for name in TABLES:
         path = ROOT / "docs" / f"{name}.md"
         page = path.read_text(encoding="utf-8")

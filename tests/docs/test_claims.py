@@ -52,3 +52,39 @@ def test_a_number_that_its_page_does_not_have_is_found(script: ModuleType, tmp_p
 )
 def test_a_percentage_in_the_readme_needs_a_claim_that_holds_it(script: ModuleType, line: str, wrong: bool) -> None:
     assert bool(list(script.wrong_quotes(line, (claim(script, value="3 %"),)))) == wrong
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("It takes 12 s.", True),
+        ("A run of 1.5 h and 0.9 kWh.", True),
+        ("It is 1.2 times as fast.", True),
+        ('Twice as fast on 8 A100s, with `--memory 40 GiB` or "8 GiB".', False),
+        ("Every answer has a 90 %\ninterval.", False),
+        ("It takes [3 %](accuracy.md#one), on 7 networks.", False),
+        ("It takes [4 %](accuracy.md#one).", True),
+    ],
+)
+def test_a_measured_figure_on_a_page_needs_a_claim_that_holds_it(script: ModuleType, line: str, wrong: bool) -> None:
+    found = list(script.wrong_quotes(line, (claim(script, value="3 %"),), only_quantities=True))
+    assert bool(found) == wrong
+
+
+def test_a_new_page_needs_claims_or_a_line_that_says_where_its_figures_come_from(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("nothing", encoding="utf-8")
+    (tmp_path / "docs" / "new.md").write_text("It takes 12 s.", encoding="utf-8")
+    common = {"figures": "times", "machine": "any", "date": "–"}
+    page = script.Page(page="docs/new.md", command="ptsim cost", **common)
+    gone = script.Page(page="docs/old.md", command="python analysis/none.py", **common)
+    assert [text.split(":")[0] for text in script.wrong_pages((), (), tmp_path)] == ["docs/new.md"]
+    assert list(script.wrong_pages((), (page,), tmp_path)) == []
+    assert len(list(script.wrong_pages((), (page, gone), tmp_path))) == 2
+
+
+def test_a_command_of_a_script_that_is_gone_is_found(script: ModuleType) -> None:
+    old = claim(script, value="3 %", command="python analysis/gone.py --all")
+    assert list(script.wrong_claims((old,))) == ["one: its command names analysis/gone.py, which is not there"]
