@@ -8,9 +8,11 @@ within physical bounds: `msgspec.convert(…, dec_hook=read_quantity)`; `enc_hoo
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 Dimension = Literal["bytes", "bytes_per_s", "flops_per_s", "seconds", "hertz", "watts", "joules", "usd_per_hour"]
 
@@ -139,36 +141,144 @@ def write_quantity(value: Any) -> str:
     return f"{float(value)!r} {value.unit}"
 
 
-def _scaled(value: float, step: float, names: tuple[str, ...]) -> str:
+class Scale(NamedTuple):
+    """A unit that numbers are shown in: how much one of it is, and the size from which on it is taken."""
+
+    unit: str
+    factor: float
+    least: float
+
+
+def _scales(*units: tuple[str, float]) -> tuple[Scale, ...]:
+    return tuple(Scale(unit=unit, factor=factor, least=factor) for unit, factor in units)
+
+
+@functools.cache
+def _counts(unit: str) -> tuple[Scale, ...]:
+    return _scales(*((prefix + unit, 1000.0**power) for power, prefix in zip(range(6, -1, -1), _COUNTING, strict=True)))
+
+
+_COUNTING = ("E", "P", "T", "G", "M", "k", "")
+
+# The units of every quantity, largest first, by the last word of the names that columns have for it.
+SCALES: Mapping[str, tuple[Scale, ...]] = {
+    "seconds": _scales(("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)),
+    "bytes": _scales(
+        ("PiB", 2.0**50), ("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)
+    ),
+    "joules": (
+        *_scales(("MWh", 3.6e9)),
+        Scale(unit="kWh", factor=3.6e6, least=3.6e5),  # from a tenth of one on: that is what one pays for
+        *_scales(("kJ", 1e3), ("J", 1.0)),
+    ),
+    "macs": _counts("MAC"),
+    "parameters": _scales(("million", 1e6), ("thousand", 1e3), ("", 1.0)),
+    "grams": _scales(("t", 1e6), ("kg", 1e3), ("g", 1.0)),
+    "watts": _scales(("W", 1.0)),
+    "usd": _scales(("USD", 1.0)),
+    "fraction": (Scale(unit="%", factor=0.01, least=0.0),),
+    "points": (Scale(unit="points", factor=1.0, least=0.0),),  # of percentages
+}
+_COUNTED = frozenset({"bytes", "macs", "parameters"})  # single ones are whole
+_MINUS = "\N{MINUS SIGN}"
+
+
+def scale_of(scales: Sequence[Scale], size: float) -> Scale:
+    """The unit in which amounts of about `size` are shown; of nothing, the one whose factor is 1."""
+    if size == 0:
+        return next((scale for scale in scales if scale.factor == 1.0), scales[-1])
+    return next((scale for scale in scales if size >= scale.least), scales[-1])
+
+
+def shown_number(quantity: str | None, value: float, factor: float = 1.0) -> str:
+    """The number in units of `factor`, without the unit: one rule for sentences, tables, figures and the command line.
+
+    Three significant digits with their zeros, but no digit before the point is left out and at most four come after it.
+    Shares, and points of percentages, have one digit after the point. Money has whole dollars from 100 on, cents below,
+    and two significant digits below one dollar. Counts, and what has no unit (`quantity` is None), are exact where they
+    are whole. The minus is a true one.
+    """
+    if quantity in ("fraction", "points"):
+        places = 1
+    elif quantity == "usd":
+        small = abs(value) < 99.995
+        places = max(2, _places(value, 2, most=8)) if small and value else _places(value, 3, most=0)
+    elif (quantity is None or (quantity in _COUNTED and factor == 1.0)) and float(value).is_integer():
+        places = 0
+    else:
+        places = _places(value / factor, 3, most=4)
+    return f"{value / factor:z,.{places}f}".replace("-", _MINUS)
+
+
+def _places(value: float, digits: int, *, most: int) -> int:
+    """How many digits after the point leave so many significant ones after rounding; from 0 to `most`."""
     if value == 0 or not math.isfinite(value):
-        return f"{value:g} {names[0]}"
-    power = min(max(int(math.log(abs(value), step)), 0), len(names) - 1)
-    if abs(round(value / step**power, 3)) >= step and power < len(names) - 1:
-        power += 1
-    return f"{value / step**power:.4g} {names[power]}"
+        return 0
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    if 0 < places <= most and round(abs(value), places) >= 10.0 ** (digits - places):  # 9.996 is shown as 10.0
+        places -= 1
+    return min(max(places, 0), most)
 
 
-def format_bytes(value: float) -> str:
-    """1536 → "1.5 KiB"."""
-    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+def format_quantity(
+    quantity: str, value: float, like: float | None = None, *, scales: Sequence[Scale] | None = None
+) -> str:
+    """The number and its unit, rounded as by `shown_number`.
+
+    Args:
+        quantity: one of `SCALES`.
+        value: in seconds, bytes, joules, grams, USD, or as a plain count or fraction.
+        like: an amount beside which the value is shown; the unit is that amount's.
+        scales: units other than the quantity's usual ones.
+    """
+    scales = scales or SCALES[quantity]
+    scale = scale_of(scales, abs(value if like is None else like))
+    text = shown_number(quantity, value, scale.factor)
+    position = scales.index(scale)
+    if like is None and position > 0:
+        larger = scales[position - 1]
+        rounded = float(text.replace(",", "").replace(_MINUS, "-"))
+        if abs(rounded) * scale.factor >= larger.least:  # 59.99 s are a minute
+            scale, text = larger, shown_number(quantity, value, larger.factor)
+    return f"{text} {scale.unit}".strip()
+
+
+def format_seconds(value: float, like: float | None = None) -> str:
+    """0.0021 → "2.10 ms"; 5400 → "1.50 h"; less than a nanosecond is rounding: "0 s"."""
+    return format_quantity("seconds", 0.0 if abs(value) < 1e-9 else value, like)
+
+
+def format_bytes(value: float, like: float | None = None) -> str:
+    """1536 → "1.50 KiB"."""
+    return format_quantity("bytes", value, like)
+
+
+def format_joules(value: float, like: float | None = None) -> str:
+    """7.2e6 → "2.00 kWh"."""
+    return format_quantity("joules", value, like)
 
 
 def format_count(value: float, unit: str = "") -> str:
-    """41_000_000, "MAC" → "41 MMAC"."""
-    return _scaled(value, 1000, tuple(p + unit for p in ("", "k", "M", "G", "T", "P", "E"))).strip()
+    """41_000_000, "MAC" → "41.0 MMAC"."""
+    return format_quantity("macs", value, scales=_counts(unit))
 
 
-def format_seconds(value: float) -> str:
-    """0.0021 → "2.1 ms"; 5400 → "1.5 h"."""
-    size = abs(value)
-    for unit, factor in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if size >= factor:
-            return f"{value / factor:.4g} {unit}"
-    return "0 s" if value == 0 else f"{value / 1e-9:.4g} ns"
+def percent(fraction: float) -> str:
+    """0.1234 → "12.3 %"."""
+    return format_quantity("fraction", fraction)
 
 
-def format_joules(value: float) -> str:
-    """7.2e6 → "2 kWh"; small energies stay in joules."""
-    if abs(value) >= 3.6e6:
-        return f"{value / 3.6e6:.4g} kWh"
-    return _scaled(value, 1000, ("J", "kJ", "MJ"))
+def format_bandwidth(bytes_per_s: float) -> str:
+    """As data sheets give it: 1.555e12 → "1,555 GB/s"."""
+    return f"{given_number(bytes_per_s / 1e9)} GB/s"
+
+
+def format_peak(flops_per_s: float) -> str:
+    """As data sheets give it: 19.5e12 → "19.5 TFLOP/s"."""
+    return f"{given_number(flops_per_s / 1e12)} TFLOP/s"
+
+
+def given_number(value: float) -> str:
+    """Four significant digits at most, none before the point left out, without zeros that nobody wrote."""
+    text = f"{value:,.{_places(value, 4, most=6)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -19,13 +19,12 @@ from ptsim.cli.reading import parse_gpus, refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import read_device_profile
-from ptsim.report.numbers import format_seconds, format_usd
 from ptsim.setting import PrecisionName, Sharding
 from ptsim.sim.budget import unlimited
 from ptsim.sim.options import GradientFormat, MiniBatch, Options, Scaling
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
-from ptsim.units import MIB, format_bytes, format_joules
+from ptsim.units import MIB, format_bytes, format_joules, format_seconds, shown_number
 
 _NAMED = ("mixed_devices", "link_bandwidth", "link_latency_s")  # options whose parts are names of devices or links
 _AS_RECORDED = Options()
@@ -218,9 +217,9 @@ def _print_tables(projections: list[RunProjection]) -> None:
             )
             resources.add_row(
                 f"{p.gpus:,}",
-                f"{p.gpu_hours:.3g}",
+                shown_number(None, p.gpu_hours),
                 "–" if p.energy_j is None else format_joules(p.energy_j),
-                "–" if p.cost_usd is None else format_usd(p.cost_usd).removesuffix(" USD"),
+                "–" if p.cost_usd is None else shown_number("usd", p.cost_usd),
                 format_bytes(p.allreduce_bytes_per_gpu),
                 format_bytes(max(epoch.peak_memory_bytes for epoch in p.epochs)),
                 str(p.tier),

@@ -23,8 +23,8 @@ from ptsim.cli.common import print_json, progress_console, say, stdout_console
 from ptsim.cli.options import Json
 from ptsim.cli.simulate import interval
 from ptsim.errors import UsageError
-from ptsim.report.numbers import format_seconds
 from ptsim.trace.io import trace_name
+from ptsim.units import format_seconds
 
 SHOWN = 200  # rows of the table; all are in the file
 

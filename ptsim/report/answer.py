@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import msgspec
 import pandas as pd
@@ -11,26 +10,8 @@ import pandas as pd
 from ptsim.answers.validate import Validation
 from ptsim.costs.tiers import tier_row
 from ptsim.report.frames import averaged
-from ptsim.report.numbers import (
-    format_bytes,
-    format_grams,
-    format_joules,
-    format_macs,
-    format_number,
-    format_seconds,
-    format_usd,
-    percent,
-    percent_range,
-    upper,
-)
 from ptsim.trace.pairs import PACE_TOLERANCE
-
-
-class Show(Protocol):
-    """A number of one quantity as text (`report.numbers`), in the unit of `like`."""
-
-    def __call__(self, value: float, like: float | None = None, /) -> str:
-        """Three significant digits and the unit."""
+from ptsim.units import format_bytes, format_quantity, format_seconds, percent
 
 
 class Tile(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +57,7 @@ def checked(validation: Validation | None, unchecked: str) -> str:
     return (
         " On the machine that recorded the runs, the same method is wrong by "
         f"{percent(validation.epoch_mape)} per epoch on average"
-        + (f", and by {points:.1f} points for the saving." if points is not None else ".")
+        + (f", and by {format_quantity('points', points)} for the saving." if points is not None else ".")
     )
 
 
@@ -106,18 +87,17 @@ def projected_answer(
     best = fastest(savings, gpus)
     run = runs[runs.run == best.run].iloc[0]
     settings = candidates(savings, gpus).setting.nunique()
-    name = best.setting if settings > 1 else "pruning while training"
+    name = "pruning while training" if settings == 1 and best.shrank else best.setting
     emphasis, rest = _verdict(best)
     origin = f"projected{_of_planned(run)}; times: {tier_row(best.tier).label}"
     tiles = [
         *_saving_tiles(best, origin),
-        *_quality_tiles(run, best),
+        *_quality_tiles(runs, best),
         *_measured_tiles(measured, best.setting),
         *_bytes_tiles(best, gpus),
     ]
     return Answer(
-        before=f"{_planned(run)}Training {run.model} on {run.dataset} with {gpus:,} × {best.device} ({best.cluster}): "
-        f"{name} ",
+        before=f"{_task(run, best.epochs)} with {gpus:,} × {best.device} ({best.cluster}): {name} ",
         emphasis=emphasis,
         after=rest + _accuracy(best) + ".",
         tiles=tuple(tiles),
@@ -126,16 +106,19 @@ def projected_answer(
         + _repeats(best, run)
         + _batch_caveat(run, gpus, int(best.first_batch_per_gpu)),
         notices=tuple(notices),
-        why=tuple(why(excess)) if not excess.empty else (),
+        why=tuple(_why(excess, best)) if not excess.empty else (),
     )
 
 
 def candidates(savings: pd.DataFrame, gpus: int) -> pd.DataFrame:
-    """The comparisons that the head chooses from on `gpus` GPUs: those that shrank while they trained, if any did.
+    """The comparisons that the head chooses from on `gpus` GPUs: of the first network and data on the page.
 
-    A run that is pruned at its end can only save at inference.
+    Those that shrank while they trained, if any did; a run that is pruned at its end can only save at inference.
     """
-    rows = savings[savings.gpus == gpus]
+    first = savings.iloc[0]
+    rows: pd.DataFrame = savings[
+        (savings.gpus == gpus) & (savings.model == first.model) & (savings.dataset == first.dataset)
+    ]
     return rows[rows.shrank] if rows.shrank.any() else rows
 
 
@@ -144,8 +127,10 @@ def fastest(savings: pd.DataFrame, gpus: int) -> pd.Series:
     return averaged(candidates(savings, gpus), ["setting"]).sort_values("pruned_seconds").iloc[0]
 
 
-def _planned(run: pd.Series) -> str:
-    return "Planned, not trained. " if run.origin == "planned" else ""
+def _task(run: pd.Series, epochs: float) -> str:
+    planned = "Planned, not trained. " if run.origin == "planned" else ""
+    length = "1 epoch" if epochs == 1 else f"{int(epochs):,} epochs"
+    return f"{planned}Training {run.model} on {run.dataset} for {length}"
 
 
 def _of_planned(run: pd.Series) -> str:
@@ -155,53 +140,54 @@ def _of_planned(run: pd.Series) -> str:
 _OPEN = 0.0005  # shares of the dense time that are no difference on the page
 
 
-def _is_open(best: pd.Series) -> bool:
-    return bool(best.saved_fraction_low <= 0 <= best.saved_fraction_high and abs(best.saved_fraction) >= _OPEN)
-
-
 def _verdict(best: pd.Series) -> tuple[str, str]:
     """What to set in bold, and what follows: time with its interval, then money with its own."""
     like = _unit(best, "seconds")
     dense = format_seconds(best.dense_seconds)
+    interval = _interval(best, "seconds")
     if abs(best.saved_fraction) < _OPEN:
-        return f"takes as long as dense training, {dense}", ""
+        return f"takes as long as dense training, {dense}", f" ({interval})"
     saves = best.saved_fraction > 0
-    share = percent(abs(best.saved_fraction))
-    interval = _interval(best, "seconds", format_seconds)
     if saves:
         text = f"saves {format_seconds(best.saved_seconds, like)} of {dense}"
     else:
         text = f"takes {format_seconds(-best.saved_seconds, like)} longer than the {dense} of dense training"
-    rest = f" ({share}; {interval})"
-    if pd.notna(best.get("saved_usd")):
-        money = _interval(best, "usd", format_usd)
-        rest += f" and {'saves' if saves else 'costs'} {format_usd(abs(best.saved_usd), _unit(best, 'usd'))} "
-        rest += f"{'of' if saves else 'on top of'} {format_usd(best.dense_usd)} ({money})"
+    rest = f" ({percent(abs(best.saved_fraction))}; {interval})"
+    if pd.notna(best.get("saved_usd")) and best.dense_usd > 0:
+        money = format_quantity("usd", abs(best.saved_usd))
+        rest += f" and {'saves' if saves else 'costs'} {money} {'of' if saves else 'on top of'} "
+        rest += f"{format_quantity('usd', best.dense_usd)} ({_interval(best, 'usd')})"
     return text, rest
 
 
 def _accuracy(best: pd.Series) -> str:
     if pd.isna(best.get("accuracy_change")):
         return ""
-    return f"; validation accuracy {100 * best.pruned_accuracy:.1f} % instead of {100 * best.dense_accuracy:.1f} %"
+    return f"; validation accuracy {percent(best.pruned_accuracy)} instead of {percent(best.dense_accuracy)}"
 
 
 def _certainty(best: pd.Series, settings: int) -> str:
-    word = "saving" if best.saved_fraction > 0 else "loss"
     low, high = best.saved_fraction_low, best.saved_fraction_high
-    if best.saved_fraction < 0:
-        low, high = -high, -low
-    return (
-        f"In 9 of 10 such comparisons the {word} lies between {percent_range(low, high)} of the dense time"
-        + (f": whether there is a {word} at all is open. " if _is_open(best) else ". ")
-        + upper(tier_row(best.tier).explanation)
-        + "."
-        + (
-            f" Of {settings} settings that shrink in training, the fastest there is shown: {best.setting}."
-            if settings > 1
-            else ""
+    if low < 0 < high:
+        text = (
+            f"In 9 of 10 such comparisons the result lies between a loss of {percent(-low)} and a saving of "
+            f"{percent(high)} of the dense time: whether pruning saves time here is open. "
         )
-    )
+    else:
+        ends = sorted((abs(low), abs(high)))
+        text = (
+            f"In 9 of 10 such comparisons the {'saving' if high > 0 else 'loss'} lies between {percent(ends[0])} and "
+            f"{percent(ends[1])} of the dense time. "
+        )
+    text += upper(tier_row(best.tier).explanation) + "."
+    if settings > 1:
+        text += f" Of {settings} settings that shrink in training, the fastest there is shown: {best.setting}."
+    return text
+
+
+def upper(sentence: str) -> str:
+    """The sentence with a capital first letter; the rest stays."""
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _repeats(best: pd.Series, run: pd.Series) -> str:
@@ -220,33 +206,26 @@ def _saving_tiles(best: pd.Series, origin: str) -> Iterator[Tile]:
     surgery = ""
     if abs(changing) > 0.1 * abs(best.saved_seconds):
         surgery = f"; starting and reconfiguring {'cost' if changing < 0 else 'save'} {format_seconds(abs(changing))}"
-    yield _saving_tile(best, "Time", "seconds", format_seconds, origin, after=surgery)
+    yield _saving_tile(best, "Time", "seconds", origin, after=surgery)
     if pd.notna(best.get("saved_usd")):
-        price = f" at {best.price_usd_per_gpu_hour:.2f} USD per GPU-hour"
-        yield _saving_tile(best, "Money", "usd", format_usd, origin, where=price)
+        price = f" at {format_quantity('usd', best.price_usd_per_gpu_hour)} per GPU-hour"
+        yield _saving_tile(best, "Money", "usd", origin, where=price)
     if pd.notna(best.get("saved_joules")):
-        yield _saving_tile(best, "Energy", "joules", format_joules, origin, where=", GPU boards")
+        yield _saving_tile(best, "Energy", "joules", origin, where=", GPU boards")
     if pd.notna(best.get("saved_co2_grams")):
         grid = f" at {best.grid_grams_per_kwh:g} g per kWh"
-        yield _saving_tile(best, "CO\u2082", "co2_grams", format_grams, origin, where=grid)
+        yield _saving_tile(best, "CO\u2082", "co2_grams", origin, where=grid)
 
 
-def _saving_tile(
-    best: pd.Series,
-    what: str,
-    quantity: str,
-    show: Show,
-    origin: str,
-    *,
-    where: str = "",
-    after: str = "",
-) -> Tile:
+def _saving_tile(best: pd.Series, what: str, column: str, origin: str, *, where: str = "", after: str = "") -> Tile:
     """The saving of one quantity, by the name that the columns of `projected.savings_frame` have for it."""
-    saved, dense, pruned = (best[f"{which}_{quantity}"] for which in ("saved", "dense", "pruned"))
+    quantity = column.rpartition("_")[2]
+    saved, dense, pruned = (best[f"{which}_{column}"] for which in ("saved", "dense", "pruned"))
     return Tile(
         name=f"{what} {'saved' if saved >= 0 else 'lost'}",
-        value=show(abs(saved), _unit(best, quantity)),
-        detail=f"{show(pruned, dense)} instead of {show(dense)}{where}; {_interval(best, quantity, show)}{after}",
+        value=format_quantity(quantity, abs(saved), _unit(best, column)),
+        detail=f"{format_quantity(quantity, pruned, dense)} instead of {format_quantity(quantity, dense)}{where}; "
+        f"{_interval(best, column)}{after}",
         origin=origin,
     )
 
@@ -254,25 +233,23 @@ def _saving_tile(
 _SMALL = 0.05  # a smaller share of the dense run has a unit of its own
 
 
-def _unit(best: pd.Series, quantity: str) -> float:
+def _unit(best: pd.Series, column: str) -> float:
     """The amount whose unit a saving and its interval have: the dense run's, or their own where they are small."""
-    dense = best[f"dense_{quantity}"]
-    largest = best[[f"saved_{quantity}", f"saved_{quantity}_low", f"saved_{quantity}_high"]].abs().max()
+    dense = best[f"dense_{column}"]
+    largest = best[[f"saved_{column}", f"saved_{column}_low", f"saved_{column}_high"]].abs().max()
     return float(dense if largest >= _SMALL * dense else largest)
 
 
-def _interval(best: pd.Series, quantity: str, show: Show) -> str:
-    saved, low, high = (best[f"saved_{quantity}{end}"] for end in ("", "_low", "_high"))
-    return _between(show, saved, low, high, _unit(best, quantity))
-
-
-def _between(show: Show, value: float, low: float, high: float, like: float) -> str:
-    """The 90 % interval of a saving, or of a loss, in words, in the unit of `like`; or that there is none."""
+def _interval(best: pd.Series, column: str) -> str:
+    """The 90 % interval of a saving or a loss, in the unit of `_unit`; says which end is which where it holds zero."""
+    low, high = (best[f"saved_{column}{end}"] for end in ("_low", "_high"))
+    quantity, like = column.rpartition("_")[2], _unit(best, column)
     if pd.isna(low) or pd.isna(high):
         return "no interval"
-    if value < 0:
-        low, high = -high, -low
-    return f"90 % interval {show(low, like)} to {show(high, like)}"
+    ends = [format_quantity(quantity, abs(end), like) for end in (low, high)]
+    if low < 0 < high:
+        return f"90 % interval from {ends[0]} lost to {ends[1]} saved"
+    return f"90 % interval {' to '.join(ends if high > 0 else reversed(ends))}"
 
 
 def _measured_tiles(measured: pd.DataFrame, setting: str) -> Iterator[Tile]:
@@ -360,6 +337,14 @@ _LAUNCH_REASONS = {
 }
 
 
+def _why(excess: pd.DataFrame, best: pd.Series) -> Iterator[str]:
+    """`why` of the shown run; where the head averages repeats, the first sentence says which of them this is."""
+    reasons = why(excess)
+    if best.num_runs > 1:
+        yield f"Of the {best.num_runs} runs, “{best.run}” is looked into here. {next(reasons)}"
+    yield from reasons
+
+
 def dense_answer(
     projections: pd.DataFrame,
     runs: pd.DataFrame,
@@ -370,46 +355,60 @@ def dense_answer(
     unchecked: str = "",
 ) -> Answer:
     """The answer where nothing was pruned: what training takes on `gpus` GPUs; `unchecked`: why without validation."""
-    row = averaged(projections[projections.gpus == gpus], ["setting"]).sort_values("total_seconds").iloc[0]
+    first = projections.iloc[0]
+    rows = projections[
+        (projections.gpus == gpus) & (projections.model == first.model) & (projections.dataset == first.dataset)
+    ]
+    row = averaged(rows, ["setting"]).sort_values("total_seconds").iloc[0]
     run = runs[runs.run == row.run].iloc[0]
     origin = f"projected{_of_planned(run)}; times: {tier_row(row.tier).label}"
     tiles = [
         Tile(
             name="GPU time",
-            value=f"{format_number(row.total_seconds * gpus / 3600)} GPU-h",
+            value=_gpu_time(row.total_seconds * gpus),
             detail=f"{gpus:,} GPUs for {format_seconds(row.total_seconds)}" if gpus > 1 else "one GPU",
             origin=origin,
         )
     ]
-    quantities: tuple[tuple[str, str, str, Show], ...] = (
-        ("Money", "cost_usd", "for the whole run", format_usd),
-        ("Energy", "energy_joules", "all GPU boards, whole run", format_joules),
-        ("CO\u2082", "co2_grams", "all GPU boards, whole run", format_grams),
+    quantities = (
+        ("Money", "cost_usd", "for the whole run"),
+        ("Energy", "energy_joules", "all GPU boards, whole run"),
+        ("CO\u2082", "co2_grams", "all GPU boards, whole run"),
     )
-    for name, column, detail, show in quantities:
+    for name, column, detail in quantities:
         if pd.notna(row.get(column)):
-            interval = _between(show, row[column], row[f"low_{column}"], row[f"high_{column}"], row[column])
-            tiles.append(Tile(name=name, value=show(row[column]), detail=f"{detail}; {interval}", origin=origin))
-    if pd.notna(run.final_accuracy):
+            value = format_quantity(column.rpartition("_")[2], row[column])
+            tiles.append(Tile(name=name, value=value, detail=f"{detail}; {_ends(row, column)}", origin=origin))
+    if pd.notna(row.accuracy):
+        which = f"{row.num_runs} runs" if row.num_runs > 1 else "1 run"
+        detail = "of the recorded runs, mean" if row.num_runs > 1 else "of the recorded run"
         tiles.append(
-            Tile(
-                name="Validation accuracy",
-                value=f"{100 * run.final_accuracy:.1f} %",
-                detail="of the recorded run",
-                origin="measured, 1 run",
-            )
+            Tile(name="Validation accuracy", value=percent(row.accuracy), detail=detail, origin=f"measured, {which}")
         )
-    interval = _between(format_seconds, row.total_seconds, row.low_seconds, row.high_seconds, row.total_seconds)
     return Answer(
-        before=f"{_planned(run)}Training {run.model} on {run.dataset} with {gpus:,} × {row.device} ({row.cluster}) ",
+        before=f"{_task(run, row.epochs)} with {gpus:,} × {row.device} ({row.cluster}) ",
         emphasis=f"takes {format_seconds(row.total_seconds)}",
-        after=f" ({interval}). No pruned run was given, so there is no saving to report.",
+        after=f" ({_ends(row, 'seconds', 'total_seconds')}). No pruned run was given, so there is no saving to report.",
         tiles=tuple(tiles),
         certainty=f"In 9 of 10 such projections the time lies in its interval. {upper(tier_row(row.tier).explanation)}."
         + checked(validation, unchecked)
         + _batch_caveat(run, gpus, int(row.first_batch_per_gpu)),
         notices=tuple(notices),
     )
+
+
+def _gpu_time(seconds: float) -> str:
+    number, unit = format_seconds(seconds).split(" ")
+    return f"{number} GPU-{unit}"
+
+
+def _ends(row: pd.Series, column: str, shown: str | None = None) -> str:
+    """The 90 % interval of a projected quantity, in the unit of the quantity itself."""
+    low, high, like = row[f"low_{column}"], row[f"high_{column}"], row[shown or column]
+    if pd.isna(low) or pd.isna(high):
+        return "no interval"
+    quantity = column.rpartition("_")[2]
+    return f"90 % interval {format_quantity(quantity, low, like)} to {format_quantity(quantity, high, like)}"
 
 
 def recorded_answer(runs: pd.DataFrame, notices: Sequence[str]) -> Answer:
@@ -437,27 +436,22 @@ def _batch_caveat(run: pd.Series, gpus: int, batch_per_gpu: int) -> str:
     )
 
 
-def _quality_tiles(run: pd.Series, best: pd.Series) -> Iterator[Tile]:
-    runs = f"measured, {best.num_runs} {'run' if best.num_runs == 1 else 'runs'}"
-    if pd.notna(best.get("accuracy_change")):
-        yield Tile(
-            name="Validation accuracy",
-            value=f"{100 * best.pruned_accuracy:.1f} %",
-            detail=f"{100 * best.accuracy_change:+.1f} points against dense".replace("-", "\u2212"),
-            origin=runs,
-        )
-    elif pd.notna(run.final_accuracy):
-        yield Tile(
-            name="Validation accuracy",
-            value=f"{100 * run.final_accuracy:.1f} %",
-            detail="no dense run was recorded to compare with",
-            origin=runs,
-        )
-    before = "" if run.judged else "; the accuracy is that of the network before its last pruning"
+def _quality_tiles(runs: pd.DataFrame, best: pd.Series) -> Iterator[Tile]:
+    """Accuracy and inference cost of what training gives: means over the repeats of the setting."""
+    rows = runs[runs.setting == best.setting]
+    measured = f"measured, {best.num_runs} {'run' if best.num_runs == 1 else 'runs'}"
+    if pd.notna(best.get("pruned_accuracy")):
+        detail = "no dense run was recorded to compare with"
+        if pd.notna(best.accuracy_change):
+            change = format_quantity("points", 100 * best.accuracy_change)
+            detail = f"{'+' if best.accuracy_change >= 0 else ''}{change} against dense"
+        yield Tile(name="Validation accuracy", value=percent(best.pruned_accuracy), detail=detail, origin=measured)
+    first, last = rows.first_inference_macs_per_image.mean(), rows.last_inference_macs_per_image.mean()
+    before = "" if rows.judged.all() else "; the accuracy is that of the network before its last pruning"
     yield Tile(
         name="Inference cost of the result",
-        value=percent(run.last_inference_macs_per_image / run.first_inference_macs_per_image),
-        detail=f"of dense: {format_macs(run.last_inference_macs_per_image, run.first_inference_macs_per_image)} "
-        f"instead of {format_macs(run.first_inference_macs_per_image)} per image{before}",
+        value=percent(last / first),
+        detail=f"of dense: {format_quantity('macs', last, first)} instead of {format_quantity('macs', first)} per "
+        f"image{before}",
         origin="counted",
     )

@@ -11,6 +11,7 @@ import msgspec
 import pandas as pd
 
 from ptsim.answers.validate import Validation, validate
+from ptsim.costs.memory import usable_bytes
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import cluster_names, load_cluster, match_device
 from ptsim.hardware.spec import Cluster
@@ -33,6 +34,7 @@ from ptsim.trace.pairs import (
     run_labels,
 )
 from ptsim.trace.trace import Trace
+from ptsim.units import format_bytes, percent
 
 UNCHECKED = "The prediction could not be checked on the runs themselves; “Predicted against measured” says why."
 FALLBACK_CLUSTER = "dgx-a100"  # where nothing is known about the recording device
@@ -150,6 +152,7 @@ def make_report(
         validation=validation,
         unchecked=reason,
     )
+    notices += _does_not_fit(facts)
     if facts.savings.empty:
         head = answer.dense_answer(
             facts.projections, facts.recorded, facts.focus, validation, notices, unchecked=unchecked
@@ -214,8 +217,15 @@ def _sizes(cluster: Cluster, gpus: Sequence[int] | None) -> list[int]:
 
 
 def _title(runs: Sequence[Trace]) -> str:
-    tasks = list(dict.fromkeys(f"{model_name(trace)} on {data_name(trace)}" for trace in runs))
-    return f"What it costs to train {tasks[0] if len(tasks) == 1 else f'{len(tasks)} networks'}"
+    tasks = _tasks(runs)
+    networks = len({model_name(trace) for trace in runs})
+    several = f"{networks} networks" if networks > 1 else f"{model_name(runs[0])} on {len(tasks)} data sets"
+    return f"What it costs to train {tasks[0] if len(tasks) == 1 else several}"
+
+
+def _tasks(runs: Sequence[Trace]) -> list[str]:
+    """Every network with its data, in the order of the runs."""
+    return list(dict.fromkeys(f"{model_name(trace)} on {data_name(trace)}" for trace in runs))
 
 
 def _byline(runs: Sequence[Trace]) -> str:
@@ -245,9 +255,14 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
     planned_labels = [label for label, trace in zip(run_labels(runs), runs, strict=True) if trace.is_planned]
     if planned_labels:
         which = "all runs" if len(planned_labels) == len(runs) else "; ".join(planned_labels)
+        pruned = any(trace.is_planned and trace.is_pruned for trace in runs)
         notices.append(
-            f"Planned, not trained: {which}. Accuracy is not known, and how the pruned ones shrink is assumed."
+            f"Planned, not trained: {which}. Accuracy is not known"
+            + (", and how the pruned ones shrink is assumed." if pruned else ".")
         )
+    tasks = _tasks(runs)
+    if len(tasks) > 1:
+        notices.append(f"This page holds runs of {len(tasks)} tasks; its head is about one, the tables show all.")
     notices += [
         f"{label}: recorded on {device_name(trace)}, here with {trace.run.assumed[-1].what}."
         for label, trace in zip(run_labels(runs), runs, strict=True)
@@ -270,9 +285,23 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
         speed = pace(comparison)
         if speed is not None and abs(speed - 1) > PACE_TOLERANCE:
             notices.append(
-                f"{comparison.label}: the same unpruned network took {100 * abs(speed - 1):.0f} % "
+                f"{comparison.label}: the same unpruned network took {percent(abs(speed - 1))} "
                 f"{'less' if speed < 1 else 'more'} time in this run than in {comparison.baseline_label}, so the "
                 "machine ran at another speed: their measured times do not compare."
+            )
+    return notices
+
+
+def _does_not_fit(facts: Facts) -> list[str]:
+    """Which runs need more memory than a GPU of the page's cluster has."""
+    projector, notices = facts.projector, []
+    usable = usable_bytes(projector.device)
+    for run in facts.labelled:
+        needed = max(epoch.needed_memory_bytes for epoch in projector.run(run.trace, facts.focus).epochs)
+        if needed > usable:
+            notices.append(
+                f"{run.label}: a step needs up to {format_bytes(needed)}, and a process on the {projector.device.name} "
+                f"can have {format_bytes(usable)}: it would not fit."
             )
     return notices
 
@@ -297,4 +326,5 @@ def summary(report: Report) -> dict[str, Any]:
         "savings": records(report.savings),
         "scenarios": records(report.scenarios),
         "break_even": records(report.break_even),
+        "tables": {table.name: records(table.frame) for section in report.sections for table in section.tables},
     }

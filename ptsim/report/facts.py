@@ -6,6 +6,7 @@ Figures and sections take these `Facts` and pick the tables that they show.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -69,8 +70,24 @@ class Facts:
 
     @functools.cached_property
     def epochs(self) -> pd.DataFrame:
-        """`frames.costs_frame`, the measured and counted quantities of every epoch."""
-        return frames.costs_frame(self.traces)
+        """`frames.costs_frame`, the measured and counted quantities of every epoch, and `projected_memory_bytes`.
+
+        That is what a step takes at most on the page's cluster and number of GPUs. `estimated_memory_bytes` is of the
+        device that recorded the run, and missing where none did.
+        """
+        costs = frames.costs_frame(self.traces)
+        if costs.empty or not self.is_projected:
+            return costs
+        there = {
+            (run.label, epoch.epoch): float(epoch.peak_memory_bytes)
+            for run in self.labelled
+            for epoch in self.projector.run(run.trace, self.focus).epochs
+        }
+        projected_bytes = [there.get(key, math.nan) for key in zip(costs.run, costs.epoch, strict=True)]
+        return costs.assign(
+            projected_memory_bytes=projected_bytes,
+            estimated_memory_bytes=costs.estimated_memory_bytes.where(costs.device_kind != "none"),
+        )
 
     @functools.cached_property
     def measured_savings(self) -> pd.DataFrame:

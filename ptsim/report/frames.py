@@ -120,7 +120,7 @@ def costs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
 
 
 def trained_architectures(epochs: pd.DataFrame) -> pd.DataFrame:
-    """One row per run, architecture and mini-batch of `costs_frame`: from which epoch to which, and what they cost."""
+    """One row per run, architecture and mini-batch of `Facts.epochs`: from which epoch to which, and what they cost."""
     grouped = epochs.groupby(["run", "architecture", "batch_per_gpu"], sort=False)
     return grouped.agg(
         first_epoch=("epoch", "min"),
@@ -131,6 +131,7 @@ def trained_architectures(epochs: pd.DataFrame) -> pd.DataFrame:
         bn_bytes_per_image=("bn_bytes_per_image", "first"),
         peak_memory_bytes=("peak_memory_bytes", "max"),
         estimated_memory_bytes=("estimated_memory_bytes", "first"),
+        projected_memory_bytes=("projected_memory_bytes", "first"),
         epoch_allreduce_bytes=("allreduce_payload_bytes", "first"),
         epoch_seconds=("wall_seconds", "median"),
     ).reset_index()

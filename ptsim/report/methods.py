@@ -17,7 +17,7 @@ from ptsim.report.tables import Table, make_table
 from ptsim.sim.options import Options
 from ptsim.trace.pairs import data_name, device_name, model_name, run_labels
 from ptsim.trace.trace import Trace
-from ptsim.units import format_bytes, format_seconds
+from ptsim.units import format_bandwidth, format_bytes, format_peak, format_quantity, format_seconds, percent
 
 COUNTING = (
     (
@@ -59,14 +59,16 @@ Row = dict[str, str]
 
 def assumptions_table(facts: Facts) -> Table:
     """What every projected number rests on: where each time comes from, and the source of each constant."""
-    runs, projector, gpus = facts.labelled, facts.projector, facts.focus
-    rows = [
-        *_planned_rows(runs),
-        *_tier_rows(runs, projector, gpus),
-        *_network_rows(projector.cluster),
-        *_device_rows(projector.device, {str(run.trace.run.precision) for run in runs}),
-        *_option_rows(projector),
-    ]
+    runs = facts.labelled
+    precisions = {str(run.trace.run.precision) for run in runs}
+    rows = [*_planned_rows(runs), *_tier_rows(runs, facts.projector, facts.focus)]
+    for projector in facts.projectors:
+        cluster = projector.cluster
+        of = [*_network_rows(cluster), *_device_rows(projector.device, precisions), *_price_rows(projector)]
+        if len(facts.projectors) > 1:
+            of = [row | {"what": f"{cluster.name}: {row['what']}"} for row in of]
+        rows += of
+    rows += _option_rows(facts.projector)
     return make_table(specs.ASSUMPTIONS, pd.DataFrame(rows))
 
 
@@ -121,22 +123,32 @@ def _network_rows(cluster: Cluster) -> Iterator[Row]:
     ):
         if link is not None:
             latency = f", {format_seconds(link.latency_s)}" if link.latency_s is not None else ""
-            value = f"{link.name}, {link.bandwidth_bytes_per_s / 1e9:.4g} GB/s{latency}"
+            value = f"{link.name}, {format_bandwidth(link.bandwidth_bytes_per_s)}{latency}"
             yield _row(name, value, _source(cluster.sources, field))
     for measured in cluster.tables:
-        jitter = f"{100 * measured.relative_jitter:.0f} %"
+        jitter = percent(measured.relative_jitter)
         value = f"measured table, {len(measured.size_bytes)} sizes, jitter {jitter}"
         yield _row(f"all-reduce on {format_gpus(measured.num_gpus)}", value, measured.source)
 
 
 def _device_rows(device: Device, precisions: set[str]) -> Iterator[Row]:
     yield _row(f"{device.name}: memory", format_bytes(device.memory_bytes), _source(device.sources, "memory"))
-    bandwidth = f"{device.memory_bandwidth_bytes_per_s / 1e9:,.0f} GB/s"
+    bandwidth = format_bandwidth(device.memory_bandwidth_bytes_per_s)
     yield _row(f"{device.name}: memory bandwidth", bandwidth, _source(device.sources, "memory_bandwidth"))
     for precision, peak in device.peak_flops_per_s.items():
         if str(precision) in precisions:
-            value = f"{peak / 1e12:.4g} TFLOP/s"
-            yield _row(f"{device.name}: {precision} peak", value, _source(device.sources, "peak"))
+            yield _row(f"{device.name}: {precision} peak", format_peak(peak), _source(device.sources, "peak"))
+
+
+def _price_rows(projector: Projector) -> Iterator[Row]:
+    options, cluster = projector.options, projector.cluster
+    if options.price_usd_per_gpu_hour is not None:
+        yield _row("price of a GPU-hour", format_quantity("usd", options.price_usd_per_gpu_hour), "given by the user")
+    elif cluster.price_usd_per_gpu_hour is not None:
+        price = format_quantity("usd", cluster.price_usd_per_gpu_hour)
+        yield _row("price of a GPU-hour", price, _source(cluster.sources, "price_per_gpu"))
+    else:
+        yield _row("price of a GPU-hour", "none", "no price, so no money is reported")
 
 
 def _option_rows(projector: Projector) -> Iterator[Row]:
@@ -145,13 +157,6 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
         yield _row(
             "CO₂ of a kWh", f"{projector.grid_grams_per_kwh:g} g", "given by the user; of the boards' energy only"
         )
-    if options.price_usd_per_gpu_hour is not None:
-        yield _row("price of a GPU-hour", f"{options.price_usd_per_gpu_hour:.2f} USD", "given by the user")
-    elif cluster.price_usd_per_gpu_hour is not None:
-        price = f"{cluster.price_usd_per_gpu_hour:.2f} USD"
-        yield _row("price of a GPU-hour", price, _source(cluster.sources, "price_per_gpu"))
-    else:
-        yield _row("price of a GPU-hour", "none", "no price, so no money is reported")
     yield _row(
         "overlap",
         "as fitted for the link" if options.contention is None else f"{100 * options.contention:.0f} % slower",

@@ -6,6 +6,7 @@ import functools
 import importlib.resources
 import io
 import re
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,18 +22,19 @@ import ptsim
 from ptsim.errors import UsageError
 from ptsim.report.answer import Answer
 from ptsim.report.tables import Table
-from ptsim.textfile import write_whole
+from ptsim.textfile import ACTING, write_whole
 
 PAGE = "index.html"
 
 
 class ShownFigure(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """A figure with what it says, in words."""
+    """A figure with what it says, in words, and the table that it draws."""
 
     name: str
     title: str
     caption: str
     figure: Figure
+    frame: pd.DataFrame
 
     @functools.cached_property
     def document(self) -> str:
@@ -70,6 +72,7 @@ def render(
         loader=jinja2.FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=harmless,
         trim_blocks=False,
     )
     return environment.get_template("report.html.j2").render(
@@ -88,7 +91,7 @@ def render(
 def write(
     html: str, sections: Sequence[Section], out: Path, *, tables: Mapping[str, pd.DataFrame] | None = None
 ) -> Path:
-    """Write the page, its figures (`figures/*.svg`) and its tables (`tables/*.csv`) into the folder `out`.
+    """Write the page, its figures with what they draw (`figures/`), and its tables (`tables/`) into the folder `out`.
 
     A report that is already there is replaced, file by file, each whole or not at all, the page last; anything else in
     the folder is left alone. `tables` are written beside those of the sections.
@@ -99,6 +102,7 @@ def write(
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; expected a folder for the report")
     files = {f"figures/{shown.name}.svg": shown.document for section in sections for shown in section.figures}
+    files |= {f"figures/{shown.name}.csv": csv_text(shown.frame) for section in sections for shown in section.figures}
     shown_tables = {table.name: table.frame for section in sections for table in section.tables}
     for name, frame in {**shown_tables, **(tables or {})}.items():
         files[f"tables/{name}.csv"] = csv_text(frame)
@@ -108,13 +112,23 @@ def write(
         for name, content in files.items():
             write_whole(out / name, content)
         write_whole(out / PAGE, html)
-        for folder, ending in (("figures", ".svg"), ("tables", ".csv")):
+        for folder, ending in (("figures", ".svg"), ("figures", ".csv"), ("tables", ".csv")):
             for old in (out / folder).glob(f"*{ending}"):
                 if f"{folder}/{old.name}" not in files:
                     old.unlink()
     except OSError as error:
         raise UsageError(f"the report cannot be written to {out}: {error.strerror}") from error
     return out / PAGE
+
+
+def harmless(value: object) -> object:
+    """What goes into the page, without characters that act: escapes, and marks that turn the direction of writing."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(REPLACED if unicodedata.category(c) in ACTING and c != SOFT_HYPHEN else c for c in value)
+
+
+REPLACED, SOFT_HYPHEN = "\N{REPLACEMENT CHARACTER}", "\N{SOFT HYPHEN}"
 
 
 def csv_text(frame: pd.DataFrame) -> str:

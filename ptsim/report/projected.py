@@ -26,7 +26,7 @@ from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, project
 from ptsim.trace.frames import numeric
-from ptsim.trace.pairs import Comparison, run_labels, setting_labels
+from ptsim.trace.pairs import Comparison, data_name, model_name, run_labels, setting_labels
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 
@@ -129,6 +129,7 @@ def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: S
                 {
                     **projection_row(p),
                     **_setting(run, projector),
+                    "accuracy": run.trace.final_accuracy if run.trained else None,
                     "input_wait_seconds": None if p.input_images_per_s is None else p.input_wait_s,
                     "epochs": len(p.epochs),
                     "first_batch_per_gpu": p.epochs[0].batch_per_gpu,
@@ -159,6 +160,8 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     "setting": c.setting,
                     "baseline": c.baseline_label,
                     "pruned": True,
+                    "model": model_name(c.pruned),
+                    "dataset": data_name(c.pruned),
                     "cluster": projector.cluster.name,
                     "device": projector.device.name,
                     "precision": str(c.pruned.run.precision),
@@ -443,6 +446,8 @@ def _setting(run: LabelledRun, projector: Projector) -> dict[str, str | bool | i
         "setting": run.setting,
         "pruned": run.trace.is_pruned,
         "trained": run.trained,
+        "model": model_name(run.trace),
+        "dataset": data_name(run.trace),
         "cluster": projector.cluster.name,
         "device": projector.device.name,
         "precision": str(run.trace.run.precision),

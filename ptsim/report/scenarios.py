@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import pandas as pd
@@ -18,6 +18,7 @@ from ptsim.report.projected import LabelledRun, Projector
 from ptsim.trace.frames import numeric
 from ptsim.trace.pairs import Comparison
 from ptsim.trace.trace import Trace
+from ptsim.units import given_number
 
 FACTORS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)  # on a bandwidth
 BATCHES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # on a mini-batch
@@ -85,15 +86,14 @@ def break_even_frame(facts: Facts) -> pd.DataFrame:
             where = facts.projector.changed(changed, facts.projector.options)
             rows.append(_row(facts, comparison, where, "bandwidth", bandwidth, facts.focus))
     first, most = comparison.pruned.epochs[0].batch_per_gpu, usable_bytes(facts.projector.device)
-    for factor in BATCHES:
-        batch = max(1, round(first * factor))
+    for batch in sorted({max(1, round(first * factor)) for factor in BATCHES}):
         scaled = msgspec.structs.replace(
             comparison,
             pruned=with_batch(comparison.pruned, batch / first),
             baseline=with_batch(comparison.baseline, batch / first),
         )
         where = facts.projector.changed(cluster, facts.projector.options)
-        if factor <= 1 or where.run(scaled.baseline, facts.focus).epochs[0].peak_memory_bytes <= most:
+        if batch <= first or where.run(scaled.baseline, facts.focus).epochs[0].needed_memory_bytes <= most:
             rows.append(_row(facts, scaled, where, "mini-batch", batch, facts.focus))
     return pd.DataFrame(rows)
 
@@ -103,6 +103,9 @@ def _row(
 ) -> dict[str, object]:
     dense, pruned = projector.run(comparison.baseline, gpus), projector.run(comparison.pruned, gpus)
     saved = projected.saved_columns(dense, pruned, projector)
+    low, high = saved["saved_fraction_low"], saved["saved_fraction_high"]
+    assert low is not None, "shares of the time are always known"
+    assert high is not None, "as low"
     keep = ("dense_seconds", "pruned_seconds", "saved_fraction", "saved_fraction_low", "saved_fraction_high")
     return {
         "run": comparison.label,
@@ -113,6 +116,8 @@ def _row(
         "precision": str(comparison.pruned.run.precision),
         "lever": lever,
         "value": float(value),
+        "at_value": _named(lever, value),
+        "outcome": outcome(low, high),
         "gpus": gpus,
         "batch_per_gpu": comparison.pruned.epochs[0].batch_per_gpu,
         **{name: saved[name] for name in keep},
@@ -136,39 +141,57 @@ def with_batch(trace: Trace, factor: float) -> Trace:
     return msgspec.structs.replace(trace, epochs=epochs)
 
 
-_WORDS: dict[Lever, tuple[str, str]] = {
-    "GPUs": ("{:,.0f} GPUs", "GPUs"),
-    "bandwidth": ("{:,.4g} Gbit/s", "bandwidth"),
-    "mini-batch": ("{:,.0f} images per GPU", "mini-batch"),
-}
+_NAMES: dict[Lever, str] = {"GPUs": "Number of GPUs", "bandwidth": "Bandwidth", "mini-batch": "Mini-batch"}
+Outcome = Literal["pays", "may pay", "does not pay"]
+PLAIN_WORDS = "“Pays” means that the whole 90 % interval of the saving lies above zero, “may pay” that zero lies in it."
+
+
+def _named(lever: Lever, value: float) -> str:
+    if lever == "GPUs":
+        return gpus(round(value))
+    if lever == "bandwidth":
+        return f"{given_number(value * 8e-9)} Gbit/s"
+    return f"{round(value):,} {'image' if round(value) == 1 else 'images'} per GPU"
+
+
+def outcome(low: float, high: float) -> Outcome:
+    """What the 90 % interval of a saving says."""
+    if low > 0:
+        return "pays"
+    return "may pay" if high > 0 else "does not pay"
 
 
 def break_even_sentences(frame: pd.DataFrame) -> Iterator[str]:
-    """From where on pruning pays, one sentence per lever. Takes `break_even_frame`."""
-    for lever in _WORDS:
+    """From where on pruning pays, one sentence per lever, and what is meant by it. Takes `break_even_frame`."""
+    for lever in _NAMES:
         points = frame[frame.lever == lever].sort_values("value")
         if not points.empty:
-            yield _sentence(lever, list(points.value), list(points.saved_fraction))
+            yield _sentence(lever, list(points.at_value), list(points.outcome))
+    if not frame.empty:
+        yield PLAIN_WORDS
 
 
-def _sentence(lever: Lever, values: Sequence[float], saved: Sequence[float]) -> str:
-    text, name = _WORDS[lever]
-    scale = 8e-9 if lever == "bandwidth" else 1.0
-    shown = [gpus(round(value)) if lever == "GPUs" else text.format(value * scale) for value in values]
-    if all(share > 0 for share in saved):
-        return f"{upper_first(name)}: pruning pays everywhere from {shown[0]} to {shown[-1]}."
-    if all(share <= 0 for share in saved):
-        return f"{upper_first(name)}: pruning pays nowhere from {shown[0]} to {shown[-1]}."
-    crossings = [i for i in range(1, len(saved)) if (saved[i] > 0) != (saved[i - 1] > 0)]
-    if len(crossings) > 1:
-        paying = ", ".join(place for place, share in zip(shown, saved, strict=True) if share > 0)
-        return f"{upper_first(name)}: pruning pays at {paying}, and at no other that was tried."
-    i = crossings[0]
-    if saved[i] > 0:
-        return f"{upper_first(name)}: pruning pays from {shown[i]} on, and not yet at {shown[i - 1]}."
-    return f"{upper_first(name)}: pruning pays up to {shown[i - 1]}, and no longer at {shown[i]}."
+def _sentence(lever: Lever, shown: Sequence[str], outcomes: Sequence[Outcome]) -> str:
+    """Where pruning pays, may pay and does not; `outcomes` in ascending order of the values `shown`."""
+    name = _NAMES[lever]
+    if len(set(outcomes)) == 1:
+        where = f"wherever it was tried, from {shown[0]} to {shown[-1]}" if len(shown) > 1 else f"at {shown[0]}"
+        return f"{name}: pruning {outcomes[0]} {where}."
+    stretches: dict[Outcome, list[str]] = {}
+    start = 0
+    for end in range(1, len(shown) + 1):
+        if end < len(shown) and outcomes[end] == outcomes[start]:
+            continue
+        stretches.setdefault(outcomes[start], []).append(_stretch(shown, start, end - 1))
+        start = end
+    parts = [f"{said} {' and '.join(stretches[said])}" for said in get_args(Outcome) if said in stretches]
+    return f"{name}: pruning {', '.join(parts[:-1])} and {parts[-1]}."
 
 
-def upper_first(text: str) -> str:
-    """The text with a capital first letter; the rest stays."""
-    return text[:1].upper() + text[1:]
+def _stretch(shown: Sequence[str], first: int, last: int) -> str:
+    """Neighbours of equal outcome in words; those at an end of what was tried are open there."""
+    if last == len(shown) - 1:
+        return f"from {shown[first]} on" if first < last else f"at {shown[last]}"
+    if first == last:
+        return f"at {shown[first]}"
+    return f"up to {shown[last]}" if first == 0 else f"from {shown[first]} to {shown[last]}"

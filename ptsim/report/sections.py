@@ -9,11 +9,13 @@ from ptsim.report import frames, projected, scenarios, specs
 from ptsim.report.facts import Facts
 from ptsim.report.figures.registry import figures_of
 from ptsim.report.figures.style import describe_setting
+from ptsim.report.figures.style import gpus as describe_gpus
 from ptsim.report.figures.time import visible_parts
 from ptsim.report.methods import assumptions_table, methods_facts
 from ptsim.report.page import Section, ShownFigure
 from ptsim.report.tables import Table, TableSpec, make_table
 from ptsim.trace.pairs import run_labels
+from ptsim.units import format_quantity
 
 
 def make_sections(facts: Facts) -> tuple[Section, ...]:
@@ -36,7 +38,9 @@ def make_sections(facts: Facts) -> tuple[Section, ...]:
 def shown_figures(section: str, facts: Facts) -> tuple[ShownFigure, ...]:
     """The registered figures of a section that have something to show."""
     return tuple(
-        ShownFigure(name=name, title=figure.title, caption=figure.caption(facts), figure=figure.draw(frame))
+        ShownFigure(
+            name=name, title=figure.title, caption=figure.caption(facts), figure=figure.draw(frame), frame=frame
+        )
         for name, figure, frame in figures_of(section, facts)
     )
 
@@ -66,7 +70,11 @@ def time_section(facts: Facts) -> Section:
 
 def scenarios_section(facts: Facts) -> Section:
     """Every run on every cluster side by side, and from where on pruning pays."""
-    tables = [make_table(specs.SCENARIOS, facts.scenarios)]
+    price = facts.projector.options.price_usd_per_gpu_hour
+    caption = specs.SCENARIOS.caption
+    if price is not None and len(facts.projectors) > 1:
+        caption += f" The given price of {format_quantity('usd', price)} per GPU-hour holds on every cluster."
+    tables = [make_table(specs.SCENARIOS, facts.scenarios, caption=caption)]
     sentences: tuple[str, ...] = ()
     if not facts.break_even.empty:
         sentences = tuple(scenarios.break_even_sentences(facts.break_even))
@@ -106,7 +114,10 @@ def layers_section(facts: Facts) -> Section:
 
 def costs_section(facts: Facts) -> Section:
     """What shrank: memory and all-reduced bytes of all runs; MACs, traffic and the clock of the shown one."""
-    caption = f"{describe_setting(facts.epochs)}. Counted from the architecture where it does not say measured."
+    caption = (
+        f"{describe_setting(facts.epochs)}. Counted from the architecture where it does not say measured. Projected "
+        f"memory is that of a GPU of {facts.projector.cluster.name} when {describe_gpus(facts.focus)} train."
+    )
     table = make_table(specs.ARCHITECTURES, frames.trained_architectures(facts.epochs), caption=caption)
     return Section(name="costs", title="What shrank", figures=shown_figures("costs", facts), tables=(table,))
 
@@ -153,10 +164,18 @@ def validation_section(facts: Facts) -> Section:
             "high_seconds": check.high_seconds,
             "error": check.error,
             "epoch_error": sum(abs(epoch.error) for epoch in check.epochs) / len(check.epochs),
+            "inside_fraction": sum(e.low_seconds <= e.measured_seconds <= e.high_seconds for e in check.epochs)
+            / len(check.epochs),
             "notes": "; ".join(check.notes),
         }
         for label, check in zip(run_labels(facts.trained), facts.validation.runs, strict=True)
     ]
+    tables = [make_table(specs.VALIDATION, pd.DataFrame(rows))]
+    label = {check.trace: run for check, run in zip(facts.validation.runs, run_labels(facts.trained), strict=True)}
+    if facts.validation.savings:
+        frame = pd.DataFrame([msgspec.structs.asdict(saving) for saving in facts.validation.savings])
+        frame = frame.assign(dense=frame.dense.map(label), pruned=frame.pruned.map(label))
+        tables.append(make_table(specs.SAVINGS_CHECKED, frame))
     return Section(
         name=name,
         title=title,
@@ -165,7 +184,7 @@ def validation_section(facts: Facts) -> Section:
             "carry over to another GPU, or about the network.",
         ),
         figures=shown_figures("validation", facts),
-        tables=(make_table(specs.VALIDATION, pd.DataFrame(rows)),),
+        tables=tuple(tables),
     )
 
 

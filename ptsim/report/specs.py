@@ -20,6 +20,7 @@ PROJECTIONS = TableSpec(
         "gpu_seconds": "GPU time",
         "mfu_fraction": "MFU",
         "allreduce_bytes_per_gpu": "all-reduced per GPU",
+        "peak_memory_bytes": "peak memory",
         "tier": "times from",
     },
     together=(("total_seconds", "low_seconds", "high_seconds", "compute_seconds"),),
@@ -80,10 +81,11 @@ SCENARIOS = TableSpec(
 BREAK_EVEN = TableSpec(
     name="break_even",
     title="From where on pruning pays.",
-    caption="One thing changes at a time; bandwidth in bytes per second of a link, mini-batch per GPU at the start.",
+    caption="One thing changes at a time; the bandwidth is that of a link, the mini-batch that of a GPU at the start.",
     headings={
         "lever": "what changes",
-        "value": "value",
+        "at_value": "at",
+        "outcome": "pruning",
         "gpus": "GPUs",
         "dense_seconds": "dense",
         "pruned_seconds": "pruned",
@@ -232,11 +234,12 @@ ARCHITECTURES = TableSpec(
         "training_macs_per_image": "training",
         "bn_bytes_per_image": "BatchNorm traffic",
         "peak_memory_bytes": "peak memory, measured",
-        "estimated_memory_bytes": "peak memory, estimated",
+        "estimated_memory_bytes": "peak memory there, estimated",
+        "projected_memory_bytes": "peak memory, projected",
         "epoch_allreduce_bytes": "gradients per epoch",
         "epoch_seconds": "measured epoch (median)",
     },
-    together=(("peak_memory_bytes", "estimated_memory_bytes"),),
+    together=(("peak_memory_bytes", "estimated_memory_bytes", "projected_memory_bytes"),),
 )
 
 RUNS = TableSpec(
@@ -289,7 +292,8 @@ RECONFIGURATIONS = TableSpec(
 VALIDATION = TableSpec(
     name="validation",
     title="Whole runs on the recording machine.",
-    caption="Training epochs and reconfigurations.",
+    caption="Training epochs and reconfigurations. An error is the predicted less the measured time, as a share of the "
+    "measured one.",
     headings={
         "run": "run",
         "measured_seconds": "measured",
@@ -298,9 +302,24 @@ VALIDATION = TableSpec(
         "high_seconds": "to",
         "error": "error of the run",
         "epoch_error": "mean error of an epoch",
+        "inside_fraction": "epochs inside their interval",
         "notes": "notes",
     },
     together=(("measured_seconds", "predicted_seconds", "low_seconds", "high_seconds"),),
+)
+
+SAVINGS_CHECKED = TableSpec(
+    name="savings_checked",
+    title="Savings on the recording machine.",
+    caption="Time per epoch that pruning saved, as a share of the dense time; negative where it cost time. An error is "
+    "the predicted less the measured share.",
+    headings={
+        "pruned": "pruned",
+        "dense": "dense",
+        "measured_saving": "measured",
+        "predicted_saving": "predicted",
+        "error_points": "error",
+    },
 )
 
 ASSUMPTIONS = TableSpec(

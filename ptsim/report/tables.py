@@ -10,14 +10,15 @@ import msgspec
 import pandas as pd
 
 from ptsim.costs.tiers import tier_row
-from ptsim.report.numbers import SCALES
+from ptsim.units import SCALES, Scale, scale_of, shown_number
 
-_PERCENT = ("accuracy", "sparsity", "fraction", "error", "channels_density", "weights_density")
+_SHARES = ("accuracy", "sparsity", "fraction", "error", "saving")
 
 
 class Column(msgspec.Struct, frozen=True, kw_only=True):
-    """A heading; `kind` decides how its cells sort."""
+    """A heading; `kind` decides how its cells sort; `name` is the column of the frame that it shows."""
 
+    name: str
     heading: str
     unit: str
     kind: str
@@ -67,8 +68,8 @@ def make_table(
 ) -> Table:
     """The columns of `spec.headings` that hold anything, in that order, under those headings.
 
-    A column is shown in one unit, chosen by its median so that most cells read as 1 to 9,999. `caption` and `folded`
-    stand in for the specification's own.
+    A column is shown in one unit, chosen by its median so that most cells read as 1 to 9,999; its numbers are rounded
+    as everywhere (`units.shown_number`). `caption` and `folded` stand in for the specification's own.
     """
     headings, together = spec.headings, spec.together
     shown = [column for column in headings if column in frame and frame[column].notna().any()]
@@ -76,7 +77,7 @@ def make_table(
     for position, column in enumerate(shown):
         values = frame[column]
         if _is_text(values):
-            columns.append(Column(heading=headings[column], unit="", kind="text", css="text"))
+            columns.append(Column(name=column, heading=headings[column], unit="", kind="text", css="text"))
             if column == "tier":
                 values = values.map(lambda name: tier_row(name).label, na_action="ignore")
             longest = values.astype(str).str.len().max()
@@ -84,13 +85,12 @@ def make_table(
             cells.append([_text_cell(value, css) for value in values])
             continue
         group = next((names for names in together if column in names), [column])
-        shared = pd.concat([frame[name].astype(float) for name in group if name in frame])
-        unit, factor = _unit(column, shared)
-        columns.append(
-            Column(heading=headings[column], unit=unit, kind="number", css="text" if position == 0 else "number")
-        )
-        decimals = _decimals(shared / factor, unit)
-        cells.append([_number_cell(value, factor, decimals) for value in values])
+        quantity = quantity_of(column)
+        scale = _scale(quantity, pd.concat([frame[name].astype(float) for name in group if name in frame]))
+        unit = scale.unit + ("/image" if column.endswith("_per_image") else "")
+        css = "text" if position == 0 else "number"
+        columns.append(Column(name=column, heading=headings[column], unit=unit, kind="number", css=css))
+        cells.append([_number_cell(value, quantity, scale.factor) for value in values])
     rows = tuple(zip(*cells, strict=True)) if cells else ()
     return Table(
         name=spec.name,
@@ -103,41 +103,29 @@ def make_table(
     )
 
 
+def quantity_of(column: str) -> str | None:
+    """Which of `units.SCALES` a column holds, by the words of its name; None of what has no unit."""
+    words = column.removesuffix("_per_image").split("_")
+    named = next((word for word in reversed(words) if word in SCALES), None)
+    return "fraction" if named is None and any(word in _SHARES for word in words) else named
+
+
 def _is_text(values: pd.Series) -> bool:
     return not all(isinstance(v, numbers.Number) and not isinstance(v, bool) for v in values.dropna())
 
 
-def _unit(column: str, values: pd.Series) -> tuple[str, float]:
-    words = column.removesuffix("_per_image").split("_")
-    per = "/image" if column.endswith("_per_image") else ""
-    if any(word in _PERCENT for word in words):
-        return "%", 0.01
-    scales = next((SCALES[word] for word in reversed(words) if word in SCALES), None)
-    if scales is None:
-        return "", 1.0
-    typical = values.dropna().abs()
-    size = float(typical[typical > 0].median()) if (typical > 0).any() else 1.0
-    unit, factor = next(((unit, factor) for unit, factor in scales if size >= factor), scales[-1])
-    return unit + per, factor
-
-
-def _decimals(values: pd.Series, unit: str) -> int:
-    """Digits after the point that give the median three significant ones; none for whole numbers."""
+def _scale(quantity: str | None, values: pd.Series) -> Scale:
+    if quantity is None:
+        return Scale(unit="", factor=1.0, least=0.0)
     sizes = values.dropna().abs()
-    sizes = sizes[sizes > 0]
-    if unit == "%":
-        return 1
-    if sizes.empty or (sizes == sizes.round()).all():
-        return 0
-    return min(max(2 - math.floor(math.log10(float(sizes.median()))), 0), 4)
+    return scale_of(SCALES[quantity], float(sizes[sizes > 0].median()) if (sizes > 0).any() else 0.0)
 
 
-def _number_cell(value: Any, factor: float, decimals: int) -> Cell:
+def _number_cell(value: Any, quantity: str | None, factor: float) -> Cell:
     if value is None or pd.isna(value):
         return Cell(text="", sort="", css="number", missing=True)
     number = float(value)
-    text = f"{number / factor:z,.{decimals}f}".replace("-", "\u2212")  # z: no minus before a rounded zero
-    return Cell(text=text, sort=repr(number), css="number", missing=False)
+    return Cell(text=shown_number(quantity, number, factor), sort=repr(number), css="number", missing=False)
 
 
 def _text_cell(value: object, css: str) -> Cell:

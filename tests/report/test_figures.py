@@ -1,4 +1,5 @@
 import io
+import itertools
 from pathlib import Path
 
 import matplotlib as mpl
@@ -14,6 +15,7 @@ from ptsim.report.facts import Facts
 from ptsim.report.figures import layers as layer_figures
 from ptsim.report.figures import style
 from ptsim.report.figures.registry import FIGURES, ReportFigure, figures_of
+from ptsim.report.figures.time import PART_COLOURS
 from ptsim.report.projected import Projector, labelled_runs
 from ptsim.report.scenarios import break_even_frame
 from ptsim.sim.options import Options
@@ -92,8 +94,8 @@ def test_the_bars_of_the_breakdown_reach_the_share_they_are_labelled_with(drawn:
     for bar in axes.patches:
         ends[round(bar.get_y(), 3)] = bar.get_x() + bar.get_width()
     labels = [text.get_text() for text in axes.texts]
-    assert [f"{100 * end:.0f} %" for end in ends.values()] == labels
-    assert labels[0] == "100 %"
+    assert [f"{100 * end:.1f} %" for end in ends.values()] == labels
+    assert labels[0] == "100.0 %"
 
 
 def test_drawing_leaves_matplotlibs_settings_alone(traces: list[ptsim.Trace]) -> None:
@@ -118,7 +120,7 @@ def test_a_cpu_run_is_not_called_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("largest", "expected"), [(7200.0, "h"), (7199.0, "min"), (1.9, "ms"), (3e-9, "ns")])
 def test_a_unit_is_the_largest_that_leaves_at_least_two(largest: float, expected: str) -> None:
-    assert style.scale_for(largest, style.TIME_SCALES)[1] == expected
+    assert style.scale_for(largest, "seconds")[1] == expected
 
 
 def test_a_figure_from_outside_is_one_row(traces: list[ptsim.Trace]) -> None:
@@ -199,3 +201,26 @@ def test_the_roofline_by_hand(traces: list[ptsim.Trace]) -> None:
     assert row.flops_per_second == pytest.approx(2 * 3 * 64 * 16 * 16 * 9 * 32 * 32 / seconds)
     assert row.peak_flops_per_second == 19.5e12
     assert row.flops_per_second < min(row.peak_flops_per_second, 10 * row.flops_per_byte * 1.555e12)
+
+
+def lightness(colour: str) -> float:
+    """L* of CIE 1976 of an sRGB colour: what is left of it on paper without colour."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in mpl.colors.to_rgb(colour)]
+    luminance = sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
+
+
+def test_neighbours_in_a_bar_differ_in_lightness() -> None:
+    shades = [lightness(colour) for colour in PART_COLOURS.values()]
+    assert all(abs(one - other) >= 12 for one, other in itertools.pairwise(shades))
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.0, 4.0), (0.9, 1.3), (2.0, 60.0), (1.0, 1000.0)])
+def test_a_logarithmic_axis_has_numbers_whatever_its_range(low: float, high: float) -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([1, 2], [low, high])
+    axes.set_yscale("log")
+    style.label_log_axis(axes.yaxis)
+    bottom, top = axes.get_ylim()
+    assert sum(bottom <= tick <= top for tick in axes.get_yticks()) >= 2

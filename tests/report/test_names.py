@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from markupsafe import Markup
 
 from ptsim.cli.main import run as command
 from ptsim.report.build import write_report
-from ptsim.report.page import csv_text
+from ptsim.report.page import csv_text, harmless
 from ptsim.textfile import printable
 from tests.report.test_page import checked
 from tests.traces import shrinking_records, shrinking_trace, write_trace
@@ -85,3 +86,9 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     monkeypatch.setattr("ptsim.report.page.write_whole", full)
     assert command(["report", str(trace), "-o", str(tmp_path / "out"), "--gpus", "1"]) == 2
     assert page.read_bytes() == before
+
+
+def test_text_of_the_page_has_no_character_that_acts_and_keeps_its_soft_hyphens() -> None:
+    assert harmless("a\u202eb\x1bc communi\u00adcation ") == "a\ufffdb\ufffdc communi\u00adcation "
+    assert harmless(Markup("<b>\u202e</b>")) == Markup("<b>\u202e</b>")  # the page's own
+    assert harmless(3) == 3

@@ -89,7 +89,7 @@ def test_the_same_traces_give_the_same_bytes(page: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_figures_and_tables_lie_beside_the_page(page: Path) -> None:
-    assert {path.suffix for path in (page.parent / "figures").iterdir()} == {".svg"}
+    assert {path.suffix for path in (page.parent / "figures").iterdir()} == {".csv", ".svg"}
     assert (page.parent / "tables" / "runs.csv").read_text().count("\n") == 3
 
 

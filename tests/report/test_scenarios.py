@@ -1,3 +1,4 @@
+import pandas as pd
 import pytest
 
 import ptsim
@@ -83,14 +84,41 @@ def test_a_run_with_another_mini_batch_sees_the_same_images(facts: Facts) -> Non
 
 
 @pytest.mark.parametrize(
-    ("saved", "says"),
+    ("intervals", "says"),
     [
-        ([0.1, 0.2, 0.3], "GPUs: pruning pays everywhere from 1 GPU to 64 GPUs."),
-        ([-0.1, -0.2, 0.0], "GPUs: pruning pays nowhere from 1 GPU to 64 GPUs."),
-        ([-0.1, 0.2, 0.3], "GPUs: pruning pays from 8 GPUs on, and not yet at 1 GPU."),
-        ([0.1, 0.2, -0.3], "GPUs: pruning pays up to 8 GPUs, and no longer at 64 GPUs."),
-        ([-0.1, 0.2, -0.3], "GPUs: pruning pays at 8 GPUs, and at no other that was tried."),
+        ([(0.1, 0.2), (0.1, 0.3), (0.2, 0.4)], "pays wherever it was tried, from 1 GPU to 64 GPUs"),
+        ([(-0.2, -0.1), (-0.3, -0.1), (-0.1, 0.0)], "does not pay wherever it was tried, from 1 GPU to 64 GPUs"),
+        ([(-0.2, -0.1), (-0.1, 0.1), (0.1, 0.2)], "pays at 64 GPUs, may pay at 8 GPUs and does not pay at 1 GPU"),
+        ([(-0.1, 0.2), (0.1, 0.2), (0.2, 0.3)], "pays from 8 GPUs on and may pay at 1 GPU"),
+        ([(0.1, 0.2), (0.1, 0.2), (-0.3, -0.1)], "pays up to 8 GPUs and does not pay at 64 GPUs"),
+        ([(-0.1, 0.1), (0.1, 0.2), (0.0, 0.1)], "pays at 8 GPUs and may pay at 1 GPU and at 64 GPUs"),
     ],
 )
-def test_the_sentence_says_from_where_on_it_pays(saved: list[float], says: str) -> None:
-    assert scenarios._sentence("GPUs", [1.0, 8.0, 64.0], saved) == says
+def test_the_sentence_says_where_it_pays_for_sure_and_where_perhaps(
+    intervals: list[tuple[float, float]], says: str
+) -> None:
+    values = [1.0, 8.0, 64.0]
+    frame = pd.DataFrame(
+        {
+            "lever": "GPUs",
+            "value": values,
+            "at_value": ["1 GPU", "8 GPUs", "64 GPUs"],
+            "outcome": [scenarios.outcome(low, high) for low, high in intervals],
+        }
+    )
+    sentence, meaning = scenarios.break_even_sentences(frame)
+    assert sentence == f"Number of GPUs: pruning {says}."
+    assert "whole 90 % interval" in meaning
+
+
+def test_a_mini_batch_whose_tensors_fit_but_whose_process_does_not_is_left_out(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    projector = facts.projector.changed(facts.projector.cluster, facts.projector.options)
+    need = projector.run(scenarios.with_batch(facts.traces[0], 2.0), 8).epochs[0]
+    assert need.batch_per_gpu == 128
+    assert need.peak_memory_bytes < need.needed_memory_bytes
+    between = (need.peak_memory_bytes + need.needed_memory_bytes) // 2
+    monkeypatch.setattr(scenarios, "usable_bytes", lambda _: between)
+    frame = scenarios.break_even_frame(facts)
+    assert list(frame[frame.lever == "mini-batch"].value) == [16, 32, 64]

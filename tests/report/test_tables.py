@@ -32,7 +32,7 @@ def test_what_is_missing_shows_as_missing_and_an_empty_column_not_at_all() -> No
     table = shown(frame, {"run": "run", "energy_joules": "energy", "cost_usd": "cost"})
     assert [column.heading for column in table.columns] == ["run", "energy"]
     assert [row[1].missing for row in table.rows] == [True, False]
-    assert table.rows[1][1].text == "2"
+    assert table.rows[1][1].text == "2.00"
     assert table.columns[1].unit == "kWh"
 
 

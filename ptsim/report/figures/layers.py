@@ -5,12 +5,12 @@ from __future__ import annotations
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ptsim.report.facts import Facts
 from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
 from ptsim.report.projected import block_of, has_removed_blocks, roofline_frame
+from ptsim.units import format_bandwidth, format_peak
 
 
 @style.styled
@@ -23,7 +23,7 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
     costly = set(layers.groupby("layer").seconds_per_image.max().nlargest(count).index)
     names = [name for name in dict.fromkeys(layers.layer) if name in costly]  # in forward order
     figure, (axes,) = style.panels(1, height_in=1.5 + 0.3 * len(names))
-    scale, unit = style.scale_for(float(layers.seconds_per_image.max()), style.TIME_SCALES)
+    scale, unit = style.scale_for(float(layers.seconds_per_image.max()), "seconds")
     width = 0.8 if first == last else 0.4
     for offset, (epoch, colour, hatch) in enumerate(((first, "#9a9a9a", ""), (last, style.COLOURS[1], "///"))):
         if offset == 1 and first == last:
@@ -34,14 +34,13 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
         axes.barh(
             positions, values, height=width, color=colour, hatch=hatch, edgecolor="white", label=f"epoch {int(epoch)}"
         )
-    style.bar_names(axes, range(len(names)), names)
+    style.bar_names(axes, range(len(names)), [style.shown_name(name) for name in names])
     axes.set(xlabel=f"forward and backward per image ({unit})")
     style.legend_above(axes)
-    share = layers[layers.layer.isin(names)].seconds_per_image.sum() / layers.seconds_per_image.sum()
     return style.finish(
         figure,
         layers,
-        n=f"{len(names)} of {layers.layer.nunique()} layers, {100 * share:.0f} % of the layers' time",
+        n=f"the costliest {len(names)} of {layers.layer.nunique()} layers",
         band="no band: expected values",
     )
 
@@ -57,7 +56,7 @@ def blocks_figure(layers: pd.DataFrame, *, most: int = 40) -> Figure:
     kept = set(table.max(axis=1).nlargest(most).index)
     table = table.loc[[block for block in table.index if block in kept]]
     figure, (axes,) = style.panels(1, height_in=1.2 + 0.19 * len(table))
-    scale, unit = style.scale_for(float(table.max().max()), style.TIME_SCALES)
+    scale, unit = style.scale_for(float(table.max().max()), "seconds")
     sns.heatmap(
         table / scale,
         ax=axes,
@@ -70,7 +69,12 @@ def blocks_figure(layers: pd.DataFrame, *, most: int = 40) -> Figure:
     every = -(-table.shape[1] // 8)
     numbers = [str(epoch) for epoch in table.columns]
     axes.set_xticks([i + 0.5 for i in range(0, len(numbers), every)], numbers[::every], rotation=0)
-    axes.set_yticks([i + 0.5 for i in range(len(table))], list(table.index), fontsize=7.5, rotation=0)
+    axes.set_yticks(
+        [i + 0.5 for i in range(len(table))],
+        [style.shown_name(block) for block in table.index],
+        fontsize=7.5,
+        rotation=0,
+    )
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.set(xlabel="epoch", ylabel="")
@@ -91,7 +95,7 @@ def roofline_figure(layers: pd.DataFrame) -> Figure:
         [low * bandwidth / 1e12, peak / 1e12, peak / 1e12],
         color="#4d4d4d",
         lw=1.2,
-        label=f"roofs: {peak / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:,.0f} GB/s",
+        label=f"roofs: {format_peak(peak)}, {format_bandwidth(bandwidth)}",
     )
     first, last = layers.epoch.min(), layers.epoch.max()
     for epoch, colour, fill in ((first, "#9a9a9a", "#9a9a9a"), (last, style.COLOURS[1], "white")):
@@ -110,8 +114,7 @@ def roofline_figure(layers: pd.DataFrame) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+        style.label_log_axis(axis)
     axes.set(xlabel="FLOPs per byte moved (1 MAC is 2 FLOPs)", ylabel="TFLOP/s")
     style.legend_above(axes)
     return style.finish(
@@ -136,7 +139,7 @@ def _roofline_caption(facts: Facts) -> str:
 LAYERS = ReportFigure(
     section="layers",
     title="The costliest layers.",
-    frame=lambda facts: facts.layers,
+    frame=lambda facts: facts.layers[facts.layers.epoch.isin([facts.layers.epoch.min(), facts.layers.epoch.max()])],
     draw=layers_figure,
     caption=lambda facts: f"Forward and backward time per image, “{facts.shown.label}”, first and last epoch.",
 )

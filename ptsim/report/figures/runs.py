@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from ptsim.report.facts import Facts
 from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
+from ptsim.units import percent
 
 
 @style.styled
@@ -53,7 +54,7 @@ def tradeoff_figure(savings: pd.DataFrame) -> Figure:
 def validation_figure(epochs: pd.DataFrame) -> Figure:
     """Predicted against measured epoch time. Takes a frame with run, epoch, predicted_ and measured_seconds."""
     figure, (axes,) = style.panels(1, height_in=3.2)
-    scale, unit = style.scale_for(float(epochs.measured_seconds.max()), style.TIME_SCALES)
+    scale, unit = style.scale_for(float(epochs.measured_seconds.max()), "seconds")
     for setting, (colour, _) in style.run_style(epochs).items():
         group = epochs[epochs.setting == setting]
         label = f"{setting}, measured"
@@ -70,7 +71,9 @@ def validation_figure(epochs: pd.DataFrame) -> Figure:
 
 
 def _accuracy(facts: Facts) -> pd.DataFrame:
-    return facts.epochs.dropna(subset=["validation_accuracy"]) if not facts.epochs.empty else facts.epochs
+    """Epochs with an accuracy; nothing where there are fewer than two, which make no line."""
+    epochs = facts.epochs.dropna(subset=["validation_accuracy"]) if not facts.epochs.empty else facts.epochs
+    return epochs if not epochs.empty and epochs.epoch.nunique() > 1 else pd.DataFrame()
 
 
 ACCURACY = ReportFigure(
@@ -102,7 +105,7 @@ VALIDATION = ReportFigure(
     draw=validation_figure,
     caption=lambda facts: (
         "Predicted from the layer times that the run measured at the start of each architecture; input and loop as in "
-        f"the first epoch. {100 * facts.validation.interval_coverage:.0f} % of the epochs lie in their 90 % interval."
+        f"the first epoch. {percent(facts.validation.interval_coverage)} of the epochs lie in their 90 % interval."
         if facts.validation
         else ""
     ),

@@ -19,7 +19,7 @@ def scaling_figure(projections: pd.DataFrame) -> Figure:
     """
     figure, (axes,) = style.panels(1, height_in=3.5)
     sizes = sorted(projections.gpus.unique())
-    factor, unit = style.scale_for(float(projections.total_seconds.median()), style.TIME_SCALES)
+    factor, unit = style.scale_for(float(projections.total_seconds.median()), "seconds")
     for setting, (colour, dash) in style.run_style(projections).items():
         rows = projections[projections.setting == setting].sort_values("gpus")
         style.band(axes, rows.gpus, rows.low_seconds / factor, rows.high_seconds / factor, colour)

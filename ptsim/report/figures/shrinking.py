@@ -47,10 +47,15 @@ def shrinking_figure(epochs: pd.DataFrame) -> Figure:
 
 @style.styled
 def memory_figure(epochs: pd.DataFrame) -> Figure:
-    """Peak memory of an iteration, measured and estimated, and the per-GPU mini-batch. Takes `frames.costs_frame`."""
+    """Peak memory of an iteration, and the per-GPU mini-batch. Takes `frames.costs_frame` or `Facts.epochs`.
+
+    Measured and estimated where the runs were recorded; of planned runs, as projected.
+    """
     figure, (top, bottom) = style.panels(2, height_in=4.2)
-    columns = ["peak_memory_bytes", "estimated_memory_bytes"]
-    factor, unit = style.scale_for(float(epochs[columns].max().max()), style.BYTE_SCALES)
+    columns = ["peak_memory_bytes", "estimated_memory_bytes", "projected_memory_bytes"]
+    sizes = epochs.reindex(columns=columns)
+    epochs = epochs.assign(**{name: sizes[name] for name in columns})
+    factor, unit = style.scale_for(float(sizes.max().max()), "bytes")
     for setting, (colour, dash) in style.run_style(epochs).items():
         rows = epochs[epochs.setting == setting].groupby("epoch", as_index=False).mean(numeric_only=True)
         line = style.dash_style(dash)
@@ -58,13 +63,14 @@ def memory_figure(epochs: pd.DataFrame) -> Figure:
         if measured:
             label = f"{setting}, measured"
             top.plot(rows.epoch, rows.peak_memory_bytes / factor, color=colour, linestyle=line, label=label)
+        made = "estimated" if rows.estimated_memory_bytes.notna().any() else "projected"
         top.plot(
             rows.epoch,
-            rows.estimated_memory_bytes / factor,
+            rows[f"{made}_memory_bytes"] / factor,
             color=colour,
             linewidth=1.0 if measured else 1.7,
             linestyle=":" if measured else line,
-            label=f"{setting}, estimated",
+            label=f"{setting}, {made}",
         )
         bottom.step(rows.epoch, rows.batch_per_gpu, where="post", color=colour, linestyle=line, label=setting)
     top.set(ylabel=f"peak memory ({unit})", ylim=(0, None))
@@ -78,7 +84,7 @@ def memory_figure(epochs: pd.DataFrame) -> Figure:
 def allreduce_figure(epochs: pd.DataFrame) -> Figure:
     """Gradient bytes that every GPU all-reduces in an epoch. Takes `frames.costs_frame`."""
     figure, (axes,) = style.panels(1, height_in=3.0)
-    factor, unit = style.scale_for(float(epochs.allreduce_payload_bytes.max()), style.BYTE_SCALES)
+    factor, unit = style.scale_for(float(epochs.allreduce_payload_bytes.max()), "bytes")
     scaled = epochs.assign(allreduce_payload_bytes=epochs.allreduce_payload_bytes / factor)
     style.lines(axes, scaled, "epoch", "allreduce_payload_bytes", drawstyle="steps-post")
     axes.set(xlabel="epoch", ylabel=f"gradients per epoch ({unit})", ylim=(0, None))
@@ -87,16 +93,31 @@ def allreduce_figure(epochs: pd.DataFrame) -> Figure:
     return style.finish(figure, epochs, n=style.repeats(epochs), band=band)
 
 
+def _course(facts: Facts) -> pd.DataFrame:
+    """All epochs; nothing of runs of a single one, which have no course."""
+    return facts.epochs if not facts.epochs.empty and facts.epochs.epoch.nunique() > 1 else pd.DataFrame()
+
+
 def _memory_caption(facts: Facts) -> str:
-    measured = "measured on the recording machine and as " if facts.epochs.peak_memory_bytes.notna().any() else ""
-    return f"Peak memory of an iteration as {measured}estimated, and the mini-batch that it belongs to."
+    epochs = facts.epochs
+    kinds = []
+    if epochs.peak_memory_bytes.notna().any():
+        kinds.append("measured on the recording machine")
+    if epochs.estimated_memory_bytes.notna().any():
+        kinds.append("estimated for it" if kinds else "estimated for the recording machine")
+    if epochs[epochs.estimated_memory_bytes.isna()].projected_memory_bytes.notna().any():
+        projector = facts.projector
+        kinds.append(f"projected onto {style.gpus(facts.focus)} of {projector.cluster.name} where nothing was recorded")
+    return f"Peak memory of an iteration, {' and '.join(kinds)}, and the mini-batch that it belongs to."
 
 
 SHRINKING = ReportFigure(
     section="costs",
     title="What shrank, and what the clock saw.",
     frame=lambda facts: (
-        facts.epochs[facts.epochs.run == facts.shown.label] if facts.shown.trace.is_pruned else pd.DataFrame()
+        facts.epochs[facts.epochs.run == facts.shown.label]
+        if facts.shown.trace.is_pruned and len(facts.shown.trace.epochs) > 1
+        else pd.DataFrame()
     ),
     draw=shrinking_figure,
     caption=lambda facts: (
@@ -107,14 +128,14 @@ SHRINKING = ReportFigure(
 MEMORY = ReportFigure(
     section="costs",
     title="Memory and mini-batch.",
-    frame=lambda facts: facts.epochs,
+    frame=_course,
     draw=memory_figure,
     caption=_memory_caption,
 )
 ALLREDUCE = ReportFigure(
     section="costs",
     title="Gradients to all-reduce.",
-    frame=lambda facts: facts.epochs,
+    frame=_course,
     draw=allreduce_figure,
     caption=lambda _: "Bytes of gradients in an epoch: fewer parameters, and fewer updates as the mini-batch grows.",
 )

@@ -18,10 +18,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from ptsim.textfile import printable
-from ptsim.units import format_count
+from ptsim.units import SCALES, format_count
 
 WIDTH_IN = 4.7  # two columns at 1280 px, one at 400 px, and 9 pt text legible in both
 COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -140,8 +140,8 @@ def zero_line(axes: Axes) -> None:
 
 
 def percent_axis(axis: Axis) -> None:
-    """Fractions are shown as whole percents."""
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    """Fractions are shown in percent, with as many digits as the range needs."""
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
 
 
 def epoch_axis(axes: Axes) -> None:
@@ -182,17 +182,22 @@ def plain_log_axes(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xticks(shown, [format_count(size) if size >= 10_000 else f"{size:,}" for size in shown])
     axes.xaxis.set_minor_locator(NullLocator())
     if axes.get_yscale() == "log":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        label_log_axis(axes.yaxis)
 
 
-BYTE_SCALES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
-TIME_SCALES = ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+def label_log_axis(axis: Axis) -> None:
+    """Numbers at a logarithmic axis, also where it spans less than a power of ten."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high > 5 * low else MaxNLocator(4))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
-def scale_for(largest: float, scales: Sequence[tuple[float, str]]) -> tuple[float, str]:
-    """The largest unit in which the largest value is at least 2."""
-    return next((scale for scale in scales if largest >= 2 * scale[0]), scales[-1])
+def scale_for(largest: float, quantity: str) -> tuple[float, str]:
+    """Factor and name of the largest unit (`units.SCALES`) in which the largest value is at least 2."""
+    scales = SCALES[quantity]
+    scale = next((scale for scale in scales if largest >= 2 * scale.factor), scales[-1])
+    return scale.factor, scale.unit
 
 
 def shown_name(name: str) -> str:

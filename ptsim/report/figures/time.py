@@ -14,12 +14,13 @@ from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
 from ptsim.report.frames import averaged
 from ptsim.report.projected import epoch_breakdown_frame
+from ptsim.units import percent
 
 # In the order in which they are stacked; neighbours differ in lightness.
 PART_COLOURS = {
     "convolutions and linear layers": "#0072B2",
     "memory-bound layers": "#8CC8EC",
-    "optimizer and regulariser": "#009E73",
+    "optimizer and regulariser": "#00664B",
     "exposed communication": "#D55E00",
     "input wait": "#F0E442",
     "start and reconfiguration": "#222222",
@@ -36,7 +37,13 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     """
     settings = list(dict.fromkeys(breakdown.setting))
     sizes = sorted(breakdown.gpus.unique())
-    figure, (axes,) = style.panels(1, height_in=1.5 + 0.34 * len(settings) * len(sizes))
+    names = {
+        (setting, size): textwrap.fill(f"{style.shown_name(setting)}, {style.gpus(size)}", 26)
+        for setting in settings
+        for size in sizes
+    }
+    lines = max(2, *(name.count("\n") + 1 for name in names.values()))
+    figure, (axes,) = style.panels(1, height_in=1.5 + 0.17 * lines * len(names))
     totals = breakdown.groupby(["gpus", "setting"]).seconds.sum()
     labels, position = [], 0.0
     for size in sizes:
@@ -48,13 +55,13 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
                 share = float(rows.get(part, 0.0)) / reference
                 axes.barh(position, share, left=left, height=0.8, color=colour, edgecolor="white", linewidth=0.5)
                 left += share
-            axes.text(left + 0.01, position, f"{100 * left:.0f} %", va="center", fontsize=8, color="#333333")
-            labels.append((position, f"{setting}, {style.gpus(size)}"))
+            axes.text(left + 0.01, position, percent(left), va="center", fontsize=8, color="#333333")
+            labels.append((position, names[setting, size]))
             position += 1
         position += 0.5
-    style.bar_names(axes, [p for p, _ in labels], [textwrap.fill(text, 26) for _, text in labels])
-    axes.set(xlabel=f"share of the time of “{settings[0]}” on as many GPUs")
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
+    style.bar_names(axes, [place for place, _ in labels], [name for _, name in labels])
+    axes.set(xlabel=textwrap.fill(f"share of the time of “{style.shown_name(settings[0])}” on as many GPUs", 60))
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
     style.percent_axis(axes.xaxis)
     part_legend(figure, visible_parts(breakdown))
     n = style.repeats(breakdown).replace("line", "bar")
@@ -67,7 +74,7 @@ def epoch_breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     figure, (axes,) = style.panels(1, height_in=3.6)
     wide = breakdown.pivot_table(index="epoch", columns="part", values="seconds", aggfunc="sum").fillna(0.0)
     parts = visible_parts(breakdown)
-    scale, unit = style.scale_for(float(wide.sum(axis=1).max()), style.TIME_SCALES)
+    scale, unit = style.scale_for(float(wide.sum(axis=1).max()), "seconds")
     axes.stackplot(
         wide.index,
         *(wide[part] / scale for part in parts),
