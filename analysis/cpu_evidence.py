@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import gpu_campaign
 import msgspec
+from processes import run_together
 
 import ptsim
 from ptsim.errors import PtsimError
+from ptsim.training.runfolder import CONFIG
 
 EPOCHS = 40
 IMAGES = 10_000
@@ -78,7 +79,7 @@ PAIRS: dict[str, Pair] = {
 
 def arguments_of(pair: Pair, run: str, folder: Path, data: Path, *, epochs: int, images: int) -> list[str]:
     """Arguments of `ptsim` that begin a run, or go on with it."""
-    if (folder / "trace.jsonl").exists():
+    if (folder / CONFIG).exists():
         return ["train", "--resume", str(folder)]
     settings = [*pair.settings, *pair.runs[run], f"validation_limit={min(VALIDATION_IMAGES, images)}", "num_threads=1"]
     return [
@@ -110,7 +111,7 @@ def record(name: str, options: argparse.Namespace, deadline_s: float) -> None:
     cores = sorted(os.sched_getaffinity(0))
     note = {"pair": name, "runs": list(commands), "began": time.strftime("%FT%T%z"), "load_before": os.getloadavg()[0]}
     try:
-        gpu_campaign.run_together(
+        run_together(
             commands,
             lambda: deadline_s - time.monotonic(),
             lambda: None,

@@ -2,34 +2,37 @@
 
 import argparse
 import collections
+import importlib
 import json
+import shutil
+import subprocess
+import sys
 import tarfile
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import ptsim
-from analysis import gpu_campaign
-from analysis.gpu_campaign import (
-    Campaign,
-    around_the_limit,
-    in_own_process,
-    main,
-    memory_limit,
-    runs_steps,
-    work_through,
-)
 from ptsim import zoo
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.network import Precision
+from ptsim.setting import StepSetting
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "analysis"))
+gpu_campaign = importlib.import_module("gpu_campaign")
+gpu_steps = importlib.import_module("gpu_steps")
+processes = importlib.import_module("processes")
+cuda_lines = importlib.import_module("cuda_lines")
+work_through, main = gpu_campaign.work_through, gpu_campaign.main
 
 
 def campaign_at(folder, minutes=5.0):
     options = argparse.Namespace(out=folder, work=None, device="cpu", tiny=True, cifar=None, minutes=minutes)
     folder.mkdir(exist_ok=True)
     (folder / "work").mkdir(exist_ok=True)
-    return Campaign(options)
+    return gpu_campaign.Campaign(options)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,7 @@ def test_there_are_at_most_eight_small_files(results):
         "tests.txt",
         "memory.json",
         "validation.json",
+        "logs.txt",
     }
     assert all(path.stat().st_size <= 16 * 2**20 for path in files)
 
@@ -95,7 +99,7 @@ def test_a_validation_of_older_runs_is_made_again_and_a_damaged_result_too(resul
     trace = campaign.kept("resnet20-dense-s1")
     trace.write_text("".join(trace.read_text().splitlines(keepends=True)[:-1]))  # as if interrupted at the end
     (tmp_path / "steps.json").write_text("[{")
-    assert campaign.left() == ["vgg11", "steps", "resnet32", "validate", "more-steps"]
+    assert campaign.left() == ["vgg11", "steps", "validate", "resnet32", "more-steps"]
 
 
 def test_a_trace_that_has_got_further_is_not_overwritten_by_a_run_begun_anew(results, tmp_path):
@@ -140,7 +144,7 @@ def test_no_piece_begins_when_time_is_over(tmp_path):
 def test_a_piece_in_its_own_process_says_what_stopped_it(tmp_path):
     (tmp_path / "steps.json").write_text("[{")
     arguments = ["--out", str(tmp_path), "--device", "cpu", "--tiny"]
-    failed = in_own_process(arguments, "steps", 1.0, tmp_path / "log")
+    failed = processes.in_own_process(Path(gpu_campaign.__file__), arguments, "steps", 1.0, tmp_path / "log")
     assert failed is not None
     assert failed.startswith("status 1: msgspec.DecodeError")
 
@@ -151,7 +155,7 @@ def test_an_error_of_the_device_is_a_row_and_ends_the_process(tmp_path, monkeypa
     def broken(*_, **__):
         raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
 
-    monkeypatch.setattr(gpu_campaign, "profile_network", broken)
+    monkeypatch.setattr(gpu_steps, "profile_network", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         campaign.pieces["steps"].work()
     rows = json.loads((tmp_path / "steps.json").read_text())
@@ -171,7 +175,7 @@ def test_an_error_of_the_device_is_a_row_and_ends_the_process(tmp_path, monkeypa
 )
 def test_the_memory_limit_is_looked_for_around_what_was_said_to_fit(capacity, fits, ran, failed):
     said = 1000 if capacity == 1000 else 100
-    found = around_the_limit(lambda batch: batch <= (10**9 if capacity == 1000 else capacity), said)
+    found = gpu_steps.around_the_limit(lambda batch: batch <= (10**9 if capacity == 1000 else capacity), said)
     assert found == {"fits": fits, "largest_that_ran": ran, "smallest_that_failed": failed}
 
 
@@ -184,24 +188,115 @@ def test_the_allocator_gets_what_cudas_context_leaves_of_the_limit(monkeypatch):
         empty_cache=lambda: None,
         reset_peak_memory_stats=lambda _: None,
     )
-    monkeypatch.setattr(gpu_campaign.torch, "cuda", fake)
-    with memory_limit(torch.device("cuda"), 8 * 2**30):
+    monkeypatch.setattr(gpu_steps.torch, "cuda", fake)
+    with gpu_steps.memory_limit(torch.device("cuda"), 8 * 2**30):
         assert fractions == [pytest.approx(7 / 100)]
     assert fractions[-1] == 1.0
 
 
 def test_steps_that_do_not_fit_are_told_from_steps_that_run(monkeypatch):
     model, cpu = zoo.create("resnet20"), torch.device("cpu")
-    assert runs_steps(model, (3, 32, 32), 2, Precision.FP32, "channels_last", cpu)
+    setting = StepSetting(batch=2, precision=Precision.FP32, memory_format="channels_last")
+    assert gpu_steps.runs_steps(model, (3, 32, 32), setting, cpu)
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gpu_campaign.F, "cross_entropy", full)
-    assert not runs_steps(model, (3, 32, 32), 2, Precision.FP32, "contiguous", cpu)
+    monkeypatch.setattr(gpu_steps.F, "cross_entropy", full)
+    assert not gpu_steps.runs_steps(model, (3, 32, 32), setting, cpu)
 
 
 def test_an_unknown_piece_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--device", "cpu", "--piece", "lunch"])
-    assert "known: tests, calibrate, vgg11, peaks, pruned-steps, steps, memory, resnet32" in capsys.readouterr().err
+    assert "known: tests, calibrate, vgg11, peaks, pruned-steps, steps, memory, validate" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_where_the_work_folder_was_lost(results, tmp_path):
+    whole = results[2].work / "resnet20-pruned-s1"
+    first, second = tmp_path / "first", tmp_path / "second"
+    campaign = campaign_at(first)
+    (first / "runs.tar").write_bytes((results[0] / "runs.tar").read_bytes())
+    for name in ("resnet20-dense-s1", "resnet20-pruned-s1"):
+        campaign.kept(name)
+    (campaign.work / "traces" / "resnet20-pruned-s1.jsonl").unlink()
+    shutil.copytree(whole, campaign.work / whole.name)
+    trace = campaign.work / whole.name / "trace.jsonl"
+    lines = trace.read_bytes().splitlines(keepends=True)
+    trace.write_bytes(b"".join(lines[:-1]))  # without its end
+    campaign.keep(["resnet20-dense-s1", "resnet20-pruned-s1"], checkpoints=True)
+    later = campaign_at(second)
+    later.take_over(first)
+    assert not later.trained("resnet20-pruned-s1")
+    assert later.trained("resnet20-dense-s1")
+    command = later.train_arguments("resnet20-pruned-s1", gpu_campaign.Pair("resnet20", 1), 0.25)
+    assert command == ["train", "--resume", str(later.work / "resnet20-pruned-s1")]
+    later.pieces["vgg11"].work()
+    assert later.trained("resnet20-pruned-s1")
+    with tarfile.open(second / "runs.tar") as archive:  # who is finished needs no checkpoint any more
+        assert archive.getnames() == ["resnet20-dense-s1.jsonl", "resnet20-pruned-s1.jsonl"]
+
+
+def test_a_piece_that_has_had_its_part_of_the_half_hour_comes_after_the_others(tmp_path):
+    campaign = campaign_at(tmp_path)
+    assert campaign.left()[:3] == ["tests", "calibrate", "vgg11"]
+    assert campaign.left()[-1] == "more-steps"  # has no part
+    campaign.note("calibrate", 239.0, None, further=True)
+    assert campaign.left()[1] == "calibrate"  # its four minutes are not over
+    assert campaign.minutes_for("calibrate") == pytest.approx(1 / 60, abs=0.01)
+    campaign.note("calibrate", 1.0, None, further=True)
+    assert campaign.left()[-2:] == ["calibrate", "more-steps"]
+    assert campaign.minutes_for("calibrate") == pytest.approx(campaign.remaining_s() / 60, abs=0.01)
+
+
+def test_the_parts_fit_into_half_an_hour_of_a_machine(tmp_path):
+    minutes = [piece.minutes for piece in campaign_at(tmp_path).pieces.values()]
+    assert sum(minutes) <= 28  # a machine takes one or two to start
+    assert max(minutes) <= 8.5  # a call lasts ten
+
+
+def test_the_installed_package_runs_where_a_checkout_is_the_current_folder(tmp_path):
+    (tmp_path / "ptsim").mkdir()
+    (tmp_path / "ptsim" / "__init__.py").write_text("raise SystemExit('the checkout')")
+    ran = subprocess.run([*processes.PTSIM, "--version"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.strip()) == (0, ptsim.__version__)
+
+
+def test_the_tests_marked_gpu_find_the_installed_package_before_the_checkout(tmp_path):
+    root = str(gpu_campaign.ROOT)
+    made = gpu_campaign.gpu_tests_environment({"PYTHONPATH": f"{tmp_path}:relative", "HOME": "/h"})
+    assert made["PYTHONPATH"].split(":") == [str(tmp_path), str(Path("relative").absolute()), root]
+    assert made["HOME"] == "/h"
+    assert gpu_campaign.gpu_tests_environment({})["PYTHONPATH"] == root
+    command = gpu_campaign.gpu_tests_command(measured=True)
+    assert command[1] == "-P"
+    assert command[-1] == f"{root}/tests/gpu"
+
+
+EXAMPLE = '''"""About cuda."""
+import torch
+
+def move(x, device):
+    """Moves to cuda."""
+    there = device.type == "cuda"
+    if device.type != "cuda":
+        y = x + 1
+    else:
+        y = x + 2
+    if there:
+        y = y + 3
+    z = y + 4
+    torch.cuda.synchronize()
+    return z, f"cuda:{device.index}"
+'''
+
+
+def test_lines_that_only_a_gpu_runs_are_found_and_those_that_no_test_has_run(tmp_path):
+    assert cuda_lines.cuda_lines(EXAMPLE) == {6, 7, 10, 11, 12, 14, 15}
+    (tmp_path / "moving.py").write_text(EXAMPLE)
+    (tmp_path / "unread.py").write_text("import torch\nthere = torch.cuda.is_available()\n")
+    report = {"files": {str(tmp_path / "moving.py"): {"missing_lines": [8, 12, 13]}}}
+    assert list(cuda_lines.unreached(report, tmp_path)) == [
+        "moving.py:12  y = y + 3",
+        "unread.py:2  there = torch.cuda.is_available()",
+    ]

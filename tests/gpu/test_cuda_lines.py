@@ -1,6 +1,8 @@
 """Which functions of ptsim ask for CUDA, and which test marked gpu reaches each of them: no branch may be forgotten."""
 
 import ast
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import ptsim
 from tests.gpu import test_on_a_gpu
 
 ROOT = Path(ptsim.__file__).parent
+sys.path.insert(0, str(Path(__file__).parents[2] / "analysis"))
+asks_for_cuda = importlib.import_module("cuda_lines").asks_for_cuda
 
 
 def functions_that_ask_for_cuda():
@@ -17,22 +21,9 @@ def functions_that_ask_for_cuda():
     for path in sorted(ROOT.rglob("*.py")):
         module = path.relative_to(ROOT).with_suffix("").as_posix()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and _asks(node):
+            if isinstance(node, ast.FunctionDef) and asks_for_cuda(node, ast.get_docstring(node, clean=False)):
                 found.add(f"{module}:{node.name}")
     return found
-
-
-def _asks(function):
-    documentation = ast.get_docstring(function, clean=False)
-    for node in ast.walk(function):
-        if isinstance(node, ast.FunctionDef) and node is not function and _asks(node):
-            continue
-        if isinstance(node, ast.Attribute) and node.attr in ("cuda", "is_cuda", "CUDAGraph"):
-            return True
-        is_text = isinstance(node, ast.Constant) and node.value != documentation
-        if is_text and node.value in ("cuda", "cuda:nccl"):
-            return True
-    return False
 
 
 @pytest.mark.slow

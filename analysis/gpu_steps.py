@@ -1,0 +1,352 @@
+"""Which training steps does the GPU campaign measure, and how: time, power and peak memory, beside what ptsim predicts?
+
+`gpu_campaign.py` calls it; it is no script of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ptsim import zoo
+from ptsim.capture.network import capture_network
+from ptsim.costs.energy import step_energy
+from ptsim.costs.memory import iteration_memory, largest_batch
+from ptsim.costs.step import step_time
+from ptsim.errors import PtsimError
+from ptsim.hardware.catalog import match_device
+from ptsim.hardware.spec import Device
+from ptsim.measure.calibrate import make_optimizer
+from ptsim.measure.nvml import open_meter
+from ptsim.measure.profile import Budget, number_format, profile_network, tf32_allowed, tuned_convolutions
+from ptsim.network import MemoryFormat, Network, Precision
+from ptsim.prune.groups import find_groups
+from ptsim.prune.reconfigure import remove_channels
+from ptsim.setting import StepSetting
+from ptsim.textfile import write_whole
+from ptsim.trace.schema import DeviceUse
+from ptsim.units import GIB
+
+Combination = tuple[str, int, str, MemoryFormat]
+FORMATS: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
+FIRST_STEPS: list[Combination] = [
+    *itertools.product(("torchvision:resnet50",), (64,), ("fp32", "tf32", "bf16", "fp16"), FORMATS),
+    *itertools.product(("vgg11", "resnet50", "resnet32"), (128,), ("fp32", "bf16"), ("contiguous",)),
+    *itertools.product(("torchvision:vgg16_bn", "torchvision:mobilenet_v2"), (32,), ("tf32", "bf16"), FORMATS),
+]
+MORE_STEPS: list[Combination] = [
+    *itertools.product(
+        ("torchvision:resnet18", "torchvision:efficientnet_b0", "torchvision:convnext_tiny", "torchvision:swin_t"),
+        (64,),
+        ("tf32", "bf16"),
+        FORMATS,
+    ),
+    *itertools.product(("torchvision:densenet121",), (32,), ("tf32", "bf16"), FORMATS),
+    *itertools.product(("torchvision:resnet50", "torchvision:vgg16_bn"), (16, 256), ("fp32", "bf16"), FORMATS),
+    *itertools.product(("torchvision:mobilenet_v2",), (128,), ("fp32", "tf32", "bf16", "fp16"), FORMATS),
+    *itertools.product(("vgg13", "resnet50", "resnet32"), (512,), ("fp32", "tf32", "bf16"), FORMATS),
+]
+# One step each, for the allocator's peak: 20 networks of 14 families.
+PEAKS: list[Combination] = [
+    (f"torchvision:{name}", 32, "bf16", "channels_last")
+    for name in (
+        "alexnet", "convnext_small", "densenet169", "efficientnet_b3", "efficientnet_v2_s", "googlenet",
+        "inception_v3", "maxvit_t", "mnasnet1_0", "mobilenet_v3_large", "regnet_x_8gf", "regnet_y_3_2gf", "resnet101",
+        "resnext50_32x4d", "shufflenet_v2_x1_0", "squeezenet1_1", "swin_v2_t", "vgg11", "vit_b_16", "wide_resnet50_2",
+    )
+]  # fmt: skip
+# ResNet-50 as pruning leaves it: this share of the prunable channels is gone.
+PRUNED_STEPS: list[Combination] = [
+    *itertools.product(
+        [f"pruned {share} torchvision:resnet50" for share in (0.2, 0.4, 0.6)], (64,), ("fp32", "bf16"), FORMATS[1:]
+    )
+]
+TINY_STEPS: list[Combination] = [
+    ("resnet20", 4, "fp32", "contiguous"),
+    # Not channels_last: oneDNN corrupts its memory there on a CPU without AVX-512 (torch 2.14.1, odd channel counts).
+    ("pruned 0.5 resnet20", 2, "fp32", "contiguous"),
+]
+LIMITED: list[Combination] = [
+    ("torchvision:resnet50", 0, "fp32", "contiguous"),
+    ("torchvision:resnet50", 0, "bf16", "channels_last"),
+    ("torchvision:mobilenet_v2", 0, "bf16", "channels_last"),
+    ("torchvision:vgg16_bn", 0, "fp32", "contiguous"),
+    ("resnet50", 0, "tf32", "contiguous"),
+]
+LIMIT_BYTES = 8 * GIB
+_LOAD_S = 1.0  # steps before the meter starts: a board's own power reading is a mean over up to a second
+_METERED_S = 2.0
+
+
+class Steps:
+    """Measures steps into `steps.json` and `memory.json` of a folder; rows that are there stay."""
+
+    def __init__(self, out: Path, device: torch.device, *, tiny: bool, remaining_s: Callable[[], float]) -> None:
+        self.out, self.device, self.tiny, self.remaining_s = out, device, tiny, remaining_s
+        self._networks: dict[str, tuple[nn.Module, Network]] = {}
+
+    def done(self, wanted: Sequence[Combination]) -> bool:
+        """Every combination has a row."""
+        return not wanted or {combination_of(row) for row in rows(self.out / "steps.json")}.issuperset(wanted)
+
+    def measure(self, wanted: Sequence[Combination], *, power: bool) -> None:
+        """One row per network, mini-batch, precision and memory format; a failure is a row with its reason."""
+        table = self.out / "steps.json"
+        found = rows(table)
+        known = {combination_of(row) for row in found}
+        for combination in wanted:
+            if combination not in known and self.remaining_s() > (0 if self.tiny else 10):
+                row, broken = self._row(*combination, power=power)
+                found.append(row)
+                write(table, found)
+                if broken is not None:
+                    raise broken
+
+    def _row(
+        self, model_name: str, batch: int, precision_name: str, memory_format: MemoryFormat, *, power: bool
+    ) -> tuple[dict[str, Any], RuntimeError | None]:
+        """Measured and predicted time and memory of one training step, and an error that may have broken the GPU."""
+        precision = Precision(precision_name)
+        setting = StepSetting(batch=batch, precision=precision, memory_format=memory_format)
+        row: dict[str, Any] = {
+            "model": model_name,
+            "batch": batch,
+            "precision": precision_name,
+            "memory_format": memory_format,
+            "torch": str(torch.__version__),
+        }
+        try:
+            model, network = self.network(model_name)
+            row |= predicted(network, setting, match_device(open_meter(self.device).info().name))
+            here = copy.deepcopy(model).to(self.device).to(memory_format=layout(memory_format))
+            profile = profile_network(
+                here,
+                network,
+                batch=batch,
+                precision=precision,
+                memory_format=memory_format,
+                optimizer=make_optimizer("sgd", here.parameters()),
+                device=self.device,
+                budget=Budget(min_seconds=0.0 if self.tiny else 0.5, max_seconds=max(self.remaining_s(), 1.0)),
+            )
+            row |= {"measured_step_s": profile.step_s, "measured_peak_bytes": profile.peak_memory_bytes}
+            if self.device.type == "cuda":
+                row["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
+            row |= {"device": profile.device, "profile": msgspec.to_builtins(profile)}
+            if power:
+                use = self._use_under_load(here, setting, zoo.find(model_name.rpartition(" ")[2]).input_shape)
+                row["use"] = None if use is None else msgspec.to_builtins(use)
+        except (PtsimError, torch.OutOfMemoryError) as error:
+            row["failed"] = sentence(error)
+        except RuntimeError as error:  # after an error of CUDA itself nothing works in this process any more
+            row["failed"] = sentence(error)
+            return row, error
+        finally:
+            here = None  # type: ignore[assignment] # or its memory stays taken
+            free(self.device)
+        return row, None
+
+    def _use_under_load(
+        self, model: nn.Module, setting: StepSetting, input_shape: tuple[int, int, int]
+    ) -> DeviceUse | None:
+        """What the board draws while nothing but steps runs; None where nobody tells."""
+        step = training_step(model, input_shape, setting, self.device)
+        meter = open_meter(self.device)
+        for metered, seconds in ((False, _LOAD_S), (True, _METERED_S)):
+            if metered:
+                meter.start()
+            end_s = time.monotonic() + (0 if self.tiny else seconds)
+            while True:
+                for _ in range(1 if self.tiny else 10):
+                    step()
+                wait(self.device)
+                if time.monotonic() >= end_s:
+                    break
+        return meter.stop()
+
+    def network(self, name: str) -> tuple[nn.Module, Network]:
+        """The model on the CPU and its description, made once; "pruned SHARE NAME" is NAME without that share."""
+        if name not in self._networks:
+            pruned, _, share = name.rpartition(" ")[0].partition(" ")
+            base = name.rpartition(" ")[2]
+            entry = zoo.find(base)
+            torch.manual_seed(0)
+            model = zoo.create(base)
+            if pruned:
+                remove_share(model, entry.input_shape, float(share))
+            network = capture_network(model, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes)
+            self._networks[name] = model, network
+        return self._networks[name]
+
+    def limits_done(self) -> bool:
+        """Every network was tried; a CPU has no allocator that can be limited."""
+        return len(rows(self.out / "memory.json")) == (1 if self.device.type != "cuda" else len(LIMITED))
+
+    def limits(self) -> None:
+        """In 8 GiB of the memory: does what is said to fit run, and how much more would have run?"""
+        table = self.out / "memory.json"
+        found = rows(table)
+        if self.device.type != "cuda":
+            write(table, [{"failed": "a CPU has no allocator that can be limited"}])
+            return
+        for name, _, precision_name, memory_format in LIMITED[len(found) :]:
+            if self.remaining_s() < 10:
+                return
+            setting = StepSetting(batch=1, precision=Precision(precision_name), memory_format=memory_format)
+            row: dict[str, Any] = {"model": name, "precision": precision_name, "memory_format": memory_format}
+            model, network = self.network(name)
+            known = match_device(open_meter(self.device).info().name)
+            said = largest_batch(network, setting, capacity_bytes=LIMIT_BYTES, device=known)
+            shape = zoo.find(name).input_shape
+            runs = functools.partial(self._runs, model, shape, setting)
+            with memory_limit(self.device, LIMIT_BYTES):
+                fitted = around_the_limit(runs, said)
+            row |= {"limit_bytes": LIMIT_BYTES, "said_to_fit": said, **fitted}
+            found.append(row)
+            write(table, found)
+
+    def _runs(self, model: nn.Module, shape: tuple[int, int, int], setting: StepSetting, batch: int) -> bool:
+        return runs_steps(model, shape, msgspec.structs.replace(setting, batch=batch), self.device)
+
+
+def predicted(network: Network, setting: StepSetting, device: Device | None) -> dict[str, Any]:
+    """What ptsim says of the step before it is measured: from the data sheet, where the catalog knows the device."""
+    need = iteration_memory(network, setting, device=device)
+    row: dict[str, Any] = {"predicted_peak_bytes": need.peak_bytes, "predicted_device_bytes": need.device_bytes}
+    if device is not None:
+        step = step_time(network, device, setting)
+        row |= {"predicted_step_s": step.compute_s, "low_s": step.low_s, "high_s": step.high_s}
+        row |= {"tier": step.tier, "predicted_power_w": step_energy(step, device).mean_power_w}
+    return row
+
+
+def remove_share(model: nn.Module, input_shape: tuple[int, int, int], share: float) -> None:
+    """Remove a random share of the prunable channels as a reconfiguration would."""
+    groups = find_groups(model, input_shape)
+    generator = torch.Generator().manual_seed(0)
+    remove_channels(model, groups, torch.rand(groups.num_components, generator=generator) < share)
+
+
+def around_the_limit(runs: Callable[[int], bool], said: int) -> dict[str, Any]:
+    """Whether the mini-batch that is said to fit runs, and the range in which the largest that runs lies.
+
+    A false "fits" is the grave error: then it looks below, else above.
+    """
+    if said < 1:
+        return {"fits": None, "largest_that_ran": None, "smallest_that_failed": None}
+    fits = runs(said)
+    factors = (1.05, 1.1, 1.2, 1.4, 1.8) if fits else (0.95, 0.9, 0.8, 0.6)
+    ran, failed = (said, None) if fits else (None, said)
+    for factor in factors:
+        batch = max(round(said * factor), 1)
+        if runs(batch):
+            ran = batch
+            if not fits:
+                break
+        else:
+            failed = batch
+            if fits:
+                break
+    return {"fits": fits, "largest_that_ran": ran, "smallest_that_failed": failed}
+
+
+def training_step(
+    model: nn.Module, input_shape: tuple[int, int, int], setting: StepSetting, device: torch.device
+) -> Callable[[], None]:
+    """One training step of a copy of `model` on `device`, to be called again and again."""
+    here = copy.deepcopy(model).to(device).to(memory_format=layout(setting.memory_format)).train()
+    optimizer = make_optimizer("sgd", here.parameters())
+    images = torch.randn((setting.batch, *input_shape), device=device)
+    images = images.contiguous(memory_format=layout(setting.memory_format))
+    labels = torch.zeros(setting.batch, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        with tf32_allowed(setting.precision), tuned_convolutions():
+            optimizer.zero_grad(set_to_none=True)
+            with number_format(setting.precision, device):
+                logits = here(images)
+                loss = F.cross_entropy(logits if isinstance(logits, torch.Tensor) else logits[0], labels)
+            loss.backward()  # type: ignore[no-untyped-call] # torch's gap
+            optimizer.step()
+
+    return step
+
+
+def runs_steps(model: nn.Module, input_shape: tuple[int, int, int], setting: StepSetting, device: torch.device) -> bool:
+    """Whether two whole training steps of a copy of `model` fit into the memory that the process may have."""
+    fits, step = True, None
+    try:
+        step = training_step(model, input_shape, setting, device)
+        for _ in range(2):
+            step()
+        wait(device)
+    except torch.OutOfMemoryError:
+        fits = False
+    step = None  # out of the handler, whose traceback holds what the failed step has allocated
+    free(device)
+    return fits
+
+
+@contextlib.contextmanager
+def memory_limit(device: torch.device, limit_bytes: int) -> Iterator[None]:
+    """As on a device with `limit_bytes`: the allocator gets what CUDA's own context leaves of it."""
+    free(device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    context_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction(max(limit_bytes - context_bytes, 1) / total_bytes, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def combination_of(row: dict[str, Any]) -> Combination:
+    """What a row of `steps.json` is about."""
+    return row["model"], row["batch"], row["precision"], row["memory_format"]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON table; none where there is no file."""
+    found: list[dict[str, Any]] = msgspec.json.decode(path.read_bytes()) if path.exists() else []
+    return found
+
+
+def write(path: Path, content: Any) -> None:
+    """Write as indented JSON, whole or not at all."""
+    write_whole(path, msgspec.json.format(msgspec.json.encode(content)))
+
+
+def layout(memory_format: MemoryFormat) -> torch.memory_format:
+    """Torch's name of a memory format."""
+    return torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())[:300]

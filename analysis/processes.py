@@ -1,0 +1,76 @@
+"""How do the campaigns run `ptsim` and their own pieces: as processes that are interrupted when time is over?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+# -P: a checkout in the current folder must not take the installed package's place: it has no `ptsim.models`.
+PTSIM = (sys.executable, "-P", "-m", "ptsim")
+GRACE_S = 25.0  # after its time a piece may write down what it has
+
+
+def run_together(
+    commands: Mapping[str, Sequence[str]],
+    remaining_s: Callable[[], float],
+    meanwhile: Callable[[], None],
+    *,
+    cores: Sequence[int] | None = None,
+) -> None:
+    """Run `ptsim` commands at the same time; when no time remains they are interrupted as by Ctrl-C.
+
+    Args:
+        commands: arguments of `ptsim`, by the name that a failure is reported under.
+        remaining_s: seconds until they have to end.
+        meanwhile: called every few seconds and at the end.
+        cores: one CPU core for each command, with one thread; None pins nothing.
+
+    Raises:
+        RuntimeError: one of them failed by itself.
+    """
+    processes = {
+        name: subprocess.Popen(
+            [*PTSIM, *command],
+            env=os.environ if cores is None else os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for name, command in commands.items()
+    }
+    for core, process in zip(cores or (), processes.values(), strict=False):
+        os.sched_setaffinity(process.pid, {core})  # its threads begin later and inherit it
+    stopped = False
+    while any(process.poll() is None for process in processes.values()):
+        time.sleep(min(5.0, max(remaining_s(), 0.5)))
+        meanwhile()  # also if this process should not get to its end
+        if remaining_s() <= 0 and not stopped:
+            for process in processes.values():
+                process.send_signal(signal.SIGINT)
+            stopped = True
+    meanwhile()
+    failed = [f"{name}: status {process.returncode}" for name, process in processes.items() if process.returncode]
+    if failed and not stopped:
+        raise RuntimeError(f"ptsim train ended badly: {', '.join(failed)}")
+
+
+def in_own_process(script: Path, arguments: Sequence[str], name: str, minutes: float, log: Path) -> str | None:
+    """Run one piece of `script` with the command line `arguments` as a process; what failed, None if nothing did."""
+    command = [sys.executable, str(script.resolve()), *arguments, "--piece", name, "--minutes", str(minutes)]
+    with open(log, "w", encoding="utf-8") as errors:
+        process = subprocess.Popen(command, process_group=0, stderr=errors)
+        try:
+            status = process.wait(timeout=60 * minutes + GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"stopped {GRACE_S:.0f} s after its time"
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    if status == 0:
+        return None
+    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return f"status {status}: {' '.join(said[-1:])[:300]}"
