@@ -20,7 +20,8 @@ from torch import fx, nn
 from torch.nn import functional
 
 from ptsim.capture.chance import random_state_kept
-from ptsim.capture.graph import copied, example_input, symbolic_graph
+from ptsim.capture.copies import copied
+from ptsim.capture.graph import example_input, symbolic_graph
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # fvcore uses torch.jit.script, which torch deprecates

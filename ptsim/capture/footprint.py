@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptsim.capture.chance import random_state_kept
-from ptsim.capture.graph import hollow_copy
+from ptsim.capture.copies import hollow_copy
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Moment
 

@@ -6,7 +6,6 @@ Capture and pruning both start here, so that they see the same layers under the 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import math
@@ -24,6 +23,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ptsim.capture.chance import random_state_kept
+from ptsim.capture.copies import device_of, hollow_copy
 from ptsim.capture.exported import exported_graph
 from ptsim.errors import UnsupportedModelError, lacks_memory
 
@@ -31,6 +31,8 @@ _FACTORIES = (  # functions of torch
     *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "randperm"),
     *("scalar_tensor", "tensor", "zeros"),
 )
+
+_DEVICE_QUESTIONS = frozenset({"is_cpu", "is_cuda", "is_maia", "is_meta", "is_mps", "is_mtia", "is_xla", "is_xpu"})
 
 
 @contextlib.contextmanager
@@ -114,7 +116,7 @@ class ShapedTracer(Tracer):
 
     What was looked at stands in `looked`: node name → whether as a truth value or as a number. The graph holds for
     networks and images where these are the same. Buffers become nodes as parameters do, so that methods of theirs can
-    be given shapes.
+    be given shapes. Code that asks for a tensor's device goes the way that it goes where the model is.
     """
 
     def __init__(self, model: nn.Module, images_shape: tuple[int, ...]) -> None:
@@ -126,6 +128,7 @@ class ShapedTracer(Tracer):
             self._images = torch.empty(images_shape, dtype=dtype)
         self._values: dict[fx.Node, Any] = {}
         self._evaluating = False
+        self.device = device_of(model)
         self.looked: dict[str, str] = {}
 
     def create_proxy(self, kind: str, target: Any, args: Any, *rest: Any, **more: Any) -> Any:
@@ -140,15 +143,23 @@ class ShapedTracer(Tracer):
                 self._evaluating = False
         return made
 
+    def _known(self, node: fx.Node) -> Any:
+        if node not in self._values:  # torch.fx makes the nodes of constant tensors without asking
+            self._values[node] = self._value(node)
+        return self._values[node]
+
     def _value(self, node: fx.Node) -> Any:
-        args: Any = fx.map_arg(plain_numbers(node.args), self._values.__getitem__)
-        kwargs: Any = fx.map_arg(plain_numbers(node.kwargs), self._values.__getitem__)
+        args: Any = fx.map_arg(on_device(plain_numbers(node.args), "meta"), self._known)
+        kwargs: Any = fx.map_arg(on_device(plain_numbers(node.kwargs), "meta"), self._known)
         match node.op:
             case "placeholder":
                 return self._images
             case "get_attr":
                 parent, _, name = str(node.target).rpartition(".")
-                return getattr(self._twin.get_submodule(parent), name)
+                home = self._twin.get_submodule(parent)
+                if hasattr(home, name):
+                    return getattr(home, name)
+                return getattr(self.root, str(node.target)).to("meta")  # a tensor that the code has just made
             case "call_module":
                 return self._twin.get_submodule(str(node.target))(*args, **kwargs)
             case "call_method":
@@ -178,30 +189,18 @@ class ShapedTracer(Tracer):
         value = self._values[node]
         if isinstance(value, Tensor):
             raise fx.proxy.TraceError("the code looks at the values of a tensor")
-        if _asks_for_the_device(node):  # all is on the meta device here, where the code may take neither of its ways
-            raise UnsupportedModelError(
-                f"{type(self.root).__name__} cannot be traced: its code decides by the device of a tensor",
-                hint="let the code do the same on every device",
-            )
         if self.looked.get(node.name) != "number":
             self.looked[node.name] = purpose
         return value
 
 
-_DEVICE_WORDS = frozenset(
-    {"device", "is_cpu", "is_cuda", "is_maia", "is_meta", "is_mps", "is_mtia", "is_xla", "is_xpu"}
-)
-
-
-def _asks_for_the_device(node: fx.Node) -> bool:
-    waiting, seen = [node], set[fx.Node]()
-    while waiting:
-        node = waiting.pop()
-        if (node.target is getattr and node.args[1] in _DEVICE_WORDS) or node.target == "get_device":
-            return True
-        seen.add(node)
-        waiting += [before for before in node.all_input_nodes if before not in seen]
-    return False
+def _on(name: str, device: torch.device) -> Any:
+    """What the attribute `name` of a tensor on `device` says of the device; None for every other attribute."""
+    if name == "device":
+        return device
+    if name == "get_device":
+        return lambda: -1 if device.type == "cpu" else device.index or 0
+    return name == f"is_{device.type}" if name in _DEVICE_QUESTIONS else None
 
 
 def plain_numbers(arguments: Any) -> Any:
@@ -209,6 +208,11 @@ def plain_numbers(arguments: Any) -> Any:
     return fx.node.map_aggregate(
         arguments, lambda a: int(a) if isinstance(a, int) and not isinstance(a, bool) and type(a) is not int else a
     )
+
+
+def on_device(arguments: Any, device: torch.device | str) -> Any:
+    """Arguments with `device` in place of every device among them."""
+    return fx.node.map_aggregate(arguments, lambda a: torch.device(device) if isinstance(a, torch.device) else a)
 
 
 class _Assignable(fx.Proxy):
@@ -245,7 +249,8 @@ class _Looks:
 
 class _Shaped(_Looks, _Assignable):
     def __getattr__(self, name: str) -> Any:
-        return _ShapedAttribute(self, name)
+        known = _on(name, self.tracer.device) if isinstance(self.tracer._values[self.node], Tensor) else None
+        return _ShapedAttribute(self, name) if known is None else known
 
 
 class _ShapedAttribute(_Looks, fx.proxy.Attribute):
@@ -253,64 +258,6 @@ class _ShapedAttribute(_Looks, fx.proxy.Attribute):
 
     def __getattr__(self, name: str) -> Any:
         return _ShapedAttribute(self, name)
-
-
-def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy of any model, also of one that keeps computed tensors as attributes."""
-    return copy.deepcopy(model, computed_tensors(model) | tabled_tensors(model) | (memo or {}))
-
-
-def tabled_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy`: tensors in tables that modules keep as attributes are shared by the copy.
-
-    Pruning notes there where the elements of a cut buffer came from; it makes new tensors and changes none.
-    """
-    return {
-        id(value): value
-        for module in model.modules()
-        for name, table in vars(module).items()
-        if isinstance(table, dict) and name not in ("_parameters", "_buffers", "_modules")
-        for value in table.values()
-        if isinstance(value, Tensor)
-    }
-
-
-def computed_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy`: the values, without their history, of the tensors that modules keep as plain attributes.
-
-    Older normalisations of weights (`torch.nn.utils.weight_norm`, `spectral_norm`) and masks (`torch.nn.utils.prune`)
-    compute a layer's weight before every call and leave it there; torch does not copy such a tensor, nor any real one
-    into a network of fake ones. The copy computes its own when it is called.
-    """
-    return {
-        id(value): value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor)
-    }
-
-
-def hollow_copy(model: nn.Module, device: str | None = None) -> nn.Module:
-    """A deep copy whose parameters and buffers are new, on `device` (a fake or meta one takes no memory).
-
-    Its BatchNorms average their statistics with a fixed momentum, since an average over all batches (momentum None)
-    reads a counter's value, which is not there.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if device:
-            twin = torch.empty_like(tensor, device=device)
-        elif isinstance(tensor, nn.Parameter):  # contiguous: a model in channels-last is captured as any other
-            twin = torch.empty(tensor.shape, dtype=tensor.dtype)
-        else:
-            strides = torch.empty_like(tensor, device="meta").stride()
-            twin = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
-        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    twin_model = copied(model, memo)
-    for module in twin_model.modules():
-        if hasattr(module, "num_batches_tracked") and getattr(module, "momentum", 0.1) is None:
-            module.momentum = 0.1  # type: ignore[assignment] # a number
-    return twin_model
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ptsim.capture.chance import random_state_kept
-from ptsim.capture.graph import copied, hollow_copy, naming_the_image, symbolic_graph
+from ptsim.capture.copies import copied, hollow_copy
+from ptsim.capture.graph import naming_the_image, symbolic_graph
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.errors import UnsupportedModelError
 

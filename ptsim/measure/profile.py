@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
-from ptsim.capture.graph import computed_tensors
+from ptsim.capture.copies import computed_tensors
 from ptsim.capture.network import layer_names, training_graph
 from ptsim.errors import MissingMeasurementError, UnsupportedModelError
 from ptsim.measure.host_memory import keep_freed_memory

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.capture.chance import random_state_kept
-from ptsim.capture.graph import copied, example_input, naming_the_image, note_tracer
+from ptsim.capture.copies import copied
+from ptsim.capture.graph import example_input, naming_the_image, note_tracer
 from ptsim.errors import UnsupportedModelError, lacks_memory
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.labels import ENDS, NO_SLOTS, UNKNOWN, AxisKey, State, Weighted, compress, connected, distinct

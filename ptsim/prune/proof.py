@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 
 from ptsim import zoo
 from ptsim.capture.chance import random_state_kept, seed_all
-from ptsim.capture.graph import copied, naming_the_image, output_tensors
+from ptsim.capture.copies import copied
+from ptsim.capture.graph import naming_the_image, output_tensors
 from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.prune.cut import take
 from ptsim.prune.groups import SHAPE_ERRORS, ChannelGroups, axes_for, find_groups, weight_GOIK

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.capture.chance import random_state, random_state_kept, seed_all
-from ptsim.capture.graph import example_input, hollow_copy, normalised_shape, plain_numbers, symbolic_graph
+from ptsim.capture.copies import hollow_copy
+from ptsim.capture.graph import example_input, normalised_shape, on_device, plain_numbers, symbolic_graph
 from ptsim.prune import function_rules, layer_rules, movement_rules, product_rules  # noqa: F401 - they register their rules
 from ptsim.prune.labels import ENDS, NO_SLOTS, AxisKey, Facets, Label, State
 from ptsim.prune.numbers import Number, named_numbers
@@ -92,9 +93,9 @@ class Propagation(fx.Interpreter):
         return node.op.startswith("call") and takes_shapes(rule_for_function(node))
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the node is called with; numbers that the model keeps are plain integers."""
-        args: Any = fx.map_arg(plain_numbers(n.args), self.env.__getitem__)
-        kwargs: Any = fx.map_arg(plain_numbers(n.kwargs), self.env.__getitem__)
+        """What the node is called with; numbers that the model keeps are plain integers, and devices are this one."""
+        args: Any = fx.map_arg(on_device(plain_numbers(n.args), self.device), self.env.__getitem__)
+        kwargs: Any = fx.map_arg(on_device(plain_numbers(n.kwargs), self.device), self.env.__getitem__)
         return args, kwargs
 
     def _numbers(self, node: fx.Node, known: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptsim.capture.graph import copied
+from ptsim.capture.copies import copied
 from ptsim.capture.rehearsal import rehearse
 from ptsim.errors import FileFormatError, UsageError
 from ptsim.network import Precision

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptsim import zoo
-from ptsim.capture.graph import copied
+from ptsim.capture.copies import copied
 from ptsim.errors import UsageError
 from ptsim.trace.schema import Dataset
 from ptsim.training.config import Config

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptsim.capture.graph import copied
+from ptsim.capture.copies import copied
 from ptsim.errors import TrainingError, UnsupportedModelError, UsageError
 from ptsim.prune.cut import unwrap
 from ptsim.training.config import Config

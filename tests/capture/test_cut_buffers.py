@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ptsim.capture.graph import copied
+from ptsim.capture.copies import copied
 from ptsim.capture.network import capture_network
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure

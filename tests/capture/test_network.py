@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from analysis.check_counts import kept_bytes
 from ptsim import zoo
 from ptsim.capture import footprint
-from ptsim.capture.graph import Tracer, copied
+from ptsim.capture.copies import copied
+from ptsim.capture.graph import Tracer
 from ptsim.capture.network import capture_network
 from ptsim.capture.rehearsal import rehearse
 from ptsim.costs.flops import layer_macs, training_macs

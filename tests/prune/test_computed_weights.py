@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import random_unstructured
 
 import ptsim
-from ptsim.capture.graph import copied
+from ptsim.capture.copies import copied
 from ptsim.capture.network import capture_network
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptsim.errors import UnsupportedModelError
 from ptsim.prune.groups import find_groups
 from ptsim.prune.proof import inspect
 from ptsim.prune.reconfigure import reconfigure
@@ -86,8 +85,16 @@ class AsksForNumber(_Net):
         return self.b(x) if x.get_device() < 0 else x  # -1 on a CPU
 
 
-@pytest.mark.parametrize("kind", [AsksForDevice, AsksForCuda, AsksForNumber])
-def test_code_that_decides_by_the_device_is_refused(kind: Any) -> None:
-    message = f"{kind.__name__} cannot be traced: its code decides by the device"
-    with pytest.raises(UnsupportedModelError, match=message):
-        find_groups(kind(), IMAGE)
+class CastsByDevice(_Net):
+    def way(self, x: Tensor) -> Tensor:
+        if x.device.type == "meta":
+            return x
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return self.b(x) + torch.zeros(1, device=x.device)
+
+
+@pytest.mark.parametrize("kind", [AsksForDevice, AsksForCuda, AsksForNumber, CastsByDevice])
+def test_code_that_decides_by_the_device_goes_the_way_of_the_device_where_it_is(kind: Any) -> None:
+    torch.manual_seed(0)
+    assert any(layer.layer == "b" for layer in find_groups(kind(), IMAGE).layers)  # on a CPU
+    assert inspect(kind(), input_shape=IMAGE).exact

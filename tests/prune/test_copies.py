@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ptsim
-from ptsim.capture.graph import copied
+from ptsim.capture.copies import copied
 from ptsim.capture.network import capture_network
 from ptsim.errors import UsageError
 from ptsim.prune.groups import find_groups

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptsim.capture.graph import hollow_copy
+from ptsim.capture.copies import hollow_copy
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.criteria.slimming import Slimming
 from ptsim.prune.groups import ChannelGroups, find_groups

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ptsim.capture.graph import copied, evaluation_mode, example_input
+from ptsim.capture.copies import copied
+from ptsim.capture.graph import evaluation_mode, example_input
 from ptsim.criteria import slimming_work
 from ptsim.network import Network
 from ptsim.prune.criteria.coefficient import per_weight

@@ -1,0 +1,77 @@
+"""Copies of a live module: with its weights, or hollow, with parameters and buffers that take no memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HOME = "_ptsim_device"  # attribute of a hollow copy: where the original is
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of any model, also of one that keeps computed tensors as attributes."""
+    return copy.deepcopy(model, computed_tensors(model) | tabled_tensors(model) | (memo or {}))
+
+
+def tabled_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for `deepcopy`: tensors in tables that modules keep as attributes are shared by the copy.
+
+    Pruning notes there where the elements of a cut buffer came from; it makes new tensors and changes none.
+    """
+    return {
+        id(value): value
+        for module in model.modules()
+        for name, table in vars(module).items()
+        if isinstance(table, dict) and name not in ("_parameters", "_buffers", "_modules")
+        for value in table.values()
+        if isinstance(value, Tensor)
+    }
+
+
+def computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for `deepcopy`: the values, without their history, of the tensors that modules keep as plain attributes.
+
+    Older normalisations of weights (`torch.nn.utils.weight_norm`, `spectral_norm`) and masks (`torch.nn.utils.prune`)
+    compute a layer's weight before every call and leave it there; torch does not copy such a tensor, nor any real one
+    into a network of fake ones. The copy computes its own when it is called.
+    """
+    return {
+        id(value): value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor)
+    }
+
+
+def hollow_copy(model: nn.Module, device: str | None = None) -> nn.Module:
+    """A deep copy whose parameters and buffers are new, on `device` (a fake or meta one takes no memory).
+
+    Its BatchNorms average their statistics with a fixed momentum, since an average over all batches (momentum None)
+    reads a counter's value, which is not there.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if device:
+            twin = torch.empty_like(tensor, device=device)
+        elif isinstance(tensor, nn.Parameter):  # contiguous: a model in channels-last is captured as any other
+            twin = torch.empty(tensor.shape, dtype=tensor.dtype)
+        else:
+            strides = torch.empty_like(tensor, device="meta").stride()
+            twin = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
+        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+    twin_model = copied(model, memo)
+    if device:
+        setattr(twin_model, _HOME, device_of(model))
+    for module in twin_model.modules():
+        if hasattr(module, "num_batches_tracked") and getattr(module, "momentum", 0.1) is None:
+            module.momentum = 0.1  # type: ignore[assignment] # a number
+    return twin_model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the network is, and of a copy without storage where the original is."""
+    device = getattr(model, _HOME, None)
+    return device or next((p.device for p in model.parameters()), torch.device("cpu"))
