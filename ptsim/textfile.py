@@ -385,7 +385,14 @@ def _permissions(target: Path) -> int:
 
 
 def umask() -> int:
-    """Which permissions new files of this process do not get."""
+    """Which permissions new files of this process do not get.
+
+    Linux tells; asking the system call itself would take the mask away from other threads for a moment.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.removeprefix("Umask:"), 8)
     mask = os.umask(0)
     os.umask(mask)
     return mask

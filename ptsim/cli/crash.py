@@ -17,22 +17,22 @@ EXIT_STATUS = 70  # EX_SOFTWARE of sysexits.h: a fault of the program, not of it
 
 
 def keep(error: BaseException, tokens: Sequence[str]) -> Path | None:
-    """Write what a developer needs into a new file; None where no file can be written.
+    """Write what a developer needs into a new file; None where no file can be written, or memory is short.
 
     The file holds versions, the command line and the traceback, and nothing of the files that were read.
     """
     torch = sys.modules.get("torch")
-    lines = [
-        f"ptsim {ptsim.__version__}, Python {platform.python_version()}, {platform.platform()}",
-        f"torch {getattr(torch, '__version__', 'not imported')}",
-        f"command: ptsim {shlex.join(tokens)}",
-        "",
-        *traceback.format_exception(error, limit=-60),
-    ]
     try:
+        lines = [
+            f"ptsim {ptsim.__version__}, Python {platform.python_version()}, {platform.platform()}",
+            f"torch {getattr(torch, '__version__', 'not imported')}",
+            f"command: ptsim {shlex.join(tokens)}",
+            "",
+            *traceback.format_exception(error, limit=-60),
+        ]
         handle, name = tempfile.mkstemp(prefix="ptsim-crash-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write("\n".join(lines))
-    except OSError:
+    except (OSError, MemoryError):
         return None
     return Path(name)

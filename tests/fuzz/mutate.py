@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tomllib
 from typing import Any
 
@@ -21,14 +22,43 @@ PIECES = (b"", b"\x00", b"\xff\xfe", b"[" * 5000, b"{", b"}", b'"', b"1e400", b"
 
 
 def mutated(document: Any, draw: random.Random) -> Any:
-    """A copy of the document of dictionaries, lists and values with one to three places changed."""
-    copy = _copied(document)
+    """A copy of the document of dictionaries, lists and values with one to three places changed.
+
+    A third of the copies differ by their numbers alone: such files pass for whole ones for longest.
+    """
+    copy, numbers_alone = _copied(document), draw.random() < 0.33
     for _ in range(draw.randint(1, 3)):
         places = _places(copy)
-        if not places:
-            break
-        _change(*draw.choice(places), places, draw)
+        numbers = _numbers(places)
+        if numbers_alone and numbers:
+            of_one_name = numbers[draw.choice(sorted(numbers))]  # fields that are there once come as often as others
+            place, key = draw.choice(of_one_name)
+            place[key] = _another_number(place[key], draw)
+        elif places:
+            _change(*draw.choice(places), places, draw)
     return copy
+
+
+def _numbers(places: list[tuple[Any, Any]]) -> dict[str, list[tuple[Any, Any]]]:
+    """The places of numbers and of quantities by the name of their field."""
+    found: dict[str, list[tuple[Any, Any]]] = {}
+    for place, key in places:
+        value = place[key]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number or (isinstance(value, str) and re.match(r"-?\d", value)):
+            found.setdefault(key if isinstance(key, str) else "", []).append((place, key))
+    return found
+
+
+def _another_number(value: Any, draw: random.Random) -> Any:
+    """A number of the same kind that the file should not have there, or might."""
+    if isinstance(value, str):
+        return _edited(value, draw)
+    kind = type(value)
+    if draw.random() < 0.3 and abs(value) < 1e300:
+        other = value * draw.choice((-1, 0, 0.5, 2, 1000, 1e-6, 1e6, 1e12))
+        return kind(other) if abs(other) < 1e300 else other
+    return draw.choice([n for n in NASTY if isinstance(n, kind) and not isinstance(n, bool)])
 
 
 def _change(place: Any, key: Any, places: list[tuple[Any, Any]], draw: random.Random) -> None:
@@ -112,7 +142,7 @@ def damaged(file: str, whole: bytes, draw: random.Random) -> bytes:
         if file.endswith(".json"):
             return json.dumps(mutated(json.loads(whole), draw)).encode()
         return tomli_w.dumps(mutated(tomllib.loads(whole.decode()), draw)).encode()
-    except (TypeError, RecursionError, ValueError):  # what no writer can: null in TOML, a great depth
+    except (TypeError, RecursionError, ValueError, OverflowError):  # what no writer can: null in TOML, a great depth
         return mutated_bytes(whole, draw)
 
 
