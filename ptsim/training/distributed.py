@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import hashlib
 import os
+import re
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -355,4 +356,6 @@ def _lost_peer(error: RuntimeError) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What the error says, without the place in gloo's source that it begins with."""
+    text = re.sub(r"\A\[\S+\.(cc|cpp|h):\d+\] ", "", str(error))
+    return " ".join(text.split())[:300] or type(error).__name__

@@ -1,8 +1,10 @@
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -12,8 +14,8 @@ from tests.training.runs import NETS, servant, settings, train_as_rank
 PLAIN = f"{NETS}:plain"  # no BatchNorm: a split mini-batch then gives the same gradient
 
 
-def run_team(world_size, folder, fault="", **changes):
-    """Exit statuses of the ranks."""
+def start_team(world_size, folder, fault="", **changes):
+    """The processes of the ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -23,6 +25,12 @@ def run_team(world_size, folder, fault="", **changes):
     ]
     for process in team:
         process.start()
+    return team
+
+
+def run_team(world_size, folder, fault="", **changes):
+    """Exit statuses of the ranks."""
+    team = start_team(world_size, folder, fault, **changes)
     for process in team:
         process.join(timeout=120)
     return [process.exitcode for process in team]
@@ -130,6 +138,28 @@ def test_a_rank_that_dies_ends_the_others_with_a_clear_error_and_the_run_goes_on
     assert (stopped.end.status, len(stopped.epochs)) == ("failed", 2)
     assert run_team(2, folder) == [0, 0]
     assert ptsim.read_trace(folder).epochs[-1].train_loss == pytest.approx(alone.epochs[-1].train_loss, rel=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_is_noticed_within_thirty_seconds(tmp_path, killed):
+    """Rank 0 holds the store in which the ranks say why they stop: without it the other one has its sentence too."""
+    folder = tmp_path / "run"
+    team = start_team(2, folder, model=PLAIN, profile=False, epochs=10_000)
+    try:
+        trace, deadline = folder / "trace.jsonl", time.monotonic() + 120
+        while time.monotonic() < deadline and not (trace.exists() and b'"record":"epoch"' in trace.read_bytes()):
+            time.sleep(0.02)
+        os.kill(team[killed].pid, signal.SIGKILL)
+        other = 1 - killed
+        team[other].join(timeout=30)
+        assert team[other].exitcode == 3  # None while it runs
+        (told,) = (tmp_path / f"run.rank{other}").read_text().splitlines()
+        assert re.match(rf"rank {other} lost contact with the other ranks: \w", told)
+    finally:
+        for process in team:
+            process.kill()
+            process.join()
 
 
 def test_a_mini_batch_that_cannot_be_shared_is_refused_on_every_rank(tmp_path):
