@@ -237,7 +237,11 @@ class TraceWriter:
         except OSError as error:
             if append and error.errno in _FOUND:
                 found = f"found {_FOUND[error.errno]}, expected the trace of this run"
-                raise FileFormatError(self.path, found) from error
+                nothing = error.errno == errno.ENOENT
+                hint = (
+                    "go on in the folder of the run that the checkpoint is of, or copy its trace" if nothing else None
+                )
+                raise FileFormatError(self.path, found, hint=hint) from error
             raise
         self._file = os.fdopen(descriptor, "ab", buffering=0)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

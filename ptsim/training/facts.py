@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,17 @@ def check_numbers(network: nn.Module) -> None:
 def product_layer(network: nn.Module) -> nn.Module | None:
     """Its first convolution or linear layer."""
     return next((module for module in network.modules() if isinstance(module, (*CONVS, nn.Linear))), None)
+
+
+def note_image_shape(seen: tuple[int, ...] | None, described: tuple[int, int, int]) -> None:
+    """A warning where the images of the last mini-batch are not those that the trace describes."""
+    if seen is not None and seen != described:
+        trained, told = ("×".join(map(str, shape)) for shape in (seen, described))
+        warnings.warn(
+            f"the last mini-batch had images of {trained}, input_shape and the trace say {told}: "
+            "the trace's operations and memory are not those of its measured times",
+            stacklevel=4,
+        )
 
 
 def num_outputs(network: nn.Module, input_shape: tuple[int, int, int]) -> int:

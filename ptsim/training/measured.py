@@ -23,8 +23,10 @@ class Penalty(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What clocks and meters say of an epoch; None where they say nothing."""
+    """What an epoch's updates were on this rank, and what clocks and meters say of it; None where they say nothing."""
 
+    num_iterations: int
+    num_images: int
     time: EpochTime | None
     step: StepDistribution | None
     use: DeviceUse | None
@@ -59,29 +61,50 @@ class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         names = EpochTime.__struct_fields__
         return EpochTime(**{name: getattr(self.time, name) + getattr(later, name) for name in names})
 
-    def joined(self, later: Measured, *, more: bool) -> Measured:
-        """What is known of the whole epoch; `more`: there were iterations after this part.
+    def joined(self, later: Measured) -> Measured:
+        """What is known of the whole epoch.
 
         Nobody has metered the first part's energy, so nothing is said of the device's use.
         """
         if not self.num_iterations:
             return later
-        return msgspec.structs.replace(later, time=self.sum(later.time) if more else self.time, use=None)
+        return msgspec.structs.replace(
+            later,
+            num_iterations=self.num_iterations + later.num_iterations,
+            num_images=self.num_images + later.num_images,
+            time=self.sum(later.time) if later.num_iterations else self.time,
+            use=None,
+        )
 
 
 def measure_epoch(
-    watch: Watch, meter: Meter, communication: CommunicationMeter, device: torch.device, iterations: int
+    watch: Watch,
+    meter: Meter,
+    communication: CommunicationMeter,
+    device: torch.device,
+    *,
+    epoch: int,
+    earlier: Unfinished,
 ) -> Measured:
-    """Stop the epoch's clocks and meters; what has passed since the last update counts as validation."""
+    """Stop the epoch's clocks and meters; what has passed since the last update counts as validation.
+
+    Raises:
+        UsageError: no training step, or no image, was seen, nor had it an `earlier` part.
+    """
+    ended = earlier.num_iterations and not watch.num_iterations  # before the state was stored
+    iterations, images = (0, 0) if ended else watch.counted(epoch)
     now, last_step_s = time.perf_counter(), watch.last_step_s
     times = watch.finish()
     validation_s = now - last_step_s if last_step_s is not None else 0.0
-    return Measured(
+    measured = Measured(
+        num_iterations=iterations,
+        num_images=images,
         time=None if times is None else epoch_time(times[0], communication, iterations, validation_s),
         step=None if times is None else times[1],
         use=meter.stop(),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
+    return earlier.joined(measured)
 
 
 def epoch_time(

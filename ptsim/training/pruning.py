@@ -149,12 +149,14 @@ class PruneTrain:
             num_images: of this step, for loops whose network calls cannot be seen.
 
         Raises:
-            UsageError: before backward, twice before `optimizer.step`, before `scaler.unscale_`, or with an optimizer
-                that no longer holds the network's weights.
+            UsageError: before backward, twice before `optimizer.step`, before `scaler.unscale_`, with an optimizer
+                that no longer holds the network's weights, or where nobody knows how many images there were.
         """
         self._check_wrapping(seen=num_images is not None)
         self._follow_freezing()
         self._order.before_penalty()
+        if num_images is None:
+            self.recorder.watch.check_seen()
         if self.penalty_coefficient is None:
             self.decide_coefficient(loss)
         self.recorder.step(loss, num_images)
@@ -418,7 +420,8 @@ class PruneTrain:
         self.criterion = self._make_criterion(self.network, groups)
         if self.penalty_ratio > 0 and not self.criterion.weights:
             why = groups.main_reason() or "it has no convolution or linear layer with channels of its own"
-            raise UsageError(f"nothing of this {type(self.network).__name__} can be pruned: {why}")
+            later = "make PruneTrain once the layers are trained" if "is frozen" in why else None
+            raise UsageError(f"nothing of this {type(self.network).__name__} can be pruned: {why}", hint=later)
 
     def _adopt(self, groups: ChannelGroups) -> None:
         """Look up again what surgery has replaced, and wrap the network again."""

@@ -23,7 +23,7 @@ from ptsim.measure.nvml import open_meter
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.density import THRESHOLD, channel_maxima, dense_counts, layer_densities
 from ptsim.trace.schema import AnyRecord, End, Epoch, Run
-from ptsim.training.checkpoint import Totals, writing
+from ptsim.training.checkpoint import Totals
 from ptsim.training.distributed import CommunicationMeter, Team, current_team
 from ptsim.training.facts import (
     RunFacts,
@@ -33,6 +33,7 @@ from ptsim.training.facts import (
     check_numbers,
     checked_loss,
     checked_shape,
+    note_image_shape,
     num_outputs,
     product_layer,
     run_record,
@@ -282,8 +283,6 @@ class Recorder:
         assert self.folder is not None, "asked by `records`"
         self._refuse_foreign_trace()
         keep_bytes, keep_sha256 = self._keep
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
         self._trace = TraceFile(
             self.folder / TRACE, keep_bytes=keep_bytes, keep_sha256=keep_sha256, mirror=self._mirror
         )
@@ -349,14 +348,12 @@ class Recorder:
         check_fraction("train_accuracy", train_accuracy)
         if self._ended:
             raise UsageError("the recorder is closed: end_epoch belongs before close")
-        earlier = self._earlier
-        ended = earlier.num_iterations and not self.watch.num_iterations  # before the state was stored
-        iterations, images = (0, 0) if ended else self.watch.counted(self.epoch)
-        measured = measure_epoch(self.watch, self.meter, self._communication, self.device, iterations)
-        measured = earlier.joined(measured, more=iterations > 0)
-        iterations, images = iterations + earlier.num_iterations, images + earlier.num_images
+        measured = measure_epoch(
+            self.watch, self.meter, self._communication, self.device, epoch=self.epoch, earlier=self._earlier
+        )
+        note_image_shape(self.watch.image_shape, self.input_shape)
         self.begin_run()
-        record = self._epoch_record(iterations, images, penalty, measured)
+        record = self._epoch_record(penalty, measured)
         record = msgspec.structs.replace(
             record,
             train_loss=train_loss if train_loss is not None else record.train_loss,
@@ -397,7 +394,9 @@ class Recorder:
 
     def epoch_begins(self) -> None:
         """The watch starts an epoch's clock now."""
-        if not self._begun:
+        if self._keep[0] is not None:
+            self.begin_run()  # says at once if the trace that the run goes on with is not there
+        elif not self._begun:
             self._refuse_foreign_trace()
         with self.watch.paused():
             self._look_for_changes()
@@ -406,8 +405,9 @@ class Recorder:
         around = None if wrapped else self.watch.data_parallel  # made after the recorder, by a trainer perhaps
         self._communication = CommunicationMeter(around or self.module)
 
-    def _epoch_record(self, iterations: int, images: int, penalty: Penalty, measured: Measured) -> Epoch:
+    def _epoch_record(self, penalty: Penalty, measured: Measured) -> Epoch:
         watch, team, threshold = self.watch, self.team, self._threshold
+        iterations, images = measured.num_iterations, measured.num_images
         rates = self._earlier.learning_rate, watch.learning_rate, learning_rate(self.optimizer)
         known = {layer.name for layer in self._architecture.layers}  # a module that forward never calls is no layer
         channels, weights = dense_counts(self.network, threshold)

@@ -59,6 +59,7 @@ class TraceFile:
         self._known: set[str] = set()
         with writing(path):
             if keep_bytes is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
             self._writer = TraceWriter(
                 path, append=keep_bytes is not None, keep_bytes=keep_bytes, keep_sha256=keep_sha256

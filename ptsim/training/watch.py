@@ -53,6 +53,7 @@ class Watch:
         num_backwards: backward passes in this epoch.
         last_step_s: when this epoch's last update ended, by `time.perf_counter`; None before the first.
         precision, memory_format: of the last training pass.
+        image_shape: of the last training pass; None before it, or where the network is given no images.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Watch:
         self._caller: weakref.ref[nn.Module] | None = None
         self.precision = Precision.FP32
         self.memory_format: MemoryFormat = "contiguous"
+        self.image_shape: tuple[int, ...] | None = None
         self.reset()
         self.follow(module, optimizer)
 
@@ -209,18 +211,26 @@ class Watch:
                 f"end_epoch for epoch {epoch} without a training step since the last one",
                 hint="call it once an epoch, after the loop over the mini-batches",
             )
-        if not self.num_images:
-            raise UsageError(
-                "no training pass of the network was seen, so nobody knows how many images it was trained on",
-                hint="compile the network before ptsim gets it, and give ptsim the compiled one; "
-                "or give the number of images to step()",
-            )
+        self.check_seen()
         if not self.num_steps:
             warnings.warn(
                 "the recorder's optimizer has not stepped in this epoch; tell the recorder of the new one by follow()",
                 stacklevel=3,
             )
         return iterations, self.num_images
+
+    def check_seen(self) -> None:
+        """Make sure that a training pass of this epoch was seen, or its images told.
+
+        Raises:
+            UsageError: none was.
+        """
+        if not self.num_images:
+            raise UsageError(
+                "no training pass of the network was seen, so nobody knows how many images it was trained on",
+                hint="compile the network before ptsim gets it, and give ptsim the compiled one; "
+                "or give the number of images to step()",
+            )
 
     def reset(self) -> None:
         """Count anew."""
@@ -273,6 +283,7 @@ class Watch:
         self._enter("forward", gap=None if self._told_data else "data")
         if images is not None:
             self._note_format(images)
+            self.image_shape = tuple(images.shape[1:]) if images.ndim == 4 else None
 
     def _note_autocast(self, *_: Any) -> None:
         kind = self._device.type

@@ -26,7 +26,7 @@ from ptsim.errors import (
 )
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
-from ptsim.training import loop, pruning, recorder, step
+from ptsim.training import loop, profiling, pruning, step
 from ptsim.training.storing import Storage
 from tests.training.runs import NETS, settings
 
@@ -184,7 +184,7 @@ def test_where_nothing_fits_beside_training_the_profile_is_left_out_with_a_warni
     def no_room(*_, **__):
         raise MissingMeasurementError("a second copy does not fit")
 
-    monkeypatch.setattr(recorder, "profile_network", no_room)
+    monkeypatch.setattr(profiling, "profile_network", no_room)
     with pytest.warns(UserWarning, match="no profile of the architecture .*: a second copy does not fit"):
         result = ptsim.train(settings(epochs=1), out=tmp_path / "run")
     trace = ptsim.read_trace(result.trace)

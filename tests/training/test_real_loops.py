@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ptsim
-from ptsim.errors import UsageError
+from ptsim.errors import FileFormatError, UsageError
 from ptsim.network import Precision
 from ptsim.prune.cut import narrowed
 from tests.training.test_other_loops import Around, Clock
@@ -389,3 +389,44 @@ def test_a_trained_norm_that_another_optimizer_holds_is_named():
     convolutions = [p for p in model.parameters() if p.ndim > 1]
     with pytest.raises(UsageError, match=r"does not hold stem\.1\.weight of this Small"):
         made(model, torch.optim.SGD(convolutions, lr=0.1))
+
+
+def test_images_of_another_size_than_the_trace_says_are_told(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, record=tmp_path)
+    (images, labels), *_ = images_and_labels()
+    steps(pruner, model, optimizer, [(images[..., :6, :6], labels)])
+    with pytest.warns(UserWarning, match=r"had images of 3×6×6, input_shape and the trace say 3×8×8"):
+        pruner.end_epoch()
+
+
+def test_a_network_that_runs_inside_a_compiled_function_is_named_at_the_first_step():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    hidden = torch.compile(lambda images, labels: F.cross_entropy(model(images), labels), backend="eager")
+    batch = images_and_labels()[0]
+    loss = hidden(*batch)
+    loss.backward()
+    with pytest.raises(UsageError, match="no training pass of the network was seen"):
+        pruner.step(loss)
+    pruner.step(loss, num_images=16)
+    optimizer.step()
+    assert pruner.end_epoch().epoch.num_images == 16
+    torch._dynamo.reset()
+
+
+def test_a_trace_that_is_not_there_to_go_on_with_is_named_at_the_first_pass(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, record=tmp_path / "here")
+    train(pruner, model, optimizer, 1, images_and_labels())
+    again = fresh(seed=1)
+    elsewhere = made(again, sgd(again), record=tmp_path / "elsewhere")
+    elsewhere.load_state_dict(pruner.state_dict())  # to look at it is no training
+    again.eval()(images_and_labels()[0][0])
+    again.train()
+    with pytest.raises(FileFormatError, match="found nothing, expected the trace of this run") as caught:
+        again(images_and_labels()[0][0])
+    assert caught.value.hint == "go on in the folder of the run that the checkpoint is of, or copy its trace"
