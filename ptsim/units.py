@@ -278,6 +278,21 @@ def format_peak(flops_per_s: float) -> str:
     return f"{given_number(flops_per_s / 1e12)} TFLOP/s"
 
 
+_SHOWN_UNITS = (
+    "×",
+    "GPU",
+    "GPUs",
+    "Gbit/s",
+    *(scale.unit for scales in SCALES.values() for scale in scales if scale.unit),
+)
+_BEFORE_UNIT = re.compile(rf"(?<=\d) (?=(?:{'|'.join(map(re.escape, _SHOWN_UNITS))})(?!\w))")
+
+
+def together(text: str) -> str:
+    """The text with spaces that do not break between a number and its unit."""
+    return _BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", text)
+
+
 def given_number(value: float) -> str:
     """Four significant digits at most, none before the point left out, without zeros that nobody wrote."""
     text = f"{value:,.{_places(value, 4, most=6)}f}"

@@ -16,6 +16,7 @@ from ptsim.units import (
     parse_quantity,
     percent,
     shown_number,
+    together,
 )
 
 
@@ -144,6 +145,11 @@ def test_a_number_keeps_three_digits_and_those_before_the_point(value: float, te
 def test_points_of_percentages_have_one_digit_after_the_point() -> None:
     assert format_quantity("points", -1.864) == "\N{MINUS SIGN}1.9 points"
     assert format_quantity("points", 12.0) == "12.0 points"
+
+
+def test_no_line_ends_between_a_number_and_its_unit() -> None:
+    shown = together("saves 31.4 % and 3.04 h of 8 × h100 in 90 epochs, 2 hosts")
+    assert shown.replace("\N{NO-BREAK SPACE}", "_") == "saves 31.4_% and 3.04_h of 8_× h100 in 90 epochs, 2 hosts"
 
 
 def test_rounding_to_nothing_has_no_sign() -> None:

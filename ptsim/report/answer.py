@@ -87,7 +87,7 @@ def projected_answer(
     best = fastest(savings, gpus)
     run = runs[runs.run == best.run].iloc[0]
     settings = candidates(savings, gpus).setting.nunique()
-    name = "pruning while training" if settings == 1 and best.shrank else best.setting
+    name = "pruning while training" if settings == 1 and best.shrank else f"“{best.setting}”"
     emphasis, rest = _verdict(best)
     origin = f"projected{_of_planned(run)}; times: {tier_row(best.tier).label}"
     tiles = [
@@ -230,7 +230,7 @@ def _saving_tile(best: pd.Series, what: str, column: str, origin: str, *, where:
     )
 
 
-_SMALL = 0.05  # a smaller share of the dense run has a unit of its own
+_SMALL = 0.1  # a smaller share of the dense run has a unit of its own
 
 
 def _unit(best: pd.Series, column: str) -> float:

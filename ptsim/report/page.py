@@ -23,6 +23,7 @@ from ptsim.errors import UsageError
 from ptsim.report.answer import Answer
 from ptsim.report.tables import Table
 from ptsim.textfile import ACTING, write_whole
+from ptsim.units import together
 
 PAGE = "index.html"
 
@@ -72,7 +73,7 @@ def render(
         loader=jinja2.FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=harmless,
+        finalize=_shown,
         trim_blocks=False,
     )
     return environment.get_template("report.html.j2").render(
@@ -126,6 +127,12 @@ def harmless(value: object) -> object:
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return "".join(REPLACED if unicodedata.category(c) in ACTING and c != SOFT_HYPHEN else c for c in value)
+
+
+def _shown(value: object) -> object:
+    """As `harmless`, and no line ends between a number and its unit."""
+    plain = harmless(value)
+    return together(plain) if isinstance(plain, str) and not isinstance(plain, Markup) else plain
 
 
 REPLACED, SOFT_HYPHEN = "\N{REPLACEMENT CHARACTER}", "\N{SOFT HYPHEN}"

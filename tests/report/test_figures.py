@@ -224,3 +224,15 @@ def test_a_logarithmic_axis_has_numbers_whatever_its_range(low: float, high: flo
     style.label_log_axis(axes.yaxis)
     bottom, top = axes.get_ylim()
     assert sum(bottom <= tick <= top for tick in axes.get_yticks()) >= 2
+
+
+def test_a_large_bandwidth_is_written_out() -> None:
+    frame = pd.DataFrame(
+        {
+            **{"device": "d", "cluster": "c", "gpus": 8, "batch_per_gpu": 64, "precision": "fp32", "run": "a"},
+            **{"setting": "a", "lever": "bandwidth", "value": [225e9 / 8, 14400e9 / 8]},
+            **{"saved_fraction": 0.3, "saved_fraction_low": 0.2, "saved_fraction_high": 0.4},
+        }
+    )
+    (axes,) = figures.break_even_figure(frame).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["225", "14,400"]

@@ -9,6 +9,7 @@ from matplotlib.ticker import NullLocator
 from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
 from ptsim.report.frames import averaged
+from ptsim.units import given_number
 
 
 @style.styled
@@ -85,7 +86,7 @@ def break_even_figure(frame: pd.DataFrame) -> Figure:
         axes.plot(values, rows.saved_fraction, color=style.COLOURS[1], marker="o", ms=4)
         style.zero_line(axes)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(list(values), [f"{value:,.4g}" for value in values])
+        axes.set_xticks(list(values), [given_number(value) for value in values])
         axes.xaxis.set_minor_locator(NullLocator())
         style.percent_axis(axes.yaxis)
         axes.set(xlabel=_LEVER_LABELS[lever], ylabel="time saved")

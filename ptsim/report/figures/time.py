@@ -14,7 +14,7 @@ from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
 from ptsim.report.frames import averaged
 from ptsim.report.projected import epoch_breakdown_frame
-from ptsim.units import percent
+from ptsim.units import percent, together
 
 # In the order in which they are stacked; neighbours differ in lightness.
 PART_COLOURS = {
@@ -38,7 +38,7 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     settings = list(dict.fromkeys(breakdown.setting))
     sizes = sorted(breakdown.gpus.unique())
     names = {
-        (setting, size): textwrap.fill(f"{style.shown_name(setting)}, {style.gpus(size)}", 26)
+        (setting, size): textwrap.fill(f"{style.shown_name(setting)}, {together(style.gpus(size))}", 26)
         for setting in settings
         for size in sizes
     }
