@@ -82,9 +82,9 @@ def read_claims(path: Path = CLAIMS) -> tuple[Claim, ...]:
     return claims
 
 
-def recorded(name: str, root: Path) -> dict[str, float]:
-    """FLOPs, BatchNorm traffic and time of a run in `traces/cifar10-resnet20`, relative to its dense run."""
-    dense, run = (ptsim.read_trace(root / "traces/cifar10-resnet20" / f"{n}.jsonl") for n in ("dense", name))
+def recorded(name: str, root: Path, folder: str = "cifar10-resnet20") -> dict[str, float]:
+    """FLOPs, BatchNorm traffic and time of a run in `traces/FOLDER`, relative to its dense run."""
+    dense, run = (ptsim.read_trace(root / "traces" / folder / f"{n}.jsonl") for n in ("dense", name))
 
     def totals(trace: ptsim.Trace) -> dict[str, float]:
         return {
@@ -121,6 +121,48 @@ def recorded_pair(root: Path) -> Figures:
         f"training FLOPs {percent(of['flops'])}, BatchNorm traffic {percent(of['bn'])}, "
         f"inference FLOPs {percent(of['inference'])}, time {percent(of['time'])} of dense",
         f"{percent(of['accuracy'], 1)} against {percent(of['dense'], 1)}",
+    ]
+
+
+def recorded_resnet32(root: Path) -> Figures:
+    """What was saved of the time for each part that was saved of the FLOPs; and both runs at their own first pace."""
+    of = recorded("prunetrain-r0.25", root, "cifar10-resnet32")
+    return [
+        f"training FLOPs {percent(of['flops'])}, BatchNorm traffic {percent(of['bn'])}, "
+        f"inference FLOPs {percent(of['inference'])}, time {percent(of['time'])} of dense",
+        f"saved time over saved FLOPs {(1 - of['time']) / (1 - of['flops']):.1f}",
+        f"{percent(of['accuracy'], 1)} against {percent(of['dense'], 1)}",
+    ]
+
+
+def recorded_resnet32_pace(root: Path) -> Figures:
+    """The time of both runs at the pace of their own first ten epochs, and what the run's profiles say of it."""
+    folder = root / "traces" / "cifar10-resnet32"
+    own = []
+    for name in ("prunetrain-r0.25", "dense"):
+        seconds = [epoch.time.wall_s for epoch in ptsim.read_trace(folder / f"{name}.jsonl").epochs]
+        own.append(percent(sum(seconds) / len(seconds) / (sum(seconds[:10]) / 10)))
+    trace = ptsim.read_trace(folder / "prunetrain-r0.25.jsonl")
+    step_s = {profile.architecture: profile.step_s for profile in trace.profiles}
+    mean_s = sum(step_s[epoch.architecture] for epoch in trace.epochs) / len(trace.epochs)
+    profiled = percent(mean_s / step_s[trace.epochs[0].architecture])
+    return [f"pruned {own[0]}, dense {own[1]}", f"by the profiles of its networks {profiled}"]
+
+
+def recorded_resnet32_layers(root: Path) -> Figures:
+    """The last network beside the first, by kind of layer, from the profiles that the run took of them."""
+    from saving_by_layer import recorded_tables
+
+    tables = recorded_tables(ptsim.read_trace(root / "traces" / "cifar10-resnet32" / "prunetrain-r0.25.jsonl"))
+    kinds, last = tables["kinds"].set_index("kind"), tables["steps"].iloc[-1]
+    names = {"conv": "convolutions", "batch_norm": "BatchNorm", "activation": "ReLU", "elementwise": "additions"}
+    left = ", ".join(f"{text} {percent(kinds.time_left[kind])}" for kind, text in names.items())
+    lost = [f"{100 * kinds.lost_share[kind]:.1f}" for kind in names]
+    return [
+        f"MACs {percent(last.macs_left)}, step {percent(last.time_left)} of dense",
+        left,
+        f"{', '.join(lost[:-1])} and {lost[-1]} points",
+        f"saved time over saved MACs {last.saved_time_per_saved_macs:.1f}",
     ]
 
 
@@ -293,6 +335,9 @@ def carried_over(root: Path) -> Figures:
 CHECKS: dict[str, Callable[[Path], Figures]] = {
     "planned-saving": planned_saving,
     "recorded-pair": recorded_pair,
+    "recorded-resnet32": recorded_resnet32,
+    "recorded-resnet32-pace": recorded_resnet32_pace,
+    "recorded-resnet32-layers": recorded_resnet32_layers,
     "recorded-r03": recorded_r03,
     "recorded-gating": recorded_gating,
     "macs": macs,

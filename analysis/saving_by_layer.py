@@ -2,6 +2,7 @@
 
     python analysis/saving_by_layer.py TRACE [--batch N] [--batches 4,128] [--multiples 1,8,16] [--repeats 5]
         [--threads 1] [--device cpu] [--out DIR]
+    python analysis/saving_by_layer.py TRACE --recorded [--out DIR]
 
 TRACE is a recorded or a planned run. Its first and its last architecture are built from their records, and both train
 random images on this machine, in turn, so that they meet the same state of the machine, in the run's own precision and
@@ -18,7 +19,8 @@ memory format. Five tables come out, each a CSV file in `--out`:
 * `epochs`: where the recorded run itself spent its time. Nothing for a planned run.
 
 Times of whole steps are taken without timers inside, those of layers with timers around each layer. Run it on a machine
-that does nothing else.
+that does nothing else. With `--recorded` nothing is measured: the times are those of the profiles that the run took of
+each of its networks while it trained. `steps` then has one row for each of them, and there are no `overheads`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from torch.nn import functional as F
 
 import ptsim
 from ptsim.costs.flops import layer_macs, training_macs
-from ptsim.errors import PtsimError
+from ptsim.errors import PtsimError, UsageError
 from ptsim.hardware.profile import OperatorSetting
 from ptsim.measure.profile import number_format, profile_network
 from ptsim.measure.rebuild import rebuild
@@ -276,6 +278,42 @@ def epoch_table(trace: ptsim.Trace) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def recorded_profiles(trace: ptsim.Trace) -> tuple[dict[str, Network], dict[str, list[Profile]]]:
+    """The networks of a run in their order, "from epoch 0" and so on, and the profile that it recorded of each.
+
+    Raises:
+        UsageError: a network has no profile with the mini-batch of its first epoch.
+    """
+    firsts = {epoch.architecture: epoch for epoch in reversed(trace.epochs)}
+    found = {(profile.architecture, profile.batch): profile for profile in trace.profiles}
+    networks, profiles = {}, {}
+    for epoch in sorted(firsts.values(), key=lambda epoch: epoch.epoch):
+        name = f"from epoch {epoch.epoch}"
+        profile = found.get((epoch.architecture, epoch.batch_per_gpu))
+        if profile is None:
+            raise UsageError(f"the trace has no profile of its network {name} with mini-batch {epoch.batch_per_gpu}")
+        networks[name], profiles[name] = trace.network_of(epoch), [profile]
+    return networks, profiles
+
+
+def recorded_tables(trace: ptsim.Trace) -> dict[str, pd.DataFrame]:
+    """The tables `layers`, `kinds`, `steps` and `epochs` of what the run itself has recorded.
+
+    Raises:
+        UsageError: a profile is missing.
+    """
+    networks, profiles = recorded_profiles(trace)
+    first, last = next(iter(networks)), list(networks)[-1]
+    layers = layer_table(networks[first], networks[last], profiles[first], profiles[last])
+    steps = step_table(networks, profiles)
+    return {
+        "layers": layers,
+        "kinds": kind_table(layers, steps.macs_left.iloc[-1]),
+        "steps": steps,
+        "epochs": epoch_table(trace),
+    }
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -321,6 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print the tables and write them where asked; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, help="recorded or planned run whose last network is pruned")
+    parser.add_argument("--recorded", action="store_true", help="measure nothing: the times of the run's own profiles")
     parser.add_argument("--batch", type=_positive, help="images per step (default: the run's)")
     parser.add_argument(
         "--batches", type=_numbers, default=[4, 128], help="mini-batches of the overheads (default 4,128)"
@@ -338,7 +377,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
-        tables = tables_of(ptsim.read_trace(options.trace), options)
+        trace = ptsim.read_trace(options.trace)
+        tables = recorded_tables(trace) if options.recorded else tables_of(trace, options)
     except PtsimError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

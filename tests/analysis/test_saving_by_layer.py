@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import msgspec
 import pandas as pd
 import pytest
 
@@ -58,3 +59,33 @@ def test_a_missing_trace_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
 
     assert saving_by_layer.main([str(tmp_path / "none.jsonl")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_profiles_of_a_recorded_run_give_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import saving_by_layer
+
+    source = FOLDER.parent / "traces" / "cifar10-resnet32" / "prunetrain-r0.25.jsonl"
+    assert saving_by_layer.main([str(source), "--recorded", "--out", str(tmp_path)]) == 0
+    assert "overheads" not in capsys.readouterr().out
+    records = [msgspec.json.decode(line) for line in source.read_bytes().splitlines()]
+    profiles = [record for record in records if record["record"] == "profile"]
+    layers, steps = pd.read_csv(tmp_path / "layers.csv"), pd.read_csv(tmp_path / "steps.csv")
+    assert list(steps.step_seconds) == pytest.approx([profile["step_s"] for profile in profiles])
+    assert steps.time_left.iloc[-1] == pytest.approx(profiles[-1]["step_s"] / profiles[0]["step_s"])
+    measured = {
+        layer["layer"]: layer["forward_s"] + (layer.get("backward_s") or 0.0) for layer in profiles[-1]["layers"]
+    }
+    assert dict(zip(layers.layer, layers.pruned_seconds, strict=True)) == pytest.approx(measured)
+    kinds = pd.read_csv(tmp_path / "kinds.csv")
+    left = layers.pruned_seconds.sum() / layers.dense_seconds.sum()
+    assert kinds.lost_share.sum() == pytest.approx(left - steps.macs_left.iloc[-1])
+
+
+def test_a_run_without_profiles_cannot_be_asked_for_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import saving_by_layer
+
+    source = shrinking_trace(tmp_path / "t.jsonl", keep=0.5, epochs=4, blocks=(1, 1, 1), widths=(4, 8, 8))
+    lines = source.read_bytes().splitlines(keepends=True)
+    source.write_bytes(b"".join(line for line in lines if msgspec.json.decode(line)["record"] != "profile"))
+    assert saving_by_layer.main([str(source), "--recorded"]) == 2
+    assert "no profile of its network from epoch 0" in capsys.readouterr().err
