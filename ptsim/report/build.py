@@ -171,7 +171,7 @@ def make_report(
     names = " and ".join(c.name for c in clusters)
     where = f" Projected onto {names}" + (", because no cluster was named." if not given else ".")
     if facts.projector.price_usd_per_gpu_hour is None:
-        where += " What a GPU-hour costs there is not known, so no money is shown; --price gives it."
+        where += " What a GPU-hour costs there is not known, so no money is shown; a price can be given."
     return _report(facts, head, where)
 
 
