@@ -13,7 +13,7 @@ import operator
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ _FACTORIES = (  # functions of torch
     *("scalar_tensor", "tensor", "zeros"),
 )
 
+EXPORT = 3
+EVERY_TRACER = (0, 1, 2, EXPORT)  # without shapes, with them, without buffers
 _DEVICE_QUESTIONS = frozenset({"is_cpu", "is_cuda", "is_maia", "is_meta", "is_mps", "is_mtia", "is_xla", "is_xpu"})
 
 
@@ -273,7 +275,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def symbolic_graph(
-    model: nn.Module, images_shape: tuple[int, ...] | None = None, *, buffers: bool = False
+    model: nn.Module,
+    images_shape: tuple[int, ...] | None = None,
+    *,
+    buffers: bool = False,
+    tracers: Sequence[int] = EVERY_TRACER,
 ) -> fx.GraphModule:
     """The model's graph in the mode that it is in; it shares its modules and parameters with the model.
 
@@ -282,20 +288,25 @@ def symbolic_graph(
     With `images_shape` (N, C, H, W) the model's code may also look at shapes; `meta["looked"]` then says at which. What
     torch.fx cannot trace is then left to `torch.export`; `meta["traced_by"]` says which of the two it was.
 
+    `tracers` are the ways that may be tried, in order; `meta["tracer"]` says which it was. Who traces a network again
+    that has only shrunk knows which one works.
+
     Raises:
         UnsupportedModelError: neither can trace the model.
     """
     name = type(model).__name__
-    makers: list[Callable[[], Tracer]] = [functools.partial(Tracer, buffers=buffers)]
+    makers: dict[int, Callable[[], Tracer]] = {0: functools.partial(Tracer, buffers=buffers)}
     if images_shape is not None:
-        makers.append(functools.partial(ShapedTracer, model, images_shape))
+        makers[1] = functools.partial(ShapedTracer, model, images_shape)
     if buffers:
-        makers.append(Tracer)
-    errors: list[Exception] = []
-    for make in makers:
+        makers[2] = Tracer
+    errors: dict[int, Exception] = {}
+    for way in tracers:
+        if way not in makers:
+            continue
         try:
             with attributes_restored(model):
-                tracer = make()
+                tracer = makers[way]()
                 graph = tracer.trace(model)
                 # Tensors that the code made are attributes of the model until here.
                 module = fx.GraphModule(tracer.root, graph, name)
@@ -305,26 +316,28 @@ def symbolic_graph(
         except Exception as error:  # torch.fx lets any error of the traced code through
             if lacks_memory(error):
                 raise
-            errors.append(error)
+            errors[way] = error
     else:
-        last = errors[1] if images_shape is not None else errors[0]
+        last = errors.get(1) or next(iter(errors.values()), None)
         try:
             assert images_shape is not None, "else there is nothing to export for"
+            assert EXPORT in tracers, "else it is left out"
             return _exported(model, images_shape)
-        except Exception:  # it, too, lets any error of the model's code through
+        except Exception as error:  # it, too, lets any error of the model's code through
+            last = last or error
             raise UnsupportedModelError(
                 f"torch.fx cannot trace {name}: {_one_line(last)}{_place(last)}; nor can torch.export",
                 hint="tracing needs a forward without branches on tensor values",
             ) from last
     module.meta["looked"] = tracer.looked if isinstance(tracer, ShapedTracer) else {}
-    module.meta["traced_by"] = "torch.fx"
+    module.meta["traced_by"], module.meta["tracer"] = "torch.fx", way
     return module
 
 
 def _exported(model: nn.Module, images_shape: tuple[int, ...]) -> fx.GraphModule:
     with _disable_current_modes(), attributes_restored(model):
         module = exported_graph(model, hollow_copy(model, "meta"), images_shape)
-    module.meta["traced_by"] = "torch.export"
+    module.meta["traced_by"], module.meta["tracer"] = "torch.export", EXPORT
     return module
 
 

@@ -314,7 +314,7 @@ def misaligned(
             cut_model(smaller, groups.cut_for(removed))
         else:
             operation(smaller)
-        state, graphs = propagate(smaller, groups.input_shape, seed)
+        state, graphs = propagate(smaller, groups.input_shape, seed, wider=groups.graph)
     except SHAPE_ERRORS:
         return None
     if operation is None and not same_steps(groups.graph, graphs["train"]):

@@ -7,7 +7,7 @@ operator without a rule freezes the channels that flow into it, with a reason.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,15 @@ from torch import Tensor, fx, nn
 
 from ptsim.capture.chance import random_state, random_state_kept, seed_all
 from ptsim.capture.copies import hollow_copy
-from ptsim.capture.graph import example_input, normalised_shape, on_device, plain_numbers, symbolic_graph
+from ptsim.capture.graph import (
+    EVERY_TRACER,
+    EXPORT,
+    example_input,
+    normalised_shape,
+    on_device,
+    plain_numbers,
+    symbolic_graph,
+)
 from ptsim.prune import function_rules, layer_rules, movement_rules, product_rules  # noqa: F401 - they register their rules
 from ptsim.prune.labels import ENDS, NO_SLOTS, AxisKey, Facets, Label, State
 from ptsim.prune.numbers import Number, named_numbers
@@ -286,7 +294,7 @@ def _flat(counts: Any) -> list[Tensor]:
     return [part for part in counts if isinstance(part, Tensor)] if isinstance(counts, tuple) else [counts]
 
 
-def _graphs(model: nn.Module, images_shape: tuple[int, ...]) -> list[fx.GraphModule]:
+def _graphs(model: nn.Module, images_shape: tuple[int, ...], tracers: Sequence[int]) -> list[fx.GraphModule]:
     """The graph of the model, and others where its code lets random numbers decide which way it takes.
 
     Such code is traced again, each time with other numbers, until several traces in a row go no new way.
@@ -297,7 +305,7 @@ def _graphs(model: nn.Module, images_shape: tuple[int, ...]) -> list[fx.GraphMod
         for seed in range(_MOST_TRACES):
             seed_all(seed)
             start = random_state()
-            traced = symbolic_graph(model, images_shape, buffers=True)
+            traced = symbolic_graph(model, images_shape, buffers=True, tracers=tracers)
             fruitless = fruitless + 1 if traced.code in found else 0
             found.setdefault(traced.code, traced)
             if random_state() == start or fruitless == _FRUITLESS_TRACES:
@@ -305,10 +313,25 @@ def _graphs(model: nn.Module, images_shape: tuple[int, ...]) -> list[fx.GraphMod
     return list(found.values())
 
 
+def _tracers(wider: fx.GraphModule | None, mode: str) -> Sequence[int]:
+    """The tracers that may be tried: for training the one that has traced the wider network."""
+    if wider is None:
+        return EVERY_TRACER
+    known = wider.meta["tracer"]
+    return (known,) if mode == "train" else [way for way in EVERY_TRACER if way <= max(known, EXPORT - 1)]
+
+
 def propagate(
-    model: nn.Module, input_shape: tuple[int, int, int], seed: Mapping[AxisKey, Tensor] | None = None
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    seed: Mapping[AxisKey, Tensor] | None = None,
+    *,
+    wider: fx.GraphModule | None = None,
 ) -> tuple[State, dict[Literal["train", "eval"], fx.GraphModule]]:
-    """Propagate labels through `model` (usually a `skeleton`) as training and, where it differs, evaluation runs it."""
+    """Propagate labels through `model` (usually a `skeleton`) as training and, where it differs, evaluation runs it.
+
+    `wider` is the training graph of the network before it shrank: it is traced again in the same way.
+    """
     state = State(model, seed)
     graphs: dict[Literal["train", "eval"], fx.GraphModule] = {}
     modes = {module: module.training for module in model.modules()}
@@ -317,7 +340,7 @@ def propagate(
         for mode in ("train", "eval"):
             for module in model.modules():
                 module.training = mode == "train"
-            traced, *others = _graphs(model, tuple(images.shape))
+            traced, *others = _graphs(model, tuple(images.shape), _tracers(wider, mode))
             if mode == "eval" and traced.code == graphs["train"].code and not others:
                 break
             for number, graph in enumerate((traced, *others)):
