@@ -236,6 +236,25 @@ def exact_pruning(root: Path) -> Figures:
     ]
 
 
+def timm_families(root: Path) -> Figures:
+    """One network of each of timm's families."""
+    rows = public("inspect_timm", root)
+    return [
+        f"{((rows.exact == True) & (rows.share > 0)).sum()} of {len(rows)} exact",  # noqa: E712 # a column
+        f"CPU seconds {rows.cpu_seconds.median():.1f} in the median, {rows.cpu_seconds.max():.0f} at most",
+    ]
+
+
+def planned_classifiers(root: Path) -> Figures:
+    """The survey of torchvision's classifiers, planned."""
+    rows = public("plan_torchvision", root)
+    return [
+        f"{len(rows)} planned",
+        f"{rows.problem.isna().sum()} of them down to half of the inference FLOPs",
+        f"CPU seconds {rows.cpu_seconds.median():.0f} in the median, {rows.cpu_seconds.max():.0f} at most",
+    ]
+
+
 def fits(root: Path) -> Figures:
     """What ptsim says against what happened."""
     rows = public("fits", root)
@@ -345,6 +364,8 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "peak-fp32": peak_fp32,
     "peak-bf16": peak_bf16,
     "exact-pruning": exact_pruning,
+    "timm-families": timm_families,
+    "planned-classifiers": planned_classifiers,
     "fits": fits,
     "network-left-out": left_out("network left out, GPU in the fit"),
     "gpu-left-out": left_out("GPU left out"),
