@@ -62,6 +62,10 @@ def test_every_gpu_that_people_ask_about_is_there(name):
         ("h100", 81_559),
         ("a100-80gb", 81_920),
         ("v100-32gb", 32_768),
+        ("h100-nvl", 95_830),
+        ("h20", 97_871),
+        ("a800", 81_920),
+        ("rtx-3090-ti", 24_564),
     ],
 )
 def test_memory_is_the_drivers_within_two_percent(name, driver_mib):
@@ -98,14 +102,17 @@ CORES = {
 HALF_PER_SM = {"volta": 1024, "turing": 1024, "ampere": 1024, "ada": 1024, "hopper": 4096, "blackwell": 8192}
 GEFORCE = {
     "a10g", "rtx-2080-ti", "rtx-3060", "rtx-3060-ti", "rtx-3070", "rtx-3070-ti", "rtx-3080", "rtx-3080-ti", "rtx-3090",
-    "rtx-4070", "rtx-4070-ti", "rtx-4080", "rtx-4090", "rtx-5080", "rtx-5090",
-}  # fmt: skip # the 50 series has the tensor cores of Ada; A10G has the rates of a consumer board
+    "rtx-3090-ti", "rtx-4070", "rtx-4070-super", "rtx-4070-ti", "rtx-4080", "rtx-4080-super", "rtx-4090", "rtx-5080",
+    "rtx-5090", "l40",
+}  # fmt: skip # the 50 series has the tensor cores of Ada; A10G and L40 have the rates of consumer boards
 TENSOR_CLOCK = {
     "h100-sxm5-80gb": 1830e6, "h200-sxm5-141gb": 1830e6, "gh200-96gb": 1830e6, "h100-pcie-80gb": 1620e6,
     "b200-sxm-180gb": 1856e6, "b300-sxm-270gb": 1856e6, "h200-nvl-141gb": 1545e6, "gb200-186gb": 2008e6,
+    "h100-nvl-94gb": 1545e6, "h800-sxm5-80gb": 1830e6, "h800-pcie-80gb": 1620e6, "h20-96gb": 1830e6,
 }  # fmt: skip
+PER_SM = {"h20-96gb": 1024}  # a quarter of the H100's
 WITHOUT_TENSOR_CORES = ("kepler", "maxwell", "pascal")
-A100_LIKE = ("a100-", "a30", "p100-")
+A100_LIKE = ("a100-", "a800-", "a30", "p100-")
 # Bits of the bus, and transfers per second and pin.
 MEMORY = {
     "gtx-1080-ti": (352, 11e9), "titan-xp": (384, 11.41e9), "p100-pcie-16gb": (4096, 1.43e9),
@@ -124,6 +131,10 @@ MEMORY = {
     "gh200-96gb": (6144, 5.238e9), "h200-nvl-141gb": (6144, 6.25e9), "b300-sxm-270gb": (8192, 7.8125e9),
     "gb200-186gb": (8192, 7.8125e9), "k80": (384, 5.01e9), "m40": (384, 6.008e9),
     "rtx-5080": (256, 30e9), "gtx-1070": (256, 8e9), "gtx-1080": (256, 10e9), "quadro-rtx-6000": (384, 14e9),
+    "h100-nvl-94gb": (6016, 5.238e9), "h800-sxm5-80gb": (5120, 5.238e9), "h800-pcie-80gb": (5120, 3.186e9),
+    "a800-sxm4-80gb": (5120, 3.186e9), "a800-pcie-80gb": (5120, 3.024e9), "h20-96gb": (6144, 5.238e9),
+    "l40": (384, 18e9), "p40": (384, 7.2e9), "rtx-3090-ti": (384, 21e9), "rtx-4070-super": (192, 21e9),
+    "rtx-4080-super": (256, 23e9),
 }  # fmt: skip
 
 
@@ -141,7 +152,9 @@ def test_fp32_peak_is_two_flops_per_core_and_clock(name):
 def test_tensor_peaks_are_flops_per_sm_and_clock_and_tf32_is_half_of_fp16(name):
     device = load_device(name)
     per_sm = (
-        2048 if name.startswith(("a100-", "a30")) else HALF_PER_SM["ada" if name in GEFORCE else device.architecture]
+        2048
+        if name.startswith(("a100-", "a800-", "a30"))
+        else PER_SM.get(name) or HALF_PER_SM["ada" if name in GEFORCE else device.architecture]
     )
     clock = TENSOR_CLOCK.get(name, device.boost_clock_hz)
     expected = per_sm * device.num_sms * clock * (0.5 if name in GEFORCE else 1.0)
@@ -199,6 +212,17 @@ def test_a_link_has_the_bandwidth_of_its_name(name):
         ("NVIDIA B300 SXM6 AC", "b300-sxm-270gb"),
         ("NVIDIA GB200", "gb200-186gb"),
         ("Tesla K80", "k80"),
+        ("NVIDIA H100 NVL", "h100-nvl-94gb"),
+        ("NVIDIA H800", "h800-sxm5-80gb"),
+        ("NVIDIA H800 PCIe", "h800-pcie-80gb"),
+        ("NVIDIA H20", "h20-96gb"),
+        ("NVIDIA A800-SXM4-80GB", "a800-sxm4-80gb"),
+        ("NVIDIA A800 80GB PCIe", "a800-pcie-80gb"),
+        ("NVIDIA L40", "l40"),
+        ("Tesla P40", "p40"),
+        ("NVIDIA GeForce RTX 3090 Ti", "rtx-3090-ti"),
+        ("NVIDIA GeForce RTX 4070 SUPER", "rtx-4070-super"),
+        ("NVIDIA GeForce RTX 4080 SUPER", "rtx-4080-super"),
     ],
 )
 def test_a_driver_name_finds_its_device(driver_name, name):
