@@ -206,8 +206,9 @@ def _prediction(
         took = SecondsRange(low_s=low_s, expected_s=took.expected_s, high_s=high_s)
     need = iteration_memory(network, setting, device=device)
     count, images = setting.num_gpus, setting.num_gpus * setting.batch
-    waiting_s = max(0.0, took.expected_s - step.compute_s)
-    energy = step_energy(step, device, waiting_s=waiting_s) if device.is_gpu else None
+    own = step.updating(setting.update_share)
+    waiting_s = max(0.0, took.expected_s - own.compute_s)
+    energy = step_energy(own, device, waiting_s=waiting_s) if device.is_gpu else None
     return Prediction(
         model=network.name,
         device=device.name,
@@ -231,7 +232,7 @@ def _prediction(
         network_tier=network_tier,
         forward_seconds=step.forward_s,
         backward_seconds=step.backward_s,
-        optimizer_seconds=setting.update_share * step.optimizer_s,
+        optimizer_seconds=own.optimizer_s,
         overhead_seconds=step.overhead_s,
         exposed_communication_seconds=0.0 if expected is None else expected.exposed_communication_s,
         communication_wait_seconds=0.0 if expected is None else expected.communication_wait_s,

@@ -79,6 +79,19 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
             overhead_s=times * self.overhead_s,
             passes=passes,
         )
+        return self._as_wide(step)
+
+    def updating(self, share: float) -> StepTime:
+        """The step of a GPU that updates this share of the parameters, as where the optimizer's state is sharded.
+
+        The interval is as wide relative to the step as before.
+        """
+        if share == 1:
+            return self
+        return self._as_wide(msgspec.structs.replace(self, optimizer_s=share * self.optimizer_s))
+
+    def _as_wide(self, step: StepTime) -> StepTime:
+        """That step with an interval as wide relative to it as this one's."""
         wider = step.compute_s / self.compute_s if self.compute_s else 1.0
         return msgspec.structs.replace(step, low_s=wider * self.low_s, high_s=wider * self.high_s)
 

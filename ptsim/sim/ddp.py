@@ -266,15 +266,17 @@ def first_step_s(
     wire: Wire | None = None,
     bound: Bound = "expected",
     head: Sequence[Collective] = (),
+    shards: Shards | None = None,
 ) -> float:
     """Seconds of communication that the first step after wrapping does not hide.
 
     DDP does not know the order of the gradients yet: they travel in a single bucket, after backward. `head` are the
-    collectives that the forward pass waits for.
+    collectives that the forward pass waits for. With `shards` the bucket is reduce-scattered, as all others.
     """
     wire = wire or Wire()
     num_bytes = gradient_bytes(network)
-    reduced_s = _at(all_reduce(round(num_bytes * wire.ratio)), bound) + num_bytes * wire.conversion_s_per_byte
+    part = 1.0 if shards is None else _HALF
+    reduced_s = part * _at(all_reduce(round(num_bytes * wire.ratio)), bound) + num_bytes * wire.conversion_s_per_byte
     return reduced_s + sum(collective.seconds for collective in head)
 
 

@@ -28,16 +28,25 @@ class Power:
         """Half-width of the 90 % interval of the model's watts."""
         return 0.0 if self.model is None else self.model.relative_error
 
-    def step_j(self, stage: Stage, step: StepTime, result: StepResult) -> float | None:
-        """Joules of one step on one GPU: what it computes, and the time for which it waits."""
+    def step_j(self, stage: Stage, step: StepTime, result: StepResult, hooks_s: float) -> float | None:
+        """Joules of one step on one GPU: what it computes, and the time for which it waits.
+
+        Args:
+            stage: of the run.
+            step: one pass with the update of all parameters.
+            result: the simulated step.
+            hooks_s: of the gradients' hooks, in which the GPU is taken to wait.
+        """
         model, scenario = self.model, self.scenario
         if model is None:
             return None
-        key = ("energy", model, stage.id, scenario.device_key, scenario.setting(stage.batch, stage.epoch).alone)
-        computing_j = scenario.cache.get(key, lambda: step_energy(step, scenario.device, model=model).joules)
+        setting = scenario.setting(stage.batch, stage.epoch)
+        own = step.updating(setting.update_share)
+        key = ("energy", model, stage.id, scenario.device_key, setting.alone, setting.update_share)
+        computing_j = scenario.cache.get(key, lambda: step_energy(own, scenario.device, model=model).joules)
         n = scenario.num_passes(stage.batch, stage.epoch)
-        updates_j = (step.optimizer_s + step.regularizer_s) * model.stream_w  # once per step, not per micro-batch
-        waiting_s = result.step_s - result.compute_s
+        updates_j = (own.optimizer_s + own.regularizer_s) * model.stream_w  # once per step, not per micro-batch
+        waiting_s = result.step_s - result.compute_s + hooks_s
         return n * computing_j - (n - 1) * updates_j + max(0.0, waiting_s) * model.waiting_w
 
     def run_j(self, epochs: Sequence[EpochProjection], fixed_s: float, faults_s: float) -> float | None:

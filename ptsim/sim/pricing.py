@@ -47,6 +47,7 @@ class StepPrice(msgspec.Struct, frozen=True, kw_only=True):
     forward_s: float
     backward_s: float  # with the hooks of its gradients
     product_s: float  # of both, in convolutions, linear layers and matrix products
+    optimizer_s: float  # of the parameters that a GPU updates: its share where the update is sharded
     low_s: float
     high_s: float
     wrapping: SecondsRange
@@ -148,8 +149,8 @@ class Pricer:
         forward_s, backward_s, product_s = scenario.cache.get(
             ("passes", *self._key(stage)), lambda: (step.forward_s, step.backward_s, step.product_s)
         )
-        hooks_s = self._hooks_s(stage.network)
-        compute_s = n * (forward_s + backward_s + step.overhead_s) + hooks_s + step.optimizer_s + step.regularizer_s
+        hooks_s, optimizer_s = self._hooks_s(stage.network), self._own_update_s(stage, step)
+        compute_s = self._busy_s(stage, step, forward_s + backward_s + step.overhead_s)
         tuning_s = scenario.cache.get(
             ("tuning", options.autotune_trials, *self._key(stage)), lambda: self._autotune_s(stage, step)
         )
@@ -166,12 +167,13 @@ class Pricer:
             forward_s=n * forward_s,
             backward_s=n * backward_s + hooks_s,
             product_s=n * product_s,
+            optimizer_s=optimizer_s,
             low_s=expected.step_s / spread_on_top(expected.step_s / step_range.low_s, scenario.spread),
             high_s=expected.step_s * spread_on_top(step_range.high_s / expected.step_s, scenario.spread),
             wrapping=SecondsRange.around(wrapping["low"], wrapping["expected"], wrapping["high"]),
             peak_memory_bytes=need.peak_bytes,
             needed_memory_bytes=need.device_bytes,
-            energy_j=self.power.step_j(stage, step, expected),
+            energy_j=self.power.step_j(stage, step, expected, hooks_s),
             tier=tier,
         )
 
@@ -189,13 +191,23 @@ class Pricer:
             return seconds
         rebuilds = not options.find_unused_parameters
         if rebuilds:
-            shown_s = ddp.first_step_s(network, self.links.all_reduce, self._wire, bound, plan.head)
+            shards = ddp.shards_of(network, self.scenario.setting(stage.batch, stage.epoch))
+            shown_s = ddp.first_step_s(network, self.links.all_reduce, self._wire, bound, plan.head, shards)
             seconds += max(0.0, shown_s - result.exposed_communication_s)
         return seconds + ddp.wrapping_s(network, self.links.all_reduce, bound, rebuilds=rebuilds)
 
     def _hooks_s(self, network: Network) -> float:
         """DDP's hooks of all gradient tensors, which run during the last backward pass; 0 on one GPU."""
         return hook_seconds(self.scenario.cluster, self.scenario.num_gpus) * len(network.gradients)
+
+    def _own_update_s(self, stage: Stage, step: StepTime) -> float:
+        """The update of the parameters that are a GPU's own; of all where nothing is sharded."""
+        return self.scenario.setting(stage.batch, stage.epoch).update_share * step.optimizer_s
+
+    def _busy_s(self, stage: Stage, step: StepTime, pass_s: float) -> float:
+        """What a GPU computes in a step whose one pass takes `pass_s`: all passes, hooks and its update."""
+        updating_s = self._own_update_s(stage, step) + step.regularizer_s
+        return self._num_passes(stage) * pass_s + self._hooks_s(stage.network) + updating_s
 
     def _num_passes(self, stage: Stage) -> int:
         return self.scenario.num_passes(stage.batch, stage.epoch)
@@ -326,11 +338,11 @@ class Pricer:
         factors: list[float] = []
         tier = step.tier
         own_scale = ddp.computation_scale(step, bound)
-        hooks_s = self._hooks_s(stage.network)
+        own_s = self._busy_s(stage, step, _pass_s(step))
         for name, count in options.mixed_devices.items():
             other = self._step_time(stage, load_device(name))
             scale = ddp.computation_scale(other, bound) / own_scale
-            factor = (other.compute_s + hooks_s) / (step.compute_s + hooks_s) * scale
+            factor = self._busy_s(stage, other, _pass_s(other)) / own_s * scale
             factors += [factor] * count
             tier = worst_tier((tier, other.tier)) or tier
         cluster = self.scenario.cluster
@@ -360,6 +372,11 @@ class Pricer:
         convolutions = {layer.name for layer in stage.network.layers if layer.kind is LayerKind.CONV}
         once = sum(layer.forward_s + layer.backward_s for layer in step.layers if layer.layer in convolutions)
         return self.options.autotune_trials * once
+
+
+def _pass_s(step: StepTime) -> float:
+    """Forward and backward of one pass, with what the GPU waits for its host."""
+    return step.forward_s + step.backward_s + step.overhead_s
 
 
 # Where no reconfiguration was measured: ResNet-50's on one core (analysis/bench_engine.py); the ends are the fastest

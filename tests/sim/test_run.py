@@ -9,6 +9,7 @@ import pytest
 
 import ptsim
 from ptsim.costs.collectives import all_reduce
+from ptsim.costs.energy import published_power
 from ptsim.costs.memory import VISIBLE_SHARE_HBM, iteration_memory
 from ptsim.costs.scaling import hook_seconds
 from ptsim.costs.step import Measurements, step_time
@@ -52,6 +53,25 @@ def test_the_hooks_of_gradients_are_part_of_backward_and_of_nothing_else(dense: 
     assert two.forward_s == pytest.approx(one.forward_s, rel=1e-9)
     assert two.optimizer_s == pytest.approx(one.optimizer_s, rel=1e-9)
     assert two.backward_s == pytest.approx(one.backward_s + hooks_s, rel=1e-9)
+
+
+def test_gpus_pay_for_hooks_and_for_no_more_than_their_share_of_the_update(dense: Trace) -> None:
+    """On the data sheet's watts: hooks, reductions and gathering at the power of waiting, an update at streaming's."""
+    trace = msgspec.structs.replace(dense, epochs=tuple(msgspec.structs.replace(e, device=None) for e in dense.epochs))
+    power = published_power(cluster().gpu)
+    one, two = (run(trace, gpus, contention=0.0).epochs[0] for gpus in (1, 2))
+    each_j = [epoch.energy_j / (gpus * epoch.num_iterations) for gpus, epoch in ((1, one), (2, two)) if epoch.energy_j]
+    assert each_j[1] - each_j[0] == pytest.approx((two.step_s - one.step_s) * power.waiting_w, rel=1e-6)
+    whole, sharded = (run(trace, 8, contention=0.0, sharding=name).epochs[0] for name in ("none", "zero1"))
+    assert sharded.forward_s == pytest.approx(whole.forward_s, rel=1e-9)
+    assert sharded.backward_s == pytest.approx(whole.backward_s, rel=1e-9)
+    assert sharded.optimizer_s == pytest.approx(whole.optimizer_s / 8, rel=1e-9)
+    updating_s = whole.optimizer_s - sharded.optimizer_s
+    waiting_s = (whole.step_s - whole.compute_s) - (sharded.step_s - sharded.compute_s)
+    saved_j = 8 * whole.num_iterations * (updating_s * power.stream_w + waiting_s * power.waiting_w)
+    assert whole.energy_j is not None
+    assert sharded.energy_j is not None
+    assert whole.energy_j - sharded.energy_j == pytest.approx(saved_j, rel=1e-6)
 
 
 class TestOneGpu:

@@ -8,7 +8,7 @@ import pytest
 
 import ptsim
 from ptsim.costs.buckets import ddp_buckets
-from ptsim.costs.collectives import all_reduce
+from ptsim.costs.collectives import AllReduceTime, all_reduce
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
@@ -58,6 +58,22 @@ def test_a_bucket_takes_half_an_all_reduce_and_the_update_its_share() -> None:
     whole, sharded = _plan("none"), _plan("zero1")
     assert [c.seconds for c in sharded.buckets] == pytest.approx([c.seconds / 2 for c in whole.buckets])
     assert whole.compute_s - sharded.compute_s == pytest.approx(7e-3)  # 8 ms on one GPU, 1 ms on each of 8
+
+
+def test_the_first_step_after_wrapping_scatters_its_single_bucket_too() -> None:
+    """All gradients in one reduce-scatter, half of the all-reduce of as many bytes, and the gathering before it."""
+    cluster = load_cluster("dgx-a100")
+
+    def reduce(num_bytes: int) -> AllReduceTime:
+        return all_reduce(num_bytes, cluster, 8)
+
+    shards = ddp.shards_of(NETWORK, StepSetting(batch=8, num_gpus=8, sharding="zero1"))
+    (gathered,) = _plan("zero1").head
+    whole_s = reduce(GRADIENT_BYTES).seconds
+    assert ddp.first_step_s(NETWORK, reduce) == pytest.approx(whole_s)
+    assert gathered.seconds == pytest.approx(whole_s / 2)
+    sharded_s = ddp.first_step_s(NETWORK, reduce, head=(gathered,), shards=shards)
+    assert sharded_s == pytest.approx(whole_s)  # half is scattered, half was gathered
 
 
 def test_one_gpu_has_nothing_to_share() -> None:
