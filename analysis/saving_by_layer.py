@@ -1,6 +1,6 @@
 """Where does the rest of the saving go? Time against MACs, layer by layer, of one network before and after pruning.
 
-    python analysis/saving_by_layer.py TRACE [--batch N] [--batches 4,128] [--multiples 1,8,16] [--repeats 5]
+    python analysis/saving_by_layer.py TRACE [--batch 32] [--batches 4,128] [--multiples 1,8,16] [--repeats 5]
         [--threads 1] [--device cpu] [--out DIR]
     python analysis/saving_by_layer.py TRACE --recorded [--out DIR]
 
