@@ -2,6 +2,7 @@
 
     python analysis/bench_engine.py                                  # the ratios
     python analysis/bench_engine.py --all-torchvision --out FILE.csv # inspect the models that the file has no row of
+    python analysis/bench_engine.py --launches                       # what an operator takes of the host
     python analysis/bench_engine.py --compare resnet18 densenet121   # compare with Torch-Pruning, if it is installed
 
 Each duration is the median of several runs on this machine. Quote the ratios, not the seconds.
@@ -68,6 +69,23 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
         action()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def launch_microseconds(repeats: int) -> dict[str, float]:
+    """What the host needs for an operator: in a module's forward and backward pass, and by itself on tiny tensors."""
+    layers = [layer for _ in range(30) for layer in (nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU())]
+    network = nn.Sequential(*layers).eval()
+    operators, image, number = len(layers), torch.rand(1, 1, 1, 1), torch.rand(1)
+
+    @torch.no_grad()
+    def bare() -> None:
+        for _ in range(operators):
+            torch.mul(number, number)
+
+    forward = median_seconds(lambda: network(image), repeats)
+    both = median_seconds(lambda: network(image).sum().backward(), repeats)
+    seconds = {"forward": forward, "backward": both - forward, "bare": median_seconds(bare, repeats)}
+    return {name: 1e6 * spent / operators for name, spent in seconds.items()}
 
 
 def regularizer_ratio(name: str, batch: int, repeats: int) -> dict[str, float]:
@@ -178,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--names", nargs="*", default=None, help="survey these instead of all")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--compare", nargs="*", default=())
+    parser.add_argument("--launches", action="store_true")
     options = parser.parse_args(arguments)
     if options.all_torchvision or options.names:
         from ptsim.models.torchvision_family import classifier_names
@@ -186,6 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = survey(names, options.out)
         exact = sum(bool(row["exact"]) for row in rows)
         print(f"{exact} of {len(rows)} networks prune exactly")
+        return 0
+    if options.launches:
+        torch.set_num_threads(1)
+        for name, spent in launch_microseconds(100 * options.repeats).items():
+            print(f"an operator, {name}: {spent:.1f} µs of the host")
         return 0
     if options.compare:
         for name in options.compare:

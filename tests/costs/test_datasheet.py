@@ -197,7 +197,7 @@ def test_the_host_updates_tensor_by_tensor_after_it_has_launched_backward():
     work = np.full(4, 0.5)
     assert waiting_seconds(three_kernels(), work, 1.0, 10, host) == pytest.approx(5 + 10 * 0.5 - (4 * 0.5 + 1.0))
     with_penalty = waiting_seconds(three_kernels(), work, 1.0, 10, host, 7)
-    assert with_penalty == pytest.approx(5 + 10 * 0.5 + 7 * host.forward_s - (4 * 0.5 + 1.0))
+    assert with_penalty == pytest.approx(5 + 10 * 0.5 + 7 * host.update_s - (4 * 0.5 + 1.0))
 
 
 def test_a_host_that_is_slower_widens_the_interval_upwards_only_where_it_would_decide():
