@@ -5,10 +5,29 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
+
+
+class RandomState(NamedTuple):
+    """Of the three generators."""
+
+    of_torch: torch.Tensor
+    of_python: Any
+    of_numpy: Any
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """As it is."""
+        return cls(torch.get_rng_state(), random.getstate(), numpy.random.get_state())
+
+    def restore(self) -> None:
+        """Let the three go on from it."""
+        torch.set_rng_state(self.of_torch)
+        random.setstate(self.of_python)
+        numpy.random.set_state(self.of_numpy)
 
 
 def random_state() -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 _LAYERS = re.compile(r"(conv\d?d?|conv_transpose\dd|linear|batch_norm|group_norm|layer_norm|instance_norm|prelu)$")
 
@@ -91,8 +92,8 @@ class _ConstantsNoted(TorchFunctionMode):
         self.made_of: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.tensor, torch.as_tensor, torch.scalar_tensor):
-            self.made_of.append(f"{args} {kwargs}")
+        if func in (torch.tensor, torch.as_tensor, torch.scalar_tensor, torch.Tensor.new_tensor):
+            self.made_of.append(str(pytree.tree_map_only(torch.Tensor, lambda tensor: "a tensor", (args, kwargs))))
         return func(*args, **(kwargs or {}))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ptsim.capture.chance import random_state_kept
+from ptsim.capture.chance import RandomState, random_state_kept
 from ptsim.capture.copies import device_of, hollow_copy
 from ptsim.capture.exported import exported_graph
 from ptsim.errors import UnsupportedModelError, lacks_memory
@@ -33,7 +33,7 @@ _FACTORIES = (  # functions of torch
 )
 
 EXPORT = 3
-EVERY_TRACER = (0, 1, 2, EXPORT)  # without shapes, with them, without buffers
+EVERY_TRACER = (0, 1, 2, EXPORT)  # torch.fx without shapes, with them, without buffers; torch.export
 _DEVICE_QUESTIONS = frozenset({"is_cpu", "is_cuda", "is_maia", "is_meta", "is_mps", "is_mtia", "is_xla", "is_xpu"})
 
 
@@ -301,6 +301,7 @@ def symbolic_graph(
     if buffers:
         makers[2] = Tracer
     errors: dict[int, Exception] = {}
+    start = RandomState.now()
     for way in tracers:
         if way not in makers:
             continue
@@ -317,6 +318,7 @@ def symbolic_graph(
             if lacks_memory(error):
                 raise
             errors[way] = error
+            start.restore()  # the next one meets the same numbers
     else:
         last = errors.get(1) or next(iter(errors.values()), None)
         try:

@@ -325,8 +325,8 @@ def waiting_seconds(
         num_tensors: parameters, which the host updates.
         host: what it needs to launch.
         num_launches: kernels of the regulariser. They are launched as the optimizer's are, without a module and without
-            a graph: each takes what the update of a tensor takes. A bare operator takes about a tenth of one in a
-            module's forward pass (`python analysis/bench_engine.py --launches`; 1.4 to 3.2 µs against 19 to 35 µs).
+            a graph: each is assumed to take what the update of a tensor takes. A bare operator takes about a tenth of
+            one in a module's forward pass (`python analysis/bench_engine.py --launches`; 1.4 to 3.2 of 19 to 35 µs).
     """
     order = launch_order(kernels)
     each = np.where(kernels.step == Pass.FORWARD, host.forward_s, host.backward_s) * kernels.launches

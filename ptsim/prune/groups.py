@@ -21,7 +21,7 @@ from ptsim.errors import UnsupportedModelError, lacks_memory
 from ptsim.prune.cut import Cut, cut_model
 from ptsim.prune.labels import ENDS, NO_SLOTS, UNKNOWN, AxisKey, State, Weighted, compress, connected, distinct
 from ptsim.prune.numbers import Number, solved
-from ptsim.prune.propagate import propagate, skeleton
+from ptsim.prune.propagate import Graphs, propagate, skeleton
 from ptsim.prune.selection import keep_one
 from ptsim.prune.steps import may_count, same_steps
 
@@ -85,8 +85,13 @@ class ChannelGroups:
     part_of: Tensor
     numbers: tuple[tuple[Number, Tensor], ...]
     moves: dict[tuple[str, str], tuple[Tensor, ...]]
-    graph: fx.GraphModule = dataclasses.field(repr=False)
+    graphs: Graphs = dataclasses.field(repr=False)
     shapes_only: bool = True
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """As training runs it."""
+        return self.graphs["train"]
 
     @property
     def num_components(self) -> int:
@@ -217,8 +222,8 @@ def labelled(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[nn.Mo
             bones.eval()(example_input(bones, input_shape))
             state, graphs = propagate(bones.train(model.training), input_shape)
     note_tracer(type(model).__name__, graphs["train"])
-    groups = dataclasses.replace(_assemble(state, input_shape, graphs["train"]), shapes_only=shapes_only)
-    if may_count(bones, groups.graph):
+    groups = dataclasses.replace(_assemble(state, input_shape, graphs), shapes_only=shapes_only)
+    if may_count(bones, groups.graphs):
         layers = [torch.unique(layer.outputs) for layer in groups.layers]
         groups = dataclasses.replace(
             groups, sensitive=torch.ones_like(groups.sensitive), sensitive_sets=(*groups.sensitive_sets, *layers)
@@ -247,10 +252,10 @@ def axes_for(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[AxisKe
         state, graphs = propagate(skeleton(model), input_shape)
     except SHAPE_ERRORS:
         return {}
-    return _assemble(state, input_shape, graphs["train"]).axes
+    return _assemble(state, input_shape, graphs).axes
 
 
-def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphModule) -> ChannelGroups:
+def _assemble(state: State, input_shape: tuple[int, int, int], graphs: Graphs) -> ChannelGroups:
     count = state.num_slots
     component_of = connected(state.pairs, count)
     num_components = int(component_of.max()) + 1 if count else 0
@@ -293,7 +298,7 @@ def _assemble(state: State, input_shape: tuple[int, int, int], graph: fx.GraphMo
         },
         parts=axes,
         part_of=torch.arange(num_components),
-        graph=graph,
+        graphs=graphs,
     )
 
 
@@ -314,10 +319,10 @@ def misaligned(
             cut_model(smaller, groups.cut_for(removed))
         else:
             operation(smaller)
-        state, graphs = propagate(smaller, groups.input_shape, seed, wider=groups.graph)
+        state, graphs = propagate(smaller, groups.input_shape, seed, wider=groups.graphs)
     except SHAPE_ERRORS:
         return None
-    if operation is None and not same_steps(groups.graph, graphs["train"]):
+    if operation is None and not same_steps(groups.graphs, graphs):
         return None
     return torch.cat([state.misaligned, _out_of_place(groups, removed, state)])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ptsim.prune.numbers import Number
 ENDS = ("it is the network's input", "it is the network's output")  # why the channels of images and classes stay
 WIDTH = "width"  # stands for a tensor of a normalisation that has none
 UNKNOWN = -(2**40)  # the label of an axis that an earlier network did not have
+Mode: TypeAlias = Literal["train", "eval"]
 AxisKey: TypeAlias = tuple[str, int]  # tensor's qualified name, dimension
 NO_SLOTS = torch.empty(0, dtype=torch.int64)
 NO_PAIRS = torch.empty((2, 0), dtype=torch.int64)

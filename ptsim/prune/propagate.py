@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +17,6 @@ from ptsim.capture.chance import random_state, random_state_kept, seed_all
 from ptsim.capture.copies import hollow_copy
 from ptsim.capture.graph import (
     EVERY_TRACER,
-    EXPORT,
     example_input,
     normalised_shape,
     on_device,
@@ -25,7 +24,7 @@ from ptsim.capture.graph import (
     symbolic_graph,
 )
 from ptsim.prune import function_rules, layer_rules, movement_rules, product_rules  # noqa: F401 - they register their rules
-from ptsim.prune.labels import ENDS, NO_SLOTS, AxisKey, Facets, Label, State
+from ptsim.prune.labels import ENDS, NO_SLOTS, AxisKey, Facets, Label, Mode, State
 from ptsim.prune.numbers import Number, named_numbers
 from ptsim.prune.rules import (
     Call,
@@ -41,7 +40,9 @@ from ptsim.prune.rules import (
     tensor_labels,
 )
 
-_MOST_TRACES, _FRUITLESS_TRACES = 64, 16  # of code that lets random numbers decide
+MODES: tuple[Mode, ...] = ("train", "eval")
+Graphs: TypeAlias = Mapping[Mode, fx.GraphModule]  # of a mode that differs from training alone
+_MOST_TRACES, _FRUITLESS_TRACES = 64, 32  # of code that lets random numbers decide
 _READING = ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero")  # give numbers that depend on values
 
 
@@ -67,6 +68,7 @@ class Propagation(fx.Interpreter):
         self.state = state
         self.labels: dict[fx.Node, Label] = {}
         self.counts: dict[fx.Node, Any] = {}  # what a number or shape says about: slots, or slots per axis
+        self._nodes_of: dict[int, list[fx.Node]] = {}  # id of a value → the nodes that it is the value of
         self.hooked = False  # the module that was called last has a hook that changes what it takes or gives
 
     def run_node(self, n: fx.Node) -> Any:
@@ -77,8 +79,9 @@ class Propagation(fx.Interpreter):
         known = len(self.state.numbers)
         self.labels[n] = self._rule(n, value)
         if isinstance(value, Tensor) and n.op.startswith("call"):
-            for source in self._names_of(value):  # an operator in place: what it gives is what its operand is now
+            for source in self._nodes_of.get(id(value), ()):  # in place: what it gives is what its operand is now
                 self.labels[source] = self.labels[n]
+        self._nodes_of.setdefault(id(value), []).append(n)  # no value is collected meanwhile
         if n.op.startswith("call"):
             self._count(n, value)
             for slots in _flat(self.counts.get(n)) if n.name in self.looked else ():
@@ -91,9 +94,6 @@ class Propagation(fx.Interpreter):
             labels = self.labels[n]
             self.state.moves[self.mode, n.name] = () if isinstance(labels, Facets) else tuple(tensor_labels(labels))
         return value
-
-    def _names_of(self, value: Tensor) -> list[fx.Node]:
-        return [known for known in self.labels if known.meta["value"] is value]
 
     def _takes_shapes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -313,12 +313,9 @@ def _graphs(model: nn.Module, images_shape: tuple[int, ...], tracers: Sequence[i
     return list(found.values())
 
 
-def _tracers(wider: fx.GraphModule | None, mode: str) -> Sequence[int]:
-    """The tracers that may be tried: for training the one that has traced the wider network."""
-    if wider is None:
-        return EVERY_TRACER
-    known = wider.meta["tracer"]
-    return (known,) if mode == "train" else [way for way in EVERY_TRACER if way <= max(known, EXPORT - 1)]
+def _tracers(wider: Graphs | None, mode: Mode) -> Sequence[int]:
+    """The tracers that may be tried: the one that has traced the wider network in this mode."""
+    return EVERY_TRACER if wider is None else (wider.get(mode, wider["train"]).meta["tracer"],)
 
 
 def propagate(
@@ -326,18 +323,18 @@ def propagate(
     input_shape: tuple[int, int, int],
     seed: Mapping[AxisKey, Tensor] | None = None,
     *,
-    wider: fx.GraphModule | None = None,
-) -> tuple[State, dict[Literal["train", "eval"], fx.GraphModule]]:
+    wider: Graphs | None = None,
+) -> tuple[State, Graphs]:
     """Propagate labels through `model` (usually a `skeleton`) as training and, where it differs, evaluation runs it.
 
-    `wider` is the training graph of the network before it shrank: it is traced again in the same way.
+    `wider` are the graphs of the network before it shrank: it is traced again in the same way.
     """
     state = State(model, seed)
-    graphs: dict[Literal["train", "eval"], fx.GraphModule] = {}
+    graphs: dict[Mode, fx.GraphModule] = {}
     modes = {module: module.training for module in model.modules()}
     images = example_input(model, input_shape)
     with named_numbers(model) if seed is None else contextlib.nullcontext():
-        for mode in ("train", "eval"):
+        for mode in MODES:
             for module in model.modules():
                 module.training = mode == "train"
             traced, *others = _graphs(model, tuple(images.shape), _tracers(wider, mode))

@@ -280,7 +280,7 @@ def _rehearse(model: nn.Module, groups: ChannelGroups, plan: CutPlan, rescued: t
         if not stays_aligned(model, groups, plan):
             return None
         after = labelled(bones, groups.input_shape)
-        if not same_steps(groups.graph, after[1].graph, fewer=bool(plan.removals)):
+        if not same_steps(groups.graphs, after[1].graphs, fewer=bool(plan.removals)):
             return None
         return Decision(plan=plan, bones=bones, rescued=rescued, before=groups, after=after)
     except SHAPE_ERRORS:

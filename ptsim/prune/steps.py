@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Mapping
 
 from torch import fx, nn
 
 from ptsim.capture.graph import by_export, traced_into
 from ptsim.capture.words import words_of
+from ptsim.prune.labels import Mode
 from ptsim.prune.modules import OWN
 from ptsim.prune.rules import rule_for_function, takes_shapes
 
@@ -15,26 +17,36 @@ from ptsim.prune.rules import rule_for_function, takes_shapes
 _WIDTHS = {"out_channels", "in_channels", "out_features", "in_features", "num_features", "numel", "parameters"}
 
 
-def may_count(model: nn.Module, graph: fx.GraphModule) -> bool:
+def may_count(model: nn.Module, graphs: Mapping[Mode, fx.GraphModule]) -> bool:
     """True if the model's code may compute with a number of channels, or go its way by it, without a node that says so.
 
     `torch.export` has no nodes for shapes; otherwise the code of a module that is traced into names such a number.
     """
-    return by_export(graph) or any(_WIDTHS & words_of(module) for _, module in traced_into(model, graph))
+    return any(
+        by_export(graph) or any(_WIDTHS & words_of(module) for _, module in traced_into(model, graph))
+        for graph in graphs.values()
+    )
 
 
-def same_steps(before: fx.GraphModule, after: fx.GraphModule, *, fewer: bool = False) -> bool:
+def same_steps(
+    before: Mapping[Mode, fx.GraphModule], after: Mapping[Mode, fx.GraphModule], *, fewer: bool = False
+) -> bool:
     """True if the code does the same with the same numbers, but for those that count channels.
 
     With `fewer` steps may be missing: those of a branch that was removed.
     """
-    if before.meta.get("constants") != after.meta.get("constants"):
-        return False
+    return all(
+        _same(before.get(mode, before["train"]), after.get(mode, after["train"]), fewer=fewer)
+        for mode in before.keys() | after.keys()
+    )
+
+
+def _same(before: fx.GraphModule, after: fx.GraphModule, *, fewer: bool) -> bool:
+    constants = [graph.meta.get("constants", []) for graph in (after, before)]
     if fewer:
-        return not collections.Counter(_steps(after, after, named=False)) - collections.Counter(
-            _steps(before, before, named=False)
-        )
-    return _steps(before, before) == _steps(after, before)
+        steps = [_steps(graph, graph, named=False) for graph in (after, before)]
+        return not any(collections.Counter(a) - collections.Counter(b) for a, b in (constants, steps))
+    return constants[0] == constants[1] and _steps(after, before) == _steps(before, before)
 
 
 def _steps(graph: fx.GraphModule, counting: fx.GraphModule, *, named: bool = True) -> list[tuple[str, str, str]]:
