@@ -30,7 +30,7 @@ from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
 from ptsim.measure.calibrate import make_optimizer
 from ptsim.measure.nvml import open_meter
-from ptsim.measure.profile import Budget, number_format, profile_network, tf32_allowed, tuned_convolutions
+from ptsim.measure.profile import Budget, layout, number_format, profile_network, tf32_allowed, tuned_convolutions
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import remove_channels
@@ -326,11 +326,6 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def write(path: Path, content: Any) -> None:
     """Write as indented JSON, whole or not at all."""
     write_whole(path, msgspec.json.format(msgspec.json.encode(content)))
-
-
-def layout(memory_format: MemoryFormat) -> torch.memory_format:
-    """Torch's name of a memory format."""
-    return torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
 
 
 def wait(device: torch.device) -> None:

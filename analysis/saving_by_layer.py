@@ -43,7 +43,7 @@ import ptsim
 from ptsim.costs.flops import layer_macs, training_macs
 from ptsim.errors import PtsimError, UsageError
 from ptsim.hardware.profile import OperatorSetting
-from ptsim.measure.profile import number_format, profile_network
+from ptsim.measure.profile import layout, number_format, profile_network
 from ptsim.measure.rebuild import rebuild
 from ptsim.network import Network
 from ptsim.prune.criteria.group_lasso import GroupLasso
@@ -69,7 +69,7 @@ def measure(
 def _profile(network: Network, *, batch: int, setting: OperatorSetting, device: str) -> Profile:
     """One profile with an SGD update and the group lasso's gradient in its steps."""
     module, renamed = rebuild(network)
-    module = module.to(device).to(memory_format=_layout(setting)).train()
+    module = module.to(device).to(memory_format=layout(setting.memory_format)).train()
     lasso = GroupLasso(module, find_groups(module, network.input_shape))
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9)
     return profile_network(
@@ -82,10 +82,6 @@ def _profile(network: Network, *, batch: int, setting: OperatorSetting, device: 
         regularizer=functools.partial(lasso.add_gradient, 1e-9),
         device=device,
     )
-
-
-def _layout(setting: OperatorSetting) -> torch.memory_format:
-    return torch.channels_last if setting.memory_format == "channels_last" else torch.contiguous_format
 
 
 def layer_table(
@@ -206,11 +202,11 @@ def overhead_table(
 def _loops(network: Network, batch: int, setting: OperatorSetting, device: str) -> dict[str, Callable[[], object]]:
     """One step of a plain loop, of one that is recorded, of one with the penalty too, and one mini-batch of data."""
     shape, place = network.input_shape, torch.device(device)
-    images = torch.randn((batch, *shape), device=device).contiguous(memory_format=_layout(setting))
+    images = torch.randn((batch, *shape), device=device).contiguous(memory_format=layout(setting.memory_format))
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def loop(watch: Callable[[nn.Module, torch.optim.Optimizer], Callable[[Tensor], object]]) -> Callable[[], object]:
-        module = rebuild(network)[0].to(device).to(memory_format=_layout(setting)).train()
+        module = rebuild(network)[0].to(device).to(memory_format=layout(setting.memory_format)).train()
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9)
         tell = watch(module, optimizer)
 

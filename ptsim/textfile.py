@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import difflib
 import errno
+import fcntl
 import math
 import os
 import re
@@ -30,6 +31,18 @@ LARGEST, SMALLEST = 1e30, 1e-30  # no quantity in a file that a person writes is
 LARGEST_INTEGER = 2**63 - 1  # TOML's own bound
 
 T = TypeVar("T")
+
+
+def take_lock(handle: int | BinaryIO) -> bool:
+    """Lock an open file or folder for this process; False where another one has it.
+
+    The system takes the lock from a process that closes the file or dies.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def open_regular(path: str | Path) -> int:

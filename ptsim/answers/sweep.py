@@ -7,7 +7,6 @@ depends on, the cost model itself included. A study that is started again comput
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import multiprocessing
@@ -17,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -29,7 +28,7 @@ from ptsim.hardware.profile_file import read_device_profile
 from ptsim.sim.budget import unlimited
 from ptsim.sim.projection import projection_row
 from ptsim.sim.run import StepCache, project
-from ptsim.textfile import decode_json, drop_torn_line, read_bytes, split_lines
+from ptsim.textfile import decode_json, drop_torn_line, read_bytes, split_lines, take_lock
 from ptsim.trace.io import read_trace
 from ptsim.trace.trace import Trace
 
@@ -125,7 +124,11 @@ def run_study(
         out.parent.mkdir(parents=True, exist_ok=True)
         todo, compute = _chunks(missing()), project_of_any_length if any_length else project_all
         with out.open("ab") as file, contextlib.closing(_Tasks(executor, compute, todo, window)) as tasks:
-            _lock(file, out)
+            if not take_lock(file):
+                raise UsageError(
+                    f"{out} is being written by another process",
+                    hint="wait for that sweep, or name another file with --out",
+                )
             drop_torn_line(out)
             for computed in tasks.finished():
                 for row in computed:
@@ -143,20 +146,6 @@ def run_study(
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error
     return [rows[index] for index in sorted(rows)]
-
-
-def _lock(file: BinaryIO, out: Path) -> None:
-    """Keep a second sweep from writing into the lines of this one; the system takes the lock from a dead process.
-
-    Raises:
-        UsageError: another process has it.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(
-            f"{out} is being written by another process", hint="wait for that sweep, or name another file with --out"
-        ) from error
 
 
 class _Tasks:

@@ -12,7 +12,7 @@ import torch
 
 
 class RandomState(NamedTuple):
-    """Of the three generators."""
+    """Of the three generators on the CPU."""
 
     of_torch: torch.Tensor
     of_python: Any
@@ -23,18 +23,21 @@ class RandomState(NamedTuple):
         """As it is."""
         return cls(torch.get_rng_state(), random.getstate(), numpy.random.get_state())
 
+    def is_now(self) -> bool:
+        """True if nothing has been drawn since."""
+        now = RandomState.now()
+        of_numpy = zip(self.of_numpy, now.of_numpy, strict=True)
+        return (
+            torch.equal(self.of_torch, now.of_torch)
+            and self.of_python == now.of_python
+            and all(numpy.array_equal(before, after) for before, after in of_numpy)
+        )
+
     def restore(self) -> None:
         """Let the three go on from it."""
         torch.set_rng_state(self.of_torch)
         random.setstate(self.of_python)
         numpy.random.set_state(self.of_numpy)
-
-
-def random_state() -> tuple[Any, ...]:
-    """Equal before and after code that draws no random number on the CPU."""
-    state: Any = numpy.random.get_state()
-    of_numpy = tuple(part.tobytes() if isinstance(part, numpy.ndarray) else part for part in state)
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), of_numpy
 
 
 def seed_all(seed: int) -> None:
@@ -47,10 +50,9 @@ def seed_all(seed: int) -> None:
 @contextlib.contextmanager
 def random_state_kept(devices: Sequence[torch.device] | None = None) -> Iterator[None]:
     """Afterwards all three go on as if nothing had been drawn inside; torch also on `devices` (None: every GPU)."""
-    of_python, of_numpy = random.getstate(), numpy.random.get_state()
+    before = RandomState.now()
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
-            random.setstate(of_python)
-            numpy.random.set_state(of_numpy)
+            before.restore()

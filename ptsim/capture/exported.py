@@ -38,11 +38,8 @@ def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, .
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with (
-        _quiet(),
-        torch.device("meta"),
-        _ConstantsNoted() as noted,
-    ):  # where the code makes tensors without saying where
+    # The device is for tensors that the code makes without saying where.
+    with _quiet(), torch.device("meta"), _ConstantsNoted() as noted:
         program = torch.export.export(twin, (torch.empty(images_shape, dtype=dtype, device="meta"),), strict=False)
         exported = program.module(check_guards=False)
     found: dict[str, Any] = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import math
 import operator
@@ -32,8 +33,16 @@ _FACTORIES = (  # functions of torch
     *("scalar_tensor", "tensor", "zeros"),
 )
 
-EXPORT = 3
-EVERY_TRACER = (0, 1, 2, EXPORT)  # torch.fx without shapes, with them, without buffers; torch.export
+
+class Way(enum.Enum):
+    """A way to trace a network, in the order in which they are tried."""
+
+    PLAIN = "torch.fx, without shapes"
+    SHAPED = "torch.fx, where the code may look at shapes"
+    WITHOUT_BUFFERS = "torch.fx, where the code may look at buffers' values"
+    EXPORT = "torch.export"
+
+
 _DEVICE_QUESTIONS = frozenset({"is_cpu", "is_cuda", "is_maia", "is_meta", "is_mps", "is_mtia", "is_xla", "is_xpu"})
 
 
@@ -151,8 +160,8 @@ class ShapedTracer(Tracer):
         return self._values[node]
 
     def _value(self, node: fx.Node) -> Any:
-        args: Any = fx.map_arg(on_device(plain_numbers(node.args), "meta"), self._known)
-        kwargs: Any = fx.map_arg(on_device(plain_numbers(node.kwargs), "meta"), self._known)
+        args: Any = fx.map_arg(plain_arguments(node.args, "meta"), self._known)
+        kwargs: Any = fx.map_arg(plain_arguments(node.kwargs, "meta"), self._known)
         match node.op:
             case "placeholder":
                 return self._images
@@ -205,16 +214,15 @@ def _on(name: str, device: torch.device) -> Any:
     return name == f"is_{device.type}" if name in _DEVICE_QUESTIONS else None
 
 
-def plain_numbers(arguments: Any) -> Any:
-    """Arguments with `int` in place of its subclasses, which may note what is done with them."""
-    return fx.node.map_aggregate(
-        arguments, lambda a: int(a) if isinstance(a, int) and not isinstance(a, bool) and type(a) is not int else a
-    )
+def plain_arguments(arguments: Any, device: torch.device | str) -> Any:
+    """Arguments with plain `int`s in place of subclasses, which note what is done with them, and with one device."""
 
+    def plain(argument: Any) -> Any:
+        if isinstance(argument, torch.device):
+            return torch.device(device)
+        return int(argument) if isinstance(argument, int) and type(argument) not in (int, bool) else argument
 
-def on_device(arguments: Any, device: torch.device | str) -> Any:
-    """Arguments with `device` in place of every device among them."""
-    return fx.node.map_aggregate(arguments, lambda a: torch.device(device) if isinstance(a, torch.device) else a)
+    return fx.node.map_aggregate(arguments, plain)
 
 
 class _Assignable(fx.Proxy):
@@ -279,7 +287,7 @@ def symbolic_graph(
     images_shape: tuple[int, ...] | None = None,
     *,
     buffers: bool = False,
-    tracers: Sequence[int] = EVERY_TRACER,
+    ways: Sequence[Way] = tuple(Way),
 ) -> fx.GraphModule:
     """The model's graph in the mode that it is in; it shares its modules and parameters with the model.
 
@@ -288,21 +296,21 @@ def symbolic_graph(
     With `images_shape` (N, C, H, W) the model's code may also look at shapes; `meta["looked"]` then says at which. What
     torch.fx cannot trace is then left to `torch.export`; `meta["traced_by"]` says which of the two it was.
 
-    `tracers` are the ways that may be tried, in order; `meta["tracer"]` says which it was. Who traces a network again
+    `ways` are those that may be tried, in order; `meta["way"]` says which it was. Who traces a network again
     that has only shrunk knows which one works.
 
     Raises:
         UnsupportedModelError: neither can trace the model.
     """
     name = type(model).__name__
-    makers: dict[int, Callable[[], Tracer]] = {0: functools.partial(Tracer, buffers=buffers)}
+    makers: dict[Way, Callable[[], Tracer]] = {Way.PLAIN: functools.partial(Tracer, buffers=buffers)}
     if images_shape is not None:
-        makers[1] = functools.partial(ShapedTracer, model, images_shape)
+        makers[Way.SHAPED] = functools.partial(ShapedTracer, model, images_shape)
     if buffers:
-        makers[2] = Tracer
-    errors: dict[int, Exception] = {}
+        makers[Way.WITHOUT_BUFFERS] = Tracer
+    errors: dict[Way, Exception] = {}
     start = RandomState.now()
-    for way in tracers:
+    for way in ways:
         if way not in makers:
             continue
         try:
@@ -320,10 +328,10 @@ def symbolic_graph(
             errors[way] = error
             start.restore()  # the next one meets the same numbers
     else:
-        last = errors.get(1) or next(iter(errors.values()), None)
+        last = errors.get(Way.SHAPED) or next(iter(errors.values()), None)
         try:
             assert images_shape is not None, "else there is nothing to export for"
-            assert EXPORT in tracers, "else it is left out"
+            assert Way.EXPORT in ways, "else it is left out"
             return _exported(model, images_shape)
         except Exception as error:  # it, too, lets any error of the model's code through
             last = last or error
@@ -332,14 +340,14 @@ def symbolic_graph(
                 hint="tracing needs a forward without branches on tensor values",
             ) from last
     module.meta["looked"] = tracer.looked if isinstance(tracer, ShapedTracer) else {}
-    module.meta["traced_by"], module.meta["tracer"] = "torch.fx", way
+    module.meta["traced_by"], module.meta["way"] = "torch.fx", way
     return module
 
 
 def _exported(model: nn.Module, images_shape: tuple[int, ...]) -> fx.GraphModule:
     with _disable_current_modes(), attributes_restored(model):
         module = exported_graph(model, hollow_copy(model, "meta"), images_shape)
-    module.meta["traced_by"], module.meta["tracer"] = "torch.export", EXPORT
+    module.meta["traced_by"], module.meta["way"] = "torch.export", Way.EXPORT
     return module
 
 

@@ -37,7 +37,7 @@ from ptsim.hardware.profile_merge import mean_time, merge_operators, with_round
 from ptsim.measure.load import LoadWatch
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s, time_operator
-from ptsim.measure.profile import Budget, profile_network
+from ptsim.measure.profile import Budget, layout, profile_network
 from ptsim.measure.rebuild import rebuild
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
@@ -322,8 +322,7 @@ class _Calibration:
             for operator in dict.fromkeys(operator_of(l, batch=batch, setting=setting) for l in network.layers):  # noqa: E741 - l is a layer
                 self._alone(operator)
             return
-        layout = torch.channels_last if setting.memory_format == "channels_last" else torch.contiguous_format
-        module.to(self._device).to(memory_format=layout)
+        module.to(self._device).to(memory_format=layout(setting.memory_format))
         regularizer = None
         if self._make_regularizer is not None:
             regularizer = self._make_regularizer(module, network.input_shape)

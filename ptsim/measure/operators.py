@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ptsim.hardware.profile import Operator, OperatorTime
 from ptsim.measure.host_memory import keep_freed_memory
-from ptsim.measure.profile import HALF_TYPES, number_format, tuned_convolutions
+from ptsim.measure.profile import HALF_TYPES, layout, number_format, tuned_convolutions
 from ptsim.measure.rebuild import build_operator
 from ptsim.measure.timers import cuda_event
 
@@ -49,20 +49,20 @@ class _Bench:
         self.operator = operator
         self.device = device
         function = build_operator(operator)
-        layout = torch.channels_last if operator.setting.memory_format == "channels_last" else torch.contiguous_format
+        memory_format = layout(operator.setting.memory_format)
         self.parameters: list[Tensor] = []
         if isinstance(function, nn.Module):
             function.to(device).train()
             if operator.inputs and len(operator.inputs[0]) == 3:
-                function.to(memory_format=layout)
+                function.to(memory_format=memory_format)
             self.parameters = list(function.parameters())
         self.function: Callable[..., Tensor] = function
         self.dtype = HALF_TYPES.get(operator.setting.precision, torch.float32)
-        self.layout = layout
+        self.memory_format = memory_format
 
     def tensor(self, shape: Sequence[int]) -> Tensor:
         tensor = torch.randn((self.operator.batch, *shape), device=self.device).to(self.dtype)
-        return tensor.contiguous(memory_format=self.layout) if len(shape) == 3 else tensor
+        return tensor.contiguous(memory_format=self.memory_format) if len(shape) == 3 else tensor
 
     def inputs(self) -> list[Tensor]:
         wanted = self.operator.input_needs_gradient

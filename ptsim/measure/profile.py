@@ -41,6 +41,11 @@ NUM_LAYERED_STEPS = 3
 HALF_TYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
+def layout(memory_format: MemoryFormat) -> torch.memory_format:
+    """Torch's name of a memory format."""
+    return torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+
+
 @contextlib.contextmanager
 def number_format(precision: Precision, device: torch.device) -> Iterator[None]:
     """Matrix products inside run in `precision`: autocast for the 16-bit ones, CUDA's TF32 switches otherwise."""
@@ -284,8 +289,7 @@ class _Run:
         self.interpreter = _TimingInterpreter(graph_module, self)
         generator = torch.Generator().manual_seed(0)
         images = torch.randn((batch, *network.input_shape), generator=generator)
-        layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
-        self.images = images.to(device).contiguous(memory_format=layout)
+        self.images = images.to(device).contiguous(memory_format=layout(memory_format))
         self.labels = torch.randint(network.num_classes, (batch,), generator=generator).to(device)
 
     def instant(self) -> Any:

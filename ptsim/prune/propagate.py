@@ -13,14 +13,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.chance import random_state, random_state_kept, seed_all
+from ptsim.capture.chance import RandomState, random_state_kept, seed_all
 from ptsim.capture.copies import hollow_copy
 from ptsim.capture.graph import (
-    EVERY_TRACER,
+    Way,
     example_input,
     normalised_shape,
-    on_device,
-    plain_numbers,
+    output_tensors,
+    plain_arguments,
     symbolic_graph,
 )
 from ptsim.prune import function_rules, layer_rules, movement_rules, product_rules  # noqa: F401 - they register their rules
@@ -102,8 +102,8 @@ class Propagation(fx.Interpreter):
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the node is called with; numbers that the model keeps are plain integers, and devices are this one."""
-        args: Any = fx.map_arg(on_device(plain_numbers(n.args), self.device), self.env.__getitem__)
-        kwargs: Any = fx.map_arg(on_device(plain_numbers(n.kwargs), self.device), self.env.__getitem__)
+        args: Any = fx.map_arg(plain_arguments(n.args, self.device), self.env.__getitem__)
+        kwargs: Any = fx.map_arg(plain_arguments(n.kwargs, self.device), self.env.__getitem__)
         return args, kwargs
 
     def _numbers(self, node: fx.Node, known: int) -> None:
@@ -251,7 +251,7 @@ def _hooks_watched(module: nn.Module) -> Iterator[list[str]]:
 
     def watched(hook: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = [(tensor, tensor._version) for tensor in _tensors((args, kwargs))]
+            before = [(tensor, tensor._version) for tensor in output_tensors((args, kwargs))]
             given = hook(*args, **kwargs)
             if given is not None or any(tensor._version != version for tensor, version in before):
                 changes.append(str(hook))
@@ -267,12 +267,6 @@ def _hooks_watched(module: nn.Module) -> Iterator[list[str]]:
     finally:
         for table, hooks in tables:
             table.update(hooks)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    fx.node.map_aggregate(value, lambda a: found.append(a) if isinstance(a, Tensor) else None)
-    return found
 
 
 def _fits(label: Label, value: Any) -> bool:
@@ -294,7 +288,7 @@ def _flat(counts: Any) -> list[Tensor]:
     return [part for part in counts if isinstance(part, Tensor)] if isinstance(counts, tuple) else [counts]
 
 
-def _graphs(model: nn.Module, images_shape: tuple[int, ...], tracers: Sequence[int]) -> list[fx.GraphModule]:
+def _graphs(model: nn.Module, images_shape: tuple[int, ...], ways: Sequence[Way]) -> list[fx.GraphModule]:
     """The graph of the model, and others where its code lets random numbers decide which way it takes.
 
     Such code is traced again, each time with other numbers, until several traces in a row go no new way.
@@ -304,18 +298,18 @@ def _graphs(model: nn.Module, images_shape: tuple[int, ...], tracers: Sequence[i
     with random_state_kept(devices=[]):
         for seed in range(_MOST_TRACES):
             seed_all(seed)
-            start = random_state()
-            traced = symbolic_graph(model, images_shape, buffers=True, tracers=tracers)
+            start = RandomState.now()
+            traced = symbolic_graph(model, images_shape, buffers=True, ways=ways)
             fruitless = fruitless + 1 if traced.code in found else 0
             found.setdefault(traced.code, traced)
-            if random_state() == start or fruitless == _FRUITLESS_TRACES:
+            if start.is_now() or fruitless == _FRUITLESS_TRACES:
                 break
     return list(found.values())
 
 
-def _tracers(wider: Graphs | None, mode: Mode) -> Sequence[int]:
-    """The tracers that may be tried: the one that has traced the wider network in this mode."""
-    return EVERY_TRACER if wider is None else (wider.get(mode, wider["train"]).meta["tracer"],)
+def _ways(wider: Graphs | None, mode: Mode) -> Sequence[Way]:
+    """Those that may be tried: the one that has traced the wider network in this mode."""
+    return tuple(Way) if wider is None else (wider.get(mode, wider["train"]).meta["way"],)
 
 
 def propagate(
@@ -337,7 +331,7 @@ def propagate(
         for mode in MODES:
             for module in model.modules():
                 module.training = mode == "train"
-            traced, *others = _graphs(model, tuple(images.shape), _tracers(wider, mode))
+            traced, *others = _graphs(model, tuple(images.shape), _ways(wider, mode))
             if mode == "eval" and traced.code == graphs["train"].code and not others:
                 break
             for number, graph in enumerate((traced, *others)):

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
 
 from torch import fx, nn
 
 from ptsim.capture.graph import by_export, traced_into
 from ptsim.capture.words import words_of
-from ptsim.prune.labels import Mode
 from ptsim.prune.modules import OWN
+from ptsim.prune.propagate import Graphs
 from ptsim.prune.rules import rule_for_function, takes_shapes
 
 # What code may ask layers for that pruning changes; shapes of tensors are noticed where they are asked for.
 _WIDTHS = {"out_channels", "in_channels", "out_features", "in_features", "num_features", "numel", "parameters"}
 
 
-def may_count(model: nn.Module, graphs: Mapping[Mode, fx.GraphModule]) -> bool:
+def may_count(model: nn.Module, graphs: Graphs) -> bool:
     """True if the model's code may compute with a number of channels, or go its way by it, without a node that says so.
 
     `torch.export` has no nodes for shapes; otherwise the code of a module that is traced into names such a number.
@@ -28,9 +27,7 @@ def may_count(model: nn.Module, graphs: Mapping[Mode, fx.GraphModule]) -> bool:
     )
 
 
-def same_steps(
-    before: Mapping[Mode, fx.GraphModule], after: Mapping[Mode, fx.GraphModule], *, fewer: bool = False
-) -> bool:
+def same_steps(before: Graphs, after: Graphs, *, fewer: bool = False) -> bool:
     """True if the code does the same with the same numbers, but for those that count channels.
 
     With `fewer` steps may be missing: those of a branch that was removed.
@@ -75,7 +72,6 @@ def _put_in(graph: fx.GraphModule, node: fx.Node) -> bool:
         return True
     if node.op == "call_module":
         return isinstance(graph.get_submodule(str(node.target)), OWN)
-    kinds = [
-        kind for _, kind in node.meta.get("nn_module_stack", {}).values()
-    ]  # by torch.export: classes, or their names
+    # From torch.export: classes, or their names.
+    kinds = [kind for _, kind in node.meta.get("nn_module_stack", {}).values()]
     return any(kind in (own, f"{own.__module__}.{own.__qualname__}") for kind in kinds for own in OWN)

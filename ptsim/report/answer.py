@@ -115,11 +115,15 @@ def candidates(savings: pd.DataFrame, gpus: int) -> pd.DataFrame:
 
     Those that shrank while they trained, if any did; a run that is pruned at its end can only save at inference.
     """
-    first = savings.iloc[0]
-    rows: pd.DataFrame = savings[
-        (savings.gpus == gpus) & (savings.model == first.model) & (savings.dataset == first.dataset)
-    ]
+    rows = _first_task(savings, gpus)
     return rows[rows.shrank] if rows.shrank.any() else rows
+
+
+def _first_task(rows: pd.DataFrame, gpus: int) -> pd.DataFrame:
+    """Those on `gpus` GPUs of the network and data that come first on the page."""
+    first = rows.iloc[0]
+    found: pd.DataFrame = rows[(rows.gpus == gpus) & (rows.model == first.model) & (rows.dataset == first.dataset)]
+    return found
 
 
 def fastest(savings: pd.DataFrame, gpus: int) -> pd.Series:
@@ -355,11 +359,7 @@ def dense_answer(
     unchecked: str = "",
 ) -> Answer:
     """The answer where nothing was pruned: what training takes on `gpus` GPUs; `unchecked`: why without validation."""
-    first = projections.iloc[0]
-    rows = projections[
-        (projections.gpus == gpus) & (projections.model == first.model) & (projections.dataset == first.dataset)
-    ]
-    row = averaged(rows, ["setting"]).sort_values("total_seconds").iloc[0]
+    row = averaged(_first_task(projections, gpus), ["setting"]).sort_values("total_seconds").iloc[0]
     run = runs[runs.run == row.run].iloc[0]
     origin = f"projected{_of_planned(run)}; times: {tier_row(row.tier).label}"
     tiles = [

@@ -202,7 +202,7 @@ class Pricer:
 
     def _own_update_s(self, stage: Stage, step: StepTime) -> float:
         """The update of the parameters that are a GPU's own; of all where nothing is sharded."""
-        return self.scenario.setting(stage.batch, stage.epoch).update_share * step.optimizer_s
+        return step.updating(self.scenario.setting(stage.batch, stage.epoch).update_share).optimizer_s
 
     def _busy_s(self, stage: Stage, step: StepTime, pass_s: float) -> float:
         """What a GPU computes in a step whose one pass takes `pass_s`: all passes, hooks and its update."""

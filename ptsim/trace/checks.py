@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ptsim.consistency import network_problem
+from ptsim.consistency import MOST_MOMENTUM, network_problem
 from ptsim.network import Network
 from ptsim.trace.schema import AnyRecord, Architecture, Draw, Epoch, Profile, Reconfiguration, Run
 
-_MOST_MOMENTUM = 1_000_000
 _CLOCKS = 2.0  # how far the parts of an epoch or a step, which other clocks measure, may exceed the whole
 _LEAST_SPREAD = 1e-6  # of the 90th percentile of an epoch's steps: a 10th percentile below it is no step's time
 
@@ -55,8 +54,8 @@ def _run_problem(run: Run) -> str | None:
     if momentum is not None:
         if isinstance(momentum, bool) or not isinstance(momentum, int | float):
             return f"hyperparameters.momentum is {momentum!r}, expected a number"
-        if not 0 <= momentum <= _MOST_MOMENTUM:  # which may have more digits than Python prints
-            return f"hyperparameters.momentum is out of range, expected 0 to {_MOST_MOMENTUM}"
+        if not 0 <= momentum <= MOST_MOMENTUM:  # which may have more digits than Python prints
+            return f"hyperparameters.momentum is out of range, expected 0 to {MOST_MOMENTUM}"
     return None
 
 

@@ -7,7 +7,6 @@ file, line and field.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import math
 import os
@@ -22,7 +21,7 @@ import msgspec
 
 from ptsim.errors import FileFormatError, NewerVersionError, UsageError
 from ptsim.network import Network
-from ptsim.textfile import decode_json, drop_torn_line, read_lines, write_whole
+from ptsim.textfile import decode_json, drop_torn_line, read_lines, take_lock, write_whole
 from ptsim.trace.checks import record_problem
 from ptsim.trace.schema import (
     SCHEMA_VERSION,
@@ -247,14 +246,12 @@ class TraceWriter:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             self._file.close()
             raise FileFormatError(self.path, "found a pipe or a device, expected the trace of this run")
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system takes it from a process that dies
-        except BlockingIOError as error:
+        if not take_lock(descriptor):
             self._file.close()
             raise UsageError(
                 f"{self.path} is being written by another process",
                 hint="wait for that run, or end it; in this program: close() its pruner or recorder",
-            ) from error
+            )
         if append and keep_bytes is None:  # not before the lock: another process may be writing the line
             drop_torn_line(self.path)
         content = os.pread(descriptor, os.fstat(descriptor).st_size, 0) if append else b""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ptsim.capture.copies import copied
 from ptsim.capture.rehearsal import rehearse
 from ptsim.errors import FileFormatError, UsageError
+from ptsim.measure.profile import layout
 from ptsim.network import Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.prune.structure import apply_structure
@@ -169,8 +170,7 @@ class Learner:
             self.scaler.load_state_dict(dict(scaler))
 
     def _placed(self, model: nn.Module) -> nn.Module:
-        layout = torch.channels_last if self.config.memory_format == "channels_last" else torch.contiguous_format
-        return model.to(self.device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
+        return model.to(self.device, memory_format=layout(self.config.memory_format))  # type: ignore[call-overload,no-any-return]
 
     def _refresh(self) -> None:
         """Look up again what surgery may have replaced."""

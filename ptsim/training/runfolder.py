@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ptsim.errors import FileFormatError, UsageError
-from ptsim.textfile import read_bytes, umask, write_whole
+from ptsim.textfile import read_bytes, take_lock, umask, write_whole
 from ptsim.trace.io import read_records
 from ptsim.trace.schema import Run
 from ptsim.training import checkpoint as store
@@ -172,8 +172,7 @@ def _is_abandoned(unfinished: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return time.time() - os.fstat(handle).st_mtime > _STALE_S
+        return take_lock(handle) and time.time() - os.fstat(handle).st_mtime > _STALE_S
     except OSError:
         return False
     finally:
