@@ -13,7 +13,7 @@ from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json
 from ptsim.hardware.catalog import cluster_names, device_aliases, device_names, load_cluster, load_device
 from ptsim.network import Precision
-from ptsim.units import GIB
+from ptsim.units import GIB, shown_number
 
 JsonWithSources = Annotated[Json, Parameter(help="One JSON document with every number's source.")]
 
@@ -45,14 +45,14 @@ def devices(*, json: JsonWithSources = False) -> None:
 
 
 def clusters(*, json: JsonWithSources = False) -> None:
-    """List the catalog's clusters: device, node size and links."""
+    """List the catalog's clusters: device, node size, links and list price."""
     entries = [load_cluster(name) for name in cluster_names()]
     if json:
         print_json([{**msgspec.to_builtins(entry), "device": entry.device_name} for entry in entries])
         return
-    table = _table("cluster", "device", "GPUs", "inside a node", "GB/s", "between nodes", "Gbit/s")
+    table = _table("cluster", "device", "GPUs", "inside a node", "GB/s", "between nodes", "Gbit/s", "USD/h")
     for entry in entries:
-        inter = entry.inter
+        inter, price = entry.inter, entry.price_usd_per_gpu_hour
         table.add_row(
             entry.name,
             entry.device_name,
@@ -61,8 +61,9 @@ def clusters(*, json: JsonWithSources = False) -> None:
             f"{entry.intra.bandwidth_bytes_per_s / 1e9:.4g}",
             inter.name if inter else "–",
             f"{inter.bandwidth_bytes_per_s * 8e-9:.4g}" if inter else "–",
+            "–" if price is None else shown_number("usd", price),
         )
-    table.caption = "GPUs and Gbit/s per node; bandwidth of one direction; --json adds the sources"
+    table.caption = "GPUs and Gbit/s per node; one direction; USD/h: list price of a GPU; --json adds days and sources"
     stdout_console().print(table)
 
 

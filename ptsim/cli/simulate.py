@@ -21,7 +21,7 @@ from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.setting import PrecisionName, Sharding
 from ptsim.sim.budget import unlimited
-from ptsim.sim.options import GradientFormat, MiniBatch, Options, Scaling
+from ptsim.sim.options import GradientFormat, HourPrice, MiniBatch, Options, Scaling, hour_price
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
 from ptsim.units import MIB, format_bytes, format_joules, format_seconds, shown_number
@@ -154,7 +154,7 @@ def simulate(
     if json:
         print_json([_document(projection) for projection in projections])
     else:
-        _print_tables(projections)
+        _print_tables(projections, hour_price(where, options))
 
 
 def _number_or_recorded(name: str, text: str | None) -> float | str | None:
@@ -193,13 +193,14 @@ def _document(projection: RunProjection) -> dict[str, Any]:
     }
 
 
-def _print_tables(projections: list[RunProjection]) -> None:
+def _print_tables(projections: list[RunProjection], price: HourPrice | None) -> None:
     console = stdout_console()
+    priced = "" if price is None else f", {price}"
     for trace in dict.fromkeys(projection.trace for projection in projections):
         rows = [projection for projection in projections if projection.trace == trace]
         first = rows[0]
         console.print(f"{first.model}, {len(first.epochs)} epochs: {trace}", highlight=False)
-        console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling", highlight=False)
+        console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling{priced}", highlight=False)
         waits = any(p.input_wait_s for p in rows)
         columns = ("compute", "exposed", *(["input wait"] if waits else []), "start, reconfig.", "speed-up")
         time = _table("GPUs", "time", "90 % interval", *columns)

@@ -35,6 +35,7 @@ A cluster file (see `ptsim.hardware.spec.Cluster` for the meaning of each field)
     nodes_per_leaf = 16                          # under one switch; counts where links are simulated one by one
     nvswitch = true
     price_per_gpu = "4.10 USD/h"                 # optional
+    price_date = "2026-09-24"                    # of a list price; left out: what you pay
     cores_per_node = 128                         # physical CPU cores, which input pipelines share; optional
     storage_bandwidth = "2 GB/s"                 # at which a node reads images; left out: they lie in its memory
 
@@ -68,6 +69,7 @@ A cluster file (see `ptsim.hardware.spec.Cluster` for the meaning of each field)
 
 from __future__ import annotations
 
+import datetime
 import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
@@ -172,6 +174,7 @@ class _ClusterForm(_Form, frozen=True, kw_only=True):
     library: Literal["nccl", "gloo"] = "nccl"
     tables: tuple[_TableForm, ...] = msgspec.field(name="table", default=())
     price_usd_per_gpu_hour: UsdPerHour | None = msgspec.field(name="price_per_gpu", default=None)
+    price_date: datetime.date | None = None
     cores_per_node: Count | None = None
     storage_bandwidth_bytes_per_s: BytesPerSecond | None = msgspec.field(name="storage_bandwidth", default=None)
     sources: dict[str, Name]
@@ -217,6 +220,8 @@ def cluster_of(path: Path, raw: dict[str, Any]) -> tuple[Cluster, str]:
             raise FileFormatError(path, f"{name}.latency is missing; a link without a kind needs it")
     for index, table in enumerate(form.tables):
         _check_table(path, f"table[{index}]", table)
+    if form.price_date is not None and form.price_usd_per_gpu_hour is None:
+        raise FileFormatError(path, "price_date is there without price_per_gpu, expected both or neither")
     layouts = [(table.num_gpus, table.num_nodes) for table in form.tables]
     if twice := next((layout for layout in layouts if layouts.count(layout) > 1), None):
         raise FileFormatError(path, f"has two tables of {twice[0]} GPUs on {twice[1]} nodes, expected one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from enum import StrEnum
 from typing import Literal, TypeAlias, get_args
 
@@ -121,7 +122,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         oversubscription: ratio by which the fabric above the nodes is thinner than their NICs (1 = full bisection).
         nodes_per_leaf: nodes under one leaf switch; counts where an oversubscribed fabric is simulated link by link.
         tables: measured all-reduce times, preferred over any formula.
-        price_usd_per_gpu_hour: what the user pays; None means that money is not reported.
+        price_usd_per_gpu_hour: None means that money is not reported.
+        price_date: the day on which that was the list price; None where it is what the user pays.
         cores_per_node: physical CPU cores of a node, which input pipelines share; None where not known.
         storage_bandwidth_bytes_per_s: at which a node reads training images; None where not known, or where they lie in
             its memory.
@@ -141,6 +143,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     library: Literal["nccl", "gloo"] = "nccl"
     tables: tuple[AllReduceTable, ...] = ()
     price_usd_per_gpu_hour: float | None = None
+    price_date: datetime.date | None = None
     cores_per_node: int | None = None
     storage_bandwidth_bytes_per_s: float | None = None
     device_file: str = ""

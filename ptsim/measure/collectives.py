@@ -268,7 +268,7 @@ def _carried(base: Cluster, sources: dict[str, str]) -> dict[str, Any]:
     """What no table tells of a machine, as the user's cluster says it; adds where each number is from to `sources`."""
     found = {name: getattr(base, name) for name in _CARRIED if getattr(base, name) is not None}
     sources |= {_CARRIED[name]: base.sources.get(_CARRIED[name], f"cluster {base.name}") for name in found}
-    return found
+    return found | {"price_date": base.price_date}
 
 
 def _gpus_per_node(tables: Sequence[AllReduceTable]) -> int:

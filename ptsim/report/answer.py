@@ -212,8 +212,7 @@ def _saving_tiles(best: pd.Series, origin: str) -> Iterator[Tile]:
         surgery = f"; starting and reconfiguring {'cost' if changing < 0 else 'save'} {format_seconds(abs(changing))}"
     yield _saving_tile(best, "Time", "seconds", origin, after=surgery)
     if pd.notna(best.get("saved_usd")):
-        price = f" at {format_quantity('usd', best.price_usd_per_gpu_hour)} per GPU-hour"
-        yield _saving_tile(best, "Money", "usd", origin, where=price)
+        yield _saving_tile(best, "Money", "usd", origin, where=f" at {best.price}")
     if pd.notna(best.get("saved_joules")):
         yield _saving_tile(best, "Energy", "joules", origin, where=", GPU boards")
     if pd.notna(best.get("saved_co2_grams")):
@@ -371,7 +370,7 @@ def dense_answer(
         )
     ]
     quantities = (
-        ("Money", "cost_usd", "for the whole run"),
+        ("Money", "cost_usd", f"for the whole run at {row.price}"),
         ("Energy", "energy_joules", "all GPU boards, whole run"),
         ("CO\u2082", "co2_grams", "all GPU boards, whole run"),
     )

@@ -170,8 +170,7 @@ def make_report(
         )
     names = " and ".join(c.name for c in clusters)
     where = f" Projected onto {names}" + (", because no cluster was named." if not given else ".")
-    if facts.projector.price_usd_per_gpu_hour is None:
-        where += " What a GPU-hour costs there is not known, so no money is shown; a price can be given."
+    where += _money(facts.projectors)
     return _report(facts, head, where)
 
 
@@ -292,6 +291,19 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
                 "machine ran at another speed: their measured times do not compare."
             )
     return notices
+
+
+def _money(projectors: Sequence[Projector]) -> str:
+    """Whose prices the money of the page is at, and where there is none."""
+    unknown = [projector.cluster.name for projector in projectors if projector.price is None]
+    said = ""
+    if any(projector.price is not None and projector.price.date is not None for projector in projectors):
+        said = " Money is at the list price of the day that is named with it; a price of your own can be given."
+    if len(unknown) == len(projectors):
+        said = " What a GPU-hour costs there is not known, so no money is shown; a price can be given."
+    elif unknown:
+        said += f" No price of a GPU-hour is known for {' and '.join(unknown)}."
+    return said
 
 
 def _does_not_fit(facts: Facts) -> list[str]:

@@ -17,7 +17,7 @@ from ptsim.report.tables import Table, make_table
 from ptsim.sim.options import Options
 from ptsim.trace.pairs import data_name, device_name, model_name, run_labels
 from ptsim.trace.trace import Trace
-from ptsim.units import format_bandwidth, format_bytes, format_peak, format_quantity, format_seconds, percent
+from ptsim.units import format_bandwidth, format_bytes, format_peak, format_seconds, percent
 
 COUNTING = (
     (
@@ -141,14 +141,12 @@ def _device_rows(device: Device, precisions: set[str]) -> Iterator[Row]:
 
 
 def _price_rows(projector: Projector) -> Iterator[Row]:
-    options, cluster = projector.options, projector.cluster
-    if options.price_usd_per_gpu_hour is not None:
-        yield _row("price of a GPU-hour", format_quantity("usd", options.price_usd_per_gpu_hour), "given by the user")
-    elif cluster.price_usd_per_gpu_hour is not None:
-        price = format_quantity("usd", cluster.price_usd_per_gpu_hour)
-        yield _row("price of a GPU-hour", price, _source(cluster.sources, "price_per_gpu"))
-    else:
-        yield _row("price of a GPU-hour", "none", "no price, so no money is reported")
+    price, given = projector.price, projector.options.price_usd_per_gpu_hour is not None
+    if price is None:
+        yield _row("price", "none", "no price, so no money is reported")
+        return
+    source = "given by the user" if given else _source(projector.cluster.sources, "price_per_gpu")
+    yield _row("price", str(price), source)
 
 
 def _option_rows(projector: Projector) -> Iterator[Row]:

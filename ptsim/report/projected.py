@@ -22,7 +22,7 @@ from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import PRODUCTS
 from ptsim.report.frames import accuracies
-from ptsim.sim.options import Options
+from ptsim.sim.options import HourPrice, Options, hour_price
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, project
 from ptsim.trace.frames import numeric
@@ -78,10 +78,17 @@ class Projector:
         return _step(trace, epoch, self.device)
 
     @property
-    def price_usd_per_gpu_hour(self) -> float | None:
-        """The user's price, 0 included, or the cluster's."""
-        given = self.options.price_usd_per_gpu_hour
-        return self.cluster.price_usd_per_gpu_hour if given is None else given
+    def price(self) -> HourPrice | None:
+        """Of a GPU-hour: the user's or the cluster's."""
+        return hour_price(self.cluster, self.options)
+
+    def price_columns(self) -> dict[str, float | str | None]:
+        """The price as a number and in words; empty where there is none."""
+        price = self.price
+        return {
+            "price_usd_per_gpu_hour": None if price is None else price.usd,
+            "price": "" if price is None else str(price),
+        }
 
     def grams(self, joules: float | None) -> float | None:
         """The CO₂ of an energy; None where the energy or the grid is not known."""
@@ -134,6 +141,7 @@ def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: S
                     "epochs": len(p.epochs),
                     "first_batch_per_gpu": p.epochs[0].batch_per_gpu,
                     "last_batch_per_gpu": p.epochs[-1].batch_per_gpu,
+                    **projector.price_columns(),
                     "gpu_seconds": p.total_s * size,
                     "co2_grams": projector.grams(p.energy_j),
                     "low_co2_grams": projector.grams(p.energy_low_j),
@@ -179,7 +187,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     "dense_allreduce_bytes_per_gpu": dense.allreduce_bytes_per_gpu,
                     "pruned_allreduce_bytes_per_gpu": pruned.allreduce_bytes_per_gpu,
                     "grid_grams_per_kwh": projector.grid_grams_per_kwh,
-                    "price_usd_per_gpu_hour": projector.price_usd_per_gpu_hour,
+                    **projector.price_columns(),
                     **accuracies(c),
                     "whole_runs": both_whole,
                     "shrank": len({epoch.architecture for epoch in c.pruned.epochs}) > 1,

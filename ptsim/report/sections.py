@@ -15,7 +15,6 @@ from ptsim.report.methods import assumptions_table, methods_facts
 from ptsim.report.page import Section, ShownFigure
 from ptsim.report.tables import Table, TableSpec, make_table
 from ptsim.trace.pairs import run_labels
-from ptsim.units import format_quantity
 
 
 def make_sections(facts: Facts) -> tuple[Section, ...]:
@@ -70,10 +69,12 @@ def time_section(facts: Facts) -> Section:
 
 def scenarios_section(facts: Facts) -> Section:
     """Every run on every cluster side by side, and from where on pruning pays."""
-    price = facts.projector.options.price_usd_per_gpu_hour
     caption = specs.SCENARIOS.caption
-    if price is not None and len(facts.projectors) > 1:
-        caption += f" The given price of {format_quantity('usd', price)} per GPU-hour holds on every cluster."
+    if len(facts.projectors) > 1 and (priced := [p for p in facts.projectors if p.price is not None]):
+        if facts.projector.options.price_usd_per_gpu_hour is not None:
+            caption += f" The given price of {facts.projector.price} holds on every cluster."
+        else:
+            caption += f" Prices: {'; '.join(f'{p.cluster.name} {p.price}' for p in priced)}."
     tables = [make_table(specs.SCENARIOS, facts.scenarios, caption=caption)]
     sentences: tuple[str, ...] = ()
     if not facts.break_even.empty:

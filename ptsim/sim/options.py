@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 import sys
@@ -12,9 +13,10 @@ import msgspec
 from ptsim.costs.algorithms import AUTO, check_choice
 from ptsim.costs.input import find_pipeline
 from ptsim.errors import UsageError
+from ptsim.hardware.spec import Cluster
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, Sharding
-from ptsim.units import MIB
+from ptsim.units import MIB, format_quantity
 
 Scaling = Literal["weak", "strong"]
 MiniBatch = Literal["recorded", "planned", "fixed"]
@@ -245,3 +247,24 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             for option, neutral in (("link_bandwidth", {}), ("link_latency_s", {}), ("placement", "packed")):
                 if getattr(self, option) != neutral:
                     raise UsageError(f'{option} needs network = "links"; a formula takes all links for equal')
+
+
+class HourPrice(msgspec.Struct, frozen=True, kw_only=True):
+    """What a GPU-hour costs; `date` is the day of a list price, None where somebody said what he pays."""
+
+    usd: float
+    date: datetime.date | None = None
+
+    def __str__(self) -> str:
+        """In words: "3.06 USD per GPU-hour, the list price of 2026-09-24"."""
+        dated = "" if self.date is None else f", the list price of {self.date}"
+        return f"{format_quantity('usd', self.usd)} per GPU-hour{dated}"
+
+
+def hour_price(cluster: Cluster, options: Options) -> HourPrice | None:
+    """The price that the options give, 0 included, or the cluster's; None where neither has one."""
+    if options.price_usd_per_gpu_hour is not None:
+        return HourPrice(usd=options.price_usd_per_gpu_hour)
+    if cluster.price_usd_per_gpu_hour is None:
+        return None
+    return HourPrice(usd=cluster.price_usd_per_gpu_hour, date=cluster.price_date)

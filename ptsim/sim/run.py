@@ -27,7 +27,7 @@ from ptsim.hardware.spec import Cluster, Device
 from ptsim.setting import changed
 from ptsim.sim.bounded import SecondsRange
 from ptsim.sim.faults import simulate_faults
-from ptsim.sim.options import Faults, Options
+from ptsim.sim.options import Faults, Options, hour_price
 from ptsim.sim.planning import RunPlan, Stage, plan_run
 from ptsim.sim.pricing import Pricer, RecordedSteps, spread_on_top
 from ptsim.sim.projection import EpochProjection, RunProjection, projections_frame
@@ -159,8 +159,7 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         low_s, high_s = low_s * faults.low_s / total_s, high_s * faults.high_s / total_s
         faults_s = max(0.0, faults.total_s - total_s)
         total_s += faults_s
-    own_price, usual_price = options.price_usd_per_gpu_hour, cluster.price_usd_per_gpu_hour
-    price = usual_price if own_price is None else own_price
+    price = hour_price(cluster, options)
     needed = [_input_images_per_s(epoch) for epoch in epochs]
     energy_j = pricer.power.run_j(epochs, fixed_s, faults_s)
     energy_low_j, energy_high_j = pricer.power.run_range_j(energy_j, low_s / total_s, high_s / total_s, low_s)
@@ -187,7 +186,7 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         energy_j=energy_j,
         energy_low_j=energy_low_j,
         energy_high_j=energy_high_j,
-        cost_usd=None if price is None else price_usd(total_s, num_gpus, price),
+        cost_usd=None if price is None else price_usd(total_s, num_gpus, price.usd),
         low_s=low_s,
         high_s=high_s,
         tier=worst_tier(epoch.tier for epoch in epochs) or Tier.DATASHEET,

@@ -39,6 +39,17 @@ def test_people_get_tables_and_the_notes(trace: str, capsys: pytest.CaptureFixtu
     assert "do not fill nodes" in out
 
 
+def test_a_list_price_is_printed_with_its_day_unless_another_is_given(
+    trace: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["simulate", trace, "--cluster", "aws-p3-16xlarge"]) == 0
+    assert "3.06 USD per GPU-hour, the list price of 2026-09-24" in capsys.readouterr().out
+    assert run(["simulate", trace, "--cluster", "aws-p3-16xlarge", "--price", "2.5"]) == 0
+    out = capsys.readouterr().out
+    assert "2.50 USD per GPU-hour" in out
+    assert "list price" not in out
+
+
 def test_a_gpu_count_that_is_named_twice_is_projected_once(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", trace, "--cluster", "dgx-a100", "--gpus", "8,1,8", "--json"]) == 0
     assert [row["gpus"] for row in json.loads(capsys.readouterr().out)] == [8, 1]

@@ -364,3 +364,45 @@ def test_a_cluster_of_which_only_the_network_is_known_has_no_device(tmp_path):
     assert cluster.device is None
     with pytest.raises(UsageError, match="does not say which device"):
         _ = cluster.gpu
+
+
+# USD an hour of the whole machine, its GPUs, and the day, as the vendors' lists were quoted; the files say by whom.
+LIST_PRICES = {
+    "aws-g4dn-12xlarge": (3.912, 4, "2026-09-24"),
+    "aws-g6-48xlarge": (13.3504, 8, "2026-09-24"),
+    "aws-g6e-48xlarge": (30.13118, 8, "2026-09-24"),
+    "aws-p3-16xlarge": (24.48, 8, "2026-09-24"),
+    "aws-p4d-24xlarge": (21.957642, 8, "2026-11-09"),
+    "aws-p4de-24xlarge": (27.44705, 8, "2026-11-09"),
+    "aws-p5-48xlarge": (55.04, 8, "2026-11-09"),
+    "aws-p5en-48xlarge": (63.296, 8, "2026-09-24"),
+    "azure-nd96asr-v4": (8 * 3.3996, 8, "2026-11-09"),
+    "azure-nd96isr-h100-v5": (8 * 12.29, 8, "2026-11-09"),
+    "gcp-a2-highgpu-8g": (29.38708, 8, "2025-03-06"),
+    "gcp-a3-ultragpu-8g": (8 * 10.4365, 8, "2026-10-13"),
+    "oci-bm-gpu-a100-v2-8": (32.0, 8, "2026-04-14"),
+    "oci-bm-gpu-h100-8": (80.0, 8, "2026-04-14"),
+}
+
+
+def test_a_list_price_is_the_machines_over_its_gpus_with_its_day_and_source():
+    priced = {name for name in cluster_names() if load_cluster(name).price_usd_per_gpu_hour is not None}
+    assert priced == set(LIST_PRICES)
+    for name, (usd_per_hour, gpus, day) in LIST_PRICES.items():
+        cluster = load_cluster(name)
+        assert cluster.gpus_per_node == gpus
+        assert cluster.price_usd_per_gpu_hour == pytest.approx(usd_per_hour / gpus, rel=1e-12)
+        assert str(cluster.price_date) == day
+        assert "USD an hour for" in cluster.sources["price_per_gpu"]
+
+
+def test_the_day_of_a_list_price_needs_the_price(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(CLUSTER.replace("gpus_per_node = 8", 'gpus_per_node = 8\nprice_date = "2026-09-24"'))
+    with pytest.raises(FileFormatError, match="price_date is there without price_per_gpu"):
+        load_cluster(path)
+    path.write_text(
+        CLUSTER.replace("gpus_per_node = 8", 'gpus_per_node = 8\nprice_per_gpu = "2 USD/h"\nprice_date = "yesterday"')
+    )
+    with pytest.raises(FileFormatError, match="price_date"):
+        load_cluster(path)

@@ -7,7 +7,7 @@ import pytest
 
 from ptsim.cli.main import run
 from ptsim.errors import UsageError
-from ptsim.report.build import write_report
+from ptsim.report.build import make_report, write_report
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -207,6 +207,25 @@ def test_money_is_reported_only_with_a_price(tmp_path: Path) -> None:
     priced = write_report([trace], tmp_path / "b", cluster="dgx-a100", gpus=[8], price_usd_per_gpu_hour=2.0).read_text()
     assert "Money" not in without
     assert "Money" in priced
+
+
+@pytest.mark.slow
+def test_a_list_price_is_shown_with_its_day_and_a_given_one_takes_its_place(tmp_path: Path) -> None:
+    pruned = shrinking_trace(tmp_path / "p.jsonl", epochs=3, interval=1, batch_step=0)
+    traces = [dense_trace(tmp_path / "d.jsonl", epochs=3), pruned]
+    both = ["aws-p3-16xlarge", "dgx-a100"]
+    listed = make_report(traces, cluster=both, gpus=[8])
+    (money,) = (tile for tile in listed.answer.tiles if tile.name.startswith("Money"))
+    assert " at 3.06 USD per GPU-hour, the list price of 2026-09-24; " in money.detail
+    assert "the list price of the day" in listed.byline
+    assert "No price of a GPU-hour is known for dgx-a100." in listed.byline
+    (saving,) = listed.savings.to_dict("records")
+    assert saving["saved_usd"] == pytest.approx(3.06 * 8 * saving["saved_seconds"] / 3600)
+    assert list(listed.scenarios.groupby("cluster").cost_usd.count()) == [3, 0]
+    given = make_report(traces, cluster=both, gpus=[8], price_usd_per_gpu_hour=2.0)
+    assert "list price" not in given.byline
+    (money,) = (tile for tile in given.answer.tiles if tile.name.startswith("Money"))
+    assert " at 2.00 USD per GPU-hour; " in money.detail
 
 
 @pytest.mark.slow
