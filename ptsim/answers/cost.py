@@ -57,6 +57,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     For a trace, everything but `epochs` is of the network that the run ended with.
 
     Attributes:
+        origin: of the trace: "recorded", "planned" or "imported"; None for a model.
         batch: images per device that memory and traffic are of.
         gpus: data-parallel size that memory is of.
         peak_memory_bytes: of one iteration on each device; `memory` has the parts.
@@ -75,6 +76,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
+    origin: str | None
     architecture: str
     convention: Convention
     batch: int
@@ -194,6 +196,7 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
     gpu = runs_on is None or runs_on.is_gpu
     return CostReport(
         name=network.name,
+        origin=None if trace is None else trace.run.origin,
         architecture=network.id,
         convention=convention,
         batch=batch,

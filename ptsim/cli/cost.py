@@ -15,6 +15,7 @@ from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace
 from ptsim.costs.memory import MOST_IMAGES
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
+from ptsim.trace.trace import planned_mark
 from ptsim.units import format_bytes, format_count, format_seconds
 
 
@@ -85,7 +86,8 @@ def _print(report: CostReport, *, layers: bool) -> None:
 
 
 def _summary(report: CostReport) -> Table:
-    table = Table(title=f"{report.name}: cost of training", box=SIMPLE_HEAD, show_header=False, title_justify="left")
+    name = planned_mark(report.origin or "") + report.name
+    table = Table(title=f"{name}: cost of training", box=SIMPLE_HEAD, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     need = report.memory

@@ -24,6 +24,7 @@ from ptsim.sim.budget import unlimited
 from ptsim.sim.options import GradientFormat, HourPrice, MiniBatch, Options, Scaling, hour_price
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
+from ptsim.trace.trace import planned_mark
 from ptsim.units import MIB, format_bytes, format_joules, format_seconds, shown_number
 
 _NAMED = ("mixed_devices", "link_bandwidth", "link_latency_s")  # options whose parts are names of devices or links
@@ -199,7 +200,8 @@ def _print_tables(projections: list[RunProjection], price: HourPrice | None) -> 
     for trace in dict.fromkeys(projection.trace for projection in projections):
         rows = [projection for projection in projections if projection.trace == trace]
         first = rows[0]
-        console.print(f"{first.model}, {len(first.epochs)} epochs: {trace}", highlight=False)
+        name = f"{planned_mark(first.origin)}{first.model}"
+        console.print(f"{name}, {len(first.epochs)} epochs: {trace}", highlight=False)
         console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling{priced}", highlight=False)
         waits = any(p.input_wait_s for p in rows)
         columns = ("compute", "exposed", *(["input wait"] if waits else []), "start, reconfig.", "speed-up")

@@ -24,6 +24,7 @@ from ptsim.cli.options import Json
 from ptsim.cli.simulate import interval
 from ptsim.errors import UsageError
 from ptsim.trace.io import trace_name
+from ptsim.trace.trace import planned_mark
 from ptsim.units import format_seconds
 
 SHOWN = 200  # rows of the table; all are in the file
@@ -120,7 +121,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows[:SHOWN]:
         table.add_row(
             row["what_if"],
-            trace_name(row["trace"]),
+            planned_mark(row.get("origin", "recorded")) + trace_name(row["trace"]),
             row["cluster"],
             f"{row['gpus']:,}",
             format_seconds(row["total_seconds"]),

@@ -250,6 +250,7 @@ def _step_content(trace: Trace, epochs: Sequence[Epoch], ranks: int) -> bytes:
         {
             "schema": f"Chakra v{SCHEMA}",
             "model": trace.run.model,
+            "origin": trace.run.origin,
             "architecture": architecture,
             "batch_per_gpu": str(batch),
             "durations": f"measured on {profile.device}" if profile else "none",

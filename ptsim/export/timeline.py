@@ -77,9 +77,8 @@ def _timeline(trace: Trace, recorded: tuple[RecordedSteps, ...], world_size: int
 
 
 def _add_gpu(timeline: Timeline, trace: Trace, cluster: Cluster, recorded: tuple[RecordedSteps, ...], gpu: int) -> None:
-    timeline.process(
-        gpu, f"GPU {gpu}: {trace.run.model} on {cluster.name}, simulated", (COMPUTE_STREAM, COMMUNICATION_STREAM)
-    )
+    name = f"GPU {gpu}: {trace.mark}{trace.run.model} on {cluster.name}, simulated"
+    timeline.process(gpu, name, (COMPUTE_STREAM, COMMUNICATION_STREAM))
     offset, number = 0.0, 0
     for steps in recorded:
         mine = [span for span in steps.result.spans if span.gpu == gpu and span.job == 0]

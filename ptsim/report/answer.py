@@ -90,11 +90,12 @@ def projected_answer(
     name = "pruning while training" if settings == 1 and best.shrank else f"“{best.setting}”"
     emphasis, rest = _verdict(best)
     origin = f"projected{_of_planned(run)}; times: {tier_row(best.tier).label}"
+    counted = f"counted{_of_planned(run)}"
     tiles = [
         *_saving_tiles(best, origin),
-        *_quality_tiles(runs, best),
+        *_quality_tiles(runs, best, counted),
         *_measured_tiles(measured, best.setting),
-        *_bytes_tiles(best, gpus),
+        *_bytes_tiles(best, gpus, counted),
     ]
     return Answer(
         before=f"{_task(run, best.epochs)} with {gpus:,} × {best.device} ({best.cluster}): {name} ",
@@ -265,7 +266,8 @@ def _measured_tiles(measured: pd.DataFrame, setting: str) -> Iterator[Tile]:
         f"{format_seconds(row.dense_seconds)}, reconfigurations included"
     )
     if abs(row.time_fraction - row.own_start_fraction) > PACE_TOLERANCE / 2:
-        detail += f"; {percent(row.own_start_fraction)} of what it would take at the length of its first epochs"
+        own = percent(row.own_start_fraction)
+        detail += f"; {own} of the time if all its epochs took as long as the first, unpruned ones"
     yield Tile(
         name="Time where it was recorded",
         value=percent(row.time_fraction),
@@ -274,14 +276,14 @@ def _measured_tiles(measured: pd.DataFrame, setting: str) -> Iterator[Tile]:
     )
 
 
-def _bytes_tiles(best: pd.Series, gpus: int) -> Iterator[Tile]:
+def _bytes_tiles(best: pd.Series, gpus: int, origin: str) -> Iterator[Tile]:
     if gpus > 1 and best.dense_allreduce_bytes_per_gpu > 0:
         yield Tile(
             name="All-reduced bytes per GPU",
             value=percent(best.pruned_allreduce_bytes_per_gpu / best.dense_allreduce_bytes_per_gpu),
             detail=f"of dense: {format_bytes(best.pruned_allreduce_bytes_per_gpu, best.dense_allreduce_bytes_per_gpu)} "
             f"instead of {format_bytes(best.dense_allreduce_bytes_per_gpu)} over the run",
-            origin="counted",
+            origin=origin,
         )
 
 
@@ -435,7 +437,7 @@ def _batch_caveat(run: pd.Series, gpus: int, batch_per_gpu: int) -> str:
     )
 
 
-def _quality_tiles(runs: pd.DataFrame, best: pd.Series) -> Iterator[Tile]:
+def _quality_tiles(runs: pd.DataFrame, best: pd.Series, counted: str) -> Iterator[Tile]:
     """Accuracy and inference cost of what training gives: means over the repeats of the setting."""
     rows = runs[runs.setting == best.setting]
     measured = f"measured, {best.num_runs} {'run' if best.num_runs == 1 else 'runs'}"
@@ -452,5 +454,5 @@ def _quality_tiles(runs: pd.DataFrame, best: pd.Series) -> Iterator[Tile]:
         value=percent(last / first),
         detail=f"of dense: {format_quantity('macs', last, first)} instead of {format_quantity('macs', first)} per "
         f"image{before}",
-        origin="counted",
+        origin=counted,
     )

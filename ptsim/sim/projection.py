@@ -60,6 +60,7 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     """A whole run on a cluster.
 
     Attributes:
+        origin: of the trace: "recorded", "planned" or "imported".
         reconfiguration_s: all reconfigurations with what follows from them (re-wrapping, first step, recompilation);
             its ends from the recorded ones' spread and the tiers of what follows.
         startup_s: the same for the first wrapping.
@@ -82,6 +83,7 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
 
     trace: str
     model: str
+    origin: str
     cluster: str
     device: str
     gpus: int
@@ -144,6 +146,7 @@ def projection_row(projection: RunProjection) -> dict[str, Any]:
     return {
         "trace": p.trace,
         "model": p.model,
+        "origin": p.origin,
         "cluster": p.cluster,
         "device": p.device,
         "gpus": p.gpus,

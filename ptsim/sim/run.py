@@ -166,6 +166,7 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
     return RunProjection(
         trace=str(trace.path),
         model=trace.run.model,
+        origin=trace.run.origin,
         cluster=cluster.name,
         device=scenario.device.name,
         gpus=num_gpus,

@@ -175,13 +175,15 @@ def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
             continue
         candidates = [(name, t) for name, t in dense if is_same_task(t, trace)]
         if not candidates:
-            note = "no dense run was recorded: the first architecture, held for every epoch, stands in for it"
+            made = "planned" if trace.is_planned else "recorded"
+            note = f"no dense run was {made}: the first architecture, held for every epoch, stands in for it"
+            held = f"{trace.mark}dense, held"
             comparisons.append(
                 Comparison(
                     label=label,
                     setting=setting,
                     pruned=trace,
-                    baseline_label=f"dense, held ({label})" if len(traces) > 1 else "dense, held",
+                    baseline_label=f"{held} ({label})" if len(traces) > 1 else held,
                     baseline=held_dense(trace),
                     trained=False,
                     notes=(note,),
@@ -296,20 +298,21 @@ def held_dense(trace: Trace) -> Trace:
 
 def _method(trace: Trace) -> str:
     if not trace.is_pruned:
-        return "dense"
+        return f"{trace.mark}dense"
     schedule = str(trace.run.hyperparameters.get("schedule", "continuous"))
     name = {"one_time": "one-time pruning", "ssl": "SSL"}.get(schedule, "PruneTrain")
     ratio = trace.penalty_ratio
-    return name if ratio is None else f"{name} r={ratio:g}"
+    return trace.mark + (name if ratio is None else f"{name} r={ratio:g}")
 
 
-def _pruning_settings(trace: Trace) -> tuple[str, str, str]:
+def _pruning_settings(trace: Trace) -> tuple[str, str, str, str]:
     if not trace.is_pruned:
-        return "", "", ""
+        return "", "", "", ""
     settings = trace.run.hyperparameters
+    asked = printable(str(settings.get("pruning", "")), _LONGEST_NAME)  # of a plan
     batch = "dynamic mini-batch" if settings.get("dynamic_batch") else "fixed mini-batch"
     mode = printable(str(settings.get("mode", "union")), _LONGEST_NAME)
-    return batch, mode, printable(f"interval {settings.get('interval')}", _LONGEST_NAME)
+    return asked, batch, mode, printable(f"interval {settings.get('interval')}", _LONGEST_NAME)
 
 
 def _setting_key(trace: Trace) -> str:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+def planned_mark(origin: str) -> str:
+    """What stands before the name of a run of this origin, so that planned numbers look planned: "planned ", or ""."""
+    return "planned " if origin == "planned" else ""
+
+
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """A whole run, read back.
 
@@ -146,6 +151,11 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     def is_planned(self) -> bool:
         """Nobody has trained the run: it has architectures and iterations, and no measured quantity."""
         return self.run.origin == "planned"
+
+    @property
+    def mark(self) -> str:
+        """What stands before the name of the run: see `planned_mark`."""
+        return planned_mark(self.run.origin)
 
     @property
     def is_stretched(self) -> bool:

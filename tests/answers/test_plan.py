@@ -370,6 +370,39 @@ class TestKinds:
         with pytest.raises(FileFormatError, match="ascending ones up to 12"):
             plan(model, **BASE, pruning=str(file))
 
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            (
+                'role = "branch"\nepochs = [6]\ndensities = [1.5]',
+                r"prune\[0\].densities\[0\] is 1.5, expected .* at most 1",
+            ),
+            ('role = "branch"\nepochs = [6]\ndensities = [nan]', r"densities.* nan"),
+            ('role = "branch"\nepochs = [6]\ndensities = ["half"]', r"densities\[0\] is 'half', expected a number"),
+            ('role = "branch"\nepochs = [6, 12]\ndensities = [0.5, 0.6]', "a channel that is gone does not come back"),
+            ('role = "branch"\nepochs = [6, 6]\ndensities = [0.5, 0.4]', "expected ascending ones"),
+            ('role = "branch"\nepochs = [6]\ndensities = [0.5, 0.4]', "1 epochs and 2 densities"),
+            ('role = "branches"\nepochs = [6]\ndensities = [0.5]', "unknown role 'branches'"),
+            ('role = "plain"\nepochs = [6]\ndensities = [0.5]', "names no edge of .*, whose edges are branch and s"),
+            ('layer = "0"\nepochs = [6]\ndensities = [0.5]', "layer is not a known key"),
+            ("epochs = [6]\ndensities = [0.5]", "needs either an edge or a role"),
+        ],
+    )
+    def test_a_wrong_density_file_is_one_sentence(self, model: str, tmp_path: Path, text: str, problem: str) -> None:
+        file = tmp_path / "densities.toml"
+        file.write_text(f"[[prune]]\n{text}\n")
+        with pytest.raises(PtsimError, match=problem) as caught:
+            plan(model, **BASE, pruning=str(file))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.slow
+    def test_roles_that_this_network_lacks_are_named_in_the_plan(self, model: str, tmp_path: Path) -> None:
+        file = tmp_path / "densities.toml"
+        table = '[[prune]]\nrole = "{}"\nepochs = [6]\ndensities = [0.5]\n'
+        file.write_text(table.format("branch") + table.format("plain"))
+        trace = plan(model, **BASE, pruning=str(file))
+        assert trace.run.assumed[0].what == "densities by edge and epoch; no edge is plain"
+
     @pytest.mark.slow
     def test_a_kind_from_outside_the_package_is_one_function(self, model: str) -> None:
         @register(lambda: ("halved",), lambda text: text == "halved")
@@ -462,6 +495,25 @@ class TestTrace:
         assert set(document) >= {"trace", "training_flops_fraction", "bn_bytes_fraction", "allreduce_bytes_fraction"}
         assert read_trace(document["trace"]).is_planned
         assert len(document["draws"]) == len(read_trace(out).draws) == 1
+
+    @pytest.mark.slow
+    def test_its_numbers_say_planned_wherever_they_stand(
+        self, planned: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file, recorded = write_trace(tmp_path / "run.jsonl", planned), dense_trace(tmp_path / "dense.jsonl")
+        study = tmp_path / "study.toml"
+        study.write_text(f'traces = ["{file}", "{recorded}"]\nclusters = ["dgx-a100"]\ngpus = [1]\n')
+        for command in (["cost"], ["simulate", "--cluster", "dgx-a100"]):
+            for path, says in ((file, True), (recorded, False)):
+                run([*command, str(path)])
+                assert capsys.readouterr().out.lstrip().startswith("planned ") == says
+        run(["sweep", str(study), "--out", str(tmp_path / "rows.jsonl"), "--workers", "1"])
+        out = capsys.readouterr().out
+        assert out.count("planned ") == 1
+        rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        assert sorted(row["origin"] for row in rows) == ["planned", "recorded"]
+        run(["export", str(file), "--format", "chakra", "-o", str(tmp_path / "et")])
+        assert any(b"planned" in path.read_bytes() for path in (tmp_path / "et").rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(

@@ -138,9 +138,13 @@ def test_a_planned_number_looks_planned(tmp_path: Path) -> None:
         planned.append(msgspec.structs.replace(trace, run=run, epochs=epochs, profiles=(), end=end))
     report = make_report(planned, cluster="dgx-a100", gpus=[8])
     assert report.planned
+    named = [table.frame.run for section in report.sections for table in section.tables if "run" in table.frame]
+    assert all(name.startswith("planned ") for names in named for name in names)  # in every row, also of the CSV files
+    drawn = [shown.frame for section in report.sections for shown in section.figures]
+    assert all(name.startswith("planned ") for frame in drawn for name in frame.get("run", frame.get("setting")))
     assert report.answer.headline.startswith("Planned, not trained. Training resnet14 on cifar10 for 3 epochs with 8 ×")
     assert "validation accuracy" not in report.answer.headline
-    assert all("from a planned run" in t.origin for t in report.answer.tiles if t.origin.startswith("projected"))
+    assert all("from a planned run" in t.origin for t in report.answer.tiles)
     assert not any(t.origin.startswith("measured") for t in report.answer.tiles)
     assert "2 runs planned, which nobody has trained" in report.byline
     assert "Nobody has trained these runs" in report.answer.certainty

@@ -279,5 +279,5 @@ def test_memory_is_one_number_where_a_run_was_only_planned(tmp_path: Path) -> No
     assert "peak memory, projected" in headings
     assert not any(word in heading for heading in headings for word in ("measured", "estimated"))
     projection = ptsim.simulate(traces[0], "dgx-a100", [8])
-    dense = table.frame[table.frame.run == "dense"]
+    dense = table.frame[table.frame.run == "planned dense"]
     assert list(dense.projected_memory_bytes) == list(projection.peak_memory_bytes)

@@ -174,3 +174,22 @@ def test_runs_of_other_data_are_no_pair(folder: Path) -> None:
     assert not is_same_task(pruned, dense)
     (comparison,) = compare_runs([dense, pruned])
     assert not comparison.trained
+
+
+def test_a_planned_run_is_called_planned_and_what_was_asked_tells_plans_apart(tmp_path: Path) -> None:
+    def planned(path: Path, pruning: str) -> ptsim.Trace:
+        trace = ptsim.read_trace(path)
+        asked = {**trace.run.hyperparameters, "pruning": pruning}
+        run = msgspec.structs.replace(trace.run, origin="planned", hyperparameters=asked)
+        return msgspec.structs.replace(trace, run=run)
+
+    dense, pruned = dense_trace(tmp_path / "d.jsonl"), shrinking_trace(tmp_path / "p.jsonl")
+    runs = [planned(dense, "none"), planned(pruned, "training=0.6,inference=0.5"), planned(pruned, "mine.toml")]
+    assert run_labels(runs) == [
+        "planned dense",
+        "planned PruneTrain r=0.2, training=0.6,inference=0.5",
+        "planned PruneTrain r=0.2, mine.toml",
+    ]
+    (held,) = compare_runs(runs[1:2])
+    assert held.baseline_label == "planned dense, held"
+    assert held.notes == ("no dense run was planned: the first architecture, held for every epoch, stands in for it",)

@@ -11,7 +11,7 @@ import numpy as np
 from ptsim.errors import FileFormatError, UnknownNameError
 from ptsim.prune.trajectories.problem import Problem, Trajectory, register
 from ptsim.prune.trajectories.roles import ROLES
-from ptsim.textfile import read_toml
+from ptsim.textfile import convert_toml, read_toml
 from ptsim.trace.schema import Assumption
 
 Density = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -43,10 +43,7 @@ def from_file(text: str, problem: Problem) -> Trajectory:
         UnknownNameError: an edge that the network does not have, or a role that does not exist.
     """
     path = Path(text)
-    try:
-        given = msgspec.convert(read_toml(path), TrajectoryFile)
-    except msgspec.ValidationError as error:
-        raise FileFormatError(path, str(error)) from error
+    given = convert_toml(path, read_toml(path), TrajectoryFile)
     densities = np.ones((len(problem.events), len(problem.edges)))
     for course in given.prune:
         _check(path, course, problem)
@@ -55,10 +52,13 @@ def from_file(text: str, problem: Problem) -> Trajectory:
         for index, edge in enumerate(problem.edges):
             if course.edge == edge.name or course.role == edge.role:
                 densities[:, index] = values
+    held = sorted({edge.role for edge in problem.edges})
+    unused = sorted({course.role for course in given.prune if course.role is not None} - {*held})
+    if not any(course.edge is not None or course.role in held for course in given.prune):
+        raise FileFormatError(path, f"names no edge of {problem.model}, whose edges are {' and '.join(held)}")
+    what = "densities by edge and epoch" + (f"; no edge is {' or '.join(unused)}" if unused else "")
     source = f"{text}: {given.source}" if given.source else text
-    return Trajectory(
-        widths=problem.rounded(densities), assumed=(Assumption(what="densities by edge and epoch", source=source),)
-    )
+    return Trajectory(widths=problem.rounded(densities), assumed=(Assumption(what=what, source=source),))
 
 
 def _check(path: Path, course: Course, problem: Problem) -> None:
