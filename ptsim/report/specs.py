@@ -237,7 +237,7 @@ ARCHITECTURES = TableSpec(
         "estimated_memory_bytes": "peak memory there, estimated",
         "projected_memory_bytes": "peak memory, projected",
         "epoch_allreduce_bytes": "gradients per epoch",
-        "epoch_seconds": "measured epoch (median)",
+        "epoch_seconds": "measured epoch (the middle one)",
     },
     together=(("peak_memory_bytes", "estimated_memory_bytes", "projected_memory_bytes"),),
 )

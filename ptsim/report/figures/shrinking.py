@@ -41,7 +41,7 @@ def shrinking_figure(epochs: pd.DataFrame) -> Figure:
     style.legend_above(axes)
     low_n, high_n = int(epochs.num_iterations.min()), int(epochs.num_iterations.max())
     n = f"{low_n} iterations" if low_n == high_n else f"{low_n} to {high_n} iterations"
-    band = "10th to 90th percentile of an epoch's iterations" if low.notna().any() else "no band: counts"
+    band = "the middle 80 % of an epoch's iterations" if low.notna().any() else "no band: counts"
     return style.finish(figure, epochs, n=f"{n} an epoch", band=band)
 
 
