@@ -377,7 +377,7 @@ class TestKinds:
                 'role = "branch"\nepochs = [6]\ndensities = [1.5]',
                 r"prune\[0\].densities\[0\] is 1.5, expected .* at most 1",
             ),
-            ('role = "branch"\nepochs = [6]\ndensities = [nan]', r"densities.* nan"),
+            ('role = "branch"\nepochs = [6]\ndensities = [nan]', r"densities\[0\] is not finite"),
             ('role = "branch"\nepochs = [6]\ndensities = ["half"]', r"densities\[0\] is 'half', expected a number"),
             ('role = "branch"\nepochs = [6, 12]\ndensities = [0.5, 0.6]', "a channel that is gone does not come back"),
             ('role = "branch"\nepochs = [6, 6]\ndensities = [0.5, 0.4]', "expected ascending ones"),
