@@ -60,7 +60,7 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
             position += 1
         position += 0.5
     style.bar_names(axes, [place for place, _ in labels], [name for _, name in labels])
-    axes.set(xlabel=textwrap.fill(f"share of the time of “{style.shown_name(settings[0])}” on as many GPUs", 60))
+    axes.set(xlabel=textwrap.fill(f"share of the time of “{style.shown_name(settings[0])}” on as many GPUs", 40))
     axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
     style.percent_axis(axes.xaxis)
     part_legend(figure, visible_parts(breakdown))
