@@ -45,5 +45,5 @@ $(STAMP): pyproject.toml
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
 
-fuzz: $(STAMP)  ## an hour of damaged inputs; FUZZ_SECONDS=600 for less
+fuzz: $(STAMP)  ## an hour of damaged inputs; FUZZ_SECONDS=600 for less; what is found is kept in build/fuzz
 	PTSIM_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),3600) $(BIN)/python -m pytest tests/fuzz -q

@@ -40,14 +40,11 @@ from ptsim.sim.options import Options
 from ptsim.sim.run import change
 from ptsim.textfile import read_bytes, read_toml
 from ptsim.trace.io import MOST_BYTES, trace_path
-from ptsim.units import parse_quantity
+from ptsim.units import Bytes
 
 
 def _bytes(text: str) -> int:
-    number = parse_quantity(text, "bytes")
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not finite")
-    return round(number)
+    return round(Bytes.parse(text))
 
 
 def _whole(text: str) -> int:

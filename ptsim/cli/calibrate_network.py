@@ -99,6 +99,7 @@ def _live(
     import torch.distributed as dist
 
     from ptsim.measure.collectives import measure_table
+    from ptsim.training.joining import join, place
 
     if "RANK" not in os.environ and not dist.is_initialized():
         raise UsageError(
@@ -111,17 +112,14 @@ def _live(
     for part in use.split(","):  # "cpu:gloo,cuda:nccl"
         if not dist.is_backend_available(part.rpartition(":")[2]):
             raise UsageError(f"--backend {use}: this torch has no backend {part.rpartition(':')[2]!r}")
-    library = "nccl" if "nccl" in use else "gloo"
+    library, me = "nccl" if "nccl" in use else "gloo", place()
     gpus = []
     if library == "nccl":
         if not torch.cuda.is_available():
             raise UsageError(f"--backend {use} needs GPUs, and there are none here")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(me.local_rank)
         gpus = [torch.cuda.get_device_name()]
-    try:
-        dist.init_process_group(use)
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"--backend {use} does not start: {str(error).splitlines()[0]}") from error
+    join(me, use)
     try:
         sizes = [2**k for k in range(_LEAST_BYTES.bit_length() - 1, max_bytes.bit_length())]
         table = measure_table(

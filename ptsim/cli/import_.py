@@ -21,7 +21,7 @@ from ptsim.measure.kineto import UNKNOWN, KinetoImport, import_kineto
 from ptsim.network import MemoryFormat, Network
 from ptsim.setting import PrecisionName, parse_precision
 from ptsim.textfile import check_writable
-from ptsim.units import format_seconds, parse_quantity
+from ptsim.units import Bytes, format_seconds
 
 app = cyclopts.App(name="import", help="Turn what other programs measured into a device profile.")
 
@@ -90,7 +90,7 @@ def _device(name: str | None) -> Device | str | None:
 
 def _bytes(text: str) -> int:
     try:
-        return round(parse_quantity(text, "bytes"))
+        return round(Bytes.parse(text))
     except ValueError as error:
         raise UsageError(f"memory: {error}") from error
 

@@ -63,10 +63,14 @@ _WORKS = {
     "inspect": "tracing the network and proving that pruning it is exact",
     "cost": "counting the network",
     "predict": "working out the times of the network's operators",
+    "plan": "tracing the network and looking for a trajectory",
     "simulate": "replaying the runs step by step",
     "validate": "predicting what the runs have measured",
     "report": "projecting the runs and drawing the figures",
     "export": "writing the trace in its new form",
+    "import": "reading the recorded steps",
+    "doctor": "looking at this machine",
+    "calibrate network": "waiting for the other ranks and timing all-reduces",
 }
 _PATIENCE_S = 2.0
 _RESERVE_BYTES = 16 * MIB
@@ -162,9 +166,10 @@ app.config = (_refuse_numbers_that_would_be_rounded,)
 
 
 def _tell_what_it_does(tokens: list[str]) -> None:
-    if tokens and tokens[0] in _WORKS and "--help" not in tokens:
-        with contextlib.suppress(OSError, ValueError):  # stderr may be closed by now
-            say(f"ptsim {tokens[0]}: {_WORKS[tokens[0]]} …")
+    for command in (" ".join(tokens[:1]), " ".join(tokens[:2])):
+        if command in _WORKS and "--help" not in tokens:
+            with contextlib.suppress(OSError, ValueError):  # stderr may be closed by now
+                say(f"ptsim {command}: {_WORKS[command]} …")
 
 
 def _fail_usage(error: cyclopts.CycloptsError) -> int:

@@ -1,4 +1,4 @@
-"""Which records of a trace cannot be true: fields against each other, names against the networks of earlier lines.
+"""Which records of a trace cannot be true: fields against each other, names and numbers against earlier lines.
 
 Types and bounds of single fields stand in `schema.py`; msgspec checks them before a record comes here.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from ptsim.consistency import MOST_MOMENTUM, network_problem
 from ptsim.network import Network
-from ptsim.trace.schema import AnyRecord, Architecture, Draw, Epoch, Profile, Reconfiguration, Run
+from ptsim.trace.schema import AnyRecord, Architecture, Draw, End, Epoch, Profile, Reconfiguration, Run
 
 _CLOCKS = 2.0  # how far the parts of an epoch or a step, which other clocks measure, may exceed the whole
 _LEAST_SPREAD = 1e-6  # of the 90th percentile of an epoch's steps: a 10th percentile below it is no step's time
@@ -43,6 +43,38 @@ def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | 
             return _draw_problem(record, networks)
         case _:
             return None
+
+
+def order_problem(record: AnyRecord, *, run: Run | None, num_epochs: int, ended: bool) -> str | None:
+    """Why the record cannot stand here, as a sentence without its end; None where it can.
+
+    Args:
+        record: one line, decoded.
+        run: the first line; None if this is it.
+        num_epochs: how many epochs stand before this line.
+        ended: an end record stands before it.
+    """
+    if (run is None) != isinstance(record, Run):
+        return "a second run record" if run else f"the first record is {tag_of(record)!r}, expected 'run'"
+    if ended:
+        return f"found {tag_of(record)!r} after the end record"
+    last = max(0, num_epochs - 1)
+    match record:
+        case Epoch() if record.epoch != num_epochs:
+            return f"field 'epoch' is {record.epoch}, expected {num_epochs}"
+        case Reconfiguration() if record.epoch != last:
+            return f"field 'epoch' is {record.epoch}, expected {last}, the epoch before this line"
+        case Draw() if run is not None and run.origin != "planned":
+            return "found a draw in a run that is not planned"
+        case End() if record.epochs != num_epochs:
+            return f"field 'epochs' is {record.epochs}, but the trace has {num_epochs}"
+        case _:
+            return None
+
+
+def tag_of(record: AnyRecord) -> str:
+    """What the file calls records of this kind."""
+    return str(type(record).__struct_config__.tag)
 
 
 def _run_problem(run: Run) -> str | None:

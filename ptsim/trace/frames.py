@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 def epoch_rows(trace: Trace) -> list[dict[str, Any]]:
     """One row per recorded epoch; see `Trace.epochs_frame`."""
-    paid = {record.epoch: record.measured_duration_s for record in trace.reconfigurations}
+    paid: dict[int, float | None] = {}
+    for record in trace.reconfigurations:  # two may follow an epoch
+        before, seconds = paid.get(record.epoch), record.measured_duration_s
+        paid[record.epoch] = before if seconds is None else seconds + (before or 0.0)
     rows = []
     for epoch in trace.epochs:
         network, time, step = trace.network_of(epoch), epoch.measured_time, epoch.measured_step

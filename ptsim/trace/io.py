@@ -22,7 +22,7 @@ import msgspec
 from ptsim.errors import FileFormatError, NewerVersionError, UsageError
 from ptsim.network import Network
 from ptsim.textfile import decode_json, drop_torn_line, read_lines, take_lock, write_whole
-from ptsim.trace.checks import record_problem
+from ptsim.trace.checks import order_problem, record_problem, tag_of
 from ptsim.trace.schema import (
     SCHEMA_VERSION,
     AnyRecord,
@@ -112,13 +112,9 @@ def read_trace(path: str | Path) -> Trace:
     for warning in caught:
         warnings.warn(str(warning.message), stacklevel=2)
     for number, record in records:
-        if (run is None) != isinstance(record, Run):
-            problem = "a second run record" if run else f"the first record is {_tag(record)!r}, expected 'run'"
+        problem = order_problem(record, run=run, num_epochs=len(epochs), ended=end is not None)
+        if (problem := problem or record_problem(record, networks)) is not None:
             raise FileFormatError(file, problem, line=number)
-        if end is not None:
-            raise FileFormatError(file, f"found {_tag(record)!r} after the end record", line=number)
-        if (contradiction := record_problem(record, networks)) is not None:
-            raise FileFormatError(file, contradiction, line=number)
         match record:
             case Run():
                 run = record
@@ -129,15 +125,10 @@ def read_trace(path: str | Path) -> Trace:
             case Profile():
                 profiles.append(record)
             case Epoch():
-                if record.epoch != len(epochs):
-                    problem = f"field 'epoch' is {record.epoch}, expected {len(epochs)}"
-                    raise FileFormatError(file, problem, line=number)
                 epochs.append(record)
             case Reconfiguration():
                 reconfigurations.append(record)
             case Draw():
-                if run is None or run.origin != "planned":
-                    raise FileFormatError(file, "found a draw in a run that is not planned", line=number)
                 draws.append(record)
             case End():
                 end = record
@@ -170,7 +161,9 @@ def records_of(trace: Trace) -> Iterator[AnyRecord]:
                 written.add(name)
                 yield Architecture(id=name, network=trace.networks[name], penalty=trace.penalties.get(name))
 
-    events = {event.epoch: event for event in trace.reconfigurations}
+    events: dict[int, list[Reconfiguration]] = {}  # two of an epoch: pruning, and what a stranger changed after it
+    for event in trace.reconfigurations:
+        events.setdefault(event.epoch, []).append(event)
     profiled: set[str] = set()
     for epoch in trace.epochs:
         yield from architectures(epoch.architecture)
@@ -178,8 +171,7 @@ def records_of(trace: Trace) -> Iterator[AnyRecord]:
             profiled.add(epoch.architecture)
             yield from (profile for profile in trace.profiles if profile.architecture == epoch.architecture)
         yield epoch
-        event = events.get(epoch.epoch)
-        if event is not None:
+        for event in events.get(epoch.epoch, ()):
             yield from architectures(event.before, event.after)
             yield event
     yield from architectures(*trace.networks)
@@ -304,9 +296,9 @@ class TraceWriter:
         try:
             _DECODER.decode(line)
         except msgspec.ValidationError as error:
-            raise ValueError(f"a {_tag(record)} record that no reader would accept: {error}") from error
+            raise ValueError(f"a {tag_of(record)} record that no reader would accept: {error}") from error
         for place in _not_finite(msgspec.to_builtins(record)):  # JSON would say null, which means "not measured"
-            raise ValueError(f"a {_tag(record)} record whose {place} is not finite")
+            raise ValueError(f"a {tag_of(record)} record whose {place} is not finite")
         rest = memoryview(line + b"\n")
         try:
             while rest:
@@ -378,7 +370,3 @@ def _check_version(file: Path, first_line: bytes) -> None:
         )
     if first.schema_version < 1:
         raise FileFormatError(file, f"field 'schema_version' is {first.schema_version}, expected at least 1", line=1)
-
-
-def _tag(record: AnyRecord) -> str:
-    return str(type(record).__struct_config__.tag)

@@ -12,6 +12,7 @@ all. Nothing is pickled. `epoch-0009` holds the state after epoch 9 (counting fr
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -269,15 +270,22 @@ def parse_tensors(file: Path, content: bytes, sha256: str | None = None) -> dict
         raise FileFormatError(file, f"not a safetensors file: {error}") from error
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusal to write into a `TrainingError` that names the file."""
+def writing(path: Path, *, begun: bool = True) -> Iterator[None]:
+    """Turns the operating system's refusal to write into a `TrainingError` that names the file.
+
+    Only a full disk is called one. `begun`: there may be a checkpoint to go on from.
+    """
     try:
         yield
     except OSError as error:
+        remedy = "make room" if error.errno in _FULL else "let it be written"
         raise TrainingError(
             f"{path} cannot be written: {error.strerror}",
-            hint="make room, then go on with --resume; the last checkpoint is whole",
+            hint=f"{remedy}, then go on with --resume; the last checkpoint is whole" if begun else remedy,
         ) from error
 
 

@@ -26,7 +26,7 @@ from ptsim.trace.schema import MOST_EPOCHS
 from ptsim.training.registries import REGISTRIES
 from ptsim.training.sources import DEFAULT as DEFAULT_DATASET
 from ptsim.training.sources import SOME_USE, data_source
-from ptsim.units import parse_quantity
+from ptsim.units import Bytes
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,7 +172,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def memory_budget_bytes(self) -> int | None:
         """The budget in bytes, None where the device's memory decides."""
         if isinstance(self.memory_budget, str):
-            return int(parse_quantity(self.memory_budget, "bytes"))
+            return int(Bytes.parse(self.memory_budget))
         return self.memory_budget
 
 

@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import hashlib
 import os
-import re
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,14 +18,13 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket, PrefixStore, Store
+from torch._C._distributed_c10d import GradBucket, Store
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.rendezvous import rendezvous
 
 from ptsim.errors import PtsimError, TrainingError, UsageError
 from ptsim.training.data import Share
+from ptsim.training.joining import join, one_line, place
 
-_TIMEOUT = datetime.timedelta(minutes=10)
 _FAREWELL_S = 5.0
 _CAUSE, _HEARD = "cause", "heard"
 
@@ -80,13 +78,13 @@ class Team:
                 raise
             cause = self._cause()
             raise TrainingError(
-                f"rank {self.rank} lost contact with the other ranks: {cause or _one_line(error)}",
+                f"rank {self.rank} lost contact with the other ranks: {cause or one_line(error)}",
                 hint="torchrun --max-restarts N restarts all ranks, and they go on from the last checkpoint",
             ) from error
 
     def _report(self, error: BaseException) -> None:
         """Leave the cause where the other ranks find it once they miss this one; the first cause stays."""
-        told = error.message if isinstance(error, PtsimError) else _one_line(error)
+        told = error.message if isinstance(error, PtsimError) else one_line(error)
         if isinstance(error, KeyboardInterrupt):
             told = f"interrupted ({told})"
         if self._store is not None:
@@ -218,27 +216,17 @@ def join_team(device_name: str) -> Iterator[Team]:
             (a resumed run has recorded that of rank 0).
 
     Raises:
-        UsageError: no such device here.
-        TrainingError: the other ranks cannot be reached.
+        UsageError: no such device here, or an environment that contradicts itself.
+        TrainingError: another rank does not come or has died (`joining`).
     """
-    environment = os.environ
-    world_size = int(environment.get("WORLD_SIZE", "1"))
-    device = _device(device_name, int(environment.get("LOCAL_RANK", "0")) if world_size > 1 else None)
-    if world_size == 1:
+    me = place()
+    device = _device(device_name, me.local_rank if me.world_size > 1 else None)
+    if me.world_size == 1:
         yield Team(device=device)
         return
-    rank = int(environment["RANK"])
     backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
-        # A torchrun that restarts its ranks keeps its store: without a name of their own, the new ranks would find the
-        # addresses of the dead ones (torch 2.15, --standalone).
-        store = PrefixStore(f"ptsim/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-        flags: Any = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=_TIMEOUT)
-    except (RuntimeError, ValueError) as error:
-        raise TrainingError(f"rank {rank} cannot join the {world_size} ranks: {_one_line(error)}") from error
-    team = Team(rank=rank, world_size=world_size, backend=backend, device=device, store=store, flags=flags)
+    store, flags = join(me, backend)
+    team = Team(rank=me.rank, world_size=me.world_size, backend=backend, device=device, store=store, flags=flags)
     try:
         yield team
     finally:
@@ -353,9 +341,3 @@ def _lost_peer(error: RuntimeError) -> bool:
         return True
     text = str(error).lower()
     return any(word in text for word in ("gloo", "connection closed", "connection reset", "nccl", "timed out"))
-
-
-def _one_line(error: BaseException) -> str:
-    """What the error says, without the place in gloo's source that it begins with."""
-    text = re.sub(r"\A\[\S+\.(cc|cpp|h):\d+\] ", "", str(error))
-    return " ".join(text.split())[:300] or type(error).__name__

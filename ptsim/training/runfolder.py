@@ -140,7 +140,7 @@ def make_run_folder(folder: Path, config: Config) -> None:
         TrainingError: it cannot be written.
     """
     refuse_used_folder(folder)
-    with store.writing(folder):
+    with store.writing(folder, begun=False):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for unfinished in folder.parent.glob(f".{glob.escape(folder.name)}.*.unfinished"):
             if _is_abandoned(unfinished):

@@ -8,7 +8,6 @@ freshly built network does not have them.
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from ptsim.errors import UsageError
 from ptsim.network import Network
 from ptsim.prune.cut import unwrap
 from ptsim.prune.structure import apply_structure, structure_of
+from ptsim.textfile import LARGEST
 from ptsim.training.checkpoint import Entry, NotNegative, Totals, Whole
 from ptsim.training.measured import Unfinished
 from ptsim.training.recipe import Count
@@ -67,7 +67,7 @@ def checked(state: Mapping[str, Any]) -> StoredState:
         raise UsageError(f"not a state of PruneTrain: its version is {version!r}, this ptsim reads {VERSION}")
     try:
         found = msgspec.convert(dict(state), StoredState)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, UnicodeError, RecursionError) as error:
         raise UsageError(f"not a state of PruneTrain: {error}") from error
     if problem := network_problem(found.first_network):
         raise UsageError(f"not a state of PruneTrain: its first network {problem}")
@@ -159,7 +159,9 @@ def load_tensors(
             present, told = group.get(name), isinstance(given, dict) and given.keys() == {_TENSOR}
             value = given[_TENSOR] if told else given
             if not _can_follow(present, value):
-                raise UsageError(f"not a state of PruneTrain: the optimizer's {name} is {value!r:.80}")
+                huge = isinstance(value, int) and abs(value) > LARGEST  # perhaps more digits than Python prints
+                found = "a huge number" if huge else f"{value!r:.80}"
+                raise UsageError(f"not a state of PruneTrain: the optimizer's {name} is {found}")
             if isinstance(present, Tensor):
                 present.fill_(value)
             elif told and name not in group:  # what the optimizer makes at its first update
@@ -177,7 +179,7 @@ def _can_follow(present: object, value: object) -> bool:
         return present is None or isinstance(present, type(value)) or (value is None and isinstance(present, bool))
     if isinstance(present, tuple):
         return isinstance(value, list) and len(value) == len(present) and all(map(_can_follow, present, value))
-    if not isinstance(value, int | float) or not math.isfinite(value) or isinstance(present, bool):
+    if not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST or isinstance(present, bool):
         return False
     if present is None:
         return value >= 0

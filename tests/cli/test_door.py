@@ -129,6 +129,14 @@ def test_help_is_never_interrupted_by_a_notice(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "ptsim cost: counting the network …\n"
 
 
+def test_every_command_that_may_take_long_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with_bars = {"demo", "train", "sweep"}  # and calibrate gpu
+    quick = {"allreduce", "devices", "clusters"}  # no torch, no simulation
+    for command in main.COMMANDS.keys() - with_bars - quick:
+        main._tell_what_it_does(["calibrate", "network"] if command == "calibrate" else [command, "x"])
+        assert capsys.readouterr().err.startswith(f"ptsim {command}")
+
+
 def test_memory_that_torch_cannot_get_is_not_the_models_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,34 @@ import pytest
 
 from ptsim.cli.main import run
 from ptsim.errors import PtsimError
+from tests.fuzz.seeds import LONG
 
 LONGEST_S = 20
 LARGEST = 1e24  # of any number in an answer; the largest are operations of a whole run
-MAY_BE_NEGATIVE = re.compile(r"error|saving|saved|difference|bias|points|loss|note|latency|intercept|offset")
+MAY_BE_NEGATIVE = re.compile(r"error|excess|saving|saved|difference|bias|points|loss|note|latency|intercept|offset")
 UNITS = r"%|×|[nµm]?s\b|min\b|h\b|d\b|[kMGTP]?i?B\b|images|J\b|W\b|k?MAC"
 NO_NUMBER = re.compile(rf"(?<![\w.-])[-+]?(nan|inf) ?({UNITS})(?!/s)")
 TRIED: Counter[str] = Counter()  # mutants by kind, for the summary
+FOUND = Path(os.environ.get("PTSIM_FUZZ_FOUND", "build/fuzz")).absolute()  # where a long campaign keeps what it finds
+
+
+def count(kind: str) -> None:
+    """One more mutant of that kind; a long campaign writes down now and then how many there were."""
+    TRIED[kind] += 1
+    if LONG and TRIED.total() % 100 == 0:
+        FOUND.mkdir(parents=True, exist_ok=True)
+        (FOUND / "tried.json").write_text(json.dumps(TRIED))
+
+
+def failure(kind: str, seed: int, problem: str, files: Mapping[str, bytes]) -> str:
+    """The line for the test's report; a long campaign keeps the mutant at once, so that no crash or kill loses it."""
+    line = f"seed {seed}: {problem}"
+    if LONG:
+        for name, content in {**files, "problem.txt": f"{line}\n".encode(errors="backslashreplace")}.items():
+            kept = FOUND / f"{kind.replace(' ', '-')}-{seed}" / name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(content)
+    return line
 
 
 def outcome(tokens: list[str], capsys: pytest.CaptureFixture[str]) -> str | None:

@@ -17,7 +17,7 @@ import pytest
 
 from ptsim.errors import PtsimError
 from ptsim.training.config import make_config, read_config, to_toml
-from tests.fuzz.judge import TRIED, outcome
+from tests.fuzz.judge import count, failure, outcome
 from tests.fuzz.kinds import CORPUS, KINDS, Kind
 from tests.fuzz.mutate import NASTY
 from tests.fuzz.seeds import LONG, seeds
@@ -54,10 +54,11 @@ def test_a_damaged_file_is_a_sentence_or_an_answer(name: str, capsys: pytest.Cap
     kind, failures = KINDS[name], []
     for seed in seeds(kind.few, kind.share):
         draw = random.Random(seed)
-        Path(kind.file).write_bytes(kind.mutant(draw))
+        mutant = kind.mutant(draw)
+        Path(kind.file).write_bytes(mutant)
         command = kind.command(draw, long=LONG > 0)
         tidy()
-        TRIED[name] += 1
+        count(name)
         problem = outcome(command.split(), capsys)
         if problem is None and kind.written is not None and Path(kind.written[0]).exists():
             try:
@@ -65,7 +66,7 @@ def test_a_damaged_file_is_a_sentence_or_an_answer(name: str, capsys: pytest.Cap
             except PtsimError as error:
                 problem = f"what is written cannot be read: {error.message}"
         if problem is not None:
-            failures.append(f"seed {seed}: {command}: {problem}")
+            failures.append(failure(name, seed, f"{command}: {problem}", {kind.file: mutant}))
     assert not failures, "\n".join(failures)
 
 
@@ -75,7 +76,7 @@ def test_a_damaged_configuration_is_a_sentence_or_a_configuration() -> None:
     kind = Kind("config.toml", lambda: [whole], ())
     for seed in seeds(200):
         Path(kind.file).write_bytes(kind.mutant(random.Random(seed)))
-        TRIED["configuration"] += 1
+        count("configuration")
         with contextlib.suppress(PtsimError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             make_config(read_config(kind.file))
@@ -112,7 +113,8 @@ def test_a_strange_command_line_is_a_sentence_or_an_answer(capsys: pytest.Captur
                 case _:
                     tokens[at] = str(draw.choice([value for value in NASTY if value != "/dev/zero"]))
         tidy()
-        TRIED["command line"] += 1
+        count("command line")
         if (problem := outcome(tokens, capsys)) is not None:
-            failures.append(f"seed {seed}: {' '.join(tokens)[:200]!r}: {problem}")
+            line = {"args.json": json.dumps(tokens).encode()}
+            failures.append(failure("command line", seed, f"{' '.join(tokens)[:200]!r}: {problem}", line))
     assert not failures, "\n".join(failures)

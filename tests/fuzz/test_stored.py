@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import ptsim
 from ptsim import zoo
 from ptsim.errors import PtsimError
-from tests.fuzz.judge import TRIED, bounded, outcome
+from tests.fuzz.judge import bounded, count, failure, outcome
 from tests.fuzz.mutate import damaged, mutated
 from tests.fuzz.seeds import LONG, seeds
 
@@ -114,7 +114,7 @@ def test_a_damaged_run_folder_is_a_sentence_or_the_same_network(capsys: pytest.C
         draw = random.Random(seed)
         which, content = _damaged_run(draw)
         _put(content, folder)
-        TRIED["run folder"] += 1
+        count("run folder")
         way = draw.random()
         if way < 0.45:
             expected, unsure = _whole_answer(which), _without_digests(content)
@@ -134,7 +134,7 @@ def test_a_damaged_run_folder_is_a_sentence_or_the_same_network(capsys: pytest.C
                         "predict damaged --gpu a100 --batch 8 --json")  # fmt: skip
             problem = outcome(draw.choice(commands).split(), capsys)
         if problem is not None:
-            failures.append(f"seed {seed}: {way:.2f}: {problem}")
+            failures.append(failure("run folder", seed, f"{way:.2f}: {problem}", content))
     assert not failures, "\n".join(failures)
 
 
@@ -173,7 +173,7 @@ def test_a_damaged_state_of_an_own_loop_is_a_sentence_or_a_run_that_goes_on() ->
     for seed in seeds(12):
         state = mutated(torch.load(io.BytesIO(_state()), weights_only=True), random.Random(seed))
         _, pruner, step = _loop()
-        TRIED["own loop's state"] += 1
+        count("own loop's state")
 
         def go_on(pruner: ptsim.PruneTrain = pruner, step: Callable[[], object] = step, state: Any = state) -> None:
             pruner.load_state_dict(state)
@@ -182,7 +182,7 @@ def test_a_damaged_state_of_an_own_loop_is_a_sentence_or_a_run_that_goes_on() ->
 
         problem = bounded(go_on)
         if isinstance(problem, str):
-            failures.append(f"seed {seed}: {problem}")
+            failures.append(failure("own loop's state", seed, problem, {"state.txt": repr(state).encode()}))
         pruner.close()
     assert not failures, "\n".join(failures)
 
@@ -192,14 +192,15 @@ def test_a_configuration_that_is_taken_is_trained_or_refused_in_a_sentence(capsy
     whole = _runs()[0]["config.toml"]
     fixed = ["--epochs", "1", "--train-limit", "16", "--batch", "8"]
     for seed in seeds(6):
-        Path("config.toml").write_bytes(damaged("config.toml", whole, random.Random(seed)))
+        mutant = damaged("config.toml", whole, random.Random(seed))
+        Path("config.toml").write_bytes(mutant)
         shutil.rmtree("made", ignore_errors=True)
-        TRIED["configuration that is trained"] += 1
+        count("configuration that is trained")
         small = ("validation_limit=8", "image_size=8", "num_workers=0", "keep_every=1")
         more = [token for setting in small for token in ("--set", setting)]
         problem = outcome(["train", "config.toml", "--out", "made", "--json", *fixed, *more], capsys)
         if problem is not None:
-            failures.append(f"seed {seed}: {problem}")
+            failures.append(failure("configuration that is trained", seed, problem, {"config.toml": mutant}))
     assert not failures, "\n".join(failures)
 
 

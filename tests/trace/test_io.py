@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from ptsim.errors import FileFormatError, NewerVersionError
 from ptsim.trace.io import TraceWriter, read_records, read_trace
+from ptsim.trace.io import write_trace as write_whole_trace
 from ptsim.trace.schema import (
     SCHEMA_VERSION,
     AnyRecord,
@@ -287,6 +288,41 @@ class TestWrongFiles:
         records = shrinking_records()
         with pytest.raises(FileFormatError, match="found 'epoch' after the end record"):
             read_trace(write_trace(tmp_path, [*records, next(r for r in records if isinstance(r, Epoch))]))
+
+
+@pytest.mark.parametrize("epoch", [0, 2, 2**40])
+def test_a_reconfiguration_stands_after_its_epoch(tmp_path: Path, epoch: int) -> None:
+    line = line_of(Reconfiguration)
+    records = shrinking_records()
+    before = sum(isinstance(record, Epoch) for record in records[: line - 1])
+    file = broken(tmp_path, line, lambda record: record.update(epoch=epoch))
+    if epoch == before - 1:
+        assert read_trace(file).reconfigurations[0].epoch == epoch
+        return
+    with pytest.raises(FileFormatError, match=f":{line}: field 'epoch' is {epoch}, expected {before - 1}, the epoch"):
+        read_trace(file)
+
+
+def test_the_end_tells_as_many_epochs_as_there_are(tmp_path: Path) -> None:
+    told = sum(isinstance(record, Epoch) for record in shrinking_records())
+    file = broken(tmp_path, line_of(End), lambda record: record.update(epochs=told + 1))
+    with pytest.raises(FileFormatError, match=f"field 'epochs' is {told + 1}, but the trace has {told}"):
+        read_trace(file)
+
+
+def test_two_changes_after_one_epoch_are_both_written_and_both_paid_for(tmp_path: Path) -> None:
+    """PruneTrain prunes after an epoch, and another program changes the network before the next one."""
+    records = shrinking_records()
+    at = line_of(Reconfiguration) - 1
+    told = records[at]
+    assert isinstance(told, Reconfiguration)
+    first = msgspec.structs.replace(told, measured_duration_s=2.0)
+    second = msgspec.structs.replace(first, before=first.after, measured_duration_s=None, channels_removed=0)
+    third = msgspec.structs.replace(second, measured_duration_s=0.5)
+    trace = read_trace(write_trace(tmp_path, [*records[:at], first, second, third, *records[at + 1 :]]))
+    again = read_trace(write_whole_trace(tmp_path / "again.jsonl", trace))
+    assert again.reconfigurations == trace.reconfigurations
+    assert trace.epochs_frame()["reconfiguration_seconds"][first.epoch] == 2.5
 
 
 def test_a_changed_shape_is_noticed_by_the_content_address(tmp_path: Path) -> None:

@@ -30,6 +30,18 @@ def plain(num_classes, in_channels=3):
     return Small(num_classes, in_channels, norm=False)
 
 
+class LeftOver(Small):
+    """With a layer that forward never calls."""
+
+    def __init__(self, num_classes, in_channels):
+        super().__init__(num_classes, in_channels, norm=False)
+        self.left_over = nn.Conv2d(7, 9, 3)
+
+
+def left_over(num_classes, in_channels=3):
+    return LeftOver(num_classes, in_channels)
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()

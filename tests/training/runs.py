@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,12 +84,13 @@ def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: 
 
     `fault` happens on rank 1: "dies" in the first reconfiguration, "fails" there, "drifts" changes its weights before
     it; "begins anew" where the others resume; "no memory in the forward | backward pass" of the second iteration with
-    16 images; "nan" and "SIGINT" in the third iteration. "0 fails" is the same on rank 0.
+    16 images; "nan" and "SIGINT" in the third iteration. "0 fails" is the same on rank 0. "is slow": its first
+    reconfiguration takes longer than the ranks may take to connect.
     """
     import torch
 
     from ptsim.errors import PtsimError, TrainingError
-    from ptsim.training import loop, pruning, step
+    from ptsim.training import joining, loop, pruning, step
 
     os.environ |= {
         "RANK": str(rank),
@@ -103,7 +105,9 @@ def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: 
     if fault.startswith("no memory"):  # several buckets of gradients, as large networks have
         make = torch.nn.parallel.DistributedDataParallel.__init__
         torch.nn.parallel.DistributedDataParallel.__init__ = functools.partialmethod(make, bucket_cap_mb=1e-4)  # type: ignore[assignment] # the stand-in
-    if fault in ("dies", "fails", "drifts", "0 fails") and rank == (fault != "0 fails"):
+    if fault == "is slow":
+        joining.CONNECT_S = 3.0
+    if fault in ("dies", "fails", "drifts", "0 fails", "is slow") and rank == (fault != "0 fails"):
         original = pruning.PruneTrain.prune
 
         def prune(self: Any) -> Any:
@@ -111,6 +115,9 @@ def train_as_rank(rank: int, world_size: int, port: int, folder: Path, changes: 
                 os.kill(os.getpid(), signal.SIGKILL)
             if "fails" in fault:
                 raise TrainingError("the moon is full")
+            if fault == "is slow":
+                time.sleep(5.0)
+                return original(self)
             for parameter in self.network.parameters():
                 parameter.data.zero_()
             return original(self)

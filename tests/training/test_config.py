@@ -41,6 +41,7 @@ def test_an_unknown_setting_is_refused_by_name_with_the_close_one():
         ({"lr_milestones": [20, 10]}, "lr_milestones"),
         ({"epochs": "many"}, "setting 'epochs': Expected int, got str"),
         ({"memory_budget": "8 apples", "dynamic_batch": True}, "memory_budget.*'apples'"),
+        ({"memory_budget": "1e400 GiB", "dynamic_batch": True}, "memory_budget.*is not between 1 and"),
         ({"nesterov": True, "optimizer": "adam"}, "nesterov"),
         ({"schedule": "one_time"}, "reconfigure_epoch"),
         ({"schedule": "ssl"}, "pretrain_epochs"),

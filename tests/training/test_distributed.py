@@ -123,6 +123,21 @@ def test_what_stops_one_rank_is_said_by_the_others(tmp_path, fault, failing):
     assert other.endswith(f"lost contact with the other ranks: rank {failing} stopped: the moon is full")
 
 
+def test_a_layer_that_forward_never_calls_is_left_out_of_the_reduction(tmp_path):
+    assert run_team(2, tmp_path / "run", model=f"{NETS}:left_over", profile=False, epochs=3) == [0, 0]
+    trace = ptsim.read_trace(tmp_path / "run")
+    assert sum(r.channels_removed for r in trace.reconfigurations) > 0
+    for epoch in trace.epochs:
+        idle = 9 * 7 * 3 * 3 + 9
+        assert epoch.allreduce_bytes == 4 * (trace.network_of(epoch).num_parameters - idle) * epoch.num_iterations
+    assert ptsim.load_model(tmp_path / "run", trust=True).left_over.weight.shape == (9, 7, 3, 3)
+
+
+@pytest.mark.slow
+def test_a_rank_may_be_slower_than_the_ranks_may_take_to_connect(tmp_path):
+    assert run_team(2, tmp_path / "run", fault="is slow", model=PLAIN, profile=False, epochs=3) == [0, 0]
+
+
 def test_ranks_that_would_prune_differently_stop(tmp_path):
     assert run_team(2, tmp_path / "run", fault="drifts", model=PLAIN, profile=False) == [3, 3]
     message = (tmp_path / "run.rank0").read_text()

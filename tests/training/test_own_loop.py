@@ -392,6 +392,11 @@ def test_a_state_restores_settings_that_are_negative_or_nothing():
     state["groups"][0]["lr"] = -0.01
     with pytest.raises(UsageError, match=r"the optimizer's lr is -0\.01"):
         made[1].load_state_dict(state)
+    state["groups"][0]["lr"] = 10**5000  # neither a float nor printed by Python
+    with pytest.raises(UsageError, match="the optimizer's lr is a huge number"):
+        made[1].load_state_dict(state)
+    with pytest.raises(UsageError, match="not a state of PruneTrain"):
+        made[1].load_state_dict(state | {"architecture": "\udcff"})
 
 
 class Listing(torch.optim.SGD):

@@ -1,5 +1,6 @@
 """A run folder under attack: two writers, foreign or edited files, user code, interruptions."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import ptsim
 from ptsim.errors import FileFormatError, TrainingError, UsageError
 from ptsim.trace.io import TraceWriter, read_records
-from ptsim.training import step
+from ptsim.training import checkpoint, step
 from ptsim.training.data import decode
 from tests.training.runs import NETS, servant, settings, train_until_killed
 
@@ -318,6 +319,21 @@ def test_a_single_class_is_refused(tmp_path):
 
 
 # Stops
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room, then"),
+        (errno.EDQUOT, "make room, then"),
+        (errno.EACCES, "let it be written, then"),
+        (errno.EROFS, "let it be written, then"),
+    ],
+)
+def test_only_a_full_disk_is_called_one(tmp_path, number, remedy):
+    with pytest.raises(TrainingError, match="cannot be written") as caught, checkpoint.writing(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.hint.startswith(remedy)
 
 
 def test_more_epochs_than_anybody_trains_are_refused(tmp_path):
