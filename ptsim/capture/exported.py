@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from ptsim.capture.constants import constants_of
 
 _LAYERS = re.compile(r"(conv\d?d?|conv_transpose\dd|linear|batch_norm|group_norm|layer_norm|instance_norm|prelu)$")
 
@@ -30,17 +30,17 @@ def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, .
 
     Args:
         model: whose graph it is.
-        twin: a copy of it on the meta device, which is run.
+        twin: a copy of it where the model really is, so that code that asks for the device goes the right way; only the
+            shapes of its tensors count.
         images_shape: mini-batch, channels, height, width.
 
     Raises:
         Exception: whatever the model's code or `torch.export` raises.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # The device is for tensors that the code makes without saying where.
-    with _quiet(), torch.device("meta"), _ConstantsNoted() as noted:
-        program = torch.export.export(twin, (torch.empty(images_shape, dtype=dtype, device="meta"),), strict=False)
+    here, there = (next((p.device for p in each.parameters()), torch.device("cpu")) for each in (model, twin))
+    with _quiet():
+        program = torch.export.export(twin, (torch.empty(images_shape, dtype=dtype, device=there),), strict=False)
         exported = program.module(check_guards=False)
     found: dict[str, Any] = {}
     graph = fx.Graph()
@@ -62,10 +62,6 @@ def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, .
             found[str(node.target)] = _attribute(model, exported, str(node.target))
         elif isinstance(node.target, torch._ops.OpOverload):
             made.target = node.target.overloadpacket
-            made.kwargs = {
-                key: device if isinstance(value, torch.device) and value.type == "meta" else value
-                for key, value in made.kwargs.items()
-            }
             sources = made.all_input_nodes
             if any(n in counters or str(n.target).endswith("num_batches_tracked") for n in sources):
                 counters.append(made)  # BatchNorm counts by itself, also where it is called several times
@@ -77,21 +73,11 @@ def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, .
     used = {str(made.target) for made in graph.nodes}
     result = fx.GraphModule({target: value for target, value in found.items() if target in used}, graph)
     result.meta["looked"] = {}
-    result.meta["constants"] = noted.made_of
+    result.meta["constants"] = constants_of(result, model)
+    for name, buffer in result.named_buffers(recurse=False):
+        if buffer is found[name] and not hasattr(model, name):  # a constant
+            setattr(result, name, buffer.to(here))
     return result
-
-
-class _ConstantsNoted(TorchFunctionMode):
-    """Notes what `torch.tensor` and its like are given: a tensor without storage does not hold it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made_of: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.tensor, torch.as_tensor, torch.scalar_tensor, torch.Tensor.new_tensor):
-            self.made_of.append(str(pytree.tree_map_only(torch.Tensor, lambda tensor: "a tensor", (args, kwargs))))
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

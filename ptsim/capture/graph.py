@@ -10,7 +10,6 @@ import dataclasses
 import enum
 import functools
 import math
-import operator
 import sys
 import traceback
 import warnings
@@ -23,9 +22,11 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ptsim.capture.chance import RandomState, random_state_kept
+from ptsim.capture.chance import Generator, RandomState, random_state_kept
 from ptsim.capture.copies import device_of, hollow_copy
 from ptsim.capture.exported import exported_graph
+from ptsim.capture.faithful import does_the_same
+from ptsim.capture.standins import NOT_THE_CODE, ShapedStandIn, StandIn
 from ptsim.errors import UnsupportedModelError, lacks_memory
 
 _FACTORIES = (  # functions of torch
@@ -41,9 +42,6 @@ class Way(enum.Enum):
     SHAPED = "torch.fx, where the code may look at shapes"
     WITHOUT_BUFFERS = "torch.fx, where the code may look at buffers' values"
     EXPORT = "torch.export"
-
-
-_DEVICE_QUESTIONS = frozenset({"is_cpu", "is_cuda", "is_maia", "is_meta", "is_mps", "is_mtia", "is_xla", "is_xpu"})
 
 
 @contextlib.contextmanager
@@ -84,6 +82,7 @@ class Tracer(fx.Tracer):
         modules: Any = (math,) if einops is None else (math, einops)
         super().__init__(autowrap_modules=modules)
         self.proxy_buffer_attributes = buffers
+        self.asked = False  # the code has asked what kind of thing a value is, and got the answer for a stand-in
         self._names: dict[int, tuple[str, Tensor]] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -108,7 +107,12 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What the model's code sees in place of a value."""
-        return _Assignable(node, self)
+        return StandIn(node, self)
+
+    def kind_of(self, proxy: fx.Proxy) -> type:
+        """What the model's code is told when it asks what kind of thing a value is."""
+        self.asked = True
+        return type(proxy)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """True for a module that becomes one node."""
@@ -189,7 +193,12 @@ class ShapedTracer(Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What the model's code sees in place of a value."""
-        return _Shaped(node, self)
+        return ShapedStandIn(node, self)
+
+    def kind_of(self, proxy: fx.Proxy) -> type:
+        """The truth, but for tensors."""
+        value = self._values.get(proxy.node)
+        return super().kind_of(proxy) if value is None or isinstance(value, Tensor) else type(value)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """A condition on shapes holds as it does for these images."""
@@ -205,15 +214,6 @@ class ShapedTracer(Tracer):
         return value
 
 
-def _on(name: str, device: torch.device) -> Any:
-    """What the attribute `name` of a tensor on `device` says of the device; None for every other attribute."""
-    if name == "device":
-        return device
-    if name == "get_device":
-        return lambda: -1 if device.type == "cpu" else device.index or 0
-    return name == f"is_{device.type}" if name in _DEVICE_QUESTIONS else None
-
-
 def plain_arguments(arguments: Any, device: torch.device | str) -> Any:
     """Arguments with plain `int`s in place of subclasses, which note what is done with them, and with one device."""
 
@@ -223,51 +223,6 @@ def plain_arguments(arguments: Any, device: torch.device | str) -> Any:
         return int(argument) if isinstance(argument, int) and type(argument) not in (int, bool) else argument
 
     return fx.node.map_aggregate(arguments, plain)
-
-
-class _Assignable(fx.Proxy):
-    """Records `x[index] = value`, which torch.fx itself does not."""
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-class _Looks:
-    """Stands for a value; numbers and tuples of numbers can be looked at."""
-
-    tracer: Any
-    node: fx.Node
-
-    def __int__(self) -> int:
-        return int(self.tracer.look(self.node, "number"))
-
-    def __index__(self) -> int:
-        return int(self.tracer.look(self.node, "number"))
-
-    def __float__(self) -> float:
-        return float(self.tracer.look(self.node, "number"))
-
-    def __len__(self) -> int:
-        if isinstance(self.tracer._values[self.node], Tensor):
-            return int(self.tracer.create_proxy("call_method", "size", (self, 0), {}))
-        return len(self.tracer.look(self.node, "condition"))
-
-    def __iter__(self) -> Iterator[Any]:
-        value = self.tracer._values[self.node]
-        return iter([operator.getitem(self, index) for index in range(len(value))])  # type: ignore[call-overload] # fx's
-
-
-class _Shaped(_Looks, _Assignable):
-    def __getattr__(self, name: str) -> Any:
-        known = _on(name, self.tracer.device) if isinstance(self.tracer._values[self.node], Tensor) else None
-        return _ShapedAttribute(self, name) if known is None else known
-
-
-class _ShapedAttribute(_Looks, fx.proxy.Attribute):
-    """`x.shape`, or `x.view` before it is called."""
-
-    def __getattr__(self, name: str) -> Any:
-        return _ShapedAttribute(self, name)
 
 
 @contextlib.contextmanager
@@ -288,6 +243,7 @@ def symbolic_graph(
     *,
     buffers: bool = False,
     ways: Sequence[Way] = tuple(Way),
+    generators: Sequence[Generator] = (),
 ) -> fx.GraphModule:
     """The model's graph in the mode that it is in; it shares its modules and parameters with the model.
 
@@ -297,7 +253,8 @@ def symbolic_graph(
     torch.fx cannot trace is then left to `torch.export`; `meta["traced_by"]` says which of the two it was.
 
     `ways` are those that may be tried, in order; `meta["way"]` says which it was. Who traces a network again
-    that has only shrunk knows which one works.
+    that has only shrunk knows which one works. Each of them meets the same random numbers, also those that the code
+    draws from `generators` of its own.
 
     Raises:
         UnsupportedModelError: neither can trace the model.
@@ -309,7 +266,7 @@ def symbolic_graph(
     if buffers:
         makers[Way.WITHOUT_BUFFERS] = Tracer
     errors: dict[Way, Exception] = {}
-    start = RandomState.now()
+    start = RandomState.now(generators)
     for way in ways:
         if way not in makers:
             continue
@@ -317,6 +274,9 @@ def symbolic_graph(
             with attributes_restored(model):
                 tracer = makers[way]()
                 graph = tracer.trace(model)
+                unsure = tracer.asked and len(ways) > 1
+                if unsure and images_shape is not None and not does_the_same(model, graph, images_shape, start):
+                    raise fx.proxy.TraceError("the code asks what kind of thing a value is")
                 # Tensors that the code made are attributes of the model until here.
                 module = fx.GraphModule(tracer.root, graph, name)
             break
@@ -346,7 +306,7 @@ def symbolic_graph(
 
 def _exported(model: nn.Module, images_shape: tuple[int, ...]) -> fx.GraphModule:
     with _disable_current_modes(), attributes_restored(model):
-        module = exported_graph(model, hollow_copy(model, "meta"), images_shape)
+        module = exported_graph(model, hollow_copy(model, str(device_of(model))), images_shape)
     module.meta["traced_by"], module.meta["way"] = "torch.export", Way.EXPORT
     return module
 
@@ -462,11 +422,10 @@ def output_tensors(output: Any) -> Iterator[Tensor]:
 
 def _place(error: Exception) -> str:
     """The last line of the model's own code in an error's traceback, in brackets."""
-    ours = str(Path(__file__).parents[1])
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((str(Path(torch.__file__).parent), ours, "<"))
+        if not frame.filename.startswith((*NOT_THE_CODE, "<"))
     ]
     if not frames:
         return ""

@@ -1,9 +1,11 @@
-"""Which names does the code of a network's modules mention?"""
+"""Which names does the code of a network's modules mention, and what stands behind them?"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable, Iterator
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -11,16 +13,49 @@ from torch import nn
 
 def words_of(module: nn.Module) -> frozenset[str]:
     """Every name and word in the code of the module's `forward` and of the functions that it may call."""
+    return frozenset[str]().union(*(_words(kind, function) for kind, function in _starts(module)))  # type: ignore[arg-type] # classes can be hashed
+
+
+def named_values(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    """What the names in the code of modules stand for, where they are variables of the file or function around it.
+
+    Of a module of Python that is mentioned, what is mentioned of it.
+    """
+    for start in dict.fromkeys(start for module in modules for start in _starts(module)):
+        for function in _functions(*start):  # type: ignore[arg-type] # as above
+            words = _own_words(function.__code__)
+            for value in (*_around(function), *(function.__globals__.get(word) for word in words)):
+                yield value
+                if isinstance(value, ModuleType):
+                    yield from (vars(value)[word] for word in words & vars(value).keys())
+
+
+def _starts(module: nn.Module) -> list[tuple[type[nn.Module], Any]]:
+    """The module's `forward`, and the functions among its attributes that the code names."""
     kind = type(module)
-    words = _words(kind, getattr(module.forward, "__func__", module.forward))  # type: ignore[arg-type] # classes can be hashed
+    forward = getattr(module.forward, "__func__", module.forward)
+    words = _words(kind, forward)  # type: ignore[arg-type] # classes can be hashed
     own = [value for name, value in vars(module).items() if name in words and inspect.isfunction(value)]
-    return words.union(*(_words(kind, function) for function in own))  # type: ignore[arg-type] # as above
+    return [(kind, function) for function in (forward, *own)]
 
 
 @functools.cache
 def _words(kind: type[nn.Module], function: Any) -> frozenset[str]:
     """Every name and word in the code of `function`, a method of `kind`, and of the functions that it may call."""
-    words, seen, waiting = set[str](), set[Any](), [function]
+    return frozenset[str]().union(*(_own_words(found.__code__) for found in _functions(kind, function)))  # type: ignore[arg-type] # as above
+
+
+@functools.cache
+def _own_words(code: CodeType) -> frozenset[str]:
+    """Every name and word in the code itself and in the functions that are made in it."""
+    words = {*code.co_names, *code.co_freevars, *(word for word in code.co_consts if isinstance(word, str))}
+    return frozenset(words.union(*(_own_words(part) for part in code.co_consts if inspect.iscode(part))))
+
+
+@functools.cache
+def _functions(kind: type[nn.Module], function: Any) -> tuple[Any, ...]:
+    """`function`, a method of `kind`, and the functions outside torch that it may call."""
+    found, seen, waiting = list[Any](), set[Any](), [function]
     while waiting:
         function = inspect.unwrap(waiting.pop())
         code = getattr(function, "__code__", None)
@@ -31,25 +66,20 @@ def _words(kind: type[nn.Module], function: Any) -> frozenset[str]:
         ):
             continue
         seen.add(code)
-        waiting += [cell.cell_contents for cell in function.__closure__ or () if inspect.isfunction(_content(cell))]
-        codes = [code]
-        while codes:
-            code = codes.pop()
-            names = {*code.co_names, *(word for word in code.co_consts if isinstance(word, str))}
-            codes += [part for part in code.co_consts if inspect.iscode(part)]
-            words |= names
-            for name in names:
-                method = inspect.getattr_static(kind, name, None)
-                waiting += [
-                    getattr(method, "fget", getattr(method, "__func__", method)),
-                    function.__globals__.get(name),
-                ]
-    return frozenset(words)
+        found.append(function)
+        waiting += [value for value in _around(function) if inspect.isfunction(value)]
+        for name in _own_words(code):
+            method = inspect.getattr_static(kind, name, None)
+            waiting += [getattr(method, "fget", getattr(method, "__func__", method)), function.__globals__.get(name)]
+    return tuple(found)
 
 
-def _content(cell: Any) -> Any:
-    """What a variable of an enclosing function holds; None before it is set."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
+def _around(function: Any) -> list[Any]:
+    """What the variables of the enclosing functions hold, and the values that its own arguments have by default."""
+    values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # not set yet
+            continue
+    return values

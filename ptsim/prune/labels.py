@@ -228,6 +228,19 @@ class State:
         if folded is not None and folded.ndim > 1 and min(folded.shape) > 1 and bool((folded >= 0).all()):
             self.folds.append(folded)
 
+    def learnt(self) -> tuple[int, ...]:
+        """How much is known: counts of slots, components, those that stay, those to try out, and layers.
+
+        A further graph that tells nothing new leaves all of them as they are.
+        """
+        component_of = connected(self.pairs, self.num_slots)
+        stay, tried = (
+            len(distinct(component_of[torch.cat([NO_SLOTS, *found])]))
+            for found in ([slots for slots, _ in self.frozen], self.sensitive_slots)
+        )
+        components = int(component_of.max()) + 1 if self.num_slots else 0
+        return self.num_slots, components, stay, tried, len(self.layers)
+
     @property
     def misaligned(self) -> Tensor:
         """Components that would be mixed up (with `seed`)."""

@@ -69,7 +69,10 @@ def _computed(call: Call, layer: str, weight: Tensor, gain: Tensor | None, bias:
 
 @rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", shapes=True)
 def conv_function(call: Call) -> Label:
-    """A convolution with a weight from somewhere in the model; the number of its groups stands in the model's code."""
+    """A convolution with a weight from somewhere in the model.
+
+    The number of its groups stands in the model's code, or in an attribute of a layer, which a cut keeps right.
+    """
     weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
     groups = call.argument(6, "groups", 1)
     if id(weight) in call.state.names:
@@ -77,9 +80,10 @@ def conv_function(call: Call) -> Label:
     else:
         weight = _origin(call, weight)
         label = _computed(call, call.node.name, weight, None, bias, groups)
-    if groups > 1 and isinstance(label, Tensor):
+    number = call.source(6, "groups")
+    if groups > 1 and isinstance(label, Tensor) and not getattr(number, "synced", False):
         inputs = call.state.layers[call.state.names[id(weight)]].inputs
-        call.state.number(call.source(6, "groups"), inputs.reshape(groups, -1))
+        call.state.number(number, inputs.reshape(groups, -1))
         call.state.sensitive(call.x)
         call.state.sensitive(label)
     return label

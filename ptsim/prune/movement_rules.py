@@ -33,7 +33,21 @@ def moved_whole(call: Call) -> Label:
 @rule(MOVED, nn.Unflatten, nn.ChannelShuffle, nn.PixelUnshuffle, shapes=True)
 def moved(call: Call) -> Label:
     """Moved as the arguments say, which may hold for this number of channels alone: tried out later."""
-    return _movement(call, call.module or call.node.target, counts=True)
+    return _movement(call, call.module or call.node.target, counts=not _beside_channels(call))
+
+
+_ALONG = {"chunk": 2, "split": 2, "tensor_split": 2, "split_with_sizes": 2, "narrow": 1, "select": 1, "unbind": 1}
+
+
+def _beside_channels(call: Call) -> bool:
+    """True for a part taken along axes on which no channel lies: their number does not matter."""
+    label = call.labels[0]
+    if not isinstance(label, Tensor):
+        return False
+    if call.name == "getitem":
+        return _indexed(label, call.node.args[1]) is not None
+    dim = call.argument(_ALONG[call.name], "dim", 0) if call.name in _ALONG else None
+    return isinstance(dim, int) and label.shape[dim] == 1
 
 
 @rule("unfold im2col", nn.Unfold, shapes=True)

@@ -18,12 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ptsim import zoo
-from ptsim.capture.chance import random_state_kept, seed_all
+from ptsim.capture.chance import chance_of, random_state_kept, seed_all
 from ptsim.capture.copies import copied
 from ptsim.capture.graph import naming_the_image, output_tensors
 from ptsim.errors import UnsupportedModelError, UsageError
+from ptsim.prune.alignment import SHAPE_ERRORS
 from ptsim.prune.cut import take
-from ptsim.prune.groups import SHAPE_ERRORS, ChannelGroups, axes_for, find_groups, weight_GOIK
+from ptsim.prune.groups import ChannelGroups, axes_for, find_groups, weight_GOIK
 from ptsim.prune.labels import BATCH_NORMS
 from ptsim.prune.reconfigure import CutPlan, operate, stays_aligned
 from ptsim.prune.selection import keep_one
@@ -338,7 +339,7 @@ def _run(
     network: nn.Module, images: Tensor, seed: int
 ) -> tuple[list[Tensor], list[Tensor], Iterator[tuple[str, Tensor]], dict[str, Tensor]]:
     """Outputs in evaluation mode; outputs, gradients (handed out one by one and dropped) and buffers after training."""
-    seed_all(seed)  # noise of the model's own: the same for both networks
+    seed_all(seed, chance_of(network).generators)  # noise of the model's own: the same for both networks
     with WithoutRandomness(), InFloat64(), _float64_by_default():
         with torch.no_grad():
             eval_outputs = list(output_tensors(network.eval()(images)))

@@ -7,23 +7,26 @@ operator without a rule freezes the channels that flow into it, with a reason.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.chance import RandomState, random_state_kept, seed_all
+from ptsim.capture.chance import RandomState, chance_of, random_state_kept, seed_all
+from ptsim.capture.constants import constants_of
 from ptsim.capture.copies import hollow_copy
 from ptsim.capture.graph import (
     Way,
     example_input,
     normalised_shape,
-    output_tensors,
     plain_arguments,
     symbolic_graph,
 )
+from ptsim.errors import UnsupportedModelError
 from ptsim.prune import function_rules, layer_rules, movement_rules, product_rules  # noqa: F401 - they register their rules
+from ptsim.prune.hooks import hooks_of, hooks_watched
 from ptsim.prune.labels import ENDS, NO_SLOTS, AxisKey, Facets, Label, Mode, State
 from ptsim.prune.numbers import Number, named_numbers
 from ptsim.prune.rules import (
@@ -42,7 +45,8 @@ from ptsim.prune.rules import (
 
 MODES: tuple[Mode, ...] = ("train", "eval")
 Graphs: TypeAlias = Mapping[Mode, fx.GraphModule]  # of a mode that differs from training alone
-_MOST_TRACES, _FRUITLESS_TRACES = 64, 32  # of code that lets random numbers decide
+_MOST_TRACES, _FRUITLESS_TRACES = 256, 32  # of code that lets random numbers decide
+_FLOATS = re.compile(r"(?<![\w.])\d+(\.\d+(e[+-]?\d+)?|e[+-]?\d+)")  # in a graph's code
 _READING = ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero")  # give numbers that depend on values
 
 
@@ -157,8 +161,8 @@ class Propagation(fx.Interpreter):
         """Run a module; a BatchNorm without storage only for its shape."""
         module = self.fetch_attr(target)
         self.hooked = False
-        if module._forward_hooks or module._forward_pre_hooks:
-            with _hooks_watched(module) as changes:
+        if tables := hooks_of(module):
+            with hooks_watched(tables, module) as changes:
                 value = super().call_module(target, args, kwargs)
             self.hooked = bool(changes)
             return value
@@ -211,7 +215,7 @@ class Propagation(fx.Interpreter):
         if not isinstance(x, Tensor) or not isinstance(call.value, Tensor | tuple | list):
             call.refuse(f"{call.op} is used in a way that has no rule")
         if self.hooked:
-            call.refuse(f"a hook changes what {call.op} takes or gives")
+            call.refuse(f"a hook changes what {call.op} takes, gives or computes with")
         own = getattr(module, "ptsim_labels", None)
         if own is not None:  # what pruning itself puts in
             result: Label = own(self.state, call.path, x, call.value)
@@ -244,31 +248,6 @@ class Propagation(fx.Interpreter):
         return found(call)
 
 
-@contextlib.contextmanager
-def _hooks_watched(module: nn.Module) -> Iterator[list[str]]:
-    """Inside, the list gets an entry for every hook of `module` that changes an argument or the result of a call."""
-    changes: list[str] = []
-
-    def watched(hook: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            before = [(tensor, tensor._version) for tensor in output_tensors((args, kwargs))]
-            given = hook(*args, **kwargs)
-            if given is not None or any(tensor._version != version for tensor, version in before):
-                changes.append(str(hook))
-            return given
-
-        return call
-
-    tables = [(table, dict(table)) for table in (module._forward_hooks, module._forward_pre_hooks)]
-    for table, hooks in tables:
-        table.update({key: watched(hook) for key, hook in hooks.items()})
-    try:
-        yield changes
-    finally:
-        for table, hooks in tables:
-            table.update(hooks)
-
-
 def _fits(label: Label, value: Any) -> bool:
     """True if a label can be one of such a tensor: a last look at what a rule gives."""
     if isinstance(label, tuple):
@@ -286,30 +265,6 @@ def _flat(counts: Any) -> list[Tensor]:
     if counts is None:
         return []
     return [part for part in counts if isinstance(part, Tensor)] if isinstance(counts, tuple) else [counts]
-
-
-def _graphs(model: nn.Module, images_shape: tuple[int, ...], ways: Sequence[Way]) -> list[fx.GraphModule]:
-    """The graph of the model, and others where its code lets random numbers decide which way it takes.
-
-    Such code is traced again, each time with other numbers, until several traces in a row go no new way.
-    """
-    found: dict[str, fx.GraphModule] = {}
-    fruitless = 0
-    with random_state_kept(devices=[]):
-        for seed in range(_MOST_TRACES):
-            seed_all(seed)
-            start = RandomState.now()
-            traced = symbolic_graph(model, images_shape, buffers=True, ways=ways)
-            fruitless = fruitless + 1 if traced.code in found else 0
-            found.setdefault(traced.code, traced)
-            if start.is_now() or fruitless == _FRUITLESS_TRACES:
-                break
-    return list(found.values())
-
-
-def _ways(wider: Graphs | None, mode: Mode) -> Sequence[Way]:
-    """Those that may be tried: the one that has traced the wider network in this mode."""
-    return tuple(Way) if wider is None else (wider.get(mode, wider["train"]).meta["way"],)
 
 
 def propagate(
@@ -331,14 +286,62 @@ def propagate(
         for mode in MODES:
             for module in model.modules():
                 module.training = mode == "train"
-            traced, *others = _graphs(model, tuple(images.shape), _ways(wider, mode))
-            if mode == "eval" and traced.code == graphs["train"].code and not others:
-                break
-            for number, graph in enumerate((traced, *others)):
-                graph.train(mode == "train")
-                with torch.no_grad():
-                    Propagation(graph, state, mode if number == 0 else f"{mode} {number}", images.device).run(images)
-            graphs[mode] = traced
+            before = None if wider is None else wider.get(mode, wider["train"])
+            graph = _followed(model, images, state, mode, graphs.get("train"), before)
+            if graph is not None:
+                graphs[mode] = graph
     for module, training in modes.items():
         module.training = training
     return state, graphs
+
+
+def _followed(
+    model: nn.Module,
+    images: Tensor,
+    state: State,
+    mode: Mode,
+    known: fx.GraphModule | None,
+    wider: fx.GraphModule | None,
+) -> fx.GraphModule | None:
+    """Follow the labels through the model as it is now; its graph, or None if that is `known` and there is no other.
+
+    Where random numbers decide which way the code takes, it is traced again, each time with other numbers, until
+    several ways in a row tell nothing new. Ways that differ in the numbers that they compute with are one.
+
+    Raises:
+        UnsupportedModelError: so many ways are not enough.
+    """
+    own, untold = chance_of(model)
+    ways = tuple(Way) if wider is None else (wider.meta["way"],)
+    most = _MOST_TRACES if wider is None else wider.meta["traces"]
+    first: fx.GraphModule | None = None
+    followed, fruitless = set[str](), 0
+    told: tuple[int, ...] = ()
+    with random_state_kept([], own):
+        for number in range(most):
+            seed_all(number, own)
+            start = RandomState.now(own)
+            graph = symbolic_graph(model, tuple(images.shape), buffers=True, ways=ways, generators=own)
+            drawn = untold or not start.is_now()
+            if not drawn and known is not None and graph.code == known.code:
+                return None
+            first = first or graph
+            fruitless += 1
+            if (way := _FLOATS.sub("", graph.code)) not in followed:
+                followed.add(way)
+                if "constants" not in graph.meta:
+                    graph.meta["constants"] = constants_of(graph, model)
+                graph.train(mode == "train")
+                with torch.no_grad():
+                    Propagation(graph, state, f"{mode} {number}" if number else mode, images.device).run(images)
+                if drawn and wider is None and (says := state.learnt()) != told:
+                    told, fruitless = says, 0
+            first.meta["traces"] = number + 1
+            if not drawn or (wider is None and fruitless == _FRUITLESS_TRACES):
+                return first
+    if wider is None:
+        raise UnsupportedModelError(
+            f"random numbers decide which way the code of {type(model).__name__} takes, and {most} ways are not all",
+            hint="let the code choose between fewer ways",
+        )
+    return first

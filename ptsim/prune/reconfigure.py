@@ -16,18 +16,11 @@ from torch import Tensor, fx, nn
 
 from ptsim.capture.graph import example_input, output_tensors
 from ptsim.errors import UsageError
+from ptsim.prune.alignment import SHAPE_ERRORS, misaligned, settled
 from ptsim.prune.cut import cut_model, cut_optimizer, unwrap
 from ptsim.prune.density import THRESHOLD
 from ptsim.prune.gating import apply_gate, find_gates
-from ptsim.prune.groups import (
-    SHAPE_ERRORS,
-    ChannelGroups,
-    component_maxima,
-    find_groups,
-    labelled,
-    misaligned,
-    settled,
-)
+from ptsim.prune.groups import ChannelGroups, component_maxima, find_groups, labelled
 from ptsim.prune.removal import Removal, collapsed_layers, find_removals, remove_branch
 from ptsim.prune.selection import keep_one, round_up
 from ptsim.prune.steps import same_steps

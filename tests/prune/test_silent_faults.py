@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ptsim
+from ptsim.errors import UnsupportedModelError
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
 
@@ -63,6 +64,33 @@ def mixed_by_numpy(x: Tensor) -> Tensor:
     return x if np.random.rand() < 0.9 else x.softmax(1)
 
 
+RNG, DICE, TORCH = np.random.default_rng(1), random.Random(1), torch.Generator().manual_seed(1)
+
+
+def mixed_by_an_object(x: Tensor) -> Tensor:
+    """A generator that stands in the file."""
+    return x.cumsum(1) if RNG.random() < 0.5 else x
+
+
+def mixed_by_a_seed(x: Tensor) -> Tensor:
+    return x.cumsum(1) if torch.rand(1, generator=TORCH).item() < 0.5 else x
+
+
+def mixed_by_a_new_one(x: Tensor) -> Tensor:
+    """It starts elsewhere at every call, and no state tells."""
+    return x.cumsum(1) if np.random.default_rng().random() < 0.5 else x
+
+
+def mixed_if_a_tensor(x: Tensor) -> Tensor:
+    """What stands for a tensor in torch.fx is none."""
+    return x.cumsum(1) if isinstance(x, Tensor) else x
+
+
+def mixed_without_a_name(x: Tensor) -> Tensor:
+    """What stands for a tensor in torch.fx has every attribute."""
+    return x if hasattr(x, "name_of_its_layer") else x.cumsum(1)
+
+
 def turned_in_place(x: Tensor) -> Tensor:
     """What is summed up afterwards are the channels."""
     x = x.clone()
@@ -72,6 +100,17 @@ def turned_in_place(x: Tensor) -> Tensor:
 
 def divided_by_a_tensor(x: Tensor) -> Tensor:
     return x * torch.tensor(1 / x.shape[1])
+
+
+def times_the_middle(x: Tensor) -> Tensor:
+    """One of many constants, of which a written list would leave out the middle."""
+    values = np.zeros(2001, dtype=np.float32)
+    values[1000] = 1 / x.shape[1]
+    return x * torch.from_numpy(values)[1000]
+
+
+def mixed_on_a_cpu(x: Tensor) -> Tensor:
+    return x.cumsum(1) if x.device.type == "cpu" else x
 
 
 def not_for_proxies(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -92,11 +131,21 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "mixed where Python's random number says so": (mixed_by_chance, 8),
     "mixed where torch's random number says so": (mixed_seldom, 8),
     "mixed where NumPy's random number says so": (mixed_by_numpy, 8),
+    "mixed where a generator in the file says so": (mixed_by_an_object, 8),
+    "mixed where a generator around the function says so": (
+        lambda x: x.cumsum(1) if DICE.random() < 0.5 else x,
+        8,
+    ),
+    "mixed where a generator of torch's says so": (mixed_by_a_seed, 8),
+    "mixed if it is a tensor": (mixed_if_a_tensor, 8),
+    "mixed if it has no such attribute": (mixed_without_a_name, 8),
     "turned in place": (turned_in_place, 8),
     "divided by their number as a tensor": (divided_by_a_tensor, 8),
     "exported: divided by their number": (not_for_proxies(lambda x: x / x.shape[1]), 8),
     "exported: times a tensor of their number": (not_for_proxies(lambda x: x * torch.full((1,), 1 / x.shape[1])), 8),
     "exported: times a constant of their number": (not_for_proxies(divided_by_a_tensor), 8),
+    "exported: times one of many constants": (not_for_proxies(times_the_middle), 8),
+    "exported: mixed on a CPU": (not_for_proxies(mixed_on_a_cpu), 8),
     "exported: bounded by their number": (not_for_proxies(lambda x: x.clamp(max=x.shape[1] / 16)), 8),
 }
 
@@ -130,16 +179,35 @@ def scaled_in_place(module: nn.Module, inputs: Any, output: Tensor) -> None:
         output.mul_(output.shape[1])
 
 
+def scaled_past_autograd(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.data.mul_(output.shape[1])
+
+
+def weights_centred(module: nn.Module, inputs: Any) -> None:
+    module.weight.data.sub_(module.weight.data.mean())  # type: ignore[operator] # a convolution's
+
+
 def test_channels_stay_where_a_hook_changes_what_a_layer_takes_or_gives() -> None:
     for register, hook in (
         ("register_forward_hook", flipped),
         ("register_forward_hook", scaled_in_place),
+        ("register_forward_hook", scaled_past_autograd),
+        ("register_forward_pre_hook", weights_centred),
         ("register_forward_pre_hook", all_added),
     ):
         model: Any = Net(lambda x: x)
         getattr(model.b, register)(hook)
         found = prunable(model)
         assert found.get("a", 0) == found.get("b", 0) == 0, hook
+
+
+@pytest.mark.parametrize(("hook", "channels"), [(scaled_past_autograd, 0), (lambda *_: None, 8)])
+def test_hooks_of_all_modules_count_too(hook: Any, channels: int) -> None:
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        assert prunable(Net(lambda x: x)).get("a", 0) == channels
+    finally:
+        handle.remove()
 
 
 def test_hooks_that_only_look_change_nothing() -> None:
@@ -159,6 +227,46 @@ def test_a_random_choice_between_ways_that_are_both_followed_costs_no_channel() 
     assert torch.equal(torch.get_rng_state(), state[0])  # nothing of it can be noticed afterwards
     assert random.getstate() == state[1]
     assert (np.random.get_state()[1] == state[2]).all()
+
+
+def test_channels_stay_that_a_generator_of_the_moment_may_mix() -> None:
+    """No proof: what it draws cannot be drawn again."""
+    assert prunable(Net(mixed_by_a_new_one)).get("a", 0) == 0
+
+
+def test_the_numbers_of_a_generator_in_the_file_go_on_as_if_nothing_had_been_drawn() -> None:
+    before = RNG.bit_generator.state, DICE.getstate(), TORCH.get_state()
+    for mix in (mixed_by_an_object, lambda x: x * DICE.random(), mixed_by_a_seed):
+        prunable(Net(mix))
+    assert RNG.bit_generator.state == before[0]
+    assert DICE.getstate() == before[1]
+    assert torch.equal(TORCH.get_state(), before[2])
+
+
+def test_ways_that_differ_in_a_random_number_alone_are_one() -> None:
+    model: Any = Net(lambda x: x * random.random())
+    assert prunable(model) == {"a": 8, "b": 6, "head": 0}
+    assert find_groups(model, IMAGE).graph.meta["traces"] < 40
+    assert ptsim.inspect(model, input_shape=IMAGE).exact
+
+
+def test_more_random_ways_than_are_tried_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptsim.prune.propagate._MOST_TRACES", 4)
+    with pytest.raises(UnsupportedModelError, match="random numbers decide which way the code of Net takes"):
+        find_groups(Net(mixed_by_chance), IMAGE)
+
+
+class NumpyConstant(Net):
+    """Divides by the number of channels, which NumPy computes while the code is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.from_numpy(np.full(1, 1 / self.a.out_channels, dtype=np.float32))
+        return self.head(self.b(torch.relu(self.a(x)) * scale).mean((2, 3)))
+
+
+def test_constants_that_the_code_makes_of_numbers_of_channels_are_compared() -> None:
+    model: Any = NumpyConstant(lambda x: x)
+    assert prunable(model).get("a", 0) == 0
 
 
 class ScaledInEvaluation(nn.Module):

@@ -1,0 +1,68 @@
+"""Does a traced graph do what the code does? Both run on tensors without storage, and their operators are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from ptsim.capture.chance import RandomState
+from ptsim.capture.copies import hollow_copy
+
+
+def does_the_same(model: nn.Module, graph: fx.Graph, images_shape: Sequence[int], start: RandomState) -> bool:
+    """True if the graph, traced in the model's mode, does with images what the model's `forward` does.
+
+    Both meet the random numbers that follow `start`. False also where one of the two does not run without storage.
+    """
+    now, steps = start.again(), list[list[tuple[str, tuple[int, ...]]]]()
+    with _disable_current_modes(), torch.no_grad(), torch.device("meta"):
+        twin = hollow_copy(model, "meta")
+        dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+        try:
+            for run in (twin.forward, _OnMeta(twin, graph=graph).run):
+                start.restore()
+                images = torch.empty(tuple(images_shape), dtype=dtype)
+                with _Log(images) as log:
+                    run(images)
+                steps.append(log.steps)
+        except Exception:  # the model's own code runs here
+            return False
+        finally:
+            now.restore()
+    return steps[0] == steps[1]
+
+
+class _OnMeta(fx.Interpreter):
+    def fetch_attr(self, target: str) -> Any:
+        """A constant that the code has made while it was traced has a storage."""
+        value = super().fetch_attr(target)
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+
+class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
+    """Notes the operators that are given the images, or what was computed from them, and the shapes of what they give.
+
+    What is computed of parameters alone, and once while tracing, is left out.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's gap
+        self.steps: list[tuple[str, tuple[int, ...]]] = []
+        self._made = {id(images): images}  # held, so that no address is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """Run the operator and note it."""
+        given = pytree.tree_leaves((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        if any(id(value) in self._made for value in given):
+            made = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
+            name = str(func.overloadpacket)
+            # Code that walks through a tensor takes it apart at once, its graph piece by piece.
+            self.steps += [("aten.select" if name == "aten.unbind" else name, tuple(value.shape)) for value in made]
+            self._made |= {id(value): value for value in made}
+        return result

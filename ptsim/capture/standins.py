@@ -1,0 +1,87 @@
+"""What does a model's code see in place of a value while torch.fx traces it?"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+NOT_THE_CODE = tuple(f"{folder}/" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+_DEVICE_QUESTIONS = frozenset({"is_cpu", "is_cuda", "is_maia", "is_meta", "is_mps", "is_mtia", "is_xla", "is_xpu"})
+
+
+def _on(name: str, device: torch.device) -> Any:
+    """What the attribute `name` of a tensor on `device` says of the device; None for every other attribute."""
+    if name == "device":
+        return device
+    if name == "get_device":
+        return lambda: -1 if device.type == "cpu" else device.index or 0
+    return name == f"is_{device.type}" if name in _DEVICE_QUESTIONS else None
+
+
+class StandIn(fx.Proxy):
+    """Records `x[index] = value`, which torch.fx itself does not, and notes where code may see that it is no tensor."""
+
+    tracer: Any
+
+    @property  # type: ignore[misc] # an object's class can be set
+    def __class__(self) -> Any:
+        """Its class, which `isinstance` looks at; for the model's code that of the value, where it can be told."""
+        asking = sys._getframe(1).f_code
+        ours = asking.co_filename.startswith(NOT_THE_CODE) and asking.co_name != "is_tensor"
+        return type(self) if ours else self.tracer.kind_of(self)
+
+    def __getattr__(self, name: str) -> Any:
+        self.tracer.asked |= not hasattr(Tensor, name)  # `hasattr` finds everything
+        return super().__getattr__(name)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class _Looks:
+    """Stands for a value; numbers and tuples of numbers can be looked at."""
+
+    tracer: Any
+    node: fx.Node
+
+    def __int__(self) -> int:
+        return int(self.tracer.look(self.node, "number"))
+
+    def __index__(self) -> int:
+        return int(self.tracer.look(self.node, "number"))
+
+    def __float__(self) -> float:
+        return float(self.tracer.look(self.node, "number"))
+
+    def __len__(self) -> int:
+        if isinstance(self.tracer._values[self.node], Tensor):
+            return int(self.tracer.create_proxy("call_method", "size", (self, 0), {}))
+        return len(self.tracer.look(self.node, "condition"))
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.tracer._values[self.node]
+        return iter([operator.getitem(self, index) for index in range(len(value))])  # type: ignore[call-overload] # fx's
+
+
+class ShapedStandIn(_Looks, StandIn):
+    """Knows the value's shape, or the number, and says the truth about them."""
+
+    def __getattr__(self, name: str) -> Any:
+        self.tracer.asked |= not hasattr(self.tracer._values[self.node], name)
+        known = _on(name, self.tracer.device) if isinstance(self.tracer._values[self.node], Tensor) else None
+        return _Attribute(self, name) if known is None else known
+
+
+class _Attribute(_Looks, fx.proxy.Attribute):
+    """`x.shape`, or `x.view` before it is called."""
+
+    __class__ = vars(StandIn)["__class__"]
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
