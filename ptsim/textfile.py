@@ -233,6 +233,8 @@ def _explain(message: str, raw: Any, kind: Any) -> tuple[str, str | None]:
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     if values:
         return f"{place} is {shown}, expected one of {', '.join(map(str, values))}", None
+    if what == "Invalid RFC3339 encoded date":
+        return f"{place} is {shown}, expected a day such as '2026-09-24'", None
     if found := re.match(r"Expected `([^`]*)`(.*?)(?:, got .*)?$", what):
         kinds = " or ".join(_WORDS.get(word.strip(), word.strip()) for word in found[1].split("|") if word != " null")
         bound = found[2].replace(">=", "of at least").replace("<=", "of at most").replace("matching regex", "like")

@@ -219,8 +219,8 @@ def _asked(model: str, options: PlanOptions) -> _Asked:
         raise UsageError(f"seed is {asked.seed}, expected at least 0")
     if asked.batch * asked.gpus > asked.images:
         raise UsageError(
-            f"one step on {asked.gpus} GPUs takes {asked.batch * asked.gpus:,} images, "
-            f"the data set has {asked.images:,}"
+            f"one step takes {asked.batch * asked.gpus:,} images, {asked.batch:,} on each GPU; the data set has "
+            f"{asked.images:,}"
         )
     return asked
 

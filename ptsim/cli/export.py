@@ -66,6 +66,8 @@ def export(
 
 def _write(trace: Path, format: Format, out: Path, gpus: int | None, epoch: int | None, trust: bool) -> list[Path]:
     if format == "onnx":
+        if trace.is_file():
+            read_trace(trace).require_measured("take weights from")
         folder = trace if trace.is_dir() else trace.parent
         check_run_folder(folder)
         from ptsim.export.onnx import export_onnx

@@ -84,8 +84,9 @@ def plan(
     if not os.path.isdir(os.path.dirname(os.path.realpath(out))):
         raise FileFormatError(out, "its folder does not exist")
     check_writable(out)
-    if run.pruning.startswith("like:"):
-        trace_path(run.pruning.removeprefix("like:").partition(",inference=")[0])  # before torch is imported
+    like, _, name = run.pruning.partition("like:")
+    if name and not like:
+        trace_path(name.partition(",inference=")[0])  # before torch is imported
     elif run.pruning.endswith(".toml"):
         read_toml(run.pruning)
     trace = plan_run(model, run.options())

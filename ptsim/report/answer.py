@@ -199,7 +199,7 @@ def _repeats(best: pd.Series, run: pd.Series) -> str:
     if best.num_runs > 1:
         return f" Means of {best.num_runs} runs of this setting; the interval is the widest of them."
     if run.stretched:
-        return " Nobody has trained it at this length: that it shrinks at the same pace is assumed."
+        return " That every network keeps its share of a run of this length is assumed."
     if run.origin == "planned":
         return " Which channels would go, and with what accuracy, is assumed."
     return " This setting was trained once: how much another seed would differ is not part of the interval."

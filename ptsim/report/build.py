@@ -141,7 +141,7 @@ def make_report(
     options = Options(price_usd_per_gpu_hour=price_usd_per_gpu_hour, input=input_pipeline)
     sizes = _sizes(clusters[0], gpus)
     checked = [trace for trace in runs if trace.epochs and not trace.is_planned]
-    validation, reason = _validation(checked)
+    validation, reason = _validation(checked, stretched=all(trace.is_stretched for trace in runs))
     unchecked = UNCHECKED if checked else reason
     facts = Facts(
         runs,
@@ -197,10 +197,11 @@ def default_cluster(runs: Sequence[Trace]) -> str:
     return next((name for name in names if load_cluster(name).device_name in devices), FALLBACK_CLUSTER)
 
 
-def _validation(runs: Sequence[Trace]) -> tuple[Validation | None, str]:
+def _validation(runs: Sequence[Trace], *, stretched: bool) -> tuple[Validation | None, str]:
     """The runs predicted again from their own profiles, or why that cannot be."""
     if not runs:
-        return None, "Nobody has trained these runs, so there is nothing measured to compare with."
+        length = " at this length" if stretched else ""
+        return None, f"Nobody has trained these runs{length}, so there is nothing measured to compare with."
     try:
         return validate(runs), ""
     except MissingMeasurementError as error:
@@ -298,7 +299,7 @@ def _money(projectors: Sequence[Projector]) -> str:
     unknown = [projector.cluster.name for projector in projectors if projector.price is None]
     said = ""
     if any(projector.price is not None and projector.price.date is not None for projector in projectors):
-        said = " Money is at the list price of the day that is named with it; a price of your own can be given."
+        said = " Money is at a list price, whose day stands beside it; a price of your own can be given."
     if len(unknown) == len(projectors):
         said = " What a GPU-hour costs there is not known, so no money is shown; a price can be given."
     elif unknown:

@@ -22,6 +22,7 @@ from ptsim.units import given_number
 
 FACTORS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)  # on a bandwidth
 BATCHES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # on a mini-batch
+DYNAMIC = ", dynamic mini-batch"
 
 Lever = Literal["GPUs", "bandwidth", "mini-batch"]
 
@@ -54,7 +55,7 @@ def _scenarios(facts: Facts, projector: Projector) -> Iterator[tuple[LabelledRun
         batches = {epoch.batch_per_gpu for epoch in run.trace.epochs}
         if run.label == facts.shown.label and run.trace.is_pruned and len(batches) == 1:
             options = msgspec.structs.replace(projector.options, minibatch="planned")
-            yield run, projector.changed(projector.cluster, options), f"{run.label}, dynamic mini-batch"
+            yield run, projector.changed(projector.cluster, options), f"{run.label}{DYNAMIC}"
 
 
 def most_gpus(cluster: Cluster) -> int:

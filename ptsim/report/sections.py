@@ -75,6 +75,11 @@ def scenarios_section(facts: Facts) -> Section:
             caption += f" The given price of {facts.projector.price} holds on every cluster."
         else:
             caption += f" Prices: {'; '.join(f'{p.cluster.name} {p.price}' for p in priced)}."
+    if facts.scenarios.run.str.endswith(scenarios.DYNAMIC).any():
+        caption += (
+            " A dynamic mini-batch fills the GPU's memory from the first reconfiguration on. A dense run could have a "
+            "larger mini-batch too: not all that it saves is due to pruning."
+        )
     tables = [make_table(specs.SCENARIOS, facts.scenarios, caption=caption)]
     sentences: tuple[str, ...] = ()
     if not facts.break_even.empty:

@@ -57,11 +57,15 @@ class Scenario:
         """Resolve names and defaults.
 
         Raises:
-            UsageError: no epochs in the trace, no GPUs, an option out of its bounds, or an unknown device.
+            UsageError: no epochs in the trace, no GPUs, an option out of its bounds, an unknown device, or a planned
+                run where a measured one is needed.
         """
         options.check()
         if not trace.epochs:
             raise UsageError(f"{trace.path} has no finished epoch; there is nothing to project")
+        for name, what in (("jitter", "the jitter of its steps"), ("input_images_per_s", "its waiting for data")):
+            if getattr(options, name) == "recorded":
+                trace.require_measured(f"take {what} from")
         if num_gpus < 1:
             raise UsageError(f"{num_gpus} GPUs; at least 1 is needed")
         if num_gpus > _MOST_GPUS:
@@ -122,7 +126,7 @@ def recorded_jitter(epochs: Sequence[Epoch]) -> float:
     """The standard deviation of the logarithm of a step's duration, from the recorded 10th and 90th percentiles.
 
     Percentiles, not the standard deviation: the first steps after a start would dominate that. The median over epochs;
-    0 where nobody measured steps, as in a planned run.
+    0 where nobody measured steps.
     """
     steps = [epoch.measured_step for epoch in epochs]
     spreads = sorted(

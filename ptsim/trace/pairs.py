@@ -299,20 +299,21 @@ def held_dense(trace: Trace) -> Trace:
 def _method(trace: Trace) -> str:
     if not trace.is_pruned:
         return f"{trace.mark}dense"
+    if asked := trace.run.hyperparameters.get("pruning"):  # of a plan
+        return trace.mark + printable(str(asked), _LONGEST_NAME)
     schedule = str(trace.run.hyperparameters.get("schedule", "continuous"))
     name = {"one_time": "one-time pruning", "ssl": "SSL"}.get(schedule, "PruneTrain")
     ratio = trace.penalty_ratio
     return trace.mark + (name if ratio is None else f"{name} r={ratio:g}")
 
 
-def _pruning_settings(trace: Trace) -> tuple[str, str, str, str]:
+def _pruning_settings(trace: Trace) -> tuple[str, str, str]:
     if not trace.is_pruned:
-        return "", "", "", ""
+        return "", "", ""
     settings = trace.run.hyperparameters
-    asked = printable(str(settings.get("pruning", "")), _LONGEST_NAME)  # of a plan
     batch = "dynamic mini-batch" if settings.get("dynamic_batch") else "fixed mini-batch"
     mode = printable(str(settings.get("mode", "union")), _LONGEST_NAME)
-    return asked, batch, mode, printable(f"interval {settings.get('interval')}", _LONGEST_NAME)
+    return batch, mode, printable(f"interval {settings.get('interval')}", _LONGEST_NAME)
 
 
 def _setting_key(trace: Trace) -> str:

@@ -332,6 +332,10 @@ class TestKinds:
         with pytest.raises(UsageError, match=problem):
             plan("resnet20", **BASE, pruning=f"like:{RECORDED},inference={given}")
 
+    def test_a_run_to_imitate_has_a_name(self, model: str) -> None:
+        with pytest.raises(UsageError, match="pruning 'like:' names no trace"):
+            plan(model, **BASE, pruning="like:")
+
     def test_a_path_may_hold_an_equals_sign(self, model: str) -> None:
         for pruning in ("like:runs/lr=0.1/trace.jsonl", "lr=0.1.toml"):
             with pytest.raises(PtsimError, match=r"lr=0\.1"):
@@ -344,12 +348,19 @@ class TestKinds:
             plan(model, **BASE, pruning=f"like:{dense}")
 
     @pytest.mark.slow
-    def test_a_planned_run_cannot_be_imitated_or_validated(self, planned: Trace, model: str, tmp_path: Path) -> None:
+    def test_a_planned_run_does_not_stand_in_for_a_measured_one(
+        self, planned: Trace, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         file = write_trace(tmp_path / "planned.jsonl", planned)
         with pytest.raises(UsageError, match="nothing to imitate"):
             plan(model, **BASE, pruning=f"like:{file}")
         with pytest.raises(UsageError, match="nothing to compare predictions with"):
             validate([planned])
+        for options in ({"jitter": "recorded"}, {"input_images_per_s": "recorded"}):
+            with pytest.raises(UsageError, match=r"is a planned run: .* nothing to take .* from"):
+                ptsim.simulate(planned, "dgx-a100", [1], **options)
+        assert run(["export", str(file), "--format", "onnx", "-o", str(tmp_path / "o.onnx")]) == 2
+        assert "nothing to take weights from" in capsys.readouterr().err
 
     @pytest.mark.slow
     def test_a_file_gives_densities_by_edge_and_role(self, model: str, tmp_path: Path) -> None:
@@ -383,7 +394,10 @@ class TestKinds:
             ('role = "branch"\nepochs = [6, 6]\ndensities = [0.5, 0.4]', "expected ascending ones"),
             ('role = "branch"\nepochs = [6]\ndensities = [0.5, 0.4]', "1 epochs and 2 densities"),
             ('role = "branches"\nepochs = [6]\ndensities = [0.5]', "unknown role 'branches'"),
-            ('role = "plain"\nepochs = [6]\ndensities = [0.5]', "names no edge of .*, whose edges are branch and s"),
+            (
+                'role = "plain"\nepochs = [6]\ndensities = [0.5]',
+                "names no edge of .*; its edges are of the roles b",
+            ),
             ('layer = "0"\nepochs = [6]\ndensities = [0.5]', "layer is not a known key"),
             ("epochs = [6]\ndensities = [0.5]", "needs either an edge or a role"),
         ],

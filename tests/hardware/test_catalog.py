@@ -404,5 +404,5 @@ def test_the_day_of_a_list_price_needs_the_price(tmp_path):
     path.write_text(
         CLUSTER.replace("gpus_per_node = 8", 'gpus_per_node = 8\nprice_per_gpu = "2 USD/h"\nprice_date = "yesterday"')
     )
-    with pytest.raises(FileFormatError, match="price_date"):
+    with pytest.raises(FileFormatError, match=r"price_date is .yesterday., expected a day such as .2026-09-24."):
         load_cluster(path)

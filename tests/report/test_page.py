@@ -217,11 +217,14 @@ def test_a_list_price_is_shown_with_its_day_and_a_given_one_takes_its_place(tmp_
     listed = make_report(traces, cluster=both, gpus=[8])
     (money,) = (tile for tile in listed.answer.tiles if tile.name.startswith("Money"))
     assert " at 3.06 USD per GPU-hour, the list price of 2026-09-24; " in money.detail
-    assert "the list price of the day" in listed.byline
+    assert "Money is at a list price, whose day stands beside it" in listed.byline
     assert "No price of a GPU-hour is known for dgx-a100." in listed.byline
     (saving,) = listed.savings.to_dict("records")
     assert saving["saved_usd"] == pytest.approx(3.06 * 8 * saving["saved_seconds"] / 3600)
     assert list(listed.scenarios.groupby("cluster").cost_usd.count()) == [3, 0]
+    (sides,) = (table for section in listed.sections for table in section.tables if table.name == "scenarios")
+    assert "Prices: aws-p3-16xlarge 3.06 USD per GPU-hour, the list price of 2026-09-24." in sides.caption
+    assert "not all that it saves is due to pruning" in sides.caption  # of the row with a dynamic mini-batch
     given = make_report(traces, cluster=both, gpus=[8], price_usd_per_gpu_hour=2.0)
     assert "list price" not in given.byline
     (money,) = (tile for tile in given.answer.tiles if tile.name.startswith("Money"))

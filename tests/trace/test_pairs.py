@@ -187,8 +187,8 @@ def test_a_planned_run_is_called_planned_and_what_was_asked_tells_plans_apart(tm
     runs = [planned(dense, "none"), planned(pruned, "training=0.6,inference=0.5"), planned(pruned, "mine.toml")]
     assert run_labels(runs) == [
         "planned dense",
-        "planned PruneTrain r=0.2, training=0.6,inference=0.5",
-        "planned PruneTrain r=0.2, mine.toml",
+        "planned training=0.6,inference=0.5",
+        "planned mine.toml",
     ]
     (held,) = compare_runs(runs[1:2])
     assert held.baseline_label == "planned dense, held"

@@ -55,7 +55,7 @@ def from_file(text: str, problem: Problem) -> Trajectory:
     held = sorted({edge.role for edge in problem.edges})
     unused = sorted({course.role for course in given.prune if course.role is not None} - {*held})
     if not any(course.edge is not None or course.role in held for course in given.prune):
-        raise FileFormatError(path, f"names no edge of {problem.model}, whose edges are {' and '.join(held)}")
+        raise FileFormatError(path, f"names no edge of {problem.model}; its edges are of the roles {', '.join(held)}")
     what = "densities by edge and epoch" + (f"; no edge is {' or '.join(unused)}" if unused else "")
     source = f"{text}: {given.source}" if given.source else text
     return Trajectory(widths=problem.rounded(densities), assumed=(Assumption(what=what, source=source),))

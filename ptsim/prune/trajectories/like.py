@@ -25,9 +25,11 @@ def from_trace(text: str, problem: Problem) -> Trajectory:
     """The trajectory of "like:TRACE" or "like:TRACE,inference=0.47".
 
     Raises:
-        UsageError: what `imitate` raises, or the fraction is no number above 0 and at most 1.
+        UsageError: what `imitate` raises, no trace is named, or the fraction is no number above 0 and at most 1.
     """
     name, given, value = text.removeprefix(_PREFIX).partition(STRENGTH)
+    if not name:
+        raise UsageError(f"pruning {text!r} names no trace, expected like:TRACE")
     if not given:
         return imitate(read_trace(name), problem)
     try:

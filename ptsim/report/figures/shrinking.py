@@ -113,7 +113,7 @@ def _memory_caption(facts: Facts) -> str:
 
 SHRINKING = ReportFigure(
     section="costs",
-    title="What shrank, and what the clock saw.",
+    title="What an image costs.",
     frame=lambda facts: (
         facts.epochs[facts.epochs.run == facts.shown.label]
         if facts.shown.trace.is_pruned and len(facts.shown.trace.epochs) > 1
