@@ -176,7 +176,9 @@ class ShapedTracer(Tracer):
                     return getattr(home, name)
                 return getattr(self.root, str(node.target)).to("meta")  # a tensor that the code has just made
             case "call_module":
-                return self._twin.get_submodule(str(node.target))(*args, **kwargs)
+                module = self._twin.get_submodule(str(node.target))
+                shaped = kept_shape(module, node.target, args)
+                return module(*args, **kwargs) if shaped is None else shaped
             case "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             case "call_function":
@@ -393,16 +395,22 @@ def example_input(model: nn.Module, input_shape: tuple[int, int, int], *, batch:
     return images.to(device=reference.device, dtype=reference.dtype)
 
 
-def normalised_shape(module: nn.Module, target: object, args: tuple[Any, ...]) -> Tensor | None:
-    """What a BatchNorm gives for a tensor without storage: the shape, checked; torch's own way there is slow.
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh)
 
-    None for every other module or input.
+
+def kept_shape(module: nn.Module, target: object, args: tuple[Any, ...]) -> Tensor | None:
+    """What a BatchNorm or an activation gives for a tensor without storage: its shape; torch's own way there is slow.
+
+    None for every other module or input, or where a hook looks on.
     """
-    if type(module).__name__ not in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d") or not args or not args[0].is_meta:
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    if type(module) not in (*_NORMS, *_ACTIVATIONS) or hooked or len(args) != 1 or not args[0].is_meta:
         return None
-    if args[0].shape[1] != module.num_features:
+    if isinstance(module, _NORMS) and args[0].shape[1] != module.num_features:
         raise RuntimeError(f"{target} expects {module.num_features} channels, got {args[0].shape[1]}")
-    return torch.empty_like(args[0])
+    given: Tensor = args[0] if getattr(module, "inplace", False) else torch.empty_like(args[0])
+    return given
 
 
 def output_tensors(output: Any) -> Iterator[Tensor]:

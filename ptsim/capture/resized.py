@@ -16,7 +16,7 @@ import msgspec
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import called_modules, evaluation_mode, normalised_shape, symbolic_graph, traced_into
+from ptsim.capture.graph import called_modules, evaluation_mode, kept_shape, symbolic_graph, traced_into
 from ptsim.capture.network import capture_network, layer_names
 from ptsim.capture.words import words_of
 from ptsim.network import Footprint, Layer, LayerKind, Moment, Network, Parameter
@@ -188,8 +188,8 @@ class _Watcher(fx.Interpreter):
         return getattr(self._traced, target) if made else super().fetch_attr(target)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a module; a BatchNorm only for its shape."""
-        shaped = normalised_shape(self.fetch_attr(target), target, args)
+        """Run a module; some only for their shape."""
+        shaped = kept_shape(self.fetch_attr(target), target, args)
         return super().call_module(target, args, kwargs) if shaped is None else shaped
 
 

@@ -20,7 +20,7 @@ from ptsim.capture.copies import hollow_copy
 from ptsim.capture.graph import (
     Way,
     example_input,
-    normalised_shape,
+    kept_shape,
     plain_arguments,
     symbolic_graph,
 )
@@ -158,7 +158,7 @@ class Propagation(fx.Interpreter):
             self.counts[node] = torch.cat([*parts, NO_SLOTS])
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a module; a BatchNorm without storage only for its shape."""
+        """Run a module; some without storage only for their shape."""
         module = self.fetch_attr(target)
         self.hooked = False
         if tables := hooks_of(module):
@@ -166,7 +166,7 @@ class Propagation(fx.Interpreter):
                 value = super().call_module(target, args, kwargs)
             self.hooked = bool(changes)
             return value
-        shaped = normalised_shape(module, target, args)
+        shaped = kept_shape(module, target, args)
         return super().call_module(target, args, kwargs) if shaped is None else shaped
 
     # ------------------------------------------------------------------ dispatch
