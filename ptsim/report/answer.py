@@ -444,8 +444,8 @@ def _quality_tiles(runs: pd.DataFrame, best: pd.Series, counted: str) -> Iterato
     if pd.notna(best.get("pruned_accuracy")):
         detail = "no dense run was recorded to compare with"
         if pd.notna(best.accuracy_change):
-            change = format_quantity("points", 100 * best.accuracy_change)
-            detail = f"{'+' if best.accuracy_change >= 0 else ''}{change} against dense"
+            change = format_quantity("points", 100 * abs(best.accuracy_change))
+            detail = f"{change} {'above' if best.accuracy_change >= 0 else 'below'} dense"
         yield Tile(name="Validation accuracy", value=percent(best.pruned_accuracy), detail=detail, origin=measured)
     first, last = rows.first_inference_macs_per_image.mean(), rows.last_inference_macs_per_image.mean()
     before = "" if rows.judged.all() else "; the accuracy is that of the network before its last pruning"

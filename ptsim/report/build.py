@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +283,7 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
             notices.append(
                 f"{comparison.label}: every epoch trained the same network, so pruning could save no training time."
             )
+        notices += [f"{comparison.label}: {text}." for text in _collapses(comparison)]
         notices += [f"{comparison.label}: {note}." for note in comparison.notes]
         speed = pace(comparison)
         if speed is not None and abs(speed - 1) > PACE_TOLERANCE:
@@ -292,6 +293,26 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
                 "machine ran at another speed: their measured times do not compare."
             )
     return notices
+
+
+_HARDLY = 0.05  # of what lies between guessing and knowing, in accuracy
+
+
+def _collapses(comparison: Comparison) -> Iterator[str]:
+    """How little is left of a pruned run's network, where it is too little to be of use."""
+    pruned, dense = comparison.pruned, comparison.baseline
+    left = pruned.final_network.forward_macs / max(1, pruned.network_of(pruned.epochs[0]).forward_macs)
+    if left < 0.01:
+        yield f"its last network has {percent(left)} of the inference MACs of its first; hardly anything is left of it"
+    chance = 1 / max(1, pruned.run.dataset.num_classes)
+    known = chance + _HARDLY * (1 - chance)
+    if not comparison.trained or pruned.final_accuracy is None or dense.final_accuracy is None:
+        return
+    if pruned.final_accuracy < known < dense.final_accuracy:
+        yield (
+            f"with an accuracy of {percent(pruned.final_accuracy)} its network hardly does better than guessing, so "
+            "what it saves is of no use"
+        )
 
 
 def _money(projectors: Sequence[Projector]) -> str:

@@ -6,11 +6,13 @@ import msgspec
 import pandas as pd
 import pytest
 
-from ptsim.report import answer
+from ptsim.report import answer, build
 from ptsim.report.build import make_report
 from ptsim.report.frames import averaged
 from ptsim.trace.io import read_trace
+from ptsim.trace.pairs import compare_runs
 from ptsim.trace.stretch import stretch
+from ptsim.trace.trace import Trace
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 
@@ -166,3 +168,34 @@ def test_a_recorded_run_at_another_length_says_so(tmp_path: Path) -> None:
     assert any("here with 30 epochs instead of 3: every architecture" in notice for notice in report.answer.notices)
     assert "Nobody has trained these runs at this length, so" in report.answer.certainty
     assert "keeps its share of a run of this length is assumed" in report.answer.certainty
+
+
+@pytest.mark.parametrize(
+    ("pruned", "dense", "collapsed"), [(0.11, 0.80, True), (0.11, 0.12, False), (0.30, 0.80, False), (None, 0.8, False)]
+)
+def test_a_network_that_only_guesses_has_collapsed(
+    tmp_path: Path, pruned: float | None, dense: float, collapsed: bool
+) -> None:
+    def with_accuracy(path: Path, accuracy: float | None) -> Trace:
+        trace = read_trace(path)
+        assert trace.end is not None
+        epochs = tuple(msgspec.structs.replace(epoch, validation_accuracy=accuracy) for epoch in trace.epochs)
+        return msgspec.structs.replace(
+            trace, epochs=epochs, end=msgspec.structs.replace(trace.end, final_accuracy=accuracy)
+        )
+
+    runs = [with_accuracy(dense_trace(tmp_path / "d.jsonl", epochs=3), dense)]
+    runs += [with_accuracy(shrinking_trace(tmp_path / "p.jsonl", epochs=3, interval=1), pruned)]
+    notices = list(build._collapses(compare_runs(runs)[0]))
+    assert [("hardly does better than guessing" in notice) for notice in notices] == [True] * collapsed
+
+
+def test_a_network_of_which_hardly_anything_is_left_is_named(tmp_path: Path) -> None:
+    (comparison,) = compare_runs([read_trace(shrinking_trace(tmp_path / "p.jsonl", epochs=3, interval=1))])
+    last, first = comparison.pruned.final_network, comparison.pruned.network_of(comparison.pruned.epochs[0])
+    tiny = tuple(msgspec.structs.replace(layer, forward_macs=layer.forward_macs // 200) for layer in first.layers)
+    networks = {**comparison.pruned.networks, last.id: msgspec.structs.replace(last, layers=tiny)}
+    collapsed = msgspec.structs.replace(comparison.pruned, networks=networks)
+    (notice,) = build._collapses(msgspec.structs.replace(comparison, pruned=collapsed))
+    assert notice.startswith("its last network has 0.5 % of the inference MACs of its first")
+    assert not list(build._collapses(comparison))

@@ -44,7 +44,7 @@ UNITS = {
 NUMBER = re.compile(r"(?<![\w.,])[\u2212+]?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(?: ?(%)| (?:GPU-)?([A-Za-zµ]+))?")
 PRICE, GRID = 2.5, 400.0
 # Said by the page of itself: confidence, ways of counting, filter sizes, and what the user gave.
-KNOWN = {"90 %", "100 %", "9", "10", "1 MAC", "2", "4", "3", "0", "89", "90", f"{PRICE:.2f} USD", "400 g"}
+KNOWN = {"90 %", "100 %", "80 %", "9", "10", "1 MAC", "2", "4", "3", "0", "89", "90", f"{PRICE:.2f} USD", "400 g"}
 DATE = re.compile(r"\b\d{4}-\d\d-\d\d\b")
 
 
@@ -145,6 +145,8 @@ def values(out: Path) -> dict[str, list[float]]:
             frame = read(out / "tables" / f"{name}.csv")
             images: list[float] = list(frame.gpus * frame.first_batch_per_gpu) if name == "projections" else []
             found[""] += [len(frame), *images]  # how many layers there are; images of an update
+    if (out / "figures" / "validation.csv").exists():
+        found[""].append(len(read(out / "figures" / "validation.csv")))  # epochs of all runs
     return found
 
 
