@@ -74,6 +74,28 @@ def test_gpus_pay_for_hooks_and_for_no_more_than_their_share_of_the_update(dense
     assert whole.energy_j - sharded.energy_j == pytest.approx(saved_j, rel=1e-6)
 
 
+@pytest.mark.parametrize("sharding", ["zero1", "zero2"])
+def test_what_accumulated_passes_take_while_the_update_is_sharded_adds_up_by_hand(dense: Trace, sharding: str) -> None:
+    """4 passes of 16 images on 8 GPUs: each computes its passes and an eighth of the update, and waits for the rest."""
+    trace = msgspec.structs.replace(dense, epochs=tuple(msgspec.structs.replace(e, device=None) for e in dense.epochs))
+    projected = run(trace, 8, contention=0.0, sharding=sharding, micro_batches=4)
+    epoch, recorded = projected.epochs[0], trace.epochs[0]
+    one = step_time(
+        trace.network_of(recorded),
+        cluster().gpu,
+        StepSetting(batch=-(-epoch.batch_per_gpu // 4), precision=Precision.FP32, num_gpus=8),
+        measurements=Measurements(profiles=trace.profiles, source_device=match_device(trace.run.device.name)),
+    )
+    power = published_power(cluster().gpu)
+    streaming_s = one.forward_s + one.backward_s - one.product_s
+    passes_j = 4 * (one.product_s * power.product_w + streaming_s * power.stream_w + one.overhead_s * power.waiting_w)
+    passes_s = 4 * (one.forward_s + one.backward_s + one.overhead_s)
+    waiting_s = epoch.step_s - passes_s - one.optimizer_s / 8
+    step_j = passes_j + one.optimizer_s / 8 * power.stream_w + waiting_s * power.waiting_w
+    assert waiting_s > 0
+    assert epoch.energy_j == pytest.approx(8 * epoch.num_iterations * step_j, rel=1e-6)
+
+
 class TestOneGpu:
     def test_it_needs_no_communication(self, trace: Trace) -> None:
         projection = run(trace, 1)
