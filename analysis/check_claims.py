@@ -266,22 +266,51 @@ def fits(root: Path) -> Figures:
     ]
 
 
+def page_row(root: Path, *start: str, column: str = "median error %") -> dict[str, str]:
+    """The row of the cross-validation's page that starts with these cells, in a table that has the column."""
+    header: list[str] = []
+    for line in (root / "docs" / "cross_validation.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if "median error %" in cells:
+            header = cells
+        if tuple(cells[: len(start)]) == start and column in header:
+            return dict(zip(header, cells, strict=True))
+    raise ValueError(f"docs/cross_validation.md has no row {start!r}")
+
+
 def left_out(label: str) -> Callable[[Path], Figures]:
     """A row of the cross-validation's tables, by its first cell."""
 
     def figures(root: Path) -> Figures:
-        header: list[str] = []
-        for line in (root / "docs" / "cross_validation.md").read_text(encoding="utf-8").splitlines():
-            cells = [cell.strip() for cell in line.strip("| ").split("|")]
-            if "median error %" in cells:
-                header = cells
-            if cells[0] == label:
-                row = dict(zip(header, cells, strict=True))
-                coverage = float(row["coverage %"])
-                return [f"median error {row['median error %']} %", f"{coverage:.0f} % inside the 90 % interval"]
-        raise ValueError(f"docs/cross_validation.md has no row {label!r}")
+        row = page_row(root, label)
+        return [
+            f"median error {row['median error %']} %",
+            f"{float(row['coverage %']):.0f} % inside the 90 % interval",
+        ]
 
     return figures
+
+
+def many_gpus(root: Path) -> Figures:
+    """Steps of many GPUs, the GPU or the source left out; then which part is off, source by source."""
+    gpu, source = (page_row(root, f"{way} left out", column="its bias, points") for way in ("GPU", "source"))
+    parts = [page_row(root, "source", name) for name in ("DeepLearningExamples", "deeplearning-benchmark")]
+    alone, added = (" and ".join(row[f"{part}: median error %"] for row in parts) for part in ("one GPU", "added"))
+    return [
+        f"GPU left out: median error {gpu['median error %']} %, {gpu['coverage %']} % inside the 90 % interval",
+        f"source left out: {source['median error %']} %",
+        f"one GPU's step is {alone} % off, what the others add {added} %",
+        f"{source['coverage %']} % inside",
+    ]
+
+
+def many_gpus_later(root: Path) -> Figures:
+    """Rows of two sources that no fit has seen."""
+    dlperf, pycls = (page_row(root, name) for name in ("DLPerf", "pycls"))
+    return [
+        f"DLPerf, {dlperf['rows']} rows: median error {dlperf['median error %']} %",
+        f"pycls, {pycls['rows']} rows in fp32: {pycls['median error %']} %, {pycls['coverage %']} % inside",
+    ]
 
 
 def host_bound(root: Path) -> Figures:
@@ -372,6 +401,8 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "both-left-out": left_out("GPU and network left out"),
     "later-rows": left_out("mini-batches of 16 to 1,280, all"),
     "host-bound": host_bound,
+    "many-gpus": many_gpus,
+    "many-gpus-later": many_gpus_later,
     "carried-over": carried_over,
     "lab-allreduce": lab_allreduce,
     "lab-small": lab_small,
