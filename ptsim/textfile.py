@@ -103,11 +103,18 @@ def read_lines(path: str | Path, *, most: int, most_of_line: int) -> Iterator[by
         if size > most:
             raise FileFormatError(path, f"has {size:,} bytes, at most {most:,} are read")
         number = 0
-        while line := file.readline(most_of_line + 1):
+        while line := _next_line(path, file, most_of_line + 1):
             number += 1
             if len(line) > most_of_line:
                 raise FileFormatError(path, f"the line has more than {most_of_line:,} bytes", line=number)
             yield line
+
+
+def _next_line(path: str | Path, file: BinaryIO, most: int) -> bytes:
+    try:
+        return file.readline(most)
+    except OSError as error:
+        raise FileFormatError(path, f"cannot be read: {error.strerror}") from error
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

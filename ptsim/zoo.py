@@ -83,14 +83,20 @@ def find(name: str) -> ModelEntry:
     )
 
 
+def file_of(name: str) -> Path | None:
+    """The Python file that makes the network of this name; None where no user's file does."""
+    path, colon, _ = name.rpartition(":")
+    return Path(path) if colon and path.endswith(".py") else None
+
+
 def check_file(name: str) -> None:
     """Find out, before torch is imported, that a name is of a user's file that does not exist.
 
     Raises:
         UsageError: there is no such file.
     """
-    path, colon, _ = name.rpartition(":")
-    if colon and path.endswith(".py") and not os.path.isfile(path):
+    path = file_of(name)
+    if path is not None and not os.path.isfile(path):
         raise UsageError(f"no model file {path}; expected path/to/file.py:function")
 
 

@@ -64,6 +64,12 @@ def test_pipes_devices_folders_and_strange_names_are_one_sentence(tmp_path):
             read_bytes(path)
 
 
+def test_a_file_that_the_system_cannot_read_is_named():
+    """Memory that is not mapped: opening it works, reading does not."""
+    with pytest.raises(FileFormatError, match=r"^/proc/self/mem: cannot be read: "):
+        list(read_lines("/proc/self/mem", most=2**20, most_of_line=2**10))
+
+
 def test_a_file_beyond_the_limit_is_refused_with_the_limit(tmp_path):
     file = tmp_path / "large"
     with file.open("wb") as handle:

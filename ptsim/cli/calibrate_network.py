@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ptsim.cli.common import progress_console
+from ptsim.cli.reading import refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import AllReduceTable, Cluster
 from ptsim.textfile import check_writable
@@ -47,6 +48,7 @@ def network(
 
     check_file_name("cluster", out)
     check_writable(out)
+    refuse_input_as_output(out, *(nccl_log or ()))
     origin = None if base is None else load_cluster(base)
     name = name or out.stem
     if nccl_log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ptsim import zoo
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json, NetworkOptions, Out
 from ptsim.cli.reading import refuse_input_as_output
@@ -56,7 +58,12 @@ def kineto(
         precision: Number format of the matrix products. Default: the file's own.
         memory_format: Layout of the activations in memory. Default: the file's own.
     """
-    refuse_input_as_output(out, *files)
+    if model is None and network != NetworkOptions():
+        raise UsageError("--input and --classes have no effect without --model, whose network they are of")
+    if len({os.path.realpath(path) for path in files}) < len(files):
+        raise UsageError("a file is named twice: the files are those of different ranks")
+    also = [path for path in (zoo.file_of(model or ""), Path(device or "")) if path is not None]
+    refuse_input_as_output(out, *files, *also)
     check_writable(out)
     trained = None if model is None else _network(model, network)
     found = import_kineto(
@@ -96,7 +103,6 @@ def _bytes(text: str) -> int:
 
 
 def _network(model: str, options: NetworkOptions) -> Network:
-    from ptsim import zoo
     from ptsim.capture.network import capture_network
 
     entry = zoo.find(model)

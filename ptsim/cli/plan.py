@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from cyclopts import Parameter
 
+from ptsim import zoo
 from ptsim.answers.plan import fractions
 from ptsim.answers.plan import plan as plan_run
 from ptsim.answers.plan_options import PlanOptions
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json, NetworkOptions, Optimizer, Out
+from ptsim.cli.reading import refuse_input_as_output
 from ptsim.errors import FileFormatError
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
@@ -84,11 +87,7 @@ def plan(
     if not os.path.isdir(os.path.dirname(os.path.realpath(out))):
         raise FileFormatError(out, "its folder does not exist")
     check_writable(out)
-    like, _, name = run.pruning.partition("like:")
-    if name and not like:
-        trace_path(name.partition(",inference=")[0])  # before torch is imported
-    elif run.pruning.endswith(".toml"):
-        read_toml(run.pruning)
+    _check_files(model, run.pruning, out)
     trace = plan_run(model, run.options())
     documents = [msgspec.to_builtins(fractions(drawn)) for drawn in trace.drawn()]
     document = {"trace": str(write_trace(out, trace)), **documents[0]}
@@ -96,6 +95,20 @@ def plan(
         print_json(document | {"draws": documents[1:]})
     else:
         _show(document, documents[1:], trace)
+
+
+def _check_files(model: str, pruning: str, out: Path) -> None:
+    """Find wrong files before torch is imported, and keep `out` from being one of those that are read."""
+    read = [path for path in (zoo.file_of(model),) if path is not None]
+    zoo.check_file(model)
+    if pruning.startswith("like:"):
+        if name := pruning.removeprefix("like:").partition(",inference=")[0]:
+            read.append(Path(name))
+            trace_path(name)
+    elif pruning.endswith(".toml"):
+        read.append(Path(pruning))
+        read_toml(read[-1])
+    refuse_input_as_output(out, *read)
 
 
 def _show(document: dict[str, Any], draws: list[dict[str, Any]], trace: Trace) -> None:

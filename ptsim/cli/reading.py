@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 
 from ptsim.errors import FileFormatError, UsageError
@@ -37,10 +38,13 @@ def check_number(name: str, text: str, *, whole: bool) -> None:
         return  # no number in decimal digits: whoever reads it says so
     if whole and (not math.isfinite(value) or not text.strip().lstrip("+-").isdecimal()):
         raise UsageError(f"{name} is {text}, expected a whole number")
-    if whole and abs(value) > LARGEST_INTEGER:
+    digits = text.strip().lstrip("+-").lstrip("0")
+    if whole and (len(digits) > len(str(LARGEST_INTEGER)) or int(digits or "0") > LARGEST_INTEGER):
         bound = f"at most {LARGEST_INTEGER}" if value > 0 else f"at least {-LARGEST_INTEGER}"
-        raise UsageError(f"{name} is {value:.3g}, expected {bound}")
-    if not whole and value and math.isfinite(value) and not SMALLEST <= abs(value) <= LARGEST:
+        shown = f"{value:.3g}" if abs(value) >= 1e20 else text.strip()
+        raise UsageError(f"{name} is {shown}, expected {bound}")
+    vanished = not value and re.match(r"[^eE]*[1-9]", text)  # 1e-400 is no zero
+    if not whole and (value or vanished) and math.isfinite(value) and not SMALLEST <= abs(value) <= LARGEST:
         raise UsageError(f"{name} is {text}, expected 0 or a number between {SMALLEST:g} and {LARGEST:g}")
 
 
@@ -63,8 +67,8 @@ def parse_bytes(name: str, text: str) -> int:
             size = parse_quantity(f"{text} B" if unit.isdecimal() or unit == "." else text, "bytes")
     except ValueError as error:
         raise UsageError(f"{name} {error}") from error
-    if not 0 <= size <= LARGEST_INTEGER or size != int(size):
-        raise UsageError(f"{name} {text}: a message is a whole, non-negative number of bytes")
+    if not 0 <= size < LARGEST_INTEGER or size != int(size):
+        raise UsageError(f"{name} {text}: a message is a whole, non-negative number of bytes, below {2**63:,}")
     return int(size)
 
 

@@ -137,6 +137,9 @@ def simulate(
         if timeline == Path():  # also what an empty text means
             raise UsageError("--timeline is the current folder, expected a .json file or a folder of its own")
         refuse_input_as_output(timeline, *traces)
+    names = [text.partition("=")[0].strip() for text in settings]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"--set {twice[0]} is given twice")
     for text in settings:
         _set(changes, text)
     options = change(Options(), changes)
@@ -173,7 +176,7 @@ def _set(changes: dict[str, Any], text: str) -> None:
         raise UsageError(f"--set {text!r} is not name=value")
     try:
         parsed: Any = msgspec.json.decode(value)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeError, RecursionError):  # then it is a text
         parsed = value
     option, *inner = name.split(".", 1)
     option = option.replace("-", "_")

@@ -93,7 +93,11 @@ def train(
     from ptsim.training.config import parse_override, read_config
     from ptsim.training.loop import train as run_training
 
-    changed: dict[str, Any] = dict(parse_override(text) for text in settings) | overrides.given()
+    changed: dict[str, Any] = {}
+    for name, value in (*map(parse_override, settings), *overrides.given().items()):
+        if name in changed:
+            raise UsageError(f"setting {name!r} is given twice")
+        changed[name] = value
     if start_from is not None:
         changed["start_from"] = str(start_from)
     if log is not None:

@@ -127,8 +127,12 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
                 buffers[id(buffer)] = module._buffers[key]
                 touched.add(id(module))
     for path, module in model.named_modules():
+        groups = stored.groups.get(path) if isinstance(module, CONVS) else None
+        channels = shapes.get(f"{path}.weight", ())[:1]
+        if groups is not None and channels and (groups > channels[0] or channels[0] % groups):
+            raise UsageError(f"the stored structure has {channels[0]} channels in {groups} groups at {path}")
         if id(module) in touched or normed_weight(module) is not None:
-            sync_attributes(module, stored.groups.get(path) if isinstance(module, CONVS) else None)
+            sync_attributes(module, groups)
 
 
 def _insert(model: nn.Module, path: str, config: dict[str, Any]) -> None:

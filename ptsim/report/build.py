@@ -34,7 +34,7 @@ from ptsim.trace.pairs import (
     run_labels,
 )
 from ptsim.trace.trace import Trace
-from ptsim.units import format_bytes, percent
+from ptsim.units import UsdPerHour, format_bytes, percent
 
 UNCHECKED = "The prediction could not be checked on the runs themselves; “Predicted against measured” says why."
 FALLBACK_CLUSTER = "dgx-a100"  # where nothing is known about the recording device
@@ -124,8 +124,9 @@ def make_report(
     """Everything that the page shows; see `write_report`."""
     if not traces:
         raise UsageError("a report needs at least one trace")
-    if price_usd_per_gpu_hour is not None and not 0 <= price_usd_per_gpu_hour < math.inf:
-        raise UsageError(f"price is {price_usd_per_gpu_hour:g} USD per GPU-hour, expected a number from 0 on")
+    if price_usd_per_gpu_hour is not None and not 0 <= price_usd_per_gpu_hour <= UsdPerHour.most:
+        bound = f"expected a number from 0 to {UsdPerHour.most:g}"
+        raise UsageError(f"price is {price_usd_per_gpu_hour:g} USD per GPU-hour, {bound}")
     runs = [trace if isinstance(trace, Trace) else read_trace(trace) for trace in traces]
     if grid_grams_per_kwh is not None and not 0 <= grid_grams_per_kwh < math.inf:
         raise UsageError(f"grid intensity is {grid_grams_per_kwh:g} g per kWh, expected a number from 0 on")

@@ -16,7 +16,7 @@ from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, Sharding
-from ptsim.units import MIB, format_quantity
+from ptsim.units import MIB, UsdPerHour, format_quantity
 
 Scaling = Literal["weak", "strong"]
 MiniBatch = Literal["recorded", "planned", "fixed"]
@@ -45,8 +45,9 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {  # option → smallest and la
     "straggler_slowdown": (1, None),
     "jobs": (1, 10_000),
     "sampled_steps": (1, None),
-    "price_usd_per_gpu_hour": (0, None),
+    "price_usd_per_gpu_hour": (0, UsdPerHour.most),
 }
+_RATES = 1e-3, 1e12  # images per second that one GPU can be given
 _LONGEST = 1e12  # hours or seconds: beyond it a simulated clock no longer sees a second pass
 _TORCH_BUCKET_BYTES = 25 * MIB
 GRADIENT_BYTES: dict[GradientFormat, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -215,8 +216,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 raise UsageError(f"{name} is {value:g}, expected {bound}")
         if not 0 < self.compression <= 1:
             raise UsageError(f"compression is {self.compression:g}, expected more than 0 and at most 1")
-        if isinstance(self.input_images_per_s, int | float) and not (0 < self.input_images_per_s < math.inf):
-            raise UsageError(f"input_images_per_s is {self.input_images_per_s:g}, expected a positive rate")
+        slowest, fastest = _RATES
+        if isinstance(self.input_images_per_s, int | float) and not slowest <= self.input_images_per_s <= fastest:
+            bound = f"expected a positive rate, {slowest:g} to {fastest:g}"
+            raise UsageError(f"input_images_per_s is {self.input_images_per_s:g}, {bound}")
         if self.input != "none":
             find_pipeline(self.input)
             if self.input_images_per_s is not None:

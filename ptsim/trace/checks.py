@@ -12,6 +12,7 @@ from ptsim.network import Network
 from ptsim.trace.schema import AnyRecord, Architecture, Draw, End, Epoch, Profile, Reconfiguration, Run
 
 _CLOCKS = 2.0  # how far the parts of an epoch or a step, which other clocks measure, may exceed the whole
+_SURGERY = (1e-6, 1e6)  # seconds that changing a network can take
 _LEAST_SPREAD = 1e-6  # of the 90th percentile of an epoch's steps: a 10th percentile below it is no step's time
 
 
@@ -38,7 +39,7 @@ def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | 
                 record, networks[record.architecture]
             )
         case Reconfiguration():
-            return _unknown(networks, before=record.before, after=record.after)
+            return _unknown(networks, before=record.before, after=record.after) or _surgery_problem(record)
         case Draw():
             return _draw_problem(record, networks)
         case _:
@@ -104,6 +105,13 @@ def _profile_problem(profile: Profile, network: Network) -> str | None:
     if not low <= profile.step_s <= high:
         return f"field 'step_s' is {profile.step_s:g}, expected between step_low_s {low:g} and step_high_s {high:g}"
     return None
+
+
+def _surgery_problem(record: Reconfiguration) -> str | None:
+    seconds, (least, most) = record.measured_duration_s, _SURGERY
+    if record.before == record.after or not seconds or least <= seconds <= most:
+        return None
+    return f"field 'duration_s' is {seconds:g}, expected 0 or {least:g} to {most:g}: no network is changed in that time"
 
 
 def _epoch_problem(epoch: Epoch, network: Network) -> str | None:

@@ -59,13 +59,12 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 def is_user_file(model: str) -> bool:
     """Whether a model's name is a function of a Python file, which has to be run to make the network."""
-    path, colon, _ = model.rpartition(":")
-    return bool(colon) and path.endswith(".py")
+    return zoo.file_of(model) is not None
 
 
 def source_of(model: str) -> Path | None:
     """The Python file that makes the model; None where no user's file does."""
-    return Path(model.rpartition(":")[0]) if is_user_file(model) else None
+    return zoo.file_of(model)
 
 
 def takes_in_channels(entry: zoo.ModelEntry) -> bool:

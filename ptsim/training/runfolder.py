@@ -29,7 +29,7 @@ from ptsim.training.config import SETTINGS, Config, from_recorded, make_config, 
 from ptsim.training.distributed import restarted
 from ptsim.training.learner import pruned_network
 from ptsim.training.live import name_of, offered
-from ptsim.training.recipe import Recipe, is_user_file, source_of
+from ptsim.training.recipe import Recipe, check_fits, is_user_file, source_of
 from ptsim.training.recorder import TRACE
 from ptsim.usercode import digest, source_files
 
@@ -82,6 +82,8 @@ def load_model(
         network = pruned_network(recipe, description.structure)
     with store.belonging_to(path):
         stored.load_full_state(network, store.read_weights(path))
+        if description.sha256 is None:  # an older run's: nothing else says that its structure is whole
+            check_fits(network, recipe)
     return network.eval()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from ptsim.errors import UsageError
+from ptsim.textfile import LARGEST
 from ptsim.training.config import Config
 from ptsim.training.rates import rate
 
@@ -29,6 +31,9 @@ def epoch_plans(config: Config) -> tuple[EpochPlan, ...]:
     The first `pretrain_epochs` train dense. With the schedule "ssl" the learning-rate schedule runs twice, once over
     them and once over the rest (Wen et al., NeurIPS 2016, sparsify a trained network with a fresh rate). A continuous
     run also reconfigures when the regulariser ends, so that what it hands over is as small as it can be.
+
+    Raises:
+        UsageError: a learning rate that is no number or that no optimizer can hold.
     """
     pretrain = (config.pretrain_epochs or 0) if config.schedule != "one_time" else 0
     restart = pretrain if config.schedule == "ssl" else 0  # of the learning rate
@@ -46,6 +51,10 @@ def epoch_plans(config: Config) -> tuple[EpochPlan, ...]:
                 reconfigures=regularized and _reconfigures_after(config, epoch - pretrain + 1, sparse_end - pretrain),
             )
         )
+    for plan in plans:
+        if not 0 <= plan.learning_rate <= LARGEST:
+            found = f"the learning rate of epoch {plan.epoch} is {plan.learning_rate:g}"
+            raise UsageError(f"{found}, expected 0 to {LARGEST:g}", hint="lr and lr_gamma decide it")
     return tuple(plans)
 
 

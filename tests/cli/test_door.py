@@ -79,6 +79,7 @@ def test_what_the_machine_refuses_is_one_sentence(
         ("predict resnet20 --batch 99999999999999999999 --gpu a100", "--batch is 1e+20, expected at most"),
         ("simulate x --cluster dgx-a100 --seed -99999999999999999999", "--seed is -1e+20, expected at least -92"),
         ("simulate x --cluster dgx-a100 --price 1e-320", "--price is 1e-320, expected 0 or a number between"),
+        ("simulate x --cluster dgx-a100 --price 1e-400", "--price is 1e-400, expected 0 or a number between"),
         ("calibrate gpus", "unknown calibrate command 'gpus'; known: gpu, network"),
         ("simulate x", "--cluster"),
         ("validate [] --json", "[]: no trace here"),

@@ -58,8 +58,12 @@ WRONG = {
     f"{SIMULATE} --gpus -1": "gpus '-1' is not",
     f"{SIMULATE} --gpus 8²": "gpus '8²' is not",
     f"{SIMULATE} --price abc": '"abc"',
-    f"{SIMULATE} --price -2": "expected at least 0",
+    f"{SIMULATE} --price -2": "expected between 0 and",
     f"{SIMULATE} --price nan": "is nan",
+    f"{SIMULATE} --price 1e30": "expected between 0 and 1e+09",
+    f"{REPORT} --price 1e30": "expected a number from 0 to 1e+09",
+    f"{SIMULATE} --input-images-per-s 1e-30": "expected a positive rate",
+    f"{TRAIN} --lr 1e25 --set lr_gamma=1e20 --out new": "the learning rate of epoch 91 is 1e+45, expected 0 to 1e+30",
     f"{SIMULATE} --bucket-mib nan": "bucket-mib is nan",
     f"{SIMULATE} --bucket-mib -1": "bucket-mib is -1",
     f"{SIMULATE} --micro-batches 0": "micro_batches is 0",
@@ -151,6 +155,20 @@ WRONG = {
     "calibrate gpu --out new.toml --minutes -1": "minutes is -1",
     "calibrate gpu --out text/new.toml": "text/new.toml",
     "import kineto text -o new.toml --memory 1e400GiB": "memory: '1e400GiB' is not between 1 and",
+    "import kineto text text -o new.toml": "a file is named twice",
+    "import kineto text --input 3,8,8 -o new.toml": "no effect without --model",
+    "import kineto text --device zero.toml -o zero.toml": "zero.toml is what is read",
+    "calibrate network --nccl-log two.toml --out two.toml": "two.toml is what is read",
+    "plan net.py:make --images 9 --epochs 2 --batch 1 --interval 1 -o net.py": "net.py is what is read",
+    "plan resnet20 --images 9 --epochs 2 --batch 1 --pruning like:pruned -o pruned/trace.jsonl": "is what is read",
+    "plan resnet20 --images 9 --epochs 2 --batch 1 --pruning huge.toml -o huge.toml": "huge.toml is what is read",
+    "plan resnet20 --images 9 --epochs 2 --batch 1 --pruning like:two.toml -o new": "two.toml:1: not a ptsim trace",
+    "plan resnet20 --images 9223372036854775808 --epochs 2 --batch 1 -o new": "is 9223372036854775808, expected",
+    f"{TRAIN} --set epochs=3 --epochs 2 --out new": "setting 'epochs' is given twice",
+    f"{TRAIN} --set seed=3 --set seed=2 --out new": "setting 'seed' is given twice",
+    f"{SIMULATE} --set jobs=1 --set jobs=2": "--set jobs is given twice",
+    f"{SIMULATE} --set jobs={'[' * 5000}": "option jobs",
+    "allreduce --cluster dgx-a100 --gpus 8 --bytes 9223372036854775807": "below 9,223,372,036,854,775,808",
     "devices extra": "unexpected argument 'extra'",
     "clusters --nosuch": "--nosuch",
     "train --model nosuch --dataset digits --out new": "unknown model 'nosuch'",
@@ -214,6 +232,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").write_text("hello\n")
     (folder / "stopped").mkdir()
     shrinking_trace(folder / "stopped/trace.jsonl", recorded_epochs=0)
+    (folder / "net.py").write_text("")
     (folder / "study.toml").write_text(STUDY)
     for name, added in STUDIES.items():
         (folder / name).write_text(STUDY + added)

@@ -141,6 +141,14 @@ def test_several_reconfigurations_removals_and_gates_rebuild_in_a_fresh_process(
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
+@pytest.mark.parametrize("groups", [3, 32, 2**53])
+def test_a_structure_with_groups_that_do_not_divide_the_channels_is_refused(groups: int) -> None:
+    structure = structure_of(zoo.create("resnet20"))
+    structure["groups"]["layer1.0.conv1"] = groups
+    with pytest.raises(UsageError, match=f"has 16 channels in {groups} groups at layer1.0.conv1"):
+        apply_structure(zoo.create("resnet20"), structure)
+
+
 def test_a_structure_with_an_unknown_part_is_refused() -> None:
     structure = structure_of(zoo.create("resnet20"))
     structure["modules"]["layer1.0.conv1"] = {"kind": "pickle"}

@@ -303,6 +303,13 @@ def test_a_reconfiguration_stands_after_its_epoch(tmp_path: Path, epoch: int) ->
         read_trace(file)
 
 
+@pytest.mark.parametrize("seconds", [1e-30, 1e-7, 2e6])
+def test_no_network_is_changed_in_no_time(tmp_path: Path, seconds: float) -> None:
+    file = broken(tmp_path, line_of(Reconfiguration), lambda record: record.update(duration_s=seconds))
+    with pytest.raises(FileFormatError, match=f"field 'duration_s' is {seconds:g}, expected 0 or 1e-06 to 1e"):
+        read_trace(file)
+
+
 def test_the_end_tells_as_many_epochs_as_there_are(tmp_path: Path) -> None:
     told = sum(isinstance(record, Epoch) for record in shrinking_records())
     file = broken(tmp_path, line_of(End), lambda record: record.update(epochs=told + 1))

@@ -110,3 +110,20 @@ def test_a_description_without_a_field_that_came_later_keeps_its_digest(finished
     digest = hashlib.sha256(msgspec.json.encode(older)).hexdigest()
     file.write_text(json.dumps(older | {"sha256": digest}))
     ptsim.load_model(folder, trust=True)
+
+
+def test_a_network_that_its_images_do_not_go_through_is_refused_also_without_a_digest(tmp_path: Path) -> None:
+    folder = ptsim.train(settings(epochs=1, profile=False, threshold=1e-9), out=tmp_path / "run").folder
+    file = folder / "checkpoints" / "epoch-0000" / "checkpoint.json"
+    description = json.loads(file.read_text()) | {"sha256": None}
+    file.write_text(json.dumps(description))
+    ptsim.load_model(folder, trust=True)
+    other = copy.deepcopy(description)
+    other["recipe"]["input_shape"] = [5, 8, 8]
+    file.write_text(json.dumps(other))
+    with pytest.raises(PtsimError, match="does not take images of 5×8×8"):
+        ptsim.load_model(folder, trust=True)
+    description["structure"]["groups"]["stem.0"] = 2**53
+    file.write_text(json.dumps(description))
+    with pytest.raises(PtsimError, match="8 channels in 9007199254740992 groups at stem"):
+        ptsim.load_model(folder, trust=True)

@@ -34,7 +34,7 @@ class TrajectoryFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     source: str = ""
 
 
-@register(lambda: ("FILE.toml",), lambda text: text.endswith(".toml"))
+@register(lambda: ("FILE.toml",), lambda text: text.endswith(".toml") and not text.startswith("like:"))
 def from_file(text: str, problem: Problem) -> Trajectory:
     """The trajectory of a TOML file.
 
