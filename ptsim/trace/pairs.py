@@ -300,7 +300,7 @@ def _method(trace: Trace) -> str:
     if not trace.is_pruned:
         return f"{trace.mark}dense"
     if asked := trace.run.hyperparameters.get("pruning"):  # of a plan
-        return trace.mark + printable(str(asked), _LONGEST_NAME)
+        return trace.mark + printable(", ".join(str(asked).split(",")), _LONGEST_NAME)
     schedule = str(trace.run.hyperparameters.get("schedule", "continuous"))
     name = {"one_time": "one-time pruning", "ssl": "SSL"}.get(schedule, "PruneTrain")
     ratio = trace.penalty_ratio

@@ -187,7 +187,7 @@ def test_a_planned_run_is_called_planned_and_what_was_asked_tells_plans_apart(tm
     runs = [planned(dense, "none"), planned(pruned, "training=0.6,inference=0.5"), planned(pruned, "mine.toml")]
     assert run_labels(runs) == [
         "planned dense",
-        "planned training=0.6,inference=0.5",
+        "planned training=0.6, inference=0.5",
         "planned mine.toml",
     ]
     (held,) = compare_runs(runs[1:2])
