@@ -337,23 +337,6 @@ faster than predicted. Two ways to mend this were tried, looked at once, and lef
 * That Volta and Turing multiply faster in fp32, since integer instructions have lanes of their own there. The fit stays
   at the prior (1.05), and V100 rows come closer by 1 % only.
 
-Three more were written down before anything was fitted, and tried once each. None is in the fit that ships; the first
-and the third are for the next refit.
-
-* Seconds per gradient tensor, or a share of the step? With a share (3 %) what the other GPUs add is off by 2.4 % in
-  place of 2.5 % with the source left out (NVIDIA's rows 1.7 in place of 3.8 %, Lambda's 2.6 in place of 1.4 %), but by
-  1.7 % in place of 0.8 % with the GPU left out; with both terms by 2.4 and 0.9 %. PyTorch's own DDP benchmark on V100
-  takes -3.5 to +3.1 % longer than the tensors predict, 2.2 to 6.6 % longer than the share does. The tensors stay.
-* Software for Ampere older than PyTorch 1.10 takes one share longer (15 % by the fit), later software nothing; cuDNN's
-  release notes up to 8.2 name slow convolutions on these GPUs among the known issues. With the GPU left out NVIDIA's
-  steps of one GPU are off by 7.2 % in place of 9.9 %, Lambda's by 2.0 in place of 3.2 %, and rows of one GPU with at
-  least 16 images by 8.3 in place of 10.0 %. With the source left out it is no better (10.8 in place of 10.4 %, 6.1 in
-  place of 5.8 %): half precision on RTX 3090 and RTX A6000, which is predicted too slow already, gets worse.
-* cuDNN multiplies grouped 3×3 convolutions in fp32 by Winograd's way, too. Rows left out hardly change (10.4 and 5.8 %
-  by source, as before; rows of one GPU 9.8 in place of 10.0 %). Of the rows of the next section wide RegNets, which
-  were 16 to 25 % faster than predicted, are still 9 to 15 % faster; narrow ones are predicted 1 to 7 points shorter.
-  So Winograd is about half of what is wrong there.
-
 ### Rows that came after all this
 
 Collected on 2026-11-27 from two sources that nothing here had been compared with, before anything was changed, and in
@@ -372,9 +355,6 @@ slower: EfficientNet-B0 by 40 %, RegNetY-400MF by 23 %. Published steps of the s
 as much: PyTorch's own DDP benchmark took 104 ms for the ResNet-50 step that pycls did in 88 ms, both on 8 V100. pycls
 lets cuDNN try out its algorithms (`cudnn.benchmark`); whether the other does is not known. Whether pycls's epochs
 wait for images is not stated; its fastest network trained on 12,700 images a second.
-
-These rows were looked at twice: before anything was changed, and once with the last two changes above. With these the
-median error of pycls's rows is 11.1 % in place of 17.5 %, of DLPerf's 5.2 % in place of 5.6 %.
 
 Tried later and excluded: that cuDNN converts contiguous fp32 tensors to NHWC around its TF32 kernels, as profiles of
 Ampere show for some convolutions. Measured over predicted time, the median of each GPU's rows, would go from 0.96..1.08
