@@ -8,7 +8,7 @@ from ptsim.report.facts import Facts
 from ptsim.report.projected import Projector, labelled_runs
 from ptsim.report.specs import PROJECTIONS
 from ptsim.report.tables import make_table
-from ptsim.sim.options import Options
+from ptsim.sim.options import HourPrice, Options
 from ptsim.trace.pairs import compare_runs, first_epochs
 from tests.traces import dense_trace, shrinking_trace
 
@@ -156,8 +156,8 @@ def test_runs_that_are_checked_keep_their_order_and_so_their_names(traces: list[
 
 def test_a_price_of_nothing_is_a_price() -> None:
     cluster = msgspec.structs.replace(load_cluster("dgx-a100"), price_usd_per_gpu_hour=3.0)
-    assert Projector(cluster, Options(price_usd_per_gpu_hour=0.0)).price_usd_per_gpu_hour == 0.0
-    assert Projector(cluster, Options()).price_usd_per_gpu_hour == 3.0
+    assert Projector(cluster, Options(price_usd_per_gpu_hour=0.0)).price == HourPrice(usd=0.0)
+    assert Projector(cluster, Options()).price == HourPrice(usd=3.0)
 
 
 def test_plans_that_were_not_written_and_share_a_path_are_told_apart(traces: list[ptsim.Trace]) -> None:
