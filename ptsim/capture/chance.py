@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ptsim.capture.words import named_values, words_of
 
@@ -43,8 +44,8 @@ class RandomState(NamedTuple):
 
     def is_now(self) -> bool:
         """True if nothing has been drawn since."""
-        now = self.again()
-        return all(_equal(before, after) for before, after in zip(self, now, strict=True))
+        with _disable_current_modes():  # one without arithmetic could not compare
+            return all(_equal(before, after) for before, after in zip(self, self.again(), strict=True))
 
     def restore(self) -> None:
         """Let all of them go on from it."""

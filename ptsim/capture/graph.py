@@ -252,7 +252,8 @@ def symbolic_graph(
     With `buffers` what is computed from buffers is part of the graph, unless the code looks at their values.
 
     With `images_shape` (N, C, H, W) the model's code may also look at shapes; `meta["looked"]` then says at which. What
-    torch.fx cannot trace is then left to `torch.export`; `meta["traced_by"]` says which of the two it was.
+    torch.fx cannot trace is then left to `torch.export`; `meta["traced_by"]` says which of the two it was, and
+    `meta["draws"]` whether the code has drawn random numbers, which may decide on the way that it goes (see `ways`).
 
     `ways` are those that may be tried, in order; `meta["way"]` says which it was. Who traces a network again
     that has only shrunk knows which one works. Each of them meets the same random numbers, also those that the code
@@ -294,7 +295,9 @@ def symbolic_graph(
         try:
             assert images_shape is not None, "else there is nothing to export for"
             assert Way.EXPORT in ways, "else it is left out"
-            return _exported(model, images_shape)
+            exported = _exported(model, images_shape)
+            exported.meta["draws"] = not start.is_now()
+            return exported
         except Exception as error:  # it, too, lets any error of the model's code through
             last = last or error
             raise UnsupportedModelError(
@@ -303,6 +306,7 @@ def symbolic_graph(
             ) from last
     module.meta["looked"] = tracer.looked if isinstance(tracer, ShapedTracer) else {}
     module.meta["traced_by"], module.meta["way"] = "torch.fx", way
+    module.meta["draws"] = not start.is_now()
     return module
 
 

@@ -43,7 +43,7 @@ _RESULTS: dict[Any, _Results] = {}
 class NoArithmetic(TorchDispatchMode):
     """Operators without arithmetic; one that needs values which are not there raises a RuntimeError.
 
-    Numbers that the code writes down, and what follows from them alone, are computed.
+    Numbers that the code writes down or draws at random, and what follows from them alone, are computed.
     """
 
     def __init__(self) -> None:
@@ -63,6 +63,10 @@ class NoArithmetic(TorchDispatchMode):
         written_down = func is _aten.lift_fresh.default  # a number or a list of them has become a tensor
         if written_down or all(getattr(tensor, _KNOWN, False) for tensor in _tensors(args, kwargs)):
             return self._numbers(func, args, kwargs)
+        if _fills_at_random(func, args):
+            filled = func(*args, **kwargs)
+            setattr(filled, _KNOWN, True)
+            return filled
         given = [(name, _signature(value)) for name, value in kwargs.items()]
         key = (func, torch.get_default_dtype(), _signature(args), *given)
         if key not in _RESULTS:
@@ -78,7 +82,7 @@ class NoArithmetic(TorchDispatchMode):
     def _numbers(func: Any, args: Any, kwargs: Any) -> Any:
         """An operator whose inputs have values: it runs, and so do its results, unless it only takes memory."""
         result = func(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded not in func.tags and not func._schema.name.startswith("aten::empty"):
+        if not func._schema.name.startswith("aten::empty"):
             for leaf in pytree.tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     setattr(leaf, _KNOWN, True)
@@ -95,6 +99,12 @@ class _Readers(TorchFunctionMode):
 
 
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+
+
+def _fills_at_random(func: Any, args: Any) -> bool:
+    """Whether it draws every value of the tensor that it is given: `torch.empty(1).bernoulli_(0.5)`."""
+    drawn = torch.Tag.nondeterministic_seeded in func.tags and func._schema.is_mutable
+    return drawn and not any(isinstance(value, Tensor) for value in args[1:])
 
 
 def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:

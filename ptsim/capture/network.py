@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from ptsim.capture.chance import chance_of, random_state_kept
 from ptsim.capture.counts import forward_macs
 from ptsim.capture.footprint import footprints
 from ptsim.capture.graph import evaluation_mode, note_tracer, symbolic_graph
 from ptsim.capture.kinds import geometry, kind_and_op, operations
 from ptsim.capture.rehearsal import Rehearsal, Shape, Step, rehearse
+from ptsim.capture.ways import fullest_graph, take_fullest_way
 from ptsim.network import Layer, LayerKind, Network, Parameter
 
 _BATCHES = (2, 3)  # two sizes tell what scales; not 1, which BatchNorm refuses in training
@@ -28,12 +30,26 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
     """The network that `model` is, for images of `input_shape` (channels, height, width).
 
     Modules of torch, and those that say `ptsim_leaf = True`, are one layer each; such a module may name its kind and
-    operator by attributes `ptsim_kind` and `ptsim_op`. Parameters that get no gradient come last.
+    operator by attributes `ptsim_kind` and `ptsim_op`. Parameters that get no gradient come last. Where random numbers
+    decide which layers a step calls, the way with the most calls is described, and a warning says so.
 
     Raises:
         UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
     """
-    small, large = (rehearse(model, input_shape, batch, backward=batch == _BATCHES[0]) for batch in _BATCHES)
+    own = chance_of(model).generators
+    with random_state_kept([], own):  # each look at the network begins with the same random numbers
+        small = rehearse(model, input_shape, _BATCHES[0])
+        if own or small.graph.meta["draws"]:
+            take_fullest_way(model, (_BATCHES[0], *input_shape))
+            small = rehearse(model, input_shape, _BATCHES[0])
+        return _described(model, small, name=name, input_shape=input_shape, num_classes=num_classes)
+
+
+def _described(
+    model: nn.Module, small: Rehearsal, *, name: str, input_shape: tuple[int, int, int], num_classes: int
+) -> Network:
+    """The network, given what a step does with the smaller mini-batch."""
+    large = rehearse(model, input_shape, _BATCHES[1], backward=False)
     graph = small.graph
     names = layer_names(graph)
     nodes = [node for node in graph.graph.nodes if node.name in small.steps and small.steps[node.name].works]
@@ -148,9 +164,7 @@ def training_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.Gr
     Raises:
         UnsupportedModelError: torch.fx cannot trace the model.
     """
-    with evaluation_mode(model):  # restores every module's own mode afterwards
-        model.train()
-        return symbolic_graph(model, (_BATCHES[0], *input_shape))
+    return fullest_graph(model, (_BATCHES[0], *input_shape))
 
 
 def _image_shapes(small: Step, large: Step) -> tuple[tuple[Shape, ...], Shape]:

@@ -16,8 +16,9 @@ import msgspec
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import called_modules, evaluation_mode, kept_shape, symbolic_graph, traced_into
+from ptsim.capture.graph import called_modules, evaluation_mode, kept_shape, traced_into
 from ptsim.capture.network import capture_network, layer_names
+from ptsim.capture.ways import fullest_graph
 from ptsim.capture.words import words_of
 from ptsim.network import Footprint, Layer, LayerKind, Moment, Network, Parameter
 
@@ -114,7 +115,7 @@ class _Seen:
         self._input_shape = input_shape
         with evaluation_mode(model), torch.no_grad():
             model.train()
-            self.graph = traced if traced is not None else symbolic_graph(model, (_BATCH, *input_shape))
+            self.graph = traced if traced is not None else fullest_graph(model, (_BATCH, *input_shape))
             watcher = _Watcher(model if traced is not None else self.graph, self.graph)
             watcher.run(torch.empty((_BATCH, *input_shape), device="meta"))
         names = layer_names(self.graph)

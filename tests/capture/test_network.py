@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
+from collections.abc import Callable
 from typing import Literal
 
+import numpy
 import pytest
 import torch
 from _pytest.mark import ParameterSet
@@ -86,6 +89,52 @@ def test_a_capture_leaves_the_model_and_the_random_state_alone() -> None:
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+class SometimesSkipped(nn.Module):
+    """Stochastic depth as people write it: in training a block is left out where a random number says so."""
+
+    def __init__(self, skips: Callable[[], object]) -> None:
+        super().__init__()
+        self.skips = skips
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            if self.training and self.skips():
+                continue
+            x = x + block(x)
+        logits: torch.Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "skips",
+    [
+        lambda: random.random() < 0.5,
+        lambda: numpy.random.rand() < 0.5,
+        lambda: torch.rand(1).item() < 0.5,
+        lambda: torch.rand(1) > 0.5,
+        lambda: torch.empty(1).bernoulli_(0.5),
+        lambda: torch.randint(0, 2, ()),
+    ],
+)
+def test_where_random_numbers_decide_the_way_on_which_nothing_is_skipped_is_described(
+    skips: Callable[[], object],
+) -> None:
+    model, unskipped = SometimesSkipped(skips), SometimesSkipped(lambda: False)
+    state = torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())
+    with pytest.warns(UserWarning, match="random numbers decide what SometimesSkipped computes"):
+        network = capture_network(model, name="r", input_shape=(3, 8, 8), num_classes=2)
+    whole = capture_network(unskipped, name="r", input_shape=(3, 8, 8), num_classes=2)
+    assert whole.forward_macs > 2 * 4 * 4 * 9 * 6 * 6  # both blocks: 4 × 4 kernels of 3 × 3 on 6 × 6 pixels
+    assert network == whole
+    assert network.footprints == whole.footprints
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+    assert str(numpy.random.get_state()) == state[2]
 
 
 @pytest.mark.slow

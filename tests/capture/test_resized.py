@@ -40,8 +40,8 @@ def test_a_model_is_traced_again_only_where_its_code_may_take_another_way(
     sparse[torch.nonzero(groups.prunable).flatten()[:5]] = True
     remove_channels(bones, groups, sparse)
     bones.narrow = narrow
-    traced, trace = [], resized.symbolic_graph
-    monkeypatch.setattr(resized, "symbolic_graph", lambda *args: traced.append(1) or trace(*args))
+    traced, trace = [], resized.fullest_graph
+    monkeypatch.setattr(resized, "fullest_graph", lambda *args: traced.append(1) or trace(*args))
     network = known.network(bones)
     assert len(traced) == (1 if narrow else 0)
     captured = capture_network(thin_copy(bones), name="scaled", input_shape=(3, 8, 8), num_classes=4)
