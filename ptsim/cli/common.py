@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import unicodedata
 from typing import Any
@@ -28,6 +29,10 @@ class PlainConsole(Console):
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, **settings)
 
+    def on_broken_pipe(self) -> None:
+        """The reader has left; rich itself would end the program with status 1."""
+        raise BrokenPipeError
+
     def render_str(self, text: str, **settings: Any) -> Text:
         """Every text that is printed comes through here, that of a table's cells too."""
         return super().render_str(printable(text), **settings)
@@ -47,8 +52,9 @@ def progress_console() -> Console:
 
 
 def say(text: str) -> None:
-    """Print a line on stderr."""
-    print(printable(text), file=sys.stderr)
+    """Print a line on stderr, if anybody can take it."""
+    with contextlib.suppress(OSError):
+        print(printable(text), file=sys.stderr)
 
 
 def print_line(text: object) -> None:

@@ -146,10 +146,21 @@ def _run(tokens: list[str] | None, given: list[str]) -> int:
 def main() -> None:
     """Entry point of the `ptsim` script."""
     gc.set_threshold(_COLLECT_EVERY)
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without × or a file name without an encoding
     sys.exit(run())
+
+
+def _open_what_is_closed() -> None:
+    """Let what goes to a closed stdout or stderr go nowhere, and not to a file that would get its number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        continue
+    os.close(number)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w", encoding="utf-8", closefd=False))  # noqa: SIM115 - open to the end
 
 
 def _refuse_numbers_that_would_be_rounded(
@@ -166,7 +177,7 @@ app.config = (_refuse_numbers_that_would_be_rounded,)
 
 
 def _tell_what_it_does(tokens: list[str]) -> None:
-    for command in (" ".join(tokens[:1]), " ".join(tokens[:2])):
+    for command in dict.fromkeys((" ".join(tokens[:1]), " ".join(tokens[:2]))):
         if command in _WORKS and "--help" not in tokens:
             with contextlib.suppress(OSError, ValueError):  # stderr may be closed by now
                 say(f"ptsim {command}: {_WORKS[command]} …")

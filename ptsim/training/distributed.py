@@ -243,7 +243,7 @@ def current_team(device: torch.device) -> Team:
 
 def restarted() -> bool:
     """Torchrun has started these ranks again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
 class CountedBuckets:

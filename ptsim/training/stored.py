@@ -21,7 +21,7 @@ from ptsim.errors import UsageError
 from ptsim.network import Network
 from ptsim.prune.cut import unwrap
 from ptsim.prune.structure import apply_structure, structure_of
-from ptsim.textfile import LARGEST
+from ptsim.textfile import LARGEST, LARGEST_INTEGER
 from ptsim.training.checkpoint import Entry, NotNegative, Totals, Whole
 from ptsim.training.measured import Unfinished
 from ptsim.training.recipe import Count
@@ -179,7 +179,10 @@ def _can_follow(present: object, value: object) -> bool:
         return present is None or isinstance(present, type(value)) or (value is None and isinstance(present, bool))
     if isinstance(present, tuple):
         return isinstance(value, list) and len(value) == len(present) and all(map(_can_follow, present, value))
-    if not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST or isinstance(present, bool):
+    if not isinstance(value, int | float) or isinstance(present, bool):
+        return False
+    most = LARGEST_INTEGER if isinstance(value, int) else LARGEST
+    if not -most <= value <= most:
         return False
     if present is None:
         return value >= 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,9 +125,42 @@ def test_what_is_no_message_size_is_refused(text: str) -> None:
         parse_bytes("--bytes", text)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "around", "status", "out"),
+    [
+        ("devices --json", ">&-", 0, ""),
+        ("cost nosuch", "2>&-", 2, ""),
+        ("cost nosuch", "2>/dev/full", 2, ""),
+        ("cost nosuch", ">&- 2>&- <&-", 2, ""),
+        ("devices", ">/dev/full", 2, ""),
+    ],
+)
+def test_output_that_nobody_takes_is_no_fault(arguments: str, around: str, status: int, out: str) -> None:
+    command = f'"{sys.executable}" -m ptsim {arguments} {around}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, out)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_reader_that_has_left_ends_the_command_with_status_141(more: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "ptsim", "devices", *more], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_help_is_never_interrupted_by_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
     main._tell_what_it_does(["cost", "--help"])
     main._tell_what_it_does(["devices"])
+    assert capsys.readouterr().err == ""
+    main._tell_what_it_does(["doctor"])
+    assert capsys.readouterr().err.count("\n") == 1
     assert capsys.readouterr().err == ""
     main._tell_what_it_does(["cost", "run"])
     assert capsys.readouterr().err == "ptsim cost: counting the network …\n"

@@ -395,6 +395,9 @@ def test_a_state_restores_settings_that_are_negative_or_nothing():
     state["groups"][0]["lr"] = 10**5000  # neither a float nor printed by Python
     with pytest.raises(UsageError, match="the optimizer's lr is a huge number"):
         made[1].load_state_dict(state)
+    state["groups"][0]["lr"] = 2**63  # 1 minus it is no 64-bit number
+    with pytest.raises(UsageError, match="the optimizer's lr is 9223372036854775808"):
+        made[1].load_state_dict(state)
     with pytest.raises(UsageError, match="not a state of PruneTrain"):
         made[1].load_state_dict(state | {"architecture": "\udcff"})
 
