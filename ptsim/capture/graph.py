@@ -116,6 +116,8 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """True for a module that becomes one node."""
+        if "forward" in vars(module):  # somebody has put another one in place of its class's
+            return False
         whole = getattr(module, "ptsim_leaf", False) or type(module).__module__ == "einops.layers.torch"
         return whole or super().is_leaf_module(module, qualified_name)
 

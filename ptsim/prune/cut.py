@@ -151,7 +151,7 @@ def normed_weight(module: Any) -> tuple[Tensor, Tensor] | None:
 def filters_of(module: nn.Module) -> Tensor | None:
     """The parameter that is a layer's weight, or of which its weight is computed filter by filter."""
     normed = normed_weight(module)
-    return module._parameters.get("weight") if normed is None else normed[0]
+    return dict(module._parameters.items()).get("weight") if normed is None else normed[0]  # a script's is no dict
 
 
 def _groups_left(module: nn.Module, kept: Mapping[int, Tensor]) -> int | None:

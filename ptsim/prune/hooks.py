@@ -23,6 +23,17 @@ def hooks_of(module: nn.Module) -> list[_Table]:
     return [table for table in (*shared, *own) if table]
 
 
+def changes_gradient(module: nn.Module, given: Sequence[Any], made: Any) -> bool:
+    """True if a hook on the gradients of a module that is called with `given` and gives `made` changes them."""
+    if not module._backward_hooks and not module._backward_pre_hooks:
+        return False
+    inputs = tuple(torch.empty_like(part) if isinstance(part, Tensor) else None for part in given)
+    outputs = tuple(torch.empty_like(part) for part in output_tensors(made))
+    changed = [hook(module, inputs, outputs) for hook in module._backward_hooks.values()]
+    changed += [hook(module, outputs) for hook in module._backward_pre_hooks.values()]
+    return any(part is not None for part in changed)
+
+
 @contextlib.contextmanager
 def hooks_watched(tables: Sequence[_Table], module: nn.Module) -> Iterator[list[str]]:
     """Inside, the list gets an entry for every hook in `tables` that changes an argument or the result of a call.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -26,7 +26,7 @@ from ptsim.capture.graph import (
 )
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune import function_rules, layer_rules, movement_rules, product_rules  # noqa: F401 - they register their rules
-from ptsim.prune.hooks import hooks_of, hooks_watched
+from ptsim.prune.hooks import changes_gradient, hooks_of, hooks_watched
 from ptsim.prune.labels import ENDS, NO_SLOTS, AxisKey, Facets, Label, Mode, State
 from ptsim.prune.numbers import Number, named_numbers
 from ptsim.prune.rules import (
@@ -164,10 +164,12 @@ class Propagation(fx.Interpreter):
         if tables := hooks_of(module):
             with hooks_watched(tables, module) as changes:
                 value = super().call_module(target, args, kwargs)
-            self.hooked = bool(changes)
+            self.hooked = bool(changes) or changes_gradient(module, args, value)
             return value
         shaped = kept_shape(module, target, args)
-        return super().call_module(target, args, kwargs) if shaped is None else shaped
+        value = super().call_module(target, args, kwargs) if shaped is None else shaped
+        self.hooked = changes_gradient(module, args, value)
+        return value
 
     # ------------------------------------------------------------------ dispatch
 
@@ -313,12 +315,12 @@ def _followed(
     """
     own, untold = chance_of(model)
     ways = tuple(Way) if wider is None else (wider.meta["way"],)
-    most = _MOST_TRACES if wider is None else wider.meta["traces"]
+    seeds: Iterable[int] = range(_MOST_TRACES) if wider is None else wider.meta["seeds"]
     first: fx.GraphModule | None = None
-    followed, fruitless = set[str](), 0
+    followed, fruitless = dict[str, int](), 0  # the seed of every way
     told: tuple[int, ...] = ()
     with random_state_kept([], own):
-        for number in range(most):
+        for number in seeds:
             seed_all(number, own)
             start = RandomState.now(own)
             graph = symbolic_graph(model, tuple(images.shape), buffers=True, ways=ways, generators=own)
@@ -328,7 +330,7 @@ def _followed(
             first = first or graph
             fruitless += 1
             if (way := _FLOATS.sub("", graph.code)) not in followed:
-                followed.add(way)
+                followed[way] = number
                 if "constants" not in graph.meta:
                     graph.meta["constants"] = constants_of(graph, model)
                 graph.train(mode == "train")
@@ -336,12 +338,13 @@ def _followed(
                     Propagation(graph, state, f"{mode} {number}" if number else mode, images.device).run(images)
                 if drawn and wider is None and (says := state.learnt()) != told:
                     told, fruitless = says, 0
-            first.meta["traces"] = number + 1
+            first.meta["seeds"] = tuple(followed.values())
             if not drawn or (wider is None and fruitless == _FRUITLESS_TRACES):
                 return first
     if wider is None:
         raise UnsupportedModelError(
-            f"random numbers decide which way the code of {type(model).__name__} takes, and {most} ways are not all",
+            f"random numbers decide which way the code of {type(model).__name__} takes, "
+            f"and {_MOST_TRACES} traces did not show all ways",
             hint="let the code choose between fewer ways",
         )
     return first
