@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ptsim.network import Layer, LayerKind, Network
 
 MOST_MOMENTUM = 1_000_000  # of an optimizer
+MOST_COUNTED = 2**40  # of anything that a profile counts
 MOST_ELEMENTS = 2**48  # of one tensor: 1 PiB in fp32
 Shape = Sequence[int]
 

@@ -141,7 +141,8 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
             with importing_beside(path):
                 model = function(num_classes=num_classes) if takes_classes else function()
         except Exception as error:
-            raise UsageError(f"{path}:{function_name} failed: {type(error).__name__}: {error}") from error
+            reason = " ".join(str(error).split())[:300]  # torch's may have the lines of a backtrace
+            raise UsageError(f"{path}:{function_name} failed: {type(error).__name__}: {reason}") from error
         if not hasattr(model, "named_parameters"):
             raise UsageError(f"{path}:{function_name} returned a {type(model).__name__}, expected a torch.nn.Module")
         return model

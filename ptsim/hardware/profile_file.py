@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 import tomli_w
 
-from ptsim.consistency import MOST_MOMENTUM, operator_problem
+from ptsim.consistency import MOST_COUNTED, MOST_MOMENTUM, operator_problem
 from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import FileFormatError, NewerVersionError
 from ptsim.hardware.profile import (
@@ -51,8 +51,8 @@ from ptsim.units import Bytes, BytesPerSecond, Hertz, Seconds, Watts, read_quant
 PROFILE_VERSION = 2  # 2: `_Step.momentum` and `proximal`
 
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=300)]
-Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
-NotNegative: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MOST_COUNTED)]
+NotNegative: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MOST_COUNTED)]
 Shape: TypeAlias = Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)]
 Momentum: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=MOST_MOMENTUM)]
 

@@ -25,6 +25,7 @@ from typing import TypeVar
 
 import msgspec
 
+from ptsim.consistency import MOST_COUNTED
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.profile import (
@@ -333,6 +334,9 @@ def _measurement(
     """The median step as the profiled tier keeps it: one pass and the update, without communication and waiting."""
     typical = sorted(steps, key=lambda step: step.compute_s)[len(steps) // 2]
     passes = typical.passes
+    num_parameters = sum(typical.parameters)
+    if num_parameters > MOST_COUNTED:
+        raise UsageError(f"the gradients have {num_parameters:,} elements, at most {MOST_COUNTED:,} are counted")
     shaped = [call for call in typical.calls if operators.operator_shape(call.event) is not None]
     return StepMeasurement(
         architecture=architecture,
@@ -340,7 +344,7 @@ def _measurement(
         setting=setting,
         batch=batch or 1,
         optimizer=optimizer,
-        num_parameters=sum(typical.parameters),
+        num_parameters=num_parameters,
         num_tensors=len(typical.parameters),
         num_layers=(len(shaped) or len(typical.calls)) // passes,
         num_samples=len(steps),

@@ -85,6 +85,7 @@ def test_an_unknown_torchvision_name_suggests_close_ones() -> None:
         ("def other(): pass", "unknown function in .*known: other"),
         ("def net(): return 3", "returned a int, expected a torch.nn.Module"),
         ("def net(): raise RuntimeError('no')", "failed: RuntimeError: no"),
+        ("def net(): raise RuntimeError('no\\nat frame #0')", "failed: RuntimeError: no at frame #0"),
     ],
 )
 def test_a_broken_model_file_is_one_sentence(tmp_path: Path, source: str, complaint: str) -> None:
