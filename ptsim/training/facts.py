@@ -123,12 +123,25 @@ def checked_shape(input_shape: Any) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def checked_loss(loss: Any) -> Tensor:
+def checked_facts(facts: RunFacts | None) -> RunFacts:
+    """The facts that were told, or none.
+
+    Raises:
+        UsageError: they are something else.
+    """
+    if facts is not None and not isinstance(facts, RunFacts):
+        raise UsageError(f"facts is a {type(facts).__name__}, expected ptsim.RunFacts(model=…, seed=…, …)")
+    return facts or RunFacts()
+
+
+def checked_loss(loss: Any, num_images: Any = None) -> Tensor:
     """The loss as a scalar tensor.
 
     Raises:
-        UsageError: it is no single number.
+        UsageError: it is no single number, or the number of its images is none.
     """
+    if num_images is not None and (not isinstance(num_images, int) or num_images < 1):
+        raise UsageError(f"num_images is {num_images!r}, expected a whole number of images, at least 1")
     tensor = loss if isinstance(loss, Tensor) else torch.as_tensor(loss) if isinstance(loss, int | float) else None
     if tensor is None or tensor.numel() != 1:
         found = f"a tensor of {tensor.numel()} numbers" if tensor is not None else f"a {type(loss).__name__}"
@@ -142,7 +155,11 @@ def check_fraction(name: str, value: float | None) -> None:
     Raises:
         UsageError: it is not; a percentage, perhaps.
     """
-    if value is not None and not 0 <= float(value) <= 1:
+    try:
+        right = value is None or (not isinstance(value, str) and 0 <= float(value) <= 1)
+    except (TypeError, ValueError, RuntimeError):  # of lists, arrays and tensors of several numbers
+        right = False
+    if not right:
         raise UsageError(f"{name} is {value}, expected a fraction from 0 to 1")
 
 

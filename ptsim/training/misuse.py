@@ -52,8 +52,11 @@ class Order:
         """`weights` are the penalised ones; the last of the `optimizers` updates them, the others are around it.
 
         Raises:
-            UsageError: the optimizer does not hold them, or not all that is trained.
+            UsageError: the optimizer does not hold them, or not all that is trained, or the scaler is none.
         """
+        if scaler is not None and not hasattr(scaler, "is_enabled"):
+            raise UsageError(f"scaler is a {type(scaler).__name__}, expected the loop's torch.amp.GradScaler")
+        self.closed = False
         self._network, self._optimizers, self._scaler = network, tuple(optimizers), scaler
         self._pruned = self._asked = False
         self._held: tuple[int, ...] = ()
@@ -79,16 +82,24 @@ class Order:
         """An epoch with updates ends: make sure that `step` was called in it, if it was to be `penalised`.
 
         Raises:
-            UsageError: it was not, or the optimizer no longer holds every weight that is trained.
+            UsageError: it was not, a layer was exchanged, or the optimizer no longer holds every trained weight.
         """
+        if not set(self._parameters) <= set(self._network.parameters()):
+            raise UsageError(
+                f"a layer of this {type(self._network).__name__} was exchanged behind PruneTrain's back",
+                hint="close the pruner before the change, and make another one of the changed network",
+            )
         self.check_optimizer()
-        asked, self._asked = self._asked, False
-        if penalised and not asked:
+        if penalised and not self._asked:
             raise UsageError(
                 "the optimizer has stepped, but pruner.step was not called in this epoch, so nothing was penalised",
                 hint="loss.backward(); pruner.step(loss); optimizer.step(), or pruner.regularized = False for an epoch "
                 "without the penalty",
             )
+
+    def epoch_ended(self) -> None:
+        """The epoch is recorded; the next one begins."""
+        self._asked = False
 
     def check_optimizer(self) -> None:
         """Make sure that the optimizer still holds every weight that is trained: another one would keep the old ones.
@@ -120,9 +131,11 @@ class Order:
         """Called by every `step`.
 
         Raises:
-            UsageError: backward or unscaling has not happened, the penalty is there already, or another optimizer
-                updates the network.
+            UsageError: the pruner is closed, backward or unscaling has not happened, the penalty is there already, or
+                another optimizer updates the network.
         """
+        if self.closed:
+            raise UsageError("the pruner is closed: step belongs before close")
         self._asked = True
         self.check_optimizer()
         if not self._weights:

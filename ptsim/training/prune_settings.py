@@ -71,8 +71,8 @@ def check_plan(penalty_ratio: float, interval: int) -> None:
     Raises:
         UsageError: one is not.
     """
-    if not 0 <= penalty_ratio < 1:
-        raise UsageError(f"the penalty ratio is {penalty_ratio}; it has to be in [0, 1)")
+    if not isinstance(penalty_ratio, int | float) or not 0 <= penalty_ratio < 1:
+        raise UsageError(f"the penalty ratio is {penalty_ratio!r}; it has to be in [0, 1)")
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise UsageError(f"the interval is {interval!r}; it has to be a whole number of epochs, at least 1")
 

@@ -208,6 +208,7 @@ class PruneTrain:
             train_accuracy=train_accuracy,
             penalty=penalty,
         )
+        self._order.epoch_ended()
         self._first_batch, self._last = self._first_batch or self.recorder.watch.batch, record
         due = self.regularized and self.recorder.epoch % self.interval == 0
         if not (due if reconfigure is None else reconfigure):
@@ -269,6 +270,7 @@ class PruneTrain:
 
     def _let_go(self) -> None:
         self._hook.remove()
+        self._order.closed = True
         if _PRUNERS.get(self.network, lambda: None)() is self:
             del _PRUNERS[self.network]
 
@@ -310,19 +312,18 @@ class PruneTrain:
         Raises:
             UsageError: not a state of PruneTrain, or of another network.
         """
-        kept = stored.checked(state)
-        average = next(iter(self._averages()), None)
+        kept, average = stored.checked(state), next(iter(self._averages()), None)
         stored.reshape(self.network, self.optimizer, average, kept.structure, kept.parameters)
         self.penalty_coefficient, self.regularized = kept.penalty_coefficient, kept.regularized
         if kept.tensors is not None:
             stored.load_tensors(self.network, self.optimizer, self.ema, kept)
         recorder = self.recorder
-        self._first_network = kept.first_network
+        self._first_network, self.learning_rate_scale = kept.first_network, kept.learning_rate_scale
         self._first_batch, self._proposed = kept.first_batch, kept.proposed_batch
-        self.learning_rate_scale = kept.learning_rate_scale
         self._num_reconfigurations, self._layers_removed = kept.num_reconfigurations, kept.layers_removed
         recorder.epoch, recorder.initial_counts, recorder.totals = kept.epoch, kept.initial_counts, kept.totals
         self._after_change(find_groups(self.network, recorder.input_shape))
+        recorder.watch.forget()
         recorder.continue_trace(kept.trace_bytes, kept.trace_sha256)
         recorder.continue_epoch(kept.unfinished)
 
@@ -411,9 +412,10 @@ class PruneTrain:
             return self.grow()
 
     def _refuse_second(self) -> None:
-        if _PRUNERS.get(self.network, lambda: None)() is not None:
-            name = type(self.network).__name__
-            raise UsageError(f"this {name} already has a PruneTrain", hint="close the first one: pruner.close()")
+        own = set(self.network.parameters())
+        if any(other() is not None and own & set(network.parameters()) for network, other in _PRUNERS.items()):
+            hint = "close the first one: pruner.close()"
+            raise UsageError(f"this {type(self.network).__name__} already has a PruneTrain", hint=hint)
 
     def _find_groups(self, groups: ChannelGroups) -> None:
         self.groups = groups

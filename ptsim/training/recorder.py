@@ -31,6 +31,7 @@ from ptsim.training.facts import (
     check_finite,
     check_fraction,
     check_numbers,
+    checked_facts,
     checked_loss,
     checked_shape,
     note_image_shape,
@@ -109,9 +110,8 @@ class Recorder:
             UsageError: an `input_shape` that is none, a logger or a network that cannot be used.
         """
         refuse_spread(model)
-        self.input_shape = checked_shape(input_shape)
+        self.input_shape, self.facts = checked_shape(input_shape), checked_facts(facts)
         self.module, self.network, self.optimizer = model, bare(model), bare_optimizer(optimizer)
-        self.facts = facts or RunFacts()
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.team = team or current_team(self.device)
         self.folder = Path(record) if record is not None else None
@@ -194,7 +194,7 @@ class Recorder:
             loss: a scalar.
             num_images: of this step; None is what the hooks saw since the last call.
         """
-        loss = checked_loss(loss)
+        loss = checked_loss(loss, num_images)
         seen = self.watch.num_images - self._images_told
         self._images_told = self.watch.num_images
         weight = num_images if num_images is not None else seen or 1
@@ -312,7 +312,7 @@ class Recorder:
 
     def continue_epoch(self, earlier: Unfinished | None) -> None:
         """Go on within an epoch of which `earlier` was trained."""
-        self._earlier = earlier or Unfinished()
+        self._earlier, self._images_told = earlier or Unfinished(), 0
         self.watch.batch = self.watch.batch or self._earlier.batch or None
         self._losses = LossSum(self.device, self._earlier.loss_sum, self._earlier.loss_images)
 

@@ -25,6 +25,7 @@ from ptsim.textfile import LARGEST, LARGEST_INTEGER
 from ptsim.training.checkpoint import Entry, NotNegative, Totals, Whole
 from ptsim.training.measured import Unfinished
 from ptsim.training.recipe import Count
+from ptsim.training.wrapping import refuse_spread
 
 VERSION = 1
 _TENSOR = "tensor"  # marks a number that an optimizer keeps in a tensor
@@ -110,6 +111,7 @@ def load_pruned(model: nn.Module, state: Mapping[str, Any], *, average: bool = F
     Raises:
         UsageError: not a state of PruneTrain, of another network, or one without an average.
     """
+    refuse_spread(model)
     kept, network = checked(state), unwrap(model)
     if not has_structure(network, kept.structure):
         apply_structure(network, dict(kept.structure))

@@ -241,6 +241,11 @@ class Watch:
         self.learning_rate: float | None = None
         self.last_step_s: float | None = None
 
+    def forget(self) -> None:
+        """What was seen of this epoch is void: another state goes on from here."""
+        self.finish()
+        self.reset()
+
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[..., _T]) -> _T:
         """The output of `call`, which is the module's own, watched as its hooks would."""
         self._forward_begins(module, args, kwargs)

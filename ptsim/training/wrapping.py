@@ -81,13 +81,18 @@ def is_compiled(module: nn.Module) -> bool:
         module = inner
 
 
-def refuse_spread(module: nn.Module) -> None:
-    """Make sure that this process has the whole network, and on one device.
+def refuse_spread(module: Any) -> None:
+    """Make sure that this is a network, and that this process has all of it, on one device.
 
     Raises:
-        UsageError: FSDP or tensor parallelism has spread its weights over the ranks, or DataParallel runs it on several
-            GPUs.
+        UsageError: it is something else, FSDP or tensor parallelism has spread its weights over the ranks, or
+            DataParallel runs it on several GPUs.
     """
+    if not isinstance(module, nn.Module):
+        is_class = isinstance(module, type)
+        found = f"the class {module.__name__}" if is_class else f"a {type(module).__name__}"
+        hint = f"{module.__name__}(…) makes a network of it" if is_class else None
+        raise UsageError(f"the model is {found}, expected a network (torch.nn.Module)", hint=hint)
     sharded = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel", "FSDPModule")
     spread = _loaded("torch.distributed.tensor", "DTensor")
     parts = list(module.modules())
@@ -137,11 +142,17 @@ def _loaded(module: str, *names: str) -> tuple[type, ...]:
 
 
 def bare_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside what Accelerate, Lightning, SAM or Lookahead have put around it: the one that updates."""
+    """The optimizer inside what Accelerate, Lightning, SAM or Lookahead have put around it: the one that updates.
+
+    Raises:
+        UsageError: it is no optimizer.
+    """
     for name in ("optimizer", "base_optimizer", "_base_optimizer"):
         inner = getattr(optimizer, name, None)
         if isinstance(inner, torch.optim.Optimizer):
             return bare_optimizer(inner)
+    if not hasattr(optimizer, "param_groups"):
+        raise UsageError(f"the optimizer is a {type(optimizer).__name__}, expected one of torch.optim's kind")
     return optimizer
 
 

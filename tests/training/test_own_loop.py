@@ -690,6 +690,74 @@ def test_a_percentage_is_no_accuracy():
         train(made(model, optimizer), model, optimizer, 1, images_and_labels(), accuracy=71.2)
 
 
+def test_what_is_no_network_and_no_optimizer_is_named():
+    model = fresh()
+    with pytest.raises(UsageError, match="the model is the class Branching, expected a network"):
+        made(Branching, sgd(model))
+    with pytest.raises(UsageError, match="the model is a SGD, expected a network"):
+        made(sgd(model), model)
+    for optimizer, kind in ((None, "NoneType"), ([sgd(model)], "list")):
+        with pytest.raises(UsageError, match=f"the optimizer is a {kind}"):
+            made(model, optimizer)
+        with pytest.raises(UsageError, match=f"the optimizer is a {kind}"):
+            ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    with pytest.raises(UsageError, match="the model is a NoneType"):
+        ptsim.Recorder(None, sgd(model), input_shape=IMAGE)
+    with pytest.raises(UsageError, match="the model is the class Branching"):
+        ptsim.load_pruned(Branching, made(model, sgd(model)).state_dict())
+
+
+def test_a_second_pruner_on_a_part_or_the_whole_of_a_network_is_named():
+    model = fresh()
+    optimizer = sgd(model)
+    first = made(model, optimizer)
+    with pytest.raises(UsageError, match="already has a PruneTrain"):
+        made(nn.Sequential(model), optimizer)
+    first.close()
+    made(nn.Sequential(model), optimizer)
+
+
+def test_numbers_that_are_none_and_calls_after_close_are_named():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    steps(pruner, model, optimizer, images_and_labels(1))
+    for wrong in ("0.5", [0.5], torch.tensor([0.1, 0.2])):
+        with pytest.raises(UsageError, match="expected a fraction from 0 to 1"):
+            pruner.end_epoch(wrong)
+    with pytest.raises(UsageError, match="num_images is -3"):
+        pruner.recorder.step(1.0, num_images=-3)
+    assert pruner.end_epoch(0.5).epoch.num_iterations == 1  # the mistakes have spoilt nothing
+    pruner.close()
+    with pytest.raises(UsageError, match="the pruner is closed: step belongs before close"):
+        pruner.step(1.0)
+
+
+def test_a_layer_that_somebody_has_exchanged_is_named():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    steps(pruner, model, optimizer, images_and_labels(1))
+    name, old = next((n, m) for n, m in model.named_children() if isinstance(m, nn.Linear))
+    setattr(model, name, copy.deepcopy(old))
+    with pytest.raises(UsageError, match="exchanged behind PruneTrain's back"):
+        pruner.end_epoch()
+
+
+def test_a_state_that_is_loaded_in_the_middle_of_an_epoch_takes_the_counts_back():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    batches = images_and_labels(3)
+    steps(pruner, model, optimizer, batches[:1])
+    state = pruner.state_dict()
+    steps(pruner, model, optimizer, batches[1:])  # what follows is taken back
+    pruner.load_state_dict(state)
+    steps(pruner, model, optimizer, batches[1:2])
+    epoch = pruner.end_epoch().epoch
+    assert (epoch.num_iterations, epoch.num_images) == (2, 32)
+
+
 def test_a_network_that_cannot_be_traced_is_named():
     model = Branching()
     with pytest.raises(UnsupportedModelError, match=r"torch\.fx cannot trace Branching"):
@@ -700,6 +768,9 @@ def test_a_network_that_cannot_be_traced_is_named():
     ("changes", "error", "message"),
     [
         ({"penalty_ratio": 1.0}, UsageError, "penalty ratio"),
+        ({"penalty_ratio": "0.2"}, UsageError, "penalty ratio is '0.2'"),
+        ({"scaler": "amp"}, UsageError, "scaler is a str"),
+        ({"facts": {"model": "mine"}}, UsageError, "facts is a dict, expected ptsim.RunFacts"),
         ({"interval": 0}, UsageError, "interval"),
         ({"interval": 2.5}, UsageError, "interval"),
         ({"input_shape": 224}, UsageError, "input_shape is 224"),
