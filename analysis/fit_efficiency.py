@@ -64,7 +64,7 @@ PRIORS = {
     "throttle": (0.5, 0.3),  # power goes with the square to the cube of the clock, and not all of it is the SMs'
 }
 NUISANCE = {
-    "young_software": (0.15, 0.4),  # slower by this at the GPU's release, fading within a year
+    "young_software": (0.15, 0.4),  # slower by this
     "tensorflow_layers": (1.0, 0.3),
     "cudnn6_layers": (1.0, 0.3),
     "cudnn7_layers": (1.0, 0.3),
@@ -262,8 +262,7 @@ def fit(training: list[Case], layers: list[Case]) -> Fitted:
 
 
 def _youth(cases: list[Case], share: float) -> Floats:
-    age = np.array([np.inf if case.age_years is None else max(case.age_years, 0.0) for case in cases])
-    return 1 + share * np.exp(-age)
+    return 1 + share * np.array([case.young for case in cases])
 
 
 def _robust(z: Floats) -> Floats:

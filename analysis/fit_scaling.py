@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 import tomli_w
-from public_rows import PUBLIC, networks
+from public_rows import PUBLIC, is_young, networks
 from scipy.optimize import least_squares
 
 from ptsim.costs.buckets import ddp_buckets
@@ -99,8 +99,14 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         return simulate_steps([TrainingJob(plan=plan.merged())], contention=contention)[0].step_s
 
 
-def cases(fit: Fit | None = None, table: pd.DataFrame | None = None) -> list[Case]:
-    """Every row as a case; the step on one GPU is the data sheet's by `fit`, or by the fit that ptsim ships."""
+def cases(fit: Fit | None = None, table: pd.DataFrame | None = None, *, young_share: float = 0.0) -> list[Case]:
+    """Every row as a case.
+
+    Args:
+        fit: of the data sheet, for the step on one GPU; by default what ptsim ships.
+        table: rows; by default those of the fit.
+        young_share: by which share the step on one GPU took longer with software that was young for the GPU.
+    """
     found = []
     for _, row in (rows() if table is None else table).iterrows():
         network = networks()[f"torchvision:{row.model}@{row.image_size}"]
@@ -110,10 +116,12 @@ def cases(fit: Fit | None = None, table: pd.DataFrame | None = None) -> list[Cas
             memory_format=row.memory_format,
             optimizer=row.optimizer,
         )
+        device = load_device(row.device)
+        slowed = 1 + young_share * is_young(device, row.software)
         found.append(
             Case(
                 network=network,
-                step=datasheet_step(network, load_device(row.device), setting, fit=fit),
+                step=_scaled(datasheet_step(network, device, setting, fit=fit), slowed),
                 cluster=cluster_of(row),
                 num_gpus=int(row.num_gpus),
                 seconds=row.num_gpus * row.batch / row.images_per_s,

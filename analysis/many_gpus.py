@@ -43,7 +43,8 @@ def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
             own = (keys == group).to_numpy()
             scaling = fit_scaling([case for case, out in zip(shipped, own, strict=True) if not out])
             spread = _spread([case for case, out in zip(shipped, own, strict=True) if not out], scaling)
-            found += [_line(way, group, case, scaling, spread) for case in cases(fitted.shipped(known), table[own])]
+            mine = cases(fitted.shipped(known), table[own], young_share=fitted.nuisance["young_software"])
+            found += [_line(way, group, case, scaling, spread) for case in mine]
     return pd.DataFrame(found)
 
 

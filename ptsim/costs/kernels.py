@@ -54,7 +54,8 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         layer: position in `network.layers`.
         m, n, k, groups: shape of the product; multiply–accumulates are m·n·k·groups.
-        winograd: a 3×3 convolution with stride 1, for which fp32 kernels exist that multiply less.
+        winograd: a 3×3 convolution with stride 1, for which fp32 kernels exist that multiply less, for groups too
+            (cuDNN developer guide, algorithms of cudnnConvolutionForward: group count greater than 0).
         strided: the gradient of a strided convolution's input, whose output pixels differ in work.
         padded: channels are filled up to whole loads by a copy.
         odd_groups: a grouped convolution in channels_last for which no tensor-core kernel exists.
@@ -195,7 +196,7 @@ def convolution_kernels(
             k=k,
             groups=layer.groups,
             element_bytes=element,
-            winograd=layer.kernel_size == (3, 3) and stride == 1 and layer.groups == 1 and layer.dilation == (1, 1),
+            winograd=layer.kernel_size == (3, 3) and stride == 1 and layer.dilation == (1, 1),
             strided=step is Pass.INPUT_GRADIENT and stride > 1,
             padded=ragged and not depthwise,
             odd_groups=odd_groups,

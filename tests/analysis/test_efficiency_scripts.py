@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from ptsim.costs.datasheet import kernel_seconds, load_fit, waiting_seconds
+from ptsim.hardware.catalog import load_device
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -197,3 +198,21 @@ def test_steps_that_wait_for_the_host_are_a_line_of_their_own(script):
     table = validate.summary(pd.concat([usual, waiting], ignore_index=True)).set_index("left out")
     assert table.loc["GPU and network left out", "rows"] == 8
     assert table.loc["steps that may wait for the host, GPU and network left out", "rows"] == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "software", "young"),
+    [
+        ("a100-pcie-40gb", "PyTorch NGC 20.10", True),
+        ("a100-pcie-40gb", "PyTorch NGC 22.10", False),
+        ("a100-sxm4-80gb", "NGC pytorch-21.03", True),
+        ("a100-sxm4-80gb", "torch 1.9.0a0+df837d0; CUDA V11.2.142", True),
+        ("rtx-3090", "PyTorch 1.8 CUDA 11.1", True),
+        ("rtx-3090", "pt112 (PyTorch 1.12), CUDA 11.3, NGC-like; native AMP", False),
+        ("v100-sxm2-16gb", "NGC pytorch-19.10", False),
+        ("h100-sxm5-80gb", "torch 1.13.0a0+d0d6b1f; CUDA V11.8.89", False),
+        ("a100-sxm4-80gb", "not stated; AMP", False),
+    ],
+)
+def test_software_is_young_on_ampere_until_the_middle_of_2021(script, device, software, young):
+    assert script("public_rows").is_young(load_device(device), software) is young

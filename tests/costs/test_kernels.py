@@ -79,6 +79,16 @@ def test_one_channel_per_group_is_a_depthwise_convolution():
     assert {k.work for k in convolution_kernels(layer, batch=2, element=4)} == {Work.DEPTHWISE}
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "groups", "fewer"), [(3, 1, 1, True), (3, 1, 8, True), (3, 2, 8, False), (5, 1, 8, False)]
+)
+def test_winograd_is_for_undilated_3x3_convolutions_with_and_without_groups(kernel, stride, groups, fewer):
+    layer = convolution(kernel=kernel, stride=stride, groups=groups)
+    assert {k.winograd for k in convolution_kernels(layer, batch=2, element=4)} == {fewer}
+    dilated = msgspec.structs.replace(layer, dilation=(2, 2))
+    assert not any(k.winograd for k in convolution_kernels(dilated, batch=2, element=4))
+
+
 def layout_bytes(memory_format, tensor_cores, precision=Precision.FP16):
     kernels = network_kernels(
         residual_network((16, 32, 64)),
