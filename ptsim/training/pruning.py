@@ -312,7 +312,7 @@ class PruneTrain:
         Raises:
             UsageError: not a state of PruneTrain, or of another network.
         """
-        kept, average = stored.checked(state), next(iter(self._averages()), None)
+        kept, average = stored.checked(state, self.optimizer), next(iter(self._averages()), None)
         stored.reshape(self.network, self.optimizer, average, kept.structure, kept.parameters)
         self.penalty_coefficient, self.regularized = kept.penalty_coefficient, kept.regularized
         if kept.tensors is not None:

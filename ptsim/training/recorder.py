@@ -45,7 +45,7 @@ from ptsim.training.loggers import Logger, Mirror
 from ptsim.training.losses import LossSum
 from ptsim.training.measured import Measured, Penalty, Unfinished, measure_epoch, unfinished_epoch
 from ptsim.training.profiling import layer_profile
-from ptsim.training.tracefile import TraceFile, refuse_trace
+from ptsim.training.tracefile import TraceFile, checked_folder, refuse_trace
 from ptsim.training.watch import Watch, learning_rate
 from ptsim.training.wrapping import bare, bare_optimizer, called, is_compiled, refuse_spread
 
@@ -114,7 +114,7 @@ class Recorder:
         self.module, self.network, self.optimizer = model, bare(model), bare_optimizer(optimizer)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.team = team or current_team(self.device)
-        self.folder = Path(record) if record is not None else None
+        self.folder = checked_folder(record)
         self.meter = open_meter(self.device)
         self._communication = CommunicationMeter(model)
         begins = functools.partial(_epoch_begins, weakref.ref(self))

@@ -57,11 +57,11 @@ class StoredState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     unfinished: Unfinished | None = None
 
 
-def checked(state: Mapping[str, Any]) -> StoredState:
-    """The state, if it is one.
+def checked(state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> StoredState:
+    """The state, if it is one; of a run with such an `optimizer`, if there is one.
 
     Raises:
-        UsageError: it is something else, or of another version.
+        UsageError: it is something else, of another version, or of another kind of optimizer.
     """
     version = state.get("version") if isinstance(state, Mapping) else None
     if version != VERSION:
@@ -72,7 +72,28 @@ def checked(state: Mapping[str, Any]) -> StoredState:
         raise UsageError(f"not a state of PruneTrain: {error}") from error
     if problem := network_problem(found.first_network):
         raise UsageError(f"not a state of PruneTrain: its first network {problem}")
+    if found.groups is not None and optimizer is not None:
+        _check_same_kind(optimizer, found.groups)
     return found
+
+
+def _check_same_kind(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that the numbers by which the optimizer goes were stored; other versions of torch know other switches.
+
+    Raises:
+        UsageError: one of them was not.
+    """
+    own = {
+        name
+        for name, value in optimizer.defaults.items()
+        if isinstance(value, int | float | tuple) and not isinstance(value, bool)
+    }
+    for stored, present in zip(groups, group_settings(optimizer), strict=False):
+        if missing := (own & present.keys()) - stored.keys():
+            raise UsageError(
+                f"the state is of another kind of optimizer than {type(optimizer).__name__}, without {min(missing)!r}",
+                hint="give PruneTrain the optimizer that the run was begun with",
+            )
 
 
 def full_state(network: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -21,6 +22,17 @@ from ptsim.trace.io import TraceWriter, read_trace
 from ptsim.trace.schema import AnyRecord, Architecture, End, PenaltyCosts
 from ptsim.training.checkpoint import writing
 from ptsim.training.loggers import Mirror
+
+
+def checked_folder(record: str | os.PathLike[str] | None) -> Path | None:
+    """The folder for the trace; None where nothing is to be recorded.
+
+    Raises:
+        UsageError: it is no path.
+    """
+    if record is not None and not isinstance(record, str | os.PathLike):
+        raise UsageError(f"record is {record!r}, expected the folder for the trace", hint='record="runs/mine"')
+    return None if record is None else Path(record)
 
 
 def refuse_trace(path: Path) -> None:

@@ -215,7 +215,14 @@ def test_the_coefficient_gives_the_ratio() -> None:
 
 @pytest.mark.parametrize(
     ("cross_entropy", "penalty", "ratio"),
-    [(2.3, 10.0, 1.0), (2.3, 10.0, -0.1), (math.nan, 10.0, 0.2), (2.3, 0.0, 0.2), (2.3, math.inf, 0.2)],
+    [
+        (2.3, 10.0, 1.0),
+        (2.3, 10.0, -0.1),
+        (0.0, 10.0, 0.2),
+        (math.nan, 10.0, 0.2),
+        (2.3, 0.0, 0.2),
+        (2.3, math.inf, 0.2),
+    ],
 )
 def test_impossible_ratios_are_refused(cross_entropy: float, penalty: float, ratio: float) -> None:
     with pytest.raises(UsageError):

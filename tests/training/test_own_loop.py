@@ -402,6 +402,24 @@ def test_a_state_restores_settings_that_are_negative_or_nothing():
         made[1].load_state_dict(state | {"architecture": "\udcff"})
 
 
+@pytest.mark.parametrize(
+    ("begun", "goes_on", "missing"),
+    [
+        (torch.optim.SGD, torch.optim.Adam, "betas"),
+        (torch.optim.Adam, torch.optim.SGD, "dampening"),
+        (torch.optim.SGD, torch.optim.RMSprop, "alpha"),
+    ],
+)
+def test_a_state_of_another_kind_of_optimizer_is_refused_before_anything_changes(begun, goes_on, missing):
+    model, other = fresh(), fresh(1)
+    first = ptsim.PruneTrain(model, begun(model.parameters(), lr=0.01), input_shape=IMAGE)
+    second = ptsim.PruneTrain(other, goes_on(other.parameters(), lr=0.01), input_shape=IMAGE)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(UsageError, match=f"another kind of optimizer than {goes_on.__name__}, without '{missing}'"):
+        second.load_state_dict(first.state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
 class Listing(torch.optim.SGD):
     """Keeps lists besides its momentum, as Shampoo and SOAP do."""
 
@@ -701,6 +719,8 @@ def test_what_is_no_network_and_no_optimizer_is_named():
             made(model, optimizer)
         with pytest.raises(UsageError, match=f"the optimizer is a {kind}"):
             ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    with pytest.raises(UsageError, match="record is True, expected the folder for the trace"):
+        made(model, sgd(model), record=True)
     with pytest.raises(UsageError, match="the model is a NoneType"):
         ptsim.Recorder(None, sgd(model), input_shape=IMAGE)
     with pytest.raises(UsageError, match="the model is the class Branching"):

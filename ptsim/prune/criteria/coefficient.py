@@ -16,7 +16,7 @@ def penalty_coefficient(cross_entropy: float, penalty: float, ratio: float) -> f
     """λ from the penalty ratio (paper, Eq. 3): r = λR/(ℓ₀ + λR), so λ = r·ℓ₀/((1−r)·R).
 
     Args:
-        cross_entropy: ℓ₀, of the very first mini-batch before any update.
+        cross_entropy: ℓ₀, of the very first mini-batch before any update; may be 0 only if the ratio is.
         penalty: R(W₀), Σ of the group norms of the initial weights; may be 0 only if the ratio is.
         ratio: r in [0, 1).
 
@@ -32,6 +32,11 @@ def penalty_coefficient(cross_entropy: float, penalty: float, ratio: float) -> f
         )
     if ratio == 0:
         return 0.0
+    if cross_entropy == 0:
+        raise UsageError(
+            f"the run's first loss is 0, of which no λ gives the ratio {ratio}",
+            hint="set pruner.penalty_coefficient before the first step",
+        )
     if not 0 < penalty < float("inf"):
         raise UsageError(f"the penalty of the initial weights is {penalty}; no λ gives the ratio {ratio}")
     return ratio * cross_entropy / ((1 - ratio) * penalty)
