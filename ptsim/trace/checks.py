@@ -25,7 +25,7 @@ def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | 
     """
     match record:
         case Run():
-            return _run_problem(record)
+            return _seed_problem(record.seed) or _run_problem(record)
         case Architecture():
             if record.network.id != record.id:
                 return f"field 'id' is {record.id!r}, but the network's content has the id {record.network.id!r}"
@@ -41,7 +41,7 @@ def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | 
         case Reconfiguration():
             return _unknown(networks, before=record.before, after=record.after) or _surgery_problem(record)
         case Draw():
-            return _draw_problem(record, networks)
+            return _seed_problem(record.seed) or _draw_problem(record, networks)
         case _:
             return None
 
@@ -76,6 +76,11 @@ def order_problem(record: AnyRecord, *, run: Run | None, num_epochs: int, ended:
 def tag_of(record: AnyRecord) -> str:
     """What the file calls records of this kind."""
     return str(type(record).__struct_config__.tag)
+
+
+def _seed_problem(seed: int) -> str | None:
+    """What torch takes as a seed has 64 bits; others may have more digits than Python prints."""
+    return None if -(2**63) <= seed < 2**64 else "field 'seed' is out of range, expected -2**63 to 2**64 - 1"
 
 
 def _run_problem(run: Run) -> str | None:

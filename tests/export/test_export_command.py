@@ -30,6 +30,15 @@ def test_parquet_gives_every_table_back(tmp_path: Path) -> None:
     assert tables["layers"].groupby("architecture").parameters.sum().max() == tables["runs"].first_parameters[0]
 
 
+def test_a_whole_number_of_more_than_64_bits_becomes_a_float(tmp_path: Path) -> None:
+    trace = shrinking_trace(tmp_path / "t.jsonl", epochs=3)
+    lines = trace.read_text(encoding="utf-8").replace('"num_iterations":', '"num_iterations":1000000000000')
+    trace.write_text(lines, encoding="utf-8")
+    assert run(["export", str(trace), "--format", "parquet", "--out", str(tmp_path / "out")]) == 0
+    epochs = pd.read_parquet(tmp_path / "out" / "epochs.parquet")
+    assert epochs.select_dtypes("number").to_numpy().max() > 2**63
+
+
 def test_tables_without_rows_keep_their_columns(tmp_path: Path) -> None:
     trace = dense_trace(tmp_path / "t.jsonl", epochs=1, profiles=False)
     assert run(["export", str(trace), "--format", "parquet", "--out", str(tmp_path / "out")]) == 0
