@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import inspect
 import math
 import sys
 import traceback
@@ -69,6 +70,12 @@ def _factories_traced() -> Iterator[None]:
             setattr(torch, name, original)
 
 
+def _is_around(function: Any, inner: Any) -> bool:
+    """True for `inner` itself, and for what was put around it with `functools.wraps`, as Accelerate does."""
+    unwrapped = inspect.unwrap(getattr(function, "__func__", function))
+    return getattr(unwrapped, "__func__", unwrapped) is inner
+
+
 class Tracer(fx.Tracer):
     """Keeps torch's own modules whole, and every module that says `ptsim_leaf = True` (what pruning puts in).
 
@@ -86,8 +93,14 @@ class Tracer(fx.Tracer):
         self._names: dict[int, tuple[str, Tensor]] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """The graph of a module."""
+        """The graph of a module.
+
+        Raises:
+            TraceError: another forward than that of its class, which torch.fx traces, was put in its place.
+        """
         if isinstance(root, nn.Module):
+            if "forward" in vars(root) and not _is_around(root.forward, type(root).forward):
+                raise fx.proxy.TraceError("another forward was put in place of its class's")
             tensors = [*root.named_parameters(), *(root.named_buffers() if self.proxy_buffer_attributes else ())]
             self._names = {id(tensor): (name, tensor) for name, tensor in tensors}
         with _factories_traced():

@@ -219,6 +219,26 @@ def test_a_layer_with_another_forward_is_traced_into() -> None:
     assert prunable(model) == {"a": 8, "conv2d": 0, "head": 0}
 
 
+def averaged(model: Any, x: Tensor) -> Tensor:
+    """As the model's own forward, but the mean over the features of `a` counts, too."""
+    features = torch.relu(model.a(x))
+    return model.head(model.b(features).mean((2, 3))) + features.mean((1, 2, 3)).unsqueeze(1)
+
+
+def test_another_forward_of_the_network_itself_is_the_one_that_counts() -> None:
+    model: Any = Net(lambda x: x)
+    model.forward = types.MethodType(averaged, model)
+    found = prunable(model)
+    assert found.get("a", 0) == 0
+    assert max(found.values()) == 6
+
+
+def test_what_is_put_around_a_forward_leaves_it_as_it_is() -> None:
+    model: Any = Net(lambda x: x)
+    model.forward = types.MethodType(torch.autocast("cpu", torch.bfloat16)(Net.forward), model)
+    assert prunable(model) == {"a": 8, "b": 6, "head": 0}
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 def test_a_script_stays_and_the_rest_is_pruned() -> None:
     model: Any = nn.Sequential(
@@ -270,6 +290,7 @@ def test_the_numbers_of_a_generator_in_the_file_go_on_as_if_nothing_had_been_dra
     before = RNG.bit_generator.state, DICE.getstate(), TORCH.get_state()
     for mix in (mixed_by_an_object, lambda x: x * DICE.random(), mixed_by_a_seed):
         prunable(Net(mix))
+        ptsim.inspect(Net(mix), input_shape=IMAGE)
     assert RNG.bit_generator.state == before[0]
     assert DICE.getstate() == before[1]
     assert torch.equal(TORCH.get_state(), before[2])
