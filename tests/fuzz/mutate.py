@@ -175,9 +175,16 @@ def _nested(levels: int) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copied(part) for key, part in value.items()}
-    return [_copied(part) for part in value] if isinstance(value, list | tuple) else value
+    """Its dicts and lists anew, however deep an earlier change has nested them."""
+    whole = [value]
+    waiting: list[tuple[Any, Any]] = [(whole, 0)]
+    while waiting:
+        holder, key = waiting.pop()
+        part = holder[key]
+        if isinstance(part, dict | list | tuple):
+            holder[key] = copied = dict(part) if isinstance(part, dict) else list(part)
+            waiting += [(copied, place) for place in (copied if isinstance(copied, dict) else range(len(copied)))]
+    return whole[0]
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
