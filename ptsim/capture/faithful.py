@@ -61,8 +61,9 @@ class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
         result = func(*args, **(kwargs or {}))
         if any(id(value) in self._made for value in given):
             made = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
-            name = str(func.overloadpacket)
-            # Code that walks through a tensor takes it apart at once, its graph piece by piece.
+            # torch.fx records `x += y` as an addition that makes a new tensor. Code that walks through a tensor takes
+            # it apart at once, its graph piece by piece.
+            name = str(func.overloadpacket).removesuffix("_")
             self.steps += [("aten.select" if name == "aten.unbind" else name, tuple(value.shape)) for value in made]
             self._made |= {id(value): value for value in made}
         return result

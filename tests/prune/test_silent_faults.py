@@ -219,6 +219,16 @@ def test_a_layer_with_another_forward_is_traced_into() -> None:
     assert prunable(model) == {"a": 8, "conv2d": 0, "head": 0}
 
 
+def test_code_that_asks_what_a_value_is_and_adds_in_place_is_traced_by_torch_fx() -> None:
+    def added(x: Tensor) -> Tensor:
+        y = torch.relu(x[0] if isinstance(x, list) else x)
+        y += x
+        return y
+
+    graph = find_groups(Net(added), IMAGE).graph
+    assert graph.meta["traced_by"] == "torch.fx"
+
+
 def averaged(model: Any, x: Tensor) -> Tensor:
     """As the model's own forward, but the mean over the features of `a` counts, too."""
     features = torch.relu(model.a(x))
