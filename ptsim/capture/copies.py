@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 _HOME = "_ptsim_device"  # attribute of a hollow copy: where the original is
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy of any model, also of one that keeps computed tensors as attributes."""
-    return copy.deepcopy(model, computed_tensors(model) | tabled_tensors(model) | (memo or {}))
+    return copy.deepcopy(model, computed_tensors(model) | tabled_tensors(model) | generators(model) | (memo or {}))
 
 
 def tabled_tensors(model: nn.Module) -> dict[int, Any]:
@@ -29,6 +30,21 @@ def tabled_tensors(model: nn.Module) -> dict[int, Any]:
         for value in table.values()
         if isinstance(value, Tensor)
     }
+
+
+def generators(model: nn.Module) -> dict[int, Any]:
+    """A memo for `deepcopy`: twins of the generators of random numbers that modules keep, in the same state.
+
+    Their own copy works with a tensor, which a mode that forbids arithmetic does not let through.
+    """
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Generator):
+                with _disable_current_modes():
+                    found[id(value)] = torch.Generator(value.device)
+                    found[id(value)].set_state(value.get_state())
+    return found
 
 
 def computed_tensors(model: nn.Module) -> dict[int, Any]:

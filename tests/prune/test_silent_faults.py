@@ -306,6 +306,15 @@ def test_the_numbers_of_a_generator_in_the_file_go_on_as_if_nothing_had_been_dra
     assert torch.equal(TORCH.get_state(), before[2])
 
 
+def test_a_network_that_keeps_a_generator_is_counted_and_the_numbers_go_on() -> None:
+    model: Any = Net(lambda x: x)
+    model.generator = torch.Generator().manual_seed(3)
+    before = model.generator.get_state()
+    assert ptsim.cost(model, batch=2, input_shape=IMAGE)
+    assert prunable(model) == {"a": 8, "b": 6, "head": 0}
+    assert torch.equal(model.generator.get_state(), before)
+
+
 def test_ways_that_differ_in_a_random_number_alone_are_one() -> None:
     model: Any = Net(lambda x: x * random.random())
     assert prunable(model) == {"a": 8, "b": 6, "head": 0}
