@@ -31,6 +31,11 @@ def lacks_memory(error: BaseException) -> bool:
     )
 
 
+def on_one_line(error: object, most: int = 300) -> str:
+    """What another's error says, its lines joined and cut off after `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 class PtsimError(Exception):
     """An error that a user can act on: one sentence, and a remedy where one is known."""
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ptsim.errors import UnknownNameError, UsageError
+from ptsim.errors import UnknownNameError, UsageError, on_one_line
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Registry(Generic[T]):
         try:
             loaded: T = foreign[name].load()
         except Exception as error:  # a foreign package's code runs here
-            reason = " ".join(str(error).split())[:200]
+            reason = on_one_line(error, 200)
             raise UsageError(
                 f"the {self.what} {name!r} of {foreign[name].value} cannot be imported: {reason}"
             ) from error

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptsim.errors import UnknownNameError, UsageError
+from ptsim.errors import UnknownNameError, UsageError, on_one_line
 from ptsim.usercode import importing_beside
 
 Builder = Callable[..., Any]  # called with num_classes=…, returns a torch.nn.Module
@@ -76,8 +76,8 @@ def find(name: str) -> ModelEntry:
     prefix, colon, rest = name.rpartition(":")
     if colon and prefix in _RESOLVERS:
         return _RESOLVERS[prefix](rest)
-    if colon and prefix.endswith(".py"):
-        return _from_file(Path(prefix), rest)
+    if (path := file_of(name)) is not None:
+        return _from_file(path, rest)
     raise UnknownNameError(
         "model", name, [*_ENTRIES, *(f"{prefix}:NAME" for prefix in _RESOLVERS), "path/to/file.py:function"]
     )
@@ -141,7 +141,7 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
             with importing_beside(path):
                 model = function(num_classes=num_classes) if takes_classes else function()
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]  # torch's may have the lines of a backtrace
+            reason = on_one_line(error)  # torch's may have the lines of a backtrace
             raise UsageError(f"{path}:{function_name} failed: {type(error).__name__}: {reason}") from error
         if not hasattr(model, "named_parameters"):
             raise UsageError(f"{path}:{function_name} returned a {type(model).__name__}, expected a torch.nn.Module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,13 +15,8 @@ def constants_of(graph: fx.GraphModule, model: nn.Module) -> list[str]:
     One without storage has no elements.
     """
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    found = (_attribute(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr")
+    found = (operator.attrgetter(str(node.target))(graph) for node in graph.graph.nodes if node.op == "get_attr")
     return [_written(value) for value in found if isinstance(value, Tensor) and id(value) not in own]
-
-
-def _attribute(graph: fx.GraphModule, target: str) -> object:
-    parent, _, name = target.rpartition(".")
-    return getattr(graph.get_submodule(parent), name)
 
 
 def _written(tensor: Tensor) -> str:

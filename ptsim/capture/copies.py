@@ -87,6 +87,11 @@ def hollow_copy(model: nn.Module, device: str | None = None) -> nn.Module:
     return twin_model
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The floating-point type of the network's parameters, and so of the images that it takes."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the network is, and of a copy without storage where the original is."""
     device = getattr(model, _HOME, None)

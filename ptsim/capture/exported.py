@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from ptsim.capture.constants import constants_of
+from ptsim.capture.copies import dtype_of
 
 _LAYERS = re.compile(r"(conv\d?d?|conv_transpose\dd|linear|batch_norm|group_norm|layer_norm|instance_norm|prelu)$")
 
@@ -37,7 +38,7 @@ def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, .
     Raises:
         Exception: whatever the model's code or `torch.export` raises.
     """
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = dtype_of(model)
     here, there = (next((p.device for p in each.parameters()), torch.device("cpu")) for each in (model, twin))
     with _quiet():
         program = torch.export.export(twin, (torch.empty(images_shape, dtype=dtype, device=there),), strict=False)

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ptsim.capture.chance import RandomState
-from ptsim.capture.copies import hollow_copy
+from ptsim.capture.copies import dtype_of, hollow_copy
 
 
 def does_the_same(model: nn.Module, graph: fx.Graph, images_shape: Sequence[int], start: RandomState) -> bool:
@@ -22,7 +22,7 @@ def does_the_same(model: nn.Module, graph: fx.Graph, images_shape: Sequence[int]
     now, steps = start.again(), list[list[tuple[str, tuple[int, ...]]]]()
     with _disable_current_modes(), torch.no_grad(), torch.device("meta"):
         twin = hollow_copy(model, "meta")
-        dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+        dtype = dtype_of(twin)
         try:
             for run in (twin.forward, _OnMeta(twin, graph=graph).run):
                 start.restore()

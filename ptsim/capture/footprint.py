@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptsim.capture.chance import random_state_kept
-from ptsim.capture.copies import hollow_copy
+from ptsim.capture.copies import dtype_of, hollow_copy
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Moment
 
@@ -113,7 +113,7 @@ def _watch(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, g
     with warnings.catch_warnings(), random_state_kept([]), hollow, torch.device("cpu"), torch.enable_grad():
         warnings.simplefilter("ignore")  # the model's own: `rehearse` was not the place to repeat them either
         twin = hollow_copy(model).train()
-        dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+        dtype = dtype_of(twin)
         images = torch.empty(batch, *input_shape, dtype=dtype)  # draws nothing: the code meets the numbers of its trace
         ledger = _Ledger([*twin.parameters(), *twin.buffers()], images)
         hooks = torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor)

@@ -24,11 +24,11 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ptsim.capture.chance import Generator, RandomState, random_state_kept
-from ptsim.capture.copies import device_of, hollow_copy
+from ptsim.capture.copies import device_of, dtype_of, hollow_copy
 from ptsim.capture.exported import exported_graph
 from ptsim.capture.faithful import does_the_same
 from ptsim.capture.standins import NOT_THE_CODE, ShapedStandIn, StandIn
-from ptsim.errors import UnsupportedModelError, lacks_memory
+from ptsim.errors import UnsupportedModelError, lacks_memory, on_one_line
 
 _FACTORIES = (  # functions of torch
     *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "randperm"),
@@ -154,7 +154,7 @@ class ShapedTracer(Tracer):
         with torch.device("meta"):
             # Shapes are the same in both modes; in training a BatchNorm refuses a single value per channel.
             self._twin = hollow_copy(model).eval()
-            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+            dtype = dtype_of(model)
             self._images = torch.empty(images_shape, dtype=dtype)
         self._values: dict[fx.Node, Any] = {}
         self._evaluating = False
@@ -460,5 +460,4 @@ def _place(error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).partition("While executing")[0].split())
-    return text[:300] or type(error).__name__
+    return on_one_line(str(error).partition("While executing")[0]) or type(error).__name__

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ptsim.capture.chance import random_state_kept
-from ptsim.capture.copies import copied, hollow_copy
+from ptsim.capture.copies import copied, dtype_of, hollow_copy
 from ptsim.capture.graph import naming_the_image, symbolic_graph
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.errors import UnsupportedModelError
@@ -98,7 +98,7 @@ def rehearse(
         twin.train()
         graph = symbolic_graph(twin, (batch, *input_shape))
         watcher = _Watcher(graph, twin)
-        dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+        dtype = dtype_of(twin)
         with naming_the_image(model, input_shape):
             with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
                 outputs = _tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype)))

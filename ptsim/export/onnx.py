@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptsim.errors import UnsupportedModelError, UsageError
+from ptsim.errors import UnsupportedModelError, UsageError, on_one_line
 from ptsim.textfile import write_whole
 
 TOLERANCE = 1e-4  # of the largest output: fp32 sums in another order
@@ -88,7 +88,7 @@ def _write(model: nn.Module, images: torch.Tensor, path: Path) -> None:
                 verbose=False,
             )
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = on_one_line(error)
         raise UnsupportedModelError(f"torch cannot express this network in ONNX: {reason}") from error
 
 

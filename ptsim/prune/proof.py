@@ -21,7 +21,7 @@ from ptsim import zoo
 from ptsim.capture.chance import chance_of, random_state_kept, seed_all
 from ptsim.capture.copies import copied
 from ptsim.capture.graph import naming_the_image, output_tensors
-from ptsim.errors import UnsupportedModelError, UsageError
+from ptsim.errors import UnsupportedModelError, UsageError, on_one_line
 from ptsim.prune.alignment import SHAPE_ERRORS
 from ptsim.prune.cut import take
 from ptsim.prune.groups import ChannelGroups, axes_for, find_groups, weight_GOIK
@@ -304,7 +304,7 @@ def _compare(
         outputs, outputs_train, gradients, after = _run(network, images, seed)
     except SHAPE_ERRORS as error:
         raise UnsupportedModelError(
-            f"{type(network).__name__} does not run with the channels left: {' '.join(str(error).split())[:300]}"
+            f"{type(network).__name__} does not run with the channels left: {on_one_line(error)}"
         ) from error
     eval_error = max(_relative_error(*pair) for pair in zip(outputs, eval_outputs, strict=True))
     train_error = max(_relative_error(*pair) for pair in zip(outputs_train, train_outputs, strict=True))

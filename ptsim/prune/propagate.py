@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.chance import RandomState, chance_of, random_state_kept, seed_all
+from ptsim.capture.chance import chance_of, random_state_kept, seed_all
 from ptsim.capture.constants import constants_of
 from ptsim.capture.copies import hollow_copy
 from ptsim.capture.graph import (
@@ -322,9 +322,8 @@ def _followed(
     with random_state_kept([], own):
         for number in seeds:
             seed_all(number, own)
-            start = RandomState.now(own)
             graph = symbolic_graph(model, tuple(images.shape), buffers=True, ways=ways, generators=own)
-            drawn = untold or not start.is_now()
+            drawn = untold or graph.meta["draws"]
             if not drawn and known is not None and graph.code == known.code:
                 return None
             first = first or graph

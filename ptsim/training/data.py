@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ptsim.errors import UsageError
+from ptsim.errors import UsageError, on_one_line
 from ptsim.trace.schema import Dataset
 from ptsim.training.config import Config
 
@@ -268,7 +268,7 @@ def decode(path: Path) -> Tensor:
         with Image.open(path) as image:
             return torch.from_numpy(rgb(image)).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
-        raise UsageError(f"{path} cannot be read as an image: {' '.join(str(error).split())[:200]}") from error
+        raise UsageError(f"{path} cannot be read as an image: {on_one_line(error, 200)}") from error
 
 
 def rgb(image: Image.Image) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptsim.errors import UsageError
+from ptsim.errors import UsageError, on_one_line
 from ptsim.training.config import Config
 from ptsim.training.data import (
     IMAGE_SUFFIXES,
@@ -130,7 +130,7 @@ def _cifar(request: DataRequest, source: type[CIFAR10]) -> Data:
         try:
             split = source(config.data_dir, train=train, download=config.download)
         except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = on_one_line(error, 200)
             raise UsageError(
                 f"no {config.dataset} in {config.data_dir}: {reason}",
                 hint="--download fetches it; image files are read with --dataset imagefolder",

@@ -23,7 +23,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from ptsim.errors import PtsimError, TrainingError, UsageError
 from ptsim.training.data import Share
-from ptsim.training.joining import join, one_line, place
+from ptsim.training.joining import cause_of, join, place
 
 _FAREWELL_S = 5.0
 _CAUSE, _HEARD = "cause", "heard"
@@ -78,13 +78,13 @@ class Team:
                 raise
             cause = self._cause()
             raise TrainingError(
-                f"rank {self.rank} lost contact with the other ranks: {cause or one_line(error)}",
+                f"rank {self.rank} lost contact with the other ranks: {cause or cause_of(error)}",
                 hint="torchrun --max-restarts N restarts all ranks, and they go on from the last checkpoint",
             ) from error
 
     def _report(self, error: BaseException) -> None:
         """Leave the cause where the other ranks find it once they miss this one; the first cause stays."""
-        told = error.message if isinstance(error, PtsimError) else one_line(error)
+        told = error.message if isinstance(error, PtsimError) else cause_of(error)
         if isinstance(error, KeyboardInterrupt):
             told = f"interrupted ({told})"
         if self._store is not None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ptsim.errors import UsageError
+from ptsim.errors import UsageError, on_one_line
 from ptsim.training.data import Data, ResidentData, held_out, resized_to, rgb, subset
 from ptsim.training.datasets import SPLITS, DataRequest, quarter_of_memory_bytes
 
@@ -70,7 +70,7 @@ def _loaded(folder: Path) -> Any:
     try:
         return load_from_disk(str(folder))
     except Exception as error:  # whatever pyarrow and datasets raise of a damaged folder
-        reason = " ".join(str(error).split())[:200]
+        reason = on_one_line(error, 200)
         raise UsageError(f"{folder} holds no data set that save_to_disk wrote: {reason}") from error
 
 
@@ -117,7 +117,7 @@ def _pixels(split: Any, index: int, column: str, folder: str) -> Tensor:
             raise ValueError("there is none")
         return torch.from_numpy(rgb(picture)).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
-        reason = " ".join(str(error).split())[:200]
+        reason = on_one_line(error, 200)
         raise UsageError(f"image {index} of a split of {folder} cannot be read: {reason}") from error
 
 

@@ -25,7 +25,7 @@ import msgspec
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from ptsim.errors import PtsimError, TrainingError, UsageError
+from ptsim.errors import PtsimError, TrainingError, UsageError, on_one_line
 
 SILENCE_S = 15.0
 CONNECT_S = 20.0  # on one machine it takes less than a second
@@ -98,7 +98,7 @@ def join(me: Place, backend: str) -> tuple[Store, Any]:
         raise
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"rank {me.rank} cannot join the {me.world_size} ranks by {backend}: {one_line(error)}", hint=_HINT
+            f"rank {me.rank} cannot join the {me.world_size} ranks by {backend}: {cause_of(error)}", hint=_HINT
         ) from error
     return store, flags
 
@@ -172,7 +172,7 @@ def _meet(me: Place) -> Store:
         _wait_for_all(me, store, begun, patience)
     except RuntimeError as error:  # the store is gone
         raise TrainingError(
-            f"rank {me.rank} lost contact with rank 0 before the {me.world_size} ranks were together: {one_line(error)}"
+            f"rank {me.rank} lost contact with rank 0 before the {me.world_size} ranks were together: {cause_of(error)}"
         ) from error
     return store
 
@@ -242,7 +242,6 @@ def _ranks(numbers: Iterable[int]) -> str:
     return f"rank {', '.join(map(str, listed[:8]))}{more}"
 
 
-def one_line(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """What the error says, without the place in gloo's source that it begins with."""
-    text = re.sub(r"\A\[\S+\.(cc|cpp|h):\d+\] ", "", str(error))
-    return " ".join(text.split())[:300] or type(error).__name__
+    return on_one_line(re.sub(r"\A\[\S+\.(cc|cpp|h):\d+\] ", "", str(error))) or type(error).__name__

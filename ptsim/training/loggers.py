@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from ptsim.errors import UsageError
+from ptsim.errors import UsageError, on_one_line
 from ptsim.network import Network
 from ptsim.textfile import write_whole
 from ptsim.trace.schema import AnyRecord, Architecture, Epoch, Run
@@ -96,7 +96,7 @@ class Mirror:
                 getattr(logger, method)(*arguments)
             except Exception as error:  # a foreign package's code; hours of training must not end by it
                 self._loggers.remove(logger)
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                reason = on_one_line(error, 200) or type(error).__name__
                 warnings.warn(
                     f"the logger {type(logger).__name__} failed and is dropped, the trace goes on: {reason}",
                     stacklevel=2,

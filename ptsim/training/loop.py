@@ -29,7 +29,7 @@ from ptsim.training.learner import Learner
 from ptsim.training.live import DATASET, Collate, Datasets, name_of, offered
 from ptsim.training.minibatch import BatchPolicy
 from ptsim.training.progress import Bars, Reporter, Silent
-from ptsim.training.recipe import Recipe, check_fits, source_of, takes_in_channels
+from ptsim.training.recipe import Recipe, check_fits, takes_in_channels
 from ptsim.training.recorder import TRACE
 from ptsim.training.runfolder import (
     CHECKPOINTS,
@@ -187,7 +187,7 @@ class Trainer:
             num_classes=dataset.num_classes,
             in_channels=dataset.input_shape[0] if any_channels else None,
             input_shape=dataset.input_shape,
-            source_sha256=digest(source_of(config.model)),
+            source_sha256=digest(zoo.file_of(config.model)),
         )
         self.storage = Storage(
             folder / CHECKPOINTS, data=self.data, recipe=self.recipe, team=team, num_epochs=len(self.plans)

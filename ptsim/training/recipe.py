@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from ptsim import zoo
-from ptsim.errors import UsageError
+from ptsim.errors import UsageError, on_one_line
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -42,7 +41,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return f"is of {mine}, but this run trains {its}"
         digests = {self.source_sha256, other.source_sha256} - {None}
         if len(digests) > 1:
-            return f"was made with another content of {source_of(self.model)} or its imports, which was edited since"
+            return f"was made with another content of {zoo.file_of(self.model)} or its imports, which was edited since"
         return None
 
     def build(self) -> nn.Module:
@@ -55,16 +54,6 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         more = {} if self.in_channels is None else {"in_channels": self.in_channels}
         model: nn.Module = entry.build(num_classes=self.num_classes, **more)
         return model.train()
-
-
-def is_user_file(model: str) -> bool:
-    """Whether a model's name is a function of a Python file, which has to be run to make the network."""
-    return zoo.file_of(model) is not None
-
-
-def source_of(model: str) -> Path | None:
-    """The Python file that makes the model; None where no user's file does."""
-    return zoo.file_of(model)
 
 
 def takes_in_channels(entry: zoo.ModelEntry) -> bool:
@@ -85,7 +74,7 @@ def check_fits(model: nn.Module, recipe: Recipe) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             outputs = [model.train(mode)(torch.zeros(2, channels, height, width)) for mode in (False, True)]
     except Exception as error:  # the model's own code runs here
-        reason = " ".join(str(error).split())[:200]
+        reason = on_one_line(error, 200)
         raise UsageError(
             f"model {recipe.model!r} does not take images of {channels}×{height}×{width}: {reason}",
             hint="--set image_size=… scales the images",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.capture.network import capture_network
-from ptsim.errors import UsageError
+from ptsim.errors import UsageError, on_one_line
 from ptsim.measure.nvml import open_meter
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.density import THRESHOLD, channel_maxima, dense_counts, layer_densities
@@ -269,7 +269,7 @@ class Recorder:
         elif isinstance(error, KeyboardInterrupt):
             self.close("interrupted", "SIGINT")
         else:
-            self.close("failed", " ".join(str(error).split())[:300] or type(error).__name__)
+            self.close("failed", on_one_line(error) or type(error).__name__)
 
     # What PruneTrain and ptsim's own loop call
 

@@ -19,6 +19,7 @@ import msgspec
 import torch
 from torch import nn
 
+from ptsim import zoo
 from ptsim.errors import FileFormatError, UsageError
 from ptsim.textfile import read_bytes, take_lock, umask, write_whole
 from ptsim.trace.io import read_records
@@ -29,7 +30,7 @@ from ptsim.training.config import SETTINGS, Config, from_recorded, make_config, 
 from ptsim.training.distributed import restarted
 from ptsim.training.learner import pruned_network
 from ptsim.training.live import name_of, offered
-from ptsim.training.recipe import Recipe, check_fits, is_user_file, source_of
+from ptsim.training.recipe import Recipe, check_fits
 from ptsim.training.recorder import TRACE
 from ptsim.usercode import digest, source_files
 
@@ -70,7 +71,7 @@ def load_model(
         recipe = msgspec.structs.replace(recipe, model=name_of(model))
     elif model is not None:
         recipe = msgspec.structs.replace(recipe, model=model)
-    elif is_user_file(recipe.model) and not trust:
+    elif zoo.file_of(recipe.model) is not None and not trust:
         raise UsageError(
             f"the network of {run} is made by {recipe.model}, and loading it would run that file",
             hint="load_model(…, trust=True) and export --trust run it; load_model(…, model=…) names another",
@@ -93,7 +94,7 @@ def _made_by(folder: Path, recipe: Recipe) -> str:
     Raises:
         UsageError: the copy is none, either.
     """
-    file, known = source_of(recipe.model), recipe.source_sha256
+    file, known = zoo.file_of(recipe.model), recipe.source_sha256
     if file is None or known is None or digest(file) == known:
         return recipe.model
     kept = folder / CODE / file.name
@@ -153,7 +154,7 @@ def make_run_folder(folder: Path, config: Config) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX)
             unfinished.chmod(0o777 & ~umask())
             write_whole(unfinished / CONFIG, to_toml(config))
-            source = source_of(config.model)
+            source = zoo.file_of(config.model)
             for name, path in ({} if source is None else source_files(source)).items():
                 (unfinished / CODE / name).parent.mkdir(parents=True, exist_ok=True)
                 write_whole(unfinished / CODE / name, read_bytes(path))

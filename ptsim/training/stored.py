@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.consistency import network_problem
-from ptsim.errors import UsageError
+from ptsim.errors import UsageError, on_one_line
 from ptsim.network import Network
 from ptsim.prune.cut import unwrap
 from ptsim.prune.structure import apply_structure, structure_of
@@ -117,7 +117,7 @@ def load_full_state(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 raise RuntimeError(f"{name} has the shape {tuple(tensor.shape)}, expected {tuple(buffers[name].shape)}")
             buffers[name].copy_(tensor)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = on_one_line(error)
         raise UsageError(f"the stored weights do not fit the network: {reason}") from error
 
 

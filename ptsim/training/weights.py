@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptsim.errors import FileFormatError, UsageError
+from ptsim.errors import FileFormatError, UsageError, on_one_line
 from ptsim.textfile import read_bytes
 from ptsim.training.checkpoint import PICKLE_TOLD_BY, is_pickle, parse_tensors
 
@@ -101,7 +101,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             path, "found a pickle that is no plain state dict; loading it could run any code, so it is not opened"
         ) from error
     except Exception as error:  # torch's readers raise anything at a damaged file
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = on_one_line(error, 200) or type(error).__name__
         raise FileFormatError(path, f"is damaged, or nothing that torch.load reads: {reason}") from error
     inner: Any = content
     for name in _INNER:
