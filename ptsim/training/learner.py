@@ -170,7 +170,7 @@ class Learner:
             self.scaler.load_state_dict(dict(scaler))
 
     def _placed(self, model: nn.Module) -> nn.Module:
-        return model.to(self.device, memory_format=layout(self.config.memory_format))  # type: ignore[call-overload,no-any-return]
+        return model.to(self.device, memory_format=layout(self.config.memory_format))  # type: ignore[call-overload,no-any-return] # torch's gap
 
     def _refresh(self) -> None:
         """Look up again what surgery may have replaced."""

@@ -170,7 +170,7 @@ def synchronised(model: nn.Module) -> nn.Module:
     synchronised BatchNorm would wait for the others or refuse.
     """
     twin = copied(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    return nn.SyncBatchNorm.convert_sync_batchnorm(twin)  # type: ignore[no-untyped-call,no-any-return]
+    return nn.SyncBatchNorm.convert_sync_batchnorm(twin)  # type: ignore[no-untyped-call,no-any-return] # torch's gap
 
 
 class CompiledOnce(nn.Module):

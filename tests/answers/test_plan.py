@@ -291,7 +291,7 @@ def seeded() -> torch.Generator:
 def zero(model: nn.Module, groups: object, mask: torch.Tensor) -> None:
     """Zero the weights of the masked components in every layer that writes or reads them."""
     parameters = dict(model.named_parameters())
-    for layer in groups.layers:  # type: ignore[attr-defined]
+    for layer in groups.layers:  # type: ignore[attr-defined] # the test gives it as an object
         weight_OI = weight_GOIK(parameters[layer.weight].data, layer)[0]
         weight_OI[mask[layer.outputs]] = 0
         weight_OI[:, mask[layer.inputs]] = 0
