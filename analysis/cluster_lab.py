@@ -64,7 +64,8 @@ from ptsim.costs.measured import step_of_profile
 from ptsim.hardware.spec import Cluster, Link
 from ptsim.network import LayerKind, Network
 from ptsim.sim.ddp import compute_plan, with_communication
-from ptsim.sim.step import TrainingJob, simulate_steps
+from ptsim.sim.step import simulate_steps
+from ptsim.sim.work import TrainingJob
 from ptsim.textfile import write_whole
 from ptsim.trace.io import read_trace
 

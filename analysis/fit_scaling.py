@@ -32,7 +32,8 @@ from ptsim.hardware.spec import Cluster, Link, LinkKind
 from ptsim.network import Network, Precision
 from ptsim.setting import StepSetting
 from ptsim.sim import ddp
-from ptsim.sim.step import TrainingJob, simulate_steps
+from ptsim.sim.step import simulate_steps
+from ptsim.sim.work import TrainingJob
 from ptsim.textfile import write_whole
 
 OUT = Path(__file__).parent.parent / "ptsim" / "costs" / "scaling.toml"

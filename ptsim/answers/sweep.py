@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -120,7 +120,7 @@ def run_study(
             else:
                 rows[configuration.index] = {**row, **_identity(configuration)}
 
-    try:
+    with _said_of_a_failure(out, rows, total):
         out.parent.mkdir(parents=True, exist_ok=True)
         todo, compute = _chunks(missing()), project_of_any_length if any_length else project_all
         with out.open("ab") as file, contextlib.closing(_Tasks(executor, compute, todo, window)) as tasks:
@@ -138,6 +138,14 @@ def run_study(
                 file.flush()
                 if progress is not None:
                     progress(Progress(done=len(rows), failed=failed, total=total))
+    return [rows[index] for index in sorted(rows)]
+
+
+@contextlib.contextmanager
+def _said_of_a_failure(out: Path, rows: Sized, total: int) -> Iterator[None]:
+    """What keeps a study from its end, as one sentence; `rows` are those that are already in `out`."""
+    try:
+        yield
     except BrokenExecutor as error:
         raise PtsimError(
             f"a worker process died (out of memory?); {len(rows)} of {total} configurations are in {out}",
@@ -145,7 +153,6 @@ def run_study(
         ) from error
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error
-    return [rows[index] for index in sorted(rows)]
 
 
 class _Tasks:

@@ -18,7 +18,7 @@ from ptsim.hardware.spec import Cluster
 from ptsim.network import Layer
 from ptsim.sim.options import Options
 from ptsim.sim.run import RecordedSteps, record_steps
-from ptsim.sim.step import Span
+from ptsim.sim.work import Span
 from ptsim.trace.trace import Trace
 
 NUM_STEPS = 2

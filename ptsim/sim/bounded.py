@@ -16,7 +16,8 @@ from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.times import StepTime
 from ptsim.network import Network
 from ptsim.sim import ddp
-from ptsim.sim.step import StepPlan, StepResult, TrainingJob, simulate_steps
+from ptsim.sim.step import simulate_steps
+from ptsim.sim.work import StepPlan, StepResult, TrainingJob
 
 BOUNDS: tuple[ddp.Bound, ...] = ("low", "expected", "high")
 

@@ -24,7 +24,7 @@ from ptsim.costs.collectives import AllReduceTime
 from ptsim.costs.times import StepTime
 from ptsim.network import LayerKind, Network
 from ptsim.setting import StepSetting
-from ptsim.sim.step import Collective, Piece, StepPlan
+from ptsim.sim.work import Collective, Piece, StepPlan
 
 AllReduce = Callable[[int], AllReduceTime]
 Bound = Literal["low", "expected", "high"]

@@ -10,7 +10,7 @@ from ptsim.costs.step import StepTime, step_time
 from ptsim.sim.planning import Stage
 from ptsim.sim.projection import EpochProjection
 from ptsim.sim.scenario import Scenario
-from ptsim.sim.step import StepResult
+from ptsim.sim.work import StepResult
 from ptsim.trace.schema import Epoch
 
 

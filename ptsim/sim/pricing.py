@@ -32,7 +32,8 @@ from ptsim.sim.options import GRADIENT_BYTES
 from ptsim.sim.planning import Stage
 from ptsim.sim.power import Power
 from ptsim.sim.scenario import Scenario
-from ptsim.sim.step import Jitter, StepPlan, StepResult, TrainingJob, simulate_steps
+from ptsim.sim.step import simulate_steps
+from ptsim.sim.work import Jitter, StepPlan, StepResult, TrainingJob
 from ptsim.trace.pace import changes
 from ptsim.trace.schema import Reconfiguration
 from ptsim.units import GIB

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.spec import Cluster, Link
-from ptsim.sim.step import Collective, Piece, StepPlan
+from ptsim.sim.work import Collective, Piece, StepPlan
 
 
 def plan(

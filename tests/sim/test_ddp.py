@@ -12,7 +12,8 @@ from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.network import Network, Parameter
 from ptsim.sim import ddp
-from ptsim.sim.step import TrainingJob, simulate_steps
+from ptsim.sim.step import simulate_steps
+from ptsim.sim.work import TrainingJob
 from tests.traces import residual_network
 
 

@@ -16,7 +16,7 @@ from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.setting import Sharding, StepSetting
 from ptsim.sim import ddp
-from ptsim.sim.step import StepPlan
+from ptsim.sim.work import StepPlan
 from tests.traces import residual_network
 
 NETWORK = residual_network()

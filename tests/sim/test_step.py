@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptsim.sim.step import Jitter, StepPlan, StepResult, TrainingJob, simulate_steps
+from ptsim.sim.step import simulate_steps
+from ptsim.sim.work import Jitter, StepPlan, StepResult, TrainingJob
 from tests.sim.plans import plan, plans
 
 some_plans = settings(max_examples=60, deadline=None)
