@@ -116,9 +116,9 @@ class Seconds(Quantity):
 
 
 class UsdPerHour(Quantity):
-    """A price."""
+    """A price; also nothing."""
 
-    dimension, unit, least, most = "usd_per_hour", "USD/h", 1e-9, 1e9
+    dimension, unit, least, most, zero = "usd_per_hour", "USD/h", 0.0, 1e9, True
 
 
 def read_quantity(kind: type, value: Any) -> Any:

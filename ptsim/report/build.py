@@ -34,7 +34,7 @@ from ptsim.trace.pairs import (
     run_labels,
 )
 from ptsim.trace.trace import Trace
-from ptsim.units import UsdPerHour, format_bytes, percent
+from ptsim.units import format_bytes, percent
 
 UNCHECKED = "The prediction could not be checked on the runs themselves; “Predicted against measured” says why."
 FALLBACK_CLUSTER = "dgx-a100"  # where nothing is known about the recording device
@@ -124,9 +124,8 @@ def make_report(
     """Everything that the page shows; see `write_report`."""
     if not traces:
         raise UsageError("a report needs at least one trace")
-    if price_usd_per_gpu_hour is not None and not 0 <= price_usd_per_gpu_hour <= UsdPerHour.most:
-        bound = f"expected a number from 0 to {UsdPerHour.most:g}"
-        raise UsageError(f"price is {price_usd_per_gpu_hour:g} USD per GPU-hour, {bound}")
+    options = Options(price_usd_per_gpu_hour=price_usd_per_gpu_hour, input=input_pipeline)
+    options.check()
     runs = [trace if isinstance(trace, Trace) else read_trace(trace) for trace in traces]
     if grid_grams_per_kwh is not None and not 0 <= grid_grams_per_kwh < math.inf:
         raise UsageError(f"grid intensity is {grid_grams_per_kwh:g} g per kWh, expected a number from 0 on")
@@ -139,7 +138,6 @@ def make_report(
         return _report(facts, answer.recorded_answer(facts.recorded, notices), "")
     given = [cluster] if isinstance(cluster, str | Path | Cluster) else list(cluster or [])
     clusters = [c if isinstance(c, Cluster) else load_cluster(c) for c in given or [default_cluster(runs)]]
-    options = Options(price_usd_per_gpu_hour=price_usd_per_gpu_hour, input=input_pipeline)
     sizes = _sizes(clusters[0], gpus)
     checked = [trace for trace in runs if trace.epochs and not trace.is_planned]
     validation, reason = _validation(checked, stretched=all(trace.is_stretched for trace in runs))
@@ -171,7 +169,7 @@ def make_report(
         )
     names = " and ".join(c.name for c in clusters)
     where = f" Projected onto {names}" + (", because no cluster was named." if not given else ".")
-    where += _money(facts.projectors)
+    where += money_sentences(facts.projectors)
     return _report(facts, head, where)
 
 
@@ -316,17 +314,32 @@ def _collapses(comparison: Comparison) -> Iterator[str]:
         )
 
 
-def _money(projectors: Sequence[Projector]) -> str:
-    """Whose prices the money of the page is at, and where there is none."""
-    unknown = [projector.cluster.name for projector in projectors if projector.price is None]
-    said = ""
-    if any(projector.price is not None and projector.price.date is not None for projector in projectors):
-        said = " Money is at a list price, whose day stands beside it; a price of your own can be given."
+def money_sentences(projectors: Sequence[Projector]) -> str:
+    """Whose prices the money of the page is at, and where there is none, cluster by cluster."""
+    if projectors[0].options.price_usd_per_gpu_hour is not None:
+        return " Money is at the price that was given."
+    listed: list[str] = []
+    own: list[str] = []
+    unknown: list[str] = []
+    for projector in projectors:
+        price = projector.price
+        (unknown if price is None else own if price.date is None else listed).append(projector.cluster.name)
     if len(unknown) == len(projectors):
-        said = " What a GPU-hour costs there is not known, so no money is shown; a price can be given."
-    elif unknown:
+        return " What a GPU-hour costs there is not known, so no money is shown; a price can be given."
+    said = ""
+    if listed:
+        said += f" Money{_on(listed, projectors)} is at a list price, whose day stands beside it"
+        said += "; a price of your own can be given."
+    if own:
+        said += f" Money{_on(own, projectors)} is at the price that the cluster's file gives."
+    if unknown:
         said += f" No price of a GPU-hour is known for {' and '.join(unknown)}."
     return said
+
+
+def _on(names: Sequence[str], projectors: Sequence[Projector]) -> str:
+    """On which clusters, where it does not hold of all."""
+    return "" if len(names) == len(projectors) else f" on {' and '.join(names)}"
 
 
 def _does_not_fit(facts: Facts) -> list[str]:

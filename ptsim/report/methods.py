@@ -141,12 +141,11 @@ def _device_rows(device: Device, precisions: set[str]) -> Iterator[Row]:
 
 
 def _price_rows(projector: Projector) -> Iterator[Row]:
-    price, given = projector.price, projector.options.price_usd_per_gpu_hour is not None
+    price = projector.price
     if price is None:
         yield _row("price", "none", "no price, so no money is reported")
-        return
-    source = "given by the user" if given else _source(projector.cluster.sources, "price_per_gpu")
-    yield _row("price", str(price), source)
+    else:
+        yield _row("price", str(price), price.source)
 
 
 def _option_rows(projector: Projector) -> Iterator[Row]:

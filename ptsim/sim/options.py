@@ -45,7 +45,7 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {  # option → smallest and la
     "straggler_slowdown": (1, None),
     "jobs": (1, 10_000),
     "sampled_steps": (1, None),
-    "price_usd_per_gpu_hour": (0, UsdPerHour.most),
+    "price_usd_per_gpu_hour": (UsdPerHour.least, UsdPerHour.most),
 }
 _RATES = 1e-3, 1e12  # images per second that one GPU can be given
 _LONGEST = 1e12  # hours or seconds: beyond it a simulated clock no longer sees a second pass
@@ -253,21 +253,43 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class HourPrice(msgspec.Struct, frozen=True, kw_only=True):
-    """What a GPU-hour costs; `date` is the day of a list price, None where somebody said what he pays."""
+    """What a GPU-hour costs.
+
+    Attributes:
+        usd: of one GPU.
+        source: where it was found, or who said it.
+        date: the day of a list price; None where somebody said what he pays.
+        instance_gpus: how many GPUs are rented together. A list price is that of a whole instance, a node.
+    """
 
     usd: float
+    source: str
     date: datetime.date | None = None
+    instance_gpus: int = 1
+
+    def billed_gpus(self, num_gpus: int) -> int:
+        """The GPUs of all instances that `num_gpus` GPUs are part of."""
+        return -(-num_gpus // self.instance_gpus) * self.instance_gpus
 
     def __str__(self) -> str:
-        """In words: "3.06 USD per GPU-hour, the list price of 2026-09-24"."""
-        dated = "" if self.date is None else f", the list price of {self.date}"
-        return f"{format_quantity('usd', self.usd)} per GPU-hour{dated}"
+        """In words: "3.06 USD per GPU-hour, the list price of 2026-09-24 for whole instances of 8 GPUs"."""
+        text = f"{format_quantity('usd', self.usd)} per GPU-hour"
+        if self.date is not None:
+            text += f", the list price of {self.date}"
+        if self.instance_gpus > 1:
+            text += f" for whole instances of {self.instance_gpus} GPUs"
+        return text
 
 
 def hour_price(cluster: Cluster, options: Options) -> HourPrice | None:
     """The price that the options give, 0 included, or the cluster's; None where neither has one."""
     if options.price_usd_per_gpu_hour is not None:
-        return HourPrice(usd=options.price_usd_per_gpu_hour)
+        return HourPrice(usd=options.price_usd_per_gpu_hour, source="given by the user")
     if cluster.price_usd_per_gpu_hour is None:
         return None
-    return HourPrice(usd=cluster.price_usd_per_gpu_hour, date=cluster.price_date)
+    return HourPrice(
+        usd=cluster.price_usd_per_gpu_hour,
+        source=cluster.sources.get("price_per_gpu", "not stated"),
+        date=cluster.price_date,
+        instance_gpus=1 if cluster.price_date is None else cluster.gpus_per_node,
+    )

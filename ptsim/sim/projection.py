@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ptsim.costs.energy import price_usd
 from ptsim.sim.faults import FaultyRun
+from ptsim.sim.options import HourPrice
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -73,6 +75,7 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
         energy_j: of all GPUs (the boards, without host and cooling); None where the device's power is not known.
         mfu_fraction: FLOPs of the recorded images over what the GPUs' arithmetic could do in the time of the steps;
             None where the device's peak for the precision is not known.
+        price: of a GPU-hour; None where it is not known.
         input_images_per_s: that the pipeline, or the given rate, delivers to every GPU; None where input keeps up.
         input_limit_gpus: from how many GPUs of one node on the pipeline is what an epoch waits for; None where it never
             is, or where no pipeline was named.
@@ -104,7 +107,7 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     energy_j: float | None
     energy_low_j: float | None
     energy_high_j: float | None
-    cost_usd: float | None
+    price: HourPrice | None
     low_s: float
     high_s: float
     tier: str
@@ -121,6 +124,18 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
     def gpu_hours(self) -> float:
         """Hours times GPUs."""
         return self.gpus * self.total_s / 3600
+
+    @property
+    def billed_gpus(self) -> int | None:
+        """The GPUs that are paid for: all of every instance in use; None where no price is known."""
+        return None if self.price is None else self.price.billed_gpus(self.gpus)
+
+    @property
+    def cost_usd(self) -> float | None:
+        """Price of the whole run; None where no price is known."""
+        if self.price is None:
+            return None
+        return price_usd(self.total_s, self.price.billed_gpus(self.gpus), self.price.usd)
 
     def epochs_frame(self) -> DataFrame:
         """A table with one row per projected epoch; columns that `Trace.epochs_frame` has too mean the same.
@@ -175,6 +190,10 @@ def projection_row(projection: RunProjection) -> dict[str, Any]:
         "low_energy_joules": p.energy_low_j,
         "high_energy_joules": p.energy_high_j,
         "draw_spread": p.draw_spread,
+        "price_usd_per_gpu_hour": None if p.price is None else p.price.usd,
+        "price_date": None if p.price is None or p.price.date is None else str(p.price.date),
+        "price_source": None if p.price is None else p.price.source,
+        "billed_gpus": p.billed_gpus,
         "cost_usd": p.cost_usd,
         "low_cost_usd": None if p.cost_usd is None else p.cost_usd * p.low_s / p.total_s,
         "high_cost_usd": None if p.cost_usd is None else p.cost_usd * p.high_s / p.total_s,

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ptsim.costs.energy import price_usd
 from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.tiers import Tier, worst_tier
 from ptsim.errors import UnknownNameError
@@ -27,7 +26,7 @@ from ptsim.hardware.spec import Cluster, Device
 from ptsim.setting import changed
 from ptsim.sim.bounded import SecondsRange
 from ptsim.sim.faults import simulate_faults
-from ptsim.sim.options import Faults, Options, hour_price
+from ptsim.sim.options import Faults, HourPrice, Options, hour_price
 from ptsim.sim.planning import RunPlan, Stage, plan_run
 from ptsim.sim.pricing import Pricer, RecordedSteps, spread_on_top
 from ptsim.sim.projection import EpochProjection, RunProjection, projections_frame
@@ -187,7 +186,7 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         energy_j=energy_j,
         energy_low_j=energy_low_j,
         energy_high_j=energy_high_j,
-        cost_usd=None if price is None else price_usd(total_s, num_gpus, price.usd),
+        price=price,
         low_s=low_s,
         high_s=high_s,
         tier=worst_tier(epoch.tier for epoch in epochs) or Tier.DATASHEET,
@@ -197,7 +196,13 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         input_limit_gpus=pricer.feed.limiting_gpus(needed),
         draw_spread=0.0,
         complete=trace.complete,
-        notes=(*plan.notes, *pricer.notes, *pricer.feed.notes(needed), *_doubts(scenario, epochs)),
+        notes=(
+            *plan.notes,
+            *pricer.notes,
+            *pricer.feed.notes(needed),
+            *_doubts(scenario, epochs),
+            *_instances(price, num_gpus),
+        ),
         faults=faults,
     )
 
@@ -312,6 +317,14 @@ def _doubts(scenario: Scenario, epochs: Sequence[EpochProjection]) -> tuple[str,
     if profile is None or all(epoch.tier != Tier.PROFILED for epoch in epochs):
         return ()
     return profile.doubts()
+
+
+def _instances(price: HourPrice | None, num_gpus: int) -> tuple[str, ...]:
+    """That more GPUs are paid for than train."""
+    if price is None or price.billed_gpus(num_gpus) == num_gpus:
+        return ()
+    billed = f"{num_gpus:,} {'GPU is' if num_gpus == 1 else 'GPUs are'} billed as {price.billed_gpus(num_gpus):,}"
+    return (f"{billed}: at the list price one rents whole instances of {price.instance_gpus} GPUs",)
 
 
 def change(options: Options, changes: dict[str, Any]) -> Options:

@@ -396,6 +396,16 @@ def test_a_list_price_is_the_machines_over_its_gpus_with_its_day_and_source():
         assert "USD an hour for" in cluster.sources["price_per_gpu"]
 
 
+def test_a_price_may_be_nothing_but_not_less(tmp_path):
+    path = tmp_path / "mine.toml"
+    for price in ("0", "1e-12"):  # both of which --price takes
+        path.write_text(CLUSTER.replace("gpus_per_node = 8", f'gpus_per_node = 8\nprice_per_gpu = "{price} USD/h"'))
+        assert load_cluster(path).price_usd_per_gpu_hour == float(price)
+    path.write_text(CLUSTER.replace("gpus_per_node = 8", 'gpus_per_node = 8\nprice_per_gpu = "-1 USD/h"'))
+    with pytest.raises(FileFormatError, match=r"price_per_gpu.*is negative"):
+        load_cluster(path)
+
+
 def test_the_day_of_a_list_price_needs_the_price(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(CLUSTER.replace("gpus_per_node = 8", 'gpus_per_node = 8\nprice_date = "2026-09-24"'))

@@ -159,7 +159,7 @@ def test_a_file_in_the_place_of_the_folder_is_a_usage_error(tmp_path: Path) -> N
         (["good.jsonl", "-o", "out", "--cluster", "dgx-b52"], "unknown cluster 'dgx-b52'"),
         (["good.jsonl", "-o", "out", "--gpus", "0"], "positive whole numbers"),
         (["good.jsonl", "-o", "out", "--cluster", "abci-a", "--gpus", "1000000"], "abci-a"),
-        (["good.jsonl", "-o", "out", "--price", "-1"], "price is -1"),
+        (["good.jsonl", "-o", "out", "--price", "-1"], "price_usd_per_gpu_hour is -1"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_2(
@@ -216,17 +216,18 @@ def test_a_list_price_is_shown_with_its_day_and_a_given_one_takes_its_place(tmp_
     both = ["aws-p3-16xlarge", "dgx-a100"]
     listed = make_report(traces, cluster=both, gpus=[8])
     (money,) = (tile for tile in listed.answer.tiles if tile.name.startswith("Money"))
-    assert " at 3.06 USD per GPU-hour, the list price of 2026-09-24; " in money.detail
-    assert "Money is at a list price, whose day stands beside it" in listed.byline
+    assert " at 3.06 USD per GPU-hour, the list price of 2026-09-24 for whole instances of 8 GPUs; " in money.detail
+    assert "Money on aws-p3-16xlarge is at a list price, whose day stands beside it" in listed.byline
     assert "No price of a GPU-hour is known for dgx-a100." in listed.byline
     (saving,) = listed.savings.to_dict("records")
     assert saving["saved_usd"] == pytest.approx(3.06 * 8 * saving["saved_seconds"] / 3600)
     assert list(listed.scenarios.groupby("cluster").cost_usd.count()) == [3, 0]
     (sides,) = (table for section in listed.sections for table in section.tables if table.name == "scenarios")
-    assert "Prices: aws-p3-16xlarge 3.06 USD per GPU-hour, the list price of 2026-09-24." in sides.caption
+    assert "Prices: aws-p3-16xlarge 3.06 USD per GPU-hour, the list price of 2026-09-24 for whole" in sides.caption
     assert "not all that it saves is due to pruning" in sides.caption  # of the row with a dynamic mini-batch
     given = make_report(traces, cluster=both, gpus=[8], price_usd_per_gpu_hour=2.0)
     assert "list price" not in given.byline
+    assert given.byline.endswith("Money is at the price that was given.")
     (money,) = (tile for tile in given.answer.tiles if tile.name.startswith("Money"))
     assert " at 2.00 USD per GPU-hour; " in money.detail
 

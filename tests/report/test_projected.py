@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import msgspec
 import pytest
 
 import ptsim
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report import projected
+from ptsim.report.build import money_sentences
 from ptsim.report.facts import Facts
 from ptsim.report.projected import Projector, labelled_runs
 from ptsim.report.specs import PROJECTIONS
@@ -156,8 +159,22 @@ def test_runs_that_are_checked_keep_their_order_and_so_their_names(traces: list[
 
 def test_a_price_of_nothing_is_a_price() -> None:
     cluster = msgspec.structs.replace(load_cluster("dgx-a100"), price_usd_per_gpu_hour=3.0)
-    assert Projector(cluster, Options(price_usd_per_gpu_hour=0.0)).price == HourPrice(usd=0.0)
-    assert Projector(cluster, Options()).price == HourPrice(usd=3.0)
+    given = Projector(cluster, Options(price_usd_per_gpu_hour=0.0)).price
+    assert given == HourPrice(usd=0.0, source="given by the user")
+    assert Projector(cluster, Options()).price == HourPrice(usd=3.0, source="not stated")
+
+
+def test_the_page_says_cluster_by_cluster_whose_prices_its_money_is_at() -> None:
+    file = Path(__file__).parents[2] / "examples" / "own_cluster.toml"
+    names = ("aws-p3-16xlarge", file, "dgx-a100", "dgx-h100")
+    listed, own, *unknown = [Projector(load_cluster(name), Options()) for name in names]
+    assert money_sentences([listed, own, *unknown]) == (
+        " Money on aws-p3-16xlarge is at a list price, whose day stands beside it; a price of your own can be given."
+        f" Money on {own.cluster.name} is at the price that the cluster's file gives."
+        " No price of a GPU-hour is known for dgx-a100 and dgx-h100."
+    )
+    assert money_sentences([own]) == " Money is at the price that the cluster's file gives."
+    assert "no money is shown" in money_sentences(unknown)
 
 
 def test_plans_that_were_not_written_and_share_a_path_are_told_apart(traces: list[ptsim.Trace]) -> None:

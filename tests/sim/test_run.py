@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import math
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,17 @@ class TestManyGpus:
         assert p.cost_usd == pytest.approx(3.0 * 8 * p.total_s / 3600)
         assert run(trace, 8).cost_usd is None
         assert run(trace, 8, cluster(price=2.0)).cost_usd == pytest.approx(2.0 * p.gpu_hours)
+
+    def test_a_list_price_is_of_whole_instances(self, trace: Trace) -> None:
+        listed = msgspec.structs.replace(cluster(price=2.0, gpus_per_node=4), price_date=datetime.date(2026, 11, 9))
+        for gpus, billed in ((1, 4), (4, 4), (5, 8), (9, 12)):
+            p = run(trace, gpus, listed)
+            assert p.billed_gpus == billed
+            assert p.gpu_hours == pytest.approx(gpus * p.total_s / 3600)
+            assert p.cost_usd == pytest.approx(2.0 * billed * p.total_s / 3600)
+            assert any("billed as" in note for note in p.notes) == (gpus != billed)
+        paid = run(trace, 5, listed, price_usd_per_gpu_hour=3.0)
+        assert paid.cost_usd == pytest.approx(3.0 * 5 * paid.total_s / 3600)
 
     def test_energy_follows_the_recorded_power_on_the_recorded_gpu(self, trace: Trace) -> None:
         # every epoch was recorded at 300 W; the run also waits for its reconfigurations
