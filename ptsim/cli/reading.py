@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from ptsim.errors import FileFormatError, UsageError
-from ptsim.textfile import LARGEST, LARGEST_INTEGER, SMALLEST
+from ptsim.textfile import LARGEST, LARGEST_INTEGER, SMALLEST, parse_toml
 from ptsim.units import parse_quantity
 
 _NCCL_TESTS_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}  # what `all_reduce_perf -b 128M` means
@@ -46,6 +50,55 @@ def check_number(name: str, text: str, *, whole: bool) -> None:
     vanished = not value and re.match(r"[^eE]*[1-9]", text)  # 1e-400 is no zero
     if not whole and (value or vanished) and math.isfinite(value) and not SMALLEST <= abs(value) <= LARGEST:
         raise UsageError(f"{name} is {text}, expected 0 or a number between {SMALLEST:g} and {LARGEST:g}")
+
+
+def read_settings(texts: Sequence[str], given: Mapping[str, Any], *, named: Collection[str] = ()) -> dict[str, Any]:
+    """What --set and the options of their own say together; every setting can be given once.
+
+    A value is read as TOML or JSON, and as plain text where it is neither. NAME.PART=value sets a part of a setting.
+    Hyphens in names are underscores, as in the names of options.
+
+    Args:
+        texts: name=value, of every --set.
+        given: setting → value that an option of its own gave; also NAME.PART.
+        named: settings whose parts are names of things, which keep their hyphens.
+
+    Raises:
+        UsageError: a text that is not name=value, or a setting that is given twice.
+    """
+    settings: dict[str, Any] = {}
+    seen: list[str] = []
+    for name, value in (*given.items(), *(_setting(text, named) for text in texts)):
+        whole, _, part = name.partition(".")
+        if any(name == other or other in (whole, name) or other.startswith(f"{name}.") for other in seen):
+            by = ", by --set and by an option of its own" if name in given or whole in given else ""
+            raise UsageError(f"setting {name!r} is given twice{by}")
+        seen.append(name)
+        if part:
+            settings.setdefault(whole, {})[part] = value
+        else:
+            settings[whole] = value
+    return settings
+
+
+def _setting(text: str, named: Collection[str]) -> tuple[str, Any]:
+    """`name=value` as (name, value)."""
+    name, equals, value = (piece.strip() for piece in text.partition("="))
+    whole, dot, part = (piece.strip() for piece in name.partition("."))
+    if not equals or not whole or bool(dot) != bool(part):
+        raise UsageError(f"--set {text!r} is not name=value")
+    whole = whole.replace("-", "_")
+    name = f"{whole}{dot}{part if whole in named else part.replace('-', '_')}"
+    try:
+        document = parse_toml("--set", f"value = {value}".encode())
+        if len(document) == 1:  # a line feed could begin another setting
+            return name, document["value"]
+    except (FileFormatError, UnicodeError):
+        pass
+    try:
+        return name, msgspec.json.decode(value)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return name, value
 
 
 def is_count(text: str) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from cyclopts import Parameter
@@ -15,13 +15,13 @@ from rich.table import Table
 
 from ptsim.cli.common import print_json, say, stdout_console
 from ptsim.cli.options import Cluster, Json, LengthOptions, Settings, Traces
-from ptsim.cli.reading import parse_gpus, refuse_input_as_output
+from ptsim.cli.reading import parse_gpus, read_settings, refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.setting import PrecisionName, Sharding
 from ptsim.sim.budget import unlimited
-from ptsim.sim.options import GradientFormat, HourPrice, MiniBatch, Options, Scaling, hour_price
+from ptsim.sim.options import GradientFormat, MiniBatch, Options, Scaling
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
 from ptsim.trace.trace import planned_mark
@@ -31,39 +31,44 @@ _NAMED = ("mixed_devices", "link_bandwidth", "link_latency_s")  # options whose 
 _AS_RECORDED = Options()
 
 
+def _default(name: str) -> Parameter:
+    """An option that keeps what `Options` says unless it is given; the help shows what that is."""
+    return Parameter(show_default=lambda _: getattr(_AS_RECORDED, name))
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class WhatIf:
     """What differs from the recorded run; `ptsim.sim.options.Options` has more, for --set."""
 
-    scaling: Scaling = _AS_RECORDED.scaling
+    scaling: Annotated[Scaling | None, _default("scaling")] = None
     """weak keeps the recorded mini-batch of each GPU, strong the recorded mini-batch of all GPUs together."""
-    minibatch: MiniBatch = _AS_RECORDED.minibatch
+    minibatch: Annotated[MiniBatch | None, _default("minibatch")] = None
     """Mini-batch of each epoch: recorded, planned (as large as fits the projected GPU), or fixed (as in the first
     epoch)."""
     device: str | None = None
     """GPU that replaces the cluster's own: catalog name or TOML file."""
     precision: PrecisionName | None = None
     """Number format of the matrix products, instead of the recorded one; amp is fp16 autocast."""
-    gradients: GradientFormat = _AS_RECORDED.gradient_format
+    gradients: Annotated[GradientFormat | None, _default("gradient_format")] = None
     """Number format in which gradients are sent."""
-    sharding: Sharding = _AS_RECORDED.sharding
+    sharding: Annotated[Sharding | None, _default("sharding")] = None
     """zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too."""
-    micro_batches: int | None = _AS_RECORDED.micro_batches
+    micro_batches: int | None = None
     """Gradient accumulation: number of passes that each mini-batch is split into. Default: as many as recorded."""
-    bucket_mib: float = _AS_RECORDED.bucket_bytes / MIB
+    bucket_mib: Annotated[float | None, Parameter(show_default=lambda _: _AS_RECORDED.bucket_bytes / MIB)] = None
     """Size limit of DDP's buckets. The first bucket has 1 MiB at the default, otherwise this limit too."""
-    network: Literal["formula", "links"] = _AS_RECORDED.network
+    network: Annotated[Literal["formula", "links"] | None, _default("network")] = None
     """formula takes all links of a kind for equal. links simulates every NIC and leaf switch; --set gives it
     link_bandwidth, link_latency_s and placement."""
     contention: float | None = None
     """Fraction by which computation and communication each slow down while they overlap. As fitted for the link if
     left out."""
-    channel_multiple: int = _AS_RECORDED.channel_multiple
+    channel_multiple: Annotated[int | None, _default("channel_multiple")] = None
     """Round the channel counts of pruned networks up to a multiple of this number."""
     jitter: str | None = None
     """Relative standard deviation of the step time of one GPU, or "recorded"."""
-    input: str = _AS_RECORDED.input
+    input: Annotated[str | None, _default("input")] = None
     """What reads and decodes the images with the node's cores: torchvision, dali or ffcv. none if input keeps up."""
     input_images_per_s: str | None = None
     """Instead of --input: images per second that one GPU is given, or "recorded"."""
@@ -72,15 +77,16 @@ class WhatIf:
     price: float | None = None
     """Price in USD per GPU and hour, instead of the cluster's."""
 
-    def changes(self) -> dict[str, Any]:
-        """The values for `change`, by the names that `Options` has for them.
+    def given(self) -> dict[str, Any]:
+        """What the user has given, by the names that `Options` has for it.
 
         Raises:
             UsageError: a value that is no number, or a bucket without a size.
         """
-        if not (math.isfinite(self.bucket_mib) and self.bucket_mib > 0):
-            raise UsageError(f"bucket-mib is {self.bucket_mib:g}, expected a positive number")
-        changes: dict[str, Any] = {
+        bucket_mib = self.bucket_mib
+        if bucket_mib is not None and not (math.isfinite(bucket_mib) and bucket_mib > 0):
+            raise UsageError(f"bucket-mib is {bucket_mib:g}, expected a positive number")
+        values: dict[str, Any] = {
             "scaling": self.scaling,
             "minibatch": self.minibatch,
             "device": self.device,
@@ -88,19 +94,17 @@ class WhatIf:
             "gradient_format": self.gradients,
             "sharding": self.sharding,
             "micro_batches": self.micro_batches,
-            "bucket_bytes": round(self.bucket_mib * MIB),
+            "bucket_bytes": None if bucket_mib is None else round(bucket_mib * MIB),
             "network": self.network,
             "contention": self.contention,
             "channel_multiple": self.channel_multiple,
+            "jitter": _number_or_recorded("jitter", self.jitter),
             "input": self.input,
             "input_images_per_s": _number_or_recorded("input-images-per-s", self.input_images_per_s),
+            "faults.mtbf_gpu_hours": self.mtbf_gpu_hours,
             "price_usd_per_gpu_hour": self.price,
         }
-        if self.jitter is not None:
-            changes["jitter"] = _number_or_recorded("jitter", self.jitter)
-        if self.mtbf_gpu_hours is not None:
-            changes["faults"] = {"mtbf_gpu_hours": self.mtbf_gpu_hours}
-        return changes
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def simulate(
@@ -113,7 +117,7 @@ def simulate(
     profile: Path | None = None,
     timeline: Path | None = None,
     length: LengthOptions = LengthOptions(),
-    seed: int = 0,
+    seed: Annotated[int | None, _default("seed")] = None,
     yes: bool = False,
     settings: Settings = [],
     json: Json = False,
@@ -132,17 +136,12 @@ def simulate(
             repeated.
     """
     counts = parse_gpus(gpus)
-    changes = what_if.changes() | {"seed": seed}
+    given = what_if.given() | ({} if seed is None else {"seed": seed})
+    options = change(Options(), read_settings(settings, given, named=_NAMED))
     if timeline is not None:
         if timeline == Path():  # also what an empty text means
             raise UsageError("--timeline is the current folder, expected a .json file or a folder of its own")
         refuse_input_as_output(timeline, *traces)
-    names = [text.partition("=")[0].strip() for text in settings]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"--set {twice[0]} is given twice")
-    for text in settings:
-        _set(changes, text)
-    options = change(Options(), changes)
     where = load_cluster(cluster)
     measured = None if profile is None else read_device_profile(profile)
     projections: list[RunProjection] = []
@@ -158,7 +157,7 @@ def simulate(
     if json:
         print_json([_document(projection) for projection in projections])
     else:
-        _print_tables(projections, hour_price(where, options))
+        _print_tables(projections)
 
 
 def _number_or_recorded(name: str, text: str | None) -> float | str | None:
@@ -170,25 +169,6 @@ def _number_or_recorded(name: str, text: str | None) -> float | str | None:
         raise UsageError(f"{name} {text!r} is neither a number nor 'recorded'") from error
 
 
-def _set(changes: dict[str, Any], text: str) -> None:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise UsageError(f"--set {text!r} is not name=value")
-    try:
-        parsed: Any = msgspec.json.decode(value)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):  # then it is a text
-        parsed = value
-    option, *inner = name.split(".", 1)
-    option = option.replace("-", "_")
-    if not inner:
-        changes[option] = parsed
-        return
-    part = changes.setdefault(option, {})
-    if not isinstance(part, dict):
-        raise UsageError(f"--set {text!r}: {option} has no parts")
-    part[inner[0] if option in _NAMED else inner[0].replace("-", "_")] = parsed
-
-
 def _document(projection: RunProjection) -> dict[str, Any]:
     return {
         **projection_row(projection),
@@ -197,12 +177,12 @@ def _document(projection: RunProjection) -> dict[str, Any]:
     }
 
 
-def _print_tables(projections: list[RunProjection], price: HourPrice | None) -> None:
+def _print_tables(projections: list[RunProjection]) -> None:
     console = stdout_console()
-    priced = "" if price is None else f", {price}"
     for trace in dict.fromkeys(projection.trace for projection in projections):
         rows = [projection for projection in projections if projection.trace == trace]
         first = rows[0]
+        priced = "" if first.price is None else f", {first.price}"
         name = f"{planned_mark(first.origin)}{first.model}"
         console.print(f"{name}, {len(first.epochs)} epochs: {trace}", highlight=False)
         console.print(f"on {first.cluster} ({first.device}), {first.scaling} scaling{priced}", highlight=False)

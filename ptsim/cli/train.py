@@ -17,7 +17,7 @@ from rich.table import Table
 from ptsim import zoo
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json, Settings
-from ptsim.cli.reading import check_run_folder
+from ptsim.cli.reading import check_run_folder, read_settings
 from ptsim.errors import UsageError
 from ptsim.textfile import check_folder_writable, read_toml
 from ptsim.training.config import Config, to_settings
@@ -90,18 +90,15 @@ def train(
         settings: Any other setting as key=value. Can be repeated.
     """
     _check_paths(config, overrides, out, (resume, start_from))
-    from ptsim.training.config import parse_override, read_config
+    given = overrides.given()
+    if start_from is not None:
+        given["start_from"] = str(start_from)
+    if log is not None:
+        given["loggers"] = [name.strip() for name in log.split(",") if name.strip()]
+    changed = read_settings(settings, given)
+    from ptsim.training.config import read_config
     from ptsim.training.loop import train as run_training
 
-    changed: dict[str, Any] = {}
-    for name, value in (*map(parse_override, settings), *overrides.given().items()):
-        if name in changed:
-            raise UsageError(f"setting {name!r} is given twice")
-        changed[name] = value
-    if start_from is not None:
-        changed["start_from"] = str(start_from)
-    if log is not None:
-        changed["loggers"] = [name.strip() for name in log.split(",") if name.strip()]
     if resume is not None:
         if config is not None or out is not None:
             raise UsageError("--resume takes its configuration and its folder from the run; give only what changes")

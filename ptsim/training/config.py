@@ -21,7 +21,7 @@ from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.network import MemoryFormat, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import PRECISION_NAMES, parse_precision
-from ptsim.textfile import parse_toml, read_toml
+from ptsim.textfile import read_toml
 from ptsim.trace.schema import MOST_EPOCHS
 from ptsim.training.registries import REGISTRIES
 from ptsim.training.sources import DEFAULT as DEFAULT_DATASET
@@ -229,21 +229,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
         if isinstance(value, dict):
             raise FileFormatError(path, f"found the table [{name}], expected plain `setting = value` lines")
     return settings
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`key=value` as (key, value); the value is read as TOML, and as plain text where it is none.
-
-    Raises:
-        UsageError: there is no `=`.
-    """
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise UsageError(f"{text!r} is not of the form setting=value")
-    try:
-        return name.strip(), parse_toml("--set", f"value = {value}".encode())["value"]
-    except FileFormatError:
-        return name.strip(), value.strip()
 
 
 def to_settings(config: Config) -> dict[str, Any]:

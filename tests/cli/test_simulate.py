@@ -43,11 +43,33 @@ def test_a_list_price_is_printed_with_its_day_unless_another_is_given(
     trace: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["simulate", trace, "--cluster", "aws-p3-16xlarge"]) == 0
-    assert "3.06 USD per GPU-hour, the list price of 2026-09-24" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "3.06 USD per GPU-hour, the list price of 2026-09-24 for whole instances of 8 GPUs" in out
+    assert "note: 1 GPU is billed as 8: at the list price one rents whole instances of 8 GPUs" in out
     assert run(["simulate", trace, "--cluster", "aws-p3-16xlarge", "--price", "2.5"]) == 0
     out = capsys.readouterr().out
     assert "2.50 USD per GPU-hour" in out
     assert "list price" not in out
+    assert "billed" not in out
+
+
+def test_json_says_what_the_price_is_and_where_it_is_from(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", trace, "--cluster", "aws-p3-16xlarge", "--gpus", "8,9", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["price_usd_per_gpu_hour"], row["price_date"]) for row in rows] == [(3.06, "2026-09-24")] * 2
+    assert rows[0]["price_source"].startswith("AWS Price List, ")
+    assert [row["billed_gpus"] for row in rows] == [8, 16]
+    assert [row["cost_usd"] for row in rows] == pytest.approx(
+        [3.06 * gpus * row["total_seconds"] / 3600 for gpus, row in zip((8, 16), rows, strict=True)]
+    )
+    assert run(["simulate", trace, "--cluster", "aws-p3-16xlarge", "--gpus", "9", "--price", "2", "--json"]) == 0
+    (given,) = json.loads(capsys.readouterr().out)
+    assert (given["price_date"], given["price_source"], given["billed_gpus"]) == (None, "given by the user", 9)
+    assert given["cost_usd"] == pytest.approx(2 * 9 * given["total_seconds"] / 3600)
+    assert run(["simulate", trace, "--cluster", "dgx-a100", "--json"]) == 0
+    (unpriced,) = json.loads(capsys.readouterr().out)
+    names = ("price_usd_per_gpu_hour", "price_date", "price_source", "billed_gpus", "cost_usd")
+    assert [unpriced[name] for name in names] == [None] * 5
 
 
 def test_a_gpu_count_that_is_named_twice_is_projected_once(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +112,7 @@ def test_links_are_named_with_their_blanks(trace: str, capsys: pytest.CaptureFix
         (["--cluster", "dgx-a100", "--jitter", "much"], "jitter 'much'"),
         (["--cluster", "dgx-a100", "--set", "nonsense"], "'nonsense' is not name=value"),
         (["--cluster", "dgx-a100", "--set", "nonsense=1"], "nonsense"),
-        (["--cluster", "dgx-a100", "--set", "seed.x=1"], "seed has no parts"),
+        (["--cluster", "dgx-a100", "--set", "seed.x=1"], "option seed: Expected `int`, got `object`"),
         (["--cluster", "dgx-a100", "--set", "mixed-devices.rtx-9090=1"], "unknown device 'rtx-9090'"),
         ([], "cluster"),
     ],

@@ -3,11 +3,9 @@ import tomllib
 import warnings
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
-from ptsim.training.config import Config, from_recorded, make_config, parse_override, read_config, resolve, to_toml
+from ptsim.training.config import Config, from_recorded, make_config, read_config, resolve, to_toml
 from ptsim.training.sources import DATASETS, DataSource
 
 CIFAR = {"data_dir": "data"}
@@ -121,27 +119,6 @@ def test_a_recorded_configuration_does_not_warn_again():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         from_recorded({"dataset": "digits", "penalty_ratio": 0.0, "interval": 5})
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("lr=0.5", ("lr", 0.5)),
-        ("nesterov = true", ("nesterov", True)),
-        ("lr_milestones=[0.5, 0.8]", ("lr_milestones", [0.5, 0.8])),
-        ("model=vgg11", ("model", "vgg11")),
-        ("memory_budget=8 GiB", ("memory_budget", "8 GiB")),
-        ('model="a=b"', ("model", "a=b")),
-    ],
-)
-def test_an_override_is_read_as_toml_and_else_as_text(text, expected):
-    assert parse_override(text) == expected
-
-
-@given(st.text().filter(lambda text: "=" not in text))
-def test_an_override_without_an_equals_sign_is_refused(text):
-    with pytest.raises(UsageError, match="not of the form"):
-        parse_override(text)
 
 
 def test_a_broken_configuration_file_is_named(tmp_path):
