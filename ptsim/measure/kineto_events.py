@@ -2,8 +2,9 @@
 
 The format is Chrome's trace JSON as PyTorch's Kineto library writes it. Times in the file are microseconds; here they
 are seconds. Only complete events ("ph": "X") count; one of a negative duration was cut off by the profiler and takes no
-time. Kernels are found by the id of the operator that launched them ("External id"); operators nest by time on their
-own thread.
+time. Operators nest by time on their own thread. A kernel belongs to the operator in which its thread called CUDA to
+launch it: kernel and call have the same "correlation". Where no such call is recorded, the kernel's "External id" is
+that of the operator; some versions of PyTorch write the correlation there too.
 
 Source: github.com/pytorch/kineto, libkineto/src/output_json.cpp; torch/csrc/autograd/profiler_kineto.cpp.
 """
@@ -177,8 +178,9 @@ def read_recording(path: str | Path) -> Recording:
             path, "holds no operator; expected a file that torch.profiler wrote with ProfilerActivity.CPU"
         )
     device_events = [event for event in events if event.category in _ON_DEVICE]
+    calls = [event for event in events if event.category in _CALLS]
     _nest(path, host)
-    _launch(host, device_events)
+    _launch(host, calls, device_events)
     gpu = _device_of(raw.deviceProperties, device_events)
     team = raw.distributedInfo or _RawTeam()
     if team.rank is not None and team.world_size is not None and team.rank >= team.world_size:
@@ -192,7 +194,7 @@ def read_recording(path: str | Path) -> Recording:
         world_size=team.world_size,
         host=host,
         device_events=device_events,
-        calls=[event for event in events if event.category in _CALLS],
+        calls=calls,
         num_cut_off=sum(float(item.dur) < 0 for item in complete),
     )
 
@@ -294,14 +296,33 @@ def _nest(path: Path, host: Iterable[Event]) -> None:
         stack.append(event)
 
 
-def _launch(host: Iterable[Event], device_events: Iterable[Event]) -> None:
-    """Give every device event to the operator that launched it, by the id that both have."""
+def _launch(host: Sequence[Event], calls: Sequence[Event], device_events: Iterable[Event]) -> None:
+    """Give every device event to the operator that launched it."""
+    launchers = _launchers(host, calls)
     operators: dict[int | None, Event] = {event.number("external id"): event for event in host}
-    operators.pop(None, None)
+    for ids in launchers, operators:
+        ids.pop(None, None)
     for event in device_events:
-        owner = operators.get(event.number("external id"))
+        owner = launchers.get(event.number("correlation")) or operators.get(event.number("external id"))
         if owner is not None:
             owner.kernels.append(event)
+
+
+def _launchers(host: Iterable[Event], calls: Iterable[Event]) -> dict[int | None, Event]:
+    """The innermost operator or annotation around each call of CUDA on its thread, by the call's correlation."""
+    found: dict[int | None, Event] = {}
+    running: dict[tuple[str, str], Event | None] = {}
+    for event in sorted([*host, *calls], key=lambda event: (event.begin_s, event.category in _CALLS)):
+        if event.category not in _CALLS:
+            running[event.thread] = event
+            continue
+        around = running.get(event.thread)
+        while around is not None and around.end_s <= event.begin_s:
+            around = around.parent
+        running[event.thread] = around
+        if around is not None:
+            found[event.number("correlation")] = around
+    return found
 
 
 def _device_of(devices: Sequence[_RawDevice], device_events: Sequence[Event]) -> _RawDevice:

@@ -12,6 +12,7 @@ from ptsim.measure import kineto_operators as operators
 from ptsim.measure.kineto_events import Event, Recording, Span, clip, length, outside, union, within
 
 _STEP_MARK, UPDATE_MARK, _BACKWARD = "ProfilerStep#", "Optimizer.step#", "autograd::engine::evaluate_function:"
+_SEQUENCE = "sequence number"
 _SHORTEST_STEP_S, _LONGEST_STEP_S = 1e-9, 86_400.0
 _ACCUMULATE = "torch::autograd::AccumulateGrad"
 _WAITS = re.compile(r"(cuda|hip)(Device|Stream|Event)Synchronize")
@@ -64,6 +65,9 @@ def read_steps(recording: Recording) -> list[Step]:
     windows = [window for window in _windows(recording) if _backward(recording, window)]
     found = [(window, step) for window in windows if (step := _step(recording, window)).calls]
     windows, steps = [window for window, _ in found], [step for _, step in found]
+    if not any(event.number(_SEQUENCE) is not None for event in recording.host):
+        problem = "tells no training step: its operators have no sequence numbers, which lead from forward to backward"
+        raise FileFormatError(recording.path, f"{problem}; record it with PyTorch 2")
     if not steps:
         raise FileFormatError(recording.path, "holds no forward pass with its backward pass; expected a training step")
     if recording.on_gpu:  # the host runs ahead, so that its marks do not tell how long the GPU takes
@@ -134,13 +138,13 @@ def _calls(recording: Recording, window: Span, backward: Sequence[Event]) -> lis
     """The network's operators in forward order, linked to their backward nodes."""
     creators: dict[int | None, Event] = {}
     for event in within(recording.host, window):
-        number = event.number("sequence number")
+        number = event.number(_SEQUENCE)
         is_forward = event.name.startswith("aten::") and not _is_inside(event, _BACKWARD)
         if number is not None and is_forward and not _is_inside(event, UPDATE_MARK):
             creators[number] = event  # the last one with that number makes the node
     found: dict[int, Call] = {}
     for node in backward:
-        creator = creators.get(node.number("sequence number"))
+        creator = creators.get(node.number(_SEQUENCE))
         if creator is None or _ACCUMULATE in node.name:
             continue
         event = _outermost(creator)

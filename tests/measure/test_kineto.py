@@ -328,6 +328,37 @@ def test_steps_that_take_no_time_or_less_are_refused(tmp_path: Path) -> None:
         import_kineto([_write(tmp_path / "backwards.json", backwards)])
 
 
+def _launched_by_calls(document: dict[str, Any]) -> dict[str, Any]:
+    """The same in PyTorch 1.12's way: "External id" of a kernel is that of its launch, which may be some operator's."""
+    events = document["traceEvents"]
+    operators = {event["args"]["External id"]: event for event in events if event["cat"] == "cpu_op"}
+    for kernel in [event for event in events if event["cat"] == "kernel"]:
+        operator = operators[kernel["args"]["External id"]]
+        number = kernel["args"]["External id"] - 1  # the id of another operator
+        kernel["args"] |= {"External id": number, "correlation": number}
+        begin = operator["ts"] + operator["dur"] / 2
+        events.append({**operator, "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": begin, "dur": 1.0,
+                       "args": {"External id": number, "correlation": number, "cbid": 211}})  # fmt: skip
+    return document
+
+
+def test_kernels_belong_to_the_operator_that_called_cuda_whatever_their_external_id(tmp_path: Path) -> None:
+    by_id = import_kineto([_write(tmp_path / "a.json", _gpu_trace())])
+    by_call = import_kineto([_write(tmp_path / "b.json", _launched_by_calls(_gpu_trace()))])
+    assert by_call.operators == by_id.operators
+    assert (by_call.forward_seconds, by_call.backward_seconds) == (by_id.forward_seconds, by_id.backward_seconds)
+    assert by_call.optimizer_seconds == by_id.optimizer_seconds
+    assert by_call.exposed_communication_seconds == by_id.exposed_communication_seconds
+
+
+def test_operators_without_sequence_numbers_are_refused_with_the_reason(tmp_path: Path) -> None:
+    document = _gpu_trace()
+    for event in document["traceEvents"]:
+        event["args"].pop("Sequence number", None)
+    with pytest.raises(FileFormatError, match=r"have no sequence numbers.*; record it with PyTorch 2"):
+        import_kineto([_write(tmp_path / "a.json", document)])
+
+
 def test_kernels_without_the_id_of_their_operator_tell_nothing_of_a_step(tmp_path: Path) -> None:
     document = _gpu_trace()
     for event in document["traceEvents"]:
