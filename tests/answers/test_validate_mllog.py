@@ -47,6 +47,24 @@ def test_an_epoch_is_the_median_after_the_first_and_without_evaluation(tmp_path:
     assert found.step_seconds == 2.0
 
 
+def test_epochs_whose_marks_do_not_wait_for_the_accelerators_are_timed_up_to_the_evaluation(tmp_path: Path) -> None:
+    """Launched in 1 s each, computed after 40 s: two stretches of two epochs, with 7 s of evaluation behind each."""
+    path = _log(tmp_path / "result_0.txt")
+    head = [line for line in path.read_text().splitlines() if "epoch" not in line]
+    now, lines = 2_000_000, []
+    for epoch in range(1, 5):
+        for key, at in (("epoch_start", 0), ("epoch_stop", 1000)):
+            lines.append({"key": key, "value": None, "time_ms": now + at, "metadata": {"epoch_num": epoch}})
+        now += 1000
+        if epoch % 2 == 0:
+            now += 38_000
+            lines.append({"key": "eval_start", "value": None, "time_ms": now, "metadata": {}})
+            now += 7000
+    path.write_text("\n".join([*head, *(f":::MLLOG {json.dumps(line)}" for line in lines)]))
+    found = read_mllog(path)
+    assert (found.epoch_seconds, found.num_epochs) == (20.0, 3)
+
+
 # The form of a published result file (MLPerf Training v2.1, ResNet-50 with MXNet on 8 A100): a shell trace, lines of
 # several processes that tear each other, epochs inside blocks, evaluation between blocks; numbers made up.
 PUBLISHED = """+ docker exec -it image_classification python -c '
