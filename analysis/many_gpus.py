@@ -1,6 +1,6 @@
 """How wrong are steps of many GPUs that no fit has seen? Published rows left out by GPU and by source.
 
-    python analysis/many_gpus.py        # cross_validate prints the same table into docs/accuracy.md
+    python analysis/many_gpus.py        # cross_validate prints the same table into docs/cross_validation.md
 
 A row's own chip (or source) is left out everywhere: of the rows of one GPU, of single layers, and of the rows of many
 GPUs that say what scaling costs.
@@ -12,20 +12,21 @@ import numpy as np
 import pandas as pd
 from fit_efficiency import Problem
 from fit_scaling import Case as ManyCase
-from fit_scaling import cases, interval
+from fit_scaling import cases
 from fit_scaling import fit as fit_scaling
 from fit_scaling import rows as many_rows
 from public_rows import Case, layer_cases, training_cases
+from residuals import chip_name, ends
 
+from ptsim.costs.datasheet import ManyGpus, load_intervals
 from ptsim.costs.scaling import Scaling, load_scaling
-from ptsim.hardware.catalog import load_device
 
 
 def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
-    """One row per published row of many GPUs and way of leaving it out: measured, predicted, interval."""
+    """One row per published row of many GPUs and way of leaving it out: measured, predicted, inside the interval."""
     problem = Problem(training, layers)
     table = many_rows()
-    chips = {name: _chip(name) for name in {*table.device, *(case.device for case in (*training, *layers))}}
+    chips = {name: chip_name(name) for name in {*table.device, *(case.device for case in (*training, *layers))}}
     start = problem.solve(problem.weights(np.ones(len(training), np.bool_), np.ones(len(layers), np.bool_)))
     jacobian = problem.jacobian(start)
     shipped = cases()
@@ -42,17 +43,14 @@ def leave_out(training: list[Case], layers: list[Case]) -> pd.DataFrame:
             known = sorted({case.device for case, keep in zip(training, kept, strict=True) if keep})
             own = (keys == group).to_numpy()
             scaling = fit_scaling([case for case, out in zip(shipped, own, strict=True) if not out])
-            spread = _spread([case for case, out in zip(shipped, own, strict=True) if not out], scaling)
             mine = cases(fitted.shipped(known), table[own], young_share=fitted.nuisance["young_software"])
-            found += [_line(way, group, case, scaling, spread) for case in mine]
-    return pd.DataFrame(found)
+            found += [_line(way, group, case, scaling) for case in mine]
+    rows = pd.DataFrame(found)
+    return rows.assign(inside=covered(rows))
 
 
-def _line(way: str, group: str, case: ManyCase, scaling: Scaling, spread: tuple[float, float]) -> dict[str, object]:
+def _line(way: str, group: str, case: ManyCase, scaling: Scaling) -> dict[str, object]:
     expected_s = case.predict(scaling, as_alone=False)
-    low, high = np.log(case.step.low_s / case.step.compute_s), np.log(case.step.high_s / case.step.compute_s)
-    log_ratio = float(np.log(case.seconds / expected_s))
-    reach = -float(np.hypot(low, spread[0])), float(np.hypot(high, spread[1]))
     known = case.alone_s is not None
     return {
         "way": way,
@@ -60,8 +58,9 @@ def _line(way: str, group: str, case: ManyCase, scaling: Scaling, spread: tuple[
         "device": case.device,
         "source": case.source,
         "num_gpus": case.num_gpus,
-        "log_ratio": log_ratio,
-        "inside": reach[0] <= log_ratio <= reach[1],
+        "log_ratio": float(np.log(case.seconds / expected_s)),
+        "below": float(np.log(case.step.compute_s / case.step.low_s)),
+        "above": float(np.log(case.step.high_s / case.step.compute_s)),
         "alone_log_ratio": np.log(case.alone_s / case.step.compute_s) if known else np.nan,
         "added_log_ratio": np.log(case.seconds / case.predict(scaling, as_alone=True)) if known else np.nan,
         "measured_efficiency": case.alone_s / case.seconds if known else np.nan,
@@ -69,27 +68,40 @@ def _line(way: str, group: str, case: ManyCase, scaling: Scaling, spread: tuple[
     }
 
 
-def _spread(known: list[ManyCase], scaling: Scaling) -> tuple[float, float]:
-    """Ends of the scaling's own 90 % interval by the rows that are known."""
-    residuals = [
-        {
-            "way": "known",
-            "device": case.device,
-            "log_ratio": np.log(case.seconds / case.predict(scaling, as_alone=True)),
-        }
-        for case in known
-        if case.alone_s is not None
-    ]
-    return interval(pd.DataFrame(residuals))
+def interval(rows: pd.DataFrame) -> ManyGpus:
+    """The 90 % prediction interval of one more GPU's steps on many, in units of the step's interval on one.
+
+    The rows of a GPU and source, left out one way, count once together.
+    """
+    chips = rows.device.map(chip_name)
+    low, high = ends(_scaled(rows), chips, rows.way + rows.source + chips)
+    return ManyGpus(low=low, high=high)
+
+
+def covered(rows: pd.DataFrame) -> pd.Series:
+    """Whether the interval of the others' residuals holds each row: of other chips, or of other sources."""
+    scaled, chips = _scaled(rows), rows.device.map(chip_name)
+    inside = pd.Series(index=rows.index, dtype=bool)
+    for (way, group), own in rows.groupby(["way", "group"]):
+        others = rows[(chips if way == "GPU" else rows.source) != group]
+        inside[own.index] = _holds(interval(others), scaled[own.index])
+    return inside
+
+
+def _scaled(rows: pd.DataFrame) -> pd.Series:
+    return rows.log_ratio / rows.below.where(rows.log_ratio < 0, rows.above)
+
+
+def _holds(made: ManyGpus, scaled: pd.Series) -> pd.Series:
+    return scaled.between(made.low, made.high)
 
 
 def later() -> pd.DataFrame:
     """Rows that were collected after the fit, as what ptsim ships predicts them."""
-    scaling = load_scaling()
-    spread = scaling.low, scaling.high
     table = many_rows("training_many_later")
-    found = [_line("later", case.source, case, scaling, spread) for case in cases(table=table)]
-    return pd.DataFrame(found).assign(model=table.model, precision=table.precision)
+    found = pd.DataFrame([_line("later", case.source, case, load_scaling()) for case in cases(table=table)])
+    inside = _holds(load_intervals().many_gpus, _scaled(found))
+    return found.assign(model=table.model, precision=table.precision, inside=inside)
 
 
 def by_source(rows: pd.DataFrame) -> pd.DataFrame:
@@ -131,14 +143,10 @@ def _summary(name: str, part: pd.DataFrame) -> dict[str, object]:
         "90th percentile %": round(error.quantile(0.9), 1),
         "bias %": round(100 * float(np.expm1(part.log_ratio.median())), 1),
         "coverage %": round(100 * part.inside.mean(), 1),
+        "mean coverage of GPUs %": round(100 * part.inside.groupby(part.device.map(chip_name)).mean().mean(), 1),
         "scaling efficiency off by, points": round(points.abs().median(), 1),
         "its bias, points": round(points.median(), 1),
     }
-
-
-def _chip(name: str) -> str:
-    device = load_device(name)
-    return f"{device.architecture} {device.num_sms} SMs"
 
 
 def main() -> None:

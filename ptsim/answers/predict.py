@@ -14,7 +14,7 @@ from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import step_energy
 from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.memory import iteration_memory, usable_bytes
-from ptsim.costs.scaling import contention_of, hook_seconds, widened
+from ptsim.costs.scaling import among, contention_of, hook_seconds, widened
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import Tier, worst_tier
 from ptsim.errors import UsageError
@@ -178,7 +178,7 @@ def _data_parallel(
     times = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, setting.num_gpus))
     simulated = data_parallel_step(
         network,
-        step,
+        among(step, cluster, setting.num_gpus),
         times,
         contention=contention_of(cluster, setting.num_gpus),
         tensor_s=hook_seconds(cluster, setting.num_gpus),
@@ -202,8 +202,9 @@ def _prediction(
     expected = None
     if parallel is not None:
         took, expected = parallel.interval(), parallel.expected
-        low_s, high_s = widened(took.expected_s, took.low_s, took.high_s, setting.num_gpus)
-        took = SecondsRange(low_s=low_s, expected_s=took.expected_s, high_s=high_s)
+        assert cluster is not None, "several GPUs are of a cluster"
+        ends = widened(took.expected_s, took.low_s, took.high_s, step.tier, cluster, setting.num_gpus)
+        took = SecondsRange(low_s=ends[0], expected_s=took.expected_s, high_s=ends[1])
     need = iteration_memory(network, setting, device=device)
     count, images = setting.num_gpus, setting.num_gpus * setting.batch
     own = step.updating(setting.update_share)

@@ -133,11 +133,22 @@ class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return seconds * math.exp(low), seconds * math.exp(high)
 
 
+class ManyGpus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The 90 % interval of a step on many GPUs, in units of the interval of the same step on one, below and above."""
+
+    low: float
+    high: float
+
+
 class Intervals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `residuals.toml` holds: intervals for GPUs of the fit, whose networks were left out, and for other GPUs."""
+    """What `residuals.toml` holds: intervals for GPUs of the fit, whose networks were left out, and for other GPUs.
+
+    `many_gpus` turns either into that of a step on more than one GPU.
+    """
 
     known_device: Interval
     new_device: Interval
+    many_gpus: ManyGpus
 
 
 class Chip(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,9 @@ from importlib import resources
 import msgspec
 
 from ptsim.costs.collectives import nodes_for
+from ptsim.costs.datasheet import load_intervals
+from ptsim.costs.tiers import Tier
+from ptsim.costs.times import StepTime
 from ptsim.hardware.spec import Cluster, LinkKind
 
 
@@ -47,7 +50,7 @@ def load_scaling() -> Scaling:
 
 def hook_seconds(cluster: Cluster, num_gpus: int) -> float:
     """Seconds of every gradient tensor; 0 on one GPU, and on CPUs, whose hooks are part of what is calibrated."""
-    return load_scaling().tensor_s if num_gpus > 1 and cluster.library == "nccl" else 0.0
+    return load_scaling().tensor_s if _scales(cluster, num_gpus) else 0.0
 
 
 def contention_of(cluster: Cluster, num_gpus: int) -> float:
@@ -60,18 +63,42 @@ def contention_of(cluster: Cluster, num_gpus: int) -> float:
     return known.get(link.kind, known["other"]) if link.kind is not LinkKind.MEASURED else known["other"]
 
 
-def widened(expected_s: float, low_s: float, high_s: float, num_gpus: int) -> tuple[float, float]:
+def among(step: StepTime, cluster: Cluster, num_gpus: int) -> StepTime:
+    """The step of one GPU, with the interval that it has as part of a step of `num_gpus`.
+
+    On many GPUs a step from the data sheet has residuals of its own, which hold what the others add to it. Every other
+    step stays as it is: `widened` adds what many GPUs add.
+    """
+    if not _scales(cluster, num_gpus) or step.tier != Tier.DATASHEET or min(step.low_s, step.compute_s) <= 0:
+        return step
+    many, expected_s = load_intervals().many_gpus, step.compute_s
+    return msgspec.structs.replace(
+        step,
+        low_s=expected_s * (step.low_s / expected_s) ** -many.low,
+        high_s=expected_s * (step.high_s / expected_s) ** many.high,
+    )
+
+
+def widened(
+    expected_s: float, low_s: float, high_s: float, tier: str, cluster: Cluster, num_gpus: int
+) -> tuple[float, float]:
     """The interval of a step on many GPUs: that of its parts, and what many GPUs add, independent of each other.
 
     Args:
         expected_s: the step.
         low_s: lower end of the 90 % interval of its parts.
         high_s: the upper end.
+        tier: of the step on one GPU. In a step from the data sheet the interval of the parts has it all (`among`).
+        cluster: where; CPUs add nothing that is known.
         num_gpus: one GPU adds nothing.
     """
-    if num_gpus == 1 or min(expected_s, low_s) <= 0:
+    if not _scales(cluster, num_gpus) or tier == Tier.DATASHEET or min(expected_s, low_s) <= 0:
         return low_s, high_s
     scaling = load_scaling()
     below, above = math.log(expected_s / low_s), math.log(high_s / expected_s)
     reach = math.hypot(below, scaling.low), math.hypot(above, scaling.high)
     return expected_s * math.exp(-reach[0]), expected_s * math.exp(reach[1])
+
+
+def _scales(cluster: Cluster, num_gpus: int) -> bool:
+    return num_gpus > 1 and cluster.library == "nccl"

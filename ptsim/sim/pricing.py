@@ -15,7 +15,7 @@ import msgspec
 
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.memory import MemoryNeed, iteration_memory
-from ptsim.costs.scaling import contention_of, hook_seconds, widened
+from ptsim.costs.scaling import among, contention_of, hook_seconds, widened
 from ptsim.costs.step import StepTime, step_time
 from ptsim.costs.tiers import worst_tier
 from ptsim.costs.times import Z90
@@ -138,7 +138,7 @@ class Pricer:
             return self._simulate(stage, plans[bound], speeds, contention, bound=bound)
 
         bounded = bounded_step(simulate, self._contention)
-        expected, step_range = bounded.expected, self._with_scaling(bounded.interval())
+        expected, step_range = bounded.expected, self._with_scaling(bounded.interval(), step)
         need = self._memory(stage)
         most = scenario.memory_bytes
         if need.device_bytes > most:
@@ -178,11 +178,11 @@ class Pricer:
             tier=tier,
         )
 
-    def _with_scaling(self, seconds: SecondsRange) -> SecondsRange:
-        """The interval with what many GPUs add to it; CPUs add nothing that is known."""
-        num_gpus = self.scenario.num_gpus if self.scenario.cluster.library == "nccl" else 1
-        low_s, high_s = widened(seconds.expected_s, seconds.low_s, seconds.high_s, num_gpus)
-        return SecondsRange(low_s=low_s, expected_s=seconds.expected_s, high_s=high_s)
+    def _with_scaling(self, seconds: SecondsRange, step: StepTime) -> SecondsRange:
+        """The interval with what many GPUs add to it."""
+        cluster, num_gpus = self.scenario.cluster, self.scenario.num_gpus
+        ends = widened(seconds.expected_s, seconds.low_s, seconds.high_s, step.tier, cluster, num_gpus)
+        return SecondsRange(low_s=ends[0], expected_s=seconds.expected_s, high_s=ends[1])
 
     def _wrapping_s(self, stage: Stage, tuning_s: float, plan: StepPlan, result: StepResult, bound: ddp.Bound) -> float:
         """Compiling, tuning, warming up, and DDP's first messages and step."""
@@ -224,7 +224,7 @@ class Pricer:
         if other is not None:
             measurements = msgspec.structs.replace(measurements, device_profile=None)  # that is of the projected device
             key = msgspec.json.encode(other)
-        return scenario.cache.get(
+        alone = scenario.cache.get(
             ("step", *self._key(stage, key)),
             lambda: step_time(
                 stage.network,
@@ -233,6 +233,7 @@ class Pricer:
                 measurements=measurements,
             ),
         )
+        return among(alone, scenario.cluster, scenario.num_gpus)
 
     def _memory(self, stage: Stage) -> MemoryNeed:
         scenario = self.scenario

@@ -169,7 +169,7 @@ def test_the_accuracy_page_states_errors_and_coverage(script):
     many = pd.DataFrame(
         {
             "way": ["GPU", "GPU", "source", "source"],
-            "device": ["a", "b", "a", "b"],
+            "device": ["a10", "a100", "a10", "a100"],
             "num_gpus": [8, 64, 8, 64],
             "log_ratio": [0.1, 0.1, 0.0, 0.0],
             "source": ["x/one", "x/two"] * 2,
@@ -184,11 +184,35 @@ def test_the_accuracy_page_states_errors_and_coverage(script):
     text = validate.page(rows, many, later)
     assert "| GPU left out | 3 | 3 | 10.0 |" in text
     # ln(measured / predicted) of 0.1 is a throughput 1 - exp(-0.1) = 9.5 % below the prediction.
-    assert "| GPU left out | 2 | 2 | 9.5 | 9.5 | 10.5 | 50.0 | 3.0 | 3.0 |" in text
+    assert "| GPU left out | 2 | 2 | 9.5 | 9.5 | 10.5 | 50.0 | 50.0 | 3.0 | 3.0 |" in text
     # The source's error of 0 is one GPU's 1 - exp(-0.2) = 18.1 % and exp(0.2) - 1 = 22.1 % that the others add less.
     assert "| source | one | 1 | 0.0 | 0.0 | 18.1 | 22.1 | 22.1 | -18.1 | 100.0 |" in text
     assert "| two | 1 | 9.5 | 10.5 | – | – | – | – | 0.0 |" in text
     assert "| two | resnet50 | fp32 | 1 | 10.5 |" in text
+
+
+def test_rows_of_many_gpus_are_asked_of_the_interval_of_other_gpus_and_of_the_other_source(script):
+    many_gpus = script("many_gpus")
+    devices = ["a10", "a100", "t4", "v100", "gtx-1080-ti", "rtx-4090"]
+    rows = pd.DataFrame(
+        [
+            {"way": way, "device": device, "source": source, "group": group, "log_ratio": ratio}
+            for device in devices
+            for way in ("GPU", "source")
+            for source in ("x", "y")
+            for group in [many_gpus.chip_name(device) if way == "GPU" else source]
+            # one GPU misses by ten times as much as all others, and so does a source
+            for ratio in (np.array([-0.01, 0.01]) * (10 if device == "t4" else 1) * (30 if source == "y" else 1))
+        ]
+    ).assign(below=0.1, above=0.1)
+    rows = pd.concat([rows, *[rows[rows.device == "a10"]] * 9], ignore_index=True)  # many rows count no more
+    inside = many_gpus.covered(rows)
+    assert not inside[(rows.way == "GPU") & (rows.device == "t4") & (rows.source == "y")].any()
+    assert inside[(rows.way == "source") & (rows.source == "x")].all()
+    assert not inside[(rows.way == "source") & (rows.source == "y") & (rows.device == "t4")].any()
+    made = many_gpus.interval(rows[(rows.source == "x") & (rows.device != "t4")])
+    # -0.1 to 0.1, by Student's t of 5 GPUs (2.132) over the normal deviate of 90 % (1.282) and sqrt(6 / 5)
+    assert made.high - made.low == pytest.approx(2 * 0.1822, rel=0.005)
 
 
 def test_steps_that_wait_for_the_host_are_a_line_of_their_own(script):

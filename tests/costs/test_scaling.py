@@ -8,7 +8,10 @@ import msgspec
 import pytest
 
 from ptsim.costs import scaling
-from ptsim.costs.scaling import contention_of, hook_seconds, load_scaling, widened
+from ptsim.costs.datasheet import ManyGpus, load_intervals
+from ptsim.costs.scaling import among, contention_of, hook_seconds, load_scaling, widened
+from ptsim.costs.tiers import Tier
+from ptsim.costs.times import StepTime
 from ptsim.hardware.catalog import load_cluster
 
 
@@ -25,9 +28,29 @@ def test_overlap_gains_nothing_over_pcie_and_the_network_decides_between_nodes()
     assert contention_of(load_cluster("dgx-a100"), 8) == load_scaling().contention["other"]
 
 
-def test_the_interval_of_many_gpus_adds_their_own_spread_by_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interval_of_a_measured_step_gets_the_spread_of_many_gpus_by_squares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = load_cluster("dgx-a100")
     made = msgspec.structs.replace(load_scaling(), low=-0.3, high=0.4)
     monkeypatch.setattr(scaling, "load_scaling", lambda: made)
-    low, high = widened(1.0, math.exp(-0.4), math.exp(0.3), 8)
+    low, high = widened(1.0, math.exp(-0.4), math.exp(0.3), Tier.PROFILED, cluster, 8)
     assert (math.log(low), math.log(high)) == pytest.approx((-0.5, 0.5))
-    assert widened(1.0, 0.9, 1.1, 1) == (0.9, 1.1)
+    assert widened(1.0, 0.9, 1.1, Tier.PROFILED, cluster, 1) == (0.9, 1.1)
+    assert widened(1.0, 0.9, 1.1, Tier.PROFILED, msgspec.structs.replace(cluster, library="gloo"), 8) == (0.9, 1.1)
+    assert widened(1.0, 0.9, 1.1, Tier.DATASHEET, cluster, 8) == (0.9, 1.1)
+
+
+def test_a_step_from_the_data_sheet_has_its_own_interval_among_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = load_cluster("dgx-a100")
+    made = msgspec.structs.replace(load_intervals(), many_gpus=ManyGpus(low=-0.5, high=2.0))
+    monkeypatch.setattr(scaling, "load_intervals", lambda: made)
+    step = StepTime(
+        layers=(), optimizer_s=2.0, regularizer_s=0.0, overhead_s=0.0, low_s=0.5, high_s=2.2, tier=Tier.DATASHEET
+    )
+    among_many = among(step, cluster, 8)
+    # Half as far down on a logarithmic scale, sqrt(2 * 0.5), and twice as far up, 2.2**2 / 2.
+    assert (among_many.low_s, among_many.high_s, among_many.compute_s) == pytest.approx((1.0, 2.42, 2.0))
+    assert among(step, cluster, 1) == step
+    measured = msgspec.structs.replace(step, tier=Tier.MEASURED)
+    assert among(measured, cluster, 8) == measured

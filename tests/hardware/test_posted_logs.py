@@ -6,7 +6,9 @@ the files by eye.
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,66 @@ def test_one_process_with_all_gpus_is_one_node(tmp_path):
         warnings.simplefilter("error")
         found: tuple[NcclLog, ...] = read_nccl_logs(file)
     assert [(log.num_gpus, log.num_nodes) for log in found] == [(8, 1)]
+
+
+TIME = "2026-01-02T03:04:05.678901234Z"
+
+
+def as_json(**fields: object) -> str:
+    return json.dumps(fields)
+
+
+# What a line becomes in the hands of those who keep it: Docker's and Kubernetes' own files, collectors, launchers,
+# terminals, web pages.
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "docker": lambda line: as_json(log=line + "\n", stream="stdout", time=TIME),
+    "docker, in pieces": lambda line: "\n".join(as_json(log=piece) for piece in (line[:30], line[30:] + "\r\n")),
+    "cri": lambda line: f"{TIME} stdout F {line}",
+    "cri, in pieces": lambda line: f"{TIME} stdout P {line[:40]}\n{TIME} stderr F x\n{TIME} stdout F {line[40:]}",
+    "fluent bit": lambda line: as_json(log=line, kubernetes={"pod_name": "nccl-0", "labels": {"app": "nccl"}}),
+    "journald": lambda line: as_json(PRIORITY="6", MESSAGE=line, _PID="12"),
+    "splunk": lambda line: as_json(preview=False, result={"_raw": line}),
+    "docker around open mpi, colours": lambda line: as_json(log=f"[1,0]<stdout>:\x1b[32m{line}\x1b[0m\x1b[K\n"),
+    "srun -l and a time": lambda line: f" 0: {TIME} {line}",
+    "open mpi 5": lambda line: f"[prterun-node1-4711@1,0]<stdout>: {line}",
+    "open mpi, times": lambda line: f"[1,0]<stdout>:Fri Jan  2 03:04:05 2026{line}",
+    "kubectl": lambda line: f"[pod/nccl-launcher-x/nccl] {TIME} {line}",
+    "compose": lambda line: f"nccl-1  | {line}\r",
+    "journal": lambda line: f"Jan 02 03:04:05 node1 nccl[4711]: {line}",
+    "pdsh": lambda line: f"node1: {line}",
+    "ray": lambda line: f"(RayWorker pid=4711, ip=10.0.0.1) {line}",
+    "colours that lost their escape": lambda line: f"[1;32m{line}[0m",
+    "a title": lambda line: f"\x1b]0;node1\x07^[[32m{line}^[[0m",
+    "a quoted cell": lambda line: f'"{TIME}","{line}"',
+    "html": lambda line: f"<pre>[1,0]&lt;stdout&gt;:{line}</pre><br>",
+}
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_what_keeps_a_log_does_not_change_it(form: str, tmp_path: Path) -> None:
+    lines = (FOLDER / "complete_rows_no_trailer.txt").read_text(encoding="utf-8").splitlines()
+    path = tmp_path / "kept.log"
+    path.write_text("".join(WRAPPED[form](line) + "\n" for line in lines), encoding="utf-8")
+    (kept,), (own,) = read_nccl_logs(path), read_nccl_logs(FOLDER / "complete_rows_no_trailer.txt")
+    assert kept.measurements == own.measurements
+    assert (kept.num_gpus, kept.num_nodes, kept.gpus, kept.version) == (8, 1, own.gpus, own.version)
+
+
+def test_a_list_of_entries_is_read_newest_first_too(tmp_path: Path) -> None:
+    lines = (FOLDER / "complete_rows_no_trailer.txt").read_text(encoding="utf-8").splitlines()
+    entries = [{"textPayload": line, "timestamp": f"2026-01-02T03:04:{i:02}Z"} for i, line in enumerate(lines)]
+    for number, document in enumerate([entries[::-1], {"events": entries, "nextToken": "b/1"}]):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        assert [len(log.measurements) for log in read_nccl_logs(path)] == [6]
+
+
+def test_a_fault_in_a_kept_log_has_the_line_of_its_file(tmp_path: Path) -> None:
+    text = (FOLDER / "complete_rows_no_trailer.txt").read_text(encoding="utf-8").splitlines()
+    cut = next(i for i, line in enumerate(text) if line.split()[:1] == ["16777216"])
+    text[cut] = text[cut][:70]
+    path = tmp_path / "kept.log"
+    path.write_text("".join(as_json(log=line + "\n") + "\n" for line in text), encoding="utf-8")
+    with pytest.raises(FileFormatError, match="row of 16777216 bytes is incomplete") as caught:
+        read_nccl_logs(path)
+    assert caught.value.line == cut + 1

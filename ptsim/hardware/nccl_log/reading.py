@@ -10,10 +10,10 @@ from ptsim.hardware.nccl_log.document import read_document
 from ptsim.hardware.nccl_log.record import NcclLog
 from ptsim.hardware.nccl_log.section import Section, collective, logs_of
 from ptsim.hardware.nccl_log.text import read_sections
+from ptsim.hardware.nccl_log.wrappers import unwrapped
 from ptsim.textfile import decode_text, read_bytes
 
 _MOST_BYTES = 64 * 2**20
-_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
@@ -30,7 +30,8 @@ def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
     text = decode_text(read_bytes(path, most=_MOST_BYTES))
     if not text.strip():
         raise FileFormatError(path, "is empty, expected the output of nccl-tests' all_reduce_perf")
-    return read_document(path, text) if text.lstrip()[0] == "{" else _read_text(path, _COLOUR.sub("", text))
+    text = unwrapped(text)
+    return read_document(path, text) if text.lstrip()[:1] == "{" else _read_text(path, text)
 
 
 def read_nccl_log(path: str | Path) -> NcclLog:
