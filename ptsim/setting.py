@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any, Literal, TypeVar, get_args
 
@@ -158,7 +159,7 @@ def _one_of(known: tuple[_Name, ...], what: str, text: str) -> _Name:
 
 
 def whole_number(name: str, value: object) -> int:
-    """`value` as an int; Python callers may have given anything.
+    """`value` as an int; Python callers may have given anything, a number of numpy or torch for instance.
 
     Args:
         name: of the argument, for the message.
@@ -167,9 +168,10 @@ def whole_number(name: str, value: object) -> int:
     Raises:
         UsageError: not a whole number.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    number = plain(value)
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
         raise UsageError(f"{name} is {value!r}, expected a positive whole number")
-    return int(value)
+    return operator.index(number)
 
 
 def positive_number(name: str, value: object) -> int:
@@ -182,6 +184,45 @@ def positive_number(name: str, value: object) -> int:
     if number < 1:
         raise UsageError(f"{name} is {number}, expected a positive number")
     return number
+
+
+def whole_numbers(name: str, values: object) -> list[int]:
+    """`values` as a list of ints.
+
+    Raises:
+        UsageError: not several whole numbers.
+    """
+    given = plain(values)
+    if isinstance(given, str | bytes | Mapping) or not hasattr(given, "__iter__"):
+        raise UsageError(f"{name} is {values!r}, expected whole numbers such as [1, 8]")
+    return [whole_number(name, value) for value in given]
+
+
+def real_number(name: str, value: object) -> float:
+    """`value` as a float: a number of Python, numpy or torch, or one that stands alone in an array.
+
+    Raises:
+        UsageError: not a number; NaN and infinity are left to the caller.
+    """
+    number = plain(value)
+    while isinstance(number, list) and len(number) == 1 and number is not value:
+        number = number[0]
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise UsageError(f"{name} is {value!r}, expected a number")
+    return float(number)
+
+
+def image_shape(value: object) -> tuple[int, int, int]:
+    """An image's (channels, height, width), as every call takes it that has an `input_shape`.
+
+    Raises:
+        UsageError: not three positive whole numbers.
+    """
+    given = plain(value)
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes) and len(given) == 3:
+        channels, height, width = (positive_number("input_shape", size) for size in given)
+        return channels, height, width
+    raise UsageError(f"input_shape is {value!r}, expected (channels, height, width) of one image")
 
 
 def check_options(options: msgspec.Struct, changes: Mapping[str, Any]) -> None:
@@ -203,18 +244,30 @@ def changed(options: Options, changes: Mapping[str, Any]) -> Options:
         UsageError: a value of a wrong type.
     """
     check_options(options, changes)
-    given = {name: msgspec.to_builtins(value, enc_hook=_plain) for name, value in changes.items()}
+    given = {**as_plain(options), **as_plain(dict(changes))}
     try:
-        return msgspec.convert({**msgspec.to_builtins(options, enc_hook=_plain), **given}, type(options))
+        return msgspec.convert(given, type(options))
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at ")
         raise UsageError(f"option {place.strip('`').removeprefix('$.')}: {problem}") from error
 
 
-def _plain(value: Any) -> object:
-    """What Python callers give in place of a number or a text: numpy's numbers, paths."""
+def as_plain(settings: Any) -> Any:
+    """A record or a mapping of settings as values that a file could hold; of what no file holds, how it is written."""
+    return msgspec.to_builtins(settings, enc_hook=_as_in_a_file)
+
+
+def _as_in_a_file(value: Any) -> object:
+    given = plain(value)
+    if isinstance(given, PathLike):
+        return fspath(given)
+    return given if isinstance(given, bool | int | float | list) else repr(value)
+
+
+def plain(value: Any) -> Any:
+    """What Python callers give in place of a number or a list, as that: numpy's and torch's numbers and arrays."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
     if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    return fspath(value) if isinstance(value, PathLike) else repr(value)
+        return value if isinstance(value, bool) else int(value)
+    return float(value) if isinstance(value, numbers.Real) else value

@@ -19,7 +19,14 @@ import msgspec
 
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.network import MemoryFormat, Network, Precision
-from ptsim.setting import StepSetting, parse_memory_format, parse_precision, positive_number, whole_number
+from ptsim.setting import (
+    StepSetting,
+    image_shape,
+    parse_memory_format,
+    parse_precision,
+    positive_number,
+    whole_number,
+)
 from ptsim.trace.io import read_trace, trace_path
 from ptsim.trace.trace import Trace
 
@@ -121,7 +128,7 @@ def find_subject(
         return Subject(network=trace.final_network, trace=trace)
     if isinstance(subject, Network):
         return Subject(network=subject)
-    shape = None if input_shape is None else _checked_shape(input_shape)
+    shape = None if input_shape is None else image_shape(input_shape)
     classes = None if num_classes is None else positive_number("classes", num_classes)
     return Subject(network=_captured(subject, shape, classes))
 
@@ -175,10 +182,3 @@ def _num_gpus(given: int) -> int:
     if number < 1:
         raise UsageError(f"{number} GPUs; at least 1 is needed")
     return number
-
-
-def _checked_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    if not isinstance(shape, tuple | list) or len(shape) != 3:
-        raise UsageError(f"input_shape is {shape!r}, expected (channels, height, width)")
-    channels, height, width = (positive_number("input_shape", size) for size in shape)
-    return channels, height, width

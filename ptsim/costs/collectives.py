@@ -15,6 +15,7 @@ from ptsim.costs.times import Z90
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link, LinkKind
+from ptsim.setting import real_number, whole_number
 
 TABLE = "table"  # what a result calls its algorithm where a measured table says the time
 
@@ -124,7 +125,7 @@ def hierarchical_all_reduce_seconds(
     return inside + ring_all_reduce_seconds(message_bytes, num_nodes, inter)
 
 
-def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm: str = AUTO) -> AllReduceTime:
+def all_reduce(message_bytes: float, cluster: Cluster, num_gpus: int, *, algorithm: str = AUTO) -> AllReduceTime:
     """The time of one all-reduce of `message_bytes` held by each of `num_gpus` GPUs.
 
     GPUs fill nodes one after the other. With "auto" a measured table for this GPU count is used where the cluster has
@@ -166,7 +167,7 @@ def all_reduce(message_bytes: int, cluster: Cluster, num_gpus: int, *, algorithm
     )
 
 
-def allreduce(cluster: str | Path | Cluster, gpus: int, message_bytes: int, algorithm: str = AUTO) -> AllReduceTime:
+def allreduce(cluster: str | Path | Cluster, gpus: int, message_bytes: float, algorithm: str = AUTO) -> AllReduceTime:
     """The time of one all-reduce on a cluster of the catalog or of a TOML file.
 
     >>> import ptsim
@@ -183,7 +184,8 @@ def allreduce(cluster: str | Path | Cluster, gpus: int, message_bytes: int, algo
         UsageError: unknown cluster, a negative size, no GPUs, or more GPUs than the cluster has.
     """
     found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
-    return all_reduce(message_bytes, found, gpus, algorithm=algorithm)
+    num_bytes, num_gpus = real_number("message_bytes", message_bytes), whole_number("gpus", gpus)
+    return all_reduce(num_bytes, found, num_gpus, algorithm=algorithm)
 
 
 def _nearest_table(cluster: Cluster, num_gpus: int, num_nodes: int) -> AllReduceTable | None:

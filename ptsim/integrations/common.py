@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ptsim.errors import UsageError
 from ptsim.prune.structure import apply_structure
-from ptsim.training.facts import checked_shape
+from ptsim.setting import image_shape
 from ptsim.training.outcome import EpochOutcome
 from ptsim.training.pruning import PruneTrain
 from ptsim.training.stored import checked, has_structure, reshape
@@ -32,7 +32,7 @@ class Pruning:
             input_shape: (channels, height, width) of an image.
             settings: the other keywords of PruneTrain.
         """
-        self._path, self._input_shape, self._settings = network, checked_shape(input_shape), dict(settings)
+        self._path, self._input_shape, self._settings = network, image_shape(input_shape), dict(settings)
         self._pruner: PruneTrain | None = None
         self._stored: Mapping[str, Any] | None = None
         self.losses: list[Tensor] = []

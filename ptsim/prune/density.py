@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ptsim.capture.graph import evaluation_mode
+from ptsim.errors import UsageError
 from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
 from ptsim.prune.labels import CONVS, Weighted
+from ptsim.setting import real_number
 from ptsim.trace.schema import LayerDensity
 
 THRESHOLD = 1e-4  # largest |w| of a group that counts as zero (docs/method.md §2)
+
+
+def checked_threshold(value: object) -> float:
+    """A threshold that somebody has given.
+
+    Raises:
+        UsageError: not a finite number above 0.
+    """
+    threshold = real_number("threshold", value)
+    if not 0 < threshold < math.inf:
+        raise UsageError(f"setting 'threshold' is {threshold:g}, expected a finite number above 0")
+    return threshold
 
 
 def _layers(model: nn.Module) -> list[tuple[str, Tensor, Weighted]]:

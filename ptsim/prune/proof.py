@@ -28,6 +28,7 @@ from ptsim.prune.groups import ChannelGroups, axes_for, find_groups, weight_GOIK
 from ptsim.prune.labels import BATCH_NORMS
 from ptsim.prune.reconfigure import CutPlan, operate, stays_aligned
 from ptsim.prune.selection import keep_one
+from ptsim.setting import image_shape
 
 TOLERANCE = 1e-9
 LARGE, THIN = 32_000_000, 1 / 8
@@ -184,12 +185,10 @@ def inspect(
         seed_all(seed)
         if isinstance(model, str):
             entry = zoo.find(model)
-            name, shape = entry.name, input_shape or entry.input_shape
-            _check_shape(shape)
+            name, shape = entry.name, image_shape(entry.input_shape if input_shape is None else input_shape)
             network = entry.build(num_classes=num_classes or entry.num_classes)
         else:
-            name, shape = type(model).__name__, input_shape or (3, 224, 224)
-            _check_shape(shape)
+            name, shape = type(model).__name__, image_shape((3, 224, 224) if input_shape is None else input_shape)
             network = copied(model).cpu()
         groups = report = find_groups(network, shape)
         if sum(parameter.numel() for parameter in network.parameters()) > LARGE:
@@ -236,11 +235,6 @@ def zero_components(model: nn.Module, groups: ChannelGroups, mask: Tensor) -> No
         else:
             kept = (~mask[layer.inputs]).view(layer.groups, 1, -1, 1).to(weight.device)
             weight.copy_((weight_GOIK(weight, layer) * kept).view_as(weight))
-
-
-def _check_shape(shape: tuple[int, ...]) -> None:
-    if len(shape) != 3 or any(n < 1 for n in shape):
-        raise UsageError(f"the input shape is {shape}; expected channels, height, width, all positive")
 
 
 def _smallest_equivalent(network: nn.Module, groups: ChannelGroups) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ from ptsim.report.facts import Facts
 from ptsim.report.page import Section
 from ptsim.report.projected import Projector
 from ptsim.report.sections import make_sections
+from ptsim.setting import whole_numbers
 from ptsim.sim.options import Options
 from ptsim.trace.io import read_trace
 from ptsim.trace.pairs import (
@@ -210,9 +211,10 @@ def _validation(runs: Sequence[Trace], *, stretched: bool) -> tuple[Validation |
 def _sizes(cluster: Cluster, gpus: Sequence[int] | None) -> list[int]:
     """The asked sizes, sorted; or powers of two up to eight nodes, as far as the cluster goes."""
     if gpus is not None:
-        if not gpus or min(gpus) < 1:
-            raise UsageError(f"gpus is {','.join(map(str, gpus)) or 'empty'}, expected counts from 1 on")
-        return sorted(set(gpus))
+        sizes = whole_numbers("gpus", gpus)
+        if not sizes or min(sizes) < 1:
+            raise UsageError(f"gpus is {','.join(map(str, sizes)) or 'empty'}, expected counts from 1 on")
+        return sorted(set(sizes))
     most = cluster.gpus_per_node * min(8, cluster.max_nodes or 8, 8 if cluster.inter else 1)
     return [2**power for power in range(int(math.log2(most)) + 1)]
 

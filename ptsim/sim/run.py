@@ -23,7 +23,7 @@ from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
-from ptsim.setting import changed
+from ptsim.setting import changed, whole_numbers
 from ptsim.sim.bounded import SecondsRange
 from ptsim.sim.faults import simulate_faults
 from ptsim.sim.options import Faults, HourPrice, Options, hour_price
@@ -307,8 +307,8 @@ def simulate(
     options = change(options or Options(), changes)
     if isinstance(profile, str | Path):
         profile = read_device_profile(profile)
-    cache = StepCache()
-    return projections_frame([project(trace, cluster, n, options, device_profile=profile, cache=cache) for n in gpus])
+    cache, sizes = StepCache(), whole_numbers("gpus", gpus)
+    return projections_frame([project(trace, cluster, n, options, device_profile=profile, cache=cache) for n in sizes])
 
 
 def _doubts(scenario: Scenario, epochs: Sequence[EpochProjection]) -> tuple[str, ...]:

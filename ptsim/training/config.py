@@ -20,7 +20,7 @@ import tomli_w
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.network import MemoryFormat, Precision
 from ptsim.optimizers import OPTIMIZERS
-from ptsim.setting import PRECISION_NAMES, parse_precision
+from ptsim.setting import PRECISION_NAMES, as_plain, parse_precision
 from ptsim.textfile import read_toml
 from ptsim.trace.schema import MOST_EPOCHS
 from ptsim.training.registries import REGISTRIES
@@ -203,7 +203,7 @@ def make_config(settings: Mapping[str, Any], *, source: str = "configuration", q
         value = settings.get(name, known[0])
         if isinstance(value, str) and value not in known:
             raise UnknownNameError(name, value, known)
-    asked = dict(settings)
+    asked = as_plain(dict(settings))
     if isinstance(asked.get("precision"), str):
         asked["precision"] = parse_precision(asked["precision"])
     try:
@@ -270,6 +270,23 @@ _AT_MOST = {"epochs": MOST_EPOCHS, "image_size": 2**14, "crop_padding": 2**12, "
 
 def _check(config: Config) -> None:
     """Bounds of single settings, then the rules between settings."""
+    _check_bounds(config)
+    _check_recipe(config)
+    _check_course(config)
+    if config.nesterov and not (config.optimizer == "sgd" and config.momentum != 0):
+        raise UsageError("setting 'nesterov' needs the optimizer sgd with a momentum")
+    if config.sync_batch_norm and config.mode == "gating":
+        raise UsageError(
+            "setting 'sync_batch_norm' does not go with the mode gating, whose BatchNorms see few channels"
+        )
+    if config.weights is not None and config.start_from is not None:
+        raise UsageError("settings 'weights' and 'start_from' both say what the network begins with; give one")
+    if config.max_batch is not None and config.max_batch < config.batch:
+        raise UsageError(f"setting 'max_batch' is {config.max_batch}, below the mini-batch of {config.batch}")
+    _check_data(config)
+
+
+def _check_bounds(config: Config) -> None:
     at_least_one = (
         "epochs", "batch", "interval", "channel_multiple", "batch_granularity", "train_limit", "image_size",
         "validation_limit", "max_batch", "keep_every", "reconfigure_epoch", "pretrain_epochs", "data_memory_bytes",
@@ -292,7 +309,6 @@ def _check(config: Config) -> None:
     _require(config.threshold > 0, "threshold", config.threshold, "positive")
     _require(config.lr_gamma > 0, "lr_gamma", config.lr_gamma, "positive")
     _require(config.weight_decay >= 0, "weight_decay", config.weight_decay, "at least 0")
-    _check_recipe(config)
     _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "in [0, 1)")
     _require(config.momentum is None or 0 <= config.momentum < 1, "momentum", config.momentum, "in [0, 1)")
     _require(
@@ -305,12 +321,9 @@ def _check(config: Config) -> None:
         raise UsageError(f"setting 'memory_budget': {error}") from error
     _require(budget is None or budget >= 1, "memory_budget", config.memory_budget, "at least 1 byte")
 
-    if config.nesterov and not (config.optimizer == "sgd" and config.momentum != 0):
-        raise UsageError("setting 'nesterov' needs the optimizer sgd with a momentum")
-    if config.sync_batch_norm and config.mode == "gating":
-        raise UsageError(
-            "setting 'sync_batch_norm' does not go with the mode gating, whose BatchNorms see few channels"
-        )
+
+def _check_course(config: Config) -> None:
+    """Which epochs train dense, sparsify, prune and fine-tune."""
     if config.schedule == "one_time" and config.reconfigure_epoch is None:
         raise UsageError("schedule 'one_time' needs the setting 'reconfigure_epoch'")
     if config.schedule == "ssl" and config.pretrain_epochs is None:
@@ -325,11 +338,6 @@ def _check(config: Config) -> None:
             f"setting 'reconfigure_epoch' is {config.reconfigure_epoch}, expected at most the "
             f"{config.epochs - config.finetune_epochs} epochs with a regulariser"
         )
-    if config.weights is not None and config.start_from is not None:
-        raise UsageError("settings 'weights' and 'start_from' both say what the network begins with; give one")
-    if config.max_batch is not None and config.max_batch < config.batch:
-        raise UsageError(f"setting 'max_batch' is {config.max_batch}, below the mini-batch of {config.batch}")
-    _check_data(config)
 
 
 def _check_data(config: Config) -> None:

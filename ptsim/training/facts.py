@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import warnings
@@ -20,6 +21,7 @@ from ptsim.errors import TrainingError, UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.prune.labels import CONVS
+from ptsim.setting import real_number
 from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run, UpdateCosts
 from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
@@ -111,18 +113,6 @@ def momentum_of(optimizer: torch.optim.Optimizer) -> float | None:
     return float(momentum) if isinstance(momentum, int | float) else None
 
 
-def checked_shape(input_shape: Any) -> tuple[int, int, int]:
-    """The image's shape.
-
-    Raises:
-        UsageError: it is not three positive whole numbers.
-    """
-    shape = tuple(input_shape) if isinstance(input_shape, list | tuple | torch.Size) else ()
-    if len(shape) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
-        raise UsageError(f"input_shape is {input_shape!r}, expected (channels, height, width) of one image")
-    return shape[0], shape[1], shape[2]
-
-
 def checked_facts(facts: RunFacts | None) -> RunFacts:
     """The facts that were told, or none.
 
@@ -134,33 +124,33 @@ def checked_facts(facts: RunFacts | None) -> RunFacts:
     return facts or RunFacts()
 
 
-def checked_loss(loss: Any, num_images: Any = None) -> Tensor:
-    """The loss as a scalar tensor.
+def checked_loss(loss: Any) -> Tensor:
+    """The loss as a scalar tensor; a tensor is not waited for.
 
     Raises:
-        UsageError: it is no single number, or the number of its images is none.
+        UsageError: it is no single number.
     """
-    if num_images is not None and (not isinstance(num_images, int) or num_images < 1):
-        raise UsageError(f"num_images is {num_images!r}, expected a whole number of images, at least 1")
-    tensor = loss if isinstance(loss, Tensor) else torch.as_tensor(loss) if isinstance(loss, int | float) else None
-    if tensor is None or tensor.numel() != 1:
-        found = f"a tensor of {tensor.numel()} numbers" if tensor is not None else f"a {type(loss).__name__}"
-        raise UsageError(f"the loss is {found}, expected one number", hint="step(loss.mean())")
-    return tensor.detach().reshape(())
+    if not isinstance(loss, Tensor):
+        return torch.tensor(real_number("the loss", loss))
+    if loss.numel() != 1:
+        problem = f"the loss is a tensor of {loss.numel()} numbers, expected one number"
+        raise UsageError(problem, hint="step(loss.mean())")
+    return loss.detach().reshape(())
 
 
-def check_fraction(name: str, value: float | None) -> None:
-    """Make sure that an accuracy is a fraction.
+def checked_fraction(name: str, value: Any) -> float | None:
+    """An accuracy as a number; None for None.
 
     Raises:
-        UsageError: it is not; a percentage, perhaps.
+        UsageError: it is no fraction; a percentage, perhaps.
     """
-    try:
-        right = value is None or (not isinstance(value, str) and 0 <= float(value) <= 1)
-    except (TypeError, ValueError, RuntimeError):  # of lists, arrays and tensors of several numbers
-        right = False
-    if not right:
-        raise UsageError(f"{name} is {value}, expected a fraction from 0 to 1")
+    if value is None:
+        return None
+    with contextlib.suppress(UsageError):
+        number = real_number(name, value)
+        if 0 <= number <= 1:
+            return number
+    raise UsageError(f"{name} is {value!r}, expected a fraction from 0 to 1")
 
 
 def check_finite(epoch: Epoch) -> None:

@@ -3,15 +3,104 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ptsim.errors import UsageError
-from ptsim.training.watch import learning_rate
+from ptsim.training.watch import has_closure, learning_rate
 from ptsim.training.wrapping import is_sharded
+
+if TYPE_CHECKING:
+    from ptsim.training.recorder import Recorder
+
+
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = weakref.WeakKeyDictionary()
+
+
+def refuse_second(network: nn.Module) -> None:
+    """Make sure that nobody prunes the network.
+
+    Raises:
+        UsageError: another one prunes it, or a part of it.
+    """
+    own = set(network.parameters())
+    if any(other() is not None and own & set(claimed.parameters()) for claimed, other in _OWNERS.items()):
+        hint = "close the first one: pruner.close()"
+        raise UsageError(f"this {type(network).__name__} already has a PruneTrain", hint=hint)
+
+
+def claim(network: nn.Module, owner: object) -> None:
+    """From now on `owner` alone prunes the network, until it is forgotten or gives it back."""
+    _OWNERS[network] = weakref.ref(owner)
+
+
+def give_back(network: nn.Module, owner: object) -> None:
+    """Another one may prune the network."""
+    if _OWNERS.get(network, lambda: None)() is owner:
+        del _OWNERS[network]
+
+
+class OnlyOne:
+    """Something that hooks into one training and has files open: copying or pickling it is one sentence."""
+
+    def __reduce_ex__(self, protocol: object) -> Never:
+        """What copy, deepcopy and pickle ask for.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"a {type(self).__name__} belongs to one training and cannot be copied or pickled",
+            hint="PruneTrain's state_dict() and load_state_dict() store it and go on with it",
+        )
+
+
+def check_recorder(
+    recorder: Recorder,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    input_shape: tuple[int, int, int],
+    *,
+    alone: bool,
+) -> None:
+    """Make sure that a recorder that PruneTrain is given watches the same training; `alone`: nothing is given for it.
+
+    Raises:
+        UsageError: it watches another one, or was told already what is given.
+    """
+    if not alone:
+        raise UsageError("facts and loggers belong to the Recorder that is given as record=; give them there")
+    mine = recorder.network is network, recorder.optimizer is optimizer, recorder.input_shape == input_shape
+    if not all(mine):
+        what = next(word for word, same in zip(("network", "optimizer", "input_shape"), mine, strict=True) if not same)
+        raise UsageError(
+            f"the Recorder that is given as record= has another {what} than PruneTrain",
+            hint="make both of the same model, optimizer and input_shape",
+        )
+
+
+def hooks_on_update(
+    optimizer: torch.optim.Optimizer, before: Callable[[], object], after: Callable[[], object]
+) -> tuple[RemovableHandle, RemovableHandle]:
+    """Two methods, held weakly, that every update calls; an update that trains in a closure calls only `after`."""
+    first, then = weakref.WeakMethod(before), weakref.WeakMethod(after)
+
+    def begins(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check = first()
+        if check is not None and not has_closure(args, kwargs):
+            check()
+
+    def ends(*_: object) -> None:
+        follow = then()
+        if follow is not None:
+            follow()
+
+    return optimizer.register_step_pre_hook(begins), optimizer.register_step_post_hook(ends)
 
 
 def check_optimizer_kind(optimizer: torch.optim.Optimizer, *, proximal: bool) -> None:
@@ -42,6 +131,8 @@ def check_optimizer_kind(optimizer: torch.optim.Optimizer, *, proximal: bool) ->
 class Order:
     """Watches the order of backward, penalty and update, and that the optimizer holds the network's weights."""
 
+    _survives = False  # a penalty was seen to reach its update, so this loop does not zero it
+
     def __init__(
         self,
         network: nn.Module,
@@ -62,6 +153,7 @@ class Order:
         self._held: tuple[int, ...] = ()
         # A gradient that has the penalty, the weight's version, and what the scaler knows of this iteration.
         self._added: tuple[Tensor, int, object] | None = None
+        self._backwards = 0  # passes of the epoch before it was added
         self._spent: tuple[Tensor, int] | None = None  # a gradient that the last update has used, and its version
         self.renew(weights, pruned=False)
 
@@ -167,6 +259,7 @@ class Order:
                 "the penalty's gradient would be added twice before optimizer.step",
                 hint="call pruner.step once per optimizer.step, also when gradients are accumulated",
             )
+        self._added = None
 
     def _is_spent(self, gradient: Tensor) -> bool:
         return self._spent is not None and self._spent[0] is gradient and self._spent[1] == gradient._version
@@ -190,14 +283,40 @@ class Order:
         known = scaler._per_optimizer_states
         return next((known[id(optimizer)] for optimizer in self._optimizers if id(optimizer) in known), None)
 
-    def penalty_is_added(self) -> None:
-        """The gradients have the penalty now."""
+    def penalty_is_added(self, num_backwards: int) -> None:
+        """The gradients have the penalty now, after so many backward passes of the epoch."""
+        self._backwards = num_backwards
         if self._weights:
             weight = self._weights[0]
             gradient = weight.grad
             if gradient is None:
                 gradient = weight.grad = torch.zeros_like(weight)
             self._added = gradient, weight._version, self._scaled()
+
+    def no_penalty(self) -> None:
+        """This iteration's update is to be without the penalty."""
+        self._added = None
+
+    def before_update(self, num_backwards: int, *, in_gradient: bool) -> None:
+        """The optimizer is about to step: make sure that the gradients still have the penalty.
+
+        Zeros that are written over a gradient are looked for before the first update only: a GPU is waited for.
+
+        Raises:
+            UsageError: they were zeroed since.
+        """
+        if self._added is None or not self._weights or self._added[2] is not self._scaled():
+            return
+        added, gradient = self._added[0], self._weights[0].grad
+        replaced = gradient is not added and num_backwards > self._backwards
+        zeroed = gradient is added and in_gradient and not self._survives and not gradient.any()
+        if gradient is None or replaced or (zeroed and bool(self._weights[0].any())):
+            self._added = None
+            raise UsageError(
+                "the gradients were zeroed between pruner.step and optimizer.step, so the penalty was lost",
+                hint="optimizer.zero_grad(); loss.backward(); pruner.step(loss); optimizer.step()",
+            )
+        self._survives = True
 
     def updated(self) -> bool:
         """The optimizer has stepped; whether the penalty was in the step.

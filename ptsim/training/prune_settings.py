@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from ptsim.errors import UnknownNameError, UsageError
-from ptsim.prune.density import THRESHOLD
+from ptsim.prune.density import THRESHOLD, checked_threshold
+from ptsim.setting import as_plain, positive_number, real_number
 
 
 class PruneSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,7 +52,7 @@ def make_settings(settings: Mapping[str, Any]) -> PruneSettings:
         if name not in PruneSettings.__struct_fields__:
             raise UnknownNameError("setting of PruneTrain", name, PruneSettings.__struct_fields__)
     try:
-        made = msgspec.convert(dict(settings), PruneSettings)
+        made = msgspec.convert(as_plain(dict(settings)), PruneSettings)
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `$.")
         raise UsageError(f"setting {place.rstrip('`')!r}: {problem.replace('`', '')}") from error
@@ -60,21 +60,20 @@ def make_settings(settings: Mapping[str, Any]) -> PruneSettings:
         value = getattr(made, name)
         if value is not None and value < 1:
             raise UsageError(f"setting {name!r} is {value}, expected at least 1")
-    if not 0 < made.threshold < math.inf:
-        raise UsageError(f"setting 'threshold' is {made.threshold}, expected a finite number above 0")
+    checked_threshold(made.threshold)
     return made
 
 
-def check_plan(penalty_ratio: float, interval: int) -> None:
-    """Make sure that the two settings that everybody gives are possible.
+def checked_plan(penalty_ratio: float, interval: int) -> tuple[float, int]:
+    """The two settings that everybody gives.
 
     Raises:
-        UsageError: one is not.
+        UsageError: one is no number, or out of its bounds.
     """
-    if not isinstance(penalty_ratio, int | float) or not 0 <= penalty_ratio < 1:
-        raise UsageError(f"the penalty ratio is {penalty_ratio!r}; it has to be in [0, 1)")
-    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        raise UsageError(f"the interval is {interval!r}; it has to be a whole number of epochs, at least 1")
+    ratio, epochs = real_number("penalty_ratio", penalty_ratio), positive_number("interval", interval)
+    if not 0 <= ratio < 1:
+        raise UsageError(f"penalty_ratio is {ratio:g}, expected in [0, 1)")
+    return ratio, epochs
 
 
 def recorded(settings: PruneSettings, *, penalty_ratio: float, interval: int) -> dict[str, Any]:

@@ -35,21 +35,27 @@ from ptsim.prune.density import dense_counts
 from ptsim.prune.groups import ChannelGroups, find_groups
 from ptsim.prune.reconfigure import Surgery, reconfigure
 from ptsim.prune.structure import structure_of
+from ptsim.setting import image_shape
 from ptsim.trace.schema import Epoch, Reconfiguration
-from ptsim.training import stored
-from ptsim.training.facts import RunFacts, checked_loss, checked_shape
+from ptsim.training import misuse, stored
+from ptsim.training.facts import RunFacts, checked_loss
 from ptsim.training.loggers import Logger
 from ptsim.training.measured import Penalty
-from ptsim.training.misuse import Order, check_optimizer_kind
 from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
-from ptsim.training.prune_settings import check_plan, make_settings, recorded
+from ptsim.training.prune_settings import checked_plan, make_settings, recorded
 from ptsim.training.recorder import Recorder
-from ptsim.training.wrapping import averaged, bare, bare_optimizer, is_wrapped, refuse_spread
+from ptsim.training.wrapping import (
+    averaged,
+    bare,
+    bare_optimizer,
+    checked_rewrap,
+    is_wrapped,
+    refuse_spread,
+    wrapped_again,
+)
 
-_PRUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PruneTrain]] = weakref.WeakKeyDictionary()
 
-
-class PruneTrain:
+class PruneTrain(misuse.OnlyOne):
     """Prunes a network while somebody's own loop trains it, and records the run.
 
     Attributes:
@@ -111,30 +117,24 @@ class PruneTrain:
         """
         self.settings = make_settings(settings)
         self._make_criterion: type[Criterion] = CRITERIA.find(self.settings.criterion)
-        check_plan(penalty_ratio, interval)
+        self.penalty_ratio, self.interval = checked_plan(penalty_ratio, interval)
         refuse_spread(model)
-        self.network = bare(model)
-        self._refuse_second()
-        self.penalty_ratio, self.interval = penalty_ratio, interval
-        given, optimizer = optimizer, bare_optimizer(optimizer)
-        check_optimizer_kind(optimizer, proximal=self.settings.regularizer == "proximal")
-        self.optimizer, self.ema, self.scaler, self.rewrap = optimizer, ema, scaler, rewrap
-        self.regularized = penalty_ratio > 0
-        self.penalty_coefficient: float | None = None if penalty_ratio > 0 else 0.0
-        self._wrapped = is_wrapped(model)
-        input_shape = checked_shape(input_shape)
+        self.network, self._wrapped = bare(model), is_wrapped(model)
+        misuse.refuse_second(self.network)
+        self.optimizer = bare_optimizer(optimizer)
+        misuse.check_optimizer_kind(self.optimizer, proximal=self.settings.regularizer == "proximal")
+        self.ema, self.scaler, self.rewrap = ema, scaler, checked_rewrap(rewrap)
+        self.regularized = self.penalty_ratio > 0
+        self.penalty_coefficient: float | None = None if self.regularized else 0.0
+        input_shape = image_shape(input_shape)
         self._find_groups(find_groups(self.network, input_shape))
-        self._order = Order(self.network, (given, optimizer), scaler, self.criterion.weights)
+        self._order = misuse.Order(self.network, (optimizer, self.optimizer), scaler, self.criterion.weights)
         self._averages()
-        self.recorder = (
-            record
-            if isinstance(record, Recorder)
-            else self._own_recorder(model, input_shape=input_shape, record=record, facts=facts, loggers=loggers)
-        )
+        self.recorder = self._recorder(model, input_shape, record, facts=facts, loggers=loggers)
         self._owns_recorder = self.recorder is not record
         self._first_network = self.recorder.architecture
-        self._hook = optimizer.register_step_post_hook(functools.partial(_after_update, weakref.ref(self)))
-        _PRUNERS[self.network] = weakref.ref(self)
+        self._hooks = misuse.hooks_on_update(self.optimizer, self._check_update, self.updated)
+        misuse.claim(self.network, self)
         self._tell_recorder()
 
     # What the loop calls
@@ -161,7 +161,7 @@ class PruneTrain:
             self.decide_coefficient(loss)
         self.recorder.step(loss, num_images)
         if self.regularized and self.penalty_coefficient:
-            self._order.penalty_is_added()
+            self._order.penalty_is_added(self.recorder.watch.num_backwards)
             if self.settings.regularizer == "gradient":
                 with self.recorder.watch.phase("regularizer"):
                     self.criterion.add_gradient(self.penalty_coefficient)
@@ -173,6 +173,7 @@ class PruneTrain:
         """
         if self.penalty_coefficient is None:
             self.decide_coefficient(loss)
+        self._order.no_penalty()
         self.recorder.step(loss)
 
     def end_epoch(
@@ -238,6 +239,7 @@ class PruneTrain:
         Raises:
             UsageError: it holds another network.
         """
+        refuse_spread(module)
         self.recorder.follow(module)
         self.needs_rewrap, self._wrapped = False, is_wrapped(module)
 
@@ -269,10 +271,10 @@ class PruneTrain:
         self.recorder.__exit__(kind, error, trace)
 
     def _let_go(self) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._order.closed = True
-        if _PRUNERS.get(self.network, lambda: None)() is self:
-            del _PRUNERS[self.network]
+        misuse.give_back(self.network, self)
 
     def state_dict(self, *, tensors: bool = True) -> dict[str, Any]:
         """Everything that a run needs to go on: tensors, and data that JSON holds; nothing has to be pickled.
@@ -322,7 +324,8 @@ class PruneTrain:
         self._first_batch, self._proposed = kept.first_batch, kept.proposed_batch
         self._num_reconfigurations, self._layers_removed = kept.num_reconfigurations, kept.layers_removed
         recorder.epoch, recorder.initial_counts, recorder.totals = kept.epoch, kept.initial_counts, kept.totals
-        self._after_change(find_groups(self.network, recorder.input_shape))
+        self._adopt(find_groups(self.network, recorder.input_shape))
+        recorder.refresh()
         recorder.watch.forget()
         recorder.continue_trace(kept.trace_bytes, kept.trace_sha256)
         recorder.continue_epoch(kept.unfinished)
@@ -340,6 +343,10 @@ class PruneTrain:
         team = self.recorder.team
         mean = float(team.sum(checked_loss(loss).to(self.recorder.device).double())) / team.world_size
         self.penalty_coefficient = penalty_coefficient(mean, float(self.criterion.value()), self.penalty_ratio)
+
+    def _check_update(self) -> None:
+        in_gradient = self.settings.regularizer == "gradient"
+        self._order.before_update(self.recorder.watch.num_backwards, in_gradient=in_gradient)
 
     def updated(self) -> None:
         """The optimizer has stepped (a hook calls this): the proximal step, matched to the gradient route, follows."""
@@ -411,12 +418,6 @@ class PruneTrain:
         with self.recorder.watch.paused():
             return self.grow()
 
-    def _refuse_second(self) -> None:
-        own = set(self.network.parameters())
-        if any(other() is not None and own & set(network.parameters()) for network, other in _PRUNERS.items()):
-            hint = "close the first one: pruner.close()"
-            raise UsageError(f"this {type(self.network).__name__} already has a PruneTrain", hint=hint)
-
     def _find_groups(self, groups: ChannelGroups) -> None:
         self.groups = groups
         self.criterion = self._make_criterion(self.network, groups)
@@ -450,13 +451,9 @@ class PruneTrain:
             act = functools.partial(self.criterion.add_gradient, self.penalty_coefficient or 0.0)
         self.recorder.regularizer = act if self.penalty_ratio > 0 else None
 
-    def _after_change(self, groups: ChannelGroups) -> None:
-        self._adopt(groups)
-        self.recorder.refresh()
-
     def _wrap_again(self) -> None:
         if self.rewrap is not None:
-            self.recorder.follow(self.rewrap(self.network))
+            self.recorder.follow(wrapped_again(self.rewrap, self.network))
         elif self._wrapped or self.recorder.watch.data_parallel is not None:
             caller = self.recorder.watch.data_parallel
             self.needs_rewrap, self._outdated = True, None if caller is None else weakref.ref(caller)
@@ -481,20 +478,20 @@ class PruneTrain:
             )
         self.rewrapped(caller)
 
-    def _own_recorder(self, model: nn.Module, **given: Any) -> Recorder:
+    def _recorder(
+        self, model: nn.Module, input_shape: tuple[int, int, int], record: str | Path | Recorder | None, **given: Any
+    ) -> Recorder:
+        if isinstance(record, Recorder):
+            misuse.check_recorder(record, self.network, self.optimizer, input_shape, alone=not any(given.values()))
+            return record
         return Recorder(
             model,
             self.optimizer,
+            input_shape=input_shape,
+            record=record,
             settings=recorded(self.settings, penalty_ratio=self.penalty_ratio, interval=self.interval),
             profile=self.settings.profile,
             channel_maxima=self.settings.channel_maxima,
             threshold=self.settings.threshold,
             **given,
         )
-
-
-def _after_update(pruner: weakref.ref[PruneTrain], *_: object) -> None:
-    """The optimizer has stepped: the proximal step follows, and the next penalty may be added."""
-    alive = pruner()
-    if alive is not None:
-        alive.updated()

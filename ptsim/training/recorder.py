@@ -21,7 +21,8 @@ from ptsim.capture.network import capture_network
 from ptsim.errors import UsageError, on_one_line
 from ptsim.measure.nvml import open_meter
 from ptsim.network import MemoryFormat, Network, Precision
-from ptsim.prune.density import THRESHOLD, channel_maxima, dense_counts, layer_densities
+from ptsim.prune.density import THRESHOLD, channel_maxima, checked_threshold, dense_counts, layer_densities
+from ptsim.setting import image_shape, positive_number, real_number
 from ptsim.trace.schema import AnyRecord, End, Epoch, Run
 from ptsim.training.checkpoint import Totals
 from ptsim.training.distributed import CommunicationMeter, Team, current_team
@@ -29,11 +30,10 @@ from ptsim.training.facts import (
     RunFacts,
     change_record,
     check_finite,
-    check_fraction,
     check_numbers,
     checked_facts,
+    checked_fraction,
     checked_loss,
-    checked_shape,
     note_image_shape,
     num_outputs,
     product_layer,
@@ -44,6 +44,7 @@ from ptsim.training.facts import (
 from ptsim.training.loggers import Logger, Mirror
 from ptsim.training.losses import LossSum
 from ptsim.training.measured import Measured, Penalty, Unfinished, measure_epoch, unfinished_epoch
+from ptsim.training.misuse import OnlyOne
 from ptsim.training.profiling import layer_profile
 from ptsim.training.tracefile import TraceFile, checked_folder, refuse_trace
 from ptsim.training.watch import Watch, learning_rate
@@ -53,7 +54,7 @@ TRACE = "trace.jsonl"
 _T = TypeVar("_T")
 
 
-class Recorder:
+class Recorder(OnlyOne):
     """Records a training loop: a trace that `ptsim cost`, `simulate` and `report` read.
 
     Example::
@@ -110,7 +111,7 @@ class Recorder:
             UsageError: an `input_shape` that is none, a logger or a network that cannot be used.
         """
         refuse_spread(model)
-        self.input_shape, self.facts = checked_shape(input_shape), checked_facts(facts)
+        self.input_shape, self.facts = image_shape(input_shape), checked_facts(facts)
         self.module, self.network, self.optimizer = model, bare(model), bare_optimizer(optimizer)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.team = team or current_team(self.device)
@@ -125,7 +126,8 @@ class Recorder:
         self.regularizer: Callable[[], object] | None = None
         self.profiles = profile
         self.owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
-        self._channel_maxima, self._threshold, self._settings = channel_maxima, threshold, dict(settings or {})
+        self._channel_maxima, self._threshold = channel_maxima, checked_threshold(threshold)
+        self._settings = dict(settings or {})
         self._mirror = Mirror(loggers if self.records or self.folder is None else (), self.folder)
         self._trace: TraceFile | None = None
         self._keep: tuple[int | None, str | None] = (None, None)
@@ -194,15 +196,13 @@ class Recorder:
             loss: a scalar.
             num_images: of this step; None is what the hooks saw since the last call.
         """
-        loss = checked_loss(loss, num_images)
+        loss, told = checked_loss(loss), None if num_images is None else positive_number("num_images", num_images)
         seen = self.watch.num_images - self._images_told
+        if told is not None and seen == 0:
+            self.watch.num_images += told
+            self.watch.batch = max(self.watch.batch or 0, told)
         self._images_told = self.watch.num_images
-        weight = num_images if num_images is not None else seen or 1
-        if num_images is not None and seen == 0:
-            self.watch.num_images += num_images
-            self._images_told = self.watch.num_images
-            self.watch.batch = max(self.watch.batch or 0, num_images)
-        self._losses.add(loss, weight)
+        self._losses.add(loss, told or seen or 1)
 
     def end_epoch(
         self,
@@ -344,8 +344,13 @@ class Recorder:
         train_accuracy: float | None = None,
     ) -> Epoch:
         """As `end_epoch`, with the penalty and, where the loop knows it better, the mean loss."""
-        check_fraction("validation_accuracy", validation_accuracy)
-        check_fraction("train_accuracy", train_accuracy)
+        told = {
+            "validation_accuracy": checked_fraction("validation_accuracy", validation_accuracy),
+            "train_accuracy": checked_fraction("train_accuracy", train_accuracy),
+            "validation_loss": None if validation_loss is None else real_number("validation_loss", validation_loss),
+        }
+        if train_loss is not None:
+            told["train_loss"] = real_number("train_loss", train_loss)
         if self._ended:
             raise UsageError("the recorder is closed: end_epoch belongs before close")
         measured = measure_epoch(
@@ -353,14 +358,7 @@ class Recorder:
         )
         note_image_shape(self.watch.image_shape, self.input_shape)
         self.begin_run()
-        record = self._epoch_record(penalty, measured)
-        record = msgspec.structs.replace(
-            record,
-            train_loss=train_loss if train_loss is not None else record.train_loss,
-            train_accuracy=None if train_accuracy is None else float(train_accuracy),
-            validation_loss=None if validation_loss is None else float(validation_loss),
-            validation_accuracy=None if validation_accuracy is None else float(validation_accuracy),
-        )
+        record = msgspec.structs.replace(self._epoch_record(penalty, measured), **told)
         check_finite(record)
         self.write(record)
         self.final_accuracy = record.validation_accuracy

@@ -16,7 +16,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -363,8 +363,8 @@ class Watch:
 
     def _update_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._in_update = not self._paused
-        if self._paused or kwargs.get("closure") is not None or any(callable(given) for given in args[1:]):
-            return  # the closure runs forward and backward first, and is watched itself
+        if self._paused or has_closure(args, kwargs):
+            return  # it runs forward and backward first, and is watched itself
         self._in_backward = False
         if self.learning_rate is None:
             self.learning_rate = learning_rate(optimizer)
@@ -383,6 +383,11 @@ class Watch:
         self.last_step_s = time.perf_counter()
         if self._timer is not None:
             self._timer.end_step()
+
+
+def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an optimizer's `step`, of which these are the arguments, is given the iteration as a function."""
+    return kwargs.get("closure") is not None or any(callable(given) for given in args[1:])
 
 
 def _kept_format(output: Any) -> Precision | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -68,6 +68,32 @@ def is_wrapped(module: nn.Module) -> bool:
     while isinstance(module, nn.DataParallel):  # it looks its parameters up at every call
         module = module.module
     return bare(module) is not module or module._compiled_call_impl is not None
+
+
+def checked_rewrap(rewrap: Any) -> Any:
+    """What wraps a changed network; None where the loop does it.
+
+    Raises:
+        UsageError: it cannot be called.
+    """
+    if rewrap is not None and not callable(rewrap):
+        raise UsageError(
+            f"rewrap is {rewrap!r}, expected a function from the changed network to the module that the loop calls",
+            hint="rewrap=DistributedDataParallel, for instance",
+        )
+    return rewrap
+
+
+def wrapped_again(rewrap: Callable[[nn.Module], nn.Module], network: nn.Module) -> nn.Module:
+    """What `rewrap` makes of the changed network.
+
+    Raises:
+        UsageError: it gives no module.
+    """
+    module = rewrap(network)
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"rewrap gave a {type(module).__name__}, expected the module that the loop calls")
+    return module
 
 
 def is_compiled(module: nn.Module) -> bool:

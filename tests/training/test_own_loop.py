@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import msgspec
 import pytest
@@ -635,6 +636,85 @@ def test_a_penalty_that_is_added_twice_is_named():
         pruner.step(loss)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["", "and another backward"])
+@pytest.mark.parametrize("kept", [False, True], ids=["dropped", "filled"])
+def test_gradients_that_are_zeroed_after_the_penalty_was_added_are_named(kept, again):
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    images, labels = images_and_labels()[0]
+    if not kept:  # zeros that are written over a gradient are looked for before the first update only
+        steps(pruner, model, optimizer, images_and_labels(1))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    pruner.step(loss)
+    optimizer.zero_grad(set_to_none=not kept)
+    if again and not kept:
+        F.cross_entropy(model(images), labels).backward()
+    with pytest.raises(UsageError, match=r"zeroed between pruner\.step and optimizer\.step, so the penalty was lost"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))  # the update did not happen
+    steps(pruner, model, optimizer, images_and_labels(1))
+
+
+def test_gradients_that_the_loop_replaces_or_gives_up_are_no_mistake():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    images, labels = images_and_labels()[0]
+    for course in ("replaced", "given up", "without the penalty", "as ever"):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        pruner.regularized = course != "without the penalty"
+        pruner.step(loss)
+        if course == "given up":  # a loop that leaves an update out, for instance because the norm is infinite
+            continue
+        for parameter in model.parameters():
+            parameter.grad = parameter.grad.clamp(-1, 1)
+        optimizer.step()
+    assert pruner.recorder.watch.num_steps == 3
+
+
+def test_a_pruner_and_a_recorder_are_neither_copied_nor_pickled():
+    model = fresh()
+    pruner = made(model, sgd(model))
+    for thing in (pruner, pruner.recorder):
+        for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(UsageError, match="cannot be copied or pickled"):
+                attempt(thing)
+    assert type(copy.deepcopy(model)) is type(model)
+
+
+def test_a_recorder_of_another_training_is_named():
+    model = fresh()
+    optimizer = sgd(model)
+    for network, updates, shape, what in (
+        (other := fresh(), sgd(other), IMAGE, "network"),
+        (model, sgd(model), IMAGE, "optimizer"),
+        (model, optimizer, (3, 32, 24), "input_shape"),
+    ):
+        recorder = ptsim.Recorder(network, updates, input_shape=shape)
+        with pytest.raises(UsageError, match=f"record= has another {what} than PruneTrain"):
+            made(model, optimizer, record=recorder)
+    fitting = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    with pytest.raises(UsageError, match="facts and loggers belong to the Recorder"):
+        made(model, optimizer, record=fitting, facts=ptsim.RunFacts(model="mine"))
+    assert made(model, optimizer, record=fitting).recorder is fitting
+
+
+def test_a_rewrap_that_gives_nothing_is_named_and_so_is_nothing_that_is_rewrapped():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, rewrap=lambda network: None)
+    with pytest.raises(UsageError, match="rewrap gave a NoneType, expected the module that the loop calls"):
+        train(pruner, model, optimizer, 2, images_and_labels())
+    with pytest.raises(UsageError, match="the model is a NoneType"):
+        pruner.rewrapped(None)
+
+
 def test_a_step_before_unscaling_is_named():
     model = fresh()
     optimizer = sgd(model)
@@ -787,8 +867,9 @@ def test_a_network_that_cannot_be_traced_is_named():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"penalty_ratio": 1.0}, UsageError, "penalty ratio"),
-        ({"penalty_ratio": "0.2"}, UsageError, "penalty ratio is '0.2'"),
+        ({"penalty_ratio": 1.0}, UsageError, "penalty_ratio is 1, expected in"),
+        ({"penalty_ratio": "0.2"}, UsageError, "penalty_ratio is '0.2'"),
+        ({"rewrap": 3}, UsageError, "rewrap is 3, expected a function"),
         ({"scaler": "amp"}, UsageError, "scaler is a str"),
         ({"facts": {"model": "mine"}}, UsageError, "facts is a dict, expected ptsim.RunFacts"),
         ({"interval": 0}, UsageError, "interval"),
