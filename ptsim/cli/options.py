@@ -25,6 +25,10 @@ Out = Annotated[Path, Parameter(name=["--out", "-o"])]
 Traces = Annotated[list[Path], Parameter(name="TRACE", negative=())]
 Settings = Annotated[list[str], Parameter(name="--set", negative=(), show_default=False)]
 Cluster = Annotated[str, Parameter(name="--cluster", help="Cluster: catalog name or TOML file.")]
+Profile = Annotated[
+    Path | None,
+    Parameter(name="--profile", help="Device profile that `ptsim calibrate gpu` wrote, of the projected GPU."),
+]
 _COUNTED = f"Optimizer whose state and update are counted: {', '.join(OPTIMIZERS.names())}."
 Optimizer = Annotated[str, Parameter(name="--optimizer", help=_COUNTED)]
 OptimizerOfTrace = Annotated[

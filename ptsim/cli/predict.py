@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -12,7 +11,7 @@ from rich.table import Table
 from ptsim.answers.predict import Prediction, PredictOptions
 from ptsim.answers.predict import predict as predict_step
 from ptsim.cli.common import print_json, stdout_console
-from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace
+from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace, Profile
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, Sharding
 from ptsim.units import format_bytes, format_joules, format_seconds
@@ -31,7 +30,7 @@ def predict(
     network: NetworkOptions = NetworkOptions(),
     optimizer: OptimizerOfTrace = None,
     sharding: Sharding = "none",
-    profile: Path | None = None,
+    profile: Profile = None,
     json: Annotated[
         Json, Parameter(help="Print one JSON document; low and high are the 90 % interval of step_seconds.")
     ] = False,
@@ -48,7 +47,6 @@ def predict(
         cluster: Cluster for data-parallel training: catalog name or TOML file.
         gpus: Number of the cluster's GPUs. Default: those of one node.
         sharding: zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too.
-        profile: Device profile that `ptsim calibrate gpu` wrote.
     """
     options = PredictOptions(
         memory_format=memory_format,

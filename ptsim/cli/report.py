@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptsim.cli.common import print_json, print_line
-from ptsim.cli.options import Json, LengthOptions, Out
+from ptsim.cli.options import Json, LengthOptions, Out, Profile
 from ptsim.cli.reading import parse_gpus
 from ptsim.errors import UsageError
 from ptsim.report.build import make_report, summary, write
@@ -20,6 +20,7 @@ def report(
     price: float | None = None,
     grid_intensity: float | None = None,
     input: str = "none",
+    profile: Profile = None,
     length: LengthOptions = LengthOptions(),
     json: Json = False,
 ) -> None:
@@ -50,6 +51,7 @@ def report(
         price_usd_per_gpu_hour=price,
         grid_grams_per_kwh=grid_intensity,
         input_pipeline=input,
+        profile=profile,
     )
     page = write(made, out)
     if json:

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ptsim.cli.common import print_json, say, stdout_console
-from ptsim.cli.options import Cluster, Json, LengthOptions, Settings, Traces
+from ptsim.cli.options import Cluster, Json, LengthOptions, Profile, Settings, Traces
 from ptsim.cli.reading import parse_gpus, read_settings, refuse_input_as_output
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
@@ -31,9 +31,11 @@ _NAMED = ("mixed_devices", "link_bandwidth", "link_latency_s")  # options whose 
 _AS_RECORDED = Options()
 
 
-def _default(name: str) -> Parameter:
-    """An option that keeps what `Options` says unless it is given; the help shows what that is."""
-    return Parameter(show_default=lambda _: getattr(_AS_RECORDED, name))
+def _default(name: str, unit: int | None = None) -> Parameter:
+    """An option that keeps what `Options` says unless it is given; the help shows what that is, in units if need be."""
+    value = getattr(_AS_RECORDED, name)
+    shown = str(value if unit is None else value / unit)
+    return Parameter(show_default=lambda _: shown)
 
 
 @Parameter(name="*")
@@ -56,7 +58,7 @@ class WhatIf:
     """zero1: every GPU keeps and updates its share of the optimizer's state. zero2: of the gradients too."""
     micro_batches: int | None = None
     """Gradient accumulation: number of passes that each mini-batch is split into. Default: as many as recorded."""
-    bucket_mib: Annotated[float | None, Parameter(show_default=lambda _: _AS_RECORDED.bucket_bytes / MIB)] = None
+    bucket_mib: Annotated[float | None, _default("bucket_bytes", MIB)] = None
     """Size limit of DDP's buckets. The first bucket has 1 MiB at the default, otherwise this limit too."""
     network: Annotated[Literal["formula", "links"] | None, _default("network")] = None
     """formula takes all links of a kind for equal. links simulates every NIC and leaf switch; --set gives it
@@ -114,7 +116,7 @@ def simulate(
     cluster: Cluster,
     gpus: str = "1",
     what_if: WhatIf = WhatIf(),
-    profile: Path | None = None,
+    profile: Profile = None,
     timeline: Path | None = None,
     length: LengthOptions = LengthOptions(),
     seed: Annotated[int | None, _default("seed")] = None,
@@ -127,7 +129,6 @@ def simulate(
     Args:
         traces: One or more trace.jsonl files or run folders.
         gpus: GPU counts, for example 1,8,64.
-        profile: Device profile of the projected GPU that `ptsim calibrate gpu` wrote.
         timeline: Write the simulated steps of the first trace at the largest GPU count as a Chrome trace: a .json file
             for Perfetto, or a folder with a file per GPU for HolisticTraceAnalysis.
         seed: Seed of every random draw.

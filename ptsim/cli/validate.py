@@ -15,7 +15,7 @@ from ptsim.answers.validate import Validation
 from ptsim.answers.validate import validate as compare
 from ptsim.answers.validate_mllog import validate_mllog
 from ptsim.cli.common import print_json, stdout_console
-from ptsim.cli.options import Json
+from ptsim.cli.options import Json, Profile
 from ptsim.errors import UsageError
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
@@ -44,7 +44,9 @@ def validate(
     traces: Annotated[list[Path] | None, Parameter(name="TRACE", negative=())] = None,
     /,
     *,
-    profile: Path | None = None,
+    profile: Annotated[
+        Profile, Parameter(help="Predict from this device profile of `ptsim calibrate gpu` alone.")
+    ] = None,
     holdout: bool = False,
     cluster: str | None = None,
     mlperf: MlPerfOptions = MlPerfOptions(),
@@ -57,7 +59,6 @@ def validate(
 
     Args:
         traces: One or more trace.jsonl files or run folders. A dense and a pruned run together give the saving.
-        profile: Predict from this device profile of `ptsim calibrate gpu` alone.
         holdout: Use nothing that the run itself measured: predict from a profile that was not calibrated on it, or,
             without a profile, from the other runs.
         cluster: Cluster that data-parallel runs ran on: catalog name or TOML file, such as that of calibrate network.

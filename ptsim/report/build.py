@@ -14,6 +14,8 @@ from ptsim.answers.validate import Validation, validate
 from ptsim.costs.memory import usable_bytes
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import cluster_names, load_cluster, match_device
+from ptsim.hardware.profile import DeviceProfile
+from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster
 from ptsim.report import answer, frames, page
 from ptsim.report.answer import Answer, answer_frame
@@ -65,6 +67,7 @@ def write_report(
     price_usd_per_gpu_hour: float | None = None,
     grid_grams_per_kwh: float | None = None,
     input_pipeline: str = "none",
+    profile: str | Path | DeviceProfile | None = None,
 ) -> Path:
     """Write the report of recorded runs into the folder `out` and return the page.
 
@@ -79,9 +82,11 @@ def write_report(
         price_usd_per_gpu_hour: None means the cluster's; without one, no money is reported.
         grid_grams_per_kwh: CO₂ that a kWh causes; without it, no CO₂ is reported.
         input_pipeline: what reads and decodes the images (`costs.input.pipelines`); "none": input keeps up.
+        profile: of `ptsim calibrate gpu`, or its file; for the clusters with the GPU that it was measured on.
 
     Raises:
-        UsageError: no traces, a size that the cluster does not have, or a folder that cannot be written.
+        UsageError: no traces, a size that the cluster does not have, a profile of a GPU that no cluster has, or a
+            folder that cannot be written.
         FileFormatError: a broken trace or cluster file.
         UnknownNameError: no such cluster.
     """
@@ -92,6 +97,7 @@ def write_report(
         price_usd_per_gpu_hour=price_usd_per_gpu_hour,
         grid_grams_per_kwh=grid_grams_per_kwh,
         input_pipeline=input_pipeline,
+        profile=profile,
     )
     return write(report, out)
 
@@ -121,6 +127,7 @@ def make_report(
     price_usd_per_gpu_hour: float | None = None,
     grid_grams_per_kwh: float | None = None,
     input_pipeline: str = "none",
+    profile: str | Path | DeviceProfile | None = None,
 ) -> Report:
     """Everything that the page shows; see `write_report`."""
     if not traces:
@@ -140,13 +147,14 @@ def make_report(
     given = [cluster] if isinstance(cluster, str | Path | Cluster) else list(cluster or [])
     clusters = [c if isinstance(c, Cluster) else load_cluster(c) for c in given or [default_cluster(runs)]]
     sizes = _sizes(clusters[0], gpus)
+    projectors = _projectors(clusters, options, grid_grams_per_kwh, profile)
     checked = [trace for trace in runs if trace.epochs and not trace.is_planned]
     validation, reason = _validation(checked, stretched=all(trace.is_stretched for trace in runs))
     unchecked = UNCHECKED if checked else reason
     facts = Facts(
         runs,
         comparisons,
-        projectors=[Projector(c, options, grid_grams_per_kwh=grid_grams_per_kwh) for c in clusters],
+        projectors=projectors,
         sizes=sizes,
         focus=min(sizes, key=lambda size: abs(math.log(size / clusters[0].gpus_per_node))),
         validation=validation,
@@ -297,6 +305,20 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
 
 
 _HARDLY = 0.05  # of what lies between guessing and knowing, in accuracy
+
+
+def _projectors(
+    clusters: Sequence[Cluster],
+    options: Options,
+    grid_grams_per_kwh: float | None,
+    profile: str | Path | DeviceProfile | None,
+) -> list[Projector]:
+    measured = read_device_profile(profile) if isinstance(profile, str | Path) else profile
+    made = [Projector(c, options, grid_grams_per_kwh=grid_grams_per_kwh, device_profile=measured) for c in clusters]
+    if measured is not None and not any(projector.device_profile for projector in made):
+        names = " and ".join(dict.fromkeys(projector.device.name for projector in made))
+        raise UsageError(f"the device profile was measured on {measured.device!r}, and the clusters have {names}")
+    return made
 
 
 def _collapses(comparison: Comparison) -> Iterator[str]:

@@ -132,7 +132,7 @@ class Facts:
     @functools.cached_property
     def layers(self) -> pd.DataFrame:
         """`projected.layers_frame` of the shown run."""
-        return projected.layers_frame(self.shown, self.projector.device)
+        return projected.layers_frame(self.shown, self.projector)
 
     @functools.cached_property
     def scenarios(self) -> pd.DataFrame:

@@ -18,8 +18,9 @@ from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import worst_tier
 from ptsim.costs.traffic import network_traffic
-from ptsim.hardware.catalog import load_device, measured_device
-from ptsim.hardware.spec import Cluster, Device
+from ptsim.hardware.catalog import is_called, load_device, measured_device
+from ptsim.hardware.profile import DeviceProfile
+from ptsim.hardware.spec import Cluster
 from ptsim.network import PRODUCTS
 from ptsim.report.frames import accuracies
 from ptsim.sim.options import HourPrice, Options, hour_price
@@ -45,18 +46,36 @@ class LabelledRun(msgspec.Struct, frozen=True, kw_only=True):
 class Projector:
     """Projects runs onto one cluster; every (run, size) is simulated once."""
 
-    def __init__(self, cluster: Cluster, options: Options, *, grid_grams_per_kwh: float | None = None) -> None:
-        """`grid_grams_per_kwh` is the CO₂ that a kWh causes; without one, no CO₂ is reported."""
+    def __init__(
+        self,
+        cluster: Cluster,
+        options: Options,
+        *,
+        grid_grams_per_kwh: float | None = None,
+        device_profile: DeviceProfile | None = None,
+    ) -> None:
+        """What is common to all projections.
+
+        Args:
+            cluster: where.
+            options: what differs from the recorded run.
+            grid_grams_per_kwh: CO₂ that a kWh causes; without it, no CO₂ is reported.
+            device_profile: of `ptsim calibrate gpu`; used where the cluster's GPUs are those it was measured on.
+        """
         self.cluster = cluster
         self.options = options
         self.grid_grams_per_kwh = grid_grams_per_kwh
         self.device = load_device(options.device) if options.device else cluster.gpu
+        fits = device_profile is not None and is_called(self.device, device_profile.device)
+        self.device_profile = device_profile if fits else None
         self._caches: dict[tuple[str, int, bool, bytes], StepCache] = {}
         self._done: dict[tuple[tuple[str, int, bool, bytes], int], RunProjection] = {}
 
     def changed(self, cluster: Cluster, options: Options) -> Projector:
         """The same for another cluster or other options; step times that do not depend on them are shared."""
-        other = Projector(cluster, options, grid_grams_per_kwh=self.grid_grams_per_kwh)
+        other = Projector(
+            cluster, options, grid_grams_per_kwh=self.grid_grams_per_kwh, device_profile=self.device_profile
+        )
         other._caches = self._caches
         return other
 
@@ -70,12 +89,20 @@ class Projector:
         key = str(trace.path), len(trace.epochs), trace.is_pruned, msgspec.json.encode(trace.run)
         if (key, gpus) not in self._done:
             cache = self._caches.setdefault(key, StepCache())
-            self._done[key, gpus] = project(trace, self.cluster, gpus, self.options, cache=cache)
+            self._done[key, gpus] = project(
+                trace, self.cluster, gpus, self.options, device_profile=self.device_profile, cache=cache
+            )
         return self._done[key, gpus]
 
     def step(self, trace: Trace, epoch: Epoch) -> StepTime:
         """The step that `epoch` trained, layer by layer, on this cluster's device."""
-        return _step(trace, epoch, self.device)
+        measurements = Measurements(
+            profiles=trace.profiles,
+            source_device=measured_device(trace.run.device.name, self.device),
+            device_profile=self.device_profile,
+        )
+        network = trace.networks[epoch.architecture]
+        return step_time(network, self.device, trace.setting_of(epoch), measurements=measurements)
 
     @property
     def price(self) -> HourPrice | None:
@@ -306,8 +333,8 @@ def breakdown_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: Seq
     return pd.concat(frames, ignore_index=True)
 
 
-def layers_frame(run: LabelledRun, device: Device) -> pd.DataFrame:
-    """One row per epoch and layer of one run: forward and backward time of one image on `device`, and its tier.
+def layers_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
+    """One row per epoch and layer of one run: time of one image on the cluster's device, both ways, and its tier.
 
     A layer that pruning has removed has no row from then on.
     """
@@ -316,7 +343,7 @@ def layers_frame(run: LabelledRun, device: Device) -> pd.DataFrame:
     for epoch in run.trace.epochs:
         key = epoch.architecture, epoch.batch_per_gpu
         if key not in steps:
-            steps[key] = _step(run.trace, epoch, device)
+            steps[key] = projector.step(run.trace, epoch)
         network = run.trace.network_of(epoch)
         for time in steps[key].layers:
             layer = network.layer(time.layer)
@@ -327,7 +354,7 @@ def layers_frame(run: LabelledRun, device: Device) -> pd.DataFrame:
                     "run": run.label,
                     "setting": run.setting,
                     "pruned": run.trace.is_pruned,
-                    "device": device.name,
+                    "device": projector.device.name,
                     "precision": str(run.trace.run.precision),
                     "batch_per_gpu": epoch.batch_per_gpu,
                     "epoch": epoch.epoch,
@@ -436,16 +463,6 @@ def _saved(
         f"saved_{unit}_low": low,
         f"saved_{unit}_high": high,
     }
-
-
-def _step(trace: Trace, epoch: Epoch, device: Device) -> StepTime:
-    measurements = Measurements(profiles=trace.profiles, source_device=measured_device(trace.run.device.name, device))
-    return step_time(
-        trace.networks[epoch.architecture],
-        device,
-        trace.setting_of(epoch),
-        measurements=measurements,
-    )
 
 
 def _setting(run: LabelledRun, projector: Projector) -> dict[str, str | bool | int]:

@@ -31,6 +31,13 @@ def test_json_has_a_document_per_gpu_count(trace: str, capsys: pytest.CaptureFix
     assert len(rows[0]["epochs"]) == 6
 
 
+def test_the_help_shows_what_holds_where_nothing_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for default in ("weak", "fp32", "25.0", "formula", "1", "0"):  # torch's cap of a bucket: 25 MiB
+        assert f"[default: {default}]" in out
+
+
 def test_people_get_tables_and_the_notes(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", trace, "--cluster", "dgx-a100", "--gpus", "1,12", "--price", "2.5"]) == 0
     out = capsys.readouterr().out

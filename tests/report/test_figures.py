@@ -43,7 +43,7 @@ def drawn(traces: list[ptsim.Trace]) -> dict[str, Figure]:
     runs = labelled_runs(traces, [])
     pruned = runs[-1]
     costs = frames.costs_frame(traces)
-    layers = projected.layers_frame(pruned, projector.device)
+    layers = projected.layers_frame(pruned, projector)
     return {
         "accuracy": figures.accuracy_figure(frames.epochs_of_runs_frame(traces)),
         "shrinking": figures.shrinking_figure(costs[costs.pruned]),

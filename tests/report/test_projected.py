@@ -4,9 +4,11 @@ import msgspec
 import pytest
 
 import ptsim
+from ptsim.answers.repredict import device_profile_of
+from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.report import projected
-from ptsim.report.build import money_sentences
+from ptsim.report.build import make_report, money_sentences
 from ptsim.report.facts import Facts
 from ptsim.report.projected import Projector, labelled_runs
 from ptsim.report.specs import PROJECTIONS
@@ -102,7 +104,7 @@ def test_a_layer_without_elements_is_removed_from_table_and_map(
     )
     emptied = {**run.trace.networks, epoch.architecture: msgspec.structs.replace(network, layers=layers)}
     run = msgspec.structs.replace(run, trace=msgspec.structs.replace(run.trace, networks=emptied, profiles=()))
-    frame = projected.layers_frame(run, projector.device)
+    frame = projected.layers_frame(run, projector)
     last = frame[frame.epoch == epoch.epoch]
     assert not last.layer.str.startswith("layer2.1.").any()
     table = projected.first_and_last_layers(frame).set_index("layer")
@@ -126,7 +128,7 @@ def test_one_gpu_communicates_nothing(traces: list[ptsim.Trace], projector: Proj
 
 def test_layers_that_are_gone_have_no_time_afterwards(traces: list[ptsim.Trace], projector: Projector) -> None:
     run = next(run for run in labelled_runs(traces, []) if run.trace.reconfigurations)
-    layers = projected.layers_frame(run, projector.device)
+    layers = projected.layers_frame(run, projector)
     gone = {name for record in run.trace.reconfigurations for name in record.layers_removed}
     last = set(layers[layers.epoch == layers.epoch.max()].layer)
     assert gone
@@ -175,6 +177,24 @@ def test_the_page_says_cluster_by_cluster_whose_prices_its_money_is_at() -> None
     )
     assert money_sentences([own]) == " Money is at the price that the cluster's file gives."
     assert "no money is shown" in money_sentences(unknown)
+
+
+def test_a_device_profile_is_used_on_the_clusters_with_that_gpu(traces: list[ptsim.Trace]) -> None:
+    profile = device_profile_of(traces)
+    bare = msgspec.structs.replace(traces[1], profiles=())
+    there, elsewhere = (
+        Projector(load_cluster(name), Options(), device_profile=profile) for name in ("dgx-a100", "aws-g4dn-12xlarge")
+    )
+    (row,) = ptsim.simulate(bare, "dgx-a100", [8], profile=profile).to_dict("records")
+    assert (there.run(bare, 8).tier, there.run(bare, 8).total_s) == ("profiled", row["total_seconds"])
+    assert there.step(bare, bare.epochs[0]).tier == "profiled"
+    assert elsewhere.run(bare, 8).tier == "datasheet"
+    assert there.changed(there.cluster, Options(channel_multiple=8)).run(bare, 8).tier == "profiled"
+
+
+def test_a_profile_of_a_gpu_that_no_cluster_has_is_refused(traces: list[ptsim.Trace]) -> None:
+    with pytest.raises(UsageError, match=r"profile was measured on 'NVIDIA A100.*clusters have t4"):
+        make_report(traces, cluster="aws-g4dn-12xlarge", profile=device_profile_of(traces))
 
 
 def test_plans_that_were_not_written_and_share_a_path_are_told_apart(traces: list[ptsim.Trace]) -> None:
