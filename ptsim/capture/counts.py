@@ -24,7 +24,8 @@ from ptsim.capture.copies import copied
 from ptsim.capture.graph import example_input, symbolic_graph
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # fvcore uses torch.jit.script, which torch deprecates
+    for deprecated in (DeprecationWarning, FutureWarning):  # of torch 2.11, and of 2.14
+        warnings.simplefilter("ignore", deprecated)  # fvcore uses torch.jit.script, which torch deprecates
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.jit_handles import bmm_flop_jit, conv_flop_count, elementwise_flop_counter, get_shape
 

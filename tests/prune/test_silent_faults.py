@@ -249,7 +249,7 @@ def test_what_is_put_around_a_forward_leaves_it_as_it_is() -> None:
     assert prunable(model) == {"a": 8, "b": 6, "head": 0}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_script_stays_and_the_rest_is_pruned() -> None:
     model: Any = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), torch.jit.script(nn.ReLU()), nn.Flatten(), nn.Linear(384, 4)
