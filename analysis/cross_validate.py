@@ -367,6 +367,22 @@ Ampere show for some convolutions. Measured over predicted time, the median of e
 to 0.75..0.88 on A10, A100 PCIe, RTX A6000 and H100, and from 1.14..1.34 to 0.90..1.05 on A100 SXM and RTX 6000 Ada. So
 some convert and some do not; which, and since which version, the rows do not say. Only rows in the fit were looked at.
 
+Looked into later, with hypotheses written down before and rows of the fit only, and without any change: why ResNet-50
+in fp32 at mini-batches of 112 and 128 takes 9 to 12 % less than predicted on V100, in the rows of three sources, where
+Quadro RTX 8000 and TITAN RTX are as predicted within 1 %.
+
+* Winograd that gains more on Volta: excluded. If the share of 3×3 convolutions in a step rises by 0.1, the step gets
+  shorter against its prediction by 2.5 % on Pascal, 2.0 % on Turing and 0.4 % on Volta.
+* Faster normalisation and element-wise kernels: excluded. The more of them a step on Volta has, the longer it takes
+  against its prediction: by 1.5 % for a share of 0.1.
+* Faster 1×1 convolutions: the rows cannot tell. At a mini-batch of 12 the same network takes 28 % longer than predicted
+  on V100 and 13 % longer on TITAN V. Small mini-batches hold the fit back, and what makes them slow is not known.
+* cuDNN's search for the fastest algorithm: excluded. The rows that state it are those with 12 images.
+
+The bias of −3.3 % with the source left out has two parts: NVIDIA's machines add 3.7 % less to one GPU's step than
+Lambda's PCIe boxes say, and Lambda's steps on one GPU take 5.8 % less than the rows of others say. Two sources are too
+few to tell a bias of the model from the habits of a source.
+
 What limits the predictions for one GPU: half of the GPUs have rows of ResNet-50 only; half precision is predicted 5 to
 25 % too slow at large mini-batches in the contiguous layout on boards with full tensor rate (A10, RTX A6000, RTX 6000
 Ada, H100 PCIe) and on RTX 4090, and 10 to 35 % too fast at mini-batches of 12 on Volta and Turing, for which we have
