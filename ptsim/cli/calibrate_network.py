@@ -121,7 +121,7 @@ def _live(
             raise UsageError(f"--backend {use} needs GPUs, and there are none here")
         torch.cuda.set_device(me.local_rank)
         gpus = [torch.cuda.get_device_name()]
-    join(me, use)
+    join(me, use, shared={"work": "calibrate network"})
     try:
         sizes = [2**k for k in range(_LEAST_BYTES.bit_length() - 1, max_bytes.bit_length())]
         table = measure_table(

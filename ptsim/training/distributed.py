@@ -12,6 +12,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,11 +23,12 @@ from torch._C._distributed_c10d import GradBucket, Store
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from ptsim.errors import PtsimError, TrainingError, UsageError
+from ptsim.textfile import printable
 from ptsim.training.data import Share
 from ptsim.training.joining import cause_of, join, place
 
 _FAREWELL_S = 5.0
-_CAUSE, _HEARD = "cause", "heard"
+_CAUSE, _DONE = "cause", "done"
 
 
 class Team:
@@ -45,7 +47,7 @@ class Team:
         """`store` holds the cause of a failure; `flags` is a group that exchanges numbers on the CPU."""
         self.rank, self.world_size, self.backend, self.device = rank, world_size, backend, device
         self._store, self._flags = store, flags
-        self._reported = False
+        self._lost = False
 
     @property
     def leads(self) -> bool:
@@ -76,6 +78,7 @@ class Team:
             ):
                 self._report(error)
                 raise
+            self._lost = True
             cause = self._cause()
             raise TrainingError(
                 f"rank {self.rank} lost contact with the other ranks: {cause or cause_of(error)}",
@@ -90,28 +93,27 @@ class Team:
         if self._store is not None:
             with contextlib.suppress(RuntimeError):  # the store went down with rank 0
                 self._store.compare_set(_CAUSE, "", f"rank {self.rank} stopped: {told}")
-                self._reported = True
-                if not self.leads:  # who stops by itself, as all do together, reads nothing
-                    self._store.add(_HEARD, 1)
 
     def _cause(self) -> str | None:
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
-                self._store.set_timeout(datetime.timedelta(seconds=5))
+                self._store.set_timeout(datetime.timedelta(seconds=_FAREWELL_S))
                 if self._store.check([_CAUSE]):
                     cause: str = self._store.get(_CAUSE).decode()
-                    self._store.add(_HEARD, 1)
                     return cause
         return None
 
-    def stay_until_heard(self) -> None:
-        """Rank 0 holds what the ranks tell each other: it waits a moment until they have read why it stops."""
-        if self._store is None or not self._reported or not self.leads:
+    def leave(self) -> None:
+        """Rank 0 may hold what the ranks tell each other: it waits a moment until all need it no more."""
+        if self._store is None:
             return
-        deadline = time.monotonic() + _FAREWELL_S
-        with contextlib.suppress(RuntimeError):
-            while self._store.add(_HEARD, 0) < self.world_size - 1 and time.monotonic() < deadline:
+        with contextlib.suppress(RuntimeError):  # the store went down with rank 0
+            self._store.set_timeout(datetime.timedelta(seconds=_FAREWELL_S))
+            done = self._store.add(_DONE, 1)
+            deadline = time.monotonic() + _FAREWELL_S
+            while self.leads and not self._lost and done < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.02)
+                done = self._store.add(_DONE, 0)
 
     def consult(self, signal_number: int, out_of_memory: bool) -> tuple[int, int, int]:
         """What the ranks have noticed: (a signal's number, the rank that got it, the rank without memory or -1)."""
@@ -208,15 +210,16 @@ class Team:
 
 
 @contextlib.contextmanager
-def join_team(device_name: str) -> Iterator[Team]:
+def join_team(device_name: str, folder: Path | None = None) -> Iterator[Team]:
     """The team that torchrun's environment describes, joined on entry and left on exit.
 
     Args:
         device_name: "auto", "cpu", "cuda" or "cuda:N"; under torchrun every local rank takes its own GPU, whatever N
             (a resumed run has recorded that of rank 0).
+        folder: of the run; ranks with another one are of another launch.
 
     Raises:
-        UsageError: no such device here, or an environment that contradicts itself.
+        UsageError: no such device here, an environment that contradicts itself, or another launch at its address.
         TrainingError: another rank does not come or has died (`joining`).
     """
     me = place()
@@ -225,13 +228,14 @@ def join_team(device_name: str) -> Iterator[Team]:
         yield Team(device=device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store, flags = join(me, backend)
+    shared = {"work": "training"} | ({} if folder is None else {"run folder": printable(os.path.abspath(folder))})
+    store, flags = join(me, backend, shared=shared)
     team = Team(rank=me.rank, world_size=me.world_size, backend=backend, device=device, store=store, flags=flags)
     try:
         yield team
     finally:
         dist.destroy_process_group()
-        team.stay_until_heard()
+        team.leave()
 
 
 def current_team(device: torch.device) -> Team:
@@ -239,11 +243,6 @@ def current_team(device: torch.device) -> Team:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Team(device=device)
     return Team(rank=dist.get_rank(), world_size=dist.get_world_size(), backend=str(dist.get_backend()), device=device)
-
-
-def restarted() -> bool:
-    """Torchrun has started these ranks again after a failure."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
 class CountedBuckets:

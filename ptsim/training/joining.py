@@ -1,12 +1,11 @@
 """How do the ranks of a run find each other, and how soon is one missed that does not come?
 
-They meet in a store that rank 0 or torchrun holds. Until all are there, each shows again and again that it lives, so
-that a rank that has died is told from one that still starts. Then they connect with each other.
+They meet in a store that rank 0 or torchrun holds (`meeting`), then they connect with each other.
 
-    a rank that has come and dies                        missed after `SILENCE_S`
-    one that dies while they connect                     after `CONNECT_S`
-    one that never comes, without torchrun               after `patience_s`
-    one that never comes, under torchrun                 torchrun ends the others; else after `_MOST_S`
+    a rank that has come and dies, or stands still       missed after `meeting.SILENCE_S`
+    one that dies while they connect                     after `connect_s`
+    one that never comes                                 after `patience_s`
+    one of another launch, or a second one               refused, within `meeting.SILENCE_S`
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import datetime
 import os
 import re
 import socket
+import threading
 import time
-import warnings
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -26,17 +24,13 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from ptsim.errors import PtsimError, TrainingError, UsageError, on_one_line
+from ptsim.training.meeting import LOOK_S, PATIENCE, POLL_S, SILENCE_S, Answer, Patience, call_the_others, earlier_call
 
-SILENCE_S = 15.0
-CONNECT_S = 20.0  # on one machine it takes less than a second
-PATIENCE = "PTSIM_JOIN_SECONDS"
-_TIMES = 5  # as long as this rank needed to start: slow disks and busy machines delay all of them
-_LEAST_S, _MOST_S = 30.0, 600.0
-_COLLECTIVES = datetime.timedelta(minutes=10)  # what a rank of a group waits for the others
-_POLL_S, _LOOK_S, _TELL_S = 0.2, 2.0, 10.0
-_OPEN_S = 5.0  # of one of torch's three attempts to open the store, once somebody answers there
-_NUM, _FAILED = "come", "failed"
+_PATIENCE_S = 600.0  # what torch.distributed lets NCCL wait; containers of a node may start minutes late
+_COLLECTIVES_S = 600.0  # what a rank of a group waits for the others
+_CONNECT_S = 20.0  # two ranks on one machine take less than a second
 _PORTS = 2**16 - 1
+_HINT = "start all ranks together, as torchrun and srun do"
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +39,14 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+
+
+class _Past:
+    """What this process has met before."""
+
+    joined = False
+    restarted = False
+    held: Store | None = None  # rank 0's: the others may still look there when its first run has ended
 
 
 def place() -> Place:
@@ -78,22 +80,40 @@ def _number(name: str, *, least: int, default: int | None = None) -> int:
     return int(text)
 
 
-def join(me: Place, backend: str) -> tuple[Store, Any]:
+def connect_s(world_size: int) -> float:
+    """What the ranks may take to connect, in seconds.
+
+    A second more for every rank: gloo connects each of them with all others, one after the other. Never more than
+    collectives may take.
+    """
+    return min(_CONNECT_S + world_size, _COLLECTIVES_S)
+
+
+def join(me: Place, backend: str, *, shared: Mapping[str, str]) -> tuple[Store, Any]:
     """Let torch.distributed have the group of all ranks; the store they met in, and a group for numbers on the CPU.
 
+    Args:
+        me: which rank this process is.
+        backend: of torch.distributed.
+        shared: what the ranks have come for; who has come for something else is of another launch.
+
     Raises:
-        UsageError: the environment does not say where rank 0 is.
+        UsageError: the environment does not say where rank 0 is, another program or launch is there, or another
+            process is there as this rank.
         TrainingError: another rank does not come or has died; names it.
     """
     try:
-        store = _meet(me)
-        limit = datetime.timedelta(seconds=CONNECT_S)
+        store = _meet(me, shared)
+        limit = datetime.timedelta(seconds=connect_s(me.world_size))
+        store.set_timeout(limit)
         dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.world_size, timeout=limit)
         flags: Any = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
+        limit = datetime.timedelta(seconds=_COLLECTIVES_S)
+        set_timeout: Any = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # older torch
         for group in (dist.group.WORLD, flags):
             if group is not None:
-                _set_timeout(group)
-        store.set_timeout(_COLLECTIVES)
+                set_timeout(limit, group)
+        store.set_timeout(limit)
     except PtsimError:
         raise
     except (RuntimeError, ValueError) as error:
@@ -103,12 +123,6 @@ def join(me: Place, backend: str) -> tuple[Store, Any]:
     return store, flags
 
 
-def _set_timeout(group: Any) -> None:
-    """What collectives may take from now on."""
-    set_timeout: Any = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # older torch
-    set_timeout(_COLLECTIVES, group)
-
-
 def patience_s() -> float:
     """How long a rank waits for others that have not come yet.
 
@@ -116,130 +130,128 @@ def patience_s() -> float:
         UsageError: the variable that sets it holds no such number.
     """
     told = os.environ.get(PATIENCE)
-    if told is not None:
-        try:
-            seconds = float(told)
-        except ValueError:
-            seconds = -1.0
-        if not 0 < seconds <= 86_400:
-            raise UsageError(f"the environment variable {PATIENCE} is {told!r}, expected seconds, at most 86400")
-        return seconds
-    if _torchrun_holds_store():
-        return _MOST_S
-    return min(max(_LEAST_S, _TIMES * _age_s()), _MOST_S)
-
-
-def _torchrun_holds_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _age_s() -> float:
-    """Since this process began; 0 where the system does not say."""
+    if told is None:
+        return _PATIENCE_S
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, AttributeError):
-        return 0.0
+        seconds = float(told)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= 86_400:
+        raise UsageError(f"the environment variable {PATIENCE} is {told!r}, expected seconds, at most 86400")
+    return seconds
 
 
-def _meet(me: Place) -> Store:
+def restarted() -> bool:
+    """Torchrun has started these ranks again, after a failure or because a node has come or gone.
+
+    Each of its agents counts the failures on its own node alone; that they have met before stands in its store.
+    """
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0") or _Past.restarted
+
+
+def _torchrun_holds_store(me: Place) -> bool:
+    """Whether torchrun has started these very ranks and holds their store; its variables reach what they start, too."""
+    its = [
+        os.environ.get(f"ROLE_{name}", str(value)) for name, value in (("RANK", me.rank), ("WORLD_SIZE", me.world_size))
+    ]
+    same = its == [str(me.rank), str(me.world_size)]
+    return same and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _launch(me: Place, *, elastic: bool) -> dict[str, str]:
+    """What all ranks of a launch share. Not the step of a SLURM job: scripts start each node's ranks by a step."""
+    facts = {name: os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")}
+    facts["user id"] = str(os.getuid())
+    if not elastic:  # there, another number of ranks is an earlier attempt
+        facts["WORLD_SIZE"] = str(me.world_size)
+    return {name: value for name, value in facts.items() if value}
+
+
+def _meet(me: Place, shared: Mapping[str, str]) -> Store:
     """The store, once every rank has come to it."""
-    patience, begun = patience_s(), time.monotonic()
+    patience = Patience(patience_s())
     host, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT", least=1)
     if not host:
         raise UsageError("the environment variable MASTER_ADDR is not set", hint="torchrun sets it for every rank")
     if port > _PORTS:
         raise UsageError(f"the environment variable MASTER_PORT is {port}, expected at most {_PORTS}")
-    holds = me.rank == 0 and not _torchrun_holds_store()
-    if not holds:
-        _reach(me, host, port, begun + patience)
-    served: Store = TCPStore(
-        host,
-        port,
+    elastic = _torchrun_holds_store(me)
+    launch = _launch(me, elastic=elastic) | dict(shared)
+    answer = Answer(
+        me.rank,
         me.world_size,
-        is_master=holds,
-        timeout=datetime.timedelta(seconds=_OPEN_S),
-        wait_for_workers=False,
-        multi_tenant=True,
+        launch,
+        patience,
+        address=f"{host}:{port}",
+        waits_for_next=elastic or _Past.joined,
     )
-    served.set_timeout(datetime.timedelta(seconds=CONNECT_S))
-    # A torchrun that restarts its ranks keeps its store: without a name of their own, the new ranks would find the
-    # addresses of the dead ones (torch 2.15, --standalone).
-    store = PrefixStore(f"ptsim/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", served)
-    if store.add(f"here/{me.rank}", 1) == 1:  # a rank that was started again takes its old place
-        store.add(_NUM, 1)
-    try:
-        _wait_for_all(me, store, begun, patience)
-    except RuntimeError as error:  # the store is gone
-        raise TrainingError(
-            f"rank {me.rank} lost contact with rank 0 before the {me.world_size} ranks were together: {cause_of(error)}"
-        ) from error
+    while True:
+        if me.rank or elastic:
+            _reach(me, host, port, patience)
+        try:
+            served = _open(host, port, me.world_size, holds=not (me.rank or elastic))
+            store: Store = PrefixStore("ptsim", served)
+            if me.rank:
+                nonce = answer.until_together(store)
+                break
+            if not elastic:
+                _Past.held = served
+            elif not _Past.joined:
+                _Past.restarted = earlier_call(store) is not None
+            nonce = call_the_others(store, me.world_size, launch, patience)
+            break
+        except RuntimeError as error:  # the store is gone: perhaps an earlier run's, and this one's comes
+            if me.rank == 0 or answer.given or patience.ends(f"rank {me.rank} waits for rank 0"):
+                problem = f"rank {me.rank} lost contact with rank 0 before the {me.world_size} ranks were together"
+                raise TrainingError(f"{problem}: {cause_of(error)}") from error
+    _Past.joined = True
+    return PrefixStore(nonce, store)
+
+
+def _open(host: str, port: int, world_size: int, *, holds: bool) -> Store:
+    """Rank 0's store, or the way to it.
+
+    torch waits without end for an answer of a program that is no store, so a thread of its own opens it.
+    """
+    opened: list[Store | RuntimeError] = []
+
+    def attempt() -> None:
+        limit = datetime.timedelta(seconds=SILENCE_S)
+        try:
+            opened.append(
+                TCPStore(host, port, world_size, holds, timeout=limit, wait_for_workers=False, multi_tenant=True)
+            )
+        except RuntimeError as error:
+            opened.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(SILENCE_S)
+    if not opened:
+        problem = f"another program answers at {host}:{port} in the place of rank 0"
+        raise UsageError(problem, hint="set MASTER_PORT to another port")
+    (store,) = opened
+    if isinstance(store, RuntimeError):
+        if holds and "EADDRINUSE" in str(store):
+            problem = f"another program uses port {port}, where rank 0 waits for the others"
+            raise UsageError(problem, hint="set MASTER_PORT to another port") from store
+        raise store
     return store
 
 
-def _reach(me: Place, host: str, port: int, deadline: float) -> None:
+def _reach(me: Place, host: str, port: int, patience: Patience) -> None:
     """Wait until somebody answers where rank 0 should be; in small pieces, so that Ctrl-C is heard."""
     while True:
         try:
-            socket.create_connection((host, port), timeout=_LOOK_S).close()
+            socket.create_connection((host, port), timeout=LOOK_S).close()
             return
         except OSError as error:
-            if time.monotonic() > deadline:
+            if patience.ends(f"rank {me.rank} waits for rank 0 at {host}:{port}"):
+                problem = f"rank {me.rank} has not reached rank 0 at {host}:{port}: {error.strerror or error}"
                 raise TrainingError(
-                    f"rank {me.rank} has not reached rank 0 at {host}:{port}: {error.strerror or error}", hint=_HINT
+                    problem, hint=f"{_HINT}; {PATIENCE}=1200 lets them wait for twenty minutes"
                 ) from error
-        time.sleep(_POLL_S)
-
-
-_HINT = f"start all ranks together, as torchrun and srun do; {PATIENCE}=600 lets them wait for ten minutes"
-
-
-def _wait_for_all(me: Place, store: Store, begun: float, patience: float) -> None:
-    """Show that this rank lives until all have come. Rank 0 watches the others, who watch rank 0."""
-    watched = range(me.world_size) if me.rank == 0 else range(1)
-    beats: dict[int, tuple[int, float]] = {}
-    looked, told = begun, False
-    while store.add(_NUM, 0) < me.world_size:
-        store.add(_beat(me.rank), 1)
-        if store.check([_FAILED]):
-            raise TrainingError(store.get(_FAILED).decode(), hint=_HINT)
-        now = time.monotonic()
-        if now - looked >= _LOOK_S:
-            looked = now
-            for rank in watched:
-                beat = store.add(_beat(rank), 0) if store.check([_beat(rank)]) else 0
-                if beat and beat != beats.get(rank, (0, now))[0]:
-                    beats[rank] = beat, now
-            silent = [rank for rank, (_, heard) in beats.items() if now - heard > SILENCE_S]
-            missing = [rank for rank in watched if rank not in beats]
-            if silent:
-                _give_up(me, store, f"{_ranks(silent)} died or stood still before the {me.world_size} were together")
-            if missing and now - begun > patience + (0 if me.rank == 0 else _TELL_S):  # rank 0 speaks first
-                _give_up(me, store, f"{_ranks(missing)} of {me.world_size} did not come within {now - begun:.0f} s")
-            if missing and me.rank == 0 and not told and now - begun > _TELL_S:
-                told = True
-                warnings.warn(
-                    f"waiting for {_ranks(missing)} of {me.world_size}, at most for {patience:.0f} s", stacklevel=2
-                )
-        time.sleep(_POLL_S)
-
-
-def _give_up(me: Place, store: Store, problem: str) -> None:
-    """End with this sentence, and the other ranks too."""
-    store.set(_FAILED, problem)
-    if me.rank == 0:
-        time.sleep(5 * _POLL_S)  # it may hold the store that they read it in
-    raise TrainingError(problem, hint=_HINT)
-
-
-def _beat(rank: int) -> str:
-    return f"beat/{rank}"
-
-
-def _ranks(numbers: Iterable[int]) -> str:
-    listed = list(numbers)
-    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-    return f"rank {', '.join(map(str, listed[:8]))}{more}"
+        time.sleep(POLL_S)
 
 
 def cause_of(error: BaseException) -> str:

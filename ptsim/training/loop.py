@@ -143,7 +143,7 @@ def _new_config(
 def _train(
     config: Config, folder: Path, *, resume: bool, progress: bool, on_epoch: Callable[[Epoch], object] | None
 ) -> Result:
-    with join_team(config.device) as team, interruptible() as interruption:
+    with join_team(config.device, folder) as team, interruptible() as interruption:
         config = resolve(config, device=str(team.device))
         _check_started_alike(team, {"resume": resume})
         going_on = resume or team.from_leader(lambda: goes_on(folder, config)) == b"yes"

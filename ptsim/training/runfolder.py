@@ -27,7 +27,7 @@ from ptsim.trace.schema import Run
 from ptsim.training import checkpoint as store
 from ptsim.training import stored
 from ptsim.training.config import SETTINGS, Config, from_recorded, make_config, read_config, to_settings, to_toml
-from ptsim.training.distributed import restarted
+from ptsim.training.joining import restarted
 from ptsim.training.learner import pruned_network
 from ptsim.training.live import name_of, offered
 from ptsim.training.recipe import Recipe, check_fits
