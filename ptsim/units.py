@@ -263,6 +263,17 @@ def format_count(value: float, unit: str = "") -> str:
     return format_quantity("macs", value, scales=_counts(unit))
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """A number with what it counts: "1 epoch", "90 epochs"; `several` where an s does not make the plural."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
 def percent(fraction: float) -> str:
     """0.1234 → "12.3 %"."""
     return format_quantity("fraction", fraction)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from ptsim.units import (
     Dimension,
+    counted,
     format_bandwidth,
     format_bytes,
     format_count,
@@ -13,6 +14,7 @@ from ptsim.units import (
     format_peak,
     format_quantity,
     format_seconds,
+    listed,
     parse_quantity,
     percent,
     shown_number,
@@ -169,3 +171,9 @@ def test_what_a_data_sheet_gives_is_shown_as_it_gives_it() -> None:
         "989.4 TFLOP/s",
         "312 TFLOP/s",
     ]
+
+
+def test_names_and_counts_in_a_sentence():
+    assert [listed(["a", "b", "c"][:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+    assert [counted(n, "epoch") for n in (0, 1, 2000)] == ["0 epochs", "1 epoch", "2,000 epochs"]
+    assert counted(2, "GPU is", "GPUs are") == "2 GPUs are"

@@ -24,6 +24,7 @@ from ptsim.setting import PrecisionName
 from ptsim.textfile import check_writable, read_toml
 from ptsim.trace.io import trace_path, write_trace
 from ptsim.trace.trace import Trace
+from ptsim.units import counted
 
 _UNSAID = PlanOptions()
 
@@ -114,9 +115,10 @@ def _check_files(model: str, pruning: str, out: Path) -> None:
 def _show(document: dict[str, Any], draws: list[dict[str, Any]], trace: Trace) -> None:
     console = stdout_console()
     changed = sum(event.before != event.after for event in trace.reconfigurations)
+    epochs, kinds = counted(len(trace.epochs), "epoch"), counted(document["architectures"], "architecture")
+    removing = counted(changed, "reconfiguration that removes", "reconfigurations that remove")
     console.print(
-        f"{document['trace']}: planned, {len(trace.epochs)} epochs, {document['architectures']} architectures, "
-        f"{changed} reconfigurations that remove channels",
+        f"{document['trace']}: planned, {epochs}, {kinds}, {removing} channels",
         highlight=False,
     )
     console.print(

@@ -11,7 +11,7 @@ from ptsim.answers.validate import Validation
 from ptsim.costs.tiers import tier_row
 from ptsim.report.frames import averaged
 from ptsim.trace.pairs import PACE_TOLERANCE
-from ptsim.units import format_bytes, format_quantity, format_seconds, percent
+from ptsim.units import counted, format_bytes, format_quantity, format_seconds, percent
 
 
 class Tile(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,8 +134,7 @@ def fastest(savings: pd.DataFrame, gpus: int) -> pd.Series:
 
 def _task(run: pd.Series, epochs: float) -> str:
     planned = "Planned, not trained. " if run.origin == "planned" else ""
-    length = "1 epoch" if epochs == 1 else f"{int(epochs):,} epochs"
-    return f"{planned}Training {run.model} on {run.dataset} for {length}"
+    return f"{planned}Training {run.model} on {run.dataset} for {counted(int(epochs), 'epoch')}"
 
 
 def _of_planned(run: pd.Series) -> str:

@@ -37,7 +37,7 @@ from ptsim.trace.pairs import (
     run_labels,
 )
 from ptsim.trace.trace import Trace
-from ptsim.units import format_bytes, percent
+from ptsim.units import format_bytes, listed, percent
 
 UNCHECKED = "The prediction could not be checked on the runs themselves; “Predicted against measured” says why."
 FALLBACK_CLUSTER = "dgx-a100"  # where nothing is known about the recording device
@@ -176,7 +176,7 @@ def make_report(
             excess=facts.excess,
             unchecked=unchecked,
         )
-    names = " and ".join(c.name for c in clusters)
+    names = listed([c.name for c in clusters])
     where = f" Projected onto {names}" + (", because no cluster was named." if not given else ".")
     where += money_sentences(facts.projectors)
     return _report(facts, head, where)
@@ -254,7 +254,7 @@ def _byline(runs: Sequence[Trace]) -> str:
 
 
 def _devices(runs: Sequence[Trace]) -> str:
-    return " and ".join(dict.fromkeys(device_name(trace) for trace in runs))
+    return listed(list(dict.fromkeys(device_name(trace) for trace in runs)))
 
 
 def _runs(count: int) -> str:
@@ -316,7 +316,7 @@ def _projectors(
     measured = read_device_profile(profile) if isinstance(profile, str | Path) else profile
     made = [Projector(c, options, grid_grams_per_kwh=grid_grams_per_kwh, device_profile=measured) for c in clusters]
     if measured is not None and not any(projector.device_profile for projector in made):
-        names = " and ".join(dict.fromkeys(projector.device.name for projector in made))
+        names = listed(list(dict.fromkeys(projector.device.name for projector in made)))
         raise UsageError(f"the device profile was measured on {measured.device!r}, and the clusters have {names}")
     return made
 
@@ -342,28 +342,28 @@ def money_sentences(projectors: Sequence[Projector]) -> str:
     """Whose prices the money of the page is at, and where there is none, cluster by cluster."""
     if projectors[0].options.price_usd_per_gpu_hour is not None:
         return " Money is at the price that was given."
-    listed: list[str] = []
+    at_list: list[str] = []
     own: list[str] = []
     unknown: list[str] = []
     for projector in projectors:
         price = projector.price
-        (unknown if price is None else own if price.date is None else listed).append(projector.cluster.name)
+        (unknown if price is None else own if price.date is None else at_list).append(projector.cluster.name)
     if len(unknown) == len(projectors):
         return " What a GPU-hour costs there is not known, so no money is shown; a price can be given."
     said = ""
-    if listed:
-        said += f" Money{_on(listed, projectors)} is at a list price, whose day stands beside it"
+    if at_list:
+        said += f" Money{_on(at_list, projectors)} is at a list price, whose day stands beside it"
         said += "; a price of your own can be given."
     if own:
         said += f" Money{_on(own, projectors)} is at the price that the cluster's file gives."
     if unknown:
-        said += f" No price of a GPU-hour is known for {' and '.join(unknown)}."
+        said += f" No price of a GPU-hour is known for {listed(unknown)}."
     return said
 
 
 def _on(names: Sequence[str], projectors: Sequence[Projector]) -> str:
     """On which clusters, where it does not hold of all."""
-    return "" if len(names) == len(projectors) else f" on {' and '.join(names)}"
+    return "" if len(names) == len(projectors) else f" on {listed(names)}"
 
 
 def _does_not_fit(facts: Facts) -> list[str]:

@@ -109,12 +109,12 @@ class Projector:
         """Of a GPU-hour: the user's or the cluster's."""
         return hour_price(self.cluster, self.options)
 
-    def price_columns(self) -> dict[str, float | str | None]:
-        """The price as a number and in words; empty where there is none."""
+    def price_columns(self, gpus: int) -> dict[str, float | str | None]:
+        """The price as a number, and in words with how many GPUs are billed; empty where there is none."""
         price = self.price
         return {
             "price_usd_per_gpu_hour": None if price is None else price.usd,
-            "price": "" if price is None else str(price),
+            "price": "" if price is None else ": ".join(filter(None, (str(price), price.billing(gpus)))),
         }
 
     def grams(self, joules: float | None) -> float | None:
@@ -168,7 +168,7 @@ def projections_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: S
                     "epochs": len(p.epochs),
                     "first_batch_per_gpu": p.epochs[0].batch_per_gpu,
                     "last_batch_per_gpu": p.epochs[-1].batch_per_gpu,
-                    **projector.price_columns(),
+                    **projector.price_columns(size),
                     "gpu_seconds": p.total_s * size,
                     "co2_grams": projector.grams(p.energy_j),
                     "low_co2_grams": projector.grams(p.energy_low_j),
@@ -214,7 +214,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     "dense_allreduce_bytes_per_gpu": dense.allreduce_bytes_per_gpu,
                     "pruned_allreduce_bytes_per_gpu": pruned.allreduce_bytes_per_gpu,
                     "grid_grams_per_kwh": projector.grid_grams_per_kwh,
-                    **projector.price_columns(),
+                    **projector.price_columns(size),
                     **accuracies(c),
                     "whole_runs": both_whole,
                     "shrank": len({epoch.architecture for epoch in c.pruned.epochs}) > 1,

@@ -18,7 +18,7 @@ from ptsim.report.projected import LabelledRun, Projector
 from ptsim.trace.frames import numeric
 from ptsim.trace.pairs import Comparison
 from ptsim.trace.trace import Trace
-from ptsim.units import given_number
+from ptsim.units import given_number, listed
 
 FACTORS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)  # on a bandwidth
 BATCHES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # on a mini-batch
@@ -186,7 +186,7 @@ def _sentence(lever: Lever, shown: Sequence[str], outcomes: Sequence[Outcome]) -
         stretches.setdefault(outcomes[start], []).append(_stretch(shown, start, end - 1))
         start = end
     parts = [f"{said} {' and '.join(stretches[said])}" for said in get_args(Outcome) if said in stretches]
-    return f"{name}: pruning {', '.join(parts[:-1])} and {parts[-1]}."
+    return f"{name}: pruning {listed(parts)}."
 
 
 def _stretch(shown: Sequence[str], first: int, last: int) -> str:

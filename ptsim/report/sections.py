@@ -70,11 +70,12 @@ def time_section(facts: Facts) -> Section:
 def scenarios_section(facts: Facts) -> Section:
     """Every run on every cluster side by side, and from where on pruning pays."""
     caption = specs.SCENARIOS.caption
-    if len(facts.projectors) > 1 and (priced := [p for p in facts.projectors if p.price is not None]):
+    priced = facts.scenarios[facts.scenarios.price != ""].drop_duplicates("cluster")
+    if len(facts.projectors) > 1 and not priced.empty:
         if facts.projector.options.price_usd_per_gpu_hour is not None:
             caption += f" The given price of {facts.projector.price} holds on every cluster."
         else:
-            caption += f" Prices: {'; '.join(f'{p.cluster.name} {p.price}' for p in priced)}."
+            caption += f" Prices: {'; '.join(f'{row.cluster} {row.price}' for row in priced.itertuples())}."
     if facts.scenarios.run.str.endswith(scenarios.DYNAMIC).any():
         caption += (
             " A dynamic mini-batch fills the GPU's memory from the first reconfiguration on. A dense run could have a "
@@ -100,9 +101,14 @@ def scaling_section(facts: Facts) -> Section:
     if not facts.savings.empty:
         tables.append(make_table(specs.SAVINGS, facts.savings))
     if facts.projections[["energy_joules", "cost_usd"]].notna().any(axis=None):
-        tables.append(make_table(specs.ENERGY, facts.projections))
+        money, price = "", facts.projector.price
+        if price is not None:
+            billings = filter(None, (price.billing(size) for size in facts.sizes))
+            money = f" Money is at {': '.join(filter(None, (str(price), ', '.join(billings))))}."
+        tables.append(make_table(specs.ENERGY, facts.projections, caption=specs.ENERGY.caption + money))
         if not facts.savings.empty:
-            tables.append(make_table(specs.SAVED_ENERGY, facts.savings))
+            caption = specs.SAVED_ENERGY.caption + money
+            tables.append(make_table(specs.SAVED_ENERGY, facts.savings, caption=caption))
     return Section(
         name="scaling",
         title="Over cluster sizes",

@@ -16,7 +16,7 @@ from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, Sharding
-from ptsim.units import MIB, UsdPerHour, format_quantity
+from ptsim.units import MIB, UsdPerHour, counted, format_quantity
 
 Scaling = Literal["weak", "strong"]
 MiniBatch = Literal["recorded", "planned", "fixed"]
@@ -270,6 +270,13 @@ class HourPrice(msgspec.Struct, frozen=True, kw_only=True):
     def billed_gpus(self, num_gpus: int) -> int:
         """The GPUs of all instances that `num_gpus` GPUs are part of."""
         return -(-num_gpus // self.instance_gpus) * self.instance_gpus
+
+    def billing(self, num_gpus: int) -> str:
+        """In words: "9 GPUs are billed as 16"; empty where as many are billed as train."""
+        billed = self.billed_gpus(num_gpus)
+        if billed == num_gpus:
+            return ""
+        return f"{counted(num_gpus, 'GPU is', 'GPUs are')} billed as {billed:,}"
 
     def __str__(self) -> str:
         """In words: "3.06 USD per GPU-hour, the list price of 2026-09-24 for whole instances of 8 GPUs"."""

@@ -321,10 +321,10 @@ def _doubts(scenario: Scenario, epochs: Sequence[EpochProjection]) -> tuple[str,
 
 def _instances(price: HourPrice | None, num_gpus: int) -> tuple[str, ...]:
     """That more GPUs are paid for than train."""
-    if price is None or price.billed_gpus(num_gpus) == num_gpus:
+    billing = "" if price is None else price.billing(num_gpus)
+    if price is None or not billing:
         return ()
-    billed = f"{num_gpus:,} {'GPU is' if num_gpus == 1 else 'GPUs are'} billed as {price.billed_gpus(num_gpus):,}"
-    return (f"{billed}: at the list price one rents whole instances of {price.instance_gpus} GPUs",)
+    return (f"{billing}: at the list price one rents whole instances of {price.instance_gpus} GPUs",)
 
 
 def change(options: Options, changes: dict[str, Any]) -> Options:

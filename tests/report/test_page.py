@@ -225,6 +225,15 @@ def test_a_list_price_is_shown_with_its_day_and_a_given_one_takes_its_place(tmp_
     (sides,) = (table for section in listed.sections for table in section.tables if table.name == "scenarios")
     assert "Prices: aws-p3-16xlarge 3.06 USD per GPU-hour, the list price of 2026-09-24 for whole" in sides.caption
     assert "not all that it saves is due to pruning" in sides.caption  # of the row with a dynamic mini-batch
+    few = make_report(traces, cluster=both, gpus=[4])  # of an instance of 8
+    (money,) = (tile for tile in few.answer.tiles if tile.name.startswith("Money"))
+    assert " for whole instances of 8 GPUs: 4 GPUs are billed as 8; " in money.detail
+    (saving,) = few.savings.to_dict("records")
+    assert saving["dense_usd"] == pytest.approx(3.06 * 8 * saving["dense_seconds"] / 3600)
+    tables = {table.name: table for section in few.sections for table in section.tables}
+    for name in ("scenarios", "energy", "saved_energy"):
+        assert "4 GPUs are billed as 8" in tables[name].caption
+    assert set(few.projections.billed_gpus) == {8}
     given = make_report(traces, cluster=both, gpus=[8], price_usd_per_gpu_hour=2.0)
     assert "list price" not in given.byline
     assert given.byline.endswith("Money is at the price that was given.")
