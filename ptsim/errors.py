@@ -15,7 +15,7 @@ The command line prints a `PtsimError` as one sentence and exits 2; anything els
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # What torch's allocator and the system say in plain RuntimeErrors where there is no memory, for tensors or threads.
@@ -52,11 +52,15 @@ class UsageError(PtsimError, ValueError):
 class UnknownNameError(UsageError):
     """A name that nothing is registered under."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
-        """`what` is the kind of thing, singular and lower case ("model", "device")."""
+    def __init__(self, what: str, name: str, known: Iterable[str], *, close: Sequence[str] | None = None) -> None:
+        """`what` is the kind of thing, singular and lower case ("model", "device").
+
+        `close` are the nearest of the known names, where the caller can tell better than by their letters.
+        """
         names = sorted(known)
         part_of = [known_name for known_name in names if len(name) > 1 and name.lower() in known_name]
-        close = part_of[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        if close is None:
+            close = part_of[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         listed = ", ".join(names if len(names) <= 40 else close or names[:40])
         hint = f"did you mean {' or '.join(close)}?" if close else None
         super().__init__(f"unknown {what} {name!r}; known: {listed or 'none'}", hint=hint)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -155,20 +157,43 @@ def _locate(kind: str, name: str | Path) -> Path:
         if not os.path.exists(name):
             raise UsageError(f"no {kind} file {name}", hint=f"ptsim {kind}s lists the catalog")
         return Path(name).resolve()
-    wanted = str(name).lower()
     files = _files(f"{kind}s")
-    if wanted in files:
-        return files[wanted]
-    plain = _plain(wanted)
+    if str(name).lower() in files:
+        return files[str(name).lower()]
+    wanted = _plain(str(name))
     for path in files.values():
-        if wanted in _names_in(path, "aliases") or plain in map(_plain, _names_in(path, "driver_names")):
+        if wanted in map(_plain, _names_of(path)):
             return path
     if os.path.isfile(name):
         return Path(name).resolve()
-    raise UnknownNameError(kind, str(name), files)
+    raise UnknownNameError(kind, str(name), files, close=_nearest(wanted, files.values()))
 
 
-def _plain(driver_name: str) -> str:
-    """Driver names with vendor and brand words, case and punctuation removed ("NVIDIA Tesla T4" is "t4")."""
-    words = re.split(r"[\s_]+", driver_name.lower())
-    return " ".join(word for word in words if word and word not in ("nvidia", "tesla", "geforce", "graphics", "device"))
+def _names_of(path: Path) -> tuple[str, ...]:
+    """All names of a file of the catalog."""
+    return (path.stem, *_names_in(path, "aliases"), *_names_in(path, "driver_names"))
+
+
+def _nearest(wanted: str, paths: Iterable[Path]) -> list[str]:
+    """The catalog's names that are most like a plain one: the same model number first ("3080" in a laptop's name)."""
+    numbers = set(_NUMBER.findall(wanted))
+    scored = []
+    for path in paths:
+        plain = [_plain(name) for name in _names_of(path)]
+        shared = max(sum(len(number) for number in numbers & set(_NUMBER.findall(name))) for name in plain)
+        alike = max(difflib.SequenceMatcher(None, wanted, name).ratio() for name in plain)
+        if shared or alike > 0.6:
+            scored.append((-shared, -alike, path.stem))
+    return [stem for *_, stem in sorted(scored)[:3]]
+
+
+_NUMBER = re.compile(r"[a-z]*\d{2,}")  # of a model: "a100", "rtx3080", "3080"
+_WORDS = ("nvidia", "corporation", "tesla", "geforce", "graphics", "device", "r", "tm")  # say nothing about which
+
+
+def _plain(name: str) -> str:
+    """A name without vendor and brand, case, blanks and punctuation: "NVIDIA Tesla T4" is "t4".
+
+    Kubernetes writes hyphens for the driver's blanks, people write none.
+    """
+    return "".join(word for word in re.split(r"[\W_]+", name.lower()) if word and word not in _WORDS)

@@ -6,6 +6,7 @@ import pytest
 
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import (
+    _plain,
     cluster_names,
     device_aliases,
     device_names,
@@ -82,8 +83,11 @@ def test_every_device_has_a_source_for_every_number():
 
 
 def test_no_name_means_two_devices():
-    names = [alias for name in device_names() for alias in (name, *device_aliases(name))]
-    assert len(names) == len(set(names))
+    named: dict[str, set[str]] = {}
+    for name in device_names():
+        for alias in (name, *device_aliases(name), *load_device(name).driver_names):
+            named.setdefault(_plain(alias), set()).add(name)
+    assert not {alias: names for alias, names in named.items() if len(names) > 1}
 
 
 # Cores per SM, and FLOP per SM and clock of the tensor cores with fp32 accumulation (white papers of the generations);
@@ -103,14 +107,15 @@ HALF_PER_SM = {"volta": 1024, "turing": 1024, "ampere": 1024, "ada": 1024, "hopp
 GEFORCE = {
     "a10g", "rtx-2080-ti", "rtx-3060", "rtx-3060-ti", "rtx-3070", "rtx-3070-ti", "rtx-3080", "rtx-3080-ti", "rtx-3090",
     "rtx-3090-ti", "rtx-4070", "rtx-4070-super", "rtx-4070-ti", "rtx-4080", "rtx-4080-super", "rtx-4090", "rtx-5080",
-    "rtx-5090", "l40",
+    "rtx-5090", "l40", "rtx-2060", "rtx-2060-super", "rtx-2070", "rtx-2070-super", "rtx-2080", "rtx-2080-super",
+    "rtx-4060", "rtx-4060-ti", "rtx-4070-ti-super", "rtx-4090-d", "rtx-5070", "rtx-5070-ti",
 }  # fmt: skip # the 50 series has the tensor cores of Ada; A10G and L40 have the rates of consumer boards
 TENSOR_CLOCK = {
     "h100-sxm5-80gb": 1830e6, "h200-sxm5-141gb": 1830e6, "gh200-96gb": 1830e6, "h100-pcie-80gb": 1620e6,
     "b200-sxm-180gb": 1856e6, "b300-sxm-270gb": 1856e6, "h200-nvl-141gb": 1545e6, "gb200-186gb": 2008e6,
     "h100-nvl-94gb": 1545e6, "h800-sxm5-80gb": 1830e6, "h800-pcie-80gb": 1620e6, "h20-96gb": 1830e6,
 }  # fmt: skip
-PER_SM = {"h20-96gb": 1024}  # a quarter of the H100's
+PER_SM = {"h20-96gb": 1024, "rtx-pro-6000-blackwell": 1024}  # a quarter of the H100's; Ada's
 WITHOUT_TENSOR_CORES = ("kepler", "maxwell", "pascal")
 A100_LIKE = ("a100-", "a800-", "a30", "p100-")
 # Bits of the bus, and transfers per second and pin.
@@ -134,7 +139,14 @@ MEMORY = {
     "h100-nvl-94gb": (6016, 5.238e9), "h800-sxm5-80gb": (5120, 5.238e9), "h800-pcie-80gb": (5120, 3.186e9),
     "a800-sxm4-80gb": (5120, 3.186e9), "a800-pcie-80gb": (5120, 3.024e9), "h20-96gb": (6144, 5.238e9),
     "l40": (384, 18e9), "p40": (384, 7.2e9), "rtx-3090-ti": (384, 21e9), "rtx-4070-super": (192, 21e9),
-    "rtx-4080-super": (256, 23e9),
+    "rtx-4080-super": (256, 23e9), "gtx-1070-ti": (256, 8e9), "gtx-1060-6gb": (192, 8e9), "titan-x-pascal": (384, 10e9),
+    "p100-pcie-12gb": (3072, 1.43e9), "m40-24gb": (384, 6.008e9), "gtx-titan-x": (384, 7.01e9),
+    "gtx-980-ti": (384, 7.01e9), "v100s-pcie-32gb": (4096, 2.214e9), "rtx-2060": (192, 14e9),
+    "rtx-2060-super": (256, 14e9), "rtx-2070": (256, 14e9), "rtx-2070-super": (256, 14e9), "rtx-2080": (256, 14e9),
+    "rtx-2080-super": (256, 15.5e9), "quadro-rtx-5000": (256, 14e9), "quadro-rtx-4000": (256, 13e9),
+    "rtx-a4500": (320, 16e9), "rtx-4060": (128, 17e9), "rtx-4060-ti": (128, 18e9), "rtx-4070-ti-super": (256, 21e9),
+    "rtx-4090-d": (384, 21e9), "rtx-5070": (192, 28e9), "rtx-5070-ti": (256, 28e9), "rtx-4000-ada": (160, 18e9),
+    "rtx-4500-ada": (192, 18e9), "rtx-5000-ada": (256, 18e9), "rtx-pro-6000-blackwell": (512, 28e9),
 }  # fmt: skip
 
 
@@ -229,6 +241,61 @@ def test_a_driver_name_finds_its_device(driver_name, name):
     device = match_device(driver_name)
     assert device is not None
     assert device.name == name
+
+
+# As nvidia-smi and torch.cuda.get_device_name print them, as Kubernetes labels nodes, and as people type.
+NAMED = {
+    "Tesla M40 24GB": "m40-24gb", "Tesla P100-PCIE-12GB": "p100-pcie-12gb", "Tesla V100S-PCIE-32GB": "v100s-pcie-32gb",
+    "Tesla V100-SXM3-32GB": "v100-sxm2-32gb", "NVIDIA A10": "a10", "NVIDIA A10G": "a10g", "NVIDIA L4": "l4",
+    "NVIDIA L40": "l40", "NVIDIA L40S": "l40s", "NVIDIA H100 PCIe": "h100-pcie-80gb", "NVIDIA H200": "h200-sxm5-141gb",
+    "NVIDIA GH200 120GB": "gh200-96gb", "NVIDIA B200": "b200-sxm-180gb", "Quadro RTX 5000": "quadro-rtx-5000",
+    "NVIDIA RTX A4500": "rtx-a4500", "NVIDIA RTX 5000 Ada Generation": "rtx-5000-ada",
+    "NVIDIA RTX 6000 Ada Generation": "rtx-6000-ada", "RTX 6000 Ada": "rtx-6000-ada", "L40S": "l40s",
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "rtx-pro-6000-blackwell",
+    "GeForce GTX TITAN X": "gtx-titan-x", "TITAN X (Pascal)": "titan-x-pascal", "NVIDIA TITAN Xp": "titan-xp",
+    "GeForce GTX 1070 Ti": "gtx-1070-ti", "GTX 1070 Ti": "gtx-1070-ti", "NVIDIA GeForce GTX 1070": "gtx-1070",
+    "NVIDIA GeForce GTX 1060 6GB": "gtx-1060-6gb", "GeForce RTX 2070 SUPER": "rtx-2070-super",
+    "NVIDIA GeForce RTX 2080 SUPER": "rtx-2080-super", "NVIDIA GeForce RTX 2080": "rtx-2080", "2080 Ti": "rtx-2080-ti",
+    "NVIDIA GeForce RTX 4060 Ti": "rtx-4060-ti", "NVIDIA GeForce RTX 4070": "rtx-4070", "3080 ti": "rtx-3080-ti",
+    "NVIDIA GeForce RTX 4070 Ti": "rtx-4070-ti", "RTX 4070 Ti SUPER": "rtx-4070-ti-super",
+    "NVIDIA GeForce RTX 4070 SUPER": "rtx-4070-super", "NVIDIA GeForce RTX 4090 D": "rtx-4090-d",
+    "NVIDIA GeForce RTX 5070 Ti": "rtx-5070-ti", "NVIDIA-A100-SXM4-80GB": "a100-sxm4-80gb",
+    "NVIDIA-H100-80GB-HBM3": "h100-sxm5-80gb", "Tesla-V100-SXM2-16GB": "v100-sxm2-16gb", "RTX3090": "rtx-3090",
+    "H100 SXM": "h100-sxm5-80gb", "A100 80GB": "a100-sxm4-80gb", "nvidia geforce rtx 3090": "rtx-3090",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("printed", NAMED)
+def test_a_name_as_drivers_kubernetes_and_people_write_it_means_its_device(printed):
+    assert load_device(printed).name == NAMED[printed]
+
+
+# Other silicon, clocks or memory under a name that begins like a known one; parts and shares of a GPU.
+@pytest.mark.parametrize(
+    ("printed", "nearest"),
+    [
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", "rtx-3080"),
+        ("NVIDIA GeForce RTX 3080 Ti Laptop GPU", "rtx-3080-ti"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "rtx-4090"),
+        ("GeForce RTX 2080 with Max-Q Design", "rtx-2080"),
+        ("NVIDIA RTX A5000 Laptop GPU", "rtx-a5000"),
+        ("NVIDIA RTX 5000 Ada Generation Laptop GPU", "rtx-5000-ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "rtx-pro-6000-blackwell"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "a100-sxm4-40gb"),
+        ("NVIDIA-A100-SXM4-40GB-MIG-1g.5gb", "a100-sxm4-40gb"),
+        ("NVIDIA A100-SXM-64GB", "a100-sxm4-80gb"),
+        ("NVIDIA A10-24Q", "a10"),
+        ("NVIDIA GeForce GTX 1060 3GB", "gtx-1060-6gb"),
+        ("NVIDIA GeForce RTX 5090 D", "rtx-5090"),
+        ("NVIDIA GH200 144G HBM3e", "gh200-96gb"),
+    ],
+)
+def test_another_device_of_a_like_name_is_refused_with_the_nearest(printed, nearest):
+    assert match_device(printed) is None
+    with pytest.raises(UnknownNameError) as caught:
+        load_device(printed)
+    assert caught.value.hint is not None
+    assert nearest in caught.value.hint.removeprefix("did you mean ").removesuffix("?").split(" or ")
 
 
 def test_an_unknown_driver_name_matches_nothing():
