@@ -12,14 +12,18 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from ptsim.capture.constants import constants_of
 from ptsim.capture.copies import dtype_of
 
+# torch 2.8 has no guards to check yet.
+_NO_GUARDS: Any = {"check_guards": False} if "check_guards" in signature(ExportedProgram.module).parameters else {}
 _LAYERS = re.compile(r"(conv\d?d?|conv_transpose\dd|linear|batch_norm|group_norm|layer_norm|instance_norm|prelu)$")
 
 
@@ -42,7 +46,7 @@ def exported_graph(model: nn.Module, twin: nn.Module, images_shape: tuple[int, .
     here, there = (next((p.device for p in each.parameters()), torch.device("cpu")) for each in (model, twin))
     with _quiet():
         program = torch.export.export(twin, (torch.empty(images_shape, dtype=dtype, device=there),), strict=False)
-        exported = program.module(check_guards=False)
+        exported = program.module(**_NO_GUARDS)
     found: dict[str, Any] = {}
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
