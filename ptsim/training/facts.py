@@ -21,7 +21,7 @@ from ptsim.errors import TrainingError, UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.prune.labels import CONVS
-from ptsim.setting import real_number
+from ptsim.setting import as_plain, real_number
 from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run, UpdateCosts
 from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
@@ -114,14 +114,15 @@ def momentum_of(optimizer: torch.optim.Optimizer) -> float | None:
 
 
 def checked_facts(facts: RunFacts | None) -> RunFacts:
-    """The facts that were told, or none.
+    """The facts that were told, or none; what no file holds among the hyper-parameters becomes text.
 
     Raises:
         UsageError: they are something else.
     """
     if facts is not None and not isinstance(facts, RunFacts):
         raise UsageError(f"facts is a {type(facts).__name__}, expected ptsim.RunFacts(model=…, seed=…, …)")
-    return facts or RunFacts()
+    told = facts or RunFacts()
+    return msgspec.structs.replace(told, hyperparameters=as_plain(dict(told.hyperparameters)))
 
 
 def checked_loss(loss: Any) -> Tensor:

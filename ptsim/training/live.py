@@ -22,6 +22,7 @@ from ptsim.training.config import Config
 from ptsim.training.data import Batch, Normalization, Share, epoch_order, generator
 from ptsim.training.datasets import DataRequest
 from ptsim.training.facts import num_outputs
+from ptsim.training.wrapping import refuse_spread
 
 DATASET = "live"
 Datasets = tuple["torch.utils.data.Dataset[Any]", "torch.utils.data.Dataset[Any]"]  # training, validation
@@ -51,15 +52,17 @@ def offered(model: nn.Module | None, data: Datasets | None, collate: Collate | N
     """
     if collate is not None and data is None:
         raise UsageError("collate= makes the mini-batches of data sets that are given live: data=(train, val)")
+    if model is not None:
+        refuse_spread(model)
     if data is not None and not (
-        isinstance(data, tuple) and len(data) == 2 and all(isinstance(d, Sized) for d in data)
+        isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(d, Sized) for d in data)
     ):
         raise UsageError("data has to be a pair of map-style data sets: (training, validation)")
     name = None if model is None else name_of(model)
     if model is not None and name is not None:
         pristine = copied(model)
         zoo.register(name, input_shape=(3, 224, 224), num_classes=1000)(lambda num_classes: copied(pristine))
-    token = _GIVEN.set(None if data is None else _Given(data, model, collate))
+    token = _GIVEN.set(None if data is None else _Given((data[0], data[1]), model, collate))
     try:
         yield
     finally:

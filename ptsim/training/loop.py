@@ -136,8 +136,10 @@ def _new_config(
         live["dataset"] = DATASET
     if isinstance(config, Config):
         return msgspec.structs.replace(config, **live)
-    settings = read_config(config) if isinstance(config, str | Path) else config or {}
-    return make_config(dict(settings) | live)
+    settings = dict(read_config(config) if isinstance(config, str | Path) else config or {}) | live
+    if isinstance(start := settings.get("start_from"), str | Path) and "model" not in settings:
+        settings["model"] = load_recipe(start).model
+    return make_config(settings)
 
 
 def _train(

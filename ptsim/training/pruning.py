@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -37,22 +36,13 @@ from ptsim.prune.reconfigure import Surgery, reconfigure
 from ptsim.prune.structure import structure_of
 from ptsim.setting import image_shape
 from ptsim.trace.schema import Epoch, Reconfiguration
-from ptsim.training import misuse, stored
+from ptsim.training import misuse, stored, wrapping
 from ptsim.training.facts import RunFacts, checked_loss
 from ptsim.training.loggers import Logger
 from ptsim.training.measured import Penalty
 from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
 from ptsim.training.prune_settings import checked_plan, make_settings, recorded
 from ptsim.training.recorder import Recorder
-from ptsim.training.wrapping import (
-    averaged,
-    bare,
-    bare_optimizer,
-    checked_rewrap,
-    is_wrapped,
-    refuse_spread,
-    wrapped_again,
-)
 
 
 class PruneTrain(misuse.OnlyOne):
@@ -65,12 +55,12 @@ class PruneTrain(misuse.OnlyOne):
         regularized: set it to False for epochs without the penalty, such as a last phase of fine-tuning.
         needs_rewrap: the network has changed since it was wrapped (DDP, torch.compile): wrap it again, and give the new
             module to `rewrapped`. Always False where `rewrap` does it, and where nothing is wrapped.
+        module: what the loop calls: the model as it was given, or what `rewrap` or the loop has last put around it.
     """
 
     needs_rewrap = False
     grow: Callable[[], Growth] | None = None
     learning_rate_scale = 1.0
-    _outdated: weakref.ref[nn.Module] | None = None
     _first_batch: int | None = None
     _proposed: int | None = None
     _last: Epoch | None = None
@@ -104,7 +94,7 @@ class PruneTrain(misuse.OnlyOne):
             record: the folder for the trace, or a `Recorder`; None records nothing.
             ema: an average of the weights (torch's `AveragedModel`, timm's `ModelEmaV3`, a copy); it is pruned alike.
             scaler: the loop's GradScaler; with it a `step` before `scaler.unscale_` is noticed.
-            rewrap: makes from the changed network the module that the loop calls, for instance DDP around it.
+            rewrap: makes from the changed network what the loop calls, for instance DDP around it; `module` is that.
             facts: names and hyper-parameters for the trace.
             loggers: names such as "tensorboard", or `ptsim.training.loggers.Logger`s; they mirror the trace.
             settings: fields of `PruneSettings`.
@@ -118,12 +108,12 @@ class PruneTrain(misuse.OnlyOne):
         self.settings = make_settings(settings)
         self._make_criterion: type[Criterion] = CRITERIA.find(self.settings.criterion)
         self.penalty_ratio, self.interval = checked_plan(penalty_ratio, interval)
-        refuse_spread(model)
-        self.network, self._wrapped = bare(model), is_wrapped(model)
+        wrapping.refuse_spread(model)
+        self.network, self._wrapped = wrapping.bare(model), wrapping.is_wrapped(model)
         misuse.refuse_second(self.network)
-        self.optimizer = bare_optimizer(optimizer)
+        self.optimizer = wrapping.bare_optimizer(optimizer)
         misuse.check_optimizer_kind(self.optimizer, proximal=self.settings.regularizer == "proximal")
-        self.ema, self.scaler, self.rewrap = ema, scaler, checked_rewrap(rewrap)
+        self.ema, self.scaler, self.rewrap = ema, scaler, wrapping.checked_rewrap(rewrap)
         self.regularized = self.penalty_ratio > 0
         self.penalty_coefficient: float | None = None if self.regularized else 0.0
         input_shape = image_shape(input_shape)
@@ -218,6 +208,10 @@ class PruneTrain(misuse.OnlyOne):
         return EpochOutcome(epoch=record, reconfiguration=event, pruned=changed)
 
     @property
+    def module(self) -> nn.Module:  # noqa: D102 # an attribute of the class
+        return self.recorder.module
+
+    @property
     def batch(self) -> int | None:
         """The largest mini-batch per rank that should fit now: a proposal, which the loop may take.
 
@@ -239,9 +233,9 @@ class PruneTrain(misuse.OnlyOne):
         Raises:
             UsageError: it holds another network.
         """
-        refuse_spread(module)
+        wrapping.refuse_spread(module)
         self.recorder.follow(module)
-        self.needs_rewrap, self._wrapped = False, is_wrapped(module)
+        self.needs_rewrap, self._wrapped = False, wrapping.is_wrapped(module)
 
     def summary(self) -> PruningSummary:
         """Where the run stands: channels, parameters and operations at the start and now."""
@@ -409,7 +403,7 @@ class PruneTrain(misuse.OnlyOne):
 
     def _averages(self) -> tuple[nn.Module, ...]:
         """What is cut along with the network; a UsageError if `ema` is no average of it."""
-        return () if self.ema is None else (averaged(self.ema, self.network, alike=True),)
+        return () if self.ema is None else (wrapping.averaged(self.ema, self.network, alike=True),)
 
     def _grown(self, batch_before: int) -> Growth:
         """What the loop's own policy makes of the mini-batch; without one it stays, and `batch` only proposes."""
@@ -452,31 +446,32 @@ class PruneTrain(misuse.OnlyOne):
         self.recorder.regularizer = act if self.penalty_ratio > 0 else None
 
     def _wrap_again(self) -> None:
+        caller = self.recorder.watch.data_parallel
+        self.recorder.watch.outdate(self._again("DistributedDataParallel"))
         if self.rewrap is not None:
-            self.recorder.follow(wrapped_again(self.rewrap, self.network))
-        elif self._wrapped or self.recorder.watch.data_parallel is not None:
-            caller = self.recorder.watch.data_parallel
-            self.needs_rewrap, self._outdated = True, None if caller is None else weakref.ref(caller)
+            self.recorder.follow(wrapping.wrapped_again(self.rewrap, self.network))
+            self._wrapped = wrapping.is_wrapped(self.module)
+        elif self._wrapped or caller is not None:
+            self.needs_rewrap = True
             self.recorder.follow(self.network)  # an old DDP that somebody holds would reduce beside the new one
 
     def _check_wrapping(self, *, seen: bool) -> None:
-        """The loop must not go on with what was around the network before pruning; a new DDP is adopted."""
+        """The loop must not go on with what was compiled around the network before pruning; a new DDP is adopted."""
         caller = self.recorder.watch.data_parallel
-        if not self.needs_rewrap:
-            return
-        if caller is None:
-            if seen or self.recorder.watch.num_backwards:
-                return
+        unseen = caller is None and not seen and not self.recorder.watch.num_backwards
+        if unseen and self._wrapped and self._num_reconfigurations:
             raise UsageError(
                 "the network was pruned, but the loop calls a compiled module that PruneTrain was not told of",
-                hint="where pruner.needs_rewrap: model = torch.compile(pruner.network); pruner.rewrapped(model)",
+                hint=self._again("torch.compile"),
             )
-        if self._outdated is not None and caller is self._outdated():
-            raise UsageError(
-                "the network was pruned, but the loop still calls the DistributedDataParallel that was made before",
-                hint="where pruner.needs_rewrap: model = DistributedDataParallel(pruner.network)",
-            )
-        self.rewrapped(caller)
+        if self.needs_rewrap and caller is not None:
+            self.rewrapped(caller)
+
+    def _again(self, wrap: str) -> str:
+        """What the loop has to do after pruning to call the changed network."""
+        if self.rewrap is not None:
+            return "model = pruner.module after end_epoch: it is what rewrap has made"
+        return f"where pruner.needs_rewrap: model = {wrap}(pruner.network); pruner.rewrapped(model)"
 
     def _recorder(
         self, model: nn.Module, input_shape: tuple[int, int, int], record: str | Path | Recorder | None, **given: Any

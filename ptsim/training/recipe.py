@@ -36,13 +36,18 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
         The content of a user's file counts where both recipes know it.
         """
-        mine, its = (msgspec.structs.replace(recipe, source_sha256=None) for recipe in (self, other))
-        if mine != its:
-            return f"is of {mine}, but this run trains {its}"
+        for mine, its in zip(self._in_words(), other._in_words(), strict=True):
+            if mine != its:
+                return f"is for {mine}, but this run is for {its}"
         digests = {self.source_sha256, other.source_sha256} - {None}
         if len(digests) > 1:
             return f"was made with another content of {zoo.file_of(self.model)} or its imports, which was edited since"
         return None
+
+    def _in_words(self) -> tuple[str, ...]:
+        shape = "×".join(map(str, self.input_shape))
+        channels = "" if self.in_channels is None else f" of {self.in_channels} channels"
+        return f"the model {self.model}", f"{self.num_classes} classes", f"images{channels}", f"images of {shape}"
 
     def build(self) -> nn.Module:
         """A freshly initialised network in training mode, on the CPU; draws from torch's random state.

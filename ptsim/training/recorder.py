@@ -22,7 +22,7 @@ from ptsim.errors import UsageError, on_one_line
 from ptsim.measure.nvml import open_meter
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.density import THRESHOLD, channel_maxima, checked_threshold, dense_counts, layer_densities
-from ptsim.setting import image_shape, positive_number, real_number
+from ptsim.setting import as_plain, image_shape, positive_number, real_number
 from ptsim.trace.schema import AnyRecord, End, Epoch, Run
 from ptsim.training.checkpoint import Totals
 from ptsim.training.distributed import CommunicationMeter, Team, current_team
@@ -127,7 +127,7 @@ class Recorder(OnlyOne):
         self.profiles = profile
         self.owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
         self._channel_maxima, self._threshold = channel_maxima, checked_threshold(threshold)
-        self._settings = dict(settings or {})
+        self._settings = as_plain(dict(settings or {}))
         self._mirror = Mirror(loggers if self.records or self.folder is None else (), self.folder)
         self._trace: TraceFile | None = None
         self._keep: tuple[int | None, str | None] = (None, None)

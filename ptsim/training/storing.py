@@ -100,7 +100,7 @@ class Storage:
         if problem is not None:
             return problem
         if found.next_epoch > self._num_epochs:
-            return f"is from before epoch {found.next_epoch}, the run has {self._num_epochs}"
+            return f"has {found.next_epoch} epochs behind it, more than the {self._num_epochs} that the run is to have"
         if found.batch % self._team.world_size or found.batch > self._data.dataset.num_train:
             return f"has a mini-batch of {found.batch}, which {self._team.world_size} ranks cannot take"
         if found.penalty_coefficient is None and found.next_epoch > 0:

@@ -81,6 +81,7 @@ class Watch:
         self._inside: Precision | None = None  # of autocast within a compiled network's call
         self._judged_until: int | None = None  # where the last pass of validation since the last update has ended
         self._caller: weakref.ref[nn.Module] | None = None
+        self._outdated: tuple[weakref.ref[nn.Module], str] | None = None
         self.precision = Precision.FP32
         self.memory_format: MemoryFormat = "contiguous"
         self.image_shape: tuple[int, ...] | None = None
@@ -135,6 +136,10 @@ class Watch:
     def data_parallel(self) -> nn.Module | None:
         """The DistributedDataParallel that called the network last; None where none did, or it is gone."""
         return None if self._caller is None else self._caller()
+
+    def outdate(self, hint: str) -> None:
+        """The network has changed: another training pass through the DistributedDataParallel of before is an error."""
+        self._outdated = None if self._caller is None else (self._caller, hint)
 
     @property
     def num_iterations(self) -> int:
@@ -282,6 +287,11 @@ class Watch:
             return
         caller = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
         self._caller = None if caller is None else weakref.ref(caller)
+        if caller is not None and self._outdated is not None and caller is self._outdated[0]():
+            raise UsageError(
+                "the network was pruned, but the loop still calls the DistributedDataParallel that was made before",
+                hint=self._outdated[1],
+            )
         if self._timer is None:
             self.begin()
         self._in_backward = False

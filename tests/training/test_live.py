@@ -131,6 +131,9 @@ def test_mini_batches_that_are_none_are_one_sentence(tmp_path, collate, message)
 def test_data_that_are_none_are_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="has to be a pair of map-style data sets"):
         ptsim.train(made(), out=tmp_path / "run", model=small(10), data=data()[0])
+    for model, found in (("resnet20", "a str"), (type(small(10)), "the class ")):
+        with pytest.raises(UsageError, match=f"the model is {found}"):
+            ptsim.train(made(), out=tmp_path / "run", model=model, data=data())
     with pytest.raises(UsageError, match=r"collate= makes the mini-batches of data sets that are given live"):
         ptsim.train(made(), out=tmp_path / "run", model=small(10), collate=mixed)
     flat = TensorDataset(torch.zeros(96, 4), torch.zeros(96))

@@ -576,6 +576,30 @@ def test_a_compiled_network_says_that_it_has_to_be_wrapped_again_or_does_it():
         assert not pruner.needs_rewrap
 
 
+@pytest.mark.parametrize("kind", ["DistributedDataParallel", "compiled module"])
+def test_a_loop_that_goes_on_with_the_module_before_rewrap_is_told(kind, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    wrap = {
+        "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+        "compiled module": lambda network: torch.compile(network, backend="eager"),
+    }[kind]
+    try:
+        network = fresh()
+        optimizer = sgd(network)
+        first = wrap(network)
+        pruner = made(first, optimizer, rewrap=wrap)
+        assert pruner.module is first
+        assert train(pruner, first, optimizer, 2, images_and_labels())[-1].pruned
+        with pytest.raises(UsageError, match=f"the loop (still )?calls (the|a) {kind} that") as caught:
+            train(pruner, first, optimizer, 1, images_and_labels())
+        assert caught.value.hint.startswith("model = pruner.module after end_epoch")
+        optimizer.zero_grad()
+        train(pruner, pruner.module, optimizer, 1, images_and_labels())
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+
+
 def test_data_parallel_has_to_be_wrapped_again_and_a_loop_that_forgets_it_is_told(tmp_path):
     batches = images_and_labels()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -243,6 +244,20 @@ def test_a_recorder_that_nobody_closes_ends_its_trace_when_the_program_ends(tmp_
         )
         trace = ptsim.read_trace(folder)
         assert (len(trace.epochs), trace.complete) == (1, complete)
+
+
+def test_hyperparameters_that_no_file_holds_are_written_as_text(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    told = {"smoothing": np.float32(0.5), "sizes": torch.tensor([1, 2]), "data": Path("x"), "loss": F.cross_entropy}
+    recorder = ptsim.Recorder(
+        model, optimizer, input_shape=IMAGE, record=tmp_path, facts=ptsim.RunFacts(hyperparameters=told)
+    )
+    train(recorder, model, optimizer)
+    recorder.close()
+    found = ptsim.read_trace(tmp_path).run.hyperparameters
+    assert (found["smoothing"], found["sizes"], found["data"]) == (0.5, [1, 2], "x")
+    assert found["loss"].startswith("<function cross_entropy")
 
 
 def test_misuse_is_one_sentence(tmp_path):

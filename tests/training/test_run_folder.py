@@ -115,6 +115,8 @@ def test_resuming_may_add_epochs_and_threads_but_no_other_rate(run):
         longer(run, lr=0.3)
     assert "epochs" in caught.value.hint
     assert longer(run, num_threads=1, keep_every=1).epochs == 3
+    with pytest.raises(FileFormatError, match="has 3 epochs behind it, more than the 1 that the run is to have"):
+        longer(run, epochs=1)
     assert ptsim.train(resume=run).epochs == 3  # the change stays
     assert ptsim.read_trace(run).complete
 
@@ -281,7 +283,10 @@ def test_a_new_run_starts_from_a_stored_network(run, tmp_path):
     assert after.epochs[0].architecture == before.final_network.id
     assert after.epochs[0].train_loss < before.epochs[0].train_loss
     assert ptsim.train({"epochs": 2}, resume=result.folder).epochs == 2
-    with pytest.raises(UsageError, match="but this run trains"):
+    own = {name: value for name, value in settings(epochs=1, profile=False).items() if name != "model"}
+    ptsim.train(own | {"start_from": run}, out=tmp_path / "unnamed")  # the model need not be named again
+    assert ptsim.read_trace(tmp_path / "unnamed").run.model == before.run.model
+    with pytest.raises(UsageError, match=r"is for the model [^()]*, but this run is for the model resnet20$"):
         ptsim.train(settings(model="resnet20", image_size=32, start_from=str(run)), out=tmp_path / "other")
 
 
