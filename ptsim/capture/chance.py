@@ -100,11 +100,12 @@ def seed_all(seed: int, others: Sequence[Generator] = ()) -> None:
 
 
 @contextlib.contextmanager
-def random_state_kept(
-    devices: Sequence[torch.device] | None = None, others: Sequence[Generator] = ()
-) -> Iterator[None]:
-    """Afterwards all of them go on as if nothing had been drawn inside; torch also on `devices` (None: every GPU)."""
-    before = RandomState.now(others)
+def random_state_kept(model: nn.Module | None, devices: Sequence[torch.device] | None = None) -> Iterator[None]:
+    """Afterwards all generators go on as if nothing had been drawn inside, those of the model's own as well.
+
+    Torch's also on `devices` (None: every GPU).
+    """
+    before = RandomState.now(() if model is None else chance_of(model).generators)
     with torch.random.fork_rng(devices):
         try:
             yield

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ptsim.capture.closures import FunctionTwins
+
 _HOME = "_ptsim_device"  # attribute of a hollow copy: where the original is
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy of any model, also of one that keeps computed tensors as attributes."""
-    return copy.deepcopy(model, computed_tensors(model) | tabled_tensors(model) | generators(model) | (memo or {}))
+    """A deep copy of any model, also of one that keeps computed tensors, or closures around its modules."""
+    known = computed_tensors(model) | tabled_tensors(model) | generators(model) | (memo or {})
+    functions = FunctionTwins(model, known)
+    twin = copy.deepcopy(model, known)
+    functions.fill()
+    return twin
 
 
 def tabled_tensors(model: nn.Module) -> dict[int, Any]:
@@ -48,7 +54,7 @@ def generators(model: nn.Module) -> dict[int, Any]:
 
 
 def computed_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy`: the values, without their history, of the tensors that modules keep as plain attributes.
+    """A memo for `deepcopy`: the values, without their history, of tensors in attributes and lists of modules.
 
     Older normalisations of weights (`torch.nn.utils.weight_norm`, `spectral_norm`) and masks (`torch.nn.utils.prune`)
     compute a layer's weight before every call and leave it there; torch does not copy such a tensor, nor any real one
@@ -57,8 +63,9 @@ def computed_tensors(model: nn.Module) -> dict[int, Any]:
     return {
         id(value): value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
         for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor)
+        for kept in vars(module).values()
+        for value in (kept if type(kept) in (list, tuple) else (kept,))
+        if isinstance(value, Tensor) and (value is kept or not value.is_leaf)
     }
 
 

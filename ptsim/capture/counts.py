@@ -53,7 +53,7 @@ def forward_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[st
     """
     with (
         torch.no_grad(),
-        random_state_kept(),
+        random_state_kept(model),
         _no_fused_attention(),
         _statistics_of_one_image(),
         warnings.catch_warnings(),
@@ -121,8 +121,8 @@ def einsum_macs(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 def _detached_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares the parameters' memory, needs no gradients, and has buffers of its own."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    """A copy that needs no gradients; code and hooks may write into its parameters and buffers."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in model.parameters()}
     return copied(model, memo)
 
 

@@ -14,17 +14,27 @@ from ptsim.capture.chance import RandomState
 from ptsim.capture.copies import dtype_of, hollow_copy
 
 
-def does_the_same(model: nn.Module, graph: fx.Graph, images_shape: Sequence[int], start: RandomState) -> bool:
+def does_the_same(
+    model: nn.Module,
+    graph: fx.Graph,
+    images_shape: Sequence[int],
+    start: RandomState,
+    holder: nn.Module | None = None,
+) -> bool:
     """True if the graph, traced in the model's mode, does with images what the model's `forward` does.
 
-    Both meet the random numbers that follow `start`. False also where one of the two does not run without storage.
+    Both meet the random numbers that follow `start`. `holder` has what the graph names, if the model has not. False
+    also where one of the two does not run without storage.
     """
     now, steps = start.again(), list[list[tuple[str, tuple[int, ...]]]]()
-    with _disable_current_modes(), torch.no_grad(), torch.device("meta"):
+    with _disable_current_modes(), torch.set_grad_enabled(model.training), torch.device("meta"):
         twin = hollow_copy(model, "meta")
         dtype = dtype_of(twin)
         try:
-            for run in (twin.forward, _OnMeta(twin, graph=graph).run):
+            for run in (
+                twin.forward,
+                _OnMeta(twin if holder is None else hollow_copy(holder, "meta"), graph=graph).run,
+            ):
                 start.restore()
                 images = torch.empty(tuple(images_shape), dtype=dtype)
                 with _Log(images) as log:
@@ -38,6 +48,11 @@ def does_the_same(model: nn.Module, graph: fx.Graph, images_shape: Sequence[int]
 
 
 class _OnMeta(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        """Run it, following gradients where the code does."""
+        with torch.set_grad_enabled(n.meta.get("grad", torch.is_grad_enabled())):
+            return super().run_node(n)
+
     def fetch_attr(self, target: str) -> Any:
         """A constant that the code has made while it was traced has a storage."""
         value = super().fetch_attr(target)

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import dtype_of, hollow_copy
 from ptsim.capture.hollow import NoArithmetic
+from ptsim.capture.looking import let_hooks_look
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Moment
 
 _BATCHES = (2, 3)
@@ -110,9 +111,10 @@ class _Watch:
 
 def _watch(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, gpu: bool, half: bool) -> _Watch:
     hollow = NoArithmetic()
-    with warnings.catch_warnings(), random_state_kept([]), hollow, torch.device("cpu"), torch.enable_grad():
+    with warnings.catch_warnings(), random_state_kept(model, []), hollow, torch.device("cpu"), torch.enable_grad():
         warnings.simplefilter("ignore")  # the model's own: `rehearse` was not the place to repeat them either
         twin = hollow_copy(model).train()
+        let_hooks_look(twin)
         dtype = dtype_of(twin)
         images = torch.empty(batch, *input_shape, dtype=dtype)  # draws nothing: the code meets the numbers of its trace
         ledger = _Ledger([*twin.parameters(), *twin.buffers()], images)

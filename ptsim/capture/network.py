@@ -21,6 +21,7 @@ from ptsim.capture.graph import evaluation_mode, note_tracer, symbolic_graph
 from ptsim.capture.kinds import geometry, kind_and_op, operations
 from ptsim.capture.rehearsal import Rehearsal, Shape, Step, rehearse
 from ptsim.capture.ways import fullest_graph, take_fullest_way
+from ptsim.errors import UnsupportedModelError
 from ptsim.network import Layer, LayerKind, Network, Parameter
 
 _BATCHES = (2, 3)  # two sizes tell what scales; not 1, which BatchNorm refuses in training
@@ -36,10 +37,9 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
     Raises:
         UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
     """
-    own = chance_of(model).generators
-    with random_state_kept([], own):  # each look at the network begins with the same random numbers
+    with random_state_kept(model, []):  # each look at the network begins with the same random numbers
         small = rehearse(model, input_shape, _BATCHES[0])
-        if own or small.graph.meta["draws"]:
+        if small.graph.meta["draws"] or small.graph.meta["changes"] or chance_of(model).untold:
             take_fullest_way(model, (_BATCHES[0], *input_shape))
             small = rehearse(model, input_shape, _BATCHES[0])
         return _described(model, small, name=name, input_shape=input_shape, num_classes=num_classes)
@@ -51,6 +51,8 @@ def _described(
     """The network, given what a step does with the smaller mini-batch."""
     large = rehearse(model, input_shape, _BATCHES[1], backward=False)
     graph = small.graph
+    if large.steps.keys() != small.steps.keys():
+        raise UnsupportedModelError(f"the code of {name} computes something else with a larger mini-batch")
     names = layer_names(graph)
     nodes = [node for node in graph.graph.nodes if node.name in small.steps and small.steps[node.name].works]
     auxiliary = _auxiliary(model, graph, input_shape)

@@ -20,6 +20,8 @@ from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import copied, dtype_of, hollow_copy
 from ptsim.capture.graph import naming_the_image, symbolic_graph
 from ptsim.capture.hollow import NoArithmetic
+from ptsim.capture.looking import let_hooks_look
+from ptsim.capture.ways import read_alone
 from ptsim.errors import UnsupportedModelError
 
 Shape = tuple[int, ...]
@@ -92,11 +94,13 @@ def rehearse(
             hint="run one image through the model before it is handed over",
         )
     mode = NoArithmetic() if hollow else contextlib.nullcontext()
-    with warnings.catch_warnings(), random_state_kept([]), mode, torch.device("cpu"), torch.enable_grad():
+    with warnings.catch_warnings(), random_state_kept(model, []), mode, torch.device("cpu"), torch.enable_grad():
         warnings.simplefilter("ignore")  # the model's own: a rehearsal is not the place to repeat them
         twin = hollow_copy(model) if hollow else copied(model).cpu()
-        twin.train()
+        let_hooks_look(twin.train())
         graph = symbolic_graph(twin, (batch, *input_shape))
+        for node in read_alone(graph):
+            graph.graph.erase_node(node)
         watcher = _Watcher(graph, twin)
         dtype = dtype_of(twin)
         with naming_the_image(model, input_shape):
@@ -129,7 +133,8 @@ class _Watcher(fx.Interpreter):
         versions = [t._version for t in handed]
         storages = {t.untyped_storage()._cdata for t in handed}
         self._current = step
-        result = super().run_node(n)
+        with torch.set_grad_enabled(n.meta.get("grad", torch.is_grad_enabled())):
+            result = super().run_node(n)
         self._current = None
         if n.op in ("call_module", "call_function", "call_method"):
             given = _tensors(result)

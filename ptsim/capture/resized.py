@@ -16,8 +16,9 @@ import msgspec
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.graph import called_modules, evaluation_mode, kept_shape, traced_into
+from ptsim.capture.graph import called_modules, evaluation_mode, traced_into
 from ptsim.capture.network import capture_network, layer_names
+from ptsim.capture.tracers import kept_shape
 from ptsim.capture.ways import fullest_graph
 from ptsim.capture.words import words_of
 from ptsim.network import Footprint, Layer, LayerKind, Moment, Network, Parameter

@@ -6,10 +6,13 @@ import operator
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from ptsim.capture.gradients import hooked_gradient
 
 NOT_THE_CODE = tuple(f"{folder}/" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 _DEVICE_QUESTIONS = frozenset({"is_cpu", "is_cuda", "is_maia", "is_meta", "is_mps", "is_mtia", "is_xla", "is_xpu"})
@@ -24,10 +27,29 @@ def _on(name: str, device: torch.device) -> Any:
     return name == f"is_{device.type}" if name in _DEVICE_QUESTIONS else None
 
 
-class StandIn(fx.Proxy):
-    """Records `x[index] = value`, which torch.fx itself does not, and notes where code may see that it is no tensor."""
+def is_the_models(node: fx.Node) -> bool:
+    """True for a parameter or buffer, or what was made of one alone, which may share its memory."""
+    while node.op.startswith("call") and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr"
+
+
+def _in_place(name: str) -> Any:
+    """`weight -= …` on the memory of a parameter or buffer; of an activation torch.fx makes a new tensor, as ever."""
+
+    def method(self: _Noted, other: Any) -> Any:
+        if not is_the_models(self.node):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+class _Noted:
+    """Notes what the code writes into a value, which torch.fx itself does not."""
 
     tracer: Any
+    node: fx.Node
 
     @property  # type: ignore[misc] # an object's class can be set
     def __class__(self) -> Any:
@@ -36,12 +58,39 @@ class StandIn(fx.Proxy):
         ours = asking.co_filename.startswith(NOT_THE_CODE) and asking.co_name != "is_tensor"
         return type(self) if ours else self.tracer.kind_of(self)
 
-    def __getattr__(self, name: str) -> Any:
-        self.tracer.asked |= not hasattr(Tensor, name)  # `hasattr` finds everything
-        return super().__getattr__(name)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the code sets of a tensor (`weight.data = …`) is a node of the graph."""
+        if hasattr(Tensor, name):
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
+        else:
+            super().__setattr__(name, value)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ipow"):
+    setattr(_Noted, f"__{_name}__", _in_place(_name))
+
+
+class StandIn(_Noted, fx.Proxy):
+    """Records `x[index] = value` and hooks, as torch.fx does not, and notes where code may see that it is no tensor."""
+
+    def __getattr__(self, name: str) -> Any:
+        self.tracer.asked |= not hasattr(Tensor, name)  # `hasattr` finds everything
+        return _PlainAttribute(self, name)
+
+    def register_hook(self, hook: Any) -> Any:
+        """A hook on the gradient is noted; it can be taken off again."""
+        self.tracer.create_proxy("call_function", hooked_gradient, (self,), {})
+        return SimpleNamespace(remove=lambda: None)
+
+
+class _PlainAttribute(_Noted, fx.proxy.Attribute):
+    """`weight.data`, or `x.view` before it is called."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _PlainAttribute(self, name)
 
 
 class _Looks:
@@ -78,10 +127,8 @@ class ShapedStandIn(_Looks, StandIn):
         return _Attribute(self, name) if known is None else known
 
 
-class _Attribute(_Looks, fx.proxy.Attribute):
+class _Attribute(_Looks, _Noted, fx.proxy.Attribute):
     """`x.shape`, or `x.view` before it is called."""
-
-    __class__ = vars(StandIn)["__class__"]
 
     def __getattr__(self, name: str) -> Any:
         return _Attribute(self, name)

@@ -1,4 +1,4 @@
-"""Which ways does a model's code take where random numbers decide, and which of them is described?
+"""Which ways does a model's code take? Random numbers may decide, and so may what it keeps from one call to the next.
 
 Stochastic depth is often written so: `if torch.rand(1) < p: continue`. torch.fx sees only the way that is
 taken while it traces, so such code is traced again and again, each time with other numbers.
@@ -6,44 +6,171 @@ taken while it traces, so such code is traced again and again, each time with ot
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import fx, nn
 
+from ptsim.capture.calls import Changes, attributes_restored, later_calls
 from ptsim.capture.chance import chance_of, random_state_kept, seed_all
+from ptsim.capture.gradients import MARKS
 from ptsim.capture.graph import evaluation_mode, symbolic_graph
+from ptsim.capture.standins import is_the_models
+from ptsim.errors import PtsimError, UnsupportedModelError
 
-_MOST_TRACES, _FRUITLESS_TRACES = 64, 32  # of code that lets random numbers decide
+_MOST_TRACES, _FRUITLESS_TRACES = 256, 32  # of code that lets random numbers decide
+_FLOATS = re.compile(r"(?<![\w.])\d+(\.\d+(e[+-]?\d+)?|e[+-]?\d+)")
+# Operators that write; those that hand out a tensor's memory.
+_ACTS = re.compile(r"(set(item|attr)|i(add|sub|mul|truediv|pow)|.*[^_]_)$")
+READING = ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero")  # give numbers that depend on values
+_HANDS_OUT = ("numpy", "data_ptr", "storage", "untyped_storage")
+_WITHOUT_EFFECTS = ("torch", "_operator", "math", "builtins")
+
+
+def each_way(
+    model: nn.Module,
+    images_shape: tuple[int, ...],
+    tell: Callable[[fx.GraphModule, int], object],
+    *,
+    seeds: Iterable[int] | None = None,
+    **how: Any,
+) -> bool:
+    """Trace the model in the mode that it is in, once for every way that random numbers lead it; False if too many.
+
+    It is traced again, each time with other numbers, until several ways in a row tell nothing new. Ways that differ
+    only in the numbers that they compute with, or in what is never used, are one. The random state is left as it was.
+
+    Args:
+        model: left as it is.
+        images_shape: (N, C, H, W).
+        tell: is given the graph of each new way and the seed that leads to it, and gives all that is known by now.
+        seeds: those of the ways that are known from an earlier look; nothing further is tried.
+        how: handed on to `symbolic_graph`.
+
+    Raises:
+        UnsupportedModelError: the model cannot be traced; its code goes another way at a later call, or nobody can
+            repeat its way.
+    """
+    chance = chance_of(model)
+    ways, fruitless, known = set[str](), 0, object()
+    with random_state_kept(model, []):
+        for seed in range(_MOST_TRACES) if seeds is None else seeds:
+            seed_all(seed, chance.generators)
+            graph = symbolic_graph(model, images_shape, **how)
+            way = way_of(graph)
+            if seeds is None and not ways:
+                _refuse_other_calls(model, images_shape, way, graph, seed, how)
+            fruitless += 1
+            if way not in ways:
+                if ways and chance.untold:
+                    raise UnsupportedModelError(
+                        f"the code of {type(model).__name__} draws from a generator that it makes anew at every call, "
+                        "and what it draws decides which way it goes: no two looks at it agree",
+                        hint="let it draw from torch's own generator, or from one that the module keeps",
+                    )
+                ways.add(way)
+                told = tell(graph, seed)
+                known, fruitless = told, 0 if told != known else fruitless
+            if seeds is None and not (chance.untold or graph.meta["draws"]):
+                return True
+            if seeds is None and fruitless == _FRUITLESS_TRACES:
+                return True
+    return seeds is not None
+
+
+def _refuse_other_calls(
+    model: nn.Module,
+    images_shape: tuple[int, ...],
+    way: str,
+    graph: fx.GraphModule,
+    seed: int,
+    how: Mapping[str, Any],
+) -> None:
+    """Raise an `UnsupportedModelError` if the code goes another way once it finds what the call before has left."""
+    changes: Changes = graph.meta["changes"]
+    generators = chance_of(model).generators
+    for attributes in later_calls(changes):
+        with attributes_restored(model):
+            for (path, name), value in attributes.items():
+                vars(model.get_submodule(path))[name] = value
+            seed_all(seed, generators)
+            try:
+                later = way_of(symbolic_graph(model, images_shape, **{**how, "ways": (graph.meta["way"],)}))
+            except PtsimError:
+                later = ""
+        if later != way:
+            path, name = next(iter(attributes))
+            flag = isinstance(attributes[path, name], bool)
+            kind = type(model.get_submodule(path)).__name__
+            raise UnsupportedModelError(
+                f"the code of {type(model).__name__} does not compute the same at every call: it goes by "
+                f"{kind}.{name}, which each call changes",
+                hint="call it on an image once before it is handed over"
+                if flag
+                else "keep such a tensor in a buffer, and let the training loop set a flag that decides",
+            )
+
+
+def unused_nodes(graph: fx.GraphModule) -> list[fx.Node]:
+    """What is computed and never used, from the last to the first: numbers that the code prints or keeps."""
+    unused: dict[fx.Node, None] = {}
+    for node in reversed(graph.graph.nodes):
+        if node.op in ("call_function", "call_method") and all(user in unused for user in node.users):
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            package = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+            told_to = any(given is True for given in (*node.args, node.kwargs.get("inplace")))
+            acts = told_to or "out" in node.kwargs or _ACTS.match(name) or (name in _HANDS_OUT and is_the_models(node))
+            if not acts and package in _WITHOUT_EFFECTS and node.name not in graph.meta["looked"]:
+                unused[node] = None
+    return [node for node in unused if node.target not in MARKS]
+
+
+def read_alone(graph: fx.GraphModule) -> list[fx.Node]:
+    """Of the unused nodes those that hand values to the code, which prints or notes them, and what leads to them."""
+    found: dict[fx.Node, None] = {}
+    for node in unused_nodes(graph):
+        if (node.target in READING) if not node.users else all(user in found for user in node.users):
+            found[node] = None
+    return list(found)
+
+
+def way_of(graph: fx.GraphModule) -> str:
+    """What the graph does, in words that are equal for equal ways."""
+    unused = set(unused_nodes(graph))
+    numbers: dict[fx.Node, str] = {}
+    for node in graph.graph.nodes:
+        if node not in unused:
+            numbers[node] = f"%{len(numbers)}"
+    steps = (f"{node.op} {node.target} {fx.map_arg((node.args, node.kwargs), numbers.__getitem__)}" for node in numbers)
+    return _FLOATS.sub("", "\n".join(steps))
 
 
 def take_fullest_way(model: nn.Module, images_shape: tuple[int, ...]) -> None:
     """Seed the generators of the CPU so that training goes the way with the most calls: nothing is skipped, perhaps.
 
-    Of the ways that are met until several traces in a row go no new one. A warning says so where there are several.
-    The model is left as it was, but for generators of its own.
+    A warning says so where several ways were met. The model is left as it was, but for generators of its own.
 
     Raises:
-        UnsupportedModelError: the model cannot be traced.
+        UnsupportedModelError: see `each_way`.
     """
-    own = chance_of(model).generators
-    found: dict[str, tuple[int, int]] = {}  # code → calls, and the first seed that leads to it
-    fruitless = 0
+    found: list[tuple[int, int]] = []  # calls, and the first seed that leads to them
+
+    def tell(graph: fx.GraphModule, seed: int) -> int:
+        found.append((len(graph.graph.nodes), -seed))
+        return max(found)[0]
+
     with evaluation_mode(model):  # restores every module's own mode afterwards
         model.train()
-        for seed in range(_MOST_TRACES):
-            seed_all(seed, own)
-            traced = symbolic_graph(model, images_shape, generators=own)
-            fruitless = fruitless + 1 if traced.code in found else 0
-            found.setdefault(traced.code, (len(traced.graph.nodes), seed))
-            if not traced.meta["draws"] or fruitless == _FRUITLESS_TRACES:
-                break
+        each_way(model, images_shape, tell)
     if len(found) > 1:
         warnings.warn(
             f"random numbers decide what {type(model).__name__} computes in a training step: of the {len(found)} ways "
             "that were met, the one with the most operations is described",
             stacklevel=4,
         )
-    seed_all(max(found.values(), key=lambda way: (way[0], -way[1]))[1], own)
+    seed_all(-max(found)[1], chance_of(model).generators)
 
 
 def fullest_graph(model: nn.Module, images_shape: tuple[int, ...]) -> fx.GraphModule:
@@ -52,11 +179,10 @@ def fullest_graph(model: nn.Module, images_shape: tuple[int, ...]) -> fx.GraphMo
     Raises:
         UnsupportedModelError: the model cannot be traced.
     """
-    own = chance_of(model).generators
-    with random_state_kept([], own), evaluation_mode(model):
+    with random_state_kept(model, []), evaluation_mode(model):
         model.train()
-        graph = symbolic_graph(model, images_shape, generators=own)
+        graph = symbolic_graph(model, images_shape)
         if graph.meta["draws"]:
             take_fullest_way(model, images_shape)
-            graph = symbolic_graph(model, images_shape, generators=own)
+            graph = symbolic_graph(model, images_shape)
     return graph

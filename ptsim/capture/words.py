@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 from collections.abc import Iterable, Iterator
@@ -10,10 +11,19 @@ from typing import Any
 
 from torch import nn
 
+_MOST_FUNCTIONS = 4096  # remembered; one may hold a copy of a network
+
 
 def words_of(module: nn.Module) -> frozenset[str]:
     """Every name and word in the code of the module's `forward` and of the functions that it may call."""
     return frozenset[str]().union(*(_words(kind, function) for kind, function in _starts(module)))  # type: ignore[arg-type] # classes can be hashed
+
+
+def calls_of(module: nn.Module) -> frozenset[str]:
+    """The names of the file, or of Python itself, in the same code."""
+    return frozenset[str]().union(
+        *(_globals(found.__code__) for start in _starts(module) for found in _functions(*start))  # type: ignore[arg-type] # as above
+    )
 
 
 def named_values(modules: Iterable[nn.Module]) -> Iterator[Any]:
@@ -39,7 +49,7 @@ def _starts(module: nn.Module) -> list[tuple[type[nn.Module], Any]]:
     return [(kind, function) for function in (forward, *own)]
 
 
-@functools.cache
+@functools.lru_cache(_MOST_FUNCTIONS)
 def _words(kind: type[nn.Module], function: Any) -> frozenset[str]:
     """Every name and word in the code of `function`, a method of `kind`, and of the functions that it may call."""
     return frozenset[str]().union(*(_own_words(found.__code__) for found in _functions(kind, function)))  # type: ignore[arg-type] # as above
@@ -53,6 +63,13 @@ def _own_words(code: CodeType) -> frozenset[str]:
 
 
 @functools.cache
+def _globals(code: CodeType) -> frozenset[str]:
+    """Names that the code itself, and the functions that are made in it, look up in the file and in Python."""
+    words = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return frozenset(words.union(*(_globals(part) for part in code.co_consts if inspect.iscode(part))))
+
+
+@functools.lru_cache(_MOST_FUNCTIONS)
 def _functions(kind: type[nn.Module], function: Any) -> tuple[Any, ...]:
     """`function`, a method of `kind`, and the functions outside torch that it may call."""
     found, seen, waiting = list[Any](), set[Any](), [function]

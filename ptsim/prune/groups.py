@@ -20,6 +20,7 @@ from ptsim.capture.graph import example_input, naming_the_image, note_tracer
 from ptsim.errors import UnsupportedModelError, lacks_memory
 from ptsim.prune.alignment import SHAPE_ERRORS, settled
 from ptsim.prune.cut import Cut
+from ptsim.prune.hooks import hooks_carried
 from ptsim.prune.labels import ENDS, AxisKey, State, Weighted, compress, connected, distinct
 from ptsim.prune.numbers import Number, solved
 from ptsim.prune.propagate import Graphs, propagate, skeleton
@@ -115,7 +116,8 @@ class ChannelGroups:
 
     def rehearsal_copy(self, model: nn.Module) -> nn.Module:
         """A copy of the model to try an operation on: without storage where its operators allow it."""
-        return skeleton(model) if self.shapes_only else copied(model)
+        with hooks_carried(model):
+            return skeleton(model) if self.shapes_only else copied(model)
 
     def edges(self) -> tuple[Edge, ...]:
         """The components bundled by equal producers and consumers, in the order of the network."""
@@ -214,7 +216,8 @@ def labelled(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[nn.Mo
             f"{type(model).__name__} has lazy layers without shapes", hint="call it on an image once before"
         )
     try:
-        bones = skeleton(model)
+        with hooks_carried(model):
+            bones = skeleton(model)
     except Exception as error:  # a deep copy runs code of the model's parts
         if lacks_memory(error):
             raise
@@ -227,8 +230,9 @@ def labelled(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[nn.Mo
     except UnsupportedModelError:
         raise
     except Exception:  # meta tensors do not support every operator, or the model does not run on such an image
-        bones, shapes_only = copied(model), False
-        with naming_the_image(model, input_shape), torch.no_grad(), random_state_kept():
+        with hooks_carried(model):
+            bones, shapes_only = copied(model), False
+        with naming_the_image(model, input_shape), torch.no_grad(), random_state_kept(model):
             bones.eval()(example_input(bones, input_shape))
             state, graphs = propagate(bones.train(model.training), input_shape)
     note_tracer(type(model).__name__, graphs["train"])
@@ -259,7 +263,9 @@ def _inputs_kept(gone: Tensor) -> Tensor | None:
 def axes_for(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[AxisKey, Tensor]:
     """The components of every axis as images of `input_shape` would find them; empty if the model cannot take them."""
     try:
-        state, graphs = propagate(skeleton(model), input_shape)
+        with hooks_carried(model):
+            bones = skeleton(model)
+        state, graphs = propagate(bones, input_shape)
     except SHAPE_ERRORS:
         return {}
     return _assemble(state, input_shape, graphs).axes

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -83,6 +83,10 @@ class State:
     With `seed` (the component of every position of every axis of an earlier, larger model) nothing is learnt; instead
     every pair whose components differ is collected in `misaligned`: the smaller model would mix up channels.
 
+    `touched` are tensors, by name, whose channels stay because of hooks, and the reason.
+    `watched` are labels of what a hooked layer takes and gives, which stay if `hooks_meet`: if a hook that changes
+    something computes with what another one has left.
+
     `moves` has what operators give that take apart or rearrange by number, by mode and node: what follows may treat the
     parts unlike.
     """
@@ -90,6 +94,8 @@ class State:
     def __init__(self, model: nn.Module, seed: Mapping[AxisKey, Tensor] | None = None) -> None:
         self.names = tensor_names(model)
         self.tensors: dict[str, Tensor] = dict(model.named_parameters())
+        self.own = [*model.parameters(), *model.buffers()]
+        self.modules = dict(model.named_modules())
         self.trains = any(parameter.requires_grad for parameter in model.parameters())
         self.regrouped = {  # weights of convolutions whose number of groups is an attribute that can change
             self.names[id(module._parameters["weight"])]
@@ -107,6 +113,25 @@ class State:
         self.folds: list[Tensor] = []
         self.numbers: list[tuple[Number, Tensor]] = []
         self.moves: dict[tuple[str, str], tuple[Tensor, ...]] = {}
+        self.touched: dict[str, str] = {}
+        self.watched: list[Tensor] = []
+        self.hooks_meet = False
+
+    def note(self, touched: Iterable[int], foreign: bool, place: str) -> None:
+        """Hooks of what is called `place` write into tensors, or by their values; and with foreign ones, perhaps."""
+        for key in touched:
+            self.touched.setdefault(
+                self.names[key], f"a hook of {place} writes into {self.names[key]} or by its values"
+            )
+        self.hooks_meet |= foreign
+
+    def freeze_touched(self) -> None:
+        """Once all graphs are followed: what hooks write into stays, and what they hand to each other."""
+        for (name, _), slots in self.axes.items():
+            if name in self.touched:
+                self.freeze(slots, self.touched[name])
+        for label in self.watched if self.hooks_meet else ():
+            self.freeze(label, "a hook changes something by what another one has left")
 
     def axis(self, name: str, dim: int, size: int) -> Tensor:
         """The slots of one axis (dim −1: the input channels of a grouped convolution), made at the first call."""

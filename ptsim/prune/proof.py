@@ -180,8 +180,7 @@ def inspect(
     start = time.perf_counter()
     if not 0 < fraction <= 1:
         raise UsageError(f"the fraction to remove is {fraction}; it has to be in (0, 1]")
-    own = () if isinstance(model, str) else chance_of(model).generators
-    with random_state_kept(devices=[], others=own):
+    with random_state_kept(None if isinstance(model, str) else model, []):
         seed_all(seed)
         if isinstance(model, str):
             entry = zoo.find(model)

@@ -7,26 +7,28 @@ operator without a rule freezes the channels that flow into it, with a reason.
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
-from ptsim.capture.chance import chance_of, random_state_kept, seed_all
+from ptsim.capture.calls import Changes, attributes_restored
 from ptsim.capture.constants import constants_of
 from ptsim.capture.copies import hollow_copy
-from ptsim.capture.graph import (
-    Way,
-    example_input,
-    kept_shape,
-    plain_arguments,
-    symbolic_graph,
-)
+from ptsim.capture.graph import Way, example_input
+from ptsim.capture.tracers import kept_shape, plain_arguments
+from ptsim.capture.ways import READING, each_way, unused_nodes
+from ptsim.capture.words import words_of
 from ptsim.errors import UnsupportedModelError
-from ptsim.prune import function_rules, layer_rules, movement_rules, product_rules  # noqa: F401 - they register their rules
-from ptsim.prune.hooks import changes_gradient, hooks_of, hooks_watched
+from ptsim.prune import (  # noqa: F401 - they register their rules
+    function_rules,
+    gradient_rules,
+    layer_rules,
+    movement_rules,
+    product_rules,
+)
+from ptsim.prune.hooks import changes_gradient, hooks_of, hooks_watched, mixing_hooks
 from ptsim.prune.labels import ENDS, NO_SLOTS, AxisKey, Facets, Label, Mode, State
 from ptsim.prune.numbers import Number, named_numbers
 from ptsim.prune.rules import (
@@ -45,9 +47,6 @@ from ptsim.prune.rules import (
 
 MODES: tuple[Mode, ...] = ("train", "eval")
 Graphs: TypeAlias = Mapping[Mode, fx.GraphModule]  # of a mode that differs from training alone
-_MOST_TRACES, _FRUITLESS_TRACES = 256, 32  # of code that lets random numbers decide
-_FLOATS = re.compile(r"(?<![\w.])\d+(\.\d+(e[+-]?\d+)?|e[+-]?\d+)")  # in a graph's code
-_READING = ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero")  # give numbers that depend on values
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -162,9 +161,10 @@ class Propagation(fx.Interpreter):
         module = self.fetch_attr(target)
         self.hooked = False
         if tables := hooks_of(module):
-            with hooks_watched(tables, module) as changes:
+            with hooks_watched(tables, self.state.own) as seen:
                 value = super().call_module(target, args, kwargs)
-            self.hooked = bool(changes) or changes_gradient(module, args, value)
+            self.state.note(seen.touched, seen.foreign, str(target))
+            self.hooked = seen.changed or changes_gradient(module, args, value)
             return value
         shaped = kept_shape(module, target, args)
         value = super().call_module(target, args, kwargs) if shaped is None else shaped
@@ -188,6 +188,8 @@ class Propagation(fx.Interpreter):
         call = Call(self, state, self.labels, node, value, module)
         try:
             found = self._module(call, module) if module is not None else self._function(call)
+            if module is not None and hooks_of(module):
+                self.state.watched += [part for label in (*call.labels, found) for part in tensor_labels(label)]
             if not _fits(found, value):
                 call.refuse(f"{call.op} is used in a way that has no rule")
             return found
@@ -235,8 +237,10 @@ class Propagation(fx.Interpreter):
         found = rule_for_function(call.node)
         if found is None and callable(target) and not is_known(target):
             call.refuse(f"{call.op}, a function that is not traced, has no rule")
-        if call.name in _READING:
+        if call.name in READING:
             call.refuse(f"{call.op} reads the values of these channels")
+        if call.name == "setattr":
+            call.refuse(f"the code sets `{call.node.args[1]}` of a tensor")
         if not tensors and call.name != "setitem":
             return None
         if call.node.kwargs.get("out") is not None:
@@ -292,9 +296,34 @@ def propagate(
             graph = _followed(model, images, state, mode, graphs.get("train"), before)
             if graph is not None:
                 graphs[mode] = graph
+    for name in mixing_hooks(model):
+        state.touched[name] = f"a hook mixes the gradient of {name}"
+    state.freeze_touched()
     for module, training in modes.items():
         module.training = training
     return state, graphs
+
+
+def _hooks_around(model: nn.Module, images: Tensor, output: Any, state: State) -> None:
+    """Run the hooks of the network itself, which are no part of its graph, and note into which tensors they write."""
+    tables = [table for table in (model._forward_pre_hooks, model._forward_hooks) if table]
+    if tables:
+        vars(model)["forward"] = lambda *_, **__: output  # the caller puts it back
+        with hooks_watched(tables, state.own) as seen:
+            model(images)
+        state.note(seen.touched, seen.foreign, type(model).__name__)
+
+
+def _refuse_read(model: nn.Module, changes: Changes) -> None:
+    """Raise an error if a hook has left a tensor in an attribute that the code reads."""
+    for (path, name), (_, value) in changes.items():
+        kept = isinstance(value, Tensor | list | tuple | dict) and name != "forward"
+        if kept and any(name in words_of(module) for module in model.modules()):
+            kind = type(model.get_submodule(path)).__name__
+            raise UnsupportedModelError(
+                f"a hook leaves a tensor in {kind}.{name}, which the code of {type(model).__name__} reads",
+                hint="let the forward method compute it",
+            )
 
 
 def _followed(
@@ -307,43 +336,38 @@ def _followed(
 ) -> fx.GraphModule | None:
     """Follow the labels through the model as it is now; its graph, or None if that is `known` and there is no other.
 
-    Where random numbers decide which way the code takes, it is traced again, each time with other numbers, until
-    several ways in a row tell nothing new. Ways that differ in the numbers that they compute with are one.
+    Where random numbers decide which way the code takes, all its ways are followed.
 
     Raises:
-        UnsupportedModelError: so many ways are not enough.
+        UnsupportedModelError: there are too many.
     """
-    own, untold = chance_of(model)
-    ways = tuple(Way) if wider is None else (wider.meta["way"],)
-    seeds: Iterable[int] = range(_MOST_TRACES) if wider is None else wider.meta["seeds"]
-    first: fx.GraphModule | None = None
-    followed, fruitless = dict[str, int](), 0  # the seed of every way
-    told: tuple[int, ...] = ()
-    with random_state_kept([], own):
-        for number in seeds:
-            seed_all(number, own)
-            graph = symbolic_graph(model, tuple(images.shape), buffers=True, ways=ways, generators=own)
-            drawn = untold or graph.meta["draws"]
-            if not drawn and known is not None and graph.code == known.code:
-                return None
-            first = first or graph
-            fruitless += 1
-            if (way := _FLOATS.sub("", graph.code)) not in followed:
-                followed[way] = number
-                if "constants" not in graph.meta:
-                    graph.meta["constants"] = constants_of(graph, model)
-                graph.train(mode == "train")
-                with torch.no_grad():
-                    Propagation(graph, state, f"{mode} {number}" if number else mode, images.device).run(images)
-                if drawn and wider is None and (says := state.learnt()) != told:
-                    told, fruitless = says, 0
-            first.meta["seeds"] = tuple(followed.values())
-            if not drawn or (wider is None and fruitless == _FRUITLESS_TRACES):
-                return first
-    if wider is None:
+    graphs: dict[int, fx.GraphModule] = {}  # by the seed of every way
+    how = {"buffers": True, "ways": tuple(Way) if wider is None else (wider.meta["way"],)}
+
+    def tell(graph: fx.GraphModule, number: int) -> tuple[int, ...] | None:
+        for node in unused_nodes(graph):
+            graph.graph.erase_node(node)
+        graph.recompile()
+        graphs[number] = graph
+        if known is None or graph.meta["draws"] or graph.code != known.code:
+            if "constants" not in graph.meta:
+                graph.meta["constants"] = constants_of(graph, model)
+            graph.train(mode == "train")
+            name = f"{mode} {number}" if number else mode
+            with torch.no_grad(), attributes_restored(model) as changes:
+                output = Propagation(graph, state, name, images.device).run(images)
+                _hooks_around(model, images, output, state)
+                _refuse_read(model, changes())
+        return state.learnt() if graph.meta["draws"] and wider is None else None
+
+    seeds = None if wider is None else wider.meta["seeds"]
+    if not each_way(model, tuple(images.shape), tell, seeds=seeds, **how):
         raise UnsupportedModelError(
             f"random numbers decide which way the code of {type(model).__name__} takes, "
-            f"and {_MOST_TRACES} traces did not show all ways",
+            "and too many traces did not show all ways",
             hint="let the code choose between fewer ways",
         )
-    return first
+    first = next(iter(graphs.values()))
+    first.meta["seeds"] = tuple(graphs)
+    same = known is not None and len(graphs) == 1 and not first.meta["draws"] and first.code == known.code
+    return None if same else first

@@ -18,9 +18,9 @@ from ptsim import zoo
 from ptsim.answers.plan import _asked, _data_name, fractions, plan
 from ptsim.answers.plan_options import PlanOptions
 from ptsim.answers.validate import validate
-from ptsim.capture.graph import Tracer
 from ptsim.capture.network import capture_network
 from ptsim.capture.resized import Recapture
+from ptsim.capture.tracers import Tracer
 from ptsim.cli.main import run
 from ptsim.costs.saving import saving_interval
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError

@@ -17,9 +17,9 @@ from analysis.check_counts import kept_bytes
 from ptsim import zoo
 from ptsim.capture import footprint
 from ptsim.capture.copies import copied
-from ptsim.capture.graph import Tracer
 from ptsim.capture.network import capture_network
 from ptsim.capture.rehearsal import rehearse
+from ptsim.capture.tracers import Tracer
 from ptsim.costs.flops import layer_macs, training_macs
 from ptsim.costs.memory import iteration_memory
 from ptsim.errors import UnsupportedModelError
