@@ -5,13 +5,15 @@ Types and bounds of single fields stand in `schema.py`; msgspec checks them befo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from ptsim.consistency import MOST_MOMENTUM, network_problem
 from ptsim.network import Network
 from ptsim.trace.schema import AnyRecord, Architecture, Draw, End, Epoch, Profile, Reconfiguration, Run
 
 _CLOCKS = 2.0  # how far the parts of an epoch or a step, which other clocks measure, may exceed the whole
+_CLOCK_RATE = 1.01  # a GPU's clock, which times its epochs, against the machine's, which times the run
 _SURGERY = (1e-6, 1e6)  # seconds that changing a network can take
 _LEAST_SPREAD = 1e-6  # of the 90th percentile of an epoch's steps: a 10th percentile below it is no step's time
 
@@ -46,19 +48,20 @@ def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | 
             return None
 
 
-def order_problem(record: AnyRecord, *, run: Run | None, num_epochs: int, ended: bool) -> str | None:
+def order_problem(record: AnyRecord, *, run: Run | None, epochs: Sequence[Epoch], ended: bool) -> str | None:
     """Why the record cannot stand here, as a sentence without its end; None where it can.
 
     Args:
         record: one line, decoded.
         run: the first line; None if this is it.
-        num_epochs: how many epochs stand before this line.
+        epochs: those before this line.
         ended: an end record stands before it.
     """
     if (run is None) != isinstance(record, Run):
         return "a second run record" if run else f"the first record is {tag_of(record)!r}, expected 'run'"
     if ended:
         return f"found {tag_of(record)!r} after the end record"
+    num_epochs = len(epochs)
     last = max(0, num_epochs - 1)
     match record:
         case Epoch() if record.epoch != num_epochs:
@@ -67,10 +70,30 @@ def order_problem(record: AnyRecord, *, run: Run | None, num_epochs: int, ended:
             return f"field 'epoch' is {record.epoch}, expected {last}, the epoch before this line"
         case Draw() if run is not None and run.origin != "planned":
             return "found a draw in a run that is not planned"
-        case End() if record.epochs != num_epochs:
-            return f"field 'epochs' is {record.epochs}, but the trace has {num_epochs}"
+        case End():
+            return _end_problem(record, epochs)
         case _:
             return None
+
+
+def _end_problem(end: End, epochs: Sequence[Epoch]) -> str | None:
+    """The totals against the epochs: a run that was resumed has counted those of all sessions.
+
+    Its seconds also hold what lies between the epochs. Energy is determined where every epoch has it.
+    """
+    if end.epochs != len(epochs):
+        return f"field 'epochs' is {end.epochs}, but the trace has {len(epochs)}"
+    iterations = sum(epoch.num_iterations for epoch in epochs)
+    if end.num_iterations != iterations:
+        return f"field 'num_iterations' is {end.num_iterations}, but the epochs have {iterations}"
+    seconds = sum(epoch.measured_time.wall_s for epoch in epochs if epoch.measured_time is not None)
+    if end.wall_s is not None and seconds > _CLOCK_RATE * end.wall_s:
+        return f"field 'wall_s' is {end.wall_s:g}, but the epochs took {seconds:g} s"
+    energies = [None if epoch.device is None else epoch.device.energy_j for epoch in epochs]
+    energy = sum(each for each in energies if each is not None)
+    if None not in energies and end.energy_j is not None and not math.isclose(end.energy_j, energy):
+        return f"field 'energy_j' is {end.energy_j:g}, but the epochs used {energy:g} J"
+    return None
 
 
 def tag_of(record: AnyRecord) -> str:

@@ -112,7 +112,7 @@ def read_trace(path: str | Path) -> Trace:
     for warning in caught:
         warnings.warn(str(warning.message), stacklevel=2)
     for number, record in records:
-        problem = order_problem(record, run=run, num_epochs=len(epochs), ended=end is not None)
+        problem = order_problem(record, run=run, epochs=epochs, ended=end is not None)
         if (problem := problem or record_problem(record, networks)) is not None:
             raise FileFormatError(file, problem, line=number)
         match record:

@@ -147,7 +147,7 @@ def damaged(file: str, whole: bytes, draw: random.Random) -> bytes:
 
 
 def _mutated_trace(whole: bytes, draw: random.Random) -> bytes:
-    """One record changed; a changed network gets the id of its new content, so that more than the id is looked at."""
+    """One record changed; ids of changed networks and totals of changed epochs follow, so that more is looked at."""
     import msgspec
 
     from ptsim.network import Network
@@ -157,6 +157,8 @@ def _mutated_trace(whole: bytes, draw: random.Random) -> bytes:
     record = json.loads(lines[at])
     changed = mutated(record, draw)
     lines[at] = json.dumps(changed).encode()
+    if record["record"] == "epoch":
+        _count_anew(lines)
     content = b"\n".join(lines) + b"\n"
     if isinstance(changed, dict) and record["record"] == "architecture" and "network" in changed:
         try:
@@ -165,6 +167,14 @@ def _mutated_trace(whole: bytes, draw: random.Random) -> bytes:
             return content
         return content.replace(record["id"].encode(), network.id.encode())
     return content
+
+
+def _count_anew(lines: list[bytes]) -> None:
+    """The end record, if there is one, with the iterations that the epochs have."""
+    records = [json.loads(line) for line in lines]
+    counts = [r.get("num_iterations") for r in records if isinstance(r, dict) and r.get("record") == "epoch"]
+    if isinstance(records[-1], dict) and records[-1].get("record") == "end" and all(type(c) is int for c in counts):
+        lines[-1] = json.dumps(records[-1] | {"num_iterations": sum(counts), "wall_s": None, "energy_j": None}).encode()
 
 
 def _nested(levels: int) -> Any:
