@@ -24,13 +24,22 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from ptsim.errors import PtsimError, TrainingError, UsageError, on_one_line
-from ptsim.training.meeting import LOOK_S, PATIENCE, POLL_S, SILENCE_S, Answer, Patience, call_the_others, earlier_call
+from ptsim.training.meeting import (
+    HINT,
+    LOOK_S,
+    PATIENCE,
+    POLL_S,
+    SILENCE_S,
+    Answer,
+    Patience,
+    call_the_others,
+    earlier_call,
+)
 
 _PATIENCE_S = 600.0  # what torch.distributed lets NCCL wait; containers of a node may start minutes late
 _COLLECTIVES_S = 600.0  # what a rank of a group waits for the others
 _CONNECT_S = 20.0  # two ranks on one machine take less than a second
 _PORTS = 2**16 - 1
-_HINT = "start all ranks together, as torchrun and srun do"
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +127,7 @@ def join(me: Place, backend: str, *, shared: Mapping[str, str]) -> tuple[Store, 
         raise
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"rank {me.rank} cannot join the {me.world_size} ranks by {backend}: {cause_of(error)}", hint=_HINT
+            f"rank {me.rank} cannot join the {me.world_size} ranks by {backend}: {cause_of(error)}", hint=HINT
         ) from error
     return store, flags
 
@@ -151,10 +160,8 @@ def restarted() -> bool:
 
 def _torchrun_holds_store(me: Place) -> bool:
     """Whether torchrun has started these very ranks and holds their store; its variables reach what they start, too."""
-    its = [
-        os.environ.get(f"ROLE_{name}", str(value)) for name, value in (("RANK", me.rank), ("WORLD_SIZE", me.world_size))
-    ]
-    same = its == [str(me.rank), str(me.world_size)]
+    ours = {"ROLE_RANK": str(me.rank), "ROLE_WORLD_SIZE": str(me.world_size)}
+    same = all(os.environ.get(name, value) == value for name, value in ours.items())
     return same and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -248,9 +255,7 @@ def _reach(me: Place, host: str, port: int, patience: Patience) -> None:
         except OSError as error:
             if patience.ends(f"rank {me.rank} waits for rank 0 at {host}:{port}"):
                 problem = f"rank {me.rank} has not reached rank 0 at {host}:{port}: {error.strerror or error}"
-                raise TrainingError(
-                    problem, hint=f"{_HINT}; {PATIENCE}=1200 lets them wait for twenty minutes"
-                ) from error
+                raise TrainingError(problem, hint=HINT) from error
         time.sleep(POLL_S)
 
 

@@ -28,8 +28,8 @@ SILENCE_S = 15.0
 POLL_S, LOOK_S, TELL_S = 0.2, 2.0, 10.0
 _TAKE_S = 3.0  # a process that answers shows every `POLL_S` that it lives
 _CALL = "call"
-_HINT = f"start all ranks together, as torchrun and srun do; {PATIENCE}=1200 lets them wait for twenty minutes"
-_PORT_HINT = "give every launch a MASTER_PORT of its own, and all of its ranks the same command"
+HINT = f"start all ranks together, as torchrun and srun do; {PATIENCE}=1200 lets them wait for twenty minutes"
+_PORT_HINT = "give every launch a MASTER_PORT of its own, and all of its ranks the same command and folder"
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,7 +125,7 @@ def call_the_others(store: Store, world_size: int, launch: Mapping[str, str], pa
         call = _say(store, call, msgspec.structs.replace(call, beat=call.beat + 1, problem=problem))
         if problem:
             time.sleep(5 * POLL_S)  # the store that the others read it in may end with this process
-            raise TrainingError(problem, hint=_HINT)
+            raise TrainingError(problem, hint=HINT)
         time.sleep(POLL_S)
 
 
@@ -181,7 +181,7 @@ class Answer:
             late = self._patience.ends(waits_for, later_s=TELL_S)  # rank 0 speaks first
             if late and not self.given:  # who has answered waits as long as rank 0 does
                 seconds = f"{self._patience.waited_s:.0f} s"
-                raise TrainingError(f"rank 0 of {self._world_size} did not come within {seconds}", hint=_HINT)
+                raise TrainingError(f"rank 0 of {self._world_size} did not come within {seconds}", hint=HINT)
             time.sleep(POLL_S)
 
     def _takes_part(self, store: Store, call: Call) -> bool:
@@ -196,7 +196,7 @@ class Answer:
             self._refuse_complete(call)
         elif call.problem:
             if self.given:
-                raise TrainingError(call.problem, hint=_HINT)
+                raise TrainingError(call.problem, hint=HINT)
         elif other := _difference(self._launch, call.launch):
             if self._caller.changes > 0:  # otherwise a rank 0 that has died
                 raise UsageError(
@@ -223,7 +223,7 @@ class Answer:
             self.given = self._caller.changes > 0
             if self.given and self._caller.silent_s > SILENCE_S:
                 problem = f"rank 0 died or stood still before the {self._world_size} were together"
-                raise TrainingError(problem, hint=_HINT)
+                raise TrainingError(problem, hint=HINT)
             return
         self._rival.look((holder, store.add(holder, 0)))
         if self._rival.silent_s > _TAKE_S:  # it has died, and this process was started in its place
