@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,16 +83,15 @@ def demo(
         Grams of CO₂ that a kWh causes; without it, no CO₂.
     """
     check_folder_writable(out)  # before torch is imported
+    from ptsim.report.build import check_assumptions, write, write_report
     from ptsim.report.build import summary as report_summary
-    from ptsim.report.build import write, write_report
+    from ptsim.sim.options import Options
     from ptsim.training.loop import train
     from ptsim.training.runfolder import refuse_used_folder
 
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}, expected at least 1")
-    for name, value in (("price", price), ("grid intensity", grid_intensity or 0.0)):  # before minutes of training
-        if not 0 <= value < math.inf:
-            raise UsageError(f"{name} is {value:g}, expected a number from 0 on")
+    check_assumptions(Options(price_usd_per_gpu_hour=price), grid_intensity)  # before minutes of training
     refuse_used_folder(out)
     common = SETTINGS | {"epochs": epochs, "seed": seed}
     dense = read_trace(train(common | {"penalty_ratio": 0.0}, out=out / "dense", progress=True).trace)

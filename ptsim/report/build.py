@@ -133,10 +133,8 @@ def make_report(
     if not traces:
         raise UsageError("a report needs at least one trace")
     options = Options(price_usd_per_gpu_hour=price_usd_per_gpu_hour, input=input_pipeline)
-    options.check()
+    check_assumptions(options, grid_grams_per_kwh)
     runs = [trace if isinstance(trace, Trace) else read_trace(trace) for trace in traces]
-    if grid_grams_per_kwh is not None and not 0 <= grid_grams_per_kwh < math.inf:
-        raise UsageError(f"grid intensity is {grid_grams_per_kwh:g} g per kWh, expected a number from 0 on")
     if len({trace.path.resolve() for trace in runs}) < len(runs):
         raise UsageError("the same trace is given twice")
     comparisons = compare_runs(runs)
@@ -305,6 +303,17 @@ def _notices(runs: Sequence[Trace], comparisons: Sequence[Comparison]) -> list[s
 
 
 _HARDLY = 0.05  # of what lies between guessing and knowing, in accuracy
+
+
+def check_assumptions(options: Options, grid_grams_per_kwh: float | None) -> None:
+    """Refuse what no projection can be made with, before anything is read or trained.
+
+    Raises:
+        UsageError: an option out of its bounds, or CO₂ of a kWh that is negative or not finite.
+    """
+    options.check()
+    if grid_grams_per_kwh is not None and not 0 <= grid_grams_per_kwh < math.inf:
+        raise UsageError(f"grid intensity is {grid_grams_per_kwh:g} g per kWh, expected a number from 0 on")
 
 
 def _projectors(

@@ -33,4 +33,5 @@ def test_the_demo_refuses_a_used_folder(folder, tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
     assert command(["demo", f"--out={tmp_path / 'new'}", "--epochs=0"]) == 2
     assert command(["demo", f"--out={tmp_path / 'new'}", "--price=-1"]) == 2
+    assert command(["demo", f"--out={tmp_path / 'new'}", "--price=1e12"]) == 2  # which the report would refuse
     assert not (tmp_path / "new").exists()
