@@ -261,7 +261,7 @@ def _as_in_a_file(value: Any) -> object:
     given = plain(value)
     if isinstance(given, PathLike):
         return fspath(given)
-    return given if isinstance(given, bool | int | float | list) else repr(value)
+    return given if isinstance(given, str | bool | int | float | list) else repr(value)
 
 
 def plain(value: Any) -> Any:

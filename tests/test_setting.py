@@ -74,7 +74,7 @@ def test_settings_and_options_take_them(kind):
 
     options = changed(Options(), {"share": kind(0.5), "sizes": torch.tensor([1, 8])})
     assert (options.share, options.sizes) == (0.5, (1, 8))
-    assert as_plain({"data_dir": Path("data")}) == {"data_dir": "data"}
+    assert as_plain({"data_dir": Path("data"), "mode": np.str_("union")}) == {"data_dir": "data", "mode": "union"}
 
 
 def test_public_calls_take_numpys_numbers():
