@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import dis
 import functools
+import inspect
 import itertools
 import threading
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -26,6 +28,10 @@ from ptsim.capture.looking import random_values
 from ptsim.errors import lacks_memory
 from ptsim.prune.cut import take
 
+_HARMLESS = (
+    *(type(None), bool, int, float, str, list, tuple, dict, set, type, Tensor, nn.Module),
+    *(types.ModuleType, types.FunctionType, types.BuiltinFunctionType),
+)
 _Table: TypeAlias = "dict[int, Any]"
 _PARAMETER_HOOKS = "_ptsim_gradient_hooks"  # an attribute of a copy: of the original's parameters, by name
 
@@ -132,10 +138,13 @@ def parameter_hooks(model: nn.Module) -> Mapping[str, list[tuple[bool, Any]]]:
 def mixing_hooks(model: nn.Module) -> Iterator[str]:
     """Names of the parameters of a copy whose gradients a hook of theirs mixes: what is left would get another one.
 
-    Tried out: a hook that is given some of the elements has to give the same of them as if it were given all.
+    Tried out: a hook that is given some of the elements has to give the same of them as if it were given all. One that
+    fails would fail in training, too, in plain sight. Not tried are hooks that reach objects of other kinds, such as a
+    logger or a clock, which would notice.
     """
     parameters = dict(model.named_parameters())
-    for name, hooks in parameter_hooks(model).items():
+    for name, found in parameter_hooks(model).items():
+        hooks = [(later, hook) for later, hook in found if not _reaches_objects(hook)]
         shape = parameters[name].shape if name in parameters else torch.Size()
         gradient = random_values(torch.empty(shape, device="meta"))
         for dim in range(len(shape)):
@@ -146,10 +155,23 @@ def mixing_hooks(model: nn.Module) -> Iterator[str]:
             except Exception as error:  # the hook's own code runs here
                 if lacks_memory(error):
                     raise
-                same = False
+                break
             if not same:
                 yield name
                 break
+
+
+def _reaches_objects(hook: Any) -> bool:
+    """True if the hook is the method of an object, or its code names one."""
+    while isinstance(hook, functools.partial):
+        if not all(isinstance(given, _HARMLESS) for given in (*hook.args, *hook.keywords.values())):
+            return True
+        hook = hook.func
+    if not inspect.isfunction(hook):
+        return True
+    named = inspect.getclosurevars(hook)
+    values = [*named.nonlocals.values(), *named.globals.values(), *(hook.__defaults__ or ())]
+    return not all(isinstance(value, _HARMLESS) for value in values)
 
 
 def _hooked(hooks: Sequence[tuple[bool, Any]], gradient: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ The other side of every comparison is the same network, made anew, with the weig
 from __future__ import annotations
 
 import functools
+import io
 import random
 from collections.abc import Callable
 from typing import Any
@@ -193,6 +194,20 @@ def test_pruned_is_zeroed_call_after_call_or_the_channels_stay(name: str) -> Non
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-11)
         for key, gradient in gradients[0].items():
             torch.testing.assert_close(gradient, take(gradients[1][key], kept.get(key, {})), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_of_a_parameter_that_writes_to_a_log_is_not_tried(method: str) -> None:
+    log = io.StringIO()
+    model = Net(hook("b.weight", **{method: lambda model, gradient: log.write("called") and None}))
+    assert find_groups(model, IMAGE).num_channels[0] == 11
+    assert not log.getvalue()
+
+
+def test_a_mask_that_is_found_through_the_module_is_no_reason_to_stay() -> None:
+    model: Any = Net(hook("b.weight", register_hook=lambda model, gradient: gradient * model.b.weight.mask))
+    model.b.weight.mask = torch.ones_like(model.b.weight)
+    assert find_groups(model, IMAGE).num_channels[0] == 11
 
 
 DICE = random.Random(5)
