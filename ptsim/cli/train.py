@@ -94,7 +94,7 @@ def train(
     if start_from is not None:
         given["start_from"] = str(start_from)
     if log is not None:
-        given["loggers"] = [name.strip() for name in log.split(",") if name.strip()]
+        given["loggers"] = [name.strip() for name in log.split(",")]
     changed = read_settings(settings, given)
     from ptsim.training.config import read_config
     from ptsim.training.loop import train as run_training

@@ -8,7 +8,9 @@ from typing import Protocol, Self, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ptsim.textfile import printable
 from ptsim.trace.schema import Epoch, Reconfiguration
+from ptsim.units import counted
 
 _T = TypeVar("_T")
 
@@ -62,7 +64,7 @@ class Bars:
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, markup=False)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -82,11 +84,11 @@ class Bars:
         self._progress.stop()
 
     def begin(self, label: str, num_epochs: int, done: int) -> None:
-        """A bar of epochs."""
-        self._num_epochs = num_epochs
+        """A bar of epochs; `label` may be any text, such as the name of a folder."""
+        label, self._num_epochs = printable(label), num_epochs
         self._epochs = self._progress.add_task(label, total=num_epochs, completed=done, state="")
         if not self._console.is_terminal:
-            self._console.print(f"{label}: {num_epochs} epochs" + (f", {done} done" if done else ""))
+            self._console.print(f"{label}: {counted(num_epochs, 'epoch')}" + (f", {done} done" if done else ""))
 
     def track(self, batches: Iterable[_T], num_iterations: int) -> Iterator[_T]:
         """The same batches; the bar of iterations moves in fiftieths."""

@@ -166,6 +166,7 @@ WRONG = {
     "plan resnet20 --images 9223372036854775808 --epochs 2 --batch 1 -o new": "is 9223372036854775808, expected",
     f"{TRAIN} --set epochs=3 --epochs 2 --out new": "setting 'epochs' is given twice",
     f"{TRAIN} --set seed=3 --set seed=2 --out new": "setting 'seed' is given twice",
+    f"{TRAIN} --log csv, --out new": "unknown logger ''",
     f"{SIMULATE} --set jobs=1 --set jobs=2": "setting 'jobs' is given twice",
     f"{SIMULATE} --price 2 --set price-usd-per-gpu-hour=3": "setting 'price_usd_per_gpu_hour' is given twice, by --set",
     f"{SIMULATE} --scaling weak --set scaling=strong": "setting 'scaling' is given twice",
