@@ -128,7 +128,9 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
                 touched.add(id(module))
     for path, module in model.named_modules():
         groups = stored.groups.get(path) if isinstance(module, CONVS) else None
-        channels = shapes.get(f"{path}.weight", ())[:1]
+        channels, kernel = shapes.get(f"{path}.weight", ())[:1], shapes.get(f"{path}.weight", ())[2:]
+        if isinstance(module, CONVS) and channels and kernel != module.kernel_size:
+            raise UsageError(f"the stored structure has a kernel of {kernel} at {path}, the model {module.kernel_size}")
         if groups is not None and channels and (groups > channels[0] or channels[0] % groups):
             raise UsageError(f"the stored structure has {channels[0]} channels in {groups} groups at {path}")
         if id(module) in touched or normed_weight(module) is not None:

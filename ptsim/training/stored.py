@@ -296,12 +296,18 @@ def load_optimizer(
         if path not in parameters:
             raise UsageError(f"the optimizer has no parameter {path!r}")
         optimizer.state[parameters[path]].update(copy.deepcopy(dict(entries)))
+    kinds: dict[tuple[str, int], tuple[bool, bool]] = {}
     for name, tensor in part(tensors, "optimizer/").items():
         path, _, key = name.rpartition("/")
         parameter = parameters.get(path)
         listed = _LISTED.fullmatch(key)  # its shape follows from nothing that is known here
-        if parameter is None or not (listed or tensor.numel() <= 1 or _fits(tensor, parameter)):
+        single = tensor.numel() <= 1 and tensor.dim() <= 1
+        if parameter is None or not (listed or single or _fits(tensor, parameter)):
             raise UsageError(f"the optimizer's state {name!r} does not fit the network")
+        # A scalar fits every parameter; but what is a tensor for one vector is no scalar for another.
+        kind = tensor.dim() > 0, tensor.numel() == 0 < parameter.numel()
+        if listed is None and kinds.setdefault((key, parameter.dim()), kind) != kind:
+            raise UsageError(f"the optimizer's state {name!r} has another form than that of other parameters")
         if listed is not None:
             values = optimizer.state[parameter].get(listed[1])
             if not isinstance(values, list) or int(listed[2]) >= len(values):

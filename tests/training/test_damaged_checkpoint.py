@@ -9,10 +9,13 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 import ptsim
 from ptsim.cli.main import run as command
-from ptsim.errors import PtsimError
+from ptsim.errors import PtsimError, UsageError
+from ptsim.prune.structure import apply_structure, structure_of
+from ptsim.training.stored import load_optimizer, optimizer_tensors
 from tests.training.runs import settings
 
 WRONG: tuple[Any, ...] = ("wrong", -1, None, [], {"wrong": 1})
@@ -127,3 +130,26 @@ def test_a_network_that_its_images_do_not_go_through_is_refused_also_without_a_d
     file.write_text(json.dumps(description))
     with pytest.raises(PtsimError, match="8 channels in 9007199254740992 groups at stem"):
         ptsim.load_model(folder, trust=True)
+
+
+def test_a_structure_with_another_kernel_is_refused() -> None:
+    """Pruning removes channels, never a part of a kernel: one of 3 × 0 ends in torch's own words much later."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    structure = structure_of(network)
+    structure["tensors"]["0.weight"] = [8, 3, 0, 3]
+    with pytest.raises(UsageError, match=r"a kernel of \(0, 3\) at 0, the model \(3, 3\)"):
+        apply_structure(network, structure)
+
+
+@pytest.mark.parametrize(("shape", "says"), [((), "another form"), ((0,), "another form"), ((1, 1), "does not fit")])
+def test_a_moment_of_another_form_than_its_parameter_is_refused(shape: tuple[int, ...], says: str) -> None:
+    """A vector of one element is no scalar: Adam would end with torch's words in the next step."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Linear(1, 2))
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    tensors = optimizer_tensors(network, optimizer)
+    load_optimizer(network, optimizer, tensors, {})  # as it was
+    tensors["optimizer/0.bias/exp_avg"] = torch.zeros(shape)
+    with pytest.raises(UsageError, match=says):
+        load_optimizer(network, optimizer, tensors, {})
