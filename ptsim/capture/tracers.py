@@ -314,13 +314,18 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh)
 
 
+def has_kept_shape(module: nn.Module) -> bool:
+    """True for the modules that `kept_shape` knows."""
+    return type(module) in (*_NORMS, *_ACTIVATIONS)
+
+
 def kept_shape(module: nn.Module, target: object, args: tuple[Any, ...]) -> Tensor | None:
     """What a BatchNorm or an activation gives for a tensor without storage: its shape; torch's own way there is slow.
 
     None for every other module or input, or where a hook looks on.
     """
     hooked = module._forward_hooks or module._forward_pre_hooks
-    if type(module) not in (*_NORMS, *_ACTIVATIONS) or hooked or len(args) != 1 or not args[0].is_meta:
+    if not has_kept_shape(module) or hooked or len(args) != 1 or not args[0].is_meta:
         return None
     if isinstance(module, _NORMS) and args[0].shape[1] != module.num_features:
         raise RuntimeError(f"{target} expects {module.num_features} channels, got {args[0].shape[1]}")
