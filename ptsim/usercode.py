@@ -47,11 +47,10 @@ def source_files(file: Path) -> dict[str, Path]:
 
 def _elsewhere(name: str) -> Path | None:
     """The file `name` below one of the folders that Python looks through, unless it belongs to an installed package."""
-    installed = _installed_roots()
     for folder in map(os.path.realpath, sys.path):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
-            return None if path.startswith(installed) or "dist-packages" in path else Path(path)
+            return None if _lies_installed(path) else Path(path)
     return None
 
 
@@ -119,8 +118,10 @@ def _is_installed(module: ModuleType) -> bool:
     """Whether it belongs to Python or to an installed package; what is built in has no place."""
     file = getattr(module, "__file__", None)
     places = [os.path.realpath(place) for place in ([file] if file else getattr(module, "__path__", ()))]
-    return all(place.startswith(_installed_roots()) for place in places)
+    return all(map(_lies_installed, places))
 
 
-def _installed_roots() -> tuple[str, ...]:
-    return tuple(os.path.realpath(sysconfig.get_path(kind)) + os.sep for kind in ("stdlib", "purelib", "platlib"))
+def _lies_installed(path: str) -> bool:
+    """Whether a file is Python's or a package's, of whichever installation: this one, its base, or the user's own."""
+    roots = tuple(os.path.realpath(sysconfig.get_path(kind)) + os.sep for kind in ("stdlib", "purelib", "platlib"))
+    return path.startswith(roots) or not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts)

@@ -20,6 +20,7 @@ from ptsim.errors import FileFormatError, TrainingError, UsageError
 from ptsim.trace.io import TraceWriter, read_records
 from ptsim.training import checkpoint, step
 from ptsim.training.data import decode
+from ptsim.usercode import source_files
 from tests.training.runs import NETS, servant, settings, train_until_killed
 
 
@@ -264,6 +265,17 @@ _BODY = """class Body(nn.Module):
     def forward(self, x):
         return self.fc(self.conv(x).relu().mean((2, 3)))
 """
+
+
+@pytest.mark.parametrize("name", ["site-packages", "dist-packages"])
+def test_packages_of_another_installation_are_not_the_users(tmp_path, monkeypatch, name):
+    packages = tmp_path / "home/.local/lib/python3.11" / name  # as pip's --user and a virtual environment's base have
+    packages.mkdir(parents=True)
+    (packages / "heavy_package.py").write_text("import heavy_part")
+    (packages / "heavy_part.py").write_text("")
+    (tmp_path / "net.py").write_text("import heavy_package")
+    monkeypatch.syspath_prepend(str(packages))
+    assert set(source_files(tmp_path / "net.py")) == {"net.py"}
 
 
 def test_a_checkpoint_names_the_classes(tmp_path):
