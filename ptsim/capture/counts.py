@@ -45,6 +45,8 @@ _FREE = """
     native_dropout empty_like feature_dropout_ tile tensor_split stack pixel_shuffle channel_shuffle
     _shape_as_tensor scalar_tensor eq ne lt gt"""
 
+_NODE = "node_"  # before a node's name in that of its scope: a module cannot be called `to`
+
 
 def forward_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, Counter[str]]:
     """Node of the training graph → operator → operations for one image in evaluation mode (1 MAC = 1).
@@ -62,7 +64,7 @@ def forward_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[st
         graph = symbolic_graph(_detached_copy(model).train(), (1, *input_shape))
         analysis = counter(_Scoped(graph.eval()), example_input(model, input_shape, batch=1))
         by_module = analysis.by_module_and_operator()
-    prefix = "scopes."
+    prefix = f"scopes.{_NODE}"
     return {name.removeprefix(prefix): counts for name, counts in by_module.items() if name.startswith(prefix)}
 
 
@@ -145,7 +147,7 @@ class _Scoped(nn.Module):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         calls = [n.name for n in graph.graph.nodes if n.op.startswith("call_")]
-        self.scopes = nn.ModuleDict({name: _Scope() for name in calls})
+        self.scopes = nn.ModuleDict({_NODE + name: _Scope() for name in calls})
         self._interpreter = _ScopedInterpreter(graph, self.scopes)
         self.eval()
 
@@ -159,8 +161,8 @@ class _ScopedInterpreter(fx.Interpreter):
         self._scopes = scopes
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.name in self._scopes:
-            return self._scopes[n.name](lambda: super(_ScopedInterpreter, self).run_node(n))
+        if _NODE + n.name in self._scopes:
+            return self._scopes[_NODE + n.name](lambda: super(_ScopedInterpreter, self).run_node(n))
         return super().run_node(n)
 
 

@@ -339,3 +339,10 @@ def test_layers_without_gradients_keep_nothing_for_backward() -> None:
     kept = {layer.name: layer.saved_elements for layer in network.layers}
     assert (kept["a"], kept["an"], kept["relu"]) == (0, 0, 0)
     assert kept["b"] == 6 * 36, "its input"
+
+
+def test_a_call_may_have_the_name_of_a_modules_method() -> None:
+    network = capture_network(
+        Net(mix=lambda model, x: x.to(x.dtype).float()), name="n", input_shape=IMAGE, num_classes=4
+    )
+    assert [layer.forward_macs for layer in network.layers if layer.name == "a"] == [3 * 9 * 6 * 36]
