@@ -105,6 +105,7 @@ class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
             # torch.fx records `x += y` as an addition that makes a new tensor. Code that walks through a tensor takes
             # it apart at once, its graph piece by piece.
             name = str(func.overloadpacket).removesuffix("_")
-            self.steps += [("aten.select" if name == "aten.unbind" else name, tuple(value.shape)) for value in made]
+            if name != "aten.detach":  # as autograd keeps a result, which a checkpoint does at another time
+                self.steps += [("aten.select" if name == "aten.unbind" else name, tuple(value.shape)) for value in made]
             self._made |= {id(value): value for value in made}
         return result

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ptsim.capture.network import capture_network
 from ptsim.errors import UnsupportedModelError
@@ -346,3 +347,10 @@ def test_a_call_may_have_the_name_of_a_modules_method() -> None:
         Net(mix=lambda model, x: x.to(x.dtype).float()), name="n", input_shape=IMAGE, num_classes=4
     )
     assert [layer.forward_macs for layer in network.layers if layer.name == "a"] == [3 * 9 * 6 * 36]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_checkpoint_is_looked_through(use_reentrant: bool) -> None:
+    model = Net(mix=lambda model, x: checkpoint(torch.relu, x, use_reentrant=use_reentrant))
+    assert find_groups(model, IMAGE).num_channels[0] == 11
