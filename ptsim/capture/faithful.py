@@ -17,6 +17,8 @@ from ptsim.capture.tracers import has_kept_shape, kept_shape
 
 _Step: TypeAlias = tuple[str, tuple[int, ...]]  # an operator or a module, and the shape of what it gives
 
+_COPIES = ("aten.detach", "aten.clone", "aten.empty_like")  # which a checkpoint, without gradients, does not make
+
 
 def does_the_same(
     model: nn.Module,
@@ -105,7 +107,7 @@ class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
             # torch.fx records `x += y` as an addition that makes a new tensor. Code that walks through a tensor takes
             # it apart at once, its graph piece by piece.
             name = str(func.overloadpacket).removesuffix("_")
-            if name != "aten.detach":  # as autograd keeps a result, which a checkpoint does at another time
+            if name not in _COPIES:
                 self.steps += [("aten.select" if name == "aten.unbind" else name, tuple(value.shape)) for value in made]
             self._made |= {id(value): value for value in made}
         return result

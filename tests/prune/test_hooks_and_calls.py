@@ -352,5 +352,8 @@ def test_a_call_may_have_the_name_of_a_modules_method() -> None:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_checkpoint_is_looked_through(use_reentrant: bool) -> None:
-    model = Net(mix=lambda model, x: checkpoint(torch.relu, x, use_reentrant=use_reentrant))
-    assert find_groups(model, IMAGE).num_channels[0] == 11
+    def prepare(model: Any) -> None:
+        model.again = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU())
+
+    model = Net(prepare, mix=lambda model, x: checkpoint(model.again, x, use_reentrant=use_reentrant))
+    assert find_groups(model, IMAGE).num_channels[0] == 6 + 6 + 5
