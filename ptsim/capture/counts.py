@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import copied
-from ptsim.capture.graph import example_input, symbolic_graph
+from ptsim.capture.graph import example_input, output_tensors, symbolic_graph
 
 with warnings.catch_warnings():
     for deprecated in (DeprecationWarning, FutureWarning):  # of torch 2.11, and of 2.14
@@ -152,7 +152,7 @@ class _Scoped(nn.Module):
         self.eval()
 
     def forward(self, images: torch.Tensor) -> Any:
-        return self._interpreter.run(images)
+        return tuple(output_tensors(self._interpreter.run(images)))  # torch.jit knows no other records
 
 
 class _ScopedInterpreter(fx.Interpreter):

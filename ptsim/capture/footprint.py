@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import dtype_of, hollow_copy
+from ptsim.capture.graph import output_tensors
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.capture.looking import let_hooks_look
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Moment
@@ -122,7 +123,7 @@ def _watch(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, g
         rules = _LikeGpu(half=half)
         with ledger, rules if gpu else contextlib.nullcontext():
             with torch.autocast("cpu", torch.bfloat16, enabled=half), hooks:
-                outputs = [leaf for leaf in pytree.tree_leaves(twin(images)) if isinstance(leaf, Tensor)]
+                outputs = list(output_tensors(twin(images)))
             kept = ledger.kept()
             for parameter in twin.parameters():
                 if parameter.requires_grad:

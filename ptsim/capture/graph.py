@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ptsim.capture.calls import attributes_restored
@@ -219,7 +220,7 @@ def example_input(model: nn.Module, input_shape: tuple[int, int, int], *, batch:
 
 
 def output_tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a model returns: a tensor, or dicts, sequences and dataclasses of tensors."""
+    """The tensors in what a model takes or returns: dicts, sequences, dataclasses, and what torch's pytree knows."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict):
@@ -231,6 +232,8 @@ def output_tensors(output: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(output):
         for field in dataclasses.fields(output):
             yield from output_tensors(getattr(output, field.name))
+    else:
+        yield from (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def _place(error: Exception) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -37,12 +39,22 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
     Raises:
         UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
     """
+    _refuse_scripts(model)
     with random_state_kept(model, []):  # each look at the network begins with the same random numbers
         small = rehearse(model, input_shape, _BATCHES[0])
         if small.graph.meta["draws"] or small.graph.meta["changes"] or chance_of(model).untold:
             take_fullest_way(model, (_BATCHES[0], *input_shape))
             small = rehearse(model, input_shape, _BATCHES[0])
         return _described(model, small, name=name, input_shape=input_shape, num_classes=num_classes)
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
+            raise UnsupportedModelError(
+                f"{path or 'the model'} is a ScriptModule, whose operators nobody sees from outside",
+                hint="use the module that was given to torch.jit.script or torch.jit.trace",
+            )
 
 
 def _described(
@@ -254,9 +266,9 @@ def _auxiliary(model: nn.Module, graph: fx.GraphModule, input_shape: tuple[int, 
 
 
 def _outputs(graph: fx.GraphModule) -> list[fx.Node]:
-    """What the graph returns, in order; a named tuple is a call of its class."""
-    returned = graph.graph.output_node().args
+    """What the graph returns, in order; a named tuple or a dataclass is a call of its class."""
+    returned: Any = graph.graph.output_node().args
     (first,) = returned
     if isinstance(first, fx.Node) and first.op == "call_function" and isinstance(first.target, type):
-        returned = first.args
+        returned = first.args, first.kwargs
     return [node for node in pytree.tree_leaves(returned) if isinstance(node, fx.Node)]

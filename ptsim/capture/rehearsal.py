@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import copied, dtype_of, hollow_copy
-from ptsim.capture.graph import naming_the_image, symbolic_graph
+from ptsim.capture.graph import naming_the_image, output_tensors, symbolic_graph
 from ptsim.capture.hollow import NoArithmetic
 from ptsim.capture.looking import let_hooks_look
 from ptsim.capture.ways import read_alone
@@ -105,7 +105,7 @@ def rehearse(
         dtype = dtype_of(twin)
         with naming_the_image(model, input_shape):
             with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
-                outputs = _tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype)))
+                outputs = list(output_tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype))))
             watcher.finish()
             ready, idle = _gradient_order(twin, outputs) if backward else ((), frozenset[str]())
     return Rehearsal(twin, graph, watcher.steps, ready, idle)
@@ -124,7 +124,7 @@ class _Watcher(fx.Interpreter):
         self._seen = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in own}
 
     def run_node(self, n: fx.Node) -> Any:
-        handed = [value for at in n.all_input_nodes if at.op != "get_attr" for value in _tensors(self.env[at])]
+        handed = [value for at in n.all_input_nodes if at.op != "get_attr" for value in output_tensors(self.env[at])]
         arguments, keywords = pytree.tree_map_only(Tensor, Tensor.size, self.fetch_args_kwargs_from_env(n))
         step = Step(arguments, keywords, tuple(tuple(t.shape) for t in handed))
         step.needs_gradient = tuple(t.requires_grad for t in handed)
@@ -137,7 +137,7 @@ class _Watcher(fx.Interpreter):
             result = super().run_node(n)
         self._current = None
         if n.op in ("call_module", "call_function", "call_method"):
-            given = _tensors(result)
+            given = list(output_tensors(result))
             step.outputs = tuple(tuple(t.shape) for t in given)
             step.inplace = versions != [t._version for t in handed]
             step.works = bool(given) and (step.inplace or not all(any(t is h for h in handed) for t in given))
@@ -181,7 +181,3 @@ def _gradient_order(model: nn.Module, outputs: list[Tensor]) -> tuple[tuple[str,
         torch.autograd.backward(loss)
     idle = [name for name in trainable if name not in set(ready)]
     return (*ready, *idle), frozenset(idle)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -23,7 +23,9 @@ from ptsim.errors import PtsimError, UnsupportedModelError
 _MOST_TRACES, _FRUITLESS_TRACES = 256, 32  # of code that lets random numbers decide
 _FLOATS = re.compile(r"(?<![\w.])\d+(\.\d+(e[+-]?\d+)?|e[+-]?\d+)")
 # Operators that write; those that hand out a tensor's memory.
-_ACTS = re.compile(r"(set(item|attr)|i(add|sub|mul|truediv|pow)|.*[^_]_)$")
+_ACTS = re.compile(
+    r"(set(item|attr)|i(add|sub|mul|truediv|pow)|.*[^_]_|_?set_grad_enabled|_(enter|exit)_autocast|manual_seed)$"
+)
 READING = ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero")  # give numbers that depend on values
 _HANDS_OUT = ("numpy", "data_ptr", "storage", "untyped_storage")
 _WITHOUT_EFFECTS = ("torch", "_operator", "math", "builtins")
@@ -119,7 +121,8 @@ def unused_nodes(graph: fx.GraphModule) -> list[fx.Node]:
     for node in reversed(graph.graph.nodes):
         if node.op in ("call_function", "call_method") and all(user in unused for user in node.users):
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            package = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+            place = str(getattr(node.target, "__module__", None) or "torch")
+            package = "" if place.startswith("torch._functorch") else place.partition(".")[0]  # vmap opens and closes
             told_to = any(given is True for given in (*node.args, node.kwargs.get("inplace")))
             acts = told_to or "out" in node.kwargs or _ACTS.match(name) or (name in _HANDS_OUT and is_the_models(node))
             if not acts and package in _WITHOUT_EFFECTS and node.name not in graph.meta["looked"]:

@@ -7,6 +7,7 @@ operator without a rule freezes the channels that flow into it, with a reason.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -180,9 +181,10 @@ class Propagation(fx.Interpreter):
         if node.op == "get_attr":
             return self._attribute(value)
         if node.op == "output":
-            for source in node.all_input_nodes:
-                for label in tensor_labels(self.labels.get(source)):
-                    state.freeze(label, ENDS[1])
+            for given in node.all_input_nodes:
+                for source in given.all_input_nodes if _is_returned_record(given) else (given,):
+                    for label in tensor_labels(self.labels.get(source)):
+                        state.freeze(label, ENDS[1])
             return None
         module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
         call = Call(self, state, self.labels, node, value, module)
@@ -231,6 +233,8 @@ class Propagation(fx.Interpreter):
 
     def _function(self, call: Call) -> Label:
         value, target = call.value, call.node.target
+        if _is_returned_record(call.node):
+            return None
         tensors = isinstance(value, Tensor) or (
             isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value)
         )
@@ -252,6 +256,12 @@ class Propagation(fx.Interpreter):
         if any(isinstance(label, tuple) for label in call.labels) and not takes_tuples(found):
             call.refuse(f"{call.op} has no rule")
         return found(call)
+
+
+def _is_returned_record(node: fx.Node) -> bool:
+    """True for the dataclass around the tensors that a model returns."""
+    made = isinstance(node.target, type) and dataclasses.is_dataclass(node.target)
+    return made and all(user.op == "output" for user in node.users)
 
 
 def _fits(label: Label, value: Any) -> bool:

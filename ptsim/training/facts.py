@@ -13,10 +13,9 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import ptsim
-from ptsim.capture.graph import evaluation_mode, example_input, naming_the_image
+from ptsim.capture.graph import evaluation_mode, example_input, naming_the_image, output_tensors
 from ptsim.errors import TrainingError, UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
@@ -211,7 +210,7 @@ def num_outputs(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
         naming_the_image(network, input_shape),
     ):
         output = network(example_input(network, input_shape))
-    first = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    first = next(output_tensors(output), None)
     return int(first.shape[1]) if first is not None and first.ndim > 1 else 1
 
 

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ptsim.capture.graph import output_tensors
 from ptsim.errors import UsageError
 from ptsim.measure.profile import HALF_TYPES
 from ptsim.measure.timers import Phase, StepTimer
@@ -280,7 +280,7 @@ class Watch:
             return
         if getattr(module, "_is_replica", False):
             raise UsageError(ON_SEVERAL_GPUS, hint=WHOLE_ON_EVERY_RANK)
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+        given = [tensor for tensor in output_tensors((args, kwargs)) if tensor.ndim]
         images = next((tensor for tensor in given if tensor.ndim == 4), given[0] if given else None)
         self._images = 0 if images is None else len(images)
         if self._ignored(module):
@@ -335,8 +335,8 @@ class Watch:
         if self._compiled and not self.num_backwards and (kept := _kept_format(output)) is not None:
             self.precision = self._inside = kept
         begins = functools.partial(self._backward_begins, _Pass(self._images, module.training))
-        for leaf in pytree.tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
+        for leaf in output_tensors(output):
+            if leaf.requires_grad:
                 leaf.register_hook(begins)  # type: ignore[no-untyped-call] # torch's gap
 
     def _judged(self, module: nn.Module) -> None:
@@ -402,7 +402,7 @@ def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 def _kept_format(output: Any) -> Precision | None:
     """Of the half-precision matrices that a compiled graph behind these outputs keeps; None where it keeps none."""
-    nodes = [leaf.grad_fn for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn]
+    nodes = [leaf.grad_fn for leaf in output_tensors(output) if leaf.grad_fn]
     for node in itertools.islice(nodes, _NEAR):  # the list grows meanwhile
         for tensor in getattr(node, "saved_tensors", ()):
             if tensor is not None and tensor.ndim > 1 and tensor.dtype in _HALF:

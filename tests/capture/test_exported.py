@@ -134,3 +134,23 @@ def test_tracing_leaves_no_stand_in_behind() -> None:
     assert "last" not in vars(model)
     capture_network(model, name="storing", input_shape=IMAGE, num_classes=4)
     assert "last" not in vars(model)
+
+
+class Mapped(nn.Module):
+    """torch.vmap cannot take stand-ins; its export opens and closes a level by calls that nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.vmap(lambda image: image.mean((1, 2)))(self.stem(x).relu())
+        result: Tensor = self.head(pooled)
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:.*is traced by torch.export")
+def test_channels_that_a_mapped_function_takes_stay() -> None:
+    groups = find_groups(Mapped(), IMAGE)
+    assert not groups.prunable.any()
+    assert any("has no rule" in reason for reason in groups.reasons)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Literal
@@ -13,6 +14,7 @@ from _pytest.mark import ParameterSet
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import ptsim
 from analysis.check_counts import kept_bytes
 from ptsim import zoo
 from ptsim.capture import footprint
@@ -20,7 +22,7 @@ from ptsim.capture.copies import copied
 from ptsim.capture.network import capture_network
 from ptsim.capture.rehearsal import rehearse
 from ptsim.capture.tracers import Tracer
-from ptsim.costs.flops import layer_macs, training_macs
+from ptsim.costs.flops import inference_macs, layer_macs, training_macs
 from ptsim.costs.memory import iteration_memory
 from ptsim.errors import UnsupportedModelError
 from ptsim.network import LayerKind, Network
@@ -256,3 +258,36 @@ def test_parameters_of_a_users_own_layers_are_found_without_a_walk_through_all_o
     model.named_parameters = lambda *args, **kwargs: walks.append(1) or walk(*args, **kwargs)
     assert str(Tracer().trace(model)) == expected
     assert len(walks) == 1
+
+
+@dataclasses.dataclass
+class _Answer:
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+class _Answering(nn.Module):
+    """Returns a record, as many libraries' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, images: torch.Tensor) -> _Answer:
+        features = self.second(self.first(images).relu()).mean((2, 3))
+        return _Answer(self.head(features), features)
+
+
+def test_a_model_may_return_a_dataclass() -> None:
+    network = capture_network(_Answering(), name="answering", input_shape=(3, 8, 8), num_classes=4)
+    assert inference_macs(network) == 3 * 9 * 8 * 36 + 8 * 9 * 6 * 16 + 6 * 4
+    found = ptsim.inspect(_Answering(), input_shape=(3, 8, 8))
+    assert found.exact
+    assert found.prunable_channels == 8  # those of `features` are given away
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripted_layers_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), torch.jit.script(nn.Conv2d(8, 4, 3)), nn.Flatten())
+    with pytest.raises(UnsupportedModelError, match="1 is a ScriptModule, whose operators"):
+        capture_network(model, name="scripted", input_shape=(3, 8, 8), num_classes=64)
