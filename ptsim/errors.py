@@ -61,7 +61,8 @@ class UnknownNameError(UsageError):
         part_of = [known_name for known_name in names if len(name) > 1 and name.lower() in known_name]
         if close is None:
             close = part_of[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        listed = ", ".join(names if len(names) <= 40 else close or names[:40])
+        shown = names if len(names) <= 40 else close or names[:40]
+        listed = ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(shown) < len(names) else "")
         hint = f"did you mean {' or '.join(close)}?" if close else None
         super().__init__(f"unknown {what} {name!r}; known: {listed or 'none'}", hint=hint)
         self.name = name
