@@ -19,7 +19,7 @@ def test_of_many_names_only_the_close_ones_are_listed() -> None:
     error = UnknownNameError("device", "gpu7x", [f"gpu{i}" for i in range(100)])
     assert len(error.message) < 120
     assert error.message.endswith(" and 97 more")
-    assert UnknownNameError("device", "?", [f"gpu{i}" for i in range(100)]).message.endswith(", gpu42 and 60 more")
+    assert UnknownNameError("device", "?", [f"gpu{i}" for i in range(100)]).message.endswith(", gpu44 and 60 more")
 
 
 def test_part_of_a_name_is_guessed_from() -> None:
