@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 
 Changes: TypeAlias = Mapping[tuple[str, str], tuple[Any, Any]]  # module's path, attribute → before and after
@@ -20,10 +21,12 @@ class Left:
 
 @contextlib.contextmanager
 def attributes_restored(model: nn.Module) -> Iterator[Callable[[], Changes]]:
-    """Afterwards every module has the attributes that it had: tracing leaves stand-ins where the code stores values.
+    """Afterwards every module has the attributes that it had, and its buffers their values.
 
-    What it gives tells, inside, what has changed so far.
+    Tracing leaves stand-ins where the code stores values, and runs what the code does with buffers alone. What it
+    gives tells, inside, which attributes have changed so far.
     """
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     before = [
         (path, table, dict(table), {name: value.copy() for name, value in table.items() if type(value) in (dict, list)})
         for path, module in model.named_modules()
@@ -41,6 +44,10 @@ def attributes_restored(model: nn.Module) -> Iterator[Callable[[], Changes]]:
     try:
         yield changes
     finally:
+        for buffer, version, values in buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(values)
         for _, table, attributes, containers in before:
             table.clear()
             table.update(attributes)

@@ -31,7 +31,7 @@ def test_parquet_gives_every_table_back(tmp_path: Path) -> None:
 
 
 def test_a_whole_number_of_more_than_64_bits_becomes_a_float(tmp_path: Path) -> None:
-    trace = shrinking_trace(tmp_path / "t.jsonl", epochs=3)
+    trace = shrinking_trace(tmp_path / "t.jsonl", epochs=3, status=None)
     lines = trace.read_text(encoding="utf-8").replace('"num_iterations":', '"num_iterations":1000000000000')
     trace.write_text(lines, encoding="utf-8")
     assert run(["export", str(trace), "--format", "parquet", "--out", str(tmp_path / "out")]) == 0

@@ -1,6 +1,7 @@
 """What a reconfiguration, a copy and a rebuilt network carry over: optimizer state, buffers, computed weights."""
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -178,7 +179,8 @@ def test_a_layer_whose_weight_is_computed_stays_and_the_rest_is_pruned(name: str
     assert found.exact
     # the 48 behind it, and its own 32 where each is computed by itself; never the 16 that its weight is computed over
     assert found.prunable_channels == (80 if "weight_norm" in name else 48)
-    assert any("computes its weight" in str(group.reason) for group in found.groups)
+    reason = "computes its weight|a hook changes what 2 "  # the older functions compute it in a hook
+    assert any(re.search(reason, str(group.reason)) for group in found.groups)
     with torch.no_grad():
         model.eval()(images)  # as a validation leaves it
     network = capture_network(model.train(), name="made", input_shape=IMAGE, num_classes=4)

@@ -357,3 +357,26 @@ def test_a_checkpoint_is_looked_through(use_reentrant: bool) -> None:
 
     model = Net(prepare, mix=lambda model, x: checkpoint(model.again, x, use_reentrant=use_reentrant))
     assert find_groups(model, IMAGE).num_channels[0] == 6 + 6 + 5
+
+
+class Counted(nn.Module):
+    """Counts its calls in a buffer, and in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.calls = 0
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen += len(x)
+        result: Tensor = self.head(self.conv(x).mean((2, 3)))
+        return result
+
+
+def test_looking_at_a_network_leaves_its_counters_as_they_are() -> None:
+    model = Counted()
+    find_groups(model, (3, 8, 8))
+    capture_network(model, name="counted", input_shape=(3, 8, 8), num_classes=4)
+    assert (model.calls, int(model.seen)) == (0, 0)

@@ -318,33 +318,10 @@ def test_the_end_tells_as_many_epochs_as_there_are(tmp_path: Path) -> None:
         read_trace(file)
 
 
-@pytest.mark.parametrize(
-    ("field", "factor", "says"),
-    [
-        ("num_iterations", 2, "field 'num_iterations' is {told}, but the epochs have {sum:.0f}"),
-        ("wall_s", 0.5, "field 'wall_s' is {told:g}, but the epochs took {sum:g} s"),
-        ("wall_s", 1e-320, "field 'wall_s' is {told:g}, but the epochs took {sum:g} s"),
-        ("energy_j", 0.5, "field 'energy_j' is {told:g}, but the epochs used {sum:g} J"),
-        ("wall_s", 100, None),  # what lies between the epochs takes time, too
-        ("wall_s", None, None),
-        ("energy_j", None, None),
-    ],
-)
-def test_the_totals_of_the_end_are_those_of_the_epochs(
-    tmp_path: Path, field: str, factor: float | None, says: str | None
-) -> None:
-    epochs = [record for record in shrinking_records() if isinstance(record, Epoch)]
-    sums = {
-        "num_iterations": sum(epoch.num_iterations for epoch in epochs),
-        "wall_s": sum(epoch.time.wall_s for epoch in epochs),
-        "energy_j": sum(epoch.device.energy_j or 0.0 for epoch in epochs if epoch.device is not None),
-    }
-    told = None if factor is None else type(sums[field])(sums[field] * factor)
-    file = broken(tmp_path, line_of(End), lambda record: record.update({field: told}))
-    if says is None:
-        assert getattr(read_trace(file).end, field) == told
-        return
-    with pytest.raises(FileFormatError, match=re.escape(says.format(told=told, sum=sums[field]))):
+def test_the_iterations_of_the_end_are_those_of_the_epochs(tmp_path: Path) -> None:
+    total = sum(record.num_iterations for record in shrinking_records() if isinstance(record, Epoch))
+    file = broken(tmp_path, line_of(End), lambda record: record.update(num_iterations=2 * total))
+    with pytest.raises(FileFormatError, match=f"field 'num_iterations' is {2 * total}, but the epochs have {total}"):
         read_trace(file)
 
 
