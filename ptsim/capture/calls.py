@@ -26,7 +26,9 @@ def attributes_restored(model: nn.Module) -> Iterator[Callable[[], Changes]]:
     Tracing leaves stand-ins where the code stores values, and runs what the code does with buffers alone. What it
     gives tells, inside, which attributes have changed so far.
     """
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_inference()
+    ]
     before = [
         (path, table, dict(table), {name: value.copy() for name, value in table.items() if type(value) in (dict, list)})
         for path, module in model.named_modules()
