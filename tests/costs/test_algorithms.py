@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 import ptsim
 from ptsim.cli.main import run
-from ptsim.costs.algorithms import CollectiveAlgorithm, MessageWork, add_algorithm, all_algorithms, remove_algorithm
+from ptsim.costs.algorithms import (
+    CollectiveAlgorithm,
+    MessageWork,
+    add_algorithm,
+    all_algorithms,
+    find_algorithm,
+    remove_algorithm,
+)
 from ptsim.costs.collectives import all_reduce
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.spec import Cluster, Link
@@ -77,3 +85,28 @@ def test_without_a_schedule_it_cannot_be_simulated_link_by_link() -> None:
             simulate_all_reduces(CLUSTER, [PlacedJob(ranks=(0, 1), message_bytes=1.0, algorithm="bare")])
     finally:
         remove_algorithm("bare")
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "nodes", "nics", "expected"),
+    [
+        # Every rank sends 2(p-1) shards of 1/p; 2(N-1) of the hops go between nodes.
+        ("ring", 8, 1, 1, MessageWork(14, 0, 14 / 8, 14 / 8)),
+        ("ring", 16, 2, 1, MessageWork(28, 2, 30 / 16, 30 / 16)),
+        ("ring", 4, 4, 1, MessageWork(0, 6, 0, 6 / 4)),
+        # Up and down a chain of 8, then a double binary tree; of two nodes each sends once where every GPU has a NIC.
+        ("tree", 16, 2, 1, MessageWork(14, 2, 2, 2)),
+        ("tree", 16, 2, 8, MessageWork(14, 2, 2, 1)),
+        ("tree", 4, 2, 2, MessageWork(2, 2, 1, 1)),
+        ("tree", 32, 4, 8, MessageWork(14, 4, 2, 2)),
+        ("tree", 8, 1, 8, MessageWork(14, 0, 2, 0)),
+        # Nodes that are not full count as their fullest.
+        ("hierarchical", 15, 2, 1, MessageWork(14, 2, 14 / 8, 1)),
+        ("hierarchical", 32, 4, 1, MessageWork(14, 6, 14 / 8, 6 / 4)),
+    ],
+)
+def test_hops_and_messages_of_an_all_reduce_are_those_counted_by_hand(
+    name: str, gpus: int, nodes: int, nics: int, expected: MessageWork
+) -> None:
+    cluster = msgspec.structs.replace(CLUSTER, inter=LINK, nics_per_node=nics, max_nodes=8)
+    assert find_algorithm(name).work(cluster, gpus, nodes) == pytest.approx(expected)
