@@ -271,7 +271,7 @@ def _measured_tiles(measured: pd.DataFrame, setting: str) -> Iterator[Tile]:
         name="Time where it was recorded",
         value=percent(row.time_fraction),
         detail=detail,
-        origin=f"measured, {row.num_runs} {'pair' if row.num_runs == 1 else 'pairs'} of runs; no interval",
+        origin=f"measured, {counted(row.num_runs, 'pair')} of runs; no interval",
     )
 
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from ptsim.textfile import printable
-from ptsim.units import SCALES, format_count
+from ptsim.units import SCALES, counted, format_count
 
 WIDTH_IN = 4.7  # two columns at 1280 px, one at 400 px, and 9 pt text legible in both
 COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -207,7 +207,7 @@ def shown_name(name: str) -> str:
 
 def gpus(count: int) -> str:
     """1 → "1 GPU", 8 → "8 GPUs"."""
-    return f"{count:,} GPU" if count == 1 else f"{count:,} GPUs"
+    return counted(count, "GPU")
 
 
 def describe_setting(frame: pd.DataFrame) -> str:
