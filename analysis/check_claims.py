@@ -16,6 +16,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -124,9 +125,9 @@ def recorded_pair(root: Path) -> Figures:
     ]
 
 
-def recorded_resnet32(root: Path) -> Figures:
-    """What was saved of the time for each part that was saved of the FLOPs; and both runs at their own first pace."""
-    of = recorded("prunetrain-r0.25", root, "cifar10-resnet32")
+def recorded_saving(root: Path, *, folder: str, run: str) -> Figures:
+    """What was saved of the time for each part that was saved of the FLOPs."""
+    of = recorded(run, root, folder)
     return [
         f"training FLOPs {percent(of['flops'])}, BatchNorm traffic {percent(of['bn'])}, "
         f"inference FLOPs {percent(of['inference'])}, time {percent(of['time'])} of dense",
@@ -135,25 +136,24 @@ def recorded_resnet32(root: Path) -> Figures:
     ]
 
 
-def recorded_resnet32_pace(root: Path) -> Figures:
+def recorded_pace(root: Path, *, folder: str, run: str) -> Figures:
     """The time of both runs at the pace of their own first ten epochs, and what the run's profiles say of it."""
-    folder = root / "traces" / "cifar10-resnet32"
     own = []
-    for name in ("prunetrain-r0.25", "dense"):
-        seconds = [epoch.time.wall_s for epoch in ptsim.read_trace(folder / f"{name}.jsonl").epochs]
+    for name in (run, "dense"):
+        seconds = [epoch.time.wall_s for epoch in ptsim.read_trace(root / "traces" / folder / f"{name}.jsonl").epochs]
         own.append(percent(sum(seconds) / len(seconds) / (sum(seconds[:10]) / 10)))
-    trace = ptsim.read_trace(folder / "prunetrain-r0.25.jsonl")
+    trace = ptsim.read_trace(root / "traces" / folder / f"{run}.jsonl")
     step_s = {profile.architecture: profile.step_s for profile in trace.profiles}
     mean_s = sum(step_s[epoch.architecture] for epoch in trace.epochs) / len(trace.epochs)
     profiled = percent(mean_s / step_s[trace.epochs[0].architecture])
     return [f"pruned {own[0]}, dense {own[1]}", f"by the profiles of its networks {profiled}"]
 
 
-def recorded_resnet32_layers(root: Path) -> Figures:
+def recorded_layers(root: Path, *, folder: str, run: str) -> Figures:
     """The last network beside the first, by kind of layer, from the profiles that the run took of them."""
     from saving_by_layer import recorded_tables
 
-    tables = recorded_tables(ptsim.read_trace(root / "traces" / "cifar10-resnet32" / "prunetrain-r0.25.jsonl"))
+    tables = recorded_tables(ptsim.read_trace(root / "traces" / folder / f"{run}.jsonl"))
     kinds, last = tables["kinds"].set_index("kind"), tables["steps"].iloc[-1]
     names = {"conv": "convolutions", "batch_norm": "BatchNorm", "activation": "ReLU", "elementwise": "additions"}
     left = ", ".join(f"{text} {percent(kinds.time_left[kind])}" for kind, text in names.items())
@@ -164,6 +164,17 @@ def recorded_resnet32_layers(root: Path) -> Figures:
         f"{', '.join(lost[:-1])} and {lost[-1]} points",
         f"saved time over saved MACs {last.saved_time_per_saved_macs:.1f}",
     ]
+
+
+def recorded_vgg11_steps(root: Path) -> Figures:
+    """The step of the last network alone, and with its channels rounded up, as measured on an idle machine."""
+    rows = pd.read_csv(root / "traces" / "cifar10-vgg11" / "by_layer" / "steps.csv").set_index("network")
+    one, *rounded = (rows.loc[f"pruned, multiple of {multiple}"] for multiple in (1, 8, 16))
+    found = [
+        f"MACs {percent(one.macs_left)}, step {percent(one.time_left)} of dense",
+        f"saved time over saved MACs {one.saved_time_per_saved_macs:.1f}",
+    ]
+    return found + [f"MACs {percent(row.macs_left)}, step {percent(row.time_left)}" for row in rounded]
 
 
 def recorded_r03(root: Path) -> Figures:
@@ -380,12 +391,17 @@ def carried_over(root: Path) -> Figures:
     return found
 
 
+_VGG11 = {"folder": "cifar10-vgg11", "run": "prunetrain-r0.25"}
+_RESNET32 = {"folder": "cifar10-resnet32", "run": "prunetrain-r0.25"}
 CHECKS: dict[str, Callable[[Path], Figures]] = {
     "planned-saving": planned_saving,
     "recorded-pair": recorded_pair,
-    "recorded-resnet32": recorded_resnet32,
-    "recorded-resnet32-pace": recorded_resnet32_pace,
-    "recorded-resnet32-layers": recorded_resnet32_layers,
+    "recorded-vgg11": partial(recorded_saving, **_VGG11),
+    "recorded-vgg11-pace": partial(recorded_pace, **_VGG11),
+    "recorded-vgg11-steps": recorded_vgg11_steps,
+    "recorded-resnet32": partial(recorded_saving, **_RESNET32),
+    "recorded-resnet32-pace": partial(recorded_pace, **_RESNET32),
+    "recorded-resnet32-layers": partial(recorded_layers, **_RESNET32),
     "recorded-r03": recorded_r03,
     "recorded-gating": recorded_gating,
     "macs": macs,

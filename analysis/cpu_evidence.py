@@ -53,12 +53,11 @@ def _pruned(ratio: float, *more: str) -> dict[str, tuple[str, ...]]:
 PAIRS: dict[str, Pair] = {
     "vgg11": Pair("VGG-11, penalty ratio 0.25", "vgg11", _pruned(0.25)),
     "resnet32": Pair("ResNet-32, penalty ratio 0.25", "resnet32", _pruned(0.25)),
+    "resnet18-64": Pair(
+        "torchvision's ResNet-18 at 64×64, ratio 0.2", "torchvision:resnet18", _pruned(0.2), settings=("image_size=64",)
+    ),
     "resnet32-s2": Pair("the same, second seed", "resnet32", _pruned(0.25), seed=2),
     "resnet32-s3": Pair("the same, third seed", "resnet32", _pruned(0.25), seed=3),
-    "resnet32-r0.2": Pair("ResNet-32, penalty ratio 0.2", "resnet32", _pruned(0.2)),
-    "resnet18-64": Pair(
-        "torchvision's ResNet-18 at 64×64", "torchvision:resnet18", _pruned(0.25), settings=("image_size=64",)
-    ),
     "resnet32-dynamic": Pair(
         "ResNet-32, the mini-batch fixed and growing",
         "resnet32",
