@@ -166,15 +166,16 @@ def predict(
     parallel: BoundedStep | None = None
     network_tier = None
     if machine is not None and setting.data_parallel:
-        parallel, network_tier = _data_parallel(subject.network, step, machine, setting)
+        parallel, network_tier = _data_parallel(subject, step, machine, setting)
     notes = () if calibrated is None or step.tier != Tier.PROFILED else calibrated.doubts()
     return _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)
 
 
 def _data_parallel(
-    network: Network, step: StepTime, cluster: Cluster, setting: StepSetting
+    subject: Subject, step: StepTime, cluster: Cluster, setting: StepSetting
 ) -> tuple[BoundedStep, str | None]:
     """The simulated step of several GPUs, and the worst tier that its all-reduces come from."""
+    network = subject.network
     times = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, setting.num_gpus))
     simulated = data_parallel_step(
         network,
@@ -183,6 +184,7 @@ def _data_parallel(
         contention=contention_of(cluster, setting.num_gpus),
         tensor_s=hook_seconds(cluster, setting.num_gpus),
         shards=ddp.shards_of(network, setting),
+        overlap=subject.trace is None or not subject.trace.compiled,  # all gradients of a compiled step come at its end
     )
     return simulated, worst_tier({times(bucket.num_bytes).tier for bucket in ddp_buckets(network)})
 

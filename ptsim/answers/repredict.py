@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -37,6 +38,7 @@ from ptsim.trace.pace import (
 )
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
+from ptsim.units import counted
 
 
 class EpochCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +93,7 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
     with_profiles = [trace for trace in traces if trace.profiles]
     if not with_profiles:
         raise MissingMeasurementError("none of the other runs has profiles to predict from")
-    devices = {trace.run.device.name: trace.run.device for trace in with_profiles}
+    devices = dict.fromkeys(_device_words(trace) for trace in with_profiles)
     if len(devices) > 1:
         raise MissingMeasurementError(f"the other runs were made on different devices: {', '.join(devices)}")
     operators: tuple[OperatorTime, ...] = ()
@@ -111,7 +113,10 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
             )
             operators = merge_operators(operators, times)
             steps.append(step)
-    inputs = {trace.run.dataset.name: input_s_per_image(trace) for trace in with_profiles}
+    inputs: dict[str, list[float]] = {}
+    for trace in with_profiles:
+        if (value := input_s_per_image(trace)) is not None:
+            inputs.setdefault(trace.run.dataset.name, []).append(value)
     reconfigurations = [value for trace in with_profiles if (value := reconfiguration_s(trace)) is not None]
     info = with_profiles[0].run.device
     kind, memory_bytes = info.must_exist()
@@ -124,11 +129,17 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
         num_threads=info.num_threads,
         software=with_profiles[0].run.versions,
         reconfiguration_s=statistics.median(reconfigurations) if reconfigurations else None,
-        input_s_per_image={name: value for name, value in inputs.items() if value is not None},
+        input_s_per_image={name: statistics.median(values) for name, values in inputs.items()},
         sources=tuple(str(trace.path) for trace in with_profiles),
         operators=operators,
         steps=tuple(steps),
     )
+
+
+def _device_words(trace: Trace) -> str:
+    """The device as its times are told apart: a CPU with another number of threads is another one."""
+    info = trace.run.device
+    return info.name if info.num_threads is None else f"{info.name} with {counted(info.num_threads, 'thread')}"
 
 
 class _Pace(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,11 +177,11 @@ def source_of(
             reconfiguration_s=next((event.duration_s for event in measured_changes(trace)), None),
         )
     if profile is None:
-        others = [other for other in runs if other.path != trace.path]
+        others = [other for other in runs if other.path.resolve() != trace.path.resolve()]
         if not others:
             raise UsageError("a hold-out needs a device profile or a second run to predict from")
         profile = device_profile_of(others)
-    elif holdout and str(trace.path) in profile.sources:
+    elif holdout and trace.path.resolve() in {Path(source).resolve() for source in profile.sources}:
         raise UsageError(f"the device profile was calibrated on {trace.path}: that is no hold-out")
     known = profile
     known.check_device(run.device.name)

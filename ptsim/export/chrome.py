@@ -134,9 +134,8 @@ def profile_timeline(trace: Trace) -> Timeline:
         world_size=trace.run.world_size,
     )
     for pid, profile in enumerate(trace.profiles):
-        epochs = [
-            e.epoch for e in trace.epochs if (e.architecture, e.batch_per_gpu) == (profile.architecture, profile.batch)
-        ]
+        of = profile.architecture, profile.batch
+        epochs = [e.epoch for e in trace.epochs if (e.architecture, trace.setting_of(e).pass_batch) == of]
         span = f"epochs {epochs[0]} to {epochs[-1]}" if epochs else "not trained"
         timeline.process(pid, f"{trace.run.model} {profile.architecture}, mini-batch {profile.batch}, {span}")
         _add_profile(timeline, pid, profile, trace.networks[profile.architecture])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import math
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -44,7 +45,8 @@ def export_onnx(
 
     Raises:
         UsageError: the packages for ONNX are missing, or the file cannot be written.
-        UnsupportedModelError: torch cannot express the network, or the file computes something else.
+        UnsupportedModelError: torch cannot express the network, or the file computes something else, or
+            nothing finite.
     """
     path = Path(path)
     missing = [package for package in ("onnx", "onnxscript") if importlib.util.find_spec(package) is None]
@@ -62,6 +64,8 @@ def export_onnx(
     if metadata and "model" in metadata:
         content.graph.name = metadata["model"]
     error = _difference(model, images, content)
+    if math.isnan(error):
+        raise UnsupportedModelError("the network's outputs are no finite numbers: an exported file cannot be checked")
     if not error <= TOLERANCE:
         raise UnsupportedModelError(f"the exported file computes something else than this network: {error:.1e} apart")
     try:
@@ -96,11 +100,10 @@ def _difference(model: nn.Module, images: torch.Tensor, content: Any) -> float:
     from onnx.reference import ReferenceEvaluator
 
     evaluator: Any = ReferenceEvaluator(content)
-    worst = 0.0
+    apart = []
     for batch in (images, images[:1]):  # another size than it was exported with
         with torch.no_grad():
             expected = model(batch)
         (found,) = evaluator.run(None, {"images": batch.numpy()})
-        difference = (torch.from_numpy(found) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
-        worst = max(worst, float(difference))
-    return worst
+        apart.append((torch.from_numpy(found) - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return float(torch.stack(apart).max())  # NaN if one is: Python's max would lose it

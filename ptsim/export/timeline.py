@@ -147,7 +147,7 @@ def _add_step(timeline: Timeline, steps: RecordedSteps, spans: list[Span], gpu: 
 
 
 def _saved_bytes(layer: Layer, steps: RecordedSteps) -> int:
-    return layer.saved_bytes(steps.setting.batch, steps.setting.precision.activation_bytes)
+    return layer.saved_bytes(steps.setting.pass_batch, steps.setting.precision.activation_bytes)
 
 
 def _described(layer: Layer | None) -> dict[str, Any]:

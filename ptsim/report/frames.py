@@ -41,7 +41,8 @@ def run_state(trace: Trace) -> str:
 def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     """One row per run: what was trained, on what, how it ended and what it took, all as recorded.
 
-    `measured_seconds` sums the training epochs without validation; reconfigurations are counted apart. `last_*` are
+    `measured_seconds` sums the training epochs without validation; reconfigurations are counted apart. `energy_joules`
+    is of one GPU, the one whose process recorded. `last_*` are
     of the network that the run ended with, a reconfiguration after the last epoch included, and so is `final_accuracy`
     except where `judged` is False: the run stopped between that reconfiguration and its validation.
     """
@@ -269,11 +270,11 @@ def profiles_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     """One row per layer of every recorded profile: measured forward and backward seconds of one step's mini-batch.
 
     A layer without a backward node has a missing `backward_seconds`. `epoch` is the first that trained with this
-    architecture and mini-batch, missing where none did.
+    architecture and mini-batch, or passes as large, missing where none did.
     """
     rows = []
     for label, trace in zip(run_labels(traces), traces, strict=True):
-        first_epoch = {(e.architecture, e.batch_per_gpu): e.epoch for e in reversed(trace.epochs)}
+        first_epoch = {(e.architecture, trace.setting_of(e).pass_batch): e.epoch for e in reversed(trace.epochs)}
         for profile in trace.profiles:
             network = trace.networks[profile.architecture]
             for measured in profile.layers:

@@ -17,7 +17,7 @@ from ptsim.report.tables import Table, make_table
 from ptsim.sim.options import Options
 from ptsim.trace.pairs import data_name, device_name, model_name, run_labels
 from ptsim.trace.trace import Trace
-from ptsim.units import format_bandwidth, format_bytes, format_peak, format_seconds, percent
+from ptsim.units import format_bandwidth, format_bytes, format_peak, format_seconds, listed, percent
 
 COUNTING = (
     (
@@ -101,10 +101,8 @@ def _tier_rows(runs: Sequence[LabelledRun], projector: Projector, gpus: int) -> 
         for epoch in projection.epochs:
             tiers.setdefault(epoch.tier, []).append(epoch.epoch)
         for tier, epochs in tiers.items():
-            which = f"epochs {epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else f"epoch {epochs[0]}"
-            said.setdefault((f"step time, {which}", tier_row(tier).label, tier_row(tier).explanation), []).append(
-                run.label
-            )
+            words = tier_row(tier).label, tier_row(tier).explanation
+            said.setdefault((f"step time, {_which(epochs)}", *words), []).append(run.label)
         if network := projection.network_tier:
             words = tier_row(network).label, tier_row(network).all_reduce_explanation
             said.setdefault((f"all-reduce times, {format_gpus(gpus)}", *words), []).append(run.label)
@@ -114,6 +112,18 @@ def _tier_rows(runs: Sequence[LabelledRun], projector: Projector, gpus: int) -> 
     for (what, value, source), labels in said.items():
         who = "all runs" if len(labels) == len(runs) else "; ".join(labels)
         yield _row(f"{what}: {who}" if what else who, value, source)
+
+
+def _which(epochs: Sequence[int]) -> str:
+    """Epochs in words, neighbours by their ends: "epochs 0 to 4 and 9"."""
+    stretches: list[list[int]] = []
+    for epoch in epochs:
+        if stretches and epoch == stretches[-1][1] + 1:
+            stretches[-1][1] = epoch
+        else:
+            stretches.append([epoch, epoch])
+    words = [f"{first} to {last}" if first < last else f"{first}" for first, last in stretches]
+    return f"{'epochs' if len(epochs) > 1 else 'epoch'} {listed(words)}"
 
 
 def _network_rows(cluster: Cluster) -> Iterator[Row]:

@@ -245,7 +245,8 @@ ARCHITECTURES = TableSpec(
 RUNS = TableSpec(
     name="runs",
     title="The recorded runs.",
-    caption="Measured on the recording machine; training time is without validation and reconfiguration.",
+    caption="Measured on the recording machine; training time is without validation and reconfiguration, energy is of "
+    "one GPU.",
     headings={
         "run": "run",
         "model": "network",

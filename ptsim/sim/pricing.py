@@ -122,7 +122,7 @@ class Pricer:
         return RecordedSteps(
             epoch=stage.epoch.epoch,
             network=stage.network,
-            setting=scenario.setting(stage.batch, stage.epoch).with_batch(stage.batch),
+            setting=scenario.memory_setting(stage.batch, stage.epoch),
             device=scenario.device,
             result=self._simulate(stage, plan, speeds, self._contention, num_steps=num_steps, record_gpus=shown),
         )

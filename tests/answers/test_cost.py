@@ -10,9 +10,9 @@ import ptsim
 from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
-from ptsim.network import LayerKind
+from ptsim.network import LayerKind, Network
 from ptsim.trace.schema import Run
-from tests.traces import residual_network, shrinking_records, shrinking_trace, write_trace
+from tests.traces import NetworkBuilder, residual_network, shrinking_records, shrinking_trace, write_trace
 
 
 @pytest.mark.slow
@@ -145,3 +145,49 @@ def test_a_trace_without_momentum_that_shrinks_by_proximal_steps_is_costed_so(tm
     assert 3 * proximal.regularizer_bytes == 13 * usual.regularizer_bytes
     with pytest.raises(FileFormatError, match=r"momentum is '0\.9', expected a number"):
         cost(momentum="0.9")
+
+
+def tiny(*, once: bool = False) -> Network:
+    """A 3×3 convolution to 4 channels of 8×8 pixels, a norm, a ReLU, a pool and a linear layer to 10 classes."""
+    net = NetworkBuilder("tiny", (3, 8, 8), 10)
+    x = net.relu("relu", net.batch_norm("bn", net.conv("conv", None, 4)))
+    net.linear("fc", net.flatten("flat", net.average_pool("pool", x)), 10)
+    network = net.build()
+    layers = [msgspec.structs.replace(layer, once=once and layer.name == "fc") for layer in network.layers]
+    return msgspec.structs.replace(network, layers=tuple(layers))
+
+
+def test_every_layer_by_hand() -> None:
+    """Two images of 3×8×8 in fp32: a convolution of 4·3·9·64 = 6,912 MACs, a linear layer of 4·10."""
+    report = ptsim.cost(tiny(), batch=2)
+    assert report.inference_macs_per_image == 6912 + 40
+    assert report.training_macs_per_image == 2 * 6912 + 3 * 40  # no gradient of the images
+    assert ptsim.cost(tiny(), batch=2, convention="paper").training_macs_per_image == 2 * 6912 + 10 * 10 * 108 + 3 * 40
+    assert (report.parameters, report.allreduce_bytes, report.num_buckets) == (108 + 8 + 50, 4 * 166, 1)
+    assert report.bn_bytes_per_image == 8 * 256 * 4
+    assert report.update_bytes == 11 * 4 * 166
+    assert (report.origin, report.gpu, report.fits, report.largest_batch) == (None, None, None, None)
+    rows = {row.layer: row for row in report.layers}
+    for name, macs, moved, saved in (  # forward and both gradients; elements of an image and of weights, both ways
+        ("conv", (6912, 6912, 0), (2 * (192 + 256) + 108, 2 * (192 + 256) + 108), 2 * 192),
+        ("bn", (0, 0, 0), (2 * 3 * 256, 2 * 5 * 256), 2 * 256 + 2 * 4),
+        ("relu", (0, 0, 0), (2 * 2 * 256, 2 * 3 * 256), 2 * 256),
+        ("fc", (40, 40, 40), (2 * 14 + 40, 2 * (2 * 14 + 40)), 2 * 4),
+    ):
+        row = rows[name]
+        assert (row.forward_macs, row.weight_gradient_macs, row.input_gradient_macs) == macs
+        assert (row.forward_bytes, row.backward_bytes) == (4 * moved[0], 4 * moved[1])
+        assert row.saved_bytes == 4 * saved
+    assert report.product_bytes == 4 * (2 * (2 * (192 + 256) + 108) + 3 * (2 * 14 + 40))
+    kinds = report.kinds_frame().set_index("kind")
+    assert list(kinds.index[:2]) == ["conv", "linear"]
+    assert tuple(kinds.loc["conv", ["layers", "parameters", "forward_macs", "training_macs"]]) == (1, 108, 6912, 13824)
+    assert tuple(kinds.loc["linear", ["layers", "parameters", "forward_macs", "training_macs"]]) == (1, 50, 40, 120)
+
+
+def test_an_image_bears_its_share_of_what_runs_once_a_mini_batch() -> None:
+    report = ptsim.cost(tiny(once=True), batch=4)
+    assert report.inference_macs_per_image == 6912 + 10
+    assert report.training_macs_per_image == 2 * 6912 + 3 * 10
+    (row,) = (row for row in report.layers if row.layer == "fc")
+    assert (row.forward_macs, row.weight_gradient_macs, row.input_gradient_macs) == (10, 10, 10)

@@ -25,7 +25,7 @@ from ptsim.cli.main import run
 from ptsim.costs.saving import saving_interval
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
-from ptsim.network import LayerKind
+from ptsim.network import LayerKind, Network
 from ptsim.prune.groups import ChannelGroups, find_groups, weight_GOIK
 from ptsim.prune.propagate import skeleton
 from ptsim.prune.reconfigure import Surgery, reconfigure, remove_channels
@@ -38,9 +38,10 @@ from ptsim.sim.options import Options
 from ptsim.sim.run import project
 from ptsim.trace.io import read_trace, write_trace
 from ptsim.trace.pairs import compare_runs, held_dense
+from ptsim.trace.schema import Reconfiguration
 from ptsim.trace.stretch import stretch
 from ptsim.trace.trace import Trace
-from tests.traces import dense_trace
+from tests.traces import NetworkBuilder, dense_trace
 
 SHAPE = (3, 16, 16)
 MODEL = """
@@ -448,6 +449,43 @@ class TestTrace:
         assert planned.epochs[0].regularized
         assert planned.complete
 
+    def test_what_is_gone_of_channels_and_weights_is_a_share_of_the_first_network(self, planned: Trace) -> None:
+        def counts(network: Network) -> tuple[int, int]:
+            products = [layer for layer in network.layers if layer.kind in ("conv", "linear")]
+            return sum(layer.out_channels for layer in products), network.num_parameters
+
+        first = counts(planned.network_of(planned.epochs[0]))
+        assert first[0] == 7 * 48 + 10  # the stem, three blocks of two convolutions, ten classes
+        for epoch in planned.epochs:
+            channels, weights = counts(planned.network_of(epoch))
+            assert epoch.channel_sparsity == pytest.approx(1 - channels / 346)
+            assert epoch.weight_sparsity == pytest.approx(1 - weights / first[1])
+        assert planned.epochs[-1].channel_sparsity > 0
+
+    def test_the_steps_of_a_dense_plan_by_hand(self, model: str) -> None:
+        """1,000 images in steps of 4 · 32: seven whole ones and one of 104."""
+        trace = plan(model, images=1000, epochs=2, batch=32, gpus=4)
+        weights = trace.final_network.num_parameters
+        for epoch in trace.epochs:
+            assert (epoch.num_iterations, epoch.num_images, epoch.world_size, epoch.batch_per_gpu) == (8, 1000, 4, 32)
+            assert (epoch.allreduce_bytes, epoch.penalty_coefficient) == (8 * 4 * weights, 0.0)
+        assert trace.end is not None
+        assert (trace.end.num_iterations, trace.end.epochs) == (16, 2)
+        assert (trace.run.dataset.name, trace.run.hyperparameters["interval"]) == ("1,000 images", 2)
+        usual = trace.run.precision, trace.run.memory_format, trace.optimizer, trace.run.seed, trace.run.origin
+        assert usual == ("fp32", "contiguous", "sgd", 0, "planned")
+        assert str(trace.path) == "planned-small-none"
+        (alone,) = plan(model, images=1024, epochs=1, interval=1, batch=1024).epochs  # all images in one step
+        assert (alone.num_iterations, alone.world_size, alone.allreduce_bytes) == (1, 1, 0)
+
+    def test_a_network_without_a_convolution_or_linear_layer_has_nothing_that_could_go(self, tmp_path: Path) -> None:
+        (tmp_path / "norm.py").write_text(
+            "from torch import nn\n"
+            "def norm(num_classes=12):\n    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12))\n"
+        )
+        trace = plan(f"{tmp_path / 'norm.py'}:norm", **BASE, input_shape=(3, 2, 2))
+        assert {(epoch.channel_sparsity, epoch.weight_sparsity) for epoch in trace.epochs} == {(0.0, 0.0)}
+
     def test_more_reconfigurations_than_epochs_are_refused(self, model: str) -> None:
         with pytest.raises(UsageError, match="interval is 13, more than the 12 epochs"):
             plan(model, **{**BASE, "interval": 13})
@@ -459,6 +497,15 @@ class TestTrace:
             plan(model, **{**BASE, "epochs": 2**31})
         with pytest.raises(UsageError, match="1200 times with the interval 1, at most 1000 are planned"):
             plan(model, **{**BASE, "epochs": 1200, "interval": 1})
+        most = PlanOptions(images=10, batch=1, epochs=100_000, interval=100)
+        assert len(_asked("resnet20", most).events) == 1000
+        with pytest.raises(UsageError, match="epochs is 100001, expected at most 100000"):
+            _asked("resnet20", msgspec.structs.replace(most, epochs=100_001))
+
+    def test_the_network_changes_after_every_interval_and_after_the_last_epoch(self) -> None:
+        for epochs, interval, events in ((7, 3, (2, 5, 6)), (6, 3, (2, 5)), (4, None, (3,)), (11, None, (4, 9, 10))):
+            asked = PlanOptions(images=10, batch=1, epochs=epochs, interval=interval)
+            assert _asked("resnet20", asked).events == events  # of 5 epochs where nobody says
 
     def test_options_may_come_as_a_record_or_by_name(self, model: str) -> None:
         record = PlanOptions(**BASE, optimizer="adam")
@@ -477,6 +524,10 @@ class TestTrace:
             ({"optimizer": "lion"}, "optimizer"),
             ({"seed": -1}, "seed is -1"),
             ({"draws": 0}, "draws is 0, expected 1 to 100"),
+            ({"draws": 101}, "draws is 101, expected 1 to 100"),
+            ({"gpus": 0}, "gpus is 0, expected at least 1"),
+            ({"images": None}, "images is needed to plan a run"),
+            ({"batch": 300, "gpus": 4}, "one step takes 1,200 images, 300 on each GPU; the data set has 1,024"),
         ],
     )
     def test_a_wrong_option_is_one_sentence(self, model: str, wrong: dict[str, object], problem: str) -> None:
@@ -528,6 +579,47 @@ class TestTrace:
         assert sorted(row["origin"] for row in rows) == ["planned", "recorded"]
         run(["export", str(file), "--format", "chakra", "-o", str(tmp_path / "et")])
         assert any(b"planned" in path.read_bytes() for path in (tmp_path / "et").rglob("*") if path.is_file())
+
+
+def chain(width: int) -> Network:
+    """A convolution of 432·width MACs, and a linear layer of 2·width that runs once a mini-batch."""
+    net = NetworkBuilder("chain", (3, 4, 4), 2)
+    x = net.batch_norm("bn", net.conv("conv", None, width))
+    net.linear("fc", net.flatten("flat", net.average_pool("pool", x)), 2)
+    network = net.build()
+    layers = [msgspec.structs.replace(layer, once=layer.name == "fc") for layer in network.layers]
+    return msgspec.structs.replace(network, layers=tuple(layers))
+
+
+def test_fractions_weigh_every_network_by_its_images_and_updates(tmp_path: Path) -> None:
+    """Two GPUs: 100 images in 10 updates with 4 channels, 300 in 60 with 2 channels, and 1 channel is handed over."""
+    trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=2, world_size=2))
+    big, small, last = (chain(width) for width in (4, 2, 1))
+    epochs = tuple(
+        msgspec.structs.replace(epoch, architecture=network.id, num_images=images, num_iterations=updates)
+        for epoch, network, images, updates in zip(trace.epochs, (big, small), (100, 300), (10, 60), strict=True)
+    )
+    events = tuple(
+        Reconfiguration(
+            epoch=number,
+            before=before.id,
+            after=after.id,
+            channels_removed=1,
+            layers_removed=(),
+            measured_duration_s=None,
+            batch_before=64,
+            batch_after=64,
+        )
+        for number, (before, after) in enumerate(((big, small), (small, last)))
+    )
+    networks = {network.id: network for network in (big, small, last)}
+    found = fractions(msgspec.structs.replace(trace, networks=networks, epochs=epochs, reconfigurations=events))
+    spent = 100 * 3456 + 20 * 24 + 300 * 1728 + 120 * 12  # no gradient of images; 2 · 10 and 2 · 60 mini-batches
+    assert found.training_flops_fraction == pytest.approx(spent / (400 * 3456 + 140 * 24), rel=1e-9)
+    assert found.bn_bytes_fraction == pytest.approx((100 * 4 + 300 * 2) / (400 * 4))
+    assert found.allreduce_bytes_fraction == pytest.approx((10 * 126 + 60 * 64) / (70 * 126))  # 31 w + 2 weights
+    assert found.inference_flops_fraction == pytest.approx(1 / 4)
+    assert found.architectures == 3
 
 
 @pytest.mark.parametrize(

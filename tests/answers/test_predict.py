@@ -1,6 +1,8 @@
 """`ptsim predict`: alone and on a cluster, from a model and from a trace; wrong input in one sentence."""
 
 import json
+from collections import defaultdict
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,8 +12,10 @@ from ptsim.answers.repredict import device_profile_of
 from ptsim.cli.main import run
 from ptsim.costs.memory import iteration_memory
 from ptsim.errors import MissingMeasurementError, UnknownNameError
+from ptsim.hardware.catalog import load_device
 from ptsim.hardware.profile import MachineLoad
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
+from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 from ptsim.network import Parameter, Precision
 from ptsim.setting import StepSetting
 from tests.traces import dense_trace, residual_network, shrinking_trace
@@ -232,3 +236,67 @@ def test_a_prediction_from_a_busy_machine_says_so(processor, capsys):
     )
     assert run(["predict", str(out.parent / "run.jsonl"), "--batch", "48", "--profile", str(out)]) == 0
     assert "note: the device profile was not measured on a quiet machine" in " ".join(capsys.readouterr().out.split())
+
+
+def node(seconds: float) -> Cluster:
+    """Four A100s whose all-reduces take so long whatever their size."""
+    table = AllReduceTable(
+        num_gpus=4, num_nodes=1, size_bytes=(4, 2**30), seconds=(seconds, seconds), relative_jitter=0.0, source="t"
+    )
+    link = Link(name="l", bandwidth_bytes_per_s=1e10)
+    return Cluster(name="t", device=load_device("a100"), gpus_per_node=4, intra=link, tables=(table,))
+
+
+def test_a_measured_step_by_hand(tmp_path: Path) -> None:
+    """Watts of an A100: 50 idle, and of the 350 up to its limit products take 0.85, streams 0.65 and gaps 0.25."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl"))
+    network, profile = trace.final_network, trace.profiles[0]
+    one = ptsim.predict(trace, gpu="a100")
+    gap_s = profile.step_s - profile.forward_s - profile.backward_s - profile.optimizer_s
+    assert (one.step_seconds, one.gpus, one.batch) == (pytest.approx(profile.step_s), 1, 64)
+    assert (one.forward_seconds, one.backward_seconds, one.optimizer_seconds, one.overhead_seconds) == pytest.approx(
+        (profile.forward_s, profile.backward_s, profile.optimizer_s, gap_s)
+    )
+    kinds = {layer.name: layer.kind for layer in network.layers}
+    forward_s, backward_s = defaultdict[str, float](float), defaultdict[str, float](float)
+    for layer in profile.layers:
+        forward_s[kinds[layer.layer]] += layer.forward_s
+        backward_s[kinds[layer.layer]] += layer.backward_s or 0.0
+    assert {row.kind: row.forward_seconds for row in one.by_kind} == pytest.approx(dict(forward_s))
+    assert {row.kind: row.backward_seconds for row in one.by_kind} == pytest.approx(dict(backward_s))
+    both = [row.forward_seconds + row.backward_seconds for row in one.by_kind]
+    assert both == sorted(both, reverse=True)
+    flops = 2 * 64 * (3 * network.forward_macs - network.layer("conv1").forward_macs)
+    assert one.mfu_fraction == pytest.approx(flops / (19.5e12 * profile.step_s))
+    product_s = sum(forward_s[kind] + backward_s[kind] for kind in ("conv", "linear"))
+    stream_s = profile.forward_s + profile.backward_s - product_s + profile.optimizer_s
+    joules = 347.5 * product_s + 277.5 * stream_s + 137.5 * gap_s
+    assert one.energy_joules == pytest.approx(joules)
+    assert (one.communication_seconds, one.allreduce_bytes_per_gpu, one.hook_seconds) == (0, 0, 0)
+
+    four = ptsim.predict(trace, cluster=node(0.01), gpus=4)
+    assert four.step_seconds > one.step_seconds + 0.01
+    assert four.images_per_second == pytest.approx(4 * 64 / four.step_seconds)
+    assert four.low_images_per_second == pytest.approx(4 * 64 / four.high)
+    assert four.high_images_per_second == pytest.approx(4 * 64 / four.low)
+    assert four.mfu_fraction == pytest.approx(flops / (19.5e12 * four.step_seconds))
+    assert four.energy_joules == pytest.approx(4 * (joules + 137.5 * (four.step_seconds - profile.step_s)))
+    assert four.low_energy_joules < four.energy_joules < four.high_energy_joules
+    assert four.low_energy_joules > joules
+
+
+def test_a_gpu_that_keeps_a_quarter_of_the_state_updates_a_quarter(tmp_path: Path) -> None:
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl"))
+    whole, sharded = (ptsim.predict(trace, cluster=node(0.01), gpus=4, sharding=name) for name in ("none", "zero1"))
+    assert sharded.optimizer_seconds == pytest.approx(whole.optimizer_seconds / 4)
+    assert sharded.peak_memory_bytes < whole.peak_memory_bytes
+
+
+def test_a_compiled_run_hides_no_communication_elsewhere_either(tmp_path: Path) -> None:
+    eager = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", widths=(64, 128, 256)))
+    settings = {**eager.run.hyperparameters, "compile": True}
+    compiled = msgspec.structs.replace(eager, run=msgspec.structs.replace(eager.run, hyperparameters=settings))
+    usual, at_once = (ptsim.predict(trace, cluster=node(1e-3), gpus=4) for trace in (eager, compiled))
+    assert at_once.exposed_communication_seconds == pytest.approx(at_once.communication_seconds)
+    assert usual.communication_seconds == pytest.approx(at_once.communication_seconds)
+    assert usual.exposed_communication_seconds < 0.9 * usual.communication_seconds

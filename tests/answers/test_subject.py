@@ -146,3 +146,21 @@ def test_a_run_that_accumulated_gradients_is_asked_about_as_it_ran(run_folder: P
     assert subject.setting().pass_batch == trace.epochs[-1].batch_per_gpu // 4
     assert subject.setting(batch=32).pass_batch == 32
     assert ptsim.cost(accumulated).peak_memory_bytes < ptsim.cost(trace).peak_memory_bytes
+
+
+def test_what_is_not_asked_for_is_as_the_last_epoch_was_or_as_usual(tmp_path: Path) -> None:
+    trace = ptsim.read_trace(shrinking_trace(tmp_path / "t.jsonl", world_size=4, precision=Precision.BF16))
+    recorded = find_subject(trace).setting()
+    assert (recorded.batch, recorded.num_gpus, recorded.precision) == (128, 4, Precision.BF16)  # 64 and twice 32 more
+    assert (recorded.optimizer, recorded.momentum, recorded.regularizer) == ("sgd", 0.9, None)
+    other = find_subject(trace).setting(batch=8, num_gpus=1, precision="fp32", optimizer="adam", default_batch=32)
+    assert (other.batch, other.num_gpus, other.precision) == (8, 1, Precision.FP32)
+    assert (other.optimizer, other.momentum) == ("adam", None)  # the momentum was SGD's
+    assert find_subject(trace).setting(optimizer="sgd").momentum == 0.9
+    begun = find_subject(msgspec.structs.replace(trace, epochs=()))
+    assert begun.setting(default_batch=32) == msgspec.structs.replace(recorded, batch=32)
+    for subject in (begun, find_subject(residual_network())):
+        with pytest.raises(UsageError, match="no mini-batch was given"):
+            subject.setting()
+    usual = find_subject(residual_network()).setting(default_batch=32)
+    assert (usual.batch, usual.num_gpus, usual.optimizer, usual.momentum) == (32, 1, "sgd", None)

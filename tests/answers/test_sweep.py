@@ -21,7 +21,7 @@ from ptsim.answers import revision
 from ptsim.answers.repredict import device_profile_of
 from ptsim.answers.revision import model_revision, revision_of
 from ptsim.answers.study import Configuration, configurations, read_study
-from ptsim.answers.sweep import Progress, project_all, run_study
+from ptsim.answers.sweep import Progress, forget, project_all, run_study
 from ptsim.cli.main import run
 from ptsim.errors import FileFormatError, PtsimError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_cluster
@@ -102,6 +102,19 @@ class TestExpansion:
         [
             ("memory=80 GiB", {"memory_bytes": 80 * 2**30, "minibatch": "planned"}),
             ("no-dynamic-minibatch", {"minibatch": "fixed"}),
+            ("planned-minibatch", {"minibatch": "planned"}),
+            ("max-minibatch=256", {"max_batch": 256, "minibatch": "planned"}),
+            ("channels-rounded-to=16", {"channel_multiple": 16}),
+            ("fp16-gradients", {"gradient_format": "fp16"}),
+            ("bf16-gradients", {"gradient_format": "bf16"}),
+            ("compressed-gradients=0.25", {"compression": 0.25}),
+            ("precision=bf16", {"precision": "bf16"}),
+            ("micro-batches=4", {"micro_batches": 4}),
+            ("strong-scaling", {"scaling": "strong"}),
+            ("strong-scaling + weak-scaling", {"scaling": "weak"}),
+            ("recorded-jitter", {"jitter": "recorded"}),
+            ("shared-links=3", {"jobs": 3}),
+            ("link-by-link", {"network": "links"}),
             ("bucket=50 MiB", {"bucket_bytes": 50 * 2**20}),
             ("one-time-reconfiguration=3", {"one_time_epoch": 3}),
             ("input=dali", {"input": "dali"}),
@@ -114,7 +127,7 @@ class TestExpansion:
         (only,) = configurations(read_study(study(folder, text)))
         assert only.options == change(Options(), changed)
 
-    @pytest.mark.parametrize("name", ["interval", "penalty-ratio"])
+    @pytest.mark.parametrize("name", ["interval", "penalty-ratio", "trace"])
     def test_another_interval_or_ratio_is_another_trace(self, folder: Path, name: str) -> None:
         text = f'traces = ["pruned"]\nclusters = ["dgx-a100"]\ngpus = [8]\nwhat_ifs = ["as-recorded", "{name}=dense"]\n'
         recorded, other = configurations(read_study(study(folder, text)))
@@ -299,6 +312,9 @@ class TestWrongInput:
             (("gpu=v100-sxm2-16gb", "gpu"), FileFormatError, "needs a value"),
             (("gpu=v100-sxm2-16gb", "gpu=gpu9000"), UnknownNameError, "gpu9000"),
             (("gpu=v100-sxm2-16gb", "memory=80"), FileFormatError, "no unit"),
+            (("gpu=v100-sxm2-16gb", "shared-links=-1"), FileFormatError, "-1 is negative"),
+            (("[options]", "[grid]\nseed = []\n[options]"), FileFormatError, "grid.seed is empty"),
+            (("[options]", "[grid]\ntrace = [1]\n[options]"), FileFormatError, "trace is no option"),
             (("gpu=v100-sxm2-16gb", "bucket=huge"), FileFormatError, "bucket=huge"),
             (('scaling = "strong"', 'scaling = "strongish"'), UsageError, "scaling"),
             (("bucket_bytes = 65536", "bucket_bites = 65536"), UsageError, "bucket_bites"),
@@ -340,6 +356,17 @@ class TestWrongInput:
         out.write_text("my thesis\n")
         with pytest.raises(FileFormatError, match=":1: not a line of sweep results"):
             run_study(read_study(study(folder)), InProcess(), out)
+        assert out.read_text() == "my thesis\n"
+
+    def test_earlier_results_are_deleted_on_demand_and_nothing_else(self, folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.jsonl"
+        run_study(read_study(study(folder)), InProcess(), out)
+        forget(out)
+        assert not out.exists()
+        forget(out)  # there is nothing
+        out.write_text("my thesis\n")
+        with pytest.raises(FileFormatError, match="not a line of sweep results"):
+            forget(out)
         assert out.read_text() == "my thesis\n"
 
 

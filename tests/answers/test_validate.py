@@ -1,4 +1,7 @@
+import itertools
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -8,6 +11,8 @@ from ptsim.answers.repredict import device_profile_of, fit_power_model
 from ptsim.answers.validate import validate
 from ptsim.cli.main import run
 from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.collectives import all_reduce
+from ptsim.costs.memory import iteration_memory
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.profile import MachineLoad
@@ -15,7 +20,7 @@ from ptsim.hardware.profile_file import write_device_profile
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 from ptsim.network import Precision
 from ptsim.trace.schema import Epoch, Profile
-from tests.traces import dense_trace, shrinking_records, shrinking_trace, write_trace
+from tests.traces import CPU, dense_trace, shrinking_records, shrinking_trace, write_trace
 
 LONG = {"num_train": 50000, "batch_step": 0}
 
@@ -285,6 +290,7 @@ def test_without_a_cluster_exposed_communication_is_as_measured_and_said_so(tmp_
     path = dense_trace(tmp_path / "t.jsonl", world_size=4, **LONG)
     result = validate([path])
     assert result.communication_error is None
+    assert result.whole_run_error == pytest.approx(0, abs=1e-9)  # all epochs did the same, waiting included
     assert "taken as measured" in result.reasons["communication_error"]
     assert "exposed communication is as measured" in result.runs[0].notes[0]
     assert result.runs[0].predicted_exposed_communication_seconds is None
@@ -298,3 +304,147 @@ def test_a_cluster_that_no_run_can_have_used_is_refused(tmp_path, runs, capsys):
         validate([path], cluster=constant_all_reduces(0.25, num_gpus=2))
     assert run(["validate", str(path), "--cluster", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def in_epochs(trace: ptsim.Trace, *, walls: Sequence[float] = (), **columns: Sequence[object]) -> ptsim.Trace:
+    """The run with other values in its epochs; `walls` are factors on the recorded wall times."""
+    epochs = []
+    for number, epoch in enumerate(trace.epochs):
+        time = epoch.time
+        if walls:
+            time = msgspec.structs.replace(time, wall_s=walls[number] * time.wall_s)
+        changes = {name: values[number] for name, values in columns.items()}
+        epochs.append(msgspec.structs.replace(epoch, **{"measured_time": time, **changes}))
+    return msgspec.structs.replace(trace, epochs=tuple(epochs))
+
+
+def test_errors_intervals_memory_and_energy_of_a_run_by_hand(tmp_path: Path) -> None:
+    """Every epoch is predicted as long as the first; the others took 5/4 and 4/5 of that, on a GPU of no catalog."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", epochs=3, device="NVIDIA X9000"))
+    first, (profile,) = trace.epochs[0], trace.profiles
+    need = iteration_memory(trace.network_of(first), trace.setting_of(first)).peak_bytes
+    energy_j = first.device.energy_j
+    trace = in_epochs(
+        trace,
+        walls=(1.0, 1.25, 0.8),
+        peak_memory_bytes=(2 * need, need, None),
+        device=[msgspec.structs.replace(first.device, energy_j=n * energy_j) for n in (1, 1, 2)],
+    )
+    wide = msgspec.structs.replace(profile, step_low_s=0.9 * profile.step_s, step_high_s=1.1 * profile.step_s)
+    result = validate([msgspec.structs.replace(trace, profiles=(wide,))])
+    (run,) = result.runs
+    assert [epoch.error for epoch in run.epochs] == pytest.approx([0.0, -0.2, 0.25], abs=1e-9)
+    assert result.epoch_mape == pytest.approx((0.2 + 0.25) / 3)
+    assert run.error == pytest.approx(3 / 3.05 - 1)
+    assert result.whole_run_error == pytest.approx(1 - 3 / 3.05)
+    assert result.interval_coverage == pytest.approx(1 / 3)  # the steps, nearly all of the time, may be 10 % off
+    assert result.memory_mape == pytest.approx((0.5 + 0.0) / 2)
+    assert (run.measured_energy_joules, run.predicted_energy_joules) == pytest.approx((4 * energy_j, 3 * energy_j))
+    assert result.energy_error == pytest.approx(0.25)
+    t = first.time
+    steps_s = t.forward_s + t.backward_s + t.optimizer_s
+    assert run.predicted_seconds == pytest.approx(3 * t.wall_s)
+    assert run.low_seconds == pytest.approx(3 * (t.wall_s - 0.1 * steps_s))
+    assert run.high_seconds == pytest.approx(3 * (t.wall_s + 0.1 * steps_s))
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(1.14, False), (1.16, True)])
+def test_a_machine_is_judged_by_its_steps_without_input_after_the_first_epoch(
+    tmp_path: Path, ratio: float, said: bool
+) -> None:
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", epochs=4, device="NVIDIA X9000"))
+    time, count = trace.epochs[0].time, trace.epochs[0].num_iterations
+    steps_s = time.wall_s - time.data_wait_s
+    spent = [(3.0, 1.0), (1.0, 5.0), (0.5, 1.0), (ratio, 1.0)]  # in steps and input: warming up, starving, half as many
+    times = [
+        msgspec.structs.replace(
+            time, wall_s=steps * steps_s + wait * time.data_wait_s, data_wait_s=wait * time.data_wait_s
+        )
+        for steps, wait in spent
+    ]
+    changed = in_epochs(trace, measured_time=times, num_iterations=(count, count, count // 2, count))
+    notes = validate([changed]).runs[0].notes
+    assert [f"took up to {ratio:.2f} times as long" in note for note in notes] == [True] * said
+
+
+def test_every_change_of_the_network_is_predicted_as_the_first_and_what_changed_nothing_as_no_time(
+    tmp_path: Path,
+) -> None:
+    trace = ptsim.read_trace(shrinking_trace(tmp_path / "t.jsonl", **LONG))
+    first, second = (
+        msgspec.structs.replace(event, measured_duration_s=seconds)
+        for event, seconds in zip(trace.reconfigurations, (0.5, 1.0), strict=True)
+    )
+    idle = msgspec.structs.replace(second, epoch=4, before=second.after, measured_duration_s=0.125)
+    unmeasured = msgspec.structs.replace(second, measured_duration_s=None)
+    epochs_s = sum(epoch.time.wall_s for epoch in trace.epochs)
+    for events, measured_s, predicted_s in (
+        ((first, second, idle), 1.625, 1.0),
+        ((first, unmeasured, idle), 0.625, 0.5),
+    ):
+        check = validate([msgspec.structs.replace(trace, reconfigurations=events)]).runs[0]
+        assert (check.measured_reconfiguration_seconds, check.predicted_reconfiguration_seconds) == (
+            measured_s,
+            predicted_s,
+        )
+        assert check.measured_seconds == pytest.approx(epochs_s + measured_s)
+        for name in ("predicted_seconds", "low_seconds", "high_seconds"):
+            steps_s = sum(getattr(epoch, name) for epoch in check.epochs)
+            assert getattr(check, name) == pytest.approx(steps_s + predicted_s)
+        assert check.error == pytest.approx(check.predicted_seconds / check.measured_seconds - 1)
+        said = "reconfigurations that nobody measured count as no time, in either"
+        assert (said in check.notes) == (unmeasured in events)
+
+
+def test_the_first_step_after_every_wrapping_waits_for_all_gradients_in_one_bucket(tmp_path: Path) -> None:
+    trace = ptsim.read_trace(
+        shrinking_trace(tmp_path / "t.jsonl", epochs=4, world_size=4, widths=(64, 128, 256), **LONG)
+    )
+    link = Link(name="l", bandwidth_bytes_per_s=1e10, latency_s=1e-6)
+    cluster = Cluster(name="t", device=load_device("a100"), gpus_per_node=4, intra=link)
+    waits = [c.predicted_exposed_communication_seconds for c in validate([trace], cluster=cluster).runs[0].epochs]
+    for first, later in ((0, 1), (2, 3)):  # the network changes after epoch 1
+        epoch = trace.epochs[first]
+        one_s = all_reduce(4 * trace.network_of(epoch).num_parameters, cluster, 4).seconds
+        hidden_s = one_s - waits[later] / epoch.num_iterations
+        assert hidden_s > 0
+        assert waits[first] - waits[later] == pytest.approx(hidden_s)
+
+
+def test_of_several_other_runs_the_middle_one_counts_whatever_their_order(tmp_path: Path) -> None:
+    runs = []
+    for ms in (1, 6, 2):  # of input for every image, and as many seconds of a reconfiguration
+        trace = ptsim.read_trace(shrinking_trace(tmp_path / f"{ms}.jsonl", device=CPU, energy=False))
+        times = []
+        for epoch in trace.epochs:
+            t = epoch.time
+            steps_s = t.forward_s + t.backward_s + t.regularizer_s + t.optimizer_s
+            times.append(msgspec.structs.replace(t, wall_s=steps_s + 1e-3 * ms * epoch.num_images))
+        events = [msgspec.structs.replace(event, measured_duration_s=float(ms)) for event in trace.reconfigurations]
+        runs.append(msgspec.structs.replace(in_epochs(trace, measured_time=times), reconfigurations=tuple(events)))
+    for some in itertools.permutations(runs):
+        profile = device_profile_of(some)
+        assert profile.input_s_per_image == {"cifar10": pytest.approx(2e-3)}
+        assert profile.reconfiguration_s == 2.0
+    assert (profile.device, profile.kind, profile.memory_bytes, profile.num_threads) == (CPU, "cpu", 8 * 2**30, 2)
+
+
+def test_runs_on_another_number_of_threads_are_runs_of_another_device(tmp_path: Path) -> None:
+    two = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", device=CPU, energy=False))
+    eight = msgspec.structs.replace(
+        two, run=msgspec.structs.replace(two.run, device=msgspec.structs.replace(two.run.device, num_threads=8))
+    )
+    with pytest.raises(MissingMeasurementError, match=r"different devices: .* with 2 threads, .* with 8 threads"):
+        device_profile_of([two, eight])
+
+
+def test_a_hold_out_knows_a_run_by_another_spelling_of_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = dense_trace(tmp_path / "t.jsonl", **LONG)
+    profile = device_profile_of([ptsim.read_trace(path)])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="was calibrated on t.jsonl"):
+        validate(["t.jsonl"], profile, holdout=True)
+    with pytest.raises(UsageError, match="a second run"):
+        validate(["t.jsonl", path], holdout=True)

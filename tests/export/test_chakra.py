@@ -7,9 +7,11 @@ import msgspec
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from ptsim.costs.times import LayerTime, StepTime
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
 from ptsim.export.chakra import step_nodes, write_chakra
+from ptsim.network import Precision
 from ptsim.setting import StepSetting
 from ptsim.trace.io import read_trace
 from tests.traces import NetworkBuilder, dense_trace, shrinking_trace
@@ -291,6 +293,42 @@ def test_a_chain_by_hand() -> None:
     assert by_name["all_reduce.0"].data_deps == (4, 6)
     assert by_name["optimizer"].data_deps == (7,)
     assert by_name["conv.forward"].num_ops == 2 * (2 * 3 * 9 * 16) * 8
+    assert by_name["conv.backward"].num_ops == by_name["conv.forward"].num_ops  # the images need no gradient
+    assert by_name["fc.backward"].num_ops == 2 * by_name["fc.forward"].num_ops == 2 * (2 * 64) * 8
+    assert by_name["relu.forward"].tensor_bytes == 4 * 8 * (32 + 32)
+    assert by_name["relu.forward"].num_ops == 8 * (32 + 32)  # one for every element that is moved
+    assert by_name["loss"].tensor_bytes == 3 * 4 * 8 * 2  # logits of two classes: read, written, and their gradient
+    assert by_name["optimizer"].tensor_bytes == 11 * 4 * (54 + 66)  # SGD with momentum and weight decay
+    half = step_nodes(network, StepSetting(batch=8, precision=Precision.BF16))
+    relu = next(node for node in half if node.name == "relu.forward")
+    assert (relu.tensor_bytes, relu.num_ops) == (2 * 8 * (32 + 32), 8 * (32 + 32))
+
+
+def test_durations_are_whole_microseconds_whose_sum_is_kept() -> None:
+    """Ends in µs: forward 1.4, 2.8, 4.6 with the view's 0.4, 5.6 with the loss; backward 8.0, 9.4, 10.8; all 12."""
+    net = NetworkBuilder("chain", (3, 4, 4), 2)
+    net.linear("fc", net.flatten("flat", net.relu("relu", net.conv("conv", None, 2))), 2)
+    network = net.build()
+    layers = tuple(msgspec.structs.replace(layer, view=layer.name == "flat") for layer in network.layers)
+    times = {"conv": (1.4e-6, 1.4e-6), "relu": (1.4e-6, 1.4e-6), "flat": (0.4e-6, 0.0), "fc": (1.4e-6, 2.4e-6)}
+    took = tuple(
+        LayerTime(layer=layer.name, kind=layer.kind, forward_s=there, backward_s=back, tier="measured")
+        for layer, (there, back) in ((layer, times[layer.name]) for layer in layers)
+    )
+    step = StepTime(
+        layers=took,
+        optimizer_s=0.9e-6,
+        regularizer_s=0.3e-6,
+        overhead_s=1.0e-6,
+        low_s=0.0,
+        high_s=0.0,
+        tier="measured",
+    )
+    nodes = step_nodes(msgspec.structs.replace(network, layers=layers), StepSetting(batch=8), step=step)
+    assert {node.name: node.duration_micros for node in nodes} == {
+        "conv.forward": 1, "relu.forward": 2, "fc.forward": 2, "loss": 1,
+        "fc.backward": 2, "relu.backward": 1, "conv.backward": 2, "optimizer": 1,
+    }  # fmt: skip
 
 
 def test_one_gpu_reduces_nothing(tmp_path: Path) -> None:
@@ -323,6 +361,15 @@ def test_the_varint_of_the_protobuf_guide() -> None:
     assert protobuf.text(2, "testing") == b"\x12\x07testing"
 
 
-def test_a_number_beyond_64_bits_is_refused() -> None:
+@pytest.mark.parametrize("value", [2**64, -(2**63) - 1])
+def test_a_number_beyond_64_bits_is_refused(value: int) -> None:
     with pytest.raises(ValueError, match="64-bit"):
-        protobuf.varint(2**64)
+        protobuf.varint(value)
+
+
+def test_negative_numbers_and_lists_on_the_wire() -> None:
+    """Two's complement in ten bytes, and field 5 of wire type 2: three bytes that hold 1 and 300."""
+    assert protobuf.varint(-1) == b"\xff" * 9 + b"\x01"
+    assert read_varint(protobuf.varint(-(2**63)), 0) == (2**63, 10)
+    assert protobuf.packed(5, [1, 300]) == b"\x2a\x03\x01\xac\x02"
+    assert protobuf.packed(5, []) == b""

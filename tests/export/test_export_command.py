@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 
 from ptsim.cli.main import run
+from ptsim.export import parquet
 from ptsim.export.parquet import TABLES
+from ptsim.trace.io import read_trace
 from tests.traces import dense_trace, shrinking_trace
 
 
@@ -39,6 +41,15 @@ def test_a_whole_number_of_more_than_64_bits_becomes_a_float(tmp_path: Path) -> 
     assert epochs.select_dtypes("number").to_numpy().max() > 2**63
 
 
+def test_only_numbers_beyond_64_bits_become_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"least": -(2**63), "less": -(2**63) - 1, "most": 2**63 - 1, "more": 2**63}
+    monkeypatch.setattr(parquet, "TABLES", {"t": lambda _: pd.DataFrame([row], dtype=object)})
+    trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=1))
+    (file,) = parquet.write_parquet(trace, tmp_path / "out")
+    kinds = {str(name): str(kind) for name, kind in pd.read_parquet(file).dtypes.items()}
+    assert kinds == {"least": "int64", "less": "float64", "most": "int64", "more": "float64"}
+
+
 def test_tables_without_rows_keep_their_columns(tmp_path: Path) -> None:
     trace = dense_trace(tmp_path / "t.jsonl", epochs=1, profiles=False)
     assert run(["export", str(trace), "--format", "parquet", "--out", str(tmp_path / "out")]) == 0
@@ -55,6 +66,7 @@ def test_tables_without_rows_keep_their_columns(tmp_path: Path) -> None:
         (["t.jsonl", "--format", "parquet", "--out", "t.jsonl"], "is a file"),
         (["t.jsonl", "--format", "chrome", "--out", "x.json", "--gpus", "4"], "no effect"),
         (["t.jsonl", "--format", "chakra", "--out", "x", "--gpus", "0"], "gpus is 0, expected 1 to"),
+        (["t.jsonl", "--format", "chakra", "--out", "x", "--gpus", "16385"], "gpus is 16,385, expected 1 to 16,384"),
         (["t.jsonl", "--format", "gif", "--out", "x"], "chrome"),
         (["nowhere", "--format", "chrome", "--out", "x.json"], "no trace here"),
         (["t.jsonl", "--format", "chrome"], "--out"),

@@ -1,17 +1,20 @@
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 import ptsim
 from ptsim import zoo
 from ptsim.cli.main import run as command
-from ptsim.errors import UsageError
+from ptsim.errors import UnsupportedModelError, UsageError
 from ptsim.export.onnx import export_onnx
 from ptsim.training.runfolder import load_recipe
 from tests.training.runs import settings
@@ -77,3 +80,44 @@ def test_a_wrong_export_is_one_sentence(run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         export_onnx(zoo.create("resnet20"), (3, 32, 32), tmp_path / "file" / "net.onnx")
+
+
+class Scaled(nn.Module):
+    """The images times a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.factor * images
+
+
+def hand_over(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    """In torch's place: a file that hands the images on as they are."""
+    shape = ["batch", 1, 2, 2]
+    node = onnx.helper.make_node("Identity", ["images"], ["logits"])
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("images", "logits")]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:])), path)
+
+
+@pytest.mark.parametrize(
+    ("factor", "problem"),
+    [
+        (1.00005, None),
+        (1.0002, "computes something else than this network: 2.0e-04 apart"),
+        (0.0, "computes something else"),
+        (float("nan"), "outputs are no finite numbers"),
+    ],
+)
+def test_a_file_is_compared_with_its_network_relative_to_the_largest_output(
+    factor: float, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptsim.export.onnx._write", hand_over)
+    path = tmp_path / "net.onnx"
+    if problem is None:
+        assert export_onnx(Scaled(factor), (1, 2, 2), path) == pytest.approx(1 - 1 / factor, rel=0.01)
+    else:
+        with pytest.raises(UnsupportedModelError, match=re.escape(problem)):
+            export_onnx(Scaled(factor), (1, 2, 2), path)
+    assert path.exists() == (problem is None)

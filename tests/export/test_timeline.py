@@ -143,3 +143,32 @@ def test_a_file_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(UsageError, match=r"neither a \.json file nor a folder"):
         write_timeline(tmp_path / "taken", trace, cluster(), 2)
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+def test_memory_is_that_of_one_pass_at_a_time(passes: int, tmp_path: Path) -> None:
+    """Weights, gradients, momentum and buffers always; what layers keep of 64 images, or of 16 at a time, on top."""
+    trace = read_trace(shrinking_trace(tmp_path, epochs=1))
+    options = Options(micro_batches=passes)
+    (file,) = write_timeline(tmp_path / "steps.json", trace, cluster(), 1, options)
+    events: Events = json.loads(file.read_text())["traceEvents"]
+    values = [e["args"]["bytes"] for e in events if e["ph"] == "C"]
+    network = trace.network_of(trace.epochs[0])
+    norms = [layer.out_channels for layer in network.layers if layer.kind == "batch_norm"]
+    buffers = sum(2 * 4 * channels + 8 for channels in norms)  # mean and variance, and how many batches there were
+    assert min(values) == values[0] == values[-1] == 3 * 4 * network.num_parameters + buffers
+    kept = sum(
+        64 // passes * (4 * layer.saved_elements + layer.saved_other_bytes) + layer.saved_fixed_bytes
+        for layer in network.layers
+    )
+    assert max(values) - min(values) == kept
+    steps = [e for e in complete(events, "user_annotation") if e["name"].startswith("ProfilerStep")]
+    assert [e["args"]["batch_per_gpu"] for e in steps] == [64, 64]
+
+
+def test_a_millisecond_lies_between_two_architectures_and_none_between_two_steps(events: Events) -> None:
+    steps = [e for e in complete(events, "user_annotation") if e["pid"] == 0 and e["name"].startswith("ProfilerStep")]
+    ends = [step["ts"] + step["dur"] for step in steps]
+    gaps = [after["ts"] - end for end, after in zip(ends[1::2], steps[2::2], strict=False)]
+    assert gaps == pytest.approx([1000.0, 1000.0], abs=0.01)
+    assert steps[0]["ts"] == 0

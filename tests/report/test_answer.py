@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pandas as pd
 import pytest
 
+from ptsim.answers.validate import Validation
 from ptsim.report import answer, build
 from ptsim.report.build import make_report
 from ptsim.report.frames import averaged
@@ -48,6 +50,22 @@ def test_memory_bound_layers_of_short_kernels_are_not_explained_by_their_bytes()
     _, moved, _ = answer.why(excess(moved=10.0).assign(floor_fraction=0.8))
     assert "take 100.0 % of their dense time: their kernels are so short" in moved
     assert "bytes" not in moved
+
+
+def test_small_gaps_and_small_reasons_are_left_out() -> None:
+    """Below three points of time over MACs, 15 % of all excess, and 30 % of a step for a single image."""
+    for pruned_s, sentences in ((5.29, 1), (5.31, 2)):
+        assert len(list(answer.why(excess(products=pruned_s)))) == sentences
+    for moved_s, reasons in ((5.8, 1), (5.9, 2)):  # of 0.8 in 5.8 s of excess, or 0.9 in 5.9 s
+        assert len(list(answer.why(excess(host=10.0, moved=moved_s)))) == 1 + reasons
+    for floor, launch_bound in ((0.29, False), (0.31, True)):
+        *_, last = answer.why(excess(products=9.0).assign(floor_fraction=floor))
+        assert last.startswith("Launch-bound") == launch_bound
+    fresh = excess(products=5.0, moved=9.0)
+    fresh["dense_seconds"] = [10.0, 0.0]
+    lead, reason = answer.why(fresh)
+    assert "takes 140.0 % of the time" in lead
+    assert "take more than all of their dense time" in reason
 
 
 def test_repeats_are_one_row_of_means_with_the_widest_interval() -> None:
@@ -199,3 +217,255 @@ def test_a_network_of_which_hardly_anything_is_left_is_named(tmp_path: Path) -> 
     (notice,) = build._collapses(msgspec.structs.replace(comparison, pruned=collapsed))
     assert notice.startswith("its last network has 0.5 % of the inference MACs of its first")
     assert not list(build._collapses(comparison))
+
+
+def run_row(**changes: object) -> pd.DataFrame:
+    """A pruned run on one GPU, half as large in the end."""
+    row = {
+        "run": "p",
+        "setting": "r=0.2",
+        "origin": "recorded",
+        "stretched": False,
+        "model": "resnet14",
+        "dataset": "cifar10",
+        "num_gpus": 1,
+        "first_batch_per_gpu": 64,
+        "final_accuracy": 0.9,
+        "first_inference_macs_per_image": 40e6,
+        "last_inference_macs_per_image": 20e6,
+        "judged": True,
+        "measured_seconds": 5400.0,
+    }
+    return pd.DataFrame([row | changes])
+
+
+def saving_row(share: float, low: float, high: float, **changes: object) -> pd.DataFrame:
+    """These shares saved of ten hours, 160 USD, 36 kWh and 14.4 kg on eight GPUs."""
+    row: dict[str, object] = {
+        "run": "p",
+        "setting": "r=0.2",
+        "model": "resnet14",
+        "dataset": "cifar10",
+        "cluster": "dgx-a100",
+        "device": "a100",
+        "gpus": 8,
+        "epochs": 90,
+        "first_batch_per_gpu": 8,
+        "saved_fraction": share,
+        "saved_fraction_low": low,
+        "saved_fraction_high": high,
+        "saved_reconfiguration_seconds": 0.0,
+        "price": "2.00 USD per GPU-hour",
+        "grid_grams_per_kwh": 400.0,
+        "dense_accuracy": 0.91,
+        "pruned_accuracy": 0.9,
+        "accuracy_change": -0.01,
+        "dense_allreduce_bytes_per_gpu": 4.0 * 2**30,
+        "pruned_allreduce_bytes_per_gpu": 1.0 * 2**30,
+        "shrank": True,
+        "tier": "measured",
+    }
+    for unit, whole in (("seconds", 36000.0), ("usd", 160.0), ("joules", 36 * 3.6e6), ("co2_grams", 14400.0)):
+        row |= {f"dense_{unit}": whole, f"pruned_{unit}": whole * (1 - share), f"saved_{unit}": whole * share}
+        row |= {f"saved_{unit}_low": whole * low, f"saved_{unit}_high": whole * high}
+    return pd.DataFrame([row | changes])
+
+
+def head_of(savings: pd.DataFrame, runs: pd.DataFrame | None = None, **changes: object) -> answer.Answer:
+    given: dict[str, Any] = {"gpus": 8, "validation": None, "notices": ()}
+    given |= {"measured": pd.DataFrame(), "excess": pd.DataFrame()}
+    return answer.projected_answer(savings, run_row() if runs is None else runs, **given | changes)
+
+
+@pytest.mark.parametrize(
+    ("shares", "verdict", "sure"),
+    [
+        (
+            (0.2, 0.1, 0.3),
+            "saves 2.00 h of 10.0 h (20.0 %; 90 % interval 1.00 h to 3.00 h) and saves 32.00 USD of 160 USD "
+            "(90 % interval 16.00 USD to 48.00 USD)",
+            "the saving lies between 10.0 % and 30.0 % of the dense time",
+        ),
+        (
+            (-0.2, -0.3, -0.1),
+            "takes 2.00 h longer than the 10.0 h of dense training (20.0 %; 90 % interval 1.00 h to 3.00 h) and costs "
+            "32.00 USD on top of 160 USD (90 % interval 16.00 USD to 48.00 USD)",
+            "the loss lies between 10.0 % and 30.0 % of the dense time",
+        ),
+        (
+            (0.1, -0.1, 0.3),
+            "saves 1.00 h of 10.0 h (10.0 %; 90 % interval from 1.00 h lost to 3.00 h saved) and saves 16.00 USD of "
+            "160 USD (90 % interval from 16.00 USD lost to 48.00 USD saved)",
+            "between a loss of 10.0 % and a saving of 30.0 % of the dense time: whether pruning saves time here is",
+        ),
+        (
+            (0.0004, -0.1, 0.1),
+            "takes as long as dense training, 10.0 h (90 % interval from 1.00 h lost to 1.00 h saved)",
+            "whether pruning saves time here is open",
+        ),
+        (
+            (0.0006, -0.1, 0.1),
+            "saves 0.0060 h of 10.0 h (0.1 %; 90 % interval from 1.00 h lost to 1.00 h saved)",
+            "whether pruning saves time here is open",
+        ),
+    ],
+)
+def test_the_headline_says_what_is_saved_or_lost_and_how_sure_that_is(
+    shares: tuple[float, float, float], verdict: str, sure: str
+) -> None:
+    head = head_of(saving_row(*shares))
+    task = "Training resnet14 on cifar10 for 90 epochs with 8 × a100 (dgx-a100): pruning while training "
+    assert head.headline.startswith(task + verdict)
+    assert head.headline.endswith("; validation accuracy 90.0 % instead of 91.0 %.")
+    assert sure in head.certainty
+    assert "trained once: how much another seed would differ" in head.certainty
+
+
+def test_the_tiles_by_hand() -> None:
+    head = head_of(saving_row(0.2, 0.1, 0.3, saved_reconfiguration_seconds=-1800.0))
+    tiles = {tile.name: tile for tile in head.tiles}
+    details = {
+        "Time saved": (
+            "2.00 h",
+            "8.00 h instead of 10.0 h; 90 % interval 1.00 h to 3.00 h; starting and reconfiguring cost 30.0 min",
+        ),
+        "Money saved": (
+            "32.00 USD",
+            "128 USD instead of 160 USD at 2.00 USD per GPU-hour; 90 % interval 16.00 USD to 48.00 USD",
+        ),
+        "Energy saved": (
+            "7.20 kWh",
+            "28.8 kWh instead of 36.0 kWh, GPU boards; 90 % interval 3.60 kWh to 10.8 kWh",
+        ),
+        "CO₂ saved": (
+            "2.88 kg",
+            "11.5 kg instead of 14.4 kg at 400 g per kWh; 90 % interval 1.44 kg to 4.32 kg",
+        ),
+        "Validation accuracy": ("90.0 %", "1.0 points below dense"),
+        "Inference cost of the result": ("50.0 %", "of dense: 20.0 MMAC instead of 40.0 MMAC per image"),
+        "All-reduced bytes per GPU": ("25.0 %", "of dense: 1.00 GiB instead of 4.00 GiB over the run"),
+    }
+    assert {name: (tile.value, tile.detail) for name, tile in tiles.items()} == details
+    assert tiles["Time saved"].origin == "projected; times: measured here"
+    assert tiles["Inference cost of the result"].origin == "counted"
+    frame = answer.answer_frame(head)
+    assert list(frame.name) == ["headline", *tiles, "how sure"]
+    assert list(frame.value[1:-1]) == [value for value, _ in details.values()]
+    assert (frame.value.iloc[0], frame.value.iloc[-1]) == (head.headline, head.certainty)
+
+
+def test_tiles_of_a_loss_of_what_is_not_known_and_of_one_gpu() -> None:
+    lost = saving_row(-0.2, -0.3, -0.1, gpus=1, accuracy_change=0.02, saved_reconfiguration_seconds=700.0)
+    unknown = lost.assign(saved_usd=None, saved_joules=None, saved_co2_grams=None)
+    head = head_of(unknown, run_row(judged=False), gpus=1)
+    tiles = {tile.name: tile for tile in head.tiles}
+    assert list(tiles) == ["Time lost", "Validation accuracy", "Inference cost of the result"]
+    # 700 s of starting and reconfiguring are not a tenth of what is lost
+    assert tiles["Time lost"].detail == "12.0 h instead of 10.0 h; 90 % interval 1.00 h to 3.00 h"
+    assert tiles["Validation accuracy"].detail == "2.0 points above dense"
+    assert tiles["Inference cost of the result"].detail.endswith("that of the network before its last pruning")
+    assert "USD" not in head.headline
+
+
+@pytest.mark.parametrize(("own", "said"), [(0.83, True), (0.82, False)])
+def test_a_machine_that_drifted_between_two_runs_is_said_beside_their_times(own: float, said: bool) -> None:
+    """The pruned run took 80 of 100 minutes; against its own first epochs more than 2.5 points less or more."""
+    row = {"setting": "r=0.2", "device": "A100", "time_fraction": 0.8}
+    row |= {"dense_seconds": 6000.0, "pruned_seconds": 4800.0}
+    measured = pd.DataFrame([row | {"own_start_fraction": own}, row | {"setting": "another", "time_fraction": 0.1}])
+    (tile,) = [t for t in head_of(saving_row(0.2, 0.1, 0.3), measured=measured).tiles if "recorded" in t.name]
+    assert (tile.value, tile.origin) == ("80.0 %", "measured, 1 pair of runs; no interval")
+    detail = "of the dense time on A100: 1.33 h instead of 1.67 h, reconfigurations included"
+    drift = f"; {own:.1%} of the time if all its epochs took as long as the first, unpruned ones".replace("%", " %", 1)
+    assert tile.detail == detail + drift * said
+
+
+def test_the_fastest_setting_that_shrank_is_shown_and_repeats_are_its_mean() -> None:
+    quick = saving_row(0.3, 0.2, 0.4, run="q", setting="late", shrank=False)  # pruned at its end: no saving in training
+    first = saving_row(0.2, 0.1, 0.3, run="a")
+    again = saving_row(0.1, 0.05, 0.2, run="b")
+    slow = saving_row(0.1, 0.0, 0.2, run="s", setting="gentle")
+    other = saving_row(0.9, 0.8, 0.95, run="o", model="vgg11")  # another network, further down the page
+    elsewhere = saving_row(0.9, 0.8, 0.95, run="a", gpus=1)
+    runs = pd.concat([run_row(run=name) for name in "abqso"])
+    head = head_of(pd.concat([slow, first, again, quick, other, elsewhere], ignore_index=True), runs)
+    assert "“r=0.2” saves 1.50 h of 10.0 h (15.0 %; 90 % interval 0.500 h to 3.00 h)" in head.headline
+    assert "Of 2 settings that shrink in training, the fastest there is shown: r=0.2." in head.certainty
+    assert "Means of 2 runs of this setting; the interval is the widest of them." in head.certainty
+    later = quick.assign(setting="later", pruned_seconds=1.0)
+    late = head_of(pd.concat([quick, later], ignore_index=True), run_row(run="q"))
+    assert "“later” saves" in late.headline  # none of them shrank
+
+
+@pytest.mark.parametrize(("batch", "said"), [(8, False), (64, True)])
+def test_updates_of_another_size_than_the_recorded_ones_are_said(batch: int, said: bool) -> None:
+    certainty = head_of(saving_row(0.2, 0.1, 0.3, first_batch_per_gpu=batch)).certainty
+    assert ("updates took 64 images at first; here they take 512" in certainty) == said
+
+
+def projection_row(**changes: object) -> pd.DataFrame:
+    """Ten hours on eight GPUs, known to an hour below and two above."""
+    row: dict[str, object] = {
+        "run": "p",
+        "setting": "dense",
+        "gpus": 8,
+        "model": "resnet14",
+        "dataset": "cifar10",
+        "device": "a100",
+        "cluster": "dgx-a100",
+        "epochs": 90,
+        "first_batch_per_gpu": 8,
+        "accuracy": 0.91,
+        "tier": "datasheet",
+        "price": "2.00 USD per GPU-hour",
+    }
+    for column, whole in (("seconds", 36000.0), ("usd", 160.0), ("joules", 36 * 3.6e6), ("co2_grams", 14400.0)):
+        name = {"seconds": "total_seconds", "usd": "cost_usd", "joules": "energy_joules"}.get(column, column)
+        bounds = {"seconds": "seconds"}.get(column, name)
+        row |= {name: whole, f"low_{bounds}": 0.9 * whole, f"high_{bounds}": 1.2 * whole}
+    return pd.DataFrame([row | changes])
+
+
+def test_a_dense_answer_by_hand() -> None:
+    slower = projection_row(run="s", setting="slow", total_seconds=40000.0)
+    head = answer.dense_answer(pd.concat([slower, projection_row()], ignore_index=True), run_row(), 8, None, ())
+    assert head.headline == (
+        "Training resnet14 on cifar10 for 90 epochs with 8 × a100 (dgx-a100) takes 10.0 h (90 % interval 9.00 h to "
+        "12.0 h). No pruned run was given, so there is no saving to report."
+    )
+    assert [(tile.name, tile.value, tile.detail) for tile in head.tiles] == [
+        ("GPU time", "80.0 GPU-h", "8 GPUs for 10.0 h"),
+        ("Money", "160 USD", "for the whole run at 2.00 USD per GPU-hour; 90 % interval 144 USD to 192 USD"),
+        ("Energy", "36.0 kWh", "all GPU boards, whole run; 90 % interval 32.4 kWh to 43.2 kWh"),
+        ("CO₂", "14.4 kg", "all GPU boards, whole run; 90 % interval 13.0 kg to 17.3 kg"),
+        ("Validation accuracy", "91.0 %", "of the recorded run"),
+    ]
+    bare = projection_row(gpus=1, cost_usd=None, energy_joules=None, co2_grams=None, accuracy=None)
+    (only,) = answer.dense_answer(bare, run_row(), 1, None, ()).tiles
+    assert (only.value, only.detail) == ("10.0 GPU-h", "one GPU")
+
+
+@pytest.mark.parametrize(("seconds", "says"), [(5400.0, "1.50 h"), (None, "less than an epoch")])
+def test_a_recorded_answer_is_what_it_took(seconds: float | None, says: str) -> None:
+    head = answer.recorded_answer(run_row(device="A100", measured_seconds=seconds), ())
+    assert head.headline == f"resnet14 on cifar10 was trained on A100 for {says}."
+
+
+def test_what_checking_the_runs_adds_to_certainty() -> None:
+    errors = {"whole_run_error": 0.02, "epoch_mape": 0.034, "memory_mape": None, "energy_error": None}
+    known = Validation(
+        **errors,
+        saving_error_points=1.5,
+        communication_error=None,
+        interval_coverage=1.0,
+        source="own profiles",
+        tiers=("measured",),
+        reasons={},
+        runs=(),
+        savings=(),
+    )
+    assert answer.checked(known, "").endswith(" by 3.4 % per epoch on average, and by 1.5 points for the saving.")
+    alone = msgspec.structs.replace(known, saving_error_points=None)
+    assert answer.checked(alone, "").endswith("is wrong by 3.4 % per epoch on average.")
+    assert answer.checked(None, "Nobody looked.") == " Nobody looked."
+    assert answer.checked(None, "") == ""

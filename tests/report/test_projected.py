@@ -1,6 +1,8 @@
+import math
 from pathlib import Path
 
 import msgspec
+import pandas as pd
 import pytest
 
 import ptsim
@@ -10,12 +12,13 @@ from ptsim.hardware.catalog import load_cluster
 from ptsim.report import projected
 from ptsim.report.build import make_report, money_sentences
 from ptsim.report.facts import Facts
-from ptsim.report.projected import Projector, labelled_runs
+from ptsim.report.projected import LabelledRun, Projector, labelled_runs
 from ptsim.report.specs import PROJECTIONS
 from ptsim.report.tables import make_table
 from ptsim.sim.options import HourPrice, Options
 from ptsim.trace.pairs import compare_runs, first_epochs
-from tests.traces import dense_trace, shrinking_trace
+from tests.report.simulated import FixedProjector, epoch_projection, run_projection
+from tests.traces import NetworkBuilder, dense_trace, shrinking_trace
 
 GPUS = [1, 8]
 
@@ -207,3 +210,190 @@ def test_plans_that_were_not_written_and_share_a_path_are_told_apart(traces: lis
     projector = Projector(load_cluster("dgx-a100"), Options())
     short_s, long_s = (projector.run(run, trace.run.world_size).compute_s for run in (trace, longer))
     assert long_s == pytest.approx(2 * short_s)
+
+
+def test_a_saving_by_hand() -> None:
+    """80 of 100 s from a data sheet: ln 0.8 = −0.2231, half-width √(0.02² + (0.286 · 0.2231)²) = 0.0669."""
+    dense, pruned = run_projection(100.0), run_projection(80.0, energy_j=1.8e6)
+    projector = FixedProjector(grid_grams_per_kwh=400.0)
+    saved = projected.saved_columns(dense, pruned, projector)
+    half = math.hypot(0.02, 0.286 * math.log(0.8))
+    fewest, most = math.exp(-half), math.exp(half)
+    assert saved["saved_fraction"] == pytest.approx(0.2)
+    assert (saved["saved_fraction_low"], saved["saved_fraction_high"]) == pytest.approx(
+        (1 - 0.8 * most, 1 - 0.8 * fewest)
+    )
+    dollars = 4 * 2 / 3600  # a second of four GPUs; an hour of one kilowatt emits 400 g
+    for unit, before, after in (
+        ("seconds", 100.0, 80.0),
+        ("joules", 3.6e6, 1.8e6),
+        ("co2_grams", 400.0, 200.0),
+        ("usd", 100 * dollars, 80 * dollars),
+    ):
+        assert (saved[f"dense_{unit}"], saved[f"pruned_{unit}"]) == pytest.approx((before, after))
+        assert saved[f"saved_{unit}"] == pytest.approx(before - after)
+        assert saved[f"saved_{unit}_low"] == pytest.approx(before - after * most)
+        assert saved[f"saved_{unit}_high"] == pytest.approx(before - after * fewest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "half_width"),
+    [
+        ({}, math.hypot(math.log(1.04), math.log(80 / 79))),  # the wider side of each, as if independent
+        ({"low_s": 60.0}, 0.117),  # no wider than calibrated ratios are
+        ({"low_s": 0.0}, 0.117),
+        ({"tier": "datasheet"}, math.hypot(0.02, 0.286 * math.log(0.8))),  # the worse tier decides
+        ({"tier": "datasheet", "draw_spread": 0.1}, math.hypot(0.02, 0.286 * math.log(0.8), 0.1645)),
+    ],
+)
+def test_a_calibrated_saving_is_as_sure_as_its_two_times(changes: dict[str, object], half_width: float) -> None:
+    dense = run_projection(100.0, tier="measured")
+    pruned = msgspec.structs.replace(run_projection(80.0, tier="measured", low_s=79.0, high_s=81.0), **changes)
+    saved = projected.saved_columns(dense, pruned, FixedProjector())
+    assert saved["saved_fraction_high"] == pytest.approx(1 - 0.8 * math.exp(-half_width))
+    assert saved["saved_fraction_low"] == pytest.approx(1 - 0.8 * math.exp(half_width))
+
+
+def test_what_is_not_known_of_both_runs_is_not_saved() -> None:
+    saved = projected.saved_columns(run_projection(price=None), run_projection(80.0, energy_j=None), FixedProjector())
+    for unit in ("joules", "co2_grams", "usd"):
+        assert [saved[f"saved_{unit}{end}"] for end in ("", "_low", "_high")] == [None] * 3
+
+
+def test_parts_of_a_saving_and_of_a_projection_by_hand(traces: list[ptsim.Trace]) -> None:
+    dense = run_projection(100.0, compute_s=70.0, exposed_communication_s=20.0)
+    pruned = run_projection(
+        80.0, compute_s=60.0, exposed_communication_s=5.0, reconfiguration_s=6.0, startup_s=2.0, energy_low_j=None
+    )
+    projector = FixedProjector({False: dense, True: pruned}, grid_grams_per_kwh=400.0)
+    (row,) = projected.savings_frame(compare_runs(traces), projector, [4]).to_dict("records")
+    assert (row["saved_compute_seconds"], row["saved_communication_seconds"]) == (10.0, 15.0)
+    assert row["saved_reconfiguration_seconds"] == (3.0 + 7.0) - (6.0 + 2.0)
+    assert (row["whole_runs"], row["shrank"], row["pruned"]) == (True, True, True)
+    cut = msgspec.structs.replace(traces[0], end=None)
+    assert not projected.savings_frame(compare_runs([cut, traces[1]]), projector, [4]).whole_runs.any()
+    frame = projected.projections_frame(labelled_runs(traces, []), projector, [4])
+    first, last = frame.to_dict("records")
+    assert (first["gpu_seconds"], last["gpu_seconds"]) == (400.0, 320.0)
+    assert (first["co2_grams"], first["low_co2_grams"], first["high_co2_grams"]) == pytest.approx(
+        (400.0, 3.0 / 3.6 * 400, 4.0 / 3.6 * 400)
+    )
+    assert math.isnan(last["low_co2_grams"])
+    assert (first["accuracy"], first["epochs"], first["first_batch_per_gpu"]) == (0.9, 1, 64)
+
+
+def tiny_run(trace: ptsim.Trace, *, batch: int = 2) -> ptsim.Trace:
+    """The run as if it had trained a convolution of 6,912 MACs, a ReLU and a linear layer of 40 instead."""
+    net = NetworkBuilder("tiny", (3, 8, 8), 10)
+    x = net.average_pool("pool", net.relu("relu", net.conv("conv", None, 4)))
+    net.linear("fc", net.flatten("flat", x), 10)
+    network = net.build()
+    epochs = tuple(
+        msgspec.structs.replace(e, architecture=network.id, batch_per_gpu=batch, densities=()) for e in trace.epochs
+    )
+    return msgspec.structs.replace(trace, networks={network.id: network}, epochs=epochs, profiles=())
+
+
+def test_a_roofline_by_hand(traces: list[ptsim.Trace]) -> None:
+    """Two images; a layer takes 3 ms. The convolution moves 2 · (2 · (192 + 256) + 108) elements of four bytes."""
+    trace = tiny_run(first_epochs(traces[0], 3))
+    run = LabelledRun(label="a", setting="a", trace=trace)
+    frame = projected.roofline_frame(run, FixedProjector())
+    assert list(zip(frame.epoch, frame.layer, strict=True)) == [(0, "conv"), (0, "fc"), (2, "conv"), (2, "fc")]
+    conv, linear = frame.iloc[0], frame.iloc[1]
+    flops = 2 * 2 * (6912 + 6912)  # of two images, without their gradient
+    assert conv.flops_per_byte == pytest.approx(flops / (4 * 2 * (2 * (192 + 256) + 108)))
+    assert conv.flops_per_second == pytest.approx(flops / 3e-3)
+    assert linear.flops_per_byte == pytest.approx(2 * 2 * 3 * 40 / (4 * 3 * (2 * 14 + 40)))
+    assert linear.flops_per_second == pytest.approx(2 * 2 * 3 * 40 / 3e-3)
+    assert (conv.peak_flops_per_second, conv.bandwidth_bytes_per_second) == (19.5e12, 1555e9)
+    short = msgspec.structs.replace(run, trace=first_epochs(trace, 1))
+    assert len(projected.roofline_frame(short, FixedProjector())) == 2
+    without = FixedProjector()
+    without.device = msgspec.structs.replace(without.device, peak_flops_per_s={})
+    assert projected.roofline_frame(run, without).empty
+
+
+def test_the_parts_of_an_epoch_and_of_a_run_by_hand(traces: list[ptsim.Trace]) -> None:
+    short = run_projection(epochs=(epoch_projection(total_s=9.0),))
+    projector = FixedProjector({False: run_projection(130.0), True: short})
+    dense, pruned = labelled_runs(traces, [])
+    expected = {
+        "convolutions and linear layers": 50.0,
+        "memory-bound layers": 40.0,
+        "optimizer and regulariser": 15.0,
+        "exposed communication": 7.5,
+        "input wait": 1.25,
+        "loss and host gaps": 2.5,
+        "other": 3.75,
+    }
+    epochs = projected.epoch_breakdown_frame(dense, projector, 4)
+    assert dict(zip(epochs.part, epochs.seconds, strict=True)) == pytest.approx(expected)
+    whole = projected.breakdown_frame([dense], projector, [4])
+    assert dict(zip(whole.part, whole.seconds, strict=True)) == pytest.approx(
+        {**expected, "start and reconfiguration": 7.0 + 3.0}
+    )
+    rounding = projected.epoch_breakdown_frame(pruned, projector, 4)  # parts of more than the whole: nothing is left
+    assert rounding[rounding.part == "other"].seconds.iloc[0] == 0
+
+
+def test_a_layers_time_is_that_of_an_image(traces: list[ptsim.Trace]) -> None:
+    run = LabelledRun(label="a", setting="a", trace=tiny_run(first_epochs(traces[0], 2), batch=4))
+    frame = projected.layers_frame(run, FixedProjector())
+    row = frame[frame.layer == "conv"].iloc[0]
+    assert (row.forward_seconds_per_image, row.backward_seconds_per_image) == pytest.approx((1e-3 / 4, 2e-3 / 4))
+    assert row.seconds_per_image == pytest.approx(3e-3 / 4)
+    assert (row.forward_macs_per_image, row.in_channels, row.out_channels) == (6912, 3, 4)
+    assert list(frame.epoch.unique()) == [0, 1]
+
+
+def test_the_first_and_the_last_of_a_layer_by_hand() -> None:
+    rows = [(0, "b.conv", 3, 8, 100, 0.4), (0, "b.gone", 8, 8, 50, 0.2), (1, "b.conv", 3, 8, 100, 0.3)]
+    rows += [(2, "b.conv", 3, 6, 75, 0.1)]
+    columns = ["epoch", "layer", "in_channels", "out_channels", "forward_macs_per_image", "seconds_per_image"]
+    layers = pd.DataFrame(rows, columns=columns).assign(kind="batch_norm", tier="measured")
+    table = projected.first_and_last_layers(layers).set_index("layer")
+    conv, gone = table.loc["b.conv"], table.loc["b.gone"]
+    assert (conv.first_channels, conv.last_channels, gone.last_channels) == ("3 → 8", "3 → 6", "removed")
+    assert (conv.first_macs_per_image, conv.last_macs_per_image) == (100, 75)
+    assert (conv.first_seconds_per_image, conv.last_seconds_per_image) == (0.4, 0.1)
+    assert (conv.last_fraction, gone.last_fraction) == (pytest.approx(0.25), 0.0)
+    assert conv.kind == "batch norm"
+    assert not projected.has_removed_blocks(layers)  # something of block b is left
+    assert projected.has_removed_blocks(pd.concat([layers, layers[:1].assign(layer="fc")]))
+    assert [projected.block_of(name) for name in ("layer1.0.conv1", "fc")] == ["layer1.0", "fc"]
+
+
+def test_what_exceeds_the_macs_by_hand(traces: list[ptsim.Trace]) -> None:
+    """A step updates for 1 s and half a second for every image: 1.5 s with one image, 2 s with two."""
+    dense, pruned = traces
+    slow = epoch_projection(forward_s=2.0, backward_s=4.0, product_s=4.0)
+    projector = FixedProjector(
+        {False: run_projection(), True: run_projection(epochs=(slow,))}, layer_s=(0.0, 0.0), update_s=(1.0, 0.5)
+    )
+    epochs = tuple(
+        msgspec.structs.replace(epoch, batch_per_gpu=batch, num_iterations=steps)
+        for epoch, batch, steps in zip(pruned.epochs, (2, 2, 4, 4, 4, 4), (10, 10, 5, 5, 5, 5), strict=True)
+    )
+    (comparison,) = compare_runs([dense, msgspec.structs.replace(pruned, epochs=epochs)])
+    frame = projected.excess_frame(comparison, projector, 4).set_index("part")
+    trained = [(run.network_of(e), e.num_images) for run in (comparison.pruned, dense) for e in run.epochs]
+    macs = [images * (3 * net.forward_macs - net.layer("conv1").forward_macs) for net, images in trained]
+    left = sum(macs[:6]) / sum(macs[6:])
+    assert frame.macs_fraction.unique() == pytest.approx([left])
+    products, moved = frame.loc["convolutions and linear layers"], frame.loc["memory-bound layers"]
+    assert (products.dense_seconds, products.pruned_seconds, moved.pruned_seconds) == (50.0, 40.0, 20.0)
+    assert products.excess_seconds == pytest.approx(40 - left * 50)
+    assert moved.excess_seconds == pytest.approx(20 - left * 40)
+    assert frame.floor_fraction.unique() == pytest.approx([(20 * 1.5 + 20 * 1.5) / (20 * 2.0 + 20 * 3.0)])
+
+
+def test_a_price_is_a_number_and_words_with_what_is_billed() -> None:
+    projector = Projector(load_cluster("aws-p3-16xlarge"), Options())  # whole instances of 8 GPUs
+    few, whole = projector.price_columns(4), projector.price_columns(8)
+    assert few["price_usd_per_gpu_hour"] == whole["price_usd_per_gpu_hour"] == 3.06
+    assert str(few["price"]).endswith("for whole instances of 8 GPUs: 4 GPUs are billed as 8")
+    assert str(whole["price"]).endswith("for whole instances of 8 GPUs")
+    none = Projector(load_cluster("dgx-a100"), Options())
+    assert none.price_columns(8) == {"price_usd_per_gpu_hour": None, "price": ""}
+    assert none.grams(3.6e6) is None

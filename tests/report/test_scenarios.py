@@ -1,3 +1,4 @@
+import msgspec
 import pandas as pd
 import pytest
 
@@ -122,3 +123,53 @@ def test_a_mini_batch_whose_tensors_fit_but_whose_process_does_not_is_left_out(
     monkeypatch.setattr(scenarios, "usable_bytes", lambda _: between)
     frame = scenarios.break_even_frame(facts)
     assert list(frame[frame.lever == "mini-batch"].value) == [16, 32, 64]
+
+
+@pytest.mark.parametrize(("nodes", "connected", "most"), [(4, True, 32), (None, True, 8_000_000), (4, False, 8)])
+def test_a_cluster_has_its_nodes_or_where_they_are_not_connected_one(
+    nodes: int | None, connected: bool, most: int
+) -> None:
+    cluster = load_cluster("dgx-a100")  # 8 GPUs a node
+    inter = cluster.inter if connected else None
+    assert scenarios.most_gpus(msgspec.structs.replace(cluster, max_nodes=nodes, inter=inter)) == most
+
+
+def test_a_cluster_with_fewer_gpus_is_shown_with_all_that_it_has(facts: Facts) -> None:
+    small = msgspec.structs.replace(load_cluster("ethernet-1g"), max_nodes=1)  # 4 GPUs a node
+    projectors = (facts.projectors[0], Projector(small, Options()))
+    frame = Facts(facts.traces, facts.comparisons, projectors=projectors, sizes=[1, 8], focus=8).scenarios
+    assert list(frame.gpus) == 3 * [8] + 3 * [4]
+    assert list(frame.saved_fraction.isna()) == 2 * [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gbits"),
+    [
+        ([1, 8], ["37.5", "150", "600", "2,400", "9,600"]),  # within a node: 300 GB/s and its 64th to fourfold
+        ([8, 16], ["25", "100", "400", "1,600", "6,400"]),  # between nodes: 1,600 Gbit/s
+    ],
+)
+def test_the_levers_of_the_break_even_by_hand(facts: Facts, sizes: list[int], gbits: list[str]) -> None:
+    focus = sizes[-1]
+    there = Facts(facts.traces, facts.comparisons, projectors=facts.projectors[:1], sizes=sizes, focus=focus)
+    points = {lever: list(rows.at_value) for lever, rows in there.break_even.groupby("lever")}
+    counted = {1: "1 GPU", 8: "8 GPUs", 16: "16 GPUs"}
+    assert points == {
+        "GPUs": [counted[size] for size in sizes],
+        "bandwidth": [f"{number} Gbit/s" for number in gbits],
+        "mini-batch": [f"{images} images per GPU" for images in (16, 32, 64, 128, 256)],
+    }
+    by_lever = {lever: set(rows.gpus) for lever, rows in there.break_even.groupby("lever")}
+    assert by_lever == {"GPUs": set(sizes), "bandwidth": {focus}, "mini-batch": {focus}}
+    bandwidth = there.break_even[there.break_even.lever == "bandwidth"]
+    assert bandwidth.dense_seconds.is_monotonic_decreasing
+    assert bandwidth.dense_seconds.iloc[0] > bandwidth.dense_seconds.iloc[-1]
+
+
+def test_the_smallest_mini_batch_is_one_image(facts: Facts) -> None:
+    trace = facts.traces[0]
+    for before, after in zip(trace.epochs, scenarios.with_batch(trace, 1e-3).epochs, strict=True):
+        assert (after.batch_per_gpu, after.num_iterations) == (1, before.num_images)
+    few = msgspec.structs.replace(trace.epochs[0], world_size=3, num_images=100)
+    (quarter,) = scenarios.with_batch(msgspec.structs.replace(trace, epochs=(few,)), 1 / 4).epochs
+    assert quarter.num_iterations == 3  # 100 images in steps of three times 16

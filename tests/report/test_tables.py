@@ -1,6 +1,7 @@
 import pandas as pd
+import pytest
 
-from ptsim.report.tables import Table, TableSpec, make_table
+from ptsim.report.tables import Table, TableSpec, make_table, quantity_of
 
 
 def shown(frame: pd.DataFrame, headings: dict[str, str], *together: tuple[str, ...]) -> Table:
@@ -48,3 +49,42 @@ def test_counts_per_image_say_so() -> None:
     frame = pd.DataFrame({"training_macs_per_image": [122e6], "bn_bytes_per_image": [2 * 2**20]})
     table = shown(frame, {name: name for name in frame})
     assert [column.unit for column in table.columns] == ["MMAC/image", "MiB/image"]
+
+
+@pytest.mark.parametrize(
+    ("column", "quantity"),
+    [
+        ("saved_seconds_low", "seconds"),
+        ("low_co2_grams", "grams"),
+        ("low_cost_usd", "usd"),
+        ("training_macs_per_image", "macs"),
+        ("validation_accuracy", "fraction"),
+        ("epoch_error", "fraction"),
+        ("measured_saving", "fraction"),
+        ("error_points", "points"),
+        ("saved_fraction_low", "fraction"),
+        ("first_batch_per_gpu", None),
+        ("epochs", None),
+    ],
+)
+def test_the_name_of_a_column_tells_its_quantity(column: str, quantity: str | None) -> None:
+    assert quantity_of(column) == quantity
+
+
+def test_the_unit_is_that_of_the_middle_amount_whatever_its_sign_and_without_zeros() -> None:
+    frame = pd.DataFrame({"saved_seconds": [0.0, 0.0, 0.0, -7200.0, 30.0]})  # of 7,200 and 30 s the middle is an hour
+    table = shown(frame, {"saved_seconds": "saved"})
+    assert (table.columns[0].unit, [row[0].text for row in table.rows][2:]) == ("h", ["0", "−2.00", "0.0083"])
+    nothing = shown(pd.DataFrame({"saved_seconds": [0.0]}), {"saved_seconds": "saved"})
+    assert (nothing.columns[0].unit, nothing.rows[0][0].text) == ("s", "0")
+
+
+def test_words_and_truths_are_text_and_long_ones_are_marked() -> None:
+    frame = pd.DataFrame({"run": ["a" * 21, "b"], "shrank": [True, False], "notes": ["", "c" * 61]})
+    table = shown(frame, {name: name for name in frame})
+    assert [cell.text for cell in table.rows[0]] == ["a" * 21, "yes", ""]
+    assert [cell.text for cell in table.rows[1]] == ["b", "no", "c" * 61]
+    assert [cell.css for cell in table.rows[0]] == ["text name", "text", "text long"]
+    assert [cell.missing for cell in table.rows[0]] == [False, False, True]
+    short = shown(pd.DataFrame({"run": ["a" * 20], "notes": ["c" * 60]}), {"run": "run", "notes": "notes"})
+    assert [cell.css for cell in short.rows[0]] == ["text", "text name"]
