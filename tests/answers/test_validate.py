@@ -444,7 +444,7 @@ def test_a_hold_out_knows_a_run_by_another_spelling_of_its_path(
     path = dense_trace(tmp_path / "t.jsonl", **LONG)
     profile = device_profile_of([ptsim.read_trace(path)])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="was calibrated on t.jsonl"):
+    with pytest.raises(UsageError, match=r"was calibrated on t\.jsonl"):
         validate(["t.jsonl"], profile, holdout=True)
     with pytest.raises(UsageError, match="a second run"):
         validate(["t.jsonl", path], holdout=True)
