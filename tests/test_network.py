@@ -3,7 +3,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from ptsim.network import LayerKind, Precision
+from ptsim.network import Layer, LayerKind, Parameter, Precision
 from tests.traces import residual_network
 
 
@@ -55,3 +55,39 @@ def test_activations_are_half_as_big_under_autocast() -> None:
 def test_a_network_survives_json() -> None:
     network = residual_network()
     assert msgspec.json.decode(msgspec.json.encode(network), type=type(network)) == network
+
+
+def test_what_grows_with_the_mini_batch_and_what_does_not() -> None:
+    layer = Layer(
+        name="l",
+        kind=LayerKind.CONV,
+        op="conv2d",
+        in_channels=2,
+        out_channels=5,
+        input_shapes=((2, 3), (5,)),
+        output_shape=(5, 3),
+        shared_inputs=(1,),
+        saved_elements=10,
+        saved_other_bytes=3,
+        saved_fixed_bytes=5,
+    )
+    assert layer.input_sizes(4) == (4 * 6, 5)  # the second one is all images'
+    assert layer.saved_bytes(4, 2) == 4 * (10 * 2 + 3) + 5
+    assert msgspec.structs.replace(layer, once=True).saved_bytes(4, 2) == 10 * 2 + 3 + 5
+    assert not layer.is_removed
+    assert msgspec.structs.replace(layer, output_shape=(0, 3)).is_removed
+
+
+def test_a_parameter_that_no_layer_uses_is_counted_and_never_reduced() -> None:
+    network = residual_network((4,), (0,), input_shape=(3, 8, 8))
+    unused = Parameter(name="unused", layer="", shape=(7, 2))
+    more = msgspec.structs.replace(network, parameters=(*network.parameters, unused))
+    learnt = 4 * 3 * 9 + 2 * 4 + 10 * 4 + 10  # the stem, its BatchNorm, the linear layer
+    assert (more.num_parameters, more.num_learnt, more.gradient_bytes) == (learnt + 14, learnt, 4 * learnt)
+    assert more.gradients == network.parameters
+
+
+def test_a_layer_that_only_training_runs_is_no_part_of_inference() -> None:
+    network = residual_network((4,), (0,), input_shape=(3, 8, 8))
+    layers = [msgspec.structs.replace(layer, training_only=layer.name == "fc") for layer in network.layers]
+    assert msgspec.structs.replace(network, layers=tuple(layers)).forward_macs == 8 * 8 * 4 * 3 * 9

@@ -11,7 +11,20 @@ import torch
 
 import ptsim
 from ptsim.errors import UsageError
-from ptsim.setting import as_plain, changed, image_shape, positive_number, real_number, whole_number, whole_numbers
+from ptsim.network import Precision
+from ptsim.setting import (
+    StepSetting,
+    as_plain,
+    changed,
+    image_shape,
+    parse_memory_format,
+    parse_precision,
+    parse_sharding,
+    positive_number,
+    real_number,
+    whole_number,
+    whole_numbers,
+)
 from ptsim.training.config import make_config
 from ptsim.training.prune_settings import checked_plan, make_settings
 
@@ -87,3 +100,59 @@ def test_public_calls_take_numpys_numbers():
         ptsim.allreduce("dgx-a100", 8, "many")
     as_list = ptsim.cost("resnet20", input_shape=(3, 32, 32), batch=8)
     assert ptsim.cost("resnet20", input_shape=np.array([3, 32, 32]), batch=torch.tensor(8)) == as_list
+
+
+def test_the_parts_of_a_mini_batch_are_rounded_up():
+    whole = StepSetting(batch=10, passes=4, optimizer="adam")
+    assert whole.one_pass == StepSetting(batch=3, optimizer="adam")  # 3, 3, 3 and 1 images
+    assert StepSetting(batch=8, passes=4).pass_batch == 2
+    assert StepSetting(batch=8).one_pass == StepSetting(batch=8)
+
+
+def test_what_a_gpu_among_others_does_alone_and_keeps():
+    alone = StepSetting(batch=8, precision=Precision.BF16)
+    for sharding, share in (("none", 1), ("zero1", 1 / 4), ("zero2", 1 / 4)):
+        setting = StepSetting(batch=8, precision=Precision.BF16, num_gpus=4, sharding=sharding)
+        assert setting.alone == alone
+        assert (setting.data_parallel, setting.update_share, setting.half) == (True, share, True)
+    assert (alone.data_parallel, alone.update_share) == (False, 1)
+    assert [StepSetting(batch=1, precision=precision).half for precision in Precision] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value", "message"),
+    [
+        (parse_precision, "amp", Precision.FP16, "precision is 'x', expected one of fp32, tf32, fp16, bf16, amp"),
+        (parse_precision, "bf16", Precision.BF16, "precision is 'x', expected one of"),
+        (parse_sharding, "zero2", "zero2", "sharding is 'x', expected one of none, zero1, zero2"),
+        (parse_memory_format, "channels_last", "channels_last", "is 'x', expected one of contiguous, channels_last"),
+    ],
+)
+def test_names_of_settings_are_read_or_all_told(parse, text, value, message):
+    assert parse(text) == value
+    with pytest.raises(UsageError, match=message):
+        parse("x")
+
+
+@pytest.mark.parametrize("name", ["channel_multiple", "batch_granularity", "max_batch", "memory_budget_bytes"])
+def test_a_number_of_prunetrain_is_at_least_one(name):
+    assert getattr(make_settings({name: 1}), name) == 1
+    with pytest.raises(UsageError, match=f"setting '{name}' is 0, expected at least 1"):
+        make_settings({name: 0})
+    with pytest.raises(UsageError, match=f"setting '{name}'"):
+        make_settings({name: 1.5})
+
+
+def test_a_ratio_is_at_least_nothing_and_less_than_everything():
+    assert checked_plan(0, 1) == (0.0, 1)
+    for ratio in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UsageError, match=r"penalty_ratio is .*, expected in \[0, 1\)"):
+            checked_plan(ratio, 1)
+
+
+def test_what_nobody_sets_is_what_the_paper_has():
+    """docs/method.md §2 and §3: a threshold of 1e-4, the union of channels, 32 images at a time, the linear rule."""
+    made = make_settings({})
+    assert (made.threshold, made.mode, made.channel_multiple) == (1e-4, "union", 1)
+    assert (made.batch_granularity, made.max_batch, made.lr_rule) == (32, None, "linear")
+    assert (made.criterion, made.regularizer) == ("group_lasso", "gradient")

@@ -5,7 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptsim.units import (
+    Bytes,
     Dimension,
+    Quantity,
+    Seconds,
+    Watts,
     counted,
     format_bandwidth,
     format_bytes,
@@ -17,8 +21,10 @@ from ptsim.units import (
     listed,
     parse_quantity,
     percent,
+    read_quantity,
     shown_number,
     together,
+    write_quantity,
 )
 
 
@@ -37,6 +43,26 @@ from ptsim.units import (
         ("1 kWh", "joules", 3.6e6),
         ("400 W", "watts", 400.0),
         ("3.5 USD/h", "usd_per_hour", 3.5),
+        ("2 kB", "bytes", 2000.0),
+        ("2 KB", "bytes", 2000.0),
+        ("3 MB", "bytes", 3e6),
+        ("2 TB", "bytes", 2e12),
+        ("2 KiB", "bytes", 2048.0),
+        ("3 MiB/s", "bytes_per_s", 3 * 1024.0 * 1024),
+        ("2 TiB", "bytes", 2 * 1024.0**4),
+        ("8 bit/s", "bytes_per_s", 1.0),
+        ("1.1 PFLOP/s", "flops_per_s", 1.1e15),
+        ("2 ms", "seconds", 0.002),
+        ("2 ns", "seconds", 2e-9),
+        ("2 min", "seconds", 120.0),
+        ("2 kHz", "hertz", 2000.0),
+        ("250 mW", "watts", 0.25),
+        ("2 kW", "watts", 2000.0),
+        ("2 kJ", "joules", 2000.0),
+        ("2 MJ", "joules", 2e6),
+        ("2 Wh", "joules", 7200.0),
+        ("-1.5e-3 s", "seconds", -0.0015),
+        (" +2 s ", "seconds", 2.0),
     ],
 )
 def test_a_quantity_is_read_in_si(text: str, dimension: Dimension, value: float) -> None:
@@ -65,7 +91,10 @@ def test_a_wrong_quantity_says_what_is_accepted(text: str, dimension: Dimension,
         (0, "0 B"),
         (1, "1 B"),
         (1536, "1.50 KiB"),
+        (5 * 2**20, "5.00 MiB"),
         (2**30, "1.00 GiB"),
+        (3 * 2**40, "3.00 TiB"),
+        (2 * 2**50, "2.00 PiB"),
         (1023.9999, "1.00 KiB"),
         (-2048, "\N{MINUS SIGN}2.00 KiB"),
     ],
@@ -75,7 +104,17 @@ def test_bytes_are_binary(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(41_000_000, "41.0 MMAC"), (999, "999 MAC"), (999_999.9, "1.00 MMAC"), (4.1e9, "4.10 GMAC")]
+    ("value", "text"),
+    [
+        (41_000_000, "41.0 MMAC"),
+        (999, "999 MAC"),
+        (1500, "1.50 kMAC"),
+        (999_999.9, "1.00 MMAC"),
+        (4.1e9, "4.10 GMAC"),
+        (5e12, "5.00 TMAC"),
+        (2e15, "2.00 PMAC"),
+        (3e18, "3.00 EMAC"),
+    ],
 )
 def test_counts_are_decimal(value: float, text: str) -> None:
     assert format_count(value, "MAC") == text
@@ -102,7 +141,16 @@ def test_seconds_take_the_unit_that_fits(value: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(7.2e6, "2.00 kWh"), (1500.0, "1.50 kJ"), (0.0, "0 J"), (3.38e6, "0.939 kWh"), (4.3e3, "4.30 kJ")],
+    [
+        (7.2e6, "2.00 kWh"),
+        (1500.0, "1.50 kJ"),
+        (0.0, "0 J"),
+        (3.38e6, "0.939 kWh"),
+        (4.3e3, "4.30 kJ"),
+        (3.6e5, "0.100 kWh"),
+        (3.59e5, "359 kJ"),
+        (7.2e9, "2.00 MWh"),
+    ],
 )
 def test_joules_become_kilowatt_hours_when_there_are_many(value: float, text: str) -> None:
     assert format_joules(value) == text
@@ -177,3 +225,50 @@ def test_names_and_counts_in_a_sentence():
     assert [listed(["a", "b", "c"][:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
     assert [counted(n, "epoch") for n in (0, 1, 2000)] == ["0 epochs", "1 epoch", "2,000 epochs"]
     assert counted(2, "GPU is", "GPUs are") == "2 GPUs are"
+
+
+@pytest.mark.parametrize(
+    ("quantity", "value", "text"),
+    [
+        ("parameters", 25.6e6, "25.6 million"),
+        ("parameters", 1500, "1.50 thousand"),
+        ("parameters", 999, "999"),
+        ("grams", 2.5e6, "2.50 t"),
+        ("grams", 1500, "1.50 kg"),
+        ("grams", 15, "15.0 g"),
+        ("watts", 400, "400 W"),
+    ],
+)
+def test_other_quantities_have_the_units_that_people_use(quantity: str, value: float, text: str) -> None:
+    assert format_quantity(quantity, value) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [(Bytes, "1 B", 1), (Bytes, "1e18 B", 1e18), (Seconds, "0 s", 0), (Seconds, "1 us", 1e-6), (Watts, "1 mW", 1e-3)],
+)
+def test_bounds_and_nothing_are_quantities_where_physics_allows_them(
+    kind: type[Quantity], text: str, value: float
+) -> None:
+    found = read_quantity(kind, text)
+    assert isinstance(found, kind)
+    assert found == value
+    assert read_quantity(kind, write_quantity(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "problem"),
+    [
+        (Bytes, "0 B", "'0 B' is not positive"),
+        (Bytes, "-1 B", "'-1 B' is not positive"),
+        (Bytes, "0.5 B", r"'0.5 B' is not between 1 and 1e\+18 B"),
+        (Bytes, "1.1e18 B", "is not between"),
+        (Seconds, "-1 s", "'-1 s' is negative"),
+        (Seconds, "1e-16 s", "is not between 1e-15 and"),
+        (Seconds, 5, "'5' has no unit; one of s, ms,"),
+        (Seconds, True, "found True, expected a number with a unit, one of s, ms,"),
+    ],
+)
+def test_what_physics_does_not_allow_is_refused(kind: type[Quantity], text: object, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        read_quantity(kind, text)

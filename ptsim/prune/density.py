@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ptsim.capture.graph import evaluation_mode
 from ptsim.errors import UsageError
-from ptsim.prune.groups import ChannelGroups, component_maxima, weight_GOIK
-from ptsim.prune.labels import CONVS, Weighted
+from ptsim.prune.groups import weight_GOIK
+from ptsim.prune.labels import CONVS, TRANSPOSED_CONVS, Weighted
 from ptsim.setting import real_number
 from ptsim.trace.schema import LayerDensity
 
@@ -32,11 +32,11 @@ def checked_threshold(value: object) -> float:
 def _layers(model: nn.Module) -> list[tuple[str, Tensor, Weighted]]:
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, (*CONVS, nn.Linear, nn.ConvTranspose2d)):
+        if isinstance(module, (*CONVS, *TRANSPOSED_CONVS, nn.Linear)):
             groups = getattr(module, "groups", 1)
-            transposed = isinstance(module, nn.ConvTranspose2d)
+            transposed = isinstance(module, TRANSPOSED_CONVS)
             none = torch.empty(0, dtype=torch.int64)
-            layer = Weighted(name, name + ".weight", groups, False, transposed and groups == 1, none, none, ())
+            layer = Weighted(name, name + ".weight", groups, False, transposed, none, none, ())
             with evaluation_mode(module):  # in training mode spectral_norm goes on when its weight is read
                 weight = module.weight.detach()
             layers.append((name, weight, layer))
@@ -67,25 +67,6 @@ def channel_maxima(model: nn.Module) -> dict[str, tuple[float, ...]]:
     }
 
 
-@torch.no_grad()
-def sparsity(model: nn.Module, groups: ChannelGroups, threshold: float = THRESHOLD) -> tuple[float, float]:
-    """(channels, weights) of the current network that are sparse, as fractions.
-
-    Channels: output channels of convolutions and hidden linear layers that pruning could remove now. Weights: single
-    weights of convolutions and linear layers below the threshold.
-    """
-    sparse = groups.prunable & (component_maxima(model, groups) < threshold)
-    channels = gone = 0
-    for layer in groups.layers:
-        channels += len(layer.outputs)
-        gone += int(sparse[layer.outputs].sum())
-    weights = below = 0
-    for _, weight, _ in _layers(model):
-        weights += weight.numel()
-        below += int((weight.abs() < threshold).sum())
-    return gone / max(channels, 1), below / max(weights, 1)
-
-
 def dense_counts(model: nn.Module, threshold: float = THRESHOLD) -> tuple[int, int]:
     """(output channels, weights) of convolutions and linear layers that reach the threshold.
 
@@ -97,3 +78,8 @@ def dense_counts(model: nn.Module, threshold: float = THRESHOLD) -> tuple[int, i
         channels += int((W.amax((2, 3)) >= threshold).sum())
         weights += int((threshold <= W).sum())
     return channels, weights
+
+
+def gone_share(dense: int, first: int) -> float:
+    """The fraction of `first` channels or weights that are not among the `dense` ones; 0 where there are none."""
+    return 1 - dense / first if first else 0.0

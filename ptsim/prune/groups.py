@@ -320,9 +320,8 @@ def _assemble(state: State, input_shape: tuple[int, int, int], graphs: Graphs) -
 
 def weight_GOIK(weight: Tensor, layer: Weighted) -> Tensor:  # noqa: N802 - its name is its shape
     """The weight of a convolution or linear layer as (groups, out per group, in per group, kernel elements)."""
-    if layer.transposed:
-        weight = weight.transpose(0, 1)
-    return weight.reshape(layer.groups, weight.shape[0] // layer.groups, weight.shape[1], -1)
+    W = weight.reshape(layer.groups, weight.shape[0] // layer.groups, weight.shape[1], -1)
+    return W.transpose(1, 2) if layer.transposed else W  # of a transposed one the inputs come first
 
 
 def component_maxima(model: nn.Module, groups: ChannelGroups) -> Tensor:

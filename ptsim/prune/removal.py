@@ -155,7 +155,7 @@ def collapsed_layers(model: nn.Module, groups: ChannelGroups, threshold: float) 
         for layer in groups.layers
         if layer.trained
         and layer.weight in parameters
-        and not bool((parameters[layer.weight].abs() >= threshold).any())
+        and bool((parameters[layer.weight].abs() < threshold).all())  # one that is no number is not dead
         for node in layer.nodes
     }
     reached: set[fx.Node] = set()

@@ -78,11 +78,10 @@ def seen_settings(
     found = next((given for given in rates if given is not None), None)
     if found is not None:
         settings["lr"] = float(found)
-    return settings | {
-        name: group[name]
-        for name in ("momentum", "weight_decay", "nesterov")
-        if isinstance(group.get(name), int | float)
-    }
+    own = {name: group.get(name) for name in ("momentum", "weight_decay", "nesterov")}
+    if own["momentum"] is None:
+        own["momentum"] = costed_momentum(optimizer)
+    return settings | {name: value for name, value in own.items() if isinstance(value, int | float)}
 
 
 def widths(network: Network) -> dict[str, int]:
@@ -110,6 +109,12 @@ def momentum_of(optimizer: torch.optim.Optimizer) -> float | None:
     """The momentum of its first group; None where it has none."""
     momentum = optimizer.param_groups[0].get("momentum")
     return float(momentum) if isinstance(momentum, int | float) else None
+
+
+def costed_momentum(optimizer: torch.optim.Optimizer) -> float | None:
+    """The momentum at which `costed_optimizer` keeps as much: its own; 0 for one that keeps nothing."""
+    momentum = momentum_of(optimizer)
+    return 0.0 if momentum is None and costed_optimizer(optimizer) == "sgd" else momentum
 
 
 def checked_facts(facts: RunFacts | None) -> RunFacts:
@@ -227,8 +232,9 @@ def told_update(name: object, optimizer: torch.optim.Optimizer) -> UpdateCosts |
     """
     if not isinstance(name, str) or name in OPTIMIZERS.own:
         return None
-    kind = OPTIMIZERS.find(name if name in OPTIMIZERS.names() else costed_optimizer(optimizer))
-    momentum = momentum_of(optimizer)
+    known = name in OPTIMIZERS.names()
+    kind = OPTIMIZERS.find(name if known else costed_optimizer(optimizer))
+    momentum = momentum_of(optimizer) if known else costed_momentum(optimizer)
     return UpdateCosts(
         num_states=kind.states(momentum),
         accesses=kind.moved(momentum),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from ptsim.costs.memory import largest_batch
 from ptsim.hardware.catalog import match_device
 from ptsim.setting import StepSetting
-from ptsim.training.facts import costed_optimizer, momentum_of
+from ptsim.training.facts import costed_momentum, costed_optimizer
 from ptsim.training.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: i
         passes=passes,
         precision=recorder.precision,
         optimizer=costed_optimizer(recorder.optimizer),
-        momentum=momentum_of(recorder.optimizer),
+        momentum=costed_momentum(recorder.optimizer),
         proximal=settings.regularizer == "proximal",
         memory_format=recorder.memory_format,
         regularizer=settings.criterion if recorder.regularizer is not None else None,

@@ -38,7 +38,8 @@ class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     Attributes:
         num_iterations, num_images: of this rank.
-        batch: images of its largest forward pass; 0 where none was seen.
+        batch, largest_backward: images of its largest forward and backward pass; 0 where none was seen.
+        usual_step: images of most of its updates, all passes of one together; 0 where none was seen.
         loss_sum, loss_images: Σ loss · images, and the images of those losses.
         learning_rate: at its first update; None where the optimizer decides it.
         time: None where nobody timed it.
@@ -47,10 +48,21 @@ class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     num_iterations: Whole = 0
     num_images: Whole = 0
     batch: Whole = 0
+    largest_backward: Whole = 0
+    usual_step: Whole = 0
     loss_sum: float = 0.0
     loss_images: NotNegative = 0.0
     learning_rate: float | None = None
     time: EpochTime | None = None
+
+    def tell(self, watch: Watch) -> None:
+        """Let the watch know what was seen of the epoch; states of older versions know less."""
+        watch.go_on(
+            batch=self.batch,
+            largest_backward=self.largest_backward or self.batch,
+            usual_step=self.usual_step,
+            num_steps=self.num_iterations,
+        )
 
     def sum(self, later: EpochTime | None) -> EpochTime | None:
         """The times of both parts of the epoch; None where one is not known."""
@@ -136,6 +148,8 @@ def unfinished_epoch(
         num_iterations=earlier.num_iterations + iterations,
         num_images=int(images),
         batch=watch.batch or 0,
+        largest_backward=watch.largest_backward,
+        usual_step=watch.usual_step,
         loss_sum=total,
         loss_images=told,
         learning_rate=watch.learning_rate if earlier.learning_rate is None else earlier.learning_rate,

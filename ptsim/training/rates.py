@@ -22,7 +22,8 @@ class Schedule(Protocol):
 
 def step(epoch: int, num_epochs: int, config: Config) -> float:
     """`lr_gamma` to the power of the milestones that lie at or before `epoch`; fractions round down to epochs."""
-    passed = sum(epoch >= (int(m * num_epochs) if m < 1 else m) for m in config.lr_milestones)
+    # 0.29 · 100 is 28.999999999999996 in binary
+    passed = sum(epoch >= (int(m * num_epochs + 1e-9) if m < 1 else m) for m in config.lr_milestones)
     return float(config.lr_gamma**passed)
 
 

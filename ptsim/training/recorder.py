@@ -21,7 +21,7 @@ from ptsim.capture.network import capture_network
 from ptsim.errors import UsageError, on_one_line
 from ptsim.measure.nvml import open_meter
 from ptsim.network import MemoryFormat, Network, Precision
-from ptsim.prune.density import THRESHOLD, channel_maxima, checked_threshold, dense_counts, layer_densities
+from ptsim.prune.density import THRESHOLD, channel_maxima, checked_threshold, dense_counts, gone_share, layer_densities
 from ptsim.setting import as_plain, image_shape, positive_number, real_number
 from ptsim.trace.schema import AnyRecord, End, Epoch, Run
 from ptsim.training.checkpoint import Totals
@@ -199,8 +199,7 @@ class Recorder(OnlyOne):
         loss, told = checked_loss(loss), None if num_images is None else positive_number("num_images", num_images)
         seen = self.watch.num_images - self._images_told
         if told is not None and seen == 0:
-            self.watch.num_images += told
-            self.watch.batch = max(self.watch.batch or 0, told)
+            self.watch.count(told)
         self._images_told = self.watch.num_images
         self._losses.add(loss, told or seen or 1)
 
@@ -313,7 +312,7 @@ class Recorder(OnlyOne):
     def continue_epoch(self, earlier: Unfinished | None) -> None:
         """Go on within an epoch of which `earlier` was trained."""
         self._earlier, self._images_told = earlier or Unfinished(), 0
-        self.watch.batch = self.watch.batch or self._earlier.batch or None
+        self._earlier.tell(self.watch)
         self._losses = LossSum(self.device, self._earlier.loss_sum, self._earlier.loss_images)
 
     def describe(self, *, profile: bool = True) -> None:
@@ -428,8 +427,8 @@ class Recorder(OnlyOne):
             train_accuracy=None,
             validation_loss=None,
             validation_accuracy=None,
-            channel_sparsity=1 - channels / self.initial_counts[0],
-            weight_sparsity=1 - weights / self.initial_counts[1],
+            channel_sparsity=gone_share(channels, self.initial_counts[0]),
+            weight_sparsity=gone_share(weights, self.initial_counts[1]),
             measured_time=measured.time,
             measured_step=measured.step,
             allreduce_bytes=gradient_bytes * iterations,

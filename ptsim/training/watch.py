@@ -251,6 +251,18 @@ class Watch:
         self.finish()
         self.reset()
 
+    def go_on(self, *, batch: int, largest_backward: int, usual_step: int, num_steps: int) -> None:
+        """The epoch goes on after a part of so many updates, of which this was seen; 0 where nothing was."""
+        self._largest, self.largest_backward = batch, largest_backward
+        self.batch = batch or self.batch
+        self._images_of_steps[usual_step] += num_steps
+
+    def count(self, num_images: int) -> None:
+        """So many images were in a training pass; whoever knows of one that no hook has seen calls it."""
+        self.num_images += num_images
+        self._largest = max(self._largest, num_images)
+        self.batch = self._largest or self.batch
+
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[..., _T]) -> _T:
         """The output of `call`, which is the module's own, watched as its hooks would."""
         self._forward_begins(module, args, kwargs)
@@ -352,9 +364,7 @@ class Watch:
             self._in_this_backward = 0
         if not forward.counted:
             forward.counted = True
-            self.num_images += forward.num_images
-            self._largest = max(self._largest, forward.num_images)
-            self.batch = self._largest or self.batch
+            self.count(forward.num_images)
             self._in_this_backward += forward.num_images
             self.largest_backward = max(self.largest_backward, self._in_this_backward)
             self._trains_in_evaluation = self._trains_in_evaluation or not forward.training

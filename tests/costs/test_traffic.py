@@ -156,12 +156,16 @@ class Moved(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("name", "momentum", "states"), [("sgd", 0.0, 0), ("sgd", 0.9, 1), ("rmsprop", 0.0, 1), ("rmsprop", 0.9, 2)]
+    ("name", "momentum", "states"),
+    [("sgd", 0.0, 0), ("sgd", 0.9, 1), ("rmsprop", 0.0, 1), ("rmsprop", 0.9, 2), ("adam", None, 2), ("adamw", None, 2)],
 )
-def test_an_update_moves_and_keeps_what_its_momentum_needs(name: str, momentum: float, states: int) -> None:
+def test_an_update_moves_and_keeps_what_its_momentum_needs(name: str, momentum: float | None, states: int) -> None:
     weight = nn.Parameter(torch.ones(1000))
-    kind = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}[name]
-    optimizer = kind([weight], lr=0.1, momentum=momentum, weight_decay=5e-4, foreach=True)
+    kinds: dict[str, Any] = {
+        "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW
+    }  # fmt: skip
+    more = {} if momentum is None else {"momentum": momentum}
+    optimizer = kinds[name]([weight], lr=0.1, weight_decay=5e-4, foreach=True, **more)
     weight.grad = torch.ones(1000)
     optimizer.step()
     with Moved() as moved:

@@ -1,6 +1,7 @@
 """A network whose every weight is sparse keeps its form, and weights that are not trained are left alone."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ptsim import zoo
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
+from ptsim.prune.removal import collapsed_layers, find_removals
 from tests.prune.helpers import SMALL_IMAGE, same_function, small_resnet
 
 
@@ -138,3 +140,54 @@ def test_what_a_fixed_filter_reads_stays() -> None:
     edges = {edge.name: edge for edge in find_groups(Fixed(), (3, 4, 4)).edges()}
     assert "fixed filter" in str(edges["a"].reason)
     assert any(edge.prunable for edge in edges.values())
+
+
+class Branch(nn.Module):
+    """A residual branch of two convolutions, which may end in a BatchNorm and a hyperbolic tangent."""
+
+    def __init__(self, norm: bool, tanh: bool) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1)
+        self.norm, self.head = nn.BatchNorm2d(6) if norm else None, nn.Linear(6, 2)
+        self.tanh = tanh
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.outer(torch.relu(self.inner(x)))
+        y = y if self.norm is None else self.norm(y)
+        y = torch.tanh(y) if self.tanh else y
+        return self.head((x + y).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("norm", "tanh", "expected"),
+    [
+        (True, False, ({"inner", "outer"}, "norm", "outer", False)),
+        (True, True, ({"inner", "outer"}, "norm", "outer", True)),  # the tangent needs the constant at full size
+        (False, False, ({"inner"}, "outer", None, False)),
+    ],
+)
+def test_a_branch_goes_from_its_empty_edge_to_the_layer_that_gives_its_constant(
+    norm: bool, tanh: bool, expected: tuple[set[str], str, str | None, bool]
+) -> None:
+    groups = find_groups(Branch(norm, tanh), (3, 4, 4))
+    sparse = torch.zeros(groups.num_components, dtype=torch.bool)
+    inside = groups.axes["inner.weight", 0]
+    sparse[inside[:-1]] = True
+    assert find_removals(groups, sparse) == ()  # one channel is left
+    sparse[inside] = True
+    (found,) = find_removals(groups, sparse)
+    assert (set(found.dead), found.constant, found.before, found.full) == expected
+
+
+@pytest.mark.parametrize(
+    ("largest", "dead"), [(0.99e-4, ("0",)), (-0.99e-4, ("0",)), (1e-4, ()), (-1e-4, ()), (math.nan, ())]
+)
+def test_a_layer_that_cuts_the_image_off_has_no_weight_that_reaches_the_threshold(
+    largest: float, dead: tuple[str, ...]
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.Flatten(), nn.Linear(80, 2)).double()
+    nn.init.zeros_(model[0].weight)
+    with torch.no_grad():
+        model[0].weight[1, 2] = largest
+    assert collapsed_layers(model, find_groups(model, (3, 4, 4)), 1e-4) == dead

@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.metadata
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,17 @@ from torch import nn
 
 import ptsim
 from ptsim.costs.datasheet import datasheet_step
-from ptsim.criteria import CRITERIA, PenaltyWork, penalty_work
+from ptsim.criteria import CRITERIA, PenaltyWork, penalty_work, step_penalty
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device
-from ptsim.network import LayerKind
+from ptsim.network import Layer, LayerKind, Network, Parameter
+from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.criteria.slimming import Slimming
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
-from ptsim.setting import StepSetting
+from ptsim.setting import StepSetting, ToldPenalty
 from tests.prune.helpers import SMALL_IMAGE, enliven, small_resnet
+from tests.prune.test_gating import Meeting
 
 
 def silenced(model, groups, fraction=0.4):
@@ -166,3 +169,96 @@ def test_a_criterion_from_outside_the_package_is_added_by_one_line_or_by_an_entr
             CRITERIA.add("group_lasso", OnlyTheFirst)
     finally:
         CRITERIA.remove("by_hand")
+
+
+def of_weights(*shapes, norms=()):
+    """A network with one convolution or linear layer for each weight, and BatchNorms of these widths."""
+    layers, parameters = [], []
+    for index, shape in enumerate((*shapes, *((width,) for width in norms))):
+        kind = {1: LayerKind.BATCH_NORM, 2: LayerKind.LINEAR, 4: LayerKind.CONV}[len(shape)]
+        sizes = {"in_channels": shape[1] if len(shape) > 1 else shape[0], "out_channels": shape[0]}
+        places = {"input_shapes": ((sizes["in_channels"], 1, 1),), "output_shape": (shape[0], 1, 1)}
+        layers.append(Layer(name=str(index), kind=kind, op=str(kind), **sizes, **places))
+        parameters.append(Parameter(name=f"{index}.weight", layer=str(index), shape=shape))
+    return Network(
+        name="n", input_shape=(3, 1, 1), num_classes=2, layers=tuple(layers), edges=(), parameters=tuple(parameters)
+    )
+
+
+def gathered(entries, launches, accesses):
+    """Weights as one vector: three tables and two vectors of 4 bytes an entry."""
+    return PenaltyWork(
+        num_bytes=4 * accesses, num_launches=launches, table_bytes=12 * entries, scratch_bytes=8 * entries
+    )
+
+
+@pytest.mark.parametrize(
+    ("shapes", "gpu", "work"),
+    [
+        # 48 elements in 12 kernels: 4 · 48 + 7 · 12 accesses; the norms of the kernels, twice, as scratch
+        ([(4, 3, 2, 2)], False, PenaltyWork(num_bytes=4 * 276, num_launches=10, scratch_bytes=4 * 24)),
+        # a network for grey images: its one input channel makes no convolution depthwise
+        ([(8, 1, 3, 3)], False, PenaltyWork(num_bytes=4 * 344, num_launches=10, scratch_bytes=4 * 16)),
+        # 9 accesses to each of 12 + 32 elements; scratch for the larger one
+        ([(4, 3), (8, 4)], False, PenaltyWork(num_bytes=4 * 396, num_launches=20, scratch_bytes=4 * 64)),
+        # just small enough to be gathered element by element: 20 accesses; 10 launches and 2 for up to 48 weights
+        ([(512, 512, 2, 2)], True, gathered(2**20, 12, 20 * 2**20)),
+        # 2^19 kernels of 9 elements, gathered by their norms: 4 · 9 + 18 accesses a kernel, 2 launches a weight
+        ([(1024, 512, 3, 3)], True, gathered(2**19, 10 + 1 + 2, 54 * 2**19)),
+        ([(2048, 2048)], True, gathered(2**22, 12, 20 * 2**22)),  # just few enough to be gathered
+        ([(2048, 2049)], True, PenaltyWork(num_bytes=36 * 2048 * 2049, num_launches=10, scratch_bytes=8 * 2048 * 2049)),
+        ([(2, 2)] * 48, True, gathered(192, 12, 20 * 192)),
+        ([(2, 2)] * 49, True, gathered(196, 10 + 1 + 2, 20 * 196)),
+        ([(2, 2)] * 129, True, gathered(516, 10 + 2 + 3, 20 * 516)),
+    ],
+)
+def test_what_the_group_lasso_takes_is_worked_out_by_hand(shapes, gpu, work):
+    network = of_weights(*shapes)
+    assert penalty_work("group_lasso", network, gpu=gpu) == work
+    if gpu:
+        assert (GroupLasso.traffic(network), GroupLasso.launches(network)) == (work.num_bytes, work.num_launches)
+
+
+def test_proximal_steps_and_slimming_take_what_is_worked_out_by_hand():
+    network = of_weights((4, 3, 2, 2), (8, 4), norms=(8, 5))
+    # two groups of axes: squares 2, sums 1, a scaled copy 2 accesses each, and the copy back 2; 9, 9 and 1 launches
+    by_lasso = PenaltyWork(num_bytes=4 * 12 * (48 + 32), num_launches=2 * 19, scratch_bytes=4 * 2 * 48)
+    assert penalty_work("group_lasso", network, gpu=True, proximal=True) == by_lasso
+    assert penalty_work("slimming", network, gpu=False) == PenaltyWork(num_bytes=4 * 3 * 13, num_launches=2 * 2)
+    by_slimming = PenaltyWork(num_bytes=4 * 13 * 13, num_launches=2 * 6)
+    assert penalty_work("slimming", network, gpu=True, proximal=True) == by_slimming
+    assert (Slimming.traffic(network), Slimming.launches(network)) == (4 * 3 * 13, 4)
+
+
+def test_the_penalty_of_a_network_that_a_run_did_not_have_is_that_of_the_nearest_per_parameter():
+    network = of_weights((10, 10))
+    told = [
+        ToldPenalty(criterion=name, architecture=architecture, num_parameters=size, num_bytes=moved, num_launches=count)
+        for name, architecture, size, moved, count in [
+            ("theirs", "small", 40, 1000, 3), ("theirs", "large", 170, 5000, 9), ("another", "equal", 100, 7, 7),
+        ]
+    ]  # fmt: skip
+    setting = StepSetting(batch=1, regularizer="theirs", told_penalties=tuple(told))
+    # 100 parameters are 60 from 40 and 70 from 170
+    assert step_penalty(network, setting, gpu=True) == PenaltyWork(num_bytes=2500, num_launches=3)
+    exact = msgspec.structs.replace(told[1], architecture=network.id)
+    known = msgspec.structs.replace(setting, told_penalties=(told[0], exact))
+    assert step_penalty(network, known, gpu=True) == PenaltyWork(num_bytes=5000, num_launches=9)
+    assert step_penalty(network, msgspec.structs.replace(setting, regularizer=None), gpu=True) == PenaltyWork()
+    shrunk = msgspec.structs.replace(setting, regularizer="group_lasso", proximal=True)
+    assert step_penalty(network, shrunk, gpu=True).num_launches == 19
+
+
+def test_a_channel_is_as_far_from_zero_as_its_largest_scale_wherever_it_appears():
+    """Two BatchNorms meet at a sum; by hand the larger of |γ|, and Σ|γ| as penalty."""
+    model = Meeting()
+    with torch.no_grad():
+        model.left_norm.weight.copy_(torch.tensor([0.0, -0.5, 0.25, 0.0]))
+        model.right_norm.weight.copy_(torch.tensor([0.125, 0.0, 0.0, 0.0]))
+    groups = find_groups(model, (3, 4, 4))
+    importance = Slimming.importance(model, groups)
+    stream = groups.axes["left.weight", 0]
+    assert importance[stream].tolist() == [0.125, 0.5, 0.25, 0.0]
+    importance[stream] = torch.inf
+    assert bool((importance == torch.inf).all())  # images and classes have no scale
+    assert float(Slimming(model, groups).value()) == 0.875

@@ -14,7 +14,7 @@ from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.criteria import penalty_work
 from ptsim.errors import UsageError
-from ptsim.prune.criteria.coefficient import penalty_coefficient
+from ptsim.prune.criteria.coefficient import penalty_coefficient, proximal_shrinkages
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.criteria.slimming import Slimming
 from ptsim.prune.groups import find_groups
@@ -208,9 +208,10 @@ def test_the_proximal_step_shrinks_a_single_group_by_its_amount_and_gives_exact_
 
 
 def test_the_coefficient_gives_the_ratio() -> None:
+    assert penalty_coefficient(2.0, 10.0, 0.2) == pytest.approx(0.05)  # 0.2 · 2 / (0.8 · 10)
     coefficient = penalty_coefficient(math.log(10), 1975.6, 0.25)
     assert coefficient * 1975.6 / (math.log(10) + coefficient * 1975.6) == pytest.approx(0.25)
-    assert penalty_coefficient(2.3, 100.0, 0.0) == 0.0
+    assert penalty_coefficient(2.3, 100.0, 0.0) == penalty_coefficient(0.0, 0.0, 0.0) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -219,11 +220,55 @@ def test_the_coefficient_gives_the_ratio() -> None:
         (2.3, 10.0, 1.0),
         (2.3, 10.0, -0.1),
         (0.0, 10.0, 0.2),
+        (-2.3, 10.0, 0.2),
         (math.nan, 10.0, 0.2),
+        (math.inf, 10.0, 0.2),
         (2.3, 0.0, 0.2),
+        (2.3, -10.0, 0.2),
         (2.3, math.inf, 0.2),
     ],
 )
 def test_impossible_ratios_are_refused(cross_entropy: float, penalty: float, ratio: float) -> None:
     with pytest.raises(UsageError):
         penalty_coefficient(cross_entropy, penalty, ratio)
+
+
+def test_the_proximal_step_takes_inputs_then_outputs_each_weight_by_its_own_amount() -> None:
+    model = nn.Sequential(
+        nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)
+    ).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[3.0], [4.0]]))
+        model[2].weight.copy_(torch.tensor([[3.0, 0.0], [4.0, 5.0]]))
+        model[4].weight.copy_(torch.tensor([[0.5, 0.0]]))
+    lasso = GroupLasso(model, find_groups(model, (1,)))
+    lasso.proximal_step([2.0, 1.0, 1.0])
+    assert model[0].weight.flatten().tolist() == pytest.approx([1, 2])  # its inputs are the image: rows of norm 3 and 4
+    # columns of norm 5 become ⅘ of themselves: (2.4, 0) and (3.2, 4), whose norms are 2.4 and √26.24
+    shrunk = 1 - 1 / math.sqrt(26.24)
+    assert model[2].weight.flatten().tolist() == pytest.approx([1.4, 0, 3.2 * shrunk, 4 * shrunk])
+    assert model[4].weight.flatten().tolist() == [0, 0]  # less than the amount, and nothing at all
+    before = model[2].weight.detach().clone()
+    lasso.proximal_step(0.0)  # a learning rate of 0: also groups that are zero stay as they are
+    assert torch.equal(model[2].weight, before)
+    assert model[4].weight.flatten().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "shrinkage"),
+    [
+        ({"lr": 0.1, "momentum": 0.9}, 3.0),  # 0.1 · 3 / (1 − 0.9)
+        ({"lr": 0.1, "momentum": 0.5, "dampening": 0.25}, 0.45),  # 0.1 · 3 · 0.75 / (1 − 0.5)
+        ({"lr": 0.1, "momentum": 0.0, "dampening": 0.5}, 0.3),  # without momentum nothing is dampened
+    ],
+)
+def test_a_proximal_step_shrinks_as_much_as_a_constant_gradient_moves(
+    settings: dict[str, float], shrinkage: float
+) -> None:
+    weight, other = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+    optimizer = torch.optim.SGD([weight], **settings)  # type: ignore[arg-type] # parameters of the test
+    assert proximal_shrinkages(optimizer, [weight, other], 3.0) == pytest.approx([shrinkage, 0])
+    for _ in range(200):
+        before, weight.grad = weight.item(), torch.full_like(weight, 3.0)
+        optimizer.step()
+    assert before - weight.item() == pytest.approx(shrinkage)

@@ -247,3 +247,54 @@ def test_a_branch_whose_layers_are_gated_can_go_and_be_rebuilt() -> None:
     apply_structure(fresh, structure_of(model))
     fresh.load_state_dict(model.state_dict())
     same_function(fresh, model, SMALL_IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("version",), 2, "a model structure of version 2; this ptsim reads 1"),
+        (("tensors", "0.weight"), [9, 3, 3, 3], r"0\.weight of shape \(9, 3, 3, 3\), the model \(8, 3, 3, 3\)"),
+        (("tensors", "3.weight"), [2], r"3\.weight of shape \(2,\), the model \(2, 8\)"),
+        (("tensors", "3.weight"), [2, -1], "not a model structure"),
+        (("modules", "5"), {"kind": "placeholder"}, "no module 5"),
+        (("modules", "0"), {"kind": "placeholder"}, "describes 0 wrongly"),
+    ],
+)
+def test_a_structure_that_does_not_fit_is_one_sentence(place: tuple[str, ...], value: object, message: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+    structure = structure_of(model)
+    table = structure
+    for key in place[:-1]:
+        table = table[key]
+    table[place[-1]] = value
+    with pytest.raises(UsageError, match=message):
+        apply_structure(model, structure)
+
+
+def test_the_edges_of_a_residual_network_by_hand() -> None:
+    groups = find_groups(small_resnet(), SMALL_IMAGE)
+    edges = {edge.name: edge for edge in groups.edges()}
+    stream = [f"blocks.{i}.{role}" for i in range(3) for role in ("a (in)", "b (out)")]
+    assert edges["stem"].members == ("stem (out)", *stream, "head (in)")
+    assert edges["blocks.1.a"].members == ("blocks.1.a (out)", "blocks.1.b (in)")
+    inside = {f"blocks.{i}.a": 8 for i in range(3)}
+    assert {name: edge.width for name, edge in edges.items()} == {"stem": 12, "stem (in)": 3, "head": 5} | inside
+    assert {name: edge.reason for name, edge in edges.items() if not edge.prunable} == {
+        "stem (in)": "it is the network's input", "head": "it is the network's output"
+    }  # fmt: skip
+    assert groups.num_channels == (12 + 3 * 8, 3 + 5)
+    assert groups.main_reason() is None  # of others than images and classes
+    penalised = {layer.layer: (inputs, outputs) for layer, inputs, outputs in groups.penalised()}
+    inner = {f"blocks.{i}.{layer}": (True, True) for i in range(3) for layer in "ab"}
+    assert penalised == {"stem": (False, True), "head": (True, False)} | inner
+
+
+def test_a_channel_of_a_flattened_image_is_one_channel_and_many_inputs() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 6, 7), nn.ReLU(), nn.Linear(7, 2))
+    groups = find_groups(model, (3, 2, 3))
+    assert [(edge.name, edge.width) for edge in groups.edges() if edge.prunable] == [("0", 4), ("2", 7)]
+    with torch.no_grad():
+        model[0].weight[2] = 0
+        model[2].weight.view(7, 4, 6)[:, 2] = 0
+    reconfigure(model, groups)
+    assert (model[0].out_channels, model[2].in_features) == (3, 18)

@@ -11,6 +11,15 @@ from torch import Tensor, nn
 import ptsim
 from ptsim.errors import UsageError
 from ptsim.prune.groups import find_groups
+from ptsim.prune.numbers import (
+    Attribute,
+    Number,
+    changed_numbers,
+    named_numbers,
+    restore_numbers,
+    set_numbers,
+    solved,
+)
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.structure import apply_structure, structure_of
 from tests.prune.helpers import cut_twice, enliven, same_function
@@ -205,3 +214,69 @@ def test_a_structure_with_an_unknown_attribute_is_refused() -> None:
         apply_structure(Unequal(), structure)
     with pytest.raises(UsageError, match="parts"):
         apply_structure(Unequal(), structure | {"numbers": {"parts": 7}})
+
+
+USED, WIDTH = Attribute("", "used"), Attribute("", "width")
+
+
+@pytest.mark.parametrize(
+    ("compute", "at_6"),
+    [
+        (lambda n: n + 3, 9),
+        (lambda n: 3 + n, 9),
+        (lambda n: n - 3, 3),
+        (lambda n: 16 - n, 10),
+        (lambda n: n * 2, 12),
+        (lambda n: 2 * n, 12),
+        (lambda n: n // 2, 3),
+        (lambda n: -n, -6),
+        (lambda n: (n + 1) * 2, 14),
+        (lambda n: 20 - (n - 3) // 3, 19),
+    ],
+)
+def test_what_code_computes_from_an_attribute_is_followed_there_and_back(
+    compute: Callable[[int], int], at_6: int
+) -> None:
+    number = compute(Number.of(8, USED, set()))
+    assert isinstance(number, Number)
+    assert int(number) == compute(8)
+    assert number.given({}) == compute(8)
+    assert number.given({USED: 6}) == at_6
+    assert number.solved(at_6, {}) == 6
+
+
+def test_attributes_are_set_as_far_as_there_are_numbers_that_fit() -> None:
+    fixed: set[Attribute] = set()
+    used, width = Number.of(5, USED, fixed), Number.of(16, WIDTH, fixed)
+    assert (width - used).sources() == {USED, WIDTH}
+    assert solved([(width - used, 9), (used, 4)]) == {USED: 4, WIDTH: 13}  # the one that hangs on nothing else first
+    assert solved([(used, 5)]) == {}  # as it is
+    assert solved([(used * 2, 7)]) == {}  # twice no number
+    assert solved([(used - 8, -9)]) == {}  # not less than nothing
+    assert solved([(used, 4), (used * 2, 6)]) == {USED: 4}  # the first one that says it
+    width.fix()
+    assert solved([(width - used, 9), (used, 4)]) == {USED: 4}
+
+
+def test_numbers_in_lists_and_in_parts_of_a_network_are_written_and_read_back() -> None:
+    def build() -> nn.Sequential:
+        return nn.Sequential(Unequal(), Partial())
+
+    model, fresh = build(), build()
+    set_numbers(model, {Attribute("0", "parts", 1): 7, Attribute("1", "used"): 3})
+    assert changed_numbers(model) == {"0.parts": [6, 7], "1.used": 3}
+    restore_numbers(fresh, changed_numbers(model))
+    for network in (model, fresh):
+        assert (network[0].parts, network[1].used, network[1].width) == ((6, 7), 3, 16)
+    assert changed_numbers(fresh) == changed_numbers(model)
+
+
+def test_numbers_stand_in_for_attributes_meanwhile_and_a_comparison_fixes_all_it_hangs_on() -> None:
+    model = Partial()
+    with named_numbers(model) as fixed:
+        assert isinstance(model.used, Number)
+        rest = model.width - model.used
+        assert not fixed
+        assert rest > 3
+        assert fixed == {Attribute("", "used"), Attribute("", "width")}
+    assert (type(model.used), type(model.width)) == (int, int)

@@ -83,6 +83,7 @@ def test_flat_and_factored_states_are_cut_where_their_axes_are_clear():
     values = torch.arange(6 * 4 * 9.0).view(SHAPE)
     old = nn.Parameter(values.clone())
     state = {"flat": values.flatten(), "rows": values[:, :, :, 0], "columns": values[0], "step": torch.tensor(3.0)}
+    state["scale"] = values[:, :1, :1, :1]  # one for every output, in a tensor of as many axes
     optimizer = Kept([old], state)
     new = nn.Parameter(part(old))
     cut_optimizer(optimizer, [Replacement(old, new, KEPT)])
@@ -90,6 +91,7 @@ def test_flat_and_factored_states_are_cut_where_their_axes_are_clear():
     assert torch.equal(kept["flat"], part(values).flatten())
     assert torch.equal(kept["rows"], part(values)[:, :, :, 0])
     assert torch.equal(kept["columns"], values[0][KEPT[1]])
+    assert torch.equal(kept["scale"], values[:, :1, :1, :1][KEPT[0]])
     assert kept["step"] == 3
 
 
@@ -148,3 +150,16 @@ def test_all_of_timms_optimizers_that_need_no_other_package_go_on_after_a_cut():
         assert new.isfinite().all(), name
         tried += 1
     assert tried >= 30
+
+
+def test_the_state_of_a_grouped_convolution_is_cut_in_every_group_by_itself():
+    """Outputs 0 and 1 keep their second input, outputs 2 and 3 their first."""
+    values = torch.arange(8.0).view(4, 2, 1, 1)
+    kept = {-1: torch.tensor([[1], [1], [0], [0]])}
+    old, new = nn.Parameter(values.clone()), nn.Parameter(torch.zeros(4, 1, 1, 1))
+    optimizer = Kept([old], {"momentum": values.clone(), "scale": values[:, :1]})
+    cut_optimizer(optimizer, [Replacement(old, new, kept)])
+    state = optimizer.state[new]
+    assert state["momentum"].shape == (4, 1, 1, 1)
+    assert state["momentum"].flatten().tolist() == [1, 3, 4, 6]
+    assert state["scale"].flatten().tolist() == [0, 2, 4, 6]  # one for every output

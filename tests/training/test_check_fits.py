@@ -1,5 +1,6 @@
 """A model that does not give one tensor of class scores in both modes is refused before a run begins."""
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,3 +40,27 @@ def test_the_check_leaves_statistics_and_random_numbers_as_they_were() -> None:
     assert torch.equal(torch.rand(1), expected)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({}, None),
+        ({"model": "other.py:build"}, "is for the model net.py:build, but this run is for the model other.py:build"),
+        ({"num_classes": 5}, "is for 4 classes, but this run is for 5 classes"),
+        ({"in_channels": 3}, "is for images, but this run is for images of 3 channels"),
+        ({"input_shape": (3, 6, 5)}, "is for images of 3×5×5, but this run is for images of 3×6×5"),
+        ({"source_sha256": "b"}, "was made with another content of net.py or its imports, which was edited since"),
+        ({"source_sha256": None}, None),  # a run of an older version does not know
+    ],
+)
+def test_what_differs_between_two_recipes_is_said_and_is_no_difference_where_nobody_knows(
+    changes: dict[str, object], difference: str | None
+) -> None:
+    mine = msgspec.structs.replace(RECIPE, source_sha256="a")
+    assert mine.difference(msgspec.structs.replace(mine, **changes)) == difference
+
+
+def test_another_number_of_classes_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"gives \(4,\) for an image, but the data set has 5 classes"):
+        check_fits(WithHead(auxiliary=False), msgspec.structs.replace(RECIPE, num_classes=5))

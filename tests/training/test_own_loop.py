@@ -882,6 +882,29 @@ def test_a_state_that_is_loaded_in_the_middle_of_an_epoch_takes_the_counts_back(
     assert (epoch.num_iterations, epoch.num_images) == (2, 32)
 
 
+@pytest.mark.parametrize(("parts", "batch", "proposed"), [(1, 16, 16), (2, 32, 16 + 32)])  # up to an epoch's images
+def test_an_epoch_has_its_own_mini_batch_also_where_a_state_left_it_only_a_few_images(parts, batch, proposed):
+    """Two updates of 16 images a pass before the state, one of 4 after it; with one pass or two an update."""
+    pruners = []
+    for batches in (images_and_labels(2 * parts), images_and_labels(1, 4)):
+        model = fresh()
+        optimizer = sgd(model)
+        pruner = made(model, optimizer)
+        if pruners:
+            pruner.load_state_dict(pruners[0].state_dict())
+        for index, (images, labels) in enumerate(batches):
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            if len(images) == 4 or index % parts == parts - 1:
+                pruner.step(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        pruners.append(pruner)
+    epoch = pruners[1].end_epoch().epoch
+    assert (epoch.batch_per_gpu, epoch.passes, epoch.num_images) == (batch, parts, 2 * batch + 4)
+    assert (pruners[1].batch, pruners[1].learning_rate_scale) == (proposed, proposed / 16)
+
+
 def test_a_network_that_cannot_be_traced_is_named():
     model = Branching()
     with pytest.raises(UnsupportedModelError, match=r"torch\.fx cannot trace Branching"):

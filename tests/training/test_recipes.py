@@ -3,11 +3,13 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import ptsim
 from ptsim.cli.main import run as command
@@ -15,6 +17,7 @@ from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import update_traffic
 from ptsim.criteria import CRITERIA
 from ptsim.errors import UnknownNameError, UsageError
+from ptsim.network import Precision
 from ptsim.optimizers import OPTIMIZERS, OptimizerKind
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.setting import StepSetting
@@ -25,11 +28,12 @@ from ptsim.training.config import SETTINGS, make_config, resolve
 from ptsim.training.data import Share
 from ptsim.training.datasets import load_data
 from ptsim.training.datasets import synthetic as synthetic_data
+from ptsim.training.distributed import Team
 from ptsim.training.facts import RunFacts
 from ptsim.training.registries import SCHEDULES
 from ptsim.training.schedule import epoch_plans
 from ptsim.training.sources import DATASETS
-from ptsim.training.step import mix, mixed_loss
+from ptsim.training.step import mix, mixed_loss, validate
 from tests.training.nets import small
 from tests.training.runs import settings
 
@@ -70,6 +74,25 @@ def test_smoothed_and_mixed_losses_are_those_worked_out_by_hand():
     assert plain.item() == pytest.approx(-(0.9 * math.log(0.75) + 0.1 * math.log(0.25)))
     mixed = mixed_loss(logits, ((first, 0.6), (second, 0.4)), 0.0)
     assert mixed.item() == pytest.approx(-(0.6 * math.log(0.75) + 0.4 * math.log(0.25)))
+
+
+def test_validation_weighs_every_image_alike_and_a_share_counts_for_its_largest_class():
+    """Probabilities ¾ and ¼: three hits, one miss, and one miss of a class with the share 0.8."""
+    likely, cpu = torch.log(torch.tensor([0.75, 0.25])), torch.device("cpu")
+    batches = [
+        (likely.expand(3, 2), torch.zeros(3, dtype=torch.int64)),
+        (likely.expand(1, 2), torch.ones(1, dtype=torch.int64)),
+        (likely.expand(1, 2), torch.tensor([[0.2, 0.8]])),
+    ]
+    judge = nn.Identity().train()
+    learner = SimpleNamespace(
+        judged=judge, device=cpu, config=SimpleNamespace(precision=Precision.FP32), team=Team(device=cpu)
+    )
+    hit, miss = -math.log(0.75), -math.log(0.25)
+    found = validate(learner, batches)
+    assert found.loss == pytest.approx((3 * hit + miss + 0.2 * hit + 0.8 * miss) / 5)
+    assert (found.accuracy, found.num_images, found.num_iterations) == (0.6, 5, 3)
+    assert judge.training
 
 
 def test_mixed_images_are_the_weighted_sum_of_an_image_and_another_of_the_mini_batch():

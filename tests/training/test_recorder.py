@@ -246,6 +246,41 @@ def test_a_recorder_that_nobody_closes_ends_its_trace_when_the_program_ends(tmp_
         assert (len(trace.epochs), trace.complete) == (1, complete)
 
 
+def test_a_mini_batch_that_is_told_may_shrink_from_one_epoch_to_the_next():
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    for size in (16, 8):
+        for images, labels in images_and_labels(2, size):
+            loss = F.cross_entropy(model.forward(images), labels)  # past the hooks
+            optimizer.zero_grad()
+            loss.backward()
+            recorder.step(loss, num_images=size)
+            optimizer.step()
+        epoch = recorder.end_epoch()
+        assert (epoch.batch_per_gpu, epoch.passes, epoch.num_images) == (size, 1, 2 * size)
+
+
+class Functional(nn.Module):
+    """Its weight is in no layer of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(10, 3))
+
+    def forward(self, images):
+        return F.linear(images.mean((2, 3)), self.matrix)
+
+
+def test_a_network_without_layers_of_torch_is_recorded_as_dense(tmp_path):
+    model = Functional()
+    optimizer = sgd(model)
+    with ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path) as recorder:
+        train(recorder, model, optimizer)
+    (epoch,) = ptsim.read_trace(tmp_path).epochs
+    assert (epoch.channel_sparsity, epoch.weight_sparsity) == (0, 0)
+
+
 def test_hyperparameters_that_no_file_holds_are_written_as_text(tmp_path):
     model = fresh()
     optimizer = sgd(model)

@@ -27,6 +27,26 @@ def test_milestones_of_one_or_more_are_epochs():
     assert [rates[40], rates[41], rates[61], rates[81]] == pytest.approx([0.1, 0.01, 1e-3, 1e-4])
 
 
+@pytest.mark.parametrize(
+    ("epochs", "milestone", "falls"),
+    [
+        (4, 1, 1),  # an epoch, not the whole run
+        (7, 0.5, 3),
+        (10, 0.99, 9),
+        (100, 0.29, 29),  # 0.29 · 100 is a little less in binary
+        (100, 0.58, 58),
+    ],
+)
+def test_a_milestone_below_1_is_a_fraction_rounded_down_to_epochs(epochs, milestone, falls):
+    rates = [p.learning_rate for p in planned(epochs=epochs, lr_milestones=[milestone])]
+    assert rates == pytest.approx([0.1] * falls + [0.01] * (epochs - falls))
+
+
+def test_a_warm_up_leaves_an_epoch_at_the_full_rate():
+    rates = [p.learning_rate for p in planned(epochs=3, warmup_epochs=9, lr_schedule="cosine")]
+    assert rates == pytest.approx([0.1 / 3, 0.2 / 3, 0.1])
+
+
 def test_the_papers_cifar_run_reconfigures_18_times_and_at_the_end():
     assert reconfigured(planned(epochs=182)) == [*range(9, 180, 10), 181]
 

@@ -1,0 +1,57 @@
+"""Which layers are gated, and to which of their own channels: by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptsim.prune.gating import Gate, find_gates
+from ptsim.prune.groups import find_groups
+from tests.prune.helpers import SMALL_IMAGE, small_resnet
+
+
+def indices(gate: Gate) -> tuple[str, list[int] | None, list[int] | None, str | None]:
+    inputs, outputs = (None if kept is None else kept.tolist() for kept in (gate.inputs, gate.outputs))
+    return gate.layer, inputs, outputs, gate.norm
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_block_reads_and_writes_only_the_channels_of_the_stream_that_its_weights_use(bias: bool) -> None:
+    model = small_resnet(bias=bias)
+    with torch.no_grad():
+        reads = model.get_parameter("blocks.0.a.weight")
+        reads[:, 2:8], reads[:, 7], reads[:, 8] = 0, 0.99e-4, -1e-4  # the threshold itself counts
+        model.get_parameter("blocks.0.b.weight")[4:9] = 0
+        model.get_parameter("blocks.1.a.weight")[3] = 0  # inside of a branch two layers share their channels
+    found = [indices(gate) for gate in find_gates(model, find_groups(model, SMALL_IMAGE), 1e-4)]
+    read, written = [0, 1, 8, 9, 10, 11], [0, 1, 2, 3, 9, 10, 11]
+    if bias:  # a channel that nobody computes would still have its bias
+        assert found == [("blocks.0.a", read, None, None)]
+    else:
+        assert found == [("blocks.0.a", read, None, "blocks.0.an"), ("blocks.0.b", None, written, "blocks.0.bn")]
+
+
+class Meeting(nn.Module):
+    """Two convolutions that meet at a sum, and the layer that reads it: a stream that three layers touch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Conv2d(3, 4, 1, bias=False) for _ in range(2))
+        self.left_norm, self.right_norm, self.head = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.left_norm(self.left(x)) + self.right_norm(self.right(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("largest", "kept"),
+    [([1, 0, 1, 1], [0, 2, 3]), ([0, 0, 5e-5, 1e-5], [2])],  # one stays, the one with the largest weight
+)
+def test_three_layers_are_a_stream_and_a_layer_keeps_a_channel(largest: list[float], kept: list[int]) -> None:
+    model = Meeting()
+    with torch.no_grad():
+        nn.init.ones_(model.left.weight)
+        model.right.weight.copy_(torch.tensor(largest).view(4, 1, 1, 1).expand(4, 3, 1, 1))
+    gates = find_gates(model, find_groups(model, (3, 4, 4)), 1e-4)
+    assert [indices(gate) for gate in gates] == [("right", None, kept, "right_norm")]

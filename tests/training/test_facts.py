@@ -1,0 +1,181 @@
+"""What a trace says of a run that nobody has described: seen on optimizer, network and images, by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptsim.errors import TrainingError, UsageError
+from ptsim.trace.schema import Epoch
+from ptsim.training.facts import (
+    RunFacts,
+    change_record,
+    check_finite,
+    check_numbers,
+    checked_fraction,
+    checked_loss,
+    costed_optimizer,
+    note_image_shape,
+    num_outputs,
+    seen_settings,
+    told_update,
+    widths,
+)
+from tests.traces import residual_network, shrinking_records
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape))
+
+
+def test_settings_are_those_of_the_group_with_the_most_weights_and_the_first_groups_rate() -> None:
+    groups: list[dict[str, Any]] = [
+        {"params": [weight(2)], "weight_decay": 0.0, "lr": 0.2},
+        {"params": [weight(3, 3)], "weight_decay": 1e-4},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    module = nn.Linear(1, 1)
+    seen = seen_settings(optimizer, module, batch=32, rate=0.3)
+    assert seen == {
+        "batch": 32,
+        "optimizer": "sgd",
+        "optimizer_class": "SGD",
+        "compile": False,
+        "penalty_ratio": 0.0,
+        "lr": 0.3,  # at the first update
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "nesterov": False,
+    }
+    assert seen_settings(optimizer, module, batch=32, rate=None)["lr"] == 0.2
+    optimizer.param_groups[0]["initial_lr"] = 0.5  # before a schedule's warm-up
+    assert seen_settings(optimizer, module, batch=32, rate=0.3)["lr"] == 0.5
+
+
+class Theirs(torch.optim.Optimizer):
+    """An optimizer that no table knows, which keeps what it is told to."""
+
+    def __init__(self, state: dict[str, Any], **defaults: Any) -> None:
+        super().__init__([weight(3, 2)], defaults)
+        self.state[self.param_groups[0]["params"][0]].update(state)
+
+
+FULL = torch.zeros(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("state", "defaults", "stands_for"),
+    [
+        ({"step": torch.tensor(1.0), "rows": torch.zeros(3)}, {}, "sgd"),  # nothing for every weight
+        ({"a": FULL}, {}, "rmsprop"),
+        ({"a": FULL}, {"momentum": 0.9}, "sgd"),
+        ({"a": FULL}, {"momentum": 0.0}, "rmsprop"),
+        ({"a": FULL, "b": FULL, "step": 1}, {"momentum": 0.9}, "adam"),
+        ({"a": FULL, "b": FULL, "c": FULL}, {}, "adam"),
+    ],
+)
+def test_an_unknown_optimizer_is_costed_by_the_values_it_keeps_for_a_weight(
+    state: dict[str, Any], defaults: dict[str, float], stands_for: str
+) -> None:
+    assert costed_optimizer(Theirs(state, **defaults)) == stands_for
+
+
+@pytest.mark.parametrize(
+    ("state", "defaults", "costs", "momentum"),
+    [
+        ({"a": FULL}, {"momentum": 0.9}, (1, 11, 5), 0.9),  # as SGD with momentum
+        ({}, {}, (0, 6, 3), 0.0),  # as SGD without: nobody said that it has one
+        ({"a": FULL}, {}, (1, 16, 5), None),
+        ({"a": FULL, "b": FULL}, {}, (2, 21, 7), None),
+    ],
+)
+def test_what_keeps_nothing_has_no_momentum_and_ptsims_own_need_not_be_told(
+    state: dict[str, Any], defaults: dict[str, float], costs: tuple[int, int, int], momentum: float | None
+) -> None:
+    optimizer = Theirs(state, **defaults)
+    for name in ("sgd", None, 3):
+        assert told_update(name, optimizer) is None
+    told = told_update("Theirs", optimizer)
+    assert told is not None
+    assert (told.num_states, told.accesses, told.fused_accesses) == costs
+    assert seen_settings(optimizer, nn.Linear(1, 1), batch=1, rate=0.1).get("momentum") == momentum
+
+
+def test_a_change_between_two_epochs_counts_channels_and_names_layers() -> None:
+    before = residual_network((16,), (1,))  # 16 channels in the stem and in both layers of the block, 10 classes
+    after = residual_network((12,), (0,))
+    assert widths(after) == {"conv1": 12, "fc": 10}
+    event = change_record(before, after, epoch=3, batch=8)
+    assert (event.epoch, event.batch_before, event.batch_after) == (3, 8, 8)
+    assert (event.before, event.after) == (before.id, after.id)
+    assert event.channels_removed == 3 * 16 - 12
+    assert event.layers_removed == ("layer1.0.conv1", "layer1.0.conv2")
+    grown = change_record(after, before, epoch=3, batch=8)
+    assert (grown.channels_removed, grown.layers_removed) == (0, ())
+
+
+def test_images_of_another_size_than_the_trace_says_are_told() -> None:
+    note_image_shape(None, (3, 8, 8))
+    note_image_shape((3, 8, 8), (3, 8, 8))
+    with pytest.warns(UserWarning, match="had images of 3×16×8, input_shape and the trace say 3×8×8"):
+        note_image_shape((3, 16, 8), (3, 8, 8))
+
+
+@pytest.mark.parametrize("wrong", [1.01, -0.01, math.nan, "0.5", 71])
+def test_a_fraction_is_from_0_to_1(wrong: object) -> None:
+    assert [checked_fraction("accuracy", value) for value in (0, 1, None)] == [0.0, 1.0, None]
+    with pytest.raises(UsageError, match=r"accuracy is .*, expected a fraction from 0 to 1"):
+        checked_fraction("accuracy", wrong)
+
+
+def test_a_loss_is_one_number() -> None:
+    assert checked_loss(torch.full((1, 1), 2.0)).shape == ()
+    assert checked_loss(0.5) == 0.5
+    with pytest.raises(UsageError, match="the loss is a tensor of 2 numbers, expected one number"):
+        checked_loss(torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["train_loss", "validation_loss", "penalty"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_an_epoch_without_finite_losses_is_refused(name: str, value: float) -> None:
+    epoch = next(record for record in shrinking_records(epochs=1) if isinstance(record, Epoch))
+    check_finite(epoch)
+    check_finite(msgspec.structs.replace(epoch, **{name: None}))
+    with pytest.raises(TrainingError, match=f"the {name.replace('_', ' ')} of epoch 0 is {value}"):
+        check_finite(msgspec.structs.replace(epoch, **{name: value}))
+
+
+def test_weights_of_another_format_than_a_trace_assumes_are_refused() -> None:
+    check_numbers(nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="weight of this Linear is of float64, a trace describes float32"):
+        check_numbers(nn.Linear(2, 2).double())
+
+
+class Giving(nn.Module):
+    """Gives images of 6 channels in a tuple, or one number an image."""
+
+    def __init__(self, *, image: bool) -> None:
+        super().__init__()
+        self.conv, self.image = nn.Conv2d(3, 6, 1), image
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.conv(x)
+        return (x, x.mean()) if self.image else x.mean((1, 2, 3))
+
+
+def test_the_classes_are_the_first_outputs_channels() -> None:
+    assert num_outputs(Giving(image=True).train(), (3, 4, 4)) == 6
+    assert num_outputs(Giving(image=False), (3, 4, 4)) == 1
+
+
+def test_what_is_told_of_a_run_goes_before_what_is_seen_and_after_the_pruners_own() -> None:
+    seen, own = {"lr": 0.1, "batch": 8, "interval": 1}, {"interval": 5}
+    told = RunFacts(hyperparameters={"lr": 0.2, "interval": 3})
+    assert told.settings(seen, own) == {"lr": 0.2, "batch": 8, "interval": 5}
+    whole = RunFacts(hyperparameters={"optimizer": "sgd", "interval": 3})
+    assert whole.settings(seen, own) == {"optimizer": "sgd", "interval": 3}

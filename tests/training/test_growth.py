@@ -1,0 +1,122 @@
+"""How far a mini-batch grows into the memory that fits, by hand: 32 images at a time, as in the paper."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ptsim.network import Network, Precision
+from ptsim.setting import StepSetting
+from ptsim.training import growth, minibatch
+from ptsim.training.config import make_config
+from ptsim.training.prune_settings import make_settings
+from tests.traces import device_info, residual_network
+
+
+def that_fit(monkeypatch: pytest.MonkeyPatch, module: Any, images: int) -> list[tuple[StepSetting, int]]:
+    """So many images fit from now on; gives what was asked."""
+    asked: list[tuple[StepSetting, int]] = []
+
+    def largest_batch(network: Network, setting: StepSetting, *, capacity_bytes: int, device: object) -> int:
+        asked.append((setting, capacity_bytes))
+        return images
+
+    monkeypatch.setattr(module, "largest_batch", largest_batch)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("fitting", "ranks", "most", "images", "grown"),
+    [
+        (96, 1, None, 10**6, 96),  # the paper's ImageNet run: 64 → 96
+        (95, 1, None, 10**6, 64),
+        (159, 1, None, 10**6, 128),
+        (20, 1, None, 10**6, 64),  # it never shrinks
+        (400, 1, 160, 10**6, 160),
+        (400, 2, 320, 10**6, 160),  # of both ranks together
+        (400, 2, 300, 10**6, 128),
+        (400, 2, None, 260, 128),  # 130 images for each rank
+        (400, 1, 500, 100, 96),
+    ],
+)
+def test_a_run_grows_by_whole_multiples_as_far_as_memory_settings_and_images_go(
+    monkeypatch: pytest.MonkeyPatch, fitting: int, ranks: int, most: int | None, images: int, grown: int
+) -> None:
+    asked = that_fit(monkeypatch, minibatch, fitting)
+    limit = {} if most is None else {"max_batch": most}
+    config = make_config({"dataset": "digits", "batch": 64, "dynamic_batch": True} | limit)
+    found = minibatch.grown_batch(
+        residual_network(), config, batch_per_gpu=64, world_size=ranks, num_train=images, capacity_bytes=7
+    )
+    assert found == grown
+    assert asked == [(minibatch.step_setting(config, 64, ranks), 7)]
+
+
+def test_a_runs_steps_are_reckoned_as_they_are_configured() -> None:
+    changes = {"dataset": "digits", "precision": "bf16", "memory_format": "channels_last"}
+    config = make_config(changes | {"optimizer": "rmsprop", "momentum": 0.5, "regularizer": "proximal"})
+    assert minibatch.step_setting(config, 32, 4) == StepSetting(
+        batch=32,
+        precision=Precision.BF16,
+        memory_format="channels_last",
+        optimizer="rmsprop",
+        momentum=0.5,
+        proximal=True,
+        regularizer="group_lasso",
+        num_gpus=4,
+    )
+    dense = make_config({"dataset": "digits", "penalty_ratio": 0.0})
+    assert minibatch.step_setting(dense, 8, 1) == StepSetting(batch=8)
+
+
+@pytest.mark.parametrize(
+    ("fitting", "passes", "ranks", "most", "images", "proposed"),
+    [
+        (96, 1, 1, None, None, 96),
+        (95, 1, 1, None, None, 64),
+        (20, 1, 1, None, 10**6, 64),
+        (200, 2, 1, None, 10**6, 96),  # 100 images a pass
+        (400, 1, 2, 320, 10**6, 160),
+        (400, 1, 2, 300, 10**6, 128),
+        (400, 1, 2, None, 260, 128),  # 130 images of an epoch for each rank
+    ],
+)
+def test_an_own_loop_is_proposed_whole_multiples_more_for_each_pass(
+    monkeypatch: pytest.MonkeyPatch,
+    fitting: int,
+    passes: int,
+    ranks: int,
+    most: int | None,
+    images: int | None,
+    proposed: int,
+) -> None:
+    asked = that_fit(monkeypatch, growth, fitting)
+    recorder: Any = SimpleNamespace(
+        meter=SimpleNamespace(info=lambda: device_info("a CPU")),
+        architecture=residual_network(),
+        precision=Precision.FP32,
+        memory_format="contiguous",
+        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.5),
+        regularizer=print,
+        team=SimpleNamespace(world_size=ranks),
+    )
+    last: Any = None
+    if images is not None:
+        last = SimpleNamespace(passes=passes, num_images=images, world_size=ranks)
+    settings = make_settings({} if most is None else {"max_batch": most})
+    assert growth.proposed_batch(recorder, settings, 64, last) == proposed
+    step = StepSetting(batch=64 * passes, passes=passes, momentum=0.5, regularizer="group_lasso", num_gpus=ranks)
+    assert asked == [(step, 8 * 2**30)]  # the memory of the device
+    recorder.regularizer = None
+    settings = make_settings({"memory_budget_bytes": 5, "batch_granularity": 10**6, "regularizer": "proximal"})
+    assert growth.proposed_batch(recorder, settings, 64, None) == 64
+    assert asked[1] == (StepSetting(batch=64, momentum=0.5, proximal=True, num_gpus=ranks), 5)
+
+
+def test_the_rate_follows_the_mini_batch_in_proportion_or_with_the_root() -> None:
+    assert growth.learning_rate_scale(64, 96, "linear") == 1.5
+    assert growth.learning_rate_scale(64, 256, "sqrt") == 2.0

@@ -1,0 +1,128 @@
+"""What is known of an epoch that was trained in two parts, and of its losses: by hand."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from ptsim.trace.schema import DeviceUse, EpochTime, StepDistribution
+from ptsim.training.losses import LossSum
+from ptsim.training.measured import Measured, Unfinished, epoch_time, measure_epoch, unfinished_epoch
+
+CPU = torch.device("cpu")
+STEP = StepDistribution(median_s=1.0, p10_s=1.0, p90_s=1.0, std_s=0.0)
+
+
+def seconds(factor: float) -> EpochTime:
+    """Every part another number, so that no two are mixed up."""
+    parts = (17, 2, 3, 5, 7, 11, 0.5, 13)
+    return EpochTime(**{n: factor * part for n, part in zip(EpochTime.__struct_fields__, parts, strict=True)})
+
+
+def exposing(s_per_iteration: float) -> Any:
+    """All-reduces of which so much of every iteration is exposed."""
+    return SimpleNamespace(exposed_s=lambda iterations: s_per_iteration * iterations)
+
+
+EARLIER = Unfinished(
+    num_iterations=3, num_images=48, batch=16, loss_sum=5.0, loss_images=40, learning_rate=0.1, time=seconds(1)
+)
+LATER = Measured(num_iterations=2, num_images=20, time=seconds(2), step=STEP, use=DeviceUse(), peak_bytes=7)
+
+
+def test_an_epoch_in_two_parts_is_their_sum_and_nobody_knows_its_energy() -> None:
+    joined = Measured(num_iterations=5, num_images=68, time=seconds(3), step=STEP, use=None, peak_bytes=7)
+    assert EARLIER.joined(LATER) == joined
+    assert Unfinished().joined(LATER) == LATER
+    untimed = msgspec.structs.replace(EARLIER, time=None)
+    assert untimed.joined(LATER) == msgspec.structs.replace(joined, time=None)
+    none_later = msgspec.structs.replace(LATER, num_iterations=0, num_images=0, time=None)
+    assert EARLIER.joined(none_later).time == seconds(1)  # it had ended before
+    assert EARLIER.sum(None) is None
+
+
+@pytest.mark.parametrize(
+    ("s_per_iteration", "backward_s", "exposed_s"),
+    [(0.25, 4.0, 1.0), (0.0, 5.0, 0.0), (2.0, 0.0, 5.0)],  # 4 iterations in 5 s of backward, no more than all of it
+)
+def test_what_is_exposed_of_the_all_reduce_is_no_part_of_backward(
+    s_per_iteration: float, backward_s: float, exposed_s: float
+) -> None:
+    expected = msgspec.structs.replace(
+        seconds(1), backward_s=backward_s, exposed_communication_s=exposed_s, validation_s=13 + 2
+    )
+    assert epoch_time(seconds(1), exposing(s_per_iteration), 4, validation_s=2.0) == expected
+
+
+def watch(**changes: Any) -> Any:
+    """What hooks have seen of the second part."""
+    seen = {
+        "num_iterations": 2,
+        "num_images": 20,
+        "batch": 10,
+        "largest_backward": 20,
+        "usual_step": 40,
+        "learning_rate": 0.4,
+        "last_step_s": time.perf_counter() - 100,
+        "counted": lambda epoch: (2, 20),
+        "so_far": lambda: (seconds(2), STEP),
+        "finish": lambda: (seconds(2), STEP),
+    }
+    return SimpleNamespace(**(seen | changes))
+
+
+def losses() -> LossSum:
+    """5.0 over 40 images before, a mean of 3.0 over 20 and one of 1.5 over 8 since."""
+    told = LossSum(CPU, 5.0, 40)
+    told.add(torch.tensor(3.0), 20)
+    told.add(torch.tensor(1.5), 8)
+    return told
+
+
+def test_losses_weigh_as_many_images_as_they_are_of_however_many_there_are() -> None:
+    assert losses().total(70).tolist() == [5 + 3 * 20 + 1.5 * 8, 40 + 20 + 8, 70]
+    many = LossSum(CPU)
+    for index in range(600):
+        many.add(torch.tensor(float(index)), 2)
+    assert many.total(1200).tolist() == [600 * 599, 1200, 1200]  # Σ 2·index
+
+
+def test_a_state_in_the_middle_of_an_epoch_holds_both_parts() -> None:
+    found = unfinished_epoch(watch(), exposing(1.0), losses(), EARLIER)
+    both = msgspec.structs.replace(seconds(3), backward_s=3 * 5 - 2, exposed_communication_s=0.5 + 2)
+    assert found == Unfinished(
+        num_iterations=5,
+        num_images=68,
+        batch=10,
+        largest_backward=20,
+        usual_step=40,
+        loss_sum=77,
+        loss_images=68,
+        learning_rate=0.1,
+        time=both,
+    )
+    first = unfinished_epoch(watch(), exposing(0.0), LossSum(CPU), Unfinished())
+    assert first is not None
+    assert (first.num_iterations, first.num_images, first.learning_rate) == (2, 20, 0.4)
+    resting = watch(num_iterations=0, num_images=0, so_far=lambda: None)
+    assert unfinished_epoch(resting, exposing(0.0), LossSum(CPU), Unfinished()) is None
+    again = unfinished_epoch(resting, exposing(0.0), LossSum(CPU, 5.0, 40), EARLIER)
+    assert again is not None
+    assert (again.num_iterations, again.time) == (3, seconds(1))
+
+
+def test_what_passes_after_the_last_update_is_validation() -> None:
+    meter: Any = SimpleNamespace(stop=lambda: DeviceUse(power_w=1.0))
+    found = measure_epoch(watch(), meter, exposing(0.0), CPU, epoch=4, earlier=Unfinished())
+    assert found.time is not None
+    assert 13 * 2 + 100 <= found.time.validation_s < 13 * 2 + 110
+    told = (found.num_iterations, found.num_images, found.step, found.use, found.peak_bytes)
+    assert told == (2, 20, STEP, DeviceUse(power_w=1.0), None)
+    resting = watch(num_iterations=0, last_step_s=None, finish=lambda: None)
+    ended = measure_epoch(resting, meter, exposing(0.0), CPU, epoch=4, earlier=EARLIER)
+    assert (ended.num_iterations, ended.num_images, ended.time) == (3, 48, seconds(1))
