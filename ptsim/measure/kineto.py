@@ -1,9 +1,9 @@
 """What did a training step take that `torch.profiler` recorded, and what does it say of the device?
 
-A step is what lies between two marks of the profiler (`ProfilerStep#N`), else between two optimizer updates, else the
-whole file. The forward pass is made of the outermost ATen operators that autograd keeps a node for; each is linked to
-its backward node by the sequence number that both carry. Times are those of kernels where a GPU was recorded, and of
-the operators themselves on a CPU.
+A step is what lies between two marks of the profiler (`ProfilerStep#N`), up to an update of the optimizer; without
+marks, what lies between two updates, else the whole file. The forward pass is made of the outermost operators that
+autograd keeps a node for, custom functions included; each is linked to its backward node by the sequence number that
+both carry. Times are those of kernels where a GPU was recorded, and of the operators themselves on a CPU.
 
 Communication is exposed while a collective runs and nothing computes. All files of one call are ranks of the same job:
 times are means over the ranks.
@@ -249,7 +249,7 @@ def _device(
     first = recordings[0]
     if isinstance(device, Device):
         driver_name = device.driver_names[0] if device.driver_names else device.name
-        return device.name, driver_name, device.memory_bytes
+        return device.name, driver_name, memory_bytes or device.memory_bytes
     name = device or first.device
     if name is None and first.on_gpu:
         raise UsageError(f"{first.path} does not name the GPU that it was recorded on", hint="name it with --device")

@@ -73,7 +73,7 @@ def _operator_shape(event: Event) -> OperatorShape | None:
             if any(shape[0] != batch for shape in shapes):
                 return None
             inputs = tuple(shape[1:] for shape in shapes)
-            given = {"inputs": inputs, "output": _joined(kind, inputs, values)}
+            given = {"inputs": inputs, "output": _joined(op, kind, inputs, values)}
         case _ if kind in _SAME_SHAPE:
             has_weight = kind in (LayerKind.BATCH_NORM, LayerKind.NORM) and len(tensors) > 1
             given = {"inputs": (first,), "output": first, "bias": has_weight}
@@ -83,8 +83,8 @@ def _operator_shape(event: Event) -> OperatorShape | None:
 
 
 def operator_name(event: Event) -> str:
-    """The operator's usual name: "aten::relu_" is "relu"."""
-    return usual_name(event.name.partition("::")[2].strip("_"))
+    """The operator's usual name: "aten::relu_" is "relu"; that of a custom autograd function is its class."""
+    return usual_name(event.name.rpartition("::")[2].strip("_"))
 
 
 def number_type(event: Event) -> str | None:
@@ -125,8 +125,9 @@ def _convolution(event: Event, op: str, tensors: list[Shape], values: list[str])
     (batch, *first), weight = tensors[0], tensors[1]
     stride, dilation = _pair(values, 3, (1, 1)), _pair(values, 5, (1, 1))
     groups, kernel = _number(values, 6, 1), (weight[2], weight[3])
-    if len(values) > 4 and str(values[4]).strip("'\"") in ("same", "valid"):
-        same = "same" in str(values[4])
+    word = str(values[4]).strip("'\"") if len(values) > 4 else ""
+    same = word == "same"
+    if same or word == "valid":
         padding = tuple((k - 1) * d // 2 if same else 0 for k, d in zip(kernel, dilation, strict=True))
     else:
         padding = _pair(values, 4, (0, 0))
@@ -134,6 +135,8 @@ def _convolution(event: Event, op: str, tensors: list[Shape], values: list[str])
         (size + 2 * pad - spread * (k - 1) - 1) // step + 1
         for size, pad, spread, k, step in zip(first[1:], padding, dilation, kernel, stride, strict=True)
     )
+    if same:  # an even kernel pads one side more
+        height, width = first[1:]
     return OperatorShape(
         op=op,
         kind=LayerKind.CONV,
@@ -181,19 +184,41 @@ def _pool(op: str, first: Shape, values: list[str]) -> dict[str, Any] | None:
     stride, padding = _pair(values, 2, kernel), _pair(values, 3, (0, 0))
     dilation = _pair(values, 4, (1, 1)) if op == "max_pool2d" else (1, 1)
     upwards = len(values) > 5 - (op != "max_pool2d") and str(values[5 - (op != "max_pool2d")]).lower() == "true"
-    rounded = math.ceil if upwards else math.floor
     height, width = (
-        rounded((size + 2 * pad - spread * (k - 1) - 1) / step) + 1
+        _pooled_size(size + pad, size + 2 * pad - spread * (k - 1) - 1, step, upwards)
         for size, pad, spread, k, step in zip(first[1:], padding, dilation, kernel, stride, strict=True)
     )
     output = (first[0], height, width)
     return {"output": output, "kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
 
 
-def _joined(kind: LayerKind, inputs: tuple[Shape, ...], values: list[str]) -> Shape:
-    """The output of a concatenation along its axis, or of broadcasting."""
+def _pooled_size(inside: int, last: int, stride: int, upwards: bool) -> int:
+    """How many windows of a pooling there are along one axis.
+
+    Args:
+        inside: where the image ends, behind the padding in front of it: no window begins there or later.
+        last: where the last whole window can begin.
+        stride: from one window to the next.
+        upwards: whether a window may lie partly behind the end.
+
+    Source: torch's aten/src/ATen/native/Pool.h, pooling_output_shape_pad_lr.
+    """
+    if not upwards:
+        return last // stride + 1
+    num = -(-last // stride) + 1
+    return num - 1 if (num - 1) * stride >= inside else num
+
+
+def _joined(op: str, kind: LayerKind, inputs: tuple[Shape, ...], values: list[str]) -> Shape:
+    """The output of a concatenation along its axis, or of broadcasting.
+
+    Raises:
+        ValueError: it makes an axis, or joins mini-batches.
+    """
     if kind is LayerKind.CONCAT:
         axis = _number(values, 1, 1) % (len(inputs[0]) + 1) - 1
+        if axis < 0 or op not in ("cat", "hstack"):
+            raise ValueError(f"{op} is no concatenation inside an image")
         return tuple(sum(s[i] for s in inputs) if i == axis else size for i, size in enumerate(inputs[0]))
     longest = max(inputs, key=len)
     return tuple(max(shape[i - len(longest)] for shape in inputs if len(shape) >= len(longest) - i)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -16,6 +18,7 @@ _SEQUENCE = "sequence number"
 _SHORTEST_STEP_S, _LONGEST_STEP_S = 1e-9, 86_400.0
 _ACCUMULATE = "torch::autograd::AccumulateGrad"
 _WAITS = re.compile(r"(cuda|hip)(Device|Stream|Event)Synchronize")
+_TRANSFER = ("Memcpy HtoD", "Memcpy DtoH")  # copies between host and device, which compute nothing
 
 
 class Call(msgspec.Struct, kw_only=True):
@@ -62,21 +65,18 @@ def read_steps(recording: Recording) -> list[Step]:
     Raises:
         FileFormatError: there is none, or one takes less than a nanosecond or more than a day, or its operators none.
     """
-    windows = [window for window in _windows(recording) if _backward(recording, window)]
-    found = [(window, step) for window in windows if (step := _step(recording, window)).calls]
-    windows, steps = [window for window, _ in found], [step for _, step in found]
+    windows = _windows(recording)
+    trained = [window for window in windows if _backward(recording, window)]
+    updated = [window for window in trained if _updates(recording, window)]  # the last one may lack its end
+    found = {window: step for window in updated or trained if (step := _step(recording, window)).calls}
+    steps = list(found.values())
     if not any(event.number(_SEQUENCE) is not None for event in recording.host):
         problem = "tells no training step: its operators have no sequence numbers, which lead from forward to backward"
         raise FileFormatError(recording.path, f"{problem}; record it with PyTorch 2")
     if not steps:
         raise FileFormatError(recording.path, "holds no forward pass with its backward pass; expected a training step")
-    if recording.on_gpu:  # the host runs ahead, so that its marks do not tell how long the GPU takes
-        begins = [min(e.begin_s for e in _launched(recording, window)) for window in windows]
-        ends = [*begins[1:], max(e.end_s for e in _launched(recording, windows[-1]))]
-        steps = [
-            msgspec.structs.replace(step, step_s=end - begin)
-            for step, begin, end in zip(steps, begins, ends, strict=True)
-        ]
+    if recording.on_gpu:
+        steps = _on_device(recording, windows, found)
     longest = max(max(step.step_s, step.compute_s) for step in steps)
     if longest > _LONGEST_STEP_S:
         raise FileFormatError(recording.path, f"holds a training step of {longest:g} s; expected at most a day")
@@ -94,13 +94,60 @@ def _windows(recording: Recording) -> list[Span]:
     marks = [event for event in recording.host if event.name.startswith(_STEP_MARK)]
     if marks:
         begins = [mark.begin_s for mark in marks]
-        return list(zip(begins, [*begins[1:], marks[-1].end_s], strict=True))
-    updates = [event for event in recording.host if event.name.startswith(UPDATE_MARK)]
-    begin = min(event.begin_s for event in recording.host)
+        return _joined(recording, list(zip(begins, [*begins[1:], marks[-1].end_s], strict=True)))
+    begin, end = min(event.begin_s for event in recording.host), max(event.end_s for event in recording.host)
+    updates = _updates(recording, (begin, math.inf))
     if not updates:
-        return [(begin, max(event.end_s for event in recording.host))]
+        return [(begin, end)]
     ends = [event.end_s for event in updates]
     return list(zip([begin, *ends[:-1]], ends, strict=True))
+
+
+def _joined(recording: Recording, windows: Sequence[Span]) -> list[Span]:
+    """The windows with those of a step put together whose gradients add up: programs mark each of its passes, too.
+
+    A step ends with its update; a window without a backward pass (validation) belongs to none.
+    """
+    found: list[Span] = []
+    begun: list[Span] = []
+    for window in windows:
+        if _updates(recording, window):
+            found.append((begun[0][0] if begun else window[0], window[1]))
+            begun = []
+        elif _backward(recording, window):
+            begun.append(window)
+        else:
+            found += [*begun, window]
+            begun = []
+    return [*found, *begun]
+
+
+def _on_device(recording: Recording, windows: Sequence[Span], found: Mapping[Span, Step]) -> list[Step]:
+    """The steps as the GPU saw them: each lasts from its first kernel to that of the next window.
+
+    The host runs ahead, so that its marks do not tell how long the GPU takes.
+    """
+    busy = union(event.span for event in recording.device_events)
+    following: float | None = None
+    steps: list[Step] = []
+    for window in reversed(windows):
+        launched = [kernel for event in within(recording.host, window) for kernel in event.kernels]
+        if window in found:
+            launched = launched or list(_launched(recording, window))
+            begin = min(event.begin_s for event in launched)
+            end = max(event.end_s for event in launched) if following is None else following
+            idle = 1 - _covered_s(busy, (begin, end)) / (end - begin) if end > begin else None
+            steps.append(msgspec.structs.replace(found[window], step_s=end - begin, device_idle=idle))
+        if launched:
+            following = min(event.begin_s for event in launched)
+    return steps[::-1]
+
+
+def _covered_s(spans: Sequence[Span], window: Span) -> float:
+    """Seconds of the window in which one of the spans lies, which are in order and do not touch each other."""
+    first = max(bisect.bisect_right(spans, window[0], key=lambda span: span[0]) - 1, 0)
+    last = bisect.bisect_left(spans, window[1], lo=first, key=lambda span: span[0])
+    return length(clip(spans[first:last], window))
 
 
 def _is_inside(event: Event, prefix: str) -> bool:
@@ -116,6 +163,12 @@ def _backward(recording: Recording, window: Span) -> list[Event]:
     """Autograd's nodes, each with all that runs inside it."""
     nodes = [event for event in within(recording.host, window) if event.name.startswith(_BACKWARD)]
     return [node for node in nodes if node.parent is None or not _is_inside(node.parent, _BACKWARD)]
+
+
+def _updates(recording: Recording, window: Span) -> list[Event]:
+    """The optimizers' updates, each with all that runs inside it."""
+    marks = [event for event in within(recording.host, window) if event.name.startswith(UPDATE_MARK)]
+    return [mark for mark in marks if mark.parent is None or not _is_inside(mark.parent, UPDATE_MARK)]
 
 
 def _launched(recording: Recording, window: Span) -> Sequence[Event]:
@@ -139,8 +192,8 @@ def _calls(recording: Recording, window: Span, backward: Sequence[Event]) -> lis
     creators: dict[int | None, Event] = {}
     for event in within(recording.host, window):
         number = event.number(_SEQUENCE)
-        is_forward = event.name.startswith("aten::") and not _is_inside(event, _BACKWARD)
-        if number is not None and is_forward and not _is_inside(event, UPDATE_MARK):
+        is_forward = event.category == "cpu_op" and not _is_inside(event, _BACKWARD)
+        if number is not None and is_forward:
             creators[number] = event  # the last one with that number makes the node
     found: dict[int, Call] = {}
     for node in backward:
@@ -189,39 +242,54 @@ def _step(recording: Recording, window: Span) -> Step:
     calls = _calls(recording, window, backward)
     passes = _passes(calls, backward)
     host = within(recording.host, window)
-    updates = [event for event in host if event.name.startswith(UPDATE_MARK)]
+    updates = _updates(recording, window)
     gradients = [event for event in host if event.name == _ACCUMULATE]
     sizes = [operators.number_of_elements(event) for event in gradients]
     on_device = _launched(recording, window) if recording.on_gpu else []
     work = on_device if recording.on_gpu else host
     collectives = union(event.span for event in work if event.is_collective)
     if recording.on_gpu:
-        computing = union(event.span for event in on_device if not event.is_collective)
-        whole = (min(event.begin_s for event in on_device), max(event.end_s for event in on_device))
-        phases, update = [_device_phases(*own) for own in passes], _kernel_span(updates)
+        computing = union(e.span for e in on_device if not e.is_collective and not e.name.startswith(_TRANSFER))
+        phases = [_device_phases(*own) for own in passes]
+        kernels = [_kernel_span(_after_closure(update, backward)[1]) for update in updates]
+        updating = [span for span in kernels if span is not None]
     else:
         computing = union(event.span for event in host if _computes(event))
-        whole, phases = window, [_host_phases(*own) for own in passes]
-        update = (updates[0].begin_s, updates[-1].end_s) if updates and calls else None
+        phases = [_host_phases(*own) for own in passes]
+        updating = [(_after_closure(update, backward)[0], update.end_s) for update in updates] if calls else []
 
-    def without_exposed(spans: Iterable[Span]) -> float:
-        return sum(max(s[1] - s[0] - outside(clip(collectives, s), computing), 0.0) for s in spans)
+    def own_s(spans: Iterable[Span], others: Sequence[Span] = ()) -> float:
+        hidden = union([*computing, *others])
+        return sum(
+            max(s[1] - s[0] - length(clip(others, s)) - outside(clip(collectives, s), hidden), 0.0) for s in spans
+        )
 
     step_s = window[1] - window[0]
-    device_s = whole[1] - whole[0]
     return Step(
         step_s=step_s,
-        forward_s=without_exposed(forward for forward, _ in phases),
-        backward_s=without_exposed(back for _, back in phases),
-        optimizer_s=None if update is None else without_exposed([update]),
+        forward_s=own_s((forward for forward, _ in phases), updating),
+        backward_s=own_s((back for _, back in phases), updating),
+        optimizer_s=own_s(updating) if updating else None,
         communication_s=length(collectives),
         exposed_s=outside(collectives, computing),
         host_idle=1 - _host_s(recording, window, host) / step_s if step_s else 0.0,
-        device_idle=1 - length(e.span for e in on_device) / device_s if on_device and device_s else None,
+        device_idle=None,
         calls=calls,
         passes=len(passes),
         parameters=sizes[: len(sizes) // len(passes)],
     )
+
+
+def _after_closure(update: Event, backward: Sequence[Event]) -> tuple[float, list[Event]]:
+    """When the update itself begins, and the events that it is.
+
+    A loop that gives the optimizer a closure (Lightning's own) runs forward and backward inside its mark.
+    """
+    inside = [node.end_s for node in backward if update.begin_s <= node.begin_s < update.end_s]
+    if not inside:
+        return update.begin_s, [update]
+    turn = max(inside)
+    return turn, [event for event in update.walk() if event.begin_s >= turn]
 
 
 def _host_s(recording: Recording, window: Span, host: Sequence[Event]) -> float:

@@ -134,25 +134,43 @@ def _object(content: str) -> str:
 
 
 def _epochs(lines: list[_Line]) -> list[float]:
-    """Seconds of every epoch; a block's are shared out over its epochs where epochs are not marked."""
+    """Seconds of every epoch without evaluation; a block's are shared out over its epochs where none is marked."""
     found: dict[str, list[float]] = {"epoch": [], "block": []}
     began: dict[str, _Line] = {}
+    judged_ms: dict[str, float] = {}  # what evaluations took of what has begun
+    judging: float | None = None  # when the evaluation under way began
     since_ms, first = 0.0, 0  # when training went on after the last evaluation, and its first epoch
+
+    def end_judging(at_ms: float) -> None:
+        nonlocal judging
+        if judging is not None:
+            for kind, start in began.items():
+                judged_ms[kind] += at_ms - max(judging, start.time_ms)
+        judging = None
+
     for line in lines:
         kind, _, end = line.key.rpartition("_")
         if kind in found and end == "start":
-            began[kind] = line
+            end_judging(line.time_ms)  # at the latest: some log no end of an evaluation
+            began[kind], judged_ms[kind] = line, 0.0
             if kind == "epoch" and first == len(found[kind]):
                 since_ms = line.time_ms
         elif kind in found and end == "stop" and kind in began:
+            end_judging(line.time_ms)
             start = began.pop(kind)
-            seconds = (line.time_ms - start.time_ms) / 1e3
+            seconds = (line.time_ms - start.time_ms - judged_ms[kind]) / 1e3
             count = start.metadata.get("epoch_count", 1) if kind == "block" else 1
             if seconds > 0 and isinstance(count, int | float) and count > 0:
                 found[kind].append(seconds / count)
-        elif line.key == "eval_start" and first < len(found["epoch"]):
-            found["epoch"][first:] = _computed((line.time_ms - since_ms) / 1e3, found["epoch"][first:])
-            first = len(found["epoch"])
+        elif line.key == "eval_stop":
+            end_judging(line.time_ms)
+        elif line.key == "eval_start" and judging is None:
+            judging = line.time_ms
+            if "epoch" in began:  # whose marks then hold the evaluation
+                first = len(found["epoch"]) + 1
+            elif first < len(found["epoch"]):
+                found["epoch"][first:] = _computed((line.time_ms - since_ms) / 1e3, found["epoch"][first:])
+                first = len(found["epoch"])
     return found["epoch"] or found["block"]
 
 

@@ -103,8 +103,9 @@ class StepTimer:
             after - before - sum(end - begin for begin, end in judged if before < end <= after)
             for before, after in itertools.pairwise(boundaries)
         ]
+        judged_s = sum(end - begin for begin, end in judged if end <= boundaries[-1] or not at_last_step)
         parts = EpochTime(
-            wall_s=wall_s - seconds["validation"],
+            wall_s=wall_s - judged_s,
             data_wait_s=seconds["data"],
             forward_s=seconds["forward"],
             backward_s=seconds["backward"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,119 @@ def test_what_the_log_does_not_say_is_asked_for(
     model = None if "submission_benchmark" in changed else network
     with pytest.raises(error, match=said):
         validate_mllog(_log(tmp_path / "log", **changed), cluster="dgx-a100", model=model)
+
+
+def _marked(path: Path, *marks: tuple[str, float] | tuple[str, float, dict[str, Any]]) -> Path:
+    """A log of these marks, at seconds."""
+    head = [line for line in _log(path).read_text().splitlines() if not re.search("epoch|block", line)]
+    lines = [
+        {"key": key, "value": None, "time_ms": 1000 * seconds, "metadata": more[0] if more else {}}
+        for key, seconds, *more in marks
+    ]
+    path.write_text("\n".join([*head, *(f":::MLLOG {json.dumps(line)}" for line in lines)]))
+    return path
+
+
+# Marks, and the median of all epochs but the first.
+TIMED: dict[str, tuple[list[Any], float]] = {
+    # as Keras callbacks log it: 21, 20 and 22 s of an epoch are no evaluation
+    "evaluation inside the epochs": (
+        [("epoch_start", 0), ("eval_start", 20), ("eval_stop", 25), ("epoch_stop", 26),
+         ("epoch_start", 26), ("eval_start", 45), ("eval_stop", 52), ("epoch_stop", 53),
+         ("epoch_start", 53), ("eval_start", 74), ("eval_stop", 80), ("epoch_stop", 81)],
+        (20 + 22) / 2,  # 53 - 26 - 7 = 20; 81 - 53 - 6 = 22
+    ),
+    "evaluation inside every other epoch": (
+        [("epoch_start", 0), ("epoch_stop", 20), ("epoch_start", 20), ("eval_start", 41), ("eval_stop", 48),
+         ("epoch_stop", 48), ("epoch_start", 48), ("epoch_stop", 71), ("epoch_start", 71), ("eval_start", 96),
+         ("eval_stop", 100), ("epoch_stop", 100)],
+        23,  # of 21, 23 and 25
+    ),
+    "its end is that of the epoch": (
+        [("epoch_start", 0), ("epoch_stop", 20), ("epoch_start", 20), ("eval_start", 42), ("epoch_stop", 50)], 22
+    ),
+    # 40 s and 44 s of two epochs each
+    "evaluation inside the blocks": (
+        [("block_start", 0, {"epoch_count": 2}), ("eval_start", 50), ("eval_stop", 57), ("block_stop", 58),
+         ("block_start", 60, {"epoch_count": 2}), ("eval_start", 100), ("eval_stop", 109), ("block_stop", 109),
+         ("block_start", 110, {"epoch_count": 2}), ("eval_start", 154), ("block_stop", 160)],
+        (20 + 22) / 2,
+    ),
+    "evaluation between the blocks": (
+        [("block_start", 0, {"epoch_count": 4}), ("block_stop", 80), ("eval_start", 80), ("eval_stop", 90),
+         ("block_start", 91, {"epoch_count": 4}), ("block_stop", 167), ("eval_start", 168), ("eval_stop", 170)],
+        19,  # (167 - 91) / 4
+    ),
+    # the next epoch goes on while it is judged, so that nothing is taken off
+    "evaluation beside the next epoch": (
+        [("epoch_start", 0), ("epoch_stop", 20), ("eval_start", 20), ("epoch_start", 21), ("eval_stop", 30),
+         ("epoch_stop", 41)],
+        20,
+    ),
+    "several processes": (
+        [("epoch_start", 0), ("epoch_start", 1), ("epoch_stop", 20), ("epoch_stop", 20.5), ("eval_start", 21),
+         ("eval_start", 21.5), ("eval_stop", 25), ("eval_stop", 26), ("epoch_start", 27), ("epoch_start", 28),
+         ("epoch_stop", 48), ("epoch_stop", 49)],
+        20,
+    ),
+    # marks that hold 90 % of the time up to an evaluation do not wait for the accelerators; a little more, and they do
+    "marks of nine tenths": ([("epoch_start", 0), ("epoch_stop", 18), ("eval_start", 20)], 20),
+    "marks of more": ([("epoch_start", 0), ("epoch_stop", 18.1), ("eval_start", 20)], 18.1),
+    "an end without a begin, and epochs without a duration": (
+        [("epoch_stop", 5), ("epoch_start", 6), ("epoch_stop", 6), ("epoch_start", 7), ("epoch_stop", 37)], 30
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TIMED)
+def test_an_epoch_is_what_its_training_took_wherever_the_evaluation_is(tmp_path: Path, case: str) -> None:
+    marks, seconds = TIMED[case]
+    assert read_mllog(_marked(tmp_path / "result_0.txt", *marks)).epoch_seconds == pytest.approx(seconds)
+
+
+def test_blocks_of_no_epochs_are_none(tmp_path: Path) -> None:
+    path = _marked(tmp_path / "result_0.txt", ("block_start", 0, {"epoch_count": 0}), ("block_stop", 9))
+    with pytest.raises(FileFormatError, match="holds no whole epoch"):
+        read_mllog(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named", "gpus", "batch"),
+    [
+        ({}, None, 16, 100),  # two nodes of eight
+        ({}, 8, 8, 200),
+        ({"submission_platform": " 4X machines"}, None, 32, 50),
+        ({"submission_platform": "a machine", "d_batch_size": 50}, None, 32, 50),
+        ({"d_batch_size": 300}, None, 16, 100),  # 1,600 images are no whole number of those
+        ({"d_batch_size": 50}, 8, 8, 200),
+    ],
+)
+def test_the_gpus_are_named_or_follow_from_the_mini_batches_or_from_the_nodes(
+    tmp_path: Path, network: Network, changed: dict[str, Any], named: int | None, gpus: int, batch: int
+) -> None:
+    check = validate_mllog(_log(tmp_path / "log", **changed), cluster="dgx-a100", model=network, gpus=named)
+    assert (check.gpus, check.batch) == (gpus, batch)
+
+
+def test_a_run_on_no_gpus_is_refused(tmp_path: Path, network: Network) -> None:
+    with pytest.raises(UsageError, match="evenly over 0 GPUs"):
+        validate_mllog(_log(tmp_path / "log"), cluster="dgx-a100", model=network, gpus=0)
+
+
+@pytest.mark.parametrize(("factor", "inside"), [(1.0, True), (100.0, False), (0.01, False)])
+def test_the_interval_holds_a_step_that_takes_what_is_predicted(
+    tmp_path: Path, network: Network, factor: float, inside: bool
+) -> None:
+    """An epoch of one step: its seconds are the step's, and its images per second the mini-batch over them."""
+    path = _log(tmp_path / "log", train_samples=1600)
+    predicted_s = validate_mllog(path, cluster="dgx-a100", model=network).predicted_step_seconds
+    _marked(path, ("epoch_start", 0), ("epoch_stop", factor * predicted_s))
+    path.write_text(path.read_text().replace('"value": 16000,', '"value": 1600,'))
+    check = validate_mllog(path, cluster="dgx-a100", model=network)
+    assert check.measured_step_seconds == pytest.approx(factor * predicted_s)
+    assert check.measured_images_per_second == pytest.approx(1600 / (factor * predicted_s))
+    assert check.error == pytest.approx(1 / factor - 1, abs=1e-9)
+    assert check.inside == inside
 
 
 def test_files_without_such_lines_and_broken_ones_are_refused(

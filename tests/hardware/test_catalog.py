@@ -13,8 +13,10 @@ from ptsim.hardware.catalog import (
     load_cluster,
     load_device,
     match_device,
+    profiled_device,
 )
 from ptsim.hardware.forms import write_cluster
+from ptsim.hardware.profile import DeviceProfile
 from ptsim.network import Precision
 
 ISSUE = [
@@ -486,3 +488,12 @@ def test_the_day_of_a_list_price_needs_the_price(tmp_path):
     )
     with pytest.raises(FileFormatError, match=r"price_date is .yesterday., expected a day such as .2026-09-24."):
         load_cluster(path)
+
+
+def test_a_profile_is_of_the_catalogs_device_or_of_a_processor_without_a_data_sheet():
+    what = {"created": "", "complete": True, "memory_bytes": 7, "num_threads": None, "software": {}}
+    assert profiled_device(DeviceProfile(device="Tesla T4", kind="cuda", **what)).name == "t4"
+    cpu = profiled_device(DeviceProfile(device="EPYC", kind="cpu", **what | {"num_threads": 3}))
+    assert (cpu.name, cpu.memory_bytes, cpu.num_sms, cpu.driver_names) == ("EPYC", 7, 3, ("EPYC",))
+    with pytest.raises(UnknownNameError, match="EPYC"):
+        profiled_device(DeviceProfile(device="EPYC", kind="cuda", **what))

@@ -138,7 +138,8 @@ def test_a_thousand_ranks_are_counted_and_a_list_cut_short_is_completed(tmp_path
     log = read_nccl_log(write(tmp_path, many))
     assert (log.num_gpus, log.num_nodes) == (1024, 128)
     few = listing(range(0, 16, 5)) + row.format(round(97.61 * 2 * 15 / 16, 2)) + TAIL
-    assert read_nccl_log(write(tmp_path, few)).num_gpus == 16
+    log = read_nccl_log(write(tmp_path, few))
+    assert (log.num_gpus, log.num_nodes) == (16, None)  # other nodes may be among those left out
 
 
 def test_times_before_version_2_are_milliseconds(tmp_path: Path) -> None:
@@ -226,13 +227,19 @@ def document(**changes: object) -> str:
     return json.dumps(base | changes)
 
 
+def results(root: str = "-1", nwrong: object = "N/A") -> dict[str, object]:
+    time = {"time": 9.0, "alg_bw": 3.0, "bus_bw": 3.0, "nwrong": nwrong}
+    return {"size": 8, "count": 2, "root": root, "out_of_place": time, "in_place": time | {"nwrong": None}}
+
+
 def test_json_counts_the_gpus_of_one_process(tmp_path: Path) -> None:
     log = read_nccl_log(write(tmp_path, document()))
     assert (log.num_gpus, log.num_nodes, log.version) == (2, 1, "22902")
     assert log.measurements[1].seconds == pytest.approx(90e-6)
 
 
-def test_json_of_several_processes_names_the_first_device_of_each(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("nthreads", "ngpus"), [(1, 4), (2, 2), (4, 1)])
+def test_json_of_several_processes_names_the_first_device_of_each(tmp_path: Path, nthreads: int, ngpus: int) -> None:
     devices = [
         {"rank": 4 * i, "group": 0, "hostname": f"n{i}", "device_info": "NVIDIA H100 80GB HBM3"} for i in range(2)
     ]
@@ -241,7 +248,7 @@ def test_json_of_several_processes_names_the_first_device_of_each(tmp_path: Path
          "in_place": {"time": 90.0, "alg_bw": 46.6, "bus_bw": 81.55, "nwrong": 0.0},
          "in_place_per_iter": {"min_us": 80.0, "times_us": [80.0, 100.0]}}
     ]  # fmt: skip
-    text = document(config={"nthreads": 1, "ngpus": 4, "devices": devices}, results=results)
+    text = document(config={"nthreads": nthreads, "ngpus": ngpus, "devices": devices}, results=results)
     log = read_nccl_log(write(tmp_path, text))
     assert (log.num_gpus, log.num_nodes) == (8, 2)
 
@@ -275,6 +282,10 @@ def test_json_of_several_processes_names_the_first_device_of_each(tmp_path: Path
         (document(results=[{"size": 8, "out_of_place": {"time": "N/A"}}]), None, "$.results[0].out_of_place.time"),
         (document(results=[{"size": 8, "out_of_place": {"cpu_time": 3.0}}]), None, "has CPU time"),
         (document(results=[{"size": 8}]), None, "neither an out-of-place nor an in-place time"),
+        (document(out_of_bounds=None), None, "has no 'out_of_bounds': the run did not end"),
+        (document(results=[results(nwrong=3.0)]), None, "3 wrong results at 8 bytes"),
+        (document(results=[results(root="one")]), None, "results[0].root is 'one', expected a rank"),
+        (document(args=[], results=[results(root=" 0")]), None, "holds reduce_perf"),
     ],
 )
 def test_what_cannot_be_trusted_is_refused_with_file_and_line(

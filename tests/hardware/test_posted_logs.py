@@ -31,6 +31,8 @@ def logs(name: str) -> list[tuple[int, int | None, int, float]]:
 
 def test_nodes_come_from_the_line_that_launched_the_run():
     assert logs("no_device_list_2_nodes") == [(8, 2, 6, 53727.09)]
+    (log,) = read_nccl_logs(FOLDER / "no_device_list_2_nodes.txt")
+    assert log.version == "2.20.5+cuda12.4"
 
 
 def test_a_second_run_whose_header_was_not_copied_is_a_run():

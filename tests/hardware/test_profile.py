@@ -28,6 +28,7 @@ CONV = OperatorTime(
     backward_s=3.5e-3,
     weight_gradient_s=2e-3,
     input_gradient_s=1.5e-3,
+    host_s=2e-6,
 )
 STEP = StepMeasurement(
     architecture="0123456789abcdef",
@@ -63,6 +64,7 @@ PROFILE = DeviceProfile(
     launch_overhead_s=4e-6,
     power_w=200.0,
     sm_clock_hz=1.41e9,
+    reconfiguration_s=0.25,
     input_s_per_image={"cifar10": 2e-5},
     sources=("runs/a/trace.jsonl",),
     operators=(CONV,),
@@ -225,3 +227,47 @@ def test_a_profile_of_a_busy_machine_or_of_other_software_says_so(file, tmp_path
         assert len(known.doubts({"torch": "2.11.0"})) == doubts
     assert "other programs kept 1.2 of 2 processor cores busy" in known.doubts()[0]
     assert known.doubts({"torch": "2.15.0"})[1].endswith("with torch 2.11.0+cu130, the run used torch 2.15.0")
+
+
+@pytest.mark.parametrize(
+    ("load", "num_threads", "said"),
+    [
+        # five cores, one of which measures: a quarter of the four others may be busy
+        ({"other_cores": 1.0}, 1, None),
+        ({"other_cores": 1.01}, 1, "other programs kept 1.0 of 5 processor cores busy"),
+        ({"other_cores": 1.01}, None, "other programs kept 1.0 of 5 processor cores busy"),
+        ({"other_cores": 0.75}, 2, None),
+        ({"other_cores": 0.76}, 2, "other programs kept 0.8 of 5 processor cores busy"),
+        ({"other_cores": 0.25}, 9, None),  # a quarter of one core where none is left over
+        ({"other_cores": 0.26}, 9, "other programs kept 0.3 of 5 processor cores busy"),
+        ({"waited": 0.05}, 1, None),
+        ({"waited": 0.06}, 1, "the measurement got no processor for 6% of the time"),
+        ({"drift": 1.15}, 1, None),
+        ({"drift": 1.16}, 1, "the same kernel took up to 1.16 times as long from one moment to another"),
+        ({}, 1, None),
+    ],
+)
+def test_a_disturbance_is_more_than_a_quarter_of_the_free_cores_a_twentieth_of_the_time_or_15_percent(
+    load, num_threads, said
+):
+    assert MachineLoad(num_cores=5, **load).disturbance(num_threads) == said
+
+
+def test_a_round_without_a_time_leaves_the_earlier_one_and_memory_is_the_largest():
+    first = msgspec.structs.replace(STEP, optimizer_s=1e-3, regularizer_s=None, peak_memory_bytes=30)
+    second = msgspec.structs.replace(STEP, optimizer_s=None, regularizer_s=4e-3, peak_memory_bytes=20)
+    third = msgspec.structs.replace(STEP, optimizer_s=7e-3, regularizer_s=None, peak_memory_bytes=None)
+    steps = with_round(with_round((first,), second), third)
+    assert [step.num_rounds for step in steps] == [3]
+    assert steps[0].optimizer_s == pytest.approx(3e-3)  # (2 · 1 + 7) / 3
+    assert steps[0].regularizer_s == pytest.approx(4e-3)
+    assert steps[0].peak_memory_bytes == 30
+
+
+def test_the_mean_of_operator_times_is_each_passs_own():
+    time = OperatorTime(
+        operator=CONV.operator, forward_s=1.0, backward_s=None, weight_gradient_s=2.0, input_gradient_s=3.0, host_s=4.0
+    )
+    again = msgspec.structs.replace(time, weight_gradient_s=6.0, input_gradient_s=9.0, host_s=8.0)
+    mean = mean_time([time, again])
+    assert (mean.backward_s, mean.weight_gradient_s, mean.input_gradient_s, mean.host_s) == (None, 4.0, 6.0, 6.0)

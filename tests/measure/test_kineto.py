@@ -17,6 +17,7 @@ from ptsim.answers.predict import predict
 from ptsim.capture.network import capture_network
 from ptsim.cli.main import run
 from ptsim.errors import FileFormatError, UsageError
+from ptsim.hardware.catalog import load_device
 from ptsim.hardware.profile import OperatorSetting, operator_of
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.measure.kineto import import_kineto
@@ -244,6 +245,32 @@ def test_a_gpu_trace_without_a_gpus_name_asks_for_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not name the GPU"):
         import_kineto([path])
     assert import_kineto([path], device="NVIDIA H100 80GB HBM3").profile.memory_bytes > 70e9
+    assert import_kineto([path], device=load_device("a100"), memory_bytes=2**35).profile.memory_bytes == 2**35
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel", "precision"),
+    [
+        ("c10::Half", "sm80_xmma_fprop", Precision.FP16),
+        ("c10::BFloat16", "sm80_xmma_fprop", Precision.BF16),
+        ("float", "sm80_xmma_fprop_implicit_gemm_tf32f32_f32", Precision.TF32),
+        ("float", "cutlass_80_tensorop_s1688gemm_128x128_nn", Precision.TF32),
+        ("float", "ampere_sgemm_128x64_nn", Precision.FP32),
+        (None, "ampere_sgemm_128x64_nn", Precision.FP32),
+    ],
+)
+def test_the_number_format_is_that_of_the_products_and_their_kernels(
+    tmp_path: Path, kind: str | None, kernel: str, precision: Precision
+) -> None:
+    document = _gpu_trace()
+    for event in document["traceEvents"]:
+        if event["name"] == "aten::convolution":
+            event["args"]["Input type"] = kind and [kind, kind]
+        if event["name"] == "sm80_xmma_fprop":
+            event["name"] = kernel
+    found = import_kineto([_write(tmp_path / "a.json", document)])
+    assert found.precision is precision
+    assert any("number formats were not recorded" in note for note in found.notes) == (kind is None)
 
 
 def test_a_step_that_lasts_longer_than_a_day_is_none(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from ptsim.hardware.profile import MachineLoad
 from ptsim.measure import load
 
 CPU = torch.device("cpu")
+REFERENCE_S = load.LoadWatch._reference_s
 
 
 class Clock:
@@ -30,9 +31,12 @@ class Clock:
     def go(self, seconds):
         self.wall_s += seconds
         self.ticks += 100 * (self.share + self.others) * seconds
-        ticks = round(self.ticks)
-        # user nice system idle iowait irq softirq steal guest guest_nice: half of the others' time is the hypervisor's
-        self.stat.write_text(f"cpu  {ticks // 2} 0 0 99999 777 0 0 {ticks - ticks // 2} 5 5\ncpu0 1 1 1\n")
+        part, rest = divmod(round(self.ticks), 6)
+        rests = round(1000 * self.wall_s)  # nobody's
+        # user nice system idle iowait irq softirq steal guest guest_nice: guests are in user and nice already
+        self.stat.write_text(
+            f"cpu  {part + rest} {part} {part} {rests} {rests} {part} {part} {part} {rests} {rests}\ncpu0 1 1 1\n"
+        )
 
 
 def test_other_programs_and_waiting_are_what_the_kernel_counted(monkeypatch, tmp_path):
@@ -99,3 +103,64 @@ def test_where_the_kernel_tells_nothing_nothing_is_said(monkeypatch, tmp_path):
 def test_on_many_cores_a_few_busy_ones_disturb_one_thread_no_more():
     assert MachineLoad(num_cores=64, other_cores=6.0).disturbance(1) is None
     assert MachineLoad(num_cores=64, other_cores=6.0).disturbance(64) is not None
+
+
+def watched(monkeypatch, clock, references, *, every_s=2.0, device=CPU):
+    """The load after one measurement for each reference time; each time is the shortest of three."""
+    times = iter([second for fastest in references for second in (9 + fastest, fastest, 9 + fastest)])
+    monkeypatch.setattr(load.LoadWatch, "_reference_s", REFERENCE_S)
+
+    def run():
+        clock.wall_s += next(times)
+
+    monkeypatch.setattr(load, "_Reference", lambda device: run)
+    watch = load.LoadWatch(device)
+    for _ in references:
+        with watch.measuring():
+            clock.go(every_s)
+    assert next(times, None) is None
+    return watch.load()
+
+
+@pytest.mark.parametrize(
+    ("references", "drift"),
+    [
+        (range(1, 12), 5.0),  # tenths of 1 to 11 s: from 2 to 10
+        ((1, 2, 3, 4, 5), 4.6 / 1.4),
+        ((5, 1, 4, 2, 3), 4.6 / 1.4),
+        ((1, 2, 3, 4), None),  # too few to tell
+    ],
+)
+def test_drift_is_the_ratio_of_the_outer_tenths_of_the_fastest_of_three(monkeypatch, tmp_path, references, drift):
+    clock = Clock(monkeypatch, tmp_path, others=0.0, share=1.0)
+    assert watched(monkeypatch, clock, tuple(references)).drift == (None if drift is None else pytest.approx(drift))
+
+
+def test_the_reference_runs_again_after_two_seconds(monkeypatch, tmp_path):
+    clock = Clock(monkeypatch, tmp_path, others=0.0, share=1.0)
+    seen = []
+    watch = load.LoadWatch(CPU)
+    monkeypatch.setattr(watch, "_reference_s", lambda: seen.append(clock.wall_s) or 0.01)
+    for _ in range(4):
+        with watch.measuring():
+            clock.go(1.0)
+    assert seen == [0.0, 2.0]
+
+
+@pytest.mark.parametrize(("seconds", "other_cores"), [(0.99, None), (1.0, 2.0)])
+def test_less_than_a_second_tells_nothing(monkeypatch, tmp_path, seconds, other_cores):
+    clock = Clock(monkeypatch, tmp_path, others=2.0, share=1.0)
+    watch = load.LoadWatch(CPU)
+    with watch.measuring():
+        clock.go(seconds)
+    seen = watch.load()
+    assert (None if seen is None else seen.other_cores) == (None if other_cores is None else pytest.approx(other_cores))
+
+
+def test_shares_below_zero_are_none_and_a_gpus_thread_may_wait(monkeypatch, tmp_path):
+    """The kernel counts in hundredths of a second, so that others may seem to have taken less than nothing."""
+    clock = Clock(monkeypatch, tmp_path, others=-0.5, share=1.2)
+    seen = watched(monkeypatch, clock, (1,))
+    assert (seen.other_cores, seen.waited) == (0.0, 0.0)
+    clock = Clock(monkeypatch, tmp_path, others=0.0, share=0.1)
+    assert watched(monkeypatch, clock, (1,), device=torch.device("cuda")).waited is None

@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 
+from ptsim.measure import nvml
 from ptsim.measure.nvml import NullMeter, open_meter
 
 GPU = "GPU-01234567-89ab-cdef-0123-456789abcdef"
@@ -168,3 +171,83 @@ def test_a_cpu_says_what_it_is_and_measures_nothing():
     assert info.num_threads == torch.get_num_threads()
     meter.start()
     assert meter.stop() is None
+
+
+class Board:
+    """A GPU that answers `start` and `stop`, ten seconds later, with the first and the second of its numbers.
+
+    What is None it does not tell.
+    """
+
+    def __init__(self, monkeypatch, *, energy_mj=(None, None), power_mw=(100_000, 300_000), limit_mw=350_000):
+        seconds = iter((50.0, 60.0))
+        monkeypatch.setattr(nvml, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+        memory = iter((SimpleNamespace(total=2**34), SimpleNamespace(used=7), SimpleNamespace(used=5)))
+        clocks = iter((1000, 400, 2000, 600))  # of the multiprocessors and of the memory in turn
+        for name, answers in {
+            "Init": lambda: None,
+            "Shutdown": lambda: None,
+            "DeviceGetCount": lambda: 1,
+            "DeviceGetHandleByIndex": lambda _: "handle",
+            "DeviceGetName": lambda _: b"board",
+            "SystemGetDriverVersion": lambda: "550",
+            "DeviceGetMaxClockInfo": lambda _, kind: 1980 if kind == pynvml.NVML_CLOCK_SM else 2619,
+            "DeviceGetEnforcedPowerLimit": self.one_of(limit_mw),
+            "DeviceGetTotalEnergyConsumption": self.one_of(*energy_mj),
+            "DeviceGetPowerUsage": self.one_of(*power_mw),
+            "DeviceGetMemoryInfo": lambda _, version=None: next(memory),
+            "DeviceGetClockInfo": lambda _, kind: next(clocks),
+            "DeviceGetTemperature": self.one_of(50, 70),
+            "DeviceGetUtilizationRates": self.one_of(SimpleNamespace(gpu=40), SimpleNamespace(gpu=90)),
+        }.items():
+            monkeypatch.setattr(pynvml, f"nvml{name}", answers)
+        self.meter = nvml.NvmlMeter(interval_s=1000.0)
+
+    @staticmethod
+    def one_of(*answers):
+        left = iter(answers)
+
+        def answer(*_):
+            told = next(left)
+            if told is None:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+            return told
+
+        return answer
+
+    def used(self):
+        self.meter.start()
+        return self.meter.stop()
+
+
+def test_readings_become_si_units_and_means(monkeypatch):
+    board = Board(monkeypatch)
+    info = board.meter.info()
+    assert (info.name, info.memory_bytes, info.power_limit_w, info.driver) == ("board", 2**34, 350.0, "550")
+    assert (info.max_sm_clock_hz, info.max_memory_clock_hz) == (1.98e9, 2.619e9)
+    use = board.used()
+    assert (use.sm_clock_hz, use.memory_clock_hz) == (1.5e9, 5e8)
+    assert (use.temperature_c, use.utilization, use.peak_memory_bytes) == (60, pytest.approx(0.65), 7)
+
+
+@pytest.mark.parametrize(
+    ("board", "energy_j", "power_w"),
+    [
+        ({}, 10 * (100 + 300) / 2, 200),  # no counter: the trapezoid
+        ({"energy_mj": (1_000_000, 3_500_000)}, 2500, 200),
+        # in 10 s and one of delay a board of 350 W draws at most 3 · 350 · 11 = 11,550 J
+        ({"energy_mj": (1000, 11_550_000)}, 11_549, 200),
+        ({"energy_mj": (1000, 11_552_000)}, 2000, 200),
+        ({"energy_mj": (2000, 1000)}, 2000, 200),  # a counter that began again
+        ({"energy_mj": (1000, 1000)}, 0, 200),
+        ({"energy_mj": (None, 1000)}, 2000, 200),
+        ({"power_mw": (100_000, 1_049_000)}, 10 * (100 + 1049) / 2, 574.5),
+        ({"power_mw": (100_000, 1_051_000)}, None, 100),  # no board of 350 W draws that; one point has no integral
+        ({"power_mw": (100_000, 9_000_000), "limit_mw": None}, 45_500, 4550),
+        ({"power_mw": (None, None)}, None, None),
+    ],
+)
+def test_energy_is_the_counters_where_it_can_be_true_else_that_of_the_samples(monkeypatch, board, energy_j, power_w):
+    use = Board(monkeypatch, **board).used()
+    assert use.energy_j == (None if energy_j is None else pytest.approx(energy_j))
+    assert use.power_w == (None if power_w is None else pytest.approx(power_w))

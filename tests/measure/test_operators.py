@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from ptsim.hardware.profile import Operator, OperatorSetting
+from ptsim.measure import operators
 from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s, time_operator
 from ptsim.network import LayerKind, Precision
 
@@ -70,3 +73,32 @@ def test_timing_leaves_the_random_state_alone():
 def test_the_machine_copies_and_launches():
     assert 1e8 < copy_bandwidth_bytes_per_s(CPU) < 1e13
     assert 1e-8 < launch_overhead_s(CPU) < 1e-2
+
+
+class Ticks:
+    """A clock of which every second reading is later by what `took` says of its number; the others are not."""
+
+    def __init__(self, monkeypatch, took):
+        self.took, self.calls, self.now = took, 0, 0.0
+        monkeypatch.setattr(operators, "time", SimpleNamespace(perf_counter=self.read))
+
+    def read(self):
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.now += self.took(self.calls // 2 - 1)
+        return self.now
+
+
+def test_a_pass_takes_the_median_of_seven_rounds_after_the_first(monkeypatch):
+    """Round n takes n, 10 n, 100 n and 1,000 n seconds forward, backward, for the weights and for the input."""
+    Ticks(monkeypatch, lambda number: number // 4 * 10 ** (number % 4))
+    time = time_operator(conv(4), CPU)
+    assert (time.forward_s, time.backward_s, time.weight_gradient_s, time.input_gradient_s) == (4, 40, 400, 4000)
+
+
+def test_a_copy_reads_and_writes_and_an_addition_is_one_of_a_thousand(monkeypatch):
+    """The median of 1 to 9 seconds."""
+    Ticks(monkeypatch, lambda number: number + 1)
+    assert copy_bandwidth_bytes_per_s(CPU) == 2 * 64 * 2**20 / 5
+    Ticks(monkeypatch, lambda number: number + 1)
+    assert launch_overhead_s(CPU) == 5 / 1000

@@ -1,7 +1,9 @@
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from ptsim.measure import timers
 from ptsim.measure.timers import StepTimer, step_distribution
 
 
@@ -46,3 +48,47 @@ def test_the_spread_of_steps_is_that_of_their_quantiles():
 def test_an_epoch_without_a_step_is_refused():
     with pytest.raises(ValueError, match="without a single step"):
         StepTimer("cpu").finish()
+
+
+@pytest.mark.parametrize(
+    ("judged", "wall_s", "to_last_s", "steps"),
+    [
+        ((20, 25), 15, 12, (10, 2)),  # between the steps: off the second one, which it lies in
+        ((18, 20), 18, 15, (8, 7)),  # up to the first one's end
+        ((27, 29), 18, 17, (10, 7)),  # behind the last one, where the epoch may have ended
+    ],
+)
+@pytest.mark.parametrize("at_last_step", [False, True])
+def test_an_epochs_parts_are_what_the_clock_read(monkeypatch, judged, wall_s, to_last_s, steps, at_last_step):
+    """From 10 to 30 s; the steps end at 20 and 27, behind which nothing is training."""
+    now = SimpleNamespace(seconds=10.0)
+    monkeypatch.setattr(timers, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    timer = StepTimer("cpu")
+
+    def mark(seconds):
+        now.seconds = float(seconds)
+        return timer.mark()
+
+    for name, begin, end in (
+        ("data", 10, 11), ("forward", 11, 13), ("backward", 13, 16), ("regularizer", 16, 16.5),
+        ("optimizer", 16.5, 17.75), ("communication", 17.75, 18), ("validation", *judged), ("forward", 25, 26),
+    ):  # fmt: skip
+        timer.add(name, mark(begin), mark(end))
+    for end in (20, 27):
+        now.seconds = float(end)
+        timer.end_step()
+    now.seconds = 30.0
+    parts, spread = timer.finish(validation_s=0.25, at_last_step=at_last_step)
+    judged_s = judged[1] - judged[0]
+    assert parts.wall_s == (to_last_s if at_last_step else wall_s)
+    assert (parts.data_wait_s, parts.forward_s, parts.backward_s) == (1, 2 + 1, 3)
+    assert (parts.regularizer_s, parts.optimizer_s, parts.exposed_communication_s) == (0.5, 1.25, 0.25)
+    assert parts.validation_s == judged_s + 0.25
+    assert spread == step_distribution([float(seconds) for seconds in steps])
+
+
+def test_one_step_is_every_quantile():
+    spread = step_distribution([3.0])
+    assert (spread.p10_s, spread.median_s, spread.p90_s, spread.std_s) == (3.0, 3.0, 3.0, 0.0)
+    with pytest.raises(ValueError, match="no durations"):
+        step_distribution([])

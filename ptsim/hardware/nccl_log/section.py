@@ -32,6 +32,7 @@ _NODES = (  # what a launcher's option means; -N is the number of nodes for Slur
     (re.compile(r"(?:^|\s)(?:-H|--?hosts?)[= ]([\w.:,-]+)"), "hosts"),
 )
 _SHORTEST_S, _LONGEST_S = 1e-9, 86400.0  # of one all-reduce
+_ROUNDED = 0.005  # GB/s, by which a printed bandwidth may be off
 _REDUCTIONS = ("sum", "prod", "max", "min", "avg", "mulsum", "all")
 
 
@@ -42,6 +43,7 @@ class Section:
         self.line, self.name = line, name
         self.ranks: dict[int, tuple[str, str]] = {}  # host and device
         self.groups: set[str] = set()
+        self.places: dict[int, tuple[str, str, str]] = {}  # host, number and bus of the device, where the log says them
         self.unit_s = 1e-6
         self.rows: list[Row] = []
         self.header: re.Match[str] | None = None
@@ -207,7 +209,8 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
             line=section.line,
             hint="with one process per GPU, nccl-tests must be built with MPI=1",
         )
-    if listed and max(section.ranks) + 1 != listed:
+    whole = listed == 0 or max(section.ranks) + 1 == listed
+    if not whole:
         if implied != max(section.ranks) + 1:
             problem = f"lists {listed} ranks but numbers them up to {max(section.ranks)}"
             raise FileFormatError(path, problem, line=section.line)
@@ -219,13 +222,28 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
             f"which {implied} ranks would give",
             line=row.line,
         )
+    if not listed and implied:
+        implied = _fitting(path, section.rows, implied, row.line)
     if not listed and implied and abs(2 * (implied - 1) / implied - busbw / algbw) > 0.03:
         problem = f"has a bus bandwidth of {busbw / algbw:.3g} times the algorithm bandwidth, which no all-reduce has"
         raise FileFormatError(path, problem, line=row.line)
     num = listed or implied
     if num is None:
         raise FileFormatError(path, "has no device list ('# Rank 0 …'), so the number of GPUs is unknown", line=1)
-    return num, len({host for host, _ in section.ranks.values()}) or _launched_nodes(section, num)
+    hosts = {host for host, _ in section.ranks.values()} if whole and _names_tell(section) else set()
+    return num, len(hosts) or _launched_nodes(section, num)
+
+
+def _names_tell(section: Section) -> bool:
+    """Whether each host name is that of one node: no GPU of it is listed twice.
+
+    Processes that see a GPU of their own each call it device 0, and a bus number without its domain may be that of
+    several GPUs; together with another device number or a domain they tell.
+    """
+    places = section.places.values()
+    if not any(number != "0" or ":" in bus for _, number, bus in places):
+        return True
+    return len(set(places)) == len(places)
 
 
 def _launched_nodes(section: Section, num_gpus: int) -> int | None:
@@ -254,6 +272,25 @@ def _implied_ranks(algbw: float, busbw: float) -> int | None:
         return None
     ratio = busbw / algbw
     return round(2 / (2 - ratio)) if ratio < 1.97 else None
+
+
+def _fitting(path: Path, rows: list[Row], implied: int, line: int) -> int:
+    """The number of GPUs near the implied one that all bandwidths allow, which are rounded to two digits.
+
+    Raises:
+        FileFormatError: they allow several.
+    """
+
+    def fits(num: int) -> bool:
+        factor = 2 * (num - 1) / num
+        measured = (times for row in rows for times in (row.out_of_place, row.in_place) if times is not None)
+        return all(abs(t.busbw - factor * t.algbw) <= _ROUNDED * (1 + factor) + 1e-9 for t in measured)
+
+    found = [num for num in range(max(2, implied // 2), 2 * implied + 1) if fits(num)]
+    if len(found) > 1:
+        problem = f"has no device list ('# Rank 0 …'), and its bandwidths fit {found[0]} to {found[-1]} GPUs"
+        raise FileFormatError(path, problem, line=line)
+    return found[0] if found else implied
 
 
 def _measurement(row: Row, unit_s: float) -> NcclMeasurement:

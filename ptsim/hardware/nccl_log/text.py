@@ -16,7 +16,7 @@ from ptsim.hardware.nccl_log.section import ELEMENT_BYTES, Row, Section, Times
 # "[1,0]<stdout>:" of Open MPI, "[0]" of Hydra: once for each piece that the process wrote, also in the middle of a row
 _LAUNCHER = re.compile(r"\[[^\[\]\s]{0,80}\d,\d{1,9}\]<std(?:out|err)>:?|\[\d{1,9}\]")
 _RANK = re.compile(
-    r"\bRank\s+(\d{1,6})\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+\d+\s+\[[^\]]*\]\s+(.*\S)"
+    r"\bRank\s+(\d{1,6})\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+(\d+)\s+\[([^\]]*)\]\s+(.*\S)"
 )
 _HEADER = re.compile(
     r"\bnThread\s+(\d{1,6})\s+nGpus\s+(\d{1,6})\s+minBytes\s+(\d{1,18})\s+maxBytes\s+(\d{1,18})"
@@ -90,7 +90,8 @@ class _Reader:
         elif rank := _RANK.search(line):
             if current.ended:
                 self.begin(number)
-            self.current.ranks[int(rank[1])] = (rank[3], rank[4])
+            self.current.ranks[int(rank[1])] = (rank[3], rank[6])
+            self.current.places[int(rank[1])] = (rank[3], rank[4], rank[5])
             self.current.groups.add(rank[2] or "0")
         elif columns := _COLUMNS.search(line):
             if "cputime" in line:

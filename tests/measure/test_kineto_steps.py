@@ -1,0 +1,344 @@
+"""Where the steps of a recording are and how long their phases took: recordings of a few events, times by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from ptsim.measure.kineto import KinetoImport, import_kineto
+from ptsim.measure.kineto_events import read_recording
+from ptsim.measure.kineto_steps import Step, read_steps
+
+NODE = "autograd::engine::evaluate_function: "
+UPDATE = "Optimizer.step#SGD.step"
+CONV = {
+    "Input Dims": [[4, 8, 16, 16], [8, 8, 3, 3], [], [], [], [], []],
+    "Input type": ["float", "float", "", "ScalarList", "ScalarList", "ScalarList", "Scalar"],
+    "Concrete Inputs": ["", "", "", "[1, 1]", "[1, 1]", "[1, 1]", "1"],
+}
+Span = tuple[float, float]
+
+
+class Events:
+    """A recording under construction; all times are milliseconds, given as begin and duration."""
+
+    def __init__(self, *, on_gpu: bool = True) -> None:
+        self.on_gpu = on_gpu
+        self.events: list[dict[str, Any]] = []
+        self.number = 0  # of the next forward operator
+
+    def add(self, category: str, name: str, at: Span, kernel: Span | None = None, *, tid: int = 1, **args: Any) -> None:
+        """An event of the host, and the kernel that it launches."""
+        ident = len(self.events) + 1
+        event = {"ph": "X", "cat": category, "name": name, "pid": 9, "tid": tid, "ts": at[0] * 1e3, "dur": at[1] * 1e3}
+        self.events.append(event | {"args": {"External id": ident, **args}})
+        if kernel is not None and self.on_gpu:
+            self.device(f"kernel of {name}", kernel, **{"External id": ident})
+
+    def device(self, name: str, at: Span, *, category: str = "kernel", **args: Any) -> None:
+        event = {"ph": "X", "cat": category, "name": name, "pid": 0, "tid": 7, "ts": at[0] * 1e3, "dur": at[1] * 1e3}
+        self.events.append(event | {"args": {"device": 0, **args}})
+
+    def layer(self, forward: Span, backward: Span, kernels: tuple[Span, Span], name: str = "aten::conv2d") -> None:
+        """An operator and its backward node on autograd's thread."""
+        number = {"Sequence number": self.number}
+        self.add("cpu_op", name, forward, kernels[0], **number, **(CONV if name == "aten::conv2d" else {}))
+        self.add("cpu_op", f"{NODE}Backward of {name}", backward, kernels[1], tid=2, **number)
+        self.number += 1
+
+    def update(self, at: Span, kernel: Span, name: str = UPDATE) -> None:
+        self.add("user_annotation", name, at)
+        self.add("cpu_op", "aten::add_", (at[0] + at[1] / 2, at[1] / 4), kernel)
+
+    def step(self, host: float, gpu: float, *, forward: float = 2.0, update: bool = True) -> None:
+        """2 ms of the host: a forward kernel, 3 ms backward right behind it, 0.5 ms of update 1 ms later."""
+        self.add("user_annotation", f"ProfilerStep#{host:g}", (host, 2.0))
+        self.layer((host + 0.1, 0.2), (host + 0.5, 0.3), ((gpu, forward), (gpu + forward, 3.0)))
+        if update:
+            self.update((host + 1.2, 0.2), (gpu + forward + 4.0, 0.5))
+
+    def _write(self, folder: Path) -> Path:
+        path = folder / "recorded.json"
+        gpu = [{"id": 0, "name": "NVIDIA A100-SXM4-80GB", "totalGlobalMem": 85_000_000_000}]
+        path.write_text(json.dumps({"deviceProperties": gpu, "traceEvents": self.events}), encoding="utf-8")
+        return path
+
+    def steps(self, folder: Path) -> list[Step]:
+        return read_steps(read_recording(self._write(folder)))
+
+    def imported(self, folder: Path) -> KinetoImport:
+        return import_kineto([self._write(folder)], device=None if self.on_gpu else "a processor", memory_bytes=2**34)
+
+
+def ms(*seconds: float | None) -> list[float]:
+    return [1e3 * value for value in seconds if value is not None]
+
+
+def test_the_gpu_is_idle_from_the_last_kernel_to_the_next_steps_first(tmp_path: Path) -> None:
+    """Waiting for the loader lies between two steps: 2 + 3 + 0.5 ms of work in 12 ms, in 6.5 ms for the last step."""
+    events = Events()
+    for i in range(2):
+        events.step(2.0 * i, 12.0 * i)
+    idle = [step.device_idle for step in events.steps(tmp_path)]
+    assert idle == pytest.approx([1 - 5.5 / 12, 1 - 5.5 / 6.5])
+
+
+def test_what_the_last_step_still_runs_is_no_idleness_of_the_next(tmp_path: Path) -> None:
+    """The second step begins at 6 ms; a copy of the first one runs from 5.2 to 8 ms, over its first kernel's end."""
+    events = Events()
+    events.step(0.0, 0.0, update=False)
+    events.update((1.2, 0.2), (5.2, 2.8))
+    events.step(2.0, 6.0, forward=1.0)  # kernels from 6 to 10 and from 11 to 11.5
+    idle = [step.device_idle for step in events.steps(tmp_path)]
+    assert idle == pytest.approx([0.2 / 6, 1.0 / 5.5])
+
+
+def test_the_host_is_idle_where_it_runs_nothing_or_waits(tmp_path: Path) -> None:
+    events = Events()
+    events.step(0.0, 0.0)  # busy for 0.2, 0.3 and 0.05 ms of 2
+    events.add("cpu_op", "aten::convolution", (0.15, 0.1))  # inside another
+    events.add("cpu_op", "aten::item", (0.85, 0.3))  # busy for 0.3 ms less 0.2
+    events.add("cuda_runtime", "cudaStreamSynchronize", (0.9, 0.2))
+    events.add("cuda_runtime", "cudaLaunchKernel", (1.5, 0.1))
+    events.add("cuda_runtime", "cudaDeviceSynchronize", (1.7, 0.2))
+    (step,) = events.steps(tmp_path)
+    assert step.host_idle == pytest.approx(1 - 0.75 / 2)
+
+
+@pytest.mark.parametrize("tail", [False, True], ids=["whole steps", "and a pass without its update"])
+def test_passes_that_are_marked_one_by_one_are_one_step_up_to_the_update(tmp_path: Path, tail: bool) -> None:
+    """Kernels of two passes begin at 0 and 6 ms, the update at 12; the next step begins at 13, the tail at 26."""
+    events = Events()
+    for i in range(2):
+        events.step(4.0 * i, 13.0 * i, update=False)
+        events.step(4.0 * i + 2, 13.0 * i + 6)
+    if tail:
+        events.step(8.0, 26.0, update=False)
+    steps = events.steps(tmp_path)
+    assert [step.passes for step in steps] == [2, 2]
+    assert ms(*(step.step_s for step in steps)) == pytest.approx([13, 13 if tail else 12.5])
+    for step in steps:
+        assert ms(step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx([4, 6, 0.5])
+        assert step.compute_s == pytest.approx((4e-3 + 6e-3) / 2 + 0.5e-3)
+    found = events.imported(tmp_path)
+    assert found.images_per_second == pytest.approx(2 * 4 / 13e-3)
+    assert found.optimizer_seconds == pytest.approx(0.5e-3)
+
+
+def test_validation_between_two_steps_is_part_of_neither(tmp_path: Path) -> None:
+    """Its kernels run from 9 to 15 ms; the first step ends where they begin, and the next one begins at 20 ms."""
+    events = Events()
+    events.step(0.0, 0.0)
+    events.add("user_annotation", "ProfilerStep#1", (2.0, 2.0))
+    events.add("cpu_op", "aten::conv2d", (2.5, 0.5), (9.0, 6.0), **CONV)
+    events.step(4.0, 20.0)
+    assert ms(*(step.step_s for step in events.steps(tmp_path))) == pytest.approx([9, 6.5])
+
+
+def test_a_custom_autograd_function_is_part_of_the_step_and_noted(tmp_path: Path) -> None:
+    """As torch.compile and checkpointing record theirs: 5 ms forward behind a convolution of 2, 4 ms backward."""
+    events = Events()
+    events.add("user_annotation", "ProfilerStep#0", (0.0, 3.0))
+    events.layer((0.1, 0.2), (1.5, 0.2), ((0.0, 2.0), (11.0, 3.0)))
+    events.layer((0.4, 0.2), (1.2, 0.2), ((2.0, 5.0), (7.0, 4.0)), name="Fused")
+    events.update((2.0, 0.2), (14.0, 1.0))
+    (step,) = events.steps(tmp_path)
+    assert ms(step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx([7, 7, 1])
+    found = events.imported(tmp_path)
+    assert [(row.op, *ms(row.forward_seconds, row.backward_seconds)) for row in found.operators] == [
+        ("conv2d", pytest.approx(2), pytest.approx(3)),
+        ("Fused", pytest.approx(5), pytest.approx(4)),
+    ]
+    assert "the profile leaves out Fused, whose shapes cannot be told" in found.notes
+
+
+@pytest.mark.parametrize(("backward_ms", "noted"), [(0.02, False), (0.03, True)])
+def test_what_is_left_out_is_noted_from_a_hundredth_of_the_operators_time(
+    tmp_path: Path, backward_ms: float, noted: bool
+) -> None:
+    """Beside a convolution of 5 ms, which is 99 of 100 parts with 0.0505 ms: 0.03 ms forward and the rest backward."""
+    events = Events()
+    events.layer((0.1, 0.2), (1.5, 0.2), ((0.0, 2.0), (11.0, 3.0)))
+    events.layer((0.4, 0.2), (1.2, 0.2), ((2.0, 0.03), (7.0, backward_ms)), name="Fused")
+    assert any("leaves out Fused" in note for note in events.imported(tmp_path).notes) == noted
+
+
+@pytest.mark.parametrize(("on_gpu", "forward", "backward"), [(True, 8, 4), (False, 2, 10)])
+def test_a_step_of_two_networks_counts_each_update_once(
+    tmp_path: Path, on_gpu: bool, forward: float, backward: float
+) -> None:
+    """A critic of 2 + 3 ms and its update of 1, then a generator of 3 + 4 and its update of 2: 15 ms.
+
+    On a GPU the forward pass is what lies before the last forward kernel's end, on a CPU before the first backward
+    node's begin; the critic's update is in neither.
+    """
+    events = Events(on_gpu=on_gpu)
+    events.add("user_annotation", "ProfilerStep#0", (0.0, 20.0))
+    for at, name, times in ((0.0, "aten::conv2d", (2.0, 3.0, 1.0)), (6.0, "aten::linear", (3.0, 4.0, 2.0))):
+        spans = (at, times[0]), (at + times[0], times[1])
+        events.layer(*spans, spans, name=name)
+        last = at + times[0] + times[1], times[2]
+        events.update(last, last)
+    (step,) = events.steps(tmp_path)
+    assert step.passes == 1
+    assert ms(step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx([forward, backward, 3])
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize(("on_gpu", "update"), [(True, 0.5), (False, 3.0)])
+def test_an_optimizer_that_runs_the_pass_as_its_closure_takes_only_what_follows(
+    tmp_path: Path, on_gpu: bool, update: float, marked: bool
+) -> None:
+    """As Lightning trains: the update's mark, from 0 to 10 ms, is around a pass that ends at 7."""
+    events = Events(on_gpu=on_gpu)
+    if marked:
+        events.add("user_annotation", "ProfilerStep#0", (0.0, 11.0))
+    events.add("user_annotation", UPDATE, (0.0, 10.0))
+    events.layer((1.0, 2.0), (3.0, 4.0), ((20.0, 2.0), (22.0, 4.0)))
+    events.add("cpu_op", "aten::add_", (8.0, 1.0), (28.0, 0.5))
+    (step,) = events.steps(tmp_path)
+    assert ms(step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx([2, 4, update])
+
+
+def test_an_update_that_wraps_another_is_one(tmp_path: Path) -> None:
+    """As ZeroRedundancyOptimizer's: from 7 to 10 ms, around one from 7.5 to 8."""
+    events = Events(on_gpu=False)
+    for at in (0.0, 10.0):
+        events.layer((at, 3.0), (at + 3, 4.0), ((0, 0), (0, 0)))
+        events.add("user_annotation", "Optimizer.step#ZeroRedundancyOptimizer.step", (at + 7, 3.0))
+        events.update((at + 7.5, 0.5), (0, 0))
+    steps = events.steps(tmp_path)
+    assert [ms(step.step_s, step.optimizer_s) for step in steps] == [pytest.approx([10, 3])] * 2
+
+
+def test_without_marks_a_step_ends_with_its_update_and_what_follows_the_last_one_is_none(tmp_path: Path) -> None:
+    events = Events(on_gpu=False)
+    events.add("cpu_op", "aten::stack", (0.0, 1.0))  # the loader's
+    for at in (2.0, 9.0):
+        events.layer((at, 2.0), (at + 2, 3.0), ((0, 0), (0, 0)))
+        events.update((at + 5, 1.0), (0, 0))
+    events.add("cpu_op", "aten::conv2d", (16.0, 5.0))
+    steps = events.steps(tmp_path)
+    assert [ms(s.step_s, s.forward_s, s.backward_s, s.optimizer_s) for s in steps] == [
+        pytest.approx([8, 2, 3, 1]),
+        pytest.approx([7, 2, 3, 1]),
+    ]
+    events.events = [event for event in events.events if event["name"] not in (UPDATE, "aten::add_")]
+    (step,) = events.steps(tmp_path)
+    assert (step.step_s, step.optimizer_s) == (pytest.approx(21e-3), None)
+    assert any("lack the update" in note for note in events.imported(tmp_path).notes)
+
+
+@pytest.mark.parametrize(
+    ("copied", "exposed"), [("Memcpy HtoD (Pinned -> Device)", 4), ("Memcpy DtoD (Device -> Device)", 3)]
+)
+def test_the_next_images_copy_hides_no_communication(tmp_path: Path, copied: str, exposed: float) -> None:
+    """An all-reduce from 5 to 9 ms, when only a copy of a millisecond runs beside it."""
+    events = Events()
+    events.step(0.0, 0.0, update=False)
+    events.update((1.2, 0.2), (9.0, 0.5))
+    events.add("cpu_op", "aten::copy_", (1.5, 0.2))
+    events.device(copied, (6.0, 1.0), category="gpu_memcpy", **{"External id": len(events.events)})
+    events.add("cpu_op", "c10d::allreduce_", (1.8, 0.1))
+    events.device("ncclDevKernel_AllReduce", (5.0, 4.0), **{"External id": len(events.events)})
+    (step,) = events.steps(tmp_path)
+    assert ms(step.communication_s, step.exposed_s) == pytest.approx([4, exposed])
+
+
+def test_what_gloo_does_while_nothing_computes_is_exposed(tmp_path: Path) -> None:
+    """From 5 to 9 ms; backward nodes run until 6 and from 8 to 8.5: of 5.5 ms backward 2 are waiting."""
+    events = Events(on_gpu=False)
+    events.add("user_annotation", "ProfilerStep#0", (0.0, 10.0))
+    events.layer((1.0, 1.0), (3.0, 3.0), ((0, 0), (0, 0)))
+    events.layer((2.0, 1.0), (8.0, 0.5), ((0, 0), (0, 0)))
+    events.add("cpu_op", "gloo:all_reduce", (5.0, 4.0), tid=3)
+    events.update((9.0, 1.0), (0, 0))
+    (step,) = events.steps(tmp_path)
+    assert ms(step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx([2, 3.5, 1])
+    assert ms(step.communication_s, step.exposed_s) == pytest.approx([4, 2.5])
+    assert events.imported(tmp_path).overlap_fraction == pytest.approx(1 - 2.5 / 4)
+
+
+@pytest.mark.parametrize(
+    ("begins", "median"),
+    [((0, 10, 24), 10), ((0, 10, 24, 40), 14)],  # 10, 14, 6.5; 10, 14, 16, 6.5: the upper one of two
+)
+def test_a_rank_counts_with_its_median_step(tmp_path: Path, begins: tuple[int, ...], median: float) -> None:
+    events = Events()
+    for i, begin in enumerate(begins):
+        events.step(2.0 * i, float(begin))
+    found = events.imported(tmp_path)
+    assert found.step_seconds == pytest.approx(median * 1e-3)
+    assert found.ranks[0].num_steps == len(begins)
+
+
+def test_the_profiles_step_is_the_median_with_the_fastest_and_the_slowest(tmp_path: Path) -> None:
+    """3 ms backward and half of update beside 2, 5 and 3 ms forward."""
+    events = Events()
+    for i, forward in enumerate((2.0, 5.0, 3.0)):
+        events.step(2.0 * i, 20.0 * i, forward=forward)
+    found = events.imported(tmp_path)
+    (row,), (operator,), (step,) = found.operators, found.profile.operators, found.profile.steps
+    assert ms(row.forward_seconds, row.backward_seconds) == pytest.approx([10 / 3, 3])  # means
+    assert ms(operator.forward_s, operator.backward_s) == pytest.approx([10 / 3, 3])
+    assert row.calls_per_step == 1
+    assert ms(step.step_low_s, step.step_s, step.step_high_s) == pytest.approx([5.5, 6.5, 8.5])
+    assert ms(step.forward_s, step.layers_forward_s, step.layers_backward_s) == pytest.approx([3, 3, 3])
+    assert step.num_samples == 3
+
+
+class Square(torch.autograd.Function):
+    """A custom function, as fused layers are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_what_torch_records_of_accumulation_a_custom_function_and_a_closure_is_read(
+    tmp_path: Path, closure: bool
+) -> None:
+    """Four passes are recorded and marked, each second one with an update, which may run the pass itself."""
+    model, images = nn.Conv2d(3, 8, 3, bias=False), torch.randn(4, 3, 16, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    path = tmp_path / "recorded.json"
+
+    def one_pass() -> torch.Tensor:
+        loss: torch.Tensor = Square.apply(model(images)).mean()
+        loss.backward()
+        return loss
+
+    with profile(
+        activities=[ProfilerActivity.CPU],
+        schedule=schedule(wait=1, warmup=1, active=4),
+        record_shapes=True,
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    ) as profiler:
+        for number in range(6):
+            updates = number % 2 == 1
+            if not (updates and closure):
+                one_pass()
+            if updates:
+                optimizer.step(one_pass if closure else None)
+                optimizer.zero_grad()
+            profiler.step()
+    steps = read_steps(read_recording(path))
+    assert [step.passes for step in steps] == [2, 2]
+    for step in steps:
+        assert [call.event.name for call in step.calls] == ["aten::conv2d", "Square", "aten::mean"] * 2
+        assert step.parameters == [8 * 3 * 3 * 3]
+        assert step.optimizer_s is not None
+        assert 0 < step.forward_s + step.backward_s + step.optimizer_s < step.step_s
+        assert min(step.forward_s, step.backward_s, step.optimizer_s) > 0
