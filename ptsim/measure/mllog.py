@@ -144,8 +144,8 @@ def _epochs(lines: list[_Line]) -> list[float]:
     def end_judging(at_ms: float) -> None:
         nonlocal judging
         if judging is not None:
-            for kind, start in began.items():
-                judged_ms[kind] += at_ms - max(judging, start.time_ms)
+            for kind in began:
+                judged_ms[kind] += at_ms - judging
         judging = None
 
     for line in lines:

@@ -174,6 +174,11 @@ TIMED: dict[str, tuple[list[Any], float]] = {
     "its end is that of the epoch": (
         [("epoch_start", 0), ("epoch_stop", 20), ("epoch_start", 20), ("eval_start", 42), ("epoch_stop", 50)], 22
     ),
+    "evaluation inside one epoch and behind the next": (
+        [("epoch_start", 0), ("eval_start", 15), ("eval_stop", 20), ("epoch_stop", 20), ("epoch_start", 20),
+         ("epoch_stop", 50), ("eval_start", 50), ("eval_stop", 55)],
+        30,
+    ),
     # 40 s and 44 s of two epochs each
     "evaluation inside the blocks": (
         [("block_start", 0, {"epoch_count": 2}), ("eval_start", 50), ("eval_stop", 57), ("block_stop", 58),

@@ -48,6 +48,7 @@ PLACES = {
     "two nodes of one name": ("node 0 0000:1b:00", "node 1 0000:43:00", "node 0 0000:1b:00", "node 1 0000:43:00", None),
     "the same in the old form": ("node 0 0x27", "node 1 0x2a", "node 0 0x27", "node 1 0x2a", None),
     "one GPU a process": ("alpha 0 0000:1b:00", "alpha 0 0000:43:00", "alpha 0 0000:5b:00", "alpha 0 0000:6b:00", 1),
+    "one GPU a process, of one name": ("n 0 0000:1b:00", "n 0 0000:43:00", "n 0 0000:1b:00", "n 0 0000:43:00", None),
     "one GPU a process, buses without domain": ("alpha 0 0x00", "alpha 0 0x00", "beta 0 0x00", "beta 0 0x00", 2),
 }
 

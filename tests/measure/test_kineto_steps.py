@@ -131,14 +131,20 @@ def test_passes_that_are_marked_one_by_one_are_one_step_up_to_the_update(tmp_pat
     assert found.optimizer_seconds == pytest.approx(0.5e-3)
 
 
-def test_validation_between_two_steps_is_part_of_neither(tmp_path: Path) -> None:
-    """Its kernels run from 9 to 15 ms; the first step ends where they begin, and the next one begins at 20 ms."""
+@pytest.mark.parametrize(("cut_off", "ends"), [(False, 9), (True, 8)])
+def test_validation_between_two_steps_is_part_of_neither(tmp_path: Path, cut_off: bool, ends: float) -> None:
+    """Its kernels run from 9 to 15 ms; the first step ends where they begin, and the next one begins at 20 ms.
+
+    A pass in front of it without an update, whose kernels begin at 8 ms, is no step.
+    """
     events = Events()
     events.step(0.0, 0.0)
-    events.add("user_annotation", "ProfilerStep#1", (2.0, 2.0))
-    events.add("cpu_op", "aten::conv2d", (2.5, 0.5), (9.0, 6.0), **CONV)
-    events.step(4.0, 20.0)
-    assert ms(*(step.step_s for step in events.steps(tmp_path))) == pytest.approx([9, 6.5])
+    if cut_off:
+        events.step(2.0, 8.0, update=False)
+    events.add("user_annotation", "ProfilerStep#1", (4.0, 2.0))
+    events.add("cpu_op", "aten::conv2d", (4.5, 0.5), (9.0, 6.0), **CONV)
+    events.step(6.0, 20.0)
+    assert ms(*(step.step_s for step in events.steps(tmp_path))) == pytest.approx([ends, 6.5])
 
 
 def test_a_custom_autograd_function_is_part_of_the_step_and_noted(tmp_path: Path) -> None:
@@ -190,18 +196,36 @@ def test_a_step_of_two_networks_counts_each_update_once(
     assert ms(step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx([forward, backward, 3])
 
 
+def test_communication_that_an_update_waits_for_is_taken_off_once(tmp_path: Path) -> None:
+    """A critic's update from 5 to 6 ms, of which 0.4 are an all-reduce alone; a generator's of 2 ms as above."""
+    events = Events()
+    events.add("user_annotation", "ProfilerStep#0", (0.0, 20.0))
+    events.layer((0.0, 2.0), (2.0, 3.0), ((0.0, 2.0), (2.0, 3.0)))
+    events.add("user_annotation", UPDATE, (5.0, 1.0))
+    for at, name in ((5.0, "aten::add_"), (5.4, "aten::all_reduce"), (5.8, "aten::add_")):
+        events.add("cpu_op", name, (at, 0.1))
+        kernel = ("ncclDevKernel_AllReduce", (5.3, 0.4)) if "reduce" in name else ("sgd", (at, 0.2))
+        events.device(*kernel, **{"External id": len(events.events)})
+    events.layer((6.0, 3.0), (9.0, 4.0), ((6.0, 3.0), (9.0, 4.0)), name="aten::linear")
+    events.update((13.0, 2.0), (13.0, 2.0))
+    (step,) = events.steps(tmp_path)
+    assert ms(step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx([8, 4, 2.6])
+    assert ms(step.exposed_s) == pytest.approx([0.4])
+
+
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize(("on_gpu", "update"), [(True, 0.5), (False, 3.0)])
 def test_an_optimizer_that_runs_the_pass_as_its_closure_takes_only_what_follows(
     tmp_path: Path, on_gpu: bool, update: float, marked: bool
 ) -> None:
-    """As Lightning trains: the update's mark, from 0 to 10 ms, is around a pass that ends at 7."""
+    """As Lightning trains: the update's mark, from 0 to 10 ms, is around a pass of two layers that ends at 7."""
     events = Events(on_gpu=on_gpu)
     if marked:
         events.add("user_annotation", "ProfilerStep#0", (0.0, 11.0))
     events.add("user_annotation", UPDATE, (0.0, 10.0))
-    events.layer((1.0, 2.0), (3.0, 4.0), ((20.0, 2.0), (22.0, 4.0)))
-    events.add("cpu_op", "aten::add_", (8.0, 1.0), (28.0, 0.5))
+    events.layer((1.0, 1.0), (5.0, 2.0), ((20.0, 1.0), (24.0, 2.0)))
+    events.layer((2.0, 1.0), (3.0, 2.0), ((21.0, 1.0), (22.0, 2.0)))
+    events.add("cpu_op", "aten::add_", (7.0, 1.0), (28.0, 0.5))
     (step,) = events.steps(tmp_path)
     assert ms(step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx([2, 4, update])
 
