@@ -28,14 +28,15 @@ class Power:
         """Half-width of the 90 % interval of the model's watts."""
         return 0.0 if self.model is None else self.model.relative_error
 
-    def step_j(self, stage: Stage, step: StepTime, result: StepResult, hooks_s: float) -> float | None:
-        """Joules of one step on one GPU: what it computes, and the time for which it waits.
+    def step_j(self, stage: Stage, step: StepTime, result: StepResult) -> float | None:
+        """Joules of one step on one GPU: what it computes, and the rest of the step, for which it waits.
+
+        The rest is communication, the gradients' hooks, slower GPUs, input, and by how much a straggler is slowed down.
 
         Args:
             stage: of the run.
             step: one pass with the update of all parameters.
             result: the simulated step.
-            hooks_s: of the gradients' hooks, in which the GPU is taken to wait.
         """
         model, scenario = self.model, self.scenario
         if model is None:
@@ -45,9 +46,9 @@ class Power:
         key = ("energy", model, stage.id, scenario.device_key, setting.alone, setting.update_share)
         computing_j = scenario.cache.get(key, lambda: step_energy(own, scenario.device, model=model).joules)
         n = scenario.num_passes(stage.batch, stage.epoch)
-        updates_j = (own.optimizer_s + own.regularizer_s) * model.stream_w  # once per step, not per micro-batch
-        waiting_s = result.step_s - result.compute_s + hooks_s
-        return n * computing_j - (n - 1) * updates_j + max(0.0, waiting_s) * model.waiting_w
+        updates_s = own.optimizer_s + own.regularizer_s  # once per step, not per micro-batch
+        waiting_s = max(0.0, result.step_s - n * own.compute_s + (n - 1) * updates_s)
+        return n * computing_j - (n - 1) * updates_s * model.stream_w + waiting_s * model.waiting_w
 
     def run_j(self, epochs: Sequence[EpochProjection], fixed_s: float, faults_s: float) -> float | None:
         """Joules of all GPUs over the run; they wait while it reconfigures, and work at their mean power in faults."""

@@ -174,7 +174,7 @@ class Pricer:
             wrapping=SecondsRange.around(wrapping["low"], wrapping["expected"], wrapping["high"]),
             peak_memory_bytes=need.peak_bytes,
             needed_memory_bytes=need.device_bytes,
-            energy_j=self.power.step_j(stage, step, expected, hooks_s),
+            energy_j=self.power.step_j(stage, step, expected),
             tier=tier,
         )
 
@@ -275,7 +275,7 @@ class Pricer:
             used_bytes=4 * len(stage.network.parameters) if options.find_unused_parameters else 0,
             shards=shards,
             bound=bound,
-            scale=scenario.cache.get(("scale", bound, *key), lambda: ddp.computation_scale(step, bound)),
+            scale=ddp.computation_scale(step, bound),  # not cached: the interval depends on the number of GPUs
         )
         return plan if scenario.overlap else msgspec.structs.replace(plan, overlap=False)
 
@@ -387,7 +387,7 @@ ASSUMED_SURGERY = SecondsRange(low_s=0.06, expected_s=0.21, high_s=0.43)
 
 
 def recorded_surgery(reconfigurations: Sequence[Reconfiguration], epoch: int) -> SecondsRange:
-    """What the measured reconfiguration in front of `epoch` took; the median one's time where there was none.
+    """What the measured reconfigurations in front of `epoch` took together; the median one's time where there was none.
 
     Those that changed nothing took next to no time and say nothing of surgery: `reconfigurations` are the others. The
     interval is their spread. With fewer than two it has no width; with none it is `ASSUMED_SURGERY`.
@@ -397,7 +397,7 @@ def recorded_surgery(reconfigurations: Sequence[Reconfiguration], epoch: int) ->
     if not durations:
         return ASSUMED_SURGERY
     exact = [r.duration_s for r in measured if r.epoch + 1 == epoch]
-    expected = exact[0] if exact else durations[len(durations) // 2]
+    expected = math.fsum(exact) if exact else durations[len(durations) // 2]
     logs = [math.log(seconds) for seconds in durations if seconds > 0]
     sigma = 0.0
     if len(logs) > 1:

@@ -36,10 +36,10 @@ def rounded(network: Network, multiple: int) -> Network:
     new: dict[str, Layer] = {}
     for layer in network.layers:
         sources = producers[layer.name]
-        if len(sources) == len(layer.input_shapes):
-            shapes = [new[source].output_shape for source in sources]
-        else:  # the network's own input, or one tensor used twice
-            shapes = [new[sources[0]].output_shape] * len(layer.input_shapes) if sources else list(layer.input_shapes)
+        shapes = [new[source].output_shape for source in sources]
+        if len(sources) != len(layer.input_shapes):  # the network's own input, or one tensor used twice
+            grown = {network.layer(source).output_shape: new[source].output_shape for source in sources}
+            shapes = [grown.get(shape, shape) for shape in layer.input_shapes]
         is_classifier = layer.name in products[-1:] and layer.out_channels == network.num_classes
         new[layer.name] = _round_layer(layer, shapes, 1 if is_classifier else multiple)
     parameters = tuple(
@@ -56,7 +56,7 @@ def _round_layer(layer: Layer, inputs: Sequence[Shape], multiple: int) -> Layer:
     in_channels = first[0] if first else layer.in_channels
     groups = layer.groups
     match layer.kind:
-        case LayerKind.CONV if layer.groups == layer.in_channels:  # depthwise: follows its input
+        case LayerKind.CONV if layer.groups == layer.in_channels > 1:  # depthwise: follows its input
             groups = in_channels
             out_channels = layer.out_channels // layer.in_channels * in_channels
         case LayerKind.CONV:
@@ -64,10 +64,13 @@ def _round_layer(layer: Layer, inputs: Sequence[Shape], multiple: int) -> Layer:
         case LayerKind.LINEAR:
             in_channels = inputs[0][-1]
             out_channels = _up(layer.out_channels, multiple)
-        case LayerKind.CONCAT:
-            in_channels = out_channels = sum(shape[0] for shape in inputs)
+        case LayerKind.CONCAT if layer.output_shape[:1] == (_channels(layer.input_shapes),):
+            out_channels = _channels(inputs)
+            in_channels = first[0] if first else out_channels
         case _:
             out_channels = round(layer.out_channels * in_ratio)
+    if (tuple(inputs), out_channels) == (layer.input_shapes, layer.out_channels):
+        return layer  # with all that its capture counted
     output = _output_shape(layer, out_channels, in_ratio)
     out_ratio = math.prod(output) / max(1, layer.output_elements)
     if layer.kind in (LayerKind.CONV, LayerKind.LINEAR):
@@ -90,6 +93,10 @@ def _round_layer(layer: Layer, inputs: Sequence[Shape], multiple: int) -> Layer:
     return msgspec.structs.replace(changed, num_parameters=_num_parameters(layer, changed))
 
 
+def _channels(shapes: Sequence[Shape]) -> int:
+    return sum(shape[0] for shape in shapes if shape)
+
+
 def _output_shape(layer: Layer, out_channels: int, in_ratio: float) -> Shape:
     shape = layer.output_shape
     if not shape:  # one number for every image
@@ -108,12 +115,17 @@ def _round_parameter(parameter: Parameter, old: Layer, new: Layer) -> Parameter:
 def _parameter_shape(shape: Shape, old: Layer, new: Layer) -> Shape:
     if not shape:  # one number, such as a gain
         return shape
-    first = new.out_channels if shape[0] == old.out_channels else shape[0]
     if len(shape) == 1:
-        return (first,)
-    per_group = old.in_channels // old.groups
-    second = new.in_channels // new.groups if shape[1] == per_group else shape[1]
-    return (first, second, *shape[2:])
+        return (new.out_channels,) if shape[0] == old.out_channels else shape
+    axes = zip(shape, _first_axes(old), _first_axes(new), strict=False)
+    return (*(now if size == was else size for size, was, now in axes), *shape[2:])
+
+
+def _first_axes(layer: Layer) -> Shape:
+    """How large the first two axes of the layer's weight are."""
+    if "transpose" in layer.op:
+        return layer.in_channels, layer.out_channels // layer.groups
+    return layer.out_channels, layer.in_channels // layer.groups
 
 
 def _num_parameters(old: Layer, new: Layer) -> int:

@@ -33,6 +33,7 @@ from ptsim.sim.projection import EpochProjection, RunProjection, projections_fra
 from ptsim.sim.scenario import Scenario, StepCache
 from ptsim.trace.io import read_trace
 from ptsim.trace.trace import Trace
+from ptsim.units import counted
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -88,6 +89,7 @@ def _with_draws(projection: RunProjection, others: Sequence[RunProjection]) -> R
     low_s, high_s = _widened(projection.low_s, total_s, projection.high_s, spread)
     low, high = low_s / projection.low_s, high_s / projection.high_s
     energy_low_j, energy_high_j = projection.energy_low_j, projection.energy_high_j
+    agree = counted(len(others), "other planned trajectory agrees", "other planned trajectories agree")
     changes_s = projection.reconfiguration_s
     changes_low_s, changes_high_s = _widened(
         projection.reconfiguration_low_s,
@@ -110,8 +112,8 @@ def _with_draws(projection: RunProjection, others: Sequence[RunProjection]) -> R
         energy_high_j=None if energy_high_j is None else energy_high_j * high,
         notes=(
             *projection.notes,
-            f"{len(others)} other planned trajectories agree with what was given; their times differ from this one's "
-            f"by {spread:.1%} (standard deviation), which is in the interval",
+            f"{agree} with what was given; the times differ from this one's by {spread:.1%} (standard deviation), "
+            "which is in the interval",
         ),
     )
 
@@ -271,8 +273,10 @@ def record_steps(
     """
     scenario = Scenario(trace, cluster, num_gpus, options or Options(), device_profile=device_profile)
     pricer = Pricer(scenario)
-    first = {(stage.id, stage.batch): stage for stage in reversed(plan_run(scenario).stages)}
-    return tuple(pricer.record(stage, num_steps, shown) for stage in reversed(first.values()))
+    first: dict[tuple[str, int], Stage] = {}
+    for stage in plan_run(scenario).stages:
+        first.setdefault((stage.id, stage.batch), stage)
+    return tuple(pricer.record(stage, num_steps, shown) for stage in first.values())
 
 
 def simulate(

@@ -189,7 +189,8 @@ class _RunningJob:
         if self.jitter is None or self.random is None:
             return speeds
         slowdown = self.jitter.straggler_slowdown
-        number = math.ceil(self.jitter.straggler_fraction * len(speeds))
+        share = self.jitter.straggler_fraction * (1 - 1e-12)  # 0.07 of 100 is a crumb more than 7
+        number = math.ceil(share * len(speeds))
         slow = set(self.random.sample(range(len(speeds)), min(number, len(speeds))))
         return tuple(s * (slowdown if i in slow else 1.0) for i, s in enumerate(speeds))
 
@@ -357,5 +358,5 @@ class _RunningJob:
             communication_wait_s=min(exposed_s, sum(step.communication_wait_s for step in measured) / n),
             communication_s=self.plan.communication_s,
             wire_bytes_per_gpu=self.plan.wire_bytes_per_gpu,
-            spans=tuple(self.spans),
+            spans=tuple(span for span in self.spans if span.step < self.last_measured),  # fast GPUs have gone on
         )

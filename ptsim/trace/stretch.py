@@ -102,7 +102,10 @@ def _draw(draw: Draw, sources: list[Epoch], recorded: int) -> Draw:
 
 
 def _events(trace: Trace, sources: list[Epoch]) -> list[Reconfiguration]:
-    """A reconfiguration wherever the network changes from one epoch to the next, and after the last one."""
+    """A reconfiguration wherever the network changes from one epoch to the next, and after the last one.
+
+    Those that become one take what the last of them took that changed the network.
+    """
     found = []
     for number, source in enumerate(sources):
         following = sources[number + 1].epoch if number + 1 < len(sources) else len(trace.epochs)
@@ -110,6 +113,8 @@ def _events(trace: Trace, sources: list[Epoch]) -> list[Reconfiguration]:
         if not passed:
             continue
         first, last = passed[0], passed[-1]
+        changed = [event for event in passed if event.before != event.after] or passed
+        measured = [event.measured_duration_s for event in changed if event.measured_duration_s is not None]
         found.append(
             msgspec.structs.replace(
                 last,
@@ -118,6 +123,8 @@ def _events(trace: Trace, sources: list[Epoch]) -> list[Reconfiguration]:
                 batch_before=first.batch_before,
                 channels_removed=sum(event.channels_removed for event in passed),
                 layers_removed=tuple(name for event in passed for name in event.layers_removed),
+                measured_duration_s=measured[-1] if measured else None,  # what found nothing took no time
+                learning_rate_scale=math.prod(event.learning_rate_scale for event in passed),
             )
         )
     return found

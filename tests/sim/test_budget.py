@@ -6,7 +6,7 @@ import pytest
 
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
-from ptsim.sim.budget import unlimited
+from ptsim.sim.budget import check_events, unlimited
 from ptsim.sim.faults import simulate_faults
 from ptsim.sim.options import Faults, Options
 from ptsim.sim.topology import PlacedJob, simulate_all_reduces
@@ -38,3 +38,14 @@ def test_who_says_yes_gets_the_simulation():
 def test_a_time_between_failures_that_no_clock_resolves_is_refused(hours):
     with pytest.raises(UsageError, match="mtbf_gpu_hours is"):
         Options(faults=Faults(mtbf_gpu_hours=hours)).check()
+
+
+@pytest.mark.parametrize("events", [1.01e7, float("nan"), float("inf")])
+def test_the_budget_ends_at_ten_million_events(events):
+    check_events(1e7, "this", "less")
+    with pytest.raises(UsageError, match="this would take about"):
+        check_events(events, "this", "less")
+    with unlimited():
+        check_events(1e12, "this", "less")
+    with pytest.raises(UsageError, match=r"would take about 1e\+12 events, 1e\+07 are simulated unasked"):
+        check_events(1e12, "this", "less")

@@ -146,3 +146,15 @@ def test_jobs_need_gpus_of_their_own() -> None:
     small = msgspec.structs.replace(made_up(), max_nodes=4)
     with pytest.raises(UsageError, match="has 32 GPUs, 48 were asked for"):
         network(small, 16, jobs=3)
+
+
+def test_between_powers_of_four_what_the_links_add_is_interpolated() -> None:
+    """Twice 4 MiB lies in the middle between 4 and 16 MiB."""
+    links = network(made_up(), 16, link_latency_s={"node 1 in": 1e-4})
+    found = [(links.all_reduce(size), all_reduce(size, made_up(), 16)) for size in (4**11, 2 * 4**11, 4**12)]
+    small, middle, large = (time.seconds / formula.seconds for time, formula in found)
+    assert small > 1.05 * large
+    assert middle == pytest.approx((small + large) / 2, rel=1e-6)
+    for time, formula in found:  # as unsure as the formula
+        assert time.low_s / time.seconds == pytest.approx(formula.low_s / formula.seconds)
+        assert time.high_s / time.seconds == pytest.approx(formula.high_s / formula.seconds)

@@ -223,3 +223,33 @@ def test_wrapping_has_an_interval() -> None:
     network = residual_network()
     low, expected, high = (ddp.wrapping_s(network, all_reduce, bound) for bound in ("low", "expected", "high"))
     assert (low, high) == (0.5 * expected, 3 * expected)
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+def test_every_gradients_hook_costs_a_step_once_however_many_passes_it_has(passes: int) -> None:
+    network = residual_network()
+    step, buckets = step_of(network), ddp_buckets(network, first_bucket_bytes=50_000, bucket_bytes=100_000)
+    plain, hooked = (
+        ddp.compute_plan(step, buckets, num_micro_batches=passes, tensor_s=tensor_s).compute_s
+        for tensor_s in (0.0, 0.01)
+    )
+    assert plain == pytest.approx(passes * 3.0 * len(network.layers) + 0.75)  # 1 s forward, 2 s backward, 0.75 s once
+    assert hooked - plain == pytest.approx(0.01 * len(network.parameters))
+
+
+def test_hooks_run_before_their_bucket_leaves() -> None:
+    network = residual_network()
+    plan = ddp.compute_plan(step_of(network), one_bucket(network), tensor_s=0.01)
+    ready = next(i for i, work in enumerate(plan.backward) if work.bucket == 0)
+    assert plan.backward[ready - 1].name == "gradient hooks"
+    assert plan.backward[ready - 1].seconds == pytest.approx(0.01 * len(network.parameters))
+
+
+@pytest.mark.parametrize(("bound", "share"), [("low", 0.5), ("expected", 1.0), ("high", 3.0)])
+def test_the_first_step_after_wrapping_compresses_its_bucket_too(bound: ddp.Bound, share: float) -> None:
+    network = residual_network()
+    wire = ddp.memory_bound_conversion(0.5, memory_bandwidth_bytes_per_s=1e6)
+    num_bytes = 4 * network.num_parameters
+    # half of the bytes at one second each; converting 4 bytes reads and writes 16
+    expected = share * num_bytes / 2 + 4 * num_bytes / 1e6
+    assert ddp.first_step_s(network, all_reduce, wire, bound) == pytest.approx(expected)

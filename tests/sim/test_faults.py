@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Literal
 
+import msgspec
 import pytest
 
 from ptsim.errors import UsageError
@@ -69,3 +72,71 @@ def test_a_run_that_could_not_finish_is_refused() -> None:
     with pytest.raises(UsageError, match="no run reaches a checkpoint") as caught:
         simulate_faults(1e6, 16384, 8, Faults(mtbf_gpu_hours=100.0))
     assert caught.value.hint == "checkpoint more often"
+
+
+class Script:
+    """Stands for the random numbers: failures after these seconds. `rates` are those that were asked for."""
+
+    def __init__(self, *after_s: float) -> None:
+        self.after_s, self.rates = list(after_s), list[float]()
+
+    def expovariate(self, rate: float) -> float:
+        self.rates.append(rate)
+        return self.after_s.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "num_gpus", "piece_s", "working"),
+    [
+        # 10 s are lost, 5 s go by, then 40 s of work and a checkpoint of 2 s, again, and 20 s
+        ("restart", 16, 40.0, (16, 16, 16, 16)),
+        ("elastic", 16, 80.0, (16, 8, 16, 16)),  # 8 GPUs are away, and back at the checkpoint after their 30 s
+        ("elastic", 12, 120.0, (12, 4, 12, 12)),
+    ],
+)
+def test_a_failure_costs_what_its_work_restart_and_absence_take(
+    policy: Literal["restart", "elastic"],
+    num_gpus: int,
+    piece_s: float,
+    working: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = Script(10.0, piece_s + 2.0, math.inf, math.inf)  # the second fails when it is safe
+    monkeypatch.setattr("ptsim.sim.faults.random.Random", lambda seed: script)
+    faults = Faults(
+        mtbf_gpu_hours=1.0, checkpoint_interval_s=40.0, checkpoint_s=2.0, restart_s=5.0, policy=policy, repair_s=30.0,
+        num_runs=1,
+    )  # fmt: skip
+    run = simulate_faults(100.0, num_gpus, 8, faults)
+    assert run.total_s == pytest.approx(10 + 5 + piece_s + 2 + 42 + 20)
+    assert (run.num_failures, run.lost_s, run.restart_s) == (1, 10.0, 5.0)
+    assert (run.checkpoint_s, run.slow_s) == (4.0, piece_s - 40)
+    assert run.goodput == pytest.approx(100 / run.total_s)
+    assert script.rates == pytest.approx([gpus / HOUR for gpus in working])
+
+
+def test_the_interval_is_from_the_5th_to_the_95th_percentile_of_the_runs() -> None:
+    """The mean of n runs and that of n - 1 tell how long the n-th took."""
+    few = Faults(mtbf_gpu_hours=5.0)
+    runs = [simulate_faults(5 * HOUR, 8, 8, msgspec.structs.replace(few, num_runs=n)) for n in range(1, 22)]
+    sums = [0.0, *(n * run.total_s for n, run in enumerate(runs, start=1))]
+    totals = sorted(after - before for before, after in itertools.pairwise(sums))
+    assert (runs[-1].low_s, runs[-1].high_s) == pytest.approx((totals[1], totals[19]))  # 5 % and 95 % of 20 steps
+    assert totals[0] < totals[1] < totals[19] < totals[20]
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_need_not_reach_one() -> None:
+    """One failure in 45 s: 60 s can be trained in one go, half an hour cannot."""
+    often = Faults(mtbf_gpu_hours=0.1, num_runs=3)
+    assert simulate_faults(60.0, 8, 8, often).checkpoint_s == 0
+    with pytest.raises(UsageError, match="no run reaches a checkpoint"):
+        simulate_faults(1800.0, 8, 8, often)
+
+
+def test_seven_failures_between_two_checkpoints_are_too_many() -> None:
+    """10 GPUs that fail every 100 s: one failure in 10 s."""
+    often = Faults(mtbf_gpu_hours=100 / HOUR, checkpoint_interval_s=50.0, checkpoint_s=19.0, restart_s=0.0, num_runs=1)
+    assert simulate_faults(60.0, 10, 8, often).num_failures > 0
+    rarely = msgspec.structs.replace(often, checkpoint_s=21.0)
+    with pytest.raises(UsageError, match=r"fail every 10 s; no run reaches a checkpoint every 71 s"):
+        simulate_faults(60.0, 10, 8, rarely)

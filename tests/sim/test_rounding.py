@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 import torch
@@ -132,3 +134,65 @@ def test_a_rounded_network_needs_the_memory_of_one_captured_with_those_widths(
         padded = not gpu and memory_format == "contiguous"
         assert 0.95 <= is_now.peak_bytes / captured.peak_bytes <= (1.12 if padded else 1.05)
         assert was.activation_bytes < 0.8 * captured.activation_bytes
+
+
+class Joined(nn.Module):
+    """Three branches side by side."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(3, width, 1) for _ in range(3))
+        self.last = nn.Conv2d(3 * width, out, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(torch.cat([branch(x) for branch in self.branches], 1))
+        return y.mean((2, 3))
+
+
+class Beside(nn.Module):
+    """The image beside what a convolution makes of it."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, width, 1), nn.Conv2d(3 + width, out, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(torch.cat([x, self.first(x)], 1))
+        return y.mean((2, 3))
+
+
+def chain(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("image", "make", "narrow", "wide"),
+    [
+        (1, lambda a, b: chain(nn.Conv2d(1, a, 3), nn.Conv2d(a, b, 3)), (5, 12), (8, 16)),  # a grey image
+        (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.Conv2d(a, b, 3)), (1, 12), (8, 16)),  # pruned to a single channel
+        (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.Conv2d(a, b, 3, groups=a)), (12, 24), (16, 32)),  # depthwise
+        # a multiple of 8 channels in 3 groups
+        (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.Conv2d(a, b, 3, groups=3)), (24, 30), (24, 48)),
+        (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.ConvTranspose2d(a, b, 2)), (12, 20), (16, 24)),
+        (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.PReLU(a), nn.Conv2d(a, b, 3)), (12, 20), (16, 24)),
+        (3, Joined, (5, 12), (8, 16)),  # 15 become 24
+        (3, Beside, (5, 12), (8, 16)),  # 8 become 11: the image has 3
+    ],
+    ids=["grey", "single", "depthwise", "grouped", "transposed", "slopes", "joined", "beside"],
+)
+def test_every_form_of_a_convolution_is_as_captured_with_those_widths(
+    image: int, make: Callable[[int, int], nn.Module], narrow: tuple[int, int], wide: tuple[int, int]
+) -> None:
+    was, expected = (
+        capture_network(make(*widths), name="form", input_shape=(image, 8, 8), num_classes=10)
+        for widths in (narrow, wide)
+    )
+    assert rounded(expected, 8).id == expected.id  # multiples stay as they are
+    change = rounded(was, 8)
+    assert [p.shape for p in change.parameters] == [p.shape for p in expected.parameters]
+    for layer, other in zip(change.layers, expected.layers, strict=True):
+        assert (layer.in_channels, layer.out_channels, layer.groups) == (
+            other.in_channels, other.out_channels, other.groups,
+        )  # fmt: skip
+        assert (layer.input_shapes, layer.output_shape) == (other.input_shapes, other.output_shape)
+        assert (layer.num_parameters, layer.forward_macs) == (other.num_parameters, other.forward_macs)

@@ -21,9 +21,10 @@ from ptsim.network import LayerKind, Network, Precision
 from ptsim.setting import StepSetting
 from ptsim.sim.options import Options
 from ptsim.sim.projection import EpochProjection, RunProjection, projections_frame
-from ptsim.sim.run import StepCache, change, project
+from ptsim.sim.run import StepCache, change, project, record_steps
 from ptsim.sim.scenario import recorded_jitter
 from ptsim.trace.io import read_trace
+from ptsim.trace.schema import Draw
 from ptsim.trace.trace import Trace
 from tests.sim.plans import cluster
 from tests.traces import dense_trace, shrinking_trace
@@ -95,6 +96,43 @@ def test_what_accumulated_passes_take_while_the_update_is_sharded_adds_up_by_han
     step_j = passes_j + one.optimizer_s / 8 * power.stream_w + waiting_s * power.waiting_w
     assert waiting_s > 0
     assert epoch.energy_j == pytest.approx(8 * epoch.num_iterations * step_j, rel=1e-6)
+
+
+def test_another_planned_trajectory_is_in_every_interval(trace: Trace) -> None:
+    """It goes from the first network to the last in a single surgery of 0.25 s, where this one has two."""
+    first, last = trace.epochs[0].architecture, trace.epochs[-1].architecture
+    planned = msgspec.structs.replace(trace, draws=(Draw(seed=1, architectures=((0, first), (2, last))),))
+    whole = run(planned, 1, autotune_trials=0)
+    typical, other = (run(each, 1, autotune_trials=0) for each in planned.drawn())
+    spread = abs(math.log(other.total_s / typical.total_s))
+    assert spread > 0.01
+    assert (whole.total_s, whole.draw_spread) == (typical.total_s, pytest.approx(spread))
+    compared: list[tuple[RunProjection | EpochProjection, ...]] = [
+        (whole, typical, other),
+        *zip(whole.epochs, typical.epochs, other.epochs, strict=True),
+    ]
+    for one, alone, drawn in compared:
+        added = 1.645 * math.log(drawn.total_s / alone.total_s)
+        below, above = math.log(alone.total_s / alone.low_s), math.log(alone.high_s / alone.total_s)
+        assert math.log(one.total_s / one.low_s) == pytest.approx(math.hypot(below, added))
+        assert math.log(one.high_s / one.total_s) == pytest.approx(math.hypot(above, added))
+    assert (typical.reconfiguration_low_s, typical.reconfiguration_high_s) == (0.5, 0.5)
+    assert whole.reconfiguration_low_s == pytest.approx(0.5 / 2**1.645)  # half a second, and half of that
+    assert whole.reconfiguration_high_s == pytest.approx(0.5 * 2**1.645)
+    assert typical.energy_low_j is not None
+    assert typical.energy_high_j is not None
+    assert whole.energy_low_j == pytest.approx(typical.energy_low_j * whole.low_s / typical.low_s)
+    assert whole.energy_high_j == pytest.approx(typical.energy_high_j * whole.high_s / typical.high_s)
+    assert "1 other planned trajectory agrees with what was given; the times differ from" in whole.notes[-1]
+    assert f" by {spread:.1%} (standard deviation)" in whole.notes[-1]
+
+
+def test_steps_are_recorded_in_the_order_in_which_the_run_first_trains_them(trace: Trace) -> None:
+    """The last epoch trains the first network again."""
+    first, last = trace.epochs[0], trace.epochs[-1]
+    again = msgspec.structs.replace(last, architecture=first.architecture, batch_per_gpu=first.batch_per_gpu)
+    grown = msgspec.structs.replace(trace, epochs=(*trace.epochs[:-1], again))
+    assert [steps.epoch for steps in record_steps(grown, cluster(), 1)] == [0, 2, 4]
 
 
 class TestOneGpu:
@@ -370,6 +408,8 @@ class TestManyGpus:
         assert failing.faults_s > 0
         assert failing.total_s == pytest.approx(steady.total_s + failing.faults_s)
         assert failing.faults.goodput == pytest.approx(steady.total_s / failing.total_s)
+        assert failing.low_s / steady.low_s == pytest.approx(failing.faults.low_s / steady.total_s)
+        assert failing.high_s / steady.high_s == pytest.approx(failing.faults.high_s / steady.total_s)
 
     def test_the_same_seed_gives_identical_bytes(self, trace: Trace) -> None:
         options = {"jitter": "recorded", "faults": {"mtbf_gpu_hours": 50.0}, "seed": 5}
@@ -421,7 +461,8 @@ class TestReconfigurations:
         changed = [event for event in unmeasured if event.before != event.after]
         p = run(msgspec.structs.replace(trace, reconfigurations=tuple(unmeasured)), 1, autotune_trials=0)
         assert p.reconfiguration_s == pytest.approx(0.21 * len(changed))
-        assert p.reconfiguration_low_s < p.reconfiguration_s < p.reconfiguration_high_s
+        assert p.reconfiguration_low_s == pytest.approx(0.06 * len(changed))
+        assert p.reconfiguration_high_s == pytest.approx(0.43 * len(changed))
         assert any("surgery counts as 0.21 s" in note for note in p.notes)
         assert not any("surgery" in note for note in run(trace, 1).notes)
 

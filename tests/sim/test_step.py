@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptsim.errors import UsageError
 from ptsim.sim.step import simulate_steps
 from ptsim.sim.work import Jitter, StepPlan, StepResult, TrainingJob
 from tests.sim.plans import plan, plans
@@ -119,10 +121,14 @@ class TestByHand:
         first, second = simulate_steps([job, apart])
         assert first.step_s == second.step_s == 13.5
 
-    def test_stragglers_are_as_many_as_asked_for(self) -> None:
-        job = TrainingJob(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * 10)
-        result = simulate_steps([job], jitter=Jitter(straggler_fraction=0.25, straggler_slowdown=2.0))[0]
-        assert result.compute_s == pytest.approx(6.5 * 1.3)  # 3 of 10: rounded up
+    @pytest.mark.parametrize(
+        ("gpus", "fraction", "slow"),
+        [(10, 0.25, 3), (100, 0.07, 7), (50, 0.14, 7), (10, 0.0, 0), (10, 1.0, 10), (8, 1e-9, 1)],
+    )
+    def test_stragglers_are_as_many_as_asked_for_rounded_up(self, gpus: int, fraction: float, slow: int) -> None:
+        job = TrainingJob(plan=plan([2, 2], [1, 1]), speeds=(1.0,) * gpus)
+        result = simulate_steps([job], jitter=Jitter(straggler_fraction=fraction, straggler_slowdown=2.0))[0]
+        assert result.compute_s == pytest.approx(6.5 * (1 + slow / gpus))
 
 
 class TestLaws:
@@ -293,3 +299,20 @@ class TestRecord:
 def test_wrong_arguments_are_named(arguments: dict[str, object], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         simulate_steps(**arguments)  # type: ignore[arg-type] # a dict of its fields
+
+
+PASSES = TrainingJob(plan=plan([2, 2], [1, 1], head=[1], num_micro_batches=3), speeds=(1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("jobs", "steps", "events"),
+    [
+        # forward, two pieces of backward and the update on one GPU, and two all-reduces: 6 a step
+        ([TrainingJob(plan=plan([2, 2], [1, 1]))], 2_000_000, "1.2e+07"),
+        # two jobs of two GPUs, 3 passes of 3 pieces and an update each; both look at 3 collectives of either: 52
+        ([PASSES] * 2, 250_000, "1.3e+07"),
+    ],
+)
+def test_events_are_counted_before_they_are_simulated(jobs: list[TrainingJob], steps: int, events: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"simulating the steps would take about {events} events")):
+        simulate_steps(jobs, num_steps=steps - 1, num_warmup=1)

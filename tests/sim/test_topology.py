@@ -17,7 +17,7 @@ from ptsim.costs.collectives import (
 )
 from ptsim.hardware.spec import Cluster, Link
 from ptsim.sim.schedules import double_binary_tree
-from ptsim.sim.topology import PlacedJob, simulate_all_reduces
+from ptsim.sim.topology import Fabric, PlacedJob, simulate_all_reduces
 
 FAST = Link(name="fast", bandwidth_bytes_per_s=1e11, latency_s=2e-6)
 SLOW = Link(name="slow", bandwidth_bytes_per_s=1e10, latency_s=5e-6)
@@ -295,3 +295,17 @@ def test_wrong_jobs_are_named(job: PlacedJob, says: str) -> None:
 def test_wrong_links_are_named(arguments: dict[str, dict[str, float]], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         simulate_all_reduces(ONE_NODE, [PlacedJob(ranks=(0, 1), message_bytes=1)], **arguments)
+
+
+def test_paths_go_over_the_nics_and_leaf_switches_of_their_nodes() -> None:
+    """5 nodes of 4 GPUs, two of which share a NIC; two nodes share a leaf switch, a third of whose traffic goes up."""
+    cluster = msgspec.structs.replace(FOURS, nics_per_node=2, oversubscription=3.0, nodes_per_leaf=2)
+    fabric = Fabric(cluster, 20, bandwidth_factor={"node 4 in": 0.5}, extra_latency_s={"leaf 2": 1e-3})
+    assert fabric.path(0, 3) == (("gpu 0 out", "gpu 3 in"), 2e-6)
+    assert fabric.path(2, 5) == (("gpu 2 out", "node 0 out nic 1", "node 1 in nic 0", "gpu 5 in"), 5e-6)
+    pipes, latency_s = fabric.path(1, 18)
+    assert pipes == ("gpu 1 out", "node 0 out nic 0", "leaf 0 up", "leaf 2 down", "node 4 in nic 1", "gpu 18 in")
+    assert latency_s == pytest.approx(5e-6 + 1e-3)
+    assert [fabric.rates[pipe] for pipe in pipes] == pytest.approx([1e11, 5e9, 2e10 / 3, 2e10 / 3, 2.5e9, 1e11])
+    assert [gpu for gpu in range(8) if fabric.rail_of(gpu) == 1] == [2, 3, 6, 7]
+    assert sum(pipe.startswith("leaf") for pipe in fabric.rates) == 6

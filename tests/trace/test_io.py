@@ -252,6 +252,21 @@ class TestWrongFiles:
             (Epoch, lambda r: r["time"].update(dict.fromkeys(r["time"], 0.0)), "'wall_s' is 0, expected more"),
             (Epoch, lambda r: r["time"].update(exposed_communication_s=-3e9), "'exposed_communication_s' is -3e"),
             (Epoch, lambda r: r["step"].update(p10_s=1e-320), "are no times of steps of one epoch"),
+            (Epoch, lambda r: r["step"].update(median_s=2 * r["step"]["p90_s"]), "do not rise"),
+            (Epoch, lambda r: r["step"].update(p10_s=2 * r["step"]["median_s"]), "do not rise"),
+            (Epoch, lambda r: r.update(num_images=4993), "'num_images' is 4993, but the iterations hold 4992 at most"),
+            (Epoch, lambda r: r["time"].update(forward_s=2.1 * r["time"]["wall_s"]), "the parts of the epoch take"),
+            (Epoch, lambda r: r["densities"][0].update(layer="nowhere"), "'densities' names the layer 'nowhere'"),
+            (Epoch, lambda r: r.update(channel_maxima={"nowhere": [1.0]}), "'channel_maxima' names the layer"),
+            (Profile, lambda r: r["layers"][0].update(layer="nowhere"), "'layers' names the layer 'nowhere'"),
+            (Profile, lambda r: r.update(step_low_s=1.1 * r["step_s"]), "'step_s' is .*, expected between step_low_s"),
+            (Profile, lambda r: r.update(step_high_s=0.9 * r["step_s"]), "'step_s' is .*, expected between step_low_s"),
+            (Profile, lambda r: r.update(architecture="0123456789abcdef"), "'architecture'"),
+            (Run, lambda r: r.update(seed=2**64), "'seed' is out of range"),
+            (Run, lambda r: r.update(seed=-(2**63) - 1), "'seed' is out of range"),
+            (Run, lambda r: r["hyperparameters"].update(epochs=True), "epochs is True, expected a whole number"),
+            (Run, lambda r: r["hyperparameters"].update(optimizer=1), "optimizer is 1, expected a text"),
+            (Reconfiguration, lambda r: r.update(before="0123456789abcdef"), "'before'"),
             (End, lambda r: r.update(status="meh"), r"\$\.status"),
             (Epoch, lambda r: r.update(record="eporch"), "eporch"),
             (Epoch, lambda r: r.update(architecture="0123456789abcdef"), "'architecture'"),
@@ -288,6 +303,25 @@ class TestWrongFiles:
         records = shrinking_records()
         with pytest.raises(FileFormatError, match="found 'epoch' after the end record"):
             read_trace(write_trace(tmp_path, [*records, next(r for r in records if isinstance(r, Epoch))]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit"),
+    [
+        (Run, lambda r: r.update(seed=2**64 - 1)),
+        (Run, lambda r: r.update(seed=-(2**63))),
+        (Reconfiguration, lambda r: r.update(duration_s=0.0)),
+        (Reconfiguration, lambda r: r.update(duration_s=1e-6)),
+        (Reconfiguration, lambda r: r.update(duration_s=1e6)),
+        (Profile, lambda r: r.update(step_low_s=r["step_s"], step_high_s=r["step_s"])),
+        (Epoch, lambda r: r["step"].update(p10_s=1.1e-6 * r["step"]["p90_s"])),
+        # clocks of their own: the parts may take up to twice as long as the whole
+        (Epoch, lambda r: r["time"].update(dict.fromkeys(("forward_s", "backward_s"), 0.85 * r["time"]["wall_s"]))),
+        (Epoch, lambda r: r["time"].update(exposed_communication_s=-1.9 * r["time"]["wall_s"])),
+    ],
+)
+def test_what_can_just_be_true_is_read(tmp_path: Path, kind: type, edit: Any) -> None:
+    assert len(read_trace(broken(tmp_path, line_of(kind), edit)).epochs) == 6
 
 
 @pytest.mark.parametrize("epoch", [0, 2, 2**40])

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 import ptsim
+from ptsim.network import Precision
 from ptsim.report.frames import measured_savings_frame
 from ptsim.trace.pairs import (
     compare_runs,
@@ -155,6 +156,7 @@ def test_a_reconfiguration_after_the_last_epoch_counts_in_what_the_run_ends_with
         ({"batch": 32}, "mini-batch at the start 64 with 32"),
         ({"device": "NVIDIA L4"}, "device NVIDIA A100-SXM4-40GB with NVIDIA L4"),
         ({"world_size": 2}, "ranks 1 with 2"),
+        ({"precision": Precision.BF16}, "precision fp32 with bf16"),
     ],
 )
 def test_runs_of_one_task_on_other_machines_are_projected_but_their_times_tell_no_saving(
@@ -169,8 +171,12 @@ def test_runs_of_one_task_on_other_machines_are_projected_but_their_times_tell_n
     assert measured_savings_frame([comparison]).empty
 
 
-def test_runs_of_other_data_are_no_pair(folder: Path) -> None:
-    pruned, dense = read(shrinking_trace(folder / "p.jsonl"), dense_trace(folder / "d.jsonl", num_train=4000))
+@pytest.mark.parametrize(
+    "other",
+    [{"num_train": 4000}, {"model": "vgg11"}, {"dataset": "svhn"}, {"num_classes": 12}, {"input_shape": (3, 16, 16)}],
+)
+def test_runs_of_another_network_or_other_data_are_no_pair(folder: Path, other: dict[str, object]) -> None:
+    pruned, dense = read(shrinking_trace(folder / "p.jsonl"), dense_trace(folder / "d.jsonl", **other))
     assert not is_same_task(pruned, dense)
     (comparison,) = compare_runs([dense, pruned])
     assert not comparison.trained
@@ -193,3 +199,54 @@ def test_a_planned_run_is_called_planned_and_what_was_asked_tells_plans_apart(tm
     (held,) = compare_runs(runs[1:2])
     assert held.baseline_label == "planned dense, held"
     assert held.notes == ("no dense run was planned: the first architecture, held for every epoch, stands in for it",)
+
+
+@pytest.mark.parametrize(
+    ("device", "run", "says"),
+    [
+        ({"num_threads": 4}, {}, "threads None with 4"),
+        ({}, {"memory_format": "channels_last"}, "memory format contiguous with channels_last"),
+        ({}, {"hyperparameters": {"optimizer": "adam"}}, "optimizer sgd with adam"),
+        ({}, {"versions": {"torch": "2.8.0"}}, "torch 2.15.0 with 2.8.0"),
+    ],
+)
+def test_what_else_takes_time_is_named(
+    folder: Path, device: dict[str, object], run: dict[str, object], says: str
+) -> None:
+    pruned, dense = read(shrinking_trace(folder / "p.jsonl"), dense_trace(folder / "d.jsonl"))
+    told = msgspec.structs.replace(dense.run, device=msgspec.structs.replace(dense.run.device, **device), **run)
+    other = msgspec.structs.replace(dense, run=told)
+    assert [str(difference) for difference in time_differences(pruned, other)] == [says]
+    assert time_differences(pruned, dense) == []
+
+
+@pytest.mark.parametrize(
+    ("worse", "better"),
+    [
+        ({"device": "NVIDIA L4"}, {"batch": 32}),  # the device before the mini-batch
+        ({"batch": 32}, {"seed": 7}),  # that before the seed
+        ({"seed": 7}, {"recorded_epochs": 2, "status": "interrupted"}),  # that before the length
+        ({"recorded_epochs": 2, "status": "interrupted"}, {}),
+    ],
+)
+def test_of_several_dense_runs_the_nearest_is_the_baseline(
+    folder: Path, worse: dict[str, object], better: dict[str, object]
+) -> None:
+    pruned = shrinking_trace(folder / "pruned.jsonl")
+    (comparison,) = compare_runs(
+        read(dense_trace(folder / "worse.jsonl", **worse), dense_trace(folder / "better.jsonl", **better), pruned)
+    )
+    assert comparison.baseline.path.name == "better.jsonl"
+
+
+def test_a_held_run_takes_the_median_epoch_of_its_first_architecture_less_the_penalty(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "t.jsonl", epochs=6, interval=4))  # the network changes after epoch 3
+    epochs = tuple(
+        msgspec.structs.replace(
+            epoch, measured_time=msgspec.structs.replace(epoch.time, wall_s=wall_s, regularizer_s=1.0)
+        )
+        for epoch, wall_s in zip(run.epochs, (10.0, 40.0, 20.0, 30.0, 90.0, 90.0), strict=True)
+    )
+    held = held_dense(msgspec.structs.replace(run, epochs=epochs))
+    assert [epoch.time.wall_s for epoch in held.epochs] == [29.0] * 6
+    assert {epoch.time.regularizer_s for epoch in held.epochs} == {0.0}

@@ -146,6 +146,17 @@ def test_a_draw_in_a_recorded_run_is_refused(tmp_path: Path) -> None:
         read_trace(file)
 
 
+@pytest.mark.parametrize("starts", [(1,), (0, 3, 2), (0, 2, 2), (1, 0)])
+def test_the_networks_of_a_draw_ascend_from_the_first_epoch(
+    planned: Trace, tmp_path: Path, starts: tuple[int, ...]
+) -> None:
+    name = planned.epochs[0].architecture
+    draw = Draw(seed=1, architectures=tuple((start, name) for start in starts))
+    file = write_trace(tmp_path / "draws.jsonl", msgspec.structs.replace(planned, draws=(draw,)))
+    with pytest.raises(FileFormatError, match="expected ascending ones from 0"):
+        read_trace(file)
+
+
 def test_a_criterion_that_is_null_is_the_group_lasso_and_a_number_is_refused(tmp_path: Path) -> None:
     recorded = read_trace(shrinking_trace(tmp_path / "a.jsonl"))
 

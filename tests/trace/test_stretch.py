@@ -11,6 +11,7 @@ import pytest
 import ptsim
 from ptsim.errors import UsageError
 from ptsim.trace.io import read_trace, write_trace
+from ptsim.trace.schema import Draw, Reconfiguration
 from ptsim.trace.stretch import stretch
 from ptsim.trace.trace import Trace
 from tests.traces import shrinking_trace
@@ -83,3 +84,96 @@ def test_the_last_smaller_step_is_left_out_only_where_the_run_left_it_out(trace:
 def test_more_epochs_than_anybody_trains_are_refused(trace: Trace) -> None:
     with pytest.raises(UsageError, match="epochs is 2147483648, expected at most 100000"):
         stretch(trace, epochs=2**31)
+
+
+def test_epochs_come_from_the_middle_of_their_share_of_the_run(trace: Trace) -> None:
+    """Of 6 epochs 4 are at 0.75, 2.25, 3.75 and 5.25; the network changed after epochs 1 and 3."""
+    short = stretch(trace, epochs=4)
+    assert [e.architecture for e in short.epochs] == [trace.epochs[i].architecture for i in (0, 2, 3, 5)]
+    assert [event.epoch for event in short.reconfigurations] == [0, 2]
+    (only,) = stretch(trace, epochs=1).epochs
+    assert (only.epoch, only.architecture) == (0, trace.epochs[3].architecture)
+
+
+@pytest.mark.parametrize(
+    ("images", "steps", "seen"),
+    [
+        (1000, [7, 7, 5, 5, 3, 3], [896, 896, 960, 960, 768, 768]),  # steps of 128, 192 and 256 images on 2 GPUs
+        (128, [1, 1, 1, 1, 1, 1], [128, 128, 128, 128, 128, 128]),
+        (1, [1] * 6, [1] * 6),
+    ],
+)
+def test_images_are_those_of_all_gpus_and_what_was_measured_is_gone(
+    tmp_path: Path, images: int, steps: list[int], seen: list[int]
+) -> None:
+    recorded = read_trace(shrinking_trace(tmp_path / "two.jsonl", world_size=2))
+    made = stretch(recorded, images=images)
+    assert [epoch.num_iterations for epoch in made.epochs] == steps
+    assert [epoch.num_images for epoch in made.epochs] == seen
+    for epoch in made.epochs:
+        assert epoch.allreduce_bytes == 4 * recorded.network_of(epoch).num_parameters * epoch.num_iterations
+        assert (epoch.measured_time, epoch.device, epoch.learning_rate, epoch.train_loss) == (None,) * 4
+        assert (epoch.train_accuracy, epoch.validation_loss, epoch.validation_accuracy, epoch.penalty) == (None,) * 4
+        assert epoch.measured_step is not None
+    assert (made.run.dataset.num_train, made.run.hyperparameters["epochs"]) == (images, 6)
+    assert made.end is not None
+    assert (made.end.epochs, made.end.num_iterations) == (6, sum(steps))
+    assert (made.end.wall_s, made.end.final_accuracy, made.end.energy_j) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "at", "took", "removed"),
+    [
+        (3, [0, 1, 2], [2.0, 0.5, 1e-3], [(0, 1), (2, 3), (4,)]),  # epochs 1, 3 and 5
+        (2, [0, 1], [0.5, 1e-3], [(0, 1, 2), (3, 4)]),  # epochs 1 and 4
+    ],
+)
+def test_changes_that_become_one_take_what_the_last_real_one_took(
+    trace: Trace, epochs: int, at: list[int], took: list[float], removed: list[tuple[int, ...]]
+) -> None:
+    """Surgery after epochs 1 and 3 took 2 and 0.5 s; after 2, 4 and 5 nothing was found to prune, in a millisecond."""
+    first, second = trace.reconfigurations
+    surgeries = {1: (first, 2.0), 3: (second, 0.5)}
+    events: list[Reconfiguration] = []
+    last = first.before
+    for number, epoch in enumerate((1, 2, 3, 4, 5)):
+        event, seconds = surgeries.get(epoch, (first, 1e-3))
+        after = event.after if epoch in surgeries else last
+        events.append(
+            msgspec.structs.replace(
+                event,
+                epoch=epoch,
+                before=last,
+                after=after,
+                measured_duration_s=seconds,
+                channels_removed=10**number,
+                layers_removed=(str(number),),
+                learning_rate_scale=2.0,
+            )
+        )
+        last = after
+    made = stretch(msgspec.structs.replace(trace, reconfigurations=tuple(events)), epochs=epochs).reconfigurations
+    assert [event.epoch for event in made] == at
+    assert [event.measured_duration_s for event in made] == took
+    for event, numbers in zip(made, removed, strict=True):
+        assert (event.before, event.after) == (events[numbers[0]].before, events[numbers[-1]].after)
+        assert event.batch_before == events[numbers[0]].batch_before
+        assert event.channels_removed == sum(10**number for number in numbers)
+        assert event.layers_removed == tuple(str(number) for number in numbers)
+        assert event.learning_rate_scale == 2.0 ** len(numbers)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "starts"),
+    [
+        (12, ((0, "a"), (4, "b"), (8, "c"), (12, "d"))),  # every epoch twice
+        (3, ((0, "a"), (1, "b"), (2, "c"), (3, "d"))),  # epochs 1, 3 and 5
+        (1, ((0, "b"), (1, "d"))),  # epoch 3
+    ],
+)
+def test_a_draw_changes_where_its_epochs_come_from(
+    trace: Trace, epochs: int, starts: tuple[tuple[int, str], ...]
+) -> None:
+    draw = Draw(seed=1, architectures=((0, "a"), (2, "b"), (4, "c"), (6, "d")))  # d is what the run ends with
+    (made,) = stretch(msgspec.structs.replace(trace, draws=(draw,)), epochs=epochs).draws
+    assert made.architectures == starts

@@ -1,0 +1,191 @@
+"""Prices of steps, surgery and wrapping: their parts by hand, and what several projections share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from ptsim.costs.collectives import all_reduce
+from ptsim.network import LayerKind
+from ptsim.sim.options import Options
+from ptsim.sim.projection import RunProjection
+from ptsim.sim.run import StepCache, change, project, record_steps
+from ptsim.sim.step import simulate_steps
+from ptsim.sim.work import StepResult, TrainingJob
+from ptsim.trace.io import read_trace
+from ptsim.trace.schema import Reconfiguration
+from ptsim.trace.trace import Trace
+from tests.sim.plans import cluster
+from tests.traces import shrinking_trace
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """Surgery after epochs 1 and 3 took 0.25 s each."""
+    return read_trace(shrinking_trace(tmp_path_factory.mktemp("run"), num_train=20_000))
+
+
+def run(trace: Trace, gpus: int, **options: Any) -> RunProjection:
+    return project(trace, cluster(), gpus, change(Options(), {"autotune_trials": 0, **options}))
+
+
+def ends(projection: RunProjection) -> tuple[float, ...]:
+    """Of the run, of its first epoch and of its reconfigurations."""
+    p, first = projection, projection.epochs[0]
+    return (p.low_s, p.high_s, first.low_s, first.high_s, p.reconfiguration_low_s, p.reconfiguration_high_s)
+
+
+@pytest.mark.parametrize("first", [1, 8])
+def test_the_interval_of_many_gpus_is_their_own_whatever_was_projected_before(trace: Trace, first: int) -> None:
+    """Of a step from the data sheet eight GPUs have another interval than one."""
+    unmeasured, cache = msgspec.structs.replace(trace, profiles=()), StepCache()
+    shared = {gpus: project(unmeasured, cluster(), gpus, cache=cache) for gpus in (first, 9 - first)}
+    assert shared[1].tier == shared[8].tier == "datasheet"
+    for gpus in (1, 8):
+        assert ends(shared[gpus]) == ends(project(unmeasured, cluster(), gpus))
+
+
+@pytest.mark.parametrize(
+    ("durations", "options", "expected_s"),
+    [
+        ([(1, 0.25), (1, 1.0), (3, 0.5)], {}, 1.75),  # another program changes the network after pruning did
+        ([(1, 0.4), (3, 0.25), (4, 0.1)], {"one_time_epoch": 3}, 0.25),  # none before epoch 3: the median
+        ([(1, 0.4), (3, 0.25), (4, 0.1)], {"one_time_epoch": 2}, 0.4),
+        ([(1, 0.4), (3, None)], {}, 0.8),  # the only one that was measured stands for the other
+    ],
+)
+def test_surgery_takes_what_was_recorded_before_that_epoch_and_else_the_median(
+    trace: Trace, durations: list[tuple[int, float | None]], options: dict[str, Any], expected_s: float
+) -> None:
+    first = trace.reconfigurations[0]
+    events: tuple[Reconfiguration, ...] = tuple(
+        msgspec.structs.replace(first, epoch=epoch, measured_duration_s=seconds) for epoch, seconds in durations
+    )
+    projection = run(msgspec.structs.replace(trace, reconfigurations=events), 1, **options)
+    assert projection.reconfiguration_s == pytest.approx(expected_s)
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_wrapping_broadcasts_the_network_and_the_order_of_its_buckets(trace: Trace, unused: bool) -> None:
+    """A broadcast is half an all-reduce. The first step sends all gradients together, after backward."""
+    caps = {"bucket_bytes": 100_000, "first_bucket_bytes": 50_000}
+    projection, network = run(trace, 64, find_unused_parameters=unused, **caps), trace.network_of(trace.epochs[0])
+
+    def seconds(num_bytes: int) -> float:
+        return all_reduce(num_bytes, cluster(), 64).seconds
+
+    gradient = 4 * network.num_parameters
+    norms = [layer for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
+    buffers = sum(8 * layer.out_channels + 8 for layer in norms)  # two fp32 a channel, and an int64
+    expected = seconds(gradient + buffers) / 2
+    if not unused:  # then buckets are made anew, in an order of one int32 for every parameter
+        shown_s = projection.epochs[0].exposed_communication_s  # by every step, and so no part of wrapping
+        expected += seconds(4 * len(network.parameters)) / 2 + max(0.0, seconds(gradient) - shown_s)
+    assert projection.startup_s == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_later_step_beside_compilation_and_warm_up_costs_what_it_takes(trace: Trace) -> None:
+    """On 8 GPUs: 3 warm-up steps and 7 s of compilation come on top of the broadcasts."""
+    plain, warm = run(trace, 8), run(trace, 8, compile_s=7.0, warmup_steps=3)
+    assert warm.startup_s - plain.startup_s == pytest.approx(7 + 3 * plain.epochs[0].step_s)
+    added = [7 + 3 * plain.epochs[epoch].step_s for epoch in (2, 4)]
+    assert warm.reconfiguration_s - plain.reconfiguration_s == pytest.approx(sum(added))
+
+
+@pytest.mark.parametrize(
+    ("options", "sent", "moved"),
+    [
+        ({}, 1.0, 0.0),
+        # read 4 bytes and write 2, divide these in place, read them and write 4: 16 of memory for every 4
+        ({"gradient_format": "bf16"}, 0.5, 4.0),
+        ({"compression": 0.25}, 0.25, 3.0),  # 4 + 1 + 1 + 1 + 1 + 4
+        ({"gradient_format": "fp16", "compression": 0.5}, 0.25, 3.0),
+    ],
+)
+def test_a_smaller_gradient_is_sent_faster_and_converted_at_the_memorys_speed(
+    trace: Trace, options: dict[str, Any], sent: float, moved: float
+) -> None:
+    """All gradients are in one bucket; the A100's memory moves 1,555 GB/s."""
+    gradient = 4 * trace.network_of(trace.epochs[0]).num_parameters
+    expected = all_reduce(round(sent * gradient), cluster(), 8).seconds + moved * gradient / 1555e9
+    assert run(trace, 8, **options).epochs[0].communication_s == pytest.approx(expected, rel=1e-9)
+
+
+def test_buffers_take_half_an_all_reduce_and_are_no_gradient(trace: Trace) -> None:
+    plain, broadcast = run(trace, 8), run(trace, 8, broadcast_buffers=True)
+    norms = [layer for layer in trace.network_of(trace.epochs[0]).layers if layer.kind is LayerKind.BATCH_NORM]
+    added = all_reduce(sum(8 * layer.out_channels + 8 for layer in norms), cluster(), 8).seconds / 2
+    assert broadcast.epochs[0].communication_s - plain.epochs[0].communication_s == pytest.approx(added)
+    assert broadcast.allreduce_bytes_per_gpu == plain.allreduce_bytes_per_gpu
+
+
+@pytest.mark.parametrize("other", [{"penalty_coefficient": 0.0}, {"passes": 4}])
+def test_epochs_of_one_network_that_are_run_differently_have_prices_of_their_own(
+    trace: Trace, other: dict[str, Any]
+) -> None:
+    first, *rest = trace.epochs
+    mixed = msgspec.structs.replace(trace, epochs=(msgspec.structs.replace(first, **other), *rest))
+    plain, found = run(trace, 8).epochs, run(mixed, 8).epochs
+    assert plain[0].step_s == plain[1].step_s == found[1].step_s
+    assert found[0].step_s != found[1].step_s
+    assert (found[0].regularizer_s > 0) == ("passes" in other)
+
+
+Call = tuple[Sequence[TrainingJob], dict[str, Any]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """What is simulated; one GPU and one step of it is enough."""
+    asked: list[Call] = []
+
+    def simulate(jobs: Sequence[TrainingJob], **how: Any) -> tuple[StepResult, ...]:
+        asked.append((jobs, how))
+        few = [msgspec.structs.replace(job, speeds=(1.0,), counts=()) for job in jobs]
+        return simulate_steps(few, **{**how, "jitter": None, "num_steps": 1})
+
+    monkeypatch.setattr("ptsim.sim.pricing.simulate_steps", simulate)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "counts", "steps", "warmup"),
+    [
+        (8, {}, (8,), 1, 0),  # equal GPUs do the same, step for step
+        (8, {"input_images_per_s": 100.0}, (8,), 1, 1),  # the first mini-batch is waited for in full
+        (16, {"mixed_devices": {"t4": 2}}, (12, 4), 1, 0),
+        (8, {"jitter": 0.1, "sampled_steps": 7}, (), 7, 0),
+        (5000, {"jitter": 0.1}, (), 4, 0),  # 20,000 of a GPU in all
+        (30_000, {"jitter": 0.1}, (), 1, 0),
+        (8, {"straggler_fraction": 0.5, "straggler_slowdown": 2.0}, (), 1, 0),
+        (16, {"jobs": 3}, (16,), 20, 2),
+    ],
+)
+def test_as_many_gpus_and_steps_are_simulated_as_a_stable_mean_needs(
+    trace: Trace,
+    calls: list[Call],
+    gpus: int,
+    options: dict[str, Any],
+    counts: tuple[int, ...],
+    steps: int,
+    warmup: int,
+) -> None:
+    run(trace, gpus, **options)
+    jobs, how = calls[1]  # of the low, the expected and the high end
+    assert (jobs[0].counts, how["num_steps"], how["num_warmup"]) == (counts, steps, warmup)
+    assert len(jobs[0].speeds) == (len(counts) or gpus)
+    number = options.get("jobs", 1)
+    assert [job.start_s for job in jobs] == pytest.approx([i * jobs[0].plan.compute_s / number for i in range(number)])
+    assert how["sharing"] == tuple(range(1, number + 1))  # the jobs' nodes share the links evenly
+
+
+def test_recorded_gpus_wait_for_those_that_are_not_shown(trace: Trace) -> None:
+    """Two of eight are shown, and none of the T4s for which they wait."""
+    options = change(Options(), {"mixed_devices": {"t4": 2}})
+    (first, *_) = record_steps(trace, cluster(), 8, options, num_steps=2, shown=2)
+    assert {span.gpu for span in first.result.spans} == {0, 1}
+    assert {span.step for span in first.result.spans} == {0, 1}
+    assert first.result.step_s == pytest.approx(project(trace, cluster(), 8, options).epochs[0].step_s)
