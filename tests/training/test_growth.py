@@ -40,6 +40,7 @@ def that_fit(monkeypatch: pytest.MonkeyPatch, module: Any, images: int) -> list[
         (400, 2, 320, 10**6, 160),  # of both ranks together
         (400, 2, 300, 10**6, 128),
         (400, 2, None, 260, 128),  # 130 images for each rank
+        (400, 2, 400, 260, 128),
         (400, 1, 500, 100, 96),
     ],
 )
