@@ -160,7 +160,7 @@ def fractions(trace: Trace) -> Fractions:
 def _spent(network: Network, epochs: Sequence[Epoch]) -> tuple[int, int, int]:
     """Training MACs, BatchNorm bytes and all-reduced bytes of a network that is trained for these epochs."""
     images, updates = sum(e.num_images for e in epochs), sum(e.num_iterations for e in epochs)
-    batches = sum(e.num_iterations * e.world_size for e in epochs)
+    batches = sum(e.num_iterations * e.passes * e.world_size for e in epochs)
     macs = training_macs(network, images=images, mini_batches=batches)
     return macs, images * batch_norm_bytes(network, 4), updates * network.gradient_bytes
 

@@ -62,7 +62,7 @@ def ring_all_reduce_seconds(message_bytes: float, num_gpus: int, link: Link) -> 
         link: the slowest link on the ring.
 
     Raises:
-        ValueError: message_bytes is negative or num_gpus is not positive.
+        ValueError: message_bytes is negative or not finite, or num_gpus is not positive.
 
     Source: Patarasuk & Yuan, J. Parallel Distrib. Comput. 69 (2009).
     """
@@ -87,7 +87,7 @@ def tree_all_reduce_seconds(message_bytes: float, num_gpus: int, link: Link, *, 
             latency only.
 
     Raises:
-        ValueError: message_bytes is negative, or num_gpus or num_chunks is not positive.
+        ValueError: message_bytes is negative or not finite, or num_gpus or num_chunks is not positive.
 
     Source: Sanders, Speck, Träff, Parallel Computing 35 (2009).
     """
@@ -118,7 +118,7 @@ def hierarchical_all_reduce_seconds(
         inter: link of one node, all NICs together.
 
     Raises:
-        ValueError: message_bytes is negative, or a count is not positive.
+        ValueError: message_bytes is negative or not finite, or a count is not positive.
     """
     _check(message_bytes, gpus_per_node)
     inside = ring_all_reduce_seconds(message_bytes, gpus_per_node, intra)
@@ -132,7 +132,7 @@ def all_reduce(message_bytes: float, cluster: Cluster, num_gpus: int, *, algorit
     one, else a table for another count, scaled, else the faster of ring and tree, as NCCL chooses.
 
     Raises:
-        ValueError: a negative size, no GPUs, or more GPUs than the cluster has.
+        ValueError: a size that is negative or not finite, no GPUs, or more GPUs than the cluster has.
     """
     _check(message_bytes, num_gpus)
     check_choice(algorithm)
@@ -153,7 +153,8 @@ def all_reduce(message_bytes: float, cluster: Cluster, num_gpus: int, *, algorit
         sigma, tier = fit.small_residual if message_bytes < _SMALL_BYTES else fit.residual, Tier.DATASHEET
         if table is not None:
             there, _ = _topology(message_bytes, cluster, table.num_gpus, table.num_nodes, algorithm)
-            seconds *= _of_table(table, cluster, message_bytes) / there
+            measured = _of_table(table, cluster, message_bytes)
+            seconds = seconds * (measured / there) if there else measured  # no bytes, and links without latency
             sigma = math.hypot(sigma, table_sigma(table, message_bytes))
             tier = Tier.SCALED
     spread = math.exp(Z90 * sigma)
@@ -181,7 +182,7 @@ def allreduce(cluster: str | Path | Cluster, gpus: int, message_bytes: float, al
         algorithm: "auto", or the name of one (`costs.algorithms`).
 
     Raises:
-        UsageError: unknown cluster, a negative size, no GPUs, or more GPUs than the cluster has.
+        UsageError: unknown cluster, a size that is negative or not finite, no GPUs, or more GPUs than the cluster has.
     """
     found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
     num_bytes, num_gpus = real_number("message_bytes", message_bytes), whole_number("gpus", gpus)
@@ -238,7 +239,7 @@ def nodes_for(cluster: Cluster, num_gpus: int) -> int:
 
 
 def _check(message_bytes: float, num_gpus: int) -> None:
-    if message_bytes < 0:
-        raise UsageError(f"message of {message_bytes} bytes; it must not be negative")
+    if not 0 <= message_bytes < math.inf:
+        raise UsageError(f"message of {message_bytes} bytes; it must be a finite number and not negative")
     if num_gpus < 1:
         raise UsageError(f"{num_gpus} GPUs; at least 1 is needed")

@@ -258,9 +258,13 @@ def _conversions(
         wanted = width
     else:
         return
-    converted = sum(bytes_ != wanted for bytes_ in given) / len(given)
+    sizes = layer.input_sizes(batch)
+    if len(sizes) == len(given):
+        converted = float(sum(size for size, bytes_ in zip(sizes, given, strict=True) if bytes_ != wanted))
+    else:  # some input comes from no layer
+        converted = sum(bytes_ != wanted for bytes_ in given) / len(given) * sum(sizes)
     if converted:
-        size = converted * 6.0 * layer.input_elements * batch  # read in one width, written in the other
+        size = 6.0 * converted  # read in one width, written in the other
         yield _stream(index, Pass.FORWARD, size, size)
         if layer.input_needs_gradient:
             yield _stream(index, Pass.INPUT_GRADIENT, size, size)

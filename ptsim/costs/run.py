@@ -71,6 +71,8 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
         if asked not in needs:
             needs[asked] = iteration_memory(network, asked[1], device=device).peak_bytes
         gradient_bytes = network.gradient_bytes * epoch.num_iterations
+        one_batch = training_macs(network, convention, images=batch, mini_batches=epoch.passes)
+        ran = epoch.num_iterations * epoch.passes * epoch.world_size  # how often what runs once a mini-batch does
         costs.append(
             EpochCost(
                 epoch=epoch.epoch,
@@ -81,10 +83,8 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
                 num_images=epoch.num_images,
                 parameters=network.num_parameters,
                 inference_macs_per_image=inference_macs(network, convention),
-                training_macs_per_image=training_macs(network, convention, images=batch) // batch,
-                training_macs=training_macs(
-                    network, convention, images=epoch.num_images, mini_batches=epoch.num_iterations * epoch.world_size
-                ),
+                training_macs_per_image=one_batch // batch,
+                training_macs=training_macs(network, convention, images=epoch.num_images, mini_batches=ran),
                 bn_bytes_per_image=bn_bytes,
                 bn_bytes=bn_bytes * epoch.num_images,
                 peak_memory_bytes=needs[asked],

@@ -325,5 +325,5 @@ def layer_workspace(layer: Layer, batch: int, width: int, memory_format: MemoryF
     """
     if layer.kind is not LayerKind.CONV or layer.groups > 1:
         return 0
-    operands = (sum(layer.input_sizes(batch)) + batch * layer.output_elements) * width
+    operands = (sum(layer.input_sizes(batch)) + layer.repeats(batch) * layer.output_elements) * width
     return max(operands if memory_format == "contiguous" else 0, 4 * layer.num_parameters)

@@ -212,7 +212,9 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
 def _utilization(scenario: Scenario, stages: Sequence[Stage], epochs: Sequence[EpochProjection]) -> float | None:
     macs = sum(
         training_macs(
-            stage.network, images=stage.epoch.num_images, mini_batches=stage.num_iterations * scenario.num_gpus
+            stage.network,
+            images=stage.epoch.num_images,
+            mini_batches=stage.num_iterations * scenario.num_passes(stage.batch, stage.epoch) * scenario.num_gpus,
         )
         for stage in stages
     )

@@ -640,3 +640,22 @@ def test_the_data_of_a_plan_have_a_name(
 def test_data_without_a_name_are_refused() -> None:
     with pytest.raises(UsageError, match="dataset is empty"):
         _data_name(" ", 100, 10, (3, 32, 32))
+
+
+def test_what_runs_once_is_spent_in_every_pass(tmp_path: Path) -> None:
+    """100 MACs an image at first; then 100 in each of 16 passes of a mini-batch of 64, a quarter of that."""
+    trace = read_trace(dense_trace(tmp_path / "d.jsonl"))
+    first = msgspec.structs.replace(trace.epochs[0], architecture="images")
+    second = msgspec.structs.replace(first, epoch=1, architecture="once", passes=16)
+    *_, last = trace.network_of(trace.epochs[0]).layers
+    networks = {
+        name: msgspec.structs.replace(
+            trace.final_network,
+            layers=(msgspec.structs.replace(last, forward_macs=100, once=name == "once"),),
+            edges=(),
+        )
+        for name in ("images", "once")
+    }
+    shrunk = msgspec.structs.replace(trace, epochs=(first, second), networks=networks, reconfigurations=())
+    assert first.num_images == 64 * first.num_iterations
+    assert fractions(shrunk).training_flops_fraction == pytest.approx((1 + 1 / 4) / 2)

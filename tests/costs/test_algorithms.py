@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import msgspec
@@ -19,7 +20,7 @@ from ptsim.costs.algorithms import (
 )
 from ptsim.costs.collectives import all_reduce
 from ptsim.errors import UnknownNameError, UsageError
-from ptsim.hardware.spec import Cluster, Link
+from ptsim.hardware.spec import Cluster, Link, LinkKind
 from ptsim.sim.options import Options
 from ptsim.sim.run import change
 from ptsim.sim.schedules import Connection, Placement, Stage
@@ -100,9 +101,16 @@ def test_without_a_schedule_it_cannot_be_simulated_link_by_link() -> None:
         ("tree", 4, 2, 2, MessageWork(2, 2, 1, 1)),
         ("tree", 32, 4, 8, MessageWork(14, 4, 2, 2)),
         ("tree", 8, 1, 8, MessageWork(14, 0, 2, 0)),
+        ("tree", 24, 3, 8, MessageWork(14, 2 * math.log2(3), 2, 2)),
+        ("tree", 2, 2, 1, MessageWork(0, 2, 0, 1)),
+        ("tree", 4, 4, 1, MessageWork(0, 4, 0, 2)),
         # Nodes that are not full count as their fullest.
+        ("ring", 15, 2, 1, MessageWork(26, 2, 28 / 15, 28 / 15)),
+        ("tree", 15, 2, 7, MessageWork(14, 2, 2, 2)),
+        ("tree", 15, 2, 8, MessageWork(14, 2, 2, 1)),
         ("hierarchical", 15, 2, 1, MessageWork(14, 2, 14 / 8, 1)),
         ("hierarchical", 32, 4, 1, MessageWork(14, 6, 14 / 8, 6 / 4)),
+        ("hierarchical", 8, 1, 1, MessageWork(14, 0, 14 / 8, 0)),
     ],
 )
 def test_hops_and_messages_of_an_all_reduce_are_those_counted_by_hand(
@@ -110,3 +118,19 @@ def test_hops_and_messages_of_an_all_reduce_are_those_counted_by_hand(
 ) -> None:
     cluster = msgspec.structs.replace(CLUSTER, inter=LINK, nics_per_node=nics, max_nodes=8)
     assert find_algorithm(name).work(cluster, gpus, nodes) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("nodes", "between"), [(1, 0.0), (2, 1.0), (4, 2.0)])
+def test_two_nodes_of_aws_exchange_one_message_though_they_share_nics(nodes: int, between: float) -> None:
+    inter = msgspec.structs.replace(LINK, kind=LinkKind.EFA)
+    cluster = msgspec.structs.replace(CLUSTER, inter=inter if nodes > 1 else None, nics_per_node=1)
+    assert find_algorithm("tree").work(cluster, 8 * nodes, nodes).sent_per_node_between == between
+
+
+def test_gloo_has_rings_and_hierarchies_and_no_trees() -> None:
+    cpus = msgspec.structs.replace(CLUSTER, library="gloo")
+    # 8 ranks: 14 hops of 1 ms, 14/8 of 4 MB at 1 GB/s.
+    for name in ("ring", "hierarchical", "auto"):
+        assert all_reduce(4_000_000, cpus, 8, algorithm=name).seconds == pytest.approx(0.014 + 0.007)
+    with pytest.raises(UsageError, match="runs gloo, which has no tree"):
+        all_reduce(4_000_000, cpus, 8, algorithm="tree")

@@ -3,7 +3,15 @@
 import msgspec
 import pytest
 
-from ptsim.costs.energy import PowerModel, PowerSample, fit_power, price_usd, published_power, step_energy
+from ptsim.costs.energy import (
+    PowerModel,
+    PowerSample,
+    fit_power,
+    is_plausible,
+    price_usd,
+    published_power,
+    step_energy,
+)
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.errors import MissingMeasurementError
@@ -101,3 +109,70 @@ def test_a_negative_waiting_time_is_refused():
 def test_a_step_that_takes_no_time_takes_no_energy():
     nothing = msgspec.structs.replace(step(), layers=(), low_s=0.0, high_s=0.0)
     assert step_energy(nothing, A100).joules == 0
+
+
+def test_the_published_model_by_hand():
+    """Of the 350 W between 50 W idle and the limit of 400 W: 85 % while it multiplies, 65 % streaming, 25 % waiting."""
+    assert published_power(A100) == PowerModel(
+        product_w=pytest.approx(347.5),
+        stream_w=pytest.approx(277.5),
+        waiting_w=pytest.approx(137.5),
+        relative_error=0.25,
+        source="assumed",
+    )
+
+
+def test_the_update_and_the_penalty_stream_memory():
+    longer = msgspec.structs.replace(step(1.0, 0.5), optimizer_s=0.25, regularizer_s=0.125)
+    assert step_energy(longer, A100, model=MODEL).joules == pytest.approx(300 + 200 * (0.5 + 0.25 + 0.125))
+
+
+@pytest.mark.parametrize(
+    ("low_s", "high_s", "error", "low", "high"),
+    [
+        (0.7, 1.4, 0.3, 1 - 0.3 * 2**0.5, 1.5),  # 3-4-5
+        (0.6, 1.3, 0.3, 0.5, 1 + 0.3 * 2**0.5),
+        (0.2, 1.0, 0.9, 0.0, 1.9),  # no energy is less than none
+    ],
+)
+def test_the_interval_of_energy_by_hand(low_s, high_s, error, low, high):
+    one = msgspec.structs.replace(step(1.0, 0.0), low_s=low_s, high_s=high_s)
+    energy = step_energy(one, A100, model=msgspec.structs.replace(MODEL, relative_error=error))
+    assert (energy.low_j, energy.high_j) == pytest.approx((300 * low, 300 * high))
+
+
+def test_a_gpu_that_only_waits_draws_the_power_of_waiting():
+    nothing = msgspec.structs.replace(step(), layers=(), low_s=0.0, high_s=0.0)
+    assert step_energy(nothing, A100, model=MODEL).mean_power_w == 100
+    waited = step_energy(nothing, A100, waiting_s=2.0, model=MODEL)
+    assert (waited.joules, waited.low_j, waited.high_j) == pytest.approx((200, 180, 220))
+
+
+@pytest.mark.parametrize(
+    ("power_w", "plausible"), [(24.9, False), (25.0, True), (400.0, True), (600.0, True), (600.1, False)]
+)
+def test_a_mean_power_is_at_least_half_of_idle_and_at_most_half_as_much_again_as_the_limit(power_w, plausible):
+    assert is_plausible(A100, power_w) is plausible
+
+
+def test_a_fit_is_as_unsure_as_its_samples_scatter():
+    """250 W in the mean, 20 % more and less: 1.645 times 0.2. Nothing draws more than a tenth over the limit's span."""
+    samples = [PowerSample(step=step(), waiting_s=0.1, power_w=power_w) for power_w in (200.0, 300.0)] * 20
+    assert fit_power(A100, samples).relative_error == pytest.approx(0.329, rel=0.01)
+    full = [PowerSample(step=step(1.0, 0.0), waiting_s=0.0, power_w=600.0)] * 20
+    assert fit_power(A100, full).product_w == pytest.approx(50 + 1.1 * 350, rel=1e-3)
+
+
+@pytest.mark.parametrize(("samples", "error"), [(1, 0.125), (3, 0.0625), (4, 0.05), (9, 0.05)])
+def test_the_assumptions_error_is_shared_out_over_the_samples(samples, error):
+    """0.25 over one more than there are, and not less than the 5 % of NVML itself."""
+    drawn = step_energy(step(), A100, waiting_s=0.1).mean_power_w
+    model = fit_power(A100, [PowerSample(step=step(), waiting_s=0.1, power_w=drawn)] * samples)
+    assert model.relative_error == pytest.approx(error)
+
+
+@pytest.mark.parametrize("wrong", [(-1.0, 1, 1.0), (1.0, -1, 1.0), (1.0, 1, -1.0)])
+def test_no_time_count_or_price_is_negative(wrong):
+    with pytest.raises(ValueError, match="negative"):
+        price_usd(*wrong)
+    assert price_usd(0.0, 8, 2.5) == price_usd(3600, 0, 2.5) == price_usd(3600, 8, 0.0) == 0

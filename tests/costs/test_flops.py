@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from ptsim.costs.flops import inference_macs, layer_macs, training_macs
-from ptsim.network import Layer, LayerKind
+from ptsim.costs.flops import flops_utilization, inference_macs, layer_macs, training_macs
+from ptsim.network import Layer, LayerKind, Network
 from tests.traces import residual_network
 
 
@@ -71,3 +71,39 @@ def test_auxiliary_heads_are_trained_and_not_inferred() -> None:
 def test_an_unknown_convention_is_refused() -> None:
     with pytest.raises(ValueError, match="'exact' or 'paper'"):
         layer_macs(conv(), "rough")  # type: ignore[arg-type] # any field
+
+
+@pytest.mark.parametrize(
+    ("changes", "pixels_and_channels"),
+    [
+        ({"kernel_size": (7, 7)}, 34**2 * 128 * 49 * 64),  # inside the network a 7×7 is padded as any other
+        ({"kernel_size": (5, 5)}, 34**2 * 128 * 25 * 64),
+        ({"kernel_size": (5, 5), "input_needs_gradient": False}, 34**2 * 128 * 25 * 64),
+        ({"groups": 4}, 34**2 * 128 * 9 * 16),
+        ({"input_shapes": ((64, 32, 16),)}, 34 * 18 * 128 * 9 * 64),
+        ({"kind": LayerKind.MATMUL, "op": "matmul"}, 128 * 64 * 9 * 16 * 16),  # no convolution: the forward's
+    ],
+)
+def test_papers_input_gradient_by_hand(changes: dict[str, object], pixels_and_channels: int) -> None:
+    assert layer_macs(conv(**changes), "paper").input_gradient == pixels_and_channels
+
+
+def test_what_runs_once_counts_for_every_mini_batch_and_auxiliary_heads_in_training_alone() -> None:
+    """MACs of 100 an image, 10 a mini-batch, 7 an image of an auxiliary head; none of them has an input's gradient."""
+    plain = {"kind": LayerKind.LINEAR, "op": "linear", "input_needs_gradient": False}
+    layers = (
+        conv(**plain, forward_macs=100),
+        conv(**plain, forward_macs=10, once=True),
+        conv(**plain, forward_macs=7, training_only=True),
+    )
+    network = Network(name="n", input_shape=(3, 8, 8), num_classes=2, layers=layers, edges=(), parameters=())
+    assert (inference_macs(network), training_macs(network)) == (110, 2 * 117)
+    assert inference_macs(network, images=50, mini_batches=4) == 50 * 100 + 4 * 10
+    assert training_macs(network, images=50, mini_batches=4) == 2 * (50 * 107 + 4 * 10)
+    assert training_macs(network, "paper", images=50, mini_batches=4) == 3 * (50 * 107 + 4 * 10)
+
+
+def test_utilisation_is_two_flops_a_mac_over_what_the_gpus_could_do() -> None:
+    # 10¹² MACs in 2 GPU seconds of 4·10¹² FLOP/s
+    assert flops_utilization(1e12, 2.0, 4e12) == pytest.approx(0.25)
+    assert flops_utilization(1e12, 2.0, None) is None

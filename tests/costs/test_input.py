@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from ptsim.costs.input import Pipeline, find_pipeline, limiting_gpus, pipelines, supply
+from ptsim.costs.input import STORED_PIXELS, Pipeline, find_pipeline, limiting_gpus, pipelines, supply
 from ptsim.errors import UnknownNameError, UsageError
 from ptsim.hardware.catalog import cluster_names, load_cluster
 from ptsim.hardware.spec import Cluster
@@ -95,3 +95,49 @@ def test_every_rate_and_core_count_has_a_source() -> None:
     known = [found for found in named if found.cores_per_node is not None]
     assert len(known) >= 30
     assert all(found.sources["cores_per_node"] for found in known)
+
+
+# 1/512 s to decode 1,024 stored pixels and as long to crop 256: 256 images/s a core, 4,096 of 16 cores.
+EXACT = Pipeline(decode_pixels_per_s_core=2**19, output_pixels_per_s_core=2**17, bytes_per_pixel=0.5, source="made up")
+
+
+def exact_supply(pipeline: Pipeline, number: int, **changes: object) -> tuple[float, str]:
+    node = cluster(**({"cores_per_node": 16} | changes))
+    found = supply(pipeline, node, number, output_pixels=256, stored_pixels=1024)
+    return found.images_per_s, found.limit
+
+
+@pytest.mark.parametrize(
+    ("changes", "number", "expected"),
+    [
+        ({}, 1, (4096.0, "cores")),
+        ({}, 8, (512.0, "cores")),
+        ({}, 9, (512.0, "cores")),  # on the second node
+        ({"output_pixels_per_s_core": None}, 8, (1024.0, "cores")),  # the GPU crops
+        ({"decode_pixels_per_s_gpu": 2**18}, 8, (256.0, "GPU")),
+        ({"output_pixels_per_s_gpu": 2**15}, 8, (128.0, "GPU")),
+        ({"decode_pixels_per_s_gpu": 2**18, "output_pixels_per_s_gpu": 2**15}, 1, (128.0, "GPU")),
+        ({"decode_pixels_per_s_gpu": 2**16, "output_pixels_per_s_gpu": 2**15}, 1, (64.0, "GPU")),
+    ],
+)
+def test_what_each_part_lets_through(changes: dict[str, object], number: int, expected: tuple[float, str]) -> None:
+    assert exact_supply(msgspec.structs.replace(EXACT, **changes), number) == expected
+
+
+def test_storage_gives_every_gpu_its_share_of_the_bytes() -> None:
+    # 512 bytes an image: 2 MiB/s are 4,096 images/s, as many as the cores', which are named first
+    for bandwidth, expected in ((2**21, (1024.0, "cores")), (2**20, (512.0, "storage"))):
+        assert exact_supply(EXACT, 4, storage_bandwidth_bytes_per_s=float(bandwidth)) == expected
+
+
+@pytest.mark.parametrize(("needed", "number"), [(512.0, None), (512.5, 8), (4096.0, 2), (4096.5, 1)])
+def test_the_limit_begins_at_the_first_count_that_gets_less(needed: float, number: int | None) -> None:
+    node = cluster(cores_per_node=16)
+    assert limiting_gpus(EXACT, node, needed, output_pixels=256, stored_pixels=1024) == number
+
+
+def test_imagenets_images_have_as_many_pixels_as_its_raw_size_says() -> None:
+    """FFCV's documentation: 788.97 GB of 3 bytes a pixel in 1,281,167 images."""
+    assert pytest.approx(788.97e9 / 3 / 1_281_167, rel=0.002) == STORED_PIXELS
+    whole = supply(EXACT, cluster(cores_per_node=16), 1, output_pixels=256)
+    assert whole == supply(EXACT, cluster(cores_per_node=16), 1, output_pixels=256, stored_pixels=205_000)

@@ -242,3 +242,190 @@ def test_an_operator_on_a_tensor_without_elements_launches_no_kernel() -> None:
     assert index in before.layer
     assert index not in after.layer
     assert len(before.layer) - len(after.layer) == 2  # ReLU's forward and backward
+
+
+def rows(kernels):
+    """What counts of every kernel, by pass."""
+    return {k.step: (k.m, k.n, k.k, k.groups, k.moved_bytes, k.footprint_bytes) for k in kernels}
+
+
+def test_the_implicit_products_of_a_grouped_strided_convolution():
+    """8 groups of 8 → 16 channels, 3×3 with stride 2 from 8×8 to 4×4, 5 images in half precision.
+
+    Every pass reads or writes 5·64·64 inputs, 5·128·16 outputs and 128·8·9 weights of 2 bytes.
+    """
+    layer = convolution(stride=2, groups=8)
+    moved = 2.0 * (5 * 64 * 64 + 5 * 128 * 16 + 128 * 8 * 9)
+    kernels = list(convolution_kernels(layer, batch=5, element=2, index=3))
+    assert rows(kernels) == {
+        Pass.FORWARD: (5 * 16, 16, 8 * 9, 8, moved, moved),
+        Pass.INPUT_GRADIENT: (5 * 64, 8, 16 * 9 / 4, 8, moved, moved),  # a quarter of the taps meets an output pixel
+        Pass.WEIGHT_GRADIENT: (16, 8 * 9, 5 * 16, 8, moved, moved),
+    }
+    assert {k.step for k in kernels if k.strided} == {Pass.INPUT_GRADIENT}
+    assert not any(k.strided for k in convolution_kernels(convolution(), batch=5, element=2))
+    assert {(k.layer, k.element_bytes, k.work, k.launches) for k in kernels} == {(3, 2, Work.PRODUCT, 1)}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "groups", "padded"),
+    [
+        (64, 128, 1, False),
+        (3, 64, 1, False),  # kernels for images exist
+        (4, 64, 1, False),
+        (5, 64, 1, True),
+        (64, 127, 1, True),
+        (64, 4, 1, False),
+        (96, 96, 8, True),  # 12 channels a group
+        (96, 96, 96, False),  # depthwise
+    ],
+)
+def test_half_precision_pads_all_channel_counts_but_eights_and_those_of_images(inputs, outputs, groups, padded):
+    layer = convolution(inputs, outputs, groups=groups)
+    kernels = list(convolution_kernels(layer, batch=2, element=2, halves=True))
+    copied = 2 * 2 * (2 * 64 * (inputs + outputs)) if padded else 0  # both read and written
+    assert {(k.padded, k.layout_bytes) for k in kernels} == {(padded, copied)}
+    assert not any(k.padded for k in convolution_kernels(layer, batch=2, element=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "odd"),
+    [
+        ({"groups": 32}, False),
+        ({"groups": 32, "outputs": 256}, True),  # twice as many channels out as in
+        ({"groups": 32, "dilation": (2, 2)}, True),
+        ({"groups": 16}, True),
+        ({"groups": 64, "outputs": 64}, False),  # one channel a group: depthwise
+        ({"groups": 64, "outputs": 128}, False),
+    ],
+)
+def test_which_groups_have_tensor_core_kernels(changes, odd):
+    inputs = 64 if changes["groups"] == 64 else 128
+    layer = convolution(inputs, changes.get("outputs", inputs), groups=changes["groups"])
+    layer = msgspec.structs.replace(layer, dilation=changes.get("dilation", (1, 1)))
+    assert {k.odd_groups for k in convolution_kernels(layer, batch=2, element=2, halves=True)} == {odd}
+    for other in ({"halves": True, "foreign": True}, {"halves": False}):
+        assert not any(k.odd_groups for k in convolution_kernels(layer, batch=2, element=2, **other))
+
+
+@pytest.mark.parametrize(
+    ("memory_format", "precision", "tensor_cores", "converts"),
+    [
+        ("contiguous", Precision.FP16, True, True),
+        ("contiguous", Precision.FP16, False, False),
+        ("contiguous", Precision.TF32, True, False),
+        ("channels_last", Precision.FP16, True, False),
+        ("channels_last", Precision.TF32, True, False),
+        ("channels_last", Precision.FP16, False, True),
+        ("channels_last", Precision.FP32, False, True),
+    ],
+)
+def test_a_kernel_of_another_layout_moves_input_and_output_twice_more(memory_format, precision, tensor_cores, converts):
+    """Three kernels of a convolution of 16 → 16 channels on 8×8 for 2 images."""
+    setting = StepSetting(batch=2, precision=precision, memory_format=memory_format)
+    kernels = network_kernels(chain(convolution(16, 16)), setting, tensor_cores=tensor_cores)
+    size = 2 * 16 * 64 * precision.activation_bytes
+    assert kernels.layout_bytes.sum() == (3 * 2 * 2 * size if converts else 0)
+
+
+def dense(**changes):
+    """A linear layer of 32 → 8 features on 10 tokens."""
+    layer = Layer(
+        name="linear",
+        kind=LayerKind.LINEAR,
+        op="linear",
+        in_channels=32,
+        out_channels=8,
+        input_shapes=((10, 32),),
+        output_shape=(10, 8),
+        num_parameters=8 * 32,
+        forward_macs=10 * 8 * 32,
+    )
+    return msgspec.structs.replace(layer, **changes)
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (dense(), {"FORWARD": (20, 8, 32, 1), "INPUT_GRADIENT": (20, 32, 8, 1), "WEIGHT_GRADIENT": (8, 32, 20, 1)}),
+        (dense(input_needs_gradient=False), {"FORWARD": (20, 8, 32, 1), "WEIGHT_GRADIENT": (8, 32, 20, 1)}),
+        (dense(weight_needs_gradient=False), {"FORWARD": (20, 8, 32, 1), "INPUT_GRADIENT": (20, 32, 8, 1)}),
+        # Of other products the count alone is known: 4·6 rows of 10 with 5 multiplications each, for each of 2 images.
+        (
+            dense(kind=LayerKind.MATMUL, output_shape=(4, 6, 10), forward_macs=240 * 5),
+            {"FORWARD": (24, 10, 5, 2), "INPUT_GRADIENT": (24, 5, 10, 2), "WEIGHT_GRADIENT": (10, 5, 24, 2)},
+        ),
+    ],
+)
+def test_the_products_of_a_dense_layer_and_their_operands(layer, expected):
+    setting = StepSetting(batch=2, precision=Precision.FP32)
+    kernels = network_kernels(chain(layer), setting, tensor_cores=False)
+    found = {
+        Pass(step).name: (m, n, k, groups)
+        for step, m, n, k, groups in zip(kernels.step, kernels.m, kernels.n, kernels.k, kernels.groups, strict=True)
+    }
+    assert found == expected
+    m, n, k, groups = expected["FORWARD"]
+    size = 4 * groups * (m * n + n * k + m * k)
+    assert set(kernels.moved_bytes) == set(kernels.footprint_bytes) == {size}
+
+
+def test_gradients_of_three_readers_are_added_twice():
+    """A ReLU of 1,024 elements, 2 images: 3 accesses of its own backward pass, and 3 for each of two additions."""
+    relu = Layer(
+        name="relu",
+        kind=LayerKind.ACTIVATION,
+        op="relu",
+        in_channels=16,
+        out_channels=16,
+        input_shapes=((16, 8, 8),),
+        output_shape=(16, 8, 8),
+    )
+    readers = [msgspec.structs.replace(relu, name=f"r{i}") for i in range(3)]
+    network = msgspec.structs.replace(
+        chain(relu), layers=(relu, *readers), edges=tuple(("relu", reader.name) for reader in readers)
+    )
+    kernels = network_kernels(network, StepSetting(batch=2), tensor_cores=False)
+    size = 2 * 1024 * 4
+    own = kernels.layer == 0
+    assert kernels.moved_bytes[own].tolist() == [2 * size, 3 * size, 2 * 3 * size]
+    assert kernels.footprint_bytes[own].tolist() == [size, 2 * size, 3 * size]
+    assert kernels.launches[own].tolist() == [1, 1, 2]
+    assert kernels.step[own].tolist() == [Pass.FORWARD, Pass.INPUT_GRADIENT, Pass.INPUT_GRADIENT]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "parameters", "launches"),
+    [(((16, 8, 8), (16, 8, 8)), 0, 2), (((16, 1, 1), (16, 8, 8)), 0, 3), (((16, 8, 8),), 16, 3)],
+)
+def test_a_factor_that_was_broadcast_is_summed_by_one_more_kernel(shapes, parameters, launches):
+    layer = Layer(
+        name="mul",
+        kind=LayerKind.ELEMENTWISE,
+        op="mul",
+        in_channels=16,
+        out_channels=16,
+        input_shapes=shapes,
+        output_shape=(16, 8, 8),
+        num_parameters=parameters,
+    )
+    kernels = network_kernels(chain(layer), StepSetting(batch=2), tensor_cores=False)
+    assert kernels.launches.tolist() == [1, launches]
+
+
+def test_only_the_operand_of_the_other_width_is_converted():
+    """A product of a half-precision tensor and an fp32 one, 6 bytes an element of that one; 2 images.
+
+    Scores of 4 · 64 · 64 elements, which a softmax leaves in fp32, times values of 1,024.
+    """
+    shapes = (16, 8, 8), (4, 64, 64)
+    product = dense(kind=LayerKind.MATMUL, input_shapes=shapes, output_shape=(16, 8, 8))
+    conv, norm, last = convolution(16, 16), layer_norm(), msgspec.structs.replace(product, name="product")
+    network = msgspec.structs.replace(
+        chain(conv),
+        layers=(conv, norm, last),
+        edges=(("conv", "norm"), ("conv", "product"), ("norm", "product")),
+    )
+    kernels = network_kernels(network, StepSetting(batch=2, precision=Precision.FP16), tensor_cores=False)
+    copies = kernels.moved_bytes[(kernels.layer == 2) & (kernels.work == Work.STREAM)]
+    assert copies.tolist() == [6 * 2 * 16_384] * 2

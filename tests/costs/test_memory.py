@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +12,10 @@ from analysis.check_counts import Subject, agreement, compare, kept_bytes, peak_
 from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.costs.flops import inference_macs, training_macs
-from ptsim.costs.memory import fallback_scratch, iteration_memory, largest_batch, usable_bytes
+from ptsim.costs.memory import MemoryNeed, fallback_scratch, iteration_memory, largest_batch, usable_bytes
 from ptsim.errors import UnknownNameError
 from ptsim.hardware.catalog import load_device
-from ptsim.network import Network, Precision
+from ptsim.network import Footprint, Layer, LayerKind, Moment, Network, Parameter, Precision
 from ptsim.setting import StepSetting
 from tests.traces import residual_network
 
@@ -209,3 +212,199 @@ def test_wrong_arguments_are_named(resnet: Network) -> None:
         iteration_memory(resnet, StepSetting(batch=1, optimizer="lion"))
     with pytest.raises(ValueError, match="granularity is 0"):
         largest_batch(resnet, StepSetting(batch=1), capacity_bytes=1, granularity=0)
+
+
+def by_hand(**changes: object) -> Network:
+    """300 features to 10 classes with footprints written by hand; `idle` never gets a gradient.
+
+    Parameters take 12,060 bytes and on a GPU, in blocks of 512, 24 + 1 + 1 blocks; gradients 12,040 and 25 blocks.
+    """
+    moments = (
+        Moment(fixed_bytes=1000, image_bytes=400, gradient_bytes=0),
+        Moment(fixed_bytes=500, image_bytes=300, gradient_bytes=12_040),
+    )
+    cpu = Footprint(
+        device="cpu",
+        half=False,
+        kept_fixed_bytes=700,
+        kept_image_bytes=100,
+        weight_copy_bytes=200,
+        buffer_bytes=64,
+        contiguous=moments,
+        channels_last=(Moment(fixed_bytes=100, image_bytes=50, gradient_bytes=12_000),),
+    )
+    large = (Moment(fixed_bytes=1000, image_bytes=10**6, gradient_bytes=0),)
+    gpu = msgspec.structs.replace(cpu, device="gpu", buffer_bytes=512, contiguous=large)
+    network = Network(
+        name="by hand",
+        input_shape=(3, 10, 10),
+        num_classes=10,
+        layers=(
+            Layer(
+                name="l",
+                kind=LayerKind.LINEAR,
+                op="linear",
+                in_channels=300,
+                out_channels=10,
+                input_shapes=((300,),),
+                output_shape=(10,),
+                num_parameters=3010,
+            ),
+        ),
+        edges=(),
+        parameters=(
+            Parameter(name="l.bias", layer="l", shape=(10,)),
+            Parameter(name="l.weight", layer="l", shape=(10, 300)),
+            Parameter(name="idle", layer="", shape=(5,)),
+        ),
+        footprints=(gpu, msgspec.structs.replace(cpu, half=True, kept_image_bytes=50), cpu),
+    )
+    return msgspec.structs.replace(network, **changes)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "activations", "states", "peak", "needed"),
+    [
+        # There all the time: 12,060 of weights, 64 of buffers, 12,040 of momentum, 4 · 300 + 8 an image: 30,204. The
+        # update adds gradients and a copy of the largest weight, 12,040 + 12,000: more than 200 of loss and a moment.
+        (None, {"batch": 5}, 1000, 12_040, 54_244, 56_956),
+        (None, {"batch": 5, "momentum": 0.0}, 1000, 0, 42_204, 44_314),
+        (None, {"batch": 5, "optimizer": "adam"}, 1000, 24_080, 66_284, 69_598),
+        # 144,964; 4,000 of loss; the second moment with its gradients, 500 + 30,000 + 12,040, exceeds 41,000.
+        (None, {"batch": 100}, 10_500, 12_040, 191_504, 201_079),
+        (None, {"batch": 100, "precision": Precision.BF16}, 5500, 12_040, 191_504, 229_805),
+        # 4,000 + 100 + 5,000 + 12,000 is less than the update's 24,040.
+        (None, {"batch": 100, "memory_format": "channels_last"}, 10_500, 12_040, 169_004, 177_454),
+        # 12,040 of gradients are there all the time, so that the first moment is the highest: 157,004 + 45,000.
+        (None, {"batch": 100, "num_gpus": 2}, 10_500, 12_040, 202_004, 212_104),
+        (None, {"batch": 199, "passes": 2}, 10_500, 12_040, 202_004, 212_104),
+        # A third of 12,040 is 4,013.3: 12,060 + 64 + 4,014 + 6,040 + 12,040, and 12,000 of the update.
+        (None, {"batch": 5, "num_gpus": 3, "sharding": "zero1"}, 1000, 4014, 46_218, 48_529),
+        # 13,312 + 512 + 12,800, 12 blocks of images and 4096 · 2 + 16 · 8 KiB of cuBLAS are 8,552,448; the update 2
+        # times 12,800. 8 % of that and 22 MiB more come to 15.1 segments of 2 MiB; 16, and 800 MiB of context.
+        ("t4", {"batch": 5, "memory_format": "channels_last"}, 1000, 12_800, 8_578_048, 872_415_232),
+        # 9,754,624, 40,000 of loss and 1,000,001,000 of the moment: with 8 % of these two and 22 MiB 530.65 segments.
+        ("t4", {"batch": 1000}, 100_500, 12_800, 1_009_795_624, 1_952_448_512),
+        # A third of 12,800 of state and another of the update; the gradients are in buckets. 15.08 segments.
+        (
+            "t4",
+            {"batch": 5, "num_gpus": 3, "sharding": "zero1", "memory_format": "channels_last"},
+            1000,
+            4267,
+            8_560_982,
+            872_415_232,
+        ),
+    ],
+)
+def test_every_part_of_the_need_is_the_sum_made_by_hand(
+    device: str | None, options: dict[str, Any], activations: int, states: int, peak: int, needed: int
+) -> None:
+    found = iteration_memory(by_hand(), StepSetting(**options), device=None if device is None else load_device(device))
+    assert found == MemoryNeed(
+        activation_bytes=activations,
+        parameter_bytes=12_060 + 64 + 200 if device is None else 26 * 512 + 512 + 200,
+        gradient_bytes=12_040 if device is None else 25 * 512,
+        optimizer_bytes=states,
+        workspace_bytes=0 if device is None else 8320 * 1024,
+        peak_bytes=peak,
+        device_bytes=needed,
+    )
+
+
+@pytest.mark.parametrize(("num_gpus", "expected"), [(8, 200_000 + 1_200_000), (2, 1_600_000)])
+def test_sharded_gradients_leave_a_share_and_the_largest_bucket_and_never_more_than_all(
+    num_gpus: int, expected: int
+) -> None:
+    """1,200,000 bytes close the first bucket, 400,000 are left for the second."""
+    parameters = tuple(Parameter(name=f"p{n}", layer="l", shape=(n,)) for n in (300_000, 100_000))
+    setting = StepSetting(batch=5, num_gpus=num_gpus, sharding="zero2")
+    assert iteration_memory(by_hand(parameters=parameters), setting).gradient_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "expected"),
+    [
+        ("h100-sxm5-80gb", LayerKind.LINEAR, 32 * 2**20),
+        ("b200-sxm-180gb", LayerKind.MATMUL, 32 * 2**20),
+        ("a100-sxm4-40gb", LayerKind.MATMUL, 8_519_680),
+        ("h100-sxm5-80gb", LayerKind.ACTIVATION, 0),
+    ],
+)
+def test_cublas_takes_its_workspace_where_there_are_matrix_products(
+    device: str, kind: LayerKind, expected: int
+) -> None:
+    network = by_hand()
+    layers = (msgspec.structs.replace(network.layers[0], kind=kind),)
+    need = iteration_memory(by_hand(layers=layers), StepSetting(batch=1), device=load_device(device))
+    assert need.workspace_bytes == expected
+
+
+def convolution(**changes: object) -> Layer:
+    """3×3 from 2 × 4 × 4 to 3 × 4 × 4: 54 weights."""
+    layer = Layer(
+        name="c",
+        kind=LayerKind.CONV,
+        op="conv2d",
+        in_channels=2,
+        out_channels=3,
+        kernel_size=(3, 3),
+        input_shapes=((2, 4, 4),),
+        output_shape=(3, 4, 4),
+        num_parameters=54,
+    )
+    return msgspec.structs.replace(layer, **changes)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "expected"),
+    [
+        (convolution(), {}, 4 * 5 * (32 + 48)),  # both operands in the library's own layout
+        (convolution(), {"precision": Precision.BF16}, 2 * 5 * (32 + 48)),
+        (convolution(), {"memory_format": "channels_last"}, 4 * 54),  # split sums of the weights' gradient
+        (convolution(num_parameters=540), {}, 4 * 540),
+        (convolution(groups=2), {}, 0),
+        (convolution(once=True, shared_inputs=(0,)), {}, 4 * (32 + 48)),
+    ],
+)
+def test_a_dense_convolution_takes_copies_of_its_operands_or_weights(
+    layer: Layer, options: dict[str, Any], expected: int
+) -> None:
+    network = by_hand(layers=(layer, *by_hand().layers))
+    assert iteration_memory(network, StepSetting(batch=5, **options)).workspace_bytes == expected
+
+
+def test_scratch_of_narrow_maps_is_four_times_weights_and_unfolded_image_for_every_thread() -> None:
+    """2 wide under a kernel of 3: 4 bytes · 4 · (54 + 9 · 2 · 4) a thread; as wide as the kernel none."""
+    narrow, as_wide = convolution(output_shape=(3, 2, 2)), convolution(output_shape=(3, 2, 3))
+    small = convolution(output_shape=(1, 2, 2), in_channels=1, num_parameters=9)
+    network = by_hand(layers=(small, narrow, as_wide))
+    assert fallback_scratch(network, 3) == 6048
+    assert fallback_scratch(by_hand(layers=(as_wide, msgspec.structs.replace(narrow, kind=LayerKind.POOL))), 3) == 0
+    cpu = msgspec.structs.replace(load_device("a100"), architecture="cpu", num_sms=3)
+    for device, scratch in ((None, 2016), (cpu, 6048)):
+        assert iteration_memory(network, StepSetting(batch=5), device=device).device_bytes == 56_956 + scratch
+
+
+@pytest.mark.parametrize("best", [1, 2, 3, 63, 64, 65])
+def test_the_largest_batch_is_found_to_the_byte(best: int) -> None:
+    network, setting = by_hand(), StepSetting(batch=7)
+    capacity = iteration_memory(network, setting.with_batch(best)).device_bytes
+    assert largest_batch(network, setting, capacity_bytes=capacity) == best
+    assert largest_batch(network, setting, capacity_bytes=capacity - 1) == best - 1
+    assert largest_batch(network, setting, capacity_bytes=capacity, granularity=32) == best // 32 * 32
+
+
+@pytest.mark.parametrize(
+    ("granularity", "limit", "expected"), [(1, 2**20, 2**20), (32, 100, 96), (32, 96, 96), (32, 32, 32), (32, 31, 0)]
+)
+def test_the_largest_batch_is_a_multiple_within_the_limit(granularity: int, limit: int, expected: int) -> None:
+    found = largest_batch(by_hand(), StepSetting(batch=1), capacity_bytes=10**15, granularity=granularity, limit=limit)
+    assert found == expected
+    assert largest_batch(by_hand(), StepSetting(batch=1), capacity_bytes=10**15) == 2**20
+
+
+def test_a_process_sees_98_percent_of_hbm_92_of_other_memory_and_all_of_a_cpus() -> None:
+    assert usable_bytes(load_device("a100-sxm4-40gb")) == 42_090_679_500  # 0.98 · 40 · 2³⁰
+    assert usable_bytes(load_device("t4")) == 15_805_479_649  # 0.92 · 16 · 2³⁰
+    cpu = msgspec.structs.replace(load_device("t4"), architecture="cpu")
+    assert usable_bytes(cpu) == 16 * 2**30

@@ -5,10 +5,12 @@ from ptsim.costs.datasheet import datasheet_step
 from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.step import Measurements, step_time
 from ptsim.costs.tiers import Tier
-from ptsim.errors import MissingMeasurementError
+from ptsim.costs.times import LayerTime, StepTime
+from ptsim.errors import MissingMeasurementError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device
-from ptsim.network import Precision
+from ptsim.network import Layer, LayerKind, Network, Precision
 from ptsim.setting import StepSetting
+from ptsim.trace.schema import LayerProfile
 from tests.costs.test_profiled import calibrated
 from tests.traces import device_info, profile_of, residual_network
 
@@ -54,6 +56,9 @@ def test_the_profile_of_the_nearest_mini_batch_is_taken():
     other = profile_of(NETWORK, batch=512, device=device_info())
     assert nearest_profile(NETWORK, [PROFILE, other], fp32(128)) is PROFILE
     assert nearest_profile(NETWORK, [PROFILE, other], fp32(300)) is other
+    assert nearest_profile(NETWORK, [PROFILE, other], fp32(250)) is other  # 512 / 250 is less than 250 / 64
+    later = msgspec.structs.replace(PROFILE, step_s=7.0)
+    assert nearest_profile(NETWORK, [PROFILE, later, other], fp32(64)) is later
     assert nearest_profile(NETWORK, [], fp32(300)) is None
 
 
@@ -82,3 +87,100 @@ def test_a_device_profile_of_this_device_is_used_for_what_the_trace_did_not_meas
     half = StepSetting(batch=32, precision=Precision.FP16)
     with pytest.raises(MissingMeasurementError, match="holds fp32 contiguous, not fp16 contiguous"):
         step_time(NETWORK, V100, half, measurements=Measurements(device_profile=own))
+
+
+def made(layers, *, optimizer_s, regularizer_s, overhead_s):
+    """A step of 3 layers, (forward, backward) seconds each; half and twice as long at the ends of its interval."""
+    kinds = (LayerKind.CONV, LayerKind.ACTIVATION, LayerKind.POOL)
+    step = StepTime(
+        layers=tuple(
+            LayerTime(layer=name, kind=kind, forward_s=forward, backward_s=backward, tier=Tier.DATASHEET)
+            for name, kind, (forward, backward) in zip("abc", kinds, layers, strict=True)
+        ),
+        optimizer_s=optimizer_s,
+        regularizer_s=regularizer_s,
+        overhead_s=overhead_s,
+        low_s=0.0,
+        high_s=0.0,
+        tier=Tier.DATASHEET,
+    )
+    return msgspec.structs.replace(step, low_s=step.compute_s / 2, high_s=2 * step.compute_s)
+
+
+@pytest.mark.parametrize(
+    ("asked", "measured_s", "regularizer_s"), [(True, 0.125, 0.0625), (False, 0.125, 0.0), (True, 0.0, 0.01)]
+)
+def test_a_carried_over_step_by_hand(asked, measured_s, regularizer_s):
+    """Layers whose prediction is 0 on either side take the ratio of the whole pass: 0.6 / 0.3 and 0.5 / 0.4 s.
+
+    What is left of the measured step beside its parts, 0.125 s, stays. The penalty takes 0.01 / 0.02 as long, or what
+    is predicted where it was not measured.
+    """
+    measured = [(1.0, 2.0), (0.5, 1.0), (0.25, 0.4)]
+    layers = tuple(
+        LayerProfile(layer=name, forward_s=f, backward_s=b) for name, (f, b) in zip("abc", measured, strict=True)
+    )
+    shape = {"op": "o", "in_channels": 1, "out_channels": 1, "input_shapes": ((1, 1, 1),), "output_shape": (1, 1, 1)}
+    network = Network(
+        name="n",
+        input_shape=(1, 1, 1),
+        num_classes=1,
+        layers=tuple(Layer(name=name, kind=LayerKind.CONV, **shape) for name in "abc"),
+        edges=(),
+        parameters=(),
+    )
+    profile = msgspec.structs.replace(
+        PROFILE,
+        architecture=network.id,
+        layers=layers,
+        forward_s=1.75,
+        backward_s=3.4,
+        optimizer_s=0.25,
+        regularizer_s=measured_s,
+        step_s=5.525 + measured_s,
+    )
+    here = made([(0.1, 0.2), (0.0, 0.1), (0.2, 0.1)], optimizer_s=0.01, regularizer_s=0.02, overhead_s=0.3)
+    there = made([(0.3, 0.2), (0.3, 0.3), (0.0, 0.0)], optimizer_s=0.05, regularizer_s=0.01, overhead_s=0.9)
+    step = scaled_step(network, profile, here=here, there=there, regularizer=asked)
+    assert [t.forward_s for t in step.layers] == pytest.approx([3.0, 1.0, 0.5])
+    assert [t.backward_s for t in step.layers] == pytest.approx([2.0, 3.0, 0.5])
+    assert (step.optimizer_s, step.regularizer_s) == pytest.approx((1.25, regularizer_s))
+    assert step.overhead_s == pytest.approx(0.125)
+    total_s = 10.0 + 1.25 + 0.125 + regularizer_s
+    assert (step.low_s, step.high_s) == pytest.approx((total_s / 2, 2 * total_s))
+    assert {step.tier, *(t.tier for t in step.layers)} == {Tier.SCALED}
+
+
+def tier_of(profile, device, *, source=A100, regularizer=None, precision=Precision.FP32):
+    setting = StepSetting(batch=64, precision=precision, regularizer=regularizer)
+    known = Measurements(profiles=(profile,), source_device=source)
+    return step_time(NETWORK, device, setting, measurements=known).tier
+
+
+def test_a_profile_without_the_penalty_measures_no_step_with_it():
+    bare = msgspec.structs.replace(PROFILE, regularizer_s=0.0)
+    assert tier_of(bare, A100) is Tier.MEASURED
+    assert tier_of(bare, A100, regularizer="group_lasso") is Tier.SCALED
+
+
+def test_a_profile_in_a_precision_that_its_device_cannot_have_is_carried_nowhere():
+    half = profile_of(NETWORK, batch=64, device=device_info(), precision=Precision.BF16)
+    assert tier_of(half, load_device("h100"), precision=Precision.BF16) is Tier.SCALED
+    assert tier_of(half, A100, source=V100, precision=Precision.BF16) is Tier.DATASHEET
+    assert tier_of(PROFILE, A100, precision=Precision.BF16) is Tier.DATASHEET
+
+
+def test_a_step_in_passes_is_that_many_of_a_part_of_the_mini_batch():
+    one, four = (step_time(NETWORK, A100, StepSetting(batch=n, passes=k)) for n, k in ((16, 1), (62, 4)))
+    assert four.forward_s == pytest.approx(4 * one.forward_s)
+    assert (four.passes, four.optimizer_s) == (4, pytest.approx(one.optimizer_s))
+
+
+def test_what_no_device_can_do_is_refused():
+    with pytest.raises(UsageError, match="mini-batch 0 is not positive"):
+        step_time(NETWORK, A100, fp32(0))
+    assert step_time(NETWORK, A100, fp32(1)).compute_s > 0
+    with pytest.raises(UsageError, match="v100-sxm2-32gb does not support bf16; it supports fp16, fp32"):
+        step_time(NETWORK, V100, StepSetting(batch=1, precision=Precision.BF16))
+    with pytest.raises(UnknownNameError, match="unknown optimizer 'lion'"):
+        step_time(NETWORK, A100, StepSetting(batch=1, optimizer="lion"))

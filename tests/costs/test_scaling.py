@@ -13,13 +13,15 @@ from ptsim.costs.scaling import among, contention_of, hook_seconds, load_scaling
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import StepTime
 from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.spec import Cluster, Link, LinkKind
 
 
 def test_one_gpu_and_cpus_have_no_hooks() -> None:
     cluster = load_cluster("dgx-a100")
     assert hook_seconds(cluster, 1) == 0
     assert hook_seconds(msgspec.structs.replace(cluster, library="gloo"), 2) == 0
-    assert hook_seconds(cluster, 8) == hook_seconds(cluster, 64) == load_scaling().tensor_s > 0
+    assert {hook_seconds(cluster, num_gpus) for num_gpus in (2, 8, 64)} == {load_scaling().tensor_s}
+    assert load_scaling().tensor_s > 0
 
 
 def test_overlap_gains_nothing_over_pcie_and_the_network_decides_between_nodes() -> None:
@@ -39,6 +41,9 @@ def test_the_interval_of_a_measured_step_gets_the_spread_of_many_gpus_by_squares
     assert widened(1.0, 0.9, 1.1, Tier.PROFILED, cluster, 1) == (0.9, 1.1)
     assert widened(1.0, 0.9, 1.1, Tier.PROFILED, msgspec.structs.replace(cluster, library="gloo"), 8) == (0.9, 1.1)
     assert widened(1.0, 0.9, 1.1, Tier.DATASHEET, cluster, 8) == (0.9, 1.1)
+    assert widened(0.0, 0.5, 1.1, Tier.PROFILED, cluster, 8) == (0.5, 1.1)
+    assert widened(1.0, 0.0, 1.1, Tier.PROFILED, cluster, 8) == (0.0, 1.1)
+    assert widened(1.0, math.exp(-0.4), math.exp(0.3), Tier.SCALED, cluster, 2) == (low, high)
 
 
 def test_a_step_from_the_data_sheet_has_its_own_interval_among_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,3 +59,21 @@ def test_a_step_from_the_data_sheet_has_its_own_interval_among_many_gpus(monkeyp
     assert among(step, cluster, 1) == step
     measured = msgspec.structs.replace(step, tier=Tier.MEASURED)
     assert among(measured, cluster, 8) == measured
+    for nothing in ({"low_s": 0.0}, {"optimizer_s": 0.0}):  # no ratio to take the logarithm of
+        empty = msgspec.structs.replace(step, **nothing)
+        assert among(empty, cluster, 8) == empty
+    assert among(step, cluster, 2) == among_many
+
+
+def test_a_link_of_no_fitted_kind_contends_as_the_others_do() -> None:
+    measured = Link(name="l", bandwidth_bytes_per_s=1e9)
+    pcie = msgspec.structs.replace(measured, kind=LinkKind.PCIE)
+    other = load_scaling().contention["other"]
+    for intra, inter, gpus, expected in (
+        (measured, None, 2, other),
+        (pcie, measured, 2, 1.0),
+        (pcie, measured, 5, other),
+        (measured, pcie, 5, 1.0),
+    ):
+        cluster = Cluster(name="c", device=None, gpus_per_node=4, intra=intra, inter=inter)
+        assert contention_of(cluster, gpus) == expected

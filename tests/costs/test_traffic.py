@@ -186,3 +186,68 @@ def test_the_regularizer_touches_no_depthwise_and_no_batch_norm_weight() -> None
 def test_a_mini_batch_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="positive"):
         moved_by(network().layers[0], batch=0)
+
+
+LESS = ELEMENTS // 4  # of an output of 16 × 4 × 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "op", "forward", "backward"),
+    [
+        (LayerKind.ACTIVATION, "glu", 4 * (ELEMENTS + LESS), 4 * 3 * ELEMENTS),  # dy, what was kept, dx
+        (LayerKind.POOL, "avg_pool2d", 4 * (ELEMENTS + LESS), 4 * (ELEMENTS + LESS)),
+        (LayerKind.POOL, "max_pool2d", 4 * (ELEMENTS + LESS) + 8 * LESS, 4 * (ELEMENTS + LESS) + 8 * LESS),
+        (LayerKind.DROPOUT, "dropout", 4 * (ELEMENTS + LESS) + LESS, 4 * (ELEMENTS + LESS) + LESS),
+        (LayerKind.RESHAPE, "pad", 4 * 2 * LESS, 4 * 2 * LESS),
+        (LayerKind.CONCAT, "cat", 4 * 2 * LESS, 0),
+        (LayerKind.NORM, "group_norm", 4 * 2 * LESS, 4 * 4 * LESS),
+        (LayerKind.BATCH_NORM, "batch_norm", 4 * 3 * ELEMENTS, 4 * 5 * ELEMENTS),
+        (LayerKind.ELEMENTWISE, "exp", 4 * (ELEMENTS + LESS), 4 * (2 * ELEMENTS + LESS)),
+        (LayerKind.ELEMENTWISE, "mul", 4 * (ELEMENTS + LESS), 4 * (2 * ELEMENTS + LESS)),  # by a number
+        (LayerKind.ELEMENTWISE, "sub", 4 * (ELEMENTS + LESS), 0),
+        (LayerKind.ELEMENTWISE, "rsub", 4 * (ELEMENTS + LESS), 0),
+        (LayerKind.OTHER, "interpolate", 4 * (ELEMENTS + LESS), 4 * (ELEMENTS + LESS)),
+    ],
+)
+def test_every_operand_is_read_and_every_result_written(kind: LayerKind, op: str, forward: int, backward: int) -> None:
+    """A pooling's 8-byte positions and a dropout's 1-byte mask are written forward and read backward."""
+    moved = moved_by(layer(kind, op, output_shape=(16, 4, 4)), batch=3)
+    assert (moved.forward_bytes, moved.backward_bytes) == (3 * forward, 3 * backward)
+
+
+def test_a_frozen_layer_on_images_runs_forward_alone_and_one_that_learns_backward_too() -> None:
+    first = layer(LayerKind.BATCH_NORM, "batch_norm", input_needs_gradient=False)
+    assert moved_by(first, batch=1).backward_bytes == 0
+    learns = layer(LayerKind.BATCH_NORM, "batch_norm", input_needs_gradient=False, num_parameters=32)
+    assert moved_by(learns, batch=1).backward_bytes == 4 * 5 * ELEMENTS
+    frozen = layer(
+        LayerKind.BATCH_NORM, "b", input_needs_gradient=False, num_parameters=32, weight_needs_gradient=False
+    )
+    assert moved_by(frozen, batch=1).backward_bytes == 0
+
+
+def test_weights_that_batch_norm_normalises_are_no_images() -> None:
+    standardised = layer(LayerKind.BATCH_NORM, "batch_norm", once=True)
+    whole = network()
+    more = Network(
+        name="n", input_shape=(16, 8, 8), num_classes=2, layers=(*whole.layers, standardised), edges=(), parameters=()
+    )
+    assert batch_norm_bytes(more) == batch_norm_bytes(whole)
+
+
+def test_an_update_moves_as_many_values_as_its_row_says_for_every_gradient() -> None:
+    """SGD with momentum and weight decay 6 + 5, without momentum 6; a parameter without gradient is not touched."""
+    elements = 2304 + 144 + 32
+    idle = Parameter(name="idle", layer="", shape=(1000,))
+    whole = network()
+    more = Network(
+        name="n",
+        input_shape=(16, 8, 8),
+        num_classes=2,
+        layers=whole.layers,
+        edges=whole.edges,
+        parameters=(*whole.parameters, idle),
+    )
+    assert update_traffic(more) == update_traffic(more, OPTIMIZERS.find("sgd")) == 11 * 4 * elements
+    assert update_traffic(more, momentum=0.0) == 6 * 4 * elements
+    assert update_traffic(more, "adam") == 21 * 4 * elements

@@ -53,6 +53,25 @@ def test_utilisation_is_the_flops_over_what_the_gpus_could_do(facts: Facts) -> N
     assert projection.mfu_fraction == pytest.approx(expected)
 
 
+def test_utilisation_counts_what_runs_once_in_every_pass_of_every_gpu(facts: Facts) -> None:
+    trace = facts.traces[0]
+    network = trace.network_of(trace.epochs[0])
+    *layers, last = network.layers
+    once = msgspec.structs.replace(last, once=True, forward_macs=10**9)
+    epochs = tuple(msgspec.structs.replace(epoch, passes=4) for epoch in trace.epochs)
+    changed = msgspec.structs.replace(
+        trace,
+        epochs=epochs,
+        networks={epochs[0].architecture: msgspec.structs.replace(network, layers=(*layers, once))},
+    )
+    projection = Projector(load_cluster("dgx-a100"), Options()).run(changed, 8)
+    macs = 3 * (network.forward_macs - last.forward_macs) - network.layer("conv1").forward_macs
+    total = macs * sum(epoch.num_images for epoch in epochs)
+    total += 3 * 10**9 * 4 * 8 * sum(epoch.num_iterations for epoch in projection.epochs)
+    steps_s = sum(epoch.total_s for epoch in projection.epochs)
+    assert projection.mfu_fraction == pytest.approx(2 * total / (19.5e12 * 8 * steps_s))
+
+
 def test_break_even_has_the_headlines_point_in_every_lever(facts: Facts) -> None:
     frame = facts.break_even
     assert list(dict.fromkeys(frame.lever)) == ["GPUs", "bandwidth", "mini-batch"]

@@ -1,0 +1,161 @@
+"""What measured operators say of others: looked up, in proportion to what one does, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+
+from ptsim.costs.interpolation import Estimate, Interpolator, convolution_form
+from ptsim.hardware.profile import Operator, OperatorSetting, OperatorTime
+from ptsim.network import LayerKind, Precision
+
+FP32, BF16 = (
+    OperatorSetting(precision=precision, memory_format="contiguous") for precision in (Precision.FP32, Precision.BF16)
+)
+
+
+def relu(batch: int = 8, *, channels: int = 16, inplace: bool = False) -> Operator:
+    shape = (channels, 8, 8)
+    return Operator(
+        kind=LayerKind.ACTIVATION, op="relu", setting=FP32, batch=batch, inputs=(shape,), output=shape, inplace=inplace
+    )
+
+
+def conv(inputs: int, outputs: int, *, size: int = 1, batch: int = 1, kernel: int = 3, **changes: object) -> Operator:
+    plain = Operator(
+        kind=LayerKind.CONV,
+        op="conv2d",
+        setting=FP32,
+        batch=batch,
+        inputs=((inputs, size, size),),
+        output=(outputs, size, size),
+        kernel=(kernel, kernel),
+    )
+    return msgspec.structs.replace(plain, **changes)
+
+
+def linear(inputs: int, outputs: int, *, batch: int, setting: OperatorSetting = FP32) -> Operator:
+    return Operator(
+        kind=LayerKind.LINEAR, op="linear", setting=setting, batch=batch, inputs=((inputs,),), output=(outputs,)
+    )
+
+
+def took(operator: Operator, forward_s: float, backward_s: float | None = None, **more: float | str) -> OperatorTime:
+    return OperatorTime(operator=operator, forward_s=forward_s, backward_s=backward_s, **more)
+
+
+def known(*times: OperatorTime, setting: OperatorSetting = FP32) -> Interpolator:
+    return Interpolator(times, setting)
+
+
+def test_what_was_measured_is_looked_up_and_the_step_counts_before_the_loop() -> None:
+    inside, alone = took(relu(), 2.0, 3.0, context="step"), took(relu(), 5.0, 7.0, context="alone")
+    for times in ((inside, alone), (alone, inside)):
+        for which, seconds in (("forward", 2.0), ("backward", 3.0)):
+            found = known(*times).estimate(relu(), which)
+            assert (found.seconds, found.log_error) == (seconds, 0.0)
+
+
+def test_a_first_layer_takes_the_time_of_the_weights_gradient_alone() -> None:
+    first = conv(16, 16, input_needs_gradient=False)
+    measured = known(took(conv(16, 16), 1.0, 5.0, weight_gradient_s=2.0))
+    assert measured.estimate(first, "backward").seconds == 2.0
+    assert measured.estimate(conv(16, 16), "backward").seconds == 5.0
+    assert known(took(conv(16, 16), 1.0, 5.0)).estimate(first, "backward") is None
+    assert known(took(first, 1.0, 4.0, weight_gradient_s=2.0)).estimate(first, "backward").seconds == 4.0
+
+
+def test_an_operator_without_a_backward_pass_takes_none() -> None:
+    assert known(took(relu(), 1.0)).estimate(relu(), "backward") == Estimate(seconds=0.0, log_error=0.0, family=())
+    assert known(took(relu(), 1.0)).estimate(relu(batch=9), "backward") is None
+
+
+def test_nothing_is_said_of_other_kinds_and_settings() -> None:
+    measured = known(took(relu(), 1.0, 2.0))
+    assert measured.estimate(conv(16, 16), "forward") is None
+    assert known(took(relu(), 1.0, 2.0), setting=BF16).estimate(relu(), "forward") is None
+
+
+@pytest.mark.parametrize(
+    ("measured", "asked", "ratio"),
+    [
+        # Bytes decide: 4 an element of input and output.
+        (relu(8), relu(24), 3.0),
+        (relu(8), relu(8, channels=40), 2.5),
+        # Weights have 4 bytes whatever the activations have. 1,000 · 2,000 · 4 = 8 MB grow, 4 MB do not.
+        (linear(1000, 1000, batch=1000), linear(1000, 1000, batch=2000), 20 / 12),
+        (linear(1000, 1000, batch=1000, setting=BF16), linear(1000, 1000, batch=2000, setting=BF16), 12 / 8),
+        (linear(4096, 1000, batch=1), linear(4096, 2000, batch=1), (6096 + 8_192_000) / (5096 + 4_096_000)),
+        (conv(512, 512), conv(512, 256), (768 + 9 * 256 * 512) / (1024 + 9 * 512 * 512)),
+        (
+            conv(512, 512, groups=4),
+            conv(512, 512, groups=2),
+            (1024 + 9 * 512 * 256) / (1024 + 9 * 512 * 128),
+        ),
+        # Products decide where there are more than 1,000 a byte.
+        (linear(2**14, 2**14, batch=2**14), linear(2**14, 2**13, batch=2**14), 0.5),
+        (conv(2048, 2048, size=64, batch=64), conv(2048, 1024, size=64, batch=64), 0.5),
+        (conv(2048, 2048, size=64, batch=64), conv(2048, 2048, size=32, batch=64), 0.25),
+        (conv(2048, 2048, size=64, batch=64), conv(2048, 2048, size=64, batch=64, kernel=1), 1 / 9),
+        (conv(4096, 4096, size=64, batch=64, groups=2), conv(4096, 4096, size=64, batch=64, groups=4), 0.5),
+    ],
+)
+def test_one_operator_speaks_for_its_kind_in_proportion_and_within_a_factor_of_two(
+    measured: Operator, asked: Operator, ratio: float
+) -> None:
+    found = known(took(measured, 3.0), setting=measured.setting).estimate(asked, "forward")
+    assert found.seconds == pytest.approx(3.0 * ratio)
+    assert found.log_error == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(("count", "sure"), [(4, False), (5, True)])
+def test_more_than_four_operators_tell_how_sure_they_are(count: int, sure: bool) -> None:
+    """In exact proportion to their bytes; measured again they tell nothing new."""
+    times = [took(relu(2**k), 1e-3 * 2**k) for k in range(count)]
+    found = known(*times, *times).estimate(relu(3), "forward")
+    assert found.seconds == pytest.approx(3e-3, rel=1e-3)
+    assert (found.log_error < 0.01) is sure
+    assert sure or found.log_error == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("operators", "asked", "width"),
+    [
+        ([conv(16, 8 + k) for k in range(24)], conv(16, 64), 3),
+        ([conv(16, 8 + k) for k in range(23)], conv(16, 64), 1),
+        ([conv(16, 8 + k) for k in range(24)], conv(16, 64, kernel=5), 1),
+        ([conv(16, 8 + k) for k in range(24)], conv(16, 64, stride=(2, 2)), 1),
+        ([conv(16, 8 + k) for k in range(24)], conv(16, 64, dilation=(2, 2)), 1),
+        ([relu(2**k) for k in range(8)], relu(3), 3),
+        ([relu(2**k) for k in range(7)], relu(3), 1),
+        ([relu(2**k, inplace=k % 2 == 0) for k in range(8)], relu(3), 2),
+    ],
+)
+def test_a_family_is_as_narrow_as_has_enough_operators(operators: list[Operator], asked: Operator, width: int) -> None:
+    """24 convolutions of the same kernel, stride and dilation, 8 of the same element-wise operator; else its kin."""
+    assert len(known(*(took(o, 1e-3 * o.batch) for o in operators)).estimate(asked, "forward").family) == width
+
+
+def test_a_neighbour_of_an_odd_operator_is_odd_and_what_is_far_from_all_is_unsure() -> None:
+    """In proportion to their bytes but for one, whose neighbour takes after it."""
+    times = [took(relu(2**k), 1e-3 * 2**k * (3.0 if k == 5 else 1.0)) for k in range(10)]
+    near, other, far = (known(*times).estimate(relu(batch), "forward") for batch in (33, 480, 2**20))
+    assert near.seconds / 33e-3 > 1.4 * other.seconds / 480e-3
+    assert 0 < near.log_error < far.log_error
+
+
+@pytest.mark.parametrize(
+    ("groups", "channels", "form"),
+    [(1, 16, "dense"), (1, 1, "dense"), (4, 16, "grouped"), (16, 16, "depthwise"), (2, 2, "depthwise")],
+)
+def test_the_form_of_a_convolution(groups: int, channels: int, form: str) -> None:
+    assert convolution_form(groups, channels) == form
+
+
+def test_dense_convolutions_say_nothing_of_grouped_ones() -> None:
+    measured = known(took(conv(16, 16), 1.0))
+    assert measured.estimate(conv(16, 32), "forward") is not None
+    assert measured.estimate(conv(16, 16, groups=4), "forward") is None
+    assert measured.estimate(conv(16, 16, op="conv_transpose2d"), "forward") is None
