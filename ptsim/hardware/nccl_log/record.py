@@ -65,8 +65,8 @@ def with_nodes(log: NcclLog, num_nodes: int | None = None, gpus_per_node: int | 
     if num_nodes is None:
         raise FileFormatError(
             log.path,
-            f"has neither a whole list of devices with a name for each node nor the line that launched it, so on how "
-            f"many nodes its {log.num_gpus} GPUs were is unknown",
+            f"does not list its devices node by node, nor the line that launched it, so on how many nodes its "
+            f"{log.num_gpus} GPUs were is unknown",
             hint="--nodes N says it, or --base CLUSTER, whose nodes have a size",
         )
     if not 1 <= num_nodes <= log.num_gpus:

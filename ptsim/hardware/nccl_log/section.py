@@ -289,7 +289,7 @@ def _fitting(path: Path, rows: list[Row], implied: int, line: int) -> int:
     found = [num for num in range(max(2, implied // 2), 2 * implied + 1) if fits(num)]
     if len(found) > 1:
         problem = f"has no device list ('# Rank 0 …'), and its bandwidths fit {found[0]} to {found[-1]} GPUs"
-        raise FileFormatError(path, problem, line=line)
+        raise FileFormatError(path, problem, line=line, hint="keep the lines '# Rank …' that nccl-tests prints first")
     return found[0] if found else implied
 
 
