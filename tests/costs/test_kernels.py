@@ -31,6 +31,14 @@ def convolution(in_channels=64, out_channels=128, kernel=3, stride=1, size=8, gr
     )
 
 
+def on_16_channels(kind, op, *shapes, **changes):
+    """An operator without a kernel size whose output has 16 channels of 8×8."""
+    layer = Layer(
+        name=op, kind=kind, op=op, in_channels=16, out_channels=16, input_shapes=shapes, output_shape=(16, 8, 8)
+    )
+    return msgspec.structs.replace(layer, **changes)
+
+
 @pytest.mark.parametrize(("kernel", "stride", "groups"), [(1, 1, 1), (3, 1, 1), (3, 2, 1), (7, 2, 1), (3, 1, 8)])
 def test_every_pass_of_a_convolution_multiplies_as_often_as_the_forward_pass(kernel, stride, groups):
     layer = convolution(kernel=kernel, stride=stride, groups=groups)
@@ -41,15 +49,7 @@ def test_every_pass_of_a_convolution_multiplies_as_often_as_the_forward_pass(ker
 def test_the_gradient_of_a_product_that_was_broadcast_is_a_product_and_a_sum():
     # y = s · x of a squeeze-and-excitation block: dx = s · dy reads dy and writes dx; ds = Σ x · dy reads both, writes
     # their product and reads it again.
-    layer = Layer(
-        name="mul",
-        kind=LayerKind.ELEMENTWISE,
-        op="mul",
-        in_channels=16,
-        out_channels=16,
-        input_shapes=((16, 1, 1), (16, 8, 8)),
-        output_shape=(16, 8, 8),
-    )
+    layer = on_16_channels(LayerKind.ELEMENTWISE, "mul", (16, 1, 1), (16, 8, 8))
     network = Network(name="n", input_shape=(16, 8, 8), num_classes=1, layers=(layer,), edges=(), parameters=())
     kernels = network_kernels(
         network, StepSetting(batch=2, precision=Precision.FP32, memory_format="contiguous"), tensor_cores=False
@@ -372,15 +372,7 @@ def test_the_products_of_a_dense_layer_and_their_operands(layer, expected):
 
 def test_gradients_of_three_readers_are_added_twice():
     """A ReLU of 1,024 elements, 2 images: 3 accesses of its own backward pass, and 3 for each of two additions."""
-    relu = Layer(
-        name="relu",
-        kind=LayerKind.ACTIVATION,
-        op="relu",
-        in_channels=16,
-        out_channels=16,
-        input_shapes=((16, 8, 8),),
-        output_shape=(16, 8, 8),
-    )
+    relu = on_16_channels(LayerKind.ACTIVATION, "relu", (16, 8, 8))
     readers = [msgspec.structs.replace(relu, name=f"r{i}") for i in range(3)]
     network = msgspec.structs.replace(
         chain(relu), layers=(relu, *readers), edges=tuple(("relu", reader.name) for reader in readers)
@@ -399,16 +391,7 @@ def test_gradients_of_three_readers_are_added_twice():
     [(((16, 8, 8), (16, 8, 8)), 0, 2), (((16, 1, 1), (16, 8, 8)), 0, 3), (((16, 8, 8),), 16, 3)],
 )
 def test_a_factor_that_was_broadcast_is_summed_by_one_more_kernel(shapes, parameters, launches):
-    layer = Layer(
-        name="mul",
-        kind=LayerKind.ELEMENTWISE,
-        op="mul",
-        in_channels=16,
-        out_channels=16,
-        input_shapes=shapes,
-        output_shape=(16, 8, 8),
-        num_parameters=parameters,
-    )
+    layer = on_16_channels(LayerKind.ELEMENTWISE, "mul", *shapes, num_parameters=parameters)
     kernels = network_kernels(chain(layer), StepSetting(batch=2), tensor_cores=False)
     assert kernels.launches.tolist() == [1, launches]
 
