@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ptsim.network import LayerKind
+from ptsim.network import Layer, LayerKind
+
+# What pruning leaves where it removed a layer, and at the end of a residual branch that it removed.
+PLACEHOLDER, BRANCH_CONSTANT = "placeholder", "branch_constant"
 
 _OPS: dict[LayerKind, str] = {
     LayerKind.CONV: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
@@ -60,3 +63,8 @@ _SPELLING = {
 def usual_name(op: str) -> str:
     """The one spelling that ptsim uses of an operator's name in lower case."""
     return _SPELLING.get(op, op)
+
+
+def constant_axis(layer: Layer) -> int:
+    """The channels' axis in the output of a branch's constant: (C, H, W) of each image is 0, (1, C, 1, 1) for all 1."""
+    return len(layer.output_shape) - len(layer.input_shapes[0])

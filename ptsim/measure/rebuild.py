@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from ptsim.capture.network import layer_names, training_graph
 from ptsim.errors import UnsupportedModelError
 from ptsim.hardware.profile import Operator, OperatorSetting, operator_of
-from ptsim.network import LayerKind, Network, Precision
+from ptsim.network import Layer, LayerKind, Network, Precision, Shape
+from ptsim.operators import BRANCH_CONSTANT, PLACEHOLDER, constant_axis
 
 _ACTIVATIONS: dict[str, Callable[[bool], nn.Module]] = {
     "relu": lambda inplace: nn.ReLU(inplace=inplace),
@@ -61,6 +62,54 @@ class Call:
     def positional(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """All arguments, for tensors or graph nodes."""
         return ((tuple(values),) if self.packed else tuple(values)) + self.arguments
+
+
+class _NoChannels(nn.Module):
+    """Stands where a layer was removed: an output of its size without a channel."""
+
+    ptsim_leaf, ptsim_kind, ptsim_op = True, "reshape", PLACEHOLDER
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, …) → (N, *shape), which has no element."""
+        return x.new_empty((len(x), *self.shape))
+
+    def ptsim_labels(self, state: Any, path: str, x: Tensor, value: Tensor) -> Tensor:
+        """No channel comes out."""
+        return torch.empty((1, 0) + (1,) * (value.ndim - 2), dtype=torch.int64)
+
+
+class _BranchConstant(nn.Module):
+    """Ends a residual branch that was removed: a constant per channel, made of the parameters that are left."""
+
+    ptsim_leaf, ptsim_kind, ptsim_op = True, "reshape", BRANCH_CONSTANT
+
+    def __init__(self, layer: Layer, num_parameters: int) -> None:
+        super().__init__()
+        self.shape, axis = layer.output_shape, constant_axis(layer)
+        self.shared, width = axis == 1, self.shape[axis]
+        self.constants = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(num_parameters))
+        self.register_buffer("template", torch.zeros(width), persistent=False)
+        self.template: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, …) → (N, *shape), or the shape alone where all images share it."""
+        constant = self.template.to(x.dtype)
+        for parameter in self.constants:
+            constant = constant + parameter
+        if self.shared:
+            return constant.view(self.shape)
+        return constant.view(1, -1, *(1,) * (len(self.shape) - 1)).expand((len(x), *self.shape)).clone()
+
+    def ptsim_labels(self, state: Any, path: str, x: Tensor, value: Tensor) -> Tensor:
+        """Its own channels come out."""
+        slots: Tensor = state.axis(f"{path}.template", 0, len(self.template))
+        for parameter in self.constants:
+            state.bind(parameter, slots)
+        return slots.view(1, -1, *(1,) * (value.ndim - 2))
 
 
 def build_operator(operator: Operator) -> nn.Module | Call:
@@ -149,7 +198,7 @@ def rebuild(network: Network) -> tuple[fx.GraphModule, Network]:
                 f"{network.name} cannot be rebuilt: layer {layer.name} has {len(layer.input_shapes)} inputs, "
                 f"{len(inputs)} of them are connected"
             )
-        operation = build_operator(operator_of(layer, batch=1, setting=setting))
+        operation = _left_by_pruning(network, layer) or build_operator(operator_of(layer, batch=1, setting=setting))
         if isinstance(operation, Call):
             nodes[layer.name] = graph.call_function(operation.function, operation.positional(inputs))
         else:
@@ -163,6 +212,15 @@ def rebuild(network: Network) -> tuple[fx.GraphModule, Network]:
     module = fx.GraphModule(root, graph)
     module.train()
     return module, _as_traced(network, module)
+
+
+def _left_by_pruning(network: Network, layer: Layer) -> nn.Module | None:
+    """What stands for a layer that pruning has removed; None for any other."""
+    if layer.op == PLACEHOLDER:
+        return _NoChannels(layer.output_shape)
+    if layer.op == BRANCH_CONSTANT:
+        return _BranchConstant(layer, sum(parameter.layer == layer.name for parameter in network.parameters))
+    return None
 
 
 def _as_traced(network: Network, module: fx.GraphModule) -> Network:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptsim.operators import BRANCH_CONSTANT, PLACEHOLDER
 from ptsim.prune.labels import State
 
 
@@ -25,7 +26,7 @@ class Placeholder(nn.Module):
 
     ptsim_leaf = True
     ptsim_kind = "reshape"
-    ptsim_op = "placeholder"
+    ptsim_op = PLACEHOLDER
 
     def __init__(self, *, channel_dim: int, window: Sequence[Sequence[int]] = ()) -> None:
         """`window` has (kernel, stride, padding, dilation) per spatial axis; none if the layer keeps the size."""
@@ -85,7 +86,7 @@ class ConstantChannels(nn.Module):
 
     ptsim_leaf = True
     ptsim_kind = "reshape"
-    ptsim_op = "branch_constant"
+    ptsim_op = BRANCH_CONSTANT
 
     def __init__(
         self,

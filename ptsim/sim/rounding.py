@@ -10,6 +10,7 @@ import msgspec
 
 from ptsim.costs.walked import rescaled
 from ptsim.network import Layer, LayerKind, Network, Parameter
+from ptsim.operators import BRANCH_CONSTANT, constant_axis
 
 Shape = tuple[int, ...]
 
@@ -41,7 +42,10 @@ def rounded(network: Network, multiple: int) -> Network:
             grown = {network.layer(source).output_shape: new[source].output_shape for source in sources}
             shapes = [grown.get(shape, shape) for shape in layer.input_shapes]
         is_classifier = layer.name in products[-1:] and layer.out_channels == network.num_classes
-        new[layer.name] = _round_layer(layer, shapes, 1 if is_classifier else multiple)
+        if layer.op == BRANCH_CONSTANT:
+            new[layer.name] = _round_constant(layer, shapes, multiple)
+        else:
+            new[layer.name] = _round_layer(layer, shapes, 1 if is_classifier else multiple)
     parameters = tuple(
         _round_parameter(p, network.layer(p.layer), new[p.layer]) if p.layer else p for p in network.parameters
     )
@@ -93,6 +97,21 @@ def _round_layer(layer: Layer, inputs: Sequence[Shape], multiple: int) -> Layer:
     return msgspec.structs.replace(changed, num_parameters=_num_parameters(layer, changed))
 
 
+def _round_constant(layer: Layer, inputs: Sequence[Shape], multiple: int) -> Layer:
+    """The end of a removed branch: nothing flows in, and it is as wide as the stream that it is added to."""
+    axis = constant_axis(layer)
+    width = layer.output_shape[axis]
+    grown = _up(width, multiple)
+    output = (*layer.output_shape[:axis], grown, *layer.output_shape[axis + 1 :])
+    return msgspec.structs.replace(
+        layer,
+        input_shapes=tuple(inputs),
+        output_shape=output,
+        out_channels=output[0],
+        num_parameters=layer.num_parameters * grown // width,
+    )
+
+
 def _channels(shapes: Sequence[Shape]) -> int:
     return sum(shape[0] for shape in shapes if shape)
 
@@ -115,6 +134,8 @@ def _round_parameter(parameter: Parameter, old: Layer, new: Layer) -> Parameter:
 def _parameter_shape(shape: Shape, old: Layer, new: Layer) -> Shape:
     if not shape:  # one number, such as a gain
         return shape
+    if old.op == BRANCH_CONSTANT:
+        return (new.output_shape[constant_axis(new)],)
     if len(shape) == 1:
         return (new.out_channels,) if shape[0] == old.out_channels else shape
     axes = zip(shape, _first_axes(old), _first_axes(new), strict=False)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +9,14 @@ from ptsim.capture.network import capture_network
 from ptsim.errors import UnsupportedModelError
 from ptsim.hardware.profile import Operator, OperatorSetting
 from ptsim.measure.rebuild import build_operator, rebuild
-from ptsim.network import LayerKind, Precision
+from ptsim.network import Layer, LayerKind, Network, Parameter, Precision
+from ptsim.prune.criteria.group_lasso import GroupLasso
+from ptsim.prune.groups import find_groups
+from ptsim.sim.rounding import rounded
+from ptsim.trace.io import read_trace
 from tests.traces import residual_network
 
+ROOT = Path(__file__).parents[2]
 FP32 = OperatorSetting(precision=Precision.FP32, memory_format="contiguous")
 
 
@@ -51,6 +58,38 @@ def test_a_pool_that_rounds_up_is_recognised_by_its_output():
         stride=(2, 2),
     )
     assert build_operator(pool)(torch.rand(1, 4, 112, 112)).shape == (1, 4, 56, 56)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_a_network_whose_branches_were_removed_can_be_rebuilt_and_penalised(multiple):
+    trace = read_trace(ROOT / "traces" / "cifar10-resnet32" / "prunetrain-r0.25.jsonl")
+    network = rounded(trace.final_network, multiple)
+    assert {layer.op for layer in network.layers} >= {"placeholder", "branch_constant"}
+    module, renamed = rebuild(network)
+    assert module(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert sum(p.numel() for p in module.parameters()) == network.num_parameters
+    assert [layer.output_shape for layer in renamed.layers] == [layer.output_shape for layer in network.layers]
+    groups = find_groups(module, (3, 32, 32))
+    GroupLasso(module, groups).add_gradient(1e-3)
+    assert bool(groups.prunable.any())
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 4), (1, 5, 1, 1)])
+def test_a_branch_constant_has_the_shape_that_was_described(shape):
+    gone = Layer(
+        name="gone", kind=LayerKind.RESHAPE, op="placeholder", in_channels=3, out_channels=0,
+        input_shapes=((3, 4, 4),), output_shape=(0, 4, 4),
+    )  # fmt: skip
+    end = Layer(
+        name="end", kind=LayerKind.RESHAPE, op="branch_constant", in_channels=0, out_channels=shape[0],
+        input_shapes=((0, 4, 4),), output_shape=shape, num_parameters=5,
+    )  # fmt: skip
+    network = Network(
+        name="net", input_shape=(3, 4, 4), num_classes=2, layers=(gone, end), edges=(("gone", "end"),),
+        parameters=(Parameter(name="end.bias", layer="end", shape=(5,)),),
+    )  # fmt: skip
+    module, _ = rebuild(network)
+    assert module(torch.rand(2, 3, 4, 4)).shape == (shape if shape[0] == 1 else (2, *shape))
 
 
 def test_what_the_description_does_not_tell_is_refused():

@@ -11,6 +11,7 @@ from ptsim.capture.network import capture_network
 from ptsim.costs.memory import iteration_memory
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Layer, LayerKind, MemoryFormat, Precision
+from ptsim.prune.modules import ConstantChannels, Placeholder
 from ptsim.setting import StepSetting
 from ptsim.sim.rounding import rounded
 from tests.traces import NetworkBuilder, residual_network
@@ -196,3 +197,30 @@ def test_every_form_of_a_convolution_is_as_captured_with_those_widths(
         )  # fmt: skip
         assert (layer.input_shapes, layer.output_shape) == (other.input_shapes, other.output_shape)
         assert (layer.num_parameters, layer.forward_macs) == (other.num_parameters, other.forward_macs)
+
+
+class Shortened(nn.Module):
+    """A residual block whose branch is removed, between two convolutions."""
+
+    def __init__(self, width: int, *, full: bool) -> None:
+        super().__init__()
+        self.stem, self.gone = nn.Conv2d(3, width, 3, padding=1), Placeholder(channel_dim=1)
+        self.constant = ConstantChannels(width=width, full=full, norm=True, affine=True, tracked=True, offset=False)
+        self.last = nn.Conv2d(width, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.last(torch.relu(self.constant(self.gone(x)) + x))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_what_is_left_of_a_removed_branch_is_as_wide_as_its_stream(full: bool) -> None:
+    small, large = (
+        capture_network(Shortened(width, full=full), name="net", input_shape=(3, 8, 8), num_classes=2)
+        for width in (13, 16)
+    )
+    found = rounded(small, 8)
+    assert [layer.output_shape for layer in found.layers] == [layer.output_shape for layer in large.layers]
+    assert [layer.num_parameters for layer in found.layers] == [layer.num_parameters for layer in large.layers]
+    assert [parameter.shape for parameter in found.parameters] == [parameter.shape for parameter in large.parameters]
+    assert found.forward_macs == pytest.approx(large.forward_macs, rel=1e-3)
