@@ -17,6 +17,7 @@ _STEP_MARK, UPDATE_MARK, _BACKWARD = "ProfilerStep#", "Optimizer.step#", "autogr
 _SEQUENCE = "sequence number"
 _SHORTEST_STEP_S, _LONGEST_STEP_S = 1e-9, 86_400.0
 _ACCUMULATE = "torch::autograd::AccumulateGrad"
+_SCALE = "aten::_amp_update_scale_"  # ends the step of a GradScaler, with an update or without
 _WAITS = re.compile(r"(cuda|hip)(Device|Stream|Event)Synchronize")
 _TRANSFER = ("Memcpy HtoD", "Memcpy DtoH")  # copies between host and device, which compute nothing
 
@@ -106,12 +107,13 @@ def _windows(recording: Recording) -> list[Span]:
 def _joined(recording: Recording, windows: Sequence[Span]) -> list[Span]:
     """The windows with those of a step put together whose gradients add up: programs mark each of its passes, too.
 
-    A step ends with its update; a window without a backward pass (validation) belongs to none.
+    A step ends with its update, or where a GradScaler left it out; a window without a backward pass (validation)
+    belongs to none.
     """
     found: list[Span] = []
     begun: list[Span] = []
     for window in windows:
-        if _updates(recording, window):
+        if _updates(recording, window) or any(e.name == _SCALE for e in within(recording.host, window)):
             found.append((begun[0][0] if begun else window[0], window[1]))
             begun = []
         elif _backward(recording, window):

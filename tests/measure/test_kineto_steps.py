@@ -131,6 +131,16 @@ def test_passes_that_are_marked_one_by_one_are_one_step_up_to_the_update(tmp_pat
     assert found.optimizer_seconds == pytest.approx(0.5e-3)
 
 
+def test_a_step_whose_update_a_grad_scaler_leaves_out_is_no_pass_of_the_next(tmp_path: Path) -> None:
+    events = Events()
+    for index in range(3):
+        events.step(10.0 * index, 10.0 * index + 1, update=index > 0)
+        events.add("cpu_op", "aten::_amp_update_scale_", (10.0 * index + 1.6, 0.1))
+    steps = events.steps(tmp_path)
+    assert [step.passes for step in steps] == [1, 1]
+    assert ms(steps[0].step_s) == pytest.approx([10.0])
+
+
 @pytest.mark.parametrize(("cut_off", "ends"), [(False, 9), (True, 8)])
 def test_validation_between_two_steps_is_part_of_neither(tmp_path: Path, cut_off: bool, ends: float) -> None:
     """Its kernels run from 9 to 15 ms; the first step ends where they begin, and the next one begins at 20 ms.
