@@ -30,6 +30,7 @@ from ptsim.trace.schema import (
     Epoch,
     Reconfiguration,
     Run,
+    gone_share,
 )
 from ptsim.trace.trace import Trace, output_channels
 
@@ -327,8 +328,8 @@ def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step
                 train_accuracy=None,
                 validation_loss=None,
                 validation_accuracy=None,
-                channel_sparsity=_gone(output_channels(network), first_channels),
-                weight_sparsity=_gone(network.num_parameters, first_weights),
+                channel_sparsity=gone_share(output_channels(network), first_channels),
+                weight_sparsity=gone_share(network.num_parameters, first_weights),
                 measured_time=None,
                 measured_step=None,
                 allreduce_bytes=network.gradient_bytes * iterations if asked.gpus > 1 else 0,
@@ -356,11 +357,6 @@ def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step
             num_iterations=iterations * asked.epochs,
         ),
     )
-
-
-def _gone(left: int, first: int) -> float:
-    """The share that is no longer there; of nothing, nothing is gone."""
-    return 1 - left / first if first else 0.0
 
 
 def _run(asked: _Asked, trajectory: Trajectory) -> Run:

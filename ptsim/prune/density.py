@@ -78,8 +78,3 @@ def dense_counts(model: nn.Module, threshold: float = THRESHOLD) -> tuple[int, i
         channels += int((W.amax((2, 3)) >= threshold).sum())
         weights += int((threshold <= W).sum())
     return channels, weights
-
-
-def gone_share(dense: int, first: int) -> float:
-    """The fraction of `first` channels or weights that are not among the `dense` ones; 0 where there are none."""
-    return 1 - dense / first if first else 0.0

@@ -352,3 +352,8 @@ def _measured(value: T | None, what: str) -> T:
 
 
 AnyRecord = Run | Architecture | Profile | Epoch | Reconfiguration | Draw | End
+
+
+def gone_share(left: int, first: int) -> float:
+    """A sparsity: the fraction of `first` channels or weights that is not left; of nothing, nothing is gone."""
+    return 1 - left / first if first else 0.0

@@ -12,7 +12,7 @@ from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import UsageError
 from ptsim.network import LayerKind, Network
 from ptsim.setting import StepSetting, ToldPenalty, ToldUpdate
-from ptsim.trace.schema import Draw, End, Epoch, PenaltyCosts, Profile, Reconfiguration, Run
+from ptsim.trace.schema import Draw, End, Epoch, PenaltyCosts, Profile, Reconfiguration, Run, gone_share
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -178,8 +178,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             return msgspec.structs.replace(
                 epoch,
                 architecture=at(epoch.epoch),
-                channel_sparsity=1 - output_channels(network) / max(1, output_channels(dense)),
-                weight_sparsity=1 - network.num_parameters / max(1, dense.num_parameters),
+                channel_sparsity=gone_share(output_channels(network), output_channels(dense)),
+                weight_sparsity=gone_share(network.num_parameters, dense.num_parameters),
                 allreduce_bytes=epoch.num_iterations * network.gradient_bytes if epoch.world_size > 1 else 0,
             )
 

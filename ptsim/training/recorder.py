@@ -21,9 +21,9 @@ from ptsim.capture.network import capture_network
 from ptsim.errors import UsageError, on_one_line
 from ptsim.measure.nvml import open_meter
 from ptsim.network import MemoryFormat, Network, Precision
-from ptsim.prune.density import THRESHOLD, channel_maxima, checked_threshold, dense_counts, gone_share, layer_densities
+from ptsim.prune.density import THRESHOLD, channel_maxima, checked_threshold, dense_counts, layer_densities
 from ptsim.setting import as_plain, image_shape, positive_number, real_number
-from ptsim.trace.schema import AnyRecord, End, Epoch, Run
+from ptsim.trace.schema import AnyRecord, End, Epoch, Run, gone_share
 from ptsim.training.checkpoint import Totals
 from ptsim.training.distributed import CommunicationMeter, Team, current_team
 from ptsim.training.facts import (

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ptsim.errors import UsageError
-from ptsim.prune.density import channel_maxima, checked_threshold, dense_counts, gone_share, layer_densities
+from ptsim.prune.density import channel_maxima, checked_threshold, dense_counts, layer_densities
+from ptsim.trace.schema import gone_share
 
 
 def holding(layer: nn.Module, weight: list[list[float]]) -> nn.Module:

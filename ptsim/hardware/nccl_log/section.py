@@ -224,9 +224,11 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
         )
     if not listed and implied:
         implied = _fitting(path, section.rows, implied, row.line)
-    if not listed and implied and abs(2 * (implied - 1) / implied - busbw / algbw) > 0.03:
-        problem = f"has a bus bandwidth of {busbw / algbw:.3g} times the algorithm bandwidth, which no all-reduce has"
-        raise FileFormatError(path, problem, line=row.line)
+        if abs(2 * (implied - 1) / implied - busbw / algbw) > 0.03:
+            problem = (
+                f"has a bus bandwidth of {busbw / algbw:.3g} times the algorithm bandwidth, which no all-reduce has"
+            )
+            raise FileFormatError(path, problem, line=row.line)
     num = listed or implied
     if num is None:
         raise FileFormatError(path, "has no device list ('# Rank 0 …'), so the number of GPUs is unknown", line=1)
