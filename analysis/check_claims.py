@@ -83,9 +83,9 @@ def read_claims(path: Path = CLAIMS) -> tuple[Claim, ...]:
     return claims
 
 
-def recorded(name: str, root: Path, folder: str = "cifar10-resnet20") -> dict[str, float]:
-    """FLOPs, BatchNorm traffic and time of a run in `traces/FOLDER`, relative to its dense run."""
-    dense, run = (ptsim.read_trace(root / "traces" / folder / f"{n}.jsonl") for n in ("dense", name))
+def recorded(name: str, root: Path, folder: str = "cifar10-resnet20", beside: str = "dense") -> dict[str, float]:
+    """FLOPs, BatchNorm traffic and time of a run in `traces/FOLDER`, relative to the run recorded beside it."""
+    dense, run = (ptsim.read_trace(root / "traces" / folder / f"{n}.jsonl") for n in (beside, name))
 
     def totals(trace: ptsim.Trace) -> dict[str, float]:
         return {
@@ -125,9 +125,9 @@ def recorded_pair(root: Path) -> Figures:
     ]
 
 
-def recorded_saving(root: Path, *, folder: str, run: str) -> Figures:
+def recorded_saving(root: Path, *, folder: str, run: str, beside: str = "dense") -> Figures:
     """What was saved of the time for each part that was saved of the FLOPs."""
-    of = recorded(run, root, folder)
+    of = recorded(run, root, folder, beside)
     return [
         f"training FLOPs {percent(of['flops'])}, BatchNorm traffic {percent(of['bn'])}, "
         f"inference FLOPs {percent(of['inference'])}, time {percent(of['time'])} of dense",
@@ -147,6 +147,39 @@ def recorded_pace(root: Path, *, folder: str, run: str) -> Figures:
     mean_s = sum(step_s[epoch.architecture] for epoch in trace.epochs) / len(trace.epochs)
     profiled = percent(mean_s / step_s[trace.epochs[0].architecture])
     return [f"pruned {own[0]}, dense {own[1]}", f"by the profiles of its networks {profiled}"]
+
+
+def recorded_dynamic(root: Path, *, folder: str, run: str, beside: str) -> Figures:
+    """A growing mini-batch beside a fixed one: same pruning settings, other steps."""
+    of = recorded(run, root, folder, beside)
+    sizes = [epoch.batch_per_gpu for epoch in ptsim.read_trace(root / "traces" / folder / f"{run}.jsonl").epochs]
+    grown = " to ".join(str(size) for size in dict.fromkeys(sizes))
+    return [
+        f"mini-batch {grown}",
+        f"training FLOPs {percent(of['flops'])}, time {percent(of['time'])} of the fixed one's",
+        f"{percent(of['accuracy'], 1)} against {percent(of['dense'], 1)}",
+    ]
+
+
+def recorded_modes(root: Path, *, folder: str, gating: str, union: str) -> Figures:
+    """Gating beside union: FLOPs of the last network and of the run, of the unpruned network's; times."""
+    found, last_s = [], []
+    for mode, name in (("gating", gating), ("union", union)):
+        trace = ptsim.read_trace(root / "traces" / folder / f"{name}.jsonl")
+        networks = [trace.network_of(epoch) for epoch in trace.epochs]
+        images = sum(epoch.num_images for epoch in trace.epochs)
+        flops = sum(training_macs(n, images=e.num_images) for n, e in zip(networks, trace.epochs, strict=True))
+        inference = networks[-1].forward_macs / networks[0].forward_macs
+        whole = flops / training_macs(networks[0], images=images)
+        found.append(f"{mode}: inference FLOPs {percent(inference)}, training FLOPs {percent(whole)} of dense")
+        last_s.append(sum(epoch.time.wall_s for epoch in trace.epochs[-10:]) / 10)
+    of = recorded(gating, root, folder, union)
+    return [
+        *found,
+        f"time of gating {percent(of['time'])} of union's",
+        f"last ten epochs {last_s[0]:.0f} against {last_s[1]:.0f} s each",
+        f"{percent(of['accuracy'], 1)} against {percent(of['dense'], 1)}",
+    ]
 
 
 def recorded_layers(root: Path, *, folder: str, run: str) -> Figures:
@@ -402,6 +435,8 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "recorded-resnet32": partial(recorded_saving, **_RESNET32),
     "recorded-resnet32-pace": partial(recorded_pace, **_RESNET32),
     "recorded-resnet32-layers": partial(recorded_layers, **_RESNET32),
+    "recorded-dynamic": partial(recorded_dynamic, folder="cifar10-resnet32", run="batch-dynamic", beside="batch-fixed"),
+    "recorded-modes": partial(recorded_modes, folder="cifar10-resnet32", gating="mode-gating", union="mode-union"),
     "recorded-r03": recorded_r03,
     "recorded-gating": recorded_gating,
     "macs": macs,
