@@ -12,6 +12,7 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 from torch import fx, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import ptsim
@@ -198,6 +199,60 @@ def test_shared_and_frozen_layers_keep_their_backward_work() -> None:
     assert layer_macs(network.layer("3")).weight_gradient == 0
     assert layer_macs(network.layer("3")).input_gradient == 3 * 4 * 64
     assert [parameter.name for parameter in network.parameters] == ["5.bias", "5.weight", "0.weight"]
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.pool, self.head = nn.Conv2d(3, 4, 1), pool, nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.pool(self.conv(x)).mean((2, 3)))
+        return logits
+
+
+def unpooled(x: torch.Tensor) -> torch.Tensor:
+    x, places = functional.max_pool2d(x, 3, 2, return_indices=True)
+    return functional.max_unpool2d(x, places, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("pool", "op", "stride"),
+    [
+        (nn.LPPool2d(2, 3), "lp_pool2d", (3, 3)),
+        (lambda x: functional.lp_pool2d(x, 2.0, 3), "lp_pool2d", (3, 3)),
+        (lambda x: functional.lp_pool2d(x, 2.0, 3, 2), "lp_pool2d", (2, 2)),
+        (unpooled, "max_unpool2d", (2, 2)),
+    ],
+)
+def test_the_windows_of_a_pool_are_told_whatever_else_it_is_given(
+    pool: Callable[[torch.Tensor], torch.Tensor], op: str, stride: tuple[int, int]
+) -> None:
+    network = capture_network(Pooled(pool), name="p", input_shape=(3, 9, 9), num_classes=2)
+    assert [(layer.kernel_size, layer.stride) for layer in network.layers if layer.op == op] == [((3, 3), stride)]
+
+
+class Stated(nn.Module):
+    """A sum and a value that statements of their own write into a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, z = self.conv(x), self.other(x)
+        y.add_(x)
+        y[:, :, 1:] = z[:, :, 1:]
+        logits: torch.Tensor = self.head(torch.relu(y).mean((2, 3)))
+        return logits
+
+
+def test_what_a_statement_writes_into_a_tensor_comes_from_there_on_from_it() -> None:
+    network = capture_network(Stated(), name="s", input_shape=(3, 8, 8), num_classes=2)
+    assert set(network.edges) == {
+        ("conv", "add_"), ("add_", "relu"), ("other", "getitem"), ("getitem", "relu"), ("relu", "mean"),
+        ("mean", "head"),
+    }  # fmt: skip
 
 
 class Branching(nn.Module):
