@@ -75,11 +75,22 @@ def counter(model: nn.Module, images: torch.Tensor) -> FlopCountAnalysis:
     handles |= {f"aten::{op}": elementwise_flop_counter(1, 0) for op in _ONE_PER_INPUT.split()}
     handles |= {f"aten::{op}": None for op in _FREE.split()}
     handles["aten::scaled_dot_product_attention"] = _attention_macs
-    handles["aten::_convolution_mode"] = _named_padding_macs
+    handles["aten::_convolution_mode"] = _conv_macs
     handles["aten::einsum"] = _einsum_macs
+    handles["torchvision::deform_conv2d"] = _conv_macs  # as an ordinary one
+    handles |= {f"aten::{op}": _recurrent_macs for op in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
     handles["aten::baddbmm"] = lambda inputs, outputs: bmm_flop_jit(inputs[1:], outputs)
     analysis.set_op_handle(**handles)
     return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+
+
+def _recurrent_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Every matrix of weights once for each vector of each sequence; input, states, and the list of weights."""
+    sequences = get_shape(inputs[0])
+    assert sequences is not None, "torch makes a mini-batch of a single sequence"
+    weights = [get_shape(weight) for weight in inputs[2].node().inputs()]
+    matrices = sum(math.prod(shape) for shape in weights if shape is not None and len(shape) == 2)
+    return Counter(matmul=math.prod(sequences[:2]) * matrices)
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> float:
@@ -128,8 +139,8 @@ def _detached_copy(model: nn.Module) -> nn.Module:
     return copied(model, memo)
 
 
-def _named_padding_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """A convolution whose padding is a word ("same")."""
+def _conv_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """A convolution that is called with its input and its weight first."""
     x, weight, out = get_shape(inputs[0]), get_shape(inputs[1]), get_shape(outputs[0])
     return Counter(conv=conv_flop_count(x, weight, out))
 

@@ -263,7 +263,8 @@ def _decide(
     found = rehearsed(sparse, removals)
     if found is None and removals:
         working = tuple(r for r in removals if rehearsed(sparse, (r,)))
-        notes += [f"{r.constant}: the branch keeps a channel, its code needs one" for r in removals if r not in working]
+        why = "the branch keeps a channel, without it the code would fail or do another thing"
+        notes += [f"{r.constant}: {why}" for r in removals if r not in working]
         found = (rehearsed(sparse, working) if working else None) or rehearsed(sparse, ())
     if found is None:
         notes = ["channels that pass a reshape or split are kept: what is left would be mixed up"]

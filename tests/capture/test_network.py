@@ -232,6 +232,36 @@ def test_the_windows_of_a_pool_are_told_whatever_else_it_is_given(
     assert [(layer.kernel_size, layer.stride) for layer in network.layers if layer.op == op] == [((3, 3), stride)]
 
 
+class Reading(nn.Module):
+    """A convolution, and a recurrent layer that reads what is in the columns of 8 × 8 pixels."""
+
+    def __init__(self, reader: nn.RNNBase) -> None:
+        super().__init__()
+        self.conv, self.reader = nn.Conv2d(3, 7, 1), reader
+        self.head = nn.Linear(reader.hidden_size * (2 if reader.bidirectional else 1), 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states, _ = self.reader(self.conv(x).mean(2).transpose(1, 2))
+        logits: torch.Tensor = self.head(states.mean(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("reader", "macs"),
+    [
+        (nn.LSTM(7, 5, batch_first=True), 8 * 4 * 5 * (7 + 5)),
+        (nn.LSTM(7, 5, batch_first=True, bidirectional=True, bias=False), 2 * 8 * 4 * 5 * (7 + 5)),
+        (nn.GRU(7, 5, num_layers=2, batch_first=True), 8 * 3 * 5 * (7 + 5 + 5 + 5)),
+        (nn.RNN(7, 5, batch_first=True), 8 * 5 * (7 + 5)),
+    ],
+)
+def test_a_recurrent_layer_multiplies_with_its_weights_at_every_step(reader: nn.RNNBase, macs: int) -> None:
+    network = capture_network(Reading(reader), name="r", input_shape=(3, 8, 8), num_classes=2)
+    layer = network.layer("reader")
+    assert (layer.kind, layer.forward_macs) == (LayerKind.MATMUL, macs)
+    assert layer_macs(layer).training == 3 * macs
+
+
 class Stated(nn.Module):
     """A sum and a value that statements of their own write into a tensor."""
 

@@ -325,11 +325,15 @@ class WithContext(Chain):
         return self.last(y + self.context(x.mean((2, 3), keepdim=True)))
 
 
-class FrozenNorm(Chain):
-    """Keeps its BatchNorms in evaluation mode, as people do who fine-tune with few images."""
+class Short(Chain):
+    """A branch of two convolutions and a BatchNorm, which can go."""
 
     def branch(self, x: Tensor) -> Tensor:
         return self.after(self.three(torch.relu(self.one(x))))
+
+
+class FrozenNorm(Short):
+    """Keeps its BatchNorms in evaluation mode, as people do who fine-tune with few images."""
 
     def train(self, mode: bool = True) -> "FrozenNorm":
         super().train(mode)
@@ -365,8 +369,8 @@ class ByDtype(Chain):
         (NormOfPlaces, "one: every channel is sparse; one is kept"),
         (WithContext, "one: every channel is sparse; one is kept"),
         (FrozenNorm, "after: the branch keeps a channel, its BatchNorm stays in evaluation mode"),
-        (ByKind, "three: the branch keeps a channel, its code needs one"),
-        (ByDtype, "three: the branch keeps a channel, its code needs one"),
+        (ByKind, "three: the branch keeps a channel, without it the code would fail or do another thing"),
+        (ByDtype, "three: the branch keeps a channel, without it the code would fail or do another thing"),
     ],
 )
 def test_a_branch_that_a_constant_cannot_stand_for_keeps_a_channel(kind: type[Chain], note: str) -> None:
@@ -377,6 +381,15 @@ def test_a_branch_that_a_constant_cannot_stand_for_keeps_a_channel(kind: type[Ch
     assert note in surgery.notes
     assert model.get_parameter("one.weight").shape[0] == 1
     same_function(model, zeroed, (3, 4, 4))
+
+
+@pytest.mark.parametrize(("frozen", "gone"), [(False, ("one", "three")), (True, ())])
+def test_a_norm_that_the_loop_keeps_in_evaluation_mode_keeps_its_branch(frozen: bool, gone: tuple[str, ...]) -> None:
+    model = lively(Short, "one", "three").train()
+    model.get_submodule("after").train(not frozen)
+    assert reconfigure(model, find_groups(model, (3, 4, 4))).layers_removed == gone
+    asleep = lively(Short, "one", "three").eval()  # as a whole: that says nothing of the norm
+    assert reconfigure(asleep, find_groups(asleep, (3, 4, 4))).layers_removed == ("one", "three")
 
 
 class Tied(Chain):
