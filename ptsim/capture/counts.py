@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import copied
-from ptsim.capture.graph import example_input, output_tensors, symbolic_graph
+from ptsim.capture.graph import Way, example_input, output_tensors, symbolic_graph
+from ptsim.errors import UnsupportedModelError, lacks_memory, on_one_line
 
 with warnings.catch_warnings():
     for deprecated in (DeprecationWarning, FutureWarning):  # of torch 2.11, and of 2.14
@@ -48,8 +49,10 @@ _FREE = """
 _NODE = "node_"  # before a node's name in that of its scope: a module cannot be called `to`
 
 
-def forward_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, Counter[str]]:
-    """Node of the training graph → operator → operations for one image in evaluation mode (1 MAC = 1).
+def forward_macs(model: nn.Module, input_shape: tuple[int, int, int], way: Way) -> dict[str, Counter[str]]:
+    """Node of the training graph, traced in that way → operator → operations for one image in evaluation mode.
+
+    One MAC is one operation. Every node is listed.
 
     Runs one image for real: torch.jit's tracer, which fvcore stands on, does not take tensors without storage.
     """
@@ -57,13 +60,19 @@ def forward_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[st
         torch.no_grad(),
         random_state_kept(model),
         _no_fused_attention(),
-        _statistics_of_one_image(),
+        _sizes_unchecked(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # torch.jit is deprecated
-        graph = symbolic_graph(_detached_copy(model).train(), (1, *input_shape))
+        graph = symbolic_graph(_detached_copy(model).train(), (1, *input_shape), ways=(way,))
         analysis = counter(_Scoped(graph.eval()), example_input(model, input_shape, batch=1))
-        by_module = analysis.by_module_and_operator()
+        try:
+            by_module = analysis.by_module_and_operator()
+        except Exception as error:  # the model's code runs here, on what torch.jit puts in the place of sizes
+            if lacks_memory(error):
+                raise
+            why = on_one_line(str(error).partition("While executing")[0])
+            raise UnsupportedModelError(f"the operations of {type(model).__name__} cannot be counted: {why}") from error
     prefix = f"scopes.{_NODE}"
     return {name.removeprefix(prefix): counts for name, counts in by_module.items() if name.startswith(prefix)}
 
@@ -189,14 +198,17 @@ def _no_fused_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _statistics_of_one_image() -> Iterator[None]:
-    """The training graph of norms that call `F.batch_norm` themselves (timm's) takes one image of one pixel, too.
+def _sizes_unchecked() -> Iterator[None]:
+    """Inside, two checks of torch's are left out.
 
-    torch refuses such statistics as meaningless; here nothing but their shape counts.
+    The training graph of norms that call `F.batch_norm` themselves (timm's) takes one image of one pixel, too: torch
+    refuses such statistics as meaningless; here nothing but their shape counts. And torch.jit's sizes are tensors, which
+    the check of an unpooling takes for a mistake.
     """
-    names, name = vars(functional), "_verify_batch_size"
-    check, names[name] = names[name], lambda size: None
+    names = vars(functional)
+    checks = {name: names[name] for name in ("_verify_batch_size", "_check_unpool_output_size") if name in names}
+    names.update(dict.fromkeys(checks, lambda *_: None))
     try:
         yield
     finally:
-        names[name] = check
+        names.update(checks)

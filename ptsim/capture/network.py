@@ -69,9 +69,11 @@ def _described(
     nodes = [node for node in graph.graph.nodes if node.name in small.steps and small.steps[node.name].works]
     auxiliary = _auxiliary(model, graph, input_shape)
     owners = _owners(small, nodes)
-    macs = forward_macs(model, input_shape)
+    macs = forward_macs(model, input_shape, graph.meta["way"])
+    if not small.steps.keys() <= macs.keys():
+        raise UnsupportedModelError(f"the code of {name} computes something else with a single image")
     layers = tuple(
-        _layer(node, names[node], small, large.steps[node.name], macs.get(node.name, Counter()), owners, auxiliary)
+        _layer(node, names[node], small, large.steps[node.name], macs[node.name], owners, auxiliary)
         for node in nodes
     )
     note_tracer(name, graph)

@@ -232,6 +232,18 @@ def test_the_windows_of_a_pool_are_told_whatever_else_it_is_given(
     assert [(layer.kernel_size, layer.stride) for layer in network.layers if layer.op == op] == [((3, 3), stride)]
 
 
+@fx.wrap
+def refused_by_jit(x: torch.Tensor) -> torch.Tensor:
+    if torch.jit.is_tracing():
+        raise ValueError("not for torch.jit")
+    return x * 2
+
+
+def test_what_cannot_be_counted_is_one_sentence() -> None:
+    with pytest.raises(UnsupportedModelError, match="the operations of Pooled cannot be counted: not for torch.jit"):
+        capture_network(Pooled(lambda x: refused_by_jit(x)), name="p", input_shape=(3, 9, 9), num_classes=2)
+
+
 class Reading(nn.Module):
     """A convolution, and a recurrent layer that reads what is in the columns of 8 × 8 pixels."""
 
@@ -260,6 +272,23 @@ def test_a_recurrent_layer_multiplies_with_its_weights_at_every_step(reader: nn.
     layer = network.layer("reader")
     assert (layer.kind, layer.forward_macs) == (LayerKind.MATMUL, macs)
     assert layer_macs(layer).training == 3 * macs
+
+
+class ReadingAsked(Reading):
+    """Looks at a shape, which torch.fx follows no further than to the recurrent layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.ndim == 4
+        return super().forward(x)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*traced by torch.export")
+def test_what_is_counted_is_traced_as_what_is_described() -> None:
+    model = ReadingAsked(nn.LSTM(7, 5, batch_first=True))
+    network = capture_network(model, name="r", input_shape=(3, 8, 8), num_classes=2)
+    products = {layer.kind: layer.forward_macs for layer in network.layers if layer_macs(layer).forward}
+    assert products == {LayerKind.CONV: 3 * 7 * 64, LayerKind.MATMUL: 8 * 4 * 5 * (7 + 5), LayerKind.LINEAR: 5 * 2}
 
 
 class Stated(nn.Module):
