@@ -38,7 +38,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
                 **names,
                 "interval_epochs": interval,
                 "epochs": len(trace.epochs),
-                "validation_accuracy": trace.epochs[-1].validation_accuracy,
+                "validation_accuracy": trace.final_accuracy,
                 "training_flops_fraction": sum(_common.epoch_flops(trace, e) / e.num_images for e in trace.epochs)
                 / (len(trace.epochs) * _common.first_flops(trace) / trace.epochs[0].num_images),
                 "inference_flops_fraction": trace.final_network.forward_macs

@@ -35,7 +35,7 @@ def table(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
                 **names,
                 "method": method,
                 "epochs": len(trace.epochs),
-                "validation_accuracy": trace.epochs[-1].validation_accuracy,
+                "validation_accuracy": trace.final_accuracy,
                 "inference_flops_per_image": 2.0 * trace.final_network.forward_macs,
                 "paper_best_inference_macs_per_image": _paper_best(names["dataset"], names["model"]),
                 "training_flops": sum(_common.epoch_flops(trace, epoch) for epoch in trace.epochs),

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import tomli_w
 from public_rows import Case, layer_cases, training_cases
+from residuals import chip_name
 
 from ptsim.costs.saving import CALIBRATED
 from ptsim.costs.tiers import Tier
@@ -51,7 +52,7 @@ def left_out(cases: list[Case], every: int = 1) -> pd.DataFrame:
     """A row per PyTorch measurement that says its table, each predicted by a fit without its GPU."""
     cross_validate.WAYS = ("gpu",)
     rows = cross_validate.leave_out(cases, layer_cases(), every)
-    chips = [cross_validate._chip(case.device) for case in cases]
+    chips = [chip_name(case.device) for case in cases]
     order = [
         index
         for group in sorted({c for c, case in zip(chips, cases, strict=True) if case.row.framework == "PyTorch"})[

@@ -53,7 +53,7 @@ import gpu_steps
 import msgspec
 import torch
 from gpu_steps import rows, write
-from processes import PTSIM, in_own_process, run_together
+from processes import PTSIM, in_own_process, num_epochs, run_together, running_s
 
 import ptsim
 from ptsim.errors import PtsimError
@@ -262,16 +262,21 @@ class Campaign:
         return folder / f"{name}.jsonl"
 
     def train(self, runs: Mapping[str, tuple[Pair, float]]) -> None:
-        """Begin or go on with them in turn, each for an equal part of the time; at its end it is interrupted."""
-        left = [name for name in runs if not self.trained(name)]
+        """Begin or go on with them in turn, each for an equal part of the time; a failing one takes no other's turn."""
+        left, failures = [name for name in runs if not self.trained(name)], []
         for index, name in enumerate(left):
             until_s = time.monotonic() + self.remaining_s() / (len(left) - index)
-            run_together(
-                {name: self.train_arguments(name, *runs[name])},
-                lambda until_s=until_s: until_s - time.monotonic(),  # type: ignore[misc] # mypy types no default of a lambda
-                lambda: self.keep(runs),
-            )
+            try:
+                run_together(
+                    {name: self.train_arguments(name, *runs[name])},
+                    lambda until_s=until_s: until_s - time.monotonic(),  # type: ignore[misc] # mypy types no default of a lambda
+                    lambda: self.keep(runs),
+                )
+            except RuntimeError as error:
+                failures.append(str(error))
         self.keep(runs, checkpoints=True)
+        if failures:
+            raise RuntimeError("; ".join(failures))
 
     def train_arguments(self, name: str, pair: Pair, penalty_ratio: float) -> list[str]:
         """The command line that begins the run, or goes on with it."""
@@ -291,12 +296,13 @@ class Campaign:
         """
         for name in names:
             kept, here = self.kept(name), self.work / name / "trace.jsonl"
-            if here.exists() and _num_epochs(here) >= _num_epochs(kept):
-                write_whole(kept, here.read_bytes())
+            if num_epochs(here) >= max(num_epochs(kept), 0):
+                write_whole(kept, b"".join(here.read_bytes().rpartition(b"\n")[:2]))  # its whole lines
         files = {path.name: path for path in sorted((self.work / "traces").glob("*.jsonl"))}
         for name in names if checkpoints else ():
             more = run_files(self.work / name) if not self.trained(name) else {}
-            if sum(_tarred_bytes(path) for path in (*files.values(), *more.values())) < MAX_FILE_BYTES:
+            # 2048: a header and whole blocks, and the rounding of a long name's.
+            if sum(2048 + path.stat().st_size for path in (*files.values(), *more.values())) < MAX_FILE_BYTES:
                 files |= more
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w") as archive:
@@ -344,7 +350,7 @@ class Campaign:
     def runs(self) -> list[Path]:
         """Traces with at least one epoch."""
         names = [name for pair in self.pairs for name in pair.runs]
-        return [path for name in names if _num_epochs(path := self.kept(name))]
+        return [path for name in names if num_epochs(path := self.kept(name)) > 0]
 
     def inputs(self) -> dict[str, str]:
         """What a validation is made of; one of other inputs is out of date."""
@@ -395,13 +401,10 @@ def run_files(folder: Path) -> dict[str, Path]:
     return {f"{folder.name}/{path.relative_to(folder).as_posix()}": path for path in found}
 
 
-def _tarred_bytes(path: Path) -> int:
-    """A header and whole blocks, and the rounding of a long name's."""
-    return 2048 + path.stat().st_size
-
-
 def work_through(campaign: Campaign, run: Callable[[str, float], str | None]) -> list[str]:
-    """Piece after piece until time is over, each at most once; `run` gets a name and minutes, and gives what failed.
+    """Piece after piece until time is over; `run` gets a name and minutes, and gives what failed.
+
+    A piece comes once, but again at once where it failed, has got further, and has not had its part of the time.
 
     Returns:
         Names of the pieces that are left.
@@ -413,13 +416,15 @@ def work_through(campaign: Campaign, run: Callable[[str, float], str | None]) ->
         if not able:
             break
         name = able[0]
-        tried.add(name)
         minutes = campaign.minutes_for(name)
         before, began_s = campaign.size(), time.monotonic()
         print(f"piece {name}, at most {minutes:.1f} minutes", flush=True)
         failed = run(name, minutes)
-        campaign.note(name, time.monotonic() - began_s, failed, further=campaign.size() > before)
+        further = campaign.size() > before
+        campaign.note(name, time.monotonic() - began_s, failed, further=further)
         campaign.keep_logs()
+        if not (failed and further and campaign.spent_s(name) < 60 * campaign.pieces[name].minutes):
+            tried.add(name)
         if failed:
             print(f"piece {name} failed: {failed}", file=sys.stderr)
     for file in campaign.out.glob("*.*"):
@@ -442,6 +447,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal")
     parser.add_argument("--plan", action="store_true", help="print the pieces in their order, and do nothing")
     options = parser.parse_args(arguments)
+    options.minutes -= running_s() / 60  # the first to import torch on a machine waits for its files
     campaign = Campaign(options)
     if options.piece is not None and options.piece not in campaign.pieces:
         parser.error(f"unknown piece {options.piece!r}; known: {', '.join(campaign.pieces)}")
@@ -482,10 +488,6 @@ def _safely(done: Callable[[], bool]) -> bool:
     with contextlib.suppress(PtsimError, msgspec.MsgspecError, KeyError, tarfile.TarError):
         return done()
     return False
-
-
-def _num_epochs(trace: Path) -> int:
-    return len(ptsim.read_trace(trace).epochs) if trace.exists() else 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
 from ptsim.measure.calibrate import make_optimizer
 from ptsim.measure.nvml import open_meter
-from ptsim.measure.profile import Budget, layout, number_format, profile_network, tf32_allowed, tuned_convolutions
+from ptsim.measure.profile import Budget, layout, number_format, out_of_memory, profile_network, tuned_convolutions
+from ptsim.measure.tf32 import tf32_allowed
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import remove_channels
@@ -206,16 +207,24 @@ class Steps:
                 return
             setting = StepSetting(batch=1, precision=Precision(precision_name), memory_format=memory_format)
             row: dict[str, Any] = {"model": name, "precision": precision_name, "memory_format": memory_format}
-            model, network = self.network(name)
-            known = match_device(open_meter(self.device).info().name)
-            said = largest_batch(network, setting, capacity_bytes=LIMIT_BYTES, device=known)
-            shape = zoo.find(name).input_shape
-            runs = functools.partial(self._runs, model, shape, setting)
-            with memory_limit(self.device, LIMIT_BYTES):
-                fitted = around_the_limit(runs, said)
-            row |= {"limit_bytes": LIMIT_BYTES, "said_to_fit": said, **fitted}
+            try:
+                row |= self._limit(name, setting)
+            except RuntimeError as error:  # the next process goes on with the other networks
+                write(table, [*found, row | {"failed": sentence(error)}])
+                raise
             found.append(row)
             write(table, found)
+
+    def _limit(self, name: str, setting: StepSetting) -> dict[str, Any]:
+        """What is said to fit, and what fitted."""
+        model, network = self.network(name)
+        known = match_device(open_meter(self.device).info().name)
+        said = largest_batch(network, setting, capacity_bytes=LIMIT_BYTES, device=known)
+        runs = functools.partial(self._runs, model, zoo.find(name).input_shape, setting)
+        runs(1)  # loads the libraries, which take memory beside the allocator
+        with memory_limit(self.device, LIMIT_BYTES):
+            fitted = around_the_limit(runs, said)
+        return {"limit_bytes": LIMIT_BYTES, "said_to_fit": said, **fitted}
 
     def _runs(self, model: nn.Module, shape: tuple[int, int, int], setting: StepSetting, batch: int) -> bool:
         return runs_steps(model, shape, msgspec.structs.replace(setting, batch=batch), self.device)
@@ -292,7 +301,9 @@ def runs_steps(model: nn.Module, input_shape: tuple[int, int, int], setting: Ste
         for _ in range(2):
             step()
         wait(device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         fits = False
     step = None  # out of the handler, whose traceback holds what the failed step has allocated
     free(device)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from ptsim import read_trace
+from ptsim.errors import FileFormatError
 
 # -P: a checkout in the current folder must not take the installed package's place: it has no `ptsim.models`.
 PTSIM = (sys.executable, "-P", "-m", "ptsim")
 GRACE_S = 25.0  # after its time a piece may write down what it has
+_STAT, _STARTTIME = Path("/proc/self/stat"), 19  # proc(5): field 22, of which the first two go before
+_LONGEST_START_S = 600.0  # of a call
 
 
 def run_together(
@@ -43,17 +50,41 @@ def run_together(
     for core, process in zip(cores or (), processes.values(), strict=False):
         os.sched_setaffinity(process.pid, {core})  # its threads begin later and inherit it
     stopped = False
-    while any(process.poll() is None for process in processes.values()):
-        time.sleep(min(5.0, max(remaining_s(), 0.5)))
-        meanwhile()  # also if this process should not get to its end
-        if remaining_s() <= 0 and not stopped:
-            for process in processes.values():
-                process.send_signal(signal.SIGINT)
-            stopped = True
+    try:
+        while any(process.poll() is None for process in processes.values()):
+            time.sleep(min(5.0, max(remaining_s(), 0.5)))
+            meanwhile()  # also if this process should not get to its end
+            if remaining_s() <= 0 and not stopped:
+                for process in processes.values():
+                    process.send_signal(signal.SIGINT)
+                stopped = True
+    except BaseException:
+        for process in processes.values():  # would take time from what is measured next
+            process.kill()
+            process.wait()
+        raise
     meanwhile()
     failed = [f"{name}: status {process.returncode}" for name, process in processes.items() if process.returncode]
     if failed and not stopped:
         raise RuntimeError(f"ptsim train ended badly: {', '.join(failed)}")
+
+
+def num_epochs(trace: Path) -> int:
+    """Epochs of a trace that may be being written; -1 where there is none yet, or none that can be read."""
+    with contextlib.suppress(FileFormatError, OSError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its last line is not whole yet
+        return len(read_trace(trace).epochs)
+    return -1
+
+
+def running_s() -> float:
+    """Seconds since this process began; 0 where Linux does not tell, or a sandbox tells something else."""
+    try:
+        ticks = int(_STAT.read_text(encoding="ascii").rpartition(")")[2].split()[_STARTTIME])
+        seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+    return seconds if 0 < seconds < _LONGEST_START_S else 0.0
 
 
 def in_own_process(script: Path, arguments: Sequence[str], name: str, minutes: float, log: Path) -> str | None:

@@ -45,7 +45,7 @@ def runs(traces: Sequence[ptsim.Trace]) -> pd.DataFrame:
         last, first = pruned.final_network, dense.network_of(dense.epochs[0])
         change = None
         if comparison.trained:
-            change = 100 * (pruned.epochs[-1].validation_accuracy - dense.epochs[-1].validation_accuracy)
+            change = 100 * (pruned.final_accuracy - dense.final_accuracy)
         names = columns[comparison.label]
         rows.append(
             {

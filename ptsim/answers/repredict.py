@@ -394,7 +394,7 @@ def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel |
     for epoch in trace.epochs[:num_epochs]:
         network, setting = trace.network_of(epoch), trace.setting_of(epoch)
         profile = find_profile(network, trace.profiles, setting.one_pass)
-        power_w = _mean_power_w(epoch)
+        power_w = epoch.mean_power_w
         if profile is not None and power_w is not None and is_plausible(device, power_w):
             step = step_of_profile(network, profile, regularizer=epoch.regularized).accumulated(setting.passes)
             waiting_s = max(epoch.time.wall_s / epoch.num_iterations - step.compute_s, 0.0)
@@ -403,14 +403,8 @@ def fit_power_model(trace: Trace, num_epochs: int | None = None) -> PowerModel |
 
 
 def _power_is_plausible(epoch: Epoch, device: Device) -> bool:
-    power_w = _mean_power_w(epoch)
+    power_w = epoch.mean_power_w
     return power_w is None or is_plausible(device, power_w)
-
-
-def _mean_power_w(epoch: Epoch) -> float | None:
-    if epoch.device is None or epoch.device.energy_j is None:
-        return None
-    return epoch.device.energy_j / epoch.time.wall_s
 
 
 class _Energy:
@@ -421,7 +415,7 @@ class _Energy:
 
     def __init__(self, trace: Trace, device: Device | None) -> None:
         several = len(trace.epochs) > 1
-        self._power_w = _mean_power_w(trace.epochs[0]) if several else None
+        self._power_w = trace.epochs[0].mean_power_w if several else None
         self._model = fit_power_model(trace, 1) if several else None
         self._device = device
 

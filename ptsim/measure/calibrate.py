@@ -358,6 +358,11 @@ class _Calibration:
             measured = time_operator(operator, self._device)
         except (UnsupportedModelError, torch.OutOfMemoryError):
             return  # the profile has no time for it, and whoever asks for one is told so
+        except RuntimeError:
+            if self._device.type != "cuda":
+                raise
+            torch.cuda.synchronize(self._device)  # raises where the error has left nothing that works
+            return  # cuDNN has no kernel for it, or no memory for one
         self.update(operators=merge_operators(self.profile.operators, [measured]))
 
 

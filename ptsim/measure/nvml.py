@@ -43,8 +43,11 @@ class Meter(Protocol):
     def start(self) -> None:
         """Begin a measurement; forgets one that is under way."""
 
-    def stop(self) -> DeviceUse | None:
-        """End the measurement; None where nothing was started or the device has no meter."""
+    def stop(self, until_s: float | None = None) -> DeviceUse | None:
+        """End the measurement; None where nothing was started or the device has no meter.
+
+        What was used after `until_s`, by `time.perf_counter`, does not count.
+        """
 
 
 def open_meter(device: torch.device | str) -> Meter:
@@ -92,7 +95,7 @@ class NullMeter:
     def start(self) -> None:
         """Nothing to start."""
 
-    def stop(self) -> DeviceUse | None:
+    def stop(self, until_s: float | None = None) -> DeviceUse | None:
         """Nothing was measured."""
         return None
 
@@ -133,16 +136,19 @@ class NvmlMeter:
         self._energy_before_j = self._energy_j()
         self._sampler = _Sampler(self._sample, self._interval_s)
 
-    def stop(self) -> DeviceUse | None:
-        """Means of the samples since `start`, the energy and the largest memory in use."""
+    def stop(self, until_s: float | None = None) -> DeviceUse | None:
+        """Means of the samples from `start` to `until_s`, the energy and the largest memory in use."""
         samples = self._stop_sampling()
         if samples is None:
             return None
-        after_j, before_j = self._energy_j(), self._energy_before_j
-        energy_j = None if after_j is None or before_j is None else after_j - before_j
-        lasted_s = samples[-1].time_s - samples[0].time_s
-        if energy_j is None or energy_j < 0 or energy_j > self._most_w * (lasted_s + _COUNTER_LAG_S):
-            energy_j = _integral([(s.time_s, s.power_w) for s in samples if s.power_w is not None])
+        energy_j = self._counted_j(samples[-1].time_s - samples[0].time_s)
+        points = [(s.time_s, s.power_w) for s in samples if s.power_w is not None]
+        until_s = samples[-1].time_s if until_s is None else max(until_s, samples[0].time_s)
+        if energy_j is None:
+            energy_j = _integral(points, until_s)
+        else:
+            energy_j *= _share(points if len(points) > 1 else [(s.time_s, 1.0) for s in samples], until_s)
+        samples = [s for s in samples if s.time_s <= until_s]
         memory = [s.memory_bytes for s in samples if s.memory_bytes is not None]
         return DeviceUse(
             energy_j=energy_j,
@@ -162,6 +168,14 @@ class NvmlMeter:
     def _stop_sampling(self) -> list[_Sample] | None:
         sampler, self._sampler = self._sampler, None
         return sampler.finish() if sampler else None
+
+    def _counted_j(self, lasted_s: float) -> float | None:
+        """What the board's counter has grown by in so many seconds; None where that cannot be true."""
+        after_j, before_j = self._energy_j(), self._energy_before_j
+        if after_j is None or before_j is None:
+            return None
+        grown_j = after_j - before_j
+        return grown_j if 0 <= grown_j <= self._most_w * (lasted_s + _COUNTER_LAG_S) else None
 
     def _energy_j(self) -> float | None:
         return _scaled(_told(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)), 1e-3)  # mJ
@@ -288,8 +302,19 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _integral(points: list[tuple[float, float]]) -> float | None:
-    """Trapezoidal sum of (seconds, watts); None with fewer than two points."""
+def _integral(points: list[tuple[float, float]], until_s: float) -> float | None:
+    """Trapezoidal sum of (seconds, watts) up to `until_s`; None with fewer than two points."""
     if len(points) < 2:
         return None
-    return sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in itertools.pairwise(points))
+    total = 0.0
+    for (t0, p0), (t1, p1) in itertools.pairwise(points):
+        part_s = min(t1, until_s) - t0
+        if part_s > 0:
+            total += part_s * (p0 + (p1 - p0) * part_s / (t1 - t0) / 2)
+    return total
+
+
+def _share(points: list[tuple[float, float]], until_s: float) -> float:
+    """The part of the sum over all points that lies before `until_s`; all of it where the sum is 0."""
+    part, whole = _integral(points, until_s), _integral(points, math.inf)
+    return part / whole if part is not None and whole else 1.0

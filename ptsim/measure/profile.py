@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import math
 import statistics
@@ -28,6 +29,7 @@ from ptsim.capture.network import layer_names, training_graph
 from ptsim.errors import MissingMeasurementError, UnsupportedModelError
 from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.nvml import open_meter
+from ptsim.measure.tf32 import tf32_allowed
 from ptsim.measure.timers import cuda_event
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.setting import positive_number
@@ -39,6 +41,12 @@ NUM_LAYERED_STEPS = 3
 
 # torch's types of the formats that autocast uses.
 HALF_TYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+# What torch also says where a GPU has no memory left: cuDNN finds no algorithm (pytorch/pytorch#108645), or a library
+# finds no place.
+_NO_MEMORY = (
+    "unable to find an engine to execute this computation", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 def layout(memory_format: MemoryFormat) -> torch.memory_format:
@@ -52,21 +60,6 @@ def number_format(precision: Precision, device: torch.device) -> Iterator[None]:
     autocast = torch.autocast(device.type, dtype=HALF_TYPES.get(precision), enabled=precision in HALF_TYPES)
     with tf32_allowed(precision), autocast:
         yield
-
-
-@contextlib.contextmanager
-def tf32_allowed(precision: Precision) -> Iterator[None]:
-    """CUDA's TF32 switches as `precision` wants them; the part of `number_format` that backward needs as well.
-
-    torch's own defaults would run the backward of fp32 convolutions in TF32.
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision is not Precision.FP32
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager
@@ -157,15 +150,19 @@ def profile_network(
     positive_number("batch", batch)
     with _as_in_training(precision, device):
         try:
-            before_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            before_bytes = _held_bytes(device)
             scaled = precision is Precision.FP16
             run = _Run(model, network, batch, memory_format, optimizer, regularizer, device, scaled=scaled)
             taken = _take(run, budget)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             problem = f"at mini-batch {batch}: a second copy does not fit into {device}"
             raise MissingMeasurementError(f"{network.name} cannot be profiled {problem}") from error
         finally:
             run = None  # type: ignore[assignment] # frees the copy before anybody looks at the memory again
+            if device.type == "cuda":
+                gc.collect()  # its graph and its clocks hold each other
     times = _step_times(taken, optimizer is not None, regularizer is not None)
     return Profile(
         architecture=network.id,
@@ -178,6 +175,20 @@ def profile_network(
         peak_memory_bytes=None if taken.peak_bytes is None else taken.peak_bytes - before_bytes,
         **times,
     )
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether something that was tried on a GPU failed for want of memory, as far as torch tells."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
+
+
+def _held_bytes(device: torch.device) -> int:
+    """What is allocated on a GPU by others; cuBLAS's workspaces, made again by the next product, are a step's own."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated(device)
 
 
 @contextlib.contextmanager
@@ -200,12 +211,13 @@ class _Taken(NamedTuple):
 
 def _take(run: _Run, budget: Budget) -> _Taken:
     """The steps of the budget, whole ones and ones with a clock around every layer."""
-    began_s = time.perf_counter()
-    run.steps(1)
-    budget, warm_up = budget.after(time.perf_counter() - began_s)
-    if warm_up:
+    on_gpu, first_s = run.device.type == "cuda", _one_step_s(run)
+    if on_gpu:  # cuDNN has tried its algorithms for seconds, perhaps: the second step tells what steps take
+        budget = msgspec.structs.replace(budget, max_seconds=budget.max_seconds - first_s)
+        first_s = _one_step_s(run)
+    budget, warm_up = budget.after(first_s)
+    if warm_up and not on_gpu:
         run.steps(warm_up)
-    on_gpu = run.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(run.device)
     steps = run.steps(budget.num_steps)
@@ -216,6 +228,12 @@ def _take(run: _Run, budget: Budget) -> _Taken:
     if len(steps) > budget.num_steps:
         num_layered = max(num_layered, len(steps) // 4)
     return _Taken(steps, [run.layered_step() for _ in range(num_layered)], peak_bytes)
+
+
+def _one_step_s(run: _Run) -> float:
+    began_s = time.perf_counter()
+    run.steps(1)
+    return time.perf_counter() - began_s
 
 
 def _step_times(taken: _Taken, updates: bool, regularizes: bool) -> dict[str, float]:

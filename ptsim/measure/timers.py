@@ -32,7 +32,13 @@ _T = TypeVar("_T")
 
 
 class StepTimer:
-    """The clock of one epoch; a new epoch gets a new timer. The clock starts when it is made."""
+    """The clock of one epoch; a new epoch gets a new timer. The clock starts when it is made.
+
+    Attributes:
+        last_step_s: when the device had done the last iteration, by `time.perf_counter`; None before `finish`.
+    """
+
+    last_step_s: float | None = None
 
     def __init__(self, device: torch.device | str) -> None:
         """Waits for what the device still has to do, so that it is not counted here."""
@@ -96,6 +102,7 @@ class StepTimer:
             phase: sum(instants[end] - instants[begin] for begin, end in spans) for phase, spans in self._phases.items()
         }
         boundaries = [instants[mark] for mark in (self._start, *self._step_ends)]
+        self.last_step_s = self._started_s + (boundaries[-1] - boundaries[0])
         if at_last_step:
             wall_s = boundaries[-1] - boundaries[0]
         judged = [(instants[begin], instants[end]) for begin, end in self._phases["validation"]]

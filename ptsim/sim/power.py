@@ -77,13 +77,12 @@ class Power:
         samples = []
         if scenario.measurements.source_device == scenario.device:
             for epoch in scenario.trace.epochs:
-                if epoch.device is None or epoch.device.power_w is None or epoch.measured_time is None:
-                    continue
-                if not is_plausible(scenario.device, epoch.device.power_w):
+                power_w = epoch.mean_power_w
+                if power_w is None or not is_plausible(scenario.device, power_w):
                     continue
                 step = self._recorded_step_time(epoch)
                 waiting_s = max(0.0, epoch.time.wall_s / epoch.num_iterations - step.compute_s)
-                samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=epoch.device.power_w))
+                samples.append(PowerSample(step=step, waiting_s=waiting_s, power_w=power_w))
         return fit_power(scenario.device, samples) if samples else published_power(scenario.device)
 
     def _recorded_step_time(self, epoch: Epoch) -> StepTime:

@@ -209,7 +209,7 @@ class StepDistribution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class DeviceUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What NVML saw of one GPU over the epoch (mean values; energy and peak memory are totals)."""
+    """What NVML saw of one GPU while the epoch trained, not validated (means; energy and memory are totals)."""
 
     energy_j: Quantity | None = None
     power_w: Quantity | None = None
@@ -261,7 +261,7 @@ class Epoch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
     measured_time: EpochTime | None = msgspec.field(name="time")
     measured_step: StepDistribution | None = msgspec.field(name="step")
     allreduce_bytes: Count
-    peak_memory_bytes: Count | None  # the allocator's
+    peak_memory_bytes: Count | None  # the allocator's while training, without the images that ptsim keeps on the device
     device: DeviceUse | None = None
     passes: Positive = 1
     densities: tuple[LayerDensity, ...] = ()
@@ -289,6 +289,17 @@ class Epoch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
             MissingMeasurementError: nobody measured it, as in a planned run.
         """
         return _measured(self.measured_step, f"the steps of epoch {self.epoch}")
+
+    @property
+    def mean_power_w(self) -> float | None:
+        """Of its GPU while it trained, by its energy: what a board says of its power is a mean over up to a second.
+
+        The mean of the samples where no energy was told; None where nobody measured either, or the time.
+        """
+        if self.device is None or self.measured_time is None:
+            return None
+        wall_s = self.measured_time.wall_s
+        return self.device.power_w if self.device.energy_j is None or not wall_s else self.device.energy_j / wall_s
 
 
 class Reconfiguration(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="reconfiguration"):

@@ -122,6 +122,11 @@ class ResidentData:
         self._device = device
         self._channels_last = config.memory_format == "channels_last"
 
+    @property
+    def resident_bytes(self) -> int:
+        """All images and classes, which are on the device as long as the run lasts."""
+        return sum(tensor.nbytes for tensor in (self._images, self._labels, *self._validation))
+
     def training_batches(self, epoch: int, batch: int, share: Share) -> Iterator[Batch]:
         """This rank's part of every full mini-batch; crops and flips belong to (seed, epoch, image)."""
         num_images = len(self._images)

@@ -118,6 +118,7 @@ class LiveData:
                 "an item of the training data is no (image, class) with the image a tensor (C, H, W)",
                 hint="torchvision's transform v2.ToImage() makes a tensor of a PIL image",
             )
+        self._pinned = device.type == "cuda" and image.device.type == "cpu"  # what lies on a GPU cannot be
         channels, height, width = image.shape
         classes = getattr(self._train, "classes", None)
         if classes is None and model is None:
@@ -159,7 +160,7 @@ class LiveData:
             batch_sampler=batches,
             num_workers=self._config.num_workers or 0,
             collate_fn=collate,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=self._pinned,
             generator=generator(self._config.seed, epoch, stream=6),
         )
         channels_last = self._config.memory_format == "channels_last"

@@ -16,7 +16,8 @@ from torch import nn
 from ptsim import zoo
 from ptsim.errors import PtsimError, TrainingError, UsageError, lacks_memory
 from ptsim.measure.host_memory import keep_freed_memory
-from ptsim.measure.profile import tf32_allowed, tuned_convolutions
+from ptsim.measure.profile import tuned_convolutions
+from ptsim.measure.tf32 import tf32_allowed
 from ptsim.network import Precision
 from ptsim.trace.io import read_trace
 from ptsim.trace.schema import Epoch, Reconfiguration
@@ -254,6 +255,7 @@ class Trainer:
         learner = Learner(
             self.config, self.recipe, model, dataset=self.data.dataset, team=self.team, record=self.folder
         )
+        learner.recorder.resident_bytes = getattr(self.data, "resident_bytes", 0)  # another package may have none
         if self.config.dynamic_batch:
             learner.pruner.grow = BatchPolicy(learner, self.data.dataset.num_train).grow
         return learner

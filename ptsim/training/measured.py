@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import msgspec
-import torch
 
 from ptsim.measure.nvml import Meter
 from ptsim.trace.schema import DeviceUse, EpochTime, StepDistribution
@@ -31,6 +30,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     step: StepDistribution | None
     use: DeviceUse | None
     peak_bytes: int | None
+
+    def peak_beside(self, resident_bytes: int) -> int | None:
+        """The most memory, without so much that is there all the time and is no part of a step."""
+        return None if self.peak_bytes is None else max(self.peak_bytes - resident_bytes, 0)
 
 
 class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,28 +96,29 @@ def measure_epoch(
     watch: Watch,
     meter: Meter,
     communication: CommunicationMeter,
-    device: torch.device,
     *,
     epoch: int,
     earlier: Unfinished,
 ) -> Measured:
     """Stop the epoch's clocks and meters; what has passed since the last update counts as validation.
 
+    Neither energy nor memory is that of validation behind the last update.
+
     Raises:
         UsageError: no training step, or no image, was seen, nor had it an `earlier` part.
     """
     ended = earlier.num_iterations and not watch.num_iterations  # before the state was stored
     iterations, images = (0, 0) if ended else watch.counted(epoch)
-    now, last_step_s = time.perf_counter(), watch.last_step_s
     times = watch.finish()
-    validation_s = now - last_step_s if last_step_s is not None else 0.0
+    last_step_s = watch.last_step_s
+    validation_s = time.perf_counter() - last_step_s if last_step_s is not None else 0.0
     measured = Measured(
         num_iterations=iterations,
         num_images=images,
         time=None if times is None else epoch_time(times[0], communication, iterations, validation_s),
         step=None if times is None else times[1],
-        use=meter.stop(),
-        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        use=meter.stop(until_s=last_step_s),
+        peak_bytes=watch.memory.total(),
     )
     return earlier.joined(measured)
 

@@ -84,7 +84,7 @@ class BatchPolicy:
             batch_per_gpu=present,
             world_size=world_size,
             num_train=self._num_train,
-            capacity_bytes=config.memory_budget_bytes or info.must_exist()[1],
+            capacity_bytes=config.memory_budget_bytes or info.must_exist()[1] - learner.recorder.resident_bytes,
             device=device,
         )
         learner.team.agree("the mini-batch", str(batch).encode())

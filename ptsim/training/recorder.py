@@ -74,6 +74,7 @@ class Recorder(OnlyOne):
     Attributes:
         network: the network itself, without what DDP or torch.compile have put around it.
         epoch: the epoch that is being trained, counting from 0.
+        resident_bytes: of the GPU's memory that no step needs (ptsim's own images): no part of what is recorded.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Recorder(OnlyOne):
         self.epoch, self.totals = 0, Totals()
         self.final_accuracy: float | None = None
         self.regularizer: Callable[[], object] | None = None
-        self.profiles = profile
+        self.profiles, self.resident_bytes = profile, 0
         self.owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
         self._channel_maxima, self._threshold = channel_maxima, checked_threshold(threshold)
         self._settings = as_plain(dict(settings or {}))
@@ -352,9 +353,7 @@ class Recorder(OnlyOne):
             told["train_loss"] = real_number("train_loss", train_loss)
         if self._ended:
             raise UsageError("the recorder is closed: end_epoch belongs before close")
-        measured = measure_epoch(
-            self.watch, self.meter, self._communication, self.device, epoch=self.epoch, earlier=self._earlier
-        )
+        measured = measure_epoch(self.watch, self.meter, self._communication, epoch=self.epoch, earlier=self._earlier)
         note_image_shape(self.watch.image_shape, self.input_shape)
         self.begin_run()
         record = msgspec.structs.replace(self._epoch_record(penalty, measured), **told)
@@ -432,7 +431,7 @@ class Recorder(OnlyOne):
             measured_time=measured.time,
             measured_step=measured.step,
             allreduce_bytes=gradient_bytes * iterations,
-            peak_memory_bytes=measured.peak_bytes,
+            peak_memory_bytes=measured.peak_beside(self.resident_bytes),
             device=measured.use,
             densities=tuple(d for d in layer_densities(self.network, threshold) if d.layer in known),
             channel_maxima={name: values for name, values in channel_maxima(self.network).items() if name in known}

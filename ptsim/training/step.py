@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptsim.errors import TrainingError
-from ptsim.measure.profile import number_format
+from ptsim.measure.profile import number_format, out_of_memory
 from ptsim.training.data import Batch
 from ptsim.training.distributed import Reduction, Team
 from ptsim.training.learner import Learner
@@ -168,7 +168,9 @@ def fits(learner: Learner, batch: int) -> bool:
                 loss = F.cross_entropy(model.train()(images), labels)
             loss.backward()  # type: ignore[no-untyped-call] # torch's gap
             learner.pruner.criterion.add_gradient(0.0)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             return False
         finally:
             model.zero_grad(set_to_none=True)

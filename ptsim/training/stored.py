@@ -176,7 +176,6 @@ def load_tensors(
     averaged = part(tensors, "ema/")
     if ema is not None and averaged:
         load_full_state(ema, averaged)
-    load_optimizer(network, optimizer, tensors, state.optimizer or {})
     for group, settings in zip(optimizer.param_groups, state.groups or [], strict=False):
         for name, given in settings.items():
             present, told = group.get(name), isinstance(given, dict) and given.keys() == {_TENSOR}
@@ -191,6 +190,7 @@ def load_tensors(
                 group[name] = torch.tensor(value)
             else:
                 group[name] = tuple(value) if isinstance(present, tuple) else value
+    load_optimizer(network, optimizer, tensors, state.optimizer or {})  # its form is one of the settings
 
 
 def _can_follow(present: object, value: object) -> bool:
@@ -296,6 +296,9 @@ def load_optimizer(
         if path not in parameters:
             raise UsageError(f"the optimizer has no parameter {path!r}")
         optimizer.state[parameters[path]].update(copy.deepcopy(dict(entries)))
+    # One kernel for all arithmetic, and a graph of kernels, read an update's number where the weights are.
+    by_kernel = [group for group in optimizer.param_groups if group.get("fused") or group.get("capturable")]
+    with_scalars = {id(parameter) for group in by_kernel for parameter in group["params"]}
     kinds: dict[tuple[str, int], tuple[bool, bool]] = {}
     for name, tensor in part(tensors, "optimizer/").items():
         path, _, key = name.rpartition("/")
@@ -314,10 +317,11 @@ def load_optimizer(
                 raise UsageError(f"the optimizer's state {name!r} is of no list")
             values[int(listed[2])] = tensor.clone().to(parameter.device)
             continue
-        # An optimizer keeps scalars such as Adam's step on the CPU; what is shaped like a weight lies like it.
+        # Others keep scalars such as Adam's step on the CPU; what is shaped like a weight lies like it.
         like = parameter if tensor.shape == parameter.shape and tensor.dim() else tensor
         stored = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-        optimizer.state[parameter][key] = stored if tensor.dim() == 0 else stored.to(parameter.device)
+        beside = tensor.dim() == 0 and id(parameter) not in with_scalars
+        optimizer.state[parameter][key] = stored if beside else stored.to(parameter.device)
 
 
 def _fits(tensor: Tensor, parameter: Tensor) -> bool:

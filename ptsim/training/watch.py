@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from ptsim.capture.graph import output_tensors
 from ptsim.errors import UsageError
 from ptsim.measure.profile import HALF_TYPES
+from ptsim.measure.tf32 import convolutions_use_tf32
 from ptsim.measure.timers import Phase, StepTimer
 from ptsim.network import MemoryFormat, Precision
 from ptsim.trace.schema import EpochTime, StepDistribution
+from ptsim.training.peak import PeakMemory
 
 _T = TypeVar("_T")
 ON_SEVERAL_GPUS = "DataParallel runs a network on several GPUs from one process, which no trace can describe"
@@ -51,7 +53,9 @@ class Watch:
         largest_backward: images of this epoch's largest backward pass, which may belong to several forward passes.
         learning_rate: of the first parameter group at this epoch's first update; None where the optimizer decides it.
         num_backwards: backward passes in this epoch.
-        last_step_s: when this epoch's last update ended, by `time.perf_counter`; None before the first.
+        last_step_s: when this epoch's last update ended, by `time.perf_counter`; None before the first. On a GPU it is
+            when the host had launched it, until `finish` knows when the GPU had done it.
+        memory: the most that this epoch's training passes took.
         precision, memory_format: of the last training pass.
         image_shape: of the last training pass; None before it, or where the network is given no images.
     """
@@ -64,7 +68,7 @@ class Watch:
         on_begin: Callable[[], object] = lambda: None,
     ) -> None:
         """Nothing is timed before `begin`, or before the first training pass; `on_begin` is called before that."""
-        self._device, self._on_begin = device, on_begin
+        self._device, self._on_begin, self.memory = device, on_begin, PeakMemory(device)
         self._timer: StepTimer | None = None
         self._phase: Phase | None = None
         self._since = 0
@@ -85,6 +89,7 @@ class Watch:
         self.precision = Precision.FP32
         self.memory_format: MemoryFormat = "contiguous"
         self.image_shape: tuple[int, ...] | None = None
+        self.last_step_s: float | None = None
         self.reset()
         self.follow(module, optimizer)
 
@@ -160,8 +165,7 @@ class Watch:
     def begin(self) -> None:
         """The epoch's clock starts now."""
         self._on_begin()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        self.memory.begin()
         self._timer = StepTimer(self._device)
         self._phase, self._since = "data", self._timer.mark()
 
@@ -176,6 +180,7 @@ class Watch:
             batch = next(iterator, _END)
             if batch is _END:  # the epoch's time ends with its last update
                 self._phase = None
+                self.memory.rest()
                 return
             self._enter(None)
             yield batch
@@ -192,8 +197,10 @@ class Watch:
 
     def so_far(self) -> tuple[EpochTime, StepDistribution] | None:
         """The epoch's times up to its last update, while its clock runs on; None where nothing was timed."""
-        timer = self._timer
-        return timer.finish(at_last_step=True) if timer is not None and timer.num_steps else None
+        if (timer := self._timer) is None or not timer.num_steps:
+            return None
+        times, self.last_step_s = timer.finish(at_last_step=True), timer.last_step_s
+        return times
 
     def finish(self) -> tuple[EpochTime, StepDistribution] | None:
         """Stop the clock: the epoch's times up to its last update; None where nothing was timed."""
@@ -244,7 +251,7 @@ class Watch:
         self._images_of_steps.clear()
         self.largest_backward = self._in_this_backward = 0
         self.learning_rate: float | None = None
-        self.last_step_s: float | None = None
+        self.last_step_s = None
 
     def forget(self) -> None:
         """What was seen of this epoch is void: another state goes on from here."""
@@ -289,6 +296,8 @@ class Watch:
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or not torch.is_grad_enabled():
+            if self._is_validation(module):
+                self.memory.rest()
             return
         if getattr(module, "_is_replica", False):
             raise UsageError(ON_SEVERAL_GPUS, hint=WHOLE_ON_EVERY_RANK)
@@ -307,6 +316,7 @@ class Watch:
         if self._timer is None:
             self.begin()
         self._in_backward = False
+        self.memory.go_on()
         self._enter("forward", gap=None if self._told_data else "data")
         if images is not None:
             self._note_format(images)
@@ -325,11 +335,7 @@ class Watch:
             self.precision = _HALF[images.dtype]
         elif self._inside is not None:
             self.precision = self._inside
-        elif (
-            kind == "cuda"
-            and torch.backends.cudnn.allow_tf32
-            and torch.cuda.get_device_capability(self._device)[0] >= 8
-        ):
+        elif kind == "cuda" and convolutions_use_tf32() and torch.cuda.get_device_capability(self._device)[0] >= 8:
             self.precision = Precision.TF32
         else:
             self.precision = Precision.FP32
@@ -351,10 +357,14 @@ class Watch:
             if leaf.requires_grad:
                 leaf.register_hook(begins)  # type: ignore[no-untyped-call] # torch's gap
 
-    def _judged(self, module: nn.Module) -> None:
-        """A pass without gradients is over; between two steps in evaluation mode it is validation."""
+    def _is_validation(self, module: nn.Module) -> bool:
+        """Whether a pass without gradients is one: between two steps, in evaluation mode."""
         between = self._phase is None and self.num_steps > 0 and self.num_images == self._images_before
-        if self._timer is not None and between and not module.training:
+        return between and not (self._paused or module.training)
+
+    def _judged(self, module: nn.Module) -> None:
+        """A pass without gradients is over."""
+        if self._timer is not None and self._is_validation(module):
             self._judged_until = self._timer.mark()
 
     def _backward_begins(self, forward: _Pass, _: Tensor) -> None:

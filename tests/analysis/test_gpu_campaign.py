@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import importlib
 import json
 import shutil
@@ -113,6 +114,44 @@ def test_a_trace_that_has_got_further_is_not_overwritten_by_a_run_begun_anew(res
     assert campaign.kept("resnet20-dense-s1").read_text() == whole
 
 
+@pytest.mark.parametrize("written", [0, 0.5, 1, 3.5], ids="{} lines".format)
+def test_a_trace_that_is_being_written_is_kept_as_soon_as_its_first_line_is_whole(results, tmp_path, written):
+    (tmp_path / "runs.tar").write_bytes((results[0] / "runs.tar").read_bytes())
+    campaign = campaign_at(tmp_path)
+    lines = campaign.kept("resnet20-dense-s1").read_text().splitlines(keepends=True)
+    whole = int(written)
+    text = "".join(lines[:whole]) + (lines[whole][:20] if written % 1 else "")
+    (tmp_path / "work" / "new").mkdir()
+    (tmp_path / "work" / "new" / "trace.jsonl").write_text(text)
+    campaign.keep(["new"], checkpoints=True)
+    assert campaign.kept("new").exists() == (written >= 1)
+    assert not campaign.trained("new")
+
+
+def test_a_trace_that_is_no_trace_any_more_is_replaced(results, tmp_path):
+    (tmp_path / "runs.tar").write_bytes((results[0] / "runs.tar").read_bytes())
+    campaign = campaign_at(tmp_path)
+    kept = campaign.kept("resnet20-dense-s1")
+    whole, again = kept.read_text(), tmp_path / "work" / "resnet20-dense-s1"
+    again.mkdir(parents=True, exist_ok=True)
+    (again / "trace.jsonl").write_text(whole)
+    kept.write_text("")
+    campaign.keep(["resnet20-dense-s1"])
+    assert kept.read_text() == whole
+
+
+def test_a_command_does_not_outlive_an_error_beside_it(monkeypatch):
+    monkeypatch.setattr(processes, "PTSIM", (sys.executable, "-c"))
+    begun = []
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: begun.append(real(*args, **kwargs)) or begun[-1])
+    with pytest.raises(OSError, match="disk"):
+        processes.run_together(
+            {"one": ["import time; time.sleep(60)"]}, lambda: 0.1, lambda: (_ for _ in ()).throw(OSError("disk"))
+        )
+    assert [process.poll() for process in begun] == [-9]
+
+
 def test_the_plan_names_every_piece_with_its_minutes(capsys):
     assert main(["--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -135,6 +174,53 @@ def test_a_piece_that_fails_costs_the_others_nothing_and_is_given_up_after_three
     assert ran["validate"] == 4  # nobody did it, but nobody failed
     assert "vgg11" not in left
     assert [entry["failed"] for entry in campaign.log if entry["piece"] == "vgg11"] == ["the driver has gone"] * 3
+
+
+def test_a_piece_that_failed_but_got_further_goes_on_at_once_until_its_part_is_over(tmp_path):
+    campaign = campaign_at(tmp_path)
+    ran = collections.Counter()
+
+    def run(name, _minutes):
+        ran[name] += 1
+        if name != "steps":
+            return None
+        (tmp_path / "steps.json").write_text("[" + " " * ran[name] + "]")  # one more of whatever it measures
+        return "one network" if ran[name] < 4 else None
+
+    work_through(campaign, run)
+    assert ran["steps"] == 4
+    assert {number for name, number in ran.items() if name != "steps"} == {1}
+    campaign.note("steps", 60 * campaign.pieces["steps"].minutes, None, further=True)
+    ran.clear()
+    work_through(campaign, run)
+    assert ran["steps"] == 1
+
+
+def test_a_run_that_fails_takes_no_other_runs_turn(tmp_path, monkeypatch):
+    campaign, began = campaign_at(tmp_path), []
+
+    def run_together(commands, _remaining_s, _meanwhile):
+        began.extend(commands)
+        if len(began) == 1:
+            raise RuntimeError("ptsim train ended badly: resnet20-dense-s1: status 1")
+
+    monkeypatch.setattr(gpu_campaign, "run_together", run_together)
+    with pytest.raises(RuntimeError, match="ended badly: resnet20-dense-s1"):
+        campaign.pieces["vgg11"].work()
+    assert began == ["resnet20-dense-s1", "resnet20-pruned-s1"]
+
+
+@pytest.mark.parametrize(("ticks", "seconds"), [(98_750, 12.5), (0, 0.0), (200_000, 0.0), (None, 0.0)])
+def test_what_a_process_took_to_start_is_part_of_its_call(tmp_path, monkeypatch, ticks, seconds):
+    """A thousand seconds after the machine began, whose clock ticks a hundred times a second."""
+    stat = tmp_path / "stat"
+    if ticks is not None:
+        stat.write_text(f"7 (a) b) S {'3 ' * 18}{ticks} 9 9")
+    monkeypatch.setattr(processes, "_STAT", stat)
+    clock = types.SimpleNamespace(clock_gettime=lambda _: 1000.0, CLOCK_BOOTTIME=7)
+    monkeypatch.setattr(processes, "time", clock)
+    monkeypatch.setattr(processes.os, "sysconf", lambda _: 100)
+    assert processes.running_s() == seconds
 
 
 def test_no_piece_begins_when_time_is_over(tmp_path):
@@ -199,11 +285,37 @@ def test_steps_that_do_not_fit_are_told_from_steps_that_run(monkeypatch):
     setting = StepSetting(batch=2, precision=Precision.FP32, memory_format="channels_last")
     assert gpu_steps.runs_steps(model, (3, 32, 32), setting, cpu)
 
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def fail(*_, **__):
+        raise errors.pop()
 
-    monkeypatch.setattr(gpu_steps.F, "cross_entropy", full)
+    monkeypatch.setattr(gpu_steps.F, "cross_entropy", fail)
+    no_engine = RuntimeError("GET was unable to find an engine to execute this computation")
+    errors = [RuntimeError("CUDA error: misaligned address"), torch.OutOfMemoryError("CUDA out of memory"), no_engine]
     assert not gpu_steps.runs_steps(model, (3, 32, 32), setting, cpu)
+    assert not gpu_steps.runs_steps(model, (3, 32, 32), setting, cpu)
+    with pytest.raises(RuntimeError, match="misaligned"):
+        gpu_steps.runs_steps(model, (3, 32, 32), setting, cpu)
+
+
+def test_a_network_whose_limit_cannot_be_found_is_a_row_and_the_next_process_goes_on(tmp_path, monkeypatch):
+    tried = []
+
+    def limit(_steps, name, _setting):
+        tried.append(name)
+        if len(tried) == 2:
+            raise RuntimeError("CUDA error: misaligned address")
+        return {"fits": True}
+
+    monkeypatch.setattr(gpu_steps.Steps, "_limit", limit)
+    for _ in range(2):
+        steps = gpu_steps.Steps(tmp_path, torch.device("cuda"), tiny=True, remaining_s=lambda: 100.0)
+        assert not steps.limits_done()
+        with contextlib.suppress(RuntimeError):
+            steps.limits()
+    assert steps.limits_done()
+    assert tried == [name for name, *_ in gpu_steps.LIMITED]
+    rows = json.loads((tmp_path / "memory.json").read_text())
+    assert [row.get("failed") for row in rows] == [None, "CUDA error: misaligned address", None, None, None]
 
 
 def test_an_unknown_piece_is_refused(tmp_path, capsys):

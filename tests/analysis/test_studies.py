@@ -3,6 +3,7 @@ import runpy
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pandas as pd
 import pytest
 
@@ -87,6 +88,27 @@ def test_table_1_counts_what_the_trace_says(traces: list[Path]) -> None:
     assert row.inference_flops_fraction == (
         pruned.network_of(pruned.epochs[-1]).forward_macs / dense.network_of(dense.epochs[0]).forward_macs
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "expected"),
+    [
+        ("fig8", "validation_accuracy", 0.6),
+        ("fig10", "validation_accuracy", 0.6),
+        ("table1", "accuracy_change_points", -25),
+    ],
+)
+def test_accuracy_is_that_of_the_network_whose_costs_stand_beside_it(
+    name: str, column: str, expected: float, traces: list[Path]
+) -> None:
+    """What was handed over was pruned after the last epoch, and judged once more: 60 %, the dense one 85 %."""
+    dense, pruned = (ptsim.read_trace(path) for path in traces[:2])
+    dense, pruned = (
+        msgspec.structs.replace(trace, end=msgspec.structs.replace(trace.end, final_accuracy=accuracy))
+        for trace, accuracy in ((dense, 0.85), (pruned, 0.6))
+    )
+    rows = study(name).table([dense, pruned])
+    assert rows[rows.penalty_ratio > 0][column].tolist() == [pytest.approx(expected)]
 
 
 def test_table_1_lays_the_papers_numbers_beside_ours() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from ptsim.measure.timers import StepTimer
 from ptsim.network import Precision
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
+from ptsim.training.peak import PeakMemory
 from tests.training.runs import settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -191,6 +193,60 @@ def test_a_profile_has_times_and_a_peak_near_the_predicted_one(precision):
     assert profile.peak_memory_bytes > 0
 
 
+def test_a_second_profile_has_the_peak_of_the_first_and_leaves_no_memory_taken():
+    model = zoo.create("resnet20").to(CUDA)
+    network = capture_network(model, name="resnet20", input_shape=(3, 32, 32), num_classes=10)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = torch.cuda.memory_allocated()
+    first, second = (
+        profile_network(
+            model, network, batch=64, precision=Precision.FP32, memory_format="contiguous", optimizer=sgd,
+            device=torch.device(CUDA),
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    assert second.peak_memory_bytes == pytest.approx(first.peak_memory_bytes, rel=0.02)
+    assert torch.cuda.memory_allocated() - before <= 3 * 32 * 2**20  # cuBLAS's workspaces, of forward and of backward
+
+
+def test_what_validation_takes_is_no_part_of_the_peak():
+    memory = PeakMemory(torch.device(CUDA))
+    memory.begin()
+    before = torch.cuda.memory_allocated()
+    for megabytes, training in ((8, True), (64, False), (16, True), (32, False)):
+        (memory.go_on if training else memory.rest)()
+        torch.empty(megabytes * 2**20, dtype=torch.uint8, device=CUDA)
+    assert 8 * 2**20 < memory.total() - before <= 16 * 2**20
+
+
+def test_an_optimizer_of_one_kernel_goes_on_from_a_state_that_was_stored_on_the_cpu():
+    def begun():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).to(CUDA)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        return model, optimizer, ptsim.PruneTrain(model, optimizer, input_shape=(3, 8, 8), interval=9)
+
+    def step(model, optimizer, pruner):
+        loss = nn.functional.cross_entropy(model(torch.ones(4, 3, 8, 8, device=CUDA)), torch.arange(4, device=CUDA))
+        optimizer.zero_grad()
+        loss.backward()
+        pruner.step(loss)
+        optimizer.step()
+
+    model, optimizer, pruner = begun()
+    step(model, optimizer, pruner)
+    pruner.end_epoch()
+    state = pruner.state_dict()
+    state["tensors"] = {name: tensor.cpu() for name, tensor in state["tensors"].items()}
+    step(model, optimizer, pruner)
+    pruner.close()
+    other, resumed, again = begun()
+    again.load_state_dict(state)
+    step(other, resumed, again)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_copies_and_launches_have_plausible_rates():
     device = torch.device(CUDA)
     assert 1e10 < copy_bandwidth_bytes_per_s(device) < 2e13
@@ -198,6 +254,7 @@ def test_copies_and_launches_have_plausible_rates():
     watch = LoadWatch(device)
     with watch.measuring():
         torch.zeros(1, device=device).add_(1)
+        time.sleep(1.1)  # of less nothing is said
     assert watch.load() is not None
 
 

@@ -195,3 +195,25 @@ def test_the_order_of_architectures_is_from_the_outside_to_the_inside():
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(UnknownNameError, match="unknown optimizer 'lion'; known: adam, adamw, rmsprop, sgd"):
         calibrate.make_optimizer("lion", [])
+
+
+def test_an_operator_that_a_gpu_cannot_run_is_left_out_unless_nothing_works_any_more(monkeypatch, tmp_path, profile):
+    def no_engine(*_):
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    waited = []
+    monkeypatch.setattr(calibrate, "time_operator", no_engine)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    operator, gpu = profile.operators[0].operator, torch.device("cuda")
+    made = calibrate._Calibration(tmp_path / "gpu.toml", gpu, profile, None)
+    made._alone(operator)
+    assert (made.profile, waited) == (profile, [gpu])
+
+    def broken(_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        made._alone(operator)
+    with pytest.raises(RuntimeError, match="unable to find an engine"):  # on a CPU it is an error like any other
+        calibrate._Calibration(tmp_path / "cpu.toml", CPU, profile, None)._alone(operator)

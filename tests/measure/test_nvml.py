@@ -215,9 +215,9 @@ class Board:
 
         return answer
 
-    def used(self):
+    def used(self, until_s=None):
         self.meter.start()
-        return self.meter.stop()
+        return self.meter.stop(until_s)
 
 
 def test_readings_become_si_units_and_means(monkeypatch):
@@ -251,3 +251,33 @@ def test_energy_is_the_counters_where_it_can_be_true_else_that_of_the_samples(mo
     use = Board(monkeypatch, **board).used()
     assert use.energy_j == (None if energy_j is None else pytest.approx(energy_j))
     assert use.power_w == (None if power_w is None else pytest.approx(power_w))
+
+
+@pytest.mark.parametrize(
+    ("board", "until_s", "energy_j"),
+    [
+        # 100 W rise to 300 W in the ten seconds from 50 to 60
+        ({}, 60.0, 2000),
+        ({}, 70.0, 2000),
+        ({}, 54.0, 4 * (100 + 180) / 2),
+        ({}, 50.0, 0),
+        ({}, 40.0, 0),
+        # the counter's 2,500 J are shared out as the power is: 560 of 2,000
+        ({"energy_mj": (1_000_000, 3_500_000)}, 54.0, 2500 * 560 / 2000),
+        ({"energy_mj": (1_000_000, 3_500_000), "power_mw": (None, None)}, 54.0, 1000),  # or as the time is
+        ({"energy_mj": (1_000_000, 3_500_000), "power_mw": (None, 100_000)}, 54.0, 1000),
+        ({"energy_mj": (1_000_000, 3_500_000), "power_mw": (0, 0)}, 54.0, 2500),  # nobody can tell
+        ({"power_mw": (None, 100_000)}, 54.0, None),
+    ],
+)
+def test_what_was_used_after_a_moment_does_not_count(monkeypatch, board, until_s, energy_j):
+    use = Board(monkeypatch, **board).used(until_s)
+    assert use.energy_j == (None if energy_j is None else pytest.approx(energy_j))
+
+
+def test_samples_after_the_moment_are_in_no_mean_and_the_first_one_is_in_every(monkeypatch):
+    use = Board(monkeypatch).used(59.9)
+    assert (use.power_w, use.sm_clock_hz, use.temperature_c) == (100, 1e9, 50)
+    assert (use.utilization, use.peak_memory_bytes) == (pytest.approx(0.4), 7)
+    assert Board(monkeypatch).used(10.0).power_w == 100
+    assert Board(monkeypatch).used(60.0).power_w == 200

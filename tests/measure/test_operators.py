@@ -102,3 +102,26 @@ def test_a_copy_reads_and_writes_and_an_addition_is_one_of_a_thousand(monkeypatc
     assert copy_bandwidth_bytes_per_s(CPU) == 2 * 64 * 2**20 / 5
     Ticks(monkeypatch, lambda number: number + 1)
     assert launch_overhead_s(CPU) == 5 / 1000
+
+
+def test_a_gpu_is_measured_by_its_own_clock(monkeypatch):
+    """The first run warms up; the next ones take 1 to 9 seconds of the GPU, and the host's clock stands still."""
+    gpu = SimpleNamespace(runs=0, seconds=0.0)
+
+    class Event:
+        def record(self, _stream):
+            self.at = gpu.seconds
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    def run():
+        gpu.seconds += gpu.runs
+        gpu.runs += 1
+
+    monkeypatch.setattr(operators, "cuda_event", Event)
+    monkeypatch.setattr(operators, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    assert operators._median_seconds(run, torch.device("cuda")) == 5
+    assert gpu.runs == 10

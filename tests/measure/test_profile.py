@@ -2,14 +2,16 @@ import copy
 import functools
 import math
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from ptsim.capture.network import capture_network
-from ptsim.errors import UnsupportedModelError
-from ptsim.measure.profile import number_format, profile_network
+from ptsim.errors import MissingMeasurementError, UnsupportedModelError
+from ptsim.measure import profile as profiling
+from ptsim.measure.profile import Budget, number_format, profile_network
 from ptsim.network import Precision
 
 
@@ -134,3 +136,65 @@ def test_a_description_of_another_network_is_refused():
 def test_a_mini_batch_of_zero_is_refused():
     with pytest.raises(ValueError, match="batch is 0, expected a positive number"):
         profile(Small(), batch=0)
+
+
+# What torch says of a GPU without memory: its allocator, cuDNN without an algorithm, libraries without a place.
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("FIND was unable to find an engine to execute this computation after trying 3 plans."),
+    RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: str(error)[:24])
+def test_a_copy_that_does_not_fit_is_told_in_a_sentence(monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(profiling, "_Run", full)
+    with pytest.raises(MissingMeasurementError, match="at mini-batch 4: a second copy does not fit into cpu"):
+        profile(Small())
+
+
+def test_another_error_is_no_lack_of_memory(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(profiling, "_Run", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        profile(Small())
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_seconds", "taken", "layered"),
+    [
+        # 60 s of the first step are no measure of the others on a GPU, where cuDNN tries its algorithms
+        ("cuda", 100.0, [1, 1, 5], 3),
+        ("cuda", math.inf, [1, 1, 5], 3),
+        ("cuda", 61.0, [1, 1, 3], 1),  # 1 s is left: 7 steps after the second one
+        ("cuda", 50.0, [1, 1, 1], 1),
+        ("cpu", 100.0, [1, 1], 1),
+        ("cpu", math.inf, [1, 1, 5], 3),
+    ],
+)
+def test_what_can_be_afforded_is_judged_by_a_step_of_the_usual_kind(monkeypatch, kind, max_seconds, taken, layered):
+    """The first step takes 60 s, every other one an eighth of a second."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(profiling, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 7)
+    asked = []
+
+    def steps(count):
+        now.seconds += 0.125 * count if asked else 60.0
+        asked.append(count)
+        return [(0.125,)] * count
+
+    run = SimpleNamespace(device=SimpleNamespace(type=kind), steps=steps, layered_step=dict)
+    found = profiling._take(run, Budget(max_seconds=max_seconds))
+    assert asked == taken
+    assert (len(found.steps), len(found.layered)) == (taken[-1], layered)
+    assert found.peak_bytes == (7 if kind == "cuda" else None)

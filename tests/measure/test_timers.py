@@ -2,6 +2,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ptsim.measure import timers
 from ptsim.measure.timers import StepTimer, step_distribution
@@ -81,10 +82,38 @@ def test_an_epochs_parts_are_what_the_clock_read(monkeypatch, judged, wall_s, to
     parts, spread = timer.finish(validation_s=0.25, at_last_step=at_last_step)
     judged_s = judged[1] - judged[0]
     assert parts.wall_s == (to_last_s if at_last_step else wall_s)
+    assert timer.last_step_s == 27
     assert (parts.data_wait_s, parts.forward_s, parts.backward_s) == (1, 2 + 1, 3)
     assert (parts.regularizer_s, parts.optimizer_s, parts.exposed_communication_s) == (0.5, 1.25, 0.25)
     assert parts.validation_s == judged_s + 0.25
     assert spread == step_distribution([float(seconds) for seconds in steps])
+
+
+def test_on_a_gpu_the_last_step_ends_when_the_gpu_has_done_it(monkeypatch):
+    """The host has launched it a second after the clock began, at 100 s; the GPU takes 7 s."""
+    now = SimpleNamespace(host=100.0, gpu=5.0)
+
+    class Event:
+        def record(self, _stream):
+            self.at = now.gpu
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(timers, "time", SimpleNamespace(perf_counter=lambda: now.host))
+    monkeypatch.setattr(timers, "cuda_event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    timer = StepTimer("cuda")
+    assert timer.last_step_s is None
+    now.host, now.gpu = 101.0, 12.0
+    timer.end_step()
+    now.host, now.gpu = 130.0, 20.0
+    parts, _ = timer.finish(at_last_step=True)
+    assert (parts.wall_s, timer.last_step_s) == (7.0, 107.0)
 
 
 def test_one_step_is_every_quantile():

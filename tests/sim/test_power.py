@@ -132,11 +132,14 @@ def test_a_device_whose_power_is_not_known_takes_no_energy(trace: Trace) -> None
 def test_recorded_powers_count_for_the_board_that_they_are_of(
     sampled: Trace, device: str, power_w: float | None, source: str
 ) -> None:
-    epochs = tuple(
-        msgspec.structs.replace(epoch, device=msgspec.structs.replace(epoch.device, power_w=power_w))
+    used = [
+        msgspec.structs.replace(
+            epoch.device, power_w=power_w, energy_j=None if power_w is None else power_w * epoch.time.wall_s
+        )
         for epoch in sampled.epochs
         if epoch.device is not None
-    )
+    ]
+    epochs = tuple(msgspec.structs.replace(e, device=d) for e, d in zip(sampled.epochs, used, strict=True))
     model = Power(Scenario(msgspec.structs.replace(sampled, epochs=epochs), cluster(device=device), 8, Options())).model
     assert model is not None
     assert model.source == source

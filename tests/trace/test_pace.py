@@ -10,7 +10,7 @@ import pytest
 
 from ptsim.trace.io import read_trace
 from ptsim.trace.pace import beyond_steps_s, changes, input_s_per_image, measured_changes, paid_s, reconfiguration_s
-from ptsim.trace.schema import Epoch, EpochTime
+from ptsim.trace.schema import DeviceUse, Epoch, EpochTime
 from ptsim.trace.trace import Trace
 from tests.traces import shrinking_trace
 
@@ -65,3 +65,24 @@ def test_what_changed_nothing_is_paid_for_and_tells_nothing_of_surgery(trace: Tr
     assert paid_s(run) == 6.5
     assert reconfiguration_s(run) == 3.0
     assert reconfiguration_s(msgspec.structs.replace(trace, reconfigurations=(idle, told))) is None
+
+
+@pytest.mark.parametrize(
+    ("energy_j", "power_w", "wall_s", "expected"),
+    [
+        (600.0, 100.0, 2.0, 300.0),  # a board of today says what it drew in the second before, too
+        (600.0, None, 2.0, 300.0),
+        (0.0, 100.0, 2.0, 0.0),
+        (None, 100.0, 2.0, 100.0),
+        (600.0, 100.0, 0.0, 100.0),
+        (600.0, 100.0, None, None),
+        (None, None, 2.0, None),
+    ],
+)
+def test_the_mean_power_is_that_of_the_energy(
+    trace: Trace, energy_j: float | None, power_w: float | None, wall_s: float | None, expected: float | None
+) -> None:
+    (epoch, *_) = timed(trace, [wall_s]).epochs
+    used = DeviceUse(energy_j=energy_j, power_w=power_w)
+    assert msgspec.structs.replace(epoch, device=used).mean_power_w == expected
+    assert msgspec.structs.replace(epoch, device=None).mean_power_w is None

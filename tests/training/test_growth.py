@@ -14,6 +14,7 @@ from ptsim.setting import StepSetting
 from ptsim.training import growth, minibatch
 from ptsim.training.config import make_config
 from ptsim.training.prune_settings import make_settings
+from ptsim.training.step import fits
 from tests.traces import device_info, residual_network
 
 
@@ -121,3 +122,65 @@ def test_an_own_loop_is_proposed_whole_multiples_more_for_each_pass(
 def test_the_rate_follows_the_mini_batch_in_proportion_or_with_the_root() -> None:
     assert growth.learning_rate_scale(64, 96, "linear") == 1.5
     assert growth.learning_rate_scale(64, 256, "sqrt") == 2.0
+
+
+class Refusing(nn.Module):
+    """Ends a pass with an error."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.error is not None:
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize(
+    ("error", "fitting"),
+    [
+        (None, True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), False),  # so says cuDNN
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+    ],
+)
+def test_a_trial_fails_for_want_of_memory_however_it_is_said(error: Exception | None, fitting: bool | None) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 4), Refusing(error))
+    learner: Any = SimpleNamespace(
+        model=model,
+        device=torch.device("cpu"),
+        recipe=SimpleNamespace(input_shape=(3, 8, 8)),
+        config=SimpleNamespace(precision=Precision.FP32),
+        pruner=SimpleNamespace(criterion=SimpleNamespace(add_gradient=lambda _: None)),
+    )
+    statistics = model[1].running_mean.clone()
+    if fitting is None:
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            fits(learner, 4)
+    else:
+        assert fits(learner, 4) == fitting
+    assert torch.equal(model[1].running_mean, statistics)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("changes", "capacity_bytes"), [({}, 37 * 2**30), ({"memory_budget": "1 GiB"}, 2**30)])
+def test_what_images_take_of_the_device_is_no_room_for_a_mini_batch(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], capacity_bytes: int
+) -> None:
+    """3 of 40 GiB; a budget is the iteration's alone."""
+    asked = that_fit(monkeypatch, minibatch, 64)
+    recorder = SimpleNamespace(
+        meter=SimpleNamespace(info=device_info), architecture=residual_network(), resident_bytes=3 * 2**30
+    )
+    learner: Any = SimpleNamespace(
+        config=make_config({"dataset": "digits", "batch": 64, "dynamic_batch": True} | changes),
+        team=SimpleNamespace(world_size=1, agree=lambda *_: None),
+        recorder=recorder,
+        batch=64,
+        set_batch=lambda _: None,
+        learning_rate_scale=1.0,
+    )
+    assert minibatch.BatchPolicy(learner, 10**6).grow().batch_per_gpu == 64
+    assert [capacity for _, capacity in asked] == [capacity_bytes]

@@ -72,6 +72,7 @@ def watch(**changes: Any) -> Any:
         "counted": lambda epoch: (2, 20),
         "so_far": lambda: (seconds(2), STEP),
         "finish": lambda: (seconds(2), STEP),
+        "memory": SimpleNamespace(total=lambda: 7),
     }
     return SimpleNamespace(**(seen | changes))
 
@@ -117,12 +118,44 @@ def test_a_state_in_the_middle_of_an_epoch_holds_both_parts() -> None:
 
 
 def test_what_passes_after_the_last_update_is_validation() -> None:
-    meter: Any = SimpleNamespace(stop=lambda: DeviceUse(power_w=1.0))
-    found = measure_epoch(watch(), meter, exposing(0.0), CPU, epoch=4, earlier=Unfinished())
+    until: list[float | None] = []
+
+    def stop(until_s: float | None) -> DeviceUse:
+        until.append(until_s)
+        return DeviceUse(power_w=1.0)
+
+    meter: Any = SimpleNamespace(stop=stop)
+    trained = watch()
+    found = measure_epoch(trained, meter, exposing(0.0), epoch=4, earlier=Unfinished())
+    assert until == [trained.last_step_s]  # nor is its energy the epoch's
     assert found.time is not None
     assert 13 * 2 + 100 <= found.time.validation_s < 13 * 2 + 110
     told = (found.num_iterations, found.num_images, found.step, found.use, found.peak_bytes)
-    assert told == (2, 20, STEP, DeviceUse(power_w=1.0), None)
+    assert told == (2, 20, STEP, DeviceUse(power_w=1.0), 7)
     resting = watch(num_iterations=0, last_step_s=None, finish=lambda: None)
-    ended = measure_epoch(resting, meter, exposing(0.0), CPU, epoch=4, earlier=EARLIER)
+    ended = measure_epoch(resting, meter, exposing(0.0), epoch=4, earlier=EARLIER)
     assert (ended.num_iterations, ended.num_images, ended.time) == (3, 48, seconds(1))
+
+
+def test_what_validation_takes_begins_when_the_gpu_has_done_the_last_update() -> None:
+    """The hook saw it launched 100 s ago; `finish` knows that it was done 40 s ago."""
+    trained = watch()
+
+    def finish() -> tuple[EpochTime, StepDistribution]:
+        trained.last_step_s += 60
+        return seconds(0), STEP
+
+    trained.finish = finish
+    meter: Any = SimpleNamespace(stop=lambda until_s: None)
+    found = measure_epoch(trained, meter, exposing(0.0), epoch=4, earlier=Unfinished())
+    assert found.time is not None
+    assert 40 <= found.time.validation_s < 50
+
+
+@pytest.mark.parametrize(
+    ("peak", "resident", "recorded"), [(100, 30, 70), (100, 0, 100), (20, 30, 0), (None, 30, None)]
+)
+def test_what_lies_on_the_device_all_the_time_is_no_part_of_the_peak(
+    peak: int | None, resident: int, recorded: int | None
+) -> None:
+    assert msgspec.structs.replace(LATER, peak_bytes=peak).peak_beside(resident) == recorded

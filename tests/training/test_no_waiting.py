@@ -358,6 +358,20 @@ def test_images_from_a_loader_are_copied_without_waiting(source, monkeypatch):
     assert asked == [False, True]
 
 
+def test_images_that_lie_on_a_gpu_are_not_pinned(monkeypatch):
+    """Only what is on the host can be: torch would refuse."""
+    monkeypatch.setattr(Loader, "asked", [], raising=False)
+    monkeypatch.setattr(Loader, "classes", None, raising=False)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    config = ptsim.training.config.Config(model="resnet20", dataset="digits")
+    pixels = torch.utils.data.TensorDataset(torch.zeros(4, 3, 8, 8, device=HOLLOW), torch.zeros(4))
+    pixels.classes = ["a", "b"]  # type: ignore[attr-defined] # as torchvision's have
+    data = live.LiveData((pixels, pixels), None, config=config, device=torch.device("cuda"))
+    with contextlib.suppress(RuntimeError, AssertionError):  # there is no such device here
+        next(data._batches(pixels, [[0]], 0))
+    assert Loader.asked == [False]
+
+
 class Event:
     """A CUDA event that passes when it is recorded."""
 
