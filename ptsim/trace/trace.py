@@ -144,8 +144,9 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_pruned(self) -> bool:
-        """The run was regularised to shrink or has shrunk; everything else is a dense run."""
-        return bool(self.reconfigurations) or any(epoch.regularized for epoch in self.epochs)
+        """The run was regularised to shrink or has shrunk; every other run is dense, one that frees layers as well."""
+        shrunk = any(event.channels_removed or event.layers_removed for event in self.reconfigurations)
+        return shrunk or any(epoch.regularized for epoch in self.epochs)
 
     @property
     def is_planned(self) -> bool:

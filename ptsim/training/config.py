@@ -401,6 +401,9 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
     source = data_source(config.dataset)
     unread = [name for name in SOME_USE if name not in source.uses]
     problems += unused(unread, f"the data set {config.dataset} does not use it")
-    if config.augment == "none" or (config.augment == "auto" and not source.photographs):
+    if not source.by_name:
+        theirs = ("augment", "crop_padding", "image_size", "train_limit", "validation_limit")
+        problems += unused(theirs, "data sets that are given live say themselves what they hold")
+    elif config.augment == "none" or (config.augment == "auto" and not source.photographs):
         problems += unused(("crop_padding",), "there is no augmentation")
     return [p for p, value in ((p, getattr(config, p.split("'")[1])) for p in problems) if value not in (None, False)]

@@ -21,6 +21,7 @@ from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.prune.labels import CONVS
 from ptsim.setting import as_plain, real_number
+from ptsim.trace.checks import hyperparameters_problem, seed_problem
 from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run, UpdateCosts
 from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
@@ -121,12 +122,32 @@ def checked_facts(facts: RunFacts | None) -> RunFacts:
     """The facts that were told, or none; what no file holds among the hyper-parameters becomes text.
 
     Raises:
-        UsageError: they are something else.
+        UsageError: they are something else, or such that nobody could read the trace back.
     """
     if facts is not None and not isinstance(facts, RunFacts):
         raise UsageError(f"facts is a {type(facts).__name__}, expected ptsim.RunFacts(model=…, seed=…, …)")
     told = facts or RunFacts()
-    return msgspec.structs.replace(told, hyperparameters=as_plain(dict(told.hyperparameters)))
+    if not isinstance(told.hyperparameters, Mapping):
+        kind = type(told.hyperparameters).__name__
+        raise UsageError(f"facts: hyperparameters is a {kind}, expected a dict", hint="vars(args) makes one")
+    hyperparameters = _without_infinity(as_plain(dict(told.hyperparameters)))
+    try:
+        told = msgspec.convert(as_plain(msgspec.structs.replace(told, hyperparameters=hyperparameters)), RunFacts)
+    except msgspec.ValidationError as error:
+        problem, _, place = str(error).replace("`", "").partition(" - at $.")
+        raise UsageError(f"facts: {place}: {problem}") from error
+    if problem := hyperparameters_problem(told.hyperparameters) or seed_problem(told.seed):
+        raise UsageError(f"facts: {problem}")
+    return told
+
+
+def _without_infinity(value: Any) -> Any:
+    """The value with numbers that JSON does not know as text."""
+    if isinstance(value, dict):
+        return {name: _without_infinity(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checked_loss(loss: Any) -> Tensor:

@@ -306,9 +306,11 @@ class PruneTrain(misuse.OnlyOne):
         What wraps the network has to be made again, as after a reconfiguration.
 
         Raises:
-            UsageError: not a state of PruneTrain, or of another network.
+            UsageError: not a state of PruneTrain, of another network, or of epochs that this run's trace does not have.
         """
         kept, average = stored.checked(state, self.optimizer), next(iter(self._averages()), None)
+        if self.recorder.records:
+            stored.refuse_unrecorded(kept)
         stored.reshape(self.network, self.optimizer, average, kept.structure, kept.parameters)
         self.penalty_coefficient, self.regularized = kept.penalty_coefficient, kept.regularized
         if kept.tensors is not None:

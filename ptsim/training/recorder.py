@@ -431,7 +431,7 @@ class Recorder(OnlyOne):
             weight_sparsity=gone_share(weights, self.initial_counts[1]),
             measured_time=measured.time,
             measured_step=measured.step,
-            allreduce_bytes=gradient_bytes * iterations,
+            allreduce_bytes=gradient_bytes * max(iterations, watch.num_reductions),
             peak_memory_bytes=measured.peak_bytes,
             device=measured.use,
             densities=tuple(d for d in layer_densities(self.network, threshold) if d.layer in known),

@@ -51,6 +51,7 @@ class Watch:
         largest_backward: images of this epoch's largest backward pass, which may belong to several forward passes.
         learning_rate: of the first parameter group at this epoch's first update; None where the optimizer decides it.
         num_backwards: backward passes in this epoch.
+        num_reductions: those of them whose gradients a DistributedDataParallel reduced.
         last_step_s: when this epoch's last update ended, by `time.perf_counter`; None before the first.
         precision, memory_format: of the last training pass.
         image_shape: of the last training pass; None before it, or where the network is given no images.
@@ -239,7 +240,7 @@ class Watch:
 
     def reset(self) -> None:
         """Count anew."""
-        self.num_steps = self.num_images = self.num_backwards = self._largest = 0
+        self.num_steps = self.num_images = self.num_backwards = self.num_reductions = self._largest = 0
         self._images_before, self._usual_before = 0, self.usual_step
         self._images_of_steps.clear()
         self.largest_backward = self._in_this_backward = 0
@@ -346,7 +347,8 @@ class Watch:
             return
         if self._compiled and not self.num_backwards and (kept := _kept_format(output)) is not None:
             self.precision = self._inside = kept
-        begins = functools.partial(self._backward_begins, _Pass(self._images, module.training))
+        reduces = getattr(self.data_parallel, "require_backward_grad_sync", False)
+        begins = functools.partial(self._backward_begins, _Pass(self._images, module.training, reduces))
         for leaf in output_tensors(output):
             if leaf.requires_grad:
                 leaf.register_hook(begins)  # type: ignore[no-untyped-call] # torch's gap
@@ -373,6 +375,7 @@ class Watch:
         self._in_backward = True
         self._enter("backward")
         self.num_backwards += 1
+        self.num_reductions += forward.reduces
         engine = torch.autograd.Variable._execution_engine
         # Called at the end of backward; once more from there, because DDP waits for its all-reduces in such a call.
         engine.queue_callback(lambda: engine.queue_callback(self._backward_ends))
@@ -431,6 +434,7 @@ class _Pass:
 
     num_images: int
     training: bool
+    reduces: bool
     counted: bool = False
 
 

@@ -1,5 +1,7 @@
+import os
 import shutil
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 
 from ptsim.errors import UsageError
 from ptsim.training.config import make_config, resolve
-from ptsim.training.data import Share, StreamedData, normalization_of
+from ptsim.training.data import Share, StreamedData, held_out, normalization_of
 from ptsim.training.datasets import load_data
 
 CPU = torch.device("cpu")
@@ -142,6 +144,23 @@ def test_an_image_tree_that_does_not_fit_is_streamed_with_the_same_order(tree):
     assert sum(len(y) for _, y in streamed.validation_batches(5, Share())) == 12
 
 
+def test_of_images_that_do_not_fit_only_crop_flip_mirrors_some(tree):
+    settings = {"dataset": "imagefolder", "data_dir": str(tree), "data_memory_bytes": 1000, "batch": 30}
+    settings["num_workers"] = 0
+    crops, flips = (epoch_of(loaded(**settings, augment=kind), batch=30)[0][0] for kind in ("crop", "crop_flip"))
+    same = [torch.equal(crop, flip) for crop, flip in zip(crops, flips, strict=True)]
+    assert 5 <= sum(same) <= 25
+    for crop, flip, as_it_is in zip(crops, flips, same, strict=True):
+        assert as_it_is or torch.equal(crop.flip(2), flip)
+    with pytest.warns(UserWarning, match="'crop_padding' has no effect: images that do not fit in memory"):
+        loaded(**settings, crop_padding=2)
+
+
+def test_a_share_to_hold_out_that_nobody_needs_is_said(tree):
+    with pytest.warns(UserWarning, match="setting 'validation_share' has no effect: .* has validation images"):
+        assert loaded(dataset="imagefolder", data_dir=str(tree), validation_share=0.5).dataset.num_validation == 12
+
+
 def test_images_are_scaled_to_the_asked_size(tree):
     data = loaded(dataset="imagefolder", data_dir=str(tree), image_size=20, batch=8)
     assert data.dataset.input_shape == (3, 20, 20)
@@ -182,6 +201,35 @@ def test_a_wrong_image_tree_is_one_sentence(tree, tmp_path, make):
         (root / "train" / "b" / "0.png").unlink()
     with pytest.raises(UsageError, match=expected):
         loaded(dataset="imagefolder", data_dir=str(root), batch=1)
+
+
+@pytest.mark.parametrize("name", ["Train", "VAL", "testing"])
+def test_a_split_that_is_written_otherwise_is_no_class(tree, tmp_path, name):
+    shutil.copytree(tree / "train", tmp_path / name)
+    shutil.copytree(tree / "val", tmp_path / "more")
+    with pytest.raises(UsageError, match=f"holds the folder {name}, which reads like a split"):
+        loaded(dataset="imagefolder", data_dir=str(tmp_path))
+
+
+def test_a_class_folder_whose_name_is_no_unicode_is_a_class_that_can_be_written_down(tree, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(tree / split, tmp_path / split)
+        folder = os.fsencode(tmp_path / split)
+        os.rename(folder + b"/cow", folder + b"/caf\xe9")
+    data = loaded(dataset="imagefolder", data_dir=str(tmp_path))
+    assert data.class_names == ("ant", "bee", "caf\N{REPLACEMENT CHARACTER}")
+    assert msgspec.json.decode(msgspec.json.encode(data.class_names)) == list(data.class_names)
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "held"),
+    [(0.1, 10, 1), (0.01, 5, 1), (0.5, 3, 2), (0.9, 2, 1), (0.99, 10, 9)],  # 1.5 is rounded to 2
+)
+def test_every_class_gives_an_image_and_keeps_one(share, count, held):
+    config = make_config({"dataset": "imagefolder", "data_dir": "somewhere", "validation_share": share})
+    train, validation = held_out([0] * count, config)
+    assert (len(train), len(validation)) == (count - held, held)
+    assert sorted(train + validation) == list(range(count))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

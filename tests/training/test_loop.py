@@ -27,7 +27,9 @@ from ptsim.errors import (
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
 from ptsim.training import loop, profiling, pruning, step
+from ptsim.training.interruption import interruptible
 from ptsim.training.storing import Storage
+from tests.training.nets import small
 from tests.training.runs import NETS, settings
 
 
@@ -461,6 +463,31 @@ def test_ctrl_c_ends_the_trace_interrupted_and_the_run_can_go_on(tmp_path, numbe
     result = ptsim.train({"epochs": trace.end.epochs + 2}, resume=folder)
     assert result.epochs == trace.end.epochs + 2
     assert ptsim.read_trace(folder).complete
+
+
+def test_a_signal_that_ends_the_loaders_processes_interrupts_the_run(tmp_path):
+    """As SLURM sends it: to every process of a job."""
+    images = torch.utils.data.TensorDataset(torch.rand(32, 3, 8, 8), torch.arange(32) % 10)
+
+    def collate(items):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+
+    made = {"epochs": 2, "batch": 8, "num_workers": 0, "profile": False, "device": "cpu"}
+    with pytest.raises(loop.TrainingInterrupted, match="SIGTERM"):
+        ptsim.train(made, model=small(10), data=(images, images), collate=collate, out=tmp_path / "run")
+    end = ptsim.read_trace(tmp_path / "run").end
+    assert (end.status, end.reason) == ("interrupted", "SIGTERM")
+
+
+def test_a_process_that_loads_data_leaves_ctrl_c_to_the_one_that_trains(capfd):
+    with interruptible() as interruption:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(interruption.asked is not None)
+        assert os.waitpid(child, 0)[1] == 0
+    assert capfd.readouterr().err == ""
 
 
 # The command line
