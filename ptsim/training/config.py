@@ -84,8 +84,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         max_batch: largest mini-batch, of all ranks together.
         lr_rule: how the learning rate follows the mini-batch: in proportion ("linear") or with the square root
             ("sqrt").
-        data_memory_bytes: an image tree larger than this when decoded is read from disk in every epoch; None is a
-            quarter of the memory.
+        data_memory_bytes: an image tree larger than this when decoded is read from disk in every epoch, with random
+            resized crops, and ImageNet's mean and deviation for the normalisation; None is a quarter of the memory.
         device: one of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         precision: number format of the matrix products: fp32, tf32, and bf16 or fp16 by autocast.
         memory_format: layout of the images and weights, contiguous or channels_last.

@@ -290,6 +290,8 @@ def rgb(image: Image.Image) -> NDArray[np.uint8]:
         values = np.array(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its values are beyond 16 bits")
+        if image.mode == "I" and image.format == "TIFF" and 0 < values.max() < 256:
+            raise ValueError("its values are of 32 bits and all below 256, and what is white is not known")
         return np.repeat((values.astype(np.uint16) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     return np.array(image.convert("RGB"))
 

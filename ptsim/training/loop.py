@@ -320,12 +320,13 @@ class Trainer:
             self.reporter.reconfigured(outcome.reconfiguration)
         if last and outcome.pruned:  # no epoch will judge what is handed over
             learner.recorder.final_accuracy = self._validated().accuracy
-        self._consult(None, False)
         learner.next_epoch = plan.epoch + 1
         keep = last or plan.reconfigures or learner.next_epoch % self.config.keep_every == 0
         self.storage.save(learner, keep=keep)
         if self.on_epoch is not None:
             self.on_epoch(outcome.epoch)
+        if not last:  # a signal during validation costs no epoch
+            self._consult(None, False)
 
     def _consult(self, iteration: int | None, out_of_memory: bool) -> None:
         """Stop, all ranks together, if one was interrupted or has no memory left.

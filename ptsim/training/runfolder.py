@@ -140,7 +140,7 @@ def make_run_folder(folder: Path, config: Config) -> None:
     """Make the run folder with its configuration, in one step.
 
     Raises:
-        UsageError: there is something in it already.
+        UsageError: there is something in it already, or it is a mount point.
         TrainingError: it cannot be written.
     """
     refuse_used_folder(folder)
@@ -164,6 +164,9 @@ def make_run_folder(folder: Path, config: Config) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another run was faster
                 refuse_used_folder(folder)
+            if error.errno in (errno.EBUSY, errno.EXDEV):
+                problem = f"the output folder {folder} is a mount point, which no folder can replace"
+                raise UsageError(problem, hint=f"--out {folder / 'run'}") from error
             raise
         finally:
             os.close(handle)

@@ -220,7 +220,8 @@ class Watch:
         self.check_seen()
         if not self.num_steps:
             warnings.warn(
-                "the recorder's optimizer has not stepped in this epoch; tell the recorder of the new one by follow()",
+                "the recorder's optimizer has not stepped in this epoch: a GradScaler has left out every update, or it "
+                "is another one, of which follow() tells the recorder",
                 stacklevel=3,
             )
         return iterations, self.num_images

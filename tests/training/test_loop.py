@@ -480,6 +480,29 @@ def test_a_signal_that_ends_the_loaders_processes_interrupts_the_run(tmp_path):
     assert (end.status, end.reason) == ("interrupted", "SIGTERM")
 
 
+@pytest.mark.parametrize(("epoch", "last"), [(1, False), (2, True)])
+def test_a_signal_during_validation_costs_no_epoch(tmp_path, monkeypatch, epoch, last):
+    validate, calls = loop.validate, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == epoch + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*arguments)
+
+    monkeypatch.setattr(loop, "validate", interrupted)
+    made = settings(epochs=3, profile=False, threshold=1e-9)
+    if last:  # the run is over, whatever the signal wants
+        assert ptsim.train(made, out=tmp_path / "run").epochs == 3
+    else:
+        with pytest.raises(loop.TrainingInterrupted, match="SIGTERM"):
+            ptsim.train(made, out=tmp_path / "run")
+    trace = ptsim.read_trace(tmp_path / "run")
+    assert (trace.end.epochs, trace.complete) == (epoch + 1, last)
+    assert (tmp_path / "run" / "checkpoints" / f"epoch-000{epoch}" / "state.safetensors").exists()
+    assert ptsim.train(resume=tmp_path / "run").epochs == 3
+
+
 def test_a_process_that_loads_data_leaves_ctrl_c_to_the_one_that_trains(capfd):
     with interruptible() as interruption:
         child = os.fork()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -388,6 +389,13 @@ def test_images_without_a_known_white_and_pipes_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)).save(tmp_path / "wide.tif")
     with pytest.raises(UsageError, match="beyond 16 bits"):
         decode(tmp_path / "wide.tif")
+    for value, says in ((200, "of 32 bits and all below 256"), (300, None), (0, None)):
+        Image.fromarray(np.full((4, 4), value, dtype=np.int32)).save(tmp_path / f"{value}.tif")
+        if says is None:
+            assert decode(tmp_path / f"{value}.tif").unique().tolist() == [value >> 8]
+        else:
+            with pytest.raises(UsageError, match=says):
+                decode(tmp_path / f"{value}.tif")
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UsageError, match="is not a regular file"):
         decode(tmp_path / "pipe.png")
@@ -420,6 +428,19 @@ def test_only_a_full_disk_is_called_one(tmp_path, number, remedy):
     with pytest.raises(TrainingError, match="cannot be written") as caught, checkpoint.writing(tmp_path):
         raise OSError(number, os.strerror(number))
     assert caught.value.hint.startswith(remedy)
+
+
+def test_a_mount_point_is_named_with_a_folder_that_would_do(tmp_path, monkeypatch):
+    """As Docker's `-v runs:/out` makes one."""
+
+    def replace(*_):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(UsageError, match="is a mount point, which no folder can replace") as caught:
+        ptsim.train(settings(), out=tmp_path / "out")
+    assert caught.value.hint == f"--out {tmp_path / 'out' / 'run'}"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_more_epochs_than_anybody_trains_are_refused(tmp_path):
