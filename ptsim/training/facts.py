@@ -142,9 +142,9 @@ def checked_facts(facts: RunFacts | None) -> RunFacts:
 
 
 def _without_infinity(value: Any) -> Any:
-    """The value with numbers that JSON does not know as text."""
+    """The value with names, and numbers that JSON does not know, as text."""
     if isinstance(value, dict):
-        return {name: _without_infinity(part) for name, part in value.items()}
+        return {str(name): _without_infinity(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [_without_infinity(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -193,18 +193,38 @@ def check_finite(epoch: Epoch) -> None:
 
 
 def check_numbers(network: nn.Module) -> None:
-    """Make sure that the network's weights are of the number format that a trace assumes.
+    """Make sure that the network's weights are of the number format that a trace assumes, on a device that is timed.
 
     Raises:
-        UsageError: one is not float32: bytes and memory of everything that follows from the trace would be wrong.
+        UsageError: one is not float32, and bytes and memory of everything that follows from the trace would be wrong;
+            or it is on a device whose clock nobody here reads.
     """
     for name, parameter in network.named_parameters():
+        if parameter.device.type not in ("cpu", "cuda"):
+            raise UsageError(
+                f"{name} of this {type(network).__name__} is on {parameter.device}, a trace is of a CPU or a CUDA GPU",
+                hint="without record= nothing is written",
+            )
         if parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")
             raise UsageError(
                 f"{name} of this {type(network).__name__} is of {kind}, a trace describes float32 weights",
                 hint="model.float(), with torch.autocast for half precision; without record= nothing is written",
             )
+
+
+def check_device(network: nn.Module, device: torch.device) -> None:
+    """Make sure that the network is where it was when its recorder was made.
+
+    Raises:
+        UsageError: it is not: clocks and meters of another device run.
+    """
+    now = next((parameter.device for parameter in network.parameters()), device)
+    if now != device:
+        raise UsageError(
+            f"the network was moved from {device} to {now} after its Recorder or PruneTrain was made",
+            hint="model.to(device) first",
+        )
 
 
 def product_layer(network: nn.Module) -> nn.Module | None:

@@ -29,6 +29,7 @@ from ptsim.training.distributed import CommunicationMeter, Team, current_team
 from ptsim.training.facts import (
     RunFacts,
     change_record,
+    check_device,
     check_finite,
     check_numbers,
     checked_facts,
@@ -391,6 +392,7 @@ class Recorder(OnlyOne):
 
     def epoch_begins(self) -> None:
         """The watch starts an epoch's clock now."""
+        check_device(self.network, self.device)
         if self._keep[0] is not None:
             self.begin_run()  # says at once if the trace that the run goes on with is not there
         elif not self._begun:

@@ -157,6 +157,8 @@ def test_weights_of_another_format_than_a_trace_assumes_are_refused() -> None:
     check_numbers(nn.Linear(2, 2))
     with pytest.raises(UsageError, match="weight of this Linear is of float64, a trace describes float32"):
         check_numbers(nn.Linear(2, 2).double())
+    with pytest.raises(UsageError, match="weight of this Linear is on meta, a trace is of a CPU or a CUDA GPU"):
+        check_numbers(nn.Linear(2, 2, device="meta"))  # or on mps, xpu, …
 
 
 class Giving(nn.Module):
@@ -204,8 +206,8 @@ def test_facts_with_which_nobody_could_read_the_trace_are_refused_at_once(told: 
 
 def test_facts_become_what_a_file_holds() -> None:
     told: dict[str, Any] = {"seed": torch.tensor(3), "precision": "bf16"}
-    clips = {"clip": math.inf, "each": [0.5, -math.inf, (math.nan,)], "lr": 0.25}
+    clips = {"clip": math.inf, "each": {2: [-math.inf, (math.nan,)]}, "lr": 0.25}
     found = checked_facts(RunFacts(**told, hyperparameters=clips))
     assert (found.seed, type(found.seed), found.precision) == (3, int, Precision.BF16)
-    assert found.hyperparameters == {"clip": "inf", "each": [0.5, "-inf", ["nan"]], "lr": 0.25}
+    assert found.hyperparameters == {"clip": "inf", "each": {"2": ["-inf", ["nan"]]}, "lr": 0.25}
     assert checked_facts(None) == RunFacts()

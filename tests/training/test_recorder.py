@@ -310,6 +310,16 @@ def test_hyperparameters_that_no_file_holds_are_written_as_text(tmp_path):
     assert found["loss"].startswith("<function cross_entropy")
 
 
+def test_a_network_that_is_moved_after_its_recorder_was_made_is_named():
+    model = fresh()
+    recorder = ptsim.Recorder(model, sgd(model), input_shape=IMAGE)
+    model.to("meta")
+    with pytest.raises(UsageError, match="the network was moved from cpu to meta after its Recorder") as caught:
+        model(torch.empty(2, *IMAGE, device="meta"))
+    assert caught.value.hint == "model.to(device) first"
+    recorder.close()
+
+
 def test_a_mini_batch_that_is_told_as_text_hides_no_profile(tmp_path):
     model = fresh()
     optimizer = sgd(model)
