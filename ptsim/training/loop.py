@@ -137,8 +137,8 @@ def _new_config(
     live = {} if model is None else {"model": name_of(model)}
     if data is not None:
         live["dataset"] = DATASET
-    if isinstance(config, Config):
-        return msgspec.structs.replace(config, **live)
+    if isinstance(config, Config):  # perhaps nobody has checked it
+        return make_config(msgspec.structs.asdict(config) | live, quiet=True)
     settings = dict(read_config(config) if isinstance(config, str | Path) else config or {}) | live
     if isinstance(start := settings.get("start_from"), str | Path) and "model" not in settings:
         settings["model"] = load_recipe(start).model

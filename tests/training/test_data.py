@@ -156,6 +156,53 @@ def test_of_images_that_do_not_fit_only_crop_flip_mirrors_some(tree):
         loaded(**settings, crop_padding=2)
 
 
+def ramps(tmp_path, count):
+    """An image of 100×80 pixels, so many times; red is twice the column and green twice the row of a pixel."""
+    pixels = np.zeros((80, 100, 3), dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = 2 * np.arange(100), 2 * np.arange(80)[:, None]
+    Image.fromarray(pixels).save(tmp_path / "ramps.png")
+    config = resolve(make_config({"dataset": "imagefolder", "data_dir": "x", "num_workers": 0}), device="cpu")
+    files = [(tmp_path / "ramps.png", 0)] * count
+    return StreamedData(files, files, class_names=("a", "b"), side=8, config=config, device=CPU)
+
+
+def pixels_of(data, images):
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.normalization.mean, data.normalization.std))
+    return (images * std + mean) * 255
+
+
+def test_an_image_is_scaled_by_its_shorter_side_and_its_middle_validates(tmp_path):
+    data = ramps(tmp_path, 1)
+    ((images, _),) = data.validation_batches(1, Share())
+    red, green, _ = pixels_of(data, images)[0]
+    # 10×8 pixels of 10×10 each, without the first and the last column; the filter is cut off at the border.
+    middles = torch.arange(1, 7) * 10 + 4.5
+    torch.testing.assert_close(red[3, 1:7], 2 * (middles + 10), atol=1.1, rtol=0)
+    torch.testing.assert_close(green[1:7, 3], 2 * middles, atol=1.1, rtol=0)
+
+
+def test_random_crops_are_a_twelfth_to_all_of_the_image_of_any_place_and_shape(tmp_path):
+    data = ramps(tmp_path, 200)
+    ((images, _),) = data.training_batches(0, 200, Share())
+    red, green, _ = pixels_of(data, images).unbind(1)
+    across, down = (red[:, 3, 6] - red[:, 3, 1]) / 2, (green[:, 6, 3] - green[:, 1, 3]) / 2  # 5 of 8 parts of the crop
+    width, height = across.abs() * 8 / 5, down * 8 / 5
+    left = torch.minimum(red[:, 3, 1], red[:, 3, 6]) / 2 + 0.5 - 1.5 * width / 8
+    top = green[:, 1, 3] / 2 + 0.5 - 1.5 * height / 8
+    for start, size, whole in ((left, width, 100), (top, height, 80)):
+        assert -2 < start.min() < 3
+        assert whole - 3 < (start + size).max() < whole + 3
+    area = width * height / 8000
+    assert 0.06 < area.min() < 0.13
+    assert 0.42 < area.mean() < 0.58  # 0.54 but for what would be higher or wider than the image
+    assert area.max() > 0.85
+    shape = (width / height)[area < 0.4].log()
+    assert -0.45 < shape.min() < -0.18  # ln ¾ is −0.288, and what is read off the ramps is rounded
+    assert 0.18 < shape.max() < 0.45
+    assert abs(shape.mean()) < 0.08
+    assert 70 < (across < 0).sum() < 130
+
+
 def test_a_share_to_hold_out_that_nobody_needs_is_said(tree):
     with pytest.warns(UserWarning, match="setting 'validation_share' has no effect: .* has validation images"):
         assert loaded(dataset="imagefolder", data_dir=str(tree), validation_share=0.5).dataset.num_validation == 12

@@ -27,6 +27,7 @@ from ptsim.errors import (
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
 from ptsim.training import loop, profiling, pruning, step
+from ptsim.training.config import Config
 from ptsim.training.interruption import interruptible
 from ptsim.training.storing import Storage
 from tests.training.nets import small
@@ -409,6 +410,14 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(tmp_path, changes, error
         ptsim.train(settings(**changes), out=folder)
     assert "\n" not in caught.value.message
     assert no_files(folder)
+
+
+def test_a_configuration_that_nobody_has_checked_is_checked(tmp_path):
+    for wrong, says in (({"epochs": 0}, "'epochs' is 0"), ({"batch": 97}, "mini-batch of 97 is larger")):
+        with pytest.raises(UsageError, match=says):
+            ptsim.train(Config(**settings(**wrong)), out=tmp_path / "run")
+    assert no_files(tmp_path / "run")
+    assert ptsim.train(Config(**settings(epochs=1, profile=False)), out=tmp_path / "run").epochs == 1
 
 
 def test_a_class_count_that_does_not_fit_is_said(tmp_path):
