@@ -136,9 +136,12 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def penalty_ratio(self) -> float | None:
-        """The penalty's share in the first loss; 0 for a dense run, None where the configuration does not say."""
+        """The penalty's share in the first loss; 0 for a dense run, None where the configuration does not say.
+
+        A recorder that saw no pruner when the run began has noted 0.
+        """
         ratio = self.run.hyperparameters.get("penalty_ratio")
-        if isinstance(ratio, int | float):
+        if isinstance(ratio, int | float) and (ratio or not any(epoch.regularized for epoch in self.epochs)):
             return float(ratio)
         return None if self.is_pruned else 0.0
 

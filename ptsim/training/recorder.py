@@ -75,6 +75,7 @@ class Recorder(OnlyOne):
     Attributes:
         network: the network itself, without what DDP or torch.compile have put around it.
         epoch: the epoch that is being trained, counting from 0.
+        settings: hyper-parameters for the trace beside those that are seen; a pruner adds its own.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class Recorder(OnlyOne):
         self.profiles = profile
         self.owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
         self._channel_maxima, self._threshold = channel_maxima, checked_threshold(threshold)
-        self._settings = as_plain(dict(settings or {}))
+        self.settings = as_plain(dict(settings or {}))
         self._mirror = Mirror(loggers if self.records or self.folder is None else (), self.folder)
         self._trace: TraceFile | None = None
         self._keep: tuple[int | None, str | None] = (None, None)
@@ -318,7 +319,7 @@ class Recorder(OnlyOne):
 
     def describe(self, *, profile: bool = True) -> None:
         """Write the present architecture, with its profile, unless the trace has it."""
-        criterion = self.facts.settings({}, self._settings).get("criterion")
+        criterion = self.facts.settings({}, self.settings).get("criterion")
         if self._trace is not None and self._trace.architecture(self._architecture, criterion) and profile:
             self.profile()
 
@@ -481,7 +482,7 @@ class Recorder(OnlyOne):
             msgspec.structs.replace(
                 self.facts,
                 model=self.architecture.name,
-                hyperparameters=self.facts.settings(seen, self._settings),
+                hyperparameters=self.facts.settings(seen, self.settings),
                 precision=self.precision,
                 memory_format=self.memory_format,
             ),
