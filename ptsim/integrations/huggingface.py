@@ -65,7 +65,8 @@ class PruneTrainCallback(TrainerCallback):  # type: ignore[misc] # transformers 
         """
         self._accuracy, self._loss = accuracy, loss
         self._pruning = Pruning(network=network, input_shape=input_shape, settings=settings)
-        self._told = self._validation_follows = self._restored = False
+        self._told = self._summed = self._validation_follows = self._restored = False
+        self._metrics: dict[str, Any] = {}  # of this epoch's validation, on one data set after the other
         self._hook: Any = None
 
     @property
@@ -78,9 +79,9 @@ class PruneTrainCallback(TrainerCallback):  # type: ignore[misc] # transformers 
         return self._pruning.pruner
 
     def tell(self, loss: Tensor) -> None:
-        """The loss of a training pass, for a `compute_loss` of one's own; otherwise the model's output has it."""
+        """The mean loss of a training pass, for a `compute_loss` of one's own; otherwise the model's output has it."""
         if not self._told:
-            self._told = True
+            self._told, self._summed = True, False
             self._pruning.losses.clear()  # what the output of this very pass held
         self._pruning.losses.append(loss.detach())
 
@@ -138,7 +139,7 @@ class PruneTrainCallback(TrainerCallback):  # type: ignore[misc] # transformers 
         if self._hook is not None:  # of a run that was left by an error, of which the Trainer tells nobody
             self._hook.remove()
         self._pruning.begin(parts["model"], [optimizer], getattr(optimizer, "scaler", None))
-        self._hook = parts["model"].register_forward_hook(self._passed)
+        self._hook = parts["model"].register_forward_hook(self._passed, with_kwargs=True)
         self._validation_follows = False
 
     def on_pre_optimizer_step(
@@ -150,23 +151,35 @@ class PruneTrainCallback(TrainerCallback):  # type: ignore[misc] # transformers 
                 f"the output of this {type(parts['model']).__name__} holds no loss",
                 hint="give the labels to the model, or call callback.tell(loss) in compute_loss",
             )
-        self._pruning.before_update()
+        self._pruning.before_update(summed=self._summed)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """An epoch ends here, or with the validation that follows."""
-        self._validation_follows = control.should_evaluate
+        self._validation_follows, self._metrics = control.should_evaluate, {}
         if not control.should_evaluate:
             self._pruning.end_epoch(None, None)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """The metrics of the epoch's validation."""
+        """The metrics of the epoch's validation, or of one data set of several."""
+        self._metrics |= parts["metrics"]
+        if {self._accuracy, self._loss} - {None} <= self._metrics.keys():
+            self._end_validated()
+
+    def _end_validated(self) -> None:
+        """The epoch ends with the metrics of its validation, if that has just been; a missing one is an error."""
         if self._validation_follows:
             self._validation_follows = False
-            metrics: Mapping[str, Any] = parts["metrics"]
-            self._pruning.end_epoch(metric(metrics, self._accuracy), metric(metrics, self._loss))
+            self._pruning.end_epoch(metric(self._metrics, self._accuracy), metric(self._metrics, self._loss))
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        """The validation of the epoch before is over."""
+        self._end_validated()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """The checkpoint gets what the pruning needs to go on; plain data."""
+        self._end_validated()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             with writing(folder / _FILE):
@@ -174,14 +187,20 @@ class PruneTrainCallback(TrainerCallback):  # type: ignore[misc] # transformers 
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """The trace gets its last record."""
+        self._end_validated()
         self._pruning.end_epoch(None, None)  # of a run that ended within an epoch
         self._pruning.close()
         self._hook.remove()
 
-    def _passed(self, model: nn.Module, _: Any, output: Any) -> None:
-        """A training pass of the model: its loss is in its output, by Hugging Face's convention."""
+    def _passed(self, model: nn.Module, _: Any, given: Mapping[str, Any], output: Any) -> None:
+        """A training pass of the model: its loss is in its output, by Hugging Face's convention.
+
+        A model that takes loss keywords is told the images of all passes of the update, and divides by these: then the
+        passes' losses are parts of the update's.
+        """
         if self._told or not (model.training and torch.is_grad_enabled()):
             return
+        self._summed = given.get("num_items_in_batch") is not None
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None and isinstance(output, tuple):
             loss = output[0]

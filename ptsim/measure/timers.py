@@ -88,8 +88,8 @@ class StepTimer:
     def finish(self, *, validation_s: float = 0.0, at_last_step: bool = False) -> tuple[EpochTime, StepDistribution]:
         """Wait for the device and give the epoch's parts and the spread of its iterations.
 
-        The wall time ends here, or with `at_last_step` where the last step ended: what came after it is validation.
-        Validation between two steps is part neither of the wall time nor of a step.
+        The wall time ends here, or with `at_last_step` where the last step ended: what came after it is no part of the
+        epoch's parts, either. Validation between two steps is part neither of the wall time nor of a step.
 
         Raises:
             ValueError: no step has ended.
@@ -98,8 +98,10 @@ class StepTimer:
             raise ValueError("an epoch without a single step has no step time")
         instants = self._clock.resolve()
         wall_s = time.perf_counter() - self._started_s
+        ends = self._step_ends[-1] if at_last_step else len(instants)
         seconds = {
-            phase: sum(instants[end] - instants[begin] for begin, end in spans) for phase, spans in self._phases.items()
+            phase: sum(instants[end] - instants[begin] for begin, end in spans if end <= ends)
+            for phase, spans in self._phases.items()
         }
         boundaries = [instants[mark] for mark in (self._start, *self._step_ends)]
         self.last_step_s = self._started_s + (boundaries[-1] - boundaries[0])

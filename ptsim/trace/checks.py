@@ -6,6 +6,7 @@ Types and bounds of single fields stand in `schema.py`; msgspec checks them befo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ptsim.consistency import MOST_MOMENTUM, network_problem
 from ptsim.network import Network
@@ -14,6 +15,8 @@ from ptsim.trace.schema import AnyRecord, Architecture, Draw, End, Epoch, Profil
 _CLOCKS = 2.0  # how far the parts of an epoch or a step, which other clocks measure, may exceed the whole
 _SURGERY = (1e-6, 1e6)  # seconds that changing a network can take
 _LEAST_SPREAD = 1e-6  # of the 90th percentile of an epoch's steps: a 10th percentile below it is no step's time
+# Images of updates that a GradScaler leaves out, forty in a row perhaps, and of passes without one are counted, too.
+_LEFT_OUT = 16
 
 
 def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | None:
@@ -25,7 +28,7 @@ def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | 
     """
     match record:
         case Run():
-            return _seed_problem(record.seed) or _run_problem(record)
+            return seed_problem(record.seed) or hyperparameters_problem(record.hyperparameters)
         case Architecture():
             if record.network.id != record.id:
                 return f"field 'id' is {record.id!r}, but the network's content has the id {record.network.id!r}"
@@ -41,7 +44,7 @@ def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | 
         case Reconfiguration():
             return _unknown(networks, before=record.before, after=record.after) or _surgery_problem(record)
         case Draw():
-            return _seed_problem(record.seed) or _draw_problem(record, networks)
+            return seed_problem(record.seed) or _draw_problem(record, networks)
         case _:
             return None
 
@@ -92,17 +95,18 @@ def tag_of(record: AnyRecord) -> str:
     return str(type(record).__struct_config__.tag)
 
 
-def _seed_problem(seed: int) -> str | None:
+def seed_problem(seed: int) -> str | None:
     """What torch takes as a seed has 64 bits; others may have more digits than Python prints."""
     return None if -(2**63) <= seed < 2**64 else "field 'seed' is out of range, expected -2**63 to 2**64 - 1"
 
 
-def _run_problem(run: Run) -> str | None:
+def hyperparameters_problem(hyperparameters: Mapping[str, Any]) -> str | None:
+    """Of those that ptsim itself reads: names are texts, epochs a whole number, the momentum a number."""
     for name, kind in (("optimizer", str), ("criterion", str), ("epochs", int)):
-        value = run.hyperparameters.get(name)
+        value = hyperparameters.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             return f"hyperparameters.{name} is {value!r}, expected {'a text' if kind is str else 'a whole number'}"
-    momentum = run.hyperparameters.get("momentum")
+    momentum = hyperparameters.get("momentum")
     if momentum is not None:
         if isinstance(momentum, bool) or not isinstance(momentum, int | float):
             return f"hyperparameters.momentum is {momentum!r}, expected a number"
@@ -134,9 +138,10 @@ def _surgery_problem(record: Reconfiguration) -> str | None:
 
 
 def _epoch_problem(epoch: Epoch, network: Network) -> str | None:
-    most = epoch.num_iterations * epoch.batch_per_gpu * epoch.world_size
+    most = _LEFT_OUT * epoch.num_iterations * epoch.batch_per_gpu * epoch.world_size
     if epoch.num_images > most:
-        return f"field 'num_images' is {epoch.num_images}, but the iterations hold {most} at most"
+        hold = f"{_LEFT_OUT} times what the iterations hold"
+        return f"field 'num_images' is {epoch.num_images}, expected at most {most}, {hold}"
     if epoch.measured_step is not None:
         step = epoch.measured_step
         if not step.p10_s <= step.median_s <= step.p90_s:

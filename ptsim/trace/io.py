@@ -286,7 +286,7 @@ class TraceWriter:
         return newer
 
     def write(self, record: AnyRecord) -> None:
-        """Append one record as one line and flush it to the disk, or leave the file as it was.
+        """Append one record as one line and flush it to the disk, or leave the file as it was, by an interrupt, too.
 
         Raises:
             ValueError: the record could not be read back, for instance because a loss is not finite.
@@ -304,7 +304,7 @@ class TraceWriter:
             while rest:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
-        except OSError:
+        except BaseException:
             os.ftruncate(self._file.fileno(), self.num_bytes)
             raise
         self.num_bytes += len(line) + 1

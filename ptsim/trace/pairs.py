@@ -45,7 +45,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 # Settings that do not change what is trained: runs that differ in nothing else are repeats of one another.
 _WITHOUT_EFFECT = frozenset(
     {"seed", "data_dir", "download", "num_workers", "num_threads", "device", "profile", "keep_every"}
-    | {"record_channel_maxima"}
+    | {"record_channel_maxima", "loggers"}
 )
 
 
@@ -279,6 +279,10 @@ def held_dense(trace: Trace) -> Trace:
             learning_rate=first.learning_rate,
             penalty_coefficient=0.0,
             penalty=0.0,
+            train_loss=None,
+            train_accuracy=None,
+            validation_loss=None,
+            validation_accuracy=None,
             channel_sparsity=0.0,
             weight_sparsity=0.0,
             measured_time=time,
@@ -286,10 +290,15 @@ def held_dense(trace: Trace) -> Trace:
             channel_maxima=None,
         )
 
+    epochs = tuple(held(epoch) for epoch in trace.epochs)
+    steps = sum(epoch.num_iterations for epoch in epochs)
+    measured = {"final_accuracy": None, "wall_s": None, "energy_j": None}
+    end = trace.end and msgspec.structs.replace(trace.end, num_iterations=steps, **measured)
     return msgspec.structs.replace(
         trace,
         networks={first.architecture: trace.networks[first.architecture]},
-        epochs=tuple(held(epoch) for epoch in trace.epochs),
+        epochs=epochs,
+        end=end,
         reconfigurations=(),
         draws=(),
         profiles=tuple(profile for profile in trace.profiles if profile.architecture == first.architecture),

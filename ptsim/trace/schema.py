@@ -306,7 +306,8 @@ class Reconfiguration(Record, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A shrinking of the network after epoch `epoch` (its first new epoch is `epoch + 1`).
 
     `duration_s` is everything that the run paid for it: decision, surgery, re-wrapping, re-profiling excluded. It is
-    null in the file (`measured_duration_s`) where nobody measured it.
+    null in the file (`measured_duration_s`) where nobody measured it. `learning_rate_scale` is the factor on the planned
+    rate from then on, for the mini-batch that has grown since the run began.
     """
 
     epoch: Count
@@ -345,7 +346,10 @@ class Draw(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="d
 
 
 class End(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="end"):
-    """The last line of a run that stopped in an orderly way."""
+    """The last line of a run that stopped in an orderly way.
+
+    `energy_j` is that of the epochs whose energy was measured, of one GPU.
+    """
 
     status: Literal["clean", "interrupted", "failed"]
     reason: str | None
@@ -366,5 +370,5 @@ AnyRecord = Run | Architecture | Profile | Epoch | Reconfiguration | Draw | End
 
 
 def gone_share(left: int, first: int) -> float:
-    """A sparsity: the fraction of `first` channels or weights that is not left; of nothing, nothing is gone."""
-    return 1 - left / first if first else 0.0
+    """A sparsity: the fraction of `first` channels or weights that is not left; of what has grown, nothing is gone."""
+    return 1 - left / first if left < first else 0.0

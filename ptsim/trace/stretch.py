@@ -71,7 +71,7 @@ def _epoch(source: Epoch, number: int, images: int | None, num_train: int) -> Ep
     steps, seen = source.num_iterations, source.num_images
     if images is not None:
         each = source.batch_per_gpu * source.world_size
-        whole = source.num_images == source.num_iterations * each < num_train  # the last, smaller step was left out
+        whole = source.num_images % each == 0 and source.num_images < num_train  # the last, smaller step was left out
         steps = max(1, images // each if whole else math.ceil(images / each))
         seen = min(steps * each, images) if whole else images
     return msgspec.structs.replace(
@@ -124,7 +124,6 @@ def _events(trace: Trace, sources: list[Epoch]) -> list[Reconfiguration]:
                 channels_removed=sum(event.channels_removed for event in passed),
                 layers_removed=tuple(name for event in passed for name in event.layers_removed),
                 measured_duration_s=measured[-1] if measured else None,  # what found nothing took no time
-                learning_rate_scale=math.prod(event.learning_rate_scale for event in passed),
             )
         )
     return found

@@ -136,16 +136,20 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def penalty_ratio(self) -> float | None:
-        """The penalty's share in the first loss; 0 for a dense run, None where the configuration does not say."""
+        """The penalty's share in the first loss; 0 for a dense run, None where the configuration does not say.
+
+        A recorder that saw no pruner when the run began has noted 0.
+        """
         ratio = self.run.hyperparameters.get("penalty_ratio")
-        if isinstance(ratio, int | float):
+        if isinstance(ratio, int | float) and (ratio or not any(epoch.regularized for epoch in self.epochs)):
             return float(ratio)
         return None if self.is_pruned else 0.0
 
     @property
     def is_pruned(self) -> bool:
-        """The run was regularised to shrink or has shrunk; everything else is a dense run."""
-        return bool(self.reconfigurations) or any(epoch.regularized for epoch in self.epochs)
+        """The run was regularised to shrink or has shrunk; every other run is dense, one that frees layers as well."""
+        shrunk = any(event.channels_removed or event.layers_removed for event in self.reconfigurations)
+        return shrunk or any(epoch.regularized for epoch in self.epochs)
 
     @property
     def is_planned(self) -> bool:

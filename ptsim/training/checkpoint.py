@@ -77,6 +77,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         initial_channels, initial_weights: what the first network had, for the sparsity.
         optimizer: entries of the optimizer's state that are no tensors, by parameter and key; in a list None stands
             for a tensor.
+        groups: what its parameter groups hold beside the run's settings, such as a count of updates; older checkpoints
+            have none.
         weights_sha256, state_sha256: digests of the other two files; older checkpoints have none.
         sha256: digest of the fields that are written, itself left out; older checkpoints have none.
         trace_bytes, trace_sha256: length and digest of the trace when this was written; older runs have no digest.
@@ -96,6 +98,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     initial_channels: Count
     initial_weights: Count
     optimizer: dict[str, dict[str, Entry]]
+    groups: list[dict[str, Any]] = []
     scaler: dict[str, Any]
     trace_bytes: Whole
     trace_sha256: str | None = None
@@ -193,9 +196,9 @@ class Folder:
         return sorted(found)
 
     def _sweep(self) -> None:
-        """Remove what a killed process has left half written or half removed."""
+        """Remove what a killed process has left half written or half removed, and leave alone what is no folder."""
         for path in self.path.glob(".*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
     def _forget_old(self, newest: int) -> None:
         older = [path for next_epoch, path in self._stored() if next_epoch <= newest][: -_RESUMABLE or None]
@@ -308,12 +311,15 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder; renamed first, so that a kill in between leaves no half checkpoint under a valid name."""
+    """Remove a folder; renamed first, so that a kill in between leaves no half checkpoint under a valid name.
+
+    What the system does not let go, such as a file that another process reads over NFS, goes with a later checkpoint.
+    """
     if path.exists():
         doomed = path.with_name(f".{path.name}.doomed")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _read(file: Path) -> bytes:

@@ -84,8 +84,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         max_batch: largest mini-batch, of all ranks together.
         lr_rule: how the learning rate follows the mini-batch: in proportion ("linear") or with the square root
             ("sqrt").
-        data_memory_bytes: an image tree larger than this when decoded is read from disk in every epoch; None is a
-            quarter of the memory.
+        data_memory_bytes: an image tree larger than this when decoded is read from disk in every epoch, with random
+            resized crops, and ImageNet's mean and deviation for the normalisation; None is a quarter of the memory.
         device: one of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         precision: number format of the matrix products: fp32, tf32, and bf16 or fp16 by autocast.
         memory_format: layout of the images and weights, contiguous or channels_last.
@@ -401,6 +401,9 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
     source = data_source(config.dataset)
     unread = [name for name in SOME_USE if name not in source.uses]
     problems += unused(unread, f"the data set {config.dataset} does not use it")
-    if config.augment == "none" or (config.augment == "auto" and not source.photographs):
+    if not source.by_name:
+        theirs = ("augment", "crop_padding", "image_size", "train_limit", "validation_limit")
+        problems += unused(theirs, "data sets that are given live say themselves what they hold")
+    elif config.augment == "none" or (config.augment == "auto" and not source.photographs):
         problems += unused(("crop_padding",), "there is no augmentation")
     return [p for p, value in ((p, getattr(config, p.split("'")[1])) for p in problems) if value not in (None, False)]

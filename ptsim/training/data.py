@@ -8,6 +8,7 @@ iteration does not depend on the number of ranks: each rank takes its contiguous
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -168,7 +169,7 @@ class ResidentData:
 
 
 class StreamedData:
-    """An image tree that is decoded anew in every epoch: random resized crop and flip, centre crop for validation."""
+    """An image tree that is decoded anew in every epoch: random resized crops, and centre crops for validation."""
 
     def __init__(
         self,
@@ -181,6 +182,9 @@ class StreamedData:
         device: torch.device,
     ) -> None:
         self._train, self._validation, self.class_names = train, validation, tuple(class_names)
+        if config.crop_padding is not None and config.augment != "none":
+            why = "images that do not fit in memory get random resized crops"
+            warnings.warn(f"setting 'crop_padding' has no effect: {why}", stacklevel=2)
         # Source: torchvision's ImageNet statistics; one pass over a tree that does not fit would take an epoch.
         self.normalization = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
         self.dataset = Dataset(
@@ -203,7 +207,8 @@ class StreamedData:
         full_batches = order[: len(order) // batch * batch].view(-1, batch)
         mine = [share.of(indices).tolist() for indices in full_batches]
         augment = None if self._config.augment == "none" else (self._config.seed, epoch)
-        yield from self._batches(_ImageFiles(self._train, self._side, augment), mine)
+        files = _ImageFiles(self._train, self._side, augment, mirrors=self._config.augment == "crop_flip")
+        yield from self._batches(files, mine)
 
     def validation_batches(self, batch: int, share: Share) -> Iterator[Batch]:
         """This rank's part of the whole validation set."""
@@ -228,14 +233,16 @@ class StreamedData:
 
 
 class _ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Decoded, cropped uint8 images; `augment` is (seed, epoch), None for the centre crop.
+    """Decoded, cropped uint8 images; `augment` is (seed, epoch), None for the centre crop; half of the crops `mirrors`.
 
     Own crops, not torchvision's transforms: those draw from the worker's random state, and here an image's crop belongs
     to (seed, epoch, image), whichever worker decodes it.
     """
 
-    def __init__(self, files: Sequence[tuple[Path, int]], side: int, augment: tuple[int, int] | None) -> None:
-        self._files, self._side, self._augment = files, side, augment
+    def __init__(
+        self, files: Sequence[tuple[Path, int]], side: int, augment: tuple[int, int] | None, *, mirrors: bool = False
+    ) -> None:
+        self._files, self._side, self._augment, self._mirrors = files, side, augment, mirrors
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self._files[index]
@@ -243,7 +250,7 @@ class _ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
         if self._augment is None:
             return resized_to(image, self._side), label
         random = generator(*self._augment, stream=2 + index)
-        return _random_resized_crop(image, self._side, random), label
+        return _random_resized_crop(image, self._side, random, mirrors=self._mirrors), label
 
     def __len__(self) -> int:
         return len(self._files)
@@ -288,6 +295,8 @@ def rgb(image: Image.Image) -> NDArray[np.uint8]:
         values = np.array(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its values are beyond 16 bits")
+        if image.mode == "I" and image.format == "TIFF" and 0 < values.max() < 256:
+            raise ValueError("its values are of 32 bits and all below 256, and what is white is not known")
         return np.repeat((values.astype(np.uint16) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     return np.array(image.convert("RGB"))
 
@@ -304,8 +313,8 @@ def resized_to(image_CHW: Tensor, side: int) -> Tensor:
     return image_CHW
 
 
-def _random_resized_crop(image_CHW: Tensor, side: int, random: torch.Generator) -> Tensor:
-    """A crop of 8–100 % of the area and 3:4–4:3 aspect, scaled to `side`, mirrored half of the time.
+def _random_resized_crop(image_CHW: Tensor, side: int, random: torch.Generator, *, mirrors: bool) -> Tensor:
+    """A crop of 8–100 % of the area and 3:4–4:3 aspect, scaled to `side`; half of them are mirrored if asked.
 
     Source: Szegedy et al., CVPR 2015; the usual ImageNet augmentation.
     """
@@ -318,7 +327,7 @@ def _random_resized_crop(image_CHW: Tensor, side: int, random: torch.Generator) 
     top, left = int(y * (height - crop_height + 1)), int(x * (width - crop_width + 1))
     crop = image_CHW[:, top : top + crop_height, left : left + crop_width]
     crop = F.interpolate(crop[None], size=(side, side), mode="bilinear", antialias=True)[0]
-    return crop.flip(2) if mirror < 0.5 else crop
+    return crop.flip(2) if mirrors and mirror < 0.5 else crop
 
 
 def limited(images: Tensor, labels: Tensor, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
@@ -342,7 +351,7 @@ def held_out(
 
     Args:
         labels: the class of every image.
-        config: its `validation_share`, of which every class gives at least one image, and its seed.
+        config: its `validation_share`, of which every class gives and keeps at least one image, and its seed.
         where: the class of an image's index, in words.
 
     Raises:
@@ -354,10 +363,17 @@ def held_out(
     for index, label in enumerate(labels):
         by_class.setdefault(label, []).append(index)
     for label, own in sorted(by_class.items()):
-        count = max(1, round(config.validation_share * len(own)))
-        if count == len(own):
-            raise UsageError(f"{where(own[0])} has {len(own)} image, too few to hold one out")
+        if len(own) == 1:
+            raise UsageError(f"{where(own[0])} has 1 image, too few to hold one out")
+        count = min(max(1, round(config.validation_share * len(own))), len(own) - 1)
         order = torch.randperm(len(own), generator=generator(config.seed, label, stream=5)).tolist()
         validation += [own[index] for index in sorted(order[:count])]
         train += [own[index] for index in sorted(order[count:])]
     return train, validation
+
+
+def note_unused_share(config: Config, where: str) -> None:
+    """A warning where a share to hold out was asked for and `where` has validation images of its own."""
+    if config.validation_share != Config().validation_share:
+        problem = f"setting 'validation_share' has no effect: {where} has validation images"
+        warnings.warn(problem, stacklevel=2)

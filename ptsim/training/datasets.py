@@ -25,6 +25,7 @@ from ptsim.training.data import (
     decode,
     generator,
     held_out,
+    note_unused_share,
     resized_to,
     subset,
 )
@@ -212,18 +213,36 @@ def _splits(root: Path, config: Config) -> tuple[_Files, _Files, list[str]]:
         raise UsageError(f"there is no data folder {root}")
     folders = [next((root / name for name in names if (root / name).is_dir()), None) for names in SPLITS]
     if folders[0] is None and folders[1] is None and any(path.is_dir() for path in root.iterdir()):
+        _refuse_splits_as_classes(root)
         folders[0] = root
     if folders[0] is None:
         raise UsageError(f"{root} holds no folder train; expected train and val or test with one folder per class")
-    train, classes = _list_images(folders[0])
+    train, folder_names = _list_images(folders[0])
+    classes = [os.fsencode(name).decode(errors="replace") for name in folder_names]  # a folder's may be no Unicode
     if folders[1] is None:
         kept, held = held_out([label for _, label in train], config, lambda i: f"a class of {train[i][0].parent}")
         return [train[i] for i in kept], [train[i] for i in held], classes
     validation, validation_classes = _list_images(folders[1])
-    if classes != validation_classes:
-        odd = sorted(set(classes) ^ set(validation_classes))
+    if folder_names != validation_classes:
+        odd = sorted(set(folder_names) ^ set(validation_classes))
         raise UsageError(f"{root}: the class folder {odd[0]!r} is in only one of the training and validation splits")
+    note_unused_share(config, str(root))
     return train, validation, classes
+
+
+def _refuse_splits_as_classes(root: Path) -> None:
+    """Make sure that the folders of a tree without splits are classes: a split that is written otherwise is none.
+
+    Raises:
+        UsageError: one is called "Train" or "testing", for instance.
+    """
+    known = {name for names in SPLITS for name in names} | {"training", "testing"}
+    odd = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name.lower() in known)
+    if odd:
+        raise UsageError(
+            f"{root} holds the folder {odd[0]}, which reads like a split; expected train and val or test",
+            hint="rename it, or put the class folders into a folder of their own",
+        )
 
 
 def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:

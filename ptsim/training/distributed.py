@@ -304,15 +304,15 @@ class CommunicationMeter:
             # On GPUs every sample waits for the iteration before: torch's own rate (the first 10, then every 100th).
             model._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call] # torch's gap
 
-    def exposed_s(self, num_iterations: int) -> float:
-        """Seconds over `num_iterations`, from the mean over the sampled iterations since the wrapping."""
+    def exposed_s(self, num_reductions: int) -> float:
+        """Seconds over so many all-reduces of all gradients, from the mean over the sampled ones since the wrapping."""
         model: Any = None if self._model is None else self._model()
         if model is None:
             return 0.0
         data: dict[str, Any] = model._get_ddp_logging_data()
         communication_ns = data.get("avg_backward_comm_time", 0)
         hidden_ns = data.get("avg_backward_compute_comm_overlap_time", 0)
-        return float(max(communication_ns - hidden_ns, 0)) * 1e-9 * num_iterations
+        return float(max(communication_ns - hidden_ns, 0)) * 1e-9 * num_reductions
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:

@@ -21,6 +21,7 @@ from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.prune.labels import CONVS
 from ptsim.setting import as_plain, real_number
+from ptsim.trace.checks import hyperparameters_problem, seed_problem
 from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run, UpdateCosts
 from ptsim.training.distributed import Team
 from ptsim.training.tracefile import git_revision, library_versions
@@ -121,12 +122,32 @@ def checked_facts(facts: RunFacts | None) -> RunFacts:
     """The facts that were told, or none; what no file holds among the hyper-parameters becomes text.
 
     Raises:
-        UsageError: they are something else.
+        UsageError: they are something else, or such that nobody could read the trace back.
     """
     if facts is not None and not isinstance(facts, RunFacts):
         raise UsageError(f"facts is a {type(facts).__name__}, expected ptsim.RunFacts(model=…, seed=…, …)")
     told = facts or RunFacts()
-    return msgspec.structs.replace(told, hyperparameters=as_plain(dict(told.hyperparameters)))
+    if not isinstance(told.hyperparameters, Mapping):
+        kind = type(told.hyperparameters).__name__
+        raise UsageError(f"facts: hyperparameters is a {kind}, expected a dict", hint="vars(args) makes one")
+    hyperparameters = _without_infinity(as_plain(dict(told.hyperparameters)))
+    try:
+        told = msgspec.convert(as_plain(msgspec.structs.replace(told, hyperparameters=hyperparameters)), RunFacts)
+    except msgspec.ValidationError as error:
+        problem, _, place = str(error).replace("`", "").partition(" - at $.")
+        raise UsageError(f"facts: {place}: {problem}") from error
+    if problem := hyperparameters_problem(told.hyperparameters) or seed_problem(told.seed):
+        raise UsageError(f"facts: {problem}")
+    return told
+
+
+def _without_infinity(value: Any) -> Any:
+    """The value with names, and numbers that JSON does not know, as text."""
+    if isinstance(value, dict):
+        return {str(name): _without_infinity(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checked_loss(loss: Any) -> Tensor:
@@ -172,18 +193,38 @@ def check_finite(epoch: Epoch) -> None:
 
 
 def check_numbers(network: nn.Module) -> None:
-    """Make sure that the network's weights are of the number format that a trace assumes.
+    """Make sure that the network's weights are of the number format that a trace assumes, on a device that is timed.
 
     Raises:
-        UsageError: one is not float32: bytes and memory of everything that follows from the trace would be wrong.
+        UsageError: one is not float32, and bytes and memory of everything that follows from the trace would be wrong;
+            or it is on a device whose clock nobody here reads.
     """
     for name, parameter in network.named_parameters():
+        if parameter.device.type not in ("cpu", "cuda"):
+            raise UsageError(
+                f"{name} of this {type(network).__name__} is on {parameter.device}, a trace is of a CPU or a CUDA GPU",
+                hint="without record= nothing is written",
+            )
         if parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")
             raise UsageError(
                 f"{name} of this {type(network).__name__} is of {kind}, a trace describes float32 weights",
                 hint="model.float(), with torch.autocast for half precision; without record= nothing is written",
             )
+
+
+def check_device(network: nn.Module, device: torch.device) -> None:
+    """Make sure that the network is where it was when its recorder was made.
+
+    Raises:
+        UsageError: it is not: clocks and meters of another device run.
+    """
+    now = next((parameter.device for parameter in network.parameters()), device)
+    if now != device:
+        raise UsageError(
+            f"the network was moved from {device} to {now} after its Recorder or PruneTrain was made",
+            hint="model.to(device) first",
+        )
 
 
 def product_layer(network: nn.Module) -> nn.Module | None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ptsim.errors import UsageError, on_one_line
-from ptsim.training.data import Data, ResidentData, held_out, resized_to, rgb, subset
+from ptsim.training.data import Data, ResidentData, held_out, note_unused_share, resized_to, rgb, subset
 from ptsim.training.datasets import SPLITS, DataRequest, quarter_of_memory_bytes
 
 
@@ -33,11 +33,18 @@ def on_disk(request: DataRequest) -> Data:
     if train is None:
         raise UsageError(f"{config.data_dir} holds no split train; its splits: {', '.join(sorted(splits))}")
     image, label = _columns(train, config.data_dir)
+    for which, split in (("training", train), ("validation", validation)):
+        if split is not None and not len(split):
+            raise UsageError(f"the {which} split of {config.data_dir} is empty")
     if validation is None:
         kept, held = held_out(_classes(train, label, config.data_dir), config)
         train, validation = train.select(kept), train.select(held)
     elif _columns(validation, config.data_dir) != (image, label):
         raise UsageError(f"the splits of {config.data_dir} have different columns")
+    elif validation.features[label].names != train.features[label].names:
+        raise UsageError(f"the splits of {config.data_dir} have other classes, or the same in another order")
+    else:
+        note_unused_share(config, config.data_dir)
     train = _some(train, config.train_limit, config.seed)
     validation = _some(validation, config.validation_limit, config.seed)
     side = config.image_size or _own_side(train, image, config.data_dir) or request.input_shape[1]

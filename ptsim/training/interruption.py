@@ -17,8 +17,11 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
+        self._process = os.getpid()
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._process:  # one that loads data: Ctrl-C reaches it, too
+            return
         if self.asked is not None:  # asked twice: at once
             raise KeyboardInterrupt(self.asked.name)
         self.asked = signal.Signals(number)

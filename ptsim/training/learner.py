@@ -6,7 +6,7 @@ Everything here is in the checkpoint, so that a resumed run goes on bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,7 @@ class Learner:
         weights: Mapping[str, Tensor],
         more: Mapping[str, Tensor],
         scalars: Mapping[str, Mapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]],
         scaler: Mapping[str, Any],
     ) -> None:
         """Take over what a checkpoint of a network of this very structure holds.
@@ -160,7 +161,8 @@ class Learner:
         stored.load_full_state(self.judged, weights)
         if self.average is not None:
             stored.load_full_state(self.model, stored.part(more, "trained/"))
-        stored.load_optimizer(self.model, self.optimizer, more, scalars)
+        stored.load_groups(self.optimizer, groups)
+        stored.load_optimizer(self.model, self.optimizer, more, scalars)  # its form is one of the settings
         if self.scaler.is_enabled():
             known = self.scaler.state_dict()
             if scaler.keys() != known.keys() or any(

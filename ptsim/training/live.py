@@ -19,7 +19,7 @@ from ptsim.capture.copies import copied
 from ptsim.errors import UsageError
 from ptsim.trace.schema import Dataset
 from ptsim.training.config import Config
-from ptsim.training.data import Batch, Normalization, Share, epoch_order, generator
+from ptsim.training.data import Batch, Normalization, Share, epoch_order, mixed_seed
 from ptsim.training.datasets import DataRequest
 from ptsim.training.facts import num_outputs
 from ptsim.training.wrapping import refuse_spread
@@ -54,9 +54,7 @@ def offered(model: nn.Module | None, data: Datasets | None, collate: Collate | N
         raise UsageError("collate= makes the mini-batches of data sets that are given live: data=(train, val)")
     if model is not None:
         refuse_spread(model)
-    if data is not None and not (
-        isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(d, Sized) for d in data)
-    ):
+    if data is not None and not (isinstance(data, tuple | list) and len(data) == 2 and all(map(_is_map_style, data))):
         raise UsageError("data has to be a pair of map-style data sets: (training, validation)")
     name = None if model is None else name_of(model)
     if model is not None and name is not None:
@@ -69,6 +67,12 @@ def offered(model: nn.Module | None, data: Datasets | None, collate: Collate | N
         _GIVEN.reset(token)
         if name is not None:
             zoo.forget(name)
+
+
+def _is_map_style(data: object) -> bool:
+    """A length, and items by their number: no DataLoader, and no stream."""
+    stream = isinstance(data, torch.utils.data.IterableDataset)
+    return isinstance(data, Sized) and hasattr(type(data), "__getitem__") and not stream
 
 
 def given_data(request: DataRequest) -> LiveData:
@@ -126,6 +130,9 @@ class LiveData:
         shape = (channels, height, width)
         num_classes = len(classes) if classes is not None else num_outputs(cast("nn.Module", model), shape)
         self.class_names = tuple(map(str, () if classes is None else classes))
+        theirs = getattr(self._validation, "classes", None)
+        if theirs is not None and self.class_names and tuple(map(str, theirs)) != self.class_names:
+            raise UsageError("the training and the validation data have other classes, or the same in another order")
         self.normalization = Normalization(mean=(0.0,) * channels, std=(1.0,) * channels)
         self.dataset = Dataset(
             name=type(self._train).__name__,
@@ -140,13 +147,14 @@ class LiveData:
         order = epoch_order(self.dataset.num_train, self._config.seed, epoch)
         full_batches = order[: len(order) // batch * batch].view(-1, batch)
         mine = [share.of(indices).tolist() for indices in full_batches]
-        yield from self._batches(self._train, mine, epoch, self._collate)
+        yield from self._batches(self._train, mine, epoch, self._collate, rank=share.rank)
 
     def validation_batches(self, batch: int, share: Share) -> Iterator[Batch]:
         """This rank's part of the whole validation set."""
         total = self.dataset.num_validation
         starts = range(share.rank * batch, total, share.world_size * batch)
-        yield from self._batches(self._validation, [list(range(s, min(s + batch, total))) for s in starts], 0)
+        mine = [list(range(start, min(start + batch, total))) for start in starts]
+        yield from self._batches(self._validation, mine, 0, rank=share.rank)
 
     def _batches(
         self,
@@ -154,14 +162,17 @@ class LiveData:
         batches: list[list[int]],
         epoch: int,
         collate: Collate | None = None,
+        *,
+        rank: int = 0,
     ) -> Iterator[Batch]:
+        """Those `batches`; the workers' random numbers belong to (seed, epoch, rank)."""
         loader = torch.utils.data.DataLoader(
             data,
             batch_sampler=batches,
             num_workers=self._config.num_workers or 0,
             collate_fn=collate,
             pin_memory=self._pinned,
-            generator=generator(self._config.seed, epoch, stream=6),
+            generator=torch.Generator().manual_seed(mixed_seed(self._config.seed, epoch, 6, rank)),
         )
         channels_last = self._config.memory_format == "channels_last"
         memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,6 +37,7 @@ from ptsim.training.recorder import TRACE
 from ptsim.training.runfolder import (
     CHECKPOINTS,
     changed_config,
+    check_began_alike,
     default_folder,
     existing,
     goes_on,
@@ -135,8 +138,8 @@ def _new_config(
     live = {} if model is None else {"model": name_of(model)}
     if data is not None:
         live["dataset"] = DATASET
-    if isinstance(config, Config):
-        return msgspec.structs.replace(config, **live)
+    if isinstance(config, Config):  # perhaps nobody has checked it
+        return make_config(msgspec.structs.asdict(config) | live, quiet=True)
     settings = dict(read_config(config) if isinstance(config, str | Path) else config or {}) | live
     if isinstance(start := settings.get("start_from"), str | Path) and "model" not in settings:
         settings["model"] = load_recipe(start).model
@@ -154,7 +157,7 @@ def _train(
         if team.device.type == "cpu":
             keep_freed_memory()
         reporter: Reporter = Bars() if progress and team.leads else Silent()
-        with torch.random.fork_rng(devices=devices), _device_settings(config), reporter:
+        with _own_random_numbers(devices), _device_settings(config), reporter:
             trainer = Trainer(config, folder, team, interruption, reporter, on_epoch)
             return trainer.run(resume=going_on)
 
@@ -200,6 +203,9 @@ class Trainer:
     def run(self, *, resume: bool) -> Result:
         """Train from where the run stands to its last epoch."""
         learner = self.storage.restore(self._learner) if resume else None
+        if learner is not None:
+            device = learner.recorder.meter.info().name
+            self.team.from_leader(lambda: self._check_beginning(device))
         self.learner = learner or self._begin()
         if learner is not None and learner.next_epoch == len(self.plans) and self._ended_clean():
             return self._result()
@@ -220,6 +226,10 @@ class Trainer:
             self.learner.recorder.close("failed", problem)
             raise TrainingError(problem, hint="a smaller batch, or with dynamic_batch a max_batch") from error
         except (RuntimeError, MemoryError) as error:
+            asked = self.interruption.asked
+            if asked is not None and "DataLoader worker" in str(error):  # the signal has ended them, too
+                self.learner.recorder.close("interrupted", asked.name)
+                raise TrainingInterrupted(asked.name, self.folder) from error
             if not lacks_memory(error):
                 raise
             problem = f"a mini-batch of {self.learner.batch} needs more memory than this machine has left"
@@ -230,13 +240,17 @@ class Trainer:
             self.learner.unwrap()
         return self._result()
 
+    def _check_beginning(self, device: str) -> bytes:
+        check_began_alike(self.folder, self.data.dataset, device)
+        return b""
+
     def _ended_clean(self) -> bool:
         """Whether the trace of a run that has stored its last epoch has its end: a kill may have come in between."""
         return self.team.from_leader(lambda: b"yes" if read_trace(self.folder / TRACE).complete else b"") == b"yes"
 
     def _begin(self) -> Learner:
         """The learner of a new run."""
-        torch.manual_seed(self.config.seed)
+        _seed(self.config.seed)
         model = self.recipe.build() if self.config.start_from is None else self._stored_network(self.config.start_from)
         if self.config.weights is not None:
             load_weights(model, self.config.weights, skip=self.config.weights_skip)
@@ -286,7 +300,7 @@ class Trainer:
         """Train and validate one epoch, prune if it is time, and store the state."""
         learner, team = self.learner, self.team
         # Random numbers of an epoch depend on (seed, epoch, rank) alone, so a checkpoint needs no generator's state.
-        torch.manual_seed(mixed_seed(self.config.seed, plan.epoch, team.rank))
+        _seed(mixed_seed(self.config.seed, plan.epoch, team.rank))
         learner.set_learning_rate(plan.learning_rate)
         learner.pruner.regularized = plan.regularized
         num_iterations = self.data.dataset.num_train // learner.batch
@@ -308,12 +322,13 @@ class Trainer:
             self.reporter.reconfigured(outcome.reconfiguration)
         if last and outcome.pruned:  # no epoch will judge what is handed over
             learner.recorder.final_accuracy = self._validated().accuracy
-        self._consult(None, False)
         learner.next_epoch = plan.epoch + 1
         keep = last or plan.reconfigures or learner.next_epoch % self.config.keep_every == 0
         self.storage.save(learner, keep=keep)
         if self.on_epoch is not None:
             self.on_epoch(outcome.epoch)
+        if not last:  # a signal during validation costs no epoch
+            self._consult(None, False)
 
     def _consult(self, iteration: int | None, out_of_memory: bool) -> None:
         """Stop, all ranks together, if one was interrupted or has no memory left.
@@ -416,6 +431,25 @@ def _check_team(config: Config, team: Team) -> None:
         warnings.warn("setting 'precision' has no effect: a CPU has no tf32, fp32 is used", stacklevel=2)
     if config.sync_batch_norm and team.world_size == 1:
         warnings.warn("setting 'sync_batch_norm' has no effect: there is one rank", stacklevel=2)
+
+
+def _seed(number: int) -> None:
+    """Seed every generator from which a network or a data set may draw."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+
+
+@contextlib.contextmanager
+def _own_random_numbers(devices: list[torch.device]) -> Iterator[None]:
+    """Afterwards the generators of torch, Python and NumPy are where they were."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FOLD = 256  # losses that are kept one by one before they are summed, so that a step launches nothing
+_FOLD = 256  # losses that are kept one by one before they are summed
 
 
 class LossSum:
@@ -19,8 +19,8 @@ class LossSum:
         self._images = num_images
 
     def add(self, loss: Tensor, num_images: int) -> None:
-        """The mean loss over so many images."""
-        self._told.append((loss.detach(), num_images))
+        """The mean loss over so many images; a copy is kept, because loops reduce or scale theirs in place."""
+        self._told.append((loss.detach().clone(), num_images))
         if len(self._told) == _FOLD:
             self._fold()
 

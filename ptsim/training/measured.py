@@ -115,7 +115,7 @@ def measure_epoch(
     measured = Measured(
         num_iterations=iterations,
         num_images=images,
-        time=None if times is None else epoch_time(times[0], communication, iterations, validation_s),
+        time=None if times is None else epoch_time(times[0], communication, num_reductions(watch), validation_s),
         step=None if times is None else times[1],
         use=meter.stop(until_s=last_step_s),
         peak_bytes=watch.memory.total(),
@@ -123,14 +123,19 @@ def measure_epoch(
     return earlier.joined(measured)
 
 
+def num_reductions(watch: Watch) -> int:
+    """How often the gradients were reduced: in every accumulated pass where the loop did not say `no_sync`."""
+    return max(watch.num_iterations, watch.num_reductions)
+
+
 def epoch_time(
-    seconds: EpochTime, communication: CommunicationMeter, iterations: int, validation_s: float = 0.0
+    seconds: EpochTime, communication: CommunicationMeter, reductions: int, validation_s: float = 0.0
 ) -> EpochTime:
     """The watch's backward ends when the last all-reduce does: what was exposed of it is taken out.
 
     `validation_s` comes to the validation between two steps.
     """
-    exposed_s = min(communication.exposed_s(iterations), seconds.backward_s)
+    exposed_s = min(communication.exposed_s(reductions), seconds.backward_s)
     return msgspec.structs.replace(
         seconds,
         backward_s=seconds.backward_s - exposed_s,
@@ -147,7 +152,7 @@ def unfinished_epoch(
     if not iterations and not earlier.num_iterations:
         return None
     total, told, images = losses.total(watch.num_images + earlier.num_images).tolist()
-    seconds = None if times is None else epoch_time(times[0], communication, iterations)
+    seconds = None if times is None else epoch_time(times[0], communication, num_reductions(watch))
     return Unfinished(
         num_iterations=earlier.num_iterations + iterations,
         num_images=int(images),

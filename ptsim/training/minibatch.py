@@ -72,7 +72,7 @@ class BatchPolicy:
         self._learner, self._num_train = learner, num_train
 
     def grow(self) -> Growth:
-        """Grow the learner's mini-batch, as far as a trial step fits on every rank."""
+        """Grow the learner's mini-batch as far as every rank has memory for, by the prediction and in a trial step."""
         learner, config = self._learner, self._learner.config
         world_size, info = learner.team.world_size, learner.recorder.meter.info()
         network = learner.recorder.architecture
@@ -87,7 +87,7 @@ class BatchPolicy:
             capacity_bytes=config.memory_budget_bytes or info.must_exist()[1] - learner.recorder.resident_bytes,
             device=device,
         )
-        learner.team.agree("the mini-batch", str(batch).encode())
+        batch = int(learner.team.least(torch.tensor(batch, device=learner.device)))  # memories of nodes differ a little
         while batch > present and not self._fits(batch):  # the prediction was too low: step back
             batch -= config.batch_granularity
         learner.set_batch(batch * world_size)

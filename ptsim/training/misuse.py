@@ -74,7 +74,8 @@ def check_recorder(
         UsageError: it watches another one, or was told already what is given.
     """
     if not alone:
-        raise UsageError("facts and loggers belong to the Recorder that is given as record=; give them there")
+        what = "facts, loggers, profile and channel_maxima"
+        raise UsageError(f"{what} belong to the Recorder that is given as record=; give them there")
     mine = recorder.network is network, recorder.optimizer is optimizer, recorder.input_shape == input_shape
     if not all(mine):
         what = next(word for word, same in zip(("network", "optimizer", "input_shape"), mine, strict=True) if not same)

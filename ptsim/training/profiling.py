@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def layer_profile(recorder: Recorder) -> Profile | None:
     """The present architecture's profile; None before a mini-batch is known, or where the copy does not fit."""
-    told = recorder.facts.hyperparameters.get("batch", 0) // recorder.team.world_size
-    batch = recorder.watch.batch or told
+    told = recorder.facts.hyperparameters.get("batch")
+    batch = recorder.watch.batch or (told // recorder.team.world_size if isinstance(told, int) else 0)
     if not batch:
         return None
     try:

@@ -101,9 +101,10 @@ class Bars:
 
     def epoch(self, record: Epoch) -> None:
         """Advance, and say how well it goes."""
+        took = "" if record.measured_time is None else f"  {record.time.wall_s:.2f} s"  # none without an update
         state = (
             f"loss {record.train_loss:.4f}  validation {record.validation_accuracy:.2%}  "
-            f"sparse {record.channel_sparsity:.0%}  {record.time.wall_s:.2f} s"
+            f"sparse {record.channel_sparsity:.0%}{took}"
         )
         self._progress.update(self._epochs, completed=record.epoch + 1, state=state)
         if not self._console.is_terminal:

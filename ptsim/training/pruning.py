@@ -306,9 +306,11 @@ class PruneTrain(misuse.OnlyOne):
         What wraps the network has to be made again, as after a reconfiguration.
 
         Raises:
-            UsageError: not a state of PruneTrain, or of another network.
+            UsageError: not a state of PruneTrain, of another network, or of epochs that this run's trace does not have.
         """
         kept, average = stored.checked(state, self.optimizer), next(iter(self._averages()), None)
+        if self.recorder.records:
+            stored.refuse_unrecorded(kept)
         stored.reshape(self.network, self.optimizer, average, kept.structure, kept.parameters)
         self.penalty_coefficient, self.regularized = kept.penalty_coefficient, kept.regularized
         if kept.tensors is not None:
@@ -476,15 +478,18 @@ class PruneTrain(misuse.OnlyOne):
     def _recorder(
         self, model: nn.Module, input_shape: tuple[int, int, int], record: str | Path | Recorder | None, **given: Any
     ) -> Recorder:
+        told = recorded(self.settings, penalty_ratio=self.penalty_ratio, interval=self.interval)
         if isinstance(record, Recorder):
-            misuse.check_recorder(record, self.network, self.optimizer, input_shape, alone=not any(given.values()))
+            alone = not any((*given.values(), self.settings.profile, self.settings.channel_maxima))
+            misuse.check_recorder(record, self.network, self.optimizer, input_shape, alone=alone)
+            record.settings |= told
             return record
         return Recorder(
             model,
             self.optimizer,
             input_shape=input_shape,
             record=record,
-            settings=recorded(self.settings, penalty_ratio=self.penalty_ratio, interval=self.interval),
+            settings=told,
             profile=self.settings.profile,
             channel_maxima=self.settings.channel_maxima,
             threshold=self.settings.threshold,

@@ -29,6 +29,7 @@ from ptsim.training.distributed import CommunicationMeter, Team, current_team
 from ptsim.training.facts import (
     RunFacts,
     change_record,
+    check_device,
     check_finite,
     check_numbers,
     checked_facts,
@@ -75,6 +76,7 @@ class Recorder(OnlyOne):
         network: the network itself, without what DDP or torch.compile have put around it.
         epoch: the epoch that is being trained, counting from 0.
         resident_bytes: of the GPU's memory that no step needs (ptsim's own images): no part of what is recorded.
+        settings: hyper-parameters for the trace beside those that are seen; a pruner adds its own.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Recorder(OnlyOne):
         self.profiles, self.resident_bytes = profile, 0
         self.owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
         self._channel_maxima, self._threshold = channel_maxima, checked_threshold(threshold)
-        self._settings = as_plain(dict(settings or {}))
+        self.settings = as_plain(dict(settings or {}))
         self._mirror = Mirror(loggers if self.records or self.folder is None else (), self.folder)
         self._trace: TraceFile | None = None
         self._keep: tuple[int | None, str | None] = (None, None)
@@ -318,7 +320,7 @@ class Recorder(OnlyOne):
 
     def describe(self, *, profile: bool = True) -> None:
         """Write the present architecture, with its profile, unless the trace has it."""
-        criterion = self.facts.settings({}, self._settings).get("criterion")
+        criterion = self.facts.settings({}, self.settings).get("criterion")
         if self._trace is not None and self._trace.architecture(self._architecture, criterion) and profile:
             self.profile()
 
@@ -390,6 +392,7 @@ class Recorder(OnlyOne):
 
     def epoch_begins(self) -> None:
         """The watch starts an epoch's clock now."""
+        check_device(self.network, self.device)
         if self._keep[0] is not None:
             self.begin_run()  # says at once if the trace that the run goes on with is not there
         elif not self._begun:
@@ -430,7 +433,7 @@ class Recorder(OnlyOne):
             weight_sparsity=gone_share(weights, self.initial_counts[1]),
             measured_time=measured.time,
             measured_step=measured.step,
-            allreduce_bytes=gradient_bytes * iterations,
+            allreduce_bytes=gradient_bytes * max(iterations, watch.num_reductions),
             peak_memory_bytes=measured.peak_beside(self.resident_bytes),
             device=measured.use,
             densities=tuple(d for d in layer_densities(self.network, threshold) if d.layer in known),
@@ -478,7 +481,7 @@ class Recorder(OnlyOne):
             msgspec.structs.replace(
                 self.facts,
                 model=self.architecture.name,
-                hyperparameters=self.facts.settings(seen, self._settings),
+                hyperparameters=self.facts.settings(seen, self.settings),
                 precision=self.precision,
                 memory_format=self.memory_format,
             ),

@@ -21,9 +21,9 @@ from torch import nn
 
 from ptsim import zoo
 from ptsim.errors import FileFormatError, UsageError
-from ptsim.textfile import read_bytes, take_lock, umask, write_whole
+from ptsim.textfile import printable, read_bytes, take_lock, umask, write_whole
 from ptsim.trace.io import read_records
-from ptsim.trace.schema import Run
+from ptsim.trace.schema import Dataset, Run
 from ptsim.training import checkpoint as store
 from ptsim.training import stored
 from ptsim.training.config import SETTINGS, Config, from_recorded, make_config, read_config, to_settings, to_toml
@@ -41,6 +41,7 @@ _OLDER_CODE = "model.py"  # the file alone
 # What a resumed run may change: how long it trains, where it runs, what it keeps. Everything else decides its numbers.
 MAY_CHANGE = frozenset(
     {"epochs", "device", "num_threads", "num_workers", "keep_every", "profile", "data_dir", "loggers"}
+    | {"data_memory_bytes"}  # what it decides of the images is compared with the checkpoint
 )
 
 
@@ -139,7 +140,7 @@ def make_run_folder(folder: Path, config: Config) -> None:
     """Make the run folder with its configuration, in one step.
 
     Raises:
-        UsageError: there is something in it already.
+        UsageError: there is something in it already, or it is a mount point.
         TrainingError: it cannot be written.
     """
     refuse_used_folder(folder)
@@ -163,6 +164,9 @@ def make_run_folder(folder: Path, config: Config) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another run was faster
                 refuse_used_folder(folder)
+            if error.errno in (errno.EBUSY, errno.EXDEV):
+                problem = f"the output folder {folder} is a mount point, which no folder can replace"
+                raise UsageError(problem, hint=f"--out {folder / 'run'}") from error
             raise
         finally:
             os.close(handle)
@@ -222,12 +226,39 @@ def update_config(folder: Path, config: Config) -> None:
             write_whole(folder / CONFIG, to_toml(config))
 
 
+def check_began_alike(folder: Path, dataset: Dataset, device: str) -> None:
+    """Make sure that the data set is as large as the one that the run began with; nothing where there is no trace.
+
+    A warning where it began on another `device`, which the trace then names for all epochs.
+
+    Raises:
+        UsageError: the data set is not.
+        FileFormatError: the trace is damaged.
+    """
+    if not (folder / TRACE).is_file():
+        return
+    began = _first_line(folder / TRACE)
+    if began.device.name != device:
+        names = f"{printable(began.device.name)}, which its trace names for every epoch, and goes on on {device}"
+        warnings.warn(f"the run began on {names}: what is predicted from it mixes the times of both", stacklevel=2)
+    for what, before, now in (
+        ("training", began.dataset.num_train, dataset.num_train),
+        ("validation", began.dataset.num_validation, dataset.num_validation),
+    ):
+        if before != now:
+            raise UsageError(f"the run began with {before} {what} images, the data of today have {now}")
+
+
 def _began_with(trace: Path) -> Config:
     """The configuration that the trace's first line holds."""
+    return from_recorded(_first_line(trace).hyperparameters)
+
+
+def _first_line(trace: Path) -> Run:
     _, first = next(read_records(trace))
     if not isinstance(first, Run):
         raise FileFormatError(trace, "the first record is no run record", line=1)
-    return from_recorded(first.hyperparameters)
+    return first
 
 
 def refuse_used_folder(folder: Path) -> None:

@@ -101,7 +101,8 @@ def train_epoch(
             scaler.step(optimizer)
             scaler.update()
             learner.update_average()
-            tally.add(iteration, loss.detach(), logits.detach(), labels)
+            classes, _ = max(mixed, key=lambda part: part[1])  # of two mixed images those of the larger share
+            tally.add(iteration, loss.detach(), logits.detach(), classes)
         except torch.OutOfMemoryError:
             if not reduction.can_be_finished or pruner.penalty_coefficient is None:
                 raise

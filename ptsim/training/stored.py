@@ -26,6 +26,7 @@ from ptsim.training.checkpoint import Entry, NotNegative, Totals, Whole
 from ptsim.training.measured import Unfinished
 from ptsim.training.recipe import Count
 from ptsim.training.wrapping import refuse_spread
+from ptsim.units import counted
 
 VERSION = 1
 _TENSOR = "tensor"  # marks a number that an optimizer keeps in a tensor
@@ -75,6 +76,20 @@ def checked(state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = 
     if found.groups is not None and optimizer is not None:
         _check_same_kind(optimizer, found.groups)
     return found
+
+
+def refuse_unrecorded(state: StoredState) -> None:
+    """Make sure that a trace can go on with the state: it begins with the run's first epoch.
+
+    Raises:
+        UsageError: nobody has recorded the epochs before.
+    """
+    if state.epoch and not state.trace_bytes:
+        before = counted(state.epoch, "epoch")
+        raise UsageError(
+            f"nobody has recorded the {before} before this state, and a trace begins with a run's first epoch",
+            hint="without record= the run goes on; with it the run has to begin anew",
+        )
 
 
 def _check_same_kind(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -176,28 +191,39 @@ def load_tensors(
     averaged = part(tensors, "ema/")
     if ema is not None and averaged:
         load_full_state(ema, averaged)
-    for group, settings in zip(optimizer.param_groups, state.groups or [], strict=False):
+    load_groups(optimizer, state.groups or [])
+    load_optimizer(network, optimizer, tensors, state.optimizer or {})  # its form is one of the settings
+
+
+def load_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Take over what `group_settings` gave of an optimizer of this kind.
+
+    Raises:
+        UsageError: one of the settings is none that it can have.
+    """
+    for group, settings in zip(optimizer.param_groups, groups, strict=False):
         for name, given in settings.items():
             present, told = group.get(name), isinstance(given, dict) and given.keys() == {_TENSOR}
             value = given[_TENSOR] if told else given
             if not _can_follow(present, value):
                 huge = isinstance(value, int) and abs(value) > LARGEST  # perhaps more digits than Python prints
                 found = "a huge number" if huge else f"{value!r:.80}"
-                raise UsageError(f"not a state of PruneTrain: the optimizer's {name} is {found}")
+                raise UsageError(f"not a state of this run: the optimizer's {name} is {found}")
             if isinstance(present, Tensor):
                 present.fill_(value)
             elif told and name not in group:  # what the optimizer makes at its first update
                 group[name] = torch.tensor(value)
             else:
                 group[name] = tuple(value) if isinstance(present, tuple) else value
-    load_optimizer(network, optimizer, tensors, state.optimizer or {})  # its form is one of the settings
 
 
 def _can_follow(present: object, value: object) -> bool:
     """Whether a setting of an optimizer that is `present` can become `value`; what is positive stays so.
 
-    A few settings are negative: the exponent by which Adafactor's decay goes.
+    A few settings are negative, the exponent by which Adafactor's decay goes, or infinite, as Prodigy's growth.
     """
+    if isinstance(value, float) and not isinstance(present, Tensor) and value == present:
+        return True
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return present is None or isinstance(present, type(value)) or (value is None and isinstance(present, bool))
     if isinstance(present, tuple):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import torch
 from torch import nn
 
 from ptsim.errors import FileFormatError
@@ -50,6 +53,7 @@ class Storage:
             initial_channels=recorder.initial_counts[0],
             initial_weights=recorder.initial_counts[1],
             optimizer=stored.optimizer_scalars(learner.model, learner.optimizer),
+            groups=_kept_in_groups(learner.optimizer),
             scaler=learner.scaler.state_dict(),
             trace_bytes=recorder.num_bytes,
             trace_sha256=recorder.sha256,
@@ -72,6 +76,10 @@ class Storage:
         problem = self._unfit(found)
         if problem is not None:
             raise FileFormatError(place, f"the newest checkpoint {problem}")
+        problem = self._of_other_data(found)
+        if problem is not None:
+            hint = "data_dir names the images, data_memory_bytes which image trees are kept in memory"
+            raise FileFormatError(place, f"the newest checkpoint {problem}", hint=hint)
         learner = make(pruned_network(found.recipe, found.structure))
         recorder, pruner = learner.recorder, learner.pruner
         if recorder.architecture.id != found.architecture:
@@ -83,6 +91,7 @@ class Storage:
                 store.parse_tensors(place, weights, found.weights_sha256),
                 store.parse_tensors(place, more, found.state_sha256),
                 found.optimizer,
+                found.groups,
                 found.scaler,
             )
         learner.next_epoch = recorder.epoch = found.next_epoch
@@ -107,6 +116,44 @@ class Storage:
             return "has no penalty_coefficient, which the first mini-batch has decided"
         return None
 
+    def _of_other_data(self, found: Checkpoint) -> str | None:
+        """How the images of today differ from those that the run was trained on."""
+        names = getattr(self._data, "class_names", ()) or found.class_names
+        for before, now in zip(found.class_names, names, strict=False):
+            if before != now:
+                return f"has the class {before!r} where the data of today have {now!r}"
+        seen, given = ((*n.mean, *n.std) for n in (found.normalization, self._data.normalization))
+        if len(seen) != len(given) or not all(map(_alike, seen, given)):
+            return f"is of images with the mean {_shown(found)}, those of today have {_shown(self._data)}"
+        return None
+
     def _newest_checkpoint(self) -> bytes:
         newest = self._checkpoints.newest()
         return b"" if newest is None else msgspec.msgpack.encode(store.read_state_bytes(newest))
+
+
+def _kept_in_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the optimizer's groups hold beside what it was made with and its rate, such as a count of updates.
+
+    Numbers that are not finite are left out: no file holds them.
+    """
+
+    def is_kept(name: str, value: Any) -> bool:
+        made_with = optimizer.defaults.get(name, ...)
+        changed = bool(value != (list(made_with) if isinstance(made_with, tuple) else made_with))
+        return name != "lr" and changed and not (isinstance(value, float) and not math.isfinite(value))
+
+    return [
+        {name: value for name, value in group.items() if is_kept(name, value)}
+        for group in stored.group_settings(optimizer)
+    ]
+
+
+def _alike(one: float, other: float) -> bool:
+    """Another machine may sum in another order."""
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _shown(of: Checkpoint | Data) -> str:
+    return ", ".join(f"{value:.4g}" for value in of.normalization.mean)
+

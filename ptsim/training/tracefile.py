@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
+import msgspec
 import torch
 
 import ptsim
@@ -19,7 +20,7 @@ from ptsim.criteria import told_penalty
 from ptsim.errors import TrainingError, UsageError
 from ptsim.network import Network
 from ptsim.trace.io import TraceWriter, read_trace
-from ptsim.trace.schema import AnyRecord, Architecture, End, PenaltyCosts
+from ptsim.trace.schema import AnyRecord, Architecture, End, Epoch, PenaltyCosts
 from ptsim.training.checkpoint import writing
 from ptsim.training.loggers import Mirror
 
@@ -44,7 +45,8 @@ def refuse_trace(path: Path) -> None:
     if path.exists() and path.stat().st_size:
         raise UsageError(
             f"{path.parent} holds the trace of another run",
-            hint="another folder, or load_state_dict before the first step to go on with that run",
+            hint="another folder, or load_state_dict before the first step to go on with that run; a state from within "
+            "its first epoch records that one anew, once the old trace is moved away",
         )
 
 
@@ -69,6 +71,7 @@ class TraceFile:
         self.planned_end: End | None = None
         self.ended = False
         self._known: set[str] = set()
+        self._epochs = self._iterations = 0  # of its lines
         with writing(path):
             if keep_bytes is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +83,7 @@ class TraceFile:
         if keep_bytes is not None:
             kept = read_trace(path)
             self._known = set(kept.networks)
+            self._epochs, self._iterations = len(kept.epochs), sum(epoch.num_iterations for epoch in kept.epochs)
             self._mirror.begin(kept.run, len(kept.epochs), kept.networks)
 
     @property
@@ -100,6 +104,8 @@ class TraceFile:
         """
         with writing(self.path):
             self._writer.write(record)
+        if isinstance(record, Epoch):
+            self._epochs, self._iterations = self._epochs + 1, self._iterations + record.num_iterations
         self._mirror.write(record)
 
     def architecture(self, network: Network, criterion: object = None) -> bool:
@@ -120,11 +126,13 @@ class TraceFile:
     def end(self, record: End) -> None:
         """Write the last record and close the trace; nothing on a trace that has ended.
 
+        It counts what stands in the trace: an interrupt may have come before the recorder counted the last epoch.
         Of a run that failed it is written if the disk still takes it: the failure itself is what the user must hear.
         """
         if self.ended:
             return
         self.ended = True
+        record = msgspec.structs.replace(record, epochs=self._epochs, num_iterations=self._iterations)
         try:
             if record.status == "clean":
                 self.write(record)

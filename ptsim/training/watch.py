@@ -53,6 +53,7 @@ class Watch:
         largest_backward: images of this epoch's largest backward pass, which may belong to several forward passes.
         learning_rate: of the first parameter group at this epoch's first update; None where the optimizer decides it.
         num_backwards: backward passes in this epoch.
+        num_reductions: those of them whose gradients a DistributedDataParallel reduced.
         last_step_s: when this epoch's last update ended, by `time.perf_counter`; None before the first. On a GPU it is
             when the host had launched it, until `finish` knows when the GPU had done it.
         memory: the most that this epoch's training passes took.
@@ -226,7 +227,8 @@ class Watch:
         self.check_seen()
         if not self.num_steps:
             warnings.warn(
-                "the recorder's optimizer has not stepped in this epoch; tell the recorder of the new one by follow()",
+                "the recorder's optimizer has not stepped in this epoch: a GradScaler has left out every update, or it "
+                "is another one, of which follow() tells the recorder",
                 stacklevel=3,
             )
         return iterations, self.num_images
@@ -246,7 +248,7 @@ class Watch:
 
     def reset(self) -> None:
         """Count anew."""
-        self.num_steps = self.num_images = self.num_backwards = self._largest = 0
+        self.num_steps = self.num_images = self.num_backwards = self.num_reductions = self._largest = 0
         self._images_before, self._usual_before = 0, self.usual_step
         self._images_of_steps.clear()
         self.largest_backward = self._in_this_backward = 0
@@ -352,7 +354,8 @@ class Watch:
             return
         if self._compiled and not self.num_backwards and (kept := _kept_format(output)) is not None:
             self.precision = self._inside = kept
-        begins = functools.partial(self._backward_begins, _Pass(self._images, module.training))
+        reduces = getattr(self.data_parallel, "require_backward_grad_sync", False)
+        begins = functools.partial(self._backward_begins, _Pass(self._images, module.training, reduces))
         for leaf in output_tensors(output):
             if leaf.requires_grad:
                 leaf.register_hook(begins)  # type: ignore[no-untyped-call] # torch's gap
@@ -383,6 +386,7 @@ class Watch:
         self._in_backward = True
         self._enter("backward")
         self.num_backwards += 1
+        self.num_reductions += forward.reduces
         engine = torch.autograd.Variable._execution_engine
         # Called at the end of backward; once more from there, because DDP waits for its all-reduces in such a call.
         engine.queue_callback(lambda: engine.queue_callback(self._backward_ends))
@@ -441,6 +445,7 @@ class _Pass:
 
     num_images: int
     training: bool
+    reduces: bool
     counted: bool = False
 
 

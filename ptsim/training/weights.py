@@ -36,19 +36,21 @@ def load_weights(model: nn.Module, weights: str | Path, *, skip: Sequence[str] =
         skip: beginnings of names that keep what they have, such as "fc." for a classifier of other classes.
 
     Raises:
-        UsageError: no such file, or names or shapes that differ from the network's.
+        UsageError: no such file, names or shapes that differ from the network's, or a `skip` that skips nothing.
         FileFormatError: the file holds something else than tensors.
     """
     path = weights_file(str(weights))
     given = read_state_dict(path)
     own = model.state_dict()
-    skipped = tuple(skip)
+    skipped, network = tuple(skip), type(model).__name__
+    for start in skipped:
+        if not any(name.startswith(start) for name in (*own, *given)):
+            raise UsageError(f"weights_skip names {start!r}, but no weight of {path} or of this {network} begins so")
     wanted = {name: tensor for name, tensor in own.items() if not (skipped and name.startswith(skipped))}
     found = {name: tensor for name, tensor in given.items() if not (skipped and name.startswith(skipped))}
     missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in found if name not in wanted]
     other = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
-    network = type(model).__name__
     problems = [
         f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
         for names, what in (

@@ -155,6 +155,45 @@ def test_a_loss_that_compute_loss_makes_is_told(tmp_path):
     assert epoch.penalty == pytest.approx(sum(losses[:2]) / 2, rel=1e-5)
 
 
+class Dividing(Model):
+    """As the models of transformers: it is told the images of all passes of an update, and divides by these."""
+
+    def forward(self, pixel_values, labels=None, num_items_in_batch=None, **more):
+        logits = self.cnn(pixel_values)
+        if labels is None:
+            return {"logits": logits}
+        total = F.cross_entropy(logits, labels, reduction="sum")
+        return {"loss": total / (num_items_in_batch or len(labels)), "logits": logits}
+
+
+def test_losses_that_are_parts_of_an_updates_loss_add_up(tmp_path):
+    options = {"learning_rate": 0.0, "num_train_epochs": 1, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    trainer(tmp_path, Dividing(), callback(tmp_path / "run"), **options).train()
+    data, fresh = Images(), Model()
+    batches = zip(data.images.split(16), data.labels.split(16), strict=True)
+    losses = [fresh(images, labels)["loss"].item() for images, labels in batches]
+    epoch = ptsim.read_trace(tmp_path / "run").epochs[0]
+    assert (epoch.num_images, epoch.num_iterations) == (64, 2)
+    assert epoch.train_loss == pytest.approx(sum(losses) / 4, rel=1e-5)
+    # Eq. 3 with a ratio of one half: the penalty is as large as the first loss, which is that of the first two passes.
+    assert epoch.penalty == pytest.approx(sum(losses[:2]) / 2, rel=1e-5)
+
+
+def test_the_accuracy_may_be_that_of_any_of_several_validation_sets(tmp_path):
+    for name in ("second", "third"):
+        ours = callback(tmp_path / name, accuracy=f"eval_{name}_accuracy")
+        training = trainer(tmp_path, Model(), ours, num_train_epochs=2, save_strategy="no")
+        training.eval_dataset = {"first": Images(), "second": Images()}
+        if name == "third":
+            with pytest.raises(UsageError, match="nothing was logged as 'eval_third_accuracy' in this epoch"):
+                training.train()
+            continue
+        training.train()
+        epochs = ptsim.read_trace(tmp_path / name).epochs
+        assert len(epochs) == 2
+        assert all(epoch.validation_accuracy is not None for epoch in epochs)
+
+
 def test_misuse_is_one_sentence(tmp_path):
     class Silent(Model):
         def forward(self, pixel_values, labels=None):

@@ -116,6 +116,30 @@ def test_on_a_gpu_the_last_step_ends_when_the_gpu_has_done_it(monkeypatch):
     assert (parts.wall_s, timer.last_step_s) == (7.0, 107.0)
 
 
+def test_what_comes_after_the_last_step_is_no_part_of_an_epoch_that_ends_with_it(monkeypatch):
+    """From 10 to 30 s; the step ends at 20, and a pass follows whose gradients wait for the next epoch."""
+    now = SimpleNamespace(seconds=10.0)
+    monkeypatch.setattr(timers, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    timer = StepTimer("cpu")
+
+    def add(name, begin, end):
+        now.seconds = float(begin)
+        start = timer.mark()
+        now.seconds = float(end)
+        timer.add(name, start, timer.mark())
+
+    add("forward", 10, 12)
+    add("backward", 12, 20)
+    timer.end_step()
+    add("validation", 20, 21)
+    add("forward", 21, 24)
+    now.seconds = 30.0
+    parts, _ = timer.finish(at_last_step=True)
+    assert (parts.wall_s, parts.forward_s, parts.backward_s, parts.validation_s) == (10, 2, 8, 0)
+    whole, _ = timer.finish()
+    assert (whole.wall_s, whole.forward_s, whole.backward_s, whole.validation_s) == (19, 5, 8, 1)
+
+
 def test_one_step_is_every_quantile():
     spread = step_distribution([3.0])
     assert (spread.p10_s, spread.median_s, spread.p90_s, spread.std_s) == (3.0, 3.0, 3.0, 0.0)

@@ -64,6 +64,7 @@ def test_the_kernels_elements_belong_to_one_channel_and_biases_to_none() -> None
 def test_what_is_gone_is_a_share_of_what_there_was() -> None:
     assert gone_share(6, 8) == 0.25
     assert gone_share(0, 0) == 0.0  # a network whose weights are in no layer of torch
+    assert gone_share(9, 8) == 0.0  # one that another library has widened
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1e-4, math.inf, math.nan])

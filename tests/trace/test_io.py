@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import resource
 from pathlib import Path
@@ -254,7 +255,7 @@ class TestWrongFiles:
             (Epoch, lambda r: r["step"].update(p10_s=1e-320), "are no times of steps of one epoch"),
             (Epoch, lambda r: r["step"].update(median_s=2 * r["step"]["p90_s"]), "do not rise"),
             (Epoch, lambda r: r["step"].update(p10_s=2 * r["step"]["median_s"]), "do not rise"),
-            (Epoch, lambda r: r.update(num_images=4993), "'num_images' is 4993, but the iterations hold 4992 at most"),
+            (Epoch, lambda r: r.update(num_images=16 * 4992 + 1), "'num_images' is 79873, expected at most 79872"),
             (Epoch, lambda r: r["time"].update(forward_s=2.1 * r["time"]["wall_s"]), "the parts of the epoch take"),
             (Epoch, lambda r: r["densities"][0].update(layer="nowhere"), "'densities' names the layer 'nowhere'"),
             (Epoch, lambda r: r.update(channel_maxima={"nowhere": [1.0]}), "'channel_maxima' names the layer"),
@@ -317,11 +318,34 @@ class TestWrongFiles:
         (Epoch, lambda r: r["step"].update(p10_s=1.1e-6 * r["step"]["p90_s"])),
         # clocks of their own: the parts may take up to twice as long as the whole
         (Epoch, lambda r: r["time"].update(dict.fromkeys(("forward_s", "backward_s"), 0.85 * r["time"]["wall_s"]))),
+        # a GradScaler left out the updates of 15 mini-batches in 16
+        (Epoch, lambda r: r.update(num_images=16 * 4992)),
         (Epoch, lambda r: r["time"].update(exposed_communication_s=-1.9 * r["time"]["wall_s"])),
     ],
 )
 def test_what_can_just_be_true_is_read(tmp_path: Path, kind: type, edit: Any) -> None:
     assert len(read_trace(broken(tmp_path, line_of(kind), edit)).epochs) == 6
+
+
+def test_an_interrupt_while_a_record_is_written_leaves_the_trace_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    file, (first, second, third, *_) = tmp_path / "trace.jsonl", shrinking_records()
+    with TraceWriter(file) as writer:
+        writer.write(first)
+        writer.write(second)
+        before = file.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                writer.write(third)
+        assert file.read_bytes() == before
+        writer.write(third)
+        assert (writer.num_bytes, writer.sha256) == (file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
+    assert [record for _, record in read_records(file)] == [first, second, third]
 
 
 @pytest.mark.parametrize("epoch", [0, 2, 2**40])

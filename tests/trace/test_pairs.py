@@ -101,6 +101,11 @@ def test_without_a_dense_run_the_first_architecture_is_held(folder: Path) -> Non
     assert not held.is_pruned
     first = run.epochs[0].time
     assert held.epochs[-1].time.wall_s == pytest.approx(first.wall_s - first.regularizer_s)
+    assert held.final_accuracy is None  # nobody has trained it
+    told = {(e.train_loss, e.train_accuracy, e.validation_loss, e.validation_accuracy) for e in held.epochs}
+    assert told == {(None,) * 4}
+    assert held.end is not None
+    assert held.end.num_iterations == sum(epoch.num_iterations for epoch in held.epochs)
 
 
 def test_dense_runs_alone_have_nothing_to_be_compared_with(folder: Path) -> None:
@@ -114,6 +119,13 @@ def test_repeats_with_other_seeds_share_a_setting_and_other_settings_do_not(fold
         shrinking_trace(folder / "other.jsonl", penalty_ratio=0.4),
     )
     assert setting_labels(runs) == ["dense", "PruneTrain r=0.2", "PruneTrain r=0.2", "PruneTrain r=0.4"]
+
+
+def test_what_shows_the_numbers_elsewhere_makes_no_other_setting(folder: Path) -> None:
+    plain, other = read(*(shrinking_trace(folder / f"{seed}.jsonl", seed=seed) for seed in (1, 2)))
+    told = other.run.hyperparameters | {"loggers": ["csv"]}
+    logged = msgspec.structs.replace(other, run=msgspec.structs.replace(other.run, hyperparameters=told))
+    assert len(set(setting_labels([plain, logged]))) == 1
 
 
 def test_a_folder_of_images_is_called_by_its_name(folder: Path) -> None:

@@ -87,6 +87,9 @@ def test_files_need_a_folder(dataset):
         ({"data_dir": "x"}, "data_dir"),
         ({"crop_padding": 2}, "crop_padding"),
         ({"num_workers": 2}, "num_workers"),
+        ({"dataset": "live", "train_limit": 5}, "train_limit"),
+        ({"dataset": "live", "augment": "crop"}, "augment"),
+        ({"dataset": "live", "crop_padding": 2}, "crop_padding"),
     ],
 )
 def test_a_setting_without_effect_warns(changes, setting):

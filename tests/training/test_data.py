@@ -1,5 +1,7 @@
+import os
 import shutil
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 
 from ptsim.errors import UsageError
 from ptsim.training.config import make_config, resolve
-from ptsim.training.data import Share, StreamedData, normalization_of
+from ptsim.training.data import Share, StreamedData, held_out, normalization_of
 from ptsim.training.datasets import load_data
 
 CPU = torch.device("cpu")
@@ -142,6 +144,70 @@ def test_an_image_tree_that_does_not_fit_is_streamed_with_the_same_order(tree):
     assert sum(len(y) for _, y in streamed.validation_batches(5, Share())) == 12
 
 
+def test_of_images_that_do_not_fit_only_crop_flip_mirrors_some(tree):
+    settings = {"dataset": "imagefolder", "data_dir": str(tree), "data_memory_bytes": 1000, "batch": 30}
+    settings["num_workers"] = 0
+    crops, flips = (epoch_of(loaded(**settings, augment=kind), batch=30)[0][0] for kind in ("crop", "crop_flip"))
+    same = [torch.equal(crop, flip) for crop, flip in zip(crops, flips, strict=True)]
+    assert 5 <= sum(same) <= 25
+    for crop, flip, as_it_is in zip(crops, flips, same, strict=True):
+        assert as_it_is or torch.equal(crop.flip(2), flip)
+    with pytest.warns(UserWarning, match="'crop_padding' has no effect: images that do not fit in memory"):
+        loaded(**settings, crop_padding=2)
+
+
+def ramps(tmp_path, count):
+    """An image of 100×80 pixels, so many times; red is twice the column and green twice the row of a pixel."""
+    pixels = np.zeros((80, 100, 3), dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = 2 * np.arange(100), 2 * np.arange(80)[:, None]
+    Image.fromarray(pixels).save(tmp_path / "ramps.png")
+    config = resolve(make_config({"dataset": "imagefolder", "data_dir": "x", "num_workers": 0}), device="cpu")
+    files = [(tmp_path / "ramps.png", 0)] * count
+    return StreamedData(files, files, class_names=("a", "b"), side=8, config=config, device=CPU)
+
+
+def pixels_of(data, images):
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.normalization.mean, data.normalization.std))
+    return (images * std + mean) * 255
+
+
+def test_an_image_is_scaled_by_its_shorter_side_and_its_middle_validates(tmp_path):
+    data = ramps(tmp_path, 1)
+    ((images, _),) = data.validation_batches(1, Share())
+    red, green, _ = pixels_of(data, images)[0]
+    # 10×8 pixels of 10×10 each, without the first and the last column; the filter is cut off at the border.
+    middles = torch.arange(1, 7) * 10 + 4.5
+    torch.testing.assert_close(red[3, 1:7], 2 * (middles + 10), atol=1.1, rtol=0)
+    torch.testing.assert_close(green[1:7, 3], 2 * middles, atol=1.1, rtol=0)
+
+
+def test_random_crops_are_a_twelfth_to_all_of_the_image_of_any_place_and_shape(tmp_path):
+    data = ramps(tmp_path, 200)
+    ((images, _),) = data.training_batches(0, 200, Share())
+    red, green, _ = pixels_of(data, images).unbind(1)
+    across, down = (red[:, 3, 6] - red[:, 3, 1]) / 2, (green[:, 6, 3] - green[:, 1, 3]) / 2  # 5 of 8 parts of the crop
+    width, height = across.abs() * 8 / 5, down * 8 / 5
+    left = torch.minimum(red[:, 3, 1], red[:, 3, 6]) / 2 + 0.5 - 1.5 * width / 8
+    top = green[:, 1, 3] / 2 + 0.5 - 1.5 * height / 8
+    for start, size, whole in ((left, width, 100), (top, height, 80)):
+        assert -2 < start.min() < 3
+        assert whole - 3 < (start + size).max() < whole + 3
+    area = width * height / 8000
+    assert 0.06 < area.min() < 0.13
+    assert 0.42 < area.mean() < 0.58  # 0.54 but for what would be higher or wider than the image
+    assert area.max() > 0.85
+    shape = (width / height)[area < 0.4].log()
+    assert -0.45 < shape.min() < -0.18  # ln ¾ is −0.288, and what is read off the ramps is rounded
+    assert 0.18 < shape.max() < 0.45
+    assert abs(shape.mean()) < 0.08
+    assert 70 < (across < 0).sum() < 130
+
+
+def test_a_share_to_hold_out_that_nobody_needs_is_said(tree):
+    with pytest.warns(UserWarning, match="setting 'validation_share' has no effect: .* has validation images"):
+        assert loaded(dataset="imagefolder", data_dir=str(tree), validation_share=0.5).dataset.num_validation == 12
+
+
 def test_images_are_scaled_to_the_asked_size(tree):
     data = loaded(dataset="imagefolder", data_dir=str(tree), image_size=20, batch=8)
     assert data.dataset.input_shape == (3, 20, 20)
@@ -182,6 +248,35 @@ def test_a_wrong_image_tree_is_one_sentence(tree, tmp_path, make):
         (root / "train" / "b" / "0.png").unlink()
     with pytest.raises(UsageError, match=expected):
         loaded(dataset="imagefolder", data_dir=str(root), batch=1)
+
+
+@pytest.mark.parametrize("name", ["Train", "VAL", "testing"])
+def test_a_split_that_is_written_otherwise_is_no_class(tree, tmp_path, name):
+    shutil.copytree(tree / "train", tmp_path / name)
+    shutil.copytree(tree / "val", tmp_path / "more")
+    with pytest.raises(UsageError, match=f"holds the folder {name}, which reads like a split"):
+        loaded(dataset="imagefolder", data_dir=str(tmp_path))
+
+
+def test_a_class_folder_whose_name_is_no_unicode_is_a_class_that_can_be_written_down(tree, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(tree / split, tmp_path / split)
+        folder = os.fsencode(tmp_path / split)
+        os.rename(folder + b"/cow", folder + b"/caf\xe9")
+    data = loaded(dataset="imagefolder", data_dir=str(tmp_path))
+    assert data.class_names == ("ant", "bee", "caf\N{REPLACEMENT CHARACTER}")
+    assert msgspec.json.decode(msgspec.json.encode(data.class_names)) == list(data.class_names)
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "held"),
+    [(0.1, 10, 1), (0.01, 5, 1), (0.5, 3, 2), (0.9, 2, 1), (0.99, 10, 9)],  # 1.5 is rounded to 2
+)
+def test_every_class_gives_an_image_and_keeps_one(share, count, held):
+    config = make_config({"dataset": "imagefolder", "data_dir": "somewhere", "validation_share": share})
+    train, validation = held_out([0] * count, config)
+    assert (len(train), len(validation)) == (count - held, held)
+    assert sorted(train + validation) == list(range(count))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

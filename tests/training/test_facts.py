@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.errors import TrainingError, UsageError
+from ptsim.network import Precision
 from ptsim.trace.schema import Epoch
 from ptsim.training.facts import (
     RunFacts,
     change_record,
     check_finite,
     check_numbers,
+    checked_facts,
     checked_fraction,
     checked_loss,
     costed_optimizer,
@@ -154,6 +157,8 @@ def test_weights_of_another_format_than_a_trace_assumes_are_refused() -> None:
     check_numbers(nn.Linear(2, 2))
     with pytest.raises(UsageError, match="weight of this Linear is of float64, a trace describes float32"):
         check_numbers(nn.Linear(2, 2).double())
+    with pytest.raises(UsageError, match="weight of this Linear is on meta, a trace is of a CPU or a CUDA GPU"):
+        check_numbers(nn.Linear(2, 2, device="meta"))  # or on mps, xpu, …
 
 
 class Giving(nn.Module):
@@ -179,3 +184,30 @@ def test_what_is_told_of_a_run_goes_before_what_is_seen_and_after_the_pruners_ow
     assert told.settings(seen, own) == {"lr": 0.2, "batch": 8, "interval": 5}
     whole = RunFacts(hyperparameters={"optimizer": "sgd", "interval": 3})
     assert whole.settings(seen, own) == {"optimizer": "sgd", "interval": 3}
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"seed": None}, "facts: seed: Expected int, got null"),
+        ({"seed": 2**64}, "seed"),
+        ({"dataset": "cifar10"}, "facts: dataset: Expected object | null, got str"),
+        ({"hyperparameters": {"epochs": 90.0}}, "facts: hyperparameters.epochs is 90.0, expected a whole number"),
+        ({"hyperparameters": {"optimizer": {"name": "sgd"}}}, "optimizer is {'name': 'sgd'}, expected a text"),
+        ({"hyperparameters": {"momentum": "0.9"}}, "facts: hyperparameters.momentum is '0.9', expected a number"),
+        ({"hyperparameters": SimpleNamespace(lr=1)}, "facts: hyperparameters is a SimpleNamespace, expected a dict"),
+    ],
+)
+def test_facts_with_which_nobody_could_read_the_trace_are_refused_at_once(told: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        checked_facts(RunFacts(**told))
+    assert says in caught.value.message
+
+
+def test_facts_become_what_a_file_holds() -> None:
+    told: dict[str, Any] = {"seed": torch.tensor(3), "precision": "bf16"}
+    clips = {"clip": math.inf, "each": {2: [-math.inf, (math.nan,)]}, "lr": 0.25}
+    found = checked_facts(RunFacts(**told, hyperparameters=clips))
+    assert (found.seed, type(found.seed), found.precision) == (3, int, Precision.BF16)
+    assert found.hyperparameters == {"clip": "inf", "each": {"2": ["-inf", ["nan"]]}, "lr": 0.25}
+    assert checked_facts(None) == RunFacts()

@@ -58,6 +58,25 @@ def test_a_run_grows_by_whole_multiples_as_far_as_memory_settings_and_images_go(
     assert asked == [(minibatch.step_setting(config, 64, ranks), 7)]
 
 
+def test_the_rank_with_the_least_memory_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    that_fit(monkeypatch, minibatch, 160)  # on this rank, and 96 on another
+    monkeypatch.setattr(minibatch, "fits", lambda *_: True)
+    set_to: list[int] = []
+    learner: Any = SimpleNamespace(
+        config=make_config({"dataset": "digits", "batch": 128, "dynamic_batch": True}),
+        batch=128,
+        device=torch.device("cpu"),
+        learning_rate_scale=1.5,
+        set_batch=set_to.append,
+        team=SimpleNamespace(world_size=2, least=lambda mine: mine.clamp(max=96), sum=lambda misfits: misfits),
+        recorder=SimpleNamespace(
+            meter=SimpleNamespace(info=lambda: device_info("a CPU")), architecture=residual_network()
+        ),
+    )
+    grown = minibatch.BatchPolicy(learner, 10**6).grow()
+    assert (grown.batch_per_gpu, grown.learning_rate_scale, set_to) == (96, 1.5, [192])
+
+
 def test_a_runs_steps_are_reckoned_as_they_are_configured() -> None:
     changes = {"dataset": "digits", "precision": "bf16", "memory_format": "channels_last"}
     config = make_config(changes | {"optimizer": "rmsprop", "momentum": 0.5, "regularizer": "proximal"})

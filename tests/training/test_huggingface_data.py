@@ -77,6 +77,22 @@ def test_images_without_a_class_or_content_are_one_sentence(labels, broken, mess
         load(tmp_path / "d")
 
 
+def test_splits_with_other_classes_and_empty_ones_are_one_sentence(tmp_path):
+    train, _, _ = pictures(8)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list("abdc"))})
+    rows = {name: list(train[name]) for name in ("img", "label")}
+    other = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": train, "test": other}).save_to_disk(tmp_path / "other")
+    with pytest.raises(UsageError, match="have other classes, or the same in another order"):
+        load(tmp_path / "other")
+    datasets.DatasetDict({"train": train, "test": train.select([])}).save_to_disk(tmp_path / "empty")
+    with pytest.raises(UsageError, match="the validation split of .* is empty"):
+        load(tmp_path / "empty")
+    train.select([]).save_to_disk(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="the training split of .* is empty"):
+        load(tmp_path / "nothing")
+
+
 def test_misuse_is_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="there is no data folder"):
         load(tmp_path / "none")

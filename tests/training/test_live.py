@@ -1,12 +1,18 @@
 """ptsim.train with a live network and live data sets."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 from torchvision.transforms import v2
 
 import ptsim
 from ptsim.errors import UnknownNameError, UsageError
+from ptsim.training.config import Config
+from ptsim.training.data import Share
+from ptsim.training.live import LiveData
 from tests.training.nets import small
 from tests.training.runs import settings
 
@@ -93,6 +99,57 @@ def test_any_transform_of_torchvision_trains_also_those_of_whole_mini_batches(tm
     assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))  # what is random belongs to the seed
 
 
+class Shaken(Dataset):
+    """Draws as many packages for augmentation do: from Python's generator, and from NumPy's."""
+
+    def __init__(self, tensors):
+        self.pixels, self.labels = tensors.tensors
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.pixels[index].float() / 255 + random.random() + np.random.rand(), int(self.labels[index])
+
+
+def test_what_python_and_numpy_draw_belongs_to_the_seed_and_the_callers_numbers_go_on(tmp_path):
+    network = small(10)
+    train, validation = data()
+    random.seed(7)
+    np.random.seed(7)
+    runs = [
+        ptsim.train(made(epochs=1), out=tmp_path / name, model=network, data=(Shaken(train), validation))
+        for name in ("one", "two")
+    ]
+    assert (random.random(), np.random.rand()) == (random.Random(7).random(), np.random.RandomState(7).rand())
+    first, second = (ptsim.load_model(run.folder, model=network).parameters() for run in runs)
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+
+
+class Drawn(Dataset):
+    """Images of one random number each."""
+
+    classes = ("a", "b")
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.rand(()).expand(3, 2, 2), 0
+
+
+def test_the_workers_of_every_rank_draw_numbers_of_their_own():
+    source = LiveData(
+        (Drawn(), Drawn()), None, config=Config(dataset="live", num_workers=1), device=torch.device("cpu")
+    )
+    drawn = [
+        [float(images[0, 0, 0, 0]) for images, _ in source.training_batches(0, 4, Share(rank=rank, world_size=2))]
+        for rank in (0, 1, 1)
+    ]
+    assert drawn[1] == drawn[2]
+    assert not set(drawn[0]) & set(drawn[1])
+
+
 def test_classes_as_shares_train_as_the_classes_themselves(tmp_path):
     torch.manual_seed(0)
     network = small(10)
@@ -128,6 +185,11 @@ def test_mini_batches_that_are_none_are_one_sentence(tmp_path, collate, message)
         ptsim.train(made(batch=16), out=tmp_path / "run", model=small(10), data=data(), collate=collate)
 
 
+class Stream(IterableDataset):
+    def __len__(self):
+        return 4
+
+
 def test_data_that_are_none_are_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="has to be a pair of map-style data sets"):
         ptsim.train(made(), out=tmp_path / "run", model=small(10), data=data()[0])
@@ -140,6 +202,12 @@ def test_data_that_are_none_are_one_sentence(tmp_path):
     with pytest.raises(UsageError, match=r"no \(image, class\)"):
         ptsim.train(made(), out=tmp_path / "run", model=small(10), data=(flat, flat))
     train, validation = data()
+    for wrong in (DataLoader(train, batch_size=8), Stream()):
+        with pytest.raises(UsageError, match="has to be a pair of map-style data sets"):
+            ptsim.train(made(), out=tmp_path / "run", model=small(10), data=(wrong, validation))
+    train.classes, validation.classes = list("0123456789"), list("1023456789")
+    with pytest.raises(UsageError, match="other classes, or the same in another order"):
+        ptsim.train(made(), out=tmp_path / "run", model=small(10), data=(train, validation))
     for pair, which in (((train, Subset(train, [])), "validation"), ((Subset(train, []), validation), "training")):
         with pytest.raises(UsageError, match=f"the {which} data set is empty"):
             ptsim.train(made(), out=tmp_path / "run", model=small(10), data=pair)

@@ -139,6 +139,35 @@ def test_a_logger_that_fails_is_dropped_and_the_trace_goes_on(tmp_path):
     assert [call[0] for call in other.calls[1:3]] == [0, 1]
 
 
+class Interrupted(Kept):
+    """Somebody presses Ctrl-C while it sends the numbers of the second epoch."""
+
+    def log(self, epoch, values):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        super().log(epoch, values)
+
+
+def test_an_interrupt_while_a_logger_is_told_leaves_a_trace_that_can_be_read(tmp_path):
+    model = small(10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def loop():
+        with ptsim.Recorder(
+            model, optimizer, input_shape=(3, 8, 8), record=tmp_path, loggers=[Interrupted()]
+        ) as recorder:
+            for _ in range(2):
+                F.cross_entropy(model(torch.randn(8, 3, 8, 8)), torch.arange(8)).backward()
+                optimizer.step()
+                recorder.end_epoch()
+
+    with pytest.raises(KeyboardInterrupt):
+        loop()
+    trace = ptsim.read_trace(tmp_path)
+    assert len(trace.epochs) == 2
+    assert (trace.end.status, trace.end.epochs, trace.end.num_iterations) == ("interrupted", 2, 2)
+
+
 def test_ptsim_train_takes_loggers_of_other_packages_by_name(tmp_path):
     made = Kept()
     LOGGERS.add("kept", lambda folder: made)

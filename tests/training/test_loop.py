@@ -27,7 +27,10 @@ from ptsim.errors import (
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
 from ptsim.training import loop, profiling, pruning, step
+from ptsim.training.config import Config
+from ptsim.training.interruption import interruptible
 from ptsim.training.storing import Storage
+from tests.training.nets import small
 from tests.training.runs import NETS, settings
 
 
@@ -409,6 +412,14 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(tmp_path, changes, error
     assert no_files(folder)
 
 
+def test_a_configuration_that_nobody_has_checked_is_checked(tmp_path):
+    for wrong, says in (({"epochs": 0}, "'epochs' is 0"), ({"batch": 97}, "mini-batch of 97 is larger")):
+        with pytest.raises(UsageError, match=says):
+            ptsim.train(Config(**settings(**wrong)), out=tmp_path / "run")
+    assert no_files(tmp_path / "run")
+    assert ptsim.train(Config(**settings(epochs=1, profile=False)), out=tmp_path / "run").epochs == 1
+
+
 def test_a_class_count_that_does_not_fit_is_said(tmp_path):
     file = tmp_path / "net.py"
     file.write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten())\n")
@@ -461,6 +472,54 @@ def test_ctrl_c_ends_the_trace_interrupted_and_the_run_can_go_on(tmp_path, numbe
     result = ptsim.train({"epochs": trace.end.epochs + 2}, resume=folder)
     assert result.epochs == trace.end.epochs + 2
     assert ptsim.read_trace(folder).complete
+
+
+def test_a_signal_that_ends_the_loaders_processes_interrupts_the_run(tmp_path):
+    """As SLURM sends it: to every process of a job."""
+    images = torch.utils.data.TensorDataset(torch.rand(32, 3, 8, 8), torch.arange(32) % 10)
+
+    def collate(items):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+
+    made = {"epochs": 2, "batch": 8, "num_workers": 0, "profile": False, "device": "cpu"}
+    with pytest.raises(loop.TrainingInterrupted, match="SIGTERM"):
+        ptsim.train(made, model=small(10), data=(images, images), collate=collate, out=tmp_path / "run")
+    end = ptsim.read_trace(tmp_path / "run").end
+    assert (end.status, end.reason) == ("interrupted", "SIGTERM")
+
+
+@pytest.mark.parametrize(("epoch", "last"), [(1, False), (2, True)])
+def test_a_signal_during_validation_costs_no_epoch(tmp_path, monkeypatch, epoch, last):
+    validate, calls = loop.validate, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == epoch + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*arguments)
+
+    monkeypatch.setattr(loop, "validate", interrupted)
+    made = settings(epochs=3, profile=False, threshold=1e-9)
+    if last:  # the run is over, whatever the signal wants
+        assert ptsim.train(made, out=tmp_path / "run").epochs == 3
+    else:
+        with pytest.raises(loop.TrainingInterrupted, match="SIGTERM"):
+            ptsim.train(made, out=tmp_path / "run")
+    trace = ptsim.read_trace(tmp_path / "run")
+    assert (trace.end.epochs, trace.complete) == (epoch + 1, last)
+    assert (tmp_path / "run" / "checkpoints" / f"epoch-000{epoch}" / "state.safetensors").exists()
+    assert ptsim.train(resume=tmp_path / "run").epochs == 3
+
+
+def test_a_process_that_loads_data_leaves_ctrl_c_to_the_one_that_trains(capfd):
+    with interruptible() as interruption:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(interruption.asked is not None)
+        assert os.waitpid(child, 0)[1] == 0
+    assert capfd.readouterr().err == ""
 
 
 # The command line

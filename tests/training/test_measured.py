@@ -63,6 +63,7 @@ def watch(**changes: Any) -> Any:
     """What hooks have seen of the second part."""
     seen = {
         "num_iterations": 2,
+        "num_reductions": 0,
         "num_images": 20,
         "batch": 10,
         "largest_backward": 20,
@@ -93,6 +94,14 @@ def test_losses_weigh_as_many_images_as_they_are_of_however_many_there_are() -> 
     assert many.total(1200).tolist() == [600 * 599, 1200, 1200]  # Σ 2·index
 
 
+def test_a_loss_that_the_loop_changes_afterwards_counts_as_it_was_told() -> None:
+    told, loss = LossSum(CPU), torch.tensor(3.0)
+    told.add(loss, 2)
+    loss.mul_(10)  # as an all-reduce for a progress bar does
+    told.add(loss, 1)
+    assert told.total(3).tolist() == [3 * 2 + 30, 3, 3]
+
+
 def test_a_state_in_the_middle_of_an_epoch_holds_both_parts() -> None:
     found = unfinished_epoch(watch(), exposing(1.0), losses(), EARLIER)
     both = msgspec.structs.replace(seconds(3), backward_s=3 * 5 - 2, exposed_communication_s=0.5 + 2)
@@ -115,6 +124,18 @@ def test_a_state_in_the_middle_of_an_epoch_holds_both_parts() -> None:
     again = unfinished_epoch(resting, exposing(0.0), LossSum(CPU, 5.0, 40), EARLIER)
     assert again is not None
     assert (again.num_iterations, again.time) == (3, seconds(1))
+
+
+@pytest.mark.parametrize(("reductions", "exposed_s"), [(0, 2.0), (2, 2.0), (5, 5.0)])  # none was seen; by update; by pass
+def test_every_all_reduce_is_exposed_also_those_of_accumulated_passes(reductions: int, exposed_s: float) -> None:
+    meter: Any = SimpleNamespace(stop=lambda: None)
+    seen = watch(num_reductions=reductions)
+    found = measure_epoch(seen, meter, exposing(1.0), CPU, epoch=0, earlier=Unfinished())
+    begun = unfinished_epoch(seen, exposing(1.0), LossSum(CPU), Unfinished())
+    assert begun is not None
+    for times in (found.time, begun.time):
+        assert times is not None
+        assert (times.exposed_communication_s, times.backward_s) == (exposed_s, 2 * 5 - exposed_s)
 
 
 def test_what_passes_after_the_last_update_is_validation() -> None:

@@ -1,5 +1,6 @@
 """PruneTrain and Recorder in loops that are written in other ways than the usual one."""
 
+import contextlib
 import socket
 import time
 
@@ -202,7 +203,8 @@ def _seeded():
     return torch.Generator().manual_seed(3)
 
 
-def test_exposed_communication_is_told_apart_where_the_wrapping_came_after_the_recorder():
+@pytest.mark.parametrize(("passes", "no_sync", "reductions"), [(1, False, 4), (2, False, 4), (2, True, 2)])
+def test_exposed_communication_is_told_apart_where_the_wrapping_came_after_the_recorder(passes, no_sync, reductions):
     """As trainers do: the recorder gets the bare network, and DistributedDataParallel is put around it later."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -214,14 +216,18 @@ def test_exposed_communication_is_told_apart_where_the_wrapping_came_after_the_r
         recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
         module = nn.parallel.DistributedDataParallel(model)
         for _ in range(2):
-            for images, labels in images_and_labels():
-                optimizer.zero_grad()
-                F.cross_entropy(module(images), labels).backward()
-                optimizer.step()
+            for index, (images, labels) in enumerate(images_and_labels(), start=1):
+                updates = index % passes == 0
+                with contextlib.nullcontext() if updates or not no_sync else module.no_sync():
+                    F.cross_entropy(module(images), labels).backward()
+                if updates:
+                    optimizer.step()
+                    optimizer.zero_grad()
             epoch = recorder.end_epoch()
+            assert (epoch.num_iterations, epoch.passes) == (4 // passes, passes)
         told = module._get_ddp_logging_data()
         exposed_ns = told["avg_backward_comm_time"] - told["avg_backward_compute_comm_overlap_time"]
-        assert epoch.time.exposed_communication_s == pytest.approx(4e-9 * exposed_ns, rel=0.5)
+        assert epoch.time.exposed_communication_s == pytest.approx(reductions * 1e-9 * exposed_ns, rel=0.4)
         assert epoch.time.exposed_communication_s > 0
         assert epoch.time.backward_s > 0
     finally:

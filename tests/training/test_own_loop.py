@@ -724,9 +724,42 @@ def test_a_recorder_of_another_training_is_named():
         with pytest.raises(UsageError, match=f"record= has another {what} than PruneTrain"):
             made(model, optimizer, record=recorder)
     fitting = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
-    with pytest.raises(UsageError, match="facts and loggers belong to the Recorder"):
-        made(model, optimizer, record=fitting, facts=ptsim.RunFacts(model="mine"))
+    for given in ({"facts": ptsim.RunFacts(model="mine")}, {"profile": True}, {"channel_maxima": True}):
+        with pytest.raises(UsageError, match="facts, loggers, profile and channel_maxima belong to the Recorder"):
+            made(model, optimizer, record=fitting, **given)
     assert made(model, optimizer, record=fitting).recorder is fitting
+
+
+def test_the_trace_of_a_recorder_that_is_given_says_how_it_was_pruned(tmp_path):
+    settings_of = []
+    for given in (False, True):
+        model = fresh()
+        optimizer = sgd(model)
+        folder = tmp_path / str(given)
+        record = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=folder) if given else folder
+        pruner = made(model, optimizer, record=record, regularizer="proximal")
+        train(pruner, model, optimizer, 1, images_and_labels(2))
+        pruner.close()
+        trace = ptsim.read_trace(folder)
+        assert (trace.penalty_ratio, trace.proximal) == (0.5, True)
+        settings_of.append(trace.run.hyperparameters)
+    assert settings_of[0] == settings_of[1]
+
+
+def test_a_run_that_began_before_it_had_a_pruner_does_not_say_how_strong_the_penalty_is(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path)
+    for images, labels in images_and_labels(2):
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    recorder.end_epoch()
+    assert ptsim.read_trace(tmp_path).penalty_ratio == 0
+    pruner = made(model, optimizer, record=recorder)
+    train(pruner, model, optimizer, 1, images_and_labels(2))
+    pruner.close()
+    assert ptsim.read_trace(tmp_path).penalty_ratio is None
 
 
 def test_a_rewrap_that_gives_nothing_is_named_and_so_is_nothing_that_is_rewrapped():

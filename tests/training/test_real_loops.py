@@ -27,20 +27,42 @@ from tests.training.test_own_loop import (  # noqa: F401 # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:the network has collapsed:UserWarning")
 
 
-def test_an_update_that_a_scaler_leaves_out_is_no_accumulation():
+def test_an_update_that_a_scaler_leaves_out_is_no_accumulation(tmp_path):
     """The update of the second of five mini-batches is left out: a step still is one pass of 16 images."""
     model = fresh()
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
-    for index, (images, labels) in enumerate(images_and_labels(5)):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        scaler.scale(loss * torch.inf if index == 1 else loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    epoch = recorder.end_epoch()
+    with ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path) as recorder:
+        for index, (images, labels) in enumerate(images_and_labels(5)):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            scaler.scale(loss * torch.inf if index == 1 else loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        recorder.end_epoch()
+    (epoch,) = ptsim.read_trace(tmp_path).epochs
     assert (epoch.batch_per_gpu, epoch.passes, epoch.num_iterations, epoch.num_images) == (16, 1, 4, 80)
+
+
+def test_passes_whose_gradients_wait_for_the_next_epoch_leave_a_trace_that_can_be_read(monkeypatch, tmp_path):
+    """Five mini-batches, two to an update: the fifth has none in this epoch."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    model = fresh()
+    model.register_forward_hook(lambda *_: clock.passes(1.0))
+    model.fc.weight.register_hook(lambda _: clock.passes(2.0))
+    optimizer = sgd(model)
+    with ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path) as recorder:
+        for index, (images, labels) in enumerate(images_and_labels(5, 8)):
+            F.cross_entropy(model(images), labels).backward()
+            if index % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        recorder.end_epoch()
+    (epoch,) = ptsim.read_trace(tmp_path).epochs
+    assert (epoch.batch_per_gpu, epoch.passes, epoch.num_iterations, epoch.num_images) == (16, 2, 2, 40)
+    parts = epoch.time  # four passes of 1 and 2 s; what follows the last update counts as validation
+    assert (parts.wall_s, parts.forward_s, parts.backward_s, parts.validation_s) == (12.0, 4.0, 8.0, 3.0)
 
 
 @pytest.mark.parametrize("told", [False, True])
@@ -430,3 +452,39 @@ def test_a_trace_that_is_not_there_to_go_on_with_is_named_at_the_first_pass(tmp_
     with pytest.raises(FileFormatError, match="found nothing, expected the trace of this run") as caught:
         again(images_and_labels()[0][0])
     assert caught.value.hint == "go on in the folder of the run that the checkpoint is of, or copy its trace"
+
+
+def test_a_run_that_nobody_has_recorded_from_its_beginning_gets_no_trace(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    train(pruner, model, optimizer, 2, images_and_labels(2))
+    again = fresh(seed=1)
+    recorded = made(again, sgd(again), record=tmp_path / "run")
+    with pytest.raises(UsageError, match=r"nobody has recorded the 2 epochs before this state") as caught:
+        recorded.load_state_dict(pruner.state_dict())
+    assert caught.value.hint == "without record= the run goes on; with it the run has to begin anew"
+    recorded.close()
+    made(again, sgd(again)).load_state_dict(pruner.state_dict())
+    other = fresh()
+    optimizer = sgd(other)
+    begun = made(other, optimizer)
+    steps(begun, other, optimizer, images_and_labels(1))
+    last = fresh(seed=1)
+    made(last, sgd(last), record=tmp_path / "begun").load_state_dict(begun.state_dict())  # in its first epoch
+
+
+def test_a_setting_of_an_optimizer_that_is_infinite_comes_back():
+    """As Prodigy's growth_rate."""
+    model, other = fresh(), fresh(seed=1)
+    optimizers = [sgd(m) for m in (model, other)]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["growth_rate"] = float("inf")
+    pruners = [made(m, o) for m, o in zip((model, other), optimizers, strict=True)]
+    train(pruners[0], model, optimizers[0], 1, images_and_labels(2))
+    pruners[1].load_state_dict(pruners[0].state_dict())
+    assert optimizers[1].param_groups[0]["growth_rate"] == float("inf")
+    state = pruners[0].state_dict()
+    state["groups"][0]["lr"] = float("inf")
+    with pytest.raises(UsageError, match="the optimizer's lr is inf"):
+        pruners[1].load_state_dict(state)

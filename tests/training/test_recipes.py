@@ -23,7 +23,7 @@ from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.setting import StepSetting
 from ptsim.trace.io import write_trace
 from ptsim.trace.schema import UpdateCosts
-from ptsim.training import reference
+from ptsim.training import reference, step
 from ptsim.training.config import SETTINGS, make_config, resolve
 from ptsim.training.data import Share
 from ptsim.training.datasets import load_data
@@ -105,6 +105,23 @@ def test_mixed_images_are_the_weighted_sum_of_an_image_and_another_of_the_mini_b
     assert mix(images, labels, 0.0)[0] is images
 
 
+def test_the_accuracy_of_mixed_images_is_that_of_the_larger_share(tmp_path, monkeypatch):
+    """The weights stay where they are, so that the hits can be counted by hand."""
+
+    def mixed(images, labels, _):
+        return images, ((torch.zeros_like(labels), 0.3), (labels, 0.7))
+
+    monkeypatch.setattr(step, "mix", mixed)
+    made = settings(epochs=1, profile=False, mixup=0.5, lr=1e-12, weight_decay=0.0)
+    trace = ptsim.read_trace(ptsim.train(made, out=tmp_path / "run").trace)
+    torch.manual_seed(0)
+    model = ptsim.zoo.create(made["model"], num_classes=10)
+    config = resolve(make_config(made), device="cpu")
+    batches = load_data(config, input_shape=(3, 8, 8), device=torch.device("cpu")).training_batches(0, 16, Share())
+    hits = sum(int((model.train()(images).argmax(1) == labels).sum()) for images, labels in batches)
+    assert trace.epochs[0].train_accuracy == hits / 96
+
+
 def test_clipped_gradients_move_the_weights_by_at_most_the_clip_times_the_rate(tmp_path):
     made = settings(epochs=1, profile=False, clip_norm=1e-6, momentum=0.0, weight_decay=0.0, threshold=1e-12)
     result = ptsim.train(made, out=tmp_path / "run")
@@ -182,6 +199,33 @@ def test_a_schedule_an_optimizer_and_a_data_set_from_outside_are_one_line_each(t
             registry.remove(name)
     with pytest.raises(UnknownNameError, match="unknown learning-rate schedule 'halving'; known: cosine, step"):
         make_config(settings(lr_schedule="halving"))
+
+
+class Counting(torch.optim.Optimizer):
+    """Counts its updates in the group, as LAMB does, and has a setting without end, as Prodigy."""
+
+    def __init__(self, parameters, lr, weight_decay):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "growth_rate": math.inf})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=group["lr"] / group["step"])
+
+
+def test_an_optimizer_that_counts_its_updates_in_a_group_goes_on_counting(tmp_path):
+    OPTIMIZERS.add("counting", OptimizerKind(factory=Counting, num_states=0, accesses=6, fused_accesses=3))
+    try:
+        made = settings(profile=False, optimizer="counting", lr_milestones=[90.0])
+        whole = ptsim.train(made | {"epochs": 4}, out=tmp_path / "whole").folder
+        halves = ptsim.train(made | {"epochs": 2}, out=tmp_path / "halves").folder
+        ptsim.train({"epochs": 4}, resume=halves)
+    finally:
+        OPTIMIZERS.remove("counting")
+    first, second = (ptsim.load_model(folder, trust=True).parameters() for folder in (whole, halves))
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
 
 
 class Dear(GroupLasso):

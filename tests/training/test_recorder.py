@@ -186,6 +186,21 @@ def test_a_network_that_somebody_else_has_cut_is_recorded_with_the_change(tmp_pa
     assert trace.is_pruned
 
 
+def test_a_dense_run_that_frees_a_layer_between_two_epochs_is_no_pruned_one(tmp_path):
+    model = fresh()
+    model.stem.requires_grad_(False)
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path)
+    train(recorder, model, optimizer)
+    model.stem.requires_grad_(True)
+    train(recorder, model, optimizer)
+    recorder.close()
+    trace = ptsim.read_trace(tmp_path)
+    (event,) = trace.reconfigurations
+    assert (event.channels_removed, event.layers_removed) == (0, ())
+    assert not trace.is_pruned
+
+
 def test_an_optimizer_that_nobody_told_the_recorder_of_is_said(tmp_path):
     model = fresh()
     recorder = ptsim.Recorder(model, sgd(model), input_shape=IMAGE)
@@ -293,6 +308,40 @@ def test_hyperparameters_that_no_file_holds_are_written_as_text(tmp_path):
     found = ptsim.read_trace(tmp_path).run.hyperparameters
     assert (found["smoothing"], found["sizes"], found["data"]) == (0.5, [1, 2], "x")
     assert found["loss"].startswith("<function cross_entropy")
+
+
+def test_a_network_that_is_moved_after_its_recorder_was_made_is_named():
+    model = fresh()
+    recorder = ptsim.Recorder(model, sgd(model), input_shape=IMAGE)
+    model.to("meta")
+    with pytest.raises(UsageError, match="the network was moved from cpu to meta after its Recorder") as caught:
+        model(torch.empty(2, *IMAGE, device="meta"))
+    assert caught.value.hint == "model.to(device) first"
+    recorder.close()
+
+
+def test_a_mini_batch_that_is_told_as_text_hides_no_profile(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    facts = ptsim.RunFacts(hyperparameters={"batch": "sixteen"})
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path, profile=True, facts=facts)
+    train(recorder, model, optimizer, batches=images_and_labels(1))
+    recorder.close()
+    (profile,) = ptsim.read_trace(tmp_path).profiles
+    assert profile.batch == 16
+
+
+def test_a_network_that_somebody_widens_has_lost_nothing(tmp_path):
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path)
+    train(recorder, model, optimizer, batches=images_and_labels(1))
+    model.fc = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 10))
+    optimizer = sgd(model)
+    recorder.follow(optimizer=optimizer)
+    train(recorder, model, optimizer, batches=images_and_labels(1))
+    recorder.close()
+    assert [epoch.channel_sparsity for epoch in ptsim.read_trace(tmp_path).epochs] == [0, 0]
 
 
 def test_misuse_is_one_sentence(tmp_path):

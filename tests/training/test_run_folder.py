@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,9 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ptsim
-from ptsim.errors import FileFormatError, TrainingError, UsageError
+from ptsim.errors import FileFormatError, PtsimError, TrainingError, UsageError
+from ptsim.measure.nvml import NullMeter, cpu_info
 from ptsim.trace.io import TraceWriter, read_records
-from ptsim.training import checkpoint, step
+from ptsim.training import checkpoint, recorder, step
 from ptsim.training.data import decode
 from ptsim.usercode import source_files
 from tests.training.runs import NETS, servant, settings, train_until_killed
@@ -150,6 +153,73 @@ def test_what_a_killed_process_has_half_removed_goes_with_the_next_checkpoint(ru
         (run / "checkpoints" / name / "file").write_text("")
     longer(run)
     assert not list(run.rglob(".*"))
+
+
+def two_classes(root):
+    """Photographs of noise, 8×8."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 200, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
+
+
+def whitened(root):
+    Image.new("RGB", (8, 8), "white").save(root / "train" / "a" / "0.png")
+
+
+def renamed(root):
+    for split in ("train", "val"):
+        (root / split / "b").rename(root / split / "c")
+
+
+def fewer(root):
+    (root / "val" / "b" / "3.png").unlink()
+
+
+def as_it_was(root):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "says"),
+    [
+        (whitened, {}, r"the newest checkpoint is of images with the mean 0\.\d+, 0\.\d+, 0\.\d+, those of today have"),
+        (as_it_was, {"data_memory_bytes": 1}, "those of today have 0.485, 0.456, 0.406"),  # read in every epoch now
+        (renamed, {}, "has the class 'b' where the data of today have 'c'"),
+        (fewer, {}, "the run began with 8 validation images, the data of today have 7"),
+    ],
+    ids=["other images", "no room", "other classes", "fewer images"],
+)
+def test_a_run_goes_on_with_the_images_that_it_began_with_alone(tmp_path, change, more, says):
+    root = two_classes(tmp_path / "data")
+    made = settings(dataset="imagefolder", data_dir=str(root), batch=4, epochs=1, profile=False, num_workers=0)
+    del made["train_limit"]
+    folder = ptsim.train(made, out=tmp_path / "run").folder
+    trace = (folder / "trace.jsonl").read_bytes()
+    elsewhere = shutil.copytree(root, tmp_path / "elsewhere")
+    change(elsewhere)
+    with pytest.raises(PtsimError, match=says):
+        ptsim.train({"epochs": 2, "data_dir": str(elsewhere)} | more, resume=folder)
+    assert (folder / "trace.jsonl").read_bytes() == trace
+    assert ptsim.train({"epochs": 2}, resume=folder).epochs == 2
+
+
+def test_a_run_that_goes_on_on_another_machine_says_whose_times_its_trace_mixes(run, monkeypatch):
+    info = msgspec.structs.replace(cpu_info(), name="another CPU")
+    monkeypatch.setattr(recorder, "open_meter", lambda _: NullMeter(info))
+    with pytest.warns(UserWarning, match="which its trace names for every epoch, and goes on on another CPU"):
+        assert longer(run).epochs == 3
+
+
+def test_a_hidden_file_among_the_checkpoints_is_left_alone(run):
+    note = run / "checkpoints" / ".DS_Store"
+    note.write_text("")
+    assert longer(run).epochs == 3
+    assert note.is_file()
 
 
 # Code of users
@@ -319,6 +389,13 @@ def test_images_without_a_known_white_and_pipes_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)).save(tmp_path / "wide.tif")
     with pytest.raises(UsageError, match="beyond 16 bits"):
         decode(tmp_path / "wide.tif")
+    for value, says in ((200, "of 32 bits and all below 256"), (300, None), (0, None)):
+        Image.fromarray(np.full((4, 4), value, dtype=np.int32)).save(tmp_path / f"{value}.tif")
+        if says is None:
+            assert decode(tmp_path / f"{value}.tif").unique().tolist() == [value >> 8]
+        else:
+            with pytest.raises(UsageError, match=says):
+                decode(tmp_path / f"{value}.tif")
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UsageError, match="is not a regular file"):
         decode(tmp_path / "pipe.png")
@@ -351,6 +428,19 @@ def test_only_a_full_disk_is_called_one(tmp_path, number, remedy):
     with pytest.raises(TrainingError, match="cannot be written") as caught, checkpoint.writing(tmp_path):
         raise OSError(number, os.strerror(number))
     assert caught.value.hint.startswith(remedy)
+
+
+def test_a_mount_point_is_named_with_a_folder_that_would_do(tmp_path, monkeypatch):
+    """As Docker's `-v runs:/out` makes one."""
+
+    def replace(*_):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(UsageError, match="is a mount point, which no folder can replace") as caught:
+        ptsim.train(settings(), out=tmp_path / "out")
+    assert caught.value.hint == f"--out {tmp_path / 'out' / 'run'}"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_more_epochs_than_anybody_trains_are_refused(tmp_path):

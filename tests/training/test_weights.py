@@ -74,6 +74,8 @@ def test_a_classifier_of_other_classes_keeps_its_fresh_weights(tmp_path):
     )
     assert caught.value.hint == "weights_skip = ['fc.'] leaves that layer as it is initialised"
     load_weights(fresh, tmp_path / "w.pt", skip=["fc."])
+    with pytest.raises(UsageError, match=r"weights_skip names 'head\.', but no weight of .*w\.pt or of this Small"):
+        load_weights(fresh, tmp_path / "w.pt", skip=["fc.", "head."])
     assert torch.equal(fresh.fc.weight, head)
     assert torch.equal(fresh.stem[0].weight, trained.stem[0].weight)
 
