@@ -34,7 +34,10 @@ DEFAULT_BATCH = 32
 
 
 class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
-    """One layer: MACs per image (its share, where the layer runs once a mini-batch), and bytes of the mini-batch."""
+    """One layer: MACs per image (its share, where the layer runs once a mini-batch), and bytes of the mini-batch.
+
+    `forward_bytes` and `backward_bytes` are of all passes whose gradients accumulate, `saved_bytes` of one of them.
+    """
 
     layer: str
     kind: LayerKind
@@ -52,13 +55,14 @@ class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
 class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a network costs, and for a trace what every epoch did. MACs are per image; 1 MAC is 2 FLOPs.
 
-    An image's share of what runs once a mini-batch depends on the mini-batch: it is `batch` here.
+    An image's share of what runs once a mini-batch depends on the mini-batch: it is `batch` here, in `passes` parts.
 
     For a trace, everything but `epochs` is of the network that the run ended with.
 
     Attributes:
         origin: of the trace: "recorded", "planned" or "imported"; None for a model.
         batch: images per device that memory and traffic are of.
+        passes: forward and backward passes over it whose gradients accumulate; 1 unless a trace has more.
         gpus: data-parallel size that memory is of.
         peak_memory_bytes: of one iteration on each device; `memory` has the parts.
         gpu: the device that was asked about; None for none.
@@ -80,6 +84,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     convention: Convention
     batch: int
+    passes: int
     gpus: int
     precision: Precision
     optimizer: str
@@ -174,7 +179,7 @@ def cost(
 
 
 def _report(found: Subject, setting: StepSetting, device: Device | None, convention: Convention) -> CostReport:
-    network, trace, batch = found.network, found.trace, setting.batch
+    network, trace, batch, passes = found.network, found.trace, setting.batch, setting.passes
     runs_on = device if device is not None or trace is None else recorded_device(trace)
     try:
         need = iteration_memory(network, setting, device=runs_on)
@@ -200,12 +205,13 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
         architecture=network.id,
         convention=convention,
         batch=batch,
+        passes=passes,
         gpus=setting.num_gpus,
         precision=setting.precision,
         optimizer=setting.optimizer,
         memory_format=setting.memory_format,
-        inference_macs_per_image=inference_macs(network, convention, images=batch) // batch,
-        training_macs_per_image=training_macs(network, convention, images=batch) // batch,
+        inference_macs_per_image=inference_macs(network, convention, images=batch, mini_batches=passes) // batch,
+        training_macs_per_image=training_macs(network, convention, images=batch, mini_batches=passes) // batch,
         bn_bytes_per_image=batch_norm_bytes(network, element_bytes),
         parameters=network.num_parameters,
         peak_memory_bytes=need.peak_bytes,
@@ -228,9 +234,9 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
 
 def layer_costs(network: Network, convention: Convention, setting: StepSetting) -> tuple[LayerCost, ...]:
     """A row for every layer, in forward order."""
-    rows, batch = [], setting.batch
-    for layer, traffic in zip(network.layers, network_traffic(network, setting), strict=True):
-        macs, times = layer_macs(layer, convention), layer.repeats(batch)
+    rows, batch, passes = [], setting.batch, setting.passes
+    for layer, traffic in zip(network.layers, network_traffic(network, setting.one_pass), strict=True):
+        macs, times = layer_macs(layer, convention), passes if layer.once else batch
         rows.append(
             LayerCost(
                 layer=layer.name,
@@ -241,9 +247,9 @@ def layer_costs(network: Network, convention: Convention, setting: StepSetting) 
                 forward_macs=macs.forward * times // batch,
                 weight_gradient_macs=macs.weight_gradient * times // batch,
                 input_gradient_macs=macs.input_gradient * times // batch,
-                forward_bytes=traffic.forward_bytes,
-                backward_bytes=traffic.backward_bytes,
-                saved_bytes=layer.saved_bytes(batch, setting.precision.activation_bytes),
+                forward_bytes=passes * traffic.forward_bytes,
+                backward_bytes=passes * traffic.backward_bytes,
+                saved_bytes=layer.saved_bytes(setting.pass_batch, setting.precision.activation_bytes),
             )
         )
     return tuple(rows)

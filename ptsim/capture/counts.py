@@ -202,8 +202,8 @@ def _sizes_unchecked() -> Iterator[None]:
     """Inside, two checks of torch's are left out.
 
     The training graph of norms that call `F.batch_norm` themselves (timm's) takes one image of one pixel, too: torch
-    refuses such statistics as meaningless; here nothing but their shape counts. And torch.jit's sizes are tensors, which
-    the check of an unpooling takes for a mistake.
+    refuses such statistics as meaningless; here nothing but their shape counts. And torch.jit's sizes are tensors,
+    which the check of an unpooling takes for a mistake.
     """
     names = vars(functional)
     checks = {name: names[name] for name in ("_verify_batch_size", "_check_unpool_output_size") if name in names}

@@ -73,8 +73,7 @@ def _described(
     if not small.steps.keys() <= macs.keys():
         raise UnsupportedModelError(f"the code of {name} computes something else with a single image")
     layers = tuple(
-        _layer(node, names[node], small, large.steps[node.name], macs[node.name], owners, auxiliary)
-        for node in nodes
+        _layer(node, names[node], small, large.steps[node.name], macs[node.name], owners, auxiliary) for node in nodes
     )
     note_tracer(name, graph)
     network = Network(
@@ -236,9 +235,7 @@ def _followers(node: fx.Node) -> Iterator[fx.Node]:
         yield from _followers(user)
 
 
-def _edges(
-    nodes: list[fx.Node], names: Mapping[fx.Node, str], steps: Mapping[str, Step]
-) -> Iterator[tuple[str, str]]:
+def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str], steps: Mapping[str, Step]) -> Iterator[tuple[str, str]]:
     """Producer and consumer layers; nodes that only hand something on are looked through.
 
     What a statement of its own writes into a tensor (`y.add_(x)`) comes from there on to those that take the tensor.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ from ptsim.textfile import check_writable
 from ptsim.units import format_bytes, format_seconds
 
 _LEAST_BYTES, _MOST_BYTES = 2**10, 2**34
+_UP_TO, _ITERATIONS = 2**26, 20
 
 
 def network(
@@ -36,8 +37,8 @@ def network(
     ] = None,
     name: Annotated[str | None, Parameter(help="Name of the cluster. Default: the file's name without .toml.")] = None,
     backend: Annotated[str | None, Parameter(help="Live: backend. Default: nccl with GPUs, otherwise gloo.")] = None,
-    max_bytes: Annotated[int, Parameter(help="Live: size of the largest message in bytes.")] = 2**26,
-    iterations: Annotated[int, Parameter(help="Live: number of all-reduces for each message size.")] = 20,
+    max_bytes: Annotated[int, Parameter(help="Live: size of the largest message in bytes.")] = _UP_TO,
+    iterations: Annotated[int, Parameter(help="Live: number of all-reduces for each message size.")] = _ITERATIONS,
     resume: Annotated[bool, Parameter(help="Live: continue with an existing file.")] = False,
 ) -> None:
     """All-reduce times from nccl-tests logs, or live from torch.distributed under torchrun, as a cluster file."""
@@ -49,6 +50,8 @@ def network(
     check_file_name("cluster", out)
     check_writable(out)
     refuse_input_as_output(out, *(nccl_log or ()))
+    live = {"--backend": backend is not None, "--max-bytes": max_bytes != _UP_TO, "--resume": resume}
+    _refuse_idle_options(nccl_log, nodes, live | {"--iterations": iterations != _ITERATIONS})
     origin = None if base is None else load_cluster(base)
     name = name or out.stem
     if nccl_log:
@@ -57,7 +60,9 @@ def network(
         gpus = sorted({gpu for log in logs for gpu in log.gpus})
         cluster = calibrated_cluster(tables_from_logs(logs), name=name, base=origin, gpus=gpus)
     else:
-        known = load_cluster(out).tables if resume and out.is_file() else ()
+        if out.is_file() and not resume:
+            raise UsageError(f"{out} exists", hint="--resume goes on with it; or choose another file")
+        known = load_cluster(out).tables if out.is_file() else ()
 
         def cluster_of(table: AllReduceTable, gpus: list[str], library: str) -> Cluster:
             return calibrated_cluster([table], name=name, base=origin, gpus=gpus, library=library)
@@ -72,6 +77,24 @@ def network(
     write_cluster(cluster, out)
     _show(cluster)
     progress_console().print(f"wrote {out}")
+
+
+def _refuse_idle_options(nccl_log: list[Path] | None, nodes: int | None, live: Mapping[str, bool]) -> None:
+    """Refuse what would do nothing: options of a live measurement beside logs, and of logs where there are none.
+
+    Args:
+        nccl_log: the logs, if any.
+        nodes: what --nodes says.
+        live: option of a live measurement → whether it was given.
+
+    Raises:
+        UsageError: names the option.
+    """
+    idle = next((option for option, given in live.items() if given), None)
+    if nccl_log and idle is not None:
+        raise UsageError(f"{idle} has no effect on --nccl-log; it is for a live measurement")
+    if not nccl_log and nodes is not None:
+        raise UsageError("--nodes has no effect on a live measurement, whose ranks say where they are")
 
 
 def _show(cluster: Cluster) -> None:

@@ -101,8 +101,10 @@ def _summary(report: CostReport) -> Table:
         ("BatchNorm traffic", f"{format_bytes(report.bn_bytes_per_image)} per image"),
         (
             "peak memory",
-            f"{format_bytes(report.peak_memory_bytes)} at mini-batch {report.batch}, {report.precision.value}, "
-            f"{report.optimizer}" + (f", each of {report.gpus} GPUs" if report.gpus > 1 else ""),
+            f"{format_bytes(report.peak_memory_bytes)} at mini-batch {report.batch}"
+            + (f" in {report.passes} passes" if report.passes > 1 else "")
+            + f", {report.precision.value}, {report.optimizer}"
+            + (f", each of {report.gpus} GPUs" if report.gpus > 1 else ""),
         ),
         (
             "  of which",
@@ -154,7 +156,8 @@ def _kinds(report: CostReport) -> Table:
             format_bytes(row["backward_bytes"]),
             format_bytes(row["saved_bytes"]),
         )
-    table.caption = f"MACs per image, inference and training; bytes moved and kept by a mini-batch of {report.batch}"
+    moved = f"MACs per image, inference and training; bytes moved and kept by a mini-batch of {report.batch}"
+    table.caption = moved + (f" in {report.passes} passes (kept by one of them)" if report.passes > 1 else "")
     return table
 
 

@@ -147,9 +147,9 @@ def _commands(machine: Machine) -> tuple[Ability, ...]:
             return Ability(name=name, state="no", reason="needs torch and torchvision", remedy=torch)
         return Ability(name=name, state="partly" if partly else "yes", reason=partly, remedy=remedy)
 
-    def of_models(name: str) -> Ability:
+    def of_models(name: str, without: str = "traces only") -> Ability:
         if no_torch:
-            return Ability(name=name, state="partly", reason="traces only: networks are built by torch", remedy=torch)
+            return Ability(name=name, state="partly", reason=f"{without}: networks are built by torch", remedy=torch)
         return _anywhere(name)
 
     slow = f"trains on the CPU ({machine.cores} cores): torch sees no GPU" if no_gpu else ""
@@ -158,15 +158,20 @@ def _commands(machine: Machine) -> tuple[Ability, ...]:
     gpu_remedy = _gpu_remedy(machine)
     driver = "make libnvidia-ml.so.1 of the NVIDIA driver visible to this process"
     lacking = {name for name, there in machine.extras.items() if not there}
+    no_onnx = "without --format onnx"
+    export = of_models("export", no_onnx) if no_torch else _with_extra("export", "onnx", no_onnx, lacking)
     special = {
         "demo": (live("demo"),),
         "train": (live("train", slow or no_energy, gpu_remedy if slow else driver if no_energy else ""),),
         "inspect": (live("inspect"),),
         "cost": (of_models("cost"),),
         "predict": (of_models("predict"),),
+        "plan": (live("plan"),),
+        "validate": (of_models("validate"),),
         "calibrate": (live("calibrate gpu", cpu, gpu_remedy if cpu else ""), _calibrate_network(machine)),
+        "import": (of_models("import", "without --model"),),
         "sweep": (_with_extra("sweep", "dask", "without --dask", lacking),),
-        "export": (_with_extra("export", "onnx", "without --format onnx", lacking),),
+        "export": (export,),
     }
     others = (name for name in COMMANDS if name not in ("doctor", *special))
     return (*(ability for found in special.values() for ability in found), *(_anywhere(name) for name in others))

@@ -47,6 +47,8 @@ def export(
         raise UsageError(f"--epoch has no effect on --format {format}; it is for onnx")
     if gpus is not None and format != "chakra":
         raise UsageError(f"--gpus has no effect on --format {format}; it is for chakra")
+    if trust and format != "onnx":
+        raise UsageError(f"--trust has no effect on --format {format}; it is for onnx")
     if format in ("chakra", "parquet") and out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; --format {format} writes a folder")
     if format in ("chrome", "onnx") and out.is_dir():

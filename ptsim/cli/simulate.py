@@ -61,7 +61,7 @@ class WhatIf:
     bucket_mib: Annotated[float | None, _default("bucket_bytes", MIB)] = None
     """Size limit of DDP's buckets. The first bucket has 1 MiB at the default, otherwise this limit too."""
     network: Annotated[Literal["formula", "links"] | None, _default("network")] = None
-    """formula takes all links of a kind for equal. links simulates every NIC and leaf switch; --set gives it
+    """formula treats all links of a kind as equal. links simulates every NIC and leaf switch; --set gives it
     link_bandwidth, link_latency_s and placement."""
     contention: float | None = None
     """Fraction by which computation and communication each slow down while they overlap. As fitted for the link if

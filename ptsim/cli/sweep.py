@@ -55,6 +55,8 @@ def sweep(
     """
     if workers is not None and workers < 1:
         raise UsageError(f"workers is {workers}, expected at least 1")
+    if workers is not None and dask not in (None, "local"):
+        raise UsageError("--workers has no effect on a Dask cluster that runs already, which has workers of its own")
     read = read_study(study)
     total = read.num_configurations
     if total > MANY and not yes:

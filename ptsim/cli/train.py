@@ -83,11 +83,11 @@ def train(
     Args:
         config: TOML file with settings; options here and --set override it.
         out: Run folder to create.
-        resume: Run folder to continue from its last checkpoint. --epochs, --set device=… and num_threads=… may change
-            with it.
+        resume: Run folder to continue from its last checkpoint. Only these may change with it: --epochs, --data-dir,
+            --log, and with --set device, num_threads, num_workers, keep_every, profile.
         start_from: Run folder whose last network the training starts from.
-        log: Where else the numbers of every epoch go, by commas: csv, tensorboard, wandb, mlflow.
-        settings: Any other setting as key=value. Can be repeated.
+        log: Where else the numbers of every epoch go, separated by commas: csv, tensorboard, wandb, mlflow.
+        settings: Any other setting as name=value. Can be repeated.
     """
     _check_paths(config, overrides, out, (resume, start_from))
     given = overrides.given()

@@ -108,7 +108,7 @@ def supply(
     if cluster.cores_per_node is None:
         raise UsageError(
             f"the cluster {cluster.name} does not say how many cores its nodes have",
-            hint="write cores_per_node = NUMBER into a cluster file, or give --input-images-per-s",
+            hint="write cores_per_node = NUMBER into a cluster file; or, in ptsim simulate, give --input-images-per-s",
         )
     sharing = min(num_gpus, cluster.gpus_per_node)
     core_s = stored_pixels / pipeline.decode_pixels_per_s_core

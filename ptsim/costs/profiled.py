@@ -184,7 +184,7 @@ class _Device:
         raise MissingMeasurementError(
             f"the device profile of {self._name} has no {what} in {self._setting}, which layer {layer.name} "
             f"({layer.op}) of {network.name} needs",
-            hint="`ptsim calibrate gpu --trace` measures the operators of a run",
+            hint="`ptsim calibrate gpu --trace RUN --out FILE.toml` measures the operators of a run",
         )
 
     def _measured(self, network: Network, batch: int) -> StepMeasurement | None:
@@ -229,7 +229,7 @@ class _Device:
         if not known:
             raise MissingMeasurementError(
                 f"the device profile of {self._name} holds {missing} in {self._setting}",
-                hint="`ptsim calibrate gpu --trace` measures a run with what it trains with",
+                hint="`ptsim calibrate gpu --trace RUN --out FILE.toml` measures a run with what it trains with",
             )
         features = np.array([_update_features(step.num_parameters, step.num_tensors) for step, _ in known])
         seconds = np.array([took_s for _, took_s in known])

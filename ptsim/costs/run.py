@@ -21,6 +21,8 @@ from ptsim.trace.trace import Trace
 class EpochCost(msgspec.Struct, frozen=True, kw_only=True):
     """One epoch. Without "per_image", figures are of the whole epoch and of all devices together, but for memory.
 
+    An image's share of what runs once a mini-batch is that of the epoch's own mini-batch and passes.
+
     Attributes:
         peak_memory_bytes: modelled, on each device.
         measured_peak_memory_bytes: the allocator's, as recorded.
@@ -71,7 +73,10 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
         if asked not in needs:
             needs[asked] = iteration_memory(network, asked[1], device=device).peak_bytes
         gradient_bytes = network.gradient_bytes * epoch.num_iterations
-        one_batch = training_macs(network, convention, images=batch, mini_batches=epoch.passes)
+        inference, one_batch = (
+            count(network, convention, images=batch, mini_batches=epoch.passes)
+            for count in (inference_macs, training_macs)
+        )
         ran = epoch.num_iterations * epoch.passes * epoch.world_size  # how often what runs once a mini-batch does
         costs.append(
             EpochCost(
@@ -82,7 +87,7 @@ def run_cost(trace: Trace, convention: Convention = "exact", *, world_size: int 
                 num_iterations=epoch.num_iterations,
                 num_images=epoch.num_images,
                 parameters=network.num_parameters,
-                inference_macs_per_image=inference_macs(network, convention),
+                inference_macs_per_image=inference // batch,
                 training_macs_per_image=one_batch // batch,
                 training_macs=training_macs(network, convention, images=epoch.num_images, mini_batches=ran),
                 bn_bytes_per_image=bn_bytes,

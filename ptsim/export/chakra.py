@@ -201,8 +201,8 @@ def encode_trace(nodes: tuple[Node, ...], description: dict[str, str]) -> bytes:
 def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> list[Path]:
     """Write a folder per (architecture, mini-batch, passes) of the run, each with `step.RANK.et` for every rank.
 
-    `index.json` says which epochs a folder stands for, with how many iterations. ASTRA-sim takes `FOLDER/step` as its
-    workload.
+    `index.json`, the last of the files, says which epochs a folder stands for, with how many iterations. ASTRA-sim
+    takes `FOLDER/step` as its workload.
 
     Args:
         trace: of a run, complete or not.
@@ -250,7 +250,7 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
         write_whole(out / "index.json", msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n")
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error
-    return written
+    return [*written, out / "index.json"]
 
 
 def _step_content(trace: Trace, epochs: Sequence[Epoch], ranks: int) -> bytes:

@@ -220,7 +220,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         if name != self.device:
             raise MissingMeasurementError(
                 f"the device profile was measured on {self.device!r}, not on {name!r}",
-                hint=f"run `ptsim calibrate gpu` on {name}",
+                hint=f"run `ptsim calibrate gpu --out FILE.toml` on {name}",
             )
 
     def check_setting(self, setting: OperatorSetting) -> None:
@@ -234,7 +234,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
             raise MissingMeasurementError(
                 f"the device profile of {self.device} holds {known}, not {setting}",
                 hint=f"run `ptsim calibrate gpu --precision {setting.precision} --memory-format "
-                f"{setting.memory_format}`",
+                f"{setting.memory_format} --out FILE.toml`",
             )
 
 

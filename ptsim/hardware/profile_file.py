@@ -169,9 +169,8 @@ def read_device_profile(path: str | Path) -> DeviceProfile:
     raw = read_toml(path)
     version = raw.get("ptsim_device_profile")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise FileFormatError(
-            path, "not a device profile: expected ptsim_device_profile = 1", hint="`ptsim calibrate gpu` writes one"
-        )
+        problem = "not a device profile: expected ptsim_device_profile = 1"
+        raise FileFormatError(path, problem, hint="`ptsim calibrate gpu --out FILE.toml` writes one")
     if version > PROFILE_VERSION:
         problem = f"profile version {version} is newer than the {PROFILE_VERSION} that this ptsim reads"
         raise NewerVersionError(path, problem, hint="update ptsim")

@@ -182,7 +182,7 @@ class PruneTrainCallback(TrainerCallback):  # type: ignore[misc] # transformers 
         self._end_validated()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            with writing(folder / _FILE):
+            with writing(folder / _FILE, begun=False):
                 write_whole(folder / _FILE, msgspec.json.encode(self._pruning.state()))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:

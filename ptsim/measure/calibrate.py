@@ -241,7 +241,7 @@ class _Calibration:
             yield "copies and launches", measure
 
     def of_trace(self, trace: Trace) -> Iterator[_Trained]:
-        """Every architecture at every mini-batch of the run: the first, the last, then the middles between."""
+        """Every architecture at every mini-batch that was one pass: the first, the last, then the middles between."""
         if trace.run.device.name == self.profile.device:
             seconds = input_s_per_image(trace)
             if seconds is not None:
@@ -249,7 +249,7 @@ class _Calibration:
             if changes(trace):
                 self.update(reconfiguration_s=reconfiguration_s(trace))
         optimizer = trace.optimizer
-        pairs = list(dict.fromkeys((epoch.architecture, epoch.batch_per_gpu) for epoch in trace.epochs))
+        pairs = list(dict.fromkeys((epoch.architecture, trace.setting_of(epoch).pass_batch) for epoch in trace.epochs))
         for index in _outside_in(len(pairs)):
             architecture, batch = pairs[index]
             yield _Trained(trace.networks[architecture], setting_of(trace), batch, optimizer)

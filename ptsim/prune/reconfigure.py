@@ -123,9 +123,7 @@ def _gated(bones: nn.Module, groups: ChannelGroups, gates: Sequence[Gate]) -> Ch
     return gated if same_calls(groups.graphs, gated.graphs, changed) else None
 
 
-def _gate(
-    model: nn.Module, gate: Gate, optimizer: torch.optim.Optimizer | None, shadows: Sequence[nn.Module]
-) -> None:
+def _gate(model: nn.Module, gate: Gate, optimizer: torch.optim.Optimizer | None, shadows: Sequence[nn.Module]) -> None:
     """Gate one layer of the model and its copies."""
     for shadow in map(unwrap, shadows):
         apply_gate(shadow, gate)

@@ -117,7 +117,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             not let them (its gradients all become ready at its end).
         find_unused_parameters: DDP's option: it never rebuilds its buckets then, and reduces which were used.
         algorithm: of the all-reduce: "auto", or the name of one.
-        network: "formula" takes all links of a kind for equal; "links" sends chunks over the cluster's links one by
+        network: "formula" treats all links of a kind as equal; "links" sends chunks over the cluster's links one by
             one: NICs, oversubscribed leaf switches, and what the next three options say.
         link_bandwidth: link → factor on its bandwidth: {"node 3 out nic 1": 0.5}, {"gpu 5": 0.8}, {"leaf 0 up": 2}.
         link_latency_s: link → latency on top.
@@ -249,7 +249,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if self.network == "formula":
             for option, neutral in (("link_bandwidth", {}), ("link_latency_s", {}), ("placement", "packed")):
                 if getattr(self, option) != neutral:
-                    raise UsageError(f'{option} needs network = "links"; a formula takes all links for equal')
+                    raise UsageError(f'{option} needs network = "links"; a formula treats all links as equal')
 
 
 class HourPrice(msgspec.Struct, frozen=True, kw_only=True):

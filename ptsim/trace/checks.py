@@ -16,7 +16,7 @@ _CLOCKS = 2.0  # how far the parts of an epoch or a step, which other clocks mea
 _SURGERY = (1e-6, 1e6)  # seconds that changing a network can take
 _LEAST_SPREAD = 1e-6  # of the 90th percentile of an epoch's steps: a 10th percentile below it is no step's time
 # Images of updates that a GradScaler leaves out, forty in a row perhaps, and of passes without one are counted, too.
-_LEFT_OUT = 16
+_LEFT_OUT = 100
 
 
 def record_problem(record: AnyRecord, networks: Mapping[str, Network]) -> str | None:

@@ -296,9 +296,9 @@ class TraceWriter:
         try:
             _DECODER.decode(line)
         except msgspec.ValidationError as error:
-            raise ValueError(f"a {tag_of(record)} record that no reader would accept: {error}") from error
+            raise ValueError(f"no reader would accept the {tag_of(record)} record: {error}") from error
         for place in _not_finite(msgspec.to_builtins(record)):  # JSON would say null, which means "not measured"
-            raise ValueError(f"a {tag_of(record)} record whose {place} is not finite")
+            raise ValueError(f"{place} of the {tag_of(record)} record is not finite")
         rest = memoryview(line + b"\n")
         try:
             while rest:

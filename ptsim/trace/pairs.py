@@ -308,6 +308,8 @@ def held_dense(trace: Trace) -> Trace:
 def _method(trace: Trace) -> str:
     if not trace.is_pruned:
         return f"{trace.mark}dense"
+    if trace.criterion is None:  # another library has pruned it
+        return f"{trace.mark}pruned"
     if asked := trace.run.hyperparameters.get("pruning"):  # of a plan
         return trace.mark + printable(", ".join(str(asked).split(",")), _LONGEST_NAME)
     schedule = str(trace.run.hyperparameters.get("schedule", "continuous"))
@@ -322,7 +324,8 @@ def _pruning_settings(trace: Trace) -> tuple[str, str, str]:
     settings = trace.run.hyperparameters
     batch = "dynamic mini-batch" if settings.get("dynamic_batch") else "fixed mini-batch"
     mode = printable(str(settings.get("mode", "union")), _LONGEST_NAME)
-    return batch, mode, printable(f"interval {settings.get('interval')}", _LONGEST_NAME)
+    interval = settings.get("interval")
+    return batch, mode, "" if interval is None else printable(f"interval {interval}", _LONGEST_NAME)
 
 
 def _setting_key(trace: Trace) -> str:

@@ -306,8 +306,8 @@ class Reconfiguration(Record, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A shrinking of the network after epoch `epoch` (its first new epoch is `epoch + 1`).
 
     `duration_s` is everything that the run paid for it: decision, surgery, re-wrapping, re-profiling excluded. It is
-    null in the file (`measured_duration_s`) where nobody measured it. `learning_rate_scale` is the factor on the planned
-    rate from then on, for the mini-batch that has grown since the run began.
+    null in the file (`measured_duration_s`) where nobody measured it. `learning_rate_scale` is the factor on the
+    planned rate from then on, for the mini-batch that has grown since the run began.
     """
 
     epoch: Count

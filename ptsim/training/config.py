@@ -38,7 +38,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             of the package datasets wrote), synthetic, or another package's.
         data_dir: the folder of the data set; digits and synthetic need none.
         download: let torchvision fetch CIFAR into `data_dir`.
-        train_limit, validation_limit: use only this many training (validation) images, drawn with the seed.
+        train_limit: use only this many training images, drawn with the seed.
+        validation_limit: use only this many validation images, drawn with the seed.
         image_size: side of the images that the network sees; None means the data set's own (the model's for an
             image tree whose images differ in size, and for synthetic data).
         seed: decides weights, order of the images and augmentation.

@@ -20,7 +20,7 @@ from ptsim.errors import TrainingError, UsageError
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.prune.labels import CONVS
-from ptsim.setting import as_plain, real_number
+from ptsim.setting import as_plain, parse_precision, real_number
 from ptsim.trace.checks import hyperparameters_problem, seed_problem
 from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run, UpdateCosts
 from ptsim.training.distributed import Team
@@ -38,7 +38,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model: the network's name; None is its class.
         dataset: None is a data set without a name, as large as the first epoch.
-        hyperparameters: settings of the run, for the reader, beside what is seen; with an optimizer in them, all.
+        hyperparameters: settings of the run, for the reader, beside what is seen.
         seed: of the run's random numbers.
         precision, memory_format: None is what the training passes of the first epoch use.
     """
@@ -53,10 +53,11 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     def settings(self, seen: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         """All hyper-parameters: what is seen, what is told, and the pruner's own; of two with one name the later.
 
-        Told ones that name an optimizer are all there are.
+        The class of the optimizer is left out where an optimizer is told.
         """
         told = self.hyperparameters
-        return told if "optimizer" in told else {**seen, **told, **own}
+        named = {*told, "optimizer_class"} if "optimizer" in told else {*told}
+        return {**{name: value for name, value in seen.items() if name not in named}, **told, **own}
 
 
 def seen_settings(
@@ -122,7 +123,7 @@ def checked_facts(facts: RunFacts | None) -> RunFacts:
     """The facts that were told, or none; what no file holds among the hyper-parameters becomes text.
 
     Raises:
-        UsageError: they are something else, or such that nobody could read the trace back.
+        UsageError: they are something else, or a trace that holds them could not be read.
     """
     if facts is not None and not isinstance(facts, RunFacts):
         raise UsageError(f"facts is a {type(facts).__name__}, expected ptsim.RunFacts(model=…, seed=…, …)")
@@ -130,23 +131,26 @@ def checked_facts(facts: RunFacts | None) -> RunFacts:
     if not isinstance(told.hyperparameters, Mapping):
         kind = type(told.hyperparameters).__name__
         raise UsageError(f"facts: hyperparameters is a {kind}, expected a dict", hint="vars(args) makes one")
-    hyperparameters = _without_infinity(as_plain(dict(told.hyperparameters)))
+    settings = _in_json(as_plain(dict(told.hyperparameters)))
+    fields = as_plain(msgspec.structs.replace(told, hyperparameters={}))
+    if isinstance(told.precision, str):
+        fields["precision"] = parse_precision(told.precision).value
     try:
-        told = msgspec.convert(as_plain(msgspec.structs.replace(told, hyperparameters=hyperparameters)), RunFacts)
+        made = msgspec.convert(fields, RunFacts)
     except msgspec.ValidationError as error:
         problem, _, place = str(error).replace("`", "").partition(" - at $.")
         raise UsageError(f"facts: {place}: {problem}") from error
-    if problem := hyperparameters_problem(told.hyperparameters) or seed_problem(told.seed):
+    if (problem := hyperparameters_problem(settings) or seed_problem(made.seed)) is not None:
         raise UsageError(f"facts: {problem}")
-    return told
+    return msgspec.structs.replace(made, hyperparameters=settings)
 
 
-def _without_infinity(value: Any) -> Any:
-    """The value with names, and numbers that JSON does not know, as text."""
+def _in_json(value: Any) -> Any:
+    """The value with names, and the numbers that JSON does not hold, NaN and infinite ones, as text."""
     if isinstance(value, dict):
-        return {str(name): _without_infinity(part) for name, part in value.items()}
+        return {str(name): _in_json(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_infinity(part) for part in value]
+        return [_in_json(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, ClassVar, Never
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ def give_back(network: nn.Module, owner: object) -> None:
 class OnlyOne:
     """Something that hooks into one training and has files open: copying or pickling it is one sentence."""
 
+    _in_place_of_a_copy: ClassVar[str | None] = None  # what one may want it for, and what does it
+
     def __reduce_ex__(self, protocol: object) -> Never:
         """What copy, deepcopy and pickle ask for.
 
@@ -56,7 +58,7 @@ class OnlyOne:
         """
         raise UsageError(
             f"a {type(self).__name__} belongs to one training and cannot be copied or pickled",
-            hint="PruneTrain's state_dict() and load_state_dict() store it and go on with it",
+            hint=self._in_place_of_a_copy,
         )
 
 

@@ -58,6 +58,7 @@ class PruneTrain(misuse.OnlyOne):
         module: what the loop calls: the model as it was given, or what `rewrap` or the loop has last put around it.
     """
 
+    _in_place_of_a_copy = "state_dict() and load_state_dict() store it and go on with it"
     needs_rewrap = False
     grow: Callable[[], Growth] | None = None
     learning_rate_scale = 1.0
@@ -216,7 +217,8 @@ class PruneTrain(misuse.OnlyOne):
         """The largest mini-batch per rank that should fit now: a proposal, which the loop may take.
 
         It is the loop's own mini-batch plus multiples of `batch_granularity`, at most the epoch's images, and never
-        shrinks; None before the first epoch's end. The learning rate should then follow by `learning_rate_scale`.
+        shrinks. Before the first epoch's end it is the loop's own, None before the first step. The learning rate should
+        follow by `learning_rate_scale`, which is that of the last proposal.
         """
         from ptsim.training.growth import learning_rate_scale, proposed_batch
 

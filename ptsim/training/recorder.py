@@ -102,7 +102,7 @@ class Recorder(OnlyOne):
             input_shape: (channels, height, width) of an image.
             record: the folder for the trace; None records nothing, and `end_epoch` still says what happened.
             facts: what cannot be seen: names, hyper-parameters, seed.
-            settings: hyper-parameters beside those that can be seen on the optimizer, where `facts` names no optimizer.
+            settings: hyper-parameters beside those that can be seen on the optimizer; they go before those of `facts`.
             profile: measure every architecture layer by layer; takes a second copy of the network for a moment.
             channel_maxima: also record the largest |w| of every output channel.
             threshold: a channel whose largest |w| is below counts as sparse.
@@ -111,7 +111,7 @@ class Recorder(OnlyOne):
 
         Raises:
             UnsupportedModelError: the network cannot be traced.
-            UsageError: an `input_shape` that is none, a logger or a network that cannot be used.
+            UsageError: an `input_shape` that is none; facts, a logger or a network that cannot be used.
         """
         refuse_spread(model)
         self.input_shape, self.facts = image_shape(input_shape), checked_facts(facts)
@@ -284,12 +284,12 @@ class Recorder(OnlyOne):
             return
         assert self.folder is not None, "asked by `records`"
         self._refuse_foreign_trace()
-        keep_bytes, keep_sha256 = self._keep
+        kept, digest = self._keep
         self._trace = TraceFile(
-            self.folder / TRACE, keep_bytes=keep_bytes, keep_sha256=keep_sha256, mirror=self._mirror
+            self.folder / TRACE, keep_bytes=kept, keep_sha256=digest, mirror=self._mirror, resumable=self.owns_folder
         )
         weakref.finalize(self, self._trace.end_as_planned)
-        if keep_bytes is None:
+        if kept is None:
             self._trace.write(self._run_record())
         self.describe()
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import glob
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -38,6 +39,7 @@ _STALE_S = 1.0  # by then a folder that is being made is locked
 CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 CODE = "code"  # the user's file that makes the network and what it imports from beside it, as the run began with them
 _OLDER_CODE = "model.py"  # the file alone
+_ANOTHER = "choose another folder"
 # What a resumed run may change: how long it trains, where it runs, what it keeps. Everything else decides its numbers.
 MAY_CHANGE = frozenset(
     {"epochs", "device", "num_threads", "num_workers", "keep_every", "profile", "data_dir", "loggers"}
@@ -205,7 +207,8 @@ def changed_config(folder: Path, changes: Mapping[str, Any]) -> Config:
             how = "--resume cannot change it" if name in changes else edited
             raise UsageError(
                 f"the run began with {name} = {before!r}, not {after!r}: {how}",
-                hint=f"a resumed run may change {', '.join(sorted(MAY_CHANGE))}; --from {folder} begins a new run",
+                hint=f"a resumed run may change {', '.join(sorted(MAY_CHANGE))}; "
+                f"a new run begins with --from {shlex.quote(str(folder))}",
             )
     return changed
 
@@ -268,9 +271,11 @@ def refuse_used_folder(folder: Path) -> None:
         UsageError: it holds another run or other files.
     """
     if folder.is_dir() and any(folder.iterdir()):
-        if (folder / CONFIG).exists() or (folder / TRACE).exists():
-            raise UsageError(f"the output folder {folder} holds another run", hint=f"--resume {folder} goes on with it")
-        raise UsageError(f"the output folder {folder} is not empty")
+        own = (folder / CONFIG).exists()
+        if own or (folder / TRACE).exists():
+            hint = f"`ptsim train --resume {shlex.quote(str(folder))}` goes on with it" if own else _ANOTHER
+            raise UsageError(f"the output folder {folder} holds another run", hint=hint)
+        raise UsageError(f"the output folder {folder} is not empty", hint=f"{_ANOTHER}, or empty this one")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"the output folder {folder} is a file")
 

@@ -156,4 +156,3 @@ def _alike(one: float, other: float) -> bool:
 
 def _shown(of: Checkpoint | Data) -> str:
     return ", ".join(f"{value:.4g}" for value in of.normalization.mean)
-

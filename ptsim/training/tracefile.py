@@ -45,8 +45,8 @@ def refuse_trace(path: Path) -> None:
     if path.exists() and path.stat().st_size:
         raise UsageError(
             f"{path.parent} holds the trace of another run",
-            hint="another folder, or load_state_dict before the first step to go on with that run; a state from within "
-            "its first epoch records that one anew, once the old trace is moved away",
+            hint="choose another folder; a PruneTrain goes on with that run after load_state_dict, called before the "
+            "first step; a state from within its first epoch records that one anew, once the old trace is moved away",
         )
 
 
@@ -60,19 +60,23 @@ class TraceFile:
         keep_bytes: int | None = None,
         keep_sha256: str | None = None,
         mirror: Mirror | None = None,
+        resumable: bool = False,
     ) -> None:
         """A new trace, or with `keep_bytes` the one that is there, cut to that length if its digest is the given one.
+
+        `resumable`: it is of `ptsim train`, which goes on with the run after an error.
 
         Raises:
             FileFormatError: what is there is no regular file, too short, or another run's trace.
             TrainingError: it cannot be written.
         """
         self.path = path
+        self._resumable = resumable
         self.planned_end: End | None = None
         self.ended = False
         self._known: set[str] = set()
         self._epochs = self._iterations = 0  # of its lines
-        with writing(path):
+        with writing(path, begun=resumable):
             if keep_bytes is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
@@ -102,7 +106,7 @@ class TraceFile:
         Raises:
             TrainingError: the disk is full; the trace ends with the last whole record.
         """
-        with writing(self.path):
+        with writing(self.path, begun=self._resumable):
             self._writer.write(record)
         if isinstance(record, Epoch):
             self._epochs, self._iterations = self._epochs + 1, self._iterations + record.num_iterations

@@ -185,6 +185,30 @@ def test_every_layer_by_hand() -> None:
     assert tuple(kinds.loc["linear", ["layers", "parameters", "forward_macs", "training_macs"]]) == (1, 50, 40, 120)
 
 
+def test_a_step_of_several_passes_reads_its_weights_in_every_one(tmp_path: Path) -> None:
+    """Four images on one GPU in two passes: twice what a step of two images moves, and one update."""
+    network = tiny(once=True)
+    recorded = ptsim.read_trace(shrinking_trace(tmp_path / "t.jsonl", epochs=1, batch=4, num_train=40, profiles=False))
+    (epoch,) = recorded.epochs
+    epoch = msgspec.structs.replace(epoch, architecture=network.id, passes=2)
+    trace = msgspec.structs.replace(recorded, networks={network.id: network}, epochs=(epoch,))
+    report, half = ptsim.cost(trace), ptsim.cost(network, batch=2)
+    assert (report.batch, report.passes, half.passes) == (4, 2, 1)
+    assert (report.inference_macs_per_image, report.training_macs_per_image) == (6912 + 20, 2 * 6912 + 3 * 20)
+    assert report.product_bytes == 2 * half.product_bytes
+    assert report.streamed_bytes - report.update_bytes == 2 * (half.streamed_bytes - half.update_bytes)
+    assert report.update_bytes == half.update_bytes == 11 * 4 * 166
+    assert [row.saved_bytes for row in report.layers] == [row.saved_bytes for row in half.layers]
+    (row,) = (row for row in report.layers if row.layer == "fc")
+    assert (row.forward_macs, row.weight_gradient_macs, row.input_gradient_macs) == (20, 20, 20)
+    (row,) = report.epochs
+    assert row.inference_macs_per_image == report.inference_macs_per_image
+    assert row.training_macs_per_image == report.training_macs_per_image
+    predicted = ptsim.predict(trace, gpu="a100")
+    flops = 2 * 4 * (2 * 6912 + 3 * 20)
+    assert predicted.mfu_fraction == pytest.approx(flops / predicted.step_seconds / 19.5e12)
+
+
 def test_an_image_bears_its_share_of_what_runs_once_a_mini_batch() -> None:
     report = ptsim.cost(tiny(once=True), batch=4)
     assert report.inference_macs_per_image == 6912 + 10

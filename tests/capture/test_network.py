@@ -240,8 +240,8 @@ def refused_by_jit(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_what_cannot_be_counted_is_one_sentence() -> None:
-    with pytest.raises(UnsupportedModelError, match="the operations of Pooled cannot be counted: not for torch.jit"):
-        capture_network(Pooled(lambda x: refused_by_jit(x)), name="p", input_shape=(3, 9, 9), num_classes=2)
+    with pytest.raises(UnsupportedModelError, match=r"the operations of Pooled cannot be counted: not for torch\.jit"):
+        capture_network(Pooled(refused_by_jit), name="p", input_shape=(3, 9, 9), num_classes=2)
 
 
 class Reading(nn.Module):

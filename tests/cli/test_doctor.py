@@ -67,9 +67,12 @@ def test_reasons_for_no_gpu_are_told_apart(missing: dict[str, object], remedy: s
 
 def test_without_torch_traces_can_still_be_costed_projected_and_reported() -> None:
     found = without(torch=None, torchvision=None, cuda=None, gpus=(), nccl=None, gloo=False)
-    assert {found[name].state for name in ("train", "demo", "inspect", "calibrate gpu", "measured")} == {"no"}
-    assert {found[name].state for name in ("simulate", "report", "validate", "allreduce")} == {"yes"}
-    assert found["cost"].state == "partly"
+    assert {found[name].state for name in ("train", "demo", "inspect", "plan", "calibrate gpu", "measured")} == {"no"}
+    assert {found[name].state for name in ("simulate", "report", "sweep", "allreduce", "devices")} == {"yes"}
+    reasons = {name: found[name].reason.split(":")[0] for name in ("cost", "predict", "validate", "import", "export")}
+    traces = dict.fromkeys(("cost", "predict", "validate"), "traces only")
+    assert reasons == traces | {"import": "without --model", "export": "without --format onnx"}
+    assert {found[name].remedy for name in reasons} == {"pip install torch torchvision"}
     assert found["calibrate network"].reason == "reads nccl-tests logs only"
 
 

@@ -94,3 +94,4 @@ def test_what_runs_once_runs_in_every_pass_of_every_gpu(tmp_path: Path) -> None:
     ]
     assert costs[1].training_macs - costs[0].training_macs == 3 * 640 * 3 * 39 * 2
     assert costs[1].training_macs_per_image - costs[0].training_macs_per_image == 3 * 640 * 3 // 64
+    assert costs[1].inference_macs_per_image - costs[0].inference_macs_per_image == 640 * 3 // 64

@@ -1,7 +1,8 @@
-"""Every command that README, the docs and the scripts' own docstrings show is one that the program accepts."""
+"""Every command that README, the docs, the scripts' own docstrings and errors show is one that the program accepts."""
 
 import argparse
 import ast
+import functools
 import io
 import re
 import runpy
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ptsim.cli.main import app
+from ptsim.cli.main import COMMANDS, app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -122,6 +123,100 @@ def test_an_option_that_a_sentence_names_exists(page: Path, mention: str) -> Non
     if command is not app:
         known |= {name for argument in command.assemble_argument_collection() for name in argument.names}
     assert {word.split("=")[0] for word in mention.split() if word.startswith("--")} <= known
+
+
+# What other people's scripts call: the commands with all options that they may rely on.
+RELIED_ON = (
+    "demo --out d",
+    "train c.toml --model m --dataset digits --data-dir d --epochs 1 --batch 2 --lr 0.1 --penalty-ratio 0.2 "
+    "--interval 1 --seed 0 --train-limit 9 --out d --set k=v --json",
+    "train --resume d --json",
+    "inspect m --input 3,224,224 --classes 10 --json",
+    "cost m --input 3,224,224 --classes 10 --batch 8 --gpu g --convention paper --json",
+    "cost m --convention exact",
+    "calibrate gpu --out f.toml",
+    "calibrate network --nccl-log f --out f.toml",
+    "plan m --images 9 --epochs 1 --batch 1 --gpus 1 --pruning none -o t.jsonl --json",
+    "import kineto a b -o p.toml --json",
+    "allreduce --cluster c --gpus 8 --bytes 1048576 --json",
+    "predict m --gpu g --batch 8 --precision fp32 --memory-format channels_last --cluster c --gpus 8 --json",
+    "predict m --gpu g --batch 8 --precision tf32",
+    "predict m --gpu g --batch 8 --precision amp",
+    "simulate t --cluster c --gpus 1,8,64 --scaling weak --timeline f.json --json",
+    "simulate t --cluster c --gpus 1 --scaling strong",
+    "validate a b --json",
+    "sweep s.toml --json",
+    "report a b -o d --json",
+    "export t --format chrome -o f",
+    "export t --format chakra -o f",
+    "export t --format parquet -o f",
+    "export t --format onnx -o f",
+    "devices --json",
+    "clusters --json",
+)
+
+
+@pytest.mark.parametrize("line", RELIED_ON)
+def test_a_command_that_others_script_against_is_accepted(line: str) -> None:
+    parse_ptsim(shlex.split(line))
+
+
+SPOKEN = {"precision": "fp32", "memory_format": "contiguous"}  # what stands for a value of that name
+
+
+def texts(node: ast.AST) -> Iterator[str]:
+    """The texts of an expression, with a word in the place of every value."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.JoinedStr):
+        yield "".join(
+            part.value if isinstance(part, ast.Constant) else SPOKEN.get(getattr(part.value, "attr", ""), "x")
+            for part in node.values
+        )
+    else:
+        for inner in ast.iter_child_nodes(node):
+            yield from texts(inner)
+
+
+def spoken_by_errors() -> Iterator[tuple[str, str]]:
+    """The messages and hints of all errors, each with the place where it stands."""
+    for path in [*sorted((ROOT / "ptsim").rglob("*.py")), *sorted((ROOT / "models").glob("*.py"))]:
+        content = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(content)) if "Error(" in content else ():
+            parts: list[ast.AST] = []
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("Error"):
+                parts = [*node.args, *(keyword.value for keyword in node.keywords)]
+            elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "hint":
+                parts = [node.value]
+            yield from ((f"{path.relative_to(ROOT)}:{node.lineno}", text) for part in parts for text in texts(part))
+
+
+@functools.cache
+def options() -> frozenset[str]:
+    """All options of all commands."""
+    groups = ("calibrate", "import")
+    commands = [app[name] for name in COMMANDS if name not in groups]
+    commands += [app[name][inner] for name in groups for inner in app[name] if not inner.startswith("-")]
+    return frozenset(
+        name for command in commands for argument in command.assemble_argument_collection() for name in argument.names
+    )
+
+
+@pytest.mark.slow
+def test_an_option_that_an_error_advises_exists_and_so_does_a_command() -> None:
+    of_torchrun = {"--nproc-per-node", "--max-restarts"}
+    found = list(spoken_by_errors())
+    strange = {
+        (place, option)
+        for place, text in found
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)
+        if option not in options() | of_torchrun
+    }
+    assert strange == set()
+    commands = [command for _, text in found for command in re.findall(r"`ptsim ([^`]*)`", text)]
+    assert len(commands) >= 4
+    for command in commands:
+        parse_ptsim(shlex.split(command))
 
 
 def test_commands_are_found_in_every_kind_of_place() -> None:

@@ -147,7 +147,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, list[
 def test_there_is_a_file_per_rank_and_architecture(exported: tuple[Any, Path, list[Path]]) -> None:
     trace, out, files = exported
     settings = {(epoch.architecture, epoch.batch_per_gpu) for epoch in trace.epochs}
-    assert len(files) == 4 * len(settings)
+    assert len(files) == 4 * len(settings) + 1
+    assert all(file.is_file() for file in files)
+    assert files[-1] == out / "index.json"
     index = msgspec.json.decode((out / "index.json").read_bytes())
     assert sorted(n for entry in index for n in entry["epochs"]) == [epoch.epoch for epoch in trace.epochs]
     assert sum(entry["num_iterations"] for entry in index) == sum(epoch.num_iterations for epoch in trace.epochs)
@@ -402,14 +404,14 @@ def test_files_of_an_earlier_job_of_more_ranks_are_not_mixed_with_those_of_this_
 
 def test_one_gpu_reduces_nothing(tmp_path: Path) -> None:
     trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=1))
-    (file,) = write_chakra(trace, tmp_path / "out", num_gpus=1)
+    file, _ = write_chakra(trace, tmp_path / "out", num_gpus=1)
     assert {NODE_TYPES[node.type] for node in decode(file)[1]} == {"COMP"}
 
 
 def test_a_trace_without_profiles_has_no_durations(tmp_path: Path) -> None:
     trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=1, profiles=False))
     files = write_chakra(trace, tmp_path / "out")
-    assert len(files) == 2
+    assert len(files) == 3
     assert all(node.duration_micros == 0 for node in decode(files[0])[1])
 
 

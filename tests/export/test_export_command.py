@@ -19,8 +19,9 @@ def test_every_format_says_what_it_wrote(
     assert run(["export", str(trace), "--format", form, "--out", str(tmp_path / out), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["format"] == form
-    assert document["files"]
-    assert all(Path(file).is_file() for file in document["files"])
+    written = tmp_path / out
+    files = {path for path in written.rglob("*") if path.is_file()} if written.is_dir() else {written}
+    assert {Path(file) for file in document["files"]} == files
 
 
 def test_parquet_gives_every_table_back(tmp_path: Path) -> None:

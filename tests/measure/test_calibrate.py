@@ -68,6 +68,14 @@ def test_a_trace_is_calibrated_with_exactly_its_architectures_and_operators(prof
     assert step.regularizer_s is None  # nobody gave one
 
 
+def test_a_run_whose_gradients_accumulate_is_measured_as_its_passes_ran(tmp_path, trace):
+    """Mini-batches of four images in two passes: a step of two."""
+    first = msgspec.structs.replace(trace.epochs[0], passes=2)
+    accumulated = msgspec.structs.replace(trace, epochs=(first,), reconfigurations=())
+    found = calibrate_gpu(tmp_path / "p.toml", device=CPU, traces=[accumulated], grid=False, rounds=1, minutes=1)
+    assert [(step.architecture, step.batch) for step in found.steps] == [(first.architecture, 2)]
+
+
 def test_the_loop_around_the_steps_is_the_traces_own(profile, trace):
     epoch = trace.epochs[1]
     images = epoch.num_images

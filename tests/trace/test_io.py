@@ -255,7 +255,7 @@ class TestWrongFiles:
             (Epoch, lambda r: r["step"].update(p10_s=1e-320), "are no times of steps of one epoch"),
             (Epoch, lambda r: r["step"].update(median_s=2 * r["step"]["p90_s"]), "do not rise"),
             (Epoch, lambda r: r["step"].update(p10_s=2 * r["step"]["median_s"]), "do not rise"),
-            (Epoch, lambda r: r.update(num_images=16 * 4992 + 1), "'num_images' is 79873, expected at most 79872"),
+            (Epoch, lambda r: r.update(num_images=499_201), "'num_images' is 499201, expected at most 499200"),
             (Epoch, lambda r: r["time"].update(forward_s=2.1 * r["time"]["wall_s"]), "the parts of the epoch take"),
             (Epoch, lambda r: r["densities"][0].update(layer="nowhere"), "'densities' names the layer 'nowhere'"),
             (Epoch, lambda r: r.update(channel_maxima={"nowhere": [1.0]}), "'channel_maxima' names the layer"),

@@ -53,6 +53,17 @@ def test_a_setting_that_all_pruned_runs_share_is_not_named(folder: Path) -> None
     assert run_labels(runs) == ["dense", "PruneTrain r=0.2, interval 1", "PruneTrain r=0.2, interval 2"]
 
 
+def test_a_run_that_another_library_has_pruned_is_not_called_prunetrain(folder: Path) -> None:
+    (run,) = read(shrinking_trace(folder / "a.jsonl"))
+    without = tuple(msgspec.structs.replace(epoch, penalty_coefficient=0.0) for epoch in run.epochs)
+    settings = {name: value for name, value in run.run.hyperparameters.items() if name != "interval"}
+    told = msgspec.structs.replace(run.run, hyperparameters=settings | {"penalty_ratio": 0.0})
+    pruned = msgspec.structs.replace(run, run=told, epochs=without)
+    assert pruned.is_pruned
+    assert run_labels([pruned]) == ["pruned"]
+    assert run_labels([*read(dense_trace(folder / "b.jsonl")), pruned]) == ["dense", "pruned"]
+
+
 def test_a_network_with_dense_in_its_name_is_not_a_dense_run(folder: Path) -> None:
     (run,) = read(shrinking_trace(folder / "a.jsonl", model="densenet"))
     assert run.is_pruned
@@ -119,6 +130,9 @@ def test_repeats_with_other_seeds_share_a_setting_and_other_settings_do_not(fold
         shrinking_trace(folder / "other.jsonl", penalty_ratio=0.4),
     )
     assert setting_labels(runs) == ["dense", "PruneTrain r=0.2", "PruneTrain r=0.2", "PruneTrain r=0.4"]
+    told = runs[2].run.hyperparameters | {"loggers": ["csv"]}
+    logged = msgspec.structs.replace(runs[2], run=msgspec.structs.replace(runs[2].run, hyperparameters=told))
+    assert len(set(setting_labels([runs[1], logged]))) == 1
 
 
 def test_what_shows_the_numbers_elsewhere_makes_no_other_setting(folder: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 import ptsim
 from ptsim.cli.main import run as command
+from tests.docs.test_pages import promised
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +15,7 @@ def folder(tmp_path_factory):
 def test_the_demo_trains_both_projects_onto_two_clusters_and_writes_the_report(folder, capsys):
     assert command(["demo", f"--out={folder}", "--epochs=2", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
+    assert set(document) == promised("demo")[0]
     rows = [(row["cluster"], row["gpus"]) for row in document["savings"]]
     assert rows == [(cluster, gpus) for cluster in ("ethernet-10g", "dgx-a100") for gpus in (1, 8)]
     assert document["planned"]["headline"].startswith("Planned, not trained. Training torchvision:resnet50 on")

@@ -86,10 +86,10 @@ def test_splits_with_other_classes_and_empty_ones_are_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="have other classes, or the same in another order"):
         load(tmp_path / "other")
     datasets.DatasetDict({"train": train, "test": train.select([])}).save_to_disk(tmp_path / "empty")
-    with pytest.raises(UsageError, match="the validation split of .* is empty"):
+    with pytest.raises(UsageError, match=r"the validation split of .* is empty"):
         load(tmp_path / "empty")
     train.select([]).save_to_disk(tmp_path / "nothing")
-    with pytest.raises(UsageError, match="the training split of .* is empty"):
+    with pytest.raises(UsageError, match=r"the training split of .* is empty"):
         load(tmp_path / "nothing")
 
 

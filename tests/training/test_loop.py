@@ -522,6 +522,26 @@ def test_a_process_that_loads_data_leaves_ctrl_c_to_the_one_that_trains(capfd):
     assert capfd.readouterr().err == ""
 
 
+# Mixed precision
+
+
+class Coarse(torch.amp.GradScaler):
+    """Begins with a scale at which the gradients of the first updates are infinite in fp16."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, init_scale=2.0**22, **named)
+
+
+def test_a_run_whose_first_updates_are_left_out_can_be_read_and_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", Coarse)
+    run = ptsim.train(settings(epochs=1, precision="fp16", profile=False), out=tmp_path / "run")
+    (epoch,) = ptsim.read_trace(run.trace).epochs
+    assert epoch.num_iterations < 6
+    assert epoch.num_images == 96
+    assert ptsim.cost(run.trace).epochs[0].num_images == 96
+    assert ptsim.train({"epochs": 2}, resume=run.folder).epochs == 2
+
+
 # The command line
 
 

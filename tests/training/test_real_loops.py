@@ -32,16 +32,37 @@ def test_an_update_that_a_scaler_leaves_out_is_no_accumulation(tmp_path):
     model = fresh()
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    with ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path) as recorder:
-        for index, (images, labels) in enumerate(images_and_labels(5)):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(images), labels)
-            scaler.scale(loss * torch.inf if index == 1 else loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        recorder.end_epoch()
-    (epoch,) = ptsim.read_trace(tmp_path).epochs
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path)
+    for index, (images, labels) in enumerate(images_and_labels(5)):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        scaler.scale(loss * torch.inf if index == 1 else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    epoch = recorder.end_epoch()
     assert (epoch.batch_per_gpu, epoch.passes, epoch.num_iterations, epoch.num_images) == (16, 1, 4, 80)
+    recorder.close()
+    report = ptsim.cost(tmp_path)  # the trace can be read, and all five mini-batches were computed
+    assert report.epochs[0].training_macs == 80 * report.training_macs_per_image
+    assert len(ptsim.simulate(tmp_path, "aws-p3-16xlarge", [1, 8])) == 2
+
+
+def test_an_epoch_in_which_some_updates_accumulate_more_passes_can_be_read(tmp_path):
+    """Three updates of two passes, one of four: 10 passes of 8 images, where four usual updates hold 64."""
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path)
+    batches = iter(images_and_labels(10, 8))
+    for passes in (2, 2, 2, 4):
+        optimizer.zero_grad()
+        for _ in range(passes):
+            images, labels = next(batches)
+            F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    recorder.end_epoch()
+    recorder.close()
+    (epoch,) = ptsim.read_trace(tmp_path).epochs
+    assert (epoch.batch_per_gpu, epoch.passes, epoch.num_iterations, epoch.num_images) == (16, 2, 4, 80)
 
 
 def test_passes_whose_gradients_wait_for_the_next_epoch_leave_a_trace_that_can_be_read(monkeypatch, tmp_path):

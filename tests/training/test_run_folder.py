@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,11 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ptsim
+from ptsim.cli.main import run as command
 from ptsim.errors import FileFormatError, PtsimError, TrainingError, UsageError
 from ptsim.measure.nvml import NullMeter, cpu_info
 from ptsim.trace.io import TraceWriter, read_records
 from ptsim.training import checkpoint, recorder, step
 from ptsim.training.data import decode
+from ptsim.training.runfolder import MAY_CHANGE
 from ptsim.usercode import source_files
 from tests.training.runs import NETS, servant, settings, train_until_killed
 
@@ -123,6 +126,31 @@ def test_resuming_may_add_epochs_and_threads_but_no_other_rate(run):
         longer(run, epochs=1)
     assert ptsim.train(resume=run).epochs == 3  # the change stays
     assert ptsim.read_trace(run).complete
+
+
+def test_help_and_docs_name_all_that_a_resumed_run_may_change(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+    sentence = re.search(r"It may change how long the run trains.*?\((.*?)\)", page, re.DOTALL)[1]
+    assert set(re.findall(r"\w+", sentence)) == MAY_CHANGE
+    assert command(["train", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    said = re.search(r"Only these may change with it: (.*?)\.", words)[1]
+    options = {"log": "loggers"}  # of two names
+    named = {name.replace("-", "_") for name in re.findall(r"[a-z][a-z_-]+", said)} - {"and", "with", "set"}
+    assert {options.get(name, name) for name in named} == MAY_CHANGE
+
+
+def test_a_folder_that_holds_a_trace_alone_is_not_said_to_be_one_to_resume(run, tmp_path):
+    with pytest.raises(UsageError, match="holds another run") as caught:
+        ptsim.train(settings(epochs=1), out=run)
+    assert caught.value.hint == f"`ptsim train --resume {run}` goes on with it"
+    alone = tmp_path / "recorded in a loop"
+    alone.mkdir()
+    shutil.copy(run / "trace.jsonl", alone)
+    with pytest.raises(UsageError, match="holds another run") as caught:
+        ptsim.train(settings(epochs=1), out=alone)
+    assert caught.value.hint == "choose another folder"
+    assert [path.name for path in alone.iterdir()] == ["trace.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.safetensors"])
