@@ -140,8 +140,9 @@ def checked_facts(facts: RunFacts | None) -> RunFacts:
     except msgspec.ValidationError as error:
         problem, _, place = str(error).replace("`", "").partition(" - at $.")
         raise UsageError(f"facts: {place}: {problem}") from error
-    if (problem := hyperparameters_problem(settings) or seed_problem(made.seed)) is not None:
-        raise UsageError(f"facts: {problem}")
+    wrong = hyperparameters_problem(settings) or seed_problem(made.seed)
+    if wrong is not None:
+        raise UsageError(f"facts: {wrong}")
     return msgspec.structs.replace(made, hyperparameters=settings)
 
 

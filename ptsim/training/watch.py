@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import time
 import warnings
 import weakref
@@ -24,17 +23,16 @@ from torch import Tensor, nn
 
 from ptsim.capture.graph import output_tensors
 from ptsim.errors import UsageError
-from ptsim.measure.profile import HALF_TYPES
 from ptsim.measure.tf32 import convolutions_use_tf32
 from ptsim.measure.timers import Phase, StepTimer
 from ptsim.network import MemoryFormat, Precision
 from ptsim.trace.schema import EpochTime, StepDistribution
+from ptsim.training.formats import FORMATS, kept_format
 from ptsim.training.peak import PeakMemory
 
 _T = TypeVar("_T")
 ON_SEVERAL_GPUS = "DataParallel runs a network on several GPUs from one process, which no trace can describe"
 WHOLE_ON_EVERY_RANK = "DistributedDataParallel under torchrun, a process for every GPU"
-_HALF = {kind: precision for precision, kind in HALF_TYPES.items()}
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
@@ -327,14 +325,14 @@ class Watch:
     def _note_autocast(self, *_: Any) -> None:
         kind = self._device.type
         if not self._paused and torch.is_grad_enabled() and torch.is_autocast_enabled(kind):
-            self.precision = _HALF.get(torch.get_autocast_dtype(kind), Precision.FP32)
+            self.precision = FORMATS.get(torch.get_autocast_dtype(kind), Precision.FP32)
 
     def _note_format(self, images: Tensor) -> None:
         kind = self._device.type
         if torch.is_autocast_enabled(kind):
             self._note_autocast()
-        elif images.dtype in _HALF:
-            self.precision = _HALF[images.dtype]
+        elif images.dtype in FORMATS:
+            self.precision = FORMATS[images.dtype]
         elif self._inside is not None:
             self.precision = self._inside
         elif kind == "cuda" and convolutions_use_tf32() and torch.cuda.get_device_capability(self._device)[0] >= 8:
@@ -352,7 +350,7 @@ class Watch:
         if not torch.is_grad_enabled():
             self._judged(module)
             return
-        if self._compiled and not self.num_backwards and (kept := _kept_format(output)) is not None:
+        if self._compiled and not self.num_backwards and (kept := kept_format(output)) is not None:
             self.precision = self._inside = kept
         reduces = getattr(self.data_parallel, "require_backward_grad_sync", False)
         begins = functools.partial(self._backward_begins, _Pass(self._images, module.training, reduces))
@@ -424,19 +422,7 @@ def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("closure") is not None or any(callable(given) for given in args[1:])
 
 
-def _kept_format(output: Any) -> Precision | None:
-    """Of the half-precision matrices that a compiled graph behind these outputs keeps; None where it keeps none."""
-    nodes = [leaf.grad_fn for leaf in output_tensors(output) if leaf.grad_fn]
-    for node in itertools.islice(nodes, _NEAR):  # the list grows meanwhile
-        for tensor in getattr(node, "saved_tensors", ()):
-            if tensor is not None and tensor.ndim > 1 and tensor.dtype in _HALF:
-                return _HALF[tensor.dtype]
-        nodes += [before for before, _ in node.next_functions if before is not None]
-    return None
-
-
 _END: Any = object()
-_NEAR = 32  # nodes of autograd's graph between an output and the last compiled graph: hardly more than a few
 
 
 @dataclasses.dataclass

@@ -1,0 +1,24 @@
+"""In which half-precision format does a pass compute? What torch's types are called, and what a compiled graph keeps."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from ptsim.capture.graph import output_tensors
+from ptsim.measure.profile import HALF_TYPES
+from ptsim.network import Precision
+
+FORMATS = {kind: precision for precision, kind in HALF_TYPES.items()}
+_NEAR = 32  # nodes of autograd's graph between an output and the last compiled graph: hardly more than a few
+
+
+def kept_format(output: Any) -> Precision | None:
+    """Of the half-precision matrices that a compiled graph behind these outputs keeps; None where it keeps none."""
+    nodes = [leaf.grad_fn for leaf in output_tensors(output) if leaf.grad_fn]
+    for node in itertools.islice(nodes, _NEAR):  # the list grows meanwhile
+        for tensor in getattr(node, "saved_tensors", ()):
+            if tensor is not None and tensor.ndim > 1 and tensor.dtype in FORMATS:
+                return FORMATS[tensor.dtype]
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    return None
