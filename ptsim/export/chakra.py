@@ -11,8 +11,9 @@ of it, and its measured time goes to the next node.
 
 Source: schema/protobuf/et_def.proto of https://github.com/mlcommons/chakra (`GlobalMetadata`, then `Node`s, each
 after its length as a varint), and the attributes that its feeder and ASTRA-sim's read, each from the field of the type
-that they look at: is_cpu_op (bool), num_ops, comm_type, comm_size (int64), tensor_size (uint64). What is left out has
-the meaning wanted here: no pg_name is all ranks, no involved_dim is every dimension of the network.
+that they look at: is_cpu_op (bool), num_ops, comm_type, comm_size (int64), tensor_size (uint64), involved_dim (list of
+bool). No pg_name is all ranks. involved_dim has to be there: without it ASTRA-sim before November 2024 reduces over the
+first dimension of the network only, or reads beyond the end of a list; a longer one than the network is taken by all.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ptsim.costs.traffic import network_traffic, update_traffic
 from ptsim.criteria import step_penalty
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
+from ptsim.export.ranks import check_no_other_ranks
 from ptsim.network import Network
 from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting
@@ -41,7 +43,8 @@ SCHEMA = "0.0.4"
 _MOST_RANKS = 16_384
 _COMP_NODE, _COMM_COLL_NODE = 4, 7
 _ALL_REDUCE = 0
-_INT64, _UINT64, _BOOL, _STRING = 9, 13, 27, 29  # fields of AttributeProto
+_INT64, _UINT64, _BOOL, _BOOL_LIST, _STRING = 9, 13, 27, 28, 29  # fields of AttributeProto
+_ALL = [1] * 10  # dimensions of the network; as many as ASTRA-sim's own default for a group of ranks
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,17 +71,19 @@ def step_nodes(
 ) -> tuple[Node, ...]:
     """The nodes of one step, in execution order; ids count from 0. Gradients are reduced in fp32.
 
-    Durations are rounded to whole microseconds, as the schema wants them, such that their sum is kept. One GPU needs
-    no all-reduce.
+    Where gradients of several passes add up, all passes but the last come first, each layer's as one node ("earlier
+    NAME"): only the last one's gradients are reduced. Durations are rounded to whole microseconds, as the schema wants
+    them, such that their sum is kept. One GPU needs no all-reduce.
 
     Args:
         network: what is trained.
         setting: how the step is run, with the number of ranks.
-        step: where the durations come from; None leaves them 0.
+        step: where the durations come from, of however many passes; None leaves them 0.
     """
     builder = _StepBuilder(network, setting, step)
-    forward = builder.forward()
-    builder.backward(forward, ddp_buckets(network) if setting.data_parallel else ())
+    if setting.passes > 1:
+        builder.passes("earlier ", setting.passes - 1)
+    builder.passes("", 1, ddp_buckets(network) if setting.data_parallel else ())
     builder.update()
     return tuple(builder.nodes)
 
@@ -87,24 +92,39 @@ class _StepBuilder:
     """The nodes of a step under way; the parts of a step are added in execution order."""
 
     def __init__(self, network: Network, setting: StepSetting, step: StepTime | None) -> None:
-        self.network, self.setting, self.batch, self.step = network, setting, setting.batch, step
+        self.network, self.setting = network, setting
+        self.batch, self.step = setting.pass_batch, None if step is None else step.accumulated(1)
         names = (layer.name for layer in network.layers)
-        self._traffic = dict(zip(names, network_traffic(network, setting), strict=True))
+        self._traffic = dict(zip(names, network_traffic(network, setting.one_pass), strict=True))
         self.nodes: list[Node] = []
         self._clock = _MicrosecondClock()
         self._carried_s = 0.0  # measured time of what is no node
-        self._measured = {} if step is None else {layer.layer: layer for layer in step.layers}
+        self._measured = {} if self.step is None else {layer.layer: layer for layer in self.step.layers}
         self._reduced: list[int] = []
-        self._backward: dict[str, set[int]] = {}
+        self._done: set[int] = set()  # the backward nodes of the passes so far
+        self._prefix, self._times = "", 1
 
-    def forward(self) -> dict[str, set[int]]:
+    def passes(self, prefix: str, times: int, buckets: Sequence[Bucket] = ()) -> None:
+        """Add `times` forward and backward passes, each layer's as one node."""
+        self._prefix, self._times = prefix, times
+        self._backward(self._forward(), buckets)
+
+    def update(self) -> None:
+        """The regulariser and the optimizer, which wait for every gradient."""
+        self._prefix, self._times = "", 1
+        seconds = self.step.optimizer_s + self.step.regularizer_s if self.step else 0.0
+        num_bytes = update_traffic(self.network, kind_of(self.setting), momentum=self.setting.momentum)
+        num_bytes += step_penalty(self.network, self.setting, gpu=True).num_bytes
+        self._add("optimizer", set(self._reduced) or self._done, seconds, 0, num_bytes)
+
+    def _forward(self) -> dict[str, set[int]]:
         """Every layer, then the loss; returns what each layer's output waits for."""
         producers: dict[str, set[str]] = {}
         for source, target in self.network.edges:
             producers.setdefault(target, set()).add(source)
         done: dict[str, set[int]] = {}
         for layer in self.network.layers:
-            deps = set().union(*(done[name] for name in producers.get(layer.name, ())))
+            deps = set().union(*(done[name] for name in producers.get(layer.name, ()))) or self._done
             traffic = self._traffic[layer.name]
             macs = layer.repeats(self.batch) * layer_macs(layer, "exact").forward
             seconds = self._measured[layer.name].forward_s if layer.name in self._measured else 0.0
@@ -116,14 +136,14 @@ class _StepBuilder:
         self._loss = self._add("loss", deps, seconds, 0, 3 * logits_bytes)  # reads, writes, and writes their gradient
         return done
 
-    def backward(self, forward: Mapping[str, set[int]], buckets: Sequence[Bucket]) -> None:
+    def _backward(self, forward: Mapping[str, set[int]], buckets: Sequence[Bucket]) -> None:
         """Every layer, last to first, and each bucket's all-reduce as soon as its gradients are there."""
         consumers: dict[str, set[str]] = {}
         for source, target in self.network.edges:
             consumers.setdefault(source, set()).add(target)
         of_parameter = {parameter.name: parameter.layer for parameter in self.network.parameters}
         waiting = [(bucket, {of_parameter[name] for name in bucket.parameters}) for bucket in buckets]
-        done = self._backward
+        done: dict[str, set[int]] = {}
         for layer in reversed(self.network.layers):
             after = [done[name] for name in consumers.get(layer.name, ())] or [self._loss]
             deps = forward[layer.name].union(*after)
@@ -135,28 +155,22 @@ class _StepBuilder:
                 bucket, layers = waiting.pop(0)
                 self._reduce(set().union(*(done[name] for name in layers)), bucket.num_bytes)
         assert not waiting, "every bucket's layers are layers of the network"
-
-    def update(self) -> None:
-        """The regulariser and the optimizer, which wait for every gradient."""
-        seconds = self.step.optimizer_s + self.step.regularizer_s if self.step else 0.0
-        deps = set(self._reduced) or set().union(*self._backward.values())
-        num_bytes = update_traffic(self.network, kind_of(self.setting), momentum=self.setting.momentum)
-        num_bytes += step_penalty(self.network, self.setting, gpu=True).num_bytes
-        self._add("optimizer", deps, seconds, 0, num_bytes)
+        self._done = set().union(*done.values())
 
     def _add(self, name: str, deps: set[int], seconds: float, macs: int, num_bytes: int) -> set[int]:
-        """Add an operator; returns what waits for it has to wait for."""
-        self._carried_s += seconds
+        """Add an operator of one pass, as often as it runs; returns what waits for it has to wait for."""
+        self._carried_s += self._times * seconds
         if not num_bytes and not macs:
             return deps
+        operations = 2 * macs or num_bytes // self.setting.precision.activation_bytes
         self.nodes.append(
             Node(
                 id=len(self.nodes),
-                name=name,
+                name=f"{self._prefix}{name}",
                 data_deps=tuple(sorted(deps)),
                 duration_micros=self._clock.advance(self._carried_s),
-                num_ops=2 * macs or num_bytes // self.setting.precision.activation_bytes,
-                tensor_bytes=num_bytes,
+                num_ops=self._times * operations,
+                tensor_bytes=self._times * num_bytes,
             )
         )
         self._carried_s = 0.0
@@ -185,7 +199,7 @@ def encode_trace(nodes: tuple[Node, ...], description: dict[str, str]) -> bytes:
 
 
 def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> list[Path]:
-    """Write a folder per (architecture, mini-batch) that the run trained, each with `step.RANK.et` for every rank.
+    """Write a folder per (architecture, mini-batch, passes) of the run, each with `step.RANK.et` for every rank.
 
     `index.json` says which epochs a folder stands for, with how many iterations. ASTRA-sim takes `FOLDER/step` as its
     workload.
@@ -196,20 +210,23 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
         num_gpus: ranks; None means as many as were recorded, but at least two, because a single one reduces nothing.
 
     Raises:
-        UsageError: no epochs, no GPUs or too many, or a folder that cannot be written.
+        UsageError: no epochs, no GPUs or too many, or a folder that cannot be written or holds files of more ranks.
     """
     ranks = max(trace.run.world_size, 2) if num_gpus is None else num_gpus
     if not 1 <= ranks <= _MOST_RANKS:
         raise UsageError(f"gpus is {ranks:,}, expected 1 to {_MOST_RANKS:,}: every rank is a file per architecture")
     if not trace.epochs:
         raise UsageError(f"{trace.path} holds no epoch, so there is no step to export")
-    settings: dict[tuple[str, int], list[Epoch]] = {}
+    settings: dict[tuple[str, int, int], list[Epoch]] = {}
     for epoch in trace.epochs:
-        settings.setdefault((epoch.architecture, epoch.batch_per_gpu), []).append(epoch)
+        settings.setdefault((epoch.architecture, epoch.batch_per_gpu, epoch.passes), []).append(epoch)
+    folders = {key: out / f"epoch-{epochs[0].epoch:03d}-{key[0]}" for key, epochs in settings.items()}
+    for folder in folders.values():
+        check_no_other_ranks(folder, "step.*.et", ranks)
     index, written = [], []
-    for (architecture, batch), epochs in settings.items():
+    for (architecture, batch, passes), epochs in settings.items():
         content = _step_content(trace, epochs, ranks)
-        folder = out / f"epoch-{epochs[0].epoch:03d}-{architecture}"
+        folder = folders[architecture, batch, passes]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for rank in range(ranks):
@@ -223,6 +240,7 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
                 "folder": folder.name,
                 "architecture": architecture,
                 "batch_per_gpu": batch,
+                "passes": passes,
                 "epochs": [epoch.epoch for epoch in epochs],
                 "num_iterations": sum(epoch.num_iterations for epoch in epochs),
                 "ranks": ranks,
@@ -243,7 +261,7 @@ def _step_content(trace: Trace, epochs: Sequence[Epoch], ranks: int) -> bytes:
     setting = msgspec.structs.replace(trace.setting_of(typical), num_gpus=ranks)
     profile, step = find_profile(network, trace.profiles, setting.one_pass), None
     if profile is not None:
-        step = step_of_profile(network, profile, regularizer=typical.regularized).accumulated(setting.passes)
+        step = step_of_profile(network, profile, regularizer=typical.regularized)
     nodes = step_nodes(network, setting, step=step)
     return encode_trace(
         nodes,
@@ -278,6 +296,7 @@ def _encode_node(node: Node) -> bytes:
     if node.all_reduce_bytes is not None:
         attributes.append(protobuf.text(1, "comm_type") + protobuf.integer(_INT64, _ALL_REDUCE))
         attributes.append(protobuf.text(1, "comm_size") + protobuf.integer(_INT64, node.all_reduce_bytes))
+        attributes.append(protobuf.text(1, "involved_dim") + protobuf.block(_BOOL_LIST, protobuf.packed(1, _ALL)))
     else:
         attributes.append(protobuf.text(1, "num_ops") + protobuf.integer(_INT64, node.num_ops))
         attributes.append(protobuf.text(1, "tensor_size") + protobuf.integer(_UINT64, node.tensor_bytes))

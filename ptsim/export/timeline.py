@@ -13,6 +13,7 @@ from typing import Any
 from ptsim.costs.memory import iteration_memory
 from ptsim.errors import UsageError
 from ptsim.export.chrome import COMMUNICATION_STREAM, COMPUTE_STREAM, Timeline
+from ptsim.export.ranks import check_no_other_ranks
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster
 from ptsim.network import Layer
@@ -50,7 +51,7 @@ def write_timeline(
         The files that were written.
 
     Raises:
-        UsageError: a file cannot be written, and what `project` raises.
+        UsageError: a file cannot be written, the folder holds files of more ranks, and what `project` raises.
     """
     recorded = record_steps(
         trace, cluster, num_gpus, options, device_profile=device_profile, num_steps=NUM_STEPS, shown=shown
@@ -63,6 +64,7 @@ def write_timeline(
         return [timeline.write(path)]
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is neither a .json file nor a folder")
+    check_no_other_ranks(path, "rank_*.json", drawn)
     files = []
     for gpu in range(drawn):
         timeline = _timeline(trace, recorded, num_gpus, gpu)

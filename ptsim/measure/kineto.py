@@ -166,7 +166,7 @@ def import_kineto(
     passes = _passes(everything, notes)
     ranks = tuple(map(_rank_times, recordings, steps))
     mean = _mean_times(ranks)
-    world_size = _world_size(recordings)
+    world_size = _world_size(recordings, mean, notes)
     measured = _measurement(everything, setting, batch, optimizer, architecture, name or recordings[0].path.stem)
     return KinetoImport(
         device=named,
@@ -272,7 +272,7 @@ def _cut_off(recordings: Sequence[Recording]) -> list[str]:
     return [f"{number:,} events have a negative duration, which counts as none"] if number else []
 
 
-def _world_size(recordings: Sequence[Recording]) -> int | None:
+def _world_size(recordings: Sequence[Recording], times: RankTimes, notes: list[str]) -> int | None:
     """How many ranks the job had; None where no file says.
 
     Raises:
@@ -281,6 +281,8 @@ def _world_size(recordings: Sequence[Recording]) -> int | None:
     sizes = sorted({recording.world_size for recording in recordings if recording.world_size is not None})
     if len(sizes) > 1:
         raise UsageError(f"the profiles are of jobs of {' and '.join(map(str, sizes))} ranks")
+    if not sizes and times.communication_seconds:
+        notes.append("no file says how many ranks the job had, so images per second are those of one")
     return sizes[0] if sizes else None
 
 
@@ -378,14 +380,13 @@ def _rank_times(recording: Recording, steps: Sequence[Step]) -> RankTimes:
 
 
 def _mean_times(ranks: Sequence[RankTimes]) -> RankTimes:
-    """The first rank's record with the means over the ranks; None stays None."""
-    first = ranks[0]
-    means = {
-        field: statistics.fmean(getattr(rank, field) or 0.0 for rank in ranks)
-        for field in RankTimes.__struct_fields__
-        if field.endswith(("_seconds", "_fraction")) and getattr(first, field) is not None
-    }
-    return msgspec.structs.replace(first, **means)
+    """The first rank's record with the means over the ranks that say something; None where none does."""
+    means: dict[str, float] = {}
+    for field in RankTimes.__struct_fields__:
+        known = [value for rank in ranks if (value := getattr(rank, field)) is not None]
+        if known and field.endswith(("_seconds", "_fraction")):
+            means[field] = statistics.fmean(known)
+    return msgspec.structs.replace(ranks[0], **means)
 
 
 def _overlap(times: RankTimes) -> float | None:

@@ -1,7 +1,8 @@
 """What a file of `torch.profiler` says: its events, which operator runs inside which, and which kernels it launched.
 
-The format is Chrome's trace JSON as PyTorch's Kineto library writes it. Times in the file are microseconds; here they
-are seconds. Only complete events ("ph": "X") count; one of a negative duration was cut off by the profiler and takes no
+The format is Chrome's trace JSON as PyTorch's Kineto library writes it. Times in the file are microseconds, until 2024
+those since 1970; here they are seconds since the first event, because a float counts seconds since 1970 in steps of
+0.24 µs. Only complete events ("ph": "X") count; one of a negative duration was cut off by the profiler and takes no
 time. Operators nest by time on their own thread. A kernel belongs to the operator in which its thread called CUDA to
 launch it: kernel and call have the same "correlation". Where no such call is recorded, the kernel's "External id" is
 that of the operator; some versions of PyTorch write the correlation there too.
@@ -170,7 +171,10 @@ def read_recording(path: str | Path) -> Recording:
     path = Path(path)
     raw = _decode(path)
     complete = [item for item in raw.traceEvents if item.ph == "X" and item.cat]
-    events = [_event(path, item) for item in complete]
+    times = [_times_us(path, item) for item in complete]
+    origin_us = min((begin_us for begin_us, _ in times), default=0.0)
+    pairs = zip(complete, times, strict=True)
+    events = [_event(item, begin_us - origin_us, took_us) for item, (begin_us, took_us) in pairs]
     events.sort(key=lambda event: (event.begin_s, -event.end_s))
     host = [event for event in events if event.category in _ON_HOST]
     if not any(event.category == "cpu_op" for event in host):
@@ -195,7 +199,7 @@ def read_recording(path: str | Path) -> Recording:
         host=host,
         device_events=device_events,
         calls=calls,
-        num_cut_off=sum(float(item.dur) < 0 for item in complete),
+        num_cut_off=sum(took_us < 0 for _, took_us in times),
     )
 
 
@@ -256,21 +260,27 @@ def _unzipped(path: Path, content: bytes) -> bytes:
     return plain
 
 
-def _event(path: Path, raw: _Raw) -> Event:
+def _times_us(path: Path, raw: _Raw) -> tuple[float, float]:
+    """Begin and duration in microseconds, as the file has them."""
     try:
         begin_us, took_us = float(raw.ts), float(raw.dur)
         if not (abs(begin_us) <= _LATEST_US and took_us <= _LONGEST_US):
             raise ValueError
     except ValueError as error:
         raise FileFormatError(path, f"event {raw.name!r} has ts {raw.ts!r} and dur {raw.dur!r}, not times") from error
+    return begin_us, took_us
+
+
+def _event(raw: _Raw, begin_us: float, took_us: float) -> Event:
     category = str(raw.cat).lower()
     arguments = raw.args if isinstance(raw.args, dict) else {}
+    begin_ns = round(begin_us * 1e3)  # whole, so that what begins where another one ends is not inside it
     return Event(
         name=str(raw.name),
         category=_CATEGORIES.get(category, category),
         thread=(str(raw.pid), str(raw.tid)),
-        begin_s=begin_us * 1e-6,
-        end_s=(begin_us + max(took_us, 0.0)) * 1e-6,
+        begin_s=begin_ns * 1e-9,
+        end_s=(begin_ns + round(max(took_us, 0.0) * 1e3)) * 1e-9,
         arguments={str(key).lower(): value for key, value in arguments.items()},
         children=[],
         kernels=[],

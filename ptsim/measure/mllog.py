@@ -1,6 +1,9 @@
 """What did an MLPerf training run measure? Its `:::MLLOG` lines, as seconds of an epoch and images per second.
 
-Source of the format: github.com/mlcommons/logging, mlperf_logging/mllog (version 1.0 and later), and result files of
+Version 0.6 had lines `:::MLL SECONDS KEY: {"value": …, "metadata": …}` instead. Since version 4.0 a mark may say
+`samples_count` in place of an epoch or a number of them: what it begins is no whole epoch.
+
+Source of the format: github.com/mlcommons/logging, mlperf_logging/mllog and compliance_checker, and result files of
 github.com/mlcommons/training_results_v1.0 and _v2.1 (resnet/result_*.txt).
 """
 
@@ -19,6 +22,7 @@ from ptsim.errors import FileFormatError
 from ptsim.textfile import decode_json, decode_text, read_bytes
 
 _MARK = ":::MLLOG"
+_OLD = re.compile(r":::MLL (\d{1,12}(?:\.\d{1,9})?) (\w{1,80}) ?:\s*\{")
 _MARKED = 0.9  # of the time up to an evaluation must lie inside the epochs' own marks
 _NODES = re.compile(r"\s*(\d{1,6})\s*x", re.IGNORECASE)  # "4xNVIDIA DGX A100"
 
@@ -109,7 +113,7 @@ def _lines(path: Path, text: str) -> list[_Line]:
     found: list[_Line] = []
     torn: list[FileFormatError] = []
     for number, line in enumerate(text.splitlines(), 1):
-        for content in line.split(_MARK)[1:]:  # a process may begin in the line of another
+        for content in _OLD.sub(_as_new, line).split(_MARK)[1:]:  # a process may begin in the line of another
             try:
                 found.append(decode_json(path, _object(content), _DECODER, line=number, what=f"a {_MARK} line"))
             except FileFormatError as error:
@@ -121,6 +125,11 @@ def _lines(path: Path, text: str) -> list[_Line]:
     if torn:
         warnings.warn(f"{path}: {len(torn)} of its {_MARK} lines are torn and left out", stacklevel=3)
     return found
+
+
+def _as_new(old: re.Match[str]) -> str:
+    """The begin of a line of version 0.6 in the form of later ones."""
+    return f'{_MARK} {{"time_ms": {1e3 * float(old[1])!r}, "key": "{old[2]}", '
 
 
 def _object(content: str) -> str:
@@ -159,8 +168,8 @@ def _epochs(lines: list[_Line]) -> list[float]:
             end_judging(line.time_ms)
             start = began.pop(kind)
             seconds = (line.time_ms - start.time_ms - judged_ms[kind]) / 1e3
-            count = start.metadata.get("epoch_count", 1) if kind == "block" else 1
-            if seconds > 0 and isinstance(count, int | float) and count > 0:
+            count = _num_epochs(kind, start)
+            if seconds > 0 and count > 0:
                 found[kind].append(seconds / count)
         elif line.key == "eval_stop":
             end_judging(line.time_ms)
@@ -172,6 +181,14 @@ def _epochs(lines: list[_Line]) -> list[float]:
                 found["epoch"][first:] = _computed((line.time_ms - since_ms) / 1e3, found["epoch"][first:])
                 first = len(found["epoch"])
     return found["epoch"] or found["block"]
+
+
+def _num_epochs(kind: str, start: _Line) -> float:
+    """How many epochs begin with the mark; 0 where it does not count them."""
+    if "samples_count" in start.metadata and not start.metadata.keys() & {"epoch_num", "epoch_count"}:
+        return 0
+    count = start.metadata.get("epoch_count", 1) if kind == "block" else 1
+    return count if isinstance(count, int | float) else 0
 
 
 def _computed(seconds: float, epochs: list[float]) -> list[float]:

@@ -206,6 +206,12 @@ TIMED: dict[str, tuple[list[Any], float]] = {
     # marks that hold 90 % of the time up to an evaluation do not wait for the accelerators; a little more, and they do
     "marks of nine tenths": ([("epoch_start", 0), ("epoch_stop", 18), ("eval_start", 20)], 20),
     "marks of more": ([("epoch_start", 0), ("epoch_stop", 18.1), ("eval_start", 20)], 18.1),
+    "epochs with a number and a count of samples": (
+        [("epoch_start", 0, {"epoch_num": 1, "samples_count": 0}), ("epoch_stop", 30)], 30
+    ),
+    "blocks that count epochs and samples": (
+        [("block_start", 0, {"first_epoch_num": 1, "epoch_count": 2, "samples_count": 0}), ("block_stop", 40)], 20
+    ),
     "an end without a begin, and epochs without a duration": (
         [("epoch_stop", 5), ("epoch_start", 6), ("epoch_stop", 6), ("epoch_start", 7), ("epoch_stop", 37)], 30
     ),
@@ -222,6 +228,25 @@ def test_blocks_of_no_epochs_are_none(tmp_path: Path) -> None:
     path = _marked(tmp_path / "result_0.txt", ("block_start", 0, {"epoch_count": 0}), ("block_stop", 9))
     with pytest.raises(FileFormatError, match="holds no whole epoch"):
         read_mllog(path)
+
+
+@pytest.mark.parametrize("name", ["block", "epoch"])
+def test_marks_that_count_samples_begin_no_whole_epoch(tmp_path: Path, name: str) -> None:
+    """As of the language models of version 4.0 and later."""
+    marks = (f"{name}_start", 0, {"samples_count": 3072}), (f"{name}_stop", 9)
+    with pytest.raises(FileFormatError, match="holds no whole epoch"):
+        read_mllog(_marked(tmp_path / "result_0.txt", *marks))
+
+
+def test_lines_of_version_0_6_say_the_same_in_another_form(tmp_path: Path) -> None:
+    """`:::MLL 1571444841.158 submission_benchmark: {"value": …, "metadata": …}`."""
+    new, old = _log(tmp_path / "new.txt"), []
+    for text in new.read_text().splitlines()[1:]:
+        line = json.loads(text.removeprefix(":::MLLOG "))
+        content = json.dumps({"value": line["value"], "metadata": line.get("metadata", {})})
+        old.append(f"0: :::MLL {line['time_ms'] / 1e3:.3f} {line['key']}: {content}\n")
+    (tmp_path / "old.txt").write_text("".join(old))
+    assert read_mllog(tmp_path / "old.txt") == read_mllog(new)
 
 
 @pytest.mark.parametrize(

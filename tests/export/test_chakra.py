@@ -83,6 +83,7 @@ FEEDER = {
     "tensor_size": "uint64_val",
     "comm_type": "int64_val",
     "comm_size": "int64_val",
+    "involved_dim": "bool_list",
 }
 
 
@@ -176,7 +177,7 @@ def test_every_attribute_lies_in_the_field_that_the_feeder_reads(exported: tuple
         communicates = NODE_TYPES[node.type] == "COMM_COLL"
         assert names.keys() == {
             "is_cpu_op",
-            *(("comm_type", "comm_size") if communicates else ("num_ops", "tensor_size")),
+            *(("comm_type", "comm_size", "involved_dim") if communicates else ("num_ops", "tensor_size")),
         }
 
 
@@ -215,6 +216,7 @@ def test_the_all_reduces_carry_every_gradient_once(exported: tuple[Any, Path, li
     network = trace.networks[trace.epochs[0].architecture]
     assert sum(node["comm_size"] for node in reduces) == 4 * network.num_parameters
     assert {node["comm_type"] for node in reduces} == {0}
+    assert all(list(node["involved_dim"].values) == [True] * 10 for node in reduces)  # of the network's dimensions
     assert not any(node["is_cpu_op"] for node in reduces)
 
 
@@ -329,6 +331,73 @@ def test_durations_are_whole_microseconds_whose_sum_is_kept() -> None:
         "conv.forward": 1, "relu.forward": 2, "fc.forward": 2, "loss": 1,
         "fc.backward": 2, "relu.backward": 1, "conv.backward": 2, "optimizer": 1,
     }  # fmt: skip
+
+
+def test_passes_before_the_last_one_come_first_and_reduce_nothing() -> None:
+    """Three passes of 8 images: two of them as one node a layer; the view of the flatten is no node."""
+    net = NetworkBuilder("chain", (3, 4, 4), 2)
+    net.linear("fc", net.flatten("flat", net.relu("relu", net.conv("conv", None, 2))), 2)
+    network = net.build()
+    layers = tuple(msgspec.structs.replace(layer, view=layer.name == "flat") for layer in network.layers)
+    network = msgspec.structs.replace(network, layers=layers)
+    micros = {"conv": (2, 4), "relu": (1, 1), "flat": (0, 0), "fc": (1, 2)}
+    step = StepTime(
+        layers=tuple(
+            LayerTime(
+                layer=name, kind=network.layer(name).kind, forward_s=t * 1e-6, backward_s=b * 1e-6, tier="measured"
+            )
+            for name, (t, b) in micros.items()
+        ),
+        optimizer_s=5e-6,
+        regularizer_s=2e-6,
+        overhead_s=1e-6,
+        low_s=0.0,
+        high_s=0.0,
+        tier="measured",
+    )
+    setting = StepSetting(batch=24, passes=3, num_gpus=2)
+    nodes = step_nodes(network, setting, step=step)
+    assert [(node.name, node.duration_micros) for node in nodes] == [
+        ("earlier conv.forward", 4), ("earlier relu.forward", 2), ("earlier fc.forward", 2), ("earlier loss", 2),
+        ("earlier fc.backward", 4), ("earlier relu.backward", 2), ("earlier conv.backward", 8),
+        ("conv.forward", 2), ("relu.forward", 1), ("fc.forward", 1), ("loss", 1),
+        ("fc.backward", 2), ("relu.backward", 1), ("conv.backward", 4), ("all_reduce.0", 0), ("optimizer", 7),
+    ]  # fmt: skip
+    by_name = {node.name: node for node in nodes}
+    assert by_name["earlier conv.forward"].data_deps == ()
+    assert by_name["conv.forward"].data_deps == (1, 4, 5, 6)  # all that was computed backwards before
+    assert by_name["relu.forward"].data_deps == (7,)
+    assert by_name["all_reduce.0"].data_deps == (11, 13)
+    assert by_name["optimizer"].data_deps == (14,)
+    assert by_name["conv.forward"].num_ops == 2 * (2 * 3 * 9 * 16) * 8
+    assert by_name["earlier conv.forward"].num_ops == 2 * by_name["conv.forward"].num_ops
+    assert by_name["relu.forward"].tensor_bytes == 4 * 8 * (32 + 32)
+    assert by_name["earlier relu.forward"].tensor_bytes == 2 * 4 * 8 * (32 + 32)
+    assert by_name["earlier relu.forward"].num_ops == 2 * 8 * (32 + 32)
+    assert by_name["earlier loss"].tensor_bytes == 2 * by_name["loss"].tensor_bytes == 2 * 3 * 4 * 8 * 2
+    assert by_name["optimizer"].tensor_bytes == 11 * 4 * (54 + 66)  # one update
+    assert step_nodes(network, setting, step=step.accumulated(3)) == nodes
+
+
+def test_epochs_of_other_passes_are_another_step(tmp_path: Path) -> None:
+    trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=2))
+    first, second = trace.epochs
+    trace = msgspec.structs.replace(trace, epochs=(first, msgspec.structs.replace(second, passes=2)))
+    one, two = (decode(file)[1] for file in write_chakra(trace, tmp_path / "out", num_gpus=1))
+    index = msgspec.json.decode((tmp_path / "out" / "index.json").read_bytes())
+    assert [(entry["epochs"], entry["passes"]) for entry in index] == [([0], 1), ([1], 2)]
+    assert len(two) == 2 * len(one) - 1  # both passes, and one optimizer
+
+
+def test_files_of_an_earlier_job_of_more_ranks_are_not_mixed_with_those_of_this_one(tmp_path: Path) -> None:
+    trace, out = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=1)), tmp_path / "out"
+    files = write_chakra(trace, out, num_gpus=12)
+    (files[2].parent / "step.notes.et").write_text("of nobody")
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(UsageError, match=r"holds step\.11\.et of an earlier job of more ranks"):
+        write_chakra(trace, out, num_gpus=11)
+    assert [file.read_bytes() for file in files] == before
+    assert write_chakra(trace, out, num_gpus=12) == files
 
 
 def test_one_gpu_reduces_nothing(tmp_path: Path) -> None:

@@ -130,6 +130,15 @@ def test_a_folder_gets_a_file_per_gpu_that_names_its_rank(tmp_path: Path) -> Non
         assert json.loads(text)["distributedInfo"] == {"backend": "nccl", "rank": rank, "world_size": 2}
 
 
+def test_ranks_of_an_earlier_projection_are_not_left_among_those_of_this_one(tmp_path: Path) -> None:
+    """HolisticTraceAnalysis reads every file of the folder."""
+    trace, out = read_trace(shrinking_trace(tmp_path)), tmp_path / "ranks"
+    write_timeline(out, trace, cluster(), 2)
+    with pytest.raises(UsageError, match=r"holds rank_1\.json of an earlier job of more ranks"):
+        write_timeline(out, trace, cluster(), 1)
+    assert len(write_timeline(out, trace, cluster(), 2)) == 2
+
+
 def test_the_command_line_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = shrinking_trace(tmp_path)
     out = tmp_path / "t.json"

@@ -151,6 +151,29 @@ def test_ranks_count_with_their_mean(tmp_path: Path) -> None:
     assert found.exposed_communication_seconds == pytest.approx(1e-3 * (3 + 3.5 + 4.5) / 3)  # less the 0.5 ms update
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_time_that_one_rank_does_not_say_is_no_zero_in_the_mean(tmp_path: Path, order: tuple[int, int]) -> None:
+    whole, part = _gpu_trace(), _gpu_trace(rank=1)
+    part["traceEvents"] = [event for event in part["traceEvents"] if not event["name"].startswith("Optimizer")]
+    files = [_write(tmp_path / "0.json", whole), _write(tmp_path / "1.json", part)]
+    found = import_kineto([files[i] for i in order])
+    assert sorted(rank.optimizer_seconds is None for rank in found.ranks) == [False, True]
+    assert found.optimizer_seconds == pytest.approx(0.5e-3)
+    assert found.forward_seconds == pytest.approx(2e-3)
+    assert import_kineto(files[1:]).optimizer_seconds is None
+
+
+@pytest.mark.parametrize("communicates", [True, False])
+def test_images_of_a_job_of_unknown_size_are_said_to_be_those_of_one_rank(tmp_path: Path, communicates: bool) -> None:
+    document = _gpu_trace()
+    del document["distributedInfo"]
+    if not communicates:
+        document["traceEvents"] = [e for e in document["traceEvents"] if not e["name"].startswith("nccl")]
+    found = import_kineto([_write(tmp_path / "a.json", document)])
+    assert found.images_per_second == pytest.approx(4 / 12e-3)
+    assert any("no file says how many ranks" in note for note in found.notes) == communicates
+
+
 def test_a_profiled_step_is_projected_onto_more_gpus(tmp_path: Path) -> None:
     out = tmp_path / "profile.toml"
     assert run(["import", "kineto", str(_write(tmp_path / "rank0.json", _gpu_trace())), "-o", str(out)]) == 0

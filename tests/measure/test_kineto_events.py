@@ -41,8 +41,22 @@ def test_a_window_holds_what_begins_in_it_but_not_at_its_end() -> None:
 
 def test_microseconds_are_read_as_numbers_and_as_text(tmp_path: Path) -> None:
     found = recording(tmp_path, event("cpu_op", "aten::add", 1_500_000, 250), event("cpu_op", "b", "2e6", "3"))
-    assert [e.begin_s for e in found.host] == pytest.approx([1.5, 2.0])
+    assert [e.begin_s for e in found.host] == pytest.approx([0.0, 0.5])  # since the first event
     assert [e.seconds for e in found.host] == pytest.approx([250e-6, 3e-6])
+
+
+def test_times_since_1970_are_as_exact_as_others(tmp_path: Path) -> None:
+    """As versions until 2024 write them: a float holds such seconds in steps of 0.24 µs, a quarter of this kernel's."""
+    begin_us = 1_700_000_000_000_000
+    found = recording(
+        tmp_path,
+        event("cpu_op", "aten::add", begin_us, 10),
+        event("kernel", "k", begin_us + 20, 1, device=0),
+        event("kernel", "k", begin_us + 21, 2, device=0),
+    )
+    assert [e.begin_s for e in found.device_events] == pytest.approx([20e-6, 21e-6], rel=1e-9)
+    assert [e.seconds for e in found.device_events] == pytest.approx([1e-6, 2e-6], rel=1e-9)
+    assert union(e.span for e in found.device_events) == [pytest.approx((20e-6, 23e-6), rel=1e-9)]
 
 
 def test_operators_nest_on_their_own_thread_until_they_end(tmp_path: Path) -> None:
@@ -65,6 +79,21 @@ def test_operators_nest_on_their_own_thread_until_they_end(tmp_path: Path) -> No
         "next": None,
     }
     assert [e.name for e in found.host[0].walk()] == ["outer", "child", "grandchild", "second child"]
+
+
+@pytest.mark.parametrize(("took_us", "next_us"), [(0.2, 0.3), (1.007, 1.107)])
+def test_an_operator_is_not_inside_one_that_ends_where_it_begins_whatever_floats_add_up_to(
+    tmp_path: Path, took_us: float, next_us: float
+) -> None:
+    """0.1 + 0.2 is more than 0.3; 1000 times 1.007 is less than 1007."""
+    found = recording(tmp_path, event("cpu_op", "a", 0.1, took_us), event("cpu_op", "b", next_us, 0.2))
+    assert [e.parent for e in found.host] == [None, None]
+    assert found.host[0].end_s == found.host[1].begin_s
+
+
+def test_an_event_that_takes_no_time_was_not_cut_off(tmp_path: Path) -> None:
+    found = recording(tmp_path, event("cpu_op", "a", 0, 0), event("cpu_op", "b", 0, -1), event("cpu_op", "c", 0, 1))
+    assert found.num_cut_off == 1
 
 
 @pytest.mark.parametrize(("called_us", "owner"), [(2, "child"), (5, "child"), (6, "outer"), (10, None)])
