@@ -206,6 +206,12 @@ TIMED: dict[str, tuple[list[Any], float]] = {
     # marks that hold 90 % of the time up to an evaluation do not wait for the accelerators; a little more, and they do
     "marks of nine tenths": ([("epoch_start", 0), ("epoch_stop", 18), ("eval_start", 20)], 20),
     "marks of more": ([("epoch_start", 0), ("epoch_stop", 18.1), ("eval_start", 20)], 18.1),
+    "epochs with a number and a count of samples": (
+        [("epoch_start", 0, {"epoch_num": 1, "samples_count": 0}), ("epoch_stop", 30)], 30
+    ),
+    "blocks that count epochs and samples": (
+        [("block_start", 0, {"first_epoch_num": 1, "epoch_count": 2, "samples_count": 0}), ("block_stop", 40)], 20
+    ),
     "an end without a begin, and epochs without a duration": (
         [("epoch_stop", 5), ("epoch_start", 6), ("epoch_stop", 6), ("epoch_start", 7), ("epoch_stop", 37)], 30
     ),

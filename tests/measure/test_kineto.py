@@ -160,6 +160,7 @@ def test_a_time_that_one_rank_does_not_say_is_no_zero_in_the_mean(tmp_path: Path
     assert sorted(rank.optimizer_seconds is None for rank in found.ranks) == [False, True]
     assert found.optimizer_seconds == pytest.approx(0.5e-3)
     assert found.forward_seconds == pytest.approx(2e-3)
+    assert import_kineto(files[1:]).optimizer_seconds is None
 
 
 @pytest.mark.parametrize("communicates", [True, False])

@@ -81,11 +81,19 @@ def test_operators_nest_on_their_own_thread_until_they_end(tmp_path: Path) -> No
     assert [e.name for e in found.host[0].walk()] == ["outer", "child", "grandchild", "second child"]
 
 
-def test_an_operator_is_not_inside_one_that_ends_where_it_begins_whatever_floats_add_up_to(tmp_path: Path) -> None:
-    """0.1 + 0.2 is more than 0.3."""
-    found = recording(tmp_path, event("cpu_op", "a", 0.1, 0.2), event("cpu_op", "b", 0.3, 0.2))
+@pytest.mark.parametrize(("took_us", "next_us"), [(0.2, 0.3), (1.007, 1.107)])
+def test_an_operator_is_not_inside_one_that_ends_where_it_begins_whatever_floats_add_up_to(
+    tmp_path: Path, took_us: float, next_us: float
+) -> None:
+    """0.1 + 0.2 is more than 0.3; 1000 times 1.007 is less than 1007."""
+    found = recording(tmp_path, event("cpu_op", "a", 0.1, took_us), event("cpu_op", "b", next_us, 0.2))
     assert [e.parent for e in found.host] == [None, None]
     assert found.host[0].end_s == found.host[1].begin_s
+
+
+def test_an_event_that_takes_no_time_was_not_cut_off(tmp_path: Path) -> None:
+    found = recording(tmp_path, event("cpu_op", "a", 0, 0), event("cpu_op", "b", 0, -1), event("cpu_op", "c", 0, 1))
+    assert found.num_cut_off == 1
 
 
 @pytest.mark.parametrize(("called_us", "owner"), [(2, "child"), (5, "child"), (6, "outer"), (10, None)])
