@@ -206,7 +206,9 @@ def _sizes_unchecked() -> Iterator[None]:
     which the check of an unpooling takes for a mistake.
     """
     names = vars(functional)
-    checks: dict[str, Any] = {name: names[name] for name in ("_verify_batch_size", "_check_unpool_output_size") if name in names}
+    checks: dict[str, Any] = {
+        name: names[name] for name in ("_verify_batch_size", "_check_unpool_output_size") if name in names
+    }
     names.update(dict.fromkeys(checks, lambda *_: None))
     try:
         yield

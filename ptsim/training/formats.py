@@ -1,4 +1,4 @@
-"""In which half-precision format does a pass compute? What torch's types are called, and what a compiled graph keeps."""
+"""Which half-precision format does a pass compute in? The names of torch's types, and what a compiled graph keeps."""
 
 from __future__ import annotations
 
