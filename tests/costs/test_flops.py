@@ -60,6 +60,8 @@ def test_paper_counts_all_taps_of_a_volume() -> None:
     volume = conv(op="conv3d", stride=(1, 1), input_shapes=(image,), output_shape=(128, 4, 8, 8))
     volume = msgspec.structs.replace(volume, forward_macs=128 * 64 * 27 * 4 * 8 * 8)
     assert layer_macs(volume, "paper").input_gradient == 6 * 10 * 10 * 128 * 27 * 64
+    halves = msgspec.structs.replace(volume, groups=2, forward_macs=128 * 32 * 27 * 4 * 8 * 8)
+    assert layer_macs(halves, "paper").input_gradient == 6 * 10 * 10 * 128 * 27 * 32
 
 
 def test_paper_counts_a_linear_layer_three_times() -> None:
