@@ -96,6 +96,20 @@ def flops_utilization(macs: float, gpu_seconds: float, peak_flops_per_s: float |
     return 2 * macs / (gpu_seconds * peak_flops_per_s) if peak_flops_per_s else None
 
 
+def spatial_axes(layer: Layer) -> int:
+    """Of a convolution's images: 1, 2 or 3, as its operator's name says."""
+    return int(layer.op[-2]) if layer.op.endswith(("1d", "3d")) else 2
+
+
+def num_taps(layer: Layer) -> int:
+    """Weights of a convolution's filter on one channel. A layer does not name the depth of three axes: its MACs do."""
+    if spatial_axes(layer) < 3:
+        return math.prod(layer.kernel_size)
+    shape = layer.input_shapes[0] if "transpose" in layer.op else layer.output_shape
+    filters = math.prod(shape[-3:]) * layer.out_channels * layer.in_channels // layer.groups
+    return layer.forward_macs // max(filters, 1)
+
+
 def _paper_input_gradient(layer: Layer) -> int:
     """(H + pad)²·K·R·S·C for a convolution of square images; a linear layer's third K·C."""
     if layer.kind is not LayerKind.CONV or not layer.input_shapes:
@@ -108,4 +122,4 @@ def _paper_input_gradient(layer: Layer) -> int:
     else:
         pad = 2
     pixels = math.prod(size + pad for size in layer.input_shapes[0][1:])
-    return pixels * layer.out_channels * math.prod(kernel) * (layer.in_channels // layer.groups)
+    return pixels * layer.out_channels * num_taps(layer) * (layer.in_channels // layer.groups)

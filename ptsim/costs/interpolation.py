@@ -186,7 +186,8 @@ def _products(operator: Operator, tile: int) -> float:
     """Multiply–accumulates when channels are filled up to whole tiles."""
     if operator.kind is LayerKind.CONV:
         inputs, outputs = operator.inputs[0][0] // operator.groups, operator.output[0]
-        pixels = math.prod(operator.output[1:]) * math.prod(operator.kernel)
+        image = operator.inputs[0] if "transpose" in operator.op else operator.output  # where a filter is laid on
+        pixels = math.prod(image[1:]) * math.prod(operator.kernel)
     elif operator.kind is LayerKind.LINEAR:
         inputs, outputs = operator.inputs[0][-1], operator.output[-1]
         pixels = math.prod(operator.output[:-1])

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ptsim.costs.flops import num_taps, spatial_axes
 from ptsim.costs.widths import Widths
 from ptsim.network import PRODUCTS, Layer, LayerKind, Network, Precision
 from ptsim.setting import StepSetting
@@ -56,7 +57,8 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
         m, n, k, groups: shape of the product; multiply–accumulates are m·n·k·groups.
         winograd: a 3×3 convolution with stride 1, for which fp32 kernels exist that multiply less, for groups too
             (cuDNN developer guide, algorithms of cudnnConvolutionForward: group count greater than 0).
-        strided: the gradient of a strided convolution's input, whose output pixels differ in work.
+        strided: the gradient of a strided convolution's input, or a strided transposed convolution, whose output pixels
+            differ in work.
         padded: channels are filled up to whole loads by a copy.
         odd_groups: a grouped convolution in channels_last for which no tensor-core kernel exists.
         moved_bytes: every operand read once, every result written once.
@@ -163,13 +165,10 @@ def convolution_kernels(
         index: position in the network.
     """
     channels_in, channels_out = layer.in_channels // layer.groups, layer.out_channels // layer.groups
-    area = math.prod(layer.kernel_size)
-    height, width = layer.input_shapes[0][-2:]
-    pixels_in, pixels_out = batch * height * width, batch * math.prod(layer.output_shape[-2:])
-    stride = math.prod(layer.stride)
     x = float(batch * math.prod(layer.input_shapes[0]) * element)
     y = float(batch * layer.output_elements * element)
-    w = float(layer.out_channels * channels_in * area * element)
+    w = float(layer.out_channels * channels_in * num_taps(layer) * element)
+    stride = _stride(layer)
     depthwise = channels_in == 1 and layer.groups > 1
     # Half-precision tensor-core kernels load 16 bytes at once; other channel counts are padded by a copy. Kernels for
     # images of three or four channels exist.
@@ -177,12 +176,9 @@ def convolution_kernels(
     # cuDNN's NHWC kernels for groups want as many channels out as in and whole warps of groups (ResNeXt has 32 or 64).
     usual = channels_in == channels_out and layer.groups % 32 == 0 and layer.dilation == (1, 1)
     odd_groups = halves and not foreign and layer.groups > 1 and not depthwise and not usual
-    shapes = {
-        Pass.FORWARD: (pixels_out, channels_out, channels_in * area),
-        Pass.INPUT_GRADIENT: (pixels_in, channels_in, channels_out * area / stride),
-        Pass.WEIGHT_GRADIENT: (channels_out, channels_in * area, pixels_out),
-    }
-    for step, (m, n, k) in shapes.items():
+    square = spatial_axes(layer) == 2 and layer.kernel_size == (3, 3)
+    spread = Pass.FORWARD if _is_transposed(layer) else Pass.INPUT_GRADIENT  # from few pixels to many
+    for step, (m, n, k) in _implicit_products(layer, batch).items():
         if step is Pass.INPUT_GRADIENT and not layer.input_needs_gradient:
             continue
         if step is Pass.WEIGHT_GRADIENT and not layer.weight_needs_gradient:
@@ -196,8 +192,8 @@ def convolution_kernels(
             k=k,
             groups=layer.groups,
             element_bytes=element,
-            winograd=layer.kernel_size == (3, 3) and stride == 1 and layer.dilation == (1, 1),
-            strided=step is Pass.INPUT_GRADIENT and stride > 1,
+            winograd=square and stride == 1 and layer.dilation == (1, 1),
+            strided=step is spread and stride > 1,
             padded=ragged and not depthwise,
             odd_groups=odd_groups,
             moved_bytes=x + y + w,
@@ -208,6 +204,36 @@ def convolution_kernels(
         yield _stream(index, Pass.FORWARD, 2 * y, y)
         if layer.weight_needs_gradient:
             yield _stream(index, Pass.WEIGHT_GRADIENT, y, y)
+
+
+def _implicit_products(layer: Layer, batch: int) -> dict[Pass, tuple[float, float, float]]:
+    """m, n and k of every pass of a convolution, in each group."""
+    axes, area, stride = spatial_axes(layer), num_taps(layer), _stride(layer)
+    channels_in, channels_out = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    pixels_in, pixels_out = (batch * math.prod(s[-axes:]) for s in (layer.input_shapes[0], layer.output_shape))
+    if _is_transposed(layer):  # runs the gradient of a convolution's input forward, and a convolution backward
+        return {
+            Pass.FORWARD: (pixels_out, channels_out, channels_in * area / stride),
+            Pass.INPUT_GRADIENT: (pixels_in, channels_in, channels_out * area),
+            Pass.WEIGHT_GRADIENT: (channels_in, channels_out * area, pixels_in),
+        }
+    return {
+        Pass.FORWARD: (pixels_out, channels_out, channels_in * area),
+        Pass.INPUT_GRADIENT: (pixels_in, channels_in, channels_out * area / stride),
+        Pass.WEIGHT_GRADIENT: (channels_out, channels_in * area, pixels_out),
+    }
+
+
+def _is_transposed(layer: Layer) -> bool:
+    return "transpose" in layer.op
+
+
+def _stride(layer: Layer) -> int:
+    """Over all axes. A layer does not name that of the depth of three axes: its shapes do."""
+    if spatial_axes(layer) < 3:
+        return math.prod(layer.stride)
+    depths = layer.input_shapes[0][-3], layer.output_shape[-3]
+    return math.prod(layer.stride) * max(1, round(max(depths) / max(min(depths), 1)))
 
 
 def product_kernels(

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import msgspec
 
 from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.flops import num_taps, spatial_axes
 from ptsim.costs.walked import layer_workspace, walked_footprint
 from ptsim.criteria import step_penalty
 from ptsim.hardware.spec import Device
@@ -217,7 +218,8 @@ def fallback_scratch(network: Network, num_threads: int) -> int:
         num_threads: that compute; every one takes its own.
     """
     narrow = [
-        layer.num_parameters + math.prod(layer.kernel_size) * layer.in_channels * math.prod(layer.output_shape[-2:])
+        layer.num_parameters
+        + num_taps(layer) * layer.in_channels * math.prod(layer.output_shape[-spatial_axes(layer) :])
         for layer in network.layers
         if layer.kind is LayerKind.CONV and layer.output_shape[-1] < layer.kernel_size[-1]
     ]

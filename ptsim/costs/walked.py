@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from ptsim.costs.flops import num_taps
 from ptsim.costs.widths import Widths, sources_of
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Layer, LayerKind, MemoryFormat, Moment, Network, Precision
 
@@ -313,7 +314,7 @@ def _buffer_sizes(network: Network) -> Iterable[int]:
         if layer.kind is LayerKind.BATCH_NORM:
             yield from (4 * layer.out_channels, 4 * layer.out_channels, 8)
         if not layer.weight_needs_gradient and layer.kind in (LayerKind.CONV, LayerKind.LINEAR):
-            yield 4 * math.prod(layer.kernel_size) * layer.in_channels // layer.groups * layer.out_channels
+            yield 4 * num_taps(layer) * layer.in_channels // layer.groups * layer.out_channels
 
 
 def layer_workspace(layer: Layer, batch: int, width: int, memory_format: MemoryFormat) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from ptsim.costs.flops import num_taps
 from ptsim.costs.walked import rescaled
 from ptsim.network import Layer, LayerKind, Network, Parameter
 from ptsim.operators import BRANCH_CONSTANT, constant_axis
@@ -153,7 +154,7 @@ def _num_parameters(old: Layer, new: Layer) -> int:
     if not old.num_parameters:
         return 0
     if old.kind in (LayerKind.CONV, LayerKind.LINEAR):
-        kernel = math.prod(old.kernel_size)
+        kernel = num_taps(old) if old.kind is LayerKind.CONV else 1
         return new.out_channels * (new.in_channels // new.groups * kernel + int(old.bias))
     return round(old.num_parameters * new.out_channels / old.out_channels)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from ptsim.costs.flops import flops_utilization, inference_macs, layer_macs, training_macs
@@ -51,6 +52,16 @@ def test_paper_pads_nothing_for_1x1_and_three_for_the_7x7_stem() -> None:
         input_needs_gradient=False,
     )
     assert layer_macs(stem, "paper").input_gradient == 227**2 * 64 * 49 * 3
+
+
+def test_paper_counts_all_taps_of_a_volume() -> None:
+    """27 taps on 4×8×8, of which a layer names 3×3; the images are padded to 6×10×10."""
+    image = (64, 4, 8, 8)
+    volume = conv(op="conv3d", stride=(1, 1), input_shapes=(image,), output_shape=(128, 4, 8, 8))
+    volume = msgspec.structs.replace(volume, forward_macs=128 * 64 * 27 * 4 * 8 * 8)
+    assert layer_macs(volume, "paper").input_gradient == 6 * 10 * 10 * 128 * 27 * 64
+    halves = msgspec.structs.replace(volume, groups=2, forward_macs=128 * 32 * 27 * 4 * 8 * 8)
+    assert layer_macs(halves, "paper").input_gradient == 6 * 10 * 10 * 128 * 27 * 32
 
 
 def test_paper_counts_a_linear_layer_three_times() -> None:

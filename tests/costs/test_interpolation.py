@@ -146,6 +146,18 @@ def test_a_neighbour_of_an_odd_operator_is_odd_and_what_is_far_from_all_is_unsur
     assert 0 < near.log_error < far.log_error
 
 
+def test_a_transposed_convolution_multiplies_at_the_pixels_of_its_input() -> None:
+    """Times in proportion to products: the same images take as long with a larger stride, whose output is larger."""
+
+    def up(batch: int, stride: int = 1) -> Operator:
+        output = (512, 4 * stride, 4 * stride)
+        return conv(512, 512, size=4, batch=batch, op="conv_transpose2d", output=output, stride=(stride, stride))
+
+    found = known(*(took(up(batch), 1e-3 * batch) for batch in range(1, 25))).estimate(up(16, stride=2), "forward")
+    assert found is not None
+    assert found.seconds == pytest.approx(16e-3, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("groups", "channels", "form"),
     [(1, 16, "dense"), (1, 1, "dense"), (4, 16, "grouped"), (16, 16, "depthwise"), (2, 2, "depthwise")],

@@ -1,6 +1,7 @@
 """Kernels of a training step: counts by hand."""
 
 import itertools
+import math
 
 import msgspec
 import numpy as np
@@ -265,6 +266,50 @@ def test_the_implicit_products_of_a_grouped_strided_convolution():
     assert {k.step for k in kernels if k.strided} == {Pass.INPUT_GRADIENT}
     assert not any(k.strided for k in convolution_kernels(convolution(), batch=5, element=2))
     assert {(k.layer, k.element_bytes, k.work, k.launches) for k in kernels} == {(3, 2, Work.PRODUCT, 1)}
+
+
+def test_a_transposed_convolution_lays_its_filters_on_the_few_pixels_of_its_input():
+    """8 groups of 8 → 16 channels, 3×3 with stride 2 from 4×4 to 8×8, 5 images: what its mirror image does backward."""
+    layer = msgspec.structs.replace(
+        convolution(stride=2, groups=8), op="conv_transpose2d", input_shapes=((64, 4, 4),), output_shape=(128, 8, 8)
+    )
+    moved = 4.0 * (5 * 64 * 16 + 5 * 128 * 64 + 128 * 8 * 9)
+    kernels = list(convolution_kernels(layer, batch=5, element=4))
+    assert rows(kernels) == {
+        Pass.FORWARD: (5 * 64, 16, 8 * 9 / 4, 8, moved, moved),
+        Pass.INPUT_GRADIENT: (5 * 16, 8, 16 * 9, 8, moved, moved),
+        Pass.WEIGHT_GRADIENT: (8, 16 * 9, 5 * 16, 8, moved, moved),
+    }
+    assert {k.step for k in kernels if k.strided} == {Pass.FORWARD}
+
+
+@pytest.mark.parametrize(
+    ("op", "image", "output", "kernel", "stride", "taps", "pixels"),
+    [
+        ("conv1d", (32,), (32,), (1, 3), (1, 1), 3, 32),
+        ("conv1d", (32,), (16,), (1, 3), (1, 2), 3, 16),
+        ("conv_transpose1d", (16,), (32,), (1, 4), (1, 2), 4, 16),
+        ("conv3d", (4, 8, 8), (4, 8, 8), (3, 3), (1, 1), 27, 4 * 64),
+        ("conv3d", (4, 8, 8), (2, 4, 4), (3, 3), (2, 2), 27, 2 * 16),
+        ("conv3d", (4, 8, 8), (4, 4, 4), (3, 3), (2, 2), 9, 4 * 16),  # a filter of one image of the row
+        ("conv_transpose3d", (2, 4, 4), (4, 8, 8), (2, 2), (2, 2), 8, 2 * 16),
+    ],
+)
+def test_signals_and_volumes_are_multiplied_by_every_tap_at_every_place(
+    op, image, output, kernel, stride, taps, pixels
+):
+    """16 → 24 channels: every pass multiplies 16·24 pairs of channels by all taps at the places of the few pixels."""
+    layer = Layer(
+        name="c", kind=LayerKind.CONV, op=op, in_channels=16, out_channels=24, kernel_size=kernel, stride=stride,
+        input_shapes=((16, *image),), output_shape=(24, *output), forward_macs=16 * 24 * taps * pixels,
+    )  # fmt: skip
+    kernels = list(convolution_kernels(layer, batch=5, element=2))
+    elements = 5 * 16 * math.prod(image) + 5 * 24 * math.prod(output) + 16 * 24 * taps
+    assert len(kernels) == 3
+    for k in kernels:
+        assert k.m * k.n * k.k * k.groups == 5 * 16 * 24 * taps * pixels
+        assert k.moved_bytes == 2 * elements
+        assert not k.winograd
 
 
 @pytest.mark.parametrize(

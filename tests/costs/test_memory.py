@@ -379,6 +379,8 @@ def test_scratch_of_narrow_maps_is_four_times_weights_and_unfolded_image_for_eve
     small = convolution(output_shape=(1, 2, 2), in_channels=1, num_parameters=9)
     network = by_hand(layers=(small, narrow, as_wide))
     assert fallback_scratch(network, 3) == 6048
+    signal = convolution(op="conv1d", kernel_size=(1, 3), input_shapes=((2, 2),), output_shape=(3, 2))
+    assert fallback_scratch(by_hand(layers=(signal,)), 3) == 4 * 4 * 3 * (54 + 3 * 2 * 2)
     assert fallback_scratch(by_hand(layers=(as_wide, msgspec.structs.replace(narrow, kind=LayerKind.POOL))), 3) == 0
     cpu = msgspec.structs.replace(load_device("a100"), architecture="cpu", num_sms=3)
     for device, scratch in ((None, 2016), (cpu, 6048)):

@@ -166,6 +166,12 @@ def chain(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+def volume(a: int, b: int) -> nn.Sequential:
+    """The image's channels as the depth of a volume."""
+    convolutions = nn.Conv3d(1, a, 3, padding=1), nn.Conv3d(a, b, 2)
+    return nn.Sequential(nn.Unflatten(1, (1, 3)), *convolutions, nn.Flatten(), nn.Linear(b * 2 * 7 * 7, 10))
+
+
 @pytest.mark.parametrize(
     ("image", "make", "narrow", "wide"),
     [
@@ -175,11 +181,12 @@ def chain(*layers: nn.Module) -> nn.Sequential:
         # a multiple of 8 channels in 3 groups
         (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.Conv2d(a, b, 3, groups=3)), (24, 30), (24, 48)),
         (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.ConvTranspose2d(a, b, 2)), (12, 20), (16, 24)),
+        (3, volume, (12, 20), (16, 24)),
         (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.PReLU(a), nn.Conv2d(a, b, 3)), (12, 20), (16, 24)),
         (3, Joined, (5, 12), (8, 16)),  # 15 become 24
         (3, Beside, (5, 12), (8, 16)),  # 8 become 11: the image has 3
     ],
-    ids=["grey", "single", "depthwise", "grouped", "transposed", "slopes", "joined", "beside"],
+    ids=["grey", "single", "depthwise", "grouped", "transposed", "volume", "slopes", "joined", "beside"],
 )
 def test_every_form_of_a_convolution_is_as_captured_with_those_widths(
     image: int, make: Callable[[int, int], nn.Module], narrow: tuple[int, int], wide: tuple[int, int]
