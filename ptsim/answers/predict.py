@@ -227,7 +227,7 @@ def _prediction(
         low_images_per_second=images / took.high_s,
         high_images_per_second=images / took.low_s,
         mfu_fraction=flops_utilization(
-            training_macs(network, images=setting.batch),
+            training_macs(network, images=setting.batch, mini_batches=setting.passes),
             took.expected_s,
             device.peak_flops_per_s.get(setting.precision),
         ),

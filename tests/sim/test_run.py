@@ -332,6 +332,24 @@ class TestManyGpus:
         assert mixed.compute_s == pytest.approx((6 * own.compute_s + 2 * old.compute_s) / 8)
         assert mixed.compute_s + mixed.straggler_wait_s == pytest.approx(old.compute_s)
 
+    def test_mixed_gpus_are_used_as_far_as_their_own_peaks_allow(self, trace: Trace) -> None:
+        """On 12 GPUs the first node has 6 A100 and 2 T4, the second 4 A100: 19.5 and 8.1 TFLOP/s in fp32."""
+        own = run(trace, 12, mixed_devices={"a100-sxm4-40gb": 2})
+        mixed = run(trace, 12, mixed_devices={"t4": 2})
+        assert own.mfu_fraction is not None
+        seconds = sum(epoch.total_s for epoch in mixed.epochs) / sum(epoch.total_s for epoch in own.epochs)
+        peaks = (10 * 19.5 + 2 * 8.1) / 12 / 19.5
+        assert mixed.mfu_fraction == pytest.approx(own.mfu_fraction / seconds / peaks)
+
+    def test_a_price_that_is_of_other_gpus_is_said(self, trace: Trace) -> None:
+        def said(**options: Any) -> list[str]:
+            return [note for note in run(trace, 8, cluster(price=2.0), **options).notes if "the price is of" in note]
+
+        own, other = (load_device(name).name for name in ("a100-sxm4-40gb", "t4"))
+        assert said() == said(device="a100-sxm4-40gb") == said(device="t4", price_usd_per_gpu_hour=1.0) == []
+        assert said(device="t4") == [f"the price is of made up with the {own}, not of the {other}"]
+        assert len(said(mixed_devices={"t4": 2})) == 1
+
     def test_mixed_gpus_have_the_interval_of_the_slowest(self, trace: Trace) -> None:
         old, mixed = run(trace, 8, device="t4"), run(trace, 8, mixed_devices={"t4": 2})
         assert mixed.high_s / mixed.total_s == pytest.approx(old.high_s / old.total_s, rel=0.02)
