@@ -97,7 +97,7 @@ def supply(
     Args:
         pipeline: the library.
         cluster: its nodes' cores and storage; storage that is not known is not a limit (the images lie in memory).
-        num_gpus: of the job; the fullest node has the most of them.
+        num_gpus: of all jobs; the fullest node has the most of them.
         output_pixels: height times width of the network's input.
         stored_pixels: mean height times width of the images as they are stored.
         speed: of the cores, relative to the published machine's.

@@ -114,7 +114,7 @@ class Feed:
         return supply(
             find_pipeline(self.options.input),
             self.cluster,
-            self.scenario.num_gpus,
+            self.scenario.num_gpus * self.options.jobs,  # however they are placed, they fill nodes one after the other
             output_pixels=self._output_pixels,
             stored_pixels=self._stored_pixels,
             speed=speed,

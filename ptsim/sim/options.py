@@ -130,8 +130,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         compile_s: recompilation after wrapping (torch.compile).
         autotune_trials: trial runs of every convolution after wrapping, on a GPU (cuDNN's benchmark mode).
         warmup_steps: steps after wrapping that train nothing.
-        input: the pipeline that reads and decodes the images (`costs.input.pipelines`), sharing the node's cores;
-            "none": never a limit.
+        input: the pipeline that reads and decodes the images (`costs.input.pipelines`), sharing the node's cores
+            with all jobs that are on it; "none": never a limit.
         input_stored_pixels: mean height times width of its images as they are stored; None: ImageNet's, or the
             network's input where that is smaller than 128 x 128.
         input_storage_bytes_per_s: at which a node reads images, instead of the cluster's own.

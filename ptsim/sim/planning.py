@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ptsim.costs.memory import largest_batch
+from ptsim.costs.memory import iteration_memory, largest_batch
 from ptsim.errors import UsageError
 from ptsim.network import Network
 from ptsim.sim.rounding import rounded
@@ -56,6 +56,7 @@ class _Planner:
         self.scenario, self.options, self.num_gpus = scenario, scenario.options, scenario.num_gpus
         self.epochs = scenario.trace.epochs
         self.notes: list[str] = []
+        self.uneven: set[int] = set()  # global mini-batches that do not divide by the GPUs
 
     def stages(self) -> list[Stage]:
         options, epochs = self.options, self.epochs
@@ -102,12 +103,20 @@ class _Planner:
         recorded = self.epochs[0] if options.minibatch != "recorded" else source
         per_gpu = recorded.batch_per_gpu
         if options.scaling == "strong":
-            per_gpu = max(1, -(-recorded.batch_per_gpu * recorded.world_size // self.num_gpus))
+            total = recorded.batch_per_gpu * recorded.world_size
+            per_gpu = max(1, -(-total // self.num_gpus))
+            if options.minibatch != "planned" and total % self.num_gpus:
+                self.uneven.add(total)
         if options.minibatch != "planned" or (previous and not new):
             return previous or per_gpu if options.minibatch == "planned" else per_gpu
         most = self._largest_batch(source, network, identity)
         if not previous:
-            if most and most < per_gpu:
+            if options.max_batch is not None and options.max_batch < per_gpu:
+                self.notes.append(
+                    f"mini-batch {per_gpu} is more than max_batch: the run begins with {options.max_batch}"
+                )
+                per_gpu = options.max_batch
+            if most and most < per_gpu and not self._fits(source, network, per_gpu):
                 self.notes.append(f"mini-batch {per_gpu} does not fit at first; planned with {most}")
                 return most
             return per_gpu
@@ -138,6 +147,12 @@ class _Planner:
             ),
         )
 
+    def _fits(self, source: Epoch, network: Network, batch: int) -> bool:
+        scenario = self.scenario
+        setting = scenario.memory_setting(batch, source)
+        need = iteration_memory(network, setting, device=scenario.device)
+        return need.device_bytes <= scenario.memory_bytes
+
     def _num_iterations(self, epoch: Epoch, batch: int) -> int:
         if batch == epoch.batch_per_gpu and self.num_gpus == epoch.world_size:
             return epoch.num_iterations
@@ -158,7 +173,7 @@ class _Planner:
         if rest and full:
             note(f"{self.num_gpus} GPUs do not fill nodes of {per_node}: {full} full and one with {rest} are assumed")
         if options.scaling == "strong":
-            self._note_uneven(stages)
+            self._note_uneven()
         num_recorded = sum(event.measured_duration_s is not None for event in changes(trace))
         if num_recorded < 2 and options.surgery_s is None and any(stage.new for stage in stages):
             note(
@@ -198,18 +213,11 @@ class _Planner:
         if not self.scenario.overlap and options.overlap is None and self.num_gpus > 1:
             note("the recorded step was compiled: its gradients become ready together, so nothing hides all-reduces")
 
-    def _note_uneven(self, stages: Sequence[Stage]) -> None:
-        uneven = sorted(
-            {
-                total
-                for stage in stages
-                if self.options.minibatch != "planned"
-                and (total := stage.epoch.batch_per_gpu * stage.epoch.world_size) % self.num_gpus
-            }
-        )
-        if uneven:
-            per_gpu = -(-uneven[0] // self.num_gpus)
+    def _note_uneven(self) -> None:
+        if self.uneven:
+            total = min(self.uneven)
+            per_gpu = -(-total // self.num_gpus)
             self.notes.append(
-                f"a global mini-batch of {uneven[0]} does not divide by {self.num_gpus} GPUs: "
+                f"a global mini-batch of {total} does not divide by {self.num_gpus} GPUs: "
                 f"rounded up to {per_gpu} per GPU, {per_gpu * self.num_gpus:,} in all"
             )

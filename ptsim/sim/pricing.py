@@ -110,6 +110,22 @@ class Pricer:
             high_s=surgery.high_s + wrapping.high_s,
         )
 
+    @property
+    def peak_flops_per_s(self) -> float | None:
+        """What the arithmetic of a GPU could do, the mean where devices are mixed; None where one's is not known."""
+        scenario, mixed = self.scenario, self.options.mixed_devices
+        own = scenario.device.peak_flops_per_s.get(scenario.precision)
+        if not mixed or own is None:
+            return own
+        others = [load_device(name).peak_flops_per_s.get(scenario.precision) for name in mixed]
+        node = [own] * (scenario.cluster.gpus_per_node - sum(mixed.values()))
+        for peak, count in zip(others, mixed.values(), strict=True):
+            if peak is None:
+                return None
+            node += [peak] * count
+        full, rest = divmod(scenario.num_gpus, len(node))
+        return (full * math.fsum(node) + math.fsum(node[:rest])) / scenario.num_gpus
+
     def record(self, stage: Stage, num_steps: int, shown: int) -> RecordedSteps:
         """What the streams of the first `shown` GPUs do in `num_steps` steps of the stage."""
         scenario = self.scenario

@@ -73,8 +73,8 @@ class RunProjection(msgspec.Struct, frozen=True, kw_only=True):
         tier: the worst that a step time comes from.
         network_tier: the worst that an all-reduce time comes from; None on a single GPU.
         energy_j: of all GPUs (the boards, without host and cooling); None where the device's power is not known.
-        mfu_fraction: FLOPs of the recorded images over what the GPUs' arithmetic could do in the time of the steps;
-            None where the device's peak for the precision is not known.
+        mfu_fraction: FLOPs of the recorded images over what the GPUs' arithmetic could do in the time of the steps,
+            each kind by its own peak; None where a peak for the precision is not known.
         price: of a GPU-hour; None where it is not known.
         input_images_per_s: that the pipeline, or the given rate, delivers to every GPU; None where input keeps up.
         input_limit_gpus: from how many GPUs of one node on the pipeline is what an epoch waits for; None where it never

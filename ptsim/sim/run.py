@@ -19,7 +19,7 @@ import msgspec
 from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.tiers import Tier, worst_tier
 from ptsim.errors import UnknownNameError
-from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.catalog import load_cluster, load_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
@@ -193,7 +193,7 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         high_s=high_s,
         tier=worst_tier(epoch.tier for epoch in epochs) or Tier.DATASHEET,
         network_tier=pricer.links.tier,
-        mfu_fraction=_utilization(scenario, plan.stages, epochs),
+        mfu_fraction=_utilization(pricer, plan.stages, epochs),
         input_images_per_s=pricer.feed.images_per_s,
         input_limit_gpus=pricer.feed.limiting_gpus(needed),
         draw_spread=0.0,
@@ -204,12 +204,14 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
             *pricer.feed.notes(needed),
             *_doubts(scenario, epochs),
             *_instances(price, num_gpus),
+            *_other_gpus(price, scenario),
         ),
         faults=faults,
     )
 
 
-def _utilization(scenario: Scenario, stages: Sequence[Stage], epochs: Sequence[EpochProjection]) -> float | None:
+def _utilization(pricer: Pricer, stages: Sequence[Stage], epochs: Sequence[EpochProjection]) -> float | None:
+    scenario = pricer.scenario
     macs = sum(
         training_macs(
             stage.network,
@@ -219,7 +221,7 @@ def _utilization(scenario: Scenario, stages: Sequence[Stage], epochs: Sequence[E
         for stage in stages
     )
     gpu_seconds = scenario.num_gpus * math.fsum(epoch.total_s for epoch in epochs)
-    return flops_utilization(macs, gpu_seconds, scenario.device.peak_flops_per_s.get(scenario.precision))
+    return flops_utilization(macs, gpu_seconds, pricer.peak_flops_per_s)
 
 
 def _over(epochs: Sequence[EpochProjection], of_step: Callable[[EpochProjection], float]) -> float:
@@ -331,6 +333,21 @@ def _instances(price: HourPrice | None, num_gpus: int) -> tuple[str, ...]:
     if price is None or not billing:
         return ()
     return (f"{billing}: at the list price one rents whole instances of {price.instance_gpus} GPUs",)
+
+
+def _other_gpus(price: HourPrice | None, scenario: Scenario) -> tuple[str, ...]:
+    """That the cluster's price is not of the GPUs that are projected."""
+    own, options = scenario.cluster.device, scenario.options
+    if price is None or own is None or options.price_usd_per_gpu_hour is not None:
+        return ()
+    others = [
+        name
+        for name in (scenario.device.name, *(load_device(each).name for each in options.mixed_devices))
+        if name != own.name
+    ]
+    if not others:
+        return ()
+    return (f"the price is of {scenario.cluster.name} with the {own.name}, not of the {', the '.join(others)}",)
 
 
 def change(options: Options, changes: dict[str, Any]) -> Options:

@@ -300,3 +300,28 @@ def test_a_compiled_run_hides_no_communication_elsewhere_either(tmp_path: Path) 
     assert at_once.exposed_communication_seconds == pytest.approx(at_once.communication_seconds)
     assert usual.communication_seconds == pytest.approx(at_once.communication_seconds)
     assert usual.exposed_communication_seconds < 0.9 * usual.communication_seconds
+
+
+def test_what_runs_once_a_pass_is_counted_in_every_pass(tmp_path: Path) -> None:
+    """Four passes of 16 images: a layer whose work does not depend on the images does it four times."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl"))
+    network = trace.final_network
+    layers = tuple(msgspec.structs.replace(layer, once=layer.name == "conv1") for layer in network.layers)
+    once = msgspec.structs.replace(network, layers=layers)
+    accumulated = msgspec.structs.replace(
+        trace,
+        networks=dict.fromkeys(trace.networks, once),
+        epochs=tuple(msgspec.structs.replace(epoch, passes=4) for epoch in trace.epochs),
+    )
+    predicted = ptsim.predict(accumulated, gpu="a100-sxm4-40gb")
+    first = network.layer("conv1").forward_macs  # needs no gradient of its input
+    flops = 2 * (64 * 3 * (network.forward_macs - first) + 4 * 2 * first)
+    assert predicted.mfu_fraction == pytest.approx(flops / (19.5e12 * predicted.step_seconds))
+
+
+def test_the_parts_of_an_accumulated_step_on_several_gpus_add_up_to_it(tmp_path: Path) -> None:
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl"))
+    passes = tuple(msgspec.structs.replace(epoch, passes=4) for epoch in trace.epochs)
+    p = ptsim.predict(msgspec.structs.replace(trace, epochs=passes), cluster=node(0.01), gpus=4)
+    computed_s = p.forward_seconds + p.backward_seconds + p.optimizer_seconds + p.overhead_seconds + p.hook_seconds
+    assert p.step_seconds == pytest.approx(computed_s + p.exposed_communication_seconds)

@@ -115,3 +115,22 @@ def test_a_recorded_loader_is_as_fast_as_in_the_fastest_epoch_that_waited_for_it
     assert waited.interval_s(64, "high") == pytest.approx(1.28)
     kept_up = feed(msgspec.structs.replace(trace, epochs=epochs[2:]), input_images_per_s="recorded")
     assert (kept_up.images_per_s, kept_up.interval_s(64)) == (None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "jobs", "network", "placement", "sharing"),
+    [
+        (2, 1, "formula", "packed", 2),
+        (2, 3, "formula", "packed", 6),
+        (2, 5, "links", "packed", 8),  # a node has no more
+        (4, 2, "links", "striped", 8),
+        (16, 2, "links", "packed", 8),
+    ],
+)
+def test_the_jobs_beside_this_one_take_their_part_of_the_nodes_cores(
+    trace: Trace, gpus: int, jobs: int, network: str, placement: str, sharing: int
+) -> None:
+    where = msgspec.structs.replace(cluster(), cores_per_node=40)
+    options = {"input": "torchvision", "jobs": jobs, "network": network, "placement": placement}
+    fed = Feed(Scenario(trace, where, gpus, change(Options(), options)))
+    assert fed.images_per_s == pytest.approx(40 / sharing / (1024 / 113.5e6 + 1024 / 8.68e6))

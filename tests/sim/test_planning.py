@@ -95,3 +95,67 @@ def test_a_run_that_waited_for_its_data_says_that_the_projected_one_does_not(
     )
     notes = planned(msgspec.structs.replace(trace, epochs=epochs), 1, **options).notes
     assert any("the recorded run waited for data 12% of the time" in note for note in notes) == noted
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "says"),
+    [
+        (
+            {"max_batch": 48},
+            48,
+            ["mini-batch 64 is more than max_batch: the run begins with 48"],
+        ),
+        ({"max_batch": 16}, 16, ["mini-batch 64 is more than max_batch: the run begins with 16"]),
+        ({"max_batch": 64}, 64, []),
+        ({"max_batch": 80, "batch_granularity": 60}, 64, []),  # 60 is the only multiple, and 64 fit as well
+    ],
+)
+def test_a_mini_batch_begins_no_larger_than_its_maximum_and_no_smaller_than_it_must(
+    trace: Trace, options: dict[str, Any], first: int, says: list[str]
+) -> None:
+    plan = planned(trace, 1, minibatch="planned", **options)
+    assert plan.stages[0].batch == first
+    assert [note for note in plan.notes if note.startswith("mini-batch") and "per GPU" not in note] == says
+    assert max(stage.batch for stage in plan.stages) <= options["max_batch"]
+
+
+def test_only_mini_batches_that_are_planned_are_said_to_be_uneven(trace: Trace) -> None:
+    """64, 96 and 128 images: by 5 GPUs none divides, by 64 only 96 does not, which a fixed one never is."""
+    fixed = [
+        [note for note in planned(trace, gpus, scaling="strong", minibatch=kind).notes if "does not divide" in note]
+        for gpus, kind in ((5, "fixed"), (64, "fixed"), (64, "recorded"))
+    ]
+    assert fixed[0] == ["a global mini-batch of 64 does not divide by 5 GPUs: rounded up to 13 per GPU, 65 in all"]
+    assert fixed[1] == []
+    assert fixed[2] == ["a global mini-batch of 96 does not divide by 64 GPUs: rounded up to 2 per GPU, 128 in all"]
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "says"),
+    [
+        ({"max_batch": 96}, [64, 96], "mini-batch per GPU 64 → 96 at epoch 2"),  # as recorded
+        (
+            {"max_batch": 128},
+            [64, 128],
+            "mini-batch per GPU 64 → 128 at epoch 2 (recorded: 96; accuracy not projected)",
+        ),
+        # steps of 24 images for each of 2 passes: four times 48 is the most in 230
+        (
+            {"max_batch": 230, "batch_granularity": 24, "micro_batches": 2},
+            [64, 192],
+            "mini-batch per GPU 64 → 192 at epoch 2 (recorded: 96; accuracy not projected)",
+        ),
+    ],
+)
+def test_a_mini_batch_grows_by_whole_passes_and_says_where_it_outgrows_the_recorded_one(
+    trace: Trace, options: dict[str, Any], batches: list[int], says: str
+) -> None:
+    plan = planned(trace, 1, minibatch="planned", **options)
+    assert [plan.stages[0].batch, plan.stages[-1].batch] == batches
+    assert [note for note in plan.notes if "→" in note] == [says]
+
+
+def test_the_largest_pass_of_a_mini_batch_that_does_not_divide_counts(trace: Trace) -> None:
+    """10 images in 4 passes are 3, 3, 3 and 1."""
+    scenario = Scenario(trace, cluster(), 1, Options(micro_batches=4))
+    assert scenario.setting(10, trace.epochs[0]).batch == 3

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from ptsim.costs.energy import PowerSample, fit_power
 from ptsim.costs.step import Measurements, step_time
 from ptsim.hardware.catalog import load_device, match_device
 from ptsim.setting import StepSetting
@@ -143,3 +144,20 @@ def test_recorded_powers_count_for_the_board_that_they_are_of(
     model = Power(Scenario(msgspec.structs.replace(sampled, epochs=epochs), cluster(device=device), 8, Options())).model
     assert model is not None
     assert model.source == source
+
+
+def test_what_a_recorded_epoch_waited_is_no_work_in_the_fit(sampled: Trace) -> None:
+    """Of an epoch twice as long as its steps, the GPU waits for half."""
+    first = sampled.epochs[0]
+    setting = sampled.setting_of(first)
+    device = cluster().gpu
+    known = Measurements(profiles=sampled.profiles, source_device=device)
+    step = step_time(sampled.network_of(first), device, setting, measurements=known)
+    wall_s = 2 * step.compute_s * first.num_iterations
+    time = msgspec.structs.replace(first.time, wall_s=wall_s)
+    one = msgspec.structs.replace(sampled, epochs=(msgspec.structs.replace(first, measured_time=time),))
+    sample = PowerSample(step=step, waiting_s=step.compute_s, power_w=300.0)
+    model, expected = Power(Scenario(one, cluster(), 1, Options())).model, fit_power(device, [sample])
+    assert model is not None
+    found = (model.product_w, model.stream_w, model.waiting_w)
+    assert found == pytest.approx((expected.product_w, expected.stream_w, expected.waiting_w))

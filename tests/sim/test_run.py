@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 import ptsim
+from ptsim.answers.repredict import device_profile_of
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import published_power
 from ptsim.costs.memory import VISIBLE_SHARE_HBM, iteration_memory
@@ -331,6 +332,57 @@ class TestManyGpus:
         mixed = run(trace, 8, mixed_devices={"t4": 2})
         assert mixed.compute_s == pytest.approx((6 * own.compute_s + 2 * old.compute_s) / 8)
         assert mixed.compute_s + mixed.straggler_wait_s == pytest.approx(old.compute_s)
+
+    def test_mixed_gpus_are_used_as_far_as_their_own_peaks_allow(self, trace: Trace) -> None:
+        """On 12 GPUs the first node has 6 A100 and 2 T4, the second 4 A100: 19.5 and 8.1 TFLOP/s in fp32."""
+        own = run(trace, 12, mixed_devices={"a100-sxm4-40gb": 2})
+        mixed = run(trace, 12, mixed_devices={"t4": 2})
+        assert own.mfu_fraction is not None
+        seconds = sum(epoch.total_s for epoch in mixed.epochs) / sum(epoch.total_s for epoch in own.epochs)
+        peaks = (10 * 19.5 + 2 * 8.1) / 12 / 19.5
+        assert mixed.mfu_fraction == pytest.approx(own.mfu_fraction / seconds / peaks)
+
+    def test_a_price_that_is_of_other_gpus_is_said(self, trace: Trace) -> None:
+        def said(**options: Any) -> list[str]:
+            return [note for note in run(trace, 8, cluster(price=2.0), **options).notes if "the price is of" in note]
+
+        own, other = (load_device(name).name for name in ("a100-sxm4-40gb", "t4"))
+        assert said() == said(device="a100-sxm4-40gb") == said(device="t4", price_usd_per_gpu_hour=1.0) == []
+        assert said(device="t4") == [f"the price is of made up with the {own}, not of the {other}"]
+        assert len(said(mixed_devices={"t4": 2})) == 1
+
+    def test_a_step_without_input_decides_what_a_gpu_could_take(self, trace: Trace) -> None:
+        slow: dict[str, Any] = {"straggler_fraction": 0.1, "straggler_slowdown": 4.0}
+        steps = run(trace, 8, _with_cores(2000), **slow).epochs
+        most = max(epoch.batch_per_gpu / epoch.step_s for epoch in steps)
+        (note,) = [n for n in run(trace, 8, _with_cores(2000), input="torchvision", **slow).notes if "could take" in n]
+        assert f"the GPU could take {most:,.0f}: " in note
+
+    def test_no_board_takes_less_than_its_idle_power_over_the_shortest_time(self, dense: Trace) -> None:
+        """Of a board that idles at 390 W of 400 W, a quarter less than the expected energy is less than idle."""
+        hot = msgspec.structs.replace(load_device("a100-sxm4-40gb"), idle_power_w=390.0)
+        p = project(dense, cluster(), 8, Options(), device=hot)
+        assert p.energy_low_j == pytest.approx(8 * p.low_s * 390.0)
+
+    def test_what_runs_once_a_pass_is_counted_in_every_pass(self, dense: Trace) -> None:
+        network = dense.network_of(dense.epochs[0])
+        layers = tuple(msgspec.structs.replace(layer, once=layer.name == "conv1") for layer in network.layers)
+        once = msgspec.structs.replace(network, layers=layers)
+        marked = msgspec.structs.replace(dense, networks=dict.fromkeys(dense.networks, once))
+
+        def macs(micro_batches: int) -> float:
+            p = run(marked, 2, micro_batches=micro_batches)
+            assert p.mfu_fraction is not None
+            return p.mfu_fraction * 2 * sum(epoch.total_s for epoch in p.epochs) * 19.5e12 / 2
+
+        steps = sum(epoch.num_iterations for epoch in run(marked, 2).epochs)
+        each = 2 * network.layer("conv1").forward_macs  # its input needs no gradient
+        assert macs(4) - macs(1) == pytest.approx(3 * 2 * steps * each, rel=1e-3)
+
+    def test_a_profile_of_the_clusters_own_gpus_says_nothing_of_those_that_are_mixed_in(self, dense: Trace) -> None:
+        options = change(Options(), {"mixed_devices": {"t4": 2}})
+        mixed = project(dense, cluster(), 8, options, device_profile=device_profile_of([dense]))
+        assert mixed.straggler_wait_s > 0
 
     def test_mixed_gpus_have_the_interval_of_the_slowest(self, trace: Trace) -> None:
         old, mixed = run(trace, 8, device="t4"), run(trace, 8, mixed_devices={"t4": 2})
