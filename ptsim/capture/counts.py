@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import copied
-from ptsim.capture.graph import example_input, output_tensors, symbolic_graph
+from ptsim.capture.graph import Way, example_input, output_tensors, symbolic_graph
+from ptsim.errors import UnsupportedModelError, lacks_memory, on_one_line
 
 with warnings.catch_warnings():
     for deprecated in (DeprecationWarning, FutureWarning):  # of torch 2.11, and of 2.14
@@ -48,8 +49,10 @@ _FREE = """
 _NODE = "node_"  # before a node's name in that of its scope: a module cannot be called `to`
 
 
-def forward_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, Counter[str]]:
-    """Node of the training graph → operator → operations for one image in evaluation mode (1 MAC = 1).
+def forward_macs(model: nn.Module, input_shape: tuple[int, int, int], way: Way) -> dict[str, Counter[str]]:
+    """Node of the training graph, traced in that way → operator → operations for one image in evaluation mode.
+
+    One MAC is one operation. Every node is listed.
 
     Runs one image for real: torch.jit's tracer, which fvcore stands on, does not take tensors without storage.
     """
@@ -57,13 +60,19 @@ def forward_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[st
         torch.no_grad(),
         random_state_kept(model),
         _no_fused_attention(),
-        _statistics_of_one_image(),
+        _sizes_unchecked(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # torch.jit is deprecated
-        graph = symbolic_graph(_detached_copy(model).train(), (1, *input_shape))
+        graph = symbolic_graph(_detached_copy(model).train(), (1, *input_shape), ways=(way,))
         analysis = counter(_Scoped(graph.eval()), example_input(model, input_shape, batch=1))
-        by_module = analysis.by_module_and_operator()
+        try:
+            by_module = analysis.by_module_and_operator()
+        except Exception as error:  # the model's code runs here, on what torch.jit puts in the place of sizes
+            if lacks_memory(error):
+                raise
+            why = on_one_line(str(error).partition("While executing")[0])
+            raise UnsupportedModelError(f"the operations of {type(model).__name__} cannot be counted: {why}") from error
     prefix = f"scopes.{_NODE}"
     return {name.removeprefix(prefix): counts for name, counts in by_module.items() if name.startswith(prefix)}
 
@@ -75,11 +84,22 @@ def counter(model: nn.Module, images: torch.Tensor) -> FlopCountAnalysis:
     handles |= {f"aten::{op}": elementwise_flop_counter(1, 0) for op in _ONE_PER_INPUT.split()}
     handles |= {f"aten::{op}": None for op in _FREE.split()}
     handles["aten::scaled_dot_product_attention"] = _attention_macs
-    handles["aten::_convolution_mode"] = _named_padding_macs
+    handles["aten::_convolution_mode"] = _conv_macs
     handles["aten::einsum"] = _einsum_macs
+    handles["torchvision::deform_conv2d"] = _conv_macs  # as an ordinary one
+    handles |= {f"aten::{op}": _recurrent_macs for op in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
     handles["aten::baddbmm"] = lambda inputs, outputs: bmm_flop_jit(inputs[1:], outputs)
     analysis.set_op_handle(**handles)
     return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+
+
+def _recurrent_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Every matrix of weights once for each vector of each sequence; input, states, and the list of weights."""
+    sequences = get_shape(inputs[0])
+    assert sequences is not None, "torch makes a mini-batch of a single sequence"
+    weights = [get_shape(weight) for weight in inputs[2].node().inputs()]
+    matrices = sum(math.prod(shape) for shape in weights if shape is not None and len(shape) == 2)
+    return Counter(matmul=math.prod(sequences[:2]) * matrices)
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> float:
@@ -128,8 +148,8 @@ def _detached_copy(model: nn.Module) -> nn.Module:
     return copied(model, memo)
 
 
-def _named_padding_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """A convolution whose padding is a word ("same")."""
+def _conv_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """A convolution that is called with its input and its weight first."""
     x, weight, out = get_shape(inputs[0]), get_shape(inputs[1]), get_shape(outputs[0])
     return Counter(conv=conv_flop_count(x, weight, out))
 
@@ -178,14 +198,19 @@ def _no_fused_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _statistics_of_one_image() -> Iterator[None]:
-    """The training graph of norms that call `F.batch_norm` themselves (timm's) takes one image of one pixel, too.
+def _sizes_unchecked() -> Iterator[None]:
+    """Inside, two checks of torch's are left out.
 
-    torch refuses such statistics as meaningless; here nothing but their shape counts.
+    The training graph of norms that call `F.batch_norm` themselves (timm's) takes one image of one pixel, too: torch
+    refuses such statistics as meaningless; here nothing but their shape counts. And sizes in torch.jit are tensors,
+    which the check of an unpooling takes for a mistake.
     """
-    names, name = vars(functional), "_verify_batch_size"
-    check, names[name] = names[name], lambda size: None
+    names = vars(functional)
+    checks: dict[str, Any] = {
+        name: names[name] for name in ("_verify_batch_size", "_check_unpool_output_size") if name in names
+    }
+    names.update(dict.fromkeys(checks, lambda *_: None))
     try:
         yield
     finally:
-        names[name] = check
+        names.update(checks)

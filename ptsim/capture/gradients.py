@@ -71,7 +71,7 @@ def traced_functions(*, backward: bool) -> Iterator[None]:
 
     def apply(cls: Any, *given: Any, **named: Any) -> Any:
         if not any(isinstance(value, fx.Proxy) for value in given):
-            return original.__func__(cls, *given, **named)
+            return original.__get__(None, cls)(*given, **named)  # of C in some versions of torch, of Python in others
         context = _Context(given)
         tracer: Any = next(value.tracer for value in given if isinstance(value, fx.Proxy))
         with tracer.gradients_as_now():  # what checkpoints its layers switches them off in a forward of its own
@@ -140,7 +140,7 @@ def refusing_unseen_gradients() -> Iterator[None]:
                 f"{cls.__name__} has a backward of its own, which torch.export does not show, "
                 "and torch.fx cannot trace the network"
             )
-        return original.__func__(cls, *given, **named)
+        return original.__get__(None, cls)(*given, **named)
 
     torch.autograd.Function.apply = classmethod(apply)
     try:

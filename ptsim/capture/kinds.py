@@ -23,6 +23,10 @@ _PRODUCTS = {
 }
 
 _POOL_ARGUMENTS = ("input", "kernel_size", "stride", "padding")
+_OTHER_POOL_ARGUMENTS = {  # by how the name of the operator begins
+    "lp": ("input", "norm_type", "kernel_size", "stride"),
+    "max_unpool": ("input", "indices", "kernel_size", "stride", "padding"),
+}
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
@@ -95,8 +99,9 @@ def geometry(
         given = dict(zip(("input", "weight", "bias"), step.arguments, strict=False)) | step.keywords
         weight = given["weight"]
         return {"in_channels": weight[-1], "out_channels": weight[0], "bias": given.get("bias") is not None}
-    if "pool" in op and not op.startswith("adaptive"):
-        given = dict(zip(_POOL_ARGUMENTS, step.arguments, strict=False)) | step.keywords
+    if "pool" in op and not op.startswith(("adaptive", "fractional")):
+        order = next((some for start, some in _OTHER_POOL_ARGUMENTS.items() if op.startswith(start)), _POOL_ARGUMENTS)
+        given = dict(zip(order, step.arguments, strict=False)) | step.keywords
         kernel = _pair(given["kernel_size"])
         stride = given.get("stride")
         return channels | {
@@ -118,7 +123,10 @@ def _module_geometry(module: nn.Module) -> dict[str, Any]:
         if value is not None:
             found[ours] = value
     for name in ("kernel_size", "stride", "dilation"):
-        if isinstance(value := getattr(module, name, None), int | tuple):
+        value = getattr(module, name, None)
+        if name == "stride" and value is None:  # of a pool, whose windows then lie side by side
+            value = getattr(module, "kernel_size", None)
+        if isinstance(value, int | tuple):
             found[name] = _pair(value)
     if isinstance(value := getattr(module, "padding", None), int | tuple | str):
         found["padding"] = _padding(value, found.get("kernel_size", (1, 1)), found.get("dilation", (1, 1)))

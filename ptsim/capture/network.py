@@ -69,10 +69,11 @@ def _described(
     nodes = [node for node in graph.graph.nodes if node.name in small.steps and small.steps[node.name].works]
     auxiliary = _auxiliary(model, graph, input_shape)
     owners = _owners(small, nodes)
-    macs = forward_macs(model, input_shape)
+    macs = forward_macs(model, input_shape, graph.meta["way"])
+    if not small.steps.keys() <= macs.keys():
+        raise UnsupportedModelError(f"the code of {name} computes something else with a single image")
     layers = tuple(
-        _layer(node, names[node], small, large.steps[node.name], macs.get(node.name, Counter()), owners, auxiliary)
-        for node in nodes
+        _layer(node, names[node], small, large.steps[node.name], macs[node.name], owners, auxiliary) for node in nodes
     )
     note_tracer(name, graph)
     network = Network(
@@ -81,7 +82,7 @@ def _described(
         num_classes=num_classes,
         layers=layers,
         footprints=footprints(model, input_shape),
-        edges=tuple(_edges(nodes, names)),
+        edges=tuple(_edges(nodes, names, small.steps)),
         parameters=tuple(
             Parameter(
                 name=p,
@@ -234,8 +235,11 @@ def _followers(node: fx.Node) -> Iterator[fx.Node]:
         yield from _followers(user)
 
 
-def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str]) -> Iterator[tuple[str, str]]:
-    """Producer and consumer layers; nodes that only hand something on are looked through."""
+def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str], steps: Mapping[str, Step]) -> Iterator[tuple[str, str]]:
+    """Producer and consumer layers; nodes that only hand something on are looked through.
+
+    What a statement of its own writes into a tensor (`y.add_(x)`) comes from there on to those that take the tensor.
+    """
     works = set(nodes)
     sources: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in nodes[0].graph.nodes if nodes else ():
@@ -245,6 +249,9 @@ def _edges(nodes: list[fx.Node], names: Mapping[fx.Node, str]) -> Iterator[tuple
             sources[node] = (node,)
         else:
             sources[node] = tuple(found)
+        step = steps.get(node.name)
+        if step is not None and step.inplace and not node.users and isinstance(node.args[0], fx.Node):
+            sources[node.args[0]] = sources[node]
 
 
 def _auxiliary(model: nn.Module, graph: fx.GraphModule, input_shape: tuple[int, int, int]) -> set[fx.Node]:

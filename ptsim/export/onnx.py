@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptsim.capture.graph import evaluation_mode, naming_the_image, output_tensors
 from ptsim.errors import UnsupportedModelError, UsageError, on_one_line
 from ptsim.textfile import write_whole
 
@@ -34,6 +35,8 @@ def export_onnx(
 ) -> float:
     """Write the network in evaluation mode, for mini-batches of any size; input "images", output "logits".
 
+    The model is left in the mode that it is in.
+
     Args:
         model: on the CPU, for instance from `ptsim.load_model`.
         input_shape: (channels, height, width) of one image.
@@ -45,8 +48,8 @@ def export_onnx(
 
     Raises:
         UsageError: the packages for ONNX are missing, or the file cannot be written.
-        UnsupportedModelError: torch cannot express the network, or the file computes something else, or
-            nothing finite.
+        UnsupportedModelError: the network gives more than its logits, torch cannot express it, or the file computes
+            something else, or nothing finite.
     """
     path = Path(path)
     missing = [package for package in ("onnx", "onnxscript") if importlib.util.find_spec(package) is None]
@@ -54,16 +57,21 @@ def export_onnx(
         raise UsageError(f"ONNX export needs {' and '.join(missing)}: pip install 'ptsim[onnx]'")
     import onnx
 
-    model = model.eval()
     images = torch.randn((3, *input_shape), generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as folder:
+    with evaluation_mode(model), tempfile.TemporaryDirectory() as folder:
+        with naming_the_image(model, input_shape):
+            found = len(_outputs(model, images))
+        if found != 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} gives {found} tensors; a file holds a network with one output, its logits"
+            )
         unchecked = Path(folder) / "network.onnx"
         _write(model, images, unchecked)
         content = onnx.load(unchecked)
-    onnx.helper.set_model_props(content, dict(metadata or {}))
-    if metadata and "model" in metadata:
-        content.graph.name = metadata["model"]
-    error = _difference(model, images, content)
+        onnx.helper.set_model_props(content, dict(metadata or {}))
+        if metadata and "model" in metadata:
+            content.graph.name = metadata["model"]
+        error = _difference(model, images, content)
     if math.isnan(error):
         raise UnsupportedModelError("the network's outputs are no finite numbers: an exported file cannot be checked")
     if not error <= TOLERANCE:
@@ -74,6 +82,11 @@ def export_onnx(
     except OSError as failure:
         raise UsageError(f"{path} cannot be written: {failure.strerror}") from failure
     return error
+
+
+def _outputs(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return list(output_tensors(model(images)))
 
 
 def _write(model: nn.Module, images: torch.Tensor, path: Path) -> None:
@@ -102,8 +115,7 @@ def _difference(model: nn.Module, images: torch.Tensor, content: Any) -> float:
     evaluator: Any = ReferenceEvaluator(content)
     apart = []
     for batch in (images, images[:1]):  # another size than it was exported with
-        with torch.no_grad():
-            expected = model(batch)
+        (expected,) = _outputs(model, batch)
         (found,) = evaluator.run(None, {"images": batch.numpy()})
         apart.append((torch.from_numpy(found) - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     return float(torch.stack(apart).max())  # NaN if one is: Python's max would lose it

@@ -170,8 +170,12 @@ def _pool(operator: Operator) -> nn.Module | Call:
 
 def _rounds_up(operator: Operator) -> bool:
     """Whether the window count is rounded up: the description has the output's size, not torch's flag for it."""
-    size, span = operator.inputs[0][1], operator.dilation[0] * (operator.kernel[0] - 1) + 1
-    return operator.output[1] > (size + 2 * operator.padding[0] - span) // operator.stride[0] + 1
+    sizes = zip(operator.inputs[0][1:], operator.output[1:], strict=True)
+    windows = zip(operator.kernel, operator.stride, operator.padding, operator.dilation, strict=True)
+    return any(
+        after > (before + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for (before, after), (kernel, stride, padding, dilation) in zip(sizes, windows, strict=True)
+    )
 
 
 def rebuild(network: Network) -> tuple[fx.GraphModule, Network]:

@@ -24,8 +24,9 @@ from ptsim.prune.steps import same_steps
 if TYPE_CHECKING:
     from ptsim.prune.groups import ChannelGroups
 
-SHAPE_ERRORS = (
-    RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError, UnsupportedModelError
+SHAPE_ERRORS = (  # what the model's code raises where shapes, or layers, are no longer those that it reckons with
+    RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError, ZeroDivisionError,
+    UnsupportedModelError,
 )  # fmt: skip
 
 

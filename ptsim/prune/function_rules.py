@@ -129,6 +129,10 @@ def _facet(call: Call, facets: Facets, shape: list[int], tensors: list[tuple[Ten
             return label
         if not varying and len(aligned) == 1 and all(size[dim] == 1 for _, size in tensors for dim in along_dims):
             return label  # it spreads what is one channel, such as noise of one plane
+    for label, _ in tensors if not varying else ():
+        if bool((label < 0).all()):  # the parameter runs along what stays
+            for axis in aligned:
+                call.state.unite(axis, label)
     return call.state.reason_label(f"{call.op} combines it with a parameter").view([1] * rank)
 
 
@@ -248,7 +252,7 @@ def spatial(call: Call) -> Label:
     return call.along(spatial_dims(call))
 
 
-@rule("max_unpool1d max_unpool2d max_unpool3d", nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d)
+@rule("max_unpool1d max_unpool2d max_unpool3d", nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d, sizes=True)
 def unpooled(call: Call) -> Label:
     """Values go back to where the indices say, channel by channel."""
     values, indices = call.labels[:2]

@@ -30,11 +30,12 @@ class Gate:
     norm: str | None
 
 
-def find_gates(model: nn.Module, groups: ChannelGroups, threshold: float) -> tuple[Gate, ...]:
+def find_gates(model: nn.Module, groups: ChannelGroups, threshold: float, multiple: int = 1) -> tuple[Gate, ...]:
     """The convolutions on residual streams with channels that their own weights do not use.
 
     A stream is an edge that more than two layers touch. Grouped and shared convolutions are left as they are; outputs
-    are gated only where a BatchNorm follows directly and the convolution has no bias.
+    are gated only where a BatchNorm follows directly and the convolution has no bias. What is left is a multiple of
+    `multiple`, or what it was.
     """
     graph = groups.graph
     nodes = {node.name: node for node in graph.graph.nodes}
@@ -54,7 +55,7 @@ def find_gates(model: nn.Module, groups: ChannelGroups, threshold: float) -> tup
             continue  # the weight may be computed
         W = weight_GOIK(module.weight.detach().abs().nan_to_num(torch.inf), layer)
         use_inputs, use_outputs = (
-            _used(values.flatten().cpu(), axis, groups.prunable & (degree > 2), threshold)
+            _used(values.flatten().cpu(), (groups.prunable & (degree > 2))[axis], threshold, multiple)
             for values, axis in ((W.amax((1, 3)), layer.inputs), (W.amax((2, 3)), layer.outputs))
         )
         norm = None
@@ -70,10 +71,13 @@ def find_gates(model: nn.Module, groups: ChannelGroups, threshold: float) -> tup
     return tuple(gates)
 
 
-def _used(maxima: Tensor, axis: Tensor, gateable: Tensor, threshold: float) -> Tensor:
-    used = (maxima >= threshold) | ~gateable[axis]
-    if not bool(used.any()):
-        used[maxima.argmax()] = True
+def _used(maxima: Tensor, gateable: Tensor, threshold: float, multiple: int) -> Tensor:
+    """Which channels of an axis stay: at least one; the largest of those that are not needed fill it up."""
+    used = (maxima >= threshold) | ~gateable
+    number = int(used.sum())
+    wanted = min(max(1, -(-number // multiple)) * multiple, len(used))
+    largest_first = torch.where(used, -1.0, maxima).argsort(descending=True, stable=True)
+    used[largest_first[: wanted - number]] = True
     return used
 
 

@@ -24,7 +24,7 @@ from ptsim.prune.rules import Call, RefusedError, rule, tensor_labels
 _RMS_NORM = (nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()
 
 
-@rule(*CONVS, *TRANSPOSED_CONVS)
+@rule(*CONVS, *TRANSPOSED_CONVS, sizes=True)
 def conv_module(call: Call) -> Label:
     """A convolution with its own weight."""
     module: Any = call.module

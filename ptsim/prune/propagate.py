@@ -35,6 +35,7 @@ from ptsim.prune.numbers import Number, named_numbers
 from ptsim.prune.rules import (
     Call,
     RefusedError,
+    Rule,
     axes_of,
     is_known,
     name_of,
@@ -42,6 +43,7 @@ from ptsim.prune.rules import (
     rule_for_module,
     stays,
     takes_shapes,
+    takes_sizes,
     takes_tuples,
     tensor_labels,
 )
@@ -99,10 +101,13 @@ class Propagation(fx.Interpreter):
             self.state.moves[self.mode, n.name] = () if isinstance(labels, Facets) else tuple(tensor_labels(labels))
         return value
 
-    def _takes_shapes(self, node: fx.Node) -> bool:
+    def _rule_of(self, node: fx.Node) -> Rule | None:
         if node.op == "call_module":
-            return takes_shapes(rule_for_module(self.fetch_attr(str(node.target))))
-        return node.op.startswith("call") and takes_shapes(rule_for_function(node))
+            return rule_for_module(self.fetch_attr(str(node.target)))
+        return rule_for_function(node) if node.op.startswith("call") else None
+
+    def _takes_shapes(self, node: fx.Node) -> bool:
+        return takes_shapes(self._rule_of(node))
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the node is called with; numbers that the model keeps are plain integers, and devices are this one."""
@@ -131,7 +136,7 @@ class Propagation(fx.Interpreter):
         source = node.all_input_nodes[0] if node.all_input_nodes else None
         name, arguments = name_of(node), node.args
         if isinstance(value, (Tensor, nn.Module)) or self.labels.get(node) is not None:
-            tried_out = node.op != "call_module" and self._takes_shapes(node)
+            tried_out = takes_sizes(self._rule_of(node)) or (node.op != "call_module" and self._takes_shapes(node))
             for n in node.all_input_nodes:
                 for slots in _flat(self.counts.get(n)):
                     if tried_out:
@@ -228,7 +233,7 @@ class Propagation(fx.Interpreter):
             return result
         found = rule_for_module(module)
         if found is None:
-            call.refuse(f"{call.op} mixes channels in a way that has no rule")
+            call.refuse(f"{call.op} has no rule, and may mix these channels")
         return found(call)
 
     def _function(self, call: Call) -> Label:
@@ -252,7 +257,7 @@ class Propagation(fx.Interpreter):
         if not call.sources:
             return call.stays(f"{call.op} makes a constant tensor")
         if found is None:
-            call.refuse(f"{call.op} mixes channels in a way that has no rule")
+            call.refuse(f"{call.op} has no rule, and may mix these channels")
         if any(isinstance(label, tuple) for label in call.labels) and not takes_tuples(found):
             call.refuse(f"{call.op} has no rule")
         return found(call)

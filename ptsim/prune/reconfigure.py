@@ -19,11 +19,12 @@ from ptsim.errors import UsageError
 from ptsim.prune.alignment import SHAPE_ERRORS, misaligned, settled
 from ptsim.prune.cut import cut_model, cut_optimizer, unwrap
 from ptsim.prune.density import THRESHOLD
-from ptsim.prune.gating import apply_gate, find_gates
+from ptsim.prune.gating import Gate, apply_gate, find_gates
 from ptsim.prune.groups import ChannelGroups, component_maxima, find_groups, labelled
+from ptsim.prune.labels import BATCH_NORMS
 from ptsim.prune.removal import Removal, collapsed_layers, find_removals, remove_branch
 from ptsim.prune.selection import keep_one, round_up
-from ptsim.prune.steps import same_steps
+from ptsim.prune.steps import same_calls, same_steps
 
 COLLAPSED = (
     "the network has collapsed: its output no longer depends on the image, every weight of {} is below the threshold; "
@@ -82,25 +83,23 @@ def reconfigure(
     importance = importance_of(model, groups)
     sparse = groups.prunable & (importance < threshold)
     collapsed = collapsed_layers(model, groups, threshold)
-    decision = _decide(model, groups, sparse, importance, channel_multiple)
-    plan, after = decision.plan, decision.groups
-    if plan.changes:
-        operate(model, groups, plan, optimizer=optimizer, shadows=shadows)
-    notes = list(decision.notes)
+    decision = _decide(model, groups, sparse, importance, channel_multiple, exact=True)
+    plan, after, notes = decision.plan, decision.groups, list(decision.notes)
     if collapsed:
         notes.insert(0, COLLAPSED.format(", ".join(collapsed[:3]) + (" and others" if len(collapsed) > 3 else "")))
-    gates = find_gates(model, after, threshold) if mode == "gating" else ()
-    for gate in gates:
-        for copy in (decision.bones, *map(unwrap, shadows)):
-            apply_gate(copy, gate)
-        replacements = apply_gate(model, gate)
-        if optimizer is not None:
-            cut_optimizer(optimizer, replacements)
-    if gates:
+    if plan.changes:
+        operate(model, groups, plan, optimizer=optimizer, shadows=shadows)
+    gates = find_gates(model, after, threshold, channel_multiple) if mode == "gating" else ()
+    gated = _gated(decision.bones, after, gates) if gates else None
+    if gated is not None:
+        for gate in gates:
+            _gate(model, gate, optimizer, shadows)
         notes.append(f"{len(gates)} layers read or write only their own channels of a residual stream")
-        after = find_groups(decision.bones, groups.input_shape)
+        after = gated
+    elif gates:
+        notes.append("channel gating is left out: the code of the network needs its layers as they are")
     return Surgery(
-        changed=plan.changes or bool(gates),
+        changed=plan.changes or gated is not None,
         collapsed=bool(collapsed),
         channels_removed=sum(int(plan.removed[layer.outputs].sum()) for layer in groups.layers),
         layers_removed=tuple(name for removal in plan.removals for name in weighted_layers(groups, removal)),
@@ -108,6 +107,29 @@ def reconfigure(
         groups=after,
         removed=plan.removed,
     )
+
+
+def _gated(bones: nn.Module, groups: ChannelGroups, gates: Sequence[Gate]) -> ChannelGroups | None:
+    """The groups of a copy without storage once it is gated; None where its code then fails or calls something else."""
+    for gate in gates:
+        apply_gate(bones, gate)
+    if not runs(bones, groups):
+        return None
+    try:
+        gated = find_groups(bones, groups.input_shape)
+    except SHAPE_ERRORS:
+        return None
+    changed = {path for gate in gates for path in (gate.layer, gate.norm) if path is not None}
+    return gated if same_calls(groups.graphs, gated.graphs, changed) else None
+
+
+def _gate(model: nn.Module, gate: Gate, optimizer: torch.optim.Optimizer | None, shadows: Sequence[nn.Module]) -> None:
+    """Gate one layer of the model and its copies."""
+    for shadow in map(unwrap, shadows):
+        apply_gate(shadow, gate)
+    replacements = apply_gate(model, gate)
+    if optimizer is not None:
+        cut_optimizer(optimizer, replacements)
 
 
 @torch.no_grad()
@@ -122,7 +144,7 @@ def remove_channels(model: nn.Module, groups: ChannelGroups, sparse: Tensor) -> 
         sparse: a mask of components; those that cannot be pruned stay.
     """
     importance = (~sparse).to(torch.float32)
-    decision = _decide(model, groups, sparse & groups.prunable, importance, 1)
+    decision = _decide(model, groups, sparse & groups.prunable, importance, 1, exact=False)
     if decision.plan.changes:
         operate(model, groups, decision.plan)
     return decision
@@ -219,21 +241,28 @@ class Decision:
         return self.before if self.after is None else settled(*self.after)
 
 
-def _decide(model: nn.Module, groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int) -> Decision:
+def _decide(
+    model: nn.Module, groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int, *, exact: bool
+) -> Decision:
     """The plan that goes furthest and works.
 
     Every plan is carried out on shapes first; a branch whose code cannot bear a tensor without channels keeps one.
+    `exact` is that of `find_removals`.
     """
 
     def rehearsed(sparse: Tensor, removals: tuple[Removal, ...]) -> Decision | None:
         plan, rescued = _plan(groups, sparse, importance, multiple, removals)
         return _rehearse(model, groups, plan, rescued)
 
-    removals, notes = find_removals(groups, sparse), list[str]()
+    removals, notes = find_removals(groups, sparse, exact=exact), list[str]()
+    if exact and (frozen := _kept_in_evaluation(model, groups, removals)):
+        removals = tuple(r for r in removals if r not in frozen)
+        notes = [f"{r.constant}: the branch keeps a channel, its BatchNorm stays in evaluation mode" for r in frozen]
     found = rehearsed(sparse, removals)
     if found is None and removals:
         working = tuple(r for r in removals if rehearsed(sparse, (r,)))
-        notes = [f"{r.constant}: the branch keeps a channel, its code needs one" for r in removals if r not in working]
+        why = "the branch keeps a channel, without it the code would fail or do another thing"
+        notes += [f"{r.constant}: {why}" for r in removals if r not in working]
         found = (rehearsed(sparse, working) if working else None) or rehearsed(sparse, ())
     if found is None:
         notes = ["channels that pass a reshape or split are kept: what is left would be mixed up"]
@@ -244,6 +273,18 @@ def _decide(model: nn.Module, groups: ChannelGroups, sparse: Tensor, importance:
         found = Decision(plan=nothing, bones=groups.rehearsal_copy(model), before=groups)
     notes += [f"{r.constant}: the residual branch is removed, its constant stays" for r in found.plan.removals]
     return dataclasses.replace(found, decided=tuple(notes))
+
+
+def _kept_in_evaluation(model: nn.Module, groups: ChannelGroups, removals: tuple[Removal, ...]) -> tuple[Removal, ...]:
+    """The branches whose last BatchNorm does not go into training mode with the network.
+
+    Code that keeps its BatchNorms in evaluation mode would not find them in what stands in their place.
+    """
+    norms = [r for r in removals if isinstance(model.get_submodule(r.constant), BATCH_NORMS)]
+    if not norms:
+        return ()
+    networks = [groups.rehearsal_copy(model).train(), *([model] if model.training else [])]
+    return tuple(r for r in norms if not all(network.get_submodule(r.constant).training for network in networks))
 
 
 def _plan(
@@ -273,7 +314,7 @@ def _rehearse(model: nn.Module, groups: ChannelGroups, plan: CutPlan, rescued: t
         if not stays_aligned(model, groups, plan):
             return None
         after = labelled(bones, groups.input_shape)
-        if not same_steps(groups.graphs, after[1].graphs, fewer=bool(plan.removals)):
+        if not same_steps(groups.graphs, after[1].graphs, constants=[removal.constant for removal in plan.removals]):
             return None
         return Decision(plan=plan, bones=bones, rescued=rescued, before=groups, after=after)
     except SHAPE_ERRORS:

@@ -21,6 +21,7 @@ from ptsim.prune.function_rules import is_elementwise
 from ptsim.prune.groups import ChannelGroups
 from ptsim.prune.labels import BATCH_NORMS, CONVS, POOLS
 from ptsim.prune.modules import ConstantChannels, Gathered, Placeholder, Scattered
+from ptsim.prune.steps import only_for
 
 _SUMS = ("add", "iadd", "add_")
 
@@ -38,10 +39,13 @@ class Removal:
     full: bool
 
 
-def find_removals(groups: ChannelGroups, sparse: Tensor) -> tuple[Removal, ...]:
+def find_removals(groups: ChannelGroups, sparse: Tensor, *, exact: bool = True) -> tuple[Removal, ...]:
     """The branches that are left without an inner channel once the components of the mask `sparse` are gone.
 
     Of the two operands of a sum at most one is among them, so that the sum still has an image's size and mini-batch.
+    With `exact` it is the layer that gives the constant which has to be left without an input: what layers in front of
+    it make of nothing, such as the shift of a BatchNorm, may be more than nothing. Without, any inner edge may be the
+    empty one, as a plan has it, in which the layers behind it learn nothing more.
     """
     graph = groups.graph
     nodes = {node.name: node for node in graph.graph.nodes}
@@ -54,7 +58,7 @@ def find_removals(groups: ChannelGroups, sparse: Tensor) -> tuple[Removal, ...]:
         node = nodes.get(layer.nodes[0])
         if node is None or node.op != "call_module":
             continue
-        ended = _branch(graph, node, calls)
+        ended = _branch(graph, node, calls, exact=exact)
         if ended is not None and fixed.isdisjoint((*ended[1].dead, ended[1].constant)):
             found.setdefault(*ended)
     outer = {path for removal in found.values() for path in removal.dead}
@@ -66,7 +70,9 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor) and n.op != "get_attr"]
 
 
-def _branch(graph: fx.GraphModule, start: fx.Node, calls: Counter[str]) -> tuple[fx.Node, Removal] | None:
+def _branch(
+    graph: fx.GraphModule, start: fx.Node, calls: Counter[str], *, exact: bool
+) -> tuple[fx.Node, Removal] | None:
     """The sum that the branch of `start` leads to, and the branch; None if it does not go as a whole."""
     constant = {start}
     exits = []
@@ -88,8 +94,9 @@ def _branch(graph: fx.GraphModule, start: fx.Node, calls: Counter[str]) -> tuple
     ends = [n for n in _inputs(end) if n in constant]
     if name not in _SUMS or len(ends) != 1 or len(_inputs(end)) != 2:
         return None
-    if all(n is ends[0] or _is_spread(graph, n) for n in _inputs(end)):
-        return None
+    (other,) = (n for n in _inputs(end) if n is not ends[0])
+    if _is_spread(graph, other) or other.meta["value"].shape != end.meta["value"].shape:
+        return None  # a constant would not have the sum's size
     last, pointwise = ends[0], False
     while not _is_affine(graph, last):
         sources = _inputs(last)
@@ -99,7 +106,7 @@ def _branch(graph: fx.GraphModule, start: fx.Node, calls: Counter[str]) -> tuple
     path = str(last.target)
     if calls[path] != 1 or (len(last.users) != 1):
         return None
-    dead = _only_for(graph, last)
+    dead = only_for(graph, [last])
     dead_calls = Counter(str(node.target) for node in dead if node.op == "call_module")
     paths = tuple(
         target
@@ -110,27 +117,24 @@ def _branch(graph: fx.GraphModule, start: fx.Node, calls: Counter[str]) -> tuple
     )
     if str(start.target) not in (*paths, path):
         return None
-    inner = _inputs(last)
-    before = None
-    if isinstance(_module(graph, path), BATCH_NORMS) and inner and inner[0].op == "call_module":
-        source = _module(graph, str(inner[0].target))
-        if isinstance(source, (*CONVS, nn.Linear)):
-            before = str(inner[0].target)
-    return end, Removal(dead=paths, constant=path, before=before, full=pointwise)
+    before = _layer_in_front(graph, last)
+    if exact and start is not last and start is not before:
+        return None
+    front = None if before is None else str(before.target)
+    return end, Removal(dead=paths, constant=path, before=front, full=pointwise)
+
+
+def _layer_in_front(graph: fx.GraphModule, norm: fx.Node) -> fx.Node | None:
+    """The convolution or linear layer whose output the BatchNorm `norm` takes; None if it is no such pair."""
+    source = next(iter(_inputs(norm)), None)
+    if not isinstance(_module(graph, str(norm.target)), BATCH_NORMS) or source is None or source.op != "call_module":
+        return None
+    layer = _module(graph, str(source.target))
+    is_row = isinstance(layer, nn.Linear) and source.meta["value"].ndim == 2  # else the norm is not over its outputs
+    return source if is_row or isinstance(layer, CONVS) else None
 
 
 _KEPT = (nn.modules.dropout._DropoutNd, nn.Identity, nn.Flatten)
-
-
-def _only_for(graph: fx.GraphModule, last: fx.Node) -> set[fx.Node]:
-    """Nodes whose results only lead to `last`."""
-    dead: set[fx.Node] = set()
-    for node in reversed(list(graph.graph.nodes)):
-        if node.op in ("placeholder", "get_attr", "output") or node is last or not node.users:
-            continue
-        if all(user in dead or user is last for user in node.users):
-            dead.add(node)
-    return dead
 
 
 def _module(graph: fx.GraphModule, path: str) -> nn.Module:
@@ -160,7 +164,10 @@ def collapsed_layers(model: nn.Module, groups: ChannelGroups, threshold: float) 
     }
     reached: set[fx.Node] = set()
     cut_off: dict[str, None] = {}
+    sharing: dict[int, set[fx.Node]] = {}  # by memory: what lies there, of which one may be written through another
     for node in groups.graph.graph.nodes:
+        together = sharing.setdefault(_memory(node), {node})
+        together.add(node)
         if node.op == "output":
             return () if any(n in reached for n in node.all_input_nodes) else tuple(cut_off)
         if node.op == "placeholder":
@@ -169,8 +176,16 @@ def collapsed_layers(model: nn.Module, groups: ChannelGroups, threshold: float) 
             if node.name in dead:
                 cut_off[dead[node.name]] = None
             elif not isinstance(node.meta["value"], int | float | torch.Size) and not _is_constant(groups.graph, node):
-                reached.add(node)
+                reached |= together
     return ()
+
+
+def _memory(node: fx.Node) -> int:
+    """The memory of what a node gives, or assigns to; a number of its own if that is no tensor."""
+    assigns = getattr(node.target, "__name__", "") == "setitem"
+    value = (node.args[0] if assigns and isinstance(node.args[0], fx.Node) else node).meta.get("value")
+    place: int = value.untyped_storage()._cdata if isinstance(value, Tensor) else id(node)
+    return place
 
 
 def _is_constant(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -198,18 +213,18 @@ def remove_branch(model: nn.Module, removal: Removal) -> list[Replacement]:
     before = None if removal.before is None else model.get_submodule(removal.before)
     last = model.get_submodule(removal.constant)
     constant = ConstantChannels.of(last, before, full=removal.full)
-    staying = {id(parameter) for parameter in constant.parameters()}
-    gone = [p for p in last.parameters() if id(p) not in staying]
+    gone = list(last.parameters())
     end = _with_gates(model, removal.constant)
     for path in dict.fromkeys(_with_gates(model, path) for path in removal.dead):
         if path != end:
             old = model.get_submodule(path)
-            gone += [p for p in old.parameters() if id(p) not in staying]
+            gone += old.parameters()
             old = old.layer if isinstance(old, Gathered) else old.norm if isinstance(old, Scattered) else old
             spatial = isinstance(old, (*CONVS, nn.Linear, *POOLS))
             set_module(model, path, Placeholder.of(old) if spatial or _has_tensors(old) else nn.Identity())
     set_module(model, end, constant)
-    return [Replacement(parameter, None, {}) for parameter in gone]
+    staying = {id(parameter) for parameter in model.parameters()}  # the constant's, and those that other layers share
+    return [Replacement(parameter, None, {}) for parameter in gone if id(parameter) not in staying]
 
 
 def _with_gates(model: nn.Module, path: str) -> str:

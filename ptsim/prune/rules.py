@@ -166,10 +166,14 @@ Rule: TypeAlias = Callable[[Call], Label]
 _RULES: dict[Any, Rule] = {}  # by name, class of modules or function object
 _TUPLES: set[Rule] = set()
 _SHAPES: set[Rule] = set()
+_SIZES: set[Rule] = set()
 
 
 def rule(
-    *operators: str | type[nn.Module] | Callable[..., Any], tuples: bool = False, shapes: bool = False
+    *operators: str | type[nn.Module] | Callable[..., Any],
+    tuples: bool = False,
+    shapes: bool = False,
+    sizes: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Register the decorated function for names of functions and methods, classes of modules, or function objects.
 
@@ -182,6 +186,7 @@ def rule(
         tuples: the rule also takes what other operators return as a tuple; otherwise such a call is refused.
         shapes: numbers of channels among the arguments may change with the network, which is tried out; otherwise
             those channels have to stay.
+        sizes: so may a shape that is given for the size of its image alone.
     """
 
     def register(function: Rule) -> Rule:
@@ -192,6 +197,8 @@ def rule(
             _TUPLES.add(function)
         if shapes:
             _SHAPES.add(function)
+        if sizes:
+            _SIZES.add(function)
         return function
 
     return register
@@ -205,6 +212,11 @@ def takes_tuples(function: Rule) -> bool:
 def takes_shapes(function: Rule | None) -> bool:
     """True if the rule was registered with `shapes`."""
     return function in _SHAPES
+
+
+def takes_sizes(function: Rule | None) -> bool:
+    """True if the rule was registered with `sizes`."""
+    return function in _SIZES
 
 
 def rule_named(name: str) -> Rule | None:

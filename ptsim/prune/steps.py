@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import collections
+from collections import Counter
+from collections.abc import Collection
 
 from torch import fx, nn
 
@@ -13,7 +14,10 @@ from ptsim.prune.propagate import Graphs
 from ptsim.prune.rules import rule_for_function, takes_shapes
 
 # What code may ask layers for that pruning changes; shapes of tensors are noticed where they are asked for.
-_WIDTHS = {"out_channels", "in_channels", "out_features", "in_features", "num_features", "numel", "parameters"}
+_WIDTHS = {
+    *("out_channels", "in_channels", "out_features", "in_features", "num_features", "num_channels", "num_groups"),
+    *("numel", "parameters"),
+}
 
 
 def may_count(model: nn.Module, graphs: Graphs) -> bool:
@@ -27,29 +31,57 @@ def may_count(model: nn.Module, graphs: Graphs) -> bool:
     )
 
 
-def same_steps(before: Graphs, after: Graphs, *, fewer: bool = False) -> bool:
+def same_steps(before: Graphs, after: Graphs, *, constants: Collection[str] = ()) -> bool:
     """True if the code does the same with the same numbers, but for those that count channels.
 
-    With `fewer` steps may be missing: those of a branch that was removed.
+    `constants` are layers in whose place there is a constant now: they and what led to them alone may be missing.
     """
     return all(
-        _same(before.get(mode, before["train"]), after.get(mode, after["train"]), fewer=fewer)
+        _same(before.get(mode, before["train"]), after.get(mode, after["train"]), constants)
         for mode in before.keys() | after.keys()
     )
 
 
-def _same(before: fx.GraphModule, after: fx.GraphModule, *, fewer: bool) -> bool:
-    constants = [graph.meta.get("constants", []) for graph in (after, before)]
-    if fewer:
-        steps = [_steps(graph, graph, named=False) for graph in (after, before)]
-        return not any(collections.Counter(a) - collections.Counter(b) for a, b in (constants, steps))
-    return constants[0] == constants[1] and _steps(after, before) == _steps(before, before)
+def same_calls(before: Graphs, after: Graphs, changed: Collection[str]) -> bool:
+    """True if the code calls the same in both, but for the layers `changed` and what pruning has put around them."""
+
+    def calls(graph: fx.GraphModule) -> Counter[tuple[str, str]]:
+        nodes = (node for node in graph.graph.nodes if node.op.startswith("call") and not _put_in(graph, node))
+        names = ((node.op, str(node.target)) for node in nodes)
+        return Counter(name for name in names if name[0] != "call_module" or not name[1].startswith(tuple(changed)))
+
+    modes = before.keys() | after.keys()
+    return all(calls(before.get(m, before["train"])) == calls(after.get(m, after["train"])) for m in modes)
 
 
-def _steps(graph: fx.GraphModule, counting: fx.GraphModule, *, named: bool = True) -> list[tuple[str, str, str]]:
-    """What every node does and with which numbers; not with those that count channels, as `counting` knows them.
+def _same(before: fx.GraphModule, after: fx.GraphModule, constants: Collection[str]) -> bool:
+    tensors = [graph.meta.get("constants", []) for graph in (after, before)]
+    if not constants:
+        return tensors[0] == tensors[1] and _steps(after, before) == _steps(before, before)
+    ends = {node for node in before.graph.nodes if node.op == "call_module" and str(node.target) in constants}
+    found, known = (Counter(_steps(graph, graph, named=False)) for graph in (after, before))
+    needed = Counter(_steps(before, before, named=False, without=ends | only_for(before, ends)))
+    return not (found - known or needed - found or Counter(tensors[0]) - Counter(tensors[1]))
 
-    Without `named` it is left open which node's result another one takes.
+
+def only_for(graph: fx.GraphModule, ends: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes whose results only lead to `ends`."""
+    found: set[fx.Node] = set()
+    for node in reversed(list(graph.graph.nodes)):
+        if node.op in ("placeholder", "get_attr", "output") or node in ends or not node.users:
+            continue
+        if all(user in found or user in ends for user in node.users):
+            found.add(node)
+    return found
+
+
+def _steps(
+    graph: fx.GraphModule, counting: fx.GraphModule, *, named: bool = True, without: Collection[fx.Node] = ()
+) -> list[tuple[str, str, str]]:
+    """What every node but `without` does and with which numbers.
+
+    Not with those that count channels, as `counting` knows them. Without `named` it is left open which node's result
+    another one takes.
     """
     free = {node.name for node in counting.graph.nodes if node.meta.get("counts")}
 
@@ -62,7 +94,9 @@ def _steps(graph: fx.GraphModule, counting: fx.GraphModule, *, named: bool = Tru
         return str(fx.map_arg((node.args, node.kwargs), lambda n: "%"))
 
     return [
-        (node.op, str(node.target), numbers(node)) for node in graph.graph.nodes if named or not _put_in(graph, node)
+        (node.op, str(node.target), numbers(node))
+        for node in graph.graph.nodes
+        if node not in without and (named or not _put_in(graph, node))
     ]
 
 

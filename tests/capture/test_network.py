@@ -12,6 +12,7 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 from torch import fx, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import ptsim
@@ -198,6 +199,142 @@ def test_shared_and_frozen_layers_keep_their_backward_work() -> None:
     assert layer_macs(network.layer("3")).weight_gradient == 0
     assert layer_macs(network.layer("3")).input_gradient == 3 * 4 * 64
     assert [parameter.name for parameter in network.parameters] == ["5.bias", "5.weight", "0.weight"]
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.pool, self.head = nn.Conv2d(3, 4, 1), pool, nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.pool(self.conv(x)).mean((2, 3)))
+        return logits
+
+
+def unpooled(x: torch.Tensor) -> torch.Tensor:
+    x, places = functional.max_pool2d(x, 3, 2, return_indices=True)
+    return functional.max_unpool2d(x, places, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("pool", "op", "stride"),
+    [
+        (nn.LPPool2d(2, 3), "lp_pool2d", (3, 3)),
+        (lambda x: functional.lp_pool2d(x, 2.0, 3), "lp_pool2d", (3, 3)),
+        (lambda x: functional.lp_pool2d(x, 2.0, 3, 2), "lp_pool2d", (2, 2)),
+        (unpooled, "max_unpool2d", (2, 2)),
+    ],
+)
+def test_the_windows_of_a_pool_are_told_whatever_else_it_is_given(
+    pool: Callable[[torch.Tensor], torch.Tensor], op: str, stride: tuple[int, int]
+) -> None:
+    network = capture_network(Pooled(pool), name="p", input_shape=(3, 9, 9), num_classes=2)
+    assert [(layer.kernel_size, layer.stride) for layer in network.layers if layer.op == op] == [((3, 3), stride)]
+
+
+@fx.wrap
+def refused_by_jit(x: torch.Tensor) -> torch.Tensor:
+    if torch.jit.is_tracing():
+        raise ValueError("not for torch.jit")
+    return x * 2
+
+
+def test_what_cannot_be_counted_is_one_sentence() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"the operations of Pooled cannot be counted: not for torch\.jit"):
+        capture_network(Pooled(lambda x: refused_by_jit(2 * x)), name="p", input_shape=(3, 9, 9), num_classes=2)
+
+
+class Reading(nn.Module):
+    """A convolution, and a recurrent layer that reads what is in the columns of 8 × 8 pixels."""
+
+    def __init__(self, reader: nn.RNNBase) -> None:
+        super().__init__()
+        self.conv, self.reader = nn.Conv2d(3, 7, 1), reader
+        self.head = nn.Linear(reader.hidden_size * (2 if reader.bidirectional else 1), 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states, _ = self.reader(self.conv(x).mean(2).transpose(1, 2))
+        logits: torch.Tensor = self.head(states.mean(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("reader", "macs"),
+    [
+        (nn.LSTM(7, 5, batch_first=True), 8 * 4 * 5 * (7 + 5)),
+        (nn.LSTM(7, 5, batch_first=True, bidirectional=True, bias=False), 2 * 8 * 4 * 5 * (7 + 5)),
+        (nn.GRU(7, 5, num_layers=2, batch_first=True), 8 * 3 * 5 * (7 + 5 + 5 + 5)),
+        (nn.RNN(7, 5, batch_first=True), 8 * 5 * (7 + 5)),
+    ],
+)
+def test_a_recurrent_layer_multiplies_with_its_weights_at_every_step(reader: nn.RNNBase, macs: int) -> None:
+    network = capture_network(Reading(reader), name="r", input_shape=(3, 8, 8), num_classes=2)
+    layer = network.layer("reader")
+    assert (layer.kind, layer.forward_macs) == (LayerKind.MATMUL, macs)
+    assert layer_macs(layer).training == 3 * macs
+
+
+class Deformed(nn.Module):
+    """A convolution that says where another one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.ops import DeformConv2d
+
+        self.places, self.conv = nn.Conv2d(3, 18, 3, padding=1), DeformConv2d(3, 6, 3, padding=1)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.conv(x, self.places(x)).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*traced by torch.export")
+def test_a_deformable_convolution_multiplies_as_often_as_an_ordinary_one() -> None:
+    network = capture_network(Deformed(), name="d", input_shape=(3, 8, 8), num_classes=2)
+    macs = [layer.forward_macs for layer in network.layers if layer.kind is LayerKind.CONV]
+    assert macs == [3 * 9 * 18 * 64, 3 * 9 * 6 * 64]
+
+
+class ReadingAsked(Reading):
+    """Looks at a shape, which torch.fx follows no further than to the recurrent layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.ndim == 4
+        return super().forward(x)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*traced by torch.export")
+def test_what_is_counted_is_traced_as_what_is_described() -> None:
+    model = ReadingAsked(nn.LSTM(7, 5, batch_first=True))
+    network = capture_network(model, name="r", input_shape=(3, 8, 8), num_classes=2)
+    products = {layer.kind: layer.forward_macs for layer in network.layers if layer_macs(layer).forward}
+    assert products == {LayerKind.CONV: 3 * 7 * 64, LayerKind.MATMUL: 8 * 4 * 5 * (7 + 5), LayerKind.LINEAR: 5 * 2}
+
+
+class Stated(nn.Module):
+    """A sum and a value that statements of their own write into a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, z = self.conv(x), self.other(x)
+        y.add_(x)
+        y[:, :, 1:] = z[:, :, 1:]
+        logits: torch.Tensor = self.head(torch.relu(y).mean((2, 3)))
+        return logits
+
+
+def test_what_a_statement_writes_into_a_tensor_comes_from_there_on_from_it() -> None:
+    network = capture_network(Stated(), name="s", input_shape=(3, 8, 8), num_classes=2)
+    assert set(network.edges) == {
+        ("conv", "add_"), ("add_", "relu"), ("other", "getitem"), ("getitem", "relu"), ("relu", "mean"),
+        ("mean", "head"),
+    }  # fmt: skip
 
 
 class Branching(nn.Module):

@@ -101,6 +101,25 @@ def hand_over(model: nn.Module, images: torch.Tensor, path: Path) -> None:
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:])), path)
 
 
+class Twice(Scaled):
+    """Gives what it is given in another form: as several outputs, or in a dict."""
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override] # another network
+        outputs = {"logits": super().forward(images), "features": images}
+        return {name: outputs[name] for name in ("logits", "features")[: int(self.factor)]}
+
+
+def test_a_network_with_several_outputs_is_named_and_one_in_a_dict_is_the_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptsim.export.onnx._write", hand_over)
+    with pytest.raises(UnsupportedModelError, match="Twice gives 2 tensors"):
+        export_onnx(Twice(2), (1, 2, 2), tmp_path / "net.onnx")
+    model = Twice(1).train()
+    assert export_onnx(model, (1, 2, 2), tmp_path / "net.onnx") == 0
+    assert model.training
+
+
 @pytest.mark.parametrize(
     ("factor", "problem"),
     [

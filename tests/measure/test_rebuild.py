@@ -46,18 +46,20 @@ def test_a_hand_written_description_is_enough():
     assert module(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_a_pool_that_rounds_up_is_recognised_by_its_output():
+@pytest.mark.parametrize(("size", "out"), [((112, 112), (56, 56)), ((65, 64), (32, 32)), ((64, 65), (32, 32))])
+def test_a_pool_that_rounds_up_is_recognised_by_its_output(size, out):
+    """Of 65 pixels windows of 3 at every second one leave nothing over, of 64 they leave one."""
     pool = Operator(
         kind=LayerKind.POOL,
         op="max_pool2d",
         setting=FP32,
         batch=1,
-        inputs=((4, 112, 112),),
-        output=(4, 56, 56),
+        inputs=((4, *size),),
+        output=(4, *out),
         kernel=(3, 3),
         stride=(2, 2),
     )
-    assert build_operator(pool)(torch.rand(1, 4, 112, 112)).shape == (1, 4, 56, 56)
+    assert build_operator(pool)(torch.rand(1, 4, *size)).shape == (1, 4, *out)
 
 
 @pytest.mark.parametrize("multiple", [1, 8])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.removal import collapsed_layers, find_removals
-from tests.prune.helpers import SMALL_IMAGE, same_function, small_resnet
+from tests.prune.helpers import SMALL_IMAGE, enliven, same_function, small_resnet
 
 
 @pytest.mark.slow
@@ -66,6 +67,38 @@ def test_one_dead_branch_is_no_collapse() -> None:
     for name in ("blocks.0.a", "blocks.0.b", "blocks.1.b"):
         nn.init.zeros_(model.get_parameter(f"{name}.weight"))
     assert not reconfigure(model, find_groups(model, SMALL_IMAGE)).collapsed
+
+
+def added(x: Tensor, y: Tensor) -> Tensor:
+    y.add_(x)
+    return torch.relu(y)
+
+
+def assigned(x: Tensor, y: Tensor) -> Tensor:
+    y[:, :, 1:] = x[:, :, 1:]
+    return y
+
+
+def added_to_a_view(x: Tensor, y: Tensor) -> Tensor:
+    y.view(y.shape[0], -1).add_(x.flatten(1))
+    return y
+
+
+@pytest.mark.parametrize("join", [added, assigned, added_to_a_view])
+def test_a_dead_branch_into_which_the_stream_is_written_is_no_collapse(
+    join: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    class Written(Chain):
+        def branch(self, x: Tensor) -> Tensor:
+            return self.three(torch.relu(self.one(x)))
+
+        def joined(self, x: Tensor, y: Tensor) -> Tensor:
+            return join(x, y)
+
+    model = lively(Written, "one", "three")
+    zeroed = copy.deepcopy(model)
+    assert not reconfigure(model, find_groups(model, (3, 4, 4))).collapsed
+    same_function(model, zeroed, (3, 4, 4))
 
 
 class Plain(nn.Module):
@@ -191,3 +224,194 @@ def test_a_layer_that_cuts_the_image_off_has_no_weight_that_reaches_the_threshol
     with torch.no_grad():
         model[0].weight[1, 2] = largest
     assert collapsed_layers(model, find_groups(model, (3, 4, 4)), 1e-4) == dead
+
+
+class Chain(nn.Module):
+    """A stem, a residual branch of three convolutions that a test may change, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 1), nn.Linear(6, 2)
+        self.one, self.two, self.three = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 6, 1)
+        self.norm, self.after = nn.BatchNorm2d(4), nn.BatchNorm2d(6)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.after(self.three(torch.relu(self.norm(self.two(torch.relu(self.one(x)))))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.joined(x, self.branch(x)).mean((2, 3)))
+
+    def joined(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+def lively(kind: type[nn.Module], *dead: str) -> nn.Module:
+    """In float64, with all weights of the layers `dead` at zero, and constants that are not."""
+    torch.manual_seed(0)
+    model = kind().double()
+    enliven(model)
+    for name in dead:
+        nn.init.zeros_(model.get_parameter(f"{name}.weight"))
+    return model
+
+
+def test_a_branch_stays_while_a_layer_behind_its_empty_edge_passes_something_on() -> None:
+    """`three` still reads what `norm` makes of nothing, its shift: what it gives is not its bias."""
+    model = lively(Chain, "one", "two")
+    zeroed = copy.deepcopy(model)
+    surgery = reconfigure(model, find_groups(model, (3, 4, 4)))
+    assert surgery.layers_removed == ()
+    assert model.get_parameter("one.weight").shape[0] == 1
+    assert model.get_parameter("three.weight").shape[1] == 4
+    same_function(model, zeroed, (3, 4, 4))
+    for network in (model, zeroed):
+        nn.init.zeros_(network.get_parameter("three.weight"))
+    assert reconfigure(model, surgery.groups).layers_removed == ("one", "two", "three")
+    same_function(model, zeroed, (3, 4, 4))
+
+
+def test_a_plan_takes_a_branch_out_with_any_of_its_edges() -> None:
+    groups = find_groups(Chain(), (3, 4, 4))
+    sparse = torch.zeros(groups.num_components, dtype=torch.bool)
+    sparse[groups.axes["one.weight", 0]] = True
+    assert find_removals(groups, sparse) == ()
+    (found,) = find_removals(groups, sparse, exact=False)
+    assert ({"one", "two", "three"} < {*found.dead, found.constant}, found.before) == (True, "three")
+
+
+class NormLast(Chain):
+    """Convolution, activation, BatchNorm: what the norm takes is not the bias."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.after(torch.relu(self.three(torch.relu(self.one(x)))))
+
+
+class NormUpsampled(Chain):
+    """A transposed convolution in front of the last BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.three = nn.ConvTranspose2d(4, 6, 1)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.after(self.three(torch.relu(self.one(x))))
+
+
+class NormOfPlaces(Chain):
+    """Linear layers on 16 places of 16 features, and a BatchNorm of the places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.three = nn.Conv2d(3, 16, 1), nn.Linear(16, 4), nn.Linear(4, 16)
+        self.after, self.head = nn.BatchNorm1d(16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head((x + self.after(self.three(torch.relu(self.one(x))))).mean(1))
+
+
+class WithContext(Chain):
+    """The other operand of the sum is of one pixel, and the border of what reads the sum counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context, self.last = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 3, padding=1)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.three(torch.relu(self.one(x)))
+
+    def joined(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.last(y + self.context(x.mean((2, 3), keepdim=True)))
+
+
+class Short(Chain):
+    """A branch of two convolutions and a BatchNorm, which can go."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.after(self.three(torch.relu(self.one(x))))
+
+
+class FrozenNorm(Short):
+    """Keeps its BatchNorms in evaluation mode, as people do who fine-tune with few images."""
+
+    def train(self, mode: bool = True) -> "FrozenNorm":
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+class ByKind(Chain):
+    """An activation behind every layer of a kind, which what pruning puts in is not."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        for layer in (self.one, self.three):
+            x = layer(x)
+            if isinstance(layer, nn.Conv2d):
+                x = torch.relu(x)
+        return x
+
+
+class ByDtype(Chain):
+    """Code that asks a layer for its weight."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.three(torch.relu(self.one(x.to(self.one.weight.dtype))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "note"),
+    [
+        (NormLast, "one: every channel is sparse; one is kept"),
+        (NormUpsampled, "one: every channel is sparse; one is kept"),
+        (NormOfPlaces, "one: every channel is sparse; one is kept"),
+        (WithContext, "one: every channel is sparse; one is kept"),
+        (FrozenNorm, "after: the branch keeps a channel, its BatchNorm stays in evaluation mode"),
+        (ByKind, "three: the branch keeps a channel, without it the code would fail or do another thing"),
+        (ByDtype, "three: the branch keeps a channel, without it the code would fail or do another thing"),
+    ],
+)
+def test_a_branch_that_a_constant_cannot_stand_for_keeps_a_channel(kind: type[Chain], note: str) -> None:
+    model = lively(kind, "one", "three")
+    zeroed = copy.deepcopy(model)
+    surgery = reconfigure(model, find_groups(model, (3, 4, 4)))
+    assert surgery.layers_removed == ()
+    assert note in surgery.notes
+    assert model.get_parameter("one.weight").shape[0] == 1
+    same_function(model, zeroed, (3, 4, 4))
+
+
+@pytest.mark.parametrize(("frozen", "gone"), [(False, ("one", "three")), (True, ())])
+def test_a_norm_that_the_loop_keeps_in_evaluation_mode_keeps_its_branch(frozen: bool, gone: tuple[str, ...]) -> None:
+    model = lively(Short, "one", "three").train()
+    model.get_submodule("after").train(not frozen)
+    assert reconfigure(model, find_groups(model, (3, 4, 4))).layers_removed == gone
+    asleep = lively(Short, "one", "three").eval()  # as a whole: that says nothing of the norm
+    assert reconfigure(asleep, find_groups(asleep, (3, 4, 4))).layers_removed == ("one", "three")
+
+
+class Tied(Chain):
+    """A second branch, whose first convolution has the weights of the first one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.fourth, self.fifth = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 6, 1)
+        self.again.weight = self.one.weight
+
+    def joined(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + y
+        return x + self.fifth(torch.relu(self.fourth(torch.relu(self.again(x)))))
+
+
+def test_a_weight_that_another_layer_shares_stays_in_the_optimizer() -> None:
+    model = lively(Tied, "two", "three")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    zeroed = copy.deepcopy(model)
+    assert reconfigure(model, find_groups(model, (3, 4, 4)), optimizer=optimizer).layers_removed == (
+        "one", "two", "three",
+    )  # fmt: skip
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+    same_function(model, zeroed, (3, 4, 4))

@@ -46,6 +46,16 @@ class AsksForFew(_Net):
         return self.b(x) * (2.0 if self.b.out_channels > 3 else 1.0)
 
 
+class AsksForNorm(_Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(16, 16)
+
+    def way(self, x: Tensor) -> Tensor:
+        y = self.norm(self.b(x))
+        return 2 * y if self.norm.num_channels >= 16 else y
+
+
 class AsksForDevice(_Net):
     def way(self, x: Tensor) -> Tensor:
         return self.b(x) if x.device.type == "cpu" else x
@@ -58,7 +68,9 @@ def silenced(network: nn.Module, layer: str, into: str, channels: int) -> None:
         network.get_parameter(f"{into}.weight")[:, :channels] = 0
 
 
-@pytest.mark.parametrize(("kind", "channels"), [(AsksForWidth, 5), (AsksForParameters, 5), (AsksForFew, 13)])
+@pytest.mark.parametrize(
+    ("kind", "channels"), [(AsksForWidth, 5), (AsksForParameters, 5), (AsksForFew, 13), (AsksForNorm, 5)]
+)
 def test_channels_stay_whose_removal_takes_the_code_another_way(kind: Any, channels: int) -> None:
     torch.manual_seed(0)
     network = kind()
@@ -69,7 +81,7 @@ def test_channels_stay_whose_removal_takes_the_code_another_way(kind: Any, chann
     torch.testing.assert_close(network(images), before(images), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [AsksForWidth, AsksForParameters, AsksForFew])
+@pytest.mark.parametrize("kind", [AsksForWidth, AsksForParameters, AsksForFew, AsksForNorm])
 def test_the_others_go_exactly(kind: Any) -> None:
     torch.manual_seed(0)
     assert inspect(kind(), input_shape=IMAGE).exact

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ptsim.prune.gating import Gate, find_gates
 from ptsim.prune.groups import find_groups
-from tests.prune.helpers import SMALL_IMAGE, small_resnet
+from ptsim.prune.reconfigure import reconfigure
+from tests.prune.helpers import SMALL_IMAGE, same_function, small_resnet
 
 
 def indices(gate: Gate) -> tuple[str, list[int] | None, list[int] | None, str | None]:
@@ -45,13 +48,61 @@ class Meeting(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("largest", "kept"),
-    [([1, 0, 1, 1], [0, 2, 3]), ([0, 0, 5e-5, 1e-5], [2])],  # one stays, the one with the largest weight
+    ("largest", "multiple", "kept"),
+    [
+        ([1, 0, 1, 1], 1, [0, 2, 3]),
+        ([0, 0, 5e-5, 1e-5], 1, [2]),  # one stays, the one with the largest weight
+        ([0, 0, 5e-5, 1e-5], 3, [0, 2, 3]),  # and those that fill it up
+        ([1e-5, 0, 1, 2e-5], 2, [2, 3]),
+        ([1e-5, 0, 1, 2e-5], 3, [0, 2, 3]),
+    ],
 )
-def test_three_layers_are_a_stream_and_a_layer_keeps_a_channel(largest: list[float], kept: list[int]) -> None:
+def test_three_layers_are_a_stream_and_a_layer_keeps_a_channel(
+    largest: list[float], multiple: int, kept: list[int]
+) -> None:
     model = Meeting()
     with torch.no_grad():
         nn.init.ones_(model.left.weight)
         model.right.weight.copy_(torch.tensor(largest).view(4, 1, 1, 1).expand(4, 3, 1, 1))
-    gates = find_gates(model, find_groups(model, (3, 4, 4)), 1e-4)
+    gates = find_gates(model, find_groups(model, (3, 4, 4)), 1e-4, multiple)
     assert [indices(gate) for gate in gates] == [("right", None, kept, "right_norm")]
+
+
+class Stream(nn.Module):
+    """A residual branch of two convolutions on a stream, whose code looks at its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two, self.head = (
+            nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1), nn.Linear(6, 2)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.branch(x)).mean((2, 3)))
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.two(torch.relu(self.one(x.to(self.one.weight.dtype))))
+
+
+class ByKind(Stream):
+    """An activation behind every layer of a kind, which a gate around it is not."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        for layer in (self.one, self.two):
+            x = layer(x)
+            if isinstance(layer, nn.Conv2d):
+                x = torch.relu(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Stream, ByKind])
+def test_layers_that_the_code_looks_at_are_not_gated(kind: type[Stream]) -> None:
+    torch.manual_seed(0)
+    model = kind().double()
+    nn.init.zeros_(model.one.weight[:, :2])
+    before = copy.deepcopy(model)
+    surgery = reconfigure(model, find_groups(model, (3, 4, 4)), mode="gating")
+    assert not surgery.changed
+    assert surgery.notes == ("channel gating is left out: the code of the network needs its layers as they are",)
+    same_function(model, before, (3, 4, 4))

@@ -207,6 +207,26 @@ def test_the_proximal_step_shrinks_a_single_group_by_its_amount_and_gives_exact_
     assert float(model[0].weight.detach()) == 0.0
 
 
+@pytest.mark.parametrize("form", ["per_tensor", "gathered"])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_small_weights_in_half_precision_have_norms_too(
+    form: Literal["per_tensor", "gathered"], kind: torch.dtype
+) -> None:
+    """1e-4, and 3e-4 beside 4e-4, whose squares float16 does not know: 1e-4/√(1e-8 + 1e-8), 3e-4/√(25e-8 + 1e-8)."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU(), nn.Conv2d(1, 2, 1, bias=False))
+    lasso = GroupLasso(model.to(kind), find_groups(model, (1, 4, 4)), form=form)
+    with torch.no_grad():
+        model[0].weight.fill_(1e-4)
+        model[2].weight.copy_(torch.tensor([3e-4, 4e-4]).view(2, 1, 1, 1))
+    assert float(lasso.value()) == pytest.approx(1.41421e-4 + 5.09902e-4, rel=0.01)
+    lasso.add_gradient(1.0)
+    found = [float(g) for layer in (model[0], model[2]) for g in layer.weight.grad.flatten()]
+    assert found == pytest.approx([0.70711, 0.58835, 0.78446], rel=0.02)
+    lasso.proximal_step(0.5e-4)
+    found = [float(w) for layer in (model[0], model[2]) for w in layer.weight.detach().flatten()]
+    assert found == pytest.approx([0.5e-4, 2.7e-4, 3.6e-4], rel=0.02)
+
+
 def test_the_coefficient_gives_the_ratio() -> None:
     assert penalty_coefficient(2.0, 10.0, 0.2) == pytest.approx(0.05)  # 0.2 · 2 / (0.8 · 10)
     coefficient = penalty_coefficient(math.log(10), 1975.6, 0.25)

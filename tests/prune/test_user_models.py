@@ -265,6 +265,21 @@ def tokens(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return x + m.last(F.gelu(m.first(x.flatten(2)))).view(x.shape)
 
 
+def to_a_size(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The shape of `y` is given, of which the channels do not count."""
+    return m.up(F.max_pool2d(x, 2), output_size=y.size()) + m.own(y)
+
+
+def unpooled(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    small, places = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(small, places, 2, output_size=y.size()) + m.own(y)
+
+
+def scaled_twice(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """One scale for channels that could go and for others that stay."""
+    return torch.cat([m.own(x * m.scale), y.softmax(1) * m.scale], 1)
+
+
 def own() -> nn.Module:
     """A convolution between `y` and the sum, so that `b` is not bound to `a`."""
     return nn.Conv2d(8, 8, 1)
@@ -336,6 +351,13 @@ CASES = {
     "computes with the width": Case(lambda: User(bakes_width, own=own()), "b c", "a", "the number of these channels"),
     "masks": Case(lambda: User(masks, own=own()), "a b c own"),
     "stochastic depth by hand": Case(lambda: User(drop_path), "a b c"),
+    "transposed to a size": Case(
+        lambda: User(to_a_size, up=nn.ConvTranspose2d(8, 8, 3, 2, 1), own=own()), "a b c up own"
+    ),
+    "unpooled to a size": Case(lambda: User(unpooled, own=own()), "a b c"),
+    "a scale of two maps": Case(
+        lambda: User(scaled_twice, scale=torch.rand(8, 1, 1), own=own()), "c own", "a b", "combines these channels"
+    ),
     "x.mT": Case(lambda: User(transposed_attribute, linear=nn.Linear(8, 5)), "a b c linear"),
     "blur": Case(lambda: User(blur, kernel=torch.ones(1, 1, 3, 3) / 9, own=own()), "b c", "a", "computes its weight"),
     "a weight that is computed": Case(

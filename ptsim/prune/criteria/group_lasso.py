@@ -69,7 +69,7 @@ class GroupLasso:
         """Σ of the group norms (without λ); differentiable, so that the hand-written gradient can be checked."""
         total: Tensor | None = None
         for layer, weight, inputs, outputs in self.terms:
-            square = weight_GOIK(weight, layer).square()
+            square = weight_GOIK(_wide(weight), layer).square()
             for wanted, dims in ((inputs, (1, 3)), (outputs, (2, 3))):
                 if wanted:
                     norms = (square.sum(dims) + SMOOTHING).sqrt().sum()
@@ -109,7 +109,7 @@ class GroupLasso:
         """
         amounts = per_weight(shrinkage, len(self.terms))
         for (layer, weight, inputs, outputs), amount in zip(self.terms, amounts, strict=True):
-            W = weight_GOIK(weight, layer)
+            W = weight_GOIK(_wide(weight), layer)
             for wanted, dims in ((inputs, (1, 3)), (outputs, (2, 3))):
                 if wanted:
                     norms = W.square().sum(dims, keepdim=True).sqrt()
@@ -132,6 +132,11 @@ class GroupLasso:
         return group_lasso_work(network, gpu=True).num_launches
 
 
+def _wide(weight: Tensor) -> Tensor:
+    """In float32 what is narrower: in float16 the square of 1e-4 is 0, and so is what smooths the norm."""
+    return weight.float() if weight.element_size() < 4 else weight
+
+
 def _like_weight(W_GOIK: Tensor, layer: Weighted, weight: Tensor) -> Tensor:
     """(groups, out per group, in per group, kernel elements or 1) in the axes of the weight."""
     kernel = weight.shape[2:] if W_GOIK.shape[3] > 1 else (1,) * (weight.ndim - 2)
@@ -152,7 +157,7 @@ def _add_gradient(term: _Term, coefficient: float) -> None:
             factor = inverse if factor is None else factor + inverse
     if factor is not None:
         assert weight.grad is not None, "made by the caller"
-        factor = _like_weight(factor.expand(norms.shape), layer, weight)
+        factor = _like_weight(factor.expand(norms.shape), layer, weight).to(weight.dtype)
         weight.grad.addcmul_(weight, factor, value=coefficient)
 
 
@@ -170,7 +175,7 @@ class _GatheredGradient:
             (term, term.layer.transposed or _num_kernels(term) < term.weight.numel() > most) for term in terms
         ]
         self.strides = [term.weight.stride() for term in terms]
-        device, kind = terms[0].weight.device, terms[0].weight.dtype
+        device, kind = terms[0].weight.device, _wide(terms[0].weight).dtype
         lengths: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the groups of outputs and of inputs
         ids: tuple[list[Tensor], list[Tensor]] = ([], [])  # of each entry's group; -1: none
         gathered: list[Tensor] = []
@@ -209,9 +214,11 @@ class _GatheredGradient:
             assert gradient is not None, "made by the caller"
             if by_kernel:
                 factors = factor.view(*weight_GOIK(weight, term.layer).shape[:3], 1)
-                gradient.addcmul_(weight, _like_weight(factors, term.layer, weight), value=coefficient)
+                factors = _like_weight(factors, term.layer, weight).to(weight.dtype)
+                gradient.addcmul_(weight, factors, value=coefficient)
             else:
-                for found, one in zip(together, (gradient, weight, _unstore(factor, weight)), strict=True):
+                factor = _unstore(factor, weight).to(weight.dtype)
+                for found, one in zip(together, (gradient, weight, factor), strict=True):
                     found.append(one)
         if together[0]:
             torch._foreach_addcmul_(*together, value=coefficient)
@@ -219,7 +226,8 @@ class _GatheredGradient:
     def _factors(self) -> Tensor:
         """1/‖w_in‖ + 1/‖w_out‖ of every entry."""
         entries = [
-            (_kernel_norms(term) if by_kernel else _storage(term.weight)).reshape(-1) for term, by_kernel in self.parts
+            (_kernel_norms(term) if by_kernel else _storage(_wide(term.weight))).reshape(-1)
+            for term, by_kernel in self.parts
         ]
         square = torch.cat(entries).square_()
         del entries
@@ -244,7 +252,7 @@ def _num_kernels(term: _Term) -> int:
 
 def _kernel_norms(term: _Term) -> Tensor:
     """The norm of every kernel up to its sign, as (groups, out per group, in per group, 1)."""
-    W = weight_GOIK(term.weight, term.layer)
+    W = weight_GOIK(_wide(term.weight), term.layer)
     return W if W.shape[3] == 1 else torch.linalg.vector_norm(W, dim=3, keepdim=True)
 
 
