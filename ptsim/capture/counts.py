@@ -202,7 +202,7 @@ def _sizes_unchecked() -> Iterator[None]:
     """Inside, two checks of torch's are left out.
 
     The training graph of norms that call `F.batch_norm` themselves (timm's) takes one image of one pixel, too: torch
-    refuses such statistics as meaningless; here nothing but their shape counts. And torch.jit's sizes are tensors,
+    refuses such statistics as meaningless; here nothing but their shape counts. And sizes in torch.jit are tensors,
     which the check of an unpooling takes for a mistake.
     """
     names = vars(functional)

@@ -100,8 +100,8 @@ def geometry(
         weight = given["weight"]
         return {"in_channels": weight[-1], "out_channels": weight[0], "bias": given.get("bias") is not None}
     if "pool" in op and not op.startswith(("adaptive", "fractional")):
-        others = (some for start, some in _OTHER_POOL_ARGUMENTS.items() if op.startswith(start))
-        given = dict(zip(next(others, _POOL_ARGUMENTS), step.arguments, strict=False)) | step.keywords
+        order = next((some for start, some in _OTHER_POOL_ARGUMENTS.items() if op.startswith(start)), _POOL_ARGUMENTS)
+        given = dict(zip(order, step.arguments, strict=False)) | step.keywords
         kernel = _pair(given["kernel_size"])
         stride = given.get("stride")
         return channels | {

@@ -15,9 +15,9 @@ from ptsim.prune.rules import rule_for_function, takes_shapes
 
 # What code may ask layers for that pruning changes; shapes of tensors are noticed where they are asked for.
 _WIDTHS = {
-    "out_channels", "in_channels", "out_features", "in_features", "num_features", "num_channels", "num_groups", "numel",
-    "parameters",
-}  # fmt: skip
+    *("out_channels", "in_channels", "out_features", "in_features", "num_features", "num_channels", "num_groups"),
+    *("numel", "parameters"),
+}
 
 
 def may_count(model: nn.Module, graphs: Graphs) -> bool:

@@ -241,7 +241,7 @@ def refused_by_jit(x: torch.Tensor) -> torch.Tensor:
 
 def test_what_cannot_be_counted_is_one_sentence() -> None:
     with pytest.raises(UnsupportedModelError, match=r"the operations of Pooled cannot be counted: not for torch\.jit"):
-        capture_network(Pooled(refused_by_jit), name="p", input_shape=(3, 9, 9), num_classes=2)
+        capture_network(Pooled(lambda x: refused_by_jit(2 * x)), name="p", input_shape=(3, 9, 9), num_classes=2)
 
 
 class Reading(nn.Module):
@@ -272,6 +272,29 @@ def test_a_recurrent_layer_multiplies_with_its_weights_at_every_step(reader: nn.
     layer = network.layer("reader")
     assert (layer.kind, layer.forward_macs) == (LayerKind.MATMUL, macs)
     assert layer_macs(layer).training == 3 * macs
+
+
+class Deformed(nn.Module):
+    """A convolution that says where another one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.ops import DeformConv2d
+
+        self.places, self.conv = nn.Conv2d(3, 18, 3, padding=1), DeformConv2d(3, 6, 3, padding=1)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.conv(x, self.places(x)).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*traced by torch.export")
+def test_a_deformable_convolution_multiplies_as_often_as_an_ordinary_one() -> None:
+    network = capture_network(Deformed(), name="d", input_shape=(3, 8, 8), num_classes=2)
+    macs = [layer.forward_macs for layer in network.layers if layer.kind is LayerKind.CONV]
+    assert macs == [3 * 9 * 18 * 64, 3 * 9 * 6 * 64]
 
 
 class ReadingAsked(Reading):

@@ -155,6 +155,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "hook of a parameter scales": (lambda: Net(hook("b.weight", register_hook=lambda m, g: g.clamp(-0.1, 0.1))), 11),
     "backward of its own mixes": (lambda: Net(mix=lambda m, x: Centred.apply(x)), 5),
     "backward of its own keeps apart": (lambda: Net(mix=lambda m, x: Straight.apply(x)), 11),
+    "backward of its own for a constant": (lambda: Net(mix=lambda m, x: x * Straight.apply(torch.ones(1))), 11),
     "hook in the code": (lambda: Net(mix=with_hooked_gradient), 5),
     "code asks for gradients": (lambda: Net(mix=lambda m, x: x.cumsum(1) if x.requires_grad else x), 5),
     "code asks for the mode": (lambda: Net(mix=lambda m, x: x.cumsum(1) if torch.is_grad_enabled() else x), 5),
