@@ -62,6 +62,7 @@ REACHED_BY = {
         "measure/tf32:tf32_allowed",
         "trace/schema:must_exist",
         "training/datasets:quarter_of_memory_bytes",
+        "training/facts:check_numbers",
         "training/loop:_check_team",
         "training/loop:_train",
         "training/pruning:_reconfigure",

@@ -189,6 +189,9 @@ class Stream(IterableDataset):
     def __len__(self):
         return 4
 
+    def __iter__(self):
+        return iter(())
+
 
 def test_data_that_are_none_are_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="has to be a pair of map-style data sets"):

@@ -126,7 +126,9 @@ def test_a_state_in_the_middle_of_an_epoch_holds_both_parts() -> None:
     assert (again.num_iterations, again.time) == (3, seconds(1))
 
 
-@pytest.mark.parametrize(("reductions", "exposed_s"), [(0, 2.0), (2, 2.0), (5, 5.0)])  # none seen; by update; by pass
+@pytest.mark.parametrize(
+    ("reductions", "exposed_s"), [(0, 2.0), (2, 2.0), (5, 5.0)]
+)  # none was seen; by update; by pass
 def test_every_all_reduce_is_exposed_also_those_of_accumulated_passes(reductions: int, exposed_s: float) -> None:
     meter: Any = SimpleNamespace(stop=lambda: None)
     seen = watch(num_reductions=reductions)
