@@ -84,7 +84,8 @@ def train(
         config: TOML file with settings; options here and --set override it.
         out: Run folder to create.
         resume: Run folder to continue from its last checkpoint. Only these may change with it: --epochs, --data-dir,
-            --log, and with --set device, num_threads, num_workers, keep_every, profile.
+            --log, and with --set device, num_threads, num_workers, keep_every, profile,
+            data_memory_bytes.
         start_from: Run folder whose last network the training starts from.
         log: Where else the numbers of every epoch go, separated by commas: csv, tensorboard, wandb, mlflow.
         settings: Any other setting as name=value. Can be repeated.

@@ -385,7 +385,7 @@ def test_epochs_of_other_passes_are_another_step(tmp_path: Path) -> None:
     trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=2))
     first, second = trace.epochs
     trace = msgspec.structs.replace(trace, epochs=(first, msgspec.structs.replace(second, passes=2)))
-    one, two = (decode(file)[1] for file in write_chakra(trace, tmp_path / "out", num_gpus=1))
+    one, two = (decode(file)[1] for file in write_chakra(trace, tmp_path / "out", num_gpus=1)[:-1])
     index = msgspec.json.decode((tmp_path / "out" / "index.json").read_bytes())
     assert [(entry["epochs"], entry["passes"]) for entry in index] == [([0], 1), ([1], 2)]
     assert len(two) == 2 * len(one) - 1  # both passes, and one optimizer

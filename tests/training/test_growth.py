@@ -70,7 +70,9 @@ def test_the_rank_with_the_least_memory_decides_for_all(monkeypatch: pytest.Monk
         set_batch=set_to.append,
         team=SimpleNamespace(world_size=2, least=lambda mine: mine.clamp(max=96), sum=lambda misfits: misfits),
         recorder=SimpleNamespace(
-            meter=SimpleNamespace(info=lambda: device_info("a CPU")), architecture=residual_network()
+            meter=SimpleNamespace(info=lambda: device_info("a CPU")),
+            architecture=residual_network(),
+            resident_bytes=0,
         ),
     )
     grown = minibatch.BatchPolicy(learner, 10**6).grow()
@@ -195,7 +197,7 @@ def test_what_images_take_of_the_device_is_no_room_for_a_mini_batch(
     )
     learner: Any = SimpleNamespace(
         config=make_config({"dataset": "digits", "batch": 64, "dynamic_batch": True} | changes),
-        team=SimpleNamespace(world_size=1, agree=lambda *_: None),
+        team=SimpleNamespace(world_size=1, agree=lambda *_: None, least=lambda mine: mine),
         recorder=recorder,
         batch=64,
         set_batch=lambda _: None,

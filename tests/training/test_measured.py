@@ -126,13 +126,12 @@ def test_a_state_in_the_middle_of_an_epoch_holds_both_parts() -> None:
     assert (again.num_iterations, again.time) == (3, seconds(1))
 
 
-@pytest.mark.parametrize(
-    ("reductions", "exposed_s"), [(0, 2.0), (2, 2.0), (5, 5.0)]
-)  # none was seen; by update; by pass
+# None was seen; one by update; one by pass.
+@pytest.mark.parametrize(("reductions", "exposed_s"), [(0, 2.0), (2, 2.0), (5, 5.0)])
 def test_every_all_reduce_is_exposed_also_those_of_accumulated_passes(reductions: int, exposed_s: float) -> None:
-    meter: Any = SimpleNamespace(stop=lambda: None)
+    meter: Any = SimpleNamespace(stop=lambda until_s: None)
     seen = watch(num_reductions=reductions)
-    found = measure_epoch(seen, meter, exposing(1.0), CPU, epoch=0, earlier=Unfinished())
+    found = measure_epoch(seen, meter, exposing(1.0), epoch=0, earlier=Unfinished())
     begun = unfinished_epoch(seen, exposing(1.0), LossSum(CPU), Unfinished())
     assert begun is not None
     for times in (found.time, begun.time):

@@ -1015,6 +1015,8 @@ def test_a_trace_that_cannot_be_written_advises_nothing_that_an_own_loop_lacks(t
     with pytest.raises(TrainingError, match=r"trace\.jsonl cannot be written: No space left") as caught:
         train(pruner, model, optimizer, 1, images_and_labels())
     assert caught.value.hint == "make room"  # there is no --resume
+    monkeypatch.undo()
+    pruner.close()
 
 
 class Pyramid(nn.Module):
