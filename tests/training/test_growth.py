@@ -199,6 +199,7 @@ def test_what_images_take_of_the_device_is_no_room_for_a_mini_batch(
         config=make_config({"dataset": "digits", "batch": 64, "dynamic_batch": True} | changes),
         team=SimpleNamespace(world_size=1, agree=lambda *_: None, least=lambda mine: mine),
         recorder=recorder,
+        device=torch.device("cpu"),
         batch=64,
         set_batch=lambda _: None,
         learning_rate_scale=1.0,
