@@ -90,7 +90,7 @@ ASKED = {
     "import": "import kineto kineto.json -o mine.toml",
     "inspect": "inspect tiny.py:build",
     "plan": "plan tiny.py:build --images 1000 --epochs 4 --batch 10 --interval 2 --draws 2 "
-    "--pruning training=0.75 -o planned.jsonl",
+    "--pruning training=0.75,inference=0.495 -o planned.jsonl",
     "predict": "predict pruned --cluster dgx-a100 --gpus 16",
     "report": "report dense pruned -o page --cluster aws-p3-16xlarge --gpus 8",
     "simulate": "simulate pruned --cluster aws-p3-16xlarge --gpus 8,16",
