@@ -155,7 +155,9 @@ def test_what_a_recorded_epoch_waited_is_no_work_in_the_fit(sampled: Trace) -> N
     step = step_time(sampled.network_of(first), device, setting, measurements=known)
     wall_s = 2 * step.compute_s * first.num_iterations
     time = msgspec.structs.replace(first.time, wall_s=wall_s)
-    one = msgspec.structs.replace(sampled, epochs=(msgspec.structs.replace(first, measured_time=time),))
+    assert first.device is not None
+    use = msgspec.structs.replace(first.device, energy_j=300.0 * wall_s)
+    one = msgspec.structs.replace(sampled, epochs=(msgspec.structs.replace(first, measured_time=time, device=use),))
     sample = PowerSample(step=step, waiting_s=step.compute_s, power_w=300.0)
     model, expected = Power(Scenario(one, cluster(), 1, Options())).model, fit_power(device, [sample])
     assert model is not None
