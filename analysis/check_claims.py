@@ -26,6 +26,7 @@ import ptsim
 from ptsim.costs.flops import training_macs
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.textfile import read_toml, write_whole
+from ptsim.trace.pairs import held_dense
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = ROOT / "docs" / "claims.toml"
@@ -83,18 +84,24 @@ def read_claims(path: Path = CLAIMS) -> tuple[Claim, ...]:
     return claims
 
 
+def read_recorded(root: Path, folder: str, name: str) -> ptsim.Trace:
+    """The run NAME in `traces/FOLDER`."""
+    return ptsim.read_trace(root / "traces" / folder / f"{name}.jsonl")
+
+
+def totals(trace: ptsim.Trace) -> dict[str, float]:
+    """What a recorded run did in all, and the MACs of its last network."""
+    return {
+        "flops": sum(training_macs(trace.network_of(e), images=e.num_images) for e in trace.epochs),
+        "bn": sum(batch_norm_bytes(trace.network_of(e)) * e.num_images for e in trace.epochs),
+        "time": sum(e.time.wall_s for e in trace.epochs) + sum(r.duration_s for r in trace.reconfigurations),
+        "inference": trace.network_of(trace.epochs[-1]).forward_macs,
+    }
+
+
 def recorded(name: str, root: Path, folder: str = "cifar10-resnet20", beside: str = "dense") -> dict[str, float]:
     """FLOPs, BatchNorm traffic and time of a run in `traces/FOLDER`, relative to the run recorded beside it."""
-    dense, run = (ptsim.read_trace(root / "traces" / folder / f"{n}.jsonl") for n in (beside, name))
-
-    def totals(trace: ptsim.Trace) -> dict[str, float]:
-        return {
-            "flops": sum(training_macs(trace.network_of(e), images=e.num_images) for e in trace.epochs),
-            "bn": sum(batch_norm_bytes(trace.network_of(e)) * e.num_images for e in trace.epochs),
-            "time": sum(e.time.wall_s for e in trace.epochs) + sum(r.duration_s for r in trace.reconfigurations),
-            "inference": trace.network_of(trace.epochs[-1]).forward_macs,
-        }
-
+    dense, run = (read_recorded(root, folder, n) for n in (beside, name))
     theirs, ours = totals(dense), totals(run)
     accuracies = {"dense": dense.epochs[-1].validation_accuracy, "accuracy": run.epochs[-1].validation_accuracy}
     return {key: ours[key] / theirs[key] for key in ours} | accuracies
@@ -140,9 +147,9 @@ def recorded_pace(root: Path, *, folder: str, run: str) -> Figures:
     """The time of both runs at the pace of their own first ten epochs, and what the run's profiles say of it."""
     own = []
     for name in (run, "dense"):
-        seconds = [epoch.time.wall_s for epoch in ptsim.read_trace(root / "traces" / folder / f"{name}.jsonl").epochs]
+        seconds = [epoch.time.wall_s for epoch in read_recorded(root, folder, name).epochs]
         own.append(percent(sum(seconds) / len(seconds) / (sum(seconds[:10]) / 10)))
-    trace = ptsim.read_trace(root / "traces" / folder / f"{run}.jsonl")
+    trace = read_recorded(root, folder, run)
     step_s = {profile.architecture: profile.step_s for profile in trace.profiles}
     mean_s = sum(step_s[epoch.architecture] for epoch in trace.epochs) / len(trace.epochs)
     profiled = percent(mean_s / step_s[trace.epochs[0].architecture])
@@ -152,7 +159,7 @@ def recorded_pace(root: Path, *, folder: str, run: str) -> Figures:
 def recorded_dynamic(root: Path, *, folder: str, run: str, beside: str) -> Figures:
     """A growing mini-batch beside a fixed one: same pruning settings, other steps."""
     of = recorded(run, root, folder, beside)
-    sizes = [epoch.batch_per_gpu for epoch in ptsim.read_trace(root / "traces" / folder / f"{run}.jsonl").epochs]
+    sizes = [epoch.batch_per_gpu for epoch in read_recorded(root, folder, run).epochs]
     grown = " to ".join(str(size) for size in dict.fromkeys(sizes))
     return [
         f"mini-batch {grown}",
@@ -165,12 +172,9 @@ def recorded_modes(root: Path, *, folder: str, gating: str, union: str) -> Figur
     """Gating beside union: FLOPs of the last network and of the run, of the unpruned network's; times."""
     found, last_s = [], []
     for mode, name in (("gating", gating), ("union", union)):
-        trace = ptsim.read_trace(root / "traces" / folder / f"{name}.jsonl")
-        networks = [trace.network_of(epoch) for epoch in trace.epochs]
-        images = sum(epoch.num_images for epoch in trace.epochs)
-        flops = sum(training_macs(n, images=e.num_images) for n, e in zip(networks, trace.epochs, strict=True))
-        inference = networks[-1].forward_macs / networks[0].forward_macs
-        whole = flops / training_macs(networks[0], images=images)
+        trace = read_recorded(root, folder, name)
+        own, dense = totals(trace), totals(held_dense(trace))
+        inference, whole = (own[key] / dense[key] for key in ("inference", "flops"))
         found.append(f"{mode}: inference FLOPs {percent(inference)}, training FLOPs {percent(whole)} of dense")
         last_s.append(sum(epoch.time.wall_s for epoch in trace.epochs[-10:]) / 10)
     of = recorded(gating, root, folder, union)
@@ -186,7 +190,7 @@ def recorded_layers(root: Path, *, folder: str, run: str) -> Figures:
     """The last network beside the first, by kind of layer, from the profiles that the run took of them."""
     from saving_by_layer import recorded_tables
 
-    tables = recorded_tables(ptsim.read_trace(root / "traces" / folder / f"{run}.jsonl"))
+    tables = recorded_tables(read_recorded(root, folder, run))
     kinds, last = tables["kinds"].set_index("kind"), tables["steps"].iloc[-1]
     names = {"conv": "convolutions", "batch_norm": "BatchNorm", "activation": "ReLU", "elementwise": "additions"}
     left = ", ".join(f"{text} {percent(kinds.time_left[kind])}" for kind, text in names.items())

@@ -130,9 +130,9 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Pruning has taken all of it: the output has no elements, so nothing is left to compute."""
         return self.output_elements == 0
 
-    def repeats(self, batch: int) -> int:
-        """How often the layer's counts occur in a mini-batch of `batch` images: once each, or once for all."""
-        return 1 if self.once else batch
+    def repeats(self, images: int, mini_batches: int = 1) -> int:
+        """How often the layer's counts occur in so many images: for each, or for each mini-batch of them."""
+        return mini_batches if self.once else images
 
     def saved_bytes(self, batch: int, element_bytes: int) -> int:
         """Bytes newly kept for backward by a mini-batch whose activations take `element_bytes` each."""

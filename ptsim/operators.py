@@ -65,6 +65,11 @@ def usual_name(op: str) -> str:
     return _SPELLING.get(op, op)
 
 
+def is_transposed(op: str) -> bool:
+    """Whether a convolution is a transposed one: its filters are laid on the input, and its weight begins with that."""
+    return "transpose" in op
+
+
 def constant_axis(layer: Layer) -> int:
     """The channels' axis in the output of a branch's constant: (C, H, W) of each image is 0, (1, C, 1, 1) for all 1."""
     return len(layer.output_shape) - len(layer.input_shapes[0])

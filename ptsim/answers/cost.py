@@ -236,7 +236,7 @@ def layer_costs(network: Network, convention: Convention, setting: StepSetting) 
     """A row for every layer, in forward order."""
     rows, batch, passes = [], setting.batch, setting.passes
     for layer, traffic in zip(network.layers, network_traffic(network, setting.one_pass), strict=True):
-        macs, times = layer_macs(layer, convention), passes if layer.once else batch
+        macs, times = layer_macs(layer, convention), layer.repeats(batch, passes)
         rows.append(
             LayerCost(
                 layer=layer.name,

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from ptsim.capture.rehearsal import Shape, Step
 from ptsim.network import LayerKind
-from ptsim.operators import KIND_OF_OP, usual_name
+from ptsim.operators import KIND_OF_OP, is_transposed, usual_name
 
 _PRODUCTS = {
     LayerKind.MATMUL: {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"},
@@ -79,15 +79,15 @@ def geometry(
         module = graph.get_submodule(str(node.target))
         return channels | _module_geometry(module)
     if op.startswith("conv") and len(step.arguments) + len(step.keywords) > 1:
-        names = _TRANSPOSED_ARGUMENTS if "transpose" in op else _CONV_ARGUMENTS
+        names = _TRANSPOSED_ARGUMENTS if is_transposed(op) else _CONV_ARGUMENTS
         given = dict(zip(names, step.arguments, strict=False)) | step.keywords
         weight = given["weight"]
         groups = given.get("groups", 1)
         first, second = weight[0], weight[1] * groups
         kernel, dilation = _pair(weight[2:]), _pair(given.get("dilation", 1))
         return {
-            "in_channels": first if "transpose" in op else second,
-            "out_channels": second if "transpose" in op else first,
+            "in_channels": first if is_transposed(op) else second,
+            "out_channels": second if is_transposed(op) else first,
             "kernel_size": kernel,
             "stride": _pair(given.get("stride", 1)),
             "padding": _padding(given.get("padding", 0), kernel, dilation),

@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from ptsim.network import PRODUCTS, Layer, LayerKind, Network
+from ptsim.operators import is_transposed
 
 Convention = Literal["exact", "paper"]
 
@@ -70,7 +71,7 @@ def inference_macs(
         mini_batches: in how many, which is how often layers that run `once` do.
     """
     return sum(
-        layer_macs(layer, convention).forward * (mini_batches if layer.once else images)
+        layer_macs(layer, convention).forward * layer.repeats(images, mini_batches)
         for layer in network.layers
         if not layer.training_only
     )
@@ -78,9 +79,7 @@ def inference_macs(
 
 def training_macs(network: Network, convention: Convention = "exact", *, images: int = 1, mini_batches: int = 1) -> int:
     """Forward and backward MACs in training, auxiliary heads included; arguments as for `inference_macs`."""
-    return sum(
-        layer_macs(layer, convention).training * (mini_batches if layer.once else images) for layer in network.layers
-    )
+    return sum(layer_macs(layer, convention).training * layer.repeats(images, mini_batches) for layer in network.layers)
 
 
 def flops_utilization(macs: float, gpu_seconds: float, peak_flops_per_s: float | None) -> float | None:
@@ -105,7 +104,7 @@ def num_taps(layer: Layer) -> int:
     """Weights of a convolution's filter on one channel. A layer does not name the depth of three axes: its MACs do."""
     if spatial_axes(layer) < 3:
         return math.prod(layer.kernel_size)
-    shape = layer.input_shapes[0] if "transpose" in layer.op else layer.output_shape
+    shape = layer.input_shapes[0] if is_transposed(layer.op) else layer.output_shape
     filters = math.prod(shape[-3:]) * layer.out_channels * layer.in_channels // layer.groups
     return layer.forward_macs // max(filters, 1)
 

@@ -27,6 +27,7 @@ from scipy.optimize import nnls
 
 from ptsim.hardware.profile import Operator, OperatorSetting, OperatorTime
 from ptsim.network import LayerKind
+from ptsim.operators import is_transposed
 
 Pass = Literal["forward", "backward"]
 Family = tuple[object, ...]
@@ -186,7 +187,7 @@ def _products(operator: Operator, tile: int) -> float:
     """Multiply–accumulates when channels are filled up to whole tiles."""
     if operator.kind is LayerKind.CONV:
         inputs, outputs = operator.inputs[0][0] // operator.groups, operator.output[0]
-        image = operator.inputs[0] if "transpose" in operator.op else operator.output  # where a filter is laid on
+        image = operator.inputs[0] if is_transposed(operator.op) else operator.output  # where a filter is laid on
         pixels = math.prod(image[1:]) * math.prod(operator.kernel)
     elif operator.kind is LayerKind.LINEAR:
         inputs, outputs = operator.inputs[0][-1], operator.output[-1]

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from ptsim.costs.flops import num_taps, spatial_axes
 from ptsim.costs.widths import Widths
 from ptsim.network import PRODUCTS, Layer, LayerKind, Network, Precision
+from ptsim.operators import is_transposed
 from ptsim.setting import StepSetting
 
 Floats = npt.NDArray[np.float64]
@@ -177,7 +178,7 @@ def convolution_kernels(
     usual = channels_in == channels_out and layer.groups % 32 == 0 and layer.dilation == (1, 1)
     odd_groups = halves and not foreign and layer.groups > 1 and not depthwise and not usual
     square = spatial_axes(layer) == 2 and layer.kernel_size == (3, 3)
-    spread = Pass.FORWARD if _is_transposed(layer) else Pass.INPUT_GRADIENT  # from few pixels to many
+    spread = Pass.FORWARD if is_transposed(layer.op) else Pass.INPUT_GRADIENT  # from few pixels to many
     for step, (m, n, k) in _implicit_products(layer, batch).items():
         if step is Pass.INPUT_GRADIENT and not layer.input_needs_gradient:
             continue
@@ -211,7 +212,7 @@ def _implicit_products(layer: Layer, batch: int) -> dict[Pass, tuple[float, floa
     axes, area, stride = spatial_axes(layer), num_taps(layer), _stride(layer)
     channels_in, channels_out = layer.in_channels // layer.groups, layer.out_channels // layer.groups
     pixels_in, pixels_out = (batch * math.prod(s[-axes:]) for s in (layer.input_shapes[0], layer.output_shape))
-    if _is_transposed(layer):  # runs the gradient of a convolution's input forward, and a convolution backward
+    if is_transposed(layer.op):  # runs the gradient of a convolution's input forward, and a convolution backward
         return {
             Pass.FORWARD: (pixels_out, channels_out, channels_in * area / stride),
             Pass.INPUT_GRADIENT: (pixels_in, channels_in, channels_out * area),
@@ -222,10 +223,6 @@ def _implicit_products(layer: Layer, batch: int) -> dict[Pass, tuple[float, floa
         Pass.INPUT_GRADIENT: (pixels_in, channels_in, channels_out * area / stride),
         Pass.WEIGHT_GRADIENT: (channels_out, channels_in * area, pixels_out),
     }
-
-
-def _is_transposed(layer: Layer) -> bool:
-    return "transpose" in layer.op
 
 
 def _stride(layer: Layer) -> int:

@@ -17,7 +17,7 @@ from ptsim.consistency import MOST_ELEMENTS, operator_problem
 from ptsim.hardware.profile import OperatorShape
 from ptsim.measure.kineto_events import Event
 from ptsim.network import LayerKind, MemoryFormat
-from ptsim.operators import KIND_OF_OP, usual_name
+from ptsim.operators import KIND_OF_OP, is_transposed, usual_name
 
 Shape = tuple[int, ...]
 _LARGEST_SIZE = 2**31
@@ -120,7 +120,7 @@ def number_of_elements(event: Event) -> int:
 
 
 def _convolution(event: Event, op: str, tensors: list[Shape], values: list[str]) -> OperatorShape | None:
-    if len(tensors) < 2 or len(tensors[0]) != 4 or len(tensors[1]) != 4 or "transpose" in op:
+    if len(tensors) < 2 or len(tensors[0]) != 4 or len(tensors[1]) != 4 or is_transposed(op):
         return None
     (batch, *first), weight = tensors[0], tensors[1]
     stride, dilation = _pair(values, 3, (1, 1)), _pair(values, 5, (1, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from torch import fx, nn
 
@@ -15,9 +15,9 @@ from ptsim.prune.rules import rule_for_function, takes_shapes
 
 # What code may ask layers for that pruning changes; shapes of tensors are noticed where they are asked for.
 _WIDTHS = {
-    *("out_channels", "in_channels", "out_features", "in_features", "num_features", "num_channels", "num_groups"),
-    *("numel", "parameters"),
-}
+    "out_channels", "in_channels", "out_features", "in_features", "num_features", "num_channels", "num_groups", "numel",
+    "parameters",
+}  # fmt: skip
 
 
 def may_count(model: nn.Module, graphs: Graphs) -> bool:
@@ -36,10 +36,7 @@ def same_steps(before: Graphs, after: Graphs, *, constants: Collection[str] = ()
 
     `constants` are layers in whose place there is a constant now: they and what led to them alone may be missing.
     """
-    return all(
-        _same(before.get(mode, before["train"]), after.get(mode, after["train"]), constants)
-        for mode in before.keys() | after.keys()
-    )
+    return all(_same(*graphs, constants) for graphs in _by_mode(before, after))
 
 
 def same_calls(before: Graphs, after: Graphs, changed: Collection[str]) -> bool:
@@ -50,8 +47,13 @@ def same_calls(before: Graphs, after: Graphs, changed: Collection[str]) -> bool:
         names = ((node.op, str(node.target)) for node in nodes)
         return Counter(name for name in names if name[0] != "call_module" or not name[1].startswith(tuple(changed)))
 
-    modes = before.keys() | after.keys()
-    return all(calls(before.get(m, before["train"])) == calls(after.get(m, after["train"])) for m in modes)
+    return all(calls(one) == calls(other) for one, other in _by_mode(before, after))
+
+
+def _by_mode(before: Graphs, after: Graphs) -> Iterator[tuple[fx.GraphModule, fx.GraphModule]]:
+    """Both graphs of every mode; that of training where there is no other."""
+    for mode in before.keys() | after.keys():
+        yield before.get(mode, before["train"]), after.get(mode, after["train"])
 
 
 def _same(before: fx.GraphModule, after: fx.GraphModule, constants: Collection[str]) -> bool:

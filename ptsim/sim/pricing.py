@@ -113,18 +113,15 @@ class Pricer:
     @property
     def peak_flops_per_s(self) -> float | None:
         """What the arithmetic of a GPU could do, the mean where devices are mixed; None where one's is not known."""
-        scenario, mixed = self.scenario, self.options.mixed_devices
-        own = scenario.device.peak_flops_per_s.get(scenario.precision)
-        if not mixed or own is None:
-            return own
-        others = [load_device(name).peak_flops_per_s.get(scenario.precision) for name in mixed]
-        node = [own] * (scenario.cluster.gpus_per_node - sum(mixed.values()))
-        for peak, count in zip(others, mixed.values(), strict=True):
-            if peak is None:
-                return None
-            node += [peak] * count
-        full, rest = divmod(scenario.num_gpus, len(node))
-        return (full * math.fsum(node) + math.fsum(node[:rest])) / scenario.num_gpus
+        scenario = self.scenario
+        if not self.options.mixed_devices:
+            return scenario.device.peak_flops_per_s.get(scenario.precision)
+        devices = [scenario.device, *map(load_device, self.options.mixed_devices)]
+        peaks = [device.peak_flops_per_s.get(scenario.precision) for device in devices]
+        known = [peak for peak in peaks if peak is not None]
+        if len(known) < len(peaks):
+            return None
+        return math.fsum(known[kind] for kind in self._kinds()) / scenario.num_gpus
 
     def record(self, stage: Stage, num_steps: int, shown: int) -> RecordedSteps:
         """What the streams of the first `shown` GPUs do in `num_steps` steps of the stage."""
@@ -353,24 +350,32 @@ class Pricer:
         options, num_gpus = self.options, self.scenario.num_gpus
         if not options.mixed_devices:
             return (1.0,) * num_gpus, step.tier
-        factors: list[float] = []
+        factors = [1.0]
         tier = step.tier
         own_scale = ddp.computation_scale(step, bound)
         own_s = self._busy_s(stage, step, _pass_s(step))
-        for name, count in options.mixed_devices.items():
+        for name in options.mixed_devices:
             other = self._step_time(stage, load_device(name))
             scale = ddp.computation_scale(other, bound) / own_scale
             factor = self._busy_s(stage, other, _pass_s(other)) / own_s * scale
-            factors += [factor] * count
+            factors.append(factor)
             tier = worst_tier((tier, other.tier)) or tier
-        cluster = self.scenario.cluster
-        own = cluster.gpus_per_node - len(factors)
-        if own < 0:
+        return tuple(factors[kind] for kind in self._kinds()), tier
+
+    def _kinds(self) -> tuple[int, ...]:
+        """Of every GPU, node after node: 0 is the projected device, which comes first in a node, 1 the first mixed one.
+
+        Raises:
+            UsageError: more GPUs are named than a node has.
+        """
+        cluster, mixed = self.scenario.cluster, self.options.mixed_devices
+        named = [kind for kind, count in enumerate(mixed.values(), 1) for _ in range(count)]
+        if len(named) > cluster.gpus_per_node:
             raise UsageError(
-                f"mixed_devices names {len(factors)} GPUs per node, {cluster.name} has {cluster.gpus_per_node}"
+                f"mixed_devices names {len(named)} GPUs per node, {cluster.name} has {cluster.gpus_per_node}"
             )
-        node = [1.0] * own + factors
-        return tuple(node[i % len(node)] for i in range(num_gpus)), tier
+        node = [0] * (cluster.gpus_per_node - len(named)) + named
+        return tuple(node[gpu % len(node)] for gpu in range(self.scenario.num_gpus))
 
     def _jitter(self) -> Jitter | None:
         options = self.options

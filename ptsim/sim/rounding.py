@@ -11,7 +11,7 @@ import msgspec
 from ptsim.costs.flops import num_taps
 from ptsim.costs.walked import rescaled
 from ptsim.network import Layer, LayerKind, Network, Parameter
-from ptsim.operators import BRANCH_CONSTANT, constant_axis
+from ptsim.operators import BRANCH_CONSTANT, constant_axis, is_transposed
 
 Shape = tuple[int, ...]
 
@@ -145,7 +145,7 @@ def _parameter_shape(shape: Shape, old: Layer, new: Layer) -> Shape:
 
 def _first_axes(layer: Layer) -> Shape:
     """How large the first two axes of the layer's weight are."""
-    if "transpose" in layer.op:
+    if is_transposed(layer.op):
         return layer.in_channels, layer.out_channels // layer.groups
     return layer.out_channels, layer.in_channels // layer.groups
 

@@ -68,9 +68,9 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_images, generator=generator(seed, epoch, stream=0))
 
 
-def generator(seed: int, epoch: int, *, stream: int) -> torch.Generator:
-    """Independent random numbers for every (seed, epoch, stream); NumPy's seed sequence mixes the three."""
-    return torch.Generator().manual_seed(mixed_seed(seed, epoch, stream))
+def generator(seed: int, epoch: int, *within: int, stream: int) -> torch.Generator:
+    """Independent random numbers for every (seed, epoch, stream, …); NumPy's seed sequence mixes them."""
+    return torch.Generator().manual_seed(mixed_seed(seed, epoch, stream, *within))
 
 
 def mixed_seed(*numbers: int) -> int:

@@ -19,7 +19,7 @@ from ptsim.capture.copies import copied
 from ptsim.errors import UsageError
 from ptsim.trace.schema import Dataset
 from ptsim.training.config import Config
-from ptsim.training.data import Batch, Normalization, Share, epoch_order, mixed_seed
+from ptsim.training.data import Batch, Normalization, Share, epoch_order, generator
 from ptsim.training.datasets import DataRequest
 from ptsim.training.facts import num_outputs
 from ptsim.training.wrapping import refuse_spread
@@ -172,7 +172,7 @@ class LiveData:
             num_workers=self._config.num_workers or 0,
             collate_fn=collate,
             pin_memory=self._pinned,
-            generator=torch.Generator().manual_seed(mixed_seed(self._config.seed, epoch, 6, rank)),
+            generator=generator(self._config.seed, epoch, rank, stream=6),
         )
         channels_last = self._config.memory_format == "channels_last"
         memory_format = torch.channels_last if channels_last else torch.contiguous_format

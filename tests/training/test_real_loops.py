@@ -1,6 +1,7 @@
 """What real training scripts do, and which numbers of it the trace then holds."""
 
 import copy
+import itertools
 import time
 
 import pytest
@@ -47,18 +48,22 @@ def test_an_update_that_a_scaler_leaves_out_is_no_accumulation(tmp_path):
     assert len(ptsim.simulate(tmp_path, "aws-p3-16xlarge", [1, 8])) == 2
 
 
+def accumulate(model, optimizer, batches, updates):
+    """Updates of so many passes each; the batches that are left have none."""
+    ends = list(itertools.accumulate(updates))
+    for number, (images, labels) in enumerate(batches, 1):
+        F.cross_entropy(model(images), labels).backward()
+        if number in ends:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def test_an_epoch_in_which_some_updates_accumulate_more_passes_can_be_read(tmp_path):
     """Three updates of two passes, one of four: 10 passes of 8 images, where four usual updates hold 64."""
     model = fresh()
     optimizer = sgd(model)
     recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path)
-    batches = iter(images_and_labels(10, 8))
-    for passes in (2, 2, 2, 4):
-        optimizer.zero_grad()
-        for _ in range(passes):
-            images, labels = next(batches)
-            F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
+    accumulate(model, optimizer, images_and_labels(10, 8), (2, 2, 2, 4))
     recorder.end_epoch()
     recorder.close()
     (epoch,) = ptsim.read_trace(tmp_path).epochs
@@ -74,11 +79,7 @@ def test_passes_whose_gradients_wait_for_the_next_epoch_leave_a_trace_that_can_b
     model.fc.weight.register_hook(lambda _: clock.passes(2.0))
     optimizer = sgd(model)
     with ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path) as recorder:
-        for index, (images, labels) in enumerate(images_and_labels(5, 8)):
-            F.cross_entropy(model(images), labels).backward()
-            if index % 2:
-                optimizer.step()
-                optimizer.zero_grad()
+        accumulate(model, optimizer, images_and_labels(5, 8), (2, 2))
         recorder.end_epoch()
     (epoch,) = ptsim.read_trace(tmp_path).epochs
     assert (epoch.batch_per_gpu, epoch.passes, epoch.num_iterations, epoch.num_images) == (16, 2, 2, 40)
