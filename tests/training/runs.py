@@ -12,7 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ptsim
+
 NETS = Path(__file__).with_name("nets.py")
+_PACKAGE = str(Path(ptsim.__file__).parent) + os.sep  # not its clone, which may have its name and hold the environment
 
 # Synthetic 8×8 images; a threshold so high that a network prunes within a few epochs.
 SETTINGS: dict[str, Any] = {
@@ -71,7 +74,7 @@ class _Killer:
         self.function, self.left = function, count
 
     def __call__(self, frame: Any, event: str, argument: Any) -> None:
-        if event != "call" or "/ptsim/" not in frame.f_code.co_filename:
+        if event != "call" or not frame.f_code.co_filename.startswith(_PACKAGE):
             return
         if self.function in ("", frame.f_code.co_name):
             self.left -= 1
