@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -112,6 +112,11 @@ def percent(value: float, digits: int = 0) -> str:
     return f"{100 * value:.{digits}f} %".replace("-", "−")
 
 
+def listed(texts: Sequence[str]) -> str:
+    """Texts as a sentence names them, the last after "and"."""
+    return f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
 def planned_saving(root: Path) -> Figures:
     """The README's picture: 8 GPUs of each kind, from the table beside it."""
     rows = pd.read_csv(root / "docs" / "images" / "saving.csv")
@@ -140,6 +145,20 @@ def recorded_saving(root: Path, *, folder: str, run: str, beside: str = "dense")
         f"inference FLOPs {percent(of['inference'])}, time {percent(of['time'])} of dense",
         f"saved time over saved FLOPs {(1 - of['time']) / (1 - of['flops']):.1f}",
         f"{percent(of['accuracy'], 1)} against {percent(of['dense'], 1)}",
+    ]
+
+
+def recorded_seeds(root: Path, *, folder: str, pairs: dict[str, str]) -> Figures:
+    """The same pair with several seeds: `pairs` names each run and the dense one that was recorded beside it."""
+    found = [recorded(run, root, folder, beside) for run, beside in pairs.items()]
+    percents = {key: listed([f"{100 * of[key]:.0f}" for of in found]) for key in ("flops", "bn", "inference", "time")}
+    ratios = [f"{(1 - of['time']) / (1 - of['flops']):.1f}" for of in found]
+    lost = [f"{100 * (of['dense'] - of['accuracy']):.1f}" for of in found]
+    return [
+        f"training FLOPs {percents['flops']} %, BatchNorm traffic {percents['bn']} %, "
+        f"inference FLOPs {percents['inference']} %, time {percents['time']} % of dense",
+        f"saved time over saved FLOPs {listed(ratios)}",
+        f"accuracy {listed(lost)} points lower",
     ]
 
 
@@ -198,14 +217,14 @@ def recorded_layers(root: Path, *, folder: str, run: str) -> Figures:
     return [
         f"MACs {percent(last.macs_left)}, step {percent(last.time_left)} of dense",
         left,
-        f"{', '.join(lost[:-1])} and {lost[-1]} points",
+        f"{listed(lost)} points",
         f"saved time over saved MACs {last.saved_time_per_saved_macs:.1f}",
     ]
 
 
-def recorded_vgg11_steps(root: Path) -> Figures:
+def recorded_steps(root: Path, *, folder: str) -> Figures:
     """The step of the last network alone, and with its channels rounded up, as measured on an idle machine."""
-    rows = pd.read_csv(root / "traces" / "cifar10-vgg11" / "by_layer" / "steps.csv").set_index("network")
+    rows = pd.read_csv(root / "traces" / folder / "by_layer" / "steps.csv").set_index("network")
     one, *rounded = (rows.loc[f"pruned, multiple of {multiple}"] for multiple in (1, 8, 16))
     found = [
         f"MACs {percent(one.macs_left)}, step {percent(one.time_left)} of dense",
@@ -394,7 +413,7 @@ def lab_steps(root: Path) -> Figures:
     found = []
     for what in ("dense", "pruned"):
         errors = [f"{100 * error:+.1f}".replace("-", "−") for error in rows[rows.what == f"step {what}"].time_error]
-        found.append(f"{what} {', '.join(errors[:-1])} and {errors[-1]} %")
+        found.append(f"{what} {listed(errors)} %")
     return found
 
 
@@ -421,10 +440,9 @@ def carried_over(root: Path) -> Figures:
     found = []
     for left_out_run in ("gating-r0.2", "prunetrain-r0.3"):
         row = rows.loc[("prunetrain-r0.2", left_out_run)]
-        first, *middle, last = (
-            f"{abs(row[f'{name}_points']):.1f}" for name in ("epoch", "inference", "training", "bn")
+        found.append(
+            listed([f"{abs(row[f'{name}_points']):.1f}" for name in ("epoch", "inference", "training", "bn")]) + " points"
         )
-        found.append(f"{', '.join((first, *middle))} and {last} points")
     return found
 
 
@@ -435,7 +453,7 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "recorded-pair": recorded_pair,
     "recorded-vgg11": partial(recorded_saving, **_VGG11),
     "recorded-vgg11-pace": partial(recorded_pace, **_VGG11),
-    "recorded-vgg11-steps": recorded_vgg11_steps,
+    "recorded-vgg11-steps": partial(recorded_steps, folder="cifar10-vgg11"),
     "recorded-resnet32": partial(recorded_saving, **_RESNET32),
     "recorded-resnet32-pace": partial(recorded_pace, **_RESNET32),
     "recorded-resnet32-layers": partial(recorded_layers, **_RESNET32),
