@@ -455,6 +455,15 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "recorded-vgg11-pace": partial(recorded_pace, **_VGG11),
     "recorded-vgg11-steps": partial(recorded_steps, folder="cifar10-vgg11"),
     "recorded-resnet32": partial(recorded_saving, **_RESNET32),
+    "recorded-seeds": partial(
+        recorded_seeds,
+        folder="cifar10-resnet32",
+        pairs={
+            "prunetrain-r0.25": "dense",
+            "seed2-prunetrain-r0.25": "seed2-dense",
+            "seed3-prunetrain-r0.25": "seed3-dense",
+        },
+    ),
     "recorded-resnet32-pace": partial(recorded_pace, **_RESNET32),
     "recorded-resnet32-layers": partial(recorded_layers, **_RESNET32),
     "recorded-dynamic": partial(recorded_dynamic, folder="cifar10-resnet32", run="batch-dynamic", beside="batch-fixed"),
