@@ -440,9 +440,8 @@ def carried_over(root: Path) -> Figures:
     found = []
     for left_out_run in ("gating-r0.2", "prunetrain-r0.3"):
         row = rows.loc[("prunetrain-r0.2", left_out_run)]
-        found.append(
-            listed([f"{abs(row[f'{name}_points']):.1f}" for name in ("epoch", "inference", "training", "bn")]) + " points"
-        )
+        points = [f"{abs(row[f'{name}_points']):.1f}" for name in ("epoch", "inference", "training", "bn")]
+        found.append(f"{listed(points)} points")
     return found
 
 
