@@ -69,6 +69,7 @@ def test_every_gpu_that_people_ask_about_is_there(name):
         ("h20", 97_871),
         ("a800", 81_920),
         ("rtx-3090-ti", 24_564),
+        ("rtx-pro-6000-server", 97_887),
     ],
 )
 def test_memory_is_the_drivers_within_two_percent(name, driver_mib):
@@ -117,7 +118,8 @@ TENSOR_CLOCK = {
     "b200-sxm-180gb": 1856e6, "b300-sxm-270gb": 1856e6, "h200-nvl-141gb": 1545e6, "gb200-186gb": 2008e6,
     "h100-nvl-94gb": 1545e6, "h800-sxm5-80gb": 1830e6, "h800-pcie-80gb": 1620e6, "h20-96gb": 1830e6,
 }  # fmt: skip
-PER_SM = {"h20-96gb": 1024, "rtx-pro-6000-blackwell": 1024}  # a quarter of the H100's; Ada's
+# A quarter of the H100's; Ada's.
+PER_SM = dict.fromkeys(("h20-96gb", "rtx-pro-6000-blackwell", "rtx-pro-6000-blackwell-server"), 1024)
 WITHOUT_TENSOR_CORES = ("kepler", "maxwell", "pascal")
 A100_LIKE = ("a100-", "a800-", "a30", "p100-")
 # Bits of the bus, and transfers per second and pin.
@@ -149,6 +151,7 @@ MEMORY = {
     "rtx-a4500": (320, 16e9), "rtx-4060": (128, 17e9), "rtx-4060-ti": (128, 18e9), "rtx-4070-ti-super": (256, 21e9),
     "rtx-4090-d": (384, 21e9), "rtx-5070": (192, 28e9), "rtx-5070-ti": (256, 28e9), "rtx-4000-ada": (160, 18e9),
     "rtx-4500-ada": (192, 18e9), "rtx-5000-ada": (256, 18e9), "rtx-pro-6000-blackwell": (512, 28e9),
+    "rtx-pro-6000-blackwell-server": (512, 2 * 12.481e9),
 }  # fmt: skip
 
 
@@ -254,6 +257,7 @@ NAMED = {
     "NVIDIA RTX A4500": "rtx-a4500", "NVIDIA RTX 5000 Ada Generation": "rtx-5000-ada",
     "NVIDIA RTX 6000 Ada Generation": "rtx-6000-ada", "RTX 6000 Ada": "rtx-6000-ada", "L40S": "l40s",
     "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "rtx-pro-6000-blackwell",
+    "NVIDIA-RTX-PRO-6000-Blackwell-Server-Edition": "rtx-pro-6000-blackwell-server",
     "GeForce GTX TITAN X": "gtx-titan-x", "TITAN X (Pascal)": "titan-x-pascal", "NVIDIA TITAN Xp": "titan-xp",
     "GeForce GTX 1070 Ti": "gtx-1070-ti", "GTX 1070 Ti": "gtx-1070-ti", "NVIDIA GeForce GTX 1070": "gtx-1070",
     "NVIDIA GeForce GTX 1060 6GB": "gtx-1060-6gb", "GeForce RTX 2070 SUPER": "rtx-2070-super",
@@ -445,6 +449,8 @@ LIST_PRICES = {
     "aws-p4de-24xlarge": (27.44705, 8, "2026-11-09"),
     "aws-p5-48xlarge": (55.04, 8, "2026-11-09"),
     "aws-p5en-48xlarge": (63.296, 8, "2026-09-24"),
+    "aws-p6-b200-48xlarge": (113.9328, 8, "2026-09-01"),
+    "azure-nd96amsr-a100-v4": (32.77, 8, "2026-09-01"),
     "azure-nd96asr-v4": (8 * 3.3996, 8, "2026-11-09"),
     "azure-nd96isr-h100-v5": (8 * 12.29, 8, "2026-11-09"),
     "gcp-a2-highgpu-8g": (29.38708, 8, "2025-03-06"),
@@ -452,8 +458,11 @@ LIST_PRICES = {
     "gcp-a3-highgpu-8g": (88.4899999025753, 8, "2025-03-06"),
     "gcp-a3-megagpu-8g": (92.9375881512329, 8, "2025-03-06"),
     "gcp-a3-ultragpu-8g": (8 * 10.4365, 8, "2026-10-13"),
+    "gcp-g2-standard-96": (8.003330296, 8, "2025-03-06"),
     "oci-bm-gpu-a100-v2-8": (32.0, 8, "2026-04-14"),
     "oci-bm-gpu-h100-8": (80.0, 8, "2026-04-14"),
+    "oci-bm-gpu3-8": (23.6, 8, "2026-06-04"),
+    "oci-bm-gpu4-8": (24.4, 8, "2026-06-04"),
 }
 
 

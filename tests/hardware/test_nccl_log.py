@@ -120,9 +120,9 @@ def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
 
 
 def test_of_several_data_types_and_reductions_the_float_sum_counts(tmp_path: Path) -> None:
-    halves = OLD_ROWS.replace("float", " half").replace("  20.00", "  99.00")
+    integers = OLD_ROWS.replace("float", "int32").replace("  20.00", "  99.00")
     products = OLD_ROWS.replace(" sum", "prod").replace("  20.00", "  77.00")
-    log = read_nccl_log(write(tmp_path, OLD_HEAD + halves + products + OLD_ROWS + TAIL))
+    log = read_nccl_log(write(tmp_path, OLD_HEAD + integers + products + OLD_ROWS + TAIL))
     assert log.measurements[0].out_of_place_s == pytest.approx(20e-6)
 
 
@@ -216,10 +216,10 @@ def document(**changes: object) -> str:
                 "type": "float",
                 "redop": "sum",
                 "root": "    -1",
-                "out_of_place": {"time": time, "alg_bw": 3.0, "bus_bw": 3.0, "nwrong": 0.0},
-                "in_place": {"time": time, "alg_bw": 3.0, "bus_bw": 3.0, "nwrong": None},
+                "out_of_place": {"time": time, "alg_bw": rate, "bus_bw": rate, "nwrong": 0.0},
+                "in_place": {"time": time, "alg_bw": rate, "bus_bw": rate, "nwrong": None},
             }
-            for size, time in ((1024, 10.0), (4194304, 90.0))
+            for size, time, rate in ((1024, 10.0, 0.1), (4194304, 90.0, 46.6))
         ],
         "out_of_bounds": {"count": 0, "okay": True},
         "average_bus_bandwidth": {"bandwidth": 3.0, "okay": "unchecked"},
@@ -228,7 +228,7 @@ def document(**changes: object) -> str:
 
 
 def results(root: str = "-1", nwrong: object = "N/A") -> dict[str, object]:
-    time = {"time": 9.0, "alg_bw": 3.0, "bus_bw": 3.0, "nwrong": nwrong}
+    time = {"time": 9.0, "alg_bw": 0.0, "bus_bw": 0.0, "nwrong": nwrong}
     return {"size": 8, "count": 2, "root": root, "out_of_place": time, "in_place": time | {"nwrong": None}}
 
 
@@ -352,9 +352,34 @@ POSTED = {
 """,  # noqa: E501
     # srun -l; in-place results unchecked
     "a rank and a colon": """\
- 0:   33554432   8388608   bfloat16     avg      -1    274.2  122.36  229.43    N/A    276.4  121.38  227.58    N/A
+ 0:   33554432   16777216   bfloat16     avg      -1    274.2  122.36  229.43    N/A    276.4  121.38  227.58    N/A
  0: # Out of bounds values : 0 OK
 """,
+    # hosts of Azure ML start with digits; NCCL_DEBUG_SUBSYS=COLL writes before the first time
+    "a message right behind the reduction": """\
+#   Rank  0 Pid    195 on 2e3f9af7 device  0 [0x00] Tesla K80
+#   Rank  1 Pid    196 on 2e3f9af7 device  1 [0x00] Tesla K80
+    33554432       8388608     float     sumworker-0:195:195 [0] NCCL INFO AllReduce: opCount 5
+2e3f9af7:196:196 [1] NCCL INFO AllReduce: opCount 5
+    19902    1.69    1.69  2e-07    19898    1.69    1.69  2e-07
+# Out of bounds values : 0 OK
+""",
+    # NCCL 2.27 and newer put the day in front of a message
+    "dated messages": """\
+    33554432       8388608     float     sum      -1[2026-01-02 03:04:05] n1:12:34 [0] misc/socket.cc:49 NCCL WARN slow
+   274.23  122.36  229.43       0   276.45  121.38  227.58       0[2026-01-02 03:04:06] n1:12:34 [0] NCCL INFO done
+# Out of bounds values : 0 OK
+""",
+    # SageMaker's mpirun
+    "a host in the prefix": """\
+[1,mpirank:0,algo-1]<stdout>:    33554432       8388608     float     sum      -1[1,mpirank:0,algo-1]<stdout>:   274.23  122.36  229.43       0[1,mpirank:0,algo-1]<stdout>:   276.45  121.38  227.58       0
+[1,mpirank:0,algo-1]<stdout>:# Out of bounds values : 0 OK
+""",  # noqa: E501
+    # Hydra's prefix behind the time of day that `ts` puts in front
+    "a time and a rank in brackets": """\
+2026-01-02T03:04:05 [0]     33554432       8388608     float     sum      -1   274.23  122.36  229.43       0   276.45  121.38  227.58       0
+2026-01-02T03:04:06 [0] # Out of bounds values : 0 OK
+""",  # noqa: E501
     # a page on GKE's a4-highgpu-8g: one group of columns without errors
     "three columns": """\
 # nThread 1 nGpus 8 minBytes 8388608 maxBytes 17179869184 step: 2(factor)
@@ -372,6 +397,10 @@ LAST_US = {
     "a quotation": (8, 95470, 95477),
     "times of day": (16, 274.23, 276.45),
     "a rank and a colon": (16, 274.2, 276.4),
+    "a message right behind the reduction": (2, 19902, 19898),
+    "dated messages": (16, 274.23, 276.45),
+    "a host in the prefix": (16, 274.23, 276.45),
+    "a time and a rank in brackets": (16, 274.23, 276.45),
     "three columns": (8, 172.6, None),
 }
 
@@ -394,12 +423,12 @@ def test_a_row_of_which_messages_swallowed_the_end_is_refused(tmp_path: Path) ->
 
 
 def cycles(num: int) -> str:
-    rows = [
-        f"{size:12d} {size // 4:12d}     float     sum      -1 {10 * (i + 1) + time:8.2f} {algbw:7.2f} {algbw:7.2f}"
-        f"       0 {10 * (i + 1) + time:8.2f} {algbw:7.2f} {algbw:7.2f}       0\n"
+    halves = [
+        (size, f"{time:8.2f} {size / time / 1e3:7.2f} {size / time / 1e3:7.2f}       0")
         for i in range(num)
-        for size, time, algbw in ((0, 0.1, 0.0), (1024, 10.0, 0.1), (4194304, 90.0, 46.6))
+        for size, time in ((0, 0.1), (1024, 10 * i + 20.0), (4194304, 10 * i + 100.0))
     ]
+    rows = [f"{size:12d} {size // 4:12d}     float     sum      -1 {half} {half}\n" for size, half in halves]
     return NEW_HEAD + "".join(rows) + TAIL
 
 
@@ -436,3 +465,28 @@ def test_a_reduce_scatter_without_name_and_device_list_is_told_by_its_counts(tmp
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="cannot be read: No such file"):
         read_nccl_log(tmp_path / "absent.log")
+
+
+def test_json_of_nodes_of_one_name_does_not_take_them_for_one(tmp_path: Path) -> None:
+    """Each process names its first GPU: a GPU that two of them have is that of two nodes, of whatever name."""
+    time = {"time": 90.0, "alg_bw": 46.6, "bus_bw": 81.55, "nwrong": 0.0}
+    rows = [{"size": 4194304, "redop": "sum", "out_of_place": time, "in_place": time}]
+    for numbers, nodes in (((0, 0), None), ((0, 4), 1)):
+        devices = [
+            {"rank": 4 * i, "hostname": "worker", "device": number, "device_hex": f"0000:{number}b:00"}
+            for i, number in enumerate(numbers)
+        ]
+        text = document(config={"nthreads": 1, "ngpus": 4, "devices": devices}, results=rows)
+        log = read_nccl_log(write(tmp_path, text))
+        assert (log.num_gpus, log.num_nodes) == (8, nodes)
+
+
+def test_json_of_a_program_of_another_name_is_judged_by_its_results(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="holds a collective without reduction"):
+        read_nccl_log(write(tmp_path, document(args=["./ag"], results=[results() | {"redop": "none"}])))
+    with pytest.raises(FileFormatError, match="holds a test that checks no results in place"):
+        read_nccl_log(write(tmp_path, document(args=["./sr"])))
+    path = write(tmp_path, document(args=["./ar"], results=[results() | {"type": "fp4"}]))  # a type of the future
+    assert [m.size_bytes for m in read_nccl_log(path).measurements] == [8]
+    with pytest.warns(UserWarning, match="16 all-reduces ran in one group"):
+        read_nccl_log(write(tmp_path, document(config={"ngpus": 2, "aggregated_iterations": 16, "devices": [{}]})))

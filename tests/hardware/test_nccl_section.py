@@ -73,11 +73,13 @@ def test_a_host_name_of_which_a_gpu_is_listed_twice_is_that_of_several_nodes(
 
 def rates(*pairs: tuple[float, float]) -> str:
     """Rows of these algorithm and bus bandwidths, out of place and in place in turn."""
-    halves = [f"{100 * (i + 1)}.0 {algbw:.2f} {busbw:.2f} 0" for i, (algbw, busbw) in enumerate(pairs)]
-    sizes = (2**20 * 4**i for i in range(len(pairs)))
+    sizes = [2**20 * 4 ** (i // 2) for i in range(len(pairs))]
+    halves = [
+        f"{size / algbw / 1e3:.1f} {algbw:.2f} {busbw:.2f} 0" for size, (algbw, busbw) in zip(sizes, pairs, strict=True)
+    ]
     rows = [
         f"{size} {size // 4} float sum -1 {out} {into}\n"
-        for size, out, into in zip(sizes, halves[::2], halves[1::2], strict=False)
+        for size, out, into in zip(sizes[::2], halves[::2], halves[1::2], strict=True)
     ]
     return "".join(rows) + TAIL
 
@@ -112,7 +114,8 @@ def test_a_run_without_its_end_is_whole_where_the_next_size_would_be_too_large(
 ) -> None:
     """Rows of 1 and 2 MiB."""
     head = f"# nThread 1 nGpus 2 minBytes 1048576 maxBytes {most}" + (f" step: {step}\n" if step else "\n")
-    rows = "".join(f"{size} {size // 4} float sum -1 100.0 20.0 20.0 0 100.0 20.0 20.0 0\n" for size in (2**20, 2**21))
+    halves = {size: f"{size / 20e3:.1f} 20.0 20.0 0" for size in (2**20, 2**21)}
+    rows = "".join(f"{size} {size // 4} float sum -1 {half} {half}\n" for size, half in halves.items())
     path = write(tmp_path, head + rows)
     if complete:
         assert len(read_nccl_log(path).measurements) == 2
@@ -151,3 +154,109 @@ def test_a_runs_nodes_are_those_of_the_last_line_that_launched_one(
 ) -> None:
     text = "srun -N 2 -n 8 ./x\n" + EIGHT + TAIL + second + EIGHT + TAIL
     assert [log.num_nodes for log in read_nccl_logs(write(tmp_path, text))] == nodes
+
+
+# Of two GPUs, before version 2.17: neither its own name nor a column tells which test it is.
+HEAD = """# nThread 1 nGpus 2 minBytes 4194304 maxBytes 4194304 step: 2(factor) warmup iters: 5 iters: 20 agg iters: 1
+#  Rank  0 Group  0 Pid     10 on    alpha device  0 [0000:1b:00] NVIDIA H100 80GB HBM3
+#  Rank  1 Group  0 Pid     10 on    alpha device  1 [0000:43:00] NVIDIA H100 80GB HBM3
+"""
+HALF = "   419.4   10.00   10.00       0"
+FAST = f"     4194304       1048576     float     sum      -1{HALF}{HALF}\n"
+SENDRECV = FAST.replace("0\n", "N/A\n")  # results in place are those of no sendrecv or alltoall
+SLOW = FAST.replace("419.4   10.00   10.00", "8388.6    0.50    0.50")
+SCATTER = SLOW.replace("1048576", " 524288").replace("0.50       0", "0.25       0")  # each of two gets half
+GATHER = SLOW.replace(" sum", "none")
+
+
+@pytest.mark.parametrize("called", ["", "mpirun -np 2 ./build/all_reduce_perf -g 1\n"])
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [(SCATTER, "holds reduce_scatter_perf"), (GATHER, "holds a collective without reduction")],
+)
+def test_rows_that_are_of_no_all_reduce_are_refused_whatever_the_log_calls_them(
+    tmp_path: Path, called: str, row: str, says: str
+) -> None:
+    """Below 1 GB/s no bandwidth tells, but counts do."""
+    with pytest.raises(FileFormatError, match=says):
+        read_nccl_log(write(tmp_path, called + HEAD + row + TAIL))
+    assert read_nccl_log(write(tmp_path, called + HEAD + SLOW + TAIL)).num_gpus == 2
+
+
+def test_a_sendrecv_of_two_gpus_is_told_by_its_unchecked_results(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="holds a test that checks no results in place"):
+        read_nccl_log(write(tmp_path, HEAD + SENDRECV + TAIL))
+    larger = FAST.replace("4194304", "8388608").replace("1048576", "2097152").replace("419.4", "838.9")
+    assert len(read_nccl_log(write(tmp_path, HEAD + SENDRECV + larger + TAIL)).measurements) == 2  # a checked one
+
+
+def test_a_name_is_that_of_one_run(tmp_path: Path) -> None:
+    runs = "./build/all_reduce_perf -g 2\n" + HEAD + FAST + TAIL + HEAD + SENDRECV + TAIL
+    assert len(read_nccl_logs(write(tmp_path, runs))) == 1
+    gather = "./build/all_gather_perf -g 2\n" + HEAD + GATHER + TAIL
+    assert len(read_nccl_logs(write(tmp_path, gather + HEAD + FAST + TAIL))) == 1
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "mpirun -np 2 /home/me/nccl_perf/build/all_reduce_perf\n",
+        "Linking  ../build/all_gather_perf.o > ../build/all_gather_perf\n$ ./build/all_reduce_perf -g 2\n",
+    ],
+)
+def test_the_program_is_the_one_that_was_started_last(tmp_path: Path, before: str) -> None:
+    assert read_nccl_log(write(tmp_path, before + HEAD + FAST + TAIL)).num_gpus == 2
+
+
+def test_what_is_wrong_with_another_collective_is_no_matter(tmp_path: Path) -> None:
+    columns = "#  size  count  type  redop  root  cputime  algbw  busbw  #wrong  cputime  algbw  busbw  #wrong\n"
+    failed = HEAD + GATHER + TAIL.replace(": 0 OK", ": 4 FAILED")
+    for other in (failed, HEAD + columns + GATHER + TAIL):
+        (log,) = read_nccl_logs(write(tmp_path, other + HEAD + FAST + TAIL))
+        assert log.measurements[0].size_bytes == 4194304
+    with pytest.raises(FileFormatError, match="4 results were out of bounds"):
+        read_nccl_log(write(tmp_path, failed.replace("none", " sum")))
+
+
+def test_columns_alone_begin_a_second_run(tmp_path: Path) -> None:
+    old = "# bytes  N  type  op  time  algbw  busbw  res  time  algbw  busbw  res\n"
+    rows = "4194304  1048576  float  sum  0.419  10.00  10.00  0e+00  0.419  10.00  10.00  0e+00\n"  # milliseconds
+    new = "# size  count  type  redop  root  time  algbw  busbw  #wrong  time  algbw  busbw  #wrong\n"
+    logs = read_nccl_logs(write(tmp_path, HEAD + old + rows + TAIL + new + FAST + TAIL))
+    assert [round(1e6 * (log.measurements[0].seconds)) for log in logs] == [419, 419]
+
+
+def test_a_time_that_is_not_the_one_of_its_bandwidth_is_refused(tmp_path: Path) -> None:
+    """Milliseconds without the line that says so; a row that lost a digit; 11 % off, and 9 %."""
+    old = "1048576  262144  float  sum  0.210  4.99  4.99  N/A  0.210  4.99  4.99  N/A\n"
+    with pytest.raises(FileFormatError, match=r"1048576 bytes in 0\.21 us are 4993 GB/s, but the row says 4\.99 GB/s"):
+        read_nccl_log(write(tmp_path, old + TAIL))
+    for time, fits in (("41.94", False), ("377.0", False), ("384.0", True)):
+        path = write(tmp_path, HEAD + FAST.replace("419.4", time, 1) + TAIL)
+        if fits:
+            assert len(read_nccl_log(path).measurements) == 1
+        else:
+            with pytest.raises(FileFormatError, match="it is damaged") as caught:
+                read_nccl_log(path)
+            assert caught.value.line == 4
+
+
+def test_each_run_has_the_version_that_it_names_or_that_of_the_run_before(tmp_path: Path) -> None:
+    versions = [f"NCCL version {version}\n" for version in ("2.18.3", "2.20.5")]
+    text = "".join(HEAD + version + FAST + TAIL for version in (*versions, ""))
+    found = [log.version for log in read_nccl_logs(write(tmp_path, "0: NCCL version 2.17.1\n" + text))]
+    assert found == ["2.17.1", "2.20.5", "2.20.5"]
+
+
+def test_aggregated_and_empty_messages_are_no_all_reduces_of_their_size(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="8 all-reduces ran in one group"):
+        read_nccl_log(write(tmp_path, HEAD.replace("agg iters: 1", "agg iters: 8") + FAST + TAIL))
+    with pytest.raises(FileFormatError, match="has empty messages only"):
+        read_nccl_log(write(tmp_path, HEAD + "0  0  float  sum  -1  6.4  0.0  0.0  0  6.4  0.0  0.0  0\n" + TAIL))
+
+
+def test_a_number_of_nodes_that_the_log_contradicts_is_left_out_with_a_note() -> None:
+    log = NcclLog(path="x", num_gpus=8, num_nodes=1, gpus=(), version=None, measurements=())
+    assert with_nodes(log, 1, gpus_per_node=4) == log
+    with pytest.warns(UserWarning, match="2 nodes count for nothing.*that its 8 GPUs were on 1"):
+        assert with_nodes(log, 2) == log

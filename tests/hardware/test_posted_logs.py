@@ -85,6 +85,13 @@ def test_runs_with_other_settings_are_not_averaged_in_silence():
         ("srun -N4 ./build/all_reduce_perf", 4),
         ("#SBATCH --nodes=2", 2),
         ("srun --ntasks-per-node=8 ./build/all_reduce_perf", 1),
+        ("mpirun -np 8 -map-by ppr:4:node:PE=6 ./build/all_reduce_perf", 2),
+        ("mpirun -np 8 --map-by ppr:4:socket ./build/all_reduce_perf", None),  # on nodes of any number of sockets
+        ("mpiexec -n 8 --ppn 4 ./build/all_reduce_perf", 2),
+        ("mpiexec -n 8 -perhost 2 ./build/all_reduce_perf", 4),
+        ("mpirun -np 8 --hostfile hosts ./build/all_reduce_perf -b 8 -N 4", None),  # the test's own -N: run cycles
+        ("srun -N 2 ./build/all_reduce_perf -N 4", 2),
+        ("mpirun -np 8 -N 4 all_reduce_perf_mpi -N 2", 2),
         ("srun -N 3 ./build/all_reduce_perf", None),  # 8 GPUs are on no 3 equal nodes
         ("./build/all_reduce_perf -b 1M -e 1G", None),
     ],

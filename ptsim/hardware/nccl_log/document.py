@@ -34,12 +34,15 @@ class _JsonDevice(msgspec.Struct):
     rank: int | None = None
     group: int = 0
     hostname: str = "?"
+    device: int | None = None
+    device_hex: str = ""
     device_info: str = "?"
 
 
 class _JsonConfig(msgspec.Struct):
     nthreads: int = 1
     ngpus: int = 1
+    aggregated_iterations: int = 1
     devices: list[_JsonDevice] = []
 
 
@@ -75,24 +78,29 @@ def read_document(path: Path, text: str) -> tuple[NcclLog, ...]:
     if run.out_of_bounds.count or str(run.out_of_bounds.okay).lower() == "false":  # nccl-tests quotes it
         raise FileFormatError(path, f"{run.out_of_bounds.count} results were out of bounds")
     config = run.config or _JsonConfig()
-    section = Section(1, "all_reduce_perf" if program else None)
-    section.ended = True
+    section = Section(1, program if "_perf" in program else None)
+    section.ended, section.aggregated = True, config.aggregated_iterations
+    section.version = None if run.nccl_version is None else str(run.nccl_version)
     for i, device in enumerate(config.devices or run.devices):
-        section.ranks[i if device.rank is None else device.rank] = (device.hostname, device.device_info)
+        rank = i if device.rank is None else device.rank
+        section.ranks[rank] = (device.hostname, device.device_info)
         section.groups.add(str(device.group))
+        if device.device is not None:
+            section.places[rank] = (device.hostname, str(device.device), device.device_hex)
     threads = config.nthreads * config.ngpus
     if threads > 1 and sorted(section.ranks) == [threads * i for i in range(len(section.ranks))]:
         # the JSON names only the first device of each process
         section.ranks = {first + i: device for first, device in section.ranks.items() for i in range(threads)}
     section.rows = [_json_row(path, i, result) for i, result in enumerate(run.results)]
-    if section.name is None and "all_reduce" not in (name := collective(section)):
+    if "all_reduce" not in (name := collective(section)):
         raise FileFormatError(path, f"holds {name}, expected all_reduce_perf")
-    return tuple(logs_of(path, section, None if run.nccl_version is None else str(run.nccl_version)))
+    return tuple(logs_of(path, section))
 
 
 def _json_row(path: Path, index: int, result: _JsonResult) -> Row:
     where = f"results[{index}]"
     times: dict[str, Times] = {}
+    checked: list[bool] = []
     wrong = 0
     for key, body in (("out_of_place", result.out_of_place), ("in_place", result.in_place)):
         if body is None:
@@ -101,7 +109,8 @@ def _json_row(path: Path, index: int, result: _JsonResult) -> Row:
             found = "no 'time'" if body.cpu_time is None else "CPU time"
             raise FileFormatError(path, f"{where}.{key} has {found}, expected the time of the collective")
         times[key] = Times(body.time, body.alg_bw, body.bus_bw)
-        wrong += int(body.nwrong or 0) if not isinstance(body.nwrong, str) else 0
+        checked.append(isinstance(body.nwrong, float))
+        wrong += int(body.nwrong) if isinstance(body.nwrong, float) else 0
     if not times:
         raise FileFormatError(path, f"{where} has neither an out-of-place nor an in-place time")
     try:
@@ -110,4 +119,4 @@ def _json_row(path: Path, index: int, result: _JsonResult) -> Row:
         raise FileFormatError(path, f"{where}.root is {result.root!r}, expected a rank") from error
     out_of_place, in_place = times.get("out_of_place"), times.get("in_place")
     numbers = (result.size, result.count, result.type, result.redop, root)
-    return Row(index + 1, *numbers, out_of_place, in_place, wrong, len(times))
+    return Row(index + 1, *numbers, out_of_place, in_place, wrong, len(times), checked == [True, False])

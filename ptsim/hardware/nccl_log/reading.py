@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ptsim.errors import FileFormatError
@@ -55,11 +54,9 @@ def _read_text(path: Path, text: str) -> tuple[NcclLog, ...]:
     others: list[tuple[Section, str]] = []
     for section in sections:
         if section.rows:
-            name = section.name or collective(section)
+            name = collective(section)
             (wanted if "all_reduce" in name else others).append((section, name))
     if not wanted:
         section, name = others[0]
         raise FileFormatError(path, f"holds {name}, expected all_reduce_perf", line=section.rows[0].line)
-    found = re.search(r"nccl-library=(\d+)|NCCL version (\S+)|compiled with NCCL (\S+)", text)
-    version = next((name for name in found.groups() if name), None) if found else None
-    return tuple(log for section, _ in wanted for log in logs_of(path, section, version))
+    return tuple(log for section, _ in wanted for log in logs_of(path, section))

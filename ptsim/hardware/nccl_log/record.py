@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import msgspec
 
@@ -50,6 +51,8 @@ class NcclLog(msgspec.Struct, frozen=True, kw_only=True):
 def with_nodes(log: NcclLog, num_nodes: int | None = None, gpus_per_node: int | None = None) -> NcclLog:
     """The log with its number of nodes, which is the caller's where the log does not say it.
 
+    A number that the log contradicts is left out with a `UserWarning`.
+
     Args:
         log: a run.
         num_nodes: on which it was.
@@ -59,6 +62,12 @@ def with_nodes(log: NcclLog, num_nodes: int | None = None, gpus_per_node: int | 
         FileFormatError: nothing tells the number, or there cannot be so many nodes.
     """
     if log.num_nodes is not None:
+        if num_nodes not in (None, log.num_nodes):
+            warnings.warn(
+                f"{log.path}: {num_nodes} nodes count for nothing, since the log itself says that its "
+                f"{log.num_gpus} GPUs were on {log.num_nodes}",
+                stacklevel=2,
+            )
         return log
     if num_nodes is None and gpus_per_node is not None:
         num_nodes = -(-log.num_gpus // gpus_per_node)

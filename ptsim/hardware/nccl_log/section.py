@@ -25,14 +25,17 @@ _NODES = (  # what a launcher's option means; -N is the number of nodes for Slur
     (re.compile(r"(?:^|\s)-N\s*(\d{1,6})\b"), "N"),
     (re.compile(r"(?:^|\s)--nodes[= ](\d{1,6})\b"), "nodes"),
     (re.compile(r"\b(\d{1,6}) nodes?\b"), "nodes"),
-    (
-        re.compile(r"(?:^|\s)(?:--?npernode|-ppn|--n?tasks-per-node|--map-by ppr:)[= ]?(\d{1,6})"),
-        "ranks",
-    ),
+    (re.compile(r"(?:^|\s)(?:--?npernode|--?ppn|-perhost|--n?tasks-per-node)[= ]?(\d{1,6})"), "ranks"),
+    (re.compile(r"\bppr:(\d{1,6}):node\b"), "ranks"),
     (re.compile(r"(?:^|\s)(?:-H|--?hosts?)[= ]([\w.:,-]+)"), "hosts"),
+)
+PROGRAM = re.compile(
+    r"\b((?:all_reduce|all_gather|reduce_scatter|alltoallv?|broadcast|reduce|sendrecv|gather|scatter|hypercube)"
+    r"_perf(?:_mpi)?)\b"
 )
 _SHORTEST_S, _LONGEST_S = 1e-9, 86400.0  # of one all-reduce
 _ROUNDED = 0.005  # GB/s, by which a printed bandwidth may be off
+_RATE_OFF = 0.1  # by which size / time may differ from the bandwidth beside it; three digits are printed
 _REDUCTIONS = ("sum", "prod", "max", "min", "avg", "mulsum", "all")
 
 
@@ -48,6 +51,9 @@ class Section:
         self.rows: list[Row] = []
         self.header: re.Match[str] | None = None
         self.launch = ""  # lines that started it: mpirun, srun, …
+        self.version: str | None = None  # of NCCL
+        self.aggregated = 1  # all-reduces in one group
+        self.problem: FileFormatError | None = None  # why its times count for nothing
         self.ended = False
         self.last_line = line
 
@@ -65,6 +71,7 @@ class Row(msgspec.Struct, frozen=True):
     in_place: Times | None
     wrong: int
     num_groups: int  # of columns: out of place and in place, or one of them
+    half_checked: bool  # results were, out of place only: in place there are none to check
 
     @property
     def times(self) -> Times:
@@ -82,13 +89,23 @@ class Times(msgspec.Struct, frozen=True):
     busbw: float
 
 
-def logs_of(path: Path, section: Section, version: str | None) -> list[NcclLog]:
+def logs_of(path: Path, section: Section) -> list[NcclLog]:
     """The all-reduce runs of a section, one for each cycle.
 
     Raises:
         FileFormatError: what cannot be trusted: rows of several ranks, wrong results, a run that stops in the middle.
     """
+    if section.problem is not None:
+        raise section.problem
     section.rows = _of_one_type(section.rows)
+    if not any(row.size > 0 for row in section.rows):
+        raise FileFormatError(path, "has empty messages only, expected all-reduces of some bytes", line=section.line)
+    if section.aggregated > 1:
+        warnings.warn(
+            f"{path}: {section.aggregated} all-reduces ran in one group (-m): each time is a share of the group's, "
+            "which is less than one by itself takes",
+            stacklevel=2,
+        )
     cycles = _cycles(path, section.rows)
     _check_section(path, section)
     num_gpus, num_nodes = _ranks(path, section)
@@ -98,7 +115,7 @@ def logs_of(path: Path, section: Section, version: str | None) -> list[NcclLog]:
             num_gpus=num_gpus,
             num_nodes=num_nodes,
             gpus=tuple(sorted({gpu for _, gpu in section.ranks.values()})),
-            version=version,
+            version=section.version,
             measurements=tuple(_measurement(row, section.unit_s) for row in cycle),
         )
         for cycle in cycles
@@ -132,19 +149,28 @@ def _cycles(path: Path, rows: list[Row]) -> list[list[Row]]:
 
 
 def collective(section: Section) -> str:
-    """The collective of a log that does not name it, by its reduction, root and busbw/algbw."""
+    """What a section is called, unless its rows are of no all-reduce; without a name what its rows tell.
+
+    They tell by their reduction, root, counts, by what was checked of them, and by busbw/algbw.
+    """
+    if section.name is not None and "all_reduce" not in section.name:
+        return section.name
     row = max(section.rows, key=lambda row: row.size)
     if row.redop not in _REDUCTIONS and not row.redop.startswith("mul"):
         return "a collective without reduction (broadcast, all_gather or all_to_all)"
     if row.root is not None and row.root >= 0:
         return "reduce_perf"
+    element = next((size for size, names in ELEMENT_BYTES if re.fullmatch(names, row.type)), row.size)
+    if row.count and row.size > row.count * element:  # of what one rank gets
+        return "reduce_scatter_perf"
+    if section.name is not None:
+        return section.name
+    if all(row.half_checked for row in section.rows):
+        return "a test that checks no results in place (sendrecv or alltoall)"
     algbw, busbw = row.times.algbw, row.times.busbw
-    element = next(size for size, names in ELEMENT_BYTES if re.fullmatch(names, row.type))
-    shares = row.size // max((row.count or row.size) * element, 1)  # a reduce-scatter counts what one rank gets
     ranks = len(section.ranks) // max(len(section.groups), 1)  # that reduce together
-    for num in (ranks, shares):
-        if num > 1 and algbw > 1 and abs(busbw / algbw / ((num - 1) / num) - 1) < 0.02:
-            return "reduce_scatter_perf"
+    if ranks > 1 and algbw > 1 and abs(busbw / algbw / ((ranks - 1) / ranks) - 1) < 0.02:
+        return "reduce_scatter_perf"
     if ranks > 2 and algbw > 1 and abs(busbw / algbw - 1) < 0.02:
         return "a test whose bus bandwidth is its algorithm bandwidth (sendrecv, broadcast or reduce)"
     return "all_reduce_perf"
@@ -160,10 +186,8 @@ def _check_section(path: Path, section: Section) -> None:
             )
         if row.wrong:
             raise FileFormatError(path, f"{row.wrong} wrong results at {row.size} bytes", line=row.line)
-        for times in (row.out_of_place, row.in_place):
-            if times is not None and not _SHORTEST_S <= times.time * section.unit_s <= _LONGEST_S:
-                problem = f"time of {row.size} bytes is {times.time:g}, expected a positive one of at most a day"
-                raise FileFormatError(path, problem, line=row.line)
+        for times in filter(None, (row.out_of_place, row.in_place)):
+            _check_times(path, section, row, times)
     last = max(rows, key=lambda row: row.line).size
     if not section.ended and section.header is None and not section.ranks:
         warnings.warn(
@@ -176,6 +200,23 @@ def _check_section(path: Path, section: Section) -> None:
             path,
             f"the log ends after {last}{most} bytes without '# Out of bounds values': it is truncated",
             line=section.last_line,
+        )
+
+
+def _check_times(path: Path, section: Section, row: Row, times: Times) -> None:
+    """Refuse a time that no all-reduce has, or that is not the one of the bandwidth beside it."""
+    seconds = times.time * section.unit_s
+    if not _SHORTEST_S <= seconds <= _LONGEST_S:
+        problem = f"time of {row.size} bytes is {times.time:g}, expected a positive one of at most a day"
+        raise FileFormatError(path, problem, line=row.line)
+    rate = row.size / seconds / 1e9
+    if times.algbw >= 1 and not abs(rate / times.algbw - 1) <= _RATE_OFF:
+        raise FileFormatError(
+            path,
+            f"{row.size} bytes in {seconds * 1e6:g} us are {rate:.4g} GB/s, but the row says {times.algbw:g} GB/s: "
+            "it is damaged, or its times are in another unit",
+            line=row.line,
+            hint="keep the lines with the names of the columns, which nccl-tests prints first",
         )
 
 
@@ -255,6 +296,8 @@ def _launched_nodes(section: Section, num_gpus: int) -> int | None:
         return 1
     found: set[int] = set()
     for line in section.launch.splitlines():
+        program = PROGRAM.search(line)
+        line = line[: program.start()] if program else line  # behind it stand the test's own options
         slurm = re.search(r"\b(?:srun|sbatch|salloc)\b|#SBATCH", line) is not None
         for pattern, what in _NODES:
             for match in pattern.finditer(line):

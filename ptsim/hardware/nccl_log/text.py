@@ -6,15 +6,17 @@ two, and the marks that a web page adds or takes away.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ptsim.errors import FileFormatError
-from ptsim.hardware.nccl_log.section import ELEMENT_BYTES, Row, Section, Times
+from ptsim.hardware.nccl_log.section import ELEMENT_BYTES, PROGRAM, Row, Section, Times
 
-# "[1,0]<stdout>:" of Open MPI, "[0]" of Hydra: once for each piece that the process wrote, also in the middle of a row
-_LAUNCHER = re.compile(r"\[[^\[\]\s]{0,80}\d,\d{1,9}\]<std(?:out|err)>:?|\[\d{1,9}\]")
+# "[1,0]<stdout>:" of Open MPI, "[1,mpirank:0,algo-1]<stdout>:" of SageMaker, "[0]" of Hydra: once for each piece that
+# the process wrote, also in the middle of a row
+_LAUNCHER = re.compile(r"\[[^\[\]\s]{1,100}\]<std(?:out|err)>:?|\[\d{1,9}\]")
 _RANK = re.compile(
     r"\bRank\s+(\d{1,6})\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+(\d+)\s+\[([^\]]*)\]\s+(.*\S)"
 )
@@ -22,7 +24,8 @@ _HEADER = re.compile(
     r"\bnThread\s+(\d{1,6})\s+nGpus\s+(\d{1,6})\s+minBytes\s+(\d{1,18})\s+maxBytes\s+(\d{1,18})"
     r"(?:\s+step:\s*(\d{1,18})\((factor|bytes)\))?"
 )
-_PROGRAM = re.compile(r"\b([a-z_]+_perf)\b")  # "The test is sendrecv_perf", or the command that was typed
+_AGGREGATED = re.compile(r"\bagg iters:\s*(\d{1,6})")
+_VERSION = re.compile(r"nccl-library=(\d+)|NCCL version (\S+)|compiled with NCCL (\S+)")
 _DEVICES = re.compile(r"\bUsing devices\b")
 _TEST = re.compile(r"\bCollective test (starting|concluded):\s*(\S+)")
 _TRAILER = re.compile(r"\b(?:Out of bounds values|Avg bus bandwidth)\s*:\s*(\S+)")
@@ -35,20 +38,30 @@ _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _LAUNCH = re.compile(r"\b(?:mpirun|mpiexec|orterun|prun|srun|sbatch|salloc)\b|#SBATCH|\b\d+ nodes?\b|\bppr:\d+:node")
 _LARGEST = 1e18
 _LONGEST_LINE = 2000  # characters; no row has more, and patterns would search the rest for long
-_MESSAGE = re.compile(r"[A-Za-z][^\s:]*:\d+:\d+ \[\d+\]|NCCL (?:INFO|WARN|TRACE|version)")
+# "host:pid:thread [gpu] file:line NCCL WARN", with the day in front or without; a host that starts with a digit starts
+# a line, since a number may stand right in front of one that starts with a letter
+_HOST = r"(?:(?:^\s*|(?<=[:>\]]))\d(?=[^\s:]*[A-Za-z.])|[A-Za-z])[^\s:]*"
+_MESSAGE = re.compile(
+    rf"(?:\[\d{{4}}-[^\[\]]{{5,40}}\] ?)?{_HOST}:\d+:\d+ \[\d+\][^\[\]]{{0,200}}?\bNCCL\b"
+    r"|NCCL (?:INFO|WARN|TRACE|version)"
+)
+# a reduction with a message right behind it: before version 2.13 no column stood between
+_GLUED = re.compile(rf"(\s(?:{_TYPES})\s+(?:sum|prod|min|max|avg))(?=[^\s:]+:\d+:\d+ \[)")
 
 
 def read_sections(path: Path, text: str) -> list[Section]:
     """The sections of a text log, in its order; the first may be empty.
 
     Raises:
-        FileFormatError: a row is cut off, results were wrong, or the output of several ranks is mixed.
+        FileFormatError: a row is cut off, or the output of several ranks is mixed.
     """
     reader = _Reader(path)
     for number, line in _whole_rows(text):
         reader.read(number, line)
         if line.strip():
             reader.current.last_line = number
+    for before, section in itertools.pairwise(reader.sections):
+        section.version = section.version or before.version
     return reader.sections
 
 
@@ -58,31 +71,30 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.sections = [Section(1, None)]
-        self.name: str | None = None  # of the program that runs
-        self.launch = ""  # of the run to come
+        self.name: str | None = None  # of the run to come, as what follows
+        self.launch = ""
+        self.version: str | None = None
 
     @property
     def current(self) -> Section:
         return self.sections[-1]
 
     def begin(self, line: int) -> None:
-        launch, self.launch = self.launch or self.current.launch, ""
+        before = self.current
         self.sections.append(Section(line, self.name))
-        self.current.launch = launch
+        self.current.launch = self.launch or before.launch
+        self.current.version = self.version
+        self.name, self.launch, self.version = None, "", None
 
     def read(self, number: int, line: str) -> None:
         current = self.current
-        if _LAUNCH.search(line) and not _RANK.search(line):
-            if current.ended or current.rows:
-                self.launch += f"{line}\n"
-            else:
-                current.launch += f"{line}\n"
+        self.read_surroundings(line)
         if test := _TEST.search(line):
             self.name = test[2] if test[1] == "starting" else None
             if self.name and (current.rows or current.ranks):
                 self.begin(number)
-            else:
-                current.name = self.name or current.name
+            elif self.name:
+                current.name, self.name = self.name, None
         elif header := _HEADER.search(line):
             self.read_header(number, header)
         elif _DEVICES.search(line) and current.ended:
@@ -94,22 +106,45 @@ class _Reader:
             self.current.places[int(rank[1])] = (rank[3], rank[4], rank[5])
             self.current.groups.add(rank[2] or "0")
         elif columns := _COLUMNS.search(line):
+            if current.ended:
+                self.begin(number)
+            self.current.unit_s = 1e-3 if columns[1] == "bytes" else 1e-6  # before version 2: milliseconds
             if "cputime" in line:
-                raise FileFormatError(self.path, "has CPU times, expected the times of the collective", line=number)
-            current.unit_s = 1e-3 if columns[1] == "bytes" else 1e-6  # before version 2: milliseconds
+                self.refuse(number, "has CPU times, expected the times of the collective")
         elif trailer := _TRAILER.search(line):
             current.ended = True
             if "bounds" in line and trailer[1] != "0":
-                problem = f"{trailer[1]} results were out of bounds: the run is wrong"
-                raise FileFormatError(self.path, problem, line=number)
+                self.refuse(number, f"{trailer[1]} results were out of bounds: the run is wrong")
         elif row := _row(self.path, number, line):
             if current.ended and current.rows:
                 self.begin(number)
             self.current.rows.append(row)
-        elif program := _PROGRAM.search(line):
-            self.name = program[1]
-            if not current.ended and not current.rows:
-                current.name = current.name or self.name
+        elif program := PROGRAM.search(line):
+            if current.ended or current.rows:
+                self.name = program[1]
+            elif current.header is None:
+                current.name = program[1]
+
+    def read_surroundings(self, line: str) -> None:
+        """What a line says of the run that it stands before: how it was launched, and NCCL's version."""
+        current = self.current
+        to_come = current.ended or bool(current.rows)
+        if _LAUNCH.search(line) and not _RANK.search(line):
+            if to_come:
+                self.launch += f"{line}\n"
+            else:
+                current.launch += f"{line}\n"
+        if found := _VERSION.search(line):
+            version = next(name for name in found.groups() if name)
+            if to_come:
+                self.version = self.version or version
+            else:
+                current.version = current.version or version
+
+    def refuse(self, line: int, problem: str) -> None:
+        """Note what is wrong with this test; of another collective than an all-reduce it is no matter."""
+        error = FileFormatError(self.path, problem, line=line)
+        self.current.problem = self.current.problem or error
 
     def read_header(self, number: int, header: re.Match[str]) -> None:
         if self.current.header is not None and not self.current.ended:
@@ -122,13 +157,15 @@ class _Reader:
         if self.current.ended or self.current.rows:
             self.begin(number)
         self.current.header = header
+        if found := _AGGREGATED.search(header.string):
+            self.current.aggregated = int(found[1])
 
 
 def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
     """Lines with their numbers; a row in whose middle NCCL wrote messages is one line again."""
     cut: tuple[int, str] | None = None
     for number, line in enumerate(text.splitlines(), start=1):
-        line = line[:_LONGEST_LINE]
+        line = _GLUED.sub(r"\1 ", line[:_LONGEST_LINE])
         message = _MESSAGE.search(line)
         piece = _LAUNCHER.sub(" ", line[: message.start()] if message else line).rstrip()
         words = piece.split()
@@ -142,7 +179,7 @@ def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
         if row and message:
             cut = (number, piece)
         else:
-            yield number, line if _RANK.search(line) else piece or line
+            yield number, piece if row else line
     if cut:
         yield cut
 
@@ -183,7 +220,9 @@ def _row(path: Path, number: int, line: str) -> Row | None:
     if not any(times):
         raise FileFormatError(path, f"row of {match[1]} bytes has no time", line=number)
     first, second = (*times, None)[:2]
-    return Row(number, int(match[1]), int(match[2]), match[3], redop, root, first, second, wrong, len(times))
+    half_checked = len(times) == 2 and values[3] is not None and values[width + 3] is None
+    counts = (int(match[1]), int(match[2]), match[3], redop, root)
+    return Row(number, *counts, first, second, wrong, len(times), half_checked)
 
 
 def _finite(path: Path, line: int, word: str) -> float:
