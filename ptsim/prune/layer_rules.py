@@ -250,6 +250,8 @@ def norm_module(call: Call) -> Label:
 
 def _bind_vectors(call: Call, vector: Tensor, size: int) -> None:
     assert call.module is not None, "of a module"
+    if hasattr(call.module, "parametrizations"):
+        call.refuse(f"{call.op} computes its weight")
     tensors = [*call.module.parameters(recurse=False), *call.module.buffers(recurse=False)]
     for tensor in tensors:
         if tensor.ndim == 1 and tensor.shape[0] == size:

@@ -22,6 +22,7 @@ from ptsim.prune.density import THRESHOLD
 from ptsim.prune.gating import Gate, apply_gate, find_gates
 from ptsim.prune.groups import ChannelGroups, component_maxima, find_groups, labelled
 from ptsim.prune.labels import BATCH_NORMS
+from ptsim.prune.propagate import MODES
 from ptsim.prune.removal import Removal, collapsed_layers, find_removals, remove_branch
 from ptsim.prune.selection import keep_one, round_up
 from ptsim.prune.steps import same_calls, same_steps
@@ -83,7 +84,7 @@ def reconfigure(
     importance = importance_of(model, groups)
     sparse = groups.prunable & (importance < threshold)
     collapsed = collapsed_layers(model, groups, threshold)
-    decision = _decide(model, groups, sparse, importance, channel_multiple, exact=True)
+    decision = _decide(model, groups, sparse, importance, channel_multiple)
     plan, after, notes = decision.plan, decision.groups, list(decision.notes)
     if collapsed:
         notes.insert(0, COLLAPSED.format(", ".join(collapsed[:3]) + (" and others" if len(collapsed) > 3 else "")))
@@ -144,7 +145,7 @@ def remove_channels(model: nn.Module, groups: ChannelGroups, sparse: Tensor) -> 
         sparse: a mask of components; those that cannot be pruned stay.
     """
     importance = (~sparse).to(torch.float32)
-    decision = _decide(model, groups, sparse & groups.prunable, importance, 1, exact=False)
+    decision = _decide(model, groups, sparse & groups.prunable, importance, 1)
     if decision.plan.changes:
         operate(model, groups, decision.plan)
     return decision
@@ -181,20 +182,25 @@ def _check(threshold: float, channel_multiple: int, mode: str) -> None:
 
 
 def runs(model: nn.Module, groups: ChannelGroups) -> bool:
-    """True if the model's own code, not only its graph (which has no in-place sums), runs in training mode.
+    """True if the model's own code, not only its graph (which has no in-place sums), runs in training and evaluation.
 
     Its outputs have to be of the shapes that they had when `groups` was made.
     """
     training = {module: module.training for module in model.modules()}
     try:
-        given = model.train()(example_input(model, groups.input_shape))
+        for mode in MODES:
+            given = model.train(mode == "train")(example_input(model, groups.input_shape))
+            output = groups.graphs.get(mode, groups.graph).graph.output_node()
+            before = fx.map_arg(output.args, lambda node: node.meta["value"])
+            now, then = ([tensor.shape for tensor in output_tensors(found)] for found in (given, before))
+            if now != then:
+                return False
+        return True
     except SHAPE_ERRORS:
         return False
     finally:
-        for module, mode in training.items():
-            module.training = mode
-    before = fx.map_arg(groups.graph.graph.output_node().args, lambda node: node.meta["value"])
-    return [tensor.shape for tensor in output_tensors(given)] == [tensor.shape for tensor in output_tensors(before)]
+        for module, was in training.items():
+            module.training = was
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,21 +247,18 @@ class Decision:
         return self.before if self.after is None else settled(*self.after)
 
 
-def _decide(
-    model: nn.Module, groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int, *, exact: bool
-) -> Decision:
+def _decide(model: nn.Module, groups: ChannelGroups, sparse: Tensor, importance: Tensor, multiple: int) -> Decision:
     """The plan that goes furthest and works.
 
     Every plan is carried out on shapes first; a branch whose code cannot bear a tensor without channels keeps one.
-    `exact` is that of `find_removals`.
     """
 
     def rehearsed(sparse: Tensor, removals: tuple[Removal, ...]) -> Decision | None:
         plan, rescued = _plan(groups, sparse, importance, multiple, removals)
         return _rehearse(model, groups, plan, rescued)
 
-    removals, notes = find_removals(groups, sparse, exact=exact), list[str]()
-    if exact and (frozen := _kept_in_evaluation(model, groups, removals)):
+    removals, notes = find_removals(groups, sparse), list[str]()
+    if frozen := _kept_in_evaluation(model, groups, removals):
         removals = tuple(r for r in removals if r not in frozen)
         notes = [f"{r.constant}: the branch keeps a channel, its BatchNorm stays in evaluation mode" for r in frozen]
     found = rehearsed(sparse, removals)

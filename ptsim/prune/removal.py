@@ -20,7 +20,7 @@ from ptsim.prune.cut import Replacement
 from ptsim.prune.function_rules import is_elementwise
 from ptsim.prune.groups import ChannelGroups
 from ptsim.prune.labels import BATCH_NORMS, CONVS, POOLS
-from ptsim.prune.modules import ConstantChannels, Gathered, Placeholder, Scattered
+from ptsim.prune.modules import ChannelScatter, ConstantChannels, Gathered, Placeholder, Scattered
 from ptsim.prune.steps import only_for
 
 _SUMS = ("add", "iadd", "add_")
@@ -39,15 +39,26 @@ class Removal:
     full: bool
 
 
-def find_removals(groups: ChannelGroups, sparse: Tensor, *, exact: bool = True) -> tuple[Removal, ...]:
+def find_removals(groups: ChannelGroups, sparse: Tensor) -> tuple[Removal, ...]:
     """The branches that are left without an inner channel once the components of the mask `sparse` are gone.
 
     Of the two operands of a sum at most one is among them, so that the sum still has an image's size and mini-batch.
-    With `exact` it is the layer that gives the constant which has to be left without an input: what layers in front of
-    it make of nothing, such as the shift of a BatchNorm, may be more than nothing. Without, any inner edge may be the
-    empty one, as a plan has it, in which the layers behind it learn nothing more.
+    It is the layer that gives the constant which has to be left without an input: what layers in front of it make of
+    nothing, such as the shift of a BatchNorm, may be more than nothing. Where evaluation runs other code than training,
+    both have to have the branch.
     """
-    graph = groups.graph
+    training, *others = (_in_graph(groups, graph, sparse) for graph in groups.graphs.values())
+    found = []
+    for constant, removal in training.items():
+        again = [other[constant] for other in others if constant in other]
+        if len(again) == len(others) and all({*removal.dead} == {*other.dead} for other in again):
+            full = removal.full or any(other.full for other in again)
+            found.append(dataclasses.replace(removal, full=full))
+    return tuple(found)
+
+
+def _in_graph(groups: ChannelGroups, graph: fx.GraphModule, sparse: Tensor) -> dict[str, Removal]:
+    """The branches of one graph, by the layer whose constant stays."""
     nodes = {node.name: node for node in graph.graph.nodes}
     calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
     fixed = {layer.layer for layer in groups.layers if not layer.trained and not layer.depthwise}
@@ -58,11 +69,11 @@ def find_removals(groups: ChannelGroups, sparse: Tensor, *, exact: bool = True) 
         node = nodes.get(layer.nodes[0])
         if node is None or node.op != "call_module":
             continue
-        ended = _branch(graph, node, calls, exact=exact)
+        ended = _branch(graph, node, calls)
         if ended is not None and fixed.isdisjoint((*ended[1].dead, ended[1].constant)):
             found.setdefault(*ended)
     outer = {path for removal in found.values() for path in removal.dead}
-    return tuple(removal for removal in found.values() if removal.constant not in outer)
+    return {removal.constant: removal for removal in found.values() if removal.constant not in outer}
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
@@ -70,9 +81,7 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor) and n.op != "get_attr"]
 
 
-def _branch(
-    graph: fx.GraphModule, start: fx.Node, calls: Counter[str], *, exact: bool
-) -> tuple[fx.Node, Removal] | None:
+def _branch(graph: fx.GraphModule, start: fx.Node, calls: Counter[str]) -> tuple[fx.Node, Removal] | None:
     """The sum that the branch of `start` leads to, and the branch; None if it does not go as a whole."""
     constant = {start}
     exits = []
@@ -99,10 +108,10 @@ def _branch(
         return None  # a constant would not have the sum's size
     last, pointwise = ends[0], False
     while not _is_affine(graph, last):
-        sources = _inputs(last)
-        if not _is_pointwise(graph, last) or len(sources) != 1 or len(sources[0].users) != 1:
+        sources, gated = _inputs(last), _is_scatter(graph, last)
+        if not (gated or _is_pointwise(graph, last)) or len(sources) != 1 or len(sources[0].users) != 1:
             return None
-        last, pointwise = sources[0], True
+        last, pointwise = sources[0], pointwise or not gated
     path = str(last.target)
     if calls[path] != 1 or (len(last.users) != 1):
         return None
@@ -118,7 +127,7 @@ def _branch(
     if str(start.target) not in (*paths, path):
         return None
     before = _layer_in_front(graph, last)
-    if exact and start is not last and start is not before:
+    if start is not last and start is not before:
         return None
     front = None if before is None else str(before.target)
     return end, Removal(dead=paths, constant=path, before=front, full=pointwise)
@@ -194,6 +203,11 @@ def _is_constant(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 def _is_affine(graph: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(_module(graph, str(node.target)), (*BATCH_NORMS, *CONVS, nn.Linear))
+
+
+def _is_scatter(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """True for the end of a gated BatchNorm, with which it goes."""
+    return node.op == "call_module" and isinstance(_module(graph, str(node.target)), ChannelScatter)
 
 
 def _is_activation(graph: fx.GraphModule, path: str) -> bool:

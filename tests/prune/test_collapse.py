@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.removal import collapsed_layers, find_removals
+from ptsim.prune.trajectories.build import dense_network
 from tests.prune.helpers import SMALL_IMAGE, enliven, same_function, small_resnet
 
 
@@ -271,13 +273,15 @@ def test_a_branch_stays_while_a_layer_behind_its_empty_edge_passes_something_on(
     same_function(model, zeroed, (3, 4, 4))
 
 
-def test_a_plan_takes_a_branch_out_with_any_of_its_edges() -> None:
-    groups = find_groups(Chain(), (3, 4, 4))
-    sparse = torch.zeros(groups.num_components, dtype=torch.bool)
-    sparse[groups.axes["one.weight", 0]] = True
-    assert find_removals(groups, sparse) == ()
-    (found,) = find_removals(groups, sparse, exact=False)
-    assert ({"one", "two", "three"} < {*found.dead, found.constant}, found.before) == (True, "three")
+def test_a_plan_keeps_a_branch_as_long_as_a_run_does() -> None:
+    """Four channels in front of `two`, of which the last one stays, and four behind it, with which the branch goes."""
+    dense = dense_network(Chain, name="n", input_shape=(3, 4, 4), num_classes=2)
+    assert [(edge.name, edge.width, edge.removable) for edge in dense.edges] == [
+        ("stem", 6, False), ("one", 4, False), ("two", 4, True)
+    ]  # fmt: skip
+    steps = list(dense.reconfigured(np.array([[6, 0, 4], [6, 0, 0]])))
+    assert [(step.channels_removed, step.layers_removed) for step in steps] == [(3, ()), (5, ("one", "two", "three"))]
+    assert steps[0].notes == ("one: every channel is sparse; one is kept",)
 
 
 class NormLast(Chain):
@@ -332,6 +336,23 @@ class Short(Chain):
         return self.after(self.three(torch.relu(self.one(x))))
 
 
+class ReadInEvaluation(Chain):
+    """Evaluation reads what the branch gives once more, with a layer for which the border counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(6, 2, 3, padding=1)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.three(torch.relu(self.one(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.branch(x)
+        out = self.head((x + y).mean((2, 3)))
+        return out if self.training else out + self.last(y).mean((2, 3))
+
+
 class FrozenNorm(Short):
     """Keeps its BatchNorms in evaluation mode, as people do who fine-tune with few images."""
 
@@ -368,6 +389,7 @@ class ByDtype(Chain):
         (NormUpsampled, "one: every channel is sparse; one is kept"),
         (NormOfPlaces, "one: every channel is sparse; one is kept"),
         (WithContext, "one: every channel is sparse; one is kept"),
+        (ReadInEvaluation, "one: every channel is sparse; one is kept"),
         (FrozenNorm, "after: the branch keeps a channel, its BatchNorm stays in evaluation mode"),
         (ByKind, "three: the branch keeps a channel, without it the code would fail or do another thing"),
         (ByDtype, "three: the branch keeps a channel, without it the code would fail or do another thing"),

@@ -262,3 +262,71 @@ def test_a_channel_is_as_far_from_zero_as_its_largest_scale_wherever_it_appears(
     importance[stream] = torch.inf
     assert bool((importance == torch.inf).all())  # images and classes have no scale
     assert float(Slimming(model, groups).value()) == 0.875
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """One that is traced into."""
+
+    def forward(self, x):
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+
+class Joined(nn.Module):
+    """A convolution with a BatchNorm, and what the network makes of its channels and the image."""
+
+    def __init__(self, join, norm=nn.BatchNorm2d, bias=False):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.a, self.norm, self.b = nn.Conv2d(6, 6, 1, bias=False), norm(6), nn.Conv2d(6, 6, 1, bias=bias)
+        self.gate, self.head, self.join = nn.Linear(6, 6), nn.Linear(6, 2), join
+
+    def forward(self, x):
+        h = torch.relu(self.first(self.stem(x)))
+        return self.head(self.join(self, torch.relu(self.norm(self.a(h))), h).mean((2, 3)))
+
+
+def gated(net, y, h):
+    """Squeeze and excite: the gate is never zero, but it multiplies what is."""
+    return y * torch.sigmoid(net.gate(y.mean((2, 3))))[:, :, None, None]
+
+
+def written(net, y, h):
+    y.add_(net.b(h))
+    return y
+
+
+@pytest.mark.parametrize(
+    ("join", "bias", "goes"),
+    [
+        (lambda net, y, h: y, False, 2),
+        (lambda net, y, h: y + h, False, 0),  # γ of `first` is not small
+        (lambda net, y, h: y + net.b(h), False, 0),  # a short-cut without a BatchNorm
+        (lambda net, y, h: y + net.b(h), True, 0),
+        (lambda net, y, h: y + torch.relu(net.b(h)), True, 0),
+        (lambda net, y, h: torch.sigmoid(y) * net.b(h), False, 0),
+        (lambda net, y, h: (1 + y) * net.b(h), False, 0),
+        (lambda net, y, h: y * net.b(h), False, 2),
+        (written, False, 0),
+    ],
+)
+def test_a_channel_that_a_layer_without_a_batch_norm_writes_too_stays(join, bias, goes):
+    torch.manual_seed(0)
+    model = Joined(join, bias=bias)
+    with torch.no_grad():
+        model.norm.weight[[1, 4]] = model.norm.bias[[1, 4]] = 0
+    before = copy.deepcopy(model)
+    surgery = reconfigure(model, find_groups(model, SMALL_IMAGE), importance_of=Slimming.importance)
+    assert (surgery.changed, model.a.out_channels) == (goes > 0, 6 - goes)
+    images = torch.randn(4, *SMALL_IMAGE)
+    torch.testing.assert_close(model.eval()(images), before.eval()(images))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, OwnNorm])
+def test_a_channel_that_only_gates_meet_goes(norm):
+    model = Joined(gated, norm)
+    with torch.no_grad():
+        model.norm.weight[1] = model.norm.bias[1] = 0
+    reconfigure(model, find_groups(model, SMALL_IMAGE), importance_of=Slimming.importance)
+    assert (model.a.out_channels, model.gate.out_features, model.head.in_features) == (5, 5, 5)

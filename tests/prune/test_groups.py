@@ -242,6 +242,7 @@ def test_a_branch_whose_layers_are_gated_can_go_and_be_rebuilt() -> None:
                 parameter.zero_()
     zeroed = copy.deepcopy(model)
     surgery = reconfigure(model, surgery.groups, mode="gating")
+    assert surgery.layers_removed == ("blocks.0.a.layer", "blocks.0.b")
     same_function(model, zeroed, SMALL_IMAGE)
     fresh = small_resnet(seed=1)
     apply_structure(fresh, structure_of(model))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from torch import nn
 
 from ptsim.errors import UsageError
+from ptsim.network import Layer, LayerKind
 from ptsim.prune.trajectories.build import dense_network
 from ptsim.prune.trajectories.file import from_file
 from ptsim.prune.trajectories.like import imitate, recorded_densities
@@ -18,6 +21,7 @@ from ptsim.prune.trajectories.roles import roles
 from ptsim.prune.trajectories.table import CostTable, Seen
 from ptsim.prune.trajectories.targets import Targets, meet, parse_targets
 from ptsim.trace.io import read_trace
+from ptsim.trace.trace import Trace
 from tests.traces import residual_network, shrinking_trace
 
 
@@ -130,6 +134,9 @@ def test_a_file_gives_straight_lines_from_the_dense_network_through_its_epochs(t
     # after 2, 5 and 10 epochs: a is at 0.5, 0.40625 and 0.25 of 8, b at 0.84, 0.6 and still 0.6 of 5
     assert found.widths.tolist() == [[4, 4], [3, 3], [2, 3]]
     assert [(a.what, a.source) for a in found.assumed] == [("densities by edge and epoch", f"{file}: a table")]
+    # after 7 of 100 epochs exactly 3½ of 8 channels, which is 4; 0.07 · 100 is more than 7, and all are gone at 8
+    file.write_text('[[prune]]\nedge = "a"\nepochs = [7, 8]\ndensities = [0.4375, 0]\n')
+    assert from_file(str(file), problem(epochs=100, events=(6,))).widths.tolist() == [[4, 5]]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,57 @@ def test_a_recorded_run_is_imitated_by_progress_depth_and_role(tmp_path: Path) -
     softer = imitate(trace, even([1, 1]), inference=0.3)
     assert softer.widths[-1].tolist() == pytest.approx([1000 * u, 1000 * u**2], abs=2)
     assert softer.targets == {"inference": 0.3}
+
+
+def shrunk(tmp_path: Path) -> tuple[Trace, str]:
+    """The run of two blocks of the test above, and the name of its last network."""
+    file = shrinking_trace(tmp_path / "run.jsonl", widths=(16,), blocks=(2,), keep=0.5, profiles=False)
+    trace = read_trace(file)
+    return trace, trace.reconfigurations[-1].after
+
+
+def test_a_layer_behind_a_gather_is_the_layer_that_it_was(tmp_path: Path) -> None:
+    trace, last = shrunk(tmp_path)
+    network = trace.networks[last]
+    layers = tuple(
+        msgspec.structs.replace(layer, name=f"{layer.name}.layer") if layer.name == "layer1.0.conv1" else layer
+        for layer in network.layers
+    )
+    trace.networks[last] = msgspec.structs.replace(network, layers=layers)
+    assert (16 * recorded_densities(trace)[1][-1]).tolist() == [8, 4, 8, 0, 0]
+
+
+@pytest.mark.parametrize("constant", ["layer1.1.bn2", "layer1.1.conv2"])
+def test_the_last_layer_of_a_branch_that_is_gone_leaves_the_width_of_the_stream(tmp_path: Path, constant: str) -> None:
+    """What stays of the second block is a constant of 8 channels, of its BatchNorm or of a convolution without one."""
+    trace, last = shrunk(tmp_path)
+    network = trace.networks[last]
+    left = Layer(
+        name=constant, kind=LayerKind.RESHAPE, op="branch_constant", in_channels=0, out_channels=8,
+        input_shapes=((0, 32, 32),), output_shape=(8, 32, 32),
+    )  # fmt: skip
+    trace.networks[last] = msgspec.structs.replace(network, layers=(*network.layers, left))
+    assert (16 * recorded_densities(trace)[1][-1]).tolist() == [8, 4, 8, 0, 8]
+
+
+def test_edges_of_a_network_without_sums_follow_the_layers_that_are_still_there(tmp_path: Path) -> None:
+    """At depth ½ only layers of the second block lie behind, which are gone; in front the stream has half its width."""
+    trace, _ = shrunk(tmp_path)
+    asked = even([1, 1])
+    edges = tuple(dataclasses.replace(edge, role="plain") for edge in asked.edges)
+    assert imitate(trace, dataclasses.replace(asked, edges=edges)).widths[-1].tolist() == [500, 500]
+
+
+def test_a_run_is_dense_until_its_first_reconfiguration_is_near(tmp_path: Path) -> None:
+    """Of a single one nobody knows for how long channels have gone; of two that are an epoch apart, for an epoch."""
+    trace, _ = shrunk(tmp_path)
+    first, last = trace.reconfigurations
+    once = msgspec.structs.replace(trace, reconfigurations=(last,))  # after 4 of 6 epochs
+    assert imitate(once, problem(epochs=6, events=(2, 3))).widths.tolist() == [[8, 5], [4, 1]]
+    events = tuple(msgspec.structs.replace(event, epoch=epoch) for event, epoch in ((first, 3), (last, 4)))
+    late = msgspec.structs.replace(trace, reconfigurations=events)
+    asked = problem(epochs=12, events=(5, 6, 7))  # after 3, 3½ and 4 of 6 epochs: 8 · 1, 8 · (1 + 11/16)/2, 8 · 11/16
+    assert imitate(late, asked).widths.tolist() == [[8, 5], [7, 4], [6, 3]]
 
 
 def even(bn: list[float], *, removable: bool = False) -> Problem:

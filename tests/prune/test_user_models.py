@@ -3,6 +3,7 @@
 Every model says which layers can be pruned in part (`prunable`) and which not at all, with words of the reason.
 """
 
+import copy
 import dataclasses
 import itertools
 import warnings
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import ptsim
 from ptsim.errors import UnsupportedModelError
@@ -81,6 +83,12 @@ def extremes(m: Any, x: Tensor, y: Tensor) -> Tensor:
 def attention(m: Any, x: Tensor, y: Tensor) -> Tensor:
     weight = F.softmax(m.one(x).flatten(2), dim=-1)
     return m.own(y) * weight.view(weight.shape[0], 1, *x.shape[2:])
+
+
+def attended(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Every place of the image looks at every other one."""
+    places = x.flatten(2).transpose(1, 2)
+    return m.attend(places, places, places)[0].transpose(1, 2).reshape(x.shape) + m.own(y)
 
 
 def shortcut(m: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -280,6 +288,19 @@ def scaled_twice(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([m.own(x * m.scale), y.softmax(1) * m.scale], 1)
 
 
+class Positive(nn.Module):
+    """Any number becomes one above 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(x)
+
+
+def positive(module: nn.Module) -> nn.Module:
+    """The module with a weight that is computed and above 0."""
+    register_parametrization(module, "weight", Positive())
+    return module
+
+
 def own() -> nn.Module:
     """A convolution between `y` and the sum, so that `b` is not bound to `a`."""
     return nn.Conv2d(8, 8, 1)
@@ -339,6 +360,10 @@ CASES = {
     "in place": Case(lambda: User(in_place, gate=torch.randn(8)), "a b c"),
     "extremes over space": Case(lambda: User(extremes), "a b c"),
     "attention over space": Case(lambda: User(attention, one=nn.Conv2d(8, 1, 1), own=own()), "a b c own"),
+    "nn.MultiheadAttention": Case(
+        lambda: User(attended, attend=nn.MultiheadAttention(8, 2, batch_first=True), own=own()),
+        "b c", "a", "attend (MultiheadAttention) has no rule",
+    ),
     "padded short-cut": Case(lambda: User(shortcut, second=12), "c"),
     "zeros joined": Case(lambda: User(new_zeros, second=12), "a b c"),
     "means over space": Case(lambda: User(means), "a b c"),
@@ -397,6 +422,13 @@ CASES = {
         lambda: User(lambda m, x, y: (x.flatten(2).transpose(1, 2) @ m.w).transpose(1, 2).unsqueeze(-1),
                      w=torch.randn(8, 5)), "c", "a", "matmul"
     ),
+    **{
+        f"{type(norm).__name__} with a computed weight": Case(
+            lambda norm=norm: User(lambda m, x, y: m.norm(x) + m.own(y), norm=positive(copy.deepcopy(norm)), own=own()),
+            "b c", "a", "computes its weight",
+        )
+        for norm in (nn.BatchNorm2d(8), nn.GroupNorm(4, 8), nn.PReLU(8))
+    },
     "GroupNorm": Case(
         lambda: User(lambda m, x, y: m.group(x) + m.each(y), group=nn.GroupNorm(2, 8), each=nn.GroupNorm(8, 8)),
         "a b c",

@@ -8,11 +8,11 @@ zeros reaches any consumer (so no sigmoid lies in between).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ptsim.capture.copies import copied
@@ -21,6 +21,14 @@ from ptsim.criteria import slimming_work
 from ptsim.network import Network
 from ptsim.prune.criteria.coefficient import per_weight
 from ptsim.prune.groups import ChannelGroups
+from ptsim.prune.rules import name_of
+
+_PRODUCTS = ("mul", "imul", "multiply")  # zero if one of the operands is
+_SUMS = ("add", "iadd", "sub", "isub", "rsub")
+_NOT_AT_ZERO = (
+    *("sigmoid", "hardsigmoid", "softplus", "logsigmoid", "exp", "exp2", "cos", "cosh"),
+    *("softmax", "softmax2d", "softmin", "log_softmax", "logsoftmax"),
+)  # not zero where their argument is
 
 
 class Slimming:
@@ -67,7 +75,7 @@ class Slimming:
             largest.scatter_reduce_(0, components, sizes, "amax")
         largest[largest == -torch.inf] = torch.inf
         quiet = groups.prunable & largest.isfinite()
-        largest[_heard(model, groups, quiet)] = torch.inf
+        largest[_heard(model, groups, quiet) | _read_past_norms(model, groups)] = torch.inf
         return largest
 
     @classmethod
@@ -87,6 +95,55 @@ def norms(model: nn.Module, groups: ChannelGroups) -> Iterator[tuple[str, _Batch
         components = groups.axes.get((f"{path}.weight", 0))
         if isinstance(module, _BatchNorm) and components is not None and module.weight.requires_grad:
             yield path, module, components
+
+
+def _read_past_norms(model: nn.Module, groups: ChannelGroups) -> Tensor:
+    """Components that a layer reads, in part, by a way on which no BatchNorm makes zeros of what another layer wrote.
+
+    Found in the graph: in a trial on images such a writer may be silent, because all layers in front of it are.
+    """
+    paths = {path for path, _, _ in norms(model, groups)}
+    layers = [layer for layer in groups.layers if not layer.depthwise]
+    weighted = {name for layer in layers for name in layer.nodes}
+    past = torch.zeros_like(groups.prunable)
+    for graph in groups.graphs.values():
+        loud: set[fx.Node] = set()  # what may be other than zero
+        read: set[str] = set()
+        for node in graph.graph.nodes:
+            sources = [n for n in node.all_input_nodes if n.op != "get_attr" and _holds_tensors(n)]
+            if node.name in weighted and not loud.isdisjoint(sources):
+                read.add(node.name)
+            if node.op == "placeholder" or node.name in weighted or _passes(graph, node, sources, loud, paths):
+                loud |= {node, *(sources[:1] if _writes(node) else ())}
+        for layer in layers:
+            if not read.isdisjoint(layer.nodes):
+                past[layer.inputs] = True
+    return past
+
+
+def _passes(
+    graph: fx.GraphModule, node: fx.Node, sources: Sequence[fx.Node], loud: Collection[fx.Node], paths: Collection[str]
+) -> bool:
+    """True if the node may give something else than zero; `paths` are the BatchNorms that make zeros of everything."""
+    called = node.op == "call_module"
+    scales = (str(n.target).removesuffix(".weight") for n in node.all_input_nodes if n.op == "get_attr")
+    if (called and str(node.target) in paths) or any(path in paths for path in scales):
+        return False
+    if name_of(node) in _PRODUCTS:
+        return all(source in loud for source in sources)
+    kind = type(graph.get_submodule(str(node.target))).__name__.lower() if called else name_of(node)
+    shifts = kind in _SUMS and len(sources) < 2  # by a number or parameter
+    return shifts or kind in _NOT_AT_ZERO or any(source in loud for source in sources)
+
+
+def _writes(node: fx.Node) -> bool:
+    """True if what the first operand holds is afterwards what the node gives."""
+    return name_of(node) == "setitem" or (node.op == "call_method" and str(node.target).endswith("_"))
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("value")
+    return any(isinstance(part, Tensor) for part in (value if isinstance(value, tuple | list) else [value]))
 
 
 def _heard(model: nn.Module, groups: ChannelGroups, quiet: Tensor) -> Tensor:

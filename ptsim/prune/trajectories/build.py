@@ -82,7 +82,7 @@ class Dense:
     def _cut(self, bones: nn.Module, sparse: Tensor) -> _Cut:
         """Take out of `bones` what goes once `sparse` components are without weight."""
         groups = self.groups
-        empty = find_removals(groups, sparse, exact=False)
+        empty = find_removals(groups, sparse)
         untried = bool((sparse & groups.sensitive).any())
         if untried or (empty and empty not in self.tried):
             decision = remove_channels(bones, groups, sparse)
@@ -146,7 +146,7 @@ def dense_network(
         components = torch.tensor(edge.components)
         alone = torch.zeros(groups.num_components, dtype=torch.bool)
         alone[components] = True
-        gone = [layer for removal in find_removals(groups, alone, exact=False) for layer in _layers(groups, removal)]
+        gone = [layer for removal in find_removals(groups, alone) for layer in _layers(groups, removal)]
         for layer in gone:
             dies_with.setdefault(layer, []).append(len(edges))
         edge_of[components] = len(edges)

@@ -48,7 +48,7 @@ def from_file(text: str, problem: Problem) -> Trajectory:
     for course in given.prune:
         _check(path, course, problem)
         epochs = np.array([0, *course.epochs], dtype=float)
-        values = np.interp(problem.progress * problem.epochs, epochs, [1.0, *course.densities])
+        values = np.interp(np.array(problem.events) + 1.0, epochs, [1.0, *course.densities])
         for index, edge in enumerate(problem.edges):
             if course.edge == edge.name or course.role == edge.role:
                 densities[:, index] = values

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from ptsim.errors import UsageError
-from ptsim.network import LayerKind
+from ptsim.network import LayerKind, Network
+from ptsim.operators import BRANCH_CONSTANT
 from ptsim.prune.trajectories.polish import polished
-from ptsim.prune.trajectories.problem import Problem, Trajectory, Widths, register
+from ptsim.prune.trajectories.problem import Edge, Problem, Trajectory, Widths, register
 from ptsim.prune.trajectories.roles import roles
 from ptsim.prune.trajectories.targets import HALVINGS, SCATTER, TOLERANCE, root
 from ptsim.trace.io import read_trace
@@ -59,10 +63,7 @@ def imitate(trace: Trace, problem: Problem, *, inference: float | None = None) -
     times, densities, place = recorded_densities(trace)
     wanted = np.ones((len(problem.events), len(problem.edges)))
     for index, edge in enumerate(problem.edges):
-        same = [i for i, (role, _) in enumerate(place) if role == edge.role] or list(range(len(place)))
-        depths = [place[i][1] for i in same]
-        course = np.array([np.interp(edge.depth, depths, row) for row in densities[:, same]])
-        wanted[:, index] = np.interp(problem.progress, times, course)
+        wanted[:, index] = np.interp(problem.progress, times, _course(edge, densities, place))
     scatter = np.exp(SCATTER * problem.noise())
     source = f"{trace.path} ({trace.run.model} on {trace.run.dataset.name})"
     what = "channels go as in the recorded run, by progress, relative depth and role"
@@ -88,6 +89,18 @@ def imitate(trace: Trace, problem: Problem, *, inference: float | None = None) -
     return Trajectory(widths=widths, assumed=(Assumption(what=what, source=source), given), targets=aimed)
 
 
+def _course(edge: Edge, densities: np.ndarray, place: Sequence[tuple[str, float]]) -> np.ndarray:
+    """The density of an edge at every recorded time: between the layers of its role that are next to it in depth.
+
+    Without any of its role: between all that are still there, since a branch that is gone says nothing of other layers.
+    """
+    alike, depths = np.array([role == edge.role for role, _ in place]), np.array([depth for _, depth in place])
+    there = densities > 0
+    there |= ~there.any(axis=1, keepdims=True)
+    rows = zip(densities, np.broadcast_to(alike, densities.shape) if alike.any() else there, strict=True)
+    return np.array([np.interp(edge.depth, depths[which], row[which]) for row, which in rows])
+
+
 def _same_strength(trace: Trace, source: str) -> Assumption:
     """What is not carried over: how hard a run prunes."""
     ratio, gates = trace.penalty_ratio, trace.run.hyperparameters.get("mode") == "gating"
@@ -103,21 +116,37 @@ def _same_strength(trace: Trace, source: str) -> Assumption:
 def recorded_densities(trace: Trace) -> tuple[np.ndarray, np.ndarray, list[tuple[str, float]]]:
     """Share of the run that is over, density of every layer's output then, and the layers' role and depth.
 
-    A layer that was removed has density 0. Rows begin with the dense network at 0.
+    A layer that was removed has density 0, but for the last one of a branch: what it wrote is still on the stream. Rows
+    begin with the dense network: at 0, and again where the first reconfiguration comes later after the start than
+    reconfigurations come after each other.
     """
     first = trace.networks[trace.epochs[0].architecture]
     found = roles(first)
     dense = {layer.name: layer.out_channels for layer in first.layers if layer.name in found}
     names = sorted(found, key=lambda name: found[name][1])[:-1]  # the last layer's outputs are the classes
     length = trace.planned_epochs or len(trace.epochs)
-    times, rows = [0.0], [[1.0] * len(names)]
+    ends = [event.epoch + 1 for event in trace.reconfigurations]
+    apart = max((later - earlier for earlier, later in itertools.pairwise(ends)), default=0)
+    times = [0, *(end - apart for end in ends[:1] if end > apart), *ends]
+    rows = [[1.0] * len(names)] * (len(times) - len(ends))
     for event in trace.reconfigurations:
-        network = trace.networks[event.after]
-        now = {
-            layer.name: layer.out_channels
-            for layer in network.layers
-            if layer.kind in (LayerKind.CONV, LayerKind.LINEAR)
-        }
-        times.append((event.epoch + 1) / length)
+        now = _widths(trace.networks[event.after], first, dense)
         rows.append([now.get(name, 0) / dense[name] for name in names])
-    return np.array(times), np.array(rows), [found[name] for name in names]
+    return np.array(times) / length, np.array(rows), [found[name] for name in names]
+
+
+def _widths(network: Network, first: Network, dense: Mapping[str, int]) -> dict[str, int]:
+    """The channels that layers write, by their names in the dense network `first`.
+
+    Gating calls a layer NAME.layer. What stays of a removed branch is a constant, of its last layer or the BatchNorm
+    behind that one.
+    """
+    now: dict[str, int] = {}
+    for layer in network.layers:
+        if layer.kind in (LayerKind.CONV, LayerKind.LINEAR):
+            own = layer.name if layer.name in dense else layer.name.removesuffix(".layer")
+            now[own] = layer.out_channels
+        elif layer.op == BRANCH_CONSTANT:
+            before = [source for source, target in first.edges if target == layer.name]
+            now |= dict.fromkeys([layer.name] if layer.name in dense else before, layer.out_channels)
+    return now
