@@ -12,6 +12,7 @@ from ptsim.cli.common import print_json, print_line
 from ptsim.cli.options import Json, Out
 from ptsim.cli.reading import check_run_folder, refuse_input_as_output
 from ptsim.errors import UsageError
+from ptsim.setting import Sharding
 from ptsim.textfile import check_writable
 from ptsim.trace.io import read_trace
 
@@ -24,6 +25,7 @@ def export(
     format: Annotated[Format, Parameter(name=["--format", "-f"])],
     out: Out,
     gpus: int | None = None,
+    sharding: Sharding = "none",
     epoch: int | None = None,
     trust: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
@@ -40,6 +42,7 @@ def export(
         format: What to write.
         out: File (chrome, onnx) or folder (chakra, parquet).
         gpus: Number of ranks of the Chakra traces. Default: as many as were recorded, at least two.
+        sharding: zero1, zero2: in the Chakra traces every GPU updates its share of the parameters.
         epoch: Epoch whose stored network the ONNX file holds. Default: the last.
         trust: Run the Python file that makes the network, for a model from a user's file (onnx).
     """
@@ -47,6 +50,8 @@ def export(
         raise UsageError(f"--epoch has no effect on --format {format}; it is for onnx")
     if gpus is not None and format != "chakra":
         raise UsageError(f"--gpus has no effect on --format {format}; it is for chakra")
+    if sharding != "none" and format != "chakra":
+        raise UsageError(f"--sharding has no effect on --format {format}; it is for chakra")
     if trust and format != "onnx":
         raise UsageError(f"--trust has no effect on --format {format}; it is for onnx")
     if format in ("chakra", "parquet") and out.exists() and not out.is_dir():
@@ -56,7 +61,7 @@ def export(
     refuse_input_as_output(out, trace)
     if format in ("chrome", "onnx"):
         check_writable(out)
-    written = _write(trace, format, out, gpus, epoch, trust)
+    written = _write(trace, format, out, gpus, sharding, epoch, trust)
     if json:
         print_json({"format": format, "files": [str(path) for path in written]})
         return
@@ -66,7 +71,9 @@ def export(
         print_line(f"… {len(written)} files in all")
 
 
-def _write(trace: Path, format: Format, out: Path, gpus: int | None, epoch: int | None, trust: bool) -> list[Path]:
+def _write(
+    trace: Path, format: Format, out: Path, gpus: int | None, sharding: Sharding, epoch: int | None, trust: bool
+) -> list[Path]:
     if format == "onnx":
         if trace.is_file():
             read_trace(trace).require_measured("take weights from")
@@ -86,7 +93,7 @@ def _write(trace: Path, format: Format, out: Path, gpus: int | None, epoch: int 
     if format == "chakra":
         from ptsim.export.chakra import write_chakra
 
-        return write_chakra(read_trace(trace), out, num_gpus=gpus)
+        return write_chakra(read_trace(trace), out, num_gpus=gpus, sharding=sharding)
     from ptsim.export.parquet import write_parquet
 
     return write_parquet(read_trace(trace), out)

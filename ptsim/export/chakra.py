@@ -1,9 +1,10 @@
 """What one training step does, as Chakra execution traces: the input of ASTRA-sim, a file per rank.
 
 A step of data-parallel training is forward and backward of every layer with the loss in between, one all-reduce per
-DDP bucket as soon as its gradients are there, and the optimizer. Operators carry their FLOPs and bytes, for a simulator
-with a roofline, and their measured durations where the trace has a profile, for one that replays: the profile's layers
-are scaled to its whole step, which was measured without per-layer timers.
+DDP bucket as soon as its gradients are there (in a compiled step: at its end), and the optimizer. Where the update is
+sharded, buckets are reduce-scattered, and the updated parameters gathered at the end. Operators carry their FLOPs and
+bytes, for a simulator with a roofline, and their measured durations where the trace has a profile, for one that
+replays: the profile's layers are scaled to its whole step, which was measured without per-layer timers.
 
 What moves no byte (a view, a layer that pruning has removed) is no node: ASTRA-sim's roofline skips a node whose
 tensor_size is 0 together with all that waits for it, so that the step would never end. Nodes wait for what was in front
@@ -12,14 +13,17 @@ of it, and its measured time goes to the next node.
 Source: schema/protobuf/et_def.proto of https://github.com/mlcommons/chakra (`GlobalMetadata`, then `Node`s, each
 after its length as a varint), and the attributes that its feeder and ASTRA-sim's read, each from the field of the type
 that they look at: is_cpu_op (bool), num_ops, comm_type, comm_size (int64), tensor_size (uint64), involved_dim (list of
-bool). No pg_name is all ranks. involved_dim has to be there: without it ASTRA-sim before November 2024 reduces over the
-first dimension of the network only, or reads beyond the end of a list; a longer one than the network is taken by all.
+bool). A comm_size is what a rank puts in: of an all-gather its own share. No pg_name is all ranks. involved_dim has to
+be there: without it ASTRA-sim before November 2024 reduces over the first dimension of the network only, or reads
+beyond the end of a list; a longer one than the network is taken by all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -34,7 +38,7 @@ from ptsim.export import protobuf
 from ptsim.export.ranks import check_no_other_ranks
 from ptsim.network import Network
 from ptsim.optimizers import kind_of
-from ptsim.setting import StepSetting
+from ptsim.setting import Sharding, StepSetting, parse_sharding
 from ptsim.textfile import write_whole
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
@@ -42,9 +46,16 @@ from ptsim.trace.trace import Trace
 SCHEMA = "0.0.4"
 _MOST_RANKS = 16_384
 _COMP_NODE, _COMM_COLL_NODE = 4, 7
-_ALL_REDUCE = 0
 _INT64, _UINT64, _BOOL, _BOOL_LIST, _STRING = 9, 13, 27, 28, 29  # fields of AttributeProto
 _ALL = [1] * 10  # dimensions of the network; as many as ASTRA-sim's own default for a group of ranks
+
+
+class Collective(IntEnum):
+    """Chakra's numbers of the collectives that a step has."""
+
+    ALL_REDUCE = 0
+    ALL_GATHER = 2
+    REDUCE_SCATTER = 7
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +71,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     duration_micros: int = 0
     num_ops: int = 0
     tensor_bytes: int = 0
-    all_reduce_bytes: int | None = None
+    collective: Collective | None = None
+    comm_bytes: int = 0
 
 
 def step_nodes(
@@ -68,22 +80,24 @@ def step_nodes(
     setting: StepSetting,
     *,
     step: StepTime | None = None,
+    overlap: bool = True,
 ) -> tuple[Node, ...]:
     """The nodes of one step, in execution order; ids count from 0. Gradients are reduced in fp32.
 
     Where gradients of several passes add up, all passes but the last come first, each layer's as one node ("earlier
     NAME"): only the last one's gradients are reduced. Durations are rounded to whole microseconds, as the schema wants
-    them, such that their sum is kept. One GPU needs no all-reduce.
+    them, such that their sum is kept. One GPU needs no collectives.
 
     Args:
         network: what is trained.
         setting: how the step is run, with the number of ranks.
         step: where the durations come from, of however many passes; None leaves them 0.
+        overlap: False where the step is compiled: no gradient is there before its end.
     """
     builder = _StepBuilder(network, setting, step)
     if setting.passes > 1:
         builder.passes("earlier ", setting.passes - 1)
-    builder.passes("", 1, ddp_buckets(network) if setting.data_parallel else ())
+    builder.passes("", 1, ddp_buckets(network) if setting.data_parallel else (), overlap=overlap)
     builder.update()
     return tuple(builder.nodes)
 
@@ -103,19 +117,24 @@ class _StepBuilder:
         self._reduced: list[int] = []
         self._done: set[int] = set()  # the backward nodes of the passes so far
         self._prefix, self._times = "", 1
+        self._sharded = setting.sharding != "none"
 
-    def passes(self, prefix: str, times: int, buckets: Sequence[Bucket] = ()) -> None:
+    def passes(self, prefix: str, times: int, buckets: Sequence[Bucket] = (), *, overlap: bool = True) -> None:
         """Add `times` forward and backward passes, each layer's as one node."""
         self._prefix, self._times = prefix, times
-        self._backward(self._forward(), buckets)
+        self._backward(self._forward(), buckets, overlap)
 
     def update(self) -> None:
-        """The regulariser and the optimizer, which wait for every gradient."""
+        """The regulariser and the optimizer, which wait for every gradient; of its own share where that is sharded."""
         self._prefix, self._times = "", 1
-        seconds = self.step.optimizer_s + self.step.regularizer_s if self.step else 0.0
+        share = self.setting.update_share
+        seconds = share * self.step.optimizer_s + self.step.regularizer_s if self.step else 0.0
         num_bytes = update_traffic(self.network, kind_of(self.setting), momentum=self.setting.momentum)
-        num_bytes += step_penalty(self.network, self.setting, gpu=True).num_bytes
-        self._add("optimizer", set(self._reduced) or self._done, seconds, 0, num_bytes)
+        num_bytes = round(share * num_bytes) + step_penalty(self.network, self.setting, gpu=True).num_bytes
+        updated = self._add("optimizer", set(self._reduced) or self._done, seconds, 0, num_bytes)
+        if self._sharded and self._reduced:
+            own_bytes = -(-self.network.gradient_bytes // self.setting.num_gpus)
+            self._communicate("all_gather", updated, Collective.ALL_GATHER, own_bytes)
 
     def _forward(self) -> dict[str, set[int]]:
         """Every layer, then the loss; returns what each layer's output waits for."""
@@ -136,13 +155,16 @@ class _StepBuilder:
         self._loss = self._add("loss", deps, seconds, 0, 3 * logits_bytes)  # reads, writes, and writes their gradient
         return done
 
-    def _backward(self, forward: Mapping[str, set[int]], buckets: Sequence[Bucket]) -> None:
-        """Every layer, last to first, and each bucket's all-reduce as soon as its gradients are there."""
+    def _backward(self, forward: Mapping[str, set[int]], buckets: Sequence[Bucket], overlap: bool) -> None:
+        """Every layer, last to first, and each bucket's collective as soon as its gradients are there."""
         consumers: dict[str, set[str]] = {}
         for source, target in self.network.edges:
             consumers.setdefault(source, set()).add(target)
         of_parameter = {parameter.name: parameter.layer for parameter in self.network.parameters}
-        waiting = [(bucket, {of_parameter[name] for name in bucket.parameters}) for bucket in buckets]
+        every = {layer.name for layer in self.network.layers}
+        waiting = [
+            (bucket, {of_parameter[name] for name in bucket.parameters} if overlap else every) for bucket in buckets
+        ]
         done: dict[str, set[int]] = {}
         for layer in reversed(self.network.layers):
             after = [done[name] for name in consumers.get(layer.name, ())] or [self._loss]
@@ -177,16 +199,20 @@ class _StepBuilder:
         return {self.nodes[-1].id}
 
     def _reduce(self, deps: set[int], num_bytes: int) -> None:
-        """One stream: a bucket's all-reduce also waits for the one before."""
+        """One stream: a bucket's collective also waits for the one before."""
+        kind, name = Collective.ALL_REDUCE, "all_reduce"
+        if self._sharded:
+            kind, name = Collective.REDUCE_SCATTER, "reduce_scatter"
+        deps = deps | set(self._reduced[-1:])
+        self._reduced.append(self._communicate(f"{name}.{len(self._reduced)}", deps, kind, num_bytes))
+
+    def _communicate(self, name: str, deps: set[int], kind: Collective, num_bytes: int) -> int:
+        """Add a collective; returns its id."""
+        number = len(self.nodes)
         self.nodes.append(
-            Node(
-                id=len(self.nodes),
-                name=f"all_reduce.{len(self._reduced)}",
-                data_deps=tuple(sorted(deps | set(self._reduced[-1:]))),
-                all_reduce_bytes=num_bytes,
-            )
+            Node(id=number, name=name, data_deps=tuple(sorted(deps)), collective=kind, comm_bytes=num_bytes)
         )
-        self._reduced.append(self.nodes[-1].id)
+        return number
 
 
 def encode_trace(nodes: tuple[Node, ...], description: dict[str, str]) -> bytes:
@@ -198,52 +224,58 @@ def encode_trace(nodes: tuple[Node, ...], description: dict[str, str]) -> bytes:
     return b"".join(protobuf.varint(len(message)) + message for message in messages)
 
 
-def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> list[Path]:
-    """Write a folder per (architecture, mini-batch, passes) of the run, each with `step.RANK.et` for every rank.
+class _Kind(NamedTuple):
+    """What the steps of an epoch depend on: one folder stands for all epochs of a kind."""
 
-    `index.json`, the last of the files, says which epochs a folder stands for, with how many iterations. ASTRA-sim
-    takes `FOLDER/step` as its workload.
+    architecture: str
+    batch_per_gpu: int
+    passes: int
+    regularized: bool
+
+
+def write_chakra(
+    trace: Trace, out: Path, *, num_gpus: int | None = None, sharding: Sharding | str = "none"
+) -> list[Path]:
+    """Write a folder per kind of step that the run has, each with `step.RANK.et` for every rank.
+
+    Steps differ in architecture, mini-batch, passes, and whether they have a penalty. `index.json`, the last of the
+    files, says which epochs a folder stands for, with how many iterations. ASTRA-sim's workload is `FOLDER/step`.
 
     Args:
         trace: of a run, complete or not.
         out: the folder.
         num_gpus: ranks; None means as many as were recorded, but at least two, because a single one reduces nothing.
+        sharding: as `StepSetting.sharding`.
 
     Raises:
-        UsageError: no epochs, no GPUs or too many, or a folder that cannot be written or holds files of more ranks.
+        UsageError: no epochs, no GPUs or too many, no such sharding, or a folder that cannot be written or holds files
+            of more ranks.
     """
     ranks = max(trace.run.world_size, 2) if num_gpus is None else num_gpus
+    shared = parse_sharding(sharding)
     if not 1 <= ranks <= _MOST_RANKS:
         raise UsageError(f"gpus is {ranks:,}, expected 1 to {_MOST_RANKS:,}: every rank is a file per architecture")
     if not trace.epochs:
         raise UsageError(f"{trace.path} holds no epoch, so there is no step to export")
-    settings: dict[tuple[str, int, int], list[Epoch]] = {}
+    kinds: dict[_Kind, list[Epoch]] = {}
     for epoch in trace.epochs:
-        settings.setdefault((epoch.architecture, epoch.batch_per_gpu, epoch.passes), []).append(epoch)
-    folders = {key: out / f"epoch-{epochs[0].epoch:03d}-{key[0]}" for key, epochs in settings.items()}
+        kind = _Kind(epoch.architecture, epoch.batch_per_gpu, epoch.passes, epoch.regularized)
+        kinds.setdefault(kind, []).append(epoch)
+    folders = {kind: out / f"epoch-{epochs[0].epoch:03d}-{kind.architecture}" for kind, epochs in kinds.items()}
     for folder in folders.values():
         check_no_other_ranks(folder, "step.*.et", ranks)
     index, written = [], []
-    for (architecture, batch, passes), epochs in settings.items():
-        content = _step_content(trace, epochs, ranks)
-        folder = folders[architecture, batch, passes]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for rank in range(ranks):
-                file = folder / f"step.{rank}.et"
-                write_whole(file, content)
-                written.append(file)
-        except OSError as error:
-            raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
+    for kind, epochs in kinds.items():
+        content = _step_content(trace, epochs[0], ranks, shared)
+        written += _write_ranks(folders[kind], content, ranks)
         index.append(
             {
-                "folder": folder.name,
-                "architecture": architecture,
-                "batch_per_gpu": batch,
-                "passes": passes,
+                "folder": folders[kind].name,
+                **kind._asdict(),
                 "epochs": [epoch.epoch for epoch in epochs],
                 "num_iterations": sum(epoch.num_iterations for epoch in epochs),
                 "ranks": ranks,
+                "sharding": shared,
             }
         )
     try:
@@ -253,24 +285,33 @@ def write_chakra(trace: Trace, out: Path, *, num_gpus: int | None = None) -> lis
     return [*written, out / "index.json"]
 
 
-def _step_content(trace: Trace, epochs: Sequence[Epoch], ranks: int) -> bytes:
-    """What every rank's file of epochs with one architecture and mini-batch holds."""
-    architecture, batch = epochs[0].architecture, epochs[0].batch_per_gpu
-    network = trace.networks[architecture]
-    typical = next((epoch for epoch in epochs if epoch.regularized), epochs[0])
-    setting = msgspec.structs.replace(trace.setting_of(typical), num_gpus=ranks)
+def _write_ranks(folder: Path, content: bytes, ranks: int) -> list[Path]:
+    """Equal ranks, a file each."""
+    files = [folder / f"step.{rank}.et" for rank in range(ranks)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            write_whole(file, content)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
+    return files
+
+
+def _step_content(trace: Trace, epoch: Epoch, ranks: int, sharding: Sharding) -> bytes:
+    """What every rank's file of a step of `epoch` holds."""
+    network = trace.networks[epoch.architecture]
+    setting = msgspec.structs.replace(trace.setting_of(epoch), num_gpus=ranks, sharding=sharding)
     profile, step = find_profile(network, trace.profiles, setting.one_pass), None
     if profile is not None:
-        step = step_of_profile(network, profile, regularizer=typical.regularized)
-    nodes = step_nodes(network, setting, step=step)
+        step = step_of_profile(network, profile, regularizer=epoch.regularized)
     return encode_trace(
-        nodes,
+        step_nodes(network, setting, step=step, overlap=not trace.compiled),
         {
             "schema": f"Chakra v{SCHEMA}",
             "model": trace.run.model,
             "origin": trace.run.origin,
-            "architecture": architecture,
-            "batch_per_gpu": str(batch),
+            "architecture": epoch.architecture,
+            "batch_per_gpu": str(epoch.batch_per_gpu),
             "durations": f"measured on {profile.device}" if profile else "none",
         },
     )
@@ -291,11 +332,10 @@ class _MicrosecondClock:
 
 
 def _encode_node(node: Node) -> bytes:
-    communicates = node.all_reduce_bytes is not None
     attributes = [protobuf.text(1, "is_cpu_op") + protobuf.integer(_BOOL, 0)]
-    if node.all_reduce_bytes is not None:
-        attributes.append(protobuf.text(1, "comm_type") + protobuf.integer(_INT64, _ALL_REDUCE))
-        attributes.append(protobuf.text(1, "comm_size") + protobuf.integer(_INT64, node.all_reduce_bytes))
+    if node.collective is not None:
+        attributes.append(protobuf.text(1, "comm_type") + protobuf.integer(_INT64, node.collective))
+        attributes.append(protobuf.text(1, "comm_size") + protobuf.integer(_INT64, node.comm_bytes))
         attributes.append(protobuf.text(1, "involved_dim") + protobuf.block(_BOOL_LIST, protobuf.packed(1, _ALL)))
     else:
         attributes.append(protobuf.text(1, "num_ops") + protobuf.integer(_INT64, node.num_ops))
@@ -304,7 +344,7 @@ def _encode_node(node: Node) -> bytes:
         [
             protobuf.integer(1, node.id),
             protobuf.text(2, node.name),
-            protobuf.integer(3, _COMM_COLL_NODE if communicates else _COMP_NODE),
+            protobuf.integer(3, _COMP_NODE if node.collective is None else _COMM_COLL_NODE),
             protobuf.packed(5, list(node.data_deps)),
             protobuf.integer(7, node.duration_micros),
             *(protobuf.block(10, attribute) for attribute in attributes),

@@ -8,10 +8,11 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from ptsim.costs.times import LayerTime, StepTime
+from ptsim.criteria import group_lasso_work
 from ptsim.errors import UsageError
 from ptsim.export import protobuf
 from ptsim.export.chakra import step_nodes, write_chakra
-from ptsim.network import Precision
+from ptsim.network import Network, Precision
 from ptsim.setting import StepSetting
 from ptsim.trace.io import read_trace
 from tests.traces import NetworkBuilder, dense_trace, shrinking_trace
@@ -283,7 +284,7 @@ def test_a_chain_by_hand() -> None:
     view = msgspec.structs.replace(network.layer("flat"), view=True)  # as a captured network has it: no byte moves
     layers = tuple(view if layer.name == "flat" else layer for layer in network.layers)
     nodes = step_nodes(msgspec.structs.replace(network, layers=layers), StepSetting(batch=8, num_gpus=2))
-    assert all(node.tensor_bytes or node.all_reduce_bytes for node in nodes)
+    assert all(node.tensor_bytes or node.comm_bytes for node in nodes)
     names = [node.name for node in nodes]
     assert names == [
         "conv.forward", "relu.forward", "fc.forward", "loss",
@@ -293,7 +294,7 @@ def test_a_chain_by_hand() -> None:
     assert by_name["fc.forward"].data_deps == (1,)  # through the flatten
     assert by_name["loss"].data_deps == (2,)
     assert by_name["relu.backward"].data_deps == (1, 4)
-    assert by_name["all_reduce.0"].all_reduce_bytes == 4 * (2 * 3 * 9 + 32 * 2 + 2)
+    assert by_name["all_reduce.0"].comm_bytes == 4 * (2 * 3 * 9 + 32 * 2 + 2)
     assert by_name["all_reduce.0"].data_deps == (4, 6)
     assert by_name["optimizer"].data_deps == (7,)
     assert by_name["conv.forward"].num_ops == 2 * (2 * 3 * 9 * 16) * 8
@@ -389,6 +390,105 @@ def test_epochs_of_other_passes_are_another_step(tmp_path: Path) -> None:
     index = msgspec.json.decode((tmp_path / "out" / "index.json").read_bytes())
     assert [(entry["epochs"], entry["passes"]) for entry in index] == [([0], 1), ([1], 2)]
     assert len(two) == 2 * len(one) - 1  # both passes, and one optimizer
+
+
+def two_buckets() -> Network:
+    """The layers of `test_a_chain_by_hand` with 9,000 classes: the linear layer's 1.2 MB are a bucket of their own."""
+    net = NetworkBuilder("chain", (3, 4, 4), 9000)
+    net.linear("fc", net.flatten("flat", net.relu("relu", net.conv("conv", None, 2))), 9000)
+    network = net.build()
+    layers = tuple(msgspec.structs.replace(layer, view=layer.name == "flat") for layer in network.layers)
+    return msgspec.structs.replace(network, layers=layers)
+
+
+FC, REST = 4 * (32 * 9000 + 9000), 4 * (2 * 3 * 9)  # bytes of the gradients of `two_buckets`
+
+
+@pytest.mark.parametrize(
+    ("overlap", "after_the_loss"),
+    [
+        (True, [
+            ("fc.backward", (2, 3), 0), ("all_reduce.0", (4,), FC), ("relu.backward", (1, 4), 0),
+            ("conv.backward", (0, 6), 0), ("all_reduce.1", (5, 7), REST), ("optimizer", (5, 8), 0),
+        ]),
+        (False, [
+            ("fc.backward", (2, 3), 0), ("relu.backward", (1, 4), 0), ("conv.backward", (0, 5), 0),
+            ("all_reduce.0", (1, 4, 5, 6), FC), ("all_reduce.1", (1, 4, 5, 6, 7), REST), ("optimizer", (7, 8), 0),
+        ]),
+    ],
+)  # fmt: skip
+def test_an_all_reduce_starts_in_the_backward_pass_unless_the_step_is_compiled(
+    overlap: bool, after_the_loss: list[tuple[str, tuple[int, ...], int]]
+) -> None:
+    nodes = step_nodes(two_buckets(), StepSetting(batch=8, num_gpus=2), overlap=overlap)
+    assert [(node.name, node.data_deps, node.comm_bytes) for node in nodes[4:]] == after_the_loss
+
+
+def test_a_compiled_run_has_its_all_reduces_at_the_end_of_the_step(tmp_path: Path) -> None:
+    trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=1))
+    compiled = msgspec.structs.replace(trace.run, hyperparameters=trace.run.hyperparameters | {"compile": True})
+    trace = msgspec.structs.replace(trace, run=compiled)
+    _, nodes = decode(write_chakra(trace, tmp_path / "out")[0])
+    backward = {node.id for node in nodes if node.name.endswith(".backward")}
+    reduce = next(node for node in nodes if node.name == "all_reduce.0")
+    assert backward <= set(reduce.data_deps)
+
+
+def test_a_sharded_update_is_of_a_ranks_share_whose_result_is_gathered() -> None:
+    """480 bytes of gradients over 7 ranks: 69 bytes each, the last one padded. The penalty is computed whole."""
+    net = NetworkBuilder("chain", (3, 4, 4), 2)
+    net.linear("fc", net.flatten("flat", net.relu("relu", net.conv("conv", None, 2))), 2)
+    network = net.build()
+    step = StepTime(
+        layers=(), optimizer_s=14e-6, regularizer_s=3e-6, overhead_s=0.0, low_s=0.0, high_s=0.0, tier="measured"
+    )
+    setting = StepSetting(batch=8, num_gpus=7, sharding="zero1", regularizer="group_lasso")
+    *_, reduce, optimizer, gather = step_nodes(network, setting, step=step)
+    assert (reduce.name, reduce.collective, reduce.comm_bytes) == ("reduce_scatter.0", 7, 480)
+    assert optimizer.data_deps == (reduce.id,)
+    assert optimizer.duration_micros == 14 / 7 + 3
+    assert optimizer.tensor_bytes == round(11 * 480 / 7) + group_lasso_work(network, gpu=True).num_bytes
+    assert (gather.name, gather.collective, gather.comm_bytes) == ("all_gather", 2, 69)
+    assert gather.data_deps == (optimizer.id,)
+    alone = msgspec.structs.replace(setting, num_gpus=1)
+    assert step_nodes(network, alone)[-1].tensor_bytes == 11 * 480 + group_lasso_work(network, gpu=True).num_bytes
+
+
+def test_a_sharded_export_says_so(tmp_path: Path) -> None:
+    trace = read_trace(dense_trace(tmp_path / "t.jsonl", epochs=1))
+    _, nodes = decode(write_chakra(trace, tmp_path / "out", num_gpus=4, sharding="zero1")[0])
+    *scattered, gathered = [attributes(node) for node in nodes if NODE_TYPES[node.type] == "COMM_COLL"]
+    num_bytes = 4 * trace.networks[trace.epochs[0].architecture].num_parameters
+    assert {node["comm_type"] for node in scattered} == {7}
+    assert sum(node["comm_size"] for node in scattered) == num_bytes
+    assert (gathered["comm_type"], gathered["comm_size"]) == (2, -(-num_bytes // 4))
+    (entry,) = msgspec.json.decode((tmp_path / "out" / "index.json").read_bytes())
+    assert entry["sharding"] == "zero1"
+    with pytest.raises(UsageError, match="sharding is 'zero'"):
+        write_chakra(trace, tmp_path / "other", sharding="zero")
+
+
+def test_epochs_without_the_penalty_are_another_step(tmp_path: Path) -> None:
+    """As in a run that first trains dense: the penalty is neither in the update's time nor in its bytes."""
+    trace = read_trace(shrinking_trace(tmp_path / "t.jsonl", epochs=3))
+    first, profile = trace.epochs[0], trace.profiles[0]
+    epochs = tuple(
+        msgspec.structs.replace(first, epoch=number, penalty_coefficient=coefficient)
+        for number, coefficient in enumerate((0.0, 1e-4, 0.0))
+    )
+    trace = msgspec.structs.replace(trace, epochs=epochs)
+    plain, penalised = (
+        {node.name: node for node in decode(file)[1]}["optimizer"]
+        for file in write_chakra(trace, tmp_path / "out", num_gpus=1)[:-1]
+    )
+    index = msgspec.json.decode((tmp_path / "out" / "index.json").read_bytes())
+    assert [(entry["epochs"], entry["regularized"]) for entry in index] == [([0, 2], False), ([1], True)]
+    assert [entry["num_iterations"] for entry in index] == [2 * first.num_iterations, first.num_iterations]
+    assert profile.regularizer_s > 5e-6
+    added = penalised.duration_micros - plain.duration_micros
+    assert added == pytest.approx(profile.regularizer_s * 1e6, abs=1)
+    penalty = group_lasso_work(trace.networks[first.architecture], gpu=True)
+    assert attributes(penalised)["tensor_size"] - attributes(plain)["tensor_size"] == penalty.num_bytes
 
 
 def test_files_of_an_earlier_job_of_more_ranks_are_not_mixed_with_those_of_this_one(tmp_path: Path) -> None:

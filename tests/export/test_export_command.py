@@ -66,6 +66,10 @@ def test_tables_without_rows_keep_their_columns(tmp_path: Path) -> None:
         (["t.jsonl", "--format", "chakra", "--out", "t.jsonl"], "is a file"),
         (["t.jsonl", "--format", "parquet", "--out", "t.jsonl"], "is a file"),
         (["t.jsonl", "--format", "chrome", "--out", "x.json", "--gpus", "4"], "no effect"),
+        (
+            ["t.jsonl", "--format", "parquet", "--out", "x", "--sharding", "zero1"],
+            "--sharding has no effect on --format par",
+        ),
         (["t.jsonl", "--format", "chakra", "--out", "x", "--gpus", "0"], "gpus is 0, expected 1 to"),
         (["t.jsonl", "--format", "chakra", "--out", "x", "--gpus", "16385"], "gpus is 16,385, expected 1 to 16,384"),
         (["t.jsonl", "--format", "gif", "--out", "x"], "chrome"),
