@@ -198,7 +198,8 @@ def _report(found: Subject, setting: StepSetting, device: Device | None, convent
     for layer in layers:
         moved[layer.kind in PRODUCTS] += layer.forward_bytes + layer.backward_bytes
     streamed_bytes = moved[False] + update_bytes
-    gpu = runs_on is None or runs_on.is_gpu
+    # a GPU that the catalog does not have is one all the same
+    gpu = runs_on.is_gpu if runs_on is not None else trace is None or trace.run.device.kind != "cpu"
     return CostReport(
         name=network.name,
         origin=None if trace is None else trace.run.origin,

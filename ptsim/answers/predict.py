@@ -23,6 +23,7 @@ from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import LayerKind, MemoryFormat, Network, Precision
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import PrecisionName, Sharding, StepSetting, check_options, parse_sharding
 from ptsim.sim import ddp
 from ptsim.sim.bounded import BoundedStep, SecondsRange, data_parallel_step
@@ -279,7 +280,15 @@ def _measurements(subject: Subject, device: Device, calibrated: DeviceProfile | 
         return Measurements(device_profile=calibrated)
     trace = subject.trace
     source = measured_device(trace.run.device.name, device)
-    return Measurements(profiles=trace.profiles, source_device=source, device_profile=calibrated)
+    # What an update of another package moves is not known where an older trace does not tell.
+    known = trace.told_update is not None or trace.optimizer in OPTIMIZERS.names()
+    return Measurements(
+        profiles=trace.profiles,
+        source_device=source,
+        optimizer=trace.optimizer if known else None,
+        momentum=trace.momentum,
+        device_profile=calibrated,
+    )
 
 
 def _by_kind(step: StepTime) -> tuple[KindTime, ...]:

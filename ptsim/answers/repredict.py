@@ -17,7 +17,7 @@ from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible,
 from ptsim.costs.measured import find_profile, measured_step, of_profile, step_of_profile
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.profiled import profiled_step
-from ptsim.costs.scaling import contention_of
+from ptsim.costs.scaling import contention_of, hook_seconds, widened
 from ptsim.costs.times import StepTime
 from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import MissingMeasurementError, UsageError
@@ -27,7 +27,7 @@ from ptsim.hardware.profile_merge import merge_operators
 from ptsim.hardware.spec import Cluster, Device
 from ptsim.network import Network
 from ptsim.sim import ddp
-from ptsim.sim.bounded import data_parallel_step
+from ptsim.sim.bounded import SecondsRange, data_parallel_step
 from ptsim.trace.pace import (
     beyond_steps_s,
     changes,
@@ -200,47 +200,55 @@ def source_of(
     )
 
 
-class _Exposed(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds that a step waits for its all-reduces, with a 90 % interval; `first_s` after a wrapping."""
+class _Parallel(msgspec.Struct, frozen=True, kw_only=True):
+    """A data-parallel step: the whole of it, for how long it waits for its all-reduces, and the first after a wrapping.
 
-    seconds: float
-    low_s: float
-    high_s: float
-    first_s: float
+    Attributes:
+        step: with the gradients' hooks, which no profile of one GPU has, and with what many GPUs add to the interval.
+        exposed_s, first_exposed_s: what of it is exposed communication.
+    """
+
+    step: SecondsRange
+    exposed_s: float
+    first_exposed_s: float
 
 
 class _Communication:
-    """The exposed communication of one data-parallel run's steps, simulated on its cluster."""
+    """The steps of one data-parallel run, simulated on its cluster."""
 
     def __init__(self, cluster: Cluster, num_gpus: int, *, overlap: bool) -> None:
-        self._overlap = overlap
-        self._contention = contention_of(cluster, num_gpus)
+        self._cluster, self._num_gpus, self._overlap = cluster, num_gpus, overlap
+        self._contention, self._tensor_s = contention_of(cluster, num_gpus), hook_seconds(cluster, num_gpus)
         self._all_reduce = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, num_gpus))
-        self._known: dict[tuple[str, int, int, bool], _Exposed] = {}
+        self._known: dict[tuple[str, int, int, bool], _Parallel] = {}
         nodes_for(cluster, num_gpus)  # raises where it has not so many
 
-    def of(self, network: Network, step: StepTime, epoch: Epoch) -> _Exposed:
+    def of(self, network: Network, step: StepTime, epoch: Epoch) -> _Parallel:
         key = (network.id, epoch.batch_per_gpu, epoch.passes, epoch.regularized)
         if key not in self._known:
             self._known[key] = self._simulated(network, step)
         return self._known[key]
 
-    def _simulated(self, network: Network, step: StepTime) -> _Exposed:
+    def _simulated(self, network: Network, step: StepTime) -> _Parallel:
         parallel = data_parallel_step(
             network,
             step,
             self._all_reduce,
             contention=self._contention,
+            tensor_s=self._tensor_s,
             buffers=False,
             overlap=self._overlap,
         )
         exposed = parallel.interval(lambda result: result.exposed_communication_s)
         first_s = ddp.first_step_s(network, self._all_reduce)
-        return _Exposed(
-            seconds=exposed.expected_s,
-            low_s=exposed.low_s,
-            high_s=exposed.high_s,
-            first_s=max(first_s, exposed.expected_s),
+        hooks_s = self._tensor_s * len(network.gradients)
+        whole_s = step.compute_s + hooks_s + exposed.expected_s
+        low_s, high_s = step.low_s + hooks_s + exposed.low_s, step.high_s + hooks_s + exposed.high_s
+        low_s, high_s = widened(whole_s, low_s, high_s, step.tier, self._cluster, self._num_gpus)
+        return _Parallel(
+            step=SecondsRange(low_s=low_s, expected_s=whole_s, high_s=high_s),
+            exposed_s=exposed.expected_s,
+            first_exposed_s=max(first_s, exposed.expected_s),
         )
 
 
@@ -266,10 +274,10 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
         notes.append("exposed communication is as measured, no part of the errors; --cluster predicts it")
     epochs = []
     for epoch in trace.epochs:
-        step, exposed = step_of(epoch), None
+        step, parallel = step_of(epoch), None
         if communication is not None:
-            exposed = communication.of(trace.network_of(epoch), step, epoch)
-        epochs.append(_check_epoch(trace, epoch, step, pace, device, energy, exposed, epoch.epoch in wrapped))
+            parallel = communication.of(trace.network_of(epoch), step, epoch)
+        epochs.append(_check_epoch(trace, epoch, step, pace, device, energy, parallel, epoch.epoch in wrapped))
     measured_s = sum(epoch.measured_seconds for epoch in epochs)
     predicted_s = sum(epoch.predicted_seconds for epoch in epochs)
     events_s = paid_s(trace)
@@ -351,17 +359,18 @@ def _check_epoch(
     pace: _Pace,
     device: Device | None,
     energy: _Energy,
-    exposed: _Exposed | None,
+    parallel: _Parallel | None,
     wrapped: bool,
 ) -> EpochCheck:
     network, n = trace.network_of(epoch), epoch.num_iterations
     images = epoch.num_images / epoch.world_size
-    waits: tuple[float, ...] = (epoch.time.exposed_communication_s,) * 3
-    if exposed is not None:
-        first_s = exposed.first_s - exposed.seconds if wrapped else 0.0
-        waits = tuple(n * wait_s + first_s for wait_s in (exposed.seconds, exposed.low_s, exposed.high_s))
-    input_s = (pace.input_s_per_image or 0.0) * images
-    predicted_s = n * step.compute_s + input_s + waits[0]
+    exposed_s, beside_s = None, epoch.time.exposed_communication_s
+    took = SecondsRange(low_s=step.low_s, expected_s=step.compute_s, high_s=step.high_s)
+    if parallel is not None:
+        beside_s = parallel.first_exposed_s - parallel.exposed_s if wrapped else 0.0
+        took, exposed_s = parallel.step, n * parallel.exposed_s + beside_s
+    beside_s += (pace.input_s_per_image or 0.0) * images
+    predicted_s = n * took.expected_s + beside_s
     memory = iteration_memory(network, trace.setting_of(epoch), device=device)
     return EpochCheck(
         epoch=epoch.epoch,
@@ -370,15 +379,15 @@ def _check_epoch(
         tier=step.tier,
         measured_seconds=epoch.time.wall_s,
         predicted_seconds=predicted_s,
-        low_seconds=n * step.low_s + input_s + waits[1],
-        high_seconds=n * step.high_s + input_s + waits[2],
+        low_seconds=n * took.low_s + beside_s,
+        high_seconds=n * took.high_s + beside_s,
         error=predicted_s / epoch.time.wall_s - 1,
         measured_memory_bytes=epoch.peak_memory_bytes,
         predicted_memory_bytes=memory.peak_bytes,
         measured_energy_joules=epoch.device.energy_j if epoch.device else None,
         predicted_energy_joules=energy.joules(step, n, predicted_s),
         measured_exposed_communication_seconds=epoch.time.exposed_communication_s,
-        predicted_exposed_communication_seconds=None if exposed is None else waits[0],
+        predicted_exposed_communication_seconds=exposed_s,
     )
 
 

@@ -99,7 +99,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         index: its place in the study.
         key: digest of everything that the result depends on.
-        labels: what tells it from its neighbours: the what-if and the grid's values.
+        labels: what tells it from its neighbours: the what-if and the grid's values, as far as the what-if leaves them.
     """
 
     index: int
@@ -184,11 +184,10 @@ def read_study(path: str | Path) -> Study:
     options = change(Options(), file.options)
     what_ifs = tuple(_what_if(name, file.what_if, path) for name in names)
     devices = {} if options.device is None else {(device := load_device(options.device)).name: device}
-    for changes in (
-        *(what_if.options for what_if in what_ifs),
-        *({key: value} for key, choices in file.grid.items() for value in choices),
+    for changed in (
+        *(_changed(options, what_if) for what_if in what_ifs),
+        *(change(options, {key: value}) for key, choices in file.grid.items() for value in choices),
     ):
-        changed = change(options, changes)
         for name in changed.mixed_devices:
             load_device(name)
         if changed.device is not None:
@@ -232,8 +231,9 @@ def configurations(study: Study) -> Iterator[Configuration]:
     for what_if in study.what_ifs:
         for values in itertools.product(*study.grid.values()):
             grid = dict(zip(study.grid, values, strict=True))
-            options = change(study.options, {**grid, **what_if.options})
-            labels = {"what_if": what_if.name, **grid}
+            options = _changed(change(study.options, grid), what_if)
+            in_force = {name: what_if.options.get(name, value) for name, value in grid.items()}
+            labels = {"what_if": what_if.name, **in_force}
             named = [name for name in (options.device, *options.mixed_devices) if name is not None]
             devices = [load_device(name) for name in named]  # a user's file may change under its name
             for trace in (what_if.trace,) if what_if.trace is not None else study.traces:
@@ -252,6 +252,19 @@ def configurations(study: Study) -> Iterator[Configuration]:
                             profile=profile,
                         )
                         index += 1
+
+
+def _changed(options: Options, what_if: WhatIf) -> Options:
+    """The options with a what-if's; of how GPUs fail it changes what it names.
+
+    Raises:
+        UnknownNameError: an option that does not exist.
+        UsageError: a value of a wrong type or out of its bounds.
+    """
+    changes = dict(what_if.options)
+    if options.faults is not None and isinstance(faults := changes.get("faults"), dict):
+        changes["faults"] = {**msgspec.structs.asdict(options.faults), **faults}
+    return change(options, changes)
 
 
 def _what_if(text: str, own: Mapping[str, Mapping[str, Any]], study: Path) -> WhatIf:

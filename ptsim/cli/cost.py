@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import msgspec
@@ -13,6 +14,7 @@ from ptsim.answers.cost import cost as costs_of
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace
 from ptsim.costs.memory import MOST_IMAGES
+from ptsim.costs.run import EpochCost
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
 from ptsim.trace.trace import planned_mark
@@ -180,31 +182,28 @@ def _layers(report: CostReport) -> Table:
 
 
 def _epochs(report: CostReport) -> Table:
-    """Consecutive epochs of one architecture and mini-batch share a row."""
+    """Consecutive epochs of one architecture share a row where what it shows is the same."""
     table = Table(title="by epoch", box=SIMPLE_HEAD, title_justify="left")
     names = ("epochs", "mini-batch", "parameters", "inference MACs", "training MACs/epoch", "BN bytes/epoch", "memory")
     for name in (*names, "gradients/epoch"):
         table.add_column(name, justify="right")
-    start = report.epochs[0]
-    for epoch, following in zip(report.epochs, (*report.epochs[1:], None), strict=True):
-        same = following and (following.architecture, following.batch_per_gpu) == (
-            start.architecture,
-            start.batch_per_gpu,
-        )
-        if not same:
-            table.add_row(
-                f"{start.epoch}–{epoch.epoch}" if epoch is not start else str(epoch.epoch),
-                str(epoch.batch_per_gpu),
-                format_count(epoch.parameters),
-                format_count(epoch.inference_macs_per_image),
-                format_count(epoch.training_macs),
-                format_bytes(epoch.bn_bytes),
-                format_bytes(epoch.peak_memory_bytes),
-                format_bytes(epoch.gradient_bytes),
-            )
-            if following:
-                start = following
+    shown = ((epoch.epoch, (epoch.architecture, *_cells(epoch))) for epoch in report.epochs)
+    for (_, *cells), same in itertools.groupby(shown, key=lambda pair: pair[1]):
+        numbers = [number for number, _ in same]
+        table.add_row("–".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1]))), *cells)
     first, total = report.epochs[0], sum(epoch.training_macs for epoch in report.epochs)
     dense = first.training_macs_per_image * sum(epoch.num_images for epoch in report.epochs)
     table.caption = f"all epochs: {format_count(total, 'MAC')}, {total / dense:.1%} of the first architecture's"
     return table
+
+
+def _cells(epoch: EpochCost) -> tuple[str, ...]:
+    return (
+        str(epoch.batch_per_gpu),
+        format_count(epoch.parameters),
+        format_count(epoch.inference_macs_per_image),
+        format_count(epoch.training_macs),
+        format_bytes(epoch.bn_bytes),
+        format_bytes(epoch.peak_memory_bytes),
+        format_bytes(epoch.gradient_bytes),
+    )

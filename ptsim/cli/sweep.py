@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +85,7 @@ def sweep(
     if json:
         print_json(rows)
     else:
-        _print_table([row for row in rows if row["status"] == "ok"])
+        _print_table([row for row in rows if row["status"] == "ok"], read.grid)
     return 1 if failures and len(failures) == len(rows) else 0
 
 
@@ -113,16 +113,18 @@ def _executor(workers: int | None, dask: str | None) -> Iterator[Executor]:
         yield client.get_executor()
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_table(rows: list[dict[str, Any]], options: Collection[str]) -> None:
+    """The rows, with a column for each of the grid's options."""
     console = stdout_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("what if", "trace", "cluster"):
+    for column in ("what if", *(name.replace("_", " ") for name in options), "trace", "cluster"):
         table.add_column(column, overflow="fold")
     for column in ("GPUs", "time", "90 % interval", "tier"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows[:SHOWN]:
         table.add_row(
             row["what_if"],
+            *(str(row[name]) for name in options),
             planned_mark(row.get("origin", "recorded")) + trace_name(row["trace"]),
             row["cluster"],
             f"{row['gpus']:,}",

@@ -200,7 +200,8 @@ _TILES = ((256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32
 # Standard deviation of the logarithm of time of what the rows of the fit scatter in, or hold little of. Half precision
 # scatters more than fp32 and tf32, by software and mini-batch; depthwise and grouped convolutions have rows of a few
 # GPUs, groups without a tensor-core kernel of one; padded channels, and kernels that take the least that a kernel
-# takes, are assumed. Hosts: what the machines of the rows differ by.
+# takes, are assumed. Of transposed convolutions and those over one or three axes there is no row at all: a factor of
+# two either way. Hosts: what the machines of the rows differ by.
 _UNSURE = {
     "halves": 0.12,
     "depthwise": 0.15,
@@ -208,6 +209,7 @@ _UNSURE = {
     "odd_groups": 0.3,
     "padded": 0.2,
     "least": 0.3,
+    "unfitted": 0.4,
     "host": 0.6,
 }
 # Published TF32 steps with software of up to a year after the GPU's release take 12 to 20 % longer than the same with
@@ -368,6 +370,7 @@ def unsureness(kernels: Kernels, seconds: Floats, efficiency: Efficiency) -> flo
         "odd_groups": float(seconds[kernels.odd_groups].sum()) / total_s,
         "padded": float(seconds[kernels.padded].sum()) / total_s,
         "least": min(float(least.sum()) / total_s, 1.0),
+        "unfitted": float(seconds[kernels.unfitted].sum()) / total_s,
     }
     return math.sqrt(sum((_UNSURE[part] * share) ** 2 for part, share in shares.items()))
 

@@ -213,13 +213,13 @@ def _features(operator: Operator, tile: int) -> Floats:
 def _place(operator: Operator) -> Floats:
     """Where the operator lies among its family, in octaves: pixels, channels in and out, kernel and stride."""
     source, target = operator.inputs[0] if operator.inputs else (1,), operator.output or (1,)
-    convolution = len(target) == 3
-    pixels = operator.batch * math.prod(target[1:] if convolution else target[:-1])
+    channels_first = len(target) == 3 or operator.kind in (LayerKind.CONV, LayerKind.BATCH_NORM)
+    pixels = operator.batch * math.prod(target[1:] if channels_first else target[:-1])
     return np.log2(
         [
             max(pixels, 1),
-            max(source[0] if convolution else source[-1], 1),
-            max(target[0] if convolution else target[-1], 1),
+            max(source[0] if channels_first else source[-1], 1),
+            max(target[0] if channels_first else target[-1], 1),
             math.prod(operator.kernel),
             math.prod(operator.stride),
         ]

@@ -62,6 +62,7 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
             differ in work.
         padded: channels are filled up to whole loads by a copy.
         odd_groups: a grouped convolution in channels_last for which no tensor-core kernel exists.
+        unfitted: a transposed convolution, or one over one or three axes: no row of any fit has one.
         moved_bytes: every operand read once, every result written once.
         layout_bytes: what conversions between NCHW and NHWC around the kernel move.
         footprint_bytes: distinct bytes touched, to tell what stays in the L2 cache.
@@ -82,6 +83,7 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     strided: bool = False
     padded: bool = False
     odd_groups: bool = False
+    unfitted: bool = False
     layout_bytes: float = 0.0
     launches: float = 1.0
 
@@ -101,6 +103,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     strided: npt.NDArray[np.bool_]
     padded: npt.NDArray[np.bool_]
     odd_groups: npt.NDArray[np.bool_]
+    unfitted: npt.NDArray[np.bool_]
     moved_bytes: Floats
     layout_bytes: Floats
     footprint_bytes: Floats
@@ -110,7 +113,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, kernels: Iterable[Kernel]) -> Kernels:
         """The columns of these kernels."""
         rows = list(kernels)
-        flags = {"winograd": np.bool_, "strided": np.bool_, "padded": np.bool_, "odd_groups": np.bool_}
+        flags = dict.fromkeys(("winograd", "strided", "padded", "odd_groups", "unfitted"), np.bool_)
         integers = {"layer": np.intp, "work": np.intp, "step": np.intp, **flags}
         return cls(
             **{
@@ -177,8 +180,9 @@ def convolution_kernels(
     # cuDNN's NHWC kernels for groups want as many channels out as in and whole warps of groups (ResNeXt has 32 or 64).
     usual = channels_in == channels_out and layer.groups % 32 == 0 and layer.dilation == (1, 1)
     odd_groups = halves and not foreign and layer.groups > 1 and not depthwise and not usual
-    square = spatial_axes(layer) == 2 and layer.kernel_size == (3, 3)
-    spread = Pass.FORWARD if is_transposed(layer.op) else Pass.INPUT_GRADIENT  # from few pixels to many
+    transposed, flat = is_transposed(layer.op), spatial_axes(layer) == 2
+    square = flat and layer.kernel_size == (3, 3)
+    spread = Pass.FORWARD if transposed else Pass.INPUT_GRADIENT  # from few pixels to many
     for step, (m, n, k) in _implicit_products(layer, batch).items():
         if step is Pass.INPUT_GRADIENT and not layer.input_needs_gradient:
             continue
@@ -197,6 +201,7 @@ def convolution_kernels(
             strided=step is spread and stride > 1,
             padded=ragged and not depthwise,
             odd_groups=odd_groups,
+            unfitted=transposed or not flat,
             moved_bytes=x + y + w,
             layout_bytes=2 * (x + y) if (foreign or ragged) and not depthwise else 0.0,
             footprint_bytes=x + y + w,

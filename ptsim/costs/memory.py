@@ -82,7 +82,8 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
         network: what is trained.
         setting: how a step is run. channels_last spares the layout copies around tensor-core convolutions; on several
             GPUs DistributedDataParallel's buckets hold the gradients all the time (gradient_as_bucket_view), and so do
-            gradients that accumulate over several passes; sharded gradients leave one bucket and the GPU's own share.
+            gradients that accumulate over several passes, whole, since the last pass alone reduces them. Else sharded
+            gradients leave one bucket and the GPU's own share.
         device: a GPU adds workspaces and rounding; None and a CPU are tensors alone.
 
     Raises:
@@ -103,7 +104,7 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     states = _share(optimizer.states(setting.momentum) * learnt, shared)
     library = _library_workspace(network, device) if device is not None and gpu else 0
     gradients = learnt if held else 0
-    if setting.sharding == "zero2":
+    if setting.sharding == "zero2" and setting.passes == 1:
         largest = max((bucket.num_bytes for bucket in ddp_buckets(network)), default=0)
         gradients = min(gradients, _share(learnt, shared) + largest)
     copies = seen.weight_copy_bytes

@@ -26,7 +26,8 @@ def nearest_profile(network: Network, profiles: Iterable[Profile], setting: Step
 def scaled_step(network: Network, profile: Profile, *, here: StepTime, there: StepTime, regularizer: bool) -> StepTime:
     """The measured step carried over to the device and mini-batch of `there`.
 
-    A regulariser that is asked for and was not measured is the prediction's own. The interval is the prediction's,
+    What the GPU is predicted to wait longer for its host there comes on top: no ratio of kernels knows of it. A
+    regulariser that is asked for and was not measured is the prediction's own. The interval is the prediction's,
     relative to its value: what the ratio cancels is not known for a device without measurements.
 
     Args:
@@ -55,7 +56,7 @@ def scaled_step(network: Network, profile: Profile, *, here: StepTime, there: St
         layers=layers,
         optimizer_s=measured.optimizer_s * _ratio(there.optimizer_s, here.optimizer_s),
         regularizer_s=regularizer_s,
-        overhead_s=measured.overhead_s,
+        overhead_s=measured.overhead_s + max(0.0, there.overhead_s - here.overhead_s),
         low_s=0.0,
         high_s=0.0,
         tier=Tier.SCALED,

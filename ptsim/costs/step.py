@@ -28,8 +28,8 @@ def step_time(
     """The best available estimate of one training step; its tier says which that was.
 
     The tiers are asked in their order (`costs.tiers`): measured where a profile is of this very architecture,
-    mini-batch and device; else interpolated in a device profile of this device; else a profile of another mini-batch or
-    catalog device, scaled; else the data sheet.
+    mini-batch, optimizer and device; else interpolated in a device profile of this device; else a profile of another
+    mini-batch, optimizer or catalog device, scaled; else the data sheet.
 
     Args:
         network: what is trained.
@@ -69,7 +69,7 @@ def _measured(network: Network, device: Device, setting: StepSetting, known: Mea
     profile = nearest_profile(network, known.profiles, setting)
     if profile is None or known.source_device != device or profile.batch != setting.batch:
         return None
-    if setting.regularizer and profile.regularizer_s <= 0:
+    if known.ran(setting) != setting or (setting.regularizer and profile.regularizer_s <= 0):
         return None
     return step_of_profile(network, profile, regularizer=setting.regularizer is not None)
 
@@ -83,7 +83,7 @@ def _scaled(network: Network, device: Device, setting: StepSetting, known: Measu
     if nearest is None or source is None or setting.precision not in source.peak_flops_per_s:
         return None
     there = datasheet_step(network, device, setting)
-    here = datasheet_step(network, source, setting.with_batch(nearest.batch))
+    here = datasheet_step(network, source, known.ran(setting).with_batch(nearest.batch))
     return scaled_step(network, nearest, here=here, there=there, regularizer=setting.regularizer is not None)
 
 

@@ -7,6 +7,7 @@ import msgspec
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Device
 from ptsim.network import PRODUCTS, LayerKind
+from ptsim.setting import StepSetting
 from ptsim.trace.schema import Profile
 
 Z90 = 1.645  # standard deviations from the mean to either end of the middle 90 % of a normal distribution
@@ -102,9 +103,18 @@ class Measurements(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         profiles: of a trace.
         source_device: the catalog's device that they were taken on; None where the catalog does not know it.
+        optimizer, momentum: whose update their steps had; None for the one that is asked for.
         device_profile: of `ptsim calibrate gpu`; used for the device that it was measured on.
     """
 
     profiles: tuple[Profile, ...] = ()
     source_device: Device | None = None
+    optimizer: str | None = None
+    momentum: float | None = None
     device_profile: DeviceProfile | None = None
+
+    def ran(self, setting: StepSetting) -> StepSetting:
+        """`setting` with the update that the profiles' steps had."""
+        if self.optimizer is None:
+            return setting
+        return msgspec.structs.replace(setting, optimizer=self.optimizer, momentum=self.momentum)

@@ -23,6 +23,7 @@ from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster
 from ptsim.network import PRODUCTS
 from ptsim.report.frames import accuracies
+from ptsim.setting import StepSetting
 from ptsim.sim.options import HourPrice, Options, hour_price
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, project
@@ -260,11 +261,12 @@ def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
     for epoch in ends if peak else ():
         network, batch = trace.network_of(epoch), epoch.batch_per_gpu
         times = {time.layer: time.forward_s + time.backward_s for time in projector.step(trace, epoch).layers}
-        moved = network_traffic(network, trace.setting_of(epoch))
+        setting = trace.setting_of(epoch)
+        moved = network_traffic(network, setting.one_pass)
         for layer, traffic in zip(network.layers, moved, strict=True):
             macs = layer_macs(layer, "exact")
-            flops = 2 * layer.repeats(batch) * (macs.forward + macs.backward)
-            num_bytes = traffic.forward_bytes + traffic.backward_bytes
+            flops = 2 * layer.repeats(batch, setting.passes) * (macs.forward + macs.backward)
+            num_bytes = setting.passes * (traffic.forward_bytes + traffic.backward_bytes)
             if layer.kind not in PRODUCTS or not (flops and num_bytes and times[layer.name]):
                 continue
             rows.append(
@@ -339,9 +341,9 @@ def layers_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
     A layer that pruning has removed has no row from then on.
     """
     rows = []
-    steps: dict[tuple[str, int], StepTime] = {}
+    steps: dict[tuple[str, StepSetting], StepTime] = {}
     for epoch in run.trace.epochs:
-        key = epoch.architecture, epoch.batch_per_gpu
+        key = epoch.architecture, run.trace.setting_of(epoch)
         if key not in steps:
             steps[key] = projector.step(run.trace, epoch)
         network = run.trace.network_of(epoch)
@@ -432,10 +434,10 @@ def excess_frame(comparison: Comparison, projector: Projector, gpus: int) -> pd.
 
 def _floor_fraction(trace: Trace, projector: Projector) -> float:
     """Time of all the run's steps with one image each over their time with their own mini-batches."""
-    times: dict[tuple[str, int], tuple[float, float]] = {}
+    times: dict[tuple[str, StepSetting], tuple[float, float]] = {}
     one = whole = 0.0
     for epoch in trace.epochs:
-        key = epoch.architecture, epoch.batch_per_gpu
+        key = epoch.architecture, trace.setting_of(epoch)
         if key not in times:
             single = msgspec.structs.replace(epoch, batch_per_gpu=1)
             times[key] = projector.step(trace, single).compute_s, projector.step(trace, epoch).compute_s

@@ -16,11 +16,11 @@ import msgspec
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.memory import MemoryNeed, iteration_memory
 from ptsim.costs.scaling import among, contention_of, hook_seconds, widened
-from ptsim.costs.step import StepTime, step_time
+from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import worst_tier
 from ptsim.costs.times import Z90
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import load_device
+from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.spec import Device
 from ptsim.network import LayerKind, Network
 from ptsim.setting import StepSetting
@@ -75,13 +75,15 @@ class Pricer:
         """Place the job on the cluster.
 
         Raises:
-            UsageError: more GPUs than the cluster has.
+            UsageError: more GPUs than the cluster has, or more mixed ones than a node.
         """
         self.scenario, self.options = scenario, scenario.options
         self.links = Links(scenario.cluster, scenario.num_gpus, scenario.options)
         self.power = Power(scenario)
         self.feed = Feed(scenario)
         self.notes = self.links.notes
+        if self.options.mixed_devices and not any(self._kinds()):
+            self.notes.append(f"all GPUs in use are {scenario.device.name}: those mixed in come last in a node")
         given = self.options.contention
         self._contention = contention_of(scenario.cluster, scenario.num_gpus) if given is None else given
         self._prices: dict[tuple[Hashable, ...], StepPrice] = {}
@@ -231,21 +233,17 @@ class Pricer:
         return (stage.id, device or self.scenario.device_key, self.scenario.setting(stage.batch, stage.epoch).alone)
 
     def _step_time(self, stage: Stage, other: Device | None = None) -> StepTime:
-        """Of the projected device, or of another one that is mixed in."""
+        """Of the projected device, or of another one that is mixed in, of which the device profile is not."""
         scenario = self.scenario
-        measurements, key = scenario.measurements, None
-        if other is not None:
-            measurements = msgspec.structs.replace(measurements, device_profile=None)  # that is of the projected device
-            key = msgspec.json.encode(other)
-        alone = scenario.cache.get(
-            ("step", *self._key(stage, key)),
-            lambda: step_time(
-                stage.network,
-                other or scenario.device,
-                scenario.setting(stage.batch, stage.epoch),
-                measurements=measurements,
-            ),
-        )
+        setting = scenario.setting(stage.batch, stage.epoch)
+        if other is None or other == scenario.device:
+            device, key = scenario.device, ("step", *self._key(stage))
+            measurements = scenario.measurements
+        else:  # under a key of its own: elsewhere it may be the projected one, and have a profile
+            device, key = other, ("mixed in", *self._key(stage, msgspec.json.encode(other)))
+            source = measured_device(scenario.trace.run.device.name, other)
+            measurements = Measurements(profiles=scenario.trace.profiles, source_device=source)
+        alone = scenario.cache.get(key, lambda: step_time(stage.network, device, setting, measurements=measurements))
         return among(alone, scenario.cluster, scenario.num_gpus)
 
     def _memory(self, stage: Stage) -> MemoryNeed:

@@ -152,14 +152,15 @@ def _summed(pricer: Pricer, plan: RunPlan) -> RunProjection:
         SecondsRange(low_s=epoch.low_s, expected_s=epoch.total_s, high_s=epoch.high_s) for epoch in epochs
     )
     whole = SecondsRange.total((trained, startup, changes))
-    total_s, low_s, high_s = whole.expected_s, whole.low_s, whole.high_s
     fixed_s = startup.expected_s + changes.expected_s
     faults, faults_s = None, 0.0
     if options.faults is not None:
-        faults = simulate_faults(total_s, num_gpus, cluster.gpus_per_node, options.faults, seed=options.seed)
-        low_s, high_s = low_s * faults.low_s / total_s, high_s * faults.high_s / total_s
-        faults_s = max(0.0, faults.total_s - total_s)
-        total_s += faults_s
+        work_s = whole.expected_s
+        faults = simulate_faults(work_s, num_gpus, cluster.gpus_per_node, options.faults, seed=options.seed)
+        faults_s = max(0.0, faults.total_s - work_s)
+        low, high = faults.low_s / work_s, faults.high_s / work_s
+        whole = SecondsRange.around(whole.low_s * low, work_s + faults_s, whole.high_s * high)
+    total_s, low_s, high_s = whole.expected_s, whole.low_s, whole.high_s
     price = hour_price(cluster, options)
     needed = [_input_images_per_s(epoch) for epoch in epochs]
     energy_j = pricer.power.run_j(epochs, fixed_s, faults_s)
@@ -272,14 +273,16 @@ def record_steps(
 ) -> tuple[RecordedSteps, ...]:
     """What the streams of the first `shown` GPUs do in `num_steps` steps of every architecture of the run.
 
+    One that was trained with several mini-batches, or numbers of passes, is recorded with each.
+
     Raises:
         UsageError: what `project` raises.
     """
     scenario = Scenario(trace, cluster, num_gpus, options or Options(), device_profile=device_profile)
     pricer = Pricer(scenario)
-    first: dict[tuple[str, int], Stage] = {}
+    first: dict[tuple[str, int, int], Stage] = {}
     for stage in plan_run(scenario).stages:
-        first.setdefault((stage.id, stage.batch), stage)
+        first.setdefault((stage.id, stage.batch, scenario.num_passes(stage.batch, stage.epoch)), stage)
     return tuple(pricer.record(stage, num_steps, shown) for stage in first.values())
 
 

@@ -9,10 +9,19 @@ from torch import nn
 import ptsim
 from ptsim import zoo
 from ptsim.capture.network import capture_network
+from ptsim.criteria import penalty_work
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.network import LayerKind, Network
 from ptsim.trace.schema import Run
-from tests.traces import NetworkBuilder, residual_network, shrinking_records, shrinking_trace, write_trace
+from tests.traces import (
+    CPU,
+    NetworkBuilder,
+    dense_trace,
+    residual_network,
+    shrinking_records,
+    shrinking_trace,
+    write_trace,
+)
 
 
 @pytest.mark.slow
@@ -124,6 +133,23 @@ def test_the_regularizer_of_a_trace_is_its_own_criterion(tmp_path: Path) -> None
     norms = [layer for layer in report.layers if layer.kind is LayerKind.BATCH_NORM]
     assert report.criterion == "slimming"
     assert report.regularizer_bytes == 3 * 4 * sum(layer.output_shape[0] for layer in norms)
+
+
+@pytest.mark.parametrize(("device", "gpu"), [(CPU, False), ("NVIDIA X9000", True), ("NVIDIA A100-SXM4-40GB", True)])
+def test_the_penalty_moves_what_it_does_on_the_traces_kind_of_device(tmp_path: Path, device: str, gpu: bool) -> None:
+    trace = ptsim.read_trace(shrinking_trace(tmp_path / "t.jsonl", device=device, energy=False))
+    expected = {on: penalty_work("group_lasso", trace.final_network, gpu=on).num_bytes for on in (False, True)}
+    assert expected[False] != expected[True]
+    assert ptsim.cost(trace).regularizer_bytes == expected[gpu]
+    assert ptsim.cost(trace, gpu="a100").regularizer_bytes == expected[True]
+
+
+def test_the_memory_of_a_trace_is_that_of_its_gpu_and_a_named_one_takes_its_place(tmp_path: Path) -> None:
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl"))
+    own = ptsim.cost(trace)
+    assert own.peak_memory_bytes == own.epochs[-1].peak_memory_bytes
+    h100 = ptsim.cost(trace, gpu="h100-sxm5-80gb")  # whose cuBLAS takes 32 MiB, where an A100's takes 8,320 KiB
+    assert h100.peak_memory_bytes - own.peak_memory_bytes == 32 * 2**20 - 8320 * 2**10
 
 
 def test_a_trace_without_momentum_that_shrinks_by_proximal_steps_is_costed_so(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ptsim.answers.study import configurations, read_study
+from ptsim.sim.options import Faults
 from tests.traces import dense_trace
 
 STUDY = """
@@ -33,8 +35,8 @@ sources = { default = "made up" }
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    for name in ("one", "two"):
-        dense_trace(tmp_path / f"{name}.jsonl", epochs=1)
+    for epochs, name in enumerate(("one", "two"), start=1):
+        dense_trace(tmp_path / f"{name}.jsonl", epochs=epochs)
     (tmp_path / "mine.toml").write_text(CLUSTER)
     (tmp_path / "study.toml").write_text(STUDY)
     return tmp_path / "study.toml"
@@ -49,7 +51,7 @@ def test_what_ifs_vary_slowest_then_the_grid_traces_and_clusters_and_gpus_fastes
     places = [("dgx-a100", 8), ("dgx-a100", 1), ("mine", 8), ("mine", 1)]  # a size that is given twice counts once
     asked = [("as-recorded", ["one", "two"]), ("much contention", ["one", "two"]), ("interval=two.jsonl", ["two"])]
     expected = [
-        (what_if, contention, trace, *place)
+        (what_if, 0.5 if what_if == "much contention" else contention, trace, *place)
         for what_if, traces in asked
         for contention, trace, place in itertools.product((0.0, 0.2), traces, places)
     ]
@@ -57,12 +59,37 @@ def test_what_ifs_vary_slowest_then_the_grid_traces_and_clusters_and_gpus_fastes
     assert read.num_configurations == len(expected) == (2 + 2 + 1) * 2 * 4
 
 
-def test_a_what_if_wins_over_the_grid(study: Path) -> None:
+def test_configurations_of_one_key_are_the_same_projection(study: Path) -> None:
+    """Two traces, three contentions, two clusters and two sizes; another trace of these is none of its own."""
+    found = {(c.key, c.trace, c.options.contention, c.cluster.name, c.gpus) for c in configurations(read_study(study))}
+    assert len(found) == len({key for key, *_ in found}) == 2 * 3 * 2 * 2
+
+
+def test_a_what_if_wins_over_the_grid_and_is_called_by_what_it_has(study: Path) -> None:
     expanded = configurations(read_study(study))
-    contention = {(c.labels["what_if"], c.labels["contention"]): c.options.contention for c in expanded}
-    assert contention["as-recorded", 0.0] == 0.0
-    assert contention["as-recorded", 0.2] == 0.2
-    assert contention["much contention", 0.0] == contention["much contention", 0.2] == 0.5
+    found = {(c.labels["what_if"], c.labels["contention"], c.options.contention) for c in expanded}
+    assert found == {
+        ("as-recorded", 0.0, 0.0),
+        ("as-recorded", 0.2, 0.2),
+        ("much contention", 0.5, 0.5),
+        ("interval=two.jsonl", 0.0, 0.0),
+        ("interval=two.jsonl", 0.2, 0.2),
+    }
+
+
+def test_a_what_if_changes_of_the_failures_what_it_names(study: Path) -> None:
+    study.write_text(
+        'traces = ["one.jsonl"]\nclusters = ["dgx-a100"]\ngpus = [8]\n'
+        'what_ifs = ["as-recorded", "failures=5000", "slow disks"]\n'
+        '[options.faults]\nmtbf_gpu_hours = 1e6\npolicy = "elastic"\ncheckpoint_interval_s = 600.0\n'
+        '[what_if."slow disks".faults]\ncheckpoint_s = 9.0\n'
+    )
+    asked = Faults(mtbf_gpu_hours=1e6, policy="elastic", checkpoint_interval_s=600.0)
+    assert [c.options.faults for c in configurations(read_study(study))] == [
+        asked,
+        msgspec.structs.replace(asked, mtbf_gpu_hours=5000.0),
+        msgspec.structs.replace(asked, checkpoint_s=9.0),
+    ]
 
 
 def test_without_what_ifs_it_is_the_recorded_run_and_the_studys_own(study: Path) -> None:

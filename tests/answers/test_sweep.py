@@ -385,6 +385,17 @@ class TestCommand:
         assert [table.count(f" {name} ") for name in ("gentle", "harsh", "dense", "runs")] == [1, 1, 1, 0]
 
     @pytest.mark.slow
+    def test_its_table_tells_the_values_of_the_grid_apart(
+        self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        text = f'traces = ["{folder / "dense"}"]\nclusters = ["dgx-a100"]\ngpus = [8]\n'
+        (tmp_path / "s.toml").write_text(text + "[grid]\nbucket_bytes = [77777, 88888]\n")
+        assert run(["sweep", str(tmp_path / "s.toml"), "--workers", "1"]) == 0
+        table = capsys.readouterr().out
+        assert "bucket bytes" in table
+        assert [table.count(f" {value} ") for value in (77777, 88888)] == [1, 1]
+
+    @pytest.mark.slow
     def test_it_prints_rows_and_keeps_them(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = study(folder, STUDY, "command.toml")
         assert run(["sweep", str(path), "--workers", "1", "--json"]) == 0

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ptsim.cli.main import run
-from tests.traces import shrinking_trace
+from ptsim.trace.schema import Epoch
+from tests.traces import shrinking_records, shrinking_trace, write_trace
 
 
 @pytest.mark.slow
@@ -34,6 +37,19 @@ def test_people_get_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert "by kind of layer" in out
     assert "by epoch" in out
     assert "the largest that fits is" in " ".join(out.split())
+
+
+def test_epochs_share_a_row_as_far_as_it_says_the_same_of_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of one architecture and mini-batch, one epoch is trained in passes, which need less memory."""
+    records = [
+        msgspec.structs.replace(record, passes=4) if isinstance(record, Epoch) and record.epoch == 2 else record
+        for record in shrinking_records(epochs=6, interval=6)
+    ]
+    assert run(["cost", str(write_trace(tmp_path / "t.jsonl", records))]) == 0
+    table = capsys.readouterr().out.partition("by epoch")[2]
+    assert re.findall(r"^ +(\d(?:–\d)?) +64 ", table, re.MULTILINE) == ["0–1", "2", "3–5"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The data-sheet tier: limits that physics sets, and orders that every measurement shows."""
 
 import itertools
+import math
 
 import msgspec
 import numpy as np
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from ptsim.costs import datasheet
 from ptsim.costs.datasheet import (
+    Chip,
+    Efficiency,
     Host,
     Interval,
     chip_of,
@@ -18,10 +21,12 @@ from ptsim.costs.datasheet import (
     kernel_seconds,
     launch_order,
     load_fit,
+    unsureness,
+    update_bytes,
     uses_tensor_cores,
     waiting_seconds,
 )
-from ptsim.costs.kernels import Kernels, Pass, Work, convolution_kernels, network_kernels, product_kernels
+from ptsim.costs.kernels import Kernel, Kernels, Pass, Work, convolution_kernels, network_kernels, product_kernels
 from ptsim.costs.step import step_time
 from ptsim.costs.tiers import Tier
 from ptsim.errors import UnknownNameError, UsageError
@@ -317,3 +322,211 @@ def test_a_parameter_that_gets_no_gradient_takes_no_time_in_the_update():
     setting = StepSetting(batch=1, precision=Precision.FP16)
     a100 = load_device("a100")
     assert datasheet_step(network, a100, setting) == datasheet_step(NETWORK, a100, setting)
+
+
+# Numbers that leave nothing but the multiplying part: half of 100 FLOP a clock on each of 4 SMs at 1 GHz.
+PLAIN = Efficiency(
+    simt=0.5, tensor=0.8, wide=0.5, feed_bytes_per_clock=1e30, ramp=0.0, latency=0.0, winograd=3.0, input_gradient=0.5,
+    weight_gradient=0.25, strided=0.2, product_bandwidth=0.5, stream_bandwidth=0.8, norm_bandwidth=0.4,
+    layout_bandwidth=0.25, pascal_bandwidth=0.5, depthwise_bandwidth=0.2, depthwise_rate=0.1, depthwise_base=6.0,
+    depthwise_halves=2.0, odd_groups=0.25, hiding=1.0, overlap=1.0, launch_s=0.0, product_s=0.0, cache=3.0,
+    throttle=0.5, boost=1.25,
+)  # fmt: skip
+CHIP = Chip(
+    peak_flops_per_s=400e9, simt_flops_per_s=800e9, issue_flops_per_s=1e9, tensor=0.0, num_sms=4.0, clock_hz=1e9,
+    bandwidth_bytes_per_s=1e9, l2_bytes=1e6, power_ratio=1.0, boosts=0.0, pascal=0.0, wide=0.0, free=0.0,
+)  # fmt: skip
+TILE_S = 2 * 32 * 32 * 64 / 50 / 1e9  # one block of 32 × 32 results, 64 deep
+
+
+def of_one_kernel(chip=None, efficiency=None, **kernel):
+    """Seconds of a product of 32 × 64 by 64 × 32 that moves nothing, with some numbers replaced."""
+    shape = {"layer": 0, "work": Work.PRODUCT, "step": Pass.FORWARD, "moved_bytes": 0.0, "footprint_bytes": 4e6}
+    only = Kernel(**{**shape, "m": 32, "n": 32, "k": 64, "groups": 1, **kernel})
+    changed = (msgspec.structs.replace(made, **(new or {})) for made, new in ((CHIP, chip), (PLAIN, efficiency)))
+    return float(kernel_seconds(Kernels.of([only]), *changed)[0])
+
+
+BACKWARD = {"step": Pass.WEIGHT_GRADIENT}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tiles"),
+    [
+        ({}, 1),
+        ({"efficiency": {"simt": 0.25}}, 2),
+        ({"chip": {"wide": 1.0}}, 2),
+        ({"chip": {"tensor": 1.0}}, 50 / 80),
+        ({"chip": {"tensor": 1.0, "wide": 1.0}}, 50 / 80),
+        ({"chip": {"boosts": 1.0}}, 1 / 1.25),
+        ({"chip": {"power_ratio": 0.25}}, 2),  # half of the clock
+        ({"efficiency": {"latency": 0.5}}, 1.5),
+        ({"efficiency": {"ramp": 16.0}}, 80 / 64),
+        # Two groups side by side. One of 8 columns takes a quarter of the ramp, but not of the weights' gradient.
+        ({"groups": 2, "n": 8, "efficiency": {"ramp": 16.0}}, 68 / 64),
+        ({"groups": 2, "n": 64, "efficiency": {"ramp": 16.0}}, 80 / 64),
+        ({"groups": 2, "n": 8, "efficiency": {"ramp": 16.0, "weight_gradient": 1.0}, **BACKWARD}, 80 / 64),
+        ({"n": 8, "efficiency": {"ramp": 16.0}}, 80 / 64),
+        ({"groups": 5}, 2),  # on 4 SMs
+        # Tensor cores load 16 bytes of depth at once.
+        ({"k": 65, "element_bytes": 2.0, "chip": {"tensor": 1.0}}, 72 / 64 * 50 / 80),
+        ({"k": 65, "element_bytes": 4.0, "chip": {"tensor": 1.0}}, 68 / 64 * 50 / 80),
+        ({"k": 65, "element_bytes": 2.0}, 65 / 64),
+        ({"k": 0}, 1 / 64),
+        # A depth of 1,024 is split in slices of at least 256 and at most 4 blocks for every SM.
+        ({"k": 1024}, 4),
+        ({"k": 1024, "groups": 2}, 8),
+        ({"k": 1024, "groups": 8}, 32),
+        ({"k": 1024, "chip": {"num_sms": 1.0, "peak_flops_per_s": 100e9}}, 16),
+        ({"k": 2**14, "groups": 2}, 2 * 256 / 4),  # 8 slices of 2,048 each
+        # 4 bytes of 32 + 32 operands for 2 · 32² FLOP, a byte a clock: 1/8 of a clock a FLOP beside 1/50.
+        ({"efficiency": {"feed_bytes_per_clock": 1.0}}, (1 / 50 + 1 / 8) * 50),
+        ({"efficiency": {"feed_bytes_per_clock": 1.0}, "element_bytes": 2.0}, (1 / 50 + 1 / 16) * 50),
+        ({"efficiency": {"feed_bytes_per_clock": 1.0, "hiding": 2.0}}, math.hypot(1 / 50, 1 / 8) * 50),
+        # Of 5 blocks one waits; of 8 × 4 each SM takes 8, and with latencies the small tile is still the best.
+        ({"m": 129}, 2),
+        ({"m": 256, "n": 128}, 8),
+        ({"m": 256, "n": 128, "efficiency": {"latency": 1.0}}, 9),
+        # What feeds it decides: 128 × 64 results, 4 blocks side by side, need 3/64 of a clock a FLOP.
+        ({"m": 256, "n": 128, "efficiency": {"feed_bytes_per_clock": 1.0}}, 8 * (1 / 50 + 3 / 64) * 50),
+        ({"step": Pass.INPUT_GRADIENT}, 2),
+        (BACKWARD, 4),
+        ({"strided": True}, 5),
+        ({"strided": True, "step": Pass.INPUT_GRADIENT}, 10),
+        # Winograd gains 1 + 2 · channels / (channels + 32) with the fewer channels of the two.
+        ({"winograd": True, "k": 288}, 288 / 64 / 1.125 / 2),  # 32 and 32; 288 deep in 1.125 slices
+        ({"winograd": True, "k": 144}, 144 / 64 / (1 + 2 * 16 / 48)),
+        ({"winograd": True, "n": 8, "k": 144}, 144 / 64 / (1 + 2 * 8 / 40)),
+        ({"winograd": True, "m": 16, "n": 72, **BACKWARD}, 4 / (1 + 2 * 8 / 40)),
+        ({"winograd": True, "m": 4, "n": 72, **BACKWARD}, 4 / (1 + 2 * 4 / 36)),
+        ({"winograd": True, "k": 144, "chip": {"tensor": 1.0}}, 144 / 64 * 50 / 80),
+        # tf32 is allowed: 100 FLOP a clock on CUDA cores against 80 on tensor cores, or 25.
+        ({"chip": {"tensor": 1.0, "free": 1.0}}, 50 / 100),
+        ({"chip": {"tensor": 1.0, "free": 1.0, "simt_flops_per_s": 200e9}}, 50 / 80),
+    ],
+)
+def test_the_multiplying_part_of_a_product_by_hand(changes, tiles):
+    assert of_one_kernel(**changes) == pytest.approx(tiles * TILE_S)
+
+
+@pytest.mark.parametrize(
+    ("changes", "milliseconds"),
+    [
+        # 1 MB at 1 GB/s: each kind reaches its share of it. A quarter of the 4 MB lies in the cache, which is 3 times
+        # as fast: 1.5 times in all.
+        ({"work": Work.STREAM}, 1 / 0.8 / 1.5),
+        ({"work": Work.NORM}, 1 / 0.4 / 1.5),
+        ({"work": Work.DEPTHWISE, "m": 0}, 1 / 0.2 / 1.5),
+        ({"work": Work.STREAM, "footprint_bytes": 1e5}, 1 / 0.8 / 3),
+        ({"work": Work.STREAM, "chip": {"pascal": 1.0}}, 1 / 0.8 / 1.5 / 0.5),
+        ({"work": Work.STREAM, "layout_bytes": 2e6}, 1 / 0.8 / 1.5 + 2 / 0.25 / 1.5),
+        ({"work": Work.STREAM, "launches": 3.0, "efficiency": {"launch_s": 1e-3, "product_s": 5e-3}}, 1 / 1.2 + 3),
+        # A product multiplies, too, and of its launches one takes 5 ms.
+        ({"k": 64 * 256}, 1 / 0.5 / 1.5 + 1e3 * 256 * TILE_S / 4),
+        ({"launches": 2.0, "efficiency": {"launch_s": 1e-3, "product_s": 5e-3}}, 1 / 0.75 + 1e3 * TILE_S + 6),
+        # Either hides the other the better, the larger the exponent.
+        ({"k": 64 * 4096, "efficiency": {"overlap": 2.0}}, math.hypot(1 / 0.75, 1e3 * 1024 * TILE_S)),
+    ],
+)
+def test_the_memory_and_the_launches_of_a_kernel_by_hand(changes, milliseconds):
+    assert 1e3 * of_one_kernel(**{"moved_bytes": 1e6, **changes}) == pytest.approx(milliseconds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "seconds"),
+    [
+        # 2 · 10 · 8 · 18 · 4 FLOP at a quarter of 800 GFLOP/s; 32 / 8 as much again for narrow groups.
+        ({"odd_groups": True, "m": 10, "n": 8, "k": 18, "groups": 4}, 2 * 5760 * 5 / 200e9),
+        ({"odd_groups": True, "m": 16, "n": 8, "k": 18, "groups": 4, **BACKWARD}, 2 * 9216 * 3 / 200e9),
+        # 9 taps and 6 more for each of 100 · 1 · 16 pixels, at a tenth of 1 GFLOP/s.
+        ({"work": Work.DEPTHWISE, "m": 100, "n": 1, "k": 9, "groups": 16}, 2 * 1600 * 15 / 1e8),
+        ({"work": Work.DEPTHWISE, "m": 100, "n": 1, "k": 9, "groups": 16, "element_bytes": 2.0}, 2 * 1600 * 15 / 2e8),
+        ({"work": Work.DEPTHWISE, "m": 1, "n": 9, "k": 100, "groups": 16, **BACKWARD}, 2 * 1600 * 15 / 1e8),
+    ],
+)
+def test_convolutions_without_reuse_by_hand(changes, seconds):
+    assert of_one_kernel(**changes) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "changes", "expected"),
+    [
+        # (peak, issue, tensor, pascal, wide, boosts, power)
+        ("p100-sxm2-16gb", Precision.FP16, {}, (10.6e12, 10.6e12, 0, 1, 0, 0, 1)),  # multiplies in fp32
+        ("p100-sxm2-16gb", Precision.FP32, {"power_w": 150.0}, (10.6e12, 10.6e12, 0, 1, 0, 0, 150 / 82.88 / 3.6)),
+        ("gtx-1080-ti", Precision.FP32, {}, (11.34e12, 11.34e12, 0, 1, 0, 1, 1)),
+        ("v100-sxm2-16gb", Precision.FP16, {}, (125e12, 256 * 80 * 1.53e9, 1, 0, 0, 0, 1)),
+        ("v100-sxm2-16gb", Precision.FP32, {}, (15.7e12, 256 * 80 * 1.53e9, 0, 0, 0, 0, 1)),
+        ("t4", Precision.FP32, {}, (8.1e12, 256 * 40 * 1.59e9, 0, 0, 0, 0, 70 / 63.6 / 2.38)),
+        ("rtx-3090", Precision.TF32, {}, (35.6e12, 256 * 82 * 1.695e9, 1, 0, 1, 1, 350 / 138.99 / 2.52)),
+        ("rtx-5090", Precision.BF16, {"power_w": 200.0}, (209.5e12, 104.75264e12, 1, 0, 1, 1, 200 / 409.19 / 1.4)),
+        ("b200-sxm-180gb", Precision.BF16, {"power_w": 500.0}, (2250e12, 74.44992e12, 1, 0, 1, 0, 500 / 290.82 / 3.4)),
+        ("t4", Precision.FP32, {"architecture": "cpu"}, (8.1e12, 8.1e12, 0, 0, 0, 0, 1)),
+    ],
+)  # fmt: skip
+def test_a_chip_by_hand(name, precision, changes, expected):
+    device = msgspec.structs.replace(load_device(name), **changes)
+    chip = chip_of(device, precision)
+    found = (chip.peak_flops_per_s, chip.issue_flops_per_s, chip.tensor, chip.pascal, chip.wide, chip.boosts)
+    assert (*found, chip.power_ratio) == pytest.approx(expected)
+    assert chip.free == (precision is Precision.TF32)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "deviation"),
+    [
+        ({}, 0.0),
+        ({"element_bytes": 2.0}, 0.12),  # of the whole step
+        ({"work": Work.DEPTHWISE}, 0.75 * 0.15),
+        ({"groups": 2}, 0.75 * 0.15),
+        ({"groups": 2, "work": Work.STREAM}, 0.0),
+        ({"groups": 2, "odd_groups": True}, 0.75 * 0.3),
+        ({"padded": True}, 0.75 * 0.2),
+        ({"unfitted": True}, 0.75 * 0.4),
+        ({"unfitted": True, "padded": True}, 0.75 * math.hypot(0.2, 0.4)),
+        ({"launches": 5.0, "work": Work.STREAM}, 0.0),
+    ],
+)
+def test_how_unsure_a_step_is_by_hand(kernel, deviation):
+    """The kernel takes 3 of 4 ms; the least that one can take is a microsecond a launch, and 8 for a product."""
+    stream = {"layer": 0, "work": Work.STREAM, "step": Pass.FORWARD, "moved_bytes": 0.0, "footprint_bytes": 0.0}
+    kernels = Kernels.of([Kernel(**{**stream, "launches": 0.0}), Kernel(**{**stream, "work": Work.PRODUCT, **kernel})])
+    made = msgspec.structs.replace(PLAIN, launch_s=1e-6, product_s=8e-6)
+    least_us = 8 if kernel.get("work", Work.PRODUCT) == Work.PRODUCT else kernel.get("launches", 1)
+    found = unsureness(kernels, np.array([1e-3, 3e-3]), made)
+    assert found == pytest.approx(math.hypot(deviation, 0.3 * least_us / 4000))
+
+
+def test_a_step_of_nothing_but_launches_is_no_less_sure_than_that():
+    only = Kernel(layer=0, work=Work.STREAM, step=Pass.FORWARD, moved_bytes=0.0, footprint_bytes=0.0, launches=9.0)
+    made = msgspec.structs.replace(PLAIN, launch_s=1.0)
+    assert unsureness(Kernels.of([only]), np.array([3.0]), made) == pytest.approx(0.3)
+
+
+def test_transposed_convolutions_and_those_over_other_axes_are_known_to_a_factor_of_two():
+    """The step of one layer, of a GPU of the fit: 1.68 √(0.1² + 0.4²) up and 1.69 of it down, and 0.1 for others."""
+
+    def step(op):
+        shapes = {"input_shapes": ((256, 28, 28),), "output_shape": (256, 28, 28)}
+        layer = msgspec.structs.replace(convolution(256, 256), op=op, **shapes, forward_macs=256 * 256 * 9 * 784)
+        network = msgspec.structs.replace(WIDE, layers=(layer,), edges=(), parameters=())
+        return datasheet_step(network, load_device("v100"), StepSetting(batch=4096))
+
+    for op, spread in (("conv2d", 0.1), ("conv_transpose2d", math.hypot(0.1, 0.4))):
+        found = step(op)
+        assert found.overhead_s == 0
+        assert math.log(found.high_s / found.compute_s) == pytest.approx(1.68 * spread, rel=0.01)
+        assert math.log(found.compute_s / found.low_s) == pytest.approx(1.69 * spread, rel=0.01)
+
+
+def test_an_update_under_autocast_casts_weights_and_gradients():
+    """SGD with momentum moves 44 bytes a parameter in fp32, without it 24; autocast and its scaler 20 more."""
+    count = sum(parameter.num_elements for parameter in NETWORK.parameters)
+    for precision, momentum, each in (
+        (Precision.FP32, None, 44), (Precision.TF32, 0.0, 24), (Precision.FP16, None, 64), (Precision.BF16, 0.0, 44)
+    ):  # fmt: skip
+        setting = StepSetting(batch=8, precision=precision, momentum=momentum)
+        assert update_bytes(NETWORK, setting) == each * count
+    a100 = load_device("a100")
+    streaming = load_fit().efficiency.stream_bandwidth * a100.memory_bandwidth_bytes_per_s
+    assert datasheet_step(NETWORK, a100, StepSetting(batch=8)).optimizer_s == pytest.approx(44 * count / streaming)

@@ -146,6 +146,19 @@ def test_a_neighbour_of_an_odd_operator_is_odd_and_what_is_far_from_all_is_unsur
     assert 0 < near.log_error < far.log_error
 
 
+@pytest.mark.parametrize(("op", "image"), [("conv1d", (64,)), ("conv2d", (8, 8)), ("conv3d", (4, 4, 4))])
+def test_a_convolutions_neighbours_have_as_many_channels_over_any_number_of_axes(op: str, image: tuple[int]) -> None:
+    """As above: in proportion to their input's channels but for one."""
+
+    def on(channels: int) -> Operator:
+        shapes = {"inputs": ((channels, *image),), "output": (64, *image)}
+        return msgspec.structs.replace(conv(channels, 64, op=op, batch=2**10), **shapes)
+
+    times = [took(on(2**k), 1e-3 * 2**k * (3.0 if k == 5 else 1.0)) for k in range(10)]
+    near, other = (known(*times).estimate(on(channels), "forward") for channels in (33, 480))
+    assert near.seconds / 33e-3 > 1.4 * other.seconds / 480e-3
+
+
 def test_a_transposed_convolution_multiplies_at_the_pixels_of_its_input() -> None:
     """Times in proportion to products: the same images take as long with a larger stride, whose output is larger."""
 

@@ -281,6 +281,8 @@ def test_a_transposed_convolution_lays_its_filters_on_the_few_pixels_of_its_inpu
         Pass.WEIGHT_GRADIENT: (8, 16 * 9, 5 * 16, 8, moved, moved),
     }
     assert {k.step for k in kernels if k.strided} == {Pass.FORWARD}
+    assert all(k.unfitted for k in kernels)
+    assert not any(k.unfitted for k in convolution_kernels(convolution(stride=2, groups=8), batch=5, element=4))
 
 
 @pytest.mark.parametrize(
@@ -310,6 +312,7 @@ def test_signals_and_volumes_are_multiplied_by_every_tap_at_every_place(
         assert k.m * k.n * k.k * k.groups == 5 * 16 * 24 * taps * pixels
         assert k.moved_bytes == 2 * elements
         assert not k.winograd
+        assert k.unfitted
 
 
 @pytest.mark.parametrize(

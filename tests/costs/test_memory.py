@@ -311,13 +311,16 @@ def test_every_part_of_the_need_is_the_sum_made_by_hand(
     )
 
 
-@pytest.mark.parametrize(("num_gpus", "expected"), [(8, 200_000 + 1_200_000), (2, 1_600_000)])
+@pytest.mark.parametrize(
+    ("num_gpus", "passes", "expected"),
+    [(8, 1, 200_000 + 1_200_000), (2, 1, 1_600_000), (8, 2, 1_600_000)],  # all of them add up before they are reduced
+)
 def test_sharded_gradients_leave_a_share_and_the_largest_bucket_and_never_more_than_all(
-    num_gpus: int, expected: int
+    num_gpus: int, passes: int, expected: int
 ) -> None:
     """1,200,000 bytes close the first bucket, 400,000 are left for the second."""
     parameters = tuple(Parameter(name=f"p{n}", layer="l", shape=(n,)) for n in (300_000, 100_000))
-    setting = StepSetting(batch=5, num_gpus=num_gpus, sharding="zero2")
+    setting = StepSetting(batch=5, num_gpus=num_gpus, passes=passes, sharding="zero2")
     assert iteration_memory(by_hand(parameters=parameters), setting).gradient_bytes == expected
 
 

@@ -236,3 +236,66 @@ def test_an_operator_that_moves_next_to_nothing_may_be_unmeasured():
     linear = next(layer for layer in UNSEEN.layers if layer.kind is LayerKind.LINEAR)
     assert linear.input_elements < 0.001 * sum(layer.output_elements for layer in UNSEEN.layers)
     assert next(t.forward_s for t in step(UNSEEN, bare).layers if t.layer == linear.name) == 0
+
+
+ONE = residual_network(widths=WIDTHS[0])
+
+
+def of_another(*changes):
+    """The profile of `ONE` as if its steps were another network's: all operators are known, and no step is.
+
+    Steps that do not vary, one for each of the changes; their layers take as long as those of `ONE` did with clocks.
+    """
+    known = calibrated(ONE)
+    steady = msgspec.structs.replace(known.steps[0], architecture="0" * 16, step_low_s=1.0, step_s=1.0, step_high_s=1.0)
+    return msgspec.structs.replace(known, steps=tuple(msgspec.structs.replace(steady, **change) for change in changes))
+
+
+def widths_of(step):
+    return math.log(step.compute_s / step.low_s), math.log(step.high_s / step.compute_s)
+
+
+def test_known_operators_vary_as_whole_steps_do():
+    """90 % of the steps lay within a factor of 1.21: 1.1 either way; of three factors the middle one counts."""
+    steps = [{"step_low_s": 1.0, "step_high_s": high} for high in (1.0, 1.21, 9.0)]
+    one, median = step(ONE, of_another(steps[1])), step(ONE, of_another(*steps))
+    assert widths_of(one) == pytest.approx((math.log(1.1),) * 2)
+    assert widths_of(median) == pytest.approx((math.log(1.1),) * 2)
+    assert widths_of(step(ONE, of_another({}))) == pytest.approx((0.0, 0.0))
+    assert one.compute_s == pytest.approx(truth(ONE, 32) + one.optimizer_s)
+
+
+def test_steps_whose_layers_are_as_long_say_most_of_how_whole_steps_compare_to_their_layers():
+    """Of two steps one has layers as long as those here, 1 / 0.25, the other twice as long, 1 / (1 + 0.25): 5 to 1.
+
+    Forward they take half and a quarter of their layers' times, backward as long and twice as long.
+    """
+    ones = calibrated(ONE).steps[0]
+    forward_s, backward_s = ones.layers_forward_s, ones.layers_backward_s
+    found = step(
+        ONE,
+        of_another(
+            {"forward_s": forward_s / 2, "backward_s": backward_s},
+            {"forward_s": forward_s / 4, "backward_s": 2 * backward_s, "num_layers": ones.num_layers / 2},
+        ),
+    )
+    assert found.forward_s == pytest.approx(forward_s * 2 ** -(5 / 6 + 2 / 6))
+    assert found.backward_s == pytest.approx(backward_s * 2 ** (1 / 6))
+    spread = math.sqrt(5 / 6 * 1 / 6) * math.log(2)  # of the backward passes
+    assert widths_of(found) == pytest.approx((1.645 * spread,) * 2)
+
+
+def test_what_is_guessed_is_as_unsure_as_its_share_of_the_step():
+    """An operator that only moves, forward and backward, at a copy's 1 GB/s: known within a factor of two."""
+    name, profile = "layer1.0.relu1", of_another({})
+    known = tuple(t for t in profile.operators if t.operator.kind is not LayerKind.RESHAPE)
+    profile = msgspec.structs.replace(profile, operators=known, copy_bandwidth_bytes_per_s=1e9)
+    found = step(rolled(ONE, name), profile)
+    others_s = sum(
+        CLOCKED * (1 + backward_factor(operator)) * machine(operator)
+        for layer, operator in zip(ONE.layers, operators_of(ONE, 32), strict=True)
+        if layer.name not in (name, "flatten")  # which moves next to nothing
+    )
+    moved_s = 2 * 2 * 4 * 32 * ONE.layer(name).output_elements / 1e9
+    assert widths_of(found) == pytest.approx((1.645 * math.log(2) * moved_s / (moved_s + others_s),) * 2)
+    assert found.compute_s - found.optimizer_s == pytest.approx((moved_s + others_s) / CLOCKED)

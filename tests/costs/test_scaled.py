@@ -108,13 +108,14 @@ def made(layers, *, optimizer_s, regularizer_s, overhead_s):
 
 
 @pytest.mark.parametrize(
-    ("asked", "measured_s", "regularizer_s"), [(True, 0.125, 0.0625), (False, 0.125, 0.0), (True, 0.0, 0.01)]
+    ("asked", "measured_s", "regularizer_s", "waits_s"),
+    [(True, 0.125, 0.0625, (0.3, 0.9)), (False, 0.125, 0.0, (0.9, 0.3)), (True, 0.0, 0.01, (0.3, 0.3))],
 )
-def test_a_carried_over_step_by_hand(asked, measured_s, regularizer_s):
+def test_a_carried_over_step_by_hand(asked, measured_s, regularizer_s, waits_s):
     """Layers whose prediction is 0 on either side take the ratio of the whole pass: 0.6 / 0.3 and 0.5 / 0.4 s.
 
-    What is left of the measured step beside its parts, 0.125 s, stays. The penalty takes 0.01 / 0.02 as long, or what
-    is predicted where it was not measured.
+    What is left of the measured step beside its parts, 0.125 s, stays, and what the GPU waits longer for its host comes
+    to it. The penalty takes 0.01 / 0.02 as long, or what is predicted where it was not measured.
     """
     measured = [(1.0, 2.0), (0.5, 1.0), (0.25, 0.4)]
     layers = tuple(
@@ -139,16 +140,28 @@ def test_a_carried_over_step_by_hand(asked, measured_s, regularizer_s):
         regularizer_s=measured_s,
         step_s=5.525 + measured_s,
     )
-    here = made([(0.1, 0.2), (0.0, 0.1), (0.2, 0.1)], optimizer_s=0.01, regularizer_s=0.02, overhead_s=0.3)
-    there = made([(0.3, 0.2), (0.3, 0.3), (0.0, 0.0)], optimizer_s=0.05, regularizer_s=0.01, overhead_s=0.9)
+    here = made([(0.1, 0.2), (0.0, 0.1), (0.2, 0.1)], optimizer_s=0.01, regularizer_s=0.02, overhead_s=waits_s[0])
+    there = made([(0.3, 0.2), (0.3, 0.3), (0.0, 0.0)], optimizer_s=0.05, regularizer_s=0.01, overhead_s=waits_s[1])
     step = scaled_step(network, profile, here=here, there=there, regularizer=asked)
     assert [t.forward_s for t in step.layers] == pytest.approx([3.0, 1.0, 0.5])
     assert [t.backward_s for t in step.layers] == pytest.approx([2.0, 3.0, 0.5])
     assert (step.optimizer_s, step.regularizer_s) == pytest.approx((1.25, regularizer_s))
-    assert step.overhead_s == pytest.approx(0.125)
-    total_s = 10.0 + 1.25 + 0.125 + regularizer_s
+    longer_s = 0.6 if waits_s[1] > waits_s[0] else 0.0
+    assert step.overhead_s == pytest.approx(0.125 + longer_s)
+    total_s = 10.0 + 1.25 + 0.125 + longer_s + regularizer_s
     assert (step.low_s, step.high_s) == pytest.approx((total_s / 2, 2 * total_s))
     assert {step.tier, *(t.tier for t in step.layers)} == {Tier.SCALED}
+
+
+def test_a_step_that_was_carried_over_waits_for_its_host_as_one_from_the_data_sheet():
+    """One image a step: its kernels take microseconds, and the host some 25 more for each."""
+    known = Measurements(profiles=(PROFILE,), source_device=A100)
+    one, sheet = (step_time(NETWORK, A100, fp32(1), measurements=m) for m in (known, None))
+    assert (one.tier, sheet.tier) == (Tier.SCALED, Tier.DATASHEET)
+    gap_s = PROFILE.step_s - PROFILE.forward_s - PROFILE.backward_s - PROFILE.optimizer_s - PROFILE.regularizer_s
+    here = datasheet_step(NETWORK, A100, fp32(64))
+    assert sheet.overhead_s > sheet.forward_s + sheet.backward_s
+    assert one.overhead_s == pytest.approx(gap_s + sheet.overhead_s - here.overhead_s)
 
 
 def tier_of(profile, device, *, source=A100, regularizer=None, precision=Precision.FP32):

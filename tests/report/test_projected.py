@@ -17,6 +17,7 @@ from ptsim.report.specs import PROJECTIONS
 from ptsim.report.tables import make_table
 from ptsim.sim.options import HourPrice, Options
 from ptsim.trace.pairs import compare_runs, first_epochs
+from ptsim.trace.schema import Epoch
 from tests.report.simulated import FixedProjector, epoch_projection, run_projection
 from tests.traces import NetworkBuilder, dense_trace, shrinking_trace
 
@@ -294,17 +295,23 @@ def tiny_run(trace: ptsim.Trace, *, batch: int = 2) -> ptsim.Trace:
     return msgspec.structs.replace(trace, networks={network.id: network}, epochs=epochs, profiles=())
 
 
-def test_a_roofline_by_hand(traces: list[ptsim.Trace]) -> None:
-    """Two images; a layer takes 3 ms. The convolution moves 2 · (2 · (192 + 256) + 108) elements of four bytes."""
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_roofline_by_hand(traces: list[ptsim.Trace], passes: int) -> None:
+    """Two images; a layer takes 3 ms. The convolution moves 2 · (2 · (192 + 256) + 108) elements of four bytes.
+
+    In two passes its 108 weights move twice as often.
+    """
     trace = tiny_run(first_epochs(traces[0], 3))
+    epochs = tuple(msgspec.structs.replace(epoch, passes=passes) for epoch in trace.epochs)
+    trace = msgspec.structs.replace(trace, epochs=epochs)
     run = LabelledRun(label="a", setting="a", trace=trace)
     frame = projected.roofline_frame(run, FixedProjector())
     assert list(zip(frame.epoch, frame.layer, strict=True)) == [(0, "conv"), (0, "fc"), (2, "conv"), (2, "fc")]
     conv, linear = frame.iloc[0], frame.iloc[1]
     flops = 2 * 2 * (6912 + 6912)  # of two images, without their gradient
-    assert conv.flops_per_byte == pytest.approx(flops / (4 * 2 * (2 * (192 + 256) + 108)))
+    assert conv.flops_per_byte == pytest.approx(flops / (4 * 2 * (2 * (192 + 256) + passes * 108)))
     assert conv.flops_per_second == pytest.approx(flops / 3e-3)
-    assert linear.flops_per_byte == pytest.approx(2 * 2 * 3 * 40 / (4 * 3 * (2 * 14 + 40)))
+    assert linear.flops_per_byte == pytest.approx(2 * 2 * 3 * 40 / (4 * 3 * (2 * 14 + passes * 40)))
     assert linear.flops_per_second == pytest.approx(2 * 2 * 3 * 40 / 3e-3)
     assert (conv.peak_flops_per_second, conv.bandwidth_bytes_per_second) == (19.5e12, 1555e9)
     short = msgspec.structs.replace(run, trace=first_epochs(trace, 1))
@@ -345,6 +352,26 @@ def test_a_layers_time_is_that_of_an_image(traces: list[ptsim.Trace]) -> None:
     assert row.seconds_per_image == pytest.approx(3e-3 / 4)
     assert (row.forward_macs_per_image, row.in_channels, row.out_channels) == (6912, 3, 4)
     assert list(frame.epoch.unique()) == [0, 1]
+
+
+def test_an_epochs_layers_take_as_long_as_its_own_passes(traces: list[ptsim.Trace]) -> None:
+    """The same mini-batch at once, and in four passes."""
+    trace, projector = first_epochs(traces[0], 2), Projector(load_cluster("dgx-a100"), Options())
+    epochs = tuple(msgspec.structs.replace(e, passes=n) for e, n in zip(trace.epochs, (1, 4), strict=True))
+
+    def last(*trained: Epoch) -> list[float]:
+        run = LabelledRun(label="a", setting="a", trace=msgspec.structs.replace(trace, epochs=trained))
+        frame = projected.layers_frame(run, projector)
+        return list(frame[frame.epoch == trained[-1].epoch].seconds_per_image)
+
+    assert last(*epochs) == last(epochs[1]) != last(epochs[0])
+    (comparison,) = compare_runs(traces)
+    pruned = msgspec.structs.replace(comparison.pruned, epochs=epochs, networks=trace.networks)
+    changed = msgspec.structs.replace(comparison, pruned=pruned)
+    ones = [projector.step(pruned, msgspec.structs.replace(e, batch_per_gpu=1)).compute_s for e in epochs]
+    wholes = [projector.step(pruned, epoch).compute_s for epoch in epochs]
+    floor = projected.excess_frame(changed, projector, 1).floor_fraction.iloc[0]
+    assert floor == pytest.approx(sum(ones) / sum(wholes))  # as many iterations in both
 
 
 def test_the_first_and_the_last_of_a_layer_by_hand() -> None:

@@ -125,6 +125,24 @@ def test_the_interval_is_from_the_5th_to_the_95th_percentile_of_the_runs() -> No
     assert totals[0] < totals[1] < totals[19] < totals[20]
 
 
+@pytest.mark.parametrize(
+    ("failing", "low_s", "total_s", "high_s"),
+    [
+        (1, 100.0, (39 * 100 + 5110) / 40, (39 * 100 + 5110) / 40),
+        (20, 100.0, (100 + 5110) / 2, 5110.0),
+        (39, (100 + 39 * 5110) / 40, (100 + 39 * 5110) / 40, 5110.0),
+    ],
+)
+def test_the_mean_of_rare_failures_that_cost_much_is_inside_the_interval(
+    failing: int, low_s: float, total_s: float, high_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 runs of 100 s; some fail once, lose 10 s and wait for 5,000: of a single one no percentile shows anything."""
+    script = Script(*(10.0, math.inf) * failing, *(math.inf,) * (40 - failing))
+    monkeypatch.setattr("ptsim.sim.faults.random.Random", lambda seed: script)
+    run = simulate_faults(100.0, 8, 8, Faults(mtbf_gpu_hours=1.0, restart_s=5000.0, num_runs=40))
+    assert (run.low_s, run.total_s, run.high_s) == pytest.approx((low_s, total_s, high_s))
+
+
 def test_a_run_that_ends_before_its_first_checkpoint_need_not_reach_one() -> None:
     """One failure in 45 s: 60 s can be trained in one go, half an hour cannot."""
     often = Faults(mtbf_gpu_hours=0.1, num_runs=3)

@@ -134,6 +134,10 @@ def test_steps_are_recorded_in_the_order_in_which_the_run_first_trains_them(trac
     again = msgspec.structs.replace(last, architecture=first.architecture, batch_per_gpu=first.batch_per_gpu)
     grown = msgspec.structs.replace(trace, epochs=(*trace.epochs[:-1], again))
     assert [steps.epoch for steps in record_steps(grown, cluster(), 1)] == [0, 2, 4]
+    accumulated = msgspec.structs.replace(trace.epochs[1], passes=2)
+    epochs = (first, accumulated, *grown.epochs[2:])
+    recorded = record_steps(msgspec.structs.replace(grown, epochs=epochs), cluster(), 1)
+    assert [(steps.epoch, steps.setting.passes) for steps in recorded] == [(0, 1), (1, 2), (2, 1), (4, 1)]
 
 
 class TestOneGpu:
@@ -327,6 +331,13 @@ class TestManyGpus:
         assert {epoch.tier for epoch in mixed.epochs} == {"scaled"}
         assert any("devices are mixed" in note for note in mixed.notes)
 
+    def test_that_no_mixed_gpu_is_in_use_is_said(self, trace: Trace) -> None:
+        """Two T4 come after six A100."""
+        for gpus, none in ((6, True), (7, False), (9, False)):
+            mixed = run(trace, gpus, mixed_devices={"t4": 2})
+            assert (mixed.straggler_wait_s == 0) == none
+            assert ("all GPUs in use are a100-sxm4-40gb" in " ".join(mixed.notes)) == none
+
     def test_mixed_gpus_compute_their_mean_and_wait_for_the_slowest(self, trace: Trace) -> None:
         own, old = run(trace, 8), run(trace, 8, device="t4")
         mixed = run(trace, 8, mixed_devices={"t4": 2})
@@ -383,6 +394,41 @@ class TestManyGpus:
         options = change(Options(), {"mixed_devices": {"t4": 2}})
         mixed = project(dense, cluster(), 8, options, device_profile=device_profile_of([dense]))
         assert mixed.straggler_wait_s > 0
+
+    @pytest.mark.parametrize("own_first", [True, False])
+    def test_a_mixed_in_gpu_takes_as_long_whatever_was_projected_before(self, dense: Trace, own_first: bool) -> None:
+        """A T4 of 0.5 s a step, by its device profile, beside A100: the profile is of the projected GPUs alone."""
+        profile = device_profile_of([dense])
+        slow = [msgspec.structs.replace(step, forward_s=0.5, step_s=1.0) for step in profile.steps]
+        known = msgspec.structs.replace(profile, device="Tesla T4", steps=tuple(slow))
+        alone, beside = (change(Options(), given) for given in ({"device": "t4"}, {"mixed_devices": {"t4": 2}}))
+        cache = StepCache()
+
+        def own() -> RunProjection:
+            return project(dense, cluster(), 8, alone, device_profile=known, cache=cache)
+
+        def mixed() -> RunProjection:
+            return project(dense, cluster(), 8, beside, cache=cache)
+
+        made = [own(), mixed()] if own_first else [mixed(), own()][::-1]
+        assert made[1] == project(dense, cluster(), 8, beside)
+        assert made[0].tier == "profiled"
+
+    def test_a_gpu_of_the_projected_kind_is_as_fast_when_it_is_mixed_in(self, dense: Trace) -> None:
+        options = change(Options(), {"mixed_devices": {"a100-sxm4-40gb": 2}})
+        mixed = project(dense, cluster(), 8, options, device_profile=device_profile_of([dense]))
+        assert mixed.straggler_wait_s == 0
+
+    def test_measurements_of_a_device_file_count_where_it_is_mixed_in(self, dense: Trace, tmp_path: Path) -> None:
+        """The trace's GPU is that of the file, which has another name than the catalog's."""
+        name = "a100-sxm4-40gb"
+        text = (Path(ptsim.__file__).parent / "hardware" / "catalog" / "devices" / f"{name}.toml").read_text()
+        mine = tmp_path / "mine.toml"
+        mine.write_text(text.replace(f'"{name}"', '"mine"'))
+        ours, theirs = (
+            run(dense, 8, cluster(device="h100-sxm5-80gb"), mixed_devices={device: 2}) for device in (str(mine), name)
+        )
+        assert ours.compute_s == pytest.approx(theirs.compute_s)
 
     def test_mixed_gpus_have_the_interval_of_the_slowest(self, trace: Trace) -> None:
         old, mixed = run(trace, 8, device="t4"), run(trace, 8, mixed_devices={"t4": 2})
@@ -462,6 +508,16 @@ class TestManyGpus:
         assert failing.faults.goodput == pytest.approx(steady.total_s / failing.total_s)
         assert failing.low_s / steady.low_s == pytest.approx(failing.faults.low_s / steady.total_s)
         assert failing.high_s / steady.high_s == pytest.approx(failing.faults.high_s / steady.total_s)
+
+    def test_the_time_with_rare_failures_is_inside_its_interval(self, trace: Trace) -> None:
+        """One of a hundred runs fails and waits ten times its length: the others tell nothing of its tenth more."""
+        steady = run(trace, 1)
+        faults = {"mtbf_gpu_hours": 100 * steady.total_s / 3600, "restart_s": 10 * steady.total_s, "num_runs": 200}
+        for seed in range(5):
+            p = run(trace, 1, faults={**faults, "checkpoint_interval_s": 2 * steady.total_s}, seed=seed)
+            assert p.faults is not None
+            assert p.low_s <= p.total_s <= p.high_s
+            assert p.high_s / p.total_s >= steady.high_s / steady.total_s * (1 - 1e-9)
 
     def test_the_same_seed_gives_identical_bytes(self, trace: Trace) -> None:
         options = {"jitter": "recorded", "faults": {"mtbf_gpu_hours": 50.0}, "seed": 5}
