@@ -14,9 +14,9 @@ whole training step (exact convention); bytes kept for backward with `torch.auto
 real tensors; with --peaks, the modelled peak of a training step with the largest value in the CPU allocator's log.
 An error is ptsim / torch − 1.
 
-FlopCounterMode is corrected in two places. It counts the weight gradient of a grouped convolution as if it were
+FlopCounterMode is corrected in three places. It counts the weight gradient of a grouped convolution as if it were
 dense, `groups` times too much. And it does not know the CPU's fused attention, whose backward it counts without the
-recomputation.
+recomputation, nor `nn.Bilinear`.
 """
 
 from __future__ import annotations
@@ -185,7 +185,19 @@ def _attention_backward(
     return 2 * _attention(query, key, value)
 
 
+def _trilinear(
+    first: list[int], second: list[int], third: list[int], *axes: list[int], out_shape: object, **_: object
+) -> int:
+    """Every index of the three tensors once: those at which one is expanded (the first three `axes`) are another's."""
+    sizes: dict[int, int] = {}
+    for shape, expanded in zip((first, second, third), axes, strict=False):
+        own = (axis for axis in itertools.count() if axis not in expanded)
+        sizes |= dict(zip(own, shape, strict=False))
+    return 2 * math.prod(sizes.values())
+
+
 _HELP = {
+    torch.ops.aten._trilinear: _trilinear,
     torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

@@ -25,12 +25,12 @@ from ptsim.capture.network import capture_network
 from ptsim.costs.energy import step_energy
 from ptsim.costs.memory import iteration_memory, largest_batch
 from ptsim.costs.step import step_time
-from ptsim.errors import PtsimError
+from ptsim.errors import PtsimError, lacks_gpu_memory
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
 from ptsim.measure.calibrate import make_optimizer
 from ptsim.measure.nvml import open_meter
-from ptsim.measure.profile import Budget, layout, number_format, out_of_memory, profile_network, tuned_convolutions
+from ptsim.measure.profile import Budget, layout, number_format, profile_network, tuned_convolutions
 from ptsim.measure.tf32 import tf32_allowed
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.groups import find_groups
@@ -302,7 +302,7 @@ def runs_steps(model: nn.Module, input_shape: tuple[int, int, int], setting: Ste
             step()
         wait(device)
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not lacks_gpu_memory(error):
             raise
         fits = False
     step = None  # out of the handler, whose traceback holds what the failed step has allocated

@@ -23,8 +23,8 @@ def operator_problem(kind: LayerKind, inputs: Sequence[Shape], output: Shape, gr
         output: the same.
         groups: of a convolution.
     """
-    if any(math.prod(shape) > MOST_ELEMENTS for shape in (*inputs, output)):
-        return f"has a tensor of more than {MOST_ELEMENTS:,} elements"
+    if (problem := _size_problem((*inputs, output))) is not None:
+        return problem
     if kind is LayerKind.CONV:
         if not inputs or not inputs[0] or not output:
             return f"is a convolution of the input shapes {_shown(inputs)}, expected (channels, height, width)"
@@ -36,6 +36,11 @@ def operator_problem(kind: LayerKind, inputs: Sequence[Shape], output: Shape, gr
     if kind is LayerKind.BATCH_NORM and (not inputs or tuple(inputs[0]) != tuple(output)):
         return f"is a batch norm from {_shown(inputs)} to {tuple(output)}, expected equal shapes"
     return None
+
+
+def _size_problem(shapes: Sequence[Shape]) -> str | None:
+    too_large = any(math.prod(shape) > MOST_ELEMENTS for shape in shapes)
+    return f"has a tensor of more than {MOST_ELEMENTS:,} elements" if too_large else None
 
 
 def network_problem(network: Network) -> str | None:
@@ -76,13 +81,17 @@ def _layer_problem(layer: Layer) -> str | None:
         return f"has {len(layer.input_shapes)} inputs, but shared_inputs {list(layer.shared_inputs)}"
     if layer.once:  # its shapes are whole: a weight that is standardised, a table that is looked up
         return None
-    problem = operator_problem(layer.kind, layer.input_shapes, layer.output_shape, layer.groups)
+    inputs, output = layer.input_shapes, layer.output_shape
+    if layer.kind is LayerKind.CONV:
+        inputs, output = tuple(layer.unfolded(shape)[1] for shape in inputs), layer.unfolded(output)[1]
+    problem = _size_problem((*layer.input_shapes, layer.output_shape))
+    problem = problem or operator_problem(layer.kind, inputs, output, layer.groups)
     if problem or layer.kind not in (LayerKind.CONV, LayerKind.LINEAR):
         return problem
     axis = 0 if layer.kind is LayerKind.CONV else -1
     for what, said, shape in (
-        ("in_channels", layer.in_channels, layer.input_shapes[0]),
-        ("out_channels", layer.out_channels, layer.output_shape),
+        ("in_channels", layer.in_channels, inputs[0]),
+        ("out_channels", layer.out_channels, output),
     ):
         if said != shape[axis]:
             return f"has {what} {said}, but the shape {_shown([shape])}"

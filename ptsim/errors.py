@@ -22,13 +22,25 @@ from pathlib import Path
 _NO_MEMORY = (
     "DefaultCPUAllocator", "Cannot allocate memory", "Resource temporarily unavailable", "can't start new thread",
 )  # fmt: skip
+# What torch says of a GPU, in plain RuntimeErrors too: cuDNN finds no algorithm (pytorch/pytorch#108645; before torch 2
+# in other words), or a library finds no place.
+_NO_GPU_MEMORY = (
+    "unable to find an engine to execute this computation", "Unable to find a valid cuDNN algorithm",
+    "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether the machine (not a GPU) had not enough memory."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-    )
+    """Whether the machine, or a GPU, had not enough memory."""
+    if isinstance(error, MemoryError) or lacks_gpu_memory(error):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def lacks_gpu_memory(error: BaseException) -> bool:
+    """Whether something failed for want of a GPU's memory, as far as torch and its libraries tell."""
+    own = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # torch is not imported here
+    return isinstance(error, RuntimeError) and (own or any(words in str(error) for words in _NO_GPU_MEMORY))
 
 
 def on_one_line(error: object, most: int = 300) -> str:

@@ -66,10 +66,10 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         name: unique in the network; the module path, or the graph node's name for a functional call.
         op: the operator's own name in lower case ("conv2d", "relu", "silu", "max_pool2d").
         in_channels, out_channels: channel counts (features for a linear layer).
-        kernel_size, stride, padding, dilation: (height, width).
+        kernel_size, stride, padding, dilation: (height, width); what three axes have for the depth is not named.
         input_shapes: one shape per tensor input, each without the mini-batch axis.
         output_shape: without the mini-batch axis.
-        num_parameters: trainable parameters owned by this layer.
+        num_parameters: trainable parameters owned by this layer, to which a gradient comes.
         forward_macs: multiply–accumulates of the forward pass for one image, as fvcore counts them; for operators
             without products fvcore's element-wise operation count (1 per output element and operation).
         input_needs_gradient: False where no gradient flows into the input (the first layer), so that the
@@ -129,6 +129,19 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def is_removed(self) -> bool:
         """Pruning has taken all of it: the output has no elements, so nothing is left to compute."""
         return self.output_elements == 0
+
+    @property
+    def spatial_axes(self) -> int:
+        """Of a convolution's images: 1, 2 or 3, as its operator's name says."""
+        return int(self.op[-2]) if self.op.endswith(("1d", "3d")) else 2
+
+    def unfolded(self, shape: Shape) -> tuple[int, Shape]:
+        """Of a convolution's tensor: how many it holds for each of the network's images, and the shape of one.
+
+        More than one where the code folds patches, frames or groups of channels into the mini-batch.
+        """
+        axes = 1 + self.spatial_axes
+        return math.prod(shape[:-axes]), shape[-axes:]
 
     def repeats(self, images: int, mini_batches: int = 1) -> int:
         """How often the layer's counts occur in so many images: for each, or for each mini-batch of them."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from ptsim.network import Layer, LayerKind
 
 # What pruning leaves where it removed a layer, and at the end of a residual branch that it removed.
 PLACEHOLDER, BRANCH_CONSTANT = "placeholder", "branch_constant"
+BILINEAR = "bilinear"  # y[o] = Σ x[i]·w[o, i, j]·z[j]: of the linear kind, a weight for each pair of features
 
 _OPS: dict[LayerKind, str] = {
     LayerKind.CONV: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
@@ -68,6 +72,24 @@ def usual_name(op: str) -> str:
 def is_transposed(op: str) -> bool:
     """Whether a convolution is a transposed one: its filters are laid on the input, and its weight begins with that."""
     return "transpose" in op
+
+
+def num_taps(layer: Layer) -> int:
+    """Weights of a convolution's filter on one channel. A layer does not name the depth of three axes: its MACs do."""
+    if layer.spatial_axes < 3:
+        return math.prod(layer.kernel_size)
+    folded, image = layer.unfolded(layer.input_shapes[0] if is_transposed(layer.op) else layer.output_shape)
+    filters = folded * math.prod(image[1:]) * layer.out_channels * layer.in_channels // layer.groups
+    return layer.forward_macs // max(filters, 1)
+
+
+def second_features(op: str, inputs: Sequence[Sequence[int]]) -> int:
+    """Features of a bilinear layer's second input, for each of which it has a matrix; 1 of any other layer.
+
+    It has one input where both are the same.
+    """
+    second = inputs[:2][-1] if op == BILINEAR and inputs else ()
+    return second[-1] if second else 1
 
 
 def constant_axis(layer: Layer) -> int:

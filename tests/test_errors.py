@@ -3,9 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ptsim.criteria import CRITERIA
-from ptsim.errors import FileFormatError, NewerVersionError, PtsimError, UnknownNameError, UsageError
+from ptsim.errors import (
+    FileFormatError,
+    NewerVersionError,
+    PtsimError,
+    UnknownNameError,
+    UsageError,
+    lacks_gpu_memory,
+    lacks_memory,
+)
 
 
 def test_an_unknown_name_lists_what_exists_and_guesses() -> None:
@@ -50,3 +59,45 @@ def test_a_name_that_a_trace_has_from_another_package_says_what_to_install() -> 
     with pytest.raises(UnknownNameError, match="unknown criterion 'fancy'; known: group_lasso, slimming") as caught:
         CRITERIA.find("fancy")
     assert caught.value.hint == "if a package offers it (entry points 'ptsim.criteria'), install that package here"
+
+
+# What torch says of a GPU without memory: its allocator, cuDNN without an algorithm, libraries without a place.
+GPU_WITHOUT_MEMORY = [
+    torch.OutOfMemoryError("no room"),
+    RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("FIND was unable to find an engine to execute this computation after trying 3 plans."),
+    RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
+    RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+]
+MACHINE_WITHOUT_MEMORY = [
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("can't start new thread"),
+]
+
+
+@pytest.mark.parametrize("error", GPU_WITHOUT_MEMORY, ids=lambda error: str(error)[:24])
+def test_a_gpu_without_memory_is_told_however_it_is_said(error: Exception) -> None:
+    assert lacks_gpu_memory(error)
+    assert lacks_memory(error)
+
+
+@pytest.mark.parametrize("error", MACHINE_WITHOUT_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_machine_without_memory_is_no_gpu_without_it(error: Exception) -> None:
+    assert lacks_memory(error)
+    assert not lacks_gpu_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"),
+        ValueError("CUDA out of memory"),  # a text that only speaks of it
+    ],
+)
+def test_another_error_is_no_lack_of_memory(error: Exception) -> None:
+    assert not lacks_memory(error)

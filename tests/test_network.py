@@ -48,6 +48,25 @@ def test_elements_are_counted_per_image() -> None:
     assert add.output_elements == 16 * 32 * 32
 
 
+@pytest.mark.parametrize(
+    ("op", "shape", "folded", "image"),
+    [
+        ("conv2d", (8, 4, 4), 1, (8, 4, 4)),
+        ("conv2d", (3, 8, 4, 4), 3, (8, 4, 4)),  # three patches
+        ("conv_transpose2d", (5, 3, 8, 4, 4), 15, (8, 4, 4)),
+        ("conv1d", (8, 16), 1, (8, 16)),
+        ("conv1d", (3, 8, 16), 3, (8, 16)),
+        ("conv3d", (8, 2, 4, 4), 1, (8, 2, 4, 4)),
+        ("conv3d", (3, 8, 2, 4, 4), 3, (8, 2, 4, 4)),
+    ],
+)
+def test_what_is_folded_into_the_mini_batch_of_a_convolution_is_told_from_its_images(
+    op: str, shape: tuple[int, ...], folded: int, image: tuple[int, ...]
+) -> None:
+    layer = msgspec.structs.replace(residual_network().layers[0], op=op)
+    assert layer.unfolded(shape) == (folded, image)
+
+
 def test_activations_are_half_as_big_under_autocast() -> None:
     assert [precision.activation_bytes for precision in Precision] == [4, 4, 2, 2]
 

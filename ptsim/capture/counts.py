@@ -86,11 +86,33 @@ def counter(model: nn.Module, images: torch.Tensor) -> FlopCountAnalysis:
     handles["aten::scaled_dot_product_attention"] = _attention_macs
     handles["aten::_convolution_mode"] = _conv_macs
     handles["aten::einsum"] = _einsum_macs
+    handles["aten::bilinear"] = _bilinear_macs
     handles["torchvision::deform_conv2d"] = _conv_macs  # as an ordinary one
     handles |= {f"aten::{op}": _recurrent_macs for op in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
-    handles["aten::baddbmm"] = lambda inputs, outputs: bmm_flop_jit(inputs[1:], outputs)
+    handles["aten::linear"] = _product(0, "linear")
+    handles |= {f"aten::{op}": _product(0, "matmul") for op in ("matmul", "mv", "dot", "vdot", "inner")}
+    handles |= {f"aten::{op}": _product(1, "matmul") for op in ("addmv", "baddbmm")}
+    handles["aten::addbmm"] = lambda inputs, outputs: Counter(matmul=bmm_flop_jit(inputs[1:3], outputs))
+    handles["aten::tensordot"] = _tensordot_macs
     analysis.set_op_handle(**handles)
     return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+
+
+def _product(first: int, name: str) -> Callable[[list[Any], list[Any]], Counter[str]]:
+    """Counts a product, broadcast as torch does: every element of the result is a sum over an operand's last axis."""
+
+    def count(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        operand, out = get_shape(inputs[first]), get_shape(outputs[0])
+        assert operand is not None and out is not None, "both are tensors"  # noqa: PT018 - one fact
+        return Counter({name: math.prod(out) * math.prod(operand[-1:])})
+
+    return count
+
+
+def _tensordot_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """(A·K)·(K·B)·(A·B) is the square of A·B·K, whichever axes the K are."""
+    shapes = [get_shape(value) for value in (*inputs[:2], outputs[0])]
+    return Counter(matmul=math.isqrt(math.prod(math.prod(shape) for shape in shapes if shape is not None)))
 
 
 def _recurrent_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
@@ -113,6 +135,13 @@ def _einsum_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     """Operands are contracted from left to right, as torch does; fvcore's own handle rounds to four digits."""
     shapes = [get_shape(operand) for operand in inputs[1].node().inputs()]
     return Counter(einsum=einsum_macs(inputs[0].toIValue(), [tuple(shape) for shape in shapes if shape is not None]))
+
+
+def _bilinear_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Every weight (out, in, in) once for each pair of vectors; of the two products that torch makes the large one."""
+    weight, out = get_shape(inputs[2]), get_shape(outputs[0])
+    assert weight is not None and out is not None, "both are tensors"  # noqa: PT018 - one fact
+    return Counter(bilinear=math.prod(out[:-1]) * math.prod(weight))
 
 
 def einsum_macs(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:

@@ -7,7 +7,7 @@ the function's output to one that has to be like its input; the rules of pruning
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,30 +65,42 @@ def without_gradient_hooks(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def traced_functions(*, backward: bool) -> Iterator[None]:
-    """Inside, the code of an autograd function that is given stand-ins is traced; with `backward` both its ways."""
-    original = vars(torch.autograd.Function)["apply"]
+def _applied_by(instead: Callable[..., Any]) -> Iterator[None]:
+    """Inside, calling an autograd function is `instead(original, function, given, named)`."""
+    kept = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: Any, *given: Any, **named: Any) -> Any:
-        if not any(isinstance(value, fx.Proxy) for value in given):
-            return original.__get__(None, cls)(*given, **named)  # of C in some versions of torch, of Python in others
-        context = _Context(given)
-        tracer: Any = next(value.tracer for value in given if isinstance(value, fx.Proxy))
-        with tracer.gradients_as_now():  # what checkpoints its layers switches them off in a forward of its own
-            if cls.setup_context is torch.autograd.Function.setup_context:
-                made = cls.forward(context, *given, **named)
-            else:
-                made = cls.forward(*given, **named)
-                cls.setup_context(context, given, made)
-        if backward and not _is_torchs(cls):
-            _trace_backward(cls, context, given, made)
-        return made
+        original = kept.__get__(None, cls)  # of C in some versions of torch, of Python in others
+        return instead(original, cls, given, named)
 
     torch.autograd.Function.apply = classmethod(apply)
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
+        torch.autograd.Function.apply = kept
+
+
+@contextlib.contextmanager
+def traced_functions(*, backward: bool) -> Iterator[None]:
+    """Inside, the code of an autograd function that is given stand-ins is traced; with `backward` both its ways."""
+
+    def apply(original: Callable[..., Any], function: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if not any(isinstance(value, fx.Proxy) for value in given):
+            return original(*given, **named)
+        context = _Context(given)
+        tracer: Any = next(value.tracer for value in given if isinstance(value, fx.Proxy))
+        with tracer.gradients_as_now():  # what checkpoints its layers switches them off in a forward of its own
+            if function.setup_context is torch.autograd.Function.setup_context:
+                made = function.forward(context, *given, **named)
+            else:
+                made = function.forward(*given, **named)
+                function.setup_context(context, given, made)
+        if backward and not _is_torchs(function):
+            _trace_backward(function, context, given, made)
+        return made
+
+    with _applied_by(apply):
+        yield
 
 
 def _is_torchs(function: Any) -> bool:
@@ -132,19 +144,14 @@ class UnseenGradients(TorchFunctionMode):
 @contextlib.contextmanager
 def refusing_unseen_gradients() -> Iterator[None]:
     """Inside, functions with a backward of their own, and hooks on gradients, are refused."""
-    original = vars(torch.autograd.Function)["apply"]
 
-    def apply(cls: Any, *given: Any, **named: Any) -> Any:
-        if any(isinstance(value, Tensor) for value in given) and not _is_torchs(cls):
+    def apply(original: Callable[..., Any], function: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if any(isinstance(value, Tensor) for value in given) and not _is_torchs(function):
             raise UnsupportedModelError(
-                f"{cls.__name__} has a backward of its own, which torch.export does not show, "
+                f"{function.__name__} has a backward of its own, which torch.export does not show, "
                 "and torch.fx cannot trace the network"
             )
-        return original.__get__(None, cls)(*given, **named)
+        return original(*given, **named)
 
-    torch.autograd.Function.apply = classmethod(apply)
-    try:
-        with UnseenGradients():
-            yield
-    finally:
-        torch.autograd.Function.apply = original
+    with _applied_by(apply), UnseenGradients():
+        yield

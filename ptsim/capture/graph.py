@@ -147,6 +147,8 @@ def _exported(
     except UnsupportedModelError:
         raise
     except Exception as error:  # it, too, lets any error of the model's code through
+        if lacks_memory(error):
+            raise
         last, name = last or error, type(model).__name__
         raise UnsupportedModelError(
             f"torch.fx cannot trace {name}: {_one_line(last)}{_place(last)}; nor can torch.export",

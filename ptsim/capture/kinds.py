@@ -14,12 +14,12 @@ from torch import fx, nn
 
 from ptsim.capture.rehearsal import Shape, Step
 from ptsim.network import LayerKind
-from ptsim.operators import KIND_OF_OP, is_transposed, usual_name
+from ptsim.operators import BILINEAR, KIND_OF_OP, is_transposed, usual_name
 
 _PRODUCTS = {
     LayerKind.MATMUL: {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"},
     LayerKind.CONV: {"conv", "_convolution"},
-    LayerKind.LINEAR: {"linear", "addmm", "mm"},
+    LayerKind.LINEAR: {"linear", "addmm", "mm", BILINEAR},
 }
 
 _POOL_ARGUMENTS = ("input", "kernel_size", "stride", "padding")
@@ -95,6 +95,8 @@ def geometry(
             "groups": groups,
             "bias": given.get("bias") is not None,
         }
+    if op == BILINEAR:
+        return {"in_channels": inputs[0][-1], "out_channels": output[-1]}
     if op == "linear":
         given = dict(zip(("input", "weight", "bias"), step.arguments, strict=False)) | step.keywords
         weight = given["weight"]
@@ -115,7 +117,7 @@ def geometry(
 def _module_geometry(module: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for ours, theirs in (
-        ("in_channels", ("in_channels", "in_features", "num_features", "num_channels", "embed_dim")),
+        ("in_channels", ("in_channels", "in_features", "in1_features", "num_features", "num_channels", "embed_dim")),
         ("out_channels", ("out_channels", "out_features", "num_features", "num_channels", "embed_dim")),
         ("groups", ("groups",)),
     ):

@@ -25,6 +25,7 @@ from ptsim.capture.rehearsal import Rehearsal, Shape, Step, rehearse
 from ptsim.capture.ways import fullest_graph, take_fullest_way
 from ptsim.errors import UnsupportedModelError
 from ptsim.network import Layer, LayerKind, Network, Parameter
+from ptsim.operators import BILINEAR
 
 _BATCHES = (2, 3)  # two sizes tell what scales; not 1, which BatchNorm refuses in training
 
@@ -110,9 +111,9 @@ def _layer(
     kind, op = kind_and_op(node, graph, counts)
     inputs, output = _image_shapes(step, grown)
     once = (step.inputs, step.outputs) == (grown.inputs, grown.outputs)
-    elements, fixed_bytes, other_bytes = _saved(step, grown, once=once)
-    takes_weight = kind in (LayerKind.CONV, LayerKind.LINEAR)  # a second input is a weight made by other nodes
-    owned = {small.model.get_parameter(p) for p, at in owners.items() if at is node}
+    elements, fixed_bytes, other_bytes = (0, 0, 0) if step.idle else _saved(step, grown, once=once)
+    takes_weight = kind in (LayerKind.CONV, LayerKind.LINEAR) and op != BILINEAR  # as a second input, by other nodes
+    owned = {small.model.get_parameter(p) for p, at in owners.items() if at is node and p not in small.idle}
     return Layer(
         name=name,
         kind=kind,
@@ -122,9 +123,9 @@ def _layer(
         **geometry(node, graph, step, op, inputs, output),
         num_parameters=sum(p.numel() for p in owned if p.requires_grad),
         forward_macs=operations(kind, counts),
-        input_needs_gradient=any(step.needs_gradient[:1] if takes_weight else step.needs_gradient),
-        weight_needs_gradient=step.weights_need_gradient is not False
-        or (takes_weight and any(step.needs_gradient[1:])),
+        input_needs_gradient=not step.idle and any(step.needs_gradient[:1] if takes_weight else step.needs_gradient),
+        weight_needs_gradient=not step.idle
+        and (step.weights_need_gradient is not False or (takes_weight and any(step.needs_gradient[1:]))),
         inplace=step.inplace,
         view=step.view,
         training_only=node in auxiliary,

@@ -37,6 +37,7 @@ class Step:
         outputs: shapes of what it returned; empty for a node that returns no tensor.
         needs_gradient: of each input.
         weights_need_gradient: of the module's parameters, or of those that the call takes; None where there are none.
+        idle: some of these are trained, and no gradient comes to any: what it returns is used for nothing, perhaps.
         works: False for a node that hands an input on, such as Identity or a tuple's item.
         saved_elements, saved_bytes: floating-point elements, their bytes, that autograd newly keeps.
         saved_other_bytes: bytes of other kinds.
@@ -49,6 +50,7 @@ class Step:
     outputs: tuple[Shape, ...] = ()
     needs_gradient: tuple[bool, ...] = ()
     weights_need_gradient: bool | None = None
+    idle: bool = False
     works: bool = False
     inplace: bool = False
     view: bool = False
@@ -108,6 +110,7 @@ def rehearse(
                 outputs = list(output_tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype))))
             watcher.finish()
             ready, idle = _gradient_order(twin, outputs) if backward else ((), frozenset[str]())
+            watcher.tell_idle({twin.get_parameter(name) for name in idle})
     return Rehearsal(twin, graph, watcher.steps, ready, idle)
 
 
@@ -121,6 +124,7 @@ class _Watcher(fx.Interpreter):
         own = [*model.parameters(), *model.buffers()]
         # Storages are held, so that no address is used twice.
         self._returned: dict[str, list[torch.UntypedStorage]] = {}
+        self._trained: dict[str, set[nn.Parameter]] = {}
         self._seen = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in own}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -129,7 +133,8 @@ class _Watcher(fx.Interpreter):
         step = Step(arguments, keywords, tuple(tuple(t.shape) for t in handed))
         step.needs_gradient = tuple(t.requires_grad for t in handed)
         if weights := self._weights(n):
-            step.weights_need_gradient = any(p.requires_grad for p in weights)
+            self._trained[n.name] = {p for p in weights if p.requires_grad}
+            step.weights_need_gradient = bool(self._trained[n.name])
         versions = [t._version for t in handed]
         storages = {t.untyped_storage()._cdata for t in handed}
         self._current = step
@@ -150,6 +155,12 @@ class _Watcher(fx.Interpreter):
         """Once everything has run: which outputs are kept."""
         for name, storages in self._returned.items():
             self.steps[name].output_saved = any(s._cdata in self._seen for s in storages)
+
+    def tell_idle(self, idle: set[nn.Parameter]) -> None:
+        """Once it has gone back: to which parameters no gradient has come."""
+        for name, trained in self._trained.items():
+            if name in self.steps:
+                self.steps[name].idle = bool(trained) and trained <= idle
 
     def _weights(self, n: fx.Node) -> list[nn.Parameter]:
         if n.op == "call_module":

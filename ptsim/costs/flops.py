@@ -3,7 +3,8 @@
 One MAC is one multiply–accumulate, 2 FLOPs. Only products count: convolutions, linear layers, matrix products. What
 the other layers cost is memory traffic (`costs.traffic`). The two conventions are those of docs/method.md §6:
 
-* exact: backward repeats the forward MACs once for the weights' gradient and once for the inputs', where one is needed;
+* exact: backward repeats the forward MACs once for the weights' gradient and once for the input's (of a bilinear layer
+  for that of either input), where one is needed;
 * paper: the PruneTrain authors' script, which counts the input gradient at padded *input* resolution, for strided
   layers and for the first layer too.
 """
@@ -16,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from ptsim.network import PRODUCTS, Layer, LayerKind, Network
-from ptsim.operators import is_transposed
+from ptsim.operators import BILINEAR, num_taps
 
 Convention = Literal["exact", "paper"]
 
@@ -51,10 +52,11 @@ def layer_macs(layer: Layer, convention: Convention = "exact") -> LayerMacs:
         return LayerMacs(forward=0, weight_gradient=0, input_gradient=0)
     forward = layer.forward_macs
     if convention == "exact":
+        num_inputs = 2 if layer.op == BILINEAR else 1  # that have a gradient of as many products
         return LayerMacs(
             forward=forward,
             weight_gradient=forward if layer.weight_needs_gradient else 0,
-            input_gradient=forward if layer.input_needs_gradient else 0,
+            input_gradient=num_inputs * forward if layer.input_needs_gradient else 0,
         )
     return LayerMacs(forward=forward, weight_gradient=forward, input_gradient=_paper_input_gradient(layer))
 
@@ -95,20 +97,6 @@ def flops_utilization(macs: float, gpu_seconds: float, peak_flops_per_s: float |
     return 2 * macs / (gpu_seconds * peak_flops_per_s) if peak_flops_per_s else None
 
 
-def spatial_axes(layer: Layer) -> int:
-    """Of a convolution's images: 1, 2 or 3, as its operator's name says."""
-    return int(layer.op[-2]) if layer.op.endswith(("1d", "3d")) else 2
-
-
-def num_taps(layer: Layer) -> int:
-    """Weights of a convolution's filter on one channel. A layer does not name the depth of three axes: its MACs do."""
-    if spatial_axes(layer) < 3:
-        return math.prod(layer.kernel_size)
-    shape = layer.input_shapes[0] if is_transposed(layer.op) else layer.output_shape
-    filters = math.prod(shape[-3:]) * layer.out_channels * layer.in_channels // layer.groups
-    return layer.forward_macs // max(filters, 1)
-
-
 def _paper_input_gradient(layer: Layer) -> int:
     """(H + pad)²·K·R·S·C for a convolution of square images; a linear layer's third K·C."""
     if layer.kind is not LayerKind.CONV or not layer.input_shapes:
@@ -120,5 +108,6 @@ def _paper_input_gradient(layer: Layer) -> int:
         pad = 3
     else:
         pad = 2
-    pixels = math.prod(size + pad for size in layer.input_shapes[0][1:])
+    folded, image = layer.unfolded(layer.input_shapes[0])
+    pixels = folded * math.prod(size + pad for size in image[1:])
     return pixels * layer.out_channels * num_taps(layer) * (layer.in_channels // layer.groups)

@@ -27,7 +27,7 @@ from scipy.optimize import nnls
 
 from ptsim.hardware.profile import Operator, OperatorSetting, OperatorTime
 from ptsim.network import LayerKind
-from ptsim.operators import is_transposed
+from ptsim.operators import is_transposed, second_features
 
 Pass = Literal["forward", "backward"]
 Family = tuple[object, ...]
@@ -190,7 +190,7 @@ def _products(operator: Operator, tile: int) -> float:
         image = operator.inputs[0] if is_transposed(operator.op) else operator.output  # where a filter is laid on
         pixels = math.prod(image[1:]) * math.prod(operator.kernel)
     elif operator.kind is LayerKind.LINEAR:
-        inputs, outputs = operator.inputs[0][-1], operator.output[-1]
+        inputs, outputs = operator.inputs[0][-1], operator.output[-1] * second_features(operator.op, operator.inputs)
         pixels = math.prod(operator.output[:-1])
     else:
         return 0.0
@@ -205,7 +205,7 @@ def _features(operator: Operator, tile: int) -> Floats:
     if operator.kind is LayerKind.CONV:
         weights = operator.output[0] * operator.inputs[0][0] // operator.groups * math.prod(operator.kernel)
     elif operator.kind is LayerKind.LINEAR:
-        weights = operator.output[-1] * operator.inputs[0][-1]
+        weights = operator.output[-1] * operator.inputs[0][-1] * second_features(operator.op, operator.inputs)
     size = operator.setting.precision.activation_bytes
     return np.array([_products(operator, tile) * 1e-9, (operator.batch * elements * size + 4 * weights) * 1e-6, 1e-3])
 

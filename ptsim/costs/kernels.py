@@ -21,10 +21,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ptsim.costs.flops import num_taps, spatial_axes
 from ptsim.costs.widths import Widths
 from ptsim.network import PRODUCTS, Layer, LayerKind, Network, Precision
-from ptsim.operators import is_transposed
+from ptsim.operators import BILINEAR, is_transposed, num_taps, second_features
 from ptsim.setting import StepSetting
 
 Floats = npt.NDArray[np.float64]
@@ -180,7 +179,7 @@ def convolution_kernels(
     # cuDNN's NHWC kernels for groups want as many channels out as in and whole warps of groups (ResNeXt has 32 or 64).
     usual = channels_in == channels_out and layer.groups % 32 == 0 and layer.dilation == (1, 1)
     odd_groups = halves and not foreign and layer.groups > 1 and not depthwise and not usual
-    transposed, flat = is_transposed(layer.op), spatial_axes(layer) == 2
+    transposed, flat = is_transposed(layer.op), layer.spatial_axes == 2
     square = flat and layer.kernel_size == (3, 3)
     spread = Pass.FORWARD if transposed else Pass.INPUT_GRADIENT  # from few pixels to many
     for step, (m, n, k) in _implicit_products(layer, batch).items():
@@ -214,9 +213,10 @@ def convolution_kernels(
 
 def _implicit_products(layer: Layer, batch: int) -> dict[Pass, tuple[float, float, float]]:
     """m, n and k of every pass of a convolution, in each group."""
-    axes, area, stride = spatial_axes(layer), num_taps(layer), _stride(layer)
+    area, stride = num_taps(layer), _stride(layer)
     channels_in, channels_out = layer.in_channels // layer.groups, layer.out_channels // layer.groups
-    pixels_in, pixels_out = (batch * math.prod(s[-axes:]) for s in (layer.input_shapes[0], layer.output_shape))
+    tensors = (layer.unfolded(shape) for shape in (layer.input_shapes[0], layer.output_shape))
+    pixels_in, pixels_out = (batch * folded * math.prod(image[1:]) for folded, image in tensors)
     if is_transposed(layer.op):  # runs the gradient of a convolution's input forward, and a convolution backward
         return {
             Pass.FORWARD: (pixels_out, channels_out, channels_in * area / stride),
@@ -232,7 +232,7 @@ def _implicit_products(layer: Layer, batch: int) -> dict[Pass, tuple[float, floa
 
 def _stride(layer: Layer) -> int:
     """Over all axes. A layer does not name that of the depth of three axes: its shapes do."""
-    if spatial_axes(layer) < 3:
+    if layer.spatial_axes < 3:
         return math.prod(layer.stride)
     depths = layer.input_shapes[0][-3], layer.output_shape[-3]
     return math.prod(layer.stride) * max(1, round(max(depths) / max(min(depths), 1)))
@@ -341,11 +341,7 @@ def _kernels_of(
                 layer, batch=batch, element=element, foreign=foreign, halves=halves, index=index
             )
         case LayerKind.LINEAR if layer.in_channels and layer.out_channels:
-            rows = batch * layer.output_elements / layer.out_channels
-            yield from product_kernels(
-                rows, layer.out_channels, layer.in_channels, element=element, index=index,
-                needs_input_gradient=layer.input_needs_gradient, needs_weight_gradient=layer.weight_needs_gradient,
-            )  # fmt: skip
+            yield from _linear_kernels(layer, batch * layer.output_elements / layer.out_channels, element, index)
         case LayerKind.LINEAR | LayerKind.MATMUL:
             # Only the count is known: taken as one square-ish product per image over the output's last axis.
             n = float(layer.output_shape[-1]) if layer.output_shape else 1.0
@@ -386,6 +382,19 @@ def _kernels_of(
         case _:
             yield _stream(index, forward, x + y, x + y)
             yield _stream(index, backward, x + y, x + y)
+
+
+def _linear_kernels(layer: Layer, rows: float, element: int, index: int) -> Iterator[Kernel]:
+    """The products of a linear layer, and of a bilinear one, whose second input has a gradient of as many, too."""
+    second = second_features(layer.op, layer.input_shapes)
+    yield from product_kernels(
+        rows, second * layer.out_channels, layer.in_channels, element=element, index=index,
+        needs_input_gradient=layer.input_needs_gradient, needs_weight_gradient=layer.weight_needs_gradient,
+    )  # fmt: skip
+    if layer.op == BILINEAR and layer.input_needs_gradient:
+        pairs = layer.out_channels * layer.in_channels
+        products = product_kernels(rows, pairs, second, element=element, index=index)
+        yield from (kernel for kernel in products if kernel.step is Pass.INPUT_GRADIENT)
 
 
 def _stream(index: int, step: Pass, moved: float, footprint: float, launches: float = 1.0) -> Kernel:

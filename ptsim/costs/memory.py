@@ -18,11 +18,11 @@ from collections.abc import Iterable
 import msgspec
 
 from ptsim.costs.buckets import ddp_buckets
-from ptsim.costs.flops import num_taps, spatial_axes
 from ptsim.costs.walked import layer_workspace, walked_footprint
 from ptsim.criteria import step_penalty
 from ptsim.hardware.spec import Device
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, LayerKind, MemoryFormat, Network
+from ptsim.operators import num_taps
 from ptsim.optimizers import kind_of
 from ptsim.setting import StepSetting
 from ptsim.units import MIB
@@ -32,7 +32,11 @@ from ptsim.units import MIB
 _UPDATE_COPIES = 1
 # c10/cuda/CUDACachingAllocator.h: kSmallBuffer, kLargeBuffer.
 _SMALL_SEGMENT, _LARGE_SEGMENT = 2 * MIB, 20 * MIB
-# aten/src/ATen/cuda/CublasHandlePool.cpp: 32 MiB on Hopper and newer, else 4096·2 + 16·8 KiB.
+# aten/src/ATen/cuda/CublasHandlePool.cpp: 32 MiB on Hopper (in newer versions on Blackwell, too), else
+# 4096·2 + 16·8 KiB, for every pair of a handle and a stream. A thread has its own handle for each GPU (cuda/detail/
+# DeviceThreadHandles.h), and backward runs in autograd's thread of the GPU (torch/csrc/autograd/engine.cpp, "Allocating
+# GPUs to autograd threads"), DDP or not: two of them. From torch 2.15 on it is there for the time of a product only
+# (TORCH_CUBLAS_WORKSPACE_CACHE), so that this errs upwards.
 _CUBLAS_WORKSPACE = {"hopper": 32 * MIB, "blackwell": 32 * MIB}
 _CUBLAS_WORKSPACE_OTHER = (4096 * 2 + 16 * 8) * 1024
 # Margins of `device_bytes`, chosen to err upwards: a process's CUDA context with cuDNN and cuBLAS loaded (measured on
@@ -206,9 +210,10 @@ def _round_each(sizes: Iterable[int], block: int) -> int:
 
 
 def _library_workspace(network: Network, device: Device) -> int:
-    if not any(layer.kind in (LayerKind.LINEAR, LayerKind.MATMUL) for layer in network.layers):
-        return 0
-    return _CUBLAS_WORKSPACE.get(device.architecture, _CUBLAS_WORKSPACE_OTHER)
+    """Of cuBLAS: one for the products of the forward pass, and one for those of backward."""
+    products = [layer for layer in network.layers if layer.kind in (LayerKind.LINEAR, LayerKind.MATMUL)]
+    backward = any(layer.input_needs_gradient or layer.weight_needs_gradient for layer in products)
+    return (bool(products) + backward) * _CUBLAS_WORKSPACE.get(device.architecture, _CUBLAS_WORKSPACE_OTHER)
 
 
 def fallback_scratch(network: Network, num_threads: int) -> int:
@@ -220,7 +225,7 @@ def fallback_scratch(network: Network, num_threads: int) -> int:
     """
     narrow = [
         layer.num_parameters
-        + num_taps(layer) * layer.in_channels * math.prod(layer.output_shape[-spatial_axes(layer) :])
+        + num_taps(layer) * layer.in_channels * math.prod(layer.output_shape[-layer.spatial_axes :])
         for layer in network.layers
         if layer.kind is LayerKind.CONV and layer.output_shape[-1] < layer.kernel_size[-1]
     ]

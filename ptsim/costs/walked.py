@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from ptsim.costs.flops import num_taps
 from ptsim.costs.widths import Widths, sources_of
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Layer, LayerKind, MemoryFormat, Moment, Network, Precision
+from ptsim.operators import num_taps, second_features
 
 _BATCHES = (512, 1024)  # at multiples of 128 images no tensor that grows with the mini-batch is rounded
 _PASSING_OPS = frozenset({"add", "sub"})  # their gradient is the gradient they get
@@ -314,7 +314,8 @@ def _buffer_sizes(network: Network) -> Iterable[int]:
         if layer.kind is LayerKind.BATCH_NORM:
             yield from (4 * layer.out_channels, 4 * layer.out_channels, 8)
         if not layer.weight_needs_gradient and layer.kind in (LayerKind.CONV, LayerKind.LINEAR):
-            yield 4 * num_taps(layer) * layer.in_channels // layer.groups * layer.out_channels
+            weights = num_taps(layer) * second_features(layer.op, layer.input_shapes)
+            yield 4 * weights * layer.in_channels // layer.groups * layer.out_channels
 
 
 def layer_workspace(layer: Layer, batch: int, width: int, memory_format: MemoryFormat) -> int:

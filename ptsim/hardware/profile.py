@@ -10,6 +10,7 @@ import msgspec
 from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import MissingMeasurementError
 from ptsim.network import Layer, LayerKind, MemoryFormat, Precision
+from ptsim.operators import num_taps
 
 Context = Literal["step", "alone"]
 
@@ -49,15 +50,19 @@ class Operator(OperatorShape, frozen=True, kw_only=True, cache_hash=True):
 
 
 def operator_of(layer: Layer, *, batch: int, setting: OperatorSetting) -> Operator:
-    """The operator that `layer` is at a mini-batch of `batch`."""
+    """The operator that `layer` is at a mini-batch of `batch`; what is folded into that belongs to the operator's."""
+    images, inputs, output = layer.repeats(batch), layer.input_shapes, layer.output_shape
+    if layer.kind is LayerKind.CONV:
+        folded, output = layer.unfolded(output)
+        images, inputs = images * folded, tuple(layer.unfolded(shape)[1] for shape in inputs)
     return Operator(
         kind=layer.kind,
         op=layer.op,
         setting=setting,
-        batch=layer.repeats(batch),
-        inputs=layer.input_shapes,
-        output=layer.output_shape,
-        kernel=layer.kernel_size,
+        batch=images,
+        inputs=inputs,
+        output=output,
+        kernel=_kernel(layer),
         stride=layer.stride,
         padding=layer.padding,
         dilation=layer.dilation,
@@ -66,6 +71,14 @@ def operator_of(layer: Layer, *, batch: int, setting: OperatorSetting) -> Operat
         inplace=layer.inplace,
         input_needs_gradient=layer.input_needs_gradient,
     )
+
+
+def _kernel(layer: Layer) -> tuple[int, int]:
+    """(height, width) of the windows; a filter's depth, which a layer does not name, counts with its height."""
+    if layer.kind is not LayerKind.CONV or layer.spatial_axes < 3:
+        return layer.kernel_size
+    width = layer.kernel_size[1]
+    return max(num_taps(layer) // width, 1), width
 
 
 class OperatorTime(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):

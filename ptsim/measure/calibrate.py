@@ -30,7 +30,13 @@ from torch import nn
 from ptsim import zoo
 from ptsim.capture.network import capture_network
 from ptsim.costs.measured import of_profile
-from ptsim.errors import FileFormatError, MissingMeasurementError, UnsupportedModelError, UsageError
+from ptsim.errors import (
+    FileFormatError,
+    MissingMeasurementError,
+    UnsupportedModelError,
+    UsageError,
+    lacks_gpu_memory,
+)
 from ptsim.hardware.profile import DeviceProfile, Operator, OperatorSetting, OperatorTime, operator_of
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.hardware.profile_merge import mean_time, merge_operators, with_round
@@ -322,11 +328,11 @@ class _Calibration:
             for operator in dict.fromkeys(operator_of(l, batch=batch, setting=setting) for l in network.layers):  # noqa: E741 - l is a layer
                 self._alone(operator)
             return
-        module.to(self._device).to(memory_format=layout(setting.memory_format))
         regularizer = None
-        if self._make_regularizer is not None:
-            regularizer = self._make_regularizer(module, network.input_shape)
         try:
+            module.to(self._device).to(memory_format=layout(setting.memory_format))
+            if self._make_regularizer is not None:
+                regularizer = self._make_regularizer(module, network.input_shape)
             profile = profile_network(
                 module,
                 renamed,
@@ -339,6 +345,10 @@ class _Calibration:
                 budget=Budget(num_steps=_NUM_STEPS, min_seconds=min_seconds, max_seconds=left_s),
             )
         except MissingMeasurementError:  # larger than this device's memory
+            return
+        except RuntimeError as error:
+            if not lacks_gpu_memory(error):
+                raise
             return
         layers = [
             msgspec.structs.replace(m, layer=own.name) for own, m in zip(network.layers, profile.layers, strict=True)

@@ -1,9 +1,10 @@
 """What did a training step take that `torch.profiler` recorded, and what does it say of the device?
 
-A step is what lies between two marks of the profiler (`ProfilerStep#N`), up to an update of the optimizer; without
-marks, what lies between two updates, else the whole file. The forward pass is made of the outermost operators that
-autograd keeps a node for, custom functions included; each is linked to its backward node by the sequence number that
-both carry. Times are those of kernels where a GPU was recorded, and of the operators themselves on a CPU.
+A step is what lies between two marks of the profiler (`ProfilerStep#N`), up to an update of the optimizer; several that
+are alike between two marks are as many steps. Without marks it is what lies between two updates, else the whole file.
+The forward pass is made of the outermost operators that autograd keeps a node for, custom functions included; each is
+linked to its backward node by the sequence number that both carry. Times are those of kernels where a GPU was recorded,
+and of the operators themselves on a CPU.
 
 Communication is exposed while a collective runs and nothing computes. All files of one call are ranks of the same job:
 times are means over the ranks.

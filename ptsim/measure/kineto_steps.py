@@ -95,13 +95,38 @@ def _windows(recording: Recording) -> list[Span]:
     marks = [event for event in recording.host if event.name.startswith(_STEP_MARK)]
     if marks:
         begins = [mark.begin_s for mark in marks]
-        return _joined(recording, list(zip(begins, [*begins[1:], marks[-1].end_s], strict=True)))
+        marked = zip(begins, [*begins[1:], marks[-1].end_s], strict=True)
+        return _joined(recording, [part for window in marked for part in _parted(recording, window)])
     begin, end = min(event.begin_s for event in recording.host), max(event.end_s for event in recording.host)
     updates = _updates(recording, (begin, math.inf))
     if not updates:
         return [(begin, end)]
     ends = [event.end_s for event in updates]
     return list(zip([begin, *ends[:-1]], ends, strict=True))
+
+
+def _parted(recording: Recording, window: Span) -> list[Span]:
+    """The steps of a window, and the passes behind the last one: programs mark several steps as one.
+
+    They are alike, each up to its own update, or to where a GradScaler left it out. What updates several networks in
+    turn (as a generator and its critic) is one step.
+    """
+    scales = [event for event in within(recording.host, window) if event.name == _SCALE]
+    ends = [event.end_s for event in scales or _updates(recording, window)]
+    if ends and not _backward(recording, (ends[-1], window[1])):
+        ends.pop()
+    if not ends:
+        return [window]
+    parts = list(zip([window[0], *ends], [*ends, window[1]], strict=True))
+    passes = [_first_pass(recording, part) for part in parts]
+    return parts if passes[0] and all(names == passes[0] for names in passes) else [window]
+
+
+def _first_pass(recording: Recording, window: Span) -> list[str]:
+    """The operators of the first forward pass in the window that has a backward pass; empty where none has."""
+    backward = _backward(recording, window)
+    calls, _ = _passes(_calls(recording, window, backward), backward)[0]
+    return [call.event.name for call in calls]
 
 
 def _joined(recording: Recording, windows: Sequence[Span]) -> list[Span]:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ptsim.capture.copies import computed_tensors
 from ptsim.capture.network import layer_names, training_graph
-from ptsim.errors import MissingMeasurementError, UnsupportedModelError
+from ptsim.errors import MissingMeasurementError, UnsupportedModelError, lacks_memory
 from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.nvml import open_meter
 from ptsim.measure.tf32 import tf32_allowed
@@ -41,12 +41,6 @@ NUM_LAYERED_STEPS = 3
 
 # torch's types of the formats that autocast uses.
 HALF_TYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
-# What torch also says where a GPU has no memory left: cuDNN finds no algorithm (pytorch/pytorch#108645), or a library
-# finds no place.
-_NO_MEMORY = (
-    "unable to find an engine to execute this computation", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)  # fmt: skip
 
 
 def layout(memory_format: MemoryFormat) -> torch.memory_format:
@@ -154,8 +148,8 @@ def profile_network(
             scaled = precision is Precision.FP16
             run = _Run(model, network, batch, memory_format, optimizer, regularizer, device, scaled=scaled)
             taken = _take(run, budget)
-        except RuntimeError as error:
-            if not out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
                 raise
             problem = f"at mini-batch {batch}: a second copy does not fit into {device}"
             raise MissingMeasurementError(f"{network.name} cannot be profiled {problem}") from error
@@ -175,11 +169,6 @@ def profile_network(
         peak_memory_bytes=None if taken.peak_bytes is None else taken.peak_bytes - before_bytes,
         **times,
     )
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether something that was tried on a GPU failed for want of memory, as far as torch tells."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def _held_bytes(device: torch.device) -> int:

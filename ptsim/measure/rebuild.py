@@ -134,7 +134,7 @@ def build_operator(operator: Operator) -> nn.Module | Call:
         case LayerKind.LINEAR if operator.op == "linear" and source:
             return nn.Linear(source[-1], target[-1], operator.bias)
         case LayerKind.BATCH_NORM:
-            return nn.BatchNorm2d(target[0]) if len(target) == 3 else nn.BatchNorm1d(target[0])
+            return {3: nn.BatchNorm2d, 4: nn.BatchNorm3d}.get(len(target), nn.BatchNorm1d)(target[0])
         case LayerKind.NORM if operator.op == "layer_norm":
             return nn.LayerNorm(target[-1])
         case LayerKind.ACTIVATION if operator.op in _ACTIVATIONS:
@@ -201,6 +201,10 @@ def rebuild(network: Network) -> tuple[fx.GraphModule, Network]:
             raise UnsupportedModelError(
                 f"{network.name} cannot be rebuilt: layer {layer.name} has {len(layer.input_shapes)} inputs, "
                 f"{len(inputs)} of them are connected"
+            )
+        if layer.kind is LayerKind.CONV and layer.unfolded(layer.output_shape)[1] != layer.output_shape:
+            raise UnsupportedModelError(
+                f"{network.name} cannot be rebuilt: layer {layer.name} gets more than images in its mini-batch"
             )
         operation = _left_by_pruning(network, layer) or build_operator(operator_of(layer, batch=1, setting=setting))
         if isinstance(operation, Call):

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ptsim.costs.flops import num_taps
 from ptsim.costs.walked import rescaled
 from ptsim.network import Layer, LayerKind, Network, Parameter
-from ptsim.operators import BRANCH_CONSTANT, constant_axis, is_transposed
+from ptsim.operators import BRANCH_CONSTANT, constant_axis, is_transposed, num_taps
 
 Shape = tuple[int, ...]
 
@@ -125,7 +124,8 @@ def _output_shape(layer: Layer, out_channels: int, in_ratio: float) -> Shape:
         return (*shape[:-1], out_channels)
     if layer.kind in (LayerKind.RESHAPE, LayerKind.OTHER, LayerKind.MATMUL):
         return (round(shape[0] * in_ratio), *shape[1:])
-    return (out_channels, *shape[1:])
+    image = layer.unfolded(shape)[1] if layer.kind is LayerKind.CONV else shape
+    return (*shape[: -len(image)], out_channels, *image[1:])
 
 
 def _round_parameter(parameter: Parameter, old: Layer, new: Layer) -> Parameter:

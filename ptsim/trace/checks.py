@@ -15,7 +15,8 @@ from ptsim.trace.schema import AnyRecord, Architecture, Draw, End, Epoch, Profil
 _CLOCKS = 2.0  # how far the parts of an epoch or a step, which other clocks measure, may exceed the whole
 _SURGERY = (1e-6, 1e6)  # seconds that changing a network can take
 _LEAST_SPREAD = 1e-6  # of the 90th percentile of an epoch's steps: a 10th percentile below it is no step's time
-# Images of updates that a GradScaler leaves out, forty in a row perhaps, and of passes without one are counted, too.
+# Images of updates that a GradScaler leaves out are counted, too: of a hundred in a row until it has found its scale,
+# and of one for every update that is made, where it tries a larger scale after each.
 _LEFT_OUT = 100
 
 
@@ -137,11 +138,15 @@ def _surgery_problem(record: Reconfiguration) -> str | None:
     return f"field 'duration_s' is {seconds:g}, expected 0 or {least:g} to {most:g}: no network is changed in that time"
 
 
+def most_images(num_iterations: int, batch: int) -> int:
+    """Images of so many updates of `batch` images on a rank, at most: with those of updates that were left out."""
+    return (2 * num_iterations + _LEFT_OUT) * batch
+
+
 def _epoch_problem(epoch: Epoch, network: Network) -> str | None:
-    most = _LEFT_OUT * epoch.num_iterations * epoch.batch_per_gpu * epoch.world_size
+    most = most_images(epoch.num_iterations, epoch.batch_per_gpu) * epoch.world_size
     if epoch.num_images > most:
-        hold = f"{_LEFT_OUT} times what the iterations hold"
-        return f"field 'num_images' is {epoch.num_images}, expected at most {most}, {hold}"
+        return f"field 'num_images' is {epoch.num_images}, expected at most {most} in {epoch.num_iterations} iterations"
     if epoch.measured_step is not None:
         step = epoch.measured_step
         if not step.p10_s <= step.median_s <= step.p90_s:

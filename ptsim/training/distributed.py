@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket, Store
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from ptsim.errors import PtsimError, TrainingError, UsageError
+from ptsim.errors import PtsimError, TrainingError, UsageError, lacks_gpu_memory
 from ptsim.textfile import printable
 from ptsim.training.data import Share
 from ptsim.training.joining import cause_of, join, place
@@ -71,11 +71,7 @@ class Team:
         except BaseException as error:
             if self.world_size == 1:
                 raise
-            if (
-                isinstance(error, torch.OutOfMemoryError)
-                or not isinstance(error, RuntimeError)
-                or not _lost_peer(error)
-            ):
+            if lacks_gpu_memory(error) or not isinstance(error, RuntimeError) or not _lost_peer(error):
                 self._report(error)
                 raise
             self._lost = True

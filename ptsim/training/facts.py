@@ -128,10 +128,7 @@ def checked_facts(facts: RunFacts | None) -> RunFacts:
     if facts is not None and not isinstance(facts, RunFacts):
         raise UsageError(f"facts is a {type(facts).__name__}, expected ptsim.RunFacts(model=…, seed=…, …)")
     told = facts or RunFacts()
-    if not isinstance(told.hyperparameters, Mapping):
-        kind = type(told.hyperparameters).__name__
-        raise UsageError(f"facts: hyperparameters is a {kind}, expected a dict", hint="vars(args) makes one")
-    settings = _in_json(as_plain(dict(told.hyperparameters)))
+    settings = checked_settings(told.hyperparameters, "facts: hyperparameters")
     fields = as_plain(msgspec.structs.replace(told, hyperparameters={}))
     if isinstance(told.precision, str):
         fields["precision"] = parse_precision(told.precision).value
@@ -140,10 +137,23 @@ def checked_facts(facts: RunFacts | None) -> RunFacts:
     except msgspec.ValidationError as error:
         problem, _, place = str(error).replace("`", "").partition(" - at $.")
         raise UsageError(f"facts: {place}: {problem}") from error
-    wrong = hyperparameters_problem(settings) or seed_problem(made.seed)
-    if wrong is not None:
+    if (wrong := seed_problem(made.seed)) is not None:
         raise UsageError(f"facts: {wrong}")
     return msgspec.structs.replace(made, hyperparameters=settings)
+
+
+def checked_settings(settings: Any, what: str = "settings") -> dict[str, Any]:
+    """Hyper-parameters that were told, as a trace holds them; what no file holds becomes text.
+
+    Raises:
+        UsageError: they are no dict, or a trace that holds them could not be read; `what` is how to call them.
+    """
+    if settings is not None and not isinstance(settings, Mapping):
+        raise UsageError(f"{what} is a {type(settings).__name__}, expected a dict", hint="vars(args) makes one")
+    found: dict[str, Any] = _in_json(as_plain(dict(settings or {})))
+    if (wrong := hyperparameters_problem(found)) is not None:
+        raise UsageError(what + wrong.removeprefix("hyperparameters"))
+    return found
 
 
 def _in_json(value: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ptsim import zoo
-from ptsim.errors import PtsimError, TrainingError, UsageError, lacks_memory
+from ptsim.errors import PtsimError, TrainingError, UsageError, lacks_gpu_memory, lacks_memory
 from ptsim.measure.host_memory import keep_freed_memory
 from ptsim.measure.profile import tuned_convolutions
 from ptsim.measure.tf32 import tf32_allowed
@@ -220,11 +220,6 @@ class Trainer:
         except PtsimError as error:
             self.learner.recorder.close("failed", error.message)
             raise
-        except torch.OutOfMemoryError as error:
-            where = f"rank {error.rank}" if isinstance(error, RankOutOfMemoryError) else str(self.team.device)
-            problem = f"a mini-batch of {self.learner.batch} needs more memory than {where} has left"
-            self.learner.recorder.close("failed", problem)
-            raise TrainingError(problem, hint="a smaller batch, or with dynamic_batch a max_batch") from error
         except (RuntimeError, MemoryError) as error:
             asked = self.interruption.asked
             if asked is not None and "DataLoader worker" in str(error):  # the signal has ended them, too
@@ -232,13 +227,21 @@ class Trainer:
                 raise TrainingInterrupted(asked.name, self.folder) from error
             if not lacks_memory(error):
                 raise
-            problem = f"a mini-batch of {self.learner.batch} needs more memory than this machine has left"
-            self.learner.recorder.close("failed", problem)
-            raise TrainingError(problem, hint="a smaller batch") from error
+            raise self._stopped_without_memory(error) from error
         finally:
             self.learner.recorder.abandon()
             self.learner.unwrap()
         return self._result()
+
+    def _stopped_without_memory(self, error: BaseException) -> TrainingError:
+        """What to say of it; the trace ends with the same words."""
+        where, hint = "this machine", "a smaller batch"
+        if lacks_gpu_memory(error):
+            where = f"rank {error.rank}" if isinstance(error, RankOutOfMemoryError) else str(self.team.device)
+            hint += ", or with dynamic_batch a max_batch"
+        problem = f"a mini-batch of {self.learner.batch} needs more memory than {where} has left"
+        self.learner.recorder.close("failed", problem)
+        return TrainingError(problem, hint=hint)
 
     def _check_beginning(self, device: str) -> bytes:
         check_began_alike(self.folder, self.data.dataset, device)
@@ -289,9 +292,9 @@ class Trainer:
             try:
                 self._epoch(self.plans[self.learner.next_epoch])
                 continue
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
                 known = self.team.world_size == 1 or isinstance(error, RankOutOfMemoryError)
-                if not (known and self._has_grown()):
+                if not (known and lacks_gpu_memory(error) and self._has_grown()):
                     raise
             self._step_back()  # out of the handler: its traceback would hold what the failed pass has allocated
         self.learner.recorder.close()

@@ -7,6 +7,7 @@ import time
 import msgspec
 
 from ptsim.measure.nvml import Meter
+from ptsim.trace.checks import most_images
 from ptsim.trace.schema import DeviceUse, EpochTime, StepDistribution
 from ptsim.training.checkpoint import NotNegative, Whole
 from ptsim.training.distributed import CommunicationMeter
@@ -26,6 +27,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
     num_iterations: int
     num_images: int
+    num_reductions: int
     time: EpochTime | None
     step: StepDistribution | None
     use: DeviceUse | None
@@ -41,15 +43,18 @@ class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     Attributes:
         num_iterations, num_images: of this rank.
+        num_reductions: how often the gradients were reduced; states of older versions do not know it.
         batch, largest_backward: images of its largest forward and backward pass; 0 where none was seen.
         usual_step: images of most of its updates, all passes of one together; 0 where none was seen.
         loss_sum, loss_images: Σ loss · images, and the images of those losses.
         learning_rate: at its first update; None where the optimizer decides it.
         time: None where nobody timed it.
+        peak_bytes: of a GPU's memory in its training passes; None where nobody knows it.
     """
 
     num_iterations: Whole = 0
     num_images: Whole = 0
+    num_reductions: Whole = 0
     batch: Whole = 0
     largest_backward: Whole = 0
     usual_step: Whole = 0
@@ -57,6 +62,7 @@ class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     loss_images: NotNegative = 0.0
     learning_rate: float | None = None
     time: EpochTime | None = None
+    peak_bytes: Whole | None = None
 
     def tell(self, watch: Watch) -> None:
         """Let the watch know what was seen of the epoch; states of older versions know less."""
@@ -76,6 +82,10 @@ class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         names = EpochTime.__struct_fields__
         return EpochTime(**{name: getattr(self.time, name) + getattr(later, name) for name in names})
 
+    def reduced(self, later: int) -> int:
+        """All-reduces of the whole epoch, with so many `later` ones."""
+        return max(self.num_reductions, self.num_iterations) + later
+
     def joined(self, later: Measured) -> Measured:
         """What is known of the whole epoch.
 
@@ -87,6 +97,8 @@ class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             later,
             num_iterations=self.num_iterations + later.num_iterations,
             num_images=self.num_images + later.num_images,
+            num_reductions=self.reduced(later.num_reductions),
+            peak_bytes=_most(self.peak_bytes, later.peak_bytes),
             time=self.sum(later.time) if later.num_iterations else self.time,
             use=None,
         )
@@ -112,15 +124,27 @@ def measure_epoch(
     times = watch.finish()
     last_step_s = watch.last_step_s
     validation_s = time.perf_counter() - last_step_s if last_step_s is not None else 0.0
+    reductions = num_reductions(watch)
     measured = Measured(
         num_iterations=iterations,
         num_images=images,
-        time=None if times is None else epoch_time(times[0], communication, num_reductions(watch), validation_s),
+        num_reductions=reductions,
+        time=None if times is None else epoch_time(times[0], communication, reductions, validation_s),
         step=None if times is None else times[1],
         use=meter.stop(until_s=last_step_s),
         peak_bytes=watch.memory.total(),
     )
     return earlier.joined(measured)
+
+
+def mini_batch(usual: int, num_iterations: int, images_per_rank: int) -> int:
+    """Images of an update: the `usual` ones, or the mean where a trace cannot say that updates had the usual ones.
+
+    So it is of an epoch in which most updates were left out: the others count as passes of those that were made.
+    """
+    if images_per_rank <= most_images(num_iterations, usual):
+        return usual
+    return -(-images_per_rank // num_iterations)
 
 
 def num_reductions(watch: Watch) -> int:
@@ -152,10 +176,12 @@ def unfinished_epoch(
     if not iterations and not earlier.num_iterations:
         return None
     total, told, images = losses.total(watch.num_images + earlier.num_images).tolist()
-    seconds = None if times is None else epoch_time(times[0], communication, num_reductions(watch))
+    reductions = num_reductions(watch)
+    seconds = None if times is None else epoch_time(times[0], communication, reductions)
     return Unfinished(
         num_iterations=earlier.num_iterations + iterations,
         num_images=int(images),
+        num_reductions=earlier.reduced(reductions),
         batch=watch.batch or 0,
         largest_backward=watch.largest_backward,
         usual_step=watch.usual_step,
@@ -163,4 +189,10 @@ def unfinished_epoch(
         loss_images=told,
         learning_rate=watch.learning_rate if earlier.learning_rate is None else earlier.learning_rate,
         time=earlier.sum(seconds) if iterations else earlier.time,
+        peak_bytes=_most(earlier.peak_bytes, watch.memory.so_far()),
     )
+
+
+def _most(*told: int | None) -> int | None:
+    """The largest of what is known; None where nothing is."""
+    return max((each for each in told if each is not None), default=None)

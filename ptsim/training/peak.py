@@ -19,10 +19,15 @@ class PeakMemory:
         self._bytes, self._rests = None, True
         self.go_on()
 
+    def so_far(self) -> int | None:
+        """Bytes since `begin`; None on a CPU, and where nothing was trained."""
+        if self._rests or self._device.type != "cuda":
+            return self._bytes
+        return max(self._bytes or 0, torch.cuda.max_memory_allocated(self._device))
+
     def rest(self) -> None:
         """What comes is no training, until `go_on`."""
-        if not self._rests and self._device.type == "cuda":
-            self._bytes = max(self._bytes or 0, torch.cuda.max_memory_allocated(self._device))
+        self._bytes = self.so_far()
         self._rests = True
 
     def go_on(self) -> None:
@@ -32,6 +37,6 @@ class PeakMemory:
         self._rests = False
 
     def total(self) -> int | None:
-        """Bytes since `begin`; None on a CPU, and where nothing was trained."""
+        """As `so_far`; what comes is no training."""
         self.rest()
         return self._bytes

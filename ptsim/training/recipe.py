@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ptsim import zoo
-from ptsim.errors import UsageError, on_one_line
+from ptsim.errors import UsageError, lacks_memory, on_one_line
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -79,6 +79,8 @@ def check_fits(model: nn.Module, recipe: Recipe) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             outputs = [model.train(mode)(torch.zeros(2, channels, height, width)) for mode in (False, True)]
     except Exception as error:  # the model's own code runs here
+        if lacks_memory(error):
+            raise
         reason = on_one_line(error, 200)
         raise UsageError(
             f"model {recipe.model!r} does not take images of {channels}×{height}×{width}: {reason}",

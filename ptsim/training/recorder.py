@@ -22,7 +22,7 @@ from ptsim.errors import UsageError, on_one_line
 from ptsim.measure.nvml import open_meter
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.density import THRESHOLD, channel_maxima, checked_threshold, dense_counts, layer_densities
-from ptsim.setting import as_plain, image_shape, positive_number, real_number
+from ptsim.setting import image_shape, positive_number, real_number
 from ptsim.trace.schema import AnyRecord, End, Epoch, Run, gone_share
 from ptsim.training.checkpoint import Totals
 from ptsim.training.distributed import CommunicationMeter, Team, current_team
@@ -35,6 +35,7 @@ from ptsim.training.facts import (
     checked_facts,
     checked_fraction,
     checked_loss,
+    checked_settings,
     note_image_shape,
     num_outputs,
     product_layer,
@@ -44,7 +45,7 @@ from ptsim.training.facts import (
 )
 from ptsim.training.loggers import Logger, Mirror
 from ptsim.training.losses import LossSum
-from ptsim.training.measured import Measured, Penalty, Unfinished, measure_epoch, unfinished_epoch
+from ptsim.training.measured import Measured, Penalty, Unfinished, measure_epoch, mini_batch, unfinished_epoch
 from ptsim.training.misuse import OnlyOne
 from ptsim.training.profiling import layer_profile
 from ptsim.training.tracefile import TraceFile, checked_folder, refuse_trace
@@ -111,7 +112,7 @@ class Recorder(OnlyOne):
 
         Raises:
             UnsupportedModelError: the network cannot be traced.
-            UsageError: an `input_shape` that is none; facts, a logger or a network that cannot be used.
+            UsageError: an `input_shape` that is none; facts, settings, a logger or a network that cannot be used.
         """
         refuse_spread(model)
         self.input_shape, self.facts = image_shape(input_shape), checked_facts(facts)
@@ -130,7 +131,7 @@ class Recorder(OnlyOne):
         self.profiles, self.resident_bytes = profile, 0
         self.owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
         self._channel_maxima, self._threshold = channel_maxima, checked_threshold(threshold)
-        self.settings = as_plain(dict(settings or {}))
+        self.settings = checked_settings(settings)
         self._mirror = Mirror(loggers if self.records or self.folder is None else (), self.folder)
         self._trace: TraceFile | None = None
         self._keep: tuple[int | None, str | None] = (None, None)
@@ -410,9 +411,9 @@ class Recorder(OnlyOne):
         rates = self._earlier.learning_rate, watch.learning_rate, learning_rate(self.optimizer)
         known = {layer.name for layer in self._architecture.layers}  # a module that forward never calls is no layer
         channels, weights = dense_counts(self.network, threshold)
-        gradient_bytes = self._architecture.gradient_bytes if team.world_size > 1 else 0
         batch = self.batch_per_gpu if watch.usual_step else max(watch.batch or 1, -(-images // iterations))
         total, told, all_images = team.sum(self._losses.total(images)).tolist()
+        batch = mini_batch(batch, iterations, -(-int(all_images) // team.world_size))
         return Epoch(
             epoch=self.epoch,
             architecture=self._architecture.id,
@@ -433,7 +434,7 @@ class Recorder(OnlyOne):
             weight_sparsity=gone_share(weights, self.initial_counts[1]),
             measured_time=measured.time,
             measured_step=measured.step,
-            allreduce_bytes=gradient_bytes * max(iterations, watch.num_reductions),
+            allreduce_bytes=self._architecture.gradient_bytes * measured.num_reductions if team.world_size > 1 else 0,
             peak_memory_bytes=measured.peak_beside(self.resident_bytes),
             device=measured.use,
             densities=tuple(d for d in layer_densities(self.network, threshold) if d.layer in known),

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptsim.errors import TrainingError
-from ptsim.measure.profile import number_format, out_of_memory
+from ptsim.errors import TrainingError, lacks_gpu_memory, lacks_memory
+from ptsim.measure.profile import number_format
 from ptsim.training.data import Batch
 from ptsim.training.distributed import Reduction, Team
 from ptsim.training.learner import Learner
@@ -73,7 +73,7 @@ def train_epoch(
 
     Raises:
         TrainingError: a loss was not finite; says in which iteration.
-        torch.OutOfMemoryError: a rank has no memory left.
+        RuntimeError: a rank has no memory left (`lacks_gpu_memory`).
     """
     config, optimizer, scaler, pruner = learner.config, learner.optimizer, learner.scaler, learner.pruner
     module = learner.module.train()
@@ -103,8 +103,9 @@ def train_epoch(
             learner.update_average()
             classes, _ = max(mixed, key=lambda part: part[1])  # of two mixed images those of the larger share
             tally.add(iteration, loss.detach(), logits.detach(), classes)
-        except torch.OutOfMemoryError:
-            if not reduction.can_be_finished or pruner.penalty_coefficient is None:
+        except RuntimeError as error:
+            finishes = reduction.can_be_finished and pruner.penalty_coefficient is not None
+            if not (finishes and lacks_gpu_memory(error)):
                 raise
             out_of_memory = True
         if out_of_memory:  # out of the handler: it would hold what the failed pass has allocated
@@ -169,8 +170,8 @@ def fits(learner: Learner, batch: int) -> bool:
                 loss = F.cross_entropy(model.train()(images), labels)
             loss.backward()  # type: ignore[no-untyped-call] # torch's gap
             learner.pruner.criterion.add_gradient(0.0)
-        except RuntimeError as error:
-            if not out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
                 raise
             return False
         finally:

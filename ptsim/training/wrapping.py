@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.capture.copies import copied
-from ptsim.errors import TrainingError, UnsupportedModelError, UsageError, on_one_line
+from ptsim.errors import TrainingError, UnsupportedModelError, UsageError, lacks_memory, on_one_line
 from ptsim.prune.cut import unwrap
 from ptsim.training.config import Config
 from ptsim.training.distributed import CountedBuckets, Team
@@ -228,7 +228,7 @@ class CompiledOnce(nn.Module):
             try:
                 logits: Tensor = self.compiled(images)
             except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if lacks_memory(error):
                     raise
                 reason = on_one_line(error)
                 raise UnsupportedModelError(f"torch.compile cannot take {self._name} as one graph: {reason}") from error

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.check_counts import counted, kept_bytes, peak_bytes, torch_macs
-from ptsim.capture.counts import einsum_macs
+from ptsim.capture.counts import counter, einsum_macs
 from ptsim.capture.network import capture_network
+from ptsim.consistency import network_problem
 from ptsim.costs.flops import inference_macs, training_macs
+from ptsim.costs.kernels import Work, convolution_kernels
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.traffic import network_traffic
 from ptsim.network import LayerKind, Network, Precision
@@ -109,6 +115,115 @@ def test_the_norm_of_weights_is_no_batch_norm_traffic() -> None:
     network = capture_network(user_models.standardised(), name="s", input_shape=IMAGE, num_classes=10)
     norms = [layer for layer in network.layers if layer.kind is LayerKind.BATCH_NORM]
     assert [layer.once for layer in norms] == [True]
+
+
+class Folded(nn.Module):
+    """One small convolution over every channel of an image alike, as EMA attention has for groups of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.norm, self.all = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, channels, height, width = x.shape
+        y = self.norm(self.each(x.reshape(n * channels, 1, height, width)))
+        return self.all(y.reshape(n, 4 * channels, height, width)).mean((2, 3))
+
+
+def test_what_the_code_folds_into_the_mini_batch_are_more_images_of_a_convolution() -> None:
+    network = capture_network(Folded(), name="f", input_shape=(3, 8, 8), num_classes=5)
+    each = network.layer("each")
+    assert (each.input_shapes, each.output_shape) == (((3, 1, 8, 8),), (3, 4, 8, 8))
+    assert each.forward_macs == 3 * 4 * 9 * 64
+    assert network_problem(network) is None  # a trace that has it can be read
+    products = [k for k in convolution_kernels(each, batch=2, element=4) if k.work is Work.PRODUCT]
+    assert {k.m * k.n * k.k * k.groups for k in products} == {2 * each.forward_macs}
+
+
+class Unused(nn.Module):
+    """Two convolutions whose results nobody uses, or only their places, beside one that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.unused, self.router = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(4, 2, 1)
+        self.head, self.table = nn.Linear(4, 5), nn.Embedding(2, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        self.unused(x)
+        return self.head(x.mean((2, 3))) + self.table(self.router(x).mean((2, 3)).argmax(1))
+
+
+def test_a_layer_to_which_no_gradient_comes_learns_nothing_and_its_trace_can_be_read() -> None:
+    torch.manual_seed(0)
+    model = Unused()
+    network = capture_network(model, name="u", input_shape=(3, 8, 8), num_classes=5)
+    assert network_problem(network) is None
+    for name in ("unused", "router"):
+        layer = network.layer(name)
+        assert (layer.num_parameters, layer.weight_needs_gradient, layer.input_needs_gradient) == (0, False, False)
+    assert {p.name for p in network.parameters if not p.layer} == {
+        "unused.weight", "unused.bias", "router.weight", "router.bias"
+    }  # fmt: skip
+    forward, step = torch_macs(model, torch.rand(2, 3, 8, 8))
+    assert (inference_macs(network), training_macs(network)) == (forward, step)
+
+
+class Pair(nn.Module):
+    """Multiplies two descriptions of an image, of 4 and of 3 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.both = nn.Linear(3, 4), nn.Linear(3, 3), nn.Bilinear(4, 3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.mean((2, 3))
+        return self.both(self.a(y), self.b(y))
+
+
+def test_a_bilinear_layer_multiplies_each_weight_once_for_an_image_and_again_for_every_gradient() -> None:
+    network = capture_network(Pair(), name="p", input_shape=(3, 4, 4), num_classes=5)
+    layer = network.layer("both")
+    assert (layer.kind, layer.in_channels, layer.out_channels) == (LayerKind.LINEAR, 4, 5)
+    assert layer.forward_macs == 5 * 4 * 3
+    # The linear layers have 12 and 9 weights, and the images no gradient.
+    assert training_macs(network, images=7) == 7 * (4 * 60 + 2 * (12 + 9))
+
+
+class Computes(nn.Module):
+    """Gives what a function of an image of 3×4×6 and of its own random numbers gives."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], *shape: int) -> None:
+        super().__init__()
+        self.function, self.own = function, nn.Parameter(torch.rand(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, self.own)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "expected"),
+    [
+        (torch.matmul, (6,), 3 * 4 * 6),
+        (torch.matmul, (6, 5), 3 * 4 * 6 * 5),
+        (lambda x, w: w @ x, (5, 4), 3 * 5 * 4 * 6),  # one matrix for all three
+        (lambda x, w: x @ w, (2, 3, 6, 5), 2 * 3 * 4 * 6 * 5),
+        (lambda x, w: torch.mv(x[0, 0], w), (6,), 4 * 6),
+        (lambda x, w: torch.addmv(x[0, 0, :, 0], x[0, 0], w), (6,), 4 * 6),
+        (lambda x, w: torch.dot(x[0, 0, 0], w), (6,), 6),
+        (torch.inner, (7, 6), 3 * 4 * 6 * 7),
+        (functional.linear, (6,), 3 * 4 * 6),
+        (functional.linear, (7, 6), 3 * 4 * 6 * 7),
+        (lambda x, w: torch.tensordot(x, w, dims=([2], [0])), (4, 5), 3 * 6 * 4 * 5),
+        (lambda x, w: torch.tensordot(x, w, dims=2), (4, 6, 5), 3 * 4 * 6 * 5),
+        (lambda x, w: torch.baddbmm(x[0, :, :, :5], x[0], w), (3, 6, 5), 3 * 4 * 6 * 5),
+        (lambda x, w: torch.addbmm(x[0, 0, :, :5], x[0], w), (3, 6, 5), 3 * 4 * 6 * 5),
+    ],
+)
+def test_every_product_is_counted_as_often_as_it_multiplies(
+    function: Callable[..., torch.Tensor], shape: tuple[int, ...], expected: int
+) -> None:
+    assert counter(Computes(function, *shape), torch.rand(1, 3, 4, 6)).total() == expected
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,24 @@ def test_paper_counts_all_taps_of_a_volume() -> None:
     assert layer_macs(halves, "paper").input_gradient == 6 * 10 * 10 * 128 * 27 * 32
 
 
+def test_paper_counts_every_image_that_is_folded_into_the_mini_batch() -> None:
+    """Five patches of 64×8×8, padded to 10×10."""
+    patches = conv(stride=(1, 1), input_shapes=((5, 64, 8, 8),), output_shape=(5, 128, 8, 8))
+    assert layer_macs(patches, "paper").input_gradient == 5 * 10 * 10 * 128 * 9 * 64
+
+
 def test_paper_counts_a_linear_layer_three_times() -> None:
     fields = {"kind": LayerKind.LINEAR, "op": "linear", "in_channels": 64, "out_channels": 10, "forward_macs": 640}
     linear = conv(**fields, kernel_size=(1, 1), input_shapes=((64,),), output_shape=(10,))
     assert layer_macs(linear, "paper").training == 3 * 64 * 10
+
+
+def test_a_bilinear_layer_has_a_gradient_of_each_input() -> None:
+    """Of 3 and 4 features 5: 60 weights."""
+    fields = {"kind": LayerKind.LINEAR, "op": "bilinear", "in_channels": 3, "out_channels": 5, "forward_macs": 60}
+    layer = conv(**fields, kernel_size=(1, 1), input_shapes=((3,), (4,)), output_shape=(5,))
+    assert (layer_macs(layer).input_gradient, layer_macs(layer).training) == (120, 240)
+    assert layer_macs(msgspec.structs.replace(layer, input_needs_gradient=False)).training == 120
 
 
 def test_layers_without_products_have_traffic_and_no_macs() -> None:

@@ -42,6 +42,10 @@ def linear(inputs: int, outputs: int, *, batch: int, setting: OperatorSetting = 
     )
 
 
+def bilinear(first: int, second: int, outputs: int) -> Operator:
+    return msgspec.structs.replace(linear(first, outputs, batch=1), op="bilinear", inputs=((first,), (second,)))
+
+
 def took(operator: Operator, forward_s: float, backward_s: float | None = None, **more: float | str) -> OperatorTime:
     return OperatorTime(operator=operator, forward_s=forward_s, backward_s=backward_s, **more)
 
@@ -88,6 +92,7 @@ def test_nothing_is_said_of_other_kinds_and_settings() -> None:
         (linear(1000, 1000, batch=1000), linear(1000, 1000, batch=2000), 20 / 12),
         (linear(1000, 1000, batch=1000, setting=BF16), linear(1000, 1000, batch=2000, setting=BF16), 12 / 8),
         (linear(4096, 1000, batch=1), linear(4096, 2000, batch=1), (6096 + 8_192_000) / (5096 + 4_096_000)),
+        (bilinear(64, 64, 64), bilinear(64, 128, 64), (256 + 2 * 64**3) / (192 + 64**3)),
         (conv(512, 512), conv(512, 256), (768 + 9 * 256 * 512) / (1024 + 9 * 512 * 512)),
         (
             conv(512, 512, groups=4),
@@ -108,6 +113,23 @@ def test_one_operator_speaks_for_its_kind_in_proportion_and_within_a_factor_of_t
     found = known(took(measured, 3.0), setting=measured.setting).estimate(asked, "forward")
     assert found.seconds == pytest.approx(3.0 * ratio)
     assert found.log_error == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(("op", "size"), [("conv1d", (12,)), ("conv3d", (1, 3, 4))])
+def test_signals_and_volumes_are_judged_as_images_of_as_many_pixels(op: str, size: tuple[int, ...]) -> None:
+    """Where more than 16 channels come in, all take twice as long."""
+    counts = [(4 * 2**i, 4 * 2**o) for i in range(5) for o in range(5)]
+
+    def estimate(op: str, size: tuple[int, ...]) -> Estimate | None:
+        made = [
+            msgspec.structs.replace(conv(i, o), op=op, inputs=((i, *size),), output=(o, *size))
+            for i, o in [*counts, (24, 48)]
+        ]
+        times = (took(c, 1e-6 * i * o * (1 + (i > 16))) for c, (i, o) in zip(made, counts, strict=False))
+        return known(*times).estimate(made[-1], "forward")
+
+    found, image = estimate(op, size), estimate("conv2d", (3, 4))
+    assert (found.seconds, found.log_error) == pytest.approx((image.seconds, image.log_error))
 
 
 @pytest.mark.parametrize(("count", "sure"), [(4, False), (5, True)])

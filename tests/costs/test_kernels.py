@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from ptsim.costs.kernels import Pass, Work, convolution_kernels, network_kernels
+from ptsim.costs.kernels import Pass, Work, convolution_kernels, layer_kernels, network_kernels
 from ptsim.network import Layer, LayerKind, Network, Precision
 from ptsim.setting import StepSetting
 from tests.traces import residual_network
@@ -266,6 +266,27 @@ def test_the_implicit_products_of_a_grouped_strided_convolution():
     assert {k.step for k in kernels if k.strided} == {Pass.INPUT_GRADIENT}
     assert not any(k.strided for k in convolution_kernels(convolution(), batch=5, element=2))
     assert {(k.layer, k.element_bytes, k.work, k.launches) for k in kernels} == {(3, 2, Work.PRODUCT, 1)}
+
+
+def test_a_bilinear_layer_multiplies_every_weight_by_pairs_and_each_input_has_a_gradient():
+    """Of 3 and 4 features 5, for 7 images: 60 weights. What the first input makes is as wide as 5 of the second."""
+    layer = Layer(
+        name="b", kind=LayerKind.LINEAR, op="bilinear", in_channels=3, out_channels=5, input_shapes=((3,), (4,)),
+        output_shape=(5,), num_parameters=60, forward_macs=60,
+    )  # fmt: skip
+    kernels = list(layer_kernels(layer, 7, 4, 4, 4))
+    assert [(k.step, k.m, k.n, k.k) for k in kernels] == [
+        (Pass.FORWARD, 7, 20, 3),
+        (Pass.INPUT_GRADIENT, 7, 3, 20),
+        (Pass.WEIGHT_GRADIENT, 20, 3, 7),
+        (Pass.INPUT_GRADIENT, 7, 4, 15),
+    ]
+    assert kernels[0].moved_bytes == 4 * (7 * 3 + 60 + 7 * 20)
+    assert kernels[3].moved_bytes == 4 * (7 * 4 + 60 + 7 * 15)
+    first = msgspec.structs.replace(layer, input_needs_gradient=False)
+    assert [k.step for k in layer_kernels(first, 7, 4, 4, 4)] == [Pass.FORWARD, Pass.WEIGHT_GRADIENT]
+    squared = msgspec.structs.replace(layer, input_shapes=((3,),))  # of one input with itself
+    assert next((k.m, k.n, k.k) for k in layer_kernels(squared, 7, 4, 4, 4)) == (7, 15, 3)
 
 
 def test_a_transposed_convolution_lays_its_filters_on_the_few_pixels_of_its_input():

@@ -195,6 +195,11 @@ def test_gradients_of_two_branches_are_added_in_memory_of_their_own_where_others
             1024,
         ),
         (layer("l", LayerKind.LINEAR, weight_needs_gradient=False), 4 * 9, 512),
+        (
+            layer("l", LayerKind.LINEAR, op="bilinear", input_shapes=((3,), (50,)), weight_needs_gradient=False),
+            4 * 9 * 50,
+            2048,
+        ),
         (layer("c", LayerKind.CONV), 0, 0),
         (layer("r", LayerKind.ACTIVATION, weight_needs_gradient=False), 0, 0),
     ],

@@ -1,4 +1,5 @@
 import errno
+import math
 import os
 import re
 
@@ -6,10 +7,18 @@ import msgspec
 import pytest
 
 from ptsim.errors import FileFormatError, MissingMeasurementError, NewerVersionError
-from ptsim.hardware.profile import DeviceProfile, MachineLoad, Operator, OperatorSetting, OperatorTime, StepMeasurement
+from ptsim.hardware.profile import (
+    DeviceProfile,
+    MachineLoad,
+    Operator,
+    OperatorSetting,
+    OperatorTime,
+    StepMeasurement,
+    operator_of,
+)
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.hardware.profile_merge import mean_time, merge_operators, with_round
-from ptsim.network import LayerKind, Precision
+from ptsim.network import Layer, LayerKind, Precision
 
 FP32 = OperatorSetting(precision=Precision.FP32, memory_format="contiguous")
 BF16 = OperatorSetting(precision=Precision.BF16, memory_format="channels_last")
@@ -171,6 +180,34 @@ def test_a_profile_speaks_for_no_other_device_and_no_other_precision():
         PROFILE.check_device("NVIDIA L4")
     with pytest.raises(MissingMeasurementError, match=re.escape("holds fp32 contiguous, not bf16 channels_last")):
         PROFILE.check_setting(BF16)
+
+
+@pytest.mark.parametrize(
+    ("op", "kind", "image", "taps", "kernel"),
+    [
+        ("conv3d", LayerKind.CONV, (4, 8, 8), 27, (9, 3)),
+        ("conv3d", LayerKind.CONV, (4, 8, 8), 9, (3, 3)),  # a filter of one image of the row
+        ("conv3d", LayerKind.CONV, (0, 8, 8), 27, (1, 3)),  # nothing is left of it
+        ("conv2d", LayerKind.CONV, (8, 8), 9, (3, 3)),
+        ("max_pool3d", LayerKind.POOL, (4, 8, 8), 27, (3, 3)),
+    ],
+)
+def test_a_filter_of_another_depth_is_another_operators(op, kind, image, taps, kernel):
+    layer = Layer(
+        name="c", kind=kind, op=op, in_channels=2, out_channels=3, kernel_size=(3, 3), padding=(1, 1),
+        input_shapes=((2, *image),), output_shape=(3, *image), forward_macs=2 * 3 * taps * math.prod(image),
+    )  # fmt: skip
+    assert operator_of(layer, batch=1, setting=FP32).kernel == kernel
+
+
+def test_what_is_folded_into_the_mini_batch_is_the_operators_own():
+    """Five patches of each of seven images."""
+    layer = Layer(
+        name="c", kind=LayerKind.CONV, op="conv2d", in_channels=2, out_channels=3, kernel_size=(3, 3), padding=(1, 1),
+        input_shapes=((5, 2, 8, 8),), output_shape=(5, 3, 8, 8),
+    )  # fmt: skip
+    operator = operator_of(layer, batch=7, setting=FP32)
+    assert (operator.batch, operator.inputs, operator.output) == (35, ((2, 8, 8),), (3, 8, 8))
 
 
 def test_of_two_measurements_of_one_operator_the_new_one_stays():

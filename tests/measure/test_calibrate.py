@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 import time
@@ -168,6 +169,20 @@ def test_an_interruption_keeps_what_was_measured(tmp_path, trace):
     left = read_device_profile(out)
     assert not left.complete
     assert {step.architecture for step in left.steps} == set(trace.networks)
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 9.00 GiB", "CUDA error: misaligned address"])
+def test_a_network_whose_weights_do_not_fit_on_the_device_is_left_out_and_other_errors_are_not(tmp_path, trace, words):
+    def full(*_):
+        raise RuntimeError(words)
+
+    ask = functools.partial(calibrate_gpu, tmp_path / "p.toml", device=CPU, traces=[trace], grid=False, minutes=1)
+    if "memory" in words:
+        found = ask(make_regularizer=full)
+        assert (found.complete, found.steps) == (True, ())
+    else:
+        with pytest.raises(RuntimeError, match="misaligned"):
+            ask(make_regularizer=full)
 
 
 def test_a_file_measured_with_other_software_is_not_gone_on_with(tmp_path, trace, profile):

@@ -63,6 +63,14 @@ class Events:
         if update:
             self.update((host + 1.2, 0.2), (gpu + forward + 4.0, 0.5))
 
+    def mark(self, took: dict[float, float]) -> None:
+        """Of the marks that are there only those at these times, of so many milliseconds."""
+        marks = [event for event in self.events if event["name"].startswith("ProfilerStep#")]
+        kept = {1e3 * begin: 1e3 * duration for begin, duration in took.items()}
+        self.events = [event for event in self.events if event not in marks or event["ts"] in kept]
+        for event in marks:
+            event["dur"] = kept.get(event["ts"], 0.0)
+
     def _write(self, folder: Path) -> Path:
         path = folder / "recorded.json"
         gpu = [{"id": 0, "name": "NVIDIA A100-SXM4-80GB", "totalGlobalMem": 85_000_000_000}]
@@ -129,6 +137,37 @@ def test_passes_that_are_marked_one_by_one_are_one_step_up_to_the_update(tmp_pat
     found = events.imported(tmp_path)
     assert found.images_per_second == pytest.approx(2 * 4 / 13e-3)
     assert found.optimizer_seconds == pytest.approx(0.5e-3)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["every update", "the second left out by a GradScaler"])
+def test_several_steps_under_one_mark_are_as_many(tmp_path: Path, scaled: bool) -> None:
+    """A mark for every two, whose kernels begin 10 ms after the others': 2 + 3 + 1 + 0.5 ms, the last one alone."""
+    events = Events()
+    for i in range(4):
+        events.step(2.0 * i, 10.0 * i, update=not (scaled and i == 1))
+        if scaled:
+            events.add("cpu_op", "aten::_amp_update_scale_", (2.0 * i + 1.6, 0.1))
+    events.mark({0.0: 4.0, 4.0: 4.0})
+    steps = events.steps(tmp_path)
+    assert [step.passes for step in steps] == [1] * (3 if scaled else 4)
+    assert ms(*(step.step_s for step in steps)) == pytest.approx([10.0, 10.0, 10.0, 6.5][scaled:])
+    assert ms(*(step.optimizer_s for step in steps)) == pytest.approx([0.5] * len(steps))
+    found = events.imported(tmp_path)
+    assert found.images_per_second == pytest.approx(4 / 10e-3)
+    assert not any("gradients" in note for note in found.notes)
+
+
+def test_a_mark_between_the_passes_of_a_step_divides_no_step(tmp_path: Path) -> None:
+    """Six passes, an update after every second one, a mark for every three: 13 ms from one first kernel to the next."""
+    events = Events()
+    for i in range(3):
+        events.step(4.0 * i, 13.0 * i, update=False)
+        events.step(4.0 * i + 2, 13.0 * i + 6)
+    events.mark({0.0: 6.0, 6.0: 6.0})
+    steps = events.steps(tmp_path)
+    assert [step.passes for step in steps] == [2, 2, 2]
+    assert ms(*(step.step_s for step in steps)) == pytest.approx([13, 13, 12.5])
+    assert ms(*(step.optimizer_s for step in steps)) == pytest.approx([0.5] * 3)
 
 
 def test_a_step_whose_update_a_grad_scaler_leaves_out_is_no_pass_of_the_next(tmp_path: Path) -> None:

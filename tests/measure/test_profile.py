@@ -13,6 +13,7 @@ from ptsim.errors import MissingMeasurementError, UnsupportedModelError
 from ptsim.measure import profile as profiling
 from ptsim.measure.profile import Budget, number_format, profile_network
 from ptsim.network import Precision
+from tests.test_errors import GPU_WITHOUT_MEMORY, MACHINE_WITHOUT_MEMORY
 
 
 class Small(nn.Module):
@@ -138,18 +139,9 @@ def test_a_mini_batch_of_zero_is_refused():
         profile(Small(), batch=0)
 
 
-# What torch says of a GPU without memory: its allocator, cuDNN without an algorithm, libraries without a place.
-NO_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
-    RuntimeError("GET was unable to find an engine to execute this computation"),
-    RuntimeError("FIND was unable to find an engine to execute this computation after trying 3 plans."),
-    RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-]
-
-
-@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: str(error)[:24])
+@pytest.mark.parametrize(
+    "error", [*GPU_WITHOUT_MEMORY, *MACHINE_WITHOUT_MEMORY], ids=lambda error: str(error)[:24] or "MemoryError"
+)
 def test_a_copy_that_does_not_fit_is_told_in_a_sentence(monkeypatch, error):
     def full(*_, **__):
         raise error

@@ -94,6 +94,16 @@ def test_a_branch_constant_has_the_shape_that_was_described(shape):
     assert module(torch.rand(2, 3, 4, 4)).shape == (shape if shape[0] == 1 else (2, *shape))
 
 
+def test_a_convolution_of_patches_is_refused_since_nobody_knows_how_they_were_cut():
+    patches = Layer(
+        name="each", kind=LayerKind.CONV, op="conv2d", in_channels=1, out_channels=4, kernel_size=(3, 3),
+        padding=(1, 1), input_shapes=((3, 1, 4, 4),), output_shape=(3, 4, 4, 4),
+    )  # fmt: skip
+    network = Network(name="net", input_shape=(3, 4, 4), num_classes=2, layers=(patches,), edges=(), parameters=())
+    with pytest.raises(UnsupportedModelError, match="layer each gets more than images in its mini-batch"):
+        rebuild(network)
+
+
 def test_what_the_description_does_not_tell_is_refused():
     class Chunked(nn.Module):
         def __init__(self):
@@ -107,3 +117,9 @@ def test_what_the_description_does_not_tell_is_refused():
     network = capture_network(Chunked(), name="chunked", input_shape=(3, 8, 8), num_classes=4)
     with pytest.raises(UnsupportedModelError, match=r"chunk|getitem"):
         rebuild(network)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 4), (5, 4, 4), (5, 2, 4, 4)])
+def test_a_batch_norm_of_signals_images_and_volumes_can_be_run(shape):
+    norm = Operator(kind=LayerKind.BATCH_NORM, op="batch_norm", setting=FP32, batch=3, inputs=(shape,), output=shape)
+    assert build_operator(norm)(torch.rand(3, *shape)).shape == (3, *shape)

@@ -165,11 +165,9 @@ class _Faulty:
             first = loss.grad_fn
             while first.next_functions and first.next_functions[0][0] is not None and "Conv" not in first.name():
                 first = first.next_functions[0][0]
-            first.register_prehook(_raise_out_of_memory)
+            first.register_prehook(_raise_without_memory)
         return loss * torch.nan if self.fault == "nan" else loss
 
 
-def _raise_out_of_memory(*_: Any) -> None:
-    import torch
-
-    raise torch.OutOfMemoryError("CUDA out of memory")
+def _raise_without_memory(*_: Any) -> None:
+    raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")

@@ -64,3 +64,15 @@ def test_what_differs_between_two_recipes_is_said_and_is_no_difference_where_nob
 def test_another_number_of_classes_is_refused() -> None:
     with pytest.raises(UsageError, match=r"gives \(4,\) for an image, but the data set has 5 classes"):
         check_fits(WithHead(auxiliary=False), msgspec.structs.replace(RECIPE, num_classes=5))
+
+
+class Huge(nn.Module):
+    """Has no room for an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
+def test_a_machine_without_memory_is_no_fault_of_the_model() -> None:
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        check_fits(Huge(), RECIPE)

@@ -164,6 +164,9 @@ class Refusing(nn.Module):
         (None, True),
         (torch.OutOfMemoryError("CUDA out of memory"), False),
         (RuntimeError("GET was unable to find an engine to execute this computation"), False),  # so says cuDNN
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), False),
+        (MemoryError(), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
     ],
 )

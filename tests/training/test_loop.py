@@ -249,15 +249,18 @@ def test_a_mini_batch_that_does_not_fit_steps_back_and_the_run_is_as_if_it_had_n
     assert stored[0] == stored[1]
 
 
-def test_running_out_of_memory_in_an_epoch_begins_it_again_with_a_smaller_mini_batch(tmp_path, monkeypatch):
-    """An out-of-memory error that a CPU cannot have, raised in the third iteration of every epoch with 32 images."""
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")]
+)
+def test_running_out_of_memory_in_an_epoch_begins_it_again_with_a_smaller_mini_batch(tmp_path, monkeypatch, error):
+    """An error that a CPU cannot have, raised in the third iteration of every epoch with 32 images."""
     original = loop.train_epoch
 
     def train_epoch(learner, batches, *arguments, **options):
         def limited():
             for index, batch in enumerate(batches):
                 if index == 2 and len(batch[1]) > 24:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
+                    raise error
                 yield batch
 
         return original(learner, limited(), *arguments, **options)

@@ -30,19 +30,31 @@ def exposing(s_per_iteration: float) -> Any:
 
 
 EARLIER = Unfinished(
-    num_iterations=3, num_images=48, batch=16, loss_sum=5.0, loss_images=40, learning_rate=0.1, time=seconds(1)
+    num_iterations=3, num_images=48, num_reductions=6, batch=16, loss_sum=5.0, loss_images=40, learning_rate=0.1,
+    time=seconds(1), peak_bytes=6,
+)  # fmt: skip
+LATER = Measured(
+    num_iterations=2, num_images=20, num_reductions=5, time=seconds(2), step=STEP, use=DeviceUse(), peak_bytes=7
 )
-LATER = Measured(num_iterations=2, num_images=20, time=seconds(2), step=STEP, use=DeviceUse(), peak_bytes=7)
 
 
 def test_an_epoch_in_two_parts_is_their_sum_and_nobody_knows_its_energy() -> None:
-    joined = Measured(num_iterations=5, num_images=68, time=seconds(3), step=STEP, use=None, peak_bytes=7)
+    joined = Measured(
+        num_iterations=5, num_images=68, num_reductions=11, time=seconds(3), step=STEP, use=None, peak_bytes=7
+    )
     assert EARLIER.joined(LATER) == joined
     assert Unfinished().joined(LATER) == LATER
     untimed = msgspec.structs.replace(EARLIER, time=None)
     assert untimed.joined(LATER) == msgspec.structs.replace(joined, time=None)
-    none_later = msgspec.structs.replace(LATER, num_iterations=0, num_images=0, time=None)
-    assert EARLIER.joined(none_later).time == seconds(1)  # it had ended before
+    none_later = msgspec.structs.replace(
+        LATER, num_iterations=0, num_images=0, num_reductions=0, time=None, peak_bytes=None
+    )
+    ended = EARLIER.joined(none_later)  # it had ended before
+    assert (ended.time, ended.num_reductions, ended.peak_bytes) == (seconds(1), 6, 6)
+    older = msgspec.structs.replace(EARLIER, num_reductions=0, peak_bytes=None)  # of a version that did not know them
+    assert (older.joined(LATER).num_reductions, older.joined(LATER).peak_bytes) == (3 + 5, 7)
+    larger = msgspec.structs.replace(EARLIER, peak_bytes=8)
+    assert larger.joined(LATER).peak_bytes == 8
     assert EARLIER.sum(None) is None
 
 
@@ -73,7 +85,7 @@ def watch(**changes: Any) -> Any:
         "counted": lambda epoch: (2, 20),
         "so_far": lambda: (seconds(2), STEP),
         "finish": lambda: (seconds(2), STEP),
-        "memory": SimpleNamespace(total=lambda: 7),
+        "memory": SimpleNamespace(total=lambda: 7, so_far=lambda: 5),
     }
     return SimpleNamespace(**(seen | changes))
 
@@ -103,11 +115,12 @@ def test_a_loss_that_the_loop_changes_afterwards_counts_as_it_was_told() -> None
 
 
 def test_a_state_in_the_middle_of_an_epoch_holds_both_parts() -> None:
-    found = unfinished_epoch(watch(), exposing(1.0), losses(), EARLIER)
+    found = unfinished_epoch(watch(num_reductions=4), exposing(0.5), losses(), EARLIER)
     both = msgspec.structs.replace(seconds(3), backward_s=3 * 5 - 2, exposed_communication_s=0.5 + 2)
     assert found == Unfinished(
         num_iterations=5,
         num_images=68,
+        num_reductions=6 + 4,
         batch=10,
         largest_backward=20,
         usual_step=40,
@@ -115,15 +128,17 @@ def test_a_state_in_the_middle_of_an_epoch_holds_both_parts() -> None:
         loss_images=68,
         learning_rate=0.1,
         time=both,
+        peak_bytes=6,
     )
     first = unfinished_epoch(watch(), exposing(0.0), LossSum(CPU), Unfinished())
     assert first is not None
     assert (first.num_iterations, first.num_images, first.learning_rate) == (2, 20, 0.4)
+    assert (first.num_reductions, first.peak_bytes) == (2, 5)
     resting = watch(num_iterations=0, num_images=0, so_far=lambda: None)
     assert unfinished_epoch(resting, exposing(0.0), LossSum(CPU), Unfinished()) is None
     again = unfinished_epoch(resting, exposing(0.0), LossSum(CPU, 5.0, 40), EARLIER)
     assert again is not None
-    assert (again.num_iterations, again.time) == (3, seconds(1))
+    assert (again.num_iterations, again.num_reductions, again.time) == (3, 6, seconds(1))
 
 
 # None was seen; one by update; one by pass.
@@ -137,6 +152,7 @@ def test_every_all_reduce_is_exposed_also_those_of_accumulated_passes(reductions
     for times in (found.time, begun.time):
         assert times is not None
         assert (times.exposed_communication_s, times.backward_s) == (exposed_s, 2 * 5 - exposed_s)
+    assert (found.num_reductions, begun.num_reductions) == (max(reductions, 2),) * 2
 
 
 def test_what_passes_after_the_last_update_is_validation() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 import ptsim
 from ptsim.errors import UsageError
 from ptsim.prune.proof import zero_components
+from ptsim.training.distributed import Team
 from tests.training.test_own_loop import (  # noqa: F401 # a fixture
     IMAGE,
     fresh,
@@ -230,6 +231,33 @@ def test_exposed_communication_is_told_apart_where_the_wrapping_came_after_the_r
         assert epoch.time.exposed_communication_s == pytest.approx(reductions * 1e-9 * exposed_ns, rel=0.4)
         assert epoch.time.exposed_communication_s > 0
         assert epoch.time.backward_s > 0
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("no_sync", "reductions"), [(False, 4), (True, 2)])
+def test_gradients_that_were_reduced_before_a_state_was_stored_count_with_those_after_it(tmp_path, no_sync, reductions):
+    """An update of two passes before the state, and one after it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fresh()
+        optimizer, module = sgd(model), nn.parallel.DistributedDataParallel(model)
+        two = Team(rank=0, world_size=2, backend="gloo", device=torch.device("cpu"))
+        recorder = ptsim.Recorder(module, optimizer, input_shape=IMAGE, team=two)
+        earlier = None
+        for _ in range(2):
+            recorder.watch.forget()
+            recorder.continue_epoch(earlier)
+            for updates, (images, labels) in zip((False, True), images_and_labels(2), strict=True):
+                with module.no_sync() if no_sync and not updates else contextlib.nullcontext():
+                    F.cross_entropy(module(images), labels).backward()
+                if updates:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            earlier = recorder.unfinished()
+        epoch = recorder.end_epoch()
+        assert (epoch.num_iterations, epoch.passes) == (2, 2)
+        assert epoch.allreduce_bytes == reductions * recorder.architecture.gradient_bytes
     finally:
         torch.distributed.destroy_process_group()
 

@@ -51,6 +51,7 @@ def test_the_most_of_what_training_took_before_and_after_validation(allocator: A
     memory.rest()  # once more, for a second pass
     memory.go_on()
     allocator.takes(7)
+    assert (memory.so_far(), memory.so_far()) == (7, 7)  # and the training goes on
     memory.go_on()
     allocator.takes(6)
     assert allocator.resets == 2  # a pass that follows training resets nothing

@@ -48,6 +48,27 @@ def test_an_update_that_a_scaler_leaves_out_is_no_accumulation(tmp_path):
     assert len(ptsim.simulate(tmp_path, "aws-p3-16xlarge", [1, 8])) == 2
 
 
+@pytest.mark.parametrize(("passes", "batch", "accumulated"), [(102, 2, 1), (103, 105, 53)])
+def test_an_epoch_in_which_hardly_an_update_was_made_can_be_read(tmp_path, passes, batch, accumulated):
+    """Two updates of two images, and no more since: up to 2 · 2 + 100 mini-batches can have been left out by a scaler.
+
+    Of more than that the updates are said to have had their share of all: a 105th of 53 passes.
+    """
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path)
+    ((images, labels),) = images_and_labels(1, 2)
+    for index in range(2 + passes):
+        F.cross_entropy(model(images), labels).backward()
+        if index < 2:
+            optimizer.step()
+    recorder.end_epoch()
+    recorder.close()
+    (epoch,) = ptsim.read_trace(tmp_path).epochs
+    assert (epoch.num_iterations, epoch.num_images) == (2, 2 * (2 + passes))
+    assert (epoch.batch_per_gpu, epoch.passes) == (batch, accumulated)
+
+
 def accumulate(model, optimizer, batches, updates):
     """Updates of so many passes each; the batches that are left have none."""
     ends = list(itertools.accumulate(updates))

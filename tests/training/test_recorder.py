@@ -301,13 +301,29 @@ def test_hyperparameters_that_no_file_holds_are_written_as_text(tmp_path):
     optimizer = sgd(model)
     told = {"smoothing": np.float32(0.5), "sizes": torch.tensor([1, 2]), "data": Path("x"), "loss": F.cross_entropy}
     recorder = ptsim.Recorder(
-        model, optimizer, input_shape=IMAGE, record=tmp_path, facts=ptsim.RunFacts(hyperparameters=told)
-    )
+        model, optimizer, input_shape=IMAGE, record=tmp_path, facts=ptsim.RunFacts(hyperparameters=told),
+        settings={"best": float("inf"), "epochs": np.int64(3)},
+    )  # fmt: skip
     train(recorder, model, optimizer)
     recorder.close()
     found = ptsim.read_trace(tmp_path).run.hyperparameters
     assert (found["smoothing"], found["sizes"], found["data"]) == (0.5, [1, 2], "x")
+    assert (found["best"], found["epochs"]) == ("inf", 3)
     assert found["loss"].startswith("<function cross_entropy")
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"epochs": 90.0}, r"^settings\.epochs is 90\.0, expected a whole number"),
+        ({"momentum": -1}, r"^settings\.momentum is out of range"),
+        ([("lr", 0.1)], "^settings is a list, expected a dict"),
+    ],
+)
+def test_settings_with_which_no_trace_could_be_read_are_refused_before_anything_is_trained(settings, problem):
+    model = fresh()
+    with pytest.raises(UsageError, match=problem):
+        ptsim.Recorder(model, sgd(model), input_shape=IMAGE, settings=settings)
 
 
 def test_a_network_that_is_moved_after_its_recorder_was_made_is_named():

@@ -476,18 +476,29 @@ def test_more_epochs_than_anybody_trains_are_refused(tmp_path):
         ptsim.train(settings(epochs=2**31), out=tmp_path / "run")
 
 
-def test_a_cpu_without_memory_is_one_sentence(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("said", "where", "hint"),
+    [
+        (
+            "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory",
+            "this machine",
+            "a smaller batch",
+        ),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "cpu", "a smaller batch, or with dynamic_batch a max_batch"),
+    ],
+)
+def test_a_device_without_memory_is_one_sentence(tmp_path, monkeypatch, said, where, hint):
     class Full:
         @staticmethod
         def cross_entropy(logits, labels, **_):
-            raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"
-            )
+            raise RuntimeError(said)
 
     monkeypatch.setattr(step, "F", Full)
-    with pytest.raises(TrainingError, match="a mini-batch of 16 needs more memory than this machine has left"):
+    with pytest.raises(TrainingError, match=f"a mini-batch of 16 needs more memory than {where} has left") as caught:
         ptsim.train(settings(profile=False), out=tmp_path / "run")
-    assert ptsim.read_trace(tmp_path / "run").end.status == "failed"
+    assert caught.value.hint == hint
+    end = ptsim.read_trace(tmp_path / "run").end
+    assert (end.status, end.reason) == ("failed", caught.value.message)
 
 
 def test_ctrl_c_on_the_command_line_says_in_one_line_how_to_go_on(tmp_path):

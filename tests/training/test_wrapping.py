@@ -67,3 +67,12 @@ def test_a_rank_without_memory_only_finishes_a_pass_whose_exchanges_are_the_grad
         assert Reduction(module).can_be_finished is not alike
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_machine_without_memory_is_no_fault_of_the_compiled_model():
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+    compiled = CompiledOnce(torch.nn.Linear(3, 2), backend=lambda *_: full)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        compiled(torch.rand(4, 3))
