@@ -5,9 +5,9 @@
 ASTRA-sim (analytical network) runs the first and the last step of every trace with the durations that ptsim predicts
 for the cluster's GPU, with recorded ones, with its own roofline of that GPU, and without computation. Columns `ptsim`
 are of the same operators and collectives in ptsim's simulator over the same links: rings inside the nodes and rings of
-their shards between them, on links as ptsim sees them for large messages. Columns `predict` are of `ptsim predict`,
-with all that ASTRA-sim is not told: what a collective takes to start, NCCL's choice of algorithm and protocol, hooks,
-broadcasts, and that computation and communication hold each other up.
+their shards between them, on links as ptsim sees them for large messages. Column `simulate` is of `ptsim simulate`
+(`ptsim allreduce` in the first table), with all that ASTRA-sim is not told: what a collective takes to start, NCCL's
+choice of algorithm and protocol, the hooks of gradients, and that computation and communication hold each other up.
 """
 
 from __future__ import annotations
@@ -158,9 +158,9 @@ def step_row(
     told = (peak, memory) if way == "roofline" else (0.0, AT_ONCE)
     result = run(binary, folder / f"{epoch.epoch}-{gpus}-{way}", machine, nodes, machine.files(*told))
     shards, own = ddp.shards_of(network, setting), as_step(network, seconds, setting.update_share)
-    same = {"shards": shards, "overlap": overlap}
+    same = {"shards": shards, "overlap": overlap, "buffers": False}
     ours = data_parallel_step(
-        network, own, lambda size: machine.all_reduce(size, told[1]), contention=0.0, buffers=False, **same
+        network, own, lambda size: machine.all_reduce(size, told[1]), contention=0.0, **same
     ).expected
     row = {"epoch": epoch.epoch, "gpus": gpus, "way": way, "nodes": len(nodes), "astra_ms": 1e3 * result.step_s}
     row |= {"ptsim_ms": 1e3 * ours.step_s, "off_%": 100 * (result.step_s / ours.step_s - 1)}
@@ -168,7 +168,7 @@ def step_row(
     if way == "predicted":
         costs = {"contention": contention_of(cluster, gpus), "tensor_s": hook_seconds(cluster, gpus)}
         said = data_parallel_step(network, step, lambda size: all_reduce(size, cluster, gpus), **costs, **same).expected
-        row |= {"predict_ms": 1e3 * said.step_s, "predict_wait_ms": 1e3 * said.communication_wait_s}
+        row |= {"simulate_ms": 1e3 * said.step_s, "simulate_wait_ms": 1e3 * said.communication_wait_s}
     return row
 
 
@@ -179,7 +179,7 @@ def reduce_row(binary: Path, folder: Path, machine: Machine, size: int) -> dict[
     ours_s, said = machine.all_reduce(size, AT_ONCE).seconds, all_reduce(size, machine.cluster, machine.gpus)
     row = {"gpus": machine.gpus, "KiB": size // 1024, "astra_us": 1e6 * result.step_s, "ptsim_us": 1e6 * ours_s}
     row |= {"off_%": 100 * (result.step_s / ours_s - 1)}
-    return row | {"predict_us": 1e6 * said.seconds, "predict_algorithm": said.algorithm}
+    return row | {"allreduce_us": 1e6 * said.seconds, "algorithm": said.algorithm}
 
 
 def main(arguments: list[str] | None = None) -> None:
