@@ -19,12 +19,12 @@ import msgspec
 import numpy as np
 import pandas as pd
 import tomli_w
-from public_rows import PUBLIC, is_young, networks
+from public_rows import PUBLIC, is_young, networks, update_of
 from scipy.optimize import least_squares
 
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
-from ptsim.costs.datasheet import Fit, datasheet_step
+from ptsim.costs.datasheet import Fit, chip_of, datasheet_step, load_fit
 from ptsim.costs.scaling import Scaling
 from ptsim.costs.times import StepTime
 from ptsim.hardware.catalog import load_cluster, load_device
@@ -108,7 +108,7 @@ def cases(fit: Fit | None = None, table: pd.DataFrame | None = None, *, young_sh
         table: rows; by default those of the fit.
         young_share: by which share the step on one GPU took longer with software that was young for the GPU.
     """
-    found = []
+    found, efficiency = [], (fit or load_fit()).efficiency
     for _, row in (rows() if table is None else table).iterrows():
         network = networks()[f"torchvision:{row.model}@{row.image_size}"]
         setting = StepSetting(
@@ -118,11 +118,13 @@ def cases(fit: Fit | None = None, table: pd.DataFrame | None = None, *, young_sh
             optimizer=row.optimizer,
         )
         device = load_device(row.device)
+        step = datasheet_step(network, device, setting, fit=fit)
+        update_s = update_of(row, network, setting).seconds(chip_of(device, setting.precision), efficiency)
         slowed = 1 + young_share * is_young(device, row.software)
         found.append(
             Case(
                 network=network,
-                step=_scaled(datasheet_step(network, device, setting, fit=fit), slowed),
+                step=_scaled(_with_update(step, update_s), slowed),
                 cluster=cluster_of(row),
                 num_gpus=int(row.num_gpus),
                 seconds=row.num_gpus * row.batch / row.images_per_s,
@@ -223,6 +225,13 @@ def _scaling(x: np.ndarray) -> Scaling:
         "other": OTHER_CONTENTION,
     }
     return Scaling(tensor_s=float(x[0]) * 1e-6, contention=contention, low=0.0, high=0.0)
+
+
+def _with_update(step: StepTime, update_s: float) -> StepTime:
+    longer = (step.compute_s + update_s - step.optimizer_s) / step.compute_s
+    return msgspec.structs.replace(
+        step, optimizer_s=update_s, low_s=step.low_s * longer, high_s=step.high_s * longer
+    )
 
 
 def _scaled(step: StepTime, ratio: float) -> StepTime:

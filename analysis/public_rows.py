@@ -7,6 +7,7 @@ import functools
 import gzip
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -43,7 +44,26 @@ FILES = ("training", "training_depthwise", "training_later")
 # faster with container 22.10 than with 20.10, an RTX 3090 9 and 13 % faster with PyTorch 1.13 than with 1.7. On V100 in
 # fp32 the containers from early 2019 to 21.03 are within 5 % of each other, the oldest the slowest, 19.10 the fastest.
 YOUNG_ARCHITECTURE, GROWN_TORCH, GROWN_CONTAINER = "ampere", (1, 10), (21, 7)
+# Before PyTorch 2.0 (15 March 2023) zero_grad wrote zeros, which backward added to, and optimizers updated one tensor after
+# the other: so many kernels each (torch.optim.sgd with momentum and decay, rmsprop with momentum, as of 1.13).
+GROUPED_SINCE = "2023-03"
+KERNELS_PER_TENSOR = {"sgd": 4, "rmsprop": 8}
+ZEROED_BYTES = 4 + 12  # of every parameter: its gradient written, read twice and written once
 PAGEABLE_BYTES_PER_S = 6e9  # host to device copy of pageable memory over PCIe 3; nuisance of 14 rows
+
+
+class Update(NamedTuple):
+    """What gradients and parameters cost a step besides forward and backward, with the software of a row."""
+
+    num_bytes: float = 0.0  # moved
+    num_kernels: int = 0  # on the GPU, one for a tensor: each takes at least a kernel's least time
+    num_launches: int = 0  # by the host, after backward
+    num_zeroed: int = 0  # tensors that the host has zeroed before the GPU gets work
+
+    def seconds(self, chip: Chip, efficiency: Efficiency) -> float:
+        """On the GPU."""
+        streaming = efficiency.stream_bandwidth * chip.bandwidth_bytes_per_s
+        return self.num_bytes / streaming + self.num_kernels * efficiency.launch_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +72,7 @@ class Case:
 
     kernels: Kernels
     chip: Chip
-    update_bytes: float
-    num_tensors: int
+    update: Update
     extra_s: float
     seconds: float
     device: str
@@ -88,6 +107,28 @@ def is_young(device: Device, software: str) -> bool:
     return old and device.architecture == YOUNG_ARCHITECTURE
 
 
+def update_of(row: pd.Series, network: Network, setting: StepSetting, *, updates: bool = True) -> Update:
+    """The update of a row, with the software of its time.
+
+    Args:
+        row: with its date, and `host_copy` where steps were timed one by one.
+        network: of the row.
+        setting: of the row.
+        updates: False if the row's step makes no update; its gradients are zeroed all the same.
+    """
+    num_tensors = len(network.gradients)
+    num_bytes = update_bytes(network, setting) if updates else 0.0
+    if row.date >= GROUPED_SINCE or row.get("framework") == "TensorFlow":
+        return Update(num_bytes, num_launches=num_tensors if updates else 0)
+    kernels = KERNELS_PER_TENSOR[setting.optimizer] * num_tensors if updates else 0
+    return Update(
+        num_bytes + ZEROED_BYTES * network.num_learnt,
+        num_kernels=kernels + 2 * num_tensors,
+        num_launches=kernels,
+        num_zeroed=num_tensors if row.get("host_copy", False) else 0,
+    )
+
+
 def network_name(row: pd.Series) -> str:
     """The key of a row's network in networks.json.gz."""
     return f"torchvision:{row.model}@{row.image_size}"
@@ -109,8 +150,7 @@ def training_cases() -> list[Case]:
             Case(
                 kernels=kernels,
                 chip=chip_of(device, precision),
-                update_bytes=update_bytes(network, setting) if row.with_optimizer else 0.0,
-                num_tensors=len(network.parameters) if row.with_optimizer else 0,
+                update=update_of(row, network, setting, updates=row.with_optimizer),
                 extra_s=4 * images / PAGEABLE_BYTES_PER_S if row.host_copy else 0.0,
                 seconds=row.batch / row.images_per_s,
                 device=row.device,
@@ -177,8 +217,11 @@ class Predictor:
             for forward in (True, False)
         )
         self.bandwidth = np.array([case.chip.bandwidth_bytes_per_s for case in cases])
-        self.update = np.array([case.update_bytes for case in cases])
-        self.tensors = np.array([case.num_tensors for case in cases])
+        updates = [case.update for case in cases]
+        self.update_bytes = np.array([update.num_bytes for update in updates])
+        self.update_kernels = np.array([update.num_kernels for update in updates])
+        self.update_launches = np.array([update.num_launches for update in updates])
+        self.zeroed = np.array([update.num_zeroed for update in updates])
         self.extra = np.array([case.extra_s for case in cases])
         self.seconds = np.array([case.seconds for case in cases])
 
@@ -194,7 +237,8 @@ class Predictor:
 
     def update_seconds(self, efficiency: Efficiency) -> Floats:
         """Seconds of every case's update on the GPU."""
-        return self.update / (efficiency.stream_bandwidth * self.bandwidth)
+        moved_s: Floats = self.update_bytes / (efficiency.stream_bandwidth * self.bandwidth)
+        return moved_s + self.update_kernels * efficiency.launch_s
 
     def steps(self, kernels_s: Floats, update_s: Floats, host: Host, *, gpu: Floats, hosts: Floats) -> Floats:
         """Seconds of every step, as `ptsim.costs.datasheet.waiting_seconds` has it.
@@ -213,8 +257,9 @@ class Predictor:
         first = launched[self.starts]
         waits = np.maximum.reduceat(launched - done + seconds, self.starts) - first
         ends = np.concatenate([self.starts[1:], [len(launched)]]) - 1
-        late = launched[ends] - first + self.tensors * host.update_s * hosts - total - update_s * gpu
-        steps: Floats = total + update_s * gpu + np.maximum(np.maximum(waits, late), 0.0) + self.extra
+        late = launched[ends] - first + self.update_launches * host.update_s * hosts - total - update_s * gpu
+        before = self.zeroed * host.update_s * hosts + self.extra
+        steps: Floats = total + update_s * gpu + np.maximum(np.maximum(waits, late), 0.0) + before
         return steps
 
     def _cumulated(self, values: Floats) -> Floats:
@@ -228,8 +273,7 @@ def _layer_case(kernel: Kernel, row: pd.Series, device: str, precision: Precisio
     return Case(
         kernels=Kernels.of([kernel]),
         chip=chip_of(load_device(device), precision),
-        update_bytes=0.0,
-        num_tensors=0,
+        update=Update(),
         extra_s=0.0,
         seconds=row.seconds,
         device=device,

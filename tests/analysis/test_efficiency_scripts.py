@@ -10,6 +10,7 @@ import pytest
 
 from ptsim.costs.datasheet import kernel_seconds, load_fit, waiting_seconds
 from ptsim.hardware.catalog import load_device
+from ptsim.setting import StepSetting
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,8 +48,25 @@ def test_cases_evaluated_together_are_those_evaluated_one_by_one(script):
     together = networks.steps(networks.kernel_seconds(fit.efficiency), update_s, fit.host, gpu=ones, hosts=3 * ones)
     for case, seconds, update in zip(cases, together, update_s, strict=True):
         kernels_s = kernel_seconds(case.kernels, case.chip, fit.efficiency)
-        waits = waiting_seconds(case.kernels, kernels_s, update, case.num_tensors, fit.host.times(3.0))
-        assert seconds == pytest.approx(kernels_s.sum() + update + case.extra_s + waits)
+        host = fit.host.times(3.0)
+        assert update == pytest.approx(case.update.seconds(case.chip, fit.efficiency))
+        waits = waiting_seconds(case.kernels, kernels_s, update, case.update.num_launches, host)
+        before = case.extra_s + case.update.num_zeroed * host.update_s
+        assert seconds == pytest.approx(before + kernels_s.sum() + update + waits)
+
+
+def test_the_update_is_that_of_a_rows_software(script):
+    rows = script("public_rows")
+    network, setting = rows.networks()["torchvision:resnet50@224"], StepSetting(batch=12, optimizer="sgd")
+    old, new = ({"date": date, "host_copy": True} for date in ("2023-02", "2023-03"))
+    # 161 tensors of 25,557,032 parameters. Zeros written and added to: 16 bytes each, a kernel a tensor each, and 4 of SGD.
+    now = rows.update_of(pd.Series(new), network, setting)
+    assert now == rows.Update(rows.update_bytes(network, setting), num_launches=161)
+    before = rows.update_of(pd.Series(old), network, setting)
+    assert before == rows.Update(now.num_bytes + 16 * 25_557_032, 6 * 161, 4 * 161, 161)
+    assert rows.update_of(pd.Series(old), network, setting, updates=False) == rows.Update(16 * 25_557_032, 2 * 161, 0, 161)
+    assert rows.update_of(pd.Series({"date": "2021-03"}), network, setting).num_zeroed == 0
+    assert rows.update_of(pd.Series(old | {"framework": "TensorFlow"}), network, setting) == now
 
 
 def test_every_published_row_says_where_it_is_from():
