@@ -284,6 +284,22 @@ def test_a_plan_keeps_a_branch_as_long_as_a_run_does() -> None:
     assert steps[0].notes == ("one: every channel is sparse; one is kept",)
 
 
+class Projected(Chain):
+    """The stem is read by the branch and by a short-cut, which would be constant without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(6, 6, 1)
+
+    def joined(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.project(x) + y
+
+
+def test_an_edge_between_layers_that_stay_keeps_a_channel() -> None:
+    dense = dense_network(Projected, name="n", input_shape=(3, 4, 4), num_classes=2)
+    assert [edge.name for edge in dense.edges if edge.removable] == ["two"]
+
+
 class NormLast(Chain):
     """Convolution, activation, BatchNorm: what the norm takes is not the bias."""
 

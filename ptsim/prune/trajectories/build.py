@@ -18,7 +18,7 @@ from ptsim.capture.resized import Recapture
 from ptsim.network import Network
 from ptsim.prune.groups import ChannelGroups, find_groups
 from ptsim.prune.propagate import skeleton
-from ptsim.prune.reconfigure import Decision, remove_channels, repeat_removal, weighted_layers
+from ptsim.prune.reconfigure import Decision, only_in, remove_channels, repeat_removal, weighted_layers
 from ptsim.prune.removal import Removal, find_removals
 from ptsim.prune.trajectories.problem import Edge
 from ptsim.prune.trajectories.roles import roles
@@ -147,6 +147,8 @@ def dense_network(
         alone = torch.zeros(groups.num_components, dtype=torch.bool)
         alone[components] = True
         gone = [layer for removal in find_removals(groups, alone) for layer in _layers(groups, removal)]
+        if not bool(only_in(groups, set(gone))[components].all()):  # others keep a channel of it: a stream
+            gone = []
         for layer in gone:
             dies_with.setdefault(layer, []).append(len(edges))
         edge_of[components] = len(edges)
