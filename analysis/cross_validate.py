@@ -294,8 +294,8 @@ after. Before, the interval was that of one GPU with what many add, taken to be 
 inside with the GPU left out, 97.2 % with the source left out, and its upper end was 1.92 times its lower one in the
 median of the GPUs left out; with the new one it was 1.72 times. It was too wide since it was made for all kinds of
 steps: of the rows of one GPU in these very tests it held 100 and 96 %. Steps of large mini-batches of well-known
-networks, which these are, miss by less. With a GPU left out all rows are inside but the three of GTX 1080 Ti, which take
-10 to 18 % longer than predicted. So of the rows more than 95 % are inside, and of the GPUs 87.5 %.
+networks, which these are, miss by less. With a GPU left out all rows are inside but the three of GTX 1080 Ti, which
+take 10 to 18 % longer than predicted. So of the rows more than 95 % are inside, and of the GPUs 87.5 %.
 
 What was tried: the slowest of n GPUs (speeds that differ at random explain nothing beside the other two: 0.05 % per
 GPU), seconds per gradient tensor (kept: hooks, copies into buckets, buffers), bytes copied into buckets (explain
@@ -358,9 +358,9 @@ pycls lets cuDNN try out its algorithms (`cudnn.benchmark`); whether the other d
 wait for images is not stated; its fastest network trained on 12,700 images a second.
 
 These rows were looked at four times: before anything was changed, once with the last two changes above, once with the
-interval of many GPUs, and once with the update of old software (below). Before the changes the median error of pycls's
-rows was 17.5 %, with 63 % inside, and that of DLPerf's 5.6 %; with the wider interval 84.2 % of pycls's rows were inside.
-Of all 31 rows 27 are, 87 %.
+interval of many GPUs, and once with the update of old software (below). Before the changes the median error of
+pycls's rows was 17.5 %, with 63 % inside, and that of DLPerf's 5.6 %; with the wider interval 84.2 % of pycls's rows
+were inside. Of all 31 rows 27 are, 87 %.
 
 Tried later and excluded: that cuDNN converts contiguous fp32 tensors to NHWC around its TF32 kernels, as profiles of
 Ampere show for some convolutions. Measured over predicted time, the median of each GPU's rows, would go from 0.96..1.08
@@ -382,13 +382,14 @@ Quadro RTX 8000 and TITAN RTX are as predicted within 1 %.
   share of 0.89; the fit has 0.87.
 
 Rows of software before PyTorch 2.0 (March 2023) have the update of that software since 2026-11-28: `zero_grad` writes
-zeros, which the step-by-step rows of 12 images time, too, backward adds to them, and optimizers update tensor by tensor.
-These are facts of the benchmarks' sources and of PyTorch's, and none of them holds for users of ptsim. Before, with the
-network left out, the median error was 8.2 % and the 90th percentile 21.6 %; with the GPU left out 9.0 and 24.4 %, with both
-9.2 and 25.2 %, and the upper end of an interval was 1.92 times its lower one. Tried twice: first it was left out by a rule
-written before, because with the GPU left out 95.6 % of the rows were inside and the rule asked for 95 % at most. The second
-rule, also written before many GPUs were looked at, asked of these that no median error (4.3 and 5.3 % then) grows by more
-than 0.3 points, that the bias with the source left out (−3.3 % then) does not grow, and that its coverage stays below 97 %.
+zeros, which the step-by-step rows of 12 images time, too, backward adds to them, and optimizers update tensor by
+tensor. These are facts of the benchmarks' sources and of PyTorch's, and none of them holds for users of ptsim. Before,
+with the network left out, the median error was 8.2 % and the 90th percentile 21.6 %; with the GPU left out 9.0 and
+24.4 %, with both 9.2 and 25.2 %, and the upper end of an interval was 1.92 times its lower one. Tried twice: first it
+was left out by a rule written before, because with the GPU left out 95.6 % of the rows were inside and the rule asked
+for 95 % at most. The second rule, also written before many GPUs were looked at, asked of these that no median error
+(4.3 and 5.3 % then) grows by more than 0.3 points, that the bias with the source left out (−3.3 % then) does not grow,
+and that its coverage stays below 97 %.
 
 The bias with the source left out has two parts: NVIDIA's machines add less to one GPU's step than Lambda's PCIe boxes
 say, and Lambda's steps on one GPU take less time than the rows of others say (table above). Two sources are too

@@ -229,9 +229,7 @@ def _scaling(x: np.ndarray) -> Scaling:
 
 def _with_update(step: StepTime, update_s: float) -> StepTime:
     longer = (step.compute_s + update_s - step.optimizer_s) / step.compute_s
-    return msgspec.structs.replace(
-        step, optimizer_s=update_s, low_s=step.low_s * longer, high_s=step.high_s * longer
-    )
+    return msgspec.structs.replace(step, optimizer_s=update_s, low_s=step.low_s * longer, high_s=step.high_s * longer)
 
 
 def _scaled(step: StepTime, ratio: float) -> StepTime:

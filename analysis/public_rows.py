@@ -44,8 +44,8 @@ FILES = ("training", "training_depthwise", "training_later")
 # faster with container 22.10 than with 20.10, an RTX 3090 9 and 13 % faster with PyTorch 1.13 than with 1.7. On V100 in
 # fp32 the containers from early 2019 to 21.03 are within 5 % of each other, the oldest the slowest, 19.10 the fastest.
 YOUNG_ARCHITECTURE, GROWN_TORCH, GROWN_CONTAINER = "ampere", (1, 10), (21, 7)
-# Before PyTorch 2.0 (15 March 2023) zero_grad wrote zeros, which backward added to, and optimizers updated one tensor after
-# the other: so many kernels each (torch.optim.sgd with momentum and decay, rmsprop with momentum, as of 1.13).
+# Before PyTorch 2.0 (15 March 2023) zero_grad wrote zeros, which backward added to, and optimizers updated one tensor
+# after the other: so many kernels each (torch.optim.sgd with momentum and decay, rmsprop with momentum, as of 1.13).
 GROUPED_SINCE = "2023-03"
 KERNELS_PER_TENSOR = {"sgd": 4, "rmsprop": 8}
 ZEROED_BYTES = 4 + 12  # of every parameter: its gradient written, read twice and written once
