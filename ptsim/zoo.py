@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ptsim.errors import UnknownNameError, UsageError, on_one_line
+from ptsim.setting import image_shape, positive_number
 from ptsim.usercode import importing_beside
 
 Builder = Callable[..., Any]  # called with num_classes=…, returns a torch.nn.Module
@@ -147,9 +148,10 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
             raise UsageError(f"{path}:{function_name} returned a {type(model).__name__}, expected a torch.nn.Module")
         return model
 
-    return ModelEntry(
-        name=f"{path}:{function_name}",
-        build=build,
-        input_shape=tuple(getattr(function, "input_shape", (3, 32, 32))),
-        num_classes=getattr(function, "num_classes", 10),
-    )
+    name = f"{path}:{function_name}"
+    try:
+        shape = image_shape(getattr(function, "input_shape", (3, 32, 32)))
+        num_classes = positive_number("num_classes", getattr(function, "num_classes", 10))
+    except UsageError as error:
+        raise UsageError(f"{name}: its {error.message}") from error
+    return ModelEntry(name=name, build=build, input_shape=shape, num_classes=num_classes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import os
 import sys
@@ -72,6 +73,8 @@ _WORKS = {
     "doctor": "looking at this machine",
     "calibrate network": "waiting for the other ranks and timing all-reduces",
 }
+# Commands with --set, and the record whose fields it sets.
+_SETTINGS = {"train": "ptsim.training.config:Config", "simulate": "ptsim.sim.options:Options"}
 _PATIENCE_S = 2.0
 _RESERVE_BYTES = 16 * MIB
 # Importing torch and torchvision makes half a million objects that all stay. At Python's own threshold of 700 new
@@ -197,7 +200,20 @@ def _fail_usage(error: cyclopts.CycloptsError) -> int:
     if isinstance(error, cyclopts.UnusedCliTokensError):
         return _fail(f"unexpected argument {(error.unused_tokens or ['?'])[0]!r}", _HELP)
     text = " ".join(str(error).split())
-    return _fail(text, "ptsim clusters lists the catalog" if "--cluster requires" in text else _HELP)
+    clusters = "ptsim clusters lists the catalog" if "--cluster requires" in text else None
+    return _fail(text, _setting_of(error) or clusters or _HELP)
+
+
+def _setting_of(error: cyclopts.CycloptsError) -> str | None:
+    """How to give what was typed as an option and is a setting without one; None if it is none."""
+    command = " ".join(error.command_chain or ())
+    if not isinstance(error, cyclopts.UnknownOptionError) or command not in _SETTINGS:
+        return None
+    typed = (error.token.keyword or error.token.value).partition("=")[0]
+    name = typed.lstrip("-").replace("-", "_")
+    module, _, record = _SETTINGS[command].partition(":")
+    known = getattr(importlib.import_module(module), record).__struct_fields__
+    return f"--set {name}=… sets it" if name in known else None
 
 
 def _fail_unexpected(error: BaseException, tokens: list[str]) -> int:

@@ -26,6 +26,7 @@ from ptsim.textfile import ACTING, write_whole
 from ptsim.units import together
 
 PAGE = "index.html"
+_MARK = '<meta name="generator" content="ptsim '
 
 
 class ShownFigure(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -95,13 +96,14 @@ def write(
     """Write the page, its figures with what they draw (`figures/`), and its tables (`tables/`) into the folder `out`.
 
     A report that is already there is replaced, file by file, each whole or not at all, the page last; anything else in
-    the folder is left alone. `tables` are written beside those of the sections.
+    the folder is left alone, in figures/ and tables/ too. `tables` are written beside those of the sections.
 
     Raises:
-        UsageError: `out` is a file, or cannot be written.
+        UsageError: `out` is a file, cannot be written, or has a page that is no report.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; expected a folder for the report")
+    earlier = _files_of_report(out / PAGE)
     files = {f"figures/{shown.name}.svg": shown.document for section in sections for shown in section.figures}
     files |= {f"figures/{shown.name}.csv": csv_text(shown.frame) for section in sections for shown in section.figures}
     shown_tables = {table.name: table.frame for section in sections for table in section.tables}
@@ -113,13 +115,28 @@ def write(
         for name, content in files.items():
             write_whole(out / name, content)
         write_whole(out / PAGE, html)
-        for folder, ending in (("figures", ".svg"), ("figures", ".csv"), ("tables", ".csv")):
-            for old in (out / folder).glob(f"*{ending}"):
-                if f"{folder}/{old.name}" not in files:
-                    old.unlink()
+        for name in earlier - files.keys():
+            (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"the report cannot be written to {out}: {error.strerror}") from error
     return out / PAGE
+
+
+def _files_of_report(page: Path) -> set[str]:
+    """The figures and tables that the report of this page wrote beside it; none where there is no page.
+
+    Raises:
+        UsageError: the page is not of a report.
+    """
+    if not page.is_file():
+        return set()
+    text = page.read_text(encoding="utf-8", errors="replace")
+    if _MARK not in text.partition("<style>")[0]:
+        raise UsageError(f"{page} is no report of ptsim, and is not written over", hint="choose another folder")
+    files = set()
+    for kind, name in re.findall(r'id="(figure|table)-([^"/]+)"', text):
+        files |= {f"tables/{name}.csv"} if kind == "table" else {f"figures/{name}.svg", f"figures/{name}.csv"}
+    return files
 
 
 def harmless(value: object) -> object:

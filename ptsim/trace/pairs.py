@@ -71,15 +71,25 @@ def device_name(trace: Trace) -> str:
 
 # What makes the task of a run. Two runs that differ here are never compared.
 _TASK: Mapping[str, Callable[[Trace], object]] = {
-    "network": lambda trace: trace.run.model,
+    "network": lambda trace: str(PurePath(trace.run.model)),  # ./net.py:build is net.py:build
     "data set": data_name,
     "classes": lambda trace: trace.run.dataset.num_classes,
     "training images": lambda trace: trace.run.dataset.num_train,
     "image shape": lambda trace: trace.run.dataset.input_shape,
 }
 
+
+def _first_network(trace: Trace) -> str | None:
+    """How large the network was before any pruning: a file of one name may have been edited between two runs."""
+    if not trace.epochs:
+        return None
+    network = trace.network_of(trace.epochs[0])
+    return f"{network.num_parameters:,} parameters ({network.forward_macs:,} MACs)"
+
+
 # What else decides how long a run takes, beside pruning.
 _TIME: Mapping[str, Callable[[Trace], object]] = {
+    "network at the start": _first_network,
     "device": lambda trace: trace.run.device.name,
     "threads": lambda trace: trace.run.device.num_threads,
     "ranks": lambda trace: trace.run.world_size,
@@ -164,8 +174,8 @@ def setting_labels(traces: Sequence[Trace]) -> list[str]:
 def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
     """A comparison for every pruned run with at least one epoch.
 
-    The baseline is the dense run of the same model, data set and image shape; among several, the one on the same device
-    and with the same first mini-batch is preferred, then the same seed.
+    The baseline is the dense run of the same model, data set and image shape; among several, the one that
+    begins with the same network, on the same device and with the same first mini-batch is preferred, then the same seed.
     """
     comparisons = []
     labels = run_labels(traces)
@@ -332,12 +342,13 @@ def _setting_key(trace: Trace) -> str:
     run = trace.run
     decisive = {name: value for name, value in run.hyperparameters.items() if name not in _WITHOUT_EFFECT}
     where = run.device.name, run.world_size, run.precision, run.memory_format
-    task = [of(trace) for of in _TASK.values()]
+    task = [_first_network(trace), *(of(trace) for of in _TASK.values())]
     return json.dumps([*task, *where, decisive], sort_keys=True, default=str)
 
 
-def _closeness(candidate: Trace, trace: Trace) -> tuple[bool, bool, bool, int]:
+def _closeness(candidate: Trace, trace: Trace) -> tuple[bool, bool, bool, bool, int]:
     return (
+        _first_network(candidate) == _first_network(trace),
         candidate.run.device.name == trace.run.device.name,
         candidate.epochs[0].batch_per_gpu == trace.epochs[0].batch_per_gpu,
         candidate.run.seed == trace.run.seed,

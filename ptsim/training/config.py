@@ -40,8 +40,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         download: let torchvision fetch CIFAR into `data_dir`.
         train_limit: use only this many training images, drawn with the seed.
         validation_limit: use only this many validation images, drawn with the seed.
-        image_size: side of the images that the network sees; None means the data set's own (the model's for an
-            image tree whose images differ in size, and for synthetic data).
+        image_size: side of the images that the network sees; None means the data set's own (the model's for images of
+            files that differ in size or are not square, and for synthetic data).
         seed: decides weights, order of the images and augmentation.
         augment: "auto" is random crop and flip for photographs, nothing for digits and synthetic data.
         crop_padding: pixels of zeros around the image from which the random crop is taken.

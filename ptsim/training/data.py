@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from ptsim.trace.schema import Dataset
 from ptsim.training.config import Config
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+_DARK = 16  # of 256: what values of 12 bits reach whose place is the lower end of 16
 
 # (N, C, H, W) normalised float32; (N,) class indices, or of live data (N, classes) shares of the classes
 Batch = tuple[Tensor, Tensor]
@@ -299,6 +300,40 @@ def rgb(image: Image.Image) -> NDArray[np.uint8]:
             raise ValueError("its values are of 32 bits and all below 256, and what is white is not known")
         return np.repeat((values.astype(np.uint16) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     return np.array(image.convert("RGB"))
+
+
+def chosen_side(sample: Iterable[Tensor], config: Config, input_shape: tuple[int, int, int], where: str) -> int:
+    """The side of the squares that the network sees: `image_size`, that of square images of one size, or the model's.
+
+    Warns where that cuts or scales images in a way that nobody has asked for, and of images that are almost black.
+
+    Args:
+        sample: some of the images, bytes (3, H, W).
+        config: the run.
+        input_shape: the model's.
+        where: the images, in words.
+    """
+    brightest, sizes = 0, set[tuple[int, ...]]()
+    for image_CHW in sample:
+        brightest = max(brightest, int(image_CHW.max()))
+        sizes.add(tuple(image_CHW.shape[1:]))
+    if brightest < _DARK:
+        levels = f"use {brightest + 1} of 256 levels" if brightest else "are black"
+        problem = f"the images of {where} {levels}; of values of 16 bits the upper 8 count, so scale them to 0 to 65535"
+        warnings.warn(problem, stacklevel=2)
+    if config.image_size is not None:
+        return config.image_size
+    height, width = next(iter(sizes))
+    if len(sizes) == 1 and height == width:
+        return int(height)
+    side, across = input_shape[1:]
+    seen = f"the network sees the middle squares of the images of {where}, scaled to {side}×{side}"
+    if side != across:
+        warnings.warn(f"{seen}, although its input_shape is of {side}×{across} pixels", stacklevel=2)
+    elif len(sizes) == 1:
+        own = f"although they have {height}×{width} pixels each; the setting 'image_size' chooses another side"
+        warnings.warn(f"{seen}, {own}", stacklevel=2)
+    return side
 
 
 def resized_to(image_CHW: Tensor, side: int) -> Tensor:

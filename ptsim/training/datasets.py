@@ -22,6 +22,7 @@ from ptsim.training.data import (
     Data,
     ResidentData,
     StreamedData,
+    chosen_side,
     decode,
     generator,
     held_out,
@@ -183,9 +184,8 @@ def image_tree(request: DataRequest) -> Data:
     train, validation, classes = _splits(root, config)
     train = _some(train, config.train_limit, config.seed)
     validation = _some(validation, config.validation_limit, config.seed)
-    sizes = {tuple(decode(path).shape[1:]) for path, _ in train[:: max(1, len(train) // 16)]}
-    own_side = next(iter(sizes))[0] if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1 else None
-    side = config.image_size or own_side or input_shape[1]
+    sample = (decode(path) for path, _ in train[:: max(1, len(train) // 16)])
+    side = chosen_side(sample, config, input_shape, str(root))
     limit_bytes = config.data_memory_bytes or quarter_of_memory_bytes(device)
     if (len(train) + len(validation)) * 3 * side * side > limit_bytes:
         return StreamedData(train, validation, class_names=classes, side=side, config=config, device=device)
@@ -212,9 +212,9 @@ def _splits(root: Path, config: Config) -> tuple[_Files, _Files, list[str]]:
     if not root.is_dir():
         raise UsageError(f"there is no data folder {root}")
     folders = [next((root / name for name in names if (root / name).is_dir()), None) for names in SPLITS]
-    if folders[0] is None and folders[1] is None and any(path.is_dir() for path in root.iterdir()):
-        _refuse_splits_as_classes(root)
-        folders[0] = root
+    if folders[1] is None and any(path.is_dir() for path in root.iterdir()):
+        _refuse_other_splits(root)
+        folders[0] = folders[0] or root
     if folders[0] is None:
         raise UsageError(f"{root} holds no folder train; expected train and val or test with one folder per class")
     train, folder_names = _list_images(folders[0])
@@ -230,14 +230,16 @@ def _splits(root: Path, config: Config) -> tuple[_Files, _Files, list[str]]:
     return train, validation, classes
 
 
-def _refuse_splits_as_classes(root: Path) -> None:
-    """Make sure that the folders of a tree without splits are classes: a split that is written otherwise is none.
+def _refuse_other_splits(root: Path) -> None:
+    """Make sure that no folder of a tree without validation images is a split that is written otherwise.
 
     Raises:
         UsageError: one is called "Train" or "testing", for instance.
     """
-    known = {name for names in SPLITS for name in names} | {"training", "testing"}
-    odd = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name.lower() in known)
+    known = {name for names in SPLITS for name in names}
+    like = known | {"training", "testing", "validate"}
+    folders = (path.name for path in root.iterdir() if path.is_dir())
+    odd = sorted(name for name in folders if name.lower() in like and name not in known)
     if odd:
         raise UsageError(
             f"{root} holds the folder {odd[0]}, which reads like a split; expected train and val or test",
@@ -249,12 +251,13 @@ def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
     """Every image below `folder/<class>/` with its class index, and the classes' names, in sorted order."""
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
-        raise UsageError(f"{folder} holds no class folders")
+        raise UsageError(f"{folder} holds no class folders; expected one folder of images per class")
     images = []
     for label, name in enumerate(classes):
         files = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise UsageError(f"the class folder {folder / name} holds no images")
+            ends = f"the name of an image ends in {', '.join(IMAGE_SUFFIXES)}"
+            raise UsageError(f"the class folder {folder / name} holds no images", hint=ends)
         images += [(path, label) for path in files]
     return images, classes
 

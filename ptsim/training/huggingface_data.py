@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ptsim.errors import UsageError, on_one_line
-from ptsim.training.data import Data, ResidentData, held_out, note_unused_share, resized_to, rgb, subset
+from ptsim.training.data import Data, ResidentData, chosen_side, held_out, note_unused_share, resized_to, rgb, subset
 from ptsim.training.datasets import SPLITS, DataRequest, quarter_of_memory_bytes
 
 
@@ -47,7 +47,9 @@ def on_disk(request: DataRequest) -> Data:
         note_unused_share(config, config.data_dir)
     train = _some(train, config.train_limit, config.seed)
     validation = _some(validation, config.validation_limit, config.seed)
-    side = config.image_size or _own_side(train, image, config.data_dir) or request.input_shape[1]
+    rows = range(0, len(train), max(1, len(train) // 16))
+    sample = (_pixels(train, row, image, config.data_dir) for row in rows)
+    side = chosen_side(sample, config, request.input_shape, config.data_dir)
     room = config.data_memory_bytes or quarter_of_memory_bytes(request.device)
     if (len(train) + len(validation)) * 3 * side * side > room:
         raise UsageError(
@@ -97,14 +99,6 @@ def _columns(split: Any, folder: str) -> tuple[str, str]:
 def _some(split: Any, limit: int | None, seed: int) -> Any:
     kept = subset(len(split), limit, seed)
     return split if kept is None else split.select(kept.tolist())
-
-
-def _own_side(split: Any, column: str, folder: str) -> int | None:
-    """The side of square images of one size, as a look at some of them says."""
-    rows = range(0, len(split), max(1, len(split) // 16))
-    sizes = {_pixels(split, index, column, folder).shape[1:] for index in rows}
-    height, width = next(iter(sizes))
-    return int(width) if len(sizes) == 1 and width == height else None
 
 
 def _classes(split: Any, column: str, folder: str) -> list[int]:

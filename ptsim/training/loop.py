@@ -287,7 +287,7 @@ class Trainer:
         if self.learner.next_epoch == 0:
             self.storage.save(self.learner, keep=False)
         self.learner.wrap()
-        self.reporter.begin(self.folder.name, len(self.plans), self.learner.next_epoch)
+        self.reporter.begin(self.folder.name, len(self.plans), self.learner.next_epoch, self.data.dataset)
         while self.learner.next_epoch < len(self.plans):
             try:
                 self._epoch(self.plans[self.learner.next_epoch])

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ptsim.textfile import printable
-from ptsim.trace.schema import Epoch, Reconfiguration
+from ptsim.trace.schema import Dataset, Epoch, Reconfiguration
 from ptsim.units import counted
 
 _T = TypeVar("_T")
@@ -22,8 +22,8 @@ class Reporter(Protocol):
 
     def __exit__(self, *_: object) -> None: ...
 
-    def begin(self, label: str, num_epochs: int, done: int) -> None:
-        """A run begins, or goes on after `done` epochs."""
+    def begin(self, label: str, num_epochs: int, done: int, dataset: Dataset) -> None:
+        """A run on `dataset` begins, or goes on after `done` epochs."""
 
     def track(self, batches: Iterable[_T], num_iterations: int) -> Iterator[_T]:
         """The same batches."""
@@ -44,7 +44,7 @@ class Silent:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def begin(self, label: str, num_epochs: int, done: int) -> None:
+    def begin(self, label: str, num_epochs: int, done: int, dataset: Dataset) -> None:
         """Nothing."""
 
     def track(self, batches: Iterable[_T], num_iterations: int) -> Iterator[_T]:
@@ -83,12 +83,18 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def begin(self, label: str, num_epochs: int, done: int) -> None:
-        """A bar of epochs; `label` may be any text, such as the name of a folder."""
+    def begin(self, label: str, num_epochs: int, done: int, dataset: Dataset) -> None:
+        """What is trained on, and a bar of epochs; `label` may be any text, such as the name of a folder."""
         label, self._num_epochs = printable(label), num_epochs
         self._epochs = self._progress.add_task(label, total=num_epochs, completed=done, state="")
-        if not self._console.is_terminal:
-            self._console.print(f"{label}: {counted(num_epochs, 'epoch')}" + (f", {done} done" if done else ""))
+        size = "×".join(map(str, dataset.input_shape))
+        self._console.print(
+            f"{label}: {counted(num_epochs, 'epoch')}"
+            + (f", {done} done" if done else "")
+            + f"; trained on {counted(dataset.num_train, 'image')} of {size} in "
+            f"{counted(dataset.num_classes, 'class', 'classes')}, validated on {dataset.num_validation:,}",
+            soft_wrap=True,
+        )
 
     def track(self, batches: Iterable[_T], num_iterations: int) -> Iterator[_T]:
         """The same batches; the bar of iterations moves in fiftieths."""

@@ -66,6 +66,17 @@ def takes_in_channels(entry: zoo.ModelEntry) -> bool:
     return "in_channels" in inspect.signature(entry.build).parameters
 
 
+def _remedy(model: nn.Module, channels: int) -> str:
+    """What helps a model that fails on images with so many channels."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or first.in_channels == channels:
+        return "--set image_size=… scales the images"
+    return (
+        f"its first convolution takes {first.in_channels} channels, the images have {channels}: build it for those; "
+        "data sets of your own may have others: ptsim.train(…, data=(train, val))"
+    )
+
+
 def check_fits(model: nn.Module, recipe: Recipe) -> None:
     """Run two images through the model in evaluation and in training mode; it is left as it was.
 
@@ -84,7 +95,7 @@ def check_fits(model: nn.Module, recipe: Recipe) -> None:
         reason = on_one_line(error, 200)
         raise UsageError(
             f"model {recipe.model!r} does not take images of {channels}×{height}×{width}: {reason}",
-            hint="--set image_size=… scales the images",
+            hint=_remedy(model, channels),
         ) from error
     finally:
         model.train(training)
@@ -97,6 +108,6 @@ def check_fits(model: nn.Module, recipe: Recipe) -> None:
                 f"model {recipe.model!r} gives {found} for an image{mode}, but the data set has "
                 f"{recipe.num_classes} classes",
                 hint="training takes one tensor; give a function that builds it without auxiliary outputs"
-                if mode
+                if mode or not isinstance(output, torch.Tensor)
                 else None,
             )

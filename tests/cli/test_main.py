@@ -49,6 +49,25 @@ def test_a_wrong_option_is_one_sentence(tokens: list[str], capsys: pytest.Captur
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("tokens", "hint"),
+    [
+        (["train", "--weight-decay=0.1"], "hint: --set weight_decay=… sets it"),
+        (["train", "--device", "cuda"], "hint: --set device=… sets it"),
+        (["simulate", "run", "--cluster", "dgx-a100", "--placement", "striped"], "hint: --set placement=… sets it"),
+        (["train", "--nothing", "3"], "hint: ptsim --help lists the commands"),
+        (["cost", "resnet20", "--weight-decay=0.1"], "hint: ptsim --help lists the commands"),
+    ],
+)
+def test_a_setting_that_was_typed_as_an_option_is_told_how_to_be_set(
+    tokens: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(tokens) == 2
+    error, told = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: Unknown option: --")
+    assert told.startswith(hint)
+
+
 def test_every_public_name_is_there() -> None:
     import ptsim
 

@@ -86,6 +86,9 @@ def test_an_unknown_torchvision_name_suggests_close_ones() -> None:
         ("def net(): return 3", "returned a int, expected a torch.nn.Module"),
         ("def net(): raise RuntimeError('no')", "failed: RuntimeError: no"),
         ("def net(): raise RuntimeError('no\\nat frame #0')", "failed: RuntimeError: no at frame #0"),
+        ("def net(): pass\nnet.input_shape = 64", r":net: its input_shape is 64, expected \(channels, height, width\)"),
+        ("def net(): pass\nnet.input_shape = (64, 64)", r":net: its input_shape is \(64, 64\), expected"),
+        ("def net(): pass\nnet.num_classes = '3'", ":net: its num_classes is '3', expected a positive whole number"),
     ],
 )
 def test_a_broken_model_file_is_one_sentence(tmp_path: Path, source: str, complaint: str) -> None:

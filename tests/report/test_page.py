@@ -243,11 +243,22 @@ def test_a_list_price_is_shown_with_its_day_and_a_given_one_takes_its_place(tmp_
 
 @pytest.mark.slow
 def test_a_report_replaces_its_own_files_and_no_others(tmp_path: Path) -> None:
-    trace = dense_trace(tmp_path / "t.jsonl", epochs=1)
-    out = tmp_path / "out"
-    (out / "figures").mkdir(parents=True)
-    (out / "figures" / "old.svg").write_text("old")
-    (out / "notes.txt").write_text("mine")
-    write_report([trace], out, gpus=[1])
-    assert not (out / "figures" / "old.svg").exists()
-    assert (out / "notes.txt").read_text() == "mine"
+    traces = [dense_trace(tmp_path / "d.jsonl", epochs=1), shrinking_trace(tmp_path / "p.jsonl", epochs=2)]
+    out = tmp_path / "paper"
+    mine = [out / "figures" / "mine.svg", out / "figures" / "mine.csv", out / "tables" / "mine.csv", out / "notes.txt"]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    page = write_report(traces, out, gpus=[1])
+    first = set(out.rglob("*.*"))
+    write_report(traces[:1], out, gpus=[1])
+    alone = write_report(traces[:1], tmp_path / "alone", gpus=[1]).parent
+    assert {path.relative_to(out) for path in set(out.rglob("*.*")) - set(mine)} == {
+        path.relative_to(alone) for path in alone.rglob("*.*")
+    }
+    assert len(first) > len(set(out.rglob("*.*")))
+    assert all(path.read_text() == "mine" for path in mine)
+    page.write_text("<html>my own</html>")
+    with pytest.raises(UsageError, match=r"index\.html is no report of ptsim, and is not written over"):
+        write_report(traces, out, gpus=[1])
+    assert page.read_text() == "<html>my own</html>"

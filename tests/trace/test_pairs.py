@@ -135,6 +135,20 @@ def test_repeats_with_other_seeds_share_a_setting_and_other_settings_do_not(fold
     assert len(set(setting_labels([runs[1], logged]))) == 1
 
 
+def test_runs_of_an_edited_network_are_no_repeats_and_the_dense_run_of_the_same_one_is_preferred(folder: Path) -> None:
+    runs = read(
+        dense_trace(folder / "before.jsonl", widths=(16, 32, 72), model="./net.py:build"),
+        dense_trace(folder / "d.jsonl", model="net.py:build", seed=1),
+        shrinking_trace(folder / "p.jsonl", model="./net.py:build"),
+    )
+    assert len(set(setting_labels(runs))) == 3
+    (comparison,) = compare_runs(runs)
+    assert comparison.baseline.path.name == "d.jsonl"
+    assert comparison.notes == ()
+    (edited,) = compare_runs([runs[0], runs[2]])
+    assert edited.notes[0].startswith("the runs differ in the network at the start: 175,258 parameters")
+
+
 def test_what_shows_the_numbers_elsewhere_makes_no_other_setting(folder: Path) -> None:
     plain, other = read(*(shrinking_trace(folder / f"{seed}.jsonl", seed=seed) for seed in (1, 2)))
     told = other.run.hyperparameters | {"loggers": ["csv"]}
@@ -183,6 +197,10 @@ def test_a_reconfiguration_after_the_last_epoch_counts_in_what_the_run_ends_with
         ({"device": "NVIDIA L4"}, "device NVIDIA A100-SXM4-40GB with NVIDIA L4"),
         ({"world_size": 2}, "ranks 1 with 2"),
         ({"precision": Precision.BF16}, "precision fp32 with bf16"),
+        (
+            {"widths": (16, 32, 72)},  # the file of the model was edited in between
+            "network at the start 175,258 parameters (26,657,408 MACs) with 207,354 parameters (28,701,392 MACs)",
+        ),
     ],
 )
 def test_runs_of_one_task_on_other_machines_are_projected_but_their_times_tell_no_saving(

@@ -76,3 +76,15 @@ class Huge(nn.Module):
 def test_a_machine_without_memory_is_no_fault_of_the_model() -> None:
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         check_fits(Huge(), RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("channels", "height", "remedy"),
+    [(1, 3, "its first convolution takes 1 channels, the images have 3: build it"), (3, 2, "--set image_size=…")],
+)
+def test_a_model_for_other_images_is_told_what_helps(channels: int, height: int, remedy: str) -> None:
+    """A 3×3 convolution without padding fails on an image of 2×2."""
+    model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(UsageError, match="does not take images of 3×") as caught:
+        check_fits(model, msgspec.structs.replace(RECIPE, input_shape=(3, height, height)))
+    assert str(caught.value.hint).startswith(remedy)

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 
@@ -214,6 +215,45 @@ def test_images_are_scaled_to_the_asked_size(tree):
     assert epoch_of(data, batch=8)[0][0].shape == (8, 3, 20, 20)
 
 
+def photographs(root, pixels):
+    """Two classes of the same images, (N, H, W) or (N, H, W, 3), for training and validation."""
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for index, image in enumerate(pixels):
+                Image.fromarray(image).save(root / split / name / f"{index}.png")
+    return {"dataset": "imagefolder", "data_dir": str(root), "batch": 2}
+
+
+@pytest.mark.parametrize(
+    ("size", "model", "side", "says"),
+    [
+        ((12, 16), (3, 8, 8), 8, r"scaled to 8×8, although they have 12×16 pixels each; the setting 'image_size'"),
+        ((12, 16), (3, 8, 10), 8, r"scaled to 8×8, although its input_shape is of 8×10 pixels"),
+        ((12, 12), (3, 8, 10), 12, None),  # their own
+    ],
+)
+def test_images_that_are_cut_though_nobody_asked_for_it_are_named(tmp_path, size, model, side, says):
+    made = photographs(tmp_path, np.full((3, *size), 200, dtype=np.uint8))
+    with contextlib.nullcontext() if says is None else pytest.warns(UserWarning, match=says):
+        assert loaded(**made, input_shape=model).dataset.input_shape == (3, side, side)
+    assert loaded(**made, input_shape=model, image_size=8).dataset.input_shape == (3, 8, 8)  # asked for
+
+
+@pytest.mark.parametrize(
+    ("white", "says"),
+    [
+        (4095, "use 16 of 256 levels; of values of 16 bits the upper 8 count"),  # 12 bits
+        (255, "are black; of values of 16 bits the upper 8 count"),
+        (4096, None),
+    ],
+)
+def test_images_whose_values_fill_a_part_of_their_bits_are_named(tmp_path, white, says):
+    made = photographs(tmp_path, np.array([np.zeros((4, 4)), np.full((4, 4), white)], dtype=np.uint16))
+    with contextlib.nullcontext() if says is None else pytest.warns(UserWarning, match=says):
+        loaded(**made)
+
+
 def test_train_limit_draws_with_the_seed(tree):
     data = loaded(dataset="imagefolder", data_dir=str(tree), train_limit=12, batch=4)
     assert data.dataset.num_train == 12
@@ -250,12 +290,14 @@ def test_a_wrong_image_tree_is_one_sentence(tree, tmp_path, make):
         loaded(dataset="imagefolder", data_dir=str(root), batch=1)
 
 
-@pytest.mark.parametrize("name", ["Train", "VAL", "testing"])
+@pytest.mark.parametrize("name", ["Train", "VAL", "testing", "validate"])
 def test_a_split_that_is_written_otherwise_is_no_class(tree, tmp_path, name):
     shutil.copytree(tree / "train", tmp_path / name)
-    shutil.copytree(tree / "val", tmp_path / "more")
-    with pytest.raises(UsageError, match=f"holds the folder {name}, which reads like a split"):
-        loaded(dataset="imagefolder", data_dir=str(tmp_path))
+    others = [tmp_path / "more"] if name == "Train" else [tmp_path / "more", tmp_path / "train"]
+    for other in others:  # beside classes, then beside a split of training images, which would be held out from
+        shutil.copytree(tree / "val", other)
+        with pytest.raises(UsageError, match=f"holds the folder {name}, which reads like a split"):
+            loaded(dataset="imagefolder", data_dir=str(tmp_path))
 
 
 def test_a_class_folder_whose_name_is_no_unicode_is_a_class_that_can_be_written_down(tree, tmp_path):

@@ -433,7 +433,7 @@ def test_a_single_class_is_refused(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "cats").mkdir(parents=True)
         for index in range(4):
-            Image.new("RGB", (8, 8)).save(tmp_path / split / "cats" / f"{index}.png")
+            Image.new("RGB", (8, 8), "white").save(tmp_path / split / "cats" / f"{index}.png")
     made = settings(dataset="imagefolder", data_dir=str(tmp_path), batch=2)
     del made["train_limit"]
     with pytest.raises(UsageError, match="has a single class"):
