@@ -91,11 +91,13 @@ def file_of(name: str) -> Path | None:
 
 
 def check_file(name: str) -> None:
-    """Find out, before torch is imported, that a name is of a user's file that does not exist.
+    """Find out, before torch is imported, that a name is of a user's file that does not exist, or lacks the function.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: it is so.
     """
+    if name.endswith(".py"):
+        raise UsageError(f"{name} is a model's file without its function; expected {name}:function")
     path = file_of(name)
     if path is not None and not os.path.isfile(path):
         raise UsageError(f"no model file {path}; expected path/to/file.py:function")
@@ -116,7 +118,10 @@ def _load_models() -> None:
 
 
 def _from_file(path: Path, function_name: str) -> ModelEntry:
-    """The function's own attributes `input_shape` and `num_classes`, where it has them, become the entry's."""
+    """The function's own attributes `input_shape` and `num_classes`, where it has them, become the entry's.
+
+    Without that attribute the usual number of classes is the default of its argument `num_classes`, or else 10.
+    """
     module_name = f"_ptsim_user_{path.stem}_{abs(hash(path.resolve())):x}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None, "true for every path that ends in .py"
@@ -134,8 +139,10 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
         functions = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module_name]
         raise UnknownNameError(f"function in {path}", function_name, functions)
 
-    parameters = inspect.signature(function).parameters.values()
-    takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+    parameters = inspect.signature(function).parameters
+    takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters.values())
+    default = parameters["num_classes"].default if "num_classes" in parameters else None
+    usual = default if isinstance(default, int) else 10
 
     def build(*, num_classes: int) -> Any:
         try:
@@ -151,7 +158,7 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
     name = f"{path}:{function_name}"
     try:
         shape = image_shape(getattr(function, "input_shape", (3, 32, 32)))
-        num_classes = positive_number("num_classes", getattr(function, "num_classes", 10))
+        num_classes = positive_number("num_classes", getattr(function, "num_classes", usual))
     except UsageError as error:
         raise UsageError(f"{name}: its {error.message}") from error
     return ModelEntry(name=name, build=build, input_shape=shape, num_classes=num_classes)

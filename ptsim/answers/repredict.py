@@ -162,7 +162,7 @@ def source_of(
         if not trace.profiles:
             raise MissingMeasurementError(
                 f"{trace.path} has no profiles to predict from",
-                hint="train with profiles, or give a device profile with --profile",
+                hint="train with profiles (in a loop of your own: profile=True), or give a device profile: --profile",
             )
         first = trace.epochs[0]
 
@@ -176,6 +176,7 @@ def source_of(
             input_s_per_image=beyond_steps_s(first) * first.world_size / first.num_images if first.num_images else None,
             reconfiguration_s=next((event.duration_s for event in measured_changes(trace)), None),
         )
+    of_others = profile is None
     if profile is None:
         others = [other for other in runs if other.path.resolve() != trace.path.resolve()]
         if not others:
@@ -191,7 +192,13 @@ def source_of(
         )
 
     def profiled(epoch: Epoch) -> StepTime:
-        return profiled_step(trace.network_of(epoch), known, trace.setting_of(epoch))
+        try:
+            return profiled_step(trace.network_of(epoch), known, trace.setting_of(epoch))
+        except MissingMeasurementError as error:
+            if not of_others:
+                raise
+            problem = f"{trace.path} cannot be predicted from the other runs: {error.message}"
+            raise MissingMeasurementError(problem, hint=error.hint) from error
 
     return profiled, _Pace(
         input_s_per_image=known.input_s_per_image.get(run.dataset.name),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def gpu(
     *,
     out: Path,
-    trace: Annotated[list[Path] | None, cyclopts.Parameter(negative="")] = None,
+    trace: Annotated[list[Path] | None, cyclopts.Parameter(consume_multiple=True, negative="")] = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     minutes: float = 10.0,
     precision: PrecisionName | None = None,

@@ -18,7 +18,7 @@ from ptsim.costs.run import EpochCost
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
 from ptsim.trace.trace import planned_mark
-from ptsim.units import format_bytes, format_count, format_seconds
+from ptsim.units import counted, format_bytes, format_count, format_seconds
 
 
 def cost(
@@ -114,7 +114,7 @@ def _summary(report: CostReport) -> Table:
             f"gradients {format_bytes(need.gradient_bytes)}, optimizer {format_bytes(need.optimizer_bytes)}, "
             f"workspace {format_bytes(need.workspace_bytes)} (they do not all meet)",
         ),
-        ("all-reduce", f"{format_bytes(report.allreduce_bytes)} per update in {report.num_buckets} buckets"),
+        ("all-reduce", f"{format_bytes(report.allreduce_bytes)} per update in {counted(report.num_buckets, 'bucket')}"),
         (
             "update traffic",
             f"{format_bytes(report.update_bytes)}; {report.criterion.replace('_', ' ')} "

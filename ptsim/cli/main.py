@@ -37,7 +37,7 @@ app = cyclopts.App(
     default_parameter=cyclopts.Parameter(json_list=False, json_dict=False),  # "[1].jsonl" is a file's name
 )
 
-# name → (where, one line of help). The order is the order of `ptsim --help`.
+# name → (where, one line of help), in the order in which one uses them; `ptsim --help` sorts by name.
 COMMANDS = {
     "demo": ("demo:demo", "Train dense and PruneTrain on real digits, project both onto a cluster, write the report."),
     "train": ("train:train", "Train a network, dense or with PruneTrain, and record the run."),

@@ -60,7 +60,8 @@ def report(
     print_line(made.answer.headline)
     for tile in made.answer.tiles:
         print_line(f"{tile.name}: {tile.value} ({tile.detail}; {tile.origin})")
-    print_line(f"How sure: {made.answer.certainty}")
+    if made.answer.certainty:
+        print_line(f"How sure: {made.answer.certainty}")
     for reason in made.answer.why:
         print_line(f"Why: {reason}")
     print_line(page)

@@ -102,7 +102,8 @@ class _Device:
     def step(self, network: Network, setting: StepSetting) -> StepTime:
         """See `profiled_step`."""
         batch, regularizer = setting.batch, setting.regularizer
-        estimates = [self._layer(network, index, batch) for index in range(len(network.layers))]
+        measured = self._measured(network, batch)
+        estimates = self._layers(network, batch, whole=measured is not None)
         forward_s = sum(forward.seconds for forward, _ in estimates)
         backward_s = sum(backward.seconds for _, backward in estimates)
         optimizer_s = self._fitted(
@@ -114,7 +115,6 @@ class _Device:
         if regularizer:
             penalty_s = functools.partial(self._penalty_seconds, network, setting)
             regularizer_s = self._fitted(network, penalty_s, "no step with a regulariser")
-        measured = self._measured(network, batch)
         if measured is not None:
             ratios = _over(measured.forward_s, forward_s), _over(measured.backward_s, backward_s)
             low, high = measured.step_low_s / measured.step_s, measured.step_high_s / measured.step_s
@@ -149,14 +149,32 @@ class _Device:
             tier=Tier.PROFILED,
         )
 
-    def _layer(self, network: Network, index: int, batch: int) -> tuple[Estimate, Estimate]:
+    def _layers(self, network: Network, batch: int, *, whole: bool) -> list[tuple[Estimate, Estimate]]:
+        """Of all layers; the `whole` step can be shared out among those that were timed, if there are any."""
+        indices = range(len(network.layers))
+        found = [self._layer(network, index, batch, whole=whole) for index in indices]
+        if all(any(each[step].seconds for each in found) for step in (0, 1)):
+            return found
+        return [self._layer(network, index, batch, whole=False) for index in indices]
+
+    def _layer(self, network: Network, index: int, batch: int, *, whole: bool) -> tuple[Estimate, Estimate]:
+        """Both passes of a layer; of one that nobody timed nothing where the `whole` step was measured.
+
+        Raises:
+            MissingMeasurementError: nothing is known of it.
+        """
         layer = network.layers[index]
         operator = operator_of(layer, batch=batch, setting=self._setting)
         forward = self._operators.estimate(operator, "forward")
         backward = self._operators.estimate(operator, "backward")
-        if forward is None:
+        if forward is not None:
+            return forward, backward or _NOTHING
+        try:
             return self._unmeasured(network, layer, batch)
-        return forward, backward or _NOTHING
+        except MissingMeasurementError:
+            if not whole:
+                raise
+            return _NOTHING, _NOTHING  # what it took is among the other layers' shares of the step
 
     def _unmeasured(self, network: Network, layer: Layer, batch: int) -> tuple[Estimate, Estimate]:
         """What a layer takes of whose kind nobody timed any.

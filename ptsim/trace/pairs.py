@@ -175,7 +175,7 @@ def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
     """A comparison for every pruned run with at least one epoch.
 
     The baseline is the dense run of the same model, data set and image shape; among several, the one that
-    begins with the same network, on the same device and with the same first mini-batch is preferred, then the same seed.
+    begins with the same network, on the same device, with the same first mini-batch is preferred, then the same seed.
     """
     comparisons = []
     labels = run_labels(traces)

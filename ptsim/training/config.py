@@ -346,7 +346,7 @@ def _check_data(config: Config) -> None:
     source = data_source(config.dataset)
     for name in source.needs:
         if getattr(config, name) is None:
-            hint = "--data-dir data --download" if "download" in source.uses else None
+            hint = "--data-dir data --download" if "download" in source.uses else "--data-dir FOLDER"
             raise UsageError(f"data set {config.dataset!r} needs the setting {name!r}", hint=hint)
 
 

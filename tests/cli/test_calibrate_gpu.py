@@ -45,6 +45,7 @@ def test_a_missing_gpu_is_one_sentence(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--trace", "nowhere"], "no trace here"),
+        (["--trace", "nowhere", "elsewhere"], "no trace here"),  # several after one --trace
         (["--minutes", "-1"], "minutes is -1"),
         (["--precision", "fp7"], "fp7"),
     ],

@@ -162,6 +162,18 @@ def test_an_operator_of_a_kind_that_nobody_measured_is_an_error_that_names_the_l
         step(UNSEEN, bare)
 
 
+def test_a_network_that_was_measured_whole_needs_no_time_of_each_of_its_operators():
+    """As `import kineto --model` writes one where an operator's shapes could not be told."""
+    network, known = residual_network(widths=WIDTHS[1]), PROFILE.steps[1]
+    timed = tuple(t for t in PROFILE.operators if t.operator.kind is not LayerKind.BATCH_NORM)
+    result = step(network, msgspec.structs.replace(PROFILE, operators=timed))
+    assert result.forward_s == pytest.approx(known.forward_s)
+    assert result.backward_s == pytest.approx(known.backward_s)
+    assert {layer.forward_s for layer in result.layers if layer.kind is LayerKind.BATCH_NORM} == {0.0}
+    with pytest.raises(MissingMeasurementError, match="has no dense conv2d"):  # nothing to share the step out among
+        step(network, msgspec.structs.replace(PROFILE, operators=()))
+
+
 def test_no_step_with_the_group_lasso_is_an_error_when_one_is_asked_for():
     bare = msgspec.structs.replace(
         PROFILE, steps=tuple(msgspec.structs.replace(s, regularizer_s=None) for s in PROFILE.steps)

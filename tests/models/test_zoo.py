@@ -58,6 +58,7 @@ def test_a_users_function_is_a_model(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("import torch\ndef net(num_classes=3):\n    return torch.nn.Linear(4, num_classes)\n")
     assert zoo.create(f"{file}:net", num_classes=5).out_features == 5
+    assert zoo.find(f"{file}:net").num_classes == zoo.create(f"{file}:net").out_features == 3  # its own default
 
 
 def test_a_users_function_may_ignore_the_classes(tmp_path: Path) -> None:
@@ -98,6 +99,8 @@ def test_a_broken_model_file_is_one_sentence(tmp_path: Path, source: str, compla
         zoo.create(f"{file}:net")
 
 
-def test_a_missing_model_file_is_one_sentence() -> None:
+def test_a_missing_model_file_and_a_missing_function_are_one_sentence() -> None:
     with pytest.raises(UsageError, match="no model file"):
         zoo.find("nowhere/mine.py:net")
+    with pytest.raises(UsageError, match=r"a model's file without its function; expected mine\.py:function"):
+        zoo.find("mine.py")

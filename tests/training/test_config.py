@@ -71,8 +71,9 @@ def test_an_unknown_choice_lists_those_that_exist(setting, value, what):
 
 @pytest.mark.parametrize("dataset", ["imagefolder", "cifar10"])
 def test_files_need_a_folder(dataset):
-    with pytest.raises(UsageError, match="needs the setting 'data_dir'"):
+    with pytest.raises(UsageError, match="needs the setting 'data_dir'") as caught:
         make_config({"dataset": dataset})
+    assert str(caught.value.hint).startswith("--data-dir ")
 
 
 @pytest.mark.parametrize(
