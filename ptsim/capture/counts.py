@@ -90,8 +90,8 @@ def counter(model: nn.Module, images: torch.Tensor) -> FlopCountAnalysis:
     handles["torchvision::deform_conv2d"] = _conv_macs  # as an ordinary one
     handles |= {f"aten::{op}": _recurrent_macs for op in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
     handles["aten::linear"] = _product(0, "linear")
-    handles |= {f"aten::{op}": _product(0, "matmul") for op in ("matmul", "mv", "dot", "vdot", "inner")}
-    handles |= {f"aten::{op}": _product(1, "matmul") for op in ("addmv", "baddbmm")}
+    handles |= {f"aten::{op}": _product(0, "matmul") for op in ("matmul", "inner")}
+    handles["aten::baddbmm"] = _product(1, "matmul")
     handles["aten::addbmm"] = lambda inputs, outputs: Counter(matmul=bmm_flop_jit(inputs[1:3], outputs))
     handles["aten::tensordot"] = _tensordot_macs
     analysis.set_op_handle(**handles)
@@ -201,17 +201,23 @@ class _Scoped(nn.Module):
         self.eval()
 
     def forward(self, images: torch.Tensor) -> Any:
-        return tuple(output_tensors(self._interpreter.run(images)))  # torch.jit knows no other records
+        made = self._interpreter.run(images)
+        unused, self._interpreter.unused = self._interpreter.unused, []
+        return tuple(output_tensors((made, unused)))  # torch.jit knows no other records, and drops what is not returned
 
 
 class _ScopedInterpreter(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, scopes: nn.ModuleDict) -> None:
         super().__init__(graph)
         self._scopes = scopes
+        self.unused: list[Any] = []  # what nobody uses
 
     def run_node(self, n: fx.Node) -> Any:
         if _NODE + n.name in self._scopes:
-            return self._scopes[_NODE + n.name](lambda: super(_ScopedInterpreter, self).run_node(n))
+            made = self._scopes[_NODE + n.name](lambda: super(_ScopedInterpreter, self).run_node(n))
+            if not n.users:
+                self.unused.append(made)
+            return made
         return super().run_node(n)
 
 
