@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from ptsim.costs.flops import training_macs
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.textfile import read_toml, write_whole
 from ptsim.trace.pairs import held_dense
+from ptsim.units import listed
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = ROOT / "docs" / "claims.toml"
@@ -110,11 +111,6 @@ def recorded(name: str, root: Path, folder: str = "cifar10-resnet20", beside: st
 def percent(value: float, digits: int = 0) -> str:
     """77 % of 0.77, with the minus sign of the text."""
     return f"{100 * value:.{digits}f} %".replace("-", "−")
-
-
-def listed(texts: Sequence[str]) -> str:
-    """Texts as a sentence names them, the last after "and"."""
-    return f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
 def planned_saving(root: Path) -> Figures:

@@ -174,8 +174,8 @@ def setting_labels(traces: Sequence[Trace]) -> list[str]:
 def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
     """A comparison for every pruned run with at least one epoch.
 
-    The baseline is the dense run of the same model, data set and image shape; among several, the one that
-    begins with the same network, on the same device, with the same first mini-batch is preferred, then the same seed.
+    The baseline is the dense run of the same model, data set and image shape. Among several it is the closest: by the
+    network that they begin with, then by device, first mini-batch and seed.
     """
     comparisons = []
     labels = run_labels(traces)
