@@ -67,7 +67,7 @@ REACHED_BY = {
         "training/loop:_train",
         "training/pruning:_reconfigure",
         "training/peak:go_on",
-        "training/peak:rest",
+        "training/peak:so_far",
         "training/tracefile:library_versions",
     ],
     "test_copies_and_launches_have_plausible_rates": [
