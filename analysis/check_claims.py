@@ -460,6 +460,7 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
         },
     ),
     "recorded-resnet32-pace": partial(recorded_pace, **_RESNET32),
+    "recorded-resnet32-steps": partial(recorded_steps, folder="cifar10-resnet32"),
     "recorded-resnet32-layers": partial(recorded_layers, **_RESNET32),
     "recorded-dynamic": partial(recorded_dynamic, folder="cifar10-resnet32", run="batch-dynamic", beside="batch-fixed"),
     "recorded-modes": partial(recorded_modes, folder="cifar10-resnet32", gating="mode-gating", union="mode-union"),
