@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -176,7 +176,7 @@ class LiveData:
         )
         channels_last = self._config.memory_format == "channels_last"
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        for batch in loader:
+        for batch in _of_one_size(loader):
             images, labels = self._checked(batch)
             moved = images.to(self._device, non_blocking=True)
             scaled = moved.float().div_(255) if moved.dtype == torch.uint8 else moved.float()
@@ -208,3 +208,18 @@ class LiveData:
             wrong = int(whole.min()) if int(whole.min()) < 0 else int(whole.max())
             raise UsageError(f"an image of the data has the class {wrong}, but there are {classes} classes, from 0 on")
         return images, labels
+
+
+def _of_one_size(batches: Iterable[Any]) -> Iterator[Any]:
+    """The mini-batches, as long as the images of each can be put together.
+
+    Raises:
+        UsageError: they differ in size.
+    """
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "stack expects each tensor to be equal size" not in str(error):
+            raise
+        hint = "scale and cut them: torchvision's transforms v2.Resize(64) and v2.CenterCrop(64), for instance"
+        raise UsageError("the images of the data differ in size", hint=hint) from error

@@ -178,6 +178,7 @@ def test_classes_as_shares_train_as_the_classes_themselves(tmp_path):
             "has the class 10, but there are 10",
         ),
         (lambda items: (default_collate(items)[0], torch.full((len(items),), 0.5)), "classes of the data are no whole"),
+        (lambda items: default_collate([(torch.zeros(3, 8 + i, 8), 0) for i, _ in enumerate(items)]), "differ in size"),
     ],
 )
 def test_mini_batches_that_are_none_are_one_sentence(tmp_path, collate, message):
