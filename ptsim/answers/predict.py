@@ -14,7 +14,7 @@ from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import step_energy
 from ptsim.costs.flops import flops_utilization, training_macs
 from ptsim.costs.memory import iteration_memory, usable_bytes
-from ptsim.costs.scaling import among, contention_of, hook_seconds, widened
+from ptsim.costs.scaling import among, contention_of, hook_seconds
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import Tier, worst_tier
 from ptsim.errors import UsageError
@@ -204,10 +204,8 @@ def _prediction(
     took = SecondsRange(low_s=step.low_s, expected_s=step.compute_s, high_s=step.high_s)
     expected = None
     if parallel is not None:
-        took, expected = parallel.interval(), parallel.expected
         assert cluster is not None, "several GPUs are of a cluster"
-        ends = widened(took.expected_s, took.low_s, took.high_s, step.tier, cluster, setting.num_gpus)
-        took = SecondsRange(low_s=ends[0], expected_s=took.expected_s, high_s=ends[1])
+        took, expected = parallel.interval().among(cluster, setting.num_gpus, step.tier), parallel.expected
     need = iteration_memory(network, setting, device=device)
     count, images = setting.num_gpus, setting.num_gpus * setting.batch
     own = step.updating(setting.update_share)

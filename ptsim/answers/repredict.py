@@ -17,7 +17,7 @@ from ptsim.costs.energy import PowerModel, PowerSample, fit_power, is_plausible,
 from ptsim.costs.measured import find_profile, measured_step, of_profile, step_of_profile
 from ptsim.costs.memory import iteration_memory
 from ptsim.costs.profiled import profiled_step
-from ptsim.costs.scaling import contention_of, hook_seconds, widened
+from ptsim.costs.scaling import contention_of, hook_seconds
 from ptsim.costs.times import StepTime
 from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import MissingMeasurementError, UsageError
@@ -249,11 +249,13 @@ class _Communication:
         exposed = parallel.interval(lambda result: result.exposed_communication_s)
         first_s = ddp.first_step_s(network, self._all_reduce)
         hooks_s = self._tensor_s * len(network.gradients)
-        whole_s = step.compute_s + hooks_s + exposed.expected_s
-        low_s, high_s = step.low_s + hooks_s + exposed.low_s, step.high_s + hooks_s + exposed.high_s
-        low_s, high_s = widened(whole_s, low_s, high_s, step.tier, self._cluster, self._num_gpus)
+        whole = SecondsRange(
+            low_s=step.low_s + hooks_s + exposed.low_s,
+            expected_s=step.compute_s + hooks_s + exposed.expected_s,
+            high_s=step.high_s + hooks_s + exposed.high_s,
+        )
         return _Parallel(
-            step=SecondsRange(low_s=low_s, expected_s=whole_s, high_s=high_s),
+            step=whole.among(self._cluster, self._num_gpus, step.tier),
             exposed_s=exposed.expected_s,
             first_exposed_s=max(first_s, exposed.expected_s),
         )

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.scaling import widened
 from ptsim.costs.times import StepTime
+from ptsim.hardware.spec import Cluster
 from ptsim.network import Network
 from ptsim.sim import ddp
 from ptsim.sim.step import simulate_steps
@@ -43,6 +45,11 @@ class SecondsRange(msgspec.Struct, frozen=True, kw_only=True):
     def around(cls, low_s: float, expected_s: float, high_s: float) -> SecondsRange:
         """The interval of three simulations, whose ends need not lie in order."""
         return cls(low_s=min(low_s, expected_s), expected_s=expected_s, high_s=max(high_s, expected_s))
+
+    def among(self, cluster: Cluster, num_gpus: int, tier: str) -> SecondsRange:
+        """The interval of a step of this tier with what many GPUs add to it (`costs.scaling.widened`)."""
+        low_s, high_s = widened(self.expected_s, self.low_s, self.high_s, tier, cluster, num_gpus)
+        return SecondsRange(low_s=low_s, expected_s=self.expected_s, high_s=high_s)
 
 
 class BoundedStep(msgspec.Struct, frozen=True, kw_only=True):

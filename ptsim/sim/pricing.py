@@ -15,7 +15,7 @@ import msgspec
 
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.memory import MemoryNeed, iteration_memory
-from ptsim.costs.scaling import among, contention_of, hook_seconds, widened
+from ptsim.costs.scaling import among, contention_of, hook_seconds
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import worst_tier
 from ptsim.costs.times import Z90
@@ -153,7 +153,8 @@ class Pricer:
             return self._simulate(stage, plans[bound], speeds, contention, bound=bound)
 
         bounded = bounded_step(simulate, self._contention)
-        expected, step_range = bounded.expected, self._with_scaling(bounded.interval(), step)
+        expected = bounded.expected
+        step_range = bounded.interval().among(scenario.cluster, scenario.num_gpus, step.tier)
         need = self._memory(stage)
         most = scenario.memory_bytes
         if need.device_bytes > most:
@@ -192,12 +193,6 @@ class Pricer:
             energy_j=self.power.step_j(stage, step, expected),
             tier=tier,
         )
-
-    def _with_scaling(self, seconds: SecondsRange, step: StepTime) -> SecondsRange:
-        """The interval with what many GPUs add to it."""
-        cluster, num_gpus = self.scenario.cluster, self.scenario.num_gpus
-        ends = widened(seconds.expected_s, seconds.low_s, seconds.high_s, step.tier, cluster, num_gpus)
-        return SecondsRange(low_s=ends[0], expected_s=seconds.expected_s, high_s=ends[1])
 
     def _wrapping_s(self, stage: Stage, tuning_s: float, plan: StepPlan, result: StepResult, bound: ddp.Bound) -> float:
         """Compiling, tuning, warming up, and DDP's first messages and step."""

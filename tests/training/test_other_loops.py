@@ -204,6 +204,17 @@ def _seeded():
     return torch.Generator().manual_seed(3)
 
 
+def accumulate(module, optimizer, batches, passes, *, no_sync):
+    """An update of the gradients of every `passes` mini-batches; with `no_sync` only the last pass reduces them."""
+    for index, (images, labels) in enumerate(batches, start=1):
+        updates = index % passes == 0
+        with contextlib.nullcontext() if updates or not no_sync else module.no_sync():
+            F.cross_entropy(module(images), labels).backward()
+        if updates:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 @pytest.mark.parametrize(("passes", "no_sync", "reductions"), [(1, False, 4), (2, False, 4), (2, True, 2)])
 def test_exposed_communication_is_told_apart_where_the_wrapping_came_after_the_recorder(passes, no_sync, reductions):
     """As trainers do: the recorder gets the bare network, and DistributedDataParallel is put around it later."""
@@ -217,13 +228,7 @@ def test_exposed_communication_is_told_apart_where_the_wrapping_came_after_the_r
         recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
         module = nn.parallel.DistributedDataParallel(model)
         for _ in range(2):
-            for index, (images, labels) in enumerate(images_and_labels(), start=1):
-                updates = index % passes == 0
-                with contextlib.nullcontext() if updates or not no_sync else module.no_sync():
-                    F.cross_entropy(module(images), labels).backward()
-                if updates:
-                    optimizer.step()
-                    optimizer.zero_grad()
+            accumulate(module, optimizer, images_and_labels(), passes, no_sync=no_sync)
             epoch = recorder.end_epoch()
             assert (epoch.num_iterations, epoch.passes) == (4 // passes, passes)
         told = module._get_ddp_logging_data()
@@ -248,12 +253,7 @@ def test_gradients_that_were_reduced_before_a_state_was_stored_count_with_those_
         for _ in range(2):
             recorder.watch.forget()
             recorder.continue_epoch(earlier)
-            for updates, (images, labels) in zip((False, True), images_and_labels(2), strict=True):
-                with module.no_sync() if no_sync and not updates else contextlib.nullcontext():
-                    F.cross_entropy(module(images), labels).backward()
-                if updates:
-                    optimizer.step()
-                    optimizer.zero_grad()
+            accumulate(module, optimizer, images_and_labels(2), 2, no_sync=no_sync)
             earlier = recorder.unfinished()
         epoch = recorder.end_epoch()
         assert (epoch.num_iterations, epoch.passes) == (2, 2)
