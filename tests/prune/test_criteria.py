@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ptsim
+from ptsim.capture.network import capture_network
 from ptsim.costs.datasheet import datasheet_step
 from ptsim.criteria import CRITERIA, PenaltyWork, penalty_work, step_penalty
 from ptsim.errors import UnknownNameError, UsageError
@@ -86,7 +87,7 @@ def test_the_gradient_is_the_sign_and_the_proximal_step_a_soft_threshold():
 
 @pytest.mark.slow
 def test_traffic_is_three_accesses_to_every_scale():
-    network = ptsim.capture.network.capture_network(small_resnet(), name="n", input_shape=SMALL_IMAGE, num_classes=5)
+    network = capture_network(small_resnet(), name="n", input_shape=SMALL_IMAGE, num_classes=5)
     channels = sum(layer.out_channels for layer in network.layers if layer.kind is LayerKind.BATCH_NORM)
     assert Slimming.traffic(network) == 3 * 4 * channels
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ptsim.capture.copies import copied
-from ptsim.capture.graph import evaluation_mode, example_input
+from ptsim.capture.graph import evaluation_mode, example_input, output_tensors
 from ptsim.criteria import slimming_work
 from ptsim.network import Network
 from ptsim.prune.criteria.coefficient import per_weight
@@ -110,7 +110,7 @@ def _read_past_norms(model: nn.Module, groups: ChannelGroups) -> Tensor:
         loud: set[fx.Node] = set()  # what may be other than zero
         read: set[str] = set()
         for node in graph.graph.nodes:
-            sources = [n for n in node.all_input_nodes if n.op != "get_attr" and _holds_tensors(n)]
+            sources = [n for n in node.all_input_nodes if n.op != "get_attr" and [*output_tensors(n.meta.get("value"))]]
             if node.name in weighted and not loud.isdisjoint(sources):
                 read.add(node.name)
             if node.op == "placeholder" or node.name in weighted or _passes(graph, node, sources, loud, paths):
@@ -139,11 +139,6 @@ def _passes(
 def _writes(node: fx.Node) -> bool:
     """True if what the first operand holds is afterwards what the node gives."""
     return name_of(node) == "setitem" or (node.op == "call_method" and str(node.target).endswith("_"))
-
-
-def _holds_tensors(node: fx.Node) -> bool:
-    value = node.meta.get("value")
-    return any(isinstance(part, Tensor) for part in (value if isinstance(value, tuple | list) else [value]))
 
 
 def _heard(model: nn.Module, groups: ChannelGroups, quiet: Tensor) -> Tensor:
