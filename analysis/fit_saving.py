@@ -162,9 +162,10 @@ ResNet-50) in one table on one GPU, whose time ratio is between {SAVINGS[0]} and
 Every network is predicted by a fit that has seen no row of that GPU: {len(table)} pairs, {table.family.nunique()}
 families, {table.device.nunique()} GPUs.
 
-In 90 % of the pairs the logarithm of the ratio is off by at most {found:.1%} of itself; a family on a GPU counts once.
-With the share that the other families give, {covered:.1%} of a family's pairs are inside (goal: 85 to 95 %).
-Two identical jobs differ as well: {FLOOR_SOURCE}. Both add in quadrature.
+In 90 % of the pairs the logarithm of the ratio is off by at most {found:.1%} of itself (a family on a GPU counts once).
+If the interval is computed from the other families alone, {covered:.1%} of a family's pairs are inside (goal: 85
+to 95 %).
+Two identical jobs differ as well: {FLOOR_SOURCE}. The interval adds both errors in quadrature.
 
 {_calibrated(rows, layers)}
 
@@ -179,13 +180,13 @@ neither network; "measured" is one where both times are known to ±{FLOOR:.0%}.
 
 The paper's ResNet-50 on ImageNet (penalty ratio 0.25) is predicted to take 69 % of the dense time on its GPUs. At the
 data-sheet tier that is within the goal of ±8 points; with a dynamic mini-batch (62 to 65 % of the dense time) it is
-not. The spread of `--draws` comes on top. Calibrated, the goal of ±3 is met only where dense and pruned were themselves
-measured (`ptsim calibrate gpu --trace`). A profile of other networks is no surer than a data sheet, and for small
-savings it is less sure. No pruned network has been timed on a GPU here: the column "measured" is arithmetic.
+not. The spread of `--draws` comes on top. On a calibrated device the goal of ±3 is met only if both networks, dense and
+pruned, were measured (`ptsim calibrate gpu --trace`). A profile of other networks is no surer than a data sheet, and
+for small savings it is less sure. No pruned network has been timed on a GPU here: the column "measured" is computed.
 
 ## Families
 
-Error of the logarithm from a data sheet, as a share of it:
+Error of the logarithm of the ratio, predicted from a data sheet, as a share of that logarithm:
 
 | family | pairs | median | 90 % |
 | --- | --- | --- | --- |
@@ -216,8 +217,8 @@ def _calibrated(rows: pd.DataFrame, layers: pd.DataFrame) -> str:
 A device profile measures layers and interpolates between them. {len(rows)} convolutions with odd channel counts on
 {rows.device.nunique()} GPUs were each predicted from the other four fifths of their GPU's: the median error is
 {error.median():.1%}, in 90 % it is at most {error.quantile(0.9):.1%}. {len(layers)} pairs of them are alike but for
-fewer channels. The error of one and that of the other have a correlation of {calibrated_pairs.shared(layers):.2f}: an
-interpolated layer shares almost nothing of its error with its pruned self. What makes a ratio surer is that many layers
+fewer channels. The errors of the two have a correlation of {calibrated_pairs.shared(layers):.2f}: an
+interpolated layer shares almost nothing of its error with its pruned version. A ratio is surer only because many layers
 are added up. In sums of {calibrated_pairs.LAYERS} pairs, as many as a ResNet-50 has different convolutions, the
 logarithm of the ratio is off by, in 90 % of them:
 
@@ -225,10 +226,12 @@ logarithm of the ratio is off by, in 90 % of them:
 | --- | --- |
 {chr(10).join(lines)}
 
-It does not shrink with the saving, so the interval takes one number: {calibrated_pairs.constant(made):.1%}.
-With that of the other GPUs, {np.mean(list(inside.values())):.1%} of a left-out GPU's sums are inside
+The error does not shrink with the saving, so the interval is the same for all ratios:
+{calibrated_pairs.constant(made):.1%}.
+Computed from the other GPUs alone, {np.mean(list(inside.values())):.1%} of a left-out GPU's sums are inside
 ({", ".join(f"{device} {part:.1%}" for device, part in inside.items())}; goal: 85 to 95 %).
-The pairs in a sum are drawn independently; layers of a real network that err alike would make it wider.
+The pairs in a sum are drawn independently. If the layers of a real network err in the same direction, the interval is
+too narrow.
 
 {_narrower(rows, layers)}
 
@@ -248,11 +251,12 @@ def _narrower(rows: pd.DataFrame, layers: pd.DataFrame) -> str:
     covered = [f"{sums[count].coverage.mean():.0%} of those of {count}" for count in sums]
     means = [f"{mean:+.1%}" for mean in sums[calibrated_pairs.LAYERS].mean_error]
     return f"""A profile that has measured more convolutions is hardly surer: the median error is {medians[0]:.1%} where
-half of the rows are known and {medians[1]:.1%} where nine tenths are. So distance is not what is missing. It may be
-what the interpolator is not told (padding, bias, activation, the library's algorithm) or the scatter of repeats; the
-table does not say. The interpolator's own errors are right for single layers: {alone:.1%} of the times lie inside
-their 90 % interval. But they are not independent. If they were, the interval of a sum would shrink with the root of
-its layers: such an interval holds {covered[0]} pairs and {covered[1]}, the layers of a ResNet-50.
+half of the rows are known and {medians[1]:.1%} where nine tenths are. So the distance to the measured shapes is not
+the cause. It may be what the interpolator does not know (padding, bias, activation, the library's algorithm) or the
+scatter of repeats; the table does not say. The interpolator's own errors are right for single layers:
+{alone:.1%} of the times lie inside their 90 % interval. But they are not independent. If they were, the interval of a
+sum would shrink with the root of its layers: such an interval holds
+{covered[0]} pairs and {covered[1]}, the layers of a ResNet-50.
 Some of the error is common to all layers and does not average out: the ratio of the sums is off by
 {", ".join(means)} on average on the three GPUs. So the interval follows neither the profile's own
 errors nor the number of layers: only measuring the networks themselves narrows it."""

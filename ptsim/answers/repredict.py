@@ -180,10 +180,10 @@ def source_of(
     if profile is None:
         others = [other for other in runs if other.path.resolve() != trace.path.resolve()]
         if not others:
-            raise UsageError("a hold-out needs a device profile or a second run to predict from")
+            raise UsageError("holdout needs a device profile or a second run to predict from")
         profile = device_profile_of(others)
     elif holdout and trace.path.resolve() in {Path(source).resolve() for source in profile.sources}:
-        raise UsageError(f"the device profile was calibrated on {trace.path}: that is no hold-out")
+        raise UsageError(f"holdout needs a device profile of other runs; this one was calibrated on {trace.path}")
     known = profile
     known.check_device(run.device.name)
     if run.device.num_threads != known.num_threads:
@@ -280,7 +280,7 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
     odd = [epoch.epoch for epoch in trace.epochs if device is not None and not _power_is_plausible(epoch, device)]
     notes = _run_notes(trace, pace, odd)
     if run.world_size > 1 and cluster is None:
-        notes.append("exposed communication is as measured, no part of the errors; --cluster predicts it")
+        notes.append("exposed communication is taken as measured, so it adds no error; --cluster predicts it")
     epochs = []
     for epoch in trace.epochs:
         step, parallel = step_of(epoch), None
@@ -328,14 +328,15 @@ def _run_notes(trace: Trace, pace: _Pace, odd: Sequence[int]) -> list[str]:
         of = f" of {trace.planned_epochs}" if trace.planned_epochs else ""
         notes.append(f"the run is not whole: {len(trace.epochs)}{of} epochs are compared")
     if pace.input_s_per_image is None:
-        notes.append(f"nobody measured the input of {trace.run.dataset.name}: it counts as no time")
+        notes.append(f"the time to load {trace.run.dataset.name} was not measured: it counts as 0 s")
     if pace.reconfiguration_s is None and changes(trace):
-        notes.append("nobody measured a reconfiguration: they count as no time")
+        notes.append("no reconfiguration was measured: they count as 0 s")
     elif len(measured_changes(trace)) < len(changes(trace)):
-        notes.append("reconfigurations that nobody measured count as no time, in either")
+        notes.append("reconfigurations that were not measured count as 0 s in both times")
     if odd:
         which = f"epoch {odd[0]}" if len(odd) == 1 else f"{len(odd)} epochs (the first is {odd[0]})"
-        notes.append(f"no {trace.run.device.name} can have taken the energy of {which}: energy is not compared")
+        device = trace.run.device.name
+        notes.append(f"the recorded energy of {which} is impossible for the {device}: energy is not compared")
     return notes
 
 

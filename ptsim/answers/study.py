@@ -179,7 +179,7 @@ def read_study(path: str | Path) -> Study:
         if not values:
             raise FileFormatError(path, f"grid.{key} is empty, expected at least one value")
     if "trace" in file.options or "trace" in file.grid:
-        raise FileFormatError(path, "trace is no option; a what-if may name one")
+        raise FileFormatError(path, "trace is no option of [options] or [grid]; a what-if may name another trace")
     names = file.what_ifs if file.what_ifs is not None else ["as-recorded", *file.what_if]
     options = change(Options(), file.options)
     what_ifs = tuple(_what_if(name, file.what_if, path) for name in names)

@@ -87,7 +87,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
         if batch is None:
             batch = recorded.batch or default_batch
         if batch is None:
-            raise UsageError("no mini-batch was given", hint="say with batch how many images a GPU trains on per step")
+            raise UsageError("no mini-batch was given", hint="batch is the number of images per GPU and step")
         return StepSetting(
             batch=whole_number("batch", batch),
             precision=recorded.precision if precision is None else parse_precision(precision),
@@ -124,7 +124,7 @@ def find_subject(
     trace = _as_trace(subject)
     if trace is not None:
         if input_shape is not None or num_classes is not None:
-            raise UsageError("a trace says itself what its network's input and classes are; leave both out")
+            raise UsageError("a trace holds the input shape and the classes of its network; leave both out")
         return Subject(network=trace.final_network, trace=trace)
     if isinstance(subject, Network):
         return Subject(network=subject)

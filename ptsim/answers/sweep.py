@@ -289,7 +289,7 @@ def _known_rows(out: Path) -> dict[str, dict[str, Any]]:
     if not out.exists():
         return {}
     if not out.is_file():
-        raise FileFormatError(out, "is no file; results are lines of a file")
+        raise FileFormatError(out, "is not a regular file; a sweep writes its results into one")
     lines, torn = split_lines(read_bytes(out))
     if not torn.startswith(_ROW[: len(torn)]):
         raise FileFormatError(out, "not a line of sweep results", line=len(lines) + 1)

@@ -117,7 +117,9 @@ def symbolic_graph(
             and images_shape is not None
             and not does_the_same(model, exported.graph, images_shape, start, exported)
         ):
-            raise UnsupportedModelError(f"{_ASKS} in {name}, and what stands for a tensor in a trace is none")
+            raise UnsupportedModelError(
+                f"{_ASKS} in {name}, and computes something else while torch.fx and torch.export trace it"
+            )
         exported.meta["draws"] = not start.is_now()
         return exported
     module.meta["looked"] = tracer.looked if isinstance(tracer, ShapedTracer) else {}

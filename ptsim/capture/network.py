@@ -53,7 +53,7 @@ def _refuse_scripts(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
             raise UnsupportedModelError(
-                f"{path or 'the model'} is a ScriptModule, whose operators nobody sees from outside",
+                f"{path or 'the model'} is a ScriptModule, whose operators ptsim cannot see",
                 hint="use the module that was given to torch.jit.script or torch.jit.trace",
             )
 

@@ -101,7 +101,7 @@ def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
-        raise UsageError("there is no CUDA device here", hint="--device cpu measures the processor")
+        raise UsageError("there is no CUDA device here", hint="--device cpu measures the CPU")
     return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 

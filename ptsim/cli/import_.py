@@ -50,7 +50,7 @@ def kineto(
     Args:
         files: Chrome trace files of torch.profiler, gzip or not: one, or one of each rank of the same job.
         out: Device profile to write.
-        device: Catalog name or TOML file of the GPU. Default: the one that the file names. A processor may have any
+        device: Catalog name or TOML file of the GPU. Default: the one that the file names. A CPU may have any
             name.
         memory: Memory of the device, for example 80GiB. Default: the file's or the catalog's own.
         model: What was trained: zoo name, torchvision:NAME or path/to/file.py:function. Predictions of this network at

@@ -147,4 +147,4 @@ def refuse_input_as_output(out: Path, *inputs: Path) -> None:
     written = os.path.realpath(out)
     for path in inputs:
         if written in (os.path.realpath(path), os.path.realpath(path / "trace.jsonl")) and os.path.isfile(out):
-            raise UsageError(f"{out} is what is read; choose another file to write")
+            raise UsageError(f"{out} is also an input; choose another file to write")

@@ -64,8 +64,8 @@ class WhatIf:
     """formula treats all links of a kind as equal. links simulates every NIC and leaf switch; --set gives it
     link_bandwidth, link_latency_s and placement."""
     contention: float | None = None
-    """Fraction by which computation and communication each slow down while they overlap. As fitted for the link if
-    left out."""
+    """Fraction by which computation and communication each slow down while they overlap. Default: as fitted for the
+    link."""
     channel_multiple: Annotated[int | None, _default("channel_multiple")] = None
     """Round the channel counts of pruned networks up to a multiple of this number."""
     jitter: str | None = None

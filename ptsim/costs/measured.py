@@ -48,7 +48,7 @@ def measured_step(network: Network, profiles: Iterable[Profile], setting: StepSe
         raise MissingMeasurementError(_what_is_missing(network, profiles, setting))
     if setting.regularizer and profile.regularizer_s <= 0:
         raise MissingMeasurementError(
-            f"the profile of {network.name} ({network.id}) was taken without the regulariser, which is asked for"
+            f"the profile of {network.name} ({network.id}) was taken without the regulariser: a step with it is unknown"
         )
     return step_of_profile(network, profile, regularizer=setting.regularizer is not None)
 

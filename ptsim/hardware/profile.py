@@ -157,9 +157,9 @@ class MachineLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         said = []
         free = max(self.num_cores - (num_threads or 1), 1)
         if self.other_cores is not None and self.other_cores > _OTHERS_MAY_USE * free:
-            said.append(f"other programs kept {self.other_cores:.1f} of {self.num_cores} processor cores busy")
+            said.append(f"other programs kept {self.other_cores:.1f} of {self.num_cores} CPU cores busy")
         if self.waited is not None and self.waited > _MAY_WAIT:
-            said.append(f"the measurement got no processor for {self.waited:.0%} of the time")
+            said.append(f"the measurement waited for a CPU core {self.waited:.0%} of the time")
         if self.drift is not None and self.drift > _MAY_DRIFT:
             said.append(f"the same kernel took up to {self.drift:.2f} times as long from one moment to another")
         return "; ".join(said) or None

@@ -123,7 +123,7 @@ def _lines(path: Path, text: str) -> list[_Line]:
             raise torn[0]
         raise FileFormatError(path, f"holds no {_MARK} line; expected the result file of an MLPerf training run")
     if torn:
-        warnings.warn(f"{path}: {len(torn)} of its {_MARK} lines are torn and left out", stacklevel=3)
+        warnings.warn(f"{path}: {len(torn)} of its {_MARK} lines are damaged and left out", stacklevel=3)
     return found
 
 

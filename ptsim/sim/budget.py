@@ -25,7 +25,7 @@ def check_events(events: float, what: str, hint: str) -> None:
     """
     if not events <= _limit.get():
         raise UsageError(
-            f"{what} would take about {events:.2g} events, {_limit.get():.0e} are simulated unasked",
+            f"{what} would take about {events:.2g} events, more than the limit of {_limit.get():.0e}",
             hint=f"--yes of simulate and sweep simulates them all the same; {hint}",
         )
 

@@ -96,7 +96,7 @@ class Feed:
         )
         notes = [f"{said}; the GPU could take {max(needed):,.0f}: {verdict}"]
         if self._output_pixels < _SMALL_PIXELS:
-            notes.append(f"no published rate of {name} is of images this small: theirs are scaled by the pixels")
+            notes.append(f"the published rates of {name} are of larger images: they are scaled by the number of pixels")
         return notes
 
     @property

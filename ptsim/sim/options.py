@@ -59,10 +59,10 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         mtbf_gpu_hours: mean time between failures of one GPU (with its share of the node and network).
         checkpoint_interval_s: training time between checkpoints.
-        checkpoint_s: for which a checkpoint stops training.
-        restart_s: from a failure until training goes on: detection, scheduling, loading.
+        checkpoint_s: time for which a checkpoint stops training.
+        restart_s: time from a failure until training goes on: detection, scheduling, loading.
         policy: "restart" waits for a replacement (which `restart_s` includes); "elastic" goes on without the node.
-        repair_s: elastic only: until the node is back.
+        repair_s: elastic only: time until the node is back.
         num_runs: simulated repetitions behind the mean and its interval.
     """
 
@@ -98,9 +98,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         scaling: "weak" keeps the recorded mini-batch per GPU; "strong" keeps the recorded global one.
         minibatch: "recorded"; "planned": grown at every reconfiguration to what fits the projected device;
             "fixed": the first epoch's throughout.
-        batch_granularity, max_batch: of a planned per-GPU mini-batch.
-        memory_bytes: of every GPU as a data sheet names it, instead of the device's own.
-        device: of every GPU, instead of the cluster's own (catalog name or TOML file).
+        batch_granularity, max_batch: a planned per-GPU mini-batch grows by multiples of the first, up to the second.
+        memory_bytes: memory of every GPU as a data sheet names it, instead of the device's own.
+        device: every GPU's device, instead of the cluster's own (catalog name or TOML file).
         mixed_devices: device → number of GPUs per node of that kind; the rest are the cluster's own.
         precision, memory_format: instead of the recorded ones.
         micro_batches: gradient accumulation: passes that one mini-batch is split into; None: as many as recorded.
@@ -120,13 +120,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         network: "formula" treats all links of a kind as equal; "links" sends chunks over the cluster's links one by
             one: NICs, oversubscribed leaf switches, and what the next three options say.
         link_bandwidth: link → factor on its bandwidth: {"node 3 out nic 1": 0.5}, {"gpu 5": 0.8}, {"leaf 0 up": 2}.
-        link_latency_s: link → latency on top.
+        link_latency_s: link → additional latency.
         placement: of several jobs: "packed" one after the other, or "striped": every node has GPUs of all of them.
-        contention: by which fraction computation and communication each take longer while they overlap; None: what
-            was fitted for the link (`costs.scaling`), 1 over PCIe and 0.2 elsewhere.
+        contention: by which fraction computation and communication each take longer while they overlap; None: as in
+            `costs/scaling.toml` for the link: 1 over PCIe, 0.05 over TCP and 0.2 elsewhere.
         channel_multiple: round pruned channel counts up to a multiple.
         one_time_epoch: reconfigure once, after this many epochs, and never before or after.
-        surgery_s: of one reconfiguration; None: as recorded.
+        surgery_s: time to change the network at one reconfiguration; None: as recorded.
         compile_s: recompilation after wrapping (torch.compile).
         autotune_trials: trial runs of every convolution after wrapping, on a GPU (cuDNN's benchmark mode).
         warmup_steps: steps after wrapping that train nothing.
@@ -142,7 +142,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         jobs: equal jobs side by side; by formula they share the links between nodes equally.
         sampled_steps: simulated steps per average where anything is random or shared.
         faults: failing GPUs.
-        price_usd_per_gpu_hour: instead of the cluster's.
+        price_usd_per_gpu_hour: price of a GPU, instead of the cluster's.
         seed: of every random draw.
     """
 

@@ -177,9 +177,9 @@ class _Planner:
         num_recorded = sum(event.measured_duration_s is not None for event in changes(trace))
         if num_recorded < 2 and options.surgery_s is None and any(stage.new for stage in stages):
             note(
-                "one reconfiguration was recorded: the interval holds none for its surgery"
+                "a single reconfiguration was recorded: the interval leaves out how much their times scatter"
                 if num_recorded
-                else "no reconfiguration was measured: surgery counts as 0.21 s, measured for a ResNet-50 on one core"
+                else "no reconfiguration was measured: each is taken to need 0.21 s, as a ResNet-50 did on one core"
             )
         if options.one_time_epoch is not None and changes(trace) and not any(stage.new for stage in stages):
             note(f"the network of epoch {options.one_time_epoch} is still the first one: nothing is reconfigured")

@@ -83,7 +83,7 @@ class Pricer:
         self.feed = Feed(scenario)
         self.notes = self.links.notes
         if self.options.mixed_devices and not any(self._kinds()):
-            self.notes.append(f"all GPUs in use are {scenario.device.name}: those mixed in come last in a node")
+            self.notes.append(f"all GPUs in use are {scenario.device.name}: mixed_devices take a node's last places")
         given = self.options.contention
         self._contention = contention_of(scenario.cluster, scenario.num_gpus) if given is None else given
         self._prices: dict[tuple[Hashable, ...], StepPrice] = {}

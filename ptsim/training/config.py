@@ -48,12 +48,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         start_from: a run folder: training starts from its last stored network, pruned as it is, in place of a new one.
         weights: a state dict or safetensors file, or `torchvision:WEIGHTS` or `timm:MODEL` where they lie in those
             libraries' caches: training starts from these weights.
-        weights_skip: beginnings of names of `weights` that keep their fresh values, such as "fc." for other classes.
+        weights_skip: weights whose names begin with one of these are not loaded, such as "fc." for other classes.
         num_workers: decoding processes, for image trees that do not fit in memory; None is one per core, at most 16.
         validation_share: of an image tree or Hugging Face data set without validation images, this share of each class
             validates.
         epochs: number of epochs.
-        batch: images per iteration over all ranks; what is left over at an epoch's end is left out.
+        batch: images per iteration over all ranks; a last mini-batch of an epoch that is not full is left out.
         lr: initial learning rate, for the mini-batch that the run begins with.
         lr_schedule: course of the learning rate: "step" falls at the milestones, "cosine", or another package's.
         warmup_epochs: number of first epochs in which the learning rate grows in equal steps to `lr`.
@@ -86,7 +86,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         lr_rule: how the learning rate follows the mini-batch: in proportion ("linear") or with the square root
             ("sqrt").
         data_memory_bytes: an image tree larger than this when decoded is read from disk in every epoch, with random
-            resized crops, and ImageNet's mean and deviation for the normalisation; None is a quarter of the memory.
+            resized crops, and normalised with ImageNet's mean and deviation; None is a quarter of the memory.
         device: one of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         precision: number format of the matrix products: fp32, tf32, and bf16 or fp16 by autocast.
         memory_format: layout of the images and weights, contiguous or channels_last.
@@ -98,7 +98,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         profile: measure every new architecture layer by layer.
         record_channel_maxima: the largest weight of every output channel goes into the trace (`analysis/fig4.py`).
         keep_every: the weights of every n-th epoch are kept; those of reconfigured epochs and of the last one always.
-        loggers: what else shows the numbers of every epoch: csv, tensorboard, wandb, mlflow, or another package's.
+        loggers: where else the numbers of every epoch go: csv, tensorboard, wandb, mlflow, or another package's.
     """
 
     model: str = "resnet32"

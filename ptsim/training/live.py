@@ -126,7 +126,10 @@ class LiveData:
         channels, height, width = image.shape
         classes = getattr(self._train, "classes", None)
         if classes is None and model is None:
-            raise UsageError("nobody knows how many classes the data have", hint="give the data set `classes`, a list")
+            raise UsageError(
+                "the training data set does not say how many classes it has",
+                hint="give it an attribute `classes`, the list of their names",
+            )
         shape = (channels, height, width)
         num_classes = len(classes) if classes is not None else num_outputs(cast("nn.Module", model), shape)
         self.class_names = tuple(map(str, () if classes is None else classes))

@@ -181,7 +181,7 @@ class Order:
         """
         if not set(self._parameters) <= set(self._network.parameters()):
             raise UsageError(
-                f"a layer of this {type(self._network).__name__} was exchanged behind PruneTrain's back",
+                f"a layer of this {type(self._network).__name__} was replaced after PruneTrain was made",
                 hint="close the pruner before the change, and make another one of the changed network",
             )
         self.check_optimizer()
@@ -252,7 +252,7 @@ class Order:
         gradient, version, scaled = self._added
         weight = self._weights[0]
         if weight._version != version:
-            what = "since the reconfiguration" if self._pruned else "behind PruneTrain's back"
+            what = "since the reconfiguration" if self._pruned else "after pruner.step"
             raise UsageError(
                 f"another optimizer than PruneTrain's has updated the network {what}",
                 hint="keep using the optimizer that PruneTrain was given; it is changed in place",

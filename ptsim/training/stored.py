@@ -87,7 +87,7 @@ def refuse_unrecorded(state: StoredState) -> None:
     if state.epoch and not state.trace_bytes:
         before = counted(state.epoch, "epoch")
         raise UsageError(
-            f"nobody has recorded the {before} before this state, and a trace begins with a run's first epoch",
+            f"the {before} before this state were not recorded, and a trace begins with a run's first epoch",
             hint="without record= the run goes on; with it the run has to begin anew",
         )
 
@@ -340,7 +340,7 @@ def load_optimizer(
         if listed is not None:
             values = optimizer.state[parameter].get(listed[1])
             if not isinstance(values, list) or int(listed[2]) >= len(values):
-                raise UsageError(f"the optimizer's state {name!r} is of no list")
+                raise UsageError(f"the optimizer's state {name!r} belongs to a list that this optimizer lacks")
             values[int(listed[2])] = tensor.clone().to(parameter.device)
             continue
         # Others keep scalars such as Adam's step on the CPU; what is shaped like a weight lies like it.

@@ -239,7 +239,7 @@ class Watch:
         """
         if not self.num_images:
             raise UsageError(
-                "no training pass of the network was seen, so nobody knows how many images it was trained on",
+                "no training pass of the network was seen, so the number of images is unknown",
                 hint="compile the network before ptsim gets it, and give ptsim the compiled one; "
                 "or give the number of images to step()",
             )

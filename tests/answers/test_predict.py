@@ -232,7 +232,7 @@ def test_a_prediction_from_a_busy_machine_says_so(processor, capsys):
     write_device_profile(out, msgspec.structs.replace(read_device_profile(out), load=loaded))
     notes = ptsim.predict(network, batch=64, profile=out).notes
     assert notes == (
-        "the device profile was not measured on a quiet machine: other programs kept 3.5 of 4 processor cores busy",
+        "the device profile was not measured on a quiet machine: other programs kept 3.5 of 4 CPU cores busy",
     )
     assert run(["predict", str(out.parent / "run.jsonl"), "--batch", "48", "--profile", str(out)]) == 0
     assert "note: the device profile was not measured on a quiet machine" in " ".join(capsys.readouterr().out.split())

@@ -113,7 +113,7 @@ def test_a_profile_of_a_busy_machine_or_other_software_is_said_beside_the_errors
         known, load=MachineLoad(num_cores=8, other_cores=5.0), software={"torch": "2.0.0"}, sources=()
     )
     notes = validate(runs, busy).runs[0].notes
-    assert "other programs kept 5.0 of 8 processor cores busy" in notes[0]
+    assert "other programs kept 5.0 of 8 CPU cores busy" in notes[0]
     assert "measured with torch 2.0.0, the run used torch" in notes[1]
 
 
@@ -128,7 +128,7 @@ def test_an_energy_that_no_such_gpu_can_take_is_said_and_not_compared(tmp_path, 
     result = validate([write_trace(tmp_path / "t.jsonl", records)])
     assert result.energy_error is None
     assert result.runs[0].notes == (
-        "no NVIDIA A100-SXM4-40GB can have taken the energy of epoch 3: energy is not compared",
+        "the recorded energy of epoch 3 is impossible for the NVIDIA A100-SXM4-40GB: energy is not compared",
     )
 
 
@@ -199,8 +199,8 @@ def test_a_profile_of_another_device_threads_or_precision_is_refused(tmp_path, r
 def test_without_a_time_for_input_or_reconfigurations_the_output_says_so(runs):
     profile = device_profile_of([ptsim.read_trace(path) for path in runs])
     result = validate(runs, msgspec.structs.replace(profile, input_s_per_image={}, reconfiguration_s=None))
-    assert "nobody measured the input of cifar10: it counts as no time" in result.runs[0].notes
-    assert "nobody measured a reconfiguration: they count as no time" in result.runs[0].notes
+    assert "the time to load cifar10 was not measured: it counts as 0 s" in result.runs[0].notes
+    assert "no reconfiguration was measured: they count as 0 s" in result.runs[0].notes
 
 
 @pytest.mark.parametrize("arguments", [[], ["--holdout"]])
@@ -318,7 +318,7 @@ def test_without_a_cluster_exposed_communication_is_as_measured_and_said_so(tmp_
     assert result.communication_error is None
     assert result.whole_run_error == pytest.approx(0, abs=1e-9)  # all epochs did the same, waiting included
     assert "taken as measured" in result.reasons["communication_error"]
-    assert "exposed communication is as measured" in result.runs[0].notes[0]
+    assert "exposed communication is taken as measured" in result.runs[0].notes[0]
     assert result.runs[0].predicted_exposed_communication_seconds is None
 
 
@@ -418,7 +418,7 @@ def test_every_change_of_the_network_is_predicted_as_the_first_and_what_changed_
             steps_s = sum(getattr(epoch, name) for epoch in check.epochs)
             assert getattr(check, name) == pytest.approx(steps_s + predicted_s)
         assert check.error == pytest.approx(check.predicted_seconds / check.measured_seconds - 1)
-        said = "reconfigurations that nobody measured count as no time, in either"
+        said = "reconfigurations that were not measured count as 0 s in both times"
         assert (said in check.notes) == (unmeasured in events)
 
 

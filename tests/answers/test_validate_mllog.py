@@ -97,13 +97,13 @@ num_gpus=8 num_sockets = 2 num_nodes=8 cores_per_socket=64
 def test_a_published_file_is_read_with_its_torn_lines_left_out(tmp_path: Path, network: Network) -> None:
     path = tmp_path / "result_0.txt"
     path.write_text(PUBLISHED, encoding="utf-8")
-    with pytest.warns(UserWarning, match="1 of its :::MLLOG lines are torn"):
+    with pytest.warns(UserWarning, match="1 of its :::MLLOG lines are damaged"):
         found = read_mllog(path)
     assert (found.benchmark, found.platform, found.optimizer) == ("resnet", "1xesc8000a-e11", "lars")
     assert (found.num_nodes, found.batch_per_gpu, found.global_batch) == (1, 200, 1600)
     assert (found.epoch_seconds, found.num_epochs) == (51.2, 1)  # the second epoch, without evaluation
     assert found.images_per_second == 25_000.0  # as the submitter's own line says
-    with pytest.warns(UserWarning, match="torn"):
+    with pytest.warns(UserWarning, match="damaged"):
         check = validate_mllog(path, cluster="abci-v", model=network)
     assert (check.gpus, check.batch) == (8, 200)
 

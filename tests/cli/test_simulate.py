@@ -206,7 +206,7 @@ def test_what_takes_many_events_asks_for_yes_and_with_it_gives_the_same_answer(
     command = ["simulate", trace, "--cluster", "dgx-a100", "--gpus", "16", "--json", *options]
     assert run(command) == 2
     error = capsys.readouterr().err
-    assert re.search(r"would take about \S+ events, 5e\+00 are simulated unasked", error)
+    assert re.search(r"would take about \S+ events, more than the limit of 5e\+00", error)
     assert "--yes of simulate and sweep simulates them all the same" in error
     assert run([*command, "--yes"]) == 0
     asked = json.loads(capsys.readouterr().out)

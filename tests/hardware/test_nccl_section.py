@@ -258,5 +258,5 @@ def test_aggregated_and_empty_messages_are_no_all_reduces_of_their_size(tmp_path
 def test_a_number_of_nodes_that_the_log_contradicts_is_left_out_with_a_note() -> None:
     log = NcclLog(path="x", num_gpus=8, num_nodes=1, gpus=(), version=None, measurements=())
     assert with_nodes(log, 1, gpus_per_node=4) == log
-    with pytest.warns(UserWarning, match="2 nodes count for nothing.*that its 8 GPUs were on 1"):
+    with pytest.warns(UserWarning, match="number of nodes, 2, is ignored.*that its 8 GPUs were on 1"):
         assert with_nodes(log, 2) == log

@@ -262,7 +262,7 @@ def test_a_profile_of_a_busy_machine_or_of_other_software_says_so(file, tmp_path
         known = read_device_profile(out)
         assert known.load == load
         assert len(known.doubts({"torch": "2.11.0"})) == doubts
-    assert "other programs kept 1.2 of 2 processor cores busy" in known.doubts()[0]
+    assert "other programs kept 1.2 of 2 CPU cores busy" in known.doubts()[0]
     assert known.doubts({"torch": "2.15.0"})[1].endswith("with torch 2.11.0+cu130, the run used torch 2.15.0")
 
 
@@ -271,14 +271,14 @@ def test_a_profile_of_a_busy_machine_or_of_other_software_says_so(file, tmp_path
     [
         # five cores, one of which measures: a quarter of the four others may be busy
         ({"other_cores": 1.0}, 1, None),
-        ({"other_cores": 1.01}, 1, "other programs kept 1.0 of 5 processor cores busy"),
-        ({"other_cores": 1.01}, None, "other programs kept 1.0 of 5 processor cores busy"),
+        ({"other_cores": 1.01}, 1, "other programs kept 1.0 of 5 CPU cores busy"),
+        ({"other_cores": 1.01}, None, "other programs kept 1.0 of 5 CPU cores busy"),
         ({"other_cores": 0.75}, 2, None),
-        ({"other_cores": 0.76}, 2, "other programs kept 0.8 of 5 processor cores busy"),
+        ({"other_cores": 0.76}, 2, "other programs kept 0.8 of 5 CPU cores busy"),
         ({"other_cores": 0.25}, 9, None),  # a quarter of one core where none is left over
-        ({"other_cores": 0.26}, 9, "other programs kept 0.3 of 5 processor cores busy"),
+        ({"other_cores": 0.26}, 9, "other programs kept 0.3 of 5 CPU cores busy"),
         ({"waited": 0.05}, 1, None),
-        ({"waited": 0.06}, 1, "the measurement got no processor for 6% of the time"),
+        ({"waited": 0.06}, 1, "the measurement waited for a CPU core 6% of the time"),
         ({"drift": 1.15}, 1, None),
         ({"drift": 1.16}, 1, "the same kernel took up to 1.16 times as long from one moment to another"),
         ({}, 1, None),

@@ -50,7 +50,7 @@ def test_other_programs_and_waiting_are_what_the_kernel_counted(monkeypatch, tmp
     assert seen.other_cores == pytest.approx(1.5, abs=0.02)
     assert seen.waited == pytest.approx(0.25)
     assert seen.disturbance(1) == (
-        "other programs kept 1.5 of 4 processor cores busy; the measurement got no processor for 25% of the time"
+        "other programs kept 1.5 of 4 CPU cores busy; the measurement waited for a CPU core 25% of the time"
     )
 
 

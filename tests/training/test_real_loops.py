@@ -504,7 +504,7 @@ def test_a_run_that_nobody_has_recorded_from_its_beginning_gets_no_trace(tmp_pat
     train(pruner, model, optimizer, 2, images_and_labels(2))
     again = fresh(seed=1)
     recorded = made(again, sgd(again), record=tmp_path / "run")
-    with pytest.raises(UsageError, match=r"nobody has recorded the 2 epochs before this state") as caught:
+    with pytest.raises(UsageError, match=r"the 2 epochs before this state were not recorded") as caught:
         recorded.load_state_dict(pruner.state_dict())
     assert caught.value.hint == "without record= the run goes on; with it the run has to begin anew"
     recorded.close()

@@ -64,7 +64,7 @@ def with_nodes(log: NcclLog, num_nodes: int | None = None, gpus_per_node: int | 
     if log.num_nodes is not None:
         if num_nodes not in (None, log.num_nodes):
             warnings.warn(
-                f"{log.path}: {num_nodes} nodes count for nothing, since the log itself says that its "
+                f"{log.path}: the given number of nodes, {num_nodes}, is ignored: the log itself says that its "
                 f"{log.num_gpus} GPUs were on {log.num_nodes}",
                 stacklevel=2,
             )
