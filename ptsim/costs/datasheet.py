@@ -403,6 +403,25 @@ def spreads(
     )
 
 
+def waiting_share(step_s: float, predicted: StepTime) -> float:
+    """Share of a measured step, 0..1, in which the GPU waited for its host; no clock on the GPU can tell.
+
+    What the step takes longer or shorter than predicted is shared out between kernels and wait by the squares of what
+    each may be off: kernels by a step's usual spread, the wait by that of hosts.
+
+    Args:
+        step_s: seconds that it was measured to take.
+        predicted: the same step from the data sheet.
+    """
+    kernels_s = predicted.compute_s - predicted.overhead_s
+    host = (_UNSURE["host"] * predicted.overhead_s) ** 2
+    if not host:
+        return 0.0
+    gpu = (load_intervals().known_device.base * kernels_s) ** 2
+    waited_s = predicted.overhead_s + (step_s - predicted.compute_s) * host / (host + gpu)
+    return min(max(waited_s / step_s, 0.0), 1.0)
+
+
 @functools.lru_cache(maxsize=1)
 def load_fit() -> Fit:
     """The fitted efficiencies that ptsim ships."""

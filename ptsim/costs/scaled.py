@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ptsim.costs.datasheet import waiting_share
 from ptsim.costs.measured import step_of_profile
 from ptsim.costs.tiers import Tier
 from ptsim.costs.times import LayerTime, StepTime
@@ -26,9 +27,12 @@ def nearest_profile(network: Network, profiles: Iterable[Profile], setting: Step
 def scaled_step(network: Network, profile: Profile, *, here: StepTime, there: StepTime, regularizer: bool) -> StepTime:
     """The measured step carried over to the device and mini-batch of `there`.
 
-    What the GPU is predicted to wait longer for its host there comes on top: no ratio of kernels knows of it. A
-    regulariser that is asked for and was not measured is the prediction's own. The interval is the prediction's,
-    relative to its value: what the ratio cancels is not known for a device without measurements.
+    A measured layer holds its kernels and the wait for their launch. `waiting_share` says how much of the step was
+    waiting. That share of every part is as long there as here, or shorter where less waiting is predicted; only the
+    rest follows the ratio of kernels. What the GPU is predicted to wait longer there than here comes on top. So a step
+    that waits for its host on both sides stays about as long as it was. A regulariser that is asked for and was not
+    measured is the prediction's own. The interval is the prediction's, relative to its value: what the ratio cancels is
+    not known for a device without measurements.
 
     Args:
         network: what was profiled.
@@ -38,25 +42,31 @@ def scaled_step(network: Network, profile: Profile, *, here: StepTime, there: St
         regularizer: whether the penalty's gradient is computed.
     """
     measured = step_of_profile(network, profile, regularizer=regularizer and profile.regularizer_s > 0)
+    waiting = waiting_share(measured.compute_s, here)
+    still_waiting = waiting * min(1.0, _ratio(there.overhead_s, here.overhead_s)) if there.overhead_s > 0 else 0.0
+
+    def carried(seconds: float, ratio: float) -> float:
+        return seconds * ((1 - waiting) * ratio + still_waiting)
+
     forward, backward = _ratio(there.forward_s, here.forward_s), _ratio(there.backward_s, here.backward_s)
     layers = tuple(
         LayerTime(
             layer=at.layer,
             kind=at.kind,
-            forward_s=at.forward_s * _ratio(b.forward_s, a.forward_s, forward),
-            backward_s=at.backward_s * _ratio(b.backward_s, a.backward_s, backward),
+            forward_s=carried(at.forward_s, _ratio(b.forward_s, a.forward_s, forward)),
+            backward_s=carried(at.backward_s, _ratio(b.backward_s, a.backward_s, backward)),
             tier=Tier.SCALED,
         )
         for at, a, b in zip(measured.layers, here.layers, there.layers, strict=True)
     )
-    regularizer_s = measured.regularizer_s * _ratio(there.regularizer_s, here.regularizer_s)
+    regularizer_s = carried(measured.regularizer_s, _ratio(there.regularizer_s, here.regularizer_s))
     if regularizer and profile.regularizer_s <= 0:
         regularizer_s = there.regularizer_s
     step = StepTime(
         layers=layers,
-        optimizer_s=measured.optimizer_s * _ratio(there.optimizer_s, here.optimizer_s),
+        optimizer_s=carried(measured.optimizer_s, _ratio(there.optimizer_s, here.optimizer_s)),
         regularizer_s=regularizer_s,
-        overhead_s=measured.overhead_s + max(0.0, there.overhead_s - here.overhead_s),
+        overhead_s=carried(measured.overhead_s, 1.0) + max(0.0, there.overhead_s - here.overhead_s),
         low_s=0.0,
         high_s=0.0,
         tier=Tier.SCALED,

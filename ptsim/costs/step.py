@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from ptsim.costs.datasheet import datasheet_step
 from ptsim.costs.measured import step_of_profile
 from ptsim.costs.profiled import profiled_step
@@ -82,8 +84,10 @@ def _scaled(network: Network, device: Device, setting: StepSetting, known: Measu
     source, nearest = known.source_device, nearest_profile(network, known.profiles, setting)
     if nearest is None or source is None or setting.precision not in source.peak_flops_per_s:
         return None
-    there = datasheet_step(network, device, setting)
-    here = datasheet_step(network, source, known.ran(setting).with_batch(nearest.batch))
+    ran = known.ran(setting).with_batch(nearest.batch)
+    if nearest.regularizer_s <= 0:
+        ran = msgspec.structs.replace(ran, regularizer=None)
+    there, here = datasheet_step(network, device, setting), datasheet_step(network, source, ran)
     return scaled_step(network, nearest, here=here, there=there, regularizer=setting.regularizer is not None)
 
 

@@ -1,7 +1,8 @@
 import msgspec
 import pytest
 
-from ptsim.costs.datasheet import datasheet_step
+from ptsim.costs import datasheet
+from ptsim.costs.datasheet import datasheet_step, waiting_share
 from ptsim.costs.scaled import nearest_profile, scaled_step
 from ptsim.costs.step import Measurements, step_time
 from ptsim.costs.tiers import Tier
@@ -47,8 +48,12 @@ def test_on_its_own_device_and_mini_batch_scaling_changes_nothing():
 def test_every_layer_is_scaled_by_the_ratio_of_its_predictions():
     step = scaled(A100, V100)
     here, there = predicted(A100, 64).layers[0], predicted(V100, 64).layers[0]
-    share = scaled(A100, A100).layers[0].forward_s
-    assert step.layers[0].forward_s == pytest.approx(share * there.forward_s / here.forward_s)
+    measured_s = scaled(A100, A100).layers[0].forward_s
+    waiting = waiting_share(PROFILE.step_s, predicted(A100, 64))
+    assert predicted(V100, 64).overhead_s < predicted(A100, 64).overhead_s
+    still = waiting * predicted(V100, 64).overhead_s / predicted(A100, 64).overhead_s
+    ratio = there.forward_s / here.forward_s
+    assert step.layers[0].forward_s == pytest.approx(measured_s * ((1 - waiting) * ratio + still))
     assert step.low_s <= step.compute_s <= step.high_s
 
 
@@ -89,17 +94,17 @@ def test_a_device_profile_of_this_device_is_used_for_what_the_trace_did_not_meas
         step_time(NETWORK, V100, half, measurements=Measurements(device_profile=own))
 
 
-def made(layers, *, optimizer_s, regularizer_s, overhead_s):
-    """A step of 3 layers, (forward, backward) seconds each; half and twice as long at the ends of its interval."""
+def made(layers, optimizer_s, regularizer_s, overhead_s, *, unit=1.0):
+    """A step of 3 layers, (forward, backward) in units of time; half and twice as long at the ends of its interval."""
     kinds = (LayerKind.CONV, LayerKind.ACTIVATION, LayerKind.POOL)
     step = StepTime(
         layers=tuple(
-            LayerTime(layer=name, kind=kind, forward_s=forward, backward_s=backward, tier=Tier.DATASHEET)
-            for name, kind, (forward, backward) in zip("abc", kinds, layers, strict=True)
+            LayerTime(layer=name, kind=kind, forward_s=unit * f, backward_s=unit * b, tier=Tier.DATASHEET)
+            for name, kind, (f, b) in zip("abc", kinds, layers, strict=True)
         ),
-        optimizer_s=optimizer_s,
-        regularizer_s=regularizer_s,
-        overhead_s=overhead_s,
+        optimizer_s=unit * optimizer_s,
+        regularizer_s=unit * regularizer_s,
+        overhead_s=unit * overhead_s,
         low_s=0.0,
         high_s=0.0,
         tier=Tier.DATASHEET,
@@ -108,15 +113,47 @@ def made(layers, *, optimizer_s, regularizer_s, overhead_s):
 
 
 @pytest.mark.parametrize(
-    ("asked", "measured_s", "regularizer_s", "waits_s"),
-    [(True, 0.125, 0.0625, (0.3, 0.9)), (False, 0.125, 0.0, (0.9, 0.3)), (True, 0.0, 0.01, (0.3, 0.3))],
+    ("step_s", "waits_s", "waited_s"),
+    [
+        (10.0, 0.0, 0.0),  # the kernels alone, predicted to take 6 s, took 10
+        (8.0, 2.0, 2.0),
+        (12.0, 2.0, 2.0 + 4.0 * 0.8),
+        (7.0, 2.0, 2.0 - 1.0 * 0.8),
+        (4.0, 2.0, 0.0),  # no wait is shorter than none
+    ],
 )
-def test_a_carried_over_step_by_hand(asked, measured_s, regularizer_s, waits_s):
+def test_a_step_waited_for_its_host_as_long_as_prediction_and_measurement_together_say(
+    step_s, waits_s, waited_s, monkeypatch
+):
+    """Hosts are off by 0.6 of 2 s, kernels by 0.1 of 6 s: 1.2² and 0.6², 80 and 20 % of what differs."""
+    known = msgspec.structs.replace(datasheet.load_intervals().known_device, base=0.1)
+    all_of_them = msgspec.structs.replace(datasheet.load_intervals(), known_device=known)
+    monkeypatch.setattr(datasheet, "load_intervals", lambda: all_of_them)
+    predicted = made([(1.0, 2.0), (1.0, 1.0), (0.0, 0.0)], 0.5, 0.5, waits_s)
+    assert datasheet.waiting_share(step_s, predicted) == pytest.approx(waited_s / step_s)
+
+
+@pytest.mark.parametrize(
+    ("asked", "measured_s", "penalty_s", "waits_s"),
+    [
+        (True, 0.125, (0.0625, 0.125), (0.73, 1.0)),
+        (False, 0.125, (0.0, 0.0), (0.73, 0.365)),
+        (True, 0.125, (0.0625, 0.125), (0.73, 0.0)),
+        (True, 0.0, (0.01 * 5.525 / 1.46, 0.0), (0.0, 0.3)),
+    ],
+)
+def test_a_carried_over_step_by_hand(asked, measured_s, penalty_s, waits_s):
     """Layers whose prediction is 0 on either side take the ratio of the whole pass: 0.6 / 0.3 and 0.5 / 0.4 s.
 
-    What is left of the measured step beside its parts, 0.125 s, stays, and what the GPU waits longer for its host comes
-    to it. The penalty takes 0.01 / 0.02 as long, or what is predicted where it was not measured.
+    What is left of the measured step beside its parts is 0.125 s. The penalty takes 0.01 / 0.02 as long, or what is
+    predicted where it was not measured. The step is predicted to take as long as it was measured here. Where half of
+    that is waiting for the host, half of every measured part was. That half stays where the wait there is at least
+    as long, half of it where it is half as long, nothing where there is none. What it is longer comes on top.
     """
+    busy = 0.5 if waits_s[0] else 1.0
+    still = {1.0: 0.5, 0.365: 0.25}.get(waits_s[1], 0.0)
+    unit = (5.65 if asked and measured_s else 5.525) / 1.46
+    longer_s = unit * {1.0: 0.27, 0.3: 0.3}.get(waits_s[1], 0.0)
     measured = [(1.0, 2.0), (0.5, 1.0), (0.25, 0.4)]
     layers = tuple(
         LayerProfile(layer=name, forward_s=f, backward_s=b) for name, (f, b) in zip("abc", measured, strict=True)
@@ -140,28 +177,46 @@ def test_a_carried_over_step_by_hand(asked, measured_s, regularizer_s, waits_s):
         regularizer_s=measured_s,
         step_s=5.525 + measured_s,
     )
-    here = made([(0.1, 0.2), (0.0, 0.1), (0.2, 0.1)], optimizer_s=0.01, regularizer_s=0.02, overhead_s=waits_s[0])
-    there = made([(0.3, 0.2), (0.3, 0.3), (0.0, 0.0)], optimizer_s=0.05, regularizer_s=0.01, overhead_s=waits_s[1])
+    here = made([(0.1, 0.2), (0.0, 0.1), (0.2, 0.1)], 0.01, 0.02, waits_s[0], unit=unit)
+    there = made([(0.3, 0.2), (0.3, 0.3), (0.0, 0.0)], 0.05, 0.01, waits_s[1], unit=unit)
     step = scaled_step(network, profile, here=here, there=there, regularizer=asked)
-    assert [t.forward_s for t in step.layers] == pytest.approx([3.0, 1.0, 0.5])
-    assert [t.backward_s for t in step.layers] == pytest.approx([2.0, 3.0, 0.5])
-    assert (step.optimizer_s, step.regularizer_s) == pytest.approx((1.25, regularizer_s))
-    longer_s = 0.6 if waits_s[1] > waits_s[0] else 0.0
-    assert step.overhead_s == pytest.approx(0.125 + longer_s)
-    total_s = 10.0 + 1.25 + 0.125 + longer_s + regularizer_s
+    assert [t.forward_s for t in step.layers] == pytest.approx(
+        [3.0 * busy + still, busy + 0.5 * still, 0.5 * busy + 0.25 * still]
+    )
+    assert [t.backward_s for t in step.layers] == pytest.approx(
+        [2.0 * busy + 2.0 * still, 3.0 * busy + still, 0.5 * busy + 0.4 * still]
+    )
+    scaled_penalty_s = penalty_s[0] * busy + penalty_s[1] * still
+    assert (step.optimizer_s, step.regularizer_s) == pytest.approx((1.25 * busy + 0.25 * still, scaled_penalty_s))
+    assert step.overhead_s == pytest.approx(0.125 * (busy + still) + longer_s)
+    total_s = busy * (10.0 + 1.25 + 0.125) + still * (1.75 + 3.4 + 0.25 + 0.125) + longer_s + scaled_penalty_s
     assert (step.low_s, step.high_s) == pytest.approx((total_s / 2, 2 * total_s))
     assert {step.tier, *(t.tier for t in step.layers)} == {Tier.SCALED}
 
 
 def test_a_step_that_was_carried_over_waits_for_its_host_as_one_from_the_data_sheet():
-    """One image a step: its kernels take microseconds, and the host some 25 more for each."""
+    """The kernels of one image take less time than their launches."""
     known = Measurements(profiles=(PROFILE,), source_device=A100)
     one, sheet = (step_time(NETWORK, A100, fp32(1), measurements=m) for m in (known, None))
     assert (one.tier, sheet.tier) == (Tier.SCALED, Tier.DATASHEET)
-    gap_s = PROFILE.step_s - PROFILE.forward_s - PROFILE.backward_s - PROFILE.optimizer_s - PROFILE.regularizer_s
     here = datasheet_step(NETWORK, A100, fp32(64))
     assert sheet.overhead_s > sheet.forward_s + sheet.backward_s
+    gap_s = PROFILE.step_s - PROFILE.forward_s - PROFILE.backward_s - PROFILE.optimizer_s - PROFILE.regularizer_s
     assert one.overhead_s == pytest.approx(gap_s + sheet.overhead_s - here.overhead_s)
+
+
+@pytest.mark.parametrize(("device", "batch"), [(V100, 1), (load_device("h100"), 1), (A100, 2)])
+def test_a_step_that_waits_for_its_host_takes_no_longer_where_its_kernels_do(device, batch):
+    """Measured at one image: kernels of 0.1 ms and a host of 5 ms. What the host takes is the same everywhere."""
+    took_s = 5e-3
+    profile = msgspec.structs.replace(
+        PROFILE, batch=1, forward_s=0.4 * took_s, backward_s=0.5 * took_s, optimizer_s=0.1 * took_s,
+        regularizer_s=0.0, step_s=took_s, step_low_s=took_s, step_high_s=took_s,
+    )  # fmt: skip
+    known = Measurements(profiles=(profile,), source_device=A100)
+    step = step_time(NETWORK, device, fp32(batch), measurements=known)
+    assert step.tier is Tier.SCALED
+    assert step.compute_s == pytest.approx(took_s, rel=0.1)
 
 
 def tier_of(profile, device, *, source=A100, regularizer=None, precision=Precision.FP32):
