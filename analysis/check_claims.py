@@ -449,6 +449,8 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "recorded-vgg11": partial(recorded_saving, **_VGG11),
     "recorded-vgg11-pace": partial(recorded_pace, **_VGG11),
     "recorded-vgg11-steps": partial(recorded_steps, folder="cifar10-vgg11"),
+    "recorded-resnet18": partial(recorded_saving, folder="cifar10-resnet18-64", run="prunetrain-r0.2"),
+    "recorded-resnet18-steps": partial(recorded_steps, folder="cifar10-resnet18-64"),
     "recorded-resnet32": partial(recorded_saving, **_RESNET32),
     "recorded-seeds": partial(
         recorded_seeds,
