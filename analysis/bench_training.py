@@ -24,6 +24,9 @@ from torchvision.transforms import v2
 
 import ptsim
 from ptsim import zoo
+from ptsim.measure.profile import tuned_convolutions
+from ptsim.measure.tf32 import tf32_allowed
+from ptsim.network import Precision
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
 
@@ -60,18 +63,19 @@ def plain_epoch_s(model_name: str, images: Images, batch: int, device: torch.dev
     loader = torch.utils.data.DataLoader(
         images, batch, shuffle=True, drop_last=True, num_workers=num_workers, pin_memory=device.type == "cuda"
     )
-    for _ in range(2):
-        start = time.perf_counter()
-        total = correct = 0.0
-        for inputs, labels in loader:
-            inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            optimizer.zero_grad()
-            logits = model(inputs)
-            loss = F.cross_entropy(logits, labels)
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-            correct += (logits.argmax(1) == labels).sum().item()
+    with tf32_allowed(Precision.FP32), tuned_convolutions():  # as ptsim trains; torch's own convolutions use TF32
+        for _ in range(2):
+            start = time.perf_counter()
+            total = correct = 0.0
+            for inputs, labels in loader:
+                inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                optimizer.zero_grad()
+                logits = model(inputs)
+                loss = F.cross_entropy(logits, labels)
+                loss.backward()
+                optimizer.step()
+                total += loss.item()
+                correct += (logits.argmax(1) == labels).sum().item()
     return time.perf_counter() - start
 
 
@@ -105,6 +109,8 @@ def reconfiguration_s(device: torch.device) -> float:
             weight[: layer.out_channels // 2] = 0
             if layer.in_channels > 3:
                 weight[:, : layer.in_channels // 2] = 0
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     surgery = reconfigure(model, groups, optimizer=optimizer)
     if device.type == "cuda":

@@ -20,6 +20,11 @@ turns. What comes out, at most eight files of at most 16 MiB each:
     campaign.json       when which piece ran, for how long, and what stopped it
     logs.txt            the end of what each piece has said
 
+Where the files of one folder come back, which is emptied before each call, that folder is `--out`, its last content is
+`--earlier`, and `--work` is elsewhere, in memory perhaps (/dev/shm): a checkpoint is written after every epoch. Nothing
+else belongs into `--out`; a log of the call would be the ninth file. Results of two kinds of GPU are not mixed: ask for
+the same one every time.
+
 It needs no network and no git, but ptsim installed (`ptsim.models` exists only then). The installed package is what
 runs, also where the checkout is the current folder. For a machine that has torch, pandas, scikit-learn and the like and
 cannot fetch anything, bring wheels for its Python of what it lacks; fvcore, iopath and yacs have to be built first:
@@ -37,9 +42,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import io
-import os
 import subprocess
 import sys
 import tarfile
@@ -48,11 +51,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cuda_lines
 import gpu_steps
+import gpu_tests
 import msgspec
 import torch
-from gpu_steps import rows, write
+from gpu_steps import board_name, rows, write
 from processes import PTSIM, in_own_process, num_epochs, run_together, running_s
 
 import ptsim
@@ -65,8 +68,9 @@ MAX_FILE_BYTES = 16 * 2**20
 MOST_ATTEMPTS = 3  # of a piece that fails and gets no further
 _SHORTEST_S = 40.0  # what is left must be longer for a piece to begin
 _SHORTEST_TRAINING_S = 120.0  # it loads and tunes for some seconds each time
+_WHOLE = 0.7  # of its part must be left for a training to begin that cannot go on once the work folder is lost
+_FIRST_SHARE = 0.4  # of a calibration is for the number format of the runs
 _LOG_BYTES = 2**17  # of each piece
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Pair(NamedTuple):
@@ -100,7 +104,9 @@ class Campaign:
     def __init__(self, options: argparse.Namespace) -> None:
         self.out: Path = options.out
         self.work: Path = options.work or options.out / "work"
-        self.device = torch.device(options.device)
+        # Some of torch's functions want the number of a GPU.
+        self.device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+        self.board: str | None = None  # what the driver calls the GPU
         self.tiny: bool = options.tiny
         self.cifar: Path | None = options.cifar
         self.deadline_s = time.monotonic() + 60 * options.minutes
@@ -118,7 +124,7 @@ class Campaign:
         self.pieces: dict[str, Piece] = {
             "tests": Piece("pytest -m gpu: every branch that asks for CUDA", self.tested, self.test, 2.5),
             "calibrate": Piece("ptsim calibrate gpu: operators and whole steps", self.calibrated, self.calibrate, 4.0),
-            "vgg11": self._pairs_piece((vgg,), 8.5),
+            "vgg11": self._pairs_piece((vgg,), 8.5, least_s=60 * _WHOLE * min(8.5, options.minutes)),
             "peaks": self._steps_piece("peak memory and one step of 20 networks", peaks, 2.0, power=False),
             "pruned-steps": self._steps_piece("ResNet-50 at 224², three pruned stages", pruned, 1.2),
             "steps": self._steps_piece("ResNet-50 and others at 224² and CIFAR networks, dense", first, 2.5),
@@ -158,6 +164,7 @@ class Campaign:
     def note(self, piece: str, seconds: float, failed: str | None, *, further: bool) -> None:
         """Write down that a piece ran."""
         entry = {"piece": piece, "seconds": round(seconds, 1), "failed": failed, "further": further}
+        entry["device"] = self.board
         write(self.out / "campaign.json", [*self.log, entry])
 
     def keep_logs(self) -> None:
@@ -179,6 +186,11 @@ class Campaign:
             if path.is_file() and not (self.out / path.name).exists():
                 write_whole(self.out / path.name, path.read_bytes())
 
+    def others(self) -> list[str]:
+        """Names of other GPUs that the results are of: neither a profile nor a run goes on on another one."""
+        known = {entry.get("device") for entry in self.log} - {None, self.board}
+        return sorted(known) if self.board is not None else []
+
     def _steps_piece(
         self, about: str, wanted: Sequence[gpu_steps.Combination], minutes: float, *, power: bool = True
     ) -> Piece:
@@ -190,16 +202,18 @@ class Campaign:
             minutes,
         )
 
-    def _pairs_piece(self, pairs: Sequence[Pair], minutes: float) -> Piece:
+    def _pairs_piece(self, pairs: Sequence[Pair], minutes: float, least_s: float = 0.0) -> Piece:
+        """With `least_s` so much must be left for the runs to begin: their checkpoints do not fit into the results."""
         epochs = "182 epochs of CIFAR-10" if not self.tiny else "two epochs of digits"
         named = ", ".join(f"{pair.model} seed {pair.seed}" for pair in pairs)
         runs = {name: (pair, ratio) for pair in pairs for name, ratio in pair.runs.items()}
+        begun = any((self.work / name / CHECKPOINTS).exists() for name in runs)
         return Piece(
             f"dense and PruneTrain in turn, {epochs}, NVML energy: {named}",
             lambda: all(self.trained(name) for name in runs),
             lambda: self.train(runs),
             minutes,
-            _SHORTEST_S if self.tiny else _SHORTEST_TRAINING_S,
+            _SHORTEST_S if self.tiny else max(0.0 if begun else least_s, _SHORTEST_TRAINING_S),
         )
 
     # ---- tests -------------------------------------------------------------------------------------------------
@@ -207,39 +221,16 @@ class Campaign:
     def tested(self) -> bool:
         """The tests marked gpu ran to their end, whatever they said."""
         report = self.out / "tests.txt"
-        return report.exists() and "pytest ended with status" in report.read_text(encoding="utf-8")
+        return report.exists() and gpu_tests.ENDED in report.read_text(encoding="utf-8")
 
     def test(self) -> None:
         """Run them in the checkout that this script is in; failures are results, not failures of the piece."""
         report = self.out / "tests.txt"
-        if self.device.type != "cuda" or not (ROOT / "tests").is_dir():
+        if self.device.type != "cuda" or not (gpu_tests.ROOT / "tests").is_dir():
             why = "no tests beside this script" if self.device.type == "cuda" else "a CPU"
-            write_whole(report, f"not run: {why}\npytest ended with status 0\n")
-            return
-        measured = importlib.util.find_spec("coverage") is not None
-        with open(report, "w", encoding="utf-8") as file:  # a test that hangs leaves what came before it
-            status = subprocess.run(
-                gpu_tests_command(measured=measured),
-                cwd=ROOT,
-                env=gpu_tests_environment(os.environ) | {"COVERAGE_FILE": str(self.work.resolve() / "coverage")},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                check=False,
-            ).returncode
-            file.write(f"\npytest ended with status {status}\n\n")
-            file.write("lines that ask for CUDA and that no test has run:\n")
-            file.write(self._unreached() if measured else "not known: there is no coverage.py here\n")
-
-    def _unreached(self) -> str:
-        """The list, from what coverage.py has written."""
-        data, answer = self.work.resolve() / "coverage", self.work.resolve() / "coverage.json"
-        python = [sys.executable, "-P", "-m", "coverage"]
-        environment = os.environ | {"COVERAGE_FILE": str(data)}
-        for arguments in (["combine"], ["json", "-o", str(answer)]):
-            ran = subprocess.run([*python, *arguments], cwd=ROOT, env=environment, capture_output=True, check=False)
-            if ran.returncode:
-                return f"not known: coverage {arguments[0]} said {ran.stderr.decode()[-300:]}\n"
-        return "".join(f"{line}\n" for line in cuda_lines.unreached(msgspec.json.decode(answer.read_bytes())))
+            write_whole(report, f"not run: {why}\n{gpu_tests.ENDED} 0\n")
+        else:
+            gpu_tests.run(report, self.work.resolve(), self.remaining_s())
 
     # ---- training ----------------------------------------------------------------------------------------------
 
@@ -336,16 +327,25 @@ class Campaign:
     def calibrated(self) -> bool:
         """The queue was finished; a rehearsal is content with a beginning."""
         profile = self.out / "device.toml"
-        return profile.exists() and (self.tiny or read_device_profile(profile).complete)
+        if self.tiny or not profile.exists():
+            return profile.exists()
+        found = read_device_profile(profile)
+        return found.complete and len({step.setting for step in found.steps}) > 1
 
     def calibrate(self) -> None:
-        """Zoo steps first, then operators until time is over."""
+        """Zoo steps, then operators until time is over: in the number format of the runs first, then in every one."""
         profile = self.out / "device.toml"
-        more = ["--resume"] if profile.exists() else []
-        more += ["--precision", "fp32", "--memory-format", "contiguous"] if self.tiny else []
-        minutes = 0.1 if self.tiny else max(self.remaining_s() / 60 - 0.2, 0.1)
-        options = ["--device", self.device.type, "--out", str(profile), "--minutes", str(minutes), "--rounds", "1"]
-        subprocess.run([*PTSIM, "calibrate", "gpu", *options, *more], check=True)
+        if self.tiny or not profile.exists():
+            minutes = 0.1 if self.tiny else _FIRST_SHARE * self.remaining_s() / 60
+            self._calibrate(profile, minutes, "--precision", "fp32", "--memory-format", "contiguous")
+        if not self.tiny:
+            self._calibrate(profile, max((self.remaining_s() - _SHORTEST_S / 2) / 60, 0.1))
+
+    def _calibrate(self, profile: Path, minutes: float, *more: str) -> None:
+        options = ["--device", self.device.type, "--out", str(profile), "--minutes", f"{minutes:.3f}"]
+        options += ["--rounds", "1" if self.tiny else "3"]  # each network shortly, then again: time may be over soon
+        going_on = ["--resume"] if profile.exists() else []
+        subprocess.run([*PTSIM, "calibrate", "gpu", *options, *going_on, *more], check=True)
 
     def runs(self) -> list[Path]:
         """Traces with at least one epoch."""
@@ -374,22 +374,9 @@ class Campaign:
         for name, way in ways.items():
             try:
                 results[name] = msgspec.to_builtins(way())
-            except PtsimError as error:
-                results[name] = {"failed": error.message}
+            except Exception as error:  # the other ways are results all the same
+                results[name] = {"failed": gpu_steps.sentence(error)}
         write(self.out / "validation.json", results)
-
-
-def gpu_tests_command(*, measured: bool) -> list[str]:
-    """The tests marked gpu, under coverage.py where it is there. One file: others may need what is not installed."""
-    counted = ["-m", "coverage", "run", "--rcfile", str(ROOT / "pyproject.toml")] if measured else []
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--import-mode", "append"]
-    return [sys.executable, "-P", *counted, "-m", "pytest", *options, str(ROOT / "tests" / "gpu")]
-
-
-def gpu_tests_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The installed package before the checkout, which has the tests, before whatever else is called `tests`."""
-    before = [os.path.abspath(place) for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
-    return dict(environment) | {"PYTHONPATH": os.pathsep.join([*before, str(ROOT)]), "PYTHONSAFEPATH": "1"}
 
 
 def run_files(folder: Path) -> dict[str, Path]:
@@ -466,6 +453,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.earlier is not None:
         campaign.take_over(options.earlier)
+    if options.device == "cuda":
+        campaign.board = board_name()
+    if others := campaign.others():
+        parser.error(f"{campaign.out} has results of {others[0]}, and here is {campaign.board}: choose another --out")
     left = work_through(
         campaign,
         lambda name, minutes: in_own_process(Path(__file__), arguments, name, minutes, campaign.work / f"{name}.log"),

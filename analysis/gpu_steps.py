@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pynvml
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -25,11 +26,11 @@ from ptsim.capture.network import capture_network
 from ptsim.costs.energy import step_energy
 from ptsim.costs.memory import iteration_memory, largest_batch
 from ptsim.costs.step import step_time
-from ptsim.errors import PtsimError, lacks_gpu_memory
+from ptsim.errors import PtsimError, lacks_gpu_memory, on_one_line
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
 from ptsim.measure.calibrate import make_optimizer
-from ptsim.measure.nvml import open_meter
+from ptsim.measure.nvml import NvmlMeter, open_meter
 from ptsim.measure.profile import Budget, layout, number_format, profile_network, tuned_convolutions
 from ptsim.measure.tf32 import tf32_allowed
 from ptsim.network import MemoryFormat, Network, Precision
@@ -59,7 +60,7 @@ MORE_STEPS: list[Combination] = [
     *itertools.product(("torchvision:mobilenet_v2",), (128,), ("fp32", "tf32", "bf16", "fp16"), FORMATS),
     *itertools.product(("vgg13", "resnet50", "resnet32"), (512,), ("fp32", "tf32", "bf16"), FORMATS),
 ]
-# One step each, for the allocator's peak: 20 networks of 14 families.
+# A few steps each, for the allocator's peak: 20 networks of 14 families.
 PEAKS: list[Combination] = [
     (f"torchvision:{name}", 32, "bf16", "channels_last")
     for name in (
@@ -128,9 +129,12 @@ class Steps:
             "memory_format": memory_format,
             "torch": str(torch.__version__),
         }
+        seconds = 0.5 if power and not self.tiny else 0.0
+        broken: RuntimeError | None = None
         try:
             model, network = self.network(model_name)
-            row |= predicted(network, setting, match_device(open_meter(self.device).info().name))
+            row["device"] = open_meter(self.device).info().name
+            row |= predicted(network, setting, match_device(row["device"]))
             here = copy.deepcopy(model).to(self.device).to(memory_format=layout(memory_format))
             profile = profile_network(
                 here,
@@ -140,24 +144,25 @@ class Steps:
                 memory_format=memory_format,
                 optimizer=make_optimizer("sgd", here.parameters()),
                 device=self.device,
-                budget=Budget(min_seconds=0.0 if self.tiny else 0.5, max_seconds=max(self.remaining_s(), 1.0)),
+                budget=Budget(min_seconds=seconds, max_seconds=max(self.remaining_s(), 1.0)),
             )
             row |= {"measured_step_s": profile.step_s, "measured_peak_bytes": profile.peak_memory_bytes}
             if self.device.type == "cuda":
                 row["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
-            row |= {"device": profile.device, "profile": msgspec.to_builtins(profile)}
+            row["profile"] = msgspec.to_builtins(profile)
             if power:
                 use = self._use_under_load(here, setting, zoo.find(model_name.rpartition(" ")[2]).input_shape)
                 row["use"] = None if use is None else msgspec.to_builtins(use)
         except (PtsimError, torch.OutOfMemoryError) as error:
             row["failed"] = sentence(error)
         except RuntimeError as error:  # after an error of CUDA itself nothing works in this process any more
+            row["failed"], broken = sentence(error), error
+        except Exception as error:  # of a network's own code, perhaps: the other networks are measured all the same
             row["failed"] = sentence(error)
-            return row, error
-        finally:
-            here = None  # type: ignore[assignment] # or its memory stays taken
+        here = None  # type: ignore[assignment] # or its memory stays taken
+        if broken is None:  # else this would fail, too, and the row would be lost
             free(self.device)
-        return row, None
+        return row, broken
 
     def _use_under_load(
         self, model: nn.Module, setting: StepSetting, input_shape: tuple[int, int, int]
@@ -209,22 +214,22 @@ class Steps:
             row: dict[str, Any] = {"model": name, "precision": precision_name, "memory_format": memory_format}
             try:
                 row |= self._limit(name, setting)
-            except RuntimeError as error:  # the next process goes on with the other networks
+            except Exception as error:  # the next process goes on with the other networks
                 write(table, [*found, row | {"failed": sentence(error)}])
                 raise
             found.append(row)
             write(table, found)
 
-    def _limit(self, name: str, setting: StepSetting) -> dict[str, Any]:
+    def _limit(self, model_name: str, setting: StepSetting) -> dict[str, Any]:
         """What is said to fit, and what fitted."""
-        model, network = self.network(name)
-        known = match_device(open_meter(self.device).info().name)
-        said = largest_batch(network, setting, capacity_bytes=LIMIT_BYTES, device=known)
-        runs = functools.partial(self._runs, model, zoo.find(name).input_shape, setting)
+        model, network = self.network(model_name)
+        name = open_meter(self.device).info().name
+        said = largest_batch(network, setting, capacity_bytes=LIMIT_BYTES, device=match_device(name))
+        runs = functools.partial(self._runs, model, zoo.find(model_name).input_shape, setting)
         runs(1)  # loads the libraries, which take memory beside the allocator
         with memory_limit(self.device, LIMIT_BYTES):
             fitted = around_the_limit(runs, said)
-        return {"limit_bytes": LIMIT_BYTES, "said_to_fit": said, **fitted}
+        return {"device": name, "limit_bytes": LIMIT_BYTES, "said_to_fit": said, **fitted}
 
     def _runs(self, model: nn.Module, shape: tuple[int, int, int], setting: StepSetting, batch: int) -> bool:
         return runs_steps(model, shape, msgspec.structs.replace(setting, batch=batch), self.device)
@@ -339,6 +344,17 @@ def write(path: Path, content: Any) -> None:
     write_whole(path, msgspec.json.format(msgspec.json.encode(content)))
 
 
+def board_name() -> str | None:
+    """What the driver calls the GPU; not asked of CUDA, whose context would take memory from the pieces."""
+    try:
+        meter = NvmlMeter(index=0)
+    except pynvml.NVMLError:
+        return None
+    name = meter.info().name
+    meter.close()
+    return name
+
+
 def wait(device: torch.device) -> None:
     """Wait until the device has done what it was told."""
     if device.type == "cuda":
@@ -354,5 +370,6 @@ def free(device: torch.device) -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split())[:300]
+    """What an error says, on one line; of one that is no sentence also its kind."""
+    kind = "" if isinstance(error, PtsimError | RuntimeError) else f"{type(error).__name__}: "
+    return kind + on_one_line(error)

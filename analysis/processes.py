@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ptsim import read_trace
 from ptsim.errors import FileFormatError
@@ -18,6 +19,7 @@ from ptsim.errors import FileFormatError
 # -P: a checkout in the current folder must not take the installed package's place: it has no `ptsim.models`.
 PTSIM = (sys.executable, "-P", "-m", "ptsim")
 GRACE_S = 25.0  # after its time a piece may write down what it has
+_PATIENCE_S = 8.0  # for what was interrupted
 _STAT, _STARTTIME = Path("/proc/self/stat"), 19  # proc(5): field 22, of which the first two go before
 _LONGEST_START_S = 600.0  # of a call
 
@@ -75,6 +77,23 @@ def num_epochs(trace: Path) -> int:
         warnings.simplefilter("ignore")  # its last line is not whole yet
         return len(read_trace(trace).epochs)
     return -1
+
+
+def stopped_after(command: Sequence[str], seconds: float, **how: Any) -> int:
+    """The status of a command that is interrupted as by Ctrl-C after so many seconds, and killed where it goes on.
+
+    `how` is what `subprocess.Popen` is given; what it says of errors goes where the rest goes.
+    """
+    process = subprocess.Popen(command, stderr=subprocess.STDOUT, **how)
+    try:
+        for patience_s, then in ((seconds, signal.SIGINT), (_PATIENCE_S, signal.SIGKILL)):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=patience_s)
+            process.send_signal(then)
+        return process.wait()
+    except BaseException:
+        process.kill()
+        raise
 
 
 def running_s() -> float:

@@ -30,6 +30,7 @@ SAMPLING_INTERVAL_S = 0.1  # the driver renews its power reading every 20 to 100
 
 _MOST_OF_LIMIT = 3.0  # power above so many times the board's limit is no reading: peaks of a millisecond reach two
 _COUNTER_LAG_S = 1.0  # by which the board's energy counter may lag behind the clock
+_POWER_INSTANT = 186  # nvml.h, NVML_FI_DEV_POWER_INSTANT: in mW
 
 _T = TypeVar("_T")
 
@@ -185,7 +186,7 @@ class NvmlMeter:
         utilization = _told(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
         return _Sample(
             time_s=time.perf_counter(),
-            power_w=self._plausible_w(_scaled(_told(lambda: pynvml.nvmlDeviceGetPowerUsage(handle)), 1e-3)),  # mW
+            power_w=self._power_w(),
             sm_clock_hz=_scaled(_told(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)), 1e6),
             memory_clock_hz=_scaled(_told(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)), 1e6),
             temperature_c=_scaled(
@@ -194,6 +195,15 @@ class NvmlMeter:
             utilization=_scaled(utilization, 0.01),  # percent
             memory_bytes=_told(lambda: int(_memory(handle).used)),
         )
+
+    def _power_w(self) -> float | None:
+        """Of this moment where the driver tells it: its usual reading is a mean over a second, from Ampere on.
+
+        An epoch may be as short as that, and the mean would give it what its validation has drawn.
+        """
+        instant_mw = _told(lambda: _instant_mw(self._handle))
+        told_mw = instant_mw or _told(lambda: pynvml.nvmlDeviceGetPowerUsage(self._handle))
+        return self._plausible_w(_scaled(told_mw, 1e-3))
 
     @property
     def _most_w(self) -> float:
@@ -279,6 +289,14 @@ def _memory(handle: Any) -> Any:
         return pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
     except (pynvml.NVMLError_FunctionNotFound, pynvml.NVMLError_NotSupported):
         return pynvml.nvmlDeviceGetMemoryInfo(handle)
+
+
+def _instant_mw(handle: Any) -> int:
+    """The power of this moment; 0 where a driver knows the question but not the answer."""
+    (field,) = pynvml.nvmlDeviceGetFieldValues(handle, [_POWER_INSTANT])
+    if field.nvmlReturn != pynvml.NVML_SUCCESS:
+        raise pynvml.NVMLError(field.nvmlReturn)
+    return int(field.value.uiVal)
 
 
 def _told(read: Callable[[], _T]) -> _T | None:

@@ -51,9 +51,12 @@ def layout(memory_format: MemoryFormat) -> torch.memory_format:
 @contextlib.contextmanager
 def number_format(precision: Precision, device: torch.device) -> Iterator[None]:
     """Matrix products inside run in `precision`: autocast for the 16-bit ones, CUDA's TF32 switches otherwise."""
-    autocast = torch.autocast(device.type, dtype=HALF_TYPES.get(precision), enabled=precision in HALF_TYPES)
-    with tf32_allowed(precision), autocast:
+    with tf32_allowed(precision), _autocast(precision, device):
         yield
+
+
+def _autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=HALF_TYPES.get(precision), enabled=precision in HALF_TYPES)
 
 
 @contextlib.contextmanager
@@ -145,8 +148,7 @@ def profile_network(
     with _as_in_training(precision, device):
         try:
             before_bytes = _held_bytes(device)
-            scaled = precision is Precision.FP16
-            run = _Run(model, network, batch, memory_format, optimizer, regularizer, device, scaled=scaled)
+            run = _Run(model, network, batch, memory_format, optimizer, regularizer, device, precision)
             taken = _take(run, budget)
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
@@ -182,11 +184,11 @@ def _held_bytes(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def _as_in_training(precision: Precision, device: torch.device) -> Iterator[None]:
-    """The number format and the convolutions of ptsim's training; random state is put back afterwards."""
+    """The switches for TF32 and the convolutions of ptsim's training; random state is put back afterwards."""
     if device.type == "cpu":
         keep_freed_memory()
     cuda_devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda_devices), number_format(precision, device), tuned_convolutions():
+    with torch.random.fork_rng(devices=cuda_devices), tf32_allowed(precision), tuned_convolutions():
         yield
 
 
@@ -278,18 +280,17 @@ class _Run:
         optimizer: torch.optim.Optimizer | None,
         regularizer: Callable[[], object] | None,
         device: torch.device,
-        *,
-        scaled: bool,
+        precision: Precision,
     ) -> None:
         # One deepcopy of all three: its memo lets the copies of optimizer and regulariser hold the copy's parameters.
         self.model, self.optimizer, self.regularizer = copy.deepcopy(
             (model, optimizer, regularizer), computed_tensors(model)
         )
         self.network = network
-        self.device = device
+        self.device, self.precision = device, precision
         # As training in fp16 does: its updates wait for the device to say whether a gradient overflowed. The scale of 1
         # stays below any overflow, which would leave the update out.
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=scaled)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=precision is Precision.FP16)
         self.model.train()
         graph_module = training_graph(self.model, self.network.input_shape)
         self.layer_of = match_layers(graph_module, network)
@@ -327,7 +328,7 @@ class _Run:
         marks = [self.instant()]
         for parameter in self.model.parameters():
             parameter.grad = None
-        loss = F.cross_entropy(_logits(self.model(self.images)), self.labels)
+        loss = self._loss(self.model)
         marks.append(self.instant())
         self._without_autocast(self.scaler.scale(loss).backward)
         marks.append(self.instant())
@@ -341,6 +342,11 @@ class _Run:
         marks.append(self.instant())
         return marks
 
+    def _loss(self, forward: Callable[[Tensor], Any]) -> Tensor:
+        """Autocast begins anew, as in training: until it ends it keeps the weights that it has cast."""
+        with _autocast(self.precision, self.device):
+            return F.cross_entropy(_logits(forward(self.images)), self.labels)
+
     def _update(self) -> None:
         assert self.optimizer is not None, "the caller has looked"
         self.scaler.step(self.optimizer)
@@ -352,7 +358,7 @@ class _Run:
         for parameter in self.model.parameters():
             parameter.grad = None
         self.interpreter.reset()
-        loss = F.cross_entropy(_logits(self.interpreter.run(self.images)), self.labels)
+        loss = self._loss(self.interpreter.run)
         self._without_autocast(loss.backward)
         self.wait()
         return self.interpreter.seconds()

@@ -6,31 +6,37 @@ import contextlib
 import importlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import types
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 
 import ptsim
 from ptsim import zoo
-from ptsim.hardware.profile_file import read_device_profile
+from ptsim.hardware.profile import OperatorSetting, StepMeasurement
+from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.network import Precision
 from ptsim.setting import StepSetting
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "analysis"))
 gpu_campaign = importlib.import_module("gpu_campaign")
 gpu_steps = importlib.import_module("gpu_steps")
+gpu_tests = importlib.import_module("gpu_tests")
 processes = importlib.import_module("processes")
 cuda_lines = importlib.import_module("cuda_lines")
 work_through, main = gpu_campaign.work_through, gpu_campaign.main
 
 
-def campaign_at(folder, minutes=5.0):
-    options = argparse.Namespace(out=folder, work=None, device="cpu", tiny=True, cifar=None, minutes=minutes)
+def campaign_at(folder, minutes=5.0, device="cpu"):
+    tiny = device == "cpu"
+    options = argparse.Namespace(out=folder, work=None, device=device, tiny=tiny, cifar=None, minutes=minutes)
     folder.mkdir(exist_ok=True)
     (folder / "work").mkdir(exist_ok=True)
     return gpu_campaign.Campaign(options)
@@ -242,11 +248,28 @@ def test_an_error_of_the_device_is_a_row_and_ends_the_process(tmp_path, monkeypa
         raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
 
     monkeypatch.setattr(gpu_steps, "profile_network", broken)
+    monkeypatch.setattr(gpu_steps, "free", broken)  # as everything that is asked of the GPU from then on
     with pytest.raises(RuntimeError, match="illegal memory access"):
         campaign.pieces["steps"].work()
     rows = json.loads((tmp_path / "steps.json").read_text())
     assert [row["failed"] for row in rows] == ["CUDA error: an illegal memory access was encountered"]
     assert "steps" in campaign.left()  # the next process goes on with the other combination
+
+
+def test_an_error_of_a_networks_own_code_is_a_row_and_the_others_are_measured(tmp_path, monkeypatch):
+    campaign, right = campaign_at(tmp_path), gpu_steps.profile_network
+
+    def odd(model, network, **how):
+        if network.name == "resnet20":
+            raise TypeError("forward() takes\n1 argument")
+        return right(model, network, **how)
+
+    monkeypatch.setattr(gpu_steps, "profile_network", odd)
+    campaign.pieces["steps"].work()
+    first, second = json.loads((tmp_path / "steps.json").read_text())
+    assert first["failed"] == "TypeError: forward() takes 1 argument"
+    assert "failed" not in second
+    assert "steps" not in campaign.left()
 
 
 @pytest.mark.parametrize(
@@ -265,17 +288,20 @@ def test_the_memory_limit_is_looked_for_around_what_was_said_to_fit(capacity, fi
     assert found == {"fits": fits, "largest_that_ran": ran, "smallest_that_failed": failed}
 
 
-def test_the_allocator_gets_what_cudas_context_leaves_of_the_limit(monkeypatch):
+def test_the_allocator_gets_what_cudas_context_leaves_of_the_limit(tmp_path, monkeypatch):
     fractions = []
+    device = campaign_at(tmp_path, device="cuda").device
     fake = types.SimpleNamespace(
         mem_get_info=lambda _: (90 * 2**30, 100 * 2**30),
         memory_reserved=lambda _: 9 * 2**30,  # so 1 GiB is neither free nor the allocator's
-        set_per_process_memory_fraction=lambda fraction, _: fractions.append(fraction),
+        # torch refuses a device without a number here, and only here
+        set_per_process_memory_fraction=lambda fraction, on: fractions.append(fraction * 10 ** _get_device_index(on)),
         empty_cache=lambda: None,
         reset_peak_memory_stats=lambda _: None,
+        device=torch.cuda.device,  # torch looks whether it is one
     )
     monkeypatch.setattr(gpu_steps.torch, "cuda", fake)
-    with gpu_steps.memory_limit(torch.device("cuda"), 8 * 2**30):
+    with gpu_steps.memory_limit(device, 8 * 2**30):
         assert fractions == [pytest.approx(7 / 100)]
     assert fractions[-1] == 1.0
 
@@ -304,18 +330,21 @@ def test_a_network_whose_limit_cannot_be_found_is_a_row_and_the_next_process_goe
         tried.append(name)
         if len(tried) == 2:
             raise RuntimeError("CUDA error: misaligned address")
+        if len(tried) == 4:
+            raise ValueError("Expected a torch.device with a specified index")
         return {"fits": True}
 
     monkeypatch.setattr(gpu_steps.Steps, "_limit", limit)
-    for _ in range(2):
+    for _ in range(3):
         steps = gpu_steps.Steps(tmp_path, torch.device("cuda"), tiny=True, remaining_s=lambda: 100.0)
         assert not steps.limits_done()
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, ValueError):
             steps.limits()
     assert steps.limits_done()
     assert tried == [name for name, *_ in gpu_steps.LIMITED]
     rows = json.loads((tmp_path / "memory.json").read_text())
-    assert [row.get("failed") for row in rows] == [None, "CUDA error: misaligned address", None, None, None]
+    odd = "ValueError: Expected a torch.device with a specified index"
+    assert [row.get("failed") for row in rows] == [None, "CUDA error: misaligned address", None, odd, None]
 
 
 def test_an_unknown_piece_is_refused(tmp_path, capsys):
@@ -375,14 +404,199 @@ def test_the_installed_package_runs_where_a_checkout_is_the_current_folder(tmp_p
 
 
 def test_the_tests_marked_gpu_find_the_installed_package_before_the_checkout(tmp_path):
-    root = str(gpu_campaign.ROOT)
-    made = gpu_campaign.gpu_tests_environment({"PYTHONPATH": f"{tmp_path}:relative", "HOME": "/h"})
+    root = str(gpu_tests.ROOT)
+    made = gpu_tests.environment({"PYTHONPATH": f"{tmp_path}:relative", "HOME": "/h"})
     assert made["PYTHONPATH"].split(":") == [str(tmp_path), str(Path("relative").absolute()), root]
     assert made["HOME"] == "/h"
-    assert gpu_campaign.gpu_tests_environment({})["PYTHONPATH"] == root
-    command = gpu_campaign.gpu_tests_command(measured=True)
+    assert gpu_tests.environment({})["PYTHONPATH"] == root
+    command = gpu_tests.command(measured=True)
     assert command[1] == "-P"
     assert command[-1] == f"{root}/tests/gpu"
+
+
+@pytest.mark.parametrize(
+    ("minutes", "begun", "least_s"),
+    [(8.5, False, 357), (8.5, True, 120), (5.0, False, 210), (2.0, False, 120)],
+)
+def test_runs_whose_checkpoints_do_not_fit_into_the_results_begin_where_their_part_is_left(
+    tmp_path, minutes, begun, least_s
+):
+    """Seven tenths of 8.5 minutes, or of a shorter call; once begun, as those that can go on elsewhere."""
+    if begun:
+        (tmp_path / "work" / "vgg11-pruned-s1" / "checkpoints").mkdir(parents=True)
+    pieces = campaign_at(tmp_path, minutes, device="cuda").pieces
+    assert pieces["vgg11"].least_s == pytest.approx(least_s)
+    assert (pieces["resnet32"].least_s, pieces["seeds"].least_s, pieces["steps"].least_s) == (120, 120, 40)
+
+
+def test_the_number_format_of_the_runs_is_calibrated_first(tmp_path, monkeypatch):
+    """Four tenths of ten minutes, then all but the 20 seconds in which the command starts and ends."""
+    commands = []
+
+    def ran(command, *, check):
+        commands.append(command[len(processes.PTSIM) :])
+        (tmp_path / "device.toml").touch()
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    campaign = campaign_at(tmp_path, 10.0, device="cuda")
+    campaign.calibrate()
+    first, second = commands
+    assert first[:6] == ["calibrate", "gpu", "--device", "cuda", "--out", str(tmp_path / "device.toml")]
+    assert first[-4:] == ["--precision", "fp32", "--memory-format", "contiguous"]
+    assert "--resume" not in first
+    assert (second[-1], "--precision" in second) == ("--resume", False)
+    minutes = [float(command[command.index("--minutes") + 1]) for command in commands]
+    assert minutes == pytest.approx([4.0, 10 - 1 / 3], abs=0.02)
+    campaign.calibrate()
+    assert len(commands) == 3
+    assert [part for place, part in enumerate(commands[2]) if place != 7] == [*second[:7], *second[8:]]  # the minutes
+
+
+def step_of(setting):
+    numbers = dict.fromkeys(("num_parameters", "num_tensors", "num_layers", "num_samples"), 1)
+    phases = ("forward_s", "backward_s", "optimizer_s", "layers_forward_s", "layers_backward_s")
+    seconds = dict.fromkeys(phases, 0.1) | dict.fromkeys(("step_s", "step_low_s", "step_high_s"), 0.3)
+    return StepMeasurement(
+        architecture="a1",
+        name="net",
+        setting=setting,
+        batch=8,
+        optimizer="sgd",
+        regularizer_s=None,
+        **numbers,
+        **seconds,
+    )
+
+
+def test_a_calibration_is_done_when_other_number_formats_are_measured_too(results, tmp_path):
+    profile = msgspec.structs.replace(read_device_profile(results[0] / "device.toml"), complete=True)
+    campaign = campaign_at(tmp_path, device="cuda")
+    assert not campaign.calibrated()
+    settings = [
+        OperatorSetting(precision=Precision.FP32, memory_format=layout) for layout in ("contiguous", "channels_last")
+    ]
+    more = tuple(step_of(setting) for setting in settings)
+    write_device_profile(tmp_path / "device.toml", msgspec.structs.replace(profile, steps=more[:1]))
+    assert not campaign.calibrated()
+    write_device_profile(tmp_path / "device.toml", msgspec.structs.replace(profile, steps=more))
+    assert campaign.calibrated()
+    write_device_profile(tmp_path / "device.toml", msgspec.structs.replace(profile, steps=more, complete=False))
+    assert not campaign.calibrated()
+
+
+def test_a_way_to_predict_that_fails_oddly_takes_no_other_with_it(tmp_path, monkeypatch):
+    def validate(_runs, profile=None, *, holdout=False):
+        if profile is not None:
+            raise KeyError("conv1")
+        return {"held out": holdout}
+
+    monkeypatch.setattr(ptsim, "validate", validate)
+    campaign_at(tmp_path).validate()
+    found = json.loads((tmp_path / "validation.json").read_text())
+    assert found["own_profiles"] == {"held out": False}
+    assert found["device_profile"] == {"failed": "KeyError: 'conv1'"}
+    assert found["each_other"] == {"held out": True}
+
+
+class Process:
+    """Ends with a status when it gets a signal, or by itself; what was done to it."""
+
+    def __init__(self, ends_by, status):
+        self.ends_by, self.status, self.done = ends_by, status, []
+
+    def __call__(self, command, *, stderr, **how):
+        self.done.append((command, stderr, how))
+        return self
+
+    def wait(self, timeout=None):
+        self.done.append(timeout)
+        if self.ends_by in (None, *self.done):
+            return self.status
+        raise subprocess.TimeoutExpired("pytest", timeout)
+
+    def send_signal(self, number):
+        self.done.append(number)
+
+
+@pytest.mark.parametrize(
+    ("ends_by", "status", "done"),
+    [
+        (None, 1, [90.0]),
+        (signal.SIGINT, 2, [90.0, signal.SIGINT, 8.0]),
+        (signal.SIGKILL, -9, [90.0, signal.SIGINT, 8.0, signal.SIGKILL, None]),
+    ],
+)
+def test_a_command_has_its_time_then_it_is_interrupted_and_killed_where_it_goes_on(monkeypatch, ends_by, status, done):
+    process = Process(ends_by, status)
+    monkeypatch.setattr(subprocess, "Popen", process)
+    assert processes.stopped_after(["pytest"], 90.0, cwd="/") == status
+    assert process.done == [(["pytest"], subprocess.STDOUT, {"cwd": "/"}), *done]
+
+
+@pytest.mark.parametrize(("seconds", "given"), [(150.0, 135.0), (20.0, 15.0)])
+def test_what_the_tests_have_said_until_they_were_stopped_is_a_result(tmp_path, monkeypatch, seconds, given):
+    def stopped(command, patience_s, *, cwd, env, stdout):
+        assert (command, patience_s, cwd) == (gpu_tests.command(measured=False), given, gpu_tests.ROOT)
+        stdout.write("test_one PASSED\ntest_two ")
+        return 2
+
+    monkeypatch.setattr(gpu_tests, "stopped_after", stopped)
+    monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda _: None)
+    campaign = campaign_at(tmp_path, device="cuda")
+    monkeypatch.setattr(campaign, "remaining_s", lambda: seconds)
+    assert not campaign.tested()
+    campaign.test()
+    assert campaign.tested()
+    said = (tmp_path / "tests.txt").read_text().splitlines()
+    assert said[:3] == ["test_one PASSED", "test_two ", "pytest ended with status 2"]
+    assert said[-1] == "not known: there is no coverage.py here"
+
+
+def test_results_of_another_kind_of_gpu_are_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    began = []
+    monkeypatch.setattr(gpu_campaign, "work_through", lambda campaign, _run: began.append(campaign.board) or [])
+    arguments = ["--out", str(tmp_path / "out"), "--earlier", str(tmp_path)]
+    campaign_at(tmp_path / "out")
+    for board, said in (
+        ("NVIDIA H100 80GB HBM3", None),  # nothing is there yet
+        (None, None),  # NVML does not say
+        ("NVIDIA H100 80GB HBM3", None),
+        ("NVIDIA H200", "has results of NVIDIA H100 80GB HBM3, and here is NVIDIA H200: choose another --out"),
+    ):
+        monkeypatch.setattr(gpu_campaign, "board_name", lambda board=board: board)
+        if said is None:
+            assert main(arguments) == 0
+            campaign = campaign_at(tmp_path)  # what the earlier call left
+            campaign.board = board
+            campaign.note("tests", 1.0, None, further=True)
+            (tmp_path / "out" / "campaign.json").unlink(missing_ok=True)
+        else:
+            with pytest.raises(SystemExit):
+                main(arguments)
+            assert said in capsys.readouterr().err
+    assert began == ["NVIDIA H100 80GB HBM3", None, "NVIDIA H100 80GB HBM3"]
+
+
+def test_the_board_is_named_by_the_driver_or_not_at_all(monkeypatch):
+    class Meter:
+        def __init__(self, *, index):
+            assert index == 0
+
+        def info(self):
+            return types.SimpleNamespace(name="NVIDIA H200")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(gpu_steps, "NvmlMeter", Meter)
+    assert gpu_steps.board_name() == "NVIDIA H200"
+
+    def missing(*, index):
+        raise gpu_steps.pynvml.NVMLError(gpu_steps.pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(gpu_steps, "NvmlMeter", missing)
+    assert gpu_steps.board_name() is None
 
 
 EXAMPLE = '''"""About cuda."""

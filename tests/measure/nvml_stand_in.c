@@ -2,7 +2,8 @@
    a GPU. Signatures: NVML API reference, nvml.h of driver 535. Power steps 100, 200, 300, 200 W … with every reading;
    the energy counter grows by 5 J with every reading. PTSIM_STAND_IN_LACKS names what the driver does not tell,
    PTSIM_STAND_IN_ODD what it tells wrongly: "power" a reading of 4 MW in every fourth place, "energy" a counter that jumps
-   by 4 GJ, "mig" a UUID that is a slice's, "two" a second board. */
+   by 4 GJ, "mig" a UUID that is a slice's, "two" a second board; "moment" lets it tell the power of this moment, 250 W,
+   "zero" 0 W for it. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -72,6 +73,17 @@ nvmlReturn_t nvmlDeviceGetPowerUsage(nvmlDevice_t device, unsigned *milliwatts) 
     if (!has("power")) return NOT_SUPPORTED;
     *milliwatts = odd("power") && reading % 4 == 1 ? 4000000000u : steps[reading % 4];
     reading++;
+    return SUCCESS;
+}
+/* 186: NVML_FI_DEV_POWER_INSTANT; every field has a return code of its own */
+struct field { unsigned id, scope; long long timestamp, latency_us; int type, code; union { unsigned ui; double d; } value; };
+nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t device, int count, struct field *fields) {
+    if (device != &board) return INVALID_ARGUMENT;
+    for (int i = 0; i < count; i++) {
+        int told = fields[i].id == 186 && fields[i].scope == 0 && (odd("moment") || odd("zero"));
+        fields[i].code = told ? SUCCESS : NOT_SUPPORTED;
+        if (told) fields[i].value.ui = odd("zero") ? 0 : 250000;
+    }
     return SUCCESS;
 }
 nvmlReturn_t nvmlDeviceGetTotalEnergyConsumption(nvmlDevice_t device, unsigned long long *millijoules) {

@@ -88,6 +88,16 @@ def test_an_older_driver_answers_with_version_1_of_the_memory_record(driver):
     assert run_with(driver, MEASURE, lacks="memory_v2")["peak_memory_bytes"] == 3 * 2**30
 
 
+def test_power_is_that_of_the_moment_where_the_driver_tells_it(driver):
+    use = run_with(driver, MEASURE, odd="moment", lacks="energy")
+    assert use["power_w"] == pytest.approx(250.0)
+    assert use["energy_j"] >= 0.2 * 249
+
+
+def test_a_moment_of_zero_watts_is_no_reading(driver):
+    assert 150 < run_with(driver, MEASURE, odd="zero")["power_w"] < 250  # the mean of whole rounds of the usual one
+
+
 def test_an_unknown_gpu_is_an_error_of_the_binding(driver):
     code = "try: NvmlMeter(uuid='GPU-x')\nexcept pynvml.NVMLError_NotFound as e: show(str(e))"
     assert run_with(driver, code) == "Not Found"
@@ -173,13 +183,26 @@ def test_a_cpu_says_what_it_is_and_measures_nothing():
     assert meter.stop() is None
 
 
+def moment(milliwatts, code=0):
+    """What a driver answers about one field, with its return code."""
+    return [SimpleNamespace(nvmlReturn=code, value=SimpleNamespace(uiVal=milliwatts))]
+
+
 class Board:
     """A GPU that answers `start` and `stop`, ten seconds later, with the first and the second of its numbers.
 
     What is None it does not tell.
     """
 
-    def __init__(self, monkeypatch, *, energy_mj=(None, None), power_mw=(100_000, 300_000), limit_mw=350_000):
+    def __init__(
+        self,
+        monkeypatch,
+        *,
+        energy_mj=(None, None),
+        power_mw=(100_000, 300_000),
+        limit_mw=350_000,
+        moments=(None, None),
+    ):
         seconds = iter((50.0, 60.0))
         monkeypatch.setattr(nvml, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
         memory = iter((SimpleNamespace(total=2**34), SimpleNamespace(used=7), SimpleNamespace(used=5)))
@@ -195,6 +218,7 @@ class Board:
             "DeviceGetEnforcedPowerLimit": self.one_of(limit_mw),
             "DeviceGetTotalEnergyConsumption": self.one_of(*energy_mj),
             "DeviceGetPowerUsage": self.one_of(*power_mw),
+            "DeviceGetFieldValues": self.one_of(*moments),
             "DeviceGetMemoryInfo": lambda _, version=None: next(memory),
             "DeviceGetClockInfo": lambda _, kind: next(clocks),
             "DeviceGetTemperature": self.one_of(50, 70),
@@ -235,6 +259,9 @@ def test_readings_become_si_units_and_means(monkeypatch):
     [
         ({}, 10 * (100 + 300) / 2, 200),  # no counter: the trapezoid
         ({"energy_mj": (1_000_000, 3_500_000)}, 2500, 200),
+        ({"moments": (moment(200_000), moment(240_000))}, 10 * (200 + 240) / 2, 220),  # not the means of a second
+        ({"moments": (moment(200_000), moment(0))}, 10 * (200 + 100) / 2, 150),  # asked once, the mean says 100 W
+        ({"moments": (moment(0, 3), moment(7, 999))}, 2000, 200),  # not supported, unknown
         # in 10 s and one of delay a board of 350 W draws at most 3 · 350 · 11 = 11,550 J
         ({"energy_mj": (1000, 11_550_000)}, 11_549, 200),
         ({"energy_mj": (1000, 11_552_000)}, 2000, 200),

@@ -1,3 +1,5 @@
+import contextlib
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,7 @@ from ptsim.hardware.profile import Operator, OperatorSetting
 from ptsim.measure import operators
 from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s, time_operator
 from ptsim.network import LayerKind, Precision
+from tests.measure.casts import Casts
 
 CPU = torch.device("cpu")
 FP32 = OperatorSetting(precision=Precision.FP32, memory_format="contiguous")
@@ -105,7 +108,7 @@ def test_a_copy_reads_and_writes_and_an_addition_is_one_of_a_thousand(monkeypatc
 
 
 def test_a_gpu_is_measured_by_its_own_clock(monkeypatch):
-    """The first run warms up; the next ones take 1 to 9 seconds of the GPU, and the host's clock stands still."""
+    """Run n takes n seconds of the GPU. Three are over when 0.3 s of the host have woken it, and one more warms up."""
     gpu = SimpleNamespace(runs=0, seconds=0.0)
 
     class Event:
@@ -119,9 +122,62 @@ def test_a_gpu_is_measured_by_its_own_clock(monkeypatch):
         gpu.seconds += gpu.runs
         gpu.runs += 1
 
+    tenths = itertools.count()
     monkeypatch.setattr(operators, "cuda_event", Event)
-    monkeypatch.setattr(operators, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr(operators, "time", SimpleNamespace(perf_counter=lambda: next(tenths) / 10))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
-    assert operators._median_seconds(run, torch.device("cuda")) == 5
-    assert gpu.runs == 10
+    assert operators._median_seconds(run, torch.device("cuda")) == 8  # of 4 to 12
+    assert gpu.runs == 13
+
+
+@pytest.mark.parametrize(("precision", "casts"), [(Precision.BF16, 8), (Precision.FP32, 0)])
+def test_every_round_casts_the_weights_as_a_training_step_does(precision, casts):
+    """The first of the eight rounds is not counted; one forward before them sees what the output is like."""
+    setting = OperatorSetting(precision=precision, memory_format="contiguous")
+    with Casts((5, 4, 3, 3)) as seen:
+        time_operator(conv(4, output=(5, 16, 16), setting=setting), CPU)
+    assert seen.number == (casts + 1 if casts else 0)
+
+
+def test_a_pass_that_cannot_be_captured_is_timed_with_its_gaps_on_the_usual_stream(monkeypatch):
+    """Ten calls of two seconds each in every one of five spans, whatever stream a failed capture has left."""
+    gpu = SimpleNamespace(seconds=0.0, stream="usual", seen=[])
+
+    class Event:
+        def record(self, stream):
+            gpu.seen.append(stream.name)
+            self.at = gpu.seconds
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    class Capture:
+        def __init__(self, _graph):
+            pass
+
+        def __enter__(self):
+            gpu.stream = "capture"
+
+        def __exit__(self, *_):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def stream(name=None):
+        return SimpleNamespace(name=name or gpu.stream, wait_stream=lambda _: None)
+
+    def call():
+        gpu.seconds += 2.0
+
+    monkeypatch.setattr(operators, "cuda_event", Event)
+    monkeypatch.setattr(operators, "_side_stream", lambda _: stream("side"))
+    for name, stand_in in {
+        "current_stream": lambda _: stream(),
+        "set_stream": lambda to: setattr(gpu, "stream", to.name),
+        "stream": lambda _: contextlib.nullcontext(),
+        "synchronize": lambda _: None,
+        "CUDAGraph": lambda: None,
+        "graph": Capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    assert operators._kernel_seconds(call, torch.device("cuda")) == 2.0
+    assert gpu.seen == ["usual"] * 10

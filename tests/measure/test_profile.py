@@ -13,6 +13,7 @@ from ptsim.errors import MissingMeasurementError, UnsupportedModelError
 from ptsim.measure import profile as profiling
 from ptsim.measure.profile import Budget, number_format, profile_network
 from ptsim.network import Precision
+from tests.measure.casts import Casts
 from tests.test_errors import GPU_WITHOUT_MEMORY, MACHINE_WITHOUT_MEMORY
 
 
@@ -190,3 +191,13 @@ def test_what_can_be_afforded_is_judged_by_a_step_of_the_usual_kind(monkeypatch,
     assert asked == taken
     assert (len(found.steps), len(found.layered)) == (taken[-1], layered)
     assert found.peak_bytes == (7 if kind == "cuda" else None)
+
+
+@pytest.mark.parametrize(("precision", "steps"), [(Precision.BF16, 10), (Precision.FP32, 0)])
+def test_every_step_casts_the_weights_as_a_training_step_does(precision, steps):
+    """Two that warm up, five whole ones, three with clocks around the layers."""
+    model = Small()
+    network = describe(model)
+    with Casts((8, 8, 3, 3)) as seen:
+        profile_network(model, network, batch=4, precision=precision, memory_format="contiguous", device="cpu")
+    assert seen.number == steps
