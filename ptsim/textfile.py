@@ -14,6 +14,7 @@ import stat
 import tempfile
 import tomllib
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -29,6 +30,7 @@ MOST_LEVELS = 32  # of tables and lists inside each other
 _DOTTED = re.compile(r"^[ \t\[]*(?:[^\s.=\[\]{}\"']+[ \t]*\.[ \t]*){32}", re.MULTILINE)  # a.b.c.… = 1
 LARGEST, SMALLEST = 1e30, 1e-30  # no quantity in a file that a person writes is beyond
 LARGEST_INTEGER = 2**63 - 1  # TOML's own bound
+_GZIP = b"\x1f\x8b"
 
 T = TypeVar("T")
 
@@ -79,6 +81,31 @@ def read_bytes(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
             return file.read()
         except OSError as error:
             raise FileFormatError(path, f"cannot be read: {error.strerror}") from error
+
+
+def unpacked(path: str | Path, content: bytes, *, most: int = MOST_BYTES) -> bytes:
+    """What a gzip file holds, at most `most` bytes; of any other file its content.
+
+    Raises:
+        FileFormatError: the gzip file is broken, ends too early or holds more.
+    """
+    if not content.startswith(_GZIP):
+        return content
+    plain: list[bytes] = []
+    left, rest = most + 1, content
+    while rest.startswith(_GZIP):  # several may follow each other, as when logs are put together
+        stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+        try:
+            plain.append(stream.decompress(rest, left))
+        except zlib.error as error:
+            raise FileFormatError(path, f"is a broken gzip file: {error}") from error
+        left -= len(plain[-1])
+        if left < 1:
+            raise FileFormatError(path, f"unpacks to more than {most:,} bytes, which is the most that are read")
+        if not stream.eof:
+            raise FileFormatError(path, "is a broken gzip file: it ends too early")
+        rest = stream.unused_data
+    return b"".join(plain)
 
 
 def decode_text(content: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ptsim.textfile import (
     read_bytes,
     read_lines,
     read_toml,
+    unpacked,
     write_whole,
     writing_whole,
 )
@@ -151,3 +153,19 @@ def test_a_folder_that_cannot_be_made_is_found_and_none_is_made(tmp_path: Path) 
         with pytest.raises(UsageError, match=r"cannot be written|is not a file name"):
             check_folder_writable(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_packed_files_are_unpacked_to_their_end_and_to_a_limit() -> None:
+    one, other = gzip.compress(b"all of "), gzip.compress(b"it")
+    assert unpacked("x", b"plain") == b"plain"
+    assert unpacked("x", one + other, most=9) == b"all of it"
+    assert unpacked("x", one + bytes(8), most=7) == b"all of "  # zeros fill blocks of a tape
+    for content, most, sentence in (
+        (one + other, 8, "unpacks to more than 8 bytes"),
+        (one + other, 7, "unpacks to more than 7 bytes"),
+        (one, 6, "unpacks to more than 6 bytes"),
+        (one + other[:-9], 9, "ends too early"),
+        (one[:-8] + bytes(8), 9, "is a broken gzip file"),
+    ):
+        with pytest.raises(FileFormatError, match=sentence):
+            unpacked("x", content, most=most)

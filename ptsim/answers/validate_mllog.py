@@ -63,8 +63,8 @@ def validate_mllog(
         path: the run's result file with `:::MLLOG` lines.
         cluster: catalog name or TOML file of where it ran.
         model: what was trained; that of MLPerf's benchmark if None.
-        gpus: how many; if None the mini-batch of all over that of one where the log has both, else the nodes of the
-            log's platform ("4xDGX A100") times the cluster's GPUs per node.
+        gpus: how many; if None the mini-batch of all over that of one where the log has both and a step is one pass,
+            else the nodes of the log's platform ("4xDGX A100") times the cluster's GPUs per node.
         precision: of the products; submissions train in half precision.
         memory_format: of the activations.
 
@@ -81,9 +81,11 @@ def validate_mllog(
     batch = run.global_batch // count
     expected = predict(chosen, batch=batch, precision=precision, cluster=cluster, gpus=count, options=trained)
     measured_s = run.step_seconds
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if run.optimizer not in (None, optimizer):
-        notes = (f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted",)
+        notes.append(f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted")
+    if run.passes > 1:
+        notes.append(f"the run added up gradients of {run.passes} passes; one of the whole mini-batch is predicted")
     return MllogCheck(
         log=str(path),
         benchmark=run.benchmark,
@@ -125,8 +127,9 @@ def _num_gpus(run: MlperfRun, path: str | Path, cluster: Cluster, named: int | N
         UsageError: nobody says, or the mini-batch does not divide by it.
     """
     count = named
-    if count is None and run.batch_per_gpu and run.global_batch % run.batch_per_gpu == 0:
-        count = run.global_batch // run.batch_per_gpu
+    of_one = run.batch_per_gpu if run.passes == 1 else None
+    if count is None and of_one and run.global_batch % of_one == 0:
+        count = run.global_batch // of_one
     elif count is None and run.num_nodes:
         count = run.num_nodes * cluster.gpus_per_node
     if count is None:

@@ -12,6 +12,7 @@ the one that had the slow minute would look too slow.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import itertools
@@ -117,7 +118,8 @@ def calibrate_gpu(
         minutes: the limit; a measurement that has begun is finished.
         traces: measure the whole steps and operators of exactly these runs' architectures first, at their mini-batches.
         settings: precisions and memory formats of what is not a trace's; the device's usual ones if empty.
-        make_regularizer: gives, for a model and its input shape, what adds the group lasso's gradient.
+        make_regularizer: gives, for a model and its input shape, what adds the group lasso's gradient; an
+            `UnsupportedModelError` leaves the penalty out.
         resume: go on with the file that is there.
         grid: also measure single operators over channel counts, as time allows.
         rounds: how often each network's whole steps are measured; the profile has the means over the rounds.
@@ -125,6 +127,7 @@ def calibrate_gpu(
 
     Raises:
         UsageError: a file is there and `resume` is False, or minutes or rounds is not positive.
+        UnknownNameError: a trace's optimizer, which cannot be made here.
         FileFormatError: the file to resume is broken.
         MissingMeasurementError: the file to resume is of another device, thread count or software version.
     """
@@ -158,6 +161,11 @@ class _Trained(NamedTuple):
     setting: OperatorSetting
     batch: int
     optimizer: str
+
+    @property
+    def what(self) -> tuple[str, OperatorSetting, int, str | None]:
+        """What makes it another measurement than another one."""
+        return self.network.id, self.setting, self.batch, self.optimizer
 
 
 _GRID = "alone: "
@@ -255,6 +263,7 @@ class _Calibration:
             if changes(trace):
                 self.update(reconfiguration_s=reconfiguration_s(trace))
         optimizer = trace.optimizer
+        OPTIMIZERS.find(optimizer)  # before minutes are measured
         pairs = list(dict.fromkeys((epoch.architecture, trace.setting_of(epoch).pass_batch) for epoch in trace.epochs))
         for index in _outside_in(len(pairs)):
             architecture, batch = pairs[index]
@@ -272,11 +281,13 @@ class _Calibration:
 
     def steps(self, networks: Sequence[_Trained], rounds: int) -> Iterator[_Measurement]:
         """Whole steps of every network, in rounds; a resumed calibration makes up for the rounds that are missing."""
-        networks = list({(one.network.id, one.setting, one.batch): one for one in reversed(networks)}.values())[::-1]
-        done = {(step.architecture, step.setting, step.batch): step.num_rounds for step in self.profile.steps}
+        asked: dict[tuple[str, OperatorSetting, int, str | None], _Trained] = {}
+        for one in networks:
+            asked.setdefault(one.what, one)
+        done = {(s.architecture, s.setting, s.batch, s.optimizer): s.num_rounds for s in self.profile.steps}
         for number in range(1, rounds + 1):
-            for one in networks:
-                if done.get((one.network.id, one.setting, one.batch), 0) < number:
+            for one in asked.values():
+                if done.get(one.what, 0) < number:
                     what = f"steps of {one.network.name} ({one.network.id}), mini-batch {one.batch}, {one.setting}"
                     yield f"{what}, round {number}", functools.partial(self._measure_step, one, _MIN_STEPS_S / rounds)
 
@@ -332,7 +343,8 @@ class _Calibration:
         try:
             module.to(self._device).to(memory_format=layout(setting.memory_format))
             if self._make_regularizer is not None:
-                regularizer = self._make_regularizer(module, network.input_shape)
+                with contextlib.suppress(UnsupportedModelError):  # what cannot be pruned has no penalty to time
+                    regularizer = self._make_regularizer(module, network.input_shape)
             profile = profile_network(
                 module,
                 renamed,

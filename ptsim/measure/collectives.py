@@ -223,12 +223,12 @@ def calibrated_cluster(
         library: "nccl" or "gloo".
 
     Raises:
-        UsageError: no tables, two for the same layout, or a layout that `base` cannot have.
+        UsageError: no tables, two for the same layout, a layout that `base` cannot have, or GPUs of different kinds.
     """
     per_node = measured_per_node = _gpus_per_node(tables)
     if base is not None and base.gpus_per_node < per_node:
         raise UsageError(f"cluster {base.name} has {base.gpus_per_node} GPUs a node, the log has {per_node}")
-    device = next((found for gpu in gpus if (found := match_device(gpu))), None)
+    device = base.device if base else _device_of(gpus)
     like = base or _catalog_machine(device, per_node, tables)
     between = max((t for t in tables if t.num_nodes > 1), key=lambda t: t.num_gpus, default=None)
     intra = _intra(like, tables, library)
@@ -247,7 +247,7 @@ def calibrated_cluster(
     carried: dict[str, Any] = {} if base is None else _carried(base, sources)
     return Cluster(
         name=name,
-        device=base.device if base else device,
+        device=device,
         device_file=base.device_file if base else "",
         gpus_per_node=base.gpus_per_node if base else per_node,
         intra=intra,
@@ -279,6 +279,21 @@ def _gpus_per_node(tables: Sequence[AllReduceTable]) -> int:
     if len(set(layouts)) < len(layouts):
         raise UsageError(f"two tables for the same GPU and node count among {layouts}", hint="give one log per layout")
     return max(-(-num_gpus // num_nodes) for num_gpus, num_nodes in layouts)
+
+
+def _device_of(gpus: Sequence[str]) -> Device | None:
+    """What the catalog knows of these GPUs.
+
+    Raises:
+        UsageError: they are of different kinds.
+    """
+    found = {device.name: device for gpu in gpus if (device := match_device(gpu))}
+    if len(found) > 1:
+        raise UsageError(
+            f"the all-reduces ran on different GPUs: {' and '.join(found)}",
+            hint="give the logs of one machine, or --base CLUSTER, which says what it has",
+        )
+    return next(iter(found.values()), None)
 
 
 def _catalog_machine(device: Device | None, gpus_per_node: int, tables: Sequence[AllReduceTable]) -> Cluster | None:

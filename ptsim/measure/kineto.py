@@ -158,7 +158,7 @@ def import_kineto(
     """
     recordings, steps, everything = _read(paths)
     calls = [call for step in everything for call in step.calls]
-    notes = _cut_off(recordings)
+    notes = _cut_off(recordings) + _recomputation(everything)
     setting = _setting(calls, recordings[0].on_gpu, precision, memory_format, notes)
     named, driver_name, size = _device(recordings, device, memory_bytes, notes)
     times, rows = _operators(calls, setting, len(everything), notes)
@@ -273,6 +273,13 @@ def _cut_off(recordings: Sequence[Recording]) -> list[str]:
     return [f"{number:,} events have a negative duration, which counts as none"] if number else []
 
 
+def _recomputation(steps: Sequence[Step]) -> list[str]:
+    """What has to be known of activations that were computed twice."""
+    share = statistics.median(step.recomputed_s / step.backward_s if step.backward_s else 0.0 for step in steps)
+    text = f"{share:.0%} of the backward pass computes activations again (checkpoints); no operator's time holds that"
+    return [text] if share else []
+
+
 def _world_size(recordings: Sequence[Recording], times: RankTimes, notes: list[str]) -> int | None:
     """How many ranks the job had; None where no file says.
 
@@ -359,7 +366,7 @@ def _measurement(
         step_low_s=min(step.compute_s for step in steps),
         step_high_s=max(step.compute_s for step in steps),
         layers_forward_s=sum(call.forward_s for call in shaped) / passes,
-        layers_backward_s=sum(call.backward_s for call in shaped) / passes,
+        layers_backward_s=(sum(call.backward_s for call in shaped) + typical.recomputed_s) / passes,
     )
 
 

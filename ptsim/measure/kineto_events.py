@@ -13,7 +13,7 @@ Source: github.com/pytorch/kineto, libkineto/src/output_json.cpp; torch/csrc/aut
 from __future__ import annotations
 
 import bisect
-import zlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import msgspec
 
 from ptsim.errors import FileFormatError
-from ptsim.textfile import decode_json, read_bytes
+from ptsim.textfile import decode_json, read_bytes, unpacked
 
 _MOST_BYTES = 2**31  # of a file, and of what it unpacks to: minutes of a GPU
 _LATEST_US, _LONGEST_US = 1e16, 1e12  # of an event's begin (later a float tells no microseconds) and of its duration
@@ -30,14 +30,21 @@ _MOST_LEVELS = 500  # of operators inside each other
 _MOST_RANKS = 10**6
 Span = tuple[float, float]  # seconds: begin, end
 
-# PyTorch before 1.12 wrote the names on the right.
+# PyTorch before 1.12 wrote the names on the left of the first five; the others are other vendors' calls.
 _CATEGORIES = {
     "operator": "cpu_op",
     "kernel": "kernel",
     "memcpy": "gpu_memcpy",
     "memset": "gpu_memset",
     "runtime": "cuda_runtime",
+    "hip_runtime": "cuda_runtime",
+    "xpu_runtime": "cuda_runtime",
+    "xpu_driver": "cuda_driver",
+    "privateuse1_runtime": "cuda_runtime",
+    "privateuse1_driver": "cuda_driver",
 }
+# PyTorch's own annotations: the same versions called them operators, too
+_ANNOTATION = re.compile(r"(?:ProfilerStep|Optimizer\.\w+|enumerate\(DataLoader\))#")
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _ON_HOST = ("cpu_op", "user_annotation")
 _CALLS = ("cuda_runtime", "cuda_driver")
@@ -241,23 +248,8 @@ def outside(spans: Sequence[Span], others: Sequence[Span]) -> float:
 
 
 def _decode(path: Path) -> _RawFile:
-    content = read_bytes(path, most=_MOST_BYTES)
-    if content[:2] == b"\x1f\x8b":
-        content = _unzipped(path, content)
+    content = unpacked(path, read_bytes(path, most=_MOST_BYTES), most=_MOST_BYTES)
     return decode_json(path, content, _DECODER, what="a profile of torch.profiler")
-
-
-def _unzipped(path: Path, content: bytes) -> bytes:
-    stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-    try:
-        plain = stream.decompress(content, _MOST_BYTES)
-    except zlib.error as error:
-        raise FileFormatError(path, f"is a broken gzip file: {error}") from error
-    if stream.unconsumed_tail:
-        raise FileFormatError(path, f"unpacks to more than {_MOST_BYTES:,} bytes, which is the most that are read")
-    if not stream.eof:
-        raise FileFormatError(path, "is a broken gzip file: it ends too early")
-    return plain
 
 
 def _times_us(path: Path, raw: _Raw) -> tuple[float, float]:
@@ -273,6 +265,8 @@ def _times_us(path: Path, raw: _Raw) -> tuple[float, float]:
 
 def _event(raw: _Raw, begin_us: float, took_us: float) -> Event:
     category = str(raw.cat).lower()
+    if category == "operator" and _ANNOTATION.match(str(raw.name)):
+        category = "user_annotation"
     arguments = raw.args if isinstance(raw.args, dict) else {}
     begin_ns = round(begin_us * 1e3)  # whole, so that what begins where another one ends is not inside it
     return Event(

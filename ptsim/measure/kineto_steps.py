@@ -12,6 +12,8 @@ import msgspec
 from ptsim.errors import FileFormatError
 from ptsim.measure import kineto_operators as operators
 from ptsim.measure.kineto_events import Event, Recording, Span, clip, length, outside, union, within
+from ptsim.network import LayerKind
+from ptsim.operators import KIND_OF_OP
 
 _STEP_MARK, UPDATE_MARK, _BACKWARD = "ProfilerStep#", "Optimizer.step#", "autograd::engine::evaluate_function:"
 _SEQUENCE = "sequence number"
@@ -20,6 +22,7 @@ _ACCUMULATE = "torch::autograd::AccumulateGrad"
 _SCALE = "aten::_amp_update_scale_"  # ends the step of a GradScaler, with an update or without
 _WAITS = re.compile(r"(cuda|hip)(Device|Stream|Event)Synchronize")
 _TRANSFER = ("Memcpy HtoD", "Memcpy DtoH")  # copies between host and device, which compute nothing
+_FORWARD_ONLY = (LayerKind.CONV, LayerKind.LINEAR, LayerKind.BATCH_NORM, LayerKind.NORM)
 
 
 class Call(msgspec.Struct, kw_only=True):
@@ -40,6 +43,7 @@ class Step(msgspec.Struct, kw_only=True):
     """One training step of a recording; what the fields mean is said at `kineto.RankTimes`.
 
     `passes` forward and backward passes make its gradients; they are in its times and calls, `parameters` are of one.
+    `recomputed_s` of the backward pass went into activations that a checkpoint did not keep; no call has them.
     """
 
     step_s: float
@@ -52,6 +56,7 @@ class Step(msgspec.Struct, kw_only=True):
     device_idle: float | None
     calls: list[Call]
     passes: int
+    recomputed_s: float
     parameters: list[int]  # elements of every gradient; 0 where shapes were not recorded
 
     @property
@@ -232,8 +237,29 @@ def _calls(recording: Recording, window: Span, backward: Sequence[Event]) -> lis
         call.backward.append(node)
     for call in found.values():
         call.forward_s = _busy_s(recording, [call.event])
-        call.backward_s = _busy_s(recording, call.backward)
+        again = [event for node in call.backward for event in _recomputed(node)]
+        call.backward_s = max(_busy_s(recording, call.backward) - _busy_s(recording, again), 0.0)
     return sorted(found.values(), key=lambda call: call.event.begin_s)
+
+
+def _recomputed(node: Event) -> list[Event]:
+    """What a node of the backward pass runs of the forward pass once more, since a checkpoint kept no activations.
+
+    Such operators have numbers of their own. So have those of a backward pass that is to be differentiated itself, but
+    no convolution, linear layer or norm is among those.
+    """
+    found: list[Event] = []
+    waiting = list(node.children)
+    while waiting:
+        event = waiting.pop()
+        if event.name.startswith(_BACKWARD):
+            continue  # of a backward pass inside this one, as a checkpoint of the older kind runs it
+        if event.number(_SEQUENCE) in (None, node.number(_SEQUENCE)):
+            waiting += event.children
+        else:
+            found.append(event)
+    again = any(KIND_OF_OP.get(operators.operator_name(event)) in _FORWARD_ONLY for event in found)
+    return found if again else []
 
 
 def _busy_s(recording: Recording, events: Iterable[Event]) -> float:
@@ -303,6 +329,7 @@ def _step(recording: Recording, window: Span) -> Step:
         device_idle=None,
         calls=calls,
         passes=len(passes),
+        recomputed_s=_busy_s(recording, [event for node in backward for event in _recomputed(node)]),
         parameters=sizes[: len(sizes) // len(passes)],
     )
 

@@ -19,12 +19,17 @@ from typing import Any
 import msgspec
 
 from ptsim.errors import FileFormatError
-from ptsim.textfile import decode_json, decode_text, read_bytes
+from ptsim.hardware.catalog import device_names
+from ptsim.textfile import decode_json, decode_text, read_bytes, unpacked
 
 _MARK = ":::MLLOG"
 _OLD = re.compile(r":::MLL (\d{1,12}(?:\.\d{1,9})?) (\w{1,80}) ?:\s*\{")
 _MARKED = 0.9  # of the time up to an evaluation must lie inside the epochs' own marks
-_NODES = re.compile(r"\s*(\d{1,6})\s*x", re.IGNORECASE)  # "4xNVIDIA DGX A100"
+_NODES = re.compile(r"\s*(\d{1,6})\s*x\s*(?:NVIDIA\s+)?([^\W_]*)", re.IGNORECASE)  # "4xNVIDIA DGX A100"
+_ONE_RUN = (  # what a run says once
+    "submission_benchmark", "submission_platform", "global_batch_size", "d_batch_size", "train_samples", "opt_name",
+)  # fmt: skip
+_SAMPLES = {"resnet": 1_281_167}  # of the benchmark's data set, which version 0.6 did not log
 
 
 class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,10 +38,11 @@ class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         benchmark: MLPerf's name of it, such as "resnet"; None where the log does not say.
         platform: as the submitter names it.
-        num_nodes: where the platform's name begins with it.
+        num_nodes: where the platform's name begins with it; of a name that begins with GPUs ("8xA100") it is None.
         batch_per_gpu: where the submitter's code logs it ("d_batch_size").
         global_batch: images of one step on all accelerators together.
-        train_samples: images of an epoch.
+        passes: forward and backward passes whose gradients add up in a step.
+        train_samples: images of an epoch; those of ImageNet where the log of a "resnet" does not say.
         optimizer: in lower case; None where the log does not say.
         epoch_seconds: median of an epoch's training, without evaluation; the first epoch is left out where there are
             others. From marks that wait for the accelerators, where an epoch's own do not.
@@ -48,6 +54,7 @@ class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):
     num_nodes: int | None
     batch_per_gpu: int | None
     global_batch: int
+    passes: int = 1
     train_samples: int
     optimizer: str | None
     epoch_seconds: float
@@ -68,7 +75,7 @@ class _Line(msgspec.Struct):
     key: str
     time_ms: float
     value: Any = None
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] | str | None = None  # what adds lines to a finished file leaves it empty
 
 
 _DECODER = msgspec.json.Decoder(_Line)
@@ -79,30 +86,67 @@ def read_mllog(path: str | Path) -> MlperfRun:
 
     Raises:
         FileFormatError: the file cannot be read, holds no such line or a broken one, or lacks the global mini-batch,
-            the number of training samples or a whole epoch.
+            the number of training samples or a whole epoch, has fewer samples than a mini-batch, or is of several runs
+            with different settings.
     """
     path = Path(path)
-    lines = _lines(path, decode_text(read_bytes(path)))
-    values = {line.key: line.value for line in lines if line.value is not None}
+    lines = _lines(path, decode_text(unpacked(path, read_bytes(path))))
+    values = _values(path, lines)
     epochs = _epochs(lines)
     if not epochs:
         raise FileFormatError(
             path, "holds no whole epoch: expected epoch_start and epoch_stop, or block_start and block_stop"
         )
     timed = epochs[1:] or epochs
+    global_batch, samples = _count(path, values, "global_batch_size"), _samples(path, values)
+    if samples < global_batch:
+        problem = f"an epoch of {samples} samples is less than one mini-batch of {global_batch}"
+        raise FileFormatError(path, f"{problem}; expected train_samples to count samples, not mini-batches")
     platform = values.get("submission_platform")
-    nodes = _NODES.match(str(platform)) if platform else None
     return MlperfRun(
         benchmark=_text(values.get("submission_benchmark")),
         platform=_text(platform),
-        num_nodes=int(nodes[1]) if nodes else None,
+        num_nodes=_num_nodes(str(platform)) if platform else None,
         batch_per_gpu=_count(path, values, "d_batch_size") if "d_batch_size" in values else None,
-        global_batch=_count(path, values, "global_batch_size"),
-        train_samples=_count(path, values, "train_samples"),
+        global_batch=global_batch,
+        passes=_count(path, values, "gradient_accumulation_steps") if "gradient_accumulation_steps" in values else 1,
+        train_samples=samples,
         optimizer=_text(values.get("opt_name")),
         epoch_seconds=statistics.median(timed),
         num_epochs=len(timed),
     )
+
+
+def _values(path: Path, lines: list[_Line]) -> dict[str, Any]:
+    """The last value of every key.
+
+    Raises:
+        FileFormatError: what a run says once is there with different values.
+    """
+    found: dict[str, Any] = {}
+    for line in lines:
+        if line.value is None:
+            continue
+        if line.key in _ONE_RUN and found.setdefault(line.key, line.value) != line.value:
+            problem = f"is of several runs: {line.key} is {found[line.key]!r} and {line.value!r}"
+            raise FileFormatError(path, problem, hint="keep the lines of one run")
+        found[line.key] = line.value
+    return found
+
+
+def _samples(path: Path, values: dict[str, Any]) -> int:
+    """Images of an epoch: "train_samples", or "input_size" in version 0.6, else those of the benchmark's data set."""
+    named = next((key for key in ("train_samples", "input_size") if key in values), None)
+    known = _SAMPLES.get(_text(values.get("submission_benchmark")) or "")
+    return known if named is None and known else _count(path, values, named or "train_samples")
+
+
+def _num_nodes(platform: str) -> int | None:
+    """The number that the platform's name begins with, unless it is one of GPUs."""
+    match = _NODES.match(platform)
+    if match is None or match[2].lower() in {name.partition("-")[0] for name in device_names()}:
+        return None
+    return int(match[1])
 
 
 def _lines(path: Path, text: str) -> list[_Line]:
@@ -185,9 +229,10 @@ def _epochs(lines: list[_Line]) -> list[float]:
 
 def _num_epochs(kind: str, start: _Line) -> float:
     """How many epochs begin with the mark; 0 where it does not count them."""
-    if "samples_count" in start.metadata and not start.metadata.keys() & {"epoch_num", "epoch_count"}:
+    told = start.metadata if isinstance(start.metadata, dict) else {}
+    if "samples_count" in told and not told.keys() & {"epoch_num", "epoch_count"}:
         return 0
-    count = start.metadata.get("epoch_count", 1) if kind == "block" else 1
+    count = told.get("epoch_count", 1) if kind == "block" else 1
     return count if isinstance(count, int | float) else 0
 
 

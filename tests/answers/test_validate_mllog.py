@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -302,6 +303,96 @@ def test_files_without_such_lines_and_broken_ones_are_refused(
         assert said in capsys.readouterr().err
     assert run(["validate"]) == 2
     assert "no trace was named" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"global_batch_size": 3200}, "global_batch_size is 1600 and 3200"),
+        ({"submission_platform": "4xDGX"}, "submission_platform is '2xNVIDIA DGX A100' and '4xDGX'"),
+        ({"train_samples": 32_000}, "train_samples is 16000 and 32000"),
+        ({"opt_name": "lars"}, "opt_name is 'sgd' and 'lars'"),
+    ],
+)
+def test_runs_of_different_settings_in_one_file_are_no_run(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    first, second = _log(tmp_path / "a").read_text(), _log(tmp_path / "b", **changed).read_text()
+    (tmp_path / "both").write_text(first + second)
+    with pytest.raises(FileFormatError, match=f"is of several runs: {said}"):
+        read_mllog(tmp_path / "both")
+    (tmp_path / "twice").write_text(first + first)  # as two processes log the same run
+    assert read_mllog(tmp_path / "twice").epoch_seconds == 20.0
+
+
+@pytest.mark.parametrize(
+    ("platform", "nodes"),
+    [
+        ("8xA100_80GB-methods", None),  # GPUs
+        ("8xH100", None),
+        ("2x NVIDIA A10", None),
+        ("2xDSS8440x8A100-PCIE-40GB", 2),
+        ("1xNVIDIA DGX A100", 1),
+        ("8xSUBMISSION_PLATFORM_PLACEHOLDER", 8),
+        ("4x", 4),
+    ],
+)
+def test_a_number_of_gpus_is_none_of_nodes(tmp_path: Path, platform: str, nodes: int | None) -> None:
+    assert read_mllog(_log(tmp_path / "log", submission_platform=platform)).num_nodes == nodes
+
+
+def test_passes_whose_gradients_add_up_do_not_tell_the_gpus(tmp_path: Path, network: Network) -> None:
+    """50 images of a GPU are those of one of two passes, or of both: 16 GPUs or 32; the nodes tell."""
+    path = _log(tmp_path / "log", d_batch_size=50, gradient_accumulation_steps=2)
+    check = validate_mllog(path, cluster="dgx-a100", model=network)
+    assert (check.gpus, check.batch) == (16, 100)
+    assert any("gradients of 2 passes" in note for note in check.notes)
+    check = validate_mllog(
+        _log(path, d_batch_size=50, gradient_accumulation_steps=1), cluster="dgx-a100", model=network
+    )
+    assert check.gpus == 32
+    assert not any("passes" in note for note in check.notes)
+
+
+@pytest.mark.parametrize(
+    ("changed", "samples"),
+    [
+        ({"train_samples": None}, 1_281_167),  # no log of version 0.6 says it
+        ({"train_samples": None, "input_size": 1_280_000}, 1_280_000),
+        ({"train_samples": 1600}, 1600),
+    ],
+)
+def test_the_images_of_an_epoch_are_the_logs_or_the_benchmarks(
+    tmp_path: Path, changed: dict[str, Any], samples: int
+) -> None:
+    assert read_mllog(_log(tmp_path / "log", **changed)).train_samples == samples
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"train_samples": 1599}, "an epoch of 1599 samples is less than one mini-batch of 1600"),
+        ({"train_samples": None, "submission_benchmark": "ssd"}, "train_samples is None"),
+        ({"train_samples": None, "input_size": "many"}, "input_size is 'many'"),
+    ],
+)
+def test_an_epoch_of_no_known_number_of_images_is_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(FileFormatError, match=said):
+        read_mllog(_log(tmp_path / "log", **changed))
+
+
+@pytest.mark.parametrize("metadata", ['""', "null", "{}"])
+def test_lines_that_say_nothing_more_are_not_torn(tmp_path: Path, metadata: str) -> None:
+    """As programs that measure power add them to a finished file."""
+    path = _log(tmp_path / "log")
+    head = ':::MLLOG {"namespace": "", "time_ms": 1, "event_type": "INTERVAL_START", "key": "power_measurement_start", '
+    path.write_text(f'{head}"value": null, "metadata": {metadata}}}\n{path.read_text()}')
+    assert read_mllog(path).epoch_seconds == 20.0
+
+
+def test_a_packed_file_is_read(tmp_path: Path) -> None:
+    path = _log(tmp_path / "result_0.txt")
+    packed = tmp_path / "result_0.txt.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read_mllog(packed) == read_mllog(path)
 
 
 @pytest.fixture

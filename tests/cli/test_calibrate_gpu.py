@@ -5,21 +5,16 @@ from ptsim.cli.main import run
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.measure import calibrate
 from ptsim.measure.nvml import cpu_info
+from ptsim.trace.io import read_trace
 from tests.traces import shrinking_trace
+
+SMALL = {"widths": (4, 6, 8), "blocks": (1, 1, 1), "input_shape": (3, 8, 8), "batch": 4, "epochs": 2}
 
 
 @pytest.fixture
 def trace(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "_MIN_STEPS_S", 0.0)
-    return shrinking_trace(
-        tmp_path / "trace.jsonl",
-        device=cpu_info().name,
-        widths=(4, 6, 8),
-        blocks=(1, 1, 1),
-        input_shape=(3, 8, 8),
-        batch=4,
-        epochs=2,
-    )
+    return shrinking_trace(tmp_path / "trace.jsonl", device=cpu_info().name, **SMALL)
 
 
 @pytest.mark.slow
@@ -33,6 +28,23 @@ def test_a_trace_is_calibrated_with_its_group_lasso_and_the_path_is_printed(tmp_
     assert profile.steps[0].regularizer_s > 0
     assert run(["calibrate", "gpu", "--device", "cpu", "--out", str(out)]) == 2
     assert "--resume goes on with it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the device profile was not measured on a quiet machine")  # here other tests run
+def test_several_traces_are_calibrated_to_the_end(tmp_path, trace, capsys):
+    other = shrinking_trace(
+        tmp_path / "other" / "trace.jsonl", device=cpu_info().name, **{**SMALL, "widths": (4, 6, 6)}
+    )
+    out = tmp_path / "cpu.toml"
+    arguments = ["--out", str(out), "--trace", str(trace), str(other.parent), "--no-grid", "--rounds", "1"]
+    assert run(["calibrate", "gpu", "--device", "cpu", *arguments]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    profile = read_device_profile(out)
+    assert profile.complete
+    runs = [read_trace(path) for path in (trace, other.parent)]
+    assert profile.sources == tuple(str(one.path) for one in runs)
+    assert {step.architecture for step in profile.steps} == {*runs[0].networks, *runs[1].networks}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -27,6 +27,7 @@ OLD_ROWS = """        1024           256   float     sum    20.00    0.05    0.0
        65536         16384   float     sum    40.00    1.64    2.46  5e-07    39.00    1.68    2.52  5e-07
      4194304       1048576   float     sum    210.0   19.97   29.96  5e-07    208.0   20.16   30.25  5e-07
 """
+ALONE = "4194304 1048576 float sum 10.00 419.43 0.00 0e+00 0.50 8388.6 0.00 0e+00\n"
 TAIL = """# Out of bounds values : 0 OK
 # Avg bus bandwidth    : 10.8
 #
@@ -207,6 +208,7 @@ def document(**changes: object) -> str:
         "config": {
             "nthreads": 1,
             "ngpus": 2,
+            "blocking_collectives": "false",
             "devices": [{"rank": 0, "hostname": "alpha", "device_info": "NVIDIA H100 80GB HBM3"}],
         },
         "results": [
@@ -271,7 +273,9 @@ def test_json_of_several_processes_names_the_first_device_of_each(tmp_path: Path
         (OLD_HEAD + OLD_ROWS.replace("29.96", "34.94") + TAIL, 14, "which 8 ranks would give"),
         (OLD_HEAD + OLD_ROWS + TAIL.replace(": 0 OK", ": 3 FAILED"), 15, "out of bounds"),
         (NEW_HEAD + NEW_ROWS.replace("     N/A", "       7") + TAIL, 12, "7 wrong results"),
-        ("\n".join(OLD_HEAD.splitlines()[:4]) + "\n" + OLD_ROWS + TAIL, None, "single GPU"),
+        ("\n".join(OLD_HEAD.splitlines()[:4]) + "\n" + ALONE + TAIL, None, "single GPU"),
+        (ALONE + TAIL, None, "single GPU"),
+        ("\n".join(OLD_HEAD.splitlines()[:4]) + "\n" + OLD_ROWS + TAIL, 7, "lists 1 of its ranks"),
         (document(args=["./broadcast_perf"]), None, "holds broadcast_perf"),
         (document(results=[]), None, "no 'results'"),
         (document()[:-200], None, "not the JSON output of nccl-tests: Input data was truncated"),
@@ -490,3 +494,5 @@ def test_json_of_a_program_of_another_name_is_judged_by_its_results(tmp_path: Pa
     assert [m.size_bytes for m in read_nccl_log(path).measurements] == [8]
     with pytest.warns(UserWarning, match="16 all-reduces ran in one group"):
         read_nccl_log(write(tmp_path, document(config={"ngpus": 2, "aggregated_iterations": 16, "devices": [{}]})))
+    with pytest.warns(UserWarning, match="the host waited for each all-reduce"):
+        read_nccl_log(write(tmp_path, document(config={"ngpus": 2, "blocking_collectives": "true", "devices": [{}]})))

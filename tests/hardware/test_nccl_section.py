@@ -260,3 +260,131 @@ def test_a_number_of_nodes_that_the_log_contradicts_is_left_out_with_a_note() ->
     assert with_nodes(log, 1, gpus_per_node=4) == log
     with pytest.warns(UserWarning, match="number of nodes, 2, is ignored.*that its 8 GPUs were on 1"):
         assert with_nodes(log, 2) == log
+
+
+# As rccl-tests wrote until 2023: other spellings in the first line, and GPUs whose driver gives them no name.
+RCCL = """# nThreads: 1 nGpus: 2 nRanks: 1 minBytes: 8 maxBytes: 33554432 step: 2(factor) warmupIters: 5 iters: 20
+# Using devices
+#   Rank  0 Pid 776691 on      tower device  0 [0000:03:00.0] 
+#   Rank  1 Pid 776691 on      tower device  1 [0000:06:00.0] 
+RCCL version {version}
+    33554432       8388608     float     sum      -1   2796.2   12.00   12.00      0   2796.2   12.00   12.00      0
+"""  # noqa: W291
+
+
+@pytest.mark.parametrize("version", ["2.17.1+hip5.7", ": 2.27.7-develop:29e1567"])
+def test_what_rccl_writes_is_read(tmp_path: Path, version: str) -> None:
+    """Its first line says that the row is the last one: nothing else does."""
+    text = RCCL.format(version=version)
+    log = read_nccl_log(write(tmp_path, text))
+    assert (log.num_gpus, log.num_nodes, log.gpus, log.version) == (2, 1, (), version.removeprefix(": "))
+    with pytest.raises(FileFormatError, match="the log ends after 33554432 of 67108864 bytes"):
+        read_nccl_log(write(tmp_path, text.replace("maxBytes: 33554432", "maxBytes: 67108864")))
+
+
+@pytest.mark.parametrize("way", ["completion and barrier after each collective", "barrier after each outer iteration"])
+def test_times_that_hold_the_hosts_waiting_are_noted(tmp_path: Path, way: str) -> None:
+    first, *ranks = HEAD.splitlines(keepends=True)
+    blocking = f"{first}# Blocking Enabled: wait for {way} \n{''.join(ranks)}{FAST}{TAIL}"
+    with pytest.warns(UserWarning, match="the host waited for each all-reduce") as caught:
+        assert len(read_nccl_logs(write(tmp_path, blocking + HEAD + FAST + TAIL))) == 2
+    assert len(caught) == 1  # of the first run only
+
+
+@pytest.mark.parametrize(
+    ("listed", "ran", "told"),
+    [
+        (1, 4, "4 ranks would"),
+        (8, 128, "another number of them would"),  # above 66 ranks two digits tell none
+        (64, 128, "another number of them would"),
+        (96, 128, "another number of them would"),
+        (8, 16, "16 ranks would"),
+        (16, 16, None),
+        (128, 128, None),
+    ],
+)
+def test_a_list_of_which_the_rest_was_not_copied_is_no_smaller_run(
+    tmp_path: Path, listed: int, ran: int, told: str | None
+) -> None:
+    """`ran` GPUs have a bus bandwidth of 2 (ran - 1) / ran times the algorithm bandwidth."""
+    ranks = "".join(f"# Rank {i} Pid {i} on n{i // 8} device {i % 8} [0000:{i % 8}b:00] H100\n" for i in range(listed))
+    row = f"1073741824 268435456 float sum -1 11000 97.61 {97.61 * 2 * (ran - 1) / ran:.2f} 0\n"
+    path = write(tmp_path, ranks + row + TAIL)
+    if told is None:
+        assert read_nccl_log(path).num_gpus == listed
+    else:
+        with pytest.raises(FileFormatError, match=f"lists {listed} of its ranks.*which {told} give") as caught:
+            read_nccl_log(path)
+        assert caught.value.line == listed + 1
+
+
+def test_slow_rows_whose_digits_do_not_tell_leave_the_list_as_it_is(tmp_path: Path) -> None:
+    """1.00 and 1.88 are 1.875 at two digits; 1.91 is 0.035 more than that, which no rounding explains."""
+    ranks = "".join(f"# Rank {i} Pid {i} on n{i // 8} device {i % 8} [0000:{i % 8}b:00] H100\n" for i in range(16))
+    rows = {busbw: f"1048576 262144 float sum -1 1048.6 1.00 {busbw} 0\n" for busbw in ("1.88", "1.91")}
+    assert read_nccl_log(write(tmp_path, ranks + rows["1.88"] + TAIL)).num_gpus == 16
+    with pytest.raises(FileFormatError, match="lists 16 of its ranks"):
+        read_nccl_log(write(tmp_path, ranks + rows["1.91"] + TAIL))
+    slow = "1048576 262144 float sum -1 1100.0 0.95 0.95 0\n"  # below 1 GB/s nothing tells
+    assert read_nccl_log(write(tmp_path, ranks + slow + TAIL)).num_gpus == 16
+    with pytest.raises(FileFormatError, match="single GPU"):
+        read_nccl_log(write(tmp_path, ranks.splitlines()[0] + "\n" + slow + TAIL))
+
+
+@pytest.mark.parametrize(
+    ("time_us", "fits"), [("0.001", True), ("0.0009", False), ("86400000000", True), ("86400000001", False)]
+)
+def test_an_all_reduce_takes_a_nanosecond_to_a_day(tmp_path: Path, time_us: str, fits: bool) -> None:
+    half = f"{time_us} 0.00 0.00 0"
+    path = write(tmp_path, f"{HEAD}8 2 float sum -1 {half} {half}\n{TAIL}")
+    if fits:
+        assert read_nccl_log(path).measurements[0].seconds == pytest.approx(float(time_us) * 1e-6)
+    else:
+        with pytest.raises(FileFormatError, match="expected a positive one of at most a day"):
+            read_nccl_log(path)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "chosen"),
+    [
+        (("half sum", "float prod", "float sum", "double sum"), 2),
+        (("half sum", "float32 prod"), 1),  # the type counts first
+        (("half prod", "bfloat16 sum", "double sum"), 1),
+        (("half prod", "bfloat16 max"), 0),
+    ],
+)
+def test_of_several_kinds_of_all_reduces_the_float_sum_or_what_is_next_to_it_counts(
+    tmp_path: Path, kinds: tuple[str, ...], chosen: int
+) -> None:
+    """Each takes 10 µs more than the one before."""
+    sizes = {"half": 2, "float": 4, "float32": 4, "double": 8, "bfloat16": 2}
+    rows = ""
+    for number, kind in enumerate(kinds):
+        half = f"{419.4 + 10 * number:.1f} 10.00 10.00 0"
+        rows += f"4194304 {4194304 // sizes[kind.split()[0]]} {kind} -1 {half} {half}\n"
+    log = read_nccl_log(write(tmp_path, HEAD + rows + TAIL))
+    assert log.measurements[0].seconds == pytest.approx((419.4 + 10 * chosen) * 1e-6)
+
+
+def test_what_is_wrong_with_a_second_run_has_its_first_line(tmp_path: Path) -> None:
+    groups = HEAD.replace("Rank  1 Group  0", "Rank  1 Group  1")
+    empty = HEAD + "0  0  float  sum  -1  6.4  0.0  0.0  0  6.4  0.0  0.0  0\n"
+    for second in (groups + FAST, empty):
+        with pytest.raises(FileFormatError, match=r"groups of GPUs|empty messages") as caught:
+            read_nccl_logs(write(tmp_path, HEAD + FAST + TAIL + second + TAIL))
+        assert caught.value.line == 7  # three lines of the head, the row and two of the end are before it
+
+
+def test_a_log_that_was_read_stays_as_it_is(tmp_path: Path) -> None:
+    log = read_nccl_log(write(tmp_path, HEAD + FAST + TAIL))
+    for record, field in ((log, "num_nodes"), (log.measurements[0], "size_bytes")):
+        with pytest.raises(AttributeError):
+            setattr(record, field, 9)
+    assert {log: 1}[log] == 1
+
+
+def test_a_renamed_program_is_judged_by_its_rows(tmp_path: Path) -> None:
+    start = "# Collective test starting: bench\n"
+    assert len(read_nccl_logs(write(tmp_path, (start + HEAD + FAST + TAIL) * 2))) == 2
+    with pytest.raises(FileFormatError, match="holds a collective without reduction"):
+        read_nccl_log(write(tmp_path, start + HEAD + GATHER + TAIL))

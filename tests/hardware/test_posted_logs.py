@@ -6,6 +6,7 @@ the files by eye.
 
 from __future__ import annotations
 
+import gzip
 import json
 import warnings
 from collections.abc import Callable
@@ -80,6 +81,7 @@ def test_runs_with_other_settings_are_not_averaged_in_silence():
         ("mpirun -np 8 -npernode 8 ./build/all_reduce_perf", 1),
         ("mpirun --map-by ppr:4:node ./build/all_reduce_perf", 2),
         ("mpirun -np 8 -H a:4,b:4 ./build/all_reduce_perf", 2),
+        ("mpirun -np 8 -H node[1-2]:4 ./build/all_reduce_perf", None),  # of a list that is not spelt out
         ("mpiexec -n 8 --host a,b,c,d ./build/all_reduce_perf", 4),
         ("srun -N 2 -n 8 ./build/all_reduce_perf", 2),  # Slurm: nodes
         ("srun -N4 ./build/all_reduce_perf", 4),
@@ -197,3 +199,15 @@ def test_a_fault_in_a_kept_log_has_the_line_of_its_file(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="row of 16777216 bytes is incomplete") as caught:
         read_nccl_logs(path)
     assert caught.value.line == cut + 1
+
+
+def test_a_packed_log_is_read_to_its_end(tmp_path: Path) -> None:
+    """Parts that were packed one by one and put together; a part that lacks its end."""
+    content = (FOLDER / "complete_rows_no_trailer.txt").read_bytes()
+    path = tmp_path / "run.log.gz"
+    path.write_bytes(gzip.compress(content[:1000]) + gzip.compress(content[1000:]))
+    (own,) = read_nccl_logs(FOLDER / "complete_rows_no_trailer.txt")
+    assert [log.measurements for log in read_nccl_logs(path)] == [own.measurements]
+    path.write_bytes(gzip.compress(content)[:-20])
+    with pytest.raises(FileFormatError, match="broken gzip file"):
+        read_nccl_logs(path)

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from ptsim.costs.interpolation import convolution_form
-from ptsim.errors import FileFormatError, MissingMeasurementError, UnknownNameError, UsageError
+from ptsim.errors import (
+    FileFormatError,
+    MissingMeasurementError,
+    UnknownNameError,
+    UnsupportedModelError,
+    UsageError,
+)
 from ptsim.hardware.profile import OperatorSetting, operator_of
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.measure import calibrate
@@ -98,6 +104,52 @@ def test_a_resumed_calibration_measures_only_what_is_missing(tmp_path, trace, pr
     assert len(asked) == 3 * (len(trace.networks) - 1)  # rounds
     assert len(again.steps) == len(trace.networks)
     assert again.steps[0].step_s == pytest.approx(profile.steps[0].step_s, rel=1e-5)
+
+
+def _trained_with(trace, optimizer):
+    """The first epoch of the run, with another optimizer."""
+    run = msgspec.structs.replace(trace.run, hyperparameters={**trace.run.hyperparameters, "optimizer": optimizer})
+    return msgspec.structs.replace(trace, run=run, epochs=trace.epochs[:1], reconfigurations=())
+
+
+def test_runs_of_one_network_are_measured_each_with_its_optimizer_and_what_they_share_once(tmp_path, trace):
+    out, asked = tmp_path / "p.toml", []
+    traces = [trace, _trained_with(trace, "adam"), _trained_with(trace, "sgd")]
+    found = calibrate_gpu(out, device=CPU, traces=traces, grid=False, rounds=1, minutes=2)
+    first, last = trace.epochs[0].architecture, trace.epochs[-1].architecture
+    measured = [(step.architecture, step.optimizer) for step in found.steps]
+    assert measured[:2] == [(first, "sgd"), (last, "sgd")]  # although the third run has the first one, too
+    assert measured.count((first, "sgd")) == measured.count((first, "adam")) == 1
+    assert len(measured) == len(trace.networks) + 1
+    calibrate_gpu(
+        out, device=CPU, traces=traces, grid=False, rounds=1, resume=True, progress=lambda what, _: asked.append(what)
+    )
+    assert asked == []
+
+
+def test_a_run_whose_optimizer_cannot_be_made_is_refused_before_anything_is_measured(tmp_path, trace):
+    out, asked = tmp_path / "p.toml", []
+    with pytest.raises(UnknownNameError, match="unknown optimizer 'lion'"):
+        calibrate_gpu(
+            out,
+            device=CPU,
+            traces=[trace, _trained_with(trace, "lion")],
+            grid=False,
+            progress=lambda what, _: asked.append(what),
+        )
+    assert asked == []
+    assert not out.exists()
+
+
+def test_a_network_that_no_penalty_knows_is_measured_without_one(tmp_path, trace):
+    def unknown(*_):
+        raise UnsupportedModelError("no groups")
+
+    one = _trained_with(trace, "sgd")
+    found = calibrate_gpu(
+        tmp_path / "p.toml", device=CPU, traces=[one], make_regularizer=unknown, grid=False, rounds=1, minutes=1
+    )
+    assert [(step.architecture, step.regularizer_s) for step in found.steps] == [(one.epochs[0].architecture, None)]
 
 
 @pytest.mark.parametrize("minutes", [0.0, math.inf, math.nan])

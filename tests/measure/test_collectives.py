@@ -57,6 +57,16 @@ def test_a_base_without_room_for_the_log_is_refused() -> None:
         calibrated_cluster([ring_table(8, 1, 1e9, 1e-6)], name="c", base=load_cluster("abci-v"))
 
 
+def test_logs_of_different_gpus_are_no_one_cluster() -> None:
+    tables = [ring_table(8, 1, 200e9, 2e-6), ring_table(16, 2, 21e9, 8e-6)]
+    gpus = ["A100-SXM-80GB", "NVIDIA A100-SXM4-80GB", "an unknown one"]
+    assert calibrated_cluster(tables, name="c", gpus=gpus).device_name == "a100-sxm4-80gb"
+    with pytest.raises(UsageError, match="different GPUs: a100-sxm4-80gb and h100-sxm5-80gb"):
+        calibrated_cluster(tables, name="c", gpus=[*gpus, "NVIDIA H100 80GB HBM3"])
+    base = load_cluster("dgx-h100")
+    assert calibrated_cluster(tables, name="c", base=base, gpus=[*gpus, "NVIDIA H100 80GB HBM3"]).device == base.device
+
+
 def test_what_no_table_tells_comes_from_the_base_and_is_read_back(tmp_path: Path) -> None:
     base = msgspec.structs.replace(
         load_cluster("dgx-a100"), price_usd_per_gpu_hour=4.0, storage_bandwidth_bytes_per_s=2e9

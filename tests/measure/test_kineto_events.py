@@ -154,3 +154,25 @@ def test_of_several_gpus_the_one_that_ran_the_most_is_named(tmp_path: Path) -> N
 def test_what_is_communication_while_it_runs(cat: str, name: str, expected: bool) -> None:
     found = Event(name=name, category=cat, thread=("1", "1"), begin_s=0, end_s=1, arguments={})
     assert found.is_collective == expected
+
+
+def test_the_annotations_of_pytorch_are_no_operators_where_older_versions_call_them_so(tmp_path: Path) -> None:
+    names = ["ProfilerStep#1", "Optimizer.step#SGD.step", "Optimizer.zero_grad#SGD.zero_grad"]
+    names.append("enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__")
+    others = ["aten::add", "MyFunction", "Optimizer.step", "nccl:all_reduce"]
+    events = [event("Operator", name, i, 1) for i, name in enumerate([*names, *others])]
+    found = recording(tmp_path, *events)
+    assert [e.name for e in found.host if e.category == "user_annotation"] == names
+    assert [e.name for e in found.host if e.category == "cpu_op"] == others
+
+
+@pytest.mark.parametrize("cat", ["hip_runtime", "xpu_runtime", "xpu_driver", "cuda_driver", "privateuse1_runtime"])
+def test_calls_of_every_vendor_launch_kernels(tmp_path: Path, cat: str) -> None:
+    found = recording(
+        tmp_path,
+        event("cpu_op", "aten::add", 0, 10),
+        event(cat, "hipLaunchKernel", 2, 1, correlation=5),
+        event("kernel", "k", 30, 1, correlation=5, device=0),
+    )
+    assert [e.name for e in found.calls] == ["hipLaunchKernel"]
+    assert [e.name for e in found.host[0].kernels] == ["k"]

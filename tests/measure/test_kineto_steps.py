@@ -119,6 +119,20 @@ def test_the_host_is_idle_where_it_runs_nothing_or_waits(tmp_path: Path) -> None
     assert step.host_idle == pytest.approx(1 - 0.75 / 2)
 
 
+@pytest.mark.parametrize("runtime", ["cuda", "hip"])
+@pytest.mark.parametrize("old", [False, True])
+def test_the_host_is_as_idle_by_every_name(tmp_path: Path, runtime: str, old: bool) -> None:
+    """0.55 ms of operators in 2 ms, of which 0.1 is waiting, and 0.1 of a launch; old versions call marks operators."""
+    events = Events()
+    events.step(0.0, 0.0)
+    events.add(f"{runtime}_runtime", f"{runtime}StreamSynchronize", (0.15, 0.1))
+    events.add(f"{runtime}_runtime", f"{runtime}LaunchKernel", (1.5, 0.1))
+    for event in events.events if old else ():
+        event["cat"] = "Operator" if event["cat"] in ("cpu_op", "user_annotation") else event["cat"]
+    (step,) = events.steps(tmp_path)
+    assert step.host_idle == pytest.approx(1 - 0.55 / 2)
+
+
 @pytest.mark.parametrize("tail", [False, True], ids=["whole steps", "and a pass without its update"])
 def test_passes_that_are_marked_one_by_one_are_one_step_up_to_the_update(tmp_path: Path, tail: bool) -> None:
     """Kernels of two passes begin at 0 and 6 ms, the update at 12; the next step begins at 13, the tail at 26."""
@@ -194,6 +208,38 @@ def test_validation_between_two_steps_is_part_of_neither(tmp_path: Path, cut_off
     events.add("cpu_op", "aten::conv2d", (4.5, 0.5), (9.0, 6.0), **CONV)
     events.step(6.0, 20.0)
     assert ms(*(step.step_s for step in events.steps(tmp_path))) == pytest.approx([ends, 6.5])
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_activations_that_are_computed_again_are_no_operators_backward_pass(tmp_path: Path, on_gpu: bool) -> None:
+    """A node of 1 ms of the host and 3 ms of the GPU, around 0.3 and 2 ms more of a checkpoint's forward pass."""
+    events = Events(on_gpu=on_gpu)
+    events.add("user_annotation", "ProfilerStep#0", (0.0, 4.0))
+    events.layer((0.1, 0.2), (1.0, 1.0), ((0.0, 2.0), (2.0, 3.0)))
+    events.add("cpu_op", "aten::conv2d", (1.2, 0.3), tid=2, **{"Sequence number": 70})
+    events.add("cpu_op", "aten::convolution", (1.25, 0.2), (5.0, 2.0), tid=2, **{"Sequence number": 70})
+    events.update((3.0, 0.2), (8.0, 0.5))
+    (step,) = events.steps(tmp_path)
+    (call,) = step.calls
+    assert ms(call.backward_s, step.recomputed_s) == pytest.approx([3.0, 2.0] if on_gpu else [0.7, 0.3])
+    assert ms(step.backward_s) == pytest.approx([5.0] if on_gpu else [1.0])  # of the step it is a part
+    found = events.imported(tmp_path)
+    assert f"{'40' if on_gpu else '30'}% of the backward pass computes activations again" in " ".join(found.notes)
+    assert ms(found.profile.steps[0].layers_backward_s) == pytest.approx([5.0] if on_gpu else [1.0])
+
+
+def test_what_a_gradient_of_a_gradient_runs_is_no_recomputation(tmp_path: Path) -> None:
+    """Its operators have numbers, too; and the older kind of checkpoints runs a backward pass inside a node."""
+    events = Events(on_gpu=False)
+    events.add("user_annotation", "ProfilerStep#0", (0.0, 4.0))
+    events.layer((0.1, 0.2), (1.0, 1.0), ((0.0, 2.0), (2.0, 3.0)))
+    events.add("cpu_op", "aten::mul", (1.1, 0.1), tid=2, **{"Sequence number": 70})
+    events.add("cpu_op", f"{NODE}ConvolutionBackward0", (1.3, 0.4), tid=2, **{"Sequence number": 71})
+    events.add("cpu_op", "aten::conv2d", (1.4, 0.1), tid=2, **{"Sequence number": 72})
+    events.update((3.0, 0.2), (8.0, 0.5))
+    (step,) = events.steps(tmp_path)
+    assert ms(step.calls[0].backward_s, step.recomputed_s) == pytest.approx([1.0, 0.0])
+    assert not any("again" in note for note in events.imported(tmp_path).notes)
 
 
 def test_a_custom_autograd_function_is_part_of_the_step_and_noted(tmp_path: Path) -> None:

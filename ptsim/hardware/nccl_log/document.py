@@ -43,6 +43,7 @@ class _JsonConfig(msgspec.Struct):
     nthreads: int = 1
     ngpus: int = 1
     aggregated_iterations: int = 1
+    blocking_collectives: bool | str = False  # nccl-tests quotes it
     devices: list[_JsonDevice] = []
 
 
@@ -80,6 +81,7 @@ def read_document(path: Path, text: str) -> tuple[NcclLog, ...]:
     config = run.config or _JsonConfig()
     section = Section(1, program if "_perf" in program else None)
     section.ended, section.aggregated = True, config.aggregated_iterations
+    section.blocking = str(config.blocking_collectives).lower() == "true"
     section.version = None if run.nccl_version is None else str(run.nccl_version)
     for i, device in enumerate(config.devices or run.devices):
         rank = i if device.rank is None else device.rank

@@ -10,7 +10,7 @@ from ptsim.hardware.nccl_log.record import NcclLog
 from ptsim.hardware.nccl_log.section import Section, collective, logs_of
 from ptsim.hardware.nccl_log.text import read_sections
 from ptsim.hardware.nccl_log.wrappers import unwrapped
-from ptsim.textfile import decode_text, read_bytes
+from ptsim.textfile import decode_text, read_bytes, unpacked
 
 _MOST_BYTES = 64 * 2**20
 
@@ -26,7 +26,7 @@ def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
             results, a single GPU, or no measurement; says file and line.
     """
     path = Path(path)
-    text = decode_text(read_bytes(path, most=_MOST_BYTES))
+    text = decode_text(unpacked(path, read_bytes(path, most=_MOST_BYTES), most=_MOST_BYTES))
     if not text.strip():
         raise FileFormatError(path, "is empty, expected the output of nccl-tests' all_reduce_perf")
     text = unwrapped(text)

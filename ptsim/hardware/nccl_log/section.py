@@ -27,7 +27,7 @@ _NODES = (  # what a launcher's option means; -N is the number of nodes for Slur
     (re.compile(r"\b(\d{1,6}) nodes?\b"), "nodes"),
     (re.compile(r"(?:^|\s)(?:--?npernode|--?ppn|-perhost|--n?tasks-per-node)[= ]?(\d{1,6})"), "ranks"),
     (re.compile(r"\bppr:(\d{1,6}):node\b"), "ranks"),
-    (re.compile(r"(?:^|\s)(?:-H|--?hosts?)[= ]([\w.:,-]+)"), "hosts"),
+    (re.compile(r"(?:^|\s)(?:-H|--?hosts?)[= ]([\w.:,-]+)(?!\S)"), "hosts"),
 )
 PROGRAM = re.compile(
     r"\b((?:all_reduce|all_gather|reduce_scatter|alltoallv?|broadcast|reduce|sendrecv|gather|scatter|hypercube)"
@@ -36,6 +36,7 @@ PROGRAM = re.compile(
 _SHORTEST_S, _LONGEST_S = 1e-9, 86400.0  # of one all-reduce
 _ROUNDED = 0.005  # GB/s, by which a printed bandwidth may be off
 _RATE_OFF = 0.1  # by which size / time may differ from the bandwidth beside it; three digits are printed
+_RATIO_OFF = 0.03  # by which busbw / algbw may differ from that of the ranks, whatever was rounded
 _REDUCTIONS = ("sum", "prod", "max", "min", "avg", "mulsum", "all")
 
 
@@ -53,6 +54,7 @@ class Section:
         self.launch = ""  # lines that started it: mpirun, srun, …
         self.version: str | None = None  # of NCCL
         self.aggregated = 1  # all-reduces in one group
+        self.blocking = False  # the host waits for each of them
         self.problem: FileFormatError | None = None  # why its times count for nothing
         self.ended = False
         self.last_line = line
@@ -106,6 +108,12 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
             "which is less than one by itself takes",
             stacklevel=2,
         )
+    if section.blocking:
+        warnings.warn(
+            f"{path}: the host waited for each all-reduce before it began the next (-z): each time holds "
+            "the launch and the wait, too, which small messages feel",
+            stacklevel=2,
+        )
     cycles = _cycles(path, section.rows)
     _check_section(path, section)
     num_gpus, num_nodes = _ranks(path, section)
@@ -114,7 +122,7 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
             path=str(path),
             num_gpus=num_gpus,
             num_nodes=num_nodes,
-            gpus=tuple(sorted({gpu for _, gpu in section.ranks.values()})),
+            gpus=tuple(sorted({gpu for _, gpu in section.ranks.values() if gpu})),
             version=section.version,
             measurements=tuple(_measurement(row, section.unit_s) for row in cycle),
         )
@@ -243,7 +251,7 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
             f"holds all-reduces in {len(section.groups)} groups of GPUs at the same time, expected one over all",
             line=section.line,
         )
-    if listed == 1 or (implied == 1 and not listed):
+    if (listed == 1 and algbw < 1) or (listed < 2 and implied == 1):
         raise FileFormatError(
             path,
             "is the run of a single GPU, in which nothing is reduced",
@@ -256,16 +264,18 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
             problem = f"lists {listed} ranks but numbers them up to {max(section.ranks)}"
             raise FileFormatError(path, problem, line=section.line)
         listed = implied  # nccl-tests cuts long lists short, people too; the bus bandwidth knows
-    if listed and implied and abs(2 * (listed - 1) / listed - busbw / algbw) > 0.03:
+    if listed and algbw >= 1 and _ratio_off(listed, algbw, busbw) > min(_RATIO_OFF, 0.003 + 0.03 / algbw):
+        told = f"{implied} ranks" if implied else "another number of them"
         raise FileFormatError(
             path,
-            f"lists {listed} ranks, but its bus bandwidth is {busbw / algbw:.3g} times the algorithm bandwidth, "
-            f"which {implied} ranks would give",
+            f"lists {listed} of its ranks, but its bus bandwidth is {busbw / algbw:.4g} times the algorithm bandwidth, "
+            f"which {told} would give",
             line=row.line,
+            hint="keep all lines '# Rank …' of the run, or none of them",
         )
     if not listed and implied:
         implied = _fitting(path, section.rows, implied, row.line)
-        if abs(2 * (implied - 1) / implied - busbw / algbw) > 0.03:
+        if _ratio_off(implied, algbw, busbw) > _RATIO_OFF:
             problem = (
                 f"has a bus bandwidth of {busbw / algbw:.3g} times the algorithm bandwidth, which no all-reduce has"
             )
@@ -317,6 +327,11 @@ def _implied_ranks(algbw: float, busbw: float) -> int | None:
         return None
     ratio = busbw / algbw
     return round(2 / (2 - ratio)) if ratio < 1.97 else None
+
+
+def _ratio_off(num: int, algbw: float, busbw: float) -> float:
+    """By how much the ratio of the bandwidths differs from that of so many ranks."""
+    return abs(2 * (num - 1) / num - busbw / algbw)
 
 
 def _fitting(path: Path, rows: list[Row], implied: int, line: int) -> int:

@@ -18,14 +18,15 @@ from ptsim.hardware.nccl_log.section import ELEMENT_BYTES, PROGRAM, Row, Section
 # the process wrote, also in the middle of a row
 _LAUNCHER = re.compile(r"\[[^\[\]\s]{1,100}\]<std(?:out|err)>:?|\[\d{1,9}\]")
 _RANK = re.compile(
-    r"\bRank\s+(\d{1,6})\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+(\d+)\s+\[([^\]]*)\]\s+(.*\S)"
+    r"\bRank\s+(\d{1,6})\s+(?:Group\s+(\d+)\s+)?(?:Pid\s+\d+\s+)?on\s+(\S+)\s+device\s+(\d+)\s+\[([^\]]*)\]\s*(.*)"
 )
-_HEADER = re.compile(
-    r"\bnThread\s+(\d{1,6})\s+nGpus\s+(\d{1,6})\s+minBytes\s+(\d{1,18})\s+maxBytes\s+(\d{1,18})"
-    r"(?:\s+step:\s*(\d{1,18})\((factor|bytes)\))?"
+_HEADER = re.compile(  # with colons and ranks of a GPU in rccl-tests until 2023
+    r"\bnThreads?:?\s+(\d{1,6})\s+nGpus:?\s+(\d{1,6})\s+(?:nRanks:?\s+\d{1,6}\s+)?"
+    r"minBytes:?\s+(\d{1,18})\s+maxBytes:?\s+(\d{1,18})(?:\s+step:\s*(\d{1,18})\((factor|bytes)\))?"
 )
 _AGGREGATED = re.compile(r"\bagg iters:\s*(\d{1,6})")
-_VERSION = re.compile(r"nccl-library=(\d+)|NCCL version (\S+)|compiled with NCCL (\S+)")
+_VERSION = re.compile(r"nccl-library=(\d+)|[NR]CCL version(?: :)? (\S+)|compiled with NCCL (\S+)")
+_BLOCKING = "Blocking Enabled:"
 _DEVICES = re.compile(r"\bUsing devices\b")
 _TEST = re.compile(r"\bCollective test (starting|concluded):\s*(\S+)")
 _TRAILER = re.compile(r"\b(?:Out of bounds values|Avg bus bandwidth)\s*:\s*(\S+)")
@@ -43,7 +44,7 @@ _LONGEST_LINE = 2000  # characters; no row has more, and patterns would search t
 _HOST = r"(?:(?:^\s*|(?<=[:>\]]))\d(?=[^\s:]*[A-Za-z.])|[A-Za-z])[^\s:]*"
 _MESSAGE = re.compile(
     rf"(?:\[\d{{4}}-[^\[\]]{{5,40}}\] ?)?{_HOST}:\d+:\d+ \[\d+\][^\[\]]{{0,200}}?\bNCCL\b"
-    r"|NCCL (?:INFO|WARN|TRACE|version)"
+    r"|[NR]CCL (?:INFO|WARN|TRACE|version)"
 )
 # a reduction with a message right behind it: before version 2.13 no column stood between
 _GLUED = re.compile(rf"(\s(?:{_TYPES})\s+(?:sum|prod|min|max|avg))(?=[^\s:]+:\d+:\d+ \[)")
@@ -90,19 +91,22 @@ class _Reader:
         current = self.current
         self.read_surroundings(line)
         if test := _TEST.search(line):
-            self.name = test[2] if test[1] == "starting" else None
+            known = test[1] == "starting" and "_perf" in test[2]  # a renamed program is judged by its rows
+            self.name = test[2] if known else None
             if self.name and (current.rows or current.ranks):
                 self.begin(number)
             elif self.name:
                 current.name, self.name = self.name, None
         elif header := _HEADER.search(line):
             self.read_header(number, header)
+        elif _BLOCKING in line:
+            current.blocking = True
         elif _DEVICES.search(line) and current.ended:
             self.begin(number)  # a second run whose first line was not copied
         elif rank := _RANK.search(line):
             if current.ended:
                 self.begin(number)
-            self.current.ranks[int(rank[1])] = (rank[3], rank[6])
+            self.current.ranks[int(rank[1])] = (rank[3], rank[6].strip())
             self.current.places[int(rank[1])] = (rank[3], rank[4], rank[5])
             self.current.groups.add(rank[2] or "0")
         elif columns := _COLUMNS.search(line):
