@@ -213,6 +213,7 @@ TIMED: dict[str, tuple[list[Any], float]] = {
     "blocks that count epochs and samples": (
         [("block_start", 0, {"first_epoch_num": 1, "epoch_count": 2, "samples_count": 0}), ("block_stop", 40)], 20
     ),
+    "a block that counts no epochs": ([("block_start", 0), ("block_stop", 30)], 30),
     "an end without a begin, and epochs without a duration": (
         [("epoch_stop", 5), ("epoch_start", 6), ("epoch_stop", 6), ("epoch_start", 7), ("epoch_stop", 37)], 30
     ),
@@ -225,8 +226,9 @@ def test_an_epoch_is_what_its_training_took_wherever_the_evaluation_is(tmp_path:
     assert read_mllog(_marked(tmp_path / "result_0.txt", *marks)).epoch_seconds == pytest.approx(seconds)
 
 
-def test_blocks_of_no_epochs_are_none(tmp_path: Path) -> None:
-    path = _marked(tmp_path / "result_0.txt", ("block_start", 0, {"epoch_count": 0}), ("block_stop", 9))
+@pytest.mark.parametrize("count", [0, "two", None])
+def test_blocks_of_no_epochs_are_none(tmp_path: Path, count: object) -> None:
+    path = _marked(tmp_path / "result_0.txt", ("block_start", 0, {"epoch_count": count}), ("block_stop", 9))
     with pytest.raises(FileFormatError, match="holds no whole epoch"):
         read_mllog(path)
 
@@ -321,6 +323,8 @@ def test_runs_of_different_settings_in_one_file_are_no_run(tmp_path: Path, chang
         read_mllog(tmp_path / "both")
     (tmp_path / "twice").write_text(first + first)  # as two processes log the same run
     assert read_mllog(tmp_path / "twice").epoch_seconds == 20.0
+    (tmp_path / "null").write_text(first + ':::MLLOG {"key": "train_samples", "value": null, "time_ms": 9}\n')
+    assert read_mllog(tmp_path / "null").train_samples == 16_000
 
 
 @pytest.mark.parametrize(
@@ -372,6 +376,8 @@ def test_the_images_of_an_epoch_are_the_logs_or_the_benchmarks(
         ({"train_samples": 1599}, "an epoch of 1599 samples is less than one mini-batch of 1600"),
         ({"train_samples": None, "submission_benchmark": "ssd"}, "train_samples is None"),
         ({"train_samples": None, "input_size": "many"}, "input_size is 'many'"),
+        ({"global_batch_size": 0}, "global_batch_size is 0, expected a positive number"),
+        ({"global_batch_size": True}, "global_batch_size is True"),
     ],
 )
 def test_an_epoch_of_no_known_number_of_images_is_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:

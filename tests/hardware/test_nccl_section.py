@@ -388,3 +388,49 @@ def test_a_renamed_program_is_judged_by_its_rows(tmp_path: Path) -> None:
     assert len(read_nccl_logs(write(tmp_path, (start + HEAD + FAST + TAIL) * 2))) == 2
     with pytest.raises(FileFormatError, match="holds a collective without reduction"):
         read_nccl_log(write(tmp_path, start + HEAD + GATHER + TAIL))
+
+
+def test_a_name_counts_where_rows_tell_nothing_and_bandwidths_do_where_there_is_no_name(tmp_path: Path) -> None:
+    """Two ranks of a sendrecv whose results nobody checked; four, whose all-reduce would have 1.5 times as much."""
+    unchecked = FAST.replace("       0", "     N/A")
+    with pytest.raises(FileFormatError, match="holds sendrecv_perf"):
+        read_nccl_log(write(tmp_path, "# Collective test starting: sendrecv_perf\n" + HEAD + unchecked + TAIL))
+    four = HEAD + HEAD.split("\n", 1)[1].replace("Rank  0", "Rank  2").replace("Rank  1", "Rank  3").replace("al", "be")
+    for busbw, says in (("10.19", "holds a test whose bus bandwidth is"), ("10.21", "lists 4 of its ranks")):
+        with pytest.raises(FileFormatError, match=says):
+            read_nccl_log(write(tmp_path, four + unchecked.replace("10.00   10.00", f"10.00   {busbw}") + TAIL))
+    assert (
+        read_nccl_log(write(tmp_path, four + unchecked.replace("10.00   10.00", "10.00   15.00") + TAIL)).num_gpus == 4
+    )
+
+
+def test_slow_rows_alone_do_not_tell_how_many_gpus_there_were(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"has no device list .* the number of GPUs is unknown"):
+        read_nccl_log(write(tmp_path, SLOW + TAIL))
+
+
+def test_sizes_that_go_up_and_down_again_are_no_cycles(tmp_path: Path) -> None:
+    larger = FAST.replace("4194304", "8388608").replace("1048576", "2097152").replace("419.4", "838.9")
+    assert len(read_nccl_logs(write(tmp_path, HEAD + FAST + larger + FAST + larger + TAIL))) == 2
+    with pytest.raises(FileFormatError, match="8388608 bytes are there twice") as caught:
+        read_nccl_logs(write(tmp_path, HEAD + FAST + larger + larger + FAST + TAIL))
+    assert caught.value.line == 6
+
+
+def test_devices_without_the_first_line_and_the_end_are_no_whole_run(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"the log ends after 4194304 bytes without .* it is truncated"):
+        read_nccl_log(write(tmp_path, HEAD.split("\n", 1)[1] + FAST))
+
+
+def test_a_list_with_gaps_is_completed_only_where_the_bandwidths_say_so(tmp_path: Path) -> None:
+    ranks = "".join(f"# Rank {i} Pid {i} on n{i} device 0 [0000:0b:00] H100\n" for i in (0, 5))
+    row = "1073741824 268435456 float sum -1 11000 97.61 {} 0\n"
+    six, sixteen = f"{97.61 * 10 / 6:.2f}", f"{97.61 * 30 / 16:.2f}"
+    assert read_nccl_log(write(tmp_path, ranks + row.format(six) + TAIL)).num_gpus == 6
+    with pytest.raises(FileFormatError, match="lists 2 ranks but numbers them up to 5"):
+        read_nccl_log(write(tmp_path, ranks + row.format(sixteen) + TAIL))
+
+
+def test_a_row_of_one_gigabyte_a_second_tells_the_gpus(tmp_path: Path) -> None:
+    row = "1048576 262144 float sum -1 1048.6 1.00 1.50 0 1048.6 1.00 1.50 0\n"
+    assert read_nccl_log(write(tmp_path, row + TAIL)).num_gpus == 4
