@@ -13,11 +13,11 @@ the scratch of oneDNN's slower kernels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.walked import layer_workspace, walked_footprint
 from ptsim.criteria import step_penalty
 from ptsim.hardware.spec import Device
@@ -79,7 +79,9 @@ class MemoryNeed(msgspec.Struct, frozen=True, kw_only=True):
     device_bytes: int
 
 
-def iteration_memory(network: Network, setting: StepSetting, *, device: Device | None = None) -> MemoryNeed:
+def iteration_memory(
+    network: Network, setting: StepSetting, *, device: Device | None = None, buckets: Sequence[Bucket] | None = None
+) -> MemoryNeed:
     """What one iteration needs on each device.
 
     Args:
@@ -89,6 +91,7 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
             gradients that accumulate over several passes, whole, since the last pass alone reduces them. Else sharded
             gradients leave one bucket and the GPU's own share.
         device: a GPU adds workspaces and rounding; None and a CPU are tensors alone.
+        buckets: of the gradients; None for those of DDP's own caps.
 
     Raises:
         ValueError: batch is not positive.
@@ -109,7 +112,8 @@ def iteration_memory(network: Network, setting: StepSetting, *, device: Device |
     library = _library_workspace(network, device) if device is not None and gpu else 0
     gradients = learnt if held else 0
     if setting.sharding == "zero2" and setting.passes == 1:
-        largest = max((bucket.num_bytes for bucket in ddp_buckets(network)), default=0)
+        used = ddp_buckets(network) if buckets is None else buckets
+        largest = max((bucket.num_bytes for bucket in used), default=0)
         gradients = min(gradients, _share(learnt, shared) + largest)
     copies = seen.weight_copy_bytes
     kept = seen.kept_fixed_bytes + batch * seen.kept_image_bytes - copies
@@ -153,6 +157,7 @@ def largest_batch(
     granularity: int = 1,
     limit: int = MOST_IMAGES,
     device: Device | None = None,
+    buckets: Sequence[Bucket] | None = None,
 ) -> int:
     """The largest multiple of `granularity` images, up to `limit`, whose iteration fits; 0 where not even one does.
 
@@ -166,7 +171,7 @@ def largest_batch(
         raise ValueError(f"granularity is {granularity}, expected a positive number of images")
 
     def fits(steps: int) -> bool:
-        need = iteration_memory(network, setting.with_batch(steps * granularity), device=device)
+        need = iteration_memory(network, setting.with_batch(steps * granularity), device=device, buckets=buckets)
         return need.device_bytes <= capacity_bytes
 
     most = limit // granularity

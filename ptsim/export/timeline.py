@@ -104,7 +104,7 @@ def _add_gpu(timeline: Timeline, trace: Trace, cluster: Cluster, recorded: tuple
 def _add_step(timeline: Timeline, steps: RecordedSteps, spans: list[Span], gpu: int, offset: float) -> None:
     network = steps.network
     layers = {layer.name: layer for layer in network.layers}
-    need = iteration_memory(network, steps.setting)
+    need = iteration_memory(network, steps.setting, buckets=steps.buckets)
     held = need.parameter_bytes + need.gradient_bytes + need.optimizer_bytes
     computed = sorted((span for span in spans if span.stream == "compute"), key=lambda span: span.start_s)
     timeline.counter("memory", pid=gpu, time_s=offset + spans[0].start_s, bytes=held)

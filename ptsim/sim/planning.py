@@ -116,7 +116,7 @@ class _Planner:
                     f"mini-batch {per_gpu} is more than max_batch: the run begins with {options.max_batch}"
                 )
                 per_gpu = options.max_batch
-            if most and most < per_gpu and not self._fits(source, network, per_gpu):
+            if most and most < per_gpu and not self._fits(source, network, identity, per_gpu):
                 self.notes.append(f"mini-batch {per_gpu} does not fit at first; planned with {most}")
                 return most
             return per_gpu
@@ -135,8 +135,9 @@ class _Planner:
         limit = min(limit, options.max_batch or limit)
         setting = scenario.memory_setting(max(1, limit), source)
         granularity = setting.passes * options.batch_granularity
+        buckets = scenario.buckets(network, identity)
         return scenario.cache.get(
-            ("batch", identity, limit, scenario.memory_bytes, scenario.device_key, setting, granularity),
+            ("batch", identity, limit, scenario.memory_bytes, scenario.device_key, setting, buckets, granularity),
             lambda: largest_batch(
                 network,
                 setting,
@@ -144,13 +145,14 @@ class _Planner:
                 granularity=granularity,
                 limit=limit,
                 device=scenario.device,
+                buckets=buckets,
             ),
         )
 
-    def _fits(self, source: Epoch, network: Network, batch: int) -> bool:
+    def _fits(self, source: Epoch, network: Network, identity: str, batch: int) -> bool:
         scenario = self.scenario
         setting = scenario.memory_setting(batch, source)
-        need = iteration_memory(network, setting, device=scenario.device)
+        need = iteration_memory(network, setting, device=scenario.device, buckets=scenario.buckets(network, identity))
         return need.device_bytes <= scenario.memory_bytes
 
     def _num_iterations(self, epoch: Epoch, batch: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 
 import msgspec
 
-from ptsim.costs.buckets import Bucket, ddp_buckets
+from ptsim.costs.buckets import Bucket
 from ptsim.costs.memory import MemoryNeed, iteration_memory
 from ptsim.costs.scaling import among, contention_of, hook_seconds
 from ptsim.costs.step import Measurements, StepTime, step_time
@@ -65,6 +65,7 @@ class RecordedSteps(msgspec.Struct, frozen=True, kw_only=True):
     network: Network
     setting: StepSetting
     device: Device
+    buckets: tuple[Bucket, ...]
     result: StepResult
 
 
@@ -139,6 +140,7 @@ class Pricer:
             network=stage.network,
             setting=scenario.memory_setting(stage.batch, stage.epoch),
             device=scenario.device,
+            buckets=scenario.buckets(stage.network, stage.id),
             result=self._simulate(stage, plan, speeds, self._contention, num_steps=num_steps, record_gpus=shown),
         )
 
@@ -166,7 +168,7 @@ class Pricer:
         forward_s, backward_s, product_s = scenario.cache.get(
             ("passes", *self._key(stage)), lambda: (step.forward_s, step.backward_s, step.product_s)
         )
-        hooks_s, optimizer_s = self._hooks_s(stage.network), self._own_update_s(stage, step)
+        hooks_s, optimizer_s = self._hooks_s(stage), self._own_update_s(stage, step)
         compute_s = self._busy_s(stage, step, forward_s + backward_s + step.overhead_s)
         tuning_s = scenario.cache.get(
             ("tuning", options.autotune_trials, *self._key(stage)), lambda: self._autotune_s(stage, step)
@@ -207,9 +209,10 @@ class Pricer:
             seconds += max(0.0, shown_s - result.exposed_communication_s)
         return seconds + ddp.wrapping_s(network, self.links.all_reduce, bound, rebuilds=rebuilds)
 
-    def _hooks_s(self, network: Network) -> float:
-        """DDP's hooks of all gradient tensors, which run during the last backward pass; 0 on one GPU."""
-        return hook_seconds(self.scenario.cluster, self.scenario.num_gpus) * len(network.gradients)
+    def _hooks_s(self, stage: Stage) -> float:
+        """DDP's hooks of all tensors in its buckets, which run during the last backward pass; 0 on one GPU."""
+        num_tensors = sum(len(bucket.parameters) for bucket in self.scenario.buckets(stage.network, stage.id))
+        return hook_seconds(self.scenario.cluster, self.scenario.num_gpus) * num_tensors
 
     def _own_update_s(self, stage: Stage, step: StepTime) -> float:
         """The update of the parameters that are a GPU's own; of all where nothing is sharded."""
@@ -218,7 +221,7 @@ class Pricer:
     def _busy_s(self, stage: Stage, step: StepTime, pass_s: float) -> float:
         """What a GPU computes in a step whose one pass takes `pass_s`: all passes, hooks and its update."""
         updating_s = self._own_update_s(stage, step) + step.regularizer_s
-        return self._num_passes(stage) * pass_s + self._hooks_s(stage.network) + updating_s
+        return self._num_passes(stage) * pass_s + self._hooks_s(stage) + updating_s
 
     def _num_passes(self, stage: Stage) -> int:
         return self.scenario.num_passes(stage.batch, stage.epoch)
@@ -243,24 +246,14 @@ class Pricer:
 
     def _memory(self, stage: Stage) -> MemoryNeed:
         scenario = self.scenario
-        setting = scenario.memory_setting(stage.batch, stage.epoch)
+        setting, buckets = scenario.memory_setting(stage.batch, stage.epoch), scenario.buckets(stage.network, stage.id)
         return scenario.cache.get(
-            ("memory", stage.id, scenario.device_key, setting),
-            lambda: iteration_memory(stage.network, setting, device=scenario.device),
-        )
-
-    def _buckets(self, stage: Stage) -> tuple[Bucket, ...]:
-        if self.scenario.num_gpus == 1:
-            return ()
-        first, others = self.options.first_cap_bytes, self.options.bucket_bytes
-        rebuilt = not self.options.find_unused_parameters
-        return self.scenario.cache.get(
-            ("buckets", stage.id, first, others, rebuilt),
-            lambda: ddp_buckets(stage.network, first_bucket_bytes=first, bucket_bytes=others, rebuilt=rebuilt),
+            ("memory", stage.id, scenario.device_key, setting, buckets),
+            lambda: iteration_memory(stage.network, setting, device=scenario.device, buckets=buckets),
         )
 
     def _plan(self, stage: Stage, step: StepTime, bound: ddp.Bound, *, merged: bool = True) -> StepPlan:
-        options, scenario, buckets = self.options, self.scenario, self._buckets(stage)
+        options, scenario, buckets = self.options, self.scenario, self.scenario.buckets(stage.network, stage.id)
 
         def compute() -> StepPlan:
             share = 1.0 if shards is None else shards.share

@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.memory import usable_bytes
 from ptsim.costs.step import Measurements
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_device, measured_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster, Device
+from ptsim.network import Network
 from ptsim.setting import StepSetting, parse_precision
 from ptsim.sim.options import Options
 from ptsim.trace.schema import Epoch
@@ -119,6 +121,17 @@ class Scenario:
             batch=batch,
             passes=self.num_passes(batch, epoch),
             num_gpus=2 if alike else setting.num_gpus,
+        )
+
+    def buckets(self, network: Network, identity: str) -> tuple[Bucket, ...]:
+        """DDP's buckets of the network's gradients under the options; none on a single GPU."""
+        if self.num_gpus == 1:
+            return ()
+        first, others = self.options.first_cap_bytes, self.options.bucket_bytes
+        rebuilt = not self.options.find_unused_parameters
+        return self.cache.get(
+            ("buckets", identity, first, others, rebuilt),
+            lambda: ddp_buckets(network, first_bucket_bytes=first, bucket_bytes=others, rebuilt=rebuilt),
         )
 
 

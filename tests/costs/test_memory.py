@@ -11,6 +11,7 @@ from torch import nn
 from analysis.check_counts import Subject, agreement, compare, kept_bytes, peak_bytes, subject, torch_macs
 from ptsim import zoo
 from ptsim.capture.network import capture_network
+from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.flops import inference_macs, training_macs
 from ptsim.costs.memory import MemoryNeed, fallback_scratch, iteration_memory, largest_batch, usable_bytes
 from ptsim.errors import UnknownNameError
@@ -322,6 +323,24 @@ def test_sharded_gradients_leave_a_share_and_the_largest_bucket_and_never_more_t
     parameters = tuple(Parameter(name=f"p{n}", layer="l", shape=(n,)) for n in (300_000, 100_000))
     setting = StepSetting(batch=5, num_gpus=num_gpus, passes=passes, sharding="zero2")
     assert iteration_memory(by_hand(parameters=parameters), setting).gradient_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("caps", "largest"), [(None, 1_200_000), ((2**20, 10), 1_200_000), ((10, 10), 400_000), ((500_000, 10), 800_000)]
+)
+def test_sharded_gradients_leave_the_largest_of_the_buckets_that_are_asked_for(
+    caps: tuple[int, int] | None, largest: int
+) -> None:
+    """Four tensors of 400,000 bytes: three reach 1 MiB, two reach 500,000, and one reaches 10; 1/8 is a GPU's own."""
+    parameters = tuple(Parameter(name=f"p{i}", layer="l", shape=(100_000,)) for i in range(4))
+    network = by_hand(parameters=parameters)
+    buckets = None if caps is None else ddp_buckets(network, first_bucket_bytes=caps[0], bucket_bytes=caps[1])
+    setting = StepSetting(batch=5, num_gpus=8, sharding="zero2")
+    plain = iteration_memory(network, msgspec.structs.replace(setting, sharding="zero1"), buckets=buckets)
+    need = iteration_memory(network, setting, buckets=buckets)
+    assert need.gradient_bytes == 200_000 + largest
+    assert plain.peak_bytes - need.peak_bytes == plain.gradient_bytes - need.gradient_bytes == 1_400_000 - largest
+    assert largest_batch(network, setting, capacity_bytes=need.device_bytes, buckets=buckets) == 5
 
 
 FROZEN = {"weight_needs_gradient": False, "input_needs_gradient": False}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from ptsim.cli.main import run
+from ptsim.costs.buckets import ddp_buckets
 from ptsim.errors import UsageError
 from ptsim.export.timeline import write_timeline
 from ptsim.sim.options import Options
@@ -181,3 +183,19 @@ def test_a_millisecond_lies_between_two_architectures_and_none_between_two_steps
     gaps = [after["ts"] - end for end, after in zip(ends[1::2], steps[2::2], strict=False)]
     assert gaps == pytest.approx([1000.0, 1000.0], abs=0.01)
     assert steps[0]["ts"] == 0
+
+
+def test_the_memory_of_a_sharded_update_is_that_of_the_buckets_in_use(tmp_path: Path) -> None:
+    """Weights and buffers; a quarter of momentum and gradients each; and the largest bucket of 20,000 bytes or more."""
+    trace = read_trace(shrinking_trace(tmp_path, epochs=1))
+    options = Options(sharding="zero2", bucket_bytes=20_000)
+    (file,) = write_timeline(tmp_path / "steps.json", trace, cluster(), 4, options, shown=1)
+    events: Events = json.loads(file.read_text())["traceEvents"]
+    network = trace.network_of(trace.epochs[0])
+    norms = [layer.out_channels for layer in network.layers if layer.kind == "batch_norm"]
+    buffers = sum(2 * 4 * channels + 8 for channels in norms)
+    weights = 4 * network.num_parameters
+    largest = max(b.num_bytes for b in ddp_buckets(network, first_bucket_bytes=20_000, bucket_bytes=20_000))
+    assert 64 * 64 * 9 * 4 <= largest < 64 * 64 * 9 * 4 + 20_000
+    held = next(e["args"]["bytes"] for e in events if e["ph"] == "C")
+    assert held == weights + buffers + 2 * math.ceil(weights / 4) + largest

@@ -10,23 +10,26 @@ import pytest
 
 import ptsim
 from ptsim.answers.repredict import device_profile_of
+from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
 from ptsim.costs.energy import published_power
-from ptsim.costs.memory import VISIBLE_SHARE_HBM, iteration_memory
+from ptsim.costs.memory import VISIBLE_SHARE_HBM, MemoryNeed, iteration_memory
 from ptsim.costs.scaling import hook_seconds
 from ptsim.costs.step import Measurements, step_time
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device, match_device
 from ptsim.hardware.spec import Cluster
-from ptsim.network import LayerKind, Network, Precision
+from ptsim.network import LayerKind, Network, Parameter, Precision
 from ptsim.setting import StepSetting
 from ptsim.sim.options import Options
+from ptsim.sim.planning import plan_run
 from ptsim.sim.projection import EpochProjection, RunProjection, projections_frame
 from ptsim.sim.run import StepCache, change, project, record_steps
-from ptsim.sim.scenario import recorded_jitter
+from ptsim.sim.scenario import Scenario, recorded_jitter
 from ptsim.trace.io import read_trace
 from ptsim.trace.schema import Draw
 from ptsim.trace.trace import Trace
+from ptsim.units import MIB
 from tests.sim.plans import cluster
 from tests.traces import dense_trace, shrinking_trace
 
@@ -56,6 +59,20 @@ def test_the_hooks_of_gradients_are_part_of_backward_and_of_nothing_else(dense: 
     assert two.forward_s == pytest.approx(one.forward_s, rel=1e-9)
     assert two.optimizer_s == pytest.approx(one.optimizer_s, rel=1e-9)
     assert two.backward_s == pytest.approx(one.backward_s + hooks_s, rel=1e-9)
+
+
+def test_a_parameter_without_gradient_has_a_hook_where_ddp_looks_for_unused_ones(dense: Trace) -> None:
+    """It is in a bucket then; the hook is part of backward, and no other part is a crumb longer for it."""
+    (identity,) = dense.networks
+    network = dense.networks[identity]
+    idle = Parameter(name="idle", layer="", shape=(1000,))
+    changed = msgspec.structs.replace(network, parameters=(*network.parameters, idle))
+    trace = msgspec.structs.replace(dense, networks={identity: changed})
+    for unused in (False, True):
+        one, two = (run(trace, n, contention=0.0, find_unused_parameters=unused).epochs[0] for n in (1, 2))
+        hooks_s = hook_seconds(cluster(), 2) * (len(network.gradients) + unused)
+        assert two.backward_s == pytest.approx(one.backward_s + hooks_s, rel=1e-9)
+        assert two.forward_s == pytest.approx(one.forward_s, rel=1e-9)
 
 
 def test_gpus_pay_for_hooks_and_for_no_more_than_their_share_of_the_update(dense: Trace) -> None:
@@ -714,6 +731,34 @@ class TestMiniBatch:
             options = change(Options(), {"minibatch": "planned", "sharding": sharding})
             project(trace, cluster(), 8, options, cache=cache)
         assert set(asked) == {"none", "zero2"}
+
+    def test_sharded_gradients_leave_a_bucket_of_the_users_size(
+        self, trace: Trace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By default all 700 kB are one bucket. That of one cap is not taken for another's."""
+        network, a100, cache = trace.network_of(trace.epochs[0]), load_device("a100-sxm4-40gb"), StepCache()
+        sharded = msgspec.structs.replace(PENALISED, num_gpus=8, sharding="zero2")
+        peaks = []
+        for cap in (25 * MIB, 20_000):
+            options = change(Options(), {"sharding": "zero2", "bucket_bytes": cap})
+            buckets = ddp_buckets(network, first_bucket_bytes=min(cap, MIB), bucket_bytes=cap)
+            peaks.append(project(trace, cluster(), 8, options, cache=cache).epochs[0].peak_memory_bytes)
+            assert peaks[-1] == iteration_memory(network, sharded, device=a100, buckets=buckets).peak_bytes
+        assert peaks[0] - peaks[1] > 4 * network.num_parameters / 2
+        asked: list[object] = []
+
+        def most(network: Network, setting: StepSetting, **given: Any) -> int:
+            asked.append(given["buckets"])
+            return 32  # less than the recorded 64
+
+        def need(network: Network, setting: StepSetting, **given: Any) -> MemoryNeed:
+            asked.append(given["buckets"])
+            return iteration_memory(network, setting, **given)
+
+        monkeypatch.setattr("ptsim.sim.planning.largest_batch", most)
+        monkeypatch.setattr("ptsim.sim.planning.iteration_memory", need)
+        plan_run(Scenario(trace, cluster(), 8, change(options, {"minibatch": "planned"})))
+        assert asked[:2] == [buckets, buckets]
 
 
 class TestMarkedResults:
