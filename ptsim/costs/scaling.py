@@ -48,9 +48,14 @@ def load_scaling() -> Scaling:
     return msgspec.toml.decode(resources.files("ptsim.costs").joinpath("scaling.toml").read_bytes(), type=Scaling)
 
 
-def hook_seconds(cluster: Cluster, num_gpus: int) -> float:
+def tensor_seconds(num_gpus: int, *, on_gpus: bool) -> float:
     """Seconds of every gradient tensor; 0 on one GPU, and on CPUs, whose hooks are part of what is calibrated."""
-    return load_scaling().tensor_s if _scales(cluster, num_gpus) else 0.0
+    return load_scaling().tensor_s if on_gpus and num_gpus > 1 else 0.0
+
+
+def hook_seconds(cluster: Cluster, num_gpus: int) -> float:
+    """`tensor_seconds` on a cluster."""
+    return tensor_seconds(num_gpus, on_gpus=cluster.library == "nccl")
 
 
 def contention_of(cluster: Cluster, num_gpus: int) -> float:

@@ -4,7 +4,8 @@ A step of data-parallel training is forward and backward of every layer with the
 DDP bucket as soon as its gradients are there (in a compiled step: at its end), and the optimizer. Where the update is
 sharded, buckets are reduce-scattered, and the updated parameters gathered at the end. Operators carry their FLOPs and
 bytes, for a simulator with a roofline, and their measured durations where the trace has a profile, for one that
-replays: the profile's layers are scaled to its whole step, which was measured without per-layer timers.
+replays: the profile's layers are scaled to its whole step, which was measured without per-layer timers. On several GPUs
+the hooks of gradients come on top, by the same fit as in `ptsim simulate`.
 
 What moves no byte (a view, a layer that pruning has removed) is no node: ASTRA-sim's roofline skips a node whose
 tensor_size is 0 together with all that waits for it, so that the step would never end. Nodes wait for what was in front
@@ -20,6 +21,7 @@ beyond the end of a list; a longer one than the network is taken by all.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -30,6 +32,7 @@ import msgspec
 from ptsim.costs.buckets import Bucket, ddp_buckets
 from ptsim.costs.flops import layer_macs
 from ptsim.costs.measured import find_profile, step_of_profile
+from ptsim.costs.scaling import tensor_seconds
 from ptsim.costs.times import StepTime
 from ptsim.costs.traffic import network_traffic, update_traffic
 from ptsim.criteria import step_penalty
@@ -81,6 +84,7 @@ def step_nodes(
     *,
     step: StepTime | None = None,
     overlap: bool = True,
+    tensor_s: float = 0.0,
 ) -> tuple[Node, ...]:
     """The nodes of one step, in execution order; ids count from 0. Gradients are reduced in fp32.
 
@@ -93,8 +97,10 @@ def step_nodes(
         setting: how the step is run, with the number of ranks.
         step: where the durations come from, of however many passes; None leaves them 0.
         overlap: False where the step is compiled: no gradient is there before its end.
+        tensor_s: seconds of every gradient tensor's hook (`costs.scaling.tensor_seconds`), which the layer that
+            completes its bucket takes longer, as in `sim.ddp`; without a step none.
     """
-    builder = _StepBuilder(network, setting, step)
+    builder = _StepBuilder(network, setting, step, tensor_s)
     if setting.passes > 1:
         builder.passes("earlier ", setting.passes - 1)
     builder.passes("", 1, ddp_buckets(network) if setting.data_parallel else (), overlap=overlap)
@@ -105,7 +111,7 @@ def step_nodes(
 class _StepBuilder:
     """The nodes of a step under way; the parts of a step are added in execution order."""
 
-    def __init__(self, network: Network, setting: StepSetting, step: StepTime | None) -> None:
+    def __init__(self, network: Network, setting: StepSetting, step: StepTime | None, tensor_s: float) -> None:
         self.network, self.setting = network, setting
         self.batch, self.step = setting.pass_batch, None if step is None else step.accumulated(1)
         names = (layer.name for layer in network.layers)
@@ -114,6 +120,7 @@ class _StepBuilder:
         self._clock = _MicrosecondClock()
         self._carried_s = 0.0  # measured time of what is no node
         self._measured = {} if self.step is None else {layer.layer: layer for layer in self.step.layers}
+        self._tensor_s = 0.0 if self.step is None else tensor_s
         self._reduced: list[int] = []
         self._done: set[int] = set()  # the backward nodes of the passes so far
         self._prefix, self._times = "", 1
@@ -165,6 +172,9 @@ class _StepBuilder:
         waiting = [
             (bucket, {of_parameter[name] for name in bucket.parameters} if overlap else every) for bucket in buckets
         ]
+        hooks_s: defaultdict[str, float] = defaultdict(float)
+        for bucket in buckets:
+            hooks_s[bucket.ready_layer] += self._tensor_s * len(bucket.parameters)
         done: dict[str, set[int]] = {}
         for layer in reversed(self.network.layers):
             after = [done[name] for name in consumers.get(layer.name, ())] or [self._loss]
@@ -172,6 +182,7 @@ class _StepBuilder:
             traffic = self._traffic[layer.name]
             macs = layer.repeats(self.batch) * layer_macs(layer, "exact").backward
             seconds = self._measured[layer.name].backward_s if layer.name in self._measured else 0.0
+            seconds += hooks_s[layer.name]
             done[layer.name] = self._add(f"{layer.name}.backward", deps, seconds, macs, traffic.backward_bytes)
             while waiting and waiting[0][1] <= done.keys():
                 bucket, layers = waiting.pop(0)
@@ -304,15 +315,17 @@ def _step_content(trace: Trace, epoch: Epoch, ranks: int, sharding: Sharding) ->
     profile, step = find_profile(network, trace.profiles, setting.one_pass), None
     if profile is not None:
         step = step_of_profile(network, profile, regularizer=epoch.regularized)
+    tensor_s = tensor_seconds(ranks, on_gpus=trace.run.device.kind == "cuda")
+    hooks = ", hooks of gradients fitted" if tensor_s else ""
     return encode_trace(
-        step_nodes(network, setting, step=step, overlap=not trace.compiled),
+        step_nodes(network, setting, step=step, overlap=not trace.compiled, tensor_s=tensor_s),
         {
             "schema": f"Chakra v{SCHEMA}",
             "model": trace.run.model,
             "origin": trace.run.origin,
             "architecture": epoch.architecture,
             "batch_per_gpu": str(epoch.batch_per_gpu),
-            "durations": f"measured on {profile.device}" if profile else "none",
+            "durations": f"measured on {profile.device}{hooks}" if profile else "none",
         },
     )
 

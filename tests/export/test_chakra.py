@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from ptsim.costs.scaling import load_scaling
 from ptsim.costs.times import LayerTime, StepTime
 from ptsim.criteria import group_lasso_work
 from ptsim.errors import UsageError
@@ -15,7 +16,7 @@ from ptsim.export.chakra import step_nodes, write_chakra
 from ptsim.network import Network, Precision
 from ptsim.setting import StepSetting
 from ptsim.trace.io import read_trace
-from tests.traces import NetworkBuilder, dense_trace, shrinking_trace
+from tests.traces import A100, CPU, NetworkBuilder, dense_trace, shrinking_trace
 
 Field = descriptor_pb2.FieldDescriptorProto
 # AttributeProto's oneof: for every scalar type a value and a list of it, numbered from 3 in this order.
@@ -238,12 +239,26 @@ def test_every_node_waits_only_for_earlier_ones_and_the_optimizer_for_all_of_the
     assert before == set(range(len(nodes)))
 
 
-def test_durations_add_up_to_the_recorded_step(exported: tuple[Any, Path, list[Path]]) -> None:
+def test_durations_add_up_to_the_recorded_step_and_the_hooks_of_its_gradients(
+    exported: tuple[Any, Path, list[Path]],
+) -> None:
+    """47 tensors: 15 convolutions, 15 BatchNorms of two each, and the linear layer's two."""
     trace, _, files = exported
-    _, nodes = decode(files[0])
+    metadata, nodes = decode(files[0])
     profile = trace.profiles[0]
     assert profile.step_s > profile.forward_s + profile.backward_s + profile.optimizer_s + profile.regularizer_s
-    assert sum(node.duration_micros for node in nodes) == pytest.approx(profile.step_s * 1e6, abs=1)
+    hooks_s = 47 * load_scaling().tensor_s
+    assert sum(node.duration_micros for node in nodes) == pytest.approx((profile.step_s + hooks_s) * 1e6, abs=1)
+    assert attributes(metadata)["durations"].endswith("hooks of gradients fitted")
+
+
+def test_on_processors_and_on_one_gpu_no_hooks_come_on_top(tmp_path: Path) -> None:
+    for name, gpus in ((CPU, 4), (A100, 1)):
+        trace = read_trace(dense_trace(tmp_path / f"{gpus}.jsonl", epochs=1, device=name))
+        metadata, nodes = decode(write_chakra(trace, tmp_path / name.split()[0], num_gpus=gpus)[0])
+        took_s = trace.profiles[0].step_s - trace.profiles[0].regularizer_s
+        assert sum(node.duration_micros for node in nodes) == pytest.approx(took_s * 1e6, abs=1)
+        assert attributes(metadata)["durations"] == f"measured on {name}"
 
 
 def test_layers_that_were_timed_one_by_one_are_scaled_to_the_step(tmp_path: Path) -> None:
@@ -392,10 +407,10 @@ def test_epochs_of_other_passes_are_another_step(tmp_path: Path) -> None:
     assert len(two) == 2 * len(one) - 1  # both passes, and one optimizer
 
 
-def two_buckets() -> Network:
+def two_buckets(classes: int = 9000) -> Network:
     """The layers of `test_a_chain_by_hand` with 9,000 classes: the linear layer's 1.2 MB are a bucket of their own."""
-    net = NetworkBuilder("chain", (3, 4, 4), 9000)
-    net.linear("fc", net.flatten("flat", net.relu("relu", net.conv("conv", None, 2))), 9000)
+    net = NetworkBuilder("chain", (3, 4, 4), classes)
+    net.linear("fc", net.flatten("flat", net.relu("relu", net.conv("conv", None, 2))), classes)
     network = net.build()
     layers = tuple(msgspec.structs.replace(layer, view=layer.name == "flat") for layer in network.layers)
     return msgspec.structs.replace(network, layers=layers)
@@ -422,6 +437,31 @@ def test_an_all_reduce_starts_in_the_backward_pass_unless_the_step_is_compiled(
 ) -> None:
     nodes = step_nodes(two_buckets(), StepSetting(batch=8, num_gpus=2), overlap=overlap)
     assert [(node.name, node.data_deps, node.comm_bytes) for node in nodes[4:]] == after_the_loss
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(("classes", "fc", "conv"), [(9000, 2, 1), (2, 0, 3), (300_000, 2, 1)])
+def test_a_hook_of_every_gradient_runs_in_the_last_pass_before_the_layer_that_completes_its_bucket(
+    classes: int, fc: int, conv: int, overlap: bool
+) -> None:
+    """Gradients come as fc.bias, fc.weight, conv.weight; of 300,000 classes the bias alone fills the first bucket."""
+    network = two_buckets(classes)
+    took = tuple(
+        LayerTime(layer=name, kind=network.layer(name).kind, forward_s=1e-6, backward_s=2e-6, tier="measured")
+        for name in ("conv", "relu", "fc")
+    )
+    step = StepTime(
+        layers=took, optimizer_s=5e-6, regularizer_s=0.0, overhead_s=0.0, low_s=0.0, high_s=0.0, tier="measured"
+    )
+    setting = StepSetting(batch=16, passes=2, num_gpus=2)
+    nodes = step_nodes(network, setting, step=step, overlap=overlap, tensor_s=50e-6)
+    micros = {node.name: node.duration_micros for node in nodes if "backward" in node.name}
+    assert micros == {
+        "earlier fc.backward": 2, "earlier relu.backward": 2, "earlier conv.backward": 2,
+        "fc.backward": 2 + 50 * fc, "relu.backward": 2, "conv.backward": 2 + 50 * conv,
+    }  # fmt: skip
+    plain = step_nodes(network, setting, overlap=overlap, tensor_s=50e-6)
+    assert not any(node.duration_micros for node in plain)  # where nothing was measured
 
 
 def test_a_compiled_run_has_its_all_reduces_at_the_end_of_the_step(tmp_path: Path) -> None:
