@@ -66,7 +66,9 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         name: unique in the network; the module path, or the graph node's name for a functional call.
         op: the operator's own name in lower case ("conv2d", "relu", "silu", "max_pool2d").
         in_channels, out_channels: channel counts (features for a linear layer).
-        kernel_size, stride, padding, dilation: (height, width); what three axes have for the depth is not named.
+        kernel_size, stride, padding, dilation: (height, width).
+        depth: the same four of the axis in front of these, where there are three; None where there is none, where a
+            kernel has no size, and in what older ptsim wrote.
         input_shapes: one shape per tensor input, each without the mini-batch axis.
         output_shape: without the mini-batch axis.
         num_parameters: trainable parameters owned by this layer, to which a gradient comes.
@@ -99,6 +101,7 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     stride: tuple[Step, Step] = (1, 1)
     padding: tuple[Extent, Extent] = (0, 0)
     dilation: tuple[Step, Step] = (1, 1)
+    depth: tuple[Step, Step, Extent, Step] | None = None
     groups: Step = 1
     bias: bool = False
     num_parameters: Amount = 0

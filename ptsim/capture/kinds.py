@@ -77,7 +77,9 @@ def geometry(
     }
     if node.op == "call_module":
         module = graph.get_submodule(str(node.target))
-        return channels | _module_geometry(module)
+        kernel, stride = getattr(module, "kernel_size", None), getattr(module, "stride", None)
+        depth = _depth(op, kernel, stride, getattr(module, "padding", 0), getattr(module, "dilation", 1))
+        return channels | _module_geometry(module) | depth
     if op.startswith("conv") and len(step.arguments) + len(step.keywords) > 1:
         names = _TRANSPOSED_ARGUMENTS if is_transposed(op) else _CONV_ARGUMENTS
         given = dict(zip(names, step.arguments, strict=False)) | step.keywords
@@ -94,6 +96,7 @@ def geometry(
             "dilation": dilation,
             "groups": groups,
             "bias": given.get("bias") is not None,
+            **_depth(op, weight[2:], given.get("stride", 1), given.get("padding", 0), given.get("dilation", 1)),
         }
     if op == BILINEAR:
         return {"in_channels": inputs[0][-1], "out_channels": output[-1]}
@@ -110,6 +113,7 @@ def geometry(
             "kernel_size": kernel,
             "stride": kernel if stride in (None, []) else _pair(stride),
             "padding": _padding(given.get("padding", 0), kernel, (1, 1)),
+            **_depth(op, given["kernel_size"], stride, given.get("padding", 0), given.get("dilation", 1)),
         }
     return channels
 
@@ -163,6 +167,21 @@ def _pair(value: Any) -> tuple[int, int]:
         return value, value
     numbers = tuple(value)
     return (1, numbers[0]) if len(numbers) == 1 else numbers[-2:]
+
+
+def _depth(op: str, kernel: Any, stride: Any, padding: Any, dilation: Any) -> dict[str, Any]:
+    """Kernel, stride, padding and dilation of the first of three axes, as `Layer` has them; nothing of fewer axes."""
+    if not op.endswith("3d") or kernel is None:
+        return {}
+    size, step, spread = (
+        value if isinstance(value, int) else value[0]
+        for value in (kernel, kernel if stride in (None, []) else stride, dilation)
+    )
+    if isinstance(padding, str):
+        around = _padding(padding, (size, size), (spread, spread))[0]
+    else:
+        around = padding if isinstance(padding, int) else padding[0]
+    return {"depth": (size, step, around, spread)}
 
 
 def _padding(value: Any, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:

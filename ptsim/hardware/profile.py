@@ -26,7 +26,10 @@ class OperatorSetting(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 class OperatorShape(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operator computes, by what `Layer` says without names and counts."""
+    """What an operator computes, by what `Layer` says without names and counts.
+
+    The depth of a convolution's kernel is in its height too: no older file names it by itself.
+    """
 
     op: str
     kind: LayerKind
@@ -37,6 +40,7 @@ class OperatorShape(msgspec.Struct, frozen=True, kw_only=True):
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    depth: tuple[int, int, int, int] | None = None
     groups: int = 1
     bias: bool = False
     inplace: bool = False
@@ -66,6 +70,7 @@ def operator_of(layer: Layer, *, batch: int, setting: OperatorSetting) -> Operat
         stride=layer.stride,
         padding=layer.padding,
         dilation=layer.dilation,
+        depth=layer.depth,
         groups=layer.groups,
         bias=layer.bias,
         inplace=layer.inplace,

@@ -1,6 +1,6 @@
 """How a device profile is written: TOML, one operator a line, every quantity with its unit; people read and cut it.
 
-ptsim_device_profile = 1           # 2 where a step has a momentum or a proximal penalty
+ptsim_device_profile = 1           # 2 where a step has a momentum or a proximal penalty, 3 where an operator has depth
 created = "2026-11-22T13:00:00Z"
 complete = true                    # false while measuring, and after an interruption: it can be resumed
 
@@ -48,7 +48,7 @@ from ptsim.network import LayerKind
 from ptsim.textfile import convert_toml, read_toml, write_whole
 from ptsim.units import Bytes, BytesPerSecond, Hertz, Seconds, Watts, read_quantity
 
-PROFILE_VERSION = 2  # 2: `_Step.momentum` and `proximal`
+PROFILE_VERSION = 3  # 2: `_Step.momentum` and `proximal`; 3: `_Row.depth`
 
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=300)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MOST_COUNTED)]
@@ -89,6 +89,7 @@ class _Row(_Form, frozen=True, kw_only=True):
     stride: tuple[Count, Count] = (1, 1)
     padding: tuple[NotNegative, NotNegative] = (0, 0)
     dilation: tuple[Count, Count] = (1, 1)
+    depth: tuple[Count, Count, NotNegative, Count] | None = None
     groups: Count = 1
     bias: bool = False
     inplace: bool = False
@@ -280,9 +281,11 @@ def _known(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(profile: DeviceProfile) -> str:
-    newer = any(step.momentum is not None or step.proximal for step in profile.steps)
+    version = 2 if any(step.momentum is not None or step.proximal for step in profile.steps) else 1
+    if any(time.operator.depth is not None for time in profile.operators):
+        version = 3
     head = {
-        "ptsim_device_profile": PROFILE_VERSION if newer else 1,  # what an older ptsim can read, it shall read
+        "ptsim_device_profile": version,  # what an older ptsim can read, it shall read
         "created": profile.created,
         "complete": profile.complete,
         "sources": list(profile.sources),

@@ -232,6 +232,37 @@ def test_the_windows_of_a_pool_are_told_whatever_else_it_is_given(
     assert [(layer.kernel_size, layer.stride) for layer in network.layers if layer.op == op] == [((3, 3), stride)]
 
 
+class HollowConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 1, 3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.conv3d(x, self.weight, None, 1, (2, 0, 0), (2, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("made", "op", "depth"),
+    [
+        (nn.Conv3d(1, 2, (3, 1, 1), (2, 1, 1), (1, 0, 0)), "conv3d", (3, 2, 1, 1)),
+        (nn.Conv3d(1, 2, (5, 1, 1), padding="same", dilation=(2, 1, 1)), "conv3d", (5, 1, 4, 2)),
+        (HollowConvolution(), "conv3d", (3, 1, 2, 2)),
+        (nn.MaxPool3d((2, 1, 1)), "max_pool3d", (2, 2, 0, 1)),
+        (nn.AvgPool3d(3, (1, 2, 2), (1, 0, 0)), "avg_pool3d", (3, 1, 1, 1)),
+    ],
+)
+def test_what_three_axes_have_for_the_first_of_them_is_told(
+    made: nn.Module, op: str, depth: tuple[int, int, int, int]
+) -> None:
+    channels = 2 if op == "conv3d" else 1
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.Unflatten(1, (1, 3)), made, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(channels, 2)
+    )
+    network = capture_network(model, name="v", input_shape=(3, 9, 9), num_classes=2)
+    assert [layer.depth for layer in network.layers if layer.op == op] == [depth]
+    assert {layer.depth for layer in network.layers if layer.op != op} == {None}
+
+
 @fx.wrap
 def refused_by_jit(x: torch.Tensor) -> torch.Tensor:
     if torch.jit.is_tracing():

@@ -166,8 +166,8 @@ def test_foreign_missing_and_newer_files_are_refused(file, tmp_path):
     other.write_text('name = "a100"\nmemory = "40 GiB"\n')
     with pytest.raises(FileFormatError, match="not a device profile"):
         read_device_profile(other)
-    with pytest.raises(NewerVersionError, match="version 3 is newer than the 2"):
-        read_device_profile(broken(file, "ptsim_device_profile = 1", "ptsim_device_profile = 3"))
+    with pytest.raises(NewerVersionError, match="version 4 is newer than the 3"):
+        read_device_profile(broken(file, "ptsim_device_profile = 1", "ptsim_device_profile = 4"))
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FileFormatError, match="is not TOML"):
         read_device_profile(tmp_path / "binary.toml")
@@ -198,6 +198,35 @@ def test_a_filter_of_another_depth_is_another_operators(op, kind, image, taps, k
         input_shapes=((2, *image),), output_shape=(3, *image), forward_macs=2 * 3 * taps * math.prod(image),
     )  # fmt: skip
     assert operator_of(layer, batch=1, setting=FP32).kernel == kernel
+
+
+@pytest.mark.parametrize(
+    ("op", "kind", "one", "other"),
+    [
+        ("max_pool3d", LayerKind.POOL, (1, 1, 0, 1), (3, 1, 1, 1)),  # of as many images of the row before as after
+        ("conv3d", LayerKind.CONV, (3, 1, 1, 1), (3, 1, 2, 2)),  # with a hole between its images
+        ("conv3d", LayerKind.CONV, (3, 1, 1, 1), None),  # an older ptsim did not say
+    ],
+)
+def test_operators_of_equal_shapes_that_differ_in_depth_share_no_time(op, kind, one, other, tmp_path):
+    """A file that names a depth says so in its version."""
+    operators = [
+        operator_of(
+            Layer(
+                name="c", kind=kind, op=op, in_channels=2, out_channels=2, kernel_size=(3, 3), padding=(1, 1),
+                input_shapes=((2, 4, 8, 8),), output_shape=(2, 4, 8, 8), forward_macs=4 * 27 * 256, depth=depth,
+            ),
+            batch=1, setting=FP32,
+        )
+        for depth in (one, other)
+    ]  # fmt: skip
+    times = [
+        OperatorTime(operator=o, forward_s=s, backward_s=None) for o, s in zip(operators, (1e-3, 2e-3), strict=True)
+    ]
+    assert merge_operators(times[:1], times[1:]) == tuple(times)
+    write_device_profile(tmp_path / "p.toml", msgspec.structs.replace(PROFILE, operators=tuple(times)))
+    assert (tmp_path / "p.toml").read_text().startswith("ptsim_device_profile = 3\n")
+    assert [time.operator for time in read_device_profile(tmp_path / "p.toml").operators] == operators
 
 
 def test_what_is_folded_into_the_mini_batch_is_the_operators_own():
