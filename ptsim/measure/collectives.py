@@ -31,6 +31,7 @@ _CARRIED = {  # field of a cluster → its key in a file
 }
 _ONE_SETTING = 1.5  # by which runs with the same settings differ at most
 FEWEST = 3  # iterations of a size, however slow the network is
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def tables_from_logs(logs: Sequence[NcclLog]) -> list[AllReduceTable]:
@@ -109,7 +110,7 @@ def measure_table(
     on_gpu = "nccl" in dist.get_backend()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     hosts: list[str | None] = [None] * ranks
-    dist.all_gather_object(hosts, os.environ.get("PTSIM_NODE_NAME", socket.gethostname()))
+    dist.all_gather_object(hosts, node_name())
     layout = (ranks, len(set(hosts)))
     found = _left_by(known, layout)
     source = f"measured with torch.distributed {dist.get_backend()}, torch {torch.__version__}"
@@ -128,6 +129,22 @@ def measure_table(
         if keep is not None and dist.get_rank() == 0:
             keep(_table_so_far(sizes, found, layout, source))
     return _table_so_far(sizes, found, layout, source)
+
+
+def node_name(boot: Path = _BOOT) -> str:
+    """What tells the node of this process from others: PTSIM_NODE_NAME, or the host's name and its last start.
+
+    Nodes made from one image, or containers, may all have the same name. `boot` is where Linux says which start it was.
+
+    Source: NCCL, src/misc/utils.cc, `getHostHash`.
+    """
+    given = os.environ.get("PTSIM_NODE_NAME")
+    if given is not None:
+        return given
+    try:
+        return f"{socket.gethostname()} {boot.read_text().strip()}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _table_so_far(

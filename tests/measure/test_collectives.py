@@ -21,7 +21,7 @@ from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.forms import write_cluster
 from ptsim.hardware.nccl_log import read_nccl_log
 from ptsim.hardware.spec import AllReduceTable, LinkKind
-from ptsim.measure.collectives import calibrated_cluster, measure_table, tables_from_logs
+from ptsim.measure.collectives import calibrated_cluster, measure_table, node_name, tables_from_logs
 
 SIZES = tuple(2**k for k in range(10, 28))
 
@@ -209,3 +209,16 @@ def test_live_gloo_processes_are_measured_and_go_on(tmp_path: Path) -> None:
     (more,) = load_cluster(tmp_path / "more.toml").tables
     assert (more.num_gpus, more.size_bytes[-1]) == (2, 65536)
     assert more.seconds[:3] == first.tables[0].seconds
+
+
+def test_nodes_of_one_name_are_told_apart_by_their_last_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PTSIM_NODE_NAME", raising=False)
+    monkeypatch.setattr("socket.gethostname", lambda: "localhost")
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"start of {name}\n")
+    names = [node_name(tmp_path / boot) for boot in ("a", "b", "a", "none")]
+    assert names == ["localhost start of a", "localhost start of b", "localhost start of a", "localhost"]
+    monkeypatch.setattr("socket.gethostname", lambda: "other")  # containers of one machine, as NCCL takes them
+    assert node_name(tmp_path / "a") != names[0]
+    monkeypatch.setenv("PTSIM_NODE_NAME", "mine")
+    assert node_name(tmp_path / "a") == "mine"
