@@ -50,6 +50,8 @@ PLACES = {
     "one GPU a process": ("alpha 0 0000:1b:00", "alpha 0 0000:43:00", "alpha 0 0000:5b:00", "alpha 0 0000:6b:00", 1),
     "one GPU a process, of one name": ("n 0 0000:1b:00", "n 0 0000:43:00", "n 0 0000:1b:00", "n 0 0000:43:00", None),
     "one GPU a process, buses without domain": ("alpha 0 0x00", "alpha 0 0x00", "beta 0 0x00", "beta 0 0x00", 2),
+    "one GPU a node, of one name": ("node 0 0x27", "node 0 0x27", "node 0 0x27", "node 0 0x27", None),
+    "one GPU a process, buses of their own": ("alpha 0 0x27", "alpha 0 0x2a", "alpha 0 0x51", "alpha 0 0x57", 1),
 }
 
 

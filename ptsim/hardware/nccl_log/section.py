@@ -291,12 +291,14 @@ def _names_tell(section: Section) -> bool:
     """Whether each host name is that of one node: no GPU of it is listed twice.
 
     Processes that see a GPU of their own each call it device 0, and a bus number without its domain may be that of
-    several GPUs; together with another device number or a domain they tell.
+    several GPUs; together with another device number or a domain they tell. Where neither is there, several names are
+    taken for those of as many nodes, and one name says nothing: all nodes may bear it.
     """
     places = section.places.values()
-    if not any(number != "0" or ":" in bus for _, number, bus in places):
+    if len(set(places)) == len(places):
         return True
-    return len(set(places)) == len(places)
+    told = any(number != "0" or ":" in bus for _, number, bus in places)
+    return not told and len({host for host, _, _ in places}) > 1
 
 
 def _launched_nodes(section: Section, num_gpus: int) -> int | None:
