@@ -55,6 +55,26 @@ class CollectiveAlgorithm(msgspec.Struct, frozen=True, kw_only=True):
     schedule: str = ""
 
 
+def fullest_node(cluster: Cluster, gpus: int, nodes: int) -> int:
+    """GPUs of the node that has most of them: nodes are filled one after the other; where more are in use, evenly."""
+    filled = -(-gpus // cluster.gpus_per_node)
+    return min(gpus, cluster.gpus_per_node) if nodes == filled else -(-gpus // nodes)
+
+
+def reachable_nics(cluster: Cluster, gpus: int, nodes: int) -> float:
+    """Which part of a node's NICs the all-reduce can use: those of the GPUs of the node that has fewest.
+
+    Every GPU sends over a NIC of its own or one that it shares (`sim.topology.Fabric.rail_of`). Where nodes are filled
+    one after the other, the last one may have few.
+    """
+    per_node = cluster.gpus_per_node
+    last = gpus - (nodes - 1) * per_node
+    if not 0 < last <= per_node:  # not so filled
+        return 1.0
+    rails = min(cluster.nics_per_node, per_node)
+    return ((last - 1) * rails // per_node + 1) / rails
+
+
 def _ring(cluster: Cluster, gpus: int, nodes: int) -> MessageWork:
     """2(p-1) hops, 2(N-1) of them between nodes; 2(p-1)/p of the message over every link."""
     volume = 2 * (gpus - 1) / gpus
@@ -68,7 +88,7 @@ def _tree(cluster: Cluster, gpus: int, nodes: int) -> MessageWork:
     ABCI and Polaris over InfiniBand, Slingshot, GPUDirect-TCPX with 4 NICs for 8 GPUs and sockets run large messages at
     the ring's rate.
     """
-    per_node = -(-gpus // nodes)
+    per_node = fullest_node(cluster, gpus, nodes)
     chain = 0.0 if per_node == 1 else (1.0 if per_node == 2 else 2.0)
     paired = cluster.inter is not None and cluster.inter.kind is LinkKind.EFA
     between = 0.0 if nodes == 1 else (1.0 if nodes == 2 and (paired or cluster.nics_per_node >= per_node) else 2.0)
@@ -77,7 +97,7 @@ def _tree(cluster: Cluster, gpus: int, nodes: int) -> MessageWork:
 
 def _hierarchical(cluster: Cluster, gpus: int, nodes: int) -> MessageWork:
     """Reduce-scatter inside the nodes, rings of the shards between them, all-gather inside."""
-    per_node = -(-gpus // nodes)
+    per_node = fullest_node(cluster, gpus, nodes)
     return MessageWork(2.0 * (per_node - 1), 2.0 * (nodes - 1), 2 * (per_node - 1) / per_node, 2 * (nodes - 1) / nodes)
 
 

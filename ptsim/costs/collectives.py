@@ -152,7 +152,7 @@ def all_reduce(message_bytes: float, cluster: Cluster, num_gpus: int, *, algorit
         fit = nccl.default_fit()
         sigma, tier = fit.small_residual if message_bytes < _SMALL_BYTES else fit.residual, Tier.DATASHEET
         if table is not None:
-            there, _ = _topology(message_bytes, cluster, table.num_gpus, table.num_nodes, algorithm)
+            there = _of_links(table, cluster, message_bytes, algorithm)
             measured = _of_table(table, cluster, message_bytes)
             seconds = seconds * (measured / there) if there else measured  # no bytes, and links without latency
             sigma = math.hypot(sigma, table_sigma(table, message_bytes))
@@ -211,11 +211,16 @@ def _of_table(table: AllReduceTable, cluster: Cluster, message_bytes: float) -> 
     link = cluster.inter if table.num_nodes > 1 else cluster.intra
     if nearest == message_bytes or link is None or link.kind is LinkKind.MEASURED:
         return seconds
-    here, _ = _topology(message_bytes, cluster, table.num_gpus, table.num_nodes, "auto")
-    there, _ = _topology(nearest, cluster, table.num_gpus, table.num_nodes, "auto")
+    here, there = (_of_links(table, cluster, size, AUTO) for size in (message_bytes, nearest))
     away = abs(math.log2(max(message_bytes, 1.0) / nearest))
     share = 2.0 ** (-away / _HALF_WEIGHT)
     return float(seconds**share * (table_seconds(table, nearest) * here / there) ** (1 - share))
+
+
+def _of_links(table: AllReduceTable, cluster: Cluster, message_bytes: float, algorithm: str) -> float:
+    """What the links tell of the table's layout, in which every node has as many of its GPUs."""
+    even = msgspec.structs.replace(cluster, gpus_per_node=-(-table.num_gpus // table.num_nodes))
+    return _topology(message_bytes, even, table.num_gpus, table.num_nodes, algorithm)[0]
 
 
 def _topology(

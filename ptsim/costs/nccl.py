@@ -15,7 +15,14 @@ from typing import Literal
 
 import msgspec
 
-from ptsim.costs.algorithms import AUTO, CollectiveAlgorithm, all_algorithms, find_algorithm
+from ptsim.costs.algorithms import (
+    AUTO,
+    CollectiveAlgorithm,
+    all_algorithms,
+    find_algorithm,
+    fullest_node,
+    reachable_nics,
+)
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import Cluster, Link, LinkKind
 
@@ -108,9 +115,8 @@ def lines(cluster: Cluster, num_gpus: int, num_nodes: int, fit: NcclFit | None =
     if fit is not None:
         return _lines(cluster, num_gpus, num_nodes, fit, _of_library(cluster.library))
     links = (cluster.intra, cluster.inter, cluster.nvswitch, cluster.reduces_in_switch, cluster.library)
-    return _default_lines(
-        *links, cluster.nics_per_node, cluster.oversubscription, num_gpus, num_nodes, _of_library(cluster.library)
-    )
+    node = (cluster.nics_per_node, cluster.oversubscription, cluster.gpus_per_node)
+    return _default_lines(*links, *node, num_gpus, num_nodes, _of_library(cluster.library))
 
 
 @functools.lru_cache(maxsize=4096)  # a sweep asks for the same few clusters again and again: 26 times faster
@@ -122,6 +128,7 @@ def _default_lines(
     library: Literal["nccl", "gloo"],
     nics_per_node: int,
     oversubscription: float,
+    gpus_per_node: int,
     num_gpus: int,
     num_nodes: int,
     algorithms: tuple[CollectiveAlgorithm, ...],
@@ -129,7 +136,7 @@ def _default_lines(
     cluster = Cluster(
         name="",
         device=None,
-        gpus_per_node=-(-num_gpus // num_nodes),
+        gpus_per_node=gpus_per_node,
         intra=intra,
         inter=inter,
         nvswitch=nvswitch,
@@ -148,7 +155,8 @@ def _of_library(library: str) -> tuple[CollectiveAlgorithm, ...]:
 def _lines(
     cluster: Cluster, num_gpus: int, num_nodes: int, fit: NcclFit, algorithms: tuple[CollectiveAlgorithm, ...]
 ) -> tuple[Line, ...]:
-    per_node = -(-num_gpus // num_nodes)
+    per_node = fullest_node(cluster, num_gpus, num_nodes)
+    nics = reachable_nics(cluster, num_gpus, num_nodes)
     as_measured = {link.kind for link in (cluster.intra, cluster.inter) if link} == {LinkKind.MEASURED}
     found = []
     for protocol in PROTOCOLS:
@@ -168,7 +176,7 @@ def _lines(
             if num_nodes > 1 and cluster.inter is not None:
                 inter = _effective(cluster.inter, protocol, ring, num_nodes, cluster.nics_per_node, True, fit)
                 latency += hops_inter * inter[0]
-                inter_s = volume_inter * cluster.oversubscription / inter[1]
+                inter_s = volume_inter * cluster.oversubscription / (nics * inter[1])
             total = intra_s + inter_s if algorithm.levels_in_turn else max(intra_s, inter_s)
             if not algorithm.levels_in_turn and total and not as_measured:
                 total *= (1 + (min(intra_s, inter_s) / total) ** fit.join) ** (1 / fit.join)
@@ -203,7 +211,7 @@ def effective_cluster(cluster: Cluster, num_gpus: int, num_nodes: int, line: Lin
     """
     fit = default_fit()
     ring = int(not find_algorithm(line.algorithm).like_a_tree)
-    per_node = -(-num_gpus // num_nodes)
+    per_node = fullest_node(cluster, num_gpus, num_nodes)
 
     def seen(link: Link, peers: int, nics: int, switched: bool) -> Link:
         latency, bandwidth = _effective(link, line.protocol, ring, peers, nics, switched, fit)

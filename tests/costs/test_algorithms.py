@@ -111,6 +111,13 @@ def test_without_a_schedule_it_cannot_be_simulated_link_by_link() -> None:
         ("hierarchical", 15, 2, 1, MessageWork(14, 2, 14 / 8, 1)),
         ("hierarchical", 32, 4, 1, MessageWork(14, 6, 14 / 8, 6 / 4)),
         ("hierarchical", 8, 1, 1, MessageWork(14, 0, 14 / 8, 0)),
+        # Nodes are filled one after the other: eight and one, not five and four. Three nodes for nine have three each.
+        ("ring", 9, 2, 1, MessageWork(14, 2, 16 / 9, 16 / 9)),
+        ("tree", 9, 2, 7, MessageWork(14, 2, 2, 2)),
+        ("tree", 9, 2, 8, MessageWork(14, 2, 2, 1)),
+        ("hierarchical", 9, 2, 1, MessageWork(14, 2, 14 / 8, 1)),
+        ("tree", 9, 3, 2, MessageWork(4, 2 * math.log2(3), 2, 2)),
+        ("hierarchical", 17, 3, 1, MessageWork(14, 4, 14 / 8, 4 / 3)),
     ],
 )
 def test_hops_and_messages_of_an_all_reduce_are_those_counted_by_hand(

@@ -284,6 +284,28 @@ def test_beyond_a_table_its_line_and_the_topology_share_the_say(kinds: tuple[str
         assert all_reduce(size, cluster, 4 * nodes).seconds == pytest.approx(expected)
 
 
+def test_a_table_is_of_nodes_that_were_equally_full() -> None:
+    """Six GPUs, three on each of two nodes of four without a switch: links to two peers, a third less than to three.
+
+    Measured was twice what they tell. Eight GPUs use all links.
+    """
+    nvlink = Link(name="i", bandwidth_bytes_per_s=100e9, kind=LinkKind.NVLINK)
+    between = Link(name="o", bandwidth_bytes_per_s=1e12, kind=LinkKind.INFINIBAND)
+    bare = Cluster(name="c", device=None, gpus_per_node=4, intra=nvlink, inter=between)
+    three = msgspec.structs.replace(bare, gpus_per_node=3)
+    size = 10**6
+    table = AllReduceTable(
+        num_gpus=6, num_nodes=2, size_bytes=(size,), seconds=(2 * all_reduce(size, three, 6).seconds,),
+        relative_jitter=0.0, source="made up",
+    )  # fmt: skip
+    cluster = msgspec.structs.replace(bare, tables=(table,))
+    assert all_reduce(size, three, 6).seconds > 1.01 * all_reduce(size, bare, 6).seconds  # which are four and two
+    assert all_reduce(size, cluster, 8).seconds == pytest.approx(2 * all_reduce(size, bare, 8).seconds)
+    here, there = (all_reduce(n, three, 6).seconds for n in (4 * size, size))
+    beyond = (4 * table.seconds[0]) ** 0.5 * (table.seconds[0] * here / there) ** 0.5
+    assert all_reduce(4 * size, cluster, 6).seconds == pytest.approx(beyond)
+
+
 @pytest.mark.parametrize(("gpus", "nodes"), [(1, 1), (4, 1), (5, 2), (8, 2), (13, 4), (16, 4)])
 def test_nodes_are_filled_one_after_the_other(gpus: int, nodes: int) -> None:
     assert nodes_for(CLUSTER, gpus) == nodes

@@ -108,6 +108,41 @@ def test_two_nodes_hide_the_faster_level_behind_the_slower_one(
     assert line(two, 16, algorithm, join=1.0)[1] == pytest.approx(1e3 * (inside + between))
 
 
+def test_links_inside_a_node_that_is_full_are_all_in_use_though_the_next_one_has_a_single_gpu() -> None:
+    """Four and one: the first node's GPUs reach three peers each. 6 hops inside, 2 between, 8/5 of a message."""
+    mesh = node(gpus_per_node=4, nvswitch=False, inter=link(LinkKind.INFINIBAND, 25.0))
+    expected = 4 * 8.4 + 6 * 2 * 3.4 + 2 * 3 * 14, 1e3 * math.hypot(8 / 5 / 80, 8 / 5 / 12.5)
+    assert line(mesh, 5, "ring") == pytest.approx(expected)
+    assert lines(mesh, 5, 2) == lines(mesh, 5, 2, default_fit())
+    assert lines(msgspec.structs.replace(mesh, gpus_per_node=3), 5, 2) != lines(mesh, 5, 2)
+    ring = Line(algorithm="ring", protocol="Simple", latency_s=0.0, seconds_per_byte=0.0)
+    seen, _ = effective_cluster(mesh, 5, 2, ring)
+    assert seen.intra.bandwidth_bytes_per_s == pytest.approx(100e9 * default_fit().kinds[LinkKind.NVLINK].efficiency)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nics", "part"),
+    [
+        (9, 8, 1 / 8),  # the second node's only GPU has one of its eight NICs
+        (12, 8, 1 / 2),
+        (16, 8, 1.0),
+        (10, 4, 1 / 4),  # two GPUs share each of four
+        (11, 4, 1 / 2),
+        (9, 1, 1.0),
+        (9, 16, 1 / 8),  # two for every GPU
+    ],
+)
+@pytest.mark.parametrize("algorithm", ["ring", "tree", "hierarchical"])
+def test_a_node_that_is_not_full_has_only_the_nics_of_its_gpus(
+    algorithm: str, gpus: int, nics: int, part: float
+) -> None:
+    """Their part of 12.5 GB/s; beside a link without bytes inside the node."""
+    fast = link(LinkKind.NVLINK, 1e9)
+    two = node(intra=fast, inter=link(LinkKind.INFINIBAND, 25.0), nics_per_node=nics)
+    volume = {"ring": 2 * (gpus - 1) / gpus, "tree": 1.0 if nics >= 8 else 2.0, "hierarchical": 1.0}[algorithm]
+    assert line(two, gpus, algorithm)[1] == pytest.approx(1e3 * volume / 12.5 / part, rel=1e-6)
+
+
 def test_a_hierarchy_does_one_level_after_the_other() -> None:
     two = node(inter=link(LinkKind.INFINIBAND, 25.0))
     latency, found = line(two, 16, "hierarchical")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptsim.costs.collectives import (
+    all_reduce,
     hierarchical_all_reduce_seconds,
     ring_all_reduce_seconds,
     ring_wire_bytes,
@@ -134,6 +135,15 @@ def test_a_node_that_has_several_nics_uses_all_of_them() -> None:
         used = [rails.pipe_bytes[f"node 1 out nic {nic}"] for nic in range(4)]
         assert sum(used) == pytest.approx(one.pipe_bytes["node 1 out"])
         assert used == pytest.approx([used[0]] * 4)
+
+
+@pytest.mark.parametrize(("algorithm", "messages"), [("ring", 2 * 4 / 5), ("tree", 1.0)])
+def test_the_only_gpu_of_a_node_sends_and_gets_everything_over_its_own_nic(algorithm: str, messages: float) -> None:
+    """Five GPUs, four and one. A NIC has a quarter of the node's 10 GB/s, and the formula says so, too."""
+    four = msgspec.structs.replace(FOURS, nics_per_node=4)
+    job = PlacedJob(ranks=ranks(5), message_bytes=1e9, algorithm=algorithm)
+    assert simulate_all_reduces(four, [job]).seconds[0] == pytest.approx(messages * 1e9 / 2.5e9, rel=0.05)
+    assert all_reduce(1e9, four, 5, algorithm=algorithm).seconds == pytest.approx(messages * 1e9 / 2.5e9, rel=0.01)
 
 
 def test_one_slow_nic_of_four_holds_up_the_ring_that_runs_over_it() -> None:
