@@ -55,7 +55,9 @@ def simulate_faults(work_s: float, num_gpus: int, gpus_per_node: int, faults: Fa
             checkpoints and failures would be simulated that it exceeds the budget of events.
     """
     rate = num_gpus / (faults.mtbf_gpu_hours * 3600)
-    interval = min(faults.checkpoint_interval_s, work_s) + faults.checkpoint_s
+    interval = work_s  # in one go: no checkpoint follows the last piece
+    if work_s > faults.checkpoint_interval_s:
+        interval = faults.checkpoint_interval_s + faults.checkpoint_s
     if rate * interval > 7:  # fewer than one attempt in e⁷ ≈ 1,100 would reach the checkpoint
         raise UsageError(
             f"{num_gpus} GPUs with {faults.mtbf_gpu_hours:g} h between failures fail every {1 / rate:.3g} s; "

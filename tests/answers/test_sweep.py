@@ -155,6 +155,17 @@ class TestExpansion:
             keys.append(only.key)
         assert keys[0] != keys[1]
 
+    def test_the_key_depends_on_the_profiles_content_and_not_on_its_name(self, folder: Path, tmp_path: Path) -> None:
+        profile = device_profile_of([read_trace(folder / "dense")])
+        later = msgspec.structs.replace(profile, created="2026-11-28T13:00:00Z")
+        keys = []
+        for name, written in (("a.toml", profile), ("b.toml", profile), ("a.toml", later)):
+            write_device_profile(folder / name, written)
+            text = f'traces = ["dense"]\nclusters = ["dgx-a100"]\ngpus = [8]\nprofile = "{name}"\n'
+            (only,) = configurations(read_study(study(folder, text)))
+            keys.append(only.key)
+        assert keys[0] == keys[1] != keys[2]
+
 
 class TestRunning:
     def test_rows_are_those_of_single_projections(self, folder: Path, tmp_path: Path) -> None:

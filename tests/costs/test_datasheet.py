@@ -35,7 +35,7 @@ from ptsim.hardware.catalog import device_names, load_device
 from ptsim.network import Parameter, Precision
 from ptsim.setting import StepSetting
 from tests.costs.test_kernels import convolution
-from tests.traces import residual_network
+from tests.traces import NetworkBuilder, residual_network
 
 NETWORK = residual_network((16, 32, 64))
 WIDE = residual_network((256, 512, 1024))
@@ -532,3 +532,18 @@ def test_an_update_under_autocast_casts_weights_and_gradients():
     a100 = load_device("a100")
     streaming = load_fit().efficiency.stream_bandwidth * a100.memory_bandwidth_bytes_per_s
     assert datasheet_step(NETWORK, a100, StepSetting(batch=8)).optimizer_s == pytest.approx(44 * count / streaming)
+
+
+@pytest.mark.parametrize(("regularizer", "launches"), [(None, 0), ("group_lasso", 12)])
+def test_a_step_that_waits_for_its_host_takes_as_long_as_the_host_update_and_penalty_included(regularizer, launches):
+    """Kernels: 4 forward, of which the first is launched at once; back 2 of the linear layer, then 1 each.
+
+    Then come three tensors. The penalty's two weights are gathered: 10 launches, a concatenation and an addition.
+    """
+    net = NetworkBuilder("chain", (3, 4, 4), 2)
+    net.linear("fc", net.flatten("flat", net.relu("relu", net.conv("conv", None, 2))), 2)
+    host = Host(forward_s=1e-3, backward_s=2e-3, update_s=5e-4)
+    fit = msgspec.structs.replace(load_fit(), host=host)
+    step = datasheet_step(net.build(), load_device("a100"), StepSetting(batch=1, regularizer=regularizer), fit=fit)
+    assert step.optimizer_s > 1e-9
+    assert step.compute_s == pytest.approx(3 * 1e-3 + 5 * 2e-3 + (3 + launches) * 5e-4, rel=0, abs=1e-12)

@@ -147,6 +147,8 @@ def test_a_run_that_ends_before_its_first_checkpoint_need_not_reach_one() -> Non
     """One failure in 45 s: 60 s can be trained in one go, half an hour cannot."""
     often = Faults(mtbf_gpu_hours=0.1, num_runs=3)
     assert simulate_faults(60.0, 8, 8, often).checkpoint_s == 0
+    long = msgspec.structs.replace(often, checkpoint_s=3600.0)  # which is never written
+    assert simulate_faults(60.0, 8, 8, long).checkpoint_s == 0
     with pytest.raises(UsageError, match="no run reaches a checkpoint"):
         simulate_faults(1800.0, 8, 8, often)
 
@@ -158,3 +160,8 @@ def test_seven_failures_between_two_checkpoints_are_too_many() -> None:
     rarely = msgspec.structs.replace(often, checkpoint_s=21.0)
     with pytest.raises(UsageError, match=r"fail every 10 s; no run reaches a checkpoint every 71 s"):
         simulate_faults(60.0, 10, 8, rarely)
+
+
+def test_a_run_without_work_takes_no_time_and_wastes_none() -> None:
+    run = simulate_faults(0.0, 8, 8, Faults(mtbf_gpu_hours=10.0))
+    assert (run.total_s, run.low_s, run.high_s, run.num_failures, run.goodput) == (0.0, 0.0, 0.0, 0, 1.0)
