@@ -144,14 +144,17 @@ def predict(
 
     Raises:
         PtsimError: an unknown name or option, a broken file, a mini-batch that is not positive, a precision that the
-            device lacks, more GPUs than the cluster has, or a GPU count without a cluster.
+            device lacks, more GPUs than the cluster has, or a GPU count or sharding without a cluster.
     """
     asked = options or PredictOptions()
     check_options(asked, changes)
     asked = msgspec.structs.replace(asked, **changes)  # what the values may be is checked where they are used
     machine = load_cluster(cluster) if isinstance(cluster, str | Path) else cluster
-    if gpus is not None and machine is None:
+    sharding = parse_sharding(asked.sharding)
+    if machine is None and gpus is not None:
         raise UsageError(f"{gpus} GPUs were asked for without a cluster", hint="name one with --cluster")
+    if machine is None and sharding != "none":
+        raise UsageError(f"sharding {sharding} was asked for without a cluster", hint="name one with --cluster")
     calibrated = None if profile is None else read_device_profile(Path(profile))
     device = _device(gpu, machine, calibrated)
     subject = find_subject(model, input_shape=asked.input_shape, num_classes=asked.num_classes)
@@ -162,7 +165,7 @@ def predict(
         optimizer=asked.optimizer,
         num_gpus=1 if machine is None else (machine.gpus_per_node if gpus is None else gpus),
     )
-    setting = msgspec.structs.replace(setting, sharding=parse_sharding(asked.sharding))
+    setting = msgspec.structs.replace(setting, sharding=sharding)
     step = step_time(subject.network, device, setting, measurements=_measurements(subject, device, calibrated))
     parallel: BoundedStep | None = None
     network_tier = None
@@ -210,7 +213,8 @@ def _prediction(
     count, images = setting.num_gpus, setting.num_gpus * setting.batch
     own = step.updating(setting.update_share)
     waiting_s = max(0.0, took.expected_s - own.compute_s)
-    energy = step_energy(own, device, waiting_s=waiting_s) if device.is_gpu else None
+    within = took.low_s / took.expected_s, took.high_s / took.expected_s
+    energy = step_energy(own, device, waiting_s=waiting_s, within=within) if device.is_gpu else None
     return Prediction(
         model=network.name,
         device=device.name,
@@ -247,7 +251,7 @@ def _prediction(
         low_energy_joules=None if energy is None else count * energy.low_j,
         high_energy_joules=None if energy is None else count * energy.high_j,
         by_kind=_by_kind(step),
-        hook_seconds=0.0 if cluster is None else hook_seconds(cluster, count) * len(network.gradients),
+        hook_seconds=0.0 if cluster is None else ddp.hooks_s(ddp_buckets(network), hook_seconds(cluster, count)),
         notes=notes,
     )
 

@@ -243,21 +243,14 @@ class _Communication:
             self._all_reduce,
             contention=self._contention,
             tensor_s=self._tensor_s,
-            buffers=False,
+            buffers=False,  # as `ptsim train` has it
             overlap=self._overlap,
         )
-        exposed = parallel.interval(lambda result: result.exposed_communication_s)
-        first_s = ddp.first_step_s(network, self._all_reduce)
-        hooks_s = self._tensor_s * len(network.gradients)
-        whole = SecondsRange(
-            low_s=step.low_s + hooks_s + exposed.low_s,
-            expected_s=step.compute_s + hooks_s + exposed.expected_s,
-            high_s=step.high_s + hooks_s + exposed.high_s,
-        )
+        exposed_s = parallel.expected.exposed_communication_s
         return _Parallel(
-            step=whole.among(self._cluster, self._num_gpus, step.tier),
-            exposed_s=exposed.expected_s,
-            first_exposed_s=max(first_s, exposed.expected_s),
+            step=parallel.interval().among(self._cluster, self._num_gpus, step.tier),
+            exposed_s=exposed_s,
+            first_exposed_s=max(ddp.first_step_s(network, self._all_reduce), exposed_s),
         )
 
 

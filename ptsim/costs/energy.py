@@ -108,7 +108,14 @@ def fit_power(device: Device, samples: Sequence[PowerSample]) -> PowerModel:
     )
 
 
-def step_energy(step: StepTime, device: Device, *, waiting_s: float = 0.0, model: PowerModel | None = None) -> Energy:
+def step_energy(
+    step: StepTime,
+    device: Device,
+    *,
+    waiting_s: float = 0.0,
+    model: PowerModel | None = None,
+    within: tuple[float, float] | None = None,
+) -> Energy:
     """Energy of one step on one GPU.
 
     Args:
@@ -116,6 +123,7 @@ def step_energy(step: StepTime, device: Device, *, waiting_s: float = 0.0, model
         device: the GPU.
         waiting_s: seconds beyond the step in which the GPU waits (exposed communication, input, stragglers).
         model: its power; from the board limit if None.
+        within: the 90 % interval of all that time, as multiples of the expected one; the step's own if None.
 
     Raises:
         ValueError: a negative waiting time.
@@ -126,7 +134,8 @@ def step_energy(step: StepTime, device: Device, *, waiting_s: float = 0.0, model
     product_s, stream_s, idle_s = _seconds(step, waiting_s)
     joules = product_s * model.product_w + stream_s * model.stream_w + idle_s * model.waiting_w
     total_s = step.compute_s + waiting_s
-    time_low, time_high = (step.low_s / step.compute_s, step.high_s / step.compute_s) if step.compute_s else (1.0, 1.0)
+    own = (step.low_s / step.compute_s, step.high_s / step.compute_s) if step.compute_s else (1.0, 1.0)
+    time_low, time_high = within or own
     # Errors of time and power are independent.
     low = 1 - min(1.0, float(np.hypot(1 - time_low, model.relative_error)))
     high = 1 + float(np.hypot(time_high - 1, model.relative_error))

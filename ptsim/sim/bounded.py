@@ -59,9 +59,9 @@ class BoundedStep(msgspec.Struct, frozen=True, kw_only=True):
     expected: StepResult
     high: StepResult
 
-    def interval(self, seconds: Callable[[StepResult], float] = lambda result: result.step_s) -> SecondsRange:
-        """The interval of the step, or of another of its times."""
-        return SecondsRange.around(seconds(self.low), seconds(self.expected), seconds(self.high))
+    def interval(self) -> SecondsRange:
+        """The interval of the step."""
+        return SecondsRange.around(self.low.step_s, self.expected.step_s, self.high.step_s)
 
 
 def contention_at(bound: ddp.Bound, contention: float) -> float:

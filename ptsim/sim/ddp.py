@@ -149,9 +149,9 @@ def compute_plan(
     backward: list[Piece] = []
     for layer in reversed(step.layers):
         ready = ready_after[layer.layer]
-        hooks_s = tensor_s * sum(len(buckets[bucket].parameters) for bucket in ready)
-        if hooks_s:
-            backward.append(Piece(name="gradient hooks", seconds=hooks_s / num_micro_batches))
+        copied_s = hooks_s([buckets[bucket] for bucket in ready], tensor_s)
+        if copied_s:
+            backward.append(Piece(name="gradient hooks", seconds=copied_s / num_micro_batches))
         backward.append(Piece(name=layer.layer, seconds=layer.backward_s, bucket=ready[0] if ready else None))
         backward += [Piece(name=layer.layer, seconds=0.0, bucket=bucket) for bucket in ready[1:]]
     tail = [
@@ -166,6 +166,11 @@ def compute_plan(
         buckets=(),
         num_micro_batches=num_micro_batches,
     )
+
+
+def hooks_s(buckets: Sequence[Bucket], tensor_s: float) -> float:
+    """Seconds of the hooks of all gradient tensors in these buckets, each of which takes `tensor_s`."""
+    return tensor_s * sum(len(bucket.parameters) for bucket in buckets)
 
 
 def with_communication(

@@ -211,8 +211,9 @@ class Pricer:
 
     def _hooks_s(self, stage: Stage) -> float:
         """DDP's hooks of all tensors in its buckets, which run during the last backward pass; 0 on one GPU."""
-        num_tensors = sum(len(bucket.parameters) for bucket in self.scenario.buckets(stage.network, stage.id))
-        return hook_seconds(self.scenario.cluster, self.scenario.num_gpus) * num_tensors
+        scenario = self.scenario
+        buckets = scenario.buckets(stage.network, stage.id)
+        return ddp.hooks_s(buckets, hook_seconds(scenario.cluster, scenario.num_gpus))
 
     def _own_update_s(self, stage: Stage, step: StepTime) -> float:
         """The update of the parameters that are a GPU's own; of all where nothing is sharded."""

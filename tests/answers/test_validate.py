@@ -278,19 +278,34 @@ def test_communication_of_several_ranks_is_predicted_on_their_cluster(tmp_path):
     assert result.communication_error == pytest.approx(off_s / result.runs[0].measured_seconds)
 
 
-def test_steps_of_several_gpus_have_the_hooks_and_the_interval_that_they_are_predicted_with(tmp_path: Path) -> None:
-    """A table of two sizes is known to exp(±1.645 · 0.1) between them; what many GPUs add stands in `scaling.toml`."""
-    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", world_size=4, **LONG))
+@pytest.mark.parametrize(("fastest", "slowest"), [(1.0, 1.0), (0.75, 1.5)])
+def test_steps_of_several_gpus_have_the_hooks_and_the_interval_that_they_are_predicted_with(
+    tmp_path: Path, fastest: float, slowest: float
+) -> None:
+    """A table of two sizes is known to exp(±1.645 · 0.1) between them; what many GPUs add stands in `scaling.toml`.
+
+    Hooks are computation: they are as much faster and slower as the rest of it.
+    """
+    read = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", world_size=4, **LONG))
+    (profile,) = read.profiles
+    ends = {"step_low_s": fastest * profile.step_s, "step_high_s": slowest * profile.step_s}
+    trace = msgspec.structs.replace(read, profiles=(msgspec.structs.replace(profile, **ends),))
     made = constant_all_reduces(0.25)
     clusters = (msgspec.structs.replace(made, library=library) for library in ("gloo", "nccl"))
     cpus, gpus = (validate([trace], cluster=cluster).runs[0].epochs[1] for cluster in clusters)
-    (profile,), n = trace.profiles, trace.epochs[1].num_iterations
+    n = trace.epochs[1].num_iterations
     hooks_s = 5.58e-05 * len(trace.final_network.gradients)
     assert gpus.predicted_seconds - cpus.predicted_seconds == pytest.approx(n * hooks_s)
-    alone_s = profile.forward_s + profile.backward_s + profile.optimizer_s + hooks_s
-    step_s, least_s, most_s = (alone_s + 0.25 * math.exp(end * 0.1645) for end in (0, -1, 1))
+    alone_s = profile.forward_s + profile.backward_s + profile.optimizer_s
+
+    def ends_of(computed_s: float) -> list[float]:
+        scales = (1.0, 0), (fastest, -1), (slowest, 1)
+        return [scale * computed_s + 0.25 * math.exp(end * 0.1645) for scale, end in scales]
+
+    step_s, least_s, most_s = ends_of(alone_s)
     assert cpus.predicted_seconds - cpus.low_seconds == pytest.approx(n * (step_s - least_s))
     assert cpus.high_seconds - cpus.predicted_seconds == pytest.approx(n * (most_s - step_s))
+    step_s, least_s, most_s = ends_of(alone_s + hooks_s)
     below, above = math.hypot(math.log(step_s / least_s), 0.0696), math.hypot(math.log(most_s / step_s), 0.0934)
     assert gpus.predicted_seconds - gpus.low_seconds == pytest.approx(n * step_s * (1 - math.exp(-below)))
     assert gpus.high_seconds - gpus.predicted_seconds == pytest.approx(n * step_s * (math.exp(above) - 1))

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from ptsim.costs.collectives import all_reduce
-from ptsim.network import LayerKind
+from ptsim.costs.scaling import load_scaling
+from ptsim.network import LayerKind, Parameter
 from ptsim.sim.options import Options
 from ptsim.sim.projection import RunProjection
 from ptsim.sim.run import StepCache, change, project, record_steps
@@ -120,6 +121,22 @@ def test_buffers_take_half_an_all_reduce_and_are_no_gradient(trace: Trace) -> No
     added = all_reduce(sum(8 * layer.out_channels + 8 for layer in norms), cluster(), 8).seconds / 2
     assert broadcast.epochs[0].communication_s - plain.epochs[0].communication_s == pytest.approx(added)
     assert broadcast.allreduce_bytes_per_gpu == plain.allreduce_bytes_per_gpu
+
+
+def test_a_tensor_without_a_gradient_has_a_hook_where_ddp_reduces_it(trace: Trace) -> None:
+    """With find_unused_parameters it does: one copy more, in the backward pass, and nothing else takes longer."""
+    idle = Parameter(name="idle", layer="", shape=(3,))
+    networks = {
+        name: msgspec.structs.replace(network, parameters=(*network.parameters, idle))
+        for name, network in trace.networks.items()
+    }
+    alone = msgspec.structs.replace(trace, profiles=())
+    plain, beside = (
+        run(found, 8, find_unused_parameters=True).epochs[0]
+        for found in (alone, msgspec.structs.replace(alone, networks=networks))
+    )
+    assert beside.backward_s - plain.backward_s == pytest.approx(load_scaling().tensor_s, rel=1e-6)
+    assert beside.forward_s == pytest.approx(plain.forward_s, rel=1e-9)
 
 
 @pytest.mark.parametrize("other", [{"penalty_coefficient": 0.0}, {"passes": 4}])
