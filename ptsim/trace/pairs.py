@@ -17,9 +17,10 @@ from pathlib import PurePath
 
 import msgspec
 
+from ptsim.optimizers import OPTIMIZERS
 from ptsim.textfile import printable
 from ptsim.trace.io import trace_name
-from ptsim.trace.schema import Epoch
+from ptsim.trace.schema import DeviceUse, Epoch
 from ptsim.trace.trace import Trace
 
 
@@ -42,7 +43,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
-# Settings that do not change what is trained: runs that differ in nothing else are repeats of one another.
+# Settings that do not change what is trained: runs that differ in nothing else are repeats of one another, unless they
+# took another time for it (`_TIME`).
 _WITHOUT_EFFECT = frozenset(
     {"seed", "data_dir", "download", "num_workers", "num_threads", "device", "profile", "keep_every"}
     | {"record_channel_maxima", "loggers"}
@@ -87,6 +89,29 @@ def _first_network(trace: Trace) -> str | None:
     return f"{network.num_parameters:,} parameters ({network.forward_macs:,} MACs)"
 
 
+def _optimizer(trace: Trace) -> str:
+    """What updates the weights, and whether it moves a momentum; how large that is takes no time.
+
+    Of a loop of one's own the optimizer's class counts, which may be costed as another one.
+    """
+    name = str(trace.run.hyperparameters.get("optimizer_class") or trace.optimizer).lower()
+    if trace.optimizer not in OPTIMIZERS.own:
+        return f"{name} without momentum" if trace.momentum == 0 else name
+    kind = OPTIMIZERS.find(trace.optimizer)
+    more = kind.states(trace.momentum) - kind.states()
+    return name if not more else f"{name} {'with' if more > 0 else 'without'} momentum"
+
+
+def _compiler(trace: Trace) -> str:
+    """What compiles the steps: the backend of torch.compile; "none" of eager steps."""
+    return str(trace.run.hyperparameters.get("compile_backend") or "inductor") if trace.compiled else "none"
+
+
+def _setting_is_on(name: str) -> Callable[[Trace], object]:
+    """Whether a setting that is 0, false or nothing by default is something else."""
+    return lambda trace: "on" if trace.run.hyperparameters.get(name) else "off"
+
+
 # What else decides how long a run takes, beside pruning.
 _TIME: Mapping[str, Callable[[Trace], object]] = {
     "network at the start": _first_network,
@@ -94,9 +119,15 @@ _TIME: Mapping[str, Callable[[Trace], object]] = {
     "threads": lambda trace: trace.run.device.num_threads,
     "ranks": lambda trace: trace.run.world_size,
     "mini-batch at the start": lambda trace: trace.epochs[0].batch_per_gpu if trace.epochs else None,
+    "passes at the start": lambda trace: trace.epochs[0].passes if trace.epochs else None,
     "precision": lambda trace: str(trace.run.precision),
     "memory format": lambda trace: trace.run.memory_format,
-    "optimizer": lambda trace: trace.optimizer,
+    "optimizer": _optimizer,
+    "Nesterov's momentum": _setting_is_on("nesterov"),
+    "compiler": _compiler,
+    "clipping of gradients": _setting_is_on("clip_norm"),
+    "average of the weights": _setting_is_on("ema_decay"),
+    "synchronised BatchNorm": _setting_is_on("sync_batch_norm"),
     "torch": lambda trace: trace.run.versions.get("torch"),
 }
 
@@ -111,6 +142,11 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         """As a phrase: "device B100 with A100"."""
         return f"{self.what} {self.pruned} with {self.dense}"
+
+
+def task_of(trace: Trace) -> str:
+    """What the run was to learn and from what, in words: equal for runs of the same task alone."""
+    return ", ".join(f"{what} {printable(str(of(trace)), 200)}" for what, of in _TASK.items())
 
 
 def is_same_task(one: Trace, other: Trace) -> bool:
@@ -142,7 +178,7 @@ def run_labels(traces: Sequence[Trace]) -> list[str]:
             data_name(trace),
             _method(trace),
             *_pruning_settings(trace),
-            f"mini-batch {trace.epochs[0].batch_per_gpu}" if trace.epochs else "no epochs",
+            _mini_batch(trace),
             device_name(trace),
             f"seed {trace.run.seed}",
             printable(trace_name(trace.path), _LONGEST_NAME),
@@ -175,7 +211,7 @@ def compare_runs(traces: Sequence[Trace]) -> list[Comparison]:
     """A comparison for every pruned run with at least one epoch.
 
     The baseline is the dense run of the same model, data set and image shape. Among several it is the closest: by the
-    network that they begin with, then by device, first mini-batch and seed.
+    network that they begin with, then by device, first mini-batch, what else takes time, and seed.
     """
     comparisons = []
     labels = run_labels(traces)
@@ -222,17 +258,16 @@ PACE_TOLERANCE = 0.05
 def pace(comparison: Comparison) -> float | None:
     """Time of the unpruned network in the pruned run over its time in the dense run, without the regulariser.
 
-    The same network with the same mini-batch on the same device should take the same time in both; where it does not,
-    the machine ran at another speed, and the ratio of the two runs' measured times is not pruning's alone. Medians over
-    epochs. None where the two runs share no such network.
+    The same network with the same mini-batch and passes on the same device should take the same time in both; where it
+    does not, the machine ran at another speed, and the ratio of the two runs' measured times is not pruning's alone.
+    Medians over epochs. None where the two runs share no such network.
     """
     first = comparison.pruned.epochs[0]
     pruned, dense = (
         [
             (epoch.time.wall_s - epoch.time.regularizer_s) / epoch.num_images
             for epoch in trace.epochs
-            if epoch.measured_time is not None
-            and (epoch.architecture, epoch.batch_per_gpu) == (first.architecture, first.batch_per_gpu)
+            if epoch.measured_time is not None and _work(epoch) == _work(first)
         ]
         for trace in (comparison.pruned, comparison.baseline)
     )
@@ -268,19 +303,20 @@ def first_epochs(trace: Trace, count: int) -> Trace:
 
 
 def held_dense(trace: Trace) -> Trace:
-    """The run's first architecture and mini-batch, held for all its epochs without regulariser.
+    """The run's first architecture, mini-batch and passes, held for all its epochs without regulariser.
 
-    Times of the held epochs are those of the median recorded epoch of that architecture, less its regulariser.
+    Times of the held epochs are those of the median recorded epoch of that architecture, less its regulariser; its GPU
+    takes the same power.
     """
     first = trace.epochs[0]
-    same = [e for e in trace.epochs if e.architecture == first.architecture and e.batch_per_gpu == first.batch_per_gpu]
+    same = [epoch for epoch in trace.epochs if _work(epoch) == _work(first)]
     timed = [epoch for epoch in same if epoch.measured_time is not None]
-    typical, time = first, first.measured_time
+    typical, time, device = first, first.measured_time, first.device
     if timed:
         typical = sorted(timed, key=lambda epoch: epoch.time.wall_s)[len(timed) // 2]
-        time = msgspec.structs.replace(
-            typical.time, wall_s=typical.time.wall_s - typical.time.regularizer_s, regularizer_s=0.0
-        )
+        wall_s = typical.time.wall_s - typical.time.regularizer_s
+        time = msgspec.structs.replace(typical.time, wall_s=wall_s, regularizer_s=0.0)
+        device = _in_seconds(typical, wall_s)
 
     def held(epoch: Epoch) -> Epoch:
         return msgspec.structs.replace(
@@ -296,6 +332,7 @@ def held_dense(trace: Trace) -> Trace:
             channel_sparsity=0.0,
             weight_sparsity=0.0,
             measured_time=time,
+            device=device,
             densities=(),
             channel_maxima=None,
         )
@@ -315,6 +352,19 @@ def held_dense(trace: Trace) -> Trace:
     )
 
 
+def _in_seconds(epoch: Epoch, wall_s: float) -> DeviceUse | None:
+    """What the epoch's GPU would have used in so many seconds at the same power."""
+    use = epoch.device
+    if use is None or use.energy_j is None or not epoch.time.wall_s:
+        return use
+    return msgspec.structs.replace(use, energy_j=use.energy_j * wall_s / epoch.time.wall_s)
+
+
+def _work(epoch: Epoch) -> tuple[str, int, int]:
+    """What a step computes, but for the penalty."""
+    return epoch.architecture, epoch.batch_per_gpu, epoch.passes
+
+
 def _method(trace: Trace) -> str:
     if not trace.is_pruned:
         return f"{trace.mark}dense"
@@ -326,6 +376,13 @@ def _method(trace: Trace) -> str:
     name = {"one_time": "one-time pruning", "ssl": "SSL"}.get(schedule, "PruneTrain")
     ratio = trace.penalty_ratio
     return trace.mark + (name if ratio is None else f"{name} r={ratio:g}")
+
+
+def _mini_batch(trace: Trace) -> str:
+    if not trace.epochs:
+        return "no epochs"
+    batch, passes = trace.epochs[0].batch_per_gpu, trace.epochs[0].passes
+    return f"mini-batch {batch}" + (f" in {passes} passes" if passes > 1 else "")
 
 
 def _pruning_settings(trace: Trace) -> tuple[str, str, str]:
@@ -341,16 +398,16 @@ def _pruning_settings(trace: Trace) -> tuple[str, str, str]:
 def _setting_key(trace: Trace) -> str:
     run = trace.run
     decisive = {name: value for name, value in run.hyperparameters.items() if name not in _WITHOUT_EFFECT}
-    where = run.device.name, run.world_size, run.precision, run.memory_format
-    task = [_first_network(trace), *(of(trace) for of in _TASK.values())]
-    return json.dumps([*task, *where, decisive], sort_keys=True, default=str)
+    aspects = (of(trace) for of in (*_TASK.values(), *_TIME.values()))
+    return json.dumps([*aspects, decisive], sort_keys=True, default=str)
 
 
-def _closeness(candidate: Trace, trace: Trace) -> tuple[bool, bool, bool, bool, int]:
+def _closeness(candidate: Trace, trace: Trace) -> tuple[int, ...]:
     return (
         _first_network(candidate) == _first_network(trace),
         candidate.run.device.name == trace.run.device.name,
         candidate.epochs[0].batch_per_gpu == trace.epochs[0].batch_per_gpu,
+        -len(time_differences(trace, candidate)),
         candidate.run.seed == trace.run.seed,
         min(len(candidate.epochs), len(trace.epochs)),
     )

@@ -251,6 +251,24 @@ def test_a_planned_run_is_called_planned_and_what_was_asked_tells_plans_apart(tm
         ({"num_threads": 4}, {}, "threads None with 4"),
         ({}, {"memory_format": "channels_last"}, "memory format contiguous with channels_last"),
         ({}, {"hyperparameters": {"optimizer": "adam"}}, "optimizer sgd with adam"),
+        ({}, {"hyperparameters": {"optimizer": "sgd", "optimizer_class": "Lion"}}, "optimizer sgd with lion"),
+        ({}, {"hyperparameters": {"momentum": 0.0}}, "optimizer sgd with sgd without momentum"),
+        (
+            {},
+            {"hyperparameters": {"optimizer": "rmsprop", "momentum": 0.5}},
+            "optimizer sgd with rmsprop with momentum",
+        ),
+        (
+            {},
+            {"hyperparameters": {"optimizer": "theirs", "momentum": 0.0}},
+            "optimizer sgd with theirs without momentum",
+        ),
+        ({}, {"hyperparameters": {"nesterov": True}}, "Nesterov's momentum off with on"),
+        ({}, {"hyperparameters": {"compile": True}}, "compiler none with inductor"),
+        ({}, {"hyperparameters": {"compile": True, "compile_backend": "eager"}}, "compiler none with eager"),
+        ({}, {"hyperparameters": {"clip_norm": 1.0}}, "clipping of gradients off with on"),
+        ({}, {"hyperparameters": {"ema_decay": 0.999}}, "average of the weights off with on"),
+        ({}, {"hyperparameters": {"sync_batch_norm": True}}, "synchronised BatchNorm off with on"),
         ({}, {"versions": {"torch": "2.8.0"}}, "torch 2.15.0 with 2.8.0"),
     ],
 )
@@ -262,13 +280,68 @@ def test_what_else_takes_time_is_named(
     other = msgspec.structs.replace(dense, run=told)
     assert [str(difference) for difference in time_differences(pruned, other)] == [says]
     assert time_differences(pruned, dense) == []
+    assert len(set(setting_labels([dense, other]))) == 2  # no repeats
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"momentum": 0.8},
+        {"optimizer_class": "SGD"},
+        {"compile": False, "compile_backend": "inductor"},
+        {"clip_norm": None, "ema_decay": 0.0, "nesterov": False, "sync_batch_norm": False},
+    ],
+)
+def test_what_takes_no_time_makes_no_difference(folder: Path, same: dict[str, object]) -> None:
+    pruned, dense = read(shrinking_trace(folder / "p.jsonl"), dense_trace(folder / "d.jsonl"))
+    told = msgspec.structs.replace(dense.run, hyperparameters={**dense.run.hyperparameters, **same})
+    assert time_differences(pruned, msgspec.structs.replace(dense, run=told)) == []
+
+
+def in_passes(trace: ptsim.Trace, passes: int, *, first: int = 0, slower: float = 1.0) -> ptsim.Trace:
+    """The run with so many passes from epoch `first` on, whose epochs then take `slower` times as long."""
+    return msgspec.structs.replace(
+        trace,
+        epochs=tuple(
+            epoch
+            if epoch.epoch < first
+            else msgspec.structs.replace(
+                epoch,
+                passes=passes,
+                measured_time=msgspec.structs.replace(epoch.time, wall_s=slower * epoch.time.wall_s),
+            )
+            for epoch in trace.epochs
+        ),
+    )
+
+
+def test_runs_that_accumulate_differently_tell_no_saving_and_are_no_repeats(folder: Path) -> None:
+    pruned, dense = read(shrinking_trace(folder / "p.jsonl"), dense_trace(folder / "d.jsonl"))
+    other = in_passes(dense, 4)
+    assert [str(difference) for difference in time_differences(pruned, other)] == ["passes at the start 1 with 4"]
+    (comparison,) = compare_runs([other, pruned])
+    assert comparison.trained
+    assert measured_savings_frame([comparison]).empty
+    assert setting_labels([dense, other]) == ["dense, mini-batch 64", "dense, mini-batch 64 in 4 passes"]
+
+
+def test_epochs_of_more_passes_tell_nothing_of_those_at_the_start(folder: Path) -> None:
+    """The unpruned network trains four epochs, three of them in four passes that take ten times as long."""
+    pruned, dense = read(shrinking_trace(folder / "p.jsonl", interval=4), dense_trace(folder / "d.jsonl"))
+    changing = in_passes(pruned, 4, first=1, slower=10.0)
+    (comparison,) = compare_runs([dense, changing])
+    assert pace(comparison) == pytest.approx(1.0, rel=0.01)
+    first, held = changing.epochs[0], held_dense(changing)
+    assert {epoch.passes for epoch in held.epochs} == {1}
+    assert {epoch.time.wall_s for epoch in held.epochs} == {first.time.wall_s - first.time.regularizer_s}
 
 
 @pytest.mark.parametrize(
     ("worse", "better"),
     [
         ({"device": "NVIDIA L4"}, {"batch": 32}),  # the device before the mini-batch
-        ({"batch": 32}, {"seed": 7}),  # that before the seed
+        ({"batch": 32}, {"precision": Precision.BF16}),  # that before what else takes time
+        ({"precision": Precision.BF16}, {"seed": 7}),  # that before the seed
         ({"seed": 7}, {"recorded_epochs": 2, "status": "interrupted"}),  # that before the length
         ({"recorded_epochs": 2, "status": "interrupted"}, {}),
     ],
@@ -293,4 +366,7 @@ def test_a_held_run_takes_the_median_epoch_of_its_first_architecture_less_the_pe
     )
     held = held_dense(msgspec.structs.replace(run, epochs=epochs))
     assert [epoch.time.wall_s for epoch in held.epochs] == [29.0] * 6
+    power_w = epochs[3].mean_power_w
+    assert power_w is not None
+    assert [epoch.mean_power_w for epoch in held.epochs] == pytest.approx([power_w] * 6)
     assert {epoch.time.regularizer_s for epoch in held.epochs} == {0.0}
