@@ -32,7 +32,7 @@ from ptsim.trace.schema import (
     Run,
     gone_share,
 )
-from ptsim.trace.trace import Trace, output_channels
+from ptsim.trace.trace import Trace, product_sizes
 
 if TYPE_CHECKING:
     from ptsim.prune.trajectories.build import Dense, Step
@@ -310,7 +310,7 @@ def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step
     networks = {dense.network.id: dense.network}
     after_epoch = dict(zip(asked.events, steps, strict=True)) if trajectory.pruned else {}
     epochs, reconfigurations, network = [], [], dense.network
-    first_channels, first_weights = output_channels(dense.network), dense.network.num_parameters
+    first = sizes = product_sizes(dense.network)
     iterations = math.ceil(asked.images / (asked.batch * asked.gpus))
     for number in range(asked.epochs):
         epochs.append(
@@ -328,8 +328,8 @@ def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step
                 train_accuracy=None,
                 validation_loss=None,
                 validation_accuracy=None,
-                channel_sparsity=gone_share(output_channels(network), first_channels),
-                weight_sparsity=gone_share(network.num_parameters, first_weights),
+                channel_sparsity=gone_share(sizes[0], first[0]),
+                weight_sparsity=gone_share(sizes[1], first[1]),
                 measured_time=None,
                 measured_step=None,
                 allreduce_bytes=network.gradient_bytes * iterations if asked.gpus > 1 else 0,
@@ -340,7 +340,7 @@ def _trace(asked: _Asked, dense: Dense, trajectory: Trajectory, steps: list[Step
         if step is not None:
             networks.setdefault(step.network.id, step.network)
             reconfigurations.append(_reconfiguration(asked, number, network, step))
-            network = step.network
+            network, sizes = step.network, product_sizes(step.network)
     return Trace(
         path=Path(f"planned-{asked.model.rpartition(':')[2]}-{asked.pruning.replace('/', '-')}"),
         run=_run(asked, trajectory),

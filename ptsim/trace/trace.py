@@ -11,6 +11,7 @@ import msgspec
 from ptsim.criteria import GROUP_LASSO
 from ptsim.errors import UsageError
 from ptsim.network import LayerKind, Network
+from ptsim.operators import BILINEAR, num_taps
 from ptsim.setting import StepSetting, ToldPenalty, ToldUpdate
 from ptsim.trace.schema import Draw, End, Epoch, PenaltyCosts, Profile, Reconfiguration, Run, gone_share
 
@@ -172,24 +173,26 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
     def _other(self, draw: Draw) -> Trace:
         starts = [start for start, _ in draw.architectures]
-        dense = self.networks[draw.architectures[0][1]]
+        sizes = {name: product_sizes(self.networks[name]) for _, name in draw.architectures}
+        first_channels, first_weights = sizes[draw.architectures[0][1]]
 
         def at(epoch: int) -> str:
             return draw.architectures[bisect.bisect_right(starts, epoch) - 1][1]
 
         def trained(epoch: Epoch) -> Epoch:
             network = self.networks[at(epoch.epoch)]
+            channels, weights = sizes[at(epoch.epoch)]
             return msgspec.structs.replace(
                 epoch,
                 architecture=at(epoch.epoch),
-                channel_sparsity=gone_share(output_channels(network), output_channels(dense)),
-                weight_sparsity=gone_share(network.num_parameters, dense.num_parameters),
+                channel_sparsity=gone_share(channels, first_channels),
+                weight_sparsity=gone_share(weights, first_weights),
                 allreduce_bytes=epoch.num_iterations * network.gradient_bytes if epoch.world_size > 1 else 0,
             )
 
         def changed(event: Reconfiguration) -> Reconfiguration:
             before, after = at(event.epoch), at(event.epoch + 1)
-            removed = output_channels(self.networks[before]) - output_channels(self.networks[after])
+            removed = sizes[before][0] - sizes[after][0]
             return msgspec.structs.replace(
                 event, before=before, after=after, channels_removed=removed, layers_removed=(), notes=()
             )
@@ -259,6 +262,15 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return numeric(pd.DataFrame(layer_rows(self)))
 
 
-def output_channels(network: Network) -> int:
-    """Output channels of all convolutions and linear layers."""
-    return sum(layer.out_channels for layer in network.layers if layer.kind in (LayerKind.CONV, LayerKind.LINEAR))
+def product_sizes(network: Network) -> tuple[int, int]:
+    """(output channels, weights) of all convolutions and linear layers, as a recorded run counts its modules.
+
+    Biases are no weights. What forward calls again (NAME:1) has the weights of the first call.
+    """
+    layers = [
+        layer
+        for layer in network.layers
+        if layer.kind in (LayerKind.CONV, LayerKind.LINEAR) and layer.op != BILINEAR and ":" not in layer.name
+    ]
+    weights = (num_taps(layer) * layer.out_channels * layer.in_channels // layer.groups for layer in layers)
+    return sum(layer.out_channels for layer in layers), sum(weights)

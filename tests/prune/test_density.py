@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ptsim.capture.network import capture_network
 from ptsim.errors import UsageError
 from ptsim.prune.density import channel_maxima, checked_threshold, dense_counts, layer_densities
 from ptsim.trace.schema import gone_share
+from ptsim.trace.trace import product_sizes
 
 
 def holding(layer: nn.Module, weight: list[list[float]]) -> nn.Module:
@@ -65,6 +67,34 @@ def test_what_is_gone_is_a_share_of_what_there_was() -> None:
     assert gone_share(6, 8) == 0.25
     assert gone_share(0, 0) == 0.0  # a network whose weights are in no layer of torch
     assert gone_share(9, 8) == 0.0  # one that another library has widened
+
+
+class Counted(nn.Module):
+    """A grouped, a shared and a transposed convolution, and layers that are none of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(4, 8, 3, padding=1, groups=2)
+        self.again = nn.Conv2d(8, 8, 1)
+        self.up = nn.ConvTranspose2d(8, 4, 2, groups=2)
+        self.norm = nn.BatchNorm2d(4)
+        self.deep = nn.Conv3d(1, 2, (2, 1, 3))
+        self.fc = nn.Linear(2, 3)
+        self.pairs = nn.Bilinear(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.up(self.again(self.again(self.grouped(x)))))
+        y = self.fc(self.deep(x[:, None]).mean((2, 3, 4)))
+        out: Tensor = self.pairs(y, y)
+        return out
+
+
+@pytest.mark.slow
+def test_a_plan_counts_the_channels_and_weights_that_a_run_records() -> None:
+    """By hand: 8·2·9 weights of 8 channels, 8·8 of 8, 8·2·4 of 4, 2·1·6 of 2, and 2·3 of 3."""
+    model = Counted()
+    network = capture_network(model, name="counted", input_shape=(4, 4, 4), num_classes=3)
+    assert product_sizes(network) == dense_counts(model, 0.0) == (25, 290)
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1e-4, math.inf, math.nan])
