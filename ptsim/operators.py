@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ptsim.network import Layer, LayerKind
 
 # What pruning leaves where it removed a layer, and at the end of a residual branch that it removed.
 PLACEHOLDER, BRANCH_CONSTANT = "placeholder", "branch_constant"
 BILINEAR = "bilinear"  # y[o] = Σ x[i]·w[o, i, j]·z[j]: of the linear kind, a weight for each pair of features
+# What channel gating (`prune.gating`) makes of a layer X and of a BatchNorm X, and what it puts beside them.
+_GATED = "layer", "norm", "gather", "scatter"
 
 _OPS: dict[LayerKind, str] = {
     LayerKind.CONV: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
@@ -67,6 +69,12 @@ _SPELLING = {
 def usual_name(op: str) -> str:
     """The one spelling that ptsim uses of an operator's name in lower case."""
     return _SPELLING.get(op, op)
+
+
+def ungated(name: str, dense: Collection[str]) -> str:
+    """What the layer called `name` is called in the network before pruning, whose layers are called `dense`."""
+    owner, _, part = name.rpartition(".")
+    return owner if name not in dense and part in _GATED and owner in dense else name
 
 
 def is_transposed(op: str) -> bool:

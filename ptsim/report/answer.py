@@ -72,7 +72,7 @@ def projected_answer(
     excess: pd.DataFrame,
     unchecked: str = "",
 ) -> Answer:
-    """The answer for `gpus` GPUs: the pruned setting that takes the least time there.
+    """The answer for `gpus` GPUs: the pruned setting whose epochs take the least time there.
 
     Args:
         savings: `projected.savings_frame`; repeats of a setting are averaged.
@@ -112,7 +112,7 @@ def projected_answer(
 
 
 def candidates(savings: pd.DataFrame, gpus: int) -> pd.DataFrame:
-    """The comparisons that the head chooses from on `gpus` GPUs: of the first network and data on the page.
+    """The comparisons that the head chooses from on `gpus` GPUs: of the first task on the page.
 
     Those that shrank while they trained, if any did; a run that is pruned at its end can only save at inference.
     """
@@ -121,15 +121,20 @@ def candidates(savings: pd.DataFrame, gpus: int) -> pd.DataFrame:
 
 
 def _first_task(rows: pd.DataFrame, gpus: int) -> pd.DataFrame:
-    """Those on `gpus` GPUs of the network and data that come first on the page."""
-    first = rows.iloc[0]
-    found: pd.DataFrame = rows[(rows.gpus == gpus) & (rows.model == first.model) & (rows.dataset == first.dataset)]
+    """Those on `gpus` GPUs of the task that comes first on the page."""
+    found: pd.DataFrame = rows[(rows.gpus == gpus) & (rows.task == rows.task.iloc[0])]
     return found
 
 
 def fastest(savings: pd.DataFrame, gpus: int) -> pd.Series:
-    """The pruned setting that takes the least time on `gpus` GPUs, its repeats averaged."""
-    return averaged(candidates(savings, gpus), ["setting"]).sort_values("pruned_seconds").iloc[0]
+    """The pruned setting whose epochs take the least time on `gpus` GPUs, its repeats averaged."""
+    return _quickest(candidates(savings, gpus), "pruned_seconds")
+
+
+def _quickest(rows: pd.DataFrame, seconds: str) -> pd.Series:
+    """The setting with the least time an epoch: a run that was stopped early is no quicker for that."""
+    settings = averaged(rows, ["setting"])
+    return settings.iloc[int((settings[seconds] / settings.epochs).argmin())]
 
 
 def _task(run: pd.Series, epochs: float) -> str:
@@ -359,7 +364,7 @@ def dense_answer(
     unchecked: str = "",
 ) -> Answer:
     """The answer where nothing was pruned: what training takes on `gpus` GPUs; `unchecked`: why without validation."""
-    row = averaged(_first_task(projections, gpus), ["setting"]).sort_values("total_seconds").iloc[0]
+    row = _quickest(_first_task(projections, gpus), "total_seconds")
     run = runs[runs.run == row.run].iloc[0]
     origin = f"projected{_of_planned(run)}; times: {tier_row(row.tier).label}"
     tiles = [

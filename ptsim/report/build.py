@@ -35,6 +35,7 @@ from ptsim.trace.pairs import (
     model_name,
     pace,
     run_labels,
+    task_of,
 )
 from ptsim.trace.trace import Trace
 from ptsim.units import format_bytes, listed, percent
@@ -233,8 +234,8 @@ def _title(runs: Sequence[Trace]) -> str:
 
 
 def _tasks(runs: Sequence[Trace]) -> list[str]:
-    """Every network with its data, in the order of the runs."""
-    return list(dict.fromkeys(f"{model_name(trace)} on {data_name(trace)}" for trace in runs))
+    """Every task by its network and data, in the order of the runs; names may repeat, as with fewer of the images."""
+    return list({task_of(trace): f"{model_name(trace)} on {data_name(trace)}" for trace in runs}.values())
 
 
 def _byline(runs: Sequence[Trace]) -> str:

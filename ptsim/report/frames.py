@@ -53,7 +53,7 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
         last = trace.final_network if epochs else first
         energies = [e.device.energy_j if e.device else None for e in epochs]
         unmeasured = trace.is_planned or any(r.measured_duration_s is None for r in trace.reconfigurations)
-        measured_s = sum(e.time.wall_s for e in epochs) if epochs and not trace.is_planned else None
+        measured_s = sum(e.time.wall_s for e in epochs) if epochs and _is_timed(trace) else None
         rows.append(
             {
                 "run": label,
@@ -91,6 +91,11 @@ def runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     return numeric(pd.DataFrame(rows))
 
 
+def _is_timed(trace: Trace) -> bool:
+    """Whether somebody measured the time of every epoch."""
+    return not trace.is_planned and all(epoch.measured_time is not None for epoch in trace.epochs)
+
+
 def epochs_of_runs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     """The rows of `Trace.epochs_frame` of several runs, with what tells the runs apart."""
     rows = []
@@ -121,8 +126,11 @@ def costs_frame(traces: Sequence[Trace]) -> pd.DataFrame:
 
 
 def trained_architectures(epochs: pd.DataFrame) -> pd.DataFrame:
-    """One row per run, architecture and mini-batch of `Facts.epochs`: from which epoch to which, and what they cost."""
-    grouped = epochs.groupby(["run", "architecture", "batch_per_gpu"], sort=False)
+    """One row per run, architecture, mini-batch and passes of `Facts.epochs`: from which epoch to which, and the cost.
+
+    Memory is that of the epoch that takes the most.
+    """
+    grouped = epochs.groupby(["run", "architecture", "batch_per_gpu", "passes"], sort=False)
     return grouped.agg(
         first_epoch=("epoch", "min"),
         last_epoch=("epoch", "max"),
@@ -131,8 +139,8 @@ def trained_architectures(epochs: pd.DataFrame) -> pd.DataFrame:
         training_macs_per_image=("training_macs_per_image", "first"),
         bn_bytes_per_image=("bn_bytes_per_image", "first"),
         peak_memory_bytes=("peak_memory_bytes", "max"),
-        estimated_memory_bytes=("estimated_memory_bytes", "first"),
-        projected_memory_bytes=("projected_memory_bytes", "first"),
+        estimated_memory_bytes=("estimated_memory_bytes", "max"),
+        projected_memory_bytes=("projected_memory_bytes", "max"),
         epoch_allreduce_bytes=("allreduce_payload_bytes", "first"),
         epoch_seconds=("wall_seconds", "median"),
     ).reset_index()
@@ -141,6 +149,7 @@ def trained_architectures(epochs: pd.DataFrame) -> pd.DataFrame:
 def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     """One row per pruned run whose dense partner differs by pruning alone: what it saved on its machine, measured.
 
+    Runs with an epoch that nobody timed have none.
     `pace_fraction` is the time of the same, unpruned network in the pruned run over that in the dense run;
     `own_start_fraction` is the pruned run's time over what it would have taken had all its epochs been as long as its
     first, unpruned ones: a machine whose speed drifts between runs does not distort that. Times are without validation,
@@ -150,7 +159,7 @@ def measured_savings_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     for c in comparisons:
         if not c.trained or time_differences(c.pruned, c.baseline):
             continue
-        if c.pruned.is_planned or c.baseline.is_planned:
+        if not (_is_timed(c.pruned) and _is_timed(c.baseline)):
             continue
         changing_s = paid_s(c.pruned)
         dense_s, pruned_s, held_s = (

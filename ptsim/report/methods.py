@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import pandas as pd
 
 from ptsim.costs.input import find_pipeline
+from ptsim.costs.scaling import load_scaling
 from ptsim.costs.tiers import tier_row
-from ptsim.hardware.spec import Cluster, Device
+from ptsim.hardware.spec import Cluster, Device, LinkKind
 from ptsim.report import specs
 from ptsim.report.facts import Facts
 from ptsim.report.figures.style import gpus as format_gpus
@@ -167,8 +168,8 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
     yield _row(
         "overlap",
         "as fitted for the link" if options.contention is None else f"{100 * options.contention:.0f} % slower",
-        "computation and communication slow each other while both run (over PCIe by 100 %, elsewhere by 20 %, unless "
-        "given); the interval covers half to one and a half times that",
+        f"computation and communication slow each other while both run ({_contention()}, unless given); the interval "
+        "covers half to one and a half times that",
     )
     yield _input_row(options, cluster)
     yield _row(
@@ -178,6 +179,16 @@ def _option_rows(projector: Projector) -> Iterator[Row]:
         if options.scaling == "weak"
         else "the recorded global mini-batch is split over the GPUs",
     )
+
+
+def _contention() -> str:
+    """By how much on which links, as fitted: "over PCIe by 100 %, …, elsewhere by 20 %"."""
+    fitted = load_scaling().contention
+    links = {kind: f"over {_LINKS.get(kind, kind)}" for kind in fitted if kind != "other"} | {"other": "elsewhere"}
+    return ", ".join(f"{where} by {100 * fitted[kind]:.0f} %" for kind, where in links.items())
+
+
+_LINKS: dict[str, str] = {LinkKind.PCIE: "PCIe", LinkKind.TCP: "TCP"}
 
 
 def _input_row(options: Options, cluster: Cluster) -> Row:

@@ -7,7 +7,7 @@ kind of work, and carries the intervals through the differences.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 import pandas as pd
@@ -17,18 +17,20 @@ from ptsim.costs.run import run_cost
 from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import worst_tier
+from ptsim.costs.times import LayerTime
 from ptsim.costs.traffic import network_traffic
 from ptsim.hardware.catalog import is_called, load_device, measured_device
 from ptsim.hardware.profile import DeviceProfile
 from ptsim.hardware.spec import Cluster
-from ptsim.network import PRODUCTS
+from ptsim.network import PRODUCTS, LayerKind, Network
+from ptsim.operators import ungated
 from ptsim.report.frames import accuracies
 from ptsim.setting import StepSetting
 from ptsim.sim.options import HourPrice, Options, hour_price
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, project
 from ptsim.trace.frames import numeric
-from ptsim.trace.pairs import Comparison, data_name, model_name, run_labels, setting_labels
+from ptsim.trace.pairs import Comparison, data_name, model_name, run_labels, setting_labels, task_of
 from ptsim.trace.schema import Epoch
 from ptsim.trace.trace import Trace
 
@@ -198,6 +200,7 @@ def savings_frame(comparisons: Sequence[Comparison], projector: Projector, gpus:
                     "pruned": True,
                     "model": model_name(c.pruned),
                     "dataset": data_name(c.pruned),
+                    "task": task_of(c.pruned),
                     "cluster": projector.cluster.name,
                     "device": projector.device.name,
                     "precision": str(c.pruned.run.precision),
@@ -255,6 +258,7 @@ def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
     Forward and backward together; bytes as the traffic model counts them. Empty where the device's peak is not known.
     """
     trace, device = run.trace, projector.device
+    dense = {layer.name for layer in trace.network_of(trace.epochs[0]).layers}
     peak = device.peak_flops_per_s.get(trace.run.precision)
     rows = []
     ends = (trace.epochs[0], *(trace.epochs[-1:] if len(trace.epochs) > 1 else ()))
@@ -274,7 +278,7 @@ def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
                     **_setting(run, projector),
                     "batch_per_gpu": batch,
                     "epoch": epoch.epoch,
-                    "layer": layer.name,
+                    "layer": ungated(layer.name, dense),
                     "flops_per_byte": flops / num_bytes,
                     "flops_per_second": flops / times[layer.name],
                     "peak_flops_per_second": peak,
@@ -338,19 +342,20 @@ def breakdown_frame(runs: Sequence[LabelledRun], projector: Projector, gpus: Seq
 def layers_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
     """One row per epoch and layer of one run: time of one image on the cluster's device, both ways, and its tier.
 
-    A layer that pruning has removed has no row from then on.
+    A layer that pruning has removed has no row from then on. One that is gated keeps its name and its row: its channels
+    are those that it computes itself, its time is that of its gather or scatter, too.
     """
     rows = []
+    dense = {layer.name for epoch in run.trace.epochs[:1] for layer in run.trace.network_of(epoch).layers}
     steps: dict[tuple[str, StepSetting], StepTime] = {}
     for epoch in run.trace.epochs:
         key = epoch.architecture, run.trace.setting_of(epoch)
         if key not in steps:
             steps[key] = projector.step(run.trace, epoch)
         network = run.trace.network_of(epoch)
-        for time in steps[key].layers:
-            layer = network.layer(time.layer)
-            if layer.is_removed:
-                continue
+        for name, parts in _by_dense_name(steps[key], network, dense).items():
+            layer = network.layer(parts[0].layer)
+            forward_s, backward_s = sum(part.forward_s for part in parts), sum(part.backward_s for part in parts)
             rows.append(
                 {
                     "run": run.label,
@@ -360,36 +365,40 @@ def layers_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
                     "precision": str(run.trace.run.precision),
                     "batch_per_gpu": epoch.batch_per_gpu,
                     "epoch": epoch.epoch,
-                    "layer": time.layer,
-                    "kind": str(time.kind),
+                    "layer": name,
+                    "gated": layer.name != name,
+                    "kind": str(layer.kind),
                     "in_channels": layer.in_channels,
                     "out_channels": layer.out_channels,
                     "forward_macs_per_image": layer.forward_macs,
-                    "forward_seconds_per_image": time.forward_s / epoch.batch_per_gpu,
-                    "backward_seconds_per_image": time.backward_s / epoch.batch_per_gpu,
-                    "seconds_per_image": (time.forward_s + time.backward_s) / epoch.batch_per_gpu,
-                    "tier": str(time.tier),
+                    "forward_seconds_per_image": forward_s / epoch.batch_per_gpu,
+                    "backward_seconds_per_image": backward_s / epoch.batch_per_gpu,
+                    "seconds_per_image": (forward_s + backward_s) / epoch.batch_per_gpu,
+                    "tier": str(worst_tier(part.tier for part in parts)),
                 }
             )
     return pd.DataFrame(rows)
 
 
-def block_of(layer: str) -> str:
-    """What shares a module path: the layers of one residual block, or a single layer at the top."""
-    return layer.rpartition(".")[0] or layer
-
-
-def has_removed_blocks(layers: pd.DataFrame) -> bool:
-    """Whether a block of `layers_frame` has no layer left in some epoch."""
-    blocks = layers.layer.map(block_of)
-    return bool(blocks.nunique() * layers.epoch.nunique() > len(set(zip(blocks, layers.epoch, strict=True))))
+def _by_dense_name(step: StepTime, network: Network, dense: Collection[str]) -> dict[str, list[LayerTime]]:
+    """The times of what is left of the layers of the dense network, by their names there; a gate comes last."""
+    found: dict[str, list[LayerTime]] = {}
+    for time in step.layers:
+        if not network.layer(time.layer).is_removed:
+            parts = found.setdefault(ungated(time.layer, dense), [])
+            parts.insert(len(parts) if time.kind is LayerKind.RESHAPE else 0, time)
+    return found
 
 
 def first_and_last_layers(layers: pd.DataFrame) -> pd.DataFrame:
     """One row per layer of the first epoch in `layers_frame`, with what is left of it in the last epoch."""
     before = layers[layers.epoch == layers.epoch.min()].set_index("layer")
     after = layers[layers.epoch == layers.epoch.max()].set_index("layer")
-    channels = [frame.in_channels.astype(str) + " → " + frame.out_channels.astype(str) for frame in (before, after)]
+    marks = {False: "", True: ", gated"}
+    channels = [
+        frame.in_channels.astype(str) + " → " + frame.out_channels.astype(str) + frame.gated.map(marks)
+        for frame in (before, after)
+    ]
     last_seconds = after.seconds_per_image.reindex(before.index)
     return pd.DataFrame(
         {
@@ -475,6 +484,7 @@ def _setting(run: LabelledRun, projector: Projector) -> dict[str, str | bool | i
         "trained": run.trained,
         "model": model_name(run.trace),
         "dataset": data_name(run.trace),
+        "task": task_of(run.trace),
         "cluster": projector.cluster.name,
         "device": projector.device.name,
         "precision": str(run.trace.run.precision),

@@ -81,7 +81,8 @@ def scenarios_section(facts: Facts) -> Section:
             " A dynamic mini-batch fills the GPU's memory from the first reconfiguration on. A dense run could have a "
             "larger mini-batch too: not all that it saves is due to pruning."
         )
-    tables = [make_table(specs.SCENARIOS, facts.scenarios, caption=caption)]
+    spec = _without(specs.SCENARIOS, "epochs") if facts.scenarios.epochs.nunique() == 1 else specs.SCENARIOS
+    tables = [make_table(spec, facts.scenarios, caption=caption)]
     sentences: tuple[str, ...] = ()
     if not facts.break_even.empty:
         sentences = tuple(scenarios.break_even_sentences(facts.break_even))
@@ -97,7 +98,9 @@ def scenarios_section(facts: Facts) -> Section:
 
 def scaling_section(facts: Facts) -> Section:
     """Whole runs over cluster sizes, and what pruning saves there."""
-    tables = [make_table(specs.PROJECTIONS, facts.projections)]
+    alike = facts.projections.epochs.nunique() == 1
+    spec = _without(specs.PROJECTIONS, "epochs") if alike else specs.PROJECTIONS
+    tables = [make_table(spec, facts.projections)]
     if not facts.savings.empty:
         tables.append(make_table(specs.SAVINGS, facts.savings))
     if facts.projections[["energy_joules", "cost_usd"]].notna().any(axis=None):
@@ -117,6 +120,11 @@ def scaling_section(facts: Facts) -> Section:
     )
 
 
+def _without(spec: TableSpec, name: str) -> TableSpec:
+    """The same table without a column that says nothing here; its file has it all the same."""
+    return msgspec.structs.replace(spec, headings={key: text for key, text in spec.headings.items() if key != name})
+
+
 def layers_section(facts: Facts) -> Section:
     """Where the layers' time goes, in the first and the last architecture of the shown run."""
     caption = f"{describe_setting(facts.layers)}; forward and backward together, without an interval."
@@ -130,7 +138,9 @@ def costs_section(facts: Facts) -> Section:
         f"{describe_setting(facts.epochs)}. Counted from the architecture where it does not say measured. Projected "
         f"memory is that of a GPU of {facts.projector.cluster.name} when {describe_gpus(facts.focus)} train."
     )
-    table = make_table(specs.ARCHITECTURES, frames.trained_architectures(facts.epochs), caption=caption)
+    trained = frames.trained_architectures(facts.epochs)
+    spec = specs.ARCHITECTURES if (trained.passes > 1).any() else _without(specs.ARCHITECTURES, "passes")
+    table = make_table(spec, trained, caption=caption)
     return Section(name="costs", title="What shrank", figures=shown_figures("costs", facts), tables=(table,))
 
 

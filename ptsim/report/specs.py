@@ -10,6 +10,7 @@ PROJECTIONS = TableSpec(
     caption="Projected: training without validation. Intervals are 90 %.",
     headings={
         "run": "run",
+        "epochs": "epochs",
         "gpus": "GPUs",
         "total_seconds": "time",
         "low_seconds": "90 % from",
@@ -61,6 +62,7 @@ SCENARIOS = TableSpec(
         "cluster": "cluster",
         "gpus": "GPUs",
         "run": "run",
+        "epochs": "epochs",
         "total_seconds": "time",
         "low_seconds": "90 % from",
         "high_seconds": "to",
@@ -229,6 +231,7 @@ ARCHITECTURES = TableSpec(
         "first_epoch": "from epoch",
         "last_epoch": "to epoch",
         "batch_per_gpu": "mini-batch per GPU",
+        "passes": "passes",
         "parameters": "parameters",
         "inference_macs_per_image": "inference",
         "training_macs_per_image": "training",

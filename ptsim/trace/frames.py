@@ -30,6 +30,7 @@ def epoch_rows(trace: Trace) -> list[dict[str, Any]]:
                 "epoch": epoch.epoch,
                 "architecture": epoch.architecture,
                 "batch_per_gpu": epoch.batch_per_gpu,
+                "passes": epoch.passes,
                 "num_gpus": epoch.world_size,
                 "num_iterations": epoch.num_iterations,
                 "learning_rate": epoch.learning_rate,

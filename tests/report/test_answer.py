@@ -246,6 +246,7 @@ def saving_row(share: float, low: float, high: float, **changes: object) -> pd.D
         "setting": "r=0.2",
         "model": "resnet14",
         "dataset": "cifar10",
+        "task": "resnet14 on cifar10",
         "cluster": "dgx-a100",
         "device": "a100",
         "gpus": 8,
@@ -385,12 +386,14 @@ def test_the_fastest_setting_that_shrank_is_shown_and_repeats_are_its_mean() -> 
     first = saving_row(0.2, 0.1, 0.3, run="a")
     again = saving_row(0.1, 0.05, 0.2, run="b")
     slow = saving_row(0.1, 0.0, 0.2, run="s", setting="gentle")
-    other = saving_row(0.9, 0.8, 0.95, run="o", model="vgg11")  # another network, further down the page
+    other = saving_row(0.9, 0.8, 0.95, run="o", task="resnet14 on less of cifar10")  # further down the page
+    stopped = {"epochs": 9, "dense_seconds": 3600.0, "pruned_seconds": 3420.0}  # early; an epoch takes longer
+    short = saving_row(0.05, 0.0, 0.1, run="t", setting="stopped", **stopped)
     elsewhere = saving_row(0.9, 0.8, 0.95, run="a", gpus=1)
-    runs = pd.concat([run_row(run=name) for name in "abqso"])
-    head = head_of(pd.concat([slow, first, again, quick, other, elsewhere], ignore_index=True), runs)
+    runs = pd.concat([run_row(run=name) for name in "abqsot"])
+    head = head_of(pd.concat([slow, first, again, quick, other, short, elsewhere], ignore_index=True), runs)
     assert "“r=0.2” saves 1.50 h of 10.0 h (15.0 %; 90 % interval 0.500 h to 3.00 h)" in head.headline
-    assert "Of 2 settings that shrink in training, the fastest there is shown: r=0.2." in head.certainty
+    assert "Of 3 settings that shrink in training, the fastest there is shown: r=0.2." in head.certainty
     assert "Means of 2 runs of this setting; the interval is the widest of them." in head.certainty
     later = quick.assign(setting="later", pruned_seconds=1.0)
     late = head_of(pd.concat([quick, later], ignore_index=True), run_row(run="q"))
@@ -411,6 +414,7 @@ def projection_row(**changes: object) -> pd.DataFrame:
         "gpus": 8,
         "model": "resnet14",
         "dataset": "cifar10",
+        "task": "resnet14 on cifar10",
         "device": "a100",
         "cluster": "dgx-a100",
         "epochs": 90,
@@ -428,7 +432,10 @@ def projection_row(**changes: object) -> pd.DataFrame:
 
 def test_a_dense_answer_by_hand() -> None:
     slower = projection_row(run="s", setting="slow", total_seconds=40000.0)
-    head = answer.dense_answer(pd.concat([slower, projection_row()], ignore_index=True), run_row(), 8, None, ())
+    short = projection_row(run="t", setting="stopped", epochs=9, total_seconds=4000.0)  # early; an epoch takes longer
+    less = projection_row(run="o", task="resnet14 on less of cifar10", total_seconds=1.0)
+    rows = pd.concat([slower, short, less, projection_row()], ignore_index=True)
+    head = answer.dense_answer(rows, run_row(), 8, None, ())
     assert head.headline == (
         "Training resnet14 on cifar10 for 90 epochs with 8 × a100 (dgx-a100) takes 10.0 h (90 % interval 9.00 h to "
         "12.0 h). No pruned run was given, so there is no saving to report."
@@ -469,3 +476,17 @@ def test_what_checking_the_runs_adds_to_certainty() -> None:
     assert answer.checked(alone, "").endswith("is wrong by 3.4 % per epoch on average.")
     assert answer.checked(None, "Nobody looked.") == " Nobody looked."
     assert answer.checked(None, "") == ""
+
+
+@pytest.mark.parametrize(("images", "tasks"), [((4000, 4000), 1), ((4000, 5000), 2)])
+def test_fewer_images_of_the_same_data_are_another_task(tmp_path: Path, images: tuple[int, int], tasks: int) -> None:
+    unfinished = {"recorded_epochs": 0, "status": "interrupted"}
+    runs = [
+        dense_trace(tmp_path / f"{seed}.jsonl", seed=seed, num_train=n, **unfinished) for seed, n in enumerate(images)
+    ]
+    report = make_report(runs)
+    name = f"{read_trace(runs[0]).run.model} on "
+    assert report.title.endswith(name + ("cifar10" if tasks == 1 else "2 data sets"))
+    assert [notice for notice in report.answer.notices if "tasks" in notice] == [
+        "This page holds runs of 2 tasks; its head is about one, the tables show all."
+    ] * (tasks - 1)

@@ -76,9 +76,11 @@ def test_what_was_not_measured_of_a_run_is_missing(pruned: Trace) -> None:
     silent = (*pruned.epochs[:2], msgspec.structs.replace(pruned.epochs[2], device=None))
     first, second = pruned.reconfigurations
     untimed = first, msgspec.structs.replace(second, measured_duration_s=None)
+    unseen = (*pruned.epochs[:2], msgspec.structs.replace(pruned.epochs[2], measured_time=None))
     planned = msgspec.structs.replace(pruned.run, origin="planned", device=NO_DEVICE)
     for changes, missing in (
         ({"epochs": silent}, {"energy_joules"}),
+        ({"epochs": unseen}, {"measured_seconds"}),
         ({"reconfigurations": untimed}, {"reconfiguration_seconds"}),
         ({"run": planned}, {"measured_seconds", "reconfiguration_seconds"}),
     ):
@@ -110,12 +112,15 @@ def test_what_pruning_saved_where_it_was_recorded(pruned: Trace, dense: Trace) -
     assert row["accuracy_change"] == pytest.approx(-0.05)
 
 
-def test_a_planned_run_saved_nothing_that_anybody_measured(pruned: Trace, dense: Trace) -> None:
+def test_what_nobody_trained_or_timed_saved_nothing_that_anybody_measured(pruned: Trace, dense: Trace) -> None:
     (comparison,) = compare_runs([dense, pruned])
     for name in ("pruned", "baseline"):
         run = getattr(comparison, name)
         planned = msgspec.structs.replace(run, run=msgspec.structs.replace(run.run, origin="planned"))
-        assert frames.measured_savings_frame([msgspec.structs.replace(comparison, **{name: planned})]).empty
+        untimed = msgspec.structs.replace(run.epochs[1], measured_time=None)
+        incomplete = msgspec.structs.replace(run, epochs=(run.epochs[0], untimed, run.epochs[2]))
+        for other in (planned, incomplete):
+            assert frames.measured_savings_frame([msgspec.structs.replace(comparison, **{name: other})]).empty
 
 
 def test_what_every_epoch_costs(pruned: Trace) -> None:
@@ -134,21 +139,31 @@ def test_an_architectures_row_spans_its_epochs() -> None:
     epochs = pd.DataFrame(
         {
             "run": "a",
-            "architecture": ["x", "x", "x", "y"],
+            "architecture": ["x", "x", "x", "x", "y"],
             "batch_per_gpu": 64,
-            "epoch": [0, 1, 2, 3],
-            "peak_memory_bytes": [10.0, 30.0, 20.0, 5.0],
-            "wall_seconds": [9.0, 1.0, 2.0, 1.0],
-            "parameters": [7, 7, 7, 3],
+            "passes": [1, 1, 1, 4, 4],
+            "epoch": [0, 1, 2, 3, 4],
+            "peak_memory_bytes": [10.0, 30.0, 20.0, 8.0, 5.0],
+            "estimated_memory_bytes": [11.0, 31.0, 21.0, 9.0, 6.0],
+            "projected_memory_bytes": [12.0, 32.0, 22.0, 10.0, 7.0],
+            "wall_seconds": [9.0, 1.0, 2.0, 3.0, 1.0],
+            "parameters": [7, 7, 7, 7, 3],
         }
     )
     counted = ["inference_macs_per_image", "training_macs_per_image", "bn_bytes_per_image", "allreduce_payload_bytes"]
-    epochs[[*counted, "estimated_memory_bytes", "projected_memory_bytes"]] = 1
+    epochs[counted] = 1
     frame = frames.trained_architectures(epochs)
-    assert list(zip(frame.architecture, frame.first_epoch, frame.last_epoch, strict=True)) == [("x", 0, 2), ("y", 3, 3)]
-    assert list(frame.peak_memory_bytes) == [30.0, 5.0]
-    assert list(frame.epoch_seconds) == [2.0, 1.0]  # of 9, 1 and 2 s the middle one
-    assert list(frame.parameters) == [7, 3]
+    spans = list(zip(frame.architecture, frame.passes, frame.first_epoch, frame.last_epoch, strict=True))
+    assert spans == [("x", 1, 0, 2), ("x", 4, 3, 3), ("y", 4, 4, 4)]
+    assert list(frame.peak_memory_bytes) == [30.0, 8.0, 5.0]
+    assert list(frame.estimated_memory_bytes) == [
+        31.0,
+        9.0,
+        6.0,
+    ]  # the penalty takes memory, and may end with its phase
+    assert list(frame.projected_memory_bytes) == [32.0, 10.0, 7.0]
+    assert list(frame.epoch_seconds) == [2.0, 3.0, 1.0]  # of 9, 1 and 2 s the middle one
+    assert list(frame.parameters) == [7, 7, 3]
 
 
 def test_repeats_keep_words_and_truths_and_count_what_is_there() -> None:

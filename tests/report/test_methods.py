@@ -56,6 +56,13 @@ def test_what_the_numbers_rest_on_by_hand(trace: Trace) -> None:
     assert assumed(trace, Options(input="dali"))["input pipeline"] == "dali on 128 cores per node"
 
 
+def test_by_how_much_a_link_is_held_up_is_said_as_fitted(trace: Trace) -> None:
+    epochs = (epoch_projection(),)
+    facts = Facts([trace], [], projectors=[FixedProjector({False: run_projection(epochs=epochs)})], sizes=[4], focus=4)
+    frame = assumptions_table(facts).frame.set_index("what")
+    assert "(over PCIe by 100 %, over TCP by 5 %, elsewhere by 20 %, unless given)" in frame.source["overlap"]
+
+
 def test_every_stretch_of_epochs_has_the_tier_that_made_its_times(trace: Trace) -> None:
     here, there = "measured", "scaled"
     rows = assumed(trace, Options(), here, here, there, here, there, there, here, here, here)

@@ -9,9 +9,11 @@ import ptsim
 from ptsim.answers.repredict import device_profile_of
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
+from ptsim.network import Layer, LayerKind
 from ptsim.report import projected
 from ptsim.report.build import make_report, money_sentences
 from ptsim.report.facts import Facts
+from ptsim.report.figures.layers import block_of, has_removed_blocks
 from ptsim.report.projected import LabelledRun, Projector, labelled_runs
 from ptsim.report.specs import PROJECTIONS
 from ptsim.report.tables import make_table
@@ -114,7 +116,7 @@ def test_a_layer_without_elements_is_removed_from_table_and_map(
     table = projected.first_and_last_layers(frame).set_index("layer")
     assert table.loc["layer2.1.conv1", "last_channels"] == "removed"
     assert table.loc["layer2.1.conv1", "last_fraction"] == 0
-    assert projected.has_removed_blocks(frame)
+    assert has_removed_blocks(frame)
 
 
 def test_the_parts_of_the_time_add_up_to_it(traces: list[ptsim.Trace], projector: Projector) -> None:
@@ -378,7 +380,7 @@ def test_the_first_and_the_last_of_a_layer_by_hand() -> None:
     rows = [(0, "b.conv", 3, 8, 100, 0.4), (0, "b.gone", 8, 8, 50, 0.2), (1, "b.conv", 3, 8, 100, 0.3)]
     rows += [(2, "b.conv", 3, 6, 75, 0.1)]
     columns = ["epoch", "layer", "in_channels", "out_channels", "forward_macs_per_image", "seconds_per_image"]
-    layers = pd.DataFrame(rows, columns=columns).assign(kind="batch_norm", tier="measured")
+    layers = pd.DataFrame(rows, columns=columns).assign(kind="batch_norm", tier="measured", gated=False)
     table = projected.first_and_last_layers(layers).set_index("layer")
     conv, gone = table.loc["b.conv"], table.loc["b.gone"]
     assert (conv.first_channels, conv.last_channels, gone.last_channels) == ("3 → 8", "3 → 6", "removed")
@@ -386,9 +388,44 @@ def test_the_first_and_the_last_of_a_layer_by_hand() -> None:
     assert (conv.first_seconds_per_image, conv.last_seconds_per_image) == (0.4, 0.1)
     assert (conv.last_fraction, gone.last_fraction) == (pytest.approx(0.25), 0.0)
     assert conv.kind == "batch norm"
-    assert not projected.has_removed_blocks(layers)  # something of block b is left
-    assert projected.has_removed_blocks(pd.concat([layers, layers[:1].assign(layer="fc")]))
-    assert [projected.block_of(name) for name in ("layer1.0.conv1", "fc")] == ["layer1.0", "fc"]
+    assert not has_removed_blocks(layers)  # something of block b is left
+    assert has_removed_blocks(pd.concat([layers, layers[:1].assign(layer="fc")]))
+    assert [block_of(name) for name in ("layer1.0.conv1", "fc")] == ["layer1.0", "fc"]
+
+
+def test_a_gated_layer_is_kept_under_its_name_and_takes_the_time_of_its_gate_too(traces: list[ptsim.Trace]) -> None:
+    """Of 16 inputs conv1 reads 9; every layer takes 3 ms, a gate too."""
+    trace = first_epochs(traces[0], 2)
+    network = trace.network_of(trace.epochs[0])
+    conv, norm = "layer1.0.conv1", "layer1.0.bn1"
+    parts: dict[str, dict[str, dict[str, object]]]
+    parts = {conv: {"gather": {}, "layer": {"in_channels": 9}}, norm: {"norm": {}, "scatter": {}}}
+    layers: list[Layer] = []
+    for layer in network.layers:
+        for part, changes in parts.get(layer.name, {"": {}}).items():
+            is_gate = part in ("gather", "scatter")
+            own: dict[str, object] = {"kind": LayerKind.RESHAPE, "op": part} if is_gate else changes
+            layers.append(msgspec.structs.replace(layer, name=f"{layer.name}.{part}".rstrip("."), **own))
+    begin, end = {conv: f"{conv}.gather", norm: f"{norm}.norm"}, {conv: f"{conv}.layer", norm: f"{norm}.scatter"}
+    edges = [(end.get(source, source), begin.get(target, target)) for source, target in network.edges]
+    edges += [(begin[name], end[name]) for name in parts]
+    owners = {conv: f"{conv}.layer", norm: f"{norm}.norm"}
+    weights = [msgspec.structs.replace(p, layer=owners.get(p.layer, p.layer)) for p in network.parameters]
+    gated = msgspec.structs.replace(network, layers=tuple(layers), edges=tuple(edges), parameters=tuple(weights))
+    first, last = trace.epochs
+    epochs = first, msgspec.structs.replace(last, architecture=gated.id)
+    trained = msgspec.structs.replace(trace, epochs=epochs, networks={**trace.networks, gated.id: gated})
+    run = LabelledRun(label="a", setting="a", trace=trained)
+    frame = projected.layers_frame(run, FixedProjector())
+    assert list(frame[frame.epoch == 1].layer) == list(frame[frame.epoch == 0].layer)
+    assert not has_removed_blocks(frame)
+    table = projected.first_and_last_layers(frame).set_index("layer")
+    assert (table.first_channels[conv], table.last_channels[conv]) == ("16 → 16", "9 → 16, gated")
+    assert (table.last_channels[norm], table.kind[norm]) == ("16 → 16, gated", "batch norm")
+    assert list(table.last_fraction[[conv, norm]]) == pytest.approx([2.0, 2.0])
+    assert set(table.last_fraction.drop([conv, norm])) == {1.0}
+    reached = projected.roofline_frame(run, FixedProjector())
+    assert list(reached[reached.epoch == 1].layer) == list(reached[reached.epoch == 0].layer)
 
 
 def test_what_exceeds_the_macs_by_hand(traces: list[ptsim.Trace]) -> None:

@@ -66,8 +66,35 @@ def test_memory_is_projected_epoch_by_epoch_and_estimated_where_somebody_trained
         assert list(rows.projected_memory_bytes[:2]) == [2**30, 2**31]
         assert rows.projected_memory_bytes[2:].isna().all()  # nothing was projected there
         assert rows.estimated_memory_bytes.notna().all()
-    caption = table_of(sections.costs_section(facts), "architectures").caption
-    assert caption.endswith("Projected memory is that of a GPU of dgx-a100 when 4 GPUs train.")
+    table = table_of(sections.costs_section(facts), "architectures")
+    assert table.caption.endswith("Projected memory is that of a GPU of dgx-a100 when 4 GPUs train.")
+    assert "passes" not in [column.heading for column in table.columns]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_runs_of_different_length_say_how_long_they_are(traces: list[Trace], epochs: int) -> None:
+    short = run_projection(epochs=tuple(epoch_projection(epoch=number) for number in range(epochs)))
+    projector = FixedProjector({False: run_projection(), True: short})
+    facts = Facts(traces, compare_runs(traces), projectors=[projector], sizes=[4], focus=4)
+    table = table_of(sections.scaling_section(facts), "projections")
+    assert list(table.frame.epochs) == [1, epochs]
+    assert ("epochs" in [column.heading for column in table.columns]) == (epochs > 1)
+
+
+def test_architectures_that_were_trained_in_several_passes_say_so(traces: list[Trace]) -> None:
+    dense = traces[0]
+    accumulated = tuple(msgspec.structs.replace(epoch, passes=4) for epoch in dense.epochs[:2]) + dense.epochs[2:]
+    projection = run_projection(epochs=tuple(epoch_projection(epoch=epoch.epoch) for epoch in dense.epochs))
+    facts = Facts(
+        [msgspec.structs.replace(dense, epochs=accumulated)],
+        [],
+        projectors=[FixedProjector({False: projection})],
+        sizes=[4],
+        focus=4,
+    )
+    table = table_of(sections.costs_section(facts), "architectures")
+    assert "passes" in [column.heading for column in table.columns]
+    assert list(zip(table.frame.passes, table.frame.first_epoch, strict=True)) == [(4, 0), (1, 2)]
 
 
 def test_money_and_energy_are_shown_with_the_price_that_they_are_at(traces: list[Trace]) -> None:

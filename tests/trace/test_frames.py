@@ -53,6 +53,7 @@ def test_every_column_of_an_epoch_holds_its_own_number(tmp_path: Path) -> None:
     epoch = msgspec.structs.replace(
         recorded,
         num_iterations=21,
+        passes=20,
         learning_rate=22.0,
         train_loss=23.0,
         penalty=24.0,
@@ -81,6 +82,7 @@ def test_every_column_of_an_epoch_holds_its_own_number(tmp_path: Path) -> None:
         "epoch": 0,
         "architecture": network.id,
         "batch_per_gpu": 64,
+        "passes": 20,
         "num_gpus": 1,
         "num_iterations": 21,
         "learning_rate": 22.0,

@@ -9,7 +9,7 @@ import numpy as np
 
 from ptsim.errors import UsageError
 from ptsim.network import LayerKind, Network
-from ptsim.operators import BRANCH_CONSTANT
+from ptsim.operators import BRANCH_CONSTANT, ungated
 from ptsim.prune.trajectories.polish import polished
 from ptsim.prune.trajectories.problem import Edge, Problem, Trajectory, Widths, register
 from ptsim.prune.trajectories.roles import roles
@@ -138,14 +138,12 @@ def recorded_densities(trace: Trace) -> tuple[np.ndarray, np.ndarray, list[tuple
 def _widths(network: Network, first: Network, dense: Mapping[str, int]) -> dict[str, int]:
     """The channels that layers write, by their names in the dense network `first`.
 
-    Gating calls a layer NAME.layer. What stays of a removed branch is a constant, of its last layer or the BatchNorm
-    behind that one.
+    What stays of a removed branch is a constant, of its last layer or the BatchNorm behind that one.
     """
     now: dict[str, int] = {}
     for layer in network.layers:
         if layer.kind in (LayerKind.CONV, LayerKind.LINEAR):
-            own = layer.name if layer.name in dense else layer.name.removesuffix(".layer")
-            now[own] = layer.out_channels
+            now[ungated(layer.name, dense)] = layer.out_channels
         elif layer.op == BRANCH_CONSTANT:
             before = [source for source, target in first.edges if target == layer.name]
             now |= dict.fromkeys([layer.name] if layer.name in dense else before, layer.out_channels)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from ptsim.report.facts import Facts
 from ptsim.report.figures import style
 from ptsim.report.figures.registry import ReportFigure
-from ptsim.report.projected import block_of, has_removed_blocks, roofline_frame
+from ptsim.report.projected import roofline_frame
 from ptsim.units import format_bandwidth, format_peak
 
 
@@ -17,7 +17,7 @@ from ptsim.units import format_bandwidth, format_peak
 def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
     """The `count` most expensive layers: time of one image in the first and in the last architecture.
 
-    Takes `frames.layers_frame` of one run. A layer that has gone has no second bar.
+    Takes `projected.layers_frame` of one run. A layer that has gone has no second bar.
     """
     first, last = layers.epoch.min(), layers.epoch.max()
     costly = set(layers.groupby("layer").seconds_per_image.max().nlargest(count).index)
@@ -47,9 +47,9 @@ def layers_figure(layers: pd.DataFrame, *, count: int = 16) -> Figure:
 
 @style.styled
 def blocks_figure(layers: pd.DataFrame, *, most: int = 40) -> Figure:
-    """Time per image of every block of layers over epochs, as a map. Takes `frames.layers_frame` of one run.
+    """Time per image of every block of layers over epochs, as a map. Takes `projected.layers_frame` of one run.
 
-    The `most` costliest blocks (`projected.block_of`) are shown; one that has been removed is left white.
+    The `most` costliest blocks (`block_of`) are shown; one that has been removed is left white.
     """
     blocks = layers.assign(block=layers.layer.map(block_of))
     table = blocks.pivot_table(index="block", columns="epoch", values="seconds_per_image", aggfunc="sum", sort=False)
@@ -120,6 +120,17 @@ def roofline_figure(layers: pd.DataFrame) -> Figure:
     return style.finish(
         figure, layers, n=f"{layers.layer.nunique()} layers of one run", band="no band: expected values"
     )
+
+
+def block_of(layer: str) -> str:
+    """What shares a module path: the layers of one residual block, or a single layer at the top."""
+    return layer.rpartition(".")[0] or layer
+
+
+def has_removed_blocks(layers: pd.DataFrame) -> bool:
+    """Whether a block of `projected.layers_frame` has no layer left in some epoch."""
+    blocks = layers.layer.map(block_of)
+    return bool(blocks.nunique() * layers.epoch.nunique() > len(set(zip(blocks, layers.epoch, strict=True))))
 
 
 def _roofline_caption(facts: Facts) -> str:
