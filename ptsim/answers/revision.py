@@ -10,6 +10,8 @@ import functools
 import hashlib
 from pathlib import Path
 
+from ptsim.costs.algorithms import ALGORITHMS
+from ptsim.costs.tiers import TIERS
 from ptsim.criteria import CRITERIA
 from ptsim.optimizers import OPTIMIZERS
 
@@ -29,8 +31,8 @@ def model_revision() -> str:
 
 
 def foreign_rows() -> tuple[dict[str, str], ...]:
-    """The optimizers and criteria of other packages, which projections may read, by name and version."""
-    return OPTIMIZERS.versions(), CRITERIA.versions()
+    """What other packages add to the model, by name and version: optimizers, criteria, tiers, all-reduce algorithms."""
+    return tuple(registry.versions() for registry in (OPTIMIZERS, CRITERIA, TIERS, ALGORITHMS))
 
 
 def revision_of(package: Path) -> str:

@@ -482,13 +482,14 @@ class TestRevision:
         device.write_text(catalog.read_text().replace('"16 GiB"', '"24 GiB"'))
         assert [c.key for c in configurations(read_study(study(folder, text, "own.toml")))] != before
 
-    def test_an_optimizer_of_another_package_that_changed_is_another_configuration(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("group", ["optimizers", "criteria", "tiers", "collectives"])
+    def test_what_another_package_adds_and_changes_is_another_configuration(
+        self, group: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         site, path = tmp_path / "site", study(folder)
         (site / "lion-1.0.dist-info").mkdir(parents=True)
         (site / "lion-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lion\nVersion: 1.0\n")
-        (site / "lion-1.0.dist-info" / "entry_points.txt").write_text("[ptsim.optimizers]\nlion = lion:LION\n")
+        (site / "lion-1.0.dist-info" / "entry_points.txt").write_text(f"[ptsim.{group}]\nlion = lion:LION\n")
         (site / "lion.py").write_text("LION = 1\n")
 
         def keys() -> list[str]:

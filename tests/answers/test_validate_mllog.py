@@ -123,6 +123,20 @@ def test_the_measured_step_stands_beside_the_prediction_of_the_same_cluster(tmp_
     assert not check.inside
 
 
+def test_gradients_that_accumulate_are_noted_and_a_pass_does_not_tell_the_number_of_gpus(
+    tmp_path: Path, network: Network
+) -> None:
+    """16 GPUs of 100 images in two passes of 50: 1,600 over 50 would be 32 GPUs."""
+    log = _log(tmp_path / "log", d_batch_size=50, gradient_accumulation_steps=2)
+    check = validate_mllog(log, cluster="dgx-a100", model=network)
+    assert (check.gpus, check.batch) == (16, 100)
+    assert "the run added up gradients of 2 passes; one of the whole mini-batch is predicted" in check.notes
+    alone = _log(tmp_path / "one", d_batch_size=50, gradient_accumulation_steps=1)
+    once = validate_mllog(alone, cluster="dgx-a100", model=network)
+    assert (once.gpus, once.batch) == (32, 50)
+    assert not any("added up" in note for note in once.notes)
+
+
 def test_another_optimizer_is_noted(tmp_path: Path, network: Network) -> None:
     check = validate_mllog(_log(tmp_path / "log", opt_name="lars"), cluster="dgx-a100", model=network)
     assert any("lars" in note for note in check.notes)
@@ -133,6 +147,7 @@ def test_another_optimizer_is_noted(tmp_path: Path, network: Network) -> None:
     [
         ({"global_batch_size": None}, FileFormatError, "global_batch_size is None"),
         ({"train_samples": "many"}, FileFormatError, "train_samples"),
+        ({"gradient_accumulation_steps": 0}, FileFormatError, "gradient_accumulation_steps is 0"),
         ({"submission_platform": "a machine"}, UsageError, "how many GPUs"),
         ({"submission_benchmark": "bert"}, UsageError, "bert"),
         ({"global_batch_size": 1601}, UsageError, "evenly"),

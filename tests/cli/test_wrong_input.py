@@ -168,6 +168,7 @@ WRONG = {
     "plan net.py:make --images 9 --epochs 2 --batch 1 --interval 1 -o net.py": "net.py is also an input",
     "plan resnet20 --images 9 --epochs 2 --batch 1 --pruning like:pruned -o pruned/trace.jsonl": "is also an input",
     "plan resnet20 --images 9 --epochs 2 --batch 1 --pruning huge.toml -o huge.toml": "huge.toml is also an input",
+    "plan resnet20 --images 9 --epochs 2 --batch 1 -o pruned/trace.jsonl": "is the trace of a run that was recorded",
     "plan resnet20 --images 9 --epochs 2 --batch 1 --pruning like:two.toml -o new": "two.toml:1: not a ptsim trace",
     "plan resnet20 --images 9223372036854775808 --epochs 2 --batch 1 -o new": "is 9223372036854775808, expected",
     f"{TRAIN} --set epochs=3 --epochs 2 --out new": "setting 'epochs' is given twice",
