@@ -52,7 +52,7 @@ def network_problem(network: Network) -> str | None:
         name = next(name for name, times in Counter(layer.name for layer in network.layers).items() if times > 1)
         return f"has two layers called {name!r}"
     for layer in network.layers:
-        if problem := _layer_problem(layer):
+        if problem := layer_problem(layer):
             return f"layer {layer.name!r} {problem}"
     for source, target in network.edges:
         for name in (source, target):
@@ -76,7 +76,8 @@ def network_problem(network: Network) -> str | None:
     return None
 
 
-def _layer_problem(layer: Layer) -> str | None:
+def layer_problem(layer: Layer) -> str | None:
+    """Why the layer cannot be one, as a sentence without its subject; None where nothing contradicts itself."""
     if any(index >= len(layer.input_shapes) for index in layer.shared_inputs):
         return f"has {len(layer.input_shapes)} inputs, but shared_inputs {list(layer.shared_inputs)}"
     if layer.once:  # its shapes are whole: a weight that is standardised, a table that is looked up

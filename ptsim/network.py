@@ -66,7 +66,7 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         name: unique in the network; the module path, or the graph node's name for a functional call.
         op: the operator's own name in lower case ("conv2d", "relu", "silu", "max_pool2d").
         in_channels, out_channels: channel counts (features for a linear layer).
-        kernel_size, stride, padding, dilation: (height, width).
+        kernel_size, stride, padding, dilation: (height, width); the height of one axis does nothing: 1, padding 0.
         depth: the same four of the axis in front of these, where there are three; None where there is none, where a
             kernel has no size, and in what older ptsim wrote.
         input_shapes: one shape per tensor input, each without the mini-batch axis.

@@ -9,6 +9,7 @@ from ptsim.network import Layer, LayerKind
 
 # What pruning leaves where it removed a layer, and at the end of a residual branch that it removed.
 PLACEHOLDER, BRANCH_CONSTANT = "placeholder", "branch_constant"
+SUMS, DIFFERENCES = frozenset({"add"}), frozenset({"sub", "rsub"})  # by their plain names
 BILINEAR = "bilinear"  # y[o] = Σ x[i]·w[o, i, j]·z[j]: of the linear kind, a weight for each pair of features
 # What channel gating (`prune.gating`) makes of a layer X and of a BatchNorm X, and what it puts beside them.
 _GATED = "layer", "norm", "gather", "scatter"
@@ -49,6 +50,9 @@ _SPELLING = {
     "max_pool2d_with_indices": "max_pool2d",
     "truediv": "div",
     "true_divide": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
     "concat": "cat",
     "concatenate": "cat",
     "multi_head_attention": "multihead_attention",
@@ -75,6 +79,13 @@ def ungated(name: str, dense: Collection[str]) -> str:
     """What the layer called `name` is called in the network before pruning, whose layers are called `dense`."""
     owner, _, part = name.rpartition(".")
     return owner if name not in dense and part in _GATED and owner in dense else name
+
+
+def plain_name(name: str) -> str:
+    """What a function, a method or an operator of Python does: `add_`, `__add__`, `iadd` and torch.add are "add"."""
+    op = usual_name(name.lower().strip("_"))
+    in_place = op not in KIND_OF_OP and op[:1] == "i" and usual_name(op[1:]) in KIND_OF_OP
+    return usual_name(op[1:]) if in_place else op
 
 
 def is_transposed(op: str) -> bool:

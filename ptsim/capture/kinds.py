@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from ptsim.capture.rehearsal import Shape, Step
 from ptsim.network import LayerKind
-from ptsim.operators import BILINEAR, KIND_OF_OP, is_transposed, usual_name
+from ptsim.operators import BILINEAR, KIND_OF_OP, is_transposed, plain_name, usual_name
 
 _PRODUCTS = {
     LayerKind.MATMUL: {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"},
@@ -27,6 +27,7 @@ _OTHER_POOL_ARGUMENTS = {  # by how the name of the operator begins
     "lp": ("input", "norm_type", "kernel_size", "stride"),
     "max_unpool": ("input", "indices", "kernel_size", "stride", "padding"),
 }
+_NORMS = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1, "rms_norm": -1}  # where channels lie
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
@@ -51,10 +52,7 @@ def _kind_and_op(node: fx.Node, graph: fx.GraphModule) -> tuple[LayerKind, str]:
         kind = getattr(module, "ptsim_kind", None) or KIND_OF_OP.get(op, LayerKind.OTHER)
         return LayerKind(kind), op
     name = str(node.target) if node.op == "call_method" else _function_name(node)
-    op = name.lower().strip("_")
-    op = usual_name(op)
-    if op not in KIND_OF_OP and op[1:] in KIND_OF_OP and op[0] == "i":  # operator.iadd is an addition
-        op = op[1:]
+    op = plain_name(name)
     return KIND_OF_OP.get(op, LayerKind.OTHER), op
 
 
@@ -75,24 +73,25 @@ def geometry(
         "in_channels": _channels(inputs[0]) if inputs else 0,
         "out_channels": _channels(output),
     }
+    row = "1d" in op
     if node.op == "call_module":
         module = graph.get_submodule(str(node.target))
         kernel, stride = getattr(module, "kernel_size", None), getattr(module, "stride", None)
         depth = _depth(op, kernel, stride, getattr(module, "padding", 0), getattr(module, "dilation", 1))
-        return channels | _module_geometry(module) | depth
+        return channels | _module_geometry(module, row=row) | depth
     if op.startswith("conv") and len(step.arguments) + len(step.keywords) > 1:
         names = _TRANSPOSED_ARGUMENTS if is_transposed(op) else _CONV_ARGUMENTS
         given = dict(zip(names, step.arguments, strict=False)) | step.keywords
         weight = given["weight"]
         groups = given.get("groups", 1)
         first, second = weight[0], weight[1] * groups
-        kernel, dilation = _pair(weight[2:]), _pair(given.get("dilation", 1))
+        kernel, dilation = _pair(weight[2:], row=row), _pair(given.get("dilation", 1), row=row)
         return {
             "in_channels": first if is_transposed(op) else second,
             "out_channels": second if is_transposed(op) else first,
             "kernel_size": kernel,
-            "stride": _pair(given.get("stride", 1)),
-            "padding": _padding(given.get("padding", 0), kernel, dilation),
+            "stride": _pair(given.get("stride", 1), row=row),
+            "padding": _padding(given.get("padding", 0), kernel, dilation, row=row),
             "dilation": dilation,
             "groups": groups,
             "bias": given.get("bias") is not None,
@@ -103,22 +102,25 @@ def geometry(
     if op == "linear":
         given = dict(zip(("input", "weight", "bias"), step.arguments, strict=False)) | step.keywords
         weight = given["weight"]
-        return {"in_channels": weight[-1], "out_channels": weight[0], "bias": given.get("bias") is not None}
+        out_channels = weight[0] if len(weight) > 1 else 1
+        return {"in_channels": weight[-1], "out_channels": out_channels, "bias": given.get("bias") is not None}
+    if op in _NORMS and step.inputs and len(step.inputs[0]) > 1:
+        return dict.fromkeys(("in_channels", "out_channels"), step.inputs[0][_NORMS[op]])
     if "pool" in op and not op.startswith(("adaptive", "fractional")):
         order = next((some for start, some in _OTHER_POOL_ARGUMENTS.items() if op.startswith(start)), _POOL_ARGUMENTS)
         given = dict(zip(order, step.arguments, strict=False)) | step.keywords
-        kernel = _pair(given["kernel_size"])
+        kernel = _pair(given["kernel_size"], row=row)
         stride = given.get("stride")
         return channels | {
             "kernel_size": kernel,
-            "stride": kernel if stride in (None, []) else _pair(stride),
-            "padding": _padding(given.get("padding", 0), kernel, (1, 1)),
+            "stride": kernel if stride in (None, []) else _pair(stride, row=row),
+            "padding": _padding(given.get("padding", 0), kernel, (1, 1), row=row),
             **_depth(op, given["kernel_size"], stride, given.get("padding", 0), given.get("dilation", 1)),
         }
     return channels
 
 
-def _module_geometry(module: nn.Module) -> dict[str, Any]:
+def _module_geometry(module: nn.Module, *, row: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for ours, theirs in (
         ("in_channels", ("in_channels", "in_features", "in1_features", "num_features", "num_channels", "embed_dim")),
@@ -133,9 +135,9 @@ def _module_geometry(module: nn.Module) -> dict[str, Any]:
         if name == "stride" and value is None:  # of a pool, whose windows then lie side by side
             value = getattr(module, "kernel_size", None)
         if isinstance(value, int | tuple):
-            found[name] = _pair(value)
-    if isinstance(value := getattr(module, "padding", None), int | tuple | str):
-        found["padding"] = _padding(value, found.get("kernel_size", (1, 1)), found.get("dilation", (1, 1)))
+            found[name] = _pair(value, row=row)
+    if "kernel_size" in found and isinstance(value := getattr(module, "padding", None), int | tuple | str):
+        found["padding"] = _padding(value, found["kernel_size"], found.get("dilation", (1, 1)), row=row)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         found |= dict.fromkeys(("in_channels", "out_channels"), module.normalized_shape[-1])
     found["bias"] = isinstance(getattr(module, "bias", None), nn.Parameter)
@@ -161,12 +163,15 @@ def _channels(shape: Shape) -> int:
     return shape[0] if len(shape) in (1, 3) else shape[-1]
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    """(height, width) of what torch accepts: a number, or one per axis (the last two are taken)."""
-    if isinstance(value, int):
-        return value, value
-    numbers = tuple(value)
-    return (1, numbers[0]) if len(numbers) == 1 else numbers[-2:]
+def _pair(value: Any, *, row: bool, height: int = 1) -> tuple[int, int]:
+    """(height, width) of what torch accepts: a number, or one per axis (the last two are taken).
+
+    A `row` of values has no height; `height` is what does nothing there.
+    """
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    if len(numbers) == 1:
+        return height if row else numbers[0], numbers[0]
+    return numbers[-2:]
 
 
 def _depth(op: str, kernel: Any, stride: Any, padding: Any, dilation: Any) -> dict[str, Any]:
@@ -178,16 +183,16 @@ def _depth(op: str, kernel: Any, stride: Any, padding: Any, dilation: Any) -> di
         for value in (kernel, kernel if stride in (None, []) else stride, dilation)
     )
     if isinstance(padding, str):
-        around = _padding(padding, (size, size), (spread, spread))[0]
+        around = _padding(padding, (size, size), (spread, spread), row=False)[0]
     else:
         around = padding if isinstance(padding, int) else padding[0]
     return {"depth": (size, step, around, spread)}
 
 
-def _padding(value: Any, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
+def _padding(value: Any, kernel: tuple[int, int], dilation: tuple[int, int], *, row: bool) -> tuple[int, int]:
     if isinstance(value, str):
         if value == "valid":
             return 0, 0
         height, width = ((k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
         return height, width
-    return _pair(value)
+    return _pair(value, row=row, height=0)

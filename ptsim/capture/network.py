@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import msgspec
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -23,6 +24,7 @@ from ptsim.capture.graph import evaluation_mode, note_tracer, symbolic_graph
 from ptsim.capture.kinds import geometry, kind_and_op, operations
 from ptsim.capture.rehearsal import Rehearsal, Shape, Step, rehearse
 from ptsim.capture.ways import fullest_graph, take_fullest_way
+from ptsim.consistency import layer_problem
 from ptsim.errors import UnsupportedModelError
 from ptsim.network import Layer, LayerKind, Network, Parameter
 from ptsim.operators import BILINEAR
@@ -114,7 +116,7 @@ def _layer(
     elements, fixed_bytes, other_bytes = (0, 0, 0) if step.idle else _saved(step, grown, once=once)
     takes_weight = kind in (LayerKind.CONV, LayerKind.LINEAR) and op != BILINEAR  # as a second input, by other nodes
     owned = {small.model.get_parameter(p) for p, at in owners.items() if at is node and p not in small.idle}
-    return Layer(
+    layer = Layer(
         name=name,
         kind=kind,
         op=op,
@@ -136,6 +138,11 @@ def _layer(
         saved_fixed_bytes=fixed_bytes,
         output_saved=step.output_saved,
     )
+    if kind in (LayerKind.CONV, LayerKind.LINEAR) and layer_problem(layer) is not None:
+        # A product of another form: vectors by one row of weights, or what a function does that is not looked into.
+        needs_gradient = not step.idle and any(step.needs_gradient)
+        return msgspec.structs.replace(layer, kind=LayerKind.MATMUL, input_needs_gradient=needs_gradient)
+    return layer
 
 
 def _note_recomputation(network: Network, element_bytes: int) -> None:

@@ -305,6 +305,8 @@ def _axes_of(state: torch.Size, shape: torch.Size, kept: Mapping[int, Tensor]) -
         if any(n not in (1, m) for n, m in zip(state, shape, strict=True)):
             return None
         whole = {dim for dim in range(len(state)) if state[dim] == shape[dim]}
+        if any(dim < 0 for dim in kept) and 1 in whole and 0 not in whole:  # every output keeps others
+            return None
         return {dim: at for dim, at in kept.items() if (dim if dim >= 0 else 1) in whole}
     if any(dim < 0 for dim in kept):  # a grouped convolution, whose inputs hang on its outputs
         return None

@@ -17,9 +17,9 @@ from ptsim.prune.rules import Call, rule, rule_named
 
 ELEMENTWISE = """
     relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus
-    softsign logsigmoid tanhshrink hardshrink softshrink threshold rrelu dropout alpha_dropout feature_dropout
-    dropout1d dropout2d dropout3d feature_alpha_dropout stochastic_depth contiguous clone detach float double
-    half bfloat16 abs neg exp log sqrt rsqrt square clamp clip pow erf sign cos sin floor round reciprocal
+    softsign logsigmoid log_sigmoid tanhshrink hardshrink softshrink threshold _threshold rrelu dropout alpha_dropout
+    feature_dropout dropout1d dropout2d dropout3d feature_alpha_dropout stochastic_depth contiguous clone detach float
+    double half bfloat16 abs neg exp log sqrt rsqrt square clamp clip pow erf sign cos sin floor round reciprocal
     add sub mul div truediv iadd isub imul itruediv maximum minimum multiply divide subtract rsub addcmul addcdiv lerp
     true_divide floor_divide floordiv remainder fmod mod ipow float_power atan2 hypot copysign
     where identity drop_path masked_fill nan_to_num requires_grad
@@ -28,8 +28,9 @@ ELEMENTWISE = """
     eq ne lt gt le ge isnan isinf isfinite logical_and logical_or logical_xor logical_not and or xor invert
     copy fill zero
     """
-POSITIONS = {"normalize": 2, "norm": 2, "topk": 2, "kthvalue": 2}  # of the argument `dim`; 1 for the others
-_KEEPING = tuple(
+# Of the argument `dim`; 1 for the others.
+POSITIONS = dict.fromkeys(("normalize", "norm", "topk", "kthvalue", "linalg_norm", "linalg_vector_norm"), 2)
+ACTIVATIONS = tuple(
     kind
     for name, kind in vars(nn.modules.activation).items()
     if getattr(kind, "__module__", "") == nn.modules.activation.__name__ and name in nn.modules.activation.__all__
@@ -59,7 +60,7 @@ def elementwise(call: Call) -> Label:
     "to _to_copy as_tensor type_as alias lift_fresh lift_fresh_copy",
     nn.Identity,
     nn.modules.dropout._DropoutNd,
-    *_KEEPING,
+    *ACTIVATIONS,
 )
 def unchanged(call: Call) -> Label:
     """The first operand's channels come out."""
@@ -160,11 +161,11 @@ def _pair(call: Call, a: Tensor, a_shape: list[int], b: Tensor, b_shape: list[in
 # ---------------------------------------------------------------------- joining and padding
 
 
-@rule("cat concat concatenate stack", tuples=True)
+@rule("cat concat concatenate hstack stack", tuples=True)
 def joined(call: Call) -> Label:
     """One after the other along an axis, or along a new one."""
     value, stack = call.value, call.name == "stack"
-    dim = call.argument(1, "dim", 0) % value.ndim
+    dim = 1 if call.name == "hstack" else call.argument(1, "dim", 0) % value.ndim
     pieces, facets = _pieces(call, dim, stack=stack)
     if facets and not pieces:
         call.refuse(f"{call.op} joins parameters")
@@ -238,9 +239,10 @@ def spatial_dims(call: Call) -> range:
 @rule(
     """
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d lp_pool3d
     interpolate upsample upsample_nearest upsample_bilinear
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+    upsample_trilinear3d
     max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
     """,
     nn.Upsample,
@@ -277,7 +279,12 @@ def _reduced_parameter(call: Call, facets: Facets, dims: Sequence[int], results:
     return Facets(kept) if isinstance(call.value, Tensor) else tuple(Facets(kept) for _ in results)
 
 
-@rule("mean sum amax amin prod std var std_mean var_mean norm logsumexp argmax argmin median mode topk sort kthvalue")
+@rule(
+    """
+    mean sum amax amin prod std var std_mean var_mean norm linalg_norm linalg_vector_norm logsumexp argmax argmin median
+    mode topk sort kthvalue
+    """
+)
 def reduced(call: Call) -> Label:
     """One element, or some, of those along some axes."""
     name, value = call.name, call.value

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ptsim.prune.cut import normed_weight
 from ptsim.prune.labels import (
@@ -16,6 +17,7 @@ from ptsim.prune.labels import (
     WIDTH,
     Facets,
     Label,
+    State,
     Weighted,
     along,
 )
@@ -97,15 +99,41 @@ def _check_bias(call: Call, bias: Tensor | None) -> None:
 
 def _origin(call: Call, weight: Tensor) -> Tensor:
     """The parameter of which a computed weight has one filter for each of its own."""
-    label = call.label_of(call.source(1, "weight"))
+    state, source = call.state, call.source(1, "weight")
+    label = call.label_of(source)
     rows = (
         [slots.flatten() for slots in label.labels if len(slots) == slots.numel()] if isinstance(label, Facets) else []
     )
-    for name, tensor in call.state.tensors.items():
-        known = call.state.axes.get((name, 0))
-        if tensor.shape == weight.shape and any(known is not None and torch.equal(known, slots) for slots in rows):
-            return tensor
+    read = _read(state, source) if rows else set[str]()
+    alike = [tensor for name, tensor in state.tensors.items() if name in read and tensor.shape == weight.shape]
+    for slots in rows if alike else ():
+        for reached in _reached(state, slots):
+            for tensor in alike:
+                known = state.axes.get((state.names[id(tensor)], 0))
+                if known is not None and torch.equal(known, reached):
+                    return tensor
     raise RefusedError(f"{call.op} computes its weight")
+
+
+def _read(state: State, node: fx.Node) -> set[str]:
+    """The names of the tensors that a value is computed from."""
+    seen, waiting = set[fx.Node](), [node]
+    while waiting:
+        at = waiting.pop()
+        waiting += [n for n in at.all_input_nodes if n not in seen]
+        seen.add(at)
+    return {state.names.get(id(at.meta["value"]), "") for at in seen if at.op == "get_attr"}
+
+
+def _reached(state: State, slots: Tensor) -> Iterator[Tensor]:
+    """The axes that are united with one as they stand, it itself first."""
+    found = [slots]
+    for known in found:
+        yield known
+        for pair in state.pairs:
+            for one, other in ((pair[0], pair[1]), (pair[1], pair[0])):
+                if torch.equal(one, known) and not any(torch.equal(other, each) for each in found):
+                    found.append(other)
 
 
 def _conv(call: Call, layer: str, weight: Tensor, bias: Tensor | None, groups: int) -> Label:
@@ -203,6 +231,8 @@ def _linear(call: Call, layer: str, weight: Tensor, bias: Tensor | None) -> Labe
     name = state.names.get(id(weight))
     if name is None:
         call.refuse(f"{call.op} computes its weight")
+    if weight.ndim != 2:
+        call.refuse(f"{call.op} sums these channels up")
     if _one_by_one(call, -1, weight):
         return _positions(call, layer, weight, 1)
     vector = call.vector(-1, weight.shape[1])
@@ -226,8 +256,8 @@ def bilinear(call: Call) -> Label:
     _check_bias(call, bias)
     if id(weight) not in state.names:
         call.refuse(f"{call.op} computes its weight")
-    for label in call.labels[:2]:
-        for part in tensor_labels(label):
+    for given in (call.source(0, "input1"), call.source(1, "input2")):  # which may be one tensor
+        for part in tensor_labels(call.label_of(given)):
             state.freeze(part, f"{call.op} multiplies these channels with others")
     outputs = state.axis(state.names[id(weight)], 0, weight.shape[0])
     state.bind(bias, outputs)
@@ -303,7 +333,7 @@ def group_norm(call: Call) -> Label:
     module: Any = call.module
     groups, size = module.num_groups, module.num_channels
     if groups == 1:
-        return call.along([1], verb="normalises over")
+        return _over_all(call)
     vector = call.vector(1, size)
     if vector is None:
         call.refuse(f"{call.op} meets channels that lie along several axes")
@@ -313,9 +343,20 @@ def group_norm(call: Call) -> Label:
     return call.x
 
 
-@rule("group_norm local_response_norm", nn.LocalResponseNorm)
-def over_channels(call: Call) -> Label:
-    """Over all channels, or in groups whose number stands in the model's code."""
+def _over_all(call: Call) -> Label:
+    """A normalisation over all that an image has: whatever lies along any of its axes is mixed."""
+    return call.along(range(1, call.x.ndim), verb="normalises over")
+
+
+@rule("group_norm")
+def group_norm_function(call: Call) -> Label:
+    """In groups whose number stands in the model's code: they may be one."""
+    return _over_all(call)
+
+
+@rule("local_response_norm", nn.LocalResponseNorm)
+def over_neighbours(call: Call) -> Label:
+    """Over neighbouring channels, at every place by itself."""
     return call.along([1], verb="normalises over")
 
 

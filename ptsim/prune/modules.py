@@ -11,6 +11,7 @@ JSON-able data and rebuilt from it (`config`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,10 +42,13 @@ class Placeholder(nn.Module):
             return cls(channel_dim=-1)
         if not hasattr(module, "kernel_size"):
             return cls(channel_dim=1)
-        axes = len(module.kernel_size) if isinstance(module.kernel_size, tuple) else 2
+        names = (re.search(r"([123])d$", kind.__name__) for kind in type(module).__mro__)
+        axes = next((int(found[1]) for found in names if found), 2)
         columns = []
         for name, default in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
             value = getattr(module, name, default)
+            if value is None:  # the stride of windows that lie side by side
+                value = module.kernel_size
             if value == "same":
                 return cls(channel_dim=1)
             value = 0 if value == "valid" else value

@@ -19,8 +19,9 @@ from ptsim.prune.rules import Call, FirstAttribute, RefusedError, rule
 
 MOVED_WHOLE = "transpose permute flatten unsqueeze swapaxes swapdims movedim moveaxis t numpy_T"
 MOVED = """
-    view reshape squeeze expand expand_as view_as reshape_as chunk split tensor_split unbind roll repeat narrow
-    select index_select flip unflatten tile repeat_interleave channel_shuffle pixel_unshuffle split_with_sizes slice
+    view reshape squeeze expand expand_as broadcast_to view_as reshape_as chunk split tensor_split unbind roll repeat
+    narrow select index_select flip unflatten tile repeat_interleave channel_shuffle pixel_unshuffle split_with_sizes
+    slice
     """
 
 

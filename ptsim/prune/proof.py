@@ -299,7 +299,7 @@ def _compare(
         raise UnsupportedModelError(
             f"{type(network).__name__} does not run with the channels left: {on_one_line(error)}"
         ) from error
-    eval_error = max(_relative_error(*pair) for pair in zip(outputs, eval_outputs, strict=True))
+    eval_error = max((_relative_error(*pair) for pair in zip(outputs, eval_outputs, strict=True)), default=0.0)
     train_error = max(_relative_error(*pair) for pair in zip(outputs_train, train_outputs, strict=True))
     scales: dict[str, float] = {}
     for name, expected in expected_gradients.items():
@@ -338,11 +338,13 @@ def _run(
         with torch.no_grad():
             eval_outputs = list(output_tensors(network.eval()(images)))
         train_outputs = list(output_tensors(network.train()(images)))
-        generator = torch.Generator().manual_seed(seed + 1)
-        loss = sum((out * torch.rand(out.shape, dtype=out.dtype, generator=generator)).sum() for out in train_outputs)
-        if not isinstance(loss, Tensor):
+        if not train_outputs:
             raise UnsupportedModelError(f"{type(network).__name__} returns no tensor")
-        loss.backward()  # type: ignore[no-untyped-call] # torch's gap
+        generator = torch.Generator().manual_seed(seed + 1)
+        learnt = [out for out in train_outputs if out.requires_grad]  # not the number of a class, nor of frozen layers
+        losses = [(out * torch.rand(out.shape, dtype=out.dtype, generator=generator)).sum().real for out in learnt]
+        if losses:
+            torch.autograd.backward(losses)
 
     def gradients() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in network.named_parameters():
@@ -359,5 +361,7 @@ def _relative_error(found: Tensor, expected: Tensor, least_scale: float = 0.0) -
         return float("inf")
     if not expected.numel():
         return 0.0
+    if not (expected.is_floating_point() or expected.is_complex()):  # numbers of classes, masks
+        found, expected = found.double(), expected.double()
     difference, scale = float((found - expected).abs().max()), max(float(expected.abs().max()), least_scale)
     return difference / scale if scale > 0 else difference

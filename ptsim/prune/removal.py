@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ptsim.operators import SUMS, plain_name
 from ptsim.prune.cut import Replacement
 from ptsim.prune.function_rules import is_elementwise
 from ptsim.prune.groups import ChannelGroups
 from ptsim.prune.labels import BATCH_NORMS, CONVS, POOLS
 from ptsim.prune.modules import ChannelScatter, ConstantChannels, Gathered, Placeholder, Scattered
 from ptsim.prune.steps import only_for
-
-_SUMS = ("add", "iadd", "add_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _branch(graph: fx.GraphModule, start: fx.Node, calls: Counter[str]) -> tuple
     end = exits[0]
     name = end.target if isinstance(end.target, str) else getattr(end.target, "__name__", "")
     ends = [n for n in _inputs(end) if n in constant]
-    if name not in _SUMS or len(ends) != 1 or len(_inputs(end)) != 2:
+    if plain_name(name) not in SUMS or len(ends) != 1 or len(_inputs(end)) != 2:
         return None
     (other,) = (n for n in _inputs(end) if n is not ends[0])
     if _is_spread(graph, other) or other.meta["value"].shape != end.meta["value"].shape:

@@ -118,7 +118,8 @@ class Call:
         well (branches of a selective kernel), the positions that are combined go together. Channels that are all
         combined with each other have to stay.
         """
-        x, dims = self.x, [dim % self.x.ndim for dim in dims]
+        x = compress(self.x)  # channels that go together are one
+        dims = [dim % x.ndim for dim in dims]
         inside = [dim for dim in dims if x.shape[dim] > 1]
         if inside:
             if all(length == 1 for dim, length in enumerate(x.shape) if dim not in inside):

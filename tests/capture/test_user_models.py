@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -188,6 +188,106 @@ def test_a_bilinear_layer_multiplies_each_weight_once_for_an_image_and_again_for
     assert layer.forward_macs == 5 * 4 * 3
     # The linear layers have 12 and 9 weights, and the images no gradient.
     assert training_macs(network, images=7) == 7 * (4 * 60 + 2 * (12 + 9))
+
+
+class Row(nn.Module):
+    """The image as a row of values, by layers or by functions."""
+
+    def __init__(self, *, functional: bool) -> None:
+        super().__init__()
+        self.functional = functional
+        self.conv, self.up = nn.Conv1d(3, 4, 3, 2, 2, 2), nn.ConvTranspose1d(4, 4, 4, 2, 1)
+        self.most, self.mean, self.head = nn.MaxPool1d(2), nn.AvgPool1d(3, 2, 1), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(2)
+        if self.functional:
+            x = functional.conv1d(x, self.conv.weight, self.conv.bias, 2, 2, 2)
+            x = functional.avg_pool1d(functional.max_pool1d(x, 2), 3, 2, 1)
+            x = functional.conv_transpose1d(x, self.up.weight, self.up.bias, stride=2, padding=1)
+        else:
+            x = self.up(self.mean(self.most(self.conv(x))))
+        return self.head(x.mean(2))
+
+
+@pytest.mark.parametrize("by_functions", [False, True])
+def test_what_slides_over_a_row_has_no_stride_and_no_padding_in_the_other_axis(by_functions: bool) -> None:
+    network = capture_network(Row(functional=by_functions), name="r", input_shape=(3, 8, 8), num_classes=2)
+    found = {
+        layer.op: (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        for layer in network.layers
+        if layer.op.endswith("1d")
+    }
+    assert found == {
+        "conv1d": ((1, 3), (1, 2), (0, 2), (1, 2)),
+        "max_pool1d": ((1, 2), (1, 2), (0, 0), (1, 1)),
+        "avg_pool1d": ((1, 3), (1, 2), (0, 1), (1, 1)),
+        "conv_transpose1d": ((1, 4), (1, 2), (0, 1), (1, 1)),
+    }
+    # 32 places of 3 → 4 channels; from 8 to 16 places the gradient of 4 → 4 channels
+    macs = {layer.op: layer.forward_macs for layer in network.layers if layer.op.startswith("conv")}
+    assert macs == {"conv1d": 32 * 3 * 4 * 3, "conv_transpose1d": 8 * 4 * 4 * 4}
+
+
+def test_a_border_that_is_cut_off_is_no_padding_of_a_window() -> None:
+    layers = [nn.Conv2d(3, 4, 3, padding=2), nn.ZeroPad2d(-1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+    network = capture_network(nn.Sequential(*layers), name="b", input_shape=(3, 8, 8), num_classes=2)
+    assert [(layer.padding, layer.output_shape) for layer in network.layers[:2]] == [
+        ((2, 2), (4, 10, 10)), ((0, 0), (4, 8, 8)),
+    ]  # fmt: skip
+    assert msgspec.json.decode(msgspec.json.encode(network), type=Network) == network
+
+
+class Normalised(nn.Module):
+    """Five channels of rows, places, volumes and vectors, normalised by functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 5, 1), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        rows = functional.batch_norm(x.flatten(2), None, None, training=True).mean(2)
+        places = functional.layer_norm(x.permute(0, 2, 3, 1), (5,)).mean((1, 2))
+        volumes = functional.instance_norm(x.unsqueeze(2)).mean((2, 3, 4))
+        return self.head(rows + places + volumes + functional.group_norm(x.flatten(2), 5).mean(2))
+
+
+def test_a_norm_by_a_function_has_the_channels_that_it_normalises() -> None:
+    network = capture_network(Normalised(), name="n", input_shape=(3, 8, 8), num_classes=2)
+    norms = {layer.op: (layer.in_channels, layer.out_channels) for layer in network.layers if "norm" in layer.op}
+    assert norms == dict.fromkeys(("batch_norm", "layer_norm", "instance_norm", "group_norm"), (5, 5))
+
+
+@fx.wrap
+def mixed(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """A function that is not looked into."""
+    return functional.linear(x.flatten(2), places).view(x.shape)
+
+
+class Scored(nn.Module):
+    """Every place reads all 36, and one row of weights makes a number of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.places, self.row = (
+            nn.Conv2d(3, 4, 3), nn.Parameter(torch.rand(36, 36)), nn.Parameter(torch.rand(4))
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(mixed(self.conv(x), self.places).mean((2, 3)), self.row).unsqueeze(1)
+
+
+def test_products_that_are_no_linear_layer_are_told_as_products_and_their_trace_can_be_read() -> None:
+    network = capture_network(Scored(), name="s", input_shape=(3, 8, 8), num_classes=1)
+    assert network_problem(network) is None
+    products = {layer.op: layer for layer in network.layers if layer.kind is LayerKind.MATMUL}
+    assert {op: (layer.forward_macs, layer.num_parameters) for op, layer in products.items()} == {
+        "mixed": (4 * 36 * 36, 36 * 36), "linear": (4, 4)
+    }  # fmt: skip
+    assert all(layer.input_needs_gradient and layer.weight_needs_gradient for layer in products.values())
+    # The images need no gradient.
+    assert training_macs(network) == 2 * 36 * 4 * 27 + 3 * (4 * 36 * 36 + 4)
 
 
 class Computes(nn.Module):

@@ -33,9 +33,48 @@ def test_basic_resnets_have_the_parameters_of_the_paper(name: str, blocks: int) 
     assert sum(p.numel() for p in zoo.create(name).parameters()) == expected
 
 
-def test_vgg11_has_eight_convolutions_of_the_usual_widths() -> None:
-    widths = [m.out_channels for m in zoo.create("vgg11").modules() if isinstance(m, torch.nn.Conv2d)]
-    assert widths == [64, 128, 256, 256, 512, 512, 512, 512]
+def test_resnet50_has_three_stages_of_eight_bottlenecks() -> None:
+    """1×1, 3×3 and 1×1 with four times the width; the 3×3 halves the image, and only a stage's first block projects."""
+    expected, channels = 3 * 16 * 9 + 2 * 16, 16
+    for width in (16, 32, 64):
+        for block in range(8):
+            expected += channels * width + 9 * width * width + 4 * width * width + 2 * (width + width + 4 * width)
+            expected += 0 if block else channels * 4 * width + 2 * 4 * width
+            channels = 4 * width
+    with torch.device("meta"):
+        model = zoo.create("resnet50")
+    assert sum(p.numel() for p in model.parameters()) == expected + 256 * 10 + 10
+    strides = [
+        [conv.stride[0] for conv in (stage[0].conv1, stage[0].conv2, stage[0].downsample[0], stage[1].conv2)]
+        for stage in (model.layer1, model.layer2, model.layer3)
+    ]
+    assert strides == [[1, 1, 1, 1], [1, 2, 2, 1], [1, 2, 2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("vgg6", [[64], [128], [128, 128], [256]]),
+        ("vgg11", [[64], [128], [256, 256], [512, 512], [512, 512]]),
+        ("vgg13", [[64, 64], [128, 128], [256, 256], [512, 512], [512, 512]]),
+        ("vgg16", [[64, 64], [128, 128], [256] * 3, [512] * 3, [512] * 3]),
+        ("vgg19", [[64, 64], [128, 128], [256] * 4, [512] * 4, [512] * 4]),
+    ],
+)
+def test_vggs_have_stages_of_3x3_convolutions_each_closed_by_a_pool(name: str, stages: list[list[int]]) -> None:
+    with torch.device("meta"):
+        model = zoo.find(name).build(num_classes=7, in_channels=2)
+    found: list[list[int]] = [[]]
+    for module in model.features:
+        if isinstance(module, torch.nn.Conv2d):
+            found[-1].append(module.out_channels)
+        elif isinstance(module, torch.nn.MaxPool2d):
+            found.append([])
+    assert found == [*stages, []]
+    expected, channels = 0, 2
+    for width in (width for stage in stages for width in stage):
+        expected, channels = expected + 9 * channels * width + 2 * width, width
+    assert sum(p.numel() for p in model.parameters()) == expected + channels * 7 + 7
 
 
 def test_convolutions_start_from_the_papers_distribution() -> None:

@@ -15,6 +15,7 @@ from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.removal import collapsed_layers, find_removals
+from ptsim.prune.structure import apply_structure, structure_of
 from ptsim.prune.trajectories.build import dense_network
 from tests.prune.helpers import SMALL_IMAGE, enliven, same_function, small_resnet
 
@@ -350,6 +351,102 @@ class Short(Chain):
 
     def branch(self, x: Tensor) -> Tensor:
         return self.after(self.three(torch.relu(self.one(x))))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [torch.add, lambda x, y: x.add(y, alpha=2), lambda x, y: x.add_(y), lambda x, y: y.__add__(x)],
+)
+def test_a_sum_is_one_however_it_is_written(join: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Written(Short):
+        def joined(self, x: Tensor, y: Tensor) -> Tensor:
+            return join(x, y)
+
+    model = lively(Written, "one", "three")
+    zeroed = copy.deepcopy(model)
+    assert reconfigure(model, find_groups(model, (3, 4, 4))).layers_removed == ("one", "three")
+    same_function(model, zeroed, (3, 4, 4))
+
+
+class PooledRow(Chain):
+    """A branch of rows of values, every second window of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.three, self.after = nn.Conv1d(6, 4, 1), nn.Conv1d(4, 6, 1), nn.BatchNorm1d(6)
+        self.pool = nn.MaxPool1d(3, 2)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.after(self.three(self.pool(torch.relu(self.one(x))))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2)
+        return self.head((nn.functional.max_pool1d(x, 3, 2) + self.branch(x)).mean(2))
+
+
+class PooledVolume(PooledRow):
+    """A branch of volumes of two images, which a pool of one number halves in every axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.three, self.after = nn.Conv3d(6, 4, 1), nn.Conv3d(4, 6, 1), nn.BatchNorm3d(6)
+        self.pool = nn.AvgPool3d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([self.stem(x)] * 2, 2)
+        return self.head((nn.functional.avg_pool3d(x, 2) + self.branch(x)).mean((2, 3, 4)))
+
+
+class PooledByNorm(Short):
+    """Windows that lie side by side, without a stride of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.LPPool2d(1, 2)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.after(self.three(self.pool(torch.relu(self.one(x))))))
+
+    def joined(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x, 2) + y
+
+
+@pytest.mark.parametrize("kind", [PooledRow, PooledVolume, PooledByNorm])
+def test_a_branch_with_a_pool_goes_and_its_constant_has_the_pools_size(kind: type[Chain]) -> None:
+    model = lively(kind, "one", "three")
+    zeroed = copy.deepcopy(model)
+    assert reconfigure(model, find_groups(model, (3, 4, 4))).layers_removed == ("one", "three")
+    same_function(model, zeroed, (3, 4, 4))
+
+
+class Sloped(Short):
+    """Slopes of the inner channels, which no activation without them needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.PReLU(4)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.after(self.three(self.act(self.one(x))))
+
+
+def test_the_slopes_of_a_removed_branch_go_and_training_goes_on() -> None:
+    model = lively(Sloped, "one", "three")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    zeroed = copy.deepcopy(model)
+    surgery = reconfigure(model, find_groups(model, (3, 4, 4)), optimizer=optimizer)
+    assert surgery.layers_removed == ("one", "three")
+    assert model.get_parameter("act.weight").numel() == 0
+    same_function(model, zeroed, (3, 4, 4))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.rand(2, 3, 4, 4, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+    assert not reconfigure(model, find_groups(model, (3, 4, 4)), optimizer=optimizer).changed
+    fresh = lively(Sloped)
+    apply_structure(fresh, structure_of(model))
+    fresh.load_state_dict(model.state_dict())
+    same_function(fresh, model, (3, 4, 4))
 
 
 class ReadInEvaluation(Chain):

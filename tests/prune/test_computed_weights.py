@@ -41,6 +41,19 @@ class ByHand(nn.Conv2d):
         return F.conv2d(x, weight / deviation, self.bias, padding=self.padding)
 
 
+class ByGain(ByHand):
+    """A mask and a gain in front of the weight that they are multiplied with."""
+
+    def __init__(self, *sizes: int, **options: int) -> None:
+        super().__init__(*sizes, **options)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+        self.mask: Tensor
+        self.register_buffer("mask", torch.ones_like(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.mask * (self.gain * self.weight), self.bias, padding=self.padding)
+
+
 def old(*sizes: int, **options: int) -> nn.Module:
     with pytest.warns(FutureWarning, match="weight_norm"):
         return nn.utils.weight_norm(nn.Conv2d(*sizes, **options))  # type: ignore[arg-type] # numbers
@@ -63,7 +76,7 @@ class Net(nn.Module):
         return self.head(torch.relu(self.plain(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("make", [ByBatchNorm, ByHand, old, new])
+@pytest.mark.parametrize("make", [ByBatchNorm, ByHand, ByGain, old, new])
 def test_the_outputs_go_and_the_inputs_stay(make: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)
     found = ptsim.inspect(Net(make), input_shape=IMAGE)
@@ -178,7 +191,7 @@ def test_gating_leaves_a_computed_weight_as_it_is(make: Callable[..., nn.Module]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [ByBatchNorm, ByHand, old, new])
+@pytest.mark.parametrize("make", [ByBatchNorm, ByHand, ByGain, old, new])
 def test_unread_outputs_are_removed(make: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)
     model = Net(make).double()

@@ -215,6 +215,42 @@ class Softmax(nn.Module):
         return torch.softmax(x, 1)
 
 
+class Predicting(nn.Module):
+    """Gives logits, the number of the class, and whether it is sure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = self.head(torch.relu(self.a(x)).mean((2, 3)))
+        return {"logits": logits, "class": logits.argmax(1), "sure": logits.amax(1) > 0}
+
+
+def test_outputs_that_are_no_fractions_are_compared_too() -> None:
+    torch.manual_seed(0)
+    found = ptsim.inspect(Predicting(), input_shape=(3, 6, 6))
+    assert found.exact
+    assert found.prunable_channels == 8
+
+
+def test_a_network_that_learns_nothing_is_proven_by_its_outputs() -> None:
+    """None of its layers is called frozen: all are pruned as their weights are."""
+    found = ptsim.inspect(small_resnet().requires_grad_(False), input_shape=SMALL_IMAGE)
+    assert found.exact
+    assert found.prunable_channels == 12 + 3 * 8
+
+
+def test_a_network_without_an_output_is_one_sentence() -> None:
+    class Silent(Predicting):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            super().forward(x)
+            return {}
+
+    with pytest.raises(UnsupportedModelError, match="Silent returns no tensor"):
+        ptsim.inspect(Silent(), input_shape=(3, 6, 6))
+
+
 def test_wrong_input_is_one_sentence() -> None:
     class Branchy(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -299,3 +335,56 @@ def test_a_channel_of_a_flattened_image_is_one_channel_and_many_inputs() -> None
         model[2].weight.view(7, 4, 6)[:, 2] = 0
     reconfigure(model, groups)
     assert (model[0].out_channels, model[2].in_features) == (3, 18)
+
+
+def test_edges_widths_and_cuts_of_a_small_network_are_those_by_hand() -> None:
+    """Two channels of 2×2 pixels are eight features; each channel is read in four places."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(8, 3), nn.Linear(3, 2))
+    groups = find_groups(model, (3, 2, 2))
+    assert [(edge.name, edge.width, edge.members, edge.prunable) for edge in groups.edges()] == [
+        ("0", 2, ("0 (out)", "2 (in)"), True),
+        ("0 (in)", 3, ("0 (in)",), False),
+        ("2", 3, ("2 (out)", "3 (in)"), True),
+        ("3", 2, ("3 (out)",), False),
+    ]
+    assert groups.num_channels == (2 + 3, 3 + 2)
+    assert groups.main_reason() is None  # images and classes stay everywhere
+    assert [(layer.layer, inputs, outputs) for layer, inputs, outputs in groups.penalised()] == [
+        ("0", False, True), ("2", True, True), ("3", True, False),
+    ]  # fmt: skip
+    removed = torch.zeros(groups.num_components, dtype=torch.bool)
+    removed[groups.axes["0.weight", 0][1]] = removed[groups.axes["2.weight", 0][0]] = True
+    keep = {key: indices.tolist() for key, indices in groups.cut_for(removed).keep.items()}
+    assert keep == {
+        ("0.weight", 0): [0], ("0.bias", 0): [0], ("2.weight", 1): [0, 1, 2, 3], ("2.weight", 0): [1, 2],
+        ("2.bias", 0): [1, 2], ("3.weight", 1): [1, 2],
+    }  # fmt: skip
+
+
+def test_why_most_channels_stay_is_told_without_those_of_images_and_classes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm(2), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 9))
+    reason = find_groups(model, (3, 2, 2)).main_reason()
+    assert reason is not None
+    assert reason.startswith("3 (LayerNorm) normalises over these channels")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "inside"),
+    [
+        ([0, 4], [], [[1, 2], [1, 2], [0, 2], [0, 2]]),  # one of each group of three, which two outputs read
+        ([0, 1, 2], [0, 1], None),  # the whole first group
+        ([0, 1, 2, 3], [0, 1], [[0, 1], [0, 1], [1, 2], [1, 2]]),  # and one of the second: any two stand for the first
+        ([], [0, 2], None),
+    ],
+)
+def test_of_a_grouped_convolution_every_output_keeps_the_inputs_of_its_group(
+    inputs: list[int], outputs: list[int], inside: list[list[int]] | None
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1, groups=2), nn.Flatten(), nn.Linear(16, 2))
+    groups = find_groups(model, (3, 2, 2))
+    layer = next(layer for layer in groups.layers if layer.layer == "1")
+    removed = torch.zeros(groups.num_components, dtype=torch.bool)
+    removed[layer.inputs[inputs]] = True
+    removed[layer.outputs[outputs]] = True
+    kept = groups.cut_for(removed).keep.get(("1.weight", -1))
+    assert (None if kept is None else kept.tolist()) == inside

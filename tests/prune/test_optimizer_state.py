@@ -163,3 +163,12 @@ def test_the_state_of_a_grouped_convolution_is_cut_in_every_group_by_itself():
     assert state["momentum"].shape == (4, 1, 1, 1)
     assert state["momentum"].flatten().tolist() == [1, 3, 4, 6]
     assert state["scale"].flatten().tolist() == [0, 2, 4, 6]  # one for every output
+
+
+def test_a_state_of_inputs_alone_begins_anew_where_every_output_keeps_others():
+    kept = {-1: torch.tensor([[1], [1], [0], [0]])}
+    old, new = nn.Parameter(torch.rand(4, 2, 1, 1)), nn.Parameter(torch.zeros(4, 1, 1, 1))
+    optimizer = Kept([old], {"accumulator_1": torch.rand(1, 2, 1, 1)})
+    with pytest.warns(UserWarning, match="optimizer state 'accumulator_1' is not shaped like the weight"):
+        cut_optimizer(optimizer, [Replacement(old, new, kept)])
+    assert new not in optimizer.state

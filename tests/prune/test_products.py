@@ -115,3 +115,25 @@ def test_a_matrix_that_no_layer_holds_is_refused() -> None:
 
     group = next(g for g in ptsim.inspect(Held(), input_shape=IMAGE).groups if g.name == "v")
     assert "a parameter that no layer holds" in str(group.reason)
+
+
+class Squared(nn.Module):
+    """Products of every two features of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.weight = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(7, 8, 8))
+        self.head = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).mean((2, 3))
+        return self.head(torch.relu(F.bilinear(y, y, self.weight)))
+
+
+def test_of_a_bilinear_product_of_one_tensor_the_outputs_go() -> None:
+    torch.manual_seed(0)
+    found = ptsim.inspect(Squared(), input_shape=IMAGE)
+    groups = {member: group for group in found.groups for member in group.members}
+    assert found.exact
+    assert (found.prunable_channels, groups["head (in)"].prunable) == (7, True)
+    assert "multiplies these channels with others" in str(groups["stem (out)"].reason)

@@ -288,6 +288,23 @@ def scaled_twice(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([m.own(x * m.scale), y.softmax(1) * m.scale], 1)
 
 
+def row(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The image as rows of values: with channels of their own for every channel, and back to its size."""
+    deep = m.deep(m.norm(m.conv((x + y).flatten(2))))
+    return m.up(F.max_pool1d(deep, 2)).unflatten(2, (8, 8))
+
+
+def volume(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Two images one behind the other; the windows of the pool end beyond the border."""
+    pooled = F.max_pool3d(m.norm(m.conv(torch.stack((x, y), 2))), (1, 3, 3), (1, 2, 2), ceil_mode=True)
+    return m.act(pooled).squeeze(2)
+
+
+def last(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Features of places that lie last, normalised as if the rows of the image were its channels."""
+    return m.norm(m.wide(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
 class Positive(nn.Module):
     """Any number becomes one above 0."""
 
@@ -447,6 +464,54 @@ CASES = {
     "shared modules": Case(
         lambda: User(lambda m, x, y: m.again(m.norm(m.again(m.norm(x)))), again=own(), norm=nn.BatchNorm2d(8)), "a c"
     ),
+    "a row of values": Case(
+        lambda: User(row, conv=nn.Conv1d(8, 10, 3, padding=1), norm=nn.BatchNorm1d(10),
+                     deep=nn.Conv1d(10, 20, 3, padding=1, groups=10), up=nn.ConvTranspose1d(20, 20, 2, 2, groups=20)),
+        "a b c conv",
+    ),
+    "a volume": Case(
+        lambda: User(volume, conv=nn.Conv3d(8, 9, (2, 3, 3), padding=(0, 1, 1)), norm=nn.BatchNorm3d(9),
+                     act=nn.PReLU(9)), "a b c conv"
+    ),
+    "GroupNorm of one group beside the features": Case(
+        lambda: User(last, wide=nn.Linear(8, 6), norm=nn.GroupNorm(1, 8)), "a c", "wide", "norm (GroupNorm) normalises"
+    ),
+    "F.group_norm beside the features": Case(
+        lambda: User(lambda m, x, y: F.group_norm(m.wide(x.permute(0, 2, 3, 1)), 2).permute(0, 3, 1, 2),
+                     wide=nn.Linear(8, 6)), "a c", "wide", "group_norm"
+    ),
+    "neighbours beside the features": Case(
+        lambda: User(last, wide=nn.Linear(8, 6), norm=nn.LocalResponseNorm(3)), "a c wide"
+    ),
+    "GroupNorm of two groups, viewed": Case(
+        lambda: User(lambda m, x, y: m.norm(x + y).view(x.shape[0], -1, 8, 8), norm=nn.GroupNorm(2, 8)), "a b c"
+    ),
+    "a row of weights": Case(
+        lambda: User(lambda m, x, y: F.linear(x.permute(0, 2, 3, 1), m.row)[:, None] + m.own(y), row=torch.rand(8),
+                     own=own()), "b c", "a", "sums these channels up"
+    ),
+    "one channel for all": Case(
+        lambda: User(lambda m, x, y: x + m.one(y), one=nn.Conv2d(8, 1, 1)), "a b c", "one", "spreads one channel"
+    ),
+    "the largest channel by number": Case(
+        lambda: User(lambda m, x, y: m.own(y) * x.argmax(1, keepdim=True), own=own()), "b c", "a", "combines these"
+    ),
+    "joined with itself": Case(lambda: User(lambda m, x, y: torch.hstack((x, y, x))), "a b c"),
+    "whole channels dropped": Case(
+        lambda: User(lambda m, x, y: F.dropout2d(x, 0.0) + m.drop(y), drop=nn.Dropout2d(0.0)), "a b c"
+    ),
+    "means spread over the image": Case(
+        lambda: User(lambda m, x, y: F.logsigmoid(x) + y.mean((2, 3), keepdim=True).broadcast_to(y.shape)), "a b c"
+    ),
+    "InstanceNorm with statistics": Case(
+        lambda: User(lambda m, x, y: m.norm(x) + y, norm=nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
+        "a b c",
+    ),
+    "lengths over space and over channels": Case(
+        lambda: User(lambda m, x, y: x * torch.linalg.vector_norm(x, 2, (2, 3), keepdim=True)
+                     + m.own(y) * torch.linalg.norm(y, dim=1, keepdim=True), own=own()),
+        "a c own", "b", "combines these channels",
+    ),
     "grouped and depthwise": Case(
         lambda: User(lambda m, x, y: m.depth(m.grouped(x)), grouped=nn.Conv2d(8, 12, 3, groups=4),
                      depth=nn.Conv2d(12, 24, 3, groups=12)), "a c grouped"
@@ -596,6 +661,17 @@ def test_a_module_registered_twice_and_removed_is_gone_everywhere() -> None:
     torch.testing.assert_close(model(torch.ones(1, *IMAGE, dtype=torch.float64)), before)
 
 
+class Paired(nn.Module):
+    """Wants two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head((self.a(x) + self.a(y)).mean((2, 3)))
+
+
 class Branchy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for value in itertools.repeat(x.sum(), 1):
@@ -609,6 +685,7 @@ class Branchy(nn.Module):
     [
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), "lazy layers"),
         (Branchy, r"torch\.fx cannot trace Branchy"),
+        (Paired, r"Paired fails on an image of 3×8×8: .*missing 1 required positional argument: 'y'"),
     ],
 )
 def test_what_cannot_be_inspected_is_one_sentence(model: Callable[[], nn.Module], words: str) -> None:

@@ -11,7 +11,7 @@ from ptsim.capture.network import capture_network
 from ptsim.costs.memory import iteration_memory
 from ptsim.hardware.catalog import load_device
 from ptsim.network import Layer, LayerKind, MemoryFormat, Precision
-from ptsim.prune.modules import ConstantChannels, Placeholder
+from ptsim.prune.modules import ConstantChannels, Gathered, Placeholder, Scattered
 from ptsim.setting import StepSetting
 from ptsim.sim.rounding import rounded
 from tests.traces import NetworkBuilder, residual_network
@@ -162,6 +162,76 @@ class Beside(nn.Module):
         return y.mean((2, 3))
 
 
+class Halves(nn.Module):
+    """A convolution of the first half of the channels; the other half passes."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(3, width, 1), nn.Conv2d(width // 2, out, 1)
+        self.last: nn.Module = nn.Linear(out + width // 2, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.first(x).chunk(2, 1)
+        y: torch.Tensor = self.last(torch.cat([self.inner(a), b], 1).mean((2, 3)))
+        return y
+
+
+class Turned(Halves):
+    """The halves change places, and every channel is read by itself, with filters of its own kind for all."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(width, out)
+        self.inner, self.last = nn.Conv2d(1, out, 3, padding=1), nn.Linear(width * out, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat(self.first(x).chunk(2, 1)[::-1], 1)
+        n, channels, height, width = x.shape
+        y = self.inner(x.reshape(n * channels, 1, height, width)).mean((2, 3))
+        z: torch.Tensor = self.last(y.reshape(n, -1))
+        return z
+
+
+class Patches(Halves):
+    """Four patches of the image as images of a convolution."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(width, out)
+        self.inner, self.last = nn.Conv2d(width, out, 3, padding=1), nn.Linear(4 * out, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        patches = x.unflatten(3, (4, 2)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        y: torch.Tensor = self.last(self.inner(patches).mean((2, 3)).unflatten(0, (-1, 4)).flatten(1))
+        return y
+
+
+class Paired(Halves):
+    """Every feature of one description of the image with every one of another."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(width, out)
+        self.other, self.inner, self.last = nn.Conv2d(3, out, 1), nn.Bilinear(width, out, width), nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self.inner(self.first(x).mean((2, 3)), self.other(x).mean((2, 3))))
+        return y
+
+
+class Attended(Halves):
+    """A map of mean and maximum over the channels weighs the places; linear layers on channels that lie last."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(width, out)
+        self.look, self.inner, self.norm = nn.Conv2d(2, 8, 3, padding=1), nn.Linear(width, out), nn.LayerNorm(width)
+        self.last = nn.Linear(out, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        seen = self.look(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).mean(1, keepdim=True)
+        y: torch.Tensor = self.last(self.inner(self.norm((x * seen).permute(0, 2, 3, 1))).mean((1, 2)))
+        return y
+
+
 def chain(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -185,8 +255,16 @@ def volume(a: int, b: int) -> nn.Sequential:
         (3, lambda a, b: chain(nn.Conv2d(3, a, 3), nn.PReLU(a), nn.Conv2d(a, b, 3)), (12, 20), (16, 24)),
         (3, Joined, (5, 12), (8, 16)),  # 15 become 24
         (3, Beside, (5, 12), (8, 16)),  # 8 become 11: the image has 3
+        (3, Halves, (12, 5), (16, 8)),
+        (3, Turned, (12, 5), (16, 8)),
+        (3, Patches, (12, 5), (16, 8)),
+        (3, Paired, (12, 5), (16, 8)),
+        (3, Attended, (12, 20), (16, 24)),
     ],
-    ids=["grey", "single", "depthwise", "grouped", "transposed", "volume", "slopes", "joined", "beside"],
+    ids=[
+        *("grey", "single", "depthwise", "grouped", "transposed", "volume", "slopes", "joined", "beside", "halves"),
+        *("turned", "patches", "paired", "attended"),
+    ],
 )
 def test_every_form_of_a_convolution_is_as_captured_with_those_widths(
     image: int, make: Callable[[int, int], nn.Module], narrow: tuple[int, int], wide: tuple[int, int]
@@ -231,3 +309,35 @@ def test_what_is_left_of_a_removed_branch_is_as_wide_as_its_stream(full: bool) -
     assert [layer.num_parameters for layer in found.layers] == [layer.num_parameters for layer in large.layers]
     assert [parameter.shape for parameter in found.parameters] == [parameter.shape for parameter in large.parameters]
     assert found.forward_macs == pytest.approx(large.forward_macs, rel=1e-3)
+
+
+class Gated(nn.Module):
+    """Layers that read and write only their own channels of a stream."""
+
+    def __init__(self, width: int, used: int, inner: int) -> None:
+        super().__init__()
+        mask = [channel < used for channel in range(width)]
+        self.stem, self.last = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 8, 3)
+        self.read = Gathered(nn.Conv2d(used, inner, 1), mask)
+        self.write = nn.Conv2d(inner, used, 1, bias=False)
+        self.norm = Scattered(nn.BatchNorm2d(width), mask)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y: torch.Tensor = self.last(torch.relu(x + self.norm(self.write(self.read(x)))))
+        return y
+
+
+def test_a_gated_layer_has_rounded_channels_of_its_own_in_a_rounded_stream() -> None:
+    """5 of 13 channels become 8 of 16."""
+    small, large = (
+        capture_network(Gated(*widths), name="net", input_shape=(3, 8, 8), num_classes=2)
+        for widths in ((13, 5, 11), (16, 8, 16))
+    )
+    found = rounded(small, 8)
+    for layer, other in zip(found.layers, large.layers, strict=True):
+        assert (layer.in_channels, layer.out_channels) == (other.in_channels, other.out_channels)
+        assert (layer.input_shapes, layer.output_shape) == (other.input_shapes, other.output_shape)
+        assert layer.num_parameters == other.num_parameters
+    assert [parameter.shape for parameter in found.parameters] == [parameter.shape for parameter in large.parameters]
+    assert found.forward_macs == large.forward_macs

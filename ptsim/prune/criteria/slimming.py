@@ -8,6 +8,7 @@ zeros reaches any consumer (so no sigmoid lies in between).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -19,16 +20,18 @@ from ptsim.capture.copies import copied
 from ptsim.capture.graph import evaluation_mode, example_input, output_tensors
 from ptsim.criteria import slimming_work
 from ptsim.network import Network
+from ptsim.operators import DIFFERENCES, SUMS, plain_name
 from ptsim.prune.criteria.coefficient import per_weight
+from ptsim.prune.function_rules import ACTIVATIONS, elementwise
 from ptsim.prune.groups import ChannelGroups
-from ptsim.prune.rules import name_of
+from ptsim.prune.rules import name_of, rule_named
 
-_PRODUCTS = ("mul", "imul", "multiply")  # zero if one of the operands is
-_SUMS = ("add", "iadd", "sub", "isub", "rsub")
+# Not zero where their argument is, by what lies beside it or at random.
 _NOT_AT_ZERO = (
-    *("sigmoid", "hardsigmoid", "softplus", "logsigmoid", "exp", "exp2", "cos", "cosh"),
-    *("softmax", "softmax2d", "softmin", "log_softmax", "logsoftmax"),
-)  # not zero where their argument is
+    *("softmax", "softmin", "log_softmax", "logsoftmax", "alpha_dropout", "alphadropout", "feature_alpha_dropout"),
+    *("featurealphadropout", "empty_like"),
+)
+_SHIFTS = ("bias", "running_mean")  # of a module: what it adds to a zero
 
 
 class Slimming:
@@ -125,15 +128,47 @@ def _passes(
     graph: fx.GraphModule, node: fx.Node, sources: Sequence[fx.Node], loud: Collection[fx.Node], paths: Collection[str]
 ) -> bool:
     """True if the node may give something else than zero; `paths` are the BatchNorms that make zeros of everything."""
-    called = node.op == "call_module"
-    scales = (str(n.target).removesuffix(".weight") for n in node.all_input_nodes if n.op == "get_attr")
-    if (called and str(node.target) in paths) or any(path in paths for path in scales):
+    module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    own = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    if (module is not None and str(node.target) in paths) or any(name.removesuffix(".weight") in paths for name in own):
         return False
-    if name_of(node) in _PRODUCTS:
+    if module is not None and any(getattr(module, name, None) is not None for name in _SHIFTS):
+        return True
+    kind = plain_name(name_of(node) if module is None else type(module).__name__)
+    if kind in ("mul", "matmul", "bmm", "mm"):  # zero if one of the operands is
         return all(source in loud for source in sources)
-    kind = type(graph.get_submodule(str(node.target))).__name__.lower() if called else name_of(node)
-    shifts = kind in _SUMS and len(sources) < 2  # by a number or parameter
-    return shifts or kind in _NOT_AT_ZERO or any(source in loud for source in sources)
+    if kind == "div" or kind.startswith("conv"):  # if the first one is
+        first = next(iter(node.args), None)
+        return first in loud or not isinstance(first, fx.Node) or first.op == "get_attr"
+    made = node.op.startswith("call") and not sources and "zeros" not in kind  # of parameters or numbers alone
+    if made or any(source in loud for source in sources):
+        return True
+    shifts = kind in SUMS | DIFFERENCES and len(sources) < 2  # by a number or parameter
+    return shifts or kind in _NOT_AT_ZERO or _moves_zero(node, module, sources)
+
+
+def _moves_zero(node: fx.Node, module: nn.Module | None, sources: Sequence[fx.Node]) -> bool:
+    """True if what works element by element makes something else of zeros, or may, with a parameter beside them."""
+    if (rule_named(name_of(node)) is not elementwise) if module is None else (type(module) not in ACTIVATIONS):
+        return False
+    if node.all_input_nodes != list(sources):
+        return True
+
+    def zero(n: fx.Node) -> Tensor:
+        return torch.zeros(1, dtype=getattr(n.meta["value"], "dtype", None))
+
+    given: Any = fx.map_arg(node.args, zero)
+    named: Any = fx.map_arg(node.kwargs, zero)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            if node.op == "call_method":
+                found = getattr(given[0], str(node.target))(*given[1:], **named)
+            else:
+                function: Any = node.target if module is None else functools.partial(type(module).forward, module)
+                found = function(*given, **named)
+        except (RuntimeError, TypeError, ValueError):
+            return True
+    return bool((found != 0).any())
 
 
 def _writes(node: fx.Node) -> bool:
@@ -149,8 +184,9 @@ def _heard(model: nn.Module, groups: ChannelGroups, quiet: Tensor) -> Tensor:
     silenced = copied(model)
     for _, norm, components in norms(silenced, groups):
         gone = quiet[components].to(norm.weight.device)
-        norm.weight[gone] = 0
-        norm.bias[gone] = 0
+        for tensor in (norm.weight, norm.bias):
+            if tensor is not None:
+                tensor[gone] = 0
     heard = torch.zeros_like(quiet)
 
     def listen(components: Tensor) -> Any:

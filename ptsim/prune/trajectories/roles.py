@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ptsim.network import LayerKind, Network
+from ptsim.operators import SUMS
 
 ROLES = ("stem", "stream", "branch", "plain")
 _WEIGHTED = (LayerKind.CONV, LayerKind.LINEAR)
-_SUMS = ("add", "add_", "iadd")
 
 
 def roles(network: Network) -> dict[str, tuple[str, float]]:
@@ -49,4 +49,4 @@ def roles(network: Network) -> dict[str, tuple[str, float]]:
 
 
 def _is_sum(kind: LayerKind, op: str, inputs: tuple[tuple[int, ...], ...]) -> bool:
-    return kind is LayerKind.ELEMENTWISE and op in _SUMS and len(inputs) > 1
+    return kind is LayerKind.ELEMENTWISE and op in SUMS and len(inputs) > 1

@@ -1,0 +1,39 @@
+"""One name for every operator, however it is called."""
+
+from __future__ import annotations
+
+import pytest
+
+from ptsim.network import LayerKind
+from ptsim.operators import DIFFERENCES, KIND_OF_OP, SUMS, plain_name
+
+
+@pytest.mark.parametrize(
+    ("called", "name", "kind"),
+    [
+        ("add", "add", LayerKind.ELEMENTWISE),
+        ("add_", "add", LayerKind.ELEMENTWISE),
+        ("__add__", "add", LayerKind.ELEMENTWISE),
+        ("iadd", "add", LayerKind.ELEMENTWISE),
+        ("isub", "sub", LayerKind.ELEMENTWISE),
+        ("subtract", "sub", LayerKind.ELEMENTWISE),
+        ("itruediv", "div", LayerKind.ELEMENTWISE),
+        ("divide", "div", LayerKind.ELEMENTWISE),
+        ("multiply_", "mul", LayerKind.ELEMENTWISE),
+        ("interpolate", "interpolate", LayerKind.POOL),  # not Python's way to write something in place
+        ("concat", "cat", LayerKind.CONCAT),
+        ("index_select", "index_select", LayerKind.RESHAPE),
+        ("LogSigmoid", "logsigmoid", LayerKind.ACTIVATION),
+        ("log_sigmoid", "logsigmoid", LayerKind.ACTIVATION),
+        ("i", "i", LayerKind.OTHER),
+        ("_", "", LayerKind.OTHER),
+    ],
+)
+def test_an_operator_has_one_name(called: str, name: str, kind: LayerKind) -> None:
+    assert plain_name(called) == name
+    assert KIND_OF_OP.get(name, LayerKind.OTHER) is kind
+
+
+def test_sums_and_differences_are_named_plainly() -> None:
+    assert {plain_name(name) for name in ("add", "iadd", "add_")} == SUMS
+    assert {plain_name(name) for name in ("sub", "isub", "subtract", "rsub")} == DIFFERENCES
