@@ -143,3 +143,35 @@ def test_a_gate_reads_its_channels_and_can_be_narrowed_again() -> None:
     assert layer.config() == {"mask": [1, 0, 1, 1, 0]}
     expected: Tensor = layer.layer(images[:, [0, 2, 3]])
     assert torch.equal(layer(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("norm", "bias", "tensors"),
+    [
+        (nn.BatchNorm2d(2), False, {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}),
+        (nn.BatchNorm2d(2), True, {"weight", "bias", "offset", "running_mean", "running_var", "num_batches_tracked"}),
+        (nn.BatchNorm2d(2, affine=False), True, {"offset", "running_mean", "running_var", "num_batches_tracked"}),
+        (nn.BatchNorm2d(2, track_running_stats=False), False, {"weight", "bias"}),
+        (None, True, {"bias"}),
+        (None, False, set()),
+    ],
+)
+def test_a_constant_has_the_tensors_of_what_it_stands_for(
+    norm: nn.Module | None, bias: bool, tensors: set[str]
+) -> None:
+    layer = nn.Conv2d(4, 2, 1, bias=bias)
+    constant = ConstantChannels.of(layer if norm is None else norm, None if norm is None else layer, full=False)
+    for made in (constant, ConstantChannels(**constant.config())):
+        assert set(made.state_dict()) == tensors
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_constants_have_the_layout_and_the_number_format_of_what_flows_in(layout: torch.memory_format) -> None:
+    images = torch.rand(2, 3, 5, 6, dtype=torch.bfloat16).contiguous(memory_format=layout)
+    nothing = Placeholder.of(nn.Conv2d(3, 4, 3, padding=1))(images)
+    made = ConstantChannels.of(nn.BatchNorm2d(4), None, full=True)(nothing)
+    assert made.dtype == torch.bfloat16
+    assert made.is_contiguous(memory_format=layout)
+    spread = Scattered(nn.BatchNorm2d(5), MASK)(images.float())
+    assert spread.shape == (2, 5, 5, 6)
+    assert spread.is_contiguous(memory_format=layout)

@@ -284,6 +284,42 @@ def test_every_form_of_a_convolution_is_as_captured_with_those_widths(
         assert (layer.num_parameters, layer.forward_macs) == (other.num_parameters, other.forward_macs)
 
 
+class Last(Halves):
+    """A linear layer on channels that lie last."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(width, out)
+        self.inner, self.last = nn.Linear(width, out), nn.Linear(out, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self.inner(self.first(x).permute(0, 2, 3, 1)).mean((1, 2)))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("make", "narrow", "wide", "multiple"),
+    [
+        (Last, (8, 20), (16, 32), 16),  # as many channels as rows and columns
+        (Patches, (4, 5), (8, 8), 8),  # as many as patches
+    ],
+)
+def test_channels_grow_where_they_are_read_among_axes_of_one_length(
+    make: Callable[[int, int], nn.Module], narrow: tuple[int, int], wide: tuple[int, int], multiple: int
+) -> None:
+    was, expected = (
+        capture_network(make(*widths), name="form", input_shape=(3, 8, 8), num_classes=10) for widths in (narrow, wide)
+    )
+    products = [
+        [
+            (layer.in_channels, layer.out_channels, layer.input_shapes, layer.output_shape, layer.forward_macs)
+            for layer in network.layers
+            if layer.kind in (LayerKind.CONV, LayerKind.LINEAR)
+        ]
+        for network in (rounded(was, multiple), expected)
+    ]
+    assert products[0] == products[1]
+
+
 class Shortened(nn.Module):
     """A residual block whose branch is removed, between two convolutions."""
 
