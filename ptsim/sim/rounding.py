@@ -238,7 +238,9 @@ def _renamed(channels: int, was: Shape, now: Shape) -> int:
     axes = [axis for axis in (*first, *range(len(was))) if was and was[axis] == channels]
     if axes:
         return now[axes[0]]
-    return round(channels * math.prod(now) / math.prod(was)) if math.prod(was) else channels
+    elements = math.prod(was)
+    grown: int = round(channels * math.prod(now) / elements) if elements else channels
+    return grown
 
 
 def _round_parameter(parameter: Parameter, old: Layer, new: Layer) -> Parameter:

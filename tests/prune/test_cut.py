@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptsim.prune.cut import Cut, Replacement, cut_model, cut_optimizer, norms_without_tensors, take, unwrap
+from ptsim.prune.cut import (
+    Cut,
+    Replacement,
+    cut_model,
+    cut_optimizer,
+    norms_without_tensors,
+    sync_attributes,
+    take,
+    unwrap,
+)
 from ptsim.prune.numbers import Attribute
 
 
@@ -106,6 +115,14 @@ def test_a_layer_remembers_how_many_channels_it_has_left(
     before = {name: numbers(module) for name, module in model.items()}
     cut_model(model, Cut(axes))
     assert {name: numbers(module) for name, module in model.items()} == before | {layer: left}
+
+
+def test_whole_groups_are_gone_where_nobody_says_how_many_there_are() -> None:
+    """Of two groups of three outputs the second is left."""
+    layer = nn.Conv2d(4, 6, 1, groups=2)
+    layer.weight = nn.Parameter(numbered(6, 2, 1, 1)[3:])
+    sync_attributes(layer)
+    assert numbers(layer) == [2, 3, 1]
 
 
 def test_normalisations_whose_width_is_a_number_alone_are_those_per_channel() -> None:
