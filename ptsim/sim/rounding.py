@@ -235,9 +235,10 @@ def _is_joined(layer: Layer, axis: int) -> bool:
 def _renamed(channels: int, was: Shape, now: Shape) -> int:
     """How many channels there are where they were `channels`."""
     first = (0, -1) if len(was) in (1, 3) else (-1, 0)
-    axes = [axis for axis in (*first, *range(len(was))) if was and was[axis] == channels]
-    if axes:
-        return now[axes[0]]
+    places: list[int] = [*first, *range(len(was))]
+    for axis in places if was else ():
+        if was[axis] == channels:
+            return now[axis]
     elements = math.prod(was)
     grown: int = round(channels * math.prod(now) / elements) if elements else channels
     return grown
