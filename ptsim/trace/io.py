@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -72,16 +72,17 @@ def read_records(path: str | Path) -> Iterator[tuple[int, AnyRecord]]:
         FileFormatError: a line that is not a record; says line, field, found and expected. Or too large a file.
         NewerVersionError: written by a newer schema version.
     """
-    file = trace_path(path)
+    return _records(trace_path(path), lambda problem: warnings.warn(problem, stacklevel=3))
+
+
+def _records(file: Path, torn: Callable[[str], object]) -> Iterator[tuple[int, AnyRecord]]:
+    """As `read_records`; `torn` is told of an incomplete last line."""
     number = 0
     for number, line in enumerate(read_lines(file, most=MOST_BYTES, most_of_line=MOST_LINE_BYTES), start=1):
         if not line.endswith(b"\n"):
             if number == 1:
                 raise FileFormatError(file, f"found no complete line, {_EXPECTED}")
-            warnings.warn(
-                f"{file}:{number}: dropped an incomplete last line ({len(line)} bytes); the run was cut off here",
-                stacklevel=2,
-            )
+            torn(f"{file}:{number}: dropped an incomplete last line ({len(line)} bytes); the run was cut off here")
             return
         if number == 1:
             _check_version(file, line)
@@ -106,11 +107,10 @@ def read_trace(path: str | Path) -> Trace:
     profiles: list[Profile] = []
     draws: list[Draw] = []
     penalties: dict[str, PenaltyCosts] = {}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        records = list(read_records(file))
-    for warning in caught:
-        warnings.warn(str(warning.message), stacklevel=2)
+    torn: list[str] = []
+    records = list(_records(file, torn.append))
+    for what in torn:
+        warnings.warn(what, stacklevel=2)
     for number, record in records:
         problem = order_problem(record, run=run, epochs=epochs, ended=end is not None)
         if (problem := problem or record_problem(record, networks)) is not None:
@@ -143,7 +143,7 @@ def read_trace(path: str | Path) -> Trace:
         end=end,
         draws=tuple(draws),
         penalties=penalties,
-        truncated=bool(caught),
+        truncated=bool(torn),
     )
 
 

@@ -57,7 +57,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         lr: initial learning rate, for the mini-batch that the run begins with.
         lr_schedule: course of the learning rate: "step" falls at the milestones, "cosine", or another package's.
         warmup_epochs: number of first epochs in which the learning rate grows in equal steps to `lr`.
-        lr_milestones: epochs at which the learning rate is multiplied by `lr_gamma`; below 1 a fraction of the epochs.
+        lr_milestones: epochs at which the learning rate is multiplied by `lr_gamma`; below 1 a fraction of the epochs,
+            at least one.
         lr_gamma: factor on the learning rate at every milestone.
         optimizer: one of sgd, adam, adamw, rmsprop, or another package's.
         nesterov: use Nesterov's momentum in SGD.

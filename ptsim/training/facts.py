@@ -21,6 +21,7 @@ from ptsim.network import LayerKind, MemoryFormat, Network, Precision
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.prune.labels import CONVS
 from ptsim.setting import as_plain, parse_precision, real_number
+from ptsim.textfile import LARGEST
 from ptsim.trace.checks import hyperparameters_problem, seed_problem
 from ptsim.trace.schema import SCHEMA_VERSION, Dataset, DeviceInfo, Epoch, Reconfiguration, Run, UpdateCosts
 from ptsim.training.distributed import Team
@@ -195,15 +196,16 @@ def checked_fraction(name: str, value: Any) -> float | None:
 
 
 def check_finite(epoch: Epoch) -> None:
-    """Make sure that an epoch's losses are numbers.
+    """Make sure that an epoch's losses are numbers that a trace holds.
 
     Raises:
-        TrainingError: one is infinite or NaN.
+        TrainingError: one is infinite, NaN, or as large as only a run is that diverges.
     """
     for name in ("train_loss", "validation_loss", "penalty"):
         value = getattr(epoch, name)
-        if value is not None and not math.isfinite(value):
-            problem = f"the {name.replace('_', ' ')} of epoch {epoch.epoch} is {value}, not a finite number"
+        if value is not None and not abs(value) <= LARGEST:
+            expected = "not a finite number" if not math.isfinite(value) else f"expected at most {LARGEST:g}"
+            problem = f"the {name.replace('_', ' ')} of epoch {epoch.epoch} is {value}, {expected}"
             raise TrainingError(problem, hint="a smaller learning rate or penalty_ratio")
 
 

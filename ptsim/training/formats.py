@@ -1,16 +1,29 @@
-"""Which half-precision format does a pass compute in? The names of torch's types, and what a compiled graph keeps."""
+"""Of which number format and layout are training passes? The names of torch's types, and what a compiled graph keeps."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from ptsim.capture.graph import output_tensors
 from ptsim.measure.profile import HALF_TYPES
-from ptsim.network import Precision
+from ptsim.network import MemoryFormat, Precision
 
 FORMATS = {kind: precision for precision, kind in HALF_TYPES.items()}
 _NEAR = 32  # nodes of autograd's graph between an output and the last compiled graph: hardly more than a few
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What training passes were like: a run that goes on knows it before the next one.
+
+    `batch`: images of the largest forward pass; None where none was seen.
+    """
+
+    batch: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None
+    precision: Precision
+    memory_format: MemoryFormat
 
 
 def kept_format(output: Any) -> Precision | None:

@@ -12,18 +12,17 @@ from ptsim.training.facts import costed_momentum, costed_optimizer
 from ptsim.training.recorder import Recorder
 
 if TYPE_CHECKING:
-    from ptsim.trace.schema import Epoch
+    from ptsim.training.measured import LastEpoch
     from ptsim.training.prune_settings import PruneSettings
 
 
-def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: int, last: Epoch | None) -> int:
+def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: int, last: LastEpoch) -> int:
     """The largest mini-batch per rank that should fit: the present one plus whole multiples of the granularity.
 
     Where the gradients of several passes accumulated in the `last` epoch, it is that of one pass. It is never larger
     than a rank's share of that epoch's images.
     """
-    passes = 1 if last is None else last.passes
-    info = recorder.meter.info()
+    passes, info = last.passes, recorder.meter.info()
     network = recorder.architecture
     setting = StepSetting(
         batch=batch_per_gpu * passes,
@@ -39,16 +38,20 @@ def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: i
     fits = largest_batch(
         network,
         setting,
-        capacity_bytes=settings.memory_budget_bytes or info.must_exist()[1],
+        capacity_bytes=settings.memory_budget_bytes or _room(recorder, last),
         device=match_device(info.name) if info.kind == "cuda" else None,
     )
-    limits = [fits // passes]
+    limits = [fits // passes, last.images_per_rank]
     if settings.max_batch is not None:
         limits.append(settings.max_batch // recorder.team.world_size)
-    if last is not None:
-        limits.append(last.num_images // last.world_size)
     steps = max(0, min(limits) - batch_per_gpu) // settings.batch_granularity
     return batch_per_gpu + steps * settings.batch_granularity
+
+
+def _room(recorder: Recorder, last: LastEpoch) -> int:
+    """Bytes of the device, or of that rank's which has the least: ranks of other mini-batches would have other rates."""
+    own = recorder.meter.info().must_exist()[1]
+    return own if recorder.team.world_size == 1 else min(own, last.memory_bytes or own)
 
 
 def learning_rate_scale(first_batch: int, batch: int, rule: Literal["linear", "sqrt"]) -> float:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 
 import msgspec
+import torch
 
 from ptsim.measure.nvml import Meter
 from ptsim.trace.checks import most_images
-from ptsim.trace.schema import DeviceUse, EpochTime, StepDistribution
+from ptsim.trace.schema import DeviceUse, Epoch, EpochTime, StepDistribution
 from ptsim.training.checkpoint import NotNegative, Whole
-from ptsim.training.distributed import CommunicationMeter
+from ptsim.training.distributed import CommunicationMeter, Team
 from ptsim.training.losses import LossSum
+from ptsim.training.recipe import Count
 from ptsim.training.watch import Watch
+
+_UNKNOWN = 2**53  # bytes: more than any device has
 
 
 class Penalty(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,6 +24,33 @@ class Penalty(msgspec.Struct, frozen=True, kw_only=True):
 
     coefficient: float = 0.0
     value: float = 0.0
+
+
+class LastEpoch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an epoch tells of how far the mini-batch may grow after it.
+
+    Attributes:
+        passes: of an update.
+        images_per_rank: in the whole epoch.
+        memory_bytes: of that rank's device that has the least; None where nobody knows it.
+    """
+
+    passes: Count
+    images_per_rank: Whole
+    memory_bytes: Whole | None
+
+
+def last_epoch(epoch: Epoch, meter: Meter, team: Team) -> LastEpoch:
+    """Of an epoch that is over; all ranks call it, and the least memory decides for all of them."""
+    known = meter.info().memory_bytes
+    if team.world_size > 1:
+        least = int(team.least(torch.tensor(_UNKNOWN if known is None else known, device=team.device)))
+        known = None if least == _UNKNOWN else least
+    return LastEpoch(
+        passes=epoch.passes,
+        images_per_rank=epoch.num_images // epoch.world_size,
+        memory_bytes=known,
+    )
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +102,7 @@ class Unfinished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             largest_backward=self.largest_backward or self.batch,
             usual_step=self.usual_step,
             num_steps=self.num_iterations,
+            learning_rate=self.learning_rate,
         )
 
     def sum(self, later: EpochTime | None) -> EpochTime | None:

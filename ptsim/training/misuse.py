@@ -152,7 +152,7 @@ class Order:
             raise UsageError(f"scaler is a {type(scaler).__name__}, expected the loop's torch.amp.GradScaler")
         self.closed = False
         self._network, self._optimizers, self._scaler = network, tuple(optimizers), scaler
-        self._pruned = self._asked = False
+        self._pruned = self._asked = self._penalised = False
         self._held: tuple[int, ...] = ()
         # A gradient that has the penalty, the weight's version, and what the scaler knows of this iteration.
         self._added: tuple[Tensor, int, object] | None = None
@@ -166,15 +166,17 @@ class Order:
         self._parameters = list(self._network.parameters())
         self._trained = [parameter.requires_grad for parameter in self._parameters]
         self._added, self._spent, self._held = None, None, ()
-        self._pruned = self._pruned or pruned
+        self._pruned, self._penalised = self._pruned or pruned, self._penalised and not pruned
         self.check_optimizer()
 
     def freezing_changed(self) -> bool:
         """Whether a layer was frozen, or freed, since the penalised weights were last looked up."""
         return [parameter.requires_grad for parameter in self._parameters] != self._trained
 
-    def check_epoch(self, *, penalised: bool) -> None:
-        """An epoch with updates ends: make sure that `step` was called in it, if it was to be `penalised`.
+    def check_epoch(self, *, regularized: bool, num_steps: int) -> bool:
+        """An epoch of so many updates ends: make sure that `step` was called in it, if it was to be `regularized`.
+
+        Whether the penalty was added in it: the loop may have said already what is to be of the next one.
 
         Raises:
             UsageError: it was not, a layer was exchanged, or the optimizer no longer holds every trained weight.
@@ -185,16 +187,17 @@ class Order:
                 hint="close the pruner before the change, and make another one of the changed network",
             )
         self.check_optimizer()
-        if penalised and not self._asked:
+        if regularized and num_steps and not self._asked:
             raise UsageError(
                 "the optimizer has stepped, but pruner.step was not called in this epoch, so nothing was penalised",
                 hint="loss.backward(); pruner.step(loss); optimizer.step(), or pruner.regularized = False for an epoch "
                 "without the penalty",
             )
+        return self._penalised if num_steps else regularized
 
     def epoch_ended(self) -> None:
         """The epoch is recorded; the next one begins."""
-        self._asked = False
+        self._asked = self._penalised = False
 
     def check_optimizer(self) -> None:
         """Make sure that the optimizer still holds every weight that is trained: another one would keep the old ones.
@@ -288,7 +291,7 @@ class Order:
 
     def penalty_is_added(self, num_backwards: int) -> None:
         """The gradients have the penalty now, after so many backward passes of the epoch."""
-        self._backwards = num_backwards
+        self._backwards, self._penalised = num_backwards, True
         if self._weights:
             weight = self._weights[0]
             gradient = weight.grad

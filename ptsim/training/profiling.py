@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def layer_profile(recorder: Recorder) -> Profile | None:
     """The present architecture's profile; None before a mini-batch is known, or where the copy does not fit."""
     told = recorder.facts.hyperparameters.get("batch")
-    batch = recorder.watch.batch or (told // recorder.team.world_size if isinstance(told, int) else 0)
+    # Of several passes to an update one; not that of a larger mini-batch among the usual ones.
+    seen = recorder.watch.batch and min(recorder.watch.batch, recorder.batch_per_gpu)
+    batch = seen or (told // recorder.team.world_size if isinstance(told, int) else 0)
     if not batch:
         return None
     try:

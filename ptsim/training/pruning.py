@@ -39,7 +39,7 @@ from ptsim.trace.schema import Epoch, Reconfiguration
 from ptsim.training import misuse, stored, wrapping
 from ptsim.training.facts import RunFacts, checked_loss
 from ptsim.training.loggers import Logger
-from ptsim.training.measured import Penalty
+from ptsim.training.measured import LastEpoch, Penalty, last_epoch
 from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
 from ptsim.training.prune_settings import checked_plan, make_settings, recorded
 from ptsim.training.recorder import Recorder
@@ -64,7 +64,7 @@ class PruneTrain(misuse.OnlyOne):
     learning_rate_scale = 1.0
     _first_batch: int | None = None
     _proposed: int | None = None
-    _last: Epoch | None = None
+    _last: LastEpoch | None = None
     _num_reconfigurations = 0
     _layers_removed: tuple[str, ...] = ()
 
@@ -122,8 +122,7 @@ class PruneTrain(misuse.OnlyOne):
         self._order = misuse.Order(self.network, (optimizer, self.optimizer), scaler, self.criterion.weights)
         self._averages()
         self.recorder = self._recorder(model, input_shape, record, facts=facts, loggers=loggers)
-        self._owns_recorder = self.recorder is not record
-        self._first_network = self.recorder.architecture
+        self._owns_recorder, self._first_network = self.recorder is not record, self.recorder.architecture
         self._hooks = misuse.hooks_on_update(self.optimizer, self._check_update, self.updated)
         misuse.claim(self.network, self)
         self._tell_recorder()
@@ -190,8 +189,8 @@ class PruneTrain(misuse.OnlyOne):
             TrainingError: the trace cannot be written, or the ranks would prune differently.
         """
         self._follow_freezing()
-        self._order.check_epoch(penalised=self.regularized and self.recorder.watch.num_steps > 0)
-        coefficient = (self.penalty_coefficient or 0.0) if self.regularized else 0.0
+        acted = self._order.check_epoch(regularized=self.regularized, num_steps=self.recorder.watch.num_steps)
+        coefficient = (self.penalty_coefficient or 0.0) if acted else 0.0
         penalty = Penalty(coefficient=coefficient, value=coefficient * float(self.criterion.value()))
         record = self.recorder.record_epoch(
             validation_accuracy,
@@ -201,7 +200,8 @@ class PruneTrain(misuse.OnlyOne):
             penalty=penalty,
         )
         self._order.epoch_ended()
-        self._first_batch, self._last = self._first_batch or self.recorder.watch.batch, record
+        self._first_batch = self._first_batch or self.recorder.watch.batch
+        self._last = last_epoch(record, self.recorder.meter, self.recorder.team)
         due = self.regularized and self.recorder.epoch % self.interval == 0
         if not (due if reconfigure is None else reconfigure):
             return EpochOutcome(epoch=record, reconfiguration=None, pruned=False)
@@ -222,10 +222,10 @@ class PruneTrain(misuse.OnlyOne):
         """
         from ptsim.training.growth import learning_rate_scale, proposed_batch
 
-        present = self._proposed or self.recorder.watch.batch
-        if present is None or self._first_batch is None:
+        present, last = self._proposed or self.recorder.watch.batch, self._last
+        if present is None or self._first_batch is None or last is None:
             return present
-        self._proposed = proposed_batch(self.recorder, self.settings, present, self._last)
+        self._proposed = proposed_batch(self.recorder, self.settings, present, last)
         self.learning_rate_scale = learning_rate_scale(self._first_batch, self._proposed, self.settings.lr_rule)
         return self._proposed
 
@@ -290,6 +290,8 @@ class PruneTrain(misuse.OnlyOne):
             "first_network": msgspec.to_builtins(self._first_network),
             "first_batch": self._first_batch,
             "proposed_batch": self._proposed,
+            "last_epoch": msgspec.to_builtins(self._last),
+            "seen": msgspec.to_builtins(recorder.watch.seen),
             "learning_rate_scale": self.learning_rate_scale,
             "num_reconfigurations": self._num_reconfigurations,
             "layers_removed": list(self._layers_removed),
@@ -319,12 +321,12 @@ class PruneTrain(misuse.OnlyOne):
             stored.load_tensors(self.network, self.optimizer, self.ema, kept)
         recorder = self.recorder
         self._first_network, self.learning_rate_scale = kept.first_network, kept.learning_rate_scale
-        self._first_batch, self._proposed = kept.first_batch, kept.proposed_batch
+        self._first_batch, self._proposed, self._last = kept.first_batch, kept.proposed_batch, kept.last_epoch
         self._num_reconfigurations, self._layers_removed = kept.num_reconfigurations, kept.layers_removed
         recorder.epoch, recorder.initial_counts, recorder.totals = kept.epoch, kept.initial_counts, kept.totals
         self._adopt(find_groups(self.network, recorder.input_shape))
         recorder.refresh()
-        recorder.watch.forget()
+        recorder.watch.forget(kept.seen)
         recorder.continue_trace(kept.trace_bytes, kept.trace_sha256)
         recorder.continue_epoch(kept.unfinished)
 
@@ -368,8 +370,7 @@ class PruneTrain(misuse.OnlyOne):
 
     def _reconfigure(self, epoch: Epoch) -> tuple[Reconfiguration, bool]:
         recorder, team = self.recorder, self.recorder.team
-        batch_before = epoch.batch_per_gpu
-        start = time.perf_counter()
+        batch_before, start = epoch.batch_per_gpu, time.perf_counter()
         with recorder.watch.paused():
             surgery = self.prune()
         team.agree("what to prune", msgspec.json.encode(structure_of(self.network)))

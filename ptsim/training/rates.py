@@ -21,9 +21,12 @@ class Schedule(Protocol):
 
 
 def step(epoch: int, num_epochs: int, config: Config) -> float:
-    """`lr_gamma` to the power of the milestones that lie at or before `epoch`; fractions round down to epochs."""
+    """`lr_gamma` to the power of the milestones that lie at or before `epoch`; fractions round down to epochs.
+
+    A fraction is one epoch at least: the first one has the initial rate, also of a run of a single epoch.
+    """
     # 0.29 · 100 is 28.999999999999996 in binary
-    passed = sum(epoch >= (int(m * num_epochs + 1e-9) if m < 1 else m) for m in config.lr_milestones)
+    passed = sum(epoch >= (max(1, int(m * num_epochs + 1e-9)) if m < 1 else m) for m in config.lr_milestones)
     return float(config.lr_gamma**passed)
 
 

@@ -77,22 +77,29 @@ def _remedy(model: nn.Module, channels: int) -> str:
     )
 
 
-def check_fits(model: nn.Module, recipe: Recipe) -> None:
-    """Run two images through the model in evaluation and in training mode; it is left as it was.
+def check_fits(model: nn.Module, recipe: Recipe, batch: int = 2) -> None:
+    """Run two images through the model in evaluation and in training mode, and one where `batch` is 1.
+
+    It is left as it was.
 
     Raises:
-        UsageError: it fails on images of this size, gives another number of classes than the data has, or in training
-            mode something else than one number per image and class.
+        UsageError: it fails on images of this size or on a single one, gives another number of classes than the data
+            has, or in training mode something else than one number per image and class.
     """
     channels, height, width = recipe.input_shape
     training, buffers = model.training, [(buffer, buffer.clone()) for buffer in model.buffers()]
+    outputs: list[object] = []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            outputs = [model.train(mode)(torch.zeros(2, channels, height, width)) for mode in (False, True)]
+            for trains, count in ((False, 2), (True, 2), (True, 1))[: 3 if batch == 1 else 2]:
+                outputs.append(model.train(trains)(torch.zeros(count, channels, height, width)))
     except Exception as error:  # the model's own code runs here
         if lacks_memory(error):
             raise
         reason = on_one_line(error, 200)
+        if len(outputs) == 2:  # as BatchNorm of maps of one pixel
+            problem = f"model {recipe.model!r} cannot be trained on one image at a time: {reason}"
+            raise UsageError(problem, hint="a larger batch: two images for each rank") from error
         raise UsageError(
             f"model {recipe.model!r} does not take images of {channels}×{height}×{width}: {reason}",
             hint=_remedy(model, channels),
@@ -101,7 +108,7 @@ def check_fits(model: nn.Module, recipe: Recipe) -> None:
         model.train(training)
         for buffer, before in buffers:
             buffer.detach().copy_(before)
-    for output, mode in zip(outputs, ("", " in training mode"), strict=True):
+    for output, mode in zip(outputs[:2], ("", " in training mode"), strict=True):
         if not isinstance(output, torch.Tensor) or output.shape != (2, recipe.num_classes):
             found = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
             raise UsageError(

@@ -362,8 +362,8 @@ class Recorder(OnlyOne):
         record = msgspec.structs.replace(self._epoch_record(penalty, measured), **told)
         check_finite(record)
         self.write(record)
-        self.final_accuracy = record.validation_accuracy
-        self.totals = self.totals.after(record)
+        self.final_accuracy, self.totals = record.validation_accuracy, self.totals.after(record)
+        self._keep = self._keep if self.records else (None, None)  # no trace goes on behind an epoch that it lacks
         self.epoch += 1
         self._losses, self._earlier, self._images_told = LossSum(self.device), Unfinished(), 0
         self.watch.reset()
@@ -379,7 +379,7 @@ class Recorder(OnlyOne):
     @property
     def batch_per_gpu(self) -> int:
         """Images of most updates of this epoch on this rank, or of the last epoch's before the first one."""
-        return max(self.watch.batch or 1, self.watch.usual_step)
+        return self.watch.usual_step or self.watch.batch or 1
 
     @property
     def precision(self) -> Precision:
@@ -408,7 +408,7 @@ class Recorder(OnlyOne):
     def _epoch_record(self, penalty: Penalty, measured: Measured) -> Epoch:
         watch, team, threshold = self.watch, self.team, self._threshold
         iterations, images = measured.num_iterations, measured.num_images
-        rates = self._earlier.learning_rate, watch.learning_rate, learning_rate(self.optimizer)
+        rate = learning_rate(self.optimizer) if watch.learning_rate is None else watch.learning_rate
         known = {layer.name for layer in self._architecture.layers}  # a module that forward never calls is no layer
         channels, weights = dense_counts(self.network, threshold)
         batch = self.batch_per_gpu if watch.usual_step else max(watch.batch or 1, -(-images // iterations))
@@ -421,7 +421,7 @@ class Recorder(OnlyOne):
             batch_per_gpu=batch,
             passes=-(-batch // (watch.largest_backward or batch)),
             world_size=team.world_size,
-            learning_rate=next((r for r in rates if r is not None), None),
+            learning_rate=rate,
             num_iterations=iterations,
             num_images=int(all_images),
             penalty_coefficient=penalty.coefficient,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,9 +24,10 @@ from ptsim.prune.cut import unwrap
 from ptsim.prune.structure import apply_structure, structure_of
 from ptsim.textfile import LARGEST, LARGEST_INTEGER
 from ptsim.training.checkpoint import Entry, NotNegative, Totals, Whole
-from ptsim.training.measured import Unfinished
+from ptsim.training.formats import Seen
+from ptsim.training.measured import LastEpoch, Unfinished
 from ptsim.training.recipe import Count
-from ptsim.training.wrapping import refuse_spread
+from ptsim.training.wrapping import averaged, refuse_spread
 from ptsim.units import counted
 
 VERSION = 1
@@ -45,6 +47,8 @@ class StoredState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     first_network: Network
     first_batch: Count | None
     proposed_batch: Count | None
+    last_epoch: LastEpoch | None = None
+    seen: Seen | None = None
     learning_rate_scale: NotNegative
     num_reconfigurations: Whole
     layers_removed: tuple[str, ...]
@@ -154,8 +158,8 @@ def load_pruned(model: nn.Module, state: Mapping[str, Any], *, average: bool = F
     tensors = _tensors(kept)
     weights = part(tensors, "network/")
     if average:
-        averaged = part(tensors, "ema/")
-        weights = part(averaged, "module.") or averaged  # AveragedModel keeps the network as `module`
+        own = part(tensors, "ema/")
+        weights = part(own, "module.") or own  # AveragedModel keeps the network as `module`
         if not weights:
             raise UsageError("the state holds no average of the weights", hint="PruneTrain(…, ema=average) adds it")
     if weights:
@@ -183,15 +187,25 @@ def load_tensors(
 ) -> None:
     """Take over what `tensors_of` gave of a network of this very structure.
 
+    Warns of an average that only one of both has: one of which the state knows nothing begins with its weights.
+
     Raises:
         UsageError: names, shapes or entries do not match.
     """
     tensors = _tensors(state)
-    load_full_state(network, part(tensors, "network/"))
-    averaged = part(tensors, "ema/")
-    if ema is not None and averaged:
-        load_full_state(ema, averaged)
+    weights, average = part(tensors, "network/"), part(tensors, "ema/")
+    load_full_state(network, weights)
+    if ema is not None and average:
+        load_full_state(ema, average)
+    elif ema is not None:
+        load_full_state(averaged(ema, network), weights)
+        warnings.warn("the state holds no average of the weights: it begins anew with the weights", stacklevel=3)
+    elif average:
+        problem = "the state holds an average of the weights, which does not go on: PruneTrain has no ema"
+        warnings.warn(problem, stacklevel=3)
     load_groups(optimizer, state.groups or [])
+    for parameter in network.parameters():  # what later updates have left there, where a state is gone back to
+        optimizer.state.pop(parameter, None)
     load_optimizer(network, optimizer, tensors, state.optimizer or {})  # its form is one of the settings
 
 

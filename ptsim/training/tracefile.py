@@ -74,6 +74,7 @@ class TraceFile:
         self._resumable = resumable
         self.planned_end: End | None = None
         self.ended = False
+        self._before_end: tuple[int, str] | None = None  # length and digest
         self._known: set[str] = set()
         self._epochs = self._iterations = 0  # of its lines
         with writing(path, begun=resumable):
@@ -92,13 +93,13 @@ class TraceFile:
 
     @property
     def num_bytes(self) -> int:
-        """The trace's length so far."""
-        return self._writer.num_bytes
+        """The trace's length so far, without its end: a run that goes on has none yet."""
+        return self._writer.num_bytes if self._before_end is None else self._before_end[0]
 
     @property
     def sha256(self) -> str:
-        """Digest of the trace so far."""
-        return self._writer.sha256
+        """Digest of as much of it."""
+        return self._writer.sha256 if self._before_end is None else self._before_end[1]
 
     def write(self, record: AnyRecord) -> None:
         """Append a record.
@@ -136,6 +137,7 @@ class TraceFile:
         if self.ended:
             return
         self.ended = True
+        self._before_end = self._writer.num_bytes, self._writer.sha256
         record = msgspec.structs.replace(record, epochs=self._epochs, num_iterations=self._iterations)
         try:
             if record.status == "clean":

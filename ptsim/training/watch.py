@@ -27,7 +27,7 @@ from ptsim.measure.tf32 import convolutions_use_tf32
 from ptsim.measure.timers import Phase, StepTimer
 from ptsim.network import MemoryFormat, Precision
 from ptsim.trace.schema import EpochTime, StepDistribution
-from ptsim.training.formats import FORMATS, kept_format
+from ptsim.training.formats import FORMATS, Seen, kept_format
 from ptsim.training.peak import PeakMemory
 
 _T = TypeVar("_T")
@@ -253,14 +253,23 @@ class Watch:
         self.learning_rate: float | None = None
         self.last_step_s = None
 
-    def forget(self) -> None:
-        """What was seen of this epoch is void: another state goes on from here."""
+    @property
+    def seen(self) -> Seen:
+        """What the passes so far were like."""
+        return Seen(batch=self.batch, precision=self.precision, memory_format=self.memory_format)
+
+    def forget(self, seen: Seen | None = None) -> None:
+        """What was seen of this epoch is void: a state goes on from here that had `seen` such passes."""
         self.finish()
         self.reset()
+        if seen is not None:
+            self.batch, self.precision, self.memory_format = seen.batch, seen.precision, seen.memory_format
 
-    def go_on(self, *, batch: int, largest_backward: int, usual_step: int, num_steps: int) -> None:
+    def go_on(
+        self, *, batch: int, largest_backward: int, usual_step: int, num_steps: int, learning_rate: float | None
+    ) -> None:
         """The epoch goes on after a part of so many updates, of which this was seen; 0 where nothing was."""
-        self._largest, self.largest_backward = batch, largest_backward
+        self._largest, self.largest_backward, self.learning_rate = batch, largest_backward, learning_rate
         self.batch = batch or self.batch
         self._images_of_steps[usual_step] += num_steps
 

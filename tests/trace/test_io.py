@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 
 from ptsim.errors import FileFormatError, NewerVersionError
+from ptsim.trace import io
 from ptsim.trace.io import TraceWriter, read_records, read_trace
 from ptsim.trace.io import write_trace as write_whole_trace
 from ptsim.trace.schema import (
@@ -94,6 +96,20 @@ class TestCrashes:
         assert trace.end is None
         assert not trace.complete
         assert len(trace.epochs) == 6
+
+    def test_a_warning_of_something_else_while_a_trace_is_read_is_none_of_the_trace(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file, decode = shrinking_trace(tmp_path), io.decode_json
+
+        def noisy(*given: Any, **named: Any) -> Any:
+            warnings.warn("unclosed file", ResourceWarning, stacklevel=2)  # as garbage collection may at any moment
+            return decode(*given, **named)
+
+        monkeypatch.setattr(io, "decode_json", noisy)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            assert not read_trace(file).truncated
 
     @pytest.mark.parametrize("lost", [1, 2, 17])
     def test_any_number_of_lost_bytes_loses_one_line_at_most(self, tmp_path: Path, lost: int) -> None:

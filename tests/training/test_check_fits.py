@@ -88,3 +88,17 @@ def test_a_model_for_other_images_is_told_what_helps(channels: int, height: int,
     with pytest.raises(UsageError, match="does not take images of 3×") as caught:
         check_fits(model, msgspec.structs.replace(RECIPE, input_shape=(3, height, height)))
     assert str(caught.value.hint).startswith(remedy)
+
+
+def test_one_image_at_a_time_is_tried_where_a_rank_trains_so() -> None:
+    """A 5×5 convolution leaves one pixel of an image of 5×5: BatchNorm has one value of each channel."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.BatchNorm2d(4), nn.Flatten())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check_fits(model, RECIPE)
+    with pytest.raises(
+        UsageError, match=r"'net\.py:build' cannot be trained on one image at a time: Expected"
+    ) as caught:
+        check_fits(model, RECIPE, 1)
+    assert caught.value.hint == "a larger batch: two images for each rank"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    check_fits(WithHead(auxiliary=False), RECIPE, 1)  # 25 values

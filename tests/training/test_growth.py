@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from ptsim.network import Network, Precision
 from ptsim.setting import StepSetting
 from ptsim.training import growth, minibatch
 from ptsim.training.config import make_config
+from ptsim.training.measured import LastEpoch
 from ptsim.training.prune_settings import make_settings
 from ptsim.training.step import fits
 from tests.traces import device_info, residual_network
@@ -99,13 +101,14 @@ def test_a_runs_steps_are_reckoned_as_they_are_configured() -> None:
 @pytest.mark.parametrize(
     ("fitting", "passes", "ranks", "most", "images", "proposed"),
     [
-        (96, 1, 1, None, None, 96),
-        (95, 1, 1, None, None, 64),
+        (96, 1, 1, None, 10**6, 96),
+        (95, 1, 1, None, 10**6, 64),
         (20, 1, 1, None, 10**6, 64),
         (200, 2, 1, None, 10**6, 96),  # 100 images a pass
         (400, 1, 2, 320, 10**6, 160),
         (400, 1, 2, 300, 10**6, 128),
-        (400, 1, 2, None, 260, 128),  # 130 images of an epoch for each rank
+        (400, 1, 2, None, 130, 128),
+        (400, 1, 1, None, 95, 64),
     ],
 )
 def test_an_own_loop_is_proposed_whole_multiples_more_for_each_pass(
@@ -114,7 +117,7 @@ def test_an_own_loop_is_proposed_whole_multiples_more_for_each_pass(
     passes: int,
     ranks: int,
     most: int | None,
-    images: int | None,
+    images: int,
     proposed: int,
 ) -> None:
     asked = that_fit(monkeypatch, growth, fitting)
@@ -127,16 +130,15 @@ def test_an_own_loop_is_proposed_whole_multiples_more_for_each_pass(
         regularizer=print,
         team=SimpleNamespace(world_size=ranks),
     )
-    last: Any = None
-    if images is not None:
-        last = SimpleNamespace(passes=passes, num_images=images, world_size=ranks)
+    last = LastEpoch(passes=passes, images_per_rank=images, memory_bytes=7 * 2**30)
     settings = make_settings({} if most is None else {"max_batch": most})
     assert growth.proposed_batch(recorder, settings, 64, last) == proposed
     step = StepSetting(batch=64 * passes, passes=passes, momentum=0.5, regularizer="group_lasso", num_gpus=ranks)
-    assert asked == [(step, 8 * 2**30)]  # the memory of the device
+    assert asked == [(step, (8 if ranks == 1 else 7) * 2**30)]  # the memory of the device, or the least of several
     recorder.regularizer = None
     settings = make_settings({"memory_budget_bytes": 5, "batch_granularity": 10**6, "regularizer": "proximal"})
-    assert growth.proposed_batch(recorder, settings, 64, None) == 64
+    one_pass = msgspec.structs.replace(last, passes=1)
+    assert growth.proposed_batch(recorder, settings, 64, one_pass) == 64
     assert asked[1] == (StepSetting(batch=64, momentum=0.5, proximal=True, num_gpus=ranks), 5)
 
 

@@ -400,6 +400,11 @@ def no_files(folder):
         ({"penalty_ratio": 1.5}, UsageError, "penalty_ratio"),
         ({"interval": 0}, UsageError, "interval"),
         ({"batch": 97}, UsageError, "mini-batch of 97 is larger than the data set"),
+        (
+            {"batch": 1, "image_size": 1},
+            UsageError,
+            "cannot be trained on one image at a time: Expected more than 1 value",
+        ),
         ({"sync_batch_norm": True}, UsageError, "needs CUDA"),
         ({"no_such": 1}, UnknownNameError, "unknown setting"),
         ({"seed": 2**63}, UsageError, "seed"),

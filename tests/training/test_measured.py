@@ -12,7 +12,15 @@ import torch
 
 from ptsim.trace.schema import DeviceUse, EpochTime, StepDistribution
 from ptsim.training.losses import LossSum
-from ptsim.training.measured import Measured, Unfinished, epoch_time, measure_epoch, unfinished_epoch
+from ptsim.training.measured import (
+    LastEpoch,
+    Measured,
+    Unfinished,
+    epoch_time,
+    last_epoch,
+    measure_epoch,
+    unfinished_epoch,
+)
 
 CPU = torch.device("cpu")
 STEP = StepDistribution(median_s=1.0, p10_s=1.0, p90_s=1.0, std_s=0.0)
@@ -197,3 +205,19 @@ def test_what_lies_on_the_device_all_the_time_is_no_part_of_the_peak(
     peak: int | None, resident: int, recorded: int | None
 ) -> None:
     assert msgspec.structs.replace(LATER, peak_bytes=peak).peak_beside(resident) == recorded
+
+
+@pytest.mark.parametrize(
+    ("ranks", "own", "least", "known"), [(1, 9, 5, 9), (2, 9, 5, 5), (2, None, 5, 5), (1, None, 5, None)]
+)
+def test_the_rank_with_the_least_memory_decides_how_far_a_mini_batch_may_grow(
+    ranks: int, own: int | None, least: int, known: int | None
+) -> None:
+    team: Any = SimpleNamespace(world_size=ranks, device=CPU, least=lambda mine: mine.clamp(max=least))
+    meter: Any = SimpleNamespace(info=lambda: SimpleNamespace(memory_bytes=own))
+    epoch: Any = SimpleNamespace(passes=3, num_images=130, world_size=ranks)
+    expected = LastEpoch(passes=3, images_per_rank=130 // ranks, memory_bytes=known)
+    assert last_epoch(epoch, meter, team) == expected
+    team.least = lambda mine: mine
+    nobody: Any = SimpleNamespace(info=lambda: SimpleNamespace(memory_bytes=None))
+    assert last_epoch(epoch, nobody, team).memory_bytes is None

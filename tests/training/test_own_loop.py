@@ -557,7 +557,11 @@ def test_a_larger_mini_batch_is_proposed_once_the_network_has_shrunk(most, propo
     pruner = made(model, optimizer, memory_budget_bytes=2**30, batch_granularity=8, max_batch=most)
     assert pruner.batch is None
     train(pruner, model, optimizer, 2, images_and_labels())
-    assert (pruner.batch, pruner.learning_rate_scale) == (proposed, proposed / 16)
+    other = fresh(seed=1)
+    resumed = made(other, sgd(other), memory_budget_bytes=2**30, batch_granularity=8, max_batch=most)
+    resumed.load_state_dict(pruner.state_dict())
+    for either in (pruner, resumed):  # a run that goes on is proposed the same
+        assert (either.batch, either.learning_rate_scale) == (proposed, proposed / 16)
 
 
 def test_accumulated_gradients_leave_room_for_a_smaller_pass_than_a_whole_step_would():
@@ -936,6 +940,18 @@ def test_a_state_that_is_loaded_in_the_middle_of_an_epoch_takes_the_counts_back(
     steps(pruner, model, optimizer, batches[1:2])
     epoch = pruner.end_epoch().epoch
     assert (epoch.num_iterations, epoch.num_images) == (2, 32)
+
+
+def test_a_state_of_the_start_takes_back_what_the_optimizer_keeps():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    state, ends = pruner.state_dict(), []
+    for _ in range(2):
+        steps(pruner, model, optimizer, images_and_labels(2))
+        ends.append([p.detach().clone() for p in model.parameters()])
+        pruner.load_state_dict(state)
+    assert all(map(torch.equal, *ends))
 
 
 @pytest.mark.parametrize(("parts", "batch", "proposed"), [(1, 16, 16), (2, 32, 16 + 32)])  # up to an epoch's images

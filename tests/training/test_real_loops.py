@@ -91,6 +91,20 @@ def test_an_epoch_in_which_some_updates_accumulate_more_passes_can_be_read(tmp_p
     assert (epoch.batch_per_gpu, epoch.passes, epoch.num_iterations, epoch.num_images) == (16, 2, 4, 80)
 
 
+def test_one_larger_mini_batch_is_not_that_of_the_epoch(tmp_path):
+    """As of a loader that puts what is left over to the last mini-batch: three of 8 images and one of 12."""
+    model = fresh()
+    optimizer = sgd(model)
+    with ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path, profile=True) as recorder:
+        batches = [*images_and_labels(3, 8), *images_and_labels(1, 12)]
+        accumulate(model, optimizer, batches, (1, 1, 1, 1))
+        recorder.end_epoch()
+    trace = ptsim.read_trace(tmp_path)
+    (epoch,), (profile,) = trace.epochs, trace.profiles
+    assert (epoch.batch_per_gpu, epoch.passes, epoch.num_iterations, epoch.num_images) == (8, 1, 4, 36)
+    assert (profile.batch, trace.run.hyperparameters["batch"]) == (8, 8)
+
+
 def test_passes_whose_gradients_wait_for_the_next_epoch_leave_a_trace_that_can_be_read(monkeypatch, tmp_path):
     """Five mini-batches, two to an update: the fifth has none in this epoch."""
     clock = Clock()
@@ -198,6 +212,24 @@ def test_an_epoch_in_which_step_was_never_called_is_named():
     assert pruner.end_epoch().epoch.num_iterations == 1
 
 
+def test_what_a_loop_says_of_the_next_epoch_before_this_one_is_recorded_changes_no_record():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, interval=9)
+    recorded = []
+    for next_one in (False, True, True):
+        steps(pruner, model, optimizer, images_and_labels(2))
+        pruner.regularized = next_one
+        recorded.append(pruner.end_epoch().epoch.penalty_coefficient)
+    strength = pruner.penalty_coefficient
+    assert recorded == [strength, 0.0, strength] != [0.0] * 3
+    state = pruner.state_dict()
+    steps(pruner, model, optimizer, images_and_labels(2))
+    pruner.load_state_dict(state | {"regularized": False})  # the penalty of what is taken back counts no more
+    steps(pruner, model, optimizer, images_and_labels(2))
+    assert pruner.end_epoch().epoch.penalty_coefficient == 0.0
+
+
 def test_the_settings_of_a_run_are_those_of_its_weights_without_warm_up(tmp_path):
     """timm's first group has no weight decay; a schedule begins from a small learning rate; two passes an update."""
     model = fresh()
@@ -244,6 +276,31 @@ def test_a_state_from_the_middle_of_an_epoch_goes_on_with_what_was_counted(tmp_p
         assert epoch.time.forward_s > state["unfinished"]["time"]["forward_s"] - 1e-9
         pruner.close()
         assert ptsim.read_trace(tmp_path / f"on{done}").run.dataset.num_train == 64
+
+
+def test_a_run_whose_first_epoch_was_trained_to_its_end_knows_how_it_was_trained(tmp_path):
+    """No pass follows the state: format, layout and rate are those of before it."""
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    for images, labels in images_and_labels(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = F.cross_entropy(model(images.to(memory_format=torch.channels_last)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        pruner.step(loss)
+        optimizer.step()
+    other = fresh(seed=1)
+    second = sgd(other)
+    resumed = made(other, second, record=tmp_path)
+    resumed.load_state_dict(pruner.state_dict())
+    assert resumed.batch == 16
+    second.param_groups[0]["lr"] = 0.01
+    assert resumed.end_epoch().epoch.learning_rate == 0.05
+    resumed.close()
+    run = ptsim.read_trace(tmp_path).run
+    assert (run.precision, run.memory_format) == (Precision.BF16, "channels_last")
+    assert (run.hyperparameters["lr"], run.hyperparameters["batch"]) == (0.05, 16)
 
 
 def test_optimizers_of_named_parameters_keep_names_and_parameters_together():
@@ -375,6 +432,25 @@ def test_an_average_is_found_in_what_keeps_it_and_another_networks_is_refused():
     for wrong in (nn.Linear(3, 3), object()):
         with pytest.raises(UsageError, match="holds no average of this Small"):
             made(other, sgd(other), ema=wrong)
+
+
+def test_an_average_that_a_state_lacks_begins_with_its_weights_and_one_that_a_run_lacks_is_told():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer)
+    assert train(pruner, model, optimizer, 2, images_and_labels())[-1].pruned
+    again = fresh(seed=1)
+    keeper = Keeper(again)
+    averaging = made(again, sgd(again), ema=keeper)
+    with pytest.warns(UserWarning, match="the state holds no average of the weights: it begins anew with the weights"):
+        averaging.load_state_dict(pruner.state_dict())
+    for name, tensor in keeper.module.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    last = fresh(seed=1)
+    with pytest.warns(
+        UserWarning, match="holds an average of the weights, which does not go on: PruneTrain has no ema"
+    ):
+        made(last, sgd(last)).load_state_dict(averaging.state_dict())
 
 
 def test_a_compiled_module_of_before_the_pruning_is_named_at_the_next_step():
@@ -515,6 +591,48 @@ def test_a_run_that_nobody_has_recorded_from_its_beginning_gets_no_trace(tmp_pat
     steps(begun, other, optimizer, images_and_labels(1))
     last = fresh(seed=1)
     made(last, sgd(last), record=tmp_path / "begun").load_state_dict(begun.state_dict())  # in its first epoch
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_state_that_is_stored_after_the_end_of_its_trace_goes_on_with_it(tmp_path, interrupted):
+    """After close, or in a handler of Ctrl-C around the loop."""
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, record=tmp_path, interval=9)
+    try:
+        with pruner:
+            train(pruner, model, optimizer, 1, images_and_labels(2))
+            if interrupted:
+                steps(pruner, model, optimizer, images_and_labels(1))
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert ptsim.read_trace(tmp_path).end is not None
+    other = fresh(seed=1)
+    second = sgd(other)
+    resumed = made(other, second, record=tmp_path, interval=9)
+    resumed.load_state_dict(pruner.state_dict())
+    train(resumed, other, second, 1, images_and_labels(1))
+    resumed.close()
+    trace = ptsim.read_trace(tmp_path)
+    assert ([epoch.num_iterations for epoch in trace.epochs], trace.complete) == ([2, 1 + interrupted], True)
+
+
+def test_a_trace_does_not_go_on_behind_an_epoch_that_nobody_has_recorded(tmp_path):
+    state = None
+    for folder in (tmp_path / "run", None):
+        model = fresh()
+        optimizer = sgd(model)
+        pruner = made(model, optimizer, record=folder, interval=9)
+        if state is not None:
+            pruner.load_state_dict(state)
+        train(pruner, model, optimizer, 1, images_and_labels(2))
+        state = pruner.state_dict()
+        pruner.close()
+    model = fresh()
+    pruner = made(model, sgd(model), record=tmp_path / "run", interval=9)
+    with pytest.raises(UsageError, match="nobody has recorded the 2 epochs before this state"):
+        pruner.load_state_dict(state)
 
 
 def test_a_setting_of_an_optimizer_that_is_infinite_comes_back():

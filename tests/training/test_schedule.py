@@ -31,6 +31,8 @@ def test_milestones_of_one_or_more_are_epochs():
     ("epochs", "milestone", "falls"),
     [
         (4, 1, 1),  # an epoch, not the whole run
+        (1, 0.5, 1),  # the first epoch has the initial rate
+        (3, 0.2, 1),
         (7, 0.5, 3),
         (10, 0.99, 9),
         (100, 0.29, 29),  # 0.29 · 100 is a little less in binary
