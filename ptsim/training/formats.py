@@ -1,4 +1,4 @@
-"""Of which number format and layout are training passes? The names of torch's types, and what a compiled graph keeps."""
+"""Of which number format and layout are training passes? Names of torch's types, and what a compiled graph keeps."""
 
 from __future__ import annotations
 

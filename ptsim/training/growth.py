@@ -49,7 +49,7 @@ def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: i
 
 
 def _room(recorder: Recorder, last: LastEpoch) -> int:
-    """Bytes of the device, or of that rank's which has the least: ranks of other mini-batches would have other rates."""
+    """Bytes of the device, or of the least of all ranks: with other mini-batches they would have other rates."""
     own = recorder.meter.info().must_exist()[1]
     return own if recorder.team.world_size == 1 else min(own, last.memory_bytes or own)
 

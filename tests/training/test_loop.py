@@ -403,7 +403,7 @@ def no_files(folder):
         (
             {"batch": 1, "image_size": 1},
             UsageError,
-            "cannot be trained on one image at a time: Expected more than 1 value",
+            "cannot be trained on one image at a time: Expected",
         ),
         ({"sync_batch_norm": True}, UsageError, "needs CUDA"),
         ({"no_such": 1}, UnknownNameError, "unknown setting"),

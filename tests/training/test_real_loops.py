@@ -447,9 +447,7 @@ def test_an_average_that_a_state_lacks_begins_with_its_weights_and_one_that_a_ru
     for name, tensor in keeper.module.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     last = fresh(seed=1)
-    with pytest.warns(
-        UserWarning, match="holds an average of the weights, which does not go on: PruneTrain has no ema"
-    ):
+    with pytest.warns(UserWarning, match="holds an average of the weights, which does not go on: PruneTrain"):
         made(last, sgd(last)).load_state_dict(averaging.state_dict())
 
 
