@@ -371,7 +371,7 @@ def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))
     if os.path.lexists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
         raise OSError(errno.EINVAL, "is a pipe, a device or a broken link, expected a file", str(path))
-    handle, beside = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    handle, beside = tempfile.mkstemp(prefix=f".{target.name[:50]}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file

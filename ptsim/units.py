@@ -34,6 +34,7 @@ _UNITS: dict[Dimension, dict[str, float]] = {
     "usd_per_hour": {"USD/h": 1.0},
 }
 
+_MU = "\N{GREEK SMALL LETTER MU}"  # looks like the micro sign
 _QUANTITY = re.compile(r"\s*([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([^\s\d].*?)?\s*")
 
 
@@ -50,6 +51,7 @@ def parse_quantity(text: str, dimension: Dimension) -> float:
     number, unit = match.groups()
     if unit is None:
         raise ValueError(f"{text!r} has no unit; one of {', '.join(units)} is needed")
+    unit = unit.replace(_MU, "\N{MICRO SIGN}")
     if unit not in units:
         raise ValueError(f"{text!r} has the unit {unit!r}; one of {', '.join(units)} is needed")
     return float(number) * units[unit]

@@ -169,3 +169,10 @@ def test_packed_files_are_unpacked_to_their_end_and_to_a_limit() -> None:
     ):
         with pytest.raises(FileFormatError, match=sentence):
             unpacked("x", content, most=most)
+
+
+def test_a_name_of_as_many_bytes_as_a_folder_takes_is_written(tmp_path):
+    file = tmp_path / ("\N{CJK UNIFIED IDEOGRAPH-7DB2}" * 83 + ".toml")  # 254 bytes
+    write_whole(file, "a = 1")
+    assert read_toml(file) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]

@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ptsim.cli.common import progress_console
-from ptsim.cli.reading import refuse_input_as_output
+from ptsim.cli.reading import check_output
 from ptsim.errors import UsageError
 from ptsim.hardware.spec import AllReduceTable, Cluster
 from ptsim.textfile import check_writable
@@ -49,7 +49,7 @@ def network(
 
     check_file_name("cluster", out)
     check_writable(out)
-    refuse_input_as_output(out, *(nccl_log or ()))
+    check_output(out, *(nccl_log or ()), *((Path(base),) if base else ()))
     live = {"--backend": backend is not None, "--max-bytes": max_bytes != _UP_TO, "--resume": resume}
     _refuse_idle_options(nccl_log, nodes, live | {"--iterations": iterations != _ITERATIONS})
     origin = None if base is None else load_cluster(base)

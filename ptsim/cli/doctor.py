@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import warnings
 from typing import Literal
 
 import msgspec
@@ -20,6 +21,7 @@ from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.main import COMMANDS
 from ptsim.cli.options import Json
 from ptsim.costs.tiers import Tier, ordered_tiers
+from ptsim.errors import on_one_line
 from ptsim.hardware.catalog import match_device
 from ptsim.units import format_bytes
 
@@ -216,9 +218,12 @@ def _torch() -> tuple[str | None, str | None, tuple[Gpu, ...], str | None, bool]
     """Version, CUDA version, GPUs, NCCL's version, and whether gloo is there; importing torch takes seconds."""
     if _version("torch") is None:
         return None, None, (), None, False
-    import torch
-    import torch.distributed as dist
-
+    try:
+        import torch
+        import torch.distributed as dist
+    except (ImportError, OSError) as error:  # a library of CUDA that is not there, half an installation
+        warnings.warn(f"torch is installed, but cannot be imported: {on_one_line(error)}", stacklevel=1)
+        return None, None, (), None, False
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)

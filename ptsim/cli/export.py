@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from ptsim import __version__
 from ptsim.cli.common import print_json, print_line
 from ptsim.cli.options import Json, Out
-from ptsim.cli.reading import check_run_folder, refuse_input_as_output
+from ptsim.cli.reading import check_output, check_run_folder
 from ptsim.errors import UsageError
 from ptsim.setting import Sharding
 from ptsim.textfile import check_writable
@@ -58,7 +58,7 @@ def export(
         raise UsageError(f"{out} is a file; --format {format} writes a folder")
     if format in ("chrome", "onnx") and out.is_dir():
         raise UsageError(f"{out} is a folder; --format {format} writes a file")
-    refuse_input_as_output(out, trace)
+    check_output(out, trace)
     if format in ("chrome", "onnx"):
         check_writable(out)
     written = _write(trace, format, out, gpus, sharding, epoch, trust)

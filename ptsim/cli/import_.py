@@ -14,14 +14,14 @@ from rich.table import Table
 from ptsim import zoo
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json, NetworkOptions, Out
-from ptsim.cli.reading import refuse_input_as_output
-from ptsim.errors import UsageError
-from ptsim.hardware.catalog import device_names, load_device
+from ptsim.cli.reading import check_output
+from ptsim.errors import UnknownNameError, UsageError
+from ptsim.hardware.catalog import load_device
 from ptsim.hardware.profile_file import write_device_profile
 from ptsim.hardware.spec import Device
 from ptsim.measure.kineto import UNKNOWN, KinetoImport, import_kineto
 from ptsim.network import MemoryFormat, Network
-from ptsim.setting import PrecisionName, parse_precision
+from ptsim.setting import PrecisionName, parse_precision, positive_number
 from ptsim.textfile import check_writable
 from ptsim.units import Bytes, format_seconds
 
@@ -63,7 +63,7 @@ def kineto(
     if len({os.path.realpath(path) for path in files}) < len(files):
         raise UsageError("a file is named twice: the files are those of different ranks")
     also = [path for path in (zoo.file_of(model or ""), Path(device or "")) if path is not None]
-    refuse_input_as_output(out, *files, *also)
+    check_output(out, *files, *also)
     check_writable(out)
     trained = None if model is None else _network(model, network)
     found = import_kineto(
@@ -90,9 +90,10 @@ def kineto(
 
 def _device(name: str | None) -> Device | str | None:
     """A device of the catalog or of a file; else just a name, as of a processor."""
-    if name is None or not (name in device_names() or name.endswith(".toml")):
+    try:
+        return None if name is None else load_device(name)
+    except UnknownNameError:
         return name
-    return load_device(name)
 
 
 def _bytes(text: str) -> int:
@@ -106,7 +107,7 @@ def _network(model: str, options: NetworkOptions) -> Network:
     from ptsim.capture.network import capture_network
 
     entry = zoo.find(model)
-    count = entry.num_classes if options.classes is None else options.classes
+    count = entry.num_classes if options.classes is None else positive_number("classes", options.classes)
     shape = options.input_shape or entry.input_shape
     return capture_network(zoo.create(model, num_classes=count), name=model, input_shape=shape, num_classes=count)
 

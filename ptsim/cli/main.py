@@ -17,6 +17,7 @@ import threading
 import traceback
 import typing
 import warnings
+from pathlib import Path
 from typing import Any
 
 import cyclopts
@@ -25,7 +26,7 @@ import ptsim
 from ptsim.cli import crash
 from ptsim.cli.common import say
 from ptsim.cli.reading import check_number
-from ptsim.errors import PtsimError, UnknownNameError, lacks_memory
+from ptsim.errors import PtsimError, UnknownNameError, UsageError, lacks_memory
 from ptsim.units import MIB
 
 app = cyclopts.App(
@@ -127,6 +128,8 @@ def _run(tokens: list[str] | None, given: list[str]) -> int:
     try:
         notice.start()
         result: Any = app(tokens, exit_on_error=False, print_error=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while it can still be said that nobody takes the last words
     except PtsimError as error:
         return _fail(error.message, error.hint)
     except cyclopts.CycloptsError as error:
@@ -135,8 +138,10 @@ def _run(tokens: list[str] | None, given: list[str]) -> int:
         say("error: interrupted")
         return 130
     except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except UnicodeEncodeError as error:
+        near = error.object[max(error.start - 100, 0) : error.end + 100]
+        return _fail(f"{near!r} is no text in UTF-8, so that it cannot be written", "rename the file or folder")
     except OSError as error:
         if error.strerror is None:
             raise
@@ -146,6 +151,15 @@ def _run(tokens: list[str] | None, given: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _drop_what_nobody_takes() -> None:
+    """Let what an output still holds go nowhere if it must: Python tries again when it ends, with a status of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main() -> None:
     """Entry point of the `ptsim` script."""
     gc.set_threshold(_COLLECT_EVERY)
@@ -153,7 +167,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without × or a file name without an encoding
-    sys.exit(run())
+    try:
+        status = run()
+    finally:
+        _drop_what_nobody_takes()
+    sys.exit(status)
 
 
 def _open_what_is_closed() -> None:
@@ -166,17 +184,26 @@ def _open_what_is_closed() -> None:
             setattr(sys, name, open(descriptor, "w", encoding="utf-8", closefd=False))  # noqa: SIM115 - open to the end
 
 
-def _refuse_numbers_that_would_be_rounded(
+def _refuse_what_would_be_changed(
     _app: cyclopts.App, _commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
 ) -> None:
-    """What the user typed is what is done: cyclopts would round 1.6 epochs to 2."""
+    """What the user typed is what is done: cyclopts would round 1.6 epochs to 2, and take "" for the current folder."""
     for argument in arguments:
-        kinds = {argument.hint, *typing.get_args(argument.hint)}
-        for token in argument.tokens if kinds & {int, float} else ():
-            check_number(token.keyword or argument.name, token.value, whole=float not in kinds)
+        kinds = _kinds(argument.hint)
+        for token in argument.tokens:
+            name = token.keyword or argument.name
+            if kinds & {int, float}:
+                check_number(name, token.value, whole=float not in kinds)
+            if Path in kinds and not token.value:
+                raise UsageError(f"{name} is empty, expected a path")
 
 
-app.config = (_refuse_numbers_that_would_be_rounded,)
+def _kinds(hint: Any) -> set[Any]:
+    """The type of an option, and those that it is made of."""
+    return {hint}.union(*map(_kinds, typing.get_args(hint)))
+
+
+app.config = (_refuse_what_would_be_changed,)
 
 
 def _tell_what_it_does(tokens: list[str]) -> None:

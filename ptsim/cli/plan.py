@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ from ptsim.answers.plan import plan as plan_run
 from ptsim.answers.plan_options import PlanOptions
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json, NetworkOptions, Optimizer, Out
-from ptsim.cli.reading import refuse_input_as_output
-from ptsim.errors import FileFormatError, UsageError
+from ptsim.cli.reading import check_output
+from ptsim.errors import FileFormatError
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName
-from ptsim.textfile import check_writable, read_bytes, read_toml
-from ptsim.trace.io import MOST_BYTES, trace_path, write_trace
-from ptsim.trace.schema import Origin
+from ptsim.textfile import check_writable, read_toml
+from ptsim.trace.io import trace_path, write_trace
 from ptsim.trace.trace import Trace
 from ptsim.units import counted
 
@@ -91,7 +89,6 @@ def plan(
         raise FileFormatError(out, "its folder does not exist")
     check_writable(out)
     _check_files(model, run.pruning, out)
-    _keep_trained(out)
     trace = plan_run(model, run.options())
     documents = [msgspec.to_builtins(fractions(drawn)) for drawn in trace.drawn()]
     document = {"trace": str(write_trace(out, trace)), **documents[0]}
@@ -112,28 +109,7 @@ def _check_files(model: str, pruning: str, out: Path) -> None:
     elif pruning.endswith(".toml"):
         read.append(Path(pruning))
         read_toml(read[-1])
-    refuse_input_as_output(out, *read)
-
-
-class _First(msgspec.Struct):
-    record: str = ""
-    origin: Origin = "recorded"
-
-
-def _keep_trained(out: Path) -> None:
-    """Keep a plan from taking the place of a run that somebody has trained.
-
-    Raises:
-        UsageError: `out` is the trace of one.
-    """
-    first = _First()
-    if os.path.isfile(out):
-        with contextlib.suppress(msgspec.DecodeError, RecursionError):  # no trace
-            first = msgspec.json.decode(read_bytes(out, most=MOST_BYTES).partition(b"\n")[0], type=_First)
-    if first.record == "run" and first.origin != "planned":
-        raise UsageError(
-            f"{out} is the trace of a run that was {first.origin}, and is not written over", hint="name another file"
-        )
+    check_output(out, *read)
 
 
 def _show(document: dict[str, Any], draws: list[dict[str, Any]], trace: Trace) -> None:

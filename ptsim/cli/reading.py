@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -39,7 +40,9 @@ def check_number(name: str, text: str, *, whole: bool) -> None:
     try:
         value = float(text)
     except ValueError:
-        return  # no number in decimal digits: whoever reads it says so
+        if whole and re.match(r"\s*[-+]?0[xXoObB]", text):
+            raise UsageError(f"{name} is {text}, expected a whole number in decimal digits") from None
+        return  # no number: whoever reads it says so
     if whole and (not math.isfinite(value) or not text.strip().lstrip("+-").isdecimal()):
         raise UsageError(f"{name} is {text}, expected a whole number")
     digits = text.strip().lstrip("+-").lstrip("0")
@@ -138,13 +141,22 @@ def check_run_folder(folder: Path) -> None:
         raise UsageError(f"{folder} holds no run (no config.toml)")
 
 
-def refuse_input_as_output(out: Path, *inputs: Path) -> None:
-    """Keep a command from writing over what it reads.
+def check_output(out: Path, *inputs: Path) -> None:
+    """Keep a command from writing over what it reads, and over a run that somebody has trained.
 
     Raises:
-        UsageError: `out` is one of the inputs.
+        UsageError: `out` is one of the inputs, or the trace of a run that is more than planned.
     """
+    if not os.path.isfile(out):
+        return
     written = os.path.realpath(out)
     for path in inputs:
-        if written in (os.path.realpath(path), os.path.realpath(path / "trace.jsonl")) and os.path.isfile(out):
+        if written in (os.path.realpath(path), os.path.realpath(path / "trace.jsonl")):
             raise UsageError(f"{out} is also an input; choose another file to write")
+    from ptsim.trace.io import read_records  # not for `ptsim --help`
+    from ptsim.trace.schema import Run
+
+    with contextlib.suppress(FileFormatError):
+        _, record = next(read_records(out))
+        if isinstance(record, Run) and record.origin != "planned":
+            raise UsageError(f"{out} is the trace of a run that was {record.origin}; choose another file to write")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from ptsim.cli.common import print_json, say, stdout_console
 from ptsim.cli.options import Cluster, Json, LengthOptions, Profile, Settings, Traces
-from ptsim.cli.reading import parse_gpus, read_settings, refuse_input_as_output
+from ptsim.cli.reading import check_output, parse_gpus, read_settings
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.profile_file import read_device_profile
@@ -24,6 +25,7 @@ from ptsim.sim.budget import unlimited
 from ptsim.sim.options import GradientFormat, MiniBatch, Options, Scaling
 from ptsim.sim.projection import RunProjection, projection_row
 from ptsim.sim.run import StepCache, change, project
+from ptsim.textfile import check_folder_writable
 from ptsim.trace.trace import planned_mark
 from ptsim.units import MIB, format_bytes, format_joules, format_seconds, shown_number
 
@@ -140,9 +142,7 @@ def simulate(
     given = what_if.given() | ({} if seed is None else {"seed": seed})
     options = change(Options(), read_settings(settings, given, named=_NAMED))
     if timeline is not None:
-        if timeline == Path():  # also what an empty text means
-            raise UsageError("--timeline is the current folder, expected a .json file or a folder of its own")
-        refuse_input_as_output(timeline, *traces)
+        _check_timeline(timeline, traces)
     where = load_cluster(cluster)
     measured = None if profile is None else read_device_profile(profile)
     projections: list[RunProjection] = []
@@ -159,6 +159,16 @@ def simulate(
         print_json([_document(projection) for projection in projections])
     else:
         _print_tables(projections)
+
+
+def _check_timeline(path: Path, traces: list[Path]) -> None:
+    """Find out before the simulation that its time line could not be written; makes nothing."""
+    if path == Path():
+        raise UsageError("--timeline is the current folder, expected a .json file or a folder of its own")
+    check_output(path, *traces)
+    if path.suffix == ".json" and os.path.isdir(path):
+        raise UsageError(f"{path} is a folder, expected a file to write")
+    check_folder_writable(path.parent if path.suffix == ".json" else path)
 
 
 def _number_or_recorded(name: str, text: str | None) -> float | str | None:

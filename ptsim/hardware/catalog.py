@@ -116,8 +116,7 @@ def check_file_name(kind: str, path: Path) -> None:
     Raises:
         UsageError: the catalog has that name, so that the file would never be found under it.
     """
-    names = {name for stem, file in _files(f"{kind}s").items() for name in (stem, *_names_in(file, "aliases"))}
-    if str(path).lower() in names:
+    if os.sep not in str(path) and _named(kind, str(path)) is not None:
         raise UsageError(f"{path} is a {kind} of the catalog", hint=f"call the file {path}.toml")
 
 
@@ -152,21 +151,26 @@ def _names_in(path: Path, key: str) -> tuple[str, ...]:
 
 
 def _locate(kind: str, name: str | Path) -> Path:
-    """The file that `name` means: a path that ends in .toml, a name, alias or driver name of the catalog, any file."""
+    """The file that `name` means: a path that ends in .toml or has a folder, a name of the catalog, any file."""
     if str(name).endswith(".toml") or isinstance(name, Path):
         if not os.path.exists(name):
             raise UsageError(f"no {kind} file {name}", hint=f"ptsim {kind}s lists the catalog")
         return Path(name).resolve()
-    files = _files(f"{kind}s")
-    if str(name).lower() in files:
-        return files[str(name).lower()]
-    wanted = _plain(str(name))
-    for path in files.values():
-        if wanted in map(_plain, _names_of(path)):
-            return path
+    named = None if os.sep in name and os.path.isfile(name) else _named(kind, name)  # ./a100 is no A100
+    if named is not None:
+        return named
     if os.path.isfile(name):
         return Path(name).resolve()
-    raise UnknownNameError(kind, str(name), files, close=_nearest(wanted, files.values()))
+    files = _files(f"{kind}s")
+    raise UnknownNameError(kind, name, files, close=_nearest(_plain(name), files.values()))
+
+
+def _named(kind: str, name: str) -> Path | None:
+    """The file of the catalog with this name, alias or driver name, however it is spelt; None where there is none."""
+    files = _files(f"{kind}s")
+    wanted = _plain(name)
+    same = (path for path in files.values() if wanted in map(_plain, _names_of(path)))
+    return files.get(name.lower()) or next(same, None)
 
 
 def _names_of(path: Path) -> tuple[str, ...]:

@@ -266,8 +266,10 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
 
     Raises:
         UsageError: it cannot be written: a full disk, no right to.
+        FileFormatError: what would be written could not be read back, such as a blank name.
     """
     document = msgspec.to_builtins(_form(cluster), enc_hook=write_quantity)
+    cluster_of(path, document)
     try:
         write_whole(path, tomli_w.dumps(document))
     except OSError as error:

@@ -61,7 +61,7 @@ class LinkKind(StrEnum):
     NVLINK = "nvlink"
     PCIE = "pcie"
     INFINIBAND = "infiniband"  # RDMA with GPUDirect: InfiniBand, RoCE, Slingshot through libfabric
-    EFA = "efa"  # AWS Elastic Fabric Adapter, with GPUDirect
+    EFA = "efa"  # AWS Elastic Fabric Adapter; P instances from P4d on have GPUDirect
     TCPX = "tcpx"  # Google's GPUDirect-TCPX and TCPXO
     TCP = "tcp"  # sockets over Ethernet
     MEASURED = "measured"  # bandwidth and latency are fitted on measurements: taken as they are

@@ -21,6 +21,8 @@ from ptsim.errors import UsageError
 from ptsim.hardware.catalog import cluster_names, load_cluster, match_device
 from ptsim.hardware.nccl_log import NcclLog, with_nodes
 from ptsim.hardware.spec import AllReduceTable, Cluster, Device, Link, LinkKind
+from ptsim.textfile import printable
+from ptsim.units import counted
 
 _PCIE_X16 = (15.75e9, 31.5e9)  # generations 3 and 4: PCI-SIG base specifications
 DEFAULT_SIZES = tuple(2**k for k in range(10, 27))  # 1 KiB to 64 MiB
@@ -30,6 +32,7 @@ _CARRIED = {  # field of a cluster → its key in a file
     "storage_bandwidth_bytes_per_s": "storage_bandwidth",
 }
 _ONE_SETTING = 1.5  # by which runs with the same settings differ at most
+_MOST_LETTERS = 150  # of the logs' names in a source, which has at most 300
 FEWEST = 3  # iterations of a size, however slow the network is
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -59,7 +62,7 @@ def _table(runs: Sequence[NcclLog]) -> AllReduceTable:
         )
     jitter = max(statistics.median(run.relative_jitter for run in runs), statistics.median(between or [0.0]))
     versions = sorted({run.version for run in runs if run.version})
-    names = ", ".join(dict.fromkeys(Path(run.path).name for run in runs))
+    names = printable(", ".join(dict.fromkeys(Path(run.path).name for run in runs)), _MOST_LETTERS)
     return AllReduceTable(
         num_gpus=runs[0].num_gpus,
         num_nodes=runs[0].num_nodes or 1,
@@ -243,8 +246,8 @@ def calibrated_cluster(
         UsageError: no tables, two for the same layout, a layout that `base` cannot have, or GPUs of different kinds.
     """
     per_node = measured_per_node = _gpus_per_node(tables)
-    if base is not None and base.gpus_per_node < per_node:
-        raise UsageError(f"cluster {base.name} has {base.gpus_per_node} GPUs a node, the log has {per_node}")
+    if base is not None:
+        _check_room(base, tables, per_node)
     device = base.device if base else _device_of(gpus)
     like = base or _catalog_machine(device, per_node, tables)
     between = max((t for t in tables if t.num_nodes > 1), key=lambda t: t.num_gpus, default=None)
@@ -270,7 +273,7 @@ def calibrated_cluster(
         intra=intra,
         inter=inter,
         nics_per_node=nics,
-        max_nodes=None if inter is not None else 1,
+        max_nodes=1 if inter is None else base.max_nodes if base else None,
         oversubscription=thinner,
         nvswitch=like.nvswitch if like else False,
         reduces_in_switch=like.reduces_in_switch if like else False,
@@ -281,11 +284,20 @@ def calibrated_cluster(
     )
 
 
+def _check_room(base: Cluster, tables: Sequence[AllReduceTable], per_node: int) -> None:
+    """Refuse a log of more than the user's machine has."""
+    if base.gpus_per_node < per_node:
+        raise UsageError(f"cluster {base.name} has {base.gpus_per_node} GPUs a node, the log has {per_node}")
+    most, nodes = 1 if base.inter is None else base.max_nodes, max(table.num_nodes for table in tables)
+    if most is not None and most < nodes:
+        raise UsageError(f"cluster {base.name} has {counted(most, 'node')}, the log has {nodes}")
+
+
 def _carried(base: Cluster, sources: dict[str, str]) -> dict[str, Any]:
     """What no table tells of a machine, as the user's cluster says it; adds where each number is from to `sources`."""
     found = {name: getattr(base, name) for name in _CARRIED if getattr(base, name) is not None}
     sources |= {_CARRIED[name]: base.sources.get(_CARRIED[name], f"cluster {base.name}") for name in found}
-    return found | {"price_date": base.price_date}
+    return found | {"price_date": base.price_date, "nodes_per_leaf": base.nodes_per_leaf}
 
 
 def _gpus_per_node(tables: Sequence[AllReduceTable]) -> int:

@@ -28,7 +28,7 @@ import msgspec
 
 from ptsim.consistency import MOST_COUNTED
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import match_device
+from ptsim.hardware.catalog import device_names, match_device
 from ptsim.hardware.profile import (
     DeviceProfile,
     Operator,
@@ -154,7 +154,8 @@ def import_kineto(
 
     Raises:
         FileFormatError: a file is not what torch.profiler writes, or holds no training step.
-        UsageError: no file, files of different devices or jobs, or nothing names the device or its memory.
+        UsageError: no file, files of different devices or jobs, another device than the file names, or nothing names
+            the device or its memory.
     """
     recordings, steps, everything = _read(paths)
     calls = [call for step in everything for call in step.calls]
@@ -249,8 +250,11 @@ def _device(
         raise UsageError(f"the profiles are of different devices: {', '.join(sorted(str(name) for name in names))}")
     first = recordings[0]
     if isinstance(device, Device):
+        recorded = match_device(first.device or "")
+        if recorded is not None and device.name in device_names() and device.name != recorded.name:
+            raise UsageError(f"{first.path} was recorded on {first.device!r}, which is no {device.name}")
         driver_name = device.driver_names[0] if device.driver_names else device.name
-        return device.name, driver_name, memory_bytes or device.memory_bytes
+        return device.name, driver_name, memory_bytes or first.memory_bytes or device.memory_bytes
     name = device or first.device
     if name is None and first.on_gpu:
         raise UsageError(f"{first.path} does not name the GPU that it was recorded on", hint="name it with --device")

@@ -113,3 +113,17 @@ def test_a_machine_without_torch_is_described_too() -> None:
     found = msgspec.json.decode(done.stdout, type=Examination)
     assert found.machine.torch is None
     assert found.machine.gpus == ()
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_torch_that_cannot_be_imported_is_described_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert run(["doctor", "--json"]) == 1
+    captured = capsys.readouterr()
+    found = msgspec.json.decode(captured.out, type=Examination)
+    assert (found.machine.torch, found.machine.gpus) == (None, ())
+    assert "warning: torch is installed, but cannot be imported: libcudart.so.13: cannot open" in captured.err

@@ -27,7 +27,8 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr("ptsim.cli.allreduce.load_cluster", load)
 
 
-ALLREDUCE = ["allreduce", "--cluster", "dgx-a100", "--gpus", "8", "--bytes", "1M"]
+SHORT = "allreduce --cluster dgx-a100 --gpus 8 --bytes 1M"  # says so little that all of it waits in a buffer
+ALLREDUCE = SHORT.split()
 
 
 @pytest.mark.parametrize("error", [RecursionError("deep"), OverflowError("large"), KeyError("k"), ZeroDivisionError()])
@@ -58,6 +59,11 @@ def test_a_fault_of_ptsim_is_kept_in_a_file_that_the_sentence_names(
             "error: the machine has not enough memory for this",
         ),
         (OSError(28, "No space left on device", "x.toml"), 2, "error: x.toml: No space left on device"),
+        (
+            UnicodeEncodeError("utf-8", "a" * 300 + "\udcff" + "b" * 300, 300, 301, "surrogates not allowed"),
+            2,
+            f"error: '{'a' * 100}\\udcff{'b' * 100}' is no text in UTF-8, so that it cannot be written",
+        ),
     ],
 )
 def test_what_the_machine_refuses_is_one_sentence(
@@ -113,13 +119,44 @@ def test_names_are_neither_markup_nor_terminal_sequences(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("128M", 134217728), ("128MiB", 134217728), ("134217728", 134217728), ("8g", 8589934592), ("1k", 1024), ("0", 0)],
+    [
+        ("128M", 134217728),
+        ("128 M", 134217728),
+        ("1e6", 1000000),
+        ("10 GiB", 10737418240),
+        ("1.5K", 1536),
+        ("128MB", 128000000),
+        ("128MiB", 134217728),
+        ("134217728", 134217728),
+        ("8g", 8589934592),
+        ("1k", 1024),
+        ("0", 0),
+    ],
 )
 def test_a_message_size_is_read_as_nccl_tests_and_people_write_it(text: str, size: int) -> None:
     assert parse_bytes("--bytes", text) == size
 
 
-@pytest.mark.parametrize("text", ["", "M", "1.5", "-1", "nan", "1e400", "1 parsec", "9" * 5000, "128 Q"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "M",
+        "1.5",
+        "-1",
+        "nan",
+        "1e400",
+        "1 parsec",
+        "9" * 5000,
+        "128 Q",
+        "1_000",
+        "1,000",
+        "1T",
+        "0x10",
+        "-0.5K",
+        "inf",
+    ],
+)
 def test_what_is_no_message_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--bytes"):
         parse_bytes("--bytes", text)
@@ -134,6 +171,8 @@ def test_what_is_no_message_size_is_refused(text: str) -> None:
         ("cost nosuch", "2>/dev/full", 2, ""),
         ("cost nosuch", ">&- 2>&- <&-", 2, ""),
         ("devices", ">/dev/full", 2, ""),
+        ("--help", ">/dev/full", 2, ""),
+        *((f"{SHORT}{more}", ">/dev/full", 2, "") for more in ("", " --json")),
     ],
 )
 def test_output_that_nobody_takes_is_no_fault(arguments: str, around: str, status: int, out: str) -> None:
@@ -141,15 +180,17 @@ def test_output_that_nobody_takes_is_no_fault(arguments: str, around: str, statu
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (status, out)
     assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert done.stderr.count("error: No space left on device") == (around == ">/dev/full")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--json"]])
-def test_a_reader_that_has_left_ends_the_command_with_status_141(more: list[str]) -> None:
+@pytest.mark.parametrize("line", ["devices", "devices --json", SHORT, f"{SHORT} --json"])
+def test_a_reader_that_has_left_ends_the_command_with_status_141(line: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "ptsim", "devices", *more], stdout=writer, stderr=subprocess.PIPE, check=False
+        [sys.executable, "-m", "ptsim", *line.split()], stdout=writer, stderr=subprocess.PIPE, check=False
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")

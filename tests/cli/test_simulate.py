@@ -233,3 +233,21 @@ def test_a_number_that_no_cluster_and_no_kernel_has_is_refused(
 ) -> None:
     assert run(["simulate", trace, "--cluster", "dgx-a100", "--set", option]) == 2
     assert "expected between 1 and" in capsys.readouterr().err
+
+
+def test_a_time_line_that_could_not_be_written_is_found_before_the_simulation(
+    trace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ptsim.cli.simulate.project", lambda *_, **__: pytest.fail("this comes too late"))
+    (tmp_path / "file").touch()
+    (tmp_path / "steps.json").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for name, sentence in (
+        ("file", "file is a file, expected a folder"),
+        ("file/steps.json", "cannot be written"),
+        ("steps.json", "steps.json is a folder, expected a file to write"),
+    ):
+        path = str(tmp_path / name)
+        assert run(["simulate", trace, "--cluster", "dgx-a100", "--timeline", path]) == 2
+        assert sentence in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

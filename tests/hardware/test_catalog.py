@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from ptsim.costs.memory import usable_bytes
 from ptsim.errors import FileFormatError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import (
     _plain,
@@ -76,6 +77,15 @@ def test_memory_is_the_drivers_within_two_percent(name, driver_mib):
     assert load_device(name).memory_bytes == pytest.approx(driver_mib * 2**20, rel=0.02)
 
 
+# What torch reports as total memory: GDDR with error correction has least beside its data sheet.
+@pytest.mark.parametrize(
+    ("name", "torch_gib"),
+    [("a10", 21.99), ("a10g", 22.06), ("t4", 14.56), ("h100-nvl", 92.63), ("h20", 95.0), ("v100-sxm3", 31.74)],
+)
+def test_what_a_process_may_use_is_what_torch_reports_within_two_percent(name, torch_gib):
+    assert usable_bytes(load_device(name)) == pytest.approx(torch_gib * 2**30, rel=0.02)
+
+
 def test_every_device_has_a_source_for_every_number():
     for name in device_names():
         device = load_device(name)
@@ -126,7 +136,7 @@ A100_LIKE = ("a100-", "a800-", "a30", "p100-")
 MEMORY = {
     "gtx-1080-ti": (352, 11e9), "titan-xp": (384, 11.41e9), "p100-pcie-16gb": (4096, 1.43e9),
     "p100-sxm2-16gb": (4096, 1.43e9), "v100-pcie-16gb": (4096, 1.754e9), "v100-pcie-32gb": (4096, 1.754e9),
-    "v100-sxm2-16gb": (4096, 1.754e9), "v100-sxm2-32gb": (4096, 1.754e9), "t4": (256, 10e9),
+    "v100-sxm2-16gb": (4096, 1.754e9), "v100-sxm2-32gb": (4096, 1.754e9), "v100-sxm3-32gb": (4096, 1.916e9), "t4": (256, 10e9),
     "rtx-2080-ti": (352, 14e9), "rtx-3090": (384, 19.5e9), "rtx-4090": (384, 21e9), "a10": (384, 12.5e9),
     "a100-pcie-40gb": (5120, 2.43e9), "a100-sxm4-40gb": (5120, 2.43e9), "a100-pcie-80gb": (5120, 3.024e9),
     "a100-sxm4-80gb": (5120, 3.186e9), "l4": (192, 12.5e9), "l40s": (384, 18e9), "h100-pcie-80gb": (5120, 3.186e9),
@@ -251,7 +261,7 @@ def test_a_driver_name_finds_its_device(driver_name, name):
 # As nvidia-smi and torch.cuda.get_device_name print them, as Kubernetes labels nodes, and as people type.
 NAMED = {
     "Tesla M40 24GB": "m40-24gb", "Tesla P100-PCIE-12GB": "p100-pcie-12gb", "Tesla V100S-PCIE-32GB": "v100s-pcie-32gb",
-    "Tesla V100-SXM3-32GB": "v100-sxm2-32gb", "NVIDIA A10": "a10", "NVIDIA A10G": "a10g", "NVIDIA L4": "l4",
+    "Tesla V100-SXM3-32GB": "v100-sxm3-32gb", "NVIDIA A10": "a10", "NVIDIA A10G": "a10g", "NVIDIA L4": "l4",
     "NVIDIA L40": "l40", "NVIDIA L40S": "l40s", "NVIDIA H100 PCIe": "h100-pcie-80gb", "NVIDIA H200": "h200-sxm5-141gb",
     "NVIDIA GH200 120GB": "gh200-96gb", "NVIDIA B200": "b200-sxm-180gb", "Quadro RTX 5000": "quadro-rtx-5000",
     "NVIDIA RTX A4500": "rtx-a4500", "NVIDIA RTX 5000 Ada Generation": "rtx-5000-ada",
@@ -407,6 +417,13 @@ def test_a_misspelt_key_gets_the_right_one_as_a_hint(tmp_path):
     with pytest.raises(FileFormatError) as caught:
         load_cluster(path)
     assert caught.value.hint == "did you mean gpus_per_node?"
+
+
+def test_a_path_is_a_file_whatever_the_catalog_calls_by_its_last_word(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a100").write_text(DEVICE.replace("num_sms = 108", "num_sms = 7"))
+    assert [load_device(name).num_sms for name in ("./a100", str(tmp_path / "a100"), "a100")] == [7, 7, 108]
+    assert load_device("nvidia/a100").num_sms == 108  # no such file
 
 
 def test_a_driver_name_is_a_device_name():

@@ -78,6 +78,20 @@ def test_what_no_table_tells_comes_from_the_base_and_is_read_back(tmp_path: Path
     assert "AMD Rome" in found.sources["cores_per_node"]
 
 
+def test_the_nodes_of_a_base_are_the_calibrated_clusters(tmp_path: Path) -> None:
+    base = msgspec.structs.replace(load_cluster("dgx-a100"), max_nodes=4, nodes_per_leaf=2, oversubscription=3.0)
+    measured = calibrated_cluster([ring_table(16, 2, 21e9, 8e-6)], name="mine", base=base)
+    write_cluster(measured, tmp_path / "mine.toml")
+    found = load_cluster(tmp_path / "mine.toml")
+    assert (found.max_nodes, found.nodes_per_leaf, found.oversubscription) == (4, 2, 3.0)
+    with pytest.raises(UsageError, match="cluster dgx-a100 has 1 node, the log has 2"):
+        one = msgspec.structs.replace(base, inter=None, max_nodes=None)
+        calibrated_cluster([ring_table(16, 2, 21e9, 8e-6)], name="mine", base=one)
+    calibrated_cluster([ring_table(32, 4, 21e9, 8e-6)], name="mine", base=base)
+    with pytest.raises(UsageError, match="cluster dgx-a100 has 4 nodes, the log has 5"):
+        calibrated_cluster([ring_table(40, 5, 21e9, 8e-6)], name="mine", base=base)
+
+
 def test_two_tables_of_one_layout_are_refused() -> None:
     with pytest.raises(UsageError, match="same GPU and node count"):
         calibrated_cluster([ring_table(8, 1, 1e9, 1e-6)] * 2, name="c")
@@ -110,14 +124,37 @@ def test_a_log_becomes_a_file_that_allreduce_takes(
     assert answer.seconds == pytest.approx(14 * (3e-6 + 3 * 2**20 / 8 / 10e9), rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["dgx-a100", "DGX_A100", "p4d.24xlarge"])
 def test_a_file_that_would_hide_behind_the_catalog_is_not_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     log = write_log(tmp_path / "run.log")
-    assert run(["calibrate", "network", "--nccl-log", str(log), "--out", "dgx-a100"]) == 2
-    assert "dgx-a100 is a cluster of the catalog" in capsys.readouterr().err
-    assert not (tmp_path / "dgx-a100").exists()
+    assert run(["calibrate", "network", "--nccl-log", str(log), "--out", name]) == 2
+    assert f"{name} is a cluster of the catalog" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+    (tmp_path / "here").mkdir()
+    assert run(["calibrate", "network", "--nccl-log", str(log), "--out", f"here/{name}"]) == 0
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_cluster(f"./{name}").tables
+    assert load_cluster(f"../here/{name}").tables
+    assert not load_cluster(name).tables
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, out = write_log(tmp_path / "run.log"), tmp_path / "mine.toml"
+    assert run(["calibrate", "network", "--nccl-log", str(log), "--out", str(out), "--name", " "]) == 2
+    assert "mine.toml: name is ' '" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_source_of_many_logs_is_short_enough_to_be_read_back(tmp_path: Path) -> None:
+    logs = [str(write_log(tmp_path / f"all-reduce-of-run-{number:02}.log")) for number in range(30)]
+    out = tmp_path / "mine.toml"
+    assert run(["calibrate", "network", "--nccl-log", *logs, "--out", str(out)]) == 0
+    (table,) = load_cluster(out).tables
+    assert table.source.startswith("nccl-tests log all-reduce-of-run-00.log, ")
+    assert table.source.endswith("all-reduce-of-run-29.log")
 
 
 def test_runs_of_one_layout_are_averaged_and_their_spread_is_jitter(tmp_path: Path) -> None:

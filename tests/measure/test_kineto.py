@@ -271,6 +271,21 @@ def test_a_gpu_trace_without_a_gpus_name_asks_for_it(tmp_path: Path) -> None:
     assert import_kineto([path], device=load_device("a100"), memory_bytes=2**35).profile.memory_bytes == 2**35
 
 
+def test_a_device_is_named_however_the_catalog_knows_it_but_not_as_another_than_the_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = _write(tmp_path / "a.json", _gpu_trace()), tmp_path / "out.toml"
+    assert run(["import", "kineto", str(path), "--device", "a100-80gb", "-o", str(out)]) == 0
+    found = read_device_profile(out)
+    assert (found.device, found.memory_bytes) == ("NVIDIA A100-SXM4-80GB", 85_000_000_000)
+    capsys.readouterr()
+    assert run(["import", "kineto", str(path), "--device", "h100", "-o", str(out)]) == 2
+    assert "was recorded on 'NVIDIA A100-SXM4-80GB', which is no h100-sxm5-80gb" in capsys.readouterr().err
+    unknown = _gpu_trace(deviceProperties=[{"id": 0, "name": "NVIDIA A100-SXM-64GB", "totalGlobalMem": 2**36}])
+    again = import_kineto([_write(tmp_path / "b.json", unknown)], device=load_device("a100"))
+    assert (again.profile.device, again.profile.memory_bytes) == ("NVIDIA A100-SXM4-40GB", 2**36)
+
+
 @pytest.mark.parametrize(
     ("kind", "kernel", "precision"),
     [
