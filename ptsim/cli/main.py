@@ -152,7 +152,7 @@ def _run(tokens: list[str] | None, given: list[str]) -> int:
 
 
 def _drop_what_nobody_takes() -> None:
-    """Let what an output still holds go nowhere if it must: Python tries again when it ends, with a status of its own."""
+    """Let what nobody takes go nowhere: Python would try again when it ends, and end with a status of its own."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -84,8 +84,8 @@ def test_the_nodes_of_a_base_are_the_calibrated_clusters(tmp_path: Path) -> None
     write_cluster(measured, tmp_path / "mine.toml")
     found = load_cluster(tmp_path / "mine.toml")
     assert (found.max_nodes, found.nodes_per_leaf, found.oversubscription) == (4, 2, 3.0)
+    one = msgspec.structs.replace(base, inter=None, max_nodes=None)
     with pytest.raises(UsageError, match="cluster dgx-a100 has 1 node, the log has 2"):
-        one = msgspec.structs.replace(base, inter=None, max_nodes=None)
         calibrated_cluster([ring_table(16, 2, 21e9, 8e-6)], name="mine", base=one)
     calibrated_cluster([ring_table(32, 4, 21e9, 8e-6)], name="mine", base=base)
     with pytest.raises(UsageError, match="cluster dgx-a100 has 4 nodes, the log has 5"):
