@@ -162,6 +162,12 @@ def test_what_is_no_message_size_is_refused(text: str) -> None:
         parse_bytes("--bytes", text)
 
 
+@pytest.fixture
+def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python keeps what is printed to a file or a pipe in a buffer; what runs the tests may have told it not to."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "around", "status", "out"),
@@ -175,7 +181,9 @@ def test_what_is_no_message_size_is_refused(text: str) -> None:
         *((f"{SHORT}{more}", ">/dev/full", 2, "") for more in ("", " --json")),
     ],
 )
-def test_output_that_nobody_takes_is_no_fault(arguments: str, around: str, status: int, out: str) -> None:
+def test_output_that_nobody_takes_is_no_fault(
+    arguments: str, around: str, status: int, out: str, as_users_run_it: None
+) -> None:
     command = f'"{sys.executable}" -m ptsim {arguments} {around}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (status, out)
@@ -186,7 +194,7 @@ def test_output_that_nobody_takes_is_no_fault(arguments: str, around: str, statu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ["devices", "devices --json", SHORT, f"{SHORT} --json"])
-def test_a_reader_that_has_left_ends_the_command_with_status_141(line: str) -> None:
+def test_a_reader_that_has_left_ends_the_command_with_status_141(line: str, as_users_run_it: None) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
