@@ -23,15 +23,19 @@ def printable(text: str) -> str:
     )
 
 
-class PlainConsole(Console):
+class PipedConsole(Console):
+    """A console that says when its reader has left; rich itself would end the program with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Let whoever has called decide."""
+        raise BrokenPipeError
+
+
+class PlainConsole(PipedConsole):
     """A console for text from files and users: nothing in it is markup, an emoji's name or a terminal sequence."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, **settings)
-
-    def on_broken_pipe(self) -> None:
-        """The reader has left; rich itself would end the program with status 1."""
-        raise BrokenPipeError
 
     def render_str(self, text: str, **settings: Any) -> Text:
         """Every text that is printed comes through here, that of a table's cells too."""

@@ -24,7 +24,7 @@ import cyclopts
 
 import ptsim
 from ptsim.cli import crash
-from ptsim.cli.common import say
+from ptsim.cli.common import PipedConsole, say
 from ptsim.cli.reading import check_number
 from ptsim.errors import PtsimError, UnknownNameError, UsageError, lacks_memory
 from ptsim.units import MIB
@@ -33,6 +33,7 @@ app = cyclopts.App(
     name="ptsim",
     help="What would it cost to train this CNN on that cluster, dense or with PruneTrain, and how sure are we?",
     version=ptsim.__version__,
+    console=PipedConsole(),
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # an interruption is said, not swallowed
     default_parameter=cyclopts.Parameter(json_list=False, json_dict=False),  # "[1].jsonl" is a file's name

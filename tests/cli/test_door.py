@@ -193,7 +193,7 @@ def test_output_that_nobody_takes_is_no_fault(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", ["devices", "devices --json", SHORT, f"{SHORT} --json"])
+@pytest.mark.parametrize("line", ["plan --help", "--version", "devices", "devices --json", SHORT, f"{SHORT} --json"])
 def test_a_reader_that_has_left_ends_the_command_with_status_141(line: str, as_users_run_it: None) -> None:
     reader, writer = os.pipe()
     os.close(reader)
