@@ -178,7 +178,8 @@ def source_of(
         )
     of_others = profile is None
     if profile is None:
-        others = [other for other in runs if other.path.resolve() != trace.path.resolve()]
+        # a copy is the run itself
+        others = [other for other in runs if (other.run, other.epochs) != (run, trace.epochs)]
         if not others:
             raise UsageError("holdout needs a device profile or a second run to predict from")
         profile = device_profile_of(others)

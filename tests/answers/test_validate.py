@@ -206,7 +206,7 @@ def test_without_a_time_for_input_or_reconfigurations_the_output_says_so(runs):
 @pytest.mark.parametrize("arguments", [[], ["--holdout"]])
 def test_a_trace_without_profiles_is_one_sentence_and_exit_2(tmp_path, capsys, arguments):
     path = shrinking_trace(tmp_path / "bare.jsonl", profiles=False)
-    other = shrinking_trace(tmp_path / "other.jsonl", profiles=False)
+    other = shrinking_trace(tmp_path / "other.jsonl", profiles=False, keep=0.7)
     assert run(["validate", str(path), str(other), *arguments]) == 2
     assert "profiles to predict from" in capsys.readouterr().err
 
@@ -479,7 +479,7 @@ def test_runs_on_another_number_of_threads_are_runs_of_another_device(tmp_path: 
         device_profile_of([two, eight])
 
 
-def test_a_hold_out_knows_a_run_by_another_spelling_of_its_path(
+def test_a_hold_out_knows_a_run_by_another_spelling_of_its_path_and_its_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = dense_trace(tmp_path / "t.jsonl", **LONG)
@@ -489,3 +489,6 @@ def test_a_hold_out_knows_a_run_by_another_spelling_of_its_path(
         validate(["t.jsonl"], profile, holdout=True)
     with pytest.raises(UsageError, match="a second run"):
         validate(["t.jsonl", path], holdout=True)
+    (tmp_path / "copy.jsonl").write_bytes(path.read_bytes())
+    with pytest.raises(UsageError, match="a second run"):
+        validate(["t.jsonl", "copy.jsonl"], holdout=True)
