@@ -6,7 +6,7 @@
 A pair of runs takes hours. One call works for `--minutes` and then interrupts the two runs; the next call goes on where
 they stopped (`ptsim train --resume`). The pairs are recorded in the order of the plan, one after the other. Every piece
 of work is noted in `pieces.jsonl` with its beginning, its end and the load of the machine before it: a pair that was
-recorded beside other work is visible there. Nothing else may run on the machine.
+begun beside other work is visible there. Nothing else may run on the machine.
 
 The data are images in class folders, `train/CLASS/…` and `test/CLASS/…`. The network for images of ImageNet's kind gets
 the same images at 64×64. The schedule is the paper's, shortened: milestones at 1/2 and 3/4 of the epochs, and a

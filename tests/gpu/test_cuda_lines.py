@@ -62,7 +62,6 @@ REACHED_BY = {
         "measure/tf32:_old_values",
         "measure/tf32:tf32_allowed",
         "trace/schema:must_exist",
-        "training/datasets:quarter_of_memory_bytes",
         "training/facts:check_numbers",
         "training/loop:_check_team",
         "training/loop:_train",
@@ -101,6 +100,7 @@ REACHED_BY = {
     ],
     "test_images_from_files_come_through_pinned_memory": [
         "training/data:_batches",
+        "training/datasets:quarter_of_memory_bytes",
     ],
     "test_a_device_that_does_not_exist_is_refused": [
         "training/distributed:_device",

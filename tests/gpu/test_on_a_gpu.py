@@ -49,6 +49,7 @@ def test_a_run_trains_prunes_and_records_memory_energy_and_versions(tmp_path, pr
     assert trace.run.device.kind == "cuda"
     assert {"cuda", "cudnn"} <= set(trace.run.versions)
     assert all(epoch.peak_memory_bytes > 0 for epoch in trace.epochs)
+    assert all(epoch.device.energy_j > 0 for epoch in trace.epochs)
     assert all(epoch.time.wall_s >= epoch.time.forward_s + epoch.time.backward_s for epoch in trace.epochs)
     assert trace.profiles[0].peak_memory_bytes > 0
     assert ptsim.cost(trace).peak_memory_bytes > 0
@@ -88,7 +89,8 @@ def test_a_minibatch_that_does_not_fit_is_told_without_leaving_memory_taken(tmp_
     assert torch.cuda.memory_allocated() < 2**28
 
 
-def test_images_from_files_come_through_pinned_memory(tmp_path):
+@pytest.mark.parametrize("data_memory_bytes", [None, 1000])  # decoded at once, and batch by batch
+def test_images_from_files_come_through_pinned_memory(tmp_path, data_memory_bytes):
     from PIL import Image
 
     for split, count in (("train", 8), ("val", 4)):
@@ -97,9 +99,8 @@ def test_images_from_files_come_through_pinned_memory(tmp_path):
             folder.mkdir(parents=True)
             for index in range(count):
                 Image.new("RGB", (12, 12), (index * 20, 0, 255 if label == "a" else 0)).save(folder / f"{index}.png")
-    _, trace = trained(
-        tmp_path / "run", dataset="imagefolder", data_dir=str(tmp_path / "data"), train_limit=None, batch=4, epochs=2
-    )
+    files = {"dataset": "imagefolder", "data_dir": str(tmp_path / "data"), "data_memory_bytes": data_memory_bytes}
+    _, trace = trained(tmp_path / "run", **files, train_limit=None, batch=4, epochs=2)
     assert trace.complete
 
 
