@@ -34,8 +34,8 @@ cannot fetch anything, bring wheels for its Python of what it lacks; fvcore, iop
         msgspec simpy cyclopts docstring-parser rich-rst docutils tomli-w termcolor
     pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site      # there
 
-`--device cpu --tiny` rehearses the pieces in about a minute, as far as a CPU can: not the tests, the peaks, the limit of
-memory, nor the data set of the whole runs. On 2026-11-28 it took 69 s, from an empty folder with the commands above:
+`--device cpu --tiny` rehearses the pieces in about a minute, as far as a CPU can: not the tests, the peaks, the limit
+of memory, nor the data set of the whole runs. On 2026-11-28 it took 69 s, from an empty folder with the commands above:
 Python 3.12.3, torch 2.11.0+cu130, torchvision 0.26.0, two cores of an AMD EPYC.
 """
 
