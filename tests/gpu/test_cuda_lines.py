@@ -128,5 +128,6 @@ UNREACHED = {
     "measure/collectives:_timed": "the same",
     "measure/collectives:measure_table": "the same",
     "measure/kineto:_profile": "reads files, which say on what they were recorded",
+    "export/chakra:_step_content": "reads a trace, which says on what it was recorded",
     "training/wrapping:wrap": "DistributedDataParallel needs two GPUs",
 }

