@@ -18,7 +18,7 @@ from typing import Any
 import ptsim
 
 PACKAGE = Path(ptsim.__file__).resolve().parent
-_ATTRIBUTES = {"cuda", "is_cuda", "CUDAGraph"}
+_ATTRIBUTES = {"cuda", "cudnn", "is_cuda", "CUDAGraph"}
 _NAMES = {"cuda_event"}
 
 

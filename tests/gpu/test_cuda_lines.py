@@ -81,12 +81,13 @@ REACHED_BY = {
         "measure/nvml:_read_info",
         "measure/nvml:open_meter",
     ],
-    "test_a_profile_has_times_and_a_peak_near_the_predicted_one": [
+    "test_a_profile_has_times_and_a_peak_and_tunes_its_convolutions": [
         "measure/profile:_as_in_training",
         "measure/profile:_held_bytes",
         "measure/profile:_take",
         "measure/profile:instant",
         "measure/profile:profile_network",
+        "measure/profile:tuned_convolutions",
         "measure/profile:wait",
     ],
     "test_events_time_what_the_gpu_does": [
@@ -117,6 +118,7 @@ REACHED_BY = {
         "training/live:__init__",
     ],
     "test_ones_own_loop_with_a_gradient_scaler_prunes_on_the_gpu": [
+        "measure/tf32:convolutions_use_tf32",
         "training/watch:_note_format",
     ],
 }

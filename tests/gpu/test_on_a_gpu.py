@@ -56,7 +56,7 @@ def test_a_run_trains_prunes_and_records_memory_energy_and_versions(tmp_path, pr
     ptsim.write_report([trace], tmp_path / "report")
 
 
-def test_the_same_run_on_gpu_and_cpu_prunes_alike(tmp_path):
+def test_the_same_run_on_gpu_and_cpu_begins_with_the_same_loss(tmp_path):
     _, gpu = trained(tmp_path / "gpu")
     ptsim.train(settings(), out=tmp_path / "cpu")
     cpu = ptsim.read_trace(tmp_path / "cpu")
@@ -179,16 +179,27 @@ def test_nvml_measures_energy_clocks_and_memory_under_load():
     use = meter.stop()
     known = match_device(info.name)
     assert known is not None, f"the catalog does not know {info.name!r}"
-    if use is not None and use.power_w is not None:
-        assert 0 < use.power_w <= 1.1 * (info.power_limit_w or 2000)
+    assert use is not None
+    assert 0 < use.power_w <= 1.1 * (info.power_limit_w or 2000)
+    assert use.energy_j > 0
+    assert use.sm_clock_hz > 0
+    assert use.peak_memory_bytes > a.nbytes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_profile_has_times_and_a_peak_near_the_predicted_one(precision):
+def test_a_profile_has_times_and_a_peak_and_tunes_its_convolutions(precision, monkeypatch):
     torch.manual_seed(0)
+    tuned, convolution = [], torch.nn.Conv2d.forward
+
+    def seen(layer, images):
+        tuned.append(torch.backends.cudnn.benchmark)
+        return convolution(layer, images)
+
     model = zoo.create("torchvision:resnet18")
     network = capture_network(model, name="resnet18", input_shape=(3, 224, 224), num_classes=1000)
     here = model.to(CUDA)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", seen)
+    before = torch.backends.cudnn.benchmark
     profile = profile_network(
         here, network, batch=16, precision=Precision(precision), memory_format="contiguous",
         optimizer=torch.optim.SGD(here.parameters(), lr=0.1, momentum=0.9), device=torch.device(CUDA),
@@ -197,6 +208,9 @@ def test_a_profile_has_times_and_a_peak_near_the_predicted_one(precision):
     assert profile.forward_s > 0
     assert profile.backward_s > profile.forward_s / 2
     assert profile.peak_memory_bytes > 0
+    assert tuned
+    assert all(tuned)
+    assert torch.backends.cudnn.benchmark == before
 
 
 def test_a_second_profile_has_the_peak_of_the_first_and_leaves_no_memory_taken():
