@@ -12,7 +12,8 @@ PLACEHOLDER, BRANCH_CONSTANT = "placeholder", "branch_constant"
 SUMS, DIFFERENCES = frozenset({"add"}), frozenset({"sub", "rsub"})  # by their plain names
 BILINEAR = "bilinear"  # y[o] = Σ x[i]·w[o, i, j]·z[j]: of the linear kind, a weight for each pair of features
 # What channel gating (`prune.gating`) makes of a layer X and of a BatchNorm X, and what it puts beside them.
-_GATED = "layer", "norm", "gather", "scatter"
+_GATES = "gather", "scatter"
+_GATED = "layer", "norm", *_GATES
 
 _OPS: dict[LayerKind, str] = {
     LayerKind.CONV: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
@@ -81,6 +82,12 @@ def ungated(name: str, dense: Collection[str]) -> str:
     return owner if name not in dense and part in _GATED and owner in dense else name
 
 
+def is_gate(name: str) -> bool:
+    """Whether that is what channel gating calls a gather or scatter beside a layer."""
+    owner, _, part = name.rpartition(".")
+    return bool(owner) and part in _GATES
+
+
 def plain_name(name: str) -> str:
     """What a function, a method or an operator of Python does: `add_`, `__add__`, `iadd` and torch.add are "add"."""
     op = usual_name(name.lower().strip("_"))
@@ -94,7 +101,7 @@ def is_transposed(op: str) -> bool:
 
 
 def num_taps(layer: Layer) -> int:
-    """Weights of a convolution's filter on one channel. A layer does not name the depth of three axes: its MACs do."""
+    """Weights of a convolution's filter on one channel. Of three axes the MACs tell: older traces name no depth."""
     if layer.spatial_axes < 3:
         return math.prod(layer.kernel_size)
     folded, image = layer.unfolded(layer.input_shapes[0] if is_transposed(layer.op) else layer.output_shape)

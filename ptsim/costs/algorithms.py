@@ -64,15 +64,13 @@ def fullest_node(cluster: Cluster, gpus: int, nodes: int) -> int:
 def reachable_nics(cluster: Cluster, gpus: int, nodes: int) -> float:
     """Which part of a node's NICs the all-reduce can use: those of the GPUs of the node that has fewest.
 
-    Every GPU sends over a NIC of its own or one that it shares (`sim.topology.Fabric.rail_of`). Where nodes are filled
-    one after the other, the last one may have few.
+    Every GPU sends over a NIC of its own or one that it shares. Where nodes are filled one after the other, the last
+    one may have few.
     """
-    per_node = cluster.gpus_per_node
-    last = gpus - (nodes - 1) * per_node
-    if not 0 < last <= per_node:  # not so filled
+    last = gpus - (nodes - 1) * cluster.gpus_per_node
+    if not 0 < last <= cluster.gpus_per_node:  # not so filled
         return 1.0
-    rails = min(cluster.nics_per_node, per_node)
-    return ((last - 1) * rails // per_node + 1) / rails
+    return (cluster.rail_of(last - 1) + 1) / cluster.num_rails
 
 
 def _ring(cluster: Cluster, gpus: int, nodes: int) -> MessageWork:

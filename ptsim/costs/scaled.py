@@ -43,7 +43,7 @@ def scaled_step(network: Network, profile: Profile, *, here: StepTime, there: St
     """
     measured = step_of_profile(network, profile, regularizer=regularizer and profile.regularizer_s > 0)
     waiting = waiting_share(measured.compute_s, here)
-    still_waiting = waiting * min(1.0, _ratio(there.overhead_s, here.overhead_s)) if there.overhead_s > 0 else 0.0
+    still_waiting = waiting * min(1.0, there.overhead_s / here.overhead_s) if waiting else 0.0
 
     def carried(seconds: float, ratio: float) -> float:
         return seconds * ((1 - waiting) * ratio + still_waiting)

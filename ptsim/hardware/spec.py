@@ -155,6 +155,15 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return UNSPECIFIED if self.device is None else self.device.name
 
     @property
+    def num_rails(self) -> int:
+        """NICs of a node that its GPUs use."""
+        return min(self.nics_per_node, self.gpus_per_node)
+
+    def rail_of(self, gpu: int) -> int:
+        """Which of its node's NICs is a GPU's; GPUs count over the whole cluster, node by node."""
+        return gpu % self.gpus_per_node * self.num_rails // self.gpus_per_node
+
+    @property
     def gpu(self) -> Device:
         """The device, for a question that needs one.
 

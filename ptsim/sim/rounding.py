@@ -11,7 +11,7 @@ import msgspec
 
 from ptsim.costs.walked import rescaled
 from ptsim.network import Layer, LayerKind, Network, Parameter
-from ptsim.operators import BRANCH_CONSTANT, constant_axis, is_transposed, second_features
+from ptsim.operators import BRANCH_CONSTANT, constant_axis, is_gate, is_transposed, second_features
 
 Shape = tuple[int, ...]
 
@@ -152,7 +152,7 @@ def _round_layer(layer: Layer, inputs: tuple[Shape, ...], multiple: int) -> Laye
         case LayerKind.BATCH_NORM if inputs and out_channels not in layer.output_shape:  # of a gated stream
             in_channels = out_channels = _up(out_channels, multiple)
             output = inputs[0]
-        case _ if layer.name.endswith((".gather", ".scatter")) and inputs:
+        case _ if is_gate(layer.name) and inputs:
             in_channels, out_channels = inputs[0][0], _up(out_channels, multiple)
             if layer.op == "gather":
                 out_channels = min(out_channels, in_channels)

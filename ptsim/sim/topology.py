@@ -101,17 +101,16 @@ class Fabric:
                 latency.
         """
         self.cluster, self.num_gpus = cluster, num_gpus
-        self.num_rails = min(cluster.nics_per_node, cluster.gpus_per_node)
         num_nodes = nodes_for(cluster, num_gpus)
         self.rates: dict[str, float] = {}
         for gpu in range(num_gpus):
             for way in ("out", "in"):
                 self.rates[f"gpu {gpu} {way}"] = cluster.intra.bandwidth_bytes_per_s
         if cluster.inter is not None and num_nodes > 1:
-            per_rail = cluster.inter.bandwidth_bytes_per_s / self.num_rails
+            per_rail = cluster.inter.bandwidth_bytes_per_s / cluster.num_rails
             for node in range(num_nodes):
                 for way in ("out", "in"):
-                    for rail in range(self.num_rails):
+                    for rail in range(cluster.num_rails):
                         self.rates[self._nic(node, way, rail)] = per_rail
             if cluster.oversubscription > 1:
                 uplink = cluster.nodes_per_leaf * cluster.inter.bandwidth_bytes_per_s / cluster.oversubscription
@@ -135,10 +134,6 @@ class Fabric:
         """The node of a GPU."""
         return gpu // self.cluster.gpus_per_node
 
-    def rail_of(self, gpu: int) -> int:
-        """Which of its node's NICs is a GPU's."""
-        return gpu % self.cluster.gpus_per_node * self.num_rails // self.cluster.gpus_per_node
-
     def path(self, source: int, target: int) -> tuple[tuple[str, ...], float]:
         """(pipes, latency) from one GPU to another."""
         key = (source, target)
@@ -157,15 +152,15 @@ class Fabric:
             if cluster.oversubscription > 1 and leaf_here != leaf_there:
                 across = [f"leaf {leaf_here} up", f"leaf {leaf_there} down"]
             names[1:1] = [
-                self._nic(here, "out", self.rail_of(source)),
+                self._nic(here, "out", self.cluster.rail_of(source)),
                 *across,
-                self._nic(there, "in", self.rail_of(target)),
+                self._nic(there, "in", self.cluster.rail_of(target)),
             ]
             latency = cluster.inter.latency_s or 0.0
         return tuple(names), latency + sum(self.latencies_s[name] for name in names)
 
     def _nic(self, node: int, way: str, rail: int) -> str:
-        return f"node {node} {way}" if self.num_rails == 1 else f"node {node} {way} nic {rail}"
+        return f"node {node} {way}" if self.cluster.num_rails == 1 else f"node {node} {way} nic {rail}"
 
     def named(self, name: str) -> list[str]:
         """The pipes that a name, or its first words, stands for."""
@@ -185,7 +180,7 @@ class Fabric:
 
     def stages(self, job: PlacedJob) -> tuple[RoutedStage, ...]:
         """The job's schedule on this fabric."""
-        placement = Placement(ranks=tuple(job.ranks), node_of=self.node_of, rail_of=self.rail_of)
+        placement = Placement(ranks=tuple(job.ranks), node_of=self.node_of, rail_of=self.cluster.rail_of)
         plan = schedule(job.algorithm, placement, job.message_bytes, num_chunks=job.num_chunks)
         return tuple(self._route(stage, job.max_chunks) for stage in plan)
 

@@ -271,7 +271,7 @@ RCCL = """# nThreads: 1 nGpus: 2 nRanks: 1 minBytes: 8 maxBytes: 33554432 step: 
 #   Rank  1 Pid 776691 on      tower device  1 [0000:06:00.0] 
 RCCL version {version}
     33554432       8388608     float     sum      -1   2796.2   12.00   12.00      0   2796.2   12.00   12.00      0
-"""  # noqa: W291
+"""  # noqa: W291 # the log's own blanks at ends of lines
 
 
 @pytest.mark.parametrize("version", ["2.17.1+hip5.7", ": 2.27.7-develop:29e1567"])

@@ -353,6 +353,14 @@ class Short(Chain):
         return self.after(self.three(torch.relu(self.one(x))))
 
 
+def the_branch_goes(kind: type[Chain]) -> None:
+    """Its layers are removed, and the network computes what it did."""
+    model = lively(kind, "one", "three")
+    zeroed = copy.deepcopy(model)
+    assert reconfigure(model, find_groups(model, (3, 4, 4))).layers_removed == ("one", "three")
+    same_function(model, zeroed, (3, 4, 4))
+
+
 @pytest.mark.parametrize(
     "join",
     [torch.add, lambda x, y: x.add(y, alpha=2), lambda x, y: x.add_(y), lambda x, y: y.__add__(x)],
@@ -362,10 +370,7 @@ def test_a_sum_is_one_however_it_is_written(join: Callable[[Tensor, Tensor], Ten
         def joined(self, x: Tensor, y: Tensor) -> Tensor:
             return join(x, y)
 
-    model = lively(Written, "one", "three")
-    zeroed = copy.deepcopy(model)
-    assert reconfigure(model, find_groups(model, (3, 4, 4))).layers_removed == ("one", "three")
-    same_function(model, zeroed, (3, 4, 4))
+    the_branch_goes(Written)
 
 
 class PooledRow(Chain):
@@ -413,10 +418,7 @@ class PooledByNorm(Short):
 
 @pytest.mark.parametrize("kind", [PooledRow, PooledVolume, PooledByNorm])
 def test_a_branch_with_a_pool_goes_and_its_constant_has_the_pools_size(kind: type[Chain]) -> None:
-    model = lively(kind, "one", "three")
-    zeroed = copy.deepcopy(model)
-    assert reconfigure(model, find_groups(model, (3, 4, 4))).layers_removed == ("one", "three")
-    same_function(model, zeroed, (3, 4, 4))
+    the_branch_goes(kind)
 
 
 class Sloped(Short):

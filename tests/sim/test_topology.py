@@ -317,5 +317,5 @@ def test_paths_go_over_the_nics_and_leaf_switches_of_their_nodes() -> None:
     assert pipes == ("gpu 1 out", "node 0 out nic 0", "leaf 0 up", "leaf 2 down", "node 4 in nic 1", "gpu 18 in")
     assert latency_s == pytest.approx(5e-6 + 1e-3)
     assert [fabric.rates[pipe] for pipe in pipes] == pytest.approx([1e11, 5e9, 2e10 / 3, 2e10 / 3, 2.5e9, 1e11])
-    assert [gpu for gpu in range(8) if fabric.rail_of(gpu) == 1] == [2, 3, 6, 7]
+    assert [gpu for gpu in range(8) if fabric.cluster.rail_of(gpu) == 1] == [2, 3, 6, 7]
     assert sum(pipe.startswith("leaf") for pipe in fabric.rates) == 6
