@@ -398,17 +398,17 @@ The bias with the source left out has two parts: NVIDIA's machines add less to t
 machines suggest, and Lambda's steps on one GPU take less time than other sources suggest (table above). Two sources are
 too few to tell a bias of the model from a peculiarity of a source.
 
-**A factor for steps that are timed one by one.** All rows of 12 images come from one benchmark. One factor for it, in the
-fit only, was written down with a rule before it was tried, on 2026-11-28. The fit gives these steps 1.12 times the GPU's
-time. With the source left out, the bias of many GPUs falls from -3.1 to -1.4 %, but the median error grows from 5.0 to
-5.7 %, and 98.6 % of the rows are inside; the rule allowed 5.3 and 97 %. (GPU left out: 4.0 %, bias 0.7 %. One GPU: 7.9,
-9.1 and 9.0 %.) So it was left out.
+**A factor for steps that are timed one by one.** All rows of 12 images come from one benchmark. One factor for it, in
+the fit only, was written down with a rule before it was tried, on 2026-11-28. The fit gives these steps 1.12 times the
+GPU's time. With the source left out, the bias of many GPUs falls from -3.1 to -1.4 %, but the median error grows from
+5.0 to 5.7 %, and 98.6 % of the rows are inside; the rule allowed 5.3 and 97 %. (GPU left out: 4.0 %, bias 0.7 %. One
+GPU: 7.9, 9.1 and 9.0 %.) So it was left out.
 
 **Half precision on GPUs of GA102's kind.** Afterwards thirty factors for kinds of kernels were tried in the fit, to see
 which one its rows ask for most. It is half precision on SMs with 128 lanes: 0.86 times the predicted time. But the rows
 cannot tell whether products or memory take less there, and at 0.80 and 0.74 times neither is possible: products would
-exceed the data sheet's rate, and the bytes its bandwidth. On RTX 3090 the networks differ: in channels_last ResNets take
-7 to 17 % less time than the fit says, VGGs from 6 % less to 8 % more. No factor was added.
+exceed the data sheet's rate, and the bytes its bandwidth. On RTX 3090 the networks differ: in channels_last ResNets
+take 7 to 17 % less time than the fit says, VGGs from 6 % less to 8 % more. No factor was added.
 
 ### The update of old software
 
