@@ -33,7 +33,8 @@ def ranks(num: int) -> tuple[int, ...]:
 
 # latency-bound, between, bandwidth-bound on the slow link (50 kB take as long as its latency)
 SIZES = (10.0, 1e3, 5e4, 1e6, 1e9)
-TOLERANCE = 1e-3  # what the simulator promises; rounding alone is 1e-12
+TOLERANCE = 1e-3  # what the simulator promises
+ROUNDING = 5e-15  # the largest relative difference of its fast path; docs/claims.toml quotes this number
 
 
 @pytest.mark.parametrize("cluster", [ONE_NODE, ONE_GPU_NODES], ids=["ports", "NICs"])
@@ -41,7 +42,7 @@ TOLERANCE = 1e-3  # what the simulator promises; rounding alone is 1e-12
 def test_a_ring_of_equal_ranks_is_the_closed_form(num: int, cluster: Cluster) -> None:
     for size in SIZES:
         result = simulate_all_reduces(cluster, [PlacedJob(ranks=ranks(num), message_bytes=size)])
-        assert result.seconds[0] == pytest.approx(ring_all_reduce_seconds(size, num, SLOW), rel=TOLERANCE)
+        assert result.seconds[0] == pytest.approx(ring_all_reduce_seconds(size, num, SLOW), rel=ROUNDING, abs=0)
 
 
 @pytest.mark.parametrize("cluster", [ONE_NODE, ONE_GPU_NODES], ids=["ports", "NICs"])
@@ -51,7 +52,7 @@ def test_a_tree_of_equal_ranks_is_the_closed_form(num: int, cluster: Cluster) ->
         for chunks in (1, 7, 64):
             job = PlacedJob(ranks=ranks(num), message_bytes=size, algorithm="tree", num_chunks=chunks)
             expected = tree_all_reduce_seconds(size, num, SLOW, num_chunks=chunks)
-            assert simulate_all_reduces(cluster, [job]).seconds[0] == pytest.approx(expected, rel=TOLERANCE)
+            assert simulate_all_reduces(cluster, [job]).seconds[0] == pytest.approx(expected, rel=ROUNDING, abs=0)
 
 
 @pytest.mark.parametrize("nics", [1, 2, 4])
@@ -61,7 +62,7 @@ def test_hierarchical_on_equal_nodes_is_the_closed_form(nodes: int, nics: int) -
     for size in SIZES:
         job = PlacedJob(ranks=ranks(4 * nodes), message_bytes=size, algorithm="hierarchical")
         expected = hierarchical_all_reduce_seconds(size, 4, nodes, FAST, SLOW)
-        assert simulate_all_reduces(cluster, [job]).seconds[0] == pytest.approx(expected, rel=TOLERANCE)
+        assert simulate_all_reduces(cluster, [job]).seconds[0] == pytest.approx(expected, rel=ROUNDING, abs=0)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,267 @@
+"""What the tables of `traces/public` and the generated pages say: the figures of the claims that rest on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from claims_words import Figures, percent, rounded, signed, span
+
+from ptsim.units import listed
+
+
+def planned_saving(root: Path) -> Figures:
+    """The README's picture: 8 GPUs of each kind, from the table beside it."""
+    rows = pd.read_csv(root / "docs" / "images" / "saving.csv")
+    found = [f"of {percent(rows.saved_flops_fraction.iloc[0])} of the training FLOPs"]
+    for row in rows[rows.gpus == 8].itertuples():
+        interval = f"{rounded(row.saved_fraction_low, 0)} to {percent(row.saved_fraction_high)}"
+        found.append(f"{row.gpu} {percent(row.saved_fraction)} ({interval})")
+    return found
+
+
+def public(name: str, root: Path) -> pd.DataFrame:
+    """A table of `traces/public`."""
+    return pd.read_csv(root / "traces" / "public" / f"{name}.csv")
+
+
+def macs(root: Path) -> Figures:
+    """Nothing but equal counts may stand in the table."""
+    rows = public("counts", root).dropna(subset=["inference_macs"])
+    same = (rows.inference_macs == rows.inference_macs_torch) & (rows.training_macs == rows.training_macs_torch)
+    forms = rows[rows.batch == rows.batch.min()].groupby("form").model.nunique()
+    return [
+        "all equal" if same.all() else f"{(~same).sum()} of {len(rows)} differ",
+        f"{forms['dense']} networks dense, {forms['pruned']} of them also pruned",
+    ]
+
+
+def kept_bytes(root: Path) -> Figures:
+    """The largest difference of each precision."""
+    rows = public("counts", root)
+    error = (rows.kept_bytes / rows.kept_bytes_torch - 1).abs().groupby(rows.precision).max()
+    return [
+        f"fp32 {'all equal' if error['fp32'] == 0 else percent(error['fp32'], 1)}",
+        f"bf16 autocast within {percent(error['bf16'], 1)}",
+    ]
+
+
+def peaks(precision: str, root: Path) -> pd.Series[float]:
+    """Errors of the modelled peak."""
+    rows = public("counts", root).dropna(subset=["peak_bytes"])
+    rows = rows[rows.precision == precision]
+    return rows.peak_bytes / rows.peak_bytes_torch - 1
+
+
+def peak_fp32(root: Path) -> Figures:
+    """Range, and how many are close."""
+    errors = peaks("fp32", root)
+    close = errors.abs() < 0.0125
+    return [span(errors), f"{close.sum()} of {len(errors)} within {percent(errors[close].abs().max(), 1)}"]
+
+
+def peak_bf16(root: Path) -> Figures:
+    """Range, and ConvNeXt's two, which are the worst."""
+    errors = peaks("bf16", root)
+    convnext = public("counts", root).model[errors.index].str.contains("convnext")
+    worst = " and ".join(rounded(error, 1) for error in sorted(errors[convnext]))
+    return [span(errors), f"ConvNeXt ({worst} %", f"within {percent(errors[~convnext].abs().max(), 1)}"]
+
+
+def exact_pruning(root: Path) -> Figures:
+    """The survey of torchvision's classifiers."""
+    rows = public("inspect_torchvision", root)
+    return [
+        f"{rows.exact.sum()} of {len(rows)} exact",
+        f"{rows.max_rel_error_eval.max():.1e}".replace("e-0", "e-"),
+        f"{rows.max_rel_error_train.max():.1e}".replace("e-0", "e-"),
+        f"up to {rows.seconds.max():.1f} s a network, {rows.seconds.sum():.1f} s together",
+    ]
+
+
+def timm_families(root: Path) -> Figures:
+    """One network of each of timm's families."""
+    rows = public("inspect_timm", root)
+    crashed = rows.exact.isna() & ~rows.reason.fillna("").str.startswith("not done")
+    return [
+        f"{'none' if not crashed.any() else crashed.sum()} crashes",
+        f"{((rows.exact == True) & (rows.share > 0)).sum()} of {len(rows)} exact",  # noqa: E712 # a column
+        f"CPU seconds {rows.cpu_seconds.median():.1f} in the median, {rows.cpu_seconds.max():.0f} at most",
+    ]
+
+
+def planned_classifiers(root: Path) -> Figures:
+    """The survey of torchvision's classifiers, planned."""
+    rows = public("plan_torchvision", root)
+    return [
+        f"{len(rows)} planned",
+        f"{rows.problem.isna().sum()} of them down to half of the inference FLOPs",
+        f"CPU seconds {rows.cpu_seconds.median():.0f} in the median, {rows.cpu_seconds.max():.0f} at most",
+    ]
+
+
+def fits(root: Path) -> Figures:
+    """What ptsim says against what happened."""
+    rows = public("fits", root)
+    ran = rows[rows.ran]
+    said = rows[~rows.ran & rows.fits]
+    return [
+        f"of {(~rows.ran).sum()} that ran out of memory {'none is' if said.empty else len(said)} said to fit",
+        f"of {len(ran)} that ran {ran.fits.sum()} are",
+        f"{rows.model.nunique()} networks",
+    ]
+
+
+def page_row(root: Path, *start: str, column: str = "median error %") -> dict[str, str]:
+    """The row of the cross-validation's page that starts with these cells, in a table that has the column."""
+    header: list[str] = []
+    for line in (root / "docs" / "cross_validation.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if "median error %" in cells:
+            header = cells
+        if tuple(cells[: len(start)]) == start and column in header:
+            return dict(zip(header, cells, strict=True))
+    raise ValueError(f"docs/cross_validation.md has no row {start!r}")
+
+
+def left_out(label: str, count: str = "rows") -> Callable[[Path], Figures]:
+    """A row of the cross-validation's tables, by its first cell; `count` is the column that counts throughputs."""
+
+    def figures(root: Path) -> Figures:
+        row = page_row(root, label)
+        return [
+            f"median error {row['median error %']} %",
+            f"{float(row['coverage %']):.0f} % inside the 90 % interval",
+            f"{row[count]} {'published ' if count == 'rows' else ''}throughputs",
+            f"{row['GPUs']} GPUs",
+        ]
+
+    return figures
+
+
+def many_gpus(root: Path) -> Figures:
+    """Steps of many GPUs, the GPU or the source left out; then which part is off, source by source."""
+    gpu, source = (page_row(root, f"{way} left out", column="its bias, points") for way in ("GPU", "source"))
+    parts = [page_row(root, "source", name) for name in ("DeepLearningExamples", "deeplearning-benchmark")]
+    alone, added = (" and ".join(row[f"{part}: median error %"] for row in parts) for part in ("one GPU", "added"))
+    return [
+        f"GPU left out: median error {gpu['median error %']} %, {gpu['coverage %']} % inside the 90 % interval",
+        f"every GPU counted once {gpu['mean coverage of GPUs %']} %",
+        f"{gpu['rows']} published throughputs",
+        f"{gpu['GPUs']} GPUs",
+        f"source left out: {source['median error %']} %",
+        f"one GPU's step is {alone} % off, what the others add {added} %",
+        f"{source['coverage %']} % inside",
+    ]
+
+
+def many_gpus_later(root: Path) -> Figures:
+    """Rows of two sources that no fit has seen."""
+    dlperf, pycls = (page_row(root, name) for name in ("DLPerf", "pycls"))
+    rows = [int(row["rows"]) for row in (dlperf, pycls)]
+    inside = [round(count * float(row["coverage %"]) / 100) for count, row in zip(rows, (dlperf, pycls), strict=True)]
+    every = "all" if inside[0] == rows[0] else f"{dlperf['coverage %']} %"
+    return [
+        f"DLPerf, {rows[0]} rows: median error {dlperf['median error %']} %, {every} inside the 90 % interval",
+        f"pycls, {rows[1]} rows in fp32: {pycls['median error %']} %, {pycls['coverage %']} % inside",
+        f"{percent(sum(inside) / sum(rows), 1)} of all are inside",
+        f"{sum(rows)} published throughputs",
+    ]
+
+
+def host_bound(root: Path) -> Figures:
+    """Only the error: the interval is as wide as hosts differ."""
+    row = page_row(root, "steps that may wait for the host, GPU and network left out")
+    return [f"median error {row['median error %']} %", f"{row['GPUs']} GPUs"]
+
+
+def lab(ranks: int, root: Path) -> pd.DataFrame:
+    """The lab's rows with the message size in a column of its own."""
+    rows = public("cluster_lab", root)
+    rows = rows[rows.ranks == ranks].copy()
+    rows["size"] = pd.to_numeric(rows.what.str.extract(r"all-reduce (\d+)", expand=False))
+    return rows
+
+
+def lab_allreduce(root: Path) -> Figures:
+    """Two ranks, from 64 KiB."""
+    rows = lab(2, root)
+    return [span(rows[rows["size"] >= 65536].time_error)]
+
+
+def lab_small(root: Path) -> Figures:
+    """Two ranks, 1 and 16 KiB."""
+    rows = lab(2, root)
+    errors = [rows[rows["size"] == size].time_error for size in (1024, 16384)]
+    spans = [f"{rounded(e.max(), 0)} to {percent(e.min())}" for e in errors]
+    return [f"1 KiB {spans[0]}", f"16 KiB {spans[1]}"]
+
+
+def lab_steps(root: Path) -> Figures:
+    """Every step's error, in the order of the rates."""
+    rows = lab(2, root)
+    errors = {what: list(rows[rows.what == f"step {what}"].time_error) for what in ("dense", "pruned")}
+    found = [f"{what} {listed([signed(error) for error in steps])} %" for what, steps in errors.items()]
+    missed = [abs(error) > 0.1 for steps in errors.values() for error in steps]
+    return [*found, f"{sum(missed)} of {len(missed)} missed"]
+
+
+def lab_bytes(root: Path) -> Figures:
+    """The largest difference."""
+    return [f"within {percent(lab(2, root).bytes_error.abs().max(), 2)}"]
+
+
+def lab_four(root: Path) -> Figures:
+    """Four ranks: three groups of sizes, and bytes."""
+    rows = lab(4, root)
+    size, error = rows["size"], rows.time_error
+    return [
+        f"from 512 KiB {span(error[size >= 524288])}",
+        f"64 KiB {span(error[size == 65536])}",
+        f"1 KiB and 16 KiB {span(error[size <= 16384], 0)}",
+        f"bytes within {percent(rows.bytes_error.abs().max(), 1)}",
+    ]
+
+
+def carried_over(root: Path) -> Figures:
+    """The run with ratio 0.2 imitated for one of its own strength, for one of another, and for that one again, told."""
+    rows = public("carry_over", root).set_index(["imitated", "left_out"])
+
+    def points(left_out_run: str, *columns: str) -> str:
+        row = rows.loc[("prunetrain-r0.2", left_out_run)]
+        return f"{listed([f'{abs(row[column]):.1f}' for column in columns])} points"
+
+    all_four = [f"{name}_points" for name in ("epoch", "inference", "training", "bn")]
+    told = points("prunetrain-r0.3", *(f"told_{name}_points" for name in ("epoch", "training", "bn")))
+    return [
+        f"same penalty ratio (0.2, to gating): {points('gating-r0.2', *all_four)}",
+        f"another ratio (0.2 to 0.3): {points('prunetrain-r0.3', *all_four)}",
+        f"told its inference FLOPs, the other three: {told}",
+    ]
+
+
+CHECKS: dict[str, Callable[[Path], Figures]] = {
+    "planned-saving": planned_saving,
+    "macs": macs,
+    "kept-bytes": kept_bytes,
+    "peak-fp32": peak_fp32,
+    "peak-bf16": peak_bf16,
+    "exact-pruning": exact_pruning,
+    "timm-families": timm_families,
+    "planned-classifiers": planned_classifiers,
+    "fits": fits,
+    "network-left-out": left_out("network left out, GPU in the fit"),
+    "gpu-left-out": left_out("GPU left out"),
+    "both-left-out": left_out("GPU and network left out"),
+    "later-rows": left_out("mini-batches of 16 to 1,280, all", count="number"),
+    "host-bound": host_bound,
+    "many-gpus": many_gpus,
+    "many-gpus-later": many_gpus_later,
+    "carried-over": carried_over,
+    "lab-allreduce": lab_allreduce,
+    "lab-small": lab_small,
+    "lab-steps": lab_steps,
+    "lab-bytes": lab_bytes,
+    "lab-four": lab_four,
+}
