@@ -3,8 +3,9 @@
     python analysis/check_claims.py            # checks all claims of docs/claims.toml and the pages that quote them
     python analysis/check_claims.py --write    # also fills the tables of the pages that have some
 
-A claim with a trace or a table as its source is computed again from it, every number of its value; one whose source is
-a page or a test must find its numbers there; one without a source cannot be checked here.
+A claim with a trace or a table (of a file or of a page) as its source is computed again from it, every number of its
+value; of other pages the figures, with their units, and of tests the numbers must stand there; a claim without a source
+cannot be checked here.
 A paragraph or row of the README, of a page of docs or of traces/README.md that quotes a measured figure (a percentage,
 seconds, …) must link its claim, and its numbers must stand in that claim. Pages that `[[page]]` lists say how their
 figures were made. A script that a command names must exist. Tables between `<!-- table: NAME -->` and `<!-- end -->`
@@ -24,7 +25,7 @@ import claims_public
 import claims_recorded
 import claims_tables
 import msgspec
-from claims_words import Figures, left_over, missing, numbers, quantities
+from claims_words import Figures, left_over, misquoted, missing, numbers, quantities
 
 from ptsim.textfile import read_toml, write_whole
 
@@ -84,9 +85,9 @@ def read_claims(path: Path = CLAIMS) -> tuple[Claim, ...]:
 def how_checked(claim: Claim) -> str:
     """How a reader, or this script, can check the claim without running its command again."""
     if claim.id in CHECKS:
-        return "computed again from the source"
+        return "read from the tables of the page" if claim.source.endswith(".md") else "computed again from the source"
     if claim.source.endswith(".md"):
-        return "each number stands on the page"
+        return "its figures stand on the page"
     if claim.source.endswith(".py"):
         return "by the test itself, which names the number"
     return "only by its command: nothing was kept"
@@ -105,8 +106,10 @@ def wrong_claims(
         elif claim.id in checks:
             yield from wrong_figures(claim, checks[claim.id](root))
         elif claim.source.endswith((".md", ".py")):
-            for number in missing(numbers(claim.value), (root / claim.source).read_text(encoding="utf-8")):
-                yield f"{claim.id}: {number} does not stand in {claim.source}"
+            text = (root / claim.source).read_text(encoding="utf-8")
+            quoted = misquoted(claim.value, text) if claim.source.endswith(".md") else []
+            for figure in dict.fromkeys(quoted + missing(claim.value, text)):
+                yield f"{claim.id}: {figure} does not stand in {claim.source}"
         elif claim.source:
             yield f"{claim.id}: nothing computes it from {claim.source}"
 
@@ -144,8 +147,9 @@ def wrong_pages(claims: tuple[Claim, ...], pages: tuple[Page, ...], root: Path =
 def wrong_quotes(page: str, claims: tuple[Claim, ...], *, only_quantities: bool = False) -> Iterator[str]:
     """One sentence for every paragraph or row that quotes a measured figure without a claim, or a number not in it.
 
-    Code and quoted text are no claims of ours, and "90 % interval" says what an interval is. With `only_quantities`
-    a paragraph may have other numbers beside the measured ones.
+    Code and quoted text are no claims of ours, and "90 % interval" says what an interval is. A row of numbers, "62, 65
+    and 65 %", must stand in the claim in this order. With `only_quantities` a paragraph may have other numbers beside
+    the measured ones.
     """
     known = {claim.id: claim for claim in claims}
     text = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
@@ -153,8 +157,7 @@ def wrong_quotes(page: str, claims: tuple[Claim, ...], *, only_quantities: bool 
     for block in re.split(r"\n\s*\n|\n(?=[|*-])", text):
         ids = re.findall(r"accuracy\.md#([\w-]+)", block)
         shown = re.sub(r"\]\([^)]*\)", "]", block)
-        measured = quantities(shown)
-        if not ids and not measured:
+        if not ids and not quantities(shown):
             continue
         if not ids:
             yield f"no claim is linked by: {' '.join(block.split())[:100]!r}"
@@ -162,8 +165,9 @@ def wrong_quotes(page: str, claims: tuple[Claim, ...], *, only_quantities: bool 
             yield f"no claim is called {unknown[0]!r}"
         else:
             said = " ".join(f"{known[name].claim} {known[name].value}" for name in ids)
-            for number in missing(measured if only_quantities else numbers(shown), said):
-                yield f"{number} stands in no claim that this links: {' '.join(block.split())[:100]!r}"
+            wrong = misquoted(shown, said) + ([] if only_quantities else missing(shown, said))
+            for figure in dict.fromkeys(wrong):
+                yield f"{figure} stands in no claim that this links: {' '.join(block.split())[:100]!r}"
 
 
 def accuracy_table(claims: tuple[Claim, ...]) -> str:

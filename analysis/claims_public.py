@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,9 @@ def planned_saving(root: Path) -> Figures:
     """The README's picture: 8 GPUs of each kind, from the table beside it."""
     rows = pd.read_csv(root / "docs" / "images" / "saving.csv")
     found = [f"of {percent(rows.saved_flops_fraction.iloc[0])} of the training FLOPs"]
-    for row in rows[rows.gpus == 8].itertuples():
-        interval = f"{rounded(row.saved_fraction_low, 0)} to {percent(row.saved_fraction_high)}"
-        found.append(f"{row.gpu} {percent(row.saved_fraction)} ({interval})")
+    for row in rows[rows.gpus == 8].to_dict("records"):
+        interval = f"{rounded(row['saved_fraction_low'], 0)} to {percent(row['saved_fraction_high'])}"
+        found.append(f"{row['gpu']} {percent(row['saved_fraction'])} ({interval})")
     return found
 
 
@@ -113,16 +114,20 @@ def fits(root: Path) -> Figures:
     ]
 
 
-def page_row(root: Path, *start: str, column: str = "median error %") -> dict[str, str]:
-    """The row of the cross-validation's page that starts with these cells, in a table that has the column."""
+def page_row(
+    root: Path, *start: str, column: str = "median error %", page: str = "docs/cross_validation.md"
+) -> dict[str, str]:
+    """The row of a page that starts with these cells, in a table that has the column."""
     header: list[str] = []
-    for line in (root / "docs" / "cross_validation.md").read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split("|")]
-        if "median error %" in cells:
-            header = cells
-        if tuple(cells[: len(start)]) == start and column in header:
+    before: list[str] = []
+    for line in (root / page).read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
+        if cells[0].startswith("---"):
+            header = before
+        elif tuple(cells[: len(start)]) == start and column in header:
             return dict(zip(header, cells, strict=True))
-    raise ValueError(f"docs/cross_validation.md has no row {start!r}")
+        before = cells
+    raise ValueError(f"{page} has no row {start!r}")
 
 
 def left_out(label: str, count: str = "rows") -> Callable[[Path], Figures]:
@@ -176,6 +181,47 @@ def host_bound(root: Path) -> Figures:
     return [f"median error {row['median error %']} %", f"{row['GPUs']} GPUs"]
 
 
+def whole_runs(root: Path, *runs: str) -> tuple[list[str], list[str], list[str]]:
+    """Errors of the dense run, of the pruned run, and of the saving, of these rows of the page about whole runs."""
+    rows = [page_row(root, run, column="whole run, dense", page="docs/validate.md") for run in runs]
+    savings = [row["saving"].split("(")[1].removesuffix(" points)") for row in rows]
+    dense, pruned = ([row[name].removesuffix(" %") for row in rows] for name in ("whole run, dense", "pruned"))
+    return dense, pruned, savings
+
+
+def quiet_runs(part: int, unit: str) -> Callable[[Path], Figures]:
+    """One part of the three pairs on the quiet machine."""
+    return lambda root: [f"{listed(whole_runs(root, '1', '2', '3')[part])} {unit}"]
+
+
+def one_pair(run: str) -> Callable[[Path], Figures]:
+    """All parts of one pair, the run with this number on the page."""
+
+    def figures(root: Path) -> Figures:
+        (dense,), (pruned,), (saving,) = whole_runs(root, run)
+        missed = abs(float(saving.replace("−", "-"))) > 3 or abs(float(dense.replace("−", "-"))) > 5
+        return [f"dense {dense} %, pruned {pruned} %, saving {saving} points off" + (": missed" if missed else "")]
+
+    return figures
+
+
+def calibrated_savings(root: Path) -> Figures:
+    """The interval of a saving on a calibrated device: what the page says of sums, of GPUs and of a ResNet-50."""
+    text = " ".join((root / "docs" / "saving.md").read_text(encoding="utf-8").split())
+    found = re.search(r"correlation of ([\d.]+):.*same for all ratios: ([\d.]+)%.*sums are inside \(([^;]*);", text)
+    if found is None:
+        raise ValueError("docs/saving.md does not say how sure a saving on a calibrated device is")
+    gpus = re.findall(r" ([\d.]+)%", found.group(3))
+    row = page_row(root, "0.69", column="interpolated", page="docs/saving.md")
+    return [
+        f"correlation of {found.group(1)}",
+        f"in 90 % of the sums the logarithm of the ratio is off by at most {found.group(2)} %",
+        f"{listed(gpus)} % of a left-out GPU's sums are inside",
+        f"For a ResNet-50 at 69 % of the dense time ±{row['interpolated']} points (missed), "
+        f"from a data sheet ±{row['data sheet']}",
+    ]
+
+
 def lab(ranks: int, root: Path) -> pd.DataFrame:
     """The lab's rows with the message size in a column of its own."""
     rows = public("cluster_lab", root)
@@ -226,10 +272,11 @@ def lab_four(root: Path) -> Figures:
 
 def carried_over(root: Path) -> Figures:
     """The run with ratio 0.2 imitated for one of its own strength, for one of another, and for that one again, told."""
-    rows = public("carry_over", root).set_index(["imitated", "left_out"])
+    records = public("carry_over", root).to_dict("records")
+    rows = {row["left_out"]: row for row in records if row["imitated"] == "prunetrain-r0.2"}
 
     def points(left_out_run: str, *columns: str) -> str:
-        row = rows.loc[("prunetrain-r0.2", left_out_run)]
+        row = rows[left_out_run]
         return f"{listed([f'{abs(row[column]):.1f}' for column in columns])} points"
 
     all_four = [f"{name}_points" for name in ("epoch", "inference", "training", "bn")]
@@ -256,6 +303,12 @@ CHECKS: dict[str, Callable[[Path], Figures]] = {
     "both-left-out": left_out("GPU and network left out"),
     "later-rows": left_out("mini-batches of 16 to 1,280, all", count="number"),
     "host-bound": host_bound,
+    "whole-run-dense": quiet_runs(0, "%"),
+    "whole-run-pruned": quiet_runs(1, "%"),
+    "whole-run-saving": quiet_runs(2, "points off"),
+    "whole-run-before": one_pair("4"),
+    "whole-run-busy": one_pair("5"),
+    "saving-interval-calibrated": calibrated_savings,
     "many-gpus": many_gpus,
     "many-gpus-later": many_gpus_later,
     "carried-over": carried_over,

@@ -42,6 +42,13 @@ def reconfigurations_s(trace: ptsim.Trace) -> float:
     return sum(reconfiguration.duration_s for reconfiguration in trace.reconfigurations)
 
 
+def last_accuracy(trace: ptsim.Trace) -> float:
+    """The validation accuracy of the last epoch."""
+    accuracy = trace.epochs[-1].validation_accuracy
+    assert accuracy is not None
+    return accuracy
+
+
 def totals(trace: ptsim.Trace) -> dict[str, float]:
     """What a recorded run did in all, and the MACs of its last network."""
     return {
@@ -56,7 +63,7 @@ def recorded(root: Path, folder: str, run: str, beside: str) -> dict[str, float]
     """FLOPs, BatchNorm traffic and time of a run in `traces/FOLDER`, relative to the run recorded beside it."""
     dense, pruned = (read_recorded(root, folder, name) for name in (beside, run))
     theirs, ours = totals(dense), totals(pruned)
-    accuracies = {"dense": dense.epochs[-1].validation_accuracy, "accuracy": pruned.epochs[-1].validation_accuracy}
+    accuracies = {"dense": last_accuracy(dense), "accuracy": last_accuracy(pruned)}
     return {key: ours[key] / theirs[key] for key in ours} | accuracies
 
 
@@ -247,14 +254,14 @@ def recorded_layers(root: Path, *, folder: str, run: str) -> Figures:
 def recorded_steps(root: Path, *, folder: str) -> Figures:
     """The step of the last network alone, and with its channels rounded up, as measured on an idle machine."""
     table = by_layer(root, folder, "steps")
-    rows = table.set_index("network")
-    one, eight, sixteen = (rows.loc[f"pruned, multiple of {multiple}"] for multiple in (1, 8, 16))
+    rows = {row["network"]: row for row in table.to_dict("records")}
+    one, eight, sixteen = (rows[f"pruned, multiple of {multiple}"] for multiple in (1, 8, 16))
     apart = table.slowest_over_fastest_round - 1
     return [
-        f"MACs {percent(one.macs_left)}, step {percent(one.time_left)} of dense",
-        f"saved time over saved MACs {one.saved_time_per_saved_macs:.1f}",
-        f"multiples of 8: MACs {percent(eight.macs_left)}, step {percent(eight.time_left)}",
-        f"of 16: MACs {percent(sixteen.macs_left)}, step {percent(sixteen.time_left)}",
+        f"MACs {percent(one['macs_left'])}, step {percent(one['time_left'])} of dense",
+        f"saved time over saved MACs {one['saved_time_per_saved_macs']:.1f}",
+        f"multiples of 8: MACs {percent(eight['macs_left'])}, step {percent(eight['time_left'])}",
+        f"of 16: MACs {percent(sixteen['macs_left'])}, step {percent(sixteen['time_left'])}",
         f"rounds of a step {rounded(apart.min(), 0)} to {percent(apart.max())} apart",
     ]
 
@@ -300,21 +307,18 @@ def first_pruned(trace: ptsim.Trace) -> int:
 def shrunk(root: Path, *, folder: str, run: str) -> Figures:
     """How much smaller a network became: channels of its convolutions, parameters."""
     trace = read_recorded(root, folder, run)
-    first, last = trace.network_of(trace.epochs[0]), trace.final_network
-    channels, in_last_stage, parameters = (
-        [sum(count(layer) for layer in network.layers) for network in (first, last)]
-        for count in (
-            lambda layer: layer.out_channels if layer.kind == "conv" else 0,
-            lambda layer: layer.out_channels if layer.kind == "conv" and layer.name.startswith("layer4.") else 0,
-            lambda layer: layer.num_parameters,
-        )
+    networks = (trace.network_of(trace.epochs[0]), trace.final_network)
+    parameters = [network.num_parameters for network in networks]
+    channels, last_stage = (
+        [sum(c.out_channels for c in net.layers if c.kind == "conv" and c.name.startswith(part)) for net in networks]
+        for part in ("", "layer4.")
     )
     return [
         f"{parameters[0] / 1e6:.0f} million parameters",
         f"{sum(epoch.num_iterations for epoch in trace.epochs):,} steps",
         f"from epoch {first_pruned(trace)} on",
         f"{percent(1 - channels[1] / channels[0])} of the channels, "
-        f"{percent((in_last_stage[0] - in_last_stage[1]) / (channels[0] - channels[1]))} of them in the last stage",
+        f"{percent((last_stage[0] - last_stage[1]) / (channels[0] - channels[1]))} of them in the last stage",
         f"{percent(1 - parameters[1] / parameters[0])} of the parameters",
     ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from claims_recorded import by_layer, epochs_s, read_recorded, totals
+from claims_recorded import by_layer, epochs_s, last_accuracy, read_recorded, totals
 from claims_words import percent
 from saving_by_layer import recorded_tables
 
@@ -55,7 +55,7 @@ def _column(root: Path, folder: str, column: Column) -> dict[str, str]:
 
     return {
         "mini-batch": ", ".join(sizes),
-        "validation accuracy, last epoch": percent(trace.epochs[-1].validation_accuracy, 1),
+        "validation accuracy, last epoch": percent(last_accuracy(trace), 1),
         "training FLOPs, of dense": left("flops"),
         "BatchNorm traffic, of dense": left("bn"),
         "inference FLOPs of the last epoch, of dense": left("inference"),

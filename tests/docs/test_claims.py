@@ -78,14 +78,26 @@ def test_a_source_from_which_nothing_is_computed_is_found(script: ModuleType, tm
     assert list(script.wrong_claims((both,), tmp_path, {"one": lambda root: ["3 %"]})) == ["one: there is no b.csv"]
 
 
-@pytest.mark.parametrize("source", ["page.md", "test.py"])
-def test_a_number_that_its_page_or_its_test_does_not_have_is_found(
-    script: ModuleType, tmp_path: Path, source: str
+@pytest.mark.parametrize(
+    ("source", "value", "wrong"),
+    [
+        ("page.md", "2.5 and 0.2 %", ["2.5 and 0.2 %"]),
+        ("page.md", "2.5 %, then 0.2 %", []),
+        ("page.md", "−0.2 and +1.5 %", []),
+        ("page.md", "2.5 s", ["2.5 s"]),
+        ("page.md", "+0.2 %", ["+0.2 %", "+0.2"]),
+        ("page.md", "7 of 8", ["8"]),
+        ("test.py", "2.5 s", []),
+        ("test.py", "2.4 s", ["2.4"]),
+    ],
+)
+def test_a_figure_that_its_page_or_its_test_does_not_have_is_found(
+    script: ModuleType, tmp_path: Path, source: str, value: str, wrong: list[str]
 ) -> None:
-    (tmp_path / source).write_text("the errors are 2.5 %, -0.2 % and +1.5 %", encoding="utf-8")
-    for value, wrong in (("2.5 and 0.2 %", []), ("2.4 %", ["2.4"]), ("−0.2 and +1.5 %", []), ("+0.2 %", ["+0.2"])):
-        found = list(script.wrong_claims((claim(script, value=value, source=source),), tmp_path))
-        assert found == [f"one: {number} does not stand in {source}" for number in wrong]
+    text = "the errors are 2.5 % and, of 7 rows, -0.2 % and +1.5 %"
+    (tmp_path / source).write_text(text, encoding="utf-8")
+    found = list(script.wrong_claims((claim(script, value=value, source=source),), tmp_path))
+    assert found == [f"one: {figure} does not stand in {source}" for figure in wrong]
 
 
 @pytest.mark.parametrize(
@@ -117,10 +129,15 @@ def test_a_percentage_in_the_readme_needs_a_claim_that_holds_it(script: ModuleTy
         ("It takes [4 instead of 3 %](accuracy.md#one).", True),
         ("It takes [4, 3 and 3 %](accuracy.md#one).", True),
         ("It takes [3 %](accuracy.md#one) at 18 GMAC/s.", True),
+        ("It takes [3 s](accuracy.md#one).", True),
+        ("It takes [5, 3 and 3 ms](accuracy.md#two).", False),
+        ("It takes [5 to 3 ms](accuracy.md#two).", False),
+        ("It takes [3, 5 and 3 ms](accuracy.md#two).", True),
     ],
 )
 def test_a_measured_figure_on_a_page_needs_a_claim_that_holds_it(script: ModuleType, line: str, wrong: bool) -> None:
-    found = list(script.wrong_quotes(line, (claim(script, value="3 %"),), only_quantities=True))
+    claims = (claim(script, value="3 %"), claim(script, id="two", value="5, 3 and 3 ms"))
+    found = list(script.wrong_quotes(line, claims, only_quantities=True))
     assert bool(found) == wrong
 
 
@@ -172,7 +189,7 @@ def two_runs(root: Path) -> None:
         for record in shrinking_records(epochs=12, interval=11, penalty_ratio=ratio, batch_step=0, profiles=False):
             if isinstance(record, Epoch):
                 wall_s = 4.0 if ratio and record.epoch == 11 else 10.0
-                time = msgspec.structs.replace(record.measured_time, wall_s=wall_s)
+                time = msgspec.structs.replace(record.time, wall_s=wall_s)
                 record = msgspec.structs.replace(record, measured_time=time)
             elif isinstance(record, Reconfiguration):
                 record = msgspec.structs.replace(record, measured_duration_s=2.0)
