@@ -29,6 +29,7 @@ import math
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -221,16 +222,18 @@ def torch_macs(model: nn.Module, images: Tensor) -> tuple[int, int]:
 
 def kept_bytes(model: nn.Module, images: Tensor, precision: Precision = Precision.FP32) -> int:
     """Bytes that autograd keeps at the end of a forward pass, every storage once, without parameters and buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Tensor] = {}
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        return tensor.detach()  # else an output holds its operator, which holds it: never freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _number_format(precision):
         outputs = model.train()(images)
-    num_bytes = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+    alive = {key: size for key, (reference, size) in kept.items() if reference() is not None}
+    num_bytes = sum(size for key, size in alive.items() if key not in own)
     del outputs
     return num_bytes
 

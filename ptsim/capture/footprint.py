@@ -194,7 +194,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
         elif storage._cdata not in self._own:
             half = tensor.dim() > 1 and tensor.dtype in (torch.bfloat16, torch.float16)
             self._kept[storage._cdata] = weakref.ref(storage), storage.nbytes(), half
-        return tensor
+        return tensor.detach()  # else an output holds its operator, which holds it: never freed
 
     def kept(self) -> list[tuple[int, bool]]:
         """What autograd keeps now: bytes of every storage, and whether they are matrices in half precision."""

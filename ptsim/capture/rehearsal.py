@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -105,7 +107,7 @@ def rehearse(
             graph.graph.erase_node(node)
         watcher = _Watcher(graph, twin)
         dtype = dtype_of(twin)
-        with naming_the_image(model, input_shape):
+        with naming_the_image(model, input_shape), contextlib.closing(watcher):
             with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
                 outputs = list(output_tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype))))
             watcher.finish()
@@ -121,11 +123,13 @@ class _Watcher(fx.Interpreter):
         super().__init__(graph)
         self.steps: dict[str, Step] = {}
         self._current: Step | None = None
-        own = [*model.parameters(), *model.buffers()]
-        # Storages are held, so that no address is used twice.
-        self._returned: dict[str, list[torch.UntypedStorage]] = {}
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}  # by address: itself, its number
+        self._numbers = itertools.count()
+        self._own = {self._number(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
+        # What autograd was handed: in which step, its bytes, and those of one element if it is floating-point, else 0.
+        self._kept: dict[int, tuple[Step | None, int, int]] = {}
+        self._returned: dict[str, list[int]] = {}
         self._trained: dict[str, set[nn.Parameter]] = {}
-        self._seen = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in own}
 
     def run_node(self, n: fx.Node) -> Any:
         handed = [value for at in n.all_input_nodes if at.op != "get_attr" for value in output_tensors(self.env[at])]
@@ -148,13 +152,28 @@ class _Watcher(fx.Interpreter):
             step.works = bool(given) and (step.inplace or not all(any(t is h for h in handed) for t in given))
             step.view = not step.inplace and all(t.untyped_storage()._cdata in storages for t in given)
             self.steps[n.name] = step
-            self._returned[n.name] = [t.untyped_storage() for t in given]
+            self._returned[n.name] = [self._number(t.untyped_storage()) for t in given]
         return result
 
     def finish(self) -> None:
-        """Once everything has run: which outputs are kept."""
-        for name, storages in self._returned.items():
-            self.steps[name].output_saved = any(s._cdata in self._seen for s in storages)
+        """Once everything has run: what autograd keeps, and which outputs are among it."""
+        self.close()  # what is used for nothing is freed now, and what its gradient would have needed
+        alive = {number for reference, number in self._storages.values() if reference() is not None}
+        for number, (step, num_bytes, element_bytes) in self._kept.items():
+            if number not in alive or step is None:
+                continue
+            if element_bytes:
+                step.saved_elements += num_bytes // element_bytes
+                step.saved_bytes += num_bytes
+            else:
+                step.saved_other_bytes += num_bytes
+        kept = self._own | (self._kept.keys() & alive)
+        for name, numbers in self._returned.items():
+            self.steps[name].output_saved = not kept.isdisjoint(numbers)
+
+    def close(self) -> None:
+        """Let go of the outputs: they hold autograd's graph, which holds `keep`, and no garbage collector sees that."""
+        self.env.clear()
 
     def tell_idle(self, idle: set[nn.Parameter]) -> None:
         """Once it has gone back: to which parameters no gradient has come."""
@@ -168,17 +187,21 @@ class _Watcher(fx.Interpreter):
         return [p for at in n.all_input_nodes if at.op == "get_attr" and isinstance(p := self.env[at], nn.Parameter)]
 
     def keep(self, tensor: Tensor) -> Tensor:
+        """Note what autograd keeps for backward; an operator that is used for nothing hands it back later."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen[storage._cdata] = storage
-            if (step := self._current) is not None:
-                num_bytes = storage.nbytes()
-                if tensor.is_floating_point():
-                    step.saved_elements += num_bytes // tensor.element_size()
-                    step.saved_bytes += num_bytes
-                else:
-                    step.saved_other_bytes += num_bytes
-        return tensor
+        number = self._number(storage)
+        if number not in self._own and number not in self._kept:
+            element_bytes = tensor.element_size() if tensor.is_floating_point() else 0
+            self._kept[number] = self._current, storage.nbytes(), element_bytes
+        return tensor.detach()  # else an output holds its operator, which holds it: never freed
+
+    def _number(self, storage: torch.UntypedStorage) -> int:
+        """The storage's own number: an address may be used again."""
+        reference, number = self._storages.get(storage._cdata, (None, -1))
+        if reference is None or reference() is None:
+            number = next(self._numbers)
+            self._storages[storage._cdata] = weakref.ref(storage), number
+        return number
 
 
 def _gradient_order(model: nn.Module, outputs: list[Tensor]) -> tuple[tuple[str, ...], frozenset[str]]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import random
 from collections.abc import Callable
 from typing import Literal
@@ -459,3 +460,36 @@ def test_scripted_layers_are_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), torch.jit.script(nn.Conv2d(8, 4, 3)), nn.Flatten())
     with pytest.raises(UnsupportedModelError, match="1 is a ScriptModule, whose operators"):
         capture_network(model, name="scripted", input_shape=(3, 8, 8), num_classes=64)
+
+
+class _Unused(nn.Module):
+    """What the sigmoid gives is used for nothing: PyTorch frees it, and what its gradient would need, at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        torch.sigmoid(y)
+        return self.head(y.mean((2, 3)))
+
+
+def test_what_no_gradient_will_ask_for_is_not_kept() -> None:
+    network = capture_network(_Unused(), name="u", input_shape=(3, 16, 16), num_classes=4)
+    # An image, and the mean over 8 channels.
+    assert {seen.kept_image_bytes for seen in network.footprints if not seen.half} == {4 * (3 * 16 * 16 + 8)}
+    assert network.layer("sigmoid").saved_elements == 0
+    assert kept_bytes(_Unused(), torch.rand(2, 3, 16, 16)) == 2 * 4 * (3 * 16 * 16 + 8)
+
+
+def test_nothing_of_what_a_capture_copies_stays_in_memory() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+
+    def modules() -> int:
+        gc.collect()
+        return sum(issubclass(type(known), nn.Module) for known in gc.get_objects())
+
+    before = modules()
+    capture_network(model, name="m", input_shape=(3, 8, 8), num_classes=4)
+    assert modules() == before
