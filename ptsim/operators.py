@@ -95,6 +95,15 @@ def plain_name(name: str) -> str:
     return usual_name(op[1:]) if in_place else op
 
 
+def hands_on(op: str, operand: int) -> bool:
+    """Whether a sum's or a difference's operand gets the gradient of the result itself: a subtrahend gets its negative.
+
+    Where one operand is a number, the other one counts as the first: `1 - x` has the name of `x - 1`.
+    Source: torch's tools/autograd/derivatives.yaml, `add`, `sub` and `rsub`.
+    """
+    return op in SUMS or (op in DIFFERENCES and operand == (1 if op == "rsub" else 0))
+
+
 def is_transposed(op: str) -> bool:
     """Whether a convolution is a transposed one: its filters are laid on the input, and its weight begins with that."""
     return "transpose" in op

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ptsim.network import LayerKind
-from ptsim.operators import DIFFERENCES, KIND_OF_OP, SUMS, plain_name
+from ptsim.operators import DIFFERENCES, KIND_OF_OP, SUMS, hands_on, plain_name
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,13 @@ def test_an_operator_has_one_name(called: str, name: str, kind: LayerKind) -> No
 def test_sums_and_differences_are_named_plainly() -> None:
     assert {plain_name(name) for name in ("add", "iadd", "add_")} == SUMS
     assert {plain_name(name) for name in ("sub", "isub", "subtract", "rsub")} == DIFFERENCES
+
+
+@pytest.mark.parametrize("op", ["add", "sub", "rsub", "mul"])
+def test_an_operand_gets_the_gradient_itself_where_torch_makes_no_tensor_for_it(op: str) -> None:
+    operands = [torch.rand(3, requires_grad=True) for _ in range(2)]
+    result = getattr(torch, op)(*operands)
+    assert result.grad_fn is not None
+    gradient = torch.ones(3)
+    found = result.grad_fn(gradient)
+    assert [hands_on(op, n) for n in range(2)] == [given.data_ptr() == gradient.data_ptr() for given in found]

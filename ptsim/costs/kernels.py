@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ptsim.costs.widths import Widths
 from ptsim.network import PRODUCTS, Layer, LayerKind, Network, Precision
-from ptsim.operators import BILINEAR, DIFFERENCES, SUMS, is_transposed, num_taps, second_features
+from ptsim.operators import BILINEAR, DIFFERENCES, SUMS, hands_on, is_transposed, num_taps, second_features
 from ptsim.setting import StepSetting
 
 Floats = npt.NDArray[np.float64]
@@ -364,8 +364,10 @@ def _kernels_of(
                 broadcast = sum(math.prod(shape) < layer.output_elements for shape in layer.input_shapes)
                 broadcast += bool(layer.num_parameters)
                 yield _stream(index, backward, 6 * y, x + y, launches=2 + broadcast)
-            elif layer.op not in SUMS | DIFFERENCES:  # a sum hands its gradient on as it is
+            elif layer.op not in SUMS | DIFFERENCES:
                 yield _stream(index, backward, 2 * x + y, x + y)
+            elif not all(hands_on(layer.op, operand) for operand in range(len(layer.input_shapes))):
+                yield _stream(index, backward, 2 * y, 2 * y)  # of a subtrahend: the negative
         case LayerKind.POOL:
             largest = 8.0 * layer.output_elements * batch if "max" in layer.op else 0.0  # 64-bit positions
             yield _stream(index, forward, x + y + largest, x + y)

@@ -21,10 +21,9 @@ import msgspec
 
 from ptsim.costs.widths import Widths, sources_of
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Layer, LayerKind, MemoryFormat, Moment, Network, Precision
-from ptsim.operators import num_taps, second_features
+from ptsim.operators import hands_on, num_taps, second_features
 
 _BATCHES = (512, 1024)  # at multiples of 128 images no tensor that grows with the mini-batch is rounded
-_PASSING_OPS = frozenset({"add", "sub"})  # their gradient is the gradient they get
 
 
 class _Line(NamedTuple):
@@ -274,7 +273,7 @@ class _Walk:
                         num_bytes = self._rounded(sizes[index] * self._widths.output[source])
                     else:
                         num_bytes = self._output_bytes(by_name[source])
-                    if _hands_on(layer):
+                    if _shares_gradient(layer, index):
                         buffer = given[0][0]
                         shared[buffer] += 1
                     else:
@@ -302,10 +301,10 @@ class _Walk:
         self.moments.append((num_bytes, gradients))
 
 
-def _hands_on(layer: Layer) -> bool:
-    """The gradient of the input is the gradient of the output: sums, views, and the slices of a concatenation."""
+def _shares_gradient(layer: Layer, operand: int) -> bool:
+    """An input's gradient is the output's, or lies in it: of sums, views, and the slices of a concatenation."""
     same = all(math.prod(shape) == layer.output_elements for shape in layer.input_shapes)
-    return layer.view or layer.kind is LayerKind.CONCAT or (layer.op in _PASSING_OPS and same)
+    return layer.view or layer.kind is LayerKind.CONCAT or (same and hands_on(layer.op, operand))
 
 
 def _buffer_sizes(network: Network) -> Iterable[int]:

@@ -347,13 +347,13 @@ def layers_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
     """
     rows = []
     dense = {layer.name for epoch in run.trace.epochs[:1] for layer in run.trace.network_of(epoch).layers}
-    steps: dict[tuple[str, StepSetting], StepTime] = {}
+    times: dict[tuple[str, StepSetting], dict[str, list[LayerTime]]] = {}
     for epoch in run.trace.epochs:
-        key = epoch.architecture, run.trace.setting_of(epoch)
-        if key not in steps:
-            steps[key] = projector.step(run.trace, epoch)
         network = run.trace.network_of(epoch)
-        for name, parts in _by_dense_name(steps[key], network, dense).items():
+        key = epoch.architecture, run.trace.setting_of(epoch)
+        if key not in times:
+            times[key] = _by_dense_name(projector.step(run.trace, epoch), network, dense)
+        for name, parts in times[key].items():
             layer = network.layer(parts[0].layer)
             forward_s, backward_s = sum(part.forward_s for part in parts), sum(part.backward_s for part in parts)
             rows.append(

@@ -65,6 +65,12 @@ def test_relu_reads_what_it_kept_and_a_sum_hands_its_gradient_on() -> None:
     assert added.backward_bytes == 0
 
 
+@pytest.mark.parametrize("op", ["sub", "rsub"])
+def test_the_gradient_of_a_subtrahend_is_read_and_its_negative_written(op: str) -> None:
+    moved = moved_by(layer(LayerKind.ELEMENTWISE, op, inputs=2), batch=1)
+    assert (moved.forward_bytes, moved.backward_bytes) == (12 * ELEMENTS, 8 * ELEMENTS)
+
+
 def test_gradients_of_branches_are_added_up_where_they_meet() -> None:
     """By hand, a ReLU whose output a convolution and a sum read: 3 accesses of its own and 3 of the addition."""
     relu, conv = layer(LayerKind.ACTIVATION, "relu"), layer(LayerKind.CONV, "conv2d", num_parameters=256)
@@ -205,7 +211,7 @@ LESS = ELEMENTS // 4  # of an output of 16 × 4 × 4
         (LayerKind.ELEMENTWISE, "exp", 4 * (ELEMENTS + LESS), 4 * (2 * ELEMENTS + LESS)),
         (LayerKind.ELEMENTWISE, "mul", 4 * (ELEMENTS + LESS), 4 * (2 * ELEMENTS + LESS)),  # by a number
         (LayerKind.ELEMENTWISE, "sub", 4 * (ELEMENTS + LESS), 0),
-        (LayerKind.ELEMENTWISE, "rsub", 4 * (ELEMENTS + LESS), 0),
+        (LayerKind.ELEMENTWISE, "rsub", 4 * (ELEMENTS + LESS), 4 * 2 * LESS),  # the gradient read, its negative written
         (LayerKind.OTHER, "interpolate", 4 * (ELEMENTS + LESS), 4 * (ELEMENTS + LESS)),
     ],
 )

@@ -153,6 +153,25 @@ def test_a_sum_hands_its_gradient_to_both_branches() -> None:
     assert found.channels_last == moments((1960, 656, 0), (36 + 36, 616, 1960), (0, 616, 1996), (432, 232, 1996))
 
 
+@pytest.mark.parametrize("op", ["sub", "rsub"])
+def test_a_difference_hands_its_gradient_to_one_branch_and_its_negative_to_the_other(op: str) -> None:
+    """r → d → a ← r, as with the sum above, but r's and d's gradients are two tensors.
+
+    When d runs backward, there is the new one of r, too: 192 kept, 40 of loss, three gradients, 384 of workspace.
+    """
+    layers, edges = head("a", saved=48)
+    difference = layer("a", LayerKind.ELEMENTWISE, op=op, inputs=2, output_saved=True)
+    network = built(
+        (*stem(), pointwise("d"), difference, *layers), (("c", "r"), ("r", "d"), ("d", "a"), ("r", "a"), *edges)
+    )
+    assert walked_footprint(network, gpu=False, half=False).contiguous == moments(
+        (36, 192 + 40 + 3 * 192 + 384, 1960),
+        (1960, 2 * 192 + 40 + 40 + 192, 0),
+        (0, 192 + 40 + 2 * 192, 1996),
+        (216, 192 + 40 + 320, 1996),
+    )
+
+
 def test_gradients_of_two_branches_are_added_in_memory_of_their_own_where_others_read_them() -> None:
     """e + (d + r), and d and e read r: the sums' gradient belongs to d, e and r.
 
