@@ -6,9 +6,12 @@ import itertools
 from typing import Annotated, Any
 
 import msgspec
+import torch
+from torch import Tensor
 
 from ptsim.capture.graph import output_tensors
 from ptsim.measure.profile import HALF_TYPES
+from ptsim.measure.tf32 import convolutions_use_tf32
 from ptsim.network import MemoryFormat, Precision
 
 FORMATS = {kind: precision for precision, kind in HALF_TYPES.items()}
@@ -24,6 +27,32 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     batch: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None
     precision: Precision
     memory_format: MemoryFormat
+
+
+def autocast_format(device: torch.device) -> Precision | None:
+    """Of products under autocast; None where there is none now."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return FORMATS.get(torch.get_autocast_dtype(device.type), Precision.FP32)
+
+
+def pass_format(images: Tensor, device: torch.device, inside: Precision | None) -> Precision:
+    """Of the pass of these images that begins now; `inside` is of autocast that was seen within the network's call."""
+    if (precision := autocast_format(device)) is not None:
+        return precision
+    if images.dtype in FORMATS:
+        return FORMATS[images.dtype]
+    if inside is not None:
+        return inside
+    if device.type == "cuda" and convolutions_use_tf32() and torch.cuda.get_device_capability(device)[0] >= 8:
+        return Precision.TF32
+    return Precision.FP32
+
+
+def layout_of(images: Tensor) -> MemoryFormat:
+    """How a pass's images lie in memory."""
+    last = images.ndim == 4 and not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    return "channels_last" if last else "contiguous"
 
 
 def kept_format(output: Any) -> Precision | None:

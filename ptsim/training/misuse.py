@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Never
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ptsim.errors import UsageError
-from ptsim.training.watch import has_closure, learning_rate
+from ptsim.training.watch import learning_rate
 from ptsim.training.wrapping import is_sharded
 
 if TYPE_CHECKING:
@@ -85,25 +84,6 @@ def check_recorder(
             f"the Recorder that is given as record= has another {what} than PruneTrain",
             hint="make both of the same model, optimizer and input_shape",
         )
-
-
-def hooks_on_update(
-    optimizer: torch.optim.Optimizer, before: Callable[[], object], after: Callable[[], object]
-) -> tuple[RemovableHandle, RemovableHandle]:
-    """Two methods, held weakly, that every update calls; an update that trains in a closure calls only `after`."""
-    first, then = weakref.WeakMethod(before), weakref.WeakMethod(after)
-
-    def begins(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        check = first()
-        if check is not None and not has_closure(args, kwargs):
-            check()
-
-    def ends(*_: object) -> None:
-        follow = then()
-        if follow is not None:
-            follow()
-
-    return optimizer.register_step_pre_hook(begins), optimizer.register_step_post_hook(ends)
 
 
 def check_optimizer_kind(optimizer: torch.optim.Optimizer, *, proximal: bool) -> None:

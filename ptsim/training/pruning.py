@@ -38,6 +38,7 @@ from ptsim.setting import image_shape
 from ptsim.trace.schema import Epoch, Reconfiguration
 from ptsim.training import misuse, stored, wrapping
 from ptsim.training.facts import RunFacts, checked_loss
+from ptsim.training.hooks import hooks_on_update
 from ptsim.training.loggers import Logger
 from ptsim.training.measured import LastEpoch, Penalty, last_epoch
 from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
@@ -123,7 +124,7 @@ class PruneTrain(misuse.OnlyOne):
         self._averages()
         self.recorder = self._recorder(model, input_shape, record, facts=facts, loggers=loggers)
         self._owns_recorder, self._first_network = self.recorder is not record, self.recorder.architecture
-        self._hooks = misuse.hooks_on_update(self.optimizer, self._check_update, self.updated)
+        self._hooks = hooks_on_update(self.optimizer, self._check_update, self.updated)
         misuse.claim(self.network, self)
         self._tell_recorder()
 

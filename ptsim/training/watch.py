@@ -15,7 +15,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from ptsim.capture.graph import output_tensors
 from ptsim.errors import UsageError
-from ptsim.measure.tf32 import convolutions_use_tf32
 from ptsim.measure.timers import Phase, StepTimer
 from ptsim.network import MemoryFormat, Precision
 from ptsim.trace.schema import EpochTime, StepDistribution
-from ptsim.training.formats import FORMATS, Seen, kept_format
+from ptsim.training.formats import Seen, autocast_format, kept_format, layout_of, pass_format
+from ptsim.training.hooks import CompiledInPlace, Hook, has_closure
 from ptsim.training.peak import PeakMemory
 
 _T = TypeVar("_T")
@@ -67,13 +67,16 @@ class Watch:
         on_begin: Callable[[], object] = lambda: None,
     ) -> None:
         """Nothing is timed before `begin`, or before the first training pass; `on_begin` is called before that."""
-        self._device, self._on_begin, self.memory = device, on_begin, PeakMemory(device)
+        self._device = device
+        self._on_begin = on_begin
+        self.memory = PeakMemory(device)
         self._timer: StepTimer | None = None
         self._phase: Phase | None = None
         self._since = 0
         self._paused = False
         self._told_data = False
-        self._in_backward = self._in_update = False
+        self._in_backward = False
+        self._in_update = False
         self._trains_in_evaluation = False
         self._images = 0
         self._hooks: list[Any] = []
@@ -106,20 +109,21 @@ class Watch:
         own that computes products; of a `compiled` network, in what its graph keeps for backward.
         """
         self.release()
-        self._compiled, self._inside = compiled, None
+        self._compiled = compiled
+        self._inside = None
         self._hooks = [
-            optimizer.register_step_pre_hook(_Hook(self, "_update_begins")),
-            optimizer.register_step_post_hook(_Hook(self, "_update_ends")),
+            optimizer.register_step_pre_hook(Hook(self, "_update_begins")),
+            optimizer.register_step_post_hook(Hook(self, "_update_ends")),
         ]
         if module._compiled_call_impl is not None:  # module.compile(): hooks would be part of the graph
-            self._hooks.append(_CompiledInPlace(self, module))
+            self._hooks.append(CompiledInPlace(self, module))
             return
         self._hooks += [
-            module.register_forward_pre_hook(_Hook(self, "_forward_begins"), with_kwargs=True),
-            module.register_forward_hook(_Hook(self, "_forward_ends")),
+            module.register_forward_pre_hook(Hook(self, "_forward_begins"), with_kwargs=True),
+            module.register_forward_hook(Hook(self, "_forward_ends")),
         ]
         if layer is not None and not compiled:  # a hook there would be part of the graph
-            self._hooks.append(layer.register_forward_pre_hook(_Hook(self, "_note_autocast")))
+            self._hooks.append(layer.register_forward_pre_hook(Hook(self, "_note_autocast")))
 
     def release(self) -> None:
         """Take the hooks away."""
@@ -166,7 +170,8 @@ class Watch:
         self._on_begin()
         self.memory.begin()
         self._timer = StepTimer(self._device)
-        self._phase, self._since = "data", self._timer.mark()
+        self._phase = "data"
+        self._since = self._timer.mark()
 
     def data(self, batches: Iterable[_T]) -> Iterator[_T]:
         """The batches, with the wait for each timed exactly; without it the time between iterations counts as wait."""
@@ -198,13 +203,16 @@ class Watch:
         """The epoch's times up to its last update, while its clock runs on; None where nothing was timed."""
         if (timer := self._timer) is None or not timer.num_steps:
             return None
-        times, self.last_step_s = timer.finish(at_last_step=True), timer.last_step_s
+        times = timer.finish(at_last_step=True)
+        self.last_step_s = timer.last_step_s
         return times
 
     def finish(self) -> tuple[EpochTime, StepDistribution] | None:
         """Stop the clock: the epoch's times up to its last update; None where nothing was timed."""
         times = self.so_far()
-        self._timer = self._phase = self._judged_until = None
+        self._timer = None
+        self._phase = None
+        self._judged_until = None
         return times
 
     def counted(self, epoch: int) -> tuple[int, int]:
@@ -246,11 +254,17 @@ class Watch:
 
     def reset(self) -> None:
         """Count anew."""
-        self.num_steps = self.num_images = self.num_backwards = self.num_reductions = self._largest = 0
-        self._images_before, self._usual_before = 0, self.usual_step
-        self._images_of_steps.clear()
-        self.largest_backward = self._in_this_backward = 0
+        self.num_steps = 0
+        self.num_images = 0
+        self.num_backwards = 0
+        self.num_reductions = 0
+        self.largest_backward = 0
         self.learning_rate: float | None = None
+        self._largest = 0
+        self._in_this_backward = 0
+        self._images_before = 0  # as of the last update
+        self._usual_before = self.usual_step
+        self._images_of_steps.clear()
         self.last_step_s = None
 
     @property
@@ -263,13 +277,17 @@ class Watch:
         self.finish()
         self.reset()
         if seen is not None:
-            self.batch, self.precision, self.memory_format = seen.batch, seen.precision, seen.memory_format
+            self.batch = seen.batch
+            self.precision = seen.precision
+            self.memory_format = seen.memory_format
 
     def go_on(
         self, *, batch: int, largest_backward: int, usual_step: int, num_steps: int, learning_rate: float | None
     ) -> None:
         """The epoch goes on after a part of so many updates, of which this was seen; 0 where nothing was."""
-        self._largest, self.largest_backward, self.learning_rate = batch, largest_backward, learning_rate
+        self._largest = batch
+        self.largest_backward = largest_backward
+        self.learning_rate = learning_rate
         self.batch = batch or self.batch
         self._images_of_steps[usual_step] += num_steps
 
@@ -297,7 +315,8 @@ class Watch:
         name = self._phase or gap
         if name is not None:
             self._timer.add(name, self._since, now)
-        self._phase, self._since = phase, now
+        self._phase = phase
+        self._since = now
 
     def _ignored(self, module: nn.Module) -> bool:
         """A pass that cannot be training; one in evaluation mode may be, where normalisation is frozen."""
@@ -328,30 +347,14 @@ class Watch:
         self.memory.go_on()
         self._enter("forward", gap=None if self._told_data else "data")
         if images is not None:
-            self._note_format(images)
+            self.precision = pass_format(images, self._device, self._inside)
+            self.memory_format = layout_of(images)
             self.image_shape = tuple(images.shape[1:]) if images.ndim == 4 else None
 
     def _note_autocast(self, *_: Any) -> None:
-        kind = self._device.type
-        if not self._paused and torch.is_grad_enabled() and torch.is_autocast_enabled(kind):
-            self.precision = FORMATS.get(torch.get_autocast_dtype(kind), Precision.FP32)
-
-    def _note_format(self, images: Tensor) -> None:
-        kind = self._device.type
-        if torch.is_autocast_enabled(kind):
-            self._note_autocast()
-        elif images.dtype in FORMATS:
-            self.precision = FORMATS[images.dtype]
-        elif self._inside is not None:
-            self.precision = self._inside
-        elif kind == "cuda" and convolutions_use_tf32() and torch.cuda.get_device_capability(self._device)[0] >= 8:
-            self.precision = Precision.TF32
-        else:
-            self.precision = Precision.FP32
-        last = (
-            images.ndim == 4 and not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
-        )
-        self.memory_format = "channels_last" if last else "contiguous"
+        seen = autocast_format(self._device)
+        if seen is not None and not self._paused and torch.is_grad_enabled():
+            self.precision = seen
 
     def _forward_ends(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._paused:
@@ -360,7 +363,8 @@ class Watch:
             self._judged(module)
             return
         if self._compiled and not self.num_backwards and (kept := kept_format(output)) is not None:
-            self.precision = self._inside = kept
+            self.precision = kept
+            self._inside = kept
         reduces = getattr(self.data_parallel, "require_backward_grad_sync", False)
         begins = functools.partial(self._backward_begins, _Pass(self._images, module.training, reduces))
         for leaf in output_tensors(output):
@@ -426,11 +430,6 @@ class Watch:
             self._timer.end_step()
 
 
-def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an optimizer's `step`, of which these are the arguments, is given the iteration as a function."""
-    return kwargs.get("closure") is not None or any(callable(given) for given in args[1:])
-
-
 _END: Any = object()
 
 
@@ -442,59 +441,3 @@ class _Pass:
     training: bool
     reduces: bool
     counted: bool = False
-
-
-class _Hook:
-    """Calls a method of a watch that may be gone.
-
-    A copy or a pickle of the hooked network has a hook that does nothing. Inside a compiled graph it does nothing
-    either.
-    """
-
-    def __init__(self, watch: Watch, method: str) -> None:
-        self._watch, self._method = weakref.ref(watch), method
-
-    def __call__(self, *arguments: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        watch = self._watch()
-        if watch is not None:
-            getattr(watch, self._method)(*arguments)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _no_hook, ()
-
-
-class _CompiledInPlace:
-    """Stands in for the compiled call of a module on which `compile` was called, until it is removed."""
-
-    def __init__(self, watch: Watch, module: nn.Module) -> None:
-        call = module._compiled_call_impl
-        assert call is not None, "asked by who makes it"
-        watching, watched = weakref.ref(watch), weakref.ref(module)
-
-        removed: list[bool] = []  # another watch may still call this through what it has put around it
-
-        def watched_call(*args: Any, **kwargs: Any) -> Any:
-            alive, inside = watching(), watched()
-            if removed or alive is None or inside is None:
-                return call(*args, **kwargs)
-            return alive.called(inside, args, kwargs, call)
-
-        self._module, self._call, self._instead, self._removed = watched, call, watched_call, removed
-        module._compiled_call_impl = watched_call
-
-    def remove(self) -> None:
-        """The module's own call again, unless it was compiled anew; this watch sees nothing of it any more."""
-        self._removed.append(True)
-        module = self._module()
-        if module is not None and module._compiled_call_impl is self._instead:
-            module._compiled_call_impl = self._call
-
-
-def _nothing(*_: Any) -> None:
-    pass
-
-
-def _no_hook() -> Any:
-    return _nothing

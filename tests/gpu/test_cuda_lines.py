@@ -119,7 +119,7 @@ REACHED_BY = {
     ],
     "test_ones_own_loop_with_a_gradient_scaler_prunes_on_the_gpu": [
         "measure/tf32:convolutions_use_tf32",
-        "training/watch:_note_format",
+        "training/formats:pass_format",
     ],
 }
 COVERED = {function: test for test, functions in REACHED_BY.items() for function in functions}
