@@ -33,7 +33,6 @@ from ptsim.training.live import DATASET, Collate, Datasets, name_of, offered
 from ptsim.training.minibatch import BatchPolicy
 from ptsim.training.progress import Bars, Reporter, Silent
 from ptsim.training.recipe import Recipe, check_fits, takes_in_channels
-from ptsim.training.recorder import TRACE
 from ptsim.training.runfolder import (
     CHECKPOINTS,
     changed_config,
@@ -49,6 +48,7 @@ from ptsim.training.runfolder import (
 from ptsim.training.schedule import EpochPlan, epoch_plans
 from ptsim.training.step import Sums, train_epoch, validate
 from ptsim.training.storing import Storage
+from ptsim.training.tracefile import TRACE
 from ptsim.training.weights import load_weights
 from ptsim.usercode import digest
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from ptsim.measure.nvml import Meter
+from ptsim.prune.density import channel_maxima, dense_counts, layer_densities
 from ptsim.trace.checks import most_images
-from ptsim.trace.schema import DeviceUse, Epoch, EpochTime, StepDistribution
+from ptsim.trace.schema import DeviceUse, Epoch, EpochTime, StepDistribution, gone_share
 from ptsim.training.checkpoint import NotNegative, Whole
 from ptsim.training.distributed import CommunicationMeter, Team
 from ptsim.training.losses import LossSum
 from ptsim.training.recipe import Count
-from ptsim.training.watch import Watch
+from ptsim.training.watch import Watch, learning_rate
+
+if TYPE_CHECKING:
+    from ptsim.training.recorder import Recorder
 
 _UNKNOWN = 2**53  # bytes: more than any device has
 
@@ -167,6 +172,54 @@ def measure_epoch(
         peak_bytes=watch.memory.total(),
     )
     return earlier.joined(measured)
+
+
+def epoch_record(recorder: Recorder, measured: Measured, losses: LossSum, penalty: Penalty) -> Epoch:
+    """What a trace says of the epoch that a recorder has watched, all but what the loop alone knows.
+
+    All ranks call it: losses and images are summed over them.
+    """
+    watch, team, network = recorder.watch, recorder.team, recorder.network
+    architecture, threshold = recorder.architecture, recorder.threshold
+    total, told, all_images = team.sum(losses.total(measured.num_images)).tolist()
+    batch = _epoch_batch(recorder, measured, images_per_rank=-(-int(all_images) // team.world_size))
+    known = {layer.name for layer in architecture.layers}  # a module that forward never calls is no layer
+    channels, weights = dense_counts(network, threshold)
+    maxima = channel_maxima(network) if recorder.channel_maxima else None
+    return Epoch(
+        epoch=recorder.epoch,
+        architecture=architecture.id,
+        # With gradient accumulation an iteration is an update, over the images of all its passes.
+        batch_per_gpu=batch,
+        passes=-(-batch // (watch.largest_backward or batch)),
+        world_size=team.world_size,
+        learning_rate=learning_rate(recorder.optimizer) if watch.learning_rate is None else watch.learning_rate,
+        num_iterations=measured.num_iterations,
+        num_images=int(all_images),
+        penalty_coefficient=penalty.coefficient,
+        train_loss=total / told if told else None,
+        penalty=penalty.value,
+        train_accuracy=None,
+        validation_loss=None,
+        validation_accuracy=None,
+        channel_sparsity=gone_share(channels, recorder.initial_counts[0]),
+        weight_sparsity=gone_share(weights, recorder.initial_counts[1]),
+        measured_time=measured.time,
+        measured_step=measured.step,
+        allreduce_bytes=architecture.gradient_bytes * measured.num_reductions if team.world_size > 1 else 0,
+        peak_memory_bytes=measured.peak_beside(recorder.resident_bytes),
+        device=measured.use,
+        densities=tuple(d for d in layer_densities(network, threshold) if d.layer in known),
+        channel_maxima=None if maxima is None else {name: maxima[name] for name in maxima if name in known},
+    )
+
+
+def _epoch_batch(recorder: Recorder, measured: Measured, *, images_per_rank: int) -> int:
+    watch, iterations = recorder.watch, measured.num_iterations
+    usual = recorder.batch_per_gpu
+    if not watch.usual_step:  # no update was seen with images
+        usual = max(watch.batch or 1, -(-measured.num_images // iterations))
+    return mini_batch(usual, iterations, images_per_rank)
 
 
 def mini_batch(usual: int, num_iterations: int, images_per_rank: int) -> int:

@@ -21,9 +21,9 @@ from ptsim.capture.network import capture_network
 from ptsim.errors import UsageError, on_one_line
 from ptsim.measure.nvml import open_meter
 from ptsim.network import MemoryFormat, Network, Precision
-from ptsim.prune.density import THRESHOLD, channel_maxima, checked_threshold, dense_counts, layer_densities
+from ptsim.prune.density import THRESHOLD, checked_threshold, dense_counts
 from ptsim.setting import image_shape, positive_number, real_number
-from ptsim.trace.schema import AnyRecord, End, Epoch, Run, gone_share
+from ptsim.trace.schema import AnyRecord, End, Epoch, Run
 from ptsim.training.checkpoint import Totals
 from ptsim.training.distributed import CommunicationMeter, Team, current_team
 from ptsim.training.facts import (
@@ -43,16 +43,15 @@ from ptsim.training.facts import (
     seen_settings,
     shapes_of,
 )
-from ptsim.training.loggers import Logger, Mirror
+from ptsim.training.loggers import Logger
 from ptsim.training.losses import LossSum
-from ptsim.training.measured import Measured, Penalty, Unfinished, measure_epoch, mini_batch, unfinished_epoch
+from ptsim.training.measured import Penalty, Unfinished, epoch_record, measure_epoch, unfinished_epoch
 from ptsim.training.misuse import OnlyOne
 from ptsim.training.profiling import layer_profile
-from ptsim.training.tracefile import TraceFile, checked_folder, refuse_trace
-from ptsim.training.watch import Watch, learning_rate
+from ptsim.training.tracefile import RunTrace, checked_folder
+from ptsim.training.watch import Watch
 from ptsim.training.wrapping import bare, bare_optimizer, called, is_compiled, refuse_spread
 
-TRACE = "trace.jsonl"
 _T = TypeVar("_T")
 
 
@@ -115,8 +114,11 @@ class Recorder(OnlyOne):
             UsageError: an `input_shape` that is none; facts, settings, a logger or a network that cannot be used.
         """
         refuse_spread(model)
-        self.input_shape, self.facts = image_shape(input_shape), checked_facts(facts)
-        self.module, self.network, self.optimizer = model, bare(model), bare_optimizer(optimizer)
+        self.input_shape = image_shape(input_shape)
+        self.facts = checked_facts(facts)
+        self.module = model
+        self.network = bare(model)
+        self.optimizer = bare_optimizer(optimizer)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.team = team or current_team(self.device)
         self.folder = checked_folder(record)
@@ -125,18 +127,20 @@ class Recorder(OnlyOne):
         begins = functools.partial(_epoch_begins, weakref.ref(self))
         self.watch = Watch(called(model), self.optimizer, self.device, begins)
         self._watch_again()
-        self.epoch, self.totals = 0, Totals()
+        self.epoch = 0
+        self.totals = Totals()
         self.final_accuracy: float | None = None
         self.regularizer: Callable[[], object] | None = None
-        self.profiles, self.resident_bytes = profile, 0
+        self.profiles = profile
+        self.resident_bytes = 0
         self.owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
-        self._channel_maxima, self._threshold = channel_maxima, checked_threshold(threshold)
+        self.channel_maxima = channel_maxima
+        self.threshold = checked_threshold(threshold)
         self.settings = checked_settings(settings)
-        self._mirror = Mirror(loggers if self.records or self.folder is None else (), self.folder)
-        self._trace: TraceFile | None = None
-        self._keep: tuple[int | None, str | None] = (None, None)
-        self._ended = self._begun = False
-        self._losses, self._images_told = LossSum(self.device), 0
+        self._trace = RunTrace(self.folder, leads=self.team.leads, loggers=loggers)
+        self._ended = False
+        self._losses = LossSum(self.device)
+        self._images_told = 0
         self._earlier = Unfinished()  # what was trained of this epoch before the state that was loaded
         self._num_classes = self.facts.dataset.num_classes if self.facts.dataset else None
         self._capture()
@@ -151,17 +155,17 @@ class Recorder(OnlyOne):
     @property
     def num_bytes(self) -> int:
         """Length of the trace so far; 0 where nothing is written."""
-        return self._trace.num_bytes if self._trace is not None else self._keep[0] or 0
+        return self._trace.num_bytes
 
     @property
     def sha256(self) -> str | None:
         """Digest of the trace so far; None where nothing is written."""
-        return self._trace.sha256 if self._trace is not None else self._keep[1]
+        return self._trace.sha256
 
     @property
     def records(self) -> bool:
         """This rank writes a trace."""
-        return self.folder is not None and self.team.leads
+        return self._trace.writes
 
     # What the loop calls
 
@@ -236,16 +240,13 @@ class Recorder(OnlyOne):
         """
         self.watch.release()
         self._ended = True
-        if self._trace is not None:
-            self._trace.end(self._end(status, reason))
+        self._trace.end(self._end(status, reason))
 
     def abandon(self) -> None:
         """Stop watching and close the file without an end: another recorder goes on with the trace."""
         self.watch.release()
         self._ended = True
-        if self._trace is not None:
-            self._trace.planned_end = None
-            self._trace.close()
+        self._trace.abandon()
 
     def _end(self, status: Literal["clean", "interrupted", "failed"], reason: str | None) -> End:
         return End(
@@ -257,11 +258,6 @@ class Recorder(OnlyOne):
             num_iterations=self.totals.num_iterations,
             energy_j=self.totals.energy_j,
         )
-
-    def _plan_end(self) -> None:
-        """What the trace ends with if nobody closes the recorder."""
-        if self._trace is not None:
-            self._trace.planned_end = self._end("clean", None)
 
     def __enter__(self) -> Self:
         return self
@@ -278,36 +274,19 @@ class Recorder(OnlyOne):
 
     def begin_run(self) -> None:
         """Write what is known before the first epoch: the run, its first architecture and that one's profile."""
-        if self._begun:
+        if self._trace.begun:
             return
-        self._begun = True
-        if not self.records:
-            return
-        assert self.folder is not None, "asked by `records`"
         self._refuse_foreign_trace()
-        kept, digest = self._keep
-        self._trace = TraceFile(
-            self.folder / TRACE, keep_bytes=kept, keep_sha256=digest, mirror=self._mirror, resumable=self.owns_folder
-        )
-        weakref.finalize(self, self._trace.end_as_planned)
-        if kept is None:
-            self._trace.write(self._run_record())
+        self._trace.begin(self._run_record, resumable=self.owns_folder)
         self.describe()
 
     def _refuse_foreign_trace(self) -> None:
-        """A folder with a trace is another run's, unless a state was loaded that goes on with it."""
-        if self.folder is None or not self.team.leads or self._keep[0] is not None or self.owns_folder:
-            return
-        refuse_trace(self.folder / TRACE)
+        if not self.owns_folder:
+            self._trace.refuse_foreign()
 
     def continue_trace(self, num_bytes: int, sha256: str | None = None) -> None:
         """Go on with the trace from where it had this length and digest: what came later is recorded anew."""
-        self._keep = (num_bytes, sha256) if num_bytes else (None, None)
-        self._begun = False
-        if self._trace is not None:
-            self._trace.planned_end = None
-            self._trace.close()
-            self._trace = None
+        self._trace.go_on(num_bytes, sha256)
 
     def unfinished(self) -> Unfinished | None:
         """What has been trained of the present epoch; None at its start."""
@@ -315,20 +294,20 @@ class Recorder(OnlyOne):
 
     def continue_epoch(self, earlier: Unfinished | None) -> None:
         """Go on within an epoch of which `earlier` was trained."""
-        self._earlier, self._images_told = earlier or Unfinished(), 0
+        self._earlier = earlier or Unfinished()
         self._earlier.tell(self.watch)
+        self._images_told = 0
         self._losses = LossSum(self.device, self._earlier.loss_sum, self._earlier.loss_images)
 
     def describe(self, *, profile: bool = True) -> None:
         """Write the present architecture, with its profile, unless the trace has it."""
         criterion = self.facts.settings({}, self.settings).get("criterion")
-        if self._trace is not None and self._trace.architecture(self._architecture, criterion) and profile:
+        if self._trace.describe(self._architecture, criterion) and profile:
             self.profile()
 
     def write(self, record: AnyRecord) -> None:
         """Append a record; nothing on ranks that do not record."""
-        if self._trace is not None:
-            self._trace.write(record)
+        self._trace.write(record)
 
     def refresh(self, module: nn.Module | None = None) -> Network:
         """Look at the network again after it has changed; the architecture that it had before."""
@@ -359,21 +338,23 @@ class Recorder(OnlyOne):
         measured = measure_epoch(self.watch, self.meter, self._communication, epoch=self.epoch, earlier=self._earlier)
         note_image_shape(self.watch.image_shape, self.input_shape)
         self.begin_run()
-        record = msgspec.structs.replace(self._epoch_record(penalty, measured), **told)
+        record = msgspec.structs.replace(epoch_record(self, measured, self._losses, penalty), **told)
         check_finite(record)
         self.write(record)
-        self.final_accuracy, self.totals = record.validation_accuracy, self.totals.after(record)
-        self._keep = self._keep if self.records else (None, None)  # no trace goes on behind an epoch that it lacks
+        self.final_accuracy = record.validation_accuracy
+        self.totals = self.totals.after(record)
         self.epoch += 1
-        self._losses, self._earlier, self._images_told = LossSum(self.device), Unfinished(), 0
+        self._losses = LossSum(self.device)
+        self._images_told = 0
+        self._earlier = Unfinished()
         self.watch.reset()
         self._look_for_changes()
-        self._plan_end()
+        self._trace.plan_end(self._end("clean", None))
         return record
 
     def profile(self) -> None:
         """Measure the present architecture layer by layer, on the rank that records."""
-        if self._trace is not None and self.profiles and (found := layer_profile(self)) is not None:
+        if self.records and self.profiles and (found := layer_profile(self)) is not None:
             self.write(found)
 
     @property
@@ -394,9 +375,9 @@ class Recorder(OnlyOne):
     def epoch_begins(self) -> None:
         """The watch starts an epoch's clock now."""
         check_device(self.network, self.device)
-        if self._keep[0] is not None:
+        if self._trace.goes_on:
             self.begin_run()  # says at once if the trace that the run goes on with is not there
-        elif not self._begun:
+        elif not self._trace.begun:
             self._refuse_foreign_trace()
         with self.watch.paused():
             self._look_for_changes()
@@ -404,44 +385,6 @@ class Recorder(OnlyOne):
         wrapped = isinstance(self.module, nn.parallel.DistributedDataParallel)
         around = None if wrapped else self.watch.data_parallel  # made after the recorder, by a trainer perhaps
         self._communication = CommunicationMeter(around or self.module)
-
-    def _epoch_record(self, penalty: Penalty, measured: Measured) -> Epoch:
-        watch, team, threshold = self.watch, self.team, self._threshold
-        iterations, images = measured.num_iterations, measured.num_images
-        rate = learning_rate(self.optimizer) if watch.learning_rate is None else watch.learning_rate
-        known = {layer.name for layer in self._architecture.layers}  # a module that forward never calls is no layer
-        channels, weights = dense_counts(self.network, threshold)
-        batch = self.batch_per_gpu if watch.usual_step else max(watch.batch or 1, -(-images // iterations))
-        total, told, all_images = team.sum(self._losses.total(images)).tolist()
-        batch = mini_batch(batch, iterations, -(-int(all_images) // team.world_size))
-        return Epoch(
-            epoch=self.epoch,
-            architecture=self._architecture.id,
-            # With gradient accumulation an iteration is an update, over the images of all its passes.
-            batch_per_gpu=batch,
-            passes=-(-batch // (watch.largest_backward or batch)),
-            world_size=team.world_size,
-            learning_rate=rate,
-            num_iterations=iterations,
-            num_images=int(all_images),
-            penalty_coefficient=penalty.coefficient,
-            train_loss=total / told if told else None,
-            penalty=penalty.value,
-            train_accuracy=None,
-            validation_loss=None,
-            validation_accuracy=None,
-            channel_sparsity=gone_share(channels, self.initial_counts[0]),
-            weight_sparsity=gone_share(weights, self.initial_counts[1]),
-            measured_time=measured.time,
-            measured_step=measured.step,
-            allreduce_bytes=self._architecture.gradient_bytes * measured.num_reductions if team.world_size > 1 else 0,
-            peak_memory_bytes=measured.peak_beside(self.resident_bytes),
-            device=measured.use,
-            densities=tuple(d for d in layer_densities(self.network, threshold) if d.layer in known),
-            channel_maxima={name: values for name, values in channel_maxima(self.network).items() if name in known}
-            if self._channel_maxima
-            else None,
-        )
 
     def spend_time(self) -> Totals:
         """The totals up to now."""
@@ -469,7 +412,7 @@ class Recorder(OnlyOne):
         if shapes_of(self.network) == self._shapes:
             return
         before = self.refresh()
-        if self.epoch == 0 and not self._begun:
+        if self.epoch == 0 and not self._trace.begun:
             self.initial_counts = dense_counts(self.network, 0.0)
             return
         self.describe()

@@ -32,7 +32,7 @@ from ptsim.training.joining import restarted
 from ptsim.training.learner import pruned_network
 from ptsim.training.live import name_of, offered
 from ptsim.training.recipe import Recipe, check_fits
-from ptsim.training.recorder import TRACE
+from ptsim.training.tracefile import TRACE
 from ptsim.usercode import digest, source_files
 
 _STALE_S = 1.0  # by then a folder that is being made is locked

@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -20,9 +21,11 @@ from ptsim.criteria import told_penalty
 from ptsim.errors import TrainingError, UsageError
 from ptsim.network import Network
 from ptsim.trace.io import TraceWriter, read_trace
-from ptsim.trace.schema import AnyRecord, Architecture, End, Epoch, PenaltyCosts
+from ptsim.trace.schema import AnyRecord, Architecture, End, Epoch, PenaltyCosts, Run
 from ptsim.training.checkpoint import writing
-from ptsim.training.loggers import Mirror
+from ptsim.training.loggers import Logger, Mirror
+
+TRACE = "trace.jsonl"
 
 
 def checked_folder(record: str | os.PathLike[str] | None) -> Path | None:
@@ -48,6 +51,111 @@ def refuse_trace(path: Path) -> None:
             hint="choose another folder; a PruneTrain goes on with that run after load_state_dict, called before the "
             "first step; a state from within its first epoch records that one anew, once the old trace is moved away",
         )
+
+
+class RunTrace:
+    """The trace that a run leaves in its folder: a new one, or the one that a stored state goes on with.
+
+    It is there once `begin` was called. Ranks that do not lead write nothing, and runs without a folder neither.
+
+    Attributes:
+        writes: this rank writes a trace.
+        begun: what is known before the first epoch stands in it; on ranks that do not write, too.
+    """
+
+    def __init__(self, folder: Path | None, *, leads: bool, loggers: Sequence[str | Logger]) -> None:
+        """`loggers` mirror the trace.
+
+        Raises:
+            UsageError, UnknownNameError: loggers that cannot be used, or that have no trace to mirror.
+        """
+        self.writes = folder is not None and leads
+        self.begun = False
+        self._folder = folder
+        self._mirror = Mirror(loggers if self.writes or folder is None else (), folder)
+        self._file: TraceFile | None = None
+        self._kept_bytes: int | None = None  # of the trace that a stored state goes on with
+        self._kept_sha256: str | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """A stored state goes on with a trace that is there."""
+        return self._kept_bytes is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length so far; 0 where nothing is written."""
+        return self._kept_bytes or 0 if self._file is None else self._file.num_bytes
+
+    @property
+    def sha256(self) -> str | None:
+        """Digest of as much of it; None where nothing is written."""
+        return self._kept_sha256 if self._file is None else self._file.sha256
+
+    def refuse_foreign(self) -> None:
+        """Make sure that the folder holds no trace, unless a state goes on with it.
+
+        Raises:
+            UsageError: it holds another run's.
+        """
+        if self.writes and not self.goes_on and self._folder is not None:
+            refuse_trace(self._folder / TRACE)
+
+    def go_on(self, num_bytes: int, sha256: str | None) -> None:
+        """Go on with the trace from where it had this length and digest: what came later is recorded anew."""
+        self._kept_bytes = num_bytes or None
+        self._kept_sha256 = sha256 if num_bytes else None
+        self.abandon()
+        self._file = None
+        self.begun = False
+
+    def begin(self, run: Callable[[], Run], *, resumable: bool) -> None:
+        """Open the trace; a new one begins with what `run` gives. `resumable` as for `TraceFile`.
+
+        Raises:
+            FileFormatError, TrainingError: as `TraceFile`.
+        """
+        if self.writes:
+            assert self._folder is not None, "asked by `writes`"
+            self._file = TraceFile(
+                self._folder / TRACE,
+                keep_bytes=self._kept_bytes,
+                keep_sha256=self._kept_sha256,
+                mirror=self._mirror,
+                resumable=resumable,
+            )
+            weakref.finalize(self, self._file.end_as_planned)
+            if not self.goes_on:
+                self._file.write(run())
+        self.begun = True
+
+    def write(self, record: AnyRecord) -> None:
+        """Append a record."""
+        if self._file is not None:
+            self._file.write(record)
+        elif isinstance(record, Epoch):  # no trace goes on behind an epoch that it lacks
+            self._kept_bytes = None
+            self._kept_sha256 = None
+
+    def describe(self, network: Network, criterion: object) -> bool:
+        """As `TraceFile.architecture`; nothing is new where nothing is written."""
+        return self._file is not None and self._file.architecture(network, criterion)
+
+    def plan_end(self, record: End) -> None:
+        """What the trace ends with if nobody ends it."""
+        if self._file is not None:
+            self._file.planned_end = record
+
+    def end(self, record: End) -> None:
+        """Write the last record and close the trace."""
+        if self._file is not None:
+            self._file.end(record)
+
+    def abandon(self) -> None:
+        """Close the file without an end."""
+        if self._file is not None:
+            self._file.planned_end = None
+            self._file.close()
 
 
 class TraceFile:
