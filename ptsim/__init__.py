@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from ptsim.trace.trace import Trace
     from ptsim.training.facts import RunFacts
     from ptsim.training.loop import train
+    from ptsim.training.pruner_state import load_pruned
     from ptsim.training.pruning import PruneTrain
     from ptsim.training.recorder import Recorder
     from ptsim.training.runfolder import load_model
-    from ptsim.training.stored import load_pruned
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ _HOME = {
     "Recorder": "ptsim.training.recorder",
     "RunFacts": "ptsim.training.facts",
     "load_model": "ptsim.training.runfolder",
-    "load_pruned": "ptsim.training.stored",
+    "load_pruned": "ptsim.training.pruner_state",
     "plan": "ptsim.answers.plan",
     "predict": "ptsim.answers.predict",
     "read_trace": "ptsim.trace.io",

@@ -12,8 +12,9 @@ from ptsim.errors import UsageError
 from ptsim.prune.structure import apply_structure
 from ptsim.setting import image_shape
 from ptsim.training.outcome import EpochOutcome
+from ptsim.training.pruner_state import checked
 from ptsim.training.pruning import PruneTrain
-from ptsim.training.stored import checked, has_structure, reshape
+from ptsim.training.stored import has_structure, reshape
 from ptsim.training.wrapping import bare_optimizer
 
 

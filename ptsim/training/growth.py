@@ -3,17 +3,69 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from ptsim.costs.memory import largest_batch
 from ptsim.hardware.catalog import match_device
 from ptsim.setting import StepSetting
 from ptsim.training.facts import costed_momentum, costed_optimizer
+from ptsim.training.measured import LastEpoch, last_epoch
 from ptsim.training.recorder import Recorder
 
 if TYPE_CHECKING:
-    from ptsim.training.measured import LastEpoch
+    from ptsim.trace.schema import Epoch
     from ptsim.training.prune_settings import PruneSettings
+    from ptsim.training.pruner_state import StoredState
+
+
+class Proposal:
+    """The mini-batch per rank that a run's loop may take as the network shrinks.
+
+    Attributes:
+        learning_rate_scale: the factor on the planned rate that goes with the last proposal.
+    """
+
+    def __init__(self, recorder: Recorder, settings: PruneSettings) -> None:
+        """Nothing is proposed before the first epoch has ended."""
+        self.learning_rate_scale = 1.0
+        self._recorder = recorder
+        self._settings = settings
+        self._first_batch: int | None = None
+        self._proposed: int | None = None
+        self._last: LastEpoch | None = None
+
+    def epoch_ended(self, record: Epoch) -> None:
+        """The epoch of this record is over; all ranks call it."""
+        recorder = self._recorder
+        self._first_batch = self._first_batch or recorder.watch.batch
+        self._last = last_epoch(record, recorder.meter, recorder.team)
+
+    def batch(self) -> int | None:
+        """Propose anew; the loop's own mini-batch before the first epoch's end, None before the first step."""
+        present = self._proposed or self._recorder.watch.batch
+        if present is None or self._first_batch is None or self._last is None:
+            return present
+        self._proposed = proposed_batch(self._recorder, self._settings, present, self._last)
+        self.learning_rate_scale = learning_rate_scale(self._first_batch, self._proposed, self._settings.lr_rule)
+        return self._proposed
+
+    def state(self) -> dict[str, Any]:
+        """Its part of `PruneTrain.state_dict`."""
+        return {
+            "first_batch": self._first_batch,
+            "proposed_batch": self._proposed,
+            "last_epoch": msgspec.to_builtins(self._last),
+            "learning_rate_scale": self.learning_rate_scale,
+        }
+
+    def load_state(self, state: StoredState) -> None:
+        """Go on from what `state` gave."""
+        self._first_batch = state.first_batch
+        self._proposed = state.proposed_batch
+        self._last = state.last_epoch
+        self.learning_rate_scale = state.learning_rate_scale
 
 
 def proposed_batch(recorder: Recorder, settings: PruneSettings, batch_per_gpu: int, last: LastEpoch) -> int:

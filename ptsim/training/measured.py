@@ -179,8 +179,11 @@ def epoch_record(recorder: Recorder, measured: Measured, losses: LossSum, penalt
 
     All ranks call it: losses and images are summed over them.
     """
-    watch, team, network = recorder.watch, recorder.team, recorder.network
-    architecture, threshold = recorder.architecture, recorder.threshold
+    watch = recorder.watch
+    team = recorder.team
+    network = recorder.network
+    architecture = recorder.architecture
+    threshold = recorder.threshold
     total, told, all_images = team.sum(losses.total(measured.num_images)).tolist()
     batch = _epoch_batch(recorder, measured, images_per_rank=-(-int(all_images) // team.world_size))
     known = {layer.name for layer in architecture.layers}  # a module that forward never calls is no layer
@@ -215,11 +218,10 @@ def epoch_record(recorder: Recorder, measured: Measured, losses: LossSum, penalt
 
 
 def _epoch_batch(recorder: Recorder, measured: Measured, *, images_per_rank: int) -> int:
-    watch, iterations = recorder.watch, measured.num_iterations
     usual = recorder.batch_per_gpu
-    if not watch.usual_step:  # no update was seen with images
-        usual = max(watch.batch or 1, -(-measured.num_images // iterations))
-    return mini_batch(usual, iterations, images_per_rank)
+    if not recorder.watch.usual_step:  # no update was seen with images
+        usual = max(recorder.watch.batch or 1, -(-measured.num_images // measured.num_iterations))
+    return mini_batch(usual, measured.num_iterations, images_per_rank)
 
 
 def mini_batch(usual: int, num_iterations: int, images_per_rank: int) -> int:

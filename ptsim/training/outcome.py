@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from ptsim.network import Network
+from ptsim.prune.reconfigure import Surgery
 from ptsim.trace.schema import Epoch, Reconfiguration
 
 
@@ -59,3 +61,22 @@ class PruningSummary(msgspec.Struct, frozen=True, kw_only=True):
         if self.layers_removed:
             lines.append(f"layers removed: {', '.join(self.layers_removed)}")
         return "\n".join(lines)
+
+
+def reconfiguration_record(
+    epoch: Epoch, surgery: Surgery, before: Network, after: Network, *, duration_s: float, growth: Growth
+) -> Reconfiguration:
+    """What PruneTrain has done to the network after `epoch`, and how the mini-batch has grown with it."""
+    return Reconfiguration(
+        epoch=epoch.epoch,
+        before=before.id,
+        after=after.id,
+        channels_removed=surgery.channels_removed,
+        layers_removed=surgery.layers_removed,
+        measured_duration_s=duration_s,
+        batch_before=epoch.batch_per_gpu,
+        batch_after=growth.batch_per_gpu,
+        learning_rate_scale=growth.learning_rate_scale,
+        predicted_memory_bytes=growth.predicted_memory_bytes,
+        notes=surgery.notes,
+    )

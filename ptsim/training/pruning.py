@@ -36,14 +36,16 @@ from ptsim.prune.reconfigure import Surgery, reconfigure
 from ptsim.prune.structure import structure_of
 from ptsim.setting import image_shape
 from ptsim.trace.schema import Epoch, Reconfiguration
-from ptsim.training import misuse, stored, wrapping
+from ptsim.training import misuse, pruner_state, stored, wrapping
 from ptsim.training.facts import RunFacts, checked_loss
+from ptsim.training.growth import Proposal
 from ptsim.training.hooks import hooks_on_update
 from ptsim.training.loggers import Logger
-from ptsim.training.measured import LastEpoch, Penalty, last_epoch
-from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary
+from ptsim.training.measured import Penalty
+from ptsim.training.outcome import EpochOutcome, Growth, PruningSummary, reconfiguration_record
 from ptsim.training.prune_settings import checked_plan, make_settings, recorded
 from ptsim.training.recorder import Recorder
+from ptsim.training.rewrapping import Wrapping
 
 
 class PruneTrain(misuse.OnlyOne):
@@ -60,12 +62,7 @@ class PruneTrain(misuse.OnlyOne):
     """
 
     _in_place_of_a_copy = "state_dict() and load_state_dict() store it and go on with it"
-    needs_rewrap = False
     grow: Callable[[], Growth] | None = None
-    learning_rate_scale = 1.0
-    _first_batch: int | None = None
-    _proposed: int | None = None
-    _last: LastEpoch | None = None
     _num_reconfigurations = 0
     _layers_removed: tuple[str, ...] = ()
 
@@ -111,11 +108,13 @@ class PruneTrain(misuse.OnlyOne):
         self._make_criterion: type[Criterion] = CRITERIA.find(self.settings.criterion)
         self.penalty_ratio, self.interval = checked_plan(penalty_ratio, interval)
         wrapping.refuse_spread(model)
-        self.network, self._wrapped = wrapping.bare(model), wrapping.is_wrapped(model)
+        self.network = wrapping.bare(model)
         misuse.refuse_second(self.network)
         self.optimizer = wrapping.bare_optimizer(optimizer)
         misuse.check_optimizer_kind(self.optimizer, proximal=self.settings.regularizer == "proximal")
-        self.ema, self.scaler, self.rewrap = ema, scaler, wrapping.checked_rewrap(rewrap)
+        self.ema = ema
+        self.scaler = scaler
+        rewrap = wrapping.checked_rewrap(rewrap)
         self.regularized = self.penalty_ratio > 0
         self.penalty_coefficient: float | None = None if self.regularized else 0.0
         input_shape = image_shape(input_shape)
@@ -123,7 +122,10 @@ class PruneTrain(misuse.OnlyOne):
         self._order = misuse.Order(self.network, (optimizer, self.optimizer), scaler, self.criterion.weights)
         self._averages()
         self.recorder = self._recorder(model, input_shape, record, facts=facts, loggers=loggers)
-        self._owns_recorder, self._first_network = self.recorder is not record, self.recorder.architecture
+        self._owns_recorder = self.recorder is not record
+        self._first_network = self.recorder.architecture
+        self._wrapping = Wrapping(model, self.recorder, rewrap)
+        self._proposal = Proposal(self.recorder, self.settings)
         self._hooks = hooks_on_update(self.optimizer, self._check_update, self.updated)
         misuse.claim(self.network, self)
         self._tell_recorder()
@@ -143,7 +145,7 @@ class PruneTrain(misuse.OnlyOne):
             UsageError: before backward, twice before `optimizer.step`, before `scaler.unscale_`, with an optimizer
                 that no longer holds the network's weights, or where nobody knows how many images there were.
         """
-        self._check_wrapping(seen=num_images is not None)
+        self._wrapping.check(told=num_images is not None, pruned=self._num_reconfigurations > 0)
         self._follow_freezing()
         self._order.before_penalty()
         if num_images is None:
@@ -201,8 +203,7 @@ class PruneTrain(misuse.OnlyOne):
             penalty=penalty,
         )
         self._order.epoch_ended()
-        self._first_batch = self._first_batch or self.recorder.watch.batch
-        self._last = last_epoch(record, self.recorder.meter, self.recorder.team)
+        self._proposal.epoch_ended(record)
         due = self.regularized and self.recorder.epoch % self.interval == 0
         if not (due if reconfigure is None else reconfigure):
             return EpochOutcome(epoch=record, reconfiguration=None, pruned=False)
@@ -221,14 +222,16 @@ class PruneTrain(misuse.OnlyOne):
         shrinks. Before the first epoch's end it is the loop's own, None before the first step. The learning rate should
         follow by `learning_rate_scale`, which is that of the last proposal.
         """
-        from ptsim.training.growth import learning_rate_scale, proposed_batch
+        return self._proposal.batch()
 
-        present, last = self._proposed or self.recorder.watch.batch, self._last
-        if present is None or self._first_batch is None or last is None:
-            return present
-        self._proposed = proposed_batch(self.recorder, self.settings, present, last)
-        self.learning_rate_scale = learning_rate_scale(self._first_batch, self._proposed, self.settings.lr_rule)
-        return self._proposed
+    @property
+    def learning_rate_scale(self) -> float:
+        """The factor on the planned learning rate that goes with the last `batch`."""
+        return self._proposal.learning_rate_scale
+
+    @property
+    def needs_rewrap(self) -> bool:  # noqa: D102 # an attribute of the class
+        return self._wrapping.outdated
 
     def rewrapped(self, module: nn.Module) -> None:
         """Tell that `module` now wraps the changed network.
@@ -236,9 +239,7 @@ class PruneTrain(misuse.OnlyOne):
         Raises:
             UsageError: it holds another network.
         """
-        wrapping.refuse_spread(module)
-        self.recorder.follow(module)
-        self.needs_rewrap, self._wrapped = False, wrapping.is_wrapped(module)
+        self._wrapping.renewed(module)
 
     def summary(self) -> PruningSummary:
         """Where the run stands: channels, parameters and operations at the start and now."""
@@ -279,28 +280,17 @@ class PruneTrain(misuse.OnlyOne):
         Args:
             tensors: also the weights, the optimizer's state and the average; False for loops that store those anyway.
         """
-        recorder = self.recorder
         state: dict[str, Any] = {
-            "version": 1,
+            "version": pruner_state.VERSION,
             "structure": structure_of(self.network),
             "parameters": stored.parameter_names(self.network, self.optimizer),
             "penalty_coefficient": self.penalty_coefficient,
             "regularized": self.regularized,
-            "epoch": recorder.epoch,
-            "initial_counts": list(recorder.initial_counts),
             "first_network": msgspec.to_builtins(self._first_network),
-            "first_batch": self._first_batch,
-            "proposed_batch": self._proposed,
-            "last_epoch": msgspec.to_builtins(self._last),
-            "seen": msgspec.to_builtins(recorder.watch.seen),
-            "learning_rate_scale": self.learning_rate_scale,
             "num_reconfigurations": self._num_reconfigurations,
             "layers_removed": list(self._layers_removed),
-            "trace_bytes": recorder.num_bytes,
-            "trace_sha256": recorder.sha256,
-            "totals": msgspec.to_builtins(recorder.spend_time()),
-            "unfinished": msgspec.to_builtins(recorder.unfinished()),
         }
+        state |= self._proposal.state() | pruner_state.recorded_entries(self.recorder)
         return state | (stored.with_tensors(self.network, self.optimizer, self.ema) if tensors else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -313,23 +303,21 @@ class PruneTrain(misuse.OnlyOne):
         Raises:
             UsageError: not a state of PruneTrain, of another network, or of epochs that this run's trace does not have.
         """
-        kept, average = stored.checked(state, self.optimizer), next(iter(self._averages()), None)
+        kept = pruner_state.checked(state, self.optimizer)
+        average = next(iter(self._averages()), None)
         if self.recorder.records:
-            stored.refuse_unrecorded(kept)
+            pruner_state.refuse_unrecorded(kept)
         stored.reshape(self.network, self.optimizer, average, kept.structure, kept.parameters)
-        self.penalty_coefficient, self.regularized = kept.penalty_coefficient, kept.regularized
+        self.penalty_coefficient = kept.penalty_coefficient
+        self.regularized = kept.regularized
         if kept.tensors is not None:
             stored.load_tensors(self.network, self.optimizer, self.ema, kept)
-        recorder = self.recorder
-        self._first_network, self.learning_rate_scale = kept.first_network, kept.learning_rate_scale
-        self._first_batch, self._proposed, self._last = kept.first_batch, kept.proposed_batch, kept.last_epoch
-        self._num_reconfigurations, self._layers_removed = kept.num_reconfigurations, kept.layers_removed
-        recorder.epoch, recorder.initial_counts, recorder.totals = kept.epoch, kept.initial_counts, kept.totals
-        self._adopt(find_groups(self.network, recorder.input_shape))
-        recorder.refresh()
-        recorder.watch.forget(kept.seen)
-        recorder.continue_trace(kept.trace_bytes, kept.trace_sha256)
-        recorder.continue_epoch(kept.unfinished)
+        self._first_network = kept.first_network
+        self._num_reconfigurations = kept.num_reconfigurations
+        self._layers_removed = kept.layers_removed
+        self._proposal.load_state(kept)
+        self._adopt(find_groups(self.network, self.recorder.input_shape))
+        pruner_state.continue_recording(self.recorder, kept)
 
     # The parts
 
@@ -370,38 +358,27 @@ class PruneTrain(misuse.OnlyOne):
         )
 
     def _reconfigure(self, epoch: Epoch) -> tuple[Reconfiguration, bool]:
-        recorder, team = self.recorder, self.recorder.team
-        batch_before, start = epoch.batch_per_gpu, time.perf_counter()
+        recorder = self.recorder
+        start = time.perf_counter()
         with recorder.watch.paused():
             surgery = self.prune()
-        team.agree("what to prune", msgspec.json.encode(structure_of(self.network)))
+        recorder.team.agree("what to prune", msgspec.json.encode(structure_of(self.network)))
         if surgery.changed:
             self._adopt(surgery.groups)
         if recorder.device.type == "cuda":
             torch.cuda.synchronize(recorder.device)
         duration_s = time.perf_counter() - start
         before = recorder.refresh() if surgery.changed else recorder.architecture
-        growth = self._grown(batch_before)
-        if growth.batch_per_gpu != batch_before and not surgery.changed:
-            self._wrap_again()  # what was compiled for the smaller mini-batch is of no use
+        growth = self._grown(epoch.batch_per_gpu)
+        if growth.batch_per_gpu != epoch.batch_per_gpu and not surgery.changed:
+            self._wrapping.network_changed()  # what was compiled for the smaller mini-batch is of no use
         self._num_reconfigurations += 1
-        self._layers_removed += tuple(surgery.layers_removed)
+        self._layers_removed += surgery.layers_removed
         if surgery.collapsed and self._owns_recorder:
             warnings.warn(surgery.notes[0], stacklevel=4)
+        after = recorder.architecture
         recorder.describe(profile=False)
-        event = Reconfiguration(
-            epoch=epoch.epoch,
-            before=before.id,
-            after=recorder.architecture.id,
-            channels_removed=surgery.channels_removed,
-            layers_removed=tuple(surgery.layers_removed),
-            measured_duration_s=duration_s,
-            batch_before=batch_before,
-            batch_after=growth.batch_per_gpu,
-            learning_rate_scale=growth.learning_rate_scale,
-            predicted_memory_bytes=growth.predicted_memory_bytes,
-            notes=tuple(surgery.notes),
-        )
+        event = reconfiguration_record(epoch, surgery, before, after, duration_s=duration_s, growth=growth)
         recorder.write(event)
         if surgery.changed:
             recorder.profile()
@@ -429,7 +406,7 @@ class PruneTrain(misuse.OnlyOne):
     def _adopt(self, groups: ChannelGroups) -> None:
         """Look up again what surgery has replaced, and wrap the network again."""
         self._take(groups, pruned=True)
-        self._wrap_again()
+        self._wrapping.network_changed()
 
     def _take(self, groups: ChannelGroups, *, pruned: bool) -> None:
         self.groups = groups
@@ -450,34 +427,6 @@ class PruneTrain(misuse.OnlyOne):
         else:
             act = functools.partial(self.criterion.add_gradient, self.penalty_coefficient or 0.0)
         self.recorder.regularizer = act if self.penalty_ratio > 0 else None
-
-    def _wrap_again(self) -> None:
-        caller = self.recorder.watch.data_parallel
-        self.recorder.watch.outdate(self._again("DistributedDataParallel"))
-        if self.rewrap is not None:
-            self.recorder.follow(wrapping.wrapped_again(self.rewrap, self.network))
-            self._wrapped = wrapping.is_wrapped(self.module)
-        elif self._wrapped or caller is not None:
-            self.needs_rewrap = True
-            self.recorder.follow(self.network)  # an old DDP that somebody holds would reduce beside the new one
-
-    def _check_wrapping(self, *, seen: bool) -> None:
-        """The loop must not go on with what was compiled around the network before pruning; a new DDP is adopted."""
-        caller = self.recorder.watch.data_parallel
-        unseen = caller is None and not seen and not self.recorder.watch.num_backwards
-        if unseen and self._wrapped and self._num_reconfigurations:
-            raise UsageError(
-                "the network was pruned, but the loop calls a compiled module that PruneTrain was not told of",
-                hint=self._again("torch.compile"),
-            )
-        if self.needs_rewrap and caller is not None:
-            self.rewrapped(caller)
-
-    def _again(self, wrap: str) -> str:
-        """What the loop has to do after pruning to call the changed network."""
-        if self.rewrap is not None:
-            return "model = pruner.module after end_epoch: it is what rewrap has made"
-        return f"where pruner.needs_rewrap: model = {wrap}(pruner.network); pruner.rewrapped(model)"
 
     def _recorder(
         self, model: nn.Module, input_shape: tuple[int, int, int], record: str | Path | Recorder | None, **given: Any

@@ -204,7 +204,8 @@ class Recorder(OnlyOne):
             loss: a scalar.
             num_images: of this step; None is what the hooks saw since the last call.
         """
-        loss, told = checked_loss(loss), None if num_images is None else positive_number("num_images", num_images)
+        loss = checked_loss(loss)
+        told = None if num_images is None else positive_number("num_images", num_images)
         seen = self.watch.num_images - self._images_told
         if told is not None and seen == 0:
             self.watch.count(told)

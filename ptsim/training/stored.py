@@ -11,108 +11,22 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
-from ptsim.consistency import network_problem
 from ptsim.errors import UsageError, on_one_line
-from ptsim.network import Network
-from ptsim.prune.cut import unwrap
 from ptsim.prune.structure import apply_structure, structure_of
 from ptsim.textfile import LARGEST, LARGEST_INTEGER
-from ptsim.training.checkpoint import Entry, NotNegative, Totals, Whole
-from ptsim.training.formats import Seen
-from ptsim.training.measured import LastEpoch, Unfinished
-from ptsim.training.recipe import Count
-from ptsim.training.wrapping import averaged, refuse_spread
-from ptsim.units import counted
+from ptsim.training.wrapping import averaged
 
-VERSION = 1
+if TYPE_CHECKING:
+    from ptsim.training.pruner_state import StoredState
+
 _TENSOR = "tensor"  # marks a number that an optimizer keeps in a tensor
 _LISTED = re.compile(r"(.+)\[(\d{1,9})\]")
-
-
-class StoredState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `PruneTrain.state_dict` gives, checked."""
-
-    version: int
-    structure: dict[str, Any]
-    penalty_coefficient: NotNegative | None
-    regularized: bool
-    epoch: Whole
-    initial_counts: tuple[Count, Count]
-    first_network: Network
-    first_batch: Count | None
-    proposed_batch: Count | None
-    last_epoch: LastEpoch | None = None
-    seen: Seen | None = None
-    learning_rate_scale: NotNegative
-    num_reconfigurations: Whole
-    layers_removed: tuple[str, ...]
-    trace_bytes: Whole
-    trace_sha256: str | None
-    totals: Totals
-    parameters: tuple[tuple[str, ...], ...]
-    optimizer: dict[str, dict[str, Entry]] | None = None
-    groups: list[dict[str, Any]] | None = None
-    tensors: dict[str, Any] | None = None
-    unfinished: Unfinished | None = None
-
-
-def checked(state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> StoredState:
-    """The state, if it is one; of a run with such an `optimizer`, if there is one.
-
-    Raises:
-        UsageError: it is something else, of another version, or of another kind of optimizer.
-    """
-    version = state.get("version") if isinstance(state, Mapping) else None
-    if version != VERSION:
-        raise UsageError(f"not a state of PruneTrain: its version is {version!r}, this ptsim reads {VERSION}")
-    try:
-        found = msgspec.convert(dict(state), StoredState)
-    except (msgspec.ValidationError, UnicodeError, RecursionError) as error:
-        raise UsageError(f"not a state of PruneTrain: {error}") from error
-    if problem := network_problem(found.first_network):
-        raise UsageError(f"not a state of PruneTrain: its first network {problem}")
-    if found.groups is not None and optimizer is not None:
-        _check_same_kind(optimizer, found.groups)
-    return found
-
-
-def refuse_unrecorded(state: StoredState) -> None:
-    """Make sure that a trace can go on with the state: it begins with the run's first epoch.
-
-    Raises:
-        UsageError: nobody has recorded the epochs before.
-    """
-    if state.epoch and not state.trace_bytes:
-        before = counted(state.epoch, "epoch")
-        raise UsageError(
-            f"the {before} before this state were not recorded, and a trace begins with a run's first epoch",
-            hint="without record= the run goes on; with it the run has to begin anew",
-        )
-
-
-def _check_same_kind(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Make sure that the numbers by which the optimizer goes were stored; other versions of torch know other switches.
-
-    Raises:
-        UsageError: one of them was not.
-    """
-    own = {
-        name
-        for name, value in optimizer.defaults.items()
-        if isinstance(value, int | float | tuple) and not isinstance(value, bool)
-    }
-    for stored, present in zip(groups, group_settings(optimizer), strict=False):
-        if missing := (own & present.keys()) - stored.keys():
-            raise UsageError(
-                f"the state is of another kind of optimizer than {type(optimizer).__name__}, without {min(missing)!r}",
-                hint="give PruneTrain the optimizer that the run was begun with",
-            )
 
 
 def full_state(network: nn.Module) -> dict[str, Tensor]:
@@ -140,40 +54,6 @@ def load_full_state(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise UsageError(f"the stored weights do not fit the network: {reason}") from error
 
 
-def load_pruned(model: nn.Module, state: Mapping[str, Any], *, average: bool = False) -> nn.Module:
-    """A freshly built network with the shapes and weights of a `PruneTrain.state_dict`, to be used without pruning on.
-
-    Args:
-        model: as the training loop built it, on any device; it is changed in place, and returned.
-        state: of `PruneTrain.state_dict`; one without tensors gives the shapes, for a `load_state_dict` of one's own.
-        average: take the weights of the average that PruneTrain was given as `ema`.
-
-    Raises:
-        UsageError: not a state of PruneTrain, of another network, or one without an average.
-    """
-    refuse_spread(model)
-    kept, network = checked(state), unwrap(model)
-    if not has_structure(network, kept.structure):
-        apply_structure(network, dict(kept.structure))
-    tensors = _tensors(kept)
-    weights = part(tensors, "network/")
-    if average:
-        own = part(tensors, "ema/")
-        weights = part(own, "module.") or own  # AveragedModel keeps the network as `module`
-        if not weights:
-            raise UsageError("the state holds no average of the weights", hint="PruneTrain(…, ema=average) adds it")
-    if weights:
-        load_full_state(network, weights)
-    return model
-
-
-def _tensors(state: StoredState) -> dict[str, Tensor]:
-    tensors = state.tensors or {}
-    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UsageError("not a state of PruneTrain: 'tensors' holds something else")
-    return tensors
-
-
 def tensors_of(network: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Tensor]:
     """Every tensor of a run by name."""
     tensors = {f"network/{name}": tensor for name, tensor in full_state(network).items()}
@@ -192,7 +72,7 @@ def load_tensors(
     Raises:
         UsageError: names, shapes or entries do not match.
     """
-    tensors = _tensors(state)
+    tensors = state.named_tensors()
     weights, average = part(tensors, "network/"), part(tensors, "ema/")
     load_full_state(network, weights)
     if ema is not None and average:

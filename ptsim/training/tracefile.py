@@ -218,7 +218,8 @@ class TraceFile:
         with writing(self.path, begun=self._resumable):
             self._writer.write(record)
         if isinstance(record, Epoch):
-            self._epochs, self._iterations = self._epochs + 1, self._iterations + record.num_iterations
+            self._epochs += 1
+            self._iterations += record.num_iterations
         self._mirror.write(record)
 
     def architecture(self, network: Network, criterion: object = None) -> bool:

@@ -134,7 +134,8 @@ class Watch:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """What runs inside is not part of the training."""
-        before, self._paused = self._paused, True
+        before = self._paused
+        self._paused = True
         try:
             yield
         finally:
@@ -311,7 +312,8 @@ class Watch:
         now = self._timer.mark()
         if self._judged_until is not None:
             self._timer.add("validation", self._since, self._judged_until)
-            self._since, self._judged_until = self._judged_until, None
+            self._since = self._judged_until
+            self._judged_until = None
         name = self._phase or gap
         if name is not None:
             self._timer.add(name, self._since, now)
