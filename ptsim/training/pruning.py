@@ -100,9 +100,8 @@ class PruneTrain(misuse.OnlyOne):
 
         Raises:
             UnsupportedModelError: the network cannot be traced.
-            UsageError: a value out of its bounds, an optimizer of another network or one whose state cannot be cut, an
-                average of another network, a network that already has a pruner or lies in parts on several ranks, or
-                nothing that can be pruned.
+            UsageError: a value out of its bounds, an optimizer or average of another network, an optimizer whose state
+                cannot be cut, or a network that has a pruner, lies in parts on several ranks or cannot be pruned.
         """
         self.settings = make_settings(settings)
         self._make_criterion: type[Criterion] = CRITERIA.find(self.settings.criterion)
@@ -126,9 +125,7 @@ class PruneTrain(misuse.OnlyOne):
         self._first_network = self.recorder.architecture
         self._wrapping = Wrapping(model, self.recorder, rewrap)
         self._proposal = Proposal(self.recorder, self.settings)
-        self._hooks = hooks_on_update(self.optimizer, self._check_update, self.updated)
-        misuse.claim(self.network, self)
-        self._tell_recorder()
+        self._take_hold()
 
     # What the loop calls
 
@@ -268,6 +265,11 @@ class PruneTrain(misuse.OnlyOne):
         self._let_go()
         self.recorder.__exit__(kind, error, trace)
 
+    def _take_hold(self) -> None:
+        self._hooks = hooks_on_update(self.optimizer, self._check_update, self.updated)
+        misuse.claim(self.network, self)
+        self._tell_recorder()
+
     def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -375,7 +377,7 @@ class PruneTrain(misuse.OnlyOne):
         self._num_reconfigurations += 1
         self._layers_removed += surgery.layers_removed
         if surgery.collapsed and self._owns_recorder:
-            warnings.warn(surgery.notes[0], stacklevel=4)
+            warnings.warn(surgery.notes[0], stacklevel=3)
         after = recorder.architecture
         recorder.describe(profile=False)
         event = reconfiguration_record(epoch, surgery, before, after, duration_s=duration_s, growth=growth)

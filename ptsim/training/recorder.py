@@ -79,6 +79,13 @@ class Recorder(OnlyOne):
         settings: hyper-parameters for the trace beside those that are seen; a pruner adds its own.
     """
 
+    epoch = 0
+    resident_bytes = 0
+    final_accuracy: float | None = None
+    regularizer: Callable[[], object] | None = None  # what a profile of the layers runs as one
+    owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
+    _ended = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -127,21 +134,13 @@ class Recorder(OnlyOne):
         begins = functools.partial(_epoch_begins, weakref.ref(self))
         self.watch = Watch(called(model), self.optimizer, self.device, begins)
         self._watch_again()
-        self.epoch = 0
         self.totals = Totals()
-        self.final_accuracy: float | None = None
-        self.regularizer: Callable[[], object] | None = None
         self.profiles = profile
-        self.resident_bytes = 0
-        self.owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
         self.channel_maxima = channel_maxima
         self.threshold = checked_threshold(threshold)
         self.settings = checked_settings(settings)
         self._trace = RunTrace(self.folder, leads=self.team.leads, loggers=loggers)
-        self._ended = False
-        self._losses = LossSum(self.device)
-        self._images_told = 0
-        self._earlier = Unfinished()  # what was trained of this epoch before the state that was loaded
+        self.continue_epoch(None)
         self._num_classes = self.facts.dataset.num_classes if self.facts.dataset else None
         self._capture()
         self.initial_counts = dense_counts(self.network, 0.0)  # all of them
@@ -294,11 +293,11 @@ class Recorder(OnlyOne):
         return unfinished_epoch(self.watch, self._communication, self._losses, self._earlier)
 
     def continue_epoch(self, earlier: Unfinished | None) -> None:
-        """Go on within an epoch of which `earlier` was trained."""
+        """Go on within an epoch of which `earlier` was trained; None at an epoch's start."""
         self._earlier = earlier or Unfinished()
         self._earlier.tell(self.watch)
-        self._images_told = 0
-        self._losses = LossSum(self.device, self._earlier.loss_sum, self._earlier.loss_images)
+        self._images_told: int = 0
+        self._losses: LossSum = LossSum(self.device, self._earlier.loss_sum, self._earlier.loss_images)
 
     def describe(self, *, profile: bool = True) -> None:
         """Write the present architecture, with its profile, unless the trace has it."""
@@ -345,10 +344,8 @@ class Recorder(OnlyOne):
         self.final_accuracy = record.validation_accuracy
         self.totals = self.totals.after(record)
         self.epoch += 1
-        self._losses = LossSum(self.device)
-        self._images_told = 0
-        self._earlier = Unfinished()
         self.watch.reset()
+        self.continue_epoch(None)
         self._look_for_changes()
         self._trace.plan_end(self._end("clean", None))
         return record

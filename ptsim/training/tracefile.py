@@ -184,7 +184,8 @@ class TraceFile:
         self.ended = False
         self._before_end: tuple[int, str] | None = None  # length and digest
         self._known: set[str] = set()
-        self._epochs = self._iterations = 0  # of its lines
+        self._epochs = 0  # of its lines
+        self._iterations = 0
         with writing(path, begun=resumable):
             if keep_bytes is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,8 @@ class TraceFile:
         if keep_bytes is not None:
             kept = read_trace(path)
             self._known = set(kept.networks)
-            self._epochs, self._iterations = len(kept.epochs), sum(epoch.num_iterations for epoch in kept.epochs)
+            self._epochs = len(kept.epochs)
+            self._iterations = sum(epoch.num_iterations for epoch in kept.epochs)
             self._mirror.begin(kept.run, len(kept.epochs), kept.networks)
 
     @property

@@ -74,6 +74,16 @@ def made(model, optimizer, **more):
     return ptsim.PruneTrain(model, optimizer, **options)
 
 
+def test_a_collapse_is_said_of_the_line_that_ended_the_epoch():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, interval=1, threshold=1e6)
+    steps(pruner, model, optimizer, images_and_labels(1))
+    with pytest.warns(UserWarning, match="the network has collapsed") as said:
+        pruner.end_epoch()
+    assert [warning.filename for warning in said] == [__file__]
+
+
 def test_the_same_run_by_ptsim_train_and_in_an_own_loop_is_the_same_to_the_bit(tmp_path):
     config = settings(epochs=5, profile=False, finetune_epochs=1, lr_milestones=[3])
     ours = ptsim.train(config, out=tmp_path / "ours")

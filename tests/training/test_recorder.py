@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import ptsim
-from ptsim.errors import UsageError
+from ptsim.errors import TrainingError, UsageError
 from tests.training.test_own_loop import IMAGE, fresh, images_and_labels, one_thread, sgd  # noqa: F401 # a fixture
 
 
@@ -375,3 +375,19 @@ def test_misuse_is_one_sentence(tmp_path):
     again = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=tmp_path / "run")
     with pytest.raises(UsageError, match="holds the trace of another run"):
         train(again, model, optimizer)
+
+
+def test_a_trace_that_could_not_be_opened_is_tried_again_at_the_next_epoch(tmp_path):
+    """And not given up: both epochs' updates are in the one that is recorded."""
+    model = fresh()
+    optimizer = sgd(model)
+    in_the_way = tmp_path / "runs"
+    in_the_way.write_text("a file where the folder should be")
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE, record=in_the_way / "mine")
+    with pytest.raises(TrainingError, match="runs"):
+        train(recorder, model, optimizer)
+    in_the_way.unlink()
+    train(recorder, model, optimizer)
+    recorder.close()
+    (epoch,) = ptsim.read_trace(in_the_way / "mine").epochs
+    assert epoch.num_images == 2 * 64
