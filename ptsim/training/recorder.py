@@ -85,6 +85,7 @@ class Recorder(OnlyOne):
     regularizer: Callable[[], object] | None = None  # what a profile of the layers runs as one
     owns_folder = False  # True: a trace that is there is the remains of this run, cut off at its start
     _ended = False
+    _images_told = 0
 
     def __init__(
         self,
@@ -296,7 +297,7 @@ class Recorder(OnlyOne):
         """Go on within an epoch of which `earlier` was trained; None at an epoch's start."""
         self._earlier = earlier or Unfinished()
         self._earlier.tell(self.watch)
-        self._images_told: int = 0
+        self._images_told = 0
         self._losses: LossSum = LossSum(self.device, self._earlier.loss_sum, self._earlier.loss_images)
 
     def describe(self, *, profile: bool = True) -> None:
