@@ -42,10 +42,8 @@ def kept_bytes(root: Path) -> Figures:
     """The largest difference of each precision."""
     rows = public("counts", root)
     error = (rows.kept_bytes / rows.kept_bytes_torch - 1).abs().groupby(rows.precision).max()
-    return [
-        f"fp32 {'all equal' if error['fp32'] == 0 else percent(error['fp32'], 1)}",
-        f"bf16 autocast within {percent(error['bf16'], 1)}",
-    ]
+    fp32, bf16 = ("all equal" if error[name] == 0 else f"within {percent(error[name], 1)}" for name in ("fp32", "bf16"))
+    return [f"fp32 {fp32}; bf16 autocast {bf16}"]
 
 
 def peaks(precision: str, root: Path) -> pd.Series[float]:
