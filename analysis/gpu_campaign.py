@@ -1,17 +1,18 @@
-r"""What should a machine with one NVIDIA GPU record, if it is lent for minutes at a time?
+r"""What should a machine with one NVIDIA GPU record, if it is lent for half an hour, minutes at a time?
 
-    python analysis/gpu_campaign.py --plan
+    python analysis/gpu_campaign.py --plan --cifar cifar10-jpeg.tar.xz
     python analysis/gpu_campaign.py --out results --work work --cifar cifar10-jpeg.tar.xz
 
-`--plan` prints every piece, what it does and how long it may take. One call works for at most `--minutes`, piece after
-piece in the order of their worth, and says what is left; call it again until nothing is. Every piece is a process of
-its own that goes on where it was, so one that fails, or that an error of the GPU takes down, costs no other piece
-anything: it is noted in `campaign.json` and tried again later. Pieces go on as long as `--out` is kept, or the results
-of an earlier call are given with `--earlier`; trainings also need `--work` (checkpoints, unpacked images), but for
-small networks, whose last checkpoint is in `runs.tar`. A run on the GPU has the GPU for itself: the runs of a pair take
-turns. What comes out, at most eight files of at most 16 MiB each:
+`--plan` prints every piece, what it does, what it is predicted to take on `--gpu`, and which calls that makes. One call
+works for at most `--minutes`, piece after piece in the order of their worth, and says what is left; call it again until
+nothing is. Every piece is a process of its own that goes on where it was, so one that fails, or that an error of the
+GPU takes down, costs no other piece anything: it is noted in `campaign.json` and tried again later. Pieces go on as
+long as `--out` is kept, or the results of an earlier call are given with `--earlier`; trainings also need `--work`
+(checkpoints, unpacked images), but for small networks, whose last checkpoint is in `runs.tar`. A run on the GPU has the
+GPU for itself: the runs of a pair take turns, and the one that is behind catches up, so that a pair that is not
+finished can be compared as far as both got. What comes out, at most eight files of at most 16 MiB each:
 
-    tests.txt           what the tests marked gpu said, and which lines that ask for CUDA none of them has run
+    tests.txt           what the tests marked gpu said, and which lines that ask for CUDA or NVML none of them has run
     device.toml         the device profile: machine constants, whole steps of zoo networks, operators
     runs.tar            traces of dense and PruneTrain runs, with profiles of each architecture and NVML
     steps.json          steps of many networks, dense and pruned: time, power and peak memory, measured and predicted
@@ -19,6 +20,15 @@ turns. What comes out, at most eight files of at most 16 MiB each:
     validation.json     the runs predicted: from their own profiles, from device.toml alone, and from each other
     campaign.json       when which piece ran, for how long, and what stopped it
     logs.txt            the end of what each piece has said
+
+The order is: tests, calibration, VGG-11 at the paper's 182 epochs, peak memory, ResNet-50 dense and at three pruned
+stages, other steps with power; and only then ResNet-32. Its steps wait for their host: `--plan` predicts 30 minutes for
+its pair on an H100, which would leave nothing for the pieces after it, and 10 for VGG-11's. And ResNet-32 loses nothing
+by an interruption, since its checkpoints (4 MB a run) travel in `runs.tar`: the next half hour is its own. VGG-11's
+(74 MB) do not fit there, so its pair has to be finished on the machine that began it. The last piece, `validate`, needs
+no GPU. Where the machine is given back before, it is made of the results anywhere else:
+
+    python analysis/gpu_campaign.py --device cpu --out results --piece validate
 
 Where the files of one folder come back, which is emptied before each call, that folder is `--out`, its last content is
 `--earlier`, and `--work` is elsewhere, in memory perhaps (/dev/shm): a checkpoint is written after every epoch. Nothing
@@ -34,9 +44,11 @@ cannot fetch anything, bring wheels for its Python of what it lacks; fvcore, iop
         msgspec simpy cyclopts docstring-parser rich-rst docutils tomli-w termcolor
     pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site      # there
 
-`--device cpu --tiny` rehearses the pieces in about a minute, as far as a CPU can: not the tests, the peaks, the limit
-of memory, nor the data set of the whole runs. On 2026-11-28 it took 69 s, from an empty folder with the commands above:
-Python 3.12.3, torch 2.11.0+cu130, torchvision 0.26.0, two cores of an AMD EPYC.
+`--device cpu --tiny` rehearses the pieces as far as a CPU can: the tests are collected and skip themselves, peaks are
+those of the CPU's allocator, runs of two epochs take 64 images (with `--cifar` of the archive, else digits). Not
+rehearsed are the memory limit, power and energy, a calibration to its end, and how long anything takes. On 2026-11-28
+an earlier version, without the tests, the peaks and the archive, took 69 s, from an empty folder with the commands
+above: Python 3.12.3, torch 2.11.0+cu130, torchvision 0.26.0, two cores of an AMD EPYC.
 """
 
 from __future__ import annotations
@@ -44,29 +56,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import io
+import math
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_plan
 import gpu_steps
 import gpu_tests
 import msgspec
 import torch
+from gpu_runs import EPOCHS, MAX_FILE_BYTES, Pair, Runs
 from gpu_steps import board_name, rows, write
-from processes import PTSIM, in_own_process, num_epochs, run_together, running_s
+from processes import PTSIM, in_own_process, num_epochs, running_s
 
 import ptsim
 from ptsim.errors import PtsimError
 from ptsim.hardware.profile_file import read_device_profile
 from ptsim.textfile import write_whole
-from ptsim.training.runfolder import CHECKPOINTS, CONFIG
 
-MAX_FILE_BYTES = 16 * 2**20
 MOST_ATTEMPTS = 3  # of a piece that fails and gets no further
 _SHORTEST_S = 40.0  # what is left must be longer for a piece to begin
 _SHORTEST_TRAINING_S = 120.0  # it loads and tunes for some seconds each time
@@ -75,22 +87,11 @@ _FIRST_SHARE = 0.4  # of a calibration is for the number format of the runs
 _LOG_BYTES = 2**17  # of each piece
 
 
-class Pair(NamedTuple):
-    """A dense and a PruneTrain run of one network and seed, which take turns on the GPU."""
-
-    model: str
-    seed: int
-
-    @property
-    def runs(self) -> dict[str, float]:
-        """Name of each run and its penalty ratio."""
-        return {f"{self.model}-{kind}-s{self.seed}": ratio for kind, ratio in (("dense", 0.0), ("pruned", 0.25))}
-
-
 class Piece(NamedTuple):
     """What it does, whether it is finished, what works on it, and its part of half an hour.
 
-    With no part it is done when everything else is. `least_s` must be left of a call for it to begin.
+    With no part it is done when everything else is. `least_s` must be left of a call for it to begin. `pairs` and
+    `steps` are what it trains and measures.
     """
 
     about: str
@@ -98,43 +99,57 @@ class Piece(NamedTuple):
     work: Callable[[], None]
     minutes: float
     least_s: float = _SHORTEST_S
+    pairs: Sequence[Pair] = ()
+    steps: Sequence[gpu_steps.Combination] = ()
+    power: bool = False
 
 
 class Campaign:
     """The pieces, and how far they are."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        trainings: Runs | None = None,
+    ) -> None:
+        """`clock` and `trainings` are other ones where the campaign is only planned."""
         self.out: Path = options.out
         self.work: Path = options.work or options.out / "work"
         # Some of torch's functions want the number of a GPU.
         self.device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
         self.board: str | None = None  # what the driver calls the GPU
         self.tiny: bool = options.tiny
-        self.cifar: Path | None = options.cifar
-        self.deadline_s = time.monotonic() + 60 * options.minutes
+        self.clock = clock
+        self.deadline_s = clock() + 60 * options.minutes
         self.steps = gpu_steps.Steps(self.out, self.device, tiny=self.tiny, remaining_s=self.remaining_s)
-        first, more, pruned, peaks = (
-            (gpu_steps.TINY_STEPS, gpu_steps.TINY_STEPS[:1], [], [])
+        first, more, stages, peaks = (
+            (gpu_steps.TINY_STEPS, gpu_steps.TINY_STEPS[:1], [], gpu_steps.TINY_PEAKS)
             if self.tiny
-            else (gpu_steps.FIRST_STEPS, gpu_steps.MORE_STEPS, gpu_steps.PRUNED_STEPS, gpu_steps.PEAKS)
+            else (gpu_steps.FIRST_STEPS, gpu_steps.MORE_STEPS, gpu_steps.STAGES, gpu_steps.PEAKS)
         )
         vgg, resnet, seeds = Pair("vgg11", 1), Pair("resnet32", 1), (Pair("vgg11", 2), Pair("vgg11", 3))
         if self.tiny:
             vgg, resnet, seeds = Pair("resnet20", 1), Pair("resnet20", 1), ()
         self.pairs = tuple(dict.fromkeys((vgg, resnet, *seeds)))
+        self.trainings = trainings or Runs(self.out, self.work, self.device.type, tiny=self.tiny, cifar=options.cifar)
+        self.trainings.remaining_s = self.remaining_s
         limits = self.steps.limits_done, self.steps.limits
+        # ResNet-32 has no part: its pair is predicted to take 30 minutes, and can go on in the next half hour. VGG-11's
+        # takes 10, and cannot.
         self.pieces: dict[str, Piece] = {
             "tests": Piece("pytest -m gpu: every branch that asks for CUDA", self.tested, self.test, 2.5),
             "calibrate": Piece("ptsim calibrate gpu: operators and whole steps", self.calibrated, self.calibrate, 4.0),
-            "vgg11": self._pairs_piece((vgg,), 8.5, least_s=60 * _WHOLE * min(8.5, options.minutes)),
-            "peaks": self._steps_piece("peak memory and one step of 20 networks", peaks, 2.0, power=False),
-            "pruned-steps": self._steps_piece("ResNet-50 at 224², three pruned stages", pruned, 1.2),
-            "steps": self._steps_piece("ResNet-50 and others at 224² and CIFAR networks, dense", first, 2.5),
+            "vgg11": self._pairs_piece((vgg,), 12.0, least_s=60 * _WHOLE * min(12.0, options.minutes)),
+            "peaks": self._steps_piece("20 networks, a few steps each", peaks, 2.0, power=False),
+            "resnet50": self._steps_piece("ResNet-50 at 224², dense and three pruned stages", stages, 1.5),
+            "steps": self._steps_piece("ResNet-50 in other formats, other networks", first, 2.3),
             "memory": Piece("largest mini-batch said to fit 8 GiB: does it?", *limits, 1.0),
-            "validate": Piece("the runs predicted in three ways", self.validated, self.validate, 1.0),
-            "resnet32": self._pairs_piece((resnet,), 5.0),
+            "resnet32": self._pairs_piece((resnet,), 0.0),
             "seeds": self._pairs_piece(seeds, 0.0),
             "more-steps": self._steps_piece("more networks, mini-batches and precisions", more, 0.0),
+            "validate": Piece("the runs predicted in three ways; needs no GPU", self.validated, self.validate, 0.0),
         }
 
     @property
@@ -152,16 +167,21 @@ class Campaign:
         open_ = [
             name for name, piece in self.pieces.items() if stuck.count(name) < MOST_ATTEMPTS and not _safely(piece.done)
         ]
-        return sorted(open_, key=lambda name: self.spent_s(name) >= 60 * self.pieces[name].minutes)
+        return sorted(open_, key=lambda name: not self.part_left_s(name))
+
+    def part_left_s(self, name: str) -> float:
+        """What is left of a piece's part; 0 where that is too short to begin with."""
+        piece = self.pieces[name]
+        left_s = 60 * piece.minutes - self.spent_s(name)
+        return left_s if left_s > (_SHORTEST_TRAINING_S if piece.pairs else _SHORTEST_S) else 0.0
 
     def minutes_for(self, name: str) -> float:
         """What a piece may take now: what is left of its part; all that is left of the call once it has had that."""
-        own_s = 60 * self.pieces[name].minutes - self.spent_s(name)
-        return min(own_s if own_s > 0 else self.remaining_s(), self.remaining_s()) / 60
+        return min(self.part_left_s(name) or self.remaining_s(), self.remaining_s()) / 60
 
     def remaining_s(self) -> float:
         """Seconds until this call has to end."""
-        return self.deadline_s - time.monotonic()
+        return self.deadline_s - self.clock()
 
     def note(self, piece: str, seconds: float, failed: str | None, *, further: bool) -> None:
         """Write down that a piece ran."""
@@ -202,20 +222,22 @@ class Campaign:
             lambda: self.steps.done(wanted),
             lambda: self.steps.measure(wanted, power=power),
             minutes,
+            steps=wanted,
+            power=power,
         )
 
     def _pairs_piece(self, pairs: Sequence[Pair], minutes: float, least_s: float = 0.0) -> Piece:
         """With `least_s` so much must be left for the runs to begin: their checkpoints do not fit into the results."""
-        epochs = "182 epochs of CIFAR-10" if not self.tiny else "two epochs of digits"
+        epochs = f"{EPOCHS} epochs of CIFAR-10" if not self.tiny else "two epochs of 64 images"
         named = ", ".join(f"{pair.model} seed {pair.seed}" for pair in pairs)
-        runs = {name: (pair, ratio) for pair in pairs for name, ratio in pair.runs.items()}
-        begun = any((self.work / name / CHECKPOINTS).exists() for name in runs)
+        begun = self.trainings.begun(pairs)
         return Piece(
             f"dense and PruneTrain in turn, {epochs}, NVML energy: {named}",
-            lambda: all(self.trained(name) for name in runs),
-            lambda: self.train(runs),
+            lambda: all(self.trainings.trained(name) for pair in pairs for name in pair.runs),
+            lambda: self.trainings.train(pairs),
             minutes,
             _SHORTEST_S if self.tiny else max(0.0 if begun else least_s, _SHORTEST_TRAINING_S),
+            pairs=pairs,
         )
 
     # ---- tests -------------------------------------------------------------------------------------------------
@@ -228,101 +250,10 @@ class Campaign:
     def test(self) -> None:
         """Run them in the checkout that this script is in; failures are results, not failures of the piece."""
         report = self.out / "tests.txt"
-        if self.device.type != "cuda" or not (gpu_tests.ROOT / "tests").is_dir():
-            why = "no tests beside this script" if self.device.type == "cuda" else "a CPU"
-            write_whole(report, f"not run: {why}\n{gpu_tests.ENDED} 0\n")
+        if not (gpu_tests.ROOT / "tests").is_dir():
+            write_whole(report, f"not run: no tests beside this script\n{gpu_tests.ENDED} 0\n")
         else:
             gpu_tests.run(report, self.work.resolve(), self.remaining_s())
-
-    # ---- training ----------------------------------------------------------------------------------------------
-
-    def trained(self, name: str) -> bool:
-        """The run reached its last epoch."""
-        trace = self.kept(name)
-        return trace.exists() and ptsim.read_trace(trace).complete
-
-    def kept(self, name: str) -> Path:
-        """Where the trace of a run is kept; unpacked from the results where the work folder was lost."""
-        folder = self.work / "traces"
-        packed = self.out / "runs.tar"
-        if not folder.exists() and packed.exists():
-            with tarfile.open(packed) as archive:
-                archive.extractall(folder, filter="data")
-            for run in [path for path in folder.iterdir() if path.is_dir()]:  # one that can go on
-                if not (self.work / run.name).exists():
-                    run.rename(self.work / run.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{name}.jsonl"
-
-    def train(self, runs: Mapping[str, tuple[Pair, float]]) -> None:
-        """Begin or go on with them in turn, each for an equal part of the time; a failing one takes no other's turn."""
-        left, failures = [name for name in runs if not self.trained(name)], []
-        for index, name in enumerate(left):
-            until_s = time.monotonic() + self.remaining_s() / (len(left) - index)
-            try:
-                run_together(
-                    {name: self.train_arguments(name, *runs[name])},
-                    lambda until_s=until_s: until_s - time.monotonic(),  # type: ignore[misc] # mypy types no default of a lambda
-                    lambda: self.keep(runs),
-                )
-            except RuntimeError as error:
-                failures.append(str(error))
-        self.keep(runs, checkpoints=True)
-        if failures:
-            raise RuntimeError("; ".join(failures))
-
-    def train_arguments(self, name: str, pair: Pair, penalty_ratio: float) -> list[str]:
-        """The command line that begins the run, or goes on with it."""
-        folder = self.work / name
-        if (folder / CONFIG).exists():
-            images = self.images()
-            return ["train", "--resume", str(folder), *([] if images is None else ["--data-dir", str(images)])]
-        return [
-            "train", "--out", str(folder), "--model", pair.model, "--penalty-ratio", str(penalty_ratio),
-            "--seed", str(pair.seed), "--set", f"device={self.device.type}", *self.data(),
-        ]  # fmt: skip
-
-    def keep(self, names: Iterable[str], *, checkpoints: bool = False) -> None:
-        """Put the traces into the results, unless what is there has got further (the checkpoints were lost).
-
-        With `checkpoints` also what unfinished runs need to go on elsewhere, as far as the file's limit allows.
-        """
-        for name in names:
-            kept, here = self.kept(name), self.work / name / "trace.jsonl"
-            if num_epochs(here) >= max(num_epochs(kept), 0):
-                write_whole(kept, b"".join(here.read_bytes().rpartition(b"\n")[:2]))  # its whole lines
-        files = {path.name: path for path in sorted((self.work / "traces").glob("*.jsonl"))}
-        for name in names if checkpoints else ():
-            more = run_files(self.work / name) if not self.trained(name) else {}
-            # 2048: a header and whole blocks, and the rounding of a long name's.
-            if sum(2048 + path.stat().st_size for path in (*files.values(), *more.values())) < MAX_FILE_BYTES:
-                files |= more
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w") as archive:
-            for name, path in files.items():
-                archive.add(path, arcname=name)
-        write_whole(self.out / "runs.tar", packed.getvalue())
-
-    def data(self) -> list[str]:
-        """The paper's schedule on CIFAR-10 from its JPEG archive; on synthetic images of the same size without one."""
-        if self.tiny:
-            return ["--dataset", "digits", "--train-limit", "64", "--batch", "16", "--epochs", "2", "--interval", "1"]
-        common = ["--batch", "128", "--epochs", "182", "--interval", "10", "--lr", "0.1"]
-        images = self.images()
-        if images is None:
-            return [*common, "--dataset", "synthetic"]
-        return [*common, "--dataset", "imagefolder", "--data-dir", str(images)]
-
-    def images(self) -> Path | None:
-        """The folder of CIFAR-10's images, unpacked once; None without its archive."""
-        if self.cifar is None or self.tiny:
-            return None
-        folder = self.work / "cifar10"
-        if not (folder / "complete").exists():
-            with tarfile.open(self.cifar) as archive:
-                archive.extractall(folder, filter="data")
-            (folder / "complete").touch()
-        return next(path.parent for path in sorted(folder.rglob("train")) if path.is_dir())
 
     # ---- calibration and validation ----------------------------------------------------------------------------
 
@@ -352,7 +283,7 @@ class Campaign:
     def runs(self) -> list[Path]:
         """Traces with at least one epoch."""
         names = [name for pair in self.pairs for name in pair.runs]
-        return [path for name in names if num_epochs(path := self.kept(name)) > 0]
+        return [path for name in names if num_epochs(path := self.trainings.kept(name)) > 0]
 
     def inputs(self) -> dict[str, str]:
         """What a validation is made of; one of other inputs is out of date."""
@@ -381,15 +312,6 @@ class Campaign:
         write(self.out / "validation.json", results)
 
 
-def run_files(folder: Path) -> dict[str, Path]:
-    """What a run folder needs to go on, by name in an archive: settings, trace, newest checkpoint; else nothing."""
-    checkpoints = sorted((folder / CHECKPOINTS).glob("epoch-*"))
-    if not checkpoints or not (folder / CONFIG).exists():
-        return {}
-    found = [folder / CONFIG, folder / "trace.jsonl", *checkpoints[-1].iterdir()]
-    return {f"{folder.name}/{path.relative_to(folder).as_posix()}": path for path in found}
-
-
 def work_through(campaign: Campaign, run: Callable[[str, float], str | None]) -> list[str]:
     """Piece after piece until time is over; `run` gets a name and minutes, and gives what failed.
 
@@ -406,13 +328,13 @@ def work_through(campaign: Campaign, run: Callable[[str, float], str | None]) ->
             break
         name = able[0]
         minutes = campaign.minutes_for(name)
-        before, began_s = campaign.size(), time.monotonic()
+        before, before_s = campaign.size(), campaign.remaining_s()
         print(f"piece {name}, at most {minutes:.1f} minutes", flush=True)
         failed = run(name, minutes)
         further = campaign.size() > before
-        campaign.note(name, time.monotonic() - began_s, failed, further=further)
+        campaign.note(name, before_s - campaign.remaining_s(), failed, further=further)
         campaign.keep_logs()
-        if not (failed and further and campaign.spent_s(name) < 60 * campaign.pieces[name].minutes):
+        if not (failed and further and campaign.part_left_s(name)):
             tried.add(name)
         if failed:
             print(f"piece {name} failed: {failed}", file=sys.stderr)
@@ -434,15 +356,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.5, help="of this call")
     parser.add_argument("--piece", help="this one alone, in this process")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal")
-    parser.add_argument("--plan", action="store_true", help="print the pieces in their order, and do nothing")
+    parser.add_argument("--plan", action="store_true", help="print what each piece costs and which calls that makes")
+    parser.add_argument("--gpu", default="h100-sxm5-80gb", help="of the catalog, whose costs the plan predicts")
     options = parser.parse_args(arguments)
+    if not 0 < options.minutes < math.inf:
+        parser.error(f"--minutes {options.minutes:g}: expected a positive number")
+    if options.plan:
+        try:
+            return gpu_plan.show(options, Campaign, work_through)
+        except PtsimError as error:
+            parser.error(error.message)
     options.minutes -= running_s() / 60  # the first to import torch on a machine waits for its files
     campaign = Campaign(options)
     if options.piece is not None and options.piece not in campaign.pieces:
         parser.error(f"unknown piece {options.piece!r}; known: {', '.join(campaign.pieces)}")
-    if options.plan:
-        print_plan(campaign)
-        return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --device cpu --tiny rehearses")
     for name in ("cifar", "earlier"):
@@ -453,6 +380,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.piece is not None:
         campaign.pieces[options.piece].work()
         return 0
+    if options.cifar is None and not options.tiny:
+        print("no --cifar: the runs train on synthetic images, whose accuracy says nothing", file=sys.stderr)
     if options.earlier is not None:
         campaign.take_over(options.earlier)
     if options.device == "cuda":
@@ -465,15 +394,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(f"left: {', '.join(left) or 'nothing'}")
     return 3 if left else 0
-
-
-def print_plan(campaign: Campaign) -> None:
-    """Every piece in its order, with its part of half an hour of a machine."""
-    total = 0.0
-    for name, piece in campaign.pieces.items():
-        total += piece.minutes
-        part = f"{piece.minutes:4.1f} minutes ({total:4.1f} so far)" if piece.minutes else "with what is left over"
-        print(f"{name:14}{part:28}{piece.about}")
 
 
 def _safely(done: Callable[[], bool]) -> bool:

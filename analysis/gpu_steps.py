@@ -10,6 +10,7 @@ import copy
 import functools
 import gc
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,16 @@ from ptsim.hardware.catalog import match_device
 from ptsim.hardware.spec import Device
 from ptsim.measure.calibrate import make_optimizer
 from ptsim.measure.nvml import NvmlMeter, open_meter
-from ptsim.measure.profile import Budget, layout, number_format, profile_network, tuned_convolutions
+from ptsim.measure.profile import (
+    NUM_LAYERED_STEPS,
+    NUM_STEPS,
+    NUM_WARM_UP,
+    Budget,
+    layout,
+    number_format,
+    profile_network,
+    tuned_convolutions,
+)
 from ptsim.measure.tf32 import tf32_allowed
 from ptsim.network import MemoryFormat, Network, Precision
 from ptsim.prune.groups import find_groups
@@ -69,17 +79,15 @@ PEAKS: list[Combination] = [
         "resnext50_32x4d", "shufflenet_v2_x1_0", "squeezenet1_1", "swin_v2_t", "vgg11", "vit_b_16", "wide_resnet50_2",
     )
 ]  # fmt: skip
-# ResNet-50 as pruning leaves it: this share of the prunable channels is gone.
-PRUNED_STEPS: list[Combination] = [
-    *itertools.product(
-        [f"pruned {share} torchvision:resnet50" for share in (0.2, 0.4, 0.6)], (64,), ("fp32", "bf16"), FORMATS[1:]
-    )
-]
+# ResNet-50 dense and as pruning leaves it, where this share of the prunable channels is gone.
+_STAGES = ("torchvision:resnet50", *(f"pruned {share} torchvision:resnet50" for share in (0.2, 0.4, 0.6)))
+STAGES: list[Combination] = [*itertools.product(_STAGES, (64,), ("fp32", "bf16"), FORMATS[1:])]
 TINY_STEPS: list[Combination] = [
     ("resnet20", 4, "fp32", "contiguous"),
     # Not channels_last: oneDNN corrupts its memory there on a CPU without AVX-512 (torch 2.14.1, odd channel counts).
     ("pruned 0.5 resnet20", 2, "fp32", "contiguous"),
 ]
+TINY_PEAKS: list[Combination] = [("vgg11", 4, "fp32", "contiguous")]
 LIMITED: list[Combination] = [
     ("torchvision:resnet50", 0, "fp32", "contiguous"),
     ("torchvision:resnet50", 0, "bf16", "channels_last"),
@@ -90,6 +98,9 @@ LIMITED: list[Combination] = [
 LIMIT_BYTES = 8 * GIB
 _LOAD_S = 1.0  # steps before the meter starts: a board's own power reading is a mean over up to a second
 _METERED_S = 2.0
+_TIMED_S = 0.5  # of whole steps, where power is measured too
+_TOGETHER = 10  # steps between looks at the clock
+_MORE, _FEWER = (1.05, 1.1, 1.2, 1.4, 1.8), (0.95, 0.9, 0.8, 0.6)  # of the mini-batch that is said to fit
 
 
 class Steps:
@@ -129,7 +140,7 @@ class Steps:
             "memory_format": memory_format,
             "torch": str(torch.__version__),
         }
-        seconds = 0.5 if power and not self.tiny else 0.0
+        seconds = _TIMED_S if power and not self.tiny else 0.0
         broken: RuntimeError | None = None
         try:
             model, network = self.network(model_name)
@@ -149,6 +160,8 @@ class Steps:
             row |= {"measured_step_s": profile.step_s, "measured_peak_bytes": profile.peak_memory_bytes}
             if self.device.type == "cuda":
                 row["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
+            elif not power:
+                row["measured_peak_bytes"] = cpu_peak_bytes(here, network, setting)
             row["profile"] = msgspec.to_builtins(profile)
             if power:
                 use = self._use_under_load(here, setting, zoo.find(model_name.rpartition(" ")[2]).input_shape)
@@ -175,7 +188,7 @@ class Steps:
                 meter.start()
             end_s = time.monotonic() + (0 if self.tiny else seconds)
             while True:
-                for _ in range(1 if self.tiny else 10):
+                for _ in range(1 if self.tiny else _TOGETHER):
                     step()
                 wait(self.device)
                 if time.monotonic() >= end_s:
@@ -246,6 +259,32 @@ def predicted(network: Network, setting: StepSetting, device: Device | None) -> 
     return row
 
 
+def cpu_peak_bytes(model: nn.Module, network: Network, setting: StepSetting) -> int:
+    """What the CPU's allocator held at most in a training step."""
+    from check_counts import peak_bytes  # seconds to import, and only a rehearsal needs it
+
+    return peak_bytes(model, torch.randn((setting.batch, *network.input_shape)), network, setting.precision)
+
+
+def step_seconds(step_s: float, *, power: bool) -> float:
+    """How long the steps of one row take, if one takes `step_s`: nothing of what comes before and between them."""
+    timed = NUM_STEPS * max(1, math.ceil((_TIMED_S if power else 0.0) / step_s / NUM_STEPS))
+    layered = max(NUM_LAYERED_STEPS, timed // 4 if timed > NUM_STEPS else 0)
+    loads = (_LOAD_S, _METERED_S) if power else ()
+    return step_s * (
+        NUM_WARM_UP + timed + layered + sum(_TOGETHER * math.ceil(seconds / step_s / _TOGETHER) for seconds in loads)
+    )
+
+
+def limit_seconds(network: Network, setting: StepSetting, device: Device) -> float:
+    """How long the steps of one row of `memory.json` take at most: two of each mini-batch that is tried."""
+    said = largest_batch(network, setting, capacity_bytes=LIMIT_BYTES, device=device)
+    if said < 1:
+        return 0.0
+    step_s = step_time(network, device, msgspec.structs.replace(setting, batch=said)).compute_s
+    return 2 * step_s * (1 + sum(_MORE))
+
+
 def remove_share(model: nn.Module, input_shape: tuple[int, int, int], share: float) -> None:
     """Remove a random share of the prunable channels as a reconfiguration would."""
     groups = find_groups(model, input_shape)
@@ -261,7 +300,7 @@ def around_the_limit(runs: Callable[[int], bool], said: int) -> dict[str, Any]:
     if said < 1:
         return {"fits": None, "largest_that_ran": None, "smallest_that_failed": None}
     fits = runs(said)
-    factors = (1.05, 1.1, 1.2, 1.4, 1.8) if fits else (0.95, 0.9, 0.8, 0.6)
+    factors = _MORE if fits else _FEWER
     ran, failed = (said, None) if fits else (None, said)
     for factor in factors:
         batch = max(round(said * factor), 1)
