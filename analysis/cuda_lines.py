@@ -1,15 +1,17 @@
-"""Which lines of ptsim run on a GPU only, and which of them did no test reach?
+"""Which lines of ptsim run on a GPU only, or ask its driver, and which of them did no test reach?
 
     coverage json -o coverage.json && python analysis/cuda_lines.py coverage.json
 
 The report is of a run of the tests marked gpu on a GPU; `gpu_campaign.py` makes one, and `tests.txt` has its answer.
-A line counts that says `cuda` in its code, and so do the branches that a comparison with "cuda" guards.
+A line counts that says `cuda` in its code or calls NVML, the library of NVIDIA's driver, and so do the branches that a
+comparison with "cuda" guards.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,12 +22,13 @@ import ptsim
 PACKAGE = Path(ptsim.__file__).resolve().parent
 _ATTRIBUTES = {"cuda", "cudnn", "is_cuda", "CUDAGraph"}
 _NAMES = {"cuda_event"}
+_NVML = re.compile("nvml[A-Z]")  # functions of pynvml, such as nvmlInit; not its errors and constants
 
 
 def asks_for_cuda(node: ast.AST, documentation: str | None = None) -> bool:
-    """Whether the code says `cuda`: as a name of torch's, or as the kind of a device; not in `documentation`."""
+    """Whether the code says `cuda`, as torch or the kind of a device, or calls NVML; not in `documentation`."""
     for part in ast.walk(node):
-        if isinstance(part, ast.Attribute) and part.attr in _ATTRIBUTES:
+        if isinstance(part, ast.Attribute) and (part.attr in _ATTRIBUTES or _NVML.match(part.attr)):
             return True
         if isinstance(part, ast.Name) and part.id in _NAMES:
             return True

@@ -642,11 +642,17 @@ def move(x, device):
     z = y + 4
     torch.cuda.synchronize()
     return z, f"cuda:{device.index}"
+
+def driver():
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return pynvml.NVML_SUCCESS
 '''
 
 
 def test_lines_that_only_a_gpu_runs_are_found_and_those_that_no_test_has_run(tmp_path):
-    assert cuda_lines.cuda_lines(EXAMPLE) == {6, 7, 10, 11, 12, 14, 15}
+    assert cuda_lines.cuda_lines(EXAMPLE) == {6, 7, 10, 11, 12, 14, 15, 19}
     (tmp_path / "moving.py").write_text(EXAMPLE)
     (tmp_path / "unread.py").write_text("import torch\nthere = torch.cuda.is_available()\n")
     report = {"files": {str(tmp_path / "moving.py"): {"missing_lines": [8, 12, 13]}}}

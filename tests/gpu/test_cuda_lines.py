@@ -1,4 +1,4 @@
-"""Which functions of ptsim ask for CUDA, and which test marked gpu reaches each of them: no branch may be forgotten."""
+"""Which functions of ptsim ask for CUDA or NVML, and which test marked gpu reaches each: no branch may be forgotten."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ asks_for_cuda = importlib.import_module("cuda_lines").asks_for_cuda
 
 
 def functions_that_ask_for_cuda():
-    """`module:function` of every function whose code, not its documentation, has the word cuda in it."""
+    """`module:function` of every function whose code, not its documentation, says cuda or calls NVML."""
     found = set()
     for path in sorted(ROOT.rglob("*.py")):
         module = path.relative_to(ROOT).with_suffix("").as_posix()
@@ -53,6 +53,7 @@ REACHED_BY = {
     ],
     "test_doctor_sees_the_gpu": [
         "cli/doctor:_gpu_remedy",
+        "cli/doctor:_nvml",
         "cli/doctor:_print",
         "cli/doctor:_torch",
     ],
@@ -78,7 +79,14 @@ REACHED_BY = {
         "measure/operators:copy_bandwidth_bytes_per_s",
     ],
     "test_nvml_measures_energy_clocks_and_memory_under_load": [
+        "measure/nvml:__init__",
+        "measure/nvml:_energy_j",
+        "measure/nvml:_instant_mw",
+        "measure/nvml:_memory",
+        "measure/nvml:_power_w",
         "measure/nvml:_read_info",
+        "measure/nvml:_sample",
+        "measure/nvml:close",
         "measure/nvml:open_meter",
     ],
     "test_a_profile_has_times_and_a_peak_and_tunes_its_convolutions": [

@@ -18,7 +18,7 @@ from ptsim.cli.main import run
 from ptsim.hardware.catalog import match_device
 from ptsim.hardware.profile import Operator, OperatorSetting
 from ptsim.measure.load import LoadWatch
-from ptsim.measure.nvml import open_meter
+from ptsim.measure.nvml import NvmlMeter, open_meter
 from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s, time_operator
 from ptsim.measure.profile import Budget, profile_network
 from ptsim.measure.timers import StepTimer
@@ -177,6 +177,8 @@ def test_nvml_measures_energy_clocks_and_memory_under_load():
         a @ a
     torch.cuda.synchronize()
     use = meter.stop()
+    assert isinstance(meter, NvmlMeter)
+    meter.close()
     known = match_device(info.name)
     assert known is not None, f"the catalog does not know {info.name!r}"
     assert use is not None

@@ -24,6 +24,7 @@ from ptsim.prune.selection import keep_one
 from ptsim.training import data as data_module
 from ptsim.training.config import Config
 from ptsim.training.data import Normalization, ResidentData, Share
+from ptsim.training.learner import Learner
 from tests.prune.helpers import SmallResNet
 
 IMAGE = (3, 12, 12)
@@ -88,6 +89,15 @@ def test_the_forward_pass_stays_on_the_device() -> None:
         assert devices(twin.buffers()) == {"cuda"}
 
 
+def averaging(model: nn.Module, average: nn.Module) -> Learner:
+    """A learner that can do no more than average the weights of `model`."""
+    learner = Learner.__new__(Learner)
+    learner.model, learner.average = model, average
+    learner.config = Config(model="resnet20", dataset="digits", ema_decay=0.9)
+    learner._refresh()
+    return learner
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("branch", [False, True], ids=["channels", "a branch"])
 def test_a_reconfiguration_stays_on_the_device(
@@ -119,7 +129,10 @@ def test_a_reconfiguration_stays_on_the_device(
         stepper.step()
         state = [value for kept in stepper.state.values() for value in kept.values() if torch.is_tensor(value)]
         assert devices(value for value in state if value.numel() > 1) == {"cuda"}
-        torch._foreach_lerp_(list(average.parameters()), list(twin.parameters()), 0.1)
+        keeper = averaging(twin, average)
+        keeper.update_average()
+        keeper.copy_buffers_to_average()
+        assert devices(average.parameters()) == devices(average.buffers()) == {"cuda"}
         for mode in (True, False):
             assert twin.train(mode)(torch.empty(4, *IMAGE, device="cuda")).device.type == "cuda"
         assert devices(twin.buffers()) == {"cuda"}
