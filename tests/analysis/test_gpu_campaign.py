@@ -131,6 +131,14 @@ def test_the_profile_can_be_read_and_the_validation_says_what_was_possible(resul
     assert validation["own_profiles"]["epoch_mape"] >= 0
 
 
+def test_a_validation_is_made_of_the_results_alone_where_there_is_no_gpu(results, tmp_path):
+    for path in results[0].glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "validation.json").unlink()
+    assert main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "--piece", "validate"]) == 0
+    assert json.loads((tmp_path / "validation.json").read_text())["own_profiles"]["epoch_mape"] >= 0
+
+
 def test_a_validation_of_older_runs_is_made_again_and_a_damaged_result_too(results, tmp_path):
     for path in results[0].glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -1,6 +1,6 @@
 """The CUDA path without a GPU: tensors that say they are on one have shapes and a device but no values.
 
-An operator that mixes them with tensors on the CPU raises, as it would on a GPU. Backward needs a real device, so the
+An operator that mixes them with tensors on the CPU raises, as it would on a GPU, unless it takes lists. Backward needs a real device, so the
 gradients are made by hand.
 """
 
@@ -130,6 +130,7 @@ def test_a_reconfiguration_stays_on_the_device(
         state = [value for kept in stepper.state.values() for value in kept.values() if torch.is_tensor(value)]
         assert devices(value for value in state if value.numel() > 1) == {"cuda"}
         keeper = averaging(twin, average)
+        assert devices([*keeper._averages, *keeper._weights]) == {"cuda"}  # of lists nobody else looks
         keeper.update_average()
         keeper.copy_buffers_to_average()
         assert devices(average.parameters()) == devices(average.buffers()) == {"cuda"}
