@@ -24,7 +24,7 @@ finished can be compared as far as both got. What comes out, at most eight files
 The order is: tests, calibration, VGG-11 at the paper's 182 epochs, peak memory, ResNet-50 dense and at three pruned
 stages, other steps with power; and only then ResNet-32. Its steps wait for their host: `--plan` predicts 30 minutes for
 its pair on an H100, which would leave nothing for the pieces after it, and 10 for VGG-11's. And ResNet-32 loses nothing
-by an interruption, since its checkpoints (4 MB a run) travel in `runs.tar`: the next half hour is its own. VGG-11's
+by an interruption, since its checkpoints (4 MB a run) travel in `runs.tar`: the next half hours are its own. VGG-11's
 (74 MB) do not fit there, so its pair has to be finished on the machine that began it. The last piece, `validate`, needs
 no GPU. Where the machine is given back before, it is made of the results anywhere else:
 

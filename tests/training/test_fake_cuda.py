@@ -1,7 +1,7 @@
 """The CUDA path without a GPU: tensors that say they are on one have shapes and a device but no values.
 
-An operator that mixes them with tensors on the CPU raises, as it would on a GPU, unless it takes lists. Backward needs a
-real device, so the gradients are made by hand.
+An operator that mixes them with tensors on the CPU raises, as it would on a GPU, unless it takes lists. Backward needs
+a real device, so the gradients are made by hand.
 """
 
 import copy
