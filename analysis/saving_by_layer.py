@@ -1,7 +1,7 @@
 """Where does the rest of the saving go? Time against MACs, layer by layer, of one network before and after pruning.
 
     python analysis/saving_by_layer.py TRACE [--batch 32] [--batches 4,128] [--multiples 1,8,16] [--repeats 5]
-        [--threads 1] [--device cpu] [--out DIR]
+        [--threads 1] [--device cpu] [--only-overheads] [--out DIR]
     python analysis/saving_by_layer.py TRACE --recorded [--out DIR]
 
 TRACE is a recorded or a planned run. Its first and its last architecture are built from their records, and both train
@@ -14,8 +14,8 @@ memory format. Five tables come out, each a CSV file in `--out`:
 * `steps`: one row per channel multiple: the pruned network with every channel count rounded up to it. It gives the
   share of MACs and of time that is left, and what was saved of the time for each part that was saved of the MACs. The
   parts of the step that are not layers (update of the weights, group lasso) stand in columns of their own.
-* `overheads`: what ptsim's recorder, penalty and data path add to a plain training step of the dense network, at the
-  mini-batches of `--batches`, a small and a large one.
+* `overheads`: what ptsim's recorder, penalty and data path take beside a plain training step of the dense network, at
+  the mini-batches of `--batches`, a small and a large one. Each is timed by itself: two whole steps differ by more.
 * `epochs`: where the recorded run itself spent its time. Nothing for a planned run.
 
 Times of whole steps are taken without timers inside, those of layers with timers around each layer. Run it on a machine
@@ -34,9 +34,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import bench_recorder
 import pandas as pd
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ptsim
@@ -53,6 +53,8 @@ from ptsim.textfile import write_whole
 from ptsim.trace.schema import Profile
 from ptsim.training.config import Config
 from ptsim.training.data import ResidentData, Share
+
+_TINY_STEPS = 200  # of a network that takes hardly longer than the recorder
 
 
 def measure(
@@ -172,17 +174,22 @@ def overhead_table(
 ) -> pd.DataFrame:
     """What ptsim adds to a plain training step of `network`, at each mini-batch: one row for each of its parts.
 
-    A plain step is forward, backward and SGD. The parts are taken in turn with it, `repeats` times `steps` steps of
-    each: the recorder's hooks; the penalty with its checks; and the making of a mini-batch on the device, with crop and
-    flip. `share_of_step` is the median over the rounds of what a part adds, over the plain step of the same round.
+    A plain step is forward, backward and SGD. Beside it are timed, `repeats` times `steps` of each: the recorder on a
+    tiny network (`bench_recorder`: its hooks do the same work on any); `PruneTrain.step` inside a step, that is the
+    penalty with its checks; and the making of a mini-batch on the device, with crop and flip. `share_of_step` is the
+    median over the rounds of a part's time over the plain step of the same round.
     """
+    recorder_s = [recorded_s - without_s for without_s, recorded_s in bench_recorder.measure(_TINY_STEPS, repeats)]
     rows = []
     for batch in batches:
-        loops = _loops(network, batch, setting, device)
-        rounds = [{name: _seconds(loop, steps, device) for name, loop in loops.items()} for _ in range(repeats)]
+        loops, penalty_s = _loops(network, batch, setting, device)
+        rounds = []
+        for _ in range(repeats):
+            rounds.append({name: _seconds(loop, steps, device) for name, loop in loops.items()})
+            rounds[-1]["penalty"] = statistics.mean(penalty_s[-steps:])
         parts = {
-            "recorder": [found["recorded"] - found["plain"] for found in rounds],
-            "penalty": [found["pruned"] - found["recorded"] for found in rounds],
+            "recorder": recorder_s,
+            "penalty": [found["penalty"] for found in rounds],
             "data": [found["data"] for found in rounds],
         }
         plain_s = [found["plain"] for found in rounds]
@@ -199,23 +206,31 @@ def overhead_table(
     return pd.DataFrame(rows)
 
 
-def _loops(network: Network, batch: int, setting: OperatorSetting, device: str) -> dict[str, Callable[[], object]]:
-    """One step of a plain loop, of one that is recorded, of one with the penalty too, and one mini-batch of data."""
+def _loops(
+    network: Network, batch: int, setting: OperatorSetting, device: str
+) -> tuple[dict[str, Callable[[], object]], list[float]]:
+    """A plain step, one with the penalty, and one mini-batch of data; and the seconds of every penalty so far."""
     shape, place = network.input_shape, torch.device(device)
     images = torch.randn((batch, *shape), device=device).contiguous(memory_format=layout(setting.memory_format))
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    penalty_s: list[float] = []
 
-    def loop(watch: Callable[[nn.Module, torch.optim.Optimizer], Callable[[Tensor], object]]) -> Callable[[], object]:
+    def loop(*, penalised: bool) -> Callable[[], object]:
         module = rebuild(network)[0].to(device).to(memory_format=layout(setting.memory_format)).train()
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9)
-        tell = watch(module, optimizer)
+        pruner = ptsim.PruneTrain(module, optimizer, input_shape=shape) if penalised else None
 
         def step() -> None:
             with number_format(setting.precision, place):
                 loss = F.cross_entropy(module(images), labels)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call] # torch's gap
-            tell(loss)
+            if pruner is not None:
+                _wait(device)
+                begin_s = time.perf_counter()
+                pruner.step(loss)
+                _wait(device)
+                penalty_s.append(time.perf_counter() - begin_s)
             optimizer.step()
 
         return step
@@ -226,12 +241,8 @@ def _loops(network: Network, batch: int, setting: OperatorSetting, device: str) 
     source = ResidentData("random", train=split, validation=split, num_classes=2, config=config, device=place)
     epochs = (source.training_batches(epoch, batch, Share()) for epoch in itertools.count())
     batches = itertools.chain.from_iterable(epochs)
-    return {
-        "plain": loop(lambda module, optimizer: lambda loss: None),
-        "recorded": loop(lambda module, optimizer: ptsim.Recorder(module, optimizer, input_shape=shape).step),
-        "pruned": loop(lambda module, optimizer: ptsim.PruneTrain(module, optimizer, input_shape=shape).step),
-        "data": lambda: next(batches),
-    }
+    loops = {"plain": loop(penalised=False), "penalised": loop(penalised=True), "data": lambda: next(batches)}
+    return loops, penalty_s
 
 
 def _seconds(action: Callable[[], object], steps: int, device: str) -> float:
@@ -241,9 +252,14 @@ def _seconds(action: Callable[[], object], steps: int, device: str) -> float:
         begin_s = time.perf_counter()
         for _ in range(count):
             action()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+        _wait(device)
     return (time.perf_counter() - begin_s) / steps
+
+
+def _wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
 def epoch_table(trace: ptsim.Trace) -> pd.DataFrame:
@@ -322,13 +338,18 @@ def _numbers(text: str) -> list[int]:
 
 
 def tables_of(trace: ptsim.Trace, options: argparse.Namespace) -> dict[str, pd.DataFrame]:
-    """The five tables by name.
+    """The five tables by name, or only the overheads.
 
     Raises:
         PtsimError: a network cannot be built from its record, or is pruned by nothing.
     """
     dense, pruned = trace.network_of(trace.epochs[0]), trace.final_network
     setting = OperatorSetting(precision=trace.run.precision, memory_format=trace.run.memory_format)
+    overheads = functools.partial(
+        overhead_table, dense, options.batches, setting=setting, repeats=options.repeats, device=options.device
+    )
+    if options.only_overheads:
+        return {"overheads": overheads()}
     networks = {"dense": dense} | {
         f"pruned, multiple of {multiple}": rounded(pruned, multiple) for multiple in options.multiples
     }
@@ -344,9 +365,7 @@ def tables_of(trace: ptsim.Trace, options: argparse.Namespace) -> dict[str, pd.D
         "layers": layers,
         "kinds": kind_table(layers, steps.macs_left[1]),
         "steps": steps,
-        "overheads": overhead_table(
-            dense, options.batches, setting=setting, repeats=options.repeats, device=options.device
-        ),
+        "overheads": overheads(),
         "epochs": epoch_table(trace),
     }
 
@@ -357,6 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("trace", type=Path, help="recorded or planned run whose last network is pruned")
     parser.add_argument("--recorded", action="store_true", help="measure nothing: the times of the run's own profiles")
     parser.add_argument("--batch", type=_positive, help="images per step (default: the run's)")
+    parser.add_argument("--only-overheads", action="store_true", help="measure nothing but that table")
     parser.add_argument(
         "--batches", type=_numbers, default=[4, 128], help="mini-batches of the overheads (default 4,128)"
     )

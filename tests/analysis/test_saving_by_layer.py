@@ -41,7 +41,7 @@ def test_the_tables_agree_with_the_trace(tmp_path: Path, capsys: pytest.CaptureF
     overheads = pd.read_csv(tmp_path / "overheads.csv")
     assert list(overheads.part) == ["recorder", "penalty", "data"] * 2
     assert list(overheads.batch) == [1, 1, 1, 3, 3, 3]
-    assert (overheads[overheads.part == "data"].added_seconds > 0).all()
+    assert (overheads[overheads.part != "recorder"].added_seconds > 0).all()
     epochs = pd.read_csv(tmp_path / "epochs.csv").set_index("of")
     wall_s = [epoch.time.wall_s for epoch in trace.epochs]
     assert epochs.wall_seconds["all epochs"] == pytest.approx(sum(wall_s))
