@@ -311,7 +311,7 @@ def _gpus_per_node(tables: Sequence[AllReduceTable]) -> int:
 
 
 def _device_of(gpus: Sequence[str]) -> Device | None:
-    """What the catalog knows of these GPUs.
+    """What the catalog knows of these GPUs; a `UserWarning` where it knows some of them only.
 
     Raises:
         UsageError: they are of different kinds.
@@ -321,6 +321,13 @@ def _device_of(gpus: Sequence[str]) -> Device | None:
         raise UsageError(
             f"the all-reduces ran on different GPUs: {' and '.join(found)}",
             hint="give the logs of one machine, or --base CLUSTER, which says what it has",
+        )
+    unknown = [gpu for gpu in gpus if match_device(gpu) is None]
+    if found and unknown:
+        warnings.warn(
+            f"the all-reduces ran on {', '.join(found)} and on GPUs that the catalog does not have: "
+            f"{printable(', '.join(unknown), _MOST_LETTERS)}; the cluster is taken to have the former",
+            stacklevel=3,
         )
     return next(iter(found.values()), None)
 

@@ -220,6 +220,22 @@ def test_what_is_wrong_with_another_collective_is_no_matter(tmp_path: Path) -> N
         read_nccl_log(write(tmp_path, failed.replace("none", " sum")))
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        GATHER.replace("\n", "  N/A  N/A  N/A\n") + TAIL,  # rccl-tests -A 1: no algorithm, protocol, channels
+        GATHER[:70] + "\n" + TAIL,  # a damaged row
+        GATHER,  # broke off
+    ],
+)
+def test_another_collective_may_be_damaged_or_break_off(tmp_path: Path, rows: str) -> None:
+    other = "+ mpirun -np 2 ./build/all_gather_perf\n" + HEAD + rows + "+ mpirun -np 2 ./build/all_reduce_perf\n"
+    (log,) = read_nccl_logs(write(tmp_path, other + HEAD + FAST + TAIL))
+    assert log.measurements[0].out_of_place_s == pytest.approx(419.4e-6)
+    with pytest.raises(FileFormatError, match="row of 4194304 bytes is incomplete"):
+        read_nccl_logs(write(tmp_path, other + HEAD + FAST[:70] + "\n" + TAIL))
+
+
 def test_columns_alone_begin_a_second_run(tmp_path: Path) -> None:
     old = "# bytes  N  type  op  time  algbw  busbw  res  time  algbw  busbw  res\n"
     rows = "4194304  1048576  float  sum  0.419  10.00  10.00  0e+00  0.419  10.00  10.00  0e+00\n"  # milliseconds

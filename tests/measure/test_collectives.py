@@ -59,8 +59,12 @@ def test_a_base_without_room_for_the_log_is_refused() -> None:
 
 def test_logs_of_different_gpus_are_no_one_cluster() -> None:
     tables = [ring_table(8, 1, 200e9, 2e-6), ring_table(16, 2, 21e9, 8e-6)]
-    gpus = ["A100-SXM-80GB", "NVIDIA A100-SXM4-80GB", "an unknown one"]
+    gpus = ["A100-SXM-80GB", "NVIDIA A100-SXM4-80GB"]
     assert calibrated_cluster(tables, name="c", gpus=gpus).device_name == "a100-sxm4-80gb"
+    slice_of_one = "NVIDIA A100-SXM4-80GB MIG 1g.10gb"
+    with pytest.warns(UserWarning, match=f"a100-sxm4-80gb and on GPUs that the catalog does not have: {slice_of_one};"):
+        assert calibrated_cluster(tables, name="c", gpus=[*gpus, slice_of_one]).device_name == "a100-sxm4-80gb"
+    assert calibrated_cluster(tables, name="c", gpus=[slice_of_one]).device is None
     with pytest.raises(UsageError, match="different GPUs: a100-sxm4-80gb and h100-sxm5-80gb"):
         calibrated_cluster(tables, name="c", gpus=[*gpus, "NVIDIA H100 80GB HBM3"])
     base = load_cluster("dgx-h100")

@@ -47,6 +47,9 @@ def read_nccl_log(path: str | Path) -> NcclLog:
 
 def _read_text(path: Path, text: str) -> tuple[NcclLog, ...]:
     sections = read_sections(path, text)
+    for section in sections:
+        if section.problem and not section.rows and "all_reduce" in (section.name or "all_reduce"):
+            raise section.problem
     if not any(section.rows for section in sections):
         expected = "rows of nccl-tests' all_reduce_perf ('size count type redop … time algbw busbw')"
         raise FileFormatError(path, f"no measurement found, expected {expected}")

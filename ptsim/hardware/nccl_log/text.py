@@ -119,10 +119,13 @@ class _Reader:
             current.ended = True
             if "bounds" in line and trailer[1] != "0":
                 self.refuse(number, f"{trailer[1]} results were out of bounds: the run is wrong")
-        elif row := _row(self.path, number, line):
+        elif match := _ROW.fullmatch(line):
             if current.ended and current.rows:
                 self.begin(number)
-            self.current.rows.append(row)
+            try:
+                self.current.rows.append(_row(self.path, number, match))
+            except FileFormatError as error:
+                self.current.problem = self.current.problem or error
         elif program := PROGRAM.search(line):
             if current.ended or current.rows:
                 self.name = program[1]
@@ -151,15 +154,16 @@ class _Reader:
         self.current.problem = self.current.problem or error
 
     def read_header(self, number: int, header: re.Match[str]) -> None:
-        if self.current.header is not None and not self.current.ended:
+        stopped = self.name is not None and "all_reduce" not in (self.current.name or "all_reduce")
+        if self.current.header is not None and not self.current.ended and not stopped:
             raise FileFormatError(
                 self.path,
                 "a second test starts before the first has ended: the output of several ranks is mixed",
                 line=number,
                 hint="build nccl-tests with MPI=1, so that only rank 0 prints, or keep one rank's output",
             )
-        if self.current.ended or self.current.rows:
-            self.begin(number)
+        if self.current.ended or self.current.rows or stopped:
+            self.begin(number)  # "stopped": another collective broke off, and the next program was started
         self.current.header = header
         if found := _AGGREGATED.search(header.string):
             self.current.aggregated = int(found[1])
@@ -188,10 +192,7 @@ def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
         yield cut
 
 
-def _row(path: Path, number: int, line: str) -> Row | None:
-    match = _ROW.fullmatch(line)
-    if match is None:
-        return None
+def _row(path: Path, number: int, match: re.Match[str]) -> Row:
     words = match[4].split()
     redop = words.pop(0) if words and not _NUMBER.fullmatch(words[0]) else "none"
     values: list[float | None] = []
@@ -205,6 +206,8 @@ def _row(path: Path, number: int, line: str) -> Row | None:
     root = None
     if values and (len(values) % 4 == 1 or words[0] == "-1"):
         root = int(float(values.pop(0) or 0))
+    if len(values) == 11 and values[8:] == [None] * 3:
+        del values[8:]  # rccl-tests -A 1: algorithm, protocol and channels of what has none
     if len(values) not in (3, 4, 8, 16):
         raise FileFormatError(
             path,
