@@ -10,7 +10,7 @@ from ptsim.answers.predict import PredictOptions, predict
 from ptsim.errors import UsageError
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import Cluster
-from ptsim.measure.mllog import MlperfRun, read_mllog
+from ptsim.measure.mllog import MlperfRun, of_all_gpus, read_mllog
 from ptsim.network import MemoryFormat, Network
 from ptsim.optimizers import OPTIMIZERS
 from ptsim.setting import PrecisionName
@@ -76,12 +76,13 @@ def validate_mllog(
     where = load_cluster(cluster)
     chosen = model or _network(run, path)
     count = _num_gpus(run, path, where, gpus)
+    run = of_all_gpus(run, count)
     optimizer = run.optimizer if run.optimizer in OPTIMIZERS.names() else "sgd"
     trained = PredictOptions(memory_format=memory_format, optimizer=optimizer)
     batch = run.global_batch // count
     expected = predict(chosen, batch=batch, precision=precision, cluster=cluster, gpus=count, options=trained)
     measured_s = run.step_seconds
-    notes: list[str] = []
+    notes = [run.note] if run.note else []
     if run.optimizer not in (None, optimizer):
         notes.append(f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted")
     if run.passes > 1:

@@ -29,7 +29,13 @@ _NODES = re.compile(r"\s*(\d{1,6})\s*x\s*(?:NVIDIA\s+)?([^\W_]*)", re.IGNORECASE
 _ONE_RUN = (  # what a run says once
     "submission_benchmark", "submission_platform", "global_batch_size", "d_batch_size", "train_samples", "opt_name",
 )  # fmt: skip
-_SAMPLES = {"resnet": 1_281_167}  # of the benchmark's data set, which version 0.6 did not log
+_IMAGES = {  # of a benchmark's data set: ImageNet; COCO, before 2.0 and with all images; OpenImages since; KiTS19
+    "resnet": (1_281_167,),
+    "ssd": (117_266, 118_287, 1_170_301),
+    "maskrcnn": (117_266, 118_287),
+    "unet3d": (168,),
+}
+_NEAR = 0.01  # by which a log's number of images may be off, for whole mini-batches
 
 
 class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,11 +48,14 @@ class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):
         batch_per_gpu: where the submitter's code logs it ("d_batch_size").
         global_batch: images of one step on all accelerators together.
         passes: forward and backward passes whose gradients add up in a step.
-        train_samples: images of an epoch; those of ImageNet where the log of a "resnet" does not say.
+        train_samples: images of an epoch; those of ImageNet where the log of a "resnet" does not say. Where the log
+            counts mini-batches, the images in them; for "maskrcnn", whose logs have the steps of the run there, those
+            of COCO.
         optimizer: in lower case; None where the log does not say.
         epoch_seconds: median of an epoch's training, without evaluation; the first epoch is left out where there are
             others. From marks that wait for the accelerators, where an epoch's own do not.
         num_epochs: that were timed.
+        note: what was assumed of the number of images; None where the log says what the benchmark's data set has.
     """
 
     benchmark: str | None
@@ -59,6 +68,7 @@ class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):
     optimizer: str | None
     epoch_seconds: float
     num_epochs: int
+    note: str | None = None
 
     @property
     def images_per_second(self) -> float:
@@ -92,13 +102,14 @@ def read_mllog(path: str | Path) -> MlperfRun:
     path = Path(path)
     lines = _lines(path, decode_text(unpacked(path, read_bytes(path))))
     values = _values(path, lines)
-    epochs = _epochs(lines)
+    global_batch = _count(path, values, "global_batch_size")
+    samples, note = _samples(path, values, global_batch)
+    epochs = _epochs(lines, samples)
     if not epochs:
         raise FileFormatError(
             path, "holds no whole epoch: expected epoch_start and epoch_stop, or block_start and block_stop"
         )
     timed = epochs[1:] or epochs
-    global_batch, samples = _count(path, values, "global_batch_size"), _samples(path, values)
     if samples < global_batch:
         problem = f"an epoch of {samples} samples is less than one mini-batch of {global_batch}"
         raise FileFormatError(path, f"{problem}; expected train_samples to count samples, not mini-batches")
@@ -114,7 +125,17 @@ def read_mllog(path: str | Path) -> MlperfRun:
         optimizer=_text(values.get("opt_name")),
         epoch_seconds=statistics.median(timed),
         num_epochs=len(timed),
+        note=note,
     )
+
+
+def of_all_gpus(run: MlperfRun, num_gpus: int) -> MlperfRun:
+    """The run with the images of all GPUs, where its log counts those that one of them sees in an epoch."""
+    for images in _IMAGES.get(run.benchmark or "", ()):
+        if run.note and num_gpus > 1 and abs(run.train_samples * num_gpus / images - 1) <= _NEAR:
+            note = f"its train_samples, {run.train_samples}, are taken for those of one of {num_gpus} GPUs"
+            return msgspec.structs.replace(run, train_samples=run.train_samples * num_gpus, note=note)
+    return run
 
 
 def _values(path: Path, lines: list[_Line]) -> dict[str, Any]:
@@ -134,11 +155,27 @@ def _values(path: Path, lines: list[_Line]) -> dict[str, Any]:
     return found
 
 
-def _samples(path: Path, values: dict[str, Any]) -> int:
-    """Images of an epoch: "train_samples", or "input_size" in version 0.6, else those of the benchmark's data set."""
-    named = next((key for key in ("train_samples", "input_size") if key in values), None)
-    known = _SAMPLES.get(_text(values.get("submission_benchmark")) or "")
-    return known if named is None and known else _count(path, values, named or "train_samples")
+def _samples(path: Path, values: dict[str, Any], global_batch: int) -> tuple[int, str | None]:
+    """Images of an epoch, and what was assumed of them.
+
+    "samples_per_epoch" counts those of whole mini-batches, "input_size" is the key of version 0.6. NVIDIA's code logs
+    mini-batches for "ssd" since version 2.0 and the steps of the run for "maskrcnn".
+    """
+    benchmark = _text(values.get("submission_benchmark")) or ""
+    known = _IMAGES.get(benchmark, ())
+    keys = ("samples_per_epoch", "train_samples", "input_size")
+    named = next((key for key in keys if key in values), "train_samples")
+    if named not in values and len(known) == 1:
+        return known[0], None
+    count = _count(path, values, named)
+    if named == keys[0] or not known or any(abs(count / images - 1) <= _NEAR for images in known):
+        return count, None
+    said = f"its {named}, {count}, is not the number of images of MLPerf's {benchmark}"
+    if any(abs(count * global_batch - images) < global_batch for images in known):
+        return count * global_batch, f"{said}: mini-batches of {global_batch} are taken to be counted"
+    if benchmark == "maskrcnn":
+        return known[0], f"{said}: {known[0]} images are taken"
+    return count, f"{said} ({' or '.join(map(str, known))}): the log's number is taken"
 
 
 def _num_nodes(platform: str) -> int | None:
@@ -186,7 +223,7 @@ def _object(content: str) -> str:
     return content[:end]
 
 
-def _epochs(lines: list[_Line]) -> list[float]:
+def _epochs(lines: list[_Line], samples: int) -> list[float]:
     """Seconds of every epoch without evaluation; a block's are shared out over its epochs where none is marked."""
     found: dict[str, list[float]] = {"epoch": [], "block": []}
     began: dict[str, _Line] = {}
@@ -212,7 +249,7 @@ def _epochs(lines: list[_Line]) -> list[float]:
             end_judging(line.time_ms)
             start = began.pop(kind)
             seconds = (line.time_ms - start.time_ms - judged_ms[kind]) / 1e3
-            count = _num_epochs(kind, start)
+            count = _num_epochs(kind, start, samples)
             if seconds > 0 and count > 0:
                 found[kind].append(seconds / count)
         elif line.key == "eval_stop":
@@ -227,13 +264,18 @@ def _epochs(lines: list[_Line]) -> list[float]:
     return found["epoch"] or found["block"]
 
 
-def _num_epochs(kind: str, start: _Line) -> float:
-    """How many epochs begin with the mark; 0 where it does not count them."""
+def _num_epochs(kind: str, start: _Line, samples: int) -> float:
+    """How many epochs of so many samples begin with the mark; 0 where it does not count them.
+
+    A number that is a multiple of the samples counts those: so do logs of "unet3d" in version 3.1.
+    """
     told = start.metadata if isinstance(start.metadata, dict) else {}
     if "samples_count" in told and not told.keys() & {"epoch_num", "epoch_count"}:
         return 0
     count = told.get("epoch_count", 1) if kind == "block" else 1
-    return count if isinstance(count, int | float) else 0
+    if not isinstance(count, int | float):
+        return 0
+    return count / samples if count >= samples and count % samples == 0 else count
 
 
 def _computed(seconds: float, epochs: list[float]) -> list[float]:

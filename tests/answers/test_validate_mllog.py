@@ -228,6 +228,9 @@ TIMED: dict[str, tuple[list[Any], float]] = {
     "blocks that count epochs and samples": (
         [("block_start", 0, {"first_epoch_num": 1, "epoch_count": 2, "samples_count": 0}), ("block_stop", 40)], 20
     ),
+    "blocks that count the 16,000 samples of their epochs": (
+        [("block_start", 0, {"epoch_count": 32_000}), ("block_stop", 40)], 20
+    ),
     "a block that counts no epochs": ([("block_start", 0), ("block_stop", 30)], 30),
     "an end without a begin, and epochs without a duration": (
         [("epoch_stop", 5), ("epoch_start", 6), ("epoch_stop", 6), ("epoch_start", 7), ("epoch_stop", 37)], 30
@@ -383,6 +386,39 @@ def test_the_images_of_an_epoch_are_the_logs_or_the_benchmarks(
     tmp_path: Path, changed: dict[str, Any], samples: int
 ) -> None:
     assert read_mllog(_log(tmp_path / "log", **changed)).train_samples == samples
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "logged", "batch", "samples", "said"),
+    [  # as published files have it; RetinaNet trains on 1,170,301 images, Mask R-CNN on 117,266
+        ("ssd", {"train_samples": 4572}, 256, 4572 * 256, "ssd: mini-batches of 256"),
+        ("ssd", {"train_samples": 4571}, 256, 4571 * 256, "ssd: mini-batches of 256"),
+        ("ssd", {"train_samples": 572}, 2048, 572 * 2048, "ssd: mini-batches of 2048"),
+        ("ssd", {"train_samples": 4573}, 256, 4573, "ssd (117266 or 118287 or 1170301): the log's number"),
+        ("ssd", {"train_samples": 117_266}, 1024, 117_266, None),
+        ("maskrcnn", {"train_samples": 40_000}, 96, 117_266, "maskrcnn: 117266 images"),
+        ("maskrcnn", {"train_samples": 118_287}, 96, 118_287, None),
+        ("resnet", {"train_samples": 1_277_952}, 4096, 1_277_952, None),  # whole mini-batches
+        ("resnet", {"train_samples": 16_000}, 1600, 16_000, "resnet (1281167): the log's number"),
+        ("unet3d", {"train_samples": 168, "samples_per_epoch": 240}, 80, 240, None),  # filled up to 3 mini-batches
+        ("mine", {"train_samples": 4572}, 256, 4572, None),
+    ],
+)
+def test_a_number_that_is_not_of_the_data_sets_images_is_noted(
+    tmp_path: Path, benchmark: str, logged: dict[str, Any], batch: int, samples: int, said: str | None
+) -> None:
+    found = read_mllog(_log(tmp_path / "log", submission_benchmark=benchmark, global_batch_size=batch, **logged))
+    assert found.train_samples == samples
+    assert (found.note is None) if said is None else (said in str(found.note))
+
+
+def test_images_of_one_gpu_are_those_of_all_over_their_number(tmp_path: Path, network: Network) -> None:
+    """160,000 × 8 are ImageNet's within 1 %: 64,000 images/s; 16,000 × 8 are nobody's."""
+    for samples, of_all in ((160_000, 1_280_000), (16_000, 16_000)):
+        path = _log(tmp_path / "log", train_samples=samples)
+        check = validate_mllog(path, cluster="dgx-a100", model=network, gpus=8)
+        assert check.measured_images_per_second == of_all / 20
+        assert any(f"train_samples, {samples}, " in note for note in check.notes)
 
 
 @pytest.mark.parametrize(
