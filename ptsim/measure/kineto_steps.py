@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
@@ -17,6 +18,7 @@ from ptsim.operators import KIND_OF_OP
 
 _STEP_MARK, UPDATE_MARK, _BACKWARD = "ProfilerStep#", "Optimizer.step#", "autograd::engine::evaluate_function:"
 _SEQUENCE = "sequence number"
+_HARDLY_ANY = 0.05  # of a GPU's kernels: another one with fewer takes no part
 _SHORTEST_STEP_S, _LONGEST_STEP_S = 1e-9, 86_400.0
 _ACCUMULATE = "torch::autograd::AccumulateGrad"
 _SCALE = "aten::_amp_update_scale_"  # ends the step of a GradScaler, with an update or without
@@ -69,8 +71,9 @@ def read_steps(recording: Recording) -> list[Step]:
     """The training steps of a file.
 
     Raises:
-        FileFormatError: there is none, or one takes less than a nanosecond or more than a day, or its operators none.
+        FileFormatError: there is none, or one process ran several GPUs, or a step takes less than a nanosecond or more than a day, or its operators none.
     """
+    _check_one_gpu(recording)
     windows = _windows(recording)
     trained = [window for window in windows if _backward(recording, window)]
     updated = [window for window in trained if _updates(recording, window)]  # the last one may lack its end
@@ -78,7 +81,8 @@ def read_steps(recording: Recording) -> list[Step]:
     steps = list(found.values())
     if not any(event.number(_SEQUENCE) is not None for event in recording.host):
         problem = "tells no training step: its operators have no sequence numbers, which lead from forward to backward"
-        raise FileFormatError(recording.path, f"{problem}; record it with PyTorch 2")
+        advice = "record it with PyTorch 2, with gradients, and not from a CUDA graph"
+        raise FileFormatError(recording.path, f"{problem}; {advice}")
     if not steps:
         raise FileFormatError(recording.path, "holds no forward pass with its backward pass; expected a training step")
     if recording.on_gpu:
@@ -93,6 +97,16 @@ def read_steps(recording: Recording) -> list[Step]:
     if shortest < _SHORTEST_STEP_S:
         raise FileFormatError(recording.path, f"holds a training step of {shortest:g} s; expected a time above 0")
     return steps
+
+
+def _check_one_gpu(recording: Recording) -> None:
+    """Refuse a process that trained on several GPUs: nothing tells which of them an operator is part of."""
+    ran = Counter(event.number("device") for event in recording.device_events if event.category == "kernel")
+    most = max(ran.values(), default=0)
+    used = sum(number > _HARDLY_ANY * most for number in ran.values())
+    if used > 1:
+        problem = f"holds kernels of {used} GPUs that one process ran, as DataParallel or a pipeline does"
+        raise FileFormatError(recording.path, f"{problem}; expected one process a GPU")
 
 
 def _windows(recording: Recording) -> list[Span]:
