@@ -71,7 +71,8 @@ def read_steps(recording: Recording) -> list[Step]:
     """The training steps of a file.
 
     Raises:
-        FileFormatError: there is none, or one process ran several GPUs, or a step takes less than a nanosecond or more than a day, or its operators none.
+        FileFormatError: there is none, or one takes less than a nanosecond or more than a day, or its operators none,
+            or one process ran several GPUs.
     """
     _check_one_gpu(recording)
     windows = _windows(recording)
