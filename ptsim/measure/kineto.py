@@ -49,6 +49,7 @@ from ptsim.units import GIB
 T = TypeVar("T")
 UNKNOWN = "unknown"  # architecture of a step whose network nobody named
 _TF32 = re.compile(r"tf32|tensorop_s\d|_s1688|s1688gemm")  # kernels of cuDNN, cuBLAS and CUTLASS
+_ON_GPU = tuple(f"aten::{library}_{op}" for library in ("cudnn", "miopen") for op in ("convolution", "batch_norm"))
 _NEGLIGIBLE = 0.01  # of what all operators take
 _PRECISIONS = {"c10::half": Precision.FP16, "half": Precision.FP16, "c10::bfloat16": Precision.BF16}
 
@@ -122,11 +123,28 @@ def _passes(steps: Sequence[Step], notes: list[str]) -> int:
     return passes
 
 
-def _read(paths: Sequence[str | Path]) -> tuple[list[Recording], list[list[Step]], list[Step]]:
+def _check_kernels(recording: Recording, device: Device | str | None) -> None:
+    """Refuse a GPU's work without its kernels: the host only launches it, and takes other times."""
+    if recording.on_gpu:
+        return
+    named = match_device(device) if isinstance(device, str) else device
+    gpu = named.name if named is not None and named.is_gpu else None
+    launched = next((event.name for event in recording.host if event.name.startswith(_ON_GPU)), None)
+    if launched or gpu:
+        says = f"holds {launched}, which runs on a GPU, but no kernels" if launched else f"holds no kernels of {gpu}"
+        hint = "record with activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]"
+        raise UsageError(f"{recording.path} {says}", hint=hint)
+
+
+def _read(
+    paths: Sequence[str | Path], device: Device | str | None
+) -> tuple[list[Recording], list[list[Step]], list[Step]]:
     """Every rank's recording, its steps, and the steps of all ranks."""
     if not paths:
         raise UsageError("no profile was named")
     recordings = [read_recording(path) for path in paths]
+    for recording in recordings:
+        _check_kernels(recording, device)
     steps = [read_steps(recording) for recording in recordings]
     return recordings, steps, list(itertools.chain.from_iterable(steps))
 
@@ -154,10 +172,10 @@ def import_kineto(
 
     Raises:
         FileFormatError: a file is not what torch.profiler writes, or holds no training step.
-        UsageError: no file, files of different devices or jobs, another device than the file names, or nothing names
-            the device or its memory.
+        UsageError: no file, files of different devices or jobs, another device than the file names, nothing names
+            the device or its memory, or a GPU without its kernels.
     """
-    recordings, steps, everything = _read(paths)
+    recordings, steps, everything = _read(paths, device)
     calls = [call for step in everything for call in step.calls]
     notes = _cut_off(recordings) + _recomputation(everything)
     setting = _setting(calls, recordings[0].on_gpu, precision, memory_format, notes)

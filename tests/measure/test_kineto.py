@@ -439,6 +439,22 @@ def test_several_gpus_of_one_process_are_refused(tmp_path: Path) -> None:
             import_kineto([path])
 
 
+def test_a_gpus_work_without_its_kernels_is_refused(tmp_path: Path) -> None:
+    """As recorded with ProfilerActivity.CPU alone: the host's times are those of launches."""
+    document = _gpu_trace()
+    document["traceEvents"] = [event for event in document["traceEvents"] if event["cat"] != "kernel"]
+    path = _write(tmp_path / "a.json", document)
+    assert import_kineto([path], memory_bytes=2**34).profile.kind == "cpu"
+    for device in (load_device("a100"), "NVIDIA H100 80GB HBM3"):
+        with pytest.raises(UsageError, match=r"a\.json holds no kernels of (a100|h100)-") as caught:
+            import_kineto([path], device=device)
+        assert "ProfilerActivity.CUDA" in str(caught.value.hint)
+    for event in document["traceEvents"]:
+        event["name"] = event["name"].replace("aten::convolution_backward", "aten::cudnn_convolution_backward")
+    with pytest.raises(UsageError, match="holds aten::cudnn_convolution_backward, which runs on a GPU, but no kernels"):
+        import_kineto([_write(path, document)], memory_bytes=2**34)
+
+
 def test_kernels_without_the_id_of_their_operator_tell_nothing_of_a_step(tmp_path: Path) -> None:
     document = _gpu_trace()
     for event in document["traceEvents"]:
