@@ -236,6 +236,19 @@ def test_another_collective_may_be_damaged_or_break_off(tmp_path: Path, rows: st
         read_nccl_logs(write(tmp_path, other + HEAD + FAST[:70] + "\n" + TAIL))
 
 
+@pytest.mark.parametrize("rows", ["", FAST, FAST[:70] + "\n"])
+def test_a_run_that_failed_is_left_out_beside_the_next_one(tmp_path: Path, rows: str) -> None:
+    failed = HEAD.replace("maxBytes 4194304", "maxBytes 8388608") + rows
+    failed += "alpha: Test NCCL failure common.cu:958 'unhandled error / '\n .. alpha pid 10: Test failure x.cu:4\n"
+    with pytest.warns(UserWarning, match=r"runs that failed are left out \(they begin in line 1\)"):
+        (log,) = read_nccl_logs(write(tmp_path, failed + HEAD + FAST.replace("419.4", "420.4") + TAIL))
+    assert log.measurements[0].out_of_place_s == pytest.approx(420.4e-6)
+    with pytest.raises(FileFormatError, match=r"truncated|no measurement found"):
+        read_nccl_logs(write(tmp_path, failed))
+    (log,) = read_nccl_logs(write(tmp_path, HEAD + FAST + TAIL + "alpha: Test NCCL failure common.cu:1130\n"))
+    assert log.num_gpus == 2  # it had ended
+
+
 def test_columns_alone_begin_a_second_run(tmp_path: Path) -> None:
     old = "# bytes  N  type  op  time  algbw  busbw  res  time  algbw  busbw  res\n"
     rows = "4194304  1048576  float  sum  0.419  10.00  10.00  0e+00  0.419  10.00  10.00  0e+00\n"  # milliseconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from ptsim.errors import FileFormatError
@@ -45,8 +46,18 @@ def read_nccl_log(path: str | Path) -> NcclLog:
     return logs[0]
 
 
+def _without_failed(path: Path, sections: list[Section]) -> list[Section]:
+    """The sections without those of runs that failed, of which a `UserWarning` tells, where others were tried after."""
+    kept = [section for section in sections if not section.failed]
+    if len(kept) == len(sections) or not any(section.rows for section in kept):
+        return sections
+    failed = ", ".join(str(section.line) for section in sections if section.failed)
+    warnings.warn(f"{path}: runs that failed are left out (they begin in line {failed})", stacklevel=4)
+    return kept
+
+
 def _read_text(path: Path, text: str) -> tuple[NcclLog, ...]:
-    sections = read_sections(path, text)
+    sections = _without_failed(path, read_sections(path, text))
     for section in sections:
         if section.problem and not section.rows and "all_reduce" in (section.name or "all_reduce"):
             raise section.problem

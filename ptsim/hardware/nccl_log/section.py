@@ -57,6 +57,7 @@ class Section:
         self.blocking = False  # the host waits for each of them
         self.problem: FileFormatError | None = None  # why its times count for nothing
         self.ended = False
+        self.failed = False  # as the test itself says
         self.last_line = line
 
 

@@ -27,6 +27,7 @@ _HEADER = re.compile(  # with colons and ranks of a GPU in rccl-tests until 2023
 _AGGREGATED = re.compile(r"\bagg iters:\s*(\d{1,6})")
 _VERSION = re.compile(r"nccl-library=(\d+)|[NR]CCL version(?: :)? (\S+)|compiled with NCCL (\S+)")
 _BLOCKING = "Blocking Enabled:"
+_FAILED = re.compile(r"\bTest (?:NCCL |CUDA )?failure\b")  # "node: Test NCCL failure common.cu:958 'unhandled …'"
 _DEVICES = re.compile(r"\bUsing devices\b")
 _TEST = re.compile(r"\bCollective test (starting|concluded):\s*(\S+)")
 _TRAILER = re.compile(r"\b(?:Out of bounds values|Avg bus bandwidth)\s*:\s*(\S+)")
@@ -126,6 +127,8 @@ class _Reader:
                 self.current.rows.append(_row(self.path, number, match))
             except FileFormatError as error:
                 self.current.problem = self.current.problem or error
+        elif _FAILED.search(line):
+            current.failed = not current.ended
         elif program := PROGRAM.search(line):
             if current.ended or current.rows:
                 self.name = program[1]
@@ -154,7 +157,9 @@ class _Reader:
         self.current.problem = self.current.problem or error
 
     def read_header(self, number: int, header: re.Match[str]) -> None:
-        stopped = self.name is not None and "all_reduce" not in (self.current.name or "all_reduce")
+        stopped = self.current.failed or (
+            self.name is not None and "all_reduce" not in (self.current.name or "all_reduce")
+        )
         if self.current.header is not None and not self.current.ended and not stopped:
             raise FileFormatError(
                 self.path,
@@ -163,7 +168,7 @@ class _Reader:
                 hint="build nccl-tests with MPI=1, so that only rank 0 prints, or keep one rank's output",
             )
         if self.current.ended or self.current.rows or stopped:
-            self.begin(number)  # "stopped": another collective broke off, and the next program was started
+            self.begin(number)  # "stopped": it failed, or another collective broke off and the next program was started
         self.current.header = header
         if found := _AGGREGATED.search(header.string):
             self.current.aggregated = int(found[1])
