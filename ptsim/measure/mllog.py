@@ -27,7 +27,8 @@ _OLD = re.compile(r":::MLL (\d{1,12}(?:\.\d{1,9})?) (\w{1,80}) ?:\s*\{")
 _MARKED = 0.9  # of the time up to an evaluation must lie inside the epochs' own marks
 _NODES = re.compile(r"\s*(\d{1,6})\s*x\s*(?:NVIDIA\s+)?([^\W_]*)", re.IGNORECASE)  # "4xNVIDIA DGX A100"
 _ONE_RUN = (  # what a run says once
-    "submission_benchmark", "submission_platform", "global_batch_size", "d_batch_size", "train_samples", "opt_name",
+    "submission_benchmark", "submission_platform", "global_batch_size", "d_batch_size", "local_batch_size",
+    "train_samples", "opt_name",
 )  # fmt: skip
 _IMAGES = {  # of a benchmark's data set: ImageNet; COCO, before 2.0 and with all images; OpenImages since; KiTS19
     "resnet": (1_281_167,),
@@ -45,7 +46,7 @@ class MlperfRun(msgspec.Struct, frozen=True, kw_only=True):
         benchmark: MLPerf's name of it, such as "resnet"; None where the log does not say.
         platform: as the submitter names it.
         num_nodes: where the platform's name begins with it; of a name that begins with GPUs ("8xA100") it is None.
-        batch_per_gpu: where the submitter's code logs it ("d_batch_size").
+        batch_per_gpu: where the submitter's code logs it ("d_batch_size", "local_batch_size").
         global_batch: images of one step on all accelerators together.
         passes: forward and backward passes whose gradients add up in a step.
         train_samples: images of an epoch; those of ImageNet where the log of a "resnet" does not say. Where the log
@@ -114,11 +115,12 @@ def read_mllog(path: str | Path) -> MlperfRun:
         problem = f"an epoch of {samples} samples is less than one mini-batch of {global_batch}"
         raise FileFormatError(path, f"{problem}; expected train_samples to count samples, not mini-batches")
     platform = values.get("submission_platform")
+    of_one = next((key for key in ("d_batch_size", "local_batch_size") if key in values), None)
     return MlperfRun(
         benchmark=_text(values.get("submission_benchmark")),
         platform=_text(platform),
         num_nodes=_num_nodes(str(platform)) if platform else None,
-        batch_per_gpu=_count(path, values, "d_batch_size") if "d_batch_size" in values else None,
+        batch_per_gpu=None if of_one is None else _count(path, values, of_one),
         global_batch=global_batch,
         passes=_count(path, values, "gradient_accumulation_steps") if "gradient_accumulation_steps" in values else 1,
         train_samples=samples,

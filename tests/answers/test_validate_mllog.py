@@ -277,6 +277,7 @@ def test_lines_of_version_0_6_say_the_same_in_another_form(tmp_path: Path) -> No
         ({}, 8, 8, 200),
         ({"submission_platform": " 4X machines"}, None, 32, 50),
         ({"submission_platform": "a machine", "d_batch_size": 50}, None, 32, 50),
+        ({"local_batch_size": 400}, None, 4, 400),
         ({"d_batch_size": 300}, None, 16, 100),  # 1,600 images are no whole number of those
         ({"d_batch_size": 50}, 8, 8, 200),
     ],
