@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from ptsim.errors import FileFormatError
 from ptsim.measure.kineto import KinetoImport, import_kineto
 from ptsim.measure.kineto_events import read_recording
 from ptsim.measure.kineto_steps import Step, read_steps
@@ -169,6 +170,21 @@ def test_several_steps_under_one_mark_are_as_many(tmp_path: Path, scaled: bool) 
     found = events.imported(tmp_path)
     assert found.images_per_second == pytest.approx(4 / 10e-3)
     assert not any("gradients" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(("others", "refused"), [(30, True), (2, True), (1, False)])
+def test_several_gpus_of_one_process_are_refused(tmp_path: Path, others: int, refused: bool) -> None:
+    """As DataParallel runs them, beside 30 kernels of the first; one in thirty (3 %) takes no part."""
+    recorded = Events()
+    for i in range(10):
+        recorded.step(10.0 * i, 5 + 10.0 * i)  # three kernels
+    for i in range(others):
+        recorded.device("a replica's", (5 + i, 0.5), device=1)
+    if not refused:
+        assert len(recorded.steps(tmp_path)) == 10
+        return
+    with pytest.raises(FileFormatError, match="holds kernels of 2 GPUs that one process ran"):
+        recorded.steps(tmp_path)
 
 
 def test_a_mark_between_the_passes_of_a_step_divides_no_step(tmp_path: Path) -> None:
