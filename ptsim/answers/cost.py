@@ -75,7 +75,8 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
             (on a GPU, unless `gpu` or the trace says a CPU).
         streamed_bytes: the memory-bound half of a dense step: what layers without products move forward and backward
             (BatchNorm, activations, sums, pools …), and the update.
-        streamed_seconds: the least that this takes at the device's memory bandwidth; None without a device.
+        streamed_seconds: of these bytes at the device's memory bandwidth, without what stays in a cache (less time) and
+            small kernels (more), which `predict` counts; None without a device.
         product_bytes: what convolutions, linear layers and matrix products move.
     """
 

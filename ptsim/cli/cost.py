@@ -126,7 +126,7 @@ def _summary(report: CostReport) -> Table:
             + (
                 ""
                 if report.streamed_seconds is None
-                else f": at least {format_seconds(report.streamed_seconds)} on {report.gpu}"
+                else f": {format_seconds(report.streamed_seconds)} from and to the memory of {report.gpu}"
             ),
         ),
         (
