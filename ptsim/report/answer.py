@@ -329,6 +329,8 @@ _REASONS = {
     "channels, tiles and waves of the GPU's multipliers stay partly empty.",
     "memory-bound layers": "Memory-bound layers (BatchNorm, activations, sums) take {left} of their dense time: they "
     "move bytes, and bytes shrink with the channels, not with their square.",
+    "gradient hooks": "Gradient hooks take {left} of their dense time: DDP copies every gradient into its bucket, "
+    "which takes as long for a small tensor as for a large one.",
     "optimizer and regulariser": "The group lasso's gradient and the update take {share} of the pruned run.",
     "exposed communication": "Exposed communication takes {left} of its dense time: small messages cost latency, not "
     "bandwidth.",

@@ -291,15 +291,16 @@ def roofline_frame(run: LabelledRun, projector: Projector) -> pd.DataFrame:
 def epoch_breakdown_frame(run: LabelledRun, projector: Projector, gpus: int) -> pd.DataFrame:
     """One row per epoch and part of the time (`figures.PART_COLOURS`), in seconds of that epoch.
 
-    The simulated forward and backward time is split between matrix products and memory-bound layers in the proportion
-    of their times on the device alone. "other" is what no part claims, such as waiting for stragglers.
+    The simulated forward and backward time, without the hooks of the gradients, is split between matrix products and
+    memory-bound layers in the proportion of their times on the device alone. "other" is what no part claims, such as
+    waiting for stragglers.
     """
     rows = []
     for e in projector.run(run.trace, gpus).epochs:
-        products_s = e.product_s * e.num_iterations
         parts = {
-            "convolutions and linear layers": products_s,
-            "memory-bound layers": (e.forward_s + e.backward_s) * e.num_iterations - products_s,
+            "convolutions and linear layers": e.product_s * e.num_iterations,
+            "memory-bound layers": (e.forward_s + e.backward_s - e.product_s - e.hooks_s) * e.num_iterations,
+            "gradient hooks": e.hooks_s * e.num_iterations,
             "optimizer and regulariser": (e.optimizer_s + e.regularizer_s) * e.num_iterations,
             "exposed communication": e.exposed_communication_s * e.num_iterations,
             "input wait": e.input_wait_s * e.num_iterations,

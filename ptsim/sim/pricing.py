@@ -48,6 +48,7 @@ class StepPrice(msgspec.Struct, frozen=True, kw_only=True):
     forward_s: float
     backward_s: float  # with the hooks of its gradients
     product_s: float  # of both, in convolutions, linear layers and matrix products
+    hooks_s: float  # of the backward pass, in the gradients' hooks; 0 on one GPU
     optimizer_s: float  # of the parameters that a GPU updates: its share where the update is sharded
     low_s: float
     high_s: float
@@ -186,6 +187,7 @@ class Pricer:
             forward_s=n * forward_s,
             backward_s=n * backward_s + hooks_s,
             product_s=n * product_s,
+            hooks_s=hooks_s,
             optimizer_s=optimizer_s,
             low_s=expected.step_s / spread_on_top(expected.step_s / step_range.low_s, scenario.spread),
             high_s=expected.step_s * spread_on_top(step_range.high_s / expected.step_s, scenario.spread),

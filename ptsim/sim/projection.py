@@ -22,7 +22,8 @@ class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
     A step is the sum of forward, backward, regularizer, optimizer, overhead (loss and host gaps), input wait,
     straggler wait and exposed communication, of which the GPU stands still for `communication_wait_s` and computes more
     slowly beside collectives for the rest. `product_s` is what convolutions, linear layers and matrix products take of
-    forward and backward; the rest of the two is bound by memory. `communication_s` is what all collectives of the step
+    forward and backward, `hooks_s` what DDP's hooks of the gradients take of backward, 0 on one GPU; the rest of the
+    two is bound by memory. `communication_s` is what all collectives of the step
     take by themselves. `peak_memory_bytes` is what the step takes at most, `needed_memory_bytes` what must be free on a
     GPU, an upper estimate.
     """
@@ -35,6 +36,7 @@ class EpochProjection(msgspec.Struct, frozen=True, kw_only=True):
     forward_s: float
     backward_s: float
     product_s: float
+    hooks_s: float
     optimizer_s: float
     regularizer_s: float
     overhead_s: float
@@ -223,6 +225,7 @@ def _epoch_row(run: RunProjection, epoch: EpochProjection) -> dict[str, Any]:
         "forward_seconds": n * epoch.forward_s,
         "backward_seconds": n * epoch.backward_s,
         "product_seconds": n * epoch.product_s,
+        "hook_seconds": n * epoch.hooks_s,
         "regularizer_seconds": n * epoch.regularizer_s,
         "optimizer_seconds": n * epoch.optimizer_s,
         "overhead_seconds": n * epoch.overhead_s,

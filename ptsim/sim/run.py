@@ -242,6 +242,7 @@ def _project_epoch(pricer: Pricer, stage: Stage) -> EpochProjection:
         forward_s=price.forward_s * scale,
         backward_s=price.backward_s * scale,
         product_s=price.product_s * scale,
+        hooks_s=price.hooks_s * scale,
         optimizer_s=price.optimizer_s * scale,
         regularizer_s=step.regularizer_s * scale,
         overhead_s=scenario.num_passes(stage.batch, stage.epoch) * step.overhead_s * scale,

@@ -27,6 +27,7 @@ def epoch_projection(**changes: Any) -> EpochProjection:
         forward_s=3.0,
         backward_s=6.0,
         product_s=5.0,
+        hooks_s=1.5,
         optimizer_s=1.0,
         regularizer_s=0.5,
         overhead_s=0.25,

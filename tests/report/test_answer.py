@@ -20,7 +20,12 @@ from tests.traces import CPU, dense_trace, shrinking_trace
 
 def excess(**pruned_seconds: float) -> pd.DataFrame:
     """Parts of a dense run of 10 s each beside a pruned run's; half of the MACs are left."""
-    names = {"host": "loss and host gaps", "products": "convolutions and linear layers", "moved": "memory-bound layers"}
+    names = {
+        "host": "loss and host gaps",
+        "products": "convolutions and linear layers",
+        "moved": "memory-bound layers",
+        "hooks": "gradient hooks",
+    }
     rows = [
         {"part": names[key], "dense_seconds": 10.0, "pruned_seconds": seconds, "excess_seconds": seconds - 5.0}
         for key, seconds in pruned_seconds.items()
@@ -50,6 +55,12 @@ def test_memory_bound_layers_of_short_kernels_are_not_explained_by_their_bytes()
     _, moved, _ = answer.why(excess(moved=10.0).assign(floor_fraction=0.8))
     assert "take 100.0 % of their dense time: their kernels are so short" in moved
     assert "bytes" not in moved
+
+
+def test_hooks_of_gradients_are_a_reason_of_their_own() -> None:
+    """Every gradient of a narrow tensor is copied as the one of a wide tensor was."""
+    _, hooks, _ = answer.why(excess(moved=5.0, hooks=10.0).assign(floor_fraction=0.8))
+    assert hooks.startswith("Gradient hooks take 100.0 % of their dense time")
 
 
 def test_small_gaps_and_small_reasons_are_left_out() -> None:

@@ -329,7 +329,8 @@ def test_the_parts_of_an_epoch_and_of_a_run_by_hand(traces: list[ptsim.Trace]) -
     dense, pruned = labelled_runs(traces, [])
     expected = {
         "convolutions and linear layers": 50.0,
-        "memory-bound layers": 40.0,
+        "memory-bound layers": 25.0,
+        "gradient hooks": 15.0,
         "optimizer and regulariser": 15.0,
         "exposed communication": 7.5,
         "input wait": 1.25,
@@ -445,10 +446,11 @@ def test_what_exceeds_the_macs_by_hand(traces: list[ptsim.Trace]) -> None:
     macs = [images * (3 * net.forward_macs - net.layer("conv1").forward_macs) for net, images in trained]
     left = sum(macs[:6]) / sum(macs[6:])
     assert frame.macs_fraction.unique() == pytest.approx([left])
-    products, moved = frame.loc["convolutions and linear layers"], frame.loc["memory-bound layers"]
-    assert (products.dense_seconds, products.pruned_seconds, moved.pruned_seconds) == (50.0, 40.0, 20.0)
+    products, moved, hooks = frame.loc[["convolutions and linear layers", "memory-bound layers", "gradient hooks"]].iloc
+    assert (products.dense_seconds, products.pruned_seconds, moved.pruned_seconds) == (50.0, 40.0, 5.0)
     assert products.excess_seconds == pytest.approx(40 - left * 50)
-    assert moved.excess_seconds == pytest.approx(20 - left * 40)
+    assert moved.excess_seconds == pytest.approx(5 - left * 25)  # they shrank more than the MACs
+    assert hooks.excess_seconds == pytest.approx(15 - left * 15)
     assert frame.floor_fraction.unique() == pytest.approx([(20 * 1.5 + 20 * 1.5) / (20 * 2.0 + 20 * 3.0)])
 
 

@@ -20,6 +20,7 @@ from ptsim.units import percent, together
 PART_COLOURS = {
     "convolutions and linear layers": "#0072B2",
     "memory-bound layers": "#8CC8EC",
+    "gradient hooks": "#CC79A7",
     "optimizer and regulariser": "#00664B",
     "exposed communication": "#D55E00",
     "input wait": "#F0E442",
