@@ -59,6 +59,9 @@ def test_the_hooks_of_gradients_are_part_of_backward_and_of_nothing_else(dense: 
     assert two.forward_s == pytest.approx(one.forward_s, rel=1e-9)
     assert two.optimizer_s == pytest.approx(one.optimizer_s, rel=1e-9)
     assert two.backward_s == pytest.approx(one.backward_s + hooks_s, rel=1e-9)
+    assert (one.hooks_s, two.hooks_s) == (0.0, pytest.approx(hooks_s, rel=1e-9))
+    accumulated = run(dense, 2, contention=0.0, micro_batches=4).epochs[0]
+    assert accumulated.hooks_s == pytest.approx(hooks_s, rel=1e-9)  # they run in the last pass only
 
 
 def test_a_parameter_without_gradient_has_a_hook_where_ddp_looks_for_unused_ones(dense: Trace) -> None:
