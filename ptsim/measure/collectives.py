@@ -18,7 +18,7 @@ from ptsim.costs.allreduce_table import fit_segments, table_seconds
 from ptsim.costs.collectives import all_reduce, ring_wire_bytes
 from ptsim.costs.nccl import default_fit
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import cluster_names, load_cluster, match_device
+from ptsim.hardware.catalog import cluster_names, load_cluster, match_device, measured_device
 from ptsim.hardware.nccl_log import NcclLog, with_nodes
 from ptsim.hardware.spec import AllReduceTable, Cluster, Device, Link, LinkKind
 from ptsim.textfile import printable
@@ -248,6 +248,7 @@ def calibrated_cluster(
     per_node = measured_per_node = _gpus_per_node(tables)
     if base is not None:
         _check_room(base, tables, per_node)
+        _warn_of_other_gpus(base, gpus)
     device = base.device if base else _device_of(gpus)
     like = base or _catalog_machine(device, per_node, tables)
     between = max((t for t in tables if t.num_nodes > 1), key=lambda t: t.num_gpus, default=None)
@@ -291,6 +292,17 @@ def _check_room(base: Cluster, tables: Sequence[AllReduceTable], per_node: int) 
     most, nodes = 1 if base.inter is None else base.max_nodes, max(table.num_nodes for table in tables)
     if most is not None and most < nodes:
         raise UsageError(f"cluster {base.name} has {counted(most, 'node')}, the log has {nodes}")
+
+
+def _warn_of_other_gpus(base: Cluster, gpus: Sequence[str]) -> None:
+    """Say that the user's machine has other GPUs than those that the catalog knows of the log's."""
+    if base.device is None:
+        return
+    known = (measured_device(gpu, base.device) for gpu in gpus)
+    others = sorted({device.name for device in known if device is not None} - {base.device.name})
+    if others:
+        ran = f"the all-reduces ran on {' and '.join(others)}, cluster {base.name} has {base.device.name}"
+        warnings.warn(f"{ran}: steps are projected on {base.device.name}", stacklevel=3)
 
 
 def _carried(base: Cluster, sources: dict[str, str]) -> dict[str, Any]:

@@ -67,8 +67,20 @@ def test_logs_of_different_gpus_are_no_one_cluster() -> None:
     assert calibrated_cluster(tables, name="c", gpus=[slice_of_one]).device is None
     with pytest.raises(UsageError, match="different GPUs: a100-sxm4-80gb and h100-sxm5-80gb"):
         calibrated_cluster(tables, name="c", gpus=[*gpus, "NVIDIA H100 80GB HBM3"])
-    base = load_cluster("dgx-h100")
-    assert calibrated_cluster(tables, name="c", base=base, gpus=[*gpus, "NVIDIA H100 80GB HBM3"]).device == base.device
+    base, both = load_cluster("dgx-h100"), [*gpus, "NVIDIA H100 80GB HBM3"]
+    said = "ran on a100-sxm4-80gb, cluster dgx-h100 has h100-sxm5-80gb: steps are projected on h100-sxm5-80gb"
+    with pytest.warns(UserWarning, match=said):
+        assert calibrated_cluster(tables, name="c", base=base, gpus=both).device == base.device
+
+
+def test_a_base_with_the_logs_gpus_is_no_reason_to_warn() -> None:
+    """Nor is one whose device a user's file describes, under the driver's name; nor GPUs that nobody knows."""
+    tables, base = [ring_table(8, 1, 200e9, 2e-6)], load_cluster("dgx-h100")
+    assert base.device is not None
+    mine = msgspec.structs.replace(base.device, name="mine")
+    own = msgspec.structs.replace(base, device=mine)
+    for cluster in (base, own):
+        calibrated_cluster(tables, name="c", base=cluster, gpus=["NVIDIA H100 80GB HBM3", "an unknown one"])
 
 
 def test_what_no_table_tells_comes_from_the_base_and_is_read_back(tmp_path: Path) -> None:
