@@ -28,7 +28,7 @@ from ptsim.prune.selection import keep_one, round_up
 from ptsim.prune.steps import same_calls, same_steps
 
 COLLAPSED = (
-    "the network has collapsed: its output no longer depends on the image, every weight of {} is below the threshold; "
+    "the network has collapsed: its output hardly depends on the image any more, every weight of {} is below the threshold; "
     "train again with a lower penalty ratio"
 )
 
@@ -38,7 +38,7 @@ class Surgery:
     """What one reconfiguration did.
 
     `channels_removed` counts output channels of convolutions and linear layers; `groups` are those of the network as it
-    is now. `collapsed`: its output no longer depends on the image; the first of the `notes` says so.
+    is now. `collapsed`: its output hardly depends on the image; the first of the `notes` says so.
     """
 
     changed: bool
