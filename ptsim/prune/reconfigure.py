@@ -28,8 +28,8 @@ from ptsim.prune.selection import keep_one, round_up
 from ptsim.prune.steps import same_calls, same_steps
 
 COLLAPSED = (
-    "the network has collapsed: its output hardly depends on the image any more, every weight of {} is below the threshold; "
-    "train again with a lower penalty ratio"
+    "the network has collapsed: its output hardly depends on the image any more, every weight of {} is below the "
+    "threshold; train again with a lower penalty ratio"
 )
 
 
