@@ -15,10 +15,8 @@ from ptsim import zoo
 from ptsim.cli.common import print_json, stdout_console
 from ptsim.cli.options import Json, NetworkOptions, Out
 from ptsim.cli.reading import check_output
-from ptsim.errors import UnknownNameError, UsageError
-from ptsim.hardware.catalog import load_device
+from ptsim.errors import UsageError
 from ptsim.hardware.profile_file import write_device_profile
-from ptsim.hardware.spec import Device
 from ptsim.measure.kineto import UNKNOWN, KinetoImport, import_kineto
 from ptsim.network import MemoryFormat, Network
 from ptsim.setting import PrecisionName, parse_precision, positive_number
@@ -68,7 +66,7 @@ def kineto(
     trained = None if model is None else _network(model, network)
     found = import_kineto(
         files,
-        device=_device(device),
+        device=device,
         memory_bytes=None if memory is None else _bytes(memory),
         precision=None if precision is None else parse_precision(precision),
         memory_format=memory_format,
@@ -86,14 +84,6 @@ def kineto(
         print_json({key: getattr(found, key) for key in KinetoImport.__struct_fields__ if key != "profile"})
     else:
         _print(found, out)
-
-
-def _device(name: str | None) -> Device | str | None:
-    """A device of the catalog or of a file; else just a name, as of a processor."""
-    try:
-        return None if name is None else load_device(name)
-    except UnknownNameError:
-        return name
 
 
 def _bytes(text: str) -> int:

@@ -14,6 +14,7 @@ Source of the format: see `kineto_events`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import os
@@ -27,8 +28,8 @@ from typing import TypeVar
 import msgspec
 
 from ptsim.consistency import MOST_COUNTED
-from ptsim.errors import UsageError
-from ptsim.hardware.catalog import device_names, match_device
+from ptsim.errors import UnknownNameError, UsageError
+from ptsim.hardware.catalog import device_names, load_device, match_device
 from ptsim.hardware.profile import (
     DeviceProfile,
     Operator,
@@ -163,8 +164,9 @@ def import_kineto(
 
     Args:
         paths: Chrome trace files that torch.profiler wrote, gzip or not.
-        device: what it ran on where the file does not say, or says it as the catalog does not know it.
-        memory_bytes: of that device, where neither the file nor the catalog says.
+        device: what it ran on where the file does not say, or says it as the catalog does not know it: a name of the
+            catalog, or of a processor any name.
+        memory_bytes: of that device; None is what the file or the catalog says.
         precision: of the products, where the file does not say.
         memory_format: of the activations, likewise.
         architecture: id of the profiled network, so that its steps are looked up whole.
@@ -267,10 +269,14 @@ def _device(
     if len(names) > 1:
         raise UsageError(f"the profiles are of different devices: {', '.join(sorted(str(name) for name in names))}")
     first = recordings[0]
+    if isinstance(device, str):
+        with contextlib.suppress(UnknownNameError):
+            device = load_device(device)
+    if device is not None and (recorded := match_device(first.device or "")) is not None:
+        asked = device.name if isinstance(device, Device) else device
+        if asked != recorded.name and (isinstance(device, str) or asked in device_names()):
+            raise UsageError(f"{first.path} was recorded on {first.device!r}, which is no {asked}")
     if isinstance(device, Device):
-        recorded = match_device(first.device or "")
-        if recorded is not None and device.name in device_names() and device.name != recorded.name:
-            raise UsageError(f"{first.path} was recorded on {first.device!r}, which is no {device.name}")
         driver_name = device.driver_names[0] if device.driver_names else device.name
         return device.name, driver_name, memory_bytes or first.memory_bytes or device.memory_bytes
     name = device or first.device

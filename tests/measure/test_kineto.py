@@ -120,6 +120,23 @@ def test_a_gpu_step_lasts_from_its_first_kernel_to_the_next_steps_although_the_h
     assert step.num_parameters == 32 * 8 * 9
 
 
+def test_a_step_without_shapes_has_its_times_and_tells_nothing_of_mini_batch_and_operators(tmp_path: Path) -> None:
+    document = _gpu_trace()
+    for event in document["traceEvents"]:
+        for key in ("Input Dims", "Input type", "Input Strides", "Concrete Inputs"):
+            event["args"].pop(key, None)
+    found = import_kineto([_write(tmp_path / "rank0.json", document)])
+    assert (found.batch, found.images_per_second, found.memory_format) == (None, None, "contiguous")
+    assert [note.partition(";")[0] for note in found.notes] == [
+        "number formats were not recorded", "strides were not recorded",
+        "no shapes were recorded, so nothing can be predicted from it",
+    ]  # fmt: skip
+    step = found.profile.steps[0]
+    assert (found.profile.operators, step.step_s) == ((), pytest.approx(6e-3))
+    assert (step.num_parameters, step.num_tensors, step.num_layers) == (0, 1, 1)
+    assert (step.layers_forward_s, step.layers_backward_s) == (0, 0)
+
+
 def test_passes_whose_gradients_add_up_are_one_step_of_more_images(tmp_path: Path) -> None:
     """The second step's operators, which begin 2 ms later and whose kernels 12 ms later, belong to the first step."""
     document = _gpu_trace(num_steps=2)
@@ -279,8 +296,11 @@ def test_a_device_is_named_however_the_catalog_knows_it_but_not_as_another_than_
     found = read_device_profile(out)
     assert (found.device, found.memory_bytes) == ("NVIDIA A100-SXM4-80GB", 85_000_000_000)
     capsys.readouterr()
-    assert run(["import", "kineto", str(path), "--device", "h100", "-o", str(out)]) == 2
-    assert "was recorded on 'NVIDIA A100-SXM4-80GB', which is no h100-sxm5-80gb" in capsys.readouterr().err
+    for named, other in (("h100", "h100-sxm5-80gb"), ("NVIDIA H100 80GB HBM3", "h100-sxm5-80gb"), ("a1000", "a1000")):
+        assert run(["import", "kineto", str(path), "--device", named, "-o", str(out)]) == 2
+        assert f"was recorded on 'NVIDIA A100-SXM4-80GB', which is no {other}" in capsys.readouterr().err
+    assert import_kineto([path], device="nvidia a100 sxm4 80gb").device == "a100-sxm4-80gb"
+    assert import_kineto([path], memory_bytes=2**35).profile.memory_bytes == 2**35
     unknown = _gpu_trace(deviceProperties=[{"id": 0, "name": "NVIDIA A100-SXM-64GB", "totalGlobalMem": 2**36}])
     again = import_kineto([_write(tmp_path / "b.json", unknown)], device=load_device("a100"))
     assert (again.profile.device, again.profile.memory_bytes) == ("NVIDIA A100-SXM4-40GB", 2**36)
@@ -306,6 +326,11 @@ def test_the_number_format_is_that_of_the_products_and_their_kernels(
             event["args"]["Input type"] = kind and [kind, kind]
         if event["name"] == "sm80_xmma_fprop":
             event["name"] = kernel
+    document["traceEvents"] += [
+        event | {"name": "vectorized_elementwise_kernel"}  # such as of a bias, in fp32
+        for event in document["traceEvents"]
+        if event["name"] == kernel
+    ]
     found = import_kineto([_write(tmp_path / "a.json", document)])
     assert found.precision is precision
     assert any("number formats were not recorded" in note for note in found.notes) == (kind is None)

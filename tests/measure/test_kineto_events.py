@@ -60,7 +60,10 @@ def test_times_since_1970_are_as_exact_as_others(tmp_path: Path) -> None:
 
 
 def test_operators_nest_on_their_own_thread_until_they_end(tmp_path: Path) -> None:
-    """Inside: a child, a grandchild of the same times. Outside: another thread, what begins at the end."""
+    """Inside: a child, a grandchild of the same times. Outside: another thread, what begins at the end.
+
+    Of two that begin together the longer one is around the other, whichever the file names first.
+    """
     found = recording(
         tmp_path,
         event("cpu_op", "outer", 0, 10),
@@ -69,6 +72,8 @@ def test_operators_nest_on_their_own_thread_until_they_end(tmp_path: Path) -> No
         event("cpu_op", "other thread", 3, 1, tid=2),
         event("cpu_op", "second child", 6, 4),
         event("cpu_op", "next", 10, 1),
+        event("cpu_op", "short", 20, 1),
+        event("cpu_op", "long", 20, 2),
     )
     assert {e.name: e.parent.name if e.parent else None for e in found.host} == {
         "outer": None,
@@ -77,6 +82,8 @@ def test_operators_nest_on_their_own_thread_until_they_end(tmp_path: Path) -> No
         "other thread": None,
         "second child": "outer",
         "next": None,
+        "long": None,
+        "short": "long",
     }
     assert [e.name for e in found.host[0].walk()] == ["outer", "child", "grandchild", "second child"]
 

@@ -89,6 +89,7 @@ SHAPES: dict[str, tuple[str, list[Any], list[str], dict[str, Any]]] = {
     ),
     "linear without bias": ("aten::linear", [[4, 16], [10, 16], []], [], {"output": (10,), "bias": False}),
     "batch norm": ("aten::batch_norm", [IMAGE, [8], [8], [8], [8]], [], {"output": (8, 5, 6), "bias": True}),
+    "activation with a weight": ("aten::prelu", [IMAGE, [8]], [], {"output": (8, 5, 6), "bias": False}),
     "in place": ("aten::relu_", [IMAGE], [], {"op": "relu", "inplace": True, "bias": False, "output": (8, 5, 6)}),
 }  # fmt: skip
 

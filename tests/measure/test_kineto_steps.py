@@ -116,8 +116,9 @@ def test_the_host_is_idle_where_it_runs_nothing_or_waits(tmp_path: Path) -> None
     events.add("cuda_runtime", "cudaStreamSynchronize", (0.9, 0.2))
     events.add("cuda_runtime", "cudaLaunchKernel", (1.5, 0.1))
     events.add("cuda_runtime", "cudaDeviceSynchronize", (1.7, 0.2))
+    events.add("cpu_op", "aten::stack", (1.95, 0.5), tid=3)  # the loader's, 0.05 ms of it in the step
     (step,) = events.steps(tmp_path)
-    assert step.host_idle == pytest.approx(1 - 0.75 / 2)
+    assert step.host_idle == pytest.approx(1 - 0.8 / 2)
 
 
 @pytest.mark.parametrize("runtime", ["cuda", "hip"])
@@ -154,12 +155,15 @@ def test_passes_that_are_marked_one_by_one_are_one_step_up_to_the_update(tmp_pat
     assert found.optimizer_seconds == pytest.approx(0.5e-3)
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["every update", "the second left out by a GradScaler"])
-def test_several_steps_under_one_mark_are_as_many(tmp_path: Path, scaled: bool) -> None:
-    """A mark for every two, whose kernels begin 10 ms after the others': 2 + 3 + 1 + 0.5 ms, the last one alone."""
-    events = Events()
+@pytest.mark.parametrize("left_out", [None, 0, 1], ids=["every update", "the first left out", "the second left out"])
+def test_several_steps_under_one_mark_are_as_many(tmp_path: Path, left_out: int | None) -> None:
+    """A mark for every two, whose kernels begin 10 ms after the others': 2 + 3 + 1 + 0.5 ms, the last one alone.
+
+    What is left out is left out by a GradScaler.
+    """
+    events, scaled = Events(), left_out is not None
     for i in range(4):
-        events.step(2.0 * i, 10.0 * i, update=not (scaled and i == 1))
+        events.step(2.0 * i, 10.0 * i, update=i != left_out)
         if scaled:
             events.add("cpu_op", "aten::_amp_update_scale_", (2.0 * i + 1.6, 0.1))
     events.mark({0.0: 4.0, 4.0: 4.0})
@@ -232,6 +236,7 @@ def test_activations_that_are_computed_again_are_no_operators_backward_pass(tmp_
     events = Events(on_gpu=on_gpu)
     events.add("user_annotation", "ProfilerStep#0", (0.0, 4.0))
     events.layer((0.1, 0.2), (1.0, 1.0), ((0.0, 2.0), (2.0, 3.0)))
+    events.add("cpu_op", "ConvolutionBackward0", (1.1, 0.8), tid=2, **{"Sequence number": 0})  # the node's own
     events.add("cpu_op", "aten::conv2d", (1.2, 0.3), tid=2, **{"Sequence number": 70})
     events.add("cpu_op", "aten::convolution", (1.25, 0.2), (5.0, 2.0), tid=2, **{"Sequence number": 70})
     events.update((3.0, 0.2), (8.0, 0.5))
@@ -273,17 +278,25 @@ def test_a_custom_autograd_function_is_part_of_the_step_and_noted(tmp_path: Path
         ("Fused", pytest.approx(5), pytest.approx(4)),
     ]
     assert "the profile leaves out Fused, whose shapes cannot be told" in found.notes
+    kept = found.profile.steps[0]
+    assert ms(kept.layers_forward_s, kept.layers_backward_s) == pytest.approx([2, 3])
+    assert kept.num_layers == 1
 
 
-@pytest.mark.parametrize(("backward_ms", "noted"), [(0.02, False), (0.03, True)])
+@pytest.mark.parametrize(
+    ("name", "backward_ms", "noted"), [("Fused", 0.02, False), ("Fused", 0.03, True), ("aten::reshape", 0.03, False)]
+)
 def test_what_is_left_out_is_noted_from_a_hundredth_of_the_operators_time(
-    tmp_path: Path, backward_ms: float, noted: bool
+    tmp_path: Path, name: str, backward_ms: float, noted: bool
 ) -> None:
-    """Beside a convolution of 5 ms, which is 99 of 100 parts with 0.0505 ms: 0.03 ms forward and the rest backward."""
+    """Beside a convolution of 5 ms, which is 99 of 100 parts with 0.0505 ms: 0.03 ms forward and the rest backward.
+
+    No profile has a row for a reshaping.
+    """
     events = Events()
     events.layer((0.1, 0.2), (1.5, 0.2), ((0.0, 2.0), (11.0, 3.0)))
-    events.layer((0.4, 0.2), (1.2, 0.2), ((2.0, 0.03), (7.0, backward_ms)), name="Fused")
-    assert any("leaves out Fused" in note for note in events.imported(tmp_path).notes) == noted
+    events.layer((0.4, 0.2), (1.2, 0.2), ((2.0, 0.03), (7.0, backward_ms)), name=name)
+    assert any("leaves out" in note for note in events.imported(tmp_path).notes) == noted
 
 
 @pytest.mark.parametrize(("on_gpu", "forward", "backward"), [(True, 8, 4), (False, 2, 10)])
@@ -397,7 +410,55 @@ def test_what_gloo_does_while_nothing_computes_is_exposed(tmp_path: Path) -> Non
     (step,) = events.steps(tmp_path)
     assert ms(step.forward_s, step.backward_s, step.optimizer_s) == pytest.approx([2, 3.5, 1])
     assert ms(step.communication_s, step.exposed_s) == pytest.approx([4, 2.5])
+    assert step.host_idle == pytest.approx(1 - (1 + 1 + 3 + 0.5 + 0.25) / 10)  # 0.25: of the update
     assert events.imported(tmp_path).overlap_fraction == pytest.approx(1 - 2.5 / 4)
+
+
+def test_a_collective_that_a_backward_node_launches_is_no_work_of_its_operator(tmp_path: Path) -> None:
+    """As hooks on gradients do: of 3 ms of kernels and an all-reduce of 4 only the 3 are the convolution's."""
+    events = Events()
+    events.layer((0.1, 0.2), (0.5, 0.3), ((0.0, 2.0), (2.0, 3.0)))
+    events.device("ncclDevKernel_AllReduce", (4.0, 4.0), **{"External id": len(events.events) - 1})
+    events.update((1.2, 0.2), (9.0, 0.5))
+    (step,) = events.steps(tmp_path)
+    assert [event.name for event in step.calls[0].backward[0].kernels][1:] == ["ncclDevKernel_AllReduce"]
+    assert ms(step.calls[0].forward_s, step.calls[0].backward_s, step.communication_s) == pytest.approx([2, 3, 4])
+
+
+def test_a_step_of_more_passes_than_most_makes_the_others_no_larger(tmp_path: Path) -> None:
+    """Two steps of one pass, 10 ms after each other, and one of two passes that takes 6 + 2 + 3 + 1 + 0.5 ms."""
+    events = Events()
+    for i in range(4):
+        events.step(2.0 * i, (0.0, 10.0, 20.0, 26.0)[i], update=i != 2)
+    assert [step.passes for step in events.steps(tmp_path)] == [1, 1, 2]
+    found = events.imported(tmp_path)
+    assert found.images_per_second == pytest.approx(4 / 10e-3)
+    assert not any("gradients" in note for note in found.notes)
+
+
+def test_the_mini_batch_is_that_of_most_operators(tmp_path: Path) -> None:
+    """A convolution takes the eight channels of four images for 32 images of one channel."""
+    events = Events()
+    for i in range(3):
+        events.layer((0.1 + i, 0.2), (9.5 - i, 0.3), ((10.0 * i, 2.0), (90.0 - 10 * i, 3.0)))
+    (folded,) = (event for event in events.events if event["name"] == "aten::conv2d" and event["ts"] == 1100)
+    folded["args"]["Input Dims"] = [[32, 1, 16, 16], [8, 1, 3, 3], [], [], [], [], []]
+    found = events.imported(tmp_path)
+    assert sorted(time.operator.batch for time in found.profile.operators) == [4, 32]
+    assert found.batch == 4
+
+
+def test_a_convolution_of_images_has_no_input_gradient_whatever_else_runs_inside_it(tmp_path: Path) -> None:
+    """Autocast copies the weight inside the convolution, and that copy has a node of its own."""
+    events = Events()
+    events.layer((0.1, 0.6), (2.0, 0.5), ((0.0, 2.0), (4.0, 3.0)))
+    events.add("cpu_op", "aten::convolution_backward", (2.1, 0.3), tid=2, **{
+        "Concrete Inputs": ["", "", "[False, True, False]"]})  # fmt: skip
+    events.layer((0.2, 0.1), (3.0, 0.1), ((0.0, 0.1), (8.0, 0.1)), name="aten::to")
+    (row,) = events.imported(tmp_path).operators
+    assert row.op == "conv2d"
+    assert row.shape is not None
+    assert not row.shape.input_needs_gradient
 
 
 @pytest.mark.parametrize(
