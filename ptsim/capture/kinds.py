@@ -25,6 +25,7 @@ _PRODUCTS = {
 _POOL_ARGUMENTS = ("input", "kernel_size", "stride", "padding")
 _OTHER_POOL_ARGUMENTS = {  # by how the name of the operator begins
     "lp": ("input", "norm_type", "kernel_size", "stride"),
+    "max_pool": (*_POOL_ARGUMENTS, "dilation"),
     "max_unpool": ("input", "indices", "kernel_size", "stride", "padding"),
 }
 _NORMS = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1, "rms_norm": -1}  # where channels lie
@@ -115,6 +116,7 @@ def geometry(
             "kernel_size": kernel,
             "stride": kernel if stride in (None, []) else _pair(stride, row=row),
             "padding": _padding(given.get("padding", 0), kernel, (1, 1), row=row),
+            "dilation": _pair(given.get("dilation", 1), row=row),
             **_depth(op, given["kernel_size"], stride, given.get("padding", 0), given.get("dilation", 1)),
         }
     return channels

@@ -233,6 +233,84 @@ def test_the_windows_of_a_pool_are_told_whatever_else_it_is_given(
     assert [(layer.kernel_size, layer.stride) for layer in network.layers if layer.op == op] == [((3, 3), stride)]
 
 
+class Computing(nn.Module):
+    """Four channels of an image of 16×16, and what a function makes of them with these parameters."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv, self.head, self.function = nn.Conv2d(3, 4, 1), nn.Linear(1, 2), function
+        self.own = nn.ParameterList(torch.rand(shape) for shape in shapes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.function(self.conv(x), *self.own)
+        logits: torch.Tensor = self.head(made.flatten(1).mean(1, keepdim=True))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("computing", "expected"),
+    [
+        (
+            Computing(lambda x, w: functional.conv2d(x, w, None, (2, 1), (1, 2), (1, 2), 2), (6, 2, 3, 5)),
+            {"op": "conv2d", "in_channels": 4, "out_channels": 6, "kernel_size": (3, 5), "stride": (2, 1),
+             "padding": (1, 2), "dilation": (1, 2), "groups": 2, "bias": False},
+        ),
+        (  # its weight begins with the channels of the input
+            Computing(lambda x, *w: functional.conv_transpose2d(x, *w, 2, 1, 0, 2, 3), (4, 5, 2, 3), (10,)),
+            {"op": "conv_transpose2d", "in_channels": 4, "out_channels": 10, "kernel_size": (2, 3), "stride": (2, 2),
+             "padding": (1, 1), "dilation": (3, 3), "groups": 2, "bias": True},
+        ),
+        (  # (5 - 1) · 2 / 2 and (3 - 1) · 2 / 2
+            Computing(lambda x, w: functional.conv2d(x, w, padding="same", dilation=2), (6, 4, 5, 3)),
+            {"op": "conv2d", "kernel_size": (5, 3), "stride": (1, 1), "padding": (4, 2), "dilation": (2, 2)},
+        ),
+        (
+            Computing(lambda x, *w: functional.linear(x.mean((2, 3)), *w), (6, 4), (6,)),
+            {"op": "linear", "in_channels": 4, "out_channels": 6, "bias": True},
+        ),
+        (
+            Computing(lambda x, w: functional.linear(x.mean((2, 3)), w), (6, 4)),
+            {"op": "linear", "in_channels": 4, "out_channels": 6, "bias": False},
+        ),
+        (
+            Computing(lambda x, w: functional.bilinear(x.mean((2, 3)), x.mean((1, 2))[:, :7], w), (5, 4, 7)),
+            {"op": "bilinear", "in_channels": 4, "out_channels": 5},
+        ),
+        (
+            Computing(lambda x: functional.max_pool2d(x, 3, 2, 1, (2, 1))),
+            {"op": "max_pool2d", "in_channels": 4, "kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1),
+             "dilation": (2, 1)},
+        ),
+        (
+            Computing(lambda x: torch.max_pool2d(x, 3, 2, 1, (2, 1))),
+            {"op": "max_pool2d", "kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (2, 1)},
+        ),
+        (
+            Computing(nn.MaxPool2d(3, 2, 1, (2, 1))),
+            {"op": "max_pool2d", "in_channels": 4, "kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1),
+             "dilation": (2, 1)},
+        ),
+        (Computing(lambda x: functional.avg_pool2d(x, 3, 2, 1, True)), {"op": "avg_pool2d", "dilation": (1, 1)}),
+        (
+            Computing(lambda x: functional.max_pool3d(x.unsqueeze(2), (1, 3, 3), 2, 0, 2)),
+            {"op": "max_pool3d", "depth": (1, 2, 0, 2)},
+        ),
+        (
+            Computing(nn.LayerNorm((4, 16, 16))),
+            {"op": "layer_norm", "in_channels": 16, "out_channels": 16, "bias": True},
+        ),
+        (Computing(nn.GroupNorm(2, 4, affine=False)), {"op": "group_norm", "in_channels": 4, "bias": False}),
+    ],
+    ids=lambda given: given["op"] if isinstance(given, dict) else "",
+)  # fmt: skip
+def test_what_a_layer_is_given_is_told_whether_by_a_module_or_a_function(
+    computing: nn.Module, expected: dict[str, object]
+) -> None:
+    network = capture_network(computing, name="c", input_shape=(3, 16, 16), num_classes=2)
+    layer = next(layer for layer in network.layers if layer.op == expected["op"] and layer.name not in ("conv", "head"))
+    assert {name: getattr(layer, name) for name in expected} == expected
+
+
 class HollowConvolution(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -250,6 +250,15 @@ def test_the_penalty_of_a_network_that_a_run_did_not_have_is_that_of_the_nearest
     assert step_penalty(network, shrunk, gpu=True).num_launches == 19
 
 
+def test_a_scale_that_is_no_number_is_not_near_zero():
+    model = Meeting()
+    with torch.no_grad():
+        model.left_norm.weight.copy_(torch.tensor([0.0, torch.nan, 0.25, 0.0]))
+        model.right_norm.weight.zero_()
+    groups = find_groups(model, (3, 4, 4))
+    assert float(Slimming.importance(model, groups)[groups.axes["left.weight", 0][1]]) == torch.inf
+
+
 def test_a_channel_is_as_far_from_zero_as_its_largest_scale_wherever_it_appears():
     """Two BatchNorms meet at a sum; by hand the larger of |γ|, and Σ|γ| as penalty."""
     model = Meeting()
@@ -282,6 +291,8 @@ class Joined(nn.Module):
         self.stem, self.first = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6)
         self.a, self.norm, self.b = nn.Conv2d(6, 6, 1, bias=False), norm(6), nn.Conv2d(6, 6, 1, bias=bias)
         self.gate, self.head, self.join = nn.Linear(6, 6), nn.Linear(6, 2), join
+        self.plain = nn.BatchNorm2d(6, affine=False)
+        self.plain.running_mean.fill_(0.5)
 
     def forward(self, x):
         h = torch.relu(self.first(self.stem(x)))
@@ -319,6 +330,16 @@ def written(net, y, h):
         (lambda net, y, h: torch.maximum(y, net.gate.bias.view(1, -1, 1, 1)) * net.b(h), False, 0),
         (lambda net, y, h: y.clamp(-1, 1) * net.b(h), False, 2),
         (lambda net, y, h: torch.multiply(torch.where(y > 0.1, y, y / 2), net.b(h)), False, 2),
+        (lambda net, y, h: y / (1 + net.b(h) ** 2), False, 2),
+        (lambda net, y, h: 1 / (1 + y) * net.b(h), False, 0),
+        (lambda net, y, h: (net.gate.bias / (1 + y.mean((2, 3))))[:, :, None, None] * net.b(h), False, 0),
+        (lambda net, y, h: torch.maximum(y.mean((2, 3)), net.gate.bias)[:, :, None, None] * net.b(h), False, 0),
+        (lambda net, y, h: (y - 1) * net.b(h), False, 0),
+        (lambda net, y, h: (1 - y) * net.b(h), False, 0),
+        (lambda net, y, h: torch.rsub(y, 1) * net.b(h), False, 0),
+        (lambda net, y, h: torch.softmax(y, 2) * net.b(h), False, 0),  # of zeros: a share for every row
+        (lambda net, y, h: net.plain(y) * net.b(h), False, 0),
+        (lambda net, y, h: y @ net.b(h), False, 2),  # image by image
         (written, False, 0),
     ],
 )
@@ -341,3 +362,73 @@ def test_a_channel_that_only_gates_meet_goes(norm):
         model.norm.weight[1] = model.norm.bias[1] = 0
     reconfigure(model, find_groups(model, SMALL_IMAGE), importance_of=Slimming.importance)
     assert (model.a.out_channels, model.gate.out_features, model.head.in_features) == (5, 5, 5)
+
+
+def test_a_channel_whose_scale_is_zero_goes_with_its_shift():
+    """As the authors do it: γ decides, and what β alone gives is lost."""
+    model = Joined(lambda net, y, h: y)
+    with torch.no_grad():
+        model.norm.weight[1], model.norm.bias[1] = 0, 0.5
+    reconfigure(model, find_groups(model, SMALL_IMAGE), importance_of=Slimming.importance)
+    assert (model.a.out_channels, model.head.in_features) == (5, 5)
+
+
+class Beside(nn.Module):
+    """Images that are normalised, and once more beside four channels made of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.images, self.conv, self.all = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(7)
+        self.inner, self.last, self.head = nn.Conv2d(7, 5, 1, bias=False), nn.BatchNorm2d(5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = self.images(x)
+        return self.head(self.last(self.inner(self.all(torch.cat([self.conv(x), x], 1)))).mean((2, 3)))
+
+
+def test_scales_of_images_alone_and_frozen_ones_are_not_penalised():
+    model = Beside()
+    with torch.no_grad():
+        model.all.weight.copy_(torch.tensor([0.5, -0.25, 0.125, 1.0, 2.0, 2.0, 2.0]))
+    model.last.weight.requires_grad_(False)
+    groups = find_groups(model, SMALL_IMAGE)
+    criterion = Slimming(model, groups)
+    assert [id(weight) for weight in criterion.weights] == [id(model.all.weight)]
+    assert float(criterion.value()) == 7.875
+    importance = Slimming.importance(model, groups)
+    assert importance[groups.axes["conv.weight", 0]].tolist() == [0.5, 0.25, 0.125, 1.0]
+    assert bool((importance[groups.axes["inner.weight", 0]] == torch.inf).all())
+
+
+def test_a_depthwise_layer_without_a_batch_norm_in_front_goes_with_the_channels_of_the_one_behind():
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 1, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 6, 1, bias=False),
+        nn.Conv2d(6, 6, 3, groups=6, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[5].weight[[1, 4]] = model[5].bias[[1, 4]] = 0
+    before = copy.deepcopy(model)
+    reconfigure(model, find_groups(model, SMALL_IMAGE), importance_of=Slimming.importance)
+    assert [model[i].out_channels for i in (0, 3, 4, 7)] == [5, 4, 4, 4]
+    images = torch.randn(4, *SMALL_IMAGE)
+    torch.testing.assert_close(model.eval()(images), before.eval()(images))
+
+
+class Places(nn.Module):
+    """A linear layer that reads the channels of every place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))).permute(0, 2, 3, 1)).mean((1, 2))
+
+
+def test_a_linear_layer_hears_the_last_axis():
+    model = Places()
+    with torch.no_grad():
+        model.norm.weight[[1, 4]] = model.norm.bias[[1, 4]] = 0
+    reconfigure(model, find_groups(model, SMALL_IMAGE), importance_of=Slimming.importance)
+    assert (model.conv.out_channels, model.head.in_features) == (4, 4)
