@@ -61,8 +61,9 @@ def test_a_run_grows_by_whole_multiples_as_far_as_memory_settings_and_images_go(
 
 
 def test_the_rank_with_the_least_memory_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    that_fit(monkeypatch, minibatch, 160)  # on this rank, and 96 on another
+    that_fit(monkeypatch, minibatch, 160)  # on this rank, and 128 on another, where a trial finds that 96 do
     monkeypatch.setattr(minibatch, "fits", lambda *_: True)
+    misfits_of_other = [1, 0]
     set_to: list[int] = []
     learner: Any = SimpleNamespace(
         config=make_config({"dataset": "digits", "batch": 128, "dynamic_batch": True}),
@@ -70,7 +71,9 @@ def test_the_rank_with_the_least_memory_decides_for_all(monkeypatch: pytest.Monk
         device=torch.device("cpu"),
         learning_rate_scale=1.5,
         set_batch=set_to.append,
-        team=SimpleNamespace(world_size=2, least=lambda mine: mine.clamp(max=96), sum=lambda misfits: misfits),
+        team=SimpleNamespace(
+            world_size=2, least=lambda mine: mine.clamp(max=128), sum=lambda misfits: misfits + misfits_of_other.pop(0)
+        ),
         recorder=SimpleNamespace(
             meter=SimpleNamespace(info=lambda: device_info("a CPU")),
             architecture=residual_network(),
@@ -189,6 +192,9 @@ def test_a_trial_fails_for_want_of_memory_however_it_is_said(error: Exception | 
         assert fits(learner, 4) == fitting
     assert torch.equal(model[1].running_mean, statistics)
     assert all(parameter.grad is None for parameter in model.parameters())
+    if fitting:  # and what the penalty takes
+        learner.pruner.criterion.add_gradient = Refusing(torch.OutOfMemoryError("CUDA out of memory"))
+        assert not fits(learner, 4)
 
 
 @pytest.mark.parametrize(("changes", "capacity_bytes"), [({}, 37 * 2**30), ({"memory_budget": "1 GiB"}, 2**30)])

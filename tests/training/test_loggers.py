@@ -5,6 +5,7 @@ import gc
 import glob
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,20 @@ def test_tensorboard_reads_the_losses(tmp_path):
         (0, pytest.approx(losses[0])),
         (1, pytest.approx(losses[1])),
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_tensorboard_shows_a_repeated_epoch_once(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger, run = LOGGERS.find("tensorboard")(tmp_path), SimpleNamespace(hyperparameters={})
+    for first_epoch, losses in ((0, [4.0, 3.0, 2.0]), (1, [2.5, 1.5])):
+        logger.begin(run, first_epoch)
+        for epoch, loss in enumerate(losses, start=first_epoch):
+            logger.log(epoch, {"train_loss": loss})
+    logger.close()
+    events = accumulator.EventAccumulator(f"{tmp_path}/tensorboard").Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(0, 4.0), (1, 2.5), (2, 1.5)]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from ptsim.training.measured import (
     epoch_time,
     last_epoch,
     measure_epoch,
+    mini_batch,
     unfinished_epoch,
 )
 
@@ -120,6 +121,20 @@ def test_a_loss_that_the_loop_changes_afterwards_counts_as_it_was_told() -> None
     loss.mul_(10)  # as an all-reduce for a progress bar does
     told.add(loss, 1)
     assert told.total(3).tolist() == [3 * 2 + 30, 3, 3]
+
+
+@pytest.mark.parametrize(("images", "batch"), [(40, 10), (1080, 10), (1081, 271), (1084, 271)])
+def test_a_mini_batch_is_the_usual_one_as_far_as_a_trace_can_say_what_was_left_out(images: int, batch: int) -> None:
+    """Four updates of 10 images; twice as many and 100 more may have been left out, else it is the mean."""
+    assert mini_batch(10, 4, images) == batch
+
+
+@pytest.mark.parametrize(("known", "told"), [(20, 20), (0, 7)])
+def test_a_state_that_does_not_know_its_largest_backward_pass_had_one_of_each_mini_batch(known: int, told: int) -> None:
+    seen: dict[str, object] = {}
+    begun = Unfinished(num_iterations=3, batch=7, largest_backward=known, usual_step=14, learning_rate=0.5)
+    begun.tell(SimpleNamespace(go_on=lambda **given: seen.update(given)))  # type: ignore[arg-type]
+    assert seen == {"batch": 7, "largest_backward": told, "usual_step": 14, "num_steps": 3, "learning_rate": 0.5}
 
 
 def test_a_state_in_the_middle_of_an_epoch_holds_both_parts() -> None:

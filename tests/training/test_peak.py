@@ -60,6 +60,10 @@ def test_the_most_of_what_training_took_before_and_after_validation(allocator: A
     assert memory.total() == 7
     memory.begin()
     allocator.takes(3)
+    memory.rest()
+    memory.go_on()
+    allocator.takes(2)
+    assert memory.so_far() == 3
     assert memory.total() == 3
 
 

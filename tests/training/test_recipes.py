@@ -64,6 +64,7 @@ def test_the_warm_up_grows_in_equal_steps_and_the_rest_of_the_cosine_follows():
 
 def test_milestones_count_from_the_first_epoch_also_with_a_warm_up():
     assert rates(epochs=8, warmup_epochs=1, lr_milestones=[4]) == pytest.approx([0.2, *[0.4] * 3, *[0.04] * 4])
+    assert rates(epochs=4, warmup_epochs=1, lr_milestones=[1]) == pytest.approx([0.2, 0.04, 0.04, 0.04])
 
 
 def test_smoothed_and_mixed_losses_are_those_worked_out_by_hand():
@@ -93,6 +94,9 @@ def test_validation_weighs_every_image_alike_and_a_share_counts_for_its_largest_
     assert found.loss == pytest.approx((3 * hit + miss + 0.2 * hit + 0.8 * miss) / 5)
     assert (found.accuracy, found.num_images, found.num_iterations) == (0.6, 5, 3)
     assert judge.training
+    judge.eval()
+    validate(learner, batches[:1])
+    assert not judge.training
 
 
 def test_mixed_images_are_the_weighted_sum_of_an_image_and_another_of_the_mini_batch():

@@ -65,6 +65,10 @@ def test_fine_tuning_is_without_regulariser_and_comes_after_a_last_reconfigurati
     assert [p.regularized for p in epochs] == [True] * 7 + [False] * 3
 
 
+def test_the_interval_counts_from_the_first_regularised_epoch():
+    assert reconfigured(planned(epochs=12, pretrain_epochs=4, interval=3)) == [6, 9, 11]
+
+
 def test_one_time_reconfigures_once():
     assert reconfigured(planned(epochs=12, schedule="one_time", reconfigure_epoch=5)) == [4]
 
