@@ -108,6 +108,7 @@ def test_a_device_answers_whether_the_mini_batch_fits() -> None:
     assert small.fits
     assert small.largest_batch is not None
     assert small.largest_batch >= 64
+    assert ptsim.cost(network, batch=small.largest_batch, gpu="gtx-1080-ti").fits
     assert not ptsim.cost(network, batch=small.largest_batch + 1, gpu="gtx-1080-ti").fits
 
 
@@ -204,6 +205,7 @@ def test_every_layer_by_hand() -> None:
     assert ptsim.cost(tiny(), batch=2, convention="paper").training_macs_per_image == 2 * 6912 + 10 * 10 * 108 + 3 * 40
     assert (report.parameters, report.allreduce_bytes, report.num_buckets) == (108 + 8 + 50, 4 * 166, 1)
     assert report.bn_bytes_per_image == 8 * 256 * 4
+    assert ptsim.cost(tiny(), batch=2, precision="fp16").bn_bytes_per_image == 8 * 256 * 2
     assert report.update_bytes == 11 * 4 * 166
     assert (report.origin, report.gpu, report.fits, report.largest_batch) == (None, None, None, None)
     rows = {row.layer: row for row in report.layers}

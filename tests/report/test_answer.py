@@ -69,6 +69,8 @@ def test_small_gaps_and_small_reasons_are_left_out() -> None:
         assert len(list(answer.why(excess(products=pruned_s)))) == sentences
     for moved_s, reasons in ((5.8, 1), (5.9, 2)):  # of 0.8 in 5.8 s of excess, or 0.9 in 5.9 s
         assert len(list(answer.why(excess(host=10.0, moved=moved_s)))) == 1 + reasons
+    # what shrinks by more than the MACs is no smaller an excess of the others: 0.8 in 5.8 s again
+    assert len(list(answer.why(excess(host=10.0, moved=5.8, products=1.0)))) == 2
     for floor, launch_bound in ((0.29, False), (0.31, True)):
         *_, last = answer.why(excess(products=9.0).assign(floor_fraction=floor))
         assert last.startswith("Launch-bound") == launch_bound
@@ -384,7 +386,7 @@ def test_a_machine_that_drifted_between_two_runs_is_said_beside_their_times(own:
     """The pruned run took 80 of 100 minutes; against its own first epochs more than 2.5 points less or more."""
     row = {"setting": "r=0.2", "device": "A100", "time_fraction": 0.8}
     row |= {"dense_seconds": 6000.0, "pruned_seconds": 4800.0}
-    measured = pd.DataFrame([row | {"own_start_fraction": own}, row | {"setting": "another", "time_fraction": 0.1}])
+    measured = pd.DataFrame([row | {"setting": "another", "time_fraction": 0.1}, row | {"own_start_fraction": own}])
     (tile,) = [t for t in head_of(saving_row(0.2, 0.1, 0.3), measured=measured).tiles if "recorded" in t.name]
     assert (tile.value, tile.origin) == ("80.0 %", "measured, 1 pair of runs; no interval")
     detail = "of the dense time on A100: 1.33 h instead of 1.67 h, reconfigurations included"

@@ -96,6 +96,8 @@ def test_a_run_that_stopped_before_its_last_network_was_validated_is_not_judged(
     row = row_of(frames.runs_frame([stopped]))
     assert (row["state"], row["judged"]) == ("cut off", False)
     assert row["last_parameters"] == pruned.networks[first.after].num_parameters
+    row = row_of(frames.runs_frame([msgspec.structs.replace(pruned, end=None)]))  # right behind an epoch
+    assert (row["state"], row["judged"]) == ("cut off", True)
 
 
 def test_what_pruning_saved_where_it_was_recorded(pruned: Trace, dense: Trace) -> None:
@@ -121,6 +123,19 @@ def test_what_nobody_trained_or_timed_saved_nothing_that_anybody_measured(pruned
         incomplete = msgspec.structs.replace(run, epochs=(run.epochs[0], untimed, run.epochs[2]))
         for other in (planned, incomplete):
             assert frames.measured_savings_frame([msgspec.structs.replace(comparison, **{name: other})]).empty
+
+
+def test_nothing_is_saved_where_runs_differ_by_more_than_pruning(pruned: Trace, dense: Trace) -> None:
+    (comparison,) = compare_runs([dense, pruned])
+    device = msgspec.structs.replace(dense.run.device, name="another")
+    elsewhere = msgspec.structs.replace(dense, run=msgspec.structs.replace(dense.run, device=device))
+    assert frames.measured_savings_frame([msgspec.structs.replace(comparison, baseline=elsewhere)]).empty
+
+
+def test_a_dense_run_that_nobody_trained_has_no_accuracy(pruned: Trace) -> None:
+    (held,) = compare_runs([pruned])
+    assert not held.trained
+    assert frames.accuracies(held) == {"dense_accuracy": None, "pruned_accuracy": 0.9, "accuracy_change": None}
 
 
 def test_what_every_epoch_costs(pruned: Trace) -> None:
@@ -210,7 +225,12 @@ def test_a_profile_is_of_the_first_epoch_whose_passes_it_timed(
     pruned: Trace, passes: int, batch: int, first: int | None
 ) -> None:
     """A pass of 64 images: a mini-batch of 64, or a quarter of 256 or, rounded up, of 253."""
-    epochs = tuple(msgspec.structs.replace(e, passes=passes, batch_per_gpu=batch) for e in pruned.epochs)
+    epochs = tuple(
+        msgspec.structs.replace(
+            e, passes=passes, batch_per_gpu=batch, architecture=pruned.epochs[min(e.epoch, 1)].architecture
+        )
+        for e in pruned.epochs
+    )  # the last two alike
     frame = frames.profiles_frame([msgspec.structs.replace(pruned, epochs=epochs)])
     profile, network = pruned.profiles[1], pruned.network_of(pruned.epochs[1])
     rows = frame[frame.architecture == network.id]

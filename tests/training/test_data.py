@@ -53,6 +53,18 @@ def test_digits_are_the_1797_of_scikit_learn_split_by_class():
     assert torch.bincount(labels).tolist() == pytest.approx([36] * 10, abs=1)
 
 
+def test_images_take_their_bytes_and_their_classes_eight_each():
+    plain, cropped = (loaded(dataset="digits", augment=augment) for augment in ("none", "crop"))
+    assert plain.resident_bytes == 1797 * (8 * 8 + 8)
+    assert cropped.resident_bytes == 1437 * 10 * 10 + 360 * 8 * 8 + 1797 * 8  # a pixel of border around what trains
+
+
+def test_images_in_memory_are_scaled_to_the_asked_size():
+    data = loaded(dataset="digits", image_size=16)
+    assert data.dataset.input_shape == (1, 16, 16)
+    assert epoch_of(data)[0][0].shape == (16, 1, 16, 16)
+
+
 def test_digits_have_three_equal_channels_for_a_model_that_needs_three():
     data = loaded(dataset="digits", any_channels=False)
     images, _ = epoch_of(data)[0]

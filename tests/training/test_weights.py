@@ -1,5 +1,6 @@
 """Training starts from weights in a file: plain state dicts, training scripts' checkpoints, safetensors, caches."""
 
+import os
 import pickle
 
 import pytest
@@ -45,6 +46,15 @@ def test_every_usual_file_is_read(name, write, tmp_path):
     write(trained.state_dict(), tmp_path / name)
     load_weights(fresh, tmp_path / name)
     assert equal(trained, fresh)
+
+
+def test_the_average_of_a_script_comes_before_its_weights_and_a_layer_called_module_is_no_wrapper(tmp_path):
+    average, raw = {"module.weight": torch.ones(2), "head.weight": torch.ones(3)}, {"module.weight": torch.zeros(2)}
+    torch.save({"state_dict": raw, "state_dict_ema": average}, tmp_path / "w.pt")
+    found = read_state_dict(tmp_path / "w.pt")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        "module.weight": [1, 1], "head.weight": [1, 1, 1]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("header_bytes", [0x280, 0x380, 0x480, 0x580, 0x4B50])  # little-endian: \x80\x02, …, "PK"
@@ -137,6 +147,11 @@ def test_names_of_torchvision_and_timm_are_found_where_those_libraries_keep_thei
     snapshot.mkdir(parents=True)
     safetensors.torch.save_file(small(10).state_dict(), snapshot / "model.safetensors")
     assert weights_file("timm:resnet10t.c3_in1k") == snapshot / "model.safetensors"
+    newer = snapshot.with_name("aaa") / "model.safetensors"
+    newer.parent.mkdir()
+    safetensors.torch.save_file(small(10).state_dict(), newer)
+    os.utime(snapshot / "model.safetensors", (1, 1))
+    assert weights_file("timm:resnet10t.c3_in1k") == newer
 
 
 def test_a_run_prunes_from_trained_weights_at_once_or_after_dense_epochs(tmp_path):
