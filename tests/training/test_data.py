@@ -12,7 +12,7 @@ from PIL import Image
 from ptsim.errors import UsageError
 from ptsim.training.config import make_config, resolve
 from ptsim.training.data import Share, StreamedData, held_out, normalization_of
-from ptsim.training.datasets import load_data
+from ptsim.training.datasets import load_data, quarter_of_memory_bytes
 
 CPU = torch.device("cpu")
 
@@ -344,6 +344,38 @@ def test_an_image_that_breaks_while_streaming_is_one_sentence_whoever_decodes_it
         list(data.validation_batches(8, Share()))
     assert caught.value.message.startswith(f"{broken} cannot be read as an image")
     assert "\n" not in caught.value.message
+
+
+def test_cifars_pixels_and_classes_stay_where_they_are(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+
+    class Stored:
+        data, targets, classes = pixels, [0, 1, 1, 1], ["cat", "dog"]
+
+        def __init__(self, root, *, train, download):
+            pass
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Stored)
+    data = loaded(dataset="cifar10", data_dir=str(tmp_path), input_shape=(3, 32, 32), batch=2)
+    ((images, labels),) = data.validation_batches(4, Share())
+    assert labels.tolist() == [0, 1, 1, 1]
+    found = pixels_of(data, images).round().to(torch.uint8)
+    assert torch.equal(found.permute(0, 2, 3, 1), torch.from_numpy(pixels))
+    assert (data.class_names, data.dataset.num_classes) == (("cat", "dog"), 2)
+
+
+def test_a_limit_of_what_validates_is_its_own_and_its_images_take_memory_too(tree):
+    """30 images of 12·12·3 bytes for training and 12 for validation: 18,144 bytes."""
+    given = {"dataset": "imagefolder", "data_dir": str(tree)}
+    limited = loaded(validation_limit=5, **given).dataset
+    assert (limited.num_train, limited.num_validation) == (30, 5)
+    for room, streamed in ((18_144, False), (18_143, True)):
+        assert isinstance(loaded(data_memory_bytes=room, **given), StreamedData) == streamed
+
+
+def test_images_may_take_a_quarter_of_the_machines_memory(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 8, "SC_PHYS_PAGES": 100}.get)
+    assert quarter_of_memory_bytes(CPU) == 200
 
 
 def test_cifar_that_is_not_there_says_how_to_get_it(tmp_path):
