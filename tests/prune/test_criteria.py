@@ -420,7 +420,7 @@ class Places(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Linear(6, 2)
+        self.conv, self.norm, self.head = nn.Conv2d(3, 7, 1, bias=False), nn.BatchNorm2d(7), nn.Linear(7, 2)
 
     def forward(self, x):
         return self.head(torch.relu(self.norm(self.conv(x))).permute(0, 2, 3, 1)).mean((1, 2))
@@ -431,4 +431,4 @@ def test_a_linear_layer_hears_the_last_axis():
     with torch.no_grad():
         model.norm.weight[[1, 4]] = model.norm.bias[[1, 4]] = 0
     reconfigure(model, find_groups(model, SMALL_IMAGE), importance_of=Slimming.importance)
-    assert (model.conv.out_channels, model.head.in_features) == (4, 4)
+    assert (model.conv.out_channels, model.head.in_features) == (5, 5)
