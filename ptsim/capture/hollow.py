@@ -7,7 +7,7 @@ once for each kind of input. torch's own `FakeTensorMode` gives the same and tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -234,16 +234,31 @@ def _group_norm_back(
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> _Results:
     """The output, in the layout of the library that the CPU chooses; without storage it would always be contiguous."""
     plain = _aten.convolution.default(*pytree.tree_map_only(Tensor, _without_storage, (x, weight, bias)), *how)
-    if x.dim() in (4, 5):  # of a row of values torch makes an image first, and that is contiguous
+    return _laid_out(plain.shape, x, weight, bias, *how)
+
+
+def _convolution_back(gradient: Tensor, x: Tensor, weight: Tensor, sizes: Any, *more: Any) -> _Results:
+    """The gradients of images, weight and bias that the mask asks for; torch 2.8 has no layout without storage."""
+    *how, asked = more
+    shapes = (x.shape, weight.shape, (weight.shape[1] * how[-1] if how[3] else weight.shape[0],))
+    made = (_laid_out(shape, x, weight, None, *how) for shape in shapes)
+    return tuple(part if wanted else None for part, wanted in zip(made, asked, strict=True))
+
+
+def _laid_out(shape: Sequence[int], x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> _Made:
+    """A result of a convolution."""
+    layout = torch.contiguous_format
+    if x.dim() == len(shape) in (4, 5):  # of a row of values torch makes an image first, and that is contiguous
         library = torch._C._select_conv_backend(x, weight, bias, *how)
         layout = torch._C._conv_determine_backend_memory_format(x, weight, library)
-        plain = torch.empty_like(plain, memory_format=layout)
-    return _Made(plain.shape, plain.stride(), plain.dtype)
+    made = torch.empty(shape, dtype=x.dtype, device="meta", memory_format=layout)
+    return _Made(made.shape, made.stride(), made.dtype)
 
 
 # Where the operators' own way on tensors without storage gives another layout, or is through a dozen others.
 _SHORT_WAYS: dict[Any, Callable[..., _Results]] = {
     _aten.convolution.default: _convolution,
+    _aten.convolution_backward.default: _convolution_back,
     _aten.native_batch_norm.default: _batch_norm,
     _aten.native_batch_norm_backward.default: _batch_norm_back,
     _aten.native_group_norm.default: _group_norm,
