@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -25,15 +26,23 @@ _FACTORIES = (  # functions of torch
     *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "randperm"),
     *("scalar_tensor", "tensor", "zeros"),
 )
-
+# Functions of torch that before 2.14 refuse a stand-in in the place of a number or of a list of tensors.
+_PARTLY_TRACED = (
+    *("cat", "column_stack", "concat", "concatenate", "dstack", "hstack", "row_stack", "stack", "vstack"),
+    *("broadcast_to", "channel_shuffle", "chunk", "narrow", "repeat_interleave", "reshape", "roll", "tile"),
+)
+_CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))  # the same in `F` and torch
 
 _KIND_QUESTIONS = {"type", "issubclass"}  # which a stand-in cannot answer as a tensor would
 _ONE_AT_A_TIME = threading.RLock()  # torch.fx, and what stands below, put other functions in torch's places
 
 
 @contextlib.contextmanager
-def _factories_traced() -> Iterator[None]:
-    """Inside, tensors made by the size of others, and those put into buffers, become nodes; torch.fx sees neither."""
+def _functions_traced() -> Iterator[None]:
+    """Inside, what torch.fx does not see becomes a node: tensors made by the size of others, or put into buffers.
+
+    And calls that give numbers or a tuple of tensors to functions that check what they are given.
+    """
 
     def traced(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -53,17 +62,19 @@ def _factories_traced() -> Iterator[None]:
         else:
             assign(module, name, value)
 
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    named = (*_FACTORIES, *_PARTLY_TRACED, *_CONVOLUTIONS)
+    homes = [(torch, name) for name in named] + [(F, name) for name in (*_CONVOLUTIONS, "channel_shuffle")]
+    originals = {(home, name): getattr(home, name) for home, name in homes}
     assign = nn.Module.__setattr__
     try:
-        for name, original in originals.items():
-            setattr(torch, name, traced(original))
+        for (home, name), original in originals.items():
+            setattr(home, name, traced(original))
         nn.Module.__setattr__ = assigned  # type: ignore[assignment, method-assign] # put back below
         yield
     finally:
         nn.Module.__setattr__ = assign  # type: ignore[method-assign] # as it was
-        for name, original in originals.items():
-            setattr(torch, name, original)
+        for (home, name), original in originals.items():
+            setattr(home, name, original)
 
 
 @contextlib.contextmanager
@@ -117,7 +128,7 @@ class Tracer(fx.Tracer):
         if isinstance(root, nn.Module):
             tensors = [*root.named_parameters(), *(root.named_buffers() if self.proxy_buffer_attributes else ())]
             self._names = {id(tensor): (name, tensor) for name, tensor in tensors}
-        with _ONE_AT_A_TIME, _factories_traced(), traced_functions(backward=self._backward), _own_forward(root):
+        with _ONE_AT_A_TIME, _functions_traced(), traced_functions(backward=self._backward), _own_forward(root):
             try:
                 graph = super().trace(root, concrete_args)
             finally:
