@@ -139,6 +139,7 @@ def test_of_two_recorders_of_a_network_compiled_in_place_the_closed_one_sees_not
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar")  # LBFGS of torch 2.8
 def test_an_optimizer_with_one_state_for_all_weights_is_refused_and_can_be_recorded():
     model = fresh()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
