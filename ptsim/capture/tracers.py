@@ -26,7 +26,7 @@ _FACTORIES = (  # functions of torch
     *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "randperm"),
     *("scalar_tensor", "tensor", "zeros"),
 )
-# Functions of torch 2.8 that refuse a stand-in, as those of 2.14 do not, in the place of a number or of a list of tensors.
+# Functions that torch 2.8, unlike 2.14, lets no stand-in be given to where a number or a list of tensors is wanted.
 _PARTLY_TRACED = (
     *("cat", "column_stack", "concat", "concatenate", "dstack", "hstack", "row_stack", "stack", "vstack"),
     *("broadcast_to", "channel_shuffle", "chunk", "narrow", "repeat_interleave", "reshape", "roll", "tile"),
