@@ -107,7 +107,8 @@ def rehearse(
             graph.graph.erase_node(node)
         watcher = _Watcher(graph, twin)
         dtype = dtype_of(twin)
-        with naming_the_image(model, input_shape), contextlib.closing(watcher):
+        with naming_the_image(model, input_shape), contextlib.ExitStack() as after:
+            after.callback(watcher.let_go)
             with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
                 outputs = list(output_tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype))))
             watcher.finish()
@@ -157,7 +158,7 @@ class _Watcher(fx.Interpreter):
 
     def finish(self) -> None:
         """Once everything has run: what autograd keeps, and which outputs are among it."""
-        self.close()  # what is used for nothing is freed now, and what its gradient would have needed
+        self.let_go()  # what is used for nothing is freed now, and what its gradient would have needed
         alive = {number for reference, number in self._storages.values() if reference() is not None}
         for number, (step, num_bytes, element_bytes) in self._kept.items():
             if number not in alive or step is None:
@@ -171,8 +172,8 @@ class _Watcher(fx.Interpreter):
         for name, numbers in self._returned.items():
             self.steps[name].output_saved = not kept.isdisjoint(numbers)
 
-    def close(self) -> None:
-        """Let go of the outputs: they hold autograd's graph, which holds `keep`, and no garbage collector sees that."""
+    def let_go(self) -> None:
+        """Forget the outputs: they hold autograd's graph, which holds `keep`, and no garbage collector sees that."""
         self.env.clear()
 
     def tell_idle(self, idle: set[nn.Parameter]) -> None:

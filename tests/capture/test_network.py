@@ -569,5 +569,6 @@ def test_nothing_of_what_a_capture_copies_stays_in_memory() -> None:
         return sum(issubclass(type(known), nn.Module) for known in gc.get_objects())
 
     before = modules()
-    capture_network(model, name="m", input_shape=(3, 8, 8), num_classes=4)
-    assert modules() == before
+    for _ in range(3):  # what other tests have left may go meanwhile
+        capture_network(model, name="m", input_shape=(3, 8, 8), num_classes=4)
+    assert modules() <= before
