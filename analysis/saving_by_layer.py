@@ -1,12 +1,12 @@
 """Where does the rest of the saving go? Time against MACs, layer by layer, of one network before and after pruning.
 
-    python analysis/saving_by_layer.py TRACE [--batch 32] [--batches 4,128] [--multiples 1,8,16] [--repeats 5]
+    python analysis/saving_by_layer.py TRACE [--batch 32] [--batches 4,32,128] [--multiples 1,8,16] [--repeats 5]
         [--threads 1] [--device cpu] [--only-overheads] [--out DIR]
     python analysis/saving_by_layer.py TRACE --recorded [--out DIR]
 
 TRACE is a recorded or a planned run. Its first and its last architecture are built from their records, and both train
 random images on this machine, in turn, so that they meet the same state of the machine, in the run's own precision and
-memory format. Five tables come out, each a CSV file in `--out`:
+memory format. Up to five tables come out, each a CSV file in `--out`:
 
 * `layers`: one row per layer of the dense network with its MACs and its milliseconds, dense and pruned. A removed
   layer counts zero. A layer that costs more of its time than of its MACs is where the saving is lost.
@@ -378,7 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=_positive, help="images per step (default: the run's)")
     parser.add_argument("--only-overheads", action="store_true", help="measure nothing but that table")
     parser.add_argument(
-        "--batches", type=_numbers, default=[4, 128], help="mini-batches of the overheads (default 4,128)"
+        "--batches", type=_numbers, default=[4, 32, 128], help="mini-batches of the overheads (default 4,32,128)"
     )
     parser.add_argument(
         "--multiples",
