@@ -98,7 +98,7 @@ def train_epoch(
                 if not plan.regularized:
                     scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(learner.model.parameters(), config.clip_norm)
-            scaler.step(optimizer)
+            scaler.step(optimizer)  # in fp16 it waits for the device: has a gradient overflowed?
             scaler.update()
             learner.update_average()
             classes, _ = max(mixed, key=lambda part: part[1])  # of two mixed images those of the larger share

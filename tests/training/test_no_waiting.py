@@ -128,6 +128,14 @@ def test_the_loss_is_looked_at_every_64_iterations(monkeypatch, tmp_path):
     assert sum(many.values()) == sum(few.values()) + 1
 
 
+def test_in_fp16_the_scaler_asks_once_an_iteration_whether_a_gradient_overflowed(monkeypatch, tmp_path):
+    few = waits_of_an_epoch(8, monkeypatch, tmp_path, precision="fp16")
+    many = waits_of_an_epoch(40, monkeypatch, tmp_path, precision="fp16")
+    waited = many - few
+    del waited["to"]  # the scaler's own, to the device that stands for the GPU here
+    assert waited == Counter({"aten._local_scalar_dense.default": 40 - 8})
+
+
 # ---- on a device without values ------------------------------------------------------------------------------------
 
 
