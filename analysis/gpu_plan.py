@@ -13,7 +13,7 @@ import io
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ START_S = 120.0  # from the asking for a machine until the first call works
 BETWEEN_S = 30.0  # of every call: files there and back, wheels, the end of what was interrupted
 TURN_S = 20.0  # of every turn of a training: imports, 60,000 images to decode, convolutions to tune
 
-_MOST_LOANS = 3
+_LOANS = ("First", "Second", "Third")
 _VALIDATED = math.ceil(10_000 / BATCH)  # mini-batches after every epoch
 # Operators of an iteration that are not the network's, counted by a dispatch mode: 13 for the images, 14 for the sums.
 LOOP_OPERATORS = 27
@@ -123,50 +123,40 @@ class PlannedRuns(Runs):
     def __init__(self, folder: Path, costs: Mapping[str, RunCost], clock: Clock, end: str) -> None:
         super().__init__(folder, folder, "cuda", tiny=False, cifar=None)
         self._costs, self._clock, self._end = costs, clock, end
-        self._passed: dict[str, float] = dict.fromkeys(costs, 0.0)  # seconds that a run has trained
-
-    def _seconds(self, name: str) -> Iterator[float]:
-        cost = self._costs[name]
-        factor = {"low": cost.low, "high": cost.high}.get(self._end, 1.0)
-        return (factor * epoch_s for epoch_s in cost.epochs)
+        self._reached: dict[str, int] = dict.fromkeys(costs, 0)  # whole epochs of every run
 
     def trained(self, name: str) -> bool:
         """The run has all its epochs."""
-        return self.epochs(name) == EPOCHS
+        return self._reached[name] == EPOCHS
 
     def epochs(self, name: str) -> int:
         """Whole epochs that the run has."""
-        passed_s, number = self._passed[name] + 1e-6, 0
-        for epoch_s in self._seconds(name):
-            passed_s -= epoch_s
-            if passed_s < 0:
-                break
-            number += 1
-        return number
+        return self._reached[name]
 
-    def begun(self, pairs: Sequence[Pair]) -> bool:  # type: ignore[override] # every caller has a sequence
+    def begun(self, pairs: Iterable[Pair]) -> bool:
         """One of the runs has an epoch."""
-        return any(self.epochs(name) for pair in pairs for name in pair.runs)
+        return any(self._reached[name] for pair in pairs for name in pair.runs)
 
     def turn(self, turn: Turn, pair: Pair) -> None:
         """Let the clock jump to the end of the turn; an epoch that is not finished is lost."""
-        before, seconds = self.epochs(turn.name), list(self._seconds(turn.name))
-        left_s, number = turn.seconds - TURN_S, before
-        while number < min(turn.epochs, EPOCHS) and seconds[number] <= left_s:
-            left_s -= seconds[number]
+        cost = self._costs[turn.name]
+        factor = {"low": cost.low, "high": cost.high}.get(self._end, 1.0)
+        left_s, number = turn.seconds - TURN_S, self._reached[turn.name]
+        last = min(turn.epochs, EPOCHS)
+        while number < last and factor * cost.epochs[number] <= left_s:
+            left_s -= factor * cost.epochs[number]
             number += 1
-        finished = number == min(turn.epochs, EPOCHS)
-        self._passed[turn.name] = math.fsum(seconds[:number])
-        self._clock.now_s += turn.seconds - (left_s if finished else 0.0)
+        self._reached[turn.name] = number
+        self._clock.now_s += turn.seconds - (left_s if number == last else 0.0)
 
-    def keep(self, running: Sequence[str] = ()) -> None:  # type: ignore[override] # the same
+    def keep(self, running: Iterable[str] = ()) -> None:
         """There is nothing to keep."""
 
     def machine_is_given_back(self, pairs: Sequence[Pair]) -> None:
         """Runs whose checkpoints do not fit into the results begin again, unless they are finished."""
         for pair in pairs:
             if not travels(pair, self._costs):
-                self._passed |= {name: 0.0 for name in pair.runs if not self.trained(name)}
+                self._reached |= {name: 0 for name in pair.runs if not self.trained(name)}
 
 
 def travels(pair: Pair, costs: Mapping[str, RunCost]) -> bool:
@@ -209,7 +199,7 @@ class Rehearsal:
     ) -> None:
         self._options, self._make, self._work_through = options, make, work_through
 
-    def calls(self, costs: Mapping[str, RunCost], end: str = "expected", loans: int = _MOST_LOANS) -> list[Call]:
+    def calls(self, costs: Mapping[str, RunCost], end: str = "expected", loans: int = len(_LOANS)) -> list[Call]:
         """The calls of so many half hours, or until nothing is left; every run takes `end` of its interval."""
         found: list[Call] = []
         with tempfile.TemporaryDirectory() as folder:
@@ -298,11 +288,10 @@ def _said(name: str, piece: Any, costs: Mapping[str, RunCost], steps: gpu_steps.
     """What is predicted of a piece, in minutes."""
     if piece.pairs:
         runs = [costs[run] for pair in piece.pairs for run in pair.runs]
-        least, middle, most = (
-            sum(factor * run.seconds + TURN_S for run, factor in zip(runs, factors, strict=True))
-            for factors in ([r.low for r in runs], [1.0] * len(runs), [r.high for r in runs])
-        )
-        return f"{middle / 60:.1f} ({least / 60:.1f} to {most / 60:.1f})"
+        least_s = sum(run.low * run.seconds + TURN_S for run in runs)
+        middle_s = sum(run.seconds + TURN_S for run in runs)
+        most_s = sum(run.high * run.seconds + TURN_S for run in runs)
+        return f"{middle_s / 60:.1f} ({least_s / 60:.1f} to {most_s / 60:.1f})"
     if piece.steps and piece.minutes:
         return f"{steps_cost(steps, piece.steps, device, power=piece.power) / 60:.1f} in {len(piece.steps)} rows' steps"
     if name == "memory":
@@ -367,9 +356,6 @@ def _show_calls(rehearsal: Rehearsal, campaign: Any, costs: Mapping[str, RunCost
 Worth doing: make the calls of a half hour without a pause, since a pair whose checkpoints do not fit into runs.tar
 begins again on another machine; keep --work in memory; make validation.json afterwards, on any machine."""
     )
-
-
-_LOANS = ("First", "Second", "Third")
 
 
 def _did(did: Did) -> str:

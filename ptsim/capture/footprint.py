@@ -27,6 +27,7 @@ from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import dtype_of, hollow_copy
 from ptsim.capture.graph import output_tensors
 from ptsim.capture.hollow import NoArithmetic
+from ptsim.capture.kept import KeptStorages
 from ptsim.capture.looking import let_hooks_look
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Moment
 
@@ -119,10 +120,9 @@ def _watch(model: nn.Module, input_shape: tuple[int, int, int], batch: int, *, g
         dtype = dtype_of(twin)
         images = torch.empty(batch, *input_shape, dtype=dtype)  # draws nothing: the code meets the numbers of its trace
         ledger = _Ledger([*twin.parameters(), *twin.buffers()], images)
-        hooks = torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor)
         rules = _LikeGpu(half=half)
         with ledger, rules if gpu else contextlib.nullcontext():
-            with torch.autocast("cpu", torch.bfloat16, enabled=half), hooks:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half), ledger.saved.watching():
                 outputs = list(output_tensors(twin(images)))
             kept = ledger.kept()
             for parameter in twin.parameters():
@@ -142,15 +142,14 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
     def __init__(self, own: Sequence[Tensor], images: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's gap
         self.seen: list[_Seen] = []
-        self._own = {tensor.untyped_storage()._cdata for tensor in (*own, images)}
+        self.saved = KeptStorages(own, _size_and_width)
         self._images = images.untyped_storage()._cdata
+        self._own = {*self.saved.own, self._images}
         self._image_bytes = images.untyped_storage().nbytes()
         self._sizes: dict[int, int] = {}
         self._watched: dict[int, Any] = {}
         self._gradients: set[int] = set()
         self._alive = self._gradient_bytes = 0
-        self._kept: dict[int, tuple[Any, int, bool]] = {}
-        self._keeps_images = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -186,20 +185,15 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
             self._gradient_bytes += self._sizes[key]
             self._alive -= self._sizes[key]
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Note what autograd keeps."""
-        storage = tensor.untyped_storage()
-        if storage._cdata == self._images:
-            self._keeps_images = True
-        elif storage._cdata not in self._own:
-            half = tensor.dim() > 1 and tensor.dtype in (torch.bfloat16, torch.float16)
-            self._kept[storage._cdata] = weakref.ref(storage), storage.nbytes(), half
-        return tensor.detach()  # else an output holds its operator, which holds it: never freed
-
     def kept(self) -> list[tuple[int, bool]]:
         """What autograd keeps now: bytes of every storage, and whether they are matrices in half precision."""
-        alive = [(size, half) for reference, size, half in self._kept.values() if reference() is not None]
-        return [(self._image_bytes, False), *alive] if self._keeps_images else alive
+        alive = self.saved.alive()
+        images = alive.pop(self._images, None)
+        return [*alive.values()] if images is None else [(self._image_bytes, False), *alive.values()]
+
+
+def _size_and_width(tensor: Tensor, _: object) -> tuple[int, bool]:
+    return tensor.untyped_storage().nbytes(), tensor.dim() > 1 and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 class _LikeGpu(TorchFunctionMode):

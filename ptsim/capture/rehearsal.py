@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import warnings
 import weakref
 from typing import Any
@@ -22,6 +21,7 @@ from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import copied, dtype_of, hollow_copy
 from ptsim.capture.graph import naming_the_image, output_tensors, symbolic_graph
 from ptsim.capture.hollow import NoArithmetic
+from ptsim.capture.kept import KeptStorages
 from ptsim.capture.looking import let_hooks_look
 from ptsim.capture.ways import read_alone
 from ptsim.errors import UnsupportedModelError
@@ -109,12 +109,16 @@ def rehearse(
         dtype = dtype_of(twin)
         with naming_the_image(model, input_shape), contextlib.ExitStack() as after:
             after.callback(watcher.let_go)
-            with torch.autograd.graph.saved_tensors_hooks(watcher.keep, lambda tensor: tensor):
+            with watcher.kept.watching():
                 outputs = list(output_tensors(watcher.run(torch.rand(batch, *input_shape, dtype=dtype))))
             watcher.finish()
             ready, idle = _gradient_order(twin, outputs) if backward else ((), frozenset[str]())
             watcher.tell_idle({twin.get_parameter(name) for name in idle})
     return Rehearsal(twin, graph, watcher.steps, ready, idle)
+
+
+# In which step a storage was first kept, its bytes, and those of one element if that is floating-point, else 0.
+_Kept = tuple[Step | None, int, int]
 
 
 class _Watcher(fx.Interpreter):
@@ -124,12 +128,8 @@ class _Watcher(fx.Interpreter):
         super().__init__(graph)
         self.steps: dict[str, Step] = {}
         self._current: Step | None = None
-        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}  # by address: itself, its number
-        self._numbers = itertools.count()
-        self._own = {self._number(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
-        # What autograd was handed: in which step, its bytes, and those of one element if it is floating-point, else 0.
-        self._kept: dict[int, tuple[Step | None, int, int]] = {}
-        self._returned: dict[str, list[int]] = {}
+        self.kept = KeptStorages((*model.parameters(), *model.buffers()), self._note)
+        self._returned: dict[str, list[weakref.ref[torch.UntypedStorage]]] = {}
         self._trained: dict[str, set[nn.Parameter]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -153,27 +153,28 @@ class _Watcher(fx.Interpreter):
             step.works = bool(given) and (step.inplace or not all(any(t is h for h in handed) for t in given))
             step.view = not step.inplace and all(t.untyped_storage()._cdata in storages for t in given)
             self.steps[n.name] = step
-            self._returned[n.name] = [self._number(t.untyped_storage()) for t in given]
+            self._returned[n.name] = [weakref.ref(t.untyped_storage()) for t in given]
         return result
 
     def finish(self) -> None:
         """Once everything has run: what autograd keeps, and which outputs are among it."""
         self.let_go()  # what is used for nothing is freed now, and what its gradient would have needed
-        alive = {number for reference, number in self._storages.values() if reference() is not None}
-        for number, (step, num_bytes, element_bytes) in self._kept.items():
-            if number not in alive or step is None:
+        kept = self.kept.alive()
+        for step, num_bytes, element_bytes in kept.values():
+            if step is None:
                 continue
             if element_bytes:
                 step.saved_elements += num_bytes // element_bytes
                 step.saved_bytes += num_bytes
             else:
                 step.saved_other_bytes += num_bytes
-        kept = self._own | (self._kept.keys() & alive)
-        for name, numbers in self._returned.items():
-            self.steps[name].output_saved = not kept.isdisjoint(numbers)
+        held = self.kept.own | kept.keys()
+        for name, references in self._returned.items():
+            storages = (reference() for reference in references)
+            self.steps[name].output_saved = any(s is not None and s._cdata in held for s in storages)
 
     def let_go(self) -> None:
-        """Forget the outputs: they hold autograd's graph, which holds `keep`, and no garbage collector sees that."""
+        """Forget the outputs: they hold autograd's graph, which holds `kept`, and no garbage collector sees that."""
         self.env.clear()
 
     def tell_idle(self, idle: set[nn.Parameter]) -> None:
@@ -187,22 +188,9 @@ class _Watcher(fx.Interpreter):
             return list(self.fetch_attr(str(n.target)).parameters())
         return [p for at in n.all_input_nodes if at.op == "get_attr" and isinstance(p := self.env[at], nn.Parameter)]
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Note what autograd keeps for backward; an operator that is used for nothing hands it back later."""
-        storage = tensor.untyped_storage()
-        number = self._number(storage)
-        if number not in self._own and number not in self._kept:
-            element_bytes = tensor.element_size() if tensor.is_floating_point() else 0
-            self._kept[number] = self._current, storage.nbytes(), element_bytes
-        return tensor.detach()  # else an output holds its operator, which holds it: never freed
-
-    def _number(self, storage: torch.UntypedStorage) -> int:
-        """The storage's own number: an address may be used again."""
-        reference, number = self._storages.get(storage._cdata, (None, -1))
-        if reference is None or reference() is None:
-            number = next(self._numbers)
-            self._storages[storage._cdata] = weakref.ref(storage), number
-        return number
+    def _note(self, tensor: Tensor, known: _Kept | None) -> _Kept:
+        element_bytes = tensor.element_size() if tensor.is_floating_point() else 0
+        return known or (self._current, tensor.untyped_storage().nbytes(), element_bytes)
 
 
 def _gradient_order(model: nn.Module, outputs: list[Tensor]) -> tuple[tuple[str, ...], frozenset[str]]:

@@ -128,8 +128,7 @@ def _check_kernels(recording: Recording, device: Device | str | None) -> None:
     """Refuse a GPU's work without its kernels: the host only launches it, and takes other times."""
     if recording.on_gpu:
         return
-    named = match_device(device) if isinstance(device, str) else device
-    gpu = named.name if named is not None and named.is_gpu else None
+    gpu = device.name if isinstance(device, Device) and device.is_gpu else None
     launched = next((event.name for event in recording.host if event.name.startswith(_ON_GPU)), None)
     if launched or gpu:
         says = f"holds {launched}, which runs on a GPU, but no kernels" if launched else f"holds no kernels of {gpu}"
@@ -177,6 +176,9 @@ def import_kineto(
         UsageError: no file, files of different devices or jobs, another device than the file names, nothing names
             the device or its memory, or a GPU without its kernels.
     """
+    if isinstance(device, str):
+        with contextlib.suppress(UnknownNameError):
+            device = load_device(device)
     recordings, steps, everything = _read(paths, device)
     calls = [call for step in everything for call in step.calls]
     notes = _cut_off(recordings) + _recomputation(everything)
@@ -269,9 +271,6 @@ def _device(
     if len(names) > 1:
         raise UsageError(f"the profiles are of different devices: {', '.join(sorted(str(name) for name in names))}")
     first = recordings[0]
-    if isinstance(device, str):
-        with contextlib.suppress(UnknownNameError):
-            device = load_device(device)
     if device is not None and (recorded := match_device(first.device or "")) is not None:
         asked = device.name if isinstance(device, Device) else device
         if asked != recorded.name and (isinstance(device, str) or asked in device_names()):
