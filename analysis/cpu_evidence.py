@@ -10,7 +10,8 @@ begun beside other work is visible there. Nothing else may run on the machine.
 
 The data are images in class folders, `train/CLASS/…` and `test/CLASS/…`. The network for images of ImageNet's kind gets
 the same images at 64×64. The schedule is the paper's, shortened: milestones at 1/2 and 3/4 of the epochs, and a
-reconfiguration every twentieth of them.
+reconfiguration every twentieth of them. The long pair of ResNet-20 has the schedule of `traces/cifar10-resnet20`,
+four times as long.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class Pair(NamedTuple):
     runs: dict[str, tuple[str, ...]]
     seed: int = 1
     settings: tuple[str, ...] = ()
+    epochs: int = EPOCHS
+    images: int = IMAGES
+    validation_images: int = VALIDATION_IMAGES
 
 
 def _pruned(ratio: float, *more: str) -> dict[str, tuple[str, ...]]:
@@ -58,6 +62,16 @@ PAIRS: dict[str, Pair] = {
     ),
     "resnet32-s2": Pair("the same, second seed", "resnet32", _pruned(0.25), seed=2),
     "resnet32-s3": Pair("the same, third seed", "resnet32", _pruned(0.25), seed=3),
+    "resnet32-r0.2": Pair("the first seed, penalty ratio 0.2", "resnet32", _pruned(0.2)),
+    "resnet20-long": Pair(
+        "ResNet-20 on 4,000 images, 120 instead of 30 epochs",
+        "resnet20",
+        _pruned(0.2),
+        settings=("lr=0.2", "lr_milestones=[0.67,0.87]", "interval=12", "memory_format=channels_last"),
+        epochs=120,
+        images=4_000,
+        validation_images=1_000,
+    ),
     "resnet32-dynamic": Pair(
         "ResNet-32, the mini-batch fixed and growing",
         "resnet32",
@@ -77,16 +91,18 @@ PAIRS: dict[str, Pair] = {
 }  # fmt: skip
 
 
-def arguments_of(pair: Pair, run: str, folder: Path, data: Path, *, epochs: int, images: int) -> list[str]:
+def arguments_of(pair: Pair, run: str, folder: Path, data: Path) -> list[str]:
     """Arguments of `ptsim` that begin a run, or go on with it."""
     if (folder / CONFIG).exists():
         return ["train", "--resume", str(folder)]
-    settings = [*pair.settings, *pair.runs[run], f"validation_limit={min(VALIDATION_IMAGES, images)}", "num_threads=1"]
+    common = (
+        f"train_limit={pair.images}", f"validation_limit={min(pair.validation_images, pair.images)}",
+        f"epochs={pair.epochs}", f"interval={max(1, pair.epochs // 20)}", f"batch={BATCH}", "num_threads=1",
+    )  # fmt: skip
+    settings = dict(setting.split("=", 1) for setting in (*common, *pair.settings, *pair.runs[run]))
     return [
         "train", "--out", str(folder), "--model", pair.model, "--dataset", "imagefolder", "--data-dir", str(data),
-        "--train-limit", str(images), "--epochs", str(epochs), "--interval", str(max(1, epochs // 20)),
-        "--batch", str(BATCH), "--seed", str(pair.seed),
-        *(part for setting in settings for part in ("--set", setting)),
+        "--seed", str(pair.seed), *(part for name, value in settings.items() for part in ("--set", f"{name}={value}")),
     ]  # fmt: skip
 
 
@@ -99,11 +115,10 @@ def is_complete(folder: Path) -> bool:
 def record(name: str, options: argparse.Namespace, deadline_s: float) -> None:
     """Work on one pair until it is complete or time is over."""
     pair = PAIRS[name]
+    pair = pair._replace(epochs=options.epochs or pair.epochs, images=options.images or pair.images)
     folders = {run: options.out / f"{name}-{run}" for run in pair.runs}
     commands = {
-        run: arguments_of(pair, run, folder, options.data, epochs=options.epochs, images=options.images)
-        for run, folder in folders.items()
-        if not is_complete(folder)
+        run: arguments_of(pair, run, folder, options.data) for run, folder in folders.items() if not is_complete(folder)
     }
     if not commands:
         return
@@ -131,8 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs")
     parser.add_argument("--only", help="names of pairs, separated by commas")
     parser.add_argument("--minutes", type=float, default=60.0, help="time of this call (default 60)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"length of a run (default {EPOCHS})")
-    parser.add_argument("--images", type=int, default=IMAGES, help=f"training images (default {IMAGES})")
+    parser.add_argument("--epochs", type=int, help="length of a run (default: the pair's own)")
+    parser.add_argument("--images", type=int, help="training images (default: the pair's own)")
     options = parser.parse_args(arguments)
     names = options.only.split(",") if options.only else list(PAIRS)
     if unknown := [name for name in names if name not in PAIRS]:
