@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import claims_layers
 import claims_public
 import claims_recorded
 import claims_tables
@@ -35,7 +36,7 @@ SCRIPT = re.compile(r"\banalysis/\w+\.py\b")
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FILLED = ("docs/accuracy.md", "docs/evidence.md", "traces/README.md")  # pages with such tables
 STRICT = ("README.md", "docs/evidence.md")  # beside a link to a claim every number must stand in it
-CHECKS: Mapping[str, Callable[[Path], Figures]] = claims_recorded.CHECKS | claims_public.CHECKS
+CHECKS: Mapping[str, Callable[[Path], Figures]] = claims_recorded.CHECKS | claims_layers.CHECKS | claims_public.CHECKS
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

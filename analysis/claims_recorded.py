@@ -15,7 +15,7 @@ import ptsim
 from ptsim.costs.flops import training_macs
 from ptsim.costs.traffic import batch_norm_bytes
 from ptsim.trace.pairs import held_dense
-from ptsim.trace.schema import Profile
+from ptsim.trace.schema import Epoch
 from ptsim.units import listed
 
 Pairs = Mapping[str, str]  # a run, and the run that was recorded beside it
@@ -25,11 +25,6 @@ Pairs = Mapping[str, str]  # a run, and the run that was recorded beside it
 def read_recorded(root: Path, folder: str, name: str) -> ptsim.Trace:
     """The run NAME in `traces/FOLDER`."""
     return ptsim.read_trace(root / "traces" / folder / f"{name}.jsonl")
-
-
-def by_layer(root: Path, folder: str, table: str) -> pd.DataFrame:
-    """A table that `saving_by_layer.py` measured for a run of `traces/FOLDER`."""
-    return pd.read_csv(root / "traces" / folder / "by_layer" / f"{table}.csv")
 
 
 def epochs_s(trace: ptsim.Trace) -> list[float]:
@@ -96,6 +91,35 @@ def recorded_saving(root: Path, *, folder: str, pairs: Pairs) -> Figures:
     ]
 
 
+def penalty_share(epoch: Epoch) -> float:
+    """The penalty's share of the loss that an epoch minimised."""
+    assert epoch.penalty is not None
+    assert epoch.train_loss is not None
+    return epoch.penalty / (epoch.train_loss + epoch.penalty)
+
+
+def penalty_shares(root: Path, *, runs: Mapping[str, tuple[str, str]]) -> Figures:
+    """The penalty's share of each run's loss in its first epoch, where it is least, and in its last epoch."""
+    found = []
+    for name, (folder, run) in runs.items():
+        shares = [penalty_share(epoch) for epoch in read_recorded(root, folder, run).epochs]
+        found.append(f"{name}: {percents([shares[0], min(shares), shares[-1]])}")
+    return found
+
+
+def longer_schedule(root: Path, *, folder: str, pairs: Pairs) -> Figures:
+    """What pairs of different length lost, on images for validation and on those for training."""
+    found = []
+    for run, beside in pairs.items():
+        pruned, dense = (read_recorded(root, folder, name) for name in (run, beside))
+        lost = [
+            f"{100 * (getattr(dense.epochs[-1], of) - getattr(pruned.epochs[-1], of)):.1f}"
+            for of in ("validation_accuracy", "train_accuracy")
+        ]
+        found.append(f"{len(pruned.epochs)} epochs: {lost[0]} points, in training {lost[1]} points")
+    return found
+
+
 def recorded_pair(root: Path, *, folder: str, run: str) -> Figures:
     """The pair of ResNet-20 whose times compare, and how equal they are before anything is pruned."""
     pruned, dense = (epochs_s(read_recorded(root, folder, name)) for name in (run, "dense"))
@@ -108,6 +132,20 @@ def recorded_pair(root: Path, *, folder: str, run: str) -> Figures:
         f"first {unpruned} epochs, unpruned, {percent(apart, 1)} longer than the dense ones, "
         f"single ones up to {percent(worst, 1)} apart",
     ]
+
+
+def unpruned_apart(root: Path, *, pairs: Sequence[tuple[str, str, str]]) -> Figures:
+    """How much longer than the dense runs beside them pruned runs took until they were pruned; without the penalty.
+
+    A pair is a folder, the pruned run and the dense one.
+    """
+    apart = []
+    for folder, run, beside in pairs:
+        pruned, dense = (read_recorded(root, folder, name) for name in (run, beside))
+        times = [epoch.time for epoch in pruned.epochs[: first_pruned(pruned)]]
+        alike_s = sum(time.wall_s - time.regularizer_s for time in times)
+        apart.append(alike_s / sum(epochs_s(dense)[: len(times)]) - 1)
+    return [f"{100 * min(apart):+.1f} to {100 * max(apart):+.1f} %".replace("-", "−")]
 
 
 def own_pace(trace: ptsim.Trace) -> float:
@@ -183,33 +221,6 @@ def recorded_modes(root: Path, *, folder: str, gating: str, union: str) -> Figur
     ]
 
 
-def last_profile(trace: ptsim.Trace) -> Profile:
-    """The profile that a run took of its last epoch's network."""
-    return next(profile for profile in trace.profiles if profile.architecture == trace.epochs[-1].architecture)
-
-
-def gating_layers(root: Path, *, folder: str, gating: str, union: str) -> Figures:
-    """What gathers and scatters take of a step with gating; what the last ten epochs saved beside union."""
-    trace, theirs = (read_recorded(root, folder, name) for name in (gating, union))
-    profile, operators = last_profile(trace), {layer.name: layer.op for layer in trace.final_network.layers}
-    taken = {}
-    for operator in ("gather", "scatter"):
-        layers = [layer for layer in profile.layers if operators[layer.layer] == operator]
-        seconds = sum(layer.forward_s + (layer.backward_s or 0.0) for layer in layers)
-        taken[operator] = (len(layers), 1e3 * seconds)
-    macs, seconds = (
-        sum(training_macs(trace.network_of(epoch)) for epoch in trace.epochs[-10:])
-        / sum(training_macs(theirs.network_of(epoch)) for epoch in theirs.epochs[-10:]),
-        sum(epochs_s(trace)[-10:]) / sum(epochs_s(theirs)[-10:]),
-    )
-    gathers, scatters = taken["gather"], taken["scatter"]
-    return [
-        f"of a step of {1e3 * profile.step_s:.0f} ms, {gathers[0]} gathers take {gathers[1]:.1f} ms "
-        f"and {scatters[0]} scatters {scatters[1]:.1f} ms",
-        f"last ten epochs: {percent(1 - macs)} fewer MACs than union, {percent(1 - seconds)} less time",
-    ]
-
-
 def recorded_twice(root: Path, *, folder: str, runs: tuple[str, str]) -> Figures:
     """Two runs of equal settings and seed at different hours."""
     first, second = (read_recorded(root, folder, run) for run in runs)
@@ -223,72 +234,6 @@ def recorded_twice(root: Path, *, folder: str, runs: tuple[str, str]) -> Figures
         f"losses and networks {'agree bit for bit' if equal else 'differ'}",
         f"times {times[0]:,.0f} and {times[1]:,.0f} s, {percent(times[1] / times[0] - 1)} apart",
     ]
-
-
-def recorded_layers(root: Path, *, folder: str, run: str) -> Figures:
-    """The last network beside the first, by kind of layer, from the profiles that the run took of them."""
-    trace = read_recorded(root, folder, run)
-    tables = recorded_tables(trace)
-    kinds, last = tables["kinds"].set_index("kind"), tables["steps"].iloc[-1]
-    names = {"conv": "convolutions", "batch_norm": "BatchNorm", "activation": "ReLU", "elementwise": "additions"}
-    left = ", ".join(f"{text} {percent(kinds.time_left[kind])}" for kind, text in names.items())
-    lost = [rounded(kinds.lost_share[kind], 1) for kind in names]
-    others = tables["steps"].saved_time_per_saved_macs.iloc[1:-1]
-    best = "the best" if last.saved_time_per_saved_macs > others.max() else "not the best"
-    layers = tables["layers"]
-    narrow = layers[(layers.kind == "conv") & layers.layer.str.startswith("layer1.")]
-    rates = [
-        trace.epochs[0].batch_per_gpu * narrow[f"{which}_macs"].sum() / narrow[f"{which}_seconds"].sum() / 1e9
-        for which in ("pruned", "dense")
-    ]
-    return [
-        f"MACs {percent(last.macs_left)}, step {percent(last.time_left)} of dense",
-        left,
-        f"{listed(lost)} points",
-        f"saved time over saved MACs {last.saved_time_per_saved_macs:.1f}, {best} of {len(others) + 2} networks",
-        f"the seven before it have {others[-7:].min():.1f} to {others[-7:].max():.1f}",
-        f"convolutions of layer1 {rates[0]:.0f} instead of {rates[1]:.0f} GMAC/s",
-    ]
-
-
-def recorded_steps(root: Path, *, folder: str) -> Figures:
-    """The step of the last network alone, and with its channels rounded up, as measured on an idle machine."""
-    table = by_layer(root, folder, "steps")
-    rows = {row["network"]: row for row in table.to_dict("records")}
-    one, eight, sixteen = (rows[f"pruned, multiple of {multiple}"] for multiple in (1, 8, 16))
-    apart = table.slowest_over_fastest_round - 1
-    return [
-        f"MACs {percent(one['macs_left'])}, step {percent(one['time_left'])} of dense",
-        f"saved time over saved MACs {one['saved_time_per_saved_macs']:.1f}",
-        f"multiples of 8: MACs {percent(eight['macs_left'])}, step {percent(eight['time_left'])}",
-        f"of 16: MACs {percent(sixteen['macs_left'])}, step {percent(sixteen['time_left'])}",
-        f"rounds of a step {rounded(apart.min(), 0)} to {percent(apart.max())} apart",
-    ]
-
-
-def recorded_narrow(root: Path, *, folder: str, run: str) -> Figures:
-    """The first convolutions of the later blocks of layer1, which keep their input channels."""
-    table, trace = by_layer(root, folder, "layers").set_index("layer"), read_recorded(root, folder, run)
-    before, after = ({layer.name: layer for layer in network.layers} for network in (
-        trace.network_of(trace.epochs[0]), trace.final_network
-    ))  # fmt: skip
-    names = [f"layer1.{block}.conv1" for block in range(1, 5)]
-    inputs = {layers[name].in_channels for layers in (before, after) for name in names}
-    dense = {before[name].out_channels for name in names}
-    outputs = [str(width) for width in sorted({after[name].out_channels for name in names})]
-    left = table.time_left[names]
-    return [
-        f"{listed([str(width) for width in inputs])} input channels",
-        f"{', '.join(outputs[:-1])} or {outputs[-1]} output channels instead of {listed([str(w) for w in dense])}",
-        f"{rounded(left.min(), 0)} to {percent(left.max())} of the time",
-    ]
-
-
-def recorded_wide(root: Path, *, folder: str) -> Figures:
-    """What the layers without MACs take of the dense network's layers."""
-    kinds = by_layer(root, folder, "kinds").set_index("kind")
-    share = kinds.share_of_dense_time[["pool", "batch_norm", "activation"]].sum()
-    return [f"BatchNorm, ReLU and pooling {percent(share)} of the dense layers' time"]
 
 
 def pruned_widths(root: Path, *, folder: str, run: str) -> Figures:
@@ -338,31 +283,24 @@ def own_work(root: Path, *, runs: Mapping[str, tuple[str, str]]) -> Figures:
     return found
 
 
-def overheads(root: Path) -> Figures:
-    """What the penalty, the recorder and the data path take, as shares of a plain step, by the tables `overheads`."""
-    tables = {
-        name: by_layer(root, folder, "overheads").set_index(["part", "batch"]).share_of_step
-        for name, folder in (
-            ("VGG-11", "cifar10-vgg11"), ("ResNet-32", "cifar10-resnet32"), ("ResNet-18", "cifar10-resnet18-64")
-        )
-    }  # fmt: skip
-    penalties = [
-        f"{name} {listed([percent(table['penalty'][n], 1) for n in (4, 32, 128)])}" for name, table in tables.items()
-    ]
-    recorders, data = (
-        [max(table[part][n] for table in tables.values()) for n in (4, 32, 128)] for part in ("recorder", "data")
-    )
-    return [
-        f"at 4, 32 and 128 images: penalty of {'; of '.join(penalties)}",
-        f"recorder at most {listed([percent(share, 2) for share in recorders])}",
-        f"data at most {listed([percent(share, 1) for share in data])}",
-    ]
+def paper_table(root: Path) -> pd.DataFrame:
+    """Table 1 of the paper."""
+    rows = pd.read_csv(root / "traces" / "public" / "prunetrain_paper.csv")
+    return rows[rows["where"] == "Table 1"]
+
+
+def paper_accuracy(root: Path) -> Figures:
+    """What the paper lost of the accuracy on CIFAR-10 and CIFAR-100."""
+    rows = paper_table(root)
+    rows = rows[rows.dataset.str.startswith("CIFAR") & (rows.metric == "validation accuracy change vs dense")]
+    lost = -rows.value.astype(float)
+    return [f"{lost.min():.1f} to {lost.max():.1f} points"]
 
 
 def paper_vgg11(root: Path, *, run: str) -> Figures:
     """What the paper reports for the network that was recorded here, and how much longer it trained."""
-    rows = pd.read_csv(root / "traces" / "public" / "prunetrain_paper.csv")
-    rows = rows[(rows["where"] == "Table 1") & (rows.dataset == "CIFAR10") & (rows.model == "VGG11")]
+    rows = paper_table(root)
+    rows = rows[(rows.dataset == "CIFAR10") & (rows.model == "VGG11")]
     value = rows.set_index("metric").value.astype(float)
     epochs, trace = int(rows.epochs.iloc[0]), read_recorded(root, "cifar10-vgg11", run)
     images, trained = 50_000, len(trace.epochs) * trace.run.dataset.num_train  # CIFAR-10 has 50,000 for training
@@ -395,45 +333,54 @@ def recorded_gating(root: Path, *, folder: str, runs: tuple[str, str]) -> Figure
     ]
 
 
-_RESNET20, _RESNET32 = "cifar10-resnet20", "cifar10-resnet32"
-_RESNET18, _VGG11 = "cifar10-resnet18-64", "cifar10-vgg11"
+RESNET20, RESNET32 = "cifar10-resnet20", "cifar10-resnet32"
+RESNET18, VGG11 = "cifar10-resnet18-64", "cifar10-vgg11"
 _SEEDS = {f"seed{seed}-prunetrain-r0.25": f"seed{seed}-dense" for seed in (2, 3)}
 _FIRST = {"prunetrain-r0.25": "dense"}  # the first pair of ResNet-32 and of VGG-11
+_OWN_WORK = {
+    "ResNet-32": (RESNET32, "prunetrain-r0.25"),
+    "VGG-11": (VGG11, "prunetrain-r0.25"),
+    "ResNet-18": (RESNET18, "prunetrain-r0.2"),
+}
+_PAIRS = (
+    (RESNET20, "prunetrain-r0.2", "dense"),
+    (RESNET20, "long-prunetrain-r0.2", "long-dense"),
+    (VGG11, "prunetrain-r0.25", "dense"),
+    (RESNET18, "prunetrain-r0.2", "dense"),
+    (RESNET32, "prunetrain-r0.2", "dense-beside-r0.2"),
+    *((RESNET32, run, beside) for run, beside in (_FIRST | _SEEDS).items()),
+)
+_PENALISED = {
+    "ResNet-20": (RESNET20, "prunetrain-r0.2"),
+    "ResNet-20, 120 epochs": (RESNET20, "long-prunetrain-r0.2"),
+    **_OWN_WORK,
+}
 CHECKS: dict[str, Callable[[Path], Figures]] = {
-    "recorded-pair": partial(recorded_pair, run="prunetrain-r0.2", folder=_RESNET20),
-    "recorded-r03": partial(recorded_r03, run="prunetrain-r0.3", folder=_RESNET20),
-    "recorded-gating": partial(recorded_gating, runs=("gating-r0.2", "prunetrain-r0.2"), folder=_RESNET20),
-    "recorded-vgg11": partial(recorded_saving, pairs=_FIRST, folder=_VGG11),
-    "recorded-vgg11-pace": partial(recorded_pace, pairs=_FIRST, folder=_VGG11),
-    "recorded-vgg11-steps": partial(recorded_steps, folder=_VGG11),
-    "recorded-vgg11-layers": partial(recorded_wide, folder=_VGG11),
-    "recorded-vgg11-widths": partial(pruned_widths, run="prunetrain-r0.25", folder=_VGG11),
+    "recorded-pair": partial(recorded_pair, run="prunetrain-r0.2", folder=RESNET20),
+    "recorded-resnet20-long": partial(recorded_saving, pairs={"long-prunetrain-r0.2": "long-dense"}, folder=RESNET20),
+    "recorded-longer": partial(
+        longer_schedule, pairs={"prunetrain-r0.2": "dense", "long-prunetrain-r0.2": "long-dense"}, folder=RESNET20
+    ),
+    "recorded-penalty-share": partial(penalty_shares, runs=_PENALISED),
+    "recorded-r03": partial(recorded_r03, run="prunetrain-r0.3", folder=RESNET20),
+    "recorded-gating": partial(recorded_gating, runs=("gating-r0.2", "prunetrain-r0.2"), folder=RESNET20),
+    "recorded-vgg11": partial(recorded_saving, pairs=_FIRST, folder=VGG11),
+    "recorded-vgg11-pace": partial(recorded_pace, pairs=_FIRST, folder=VGG11),
+    "recorded-vgg11-widths": partial(pruned_widths, run="prunetrain-r0.25", folder=VGG11),
+    "paper-accuracy": paper_accuracy,
     "paper-vgg11": partial(paper_vgg11, run="prunetrain-r0.25"),
-    "recorded-resnet18": partial(recorded_saving, pairs={"prunetrain-r0.2": "dense"}, folder=_RESNET18),
-    "recorded-resnet18-pace": partial(recorded_pace, pairs={"prunetrain-r0.2": "dense"}, folder=_RESNET18),
-    "recorded-resnet18-steps": partial(recorded_steps, folder=_RESNET18),
-    "recorded-resnet18-size": partial(shrunk, run="prunetrain-r0.2", folder=_RESNET18),
-    "recorded-resnet32": partial(recorded_saving, pairs=_FIRST, folder=_RESNET32),
-    "recorded-resnet32-pace": partial(recorded_pace, pairs=_FIRST, folder=_RESNET32),
-    "recorded-resnet32-machine": partial(
-        recorded_machine, run="prunetrain-r0.25", networks=(7, 8, 9), folder=_RESNET32
-    ),
-    "recorded-resnet32-layers": partial(recorded_layers, run="prunetrain-r0.25", folder=_RESNET32),
-    "recorded-seeds": partial(recorded_saving, pairs=_FIRST | _SEEDS, folder=_RESNET32),
-    "recorded-seeds-pace": partial(recorded_pace, pairs=_SEEDS, folder=_RESNET32),
-    "recorded-resnet32-steps": partial(recorded_steps, folder=_RESNET32),
-    "recorded-resnet32-narrow": partial(recorded_narrow, run="seed2-prunetrain-r0.25", folder=_RESNET32),
-    "recorded-dynamic": partial(recorded_dynamic, run="batch-dynamic", beside="batch-fixed", folder=_RESNET32),
-    "recorded-modes": partial(recorded_modes, gating="mode-gating", union="mode-union", folder=_RESNET32),
-    "recorded-modes-layers": partial(gating_layers, gating="mode-gating", union="mode-union", folder=_RESNET32),
-    "recorded-twice": partial(recorded_twice, runs=("batch-fixed", "mode-union"), folder=_RESNET32),
-    "recorded-own-work": partial(
-        own_work,
-        runs={
-            "ResNet-32": (_RESNET32, "prunetrain-r0.25"),
-            "VGG-11": (_VGG11, "prunetrain-r0.25"),
-            "ResNet-18": (_RESNET18, "prunetrain-r0.2"),
-        },
-    ),
-    "overheads": overheads,
+    "recorded-resnet18": partial(recorded_saving, pairs={"prunetrain-r0.2": "dense"}, folder=RESNET18),
+    "recorded-resnet18-pace": partial(recorded_pace, pairs={"prunetrain-r0.2": "dense"}, folder=RESNET18),
+    "recorded-resnet18-size": partial(shrunk, run="prunetrain-r0.2", folder=RESNET18),
+    "recorded-resnet32": partial(recorded_saving, pairs=_FIRST, folder=RESNET32),
+    "recorded-resnet32-r02": partial(recorded_saving, pairs={"prunetrain-r0.2": "dense-beside-r0.2"}, folder=RESNET32),
+    "recorded-resnet32-pace": partial(recorded_pace, pairs=_FIRST, folder=RESNET32),
+    "recorded-resnet32-machine": partial(recorded_machine, run="prunetrain-r0.25", networks=(7, 8, 9), folder=RESNET32),
+    "recorded-seeds": partial(recorded_saving, pairs=_FIRST | _SEEDS, folder=RESNET32),
+    "recorded-seeds-pace": partial(recorded_pace, pairs=_SEEDS, folder=RESNET32),
+    "recorded-dynamic": partial(recorded_dynamic, run="batch-dynamic", beside="batch-fixed", folder=RESNET32),
+    "recorded-modes": partial(recorded_modes, gating="mode-gating", union="mode-union", folder=RESNET32),
+    "recorded-twice": partial(recorded_twice, runs=("batch-fixed", "mode-union"), folder=RESNET32),
+    "recorded-unpruned": partial(unpruned_apart, pairs=_PAIRS),
+    "recorded-own-work": partial(own_work, runs=_OWN_WORK),
 }

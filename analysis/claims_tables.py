@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from claims_recorded import by_layer, epochs_s, last_accuracy, read_recorded, totals
+from claims_layers import by_layer
+from claims_recorded import epochs_s, last_accuracy, read_recorded, totals
 from claims_words import percent
 from saving_by_layer import recorded_tables
 
@@ -165,6 +166,22 @@ TABLES: dict[str, Callable[[Path], str]] = {
             Column(f"`seed{seed}-{run}`", f"seed{seed}-{run}", f"seed{seed}-dense")
             for seed in (2, 3)
             for run in ("dense", "prunetrain-r0.25")
+        ),
+    ),
+    "resnet20-long": partial(
+        runs_table,
+        folder="cifar10-resnet20",
+        columns=(
+            Column("`long-dense`", "long-dense", "long-dense"),
+            Column("`long-prunetrain-r0.2`", "long-prunetrain-r0.2", "long-dense"),
+        ),
+    ),
+    "resnet32-r02": partial(
+        runs_table,
+        folder="cifar10-resnet32",
+        columns=(
+            Column("`dense-beside-r0.2`", "dense-beside-r0.2", "dense-beside-r0.2"),
+            Column("`prunetrain-r0.2`", "prunetrain-r0.2", "dense-beside-r0.2"),
         ),
     ),
     "vgg11": partial(runs_table, folder="cifar10-vgg11", columns=_pair("0.25")),

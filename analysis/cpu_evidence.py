@@ -63,6 +63,14 @@ PAIRS: dict[str, Pair] = {
     "resnet32-s2": Pair("the same, second seed", "resnet32", _pruned(0.25), seed=2),
     "resnet32-s3": Pair("the same, third seed", "resnet32", _pruned(0.25), seed=3),
     "resnet32-r0.2": Pair("the first seed, penalty ratio 0.2", "resnet32", _pruned(0.2)),
+    # The penalty takes the same time a step whatever the mini-batch; with as many images as in the paper it is a
+    # smaller part of the step. The learning rate grows with the mini-batch (Goyal et al., 2017), after a warm-up.
+    "vgg11-128": Pair(
+        "VGG-11, ratio 0.25, the paper's 128 images a step",
+        "vgg11",
+        _pruned(0.25),
+        settings=("batch=128", "lr=0.4", "warmup_epochs=2"),
+    ),
     "resnet20-long": Pair(
         "ResNet-20 on 4,000 images, 120 instead of 30 epochs",
         "resnet20",

@@ -248,7 +248,7 @@ def test_claims_of_single_runs_say_what_their_lines_hold(module: Callable[[str],
         text = (ROOT / "traces" / folder / f"{run}.jsonl").read_text(encoding="utf-8")
         return [line for line in map(json.loads, text.splitlines()) if line["record"] == record]
 
-    checks = module("claims_recorded").CHECKS
+    checks = module("check_claims").CHECKS
     walls = [epoch["time"]["wall_s"] for epoch in lines("cifar10-resnet20", "prunetrain-r0.3", "epoch")]
     penalties = [epoch["time"]["regularizer_s"] for epoch in lines("cifar10-resnet20", "prunetrain-r0.3", "epoch")]
     paid_s = sum(line["duration_s"] for line in lines("cifar10-resnet20", "prunetrain-r0.3", "reconfiguration"))
@@ -264,8 +264,14 @@ def test_claims_of_single_runs_say_what_their_lines_hold(module: Callable[[str],
     profile = lines("cifar10-resnet32", "mode-gating", "profile")[-1]
     gathers = [layer["forward_s"] + layer["backward_s"] for layer in profile["layers"] if "gather" in layer["layer"]]
     assert f"{len(gathers)} gathers take {1e3 * sum(gathers):.1f} ms" in checks["recorded-modes-layers"](ROOT)[0]
+    pruned, dense = (lines("cifar10-resnet20", f"long-{run}", "epoch") for run in ("prunetrain-r0.2", "dense"))
+    lost = [100 * (dense[-1][f"{of}_accuracy"] - pruned[-1][f"{of}_accuracy"]) for of in ("validation", "train")]
+    assert f"120 epochs: {lost[0]:.1f} points, in training {lost[1]:.1f} points" in checks["recorded-longer"](ROOT)
+    shares = [100 * line["penalty"] / (line["penalty"] + line["train_loss"]) for line in pruned]
+    told = f"ResNet-20, 120 epochs: {shares[0]:.0f}, {min(shares):.0f} and {shares[-1]:.0f} %"
+    assert told in checks["recorded-penalty-share"](ROOT)
     table = (ROOT / "traces" / "public" / "carry_over.csv").read_text(encoding="utf-8")
     row = next(line.split(",") for line in table.splitlines() if line.startswith("prunetrain-r0.2,prunetrain-r0.3"))
     training, bn, epoch = (abs(float(cell)) for cell in row[6:9])
-    told = module("claims_public").CHECKS["carried-over"](ROOT)[2]
+    told = checks["carried-over"](ROOT)[2]
     assert told.endswith(f": {epoch:.1f}, {training:.1f} and {bn:.1f} points")
