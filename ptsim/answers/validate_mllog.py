@@ -136,5 +136,8 @@ def _num_gpus(run: MlperfRun, path: str | Path, cluster: Cluster, named: int | N
     if count is None:
         raise UsageError(f"{path} does not say how many GPUs ran", hint="name them with --gpus")
     if count < 1 or run.global_batch % count:
-        raise UsageError(f"a mini-batch of {run.global_batch} images does not share out evenly over {count} GPUs")
+        raise UsageError(
+            f"a mini-batch of {run.global_batch} images does not share out evenly over {count} GPUs",
+            hint=None if named else "--gpus names those that train, where others evaluate",
+        )
     return count

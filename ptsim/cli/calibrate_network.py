@@ -28,7 +28,7 @@ def network(
         Parameter(
             consume_multiple=True,
             negative=(),
-            help="Output of nccl-tests, text or JSON; one file or several.",
+            help="Output of nccl-tests or rccl-tests, text, JSON or CSV; one file or several.",
         ),
     ] = None,
     nodes: Annotated[int | None, Parameter(help="Number of nodes, for a log that does not state it.")] = None,

@@ -95,6 +95,15 @@ def test_runs_with_other_settings_are_not_averaged_in_silence():
         ("srun -N 2 ./build/all_reduce_perf -N 4", 2),
         ("mpirun -np 8 -N 4 all_reduce_perf_mpi -N 2", 2),
         ("srun -N 3 ./build/all_reduce_perf", None),  # 8 GPUs are on no 3 equal nodes
+        ("mpirun -np 8 -H a:8,b:8 ./build/all_reduce_perf", 1),  # the first host has room for all
+        ("mpirun -np 8 -H a:6,b:6,c:6 ./build/all_reduce_perf", 2),
+        ("mpirun -np 8 --map-by node -H a:8,b:8 ./build/all_reduce_perf", 2),
+        ("mpirun -np 8 -npernode 4 -H a:8,b:8 ./build/all_reduce_perf", 2),
+        ("mpirun -np 8 \\\n -x A=1 -npernode 2 \\\n ./build/all_reduce_perf -N 3", 4),  # one line in three
+        ("a:1:2 [0] NCCL INFO comm 0x5 rank 0 nRanks 8 nNodes 2 localRanks 4 localRank 0 MNNVL 0", 2),
+        ("a:1:2 [0] NCCL INFO comm 0x5 rank 0 nRanks 8 nNodes 1 localRanks 8 localRank 0 MNNVL 1", None),
+        ("measured on our cluster of 4 nodes", None),  # words
+        ("2 nodes x 4 GPUs", None),
         ("./build/all_reduce_perf -b 1M -e 1G", None),
     ],
 )

@@ -1,4 +1,4 @@
-"""What an nccl-tests log says: message sizes, times, how many GPUs on how many nodes; old and new text, and JSON.
+"""What an nccl-tests log says: message sizes, times, how many GPUs on how many nodes; text old and new, JSON and CSV.
 
 A log may hold several runs, other collectives, launcher noise, colours and prefixes ("[1,0]<stdout>:", "0: ", time
 stamps), rows that NCCL's messages cut in two, the marks that a web page adds or takes away, and the JSON or CRI form in

@@ -1,4 +1,4 @@
-"""Reads a log of nccl-tests: old and new text, and JSON."""
+"""Reads a log of nccl-tests: old and new text, JSON, and the JSON and CSV of rccl-tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ptsim.errors import FileFormatError
 from ptsim.hardware.nccl_log.document import read_document
+from ptsim.hardware.nccl_log.rccl_file import is_record_file, read_records
 from ptsim.hardware.nccl_log.record import NcclLog
 from ptsim.hardware.nccl_log.section import Section, collective, logs_of
 from ptsim.hardware.nccl_log.text import read_sections
@@ -30,6 +31,8 @@ def read_nccl_logs(path: str | Path) -> tuple[NcclLog, ...]:
     text = decode_text(unpacked(path, read_bytes(path, most=_MOST_BYTES), most=_MOST_BYTES))
     if not text.strip():
         raise FileFormatError(path, "is empty, expected the output of nccl-tests' all_reduce_perf")
+    if is_record_file(text):
+        return read_records(path, text)
     text = unwrapped(text)
     return read_document(path, text) if text.lstrip()[:1] == "{" else _read_text(path, text)
 

@@ -24,11 +24,12 @@ ELEMENT_BYTES = (
 _NODES = (  # what a launcher's option means; -N is the number of nodes for Slurm, and of ranks on a node for Open MPI
     (re.compile(r"(?:^|\s)-N\s*(\d{1,6})\b"), "N"),
     (re.compile(r"(?:^|\s)--nodes[= ](\d{1,6})\b"), "nodes"),
-    (re.compile(r"\b(\d{1,6}) nodes?\b"), "nodes"),
+    (re.compile(r"\bnRanks \d+ nNodes (\d{1,6})\b(?!.*\bMNNVL 1\b)"), "nodes"),  # NCCL itself, of hosts
     (re.compile(r"(?:^|\s)(?:--?npernode|--?ppn|-perhost|--n?tasks-per-node)[= ]?(\d{1,6})"), "ranks"),
     (re.compile(r"\bppr:(\d{1,6}):node\b"), "ranks"),
     (re.compile(r"(?:^|\s)(?:-H|--?hosts?)[= ]([\w.:,-]+)(?!\S)"), "hosts"),
 )
+_BY_NODE = re.compile(r"-map-by[= ]node\b|-bynode\b")  # one process on each host in turn
 PROGRAM = re.compile(
     r"\b((?:all_reduce|all_gather|reduce_scatter|alltoallv?|broadcast|reduce|sendrecv|gather|scatter|hypercube)"
     r"_perf(?:_mpi)?)\b"
@@ -48,6 +49,8 @@ class Section:
         self.ranks: dict[int, tuple[str, str]] = {}  # host and device
         self.groups: set[str] = set()
         self.places: dict[int, tuple[str, str, str]] = {}  # host, number and bus of the device, where the log says them
+        self.num_gpus: int | None = None  # where the file says it and lists none
+        self.num_nodes: int | None = None  # likewise
         self.unit_s = 1e-6
         self.rows: list[Row] = []
         self.header: re.Match[str] | None = None
@@ -245,7 +248,7 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
     row = max(section.rows, key=lambda row: row.times.algbw)
     algbw, busbw = row.times.algbw, row.times.busbw
     implied = _implied_ranks(algbw, busbw)
-    listed = len(section.ranks)
+    listed = section.num_gpus or len(section.ranks)
     if len(section.groups) > 1:
         raise FileFormatError(
             path,
@@ -259,7 +262,7 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
             line=section.line,
             hint="with one process per GPU, nccl-tests must be built with MPI=1",
         )
-    whole = listed == 0 or max(section.ranks) + 1 == listed
+    whole = not section.ranks or max(section.ranks) + 1 == listed
     if not whole:
         if implied != max(section.ranks) + 1:
             problem = f"lists {listed} ranks but numbers them up to {max(section.ranks)}"
@@ -285,7 +288,7 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
     if num is None:
         raise FileFormatError(path, "has no device list ('# Rank 0 …'), so the number of GPUs is unknown", line=1)
     hosts = {host for host, _ in section.ranks.values()} if whole and _names_tell(section) else set()
-    return num, len(hosts) or _launched_nodes(section, num)
+    return num, len(hosts) or section.num_nodes or _launched_nodes(section, num)
 
 
 def _names_tell(section: Section) -> bool:
@@ -312,16 +315,39 @@ def _launched_nodes(section: Section, num_gpus: int) -> int | None:
         program = PROGRAM.search(line)
         line = line[: program.start()] if program else line  # behind it stand the test's own options
         slurm = re.search(r"\b(?:srun|sbatch|salloc)\b|#SBATCH", line) is not None
-        for pattern, what in _NODES:
-            for match in pattern.finditer(line):
-                if what == "hosts":
-                    found.add(len({host.partition(":")[0] for host in match[1].split(",")}))
-                elif what == "nodes" or (what == "N" and slurm):
-                    found.add(int(match[1]))
-                elif (per_node := int(match[1]) * per_process) and num_gpus % per_node == 0:
-                    found.add(num_gpus // per_node)
+        given = [(what, match[1]) for pattern, what in _NODES for match in pattern.finditer(line)]
+        on_node = [int(text) for what, text in given if what == "ranks" or (what == "N" and not slurm)]
+        for what, text in given:
+            if what == "hosts":
+                most = 1 if _BY_NODE.search(line) else min(on_node, default=num_gpus)
+                found.add(_hosts_used(text, num_gpus // per_process, most))
+            elif what == "nodes" or (what == "N" and slurm):
+                found.add(int(text))
+            elif (per_node := int(text) * per_process) and num_gpus % per_node == 0:
+                found.add(num_gpus // per_node)
     possible = {nodes for nodes in found if 1 <= nodes <= num_gpus and num_gpus % nodes == 0}
     return possible.pop() if len(possible) == 1 else None
+
+
+def _hosts_used(listed: str, processes: int, most: int) -> int:
+    """How many of the hosts the processes are on, which fill the slots of one ("a:8,b:8") before those of the next.
+
+    Hosts without slots count, all of them.
+
+    Args:
+        listed: as the launcher was given them.
+        processes: in the run.
+        most: processes that a host may have, whatever its slots.
+    """
+    slots: dict[str, int] = {}
+    for host in listed.split(","):
+        name, _, number = host.partition(":")
+        slots[name] = slots.get(name, 0) + (int(number) if number.isdigit() else 1)
+    used = 0
+    for room in slots.values() if ":" in listed else ():
+        used += processes > 0
+        processes -= min(room, most)
+    return used or len(slots)
 
 
 def _implied_ranks(algbw: float, busbw: float) -> int | None:

@@ -37,7 +37,7 @@ _ROW = re.compile(
     rf"(?:^|.*[\s>:\]])(\d{{1,18}})\s+(\d{{1,18}})\s+({_TYPES})\s+(.*\S)"
 )  # whatever a launcher puts in front
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-_LAUNCH = re.compile(r"\b(?:mpirun|mpiexec|orterun|prun|srun|sbatch|salloc)\b|#SBATCH|\b\d+ nodes?\b|\bppr:\d+:node")
+_LAUNCH = re.compile(r"\b(?:mpirun|mpiexec|orterun|prun|srun|sbatch|salloc)\b|#SBATCH|\bppr:\d+:node|\bnNodes \d")
 _LARGEST = 1e18
 _LONGEST_LINE = 2000  # characters; no row has more, and patterns would search the rest for long
 # "host:pid:thread [gpu] file:line NCCL WARN", with the day in front or without; a host that starts with a digit starts
@@ -75,6 +75,7 @@ class _Reader:
         self.sections = [Section(1, None)]
         self.name: str | None = None  # of the run to come, as what follows
         self.launch = ""
+        self.goes_on = False  # the line that launches it, in the next one
         self.version: str | None = None
 
     @property
@@ -139,11 +140,13 @@ class _Reader:
         """What a line says of the run that it stands before: how it was launched, and NCCL's version."""
         current = self.current
         to_come = current.ended or bool(current.rows)
-        if _LAUNCH.search(line) and not _RANK.search(line):
+        if (self.goes_on or _LAUNCH.search(line)) and not _RANK.search(line):
+            self.goes_on = line.rstrip().endswith("\\")
+            part = f"{line.rstrip()[:-1]} " if self.goes_on else f"{line}\n"
             if to_come:
-                self.launch += f"{line}\n"
+                self.launch += part
             else:
-                current.launch += f"{line}\n"
+                current.launch += part
         if found := _VERSION.search(line):
             version = next(name for name in found.groups() if name)
             if to_come:

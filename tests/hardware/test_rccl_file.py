@@ -1,0 +1,130 @@
+"""The JSON and CSV of rccl-tests: records as its Reporter writes them, numbers by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptsim.errors import FileFormatError
+from ptsim.hardware.nccl_log import NcclLog, read_nccl_log, read_nccl_logs, with_nodes
+from tests.hardware.test_nccl_log import OLD_HEAD, OLD_ROWS, TAIL
+
+
+def record(size: int, time_us: float, inplace: int = 0, **changed: Any) -> dict[str, Any]:
+    """Of 16 GPUs, whose bus bandwidth is 2 · 15 / 16 = 1.875 times size / time."""
+    algbw = size / time_us / 1e3
+    fields = {
+        "numCycle": 0, "name": "AllReduce", "nodes": 1, "ranks": 16, "ranksPerNode": 16, "gpusPerRank": 1, "size": size,
+        "type": "float", "redop": "sum", "inPlace": inplace, "time": time_us, "algBw": round(algbw, 6),
+        "busBw": round(1.875 * algbw, 6), "wrong": "0",
+    }  # fmt: skip
+    return fields | changed
+
+
+def pairs(**changed: Any) -> list[dict[str, Any]]:
+    """1 MiB in 40 and 90 µs, 64 MiB in 500 and 500 µs."""
+    halves = ((2**20, 40.0, 0), (2**20, 90.0, 1), (2**26, 500.0, 0), (2**26, 500.0, 1))
+    return [record(*half, **changed) for half in halves]
+
+
+def as_json(records: list[dict[str, Any]]) -> str:
+    return "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n"
+
+
+def as_csv(records: list[dict[str, Any]]) -> str:
+    """The header says "collective", "inplace" and "#wrong" where the JSON says "name", "inPlace" and "wrong"."""
+    names = {"name": "collective", "inPlace": "inplace", "algBw": "algbw", "busBw": "busbw", "wrong": "#wrong"}
+    lines = [",".join(names.get(key, key) for key in records[0])]
+    lines += [
+        ",".join(f"{v:.6f}" if isinstance(v, float) else json.dumps(v) for v in one.values()) for one in records
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def read(folder: Path, text: str) -> tuple[NcclLog, ...]:
+    path = folder / "all_reduce.out"
+    path.write_text(text, encoding="utf-8")
+    return read_nccl_logs(path)
+
+
+@pytest.mark.parametrize("form", [as_json, as_csv])
+def test_records_are_the_halves_of_a_row(tmp_path: Path, form: Any) -> None:
+    (log,) = read(tmp_path, form(pairs()))
+    assert (log.num_gpus, log.gpus, log.version) == (16, (), None)
+    assert [(m.size_bytes, m.out_of_place_s, m.in_place_s) for m in log.measurements] == [
+        (2**20, pytest.approx(40e-6), pytest.approx(90e-6)),
+        (2**26, pytest.approx(500e-6), pytest.approx(500e-6)),
+    ]
+    assert log.measurements[0].seconds == pytest.approx(60e-6)  # √(40 · 90)
+
+
+@pytest.mark.parametrize("form", [as_json, as_csv])
+def test_the_nodes_are_asked_for_where_several_processes_ran(tmp_path: Path, form: Any) -> None:
+    """The file says 1 of every run without groups; the bandwidth confirms other numbers, and one process is on one."""
+    (log,) = read(tmp_path, form(pairs()))
+    with pytest.raises(FileFormatError, match="on how many nodes its 16 GPUs were is unknown"):
+        with_nodes(log)
+    assert with_nodes(log, 2).num_nodes == 2
+    (log,) = read(tmp_path, form(pairs(nodes=2, ranksPerNode=8)))
+    assert (log.num_gpus, log.num_nodes) == (16, 2)
+    (log,) = read(tmp_path, form(pairs(ranks=1, ranksPerNode=1, gpusPerRank=16)))
+    assert (log.num_gpus, log.num_nodes) == (16, 1)
+    alone = [{key: value for key, value in one.items() if key not in ("nodes", "ranks", "ranksPerNode", "gpusPerRank")}
+             for one in pairs(gpus=16)]  # fmt: skip
+    (log,) = read(tmp_path, form(alone))
+    assert (log.num_gpus, log.num_nodes) == (16, 1)
+
+
+@pytest.mark.parametrize("form", [as_json, as_csv])
+def test_cycles_are_runs_and_of_several_types_the_float_sum_counts(tmp_path: Path, form: Any) -> None:
+    slower = [record(2**20, 50.0, numCycle=1), record(2**26, 600.0, numCycle=1)]
+    firsts = [record(2**20, 40.0), record(2**26, 500.0)]
+    others = [record(2**20, 9.0, type="half"), record(2**20, 8.0, redop="max")]
+    logs = read(tmp_path, form(others + firsts + slower))
+    assert [[round(1e6 * m.seconds) for m in log.measurements] for log in logs] == [[40, 500], [50, 600]]
+
+
+def test_the_same_run_as_text_says_the_same(tmp_path: Path) -> None:
+    """Of four GPUs: the rows of a text, as records."""
+    records = []
+    for line in OLD_ROWS.splitlines():
+        words = line.split()
+        for place, times in enumerate((words[4:7], words[8:11])):
+            time, algbw, busbw = map(float, times)
+            changed = {"ranks": 4, "algBw": algbw, "busBw": busbw}
+            records.append(record(int(words[0]), time, place, **changed))
+    text = tmp_path / "log.txt"
+    text.write_text(OLD_HEAD + OLD_ROWS + TAIL)
+    assert read(tmp_path, as_json(records))[0].measurements == read_nccl_log(text).measurements
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (as_json(pairs(name="AllGather")), "holds AllGather, expected all_reduce_perf"),
+        (as_csv(pairs(name="AllGather")), "holds AllGather, expected all_reduce_perf"),
+        (as_json(pairs(wrong="3")), "6 wrong results at 1048576 bytes"),  # 3 out of place and 3 in place
+        (as_csv(pairs(wrong="some")), "record 1 has 'some' wrong results"),
+        (as_json(pairs()[:3]), "row of 67108864 bytes is incomplete: it has no in-place time"),
+        (as_csv(pairs() + pairs()), "record 5: 1048576 bytes are there twice"),
+        (as_csv(pairs())[:-30], "record 4: "),
+        (as_json(pairs())[:-30], "not the JSON output of rccl-tests"),
+        (as_json(pairs(ranks=32, nodes=2)), "names 32 GPUs, whose bus bandwidth is 1.938 times"),  # two groups
+        (as_json(pairs() + pairs(ranks=8, numCycle=1)), "is of several runs: num_gpus is 16 and 8"),
+        (as_csv(pairs(time="soon")), "record 1: "),
+        (as_csv(pairs(time=float("nan"))), "record 1 has a time"),
+        (as_json(pairs(ranks=0)), "record 1 has a time, a rate or a number of GPUs that none can be"),
+        (as_json(pairs(time=4000.0)), "but the row says"),  # of the processor, or in another unit
+        (as_json(pairs(redop="none")), "a collective without reduction"),
+        ("numCycle,collective,size\n", "holds no record"),
+        ('[\n{"numCycle": 1}\n]', "record 1: Object missing required field `collective`"),
+        (as_json(pairs(ranks=1, gpusPerRank=1, busBw=0.0)), "is the run of a single GPU"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trusted_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(FileFormatError, match=r"all_reduce\.out") as caught:
+        read(tmp_path, text)
+    assert says in caught.value.message
