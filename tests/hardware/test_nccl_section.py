@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import msgspec
@@ -320,6 +321,32 @@ def test_times_that_hold_the_hosts_waiting_are_noted(tmp_path: Path, way: str) -
     with pytest.warns(UserWarning, match="the host waited for each all-reduce") as caught:
         assert len(read_nccl_logs(write(tmp_path, blocking + HEAD + FAST + TAIL))) == 2
     assert len(caught) == 1  # of the first run only
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("mpirun -x NCCL_ALGO=Ring -x NCCL_PROTO=LL,LL128 ./x\n", "NCCL_ALGO=Ring and NCCL_PROTO=LL,LL128 was set"),
+        ("a:1:2 [0] NCCL INFO NCCL_ALGO set by environment to Tree\n", "NCCL_ALGO=Tree was set"),
+        ("mpirun -x NCCL_ALGO ./x\n", None),
+    ],
+)
+def test_an_algorithm_that_was_set_is_no_choice_of_nccl(tmp_path: Path, before: str, said: str | None) -> None:
+    """A second run that another line launches has none, a second one of the same line has it, too."""
+    text = before + HEAD + FAST + TAIL
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_nccl_logs(write(tmp_path, text + "mpirun ./x\n" + HEAD + FAST + TAIL))
+        alone = len(caught)
+        read_nccl_logs(write(tmp_path, text + HEAD + FAST + TAIL))
+    assert (alone, len(caught) - alone) == ((1, 2) if said else (0, 0))
+    assert all((said or "") in str(warning.message) for warning in caught)
+
+
+def test_a_graphs_replays_lack_the_launches(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="were replayed from a CUDA graph"):
+        read_nccl_log(write(tmp_path, HEAD.replace("agg iters: 1", "agg iters: 1 graph: 20") + FAST + TAIL))
+    assert read_nccl_log(write(tmp_path, HEAD.replace("agg iters: 1", "agg iters: 1 graph: 0") + FAST + TAIL))
 
 
 @pytest.mark.parametrize(

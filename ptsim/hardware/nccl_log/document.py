@@ -8,7 +8,7 @@ import msgspec
 
 from ptsim.errors import FileFormatError
 from ptsim.hardware.nccl_log.record import NcclLog
-from ptsim.hardware.nccl_log.section import Row, Section, Times, collective, logs_of
+from ptsim.hardware.nccl_log.section import FORCED, Row, Section, Times, collective, logs_of
 from ptsim.textfile import decode_json
 
 
@@ -43,6 +43,7 @@ class _JsonConfig(msgspec.Struct):
     nthreads: int = 1
     ngpus: int = 1
     aggregated_iterations: int = 1
+    graph: int = 0
     blocking_collectives: bool | str = False  # nccl-tests quotes it
     devices: list[_JsonDevice] = []
 
@@ -56,6 +57,7 @@ class _JsonRun(msgspec.Struct):
     """What `all_reduce_perf -J FILE` writes, as far as it is read here."""
 
     args: list[str] = []
+    env: list[str] = []
     nccl_version: int | str | None = None
     config: _JsonConfig | None = None
     devices: list[_JsonDevice] = []
@@ -81,6 +83,8 @@ def read_document(path: Path, text: str) -> tuple[NcclLog, ...]:
     config = run.config or _JsonConfig()
     section = Section(1, program if "_perf" in program else None)
     section.ended, section.aggregated = True, config.aggregated_iterations
+    section.graph = config.graph
+    section.forced = {found[1]: found[2] for text in run.env if (found := FORCED.match(text))}
     section.blocking = str(config.blocking_collectives).lower() == "true"
     section.version = None if run.nccl_version is None else str(run.nccl_version)
     for i, device in enumerate(config.devices or run.devices):

@@ -34,6 +34,7 @@ PROGRAM = re.compile(
     r"\b((?:all_reduce|all_gather|reduce_scatter|alltoallv?|broadcast|reduce|sendrecv|gather|scatter|hypercube)"
     r"_perf(?:_mpi)?)\b"
 )
+FORCED = re.compile(r"\b(NCCL_ALGO|NCCL_PROTO)(?:=| set by environment to )['\"]?([\w,;:^]+)")
 _SHORTEST_S, _LONGEST_S = 1e-9, 86400.0  # of one all-reduce
 _ROUNDED = 0.005  # GB/s, by which a printed bandwidth may be off
 _RATE_OFF = 0.1  # by which size / time may differ from the bandwidth beside it; three digits are printed
@@ -58,6 +59,8 @@ class Section:
         self.version: str | None = None  # of NCCL
         self.aggregated = 1  # all-reduces in one group
         self.blocking = False  # the host waits for each of them
+        self.graph = 0  # launches of a CUDA graph that holds them
+        self.forced: dict[str, str] = {}  # NCCL_ALGO and NCCL_PROTO, where they were set
         self.problem: FileFormatError | None = None  # why its times count for nothing
         self.ended = False
         self.failed = False  # as the test itself says
@@ -106,18 +109,7 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
     section.rows = _of_one_type(section.rows)
     if not any(row.size > 0 for row in section.rows):
         raise FileFormatError(path, "has empty messages only, expected all-reduces of some bytes", line=section.line)
-    if section.aggregated > 1:
-        warnings.warn(
-            f"{path}: {section.aggregated} all-reduces ran in one group (-m): each time is a share of the group's, "
-            "which is less than one by itself takes",
-            stacklevel=2,
-        )
-    if section.blocking:
-        warnings.warn(
-            f"{path}: the host waited for each all-reduce before it began the next (-z): each time holds "
-            "the launch and the wait, too, which small messages feel",
-            stacklevel=2,
-        )
+    _warn_of_settings(path, section)
     cycles = _cycles(path, section.rows)
     _check_section(path, section)
     num_gpus, num_nodes = _ranks(path, section)
@@ -132,6 +124,31 @@ def logs_of(path: Path, section: Section) -> list[NcclLog]:
         )
         for cycle in cycles
     ]
+
+
+def _warn_of_settings(path: Path, section: Section) -> None:
+    """Say what the times hold, or lack, beside those of an all-reduce by itself."""
+    found: list[str] = []
+    if section.aggregated > 1:
+        found.append(
+            f"{section.aggregated} all-reduces ran in one group (-m): each time is a share of the group's, which is "
+            "less than one by itself takes"
+        )
+    if section.blocking:
+        found.append(
+            "the host waited for each all-reduce before it began the next (-z): each time holds the launch and the "
+            "wait, too, which small messages feel"
+        )
+    if section.graph:
+        found.append(
+            "the all-reduces were replayed from a CUDA graph (-G): the times lack the host's launches, which small "
+            "messages feel"
+        )
+    if section.forced:
+        what = " and ".join(f"{name}={value}" for name, value in sorted(section.forced.items()))
+        found.append(f"{what} was set: the times are not those that NCCL's own choice gives")
+    for text in found:
+        warnings.warn(f"{path}: {text}", stacklevel=3)
 
 
 def _of_one_type(rows: list[Row]) -> list[Row]:

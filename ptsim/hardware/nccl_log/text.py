@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ptsim.errors import FileFormatError
-from ptsim.hardware.nccl_log.section import ELEMENT_BYTES, PROGRAM, Row, Section, Times
+from ptsim.hardware.nccl_log.section import ELEMENT_BYTES, FORCED, PROGRAM, Row, Section, Times
 
 # "[1,0]<stdout>:" of Open MPI, "[1,mpirank:0,algo-1]<stdout>:" of SageMaker, "[0]" of Hydra: once for each piece that
 # the process wrote, also in the middle of a row
@@ -25,6 +25,7 @@ _HEADER = re.compile(  # with colons and ranks of a GPU in rccl-tests until 2023
     r"minBytes:?\s+(\d{1,18})\s+maxBytes:?\s+(\d{1,18})(?:\s+step:\s*(\d{1,18})\((factor|bytes)\))?"
 )
 _AGGREGATED = re.compile(r"\bagg iters:\s*(\d{1,6})")
+_GRAPH = re.compile(r"\bgraph:\s*(\d{1,6})")
 _VERSION = re.compile(r"nccl-library=(\d+)|[NR]CCL version(?: :)? (\S+)|compiled with NCCL (\S+)")
 _BLOCKING = "Blocking Enabled:"
 _FAILED = re.compile(r"\bTest (?:NCCL |CUDA )?failure\b")  # "node: Test NCCL failure common.cu:958 'unhandled …'"
@@ -76,6 +77,7 @@ class _Reader:
         self.name: str | None = None  # of the run to come, as what follows
         self.launch = ""
         self.goes_on = False  # the line that launches it, in the next one
+        self.forced: dict[str, str] = {}
         self.version: str | None = None
 
     @property
@@ -87,7 +89,8 @@ class _Reader:
         self.sections.append(Section(line, self.name))
         self.current.launch = self.launch or before.launch
         self.current.version = self.version
-        self.name, self.launch, self.version = None, "", None
+        self.current.forced = self.forced if self.launch or self.forced else dict(before.forced)
+        self.name, self.launch, self.version, self.forced = None, "", None, {}
 
     def read(self, number: int, line: str) -> None:
         current = self.current
@@ -147,6 +150,8 @@ class _Reader:
                 self.launch += part
             else:
                 current.launch += part
+        for setting in FORCED.finditer(line):
+            (self.forced if to_come else current.forced)[setting[1]] = setting[2]
         if found := _VERSION.search(line):
             version = next(name for name in found.groups() if name)
             if to_come:
@@ -175,6 +180,8 @@ class _Reader:
         self.current.header = header
         if found := _AGGREGATED.search(header.string):
             self.current.aggregated = int(found[1])
+        if found := _GRAPH.search(header.string):
+            self.current.graph = int(found[1])
 
 
 def _whole_rows(text: str) -> Iterator[tuple[int, str]]:
