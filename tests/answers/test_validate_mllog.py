@@ -289,6 +289,20 @@ def test_the_gpus_are_named_or_follow_from_the_mini_batches_or_from_the_nodes(
     assert (check.gpus, check.batch) == (gpus, batch)
 
 
+def test_nodes_that_only_evaluate_are_asked_about(tmp_path: Path, network: Network) -> None:
+    """As in MLPerf's unet3d: 56 images on 7 of 9 nodes, 168 in 20 s."""
+    changed = {"submission_benchmark": "unet3d", "submission_platform": "9xDGX", "train_samples": 168}
+    log = _log(tmp_path / "log", global_batch_size=56, **changed)
+    with pytest.raises(UsageError, match="56 images does not share out evenly over 72 GPUs") as caught:
+        validate_mllog(log, cluster="dgx-a100", model=network)
+    assert caught.value.hint == "--gpus names those that train, where others evaluate"
+    with pytest.raises(UsageError, match="over 72 GPUs") as caught:
+        validate_mllog(log, cluster="dgx-a100", model=network, gpus=72)
+    assert caught.value.hint is None
+    check = validate_mllog(log, cluster="dgx-a100", model=network, gpus=56)
+    assert (check.gpus, check.batch, check.measured_images_per_second) == (56, 1, pytest.approx(168 / 20))
+
+
 def test_a_run_on_no_gpus_is_refused(tmp_path: Path, network: Network) -> None:
     with pytest.raises(UsageError, match="evenly over 0 GPUs"):
         validate_mllog(_log(tmp_path / "log"), cluster="dgx-a100", model=network, gpus=0)
