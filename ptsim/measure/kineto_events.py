@@ -301,13 +301,15 @@ def _nest(path: Path, host: Iterable[Event]) -> None:
 
 
 def _launch(host: Sequence[Event], calls: Sequence[Event], device_events: Iterable[Event]) -> None:
-    """Give every device event to the operator that launched it."""
+    """Give every device event to the operator that launched it, else to the call outside of any, as of Horovod's thread."""
     launchers = _launchers(host, calls)
     operators: dict[int | None, Event] = {event.number("external id"): event for event in host}
-    for ids in launchers, operators:
+    alone: dict[int | None, Event] = {call.number("correlation"): call for call in calls}
+    for ids in launchers, operators, alone:
         ids.pop(None, None)
     for event in device_events:
-        owner = launchers.get(event.number("correlation")) or operators.get(event.number("external id"))
+        number = event.number("correlation")
+        owner = launchers.get(number) or operators.get(event.number("external id")) or alone.get(number)
         if owner is not None:
             owner.kernels.append(event)
 

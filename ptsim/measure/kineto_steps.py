@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import re
 from collections import Counter
@@ -220,7 +221,8 @@ def _updates(recording: Recording, window: Span) -> list[Event]:
 
 def _launched(recording: Recording, window: Span) -> Sequence[Event]:
     """What the host launched on the device within the window; all that ran there if nothing says who launched it."""
-    mine = [kernel for event in within(recording.host, window) for kernel in event.kernels]
+    events = itertools.chain(within(recording.host, window), within(recording.calls, window))
+    mine = [kernel for event in events for kernel in event.kernels]
     return mine or within(recording.device_events, window) or recording.device_events
 
 

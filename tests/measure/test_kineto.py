@@ -46,6 +46,21 @@ def test_communication_is_exposed_where_nothing_computes(tmp_path: Path) -> None
     assert found.overlap_fraction == pytest.approx(0.25)
 
 
+def test_a_collective_that_another_thread_launches_outside_of_operators_is_communication(tmp_path: Path) -> None:
+    """As Horovod's does: 4 ms behind 5 ms of a step's kernels, of which the backward one covers 1 ms."""
+    document = gpu_trace()
+    for event in [event for event in document["traceEvents"] if event["name"].startswith("nccl")]:
+        number = event["args"].pop("External id") + 1000
+        event["args"]["correlation"] = number
+        call = {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "pid": 99, "tid": 77}
+        begin_us = 2e3 * (number // 1100) + 950  # in the step of the host
+        document["traceEvents"].append(call | {"ts": begin_us, "dur": 1.0, "args": {"correlation": number}})
+    found = import_kineto([write(tmp_path / "a.json", document)])
+    assert found.communication_seconds == pytest.approx(4e-3)
+    assert found.exposed_communication_seconds == pytest.approx(3e-3)
+    assert found.step_seconds == pytest.approx(12e-3)
+
+
 def test_a_step_whose_forward_pass_was_not_recorded_is_left_out_with_its_time(tmp_path: Path) -> None:
     document = gpu_trace(num_steps=4)
     document["traceEvents"] = [
