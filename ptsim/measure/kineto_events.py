@@ -59,7 +59,7 @@ class Event(msgspec.Struct, kw_only=True, eq=False):
         arguments: what the file says of it besides; keys in lower case.
         parent: the operator or annotation around it on the same thread.
         children: those directly inside it.
-        kernels: on the device, launched by this very event and not by one inside it.
+        kernels: on the device, launched by this very event and not by one inside it; a call has those of no operator.
     """
 
     name: str
@@ -301,7 +301,7 @@ def _nest(path: Path, host: Iterable[Event]) -> None:
 
 
 def _launch(host: Sequence[Event], calls: Sequence[Event], device_events: Iterable[Event]) -> None:
-    """Give every device event to the operator that launched it, else to the call outside of any, as of Horovod's thread."""
+    """Give every device event to the operator that launched it, or to the call itself where none is around it (Horovod)."""
     launchers = _launchers(host, calls)
     operators: dict[int | None, Event] = {event.number("external id"): event for event in host}
     alone: dict[int | None, Event] = {call.number("correlation"): call for call in calls}
