@@ -171,6 +171,7 @@ class MachineLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 _OTHERS_MAY_USE, _MAY_WAIT, _MAY_DRIFT = 0.25, 0.05, 1.15
+_FEW_STEPS = 5  # whose range holds two thirds of all
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -222,6 +223,13 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         mine, theirs = self.software.get("torch"), (versions or {}).get("torch")
         if mine and theirs and _release(mine) != _release(theirs):
             said.append(f"the device profile was measured with torch {mine}, the run used torch {theirs}")
+        most = max((step.num_samples for step in self.steps), default=_FEW_STEPS)
+        if most < _FEW_STEPS:
+            share = (most - 1) / (most + 1)  # of further values, in the range of so many
+            said.append(
+                f"the spread of steps is that of the {most} in the device profile; on average {share:.0%} of all steps lie "
+                "in such a range"
+            )
         return tuple(said)
 
     @property

@@ -301,7 +301,7 @@ def _nest(path: Path, host: Iterable[Event]) -> None:
 
 
 def _launch(host: Sequence[Event], calls: Sequence[Event], device_events: Iterable[Event]) -> None:
-    """Give every device event to the operator that launched it, or to the call itself where none is around it (Horovod)."""
+    """Give every device event to the operator that launched it, or to the call itself where none is around it."""
     launchers = _launchers(host, calls)
     operators: dict[int | None, Event] = {event.number("external id"): event for event in host}
     alone: dict[int | None, Event] = {call.number("correlation"): call for call in calls}

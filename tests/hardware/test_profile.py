@@ -295,6 +295,16 @@ def test_a_profile_of_a_busy_machine_or_of_other_software_says_so(file, tmp_path
     assert known.doubts({"torch": "2.15.0"})[1].endswith("with torch 2.11.0+cu130, the run used torch 2.15.0")
 
 
+@pytest.mark.parametrize(("taken", "share"), [((1, 1), "0%"), ((2, 1), "33%"), ((4, 3), "60%"), ((5, 1), None)])
+def test_a_profile_of_few_steps_says_how_many_lie_in_their_range(taken, share):
+    """Of n values and one more, each is as likely as the others to be the largest, and to be the smallest."""
+    steps = tuple(msgspec.structs.replace(STEP, num_samples=number) for number in taken)
+    said = msgspec.structs.replace(PROFILE, steps=steps).doubts()
+    assert len(said) == (share is not None)
+    assert all(f"that of the {taken[0]} in the device profile; on average {share} of all" in text for text in said)
+    assert msgspec.structs.replace(PROFILE, steps=()).doubts() == ()
+
+
 @pytest.mark.parametrize(
     ("load", "num_threads", "said"),
     [
