@@ -33,6 +33,7 @@ _ONE_RUN = (  # what a run says once
 _IMAGES = {  # of a benchmark's data set: ImageNet; COCO, before 2.0 and with all images; OpenImages since; KiTS19
     "resnet": (1_281_167,),
     "ssd": (117_266, 118_287, 1_170_301),
+    "retinanet": (1_170_301,),  # as "ssd" is called since 5.0
     "maskrcnn": (117_266, 118_287),
     "unet3d": (168,),
 }
@@ -170,8 +171,10 @@ def _samples(path: Path, values: dict[str, Any], global_batch: int) -> tuple[int
     if named not in values and len(known) == 1:
         return known[0], None
     count = _count(path, values, named)
-    if named == keys[0] or not known or any(abs(count / images - 1) <= _NEAR for images in known):
+    if named == keys[0] or not benchmark or any(abs(count / images - 1) <= _NEAR for images in known):
         return count, None
+    if not known:
+        return count, f"how many images MLPerf's {benchmark} has is not known here: its {named}, {count}, is taken"
     said = f"its {named}, {count}, is not the number of images of MLPerf's {benchmark}"
     if any(abs(count * global_batch - images) < global_batch for images in known):
         return count * global_batch, f"{said}: mini-batches of {global_batch} are taken to be counted"
@@ -256,6 +259,8 @@ def _epochs(lines: list[_Line], samples: int) -> list[float]:
                 found[kind].append(seconds / count)
         elif line.key == "eval_stop":
             end_judging(line.time_ms)
+        elif line.key == "run_stop":
+            began.clear()  # what is under way breaks off: an evaluation beside it has reached the target
         elif line.key == "eval_start" and judging is None:
             judging = line.time_ms
             if "epoch" in began:  # whose marks then hold the evaluation
