@@ -224,6 +224,7 @@ def test_a_link_has_the_bandwidth_of_its_name(name):
     [
         ("NVIDIA A100-SXM4-40GB", "a100-sxm4-40gb"),
         ("NVIDIA A100-PG509-200", "a100-sxm4-40gb"),
+        ("NVIDIA PG509-210", "a100-sxm4-80gb"),
         ("A100-SXM-80GB", "a100-sxm4-80gb"),
         ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
         ("NVIDIA H100 80GB HBM3", "h100-sxm5-80gb"),
