@@ -94,7 +94,7 @@ class AllReduceTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A measured all-reduce table of this system: times over message sizes for one GPU count and layout.
 
     Attributes:
-        relative_jitter: standard deviation of repeated measurements over their mean.
+        relative_jitter: standard deviation of repeated measurements over their mean; 0 where nothing was repeated.
         segments: the α–β lines that the times follow, one per protocol; empty where nobody fitted them.
     """
 

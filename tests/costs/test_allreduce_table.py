@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +31,13 @@ def test_one_protocol_is_met_exactly_between_and_beyond() -> None:
     line = table([1000, 4000, 64000], [11e-6, 14e-6, 74e-6])
     for size in (1, 500, 2000, 30000, 640000):
         assert table_seconds(line, size) == pytest.approx(10e-6 + size / 1e9)
+
+
+def test_times_that_nobody_repeated_are_not_exact() -> None:
+    """One test wrote in-place times alone: its table has no jitter, and each would have an interval without width."""
+    once = msgspec.structs.replace(table([1000, 4000], [11e-6, 14e-6]), relative_jitter=0.0)
+    assert table_sigma(once, 4000) == 0.017
+    assert table_sigma(once, 4001) > 0.017
 
 
 def test_below_a_table_of_large_messages_time_goes_on_falling_and_is_less_sure() -> None:
