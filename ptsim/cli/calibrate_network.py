@@ -101,11 +101,12 @@ def _show(cluster: Cluster) -> None:
     """What was measured, a line per table and per straight piece of it."""
     console = progress_console()
     for found in cluster.tables:
+        jitter = f"{found.relative_jitter:.1%}" if found.relative_jitter else "unknown"
         console.print(
             f"{found.num_gpus} GPUs on {found.num_nodes} node(s): {len(found.size_bytes)} sizes, "
             f"{format_seconds(found.seconds[0])} for {format_bytes(found.size_bytes[0])} to "
             f"{format_seconds(found.seconds[-1])} for {format_bytes(found.size_bytes[-1])}, "
-            f"jitter {found.relative_jitter:.1%}; tier measured"
+            f"jitter {jitter}; tier measured"
         )
         for line in found.segments:
             rate = f"{1 / line.seconds_per_byte / 1e9:.4g} GB/s" if line.seconds_per_byte else "no growth"

@@ -26,7 +26,7 @@ _LATENCY_BOUND = 1024  # below it times hardly depend on the size
 _SHARE_OF_NEAR, _SHARE_OF_COMMON = 0.8, 0.5
 _PER_HALVING, _PER_DOUBLING = 0.14, 0.17
 _UNKNOWN_MISS = 0.2  # of a table of one or two sizes
-_UNKNOWN_JITTER = 0.017  # where nothing was repeated: nine in ten runs of traces/public have less, half of them under 0.007
+_UNKNOWN_JITTER = 0.017  # where nothing was repeated: 9 in 10 runs of traces/public have less, half of them below 0.007
 _SPIKE_REACH = math.log(2) / 2  # a spike (Polaris at 128 KiB) speaks for sizes within a factor of √2
 
 

@@ -137,7 +137,7 @@ def _network_rows(cluster: Cluster) -> Iterator[Row]:
             value = f"{link.name}, {format_bandwidth(link.bandwidth_bytes_per_s)}{latency}"
             yield _row(name, value, _source(cluster.sources, field))
     for measured in cluster.tables:
-        jitter = percent(measured.relative_jitter)
+        jitter = percent(measured.relative_jitter) if measured.relative_jitter else "unknown"
         value = f"measured table, {len(measured.size_bytes)} sizes, jitter {jitter}"
         yield _row(f"all-reduce on {format_gpus(measured.num_gpus)}", value, measured.source)
 
