@@ -280,12 +280,13 @@ def _ranks(path: Path, section: Section) -> tuple[int, int | None]:
             hint="with one process per GPU, nccl-tests must be built with MPI=1",
         )
     whole = not section.ranks or max(section.ranks) + 1 == listed
-    if not whole:
-        if implied != max(section.ranks) + 1:
-            problem = f"lists {listed} ranks but numbers them up to {max(section.ranks)}"
+    if not whole:  # nccl-tests cuts long lists short, people too; the bus bandwidth knows, or does not contradict
+        last = max(section.ranks)
+        if implied != last + 1 and (implied is not None or not _agrees(last + 1, algbw, busbw)):
+            problem = f"lists {listed} ranks but numbers them up to {last}"
             raise FileFormatError(path, problem, line=section.line)
-        listed = implied  # nccl-tests cuts long lists short, people too; the bus bandwidth knows
-    if listed and algbw >= 1 and _ratio_off(listed, algbw, busbw) > min(_RATIO_OFF, 0.003 + 0.03 / algbw):
+        listed = last + 1
+    if listed and algbw >= 1 and not _agrees(listed, algbw, busbw):
         told = f"{implied} ranks" if implied else "another number of them"
         raise FileFormatError(
             path,
@@ -373,6 +374,11 @@ def _implied_ranks(algbw: float, busbw: float) -> int | None:
         return None
     ratio = busbw / algbw
     return round(2 / (2 - ratio)) if ratio < 1.97 else None
+
+
+def _agrees(num: int, algbw: float, busbw: float) -> bool:
+    """Whether the bandwidths are those of so many ranks, as far as two digits tell."""
+    return algbw >= 1 and _ratio_off(num, algbw, busbw) <= min(_RATIO_OFF, 0.003 + 0.03 / algbw)
 
 
 def _ratio_off(num: int, algbw: float, busbw: float) -> float:
