@@ -227,7 +227,8 @@ def test_the_last_rank_of_a_list_tells_how_many_there_are_unless_the_rates_contr
     """2 · 127 / 128 · 100 GB/s are 198.44; 1,024 and 8 GPUs have 199.80 and 175.00."""
     file = tmp_path / "log.txt"
     rank = "#  Rank 127 Group  0 Pid    137 on instance7 device  3 [0019:06:00] NVIDIA GB200\n"
-    file.write_text(f"{rank}1073741824 268435456 float sum -1 10737.4 100.00 {busbw:.2f} 0\n# Out of bounds values : 0 OK\n")
+    row = f"1073741824 268435456 float sum -1 10737.4 100.00 {busbw:.2f} 0\n"
+    file.write_text(f"{rank}{row}# Out of bounds values : 0 OK\n")
     if gpus is None:
         with pytest.raises(FileFormatError, match="lists 1 ranks but numbers them up to 127"):
             read_nccl_logs(file)
