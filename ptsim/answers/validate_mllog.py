@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
 
 from ptsim.answers.predict import PredictOptions, predict
 from ptsim.errors import UsageError
-from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.catalog import device_names, load_cluster
 from ptsim.hardware.spec import Cluster
 from ptsim.measure.mllog import MlperfRun, of_all_gpus, read_mllog
 from ptsim.network import MemoryFormat, Network
@@ -82,7 +83,7 @@ def validate_mllog(
     batch = run.global_batch // count
     expected = predict(chosen, batch=batch, precision=precision, cluster=cluster, gpus=count, options=trained)
     measured_s = run.step_seconds
-    notes = [run.note] if run.note else []
+    notes = [note for note in (run.note, _other_gpus(run, where)) if note]
     if run.optimizer not in (None, optimizer):
         notes.append(f"the run's optimizer is {run.optimizer}; the update of {optimizer} is predicted")
     if run.passes > 1:
@@ -119,6 +120,16 @@ def _network(run: MlperfRun, path: str | Path) -> str:
             f"{path} is of the benchmark {run.benchmark!r}, whose network is not known", hint="name it with --model"
         )
     return MODELS[run.benchmark]
+
+
+def _other_gpus(run: MlperfRun, cluster: Cluster) -> str | None:
+    """What must be known where the log's platform names a GPU ("8xH100") that the cluster does not have."""
+    models = {model for name in device_names() if re.search(r"\d", model := name.partition("-")[0])}
+    named = {model for model in models if re.search(rf"(?:^|[\W_]|\dx?){model}(?![^\W_])", run.platform or "")}
+    device = cluster.device
+    if device is None or not named or device.name.partition("-")[0] in named:
+        return None
+    return f"the log's platform, {run.platform}, names {' and '.join(sorted(named))}; {cluster.name} has {device.name}"
 
 
 def _num_gpus(run: MlperfRun, path: str | Path, cluster: Cluster, named: int | None) -> int:

@@ -382,6 +382,20 @@ def test_a_number_of_gpus_is_none_of_nodes(tmp_path: Path, platform: str, nodes:
     assert read_mllog(_log(tmp_path / "log", submission_platform=platform)).num_nodes == nodes
 
 
+@pytest.mark.parametrize(
+    ("platform", "named"),
+    [("1xNVIDIA DGX A100", None), ("XE8545x4A100-SXM-80GB", None), ("8xH100", "h100"), ("ND96amsr_H100_v5", "h100"),
+     ("2xDSS8440x8A30", "a30"), ("1xA100 and H100", None), ("1xESC-A1001", None)],
+)  # fmt: skip
+def test_a_platform_that_names_other_gpus_than_the_clusters_is_noted(
+    tmp_path: Path, network: Network, platform: str, named: str | None
+) -> None:
+    log = _log(tmp_path / "log", submission_platform=platform)
+    notes = validate_mllog(log, cluster="dgx-a100", model=network, gpus=8).notes
+    said = f"the log's platform, {platform.lower()}, names {named}; dgx-a100 has a100-sxm4-40gb"
+    assert [note for note in notes if "platform" in note] == ([said] if named else [])
+
+
 def test_passes_whose_gradients_add_up_do_not_tell_the_gpus(tmp_path: Path, network: Network) -> None:
     """50 images of a GPU are those of one of two passes, or of both: 16 GPUs or 32; the nodes tell."""
     path = _log(tmp_path / "log", d_batch_size=50, gradient_accumulation_steps=2)
