@@ -227,8 +227,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         if most < _FEW_STEPS:
             share = (most - 1) / (most + 1)  # of further values, in the range of so many
             said.append(
-                f"the spread of steps is that of the {most} in the device profile; on average {share:.0%} of all steps lie "
-                "in such a range"
+                f"the spread of steps is that of the {most} in the device profile; on average {share:.0%} of all steps "
+                "lie in such a range"
             )
         return tuple(said)
 

@@ -38,9 +38,7 @@ def as_csv(records: list[dict[str, Any]]) -> str:
     """The header says "collective", "inplace" and "#wrong" where the JSON says "name", "inPlace" and "wrong"."""
     names = {"name": "collective", "inPlace": "inplace", "algBw": "algbw", "busBw": "busbw", "wrong": "#wrong"}
     lines = [",".join(names.get(key, key) for key in records[0])]
-    lines += [
-        ",".join(f"{v:.6f}" if isinstance(v, float) else json.dumps(v) for v in one.values()) for one in records
-    ]
+    lines += [",".join(f"{v:.6f}" if isinstance(v, float) else json.dumps(v) for v in one.values()) for one in records]
     return "\n".join(lines) + "\n"
 
 

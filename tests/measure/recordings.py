@@ -41,7 +41,14 @@ def gpu_trace(*, rank: int = 0, comm_ms: float = 4.0, num_steps: int = 2, **head
     for step in range(num_steps):
         host, gpu, ident = 2.0 * step, 5.0 + 12.0 * step, 100 * step
         add("user_annotation", f"ProfilerStep#{step}", host, 2.0)
-        add("cpu_op", "aten::conv2d", host + 0.1, 0.2, **STRIDED_CONV, **{"External id": ident + 1, "Sequence number": ident})
+        add(
+            "cpu_op",
+            "aten::conv2d",
+            host + 0.1,
+            0.2,
+            **STRIDED_CONV,
+            **{"External id": ident + 1, "Sequence number": ident},
+        )
         add("cpu_op", "aten::convolution", host + 0.12, 0.16, **{
             "External id": ident + 2, "Sequence number": ident, "Input type": ["c10::Half", "c10::Half"]})  # fmt: skip
         node = "autograd::engine::evaluate_function: ConvolutionBackward0"

@@ -11,7 +11,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from ptsim.errors import FileFormatError
-from ptsim.measure.kineto import import_kineto
 from ptsim.measure.kineto_events import read_recording
 from ptsim.measure.kineto_steps import read_steps
 from tests.measure.recordings import CONV, NODE, UPDATE, Events, ms

@@ -50,7 +50,7 @@ class _Record(msgspec.Struct):
 
 def is_record_file(text: str) -> bool:
     """Whether the text begins as these files do."""
-    return text[:1000].lstrip("[{\" \t\r\n").lower().startswith(_FIRST)
+    return text[:1000].lstrip('[{" \t\r\n').lower().startswith(_FIRST)
 
 
 def read_records(path: Path, text: str) -> tuple[NcclLog, ...]:
