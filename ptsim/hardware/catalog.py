@@ -77,13 +77,16 @@ def profiled_device(profile: DeviceProfile) -> Device:
     A processor has no data sheet here: its rates are 0, its times come from the profile alone.
 
     Raises:
-        UnknownNameError: a GPU that the catalog does not know.
+        UsageError: a GPU that the catalog does not know.
     """
     known = match_device(profile.device)
     if known is not None:
         return known
     if profile.kind != "cpu":
-        raise UnknownNameError("device", profile.device, device_names())
+        raise UsageError(
+            f"the device profile is of {profile.device!r}, which the catalog does not have",
+            hint="a TOML file with that name in its driver_names describes it: --gpu FILE.toml",
+        )
     return Device(
         name=profile.device,
         architecture="cpu",

@@ -51,6 +51,7 @@ T = TypeVar("T")
 UNKNOWN = "unknown"  # architecture of a step whose network nobody named
 _TF32 = re.compile(r"tf32|tensorop_s\d|_s1688|s1688gemm")  # kernels of cuDNN, cuBLAS and CUTLASS
 _ON_GPU = tuple(f"aten::{library}_{op}" for library in ("cudnn", "miopen") for op in ("convolution", "batch_norm"))
+_LAUNCHES = re.compile(r"(?:cuda|hip|cu)\w*Launch|runFunction")  # calls of CUDA, ROCm and MTIA
 _NEGLIGIBLE = 0.01  # of what all operators take
 _PRECISIONS = {"c10::half": Precision.FP16, "half": Precision.FP16, "c10::bfloat16": Precision.BF16}
 
@@ -129,7 +130,8 @@ def _check_kernels(recording: Recording, device: Device | str | None) -> None:
     if recording.on_gpu:
         return
     gpu = device.name if isinstance(device, Device) and device.is_gpu else None
-    launched = next((event.name for event in recording.host if event.name.startswith(_ON_GPU)), None)
+    names = (event.name for event in itertools.chain(recording.host, recording.calls))
+    launched = next((name for name in names if name.startswith(_ON_GPU) or _LAUNCHES.match(name)), None)
     if launched or gpu:
         says = f"holds {launched}, which runs on a GPU, but no kernels" if launched else f"holds no kernels of {gpu}"
         hint = "record with activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]"

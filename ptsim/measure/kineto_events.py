@@ -42,6 +42,7 @@ _CATEGORIES = {
     "xpu_driver": "cuda_driver",
     "privateuse1_runtime": "cuda_runtime",
     "privateuse1_driver": "cuda_driver",
+    "mtia_runtime": "cuda_runtime",
 }
 # PyTorch's own annotations: the same versions called them operators, too
 _ANNOTATION = re.compile(r"(?:ProfilerStep|Optimizer\.\w+|enumerate\(DataLoader\))#")

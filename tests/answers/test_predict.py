@@ -12,7 +12,7 @@ import ptsim
 from ptsim.answers.repredict import device_profile_of
 from ptsim.cli.main import run
 from ptsim.costs.memory import iteration_memory
-from ptsim.errors import MissingMeasurementError, UnknownNameError
+from ptsim.errors import MissingMeasurementError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.profile import MachineLoad
 from ptsim.hardware.profile_file import read_device_profile, write_device_profile
@@ -224,8 +224,9 @@ def test_a_profile_of_a_gpu_that_the_catalog_does_not_know_needs_a_device_file(p
     out, network = processor
     gpu = msgspec.structs.replace(read_device_profile(out), device="NVIDIA X9000", kind="cuda")
     write_device_profile(out, gpu)
-    with pytest.raises(UnknownNameError, match="unknown device 'NVIDIA X9000'"):
+    with pytest.raises(UsageError, match="is of 'NVIDIA X9000', which the catalog does not have") as caught:
         ptsim.predict(network, batch=64, profile=out)
+    assert "--gpu FILE.toml" in str(caught.value.hint)
 
 
 def test_a_prediction_from_a_busy_machine_says_so(processor, capsys):

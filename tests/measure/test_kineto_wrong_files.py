@@ -169,6 +169,31 @@ def test_a_gpus_work_without_its_kernels_is_refused(tmp_path: Path) -> None:
         import_kineto([write(path, document)], memory_bytes=2**34)
 
 
+@pytest.mark.parametrize(
+    ("category", "name", "refused"),
+    [
+        ("cuda_runtime", "cudaLaunchKernel", True),
+        ("cuda_driver", "cuLaunchKernelEx", True),
+        ("hip_runtime", "hipExtModuleLaunchKernel", True),
+        ("mtia_runtime", "runFunction - job_prep_and_submit_for_execution", True),
+        ("cuda_runtime", "cudaDeviceSynchronize", False),  # the profiler's own, of training on a processor
+    ],
+)
+def test_calls_that_launch_kernels_of_which_none_was_recorded_are_no_processors_work(
+    tmp_path: Path, category: str, name: str, refused: bool
+) -> None:
+    document = gpu_trace()
+    document["traceEvents"] = [event for event in document["traceEvents"] if event["cat"] != "kernel"]
+    call = {"ph": "X", "cat": category, "name": name, "pid": 99, "tid": 1, "ts": 110.0, "dur": 1.0}
+    document["traceEvents"].append(call)
+    path = write(tmp_path / "a.json", document)
+    if refused:
+        with pytest.raises(UsageError, match=f"holds {name}, which runs on a GPU, but no kernels"):
+            import_kineto([path], memory_bytes=2**34)
+    else:
+        assert import_kineto([path], memory_bytes=2**34).profile.kind == "cpu"
+
+
 def test_kernels_without_the_id_of_their_operator_tell_nothing_of_a_step(tmp_path: Path) -> None:
     document = gpu_trace()
     for event in document["traceEvents"]:
