@@ -524,5 +524,5 @@ def test_a_profile_is_of_the_catalogs_device_or_of_a_processor_without_a_data_sh
     assert profiled_device(DeviceProfile(device="Tesla T4", kind="cuda", **what)).name == "t4"
     cpu = profiled_device(DeviceProfile(device="EPYC", kind="cpu", **what | {"num_threads": 3}))
     assert (cpu.name, cpu.memory_bytes, cpu.num_sms, cpu.driver_names) == ("EPYC", 7, 3, ("EPYC",))
-    with pytest.raises(UnknownNameError, match="EPYC"):
+    with pytest.raises(UsageError, match="EPYC"):
         profiled_device(DeviceProfile(device="EPYC", kind="cuda", **what))
