@@ -89,7 +89,7 @@ def test_what_the_log_does_not_say_is_asked_for(
         ({"local_batch_size": 400}, None, 4, 400),
         ({"d_batch_size": 300}, None, 16, 100),  # 1,600 images are no whole number of those
         ({"d_batch_size": 50}, 8, 8, 200),
-        ({"d_batch_size": 66.7}, None, 16, 100),  # the mean over 24, of which 8 evaluate
+        ({"d_batch_size": 50.5}, None, 16, 100),  # a mean, as over GPUs of which some evaluate
     ],
 )
 def test_the_gpus_are_named_or_follow_from_the_mini_batches_or_from_the_nodes(
