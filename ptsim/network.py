@@ -75,8 +75,9 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         forward_macs: multiply–accumulates of the forward pass for one image, as fvcore counts them; for operators
             without products fvcore's element-wise operation count (1 per output element and operation).
         input_needs_gradient: False where no gradient flows into the input (the first layer), so that the
-            backward pass computes only the weight gradient.
-        weight_needs_gradient: False where the layer has weights and all of them are frozen.
+            backward pass computes only the weight gradient; or where none comes from the output (a comparison).
+        weight_needs_gradient: False where the layer has weights and all of them are frozen, or a fixed filter; of a
+            product of activations, where only one operand has a gradient.
         inplace: the operator overwrites its input, so its output needs no memory of its own.
         view: the output is the input's memory under another shape; nothing moves.
         training_only: evaluation does not run it (an auxiliary head), so it is no part of inference.

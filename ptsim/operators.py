@@ -27,9 +27,10 @@ _OPS: dict[LayerKind, str] = {
     LayerKind.POOL: """
         avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool1d lp_pool2d lp_pool3d
         adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-        adaptive_max_pool3d fractional_max_pool2d mean sum amax amin max min reduce var std interpolate upsample""",
+        adaptive_max_pool3d fractional_max_pool2d mean sum amax amin max min reduce var std interpolate upsample
+        grid_sample""",
     LayerKind.ELEMENTWISE: """
-        add sub rsub mul div truediv true_divide floordiv neg pos pow square sqrt rsqrt exp log log1p abs maximum
+        add sub rsub mul div rdiv truediv true_divide floordiv neg pos pow square sqrt rsqrt exp log log1p abs maximum
         minimum where lerp addcmul addcdiv reciprocal sin cos masked_fill type to float half bfloat16 double type_as""",
     LayerKind.CONCAT: "cat concat concatenate stack hstack vstack dstack",
     LayerKind.DROPOUT: """
@@ -49,7 +50,9 @@ KIND_OF_OP = {op: kind for kind, ops in _OPS.items() for op in ops.split()}
 # Spellings of one operator: the left one becomes the right one.
 _SPELLING = {
     "max_pool2d_with_indices": "max_pool2d",
+    "grid_sampler": "grid_sample",
     "truediv": "div",
+    "rtruediv": "rdiv",
     "true_divide": "div",
     "divide": "div",
     "multiply": "mul",
@@ -98,7 +101,7 @@ def plain_name(name: str) -> str:
 def hands_on(op: str, operand: int) -> bool:
     """Whether a sum's or a difference's operand gets the gradient of the result itself: a subtrahend gets its negative.
 
-    Where one operand is a number, the other one counts as the first: `1 - x` has the name of `x - 1`.
+    Where one operand is a number or a parameter, the other one counts as the first: `1 - x` is `rsub`, `x - 1` is `sub`.
     Source: torch's tools/autograd/derivatives.yaml, `add`, `sub` and `rsub`.
     """
     return op in SUMS or (op in DIFFERENCES and operand == (1 if op == "rsub" else 0))

@@ -33,7 +33,7 @@ with warnings.catch_warnings():
 _ONE_PER_OUTPUT = """
     add add_ sub sub_ rsub mul mul_ div div_ neg pow square sqrt rsqrt exp log abs maximum minimum where lerp reciprocal
     addcmul addcdiv masked_fill relu relu_ relu6 relu6_ leaky_relu leaky_relu_ prelu elu elu_ celu selu gelu silu silu_
-    mish sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ softplus softmax
+    sin cos log1p erf mish sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ softplus softmax
     log_softmax glu clamp clamp_ threshold threshold_ upsample_nearest2d upsample_bicubic2d"""
 _ONE_PER_INPUT = """
     mean sum amax amin max_pool2d max_pool2d_with_indices avg_pool2d adaptive_max_pool2d adaptive_avg_pool1d avg_pool1d
@@ -132,9 +132,11 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> float:
 
 
 def _einsum_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """Operands are contracted from left to right, as torch does; fvcore's own handle rounds to four digits."""
+    """Operands are contracted in pairs, as torch does; fvcore's own handle rounds to four digits."""
     shapes = [get_shape(operand) for operand in inputs[1].node().inputs()]
-    return Counter(einsum=einsum_macs(inputs[0].toIValue(), [tuple(shape) for shape in shapes if shape is not None]))
+    path = [place.toIValue() for place in inputs[2].node().inputs()] if len(inputs) > 2 else None  # of opt_einsum
+    given = [tuple(shape) for shape in shapes if shape is not None]
+    return Counter(einsum=einsum_macs(inputs[0].toIValue(), given, path))
 
 
 def _bilinear_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
@@ -144,8 +146,12 @@ def _bilinear_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter(bilinear=math.prod(out[:-1]) * math.prod(weight))
 
 
-def einsum_macs(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
-    """Multiply–accumulates of the pairwise products; sums of one operand and outer products have none."""
+def einsum_macs(equation: str, shapes: Sequence[tuple[int, ...]], path: Sequence[int] | None = None) -> int:
+    """Multiply–accumulates of the pairwise products; sums of one operand and outer products have none.
+
+    `path` has the places of every two operands among those that are left, where a product comes last; without one
+    they are multiplied from left to right.
+    """
     left, arrow, result = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     spelled = []
@@ -159,15 +165,16 @@ def einsum_macs(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
     for term, shape in zip(spelled, shapes, strict=True):
         for label, size in zip(term, shape, strict=True):
             sizes[label] = max(size, sizes.get(label, 1))
-    total, current = 0, set(spelled[0])
-    for index, term in enumerate(spelled[1:], start=1):
-        later = kept.union(*spelled[index + 1 :])
+    total, left_over = 0, [set(term) for term in spelled]
+    for first, second in zip(path[::2], path[1::2], strict=True) if path else [(0, 1)] * (len(spelled) - 1):
+        one, other = left_over[first], left_over[second]
+        left_over = [term for place, term in enumerate(left_over) if place not in (first, second)]
+        later = kept.union(*left_over)
         # A label that nothing else has is summed away before the product.
-        current = {label for label in current if label in term or label in later}
-        other = {label for label in term if label in current or label in later}
-        if not current | other <= later:  # else nothing is summed: an element-wise product
-            total += math.prod(sizes[label] for label in current | other)
-        current = (current | other) & later
+        one, other = one & (other | later), other & (one | later)
+        if not one | other <= later:  # else nothing is summed: an element-wise product
+            total += math.prod(sizes[label] for label in one | other)
+        left_over.insert(len(left_over) if path else 0, (one | other) & later)
     return total
 
 

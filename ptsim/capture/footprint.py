@@ -36,8 +36,9 @@ _LARGEST = 2**20  # mini-batches beyond it are nobody's
 # What autocast runs in fp32 on a GPU and not on a CPU (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and
 # AT_FORALL_FP32_SET_OPT_DTYPE, without losses), by the names under which Python calls them.
 _FP32_ON_GPU = frozenset(
-    {"softmax", "log_softmax", "softmin", "gumbel_softmax", "softplus", "layer_norm", "group_norm"}
+    {"softmax", "log_softmax", "softmin", "gumbel_softmax", "softplus", "layer_norm", "group_norm", "rms_norm"}
     | {"local_response_norm", "normalize", "norm", "vector_norm", "linalg_vector_norm", "matrix_norm"}
+    | {"linalg_norm", "linalg_matrix_norm", "__rdiv__", "erfinv"}
     | {"cosine_similarity", "pairwise_distance", "cdist", "dist", "logsumexp", "sum", "cumsum", "cumprod", "prod"}
     | {"pow", "__pow__", "__rpow__", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt"}
     | {"acos", "asin", "cosh", "sinh", "tan", "interpolate", "upsample", "upsample_nearest", "upsample_bilinear"}

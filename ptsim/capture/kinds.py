@@ -7,9 +7,10 @@ same. A leaf module of its own kind says so with the attributes `ptsim_kind` and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ptsim.capture.rehearsal import Shape, Step
@@ -31,36 +32,72 @@ _OTHER_POOL_ARGUMENTS = {  # by how the name of the operator begins
 _NORMS = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1, "rms_norm": -1}  # where channels lie
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_DEFORMED = "deform_conv2d"  # of torchvision, as it is registered: stride, padding and dilation number by number
+_WINDOWS = re.compile(r"(avg|max|lp)_(un)?pool\dd")  # pools that are given the size of a window
+_TURNED = {"sub": "rsub", "div": "rdiv"}  # where a tensor is taken from, or divides, a number or a parameter
+_OF_TWO = {"max": "maximum", "min": "minimum"}  # tensors
 
 
-def kind_and_op(node: fx.Node, graph: fx.GraphModule, counted: Iterable[str] = ()) -> tuple[LayerKind, str]:
+def kind_and_op(
+    node: fx.Node, graph: fx.GraphModule, step: Step, counted: Iterable[str] = ()
+) -> tuple[LayerKind, str]:
     """The node's kind and its operator's name in lower case.
 
-    `counted` names the operators that run inside it, as fvcore calls them; products among them decide where the
-    node's own name is not a known one.
+    `counted` names the operators that run inside it, as fvcore calls them. Products among them decide where the node's
+    own name is not a known one, or stands for something without products.
     """
-    kind, op = _kind_and_op(node, graph)
-    if kind is LayerKind.OTHER:
+    if node.op == "call_module":
+        module = graph.get_submodule(str(node.target))
+        op = getattr(module, "ptsim_op", None) or _op_of_class(type(module))
+        said = getattr(module, "ptsim_kind", None)
+    else:
+        op = _as_torch_calls_it(node, step, plain_name(_name_of(node)))
+        said = LayerKind.OTHER if foreign_operator(node) else None
+    kind = LayerKind(said or KIND_OF_OP.get(op, LayerKind.OTHER))
+    if kind is LayerKind.OTHER or (said is None and kind not in _PRODUCTS):
         inside = set(counted)
         kind = next((kind for kind, ops in _PRODUCTS.items() if inside & ops), kind)
     return kind, op
 
 
-def _kind_and_op(node: fx.Node, graph: fx.GraphModule) -> tuple[LayerKind, str]:
-    if node.op == "call_module":
-        module = graph.get_submodule(str(node.target))
-        op = getattr(module, "ptsim_op", None) or _op_of_class(type(module))
-        kind = getattr(module, "ptsim_kind", None) or KIND_OF_OP.get(op, LayerKind.OTHER)
-        return LayerKind(kind), op
-    name = str(node.target) if node.op == "call_method" else _function_name(node)
-    op = plain_name(name)
-    return KIND_OF_OP.get(op, LayerKind.OTHER), op
+def _as_torch_calls_it(node: fx.Node, step: Step, op: str) -> str:
+    """Python writes `1 - x` as it does `x - 1`, and torch.max takes an axis or another tensor."""
+    if op in _TURNED and len(step.inputs) == 1 and not _is_handed(node, step, 0):
+        return _TURNED[op]
+    given = (*step.arguments[1:2], step.keywords.get("other"))
+    if op in _OF_TWO and any(isinstance(argument, torch.Size) for argument in given):
+        return _OF_TWO[op]
+    return op
+
+
+def _is_handed(node: fx.Node, step: Step, place: int) -> bool:
+    """True if an argument is a tensor that another node has made; by keyword it is taken for one."""
+    if place >= len(node.args):
+        return True
+    given = node.args[place]
+    return isinstance(given, fx.Node) and given.op != "get_attr" and isinstance(step.arguments[place], torch.Size)
+
+
+def foreign_operator(node: fx.Node) -> str | None:
+    """The name of an operator that neither torch nor torchvision has registered (`mine::scale`); None for others."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = packet._qualified_op_name if isinstance(packet, torch._ops.OpOverloadPacket) else ""
+    return name if name and name.partition("::")[0] not in ("aten", "prims", "torchvision") else None
+
+
+def counts_products(counted: Mapping[str, float]) -> bool:
+    """Whether products are among what fvcore counts."""
+    return _of_products(counted) > 0
 
 
 def operations(kind: LayerKind, counted: Mapping[str, float]) -> int:
     """What counts as the layer's operations: its products where it is made of them, everything elsewhere."""
-    products = sum(count for op, count in counted.items() if any(op in ops for ops in _PRODUCTS.values()))
+    products = _of_products(counted)
     return round(products if kind in _PRODUCTS and products else sum(counted.values()))
+
+
+def _of_products(counted: Mapping[str, float]) -> float:
+    return sum(count for op, count in counted.items() if any(op in ops for ops in _PRODUCTS.values()))
 
 
 def geometry(
@@ -80,7 +117,9 @@ def geometry(
         kernel, stride = getattr(module, "kernel_size", None), getattr(module, "stride", None)
         depth = _depth(op, kernel, stride, getattr(module, "padding", 0), getattr(module, "dilation", 1))
         return channels | _module_geometry(module, row=row) | depth
-    if op.startswith("conv") and len(step.arguments) + len(step.keywords) > 1:
+    if not _is_torchs(node):
+        return channels
+    if KIND_OF_OP.get(op) is LayerKind.CONV:
         names = _TRANSPOSED_ARGUMENTS if is_transposed(op) else _CONV_ARGUMENTS
         given = dict(zip(names, step.arguments, strict=False)) | step.keywords
         weight = given["weight"]
@@ -98,6 +137,13 @@ def geometry(
             "bias": given.get("bias") is not None,
             **_depth(op, weight[2:], given.get("stride", 1), given.get("padding", 0), given.get("dilation", 1)),
         }
+    if op == _DEFORMED:
+        weight, groups = step.arguments[1], step.arguments[11]
+        strides, paddings, dilations = _in_pairs(step.arguments[5:11])
+        return {
+            "in_channels": weight[1] * groups, "out_channels": weight[0], "kernel_size": tuple(weight[2:]),
+            "groups": groups, "stride": strides, "padding": paddings, "dilation": dilations, "bias": True,
+        }  # fmt: skip
     if op == BILINEAR:
         return {"in_channels": inputs[0][-1], "out_channels": output[-1]}
     if op == "linear":
@@ -107,7 +153,7 @@ def geometry(
         return {"in_channels": weight[-1], "out_channels": out_channels, "bias": given.get("bias") is not None}
     if op in _NORMS and step.inputs and len(step.inputs[0]) > 1:
         return dict.fromkeys(("in_channels", "out_channels"), step.inputs[0][_NORMS[op]])
-    if "pool" in op and not op.startswith(("adaptive", "fractional")):
+    if _WINDOWS.match(op):
         order = next((some for start, some in _OTHER_POOL_ARGUMENTS.items() if op.startswith(start)), _POOL_ARGUMENTS)
         given = dict(zip(order, step.arguments, strict=False)) | step.keywords
         kernel = _pair(given["kernel_size"], row=row)
@@ -146,8 +192,14 @@ def _module_geometry(module: nn.Module, *, row: bool) -> dict[str, Any]:
     return found
 
 
-def _function_name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
+def _name_of(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def _is_torchs(node: fx.Node) -> bool:
+    """True for a method, and for a function whose arguments are those that torch gives it."""
+    home = getattr(node.target, "__module__", None) or "torch"
+    return node.op == "call_method" or (home.partition(".")[0] == "torch" and foreign_operator(node) is None)
 
 
 def _op_of_class(kind: type[nn.Module]) -> str:
@@ -156,6 +208,10 @@ def _op_of_class(kind: type[nn.Module]) -> str:
     if match := re.fullmatch(r"(batch_norm|instance_norm|sync_batch_norm)\dd?", snake):
         return match[1]
     return snake
+
+
+def _in_pairs(numbers: Sequence[int]) -> Iterable[tuple[int, int]]:
+    return zip(numbers[::2], numbers[1::2], strict=True)
 
 
 def _channels(shape: Shape) -> int:

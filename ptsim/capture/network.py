@@ -7,9 +7,10 @@ left alone. Auxiliary heads that only training runs (GoogLeNet, Inception) are l
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -21,13 +22,13 @@ from ptsim.capture.chance import chance_of, random_state_kept
 from ptsim.capture.counts import forward_macs
 from ptsim.capture.footprint import footprints
 from ptsim.capture.graph import evaluation_mode, note_tracer, symbolic_graph
-from ptsim.capture.kinds import geometry, kind_and_op, operations
+from ptsim.capture.kinds import counts_products, foreign_operator, geometry, kind_and_op, operations
 from ptsim.capture.rehearsal import Rehearsal, Shape, Step, rehearse
 from ptsim.capture.ways import fullest_graph, take_fullest_way
 from ptsim.consistency import layer_problem
 from ptsim.errors import UnsupportedModelError
 from ptsim.network import Layer, LayerKind, Network, Parameter
-from ptsim.operators import BILINEAR
+from ptsim.operators import BILINEAR, is_transposed, num_taps
 
 _BATCHES = (2, 3)  # two sizes tell what scales; not 1, which BatchNorm refuses in training
 
@@ -79,6 +80,7 @@ def _described(
         _layer(node, names[node], small, large.steps[node.name], macs[node.name], owners, auxiliary) for node in nodes
     )
     note_tracer(name, graph)
+    _note_unknown(name, small.steps, nodes)
     network = Network(
         name=name,
         input_shape=input_shape,
@@ -110,11 +112,13 @@ def _layer(
 ) -> Layer:
     """What one node is, from its steps at two mini-batches."""
     graph, step = small.graph, small.steps[node.name]
-    kind, op = kind_and_op(node, graph, counts)
     inputs, output = _image_shapes(step, grown)
     once = (step.inputs, step.outputs) == (grown.inputs, grown.outputs)
+    if not counts_products(counts):
+        counts = counts + _products(step, grown, once=once)
+    kind, op = kind_and_op(node, graph, step, counts)
     elements, fixed_bytes, other_bytes = (0, 0, 0) if step.idle else _saved(step, grown, once=once)
-    takes_weight = kind in (LayerKind.CONV, LayerKind.LINEAR) and op != BILINEAR  # as a second input, by other nodes
+    for_input, for_weight = _gradients(node, step, kind, op)
     owned = {small.model.get_parameter(p) for p, at in owners.items() if at is node and p not in small.idle}
     layer = Layer(
         name=name,
@@ -125,9 +129,8 @@ def _layer(
         **geometry(node, graph, step, op, inputs, output),
         num_parameters=sum(p.numel() for p in owned if p.requires_grad),
         forward_macs=operations(kind, counts),
-        input_needs_gradient=not step.idle and any(step.needs_gradient[:1] if takes_weight else step.needs_gradient),
-        weight_needs_gradient=not step.idle
-        and (step.weights_need_gradient is not False or (takes_weight and any(step.needs_gradient[1:]))),
+        input_needs_gradient=for_input,
+        weight_needs_gradient=for_weight,
         inplace=step.inplace,
         view=step.view,
         training_only=node in auxiliary,
@@ -138,11 +141,38 @@ def _layer(
         saved_fixed_bytes=fixed_bytes,
         output_saved=step.output_saved,
     )
-    if kind in (LayerKind.CONV, LayerKind.LINEAR) and layer_problem(layer) is not None:
+    whole = node.op == "call_module"  # its code may multiply for its weights, too
+    described = layer_problem(layer) is None and (whole or _adds_up(layer))
+    if kind in (LayerKind.CONV, LayerKind.LINEAR) and not described:
         # A product of another form: vectors by one row of weights, or what a function does that is not looked into.
-        needs_gradient = not step.idle and any(step.needs_gradient)
-        return msgspec.structs.replace(layer, kind=LayerKind.MATMUL, input_needs_gradient=needs_gradient)
+        for_input, for_weight = _gradients(node, step, LayerKind.MATMUL, op)
+        return msgspec.structs.replace(
+            layer, kind=LayerKind.MATMUL, input_needs_gradient=for_input, weight_needs_gradient=for_weight
+        )
     return layer
+
+
+def _adds_up(layer: Layer) -> bool:
+    """Whether a convolution or linear layer multiplies as often as one of its channels and its kernel does."""
+    if layer.kind not in (LayerKind.CONV, LayerKind.LINEAR) or layer.op == BILINEAR or layer.spatial_axes == 3:
+        return True
+    if layer.kind is LayerKind.LINEAR:
+        return layer.forward_macs == layer.output_elements * layer.in_channels
+    folded, image = layer.unfolded(layer.input_shapes[0] if is_transposed(layer.op) else layer.output_shape)
+    filters = layer.out_channels * layer.in_channels // layer.groups * num_taps(layer)
+    return layer.forward_macs == folded * math.prod(image[1:]) * filters
+
+
+def _gradients(node: fx.Node, step: Step, kind: LayerKind, op: str) -> tuple[bool, bool]:
+    """Whether backward makes a gradient of the layer's input, and one of its weights or a product's second operand."""
+    learns, trained = step.gives_gradient and not step.idle, step.weights_need_gradient
+    if kind in (LayerKind.CONV, LayerKind.LINEAR) and op != BILINEAR:  # a second input is the weight, by other nodes
+        return learns and any(step.needs_gradient[:1]), learns and (bool(trained) or any(step.needs_gradient[1:]))
+    for_input = learns and any(step.needs_gradient)
+    if kind is LayerKind.MATMUL and (not learns or (sum(step.needs_gradient) == 1 and not trained)):
+        fixed = trained is False or len(step.inputs) > 1 or any(at.op == "get_attr" for at in node.all_input_nodes)
+        return for_input, for_input and not fixed  # else of one tensor by itself
+    return for_input, learns if trained else not step.idle and trained is None
 
 
 def _note_recomputation(network: Network, element_bytes: int) -> None:
@@ -216,6 +246,23 @@ def _saved(small: Step, large: Step, *, once: bool) -> tuple[int, int, int]:
     other = (large.saved_other_bytes - small.saved_other_bytes) // growth
     fixed = small.saved_bytes - _BATCHES[0] * num_bytes + small.saved_other_bytes - _BATCHES[0] * other
     return elements, fixed, other
+
+
+def _products(small: Step, large: Step, *, once: bool) -> Counter[str]:
+    """Multiply–accumulates of products that torch sees run, where fvcore does not know what they are part of."""
+    flops = small.product_flops if once else (large.product_flops - small.product_flops) // (_BATCHES[1] - _BATCHES[0])
+    return Counter(matmul=flops // 2)
+
+
+def _note_unknown(name: str, steps: Mapping[str, Step], nodes: Iterable[fx.Node]) -> None:
+    """A warning about operators of other packages in which torch sees no product: what they compute is not known."""
+    foreign = {foreign_operator(node) or "" for node in nodes if not steps[node.name].product_flops} - {""}
+    if foreign:
+        called = ", ".join(sorted(foreign))
+        warnings.warn(
+            f"{name} calls {called}, of whose arithmetic nothing is known: it counts as none",
+            stacklevel=3,
+        )
 
 
 def _owners(rehearsal: Rehearsal, nodes: list[fx.Node]) -> dict[str, fx.Node]:

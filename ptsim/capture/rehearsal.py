@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ptsim.capture.chance import random_state_kept
 from ptsim.capture.copies import copied, dtype_of, hollow_copy
@@ -38,12 +40,14 @@ class Step:
         inputs: shapes of the tensors that other nodes handed over; parameters and buffers are not among them.
         outputs: shapes of what it returned; empty for a node that returns no tensor.
         needs_gradient: of each input.
+        gives_gradient: what it returned has one, to hand back to these.
         weights_need_gradient: of the module's parameters, or of those that the call takes; None where there are none.
         idle: some of these are trained, and no gradient comes to any: what it returns is used for nothing, perhaps.
         works: False for a node that hands an input on, such as Identity or a tuple's item.
         saved_elements, saved_bytes: floating-point elements, their bytes, that autograd newly keeps.
         saved_other_bytes: bytes of other kinds.
         output_saved: some node keeps what this one returned.
+        product_flops: of the matrix products and convolutions that torch knows by their shapes.
     """
 
     arguments: tuple[Any, ...]
@@ -51,6 +55,7 @@ class Step:
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...] = ()
     needs_gradient: tuple[bool, ...] = ()
+    gives_gradient: bool = False
     weights_need_gradient: bool | None = None
     idle: bool = False
     works: bool = False
@@ -60,6 +65,7 @@ class Step:
     saved_bytes: int = 0
     saved_other_bytes: int = 0
     output_saved: bool = False
+    product_flops: int = 0
 
 
 @dataclasses.dataclass
@@ -143,12 +149,14 @@ class _Watcher(fx.Interpreter):
         versions = [t._version for t in handed]
         storages = {t.untyped_storage()._cdata for t in handed}
         self._current = step
-        with torch.set_grad_enabled(n.meta.get("grad", torch.is_grad_enabled())):
+        with torch.set_grad_enabled(n.meta.get("grad", torch.is_grad_enabled())), _Products() as products:
             result = super().run_node(n)
         self._current = None
+        step.product_flops = products.flops
         if n.op in ("call_module", "call_function", "call_method"):
             given = list(output_tensors(result))
             step.outputs = tuple(tuple(t.shape) for t in given)
+            step.gives_gradient = any(t.requires_grad for t in given)
             step.inplace = versions != [t._version for t in handed]
             step.works = bool(given) and (step.inplace or not all(any(t is h for h in handed) for t in given))
             step.view = not step.inplace and all(t.untyped_storage()._cdata in storages for t in given)
@@ -191,6 +199,21 @@ class _Watcher(fx.Interpreter):
     def _note(self, tensor: Tensor, known: _Kept | None) -> _Kept:
         element_bytes = tensor.element_size() if tensor.is_floating_point() else 0
         return known or (self._current, tensor.untyped_storage().nbytes(), element_bytes)
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
+    """Adds up the FLOPs of the products that run inside, by torch's own formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's gap
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(getattr(func, "_overloadpacket", func))
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def _gradient_order(model: nn.Module, outputs: list[Tensor]) -> tuple[tuple[str, ...], frozenset[str]]:

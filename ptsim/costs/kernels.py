@@ -21,9 +21,18 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ptsim.costs.backward import (
+    Moved,
+    gradient_of_elementwise,
+    gradient_of_pool,
+    gradient_of_view,
+    joins_gradients,
+    passes_of_activation,
+    positions_bytes,
+)
 from ptsim.costs.widths import Widths
 from ptsim.network import PRODUCTS, Layer, LayerKind, Network, Precision
-from ptsim.operators import BILINEAR, DIFFERENCES, SUMS, hands_on, is_transposed, num_taps, second_features
+from ptsim.operators import BILINEAR, is_transposed, num_taps, second_features
 from ptsim.setting import StepSetting
 
 Floats = npt.NDArray[np.float64]
@@ -135,9 +144,10 @@ def network_kernels(network: Network, setting: StepSetting, *, tensor_cores: boo
     halves = tensor_cores and setting.half
     # Tensor-core half-precision kernels are NHWC; the fp32 ones of older cores are NCHW.
     foreign = halves if setting.memory_format == "contiguous" else (not tensor_cores)
-    consumers: dict[str, int] = {}
-    for source, _ in network.edges:
-        consumers[source] = consumers.get(source, 0) + 1
+    returns = {layer.name: layer.input_needs_gradient for layer in network.layers}
+    gradients: dict[str, int] = {}  # that come back to a layer
+    for source, target in network.edges:
+        gradients[source] = gradients.get(source, 0) + returns[target]
     widths = Widths(network, precision, gpu=True)
     rows: list[Kernel] = []
     for index, layer in enumerate(network.layers):
@@ -148,7 +158,8 @@ def network_kernels(network: Network, setting: StepSetting, *, tensor_cores: boo
         rows.extend(
             layer_kernels(layer, images, max(given), width, element, foreign=foreign, halves=halves, index=index)
         )
-        if (extra := consumers.get(layer.name, 1) - 1) > 0:  # gradients of the branches are added up
+        extra = gradients.get(layer.name, 1) - 1
+        if extra > 0 and _learns(layer) and not joins_gradients(layer):  # gradients of the branches are added up
             size = float(layer.output_elements * images * width)
             rows.append(_stream(index, Pass.INPUT_GRADIENT, 3 * extra * size, 3 * size, launches=extra))
     return Kernels.of(rows)
@@ -309,7 +320,7 @@ def layer_kernels(
     halves: bool = False,
     index: int = 0,
 ) -> Iterator[Kernel]:
-    """The kernels of one layer; none of a view, and none backward where nobody needs the gradient.
+    """The kernels of one layer; none forward of a view, and none backward where nobody needs the gradient.
 
     Args:
         layer: what is computed.
@@ -321,18 +332,23 @@ def layer_kernels(
         halves: products run on tensor cores in half precision.
         index: position in the network.
     """
-    if layer.view:
-        return
-    learns = layer.input_needs_gradient or (layer.num_parameters > 0 and layer.weight_needs_gradient)
     for kernel in _kernels_of(index, layer, batch, given, width, element, foreign=foreign, halves=halves):
-        if learns or kernel.step is Pass.FORWARD:
+        if _learns(layer) or kernel.step is Pass.FORWARD:
             yield kernel
+
+
+def _learns(layer: Layer) -> bool:
+    """Whether anybody needs the gradient of what the layer gives."""
+    return layer.input_needs_gradient or (layer.num_parameters > 0 and layer.weight_needs_gradient)
 
 
 def _kernels_of(
     index: int, layer: Layer, batch: int, given: int, width: int, element: int, *, foreign: bool, halves: bool
 ) -> Iterator[Kernel]:
-    x = float(layer.input_elements * batch * given)
+    if layer.view:
+        yield from _backward(index, gradient_of_view(layer, batch, width), layer.output_elements * batch * width)
+        return
+    x = float(sum(layer.input_sizes(batch)) * given)
     y = float(layer.output_elements * batch * width)
     forward, backward = Pass.FORWARD, Pass.INPUT_GRADIENT
     match layer.kind:
@@ -347,7 +363,10 @@ def _kernels_of(
             n = float(layer.output_shape[-1]) if layer.output_shape else 1.0
             m = max(layer.output_elements / n, 1.0)
             k = max(layer.forward_macs / max(layer.output_elements, 1), 1.0)
-            yield from product_kernels(m, n, k, groups=batch, element=element, index=index)
+            yield from product_kernels(
+                m, n, k, groups=batch, element=element, index=index,
+                needs_input_gradient=layer.input_needs_gradient, needs_weight_gradient=layer.weight_needs_gradient,
+            )  # fmt: skip
         case LayerKind.BATCH_NORM:
             yield _norm(index, forward, BATCH_NORM_FORWARD * x, x)
             yield _norm(index, backward, BATCH_NORM_BACKWARD * x, 2 * x)
@@ -355,23 +374,16 @@ def _kernels_of(
             yield _norm(index, forward, _NORM_FORWARD * y, y)
             yield _norm(index, backward, _NORM_BACKWARD * y, 2 * y)
         case LayerKind.ACTIVATION:
-            yield _stream(index, forward, x + y, x)
-            yield _stream(index, backward, 3 * x, 2 * x)
+            there, back = passes_of_activation(layer, batch, given, width)
+            yield _stream(index, forward, there.num_bytes, x, launches=there.kernels)
+            yield from _backward(index, back, 2 * x)
         case LayerKind.ELEMENTWISE:
-            yield _stream(index, forward, x + y, x + y)
-            if layer.op == "mul" and len(layer.input_shapes) + bool(layer.num_parameters) > 1:
-                # Either gradient is a product over the whole output; where a factor was broadcast, it is summed after.
-                broadcast = sum(math.prod(shape) < layer.output_elements for shape in layer.input_shapes)
-                broadcast += bool(layer.num_parameters)
-                yield _stream(index, backward, 6 * y, x + y, launches=2 + broadcast)
-            elif layer.op not in SUMS | DIFFERENCES:
-                yield _stream(index, backward, 2 * x + y, x + y)
-            elif not all(hands_on(layer.op, operand) for operand in range(len(layer.input_shapes))):
-                yield _stream(index, backward, 2 * y, 2 * y)  # of a subtrahend: the negative
+            made = 2 * y if layer.op == "rdiv" and not layer.num_parameters else 0.0  # `1 / x`: the reciprocal first
+            yield _stream(index, forward, x + y + made, x + y, launches=2 if made else 1)
+            yield from _backward(index, gradient_of_elementwise(layer, batch, given, width), x + y)
         case LayerKind.POOL:
-            largest = 8.0 * layer.output_elements * batch if "max" in layer.op else 0.0  # 64-bit positions
-            yield _stream(index, forward, x + y + largest, x + y)
-            yield _stream(index, backward, x + y + largest, x + y)
+            yield _stream(index, forward, x + y + positions_bytes(layer, batch), x + y)
+            yield from _backward(index, gradient_of_pool(layer, batch, given, width), x + y)
         case LayerKind.CONCAT:  # backward hands out slices, which are views
             yield _stream(index, forward, 2 * y, 2 * y)
         case LayerKind.DROPOUT:
@@ -384,6 +396,12 @@ def _kernels_of(
         case _:
             yield _stream(index, forward, x + y, x + y)
             yield _stream(index, backward, x + y, x + y)
+
+
+def _backward(index: int, moved: Moved | None, footprint: float) -> Iterator[Kernel]:
+    """What the gradients read and write; nothing where they are handed on as they are."""
+    if moved is not None and moved.kernels:
+        yield _stream(index, Pass.INPUT_GRADIENT, moved.num_bytes, footprint, launches=moved.kernels)
 
 
 def _linear_kernels(layer: Layer, rows: float, element: int, index: int) -> Iterator[Kernel]:

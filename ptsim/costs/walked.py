@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from ptsim.costs.backward import gradient_of_view
 from ptsim.costs.widths import Widths, sources_of
 from ptsim.network import ALLOCATOR_BLOCK, Footprint, Layer, LayerKind, MemoryFormat, Moment, Network, Precision
 from ptsim.operators import hands_on, num_taps, second_features
@@ -304,7 +305,8 @@ class _Walk:
 def _shares_gradient(layer: Layer, operand: int) -> bool:
     """An input's gradient is the output's, or lies in it: of sums, views, and the slices of a concatenation."""
     same = all(math.prod(shape) == layer.output_elements for shape in layer.input_shapes)
-    return layer.view or layer.kind is LayerKind.CONCAT or (same and hands_on(layer.op, operand))
+    handed_on = layer.view and gradient_of_view(layer, 1, 1) is None
+    return handed_on or layer.kind is LayerKind.CONCAT or (same and hands_on(layer.op, operand))
 
 
 def _buffer_sizes(network: Network) -> Iterable[int]:

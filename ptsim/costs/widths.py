@@ -12,8 +12,9 @@ from ptsim.network import PRODUCTS, Layer, LayerKind, Network, Precision
 _FP32_OPS_GPU = frozenset(
     {"softmax", "log_softmax", "softmin", "gumbel_softmax", "softplus", "pow", "exp", "log", "log1p", "reciprocal"}
     | {"rsqrt", "sum", "normalize", "interpolate", "upsample", "layer_norm", "group_norm", "local_response_norm"}
+    | {"rms_norm", "rdiv"}
 )
-_FP32_OPS_CPU = frozenset({"avg_pool3d", "grid_sampler", "prod"})
+_FP32_OPS_CPU = frozenset({"avg_pool3d", "grid_sample", "prod"})
 _SWIN_OP, _SWIN_HEAD_CHANNELS = "shifted_window_attention", 32  # in all of torchvision's Swin transformers
 
 

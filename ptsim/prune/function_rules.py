@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptsim.prune.labels import POOLS, Facets, Label, broadcast, compress
-from ptsim.prune.rules import Call, rule, rule_named
+from ptsim.prune.rules import Call, rule, rule_named, tensor_labels
 
 ELEMENTWISE = """
     relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus
@@ -264,6 +264,26 @@ def unpooled(call: Call) -> Label:
     return call.along(spatial_dims(call))
 
 
+@rule("grid_sample grid_sampler grid_sampler_2d grid_sampler_3d")
+def sampled(call: Call) -> Label:
+    """Every channel is read at the same places: the grid has coordinates in the place of channels, which stay."""
+    x, grid = call.source(0, "input"), call.source(1, "grid")
+    for label in tensor_labels(call.label_of(grid)):
+        call.state.freeze(label, f"{call.op} takes them for coordinates")
+    if call.sources[0] is not x:
+        call.refuse(f"{call.op} has no rule for what it reads")
+    return call.along(range(2, call.rank), verb="reads between")
+
+
+@rule("affine_grid affine_grid_generator", sizes=True)
+def coordinates(call: Call) -> Label:
+    """Of the size that it is given the channels do not count."""
+    for label in call.labels:
+        for part in tensor_labels(label):
+            call.state.freeze(part, f"{call.op} makes coordinates of them")
+    return call.stays(f"{call.op} makes coordinates")
+
+
 def _reduced_parameter(call: Call, facets: Facets, dims: Sequence[int], results: Sequence[Tensor]) -> Label:
     """Statistics of a parameter: the channels along the other axes pass, those that are combined have to stay."""
     rank = call.rank
@@ -310,8 +330,9 @@ def reduced(call: Call) -> Label:
 def weighed(call: Call) -> Label:
     """Against the others along an axis."""
     if call.module is not None:
-        dim = getattr(call.module, "dim", 1 if call.rank > 3 else 0)
-        dim = 1 if dim is None else dim
+        dim = getattr(call.module, "dim", None)
+        if dim is None:  # as torch chooses it; nn.Softmax2d has none, and takes the channels
+            dim = 1 if call.rank not in (0, 1, 3) else 0
     else:
         dim = call.argument(POSITIONS.get(call.name, 1), "dim", 1 if call.name == "normalize" else None)
     if not isinstance(dim, int):

@@ -240,7 +240,10 @@ def is_known(function: Any) -> bool:
 
 
 def _package(function: Any) -> str:
-    return (getattr(function, "__module__", "") or "torch").partition(".")[0]
+    """The package of a function; of what is registered with torch (`torch.ops.mine.scale`) the library."""
+    home = (getattr(function, "__module__", "") or "torch").split(".")
+    registered = home[:2] == ["torch", "_ops"] and len(home) > 2 and home[2] not in ("aten", "prims")
+    return home[2] if registered else home[0]
 
 
 def rule_for_module(module: nn.Module) -> Rule | None:

@@ -405,6 +405,8 @@ def test_a_deformable_convolution_multiplies_as_often_as_an_ordinary_one() -> No
     network = capture_network(Deformed(), name="d", input_shape=(3, 8, 8), num_classes=2)
     macs = [layer.forward_macs for layer in network.layers if layer.kind is LayerKind.CONV]
     assert macs == [3 * 9 * 18 * 64, 3 * 9 * 6 * 64]
+    deformed = next(layer for layer in network.layers if layer.op == "deform_conv2d")
+    assert (deformed.kernel_size, deformed.padding, deformed.stride) == ((3, 3), (1, 1), (1, 1))
 
 
 class ReadingAsked(Reading):

@@ -290,6 +290,62 @@ def test_products_that_are_no_linear_layer_are_told_as_products_and_their_trace_
     assert training_macs(network) == 2 * 36 * 4 * 27 + 3 * (4 * 36 * 36 + 4)
 
 
+@fx.wrap
+def attention_pool(x: torch.Tensor) -> torch.Tensor:
+    """No pool with a window, whatever it is called."""
+    return (x.flatten(2) * x.flatten(2).softmax(2)).sum(2)[:, :, None, None]
+
+
+@fx.wrap
+def convex_upsample(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """No convolution."""
+    return functional.interpolate(x * weights, scale_factor=2)
+
+
+@fx.wrap
+def linear(x: torch.Tensor) -> torch.Tensor:
+    """No linear layer."""
+    return x * 2
+
+
+@fx.wrap
+def normalize(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """More than a normalisation."""
+    return functional.conv2d(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("function", "op", "kind", "macs"),
+    [
+        (lambda x, w: attention_pool(x), "attention_pool", LayerKind.OTHER, 0),
+        (lambda x, w: convex_upsample(x, w.mean()), "convex_upsample", LayerKind.OTHER, 0),
+        (lambda x, w: linear(x), "linear", LayerKind.LINEAR, 0),
+        (normalize, "normalize", LayerKind.MATMUL, 2 * 4 * 9 * 36),
+    ],
+)
+def test_a_users_function_is_described_by_what_it_does(
+    function: Callable[..., torch.Tensor], op: str, kind: LayerKind, macs: int
+) -> None:
+    """It may be called as an operator of torch's whose arguments say how large a window or a filter is."""
+    network = capture_network(Described(function), name="d", input_shape=(3, 8, 8), num_classes=2)
+    assert network_problem(network) is None
+    found = [layer for layer in network.layers if layer.op == op and layer.name != "head"]
+    assert [(layer.kind, layer.kernel_size) for layer in found] == [(kind, (1, 1))]
+    assert sum(layer.forward_macs for layer in found if layer.kind is LayerKind.MATMUL) == macs
+
+
+class Described(nn.Module):
+    """What a function makes of four channels, with a parameter."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function, self.conv, self.weight = function, nn.Conv2d(3, 4, 1), nn.Parameter(torch.rand(2, 4, 3, 3))
+        self.head = nn.Linear(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.function(self.conv(x), self.weight).flatten(1).mean(1, keepdim=True))
+
+
 class Computes(nn.Module):
     """Gives what a function of an image of 3×4×6 and of its own random numbers gives."""
 

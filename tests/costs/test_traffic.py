@@ -200,7 +200,7 @@ LESS = ELEMENTS // 4  # of an output of 16 × 4 × 4
 @pytest.mark.parametrize(
     ("kind", "op", "forward", "backward"),
     [
-        (LayerKind.ACTIVATION, "glu", 4 * (ELEMENTS + LESS), 4 * 3 * ELEMENTS),  # dy, what was kept, dx
+        (LayerKind.ACTIVATION, "glu", 4 * (ELEMENTS + LESS), 4 * (2 * ELEMENTS + LESS)),  # dy, what was kept, dx
         (LayerKind.POOL, "avg_pool2d", 4 * (ELEMENTS + LESS), 4 * (ELEMENTS + LESS)),
         (LayerKind.POOL, "max_pool2d", 4 * (ELEMENTS + LESS) + 8 * LESS, 4 * (ELEMENTS + LESS) + 8 * LESS),
         (LayerKind.DROPOUT, "dropout", 4 * (ELEMENTS + LESS) + LESS, 4 * (ELEMENTS + LESS) + LESS),
@@ -208,8 +208,9 @@ LESS = ELEMENTS // 4  # of an output of 16 × 4 × 4
         (LayerKind.CONCAT, "cat", 4 * 2 * LESS, 0),
         (LayerKind.NORM, "group_norm", 4 * 2 * LESS, 4 * 4 * LESS),
         (LayerKind.BATCH_NORM, "batch_norm", 4 * 3 * ELEMENTS, 4 * 5 * ELEMENTS),
-        (LayerKind.ELEMENTWISE, "exp", 4 * (ELEMENTS + LESS), 4 * (2 * ELEMENTS + LESS)),
-        (LayerKind.ELEMENTWISE, "mul", 4 * (ELEMENTS + LESS), 4 * (2 * ELEMENTS + LESS)),  # by a number
+        (LayerKind.ELEMENTWISE, "exp", 4 * (ELEMENTS + LESS), 4 * 3 * LESS),  # dy, the result, dx, all of one size
+        (LayerKind.ELEMENTWISE, "mul", 4 * (ELEMENTS + LESS), 4 * 2 * LESS),  # by a number: dy, dx
+        (LayerKind.ELEMENTWISE, "floordiv", 4 * (ELEMENTS + LESS), 4 * (2 * ELEMENTS + LESS)),  # of no formula known
         (LayerKind.ELEMENTWISE, "sub", 4 * (ELEMENTS + LESS), 0),
         (LayerKind.ELEMENTWISE, "rsub", 4 * (ELEMENTS + LESS), 4 * 2 * LESS),  # the gradient read, its negative written
         (LayerKind.OTHER, "interpolate", 4 * (ELEMENTS + LESS), 4 * (ELEMENTS + LESS)),

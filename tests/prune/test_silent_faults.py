@@ -390,6 +390,21 @@ def test_numbers_are_compared_also_where_a_branch_is_removed() -> None:
     assert torch.allclose(model(images), expected, atol=1e-6)
 
 
+LIBRARY = torch.library.Library("ptsim_tests", "DEF")  # noqa: TOR901 - it lives as long as the tests
+LIBRARY.define("sigmoid(Tensor x) -> Tensor")
+LIBRARY.impl("sigmoid", lambda x: x - x.amax(1, keepdim=True), "CompositeImplicitAutograd")
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_an_operator_of_another_library_is_not_the_one_of_torch_that_is_called_so(exported: bool) -> None:
+    mix: Any = torch.ops.ptsim_tests.sigmoid
+    model: Any = Net(not_for_proxies(mix) if exported else mix)
+    group = next(edge for edge in find_groups(model, IMAGE).edges() if "a (out)" in edge.members)
+    assert not group.prunable
+    assert exported or "sigmoid" in str(group.reason)
+    assert ptsim.inspect(model, input_shape=IMAGE).exact
+
+
 def test_what_the_code_makes_in_float32_does_not_end_the_proof() -> None:
     model: Any = Net(lambda x: torch.einsum("cd,ndhw->nchw", torch.eye(8), x).float())
     assert ptsim.inspect(model, input_shape=IMAGE).exact

@@ -1,0 +1,186 @@
+"""What do torch's formulas for gradients read and write, of operators that are no products and no normalisations?
+
+Of what works element by element, a line of a table is the kernels that autograd runs for one operand's gradient: how
+many tensors as large as the result they read and write together, how often they read either operand (which may be
+smaller: it was broadcast), and how many tensors of booleans. Where an operand was broadcast, its gradient is then summed
+up, which reads it whole and writes it as small as the operand is.
+
+Source: torch's tools/autograd/derivatives.yaml and torch/csrc/autograd/FunctionsManual.cpp (torch 2.8 to 2.14). A test
+runs every line on the CPU and adds up what its operators read and write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ptsim.network import Layer, LayerKind
+
+
+class Gradient(NamedTuple):
+    """The kernels that make one operand's gradient: tensors that they read and write, and their number."""
+
+    whole: int  # as large as the result
+    kernels: int = 1
+    first: int = 0  # as large as the first operand
+    second: int = 0  # as large as the second one
+    masks: int = 0  # of booleans, as large as the result
+
+
+_HANDED_ON = Gradient(0, 0)
+_NEGATIVE, _SCALED, _MASKED = Gradient(2), Gradient(2), Gradient(2, masks=1)  # the gradient in, another one out
+_DIVISOR = Gradient(8, 4, 1, 2)  # of a / b: −dy, a / b, that / b, and their product
+# Both are compared with each other twice; where they are equal, either gets half of the gradient.
+_EXTREME = Gradient(7, 5, 2, 2, 4)
+
+# Of an operator with a single tensor, beside numbers.
+_OF_ONE: dict[str, Gradient] = {
+    "add": _HANDED_ON,
+    "sub": _HANDED_ON,
+    "pos": _HANDED_ON,
+    "rsub": _NEGATIVE,
+    "neg": _NEGATIVE,
+    "mul": _SCALED,
+    "div": _SCALED,
+    "rdiv": Gradient(9, 4),  # of `1 / x`: the product's and the reciprocal's
+    "where": _MASKED,
+    "masked_fill": _MASKED,
+    "exp": Gradient(3),
+    "log": Gradient(3),
+    "log1p": Gradient(5, 2),
+    "sqrt": Gradient(5, 2),
+    "rsqrt": Gradient(7, 3),
+    "pow": Gradient(7, 3),
+    "square": Gradient(7, 3),
+    "reciprocal": Gradient(7, 3),
+    "abs": Gradient(5, 2),
+    "sin": Gradient(5, 2),
+    "cos": Gradient(7, 3),
+}
+# Of an operator with two tensors; the condition of `where` and the mask of `masked_fill` are none of them.
+_OF_TWO: dict[str, tuple[Gradient, Gradient]] = {
+    "add": (_HANDED_ON, _HANDED_ON),
+    "sub": (_HANDED_ON, _NEGATIVE),
+    "rsub": (_NEGATIVE, _HANDED_ON),
+    "mul": (Gradient(2, second=1), Gradient(2, first=1)),
+    "div": (Gradient(2, second=1), _DIVISOR),
+    "rdiv": (_DIVISOR._replace(first=2, second=1), Gradient(2, first=1)),
+    "maximum": (_EXTREME, _EXTREME),
+    "minimum": (_EXTREME, _EXTREME),
+    "where": (_MASKED, _MASKED),
+    "lerp": (_SCALED, _SCALED),
+}
+_CONDITIONED = {"where": 0, "masked_fill": 1}  # which of their tensors is of booleans
+_CASTS = frozenset({"type", "to", "float", "half", "bfloat16", "double", "type_as"})
+
+# Activations of several kernels: tensors that they read and write forward, kernels; the same backward, and booleans.
+_COMPOSITE: dict[str, tuple[int, int, int, int, int]] = {
+    "clamp": (2, 1, 4, 4, 6),
+    "clip": (2, 1, 4, 4, 6),
+    "erf": (2, 1, 11, 5, 0),
+    "softmin": (4, 2, 5, 2, 0),
+    "tanhshrink": (5, 2, 8, 3, 0),
+    "softsign": (7, 3, 22, 8, 0),
+    "gumbel_softmax": (12, 6, 5, 2, 0),
+}
+_JOINED = frozenset({"chunk", "split", "split_with_sizes", "unbind"})  # backward joins the parts' gradients
+_PARTS = frozenset({"getitem", "narrow", "select", "slice"})  # backward writes zeros, and the part's gradient there
+_SPREAD = frozenset({"expand", "expand_as", "broadcast_to"})  # backward sums up
+
+
+class Moved(NamedTuple):
+    """Bytes that so many kernels read and write."""
+
+    num_bytes: float
+    kernels: int
+
+
+def gradient_of_elementwise(layer: Layer, batch: int, given: int, width: int) -> Moved:
+    """Backward of an operator that works element by element.
+
+    Args:
+        layer: the operator; a parameter among its operands counts as the last of them.
+        batch: images, or 1 for a layer that runs once a mini-batch.
+        given: bytes per element of the operands.
+        width: of the result.
+    """
+    result = layer.output_elements * batch
+    sizes = list(layer.input_sizes(batch))
+    if (mask := _CONDITIONED.get(layer.op, len(sizes))) < len(sizes) > 1:
+        del sizes[mask]
+    learns = [layer.input_needs_gradient] * len(sizes)
+    if layer.num_parameters:
+        sizes.append(layer.num_parameters)
+        learns.append(layer.weight_needs_gradient)
+    formulas = _formulas(layer.op, len(sizes))
+    if formulas is None:  # reads the gradient and the operands, writes the operands' gradients
+        operands = 1 if layer.op in _CASTS else 2
+        return Moved(operands * sum(sizes) * given + result * width, 1)
+    moved, kernels = 0.0, 0
+    for formula, size, learnt in zip(formulas, sizes, learns, strict=True):
+        if learnt:
+            read = formula.first * sizes[0] + formula.second * sizes[-1]
+            moved += formula.whole * result * width + read * given + formula.masks * result
+            kernels += formula.kernels
+            if size < result:  # it was broadcast
+                moved += result * width + size * given
+                kernels += 1
+    return Moved(moved, kernels)
+
+
+def _formulas(op: str, operands: int) -> Sequence[Gradient] | None:
+    if operands == 1 and op in _OF_ONE:
+        return (_OF_ONE[op],)
+    return _OF_TWO.get(op) if operands == 2 else None
+
+
+def passes_of_activation(layer: Layer, batch: int, given: int, width: int) -> tuple[Moved, Moved]:
+    """Forward and backward: the input in, the output out; its gradient and what was kept in, the input's out."""
+    x, y = layer.input_elements * batch * given, layer.output_elements * batch * width
+    if layer.op in _COMPOSITE:
+        forward, there, backward, back, masks = _COMPOSITE[layer.op]
+        return Moved(forward * x, there), Moved(backward * x + masks * layer.output_elements * batch, back)
+    if layer.op == "prelu" and layer.num_parameters and layer.weight_needs_gradient:
+        return Moved(x + y, 1), Moved(5 * x, 2)  # the slopes' gradient is made for every element, and summed up
+    return Moved(x + y, 1), Moved(2 * x + y, 1)
+
+
+def gradient_of_view(layer: Layer, batch: int, width: int) -> Moved | None:
+    """Backward of an operator that hands out its input's memory; None where the gradient is handed on as well."""
+    whole, part = (elements * batch * width for elements in (layer.input_elements, layer.output_elements))
+    if layer.kind is not LayerKind.RESHAPE:
+        return None
+    if layer.op in _JOINED:
+        return Moved(2 * whole, 1)
+    if layer.op in _PARTS and part < whole:
+        return Moved(whole + 2 * part, 2)
+    if layer.op == "unfold" or (layer.op in _SPREAD and part > whole):
+        return Moved(whole + part, 1)
+    return None
+
+
+def joins_gradients(layer: Layer) -> bool:
+    """True where several readers each read a part of their own, whose gradients are joined rather than added."""
+    return layer.view and layer.op in _JOINED
+
+
+def gradient_of_pool(layer: Layer, batch: int, given: int, width: int) -> Moved | None:
+    """Backward of what makes few elements of many, or of a few many; None where the gradient is spread as a view."""
+    whole, few = layer.input_elements * batch, layer.output_elements * batch
+    x, y = whole * given, few * width
+    match layer.op:
+        case "sum":
+            return None
+        case "amax" | "amin":  # which elements are equal to it, and how many: each gets its share
+            return Moved(4 * x + 2 * y + 3 * whole + 16 * few, 4)
+        case "var" | "std":  # the mean, what each element is above it, and its product with the gradient
+            return Moved(5 * x + 5 * y, 4)
+        case "grid_sample":  # both operands are read, and both have a gradient
+            return Moved(2 * x + y, 1)
+    return Moved(x + y + positions_bytes(layer, batch), 1)
+
+
+def positions_bytes(layer: Layer, batch: int) -> int:
+    """Of a pool, or a largest or least element along an axis, that tells where it was found: 8 bytes each."""
+    told = layer.op in ("max", "min") or "max_pool" in layer.op
+    return 8 * layer.output_elements * batch if told else 0

@@ -1,0 +1,191 @@
+"""Bytes of backward, against what torch's own operators read and write when their gradients are made for real."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ptsim.capture.network import capture_network
+from ptsim.costs.kernels import Pass, network_kernels
+from ptsim.network import Network
+from ptsim.setting import StepSetting
+
+BATCH, SIDE, WIDTH = 3, 6, 4
+FULL, GATE, PLANE = (WIDTH, SIDE, SIDE), (WIDTH, 1, 1), (1, SIDE, SIDE)
+# Not of the function that is looked at: what makes its operands, and what makes a loss of its result.
+OUTSIDE = ("makers", "gates", "flatten", "loss_", "head")
+
+
+class Net(nn.Module):
+    """Convolutions make the operands, some of one pixel; parameters are operands, too."""
+
+    def __init__(self, function: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], own: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.function, self.shapes = function, shapes
+        self.makers = nn.ModuleList(nn.Conv2d(3, shape[0], 3, padding=1) for shape in shapes)
+        self.gates = nn.ModuleList(nn.AdaptiveAvgPool2d(1) if shape[1] == 1 else nn.Identity() for shape in shapes)
+        self.own = nn.ParameterList(torch.rand(shape) + 0.5 for shape in own)
+        self.flatten, self.loss_, self.head = nn.Flatten(), nn.AdaptiveAvgPool1d(1), nn.Linear(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = [gate(make(x)) for make, gate in zip(self.makers, self.gates, strict=True)]
+        return self.head(self.loss_(self.flatten(self.function(*made, *self.own)).unsqueeze(1)).flatten(1))
+
+
+class Moved(TorchDispatchMode):
+    """Adds up what kernels read and write; numbers in tensors, and views, are nothing."""
+
+    _NOT_READ = ("empty", "new_", "zeros", "ones", "full")
+    _COPIES = ("slice_backward", "select_backward")  # zeros, into which the gradient is copied
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = self.kernels = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.ndim]
+        memory = {t.untyped_storage()._cdata for t in given}
+        view = not func._schema.is_mutable and any(t.untyped_storage()._cdata in memory for t in made)
+        if view or not made or name.startswith("empty") or name.startswith("new_empty"):
+            return out
+        read = [] if name.startswith(self._NOT_READ) else given[name == "copy_" :]
+        self.num_bytes += sum({(t.data_ptr(), t.shape, t.stride()): _bytes(t) for t in read}.values())
+        self.num_bytes += sum(_bytes(t) for t in made)
+        self.kernels += 1
+        if name in self._COPIES:
+            self.num_bytes += _bytes(given[0])
+            self.kernels += 1
+        return out
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the elements that there are: an axis along which it is expanded has one."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return math.prod(sizes) * tensor.element_size()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    function: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...] = (FULL,)
+    own: tuple[Any, ...] = ()
+    gap: int = 0  # bytes that ptsim counts less, with the reason beside it
+
+
+CASES: dict[str, Case] = {
+    "sum": Case(torch.add, (FULL, FULL)),
+    "sum with one row for all": Case(torch.add, (FULL, GATE)),
+    "sum with one plane for all, first": Case(torch.add, (PLANE, FULL)),
+    "sum with a number": Case(lambda x: x + 2),
+    "sum with a bias": Case(lambda x, b: x + b[None, :, None, None], own=((WIDTH,),)),
+    "sum with a parameter": Case(torch.add, own=((WIDTH, 1, 1),)),
+    "sum with positions": Case(torch.add, own=((1, WIDTH, SIDE, SIDE),)),
+    "difference": Case(torch.sub, (FULL, FULL)),
+    "difference to the mean": Case(torch.sub, (FULL, GATE)),
+    "difference from a gate": Case(torch.sub, (GATE, FULL)),
+    "less a number": Case(lambda x: x - 1),
+    "from a number": Case(lambda x: 1 - x),
+    "from a number by method": Case(lambda x: torch.rsub(x, 1)),
+    "from a parameter": Case(lambda x, p: p - x, own=((WIDTH, 1, 1),)),
+    "less a parameter": Case(lambda x, p: x - p, own=((WIDTH, 1, 1),)),
+    "product": Case(torch.mul, (FULL, FULL)),
+    "product with a gate": Case(torch.mul, (GATE, FULL)),
+    "product with a plane": Case(torch.mul, (FULL, PLANE)),
+    "product with a scale": Case(torch.mul, own=((WIDTH, 1, 1),)),
+    "product with a number": Case(lambda x: x * 3),
+    "quotient": Case(torch.div, (FULL, FULL)),
+    "quotient by a length": Case(torch.div, (FULL, PLANE)),
+    "quotient by a number": Case(lambda x: x / 3),
+    "quotient by a scale": Case(torch.div, own=((WIDTH, 1, 1),)),
+    "a number over it": Case(lambda x: 1 / x),
+    "a parameter over it": Case(lambda x, p: p / x, own=((WIDTH, 1, 1),)),
+    "chosen": Case(lambda x, y: torch.where(x > 0, x, y), (FULL, FULL)),
+    "chosen or a gate": Case(lambda x, y: torch.where(x > 0, x, y), (FULL, GATE)),
+    "chosen or a number": Case(lambda x: torch.where(x > 0, x, 0.0)),
+    "masked": Case(lambda x: x.masked_fill(x < 0, 0.0)),
+    "larger": Case(torch.maximum, (FULL, FULL)),
+    "larger by torch.max": Case(torch.max, (FULL, FULL)),
+    "smaller": Case(torch.minimum, (FULL, FULL)),
+    "between": Case(lambda x, y: torch.lerp(x, y, 0.3), (FULL, FULL)),
+    "negative": Case(torch.neg),
+    "power": Case(lambda x: x**2),
+    "square": Case(torch.square),
+    "root": Case(lambda x: (x * 0).sqrt()),
+    "one over the root": Case(torch.rsqrt),
+    "exponential": Case(torch.exp),
+    "logarithm": Case(torch.log),
+    "logarithm of one more": Case(torch.log1p),
+    "magnitude": Case(torch.abs),
+    "reciprocal": Case(torch.reciprocal),
+    "sine": Case(torch.sin),
+    "cosine": Case(torch.cos),
+    "relu": Case(torch.relu),
+    "gelu": Case(F.gelu),
+    "silu": Case(F.silu),
+    "hardswish": Case(F.hardswish),
+    "softplus": Case(F.softplus),
+    "softmax": Case(lambda x: x.softmax(1)),
+    "leaky": Case(lambda x: F.leaky_relu(x, 0.1)),
+    "glu": Case(lambda x: F.glu(x, 1)),
+    "prelu": Case(F.prelu, own=((WIDTH,),)),
+    "clamped": Case(lambda x: x.clamp(-1, 1)),
+    "erf": Case(torch.erf),
+    "softmin": Case(lambda x: F.softmin(x, 1)),
+    "tanhshrink": Case(F.tanhshrink),
+    "softsign": Case(F.softsign),
+    "mean over places": Case(lambda x: x.mean((2, 3), keepdim=True)),
+    "sum over channels": Case(lambda x: x.sum(1, keepdim=True)),
+    "largest of all channels": Case(lambda x: x.amax(1, keepdim=True)),
+    "variance over places": Case(lambda x: x.var((2, 3), keepdim=True)),
+    "average pool": Case(lambda x: F.avg_pool2d(x, 2)),
+    "max pool": Case(lambda x: F.max_pool2d(x, 2)),
+    "resized": Case(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
+    "spread": Case(lambda x: x.expand(-1, -1, SIDE, SIDE).exp(), (GATE,)),
+    "halves changed": Case(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)),
+    "unequal parts": Case(lambda x: torch.cat(x.split([1, 3], 1)[::-1], 1)),
+    "unbound": Case(lambda x: torch.stack(x.unbind(1)[::-1], 1)),
+    "part": Case(lambda x: x[:, 1:].exp()),
+    "place": Case(lambda x: x[:, 1].exp()),
+    "part by narrow": Case(lambda x: x.narrow(1, 0, 2).exp()),
+    "another shape": Case(lambda x: x[:, :, None].flatten(1, 2).transpose(1, 2).exp()),
+}  # fmt: skip
+
+
+def described(case: Case) -> tuple[Net, Network]:
+    torch.manual_seed(0)
+    model = Net(case.function, case.shapes, case.own)
+    return model, capture_network(model, name="n", input_shape=(3, SIDE, SIDE), num_classes=2)
+
+
+def moved_by_torch(model: Net, case: Case) -> tuple[int, int]:
+    """Bytes and kernels of the gradients of every operand and parameter."""
+    operands = [torch.rand(BATCH, *shape, requires_grad=True) for shape in case.shapes]
+    result = case.function(*operands, *model.own)
+    gradient = torch.rand(result.shape)
+    with Moved() as moved:
+        torch.autograd.grad(result, [*operands, *model.own], gradient)
+    return moved.num_bytes, moved.kernels
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_read_and_write_what_torchs_operators_do(name: str) -> None:
+    case = CASES[name]
+    model, network = described(case)
+    kernels = network_kernels(network, StepSetting(batch=BATCH), tensor_cores=False)
+    inside = [i for i, layer in enumerate(network.layers) if not layer.name.startswith(OUTSIDE)]
+    ours = [k for k, layer in enumerate(kernels.layer) if layer in inside and kernels.step[k] != Pass.FORWARD]
+    num_bytes, launches = moved_by_torch(model, case)
+    assert kernels.moved_bytes[ours].sum() == num_bytes - case.gap
+    assert kernels.launches[ours].sum() == launches
