@@ -78,8 +78,9 @@ def network_problem(network: Network) -> str | None:
 
 def layer_problem(layer: Layer) -> str | None:
     """Why the layer cannot be one, as a sentence without its subject; None where nothing contradicts itself."""
-    if any(index >= len(layer.input_shapes) for index in layer.shared_inputs):
-        return f"has {len(layer.input_shapes)} inputs, but shared_inputs {list(layer.shared_inputs)}"
+    for name in ("shared_inputs", "fixed_inputs"):
+        if any(index >= len(layer.input_shapes) for index in getattr(layer, name)):
+            return f"has {len(layer.input_shapes)} inputs, but {name} {list(getattr(layer, name))}"
     if layer.once:  # its shapes are whole: a weight that is standardised, a table that is looked up
         return None
     inputs, output = layer.input_shapes, layer.output_shape

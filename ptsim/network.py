@@ -84,6 +84,7 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         once: no tensor of it has a mini-batch axis (weights being standardised, a bias being looked up), so that it
             runs once a mini-batch whatever its size; its shapes are whole, its counts those of the one run.
         shared_inputs: positions among `input_shapes` of tensors without a mini-batch axis, which all images share.
+        fixed_inputs: positions of tensors to which no gradient goes (a mask) beside others to which one does.
         saved_elements: floating-point elements that autograd newly keeps for backward per image. A tensor that
             several operators keep is counted once, at the first in execution order; parameters are not counted.
         saved_other_bytes: bytes of other kinds kept per image (pooling indices, dropout masks).
@@ -114,6 +115,7 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     training_only: bool = False
     once: bool = False
     shared_inputs: tuple[Extent, ...] = ()
+    fixed_inputs: tuple[Extent, ...] = ()
     saved_elements: Amount = 0
     saved_other_bytes: Amount = 0
     saved_fixed_bytes: Amount = 0

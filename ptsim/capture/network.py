@@ -136,6 +136,7 @@ def _layer(
         training_only=node in auxiliary,
         once=once,
         shared_inputs=tuple(i for i, (a, b) in enumerate(zip(step.inputs, grown.inputs, strict=True)) if a == b),
+        fixed_inputs=tuple(i for i, needs in enumerate(step.needs_gradient) if for_input and not needs),
         saved_elements=elements,
         saved_other_bytes=other_bytes,
         saved_fixed_bytes=fixed_bytes,
@@ -167,7 +168,8 @@ def _gradients(node: fx.Node, step: Step, kind: LayerKind, op: str) -> tuple[boo
     """Whether backward makes a gradient of the layer's input, and one of its weights or a product's second operand."""
     learns, trained = step.gives_gradient and not step.idle, step.weights_need_gradient
     if kind in (LayerKind.CONV, LayerKind.LINEAR) and op != BILINEAR:  # a second input is the weight, by other nodes
-        return learns and any(step.needs_gradient[:1]), learns and (bool(trained) or any(step.needs_gradient[1:]))
+        of_weights = step.matrices_need_gradient or any(step.needs_gradient[1:])
+        return learns and any(step.needs_gradient[:1]), learns and of_weights
     for_input = learns and any(step.needs_gradient)
     if kind is LayerKind.MATMUL and (not learns or (sum(step.needs_gradient) == 1 and not trained)):
         fixed = trained is False or len(step.inputs) > 1 or any(at.op == "get_attr" for at in node.all_input_nodes)

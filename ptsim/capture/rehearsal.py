@@ -42,6 +42,7 @@ class Step:
         needs_gradient: of each input.
         gives_gradient: what it returned has one, to hand back to these.
         weights_need_gradient: of the module's parameters, or of those that the call takes; None where there are none.
+        matrices_need_gradient: of those with more than one axis.
         idle: some of these are trained, and no gradient comes to any: what it returns is used for nothing, perhaps.
         works: False for a node that hands an input on, such as Identity or a tuple's item.
         saved_elements, saved_bytes: floating-point elements, their bytes, that autograd newly keeps.
@@ -57,6 +58,7 @@ class Step:
     needs_gradient: tuple[bool, ...] = ()
     gives_gradient: bool = False
     weights_need_gradient: bool | None = None
+    matrices_need_gradient: bool = False
     idle: bool = False
     works: bool = False
     inplace: bool = False
@@ -146,6 +148,7 @@ class _Watcher(fx.Interpreter):
         if weights := self._weights(n):
             self._trained[n.name] = {p for p in weights if p.requires_grad}
             step.weights_need_gradient = bool(self._trained[n.name])
+            step.matrices_need_gradient = any(p.dim() > 1 for p in self._trained[n.name])
         versions = [t._version for t in handed]
         storages = {t.untyped_storage()._cdata for t in handed}
         self._current = step

@@ -279,6 +279,8 @@ def _macs(old: Layer, new: Layer) -> int:
         if formula[0] != old.forward_macs:
             raise _UnexplainedError(old.name)
         return formula[1]
+    if old.kind is LayerKind.MATMUL:  # grows with what it sums over, too, which no single tensor tells
+        raise _UnexplainedError(old.name)
     return _Quantity(old, new).scaled(old.forward_macs)
 
 

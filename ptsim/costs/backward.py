@@ -106,12 +106,12 @@ def gradient_of_elementwise(layer: Layer, batch: int, given: int, width: int) ->
     """
     result = layer.output_elements * batch
     sizes = list(layer.input_sizes(batch))
-    if (mask := _CONDITIONED.get(layer.op, len(sizes))) < len(sizes) > 1:
-        del sizes[mask]
-    learns = [layer.input_needs_gradient] * len(sizes)
+    learns = [layer.input_needs_gradient and index not in layer.fixed_inputs for index in range(len(sizes))]
     if layer.num_parameters:
         sizes.append(layer.num_parameters)
         learns.append(layer.weight_needs_gradient)
+    if (mask := _CONDITIONED.get(layer.op, len(sizes))) < len(sizes) > 1:
+        del sizes[mask], learns[mask]
     formulas = _formulas(layer.op, len(sizes))
     if formulas is None:  # reads the gradient and the operands, writes the operands' gradients
         operands = 1 if layer.op in _CASTS else 2

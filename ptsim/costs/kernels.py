@@ -30,7 +30,7 @@ from ptsim.costs.backward import (
     passes_of_activation,
     positions_bytes,
 )
-from ptsim.costs.widths import Widths
+from ptsim.costs.widths import Widths, sources_of
 from ptsim.network import PRODUCTS, Layer, LayerKind, Network, Precision
 from ptsim.operators import BILINEAR, is_transposed, num_taps, second_features
 from ptsim.setting import StepSetting
@@ -144,10 +144,7 @@ def network_kernels(network: Network, setting: StepSetting, *, tensor_cores: boo
     halves = tensor_cores and setting.half
     # Tensor-core half-precision kernels are NHWC; the fp32 ones of older cores are NCHW.
     foreign = halves if setting.memory_format == "contiguous" else (not tensor_cores)
-    returns = {layer.name: layer.input_needs_gradient for layer in network.layers}
-    gradients: dict[str, int] = {}  # that come back to a layer
-    for source, target in network.edges:
-        gradients[source] = gradients.get(source, 0) + returns[target]
+    gradients = _returned(network)
     widths = Widths(network, precision, gpu=True)
     rows: list[Kernel] = []
     for index, layer in enumerate(network.layers):
@@ -163,6 +160,18 @@ def network_kernels(network: Network, setting: StepSetting, *, tensor_cores: boo
             size = float(layer.output_elements * images * width)
             rows.append(_stream(index, Pass.INPUT_GRADIENT, 3 * extra * size, 3 * size, launches=extra))
     return Kernels.of(rows)
+
+
+def _returned(network: Network) -> dict[str, int]:
+    """Layer → how many gradients its readers hand back to it."""
+    found: dict[str, int] = {}
+    sources = sources_of(network)
+    for layer in network.layers:
+        read = sources[layer.name]
+        fixed = layer.fixed_inputs if len(read) == len(layer.input_shapes) else ()
+        for index, source in enumerate(read):
+            found[source] = found.get(source, 0) + (layer.input_needs_gradient and index not in fixed)
+    return found
 
 
 def convolution_kernels(

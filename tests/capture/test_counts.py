@@ -119,6 +119,13 @@ def blurred(m: Any, x: Tensor) -> Tensor:
     return F.conv2d(x, m.fixed_filter, padding=1, groups=8)
 
 
+def learning_its_bias() -> nn.Module:
+    """A convolution whose filters are frozen."""
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    layer.weight.requires_grad_(False)
+    return layer
+
+
 def without_gradient(m: Any, x: Tensor) -> Tensor:
     """A teacher beside the student, with the same weights."""
     with torch.no_grad():
@@ -200,6 +207,7 @@ CASES: dict[str, Case] = {
         lambda m, x: torch.bmm(x.flatten(2), x.flatten(2).transpose(1, 2)).unsqueeze(-1), stays="outer"
     ),
     "a layer without gradient": Case(without_gradient, lambda: {"own": nn.Conv2d(8, 8, 3, padding=1)}),
+    "a bias that learns alone": Case(lambda m, x: m.own(x), lambda: {"own": learning_its_bias()}, "is frozen"),
     "a detached factor": Case(lambda m, x: x * m.own(x).detach(), lambda: {"own": nn.Conv2d(8, 8, 1)}),
     "cosine_similarity": Case(lambda m, x: x * F.cosine_similarity(x, x.flip(2), dim=1).unsqueeze(1), stays=MIXES),
     "roll and flip": Case(lambda m, x: x.roll(2, 3).flip(2)),

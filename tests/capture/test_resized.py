@@ -89,3 +89,30 @@ def test_code_that_looks_at_a_layers_width_takes_its_way_at_every_width(where: s
     cut_model(bones, groups.cut_for(removed))
     network = known.network(bones)
     assert [layer.name for layer in network.layers] == ["first", "norm", "relu", "tanh", "second", "mean"]
+
+
+class _Attending(nn.Module):
+    """Every place of an image reads 8 values of every place; queries and keys have 4 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.values, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Linear(8, 2)
+        self.queries, self.keys = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        weights = torch.bmm(self.queries(x).flatten(2).transpose(1, 2), self.keys(x).flatten(2)).softmax(-1)
+        return self.last(torch.bmm(self.values(x).flatten(2), weights.transpose(1, 2)).mean(2))
+
+
+def test_a_product_of_activations_is_counted_anew_where_one_of_them_has_less_channels() -> None:
+    """64 · 64 multiplications for each of 8 values: eight times the weights, and 64 times the values."""
+    bones = skeleton(_Attending())
+    known = Recapture(bones, name="attending", input_shape=(3, 8, 8), num_classes=2)
+    groups = find_groups(bones, (3, 8, 8))
+    removed = torch.zeros(groups.num_components, dtype=torch.bool)
+    removed[groups.axes["values.weight", 0][:3]] = True
+    assert groups.prunable[removed].all()
+    cut_model(bones, groups.cut_for(removed))
+    network = known.network(bones)
+    assert [layer.forward_macs for layer in network.layers if layer.op == "bmm"] == [64 * 64 * 4, 64 * 64 * 5]

@@ -115,6 +115,10 @@ CASES: dict[str, Case] = {
     "chosen or a gate": Case(lambda x, y: torch.where(x > 0, x, y), (FULL, GATE)),
     "chosen or a number": Case(lambda x: torch.where(x > 0, x, 0.0)),
     "masked": Case(lambda x: x.masked_fill(x < 0, 0.0)),
+    "kept by a mask": Case(lambda x: x * (x > 0).float()),
+    "less what has no gradient": Case(lambda x, y: x - y.detach(), (FULL, FULL)),
+    "what has no gradient less it": Case(lambda x, y: y.detach() - x, (FULL, GATE)),
+    "a gate without gradient": Case(lambda x, y: x * y.detach(), (FULL, GATE)),
     "larger": Case(torch.maximum, (FULL, FULL)),
     "larger by torch.max": Case(torch.max, (FULL, FULL)),
     "smaller": Case(torch.minimum, (FULL, FULL)),
@@ -175,7 +179,7 @@ def moved_by_torch(model: Net, case: Case) -> tuple[int, int]:
     result = case.function(*operands, *model.own)
     gradient = torch.rand(result.shape)
     with Moved() as moved:
-        torch.autograd.grad(result, [*operands, *model.own], gradient)
+        torch.autograd.grad(result, [*operands, *model.own], gradient, allow_unused=True)
     return moved.num_bytes, moved.kernels
 
 
