@@ -81,6 +81,7 @@ def _described(
     )
     note_tracer(name, graph)
     _note_unknown(name, small.steps, nodes)
+    _note_squares(name, small.steps, large.steps)
     network = Network(
         name=name,
         input_shape=input_shape,
@@ -265,6 +266,19 @@ def _note_unknown(name: str, steps: Mapping[str, Step], nodes: Iterable[fx.Node]
             f"{name} calls {called}, of whose arithmetic nothing is known: it counts as none",
             stacklevel=3,
         )
+
+
+def _note_squares(name: str, small: Mapping[str, Step], large: Mapping[str, Step]) -> None:
+    """A warning about what grows with the square of the mini-batch, as images compared with each other do."""
+    for node, step in small.items():
+        shapes = zip(step.outputs, large[node].outputs, strict=True)
+        if any(sum(a != b for a, b in zip(one, other, strict=True)) > 1 for one, other in shapes):
+            warnings.warn(
+                f"{name} compares the images of a mini-batch with each other ({node}): "
+                "what it counts for each holds for a mini-batch of one image",
+                stacklevel=3,
+            )
+            return
 
 
 def _owners(rehearsal: Rehearsal, nodes: list[fx.Node]) -> dict[str, fx.Node]:

@@ -8,7 +8,8 @@ This is the one table of what an operator reads and writes: `costs.traffic` adds
 operand is read and every result written once, from and to device memory; what caches keep between kernels is not
 credited. BatchNorm is counted as docs/method.md §6 does: 8 accesses per element, 3 forward (statistics, normalise in,
 out) and 5 backward (x and dy for the reductions; x, dy in, dx out). Layer and group norms keep a row of their input on
-the chip: 2 forward (in, out) and 4 backward (x and dy for the reductions over the batch; dy in, dx out).
+the chip: 2 forward (in, out) and 4 backward (x and dy for the reductions over the batch; dy in, dx out). What the
+gradients of other operators read and write stands in `costs.backward`.
 """
 
 from __future__ import annotations
@@ -380,12 +381,14 @@ def _kernels_of(
             yield _norm(index, forward, BATCH_NORM_FORWARD * x, x)
             yield _norm(index, backward, BATCH_NORM_BACKWARD * x, 2 * x)
         case LayerKind.NORM:  # autocast normalises layers and groups in fp32: the output's width
-            yield _norm(index, forward, _NORM_FORWARD * y, y)
-            yield _norm(index, backward, _NORM_BACKWARD * y, 2 * y)
+            batch_norm = layer.op == "instance_norm"  # is one, of images laid side by side
+            there, back = (BATCH_NORM_FORWARD, BATCH_NORM_BACKWARD) if batch_norm else (_NORM_FORWARD, _NORM_BACKWARD)
+            yield _norm(index, forward, there * y, y)
+            yield _norm(index, backward, back * y, 2 * y)
         case LayerKind.ACTIVATION:
-            there, back = passes_of_activation(layer, batch, given, width)
-            yield _stream(index, forward, there.num_bytes, x, launches=there.kernels)
-            yield from _backward(index, back, 2 * x)
+            first, second = passes_of_activation(layer, batch, given, width)
+            yield _stream(index, forward, first.num_bytes, x, launches=first.kernels)
+            yield from _backward(index, second, 2 * x)
         case LayerKind.ELEMENTWISE:
             made = 2 * y if layer.op == "rdiv" and not layer.num_parameters else 0.0  # `1 / x`: the reciprocal first
             yield _stream(index, forward, x + y + made, x + y, launches=2 if made else 1)

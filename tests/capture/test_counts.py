@@ -100,8 +100,8 @@ def read_by_cells(m: Any, x: Tensor) -> Tensor:
     return image(state[0] if isinstance(state, tuple) else state)
 
 
-def far_from(m: Any, x: Tensor) -> Tensor:
-    return image(torch.cdist(rows(x), m.centres.expand(x.shape[0], -1, -1)).mean(1))
+def far_from(m: Any, x: Tensor, size: int = 1) -> Tensor:
+    return image(torch.cdist(rows(F.avg_pool2d(x, size)), m.centres.expand(x.shape[0], -1, -1)).mean(1))
 
 
 def looked_up(m: Any, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def turned(m: Any, x: Tensor) -> Tensor:
 
 
 def blurred(m: Any, x: Tensor) -> Tensor:
-    return F.conv2d(x, m.fixed_filter, padding=1, groups=8)
+    return F.conv2d(x, m.fixed_filter, padding=1, groups=x.shape[1])
 
 
 def learning_its_bias() -> nn.Module:
@@ -181,7 +181,7 @@ CASES: dict[str, Case] = {
     "attention to what came before": Case(lambda m, x: attended(m, x, is_causal=True), three),
     "cumsum over places": Case(lambda m, x: x.cumsum(2)),
     "cumsum over channels": Case(lambda m, x: x.cumsum(1), stays="combines these channels"),
-    "cdist of few": Case(far_from, lambda: {"centres": torch.rand(1, 10, 8)}, MIXES),
+    "cdist of few": Case(lambda m, x: far_from(m, x, 2), lambda: {"centres": torch.rand(1, 10, 8)}, MIXES),
     "cdist of many": Case(far_from, lambda: {"centres": torch.rand(1, 40, 8)}, MIXES),
     "gumbel_softmax": Case(lambda m, x: F.gumbel_softmax(x, tau=2.0, dim=1), stays=MIXES),
     "embedding_bag": Case(
@@ -204,7 +204,7 @@ CASES: dict[str, Case] = {
     ),
     "a fixed filter": Case(blurred, lambda: {"fixed_filter": torch.rand(8, 1, 3, 3)}),
     "what is multiplied with itself": Case(
-        lambda m, x: torch.bmm(x.flatten(2), x.flatten(2).transpose(1, 2)).unsqueeze(-1), stays="outer"
+        lambda m, x: torch.bmm(x.flatten(2), x.flatten(2).transpose(1, 2)).unsqueeze(-1), stays="multiplies every one"
     ),
     "a layer without gradient": Case(without_gradient, lambda: {"own": nn.Conv2d(8, 8, 3, padding=1)}),
     "a bias that learns alone": Case(lambda m, x: m.own(x), lambda: {"own": learning_its_bias()}, "is frozen"),
@@ -214,7 +214,7 @@ CASES: dict[str, Case] = {
     "logcumsumexp": Case(lambda m, x: x.logcumsumexp(2), stays=MIXES),
     "masked_fill": Case(lambda m, x: x.masked_fill(x < 0.1, 0.0)),
     "where": Case(lambda m, x: torch.where(x > 0.1, x, 1 - x)),
-    "scatter": Case(lambda m, x: x.scatter(1, torch.zeros(x.shape, dtype=torch.int64), x), stays=MIXES),
+    "scatter": Case(lambda m, x: x.scatter(1, x.argsort(1), x), stays=MIXES),
     "gather": Case(lambda m, x: torch.gather(x, 3, x.argsort(3)), stays=MIXES),
     "take_along_dim": Case(lambda m, x: torch.take_along_dim(x, x.argsort(3), 3), stays=MIXES),
     "TransformerEncoderLayer": Case(
@@ -292,3 +292,43 @@ def test_an_einsum_multiplies_in_the_order_that_it_is_given(path: list[int]) -> 
     with FlopCounterMode(display=False) as counted:
         torch._VF.einsum("ij,jk,kl->il", [torch.rand(shape) for shape in shapes], path=path)  # type: ignore[attr-defined]
     assert 2 * einsum_macs("ij,jk,kl->il", shapes, path) == counted.get_total_flops()
+
+
+class Compared(nn.Module):
+    """Says of every image how like it is to the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(vectors(self.stem(x)))
+        return y @ y.T
+
+
+def test_images_that_are_compared_with_each_other_are_told_to_be_counted_one_by_one() -> None:
+    with pytest.warns(UserWarning, match=r"c compares the images of a mini-batch with each other \(matmul\)"):
+        network = capture_network(Compared(), name="c", input_shape=IMAGE, num_classes=1)
+    assert only(network.layers, "matmul").forward_macs == 4
+
+
+LIBRARY = torch.library.Library("ptsim_counts", "DEF")  # noqa: TOR901 - it lives as long as the tests
+LIBRARY.define("relu(Tensor x, Tensor w) -> Tensor")
+LIBRARY.impl("relu", lambda x, w: F.conv2d(x, w), "CompositeImplicitAutograd")
+LIBRARY.define("tangle(Tensor x) -> Tensor")
+LIBRARY.impl("tangle", torch.clone, "CPU")
+LIBRARY.impl("tangle", torch.empty_like, "Meta")
+
+
+def test_an_operator_of_another_library_is_counted_by_what_runs_in_it() -> None:
+    model = Net(lambda m, x: torch.ops.ptsim_counts.relu(x, m.weight), weight=torch.rand(5, 8, 3, 3))
+    network = capture_network(model, name="n", input_shape=IMAGE, num_classes=4)
+    layer = next(layer for layer in network.layers if layer.kind is LayerKind.MATMUL)
+    assert (layer.op, layer.forward_macs) == ("relu", 5 * 8 * 9 * 36)
+    assert (inference_macs(network), training_macs(network)) == torch_macs(model, torch.rand(1, *IMAGE))
+
+
+def test_an_operator_of_which_nothing_is_known_is_told() -> None:
+    model = Net(lambda m, x: torch.ops.ptsim_counts.tangle(x))
+    with pytest.warns(UserWarning, match="n calls ptsim_counts::tangle, of whose arithmetic nothing is known"):
+        capture_network(model, name="n", input_shape=IMAGE, num_classes=4)

@@ -207,6 +207,7 @@ LESS = ELEMENTS // 4  # of an output of 16 × 4 × 4
         (LayerKind.RESHAPE, "pad", 4 * 2 * LESS, 4 * 2 * LESS),
         (LayerKind.CONCAT, "cat", 4 * 2 * LESS, 0),
         (LayerKind.NORM, "group_norm", 4 * 2 * LESS, 4 * 4 * LESS),
+        (LayerKind.NORM, "instance_norm", 4 * 3 * LESS, 4 * 5 * LESS),  # torch runs a batch norm
         (LayerKind.BATCH_NORM, "batch_norm", 4 * 3 * ELEMENTS, 4 * 5 * ELEMENTS),
         (LayerKind.ELEMENTWISE, "exp", 4 * (ELEMENTS + LESS), 4 * 3 * LESS),  # dy, the result, dx, all of one size
         (LayerKind.ELEMENTWISE, "mul", 4 * (ELEMENTS + LESS), 4 * 2 * LESS),  # by a number: dy, dx
