@@ -136,20 +136,22 @@ def _formulas(op: str, operands: int) -> Sequence[Gradient] | None:
 
 def passes_of_activation(layer: Layer, batch: int, given: int, width: int) -> tuple[Moved, Moved]:
     """Forward and backward: the input in, the output out; its gradient and what was kept in, the input's out."""
-    x, y = layer.input_elements * batch * given, layer.output_elements * batch * width
+    x, y = sum(layer.input_sizes(batch)) * given, layer.output_elements * batch * width
     if layer.op in _COMPOSITE:
         forward, there, backward, back, masks = _COMPOSITE[layer.op]
         return Moved(forward * x, there), Moved(backward * x + masks * layer.output_elements * batch, back)
     if layer.op == "prelu" and layer.num_parameters and layer.weight_needs_gradient:
-        return Moved(x + y, 1), Moved(5 * x, 2)  # the slopes' gradient is made for every element, and summed up
+        slopes = layer.num_parameters * given  # their gradient is made for every element, and summed up
+        return Moved(x + y, 1), Moved(5 * x + 2 * slopes, 2)
     return Moved(x + y, 1), Moved(2 * x + y, 1)
 
 
 def gradient_of_view(layer: Layer, batch: int, width: int) -> Moved | None:
     """Backward of an operator that hands out its input's memory; None where the gradient is handed on as well."""
-    whole, part = (elements * batch * width for elements in (layer.input_elements, layer.output_elements))
     if layer.kind is not LayerKind.RESHAPE:
         return None
+    elements = sum(layer.input_sizes(batch)) or layer.num_parameters
+    whole, part = elements * width, layer.output_elements * batch * width
     if layer.op in _JOINED:
         return Moved(2 * whole, 1)
     if layer.op in _PARTS and part < whole:
@@ -166,15 +168,17 @@ def joins_gradients(layer: Layer) -> bool:
 
 def gradient_of_pool(layer: Layer, batch: int, given: int, width: int) -> Moved | None:
     """Backward of what makes few elements of many, or of a few many; None where the gradient is spread as a view."""
-    whole, few = layer.input_elements * batch, layer.output_elements * batch
+    whole, few = sum(layer.input_sizes(batch)), layer.output_elements * batch
     x, y = whole * given, few * width
     match layer.op:
         case "sum":
             return None
-        case "amax" | "amin":  # which elements are equal to it, and how many: each gets its share
-            return Moved(4 * x + 2 * y + 3 * whole + 16 * few, 4)
-        case "var" | "std":  # the mean, what each element is above it, and its product with the gradient
+        case "amax" | "amin":  # which elements are equal to it, how many, and its share times each of them
+            return Moved(2 * x + 4 * y + 3 * whole + 16 * few, 4)
+        case "var":  # the mean, what each element is above it, and its product with the gradient
             return Moved(5 * x + 5 * y, 4)
+        case "std":  # first the variance's gradient, with none where it is 0
+            return Moved(5 * x + 13 * y + 2 * few, 8)
         case "grid_sample":  # both operands are read, and both have a gradient
             return Moved(2 * x + y, 1)
     return Moved(x + y + positions_bytes(layer, batch), 1)

@@ -153,6 +153,7 @@ CASES: dict[str, Case] = {
     "sum over channels": Case(lambda x: x.sum(1, keepdim=True)),
     "largest of all channels": Case(lambda x: x.amax(1, keepdim=True)),
     "variance over places": Case(lambda x: x.var((2, 3), keepdim=True)),
+    "deviation over places": Case(lambda x: x.std((2, 3), keepdim=True)),
     "average pool": Case(lambda x: F.avg_pool2d(x, 2)),
     "max pool": Case(lambda x: F.max_pool2d(x, 2)),
     "resized": Case(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
