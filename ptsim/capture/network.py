@@ -225,7 +225,7 @@ def training_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.Gr
 
 def _image_shapes(small: Step, large: Step) -> tuple[tuple[Shape, ...], Shape]:
     inputs = tuple(_per_image(a, b) for a, b in zip(small.inputs, large.inputs, strict=True))
-    if len(small.outputs) > 1 and small.view:  # chunk, split, unbind: the pieces together are the input
+    if len(small.outputs) > 1 and small.view and inputs:  # chunk, split, unbind: the pieces together are the input
         return inputs, inputs[0]
     return inputs, _per_image(small.outputs[0], large.outputs[0])
 

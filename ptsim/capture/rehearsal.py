@@ -150,7 +150,8 @@ class _Watcher(fx.Interpreter):
             step.weights_need_gradient = bool(self._trained[n.name])
             step.matrices_need_gradient = any(p.dim() > 1 for p in self._trained[n.name])
         versions = [t._version for t in handed]
-        storages = {t.untyped_storage()._cdata for t in handed}
+        own = (self.env[at] for at in n.all_input_nodes if at.op == "get_attr")
+        storages = {t.untyped_storage()._cdata for t in (*handed, *output_tensors(tuple(own)))}
         self._current = step
         with torch.set_grad_enabled(n.meta.get("grad", torch.is_grad_enabled())), _Products() as products:
             result = super().run_node(n)

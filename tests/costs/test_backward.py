@@ -46,6 +46,7 @@ class Moved(TorchDispatchMode):
 
     _NOT_READ = ("empty", "new_", "zeros", "ones", "full")
     _COPIES = ("slice_backward", "select_backward")  # zeros, into which the gradient is copied
+    _SHAPES = ("max_pool2d_with_indices_backward", "avg_pool2d_backward")  # take the input for its shape alone
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,6 +62,8 @@ class Moved(TorchDispatchMode):
         if view or not made or name.startswith("empty") or name.startswith("new_empty"):
             return out
         read = [] if name.startswith(self._NOT_READ) else given[name == "copy_" :]
+        if name in self._SHAPES:
+            read = [given[0], *given[2:]]
         self.num_bytes += sum({(t.data_ptr(), t.shape, t.stride()): _bytes(t) for t in read}.values())
         self.num_bytes += sum(_bytes(t) for t in made)
         self.kernels += 1
@@ -158,6 +161,7 @@ CASES: dict[str, Case] = {
     "max pool": Case(lambda x: F.max_pool2d(x, 2)),
     "resized": Case(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
     "spread": Case(lambda x: x.expand(-1, -1, SIDE, SIDE).exp(), (GATE,)),
+    "a token for all": Case(lambda x, p: x * p.expand(x.shape[0], -1, -1, -1), own=((WIDTH, 1, 1),)),
     "halves changed": Case(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)),
     "unequal parts": Case(lambda x: torch.cat(x.split([1, 3], 1)[::-1], 1)),
     "unbound": Case(lambda x: torch.stack(x.unbind(1)[::-1], 1)),
