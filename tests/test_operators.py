@@ -22,6 +22,8 @@ from ptsim.operators import DIFFERENCES, KIND_OF_OP, SUMS, hands_on, plain_name
         ("divide", "div", LayerKind.ELEMENTWISE),
         ("multiply_", "mul", LayerKind.ELEMENTWISE),
         ("interpolate", "interpolate", LayerKind.POOL),  # not Python's way to write something in place
+        ("__rtruediv__", "rdiv", LayerKind.ELEMENTWISE),
+        ("grid_sampler", "grid_sample", LayerKind.POOL),
         ("concat", "cat", LayerKind.CONCAT),
         ("index_select", "index_select", LayerKind.RESHAPE),
         ("LogSigmoid", "logsigmoid", LayerKind.ACTIVATION),

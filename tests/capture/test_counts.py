@@ -214,7 +214,8 @@ CASES: dict[str, Case] = {
     "logcumsumexp": Case(lambda m, x: x.logcumsumexp(2), stays=MIXES),
     "masked_fill": Case(lambda m, x: x.masked_fill(x < 0.1, 0.0)),
     "a parameter in two": Case(
-        lambda m, x: x * m.both.chunk(2)[0] + m.both.unbind()[1], lambda: {"both": torch.rand(2, 8, 1, 1)}, "would mix up"
+        lambda m, x: x * m.both.chunk(2)[0] + m.both.unbind()[1], lambda: {"both": torch.rand(2, 8, 1, 1)},
+        "takes a parameter apart",
     ),
     "where": Case(lambda m, x: torch.where(x > 0.1, x, 1 - x)),
     "scatter": Case(lambda m, x: x.scatter(1, x.argsort(1), x), stays=MIXES),
