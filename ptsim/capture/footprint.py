@@ -43,6 +43,7 @@ _FP32_ON_GPU = frozenset(
     | {"pow", "__pow__", "__rpow__", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt"}
     | {"acos", "asin", "cosh", "sinh", "tan", "interpolate", "upsample", "upsample_nearest", "upsample_bilinear"}
 )
+_WIDEST_ON_GPU = frozenset({"grid_sample", "grid_sampler"})  # of its operands (AT_FORALL_PROMOTE); on a CPU fp32
 _VECTOR = 16  # channels of oneDNN's blocked layout with AVX-512
 
 
@@ -215,6 +216,12 @@ class _LikeGpu(TorchFunctionMode):
         if self._half and name in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
             self.bent = True
             args, kwargs = pytree.tree_map_only(Tensor, _full_width, (args, kwargs))
+            with torch.autocast("cpu", enabled=False):
+                return func(*args, **kwargs)
+        if self._half and name in _WIDEST_ON_GPU and torch.is_autocast_enabled("cpu"):
+            self.bent = True
+            widest = max((leaf.dtype for leaf in output_tensors((args, kwargs))), key=lambda dtype: dtype.itemsize)
+            args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(widest), (args, kwargs))
             with torch.autocast("cpu", enabled=False):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)

@@ -336,3 +336,11 @@ def test_an_operator_of_which_nothing_is_known_is_told() -> None:
     model = Net(lambda m, x: torch.ops.ptsim_counts.tangle(x))
     with pytest.warns(UserWarning, match="n calls ptsim_counts::tangle, of whose arithmetic nothing is known"):
         capture_network(model, name="n", input_shape=IMAGE, num_classes=4)
+
+
+def test_a_gpu_samples_in_the_width_of_what_it_is_given_and_a_cpu_in_fp32() -> None:
+    """A CPU keeps copies in fp32 of the 8 channels and 2 coordinates of 64 places, which are kept already."""
+    network = capture_network(built("grid_sample of a flow"), name="n", input_shape=IMAGE, num_classes=4)
+    kept = {(seen.device, seen.half): seen.kept_image_bytes for seen in network.footprints}
+    assert kept["cpu", True] - kept["gpu", True] == 4 * 64 * (8 + 2)
+    assert kept["cpu", False] == kept["gpu", False]
