@@ -14,9 +14,9 @@ whole training step (exact convention); bytes kept for backward with `torch.auto
 real tensors; with --peaks, the modelled peak of a training step with the largest value in the CPU allocator's log.
 An error is ptsim / torch − 1.
 
-FlopCounterMode is corrected in three places. It counts the weight gradient of a grouped convolution as if it were
-dense, `groups` times too much. And it does not know the CPU's fused attention, whose backward it counts without the
-recomputation, nor `nn.Bilinear`.
+FlopCounterMode is corrected. It counts the weight gradient of a grouped convolution as if it were dense, `groups` times
+too much. And it does not know the CPU's fused attention, whose backward it counts without the recomputation, nor
+`nn.Bilinear`, nor the forward pass of `torch.cdist` and `F.affine_grid`.
 """
 
 from __future__ import annotations
@@ -197,7 +197,17 @@ def _trilinear(
     return 2 * math.prod(sizes.values())
 
 
+def _distances(first: list[int], second: list[int], *_: object, **__: object) -> int:
+    return 2 * math.prod(first) * second[-2]
+
+
+def _coordinates(matrices: list[int], size: list[int], *_: object, **__: object) -> int:
+    return 2 * math.prod(matrices) * math.prod(size[2:])
+
+
 _HELP = {
+    torch.ops.aten._euclidean_dist: _distances,
+    torch.ops.aten.affine_grid_generator: _coordinates,
     torch.ops.aten._trilinear: _trilinear,
     torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,

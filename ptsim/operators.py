@@ -101,7 +101,7 @@ def plain_name(name: str) -> str:
 def hands_on(op: str, operand: int) -> bool:
     """Whether a sum's or a difference's operand gets the gradient of the result itself: a subtrahend gets its negative.
 
-    Where one operand is a number or a parameter, the other one counts as the first: `1 - x` is `rsub`, `x - 1` is `sub`.
+    Beside a number or a parameter the other operand counts as the first: `1 - x` is `rsub`, `x - 1` is `sub`.
     Source: torch's tools/autograd/derivatives.yaml, `add`, `sub` and `rsub`.
     """
     return op in SUMS or (op in DIFFERENCES and operand == (1 if op == "rsub" else 0))

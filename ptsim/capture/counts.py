@@ -33,7 +33,8 @@ with warnings.catch_warnings():
 _ONE_PER_OUTPUT = """
     add add_ sub sub_ rsub mul mul_ div div_ neg pow square sqrt rsqrt exp log abs maximum minimum where lerp reciprocal
     addcmul addcdiv masked_fill relu relu_ relu6 relu6_ leaky_relu leaky_relu_ prelu elu elu_ celu selu gelu silu silu_
-    sin cos log1p erf mish sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ softplus softmax
+    sin cos log1p erf mish
+    sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ softplus softmax
     log_softmax glu clamp clamp_ threshold threshold_ upsample_nearest2d upsample_bicubic2d"""
 _ONE_PER_INPUT = """
     mean sum amax amin max_pool2d max_pool2d_with_indices avg_pool2d adaptive_max_pool2d adaptive_avg_pool1d avg_pool1d
@@ -46,6 +47,7 @@ _FREE = """
     native_dropout empty_like feature_dropout_ tile tensor_split stack pixel_shuffle channel_shuffle
     _shape_as_tensor scalar_tensor eq ne lt gt"""
 
+_FEW_POINTS = 25  # aten/src/ATen/native/Distance.cpp, cdist_impl
 _NODE = "node_"  # before a node's name in that of its scope: a module cannot be called `to`
 
 
@@ -94,6 +96,8 @@ def counter(model: nn.Module, images: torch.Tensor) -> FlopCountAnalysis:
     handles["aten::baddbmm"] = _product(1, "matmul")
     handles["aten::addbmm"] = lambda inputs, outputs: Counter(matmul=bmm_flop_jit(inputs[1:3], outputs))
     handles["aten::tensordot"] = _tensordot_macs
+    handles["aten::cdist"] = _distance_macs
+    handles["aten::affine_grid_generator"] = _coordinates_macs
     analysis.set_op_handle(**handles)
     return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
 
@@ -113,6 +117,21 @@ def _tensordot_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     """(A·K)·(K·B)·(A·B) is the square of A·B·K, whichever axes the K are."""
     shapes = [get_shape(value) for value in (*inputs[:2], outputs[0])]
     return Counter(matmul=math.isqrt(math.prod(math.prod(shape) for shape in shapes if shape is not None)))
+
+
+def _distance_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Euclidean distances between more than 25 points: torch multiplies every one with every other one."""
+    first, second, (p, mode) = get_shape(inputs[0]), get_shape(inputs[1]), (value.toIValue() for value in inputs[2:4])
+    assert first is not None and second is not None, "both are tensors"  # noqa: PT018 - one fact
+    multiplied = p == 2 and (mode == 1 or (not mode and max(first[-2], second[-2]) > _FEW_POINTS))
+    return Counter(matmul=multiplied * math.prod(get_shape(outputs[0]) or ()) * first[-1])
+
+
+def _coordinates_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Every place, of as many coordinates and a one, by a matrix."""
+    grid = get_shape(outputs[0])
+    assert grid is not None, "a tensor"
+    return Counter(matmul=math.prod(grid) * (grid[-1] + 1))
 
 
 def _recurrent_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:

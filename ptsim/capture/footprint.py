@@ -180,7 +180,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's gap
 
     def accumulated(self, parameter: Tensor) -> None:
         """From now on the gradient counts as one."""
-        assert parameter.grad is not None, "the hook runs after accumulation"
+        if parameter.grad is None:  # an operator without a formula for its gradient hands back none
+            return
         key = parameter.grad.untyped_storage()._cdata
         if key in self._sizes and key not in self._gradients:
             self._gradients.add(key)

@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
+# Whose results on tensors without storage lack what the CPU's own hold: positions, and a workspace.
+_UNLIKE_META = frozenset({_aten._embedding_bag.default, _aten.mkldnn_rnn_layer.default})
 _MOST_RESULTS = 20_000  # remembered; a large network has about 1,000
 _KNOWN = "ptsim_known"  # attribute of a tensor that has values
 
@@ -150,6 +152,8 @@ def _results(func: Any, args: Any, kwargs: Any) -> _Results:
         return None
     if func in _SHORT_WAYS and not kwargs:
         return _SHORT_WAYS[func](*args)
+    if func in _UNLIKE_META:
+        return _on_zeros(func, args, kwargs)
     hollow = pytree.tree_map_only(Tensor, _without_storage, (args, kwargs))
     if device is not None:
         hollow[1]["device"] = torch.device("meta")
@@ -159,8 +163,7 @@ def _results(func: Any, args: Any, kwargs: Any) -> _Results:
     except NotImplementedError as error:
         if torch.Tag.dynamic_output_shape in func.tags:
             raise RuntimeError(f"a shape depends on the values of a tensor ({func})") from error
-        given = func(*pytree.tree_map_only(Tensor, torch.zeros_like, args), **kwargs)
-        return pytree.tree_map_only(Tensor, lambda tensor: _Made(tensor.shape, tensor.stride(), tensor.dtype), given)
+        return _on_zeros(func, args, kwargs)
     written = [_written(func, returned) for returned in func._schema.returns]
     parts = list(given) if isinstance(given, (tuple, list)) and len(written) > 1 else [given]
     found = []
@@ -173,6 +176,12 @@ def _results(func: Any, args: Any, kwargs: Any) -> _Results:
             return None  # a view
         found.append(pytree.tree_map_only(Tensor, lambda leaf: _Made(leaf.shape, leaf.stride(), leaf.dtype), part))
     return tuple(found) if len(written) > 1 else found[0]
+
+
+def _on_zeros(func: Any, args: Any, kwargs: Any) -> _Results:
+    """What an operator really gives, once it has run with zeros."""
+    given = func(*pytree.tree_map_only(Tensor, torch.zeros_like, args), **kwargs)
+    return pytree.tree_map_only(Tensor, lambda tensor: _Made(tensor.shape, tensor.stride(), tensor.dtype), given)
 
 
 def _written(func: Any, returned: Any) -> _Given | None:

@@ -38,9 +38,7 @@ _TURNED = {"sub": "rsub", "div": "rdiv"}  # where a tensor is taken from, or div
 _OF_TWO = {"max": "maximum", "min": "minimum"}  # tensors
 
 
-def kind_and_op(
-    node: fx.Node, graph: fx.GraphModule, step: Step, counted: Iterable[str] = ()
-) -> tuple[LayerKind, str]:
+def kind_and_op(node: fx.Node, graph: fx.GraphModule, step: Step, counted: Iterable[str] = ()) -> tuple[LayerKind, str]:
     """The node's kind and its operator's name in lower case.
 
     `counted` names the operators that run inside it, as fvcore calls them. Products among them decide where the node's
@@ -52,7 +50,8 @@ def kind_and_op(
         said = getattr(module, "ptsim_kind", None)
     else:
         op = _as_torch_calls_it(node, step, plain_name(_name_of(node)))
-        said = LayerKind.OTHER if foreign_operator(node) else None
+        named = not foreign_operator(node) and (_is_torchs(node) or KIND_OF_OP.get(op) not in _PRODUCTS)
+        said = None if named else LayerKind.OTHER  # a user's `linear` may be anything
     kind = LayerKind(said or KIND_OF_OP.get(op, LayerKind.OTHER))
     if kind is LayerKind.OTHER or (said is None and kind not in _PRODUCTS):
         inside = set(counted)

@@ -143,8 +143,8 @@ def _layer(
         saved_fixed_bytes=fixed_bytes,
         output_saved=step.output_saved,
     )
-    whole = node.op == "call_module"  # its code may multiply for its weights, too
-    described = layer_problem(layer) is None and (whole or _adds_up(layer))
+    named = node.op == "call_module" and kind_and_op(node, graph, step)[0] is kind  # its weights may be products, too
+    described = layer_problem(layer) is None and (named or _adds_up(layer))
     if kind in (LayerKind.CONV, LayerKind.LINEAR) and not described:
         # A product of another form: vectors by one row of weights, or what a function does that is not looked into.
         for_input, for_weight = _gradients(node, step, LayerKind.MATMUL, op)
@@ -173,9 +173,15 @@ def _gradients(node: fx.Node, step: Step, kind: LayerKind, op: str) -> tuple[boo
         return learns and any(step.needs_gradient[:1]), learns and of_weights
     for_input = learns and any(step.needs_gradient)
     if kind is LayerKind.MATMUL and (not learns or (sum(step.needs_gradient) == 1 and not trained)):
-        fixed = trained is False or len(step.inputs) > 1 or any(at.op == "get_attr" for at in node.all_input_nodes)
-        return for_input, for_input and not fixed  # else of one tensor by itself
+        return for_input, for_input and trained is None and _takes_one_twice(node)
     return for_input, learns if trained else not step.idle and trained is None
+
+
+def _takes_one_twice(node: fx.Node) -> bool:
+    """Whether it is called with the same value twice: a product of a tensor with itself has two gradients."""
+    given: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), given.append)
+    return len(set(given)) < len(given)
 
 
 def _note_recomputation(network: Network, element_bytes: int) -> None:

@@ -2,8 +2,8 @@
 
 Of what works element by element, a line of a table is the kernels that autograd runs for one operand's gradient: how
 many tensors as large as the result they read and write together, how often they read either operand (which may be
-smaller: it was broadcast), and how many tensors of booleans. Where an operand was broadcast, its gradient is then summed
-up, which reads it whole and writes it as small as the operand is.
+smaller: it was broadcast), and how many tensors of booleans. Where an operand was broadcast, its gradient is summed up
+then, which reads it whole and writes it as small as the operand is.
 
 Source: torch's tools/autograd/derivatives.yaml and torch/csrc/autograd/FunctionsManual.cpp (torch 2.8 to 2.14). A test
 runs every line on the CPU and adds up what its operators read and write.

@@ -319,8 +319,8 @@ def normalize(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     [
         (lambda x, w: attention_pool(x), "attention_pool", LayerKind.OTHER, 0),
         (lambda x, w: convex_upsample(x, w.mean()), "convex_upsample", LayerKind.OTHER, 0),
-        (lambda x, w: linear(x), "linear", LayerKind.LINEAR, 0),
-        (normalize, "normalize", LayerKind.MATMUL, 2 * 4 * 9 * 36),
+        (lambda x, w: linear(x), "linear", LayerKind.OTHER, 0),
+        (lambda x, w: normalize(2 * x, w), "normalize", LayerKind.MATMUL, 2 * 4 * 9 * 36),
     ],
 )
 def test_a_users_function_is_described_by_what_it_does(

@@ -48,8 +48,8 @@ def test_every_pass_of_a_convolution_multiplies_as_often_as_the_forward_pass(ker
 
 
 def test_the_gradient_of_a_product_that_was_broadcast_is_a_product_and_a_sum():
-    # y = s · x of a squeeze-and-excitation block: dx = s · dy reads dy and s and writes dx; ds = Σ x · dy reads both, writes
-    # their product, reads it again and writes ds: six times an image of 8×8, and twice a number for each channel.
+    # y = s · x of a squeeze-and-excitation block: dx = s · dy reads dy and s and writes dx; ds = Σ x · dy reads both,
+    # writes their product, reads it again and writes ds: six times an image of 8×8, and two numbers for each channel.
     layer = on_16_channels(LayerKind.ELEMENTWISE, "mul", (16, 1, 1), (16, 8, 8))
     network = Network(name="n", input_shape=(16, 8, 8), num_classes=1, layers=(layer,), edges=(), parameters=())
     kernels = network_kernels(

@@ -390,7 +390,7 @@ def test_numbers_are_compared_also_where_a_branch_is_removed() -> None:
     assert torch.allclose(model(images), expected, atol=1e-6)
 
 
-LIBRARY = torch.library.Library("ptsim_tests", "DEF")  # noqa: TOR901 - it lives as long as the tests
+LIBRARY = torch.library.Library("ptsim_tests", "DEF")
 LIBRARY.define("sigmoid(Tensor x) -> Tensor")
 LIBRARY.impl("sigmoid", lambda x: x - x.amax(1, keepdim=True), "CompositeImplicitAutograd")
 
