@@ -60,7 +60,9 @@ def kind_and_op(node: fx.Node, graph: fx.GraphModule, step: Step, counted: Itera
 
 
 def _as_torch_calls_it(node: fx.Node, step: Step, op: str) -> str:
-    """Python writes `1 - x` as it does `x - 1`, and torch.max takes an axis or another tensor."""
+    """Python writes `1 - x` as it does `x - 1`, `x * x` is a square, and torch.max takes an axis or another tensor."""
+    if op == "mul" and takes_one_twice(node):
+        return "square"
     if op in _TURNED and len(step.inputs) == 1 and not _is_handed(node, step, 0):
         return _TURNED[op]
     given = (*step.arguments[1:2], step.keywords.get("other"))
@@ -75,6 +77,13 @@ def _is_handed(node: fx.Node, step: Step, place: int) -> bool:
         return True
     given = node.args[place]
     return isinstance(given, fx.Node) and given.op != "get_attr" and isinstance(step.arguments[place], torch.Size)
+
+
+def takes_one_twice(node: fx.Node) -> bool:
+    """Whether it is called with the same value twice: a product of a tensor with itself has two gradients."""
+    given: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), given.append)
+    return len(set(given)) < len(given)
 
 
 def foreign_operator(node: fx.Node) -> str | None:

@@ -22,7 +22,14 @@ from ptsim.capture.chance import chance_of, random_state_kept
 from ptsim.capture.counts import forward_macs
 from ptsim.capture.footprint import footprints
 from ptsim.capture.graph import evaluation_mode, note_tracer, symbolic_graph
-from ptsim.capture.kinds import counts_products, foreign_operator, geometry, kind_and_op, operations
+from ptsim.capture.kinds import (
+    counts_products,
+    foreign_operator,
+    geometry,
+    kind_and_op,
+    operations,
+    takes_one_twice,
+)
 from ptsim.capture.rehearsal import Rehearsal, Shape, Step, rehearse
 from ptsim.capture.ways import fullest_graph, take_fullest_way
 from ptsim.consistency import layer_problem
@@ -173,15 +180,8 @@ def _gradients(node: fx.Node, step: Step, kind: LayerKind, op: str) -> tuple[boo
         return learns and any(step.needs_gradient[:1]), learns and of_weights
     for_input = learns and any(step.needs_gradient)
     if kind is LayerKind.MATMUL and (not learns or (sum(step.needs_gradient) == 1 and not trained)):
-        return for_input, for_input and trained is None and _takes_one_twice(node)
+        return for_input, for_input and trained is None and takes_one_twice(node)
     return for_input, learns if trained else not step.idle and trained is None
-
-
-def _takes_one_twice(node: fx.Node) -> bool:
-    """Whether it is called with the same value twice: a product of a tensor with itself has two gradients."""
-    given: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), given.append)
-    return len(set(given)) < len(given)
 
 
 def _note_recomputation(network: Network, element_bytes: int) -> None:

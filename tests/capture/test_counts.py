@@ -119,6 +119,11 @@ def blurred(m: Any, x: Tensor) -> Tensor:
     return F.conv2d(x, m.fixed_filter, padding=1, groups=x.shape[1])
 
 
+def squared(m: Any, x: Tensor) -> Tensor:
+    y = x.mean(1)
+    return torch.bmm(y, y).unsqueeze(1)
+
+
 def learning_its_bias() -> nn.Module:
     """A convolution whose filters are frozen."""
     layer = nn.Conv2d(8, 8, 3, padding=1)
@@ -210,6 +215,7 @@ CASES: dict[str, Case] = {
     "what is multiplied with itself": Case(
         lambda m, x: torch.bmm(x.flatten(2), x.flatten(2).transpose(1, 2)).unsqueeze(-1), stays="multiplies every one"
     ),
+    "a matrix by itself": Case(squared, stays="combines these channels"),
     "a layer without gradient": Case(without_gradient, lambda: {"own": nn.Conv2d(8, 8, 3, padding=1)}),
     "a bias that learns alone": Case(lambda m, x: m.own(x), lambda: {"own": learning_its_bias()}, "is frozen"),
     "a detached factor": Case(lambda m, x: x * m.own(x).detach(), lambda: {"own": nn.Conv2d(8, 8, 1)}),

@@ -106,6 +106,8 @@ CASES: dict[str, Case] = {
     "from a parameter": Case(lambda x, p: p - x, own=((WIDTH, 1, 1),)),
     "less a parameter": Case(lambda x, p: x - p, own=((WIDTH, 1, 1),)),
     "product": Case(torch.mul, (FULL, FULL)),
+    # Torch makes two products and adds them up, of a square one.
+    "product with itself": Case(lambda x: x * x, more=-2 * 4 * BATCH * WIDTH * SIDE * SIDE),
     "product with a gate": Case(torch.mul, (GATE, FULL)),
     "product with a plane": Case(torch.mul, (FULL, PLANE)),
     "product with a scale": Case(torch.mul, own=((WIDTH, 1, 1),)),
