@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from ptsim.capture.network import capture_network
 from ptsim.costs.kernels import Pass, network_kernels
-from ptsim.network import Network
+from ptsim.network import LayerKind, Network
 from ptsim.setting import StepSetting
+from tests.costs.test_kernels import chain, on_16_channels
 
 BATCH, SIDE, WIDTH = 3, 6, 4
 FULL, GATE, PLANE = (WIDTH, SIDE, SIDE), (WIDTH, 1, 1), (1, SIDE, SIDE)
@@ -205,3 +207,29 @@ def test_gradients_read_and_write_what_torchs_operators_do(name: str) -> None:
     num_bytes, launches = moved_by_torch(model, case)
     assert kernels.moved_bytes[ours].sum() == num_bytes + case.more
     assert kernels.launches[ours].sum() == launches
+
+
+def test_only_gradients_that_come_back_are_added_up() -> None:
+    """A ReLU that is read by a ReLU, by a comparison, and as a mask by a product."""
+    relu = on_16_channels(LayerKind.ACTIVATION, "relu", (16, 8, 8))
+    reader = msgspec.structs.replace(relu, name="reader")
+    compared = on_16_channels(LayerKind.OTHER, "gt", (16, 8, 8), input_needs_gradient=False)
+    masked = on_16_channels(LayerKind.ELEMENTWISE, "mul", (16, 8, 8), (16, 8, 8), fixed_inputs=(1,))
+    edges = tuple((source, "mul") for source in ("reader", "relu"))
+    network = msgspec.structs.replace(
+        chain(relu),
+        layers=(relu, reader, compared, masked),
+        edges=(("relu", "reader"), ("relu", "gt"), *edges),
+    )
+    kernels = network_kernels(network, StepSetting(batch=2), tensor_cores=False)
+    size = 2 * 1024 * 4
+    assert kernels.moved_bytes[kernels.layer == 0].tolist() == [2 * size, 3 * size]
+    assert kernels.moved_bytes[kernels.layer == 3].tolist() == [3 * size, 3 * size]  # dy and the mask in, dx out
+
+
+def test_the_gradients_of_parts_are_joined_and_not_added() -> None:
+    parts = on_16_channels(LayerKind.RESHAPE, "chunk", (16, 8, 8), view=True)
+    readers = [on_16_channels(LayerKind.ACTIVATION, "relu", (8, 8, 8), name=name) for name in "ab"]
+    network = msgspec.structs.replace(chain(parts), layers=(parts, *readers), edges=(("chunk", "a"), ("chunk", "b")))
+    kernels = network_kernels(network, StepSetting(batch=2), tensor_cores=False)
+    assert kernels.moved_bytes[kernels.layer == 0].tolist() == [2 * 2 * 1024 * 4]

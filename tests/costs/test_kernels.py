@@ -481,29 +481,3 @@ def test_only_the_operand_of_the_other_width_is_converted():
     kernels = network_kernels(network, StepSetting(batch=2, precision=Precision.FP16), tensor_cores=False)
     copies = kernels.moved_bytes[(kernels.layer == 2) & (kernels.work == Work.STREAM)]
     assert copies.tolist() == [6 * 2 * 16_384] * 2
-
-
-def test_only_gradients_that_come_back_are_added_up():
-    """A ReLU that is read by a ReLU, by a comparison, and as a mask by a product."""
-    relu = on_16_channels(LayerKind.ACTIVATION, "relu", (16, 8, 8))
-    reader = msgspec.structs.replace(relu, name="reader")
-    compared = on_16_channels(LayerKind.OTHER, "gt", (16, 8, 8), input_needs_gradient=False)
-    masked = on_16_channels(LayerKind.ELEMENTWISE, "mul", (16, 8, 8), (16, 8, 8), fixed_inputs=(1,))
-    edges = tuple((source, "mul") for source in ("reader", "relu"))
-    network = msgspec.structs.replace(
-        chain(relu),
-        layers=(relu, reader, compared, masked),
-        edges=(("relu", "reader"), ("relu", "gt"), *edges),
-    )
-    kernels = network_kernels(network, StepSetting(batch=2), tensor_cores=False)
-    size = 2 * 1024 * 4
-    assert kernels.moved_bytes[kernels.layer == 0].tolist() == [2 * size, 3 * size]
-    assert kernels.moved_bytes[kernels.layer == 3].tolist() == [3 * size, 3 * size]  # dy and the mask in, dx out
-
-
-def test_the_gradients_of_parts_are_joined_and_not_added():
-    parts = on_16_channels(LayerKind.RESHAPE, "chunk", (16, 8, 8), view=True)
-    readers = [on_16_channels(LayerKind.ACTIVATION, "relu", (8, 8, 8), name=name) for name in "ab"]
-    network = msgspec.structs.replace(chain(parts), layers=(parts, *readers), edges=(("chunk", "a"), ("chunk", "b")))
-    kernels = network_kernels(network, StepSetting(batch=2), tensor_cores=False)
-    assert kernels.moved_bytes[kernels.layer == 0].tolist() == [2 * 2 * 1024 * 4]
