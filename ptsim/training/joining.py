@@ -113,16 +113,7 @@ def join(me: Place, backend: str, *, shared: Mapping[str, str]) -> tuple[Store, 
     """
     try:
         store = _meet(me, shared)
-        limit = datetime.timedelta(seconds=connect_s(me.world_size))
-        store.set_timeout(limit)
-        dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.world_size, timeout=limit)
-        flags: Any = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
-        limit = datetime.timedelta(seconds=_COLLECTIVES_S)
-        set_timeout: Any = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # older torch
-        for group in (dist.group.WORLD, flags):
-            if group is not None:
-                set_timeout(limit, group)
-        store.set_timeout(limit)
+        flags = _connect(me, backend, store)
     except PtsimError:
         raise
     except (RuntimeError, ValueError) as error:
@@ -130,6 +121,34 @@ def join(me: Place, backend: str, *, shared: Mapping[str, str]) -> tuple[Store, 
             f"rank {me.rank} cannot join the {me.world_size} ranks by {backend}: {cause_of(error)}", hint=HINT
         ) from error
     return store, flags
+
+
+def _connect(me: Place, backend: str, store: Store) -> Any:
+    """Connect the ranks that have met, within `connect_s`; afterwards they wait for each other as collectives do.
+
+    The group for numbers on the CPU. Where torch has no `set_timeout`, gloo keeps the limit that a group was made with
+    (torch 2.8, whose `_set_pg_timeout` reaches NCCL alone): there a first group, which is forgotten, proves that all of
+    them connect.
+    """
+    soon, later = (datetime.timedelta(seconds=seconds) for seconds in (connect_s(me.world_size), _COLLECTIVES_S))
+    set_timeout: Any = getattr(dist, "set_timeout", None)
+    store.set_timeout(soon)
+    proof = None if set_timeout else _gloo(PrefixStore("proof", store), me, soon)
+    made_with = soon if set_timeout else later
+    dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.world_size, timeout=made_with)
+    flags: Any = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=made_with)
+    del proof  # all ranks have left its making: they are in the groups made after it
+    for group in (dist.group.WORLD, flags):
+        if set_timeout and group is not None:
+            set_timeout(later, group)
+    store.set_timeout(later)
+    return flags
+
+
+def _gloo(store: Store, me: Place, limit: datetime.timedelta) -> object:
+    """A group of all ranks that torch.distributed does not know; torch may have been built without gloo."""
+    made: object = dist.ProcessGroupGloo(store, me.rank, me.world_size, limit)
+    return made
 
 
 def patience_s() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Never
@@ -133,6 +134,8 @@ class Order:
         self.closed = False
         self._network, self._optimizers, self._scaler = network, tuple(optimizers), scaler
         self._pruned = self._asked = self._penalised = False
+        self._told = False  # of the update to come: `step` was called for it
+        self._forgotten = 0  # updates of the epoch that came without
         self._held: tuple[int, ...] = ()
         # A gradient that has the penalty, the weight's version, and what the scaler knows of this iteration.
         self._added: tuple[Tensor, int, object] | None = None
@@ -147,6 +150,7 @@ class Order:
         self._trained = [parameter.requires_grad for parameter in self._parameters]
         self._added, self._spent, self._held = None, None, ()
         self._pruned, self._penalised = self._pruned or pruned, self._penalised and not pruned
+        self._forgotten = 0 if pruned else self._forgotten
         self.check_optimizer()
 
     def freezing_changed(self) -> bool:
@@ -156,7 +160,8 @@ class Order:
     def check_epoch(self, *, regularized: bool, num_steps: int) -> bool:
         """An epoch of so many updates ends: make sure that `step` was called in it, if it was to be `regularized`.
 
-        Whether the penalty was added in it: the loop may have said already what is to be of the next one.
+        Whether the penalty was added in it: the loop may have said already what is to be of the next one. Warns of
+        updates for which `step` was forgotten.
 
         Raises:
             UsageError: it was not, a layer was exchanged, or the optimizer no longer holds every trained weight.
@@ -173,11 +178,18 @@ class Order:
                 hint="loss.backward(); pruner.step(loss); optimizer.step(), or pruner.regularized = False for an epoch "
                 "without the penalty",
             )
+        if self._asked and self._forgotten:
+            warnings.warn(
+                f"{self._forgotten} of this epoch's {num_steps} updates came without pruner.step, so without the penalty; "
+                "call it before each of them, or say that it is meant: pruner.regularized = False",
+                stacklevel=3,
+            )
         return self._penalised if num_steps else regularized
 
     def epoch_ended(self) -> None:
         """The epoch is recorded; the next one begins."""
         self._asked = self._penalised = False
+        self._forgotten = 0
 
     def check_optimizer(self) -> None:
         """Make sure that the optimizer still holds every weight that is trained: another one would keep the old ones.
@@ -214,7 +226,7 @@ class Order:
         """
         if self.closed:
             raise UsageError("the pruner is closed: step belongs before close")
-        self._asked = True
+        self._asked = self._told = True
         self.check_optimizer()
         if not self._weights:
             return
@@ -281,7 +293,7 @@ class Order:
 
     def no_penalty(self) -> None:
         """This iteration's update is to be without the penalty."""
-        self._added = None
+        self._added, self._told = None, True
 
     def before_update(self, num_backwards: int, *, in_gradient: bool) -> None:
         """The optimizer is about to step: make sure that the gradients still have the penalty.
@@ -304,8 +316,8 @@ class Order:
             )
         self._survives = True
 
-    def updated(self) -> bool:
-        """The optimizer has stepped; whether the penalty was in the step.
+    def updated(self, *, regularized: bool) -> bool:
+        """The optimizer has stepped, which was to be `regularized`; whether the penalty was in the step.
 
         Raises:
             UsageError: a GradScaler that nobody told PruneTrain of has called the optimizer.
@@ -318,6 +330,9 @@ class Order:
             )
         added, self._added = self._added is not None, None
         gradient = self._weights[0].grad if self._weights else None
+        if regularized and not self._told and gradient is not None and not self._is_spent(gradient):
+            self._forgotten += 1  # torch may call this twice for an update, and a loop update without a gradient
+        self._told = False
         self._spent = None if gradient is None else (gradient, gradient._version)
         return added
 

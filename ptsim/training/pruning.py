@@ -341,7 +341,8 @@ class PruneTrain(misuse.OnlyOne):
 
     def updated(self) -> None:
         """The optimizer has stepped (a hook calls this): the proximal step, matched to the gradient route, follows."""
-        if self._order.updated() and self.settings.regularizer == "proximal":
+        regularized = self.regularized and self.penalty_coefficient != 0
+        if self._order.updated(regularized=regularized) and self.settings.regularizer == "proximal":
             coefficient = self.penalty_coefficient or 0.0
             with self.recorder.watch.phase("regularizer"):
                 self.criterion.proximal_step(proximal_shrinkages(self.optimizer, self.criterion.weights, coefficient))

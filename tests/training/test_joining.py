@@ -29,7 +29,8 @@ def join_as(name: str, folder: Path, environment: dict[str, str], run: str, faul
 
     `fault` happens to this very process: "dies" or "stands still while it waits" does so once it and another process
     have shown that they live; "dies while they connect"; "dies afterwards" or "works on", once they are together;
-    "twice" joins a second time, rank 0 later; "does not wait long" is refused after 1 s in place of 15.
+    "twice" joins a second time, rank 0 later; "does not wait long" is refused after 1 s in place of 15; "is slow, on an
+    older torch" comes to the first collective after more than the ranks may take to connect.
     """
     from ptsim.errors import PtsimError
 
@@ -52,12 +53,16 @@ def join_as(name: str, folder: Path, environment: dict[str, str], run: str, faul
         meeting.SILENCE_S = 1.0
     meeting.time = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)  # type: ignore[attr-defined] # the stand-in
     if fault == "dies while they connect":
-        joining.dist.init_process_group = stop
+        joining.dist.init_process_group = joining._gloo = stop  # type: ignore[assignment] # the stand-in
+    if "older torch" in fault:
+        joining.dist.set_timeout = None
+        joining._CONNECT_S = 0.5  # 2.5 s for two ranks
     me = joining.place()
     try:
         for again in range(1 + (fault == "twice")):
             time.sleep(again * (1 - me.rank))
             joining.join(me, "gloo", shared={"run folder": f"{run}{again}"})
+            time.sleep(4.0 * fault.startswith("is slow"))
             total = torch.ones(1)
             torch.distributed.all_reduce(total)
             (folder / f"{name}.together").touch()
@@ -233,6 +238,14 @@ def test_the_others_miss_a_rank_0_that_dies_while_they_wait(launches: Launches) 
     launches.start(1, 3)
     launches.start(0, 3, fault="dies while it waits")
     assert launches.says("rank1").startswith("rank 1 lost contact with rank 0 before the 3 ranks were together: ")
+
+
+@pytest.mark.slow
+def test_ranks_that_are_together_wait_for_a_slow_one_longer_than_for_one_that_connects(launches: Launches) -> None:
+    """Torch before `set_timeout` cannot change what gloo waits for."""
+    launches.start(0, 2, fault="waits, on an older torch")
+    launches.start(1, 2, fault="is slow, on an older torch")
+    assert [launches.says(f"rank{rank}") for rank in range(2)] == ["joined 2"] * 2
 
 
 @pytest.mark.slow

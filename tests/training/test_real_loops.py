@@ -212,6 +212,48 @@ def test_an_epoch_in_which_step_was_never_called_is_named():
     assert pruner.end_epoch().epoch.num_iterations == 1
 
 
+def test_updates_for_which_step_was_forgotten_are_told_at_the_end_of_their_epoch():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, interval=9)
+    for index, (images, labels) in enumerate(images_and_labels(5)):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad(set_to_none=index < 2)
+        loss.backward()
+        if index not in (0, 3):
+            pruner.step(loss)
+        optimizer.step()
+    with pytest.warns(UserWarning, match="2 of this epoch's 5 updates came without pruner.step") as said:
+        pruner.end_epoch()
+    assert [warning.filename for warning in said] == [__file__]
+    steps(pruner, model, optimizer, images_and_labels(2))
+    pruner.end_epoch()  # nothing more is to be said
+
+
+class OfAClassOfItsOwn(torch.optim.SGD):
+    """Torch calls the hooks of this `step`, and of the one in it."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_no_update_is_missed_that_needs_no_step():
+    model = fresh()
+    optimizer = OfAClassOfItsOwn(model.parameters(), lr=0.05)
+    pruner = made(model, optimizer, interval=9)
+    optimizer.step()  # there is no gradient yet
+    for index, (images, labels) in enumerate(images_and_labels()):
+        pruner.regularized = index != 2
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        if pruner.regularized:
+            pruner.step(loss)
+        optimizer.step()
+        optimizer.step()  # with the same gradient, which has the penalty
+    assert pruner.end_epoch().epoch.penalty_coefficient > 0
+
+
 def test_what_a_loop_says_of_the_next_epoch_before_this_one_is_recorded_changes_no_record():
     model = fresh()
     optimizer = sgd(model)
