@@ -383,6 +383,7 @@ class Trainer:
                 notes=(f"out of memory with {failed} images: the epoch begins again with {smaller}",),
             )
         )
+        restored.recorder.profile(smaller)
         restored.wrap()
         self.storage.save(restored, keep=True)
 

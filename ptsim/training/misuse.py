@@ -180,8 +180,8 @@ class Order:
             )
         if self._asked and self._forgotten:
             warnings.warn(
-                f"{self._forgotten} of this epoch's {num_steps} updates came without pruner.step, so without the penalty; "
-                "call it before each of them, or say that it is meant: pruner.regularized = False",
+                f"{self._forgotten} of this epoch's {num_steps} updates came without pruner.step, so without the "
+                "penalty; if that is meant, say so for them: pruner.regularized = False",
                 stacklevel=3,
             )
         return self._penalised if num_steps else regularized

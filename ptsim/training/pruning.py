@@ -373,7 +373,8 @@ class PruneTrain(misuse.OnlyOne):
         duration_s = time.perf_counter() - start
         before = recorder.refresh() if surgery.changed else recorder.architecture
         growth = self._grown(epoch.batch_per_gpu)
-        if growth.batch_per_gpu != epoch.batch_per_gpu and not surgery.changed:
+        grown = growth.batch_per_gpu != epoch.batch_per_gpu
+        if grown and not surgery.changed:
             self._wrapping.network_changed()  # what was compiled for the smaller mini-batch is of no use
         self._num_reconfigurations += 1
         self._layers_removed += surgery.layers_removed
@@ -383,7 +384,9 @@ class PruneTrain(misuse.OnlyOne):
         recorder.describe(profile=False)
         event = reconfiguration_record(epoch, surgery, before, after, duration_s=duration_s, growth=growth)
         recorder.write(event)
-        if surgery.changed:
+        if grown:
+            recorder.profile(growth.batch_per_gpu)
+        elif surgery.changed:
             recorder.profile()
         return event, surgery.changed
 

@@ -351,9 +351,9 @@ class Recorder(OnlyOne):
         self._trace.plan_end(self._end("clean", None))
         return record
 
-    def profile(self) -> None:
-        """Measure the present architecture layer by layer, on the rank that records."""
-        if self.records and self.profiles and (found := layer_profile(self)) is not None:
+    def profile(self, batch: int | None = None) -> None:
+        """Measure the present architecture layer by layer, on the rank that records; at `batch` images, if it fits."""
+        if self.records and self.profiles and (found := layer_profile(self, batch)) is not None:
             self.write(found)
 
     @property

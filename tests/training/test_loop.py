@@ -236,6 +236,32 @@ def test_the_mini_batch_grows_into_the_freed_memory_and_the_rate_with_it(tmp_pat
     assert rooted.epochs[2].learning_rate == pytest.approx(math.sqrt(2) * 0.05)
 
 
+def test_a_run_whose_mini_batch_grew_is_predicted_from_profiles_at_the_new_one(tmp_path):
+    growth = {"dynamic_batch": True, "memory_budget": "1 GiB", "batch_granularity": 16, "max_batch": 32}
+    for name, threshold in (("shrinks", 0.12), ("keeps its network", 1e-12)):
+        made = settings(epochs=4, threshold=threshold, **growth)
+        trace = ptsim.read_trace(ptsim.train(made, out=tmp_path / name).trace)
+        profiled = [(profile.architecture, profile.batch) for profile in trace.profiles]
+        assert profiled == list(dict.fromkeys((epoch.architecture, epoch.batch_per_gpu) for epoch in trace.epochs))
+        assert [batch for _, batch in profiled] == [16, 32]
+        assert ptsim.validate([trace]).tiers == ("measured",)
+
+
+def test_where_a_copy_does_not_fit_with_a_grown_mini_batch_the_profile_is_at_the_one_before(tmp_path, monkeypatch):
+    original = profiling.profile_network
+
+    def little_room(*arguments, batch, **more):
+        if batch > 16:
+            raise MissingMeasurementError("a second copy does not fit")
+        return original(*arguments, batch=batch, **more)
+
+    monkeypatch.setattr(profiling, "profile_network", little_room)
+    growth = {"dynamic_batch": True, "memory_budget": "1 GiB", "batch_granularity": 16, "max_batch": 32}
+    trace = ptsim.read_trace(ptsim.train(settings(epochs=4, **growth), out=tmp_path / "run").trace)
+    assert trace.epochs[-1].batch_per_gpu == 32
+    assert [profile.batch for profile in trace.profiles] == [16, 16]
+
+
 def test_a_mini_batch_that_does_not_fit_steps_back_and_the_run_is_as_if_it_had_never_been_tried(tmp_path):
     made = settings(model=f"{NETS}:hungry", dynamic_batch=True, memory_budget="1 GiB", batch_granularity=4, epochs=4)
     tried = ptsim.train(made | {"max_batch": 32, "profile": False}, out=tmp_path / "tried")  # more than 24 do not fit
@@ -266,13 +292,14 @@ def test_running_out_of_memory_in_an_epoch_begins_it_again_with_a_smaller_mini_b
         return original(learner, limited(), *arguments, **options)
 
     monkeypatch.setattr(loop, "train_epoch", train_epoch)
-    made = settings(dynamic_batch=True, memory_budget="1 GiB", batch_granularity=8, max_batch=32, profile=False)
+    made = settings(dynamic_batch=True, memory_budget="1 GiB", batch_granularity=8, max_batch=32)
     trace = ptsim.read_trace(ptsim.train(made | {"epochs": 3}, out=tmp_path / "run").trace)
     assert trace.complete
     assert [epoch.batch_per_gpu for epoch in trace.epochs] == [16, 16, 24]
     back = trace.reconfigurations[1]
     assert (back.batch_before, back.batch_after, back.learning_rate_scale) == (32, 24, 1.5)
     assert "out of memory with 32 images" in back.notes[0]
+    assert [profile.batch for profile in trace.profiles] == [16, 32, 24]
 
 
 def test_stepping_back_holds_nothing_of_the_pass_that_ran_out_of_memory(tmp_path, monkeypatch):
