@@ -131,6 +131,7 @@ def device_profile_of(traces: Sequence[Trace]) -> DeviceProfile:
         reconfiguration_s=statistics.median(reconfigurations) if reconfigurations else None,
         input_s_per_image={name: statistics.median(values) for name, values in inputs.items()},
         sources=tuple(str(trace.path) for trace in with_profiles),
+        runs=tuple(trace.fingerprint for trace in with_profiles),
         operators=operators,
         steps=tuple(steps),
     )
@@ -178,12 +179,11 @@ def source_of(
         )
     of_others = profile is None
     if profile is None:
-        # a copy is the run itself
-        others = [other for other in runs if (other.run, other.epochs) != (run, trace.epochs)]
+        others = [other for other in runs if other.fingerprint != trace.fingerprint]  # a copy is the run itself
         if not others:
             raise UsageError("holdout needs a device profile or a second run to predict from")
         profile = device_profile_of(others)
-    elif holdout and trace.path.resolve() in {Path(source).resolve() for source in profile.sources}:
+    elif holdout and _is_among(trace, profile):
         raise UsageError(f"holdout needs a device profile of other runs; this one was calibrated on {trace.path}")
     known = profile
     known.check_device(run.device.name)
@@ -206,6 +206,12 @@ def source_of(
         reconfiguration_s=known.reconfiguration_s,
         doubts=known.doubts(run.versions),
     )
+
+
+def _is_among(trace: Trace, profile: DeviceProfile) -> bool:
+    """Whether the profile was calibrated on the run; by its path alone where an older ptsim did so."""
+    sources = {Path(source).resolve() for source in profile.sources}
+    return trace.path.resolve() in sources or trace.fingerprint in profile.runs
 
 
 class _Parallel(msgspec.Struct, frozen=True, kw_only=True):

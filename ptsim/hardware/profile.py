@@ -186,7 +186,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
         input_s_per_image: what an epoch takes beyond its training steps, per image of a process; by data set.
         reconfiguration_s: median seconds of one reconfiguration in the calibrated traces.
         load: how quiet the machine was, None where nobody looked.
-        sources: traces that the steps come from.
+        sources: files that the steps come from: traces, or recordings of another profiler.
+        runs: the fingerprints of those that are traces, which their copies have as well.
     """
 
     created: str
@@ -204,6 +205,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
     load: MachineLoad | None = None
     input_s_per_image: dict[str, float] = {}
     sources: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
     operators: tuple[OperatorTime, ...] = ()
     steps: tuple[StepMeasurement, ...] = ()
 

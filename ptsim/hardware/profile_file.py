@@ -1,6 +1,7 @@
 """How a device profile is written: TOML, one operator a line, every quantity with its unit; people read and cut it.
 
-ptsim_device_profile = 1           # 2 where a step has a momentum or a proximal penalty, 3 where an operator has depth
+ptsim_device_profile = 1           # 2 where a step has a momentum or a proximal penalty, 3 where an operator has
+                                   # depth, 4 where it was calibrated on runs
 created = "2026-11-22T13:00:00Z"
 complete = true                    # false while measuring, and after an interruption: it can be resumed
 
@@ -48,7 +49,7 @@ from ptsim.network import LayerKind
 from ptsim.textfile import convert_toml, read_toml, write_whole
 from ptsim.units import Bytes, BytesPerSecond, Hertz, Seconds, Watts, read_quantity
 
-PROFILE_VERSION = 3  # 2: `_Step.momentum` and `proximal`; 3: `_Row.depth`
+PROFILE_VERSION = 4  # 2: `_Step.momentum` and `proximal`; 3: `_Row.depth`; 4: `_File.runs`
 
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=300)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MOST_COUNTED)]
@@ -155,6 +156,7 @@ class _File(_Form, frozen=True, kw_only=True):
     software: dict[str, str] = {}
     input_per_image: dict[str, Seconds] = {}
     sources: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
     step: tuple[_Step, ...] = ()
 
 
@@ -193,6 +195,7 @@ def read_device_profile(path: str | Path) -> DeviceProfile:
         load=file.load,
         input_s_per_image={name: float(value) for name, value in file.input_per_image.items()},
         sources=file.sources,
+        runs=file.runs,
         operators=tuple(_time(path, index, row) for index, row in enumerate(file.operators)),
         steps=tuple(_measurement(path, index, step) for index, step in enumerate(file.step)),
     )
@@ -284,11 +287,13 @@ def _text(profile: DeviceProfile) -> str:
     version = 2 if any(step.momentum is not None or step.proximal for step in profile.steps) else 1
     if any(time.operator.depth is not None for time in profile.operators):
         version = 3
+    version = 4 if profile.runs else version
     head = {
         "ptsim_device_profile": version,  # what an older ptsim can read, it shall read
         "created": profile.created,
         "complete": profile.complete,
         "sources": list(profile.sources),
+        **({"runs": list(profile.runs)} if profile.runs else {}),
     }
     bandwidth, power, clock = profile.copy_bandwidth_bytes_per_s, profile.power_w, profile.sm_clock_hz
     tail = {

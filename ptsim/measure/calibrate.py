@@ -185,6 +185,7 @@ def _usual_settings(device: torch.device) -> tuple[OperatorSetting, ...]:
 def _begin(out: Path, device: torch.device, traces: Sequence[Trace], resume: bool) -> DeviceProfile:
     info = open_meter(device).info()
     sources = tuple(str(trace.path) for trace in traces)
+    runs = tuple(trace.fingerprint for trace in traces)
     software = {"torch": str(torch.__version__)}
     if device.type == "cuda":
         software |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call] # torch's gap
@@ -204,7 +205,11 @@ def _begin(out: Path, device: torch.device, traces: Sequence[Trace], resume: boo
                 "their times do not belong into one file",
                 hint="measure into a new file",
             )
-        return msgspec.structs.replace(known, sources=tuple(dict.fromkeys((*known.sources, *sources))))
+        return msgspec.structs.replace(
+            known,
+            sources=tuple(dict.fromkeys((*known.sources, *sources))),
+            runs=tuple(dict.fromkeys((*known.runs, *runs))),
+        )
     if not out.resolve().parent.is_dir():
         raise FileFormatError(out, "its folder does not exist")
     kind, memory_bytes = info.must_exist()
@@ -217,6 +222,7 @@ def _begin(out: Path, device: torch.device, traces: Sequence[Trace], resume: boo
         num_threads=info.num_threads,
         software=software,
         sources=sources,
+        runs=runs,
     )
 
 

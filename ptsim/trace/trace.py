@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,18 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     draws: tuple[Draw, ...] = ()
     truncated: bool = False
     penalties: dict[str, PenaltyCosts] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """What a copy of the run has, also one that was taken before its end, and no other run: its beginning.
+
+        The facts that decide it, when it began, and what its first epoch took.
+        """
+        run, first = self.run, next(iter(self.epochs), None)
+        facts = run.created, run.model, run.dataset.name, run.seed, run.device.name, run.hyperparameters
+        wall_s = first.time.wall_s if first is not None and first.measured_time is not None else None
+        took = None if first is None else (first.num_images, first.train_loss, wall_s)
+        return hashlib.sha256(msgspec.json.encode((facts, took), order="deterministic")).hexdigest()
 
     @property
     def complete(self) -> bool:

@@ -163,8 +163,8 @@ def test_the_power_model_is_fitted_to_what_nvml_sampled(tmp_path, runs):
 @pytest.mark.slow
 def test_a_hold_out_predicts_a_run_from_the_other_runs_profiles(tmp_path):
     seen = [
-        shrinking_trace(tmp_path / f"seen{keep}.jsonl", keep=keep, remove_layers=False, batch_step=0)
-        for keep in (0.9, 0.7, 0.55)
+        shrinking_trace(tmp_path / f"seen{keep}.jsonl", keep=keep, remove_layers=False, batch_step=0, seed=seed)
+        for seed, keep in enumerate((0.9, 0.7, 0.55), start=1)
     ]
     unseen = shrinking_trace(tmp_path / "unseen.jsonl", keep=0.8, remove_layers=False, batch_step=0)
     result = validate([unseen, *seen], holdout=True)
@@ -492,3 +492,18 @@ def test_a_hold_out_knows_a_run_by_another_spelling_of_its_path_and_its_copy(
     (tmp_path / "copy.jsonl").write_bytes(path.read_bytes())
     with pytest.raises(UsageError, match="a second run"):
         validate(["t.jsonl", "copy.jsonl"], holdout=True)
+
+
+@pytest.mark.parametrize("epochs", [None, 3], ids=["copy", "copy from before its end"])
+def test_a_device_profile_of_a_runs_copy_is_no_hold_out(tmp_path: Path, epochs: int | None) -> None:
+    path = dense_trace(tmp_path / "run.jsonl", **LONG)
+    copy = ptsim.read_trace(dense_trace(tmp_path / "copy.jsonl", recorded_epochs=epochs, **LONG))
+    file = tmp_path / "device.toml"
+    write_device_profile(file, device_profile_of([copy]))
+    copy.path.unlink()
+    with pytest.raises(UsageError, match=r"was calibrated on .*run\.jsonl"):
+        validate([path], file, holdout=True)
+    with pytest.raises(UsageError, match="a second run"):
+        validate([path, copy], holdout=True)
+    repeat = ptsim.read_trace(dense_trace(tmp_path / "repeat.jsonl", seed=1, **LONG))
+    assert validate([path], device_profile_of([repeat]), holdout=True).source == "device profile"

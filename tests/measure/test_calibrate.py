@@ -104,6 +104,7 @@ def test_a_resumed_calibration_measures_only_what_is_missing(tmp_path, trace, pr
     assert len(asked) == 3 * (len(trace.networks) - 1)  # rounds
     assert len(again.steps) == len(trace.networks)
     assert again.steps[0].step_s == pytest.approx(profile.steps[0].step_s, rel=1e-5)
+    assert again.runs == (trace.fingerprint,)
 
 
 def _trained_with(trace, optimizer):
