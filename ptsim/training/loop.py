@@ -279,7 +279,10 @@ class Trainer:
         return learner
 
     def _open_trace(self) -> bytes:
-        self.learner.recorder.begin_run()
+        learner = self.learner
+        learner.recorder.begin_run()
+        if 0 < learner.next_epoch < len(self.plans):
+            learner.recorder.profile_missing(learner.batch // self.team.world_size)
         update_config(self.folder, self.config)
         return b""
 

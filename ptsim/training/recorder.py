@@ -356,6 +356,11 @@ class Recorder(OnlyOne):
         if self.records and self.profiles and (found := layer_profile(self, batch)) is not None:
             self.write(found)
 
+    def profile_missing(self, batch: int) -> None:
+        """As `profile`, unless the trace has it: the run may not have been going to train this network any further."""
+        if not self._trace.has_profile(self._architecture.id, batch):
+            self.profile(batch)
+
     @property
     def batch_per_gpu(self) -> int:
         """Images of most updates of this epoch on this rank, or of the last epoch's before the first one."""

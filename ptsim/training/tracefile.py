@@ -21,7 +21,7 @@ from ptsim.criteria import told_penalty
 from ptsim.errors import TrainingError, UsageError
 from ptsim.network import Network
 from ptsim.trace.io import TraceWriter, read_trace
-from ptsim.trace.schema import AnyRecord, Architecture, End, Epoch, PenaltyCosts, Run
+from ptsim.trace.schema import AnyRecord, Architecture, End, Epoch, PenaltyCosts, Profile, Run
 from ptsim.training.checkpoint import writing
 from ptsim.training.loggers import Logger, Mirror
 
@@ -141,6 +141,10 @@ class RunTrace:
         """As `TraceFile.architecture`; nothing is new where nothing is written."""
         return self._file is not None and self._file.architecture(network, criterion)
 
+    def has_profile(self, architecture: str, batch: int) -> bool:
+        """Whether the trace says how long the layers of that network take at that mini-batch."""
+        return self._file is not None and (architecture, batch) in self._file.profiled
+
     def plan_end(self, record: End) -> None:
         """What the trace ends with if nobody ends it."""
         if self._file is not None:
@@ -184,6 +188,7 @@ class TraceFile:
         self.ended = False
         self._before_end: tuple[int, str] | None = None  # length and digest
         self._known: set[str] = set()
+        self.profiled: set[tuple[str, int]] = set()  # architectures and their mini-batches
         self._epochs = 0  # of its lines
         self._iterations = 0
         with writing(path, begun=resumable):
@@ -197,6 +202,7 @@ class TraceFile:
         if keep_bytes is not None:
             kept = read_trace(path)
             self._known = set(kept.networks)
+            self.profiled = {(profile.architecture, profile.batch) for profile in kept.profiles}
             self._epochs = len(kept.epochs)
             self._iterations = sum(epoch.num_iterations for epoch in kept.epochs)
             self._mirror.begin(kept.run, len(kept.epochs), kept.networks)
@@ -222,6 +228,8 @@ class TraceFile:
         if isinstance(record, Epoch):
             self._epochs += 1
             self._iterations += record.num_iterations
+        elif isinstance(record, Profile):
+            self.profiled.add((record.architecture, record.batch))
         self._mirror.write(record)
 
     def architecture(self, network: Network, criterion: object = None) -> bool:

@@ -247,6 +247,15 @@ def test_a_run_whose_mini_batch_grew_is_predicted_from_profiles_at_the_new_one(t
         assert ptsim.validate([trace]).tiers == ("measured",)
 
 
+def test_a_run_that_is_given_more_epochs_profiles_the_network_that_was_not_to_be_trained(tmp_path):
+    folder = ptsim.train(settings(epochs=2), out=tmp_path / "run").folder
+    assert len(ptsim.read_trace(folder).profiles) == 1
+    trace = ptsim.read_trace(ptsim.train({"epochs": 4}, resume=folder).trace)
+    assert [p.architecture for p in trace.profiles] == list(dict.fromkeys(e.architecture for e in trace.epochs))
+    assert len(trace.profiles) == 2
+    assert ptsim.validate([trace]).tiers == ("measured",)
+
+
 def test_where_a_copy_does_not_fit_with_a_grown_mini_batch_the_profile_is_at_the_one_before(tmp_path, monkeypatch):
     original = profiling.profile_network
 

@@ -458,6 +458,14 @@ class Keeper(nn.Module):
         self.module = copy.deepcopy(model).requires_grad_(False)
 
 
+def test_the_proximal_step_of_an_epochs_last_update_is_among_its_times():
+    model = fresh()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, regularizer="proximal")
+    steps(pruner, model, optimizer, images_and_labels(1))
+    assert pruner.end_epoch().epoch.time.regularizer_s > 0
+
+
 def test_an_average_is_found_in_what_keeps_it_and_another_networks_is_refused():
     model = fresh()
     optimizer = sgd(model)
