@@ -172,6 +172,8 @@ def predict(
     if machine is not None and setting.data_parallel:
         parallel, network_tier = _data_parallel(subject, step, machine, setting)
     notes = () if calibrated is None or step.tier != Tier.PROFILED else calibrated.doubts()
+    if subject.trace is not None and subject.trace.compiled_note is not None:
+        notes = (*notes, subject.trace.compiled_note)
     return _prediction(subject.network, device, machine, setting, step, parallel, network_tier, notes)
 
 

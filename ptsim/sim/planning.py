@@ -212,6 +212,8 @@ class _Planner:
         waited = sum(time.data_wait_s for time in times) / max(1e-12, sum(time.wall_s for time in times))
         if waited > 0.05 and options.input_images_per_s is None and options.input == "none":
             note(f"the recorded run waited for data {waited:.0%} of the time; projected with input that keeps up")
+        if trace.compiled_note is not None:
+            note(trace.compiled_note)
         if not self.scenario.overlap and options.overlap is None and self.num_gpus > 1:
             note("the recorded step was compiled: its gradients become ready together, so nothing hides all-reduces")
 

@@ -149,6 +149,13 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return self.run.hyperparameters.get("compile") is True
 
     @property
+    def compiled_note(self) -> str | None:
+        """What has to stand beside a prediction of the run's steps; None where nothing compiled them."""
+        if not self.compiled:
+            return None
+        return "the run's steps were compiled, those predicted are eager PyTorch's, as are those of its profiles"
+
+    @property
     def penalty_ratio(self) -> float | None:
         """The penalty's share in the first loss; 0 for a dense run, None where the configuration does not say.
 

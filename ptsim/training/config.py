@@ -96,7 +96,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         sync_batch_norm: compute the statistics of BatchNorm over all ranks.
         compile: `torch.compile` the network, once per architecture.
         compile_backend: backend of torch.compile.
-        profile: measure every new architecture layer by layer.
+        profile: measure every new architecture, and every new mini-batch, layer by layer.
         record_channel_maxima: the largest weight of every output channel goes into the trace (`analysis/fig4.py`).
         keep_every: the weights of every n-th epoch are kept; those of reconfigured epochs and of the last one always.
         loggers: where else the numbers of every epoch go: csv, tensorboard, wandb, mlflow, or another package's.

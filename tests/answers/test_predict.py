@@ -325,6 +325,7 @@ def test_a_compiled_run_hides_no_communication_elsewhere_either(tmp_path: Path) 
     assert at_once.exposed_communication_seconds == pytest.approx(at_once.communication_seconds)
     assert usual.communication_seconds == pytest.approx(at_once.communication_seconds)
     assert usual.exposed_communication_seconds < 0.9 * usual.communication_seconds
+    assert (usual.notes, at_once.notes) == ((), (compiled.compiled_note,))
 
 
 def test_what_runs_once_a_pass_is_counted_in_every_pass(tmp_path: Path) -> None:

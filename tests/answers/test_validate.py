@@ -319,12 +319,11 @@ def test_a_compiled_step_hides_no_communication(tmp_path):
     num_buckets = len(ddp_buckets(eager.network_of(eager.epochs[0])))
     assert num_buckets > 1
     num_steps = sum(epoch.num_iterations for epoch in eager.epochs)
-    waits = [
-        validate([trace], cluster=constant_all_reduces(1e-4)).runs[0].predicted_exposed_communication_seconds
-        for trace in (eager, compiled)
-    ]
+    checks = [validate([trace], cluster=constant_all_reduces(1e-4)).runs[0] for trace in (eager, compiled)]
+    waits = [check.predicted_exposed_communication_seconds for check in checks]
     assert waits[1] == pytest.approx(num_buckets * 1e-4 * num_steps)
     assert waits[0] < 0.8 * waits[1]
+    assert [compiled.compiled_note in check.notes for check in checks] == [False, True]
 
 
 def test_without_a_cluster_exposed_communication_is_as_measured_and_said_so(tmp_path):

@@ -198,6 +198,21 @@ def test_ranks_of_two_launches_at_one_address_refuse_each_other(launches: Launch
     assert [launches.says(f"rank{rank}") for rank in range(2)] == ["joined 2"] * 2
 
 
+@pytest.mark.slow
+def test_a_rank_that_comes_after_the_others_have_begun_is_refused(launches: Launches) -> None:
+    for rank in range(2):
+        launches.start(rank, 2, fault="works on")
+    for rank in range(2):
+        launches.shows(f"rank{rank}", "together")
+    launches.start(1, 2, name="late", fault="does not wait long")
+    launches.start(1, 2, name="other", run="b", fault="does not wait long")
+    address = f"127.0.0.1:{launches.port}"
+    assert launches.says("late") == f"the ranks at {address} have begun already, and rank 1 is one of them"
+    assert launches.says("other") == (
+        f"rank 1 met another launch at {address}, which has begun already: its run folder is a0, here it is b0"
+    )
+
+
 def test_a_program_that_is_no_rank_0_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
