@@ -270,22 +270,23 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
         pace: what the run takes beside its steps.
         cluster: that a data-parallel run ran on; None takes its exposed communication as measured.
     """
-    run, communication = trace.run, None
-    if run.world_size > 1 and cluster is not None:
-        # a compiled step's gradients become ready together, at its end
-        communication = _Communication(cluster, run.world_size, overlap=not trace.compiled)
+    run, parallel_sizes = trace.run, [size for size in trace.world_sizes if size > 1]
+    communication: dict[int, _Communication] = {}
+    if cluster is not None:
+        overlap = not trace.compiled  # a compiled step's gradients become ready together, at its end
+        communication = {size: _Communication(cluster, size, overlap=overlap) for size in parallel_sizes}
     device = match_device(run.device.name)
     energy = _Energy(trace, device)
     wrapped = {trace.epochs[0].epoch, *(event.epoch + 1 for event in changes(trace))}  # in front of these epochs
     odd = [epoch.epoch for epoch in trace.epochs if device is not None and not _power_is_plausible(epoch, device)]
     notes = _run_notes(trace, pace, odd)
-    if run.world_size > 1 and cluster is None:
+    if parallel_sizes and cluster is None:
         notes.append("exposed communication is taken as measured, so it adds no error; --cluster predicts it")
     epochs = []
     for epoch in trace.epochs:
         step, parallel = step_of(epoch), None
-        if communication is not None:
-            parallel = communication.of(trace.network_of(epoch), step, epoch)
+        if epoch.world_size in communication:
+            parallel = communication[epoch.world_size].of(trace.network_of(epoch), step, epoch)
         epochs.append(_check_epoch(trace, epoch, step, pace, device, energy, parallel, epoch.epoch in wrapped))
     measured_s = sum(epoch.measured_seconds for epoch in epochs)
     predicted_s = sum(epoch.predicted_seconds for epoch in epochs)
@@ -311,7 +312,7 @@ def check_run(trace: Trace, step_of: _StepOf, pace: _Pace, cluster: Cluster | No
         predicted_energy_joules=sum(predicted_energies) if whole_energy else None,
         measured_exposed_communication_seconds=sum(e.measured_exposed_communication_seconds for e in epochs),
         predicted_exposed_communication_seconds=None
-        if communication is None
+        if not communication
         else sum(e.predicted_exposed_communication_seconds or 0.0 for e in epochs),
         epochs=tuple(epochs),
         notes=tuple(notes),

@@ -117,7 +117,7 @@ def validate(
         profile = read_device_profile(profile)
     if isinstance(cluster, str | Path):
         cluster = load_cluster(cluster)
-    if cluster is not None and all(trace.run.world_size == 1 for trace in runs):
+    if cluster is not None and all(max(trace.world_sizes) == 1 for trace in runs):
         raise UsageError("a cluster is given, but every run had one rank and so no communication")
     checks = [check_run(trace, *source_of(trace, runs, profile, holdout=holdout), cluster) for trace in runs]
     source: Source = "device profile" if profile is not None else "other runs" if holdout else "own profiles"
@@ -131,7 +131,7 @@ def _summary(runs: Sequence[Trace], checks: Sequence[RunCheck], source: Source) 
     memory, energy, communication = _memory_errors(epochs), _energy_errors(checks), _communication_errors(checks)
     reasons = {}
     if not communication:
-        parallel = any(trace.run.world_size > 1 for trace in runs)
+        parallel = any(max(trace.world_sizes) > 1 for trace in runs)
         reasons["communication_error"] = (
             "exposed communication was taken as measured; --cluster predicts it"
             if parallel

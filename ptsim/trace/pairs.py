@@ -117,7 +117,7 @@ _TIME: Mapping[str, Callable[[Trace], object]] = {
     "network at the start": _first_network,
     "device": lambda trace: trace.run.device.name,
     "threads": lambda trace: trace.run.device.num_threads,
-    "ranks": lambda trace: trace.run.world_size,
+    "ranks": lambda trace: ", then ".join(map(str, trace.world_sizes)),
     "mini-batch at the start": lambda trace: trace.epochs[0].batch_per_gpu if trace.epochs else None,
     "passes at the start": lambda trace: trace.epochs[0].passes if trace.epochs else None,
     "precision": lambda trace: str(trace.run.precision),

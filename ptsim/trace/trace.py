@@ -144,6 +144,11 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """How many ranks trained its epochs; several where the run went on with another number than it began with."""
+        return tuple(dict.fromkeys(epoch.world_size for epoch in self.epochs)) or (self.run.world_size,)
+
+    @property
     def compiled(self) -> bool:
         """The step ran through torch.compile, so that all gradients became ready together at its end."""
         return self.run.hyperparameters.get("compile") is True

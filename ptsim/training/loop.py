@@ -22,7 +22,7 @@ from ptsim.measure.profile import tuned_convolutions
 from ptsim.measure.tf32 import tf32_allowed
 from ptsim.network import Precision
 from ptsim.trace.io import read_trace
-from ptsim.trace.schema import Epoch, Reconfiguration
+from ptsim.trace.schema import DeviceInfo, Epoch, Reconfiguration
 from ptsim.training.config import Config, make_config, read_config, resolve, to_settings
 from ptsim.training.data import mixed_seed
 from ptsim.training.datasets import load_data
@@ -204,7 +204,7 @@ class Trainer:
         """Train from where the run stands to its last epoch."""
         learner = self.storage.restore(self._learner) if resume else None
         if learner is not None:
-            device = learner.recorder.meter.info().name
+            device = learner.recorder.meter.info()
             self.team.from_leader(lambda: self._check_beginning(device))
         self.learner = learner or self._begin()
         if learner is not None and learner.next_epoch == len(self.plans) and self._ended_clean():
@@ -243,8 +243,8 @@ class Trainer:
         self.learner.recorder.close("failed", problem)
         return TrainingError(problem, hint=hint)
 
-    def _check_beginning(self, device: str) -> bytes:
-        check_began_alike(self.folder, self.data.dataset, device)
+    def _check_beginning(self, device: DeviceInfo) -> bytes:
+        check_began_alike(self.folder, self.data.dataset, device, self.team.world_size)
         return b""
 
     def _ended_clean(self) -> bool:

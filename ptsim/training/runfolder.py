@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import importlib.metadata
 import os
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from ptsim import zoo
 from ptsim.errors import FileFormatError, UsageError
 from ptsim.textfile import printable, read_bytes, take_lock, umask, write_whole
 from ptsim.trace.io import read_records
-from ptsim.trace.schema import Dataset, Run
+from ptsim.trace.schema import Dataset, DeviceInfo, Run
 from ptsim.training import checkpoint as store
 from ptsim.training import stored
 from ptsim.training.config import SETTINGS, Config, from_recorded, make_config, read_config, to_settings, to_toml
@@ -33,6 +34,7 @@ from ptsim.training.learner import pruned_network
 from ptsim.training.live import name_of, offered
 from ptsim.training.recipe import Recipe, check_fits
 from ptsim.training.tracefile import TRACE
+from ptsim.units import counted
 from ptsim.usercode import digest, source_files
 
 _STALE_S = 1.0  # by then a folder that is being made is locked
@@ -229,10 +231,11 @@ def update_config(folder: Path, config: Config) -> None:
             write_whole(folder / CONFIG, to_toml(config))
 
 
-def check_began_alike(folder: Path, dataset: Dataset, device: str) -> None:
+def check_began_alike(folder: Path, dataset: Dataset, device: DeviceInfo, world_size: int) -> None:
     """Make sure that the data set is as large as the one that the run began with; nothing where there is no trace.
 
-    A warning where it began on another `device`, which the trace then names for all epochs.
+    A warning where it began on another `device`, with another torch or number of threads, which the trace then names
+    for all epochs, or with another number of ranks.
 
     Raises:
         UsageError: the data set is not.
@@ -241,9 +244,17 @@ def check_began_alike(folder: Path, dataset: Dataset, device: str) -> None:
     if not (folder / TRACE).is_file():
         return
     began = _first_line(folder / TRACE)
-    if began.device.name != device:
-        names = f"{printable(began.device.name)}, which its trace names for every epoch, and goes on on {device}"
-        warnings.warn(f"the run began on {names}: what is predicted from it mixes the times of both", stacklevel=2)
+    threads, here = (began.device.num_threads, device.num_threads), importlib.metadata.version("torch")
+    alike = [
+        (f"on {printable(began.device.name)}", f"on {printable(device.name)}"),
+        (f"with {counted(began.world_size, 'rank')}", f"with {counted(world_size, 'rank')}"),
+        (f"with torch {began.versions.get('torch', here)}", f"with torch {here}"),
+        *([(f"with {threads[0]} threads", f"with {threads[1]} threads")] if None not in threads else []),
+    ]
+    for then, today in alike:
+        if then != today:
+            names = f"{then}, which its trace names for every epoch, and goes on {today}"
+            warnings.warn(f"the run began {names}: what is predicted from it mixes the times of both", stacklevel=2)
     for what, before, now in (
         ("training", began.dataset.num_train, dataset.num_train),
         ("validation", began.dataset.num_validation, dataset.num_validation),

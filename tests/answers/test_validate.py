@@ -20,6 +20,7 @@ from ptsim.hardware.profile import MachineLoad
 from ptsim.hardware.profile_file import write_device_profile
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link
 from ptsim.network import Precision
+from ptsim.trace.pairs import time_differences
 from ptsim.trace.schema import Epoch, Profile
 from tests.traces import CPU, dense_trace, shrinking_records, shrinking_trace, write_trace
 
@@ -276,6 +277,17 @@ def test_communication_of_several_ranks_is_predicted_on_their_cluster(tmp_path):
     measured_s = sum(epoch.time.exposed_communication_s for epoch in run.epochs)
     off_s = 0.25 * sum(epoch.num_iterations for epoch in run.epochs) - measured_s
     assert result.communication_error == pytest.approx(off_s / result.runs[0].measured_seconds)
+
+
+def test_a_run_that_went_on_with_another_number_of_ranks_is_predicted_with_both(tmp_path):
+    one, four = (ptsim.read_trace(dense_trace(tmp_path / f"{n}.jsonl", world_size=n, **LONG)) for n in (1, 4))
+    mixed = msgspec.structs.replace(one, epochs=(*one.epochs[:3], *four.epochs[3:]))
+    assert mixed.world_sizes == (1, 4)
+    result = validate([mixed], cluster=constant_all_reduces(0.25))
+    predicted = [check.predicted_exposed_communication_seconds for check in result.runs[0].epochs]
+    assert predicted == [None] * 3 + [pytest.approx(0.25 * epoch.num_iterations) for epoch in mixed.epochs[3:]]
+    (difference,) = time_differences(mixed, one)
+    assert str(difference) == "ranks 1, then 4 with 1"
 
 
 @pytest.mark.parametrize(("fastest", "slowest"), [(1.0, 1.0), (0.75, 1.5)])

@@ -23,7 +23,7 @@ from ptsim.cli.main import run as command
 from ptsim.errors import FileFormatError, PtsimError, TrainingError, UsageError
 from ptsim.measure.nvml import NullMeter, cpu_info
 from ptsim.trace.io import TraceWriter, read_records
-from ptsim.training import checkpoint, recorder, step
+from ptsim.training import checkpoint, recorder, runfolder, step
 from ptsim.training.data import decode
 from ptsim.training.runfolder import MAY_CHANGE
 from ptsim.usercode import source_files
@@ -236,11 +236,28 @@ def test_a_run_goes_on_with_the_images_that_it_began_with_alone(tmp_path, change
     assert ptsim.train({"epochs": 2}, resume=folder).epochs == 2
 
 
-def test_a_run_that_goes_on_on_another_machine_says_whose_times_its_trace_mixes(run, monkeypatch):
-    info = msgspec.structs.replace(cpu_info(), name="another CPU")
+@pytest.mark.parametrize(
+    ("other", "says"), [({"name": "another CPU"}, "on another CPU"), ({"num_threads": 77}, "with 77 threads")]
+)
+def test_a_run_that_goes_on_on_another_machine_says_whose_times_its_trace_mixes(run, monkeypatch, other, says):
+    info = msgspec.structs.replace(cpu_info(), **other)
     monkeypatch.setattr(recorder, "open_meter", lambda _: NullMeter(info))
-    with pytest.warns(UserWarning, match="which its trace names for every epoch, and goes on on another CPU"):
+    with pytest.warns(UserWarning, match=f"which its trace names for every epoch, and goes on {says}: what is"):
         assert longer(run).epochs == 3
+
+
+def test_a_run_that_goes_on_with_other_ranks_or_another_torch_says_so(run, monkeypatch):
+    began = ptsim.read_trace(run).run
+    torch_then = began.versions["torch"]
+    runfolder.check_began_alike(run, began.dataset, began.device, 1)  # nothing is to be said
+    monkeypatch.setattr(runfolder.importlib.metadata, "version", lambda _: "1.2.3")
+    with pytest.warns(UserWarning) as said:
+        runfolder.check_began_alike(run, began.dataset, began.device, 2)
+    mixes = "what is predicted from it mixes the times of both"
+    assert [str(warning.message) for warning in said] == [
+        f"the run began {then}, which its trace names for every epoch, and goes on {now}: {mixes}"
+        for then, now in (("with 1 rank", "with 2 ranks"), (f"with torch {torch_then}", "with torch 1.2.3"))
+    ]
 
 
 def test_a_hidden_file_among_the_checkpoints_is_left_alone(run):
