@@ -267,7 +267,8 @@ class PruneTrain(misuse.OnlyOne):
 
     def _take_hold(self) -> None:
         self._hooks = hooks_on_update(self.optimizer, self._check_update, self.updated)
-        self.recorder.follow()  # its clock stops after what the pruner does in an update
+        if self._owns_recorder:  # which has seen nothing yet
+            self.recorder.follow()  # its clock stops after what the pruner does in an update
         misuse.claim(self.network, self)
         self._tell_recorder()
 
