@@ -251,7 +251,7 @@ def test_a_run_that_goes_on_with_other_ranks_or_another_torch_says_so(run, monke
     torch_then = began.versions["torch"]
     runfolder.check_began_alike(run, began.dataset, began.device, 1)  # nothing is to be said
     monkeypatch.setattr(runfolder.importlib.metadata, "version", lambda _: "1.2.3")
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="the run began with") as said:
         runfolder.check_began_alike(run, began.dataset, began.device, 2)
     mixes = "what is predicted from it mixes the times of both"
     assert [str(warning.message) for warning in said] == [
