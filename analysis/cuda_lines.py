@@ -3,8 +3,9 @@
     coverage json -o coverage.json && python analysis/cuda_lines.py coverage.json
 
 The report is of a run of the tests marked gpu on a GPU; `gpu_campaign.py` makes one, and `tests.txt` has its answer.
-A line counts that says `cuda` in its code or calls NVML, the library of NVIDIA's driver, and so do the branches that a
-comparison with "cuda" guards.
+A line counts that says `cuda` in its code or calls NVML, the library of NVIDIA's driver, and so does what only a GPU
+gets to: the branches that a condition guards, and what comes after a branch that others leave by. A condition is a
+comparison with "cuda" or "cpu", and every variable, attribute, function and property that one was given to.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +24,189 @@ PACKAGE = Path(ptsim.__file__).resolve().parent
 _ATTRIBUTES = {"cuda", "cudnn", "is_cuda", "CUDAGraph"}
 _NAMES = {"cuda_event"}
 _NVML = re.compile("nvml[A-Z]")  # functions of pynvml, such as nvmlInit; not its errors and constants
+_QUESTIONS = {"is_cuda", "is_available"}
+_LEAVE = (ast.Return, ast.Raise, ast.Continue, ast.Break)
+_ROUNDS = 3  # one flag may be made of another that stands further below
+
+# What a condition says where it is true, and where it is false: the device is a GPU, or is none; None says nothing.
+Said = tuple[bool | None, bool | None]
+_NOTHING: Said = (None, None)
 
 
-def asks_for_cuda(node: ast.AST, documentation: str | None = None) -> bool:
-    """Whether the code says `cuda`, as torch or the kind of a device, or calls NVML; not in `documentation`."""
+def asks_for_cuda(node: ast.AST) -> bool:
+    """Whether the code says `cuda`, as torch or the kind of a device, or calls NVML."""
     for part in ast.walk(node):
         if isinstance(part, ast.Attribute) and (part.attr in _ATTRIBUTES or _NVML.match(part.attr)):
             return True
         if isinstance(part, ast.Name) and part.id in _NAMES:
             return True
-        is_text = isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value != documentation
-        if is_text and part.value.split(":")[0] == "cuda":
+        if isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.split(":")[0] == "cuda":
             return True
     return False
 
 
 def cuda_lines(source: str) -> set[int]:
-    """First lines of the statements that say `cuda`, and of those in the branches that only a GPU takes."""
-    found: set[int] = set()
+    """First lines of the statements that say `cuda`, and of those that only a GPU gets to."""
+    return set[int]().union(*lines_by_function(source).values())
+
+
+def lines_by_function(source: str) -> dict[str, set[int]]:
+    """The same by the function that they stand in: "function", "Class.method", "outer.inner"; "" for none."""
     tree = ast.parse(source)
-    flags = set(_flags(tree))
+    found: dict[str, set[int]] = {}
+    _walk(tree.body, _flags(tree), "", (), False, found)
+    return {name: lines for name, lines in found.items() if lines}
+
+
+def _walk(
+    body: Sequence[ast.stmt],
+    flags: Mapping[str, Said],
+    function: str,
+    names: tuple[str, ...],
+    on_gpu: bool,
+    found: dict[str, set[int]],
+) -> None:
+    """Note the lines of these statements, of which all are a GPU's where `on_gpu`; `names` are those around them."""
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inner = (*names, statement.name)
+            own = function if isinstance(statement, ast.ClassDef) else ".".join(inner)
+            if on_gpu:
+                found.setdefault(function, set()).add(statement.lineno)
+            _walk(statement.body, flags, own, inner, on_gpu, found)
+            continue
+        if (on_gpu or _asks(statement, flags)) and not _is_text(statement):
+            found.setdefault(function, set()).add(statement.lineno)
+        when_true, when_false = _NOTHING
+        if isinstance(statement, ast.If | ast.While):
+            when_true, when_false = _said_by_test(statement.test, flags)
+        for name, block in _blocks(statement):
+            told = {"body": when_true, "orelse": when_false}.get(name)
+            _walk(block, flags, function, names, on_gpu or told is True, found)
+        if isinstance(statement, ast.If):  # what follows has come by the branch that is not left
+            on_gpu = on_gpu or (_leaves(statement.body) and when_false is True)
+            on_gpu = on_gpu or (_leaves(statement.orelse) and when_true is True)
+
+
+def _blocks(statement: ast.stmt) -> Iterator[tuple[str, list[ast.stmt]]]:
+    """The blocks of statements within a statement, by the name of their field."""
+    for name, value in ast.iter_fields(statement):
+        parts = value if isinstance(value, list) else []
+        statements = [part for part in parts if isinstance(part, ast.stmt)]
+        if statements:
+            yield name, statements
+        yield from ((name, part.body) for part in parts if isinstance(part, ast.ExceptHandler | ast.match_case))
+
+
+def _leaves(body: Sequence[ast.stmt]) -> bool:
+    """Nothing that follows comes after these statements."""
+    return bool(body) and isinstance(body[-1], _LEAVE)
+
+
+def _asks(statement: ast.stmt, flags: Mapping[str, Said]) -> bool:
+    """Whether what the statement itself computes says `cuda`, or chooses by a flag."""
+    for part in ast.iter_child_nodes(statement):
+        if isinstance(part, ast.stmt | ast.ExceptHandler | ast.match_case):
+            continue
+        if asks_for_cuda(part):
+            return True
+        if isinstance(statement, ast.If | ast.While) and part is statement.test and _says(part, flags) != _NOTHING:
+            return True
+        choices = [inner.test for inner in ast.walk(part) if isinstance(inner, ast.IfExp)]
+        if any(_says(test, flags) != _NOTHING for test in choices):
+            return True
+    return False
+
+
+def _said_by_test(test: ast.expr, flags: Mapping[str, Said]) -> Said:
+    """As `_says`; a test that asks for CUDA in another way is a GPU's where it is true."""
+    said = _says(test, flags)
+    asked_otherwise = asks_for_cuda(test) and not any(isinstance(part, ast.Compare) for part in ast.walk(test))
+    return (True, None) if said == _NOTHING and asked_otherwise else said
+
+
+def _says(test: ast.expr, flags: Mapping[str, Said]) -> Said:
+    """What a condition says of the device; nothing of what is no condition."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        when_true, when_false = _says(test.operand, flags)
+        return when_false, when_true
+    if isinstance(test, ast.BoolOp):
+        trues, falses = zip(*(_says(value, flags) for value in test.values), strict=True)
+        return (_one(trues), _all(falses)) if isinstance(test.op, ast.And) else (_all(trues), _one(falses))
+    if isinstance(test, ast.NamedExpr):
+        return _says(test.value, flags)
+    if isinstance(test, ast.Compare):
+        return _said_by_comparison(test)
+    if isinstance(test, ast.Call):
+        name = _name(test.func)
+        if name in {"all", "any", "bool"} and len(test.args) == 1:
+            inner = test.args[0]
+            return _says(inner.elt if isinstance(inner, ast.GeneratorExp) else inner, flags)[0], None
+        test = test.func
+    name = _name(test)
+    return (True, False) if name in _QUESTIONS and asks_for_cuda(test) else flags.get(name, _NOTHING)
+
+
+def _said_by_comparison(test: ast.Compare) -> Said:
+    """Of `device.type == "cuda"` and `!= "cpu"` both ways; of a membership, or a look for None, nothing."""
+    sides = [test.left, *test.comparators]
+    words = {side.value for side in sides if isinstance(side, ast.Constant) and isinstance(side.value, str)}
+    same, other = isinstance(test.ops[0], ast.Eq), isinstance(test.ops[0], ast.NotEq)
+    if len(sides) == 2 and (same or other) and words in ({"cuda"}, {"cpu"}):
+        is_gpu = same == (words == {"cuda"})
+        return is_gpu, not is_gpu
+    vague = (ast.In, ast.NotIn, ast.Is, ast.IsNot)
+    return (True, None) if asks_for_cuda(test) and not isinstance(test.ops[0], vague) else _NOTHING
+
+
+def _one(said: Sequence[bool | None]) -> bool | None:
+    """What is known where all of these hold."""
+    return next((word for word in said if word is not None), None)
+
+
+def _all(said: Sequence[bool | None]) -> bool | None:
+    """What is known where one of these holds, nobody knows which."""
+    return said[0] if len(set(said)) == 1 else None
+
+
+def _name(node: ast.expr) -> str:
+    """Of a variable, or the last one of an attribute; "" of anything else."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def _flags(tree: ast.AST) -> dict[str, Said]:
+    """What the names say that a condition was given to: variables, attributes, and functions that return one.
+
+    A name counts in the whole file, as an argument keeps that of the variable, mostly.
+    """
+    flags: dict[str, Said] = {}
+    for _ in range(_ROUNDS):
+        for name, value in _given(tree):
+            said = _says(value, flags)
+            if name and said != _NOTHING:
+                flags[name] = said
+    return flags
+
+
+def _given(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """Every name with what it is given."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.If | ast.While) and (asks_for_cuda(node.test) or flags & _names(node.test)):
-            found.add(node.test.lineno)
-            branch = node.orelse if _is_for_others(node.test) else node.body
-            found |= {part.lineno for top in branch for part in ast.walk(top) if isinstance(part, ast.stmt)}
-        elif isinstance(node, ast.stmt) and not hasattr(node, "body") and not _is_text(node) and asks_for_cuda(node):
-            found.add(node.lineno)
-    return found
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    yield from ((_name(one), value) for one, value in zip(target.elts, node.value.elts, strict=False))
+                else:
+                    yield _name(target), node.value
+        elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None:
+            yield _name(node.target), node.value
+        elif isinstance(node, ast.FunctionDef):
+            returns = [part for part in node.body if isinstance(part, ast.Return)]
+            if len(returns) == 1 and returns[0].value is not None and not _branches(node):
+                yield node.name, returns[0].value
 
 
-def _flags(tree: ast.AST) -> Iterator[str]:
-    """Names of what a comparison with "cuda" gave."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Compare) and asks_for_cuda(node.value):
-            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
-
-
-def _names(node: ast.AST) -> set[str]:
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-
-
-def _is_for_others(test: ast.expr) -> bool:
-    """The branch is taken where the device is no GPU."""
-    if isinstance(test, ast.UnaryOp):
-        return isinstance(test.op, ast.Not)
-    return isinstance(test, ast.Compare) and any(isinstance(op, ast.NotEq) for op in test.ops)
+def _branches(node: ast.FunctionDef) -> bool:
+    return any(isinstance(part, ast.If | ast.For | ast.While | ast.Try) for part in node.body)
 
 
 def _is_text(node: ast.stmt) -> bool:

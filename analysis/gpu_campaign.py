@@ -3,14 +3,18 @@ r"""What should a machine with one NVIDIA GPU record, if it is lent for half an 
     python analysis/gpu_campaign.py --plan --cifar cifar10-jpeg.tar.xz
     python analysis/gpu_campaign.py --out results --work work --cifar cifar10-jpeg.tar.xz
 
-`--plan` prints every piece, what it does, what it is predicted to take on `--gpu`, and which calls that makes. One call
-works for at most `--minutes`, piece after piece in the order of their worth, and says what is left; call it again until
-nothing is. Every piece is a process of its own that goes on where it was, so one that fails, or that an error of the
-GPU takes down, costs no other piece anything: it is noted in `campaign.json` and tried again later. Pieces go on as
-long as `--out` is kept, or the results of an earlier call are given with `--earlier`; trainings also need `--work`
-(checkpoints, unpacked images), but for small networks, whose last checkpoint is in `runs.tar`. A run on the GPU has the
-GPU for itself: the runs of a pair take turns, and the one that is behind catches up, so that a pair that is not
-finished can be compared as far as both got. What comes out, at most eight files of at most 16 MiB each:
+`--plan` prints every piece, what it does, what it is predicted to take on `--gpu`, and which calls that makes. With
+`--noted results`, of a rehearsal or an earlier half hour, it prints below every piece what that has taken there and
+which parts of it are known (starting processes, reading images, tracing networks, checkpoints, profiles), and allows
+for as much where it would else assume; it says which numbers are measured.
+
+One call works for at most `--minutes`, piece after piece in the order of their worth, and says what is left; call it
+again until nothing is. Every piece is a process of its own that goes on where it was, so one that fails, or that an
+error of the GPU takes down, costs no other piece anything: it is noted in `campaign.json` and tried again later. Pieces
+go on as long as `--out` is kept, or the results of an earlier call are given with `--earlier`; trainings also need
+`--work` (checkpoints, unpacked images), but for small networks, whose last checkpoint is in `runs.tar`. A run on the
+GPU has the GPU for itself: the runs of a pair take turns, and the one that is behind catches up, so that a pair that is
+not finished can be compared as far as both got. What comes out, at most eight files of at most 16 MiB each:
 
     tests.txt           what the tests marked gpu said, and which lines that ask for CUDA or NVML none of them has run
     device.toml         the device profile: machine constants, whole steps of zoo networks, operators
@@ -18,7 +22,7 @@ finished can be compared as far as both got. What comes out, at most eight files
     steps.json          steps of many networks, dense and pruned: time, power and peak memory, measured and predicted
     memory.json         the largest mini-batch that was said to fit, and whether it did, in a part of the memory
     validation.json     the runs predicted: from their own profiles, from device.toml alone, and from each other
-    campaign.json       when which piece ran, for how long, and what stopped it
+    campaign.json       when which piece ran, for how long, what of it took how long, and what stopped it
     logs.txt            the end of what each piece has said
 
 The order of worth is: tests, calibration, VGG-11 at the paper's 182 epochs, peak memory, ResNet-50 dense and at three
@@ -46,11 +50,12 @@ cannot fetch anything, bring wheels for its Python of what it lacks; fvcore, iop
     pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site      # there
 
 `--device cpu --tiny` rehearses the pieces as far as a CPU can: the tests are collected and skip themselves, peaks are
-those of the CPU's allocator, runs of two epochs take 64 images (with `--cifar` of the archive, else digits). Not
-rehearsed are the memory limit, power and energy, a calibration to its end, and how long anything takes. On 2026-11-28
-it ran to its end in 140 s beside a test suite, from an empty folder with the commands above: Python 3.12.3, torch
-2.11.0+cu130, torchvision 0.26.0, two cores of an AMD EPYC. To carry: the checkout, `wheels` (2.5 MB), the archive
-(18 MB).
+those of the CPU's allocator, runs of two epochs take 64 images (with `--cifar` of the archive, which is also read once
+as a whole; else digits). A pair of VGG-11 is among them for the size of its checkpoints. Not rehearsed are the memory
+limit, power and energy, a calibration to its end, and how long the GPU takes for anything. On 2026-11-28 the rehearsal,
+then without the whole archive and VGG-11, ran to its end in 140 s beside a test suite, from an empty folder with the
+commands above: Python 3.12.3, torch 2.11.0+cu130, torchvision 0.26.0, two cores of an AMD EPYC. To carry: the checkout,
+`wheels` (2.5 MB), the archive (18 MB).
 """
 
 from __future__ import annotations
@@ -67,7 +72,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gpu_plan
+import gpu_parts
+import gpu_shown
 import gpu_steps
 import gpu_tests
 import msgspec
@@ -133,7 +139,8 @@ class Campaign:
         )
         vgg, resnet, seeds = Pair("vgg11", 1), Pair("resnet32", 1), (Pair("vgg11", 2), Pair("vgg11", 3))
         if self.tiny:
-            vgg, resnet, seeds = Pair("resnet20", 1), Pair("resnet20", 1), ()
+            # VGG-11, too: its checkpoints are as large as those of the campaign.
+            vgg, resnet, seeds = Pair("resnet20", 1), Pair("resnet20", 1), (Pair("vgg11", 2),)
         self.pairs = tuple(dict.fromkeys((vgg, resnet, *seeds)))
         self.trainings = trainings or Runs(self.out, self.work, self.device.type, tiny=self.tiny, cifar=options.cifar)
         self.trainings.remaining_s = self.remaining_s
@@ -145,12 +152,14 @@ class Campaign:
             "calibrate": Piece("ptsim calibrate gpu: operators and whole steps", self.calibrated, self.calibrate, 4.0),
             "vgg11": self._pairs_piece((vgg,), 12.0, least_s=60 * _WHOLE * min(12.0, options.minutes)),
             "peaks": self._steps_piece("20 networks, a few steps each", peaks, 2.0, power=False),
-            "resnet50": self._steps_piece("ResNet-50 at 224², dense and three pruned stages", stages, 1.5),
+            "resnet50": self._steps_piece(
+                "ResNet-50 at 224², dense and three pruned stages, fp32 and AMP in bf16", stages, 1.5
+            ),
             "steps": self._steps_piece("ResNet-50 in other formats, other networks", first, 2.3),
             "memory": Piece("largest mini-batch said to fit 8 GiB: does it?", *limits, 1.0),
             "resnet32": self._pairs_piece((resnet,), 0.0),
             "seeds": self._pairs_piece(seeds, 0.0),
-            "more-steps": self._steps_piece("more networks, mini-batches and precisions", more, 0.0),
+            "more-steps": self._steps_piece("the stages in fp16, more networks, mini-batches and precisions", more, 0.0),
             "validate": Piece("the runs predicted in three ways; needs no GPU", self.validated, self.validate, 0.0),
         }
 
@@ -189,7 +198,21 @@ class Campaign:
         """Write down that a piece ran."""
         entry = {"piece": piece, "seconds": round(seconds, 1), "failed": failed, "further": further}
         entry["device"] = self.board
+        noted = self._parts_of(piece)
+        if noted.exists():  # not where the process was killed
+            entry |= msgspec.json.decode(noted.read_bytes())
+            noted.unlink()
         write(self.out / "campaign.json", [*self.log, entry])
+
+    def note_parts(self, piece: str, started_s: float) -> None:
+        """Leave what the parts of a piece took to the process that notes the piece; `started_s` is this one's start."""
+        parts = gpu_parts.Parts()
+        parts.add("start", started_s)
+        found = parts.found | self.steps.parts.found | self.trainings.parts.found
+        write(self._parts_of(piece), {"parts": found, "turns": self.trainings.turns})
+
+    def _parts_of(self, piece: str) -> Path:
+        return self.work / f"{piece}.parts"
 
     def keep_logs(self) -> None:
         """Put the end of what each piece has said into the results."""
@@ -360,15 +383,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal")
     parser.add_argument("--plan", action="store_true", help="print what each piece costs and which calls that makes")
     parser.add_argument("--gpu", default="h100-sxm5-80gb", help="of the catalog, whose costs the plan predicts")
+    parser.add_argument("--noted", type=Path, help="results of a rehearsal or of earlier calls: the plan takes their times")
     options = parser.parse_args(arguments)
     if not 0 < options.minutes < math.inf:
         parser.error(f"--minutes {options.minutes:g}: expected a positive number")
     if options.plan:
         try:
-            return gpu_plan.show(options, Campaign, work_through)
+            return gpu_shown.show(options, Campaign, work_through)
         except PtsimError as error:
             parser.error(error.message)
-    options.minutes -= running_s() / 60  # the first to import torch on a machine waits for its files
+    started_s = running_s()
+    options.minutes -= started_s / 60  # the first to import torch on a machine waits for its files
     campaign = Campaign(options)
     if options.piece is not None and options.piece not in campaign.pieces:
         parser.error(f"unknown piece {options.piece!r}; known: {', '.join(campaign.pieces)}")
@@ -380,7 +405,10 @@ def main(arguments: list[str] | None = None) -> int:
     campaign.out.mkdir(parents=True, exist_ok=True)
     campaign.work.mkdir(parents=True, exist_ok=True)
     if options.piece is not None:
-        campaign.pieces[options.piece].work()
+        try:
+            campaign.pieces[options.piece].work()
+        finally:
+            campaign.note_parts(options.piece, started_s)
         return 0
     if options.cifar is None and not options.tiny:
         print("no --cifar: the runs train on synthetic images, whose accuracy says nothing", file=sys.stderr)

@@ -11,13 +11,13 @@ import argparse
 import contextlib
 import io
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gpu_steps
+from gpu_parts import Noted, Number
 from gpu_runs import BATCH, EPOCHS, IMAGES, INTERVAL, MAX_FILE_BYTES, SHORTEST_TURN_S, Pair, Runs, Turn
 
 import ptsim
@@ -33,9 +33,10 @@ LOAN_S = 30 * 60.0
 # Allowances, not measurements: nobody has timed them on such a machine.
 START_S = 120.0  # from the asking for a machine until the first call works
 BETWEEN_S = 30.0  # of every call: files there and back, wheels, the end of what was interrupted
-TURN_S = 20.0  # of every turn of a training: imports, 60,000 images to decode, convolutions to tune
+# Of every turn of a training: imports, 60,000 images to decode, convolutions to tune. `--noted` may know it better.
+TURN_S = 20.0
 
-_LOANS = ("First", "Second", "Third")
+_NUM_LOANS = 3
 _VALIDATED = math.ceil(10_000 / BATCH)  # mini-batches after every epoch
 # Operators of an iteration that are not the network's, counted by a dispatch mode: 13 for the images, 14 for the sums.
 LOOP_OPERATORS = 27
@@ -51,11 +52,50 @@ class RunCost(NamedTuple):
     low: float
     high: float
     checkpoint_bytes: int
+    num_architectures: int = 1
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, but for the beginning of its turns and its checkpoints."""
+        """Of the whole run, but for the beginning of its turns and what comes after its epochs."""
         return math.fsum(self.epochs)
+
+
+class Allowed(NamedTuple):
+    """Seconds that no prediction counts: of a piece's start, of a turn's, of a checkpoint and of a profile."""
+
+    piece_s: float = 0.0  # a turn's allowance is for both
+    turn_s: float = TURN_S
+    checkpoint_s_per_byte: float = 0.0
+    profile_s: float = 0.0
+
+    def after_epoch_s(self, cost: RunCost) -> float:
+        """After an epoch, on average: its checkpoint, as large as the first, and a part of the profiles."""
+        profiles_s = self.profile_s * (cost.num_architectures - 1)  # the first is of the first turn's start
+        return self.checkpoint_s_per_byte * cost.checkpoint_bytes + profiles_s / len(cost.epochs)
+
+    def run_s(self, cost: RunCost, factor: float = 1.0) -> float:
+        """A whole run in one turn."""
+        return self.turn_s + factor * cost.seconds + len(cost.epochs) * self.after_epoch_s(cost)
+
+
+def allowed(noted: Noted, largest_bytes: float) -> tuple[Allowed, list[str]]:
+    """What is allowed for, and in words which of it is measured; `largest_bytes` is of the largest checkpoint."""
+    start, turn, profile = noted.start(), noted.turn(), noted.profile()
+    checkpoint = noted.checkpoint(largest_bytes)
+    lines = [
+        f"{START_S:.0f} s until a machine has started and {BETWEEN_S:.0f} s around every call: assumed",
+        f"the start of a process: {start or 'in the next one'}",
+        f"the start of every turn of a training: {turn or Number(TURN_S, 'assumed')}",
+        f"a checkpoint of {largest_bytes / 1e6:.0f} MB after every epoch: {checkpoint or 'in no number'}",
+        f"the layer profile of an architecture: {profile or 'in no number'}",
+    ]
+    known = Allowed(
+        piece_s=start.seconds if start and turn else 0.0,
+        turn_s=turn.seconds if turn else TURN_S,
+        checkpoint_s_per_byte=checkpoint.seconds / largest_bytes if checkpoint else 0.0,
+        profile_s=profile.seconds if profile else 0.0,
+    )
+    return known, lines
 
 
 def run_cost(model: str, device: Device, *, pruned: bool) -> RunCost:
@@ -82,6 +122,7 @@ def run_cost(model: str, device: Device, *, pruned: bool) -> RunCost:
         low=found.low_s / found.total_s,
         high=found.high_s / found.total_s,
         checkpoint_bytes=2 * trace.networks[trace.epochs[0].architecture].gradient_bytes,  # weights and momentum
+        num_architectures=len({epoch.architecture for epoch in trace.epochs}),
     )
 
 
@@ -120,9 +161,11 @@ def limits_cost(steps: gpu_steps.Steps, device: Device) -> float:
 class PlannedRuns(Runs):
     """Runs that take no time but on the clock: epochs pass as they are predicted."""
 
-    def __init__(self, folder: Path, costs: Mapping[str, RunCost], clock: Clock, end: str) -> None:
+    def __init__(
+        self, folder: Path, costs: Mapping[str, RunCost], clock: Clock, end: str, allowed: Allowed
+    ) -> None:
         super().__init__(folder, folder, "cuda", tiny=False, cifar=None)
-        self._costs, self._clock, self._end = costs, clock, end
+        self._costs, self._clock, self._end, self._allowed = costs, clock, end, allowed
         self._reached: dict[str, int] = dict.fromkeys(costs, 0)  # whole epochs of every run
 
     def trained(self, name: str) -> bool:
@@ -141,10 +184,10 @@ class PlannedRuns(Runs):
         """Let the clock jump to the end of the turn; an epoch that is not finished is lost."""
         cost = self._costs[turn.name]
         factor = {"low": cost.low, "high": cost.high}.get(self._end, 1.0)
-        left_s, number = turn.seconds - TURN_S, self._reached[turn.name]
-        last = min(turn.epochs, EPOCHS)
-        while number < last and factor * cost.epochs[number] <= left_s:
-            left_s -= factor * cost.epochs[number]
+        left_s, number = turn.seconds - self._allowed.turn_s, self._reached[turn.name]
+        last, after_s = min(turn.epochs, EPOCHS), self._allowed.after_epoch_s(cost)
+        while number < last and (epoch_s := factor * cost.epochs[number] + after_s) <= left_s:
+            left_s -= epoch_s
             number += 1
         self._reached[turn.name] = number
         self._clock.now_s += turn.seconds - (left_s if number == last else 0.0)
@@ -157,6 +200,12 @@ class PlannedRuns(Runs):
         for pair in pairs:
             if not travels(pair, self._costs):
                 self._reached |= {name: 0 for name in pair.runs if not self.trained(name)}
+
+
+def together_s(runs: Sequence[RunCost]) -> float:
+    """The least that runs at the same time on one GPU take: the longest of them, or what the GPU does in their steps."""
+    busy_s = math.fsum(run.seconds - run.waits_s - run.validation_s - run.loop_s for run in runs)
+    return max(busy_s, *(run.seconds for run in runs))
 
 
 def travels(pair: Pair, costs: Mapping[str, RunCost]) -> bool:
@@ -195,16 +244,20 @@ class Rehearsal:
     """The campaign from an empty folder, call after call, as `work_through` goes through it."""
 
     def __init__(
-        self, options: argparse.Namespace, make: Callable[..., Any], work_through: Callable[..., list[str]]
+        self,
+        options: argparse.Namespace,
+        make: Callable[..., Any],
+        work_through: Callable[..., list[str]],
+        allowed: Allowed = Allowed(),  # noqa: B008 - frozen
     ) -> None:
-        self._options, self._make, self._work_through = options, make, work_through
+        self._options, self._make, self._work_through, self._allowed = options, make, work_through, allowed
 
-    def calls(self, costs: Mapping[str, RunCost], end: str = "expected", loans: int = len(_LOANS)) -> list[Call]:
+    def calls(self, costs: Mapping[str, RunCost], end: str = "expected", loans: int = _NUM_LOANS) -> list[Call]:
         """The calls of so many half hours, or until nothing is left; every run takes `end` of its interval."""
         found: list[Call] = []
         with tempfile.TemporaryDirectory() as folder:
             clock = Clock()
-            runs, measured = PlannedRuns(Path(folder), costs, clock, end), dict[str, float]()
+            runs, measured = PlannedRuns(Path(folder), costs, clock, end, self._allowed), dict[str, float]()
             for loan in range(1, loans + 1):
                 left_s = LOAN_S - START_S - BETWEEN_S
                 while left_s > SHORTEST_TURN_S:
@@ -246,6 +299,7 @@ class Rehearsal:
             pairs = campaign.pieces[name].pairs
             if pairs:
                 campaign.deadline_s = began_s + 60 * piece_minutes
+                clock.now_s += self._allowed.piece_s
                 runs.train(pairs)
                 campaign.deadline_s = end_s
             else:
@@ -257,144 +311,3 @@ class Rehearsal:
         with contextlib.redirect_stdout(io.StringIO()):
             left = self._work_through(campaign, run)
         return Call(loan, minutes, did), clock() - began_s, left
-
-
-def show(options: argparse.Namespace, make: Callable[..., Any], work_through: Callable[..., list[str]]) -> int:
-    """Print the pieces with their costs and the calls; 0.
-
-    Raises:
-        UnknownNameError: no such GPU in the catalog.
-    """
-    device = load_device(options.gpu)
-    campaign = make(options)
-    print(f"Predicted for one {device.name} from its data sheet, in minutes (90 % interval). Nothing is run.\n")
-    if options.tiny:
-        costs = dict[str, RunCost]()
-    else:
-        print("tracing about 30 networks, which takes a minute or more", file=sys.stderr, flush=True)
-        costs = run_costs(campaign.pairs, device)
-    print(f"{'piece':13}{'part':>5}  {'predicted':24}what it does")
-    for name, piece in campaign.pieces.items():
-        part = f"{piece.minutes:.1f}" if piece.minutes else "rest"
-        said = "a rehearsal" if options.tiny else _said(name, piece, costs, campaign.steps, device)
-        print(f"{name:13}{part:>5}  {said:24}{piece.about}", flush=True)
-    if not options.tiny:
-        _show_runs(campaign.pairs, costs)
-        _show_calls(Rehearsal(options, make, work_through), campaign, costs)
-    return 0
-
-
-def _said(name: str, piece: Any, costs: Mapping[str, RunCost], steps: gpu_steps.Steps, device: Device) -> str:
-    """What is predicted of a piece, in minutes."""
-    if piece.pairs:
-        runs = [costs[run] for pair in piece.pairs for run in pair.runs]
-        least_s = sum(run.low * run.seconds + TURN_S for run in runs)
-        middle_s = sum(run.seconds + TURN_S for run in runs)
-        most_s = sum(run.high * run.seconds + TURN_S for run in runs)
-        return f"{middle_s / 60:.1f} ({least_s / 60:.1f} to {most_s / 60:.1f})"
-    if piece.steps and piece.minutes:
-        return f"{steps_cost(steps, piece.steps, device, power=piece.power) / 60:.1f} in {len(piece.steps)} rows' steps"
-    if name == "memory":
-        return f"at most {limits_cost(steps, device) / 60:.1f} in steps"
-    return "until its part is over" if name == "calibrate" else "not measured"
-
-
-def _show_runs(pairs: Sequence[Pair], costs: Mapping[str, RunCost]) -> None:
-    """What the trainings are made of."""
-    print(
-        f"\n{'minutes of a run':18}{'all':>6}{'90 % interval':>16}{'waits for host':>16}{'validation':>12}{'loop':>6}"
-    )
-    for pair in pairs:
-        for name in pair.runs if pair.seed == 1 else ():
-            cost = costs[name]
-            interval = f"{cost.low * cost.seconds / 60:.1f} to {cost.high * cost.seconds / 60:.1f}"
-            print(
-                f"{name:18}{cost.seconds / 60:6.1f}{interval:>16}{cost.waits_s / 60:16.1f}"
-                f"{cost.validation_s / 60:12.1f}{cost.loop_s / 60:6.1f}"
-            )
-    sizes = ", ".join(
-        f"{pair.model} {costs[next(iter(pair.runs))].checkpoint_bytes / 1e6:.0f} MB" for pair in pairs if pair.seed == 1
-    )
-    allowed = f"{START_S:.0f} s until a machine has started; {BETWEEN_S:.0f} s around every call; {TURN_S:.0f} s at"
-    print(
-        f"""
-A PruneTrain run is taken to lose as many FLOPs as the paper's did. "waits for host" is a part of the steps in which the
-GPU has nothing to do: hosts differ most, and so does this. "validation" takes a forward pass and at most all of the
-wait per mini-batch; "loop" is {LOOP_OPERATORS} operators an iteration that are not the network's.
-
-Not measured, and in no number: checkpoints, one after every epoch (dense: {sizes});
-the layer profile of every architecture; unpacking the images; building, tracing and tuning networks for other pieces.
-Allowed for below, not measured: {allowed}
-the start of every turn of a training. A piece that trains nothing is taken to need its part."""
-    )
-
-
-def _show_calls(rehearsal: Rehearsal, campaign: Any, costs: Mapping[str, RunCost]) -> None:
-    """The calls, one after the other, and what they leave."""
-    calls = rehearsal.calls(costs)
-    loan = 0
-    for number, call in enumerate(calls, 1):
-        if call.loan != loan:
-            loan = call.loan
-            print(f"\n{_LOANS[loan - 1]} half hour of a machine, with --cifar" + (" and --earlier" if loan > 1 else ""))
-        print(f"  call {number}, --minutes {call.minutes:.1f}: {'; '.join(_did(did) for did in call.did)}")
-    print()
-    if loan < len(_LOANS):
-        print("Then more-steps, as long as there is time.")
-    first = _state([call for call in calls if call.loan == 1])
-    for name, piece in campaign.pieces.items():
-        if piece.pairs and any(number < EPOCHS for number in _reached(piece.pairs, first).values()):
-            print(_shortfall(name, piece, _reached(piece.pairs, first), calls, costs))
-    for end, words in (("low", "fast"), ("high", "slow")):
-        state = _state(rehearsal.calls(costs, end, loans=1))
-        reached = "; ".join(
-            f"{name} {_epochs(_reached(piece.pairs, state))}" for name, piece in campaign.pieces.items() if piece.pairs
-        )
-        print(f"The first half hour, with every run at the {words} end of its interval:\n  {reached}.")
-    print(
-        """
-Worth doing: make the calls of a half hour without a pause, since a pair whose checkpoints do not fit into runs.tar
-begins again on another machine; keep --work in memory; make validation.json afterwards, on any machine."""
-    )
-
-
-def _did(did: Did) -> str:
-    """A piece's turn in words."""
-    return f"{did.name} {did.seconds / 60:.1f}" + (f" ({_epochs(did.epochs)})" if did.epochs else "")
-
-
-def _epochs(reached: Mapping[str, int]) -> str:
-    """Epochs of runs: one number where all have the same."""
-    if set(reached.values()) == {EPOCHS}:
-        return "whole"
-    if len(set(reached.values())) == 1:
-        return f"{next(iter(reached.values()))} of {EPOCHS} epochs"
-    return " and ".join(f"{number}" for number in reached.values()) + f" of {EPOCHS} epochs"
-
-
-def _state(calls: Sequence[Call]) -> dict[str, int]:
-    """Epochs of every run after these calls."""
-    return {run: number for call in calls for did in call.did for run, number in did.epochs.items()}
-
-
-def _reached(pairs: Sequence[Pair], state: Mapping[str, int]) -> dict[str, int]:
-    return {name: state.get(name, 0) for pair in pairs for name in pair.runs}
-
-
-def _shortfall(
-    name: str, piece: Any, reached: Mapping[str, int], calls: Sequence[Call], costs: Mapping[str, RunCost]
-) -> str:
-    """What becomes of a piece that the first half hour does not finish."""
-    whole = [
-        call.loan
-        for call in calls
-        if all(number == EPOCHS for number in _reached(piece.pairs, _state(calls[: calls.index(call) + 1])).values())
-    ]
-    if all(travels(pair, costs) for pair in piece.pairs):
-        kept = "goes on in the next one: its checkpoints travel in runs.tar"
-    else:
-        kept = "begins again on another machine, but for finished runs: its checkpoints do not fit into runs.tar"
-    when = (
-        f"finished in the {_LOANS[whole[0] - 1].lower()}" if whole else f"not finished after {len(_LOANS)} half hours"
-    )
-    return f"{name} does not fit into the first half hour ({_epochs(reached)}), {when}.\n  It {kept}."

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from processes import num_epochs, run_together
+import gpu_parts
+import msgspec
+import torch
+from processes import epochs_of, num_epochs, run_together
 
 import ptsim
 from ptsim.errors import FileFormatError
 from ptsim.textfile import write_whole
+from ptsim.training.config import Config
+from ptsim.training.datasets import load_data
 from ptsim.training.runfolder import CHECKPOINTS, CONFIG
 
 MAX_FILE_BYTES = 16 * 2**20
@@ -66,6 +72,8 @@ class Runs:
     def __init__(self, out: Path, work: Path, device: str, *, tiny: bool, cifar: Path | None) -> None:
         self.out, self.work, self.device, self.tiny, self.cifar = out, work, device, tiny, cifar
         self.remaining_s: Callable[[], float] = lambda: math.inf  # until the piece has to end
+        self.parts = gpu_parts.Parts()
+        self.turns: list[dict[str, Any]] = []  # with the parts of each
 
     def trained(self, name: str) -> bool:
         """The run reached its last epoch."""
@@ -123,14 +131,28 @@ class Runs:
             raise RuntimeError("; ".join(failures.values()))
 
     def turn(self, turn: Turn, pair: Pair) -> None:
-        """Train one run for its turn."""
-        until_s = time.monotonic() + turn.seconds
+        """Train one run for its turn, and note what it took."""
+        began_s, before = time.monotonic(), self.epochs(turn.name)
+        until_s = began_s + turn.seconds
+        noted = self.work / f"{turn.name}.parts"
+        noted.unlink(missing_ok=True)
 
         def remaining_s() -> float:
             return 0.0 if self.epochs(turn.name) >= turn.epochs else until_s - time.monotonic()
 
         command = self.train_arguments(turn.name, pair, pair.runs[turn.name])
-        run_together({turn.name: command}, remaining_s, lambda: self.keep([turn.name]))
+        program = (sys.executable, gpu_parts.__file__, str(noted))
+        try:
+            run_together({turn.name: command}, remaining_s, lambda: self.keep([turn.name]), program=program)
+        finally:
+            self._note(turn.name, before, time.monotonic() - began_s, gpu_parts.read(noted))
+
+    def _note(self, name: str, before: int, seconds: float, parts: dict[str, gpu_parts.Part]) -> None:
+        """Note the turn of a run that had so many epochs before."""
+        epochs = [epoch.time for epoch in (epochs_of(self.work / name / "trace.jsonl") or ())[before:]]
+        trained_s = math.fsum(took.wall_s + took.validation_s for took in epochs)
+        parts["epochs"] = gpu_parts.Part(number=len(epochs), seconds=trained_s)
+        self.turns.append({"run": name, "seconds": seconds, "parts": msgspec.to_builtins(parts)})
 
     def train_arguments(self, name: str, pair: Pair, penalty_ratio: float) -> list[str]:
         """The command line that begins the run, or goes on with it."""
@@ -190,14 +212,24 @@ class Runs:
         if self.cifar is None:
             return None
         folder = self.work / "cifar10"
-        if not (folder / "complete").exists():
-            with tarfile.open(self.cifar) as archive:
+        new = not (folder / "complete").exists()
+        if new:
+            with self.parts.timed("unpacked"), tarfile.open(self.cifar) as archive:
                 archive.extractall(folder, filter="data")
             (folder / "complete").touch()
         found = next((path.parent for path in sorted(folder.rglob("train")) if path.is_dir()), None)
         if found is None:
             raise FileFormatError(self.cifar, "holds no folder called train")
+        if new and self.tiny:  # or a rehearsal would not tell how long it takes to read all of them
+            self._read(found)
         return found
+
+    def _read(self, images: Path) -> None:
+        """Read all images once, as a training does."""
+        config = Config(model="vgg11", dataset="imagefolder", data_dir=str(images), augment="none", batch=1)
+        began_s = time.monotonic()
+        data = load_data(config, input_shape=(3, 32, 32), device=torch.device("cpu"))
+        self.parts.add("data", time.monotonic() - began_s, size=gpu_parts.num_images(data))
 
 
 def run_files(folder: Path) -> dict[str, Path]:

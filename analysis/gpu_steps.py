@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_parts
 import msgspec
 import pynvml
 import torch
@@ -58,7 +59,11 @@ FIRST_STEPS: list[Combination] = [
     *itertools.product(("vgg11", "resnet50", "resnet32"), (128,), ("fp32", "bf16"), ("contiguous",)),
     *itertools.product(("torchvision:vgg16_bn", "torchvision:mobilenet_v2"), (32,), ("tf32", "bf16"), FORMATS),
 ]
+# ResNet-50 dense and as pruning leaves it, where this share of the prunable channels is gone.
+_STAGES = ("torchvision:resnet50", *(f"pruned {share} torchvision:resnet50" for share in (0.2, 0.4, 0.6)))
 MORE_STEPS: list[Combination] = [
+    # In fp16 the GradScaler waits for the GPU before every update, so these tell of the host, too; dense is above.
+    *itertools.product(_STAGES[1:], (64,), ("fp16",), FORMATS[1:]),
     *itertools.product(
         ("torchvision:resnet18", "torchvision:efficientnet_b0", "torchvision:convnext_tiny", "torchvision:swin_t"),
         (64,),
@@ -79,8 +84,6 @@ PEAKS: list[Combination] = [
         "resnext50_32x4d", "shufflenet_v2_x1_0", "squeezenet1_1", "swin_v2_t", "vgg11", "vit_b_16", "wide_resnet50_2",
     )
 ]  # fmt: skip
-# ResNet-50 dense and as pruning leaves it, where this share of the prunable channels is gone.
-_STAGES = ("torchvision:resnet50", *(f"pruned {share} torchvision:resnet50" for share in (0.2, 0.4, 0.6)))
 STAGES: list[Combination] = [*itertools.product(_STAGES, (64,), ("fp32", "bf16"), FORMATS[1:])]
 TINY_STEPS: list[Combination] = [
     ("resnet20", 4, "fp32", "contiguous"),
@@ -108,6 +111,7 @@ class Steps:
 
     def __init__(self, out: Path, device: torch.device, *, tiny: bool, remaining_s: Callable[[], float]) -> None:
         self.out, self.device, self.tiny, self.remaining_s = out, device, tiny, remaining_s
+        self.parts = gpu_parts.Parts()
         self._networks: dict[str, tuple[nn.Module, Network]] = {}
 
     def done(self, wanted: Sequence[Combination]) -> bool:
@@ -198,15 +202,8 @@ class Steps:
     def network(self, name: str) -> tuple[nn.Module, Network]:
         """The model on the CPU and its description, made once; "pruned SHARE NAME" is NAME without that share."""
         if name not in self._networks:
-            pruned, _, share = name.rpartition(" ")[0].partition(" ")
-            base = name.rpartition(" ")[2]
-            entry = zoo.find(base)
-            torch.manual_seed(0)
-            model = zoo.create(base)
-            if pruned:
-                remove_share(model, entry.input_shape, float(share))
-            network = capture_network(model, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes)
-            self._networks[name] = model, network
+            with self.parts.timed("networks"):
+                self._networks[name] = _made(name)
         return self._networks[name]
 
     def limits_done(self) -> bool:
@@ -246,6 +243,19 @@ class Steps:
 
     def _runs(self, model: nn.Module, shape: tuple[int, int, int], setting: StepSetting, batch: int) -> bool:
         return runs_steps(model, shape, msgspec.structs.replace(setting, batch=batch), self.device)
+
+
+def _made(name: str) -> tuple[nn.Module, Network]:
+    """The model on the CPU and its description."""
+    pruned, _, share = name.rpartition(" ")[0].partition(" ")
+    base = name.rpartition(" ")[2]
+    entry = zoo.find(base)
+    torch.manual_seed(0)
+    model = zoo.create(base)
+    if pruned:
+        remove_share(model, entry.input_shape, float(share))
+    network = capture_network(model, name=name, input_shape=entry.input_shape, num_classes=entry.num_classes)
+    return model, network
 
 
 def predicted(network: Network, setting: StepSetting, device: Device | None) -> dict[str, Any]:
@@ -324,6 +334,8 @@ def training_step(
     images = torch.randn((setting.batch, *input_shape), device=device)
     images = images.contiguous(memory_format=layout(setting.memory_format))
     labels = torch.zeros(setting.batch, dtype=torch.int64, device=device)
+    # As training in fp16 does, which waits for the device before every update.
+    scaler = torch.amp.GradScaler(device.type, enabled=setting.precision is Precision.FP16)
 
     def step() -> None:
         with tf32_allowed(setting.precision), tuned_convolutions():
@@ -331,8 +343,9 @@ def training_step(
             with number_format(setting.precision, device):
                 logits = here(images)
                 loss = F.cross_entropy(logits if isinstance(logits, torch.Tensor) else logits[0], labels)
-            loss.backward()  # type: ignore[no-untyped-call] # torch's gap
-            optimizer.step()
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # torch's gap
+            scaler.step(optimizer)
+            scaler.update()
 
     return step
 

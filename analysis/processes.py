@@ -15,6 +15,7 @@ from typing import Any
 
 from ptsim import read_trace
 from ptsim.errors import FileFormatError
+from ptsim.trace.schema import Epoch
 
 # -P: a checkout in the current folder must not take the installed package's place: it has no `ptsim.models`.
 PTSIM = (sys.executable, "-P", "-m", "ptsim")
@@ -30,6 +31,7 @@ def run_together(
     meanwhile: Callable[[], None],
     *,
     cores: Sequence[int] | None = None,
+    program: Sequence[str] | None = None,
 ) -> None:
     """Run `ptsim` commands at the same time; when no time remains they are interrupted as by Ctrl-C.
 
@@ -38,13 +40,14 @@ def run_together(
         remaining_s: seconds until they have to end.
         meanwhile: called every few seconds and at the end.
         cores: one CPU core for each command, with one thread; None pins nothing.
+        program: what runs them in place of `ptsim`.
 
     Raises:
         RuntimeError: one of them failed by itself.
     """
     processes = {
         name: subprocess.Popen(
-            [*PTSIM, *command],
+            [*(program or PTSIM), *command],
             env=os.environ if cores is None else os.environ | {"OMP_NUM_THREADS": "1"},
         )
         for name, command in commands.items()
@@ -71,12 +74,18 @@ def run_together(
         raise RuntimeError(f"ptsim train ended badly: {', '.join(failed)}")
 
 
-def num_epochs(trace: Path) -> int:
-    """Epochs of a trace that may be being written; -1 where there is none yet, or none that can be read."""
+def epochs_of(trace: Path) -> Sequence[Epoch] | None:
+    """Epochs of a trace that may be being written; None where there is none yet, or none that can be read."""
     with contextlib.suppress(FileFormatError, OSError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its last line is not whole yet
-        return len(read_trace(trace).epochs)
-    return -1
+        return read_trace(trace).epochs
+    return None
+
+
+def num_epochs(trace: Path) -> int:
+    """How many they are; -1 for None."""
+    found = epochs_of(trace)
+    return -1 if found is None else len(found)
 
 
 def stopped_after(command: Sequence[str], seconds: float, **how: Any) -> int:
