@@ -77,15 +77,23 @@ def _walk(
             continue
         if (on_gpu or _asks(statement, flags)) and not _is_text(statement):
             found.setdefault(function, set()).add(statement.lineno)
-        when_true, when_false = _NOTHING
-        if isinstance(statement, ast.If | ast.While):
-            when_true, when_false = _said_by_test(statement.test, flags)
+        told = _told(statement, flags)
         for name, block in _blocks(statement):
-            told = {"body": when_true, "orelse": when_false}.get(name)
-            _walk(block, flags, function, names, on_gpu or told is True, found)
-        if isinstance(statement, ast.If):  # what follows has come by the branch that is not left
-            on_gpu = on_gpu or (_leaves(statement.body) and when_false is True)
-            on_gpu = on_gpu or (_leaves(statement.orelse) and when_true is True)
+            _walk(block, flags, function, names, on_gpu or told.get(name, False), found)
+        follows = isinstance(statement, ast.If) and (
+            (_leaves(statement.body) and told["orelse"]) or (_leaves(statement.orelse) and told["body"])
+        )
+        if follows or any(told.get(name, False) for name, _ in _blocks(statement)):
+            found.setdefault(function, set()).add(statement.lineno)
+        on_gpu = on_gpu or follows  # what comes after a branch that is left came by the other one
+
+
+def _told(statement: ast.stmt, flags: Mapping[str, Said]) -> dict[str, bool]:
+    """Whether a GPU alone gets to the branches of an `if` or a `while`, by their field."""
+    if not isinstance(statement, ast.If | ast.While):
+        return {}
+    when_true, when_false = _said_by_test(statement.test, flags)
+    return {"body": when_true is True, "orelse": when_false is True}
 
 
 def _blocks(statement: ast.stmt) -> Iterator[tuple[str, list[ast.stmt]]]:
@@ -110,8 +118,6 @@ def _asks(statement: ast.stmt, flags: Mapping[str, Said]) -> bool:
             continue
         if asks_for_cuda(part):
             return True
-        if isinstance(statement, ast.If | ast.While) and part is statement.test and _says(part, flags) != _NOTHING:
-            return True
         choices = [inner.test for inner in ast.walk(part) if isinstance(inner, ast.IfExp)]
         if any(_says(test, flags) != _NOTHING for test in choices):
             return True
@@ -120,6 +126,9 @@ def _asks(statement: ast.stmt, flags: Mapping[str, Said]) -> bool:
 
 def _said_by_test(test: ast.expr, flags: Mapping[str, Said]) -> Said:
     """As `_says`; a test that asks for CUDA in another way is a GPU's where it is true."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        when_true, when_false = _said_by_test(test.operand, flags)
+        return when_false, when_true
     said = _says(test, flags)
     asked_otherwise = asks_for_cuda(test) and not any(isinstance(part, ast.Compare) for part in ast.walk(test))
     return (True, None) if said == _NOTHING and asked_otherwise else said

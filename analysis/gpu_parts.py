@@ -126,13 +126,32 @@ class Number(NamedTuple):
         return f"{self.seconds:.1f} s, {self.source}"
 
 
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """A training's, as `campaign.json` has it."""
+
+    run: str
+    seconds: float
+    parts: dict[str, Part] = {}
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece that ran, as `campaign.json` has it; the device is a GPU."""
+
+    piece: str
+    seconds: float
+    device: str | None = None
+    parts: dict[str, Part] = {}
+    turns: tuple[Turn, ...] = ()
+
+
 class Noted:
     """What earlier calls have noted; nothing without them. A rehearsal tells what needs no GPU."""
 
-    def __init__(self, log: Sequence[Mapping[str, Any]] = ()) -> None:
-        """`log` is the content of `campaign.json`."""
-        self._pieces = [(entry, _parts(entry)) for entry in log]
-        self._turns = [(turn, _parts(turn), entry) for entry in log for turn in entry.get("turns", ())]
+    def __init__(self, log: Sequence[Entry] = ()) -> None:
+        self._log = log
+        self._turns = [turn for entry in log for turn in entry.turns]
+        self._on_gpu = [turn for entry in log for turn in entry.turns if entry.device is not None]
+        self._all = [*(entry.parts for entry in log), *(turn.parts for turn in self._turns)]  # of every process
 
     @classmethod
     def of(cls, results: Path | None) -> Noted:
@@ -145,45 +164,43 @@ class Noted:
             return cls()
         path = results / "campaign.json"
         try:
-            return cls(msgspec.json.decode(read_bytes(path), type=list[dict[str, Any]]))
-        except (msgspec.MsgspecError, KeyError) as error:
+            return cls(msgspec.json.decode(read_bytes(path), type=list[Entry]))
+        except msgspec.MsgspecError as error:
             raise FileFormatError(path, f"is no log of the campaign: {on_one_line(error)}") from error
 
     def taken(self, piece: str) -> str:
         """What a piece has taken in all calls, in words, and which parts of it are known."""
-        own = [(entry, parts) for entry, parts in self._pieces if entry["piece"] == piece]
+        own = [entry for entry in self._log if entry.piece == piece]
         if not own:
             return "nothing yet"
-        seconds = {"start": 0.0}
-        for parts in (parts for _, parts in own):
-            for name, part in parts.items():
+        seconds: dict[str, float] = {}
+        for entry in own:
+            for name, part in entry.parts.items():
                 seconds[name] = seconds.get(name, 0.0) + part.seconds
-        for turn, parts, entry in self._turns:
-            if entry["piece"] == piece:
-                seconds["turns"] = seconds.get("turns", 0.0) + turn["seconds"]
-                for name in ("before", "epochs", "checkpoints", "profiles"):
-                    seconds[name] = seconds.get(name, 0.0) + (parts[name].seconds if name in parts else 0.0)
+        for turn in (turn for entry in own for turn in entry.turns):
+            seconds["turns"] = seconds.get("turns", 0.0) + turn.seconds
+            for name in ("before", "epochs", "checkpoints", "profiles"):
+                seconds[name] = seconds.get(name, 0.0) + (turn.parts[name].seconds if name in turn.parts else 0.0)
         known = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value >= 0.5)
-        total_s = sum(entry["seconds"] for entry, _ in own)
         calls = "1 call" if len(own) == 1 else f"{len(own)} calls"
-        return f"{total_s:.0f} s in {calls} ({known or 'no parts noted'})"
+        return f"{sum(entry.seconds for entry in own):.0f} s in {calls} ({known or 'no parts noted'})"
 
     def start(self) -> Number | None:
         """Of a process, until everything is imported."""
-        found = [parts["start"].seconds for parts in self._all() if "start" in parts]
+        found = [parts["start"].seconds for parts in self._all if "start" in parts]
         return _median([seconds for seconds in found if seconds], "processes")
 
     def reading(self) -> Number | None:
         """Of all images."""
-        enough = [p["data"] for p in self._all() if "data" in p and p["data"].size >= _ENOUGH_IMAGES * p["data"].number]
-        return _median([IMAGES * part.seconds / part.size for part in enough], "times")
+        found = [parts["data"] for parts in self._all if "data" in parts]
+        return _median([IMAGES * part.seconds / part.size for part in found if part.size >= _ENOUGH_IMAGES], "times")
 
     def turn(self) -> Number | None:
         """Of a training before its first epoch: on a GPU all of it, else its start and the images."""
         whole = [
-            parts["before"].seconds
-            for _, parts, entry in self._turns
-            if entry.get("device") and "before" in parts and parts["data"].size >= _ENOUGH_IMAGES
+            turn.parts["before"].seconds
+            for turn in self._on_gpu
+            if "before" in turn.parts and turn.parts["data"].size >= _ENOUGH_IMAGES
         ]
         if whole:
             return _median(whole, "turns on the GPU")
@@ -194,11 +211,11 @@ class Noted:
         return Number(start.seconds + reading.seconds, without)
 
     def checkpoint(self, num_bytes: float) -> Number | None:
-        """Of one that large, as the one stored whose size is nearest, if it is anything like it."""
+        """Of one that large, at the rate of those whose size is nearest, if it is anything like it."""
         rates = [
             (max(mean / num_bytes, num_bytes / mean), part.seconds / part.size)
-            for _, parts, _ in self._turns
-            if (part := parts.get("checkpoints")) and (mean := part.size / part.number)
+            for turn in self._turns
+            if (part := turn.parts.get("checkpoints")) is not None and (mean := part.size / part.number)
         ]
         if not rates or min(rates)[0] > _ALIKE:
             return None
@@ -206,26 +223,12 @@ class Noted:
 
     def profile(self) -> Number | None:
         """Of an architecture, on a GPU."""
-        found = [p["profiles"] for _, p, entry in self._turns if entry.get("device") and "profiles" in p]
+        found = [turn.parts["profiles"] for turn in self._on_gpu if "profiles" in turn.parts]
         return _median([part.seconds / part.number for part in found], "turns on the GPU")
-
-    def networks(self, piece: str) -> Number | None:
-        """Of building and tracing one network of a piece."""
-        found = [parts["networks"] for entry, parts in self._pieces if entry["piece"] == piece and "networks" in parts]
-        number = sum(part.number for part in found)
-        return Number(sum(part.seconds for part in found) / number, f"measured, {number} networks") if found else None
-
-    def _all(self) -> Iterator[dict[str, Part]]:
-        yield from (parts for _, parts in self._pieces)
-        yield from (parts for _, parts, _ in self._turns)
-
-
-def _parts(noted: Mapping[str, Any]) -> dict[str, Part]:
-    return msgspec.convert(noted.get("parts", {}), dict[str, Part])
 
 
 def _median(values: Sequence[float], of: str) -> Number | None:
-    return Number(statistics.median(values), f"measured, {len(values)} {of}") if values else None
+    return Number(statistics.median(values), f"measured ({of}: {len(values)})") if values else None
 
 
 if __name__ == "__main__":

@@ -175,8 +175,8 @@ class NvmlMeter:
         after_j, before_j = self._energy_j(), self._energy_before_j
         if after_j is None or before_j is None:
             return None
-        grown_j = after_j - before_j
-        return grown_j if 0 <= grown_j <= self._most_w * (lasted_s + _COUNTER_LAG_S) else None
+        grown_j = after_j - before_j  # 0 in an epoch that is over before the driver counts again
+        return grown_j if 0 < grown_j <= self._most_w * (lasted_s + _COUNTER_LAG_S) else None
 
     def _energy_j(self) -> float | None:
         return _scaled(_told(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)), 1e-3)  # mJ

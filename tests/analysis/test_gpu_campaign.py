@@ -31,7 +31,6 @@ gpu_campaign = importlib.import_module("gpu_campaign")
 gpu_steps = importlib.import_module("gpu_steps")
 gpu_tests = importlib.import_module("gpu_tests")
 processes = importlib.import_module("processes")
-cuda_lines = importlib.import_module("cuda_lines")
 work_through, main = gpu_campaign.work_through, gpu_campaign.main
 
 
@@ -75,6 +74,7 @@ def test_one_call_does_piece_after_piece_and_leaves_nothing(results):
         "peaks",
         "steps",
         "memory",
+        "seeds",
         "validate",
     ]
     assert not any(entry["failed"] for entry in campaign.log)
@@ -122,6 +122,34 @@ def test_both_runs_are_whole_and_have_profiles(results, tmp_path):
         assert trace.profiles
         assert (trace.run.dataset.name, trace.run.dataset.num_train) == ("imagefolder", 64)
     assert trace.run.hyperparameters["penalty_ratio"] == 0.25
+
+
+def test_every_turn_notes_its_parts_and_a_rehearsal_reads_all_images(results):
+    _, _, campaign = results
+    turns = {turn["run"]: turn["parts"] for turn in campaign.trainings.turns}
+    assert set(turns) == {"resnet20-dense-s1", "resnet20-pruned-s1", "vgg11-dense-s2", "vgg11-pruned-s2"}
+    for parts in turns.values():
+        assert set(parts) == {"start", "before", "data", "checkpoints", "profiles", "epochs"}
+        assert (parts["data"]["size"], parts["epochs"]["number"]) == (64 + 64, 2)
+        assert parts["checkpoints"]["number"] == 3  # one before the first epoch
+        assert 0 < parts["start"]["seconds"] < parts["before"]["seconds"]
+    weights = sum(parameter.numel() for parameter in zoo.create("vgg11").parameters())
+    dense = turns["vgg11-dense-s2"]["checkpoints"]["size"]
+    assert dense == pytest.approx(4 * weights * (1 + 2 + 2), rel=0.01)  # without momentum before the first step
+    found = campaign.trainings.parts.found
+    assert found["unpacked"].number == 1
+    assert found["data"].size == 2 * (40 + 35)
+
+
+def test_what_a_piece_has_noted_stands_in_its_entry_once(tmp_path):
+    assert main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "--piece", "peaks", "--minutes", "60"]) == 0
+    campaign = campaign_at(tmp_path)
+    for _ in range(2):
+        campaign.note("peaks", 12.0, None, further=True)
+    first, second = campaign.log
+    assert (first["turns"], first["parts"]["networks"]["number"]) == ([], 1)
+    assert first["parts"]["start"]["seconds"] >= 0
+    assert "parts" not in second
 
 
 def test_the_profile_can_be_read_and_the_validation_says_what_was_possible(results):
@@ -394,7 +422,8 @@ def test_an_interrupted_run_goes_on_where_the_work_folder_was_lost(results, tmp_
     later.pieces["vgg11"].work()
     assert later.trainings.trained("resnet20-pruned-s1")
     with tarfile.open(second / "runs.tar") as archive:  # who is finished needs no checkpoint any more
-        assert archive.getnames() == ["resnet20-dense-s1.jsonl", "resnet20-pruned-s1.jsonl"]
+        runs = ("resnet20-dense-s1", "resnet20-pruned-s1", "vgg11-dense-s2", "vgg11-pruned-s2")
+        assert archive.getnames() == [f"{name}.jsonl" for name in runs]
 
 
 def test_a_piece_that_has_had_its_part_of_the_half_hour_comes_after_the_others(tmp_path):
@@ -634,37 +663,3 @@ def test_the_board_is_named_by_the_driver_or_not_at_all(monkeypatch):
     monkeypatch.setattr(gpu_steps, "NvmlMeter", missing)
     assert gpu_steps.board_name() is None
 
-
-EXAMPLE = '''"""About cuda."""
-import torch
-
-def move(x, device):
-    """Moves to cuda."""
-    there = device.type == "cuda"
-    if device.type != "cuda":
-        y = x + 1
-    else:
-        y = x + 2
-    if there:
-        y = y + 3
-    z = y + 4
-    torch.cuda.synchronize()
-    return z, f"cuda:{device.index}"
-
-def driver():
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return pynvml.NVML_SUCCESS
-'''
-
-
-def test_lines_that_only_a_gpu_runs_are_found_and_those_that_no_test_has_run(tmp_path):
-    assert cuda_lines.cuda_lines(EXAMPLE) == {6, 7, 10, 11, 12, 14, 15, 19}
-    (tmp_path / "moving.py").write_text(EXAMPLE)
-    (tmp_path / "unread.py").write_text("import torch\nthere = torch.cuda.is_available()\n")
-    report = {"files": {str(tmp_path / "moving.py"): {"missing_lines": [8, 12, 13]}}}
-    assert list(cuda_lines.unreached(report, tmp_path)) == [
-        "moving.py:12  y = y + 3",
-        "unread.py:2  there = torch.cuda.is_available()",
-    ]

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -38,12 +39,13 @@ def costs(vgg_s=(1.75, 1.4), resnet_s=(5.0, 5.0)):
 
 def options(minutes=8.5, tiny=False):
     return argparse.Namespace(
-        out=Path("nowhere"), work=None, device="cuda", tiny=tiny, cifar=None, minutes=minutes, gpu=H100
+        out=Path("nowhere"), work=None, device="cuda", tiny=tiny, cifar=None, minutes=minutes, gpu=H100, noted=None
     )
 
 
-def rehearsal(minutes=8.5):
-    return gpu_plan.Rehearsal(options(minutes), gpu_campaign.Campaign, gpu_campaign.work_through)
+def rehearsal(minutes=8.5, **allowed):
+    given = gpu_plan.Allowed(**allowed)
+    return gpu_plan.Rehearsal(options(minutes), gpu_campaign.Campaign, gpu_campaign.work_through, given)
 
 
 def names(call):
@@ -94,6 +96,24 @@ def test_a_run_is_as_slow_as_the_end_of_its_interval():
     assert set(fast.values()) == {182}
     assert set(usual.values()) == {134}
     assert set(slow.values()) == {67}  # 235 s of 3.5 s each
+
+
+def test_what_was_measured_takes_the_place_of_what_is_assumed():
+    """Of VGG-11's 510 s the piece starts for 5. Dense has half of the rest, 252.5 s: 12.5 to start, then epochs of 1.75 s
+    with a checkpoint of 0.74 s and a profile of 18.2 s a hundred-and-eighty-second part of which is 0.1: 92 of 2.59 s.
+    """
+    allowed = {"piece_s": 5.0, "turn_s": 12.5, "checkpoint_s_per_byte": 1e-8, "profile_s": 18.2}
+    known = {name: cost._replace(num_architectures=2) for name, cost in costs(vgg_s=(1.75, 1.75)).items()}
+    (did, *_) = rehearsal(**allowed).calls(known, loans=1)[1].did
+    assert did.epochs == {"vgg11-dense-s1": 92, "vgg11-pruned-s1": 92}
+    assert did.seconds == pytest.approx(5 + 252.5 + 12.5 + 92 * 2.59)
+
+
+def test_runs_at_the_same_time_take_the_longest_or_what_the_gpu_does():
+    dense, pruned = cost_of(10.0)._replace(waits_s=1500.0, validation_s=100.0, loop_s=20.0), cost_of(5.0)
+    assert gpu_plan.together_s([dense, pruned]) == 1820
+    assert gpu_plan.together_s([dense, dense]) == 1820
+    assert gpu_plan.together_s([pruned, pruned]) == 2 * 910
 
 
 def test_a_half_hour_is_not_longer_than_it_is():
@@ -166,6 +186,37 @@ def test_the_plan_says_what_each_piece_costs_what_fits_and_what_becomes_of_the_r
     assert "resnet32 does not fit into the first half hour (0 of 182 epochs)" in text
     assert "its checkpoints travel in runs.tar" in text
     assert "vgg11 does not fit" not in text
+
+
+def test_the_plan_takes_what_is_noted_and_says_what_every_piece_has_taken(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_plan, "run_costs", lambda *_: costs())
+    monkeypatch.setattr(gpu_plan, "steps_cost", lambda *_, power: 6.0)
+    monkeypatch.setattr(gpu_plan, "limits_cost", lambda *_: 12.0)
+
+    def part(number, seconds, size=0):
+        return {"number": number, "seconds": seconds, "size": size}
+
+    parts = {"before": part(1, 8.0), "data": part(1, 3.0, 60_000), "checkpoints": part(100, 50.0, 10_000_000_000)}
+    turn = {"run": "vgg11-dense-s1", "seconds": 400.0, "parts": parts}
+    entry = {"piece": "vgg11", "seconds": 410.0, "failed": None, "further": True, "device": "NVIDIA H100"}
+    entry |= {"parts": {"start": part(1, 6.0)}, "turns": [turn]}
+    (tmp_path / "campaign.json").write_text(json.dumps([entry]))
+    assert gpu_campaign.main(["--plan", "--noted", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert all(len(line) <= 160 for line in said.splitlines())
+    # 182 x (1.75 + 1.4 + 2 x 0.37) + 2 x 8 s
+    assert "12.1 (7.3 to" in next(line for line in said.splitlines() if line.startswith("vgg11 "))
+    assert "taken  410 s in 1 call (start 6, turns 400, before 8, checkpoints 50)" in said
+    assert said.count("taken  nothing yet") == 10
+    assert "the start of every turn of a training: 8.0 s, measured (turns on the GPU: 1)" in said
+    assert "a checkpoint of 74 MB after every epoch: 0.4 s, measured" in said
+    assert "profile of an architecture: in no number" in said
+
+
+def test_results_without_a_log_are_refused_in_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu_campaign.main(["--plan", "--noted", str(tmp_path)])
+    assert "campaign.json" in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_not_in_the_catalog_is_refused_in_one_sentence(capsys):

@@ -94,13 +94,17 @@ def test_the_second_pair_comes_when_the_first_is_finished(tmp_path):
 
 def test_a_turn_ends_when_the_run_has_caught_up(tmp_path, monkeypatch):
     runs = gpu_runs.Runs(tmp_path, tmp_path, "cpu", tiny=True, cifar=None)
-    seen, epochs = [], iter((3, 5, 6))
+    seen, epochs = [], iter((1, 3, 5, 6))  # before, and whenever somebody looks
     monkeypatch.setattr(runs, "epochs", lambda _: next(epochs))
-    monkeypatch.setattr(
-        gpu_runs, "run_together", lambda _, remaining_s, __: seen.extend(remaining_s() for _ in range(3))
-    )
+
+    def run_together(_commands, remaining_s, _meanwhile, *, program):
+        assert program[1:] == (gpu_runs.gpu_parts.__file__, str(tmp_path / f"{DENSE}.parts"))
+        seen.extend(remaining_s() for _ in range(3))
+
+    monkeypatch.setattr(gpu_runs, "run_together", run_together)
     runs.turn(Turn(DENSE, 6, 100.0), PAIR)
     assert seen == [pytest.approx(100, abs=5), pytest.approx(100, abs=5), 0.0]
+    assert [turn["run"] for turn in runs.turns] == [DENSE]
 
 
 def test_without_an_archive_a_run_has_as_many_synthetic_images_of_the_papers_schedule(tmp_path):

@@ -1,6 +1,5 @@
 """Which functions of ptsim ask for CUDA or NVML, and which test marked gpu reaches each: no branch may be forgotten."""
 
-import ast
 import importlib
 import sys
 from pathlib import Path
@@ -12,18 +11,17 @@ from tests.gpu import test_on_a_gpu
 
 ROOT = Path(ptsim.__file__).parent
 sys.path.insert(0, str(Path(__file__).parents[2] / "analysis"))
-asks_for_cuda = importlib.import_module("cuda_lines").asks_for_cuda
+lines_by_function = importlib.import_module("cuda_lines").lines_by_function
 
 
 def functions_that_ask_for_cuda():
-    """`module:function` of every function whose code, not its documentation, says cuda or calls NVML."""
-    found = set()
-    for path in sorted(ROOT.rglob("*.py")):
-        module = path.relative_to(ROOT).with_suffix("").as_posix()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and asks_for_cuda(node, ast.get_docstring(node, clean=False)):
-                found.add(f"{module}:{node.name}")
-    return found
+    """`module:Class.function` of every function that has a line which says cuda, calls NVML, or is a GPU's alone."""
+    return {
+        f"{path.relative_to(ROOT).with_suffix('').as_posix()}:{function}"
+        for path in sorted(ROOT.rglob("*.py"))
+        for function in lines_by_function(path.read_text(encoding="utf-8"))
+        if function
+    }
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import ptsim
@@ -20,11 +21,14 @@ from ptsim.hardware.profile import Operator, OperatorSetting
 from ptsim.measure.load import LoadWatch
 from ptsim.measure.nvml import NvmlMeter, open_meter
 from ptsim.measure.operators import copy_bandwidth_bytes_per_s, launch_overhead_s, time_operator
-from ptsim.measure.profile import Budget, profile_network
+from ptsim.measure.profile import Budget, layout, profile_network
 from ptsim.measure.timers import StepTimer
 from ptsim.network import LayerKind, Precision
 from ptsim.prune.criteria.group_lasso import GroupLasso
 from ptsim.prune.groups import find_groups
+from ptsim.training.config import Config
+from ptsim.training.data import Share
+from ptsim.training.datasets import load_data
 from ptsim.training.peak import PeakMemory
 from tests.training.runs import settings
 
@@ -89,28 +93,66 @@ def test_a_minibatch_that_does_not_fit_is_told_without_leaving_memory_taken(tmp_
     assert torch.cuda.memory_allocated() < 2**28
 
 
-@pytest.mark.parametrize("data_memory_bytes", [None, 1000])  # decoded at once, and batch by batch
-def test_images_from_files_come_through_pinned_memory(tmp_path, data_memory_bytes):
-    from PIL import Image
+@pytest.fixture
+def pinned(monkeypatch):
+    """Of every tensor that a loader has given: did it lie in pinned memory?"""
+    found = []
 
+    class Seen(torch.utils.data.DataLoader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                found.extend(tensor.is_pinned() for tensor in batch)
+                yield batch
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Seen)
+    return found
+
+
+def image_files(folder):
+    """Settings of a run on images in class folders that it writes."""
     for split, count in (("train", 8), ("val", 4)):
         for label in ("a", "b"):
-            folder = tmp_path / "data" / split / label
-            folder.mkdir(parents=True)
+            place = folder / split / label
+            place.mkdir(parents=True)
             for index in range(count):
-                Image.new("RGB", (12, 12), (index * 20, 0, 255 if label == "a" else 0)).save(folder / f"{index}.png")
-    files = {"dataset": "imagefolder", "data_dir": str(tmp_path / "data"), "data_memory_bytes": data_memory_bytes}
+                pixels = bytes((13 * index + 5 * step + 100 * (label == "a")) % 256 for step in range(3 * 12 * 12))
+                Image.frombytes("RGB", (12, 12), pixels).save(place / f"{index}.png")
+    return {"dataset": "imagefolder", "data_dir": str(folder)}
+
+
+@pytest.mark.parametrize("data_memory_bytes", [None, 1000])  # decoded at once, and batch by batch
+def test_images_from_files_come_through_pinned_memory(tmp_path, pinned, data_memory_bytes):
+    files = image_files(tmp_path / "data") | {"data_memory_bytes": data_memory_bytes}
     _, trace = trained(tmp_path / "run", **files, train_limit=None, batch=4, epochs=2)
     assert trace.complete
+    assert set(pinned) == (set() if data_memory_bytes is None else {True})
 
 
-def test_live_data_sets_come_through_pinned_memory(tmp_path):
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("data_memory_bytes", [None, 1000])
+def test_augmented_images_are_on_the_gpu_and_those_of_the_cpu(tmp_path, data_memory_bytes, memory_format):
+    settings_ = {"model": "resnet20", "augment": "crop_flip", "batch": 4, "memory_format": memory_format}
+    config = Config(**image_files(tmp_path), **settings_, data_memory_bytes=data_memory_bytes, num_workers=0)
+    found = []
+    for device in (torch.device("cpu"), torch.device(CUDA)):
+        data = load_data(config, input_shape=(3, 12, 12), device=device)
+        found.append([*data.training_batches(1, 4, Share()), *data.validation_batches(4, Share())])
+        assert {tensor.device for batch in found[-1] for tensor in batch} == {device}
+    assert len(found[1]) == 16 // 4 + 8 // 4
+    for (images, labels), (there, labels_there) in zip(*found, strict=True):
+        assert there.is_contiguous(memory_format=layout(memory_format))
+        torch.testing.assert_close(there.cpu(), images)
+        assert labels_there.tolist() == labels.tolist()
+
+
+def test_live_data_sets_come_through_pinned_memory(tmp_path, pinned):
     images, labels = torch.rand(32, 3, 8, 8), torch.randint(0, 4, (32,))
     data = torch.utils.data.TensorDataset(images, labels)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     changes = {"device": "cuda", "epochs": 2, "batch": 8, "interval": 1}
     ptsim.train(changes, model=model, data=(data, data), out=tmp_path / "run")
     assert ptsim.read_trace(tmp_path / "run").complete
+    assert set(pinned) == {True}
 
 
 def test_ones_own_loop_with_a_gradient_scaler_prunes_on_the_gpu(tmp_path):

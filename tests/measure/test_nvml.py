@@ -266,7 +266,8 @@ def test_readings_become_si_units_and_means(monkeypatch):
         ({"energy_mj": (1000, 11_550_000)}, 11_549, 200),
         ({"energy_mj": (1000, 11_552_000)}, 2000, 200),
         ({"energy_mj": (2000, 1000)}, 2000, 200),  # a counter that began again
-        ({"energy_mj": (1000, 1000)}, 0, 200),
+        ({"energy_mj": (1000, 1000)}, 2000, 200),  # a counter that was not renewed meanwhile: no board draws nothing
+        ({"energy_mj": (1000, 1000), "power_mw": (None, None)}, None, None),
         ({"energy_mj": (None, 1000)}, 2000, 200),
         ({"power_mw": (100_000, 1_049_000)}, 10 * (100 + 1049) / 2, 574.5),
         ({"power_mw": (100_000, 1_051_000)}, None, 100),  # no board of 350 W draws that; one point has no integral
