@@ -78,13 +78,16 @@ class Allowed(NamedTuple):
         return self.turn_s + factor * cost.seconds + len(cost.epochs) * self.after_epoch_s(cost)
 
 
+ASSUMED = Allowed()
+
+
 def allowed(noted: Noted, largest_bytes: float) -> tuple[Allowed, list[str]]:
     """What is allowed for, and in words which of it is measured; `largest_bytes` is of the largest checkpoint."""
     start, turn, profile = noted.start(), noted.turn(), noted.profile()
     checkpoint = noted.checkpoint(largest_bytes)
     lines = [
         f"{START_S:.0f} s until a machine has started and {BETWEEN_S:.0f} s around every call: assumed",
-        f"the start of a process: {start or 'in the next one'}",
+        f"the start of a process: {start if start and turn else 'in the next one'}",
         f"the start of every turn of a training: {turn or Number(TURN_S, 'assumed')}",
         f"a checkpoint of {largest_bytes / 1e6:.0f} MB after every epoch: {checkpoint or 'in no number'}",
         f"the layer profile of an architecture: {profile or 'in no number'}",
@@ -248,7 +251,7 @@ class Rehearsal:
         options: argparse.Namespace,
         make: Callable[..., Any],
         work_through: Callable[..., list[str]],
-        allowed: Allowed = Allowed(),  # noqa: B008 - frozen
+        allowed: Allowed = ASSUMED,
     ) -> None:
         self._options, self._make, self._work_through, self._allowed = options, make, work_through, allowed
 

@@ -34,7 +34,7 @@ def show(options: argparse.Namespace, make: Callable[..., Any], work_through: Ca
     campaign = make(options)
     print(f"Predicted for one {device.name} from its data sheet, in minutes (90 % interval). Nothing is run.\n")
     if options.tiny:
-        costs, allowed, known = dict[str, RunCost](), Allowed(), list[str]()
+        costs, allowed, known = dict[str, RunCost](), gpu_plan.ASSUMED, list[str]()
     else:
         print("tracing about 30 networks, which takes a minute or more", file=sys.stderr, flush=True)
         costs = gpu_plan.run_costs(campaign.pairs, device)

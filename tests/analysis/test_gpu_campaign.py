@@ -17,6 +17,7 @@ import msgspec
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.cuda._utils import _get_device_index
 
 import ptsim
@@ -368,6 +369,32 @@ def test_steps_that_do_not_fit_are_told_from_steps_that_run(monkeypatch):
     assert not gpu_steps.runs_steps(model, (3, 32, 32), setting, cpu)
     with pytest.raises(RuntimeError, match="misaligned"):
         gpu_steps.runs_steps(model, (3, 32, 32), setting, cpu)
+
+
+@pytest.mark.parametrize(("precision", "scales"), [(Precision.FP32, False), (Precision.BF16, False), (Precision.FP16, True)])
+def test_power_is_measured_in_steps_that_scale_the_loss_where_training_does(monkeypatch, precision, scales):
+    done = []
+
+    class Scaler:
+        def __init__(self, device, *, enabled):
+            done.append((device, enabled))
+
+        def scale(self, loss):
+            done.append("scale")
+            return loss
+
+        def step(self, optimizer):
+            done.append("step")
+            optimizer.step()
+
+        def update(self):
+            done.append("update")
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    model, cpu = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), torch.device("cpu")
+    setting = StepSetting(batch=2, precision=precision, memory_format="contiguous")
+    gpu_steps.training_step(model, (3, 2, 2), setting, cpu)()
+    assert done == [("cpu", scales), "scale", "step", "update"]
 
 
 def test_a_network_whose_limit_cannot_be_found_is_a_row_and_the_next_process_goes_on(tmp_path, monkeypatch):
