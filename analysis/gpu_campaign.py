@@ -137,10 +137,11 @@ class Campaign:
             if self.tiny
             else (gpu_steps.FIRST_STEPS, gpu_steps.MORE_STEPS, gpu_steps.STAGES, gpu_steps.PEAKS)
         )
-        vgg, resnet, seeds = Pair("vgg11", 1), Pair("resnet32", 1), (Pair("vgg11", 2), Pair("vgg11", 3))
+        vgg, resnet = Pair("vgg11", 1), Pair("resnet32", 1)
+        seeds: tuple[Pair, ...] = Pair("vgg11", 2), Pair("vgg11", 3)
         if self.tiny:
             # VGG-11, too: its checkpoints are as large as those of the campaign.
-            vgg, resnet, seeds = Pair("resnet20", 1), Pair("resnet20", 1), (Pair("vgg11", 2),)
+            vgg, resnet, seeds = Pair("resnet20", 1), Pair("resnet20", 1), seeds[:1]
         self.pairs = tuple(dict.fromkeys((vgg, resnet, *seeds)))
         self.trainings = trainings or Runs(self.out, self.work, self.device.type, tiny=self.tiny, cifar=options.cifar)
         self.trainings.remaining_s = self.remaining_s
@@ -159,7 +160,7 @@ class Campaign:
             "memory": Piece("largest mini-batch said to fit 8 GiB: does it?", *limits, 1.0),
             "resnet32": self._pairs_piece((resnet,), 0.0),
             "seeds": self._pairs_piece(seeds, 0.0),
-            "more-steps": self._steps_piece("the stages in fp16, more networks, mini-batches and precisions", more, 0.0),
+            "more-steps": self._steps_piece("stages in fp16, more networks, mini-batches and precisions", more, 0.0),
             "validate": Piece("the runs predicted in three ways; needs no GPU", self.validated, self.validate, 0.0),
         }
 
@@ -383,7 +384,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal")
     parser.add_argument("--plan", action="store_true", help="print what each piece costs and which calls that makes")
     parser.add_argument("--gpu", default="h100-sxm5-80gb", help="of the catalog, whose costs the plan predicts")
-    parser.add_argument("--noted", type=Path, help="results of a rehearsal or of earlier calls: the plan takes their times")
+    parser.add_argument(
+        "--noted", type=Path, help="results of a rehearsal or earlier calls, whose times the plan takes"
+    )
     options = parser.parse_args(arguments)
     if not 0 < options.minutes < math.inf:
         parser.error(f"--minutes {options.minutes:g}: expected a positive number")

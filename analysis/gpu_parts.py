@@ -71,20 +71,24 @@ class Parts:
 
         setattr(owner, function, outside)
 
+    def until(self, owner: object, function: str, name: str) -> None:
+        """From the beginning of the process to the first call of the function."""
+        inside = getattr(owner, function)
+
+        def outside(*args: Any, **kwargs: Any) -> Any:
+            if name not in self.found:
+                self.add(name, running_s())
+            return inside(*args, **kwargs)
+
+        setattr(owner, function, outside)
+
 
 def watch_training(parts: Parts) -> None:
     """Note the parts of the training that this process does."""
     parts.watch(loop, "load_data", "data", num_images)
     parts.watch(checkpoint.Folder, "save", "checkpoints", lambda _, __, ___, *tensors: _num_bytes(tensors))
     parts.watch(recorder, "layer_profile", "profiles", lambda *_: 0)
-    inside = loop.train_epoch
-
-    def train_epoch(*args: Any, **kwargs: Any) -> Any:
-        if "before" not in parts.found:
-            parts.add("before", running_s())
-        return inside(*args, **kwargs)
-
-    loop.train_epoch = train_epoch
+    parts.until(loop, "train_epoch", "before")
 
 
 def num_images(data: Any, *_: object) -> int:

@@ -23,7 +23,7 @@ from gpu_runs import BATCH, EPOCHS, IMAGES, INTERVAL, MAX_FILE_BYTES, SHORTEST_T
 import ptsim
 from ptsim.costs.datasheet import load_fit
 from ptsim.costs.step import step_time
-from ptsim.hardware.catalog import load_cluster, load_device
+from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import Device
 from ptsim.network import Precision
 from ptsim.setting import StepSetting
@@ -164,9 +164,7 @@ def limits_cost(steps: gpu_steps.Steps, device: Device) -> float:
 class PlannedRuns(Runs):
     """Runs that take no time but on the clock: epochs pass as they are predicted."""
 
-    def __init__(
-        self, folder: Path, costs: Mapping[str, RunCost], clock: Clock, end: str, allowed: Allowed
-    ) -> None:
+    def __init__(self, folder: Path, costs: Mapping[str, RunCost], clock: Clock, end: str, allowed: Allowed) -> None:
         super().__init__(folder, folder, "cuda", tiny=False, cifar=None)
         self._costs, self._clock, self._end, self._allowed = costs, clock, end, allowed
         self._reached: dict[str, int] = dict.fromkeys(costs, 0)  # whole epochs of every run
@@ -206,7 +204,7 @@ class PlannedRuns(Runs):
 
 
 def together_s(runs: Sequence[RunCost]) -> float:
-    """The least that runs at the same time on one GPU take: the longest of them, or what the GPU does in their steps."""
+    """The least that runs at the same time on one GPU take: the longest one, or what the GPU does for all of them."""
     busy_s = math.fsum(run.seconds - run.waits_s - run.validation_s - run.loop_s for run in runs)
     return max(busy_s, *(run.seconds for run in runs))
 

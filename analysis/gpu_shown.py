@@ -142,9 +142,9 @@ def _show_calls(rehearsal: gpu_plan.Rehearsal, campaign: Any, costs: Mapping[str
         f"""
 Worth doing: make the calls of a half hour without a pause, since a pair whose checkpoints do not fit into runs.tar
 begins again on another machine; keep --work in memory; make validation.json afterwards, on any machine.
-A checkpoint is as many bytes of momentum as of weights ({", ".join(dict.fromkeys(large))}), and a run that goes on needs
-both to be the same run. Of 32-bit numbers only the exponents can be compressed, about a sixth. So one of VGG-11's has
-no place among 64 MiB that may travel, beside the images; a pruned one has, once it is small enough for runs.tar."""
+A checkpoint is half weights and half momentum ({", ".join(dict.fromkeys(large))}); without both the run is another one.
+Of 32-bit numbers only the exponents can be compressed, about a sixth. So one of VGG-11's has no place among the 64 MiB
+that may travel, beside the images; a pruned one has, once it is small enough for runs.tar."""
     )
 
 

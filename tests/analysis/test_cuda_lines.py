@@ -113,7 +113,7 @@ def test_a_line_belongs_to_the_function_that_it_stands_in_by_its_whole_name(sour
         ('on_cpu = device.type == "cpu"\nx = 1 if on_cpu else 2\nif not on_cpu:\n    a()', {2, 3, 4}),
         ("with torch.cuda.stream(s):\n    a()", {1}),
         ("for i in range(torch.cuda.device_count()):\n    a()", {1}),
-        ('try:\n    a()\nexcept E:\n    if d.type == "cuda":\n        b()\nfinally:\n    torch.cuda.empty_cache()', {4, 5, 7}),
+        ('try:\n    a()\nexcept E:\n    if d.type == "cuda":\n        b()\nfinally:\n    torch.cuda.f()', {4, 5, 7}),
         ('while d.type == "cuda":\n    a()', {1, 2}),
         ('match x:\n    case 1:\n        device = "cuda"', {3}),
         ('if d.type == "cuda":\n    def f():\n        a()\n    class C:\n        b = 1', {1, 2, 3, 4, 5}),

@@ -371,7 +371,7 @@ def test_steps_that_do_not_fit_are_told_from_steps_that_run(monkeypatch):
         gpu_steps.runs_steps(model, (3, 32, 32), setting, cpu)
 
 
-@pytest.mark.parametrize(("precision", "scales"), [(Precision.FP32, False), (Precision.BF16, False), (Precision.FP16, True)])
+@pytest.mark.parametrize(("precision", "scales"), [(Precision.FP32, False), (Precision.FP16, True)])
 def test_power_is_measured_in_steps_that_scale_the_loss_where_training_does(monkeypatch, precision, scales):
     done = []
 
@@ -689,4 +689,3 @@ def test_the_board_is_named_by_the_driver_or_not_at_all(monkeypatch):
 
     monkeypatch.setattr(gpu_steps, "NvmlMeter", missing)
     assert gpu_steps.board_name() is None
-

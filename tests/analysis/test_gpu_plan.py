@@ -99,8 +99,8 @@ def test_a_run_is_as_slow_as_the_end_of_its_interval():
 
 
 def test_what_was_measured_takes_the_place_of_what_is_assumed():
-    """Of VGG-11's 510 s the piece starts for 5. Dense has half of the rest, 252.5 s: 12.5 to start, then epochs of 1.75 s
-    with a checkpoint of 0.74 s and a profile of 18.2 s a hundred-and-eighty-second part of which is 0.1: 92 of 2.59 s.
+    """Of VGG-11's 510 s the piece starts for 5. Dense has half of the rest, 252.5 s: 12.5 to start, then epochs of
+    1.75 s with a checkpoint of 0.74 s and 0.1 of 182 parts of a profile: 92 of 2.59 s.
     """
     allowed = {"piece_s": 5.0, "turn_s": 12.5, "checkpoint_s_per_byte": 1e-8, "profile_s": 18.2}
     known = {name: cost._replace(num_architectures=2) for name, cost in costs(vgg_s=(1.75, 1.75)).items()}
