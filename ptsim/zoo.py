@@ -138,6 +138,11 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
     if not callable(function):
         functions = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module_name]
         raise UnknownNameError(f"function in {path}", function_name, functions)
+    if hasattr(function, "named_parameters") and not isinstance(function, type):
+        raise UsageError(
+            f"{path}:{function_name} is a network, expected a function that makes one",
+            hint=f"def build(): return {type(function).__name__}(…), for instance",
+        )
 
     parameters = inspect.signature(function).parameters
     takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -148,7 +153,7 @@ def _from_file(path: Path, function_name: str) -> ModelEntry:
         try:
             with importing_beside(path):
                 model = function(num_classes=num_classes) if takes_classes else function()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = on_one_line(error)  # torch's may have the lines of a backtrace
             raise UsageError(f"{path}:{function_name} failed: {type(error).__name__}: {reason}") from error
         if not hasattr(model, "named_parameters"):

@@ -50,7 +50,7 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
     Raises:
         UnsupportedModelError: torch.fx cannot trace the model, or its forward fails on such an image.
     """
-    _refuse_scripts(model)
+    refuse_scripts(model)
     with random_state_kept(model, []):  # each look at the network begins with the same random numbers
         small = rehearse(model, input_shape, _BATCHES[0])
         if small.graph.meta["draws"] or small.graph.meta["changes"] or chance_of(model).untold:
@@ -59,7 +59,12 @@ def capture_network(model: nn.Module, *, name: str, input_shape: tuple[int, int,
         return _described(model, small, name=name, input_shape=input_shape, num_classes=num_classes)
 
 
-def _refuse_scripts(model: nn.Module) -> None:
+def refuse_scripts(model: nn.Module) -> None:
+    """Make sure that the operators of a network can be seen.
+
+    Raises:
+        UnsupportedModelError: a part of it with weights is a script.
+    """
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
             raise UnsupportedModelError(
@@ -78,6 +83,8 @@ def _described(
         raise UnsupportedModelError(f"the code of {name} computes something else with a larger mini-batch")
     names = layer_names(graph)
     nodes = [node for node in graph.graph.nodes if node.name in small.steps and small.steps[node.name].works]
+    if not nodes:
+        raise UnsupportedModelError(f"{name} computes nothing with its images, so that there is nothing to count")
     auxiliary = _auxiliary(model, graph, input_shape)
     owners = _owners(small, nodes)
     macs = forward_macs(model, input_shape, graph.meta["way"])

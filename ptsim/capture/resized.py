@@ -16,6 +16,7 @@ import msgspec
 import torch
 from torch import Tensor, fx, nn
 
+from ptsim.capture.copies import dtype_of
 from ptsim.capture.graph import called_modules, evaluation_mode, traced_into
 from ptsim.capture.network import capture_network, layer_names
 from ptsim.capture.tracers import kept_shape
@@ -118,7 +119,7 @@ class _Seen:
             model.train()
             self.graph = traced if traced is not None else fullest_graph(model, (_BATCH, *input_shape))
             watcher = _Watcher(model if traced is not None else self.graph, self.graph)
-            watcher.run(torch.empty((_BATCH, *input_shape), device="meta"))
+            watcher.run(torch.empty((_BATCH, *input_shape), dtype=dtype_of(model), device="meta"))
         names = layer_names(self.graph)
         self.inputs = {names[node]: shapes for node, shapes in watcher.inputs.items()}
         self.output = {names[node]: shape for node, shape in watcher.results.items()}

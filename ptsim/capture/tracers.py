@@ -190,7 +190,12 @@ class Tracer(fx.Tracer):
         return whole or super().is_leaf_module(module, qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Trace into it or make it a node; its hooks on gradients are noted beside what they see."""
+        """Trace into it or make it a node; its hooks on gradients are noted beside what they see.
+
+        A DataParallel only calls the network inside: on several devices it is refused elsewhere.
+        """
+        if isinstance(m, nn.DataParallel) and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks):
+            return m.module(*args, **kwargs)
         if self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
         hooked = m._backward_hooks or m._backward_pre_hooks

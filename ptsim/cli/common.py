@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -59,6 +60,13 @@ def say(text: str) -> None:
     """Print a line on stderr, if anybody can take it."""
     with contextlib.suppress(OSError):
         print(printable(text), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def users_code() -> Iterator[None]:
+    """Inside, what the code of a user's network prints goes to stderr: stdout is for the command's data."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def print_line(text: object) -> None:

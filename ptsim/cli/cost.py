@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ptsim.answers.cost import CostReport
 from ptsim.answers.cost import cost as costs_of
-from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace
 from ptsim.costs.memory import MOST_IMAGES
 from ptsim.costs.run import EpochCost
@@ -50,18 +50,19 @@ def cost(
         convention: How MACs are counted: exact, or paper as the PruneTrain authors count them.
         layers: Add one row for every layer.
     """
-    report = costs_of(
-        trace_or_model,
-        input_shape=network.input_shape,
-        num_classes=network.classes,
-        batch=batch,
-        gpu=gpu,
-        gpus=gpus,
-        precision=precision,
-        optimizer=optimizer,
-        memory_format=memory_format,
-        convention=convention,
-    )
+    with users_code():
+        report = costs_of(
+            trace_or_model,
+            input_shape=network.input_shape,
+            num_classes=network.classes,
+            batch=batch,
+            gpu=gpu,
+            gpus=gpus,
+            precision=precision,
+            optimizer=optimizer,
+            memory_format=memory_format,
+            convention=convention,
+        )
     if json:
         print_json(document(report, layers=layers))
     else:

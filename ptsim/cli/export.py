@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from ptsim import __version__
-from ptsim.cli.common import print_json, print_line
+from ptsim.cli.common import print_json, print_line, users_code
 from ptsim.cli.options import Json, Out
 from ptsim.cli.reading import check_output, check_run_folder
 from ptsim.errors import UsageError
@@ -61,7 +61,8 @@ def export(
     check_output(out, trace)
     if format in ("chrome", "onnx"):
         check_writable(out)
-    written = _write(trace, format, out, gpus, sharding, epoch, trust)
+    with users_code():
+        written = _write(trace, format, out, gpus, sharding, epoch, trust)
     if json:
         print_json({"format": format, "files": [str(path) for path in written]})
         return

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ptsim import zoo
-from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions, Out
 from ptsim.cli.reading import check_output
 from ptsim.errors import UsageError
@@ -96,10 +96,11 @@ def _bytes(text: str) -> int:
 def _network(model: str, options: NetworkOptions) -> Network:
     from ptsim.capture.network import capture_network
 
-    entry = zoo.find(model)
-    count = entry.num_classes if options.classes is None else positive_number("classes", options.classes)
-    shape = options.input_shape or entry.input_shape
-    return capture_network(zoo.create(model, num_classes=count), name=model, input_shape=shape, num_classes=count)
+    with users_code():
+        entry = zoo.find(model)
+        count = entry.num_classes if options.classes is None else positive_number("classes", options.classes)
+        shape = options.input_shape or entry.input_shape
+        return capture_network(zoo.create(model, num_classes=count), name=model, input_shape=shape, num_classes=count)
 
 
 def _print(found: KinetoImport, out: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ptsim import zoo
-from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions
 from ptsim.errors import UsageError
 from ptsim.units import format_count
@@ -37,12 +37,13 @@ def inspect(
     zoo.check_file(model)  # before torch is imported
     from ptsim.prune.proof import inspect as inspect_model
 
-    found = inspect_model(model, input_shape=shape, num_classes=network.classes)
+    with users_code():
+        found = inspect_model(model, input_shape=shape, num_classes=network.classes)
     if json:
         print_json(dataclasses.asdict(found))
     else:
         _show(found)
-    return 0 if found.exact or not found.prunable_channels else 1
+    return 0 if found.exact or not found.channels_removed else 1
 
 
 def _show(found: Inspection) -> None:
@@ -56,9 +57,14 @@ def _show(found: Inspection) -> None:
         )
         table.add_row(group.name, str(group.width), members, "yes" if group.prunable else f"no: {group.reason}")
     console.print(table)
+    counts = f"{found.prunable_channels} channels can be pruned, {found.refused_channels} cannot."
+    if not found.channels_removed:
+        why = " Of those that were tried none can go without others." if found.prunable_channels else ""
+        console.print(f"{counts}{why} Nothing was pruned, so nothing is proved.")
+        return
     image = "×".join(map(str, found.proof_input))
     console.print(
-        f"{found.prunable_channels} channels can be pruned, {found.refused_channels} cannot. Proof: "
+        f"{counts} Proof: "
         f"{found.channels_removed} zeroed and pruned in {format_count(found.proof_parameters)} parameters, images of "
         f"{image}, float64, dropout and stochastic depth switched off; largest relative error "
         f"{found.max_rel_error_eval:.1e} in evaluation, {found.max_rel_error_train:.1e} in training: "

@@ -15,7 +15,7 @@ from ptsim import zoo
 from ptsim.answers.plan import fractions
 from ptsim.answers.plan import plan as plan_run
 from ptsim.answers.plan_options import PlanOptions
-from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions, Optimizer, Out
 from ptsim.cli.reading import check_output
 from ptsim.errors import FileFormatError
@@ -89,7 +89,8 @@ def plan(
         raise FileFormatError(out, "its folder does not exist")
     check_writable(out)
     _check_files(model, run.pruning, out)
-    trace = plan_run(model, run.options())
+    with users_code():
+        trace = plan_run(model, run.options())
     documents = [msgspec.to_builtins(fractions(drawn)) for drawn in trace.drawn()]
     document = {"trace": str(write_trace(out, trace)), **documents[0]}
     if json:

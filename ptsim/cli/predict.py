@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ptsim.answers.predict import Prediction, PredictOptions
 from ptsim.answers.predict import predict as predict_step
-from ptsim.cli.common import print_json, stdout_console
+from ptsim.cli.common import print_json, stdout_console, users_code
 from ptsim.cli.options import Json, NetworkOptions, OptimizerOfTrace, Profile
 from ptsim.network import MemoryFormat
 from ptsim.setting import PrecisionName, Sharding
@@ -55,9 +55,17 @@ def predict(
         optimizer=optimizer,
         sharding=sharding,
     )
-    prediction = predict_step(
-        model, gpu=gpu, batch=batch, precision=precision, cluster=cluster, gpus=gpus, profile=profile, options=options
-    )
+    with users_code():
+        prediction = predict_step(
+            model,
+            gpu=gpu,
+            batch=batch,
+            precision=precision,
+            cluster=cluster,
+            gpus=gpus,
+            profile=profile,
+            options=options,
+        )
     if json:
         print_json(prediction)
         return

@@ -28,6 +28,8 @@ from ptsim.prune.labels import (
 from ptsim.prune.numbers import Values, set_numbers
 
 ORIGINS = "_ptsim_origins"  # attribute of a module: where the elements of a buffer that no state dict holds came from
+_OWN = frozenset(vars(nn.Module()))
+_DEEPEST = 4  # of lists in lists that are looked through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,26 @@ def cut_model(model: nn.Module, cut: Cut) -> list[Replacement]:
         if kept is not None:
             set_width(module, len(kept[0]))
     set_numbers(model, cut.numbers)
+    follow_lists(model, successors)
     return replacements
+
+
+def follow_lists(model: nn.Module, successors: Mapping[int, nn.Parameter]) -> None:
+    """Put the successors of parameters, by id, in their places in lists, tuples and dicts that modules keep, too."""
+
+    def renewed(value: Any, depth: int) -> Any:
+        if type(value) in (list, tuple) and depth:
+            parts = [renewed(part, depth - 1) for part in value]
+            return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
+        if type(value) is dict and depth:
+            found = {key: renewed(part, depth - 1) for key, part in value.items()}
+            return value if all(found[key] is value[key] for key in value) else found
+        return successors.get(id(value), value)
+
+    for module in model.modules() if successors else ():
+        for name, value in list(vars(module).items()):
+            if name not in _OWN:
+                vars(module)[name] = renewed(value, _DEEPEST)
 
 
 def narrowed(parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> nn.Parameter:
@@ -244,8 +265,16 @@ def sync_attributes(module: nn.Module, groups: int | None = None) -> None:
         module.num_parameters = len(module.weight)
 
 
+def optimizer_inside(optimizer: object) -> torch.optim.Optimizer | None:
+    """The optimizer that Accelerate's, SAM or Lookahead is put around; None of one that updates by itself."""
+    found = (getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer", "_base_optimizer"))
+    return next((inner for inner in found if isinstance(inner, torch.optim.Optimizer)), None)
+
+
 def cut_optimizer(optimizer: torch.optim.Optimizer, replacements: Iterable[Replacement]) -> None:
     """Point the optimizer's groups at the successors and carry every kept element of its state over.
+
+    Of one that is around another, the other's as well: each may keep a state of a weight (Lookahead's slow weights).
 
     A state tensor of the parameter's shape is cut like it, whatever its size, also where it lies flat (Prodigy's). One
     that lacks an axis, or has length 1 there (factored moments), is cut in the others, if it is clear which those are.
@@ -253,19 +282,23 @@ def cut_optimizer(optimizer: torch.optim.Optimizer, replacements: Iterable[Repla
     parameter whose state holds lists of tensors (Shampoo's, PSGD's) or tensors of another shape gets a new state.
     """
     successors = {id(r.old): r for r in replacements}
-    for group in optimizer.param_groups:
+    inner = optimizer_inside(optimizer)
+    if inner is not None:
+        cut_optimizer(inner, successors.values())
+    for group in getattr(optimizer, "param_groups", ()):  # a class of a user's own may only hand on what it is told
         new = [successors[id(p)].new if id(p) in successors else p for p in group["params"]]
         if "param_names" in group:  # of an optimizer that was given named parameters
             group["param_names"] = [n for n, p in zip(group["param_names"], new, strict=True) if p is not None]
         group["params"] = [parameter for parameter in new if parameter is not None]
+    states: Any = getattr(optimizer, "state", {})
     for replacement in successors.values():
-        state = optimizer.state.pop(replacement.old, None)
+        state = states.pop(replacement.old, None)
         if state is None or replacement.new is None:
             continue
         cut = {key: _cut_state(value, replacement) for key, value in state.items()}
         odd = next((key for key, value in cut.items() if value is _UNKNOWN), None)
         if odd is None:
-            optimizer.state[replacement.new] = cut
+            states[replacement.new] = cut
         else:  # an optimizer makes the state of a parameter that has none
             warnings.warn(
                 f"optimizer state {odd!r} is not shaped like the weight that it is of; that weight's starts anew",

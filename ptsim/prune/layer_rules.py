@@ -78,10 +78,10 @@ def conv_function(call: Call) -> Label:
     weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
     groups = call.argument(6, "groups", 1)
     if id(weight) in call.state.names:
-        label = _conv(call, call.node.name, weight, bias, groups)
+        label = _conv(call, call.layer, weight, bias, groups)
     else:
         weight = _origin(call, weight)
-        label = _computed(call, call.node.name, weight, None, bias, groups)
+        label = _computed(call, call.layer, weight, None, bias, groups)
     number = call.source(6, "groups")
     if groups > 1 and isinstance(label, Tensor) and not getattr(number, "synced", False):
         inputs = call.state.layers[call.state.names[id(weight)]].inputs
@@ -222,7 +222,7 @@ def linear_module(call: Call) -> Label:
 @rule("linear")
 def linear_function(call: Call) -> Label:
     """A linear layer with a weight from somewhere in the model."""
-    return _linear(call, call.node.name, call.argument(1, "weight"), call.argument(2, "bias"))
+    return _linear(call, call.layer, call.argument(1, "weight"), call.argument(2, "bias"))
 
 
 def _linear(call: Call, layer: str, weight: Tensor, bias: Tensor | None) -> Label:

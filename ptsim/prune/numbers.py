@@ -162,15 +162,19 @@ def _is_layer(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def named_numbers(model: nn.Module) -> Iterator[set[Attribute]]:
-    """Inside, the integers in attributes of the model's own modules are `Number`s; gives the set of those fixed."""
+    """Inside, the integers in attributes of the model's own modules are `Number`s; gives the set of those fixed.
+
+    So are the numbers of groups of torch's convolutions, whose `forward` the model's code may call itself.
+    """
     fixed: set[Attribute] = set()
     before: list[tuple[nn.Module, str, Any]] = []
     for path, module in model.named_modules():
-        if type(module).__module__.startswith("torch.") or getattr(module, "ptsim_leaf", False):
+        torchs = type(module).__module__.startswith("torch.")
+        if getattr(module, "ptsim_leaf", False) or (torchs and not isinstance(module, nn.modules.conv._ConvNd)):
             continue
         layer = _is_layer(module)
         for name, value in list(vars(module).items()):
-            if name in _OWN or name == CHANGED:
+            if name in _OWN or name == CHANGED or (torchs and name != "groups"):
                 continue
             if type(value) is int:
                 named: Any = Number.of(value, Attribute(path, name), fixed)

@@ -110,6 +110,8 @@ def _float64_by_default() -> Iterator[None]:
 class WithoutRandomness(TorchFunctionMode):
     """Dropout of any kind passes its input on; stochastic depth keeps every branch (and still divides by its rate).
 
+    A rate of survival below one half would be taken for one of what is dropped.
+
     So both networks of a comparison, whose tensors differ in size, see the same (absent) noise.
     """
 
@@ -137,7 +139,9 @@ class WithoutRandomness(TorchFunctionMode):
         if func in self._DROPOUTS:
             return args[0] if args else (kwargs or {})["input"]
         if func is torch.Tensor.bernoulli_:
-            return args[0].fill_(1.0)
+            chance = args[1] if len(args) > 1 else (kwargs or {}).get("p", 0.5)
+            rare = isinstance(chance, float) and chance < 0.5  # of what is dropped, as in DropBlock
+            return args[0].fill_(0.0 if rare else 1.0)
         return func(*args, **(kwargs or {}))
 
 
@@ -188,7 +192,13 @@ def inspect(
             network = entry.build(num_classes=num_classes or entry.num_classes)
         else:
             name, shape = type(model).__name__, image_shape((3, 224, 224) if input_shape is None else input_shape)
-            network = copied(model).cpu()
+            network = copied(model)
+        if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+            raise UnsupportedModelError(
+                f"{name} has shapes but no weights: some of its tensors are on the meta device",
+                hint='model.to_empty(device="cpu"), and give them values',
+            )
+        network.cpu()
         groups = report = find_groups(network, shape)
         if sum(parameter.numel() for parameter in network.parameters()) > LARGE:
             groups = _thinned(network, groups)

@@ -83,6 +83,11 @@ class Call:
         """The label of an argument; None for a number."""
         return self._labels.get(source) if isinstance(source, fx.Node) else None
 
+    @property
+    def layer(self) -> str:
+        """What a layer without a module is called: its node, with brackets where a module has that name."""
+        return f"{self.node.name}()" if self.node.name in self.state.modules else self.node.name
+
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """The value of one argument of a function; "dim" may be called "axis"."""
         args, kwargs = self._interpreter.fetch_args_kwargs_from_env(self.node)

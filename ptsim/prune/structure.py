@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ptsim.errors import UsageError
-from ptsim.prune.cut import ORIGINS, normed_weight, norms_without_tensors, set_width, sync_attributes, take_notes, width
+from ptsim.prune.cut import (
+    ORIGINS,
+    follow_lists,
+    normed_weight,
+    norms_without_tensors,
+    set_width,
+    sync_attributes,
+    take_notes,
+    width,
+)
 from ptsim.prune.labels import CONVS
 from ptsim.prune.modules import KINDS, OWN, ConstantChannels, Gathered, Placeholder, Scattered
 from ptsim.prune.numbers import changed_numbers, restore_numbers
@@ -126,6 +135,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
                     module._buffers[key] = buffer.flatten()[at.to(buffer.device)].clone()
                 buffers[id(buffer)] = module._buffers[key]
                 touched.add(id(module))
+    follow_lists(model, resized)
     for path, module in model.named_modules():
         groups = stored.groups.get(path) if isinstance(module, CONVS) else None
         channels, kernel = shapes.get(f"{path}.weight", ())[:1], shapes.get(f"{path}.weight", ())[2:]

@@ -257,6 +257,8 @@ class Trainer:
         model = self.recipe.build() if self.config.start_from is None else self._stored_network(self.config.start_from)
         if self.config.weights is not None:
             load_weights(model, self.config.weights, skip=self.config.weights_skip)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UsageError(f"nothing of model {self.recipe.model!r} is trained: no parameter requires a gradient")
         ranks = 1 if self.config.sync_batch_norm else self.team.world_size
         check_fits(model, self.recipe, self.config.batch // ranks)
         return self._learner(model)

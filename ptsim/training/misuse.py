@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Never
 
 import torch
@@ -43,6 +44,33 @@ def give_back(network: nn.Module, owner: object) -> None:
     """Another one may prune the network."""
     if _OWNERS.get(network, lambda: None)() is owner:
         del _OWNERS[network]
+
+
+class Replaced(nn.Parameter):
+    """A parameter in whose place there is another one since the network has shrunk: no gradient comes to it any more.
+
+    A loop that has kept a list of parameters would clip or zero the gradients of these, and not those of the new ones.
+    """
+
+    def _refused(self, *_: object) -> Never:
+        raise UsageError(
+            "a parameter that pruning has replaced is asked for its gradient, or given one",
+            hint="take the parameters from the network at every step: model.parameters(), no list that was made before",
+        )
+
+    grad = property(_refused, _refused)
+
+
+@contextlib.contextmanager
+def replaced_ones_marked(network: nn.Module) -> Iterator[None]:
+    """Parameters that are replaced inside, and that somebody still holds afterwards, are `Replaced` ones."""
+    before = [weakref.ref(parameter) for parameter in network.parameters()]
+    yield
+    now = {id(parameter) for parameter in network.parameters()}
+    for parameter in (reference() for reference in before):
+        if parameter is not None and id(parameter) not in now and type(parameter) is nn.Parameter:
+            parameter.grad = None
+            parameter.__class__ = Replaced
 
 
 class OnlyOne:

@@ -110,6 +110,7 @@ class PruneTrain(misuse.OnlyOne):
         self.network = wrapping.bare(model)
         misuse.refuse_second(self.network)
         self.optimizer = wrapping.bare_optimizer(optimizer)
+        self._outermost = optimizer
         misuse.check_optimizer_kind(self.optimizer, proximal=self.settings.regularizer == "proximal")
         self.ema = ema
         self.scaler = scaler
@@ -311,7 +312,8 @@ class PruneTrain(misuse.OnlyOne):
         average = next(iter(self._averages()), None)
         if self.recorder.records:
             pruner_state.refuse_unrecorded(kept)
-        stored.reshape(self.network, self.optimizer, average, kept.structure, kept.parameters)
+        with misuse.replaced_ones_marked(self.network):
+            stored.reshape(self.network, self.optimizer, average, kept.structure, kept.parameters)
         self.penalty_coefficient = kept.penalty_coefficient
         self.regularized = kept.regularized
         if kept.tensors is not None:
@@ -355,7 +357,7 @@ class PruneTrain(misuse.OnlyOne):
             self.network,
             self.groups,
             threshold=self.settings.threshold,
-            optimizer=self.optimizer,
+            optimizer=self._outermost,
             shadows=self._averages(),
             mode=self.settings.mode,
             channel_multiple=self.settings.channel_multiple,
@@ -365,7 +367,7 @@ class PruneTrain(misuse.OnlyOne):
     def _reconfigure(self, epoch: Epoch) -> tuple[Reconfiguration, bool]:
         recorder = self.recorder
         start = time.perf_counter()
-        with recorder.watch.paused():
+        with recorder.watch.paused(), misuse.replaced_ones_marked(self.network):
             surgery = self.prune()
         recorder.team.agree("what to prune", msgspec.json.encode(structure_of(self.network)))
         if surgery.changed:

@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from ptsim.capture.network import capture_network
+from ptsim.capture.network import capture_network, refuse_scripts
 from ptsim.errors import UsageError, on_one_line
 from ptsim.measure.nvml import open_meter
 from ptsim.network import MemoryFormat, Network, Precision
@@ -126,6 +126,7 @@ class Recorder(OnlyOne):
         self.facts = checked_facts(facts)
         self.module = model
         self.network = bare(model)
+        refuse_scripts(self.network)  # nor do they take hooks
         self.optimizer = bare_optimizer(optimizer)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.team = team or current_team(self.device)

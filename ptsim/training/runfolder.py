@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ptsim import zoo
-from ptsim.errors import FileFormatError, UsageError
+from ptsim.errors import FileFormatError, PtsimError, UsageError
 from ptsim.textfile import printable, read_bytes, take_lock, umask, write_whole
 from ptsim.trace.io import read_records
 from ptsim.trace.schema import Dataset, DeviceInfo, Run
@@ -102,6 +102,11 @@ def _made_by(folder: Path, recipe: Recipe) -> str:
     file, known = zoo.file_of(recipe.model), recipe.source_sha256
     if file is None or known is None or digest(file) == known:
         return recipe.model
+    if os.path.isfile(file):
+        with contextlib.suppress(PtsimError):
+            zoo.find(recipe.model)  # it may say itself where its imports are found: sys.path.append(…)
+        if digest(file) == known:
+            return recipe.model
     kept = folder / CODE / file.name
     if not os.path.isfile(kept):
         kept = folder / _OLDER_CODE

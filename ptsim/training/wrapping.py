@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ptsim.capture.copies import copied
 from ptsim.errors import TrainingError, UnsupportedModelError, UsageError, lacks_memory, on_one_line
-from ptsim.prune.cut import unwrap
+from ptsim.prune.cut import optimizer_inside, unwrap
 from ptsim.training.config import Config
 from ptsim.training.distributed import CountedBuckets, Team
 from ptsim.training.watch import ON_SEVERAL_GPUS, WHOLE_ON_EVERY_RANK
@@ -173,10 +173,9 @@ def bare_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     Raises:
         UsageError: it is no optimizer.
     """
-    for name in ("optimizer", "base_optimizer", "_base_optimizer"):
-        inner = getattr(optimizer, name, None)
-        if isinstance(inner, torch.optim.Optimizer):
-            return bare_optimizer(inner)
+    inner = optimizer_inside(optimizer)
+    if inner is not None:
+        return bare_optimizer(inner)
     if not hasattr(optimizer, "param_groups"):
         raise UsageError(f"the optimizer is a {type(optimizer).__name__}, expected one of torch.optim's kind")
     return optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,93 @@ def test_completion_for_a_shell_knows_commands_and_options(tmp_path: Path, monke
     script = installed.read_text(encoding="utf-8")
     assert all(word in script for word in ("simulate", "--cluster", "--penalty-ratio"))
     assert subprocess.run(["bash", "-n", str(installed)], check=False).returncode == 0
+
+
+TALKS = """
+from torch import nn
+
+print("read")
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        print("called with", tuple(x.shape))
+        return super().forward(x)
+
+def net(num_classes=2):
+    print("made")
+    return Net(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        "inspect MODEL --json",
+        "cost MODEL --batch 4 --json",
+        "predict MODEL --gpu v100 --batch 4 --json",
+        "plan MODEL --images 64 --epochs 2 --batch 4 --out OUT --json",
+        "train --model MODEL --dataset digits --train-limit 32 --batch 16 --epochs 1 --out OUT --json",
+    ],
+)
+def test_what_a_users_code_prints_is_no_data(tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "talks.py").write_text(TALKS)
+    tokens = tokens.replace("MODEL", f"{tmp_path / 'talks.py'}:net").replace("OUT", str(tmp_path / "out"))
+    assert main.run(tokens.split()) == 0
+    captured = capsys.readouterr()
+    json.loads(captured.out)
+    assert {"read", "made"} <= {*captured.err.split()}
+    assert "called with (" in captured.err
+
+
+ODD = """
+import torch
+from torch import nn
+
+def layers():
+    return nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+
+class Uneven(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 2, 1), nn.Conv2d(8, 4, 1, groups=2)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(torch.cat([y, y, y, x], 1))  # of the first group's four inputs two are one channel
+
+def meta():
+    with torch.device("meta"):
+        return nn.Sequential(*layers())
+
+def empty(): return nn.Identity()
+def frozen(): return nn.Sequential(*layers()).requires_grad_(False)
+def half(): return nn.Sequential(*layers()).half()
+def scripted(): return torch.jit.script(nn.Sequential(*layers()))
+def uneven(): return Uneven()
+"""
+_TRAIN = "--dataset digits --train-limit 32 --batch 16 --epochs 1 --out OUT"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize(
+    ("tokens", "status", "words"),
+    [
+        ("inspect MODEL:meta", 2, "has shapes but no weights"),
+        ("cost MODEL:empty --batch 4", 2, "computes nothing with its images"),
+        (f"train --model MODEL:frozen {_TRAIN}", 2, "is trained: no parameter requires a gradient"),
+        (f"train --model MODEL:scripted {_TRAIN}", 2, "is a ScriptModule, whose operators ptsim cannot see"),
+        ("plan MODEL:half --images 64 --epochs 2 --batch 4 --out OUT", 0, ""),
+        ("inspect MODEL:uneven --input 2,8,8", 0, "Of those that were tried none can go without others"),
+        ("inspect MODEL:empty", 0, "Nothing was pruned, so nothing is proved."),
+    ],
+)
+def test_what_an_odd_network_lacks_is_one_sentence(
+    tokens: str, status: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "odd.py").write_text(ODD)
+    tokens = tokens.replace("MODEL", str(tmp_path / "odd.py")).replace("OUT", str(tmp_path / "out"))
+    assert main.run(tokens.split()) == status
+    captured = capsys.readouterr()
+    assert words in " ".join((captured.out + captured.err).split())

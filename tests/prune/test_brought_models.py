@@ -16,7 +16,7 @@ from ptsim.prune.labels import Label
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.rules import Call, rule
 from ptsim.prune.structure import apply_structure, structure_of
-from tests.prune.helpers import enliven, same_function
+from tests.prune.helpers import cut_twice, enliven, same_function
 
 IMAGE = (3, 16, 16)
 
@@ -247,6 +247,14 @@ class Grouped(nn.Module):
         return self.head(self.c(torch.relu(self.b(torch.relu(self.norm(self.a(x)))))).mean((2, 3)))
 
 
+class CalledByForward(Grouped):
+    """As many ResNeXts of the web are written: the code of torch's own layers is traced, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b.forward(F.relu(self.norm.forward(self.a.forward(x)), inplace=True))
+        return self.head.forward(self.c.forward(F.relu(x, inplace=True)).mean((2, 3)))
+
+
 def sparse_inputs(model: Grouped, channels: list[int]) -> None:
     with torch.no_grad():
         model.a.weight[channels] = 0
@@ -260,6 +268,7 @@ def sparse_outputs(model: Grouped, channels: list[int]) -> None:
         model.c.weight[:, channels] = 0
 
 
+@pytest.mark.parametrize("kind", [Grouped, CalledByForward])
 @pytest.mark.parametrize(
     ("inputs", "outputs", "shape", "groups"),
     [
@@ -273,10 +282,10 @@ def sparse_outputs(model: Grouped, channels: list[int]) -> None:
     ],
 )
 def test_equal_numbers_of_channels_go_from_every_group(
-    inputs: list[int], outputs: list[int], shape: tuple[int, ...], groups: int
+    kind: type[Grouped], inputs: list[int], outputs: list[int], shape: tuple[int, ...], groups: int
 ) -> None:
     torch.manual_seed(0)
-    model = Grouped().double()
+    model = kind().double()
     enliven(model)
     sparse_inputs(model, inputs)
     sparse_outputs(model, outputs)
@@ -294,7 +303,7 @@ def test_equal_numbers_of_channels_go_from_every_group(
     if int(kept.sum()) == model.b.weight.numel():  # else some dead ones stay
         assert torch.equal(optimizer.state[model.b.weight]["momentum_buffer"].flatten(), before[kept].flatten())
     assert not reconfigure(model, surgery.groups).changed
-    fresh = Grouped().double()
+    fresh = kind().double()
     apply_structure(fresh, structure_of(model))
     fresh.load_state_dict(model.state_dict())
     same_function(fresh, model, IMAGE)
@@ -350,6 +359,33 @@ def test_a_weight_used_in_several_places_is_cut_for_all_of_them() -> None:
     assert found.exact
     assert found.prunable_channels == 8  # each filter is computed from its own part, but what they read has to stay
     assert any("computes its weight" in str(group.reason) for group in found.groups)
+
+
+class Listed(Tied):
+    """Weights that the code takes from a list and from a dict of tuples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.more = [self.a.weight], {"more": (self.b.weight, None)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(x, self.first[0], padding=1))
+        weight, bias = self.more["more"]
+        return self.head(F.conv_transpose2d(F.conv2d(x, weight, bias, padding=1), weight, padding=1).mean((2, 3)))
+
+
+def test_weights_in_lists_and_dicts_are_cut_there_too() -> None:
+    torch.manual_seed(0)
+    found = ptsim.inspect(Listed(), input_shape=IMAGE)
+    assert (found.exact, found.prunable_channels) == (True, 6 + 8)
+    model = Listed().double()
+    cut_twice(model, IMAGE)
+    assert model.first[0] is model.a.weight
+    assert model.more["more"][0] is model.b.weight
+    fresh = Listed().double()
+    apply_structure(fresh, structure_of(model))
+    fresh.load_state_dict(model.state_dict())
+    same_function(fresh, model, IMAGE)
 
 
 # ---------------------------------------------------------------------- rules of others

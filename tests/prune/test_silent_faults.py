@@ -408,3 +408,31 @@ def test_an_operator_of_another_library_is_not_the_one_of_torch_that_is_called_s
 def test_what_the_code_makes_in_float32_does_not_end_the_proof() -> None:
     model: Any = Net(lambda x: torch.einsum("cd,ndhw->nchw", torch.eye(8), x).float())
     assert ptsim.inspect(model, input_shape=IMAGE).exact
+
+
+class Numbered(nn.Module):
+    """Layers called as torch.fx calls the second and third call of `F.conv2d`, which are other layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Parameter(torch.randn(8, n, 3, 3) / 3) for n in (3, 8, 8))
+        self.conv2d_1, self.conv2d_2 = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(F.relu(F.conv2d(F.relu(F.conv2d(x, self.first)), self.second)), self.third))
+        return self.head((x + self.conv2d_2(F.relu(self.conv2d_1(x)))).mean((2, 3)))
+
+
+def test_a_branch_goes_alone_also_where_functions_have_the_names_of_its_layers() -> None:
+    torch.manual_seed(0)
+    model = Numbered().double()
+    with torch.no_grad():
+        for parameter in (*model.conv2d_1.parameters(), model.conv2d_2.weight):
+            parameter.zero_()
+    images = torch.rand(2, *IMAGE, dtype=torch.float64)
+    expected = model(images)
+    surgery = reconfigure(model, find_groups(model, IMAGE))
+    assert surgery.layers_removed == ("conv2d_1", "conv2d_2")
+    assert [tuple(w.shape[:2]) for w in (model.first, model.second, model.third)] == [(8, 3), (8, 8), (8, 8)]
+    assert torch.allclose(model(images), expected)

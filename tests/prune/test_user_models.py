@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import register_parametrization
 import ptsim
 from ptsim.errors import UnsupportedModelError
 from ptsim.prune.groups import find_groups
+from ptsim.prune.proof import WithoutRandomness
 from ptsim.prune.reconfigure import reconfigure
 from ptsim.prune.structure import apply_structure, structure_of
 from tests.prune.helpers import enliven, same_function, zero_some
@@ -496,6 +497,13 @@ CASES = {
     "the largest channel by number": Case(
         lambda: User(lambda m, x, y: m.own(y) * x.argmax(1, keepdim=True), own=own()), "b c", "a", "combines these"
     ),
+    "inside a DataParallel": Case(
+        lambda: User(
+            lambda m, x, y: m.inner(x) + y,
+            inner=nn.DataParallel(nn.Sequential(nn.Conv2d(8, 9, 1), nn.Conv2d(9, 8, 1))),
+        ),
+        "a b c inner.module.0",
+    ),
     "joined with itself": Case(lambda: User(lambda m, x, y: torch.hstack((x, y, x))), "a b c"),
     "whole channels dropped": Case(
         lambda: User(lambda m, x, y: F.dropout2d(x, 0.0) + m.drop(y), drop=nn.Dropout2d(0.0)), "a b c"
@@ -563,6 +571,13 @@ def test_a_users_network_is_reconfigured_again_and_again_and_rebuilt(name: str) 
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a normalisation would warn of a width that it does not have
             same_function(fresh, model, IMAGE)
+
+
+def test_in_the_proof_nothing_is_dropped_at_random() -> None:
+    """Of what mostly survives (stochastic depth) all is kept, of what is rare (DropBlock) nothing comes."""
+    with WithoutRandomness():
+        assert torch.empty(3).bernoulli_(0.9).tolist() == [1, 1, 1]
+        assert torch.empty(3).bernoulli_(0.1).tolist() == torch.empty(3).bernoulli_(p=0.1).tolist() == [0, 0, 0]
 
 
 def test_the_channels_of_a_shuffle_are_tied_in_pairs() -> None:

@@ -169,6 +169,9 @@ class Around(torch.optim.Optimizer):
 
     def step(self):
         self.base_optimizer.step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["slow"] = parameter.detach().clone()
 
 
 def test_the_state_of_an_optimizer_inside_another_is_cut_with_the_weights():
@@ -181,6 +184,9 @@ def test_the_state_of_an_optimizer_inside_another_is_cut_with_the_weights():
     assert [epoch.epoch.num_iterations for epoch in outcomes] == [4, 4]
     assert set(inner.state) == set(model.parameters())
     assert all(inner.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters())
+    assert set(outer.state) == set(model.parameters())  # it keeps a state of its own
+    assert all(torch.equal(outer.state[p]["slow"], p) for p in model.parameters())
+    assert len(outer.state_dict()["state"]) == len(list(model.parameters()))
     train(pruner, model, outer, 1, images_and_labels())
 
 

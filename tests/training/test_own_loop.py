@@ -836,6 +836,34 @@ def test_another_optimizer_is_named_whether_it_was_made_before_or_after_a_reconf
         train(pruner, model, sgd(model), 1, batches)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda kept: nn.utils.clip_grad_norm_(kept, 1.0),
+        lambda kept: [parameter.grad.zero_() for parameter in kept if parameter.grad is not None],
+        lambda kept: [setattr(parameter, "grad", None) for parameter in kept],
+    ],
+    ids=["clipped", "zeroed", "dropped"],
+)
+def test_a_list_of_parameters_from_before_a_reconfiguration_is_named(use):
+    """It would clip or zero what nothing trains any more, and leave out the weights that have shrunk."""
+    model = fresh()
+    optimizer = sgd(model)
+    kept = list(model.parameters())
+    pruner = made(model, optimizer)
+    use(kept)
+    assert train(pruner, model, optimizer, 2, images_and_labels())[-1].pruned
+    use(list(model.parameters()))
+    with pytest.raises(UsageError, match="a parameter that pruning has replaced"):
+        use(kept)
+    again = fresh()
+    kept = list(again.parameters())
+    resumed = made(again, sgd(again))
+    resumed.load_state_dict(pruner.state_dict())
+    with pytest.raises(UsageError, match="a parameter that pruning has replaced"):
+        use(kept)
+
+
 def test_an_optimizer_whose_parameters_somebody_exchanged_is_named():
     model = fresh()
     optimizer = sgd(model)

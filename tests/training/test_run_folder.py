@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import msgspec
@@ -343,6 +344,33 @@ def test_a_run_holds_the_modules_beside_the_users_file_and_notices_an_edited_one
     (run / "code" / "sizes.py").write_text("WIDTH = 16\n")
     with pytest.raises(UsageError, match="is the file that made the network"):
         ptsim.load_model(run, trust=True)
+
+
+def test_a_file_that_says_itself_where_its_imports_are_is_not_taken_for_edited(tmp_path, monkeypatch):
+    """`sys.path.append` in the file: another process does not know of it before it runs the file."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "far_body.py").write_text(
+        "from torch import nn\n\n\ndef tail(width, num_classes):\n    return nn.Linear(width, num_classes)\n\n\n"
+        + _BODY
+    )
+    file = tmp_path / "net.py"
+    file.write_text(
+        f"import sys\n\nsys.path.append({str(tmp_path / 'lib')!r})\nfrom far_body import Body\n\n\n"
+        "def make(num_classes):\n    return Body(8, num_classes)\n"
+    )
+    before_all = [*sys.path]
+    monkeypatch.setattr("sys.path", [*sys.path])
+    run = ptsim.train(settings(model=f"{file}:make", epochs=1, profile=False), out=tmp_path / "run").folder
+    images = torch.rand(2, 3, 8, 8)
+    before = ptsim.load_model(run, trust=True)(images)
+    sys.path[:] = before_all  # as in another process
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(ptsim.load_model(run, trust=True)(images), before)
+    (tmp_path / "lib" / "far_body.py").write_text((tmp_path / "lib" / "far_body.py").read_text() + "# edited\n")
+    sys.path[:] = before_all
+    with pytest.warns(UserWarning, match=r"net\.py or what it imports was edited since the run"):
+        assert torch.equal(ptsim.load_model(run, trust=True)(images), before)
 
 
 def test_a_run_holds_what_the_users_file_imports_from_elsewhere(tmp_path, monkeypatch):
