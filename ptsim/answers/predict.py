@@ -183,16 +183,20 @@ def _data_parallel(
     """The simulated step of several GPUs, and the worst tier that its all-reduces come from."""
     network = subject.network
     times = functools.cache(lambda num_bytes: all_reduce(num_bytes, cluster, setting.num_gpus))
+    shards = ddp.shards_of(network, setting)
     simulated = data_parallel_step(
         network,
         among(step, cluster, setting.num_gpus),
         times,
         contention=contention_of(cluster, setting.num_gpus),
         tensor_s=hook_seconds(cluster, setting.num_gpus),
-        shards=ddp.shards_of(network, setting),
+        shards=shards,
         overlap=subject.trace is None or not subject.trace.compiled,  # all gradients of a compiled step come at its end
     )
-    return simulated, worst_tier({times(bucket.num_bytes).tier for bucket in ddp_buckets(network)})
+    sizes = [bucket.num_bytes for bucket in ddp_buckets(network)]
+    if shards is not None and sizes:
+        sizes.append(shards.parameter_bytes)  # which are gathered
+    return simulated, worst_tier(times(size).tier for size in sizes)
 
 
 def _prediction(

@@ -209,8 +209,9 @@ def source_of(
 
 
 def _is_among(trace: Trace, profile: DeviceProfile) -> bool:
-    """Whether the profile was calibrated on the run; by its path alone where an older ptsim did so."""
-    sources = {Path(source).resolve() for source in profile.sources}
+    """Whether the profile was calibrated on the run; by its path where an older ptsim noted nothing else."""
+    by_path = len(profile.runs) < len(profile.sources)
+    sources = {Path(source).resolve() for source in profile.sources if by_path}
     return trace.path.resolve() in sources or trace.fingerprint in profile.runs
 
 

@@ -25,6 +25,7 @@ import functools
 import hashlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,12 +182,13 @@ def read_study(path: str | Path) -> Study:
     if "trace" in file.options or "trace" in file.grid:
         raise FileFormatError(path, "trace is no option of [options] or [grid]; a what-if may name another trace")
     names = file.what_ifs if file.what_ifs is not None else ["as-recorded", *file.what_if]
-    options = change(Options(), file.options)
+    options = change(Options(), _near_devices(file.options, path))
+    grid = {key: tuple(_near_devices({key: value}, path)[key] for value in file.grid[key]) for key in file.grid}
     what_ifs = tuple(_what_if(name, file.what_if, path) for name in names)
     devices = {} if options.device is None else {(device := load_device(options.device)).name: device}
     for changed in (
         *(_changed(options, what_if) for what_if in what_ifs),
-        *(change(options, {key: value}) for key, choices in file.grid.items() for value in choices),
+        *(change(options, {key: value}) for key, choices in grid.items() for value in choices),
     ):
         for name in changed.mixed_devices:
             load_device(name)
@@ -201,7 +203,7 @@ def read_study(path: str | Path) -> Study:
         clusters=clusters,
         gpus=tuple(dict.fromkeys(file.gpus)),
         what_ifs=what_ifs,
-        grid={key: tuple(values) for key, values in file.grid.items()},
+        grid=grid,
         options=options,
         profile=_checked_profile(file.profile, path, devices),
     )
@@ -286,8 +288,11 @@ def _what_if(text: str, own: Mapping[str, Mapping[str, Any]], study: Path) -> Wh
             options |= made(parse(value) if parse is not None else None)
         except ValueError as error:
             raise FileFormatError(study, f"the what-if {part.strip()!r}: {error}") from error
-    trace = options.pop("trace", None)
-    return WhatIf(name=text, options=options, trace=None if trace is None else _trace_paths(str(trace), study)[0])
+    given = options.pop("trace", None)
+    traces = [] if given is None else _trace_paths(str(given), study)
+    if len(traces) > 1:
+        raise FileFormatError(study, f"the what-if {text!r} names {len(traces)} traces, expected one")
+    return WhatIf(name=text, options=_near_devices(options, study), trace=traces[0] if traces else None)
 
 
 def _trace_paths(pattern: str, study: Path) -> list[Path]:
@@ -306,7 +311,17 @@ def _trace_paths(pattern: str, study: Path) -> list[Path]:
 
 
 def _near(name: str, study: Path) -> str:
-    return str(study.parent / name) if name.endswith(".toml") else name
+    return os.path.abspath(study.parent / name) if name.endswith(".toml") else name
+
+
+def _near_devices(options: Mapping[str, Any], study: Path) -> dict[str, Any]:
+    """The options with the files of devices that they name relative to the study."""
+    found = dict(options)
+    if isinstance(device := found.get("device"), str):
+        found["device"] = _near(device, study)
+    if isinstance(mixed := found.get("mixed_devices"), dict):
+        found["mixed_devices"] = {_near(name, study): count for name, count in mixed.items()}
+    return found
 
 
 def _digest(path: Path) -> str:

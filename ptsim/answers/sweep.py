@@ -118,7 +118,7 @@ def run_study(
             if row is None:
                 yield configuration
             else:
-                rows[configuration.index] = {**row, **_identity(configuration)}
+                rows[configuration.index] = _asked_again(configuration, row)
 
     with _said_of_a_failure(out, rows, total):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -266,6 +266,12 @@ def _worker_profile(path: Path, digest: str) -> DeviceProfile:
 
 def _identity(configuration: Configuration) -> dict[str, Any]:
     return {"index": configuration.index, "key": configuration.key, **configuration.labels}
+
+
+def _asked_again(configuration: Configuration, row: dict[str, Any]) -> dict[str, Any]:
+    """A stored row in its place in this study, of the file that this study names; what was computed stays."""
+    here = {"index": configuration.index, "what_if": configuration.labels["what_if"], "trace": str(configuration.trace)}
+    return {**_identity(configuration), **row, **here}
 
 
 def _failure(configuration: Configuration, error: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import pytest
 import ptsim
 from ptsim.answers.repredict import device_profile_of
 from ptsim.cli.main import run
+from ptsim.costs.buckets import ddp_buckets
+from ptsim.costs.datasheet import load_intervals
 from ptsim.costs.memory import iteration_memory
 from ptsim.errors import MissingMeasurementError, UnknownNameError, UsageError
 from ptsim.hardware.catalog import load_device
@@ -239,6 +241,14 @@ def test_a_prediction_from_a_busy_machine_says_so(processor, capsys):
     )
     assert run(["predict", str(out.parent / "run.jsonl"), "--batch", "48", "--profile", str(out)]) == 0
     assert "note: the device profile was not measured on a quiet machine" in " ".join(capsys.readouterr().out.split())
+    own = ptsim.predict(ptsim.read_trace(out.parent / "run.jsonl"), profile=out)
+    assert (own.tier, own.notes) == ("measured", ())  # by the run itself
+
+
+def test_a_cluster_that_names_no_gpu_has_the_one_that_the_profile_was_measured_on(processor):
+    out, network = processor
+    unnamed = msgspec.structs.replace(node(0.01), device=None)
+    assert ptsim.predict(network, batch=64, profile=out, cluster=unnamed, gpus=1).device == "Test CPU 9"
 
 
 def node(seconds: float) -> Cluster:
@@ -279,6 +289,8 @@ def test_a_measured_step_by_hand(tmp_path: Path) -> None:
 
     four = ptsim.predict(trace, cluster=node(0.01), gpus=4)
     assert four.step_seconds > one.step_seconds + 0.01
+    beyond_s = four.step_seconds - profile.step_s - four.hook_seconds
+    assert four.exposed_communication_seconds == pytest.approx(beyond_s)
     assert four.images_per_second == pytest.approx(4 * 64 / four.step_seconds)
     assert four.low_images_per_second == pytest.approx(4 * 64 / four.high)
     assert four.high_images_per_second == pytest.approx(4 * 64 / four.low)
@@ -314,7 +326,12 @@ def test_a_gpu_that_keeps_a_quarter_of_the_state_updates_a_quarter(tmp_path: Pat
     trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl"))
     whole, sharded = (ptsim.predict(trace, cluster=node(0.01), gpus=4, sharding=name) for name in ("none", "zero1"))
     assert sharded.optimizer_seconds == pytest.approx(whole.optimizer_seconds / 4)
+    # scattering and gathering take half of an all-reduce each
+    assert sharded.step_seconds == pytest.approx(whole.step_seconds - 0.75 * whole.optimizer_seconds)
     assert sharded.peak_memory_bytes < whole.peak_memory_bytes
+    assert whole.energy_joules is not None
+    saved_j = 4 * 277.5 * 0.75 * whole.optimizer_seconds  # the watts of streams
+    assert sharded.energy_joules == pytest.approx(whole.energy_joules - saved_j)
 
 
 def test_a_compiled_run_hides_no_communication_elsewhere_either(tmp_path: Path) -> None:
@@ -326,6 +343,10 @@ def test_a_compiled_run_hides_no_communication_elsewhere_either(tmp_path: Path) 
     assert usual.communication_seconds == pytest.approx(at_once.communication_seconds)
     assert usual.exposed_communication_seconds < 0.9 * usual.communication_seconds
     assert (usual.notes, at_once.notes) == ((), (compiled.compiled_note,))
+    own_s = usual.forward_seconds + usual.backward_seconds + usual.optimizer_seconds + usual.overhead_seconds
+    beyond_s = usual.step_seconds - own_s - usual.hook_seconds
+    assert usual.exposed_communication_seconds == pytest.approx(beyond_s)
+    assert usual.communication_wait_seconds < 0.99 * beyond_s  # beside all-reduces it computes more slowly
 
 
 def test_what_runs_once_a_pass_is_counted_in_every_pass(tmp_path: Path) -> None:
@@ -351,3 +372,27 @@ def test_the_parts_of_an_accumulated_step_on_several_gpus_add_up_to_it(tmp_path:
     p = ptsim.predict(msgspec.structs.replace(trace, epochs=passes), cluster=node(0.01), gpus=4)
     computed_s = p.forward_seconds + p.backward_seconds + p.optimizer_seconds + p.overhead_seconds + p.hook_seconds
     assert p.step_seconds == pytest.approx(computed_s + p.exposed_communication_seconds)
+
+
+def test_a_step_from_the_data_sheet_is_as_unsure_among_many_gpus_as_was_measured_there() -> None:
+    """All-reduces of no time; `residuals.toml` has the ends of the interval in units of those of one GPU."""
+    one, four = (ptsim.predict(NETWORK, cluster=node(1e-12), gpus=gpus, batch=64) for gpus in (1, 4))
+    assert (one.tier, four.tier) == ("datasheet", "datasheet")
+    many = load_intervals().many_gpus
+    assert math.log(four.low / four.step_seconds) == pytest.approx(
+        -many.low * math.log(one.low / one.step_seconds), rel=1e-6
+    )
+    assert math.log(four.high / four.step_seconds) == pytest.approx(
+        many.high * math.log(one.high / one.step_seconds), rel=1e-6
+    )
+
+
+def test_the_network_tier_is_the_worst_that_gradients_and_sharded_parameters_come_from() -> None:
+    """The table reaches over every bucket, and not over all parameters, which are gathered at once."""
+    network = residual_network((64, 128, 256))
+    largest = max(bucket.num_bytes for bucket in ddp_buckets(network))
+    made = node(0.01)
+    table = msgspec.structs.replace(made.tables[0], size_bytes=(4, largest))
+    known = msgspec.structs.replace(made, tables=(table,))
+    tiers = [ptsim.predict(network, cluster=known, gpus=4, batch=8, sharding=s).network_tier for s in ("none", "zero1")]
+    assert tiers == ["measured", "scaled"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import ptsim
 from ptsim.answers.study import configurations, read_study
 from ptsim.sim.options import Faults
 from tests.traces import dense_trace
@@ -95,3 +96,22 @@ def test_a_what_if_changes_of_the_failures_what_it_names(study: Path) -> None:
 def test_without_what_ifs_it_is_the_recorded_run_and_the_studys_own(study: Path) -> None:
     study.write_text("\n".join(line for line in STUDY.splitlines() if not line.startswith("what_ifs")))
     assert [what_if.name for what_if in read_study(study).what_ifs] == ["as-recorded", "much contention"]
+
+
+def test_device_files_are_relative_to_the_study_as_all_paths_are(study: Path) -> None:
+    """Wherever they are named: by a what-if, in the options and in the grid."""
+    catalog = Path(ptsim.__file__).parent / "hardware" / "catalog" / "devices"
+    (study.parent / "own.toml").write_text((catalog / "t4.toml").read_text())
+    own, head = str(study.parent / "own.toml"), 'traces = ["one.jsonl"]\nclusters = ["dgx-a100"]\ngpus = [8]\n'
+    mixed = '[what_if.mixed.mixed_devices]\n"own.toml" = 2\n'
+    for text, devices in (
+        (
+            f'{head}what_ifs = ["as-recorded", "gpu=own.toml", "mixed"]\n{mixed}',
+            [(None, {}), (own, {}), (None, {own: 2})],
+        ),
+        (f'{head}[options]\ndevice = "own.toml"\n', [(own, {})]),
+        (f'{head}[grid]\ndevice = ["h100", "own.toml"]\n', [("h100", {}), (own, {})]),
+    ):
+        study.write_text(text)
+        found = [(c.options.device, c.options.mixed_devices) for c in configurations(read_study(study))]
+        assert found == devices

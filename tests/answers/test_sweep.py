@@ -203,6 +203,18 @@ class TestRunning:
         assert executor.num_configurations == 0
         assert out.read_bytes() == content
 
+    def test_a_second_run_names_devices_and_copies_of_a_trace_as_the_first(self, folder: Path, tmp_path: Path) -> None:
+        """A copy has the key of its original: what is stored of one is the other one's, too."""
+        shutil.copytree(folder / "dense", tmp_path / "copy")
+        traces = f'traces = ["{folder / "dense"}", "{tmp_path / "copy"}"]\n'
+        text = traces + 'clusters = ["dgx-a100"]\ngpus = [8]\n[grid]\ndevice = ["a100", "t4"]\n'
+        read, out, executor = read_study(study(tmp_path, text)), tmp_path / "out.jsonl", InProcess()
+        first = run_study(read, InProcess(), out)
+        named = [(row["device"], Path(row["trace"]).parent.name) for row in first]
+        assert named == [(device, name) for device in ("a100-sxm4-40gb", "t4") for name in ("dense", "copy")]
+        assert run_study(read, executor, out) == first
+        assert executor.num_configurations == 0
+
     def test_an_interrupted_study_goes_on_where_it_was(self, folder: Path, tmp_path: Path) -> None:
         read, out = read_study(study(folder)), tmp_path / "out.jsonl"
         rows = run_study(read, InProcess(), out)
@@ -322,6 +334,7 @@ class TestWrongInput:
             (("as-recorded", "as-recorded=5"), FileFormatError, "takes no value"),
             (("gpu=v100-sxm2-16gb", "gpu"), FileFormatError, "needs a value"),
             (("gpu=v100-sxm2-16gb", "gpu=gpu9000"), UnknownNameError, "gpu9000"),
+            (("gpu=v100-sxm2-16gb", "interval=*/trace.jsonl"), FileFormatError, "names 2 traces, expected one"),
             (("gpu=v100-sxm2-16gb", "memory=80"), FileFormatError, "no unit"),
             (("gpu=v100-sxm2-16gb", "shared-links=-1"), FileFormatError, "-1 is negative"),
             (("[options]", "[grid]\nseed = []\n[options]"), FileFormatError, "grid.seed is empty"),

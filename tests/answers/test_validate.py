@@ -13,13 +13,15 @@ from ptsim.answers.validate import validate
 from ptsim.cli.main import run
 from ptsim.costs.buckets import ddp_buckets
 from ptsim.costs.collectives import all_reduce
+from ptsim.costs.energy import PowerSample, fit_power
 from ptsim.costs.memory import iteration_memory
+from ptsim.costs.times import LayerTime, StepTime
 from ptsim.errors import MissingMeasurementError, UsageError
 from ptsim.hardware.catalog import load_device
 from ptsim.hardware.profile import MachineLoad
-from ptsim.hardware.profile_file import write_device_profile
+from ptsim.hardware.profile_file import read_device_profile, write_device_profile
 from ptsim.hardware.spec import AllReduceTable, Cluster, Link
-from ptsim.network import Precision
+from ptsim.network import LayerKind, Precision
 from ptsim.trace.pairs import time_differences
 from ptsim.trace.schema import Epoch, Profile
 from tests.traces import CPU, dense_trace, shrinking_records, shrinking_trace, write_trace
@@ -518,3 +520,144 @@ def test_a_device_profile_of_a_runs_copy_is_no_hold_out(tmp_path: Path, epochs: 
         validate([path, copy], holdout=True)
     repeat = ptsim.read_trace(dense_trace(tmp_path / "repeat.jsonl", seed=1, **LONG))
     assert validate([path], device_profile_of([repeat]), holdout=True).source == "device profile"
+
+
+def test_a_device_profile_knows_the_runs_it_was_calibrated_on_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dense_trace(Path("t.jsonl"), **LONG)
+    write_device_profile(tmp_path / "device.toml", device_profile_of([ptsim.read_trace("t.jsonl")]))
+    profile = read_device_profile("device.toml")
+    Path("elsewhere").mkdir()
+    Path("t.jsonl").rename("elsewhere/other.jsonl")
+    with pytest.raises(UsageError, match="was calibrated on"):
+        validate(["elsewhere/other.jsonl"], profile, holdout=True)
+    another = slower(Path("t.jsonl"), 1.2, penalty_ratio=0.0)  # at the place where that run was
+    assert validate([another], profile, holdout=True).source == "device profile"
+    with pytest.raises(UsageError, match="was calibrated on"):  # as older files name them
+        validate([another], msgspec.structs.replace(profile, runs=()), holdout=True)
+
+
+def test_a_saving_that_is_predicted_too_small_is_as_wrong_as_one_that_is_too_large(tmp_path: Path) -> None:
+    pruned, dense = (
+        ptsim.read_trace(make(tmp_path / f"{make.__name__}.jsonl", **LONG)) for make in (shrinking_trace, dense_trace)
+    )
+    result = validate([in_epochs(pruned, walls=(1.0, *[0.8] * 5)), dense])
+    (saving,) = result.savings
+    assert saving.predicted_saving < saving.measured_saving - 0.05
+    assert saving.error_points == pytest.approx(100 * (saving.predicted_saving - saving.measured_saving))
+    assert result.saving_error_points == pytest.approx(-saving.error_points)
+
+
+def test_energy_is_predicted_from_the_power_of_the_first_epoch_alone(tmp_path: Path) -> None:
+    """300 W in the first epoch; later 390 W, which change what was measured and nothing of what is predicted."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", epochs=3, **LONG))
+    spent = [
+        msgspec.structs.replace(e.device, energy_j=(1.3 if e.epoch else 1) * e.device.energy_j) for e in trace.epochs
+    ]
+    hot = in_epochs(trace, device=spent)
+    steady, heated = (validate([run]).runs[0] for run in (trace, hot))
+    assert heated.predicted_energy_joules == steady.predicted_energy_joules
+    assert heated.measured_energy_joules == pytest.approx((1 + 2 * 1.3) / 3 * steady.measured_energy_joules)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_power_model_is_fitted_to_what_steps_compute_in_all_their_passes_and_to_what_they_wait(
+    tmp_path: Path, passes: int
+) -> None:
+    """An epoch takes twice as long as its steps, so that the GPU waits for half of it, at 250 W in the mean."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl"))
+    first, (profile,) = trace.epochs[0], trace.profiles
+    kinds = {layer.name: layer.kind for layer in trace.final_network.layers}
+    product_s = sum(t.forward_s + (t.backward_s or 0) for t in profile.layers if kinds[t.layer] in ("conv", "linear"))
+    stream_s = profile.forward_s + profile.backward_s - product_s
+    gap_s = profile.step_s - profile.forward_s - profile.backward_s - profile.optimizer_s
+    step_s = passes * (product_s + stream_s + gap_s) + profile.optimizer_s
+    wall_s = 2 * step_s * first.num_iterations
+    epoch = msgspec.structs.replace(
+        first,
+        passes=passes,
+        batch_per_gpu=passes * first.batch_per_gpu,
+        measured_time=msgspec.structs.replace(first.time, wall_s=wall_s),
+        device=msgspec.structs.replace(first.device, energy_j=250.0 * wall_s),
+    )
+    layers = tuple(
+        LayerTime(layer=kind, kind=kind, forward_s=passes * seconds, backward_s=0.0, tier="measured")
+        for kind, seconds in ((LayerKind.CONV, product_s), (LayerKind.BATCH_NORM, stream_s))
+    )
+    step = StepTime(
+        layers=layers, optimizer_s=profile.optimizer_s, regularizer_s=0.0, overhead_s=passes * gap_s, low_s=0.0,
+        high_s=0.0, tier="measured",
+    )  # fmt: skip
+    expected = fit_power(load_device("a100"), [PowerSample(step=step, waiting_s=step_s, power_w=250.0)])
+    found = fit_power_model(msgspec.structs.replace(trace, epochs=(epoch,)))
+    assert found is not None
+    watts = (found.product_w, found.stream_w, found.waiting_w)
+    assert watts == pytest.approx((expected.product_w, expected.stream_w, expected.waiting_w))
+
+
+def test_a_dense_run_measured_no_penalty_whatever_passed_between_two_clocks(tmp_path: Path) -> None:
+    dense, pruned = (
+        ptsim.read_trace(make(tmp_path / f"{make.__name__}.jsonl")) for make in (dense_trace, shrinking_trace)
+    )
+    noted = tuple(msgspec.structs.replace(profile, regularizer_s=2e-6) for profile in dense.profiles)
+    assert [s.regularizer_s for s in device_profile_of([msgspec.structs.replace(dense, profiles=noted)]).steps] == [
+        None
+    ]
+    assert device_profile_of([pruned]).steps[0].regularizer_s == pruned.profiles[0].regularizer_s > 0
+
+
+def test_epochs_of_one_network_with_and_without_the_penalty_are_told_apart_on_a_cluster(tmp_path: Path) -> None:
+    """Of four ranks; the last epoch only tunes what is left."""
+    trace = ptsim.read_trace(shrinking_trace(tmp_path / "t.jsonl", epochs=2, world_size=4, **LONG))
+    tuned = in_epochs(trace, penalty_coefficient=(trace.epochs[0].penalty_coefficient, 0.0))
+    first, last = validate([tuned], cluster=constant_all_reduces(0.25)).runs[0].epochs
+    penalty_s = trace.profiles[0].regularizer_s * trace.epochs[0].num_iterations
+    assert first.predicted_seconds - last.predicted_seconds == pytest.approx(penalty_s)
+
+
+def test_the_energy_of_a_single_epoch_is_not_predicted_from_itself(tmp_path: Path) -> None:
+    result = validate([dense_trace(tmp_path / "t.jsonl", epochs=1, **LONG)])
+    (check,) = result.runs
+    assert check.epochs[0].measured_energy_joules is not None
+    assert (check.epochs[0].predicted_energy_joules, check.predicted_energy_joules, result.energy_error) == (None,) * 3
+
+
+def test_memory_is_predicted_for_the_gpu_that_recorded_the_run(tmp_path: Path) -> None:
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", **LONG))
+    epoch = trace.epochs[0]
+    on_gpu, anywhere = (
+        iteration_memory(trace.network_of(epoch), trace.setting_of(epoch), device=device).peak_bytes
+        for device in (load_device("a100-sxm4-40gb"), None)
+    )
+    assert validate([trace]).runs[0].epochs[0].predicted_memory_bytes == on_gpu
+    assert on_gpu > anywhere  # with the libraries' work space
+
+
+def test_the_largest_error_of_several_runs_is_shown(tmp_path: Path) -> None:
+    """Every epoch is predicted as long, and with as much energy, as the first."""
+    trace = ptsim.read_trace(dense_trace(tmp_path / "t.jsonl", epochs=3, device="NVIDIA X9000"))
+    use = trace.epochs[0].device
+    runs = [
+        in_epochs(
+            trace,
+            walls=(1.0, wall, wall),
+            device=[msgspec.structs.replace(use, energy_j=n * use.energy_j) for n in (1, energy, energy)],
+        )
+        for wall, energy in ((1.1, 1.5), (1.25, 2.0), (1.0, 1.0))
+    ]
+    result = validate(runs)
+    assert result.whole_run_error == pytest.approx(1 - 3 / 3.5)
+    assert result.energy_error == pytest.approx(1 - 3 / 5)
+
+
+def test_the_largest_error_of_several_savings_is_shown(tmp_path: Path) -> None:
+    pruned, dense = (
+        ptsim.read_trace(make(tmp_path / f"{make.__name__}.jsonl", **LONG)) for make in (shrinking_trace, dense_trace)
+    )
+    result = validate([in_epochs(pruned, walls=(1.0, *[wall] * 5)) for wall in (0.9, 0.6, 0.8)] + [dense])
+    errors = [abs(saving.error_points) for saving in result.savings]
+    assert len(errors) == 3
+    assert min(errors) < max(errors) - 5
+    assert result.saving_error_points == max(errors)

@@ -185,6 +185,21 @@ def test_images_of_one_gpu_are_those_of_all_over_their_number(tmp_path: Path, ne
         assert any(f"train_samples, {samples}, " in note for note in check.notes)
 
 
+@pytest.mark.parametrize(("times", "inside"), [(1.0, True), (10.0, False), (0.1, False)])
+def test_a_step_is_inside_the_interval_of_its_prediction_or_beyond_either_end(
+    tmp_path: Path, network: Network, times: float, inside: bool
+) -> None:
+    """Steps `times` as long as predicted: as many of 1,600 images fill the 20 s of an epoch."""
+    asked: dict[str, Any] = {"precision": "amp", "memory_format": "channels_last", "cluster": "dgx-a100"}
+    step_s = predict(network, batch=100, gpus=16, **asked).step_seconds
+    images = round(1600 * 20 / (times * step_s))
+    log = mllog(tmp_path / "log", submission_benchmark="mine", train_samples=images)
+    check = validate_mllog(log, cluster="dgx-a100", model=network)
+    assert check.measured_step_seconds == pytest.approx(times * step_s, rel=1e-3)
+    assert check.inside == inside
+    assert check.error == pytest.approx(1 / times - 1, rel=1e-3, abs=1e-3)
+
+
 @pytest.fixture
 def network() -> Network:
     return residual_network()

@@ -404,7 +404,7 @@ def test_the_fastest_setting_that_shrank_is_shown_and_repeats_are_its_mean() -> 
     short = saving_row(0.05, 0.0, 0.1, run="t", setting="stopped", **stopped)
     elsewhere = saving_row(0.9, 0.8, 0.95, run="a", gpus=1)
     runs = pd.concat([run_row(run=name) for name in "abqsot"])
-    head = head_of(pd.concat([slow, first, again, quick, other, short, elsewhere], ignore_index=True), runs)
+    head = head_of(pd.concat([slow, first, again, quick, short, elsewhere, other], ignore_index=True), runs)
     assert "“r=0.2” saves 1.50 h of 10.0 h (15.0 %; 90 % interval 0.500 h to 3.00 h)" in head.headline
     assert "Of 3 settings that shrink in training, the fastest there is shown: r=0.2." in head.certainty
     assert "Means of 2 runs of this setting; the interval is the widest of them." in head.certainty
@@ -447,7 +447,7 @@ def test_a_dense_answer_by_hand() -> None:
     slower = projection_row(run="s", setting="slow", total_seconds=40000.0)
     short = projection_row(run="t", setting="stopped", epochs=9, total_seconds=4000.0)  # early; an epoch takes longer
     less = projection_row(run="o", task="resnet14 on less of cifar10", total_seconds=1.0)
-    rows = pd.concat([slower, short, less, projection_row()], ignore_index=True)
+    rows = pd.concat([slower, short, projection_row(), less], ignore_index=True)
     head = answer.dense_answer(rows, run_row(), 8, None, ())
     assert head.headline == (
         "Training resnet14 on cifar10 for 90 epochs with 8 × a100 (dgx-a100) takes 10.0 h (90 % interval 9.00 h to "

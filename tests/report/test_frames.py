@@ -198,6 +198,12 @@ def test_repeats_keep_words_and_truths_and_count_what_is_there() -> None:
     assert (row["low_seconds"], row["high_seconds"], row["slow_seconds"], row["usd"]) == (1.0, 6.0, 3.0, 2.0)
 
 
+def test_repeats_of_what_has_no_name_are_a_row_too() -> None:
+    frame = pd.DataFrame({"setting": ["a", None, None], "seconds": [1.0, 2.0, 4.0]})
+    rows = frames.averaged(frame, ["setting"])
+    assert (list(rows.num_runs), list(rows.seconds)) == ([1, 2], [1.0, 3.0])
+
+
 def test_checked_epochs_stand_beside_what_was_measured(pruned: Trace) -> None:
     result = ptsim.validate([pruned])
     frame = frames.validation_frame([pruned], result)

@@ -87,3 +87,13 @@ def test_what_runs_share_is_said_once_and_what_they_do_not_beside_them(tmp_path:
     assert f"CPU {CPU}; started 2026-11-22" in first
     assert "4 GPUs NVIDIA A100-SXM4-40GB, driver 580.95.05; started" in second
     assert facts["software"] == "python 3.12.3, torch 2.15.0, ptsim 0.1.0"
+
+
+def test_what_only_some_runs_share_is_said_of_each(tmp_path: Path) -> None:
+    """Two of 6 epochs, and a third of 4."""
+    runs = [dense_trace(tmp_path / "d.jsonl"), shrinking_trace(tmp_path / "p.jsonl")]
+    runs += [shrinking_trace(tmp_path / "s.jsonl", epochs=4)]
+    facts = dict(methods_facts([ptsim.read_trace(path) for path in runs]))
+    assert "epochs" not in facts["configuration of all"]
+    told = [said.split(", ")[0] for name, said in facts.items() if name.endswith(": configuration")]
+    assert told == ["epochs 6", "epochs 6", "epochs 4"]

@@ -463,3 +463,32 @@ def test_a_price_is_a_number_and_words_with_what_is_billed() -> None:
     none = Projector(load_cluster("dgx-a100"), Options())
     assert none.price_columns(8) == {"price_usd_per_gpu_hour": None, "price": ""}
     assert none.grams(3.6e6) is None
+
+
+def test_a_layer_that_runs_once_a_pass_computes_as_much_whatever_its_images_are(traces: list[ptsim.Trace]) -> None:
+    """Two passes of 6,912 MACs and as many of the weights' gradient, in 3 ms."""
+    trace = tiny_run(first_epochs(traces[0], 1), batch=8)
+    (network,) = trace.networks.values()
+    layers = tuple(msgspec.structs.replace(layer, once=layer.name == "conv") for layer in network.layers)
+    once = msgspec.structs.replace(network, layers=layers)
+    epochs = tuple(msgspec.structs.replace(epoch, architecture=once.id, passes=2) for epoch in trace.epochs)
+    trace = msgspec.structs.replace(trace, networks={once.id: once}, epochs=epochs)
+    frame = projected.roofline_frame(LabelledRun(label="a", setting="a", trace=trace), FixedProjector())
+    assert list(frame.layer) == ["conv", "fc"]
+    assert list(frame.flops_per_second) == pytest.approx([2 * 2 * 2 * 6912 / 3e-3, 2 * 8 * 3 * 40 / 3e-3])
+
+
+def test_a_run_shrank_if_it_trained_more_than_one_network(traces: list[ptsim.Trace]) -> None:
+    """Of two epochs with the penalty the network is still the first one."""
+    short = [first_epochs(trace, 2) for trace in traces]
+    assert short[1].is_pruned
+    projector = FixedProjector({False: run_projection(), True: run_projection(80.0)})
+    assert list(projected.savings_frame(compare_runs(short), projector, [4]).shrank) == [False]
+
+
+def test_a_dense_run_is_shown_as_far_as_the_longest_run_that_it_is_compared_with(traces: list[ptsim.Trace]) -> None:
+    dense, pruned = traces
+    again = msgspec.structs.replace(first_epochs(pruned, 2), run=msgspec.structs.replace(pruned.run, seed=1))
+    for given in ([dense, pruned, again], [dense, again, pruned]):
+        runs = labelled_runs(given, compare_runs(given))
+        assert [len(run.trace.epochs) for run in runs] == [6, *(len(trace.epochs) for trace in given[1:])]

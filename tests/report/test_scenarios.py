@@ -4,6 +4,7 @@ import pytest
 
 import ptsim
 from ptsim.hardware.catalog import load_cluster
+from ptsim.hardware.spec import AllReduceTable
 from ptsim.report import scenarios
 from ptsim.report.facts import Facts
 from ptsim.report.projected import Projector
@@ -192,3 +193,18 @@ def test_the_smallest_mini_batch_is_one_image(facts: Facts) -> None:
     few = msgspec.structs.replace(trace.epochs[0], world_size=3, num_images=100)
     (quarter,) = scenarios.with_batch(msgspec.structs.replace(trace, epochs=(few,)), 1 / 4).epochs
     assert quarter.num_iterations == 3  # 100 images in steps of three times 16
+
+
+def test_a_measured_table_holds_for_its_own_bandwidth_alone(facts: Facts) -> None:
+    """All-reduces that were measured to take 0.1 s, on whatever links the lever would have."""
+    table = AllReduceTable(
+        num_gpus=8, num_nodes=1, size_bytes=(4, 2**30), seconds=(0.1, 0.1), relative_jitter=0.0, source="t"
+    )
+    measured = msgspec.structs.replace(load_cluster("dgx-a100"), tables=(table,))
+    there = Facts(facts.traces, facts.comparisons, projectors=[Projector(measured, Options())], sizes=[8], focus=8)
+    formula = facts.break_even[facts.break_even.lever == "bandwidth"]
+    bandwidth = there.break_even[there.break_even.lever == "bandwidth"]
+    assert list(bandwidth.dense_seconds) == list(formula.dense_seconds)
+    batches = there.break_even[there.break_even.lever == "mini-batch"]
+    steps = [epoch.num_iterations for epoch in there.projector.run(facts.traces[0], 8).epochs]
+    assert batches[batches.value == 64].dense_seconds.iloc[0] > 0.1 * sum(steps)

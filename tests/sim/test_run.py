@@ -117,6 +117,36 @@ def test_what_accumulated_passes_take_while_the_update_is_sharded_adds_up_by_han
     step_j = passes_j + one.optimizer_s / 8 * power.stream_w + waiting_s * power.waiting_w
     assert waiting_s > 0
     assert epoch.energy_j == pytest.approx(8 * epoch.num_iterations * step_j, rel=1e-6)
+    passes = (epoch.forward_s, epoch.product_s, epoch.overhead_s)
+    assert one.overhead_s > 0
+    assert passes == pytest.approx((4 * one.forward_s, 4 * one.product_s, 4 * one.overhead_s))
+
+
+def test_where_all_gpus_are_half_as_fast_every_part_of_the_computation_takes_twice_as_long(trace: Trace) -> None:
+    slow = {"straggler_fraction": 1.0, "straggler_slowdown": 2.0}
+    usual, slowed = (run(trace, 8, contention=0.0, **options).epochs[0] for options in ({}, slow))
+    for part in ("forward", "backward", "product", "hooks", "optimizer", "regularizer", "overhead"):
+        seconds = getattr(usual, f"{part}_s")
+        assert seconds > 0
+        assert getattr(slowed, f"{part}_s") == pytest.approx(2 * seconds), part
+
+
+def test_the_memory_of_a_step_and_what_must_be_free_for_it_are_the_models(dense: Trace) -> None:
+    epoch, projected = dense.epochs[0], run(dense, 8).epochs[0]
+    setting = msgspec.structs.replace(dense.setting_of(epoch), num_gpus=8)
+    need = iteration_memory(dense.network_of(epoch), setting, device=cluster().gpu)
+    assert (projected.peak_memory_bytes, projected.needed_memory_bytes) == (need.peak_bytes, need.device_bytes)
+    assert need.device_bytes > need.peak_bytes
+
+
+def test_utilisation_is_of_the_precision_that_is_asked_for(dense: Trace) -> None:
+    """An A100 has 19.5 TFLOP/s in fp32 and 156 in tf32."""
+    used = []
+    for precision, peak in (("fp32", 19.5e12), ("tf32", 156e12)):
+        p = run(dense, 1, precision=precision)
+        assert p.mfu_fraction is not None
+        used.append(p.mfu_fraction * peak * sum(epoch.total_s for epoch in p.epochs))
+    assert used[1] == pytest.approx(used[0])
 
 
 def test_another_planned_trajectory_is_in_every_interval(trace: Trace) -> None:
@@ -158,6 +188,24 @@ def test_steps_are_recorded_in_the_order_in_which_the_run_first_trains_them(trac
     epochs = (first, accumulated, *grown.epochs[2:])
     recorded = record_steps(msgspec.structs.replace(grown, epochs=epochs), cluster(), 1)
     assert [(steps.epoch, steps.setting.passes) for steps in recorded] == [(0, 1), (1, 2), (2, 1), (4, 1)]
+
+
+def test_the_recorded_spread_of_steps_is_in_the_interval_of_every_epoch(dense: Trace) -> None:
+    """The profile has no spread of its own. 4 % below and above are 1.2816 standard deviations, the ends 1.645."""
+    width = (1.04 / 0.96) ** (1.645 / (2 * 1.2816))
+    for epoch in run(dense, 1).epochs:
+        assert epoch.high_s == pytest.approx(width * epoch.total_s)
+        assert epoch.low_s == pytest.approx(epoch.total_s / width)
+
+
+def test_the_jitter_of_a_run_is_that_of_its_middle_epoch(dense: Trace) -> None:
+    """Percentiles a factor of 1.1, 1.5 and 1.2 apart; of two epochs nobody knows any."""
+    first = dense.epochs[0]
+    steps = [msgspec.structs.replace(first.step, p10_s=0.5, p90_s=0.5 * ratio) for ratio in (1.1, 1.5, 1.2)]
+    steps += [msgspec.structs.replace(first.step, p10_s=0.0)]
+    epochs = [msgspec.structs.replace(first, measured_step=step) for step in (*steps, None)]
+    assert recorded_jitter(epochs) == pytest.approx(math.log(1.2) / 2 / 1.2816)
+    assert recorded_jitter(epochs[3:]) == 0.0
 
 
 class TestOneGpu:
@@ -619,6 +667,15 @@ class TestReconfigurations:
         assert run(trace, 1, autotune_trials=3).startup_s == pytest.approx(3 * once, rel=0.1)  # profile: with overhead
         assert run(trace, 1, autotune_trials=0).startup_s == 0.0
 
+    def test_tuning_has_the_interval_of_the_step_whose_kernels_it_runs(self, trace: Trace) -> None:
+        ends = []
+        for option in ({"autotune_trials": 3}, {"autotune_trials": 0, "warmup_steps": 1}):
+            p = run(trace, 1, surgery_s=0.0, one_time_epoch=4, device="v100-sxm2-16gb", **option)
+            ends.append((p.reconfiguration_low_s / p.reconfiguration_s, p.reconfiguration_high_s / p.reconfiguration_s))
+        assert ends[0] == pytest.approx(ends[1])
+        assert ends[0][0] < 0.95
+        assert ends[0][1] > 1.05
+
     def test_a_compiled_step_hides_no_all_reduce(self, trace: Trace) -> None:
         settings = {**trace.run.hyperparameters, "compile": True}
         record = msgspec.structs.replace(trace.run, hyperparameters=settings)
@@ -876,3 +933,39 @@ class TestFrames:
         row = projections_frame([projection]).iloc[0]
         assert row["total_seconds"] == projection.total_s
         assert row["gpu_hours"] == pytest.approx(8 * projection.total_s / 3600)
+
+
+def test_a_step_is_run_as_recorded_but_for_what_is_asked(dense: Trace) -> None:
+    settings = {**dense.run.hyperparameters, "momentum": 0.5, "regularizer": "proximal"}
+    trace = msgspec.structs.replace(dense, run=msgspec.structs.replace(dense.run, hyperparameters=settings))
+    asked = {"memory_format": "channels_last", "precision": "tf32", "sharding": "zero1"}
+    made = Scenario(trace, cluster(), 2, change(Options(), asked)).setting(64, trace.epochs[0])
+    assert (made.memory_format, made.precision, made.sharding) == ("channels_last", Precision.TF32, "zero1")
+    assert (made.momentum, made.proximal) == (0.5, True)
+
+
+@pytest.mark.parametrize(("options", "most"), [({}, 288), ({"max_batch": 1000}, 288), ({"max_batch": 100}, 96)])
+def test_a_planned_mini_batch_is_no_larger_than_the_data_set(trace: Trace, options: dict[str, Any], most: int) -> None:
+    """312 mini-batches of 64 are 312 images for each of 64 GPUs; it grows in steps of 32."""
+    assert run(trace, 64, minibatch="planned", **options).epochs[-1].batch_per_gpu == most
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(3, False), (16, False), (9, True)])
+def test_gpus_that_do_not_fill_their_nodes_are_said_where_there_is_a_full_one(
+    dense: Trace, gpus: int, said: bool
+) -> None:
+    assert any("do not fill nodes of 8: 1 full and one with 1" in note for note in run(dense, gpus).notes) is said
+    assert any("do not fill" in note for note in run(dense, gpus).notes) is said
+
+
+def test_the_penalty_of_a_sharded_update_is_that_of_all_parameters(trace: Trace) -> None:
+    whole, sharded = (run(trace, 8, contention=0.0, sharding=name).epochs[0] for name in ("none", "zero1"))
+    assert whole.regularizer_s > 0
+    assert sharded.regularizer_s == pytest.approx(whole.regularizer_s)
+    assert sharded.forward_s == pytest.approx(whole.forward_s)
+    assert sharded.optimizer_s == pytest.approx(whole.optimizer_s / 8)
+
+
+def test_jitter_makes_a_gpu_no_slower_on_average(dense: Trace) -> None:
+    steady, varied = (run(dense, 1, jitter=jitter, sampled_steps=2000) for jitter in (0.0, 0.5))
+    assert varied.compute_s == pytest.approx(steady.compute_s, rel=0.04)  # 3.5 standard errors

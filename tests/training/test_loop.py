@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import ptsim
 from ptsim.cli.main import run as command
@@ -181,6 +182,11 @@ def test_with_an_average_of_the_weights_validation_judges_the_average(tmp_path):
     initial = ptsim.zoo.create(made["model"], num_classes=10)
     for ours, theirs in zip(model.parameters(), initial.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    stored = tmp_path / "run" / "checkpoints" / "epoch-0000"
+    given, state = (load_file(stored / name) for name in ("weights.safetensors", "state.safetensors"))
+    statistics = [name for name in given if "running" in name]
+    assert statistics  # which are averages already
+    assert all(torch.equal(given[name], state[f"trained/{name}"]) for name in statistics)
 
 
 def test_where_nothing_fits_beside_training_the_profile_is_left_out_with_a_warning(tmp_path, monkeypatch):

@@ -105,6 +105,17 @@ def test_one_larger_mini_batch_is_not_that_of_the_epoch(tmp_path):
     assert (profile.batch, trace.run.hyperparameters["batch"]) == (8, 8)
 
 
+@pytest.mark.parametrize("updates", [(1, 2), (2, 1)])
+def test_of_two_mini_batches_that_are_as_frequent_the_larger_one_is_the_epochs(updates):
+    """The last update of an epoch may have fewer passes: here one pass of 8 images, and two."""
+    model = fresh()
+    optimizer = sgd(model)
+    recorder = ptsim.Recorder(model, optimizer, input_shape=IMAGE)
+    accumulate(model, optimizer, images_and_labels(3, 8), updates)
+    epoch = recorder.end_epoch()
+    assert (epoch.batch_per_gpu, epoch.passes, epoch.num_iterations, epoch.num_images) == (16, 2, 2, 24)
+
+
 def test_passes_whose_gradients_wait_for_the_next_epoch_leave_a_trace_that_can_be_read(monkeypatch, tmp_path):
     """Five mini-batches, two to an update: the fifth has none in this epoch."""
     clock = Clock()
@@ -146,6 +157,7 @@ def test_validation_between_two_steps_is_no_part_of_the_training_time(monkeypatc
         model.train()
 
     for i, (images, labels) in enumerate(recorder.data(batches()) if told else batches()):
+        clock.passes(0.125)  # onto the device
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -153,11 +165,12 @@ def test_validation_between_two_steps_is_no_part_of_the_training_time(monkeypatc
             validate()  # 3 s
     validate()
     epoch = recorder.end_epoch()
-    # Three steps of 3 s with their wait of 0.25 s; of a loader that is not told of, the first wait is not seen.
-    assert epoch.time.wall_s == (9.75 if told else 9.5)
-    assert epoch.time.data_wait_s == (0.75 if told else 0.5)
+    # Three steps of 3 s with their wait of 0.25 s. Of a loader that is not told of, all between two iterations is a
+    # wait, and the first one is not seen.
+    assert epoch.time.wall_s == (3 * 3.375 if told else 3 * 3.375 - 0.375)
+    assert epoch.time.data_wait_s == (3 * 0.25 if told else 2 * 0.375)
     assert epoch.time.validation_s == 6.0
-    assert epoch.step.p90_s <= 3.25
+    assert epoch.step.p90_s <= 3.375
 
 
 class CastsInside(nn.Module):
