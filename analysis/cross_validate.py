@@ -442,7 +442,8 @@ those of the fit itself: over about seventeen versions on the first 70 rows, and
 come. (They differed in what autocast keeps in fp32, the queue before the GPU and the host behind it, the cost per pixel
 in depthwise convolutions, kernels for groups, the weights of rows, the share of half precision in the interval, and
 which software counts as immature.) So the errors are somewhat optimistic for rows from elsewhere. The next section says
-by how much this was true of an earlier version.
+by how much this was true of an earlier version. The last version, of 2026-11-28, took the bytes of backward passes from
+torch's formulas, operator by operator, and was looked at once: no figure of these tables moved by more than 0.4.
 
 {LATER}"""
 
