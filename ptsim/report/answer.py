@@ -320,13 +320,17 @@ def why(excess: pd.DataFrame) -> Iterator[str]:
         )
 
 
+_PADDED = (
+    "; in half precision, tensors whose channels are no multiple of 8 are also copied, to pad them "
+    "(channel_multiple = 8 keeps multiples)."
+)
 # What keeps a part of the time from shrinking with the MACs. {share}: of the pruned run; {left}: of its dense time.
 _REASONS = {
     "loss and host gaps": "Host-bound: for {share} of the pruned run the GPU waits for the host, which launches a "
     "narrow layer no faster than a wide one. A larger mini-batch, CUDA graphs or compilation shorten that; pruning "
     "does not.",
     "convolutions and linear layers": "Convolutions and linear layers take {left} of their dense time: with few "
-    "channels, tiles and waves of the GPU's multipliers stay partly empty.",
+    "channels, tiles and waves of the GPU's multipliers stay partly empty" + _PADDED,
     "memory-bound layers": "Memory-bound layers (BatchNorm, activations, sums) take {left} of their dense time: they "
     "move bytes, and bytes shrink with the channels, not with their square.",
     "gradient hooks": "Gradient hooks take {left} of their dense time: DDP copies every gradient into its bucket, "
@@ -342,7 +346,7 @@ _REASONS = {
 # The same where launches and the least times of kernels make up much of a step.
 _LAUNCH_REASONS = {
     "convolutions and linear layers": "Convolutions and linear layers take {left} of their dense time: their kernels "
-    "are so short that their least times count.",
+    "are so short that their least times count" + _PADDED,
     "memory-bound layers": "Memory-bound layers (BatchNorm, activations, sums) take {left} of their dense time: their "
     "kernels are so short that their least times count, whatever they move.",
 }
