@@ -13,7 +13,7 @@ import dataclasses
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -214,15 +214,10 @@ class _LikeGpu(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if self._half and name in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
+        if self._half and name in _FP32_ON_GPU | _WIDEST_ON_GPU and torch.is_autocast_enabled("cpu"):
             self.bent = True
-            args, kwargs = pytree.tree_map_only(Tensor, _full_width, (args, kwargs))
-            with torch.autocast("cpu", enabled=False):
-                return func(*args, **kwargs)
-        if self._half and name in _WIDEST_ON_GPU and torch.is_autocast_enabled("cpu"):
-            self.bent = True
-            widest = max((leaf.dtype for leaf in output_tensors((args, kwargs))), key=lambda dtype: dtype.itemsize)
-            args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(widest), (args, kwargs))
+            wider = _full_width if name in _FP32_ON_GPU else _as_wide_as(output_tensors((args, kwargs)))
+            args, kwargs = pytree.tree_map_only(Tensor, wider, (args, kwargs))
             with torch.autocast("cpu", enabled=False):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -244,6 +239,11 @@ class _LikeGpu(TorchFunctionMode):
 
 def _full_width(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _as_wide_as(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    widest = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+    return lambda tensor: tensor.to(widest)
 
 
 def _workspaces(func: Any, args: Any) -> _Workspaces:
