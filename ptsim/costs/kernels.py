@@ -38,6 +38,7 @@ from ptsim.setting import StepSetting
 
 Floats = npt.NDArray[np.float64]
 
+LOADED_HALVES = 8  # channels that half-precision tensor-core kernels load at once: 16 bytes
 BATCH_NORM_FORWARD, BATCH_NORM_BACKWARD = 3, 5  # accesses per element
 _NORM_FORWARD, _NORM_BACKWARD = 2, 4
 
@@ -143,8 +144,7 @@ def network_kernels(network: Network, setting: StepSetting, *, tensor_cores: boo
     """
     batch, precision, element = setting.batch, setting.precision, setting.precision.activation_bytes
     halves = tensor_cores and setting.half
-    # Tensor-core half-precision kernels are NHWC; the fp32 ones of older cores are NCHW.
-    foreign = halves if setting.memory_format == "contiguous" else (not tensor_cores)
+    foreign = _is_foreign(setting, tensor_cores)
     gradients = _returned(network)
     widths = Widths(network, precision, gpu=True)
     rows: list[Kernel] = []
@@ -161,6 +161,19 @@ def network_kernels(network: Network, setting: StepSetting, *, tensor_cores: boo
             size = float(layer.output_elements * images * width)
             rows.append(_stream(index, Pass.INPUT_GRADIENT, 3 * extra * size, 3 * size, launches=extra))
     return Kernels.of(rows)
+
+
+def _is_foreign(setting: StepSetting, tensor_cores: bool) -> bool:
+    """Whether convolutions want another layout: half-precision kernels of tensor cores are NHWC, others are NCHW."""
+    return tensor_cores and setting.half if setting.memory_format == "contiguous" else not tensor_cores
+
+
+def pads_channels(setting: StepSetting, tensor_cores: bool) -> bool:
+    """Whether convolutions copy tensors only because their channels are no multiple of `LOADED_HALVES`.
+
+    In a layout that they copy anyway, padding costs nothing more.
+    """
+    return tensor_cores and setting.half and not _is_foreign(setting, tensor_cores)
 
 
 def _returned(network: Network) -> dict[str, int]:
@@ -196,7 +209,7 @@ def convolution_kernels(
     depthwise = channels_in == 1 and layer.groups > 1
     # Half-precision tensor-core kernels load 16 bytes at once; other channel counts are padded by a copy. Kernels for
     # images of three or four channels exist.
-    ragged = halves and any(count % 8 for count in (channels_in, channels_out) if count > 4)
+    ragged = halves and any(count % LOADED_HALVES for count in (channels_in, channels_out) if count > 4)
     # cuDNN's NHWC kernels for groups want as many channels out as in and whole warps of groups (ResNeXt has 32 or 64).
     usual = channels_in == channels_out and layer.groups % 32 == 0 and layer.dilation == (1, 1)
     odd_groups = halves and not foreign and layer.groups > 1 and not depthwise and not usual

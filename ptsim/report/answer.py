@@ -9,6 +9,7 @@ import pandas as pd
 
 from ptsim.answers.validate import Validation
 from ptsim.costs.tiers import tier_row
+from ptsim.report import causes
 from ptsim.report.frames import averaged
 from ptsim.trace.pairs import PACE_TOLERANCE
 from ptsim.units import counted, format_bytes, format_quantity, format_seconds, percent
@@ -81,7 +82,7 @@ def projected_answer(
         validation: of the runs themselves.
         notices: what a reader must know first.
         measured: `frames.measured_savings_frame`.
-        excess: `projected.excess_frame` of that setting.
+        excess: `causes.excess_frame` of that setting.
         unchecked: why there is no validation.
     """
     best = fastest(savings, gpus)
@@ -291,70 +292,9 @@ def _bytes_tiles(best: pd.Series, gpus: int, origin: str) -> Iterator[Tile]:
         )
 
 
-_LEAST_GAP, _LEAST_SHARE, _FLOOR = 0.03, 0.15, 0.3
-
-
-def why(excess: pd.DataFrame) -> Iterator[str]:
-    """Why time does not shrink as the MACs do, the weightiest reasons first. Takes `projected.excess_frame`."""
-    macs = float(excess.macs_fraction.iloc[0])
-    pruned_s, dense_s = excess.pruned_seconds.sum(), excess.dense_seconds.sum()
-    lead = (
-        f"The pruned run has {percent(macs)} of the training MACs and takes {percent(pruned_s / dense_s)} of the time"
-    )
-    if pruned_s / dense_s - macs < _LEAST_GAP:
-        yield f"{lead}: here time follows the MACs."
-        return
-    yield f"{lead}."
-    total = excess.excess_seconds.clip(lower=0).sum()
-    floor = float(excess.floor_fraction.iloc[0])
-    for row in excess.sort_values("excess_seconds", ascending=False).to_dict("records"):
-        if row["excess_seconds"] < _LEAST_SHARE * total:
-            break
-        left = percent(row["pruned_seconds"] / row["dense_seconds"]) if row["dense_seconds"] > 0 else "more than all"
-        reasons = _REASONS | _LAUNCH_REASONS if floor >= _FLOOR else _REASONS
-        yield reasons[row["part"]].format(share=percent(row["pruned_seconds"] / pruned_s), left=left)
-    if floor >= _FLOOR:
-        yield (
-            f"Launch-bound: a pruned step on a single image would take {percent(min(floor, 1.0))} of the time of "
-            "the whole mini-batch. That much is launches and the least times of kernels, which no pruning shortens."
-        )
-
-
-_PADDED = (
-    "; in half precision, tensors whose channels are no multiple of 8 are also copied, to pad them "
-    "(channel_multiple = 8 keeps multiples)."
-)
-# What keeps a part of the time from shrinking with the MACs. {share}: of the pruned run; {left}: of its dense time.
-_REASONS = {
-    "loss and host gaps": "Host-bound: for {share} of the pruned run the GPU waits for the host, which launches a "
-    "narrow layer no faster than a wide one. A larger mini-batch, CUDA graphs or compilation shorten that; pruning "
-    "does not.",
-    "convolutions and linear layers": "Convolutions and linear layers take {left} of their dense time: with few "
-    "channels, tiles and waves of the GPU's multipliers stay partly empty" + _PADDED,
-    "memory-bound layers": "Memory-bound layers (BatchNorm, activations, sums) take {left} of their dense time: they "
-    "move bytes, and bytes shrink with the channels, not with their square.",
-    "gradient hooks": "Gradient hooks take {left} of their dense time: DDP copies every gradient into its bucket, "
-    "which takes as long for a small tensor as for a large one.",
-    "optimizer and regulariser": "The group lasso's gradient and the update take {share} of the pruned run.",
-    "exposed communication": "Exposed communication takes {left} of its dense time: small messages cost latency, not "
-    "bandwidth.",
-    "input wait": "Waiting for input takes {share} of the pruned run: data arrive no faster for a smaller network.",
-    "start and reconfiguration": "Starting and reconfiguring take {share} of the pruned run; a dense run starts once.",
-    "other": "Waiting for stragglers takes {share} of the pruned run.",
-}
-
-# The same where launches and the least times of kernels make up much of a step.
-_LAUNCH_REASONS = {
-    "convolutions and linear layers": "Convolutions and linear layers take {left} of their dense time: their kernels "
-    "are so short that their least times count" + _PADDED,
-    "memory-bound layers": "Memory-bound layers (BatchNorm, activations, sums) take {left} of their dense time: their "
-    "kernels are so short that their least times count, whatever they move.",
-}
-
-
 def _why(excess: pd.DataFrame, best: pd.Series) -> Iterator[str]:
-    """`why` of the shown run; where the head averages repeats, the first sentence says which of them this is."""
-    reasons = why(excess)
+    """`causes.why` of the shown run; where the head averages repeats, the first sentence says which of them this is."""
+    reasons = causes.why(excess)
     if best.num_runs > 1:
         yield f"Of the {best.num_runs} runs, “{best.run}” is looked into here. {next(reasons)}"
     yield from reasons

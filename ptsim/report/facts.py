@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ptsim.answers.validate import Validation
-from ptsim.report import answer, frames, projected
+from ptsim.report import answer, causes, frames, projected
 from ptsim.report.projected import LabelledRun, Projector
 from ptsim.trace.pairs import Comparison
 from ptsim.trace.trace import Trace
@@ -119,10 +119,10 @@ class Facts:
 
     @functools.cached_property
     def excess(self) -> pd.DataFrame:
-        """`projected.excess_frame` of the shown run; empty where nothing is compared."""
+        """`causes.excess_frame` of the shown run; empty where nothing is compared."""
         if self.comparison is None:
             return pd.DataFrame()
-        return projected.excess_frame(self.comparison, self.projector, self.focus)
+        return causes.excess_frame(self.comparison, self.projector, self.focus)
 
     @functools.cached_property
     def breakdown(self) -> pd.DataFrame:

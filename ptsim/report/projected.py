@@ -13,7 +13,6 @@ import msgspec
 import pandas as pd
 
 from ptsim.costs.flops import layer_macs
-from ptsim.costs.run import run_cost
 from ptsim.costs.saving import saving_interval
 from ptsim.costs.step import Measurements, StepTime, step_time
 from ptsim.costs.tiers import worst_tier
@@ -415,45 +414,6 @@ def first_and_last_layers(layers: pd.DataFrame) -> pd.DataFrame:
             "tier": before.tier,
         }
     ).reset_index(drop=True)
-
-
-def excess_frame(comparison: Comparison, projector: Projector, gpus: int) -> pd.DataFrame:
-    """One row per part of the time: what the pruned run spends there beyond the FLOPs that it has left.
-
-    If time followed FLOPs, every part would shrink by `macs_fraction`, the pruned run's training FLOPs over the dense
-    run's; `excess_seconds` is what a part takes above that. `floor_fraction` is the share of the pruned run's steps
-    that a mini-batch of one image would take as well: launches and least times of kernels, which no pruning shortens.
-    """
-    dense, pruned = (
-        breakdown_frame([LabelledRun(label="", setting="", trace=trace)], projector, [gpus]).set_index("part").seconds
-        for trace in (comparison.baseline, comparison.pruned)
-    )
-    flops = [sum(cost.training_macs for cost in run_cost(t)) for t in (comparison.pruned, comparison.baseline)]
-    fraction = flops[0] / flops[1]
-    return pd.DataFrame(
-        {
-            "part": pruned.index,
-            "dense_seconds": dense.reindex(pruned.index).to_numpy(),
-            "pruned_seconds": pruned.to_numpy(),
-            "excess_seconds": (pruned - fraction * dense.reindex(pruned.index)).to_numpy(),
-            "macs_fraction": fraction,
-            "floor_fraction": _floor_fraction(comparison.pruned, projector),
-        }
-    )
-
-
-def _floor_fraction(trace: Trace, projector: Projector) -> float:
-    """Time of all the run's steps with one image each over their time with their own mini-batches."""
-    times: dict[tuple[str, StepSetting], tuple[float, float]] = {}
-    one = whole = 0.0
-    for epoch in trace.epochs:
-        key = epoch.architecture, trace.setting_of(epoch)
-        if key not in times:
-            single = msgspec.structs.replace(epoch, batch_per_gpu=1)
-            times[key] = projector.step(trace, single).compute_s, projector.step(trace, epoch).compute_s
-        one += times[key][0] * epoch.num_iterations
-        whole += times[key][1] * epoch.num_iterations
-    return one / whole
 
 
 def _saved(

@@ -9,9 +9,11 @@ from typing import Literal, get_args
 import msgspec
 import pandas as pd
 
+from ptsim.costs.kernels import LOADED_HALVES
 from ptsim.costs.memory import usable_bytes
 from ptsim.hardware.spec import Cluster
 from ptsim.report import projected
+from ptsim.report.causes import rounding_projector
 from ptsim.report.facts import Facts
 from ptsim.report.figures.style import gpus
 from ptsim.report.projected import LabelledRun, Projector
@@ -23,6 +25,7 @@ from ptsim.units import given_number, listed
 FACTORS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)  # on a bandwidth
 BATCHES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # on a mini-batch
 DYNAMIC = ", dynamic mini-batch"
+ROUNDED = f", channels in multiples of {LOADED_HALVES}"
 
 Lever = Literal["GPUs", "bandwidth", "mini-batch"]
 
@@ -30,8 +33,9 @@ Lever = Literal["GPUs", "bandwidth", "mini-batch"]
 def scenarios_frame(facts: Facts) -> pd.DataFrame:
     """One row per cluster and run at the page's number of GPUs: time, money, energy, and what it saves against dense.
 
-    The shown pruned run comes a second time with a dynamic mini-batch (grown at every reconfiguration to what fits the
-    device), unless it was recorded so. A cluster with fewer GPUs than the page's number is shown with all that it has.
+    The shown pruned run comes again with a dynamic mini-batch (grown at every reconfiguration to what fits the device),
+    unless it was recorded so, and with channels in multiples of 8 where convolutions pad others. A cluster with fewer
+    GPUs than the page's number is shown with all that it has.
     """
     baselines = {c.label: c for c in facts.comparisons}
     rows = []
@@ -44,7 +48,7 @@ def scenarios_frame(facts: Facts) -> pd.DataFrame:
                 dense = projector.run(comparison.baseline, gpus)
                 pruned = where.run(comparison.pruned, gpus)
                 row.update(projected.saved_columns(dense, pruned, projector))
-            measured = run.trained and name == run.label  # nobody has trained it with the mini-batches that would fit
+            measured = run.trained and name == run.label  # nobody has trained it with other mini-batches or channels
             rows.append({**row, "run": name, "accuracy": run.trace.final_accuracy if measured else None})
     return numeric(pd.DataFrame(rows))
 
@@ -53,9 +57,14 @@ def _scenarios(facts: Facts, projector: Projector) -> Iterator[tuple[LabelledRun
     for run in facts.labelled:
         yield run, projector, run.label
         batches = {epoch.batch_per_gpu for epoch in run.trace.epochs}
-        if run.label == facts.shown.label and run.trace.is_pruned and len(batches) == 1:
+        if run.label != facts.shown.label or not run.trace.is_pruned:
+            continue
+        if len(batches) == 1:
             options = msgspec.structs.replace(projector.options, minibatch="planned")
             yield run, projector.changed(projector.cluster, options), f"{run.label}{DYNAMIC}"
+        rounding = rounding_projector(run.trace, projector)
+        if rounding is not None:
+            yield run, rounding, f"{run.label}{ROUNDED}"
 
 
 def most_gpus(cluster: Cluster) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pandas as pd
 
+from ptsim.costs.kernels import LOADED_HALVES
 from ptsim.report import frames, projected, scenarios, specs
 from ptsim.report.facts import Facts
 from ptsim.report.figures.registry import figures_of
@@ -80,6 +81,11 @@ def scenarios_section(facts: Facts) -> Section:
         caption += (
             " A dynamic mini-batch fills the GPU's memory from the first reconfiguration on. A dense run could have a "
             "larger mini-batch too: not all that it saves is due to pruning."
+        )
+    if facts.scenarios.run.str.endswith(scenarios.ROUNDED).any():
+        caption += (
+            " In half precision, convolutions copy tensors whose channels are no multiple of "
+            f"{LOADED_HALVES}, to pad them; the setting channel_multiple keeps as many channels as fill multiples."
         )
     spec = _without(specs.SCENARIOS, "epochs") if facts.scenarios.epochs.nunique() == 1 else specs.SCENARIOS
     tables = [make_table(spec, facts.scenarios, caption=caption)]

@@ -86,16 +86,17 @@ class _Planner:
         return stages
 
     def _network(self, epoch: Epoch) -> tuple[Network, str]:
-        network = self.scenario.trace.network_of(epoch)
+        trace, first = self.scenario.trace, self.epochs[0]
+        network = trace.network_of(epoch)
         multiple = self.options.channel_multiple
         if multiple == 1:
             return network, epoch.architecture
 
         def make() -> tuple[Network, str]:
-            changed = rounded(network, multiple)
+            changed = rounded(network, multiple, trace.network_of(first))
             return changed, changed.id
 
-        return self.scenario.cache.get(("rounded", epoch.architecture, multiple), make)
+        return self.scenario.cache.get(("rounded", epoch.architecture, multiple, first.architecture), make)
 
     def _batch(self, source: Epoch, network: Network, identity: str, *, previous: int, new: bool, epoch: int) -> int:
         """The per-GPU mini-batch of an epoch."""

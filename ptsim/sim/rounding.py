@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from ptsim.costs.walked import rescaled
 from ptsim.network import Layer, LayerKind, Network, Parameter
-from ptsim.operators import BRANCH_CONSTANT, constant_axis, is_gate, is_transposed, second_features
+from ptsim.operators import BRANCH_CONSTANT, constant_axis, is_gate, is_transposed, second_features, ungated
 
 Shape = tuple[int, ...]
 
@@ -24,13 +24,31 @@ class _Growth(NamedTuple):
     now: int
 
 
+class _Target(NamedTuple):
+    """What a layer's channels are rounded to: a multiple, and at most as many as there were before pruning."""
+
+    multiple: int
+    most: int | None
+
+    def of(self, channels: int, groups: int = 1) -> int:
+        """The channels instead of so many, of which every group has equally many."""
+        step = math.lcm(self.multiple, groups)
+        up = -(-channels // step) * step
+        return up if self.most is None else max(channels, min(up, self.most))
+
+
 @functools.lru_cache(maxsize=256)
-def rounded(network: Network, multiple: int) -> Network:
+def rounded(network: Network, multiple: int, dense: Network | None = None) -> Network:
     """The network with every channel count rounded up to a multiple of `multiple`.
 
     The image's own channels and the classifier's outputs stay as they are. Counts (MACs, saved elements) grow in
     proportion to the channels that they cover, and the footprints of a watched iteration moment by moment. With
     `multiple` 1 the network is returned unchanged.
+
+    Args:
+        network: after pruning.
+        multiple: of channels.
+        dense: the network before pruning: no layer becomes wider than it was there; None: that is not known.
 
     Raises:
         ValueError: `multiple` is not positive.
@@ -46,16 +64,15 @@ def rounded(network: Network, multiple: int) -> Network:
     parameters: dict[str, list[Parameter]] = {}
     for parameter in network.parameters:
         parameters.setdefault(parameter.layer, []).append(parameter)
+    before = {} if dense is None else {layer.name: layer for layer in dense.layers}
     new: dict[str, Layer] = {}
     grown = {parameter.name: parameter for parameter in network.parameters}
     for layer in network.layers:
         outputs = [(network.layer(source).output_shape, new[source].output_shape) for source in producers[layer.name]]
         inputs = _inputs(layer, outputs, network.input_shape)
         is_classifier = layer.name in products[-1:] and layer.out_channels == network.num_classes
-        if layer.op == BRANCH_CONSTANT:
-            found = _round_constant(layer, inputs, multiple)
-        else:
-            found = _round_layer(layer, inputs, 1 if is_classifier else multiple)
+        goal = _Target(1 if is_classifier else multiple, _most(layer, before))
+        found = (_round_constant if layer.op == BRANCH_CONSTANT else _round_layer)(layer, inputs, goal)
         own = [_round_parameter(parameter, layer, found) for parameter in parameters.get(layer.name, ())]
         grown |= {parameter.name: parameter for parameter in own}
         if found is not layer:
@@ -135,7 +152,17 @@ def _place(shape: Shape, was: Shape, growth: _Growth, axis: int | None) -> int:
 # ---------------------------------------------------------------------- what a layer becomes
 
 
-def _round_layer(layer: Layer, inputs: tuple[Shape, ...], multiple: int) -> Layer:
+def _most(layer: Layer, before: Mapping[str, Layer]) -> int | None:
+    """The channels that a layer of so many groups wrote before pruning, or could gather; None if that is not known."""
+    owner = before.get(ungated(layer.name, before))
+    if owner is None:
+        return None
+    if layer.op == "gather":
+        return owner.in_channels
+    return owner.out_channels // max(owner.groups, 1) * max(layer.groups, 1)
+
+
+def _round_layer(layer: Layer, inputs: tuple[Shape, ...], target: _Target) -> Layer:
     in_channels, out_channels, groups = layer.in_channels, layer.out_channels, layer.groups
     match layer.kind:
         case LayerKind.CONV if inputs:
@@ -143,17 +170,17 @@ def _round_layer(layer: Layer, inputs: tuple[Shape, ...], multiple: int) -> Laye
             if layer.groups == layer.in_channels > 1:  # depthwise: follows its input
                 groups, out_channels = in_channels, out_channels // layer.in_channels * in_channels
             else:
-                out_channels = _up(out_channels, math.lcm(multiple, groups))
+                out_channels = target.of(out_channels, groups)
             output = _convolved(layer, inputs[0], out_channels)
         case LayerKind.LINEAR if inputs:
-            in_channels, out_channels = inputs[0][-1], _up(out_channels, multiple)
+            in_channels, out_channels = inputs[0][-1], target.of(out_channels)
             same = layer.output_shape[:-1] == layer.input_shapes[0][:-1]
             output = (*(inputs[0] if same else layer.output_shape)[:-1], out_channels)
         case LayerKind.BATCH_NORM if inputs and out_channels not in layer.output_shape:  # of a gated stream
-            in_channels = out_channels = _up(out_channels, multiple)
+            in_channels = out_channels = target.of(out_channels)
             output = inputs[0]
         case _ if is_gate(layer.name) and inputs:
-            in_channels, out_channels = inputs[0][0], _up(out_channels, multiple)
+            in_channels, out_channels = inputs[0][0], target.of(out_channels)
             if layer.op == "gather":
                 out_channels = min(out_channels, in_channels)
             output = _with(layer.output_shape, 0, out_channels)
@@ -189,10 +216,10 @@ def _round_layer(layer: Layer, inputs: tuple[Shape, ...], multiple: int) -> Laye
     )
 
 
-def _round_constant(layer: Layer, inputs: tuple[Shape, ...], multiple: int) -> Layer:
+def _round_constant(layer: Layer, inputs: tuple[Shape, ...], target: _Target) -> Layer:
     """The end of a removed branch: nothing flows in, and it is as wide as the stream that it is added to."""
     axis = constant_axis(layer)
-    output = _with(layer.output_shape, axis, _up(layer.output_shape[axis], multiple))
+    output = _with(layer.output_shape, axis, target.of(layer.output_shape[axis]))
     return msgspec.structs.replace(layer, input_shapes=inputs, output_shape=output, out_channels=output[0])
 
 
@@ -270,7 +297,3 @@ def _axes(layer: Layer) -> Shape:
         return layer.in_channels, layer.out_channels // layer.groups
     second = second_features(layer.op, layer.input_shapes)
     return (layer.out_channels, layer.in_channels // layer.groups, *((second,) if second > 1 else ()))
-
-
-def _up(channels: int, multiple: int) -> int:
-    return -(-channels // multiple) * multiple

@@ -74,7 +74,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         interval: epochs between reconfigurations.
         threshold: a channel is sparse when the largest |w| of its weights is below this.
         mode: what channels that meet at a sum keep: their union, or each branch its own through gathers (gating).
-        channel_multiple: the number of channels that stay is rounded up to a multiple of this.
+        channel_multiple: the number of channels that stay is rounded up to a multiple of this. In half precision 8
+            saves convolutions the copies that pad other numbers.
         schedule: "continuous" reconfigures every interval, "one_time" once after `reconfigure_epoch` epochs, "ssl"
             trains dense for `pretrain_epochs`, then sparsifies, and prunes once at the end of that.
         reconfigure_epoch: epochs before the only reconfiguration of the schedule "one_time".

@@ -18,69 +18,6 @@ from ptsim.trace.trace import Trace
 from tests.traces import CPU, dense_trace, shrinking_trace
 
 
-def excess(**pruned_seconds: float) -> pd.DataFrame:
-    """Parts of a dense run of 10 s each beside a pruned run's; half of the MACs are left."""
-    names = {
-        "host": "loss and host gaps",
-        "products": "convolutions and linear layers",
-        "moved": "memory-bound layers",
-        "hooks": "gradient hooks",
-    }
-    rows = [
-        {"part": names[key], "dense_seconds": 10.0, "pruned_seconds": seconds, "excess_seconds": seconds - 5.0}
-        for key, seconds in pruned_seconds.items()
-    ]
-    return pd.DataFrame(rows).assign(macs_fraction=0.5, floor_fraction=0.1)
-
-
-def test_a_run_that_waits_for_its_host_is_called_host_bound() -> None:
-    lead, *reasons = answer.why(excess(host=10.0, products=5.0, moved=6.0))
-    assert "50.0 % of the training MACs and takes 70.0 % of the time" in lead
-    assert len(reasons) == 2  # of 6 s in excess, 5 are the host's and 1 is the memory's
-    assert reasons[0].startswith("Host-bound: for 47.6 % of the pruned run")
-    assert reasons[1].startswith("Memory-bound layers")
-
-
-def test_where_time_follows_macs_there_is_nothing_to_explain() -> None:
-    (only,) = answer.why(excess(products=5.0, moved=5.1))
-    assert "time follows the MACs" in only
-
-
-def test_steps_that_one_image_would_take_as_well_are_called_launch_bound() -> None:
-    *_, last = answer.why(excess(products=9.0).assign(floor_fraction=0.8))
-    assert last.startswith("Launch-bound: a pruned step on a single image would take 80.0 %")
-
-
-def test_memory_bound_layers_of_short_kernels_are_not_explained_by_their_bytes() -> None:
-    _, moved, _ = answer.why(excess(moved=10.0).assign(floor_fraction=0.8))
-    assert "take 100.0 % of their dense time: their kernels are so short" in moved
-    assert "bytes" not in moved
-
-
-def test_hooks_of_gradients_are_a_reason_of_their_own() -> None:
-    """Every gradient of a narrow tensor is copied as the one of a wide tensor was."""
-    _, hooks, _ = answer.why(excess(moved=5.0, hooks=10.0).assign(floor_fraction=0.8))
-    assert hooks.startswith("Gradient hooks take 100.0 % of their dense time")
-
-
-def test_small_gaps_and_small_reasons_are_left_out() -> None:
-    """Below three points of time over MACs, 15 % of all excess, and 30 % of a step for a single image."""
-    for pruned_s, sentences in ((5.29, 1), (5.31, 2)):
-        assert len(list(answer.why(excess(products=pruned_s)))) == sentences
-    for moved_s, reasons in ((5.8, 1), (5.9, 2)):  # of 0.8 in 5.8 s of excess, or 0.9 in 5.9 s
-        assert len(list(answer.why(excess(host=10.0, moved=moved_s)))) == 1 + reasons
-    # what shrinks by more than the MACs is no smaller an excess of the others: 0.8 in 5.8 s again
-    assert len(list(answer.why(excess(host=10.0, moved=5.8, products=1.0)))) == 2
-    for floor, launch_bound in ((0.29, False), (0.31, True)):
-        *_, last = answer.why(excess(products=9.0).assign(floor_fraction=floor))
-        assert last.startswith("Launch-bound") == launch_bound
-    fresh = excess(products=5.0, moved=9.0)
-    fresh["dense_seconds"] = [10.0, 0.0]
-    lead, reason = answer.why(fresh)
-    assert "takes 140.0 % of the time" in lead
-    assert "take more than all of their dense time" in reason
-
-
 def test_repeats_are_one_row_of_means_with_the_widest_interval() -> None:
     frame = pd.DataFrame(
         {

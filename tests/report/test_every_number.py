@@ -157,7 +157,8 @@ def shares(out: Path) -> Iterator[float]:
         yield excess.pruned_seconds.sum() / excess.dense_seconds.sum()
         yield from (excess.pruned_seconds / excess.pruned_seconds.sum()).dropna()
         yield from (excess.pruned_seconds / excess.dense_seconds).replace(math.inf, math.nan).dropna()
-        yield min(float(excess.floor_fraction.iloc[0]), 1.0)
+        yield min(float(excess.step_floor_fraction.iloc[0]), 1.0)
+        yield from (excess.rounded_seconds / excess.pruned_seconds).dropna()
     if (out / "tables" / "savings.csv").exists():
         savings = read(out / "tables" / "savings.csv")
         yield from (savings.pruned_allreduce_bytes_per_gpu / savings.dense_allreduce_bytes_per_gpu).dropna()

@@ -5,6 +5,7 @@ import pytest
 import ptsim
 from ptsim.hardware.catalog import load_cluster
 from ptsim.hardware.spec import AllReduceTable
+from ptsim.network import Precision
 from ptsim.report import scenarios
 from ptsim.report.facts import Facts
 from ptsim.report.projected import Projector
@@ -88,6 +89,29 @@ def test_a_mini_batch_that_nobody_trained_has_no_accuracy(facts: Facts) -> None:
     assert dynamic.any()
     assert facts.scenarios[dynamic].accuracy.isna().all()
     assert facts.scenarios[~dynamic].accuracy.notna().all()
+
+
+def test_half_precision_is_also_shown_with_channels_in_whole_multiples(facts: Facts) -> None:
+    """On tensor cores, where other channel counts are padded; nobody has trained that, so it has no accuracy."""
+    traces = [
+        msgspec.structs.replace(
+            trace,
+            run=msgspec.structs.replace(trace.run, precision=Precision.FP16, memory_format="channels_last"),
+            profiles=(),
+        )
+        for trace in facts.traces
+    ]
+    projectors = [Projector(load_cluster(name), Options()) for name in ("dgx-a100", "v100-pcie-x4")]
+    frame = Facts(traces, compare_runs(traces), projectors=projectors, sizes=[1], focus=1).scenarios
+    rows = frame[frame.run.str.endswith(", channels in multiples of 8")]
+    assert list(rows.cluster) == ["dgx-a100", "v100-pcie-x4"]
+    for row in rows.itertuples():
+        (simulated,) = ptsim.simulate(traces[1], row.cluster, [1], channel_multiple=8).to_dict("records")
+        assert row.total_seconds == simulated["total_seconds"]
+        (dense,) = frame[(frame.cluster == row.cluster) & (frame.run == "dense")].itertuples()
+        assert row.saved_fraction == pytest.approx(1 - row.total_seconds / dense.total_seconds)
+    assert rows.accuracy.isna().all()
+    assert not facts.scenarios.run.str.contains("multiples").any()  # recorded in fp32
 
 
 def test_one_number_of_gpus_is_no_lever(facts: Facts) -> None:

@@ -10,8 +10,10 @@ from torch import nn
 from ptsim.capture.network import capture_network
 from ptsim.costs.memory import iteration_memory
 from ptsim.hardware.catalog import load_device
-from ptsim.network import Layer, LayerKind, MemoryFormat, Precision
+from ptsim.network import Layer, LayerKind, MemoryFormat, Network, Precision
+from ptsim.prune.groups import find_groups
 from ptsim.prune.modules import ConstantChannels, Gathered, Placeholder, Scattered
+from ptsim.prune.reconfigure import reconfigure
 from ptsim.setting import StepSetting
 from ptsim.sim.rounding import rounded
 from tests.traces import NetworkBuilder, residual_network
@@ -364,6 +366,21 @@ class Gated(nn.Module):
         return y
 
 
+class Plain(nn.Module):
+    """What `Gated` was before pruning, with one channel more in its stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 14, 3, padding=1), nn.Conv2d(14, 8, 3)
+        self.read, self.write = nn.Conv2d(14, 6, 1), nn.Conv2d(6, 14, 1, bias=False)
+        self.norm = nn.BatchNorm2d(14)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y: torch.Tensor = self.last(torch.relu(x + self.norm(self.write(self.read(x)))))
+        return y
+
+
 def test_a_gated_layer_has_rounded_channels_of_its_own_in_a_rounded_stream() -> None:
     """5 of 13 channels become 8 of 16."""
     small, large = (
@@ -377,3 +394,51 @@ def test_a_gated_layer_has_rounded_channels_of_its_own_in_a_rounded_stream() -> 
         assert layer.num_parameters == other.num_parameters
     assert [parameter.shape for parameter in found.parameters] == [parameter.shape for parameter in large.parameters]
     assert found.forward_macs == large.forward_macs
+
+
+def test_no_layer_becomes_wider_than_it_was_before_pruning() -> None:
+    """20 channels stay 20 where the next multiple is 24; gates as well."""
+    dense = residual_network((20, 36, 52), (2, 2, 2), inner=(12, 28, 44))
+    pruned = residual_network((17, 25, 50), (2, 2, 2), inner=(9, 20, 41))
+    assert rounded(pruned, 8, dense).id == residual_network((20, 32, 52), (2, 2, 2), inner=(12, 24, 44)).id
+    assert rounded(dense, 8, dense).id == dense.id
+    # Of 13 channels of a stream that had 14, five are read: eight are then, and the stream is whole.
+    before, small = (
+        capture_network(net, name="net", input_shape=(3, 8, 8), num_classes=2) for net in (Plain(), Gated(13, 5, 3))
+    )
+    found = rounded(small, 8, before)
+    assert [found.layer(name).out_channels for name in ("stem", "read.gather", "read.layer", "norm.scatter")] == [
+        14, 8, 6, 14,
+    ]  # fmt: skip
+
+
+def test_a_group_has_no_more_channels_than_before_pruning() -> None:
+    """Three of four groups with 10 channels each are left: the groups were no wider before."""
+
+    def network(first: int, groups: int) -> Network:
+        model = chain(nn.Conv2d(3, first, 3), nn.Conv2d(first, 10 * groups, 3, groups=groups))
+        return capture_network(model, name="groups", input_shape=(3, 8, 8), num_classes=10)
+
+    found = rounded(network(24, 3), 8, network(32, 4))
+    assert (found.layer("1").out_channels, found.layer("1").groups) == (30, 3)
+
+
+def test_training_and_projecting_round_alike() -> None:
+    """The network that `channel_multiple` trains is the one that is projected from a run without it."""
+    trained = {}
+    for multiple in (1, 8):
+        torch.manual_seed(0)
+        model = Block(20, 36)
+        with torch.no_grad():  # 11 of 20 and 33 of 36 channels are left
+            for writer, kept in ((model.stem, 11), (model.outer, 11), (model.inner, 33)):
+                for parameter in writer.parameters():
+                    parameter[kept:] = 0
+            for reader, kept in ((model.inner[0], 11), (model.pool[1], 11), (model.outer[0], 33)):
+                reader.weight[:, kept:] = 0
+        assert reconfigure(model, find_groups(model, (3, 32, 32)), channel_multiple=multiple).changed
+        trained[multiple] = capture_network(model, name="block", input_shape=(3, 32, 32), num_classes=10)
+    dense = capture_network(Block(20, 36), name="block", input_shape=(3, 32, 32), num_classes=10)
+    found = rounded(trained[1], 8, dense)
+    assert [layer.out_channels for layer in found.layers] == [layer.out_channels for layer in trained[8].layers]
+    assert [p.shape for p in found.parameters] == [p.shape for p in trained[8].parameters]
+    assert {layer.out_channels for layer in found.layers if layer.name in ("stem.0", "inner.0")} == {16, 36}
